@@ -1,0 +1,1 @@
+"""Ray Data: sources, stages, tables, and the one file that puts Ray round a stage."""

@@ -1,0 +1,1 @@
+"""Mobile artifacts, and the gate that lets only faithful ones out."""

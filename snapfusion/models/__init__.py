@@ -1,0 +1,1 @@
+"""Networks, and the bundle that holds a whole Stable Diffusion."""
