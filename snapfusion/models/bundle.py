@@ -1,0 +1,165 @@
+"""A whole Stable Diffusion: text encoder, UNet, VAE and schedule, behind the few verbs the method needs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from snapfusion.models.tokenizer import token_ids
+from snapfusion.sampling import Denoiser, guide
+from snapfusion.schedule import Estimate, PredictionType, Schedule
+
+
+@dataclass(kw_only=True)
+class Bundle:
+    """The teacher or the student as one thing.
+
+    letter   meaning                                shape
+    c        encoded caption                        [B,L,D] float32
+    z_t      noisy latent, unit variance            [B,4,h,w] float32
+    w        guidance scale, 1 is no guidance       a number, or [B,1,1,1]
+
+    The networks run in the dtype they hold; all arithmetic round them is float32.
+    """
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    schedule: Schedule
+    prediction_type: PredictionType
+    source: str
+    _fingerprint: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for network in self.networks.values():
+            network.eval().requires_grad_(requires_grad=False)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The three networks by the names of their folders."""
+        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.unet.device
+
+    @property
+    def scaling_factor(self) -> float:
+        """What the posterior mean is multiplied by, exactly once, to make a latent."""
+        return float(self.vae.config["scaling_factor"])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(4, h, w) of the UNet's latents."""
+        size = int(self.unet.config["sample_size"])
+        return int(self.unet.config["in_channels"]), size, size
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, in pixels."""
+        return self.latent_shape[1] * 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Move the networks; their fingerprint stays that of the weights as loaded."""
+        self.fingerprint()
+        for network in self.networks.values():
+            network.to(device)
+            if dtype is not None and dtype != network.dtype:
+                network.to(dtype)
+        return self
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of the weights of each network, whatever file they came from."""
+        if not self._fingerprint:
+            self._fingerprint = {name: weight_hash(network) for name, network in self.networks.items()}
+        return dict(self._fingerprint)
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Captions as token ids, int64 [B,L]."""
+        return token_ids(self.tokenizer, captions)
+
+    @torch.inference_mode()
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """The condition c, float32 [B,L,D], of token ids int64 [B,L]."""
+        hidden = self.text_encoder(ids.to(self.device)).last_hidden_state
+        return hidden.float()
+
+    def null_condition(self) -> Tensor:
+        """The encoded empty string, float32 [1,L,D]: what "unconditional" means in SnapFusion Eq. 3."""
+        return self.encode_text(self.tokenize([""]))
+
+    def predict(self, z_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        """The UNet's own output, eps or v, float32 [B,4,h,w]."""
+        dtype = self.unet.dtype
+        return self.unet(z_t.to(dtype), t, encoder_hidden_states=c.to(dtype)).sample.float()
+
+    def denoiser(self, c: Tensor, *, w: Tensor | float = 1.0, c_null: Tensor | None = None) -> Denoiser:
+        """The teacher with caption and guidance bound. SnapFusion Eq. 3 (Eq. 10 for v).
+
+        Both halves of the guidance go through the UNet as one batch of 2B. With w = 1 as a number the
+        unconditional half is not computed.
+        """
+        unguided = not isinstance(w, Tensor) and w == 1.0
+        if c_null is None and not unguided:
+            c_null = self.null_condition()
+
+        def denoise(z_t: Tensor, t: Tensor) -> Estimate:
+            if unguided:
+                output = self.predict(z_t, t, c)
+            else:
+                both = torch.cat([c_null.expand_as(c), c])  # type: ignore[union-attr]
+                uncond, cond = self.predict(z_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+                output = guide(cond=cond, uncond=uncond, w=w)
+            return self.schedule.estimate(output, z_t=z_t, t=t, prediction_type=self.prediction_type)
+
+        return denoise
+
+    @torch.inference_mode()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents float32 [B,4,h,w] of uint8 images [B,3,H,W]: posterior mean times the scaling factor."""
+        pixels = images.to(device=self.device, dtype=torch.float32) / 127.5 - 1.0
+        mean = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean
+        return mean.float() * self.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images float32 [B,3,H,W] in [-1, 1], clamped, of latents float32 [B,4,h,w]."""
+        unscaled = latents.to(self.device) / self.scaling_factor
+        images: Tensor = self.vae.decode(unscaled.to(self.vae.dtype)).sample
+        return images.float().clamp(-1.0, 1.0)
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the model to a table or a checkpoint that was made with it."""
+        return {
+            "weights": self.fingerprint(),
+            "prediction_type": self.prediction_type,
+            "scaling_factor": self.scaling_factor,
+            "latent_shape": list(self.latent_shape),
+            "schedule": {
+                "num_steps": self.schedule.num_steps,
+                "beta_start": self.schedule.beta_start,
+                "beta_end": self.schedule.beta_end,
+            },
+        }
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images float [-1, 1] as uint8 of the same shape, rounded to nearest."""
+    return ((images.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def weight_hash(network: nn.Module) -> str:
+    """SHA-256 over the names, shapes and float32 values of a network's tensors."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        sha.update(f"{name}{tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().data)
+    return sha.hexdigest()

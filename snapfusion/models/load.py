@@ -1,0 +1,176 @@
+"""A Stable Diffusion from wherever it lies: the bundled miniature, a folder, an object store, a hub.
+
+Weights are read from safetensors alone. A pickle can run code when it is opened, so none ever is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from snapfusion.models.bundle import Bundle
+from snapfusion.models.seal import check_seal
+from snapfusion.schedule import PREDICTION_TYPES, Schedule
+
+MINI = Path(__file__).parents[1] / "mini" / "weights" / "sd"
+"""The miniature that is bundled with this package."""
+
+_NETWORKS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+# Old CLIP checkpoints carry the positions 0..76 as a tensor; nothing is lost by leaving it.
+_HARMLESS = ("position_ids",)
+
+
+class ModelError(ValueError):
+    """A model that is missing, incomplete, altered or of a kind that is not accepted."""
+
+
+def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
+    """A Bundle from `source`, its networks on `device` in `dtype`, in evaluation mode.
+
+    Args:
+        source: "mini", a diffusers folder, a URL of one that fsspec can read, a hub id such as
+            "owner/name", or "random:sd15" (full size, random weights).
+        device: a torch device.
+        dtype: of the networks.
+
+    Raises:
+        ModelError: if it is not there, lacks a part, holds only pickled weights, or does not match its seal.
+    """
+    if source == "random:sd15":
+        from snapfusion.models.sd15 import random_bundle
+
+        return random_bundle().to(device, dtype)
+    return _load_folder(_locate(source), source=source).to(device, dtype)
+
+
+def _locate(source: str) -> Path:
+    if source == "mini":
+        return MINI
+    if "://" in source:
+        return _fetch(source)
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
+        raise ModelError(f"there is no model folder {source!r}; give a diffusers folder, a URL or a hub id")
+    return _download(source)
+
+
+def _cache(source: str) -> Path:
+    root = os.environ.get("SNAPFUSION_CACHE") or Path.home() / ".cache" / "snapfusion"
+    return Path(root) / "models" / hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def _fetch(url: str) -> Path:
+    """Copy a folder from object storage once; a half-made copy is never taken for a whole one."""
+    target = _cache(url)
+    if not target.is_dir():
+        partial = target.with_name(f"{target.name}.{os.getpid()}")
+        filesystem, path = fsspec.core.url_to_fs(url)
+        if not filesystem.exists(f"{path}/model_index.json"):
+            raise ModelError(f"{url} has no model_index.json: it is not a diffusers folder")
+        filesystem.get(f"{path}/", f"{partial}/", recursive=True)
+        partial.rename(target)
+    return target
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{hub_id!r} is neither a folder here nor a model the hub gave ({type(error).__name__}); "
+            "give a diffusers folder, a URL of one, or a hub id that this machine can reach"
+        ) from None
+
+
+def _load_folder(folder: Path, *, source: str) -> Bundle:
+    check_seal(folder)
+    networks = {name: _load_network(folder / name, source=source) for name in _NETWORKS}
+    settings = _read_json(folder / "scheduler" / "scheduler_config.json", source=source)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return Bundle(
+        tokenizer=tokenizer,
+        **networks,
+        schedule=_schedule(settings, source=source),
+        prediction_type=_prediction_type(settings, source=source),
+        source=source,
+    )
+
+
+def _load_network(folder: Path, *, source: str) -> Any:  # noqa: ANN401 - one of three network classes
+    config = folder / "config.json"
+    _read_json(config, source=source)
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        if pickles:
+            raise ModelError(
+                f"{source}: {folder.name} has only pickled weights ({', '.join(pickles)}), which are never "
+                "opened; save it as safetensors"
+            )
+        raise ModelError(f"{source}: {folder.name} has no weights (a .safetensors file)")
+    try:
+        network, told = _NETWORKS[folder.name].from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{source}: {folder.name}'s weights cannot be read: {reason}") from None
+    _check_complete(told, name=folder.name, source=source)
+    return network
+
+
+def _check_complete(told: dict[str, Any], *, name: str, source: str) -> None:
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        keys = [key for key in told.get(kind) or () if not str(key).endswith(_HARMLESS)]
+        if keys:
+            what = kind.removesuffix("_keys")
+            raise ModelError(f"{source}: {name} has {len(keys)} {what} tensors, for example {keys[0]}")
+
+
+def _read_json(path: Path, *, source: str) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except OSError:
+        raise ModelError(f"{source}: {path.parent.name}/{path.name} is missing") from None
+    except ValueError as error:
+        raise ModelError(f"{source}: {path.parent.name}/{path.name} is not JSON: {error}") from None
+    return values
+
+
+def _schedule(settings: dict[str, Any], *, source: str) -> Schedule:
+    kind = settings.get("beta_schedule", "linear")
+    if kind != "scaled_linear":
+        raise ModelError(f"{source}: beta_schedule is {kind!r}; 'scaled_linear' is accepted")
+    if settings.get("rescale_betas_zero_snr"):
+        raise ModelError(
+            f"{source}: rescaled betas (zero terminal SNR) are not accepted: x has no value at t=999"
+        )
+    return Schedule(
+        num_steps=settings.get("num_train_timesteps", 1000),
+        beta_start=settings.get("beta_start", 0.0001),
+        beta_end=settings.get("beta_end", 0.02),
+    )
+
+
+def _prediction_type(settings: dict[str, Any], *, source: str) -> Any:  # noqa: ANN401 - checked literal
+    kind = settings.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_TYPES:
+        raise ModelError(
+            f"{source}: prediction_type is {kind!r}; {' or '.join(PREDICTION_TYPES)} is accepted"
+        )
+    return kind
