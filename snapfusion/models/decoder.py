@@ -64,7 +64,7 @@ class DecoderConfig(Settings):
         """Half the channels at every level, and half the groups, so that a group keeps its size.
 
         Raises:
-            ValueError: if a width or the number of groups is odd, or the VAE is of a kind this decoder is not.
+            ValueError: if a width or the number of groups is odd, or the VAE's kind is another.
         """
         full = vae.config
         kinds = set(full.up_block_types)
@@ -113,9 +113,10 @@ class HalfDecoder(nn.Module):
     def from_vae(cls, vae: AutoencoderKL, *, init: Initialization = "leading", seed: int = 0) -> Self:
         """The half-width decoder of `vae`, float32 on the VAE's device.
 
-        The channel choice of "leading": of every tensor of the full decoder the leading half of each dimension
-        that counts channels is kept. Attention has one head, whose leading half stays. GroupNorm's groups are
-        consecutive channels, and their number is halved with the width, so every group that stays is intact.
+        The channel choice of "leading": of every tensor of the full decoder the leading half of each
+        dimension that counts channels is kept. Attention has one head, whose leading half stays. GroupNorm's
+        groups are consecutive channels, and their number is halved with the width, so every group that stays
+        is intact.
         "random" draws all weights but the post-quant convolution's anew from `seed`; it is there to be
         compared with.
 
