@@ -8,6 +8,7 @@ normal samplers promise neither.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,15 +19,16 @@ from torch import Tensor
 def noise_key(*parts: str | int) -> int:
     """A 63-bit key from what identifies a row, for example (seed, row id, draw).
 
-    63 bits, because Delta tables hold signed 64-bit integers.
+    63 bits, because Delta tables hold signed 64-bit integers. Different parts are different JSON texts, so
+    no id can be made to look like two parts.
 
     Raises:
         ValueError: if no part is given.
+        TypeError: for a NumPy integer, which would print differently from the int that equals it.
     """
     if not parts:
         raise ValueError("a noise key needs at least one part")
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
