@@ -29,7 +29,7 @@ def time_grid(num_steps: int, *, schedule_steps: int = 1000) -> tuple[int, ...]:
     """
     if not 1 <= num_steps <= schedule_steps:
         raise ValueError(f"num_steps is {num_steps}; 1 .. {schedule_steps} is accepted")
-    # round() of a Fraction is exact and rounds half to even; floats would not decide ties reliably.
+    # A Fraction is exact and rounds half to even; a float step of T / N, added up, would drift off the ties.
     return tuple(round(Fraction(schedule_steps * k, num_steps)) - 1 for k in range(num_steps, -1, -1))
 
 
@@ -66,7 +66,7 @@ def trajectory(
 
 
 def sample(denoiser: Denoiser, z_t: Tensor, *, grid: Sequence[int], schedule: Schedule) -> Tensor:
-    """The latent at the end of `grid`, [B,4,h,w] float32, from noise z_t at its start."""
+    """The latent at the end of `grid`, [B,4,h,w] float32, from noise z_t at its start. SnapFusion Eq. 2."""
     for _, latent, _ in trajectory(denoiser, z_t, grid=grid, schedule=schedule):
         z_t = latent
     return z_t

@@ -25,7 +25,7 @@ PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 
 
 class Estimate(NamedTuple):
-    """What a denoiser believes: the clean latent and the noise, each [B,4,h,w] float32."""
+    """What a denoiser believes: the clean latent and the noise, each [B,4,h,w] float32. SnapFusion Eq. 2."""
 
     x: Tensor
     eps: Tensor
@@ -59,15 +59,15 @@ class Schedule:
         object.__setattr__(self, "_sigmas", torch.cat([clean - 1.0, (1.0 - alpha_bar).sqrt()]))
 
     def alpha(self, t: Tensor) -> Tensor:
-        """alpha_t as [B,1,1,1] float32 on t's device, for t [B] int64 in -1 .. T-1."""
+        """alpha_t as [B,1,1,1] float32 on t's device, for t [B] int64 in -1 .. T-1. SnapFusion Eq. 1."""
         return self._lookup("_alphas", t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """sigma_t as [B,1,1,1] float32 on t's device, for t [B] int64 in -1 .. T-1."""
+        """sigma_t as [B,1,1,1] float32 on t's device, for t [B] int64 in -1 .. T-1. SnapFusion Eq. 1."""
         return self._lookup("_sigmas", t)
 
     def snr(self, t: Tensor) -> Tensor:
-        """alpha_t^2 / sigma_t^2 as [B,1,1,1] float32; infinite at the clean end."""
+        """alpha_t^2 / sigma_t^2 as [B,1,1,1] float32; infinite at the clean end. SnapFusion Eq. 9."""
         return (self.alpha(t) / self.sigma(t)) ** 2
 
     def _lookup(self, table: str, t: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Schedule:
     def estimate(
         self, output: Tensor, *, z_t: Tensor, t: Tensor, prediction_type: PredictionType
     ) -> Estimate:
-        """x and eps from what a network put out, in float32.
+        """x and eps from what a network put out, in float32. SnapFusion Eq. 2 for eps, Eq. 7 for v.
 
         Args:
             output: [B,4,h,w], eps or v as `prediction_type` says.
