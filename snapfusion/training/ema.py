@@ -1,0 +1,58 @@
+"""Exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """avg <- d avg + (1 - d) theta after every step, in float32.
+
+    d = min(decay, (1 + step) / (10 + step)), so that a short run does not carry its first weights along. The
+    warm-up is ours: the paper names no average.
+
+    Args:
+        model: gives the first values.
+        decay: the limit of d, in 0 .. 1 without the ends.
+
+    Raises:
+        ValueError: if `decay` is out of range.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float) -> None:
+        if not 0.0 < decay < 1.0:
+            raise ValueError(f"decay is {decay}; a number between 0 and 1 is needed")
+        self.decay = decay
+        self.averages: dict[str, Tensor] = {
+            name: tensor.detach().float().clone() if tensor.is_floating_point() else tensor.detach().clone()
+            for name, tensor in model.state_dict().items()
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, *, step: int) -> None:
+        """Take in the weights after step `step`, counted from 1. Numbers that are no fractions are copied."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, tensor in model.state_dict().items():
+            average = self.averages[name]
+            if average.is_floating_point():
+                average.lerp_(tensor.float(), 1.0 - decay)
+            else:
+                average.copy_(tensor)
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Put the averages into `model`."""
+        model.load_state_dict(self.averages)
+
+    def load(self, averages: Mapping[str, Tensor]) -> None:
+        """Continue from averages that were saved.
+
+        Raises:
+            ValueError: if their names or shapes are others.
+        """
+        if {n: t.shape for n, t in averages.items()} != {n: t.shape for n, t in self.averages.items()}:
+            raise ValueError("the saved averages are those of another model")
+        for name, average in self.averages.items():
+            average.copy_(averages[name])

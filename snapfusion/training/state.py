@@ -1,0 +1,94 @@
+"""Everything that training resumes from: weights, the optimizer's moments, the average, the step, the curve.
+
+No random generator's state is among it, because all randomness here is a function of the seed and the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snapfusion.training.ema import Ema
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+"""Named groups of named tensors; a checkpoint keeps each group in a file of its own."""
+
+
+class StateError(ValueError):
+    """A saved state that belongs to another model or another optimizer."""
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """A training in its course.
+
+    Attributes:
+        model: the bare network, not wrapped for distribution.
+        optimizer: over `model`'s parameters, in their order.
+        ema: the average of the weights, or None.
+        step: optimizer steps done.
+        curve: what the run wants to remember of its course; plain JSON values.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None = None
+    step: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors, by group ("model", "optimizer", "ema") and name."""
+        groups = {"model": dict(self.model.state_dict()), "optimizer": self._moments()}
+        if self.ema is not None:
+            groups["ema"] = dict(self.ema.averages)
+        return groups
+
+    def values(self) -> dict[str, Any]:
+        """What is not a tensor, as JSON values."""
+        return {"step": self.step, "curve": self.curve}
+
+    def restore(self, tensors: Groups, values: Mapping[str, Any]) -> None:
+        """Continue exactly where the saved state stood.
+
+        Raises:
+            StateError: if the saved state is that of another model, optimizer or kind of average.
+        """
+        expected = {"model", "optimizer"} | ({"ema"} if self.ema is not None else set())
+        if set(tensors) != expected:
+            raise StateError(f"the saved state holds {sorted(tensors)}; {sorted(expected)} is needed")
+        try:
+            self.model.load_state_dict(dict(tensors["model"]))
+            if self.ema is not None:
+                self.ema.load(tensors["ema"])
+            self._load_moments(tensors["optimizer"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise StateError(f"the saved state does not fit this training: {error}") from error
+        self.step = int(values["step"])
+        self.curve = [dict(point) for point in values["curve"]]
+
+    def final_weights(self) -> dict[str, Tensor]:
+        """The weights to use: the average where one is kept, else the last."""
+        return dict(self.ema.averages if self.ema is not None else self.model.state_dict())
+
+    def _moments(self) -> dict[str, Tensor]:
+        states = self.optimizer.state_dict()["state"]
+        names = [name for name, _ in self.model.named_parameters()]
+        return {
+            f"{names[index]}/{key}": torch.as_tensor(value)
+            for index, state in states.items()
+            for key, value in state.items()
+        }
+
+    def _load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        indices = {name: index for index, (name, _) in enumerate(self.model.named_parameters())}
+        states: dict[int, dict[str, Tensor]] = {}
+        for path, tensor in moments.items():
+            name, _, key = path.rpartition("/")
+            states.setdefault(indices[name], {})[key] = tensor
+        # The hyperparameters are settings, not state: those of this run hold.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
