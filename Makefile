@@ -1,0 +1,43 @@
+# Needs: make, git, and Python 3.11 or 3.12 with its venv module. No compiler, no root, no GPU.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?=
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: help setup demo test check lint format bench clean
+
+help: ## list these targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+setup: $(INSTALLED) ## make .venv and install everything into it (3.5 GB to download, once)
+
+demo: setup ## run recipe mini from shards to the mobile decoder, into runs/demo
+	@$(BIN)/python -m jobs.run_pipeline --recipe mini --out runs/demo
+
+test: setup ## run the tests
+	@$(BIN)/pytest -m "not slow"
+
+check: lint test ## the one gate: format, lint, types, tests
+
+lint: setup ## format, lint and types only
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: setup ## rewrite the code in the house's format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: setup ## measurements and long tests (marked slow), tens of minutes
+	@$(BIN)/pytest -m slow --capture=no
+
+clean: ## delete the environment and the caches; runs/ is kept
+	@rm -rf .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml infra/constraints.txt infra/setup.sh
+	@PYTHON="$(PYTHON)" infra/setup.sh
+	@touch $@
