@@ -1,0 +1,212 @@
+"""A table snapshot as the sequence of global batches that training sees, and its held-out rows.
+
+The sequence depends on the seed and the position only: not on the number of workers, not on a restart. Each
+rank reads the windows that its share of a batch lies in, and decodes its own rows. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Annotated, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from pipelines.order import RowOrder, Window, share
+from pipelines.prefetch import Prefetched
+from pipelines.schemas import array_of, from_png
+from pipelines.tables import UnitFile
+from snapfusion.noise import noise_key
+from snapfusion.settings import Settings
+from snapfusion.training.batch import Batch
+
+READERS = 8
+"""Threads that count the rows of units, each of which is a round trip to the store."""
+
+
+class LoaderError(ValueError):
+    """A row that cannot be decoded, or a table that is not what it was when its rows were counted."""
+
+
+class LoaderSettings(Settings):
+    """How rows are chosen and shuffled.
+
+    Attributes:
+        window_units: units whose rows are shuffled together; twice as many are in memory.
+        held_out: fraction of the rows that is kept for evaluation, chosen by a hash of the row's id.
+    """
+
+    window_units: PositiveInt = 8
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Table(Protocol):
+    """What is needed of a snapshot (`pipelines.tables.Snapshot`)."""
+
+    @property
+    def units(self) -> list[UnitFile]:
+        """The files, ordered by unit."""
+        ...
+
+    def read_unit(self, unit: UnitFile, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of one unit."""
+        ...
+
+
+def is_held_out(row_id: str, *, fraction: float) -> bool:
+    """Whether a row is kept for evaluation: its id hashes into the last `fraction`. No seed changes this."""
+    return noise_key("held out", row_id) >= (1.0 - fraction) * 2.0**63
+
+
+def count_trainable(table: Table, *, held_out: float) -> list[int]:
+    """The rows of each unit that training may see. Reads the ids, unless nothing is held out."""
+    if held_out == 0.0:
+        return [unit.rows for unit in table.units]
+    with ThreadPoolExecutor(READERS) as readers:
+        ids = readers.map(lambda unit: table.read_unit(unit, ["id"])["id"].to_pylist(), table.units)
+        return [sum(not is_held_out(row, fraction=held_out) for row in unit) for unit in ids]
+
+
+class BatchLoader:
+    """The batches of one training.
+
+    Args:
+        table: a pinned snapshot.
+        columns: those a batch has as tensors (see `to_batch`).
+        global_batch: rows of a step, over all ranks.
+        seed: of the order.
+        settings: how rows are chosen.
+        counts: what `count_trainable` gave, where somebody has counted already.
+
+    Raises:
+        ValueError: if there is no row to train on.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        *,
+        columns: Sequence[str],
+        global_batch: int,
+        seed: int,
+        settings: LoaderSettings,
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        self._table, self._global_batch = table, global_batch
+        self._columns = ["id", *columns]
+        self._held_out = settings.held_out
+        self._counts = list(counts or count_trainable(table, held_out=settings.held_out))
+        self._order = RowOrder(self._counts, window_units=settings.window_units, seed=seed)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that training sees once an epoch."""
+        return self._order.rows_per_epoch
+
+    def batches(self, start: int, *, rank: int = 0, world: int = 1, depth: int = 2) -> Prefetched[Batch]:
+        """This rank's share of global batch `start`, `start` + 1, ... without end.
+
+        Reading and decoding go on in the background, `depth` batches and one window ahead. To be closed.
+        """
+        return Prefetched(self._batches(start, rank=rank, world=world), depth=depth)
+
+    def held_out(self, *, rows: int, limit: int | None = None) -> Iterator[Batch]:
+        """The held-out rows in the table's own order, in batches of `rows`, at most `limit` of them."""
+        left = limit
+        for unit in self._table.units:
+            ids = self._table.read_unit(unit, ["id"])["id"].to_pylist()
+            chosen = [row for row, row_id in enumerate(ids) if self._is_held_out(row_id)][:left]
+            if chosen:
+                found = self._table.read_unit(unit, self._columns).take(pa.array(chosen))
+                yield from to_batch(found).split(rows)
+            if left is not None:
+                left -= len(chosen)
+                if left <= 0:
+                    return
+
+    def _is_held_out(self, row_id: str) -> bool:
+        return is_held_out(row_id, fraction=self._held_out)
+
+    def _batches(self, start: int, *, rank: int, world: int) -> Iterator[Batch]:
+        with ThreadPoolExecutor(1) as reader:
+            windows = self._windows(start * self._global_batch, reader=reader)
+            window, rows = next(windows)
+            for step in itertools.count(start):
+                first, stop = share(
+                    step * self._global_batch, rows=self._global_batch, rank=rank, world=world
+                )
+                parts = []
+                while first < stop:
+                    if first >= window.stop:
+                        window, rows = next(windows)
+                        continue
+                    end = min(stop, window.stop)
+                    parts.append(rows.result().slice(first - window.start, end - first))
+                    first = end
+                yield to_batch(pa.concat_tables(parts))
+
+    def _windows(
+        self, position: int, *, reader: ThreadPoolExecutor
+    ) -> Iterator[tuple[Window, Future[pa.Table]]]:
+        """Each window with its rows, the next one being read meanwhile."""
+        planned = ((window, reader.submit(self._read, window)) for window in self._order.windows(position))
+        current = next(planned)
+        while True:
+            following = next(planned)
+            yield current
+            current = following
+
+    def _read(self, window: Window) -> pa.Table:
+        """The rows of a window that may be trained on, shuffled."""
+        units = [self._table.units[index] for index in window.units]
+        tables = [self._table.read_unit(unit, self._columns) for unit in units]
+        for index, table in enumerate(tables):
+            if self._held_out:
+                mask = [not self._is_held_out(row_id) for row_id in table["id"].to_pylist()]
+                tables[index] = table.filter(pa.array(mask, pa.bool_()))
+            if tables[index].num_rows != self._counts[window.units[index]]:
+                raise LoaderError(
+                    f"{units[index].path} has {tables[index].num_rows} rows to train on, "
+                    f"{self._counts[window.units[index]]} were counted: the file was changed"
+                )
+        return pa.concat_tables(tables).take(pa.array(window.permutation()))
+
+
+def to_batch(rows: pa.Table) -> Batch:
+    """Rows as tensors.
+
+    arrays (binary, its field stating shape and dtype)   float32 [B, *shape] of floats, int64 of integers
+    PNG images (binary, its field stating format png)    uint8 [B,3,H,W]
+    numbers                                              [B] in their own dtype
+
+    Raises:
+        LoaderError: if a column is missing from a row, has another form, or cannot be decoded.
+    """
+    ids = tuple(rows["id"].to_pylist())
+    columns = {
+        field.name: _decode(rows[field.name], field, ids=ids) for field in rows.schema if field.name != "id"
+    }
+    return Batch(ids=ids, columns=columns)
+
+
+def _decode(column: pa.ChunkedArray, field: pa.Field, *, ids: Sequence[str]) -> Tensor:
+    if column.null_count:
+        missing = ids[column.is_null().index(True).as_py()]
+        raise LoaderError(
+            f"row {missing} has no {field.name}: the table was made without, and the recipe asks for it"
+        )
+    try:
+        if (field.metadata or {}).get(b"format") == b"png":
+            images = [torch.from_numpy(from_png(data).copy()) for data in column.to_pylist()]
+            return torch.stack(images).permute(0, 3, 1, 2).contiguous()
+        if pa.types.is_binary(field.type):
+            values = array_of(field).unpack(column.to_pylist())
+            return torch.from_numpy(values.astype(np.float32 if values.dtype.kind == "f" else np.int64))
+        return torch.from_numpy(column.to_numpy().copy())
+    except (ValueError, OSError, TypeError, RuntimeError) as error:
+        raise LoaderError(f"column {field.name} of rows {ids[0]} .. {ids[-1]}: {error}") from error

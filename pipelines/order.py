@@ -1,0 +1,97 @@
+"""The order in which training reads rows: a function of the seed and the position, of nothing else.
+
+    epoch ─ its units, shuffled ─ windows of a few units ─ the rows of a window, shuffled ─ global batches
+
+Epochs follow each other without a seam: a batch may end one and begin the next. No position needs what
+was before it to be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from snapfusion.noise import noise_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A run of positions whose rows are shuffled among themselves.
+
+    Attributes:
+        units: indices of the units whose rows it holds, in the order in which they are read.
+        start: position of its first row.
+        key: of the shuffle.
+        rows: how many it holds.
+    """
+
+    units: tuple[int, ...]
+    start: int
+    key: int
+    rows: int
+
+    @property
+    def stop(self) -> int:
+        """The position after its last row."""
+        return self.start + self.rows
+
+    def permutation(self) -> np.ndarray:
+        """Which row of the window, in reading order, stands at each position: int64 [rows]."""
+        return shuffle(self.key, self.rows)
+
+
+class RowOrder:
+    """Every row once an epoch, for ever.
+
+    Args:
+        rows: of each unit, in the order of their names.
+        window_units: units whose rows are shuffled together; as many are in memory at a time, and the next.
+        seed: of all shuffles.
+
+    Raises:
+        ValueError: if there is no row at all, or `window_units` is below 1.
+    """
+
+    def __init__(self, rows: Sequence[int], *, window_units: int, seed: int) -> None:
+        if window_units < 1:
+            raise ValueError(f"window_units is {window_units}; at least 1 is needed")
+        if sum(rows) < 1:
+            raise ValueError("there is no row to train on; the table is empty, or all of it is held out")
+        self._rows = np.asarray(rows, dtype=np.int64)
+        self._window_units, self._seed = window_units, seed
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of an epoch."""
+        return int(self._rows.sum())
+
+    def windows(self, position: int) -> Iterator[Window]:
+        """The windows from the one that holds `position` on, without end."""
+        epoch = position // self.rows_per_epoch
+        while True:
+            for window in self._epoch(epoch):
+                if window.stop > position:
+                    yield window
+            epoch += 1
+
+    def _epoch(self, epoch: int) -> Iterator[Window]:
+        units = shuffle(noise_key("units", self._seed, epoch), len(self._rows))
+        start = epoch * self.rows_per_epoch
+        for number, first in enumerate(range(0, len(units), self._window_units)):
+            chosen = units[first : first + self._window_units]
+            rows = int(self._rows[chosen].sum())
+            key = noise_key("window", self._seed, epoch, number)
+            yield Window(units=tuple(chosen.tolist()), start=start, key=key, rows=rows)
+            start += rows
+
+
+def shuffle(key: int, count: int) -> np.ndarray:
+    """0 .. count-1 in an order that follows from `key`, with every version of NumPy: int64 [count]."""
+    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
+
+
+def share(position: int, *, rows: int, rank: int, world: int) -> tuple[int, int]:
+    """The part [first, stop) of the `rows` positions from `position` on that falls to `rank` of `world`."""
+    return position + rows * rank // world, position + rows * (rank + 1) // world
