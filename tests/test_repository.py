@@ -1,0 +1,104 @@
+"""The repository's frame: make targets, constraints, cluster files, and a README that shows what is there."""
+
+import json
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray.autoscaler
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+CLUSTER = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+NODE_TYPES = CLUSTER["available_node_types"]
+GENERATED = {"__pycache__", "runs", "build"}
+
+
+def direct_dependencies() -> dict[str, Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    return {requirement.name: requirement for requirement in map(Requirement, lines)}
+
+
+def constraints() -> dict[str, str]:
+    lines = (ROOT / "infra/constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_every_direct_dependency_is_pinned_within_what_is_accepted():
+    pinned = constraints()
+    for name, requirement in direct_dependencies().items():
+        assert pinned[name] in requirement.specifier
+
+
+def test_ray_brings_what_job_submission_and_training_need():
+    assert direct_dependencies()["ray"].extras == {"default", "data", "train"}
+
+
+def test_no_package_index_is_named():
+    for name in (
+        "pyproject.toml",
+        "infra/constraints.txt",
+        "infra/setup.sh",
+        "Makefile",
+        ".ci/run",
+        "infra/Dockerfile",
+    ):
+        assert not re.search(r"https?://|index-url|find-links", (ROOT / name).read_text()), name
+
+
+def test_make_help_lists_every_target():
+    text = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split())
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[0] for line in shown.splitlines()} == targets
+    assert {"setup", "demo", "test", "check", "bench", "help"} <= targets
+
+
+@pytest.mark.parametrize("script", [".ci/run", "infra/setup.sh"])
+def test_scripts_are_executable_and_stop_at_the_first_error(script):
+    path = ROOT / script
+    assert path.stat().st_mode & 0o111
+    assert "set -euo pipefail" in path.read_text()
+
+
+def test_the_cluster_file_fits_rays_own_schema():
+    schema = Path(ray.autoscaler.__file__).parent / "ray-schema.json"
+    jsonschema.validate(CLUSTER, json.loads(schema.read_text()))
+
+
+def test_the_cluster_keeps_trainers_off_spot_and_tasks_off_the_head():
+    on_spot = {name for name, kind in NODE_TYPES.items() if "InstanceMarketOptions" in kind["node_config"]}
+    assert on_spot == {"decode", "teacher"}
+    assert NODE_TYPES[CLUSTER["head_node_type"]]["resources"] == {"CPU": 0}
+
+
+def test_every_worker_may_reach_the_bucket_and_knows_its_role():
+    for name, kind in NODE_TYPES.items():
+        assert kind["labels"]["role"] == name
+        assert name == "head" or kind["node_config"]["IamInstanceProfile"]
+
+
+def test_the_cluster_has_room_for_every_worker_type_at_its_largest():
+    assert CLUSTER["max_workers"] == sum(kind.get("max_workers", 0) for kind in NODE_TYPES.values())
+
+
+def test_images_run_the_ray_that_is_pinned():
+    version = constraints()["ray"]
+    assert CLUSTER["docker"]["image"].startswith(f"rayproject/ray:{version}-")
+    assert f"FROM rayproject/ray:{version}-" in (ROOT / "infra/Dockerfile").read_text()
+    kuberay = yaml.safe_load((ROOT / "infra/kuberay/cluster.yaml").read_text())
+    assert kuberay["spec"]["rayVersion"] == version
+    assert kuberay["spec"]["authOptions"] == {"mode": "token"}
+
+
+def test_the_kubernetes_job_runs_on_the_kubernetes_cluster():
+    cluster = yaml.safe_load((ROOT / "infra/kuberay/cluster.yaml").read_text())
+    job = yaml.safe_load((ROOT / "infra/kuberay/job.yaml").read_text())
+    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+    # KubeRay refuses retries of a job on a cluster that is not its own.
+    assert "backoffLimit" not in job["spec"]
