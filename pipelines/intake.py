@@ -1,0 +1,129 @@
+"""Takes finished units in as they arrive: commits them in groups, counts, stops when too much is rejected."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import fsspec
+from pydantic import Field
+
+from pipelines.commits import Written, adopt, commit_units, restore_accounts
+from pipelines.storage import absolute
+from pipelines.tables import open_table
+from snapfusion.settings import Settings
+
+
+class TooManyRejected(RuntimeError):
+    """The rejected fraction is above its bound; what was committed stays, and the job stops."""
+
+
+class Bounds(Settings):
+    """When to commit, and when to stop.
+
+    Attributes:
+        commit_seconds: units that arrive within this time share a commit.
+        max_rejected: fraction of rows read that may be set aside.
+        judged_after: rows read before the fraction is judged.
+    """
+
+    commit_seconds: float = Field(5.0, ge=0.0)
+    max_rejected: float = Field(0.5, ge=0.0, le=1.0)
+    judged_after: int = Field(200, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a job is. Rows are rows read; `total` is None where the sources do not say."""
+
+    rows: int
+    total: int | None
+    rejected: int
+    units: int
+    first_rows: int
+    steady_seconds: float
+
+    @property
+    def rate(self) -> float | None:
+        """Rows a second since the first unit arrived, so without the start of workers; None before that."""
+        return (self.rows - self.first_rows) / self.steady_seconds if self.steady_seconds > 0 else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the rate so far; None where rate or total is not known."""
+        return None if self.total is None or not self.rate else max(self.total - self.rows, 0) / self.rate
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def recover(url: str) -> int:
+    """Commit the data files that a killed run left uncommitted, and restore lost accounts; returns how many.
+
+    A data file is written whole or not at all, and states its own account: it stands as it is.
+    """
+    location = absolute(url)
+    committed = {file.path for file in open_table(url).units}
+    filesystem, path = fsspec.core.url_to_fs(location)
+    names = [entry.rsplit("/", 1)[1] for entry in filesystem.ls(path, detail=False)]
+    # A name that begins with a dot is a file that was being written when its writer was killed.
+    whole = [name for name in sorted(names) if name.endswith(".parquet") and not name.startswith(".")]
+    orphans = [f"{location}/{name}" for name in whole if f"{location}/{name}" not in committed]
+    waiting = [adopt(orphan) for orphan in orphans]
+    commit_units(url, waiting)
+    return len(waiting) + restore_accounts(url)
+
+
+def take_in(
+    url: str,
+    finished: Iterable[Written],
+    *,
+    bounds: Bounds,
+    total: int | None,
+    on_progress: OnProgress | None = None,
+) -> Progress:
+    """Commit units while they arrive; returns the last progress.
+
+    Raises:
+        TooManyRejected: when more than `bounds.max_rejected` of the rows read were set aside.
+    """
+    progress = Progress(rows=0, total=total, rejected=0, units=0, first_rows=0, steady_seconds=0.0)
+    waiting: list[Written] = []
+    first = committed = time.monotonic()
+    for file in finished:
+        now = time.monotonic()
+        first = first if progress.units else now
+        waiting.append(file)
+        progress = _advance(progress, file, steady_seconds=now - first)
+        if now - committed >= bounds.commit_seconds:
+            commit_units(url, waiting)
+            waiting, committed = [], now
+        _judge(progress, bounds, url=url, waiting=waiting)
+        if on_progress:
+            on_progress(progress)
+    commit_units(url, waiting)
+    return progress
+
+
+def _advance(progress: Progress, file: Written, *, steady_seconds: float) -> Progress:
+    rows = file.account.rows_read
+    return Progress(
+        rows=progress.rows + rows,
+        total=progress.total,
+        rejected=progress.rejected + len(file.account.rejections),
+        units=progress.units + 1,
+        first_rows=progress.first_rows if progress.units else rows,
+        steady_seconds=steady_seconds,
+    )
+
+
+def _judge(progress: Progress, bounds: Bounds, *, url: str, waiting: list[Written]) -> None:
+    if progress.rows < bounds.judged_after or progress.rejected <= bounds.max_rejected * progress.rows:
+        return
+    commit_units(url, waiting)
+    raise TooManyRejected(
+        f"{progress.rejected} of {progress.rows} rows were rejected, more than the bound of "
+        f"{bounds.max_rejected:.0%}; look at the reasons in {url}.rejects, then mend the source or raise "
+        "max_rejected"
+    )

@@ -1,0 +1,137 @@
+"""The columns of each kind of table, and the bytes behind its binary columns.
+
+Arrays are stored as `binary` in C order, little-endian; the field's metadata states shape and dtype, and
+every value's length is checked when it is packed and when it is read.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+SCHEMA_VERSION = 1
+
+REJECTS = pa.schema(
+    [
+        ("unit", pa.string()),
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+"""Rows set aside; they count when `unit` is committed in the main table."""
+
+UNITS = pa.schema(
+    [
+        ("unit", pa.string()),
+        ("source", pa.string()),
+        ("account", pa.string()),
+        ("rows_read", pa.int64()),
+        ("rows_written", pa.int64()),
+        ("rows_rejected", pa.int64()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("seconds", pa.float64()),
+    ]
+)
+"""One row a committed unit: what its data file says of itself, its hash, and the seconds it took if known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Array:
+    """The shape and dtype of a binary column's values."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def field(self, name: str) -> pa.Field:
+        """The Arrow field, its metadata stating shape and dtype."""
+        shape = ",".join(map(str, self.shape))
+        return pa.field(name, pa.binary(), metadata={"shape": shape, "dtype": self.dtype})
+
+    def pack(self, values: np.ndarray) -> list[bytes]:
+        """One value a row of `values` [B, *shape].
+
+        Raises:
+            ValueError: if the shape differs.
+        """
+        if len(values) == 0:
+            return []
+        if values.shape[1:] != self.shape:
+            raise ValueError(f"values of shape {values.shape[1:]} given, {self.shape} is accepted")
+        return [row.tobytes() for row in np.ascontiguousarray(values, dtype=self.dtype)]
+
+    def unpack(self, values: Sequence[bytes]) -> np.ndarray:
+        """The values as one array [B, *shape].
+
+        Raises:
+            ValueError: if a value's length differs.
+        """
+        expected = int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+        for row, value in enumerate(values):
+            if len(value) != expected:
+                raise ValueError(
+                    f"row {row} has {len(value)} bytes, {self.dtype} {self.shape} has {expected}"
+                )
+        return np.frombuffer(b"".join(values), dtype=self.dtype).reshape(len(values), *self.shape)
+
+
+def array_of(field: pa.Field) -> Array:
+    """What a binary field's metadata states.
+
+    Raises:
+        ValueError: if the field states nothing.
+    """
+    stated = field.metadata or {}
+    if b"shape" not in stated or b"dtype" not in stated:
+        raise ValueError(f"column {field.name!r} states no shape and dtype")
+    shape = tuple(int(side) for side in stated[b"shape"].decode().split(","))
+    return Array(shape=shape, dtype=stated[b"dtype"].decode())
+
+
+def latents_schema(*, latent_shape: Sequence[int], num_tokens: int) -> pa.Schema:
+    """LATENTS: one row an image. `latent` is the posterior mean times the scaling factor."""
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("source_id", pa.string()),
+            ("caption", pa.string()),
+            Array(shape=(num_tokens,), dtype="<i4").field("token_ids"),
+            Array(shape=tuple(latent_shape), dtype="<f2").field("latent"),
+        ]
+    )
+
+
+def pairs_schema(*, latent_shape: Sequence[int], num_tokens: int) -> pa.Schema:
+    """PAIRS: one row a (caption, draw); `image` is the teacher's decode as PNG, null if left out."""
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("source_id", pa.string()),
+            ("caption", pa.string()),
+            Array(shape=(num_tokens,), dtype="<i4").field("token_ids"),
+            ("noise_key", pa.int64()),
+            ("draw", pa.int32()),
+            Array(shape=tuple(latent_shape), dtype="<f2").field("latent"),
+            pa.field("image", pa.binary(), metadata={"format": "png"}),
+        ]
+    )
+
+
+def to_png(image: np.ndarray) -> bytes:
+    """A uint8 image [H,W,3] as PNG: lossless, and the same bytes for the same pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+def from_png(data: bytes) -> np.ndarray:
+    """A PNG as uint8 [H,W,3]."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))

@@ -1,0 +1,86 @@
+"""Objects that are written once, on a local disk or in any store that fsspec knows."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+import fsspec
+
+
+class StorageError(ValueError):
+    """A place that cannot be read or written; the message says which and why."""
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` is a path of this machine's file system."""
+    return "://" not in url or url.startswith("file://")
+
+
+def absolute(url: str) -> str:
+    """A local path as an absolute one; any other URL as it is, without a slash at the end."""
+    if is_local(url):
+        return str(Path(url.removeprefix("file://")).absolute())
+    return url.rstrip("/")
+
+
+def write_once(url: str, data: bytes) -> bool:
+    """Make the object `url` with `data`, whole or not at all; False if it is there already.
+
+    An existing object is never touched: of two writers one wins, and the other is told.
+
+    Raises:
+        StorageError: if the place cannot be written.
+    """
+    try:
+        return _write_local(Path(absolute(url)), data) if is_local(url) else _write_remote(url, data)
+    except OSError as error:
+        raise StorageError(f"{url} cannot be written: {error}") from error
+
+
+def read_bytes(url: str) -> bytes:
+    """The object's content.
+
+    Raises:
+        StorageError: if it cannot be read.
+    """
+    try:
+        with fsspec.open(url, "rb") as file:
+            return bytes(file.read())
+    except OSError as error:
+        raise StorageError(f"{url} cannot be read: {error}") from error
+
+
+def exists(url: str) -> bool:
+    """Whether the object or folder is there."""
+    filesystem, path = fsspec.core.url_to_fs(url)
+    return bool(filesystem.exists(path))
+
+
+def _write_local(path: Path, data: bytes) -> bool:
+    if path.exists():
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # A link, unlike a rename, fails where the name is taken.
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _write_remote(url: str, data: bytes) -> bool:
+    filesystem, path = fsspec.core.url_to_fs(url)
+    try:
+        filesystem.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    return True

@@ -1,0 +1,189 @@
+"""Delta Lake tables whose rows arrive unit by unit, each exactly once.
+
+A table at `url` is plain Parquet files and a transaction log. Beside it lie `url.rejects` (rows set aside)
+and `url.units` (one row a unit); both can be made again from the data files' own accounts, so the log of the
+main table is the only thing that decides what is committed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
+
+from pipelines.account import Account
+from pipelines.schemas import REJECTS, SCHEMA_VERSION, UNITS
+from pipelines.storage import absolute, read_bytes
+from snapfusion.settings import digest
+
+_IDENTITY = "snapfusion.identity"
+# The log is the account of what is committed: nothing in it may expire.
+_KEEP_LOG = {"delta.logRetentionDuration": "interval 36500 days", "delta.enableExpiredLogCleanup": "false"}
+
+
+class TableError(ValueError):
+    """A table that is missing, is not ours, or does not fit; the message names the difference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitFile:
+    """A committed unit: its name, its file, its size and rows."""
+
+    unit: str
+    path: str
+    rows: int
+    size: int
+
+
+class Snapshot:
+    """One version of a table: a fixed list of files, read in order of their units."""
+
+    def __init__(self, url: str, delta: DeltaTable) -> None:
+        self.url = url
+        self.version: int = delta.version()
+        self.identity: dict[str, Any] = json.loads(_configuration(delta).get(_IDENTITY, "{}"))
+        self._actions = pa.table(delta.get_add_actions(flatten=True))
+
+    @cached_property
+    def units(self) -> list[UnitFile]:
+        """The committed units, ordered by name: the log's own order is that of arrival."""
+        rows = self._actions.select(["path", "size_bytes", "num_records"]).to_pylist()
+        files = [
+            UnitFile(
+                unit=row["path"].removesuffix(".parquet"),
+                path=f"{self.url}/{row['path']}",
+                rows=row["num_records"],
+                size=row["size_bytes"],
+            )
+            for row in rows
+        ]
+        return sorted(files, key=lambda file: file.unit)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all units."""
+        return sum(file.rows for file in self.units)
+
+    def read_unit(self, unit: UnitFile, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of one unit, in the order in which they were written."""
+        return pq.read_table(pa.BufferReader(read_bytes(unit.path)), columns=columns)
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows, ordered by unit. For tables that fit in memory."""
+        tables = [self.read_unit(unit, columns) for unit in self.units]
+        if not tables:
+            raise TableError(f"{self.url} has no committed rows at version {self.version}")
+        return pa.concat_tables(tables)
+
+    def lineage(self) -> dict[str, Any]:
+        """What a child of this table records of it."""
+        return {"table": self.url, "version": self.version, "identity": digest(self.identity)}
+
+
+def is_table(url: str) -> bool:
+    """Whether a table of ours (or any Delta table) is there."""
+    return bool(DeltaTable.is_deltatable(absolute(url)))
+
+
+def open_table(url: str, *, version: int | None = None, kind: str | None = None) -> Snapshot:
+    """A table at its newest version, or at a given one.
+
+    Raises:
+        TableError: if there is none, it was not made by this project, or it is of another kind.
+    """
+    location = absolute(url)
+    try:
+        snapshot = Snapshot(location, DeltaTable(location, version=version))
+    except (TableNotFoundError, DeltaError) as error:
+        raise TableError(f"{url} holds no table that can be opened: {_first_line(error)}") from None
+    if not snapshot.identity:
+        raise TableError(f"{url} is a Delta table without our identity: it was made by another program")
+    if kind is not None and snapshot.identity["kind"] != kind:
+        raise TableError(f"{url} holds {snapshot.identity['kind']}; {kind} is needed")
+    return snapshot
+
+
+def create_table(url: str, *, schema: pa.Schema, identity: dict[str, Any]) -> Snapshot:
+    """The table at `url`, made if it is not there; its identity must be the one given.
+
+    `identity` is everything that determines the rows: model, settings, seed. Rows made under another
+    identity would mix silently, so the table is refused.
+
+    Raises:
+        TableError: naming the first settings that differ.
+    """
+    location = absolute(url)
+    identity = {**identity, "schema_version": SCHEMA_VERSION}
+    configuration = {**_KEEP_LOG, _IDENTITY: json.dumps(identity, sort_keys=True)}
+    try:
+        _make(location, schema, configuration)
+        _make(f"{location}.rejects", REJECTS, _KEEP_LOG)
+        _make(f"{location}.units", UNITS, _KEEP_LOG)
+    except (DeltaError, OSError) as error:
+        raise TableError(f"{url} cannot be made: {_first_line(error)}") from None
+    snapshot = open_table(url)
+    differences = list(_differences(snapshot.identity, identity))
+    if differences:
+        raise TableError(
+            f"{url} was made with other settings: {'; '.join(differences[:3])}; give a new table"
+        )
+    return snapshot
+
+
+def accounts(url: str) -> dict[str, Account]:
+    """The accounts of the committed units, by unit name, from the sibling `units` table."""
+    committed = {file.unit for file in open_table(url).units}
+    rows = DeltaTable(f"{absolute(url)}.units").to_pyarrow_table(columns=["unit", "account"]).to_pylist()
+    return {row["unit"]: Account.from_json(row["account"]) for row in rows if row["unit"] in committed}
+
+
+def unit_records(url: str) -> list[dict[str, Any]]:
+    """The rows of the `units` table whose unit is committed, ordered by unit."""
+    committed = {file.unit for file in open_table(url).units}
+    rows = DeltaTable(f"{absolute(url)}.units").to_pyarrow_table().to_pylist()
+    return sorted((row for row in rows if row["unit"] in committed), key=lambda row: row["unit"])
+
+
+def rejected_rows(url: str) -> list[dict[str, Any]]:
+    """The rows set aside by committed units, ordered by unit and id."""
+    committed = {file.unit for file in open_table(url).units}
+    rows = DeltaTable(f"{absolute(url)}.rejects").to_pyarrow_table().to_pylist()
+    kept = (row for row in rows if row["unit"] in committed)
+    return sorted(kept, key=lambda row: (row["unit"], row["id"]))
+
+
+def _make(location: str, schema: pa.Schema, configuration: dict[str, str]) -> None:
+    if not DeltaTable.is_deltatable(location):
+        # Two runs may race to make it; the one that comes second finds it made.
+        DeltaTable.create(
+            location, schema=schema, mode="ignore", configuration=configuration, raise_if_key_not_exists=False
+        )
+
+
+def _configuration(delta: DeltaTable) -> dict[str, str]:
+    return dict(delta.metadata().configuration)
+
+
+def _differences(found: Any, wanted: Any, path: str = "") -> Any:  # noqa: ANN401 - JSON values
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            below = f"{path}.{key}" if path else key
+            yield from _differences(found.get(key), wanted.get(key), below)
+    elif found != wanted:
+        yield f"{path} is {_short(found)} there, {_short(wanted)} here"
+
+
+def _short(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

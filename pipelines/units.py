@@ -1,0 +1,112 @@
+"""The unit of work: a range of ordinals of one source, which becomes one data file.
+
+A unit flows through the stages as one thing, so it can be lost, retried and committed as one thing. It is
+bounded: `rows_per_unit` rows, small enough that its decoded pixels fit a Ray block (128 MiB).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipelines.account import Account
+from pipelines.rejection import Rejection
+from pipelines.sources.captions import Caption
+
+MAX_UNIT_BYTES = 128 * 2**20
+"""Ray slices blocks above this; a unit's pixels stay below."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Ordinals [start, stop) of `source`; `final` if the source ends there. Letters as in `Account`."""
+
+    name: str
+    source: str
+    start: int
+    stop: int
+    final: bool
+    source_digest: str
+
+    @property
+    def rows_read(self) -> int:
+        """How many rows of the source the unit covers."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRows:
+    """A unit's decoded images: uint8 [n,S,S,3] beside n ids, source ids and captions."""
+
+    unit: Unit
+    ids: list[str]
+    source_ids: list[str]
+    captions: list[str]
+    images: np.ndarray
+    rejections: list[Rejection]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionRows:
+    """A unit's captions, to be drawn with the noise of `draw`, and what of its rows is no caption."""
+
+    unit: Unit
+    draw: int
+    captions: list[Caption]
+    rejections: list[Rejection]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRows:
+    """A unit after the model: columns as the table's schema names them, ready to be written."""
+
+    unit: Unit
+    columns: dict[str, Any]
+    rejections: list[Rejection]
+    environment: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """Ordinals [start, stop) that no committed unit covers; `final` if they reach the known end."""
+
+    start: int
+    stop: int
+    final: bool
+
+
+def gaps(total: int, *, committed: Iterable[tuple[int, int]], rows_per_unit: int) -> Iterator[Gap]:
+    """What is left of ordinals [0, total), cut at multiples of `rows_per_unit` and at committed units.
+
+    A source that has grown since its last, shorter unit was committed goes on after that unit.
+    """
+    stops = dict(committed)
+    starts = sorted(stops)
+    position = 0
+    while position < total:
+        if position in stops:
+            position = stops[position]
+            continue
+        boundary = (position // rows_per_unit + 1) * rows_per_unit
+        following = next((start for start in starts if start > position), total)
+        stop = min(boundary, following, total)
+        yield Gap(start=position, stop=stop, final=stop == total)
+        position = stop
+
+
+def intervals(accounts: Iterable[Account], source: str) -> list[tuple[int, int]]:
+    """The (start, stop) of the committed units of one source, ordered."""
+    return sorted((account.start, account.stop) for account in accounts if account.source == source)
+
+
+def keep_where(finite: list[bool], values: list | np.ndarray) -> list | np.ndarray:
+    """The values, a list or array of n rows, whose flag is true."""
+    if all(finite):
+        return values
+    if isinstance(values, np.ndarray):
+        return values[np.array(finite)]
+    return [value for value, good in zip(values, finite, strict=True) if good]

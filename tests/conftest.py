@@ -1,0 +1,72 @@
+"""What many tests need: quiet libraries, and a Stable Diffusion small enough for a test."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and Ray are imported anywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from snapfusion.models.bundle import Bundle
+from snapfusion.models.save import save
+from snapfusion.models.tokenizer import build_tokenizer
+from snapfusion.schedule import Schedule
+
+
+def tiny_bundle(seed: int = 0) -> Bundle:
+    """Random weights in SD-v1.5's topology: 16 px images, 4x8x8 latents, well below a second to sample."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer([("r", "e"), ("re", "d</w>")], max_length=16)
+    return Bundle(
+        tokenizer=tokenizer,
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=16,
+                bos_token_id=len(tokenizer) - 2,
+                eos_token_id=len(tokenizer) - 1,
+                pad_token_id=len(tokenizer) - 1,
+            )
+        ),
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 8),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        ),
+        vae=AutoencoderKL(
+            sample_size=16,
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.4,
+        ),
+        schedule=Schedule(),
+        prediction_type="epsilon",
+        source="tiny",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A diffusers folder with the tiny bundle, sealed."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save(tiny_bundle(), folder)
+    return str(folder)

@@ -1,0 +1,94 @@
+"""Units without a network, and a run of them that is killed at a named point; started by test_commits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from pipelines import commits, intake
+from pipelines.commits import Written
+from pipelines.intake import Bounds, recover, take_in
+from pipelines.rejection import Rejection
+from pipelines.schemas import latents_schema
+from pipelines.stages import write
+from pipelines.stages.write import WriteUnit
+from pipelines.tables import accounts, create_table
+from pipelines.units import FinishedRows, Unit, gaps, intervals
+from snapfusion.settings import digest
+
+SCHEMA = latents_schema(latent_shape=(4, 2, 2), num_tokens=4)
+IDENTITY = {"kind": "latents", "model": {"weights": {"vae": "abc"}}, "rows_per_unit": 4}
+TOTAL = 22
+POINTS = ("before_file", "file_to_commit", "rejects_to_rows", "rows_to_accounts", "after_commit")
+
+
+def finished(start: int, stop: int, *, final: bool) -> FinishedRows:
+    """Rows that follow from their ordinals; each fifth is rejected."""
+    kept = [n for n in range(start, stop) if n % 5]
+    rejections = [
+        Rejection(id=f"s/{n}", source="s", reason="broken_image", detail="every fifth", ordinal=n)
+        for n in range(start, stop)
+        if n % 5 == 0
+    ]
+    unit = Unit(
+        name=f"s-{start:06d}-{stop:06d}", source="s", start=start, stop=stop, final=final, source_digest="d"
+    )
+    columns = {
+        "id": [f"s/{n}" for n in kept],
+        "source_id": [f"http://origin/{n}" for n in kept],
+        "caption": [f"number {n}" for n in kept],
+        "token_ids": np.array([[n] * 4 for n in kept], np.int32),
+        "latent": np.array([np.full((4, 2, 2), n) for n in kept], np.float16),
+    }
+    return FinishedRows(unit=unit, columns=columns, rejections=rejections, environment={"device": "none"})
+
+
+def run(url: str, *, total: int = TOTAL) -> None:
+    """What a job does: make or open the table, recover, plan, work, commit."""
+    table = create_table(url, schema=SCHEMA, identity=IDENTITY)
+    recover(url)
+    writer = WriteUnit(url=table.url, schema=SCHEMA, settings=digest(table.identity))
+    left = gaps(total, committed=intervals(accounts(url).values(), "s"), rows_per_unit=4)
+
+    def work() -> Iterator[Written]:
+        for gap in left:
+            yield writer(finished(gap.start, gap.stop, final=gap.final))
+
+    take_in(url, work(), bounds=Bounds(commit_seconds=0.0), total=total)
+
+
+def kill_at(point: str, *, after: int) -> None:
+    """Arrange that this process is killed, as by kill -9, the `after`-th time it comes to `point`."""
+    came = 0
+
+    def die_before(function: Callable) -> Callable:
+        def wrapped(*args: object, **kwargs: object) -> object:
+            nonlocal came
+            came += 1
+            if came == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    if point == "before_file":
+        write.write_once = die_before(write.write_once)
+    elif point == "file_to_commit":
+        intake.commit_units = die_before(intake.commit_units)
+    elif point == "rejects_to_rows":
+        commits._commit_rows = die_before(commits._commit_rows)
+    elif point == "rows_to_accounts":
+        commits._commit_accounts = die_before(commits._commit_accounts)
+    elif point == "after_commit":
+        intake._judge = die_before(intake._judge)
+
+
+if __name__ == "__main__":
+    url, point = sys.argv[1], sys.argv[2]
+    if point != "none":
+        kill_at(point, after=3)
+    run(url)
