@@ -1,0 +1,85 @@
+"""The Parquet file that img2dataset leaves beside each tar: one row a URL, the failed ones too."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_FAILURES = {"failed_to_download": "download_failed", "failed_to_resize": "resize_failed"}
+
+
+class SidecarError(ValueError):
+    """A sidecar that is there but cannot be read."""
+
+
+class Sidecar:
+    """The rows by key, in the file's order."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = {str(row["key"]): row for row in rows}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def metadata(self, key: str) -> dict[str, Any]:
+        """What is known of a row, nulls left out; empty for an unknown key."""
+        return {name: value for name, value in self._rows.get(key, {}).items() if value is not None}
+
+    def absent(self, arrived: set[str], *, torn: bool) -> Iterator[tuple[str, str, str]]:
+        """Key, reason and detail of each row that did not arrive in the tar."""
+        for key, row in self._rows.items():
+            if key in arrived:
+                continue
+            status = row.get("status") or "success"
+            if status == "success":
+                yield key, "torn_shard" if torn else "missing_sample", "a success by the sidecar's account"
+            else:
+                detail = row.get("error_message") or status
+                yield key, _FAILURES.get(status, "missing_sample"), str(detail)
+
+
+def read_sidecar(url: str) -> Sidecar | None:
+    """The sidecar at `url`, None where there is none.
+
+    Raises:
+        SidecarError: if it is no Parquet file or has no column `key`.
+        OSError: if the store does not answer.
+    """
+    try:
+        with fsspec.open(url, "rb") as file:
+            data = file.read()
+    except FileNotFoundError:
+        return None
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        rows = _rows(table)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise SidecarError(f"not readable as Parquet: {error}") from None
+    if "key" not in table.column_names:
+        raise SidecarError(f"no column 'key' among {', '.join(table.column_names)}")
+    return Sidecar(rows)
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
+    columns = {name: _values(table.column(name)) for name in table.column_names}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        # One bad string must not hide the others: Parquet does not enforce UTF-8.
+        return [_text(value) for value in column.cast(pa.large_binary()).to_pylist()]
+    values: list[Any] = column.to_pylist()
+    return values
+
+
+def _text(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return None

@@ -1,0 +1,312 @@
+"""img2dataset shards: a tar of pictures, captions and metadata, with a Parquet sidecar beside it.
+
+A sample is a run of members whose names agree up to the first dot: `000000012.jpg`, `.json`, `.txt`. The tar
+is read forward once and never extracted. What is odd about a sample is decided here, in one place:
+
+- its caption is the first that is not empty of the .txt, the .json and the sidecar;
+- its metadata are the sidecar's, overruled by the .json; neither need be there;
+- a .json that is there but does not parse rejects the sample, unless the sidecar knows it: a sample without
+  metadata makes no claim, but one whose claims are unreadable may have been marked unsafe;
+- of several pictures the first counts, and members of unknown extension are passed over unread;
+- a key that comes again, next to its first sample or later, is a second sample and is rejected;
+- a sample that a tear cuts is kept if picture, caption and metadata had all arrived.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+from pydantic import Field
+
+from pipelines.rejection import Rejected, Rejection, printable
+from pipelines.sources import SourceError
+from pipelines.sources.sidecar import Sidecar, SidecarError, read_sidecar
+from pipelines.sources.tar import Member, TornShardError, is_unsafe, read_members
+from pipelines.sources.text import MAX_CAPTION_CHARS, clean_caption
+from pipelines.storage import absolute, is_local
+from snapfusion.settings import Settings
+
+IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"])
+_READ_AHEAD = 8 << 20
+
+
+class ShardSettings(Settings):
+    """Bounds on what is read into memory, bytes and characters."""
+
+    max_image_bytes: int = Field(64 << 20, ge=1)
+    max_text_bytes: int = Field(1 << 20, ge=1)
+    max_caption_chars: int = Field(MAX_CAPTION_CHARS, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar.
+
+    Attributes:
+        url: where it lies; a local path or an object-store URL.
+        name: its path below what was listed, without `.tar`; the first part of its samples' ids.
+        size: bytes.
+    """
+
+    url: str
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One picture and its caption.
+
+    Attributes:
+        id: `<shard name>/<key>`.
+        ordinal: position in the shard, from 0.
+        key: the members' common name.
+        image: the encoded picture, not yet looked at.
+        caption: one line, not empty.
+        metadata: what .json and sidecar know; names as they are spelled there.
+        source_id: the picture's origin URL if known, else the id; deletions on request go by it.
+    """
+
+    id: str
+    ordinal: int
+    key: str
+    image: bytes
+    caption: str
+    metadata: dict[str, Any]
+    source_id: str
+
+
+def list_shards(url: str) -> list[Shard]:
+    """The tars that `url` means, sorted by name: one tar, a glob, or a folder of tars.
+
+    Raises:
+        SourceError: if there is none, or the place cannot be listed.
+    """
+    try:
+        found, root = _find(url)
+    except OSError as error:
+        raise SourceError(f"{url} cannot be listed: {error}") from error
+    if not found:
+        raise SourceError(
+            f"no shards at {url}: give a .tar, a folder of them, or a glob such as 'folder/*.tar'"
+        )
+    return [
+        Shard(
+            url=place,
+            name=printable(path.removeprefix(root).removeprefix("/").removesuffix(".tar")),
+            size=size,
+        )
+        for path, place, size in sorted(found)
+    ]
+
+
+def _find(url: str) -> tuple[list[tuple[str, str, int]], str]:
+    """Path, URL and bytes of each tar, and the path that names are relative to."""
+    filesystem, path = fsspec.core.url_to_fs(absolute(url))
+    # Listings are cached for the life of the process, and shards may have been added since.
+    filesystem.invalidate_cache()
+    if filesystem.isdir(path):
+        infos, root = filesystem.ls(path, detail=True), path
+    elif filesystem.exists(path):
+        infos, root = [filesystem.info(path)], path.rpartition("/")[0]
+    else:
+        infos = filesystem.glob(path, detail=True).values()
+        root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
+    tars = [info for info in infos if info["type"] == "file" and info["name"].endswith(".tar")]
+    places = [info["name"] if is_local(url) else filesystem.unstrip_protocol(info["name"]) for info in tars]
+    return [
+        (info["name"], place, int(info["size"])) for info, place in zip(tars, places, strict=True)
+    ], root.rstrip("/")
+
+
+def read_shard(
+    shard: Shard, settings: ShardSettings, *, start: int = 0, stop: int | None = None
+) -> Iterator[Sample | Rejection]:
+    """Rows `start` <= ordinal < `stop` of a shard, in order, each as a sample or as a rejection.
+
+    Ordinals count the samples in the tar and then, in the sidecar's order, its rows that did not arrive:
+    failed downloads, and what lay behind a tear. Without a sidecar one row stands for all that a tear took.
+    Members before `start` are passed over; at most one sample is held in memory.
+
+    Raises:
+        ValueError: if the range is not one.
+        OSError: if the store does not answer: that is no fault of a row, and the unit should be tried again.
+    """
+    if start < 0 or (stop is not None and stop < start):
+        raise ValueError(f"start {start} and stop {stop} given; 0 <= start <= stop is accepted")
+    for row in _rows(shard, settings, start=start):
+        if stop is not None and row.ordinal >= stop:
+            return
+        if row.ordinal >= start:
+            yield row
+
+
+def _rows(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[Sample | Rejection]:
+    sidecar, fault = _sidecar_of(shard)
+    arrived: set[str] = set()
+    tear: TornShardError | None = None
+    ordinal = 0
+    try:
+        for group in _groups(shard, settings, start=start):
+            if group.key in arrived:
+                group.reject(Rejected("duplicate_key", f"{group.key} came before"))
+            arrived.add(group.key)
+            yield _judge(group, sidecar, shard=shard, settings=settings)
+            ordinal = group.ordinal + 1
+    except TornShardError as error:
+        tear = error
+    lost = list(_lost(sidecar, arrived, tear=tear, rows=ordinal))
+    if fault is not None:
+        lost.append((".parquet", fault))
+    for position, (key, verdict) in enumerate(lost, start=ordinal):
+        yield verdict.record(id=_id(shard, key), source=shard.name, ordinal=position)
+
+
+def _sidecar_of(shard: Shard) -> tuple[Sidecar, Rejected | None]:
+    try:
+        found = read_sidecar(f"{shard.url.removesuffix('.tar')}.parquet")
+    except SidecarError as error:
+        return Sidecar([]), Rejected("bad_sidecar", str(error))
+    return Sidecar([]) if found is None else found, None
+
+
+def _lost(
+    sidecar: Sidecar, arrived: set[str], *, tear: TornShardError | None, rows: int
+) -> Iterator[tuple[str, Rejected]]:
+    for key, reason, detail in sidecar.absent(arrived, torn=tear is not None):
+        yield key, Rejected(reason, f"{tear}; {detail}" if reason == "torn_shard" else detail)
+    if tear is not None and not sidecar:
+        yield ".tar", Rejected("torn_shard", f"after {rows} samples: {tear}")
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """Members of one key while they arrive."""
+
+    key: str
+    ordinal: int
+    wanted: bool
+    extensions: list[str] = field(default_factory=list)
+    image: bytes | None = None
+    texts: dict[str, bytes] = field(default_factory=dict)
+    fault: Rejected | None = None
+
+    def reject(self, fault: Rejected) -> None:
+        """Keep the first fault that is found."""
+        self.fault = self.fault or fault
+
+    def add(self, member: Member, extension: str, settings: ShardSettings) -> None:
+        """Check a member, and read it if it is known and wanted."""
+        self.extensions.append(extension)
+        try:
+            member.check()
+            if not self.wanted or self.fault:
+                return
+            if extension in IMAGE_EXTENSIONS and self.image is None:
+                self.image = member.read(max_bytes=settings.max_image_bytes)
+            elif extension in ("txt", "json"):
+                self.texts[extension] = member.read(max_bytes=settings.max_text_bytes)
+        except Rejected as fault:
+            self.reject(fault)
+
+    def survives(self, tear: TornShardError) -> bool:
+        """Whether picture, caption and metadata had all arrived before the tear."""
+        arrived = self.extensions[:-1] if tear.inside_member else self.extensions
+        return {"txt", "json"} <= set(arrived) and not IMAGE_EXTENSIONS.isdisjoint(arrived)
+
+
+def _groups(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[_Group]:
+    group: _Group | None = None
+    with fsspec.open(shard.url, "rb", block_size=_READ_AHEAD) as file:
+        try:
+            for member in read_members(file):
+                key, extension = _split(member.name)
+                if not key:
+                    continue
+                if group is None or key != group.key or extension in group.extensions:
+                    if group is not None:
+                        yield group
+                    ordinal = 0 if group is None else group.ordinal + 1
+                    group = _Group(key=key, ordinal=ordinal, wanted=ordinal >= start)
+                group.add(member, extension, settings)
+        except TornShardError as tear:
+            if group is not None and group.survives(tear):
+                yield group
+            raise
+        if group is not None:
+            yield group
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and extension; no key for names such as `README`, `.DS_Store` and `._00012.jpg`."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.rpartition(".") if is_unsafe(name) else base.partition(".")
+    if not stem or not dot:
+        return "", ""
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _judge(group: _Group, sidecar: Sidecar, *, shard: Shard, settings: ShardSettings) -> Sample | Rejection:
+    name = _id(shard, group.key)
+    known = sidecar.metadata(group.key)
+    try:
+        if group.fault is not None:
+            raise group.fault
+        if group.image is None:
+            raise Rejected("missing_image", f"extensions: {', '.join(sorted(group.extensions))}")
+        metadata = known | _metadata(group.texts.get("json"), replaceable=bool(known))
+        return Sample(
+            id=name,
+            ordinal=group.ordinal,
+            key=printable(group.key),
+            image=group.image,
+            caption=_caption(group.texts.get("txt"), metadata, known, max_chars=settings.max_caption_chars),
+            metadata=metadata,
+            source_id=_source_id(metadata) or name,
+        )
+    except Rejected as verdict:
+        return verdict.record(id=name, source=shard.name, ordinal=group.ordinal)
+
+
+def _id(shard: Shard, key: str) -> str:
+    return printable(f"{shard.name}/{key}")
+
+
+def _metadata(data: bytes | None, *, replaceable: bool) -> dict[str, Any]:
+    if data is None:
+        return {}
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        values, fault = None, str(error)
+    else:
+        fault = f"a JSON {type(values).__name__}, not an object"
+    if isinstance(values, dict):
+        return {name: value for name, value in values.items() if value is not None}
+    if replaceable:
+        return {}
+    raise Rejected("bad_metadata", fault)
+
+
+def _caption(text: bytes | None, metadata: dict[str, Any], known: dict[str, Any], *, max_chars: int) -> str:
+    verdict = Rejected("missing_caption")
+    for candidate in (text, metadata.get("caption"), known.get("caption")):
+        if not isinstance(candidate, str | bytes):
+            continue
+        try:
+            return clean_caption(candidate, max_chars=max_chars)
+        except Rejected as fault:
+            if fault.reason != "empty_caption":
+                raise
+            verdict = fault
+    raise verdict
+
+
+def _source_id(metadata: dict[str, Any]) -> str:
+    origin = metadata.get("url") or metadata.get("URL")
+    return printable(origin) if isinstance(origin, str) else ""
