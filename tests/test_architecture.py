@@ -24,7 +24,8 @@ LAYERS = (
     {"distill"},
     {"losses"},
     {"models"},
-    {"metrics", "training", "evolution", "export"},
+    {"training", "evolution", "export"},
+    {"metrics"},
     {"mini"},
 )
 METHOD = ("snapfusion.schedule", "snapfusion.sampling", "snapfusion.distill", "snapfusion.losses")

@@ -102,3 +102,38 @@ def test_the_kubernetes_job_runs_on_the_kubernetes_cluster():
     assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
     # KubeRay refuses retries of a job on a cluster that is not its own.
     assert "backoffLimit" not in job["spec"]
+
+
+def readme_tree() -> dict[str, set[str]]:
+    """Folder ("" is the top) -> the names that README's annotated tree shows in it, folders with a slash."""
+    block = (ROOT / "README.md").read_text().split("## What is where")[1].split("```")[1]
+    shown: dict[str, set[str]] = {"": set()}
+    folder = ""
+    for line in block.strip().splitlines():
+        names = re.split(r" {2,}", line.strip())[0].split()
+        if not line.startswith(" "):
+            folder = ""
+        shown.setdefault(folder, set()).update(names)
+        if not line.startswith(" ") and names[0].endswith("/"):
+            folder = names[0]
+    return shown
+
+
+@pytest.mark.parametrize("folder", readme_tree())
+def test_readme_shows_the_files_that_are_there(folder):
+    there = {
+        path.name + "/" * path.is_dir()
+        for path in (ROOT / folder).iterdir()
+        if not path.name.startswith((".", "__init__"))
+        and path.suffix != ".egg-info"
+        and path.name not in GENERATED
+    }
+    assert readme_tree()[folder] == there
+
+
+def test_readme_names_every_job():
+    verbs = {
+        path.stem for path in (ROOT / "jobs").glob("*.py") if 'if __name__ == "__main__"' in path.read_text()
+    }
+    named = set(re.findall(r"`(?:python -m )?jobs\.(\w+)", (ROOT / "README.md").read_text()))
+    assert named == verbs
