@@ -103,6 +103,12 @@ def intervals(accounts: Iterable[Account], source: str) -> list[tuple[int, int]]
     return sorted((account.start, account.stop) for account in accounts if account.source == source)
 
 
+def finite_rows(values: np.ndarray) -> list[bool]:
+    """Which rows of [n, ...] hold neither NaN nor infinity."""
+    flags: list[bool] = np.isfinite(values).all(axis=tuple(range(1, values.ndim))).tolist()
+    return flags
+
+
 def keep_where(finite: list[bool], values: list | np.ndarray) -> list | np.ndarray:
     """The values, a list or array of n rows, whose flag is true."""
     if all(finite):

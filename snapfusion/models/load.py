@@ -25,6 +25,8 @@ MINI = Path(__file__).parents[1] / "mini" / "weights" / "sd"
 """The miniature that is bundled with this package."""
 
 _NETWORKS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+# Without `accelerate` diffusers loads the plain way in any case; told so, it does not complain.
+_PLAINLY = {"text_encoder": {}, "unet": {"low_cpu_mem_usage": False}, "vae": {"low_cpu_mem_usage": False}}
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # Old CLIP checkpoints carry the positions 0..76 as a tensor; nothing is lost by leaving it.
 _HARMLESS = ("position_ids",)
@@ -125,7 +127,7 @@ def _load_network(folder: Path, *, source: str) -> Any:  # noqa: ANN401 - one of
         raise ModelError(f"{source}: {folder.name} has no weights (a .safetensors file)")
     try:
         network, told = _NETWORKS[folder.name].from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True
+            folder, use_safetensors=True, output_loading_info=True, **_PLAINLY[folder.name]
         )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

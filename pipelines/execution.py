@@ -1,0 +1,133 @@
+"""The one place where Ray is put round a stage.
+
+A stage is a class whose instances take one thing and return one thing (or yield several). Here it becomes a
+pool of actors; what passes between pools is one Ray row a unit, so a unit is never cut, merged or reordered
+within itself. Results arrive as they are finished.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from pydantic import Field
+
+from snapfusion.settings import Settings
+
+MAX_TRIES = 3
+"""How often a unit may take a worker process down before it is set aside."""
+
+
+class Pool(Settings):
+    """The actors of one stage.
+
+    Attributes:
+        actors: how many.
+        cpus: logical CPUs of each; below 1 lets stages share a core.
+        gpus: accelerators of each.
+    """
+
+    actors: int = Field(1, ge=1)
+    cpus: float = Field(0.5, ge=0.0)
+    gpus: float = Field(0.0, ge=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage and the pool it runs in.
+
+    Attributes:
+        build: makes the stage inside the actor; a class in an importable module.
+        arguments: its keyword arguments.
+        pool: the actors.
+        give_up: what stands for the stage's result on an item that took down `MAX_TRIES` workers; None
+            fails the job.
+    """
+
+    build: Callable[..., Callable[[Any], Any]]
+    arguments: dict[str, Any]
+    pool: Pool
+    give_up: Callable[[Any], Any] | None = field(default=None)
+
+
+Runner = Callable[[Iterable[Any], list[Stage]], Iterator[Any]]
+"""Sends items through stages and yields what comes out; `on_ray` is the one that jobs use."""
+
+
+class CrashedTooOften(RuntimeError):
+    """An item took down `MAX_TRIES` workers in a stage that cannot set it aside."""
+
+
+def on_ray(items: Iterable[Any], stages: list[Stage]) -> Iterator[Any]:
+    """Stream `items` through `stages` as Ray Data actor pools; yields results in order of completion.
+
+    Memory is bounded by Ray Data's backpressure: a stage waits while the next one is full.
+    """
+    rows = [{"item": pickle.dumps(item), "key": str(number)} for number, item in enumerate(items)]
+    if not rows:
+        return
+    context = ray.data.DataContext.get_current()
+    # Every unit is a block of its own: the next stage, and the commit, need not wait for its neighbours.
+    context.target_max_block_size = 1
+    context.target_min_block_size = 1
+    context.enable_progress_bars = False
+    tries = ray.remote(_Tries).options(num_cpus=0).remote()
+    dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    for number, stage in enumerate(stages):
+        dataset = dataset.map_batches(
+            _OnRay,
+            fn_constructor_args=(number, stage, tries),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=stage.pool.actors),
+            num_cpus=stage.pool.cpus,
+            num_gpus=stage.pool.gpus,
+        )
+    for row in dataset.iter_rows():
+        yield pickle.loads(row["item"])
+
+
+class _Tries:
+    """Counts how often each stage began each item; an actor, so it outlives the workers that die."""
+
+    def __init__(self) -> None:
+        self.begun: dict[tuple[int, str], int] = {}
+
+    def begin(self, stage: int, key: str) -> int:
+        self.begun[stage, key] = self.begun.get((stage, key), 0) + 1
+        return self.begun[stage, key]
+
+
+class _OnRay:
+    """A stage inside an actor: bytes in, bytes out."""
+
+    def __init__(self, number: int, stage: Stage, tries: Any) -> None:  # noqa: ANN401 - an actor handle
+        self.number = number
+        self.stage = stage
+        self.tries = tries
+        self.work = stage.build(**stage.arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
+        key = str(batch["key"][0])
+        tried = ray.get(self.tries.begin.remote(self.number, key))
+        item = pickle.loads(batch["item"][0])
+        for place, result in enumerate(self._results(item, tried)):
+            yield {"item": [pickle.dumps(result)], "key": [f"{key}.{place}"]}
+
+    def _results(self, item: Any, tried: int) -> Iterator[Any]:  # noqa: ANN401
+        if tried > MAX_TRIES:
+            if self.stage.give_up is None:
+                name = type(self.work).__name__
+                raise CrashedTooOften(f"{name} took its worker down {MAX_TRIES} times on {item!r:.200}")
+            yield self.stage.give_up(item)
+            return
+        if tried > 1 and hasattr(self.work, "carefully"):
+            result = self.work.carefully(item)
+        else:
+            result = self.work(item)
+        if isinstance(result, Iterator):
+            yield from result
+        else:
+            yield result

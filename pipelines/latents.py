@@ -1,0 +1,225 @@
+"""LATENTS: what the VAE makes of every usable image of a set of shards.
+
+shards ─ stream, select, decode ─ units of images ─ encode ─ data file ─ commit
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipelines.account import Account
+from pipelines.execution import Pool, Runner, Stage, on_ray
+from pipelines.intake import Bounds, OnProgress, recover, take_in
+from pipelines.rejection import Rejected
+from pipelines.schemas import latents_schema
+from pipelines.sources.webdataset import Shard, ShardSettings
+from pipelines.stages.encode import EncodeLatents, Encoding
+from pipelines.stages.environment import Device
+from pipelines.stages.image import ImageSettings
+from pipelines.stages.read import ReadShard, ShardWork, shard_digest
+from pipelines.stages.select import Selection
+from pipelines.stages.write import WriteUnit, pack
+from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
+from pipelines.units import MAX_UNIT_BYTES, FinishedRows, ImageRows, intervals
+from pipelines.verification import CannotRemake, Remake
+from snapfusion.models.load import load
+from snapfusion.settings import Settings, SettingsError, digest
+
+
+class Latents(Settings):
+    """How LATENTS are made.
+
+    Attributes:
+        shards: bounds on what is read.
+        selection: which rows are wanted.
+        images: how a picture becomes a square.
+        encoding: what the encoder does.
+        rows_per_unit: rows of one data file.
+        device: of the encoder.
+        readers: the actor pool that streams, selects and decodes.
+        encoders: the actor pool of the VAE.
+        writers: the actor pool that packs and writes.
+        bounds: when to commit and when to stop.
+    """
+
+    shards: ShardSettings = ShardSettings()
+    selection: Selection = Selection()
+    images: ImageSettings = ImageSettings()
+    encoding: Encoding = Encoding()
+    rows_per_unit: int = Field(128, ge=1)
+    device: Device = Device()
+    readers: Pool = Pool()
+    encoders: Pool = Pool()
+    writers: Pool = Pool(cpus=0.25)
+    bounds: Bounds = Bounds()
+
+
+_IN_IDENTITY = ("shards", "selection", "images", "encoding", "rows_per_unit")
+"""The settings that determine rows; the others say where and how fast."""
+
+
+def identity_of(settings: Latents, *, model: dict[str, Any]) -> dict[str, Any]:
+    """Everything that determines the rows of LATENTS, the shards apart (each unit states its own)."""
+    values = settings.to_values()
+    # LATENTS depend on the VAE and the tokenizer alone: another UNet makes no other latents.
+    vae = {**model, "weights": {"vae": model["weights"]["vae"]}}
+    vae.pop("prediction_type")
+    return {
+        "kind": "latents",
+        "model": vae,
+        "dtype": settings.device.dtype,
+        **{name: values[name] for name in _IN_IDENTITY},
+    }
+
+
+def encode_latents(
+    settings: Latents,
+    *,
+    model: str,
+    shards: Sequence[Shard],
+    source: str,
+    url: str,
+    run: Runner = on_ray,
+    on_progress: OnProgress | None = None,
+) -> Snapshot:
+    """Bring the table at `url` to hold every usable row of `shards`; returns its newest version.
+
+    Args:
+        settings: how.
+        model: a source that `snapfusion.models.load` accepts.
+        shards: as `pipelines.sources.webdataset.list_shards` gives them.
+        source: a short name of the set of shards; units and rows are named after it.
+        url: of the table.
+        run: what sends shards through the stages.
+        on_progress: called after each unit.
+
+    Raises:
+        TableError: if the table was made with other settings, another VAE or other shards of these names.
+        SettingsError: if a unit's pixels would not fit a block.
+        TooManyRejected: when the rejected fraction is above its bound.
+    """
+    bundle = load(model)
+    _check_unit_size(settings, side=bundle.image_size)
+    schema = latents_schema(latent_shape=bundle.latent_shape, num_tokens=bundle.tokenizer.model_max_length)
+    table = create_table(url, schema=schema, identity=identity_of(settings, model=bundle.describe()))
+    recover(url)
+    items = list(plan(shards, source=source, accounts=accounts(url).values()))
+    stages = [
+        Stage(
+            build=ReadShard,
+            arguments=_reader_arguments(settings, size=bundle.image_size),
+            pool=settings.readers,
+        ),
+        Stage(
+            build=EncodeLatents,
+            arguments={"model": model, "settings": settings.encoding, "device": settings.device},
+            pool=settings.encoders,
+            give_up=set_aside,
+        ),
+        Stage(
+            build=WriteUnit,
+            arguments={"url": table.url, "schema": schema, "settings": digest(table.identity)},
+            pool=settings.writers,
+        ),
+    ]
+    take_in(url, run(items, stages), bounds=settings.bounds, total=None, on_progress=on_progress)
+    return open_table(url)
+
+
+def plan(shards: Iterable[Shard], *, source: str, accounts: Iterable[Account]) -> Iterator[ShardWork]:
+    """The shards that are not wholly committed, with what of them is.
+
+    Raises:
+        TableError: if a committed unit was read from a shard of the same name and another size.
+    """
+    known: dict[str, list[Account]] = defaultdict(list)
+    for account in accounts:
+        known[account.source].append(account)
+    for shard in shards:
+        name = f"{source}/{shard.name}"
+        for account in known[name]:
+            if account.source_digest != shard_digest(shard):
+                raise TableError(
+                    f"{shard.url} is not the shard that unit {account.unit} was read from: its size differs; "
+                    "give the set of shards another source name"
+                )
+        if not _complete(known[name]):
+            yield ShardWork(shard=shard, source=name, committed=tuple(intervals(known[name], name)))
+
+
+def remake(table: Snapshot, *, model: str, shards: Sequence[Shard], source: str) -> Remake:
+    """What `verify_table` needs to make units of LATENTS again: the shards are read, the images encoded.
+
+    Raises:
+        TableError: if `model` is not the one that the table was made with.
+    """
+    settings = Latents.parse({name: table.identity[name] for name in _IN_IDENTITY})
+    bundle = load(model)
+    if table.identity["model"] != identity_of(settings, model=bundle.describe())["model"]:
+        raise TableError(f"{table.url} was made with another VAE than {model!r}; name the one it was")
+    schema = latents_schema(latent_shape=bundle.latent_shape, num_tokens=bundle.tokenizer.model_max_length)
+    known = {f"{source}/{shard.name}": shard for shard in shards}
+    reader = ReadShard(**_reader_arguments(settings, size=bundle.image_size))
+
+    def make(account: Account, _rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+        if account.source not in known:
+            raise CannotRemake(f"its shard {account.source} is not among those given")
+        work = ShardWork(shard=known[account.source], source=account.source, committed=((0, account.start),))
+        # An image that once took a worker down must not take this process down.
+        read = reader.carefully if "crashed" in account.rejected() else reader
+        device = Device(dtype=table.identity["dtype"], threads=account.environment["threads"])
+        encoder = EncodeLatents(model=model, settings=settings.encoding, device=device)
+        finished = encoder(next(read(work)))
+        return pack(finished, schema), finished.environment
+
+    return make
+
+
+def set_aside(rows: ImageRows) -> FinishedRows:
+    """A unit that took down every worker that tried it: all its rows rejected, none lost from the account."""
+    crashed = [
+        Rejected("crashed", "the encoder's worker died at every try").record(
+            id=id_, source=rows.unit.source, ordinal=rows.unit.start
+        )
+        for id_ in rows.ids
+    ]
+    names = ("id", "source_id", "caption", "token_ids", "latent")
+    return FinishedRows(
+        unit=rows.unit, columns={name: [] for name in names}, rejections=[*rows.rejections, *crashed]
+    )
+
+
+def _reader_arguments(settings: Latents, *, size: int) -> dict[str, Any]:
+    return {
+        "size": size,
+        "rows_per_unit": settings.rows_per_unit,
+        "shards": settings.shards,
+        "images": settings.images,
+        "selection": settings.selection,
+    }
+
+
+def _complete(units: Sequence[Account]) -> bool:
+    """Whether units without a gap lead from the first row to the final one."""
+    position = 0
+    for unit in sorted(units, key=lambda unit: unit.start):
+        if unit.start != position:
+            return False
+        position = unit.stop
+        if unit.final:
+            return True
+    return False
+
+
+def _check_unit_size(settings: Latents, *, side: int) -> None:
+    most = MAX_UNIT_BYTES // (side * side * 3)
+    if settings.rows_per_unit > most:
+        raise SettingsError(
+            f"latents.rows_per_unit is {settings.rows_per_unit}; images of {side} px allow at most {most}, "
+            "so that a unit's pixels stay below 128 MiB"
+        )

@@ -1,0 +1,210 @@
+"""PAIRS: what the teacher draws for each caption. SnapFusion Sec. 3.2 and B.2.
+
+captions ─ units of (caption range, draw) ─ teacher, many DDIM steps ─ data file ─ commit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipelines.account import Account
+from pipelines.execution import Pool, Runner, Stage, on_ray
+from pipelines.intake import Bounds, OnProgress, recover, take_in
+from pipelines.rejection import Rejected, Rejection
+from pipelines.schemas import pairs_schema
+from pipelines.sources.captions import Caption, fingerprint
+from pipelines.stages.environment import Device
+from pipelines.stages.generate import GeneratePairs, Generation
+from pipelines.stages.write import WriteUnit, pack
+from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
+from pipelines.units import CaptionRows, FinishedRows, Unit, gaps, intervals
+from pipelines.verification import CannotRemake, Remake
+from snapfusion.models.load import load
+from snapfusion.settings import Settings, digest
+
+
+class Pairs(Settings):
+    """How PAIRS are made.
+
+    Attributes:
+        generation: what the teacher does.
+        draws: noises a caption; more of them later adds units, and changes none.
+        rows_per_unit: rows of one data file.
+        device: of the teacher.
+        teachers: the actor pool of the teacher.
+        writers: the actor pool that packs and writes.
+        bounds: when to commit and when to stop.
+    """
+
+    generation: Generation = Generation()
+    draws: int = Field(1, ge=1)
+    rows_per_unit: int = Field(64, ge=1)
+    device: Device = Device()
+    teachers: Pool = Pool()
+    writers: Pool = Pool()
+    bounds: Bounds = Bounds()
+
+
+_UNIT_FIELDS = ("source", "start", "stop", "final", "source_digest")
+
+
+def identity_of(settings: Pairs, *, model: dict[str, Any]) -> dict[str, Any]:
+    """Everything that determines the rows of PAIRS, the captions apart (each unit states its own)."""
+    return {
+        "kind": "pairs",
+        "model": model,
+        "generation": settings.generation.to_values(),
+        "rows_per_unit": settings.rows_per_unit,
+        "dtype": settings.device.dtype,
+    }
+
+
+def generate_pairs(
+    settings: Pairs,
+    *,
+    teacher: str,
+    captions: Sequence[Caption | Rejection],
+    source: str,
+    url: str,
+    run: Runner = on_ray,
+    on_progress: OnProgress | None = None,
+) -> Snapshot:
+    """Bring the table at `url` to `settings.draws` draws of every caption; returns its newest version.
+
+    Args:
+        settings: how.
+        teacher: a source that `snapfusion.models.load` accepts.
+        captions: in order, as `read_captions` gives them; a list that grew at its end is gone on with.
+        source: a short name of the list; units are named after it.
+        url: of the table.
+        run: what sends units through the stages.
+        on_progress: called after each unit.
+
+    Raises:
+        TableError: if the table was made with other settings, another teacher or other captions.
+        TooManyRejected: when the rejected fraction is above its bound.
+    """
+    bundle = load(teacher)
+    schema = pairs_schema(latent_shape=bundle.latent_shape, num_tokens=bundle.tokenizer.model_max_length)
+    identity = identity_of(settings, model=bundle.describe())
+    table = create_table(url, schema=schema, identity=identity)
+    recover(url)
+    items = list(plan(settings, captions=captions, source=source, accounts=accounts(url).values()))
+    stages = [
+        Stage(
+            build=GeneratePairs,
+            arguments={"teacher": teacher, "settings": settings.generation, "device": settings.device},
+            pool=settings.teachers,
+            give_up=set_aside,
+        ),
+        Stage(
+            build=WriteUnit,
+            arguments={"url": table.url, "schema": schema, "settings": digest(table.identity)},
+            pool=settings.writers,
+        ),
+    ]
+    total = sum(item.unit.rows_read for item in items)
+    take_in(url, run(items, stages), bounds=settings.bounds, total=total, on_progress=on_progress)
+    return open_table(url)
+
+
+def plan(
+    settings: Pairs, *, captions: Sequence[Caption | Rejection], source: str, accounts: Iterable[Account]
+) -> Iterator[CaptionRows]:
+    """The units that no committed one covers, draw by draw.
+
+    Raises:
+        TableError: if a committed unit was drawn from other captions than those given.
+    """
+    known = list(accounts)
+    for draw in range(settings.draws):
+        name = f"{source}-d{draw:04d}"
+        for account in known:
+            if account.source == name:
+                _check_captions(account, captions)
+        for gap in gaps(
+            len(captions), committed=intervals(known, name), rows_per_unit=settings.rows_per_unit
+        ):
+            rows = captions[gap.start : gap.stop]
+            yield CaptionRows(
+                unit=Unit(
+                    name=f"{name}-{gap.start:09d}-{gap.stop:09d}",
+                    source=name,
+                    start=gap.start,
+                    stop=gap.stop,
+                    final=gap.final,
+                    source_digest=fingerprint(rows),
+                ),
+                draw=draw,
+                captions=[row for row in rows if isinstance(row, Caption)],
+                rejections=[
+                    replace(row, id=f"{row.id}#{draw}", source=name)
+                    for row in rows
+                    if isinstance(row, Rejection)
+                ],
+            )
+
+
+def captions_of(table: Snapshot, *, limit: int | None = None) -> list[Caption]:
+    """The captions of LATENTS in order of its units, under the ids of their rows."""
+    captions: list[Caption] = []
+    for unit in table.units:
+        for row in table.read_unit(unit, ["id", "caption"]).to_pylist():
+            if len(captions) == limit:
+                return captions
+            captions.append(Caption(id=row["id"], ordinal=len(captions), text=row["caption"]))
+    return captions
+
+
+def remake(table: Snapshot, *, teacher: str) -> Remake:
+    """What `verify_table` needs to make units of PAIRS again, from the keys and captions in their rows.
+
+    Raises:
+        TableError: if `teacher` is not the one that the table was made with.
+    """
+    generation = Generation.parse(table.identity["generation"])
+    bundle = load(teacher)
+    if table.identity["model"] != bundle.describe():
+        raise TableError(f"{table.url} was made with another teacher than {teacher!r}; name the one it was")
+    schema = pairs_schema(latent_shape=bundle.latent_shape, num_tokens=bundle.tokenizer.model_max_length)
+
+    def make(account: Account, rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+        if {"not_finite", "crashed"} & account.rejected().keys():
+            raise CannotRemake("rows that the teacher lost are not in it, and batches depend on them")
+        told = rows.select(["source_id", "caption", "draw"]).to_pylist()
+        captions = [Caption(id=row["source_id"], ordinal=0, text=row["caption"]) for row in told]
+        unit = Unit(**{name: getattr(account, name) for name in _UNIT_FIELDS}, name=account.unit)
+        device = Device(dtype=table.identity["dtype"], threads=account.environment["threads"])
+        stage = GeneratePairs(teacher=teacher, settings=generation, device=device)
+        draw = told[0]["draw"] if told else 0
+        finished = stage(CaptionRows(unit=unit, draw=draw, captions=captions, rejections=[]))
+        return pack(finished, schema), finished.environment
+
+    return make
+
+
+def set_aside(rows: CaptionRows) -> FinishedRows:
+    """A unit that took down every worker that tried it: all its rows rejected, none lost from the account."""
+    crashed = [
+        Rejected("crashed", "the teacher's worker died at every try").record(
+            id=f"{caption.id}#{rows.draw}", source=rows.unit.source, ordinal=caption.ordinal
+        )
+        for caption in rows.captions
+    ]
+    names = ("id", "source_id", "caption", "token_ids", "noise_key", "draw", "latent", "image")
+    return FinishedRows(
+        unit=rows.unit, columns={name: [] for name in names}, rejections=[*rows.rejections, *crashed]
+    )
+
+
+def _check_captions(account: Account, captions: Sequence[Caption | Rejection]) -> None:
+    if fingerprint(captions[account.start : account.stop]) != account.source_digest:
+        raise TableError(
+            f"unit {account.unit} was drawn from other captions than rows {account.start} .. {account.stop} "
+            "of the list given; give the same list (it may grow at its end), or a new table"
+        )

@@ -1,0 +1,48 @@
+"""A Bundle as a diffusers folder: safetensors, a scheduler that stock diffusers understands, and a seal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+
+from snapfusion.models.bundle import Bundle
+from snapfusion.models.seal import write_seal
+
+_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "safety_checker": [None, None],
+    "requires_safety_checker": False,
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def save(bundle: Bundle, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
+    """Write `bundle` to an empty or new `folder`, its weights in `dtype`, and seal it.
+
+    The networks of `bundle` are left in `dtype`: hand over a bundle that is done with.
+    """
+    bundle.to("cpu", dtype)
+    for name, network in bundle.networks.items():
+        network.save_pretrained(folder / name, safe_serialization=True)
+    bundle.tokenizer.save_pretrained(folder / "tokenizer")
+    scheduler = DDIMScheduler(
+        num_train_timesteps=bundle.schedule.num_steps,
+        beta_schedule="scaled_linear",
+        beta_start=bundle.schedule.beta_start,
+        beta_end=bundle.schedule.beta_end,
+        prediction_type=bundle.prediction_type,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps(_INDEX, indent=2) + "\n")
+    write_seal(folder)
