@@ -1,0 +1,93 @@
+"""The oracle: a small CNN that reads the five attributes of a scene off a picture.
+
+Its 128 features, before the last nonlinearity, also serve a Frechet distance; that distance is not comparable
+with one on Inception's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from snapfusion.mini.scenes import ATTRIBUTES, Scene, scene_from_labels, to_signed
+from snapfusion.mini.weights import WEIGHTS
+
+FEATURES = 128
+
+_WEIGHTS = "model.safetensors"
+
+
+class Oracle(nn.Module):
+    """images uint8 [B,3,32,32] -> 128 features -> one distribution for each attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            *_block(3, 24),
+            *_block(24, 32, stride=2),
+            *_block(32, 64, stride=2),
+            *_block(64, 64, stride=2),
+            nn.Flatten(),
+            nn.Linear(64 * 4 * 4, FEATURES),
+        )
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(FEATURES, len(words)) for name, words in ATTRIBUTES.items()}
+        )
+
+    def features(self, images: Tensor) -> Tensor:
+        """float32 [B,128] of uint8 [B,3,32,32]."""
+        return self.trunk(to_signed(images))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits [B, number of words] of each attribute."""
+        hidden = functional.silu(self.features(images))
+        return {name: head(hidden) for name, head in self.heads.items()}
+
+    @torch.inference_mode()
+    def labels(self, images: Tensor) -> Tensor:
+        """The likeliest word of each attribute: int64 [B,5], in the order of `ATTRIBUTES`."""
+        return torch.stack([logits.argmax(dim=1) for logits in self(images).values()], dim=1)
+
+    def read(self, images: Tensor) -> list[Scene]:
+        """What each of the images uint8 [B,3,32,32] shows."""
+        return [scene_from_labels(row) for row in self.labels(images).tolist()]
+
+    def score(self, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
+        """Which attributes are as `scenes` say: bool [B,5], in the order of `ATTRIBUTES`."""
+        return self.labels(images) == scene_labels(scenes)
+
+
+def scene_labels(scenes: Sequence[Scene]) -> Tensor:
+    """The attributes of scenes as numbers: int64 [B,5]."""
+    return torch.tensor([scene.labels() for scene in scenes], dtype=torch.int64)
+
+
+def attribute_loss(logits: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Cross-entropy, the mean over attributes and batch; labels int64 [B,5]."""
+    losses = [
+        functional.cross_entropy(values, labels[:, column]) for column, values in enumerate(logits.values())
+    ]
+    return torch.stack(losses).mean()
+
+
+def save_oracle(oracle: Oracle, folder: Path) -> None:
+    """Write the weights in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.half() for name, value in oracle.state_dict().items()}, folder / _WEIGHTS)
+
+
+def load_oracle(folder: Path | None = None) -> Oracle:
+    """The oracle that `save_oracle` wrote, in float32; without a folder, the bundled one."""
+    oracle = Oracle()
+    oracle.load_state_dict(load_file((folder or WEIGHTS / "oracle") / _WEIGHTS))
+    return oracle.eval().requires_grad_(requires_grad=False)
+
+
+def _block(before: int, after: int, *, stride: int = 1) -> tuple[nn.Module, ...]:
+    conv = nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1)
+    return conv, nn.GroupNorm(8, after), nn.SiLU()

@@ -1,0 +1,214 @@
+"""Captioned scenes of one object, drawn by formula: picture and caption are pure functions of an index.
+
+1200 captions (2 sizes x 6 colors x 5 shapes x 5 places x 4 backgrounds), and for each one as many pictures as
+there are indexes: position, size, rotation and color vary a little from one to the next, and the background
+has a slight slope. Indexes below `HELD_OUT` are for training, those from `HELD_OUT` on for measuring. The
+captions of the two are the same 1200; what is held out is the drawing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from snapfusion.noise import noise_key, uniform
+
+HELD_OUT = 2**32
+"""The first index that is not for training."""
+
+IMAGE_SIZE = 32
+"""Pixels a side."""
+
+SIZES = {"small": 0.17, "large": 0.27}
+"""Half the object's width, as a part of the picture's."""
+
+COLORS = {
+    "red": (220, 30, 40),
+    "orange": (250, 135, 20),
+    "yellow": (245, 225, 50),
+    "green": (40, 165, 65),
+    "blue": (35, 75, 220),
+    "purple": (135, 40, 170),
+}
+
+PLACES = {
+    "at the top": (0.5, 0.28),
+    "at the bottom": (0.5, 0.72),
+    "on the left": (0.28, 0.5),
+    "on the right": (0.72, 0.5),
+    "in the center": (0.5, 0.5),
+}
+"""Where the object's center is: from the left and from the top, as parts of the picture's width."""
+
+BACKGROUNDS = {
+    "white": (243, 243, 243),
+    "black": (22, 22, 22),
+    "gray": (128, 128, 128),
+    "pink": (250, 180, 205),
+}
+
+_DRAWS = 12
+"""Uniform numbers that one picture takes."""
+
+
+def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.hypot(x, y) - 1.0
+
+
+def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(x), np.abs(y)) - 0.88
+
+
+def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    sloped = 0.866 * np.abs(x) - 0.5 * y  # the point is at the top: y grows downwards
+    return np.maximum(sloped, y) - 0.56
+
+
+def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    long, short = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
+    return np.maximum(long - 1.0, short - 0.34)
+
+
+def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.abs(np.hypot(x, y) - 0.76) - 0.24
+
+
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "cross": _cross,
+    "ring": _ring,
+}
+"""Signed distance (about) to each outline, negative inside, in units of half the object's width."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says, one word of `ATTRIBUTES` each."""
+
+    size: str
+    color: str
+    shape: str
+    place: str
+    background: str
+
+    def labels(self) -> tuple[int, ...]:
+        """Each attribute's number within `ATTRIBUTES`, in the order of the fields."""
+        words = astuple(self)
+        return tuple(ATTRIBUTES[name].index(word) for name, word in zip(ATTRIBUTES, words, strict=True))
+
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "size": tuple(SIZES),
+    "color": tuple(COLORS),
+    "shape": tuple(SHAPES),
+    "place": tuple(PLACES),
+    "background": tuple(BACKGROUNDS),
+}
+"""The words of each attribute, in the order of the fields of `Scene`."""
+
+NUM_CAPTIONS = int(np.prod([len(words) for words in ATTRIBUTES.values()]))
+"""How many different captions there are: 1200."""
+
+_STRIDE = 457
+"""Without a common divisor with 1200, so that neighbours differ in most attributes and none is left out."""
+
+
+def scene_of(index: int) -> Scene:
+    """The scene at `index` >= 0; any 1200 neighbours are all different.
+
+    Raises:
+        ValueError: for a negative index.
+    """
+    if index < 0:
+        raise ValueError(f"scene index is {index}; 0 or more is accepted")
+    rest, words = index * _STRIDE % NUM_CAPTIONS, []
+    for choices in ATTRIBUTES.values():
+        rest, label = divmod(rest, len(choices))
+        words.append(choices[label])
+    return Scene(*words)
+
+
+def scene_from_labels(labels: Sequence[int]) -> Scene:
+    """The scene whose `labels()` these are."""
+    return Scene(*(words[label] for words, label in zip(ATTRIBUTES.values(), labels, strict=True)))
+
+
+def caption_of(scene: Scene) -> str:
+    """The caption, such as "a large red circle at the top on a white background"."""
+    return f"a {scene.size} {scene.color} {scene.shape} {scene.place} on a {scene.background} background"
+
+
+def parse_caption(caption: str) -> Scene:
+    """The scene that `caption_of` described.
+
+    Raises:
+        ValueError: if the caption is not one of the 1200.
+    """
+    words = caption.split()
+    if len(words) == 11:
+        size, color, shape, place, background = words[1], words[2], words[3], " ".join(words[4:7]), words[9]
+        scene = Scene(size, color, shape, place, background)
+        known = all(word in ATTRIBUTES[name] for name, word in zip(ATTRIBUTES, astuple(scene), strict=True))
+        if known and caption_of(scene) == caption:
+            return scene
+    raise ValueError(f"{caption!r} describes no scene; an example that does is {caption_of(scene_of(0))!r}")
+
+
+def change_one(scene: Scene, *, draw: float) -> Scene:
+    """`scene` with another word for one attribute: of all such changes, the one at `draw` in [0, 1)."""
+    changes = [
+        (field.name, word)
+        for field in fields(Scene)
+        for word in ATTRIBUTES[field.name]
+        if word != getattr(scene, field.name)
+    ]
+    name, word = changes[int(draw * len(changes))]
+    return Scene(**{**{field.name: getattr(scene, field.name) for field in fields(Scene)}, name: word})
+
+
+def render(scene: Scene, *, key: int, size: int = IMAGE_SIZE) -> np.ndarray:
+    """The picture: uint8 [size, size, 3], RGB, anti-aliased.
+
+    Args:
+        scene: what to draw.
+        key: what the variation follows from, see `snapfusion.noise.noise_key`.
+        size: pixels a side.
+    """
+    draw = 2.0 * uniform(key, _DRAWS) - 1.0
+    centers = (np.arange(size) + 0.5) / size
+    left, top = PLACES[scene.place]
+    half = SIZES[scene.size] * (1.0 + 0.08 * draw[0])
+    x = (centers - left - 0.025 * draw[1])[None, :] / half
+    y = (centers - top - 0.025 * draw[2])[:, None] / half
+    angle = 0.2 * draw[3]
+    turned_x, turned_y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    distance = SHAPES[scene.shape](turned_x, turned_y) * half * size
+    cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
+    slope = 8.0 * (draw[4] * centers[None, :] + draw[5] * centers[:, None])[..., None]
+    ground = np.array(BACKGROUNDS[scene.background]) + 6.0 * draw[6] + slope
+    color = np.array(COLORS[scene.color]) * (1.0 + 0.06 * draw[7]) + 8.0 * draw[8:11]
+    picture = cover * color + (1.0 - cover) * ground
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def sample(index: int, *, seed: int = 0) -> tuple[np.ndarray, str]:
+    """Picture, uint8 [32, 32, 3], and caption at `index`: a function of the arguments and nothing else."""
+    scene = scene_of(index)
+    return render(scene, key=noise_key("scene", seed, index)), caption_of(scene)
+
+
+def image_batch(indexes: Sequence[int], *, seed: int = 0) -> Tensor:
+    """The pictures at `indexes`: uint8 [B, 3, 32, 32]."""
+    pictures = np.stack([sample(index, seed=seed)[0] for index in indexes])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [-1, 1], same shape."""
+    return images.float() / 127.5 - 1.0

@@ -1,0 +1,1 @@
+"""How the miniature is trained: stages in order, each resumable by itself."""

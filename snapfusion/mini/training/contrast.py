@@ -1,0 +1,90 @@
+"""Contrastive training of caption and picture (Radford et al. 2021), with captions that are nearly right.
+
+Each picture has to pick its own caption out of those of the batch and three more in which one attribute is
+changed. The conditioning text encoder is trained so against an image tower that is then thrown away, and the
+scorer from another seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPTextModel
+
+from snapfusion.mini.models import TEXT_WIDTH
+from snapfusion.mini.oracle import FEATURES, Oracle
+from snapfusion.mini.scenes import caption_of, change_one, image_batch, scene_of, to_signed
+from snapfusion.mini.training.settings import StageSettings
+from snapfusion.mini.training.stage import step_generator, training_indexes
+
+NEGATIVES = 3
+"""Captions that are wrong by one attribute, for each picture."""
+
+_LOG_TEMPERATURE = 2.66
+"""Where the learned factor on the cosine starts, as its logarithm: CLIP's own 1/0.07."""
+_MAX_LOG_TEMPERATURE = 4.6
+
+Tokenize = Callable[[Sequence[str]], Tensor]
+
+
+class TextTower(nn.Module):
+    """A CLIP text model, the projections and the image tower that it is trained against."""
+
+    def __init__(self, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.text_projection = nn.Linear(TEXT_WIDTH, TEXT_WIDTH, bias=False)
+        self.image_tower = Oracle().trunk
+        self.image_projection = nn.Linear(FEATURES, TEXT_WIDTH, bias=False)
+        self.log_temperature = nn.Parameter(torch.tensor(_LOG_TEMPERATURE))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """float32 [B,64] of uint8 [B,3,32,32]."""
+        return self.image_projection(functional.silu(self.image_tower(to_signed(images))))
+
+    def encode_text(self, token_ids: Tensor) -> Tensor:
+        """float32 [B,64] of int64 [B,L]."""
+        return self.text_projection(self.text_encoder(token_ids).pooler_output)
+
+
+def contrastive_loss(*, images: Tensor, texts: Tensor, log_temperature: Tensor) -> Tensor:
+    """The symmetric cross-entropy.
+
+    Args:
+        images: [B,D].
+        texts: [(1 + NEGATIVES) B, D], the true captions first, then the altered ones of each picture in turn.
+        log_temperature: scalar, the logarithm of the factor on the cosine.
+    """
+    images, texts = functional.normalize(images, dim=1), functional.normalize(texts, dim=1)
+    batch = len(images)
+    true, altered = texts[:batch], texts[batch:].view(batch, NEGATIVES, -1)
+    factor = log_temperature.clamp(max=_MAX_LOG_TEMPERATURE).exp()
+    among_batch = factor * images @ true.T
+    among_altered = factor * torch.einsum("bd,bnd->bn", images, altered)
+    labels = torch.arange(batch)
+    by_image = functional.cross_entropy(torch.cat([among_batch, among_altered], dim=1), labels)
+    return (by_image + functional.cross_entropy(among_batch.T, labels)) / 2.0
+
+
+def draw_captions(indexes: Sequence[int], generator: torch.Generator) -> list[str]:
+    """The captions of scenes, then `NEGATIVES` altered ones of each in turn."""
+    scenes = [scene_of(index) for index in indexes]
+    draws = torch.rand((len(scenes), NEGATIVES), generator=generator, dtype=torch.float64).tolist()
+    altered = [change_one(scene, draw=draw) for scene, row in zip(scenes, draws, strict=True) for draw in row]
+    return [caption_of(scene) for scene in [*scenes, *altered]]
+
+
+def contrast_batches(
+    *, tokenize: Tokenize, seed: int, stage: str, settings: StageSettings
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """step -> (images uint8 [B,3,32,32], token ids int64 [(1 + NEGATIVES) B, L])."""
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        generator = step_generator(seed=seed, stage=stage, step=step)
+        indexes = training_indexes(settings.batch, generator)
+        return image_batch(indexes), tokenize(draw_captions(indexes, generator))
+
+    return batch

@@ -1,0 +1,217 @@
+"""The stages in their order, and the folder of weights that they end in."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from snapfusion.metrics.clip import ClipScorer, build_scorer, save_scorer
+from snapfusion.mini import models
+from snapfusion.mini.oracle import Oracle, save_oracle
+from snapfusion.mini.scenes import NUM_CAPTIONS, caption_of, scene_of
+from snapfusion.mini.tokenizer import mini_tokenizer, save_tokenizer
+from snapfusion.mini.training.attributes import oracle_loss
+from snapfusion.mini.training.autoencoder import decoder_loss, decoder_parts, joint_loss
+from snapfusion.mini.training.contrast import TextTower, contrast_batches, contrastive_loss
+from snapfusion.mini.training.denoiser import Encoded, denoiser_loss, latents_of
+from snapfusion.mini.training.settings import MiniTraining, StageSettings
+from snapfusion.mini.training.stage import Progress, Stage, run_stage
+from snapfusion.mini.weights import write_manifest
+from snapfusion.models.bundle import Bundle
+from snapfusion.models.save import save
+from snapfusion.models.seal import write_seal
+from snapfusion.models.tokenizer import token_ids
+from snapfusion.noise import noise_key
+from snapfusion.schedule import Schedule
+from snapfusion.settings import digest
+
+Curve = list[tuple[int, float]]
+
+_Built = TypeVar("_Built")
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Trains the stages one by one; each goes on from its checkpoint in `folder`, or is skipped if done.
+
+    Attributes:
+        settings: the recipe.
+        folder: of the checkpoints.
+        on_progress: told of every step.
+        curves: the loss of each stage that has run so far.
+    """
+
+    settings: MiniTraining
+    folder: Path
+    on_progress: Progress | None = None
+    curves: dict[str, Curve] = field(default_factory=dict, init=False)
+    tokenizer: CLIPTokenizer = field(default_factory=mini_tokenizer, init=False)
+    schedule: Schedule = field(default_factory=Schedule, init=False)
+
+    def autoencoder(self) -> AutoencoderKL:
+        """The VAE: both halves, then the decoder alone; scaling factor not yet set."""
+        vae = self._seeded("autoencoder", models.autoencoder)
+        seed, settings = self.settings.seed, self.settings
+        loss = joint_loss(vae, seed=seed, settings=settings.autoencoder)
+        self._run("autoencoder", settings.autoencoder, module=vae, loss=loss)
+        loss = decoder_loss(vae, seed=seed, settings=settings.decoder)
+        parents = {"autoencoder": settings.autoencoder.to_values()}
+        self._run("decoder", settings.decoder, module=decoder_parts(vae), loss=loss, parents=parents)
+        return vae
+
+    def text_encoder(self) -> CLIPTextModel:
+        """The conditioning text encoder; the tower it is trained against is thrown away."""
+        tower = self._seeded("text", lambda: TextTower(models.text_encoder(self.tokenizer)))
+        batches = contrast_batches(
+            tokenize=self._tokenize, seed=self.settings.seed, stage="text", settings=self.settings.text
+        )
+
+        def loss(step: int) -> Tensor:
+            images, ids = batches(step)
+            return contrastive_loss(
+                images=tower.encode_image(images),
+                texts=tower.encode_text(ids),
+                log_temperature=tower.log_temperature,
+            )
+
+        self._run("text", self.settings.text, module=tower, loss=loss)
+        return tower.text_encoder
+
+    def scorer(self) -> ClipScorer:
+        """The CLIP scorer, which shares nothing with the conditioning text encoder but the data."""
+        config = models.scorer_config(len(self.tokenizer))
+        scorer = self._seeded("scorer", lambda: build_scorer(config, tokenizer=self.tokenizer))
+        batches = contrast_batches(
+            tokenize=self._tokenize, seed=self.settings.seed, stage="scorer", settings=self.settings.scorer
+        )
+
+        def loss(step: int) -> Tensor:
+            images, ids = batches(step)
+            return contrastive_loss(
+                images=scorer.model.encode_image(scorer.prepare(images)),
+                texts=scorer.model.encode_text(ids),
+                log_temperature=scorer.model.logit_scale,
+            )
+
+        self._run("scorer", self.settings.scorer, module=scorer.model, loss=loss)
+        return scorer
+
+    def oracle(self) -> Oracle:
+        """The attribute oracle."""
+        oracle = self._seeded("oracle", Oracle)
+        loss = oracle_loss(oracle, seed=self.settings.seed, settings=self.settings.oracle)
+        self._run("oracle", self.settings.oracle, module=oracle, loss=loss)
+        return oracle
+
+    def unet(self, *, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> UNet2DConditionModel:
+        """The UNet's running average. Sets the VAE's scaling factor from the spread of its latents."""
+        settings = self.settings
+        means = latents_of(
+            vae, count=settings.scenes, path=self.folder / f"latents-{settings.scenes}.safetensors"
+        )
+        scaling_factor = round(1.0 / float(means.std()), 5)
+        vae.register_to_config(scaling_factor=scaling_factor)
+        captions = [caption_of(scene_of(index)) for index in range(NUM_CAPTIONS)]
+        with torch.inference_mode():
+            hidden = text_encoder(self._tokenize([*captions, ""])).last_hidden_state
+        # Cloned, because a tensor made in inference mode cannot take part in training.
+        encoded = Encoded(
+            latents=means.clone() * scaling_factor, conditions=hidden[:-1].clone(), null=hidden[-1].clone()
+        )
+        unet = self._seeded("denoiser", models.unet)
+        average = copy.deepcopy(unet).requires_grad_(requires_grad=False)
+        loss = denoiser_loss(unet, encoded, schedule=self.schedule, settings=settings)
+        parents = {
+            "autoencoder": settings.autoencoder.to_values(),
+            "text": settings.text.to_values(),
+            "scenes": settings.scenes,
+            "caption_dropout": settings.caption_dropout,
+        }
+        self._run("denoiser", settings.denoiser, module=unet, loss=loss, parents=parents, average=average)
+        return average
+
+    def _tokenize(self, captions: Sequence[str]) -> Tensor:
+        return token_ids(self.tokenizer, captions)
+
+    def _seeded(self, stage: str, build: Callable[[], _Built]) -> _Built:
+        """A network with its first weights, which follow from the seed and the stage's name alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(noise_key("mini weights", self.settings.seed, stage))
+            return build()
+
+    def _run(
+        self,
+        name: str,
+        settings: StageSettings,
+        *,
+        module: nn.Module,
+        loss: Callable[[int], Tensor],
+        parents: Mapping[str, object] | None = None,
+        average: nn.Module | None = None,
+    ) -> None:
+        told = {
+            "stage": name,
+            "seed": self.settings.seed,
+            "settings": settings.to_values(),
+            "parents": parents,
+        }
+        stage = Stage(
+            name=name, identity=digest(told), settings=settings, module=module, loss=loss, average=average
+        )
+        self.curves[name] = run_stage(
+            stage,
+            folder=self.folder,
+            checkpoint_every=self.settings.checkpoint_every,
+            on_progress=self.on_progress,
+        )
+
+
+def train(settings: MiniTraining, *, folder: Path, on_progress: Progress | None = None) -> None:
+    """Train everything and write `folder`/weights; checkpoints lie in `folder`/checkpoints.
+
+    Raises:
+        ValueError: if the checkpoints are of other settings.
+    """
+    checkpoints, weights = folder / "checkpoints", folder / "weights"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(settings=settings, folder=checkpoints, on_progress=on_progress)
+    vae = trainer.autoencoder()
+    text_encoder = trainer.text_encoder()
+    scorer = trainer.scorer()
+    oracle = trainer.oracle()
+    unet = trainer.unet(vae=vae, text_encoder=text_encoder)
+    bundle = Bundle(
+        tokenizer=trainer.tokenizer,
+        text_encoder=text_encoder,
+        unet=unet,
+        vae=vae,
+        schedule=trainer.schedule,
+        prediction_type="epsilon",
+        source=str(folder),
+    )
+    _save_teacher(bundle, weights / "sd")
+    config = models.scorer_config(len(trainer.tokenizer))
+    save_scorer(scorer.model, weights / "scorer", config=config, tokenizer=trainer.tokenizer)
+    save_oracle(oracle, weights / "oracle")
+    write_manifest(weights, recipe=settings.to_values(), curves=trainer.curves)
+
+
+def _save_teacher(bundle: Bundle, folder: Path) -> None:
+    """The diffusers folder, with SD-v1.5's scheduler file and CLIP's classic tokenizer files."""
+    save(bundle, folder)
+    models.scheduler(bundle.schedule).save_pretrained(folder / "scheduler")
+    save_tokenizer(bundle.tokenizer, folder / "tokenizer")
+    # transformers opens a model in the dtype of this file, diffusers in float32; a pipeline needs one dtype.
+    config = folder / "text_encoder" / "config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+    write_seal(folder)

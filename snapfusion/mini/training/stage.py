@@ -1,0 +1,166 @@
+"""One stage of training: a loss that is a function of the step, AdamW, and a checkpoint to go on from.
+
+Whatever a step draws follows from (seed, stage, step), so a stage that was killed and is run again ends with
+the weights that it would have ended with (on the same machine with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from snapfusion.mini.scenes import HELD_OUT, NUM_CAPTIONS
+from snapfusion.mini.training.settings import StageSettings
+from snapfusion.noise import noise_key
+
+Progress = Callable[[str, int, int, float], None]
+"""Called after each step with the stage's name, steps done, steps in all and the loss."""
+
+_AVERAGE_DECAY = 0.999
+_WEIGHT_DECAY = 0.01
+_CLIP_NORM = 1.0
+_CURVE_POINTS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What `run_stage` trains.
+
+    Attributes:
+        name: of the stage, and of its checkpoint.
+        identity: hash of all that its weights follow from; a checkpoint of another is refused.
+        settings: how long, how many at a time, how fast.
+        module: whose parameters are trained, in place.
+        average: a copy of `module` that follows it slowly; or None.
+        loss: step -> scalar loss, with its graph.
+    """
+
+    name: str
+    identity: str
+    settings: StageSettings
+    module: nn.Module
+    loss: Callable[[int], Tensor]
+    average: nn.Module | None = None
+
+
+def step_generator(*, seed: int, stage: str, step: int) -> torch.Generator:
+    """The source of everything that is drawn in one step."""
+    return torch.Generator().manual_seed(noise_key("mini training", seed, stage, step))
+
+
+def training_indexes(count: int, generator: torch.Generator) -> list[int]:
+    """`count` scene indexes below `HELD_OUT`, all of different captions."""
+    captions = torch.randperm(NUM_CAPTIONS, generator=generator)[:count]
+    pictures = torch.randint(HELD_OUT // NUM_CAPTIONS, (count,), generator=generator)
+    return [int(index) for index in pictures * NUM_CAPTIONS + captions]
+
+
+def learning_rate(step: int, settings: StageSettings) -> float:
+    """A linear warm-up over the first twentieth (at most 200 steps), then half a cosine down to zero."""
+    warm = max(1, min(200, settings.steps // 20))
+    return settings.lr * min(1.0, (step + 1) / warm) * 0.5 * (1.0 + math.cos(math.pi * step / settings.steps))
+
+
+def run_stage(
+    stage: Stage, *, folder: Path, checkpoint_every: int, on_progress: Progress | None = None
+) -> list[tuple[int, float]]:
+    """Train `stage` to its end, from its checkpoint in `folder` if there is one.
+
+    Returns:
+        The curve: (step, mean loss since the point before).
+
+    Raises:
+        ValueError: if the checkpoint is of a stage with another identity.
+    """
+    optimizer = torch.optim.AdamW(
+        stage.module.parameters(), lr=stage.settings.lr, weight_decay=_WEIGHT_DECAY, fused=True
+    )
+    path, steps = folder / f"{stage.name}.safetensors", stage.settings.steps
+    checkpoint = _Checkpoint(path=path, stage=stage, optimizer=optimizer)
+    start, curve = checkpoint.restore() if path.exists() else (0, [])
+    stage.module.train()
+    interval, losses = max(1, steps // _CURVE_POINTS), []
+    for step in range(start, steps):
+        loss = _train_step(stage, step=step, optimizer=optimizer)
+        losses.append(loss)
+        if (step + 1) % interval == 0 or step + 1 == steps:
+            curve.append((step + 1, sum(losses) / len(losses)))
+            losses = []
+        if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+            checkpoint.save(step + 1, curve)
+        if on_progress is not None:
+            on_progress(stage.name, step + 1, steps, loss)
+    stage.module.eval()
+    return curve
+
+
+def _train_step(stage: Stage, *, step: int, optimizer: torch.optim.Optimizer) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, stage.settings)
+    optimizer.zero_grad()
+    loss = stage.loss(step)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(stage.module.parameters(), _CLIP_NORM)
+    optimizer.step()
+    if stage.average is not None:
+        _follow(stage.average, stage.module, decay=min(_AVERAGE_DECAY, (step + 1) / (step + 10)))
+    return loss.item()
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, module: nn.Module, *, decay: float) -> None:
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1.0 - decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checkpoint:
+    """Module, average and optimizer in one file of safetensors; step, identity and curve in its header."""
+
+    path: Path
+    stage: Stage
+    optimizer: torch.optim.Optimizer
+
+    def save(self, step: int, curve: Sequence[tuple[int, float]]) -> None:
+        tensors = {f"module.{name}": value for name, value in self.stage.module.state_dict().items()}
+        if self.stage.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.stage.average.state_dict().items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+        header = {"step": str(step), "identity": self.stage.identity, "curve": json.dumps(curve)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata=header)
+        partial.replace(self.path)
+
+    def restore(self) -> tuple[int, list[tuple[int, float]]]:
+        with safe_open(self.path, framework="pt") as file:
+            header = file.metadata()
+            if header["identity"] != self.stage.identity:
+                raise ValueError(
+                    f"{self.path} was trained with other settings; give another folder, or the same settings"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        self.stage.module.load_state_dict(_below(tensors, "module"))
+        if self.stage.average is not None:
+            self.stage.average.load_state_dict(_below(tensors, "average"))
+        groups = self.optimizer.state_dict()["param_groups"]
+        state: dict[int, dict[str, Tensor]] = {}
+        for path, value in _below(tensors, "optimizer").items():
+            number, name = path.split(".")
+            state.setdefault(int(number), {})[name] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        return int(header["step"]), [(step, loss) for step, loss in json.loads(header["curve"])]
+
+
+def _below(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {
+        key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")
+    }
