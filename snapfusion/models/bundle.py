@@ -72,9 +72,8 @@ class Bundle:
         """Move the networks; their fingerprint stays that of the weights as loaded."""
         self.fingerprint()
         for network in self.networks.values():
-            network.to(device)
-            if dtype is not None and dtype != network.dtype:
-                network.to(dtype)
+            # diffusers' own `to` warns of modules to keep in float32, of which these networks have none.
+            nn.Module.to(network, device=device, dtype=dtype)
         return self
 
     def fingerprint(self) -> dict[str, str]:

@@ -1,0 +1,38 @@
+"""A decoder that dies on one image, in a module that worker processes can import."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from typing import Any
+
+import numpy as np
+
+from pipelines.stages.image import ImageSettings, decode_image
+from pipelines.stages.read import ReadShard
+
+
+def poison_of(image: bytes) -> str:
+    return hashlib.sha256(image).hexdigest()
+
+
+class KilledBy:
+    """`decode_image`, but the process is killed by the image of this hash."""
+
+    def __init__(self, poison: str, *, size: int) -> None:
+        self.poison = poison
+        self.size = size
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        if poison_of(data) == self.poison:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return decode_image(data, size=self.size, settings=ImageSettings(min_side=8))
+
+
+class PoisonedReader(ReadShard):
+    """`ReadShard` with such a decoder."""
+
+    def __init__(self, *, poison: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.decode = KilledBy(poison, size=arguments["size"])
