@@ -90,15 +90,23 @@ def read_captions(
     source = url.rstrip("/").rpartition("/")[2]
     seen: set[str] = set()
     try:
-        with fsspec.open(absolute(url), "rb") as file:
+        with _open(url) as file:
             for ordinal, raw in enumerate(itertools.islice(read(file, settings), stop)):
                 row = _judge(raw, settings, ordinal=ordinal, seen=seen, source=source)
                 if ordinal >= start:
                     yield row
-    except FileNotFoundError:
-        raise SourceError(f"no caption list at {url}") from None
     except (SourceError, csv.Error, pa.ArrowException) as error:
         raise SourceError(f"{url}: {error}") from None
+
+
+def _open(url: str) -> IO[bytes]:
+    try:
+        file: IO[bytes] = fsspec.open(absolute(url), "rb").open()
+    except FileNotFoundError:
+        raise SourceError("no such file") from None
+    except Exception as error:
+        raise SourceError(f"cannot be opened: {error}") from error
+    return file
 
 
 def fingerprint(rows: Iterable[Caption | Rejection]) -> str:

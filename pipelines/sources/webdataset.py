@@ -32,7 +32,7 @@ from pipelines.storage import absolute, is_local
 from snapfusion.settings import Settings
 
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"])
-_READ_AHEAD = 8 << 20
+_READ_AHEAD_BYTES = 8 << 20
 
 
 class ShardSettings(Settings):
@@ -89,7 +89,7 @@ def list_shards(url: str) -> list[Shard]:
     """
     try:
         found, root = _find(url)
-    except OSError as error:
+    except Exception as error:
         raise SourceError(f"{url} cannot be listed: {error}") from error
     if not found:
         raise SourceError(
@@ -222,7 +222,8 @@ class _Group:
 
 def _groups(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[_Group]:
     group: _Group | None = None
-    with fsspec.open(shard.url, "rb", block_size=_READ_AHEAD) as file:
+    filesystem, path = fsspec.core.url_to_fs(shard.url)
+    with filesystem.open(path, "rb", block_size=_READ_AHEAD_BYTES) as file:
         try:
             for member in read_members(file):
                 key, extension = _split(member.name)

@@ -384,13 +384,6 @@ def test_no_shards_is_an_error_that_says_what_to_give(tmp_path: Path, place: str
         list_shards(f"{tmp_path}{place}")
 
 
-def test_shards_in_an_object_store(tmp_path: Path) -> None:
-    url = f"memory://{tmp_path.name}"
-    write_shard(url, pictures(2), index=0)
-    assert outcomes(list_shards(url)[0]) == ["ok", "ok"]
-    assert list_shards(f"{url}/*.tar") == list_shards(url)
-
-
 # Writing.
 
 
