@@ -1,0 +1,313 @@
+"""The report page: complete without a network, deaf to hostile text, the same for the same content."""
+
+import base64
+import dataclasses
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs.chart import Chart, Series
+from jobs.report_page import (
+    Artifact,
+    Commit,
+    Comparison,
+    Measurement,
+    Picture,
+    RejectedRow,
+    Rejection,
+    ReportContent,
+    Timing,
+    artifacts_of,
+    build_report,
+    render_report,
+)
+
+SECTIONS = ["scenes", "teacher", "decoder", "curves", "figures", "mobile", "lineage", "rejected", "timings"]
+HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)> {{ 7 * 7 }}'
+
+
+def noise(seed, size=32):
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def content(**changes):
+    teacher = noise(5)
+    half = np.clip(teacher.astype(int) + 2, 0, 255).astype(np.uint8)
+    filled = {
+        "recipe": "mini",
+        "settings_hash": "5" * 64,
+        "settings_json": '{"name": "mini"}',
+        "versions": {"torch": "2.15.0"},
+        "totals": (("512", "scenes read"),),
+        "scenes": (Picture(image=noise(0), caption="a large red circle", note="row 7"),),
+        "teacher_images": (Picture(image=noise(1), caption="a small blue ring"),),
+        "comparisons": (Comparison(caption="a green cross", teacher=teacher, half=half, compiled=half),),
+        "charts": (
+            Chart(
+                title="Loss", x_label="step", y_label="error", series=(Series(name="a", x=[0, 1], y=[2, 1]),)
+            ),
+        ),
+        "measurements": (
+            Measurement(name="held-out PSNR", value=30.25, unit="dB", count=64, counted="pairs", seed=3),
+        ),
+        "artifacts": (
+            Artifact(
+                name="decoder.pte",
+                kind="XNNPACK",
+                bytes=2_048_652,
+                psnr_db=129.4,
+                limit_db=35.0,
+                samples=16,
+                how="executed",
+            ),
+        ),
+        "lineage": (
+            Commit(name="shards", kind="shards", place="runs/x/shards", identity="a" * 64),
+            Commit(
+                name="LATENTS",
+                kind="table",
+                place="runs/x/latents",
+                identity="b" * 64,
+                version=9,
+                parents=("shards",),
+                rows_read=512,
+                rows_written=507,
+                rejected={"not_an_image": 5},
+            ),
+        ),
+        "rejections": (
+            Rejection(
+                table="LATENTS",
+                reason="not_an_image",
+                count=5,
+                examples=(RejectedRow(id="scenes-0001/17", detail="cannot identify"),),
+            ),
+        ),
+        "timings": (
+            Timing(step="encode", seconds=20.0, rows=500),
+            Timing(step="report", seconds=0, skipped=True),
+        ),
+    }
+    return ReportContent(**{**filled, **changes})
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text of a page, as a browser would read them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attributes]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def values(self, name):
+        return [value for _, found, value in self.attributes if found == name]
+
+
+def test_every_section_is_there_and_filled():
+    page = Page(render_report(content()))
+    assert [value for tag, name, value in page.attributes if (tag, name) == ("section", "id")] == SECTIONS
+    for words in (
+        "a large red circle",
+        "a small blue ring",
+        "a green cross",
+        "held-out PSNR",
+        "30.25 dB",
+        "decoder.pte",
+        "2.05 MB",
+        "129.4 dB",
+        "LATENTS",
+        "version 9",
+        "from shards",
+        "507",
+        "not_an_image",
+        "cannot identify",
+        "25 rows/s",
+        "committed before",
+        "5" * 12,
+        "torch 2.15.0",
+        "amplified 8 times",
+    ):
+        assert words in page.text, words
+
+
+def test_an_empty_run_says_so_in_every_section():
+    empty = ReportContent(recipe="mini", settings_hash="0" * 64, settings_json="{}", versions={})
+    page = Page(render_report(empty))
+    assert [value for tag, name, value in page.attributes if (tag, name) == ("section", "id")] == SECTIONS
+    assert "No row was set aside: every row that was read was written." in page.text
+    assert "table" not in page.tags
+
+
+def test_nothing_is_asked_of_the_network():
+    text = render_report(content())
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "default-src 'none'" in " ".join(page.values("content"))
+    for address in [*page.values("src"), *page.values("href")]:
+        assert address.startswith(("data:", "#"))
+    assert "@import" not in text
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
+    assert "http:" not in text
+    assert "https:" not in text
+
+
+def test_it_is_made_for_a_phone_and_for_the_dark():
+    text = render_report(content())
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def hostile_content():
+    picture = Picture(image=noise(0), caption=HOSTILE, note=HOSTILE)
+    given = content()
+    return dataclasses.replace(
+        given,
+        recipe=HOSTILE,
+        settings_json=HOSTILE,
+        finished=HOSTILE,
+        versions={HOSTILE: HOSTILE},
+        totals=((HOSTILE, HOSTILE),),
+        scenes=(picture,),
+        teacher_images=(picture,),
+        comparisons=(dataclasses.replace(given.comparisons[0], caption=HOSTILE),),
+        charts=(dataclasses.replace(given.charts[0], title=HOSTILE, x_label=HOSTILE),),
+        measurements=(dataclasses.replace(given.measurements[0], name=HOSTILE, note=HOSTILE),),
+        artifacts=(dataclasses.replace(given.artifacts[0], name=HOSTILE, how=HOSTILE),),
+        lineage=(Commit(name=HOSTILE, kind=HOSTILE, place=HOSTILE, identity=HOSTILE),),
+        rejections=(
+            Rejection(
+                table=HOSTILE, reason=HOSTILE, count=1, examples=(RejectedRow(id=HOSTILE, detail=HOSTILE),)
+            ),
+        ),
+        timings=(Timing(step=HOSTILE, seconds=1.0),),
+    )
+
+
+def test_text_of_others_stays_text():
+    tame, wild = Page(render_report(content())), Page(render_report(hostile_content()))
+    assert "script" not in wild.tags
+    assert set(wild.tags) <= set(tame.tags)
+    assert {name for _, name, _ in wild.attributes} <= {name for _, name, _ in tame.attributes}
+    assert HOSTILE in wild.text
+    assert all(address.startswith(("data:", "#")) for address in [*wild.values("src"), *wild.values("href")])
+
+
+def test_control_and_direction_characters_and_endless_text_are_tamed():
+    caption = "a\x00b\x1b[31m\u202egnp.exe\u2066" + "x" * 100_000
+    text = render_report(content(scenes=(Picture(image=noise(0), caption=caption),)))
+    assert not re.search("[\x00\x1b\u202e\u2066]", text)
+    assert "x" * 500 not in text
+    assert "…" in Page(text).text
+
+
+def test_surrogates_of_broken_names_can_be_written(tmp_path):
+    broken = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
+    rejection = Rejection(table="T", reason="r", count=1, examples=(RejectedRow(id=broken, detail=broken),))
+    build_report(content(rejections=(rejection,)), tmp_path / "index.html")
+    assert "caf" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_same_content_gives_the_same_bytes():
+    assert render_report(content()) == render_report(content())
+
+
+def images_of(text):
+    return [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(address.split(",", 1)[1]))))
+        for address in Page(text).values("src")
+    ]
+
+
+def test_small_pictures_are_inside_bit_for_bit_and_shown_as_squares():
+    text = render_report(content())
+    np.testing.assert_array_equal(images_of(text)[0], noise(0))
+    assert "pixels" in Page(text).values("class")
+
+
+def test_large_pictures_are_shrunk():
+    large = Picture(image=noise(0, size=600), caption="large")
+    assert images_of(render_report(content(scenes=(large,))))[0].shape == (256, 256, 3)
+
+
+def test_the_difference_picture_is_amplified_and_the_psnr_is_that_of_the_pictures_shown():
+    teacher = np.full((4, 4, 3), 100, np.uint8)
+    item = Comparison(caption="c", teacher=teacher, half=teacher - 5, compiled=teacher + 50)
+    assert (item.difference == 40).all()
+    assert item.half_psnr_db == pytest.approx(20 * np.log10(255 / 5))
+    assert item.compiled_psnr_db == pytest.approx(20 * np.log10(255 / 50))
+    assert (Comparison(caption="c", teacher=teacher, half=teacher + 100).difference == 255).all()
+
+
+def test_equal_pictures_and_bits_have_no_figure_in_decibels():
+    teacher = noise(0)
+    equal = Comparison(caption="c", teacher=teacher, half=teacher)
+    page = Page(render_report(content(comparisons=(equal,))))
+    assert "every bit agrees" in page.text
+    assert "Compiled" not in page.text
+
+
+@pytest.mark.parametrize("image", [noise(0).astype(np.float32), noise(0)[..., 0], noise(0)[..., :2]])
+def test_other_arrays_than_images_are_refused(image):
+    with pytest.raises(ValueError, match="uint8"):
+        render_report(content(scenes=(Picture(image=image, caption="c"),)))
+
+
+def test_rows_that_do_not_add_up_are_refused():
+    with pytest.raises(ValueError, match="LATENTS: 10 rows were read, and 9 were written or set aside"):
+        Commit(
+            name="LATENTS",
+            kind="table",
+            place="p",
+            identity="i",
+            rows_read=10,
+            rows_written=8,
+            rejected={"bad": 1},
+        )
+
+
+def test_a_parent_that_does_not_come_before_is_refused():
+    orphan = Commit(name="PAIRS", kind="table", place="p", identity="i", parents=("LATENTS",))
+    with pytest.raises(ValueError, match="PAIRS names parent 'LATENTS'"):
+        render_report(content(lineage=(orphan,)))
+
+
+def test_a_page_is_replaced_whole_and_kept_if_the_next_fails(tmp_path):
+    path = tmp_path / "report" / "index.html"
+    build_report(content(), path)
+    build_report(content(recipe="second"), path)
+    before = path.read_bytes()
+    assert b"Recipe second" in before
+    with pytest.raises(ValueError, match="0 series"):
+        build_report(content(charts=(Chart(title="t", x_label="x", y_label="y", series=()),)), path)
+    assert path.read_bytes() == before
+    assert [found.name for found in path.parent.iterdir()] == ["index.html"]
+
+
+def test_artifacts_are_read_from_a_bundles_manifest():
+    parity = {"psnr_db": 70.3, "limit_db": 35.0, "samples": 16}
+    artifact = {
+        "file": "decoder.pte",
+        "backend": "XNNPACK",
+        "bytes": 9,
+        "parity": parity,
+        "parity_by": "executed",
+    }
+    (found,) = artifacts_of({"modules": {"decoder": {"artifacts": {"executorch": artifact}}}})
+    assert found == Artifact(
+        name="decoder.pte", kind="XNNPACK", bytes=9, psnr_db=70.3, limit_db=35.0, samples=16, how="executed"
+    )
