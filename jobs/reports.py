@@ -1,0 +1,62 @@
+"""Reports of a training on their way to whoever started it, whose hands are full with waiting for its end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from jobs.progress import duration
+
+OnReport = Callable[[Mapping[str, Any]], None]
+"""Takes a report's figures: training, step, num_steps, loss, steps_per_second, seconds_left, data_wait."""
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class _Mailbox:
+    """The actor that reports wait in."""
+
+    def __init__(self) -> None:
+        self._figures: list[dict[str, Any]] = []
+
+    def put(self, figures: dict[str, Any]) -> None:
+        self._figures.append(figures)
+
+    def take(self) -> list[dict[str, Any]]:
+        figures, self._figures = self._figures, []
+        return figures
+
+
+@contextmanager
+def reports_to(on_report: OnReport) -> Iterator[Any]:
+    """An actor with a method `put(figures)`, which a thread of this process empties into `on_report`."""
+    mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0).remote()
+    ended = threading.Event()
+
+    def empty() -> None:
+        over = False
+        while not over:
+            over = ended.wait(_SECONDS_BETWEEN_LOOKS)
+            for figures in ray.get(mailbox.take.remote()):
+                on_report(figures)
+
+    thread = threading.Thread(target=empty, name="reports", daemon=True)
+    thread.start()
+    try:
+        yield mailbox
+    finally:
+        ended.set()
+        thread.join()
+
+
+def report_line(figures: Mapping[str, Any]) -> str:
+    """A report in words."""
+    return (
+        f"{figures['training']} {figures['step']}/{figures['num_steps']} steps, loss {figures['loss']:.5f}, "
+        f"{figures['steps_per_second']:.1f} steps/s, {duration(figures['seconds_left'])} left, "
+        f"{figures['data_wait']:.0%} waiting for data"
+    )

@@ -1,0 +1,362 @@
+"""Ray Train put round the training loop; the one place that knows `ray.train`.
+
+Ray starts the workers, joins them to a process group and starts them again when one dies. What training
+resumes from is in our own checkpoint store: Ray is told figures, never checkpoints.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.exceptions import TrainingFailedError
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from jobs.differences import differences
+from jobs.reports import OnReport, reports_to
+from pipelines.loader import BatchLoader
+from snapfusion.settings import Settings
+from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
+from snapfusion.training.loop import LoopSettings, NonFiniteLossError, Objective, Step, new_state, train
+from snapfusion.training.state import TrainState
+
+_SECONDS_BETWEEN_REPORTS = 2.0
+
+
+class TrainerSettings(Settings):
+    """How and where a training runs. None of it changes what is trained, beyond the order of float sums.
+
+    Attributes:
+        num_workers: processes, each of which takes its share of every global batch.
+        use_gpu: whether each has an accelerator; they then speak NCCL, else gloo.
+        cpus_per_worker: logical CPUs that Ray sets aside for each.
+        threads_per_worker: CPU threads of each.
+        micro_batch: rows of one forward pass; a larger share is accumulated.
+        checkpoint_every: steps between checkpoints; the last step always has one.
+        keep_checkpoints: how many of the newest stay while training runs.
+        curve_every: steps between points of the curve that is kept.
+        max_failures: how often the workers are started again after one of them died.
+    """
+
+    num_workers: PositiveInt = 1
+    use_gpu: bool = False
+    cpus_per_worker: PositiveFloat = 1.0
+    threads_per_worker: PositiveInt = 1
+    micro_batch: PositiveInt = 16
+    checkpoint_every: PositiveInt = 100
+    keep_checkpoints: PositiveInt = 2
+    curve_every: PositiveInt = 10
+    max_failures: NonNegativeInt = 2
+
+
+class TrainingError(ValueError):
+    """A training that cannot begin, go on or end with these settings and rows; the message says why."""
+
+
+class TrainingFailed(RuntimeError):
+    """Workers kept failing; what they had saved is there for the next try."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One training, as each worker assembles it for itself.
+
+    Attributes:
+        name: names its checkpoints; a run under the same name continues.
+        model: at its first weights, the same on every worker; on the worker's device.
+        objective: what is minimised; called on the model's device.
+        loader: gives the batches.
+        settings: the loop's.
+        identity: everything that decides the result, as JSON values; a checkpoint of another is refused.
+        evaluate: called on the first worker with the final weights in `model`; gives JSON values.
+    """
+
+    name: str
+    model: nn.Module
+    objective: Objective
+    loader: BatchLoader
+    settings: LoopSettings
+    identity: dict[str, Any]
+    evaluate: Callable[[], dict[str, Any]] = field(default=dict)
+
+
+Program = Callable[..., Iterable[Training]]
+"""Assembles trainings for the torch device it is given as `device`; called in each worker.
+
+They run one after the other. It stands in an importable module, as workers import it.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training left.
+
+    Attributes:
+        checkpoint: the last, verified.
+        evaluation: what `Training.evaluate` said.
+        environment: workers, threads, device and versions it ran with.
+    """
+
+    checkpoint: Checkpoint
+    evaluation: dict[str, Any]
+    environment: dict[str, Any]
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        """step, loss, grad_norm and learning_rate, every so many steps."""
+        return list(self.checkpoint.values["state"]["curve"])
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The final weights: the average where one was kept."""
+        return self.checkpoint.tensors.get("ema", self.checkpoint.tensors["model"])
+
+
+def run_trainings(
+    program: Program,
+    arguments: Mapping[str, Any],
+    *,
+    store_url: str,
+    settings: TrainerSettings,
+    on_report: OnReport,
+) -> dict[str, Trained]:
+    """Run the trainings of `program(**arguments, device=...)` under Ray Train, each to its end.
+
+    Killed at any moment and called again with the same `store_url`, it continues from the last complete
+    checkpoints; on CPUs with the same workers and threads the weights end bit for bit the same.
+
+    Args:
+        program: what to train.
+        arguments: of `program`; small, and picklable.
+        store_url: of all checkpoints, which every worker must be able to reach.
+        settings: the workers.
+        on_report: told of every report, in this process.
+
+    Returns:
+        What each left, by name.
+
+    Raises:
+        TrainingError: if a loss is not finite, or a checkpoint is of another training.
+        TrainingFailed: if workers keep failing.
+    """
+    with tempfile.TemporaryDirectory() as scratch, reports_to(on_report) as mailbox:
+        config = {
+            "program": program,
+            "arguments": dict(arguments),
+            "store_url": store_url,
+            "settings": settings,
+            "mailbox": mailbox,
+        }
+        trainer = TorchTrainer(
+            _work,  # type: ignore[arg-type] # what it returns is handed on, which the annotation does not know
+            train_loop_config=config,
+            torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=settings.num_workers,
+                use_gpu=settings.use_gpu,
+                resources_per_worker=_resources(settings),
+            ),
+            # Ray's own registry of checkpoints stays empty, so a folder on the driver's node will do, and a
+            # new name each time: continuing is decided by our store alone.
+            run_config=RunConfig(
+                name=uuid.uuid4().hex,
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=settings.max_failures),
+            ),
+        )
+        try:
+            outcome: _Outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+        except TrainingFailedError as error:
+            raise TrainingFailed(f"training failed: {_cause(error)}") from None
+    if outcome.failure is not None:
+        raise TrainingError(outcome.failure)
+    return {
+        name: Trained(
+            checkpoint=CheckpointStore(f"{store_url}/{name}").load(end.step),
+            evaluation=end.evaluation,
+            environment=end.environment,
+        )
+        for name, end in outcome.ends.items()
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _End:
+    step: int
+    evaluation: dict[str, Any]
+    environment: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class _Outcome:
+    """What a worker returns: how each training ended, or a verdict on which trying again cannot help."""
+
+    ends: dict[str, _End] = field(default_factory=dict)
+    failure: str | None = None
+
+
+def _work(config: dict[str, Any]) -> _Outcome:
+    """The worker's whole life."""
+    settings: TrainerSettings = config["settings"]
+    torch.set_num_threads(settings.threads_per_worker)
+    outcome = _Outcome()
+    try:
+        for training in config["program"](**config["arguments"], device=get_device()):
+            store = CheckpointStore(f"{config['store_url']}/{training.name}", keep=settings.keep_checkpoints)
+            outcome.ends[training.name] = _run(
+                training, store=store, settings=settings, mailbox=config["mailbox"]
+            )
+    except (NonFiniteLossError, TrainingError) as error:
+        # All workers came to the same verdict. Raised, it would make Ray start them again in vain.
+        outcome.failure = str(error)
+    return outcome
+
+
+def _run(
+    training: Training,
+    *,
+    store: CheckpointStore,
+    settings: TrainerSettings,
+    mailbox: Any,  # noqa: ANN401 - an actor handle
+) -> _End:
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if world > training.settings.global_batch:
+        raise TrainingError(
+            f"{world} workers cannot share a global batch of {training.settings.global_batch} rows"
+        )
+    device = next(training.model.parameters()).device
+    state = new_state(training.model, settings=training.settings)
+    resume(state, store=store, identity=training.identity, rank=rank)
+    batches = training.loader.batches(state.step, rank=rank, world=world)
+    try:
+        train(
+            state,
+            objective=training.objective,
+            batches=batches,
+            settings=training.settings,
+            micro_batch=settings.micro_batch,
+            wrapped=_distribute(state.model, device=device) if world > 1 else None,
+            after_step=_Recorder(training, state=state, store=store, settings=settings, mailbox=mailbox),
+        )
+    finally:
+        batches.close()
+    evaluation = {}
+    if rank == 0:
+        state.model.load_state_dict(state.final_weights())
+        evaluation = training.evaluate()
+    return _End(step=state.step, evaluation=evaluation, environment=_environment(settings, device=device))
+
+
+def resume(state: TrainState, *, store: CheckpointStore, identity: dict[str, Any], rank: int) -> None:
+    """Continue from the newest good checkpoint, if there is one, on all workers from the same.
+
+    Raises:
+        TrainingError: if that checkpoint is of another training; names what differs.
+    """
+    found = store.newest() if rank == 0 else None
+    step = [found.step if found else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(step, src=0)
+    if step[0] is None:
+        return
+    checkpoint = found or store.load(step[0])
+    differing = list(differences(checkpoint.values["identity"], identity))
+    if differing:
+        raise TrainingError(
+            f"the checkpoints in {store.url} are of another training: {'; '.join(differing[:3])}; "
+            "finish that one with its settings, or remove them"
+        )
+    state.restore(checkpoint.tensors, checkpoint.values["state"])
+
+
+def _distribute(model: nn.Module, *, device: torch.device) -> nn.Module:
+    # The search for unused parameters keeps DDP from arranging its buckets anew after the first step. Three
+    # and more CPU workers add in an order that follows the buckets, and a resumed run must add in the same.
+    return DistributedDataParallel(model, find_unused_parameters=device.type == "cpu")
+
+
+class _Recorder:
+    """After each step: the curve, a checkpoint, and word of the progress, where they are due."""
+
+    def __init__(
+        self,
+        training: Training,
+        *,
+        state: TrainState,
+        store: CheckpointStore,
+        settings: TrainerSettings,
+        mailbox: Any,  # noqa: ANN401 - an actor handle
+    ) -> None:
+        self._training, self._state, self._store = training, state, store
+        self._settings, self._mailbox = settings, mailbox
+        self._first = ray.train.get_context().get_world_rank() == 0
+        self._told, self._seconds, self._data_seconds, self._steps = 0.0, 0.0, 0.0, 0
+
+    def __call__(self, step: Step) -> None:
+        """Called on every rank."""
+        last = step.step == self._training.settings.num_steps
+        if last or step.step % self._settings.curve_every == 0:
+            point = {"loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate}
+            self._state.curve.append({"step": step.step, **point})
+        saved = last or step.step % self._settings.checkpoint_every == 0
+        if saved and self._first:
+            values = {"state": self._state.values(), "identity": self._training.identity}
+            self._store.save(step.step, tensors=self._state.tensors(), values=values)
+        figures = self._count(step)
+        if self._first and (last or time.monotonic() - self._told > _SECONDS_BETWEEN_REPORTS):
+            self._mailbox.put.remote(figures)
+            self._told = time.monotonic()
+            self._seconds, self._data_seconds, self._steps = 0.0, 0.0, 0
+        if saved:
+            # Ray collects reports every two seconds, and a worker waits for that: so not at every step.
+            ray.train.report(figures)
+
+    def _count(self, step: Step) -> dict[str, Any]:
+        """The figures since the last report."""
+        self._seconds += step.seconds
+        self._data_seconds += step.data_seconds
+        self._steps += 1
+        num_steps, rate = self._training.settings.num_steps, self._steps / self._seconds
+        return {
+            "training": self._training.name,
+            "step": step.step,
+            "num_steps": num_steps,
+            "loss": step.loss,
+            "steps_per_second": rate,
+            "seconds_left": (num_steps - step.step) / rate,
+            "data_wait": self._data_seconds / self._seconds,
+        }
+
+
+def _resources(settings: TrainerSettings) -> dict[str, float]:
+    resources = {"CPU": settings.cpus_per_worker}
+    return {**resources, "GPU": 1.0} if settings.use_gpu else resources
+
+
+def _environment(settings: TrainerSettings, *, device: torch.device) -> dict[str, Any]:
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return {
+        "workers": settings.num_workers,
+        "threads_per_worker": torch.get_num_threads(),
+        "device": f"{device.type} {accelerator or torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+    }
+
+
+def _cause(error: TrainingFailedError) -> str:
+    """The first worker's error in one line."""
+    failures = getattr(error, "worker_failures", {})
+    causes = [str(failures[rank]).strip() for rank in sorted(failures)]
+    return next((cause.splitlines()[-1] for cause in causes if cause), str(error).strip().splitlines()[0])
