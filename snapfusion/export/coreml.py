@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +24,7 @@ WEIGHT_ERROR_LIMIT = 2.0**-10
 
 # Identifiers for tools that trace a program back to its source; a phone has no use for them.
 _DEBUG_FILES = ("executorch_debug_handle_mapping.json",)
+_CONVERSION_DATE = "com.github.apple.coremltools.conversion_date"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,8 @@ class CoreMLDescription:
 def compile_coreml(module: FixedModule, package: Path) -> None:
     """Write the module as an `.mlpackage` folder: an ML program with float16 weights, ports and arithmetic.
 
+    The same module gives the same bytes.
+
     Raises:
         ValueError: if there is something at `package` already.
     """
@@ -80,15 +85,25 @@ def compile_coreml(module: FixedModule, package: Path) -> None:
             compute_precision=coremltools.precision.FLOAT16,
             skip_model_load=True,
         )
+        del model.user_defined_metadata[_CONVERSION_DATE]
         partial = Path(scratch) / package.name
         model.save(str(partial))
         for name in _DEBUG_FILES:
             (partial / name).unlink(missing_ok=True)
+        _settle_identifiers(partial / "Manifest.json")
         partial.rename(package)
 
 
 def _tensor_type(coremltools: Any, port: Port) -> Any:  # noqa: ANN401 - coremltools has no types
     return coremltools.TensorType(name=port.name, shape=port.shape, dtype=np.float16)
+
+
+def _settle_identifiers(manifest: Path) -> None:
+    """Replace the random names of a package's items, so that the same module gives the same bytes."""
+    text = manifest.read_text()
+    for identifier, item in json.loads(text)["itemInfoEntries"].items():
+        text = text.replace(identifier, str(uuid.uuid5(uuid.NAMESPACE_URL, item["path"])))
+    manifest.write_text(text)
 
 
 def describe_package(package: Path) -> CoreMLDescription:

@@ -69,11 +69,24 @@ def evaluate(program: Program, inputs: Sequence[np.ndarray]) -> np.ndarray:
     for port, array in zip(program.inputs, inputs, strict=True):
         # Our packages take float16.
         values[port.name] = torch.from_numpy(array).half().float()
-    for operation in program.operations:
+    last_uses = _last_uses(program)
+    for operation, done in zip(program.operations, last_uses, strict=True):
         arguments = {argument: values[name] for argument, name in operation.inputs.items()}
         values[operation.output] = _rounded(_rule(operation.kind)(arguments), dtype=operation.dtype)
+        for name in done:
+            del values[name]
     result: Tensor = values[program.outputs[0].name]
     return result.numpy()
+
+
+def _last_uses(program: Program) -> list[set[str]]:
+    """For each operation the values that none after it reads; a decoder's together would fill gigabytes."""
+    needed = {port.name for port in program.outputs}
+    last_uses = []
+    for operation in reversed(program.operations):
+        last_uses.append(set(operation.inputs.values()) - needed)
+        needed |= last_uses[-1]
+    return last_uses[::-1]
 
 
 def _operand(value: Any) -> Any:  # noqa: ANN401 - a number, a string or an array

@@ -106,6 +106,13 @@ def test_package_states_named_float16_ports_and_holds_nothing_in_float32(package
     assert sorted(path.name for path in package.iterdir()) == ["Data", "Manifest.json"]
 
 
+def test_the_same_module_gives_the_same_package(half, package, tmp_path):
+    again = tmp_path / "decoder.mlpackage"
+    compile_coreml(half, again)
+    for path in (path for path in package.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (again / path.relative_to(package)).read_bytes(), path.name
+
+
 def test_package_read_back_and_evaluated_agrees(program, latents, references):
     outputs = [evaluate(program, [latent]) for latent in latents]
     parity = check_parity(artifact="decoder.mlpackage", outputs=outputs, references=references)
