@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before torch and Ray are imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -70,3 +71,15 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save(tiny_bundle(), folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster, for all tests that need one."""
+    import ray
+
+    from jobs.cluster import Cluster, connect
+
+    connect(Cluster())
+    yield
+    ray.shutdown()

@@ -29,7 +29,7 @@ def save(bundle: Bundle, folder: Path, *, dtype: torch.dtype = torch.float16) ->
 
     The networks of `bundle` are left in `dtype`: hand over a bundle that is done with.
     """
-    bundle.to("cpu", dtype)
+    bundle.to("cpu", dtype=dtype)
     for name, network in bundle.networks.items():
         network.save_pretrained(folder / name, safe_serialization=True)
     bundle.tokenizer.save_pretrained(folder / "tokenizer")
