@@ -26,7 +26,7 @@ from jobs.publish import publish_folder
 from jobs.reports import OnReport, report_line
 from jobs.trainer import Trained, TrainerSettings, Training, TrainingError, run_trainings
 from pipelines.loader import BatchLoader, LoaderSettings, count_trainable
-from pipelines.storage import exists, read_bytes, write_once
+from pipelines.storage import absolute, exists, read_bytes, write_once
 from pipelines.tables import Snapshot, TableError, open_table
 from snapfusion.metrics.decoder import decode_times, fidelity
 from snapfusion.models.bundle import Bundle
@@ -104,8 +104,10 @@ def distill_decoder(
         LoaderError: if the rows lack what the settings ask for.
         TrainingFailed: if workers keep failing.
     """
-    bundle = load(teacher)
-    began, store_url = time.monotonic(), f"{out_url}.training"
+    began = time.monotonic()
+    # Workers stand in another folder, where a relative path means another place.
+    out_url, teacher = absolute(out_url), str(Path(teacher).absolute()) if Path(teacher).is_dir() else teacher
+    store_url, bundle = f"{out_url}.training", load(teacher)
     pinned = _pinned_version(out_url, store_url=store_url) if pairs_version is None else pairs_version
     pairs = open_table(pairs_url, version=pinned, kind="pairs")
     identity = _identity(settings, pairs=pairs, bundle=bundle)

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from jobs.differences import differences
 from jobs.reports import OnReport, reports_to
 from pipelines.loader import BatchLoader
+from pipelines.storage import absolute
 from snapfusion.settings import Settings
 from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
 from snapfusion.training.loop import LoopSettings, NonFiniteLossError, Objective, Step, new_state, train
@@ -154,7 +155,7 @@ def run_trainings(
         config = {
             "program": program,
             "arguments": dict(arguments),
-            "store_url": store_url,
+            "store_url": absolute(store_url),  # workers stand in another folder
             "settings": settings,
             "mailbox": mailbox,
         }

@@ -2,11 +2,11 @@
 
 import functools
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from conftest import tiny_bundle
 
@@ -54,20 +54,16 @@ def pairs(tiny_teacher, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(pairs, tiny_teacher):
+def made(ray_cluster, pairs, tiny_teacher):
     """A decoder that is distilled once, by the one start of Ray in this file: its folder and its metrics."""
     reports, out = [], Path(pairs.url).with_name("decoder")
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        metrics = distill_decoder(
-            SETTINGS,
-            pairs_url=pairs.url,
-            out_url=str(out),
-            teacher=tiny_teacher,
-            on_report=reports.append,
-        )
-    finally:
-        ray.shutdown()
+    metrics = distill_decoder(
+        SETTINGS,
+        pairs_url=pairs.url,
+        out_url=os.path.relpath(out),  # a worker stands in another folder
+        teacher=os.path.relpath(tiny_teacher),
+        on_report=reports.append,
+    )
     return out, metrics, reports
 
 

@@ -76,15 +76,6 @@ def program(marker, device):
     yield training(name="broken", nan_at=3)
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
-    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
 def weights_of_one_process():
     made = training()
     state = new_state(made.model, settings=SETTINGS)
@@ -95,8 +86,10 @@ def weights_of_one_process():
 
 
 @pytest.mark.ray
-def test_two_workers_killed_and_continued_end_with_the_same_weights(cluster, tmp_path):
+def test_two_workers_killed_and_continued_end_with_the_same_weights(ray_cluster, tmp_path, monkeypatch):
     """One start of Ray Train for three trainings: one is killed, one is not, and one meets a NaN."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     settings = TrainerSettings(
         num_workers=2, cpus_per_worker=0.5, micro_batch=3, checkpoint_every=2, curve_every=1
     )
