@@ -12,17 +12,23 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from pydantic import PositiveFloat, PositiveInt
 
+from jobs.distill_decoder import read_metrics
 from jobs.publish import publish_folder
+from pipelines.loader import held_out_rows
+from pipelines.schemas import array_of
 from pipelines.storage import exists, read_bytes
+from pipelines.tables import open_table
 from snapfusion.export.coreml import check_weights, compile_coreml, describe_package, read_program
 from snapfusion.export.executorch import ExecuTorchProgram, compile_executorch
 from snapfusion.export.mil import evaluate
@@ -32,6 +38,9 @@ from snapfusion.models.bundle import weight_hash
 from snapfusion.models.decoder import load_decoder
 from snapfusion.models.seal import file_hash
 from snapfusion.settings import Settings, digest
+
+if TYPE_CHECKING:
+    from jobs.cli import Job
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -191,3 +200,57 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _COMPILERS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m jobs.compile_mobile`."""
+    # Recipes are made of this module's settings, so the command line is above it.
+    from jobs.cli import run
+
+    return run("compile_mobile", compile_mobile, preview=preview, about=__doc__, argv=argv)
+
+
+def compile_mobile(job: Job) -> None:
+    """Make the run's bundle; one that is there already is left as it is."""
+    made = read_metrics(job.place("decoder"))
+    manifest = compile_decoder(
+        job.recipe.mobile,
+        decoder_url=job.place("decoder"),
+        latents=held_out_latents(job, version=made["parents"]["pairs"]["version"]),
+        parents={"decoder": {"settings_hash": made["settings_hash"]}, "pairs": made["parents"]["pairs"]},
+        out_url=job.place("mobile"),
+    )
+    for line in summary(manifest):
+        print(f"  {line}")
+
+
+def held_out_latents(job: Job, *, version: int) -> np.ndarray:
+    """Latents that the decoder has not seen, float32 [N,4,h,w], as many as the gate asks for."""
+    held_out, limit = job.recipe.decoder.loader.held_out, job.recipe.mobile.parity_samples
+    pairs = open_table(job.place("pairs"), version=version, kind="pairs")
+    rows = pa.concat_tables(held_out_rows(pairs, ["latent"], fraction=held_out, limit=limit))
+    latents = array_of(rows.schema.field("latent")).unpack(rows.column("latent").to_pylist())
+    return latents.astype(np.float32)
+
+
+def summary(manifest: Mapping[str, Any]) -> list[str]:
+    """Each artifact with its size and how well it agrees."""
+    lines = []
+    for module in manifest["modules"].values():
+        for artifact in module["artifacts"].values():
+            psnr_db = artifact["parity"]["psnr_db"]
+            agrees = "bit for bit as torch" if psnr_db is None else f"{psnr_db:.1f} dB to torch"
+            size = f"{artifact['bytes'] / 2**20:.2f} MiB"
+            lines.append(f"{artifact['file']}: {size}, {artifact['backend']}, {agrees}")
+    return lines
+
+
+def preview(job: Job) -> list[str]:
+    """What would be read and written."""
+    place = job.place("mobile")
+    held = "which is there already" if exists(f"{place}/{MANIFEST}") else "which is not there yet"
+    return [f"would compile {job.place('decoder')} into {place} ({held})"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,8 +11,8 @@ from pydantic import Field
 
 from pipelines.commits import Written, adopt, commit_units, restore_accounts
 from pipelines.storage import absolute
-from pipelines.tables import open_table
-from snapfusion.settings import Settings
+from pipelines.tables import TableError, open_table
+from snapfusion.settings import Settings, digest
 
 
 class TooManyRejected(RuntimeError):
@@ -62,15 +62,22 @@ def recover(url: str) -> int:
     """Commit the data files that a killed run left uncommitted, and restore lost accounts; returns how many.
 
     A data file is written whole or not at all, and states its own account: it stands as it is.
+
+    Raises:
+        TableError: if a file lies there that no unit of this table wrote.
     """
     location = absolute(url)
-    committed = {file.path for file in open_table(url).units}
+    table = open_table(url)
+    committed = {file.path for file in table.units}
     filesystem, path = fsspec.core.url_to_fs(location)
     names = [entry.rsplit("/", 1)[1] for entry in filesystem.ls(path, detail=False)]
     # A name that begins with a dot is a file that was being written when its writer was killed.
     whole = [name for name in sorted(names) if name.endswith(".parquet") and not name.startswith(".")]
     orphans = [f"{location}/{name}" for name in whole if f"{location}/{name}" not in committed]
     waiting = [adopt(orphan) for orphan in orphans]
+    for file in waiting:
+        if file.account.settings != digest(table.identity):
+            raise TableError(f"{file.path} was made with other settings than this table; remove it")
     commit_units(url, waiting)
     return len(waiting) + restore_accounts(url)
 

@@ -72,6 +72,22 @@ def count_trainable(table: Table, *, held_out: float) -> list[int]:
         return [sum(not is_held_out(row, fraction=held_out) for row in unit) for unit in ids]
 
 
+def held_out_rows(
+    table: Table, columns: Sequence[str], *, fraction: float, limit: int | None = None
+) -> Iterator[pa.Table]:
+    """The held-out rows of each unit that has some, in the table's own order, at most `limit` of them."""
+    left = limit
+    for unit in table.units:
+        ids = table.read_unit(unit, ["id"])["id"].to_pylist()
+        chosen = [row for row, row_id in enumerate(ids) if is_held_out(row_id, fraction=fraction)][:left]
+        if chosen:
+            yield table.read_unit(unit, columns).take(pa.array(chosen))
+        if left is not None:
+            left -= len(chosen)
+            if left <= 0:
+                return
+
+
 class BatchLoader:
     """The batches of one training.
 
@@ -117,17 +133,9 @@ class BatchLoader:
 
     def held_out(self, *, rows: int, limit: int | None = None) -> Iterator[Batch]:
         """The held-out rows in the table's own order, in batches of `rows`, at most `limit` of them."""
-        left = limit
-        for unit in self._table.units:
-            ids = self._table.read_unit(unit, ["id"])["id"].to_pylist()
-            chosen = [row for row, row_id in enumerate(ids) if self._is_held_out(row_id)][:left]
-            if chosen:
-                found = self._table.read_unit(unit, self._columns).take(pa.array(chosen))
-                yield from to_batch(found).split(rows)
-            if left is not None:
-                left -= len(chosen)
-                if left <= 0:
-                    return
+        found = held_out_rows(self._table, self._columns, fraction=self._held_out, limit=limit)
+        for unit in found:
+            yield from to_batch(unit).split(rows)
 
     def _is_held_out(self, row_id: str) -> bool:
         return is_held_out(row_id, fraction=self._held_out)

@@ -1,16 +1,19 @@
-"""A decoder that dies on one image, in a module that worker processes can import."""
+"""Stages that die on one image or unit, in a module that worker processes can import."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipelines.stages.generate import GeneratePairs
 from pipelines.stages.image import ImageSettings, decode_image
 from pipelines.stages.read import ReadShard
+from pipelines.units import CaptionRows, FinishedRows
 
 
 def poison_of(image: bytes) -> str:
@@ -36,3 +39,18 @@ class PoisonedReader(ReadShard):
     def __init__(self, *, poison: str, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.decode = KilledBy(poison, size=arguments["size"])
+
+
+class CrashingTeacher(GeneratePairs):
+    """A teacher that is killed by the unit that starts at row 4, and leaves a mark each time."""
+
+    def __init__(self, *, tries: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.tries = Path(tries)
+
+    def __call__(self, rows: CaptionRows) -> FinishedRows:
+        if rows.unit.start == 4:
+            with self.tries.open("a") as marks:
+                marks.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(rows)

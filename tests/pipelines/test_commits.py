@@ -133,6 +133,12 @@ def test_an_orphan_that_is_no_unit_of_ours_is_named(table):
         recover(table)
 
 
+def test_an_orphan_made_with_other_settings_is_refused(table, writer):
+    writer(finished(0, 4, final=True))  # its settings are not the digest of the table's identity
+    with pytest.raises(TableError, match="other settings than this table; remove it"):
+        recover(table)
+
+
 def test_a_file_that_was_being_written_is_not_taken_for_a_unit(table):
     (Path(table) / ".s-000000-000004.parquet.0123").write_bytes(b"half")
     assert recover(table) == 0

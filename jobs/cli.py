@@ -1,0 +1,151 @@
+"""The command line that all jobs share: four options, settings printed and saved, errors in one line.
+
+Exit codes: 0 done, 1 the work failed (a second try may help), 2 the request cannot be carried out as it
+stands, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jobs.recipes import RECIPES, Recipe, recipe_named
+from pipelines.storage import StorageError, write_once
+from snapfusion.settings import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a job was asked to do.
+
+    Attributes:
+        verb: its name.
+        recipe: the resolved settings.
+        out: folder or URL of the run; every job reads its parents there and writes one thing beside them.
+        target: what a job that looks at one thing was pointed at; else empty.
+    """
+
+    verb: str
+    recipe: Recipe
+    out: str
+    target: str = ""
+
+    def place(self, name: str) -> str:
+        """Where `name` lies in this run."""
+        return f"{self.out}/{name}"
+
+
+Body = Callable[[Job], None]
+Preview = Callable[[Job], list[str]]
+
+
+def run(
+    verb: str,
+    body: Body,
+    *,
+    preview: Preview,
+    about: str | None,
+    argv: Sequence[str] | None,
+    target: str | None = None,
+) -> int:
+    """Parse the options, carry out `body` (or, with --dry-run, print `preview`) and return the exit code.
+
+    `target` is the name of a positional argument, for a job that looks at one thing and writes none.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{verb}", description=(about or "").split("\n\n")[0]
+    )
+    parser.add_argument("--recipe", default="mini", help=f"one of {', '.join(RECIPES)} (default: mini)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting, as in pairs.draws=4",
+    )
+    parser.add_argument("--out", default="runs/demo", help="folder or URL of the run (default: runs/demo)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    if target:
+        parser.add_argument("target", metavar=target)
+    options = parser.parse_args(argv)
+
+    def work() -> None:
+        job = Job(
+            verb=verb,
+            recipe=_resolve(options.recipe, options.set),
+            out=options.out.rstrip("/"),
+            target=options.target.rstrip("/") if target else "",
+        )
+        if options.dry_run:
+            print(job.recipe.to_json())
+            print("\n".join([f"settings {job.recipe.digest()[:16]}", *preview(job)]))
+            return
+        if not target:
+            _save_settings(job)
+        body(job)
+
+    return guarded(verb, work)
+
+
+def guarded(verb: str, work: Callable[[], None]) -> int:
+    """Carry out `work`; whatever goes wrong is said in one line, and told in the exit code."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        cause = _cause(error)
+        if isinstance(cause, ValueError):
+            print(f"{verb}: {cause}", file=sys.stderr)
+            return 2
+        if type(cause).__module__.split(".")[0] in ("jobs", "pipelines", "snapfusion"):
+            print(f"{verb}: {cause}", file=sys.stderr)
+            return 1
+        raise
+    return 0
+
+
+def _resolve(name: str, assignments: Sequence[str]) -> Recipe:
+    recipe = recipe_named(name)
+    try:
+        return recipe.with_values(assignments)
+    except SettingsError as error:
+        raise SettingsError(f"--set {error}") from None
+
+
+def _save_settings(job: Job) -> None:
+    """Print the resolved settings and save them under their hash, before anything else is written."""
+    text = job.recipe.to_json()
+    digest = job.recipe.digest()[:16]
+    place = job.place(f"settings/{digest}.json")
+    try:
+        write_once(place, text.encode())
+    except StorageError as error:
+        raise StorageError(f"--out {error}") from None
+    print(f"{job.verb}: recipe {job.recipe.name}, settings {digest}, saved as {place}")
+    for line in _dotted(job.recipe.to_values()):
+        print(f"  {line}")
+
+
+def _dotted(values: dict[str, object], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += _dotted(value, f"{prefix}{key}.")
+        else:
+            lines.append(f"{prefix}{key} = {value}")
+    return lines
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a user's code raised inside a worker, without the layers that Ray puts round it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        inner = getattr(seen, "cause", None) or seen.__cause__
+        if not isinstance(inner, BaseException):
+            return seen
+        seen = inner
+    return error

@@ -1,0 +1,73 @@
+"""The Ray cluster a job runs on: the one it was submitted to, or one of its own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import ray
+
+from pipelines.execution import Runner, Stage, on_ray
+from snapfusion.settings import Settings
+
+# Two cores carry a reader, a network, a writer and a trainer: logical CPUs only say who may run beside whom.
+_LEAST_CPUS = 4
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_V2": "1",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+class Cluster(Settings):
+    """Where to run.
+
+    Attributes:
+        address: of a running cluster, or None: the one this job was submitted to, else a local one.
+        cpus: logical CPUs of a local one; None takes the machine's, at least four.
+        worker_logs: whether the workers' own output is shown here.
+    """
+
+    address: str | None = None
+    cpus: int | None = None
+    worker_logs: bool = False
+
+
+def runner(cluster: Cluster) -> Runner:
+    """`on_ray` on this cluster, to which it connects only if there is something to run."""
+
+    def run(items: Iterable[Any], stages: list[Stage]) -> Iterator[Any]:
+        waiting = list(items)
+        if waiting:
+            connect(cluster)
+            yield from on_ray(waiting, stages)
+
+    return run
+
+
+def connect(cluster: Cluster) -> None:
+    """Connect this process to Ray for the rest of its life, unless it is connected already."""
+    if ray.is_initialized():
+        return
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    cpus = cluster.cpus or max(os.cpu_count() or 1, _LEAST_CPUS)
+    ray.init(
+        # Without "local" Ray would join whatever cluster it finds on this machine.
+        address=address or "local",
+        num_cpus=None if address else cpus,
+        include_dashboard=None if address else False,
+        logging_level=logging.ERROR,
+        log_to_driver=cluster.worker_logs,
+        # The workers of a local cluster inherit this process's environment.
+        runtime_env={"env_vars": _QUIET} if address else None,
+    )

@@ -1,0 +1,355 @@
+"""What a run has to show: gathered from its committed tables, decoder and bundle, for the report.
+
+Each function takes one kind of commit; whatever a run has not made yet is left out.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs import compile_mobile, distill_decoder
+from jobs.chart import Chart, Series
+from jobs.cli import Job
+from jobs.encode_latents import shards_url
+from jobs.report_page import (
+    Commit,
+    Comparison,
+    Measurement,
+    Picture,
+    RejectedRow,
+    Rejection,
+    ReportContent,
+    Timing,
+    artifacts_of,
+)
+from jobs.steps import recorded
+from pipelines.account import total_rejected
+from pipelines.loader import held_out_rows
+from pipelines.rejection import Rejected
+from pipelines.schemas import array_of, from_png
+from pipelines.sources import SourceError
+from pipelines.sources.webdataset import Sample, list_shards, read_shard
+from pipelines.stages.image import decode_image
+from pipelines.storage import exists, read_bytes
+from pipelines.tables import Snapshot, accounts, is_table, open_table, rejected_rows
+from snapfusion.export.executorch import ExecuTorchProgram
+from snapfusion.mini.oracle import load_oracle
+from snapfusion.mini.scenes import parse_caption
+from snapfusion.models.bundle import to_uint8
+from snapfusion.models.decoder import load_decoder
+from snapfusion.models.load import load
+from snapfusion.settings import digest
+
+VERBS = ("render_scenes", "encode_latents", "generate_pairs", "distill_decoder", "compile_mobile")
+_SCENES, _DRAWN, _COMPARED, _EXAMPLES = 8, 16, 6, 3
+_SIDE = 256
+"""Pictures of shards are shown at most this large, in pixels."""
+
+
+def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
+    """The content of the page, and the figures as plain values for metrics.json."""
+    tables = {name: open_table(job.place(name)) for name in ("latents", "pairs") if is_table(job.place(name))}
+    decoder = _json(job.place(f"decoder/{distill_decoder.METRICS}"))
+    mobile = _json(job.place(f"mobile/{compile_mobile.MANIFEST}"))
+    oracle = read_by_oracle(tables["pairs"]) if "pairs" in tables and job.recipe.oracle_floor else None
+    timings = _timings(job, tables)
+    lineage = _lineage(job, tables, decoder, mobile)
+    content = ReportContent(
+        recipe=job.recipe.name,
+        settings_hash=job.recipe.digest(),
+        settings_json=job.recipe.to_json(),
+        versions=_versions(),
+        totals=_totals(tables, decoder),
+        scenes=_scenes(job),
+        teacher_images=_drawn(tables["pairs"], oracle) if "pairs" in tables else (),
+        comparisons=_comparisons(job, tables["pairs"], decoder, mobile) if decoder else (),
+        charts=_charts(decoder) if decoder else (),
+        measurements=(*_decoder_figures(decoder), *_oracle_figures(oracle, job)),
+        artifacts=artifacts_of(mobile) if mobile else (),
+        lineage=lineage,
+        rejections=tuple(rejection for table in tables.values() for rejection in _rejections(table)),
+        timings=timings,
+    )
+    metrics = {
+        "recipe": job.recipe.name,
+        "settings_hash": job.recipe.digest(),
+        "versions": dict(content.versions),
+        "tables": {name: _table_figures(table) for name, table in tables.items()},
+        "decoder": decoder,
+        "mobile": mobile,
+        "oracle": oracle and {key: value for key, value in oracle.items() if key != "notes"},
+        "steps": [vars(timing) for timing in timings],
+    }
+    return content, metrics
+
+
+def read_by_oracle(pairs: Snapshot) -> dict[str, Any] | None:
+    """What the miniature's oracle reads in the teacher's images, held against their captions.
+
+    Returns:
+        images, mean_attributes_right and all_attributes_right in [0, 1], and a note for each row; None if
+        no row has both an image and a caption that describes a scene.
+    """
+    oracle = load_oracle()
+    right, notes = [], []
+    for unit in pairs.units:
+        rows = pairs.read_unit(unit, ["caption", "image"]).to_pylist()
+        told = [(row["image"], parse_caption(row["caption"])) for row in rows if row["image"] is not None]
+        if told:
+            images = torch.from_numpy(np.stack([from_png(image) for image, _ in told])).permute(0, 3, 1, 2)
+            scored = oracle.score(images, [scene for _, scene in told])
+            right += scored.float().mean(dim=1).tolist()
+            notes += [f"{int(row.sum())} of {len(row)} attributes right" for row in scored]
+    if not right:
+        return None
+    return {
+        "images": len(right),
+        "mean_attributes_right": float(np.mean(right)),
+        "all_attributes_right": float(np.mean([share == 1.0 for share in right])),
+        "notes": notes,
+    }
+
+
+def _json(place: str) -> dict[str, Any] | None:
+    return json.loads(read_bytes(place)) if exists(place) else None
+
+
+def _versions() -> dict[str, str]:
+    names = ("snapfusion-ray", "ray", "torch", "diffusers", "transformers", "deltalake", "executorch")
+    return {name: importlib.metadata.version(name) for name in (*names, "coremltools")}
+
+
+def _totals(tables: Mapping[str, Snapshot], decoder: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
+    totals = [(f"{table.num_rows:,}", f"rows of {name.upper()}") for name, table in tables.items()]
+    if decoder:
+        totals.append((f"{decoder['psnr_db']:.1f} dB", "half-width decoder to the teacher's"))
+        totals.append((f"{decoder['parameters']['ratio']:.2f}x", "fewer parameters"))
+    return tuple(totals)
+
+
+def _scenes(job: Job) -> tuple[Picture, ...]:
+    try:
+        shard = list_shards(shards_url(job))[0]
+    except SourceError:
+        return ()
+    settings = job.recipe.latents
+    size = min(_SIDE, load(job.recipe.model).image_size)
+    pictures: list[Picture] = []
+    for row in islice(read_shard(shard, settings.shards), 4 * _SCENES):
+        if isinstance(row, Sample):
+            with suppress(Rejected):
+                image = decode_image(row.image, size=size, settings=settings.images)
+                pictures.append(Picture(image=image, caption=row.caption))
+    return tuple(pictures[:_SCENES])
+
+
+def _drawn(pairs: Snapshot, oracle: Mapping[str, Any] | None) -> tuple[Picture, ...]:
+    rows = pairs.read_unit(pairs.units[0], ["caption", "image"]).to_pylist() if pairs.units else []
+    shown = [row for row in rows if row["image"] is not None][:_DRAWN]
+    notes = oracle["notes"] if oracle else [""] * len(shown)
+    return tuple(
+        Picture(image=from_png(row["image"]), caption=row["caption"], note=note)
+        for row, note in zip(shown, notes, strict=False)
+    )
+
+
+@torch.inference_mode()
+def _comparisons(
+    job: Job, pairs: Snapshot, decoder: Mapping[str, Any], mobile: Mapping[str, Any] | None
+) -> tuple[Comparison, ...]:
+    pinned = open_table(pairs.url, version=decoder["parents"]["pairs"]["version"])
+    fraction = job.recipe.decoder.loader.held_out
+    units = list(held_out_rows(pinned, ["caption", "latent"], fraction=fraction, limit=_COMPARED))
+    teacher, half = load(job.recipe.model), load_decoder(job.place("decoder"))
+    program = ExecuTorchProgram(read_bytes(job.place("mobile/decoder.pte"))) if mobile else None
+    compared = []
+    for rows in units:
+        latents = array_of(rows.schema.field("latent")).unpack(rows.column("latent").to_pylist())
+        for caption, values in zip(rows.column("caption").to_pylist(), latents, strict=True):
+            latent = torch.from_numpy(values.astype(np.float32))[None]
+            compared.append(
+                Comparison(
+                    caption=caption,
+                    teacher=_pixels(teacher.decode(latent)),
+                    half=_pixels(half.decode(latent)),
+                    # The program's own range is [0, 1].
+                    compiled=_pixels(torch.from_numpy(program([latent.numpy()])) * 2.0 - 1.0)
+                    if program
+                    else None,
+                )
+            )
+    return tuple(compared)
+
+
+def _pixels(image: torch.Tensor) -> np.ndarray:
+    return to_uint8(image[0]).permute(1, 2, 0).numpy()
+
+
+def _charts(decoder: Mapping[str, Any]) -> tuple[Chart, ...]:
+    curves = {f"from {decoder['settings']['init']} channels": decoder["curve"]}
+    if decoder["random_init"]:
+        curves["from random weights"] = decoder["random_init"]["curve"]
+    series = tuple(
+        Series(name=name, x=[point["step"] for point in curve], y=[point["loss"] for point in curve])
+        for name, curve in curves.items()
+    )
+    return (
+        Chart(title="Decoder: loss of training", x_label="step", y_label="MSE", series=series, log_y=True),
+    )
+
+
+def _decoder_figures(decoder: Mapping[str, Any] | None) -> tuple[Measurement, ...]:
+    if decoder is None:
+        return ()
+    rows, seed = decoder["held_out_rows"], decoder["settings"]["loop"]["seed"]
+    pairs = {"count": rows, "counted": "held-out pairs", "seed": seed}
+    figures = [
+        Measurement(name="half-width decoder to the teacher's", value=decoder["psnr_db"], unit="dB", **pairs)
+    ]
+    if decoder["random_init"]:
+        gain = decoder["random_init"]["gain_db"]
+        note = "both trained for the same steps"
+        figures.append(
+            Measurement(name="gain over random weights", value=gain, unit="dB", note=note, **pairs)
+        )
+    ratio = decoder["parameters"]["ratio"]
+    figures.append(
+        Measurement(
+            name="parameters, teacher's / half-width",
+            value=ratio,
+            count=1,
+            counted="decoder",
+            note="3.8 in the paper",
+        )
+    )
+    figures += [
+        Measurement(
+            name=f"time, teacher's / half-width, batch of {time['batch']}",
+            value=time["ratio"],
+            count=time["repeats"],
+            counted="turns",
+            note=f"{time['student_ms']:.2f} ms an image; 3.2 on a phone in the paper",
+        )
+        for time in decoder["times"]
+    ]
+    return tuple(figures)
+
+
+def _oracle_figures(oracle: Mapping[str, Any] | None, job: Job) -> tuple[Measurement, ...]:
+    if oracle is None:
+        return ()
+    generation = job.recipe.pairs.generation
+    told = {
+        "unit": "%",
+        "count": oracle["images"],
+        "counted": "teacher images",
+        "seed": generation.seed,
+        "note": f"{generation.steps} steps at guidance {generation.guidance:g}",
+    }
+    return (
+        Measurement(name="attributes right", value=100 * oracle["mean_attributes_right"], **told),
+        Measurement(name="all attributes right", value=100 * oracle["all_attributes_right"], **told),
+    )
+
+
+def _lineage(
+    job: Job,
+    tables: Mapping[str, Snapshot],
+    decoder: Mapping[str, Any] | None,
+    mobile: Mapping[str, Any] | None,
+) -> tuple[Commit, ...]:
+    weights = load(job.recipe.model).fingerprint()
+    commits = [
+        Commit(
+            name="SHARDS",
+            kind="shards",
+            place=shards_url(job),
+            identity=digest(job.recipe.source.to_values()),
+        ),
+        Commit(name="TEACHER", kind="model", place=job.recipe.model, identity=digest(weights)),
+    ]
+    parents = {"latents": ("SHARDS", "TEACHER"), "pairs": ("LATENTS", "TEACHER")}
+    for name, table in tables.items():
+        known = {commit.name for commit in commits}
+        commits.append(
+            Commit(
+                name=name.upper(),
+                kind="table",
+                place=table.url,
+                identity=digest(table.identity),
+                version=table.version,
+                parents=tuple(parent for parent in parents[name] if parent in known),
+                **_counts(table),
+            )
+        )
+    if decoder:
+        commits.append(
+            Commit(
+                name="DECODER",
+                kind="checkpoint",
+                place=job.place("decoder"),
+                identity=decoder["settings_hash"],
+                parents=("PAIRS", "TEACHER"),
+            )
+        )
+    if mobile:
+        commits.append(
+            Commit(
+                name="MOBILE",
+                kind="bundle",
+                place=job.place("mobile"),
+                identity=mobile["settings_hash"],
+                parents=("DECODER",),
+            )
+        )
+    return tuple(commits)
+
+
+def _counts(table: Snapshot) -> dict[str, Any]:
+    known = list(accounts(table.url).values())
+    return {
+        "rows_read": sum(account.rows_read for account in known),
+        "rows_written": table.num_rows,
+        "rejected": total_rejected(known),
+    }
+
+
+def _table_figures(table: Snapshot) -> dict[str, Any]:
+    return {
+        "url": table.url,
+        "version": table.version,
+        "identity": digest(table.identity),
+        "units": len(table.units),
+        "bytes": sum(unit.size for unit in table.units),
+        **_counts(table),
+    }
+
+
+def _rejections(table: Snapshot) -> Sequence[Rejection]:
+    name = str(table.identity["kind"]).upper()
+    by_reason: dict[str, list[RejectedRow]] = {}
+    for row in rejected_rows(table.url):
+        by_reason.setdefault(row["reason"], []).append(RejectedRow(id=row["id"], detail=row["detail"]))
+    return [
+        Rejection(table=name, reason=reason, count=len(rows), examples=tuple(rows[:_EXAMPLES]))
+        for reason, rows in sorted(by_reason.items())
+    ]
+
+
+def _timings(job: Job, tables: Mapping[str, Snapshot]) -> tuple[Timing, ...]:
+    rows = {"encode_latents": "latents", "generate_pairs": "pairs"}
+    timings = []
+    for verb in VERBS:
+        step = recorded(job, verb)
+        if step:
+            table = tables.get(rows.get(verb, ""))
+            timings.append(Timing(step=verb, seconds=step.seconds, rows=table.num_rows if table else None))
+    return tuple(timings)

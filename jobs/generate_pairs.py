@@ -1,0 +1,62 @@
+"""Draw the captions with the teacher, into the table PAIRS. SnapFusion Sec. 3.2.
+
+Reads the recipe's `captions.url`, or the captions of LATENTS in the same run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import islice
+
+from jobs.cli import Job, run
+from jobs.cluster import runner
+from jobs.progress import show
+from pipelines.pairs import captions_of, generate_pairs
+from pipelines.rejection import Rejection
+from pipelines.sources.captions import Caption, CaptionSettings, read_captions
+from pipelines.tables import is_table, open_table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m jobs.generate_pairs`."""
+    return run("generate_pairs", generate, preview=preview, about=__doc__, argv=argv)
+
+
+def generate(job: Job) -> None:
+    """Bring PAIRS up to the recipe; what is committed already is not made again."""
+    recipe = job.recipe
+    captions = captions_for(job)
+    table = generate_pairs(
+        recipe.pairs,
+        teacher=recipe.model,
+        captions=captions,
+        source=recipe.captions.name,
+        url=job.place("pairs"),
+        run=runner(recipe.cluster),
+        on_progress=show(job.verb),
+    )
+    print(f"  PAIRS version {table.version}: {table.num_rows} rows in {len(table.units)} units")
+
+
+def captions_for(job: Job) -> list[Caption | Rejection]:
+    """The recipe's caption list, or else the captions of LATENTS."""
+    wanted = job.recipe.captions
+    if wanted.url is None:
+        return [*captions_of(open_table(job.place("latents"), kind="latents"), limit=wanted.limit)]
+    return list(islice(read_captions(wanted.url, CaptionSettings()), wanted.limit))
+
+
+def preview(job: Job) -> list[str]:
+    """What would be read and written."""
+    place, wanted = job.place("pairs"), job.recipe.captions
+    held = f"{open_table(place).num_rows} rows are committed" if is_table(place) else "a new table"
+    generation = job.recipe.pairs.generation
+    return [
+        f"would draw the captions of {wanted.url or job.place('latents')} {job.recipe.pairs.draws} times, "
+        f"{generation.steps} steps at guidance {generation.guidance}, into {place} ({held})"
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Recipes: complete runs as typed settings. A variant is a recipe with `--set`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from jobs.cluster import Cluster
+from jobs.compile_mobile import MobileSettings
+from jobs.distill_decoder import DecoderSettings
+from pipelines.execution import Pool
+from pipelines.latents import Latents
+from pipelines.pairs import Pairs
+from pipelines.stages.encode import Encoding
+from pipelines.stages.environment import Device
+from pipelines.stages.generate import Generation
+from pipelines.stages.image import ImageSettings
+from snapfusion.settings import Settings, SettingsError
+
+
+class Source(Settings):
+    """Where images come from.
+
+    Attributes:
+        name: a short name; units and rows are named after it.
+        url: img2dataset shards: a tar, a folder of them or a glob. None renders scenes into the run.
+        scenes: how many scenes to render if `url` is None.
+        scenes_per_shard: of one tar.
+        seed: of the scenes.
+    """
+
+    name: str = Field("scenes", pattern=r"^[A-Za-z0-9_.-]+$")
+    url: str | None = None
+    scenes: int = Field(512, ge=1)
+    scenes_per_shard: int = Field(128, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class Captions(Settings):
+    """Which captions the teacher draws.
+
+    Attributes:
+        name: a short name; units are named after it.
+        url: a caption list (txt, tsv, csv, jsonl, Parquet); None takes the captions of LATENTS.
+        limit: how many of them at most.
+    """
+
+    name: str = Field("captions", pattern=r"^[A-Za-z0-9_.-]+$")
+    url: str | None = None
+    limit: int | None = Field(None, ge=1)
+
+
+class Verification(Settings):
+    """How a table is verified.
+
+    Attributes:
+        units: how many units are computed again.
+        seed: which ones.
+    """
+
+    units: int = Field(2, ge=0)
+    seed: int = Field(0, ge=0)
+
+
+class Recipe(Settings):
+    """A whole run.
+
+    Attributes:
+        name: of the recipe it began as.
+        model: the teacher, as `snapfusion.models.load` accepts it.
+        source: images.
+        latents: how LATENTS are made.
+        captions: what the teacher draws.
+        pairs: how PAIRS are made.
+        decoder: how the half-width decoder is distilled.
+        mobile: how it is compiled.
+        oracle_floor: least mean attribute accuracy of the demo's pictures, by the miniature's oracle; None
+            for models whose pictures it cannot read.
+        verification: how tables are verified.
+        cluster: where to run.
+    """
+
+    name: str
+    model: str
+    source: Source = Source()
+    latents: Latents = Latents()
+    captions: Captions = Captions()
+    pairs: Pairs = Pairs()
+    decoder: DecoderSettings = DecoderSettings()
+    mobile: MobileSettings = MobileSettings()
+    oracle_floor: float | None = Field(None, ge=0.0, le=1.0)
+    verification: Verification = Verification()
+    cluster: Cluster = Cluster()
+
+
+def mini() -> Recipe:
+    """The bundled miniature, every stage real, on two cores in minutes."""
+    return Recipe(
+        name="mini",
+        model="mini",
+        source=Source(),
+        latents=Latents(
+            images=ImageSettings(min_side=16),
+            encoding=Encoding(batch_size=32),
+            rows_per_unit=64,
+        ),
+        pairs=Pairs(
+            generation=Generation(steps=50, guidance=2.5, batch_size=32),
+            rows_per_unit=32,
+            teachers=Pool(actors=2, cpus=0.5),
+            writers=Pool(cpus=0.25),
+        ),
+        oracle_floor=0.6,
+    )
+
+
+def sd15() -> Recipe:
+    """SD-v1.5 as in the paper: 512 px, 50 DDIM steps, guidance 7.5; one accelerator an actor."""
+    on_gpu = Device(kind="cuda", dtype="float16")
+    return Recipe(
+        name="sd15",
+        model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        source=Source(name="laion", url="s3://bucket/laion/*.tar"),
+        latents=Latents(
+            encoding=Encoding(batch_size=32),
+            rows_per_unit=128,
+            device=on_gpu,
+            readers=Pool(actors=8, cpus=1.0),
+            encoders=Pool(cpus=1.0, gpus=1.0),
+        ),
+        pairs=Pairs(
+            generation=Generation(steps=50, guidance=7.5, batch_size=16),
+            rows_per_unit=128,
+            device=on_gpu,
+            teachers=Pool(cpus=1.0, gpus=1.0),
+            writers=Pool(actors=2, cpus=1.0),
+        ),
+    )
+
+
+RECIPES = {"mini": mini, "sd15": sd15}
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        SettingsError: if there is none.
+    """
+    if name not in RECIPES:
+        raise SettingsError(f"--recipe {name}: there is no such recipe; {' and '.join(RECIPES)} are accepted")
+    return RECIPES[name]()

@@ -1,0 +1,58 @@
+"""The whole run, in order: scenes or shards, LATENTS, PAIRS, decoder, mobile program, report.
+
+What is committed already is not made again, so a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jobs import compile_mobile, distill_decoder, encode_latents, generate_pairs, render_scenes, report
+from jobs.cli import Body, Job, Preview, run
+from jobs.progress import duration
+from jobs.steps import timed
+
+Step = tuple[str, Body, Preview]
+
+STEPS: tuple[Step, ...] = (
+    ("render_scenes", render_scenes.render_scenes, render_scenes.preview),
+    ("encode_latents", encode_latents.encode, encode_latents.preview),
+    ("generate_pairs", generate_pairs.generate, generate_pairs.preview),
+    ("distill_decoder", distill_decoder.distill, distill_decoder.preview),
+    ("compile_mobile", compile_mobile.compile_mobile, compile_mobile.preview),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m jobs.run_pipeline`."""
+    return run("run_pipeline", run_pipeline, preview=preview, about=__doc__, argv=argv)
+
+
+def run_pipeline(job: Job) -> None:
+    """Carry out the steps that are not committed, then write the report."""
+    began = time.monotonic()
+    steps = steps_of(job)
+    for number, (verb, body, _) in enumerate(steps, start=1):
+        print(f"[{number}/{len(steps) + 1}] {verb}", flush=True)
+        with timed(job, verb):
+            body(replace(job, verb=verb))
+    print(f"[{len(steps) + 1}/{len(steps) + 1}] report", flush=True)
+    report.report(replace(job, verb="report"))
+    print(f"done in {duration(time.monotonic() - began)}")
+
+
+def steps_of(job: Job) -> list[Step]:
+    """The steps of this recipe; scenes are rendered only where no shards are named."""
+    return [step for step in STEPS if step[0] != "render_scenes" or job.recipe.source.url is None]
+
+
+def preview(job: Job) -> list[str]:
+    """What each step would do."""
+    return [f"{verb}: {line}" for verb, _, step in steps_of(job) for line in step(job)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

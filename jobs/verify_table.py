@@ -1,0 +1,62 @@
+"""Verify a table: recount it, compare files and log, and compute sampled units again from their keys.
+
+Give the table's URL. LATENTS need their shards: the recipe's `source.url`, or `shards` beside the table.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jobs.cli import Job, run
+from pipelines import latents, pairs
+from pipelines.sources.webdataset import list_shards
+from pipelines.tables import Snapshot, open_table
+from pipelines.verification import Remake, verify_table
+
+
+class Unsound(RuntimeError):
+    """A table that is not what it says it is."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m jobs.verify_table`."""
+    return run("verify_table", verify, preview=preview, about=__doc__, argv=argv, target="URL")
+
+
+def verify(job: Job) -> None:
+    """Print what was counted; raise if anything is wrong."""
+    table = open_table(job.target)
+    wanted = job.recipe.verification
+    found = verify_table(table, remake=remake_for(job, table), units=wanted.units, seed=wanted.seed)
+    counted = f"{found.units} units, {found.rows} rows, {found.rejected} rejected"
+    print(f"{table.url}, version {table.version}: {counted}")
+    print(f"  {found.remade} units made again, {found.exact} of them bit for bit")
+    for note in found.notes:
+        print(f"  {note}")
+    if found.faults:
+        shown = "\n".join(f"  {fault}" for fault in found.faults[:20])
+        raise Unsound(f"{len(found.faults)} faults in {table.url}\n{shown}")
+    print("  no fault found")
+
+
+def remake_for(job: Job, table: Snapshot) -> Remake:
+    """How units of this kind of table are made again."""
+    recipe = job.recipe
+    if table.identity["kind"] == "pairs":
+        return pairs.remake(table, teacher=recipe.model)
+    place = recipe.source.url or f"{job.target.rpartition('/')[0]}/shards"
+    return latents.remake(table, model=recipe.model, shards=list_shards(place), source=recipe.source.name)
+
+
+def preview(job: Job) -> list[str]:
+    """What would be looked at."""
+    table = open_table(job.target)
+    again = min(job.recipe.verification.units, len(table.units))
+    return [
+        f"would read {len(table.units)} units of {table.url}, version {table.version}, and make {again} again"
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""A driver that generates PAIRS on a Ray cluster of its own, to be killed by test_execution."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from test_pairs import CAPTIONS, SETTINGS
+
+from jobs.cluster import Cluster, connect
+from pipelines.execution import Stage, on_ray
+from pipelines.pairs import generate_pairs
+
+
+def slowly(items: Iterable[Any], stages: list[Stage]) -> Iterator[Any]:
+    """Pass results on with a pause, so that there is a time between a file and its commit."""
+    for result in on_ray(items, stages):
+        time.sleep(2)
+        yield result
+
+
+if __name__ == "__main__":
+    connect(Cluster())
+    generate_pairs(
+        SETTINGS, teacher=sys.argv[1], captions=CAPTIONS, source="list", url=sys.argv[2], run=slowly
+    )
