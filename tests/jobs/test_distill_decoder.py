@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import tiny_bundle
 
-from jobs.distill_decoder import DecoderSettings, distill_decoder, summary
+from jobs.distill_decoder import DecoderSettings, assemble, distill_decoder, summary
 from jobs.trainer import TrainerSettings, TrainingError
-from pipelines.loader import LoaderError, LoaderSettings
+from pipelines.loader import LoaderError, LoaderSettings, count_trainable
 from pipelines.pairs import Pairs, generate_pairs
 from pipelines.sources.captions import Caption
 from pipelines.stages.generate import Generation
@@ -124,6 +124,30 @@ def test_one_that_was_begun_with_other_settings_is_refused(pairs, tiny_teacher, 
     with pytest.raises(TrainingError, match="holds a decoder of other settings"):
         distill_decoder(SETTINGS, pairs_url=pairs.url, out_url=str(out), teacher=tiny_teacher)
     assert not out.exists()
+
+
+def test_decoding_in_the_trainer_gives_the_images_that_pairs_store(pairs, tiny_teacher):
+    images = {}
+    for target in ("stored", "online"):
+        training = next(
+            assemble(
+                settings=changed(target=target),
+                teacher=tiny_teacher,
+                pairs_url=pairs.url,
+                pairs_version=pairs.version,
+                counts=count_trainable(pairs, held_out=0.3),
+                identity={},
+                device=torch.device("cpu"),
+            )
+        )
+        batches = training.loader.batches(0)
+        batch = next(batches)
+        batches.close()
+        images[target] = training.objective.teacher_images(batch)
+        assert training.objective(training.model, batch, step=0).shape == (4,)
+        assert sorted(batch.columns) == (["image", "latent"] if target == "stored" else ["latent"])
+    # PNG keeps 8 bits: half a level at most.
+    torch.testing.assert_close(images["online"], images["stored"], rtol=0, atol=0.501 / 127.5)
 
 
 def test_pairs_of_another_teacher_are_refused(pairs, tmp_path):
