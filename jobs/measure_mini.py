@@ -9,30 +9,29 @@ from pathlib import Path
 
 import torch
 
+from jobs.cli import guarded
 from snapfusion.mini.measure import Figures, MiniMeasurement, measure
 from snapfusion.mini.weights import WEIGHTS
-from snapfusion.settings import SettingsError
 
 
 def _show(part: str, figures: Figures) -> None:
     print(json.dumps({part: {name: round(value, 4) for name, value in figures.items()}}), flush=True)
 
 
-def main() -> int:
-    """The command."""
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m jobs.measure_mini", description=__doc__)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with sd/, scorer/ and oracle/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
-    arguments = parser.parse_args()
-    try:
-        settings = MiniMeasurement().with_values(arguments.set)
+    options = parser.parse_args(argv)
+
+    def work() -> None:
+        settings = MiniMeasurement().with_values(options.set)
         print(settings.to_json())
         torch.set_num_threads(1)
-        measure(settings, folder=arguments.weights, on_figures=_show)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        measure(settings, folder=options.weights, on_figures=_show)
+
+    return guarded("measure_mini", work)
 
 
 if __name__ == "__main__":
