@@ -63,14 +63,14 @@ class DecoderSettings(Settings):
     init: Initialization = "leading"
     target: Literal["stored", "online"] = "stored"
     loop: LoopSettings = LoopSettings(
-        num_steps=400, global_batch=16, learning_rate=2e-3, warmup_steps=20, ema_decay=0.98
+        num_steps=800, global_batch=16, learning_rate=4e-3, warmup_steps=20, ema_decay=0.98
     )
     loader: LoaderSettings = LoaderSettings(held_out=0.1)
     compare_random_init: bool = True
     evaluation_rows: PositiveInt = 256
     timing_batches: tuple[PositiveInt, ...] = (1, 64)
     timing_repeats: Annotated[int, Field(ge=1)] = 15
-    trainer: TrainerSettings = TrainerSettings()
+    trainer: TrainerSettings = TrainerSettings(num_workers=2)
 
 
 def distill_decoder(
