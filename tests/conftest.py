@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch and Ray are imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -75,11 +76,12 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local Ray cluster, for all tests that need one."""
+    """A local Ray cluster, for all tests that need one; its workers can import the stages of tests."""
     import ray
 
     from jobs.cluster import Cluster, connect
 
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent / "pipelines")
     connect(Cluster())
     yield
     ray.shutdown()

@@ -43,7 +43,7 @@ class Bundle:
             network.eval().requires_grad_(requires_grad=False)
 
     @property
-    def networks(self) -> dict[str, nn.Module]:
+    def networks(self) -> dict[str, Any]:
         """The three networks by the names of their folders."""
         return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
 

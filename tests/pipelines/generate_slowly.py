@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from test_pairs import CAPTIONS, SETTINGS
+from pair_inputs import CAPTIONS, SETTINGS
 
 from jobs.cluster import Cluster, connect
 from pipelines.execution import Stage, on_ray

@@ -1,4 +1,4 @@
-"""Stages that die on one image or unit, in a module that worker processes can import."""
+"""Stages that die on one image or unit; no torch in here, so that a worker that dies is soon back."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from synthetic_units import finished
 
-from pipelines.stages.generate import GeneratePairs
+from pipelines.rejection import Rejected
 from pipelines.stages.image import ImageSettings, decode_image
 from pipelines.stages.read import ReadShard
-from pipelines.units import CaptionRows, FinishedRows
+from pipelines.units import FinishedRows
 
 
 def poison_of(image: bytes) -> str:
@@ -41,16 +42,25 @@ class PoisonedReader(ReadShard):
         self.decode = KilledBy(poison, size=arguments["size"])
 
 
-class CrashingTeacher(GeneratePairs):
-    """A teacher that is killed by the unit that starts at row 4, and leaves a mark each time."""
+class CrashingStage:
+    """Makes four rows from the ordinal of the first; is killed by ordinal 4, and leaves a mark each time."""
 
-    def __init__(self, *, tries: str, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.tries = Path(tries)
+    def __init__(self, *, marks: str) -> None:
+        self.marks = Path(marks)
 
-    def __call__(self, rows: CaptionRows) -> FinishedRows:
-        if rows.unit.start == 4:
-            with self.tries.open("a") as marks:
+    def __call__(self, start: int) -> FinishedRows:
+        if start == 4:
+            with self.marks.open("a") as marks:
                 marks.write("x")
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(rows)
+        return finished(start, start + 4, final=False)
+
+
+def set_aside(start: int) -> FinishedRows:
+    """What stands for a unit that no worker survives."""
+    unit = finished(start, start + 4, final=False).unit
+    crashed = [
+        Rejected("crashed").record(id=f"s/{n}", source="s", ordinal=n) for n in range(start, start + 4)
+    ]
+    names = ("id", "source_id", "caption", "token_ids", "latent")
+    return FinishedRows(unit=unit, columns={name: [] for name in names}, rejections=crashed)

@@ -14,15 +14,20 @@ from typing import Any
 
 import pytest
 from in_process import in_process
-from poison import CrashingTeacher, PoisonedReader, poison_of
+from pair_inputs import CAPTIONS
+from pair_inputs import SETTINGS as PAIRS
+from poison import CrashingStage, PoisonedReader, poison_of, set_aside
+from synthetic_units import IDENTITY, SCHEMA
 from test_latents import SETTINGS as LATENTS
 from test_latents import encode, make_shards, picture
-from test_pairs import CAPTIONS, data_files
-from test_pairs import SETTINGS as PAIRS
+from test_pairs import data_files
 
-from pipelines.execution import Stage, on_ray
+from pipelines.execution import Pool, Stage, on_ray
+from pipelines.intake import Bounds, take_in
 from pipelines.pairs import generate_pairs
-from pipelines.tables import accounts, open_table, rejected_rows
+from pipelines.stages.write import WriteUnit
+from pipelines.tables import accounts, create_table, open_table, rejected_rows
+from snapfusion.settings import digest
 
 pytestmark = pytest.mark.ray
 
@@ -58,13 +63,18 @@ def test_a_sample_that_kills_its_worker_is_set_aside_and_no_other_is_lost(
     assert table.num_rows == 8
 
 
-def test_a_unit_that_kills_every_teacher_is_set_aside_after_three_tries(ray_cluster, tiny_teacher, tmp_path):
-    tries = tmp_path / "tries"
-    table = generate(tmp_path / "pairs", tiny_teacher, run=with_first(CrashingTeacher, tries=str(tries)))
-    by_unit = {account.start: account.rejected() for account in accounts(table.url).values()}
-    assert by_unit == {0: {}, 4: {"crashed": 4}, 8: {}}
-    assert table.num_rows == 6
-    assert len(tries.read_text()) == 3
+def test_a_unit_that_kills_every_worker_is_set_aside_after_three_tries(ray_cluster, tmp_path):
+    url, marks = str(tmp_path / "latents"), tmp_path / "marks"
+    table = create_table(url, schema=SCHEMA, identity=IDENTITY)
+    writer = {"url": table.url, "schema": SCHEMA, "settings": digest(table.identity)}
+    stages = [
+        Stage(build=CrashingStage, arguments={"marks": str(marks)}, pool=Pool(), give_up=set_aside),
+        Stage(build=WriteUnit, arguments=writer, pool=Pool()),
+    ]
+    take_in(url, on_ray([0, 4, 8], stages), bounds=Bounds(), total=12)
+    by_unit = {account.start: account.rejected() for account in accounts(url).values()}
+    assert by_unit == {0: {"broken_image": 1}, 4: {"crashed": 4}, 8: {"broken_image": 1}}
+    assert marks.read_text() == "xxx"
 
 
 def test_a_driver_killed_and_started_again_ends_with_the_same_bytes(tiny_teacher, tmp_path):

@@ -11,14 +11,15 @@ import pytest
 import torch
 from conftest import tiny_bundle
 from in_process import in_process
+from pair_inputs import CAPTIONS, SETTINGS
 
 from pipelines.account import read_account, to_parquet
 from pipelines.commits import adopt
-from pipelines.pairs import Pairs, captions_of, generate_pairs, plan, remake, set_aside
+from pipelines.pairs import captions_of, generate_pairs, plan, remake, set_aside
 from pipelines.rejection import Rejected
 from pipelines.schemas import array_of, from_png
 from pipelines.sources.captions import Caption
-from pipelines.stages.generate import Generation, teacher_images
+from pipelines.stages.generate import teacher_images
 from pipelines.tables import TableError, accounts, open_table
 from pipelines.verification import verify_table
 from snapfusion.models.load import load
@@ -26,11 +27,8 @@ from snapfusion.models.save import save
 from snapfusion.noise import gaussian_batch
 from snapfusion.sampling import sample, time_grid
 
-CAPTIONS = [Caption(id=f"c{n}", ordinal=n, text=f"a red thing, number {n}") for n in range(10)]
-SETTINGS = Pairs(generation=Generation(steps=4, guidance=2.0, batch_size=3, seed=7), rows_per_unit=4)
 
-
-def generate(url: Path, teacher: str, *, settings: Pairs = SETTINGS, captions=CAPTIONS):
+def generate(url: Path, teacher: str, *, settings=SETTINGS, captions=CAPTIONS):
     return generate_pairs(
         settings, teacher=teacher, captions=captions, source="list", url=str(url), run=in_process
     )
