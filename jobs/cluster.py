@@ -55,11 +55,14 @@ def connect(cluster: Cluster) -> None:
     """Connect this process to Ray for the rest of its life, unless it is connected already."""
     if ray.is_initialized():
         return
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    if not address and not cluster.worker_logs:
+        # Its C++ core announces on every pool of actors what would be wrong if their arguments got lost.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
     cpus = cluster.cpus or max(os.cpu_count() or 1, _LEAST_CPUS)
     ray.init(
         # Without "local" Ray would join whatever cluster it finds on this machine.

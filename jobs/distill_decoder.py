@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from pydantic import Field, PositiveInt
 
-from jobs.differences import differences
 from jobs.publish import publish_folder
-from jobs.reports import OnReport, report_line
+from jobs.reports import OnReport, show_reports
 from jobs.trainer import Trained, TrainerSettings, Training, TrainingError, run_trainings
 from pipelines.loader import BatchLoader, LoaderSettings, count_trainable
 from pipelines.storage import absolute, exists, read_bytes, write_once
@@ -32,7 +31,7 @@ from snapfusion.metrics.decoder import decode_times, fidelity
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.decoder import DecoderConfig, HalfDecoder, Initialization
 from snapfusion.models.load import load
-from snapfusion.settings import Settings, digest
+from snapfusion.settings import Settings, differences, digest
 from snapfusion.training.checkpoint import CheckpointStore
 from snapfusion.training.decoder import DecoderObjective, TeacherImages, decoded_images, stored_images
 from snapfusion.training.loop import LoopSettings
@@ -335,7 +334,7 @@ def distill(job: Job) -> None:
         pairs_url=job.place("pairs"),
         out_url=place,
         teacher=job.recipe.model,
-        on_report=lambda figures: print(f"  {report_line(figures)}", flush=True),
+        on_report=show_reports(),
     )
     for line in summary(metrics):
         print(f"  {line}")

@@ -11,27 +11,32 @@ from pipelines.intake import OnProgress, Progress
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def show(verb: str, *, stream: TextIO | None = None) -> OnProgress:
+class StatusLine:
+    """Says where something stands, and leaves the last word standing."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._out = stream or sys.stdout
+        self._on_terminal = self._out.isatty()
+        self._said = 0.0
+
+    def say(self, text: str, *, last: bool) -> None:
+        """Show `text`; off a terminal only now and then, unless it is the last."""
+        now = time.monotonic()
+        if self._on_terminal:
+            self._out.write(f"\r\x1b[K  {text}" + ("\n" if last else ""))
+        elif last or now - self._said >= _SECONDS_BETWEEN_LINES:
+            self._out.write(f"  {text}\n")
+            self._said = now
+        self._out.flush()
+
+
+def show(verb: str) -> OnProgress:
     """A callback that shows progress with rate and time left."""
-    out = stream or sys.stdout
-    on_terminal = out.isatty()
-    last = 0.0
+    line = StatusLine()
 
     def on_progress(progress: Progress) -> None:
-        nonlocal last
-        finished = progress.total is not None and progress.rows >= progress.total
-        if not on_terminal and not finished and time.monotonic() - last < _SECONDS_BETWEEN_LINES:
-            return
-        last = time.monotonic()
-        line = f"  {verb}: {describe(progress)}"
-        out.write(
-            f"\r\x1b[K{line}"
-            if on_terminal and not finished
-            else f"\r{line}\n"
-            if on_terminal
-            else f"{line}\n"
-        )
-        out.flush()
+        last = progress.total is not None and progress.rows >= progress.total
+        line.say(f"{verb}: {describe(progress)}", last=last)
 
     return on_progress
 

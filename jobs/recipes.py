@@ -7,14 +7,18 @@ from pydantic import Field
 from jobs.cluster import Cluster
 from jobs.compile_mobile import MobileSettings
 from jobs.distill_decoder import DecoderSettings
+from jobs.trainer import TrainerSettings
 from pipelines.execution import Pool
 from pipelines.latents import Latents
+from pipelines.loader import LoaderSettings
 from pipelines.pairs import Pairs
 from pipelines.stages.encode import Encoding
 from pipelines.stages.environment import Device
 from pipelines.stages.generate import Generation
 from pipelines.stages.image import ImageSettings
+from pipelines.stages.select import Selection
 from snapfusion.settings import Settings, SettingsError
+from snapfusion.training.loop import LoopSettings
 
 
 class Source(Settings):
@@ -121,6 +125,16 @@ def sd15() -> Recipe:
         model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         source=Source(name="laion", url="s3://bucket/laion/*.tar"),
         latents=Latents(
+            # The bounds of LAION's own aesthetic subset; a row that lacks a score is kept.
+            selection=Selection(
+                min_width=512,
+                min_height=512,
+                min_aesthetic=5.0,
+                max_watermark=0.8,
+                max_unsafe=0.5,
+                refused_tags=("NSFW",),
+            ),
+            images=ImageSettings(min_side=256),
             encoding=Encoding(batch_size=32),
             rows_per_unit=128,
             device=on_gpu,
@@ -133,6 +147,21 @@ def sd15() -> Recipe:
             device=on_gpu,
             teachers=Pool(cpus=1.0, gpus=1.0),
             writers=Pool(actors=2, cpus=1.0),
+        ),
+        decoder=DecoderSettings(
+            # The paper gives neither steps nor batch for the decoder: these are ours, untried at this size.
+            target="online",
+            loop=LoopSettings(
+                num_steps=20_000,
+                global_batch=64,
+                learning_rate=2e-4,
+                warmup_steps=500,
+                ema_decay=0.999,
+                precision="bfloat16",
+            ),
+            loader=LoaderSettings(held_out=0.01),
+            compare_random_init=False,
+            trainer=TrainerSettings(num_workers=8, use_gpu=True, micro_batch=8),
         ),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from jobs.progress import duration
+from jobs.progress import StatusLine, duration
 
 OnReport = Callable[[Mapping[str, Any]], None]
 """Takes a report's figures: training, step, num_steps, loss, steps_per_second, seconds_left, data_wait."""
@@ -51,6 +51,16 @@ def reports_to(on_report: OnReport) -> Iterator[Any]:
     finally:
         ended.set()
         thread.join()
+
+
+def show_reports() -> OnReport:
+    """Shows reports on one line for each training."""
+    line = StatusLine()
+
+    def on_report(figures: Mapping[str, Any]) -> None:
+        line.say(report_line(figures), last=figures["step"] >= figures["num_steps"])
+
+    return on_report
 
 
 def report_line(figures: Mapping[str, Any]) -> str:

@@ -23,11 +23,10 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from jobs.differences import differences
 from jobs.reports import OnReport, reports_to
 from pipelines.loader import BatchLoader
 from pipelines.storage import absolute
-from snapfusion.settings import Settings
+from snapfusion.settings import Settings, differences
 from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
 from snapfusion.training.loop import LoopSettings, NonFiniteLossError, Objective, Step, new_state, train
 from snapfusion.training.state import TrainState

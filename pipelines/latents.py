@@ -17,7 +17,7 @@ from pipelines.execution import Pool, Runner, Stage, on_ray
 from pipelines.intake import Bounds, OnProgress, recover, take_in
 from pipelines.rejection import Rejected
 from pipelines.schemas import latents_schema
-from pipelines.sources.webdataset import Shard, ShardSettings
+from pipelines.sources.webdataset import Shard, ShardSettings, count_rows
 from pipelines.stages.encode import EncodeLatents, Encoding
 from pipelines.stages.environment import Device
 from pipelines.stages.image import ImageSettings
@@ -127,7 +127,8 @@ def encode_latents(
             pool=settings.writers,
         ),
     ]
-    take_in(url, run(items, stages), bounds=settings.bounds, total=None, on_progress=on_progress)
+    total = _rows_left(items) if on_progress else None
+    take_in(url, run(items, stages), bounds=settings.bounds, total=total, on_progress=on_progress)
     return open_table(url)
 
 
@@ -202,6 +203,17 @@ def _reader_arguments(settings: Latents, *, size: int) -> dict[str, Any]:
         "images": settings.images,
         "selection": settings.selection,
     }
+
+
+def _rows_left(items: Sequence[ShardWork]) -> int | None:
+    """Rows that are still to be read, by the sidecars' count; None if a shard has no sidecar."""
+    left = 0
+    for work in items:
+        rows = count_rows(work.shard)
+        if rows is None:
+            return None
+        left += rows - sum(stop - start for start, stop in work.committed)
+    return max(left, 0)
 
 
 def _complete(units: Sequence[Account]) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
@@ -21,7 +22,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from pipelines.account import Account
 from pipelines.schemas import REJECTS, SCHEMA_VERSION, UNITS
 from pipelines.storage import absolute, read_bytes
-from snapfusion.settings import digest
+from snapfusion.settings import differences, digest
 
 _IDENTITY = "snapfusion.identity"
 # The log is the account of what is committed: nothing in it may expire.
@@ -72,8 +73,11 @@ class Snapshot:
         return sum(file.rows for file in self.units)
 
     def read_unit(self, unit: UnitFile, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of one unit, in the order in which they were written."""
-        return pq.read_table(pa.BufferReader(read_bytes(unit.path)), columns=columns)
+        """The rows of one unit, in the order in which they were written; of the columns named, only these."""
+        if columns is None:
+            return pq.read_table(pa.BufferReader(read_bytes(unit.path)))
+        with fsspec.open(unit.path, "rb") as file:
+            return pq.read_table(file, columns=columns)
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows, ordered by unit. For tables that fit in memory."""
@@ -129,11 +133,9 @@ def create_table(url: str, *, schema: pa.Schema, identity: dict[str, Any]) -> Sn
     except (DeltaError, OSError) as error:
         raise TableError(f"{url} cannot be made: {_first_line(error)}") from None
     snapshot = open_table(url)
-    differences = list(_differences(snapshot.identity, identity))
-    if differences:
-        raise TableError(
-            f"{url} was made with other settings: {'; '.join(differences[:3])}; give a new table"
-        )
+    differing = list(differences(snapshot.identity, identity))
+    if differing:
+        raise TableError(f"{url} was made with other settings: {'; '.join(differing[:3])}; give a new table")
     return snapshot
 
 
@@ -169,20 +171,6 @@ def _make(location: str, schema: pa.Schema, configuration: dict[str, str]) -> No
 
 def _configuration(delta: DeltaTable) -> dict[str, str]:
     return dict(delta.metadata().configuration)
-
-
-def _differences(found: Any, wanted: Any, path: str = "") -> Any:  # noqa: ANN401 - JSON values
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
-            below = f"{path}.{key}" if path else key
-            yield from _differences(found.get(key), wanted.get(key), below)
-    elif found != wanted:
-        yield f"{path} is {_short(found)} there, {_short(wanted)} here"
-
-
-def _short(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _first_line(error: Exception) -> str:

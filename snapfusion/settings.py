@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -65,6 +65,23 @@ def digest(values: Any) -> str:  # noqa: ANN401 - any JSON value
     """SHA-256 of a JSON value in its one canonical spelling, 64 hexadecimal digits."""
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def differences(found: Any, wanted: Any, path: str = "") -> Iterator[str]:  # noqa: ANN401 - JSON values
+    """What differs between the settings a thing was made with and those it is asked for with.
+
+    Each difference of two JSON values in words: ``loop.seed is 0 there, 1 here``.
+    """
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            yield from differences(found.get(key), wanted.get(key), f"{path}.{key}".strip("."))
+    elif found != wanted:
+        yield f"{path} is {_short(found)} there, {_short(wanted)} here"
+
+
+def _short(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _read(text: str) -> Any:  # noqa: ANN401 - any JSON value

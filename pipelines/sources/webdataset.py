@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from pipelines.rejection import Rejected, Rejection, printable
@@ -124,6 +126,15 @@ def _find(url: str) -> tuple[list[tuple[str, str, int]], str]:
     ], root.rstrip("/")
 
 
+def count_rows(shard: Shard) -> int | None:
+    """Rows of a shard by its sidecar's footer; None without one. An estimate, for progress alone."""
+    try:
+        with fsspec.open(_sidecar_url(shard), "rb") as file:
+            return int(pq.read_metadata(file).num_rows)
+    except (OSError, pa.ArrowException):
+        return None
+
+
 def read_shard(
     shard: Shard, settings: ShardSettings, *, start: int = 0, stop: int | None = None
 ) -> Iterator[Sample | Rejection]:
@@ -169,10 +180,14 @@ def _rows(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[Samp
 
 def _sidecar_of(shard: Shard) -> tuple[Sidecar, Rejected | None]:
     try:
-        found = read_sidecar(f"{shard.url.removesuffix('.tar')}.parquet")
+        found = read_sidecar(_sidecar_url(shard))
     except SidecarError as error:
         return Sidecar([]), Rejected("bad_sidecar", str(error))
     return Sidecar([]) if found is None else found, None
+
+
+def _sidecar_url(shard: Shard) -> str:
+    return f"{shard.url.removesuffix('.tar')}.parquet"
 
 
 def _lost(

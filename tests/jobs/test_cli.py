@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from jobs import cli, command, encode_latents, generate_pairs, render_scenes, run_pipeline, verify_table
 from jobs.cli import guarded
-from jobs.progress import describe, duration
+from jobs.progress import StatusLine, describe, duration
 from jobs.recipes import RECIPES, recipe_named
 from pipelines.execution import CrashedTooOften
 from pipelines.intake import Progress
@@ -179,6 +180,19 @@ def test_progress_is_told_in_words():
     unknown = Progress(rows=20, total=None, rejected=0, units=1, first_rows=20, steady_seconds=0.0)
     assert describe(unknown) == "20 rows"
     assert [duration(seconds) for seconds in (5.4, 65, 3700)] == ["5 s", "1 min 05 s", "1 h 01 min"]
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_a_status_line_is_rewritten_on_a_terminal_and_rare_elsewhere(on_terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: on_terminal
+    line = StatusLine(stream)
+    for step in range(5):
+        line.say(f"step {step}", last=step == 4)
+    written = stream.getvalue()
+    assert written.endswith("step 4\n")
+    assert written.count("\n") == (1 if on_terminal else 2)
+    assert written.count("\r") == (5 if on_terminal else 0)
 
 
 def test_the_verbs_of_the_command_are_the_jobs():

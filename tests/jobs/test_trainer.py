@@ -118,7 +118,7 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
     values = {"state": state.values(), "identity": {"settings": {"num_steps": 6, "seed": 1}}}
     store.save(0, tensors=state.tensors(), values=values)
     resume(state, store=store, identity={"settings": {"num_steps": 6, "seed": 1}}, rank=0)
-    with pytest.raises(TrainingError, match=r"another training: settings\.num_steps was 6, is 8"):
+    with pytest.raises(TrainingError, match=r"another training: settings\.num_steps is 6 there, 8 here"):
         resume(state, store=store, identity={"settings": {"num_steps": 8, "seed": 1}}, rank=0)
 
 

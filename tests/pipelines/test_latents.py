@@ -45,10 +45,9 @@ def make_shards(folder: Path, *, shards: int = 2, rows: int = 10, bad: tuple[int
         write_shard(str(folder), pictures, index=index, extension="png", rows_per_shard=100)
 
 
-def encode(url: Path, folder: Path, model: str, *, settings: Latents = SETTINGS, run=in_process):
-    return encode_latents(
-        settings, model=model, shards=list_shards(str(folder)), source="web", url=str(url), run=run
-    )
+def encode(url: Path, folder: Path, model: str, *, settings: Latents = SETTINGS, run=in_process, **more):
+    shards = list_shards(str(folder))
+    return encode_latents(settings, model=model, shards=shards, source="web", url=str(url), run=run, **more)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +102,12 @@ def test_a_shard_that_was_half_read_is_gone_on_with(latents, shards, tiny_teache
     whole = encode(url, shards, tiny_teacher)
     assert whole.read().equals(latents.read())
     assert [unit.unit for unit in whole.units] == [unit.unit for unit in latents.units]
+
+
+def test_progress_knows_the_total_from_the_sidecars(shards, tiny_teacher, tmp_path):
+    seen = []
+    encode(tmp_path / "latents", shards, tiny_teacher, on_progress=seen.append)
+    assert [(progress.rows, progress.total) for progress in seen][-1] == (20, 20)
 
 
 def test_a_finished_table_asks_for_nothing(latents, shards):
