@@ -22,7 +22,7 @@ class StageSettings(Settings):
 
 
 class MiniTraining(Settings):
-    """The whole recipe. The defaults take about 70 minutes on one core."""
+    """The whole recipe. The defaults take a little over an hour on one core."""
 
     seed: int = Field(default=0, ge=0, description="what every random choice of the training follows from")
     checkpoint_every: int = Field(default=200, gt=0, description="steps between two checkpoints of a stage")
