@@ -1,16 +1,13 @@
-"""The command line that all jobs share: four options, settings printed and saved, errors in one line.
-
-Exit codes: 0 done, 1 the work failed (a second try may help), 2 the request cannot be carried out as it
-stands, 130 interrupted.
-"""
+"""The command line that all jobs share: four options, settings printed and saved, errors in one line."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from jobs.exits import guarded
 from jobs.recipes import RECIPES, Recipe, recipe_named
 from pipelines.storage import StorageError, write_once
 from snapfusion.settings import SettingsError
@@ -31,6 +28,10 @@ class Job:
     recipe: Recipe
     out: str
     target: str = ""
+
+    def origin(self, parents: Mapping[str, Any]) -> dict[str, Any]:
+        """What this job writes beside the units it commits."""
+        return {"recipe": self.recipe.name, "settings": self.recipe.digest(), "parents": dict(parents)}
 
     def place(self, name: str) -> str:
         """Where `name` lies in this run."""
@@ -89,25 +90,6 @@ def run(
     return guarded(verb, work)
 
 
-def guarded(verb: str, work: Callable[[], None]) -> int:
-    """Carry out `work`; whatever goes wrong is said in one line, and told in the exit code."""
-    try:
-        work()
-    except KeyboardInterrupt:
-        print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-    except Exception as error:
-        cause = _cause(error)
-        if isinstance(cause, ValueError):
-            print(f"{verb}: {cause}", file=sys.stderr)
-            return 2
-        if type(cause).__module__.split(".")[0] in ("jobs", "pipelines", "snapfusion"):
-            print(f"{verb}: {cause}", file=sys.stderr)
-            return 1
-        raise
-    return 0
-
-
 def _resolve(name: str, assignments: Sequence[str]) -> Recipe:
     recipe = recipe_named(name)
     try:
@@ -138,14 +120,3 @@ def _dotted(values: dict[str, object], prefix: str = "") -> list[str]:
         else:
             lines.append(f"{prefix}{key} = {value}")
     return lines
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What a user's code raised inside a worker, without the layers that Ray puts round it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        inner = getattr(seen, "cause", None) or seen.__cause__
-        if not isinstance(inner, BaseException):
-            return seen
-        seen = inner
-    return error

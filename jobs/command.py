@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.cli import guarded
+from jobs.exits import guarded
 from snapfusion.settings import SettingsError
 
 VERBS = (
@@ -28,6 +29,8 @@ VERBS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `snapfusion`."""
+    # Two threads that spin while they wait take a busy machine's cores from each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0].replace("-", "_") if arguments else ""
     if verb in VERBS:

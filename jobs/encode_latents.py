@@ -32,6 +32,7 @@ def encode(job: Job) -> None:
         shards=shards,
         source=recipe.source.name,
         url=job.place("latents"),
+        origin=job.origin({"shards": shards_url(job), "model": recipe.model}),
         run=runner(recipe.cluster),
         on_progress=show(job.verb),
     )

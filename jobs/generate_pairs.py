@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 from jobs.cli import Job, run
 from jobs.cluster import runner
@@ -26,25 +27,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate(job: Job) -> None:
     """Bring PAIRS up to the recipe; what is committed already is not made again."""
     recipe = job.recipe
-    captions = captions_for(job)
+    captions, parent = captions_for(job)
     table = generate_pairs(
         recipe.pairs,
         teacher=recipe.model,
         captions=captions,
         source=recipe.captions.name,
         url=job.place("pairs"),
+        origin=job.origin({"captions": parent, "model": recipe.model}),
         run=runner(recipe.cluster),
         on_progress=show(job.verb),
     )
     print(f"  PAIRS version {table.version}: {table.num_rows} rows in {len(table.units)} units")
 
 
-def captions_for(job: Job) -> list[Caption | Rejection]:
-    """The recipe's caption list, or else the captions of LATENTS."""
+def captions_for(job: Job) -> tuple[list[Caption | Rejection], dict[str, Any]]:
+    """The recipe's caption list, or else the captions of LATENTS; and what identifies them."""
     wanted = job.recipe.captions
     if wanted.url is None:
-        return [*captions_of(open_table(job.place("latents"), kind="latents"), limit=wanted.limit)]
-    return list(islice(read_captions(wanted.url, CaptionSettings()), wanted.limit))
+        table = open_table(job.place("latents"), kind="latents")
+        return [*captions_of(table, limit=wanted.limit)], table.lineage()
+    return list(islice(read_captions(wanted.url, CaptionSettings()), wanted.limit)), {"list": wanted.url}
 
 
 def preview(job: Job) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from jobs.cli import guarded
+from jobs.exits import guarded
 from snapfusion.mini.measure import Figures, MiniMeasurement, measure
 from snapfusion.mini.weights import WEIGHTS
 

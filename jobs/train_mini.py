@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from jobs.cli import guarded
+from jobs.exits import guarded
 from jobs.progress import duration
 from snapfusion.mini.training.recipe import train
 from snapfusion.mini.training.settings import MiniTraining

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction, write_deltalake
@@ -32,7 +33,11 @@ class Written:
     seconds: float | None
 
 
-def commit_units(url: str, files: Sequence[Written]) -> list[Written]:
+Origin = Mapping[str, Any]
+"""What committed a unit: recipe, its settings' hash, and the parents with their versions; plain JSON."""
+
+
+def commit_units(url: str, files: Sequence[Written], *, origin: Origin | None = None) -> list[Written]:
     """Commit units: their rejected rows, then their rows, then their accounts. Returns those that were new.
 
     Only the second of the three commits decides. Whoever stops between them, the next run puts right what is
@@ -41,7 +46,7 @@ def commit_units(url: str, files: Sequence[Written]) -> list[Written]:
     location = absolute(url)
     _commit_rejects(f"{location}.rejects", files)
     fresh = _commit_rows(location, files)
-    _commit_accounts(f"{location}.units", files)
+    _commit_accounts(f"{location}.units", files, origin)
     return fresh
 
 
@@ -53,7 +58,7 @@ def restore_accounts(url: str) -> int:
     for file in lost:
         restored = adopt(file.path)
         _commit_rejects(f"{location}.rejects", [restored])
-        _commit_accounts(f"{location}.units", [restored])
+        _commit_accounts(f"{location}.units", [restored], None)
     return len(lost)
 
 
@@ -92,7 +97,7 @@ def _commit_rejects(location: str, files: Sequence[Written]) -> None:
     _append_once(location, [file for file in files if file.account.rejections], rows)
 
 
-def _commit_accounts(location: str, files: Sequence[Written]) -> None:
+def _commit_accounts(location: str, files: Sequence[Written], origin: Origin | None) -> None:
     def rows(fresh: Sequence[Written]) -> pa.Table:
         records = [
             {
@@ -105,6 +110,7 @@ def _commit_accounts(location: str, files: Sequence[Written]) -> None:
                 "bytes": file.size,
                 "sha256": file.sha256,
                 "seconds": file.seconds,
+                "made_by": None if origin is None else json.dumps(origin, sort_keys=True),
             }
             for file in fresh
         ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import fsspec
 from pydantic import Field
 
-from pipelines.commits import Written, adopt, commit_units, restore_accounts
+from pipelines.commits import Origin, Written, adopt, commit_units, restore_accounts
 from pipelines.storage import absolute
 from pipelines.tables import TableError, open_table
 from snapfusion.settings import Settings, digest
@@ -58,7 +58,7 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-def recover(url: str) -> int:
+def recover(url: str, *, origin: Origin | None = None) -> int:
     """Commit the data files that a killed run left uncommitted, and restore lost accounts; returns how many.
 
     A data file is written whole or not at all, and states its own account: it stands as it is.
@@ -78,7 +78,7 @@ def recover(url: str) -> int:
     for file in waiting:
         if file.account.settings != digest(table.identity):
             raise TableError(f"{file.path} was made with other settings than this table; remove it")
-    commit_units(url, waiting)
+    commit_units(url, waiting, origin=origin)
     return len(waiting) + restore_accounts(url)
 
 
@@ -88,6 +88,7 @@ def take_in(
     *,
     bounds: Bounds,
     total: int | None,
+    origin: Origin | None = None,
     on_progress: OnProgress | None = None,
 ) -> Progress:
     """Commit units while they arrive; returns the last progress.
@@ -104,12 +105,18 @@ def take_in(
         waiting.append(file)
         progress = _advance(progress, file, steady_seconds=now - first)
         if now - committed >= bounds.commit_seconds:
-            commit_units(url, waiting)
+            commit_units(url, waiting, origin=origin)
             waiting, committed = [], now
-        _judge(progress, bounds, url=url, waiting=waiting)
+        if _too_many(progress, bounds):
+            commit_units(url, waiting, origin=origin)
+            raise TooManyRejected(
+                f"{progress.rejected} of {progress.rows} rows were rejected, more than the bound of "
+                f"{bounds.max_rejected:.0%}; look at the reasons in {url}.rejects, then mend the source or "
+                "raise max_rejected"
+            )
         if on_progress:
             on_progress(progress)
-    commit_units(url, waiting)
+    commit_units(url, waiting, origin=origin)
     return progress
 
 
@@ -125,12 +132,6 @@ def _advance(progress: Progress, file: Written, *, steady_seconds: float) -> Pro
     )
 
 
-def _judge(progress: Progress, bounds: Bounds, *, url: str, waiting: list[Written]) -> None:
-    if progress.rows < bounds.judged_after or progress.rejected <= bounds.max_rejected * progress.rows:
-        return
-    commit_units(url, waiting)
-    raise TooManyRejected(
-        f"{progress.rejected} of {progress.rows} rows were rejected, more than the bound of "
-        f"{bounds.max_rejected:.0%}; look at the reasons in {url}.rejects, then mend the source or raise "
-        "max_rejected"
-    )
+def _too_many(progress: Progress, bounds: Bounds) -> bool:
+    judged = progress.rows >= bounds.judged_after
+    return judged and progress.rejected > bounds.max_rejected * progress.rows

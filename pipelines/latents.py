@@ -13,6 +13,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipelines.account import Account
+from pipelines.commits import Origin
 from pipelines.execution import Pool, Runner, Stage, on_ray
 from pipelines.intake import Bounds, OnProgress, recover, take_in
 from pipelines.rejection import Rejected
@@ -84,6 +85,7 @@ def encode_latents(
     shards: Sequence[Shard],
     source: str,
     url: str,
+    origin: Origin | None = None,
     run: Runner = on_ray,
     on_progress: OnProgress | None = None,
 ) -> Snapshot:
@@ -95,6 +97,7 @@ def encode_latents(
         shards: as `pipelines.sources.webdataset.list_shards` gives them.
         source: a short name of the set of shards; units and rows are named after it.
         url: of the table.
+        origin: who makes the new units, and from what; kept beside their accounts.
         run: what sends shards through the stages.
         on_progress: called after each unit.
 
@@ -107,7 +110,7 @@ def encode_latents(
     _check_unit_size(settings, side=bundle.image_size)
     schema = latents_schema(latent_shape=bundle.latent_shape, num_tokens=bundle.tokenizer.model_max_length)
     table = create_table(url, schema=schema, identity=identity_of(settings, model=bundle.describe()))
-    recover(url)
+    recover(url, origin=origin)
     items = list(plan(shards, source=source, accounts=accounts(url).values()))
     stages = [
         Stage(
@@ -128,7 +131,14 @@ def encode_latents(
         ),
     ]
     total = _rows_left(items) if on_progress else None
-    take_in(url, run(items, stages), bounds=settings.bounds, total=total, on_progress=on_progress)
+    take_in(
+        url,
+        run(items, stages),
+        bounds=settings.bounds,
+        total=total,
+        origin=origin,
+        on_progress=on_progress,
+    )
     return open_table(url)
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipelines.account import Account
+from pipelines.commits import Origin
 from pipelines.execution import Pool, Runner, Stage, on_ray
 from pipelines.intake import Bounds, OnProgress, recover, take_in
 from pipelines.rejection import Rejected, Rejection
@@ -71,6 +72,7 @@ def generate_pairs(
     captions: Sequence[Caption | Rejection],
     source: str,
     url: str,
+    origin: Origin | None = None,
     run: Runner = on_ray,
     on_progress: OnProgress | None = None,
 ) -> Snapshot:
@@ -82,6 +84,7 @@ def generate_pairs(
         captions: in order, as `read_captions` gives them; a list that grew at its end is gone on with.
         source: a short name of the list; units are named after it.
         url: of the table.
+        origin: who makes the new units, and from what; kept beside their accounts.
         run: what sends units through the stages.
         on_progress: called after each unit.
 
@@ -93,7 +96,7 @@ def generate_pairs(
     schema = pairs_schema(latent_shape=bundle.latent_shape, num_tokens=bundle.tokenizer.model_max_length)
     identity = identity_of(settings, model=bundle.describe())
     table = create_table(url, schema=schema, identity=identity)
-    recover(url)
+    recover(url, origin=origin)
     items = list(plan(settings, captions=captions, source=source, accounts=accounts(url).values()))
     stages = [
         Stage(
@@ -109,7 +112,14 @@ def generate_pairs(
         ),
     ]
     total = sum(item.unit.rows_read for item in items)
-    take_in(url, run(items, stages), bounds=settings.bounds, total=total, on_progress=on_progress)
+    take_in(
+        url,
+        run(items, stages),
+        bounds=settings.bounds,
+        total=total,
+        origin=origin,
+        on_progress=on_progress,
+    )
     return open_table(url)
 
 

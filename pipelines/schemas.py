@@ -38,9 +38,12 @@ UNITS = pa.schema(
         ("bytes", pa.int64()),
         ("sha256", pa.string()),
         ("seconds", pa.float64()),
+        ("made_by", pa.string()),
     ]
 )
-"""One row a committed unit: what its data file says of itself, its hash, and the seconds it took if known."""
+"""One row a committed unit: what its data file says of itself, its hash, the seconds it took, and `Origin`.
+
+The last two differ between two runs of the same work, so they are here and not in the data file."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,7 +103,8 @@ def _settle_identifiers(manifest: Path) -> None:
     text = manifest.read_text()
     for identifier, item in json.loads(text)["itemInfoEntries"].items():
         text = text.replace(identifier, str(uuid.uuid5(uuid.NAMESPACE_URL, item["path"])))
-    manifest.write_text(text)
+    # The entries came in the order of their random names.
+    manifest.write_text(json.dumps(json.loads(text), indent=4, sort_keys=True) + "\n")
 
 
 def describe_package(package: Path) -> CoreMLDescription:

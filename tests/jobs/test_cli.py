@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jobs import cli, command, encode_latents, generate_pairs, render_scenes, run_pipeline, verify_table
-from jobs.cli import guarded
+from jobs.exits import guarded
 from jobs.progress import StatusLine, describe, duration
 from jobs.recipes import RECIPES, recipe_named
 from pipelines.execution import CrashedTooOften

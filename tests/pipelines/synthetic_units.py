@@ -84,7 +84,7 @@ def kill_at(point: str, *, after: int) -> None:
     elif point == "rows_to_accounts":
         commits._commit_accounts = die_before(commits._commit_accounts)
     elif point == "after_commit":
-        intake._judge = die_before(intake._judge)
+        intake._too_many = die_before(intake._too_many)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -115,7 +116,14 @@ def test_lost_accounts_are_restored_from_the_data_files(table, writer, monkeypat
     assert unit_records(table) == []
     assert restore_accounts(table) == 1
     assert unit_records(table)[0]["rows_rejected"] == 1
+    assert unit_records(table)[0]["made_by"] is None
     assert restore_accounts(table) == 0
+
+
+def test_what_made_a_unit_stands_beside_its_account(table, writer):
+    origin = {"recipe": "mini", "parents": {"latents": {"version": 3}}}
+    commit_units(table, [writer(finished(0, 4, final=True))], origin=origin)
+    assert json.loads(unit_records(table)[0]["made_by"]) == origin
 
 
 def test_a_file_that_is_there_is_never_rewritten(table, writer):

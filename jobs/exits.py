@@ -1,0 +1,40 @@
+"""How a command ends: one line for what went wrong, and an exit code.
+
+0 done, 1 the work failed (a second try may help), 2 the request cannot be carried out as it stands, 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+def guarded(verb: str, work: Callable[[], None]) -> int:
+    """Carry out `work`; whatever goes wrong is said in one line, and told in the exit code."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        cause = _cause(error)
+        if isinstance(cause, ValueError):
+            print(f"{verb}: {cause}", file=sys.stderr)
+            return 2
+        if type(cause).__module__.split(".")[0] in ("jobs", "pipelines", "snapfusion"):
+            print(f"{verb}: {cause}", file=sys.stderr)
+            return 1
+        raise
+    return 0
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a user's code raised inside a worker, without the layers that Ray puts round it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        inner = getattr(seen, "cause", None) or seen.__cause__
+        if not isinstance(inner, BaseException):
+            return seen
+        seen = inner
+    return error
