@@ -42,7 +42,7 @@ from pipelines.storage import exists, read_bytes
 from pipelines.tables import Snapshot, accounts, is_table, open_table, rejected_rows
 from snapfusion.export.executorch import ExecuTorchProgram
 from snapfusion.mini.oracle import load_oracle
-from snapfusion.mini.scenes import parse_caption
+from snapfusion.mini.scenes import Scene, parse_caption
 from snapfusion.models.bundle import to_uint8
 from snapfusion.models.decoder import load_decoder
 from snapfusion.models.load import load
@@ -95,19 +95,24 @@ def read_by_oracle(pairs: Snapshot) -> dict[str, Any] | None:
     """What the miniature's oracle reads in the teacher's images, held against their captions.
 
     Returns:
-        images, mean_attributes_right and all_attributes_right in [0, 1], and a note for each row; None if
-        no row has both an image and a caption that describes a scene.
+        images, mean_attributes_right and all_attributes_right in [0, 1], and a note by row id; None if no row
+        has both an image and a caption that describes a scene.
     """
     oracle = load_oracle()
-    right, notes = [], []
+    right: list[float] = []
+    notes: dict[str, str] = {}
     for unit in pairs.units:
-        rows = pairs.read_unit(unit, ["caption", "image"]).to_pylist()
-        told = [(row["image"], parse_caption(row["caption"])) for row in rows if row["image"] is not None]
+        rows = pairs.read_unit(unit, ["id", "caption", "image"]).to_pylist()
+        told = [
+            (row, scene) for row in rows if row["image"] is not None and (scene := _scene(row["caption"]))
+        ]
         if told:
-            images = torch.from_numpy(np.stack([from_png(image) for image, _ in told])).permute(0, 3, 1, 2)
+            pixels = np.stack([from_png(row["image"]) for row, _ in told])
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
             scored = oracle.score(images, [scene for _, scene in told])
             right += scored.float().mean(dim=1).tolist()
-            notes += [f"{int(row.sum())} of {len(row)} attributes right" for row in scored]
+            for (row, _), flags in zip(told, scored, strict=True):
+                notes[row["id"]] = f"{int(flags.sum())} of {len(flags)} attributes right"
     if not right:
         return None
     return {
@@ -116,6 +121,13 @@ def read_by_oracle(pairs: Snapshot) -> dict[str, Any] | None:
         "all_attributes_right": float(np.mean([share == 1.0 for share in right])),
         "notes": notes,
     }
+
+
+def _scene(caption: str) -> Scene | None:
+    try:
+        return parse_caption(caption)
+    except ValueError:
+        return None
 
 
 def _json(place: str) -> dict[str, Any] | None:
@@ -152,12 +164,12 @@ def _scenes(job: Job) -> tuple[Picture, ...]:
 
 
 def _drawn(pairs: Snapshot, oracle: Mapping[str, Any] | None) -> tuple[Picture, ...]:
-    rows = pairs.read_unit(pairs.units[0], ["caption", "image"]).to_pylist() if pairs.units else []
+    rows = pairs.read_unit(pairs.units[0], ["id", "caption", "image"]).to_pylist() if pairs.units else []
+    notes = oracle["notes"] if oracle else {}
     shown = [row for row in rows if row["image"] is not None][:_DRAWN]
-    notes = oracle["notes"] if oracle else [""] * len(shown)
     return tuple(
-        Picture(image=from_png(row["image"]), caption=row["caption"], note=note)
-        for row, note in zip(shown, notes, strict=False)
+        Picture(image=from_png(row["image"]), caption=row["caption"], note=notes.get(row["id"], ""))
+        for row in shown
     )
 
 

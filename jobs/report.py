@@ -37,7 +37,9 @@ def report(job: Job) -> None:
     page, figures = Path(job.place("report/index.html")), Path(job.place("metrics.json"))
     build_report(content, page)
     try:
-        figures.write_text(json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        partial = figures.with_name(f".{figures.name}")
+        partial.write_text(json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        partial.replace(figures)
     except OSError as error:
         raise StorageError(f"{figures} cannot be written: {error}") from None
     print(f"  open {page}")
