@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from jobs.cli import Job, run
 from jobs.findings import collect
-from jobs.report_page import build_report
-from pipelines.storage import StorageError, is_local
-from snapfusion.settings import SettingsError
+from jobs.report_page import render_report
+from pipelines.storage import replace_object
 
 
 class BelowFloor(RuntimeError):
@@ -29,19 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(job: Job) -> None:
     """Write the page and the figures, then hold the pictures to the floor."""
-    if not is_local(job.out):
-        raise SettingsError(
-            f"--out {job.out}: the report is written to a local folder; copy the run, or mount it"
-        )
     content, metrics = collect(job)
-    page, figures = Path(job.place("report/index.html")), Path(job.place("metrics.json"))
-    build_report(content, page)
-    try:
-        partial = figures.with_name(f".{figures.name}")
-        partial.write_text(json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n")
-        partial.replace(figures)
-    except OSError as error:
-        raise StorageError(f"{figures} cannot be written: {error}") from None
+    page, figures = job.place("report/index.html"), job.place("metrics.json")
+    replace_object(page, render_report(content).encode())
+    replace_object(figures, (json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
     print(f"  open {page}")
     print(f"  and  {figures}")
     floor, oracle = job.recipe.oracle_floor, metrics.get("oracle")

@@ -1,4 +1,4 @@
-"""Objects that are written once, on a local disk or in any store that fsspec knows."""
+"""Objects that are written once, and views that are replaced, on a disk or in any store fsspec knows."""
 
 from __future__ import annotations
 
@@ -35,6 +35,26 @@ def write_once(url: str, data: bytes) -> bool:
     """
     try:
         return _write_local(Path(absolute(url)), data) if is_local(url) else _write_remote(url, data)
+    except OSError as error:
+        raise StorageError(f"{url} cannot be written: {error}") from error
+
+
+def replace_object(url: str, data: bytes) -> None:
+    """Make the object `url` with `data`, in place of what was there: for views such as a report.
+
+    Raises:
+        StorageError: if the place cannot be written.
+    """
+    try:
+        if is_local(url):
+            path = Path(absolute(url))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        else:
+            filesystem, path_there = fsspec.core.url_to_fs(url)
+            filesystem.pipe_file(path_there, data)
     except OSError as error:
         raise StorageError(f"{url} cannot be written: {error}") from error
 

@@ -1,11 +1,5 @@
 """Sources and tables in S3, spoken to a real server of its protocol."""
 
-import contextlib
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -23,39 +17,6 @@ from pipelines.storage import read_bytes, write_once
 from pipelines.tables import open_table, rejected_rows
 
 FAILED = Picture(image=None, caption="c", status="failed_to_download", error_message="HTTP Error 404")
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # In a process of its own: deltalake holds the GIL while it waits for an answer.
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stderr=subprocess.DEVNULL
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ALLOW_HTTP", "true")
-        s3fs.S3FileSystem.clear_instance_cache()
-        _await_answer(port)
-        fsspec.filesystem("s3").mkdir("s3://bucket")
-        yield "s3://bucket"
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.terminate()
-    server.wait()
-
-
-def _await_answer(port: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.1)
-    raise TimeoutError("the S3 server did not start")
 
 
 def test_shards_are_written_listed_and_streamed(bucket: str) -> None:
@@ -129,7 +90,7 @@ def test_of_two_writers_of_one_object_one_is_told(bucket: str) -> None:
 def test_an_orphan_in_a_bucket_is_adopted(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"{bucket}/killed/latents"
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.intake.commit_units", lambda *_: [])
+        patch.setattr("pipelines.intake.commit_units", lambda *_, **__: [])
         synthetic_units.run(url)
     assert open_table(url).units == []
     assert recover(url) == 6
