@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.exits import guarded
+from jobs.exits import guarded, leave
 from snapfusion.settings import SettingsError
 
 VERBS = (
@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         entry = importlib.import_module(f"jobs.{verb}")
         return int(entry.main(arguments[1:]))
     return guarded("snapfusion", lambda: _generate(arguments))
+
+
+def entry() -> None:
+    """What the installed command calls."""
+    leave(main())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,4 +92,4 @@ def _generate(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,6 +23,7 @@ import pyarrow as pa
 from pydantic import PositiveFloat, PositiveInt
 
 from jobs.distill_decoder import read_metrics
+from jobs.exits import leave
 from jobs.publish import publish_folder
 from pipelines.loader import held_out_rows
 from pipelines.schemas import array_of
@@ -253,4 +253,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

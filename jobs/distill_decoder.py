@@ -9,7 +9,6 @@ metrics.json                         what it was made of and from, how it was tr
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from pydantic import Field, PositiveInt
 
+from jobs.exits import leave
 from jobs.publish import publish_folder
 from jobs.reports import OnReport, show_reports
 from jobs.trainer import Trained, TrainerSettings, Training, TrainingError, run_trainings
@@ -379,4 +379,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

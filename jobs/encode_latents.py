@@ -5,11 +5,11 @@ Reads the recipe's `source.url`, or the shards that `render_scenes` left in the 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from jobs.cli import Job, run
 from jobs.cluster import runner
+from jobs.exits import leave
 from jobs.progress import show
 from pipelines.account import total_rejected
 from pipelines.latents import encode_latents
@@ -59,4 +59,4 @@ def _said(rejected: dict[str, int]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -5,13 +5,13 @@ Reads the recipe's `captions.url`, or the captions of LATENTS in the same run.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 from jobs.cli import Job, run
 from jobs.cluster import runner
+from jobs.exits import leave
 from jobs.progress import show
 from pipelines.pairs import captions_of, generate_pairs
 from pipelines.rejection import Rejection
@@ -62,4 +62,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 
-from jobs.exits import guarded
+from jobs.exits import guarded, leave
 from snapfusion.mini.measure import Figures, MiniMeasurement, measure
 from snapfusion.mini.weights import WEIGHTS
 
@@ -35,4 +34,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

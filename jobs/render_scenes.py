@@ -5,10 +5,10 @@ The demo's stand-in for LAION: the same files, so every later step is the one th
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 
 from jobs.cli import Job, run
+from jobs.exits import leave
 from pipelines.schemas import to_png
 from pipelines.sources.shards import Picture, write_shard
 from snapfusion.mini.scenes import HELD_OUT, sample
@@ -48,4 +48,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -7,10 +7,10 @@ oracle cannot read make the job fail after the page is written.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 
 from jobs.cli import Job, run
+from jobs.exits import leave
 from jobs.findings import collect
 from jobs.report_page import render_report
 from pipelines.storage import replace_object
@@ -48,4 +48,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -5,13 +5,13 @@ What is committed already is not made again, so a run that was stopped goes on w
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 from jobs import compile_mobile, distill_decoder, encode_latents, generate_pairs, render_scenes, report
 from jobs.cli import Body, Job, Preview, run
+from jobs.exits import leave
 from jobs.progress import duration
 from jobs.steps import timed
 
@@ -55,4 +55,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -7,14 +7,13 @@ DIR/checkpoints holds a checkpoint of each stage, from which the same command go
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from jobs.exits import guarded
+from jobs.exits import guarded, leave
 from jobs.progress import duration
 from snapfusion.mini.training.recipe import train
 from snapfusion.mini.training.settings import MiniTraining
@@ -67,4 +66,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

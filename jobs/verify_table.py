@@ -5,10 +5,10 @@ Give the table's URL. LATENTS need their shards: the recipe's `source.url`, or `
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from jobs.cli import Job, run
+from jobs.exits import leave
 from pipelines import latents, pairs
 from pipelines.sources.webdataset import list_shards
 from pipelines.tables import Snapshot, open_table
@@ -59,4 +59,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -142,23 +142,29 @@ def create_table(url: str, *, schema: pa.Schema, identity: dict[str, Any]) -> Sn
 def accounts(url: str) -> dict[str, Account]:
     """The accounts of the committed units, by unit name, from the sibling `units` table."""
     committed = {file.unit for file in open_table(url).units}
-    rows = DeltaTable(f"{absolute(url)}.units").to_pyarrow_table(columns=["unit", "account"]).to_pylist()
+    rows = _sibling(url, "units", columns=["unit", "account"])
     return {row["unit"]: Account.from_json(row["account"]) for row in rows if row["unit"] in committed}
 
 
 def unit_records(url: str) -> list[dict[str, Any]]:
     """The rows of the `units` table whose unit is committed, ordered by unit."""
     committed = {file.unit for file in open_table(url).units}
-    rows = DeltaTable(f"{absolute(url)}.units").to_pyarrow_table().to_pylist()
+    rows = _sibling(url, "units")
     return sorted((row for row in rows if row["unit"] in committed), key=lambda row: row["unit"])
 
 
 def rejected_rows(url: str) -> list[dict[str, Any]]:
     """The rows set aside by committed units, ordered by unit and id."""
     committed = {file.unit for file in open_table(url).units}
-    rows = DeltaTable(f"{absolute(url)}.rejects").to_pyarrow_table().to_pylist()
+    rows = _sibling(url, "rejects")
     kept = (row for row in rows if row["unit"] in committed)
     return sorted(kept, key=lambda row: (row["unit"], row["id"]))
+
+
+def _sibling(url: str, name: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    files = sorted(DeltaTable(f"{absolute(url)}.{name}").file_uris())
+    tables = (pq.read_table(pa.BufferReader(read_bytes(file)), columns=columns) for file in files)
+    return [row for table in tables for row in table.to_pylist()]
 
 
 def _make(location: str, schema: pa.Schema, configuration: dict[str, str]) -> None:

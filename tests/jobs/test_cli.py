@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +115,12 @@ def test_exit_codes_tell_a_mistake_from_a_failure(error, code, capsys):
 
     assert guarded("verb", work) == code
     assert said(capsys).startswith("verb: ")
+
+
+def test_a_command_ends_with_its_code_and_all_it_said():
+    script = "from jobs.exits import leave; print('said'); leave(3)"
+    ended = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (3, "said\n")
 
 
 def test_what_a_worker_raised_is_said_without_rays_layers(capsys):
