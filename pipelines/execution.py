@@ -77,11 +77,13 @@ def on_ray(items: Iterable[Any], stages: list[Stage]) -> Iterator[Any]:
     tries = ray.remote(_Tries).options(num_cpus=0).remote()
     dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for number, stage in enumerate(stages):
+        # The first stage has as much to do as there are items; the later ones may have more.
+        actors = min(stage.pool.actors, len(rows)) if number == 0 else stage.pool.actors
         dataset = dataset.map_batches(
             _OnRay,
             fn_constructor_args=(number, stage, tries),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=stage.pool.actors),
+            compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=stage.pool.cpus,
             num_gpus=stage.pool.gpus,
         )
