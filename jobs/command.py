@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,8 +28,6 @@ VERBS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `snapfusion`."""
-    # Two threads that spin while they wait take a busy machine's cores from each other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0].replace("-", "_") if arguments else ""
     if verb in VERBS:

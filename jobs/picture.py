@@ -14,6 +14,8 @@ from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import sample, time_grid
 
 _SMALLEST_SIDE = 256
+_TOO_SMALL_TO_SHARE = 64
+"""Up to this many pixels a side, threads cost more in waiting for each other than they save."""
 
 
 @torch.inference_mode()
@@ -21,6 +23,8 @@ def draw(
     bundle: Bundle, caption: str, *, steps: int, guidance: float, seed: int, count: int
 ) -> list[np.ndarray]:
     """`count` pictures of a caption, uint8 [H,W,3], after `steps` DDIM steps at guidance w (Eq. 3)."""
+    if bundle.device.type == "cpu" and bundle.image_size <= _TOO_SMALL_TO_SHARE:
+        torch.set_num_threads(1)
     keys = [noise_key(seed, caption, number) for number in range(count)]
     c = bundle.encode_text(bundle.tokenize([caption] * count))
     z_t = gaussian_batch(keys, bundle.latent_shape).to(bundle.device)
