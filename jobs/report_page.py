@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import math
 import unicodedata
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -241,24 +240,12 @@ class ReportContent:
     finished: str = ""
 
 
-def build_report(content: ReportContent, path: Path) -> None:
-    """Write the page to `path`, whole or not at all; a page that is there is replaced.
+def render_report(content: ReportContent) -> str:
+    """The page as text; the same text for the same content.
 
     Raises:
         ValueError: if a commit names a parent that does not come before it, or a chart has nothing to draw.
     """
-    page = render_report(content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def render_report(content: ReportContent) -> str:
-    """The page as text; the same text for the same content. Errors as in `build_report`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

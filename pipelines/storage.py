@@ -50,8 +50,11 @@ def replace_object(url: str, data: bytes) -> None:
             path = Path(absolute(url))
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            try:
+                temporary.write_bytes(data)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
         else:
             filesystem, path_there = fsspec.core.url_to_fs(url)
             filesystem.pipe_file(path_there, data)

@@ -11,7 +11,7 @@ from jobs import report
 from pipelines.pairs import Pairs, generate_pairs
 from pipelines.sources.captions import Caption
 from pipelines.stages.generate import Generation
-from pipelines.storage import read_bytes
+from pipelines.storage import read_bytes, replace_object
 from snapfusion.mini.scenes import caption_of, scene_of
 
 CAPTIONS = [Caption(id=f"{n:03d}", ordinal=n, text=caption_of(scene_of(97 * n))) for n in range(8)]
@@ -68,3 +68,11 @@ def test_a_report_can_lie_in_a_bucket_and_be_written_again(bucket):
         assert report.main(["--out", out]) == 0
     assert b"Recipe mini" in read_bytes(f"{out}/report/index.html")
     assert json.loads(read_bytes(f"{out}/metrics.json"))["tables"] == {}
+
+
+def test_a_page_that_is_there_is_replaced_whole(tmp_path):
+    place = tmp_path / "report" / "index.html"
+    for text in (b"first", b"second"):
+        replace_object(str(place), text)
+    assert place.read_bytes() == b"second"
+    assert [found.name for found in place.parent.iterdir()] == ["index.html"]
