@@ -1,0 +1,99 @@
+"""A UNet's blocks by name, and the UNet without some of them.
+
+SnapFusion's unit of architecture (Sec. 3.1, Table 3) is the block: a ResNet block, or a cross-attention
+block, which is one `Transformer2DModel` of self-attention, cross-attention and feed-forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+Kind = Literal["attention", "resnet"]
+_KINDS: dict[type[nn.Module], Kind] = {Transformer2DModel: "attention", ResnetBlock2D: "resnet"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One block of a UNet.
+
+    Attributes:
+        name: its path in the UNet, such as "down_blocks.0.attentions.1".
+        kind: "attention" or "resnet".
+        stage: the part of the UNet it stands in, such as "down_blocks.0" or "mid_block".
+        depth: how many times the latent was halved before it; the middle counts as the deepest.
+    """
+
+    name: str
+    kind: Kind
+    stage: str
+    depth: int
+
+
+def blocks_of(unet: UNet2DConditionModel) -> tuple[Block, ...]:
+    """The blocks of `unet`, in the order of its modules."""
+    deepest = len(unet.down_blocks) - 1
+    return tuple(
+        Block(name=name, kind=_KINDS[type(module)], stage=_stage(name), depth=_depth(name, deepest=deepest))
+        for name, module in unet.named_modules()
+        if type(module) in _KINDS
+    )
+
+
+@contextmanager
+def without(unet: UNet2DConditionModel, names: Collection[str]) -> Iterator[None]:
+    """Within it, the named blocks of `unet` hand on what they are given; their work is not computed.
+
+    A ResNet block that changes the number of channels keeps its 1x1 shortcut, which is what is left of it
+    when its residual is zero. Not for two threads at once: the blocks are changed in place, then restored.
+
+    Raises:
+        ValueError: if `unet` has no block of one of the names.
+    """
+    known = {block.name for block in blocks_of(unet)}
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise ValueError(f"the UNet has no block {unknown[0]!r}; its blocks are {', '.join(sorted(known))}")
+    modules = [unet.get_submodule(name) for name in names]
+    for module in modules:
+        module.forward = _hand_on(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward  # the class's own shows again
+
+
+def _hand_on(module: nn.Module) -> Any:  # noqa: ANN401 - it stands for the forward of either class
+    if isinstance(module, ResnetBlock2D):
+        shortcut = module.conv_shortcut
+        scale = module.output_scale_factor
+
+        def resnet(hidden: Tensor, *_: object, **__: object) -> Tensor:
+            return (hidden if shortcut is None else shortcut(hidden)) / scale
+
+        return resnet
+
+    def attention(hidden: Tensor, *_: object, **__: object) -> tuple[Tensor]:
+        return (hidden,)
+
+    return attention
+
+
+def _stage(name: str) -> str:
+    parts = name.split(".")
+    return parts[0] if parts[0] == "mid_block" else ".".join(parts[:2])
+
+
+def _depth(name: str, *, deepest: int) -> int:
+    if name.startswith("mid_block"):
+        return deepest
+    side, number = name.split(".")[:2]
+    return int(number) if side == "down_blocks" else deepest - int(number)
