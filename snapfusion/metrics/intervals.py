@@ -1,0 +1,76 @@
+"""95 % intervals: what a figure from so many samples can be trusted for.
+
+They speak of the samples drawn at evaluation only; how figures differ between training seeds is another
+question.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+_Z = 1.959963984540054
+"""The normal distribution's 97.5 % point."""
+
+_Group = TypeVar("_Group")
+
+
+class Interval(NamedTuple):
+    """An estimate and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def share(successes: int, *, n: int) -> Interval:
+    """The share `successes` / n with Wilson's interval (Wilson 1927), which stays within [0, 1] at both ends.
+
+    Raises:
+        ValueError: unless 0 <= successes <= n and n >= 1.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} of {n} is no share; 0 <= successes <= n and n >= 1 are needed")
+    p = successes / n
+    middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    # At the ends rounding can put the share itself a hair outside.
+    return Interval(p, min(p, middle - half), max(p, middle + half))
+
+
+def mean(values: Sequence[float] | np.ndarray) -> Interval:
+    """The mean of independent values and its normal interval; for paired differences, hand those in.
+
+    Raises:
+        ValueError: for fewer than two values.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.size < 2:
+        raise ValueError(f"{array.size} values have no interval; at least 2 are needed")
+    middle = float(array.mean())
+    half = _Z * float(array.std(ddof=1)) / math.sqrt(array.size)
+    return Interval(middle, middle - half, middle + half)
+
+
+def jackknife(groups: Sequence[_Group], estimate: Callable[[Sequence[_Group]], float]) -> Interval:
+    """`estimate` of all groups; its interval by leaving out one at a time (Efron and Tibshirani 1993).
+
+    For figures that are no mean, such as a Fréchet distance, which a bootstrap would bias upward.
+
+    Args:
+        groups: independent parts of the samples, of equal size.
+        estimate: the figure of some of them.
+
+    Raises:
+        ValueError: for fewer than two groups.
+    """
+    count = len(groups)
+    if count < 2:
+        raise ValueError(f"{count} groups have no interval; at least 2 are needed")
+    whole = estimate(groups)
+    left_out = np.array([estimate([*groups[:i], *groups[i + 1 :]]) for i in range(count)])
+    half = _Z * math.sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum()))
+    return Interval(whole, whole - half, whole + half)
