@@ -1,0 +1,83 @@
+"""Step distillation's target: the x that one student step needs to land where k teacher steps land.
+
+letter   meaning                                                  shape        dtype
+i        interval of the student's grid, 0 (noisiest) .. N_S-1    [B]          int64
+t, t''   its two ends; t' and what else lies between are grid     [B]          int64
+         points of k N_S steps
+z_t''    where the teacher lands                                  [B,4,h,w]    float32
+
+Other letters as in `snapfusion.schedule`. All arithmetic is float32, whatever the networks compute in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from snapfusion.sampling import Denoiser, ddim_step, time_grid
+from snapfusion.schedule import Schedule
+
+
+def x_target(*, z_t: Tensor, z_t2: Tensor, t: Tensor, t2: Tensor, schedule: Schedule) -> Tensor:
+    """The x with which one DDIM step from z_t at t lands on z_t2 at t2. SnapFusion Eq. 9, 16.
+
+    x = (z_t'' - (sigma_t''/sigma_t) z_t) / (alpha_t'' - (sigma_t''/sigma_t) alpha_t). Where the teacher took
+    DDIM steps, that is the mean of its own x, each weighted by how much its step raised alpha/sigma; at the
+    clean end (t2 = -1) it is its last x, exactly.
+
+    Args:
+        z_t: [B,4,h,w] float32.
+        z_t2: [B,4,h,w] float32.
+        t: [B] int64, 0 .. T-1.
+        t2: [B] int64, below t; -1 is the clean end.
+        schedule: of alpha_t and sigma_t.
+
+    Returns:
+        [B,4,h,w] float32.
+    """
+    ratio = schedule.sigma(t2) / schedule.sigma(t)
+    return (z_t2 - ratio * z_t) / (schedule.alpha(t2) - ratio * schedule.alpha(t))
+
+
+def teacher_target(
+    denoiser: Denoiser, z_t: Tensor, *, interval: Tensor, student_steps: int, k: int, schedule: Schedule
+) -> Tensor:
+    """The x-target of the student's one step through each interval. SnapFusion Eq. 7 to 9, 12 to 16.
+
+    The teacher takes k DDIM steps from t to t''; the paper's own plan has k = 2, Fig. 7(c) also 4 and 8.
+
+    Args:
+        denoiser: the teacher, its caption and guidance bound: guided at every one of its steps (Eq. 10).
+        z_t: [B,4,h,w] float32, row b at the noisy end t of interval[b].
+        interval: [B] int64 in 0 .. N_S-1.
+        student_steps: N_S.
+        k: the teacher's steps for one of the student's.
+        schedule: of teacher and student.
+
+    Returns:
+        [B,4,h,w] float32, without a gradient.
+
+    Raises:
+        ValueError: if k is below 1, k N_S exceeds the schedule, or an interval is not of the grid.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; the teacher takes at least 1 step")
+    _check(interval, student_steps=student_steps)
+    times = time_grid(k * student_steps, schedule_steps=schedule.num_steps)
+    grid = torch.tensor(times, device=z_t.device)
+    first = interval * k
+    z = z_t
+    with torch.no_grad():
+        for step in range(k):
+            t_next = grid[first + step + 1]
+            z = ddim_step(denoiser(z, grid[first + step]), t_next=t_next, schedule=schedule)
+        return x_target(z_t=z_t, z_t2=z, t=grid[first], t2=grid[first + k], schedule=schedule)
+
+
+def _check(interval: Tensor, *, student_steps: int) -> None:
+    # Where it is free, as in `Schedule`: on an accelerator a look at the values would stall the queue.
+    if interval.device.type != "cpu" or not interval.numel():
+        return
+    low, high = int(interval.min()), int(interval.max())
+    if low < 0 or high >= student_steps:
+        raise ValueError(f"intervals span {low} .. {high}; 0 .. {student_steps - 1} is accepted")
