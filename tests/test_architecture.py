@@ -21,14 +21,20 @@ LAYERS = (
     {"settings"},
     {"schedule", "noise"},
     {"sampling"},
-    {"distill"},
+    {"distill", "solvers"},
     {"losses"},
     {"models"},
     {"training", "evolution", "export"},
     {"metrics"},
     {"mini"},
 )
-METHOD = ("snapfusion.schedule", "snapfusion.sampling", "snapfusion.distill", "snapfusion.losses")
+METHOD = (
+    "snapfusion.schedule",
+    "snapfusion.sampling",
+    "snapfusion.distill",
+    "snapfusion.losses",
+    "snapfusion.solvers",
+)
 SOURCE_OF_A_FORMULA = r"SnapFusion (Eq\.|Sec\.|Alg\.|Table|Fig\.|App\.)|\(\w+( (and \w+|et al\.))? \d{4}\)"
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "manager"}
 OWN_FILE_ONLY = {"coremltools": "snapfusion.export.coreml", "executorch": "snapfusion.export.executorch"}
