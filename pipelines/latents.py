@@ -67,15 +67,19 @@ _IN_IDENTITY = ("shards", "selection", "images", "encoding", "rows_per_unit")
 def identity_of(settings: Latents, *, model: dict[str, Any]) -> dict[str, Any]:
     """Everything that determines the rows of LATENTS, the shards apart (each unit states its own)."""
     values = settings.to_values()
-    # LATENTS depend on the VAE and the tokenizer alone: another UNet makes no other latents.
-    vae = {**model, "weights": {"vae": model["weights"]["vae"]}}
-    vae.pop("prediction_type")
     return {
         "kind": "latents",
-        "model": vae,
+        "model": vae_of(model),
         "dtype": settings.device.dtype,
         **{name: values[name] for name in _IN_IDENTITY},
     }
+
+
+def vae_of(model: dict[str, Any]) -> dict[str, Any]:
+    """Of what identifies a model, the part that LATENTS depend on: another UNet makes no other latents."""
+    vae = {**model, "weights": {"vae": model["weights"]["vae"]}}
+    vae.pop("prediction_type")
+    return vae
 
 
 def encode_latents(

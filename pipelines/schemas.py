@@ -127,6 +127,32 @@ def pairs_schema(*, latent_shape: Sequence[int], num_tokens: int) -> pa.Schema:
     )
 
 
+def targets_schema(*, latent_shape: Sequence[int], num_tokens: int, x_dtype: str) -> pa.Schema:
+    """TARGETS: one row a (latent, draw); `w` is null in vanilla rows. SnapFusion Eq. 7-10.
+
+    noise_key, interval, t, t2, k, w   what was drawn: the noise is `snapfusion.noise.gaussian` of the key;
+                                       interval and w follow from it too (`snapfusion.training.draws`)
+    x_target                           the x that lands one student step from t to t2 on the teacher's k
+    """
+    shape = tuple(latent_shape)
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("source_id", pa.string()),
+            ("draw", pa.int32()),
+            Array(shape=(num_tokens,), dtype="<i4").field("token_ids"),
+            Array(shape=shape, dtype="<f2").field("latent"),
+            ("noise_key", pa.int64()),
+            ("interval", pa.int32()),
+            ("t", pa.int32()),
+            ("t2", pa.int32()),
+            ("k", pa.int32()),
+            ("w", pa.float32()),
+            Array(shape=shape, dtype={"float16": "<f2", "float32": "<f4"}[x_dtype]).field("x_target"),
+        ]
+    )
+
+
 def to_png(image: np.ndarray) -> bytes:
     """A uint8 image [H,W,3] as PNG: lossless, and the same bytes for the same pixels."""
     buffer = io.BytesIO()

@@ -60,6 +60,22 @@ class CaptionRows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentRows:
+    """A unit's latents float16 [n,4,h,w] and token ids int32 [n,L], to be given targets.
+
+    `draw` is the number of their noise, `guided` the branch of SnapFusion Eq. 11 that all of them belong to.
+    """
+
+    unit: Unit
+    draw: int
+    guided: bool
+    ids: list[str]
+    source_ids: list[str]
+    token_ids: np.ndarray
+    latents: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinishedRows:
     """A unit after the model: columns as the table's schema names them, ready to be written."""
 

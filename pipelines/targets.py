@@ -1,0 +1,327 @@
+"""TARGETS: what the student should predict, for each latent and draw. SnapFusion Sec. 4.2, Eq. 7-10.
+
+LATENTS ─ units of (LATENTS unit, draw, branch) ─ teacher, k DDIM steps ─ data file ─ commit
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipelines.account import Account
+from pipelines.branches import NAMES, branch_and_draw, rows_of, unit_name
+from pipelines.commits import Origin, adopt
+from pipelines.execution import Pool, Runner, Stage, on_ray
+from pipelines.intake import Bounds, OnProgress, recover, take_in
+from pipelines.latents import vae_of
+from pipelines.rejection import Rejected
+from pipelines.schemas import targets_schema
+from pipelines.stages.environment import Device
+from pipelines.stages.latents import LatentFile, ReadLatents
+from pipelines.stages.target import ComputeTargets, Teaching
+from pipelines.stages.write import WriteUnit, pack
+from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table, unit_records
+from pipelines.units import FinishedRows, LatentRows, Unit
+from pipelines.verification import CannotRemake, Remake
+from snapfusion.models.bundle import Bundle
+from snapfusion.models.load import load
+from snapfusion.noise import noise_key, uniform
+from snapfusion.sampling import time_grid
+from snapfusion.settings import Settings, SettingsError, differences, digest
+from snapfusion.training.draws import CfgRange
+
+
+class Targets(Settings):
+    """How TARGETS are made.
+
+    Attributes:
+        teaching: what the teacher computes.
+        draws: noises a latent; more of them later adds units, and changes none.
+        cfg_probability: fraction of the draws that is guided, p of SnapFusion Eq. 11.
+        device: of the teacher.
+        readers: the actor pool that reads LATENTS.
+        teachers: the actor pool of the teacher.
+        writers: the actor pool that packs and writes.
+        bounds: when to commit and when to stop.
+    """
+
+    teaching: Teaching = Teaching()
+    draws: int = Field(1, ge=1)
+    cfg_probability: float = Field(0.1, ge=0.0, le=1.0)
+    device: Device = Device()
+    readers: Pool = Pool(cpus=0.25)
+    teachers: Pool = Pool()
+    writers: Pool = Pool(cpus=0.25)
+    bounds: Bounds = Bounds()
+
+
+_UNIT_FIELDS = ("source", "start", "stop", "final", "source_digest")
+
+
+def identity_of(settings: Targets, *, model: dict[str, Any], latents: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that determines the rows of TARGETS, the LATENTS' files apart (each unit states its own).
+
+    Args:
+        settings: how.
+        model: what identifies the teacher (`Bundle.describe`).
+        latents: the identity of LATENTS. Their version is no part of it, so that they may grow; it is kept
+            with each unit's account.
+    """
+    return {
+        "kind": "targets",
+        "model": model,
+        "latents": dict(latents),
+        "teaching": settings.teaching.to_values(),
+        "cfg_probability": settings.cfg_probability,
+        "dtype": settings.device.dtype,
+    }
+
+
+def compute_targets(
+    settings: Targets,
+    *,
+    teacher: str,
+    latents: Snapshot,
+    url: str,
+    origin: Origin | None = None,
+    run: Runner = on_ray,
+    on_progress: OnProgress | None = None,
+) -> Snapshot:
+    """Bring the table at `url` to `settings.draws` draws of every latent; returns its newest version.
+
+    Args:
+        settings: how.
+        teacher: a source that `snapfusion.models.load` accepts.
+        latents: a pinned snapshot of LATENTS; one that grew since the last run is gone on with.
+        url: of the table.
+        origin: who makes the new units, and from what; kept beside their accounts.
+        run: what sends units through the stages.
+        on_progress: called after each unit.
+
+    Raises:
+        TableError: if the table was made with other settings, another teacher or other LATENTS; or the
+            LATENTS with another VAE than the teacher's.
+        SettingsError: if the schedule has no grid as fine as the settings ask for.
+        TooManyRejected: when the rejected fraction is above its bound.
+    """
+    bundle = load(teacher)
+    _check_grid(settings.teaching, schedule_steps=bundle.schedule.num_steps)
+    _check_latents(latents, bundle=bundle)
+    identity = identity_of(settings, model=bundle.describe(), latents=latents.identity)
+    schema = _schema(settings.teaching, bundle=bundle)
+    table = create_table(url, schema=schema, identity=identity)
+    recover(url, origin=origin)
+    items = list(plan(settings, latents=latents, accounts=accounts(url).values()))
+    stages = [
+        Stage(build=ReadLatents, arguments={}, pool=settings.readers),
+        Stage(
+            build=ComputeTargets,
+            arguments={"teacher": teacher, "settings": settings.teaching, "device": settings.device},
+            pool=settings.teachers,
+            give_up=set_aside,
+        ),
+        Stage(
+            build=WriteUnit,
+            arguments={"url": table.url, "schema": schema, "settings": digest(table.identity)},
+            pool=settings.writers,
+        ),
+    ]
+    take_in(
+        url,
+        run(items, stages),
+        bounds=settings.bounds,
+        total=sum(item.unit.rows_read for item in items),
+        origin=origin,
+        on_progress=on_progress,
+    )
+    return open_table(url)
+
+
+def plan(settings: Targets, *, latents: Snapshot, accounts: Iterable[Account]) -> Iterator[LatentFile]:
+    """The units that are not committed, draw by draw; each is one unit of LATENTS.
+
+    Raises:
+        TableError: if a committed unit was made from another file than the one in `latents`.
+    """
+    made_from = {account.unit: account.source_digest for account in accounts}
+    hashes = {record["unit"]: record["sha256"] for record in unit_records(latents.url)}
+    files = [file for file in latents.units if file.rows]
+    for draw in range(settings.draws):
+        for file in files:
+            # A unit whose account was lost when its job was killed is hashed here.
+            sha256 = hashes[file.unit] if file.unit in hashes else adopt(file.path).sha256
+            guided = is_guided_draw(settings, parent=file.unit, draw=draw)
+            name = unit_name(file.unit, draw=draw, guided=guided)
+            if name in made_from:
+                if made_from[name] != sha256:
+                    raise TableError(
+                        f"unit {name} was made from another file than {file.path}; give the LATENTS that it "
+                        "was made from, or a new table"
+                    )
+                continue
+            unit = Unit(
+                name=name,
+                source=file.unit,
+                start=0,
+                stop=file.rows,
+                final=True,
+                source_digest=sha256,
+            )
+            yield LatentFile(unit=unit, draw=draw, guided=guided, path=file.path)
+
+
+def is_guided_draw(settings: Targets, *, parent: str, draw: int) -> bool:
+    """Whether draw number `draw` of the LATENTS unit `parent` is guided.
+
+    Of the first D draws of a unit, D p are guided, rounded up or down as the unit's name decides: so a table
+    has p of them, of however many draws, and more draws change none. SnapFusion Eq. 11.
+    """
+    p = settings.cfg_probability
+    offset = float(uniform(noise_key("guided draw", settings.teaching.seed, parent), 1)[0])
+    return math.floor((draw + 1) * p + offset) > math.floor(draw * p + offset)
+
+
+def check_fit(
+    table: Snapshot,
+    *,
+    teacher: Mapping[str, Any],
+    student: Mapping[str, Any],
+    student_steps: int,
+    k: int,
+    cfg_range: CfgRange,
+    cfg_probability: float,
+) -> None:
+    """Refuse a table of TARGETS that does not serve a training.
+
+    Args:
+        table: TARGETS.
+        teacher: what identifies the teacher that the training names (`Bundle.describe`).
+        student: what identifies the student at its first weights.
+        student_steps: the student's steps.
+        k: the teacher's steps for one of the student's.
+        cfg_range: of w; only looked at if guided steps are taken.
+        cfg_probability: p of SnapFusion Eq. 11: which branches are needed.
+
+    Raises:
+        TableError: naming the first differences.
+    """
+    found = table.identity
+    if found["kind"] != "targets":
+        raise TableError(f"{table.url} holds {found['kind']}; targets are needed")
+    guided = cfg_probability > 0.0
+    wanted = {"teacher": dict(teacher), "student_steps": student_steps, "k": k}
+    made = {"teacher": found["model"], **{name: found["teaching"][name] for name in ("student_steps", "k")}}
+    if guided:
+        wanted["cfg_range"] = cfg_range.to_values()
+        made["cfg_range"] = found["teaching"]["cfg_range"]
+    differing = [
+        *differences(made, wanted),
+        *differences(_read_by_student(found["model"]), _read_by_student(student), "student"),
+    ]
+    if differing:
+        raise TableError(
+            f"{table.url} does not fit this training: {'; '.join(differing[:3])}; train as it was made, or "
+            "compute new targets"
+        )
+    for branch, needed in ((True, guided), (False, cfg_probability < 1.0)):
+        if needed and not rows_of(table, guided=branch):
+            raise TableError(
+                f"{table.url} has no {NAMES[branch]} rows, and a CFG probability of {cfg_probability} needs "
+                f"some; compute more draws, with targets.cfg_probability {'above 0' if branch else 'below 1'}"
+            )
+
+
+def remake(table: Snapshot, *, teacher: str, latents: Snapshot) -> Remake:
+    """What `verify_table` needs to make units of TARGETS again, from LATENTS.
+
+    Raises:
+        TableError: if `teacher` or `latents` are not those that the table was made with.
+    """
+    teaching = Teaching.parse(table.identity["teaching"])
+    bundle = load(teacher)
+    if table.identity["model"] != bundle.describe():
+        raise TableError(f"{table.url} was made with another teacher than {teacher!r}; name the one it was")
+    differing = list(differences(table.identity["latents"], latents.identity, "latents"))
+    if differing:
+        raise TableError(
+            f"{table.url} was made of other LATENTS than {latents.url}: {'; '.join(differing[:3])}"
+        )
+    schema = _schema(teaching, bundle=bundle)
+    paths = {file.unit: file.path for file in latents.units}
+
+    def make(account: Account, _rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+        if "crashed" in account.rejected():
+            raise CannotRemake("its rows took down every worker that tried them")
+        if account.source not in paths:
+            raise CannotRemake(f"its LATENTS unit {account.source} is not in {latents.url}")
+        unit = Unit(**{name: getattr(account, name) for name in _UNIT_FIELDS}, name=account.unit)
+        guided, draw = branch_and_draw(account.unit)
+        device = Device(dtype=table.identity["dtype"], threads=account.environment["threads"])
+        stage = ComputeTargets(teacher=teacher, settings=teaching, device=device)
+        file = LatentFile(unit=unit, draw=draw, guided=guided, path=paths[account.source])
+        finished = stage(ReadLatents()(file))
+        return pack(finished, schema), finished.environment
+
+    return make
+
+
+def set_aside(rows: LatentRows) -> FinishedRows:
+    """A unit that took down every worker that tried it: all its rows rejected, none lost from the account."""
+    crashed = [
+        Rejected("crashed", "the teacher's worker died at every try").record(
+            id=f"{id_}#{rows.draw}", source=rows.unit.source, ordinal=ordinal
+        )
+        for ordinal, id_ in enumerate(rows.ids)
+    ]
+    names = targets_schema(latent_shape=(1,), num_tokens=1, x_dtype="float16").names
+    return FinishedRows(unit=rows.unit, columns={name: [] for name in names}, rejections=crashed)
+
+
+def _schema(teaching: Teaching, *, bundle: Bundle) -> pa.Schema:
+    return targets_schema(
+        latent_shape=bundle.latent_shape,
+        num_tokens=bundle.tokenizer.model_max_length,
+        x_dtype=teaching.x_dtype,
+    )
+
+
+def _read_by_student(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what identifies a model, what student and teacher share: latents, times and conditions (App. D)."""
+    shared = {name: model[name] for name in ("scaling_factor", "latent_shape", "schedule")}
+    return {**shared, "weights": {name: model["weights"][name] for name in ("text_encoder", "vae")}}
+
+
+def _check_grid(teaching: Teaching, *, schedule_steps: int) -> None:
+    try:
+        time_grid(teaching.k * teaching.student_steps, schedule_steps=schedule_steps)
+    except ValueError:
+        raise SettingsError(
+            f"targets.teaching: k {teaching.k} times student_steps {teaching.student_steps} is more than the "
+            f"schedule's {schedule_steps} steps"
+        ) from None
+
+
+def _check_latents(latents: Snapshot, *, bundle: Bundle) -> None:
+    if latents.identity["kind"] != "latents":
+        raise TableError(f"{latents.url} holds {latents.identity['kind']}; latents are needed")
+    differing = list(differences(latents.identity["model"], vae_of(bundle.describe())))
+    if differing:
+        raise TableError(
+            f"{latents.url} was made with another VAE than that of {bundle.source!r}: "
+            f"{'; '.join(differing[:3])}; encode new LATENTS, or give a teacher with their VAE"
+        )
+    first = next((file for file in latents.units if file.rows), None)
+    if first is None:
+        raise TableError(f"{latents.url} has no committed rows at version {latents.version}")
+    rows = latents.read_unit(first, ["caption", "token_ids"]).slice(0, 8).to_pydict()
+    ids = bundle.tokenize(rows["caption"]).numpy().astype("<i4")
+    if [row.tobytes() for row in ids] != rows["token_ids"]:
+        # SD-v2 pads with another token than SD-v1, for one: its encoder would be given strange sentences.
+        raise TableError(
+            f"{latents.url} holds token ids of another tokenizer than that of {bundle.source!r}; encode new "
+            "LATENTS with it"
+        )
