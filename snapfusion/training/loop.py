@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,7 @@ class LoopSettings(Settings):
         decay: what follows: "cosine" to zero, or "constant".
         weight_decay: AdamW's, on all parameters; 0.01 in the paper.
         clip_norm: limit of the gradient's norm.
+        max_loss: a mean loss above it stops the training; null sets no limit.
         ema_decay: of the averaged weights; null keeps none.
         precision: of the network's forward pass. "bfloat16" is autocast; losses are float32 in any case.
         seed: of the order of rows and of every random draw.
@@ -52,6 +53,7 @@ class LoopSettings(Settings):
     decay: Decay = "cosine"
     weight_decay: NonNegativeFloat = 0.01
     clip_norm: PositiveFloat = 1.0
+    max_loss: PositiveFloat | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: NonNegativeInt = 0
@@ -62,6 +64,23 @@ class Objective(Protocol):
 
     def __call__(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
         """The loss of each row, float32 [B]. `model` must be called as a module, once."""
+        ...
+
+
+@runtime_checkable
+class CarryingObjective(Objective, Protocol):
+    """An objective that goes from step to step with something it has learnt of its losses."""
+
+    def end_step(self) -> Mapping[str, float]:
+        """Called on all ranks when the weights have been moved; gives figures, the same on all."""
+        ...
+
+    def values(self) -> dict[str, Any]:
+        """What it carries between two steps, as JSON values."""
+        ...
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Go on from what `values` gave."""
         ...
 
 
@@ -76,6 +95,7 @@ class Step:
         learning_rate: its rate.
         seconds: wall time, waiting for data included.
         data_seconds: of which this rank waited for its batch.
+        figures: what the objective says of its losses, if it does.
     """
 
     step: int
@@ -84,10 +104,29 @@ class Step:
     learning_rate: float
     seconds: float
     data_seconds: float
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
-class NonFiniteLossError(ValueError):
-    """A loss or gradient that is NaN or infinite; names the rows. The weights are those before the step."""
+class UnusableStepError(ValueError):
+    """A step that must not be taken; the weights are those before it.
+
+    Attributes:
+        step: its number, counted from 0.
+        rows: ids of the rows to blame, of all ranks.
+    """
+
+    def __init__(self, reason: str, *, step: int, rows: list[str]) -> None:
+        more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+        super().__init__(f"{reason} rows {', '.join(rows[:NAMED_ROWS])}{more}")
+        self.step, self.rows = step, rows
+
+
+class NonFiniteLossError(UnusableStepError):
+    """A loss or gradient that is NaN or infinite."""
+
+
+class DivergedError(UnusableStepError):
+    """A loss above the limit that the settings give."""
 
 
 def new_state(model: nn.Module, *, settings: LoopSettings) -> TrainState:
@@ -122,9 +161,13 @@ def train(
 
     Raises:
         NonFiniteLossError: on all ranks, naming the rows, if a loss or the gradient is NaN or infinite.
+        DivergedError: likewise, if the mean loss is above `settings.max_loss`.
         ValueError: if the shares of a step are not `settings.global_batch` rows together.
     """
     state.model.train()
+    carrying = objective if isinstance(objective, CarryingObjective) else None
+    if carrying is not None and state.carried:
+        carrying.restore(state.carried)
     while state.step < settings.num_steps:
         began = time.perf_counter()
         batch = next(batches)
@@ -145,6 +188,9 @@ def train(
             wrapped=wrapped or state.model,
         )
         grad_norm = _update(state, batch, settings=settings, rate=rate)
+        figures: Mapping[str, float] = {}
+        if carrying is not None:
+            figures, state.carried = carrying.end_step(), carrying.values()
         seconds = time.perf_counter() - began
         after_step(
             Step(
@@ -154,6 +200,7 @@ def train(
                 learning_rate=rate,
                 seconds=seconds,
                 data_seconds=waited,
+                figures=figures,
             )
         )
 
@@ -183,7 +230,7 @@ def _accumulate(
         total += losses.detach().double().sum()
         finite = losses.detach().isfinite().tolist()
         unusable += [row for row, good in zip(piece.ids, finite, strict=True) if not good]
-    return _mean_over_ranks(total, unusable, rows=len(batch), step=state.step, settings=settings)
+    return _mean_over_ranks(total, unusable, batch=batch, step=state.step, settings=settings)
 
 
 def _update(state: TrainState, batch: Batch, *, settings: LoopSettings, rate: float) -> float:
@@ -191,9 +238,8 @@ def _update(state: TrainState, batch: Batch, *, settings: LoopSettings, rate: fl
     norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm))
     if not math.isfinite(norm):
         # The gradient is common to all ranks, and so is this verdict.
-        raise NonFiniteLossError(
-            f"the gradient of step {state.step} is {norm}; the batch is {_name_rows(list(batch.ids))}"
-        )
+        reason = f"the gradient of step {state.step} is {norm}; the batch is"
+        raise NonFiniteLossError(reason, step=state.step, rows=_of_all_ranks(list(batch.ids)))
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
@@ -204,10 +250,10 @@ def _update(state: TrainState, batch: Batch, *, settings: LoopSettings, rate: fl
 
 
 def _mean_over_ranks(
-    total: Tensor, unusable: list[str], *, rows: int, step: int, settings: LoopSettings
+    total: Tensor, unusable: list[str], *, batch: Batch, step: int, settings: LoopSettings
 ) -> float:
     """The mean loss of the global batch; all ranks raise alike, so that none waits for another."""
-    counts = torch.tensor([rows, len(unusable)], dtype=torch.float64, device=total.device)
+    counts = torch.tensor([len(batch), len(unusable)], dtype=torch.float64, device=total.device)
     sums = torch.cat([total.view(1), counts])
     if _world_size() > 1:
         dist.all_reduce(sums)
@@ -215,8 +261,13 @@ def _mean_over_ranks(
     if all_rows != settings.global_batch:
         raise ValueError(f"step {step} got {all_rows:.0f} rows; the global batch is {settings.global_batch}")
     if all_unusable:
-        raise NonFiniteLossError(f"the loss of step {step} is not finite in {_name_rows(unusable)}")
-    return float(loss / settings.global_batch)
+        reason = f"the loss of step {step} is not finite in"
+        raise NonFiniteLossError(reason, step=step, rows=_of_all_ranks(unusable))
+    mean = float(loss / settings.global_batch)
+    if settings.max_loss is not None and mean > settings.max_loss:
+        reason = f"the loss of step {step} is {mean:.4g}, above max_loss {settings.max_loss:g}; the batch is"
+        raise DivergedError(reason, step=step, rows=_of_all_ranks(list(batch.ids)))
+    return mean
 
 
 def _exchange(model: nn.Module, *, gradients: bool) -> AbstractContextManager[None]:
@@ -238,11 +289,10 @@ def _check_form(losses: Tensor, batch: Batch) -> None:
         )
 
 
-def _name_rows(rows: list[str]) -> str:
+def _of_all_ranks(rows: list[str]) -> list[str]:
     """The ids of `rows`, those of all ranks in their order; called on all ranks at once."""
-    if _world_size() > 1:
-        shares: list[list[str]] = [rows] * _world_size()
-        dist.all_gather_object(shares, rows)
-        rows = [row for share in shares for row in share]
-    more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
-    return f"rows {', '.join(rows[:NAMED_ROWS])}{more}"
+    if _world_size() == 1:
+        return rows
+    shares: list[list[str]] = [rows] * _world_size()
+    dist.all_gather_object(shares, rows)
+    return [row for share in shares for row in share]

@@ -32,6 +32,7 @@ class TrainState:
         ema: the average of the weights, or None.
         step: optimizer steps done.
         curve: what the run wants to remember of its course; plain JSON values.
+        carried: what the objective goes from step to step with; plain JSON values.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class TrainState:
     ema: Ema | None = None
     step: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
+    carried: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors, by group ("model", "optimizer", "ema") and name."""
@@ -49,7 +51,7 @@ class TrainState:
 
     def values(self) -> dict[str, Any]:
         """What is not a tensor, as JSON values."""
-        return {"step": self.step, "curve": self.curve}
+        return {"step": self.step, "curve": self.curve, "carried": self.carried}
 
     def restore(self, tensors: Groups, values: Mapping[str, Any]) -> None:
         """Continue exactly where the saved state stood.
@@ -69,6 +71,7 @@ class TrainState:
             raise StateError(f"the saved state does not fit this training: {error}") from error
         self.step = int(values["step"])
         self.curve = [dict(point) for point in values["curve"]]
+        self.carried = dict(values.get("carried", {}))
 
     def final_weights(self) -> dict[str, Tensor]:
         """The weights to use: the average where one is kept, else the last."""
