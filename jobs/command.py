@@ -17,6 +17,7 @@ VERBS = (
     "render_scenes",
     "encode_latents",
     "generate_pairs",
+    "compute_targets",
     "distill_decoder",
     "compile_mobile",
     "report",

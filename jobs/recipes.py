@@ -17,7 +17,10 @@ from pipelines.stages.environment import Device
 from pipelines.stages.generate import Generation
 from pipelines.stages.image import ImageSettings
 from pipelines.stages.select import Selection
+from pipelines.stages.target import Teaching
+from pipelines.targets import Targets
 from snapfusion.settings import Settings, SettingsError
+from snapfusion.training.draws import CfgRange
 from snapfusion.training.loop import LoopSettings
 
 
@@ -75,6 +78,7 @@ class Recipe(Settings):
         latents: how LATENTS are made.
         captions: what the teacher draws.
         pairs: how PAIRS are made.
+        targets: how TARGETS are made.
         decoder: how the half-width decoder is distilled.
         mobile: how it is compiled.
         oracle_floor: least mean attribute accuracy of the demo's pictures, by the miniature's oracle; None
@@ -89,6 +93,7 @@ class Recipe(Settings):
     latents: Latents = Latents()
     captions: Captions = Captions()
     pairs: Pairs = Pairs()
+    targets: Targets = Targets()
     decoder: DecoderSettings = DecoderSettings()
     mobile: MobileSettings = MobileSettings()
     oracle_floor: float | None = Field(None, ge=0.0, le=1.0)
@@ -112,6 +117,14 @@ def mini() -> Recipe:
             rows_per_unit=32,
             teachers=Pool(actors=2, cpus=0.5),
             writers=Pool(cpus=0.25),
+        ),
+        targets=Targets(
+            # The miniature's useful range of w is narrower than SD-v1.5's.
+            teaching=Teaching(student_steps=8, k=2, cfg_range=CfgRange(low=1.0, high=6.0), batch_size=32),
+            # One draw of each latent in four is guided: enough for a mixed student, of so few latents.
+            draws=4,
+            cfg_probability=0.25,
+            teachers=Pool(actors=2, cpus=0.5),
         ),
         # 1.00 on the 512 pictures of the demo (metrics.json, "oracle").
         oracle_floor=0.95,
@@ -146,6 +159,15 @@ def sd15() -> Recipe:
             generation=Generation(steps=50, guidance=7.5, batch_size=16),
             rows_per_unit=128,
             device=on_gpu,
+            teachers=Pool(cpus=1.0, gpus=1.0),
+            writers=Pool(actors=2, cpus=1.0),
+        ),
+        # Sec. 4.1: two of 32 steps for one of 16; w from [2, 14], p = 0.1 (Fig. 7).
+        targets=Targets(
+            teaching=Teaching(student_steps=16, k=2, cfg_range=CfgRange(low=2.0, high=14.0), batch_size=32),
+            cfg_probability=0.1,
+            device=on_gpu,
+            readers=Pool(cpus=1.0),
             teachers=Pool(cpus=1.0, gpus=1.0),
             writers=Pool(actors=2, cpus=1.0),
         ),

@@ -1,6 +1,7 @@
 """Verify a table: recount it, compare files and log, and compute sampled units again from their keys.
 
 Give the table's URL. LATENTS need their shards: the recipe's `source.url`, or `shards` beside the table.
+TARGETS need `latents` beside the table.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 
 from jobs.cli import Job, run
 from jobs.exits import leave
-from pipelines import latents, pairs
+from pipelines import latents, pairs, targets
 from pipelines.sources.webdataset import list_shards
 from pipelines.tables import Snapshot, open_table
 from pipelines.verification import Remake, verify_table
@@ -45,7 +46,11 @@ def remake_for(job: Job, table: Snapshot) -> Remake:
     recipe = job.recipe
     if table.identity["kind"] == "pairs":
         return pairs.remake(table, teacher=recipe.model)
-    place = recipe.source.url or f"{job.target.rpartition('/')[0]}/shards"
+    beside = job.target.rpartition("/")[0]
+    if table.identity["kind"] == "targets":
+        parents = open_table(f"{beside}/latents", kind="latents")
+        return targets.remake(table, teacher=recipe.model, latents=parents)
+    place = recipe.source.url or f"{beside}/shards"
     return latents.remake(table, model=recipe.model, shards=list_shards(place), source=recipe.source.name)
 
 

@@ -1,0 +1,54 @@
+"""Compute what the student should predict, with the teacher, into the table TARGETS. SnapFusion Sec. 4.2.
+
+Reads LATENTS of the same run. Step distillation reads the table, or else asks the teacher while it trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jobs.cli import Job, run
+from jobs.cluster import runner
+from jobs.exits import leave
+from jobs.progress import show
+from pipelines.branches import rows_of
+from pipelines.tables import is_table, open_table
+from pipelines.targets import compute_targets
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m jobs.compute_targets`."""
+    return run("compute_targets", compute, preview=preview, about=__doc__, argv=argv)
+
+
+def compute(job: Job) -> None:
+    """Bring TARGETS up to the recipe; what is committed already is not made again."""
+    recipe = job.recipe
+    latents = open_table(job.place("latents"), kind="latents")
+    table = compute_targets(
+        recipe.targets,
+        teacher=recipe.model,
+        latents=latents,
+        url=job.place("targets"),
+        origin=job.origin({"latents": latents.lineage(), "model": recipe.model}),
+        run=runner(recipe.cluster),
+        on_progress=show(job.verb),
+    )
+    counted = f"{table.num_rows} rows ({rows_of(table, guided=True)} guided) in {len(table.units)} units"
+    print(f"  TARGETS version {table.version}: {counted}")
+
+
+def preview(job: Job) -> list[str]:
+    """What would be read and written."""
+    place, targets = job.place("targets"), job.recipe.targets
+    held = f"{open_table(place).num_rows} rows are committed" if is_table(place) else "a new table"
+    teaching, w = targets.teaching, targets.teaching.cfg_range
+    steps = f"{teaching.k * teaching.student_steps} teacher steps for {teaching.student_steps}"
+    return [
+        f"would give each latent of {job.place('latents')} {targets.draws} targets, of {steps}, "
+        f"{targets.cfg_probability:.0%} of them guided at {w.low} to {w.high}, into {place} ({held})"
+    ]
+
+
+if __name__ == "__main__":
+    leave(main())
