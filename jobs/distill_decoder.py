@@ -8,8 +8,6 @@ metrics.json                         what it was made of and from, how it was tr
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -21,26 +19,23 @@ import torch
 from pydantic import Field, PositiveInt
 
 from jobs.exits import leave
-from jobs.publish import publish_folder
 from jobs.reports import OnReport, show_reports
+from jobs.result import METRICS, Result
 from jobs.trainer import Trained, TrainerSettings, Training, TrainingError, run_trainings
 from pipelines.loader import BatchLoader, LoaderSettings, count_trainable
-from pipelines.storage import absolute, exists, read_bytes, write_once
+from pipelines.storage import absolute, exists
 from pipelines.tables import Snapshot, TableError, open_table
 from snapfusion.metrics.decoder import decode_times, fidelity
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.decoder import DecoderConfig, HalfDecoder, Initialization
 from snapfusion.models.load import load
-from snapfusion.settings import Settings, differences, digest
-from snapfusion.training.checkpoint import CheckpointStore
+from snapfusion.settings import Settings, digest
 from snapfusion.training.decoder import DecoderObjective, TeacherImages, decoded_images, stored_images
 from snapfusion.training.loop import LoopSettings
 
 if TYPE_CHECKING:
     from jobs.cli import Job
 
-METRICS = "metrics.json"
-_BEGUN = "begun.json"
 _STUDENT, _RANDOM = "decoder", "decoder-from-random"
 
 
@@ -106,15 +101,15 @@ def distill_decoder(
     began = time.monotonic()
     # Workers stand in another folder, where a relative path means another place.
     out_url, teacher = absolute(out_url), str(Path(teacher).absolute()) if Path(teacher).is_dir() else teacher
-    store_url, bundle = f"{out_url}.training", load(teacher)
-    pinned = _pinned_version(out_url, store_url=store_url) if pairs_version is None else pairs_version
+    result, bundle = Result(url=out_url, kind="decoder"), load(teacher)
+    pinned = result.pinned_version("pairs") if pairs_version is None else pairs_version
     pairs = open_table(pairs_url, version=pinned, kind="pairs")
     identity = _identity(settings, pairs=pairs, bundle=bundle)
-    if exists(f"{out_url}/{METRICS}"):
-        return _check_identity(f"{out_url}/{METRICS}", identity)
+    finished = result.finished(identity)
+    if finished is not None:
+        return finished
     counts = _check_rows(settings, pairs=pairs)
-    write_once(f"{store_url}/{_BEGUN}", json.dumps({"identity": identity}).encode())
-    _check_identity(f"{store_url}/{_BEGUN}", identity)
+    result.begin(identity)
     arguments = {
         "settings": settings,
         "teacher": teacher,
@@ -124,7 +119,7 @@ def distill_decoder(
         "identity": identity,
     }
     trained = run_trainings(
-        assemble, arguments, store_url=store_url, settings=settings.trainer, on_report=on_report
+        assemble, arguments, store_url=result.store_url, settings=settings.trainer, on_report=on_report
     )
     metrics = {
         **_describe(trained, settings=settings, bundle=bundle),
@@ -138,7 +133,9 @@ def distill_decoder(
         "rows": {"pairs": pairs.num_rows, "trained_on": sum(counts)},
         "seconds": round(time.monotonic() - began, 1),
     }
-    return _publish(trained[_STUDENT], metrics=metrics, bundle=bundle, out_url=out_url, store_url=store_url)
+    decoder = HalfDecoder(DecoderConfig.half_of(bundle.vae))
+    decoder.load_state_dict(trained[_STUDENT].weights)
+    return result.publish(lambda folder: {**metrics, "files": decoder.save(str(folder))})
 
 
 def assemble(
@@ -232,21 +229,6 @@ def _describe(trained: Mapping[str, Trained], *, settings: DecoderSettings, bund
     }
 
 
-def _publish(
-    student: Trained, *, metrics: dict[str, Any], bundle: Bundle, out_url: str, store_url: str
-) -> dict[str, Any]:
-    decoder = HalfDecoder(DecoderConfig.half_of(bundle.vae))
-    decoder.load_state_dict(student.weights)
-    with tempfile.TemporaryDirectory() as scratch:
-        metrics["files"] = decoder.save(scratch)
-        text = json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False)
-        (Path(scratch) / METRICS).write_text(text)
-        publish_folder(Path(scratch), out_url, last=METRICS)
-    # What training resumes from has served; the folder that came of it stays.
-    CheckpointStore(store_url).delete()
-    return dict(json.loads(text))
-
-
 def _identity(settings: DecoderSettings, *, pairs: Snapshot, bundle: Bundle) -> dict[str, Any]:
     """Everything that decides the decoder's weights, float sums apart.
 
@@ -269,26 +251,6 @@ def _identity(settings: DecoderSettings, *, pairs: Snapshot, bundle: Bundle) -> 
         "teacher": model["weights"]["vae"],
         "pairs": {"identity": digest(pairs.identity), "version": pairs.version},
     }
-
-
-def _pinned_version(out_url: str, *, store_url: str) -> int | None:
-    """The version of PAIRS that this decoder was made from, or has been begun with."""
-    for place in (f"{out_url}/{METRICS}", f"{store_url}/{_BEGUN}"):
-        if exists(place):
-            return int(json.loads(read_bytes(place))["identity"]["pairs"]["version"])
-    return None
-
-
-def _check_identity(place: str, identity: dict[str, Any]) -> dict[str, Any]:
-    """What `place` holds, which must be of this identity."""
-    found: dict[str, Any] = json.loads(read_bytes(place))
-    differing = list(differences(found["identity"], identity))
-    if differing:
-        raise TrainingError(
-            f"{place.rpartition('/')[0]} holds a decoder of other settings: {'; '.join(differing[:3])}; "
-            "give another place, or remove it"
-        )
-    return found
 
 
 def _check_rows(settings: DecoderSettings, *, pairs: Snapshot) -> list[int]:
@@ -346,10 +308,7 @@ def read_metrics(url: str) -> dict[str, Any]:
     Raises:
         TrainingError: if there is no finished decoder.
     """
-    if not exists(f"{url}/{METRICS}"):
-        raise TrainingError(f"{url} holds no finished decoder; run jobs.distill_decoder first")
-    metrics: dict[str, Any] = json.loads(read_bytes(f"{url}/{METRICS}"))
-    return metrics
+    return Result(url=url, kind="decoder").read()
 
 
 def summary(metrics: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs import compile_mobile, distill_decoder
+from jobs import compile_mobile
 from jobs.chart import Chart, Series
 from jobs.cli import Job
 from jobs.encode_latents import shards_url
@@ -30,6 +30,7 @@ from jobs.report_page import (
     Timing,
     artifacts_of,
 )
+from jobs.result import METRICS
 from jobs.steps import recorded
 from pipelines.account import total_rejected
 from pipelines.loader import held_out_rows
@@ -57,7 +58,7 @@ _SIDE = 256
 def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
     """The content of the page, and the figures as plain values for metrics.json."""
     tables = {name: open_table(job.place(name)) for name in ("latents", "pairs") if is_table(job.place(name))}
-    decoder = _json(job.place(f"decoder/{distill_decoder.METRICS}"))
+    decoder = _json(job.place(f"decoder/{METRICS}"))
     mobile = _json(job.place(f"mobile/{compile_mobile.MANIFEST}"))
     oracle = read_by_oracle(tables["pairs"]) if "pairs" in tables and job.recipe.oracle_floor else None
     timings = _timings(job, tables)

@@ -6,12 +6,13 @@ resumes from is in our own checkpoint store: Ray is told figures, never checkpoi
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import ray.train
 import torch
@@ -24,11 +25,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jobs.reports import OnReport, reports_to
-from pipelines.loader import BatchLoader
-from pipelines.storage import absolute
+from pipelines.storage import absolute, replace_object
 from snapfusion.settings import Settings, differences
+from snapfusion.training.batch import Batch
 from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
-from snapfusion.training.loop import LoopSettings, NonFiniteLossError, Objective, Step, new_state, train
+from snapfusion.training.loop import LoopSettings, Objective, Step, UnusableStepError, new_state, train
 from snapfusion.training.state import TrainState
 
 _SECONDS_BETWEEN_REPORTS = 2.0
@@ -68,6 +69,22 @@ class TrainingFailed(RuntimeError):
     """Workers kept failing; what they had saved is there for the next try."""
 
 
+class Batches(Iterator[Batch], Protocol):
+    """This worker's share of successive global batches, without end."""
+
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        ...
+
+
+class Loader(Protocol):
+    """What a training reads (`pipelines.loader.BatchLoader`, `pipelines.branches.BranchLoader`)."""
+
+    def batches(self, start: int, *, rank: int = 0, world: int = 1) -> Batches:
+        """The share of `rank` in global batch `start`, `start` + 1, ..."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """One training, as each worker assembles it for itself.
@@ -85,7 +102,7 @@ class Training:
     name: str
     model: nn.Module
     objective: Objective
-    loader: BatchLoader
+    loader: Loader
     settings: LoopSettings
     identity: dict[str, Any]
     evaluate: Callable[[], dict[str, Any]] = field(default=dict)
@@ -114,13 +131,18 @@ class Trained:
 
     @property
     def curve(self) -> list[dict[str, float]]:
-        """step, loss, grad_norm and learning_rate, every so many steps."""
+        """step, loss, grad_norm, learning_rate and the objective's figures, every so many steps."""
         return list(self.checkpoint.values["state"]["curve"])
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """The final weights: the average where one was kept."""
-        return self.checkpoint.tensors.get("ema", self.checkpoint.tensors["model"])
+        return self.checkpoint.tensors.get("ema", self.raw_weights)
+
+    @property
+    def raw_weights(self) -> dict[str, torch.Tensor]:
+        """The last weights, no average of them."""
+        return self.checkpoint.tensors["model"]
 
 
 def run_trainings(
@@ -147,7 +169,8 @@ def run_trainings(
         What each left, by name.
 
     Raises:
-        TrainingError: if a loss is not finite, or a checkpoint is of another training.
+        TrainingError: if a loss is not finite or too large, or a checkpoint is of another training. The ids
+            of the rows of such a loss are saved beside the checkpoints, as `<name>.stopped.json`.
         TrainingFailed: if workers keep failing.
     """
     with tempfile.TemporaryDirectory() as scratch, reports_to(on_report) as mailbox:
@@ -217,7 +240,13 @@ def _work(config: dict[str, Any]) -> _Outcome:
             outcome.ends[training.name] = _run(
                 training, store=store, settings=settings, mailbox=config["mailbox"]
             )
-    except (NonFiniteLossError, TrainingError) as error:
+    except UnusableStepError as error:
+        place = f"{config['store_url']}/{training.name}.stopped.json"
+        if ray.train.get_context().get_world_rank() == 0:
+            told = {"step": error.step, "reason": str(error), "rows": error.rows}
+            replace_object(place, json.dumps(told, indent=1).encode())
+        outcome.failure = f"{error}; all their ids are in {place}"
+    except TrainingError as error:
         # All workers came to the same verdict. Raised, it would make Ray start them again in vain.
         outcome.failure = str(error)
     return outcome
@@ -309,7 +338,7 @@ class _Recorder:
         last = step.step == self._training.settings.num_steps
         if last or step.step % self._settings.curve_every == 0:
             point = {"loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate}
-            self._state.curve.append({"step": step.step, **point})
+            self._state.curve.append({"step": step.step, **point, **step.figures})
         saved = last or step.step % self._settings.checkpoint_every == 0
         if saved and self._first:
             values = {"state": self._state.values(), "identity": self._training.identity}

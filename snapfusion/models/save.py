@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
@@ -24,10 +26,26 @@ _INDEX = {
 }
 
 
-def save(bundle: Bundle, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
+DISTILLATION = "distillation.json"
+"""The file that says how a distilled model's steps were distilled, and so how it is to be sampled."""
+
+
+def save(
+    bundle: Bundle,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    distillation: Mapping[str, Any] | None = None,
+) -> None:
     """Write `bundle` to an empty or new `folder`, its weights in `dtype`, and seal it.
 
     The networks of `bundle` are left in `dtype`: hand over a bundle that is done with.
+
+    Args:
+        bundle: the model.
+        folder: where.
+        dtype: of the weights.
+        distillation: for a distilled model, the steps and times it was trained for and the like; JSON values.
     """
     bundle.to("cpu", dtype=dtype)
     for name, network in bundle.networks.items():
@@ -45,4 +63,6 @@ def save(bundle: Bundle, folder: Path, *, dtype: torch.dtype = torch.float16) ->
     )
     scheduler.save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(_INDEX, indent=2) + "\n")
+    if distillation is not None:
+        (folder / DISTILLATION).write_text(json.dumps(distillation, indent=2, sort_keys=True) + "\n")
     write_seal(folder)

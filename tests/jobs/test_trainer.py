@@ -1,6 +1,7 @@
 """Ray Train round the loop: killed and continued under the same name, and any number of workers."""
 
 import itertools
+import json
 import os
 import signal
 import sys
@@ -99,6 +100,9 @@ def test_two_workers_killed_and_continued_end_with_the_same_weights(ray_cluster,
             program, {"marker": str(marker)}, store_url=url, settings=settings, on_report=reports.append
         )
     assert marker.exists()
+    stopped = json.loads((tmp_path / "checkpoints" / "broken.stopped.json").read_text())
+    assert stopped["step"] == 3
+    assert len(set(stopped["rows"])) == SETTINGS.global_batch
     killed, whole, broken = (
         CheckpointStore(f"{url}/{name}").newest() for name in ("killed", "whole", "broken")
     )

@@ -1,0 +1,105 @@
+"""The folder that a training leaves: begun with settings and parents, gone on with, published whole.
+
+OUT/metrics.json           what it was made of and from, how it was trained, how good it is; written last
+OUT.training/begun.json    what it was begun with; its checkpoints stand beside it, until it is published
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.publish import publish_folder
+from jobs.trainer import TrainingError
+from pipelines.storage import exists, read_bytes, write_once
+from snapfusion.settings import differences
+from snapfusion.training.checkpoint import CheckpointStore
+
+METRICS = "metrics.json"
+_BEGUN = "begun.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A training's folder.
+
+    Attributes:
+        url: where it is to be.
+        kind: what it holds, in a word.
+    """
+
+    url: str
+    kind: str
+
+    @property
+    def store_url(self) -> str:
+        """Where the training's checkpoints stand until it is published."""
+        return f"{self.url}.training"
+
+    def pinned_version(self, parent: str) -> int | None:
+        """The version of a parent table that it was made from, or has been begun with."""
+        for place in (f"{self.url}/{METRICS}", f"{self.store_url}/{_BEGUN}"):
+            if exists(place):
+                return int(json.loads(read_bytes(place))["identity"][parent]["version"])
+        return None
+
+    def finished(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The metrics of a folder that is there already, which must be of this identity.
+
+        Raises:
+            TrainingError: if it is of another; names what differs.
+        """
+        place = f"{self.url}/{METRICS}"
+        return self._checked(place, identity) if exists(place) else None
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Say what is begun here, or see that what was begun is the same.
+
+        Raises:
+            TrainingError: if a training of another identity was begun; names what differs.
+        """
+        place = f"{self.store_url}/{_BEGUN}"
+        write_once(place, json.dumps({"identity": identity}).encode())
+        self._checked(place, identity)
+
+    def publish(self, fill: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+        """Make the folder, whole or not at all; what training would resume from then goes.
+
+        Args:
+            fill: writes the files into an empty folder, and gives the metrics.
+
+        Returns:
+            The metrics, as in metrics.json.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            text = json.dumps(fill(Path(scratch)), indent=2, sort_keys=True, allow_nan=False)
+            (Path(scratch) / METRICS).write_text(text)
+            publish_folder(Path(scratch), self.url, last=METRICS)
+        CheckpointStore(self.store_url).delete()
+        return dict(json.loads(text))
+
+    def read(self) -> dict[str, Any]:
+        """What the finished folder says of itself.
+
+        Raises:
+            TrainingError: if there is none.
+        """
+        place = f"{self.url}/{METRICS}"
+        if not exists(place):
+            raise TrainingError(f"{self.url} holds no finished {self.kind}; run the job that makes it first")
+        metrics: dict[str, Any] = json.loads(read_bytes(place))
+        return metrics
+
+    def _checked(self, place: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(read_bytes(place))
+        differing = list(differences(found["identity"], dict(identity)))
+        if differing:
+            raise TrainingError(
+                f"{place.rpartition('/')[0]} holds a {self.kind} of other settings: "
+                f"{'; '.join(differing[:3])}; give another place, or remove it"
+            )
+        return found
