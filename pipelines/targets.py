@@ -194,6 +194,7 @@ def check_fit(
     k: int,
     cfg_range: CfgRange,
     cfg_probability: float,
+    caption_dropout: float,
 ) -> None:
     """Refuse a table of TARGETS that does not serve a training.
 
@@ -205,6 +206,7 @@ def check_fit(
         k: the teacher's steps for one of the student's.
         cfg_range: of w; only looked at if guided steps are taken.
         cfg_probability: p of SnapFusion Eq. 11: which branches are needed.
+        caption_dropout: of vanilla rows; only looked at if vanilla steps are taken.
 
     Raises:
         TableError: naming the first differences.
@@ -212,12 +214,19 @@ def check_fit(
     found = table.identity
     if found["kind"] != "targets":
         raise TableError(f"{table.url} holds {found['kind']}; targets are needed")
-    guided = cfg_probability > 0.0
-    wanted = {"teacher": dict(teacher), "student_steps": student_steps, "k": k}
-    made = {"teacher": found["model"], **{name: found["teaching"][name] for name in ("student_steps", "k")}}
-    if guided:
-        wanted["cfg_range"] = cfg_range.to_values()
-        made["cfg_range"] = found["teaching"]["cfg_range"]
+    wanted = {
+        "teacher": dict(teacher),
+        "student_steps": student_steps,
+        "k": k,
+        "cfg_range": cfg_range.to_values(),
+        "caption_dropout": caption_dropout,
+    }
+    guided, vanilla = cfg_probability > 0.0, cfg_probability < 1.0
+    if not guided:
+        del wanted["cfg_range"]
+    if not vanilla:
+        del wanted["caption_dropout"]
+    made = {name: {"teacher": found["model"], **found["teaching"]}[name] for name in wanted}
     differing = [
         *differences(made, wanted),
         *differences(_read_by_student(found["model"]), _read_by_student(student), "student"),
@@ -227,7 +236,7 @@ def check_fit(
             f"{table.url} does not fit this training: {'; '.join(differing[:3])}; train as it was made, or "
             "compute new targets"
         )
-    for branch, needed in ((True, guided), (False, cfg_probability < 1.0)):
+    for branch, needed in ((True, guided), (False, vanilla)):
         if needed and not rows_of(table, guided=branch):
             raise TableError(
                 f"{table.url} has no {NAMES[branch]} rows, and a CFG probability of {cfg_probability} needs "

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from pipelines.rejection import Rejected
 from pipelines.stages.environment import DTYPES, Device
 from pipelines.units import FinishedRows, LatentRows, finite_rows, keep_where
-from snapfusion.distill import teacher_target
 from snapfusion.models.load import load
-from snapfusion.noise import gaussian_batch
 from snapfusion.settings import Settings
-from snapfusion.training.draws import CfgRange, draw_guidance, draw_intervals, interval_ends, row_key
+from snapfusion.training.batch import Batch
+from snapfusion.training.captions import Captions, draw_dropped
+from snapfusion.training.draws import CfgRange, interval_ends, row_key
+from snapfusion.training.lessons import OnlineLessons
 
 
 class Teaching(Settings):
@@ -27,6 +28,8 @@ class Teaching(Settings):
         student_steps: N_S, the steps of the student's grid.
         k: the teacher's steps for one of the student's, on the grid of k * N_S steps; 2 in SnapFusion.
         cfg_range: of w in guided rows.
+        caption_dropout: fraction of vanilla rows that go without their caption (ours, see `draw_dropped`);
+            their `token_ids` are the empty caption's, so teacher and student are told the same.
         batch_size: rows the teacher is asked about at once (twice that with guidance); fixed, because bits
             depend on it.
         x_dtype: of the stored target. It is computed in float32.
@@ -36,6 +39,7 @@ class Teaching(Settings):
     student_steps: int = Field(8, ge=1, le=1000)
     k: int = Field(2, ge=1, le=1000)
     cfg_range: CfgRange = CfgRange()
+    caption_dropout: float = Field(0.1, ge=0.0, lt=1.0)
     batch_size: int = Field(16, ge=1)
     x_dtype: Literal["float16", "float32"] = "float16"
     seed: int = Field(0, ge=0)
@@ -47,34 +51,32 @@ class ComputeTargets:
     def __init__(self, *, teacher: str, settings: Teaching, device: Device) -> None:
         self.settings = settings
         self.bundle = load(teacher, device=device.prepare(), dtype=device.torch_dtype)
-        self.c_null = self.bundle.null_condition()
+        # What teaches while training: a target is the same, whichever way it comes.
+        self.lessons = OnlineLessons(
+            self.bundle,
+            captions=Captions(self.bundle),
+            student_steps=settings.student_steps,
+            k=settings.k,
+            cfg_range=settings.cfg_range,
+            caption_dropout=settings.caption_dropout,
+            seed=settings.seed,
+        )
         self.environment = device.environment()
 
     def __call__(self, rows: LatentRows) -> FinishedRows:
         """Targets of all rows of a unit, in batches that depend on the unit alone."""
         began = time.monotonic()
-        settings = self.settings
-        keys = [row_key(settings.seed, id_, rows.draw) for id_ in rows.ids]
-        interval = draw_intervals(keys, student_steps=settings.student_steps)
-        t, t2 = interval_ends(interval, student_steps=settings.student_steps, schedule=self.bundle.schedule)
-        w = draw_guidance(keys, cfg_range=settings.cfg_range) if rows.guided else None
-        x_target = self.teach_all(rows, keys=keys, interval=interval, t=t, w=w)
+        batches = self.batches(rows)
         ids = [f"{id_}#{rows.draw}" for id_ in rows.ids]
         columns: dict[str, Any] = {
             "id": ids,
             "source_id": rows.source_ids,
             "draw": [rows.draw] * len(ids),
-            "token_ids": rows.token_ids,
             "latent": rows.latents,
-            "noise_key": keys,
-            "interval": interval.tolist(),
-            "t": t.tolist(),
-            "t2": t2.tolist(),
-            "k": [settings.k] * len(ids),
-            "w": [None] * len(ids) if w is None else w.tolist(),
-            "x_target": x_target,
+            **{name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]},
         }
-        finite = finite_rows(x_target)
+        columns["w"] = columns["w"].tolist() if rows.guided else [None] * len(ids)
+        finite = finite_rows(columns["x_target"])
         bad = [
             Rejected("not_finite").record(id=id_, source=rows.unit.source, ordinal=ordinal)
             for ordinal, (id_, good) in enumerate(zip(ids, finite, strict=True))
@@ -88,56 +90,41 @@ class ComputeTargets:
             seconds=time.monotonic() - began,
         )
 
-    def teach_all(
-        self, rows: LatentRows, *, keys: list[int], interval: Tensor, t: Tensor, w: Tensor | None
-    ) -> np.ndarray:
-        """x-targets [n,4,h,w] in the stored dtype, batch by batch."""
-        size = self.settings.batch_size
-        spans = [slice(start, start + size) for start in range(0, len(keys), size)]
-        taught = [
-            self.teach(
-                torch.from_numpy(rows.latents[span].astype(np.float32)),
-                torch.from_numpy(rows.token_ids[span].astype(np.int64)),
-                eps=gaussian_batch(keys[span], self.bundle.latent_shape),
-                interval=interval[span],
-                t=t[span],
-                w=1.0 if w is None else w[span].view(-1, 1, 1, 1),
-            )
-            for span in spans
-        ]
-        stored = DTYPES[self.settings.x_dtype]
-        return torch.cat(taught).to(stored).numpy() if taught else np.empty((0, *self.bundle.latent_shape))
+    def batches(self, rows: LatentRows) -> list[dict[str, np.ndarray]]:
+        """The columns that are drawn and computed, batch by batch; `w` is NaN in vanilla ones."""
+        whole = Batch(
+            ids=tuple(rows.ids),
+            columns={
+                "latent": torch.from_numpy(rows.latents.astype(np.float32)),
+                "token_ids": torch.from_numpy(rows.token_ids.astype(np.int64)),
+            },
+        )
+        parts = whole.split(self.settings.batch_size)
+        return [self.teach(part, draw=rows.draw, guided=rows.guided) for part in parts]
 
     @torch.inference_mode()
-    def teach(
-        self,
-        latent: Tensor,
-        token_ids: Tensor,
-        *,
-        eps: Tensor,
-        interval: Tensor,
-        t: Tensor,
-        w: Tensor | float,
-    ) -> Tensor:
-        """x-targets float32 [B,4,h,w] on the CPU. SnapFusion Eq. 7-9, guided as in Eq. 10 where w is not 1.
+    def teach(self, batch: Batch, *, draw: int, guided: bool) -> dict[str, np.ndarray]:
+        """The columns of one batch. SnapFusion Eq. 7-9, in guided batches with Eq. 10.
 
-        Args:
-            latent: float32 [B,4,h,w].
-            token_ids: int64 [B,L].
-            eps: float32 [B,4,h,w].
-            interval: int64 [B].
-            t: int64 [B], the interval's first time.
-            w: float32 [B,1,1,1], or 1.0 for a vanilla batch, whose unconditional half is not computed.
+        A vanilla batch asks the teacher for no unconditional half.
         """
-        bundle, settings = self.bundle, self.settings
-        latent, eps, interval, t = (value.to(bundle.device) for value in (latent, eps, interval, t))
-        w = w.to(bundle.device) if isinstance(w, Tensor) else w
-        z_t = bundle.schedule.diffuse(x=latent, eps=eps, t=t)
-        return teacher_target(
-            bundle.denoiser(bundle.encode_text(token_ids), w=w, c_null=self.c_null),
-            z_t,
-            interval=interval,
-            student_steps=settings.student_steps,
-            k=settings.k,
-            schedule=bundle.schedule,
-        ).cpu()
+        settings, n = self.settings, len(batch)
+        keys = [row_key(settings.seed, id_, draw) for id_ in batch.ids]
+        lesson = self.lessons.teach(batch.to(self.bundle.device), keys, guided=guided)
+        _, t2 = interval_ends(
+            lesson.interval, student_steps=settings.student_steps, schedule=self.bundle.schedule
+        )
+        dropped = draw_dropped(keys, fraction=0.0 if guided else settings.caption_dropout)
+        no_caption = self.bundle.tokenize([""])
+        w = torch.full((n,), math.nan) if lesson.w is None else lesson.w.flatten()
+        columns = {
+            "token_ids": torch.where(dropped.view(-1, 1), no_caption, batch["token_ids"]),
+            "noise_key": torch.tensor(keys),
+            "interval": lesson.interval,
+            "t": lesson.t,
+            "t2": t2,
+            "k": torch.full((n,), settings.k),
+            "w": w,
+            "x_target": lesson.x_target.to(DTYPES[settings.x_dtype]),
+        }
+        return {name: column.cpu().numpy() for name, column in columns.items()}

@@ -19,21 +19,22 @@ from test_latents import encode, make_shards
 from test_pairs import data_files
 
 from pipelines.account import read_account, to_parquet
-from pipelines.branches import branch_and_draw
+from pipelines.branches import branch_and_draw, unit_name
 from pipelines.loader import to_batch
 from pipelines.schemas import array_of
 from pipelines.stages.latents import ReadLatents
 from pipelines.tables import TableError, accounts, open_table, rejected_rows
 from pipelines.targets import check_fit, compute_targets, is_guided_draw, plan, remake, set_aside
 from pipelines.verification import verify_table
-from snapfusion.distill import teacher_target
 from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.noise import gaussian_batch
 from snapfusion.sampling import Denoiser, ddim_step, time_grid
 from snapfusion.schedule import Estimate
 from snapfusion.settings import SettingsError
+from snapfusion.training.captions import Captions, draw_dropped
 from snapfusion.training.draws import CfgRange, draw_guidance, draw_intervals, row_key
+from snapfusion.training.lessons import OnlineLessons, StoredLessons
 
 
 def compute(url: Path, teacher: str, latents, *, settings=SETTINGS, run=in_process):
@@ -122,22 +123,57 @@ def test_what_was_drawn_follows_from_the_key_alone(targets):
     assert {row["interval"] for row in rows} == {0, 1, 2, 3}
 
 
+def online_lessons(teacher: str) -> OnlineLessons:
+    bundle = load(teacher)
+    return OnlineLessons(
+        bundle,
+        captions=Captions(bundle),
+        student_steps=4,
+        k=2,
+        cfg_range=CfgRange(low=1.0, high=6.0),
+        caption_dropout=0.3,
+        seed=7,
+    )
+
+
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_stored_target_is_the_one_computed_online_after_the_cast(targets, tiny_teacher, guided):
-    rows = targets.read_unit(unit_of(targets, guided=guided))
-    bundle = load(tiny_teacher)
-    for batch in to_batch(rows.select(columns_of(rows))).split(3):
-        eps = gaussian_batch(batch["noise_key"].tolist(), bundle.latent_shape)
-        z_t = bundle.schedule.diffuse(x=batch["latent"], eps=eps, t=batch["t"].long())
-        online = teacher_target(
-            denoiser_of(bundle, batch),
-            z_t,
-            interval=batch["interval"].long(),
-            student_steps=4,
-            k=2,
-            schedule=bundle.schedule,
+def test_a_lesson_from_the_table_is_the_one_taught_online_after_the_cast(
+    targets, latents, tiny_teacher, guided
+):
+    bundle, online = load(tiny_teacher), online_lessons(tiny_teacher)
+    stored = StoredLessons(captions=Captions(bundle), schedule=bundle.schedule)
+    for parent in latents.units:
+        draw = next(
+            draw for draw in (0, 1) if is_guided_draw(SETTINGS, parent=parent.unit, draw=draw) == guided
         )
-        assert torch.equal(batch["x_target"], online.half().float())
+        [file] = [
+            file for file in targets.units if file.unit == unit_name(parent.unit, draw=draw, guided=guided)
+        ]
+        rows = targets.read_unit(file)
+        mine = to_batch(rows.select(columns_of(rows))).split(3)
+        theirs = to_batch(latents.read_unit(parent, ["id", "latent", "token_ids"])).split(3)
+        for one, other in zip(mine, theirs, strict=True):
+            read = stored(one, guided=guided, step=0)
+            taught = online.teach(other, [row_key(7, row_id, draw) for row_id in other.ids], guided=guided)
+            assert torch.equal(read.x_target, taught.x_target.half().float())
+            for name in ("x", "eps", "z_t", "interval", "t"):
+                assert torch.equal(getattr(read, name), getattr(taught, name)), name
+            assert (read.w is None) == (taught.w is None) == (not guided)
+            assert not guided or torch.equal(read.w, taught.w)
+            # A dropped caption is encoded among others here, and alone there.
+            torch.testing.assert_close(read.c, taught.c, rtol=0, atol=1e-6)
+
+
+def test_captions_are_dropped_in_vanilla_rows_alone_and_by_their_key(targets, latents, tiny_teacher):
+    told = dict(zip(*latents.read(["id", "token_ids"]).to_pydict().values(), strict=True))
+    empty = load(tiny_teacher).tokenize([""])[0].numpy().astype("<i4").tobytes()
+    dropped = 0
+    for row in targets.read(["id", "token_ids", "noise_key", "w"]).to_pylist():
+        caption = told[row["id"].rpartition("#")[0]]
+        drop = row["w"] is None and bool(draw_dropped([row["noise_key"]], fraction=0.3)[0])
+        assert row["token_ids"] == (empty if drop else caption)
+        dropped += drop
+    assert 0 < dropped < 18
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -241,12 +277,12 @@ def test_a_latents_file_that_is_not_the_committed_one_is_refused(latents, tmp_pa
 
 
 def test_not_finite_targets_are_set_aside(latents, tiny_teacher, tmp_path, monkeypatch):
-    def poisoned(self, latent, token_ids, **_):
-        x = torch.zeros_like(latent)
+    def poisoned(denoiser, z_t, **_):
+        x = torch.zeros_like(z_t)
         x[0, 0, 0, 0] = 1e6  # finite, and beyond float16
         return x
 
-    monkeypatch.setattr("pipelines.stages.target.ComputeTargets.teach", poisoned)
+    monkeypatch.setattr("snapfusion.training.lessons.teacher_target", poisoned)
     table = compute(tmp_path / "targets", tiny_teacher, latents)
     assert table.num_rows == 36 - len(rejected_rows(table.url))
     assert {row["reason"] for row in rejected_rows(table.url)} == {"not_finite"}
@@ -348,8 +384,8 @@ def test_verification_wants_the_teacher_and_the_latents(targets, latents, tiny_t
         remake(targets, teacher=tiny_teacher, latents=other)
 
 
-def fit(targets, **changed):
-    described = targets.identity["model"]
+def fit(table, **changed):
+    described = table.identity["model"]
     wanted = {
         "teacher": described,
         "student": described,
@@ -357,8 +393,9 @@ def fit(targets, **changed):
         "k": 2,
         "cfg_range": CfgRange(low=1.0, high=6.0),
         "cfg_probability": 0.5,
+        "caption_dropout": 0.3,
     }
-    check_fit(targets, **{**wanted, **changed})
+    check_fit(table, **{**wanted, **changed})
 
 
 def test_a_table_that_fits_is_accepted(targets):
@@ -367,6 +404,7 @@ def test_a_table_that_fits_is_accepted(targets):
     student["weights"] = {**student["weights"], "unet": "another"}
     fit(targets, student=student, cfg_probability=0.1)
     fit(targets, cfg_range=CfgRange(low=2.0, high=3.0), cfg_probability=0.0)
+    fit(targets, caption_dropout=0.1, cfg_probability=1.0)
 
 
 def changed(described, path: str, value) -> dict:
@@ -395,6 +433,7 @@ def test_another_teacher_or_student_does_not_fit(targets, whose, path, value, sa
     [
         ({"student_steps": 8}, "student_steps is 4 there, 8 here"),
         ({"k": 4}, "k is 2 there, 4 here"),
+        ({"caption_dropout": 0.1}, r"caption_dropout is 0\.3 there, 0\.1 here"),
         ({"cfg_range": CfgRange(low=2.0, high=6.0)}, r"cfg_range\.low is 1\.0 there, 2\.0 here"),
     ],
 )
@@ -414,8 +453,4 @@ def test_a_branch_without_rows_does_not_fit(latents, tiny_teacher, tmp_path):
     with pytest.raises(TableError, match=r"has no guided rows, and a CFG probability of 0\.1 needs some"):
         fit(vanilla, cfg_probability=0.1)
     with pytest.raises(TableError, match="holds latents; targets are needed"):
-        fit_kind(latents)
-
-
-def fit_kind(table):
-    check_fit(table, teacher={}, student={}, student_steps=4, k=2, cfg_range=CfgRange(), cfg_probability=0.0)
+        fit(latents)
