@@ -134,22 +134,11 @@ def plan(
     known = list(accounts)
     for draw in range(settings.draws):
         name = f"{source}-d{draw:04d}"
-        for account in known:
-            if account.source == name:
-                _check_captions(account, captions)
-        for gap in gaps(
-            len(captions), committed=intervals(known, name), rows_per_unit=settings.rows_per_unit
+        for unit, rows in caption_units(
+            captions, name=name, accounts=known, rows_per_unit=settings.rows_per_unit
         ):
-            rows = captions[gap.start : gap.stop]
             yield CaptionRows(
-                unit=Unit(
-                    name=f"{name}-{gap.start:09d}-{gap.stop:09d}",
-                    source=name,
-                    start=gap.start,
-                    stop=gap.stop,
-                    final=gap.final,
-                    source_digest=fingerprint(rows),
-                ),
+                unit=unit,
                 draw=draw,
                 captions=[row for row in rows if isinstance(row, Caption)],
                 rejections=[
@@ -158,6 +147,30 @@ def plan(
                     if isinstance(row, Rejection)
                 ],
             )
+
+
+def caption_units(
+    captions: Sequence[Caption | Rejection], *, name: str, accounts: Sequence[Account], rows_per_unit: int
+) -> Iterator[tuple[Unit, Sequence[Caption | Rejection]]]:
+    """The units of source `name` that no committed one covers, each with its rows of the list.
+
+    Raises:
+        TableError: if a committed unit was drawn from other captions than those given.
+    """
+    for account in accounts:
+        if account.source == name:
+            _check_captions(account, captions)
+    for gap in gaps(len(captions), committed=intervals(accounts, name), rows_per_unit=rows_per_unit):
+        rows = captions[gap.start : gap.stop]
+        unit = Unit(
+            name=f"{name}-{gap.start:09d}-{gap.stop:09d}",
+            source=name,
+            start=gap.start,
+            stop=gap.stop,
+            final=gap.final,
+            source_digest=fingerprint(rows),
+        )
+        yield unit, rows
 
 
 def captions_of(table: Snapshot, *, limit: int | None = None) -> list[Caption]:

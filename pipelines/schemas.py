@@ -153,6 +153,34 @@ def targets_schema(*, latent_shape: Sequence[int], num_tokens: int, x_dtype: str
     )
 
 
+def samples_schema(*, features: int, attributes: int) -> pa.Schema:
+    """SAMPLES: one row a (caption, guidance): what the judges said of the picture.
+
+    features   float32, of which a Frechet distance is made
+    clip       cosine of picture and caption
+    right      which attributes are as the caption says, 0 or 1; no column where no oracle reads them
+    image      PNG, null if left out
+    """
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("source_id", pa.string()),
+            ("caption", pa.string()),
+            ("w", pa.float32()),
+            ("noise_key", pa.int64()),
+            Array(shape=(features,), dtype="<f4").field("features"),
+            ("clip", pa.float32()),
+            *([Array(shape=(attributes,), dtype="|u1").field("right")] if attributes else []),
+            pa.field("image", pa.binary(), metadata={"format": "png"}),
+        ]
+    )
+
+
+def references_schema(*, features: int) -> pa.Schema:
+    """REFERENCES: one row a picture that generated ones are held against: its features, float32."""
+    return pa.schema([("id", pa.string()), Array(shape=(features,), dtype="<f4").field("features")])
+
+
 def to_png(image: np.ndarray) -> bytes:
     """A uint8 image [H,W,3] as PNG: lossless, and the same bytes for the same pixels."""
     buffer = io.BytesIO()

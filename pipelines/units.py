@@ -60,6 +60,24 @@ class CaptionRows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptRows:
+    """A unit's captions, to be drawn at guidance `w` and judged, and what of its rows is no caption."""
+
+    unit: Unit
+    w: float
+    captions: list[Caption]
+    rejections: list[Rejection]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureRows:
+    """A unit of pictures by name: their own, or their URL's."""
+
+    unit: Unit
+    names: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatentRows:
     """A unit's latents float16 [n,4,h,w] and token ids int32 [n,L], to be given targets.
 

@@ -73,7 +73,8 @@ class ClipScorer:
     @torch.inference_mode()
     def encode_captions(self, captions: Sequence[str]) -> Tensor:
         """Unit vectors float32 [B,D]."""
-        return functional.normalize(self.model.encode_text(self.tokenize(captions)).float(), dim=1)
+        tokens = self.tokenize(captions).to(self.model.logit_scale.device)
+        return functional.normalize(self.model.encode_text(tokens).float(), dim=1)
 
     def score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """The cosine of each picture, uint8 [B,3,H,H], with its own caption: float32 [B] in [-1, 1].

@@ -1,0 +1,185 @@
+"""REFERENCES: the features of real pictures, which a Frechet distance is taken to. SnapFusion Sec. 5.
+
+picture names ─ units ─ features ─ data file ─ commit
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import reduce
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from pipelines.account import Account
+from pipelines.commits import Origin
+from pipelines.execution import Pool, Runner, Stage, on_ray
+from pipelines.intake import Bounds, OnProgress, recover, take_in
+from pipelines.schemas import array_of, references_schema
+from pipelines.sources import SourceError
+from pipelines.stages.environment import Device
+from pipelines.stages.image import FORMATS, ImageSettings
+from pipelines.stages.judge import Judging
+from pipelines.stages.reference import SCENE, DescribePictures
+from pipelines.stages.write import WriteUnit
+from pipelines.storage import absolute
+from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
+from pipelines.units import PictureRows, Unit, gaps, intervals
+from snapfusion.metrics.moments import Moments
+from snapfusion.settings import Settings, digest
+
+_SUFFIXES = (".jpg", ".jpeg", *(f".{name.lower()}" for name in FORMATS))
+
+
+class References(Settings):
+    """Which real pictures, and how they are described.
+
+    Attributes:
+        name: a short name; units are named after it.
+        url: a folder of pictures; None takes the miniature's held-out scenes.
+        count: how many, by order of their names; a picture that cannot be read is set aside, not replaced.
+        size: side in pixels of the middle square that a picture is made before it is described; scenes are
+            drawn at the miniature's size.
+        images: bounds on pictures.
+        rows_per_unit: rows of one data file.
+        device: of the network.
+        describers: the actor pool of the network.
+        writers: the actor pool that packs and writes.
+        bounds: when to commit and when to stop.
+    """
+
+    name: str = Field("scenes", pattern=r"^[A-Za-z0-9_.-]+$")
+    url: str | None = None
+    count: int = Field(2000, ge=2)
+    size: int = Field(512, ge=8)
+    images: ImageSettings = ImageSettings()
+    rows_per_unit: int = Field(500, ge=1)
+    device: Device = Device()
+    describers: Pool = Pool()
+    writers: Pool = Pool(cpus=0.25)
+    bounds: Bounds = Bounds()
+
+
+def identity_of(settings: References, *, judging: Judging) -> dict[str, Any]:
+    """Everything that determines the rows of REFERENCES, the pictures apart (each unit states its own)."""
+    scenes = settings.url is None
+    return {
+        "kind": "references",
+        "pictures": settings.name,
+        "features": judging.describe_features(),
+        "prepared": "as drawn"
+        if scenes
+        else {"crop": "middle square", "size": settings.size, "kernel": "lanczos"},
+        "images": settings.images.to_values(),
+        "rows_per_unit": settings.rows_per_unit,
+        "dtype": "float32",
+    }
+
+
+def picture_names(settings: References) -> list[str]:
+    """The first `count` pictures by name.
+
+    Raises:
+        SourceError: if the folder holds fewer.
+    """
+    if settings.url is None:
+        return [f"{SCENE}{number}" for number in range(settings.count)]
+    place = absolute(settings.url)
+    filesystem, path = fsspec.core.url_to_fs(place)
+    names = sorted(entry for entry in filesystem.find(path) if entry.lower().endswith(_SUFFIXES))
+    if len(names) < settings.count:
+        raise SourceError(f"{settings.url} holds {len(names)} pictures, {settings.count} are asked for")
+    return [filesystem.unstrip_protocol(name) for name in names[: settings.count]]
+
+
+def describe_references(
+    settings: References,
+    *,
+    judging: Judging,
+    url: str,
+    origin: Origin | None = None,
+    run: Runner = on_ray,
+    on_progress: OnProgress | None = None,
+) -> Snapshot:
+    """Bring the table at `url` to all pictures; returns its newest version. It is described once and kept.
+
+    Raises:
+        SourceError: if there are not as many pictures.
+        TableError: if the table was made with other settings, another network or other pictures.
+        TooManyRejected: when the rejected fraction is above its bound.
+    """
+    names = picture_names(settings)
+    schema = references_schema(features=judging.feature_count)
+    table = create_table(url, schema=schema, identity=identity_of(settings, judging=judging))
+    recover(url, origin=origin)
+    items = plan(settings, names=names, accounts=list(accounts(url).values()))
+    arguments = {
+        "features": judging.features,
+        "images": settings.images,
+        "size": settings.size,
+        "device": settings.device,
+    }
+    written = {"url": table.url, "schema": schema, "settings": digest(table.identity)}
+    stages = [
+        Stage(build=DescribePictures, arguments=arguments, pool=settings.describers),
+        Stage(build=WriteUnit, arguments=written, pool=settings.writers),
+    ]
+    total = sum(item.unit.rows_read for item in items)
+    finished = run(items, stages)
+    take_in(url, finished, bounds=settings.bounds, total=total, origin=origin, on_progress=on_progress)
+    return open_table(url)
+
+
+def plan(settings: References, *, names: list[str], accounts: list[Account]) -> list[PictureRows]:
+    """The units that no committed one covers.
+
+    Raises:
+        TableError: if a committed unit was made of other pictures than those given.
+    """
+    for account in accounts:
+        if _names_digest(names[account.start : account.stop]) != account.source_digest:
+            raise TableError(
+                f"unit {account.unit} was made of other pictures than {account.start} .. {account.stop} of "
+                "those given; give the same folder (it may grow at its end), or a new table"
+            )
+    committed = intervals(accounts, settings.name)
+    return [
+        PictureRows(
+            unit=Unit(
+                name=f"{settings.name}-{gap.start:09d}-{gap.stop:09d}",
+                source=settings.name,
+                start=gap.start,
+                stop=gap.stop,
+                final=gap.final,
+                source_digest=_names_digest(names[gap.start : gap.stop]),
+            ),
+            names=names[gap.start : gap.stop],
+        )
+        for gap in gaps(len(names), committed=committed, rows_per_unit=settings.rows_per_unit)
+    ]
+
+
+def moments_of(table: Snapshot) -> Moments:
+    """The moments of all rows, merged in float64 in order of the units.
+
+    Raises:
+        TableError: if there are no rows.
+    """
+    parts = [_moments(table.read_unit(unit, ["features"])) for unit in table.units]
+    if not parts:
+        raise TableError(f"{table.url} has no committed rows at version {table.version}")
+    return reduce(Moments.merge, parts)
+
+
+def _moments(rows: pa.Table) -> Moments:
+    features = array_of(rows.schema.field("features")).unpack(rows.column("features").to_pylist())
+    return Moments.of(torch.from_numpy(features.copy()))
+
+
+def _names_digest(names: list[str]) -> str:
+    # A folder may be moved: what a picture is called in it says which one it is.
+    return hashlib.sha256(json.dumps([name.rpartition("/")[2] for name in names]).encode()).hexdigest()

@@ -1,0 +1,209 @@
+"""SAMPLES: what a model draws of each caption at each guidance, as the judges see it. SnapFusion Sec. 5.
+
+captions ─ units of (caption range, guidance) ─ model and solver ─ judges ─ data file ─ commit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipelines.account import Account
+from pipelines.commits import Origin
+from pipelines.execution import Pool, Runner, Stage, on_ray
+from pipelines.intake import Bounds, OnProgress, recover, take_in
+from pipelines.pairs import caption_units
+from pipelines.rejection import Rejection
+from pipelines.schemas import array_of, samples_schema
+from pipelines.sources.captions import Caption
+from pipelines.stages.environment import Device
+from pipelines.stages.judge import Judging
+from pipelines.stages.sample import DrawAndJudge, Drawing, Sampler
+from pipelines.stages.write import WriteUnit
+from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
+from pipelines.units import PromptRows
+from snapfusion.models.load import load
+from snapfusion.settings import Settings, digest
+
+
+class Samples(Settings):
+    """How SAMPLES are made, whatever the model.
+
+    Attributes:
+        drawing: what all models have in common: noise, batch, whether pictures are stored.
+        judging: what their pictures are judged by.
+        rows_per_unit: rows of one data file.
+        device: of the model and the judges.
+        models: the actor pool of the model and the judges.
+        writers: the actor pool that packs and writes.
+        bounds: when to commit and when to stop.
+    """
+
+    drawing: Drawing = Drawing()
+    judging: Judging = Judging()
+    rows_per_unit: int = Field(100, ge=1)
+    device: Device = Device()
+    models: Pool = Pool()
+    writers: Pool = Pool(cpus=0.25)
+    bounds: Bounds = Bounds()
+
+
+def identity_of(settings: Samples, *, sampler: Sampler, model: dict[str, Any]) -> dict[str, Any]:
+    """Everything that determines the rows of SAMPLES, captions and guidance apart (each unit has its own)."""
+    return {
+        "kind": "samples",
+        "model": model,
+        "sampler": sampler.to_values(),
+        "drawing": settings.drawing.to_values(),
+        "features": settings.judging.describe_features(),
+        "scorer": settings.judging.describe_scorer(),
+        "rows_per_unit": settings.rows_per_unit,
+        "dtype": settings.device.dtype,
+    }
+
+
+def draw_samples(
+    settings: Samples,
+    *,
+    model: str,
+    sampler: Sampler,
+    guidance: Sequence[float],
+    captions: Sequence[Caption | Rejection],
+    source: str,
+    url: str,
+    origin: Origin | None = None,
+    run: Runner = on_ray,
+    on_progress: OnProgress | None = None,
+) -> Snapshot:
+    """Bring the table at `url` to all captions at every guidance; returns its newest version.
+
+    A guidance or caption that is added later adds units, and changes none.
+
+    Args:
+        settings: how.
+        model: a source that `snapfusion.models.load` accepts.
+        sampler: solver and steps.
+        guidance: scales w, each at least 1.
+        captions: in order; a list that grew at its end is gone on with.
+        source: a short name of the list; units are named after it and the guidance.
+        url: of the table.
+        origin: who makes the new units, and from what.
+        run: what sends units through the stages.
+        on_progress: called after each unit.
+
+    Raises:
+        TableError: if the table was made with other settings, another model or other captions.
+        TooManyRejected: when the rejected fraction is above its bound.
+    """
+    schema = samples_schema(
+        features=settings.judging.feature_count, attributes=settings.judging.attribute_count
+    )
+    identity = identity_of(settings, sampler=sampler, model=load(model).describe())
+    table = create_table(url, schema=schema, identity=identity)
+    recover(url, origin=origin)
+    known = accounts(url).values()
+    items = list(plan(settings, guidance=guidance, captions=captions, source=source, accounts=known))
+    arguments = {
+        "model": model,
+        "sampler": sampler,
+        "drawing": settings.drawing,
+        "judging": settings.judging,
+        "device": settings.device,
+    }
+    written = {"url": table.url, "schema": schema, "settings": digest(table.identity)}
+    stages = [
+        Stage(build=DrawAndJudge, arguments=arguments, pool=settings.models),
+        Stage(build=WriteUnit, arguments=written, pool=settings.writers),
+    ]
+    total = sum(item.unit.rows_read for item in items)
+    finished = run(items, stages)
+    take_in(url, finished, bounds=settings.bounds, total=total, origin=origin, on_progress=on_progress)
+    return open_table(url)
+
+
+def plan(
+    settings: Samples,
+    *,
+    guidance: Sequence[float],
+    captions: Sequence[Caption | Rejection],
+    source: str,
+    accounts: Iterable[Account],
+) -> Iterator[PromptRows]:
+    """The units that no committed one covers, guidance by guidance.
+
+    Raises:
+        TableError: if a committed unit was drawn from other captions than those given.
+    """
+    known = list(accounts)
+    for w in guidance:
+        name = source_name(source, w)
+        for unit, rows in caption_units(
+            captions, name=name, accounts=known, rows_per_unit=settings.rows_per_unit
+        ):
+            yield PromptRows(
+                unit=unit,
+                w=w,
+                captions=[row for row in rows if isinstance(row, Caption)],
+                rejections=[
+                    replace(row, id=f"{row.id}@{w:g}", source=name)
+                    for row in rows
+                    if isinstance(row, Rejection)
+                ],
+            )
+
+
+def source_name(source: str, w: float) -> str:
+    """What units of a list at guidance `w` are named after; names sort as the guidance does.
+
+    Raises:
+        ValueError: unless 1 <= w < 1000, in steps of 0.001.
+    """
+    if not 1.0 <= w < 1000.0 or round(w, 3) != w:
+        raise ValueError(f"guidance is {w}; 1 to 999.999, in steps of 0.001, is accepted")
+    return f"{source}-w{w:07.3f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What was said of one model's pictures at one guidance, in order of the captions.
+
+    Attributes:
+        ids: of the captions.
+        features: float32 [n,D].
+        clip: float32 [n].
+        right: 0 or 1 [n,5] uint8; None where no oracle read them.
+    """
+
+    ids: list[str]
+    features: np.ndarray
+    clip: np.ndarray
+    right: np.ndarray | None
+
+
+def judged(table: Snapshot, *, source: str, w: float) -> Judged:
+    """The rows of one caption list at one guidance, in order of the list.
+
+    Raises:
+        TableError: if the table has none.
+    """
+    prefix = f"{source_name(source, w)}-"
+    # Their names sort as the captions do.
+    units = [file for file in table.units if file.unit.startswith(prefix)]
+    if sum(file.rows for file in units) == 0:
+        raise TableError(f"{table.url} has no rows of {source} at guidance {w:g}")
+    rows = pa.concat_tables([table.read_unit(file) for file in units])
+    return Judged(
+        ids=rows.column("source_id").to_pylist(),
+        features=_array(rows, "features"),
+        clip=rows.column("clip").to_numpy(),
+        right=_array(rows, "right") if "right" in rows.column_names else None,
+    )
+
+
+def _array(rows: pa.Table, name: str) -> np.ndarray:
+    return array_of(rows.schema.field(name)).unpack(rows.column(name).to_pylist())

@@ -1,0 +1,127 @@
+"""Captions to pictures by a model and a solver, and pictures to what the judges say of them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipelines.rejection import Rejected
+from pipelines.stages.environment import Device
+from pipelines.stages.judge import Judge, Judging
+from pipelines.units import FinishedRows, PromptRows, finite_rows, keep_where
+from snapfusion.models.bundle import to_uint8
+from snapfusion.models.load import load
+from snapfusion.noise import gaussian_batch, noise_key
+from snapfusion.sampling import time_grid
+from snapfusion.settings import Settings
+from snapfusion.solvers import Solver, solve
+
+
+class Sampler(Settings):
+    """How a latent is reached from noise.
+
+    Attributes:
+        solver: one of `snapfusion.solvers.SOLVERS`.
+        steps: of the trailing grid; the network is asked once a step, with guidance twice.
+    """
+
+    solver: Solver = "ddim"
+    steps: int = Field(50, ge=1, le=1000)
+
+    def evaluations(self, w: float) -> int:
+        """How often the UNet is evaluated for one picture at guidance `w`."""
+        return self.steps * (1 if w == 1.0 else 2)
+
+
+class Drawing(Settings):
+    """How pictures are drawn, whatever the model; every field changes the rows.
+
+    Attributes:
+        batch_size: rows the UNet sees at once (twice that with guidance); fixed, because bits depend on it.
+        seed: of the noise keys. A caption's noise follows from this and its id, so every model, solver and
+            guidance draws it from the same noise.
+        images: whether the picture is stored.
+    """
+
+    batch_size: int = Field(50, ge=1)
+    seed: int = Field(0, ge=0)
+    images: bool = False
+
+
+class DrawAndJudge:
+    """A model and its judges in an actor: `PromptRows` in, `FinishedRows` of SAMPLES out."""
+
+    def __init__(
+        self, *, model: str, sampler: Sampler, drawing: Drawing, judging: Judging, device: Device
+    ) -> None:
+        place = device.prepare()
+        self.sampler = sampler
+        self.drawing = drawing
+        self.bundle = load(model, device=place, dtype=device.torch_dtype)
+        self.c_null = self.bundle.null_condition()
+        self.grid = time_grid(sampler.steps, schedule_steps=self.bundle.schedule.num_steps)
+        self.judge = Judge(judging, device=place)
+        self.environment = device.environment()
+
+    def __call__(self, rows: PromptRows) -> FinishedRows:
+        """Draw and judge all rows of a unit, in batches that depend on the unit alone."""
+        began = time.monotonic()
+        texts = [caption.text for caption in rows.captions]
+        source_ids = [caption.id for caption in rows.captions]
+        ids = [f"{source_id}@{rows.w:g}" for source_id in source_ids]
+        keys = [noise_key("evaluation", self.drawing.seed, source_id) for source_id in source_ids]
+        size = self.drawing.batch_size
+        spans = [slice(start, start + size) for start in range(0, len(keys), size)]
+        batches = [self.draw_and_judge(texts[span], keys[span], w=rows.w) for span in spans]
+        columns: dict[str, Any] = {
+            "id": ids,
+            "source_id": source_ids,
+            "caption": texts,
+            "w": [rows.w] * len(ids),
+            "noise_key": keys,
+        }
+        for name in ("features", "clip", "right", "image", "finite"):
+            parts = [batch[name] for batch in batches]
+            columns[name] = np.concatenate(parts) if parts else np.empty((0,))
+        finite = columns.pop("finite").tolist()
+        if not self.drawing.images:
+            columns["image"] = [None] * len(ids)
+        bad = [
+            Rejected("not_finite").record(id=id_, source=rows.unit.source, ordinal=caption.ordinal)
+            for id_, caption, good in zip(ids, rows.captions, finite, strict=True)
+            if not good
+        ]
+        return FinishedRows(
+            unit=rows.unit,
+            columns={name: keep_where(finite, values) for name, values in columns.items()},
+            rejections=[*rows.rejections, *bad],
+            environment=self.environment,
+            seconds=time.monotonic() - began,
+        )
+
+    @torch.inference_mode()
+    def draw_and_judge(self, texts: list[str], keys: list[int], *, w: float) -> dict[str, np.ndarray]:
+        """What SAMPLES holds of a batch, by column, and which rows are `finite`; images uint8 [B,H,W,3]."""
+        latents = self.draw(texts, keys, w=w)
+        finite = finite_rows(latents.cpu().numpy())
+        images = to_uint8(self.bundle.decode(latents.nan_to_num(0.0, 0.0, 0.0)))
+        told = {
+            "features": self.judge.features(images),
+            "clip": self.judge.clip(images, texts),
+            "right": self.judge.attributes(images, texts),
+            "image": images.permute(0, 2, 3, 1).cpu(),
+        }
+        return {name: values.numpy() for name, values in told.items()} | {"finite": np.array(finite)}
+
+    def draw(self, texts: list[str], keys: list[int], *, w: float) -> Tensor:
+        """Latents float32 [B,4,h,w] of captions, from the noise of their keys."""
+        bundle = self.bundle
+        c = bundle.encode_text(bundle.tokenize(texts))
+        eps = gaussian_batch(keys, bundle.latent_shape).to(bundle.device)
+        denoiser = bundle.denoiser(c, w=w, c_null=self.c_null)
+        return solve(denoiser, eps, solver=self.sampler.solver, grid=self.grid, schedule=bundle.schedule)
