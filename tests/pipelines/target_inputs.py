@@ -1,9 +1,15 @@
-"""Settings that tests of TARGETS share."""
+"""Settings that tests of TARGETS share, and a teacher that dies."""
 
 from __future__ import annotations
 
-from pipelines.stages.target import Teaching
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from pipelines.stages.target import ComputeTargets, Teaching
 from pipelines.targets import Targets
+from pipelines.units import FinishedRows, LatentRows
 from snapfusion.training.draws import CfgRange
 
 SETTINGS = Targets(
@@ -14,3 +20,17 @@ SETTINGS = Targets(
     cfg_probability=0.5,
 )
 """Each unit of LATENTS once vanilla and once guided."""
+
+
+class DyingTeacher(ComputeTargets):
+    """`ComputeTargets`, but the first guided unit kills its process, which leaves a mark."""
+
+    def __init__(self, *, mark: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.mark = Path(mark)
+
+    def __call__(self, rows: LatentRows) -> FinishedRows:
+        if rows.guided and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(rows)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +18,13 @@ import pytest
 import torch
 from conftest import tiny_bundle
 from in_process import in_process
-from target_inputs import SETTINGS
+from target_inputs import SETTINGS, DyingTeacher
 from test_latents import encode, make_shards
 from test_pairs import data_files
 
 from pipelines.account import read_account, to_parquet
 from pipelines.branches import branch_and_draw, unit_name
+from pipelines.execution import on_ray
 from pipelines.loader import to_batch
 from pipelines.schemas import array_of
 from pipelines.stages.latents import ReadLatents
@@ -226,6 +231,34 @@ def test_a_run_that_was_stopped_is_gone_on_with_and_a_finished_one_does_nothing(
     whole = compute(url, tiny_teacher, latents)
     assert data_files(url) == data_files(Path(targets.url))
     assert compute(url, tiny_teacher, latents).version == whole.version
+
+
+@pytest.mark.parametrize("point", ["file_to_commit", "rows_to_accounts"])
+def test_a_run_that_was_killed_ends_as_one_that_was_not(targets, latents, tiny_teacher, tmp_path, point):
+    url = tmp_path / "targets"
+    script = Path(__file__).with_name("compute_killed.py")
+    command = [sys.executable, str(script), tiny_teacher, latents.url, str(url), point]
+    killed = subprocess.run(command, check=False, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert 0 < len(open_table(str(url)).units) < len(targets.units)
+    whole = compute(url, tiny_teacher, latents)
+    assert data_files(url) == data_files(Path(targets.url))
+    assert whole.num_rows == targets.num_rows
+    assert set(accounts(whole.url)) == {file.unit for file in targets.units}
+
+
+@pytest.mark.ray
+def test_ray_writes_the_bytes_that_one_process_writes_though_a_teacher_is_killed(
+    ray_cluster, targets, latents, tiny_teacher, tmp_path
+):
+    def run(items, stages):
+        reader, teacher, writer = stages
+        arguments = {**teacher.arguments, "mark": str(tmp_path / "mark")}
+        return on_ray(items, [reader, replace(teacher, build=DyingTeacher, arguments=arguments), writer])
+
+    by_ray = compute(tmp_path / "targets", tiny_teacher, latents, run=run)
+    assert (tmp_path / "mark").exists()
+    assert data_files(Path(by_ray.url)) == data_files(Path(targets.url))
 
 
 def test_more_draws_add_units_and_change_none(targets, latents, tiny_teacher, tmp_path):
