@@ -393,6 +393,24 @@ def test_a_sound_table_is_made_again_bit_for_bit(targets, latents, tiny_teacher)
     assert found.remade == found.exact == found.units == len(targets.units)
 
 
+@pytest.mark.parametrize(("factor", "sound"), [(1.01, True), (1.1, False)])
+def test_another_environment_may_differ_in_proportion_to_the_value(
+    exact, latents, tiny_teacher, factor, sound
+):
+    make = remake(exact, teacher=tiny_teacher, latents=latents)
+
+    def elsewhere(account, rows):
+        again, environment = make(account, rows)
+        place = again.schema.get_field_index("x_target")
+        kind = array_of(again.schema.field(place))
+        values = kind.pack(kind.unpack(again["x_target"].to_pylist()) * np.float32(factor))
+        column = pa.array(values, again.schema.field(place).type)
+        return again.set_column(place, again.schema.field(place), column), {**environment, "torch": "other"}
+
+    found = verify_table(exact, remake=elsewhere, units=1, seed=0)
+    assert (found.remade, found.exact, found.faults == ()) == (1, 0, sound)
+
+
 @pytest.mark.parametrize("column", ["x_target", "latent", "noise_key", "w", "t2"])
 def test_a_forged_row_is_found(targets, latents, tiny_teacher, tmp_path, column):
     url = copy_of(targets, tmp_path / "targets")
