@@ -1,0 +1,81 @@
+"""TARGETS as a job: in both recipes, made from the run's LATENTS, and verified from them."""
+
+from __future__ import annotations
+
+import pytest
+from in_process import in_process
+
+from jobs import compute_targets, encode_latents, render_scenes, verify_table
+from jobs.recipes import recipe_named
+from pipelines.tables import open_table, unit_records
+
+OPTIONS = [
+    "source.scenes=8",
+    "source.scenes_per_shard=8",
+    "latents.images.min_side=8",
+    "latents.rows_per_unit=4",
+    "targets.draws=2",
+    "targets.cfg_probability=0.5",
+]
+
+
+def options(teacher: str, out: str) -> list[str]:
+    settings = [f"model={teacher}", *OPTIONS]
+    return ["--out", out, *(word for setting in settings for word in ("--set", setting))]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_teacher, tmp_path_factory):
+    """A run with LATENTS and TARGETS, made without Ray."""
+    out = str(tmp_path_factory.mktemp("run"))
+    with pytest.MonkeyPatch.context() as patch:
+        for job in (encode_latents, compute_targets):
+            patch.setattr(job, "runner", lambda _: in_process)
+        for job in (render_scenes, encode_latents, compute_targets):
+            assert job.main(options(tiny_teacher, out)) == 0
+    return out
+
+
+def test_every_latent_of_the_run_has_its_targets(made):
+    table = open_table(f"{made}/targets", kind="targets")
+    assert (table.num_rows, len(table.units)) == (16, 4)
+    rows = table.read(["id", "w"])
+    assert rows["w"].null_count == 8
+    assert len(set(rows["id"].to_pylist())) == 16
+
+
+def test_units_state_the_version_of_latents(made):
+    latents = open_table(f"{made}/latents")
+    for record in unit_records(f"{made}/targets"):
+        assert f'"version": {latents.version}' in record["made_by"]
+
+
+def test_the_table_is_verified_from_the_latents_beside_it(made, tiny_teacher, capsys):
+    arguments = options(tiny_teacher, made)[2:]
+    assert verify_table.main([*arguments, "--set", "verification.units=4", f"{made}/targets"]) == 0
+    assert "4 units made again, 4 of them bit for bit" in capsys.readouterr().out
+
+
+def test_another_grid_is_refused_in_one_line(made, tiny_teacher, capsys):
+    arguments = [*options(tiny_teacher, made), "--set", "targets.teaching.k=4"]
+    assert compute_targets.main(arguments) == 2
+    assert "teaching.k is 2 there, 4 here; give a new table" in capsys.readouterr().err
+
+
+def test_without_latents_it_says_so(capsys, tmp_path):
+    assert compute_targets.main(["--out", str(tmp_path)]) == 2
+    assert "latents holds no table" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_it_would_do(capsys, tmp_path):
+    assert compute_targets.main(["--dry-run", "--out", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert "4 targets, of 16 teacher steps for 8, 25% of them guided at 1.0 to 6.0" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipes_have_the_papers_grids_and_ranges():
+    sd15, mini = (recipe_named(name).targets.teaching for name in ("sd15", "mini"))
+    assert (sd15.student_steps, sd15.k, sd15.cfg_range.low, sd15.cfg_range.high) == (16, 2, 2.0, 14.0)
+    assert recipe_named("sd15").targets.cfg_probability == 0.1
+    assert (mini.student_steps, mini.k, mini.cfg_range.low, mini.cfg_range.high) == (8, 2, 1.0, 6.0)
