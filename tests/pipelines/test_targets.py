@@ -211,6 +211,21 @@ def test_float16_holds_the_target_to_its_rounding(targets, exact):
         np.testing.assert_array_equal(one, other.astype(np.float16))
 
 
+def test_a_network_may_compute_in_half_the_bits_and_the_table_says_so(exact, latents, tiny_teacher, tmp_path):
+    settings = SETTINGS.with_values(["teaching.x_dtype=float32", "device.dtype=bfloat16"])
+    half = compute(tmp_path / "targets", tiny_teacher, latents, settings=settings)
+    assert half.identity["dtype"] == "bfloat16"
+    one, other = (
+        array_of(table.read().schema.field("x_target")).unpack(table.read()["x_target"].to_pylist())
+        for table in (half, exact)
+    )
+    assert not np.array_equal(one, other)
+    # Eq. 9's arithmetic stays float32: what differs is the network's own rounding, 2^-9, times 15 at t = 999.
+    assert np.abs(one - other).max() < 0.02 * np.abs(other).max()
+    with pytest.raises(TableError, match='dtype is "float32" there, "bfloat16" here'):
+        compute(Path(exact.url), tiny_teacher, latents, settings=settings)
+
+
 def test_two_runs_write_the_same_bytes(targets, latents, tiny_teacher, tmp_path):
     again = compute(tmp_path / "targets", tiny_teacher, latents)
     assert data_files(Path(again.url)) == data_files(Path(targets.url))
