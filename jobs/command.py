@@ -18,6 +18,8 @@ VERBS = (
     "encode_latents",
     "generate_pairs",
     "compute_targets",
+    "finetune_vpred",
+    "distill_steps",
     "distill_decoder",
     "compile_mobile",
     "report",

@@ -7,6 +7,8 @@ from pydantic import Field
 from jobs.cluster import Cluster
 from jobs.compile_mobile import MobileSettings
 from jobs.distill_decoder import DecoderSettings
+from jobs.distill_steps import DistillSettings
+from jobs.finetune_vpred import VpredSettings
 from jobs.trainer import TrainerSettings
 from pipelines.execution import Pool
 from pipelines.latents import Latents
@@ -22,6 +24,7 @@ from pipelines.targets import Targets
 from snapfusion.settings import Settings, SettingsError
 from snapfusion.training.draws import CfgRange
 from snapfusion.training.loop import LoopSettings
+from snapfusion.training.steps import StepsSettings
 
 
 class Source(Settings):
@@ -79,6 +82,8 @@ class Recipe(Settings):
         captions: what the teacher draws.
         pairs: how PAIRS are made.
         targets: how TARGETS are made.
+        vpred: how a model that predicts eps becomes one that predicts v.
+        distill: how a student of fewer steps is distilled.
         decoder: how the half-width decoder is distilled.
         mobile: how it is compiled.
         oracle_floor: least mean attribute accuracy of the demo's pictures, by the miniature's oracle; None
@@ -94,6 +99,8 @@ class Recipe(Settings):
     captions: Captions = Captions()
     pairs: Pairs = Pairs()
     targets: Targets = Targets()
+    vpred: VpredSettings = VpredSettings()
+    distill: DistillSettings = DistillSettings()
     decoder: DecoderSettings = DecoderSettings()
     mobile: MobileSettings = MobileSettings()
     oracle_floor: float | None = Field(None, ge=0.0, le=1.0)
@@ -125,6 +132,11 @@ def mini() -> Recipe:
             draws=4,
             cfg_probability=0.25,
             teachers=Pool(actors=2, cpus=0.5),
+        ),
+        distill=DistillSettings(
+            steps=StepsSettings(
+                student_steps=8, k=2, cfg_probability=0.3, cfg_range=CfgRange(low=1.0, high=6.0)
+            ),
         ),
         # 1.00 on the 512 pictures of the demo (metrics.json, "oracle").
         oracle_floor=0.95,
@@ -170,6 +182,43 @@ def sd15() -> Recipe:
             readers=Pool(cpus=1.0),
             teachers=Pool(cpus=1.0, gpus=1.0),
             writers=Pool(actors=2, cpus=1.0),
+        ),
+        # Sec. 4.1 and 5: AdamW, weight decay 0.01, batches of 2,048; Eq. 11 with p = 0.1, dynamic gamma 0.2
+        # (Fig. 7). The paper gives neither learning rate nor steps: these are ours, untried at this size.
+        vpred=VpredSettings(
+            loop=LoopSettings(
+                num_steps=20_000,
+                global_batch=2_048,
+                learning_rate=1e-5,
+                warmup_steps=500,
+                decay="constant",
+                ema_decay=0.9995,
+                precision="bfloat16",
+            ),
+            loader=LoaderSettings(held_out=0.0001),
+            evaluation_rows=2_048,
+            gradient_checkpointing=True,
+            trainer=TrainerSettings(num_workers=64, use_gpu=True, micro_batch=8, checkpoint_every=500),
+        ),
+        distill=DistillSettings(
+            name="student-16",
+            steps=StepsSettings(
+                student_steps=16, k=2, cfg_probability=0.1, cfg_range=CfgRange(low=2.0, high=14.0), gamma=0.2
+            ),
+            teacher_dtype="bfloat16",
+            loop=LoopSettings(
+                num_steps=20_000,
+                global_batch=2_048,
+                learning_rate=1e-5,
+                warmup_steps=500,
+                decay="constant",
+                ema_decay=0.9995,
+                precision="bfloat16",
+            ),
+            loader=LoaderSettings(held_out=0.0001),
+            evaluation_rows=2_048,
+            gradient_checkpointing=True,
+            trainer=TrainerSettings(num_workers=64, use_gpu=True, micro_batch=8, checkpoint_every=500),
         ),
         decoder=DecoderSettings(
             # The paper gives neither steps nor batch for the decoder: these are ours, untried at this size.

@@ -20,9 +20,11 @@ class MovingMeans:
         names: what is averaged.
         parts: kinds of rows.
         decay: of the older average at each step that has such rows.
+        across_ranks: whether the rows of all ranks count, which must then all call; else this one's alone.
     """
 
-    def __init__(self, names: Sequence[str], *, parts: int, decay: float) -> None:
+    def __init__(self, names: Sequence[str], *, parts: int, decay: float, across_ranks: bool = True) -> None:
+        self._across_ranks = across_ranks
         self._rows = {name: row for row, name in enumerate(names)}
         self._parts, self._decay = parts, decay
         self._means = torch.zeros(len(names), parts + 1, dtype=torch.float64)
@@ -40,10 +42,10 @@ class MovingMeans:
         sums[:, -1] += torch.stack([values.sum(), torch.tensor(float(len(values)), device=values.device)])
 
     def end_step(self) -> None:
-        """Move the averages on by the rows of all ranks; called on all of them."""
+        """Move the averages on by the rows of the step."""
         if self._sums is None:
             return
-        if dist.is_available() and dist.is_initialized():
+        if self._across_ranks and dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._sums)
         total, count = self._sums.cpu()
         self._steps += count > 0

@@ -82,6 +82,7 @@ class StepsObjective:
         captions: of teacher and student alike.
         schedule: of teacher and student.
         seed: of all draws.
+        across_ranks: whether the averages are those of all ranks; if not, one rank may call by itself.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class StepsObjective:
         captions: Captions,
         schedule: Schedule,
         seed: int,
+        across_ranks: bool = True,
     ) -> None:
         self._settings, self._lessons, self._captions = settings, lessons, captions
         self._schedule, self._seed = schedule, seed
@@ -102,6 +104,7 @@ class StepsObjective:
             [f"{branch}/{quantity}" for branch in BRANCHES.values() for quantity in _QUANTITIES],
             parts=settings.student_steps,
             decay=settings.ratio_decay,
+            across_ranks=across_ranks,
         )
 
     def guided(self, step: int) -> bool:

@@ -1,0 +1,194 @@
+"""A UNet that is trained on a table and left as diffusers folders: what fine-tuning and distillation share.
+
+OUT/model/          the student, its averaged weights where an average is kept
+OUT/raw/            then also the student with its last weights
+OUT/metrics.json    what it was made of and from, how it was trained, how good it is
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from pydantic import PositiveInt
+
+from jobs.reports import OnReport
+from jobs.result import Result
+from jobs.trainer import Program, Trained, TrainerSettings, TrainingError, run_trainings
+from pipelines.latents import vae_of
+from pipelines.loader import LoaderSettings
+from pipelines.tables import Snapshot, TableError
+from snapfusion.models.bundle import Bundle, weight_hash
+from snapfusion.models.load import load
+from snapfusion.models.save import save
+from snapfusion.settings import Settings, differences, digest
+from snapfusion.training.loop import LoopSettings
+
+UNET = "unet"
+"""The name of the one training."""
+
+KIND = "student"
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_ELSEWHERE = ("trainer", "gradient_checkpointing")
+"""Settings that may change between two starts of a run."""
+
+
+class StudentTraining(Settings):
+    """How a UNet is trained.
+
+    Attributes:
+        loop: the optimizer's settings.
+        loader: how rows are chosen and shuffled, and how many are held out.
+        evaluation_rows: held-out rows that are evaluated, at most.
+        saved_as: dtype of the folders' weights. As float32 the text encoder and the VAE stay those that
+            tables were made with, to the bit.
+        gradient_checkpointing: whether the UNet computes its activations again in the backward pass, which
+            takes time and spares memory.
+        trainer: how and where training runs.
+    """
+
+    loop: LoopSettings
+    loader: LoaderSettings = LoaderSettings(held_out=0.05)
+    evaluation_rows: PositiveInt = 128
+    saved_as: Literal["float32", "float16"] = "float32"
+    gradient_checkpointing: bool = False
+    trainer: TrainerSettings = TrainerSettings()
+
+    def deciding(self, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The settings that decide the weights, as JSON values; not those named in `without`."""
+        left_out = (*_ELSEWHERE, *without)
+        return {name: value for name, value in self.to_values().items() if name not in left_out}
+
+
+def placed(source: str) -> str:
+    """A model's source as a worker, which stands in another folder, understands it."""
+    return str(Path(source).absolute()) if Path(source).is_dir() else source
+
+
+def trainable_unet(bundle: Bundle, *, settings: StudentTraining) -> UNet2DConditionModel:
+    """The UNet of `bundle`, ready to be trained."""
+    unet = bundle.unet.requires_grad_(requires_grad=True)
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
+
+
+def check_latents(latents: Snapshot, *, bundle: Bundle) -> None:
+    """Refuse LATENTS that another VAE made, or at another scale.
+
+    Raises:
+        TableError: naming the first differences.
+    """
+    differing = list(differences(latents.identity["model"], vae_of(bundle.describe())))
+    if differing:
+        raise TableError(
+            f"{latents.url} was made with another VAE than that of {bundle.source!r}: "
+            f"{'; '.join(differing[:3])}; encode new LATENTS, or train a model with their VAE"
+        )
+
+
+def table_identity(table: Snapshot) -> dict[str, Any]:
+    """What a training's identity says of a table."""
+    return {"identity": digest(table.identity), "version": table.version}
+
+
+def make_student(
+    settings: StudentTraining,
+    *,
+    result: Result,
+    program: Program,
+    arguments: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    parents: Mapping[str, Any],
+    student: str,
+    distillation: Mapping[str, Any] | None,
+    on_report: OnReport,
+) -> dict[str, Any]:
+    """Train the UNet of `student` to predict v, and publish it; what was begun is gone on with.
+
+    Args:
+        settings: how.
+        result: where.
+        program: assembles one training, by the name `UNET`; is given `settings` and `identity` besides.
+        arguments: of `program`.
+        identity: everything that decides the weights.
+        parents: what it is made from, for the metrics.
+        student: the source of its first weights, and of all but the UNet.
+        distillation: what the folder is to say of the steps it was distilled for.
+        on_report: told of the training's progress.
+
+    Returns:
+        The metrics, as in metrics.json.
+
+    Raises:
+        TrainingError: if something else was begun here, or training cannot end.
+        TrainingFailed: if workers keep failing.
+    """
+    began = time.monotonic()
+    result.begin(identity)
+    trained = run_trainings(
+        program,
+        {**arguments, "settings": settings, "identity": dict(identity)},
+        store_url=result.store_url,
+        settings=settings.trainer,
+        on_report=on_report,
+    )[UNET]
+
+    def fill(folder: Path) -> dict[str, Any]:
+        weights = _save(trained, student=student, folder=folder, settings=settings, distillation=distillation)
+        return {
+            "kind": result.kind,
+            "identity": identity,
+            "settings": settings.to_values(),
+            "settings_hash": digest(identity),
+            "parents": parents,
+            "distillation": distillation,
+            "weights": weights,
+            "evaluation": trained.evaluation,
+            "curve": trained.curve,
+            "environment": trained.environment,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+
+    return result.publish(fill)
+
+
+def _save(
+    trained: Trained,
+    *,
+    student: str,
+    folder: Path,
+    settings: StudentTraining,
+    distillation: Mapping[str, Any] | None,
+) -> dict[str, str]:
+    """Write the folders; the SHA-256 of each one's UNet, as it was trained."""
+    kinds = {"model": trained.weights}
+    if settings.loop.ema_decay is not None:
+        kinds["raw"] = trained.raw_weights
+    hashes = {}
+    for name, weights in kinds.items():
+        bundle = dataclasses.replace(load(student), prediction_type="v_prediction")
+        bundle.unet.load_state_dict(weights)
+        hashes[name] = weight_hash(bundle.unet)
+        save(bundle, folder / name, dtype=DTYPES[settings.saved_as], distillation=distillation)
+    return hashes
+
+
+def check_held_out(found: object, *, settings: StudentTraining, table: Snapshot) -> None:
+    """Refuse a table of which no row is held out, so that there would be nothing to evaluate on.
+
+    Raises:
+        TrainingError: if `found`, the first held-out batch, is None.
+    """
+    if found is None:
+        raise TrainingError(
+            f"of {table.num_rows} rows none is held out for evaluation; raise loader.held_out "
+            f"(now {settings.loader.held_out}), or add rows to {table.url}"
+        )
