@@ -19,9 +19,7 @@ from pipelines.prefetch import Prefetched
 from pipelines.tables import UnitFile
 from snapfusion.noise import noise_key
 from snapfusion.training.batch import Batch
-
-NAMES: Final = {False: "vanilla", True: "guided"}
-"""The branches of SnapFusion Eq. 11, by whether they are guided."""
+from snapfusion.training.steps import BRANCHES
 
 COLUMNS: Final = ("latent", "token_ids", "noise_key", "interval", "t", "t2", "k", "x_target")
 """What a batch has of each row; a guided batch has `w` besides."""
@@ -31,7 +29,7 @@ _NAME = re.compile(r"(?P<branch>vanilla|guided)-d(?P<draw>\d{4,})-.")
 
 def unit_name(parent: str, *, draw: int, guided: bool) -> str:
     """The name of the unit that is made of the LATENTS unit `parent`; its branch stands first."""
-    return f"{NAMES[guided]}-d{draw:04d}-{parent}"
+    return f"{BRANCHES[guided]}-d{draw:04d}-{parent}"
 
 
 def branch_and_draw(name: str) -> tuple[bool, int]:
@@ -43,7 +41,7 @@ def branch_and_draw(name: str) -> tuple[bool, int]:
     found = _NAME.match(name)
     if found is None:
         raise LoaderError(f"unit {name} has no name of TARGETS, such as 'guided-d0003-' and the LATENTS unit")
-    return found["branch"] == NAMES[True], int(found["draw"])
+    return found["branch"] == BRANCHES[True], int(found["draw"])
 
 
 def is_guided_unit(name: str) -> bool:
@@ -98,7 +96,7 @@ class BranchLoader:
         if sum(counted) < 1:
             raise ValueError("there is no row to train on; the table is empty, or all of it is held out")
         self._loaders: dict[bool, BatchLoader] = {}
-        for branch, name in NAMES.items():
+        for branch, name in BRANCHES.items():
             mine = [index for index, file in enumerate(table.units) if is_guided_unit(file.unit) == branch]
             rows = [counted[index] for index in mine]
             if sum(rows):
@@ -146,7 +144,9 @@ class BranchBatches:
         """
         branch = self._guided(self._step)
         if branch not in self._cursors:
-            raise LoaderError(f"step {self._step} needs {NAMES[branch]} rows, and there are none to train on")
+            raise LoaderError(
+                f"step {self._step} needs {BRANCHES[branch]} rows, and there are none to train on"
+            )
         batch = next(self._cursors[branch])
         self._step += 1
         return batch

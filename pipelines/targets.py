@@ -13,7 +13,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipelines.account import Account
-from pipelines.branches import NAMES, branch_and_draw, rows_of, unit_name
+from pipelines.branches import branch_and_draw, rows_of, unit_name
 from pipelines.commits import Origin, adopt
 from pipelines.execution import Pool, Runner, Stage, on_ray
 from pipelines.intake import Bounds, OnProgress, recover, take_in
@@ -33,6 +33,7 @@ from snapfusion.noise import noise_key, uniform
 from snapfusion.sampling import time_grid
 from snapfusion.settings import Settings, SettingsError, differences, digest
 from snapfusion.training.draws import CfgRange
+from snapfusion.training.steps import BRANCHES
 
 
 class Targets(Settings):
@@ -239,8 +240,8 @@ def check_fit(
     for branch, needed in ((True, guided), (False, vanilla)):
         if needed and not rows_of(table, guided=branch):
             raise TableError(
-                f"{table.url} has no {NAMES[branch]} rows, and a CFG probability of {cfg_probability} needs "
-                f"some; compute more draws, with targets.cfg_probability {'above 0' if branch else 'below 1'}"
+                f"{table.url} has no {BRANCHES[branch]} rows, and a CFG probability of {cfg_probability} "
+                f"needs some; compute more draws, with targets.cfg_probability {'above 0' if branch else 'below 1'}"
             )
 
 
