@@ -1,6 +1,7 @@
 """Compute what the student should predict, with the teacher, into the table TARGETS. SnapFusion Sec. 4.2.
 
-Reads LATENTS of the same run. Step distillation reads the table, or else asks the teacher while it trains.
+Reads LATENTS of the same run, and asks the teacher of `distill_steps`, which reads the table or else asks
+that teacher while it trains.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from collections.abc import Sequence
 
 from jobs.cli import Job, run
 from jobs.cluster import runner
+from jobs.distill_steps import sources
 from jobs.exits import leave
 from jobs.progress import show
+from jobs.student import placed
 from pipelines.branches import rows_of
 from pipelines.tables import is_table, open_table
 from pipelines.targets import compute_targets
@@ -24,13 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compute(job: Job) -> None:
     """Bring TARGETS up to the recipe; what is committed already is not made again."""
     recipe = job.recipe
+    teacher, _ = sources(job)
     latents = open_table(job.place("latents"), kind="latents")
     table = compute_targets(
         recipe.targets,
-        teacher=recipe.model,
+        teacher=placed(teacher),
         latents=latents,
         url=job.place("targets"),
-        origin=job.origin({"latents": latents.lineage(), "model": recipe.model}),
+        origin=job.origin({"latents": latents.lineage(), "model": teacher}),
         run=runner(recipe.cluster),
         on_progress=show(job.verb),
     )
@@ -43,7 +47,8 @@ def preview(job: Job) -> list[str]:
     place, targets = job.place("targets"), job.recipe.targets
     held = f"{open_table(place).num_rows} rows are committed" if is_table(place) else "a new table"
     teaching, w = targets.teaching, targets.teaching.cfg_range
-    steps = f"{teaching.k * teaching.student_steps} teacher steps for {teaching.student_steps}"
+    teacher, _ = sources(job)
+    steps = f"{teaching.k * teaching.student_steps} steps of {teacher} for {teaching.student_steps}"
     return [
         f"would give each latent of {job.place('latents')} {targets.draws} targets, of {steps}, "
         f"{targets.cfg_probability:.0%} of them guided at {w.low} to {w.high}, into {place} ({held})"

@@ -128,9 +128,8 @@ def mini() -> Recipe:
         targets=Targets(
             # The miniature's useful range of w is narrower than SD-v1.5's.
             teaching=Teaching(student_steps=8, k=2, cfg_range=CfgRange(low=1.0, high=6.0), batch_size=32),
-            # One draw of each latent in four is guided: enough for a mixed student, of so few latents.
-            draws=4,
-            cfg_probability=0.25,
+            draws=10,
+            cfg_probability=0.3,
             teachers=Pool(actors=2, cpus=0.5),
         ),
         distill=DistillSettings(

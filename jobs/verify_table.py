@@ -7,8 +7,10 @@ TARGETS need `latents` beside the table.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from jobs.cli import Job, run
+from jobs.distill_steps import sources
 from jobs.exits import leave
 from pipelines import latents, pairs, targets
 from pipelines.sources.webdataset import list_shards
@@ -49,7 +51,8 @@ def remake_for(job: Job, table: Snapshot) -> Remake:
     beside = job.target.rpartition("/")[0]
     if table.identity["kind"] == "targets":
         parents = open_table(f"{beside}/latents", kind="latents")
-        return targets.remake(table, teacher=recipe.model, latents=parents)
+        teacher, _ = sources(replace(job, out=beside))
+        return targets.remake(table, teacher=teacher, latents=parents)
     place = recipe.source.url or f"{beside}/shards"
     return latents.remake(table, model=recipe.model, shards=list_shards(place), source=recipe.source.name)
 

@@ -241,7 +241,8 @@ def check_fit(
         if needed and not rows_of(table, guided=branch):
             raise TableError(
                 f"{table.url} has no {BRANCHES[branch]} rows, and a CFG probability of {cfg_probability} "
-                f"needs some; compute more draws, with targets.cfg_probability {'above 0' if branch else 'below 1'}"
+                "needs some; compute more draws, or a new table with targets.cfg_probability "
+                + ("above 0" if branch else "below 1")
             )
 
 

@@ -6,7 +6,7 @@ import pytest
 from in_process import in_process
 
 from jobs import compute_targets, encode_latents, render_scenes, verify_table
-from jobs.recipes import recipe_named
+from jobs.recipes import RECIPES, recipe_named
 from pipelines.tables import open_table, unit_records
 
 OPTIONS = [
@@ -70,8 +70,17 @@ def test_without_latents_it_says_so(capsys, tmp_path):
 def test_a_dry_run_says_what_it_would_do(capsys, tmp_path):
     assert compute_targets.main(["--dry-run", "--out", str(tmp_path / "run")]) == 0
     text = capsys.readouterr().out
-    assert "4 targets, of 16 teacher steps for 8, 25% of them guided at 1.0 to 6.0" in text
+    assert "10 targets, of 16 steps of mini for 8, 30% of them guided at 1.0 to 6.0" in text
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipes_table_is_the_one_its_student_reads(name):
+    recipe = recipe_named(name)
+    taught, learnt = recipe.targets.teaching.to_values(), recipe.distill.steps.to_values()
+    shared = ("student_steps", "k", "cfg_range", "caption_dropout")
+    assert {name: taught[name] for name in shared} == {name: learnt[name] for name in shared}
+    assert recipe.targets.cfg_probability == recipe.distill.steps.cfg_probability
 
 
 def test_the_recipes_have_the_papers_grids_and_ranges():
