@@ -22,6 +22,7 @@ VERBS = (
     "distill_steps",
     "distill_decoder",
     "compile_mobile",
+    "evaluate",
     "report",
     "verify_table",
     "train_mini",

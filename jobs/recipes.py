@@ -8,16 +8,21 @@ from jobs.cluster import Cluster
 from jobs.compile_mobile import MobileSettings
 from jobs.distill_decoder import DecoderSettings
 from jobs.distill_steps import DistillSettings
+from jobs.evaluation import Evaluation, Prompts
 from jobs.finetune_vpred import VpredSettings
 from jobs.trainer import TrainerSettings
 from pipelines.execution import Pool
 from pipelines.latents import Latents
 from pipelines.loader import LoaderSettings
 from pipelines.pairs import Pairs
+from pipelines.references import References
+from pipelines.samples import Samples
 from pipelines.stages.encode import Encoding
 from pipelines.stages.environment import Device
 from pipelines.stages.generate import Generation
 from pipelines.stages.image import ImageSettings
+from pipelines.stages.judge import FeatureSettings, Judging, ScorerSettings
+from pipelines.stages.sample import Drawing
 from pipelines.stages.select import Selection
 from pipelines.stages.target import Teaching
 from pipelines.targets import Targets
@@ -86,6 +91,7 @@ class Recipe(Settings):
         distill: how a student of fewer steps is distilled.
         decoder: how the half-width decoder is distilled.
         mobile: how it is compiled.
+        evaluation: which models and samplers are compared, and by what.
         oracle_floor: least mean attribute accuracy of the demo's pictures, by the miniature's oracle; None
             for models whose pictures it cannot read.
         verification: how tables are verified.
@@ -103,6 +109,7 @@ class Recipe(Settings):
     distill: DistillSettings = DistillSettings()
     decoder: DecoderSettings = DecoderSettings()
     mobile: MobileSettings = MobileSettings()
+    evaluation: Evaluation = Evaluation()
     oracle_floor: float | None = Field(None, ge=0.0, le=1.0)
     verification: Verification = Verification()
     cluster: Cluster = Cluster()
@@ -233,6 +240,33 @@ def sd15() -> Recipe:
             loader=LoaderSettings(held_out=0.01),
             compare_random_init=False,
             trainer=TrainerSettings(num_workers=8, use_gpu=True, micro_batch=8),
+        ),
+        evaluation=Evaluation(
+            # Sec. 5: MS-COCO 2014's validation captions, CLIP by ViT-g/14. The paper names no kernel for FID.
+            guidance=tuple(1.0 + 0.5 * step for step in range(19)),
+            prompts=Prompts(name="coco2014", url="s3://bucket/coco/captions-val2014.tsv", limit=30_000),
+            references=References(
+                name="coco2014",
+                url="s3://bucket/coco/val2014",
+                count=30_000,
+                device=on_gpu,
+                describers=Pool(cpus=1.0, gpus=1.0),
+            ),
+            samples=Samples(
+                drawing=Drawing(batch_size=16),
+                judging=Judging(
+                    features=FeatureSettings(
+                        network="inception", weights="s3://bucket/weights/inception-2015-12-05.safetensors"
+                    ),
+                    scorer=ScorerSettings(
+                        network="ViT-g-14",
+                        weights="laion/CLIP-ViT-g-14-laion2B-s34B-b88K/open_clip_model.safetensors",
+                    ),
+                ),
+                rows_per_unit=128,
+                device=on_gpu,
+                models=Pool(cpus=1.0, gpus=1.0),
+            ),
         ),
     )
 

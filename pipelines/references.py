@@ -30,6 +30,7 @@ from pipelines.storage import absolute
 from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
 from pipelines.units import PictureRows, Unit, gaps, intervals
 from snapfusion.metrics.moments import Moments
+from snapfusion.mini.scenes import NUM_CAPTIONS
 from snapfusion.settings import Settings, digest
 
 _SUFFIXES = (".jpg", ".jpeg", *(f".{name.lower()}" for name in FORMATS))
@@ -41,7 +42,8 @@ class References(Settings):
     Attributes:
         name: a short name; units are named after it.
         url: a folder of pictures; None takes the miniature's held-out scenes.
-        count: how many, by order of their names; a picture that cannot be read is set aside, not replaced.
+        count: how many, by order of their names, by default each of the miniature's captions twice; a picture
+            that cannot be read is set aside, not replaced.
         size: side in pixels of the middle square that a picture is made before it is described; scenes are
             drawn at the miniature's size.
         images: bounds on pictures.
@@ -54,7 +56,7 @@ class References(Settings):
 
     name: str = Field("scenes", pattern=r"^[A-Za-z0-9_.-]+$")
     url: str | None = None
-    count: int = Field(2000, ge=2)
+    count: int = Field(2 * NUM_CAPTIONS, ge=2)
     size: int = Field(512, ge=8)
     images: ImageSettings = ImageSettings()
     rows_per_unit: int = Field(500, ge=1)

@@ -205,5 +205,13 @@ def judged(table: Snapshot, *, source: str, w: float) -> Judged:
     )
 
 
+def drawn_ids(table: Snapshot, *, source: str, w: float) -> list[str]:
+    """The ids of the captions that were drawn at one guidance, in order of the list."""
+    prefix = f"{source_name(source, w)}-"
+    units = [file for file in table.units if file.unit.startswith(prefix)]
+    columns = [table.read_unit(file, ["source_id"]).column("source_id") for file in units]
+    return [id_ for column in columns for id_ in column.to_pylist()]
+
+
 def _array(rows: pa.Table, name: str) -> np.ndarray:
     return array_of(rows.schema.field(name)).unpack(rows.column(name).to_pylist())

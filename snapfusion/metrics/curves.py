@@ -165,7 +165,7 @@ class EqualFid:
 def clip_at_equal_fid(curve: Curve, baseline: Curve) -> EqualFid:
     """The reading of SnapFusion Fig. 4: the mean of CLIP - CLIP_baseline at equal FID.
 
-    Read on the side where both rise with guidance, from each curve's least FID on, CLIP interpolated linearly
+    Read on the side where FID rises with guidance, from each curve's least FID on, CLIP interpolated linearly
     over FID, at 50 evenly spaced FIDs between the ends of what both curves have.
 
     Raises:

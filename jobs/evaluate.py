@@ -1,0 +1,83 @@
+"""Compare models and samplers by FID and CLIP over guidance scales. SnapFusion Sec. 5, Table 2, Fig. 4.
+
+In the run's folder, under evaluation/:
+
+references/, one table for each contender     what was drawn and judged; made once, added to later
+results.json                                  the figures, with all they must be quoted with
+page.html, chart-1.svg, ...                   the same, to look at
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.cli import Job, run
+from jobs.cluster import runner
+from jobs.evaluation import evaluate
+from jobs.evaluation_page import charts_of, render_evaluation, standalone
+from jobs.exits import leave
+from jobs.progress import show
+from pipelines.commits import Origin
+from pipelines.intake import OnProgress
+from pipelines.storage import replace_object
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m jobs.evaluate`."""
+    return run("evaluate", compare, preview=preview, about=__doc__, argv=argv)
+
+
+def compare(job: Job) -> None:
+    """Draw what is not drawn yet, and write the figures."""
+
+    def start(name: str, parents: Any) -> tuple[Origin, OnProgress]:  # noqa: ANN401 - JSON values
+        return job.origin(parents), show(f"{job.verb} {name}")
+
+    results = evaluate(
+        job.recipe.evaluation,
+        model=job.recipe.model,
+        out=job.place("evaluation"),
+        start=start,
+        run=runner(job.recipe.cluster),
+    )
+    results["settings"] = job.recipe.digest()
+    text = json.dumps(results, indent=1)
+    replace_object(job.place("evaluation/results.json"), text.encode())
+    told = json.loads(text)
+    for number, chart in enumerate(charts_of(told), start=1):
+        replace_object(job.place(f"evaluation/chart-{number}.svg"), standalone(chart))
+    replace_object(job.place("evaluation/page.html"), render_evaluation(told).encode())
+    for note in told["protocol"]["notes"]:
+        print(f"  {note}")
+    for name, reading in told["equal_fid"].items():
+        print(f"  {name}: {_in_words(reading, against=told['baseline'])}")
+    print(f"  {job.place('evaluation/results.json')}, shown in {job.place('evaluation/page.html')}")
+
+
+def _in_words(reading: dict[str, Any], *, against: str) -> str:
+    if "no_reading" in reading:
+        return f"not read against {against}: {reading['no_reading']}"
+    value, low, high = reading["clip"]
+    return (
+        f"CLIP {value:+.4f} ({low:+.4f} to {high:+.4f}) against {against} at equal FID, "
+        f"{reading['fid_low']:.4g} to {reading['fid_high']:.4g}"
+    )
+
+
+def preview(job: Job) -> list[str]:
+    """How much would be drawn, at most."""
+    wanted = job.recipe.evaluation
+    drawn = wanted.prompts.limit * len(wanted.guidance)
+    evaluations = wanted.prompts.limit * sum(
+        contender.sampler.evaluations(w) for contender in wanted.contenders for w in wanted.guidance
+    )
+    return [
+        f"would draw at most {drawn:,} pictures of each of {len(wanted.contenders)} contenders, "
+        f"{evaluations:,} UNet evaluations of one row, into {job.place('evaluation')}"
+    ]
+
+
+if __name__ == "__main__":
+    leave(main())

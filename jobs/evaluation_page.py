@@ -1,0 +1,77 @@
+"""What an evaluation found, as charts and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jobs.chart import Chart, Series, chart_svg
+from jobs.page import render_page
+
+_OTHERS = 5
+"""Lines beside the baseline's on one chart."""
+
+# The page's colours, for a chart that stands alone.
+_COLORS = {
+    "--ink": "#1f1d1a",
+    "--muted": "#6d675e",
+    "--rule": "#e2ddd3",
+    "--series-1": "#1d5c72",
+    "--series-2": "#b4632d",
+    "--series-3": "#7a7468",
+    "--series-4": "#6d4a83",
+    "--series-5": "#4f7f3a",
+    "--series-6": "#a8862a",
+}
+
+
+def render_evaluation(results: Mapping[str, Any]) -> str:
+    """The page as text, from what `jobs.evaluation.evaluate` returns."""
+    return render_page("evaluation.html.j2", results=results, charts=charts_of(results))
+
+
+def charts_of(results: Mapping[str, Any]) -> list[Chart]:
+    """CLIP over FID along guidance, and FID over guidance; each with the baseline and up to five others."""
+    charts = []
+    for number, names in enumerate(_sheets(results)):
+        part = f" ({number + 1})" if number else ""
+        charts.append(
+            Chart(
+                title=f"CLIP over FID, along guidance{part}",
+                x_label="FID",
+                y_label="CLIP",
+                series=tuple(_series(results, name, x="fid", y="clip") for name in names),
+            )
+        )
+        charts.append(
+            Chart(
+                title=f"FID over guidance{part}",
+                x_label="guidance w",
+                y_label="FID",
+                series=tuple(_series(results, name, x="w", y="fid") for name in names),
+            )
+        )
+    return charts
+
+
+def standalone(chart: Chart) -> bytes:
+    """The chart as a file of its own: black on nothing, in the colours of the page by daylight."""
+    style = ";".join(f"{name}:{value}" for name, value in _COLORS.items())
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" style="{style}" font-family="sans-serif" '
+    return chart_svg(chart).replace("<svg ", opening, 1).encode()
+
+
+def _sheets(results: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    baseline = results["baseline"]
+    others = [name for name in results["curves"] if name != baseline]
+    for start in range(0, max(len(others), 1), _OTHERS):
+        yield [baseline, *others[start : start + _OTHERS]]
+
+
+def _series(results: Mapping[str, Any], name: str, *, x: str, y: str) -> Series:
+    points = results["curves"][name]["points"]
+
+    def values(key: str) -> list[float]:
+        return [point[key] if key == "w" else point[key][0] for point in points]
+
+    return Series(name=name, x=values(x), y=values(y))
