@@ -36,6 +36,7 @@ from pipelines.tables import Snapshot, open_table
 from pipelines.targets import check_fit
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.load import load
+from snapfusion.models.told import is_told, told
 from snapfusion.sampling import time_grid
 from snapfusion.settings import differences
 from snapfusion.training.batch import Batch
@@ -120,6 +121,10 @@ def distill_steps(
     table = open_table(data_url, version=pinned, kind=kind)
     models = {"teacher": load(teacher), "student": load(student)}
     _check_models(**models)
+    if is_told(models["student"].unet) and not settings.steps.w_conditioned:
+        raise TrainingError(
+            f"the student {student} is told w, so it has no guidance of its own: set steps.w_conditioned"
+        )
     _check_grid(settings.steps, teacher=models["teacher"])
     _check_table(settings, table=table, **models)
     identity = {
@@ -173,7 +178,7 @@ def assemble(
     device: torch.device,
 ) -> Iterator[Training]:
     """The training, in a worker."""
-    bundle = load(student, device=str(device))
+    bundle = _first(settings, student=student, device=device)
     unet, captions = trainable_unet(bundle, settings=settings), Captions(bundle)
     lessons = _lessons(settings, teacher=teacher, captions=captions, bundle=bundle)
 
@@ -190,7 +195,7 @@ def assemble(
     loader = _loader(settings, table=open_table(data_url, version=data_version), counts=counts)
 
     def evaluate() -> dict[str, Any]:
-        first = load(student, device=str(device)).unet
+        first = _first(settings, student=student, device=device).unet
         return {
             moment: {
                 BRANCHES[guided]: _evaluate(
@@ -218,6 +223,14 @@ def assemble(
         identity=dict(identity),
         evaluate=evaluate,
     )
+
+
+def _first(settings: DistillSettings, *, student: str, device: torch.device) -> Bundle:
+    """The student at its first weights."""
+    bundle = load(student, device=str(device))
+    if settings.steps.w_conditioned:
+        bundle.unet = told(bundle.unet)
+    return bundle
 
 
 def _lessons(settings: DistillSettings, *, teacher: str, captions: Captions, bundle: Bundle) -> Lessons:
@@ -292,6 +305,7 @@ def _distillation(steps: StepsSettings, *, bundle: Bundle) -> dict[str, Any]:
         "timesteps": list(times[:-1]),
         "teacher_steps": steps.k * steps.student_steps,
         "cfg_probability": steps.cfg_probability,
+        "w_conditioned": steps.w_conditioned,
         **guided,
     }
 

@@ -26,6 +26,7 @@ from pipelines.tables import Snapshot, TableError
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.load import load
 from snapfusion.models.save import save
+from snapfusion.models.told import WEIGHT, told
 from snapfusion.settings import Settings, differences, digest
 from snapfusion.training.loop import LoopSettings
 
@@ -142,7 +143,9 @@ def make_student(
     )[UNET]
 
     def fill(folder: Path) -> dict[str, Any]:
-        weights = _save(trained, student=student, folder=folder, settings=settings, distillation=distillation)
+        weights = save_student(
+            trained, student=student, folder=folder, settings=settings, distillation=distillation
+        )
         return {
             "kind": result.kind,
             "identity": identity,
@@ -160,7 +163,7 @@ def make_student(
     return result.publish(fill)
 
 
-def _save(
+def save_student(
     trained: Trained,
     *,
     student: str,
@@ -168,13 +171,15 @@ def _save(
     settings: StudentTraining,
     distillation: Mapping[str, Any] | None,
 ) -> dict[str, str]:
-    """Write the folders; the SHA-256 of each one's UNet, as it was trained."""
+    """Write the folders `model` and `raw`; gives the SHA-256 of each one's UNet, as it was trained."""
     kinds = {"model": trained.weights}
     if settings.loop.ema_decay is not None:
         kinds["raw"] = trained.raw_weights
     hashes = {}
     for name, weights in kinds.items():
         bundle = dataclasses.replace(load(student), prediction_type="v_prediction")
+        if WEIGHT in weights:
+            bundle.unet = told(bundle.unet)
         bundle.unet.load_state_dict(weights)
         hashes[name] = weight_hash(bundle.unet)
         save(bundle, folder / name, dtype=DTYPES[settings.saved_as], distillation=distillation)

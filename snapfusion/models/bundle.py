@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from snapfusion.models.tokenizer import token_ids
+from snapfusion.models.told import guidance_embedding, is_told
 from snapfusion.sampling import Denoiser, guide
 from snapfusion.schedule import Estimate, PredictionType, Schedule
 
@@ -96,24 +97,31 @@ class Bundle:
         """The encoded empty string, float32 [1,L,D]: what "unconditional" means in SnapFusion Eq. 3."""
         return self.encode_text(self.tokenize([""]))
 
-    def predict(self, z_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        """The UNet's own output, eps or v, float32 [B,4,h,w]."""
-        dtype = self.unet.dtype
-        return self.unet(z_t.to(dtype), t, encoder_hidden_states=c.to(dtype)).sample.float()
+    def predict(self, z_t: Tensor, t: Tensor, c: Tensor, *, w: Tensor | float = 1.0) -> Tensor:
+        """The UNet's own output, eps or v, float32 [B,4,h,w]; `w` matters to a UNet that is told it alone."""
+        dtype, heard = self.unet.dtype, None
+        if is_told(self.unet):
+            scale = torch.as_tensor(w, dtype=torch.float32, device=z_t.device).flatten().expand(len(z_t))
+            size = int(self.unet.config["time_cond_proj_dim"])
+            heard = guidance_embedding(scale, size=size).to(dtype)
+        output: Tensor = self.unet(
+            z_t.to(dtype), t, encoder_hidden_states=c.to(dtype), timestep_cond=heard
+        ).sample
+        return output.float()
 
     def denoiser(self, c: Tensor, *, w: Tensor | float = 1.0, c_null: Tensor | None = None) -> Denoiser:
         """The teacher with caption and guidance bound. SnapFusion Eq. 3 (Eq. 10 for v).
 
         Both halves of the guidance go through the UNet as one batch of 2B. With w = 1 as a number the
-        unconditional half is not computed.
+        unconditional half is not computed, and a UNet that is told w needs none.
         """
-        unguided = not isinstance(w, Tensor) and w == 1.0
+        unguided = is_told(self.unet) or (not isinstance(w, Tensor) and w == 1.0)
         if c_null is None and not unguided:
             c_null = self.null_condition()
 
         def denoise(z_t: Tensor, t: Tensor) -> Estimate:
             if unguided:
-                output = self.predict(z_t, t, c)
+                output = self.predict(z_t, t, c, w=w)
             else:
                 both = torch.cat([c_null.expand_as(c), c])  # type: ignore[union-attr]
                 uncond, cond = self.predict(z_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)

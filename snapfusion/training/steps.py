@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from snapfusion.losses import distillation_loss, distillation_weight, mix, velocity_loss
@@ -46,6 +46,8 @@ class StepsSettings(Settings):
         ratio_decay: of those moving averages.
         original_times: where L_ori is taken: at times from all of the "schedule", or at the student's own
             on the "grid", which spares a forward pass.
+        w_conditioned: whether the student is told w and answers in one pass (Meng et al. 2023, Fig. 6b),
+            instead of being guided itself.
         caption_dropout: fraction of rows without their caption, in L_ori and, with the teacher in the
             trainer, in vanilla steps; ours, the paper does not say.
     """
@@ -58,7 +60,14 @@ class StepsSettings(Settings):
     gamma_rule: Literal["dynamic", "constant"] = "dynamic"
     ratio_decay: Annotated[float, Field(gt=0, lt=1)] = 0.98
     original_times: Literal["schedule", "grid"] = "schedule"
+    w_conditioned: bool = False
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _original_is_unguided(self) -> Self:
+        if self.w_conditioned and self.original_times == "grid" and self.gamma:
+            raise ValueError("a w-conditioned student has no unguided pass on the grid for L_ori")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,14 +162,15 @@ class StepsObjective:
         settings, schedule = self._settings, self._schedule
         on_grid = settings.original_times == "grid"
         rows = None if settings.gamma == 0.0 or on_grid else self._originals(batch, step=step)
+        guided = lesson.w is not None and not settings.w_conditioned
         passes = [(lesson.z_t, lesson.t, lesson.c)]
-        if lesson.w is not None:
+        if guided:
             passes.append((lesson.z_t, lesson.t, self._captions.null.expand_as(lesson.c)))
         if rows is not None:
             passes.append((rows.z_t, rows.t, rows.c))
         z, t, c = (torch.cat(columns) for columns in zip(*passes, strict=True))
-        said = velocity_of(model, z, t, c).split(len(batch))
-        v = said[0] if lesson.w is None else guide(cond=said[0], uncond=said[1], w=lesson.w)
+        said = velocity_of(model, z, t, c, w=self._told(lesson, rows=len(z))).split(len(batch))
+        v = guide(cond=said[0], uncond=said[1], w=lesson.w) if guided and lesson.w is not None else said[0]
         if settings.gamma == 0.0:
             return _Asked(v=v, original=None, original_interval=lesson.interval)
         if rows is None:
@@ -168,6 +178,15 @@ class StepsObjective:
             return _Asked(v=v, original=original, original_interval=lesson.interval)
         original = velocity_loss(said[-1], x=rows.x, eps=rows.eps, t=rows.t, schedule=schedule)
         return _Asked(v=v, original=original, original_interval=self._interval_at(rows.t))
+
+    def _told(self, lesson: Lesson, *, rows: int) -> Tensor | None:
+        """What a w-conditioned student is told of each row: its w, and 1 in L_ori. float32 [rows]."""
+        if not self._settings.w_conditioned:
+            return None
+        w = torch.ones(rows, device=lesson.x.device)
+        if lesson.w is not None:
+            w[: len(lesson.w)] = lesson.w.flatten()
+        return w
 
     def _distillation(self, lesson: Lesson, asked: _Asked) -> Tensor:
         """L_dstl of each row, which is also counted in."""
@@ -178,7 +197,7 @@ class StepsObjective:
         error = loss.detach() / weight
         # x = alpha z_t - sigma v, of a mean over n elements; v = w v_cond - (w - 1) v_uncond.
         slope = 2.0 * weight * (error / x_hat[0].numel()).sqrt() * schedule.sigma(t).flatten()
-        if lesson.w is not None:
+        if lesson.w is not None and not self._settings.w_conditioned:
             w = lesson.w.flatten()
             slope = slope * (w**2 + (w - 1.0) ** 2).sqrt()
         branch = BRANCHES[lesson.w is not None]

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from snapfusion.losses import velocity_loss
+from snapfusion.models.told import guidance_embedding
 from snapfusion.noise import gaussian_batch, noise_key, uniform
 from snapfusion.schedule import Schedule
 from snapfusion.settings import Settings
@@ -71,9 +72,10 @@ def draw_times(keys: Sequence[int], *, schedule: Schedule) -> Tensor:
     return torch.tensor(drawn, dtype=torch.int64)
 
 
-def velocity_of(model: nn.Module, z_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-    """What the UNet says, float32 [B,4,h,w]."""
-    output: Tensor = model(z_t, t, encoder_hidden_states=c, return_dict=False)[0]
+def velocity_of(model: nn.Module, z_t: Tensor, t: Tensor, c: Tensor, *, w: Tensor | None = None) -> Tensor:
+    """What the UNet says, float32 [B,4,h,w]; `w`, float32 [B], is for a UNet that is told it."""
+    heard = {} if w is None else {"timestep_cond": guidance_embedding(w)}
+    output: Tensor = model(z_t, t, encoder_hidden_states=c, return_dict=False, **heard)[0]
     return output.float()
 
 

@@ -14,7 +14,8 @@ from in_process import in_process
 
 from jobs.distill_steps import DistillSettings, assemble, distill_steps, summary
 from jobs.finetune_vpred import VpredSettings, finetune_vpred
-from jobs.trainer import TrainerSettings, TrainingError
+from jobs.student import save_student
+from jobs.trainer import Trained, TrainerSettings, TrainingError
 from pipelines.latents import Latents, encode_latents
 from pipelines.loader import LoaderSettings, count_trainable
 from pipelines.schemas import to_png
@@ -26,7 +27,9 @@ from pipelines.tables import TableError
 from pipelines.targets import Targets, compute_targets
 from snapfusion.models.load import load
 from snapfusion.models.save import save
+from snapfusion.models.told import is_told
 from snapfusion.sampling import time_grid
+from snapfusion.training.checkpoint import Checkpoint
 from snapfusion.training.draws import CfgRange
 from snapfusion.training.loop import LoopSettings, new_state, train
 from snapfusion.training.steps import StepsSettings
@@ -274,3 +277,26 @@ def test_a_grid_that_the_schedule_has_not_is_refused(latents, v_teacher, tmp_pat
     settings = DISTILL.with_values(["steps.student_steps=500", "steps.k=4"])
     with pytest.raises(TrainingError, match=r"steps\.k 4 times steps\.student_steps 500"):
         distill_steps(settings, teacher=v_teacher, data_url=latents.url, out_url=str(tmp_path / "student"))
+
+
+def test_a_w_conditioned_student_is_trained_and_saved(latents, v_teacher, tmp_path):
+    settings = DISTILL.with_values(["steps.w_conditioned=true", "steps.cfg_probability=1.0"])
+    state, _ = in_one_process(assembled(latents, teacher=v_teacher, settings=settings))
+    checkpoint = Checkpoint(step=4, tensors=state.tensors(), values=state.values())
+    hashes = save_student(
+        Trained(checkpoint=checkpoint, evaluation={}, environment={}),
+        student=v_teacher,
+        folder=tmp_path,
+        settings=settings,
+        distillation=None,
+    )
+    made = load(str(tmp_path / "model"))
+    assert is_told(made.unet)
+    assert made.fingerprint()["unet"] == hashes["model"] != hashes["raw"]
+    with pytest.raises(TrainingError, match=r"is told w, .*: set steps\.w_conditioned"):
+        distill_steps(
+            DISTILL,
+            teacher=str(tmp_path / "model"),
+            data_url=latents.url,
+            out_url=str(tmp_path / "student"),
+        )

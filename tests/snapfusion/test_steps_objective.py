@@ -8,8 +8,10 @@ from conftest import tiny_bundle
 from torch import nn
 
 from snapfusion.losses import distillation_loss
+from snapfusion.models.told import guidance_embedding, told
 from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import guide, time_grid
+from snapfusion.settings import SettingsError
 from snapfusion.training.batch import Batch
 from snapfusion.training.captions import Captions, draw_dropped
 from snapfusion.training.checkpoint import CheckpointStore
@@ -364,3 +366,30 @@ def test_moving_means_are_plain_means_first_and_keep_parts_apart():
     assert again.values() == means.values()
     with pytest.raises(ValueError, match="other names or parts"):
         MovingMeans(["a"], parts=2, decay=0.75).restore(means.values())
+
+
+def test_a_w_conditioned_student_is_told_w_and_answers_once(teacher, captions):
+    torch.manual_seed(5)
+    unet = told(tiny_bundle(3).unet).requires_grad_(requires_grad=True)
+    nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.1)
+    rows = []
+    unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    changes = {"cfg_probability": 1.0, "w_conditioned": True}
+    settings = StepsSettings(student_steps=4, cfg_range=RANGE)
+    batch = batch_of(0, teacher=teacher)
+    lesson = online(teacher, captions, settings)(batch, guided=True, step=0)
+    loss = objective_of(teacher, captions, gamma=0.0, **changes)(unet, batch, step=0)
+    v = unet(
+        lesson.z_t,
+        lesson.t,
+        encoder_hidden_states=lesson.c,
+        timestep_cond=guidance_embedding(lesson.w.flatten()),
+    ).sample
+    x_hat = teacher.schedule.from_v(v=v, z_t=lesson.z_t, t=lesson.t).x
+    expected = distillation_loss(x_hat, x_target=lesson.x_target, t=lesson.t, schedule=teacher.schedule)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    objective_of(teacher, captions, **changes)(unet, batch, step=0).sum().backward()
+    assert rows == [8, 8, 16]
+    assert unet.time_embedding.cond_proj.weight.grad.abs().max() > 0
+    with pytest.raises(SettingsError, match="no unguided pass"):
+        StepsSettings.parse({"w_conditioned": True, "original_times": "grid"})
