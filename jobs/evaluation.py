@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipelines.rejection import Rejection
 from pipelines.samples import Samples, draw_samples, drawn_ids, judged
 from pipelines.sources.captions import Caption, CaptionSettings, fingerprint, read_captions
 from pipelines.stages.sample import Sampler
+from pipelines.storage import absolute
 from pipelines.tables import Snapshot
 from snapfusion.metrics.curves import (
     Curve,
@@ -151,7 +153,7 @@ def evaluate(settings: Evaluation, *, model: str, out: str, start: Start, run: R
     )
     tables: dict[str, Snapshot] = {}
     for contender in settings.contenders:
-        source = contender.model or model
+        source = _place(contender.model or model)
         origin, on_progress = start(contender.name, {"model": source, "captions": settings.prompts.url})
         tables[contender.name] = draw_samples(
             settings.samples,
@@ -173,6 +175,11 @@ def evaluate(settings: Evaluation, *, model: str, out: str, start: Start, run: R
         "tables": {name: table.lineage() for name, table in tables.items()},
         **_readings(settings, curves),
     }
+
+
+def _place(model: str) -> str:
+    """A folder by its absolute path: a worker may stand elsewhere."""
+    return absolute(model) if Path(model).is_dir() else model
 
 
 def captions_of(prompts: Prompts) -> list[Caption | Rejection]:

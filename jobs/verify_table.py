@@ -1,7 +1,7 @@
 """Verify a table: recount it, compare files and log, and compute sampled units again from their keys.
 
 Give the table's URL. LATENTS need their shards: the recipe's `source.url`, or `shards` beside the table.
-TARGETS need `latents` beside the table.
+TARGETS need `latents` beside the table. SAMPLES and REFERENCES need `evaluation` to be as their run had it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from jobs.cli import Job, run
 from jobs.distill_steps import sources
 from jobs.exits import leave
-from pipelines import latents, pairs, targets
+from pipelines import latents, pairs, references, samples, targets
 from pipelines.sources.webdataset import list_shards
 from pipelines.tables import Snapshot, open_table
 from pipelines.verification import Remake, verify_table
@@ -53,6 +53,13 @@ def remake_for(job: Job, table: Snapshot) -> Remake:
         parents = open_table(f"{beside}/latents", kind="latents")
         teacher, _ = sources(replace(job, out=beside))
         return targets.remake(table, teacher=teacher, latents=parents)
+    if table.identity["kind"] == "samples":
+        models = {one.name: one.model or recipe.model for one in recipe.evaluation.contenders}
+        name = job.target.rpartition("/")[2]
+        return samples.remake(table, settings=recipe.evaluation.samples, model=models.get(name, recipe.model))
+    if table.identity["kind"] == "references":
+        wanted = recipe.evaluation
+        return references.remake(table, settings=wanted.references, judging=wanted.samples.judging)
     place = recipe.source.url or f"{beside}/shards"
     return latents.remake(table, model=recipe.model, shards=list_shards(place), source=recipe.source.name)
 

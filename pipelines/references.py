@@ -25,13 +25,14 @@ from pipelines.stages.environment import Device
 from pipelines.stages.image import FORMATS, ImageSettings
 from pipelines.stages.judge import Judging
 from pipelines.stages.reference import SCENE, DescribePictures
-from pipelines.stages.write import WriteUnit
+from pipelines.stages.write import WriteUnit, pack
 from pipelines.storage import absolute
 from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
 from pipelines.units import PictureRows, Unit, gaps, intervals
+from pipelines.verification import CannotRemake, Remake
 from snapfusion.metrics.moments import Moments
 from snapfusion.mini.scenes import NUM_CAPTIONS
-from snapfusion.settings import Settings, digest
+from snapfusion.settings import Settings, differences, digest
 
 _SUFFIXES = (".jpg", ".jpeg", *(f".{name.lower()}" for name in FORMATS))
 
@@ -64,6 +65,9 @@ class References(Settings):
     describers: Pool = Pool()
     writers: Pool = Pool(cpus=0.25)
     bounds: Bounds = Bounds()
+
+
+_UNIT_FIELDS = ("source", "start", "stop", "final", "source_digest")
 
 
 def identity_of(settings: References, *, judging: Judging) -> dict[str, Any]:
@@ -163,6 +167,32 @@ def plan(settings: References, *, names: list[str], accounts: list[Account]) -> 
         )
         for gap in gaps(len(names), committed=committed, rows_per_unit=settings.rows_per_unit)
     ]
+
+
+def remake(table: Snapshot, *, settings: References, judging: Judging) -> Remake:
+    """What `verify_table` needs to make units of REFERENCES again, from the pictures that their rows name.
+
+    Raises:
+        TableError: if the table was made by another network or with other settings.
+    """
+    wanted = identity_of(settings, judging=judging)
+    told = {name: table.identity[name] for name in wanted}
+    if differing := list(differences(told, wanted)):
+        raise TableError(f"{table.url} was made otherwise: {'; '.join(differing[:3])}")
+    schema = references_schema(features=judging.feature_count)
+
+    def make(account: Account, rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+        if account.rejected():
+            raise CannotRemake("pictures that could not be read are not in it, and batches depend on them")
+        unit = Unit(**{name: getattr(account, name) for name in _UNIT_FIELDS}, name=account.unit)
+        device = Device(threads=account.environment["threads"])
+        stage = DescribePictures(
+            features=judging.features, images=settings.images, size=settings.size, device=device
+        )
+        finished = stage(PictureRows(unit=unit, names=rows.column("id").to_pylist()))
+        return pack(finished, schema), finished.environment
+
+    return make
 
 
 def moments_of(table: Snapshot) -> Moments:

@@ -24,11 +24,12 @@ from pipelines.sources.captions import Caption
 from pipelines.stages.environment import Device
 from pipelines.stages.judge import Judging
 from pipelines.stages.sample import DrawAndJudge, Drawing, Sampler
-from pipelines.stages.write import WriteUnit
+from pipelines.stages.write import WriteUnit, pack
 from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
-from pipelines.units import PromptRows
+from pipelines.units import PromptRows, Unit
+from pipelines.verification import CannotRemake, Remake
 from snapfusion.models.load import load
-from snapfusion.settings import Settings, digest
+from snapfusion.settings import Settings, differences, digest
 
 
 class Samples(Settings):
@@ -51,6 +52,9 @@ class Samples(Settings):
     models: Pool = Pool()
     writers: Pool = Pool(cpus=0.25)
     bounds: Bounds = Bounds()
+
+
+_UNIT_FIELDS = ("source", "start", "stop", "final", "source_digest")
 
 
 def identity_of(settings: Samples, *, sampler: Sampler, model: dict[str, Any]) -> dict[str, Any]:
@@ -155,6 +159,43 @@ def plan(
                     if isinstance(row, Rejection)
                 ],
             )
+
+
+def remake(table: Snapshot, *, settings: Samples, model: str) -> Remake:
+    """What `verify_table` needs to make units of SAMPLES again, from the captions and guidance in their rows.
+
+    Raises:
+        TableError: if the table was made by another model, other judges or other settings.
+    """
+    sampler = Sampler.parse(table.identity["sampler"])
+    wanted = identity_of(settings, sampler=sampler, model=load(model).describe())
+    told = {name: table.identity[name] for name in wanted}
+    if differing := list(differences(told, wanted)):
+        raise TableError(f"{table.url} was made otherwise: {'; '.join(differing[:3])}")
+    schema = samples_schema(
+        features=settings.judging.feature_count, attributes=settings.judging.attribute_count
+    )
+
+    def make(account: Account, rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+        if "not_finite" in account.rejected():
+            raise CannotRemake("rows that the model lost are not in it, and batches depend on them")
+        captions = [
+            Caption(id=row["source_id"], ordinal=0, text=row["caption"])
+            for row in rows.select(["source_id", "caption"]).to_pylist()
+        ]
+        unit = Unit(**{name: getattr(account, name) for name in _UNIT_FIELDS}, name=account.unit)
+        stage = DrawAndJudge(
+            model=model,
+            sampler=sampler,
+            drawing=settings.drawing,
+            judging=settings.judging,
+            device=Device(dtype=settings.device.dtype, threads=account.environment["threads"]),
+        )
+        w = float(account.source.rpartition("-w")[2])
+        finished = stage(PromptRows(unit=unit, w=w, captions=captions, rejections=[]))
+        return pack(finished, schema), finished.environment
+
+    return make
 
 
 def source_name(source: str, w: float) -> str:

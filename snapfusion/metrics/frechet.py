@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from snapfusion.metrics.moments import Moments
 
@@ -23,15 +22,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     if a.dimension != b.dimension:
         raise ValueError(f"features of {a.dimension} and of {b.dimension} numbers have no distance")
     covariance_a, covariance_b = a.covariance(), b.covariance()
-    product = _root(covariance_a) @ _root(covariance_b)
+    product = a.covariance_root @ b.covariance_root
     overlap = torch.linalg.svdvals(product).sum()
     spread = covariance_a.trace() + covariance_b.trace() - 2.0 * overlap
     return max(0.0, float((a.mean - b.mean).square().sum() + spread))
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """The symmetric square root [D,D] of a covariance; what is zero up to rounding counts as zero."""
-    values, vectors = torch.linalg.eigh(covariance)
-    rounding = float(values.max()) * len(values) * torch.finfo(values.dtype).eps
-    roots = torch.where(values > rounding, values, 0.0).sqrt()
-    return (vectors * roots) @ vectors.T

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -90,6 +91,17 @@ class Moments:
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors, there are {self.count}")
         return self.scatter / (self.count - 1)
+
+    @cached_property
+    def covariance_root(self) -> Tensor:
+        """The symmetric square root of the covariance, [D,D] float64; what is zero up to rounding is zero.
+
+        Kept once computed: a reference is compared with many sets.
+        """
+        values, vectors = torch.linalg.eigh(self.covariance())
+        rounding = float(values.max()) * len(values) * torch.finfo(values.dtype).eps
+        roots = torch.where(values > rounding, values, 0.0).sqrt()
+        return (vectors * roots) @ vectors.T
 
     def shortfall(self) -> str | None:
         """In words, that N vectors of D numbers do not span their space, or None where they can.

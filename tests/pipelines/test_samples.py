@@ -9,7 +9,10 @@ import pytest
 import torch
 from in_process import in_process
 from PIL import Image
+from safetensors.torch import save_file
 
+from pipelines import references
+from pipelines import samples as samples_of_models
 from pipelines.pairs import TableError
 from pipelines.references import References, describe_references, moments_of
 from pipelines.rejection import Rejected
@@ -20,7 +23,9 @@ from pipelines.sources.captions import Caption
 from pipelines.stages.judge import FeatureSettings, Judging, ScorerSettings
 from pipelines.stages.sample import DrawAndJudge, Drawing, Sampler
 from pipelines.tables import accounts
+from pipelines.verification import verify_table
 from snapfusion.metrics.clip import load_scorer
+from snapfusion.metrics.inception import Inception
 from snapfusion.metrics.moments import Moments
 from snapfusion.mini.oracle import load_oracle
 from snapfusion.mini.scenes import HELD_OUT, caption_of, image_batch, parse_caption, scene_of
@@ -183,3 +188,31 @@ def test_judges_without_their_files_are_refused(tmp_path):
         ScorerSettings(network="ViT-g-14")
     with pytest.raises(ValueError, match="there is no file"):
         Judging(features=FeatureSettings(network="inception", weights="nowhere")).describe_features()
+
+
+def test_sound_tables_are_made_again_bit_for_bit(samples, tmp_path):
+    remake = samples_of_models.remake(samples, settings=SETTINGS, model="mini")
+    found = verify_table(samples, remake=remake, units=2, seed=0)
+    assert (found.faults, found.remade, found.exact) == ((), 2, 2)
+    settings = References(count=6, rows_per_unit=4)
+    table = describe(tmp_path / "references", settings)
+    remake = references.remake(table, settings=settings, judging=Judging())
+    found = verify_table(table, remake=remake, units=2, seed=0)
+    assert (found.faults, found.remade, found.exact) == ((), 2, 2)
+    with pytest.raises(TableError, match="made otherwise"):
+        samples_of_models.remake(samples, settings=SETTINGS.with_values(["drawing.seed=1"]), model="mini")
+
+
+def test_inceptions_features_are_named_by_weights_and_kernel(tmp_path):
+    torch.manual_seed(0)
+    save_file(Inception().network.state_dict(), tmp_path / "inception.safetensors")
+    features = FeatureSettings(network="inception", weights=str(tmp_path / "inception.safetensors"))
+    judging = Judging(features=features)
+    table = describe(tmp_path / "references", References(count=2), judging)
+    assert table.identity["features"]["resize"] == "bicubic"
+    moments = moments_of(table)
+    assert moments.dimension == 2048
+    assert "at least 2049 are needed" in moments.shortfall()
+    bilinear = Judging(features=features.model_copy(update={"resize": "bilinear"}))
+    with pytest.raises(TableError, match='features.resize is "bicubic" there'):
+        describe(tmp_path / "references", References(count=2), bilinear)
