@@ -173,7 +173,7 @@ def evaluate(settings: Evaluation, *, model: str, out: str, start: Start, run: R
     return {
         "protocol": _protocol(settings, captions, ids=ids, reference=reference, references=references),
         "tables": {name: table.lineage() for name, table in tables.items()},
-        **_readings(settings, curves),
+        **_readings(settings, curves, tables),
     }
 
 
@@ -262,7 +262,9 @@ def _protocol(
     }
 
 
-def _readings(settings: Evaluation, curves: Mapping[str, Curve]) -> dict[str, Any]:
+def _readings(
+    settings: Evaluation, curves: Mapping[str, Curve], tables: Mapping[str, Snapshot]
+) -> dict[str, Any]:
     baseline = curves[settings.baseline]
     others = {name: curve for name, curve in curves.items() if name != settings.baseline}
     return {
@@ -272,7 +274,9 @@ def _readings(settings: Evaluation, curves: Mapping[str, Curve]) -> dict[str, An
                 "points": [
                     {
                         "w": w,
-                        "evaluations": contender.sampler.evaluations(w),
+                        "evaluations": contender.sampler.evaluations(
+                            w, told=tables[contender.name].identity["told_w"]
+                        ),
                         **figures(curves[contender.name], w),
                     }
                     for w in settings.guidance

@@ -28,7 +28,9 @@ from pipelines.stages.write import WriteUnit, pack
 from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
 from pipelines.units import PromptRows, Unit
 from pipelines.verification import CannotRemake, Remake
+from snapfusion.models.bundle import Bundle
 from snapfusion.models.load import load
+from snapfusion.models.told import is_told
 from snapfusion.settings import Settings, differences, digest
 
 
@@ -57,11 +59,12 @@ class Samples(Settings):
 _UNIT_FIELDS = ("source", "start", "stop", "final", "source_digest")
 
 
-def identity_of(settings: Samples, *, sampler: Sampler, model: dict[str, Any]) -> dict[str, Any]:
+def identity_of(settings: Samples, *, sampler: Sampler, bundle: Bundle) -> dict[str, Any]:
     """Everything that determines the rows of SAMPLES, captions and guidance apart (each unit has its own)."""
     return {
         "kind": "samples",
-        "model": model,
+        "model": bundle.describe(),
+        "told_w": is_told(bundle.unet),
         "sampler": sampler.to_values(),
         "drawing": settings.drawing.to_values(),
         "features": settings.judging.describe_features(),
@@ -107,7 +110,7 @@ def draw_samples(
     schema = samples_schema(
         features=settings.judging.feature_count, attributes=settings.judging.attribute_count
     )
-    identity = identity_of(settings, sampler=sampler, model=load(model).describe())
+    identity = identity_of(settings, sampler=sampler, bundle=load(model))
     table = create_table(url, schema=schema, identity=identity)
     recover(url, origin=origin)
     known = accounts(url).values()
@@ -168,7 +171,7 @@ def remake(table: Snapshot, *, settings: Samples, model: str) -> Remake:
         TableError: if the table was made by another model, other judges or other settings.
     """
     sampler = Sampler.parse(table.identity["sampler"])
-    wanted = identity_of(settings, sampler=sampler, model=load(model).describe())
+    wanted = identity_of(settings, sampler=sampler, bundle=load(model))
     told = {name: table.identity[name] for name in wanted}
     if differing := list(differences(told, wanted)):
         raise TableError(f"{table.url} was made otherwise: {'; '.join(differing[:3])}")

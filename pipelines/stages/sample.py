@@ -27,15 +27,15 @@ class Sampler(Settings):
 
     Attributes:
         solver: one of `snapfusion.solvers.SOLVERS`.
-        steps: of the trailing grid; the network is asked once a step, with guidance twice.
+        steps: of the trailing grid; the network is asked once a step, with guidance twice unless told w.
     """
 
     solver: Solver = "ddim"
     steps: int = Field(50, ge=1, le=1000)
 
-    def evaluations(self, w: float) -> int:
-        """How often the UNet is evaluated for one picture at guidance `w`."""
-        return self.steps * (1 if w == 1.0 else 2)
+    def evaluations(self, w: float, *, told: bool = False) -> int:
+        """How often the UNet is evaluated for one picture at guidance `w`; once a step if it is told w."""
+        return self.steps * (1 if told or w == 1.0 else 2)
 
 
 class Drawing(Settings):

@@ -17,6 +17,9 @@ from pipelines.sources.captions import CaptionSettings
 from pipelines.stages.sample import DrawAndJudge, Drawing, Sampler
 from pipelines.tables import open_table
 from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
+from snapfusion.models.load import load
+from snapfusion.models.save import save
+from snapfusion.models.told import told
 from snapfusion.settings import SettingsError
 
 SETTINGS = Evaluation(
@@ -144,6 +147,18 @@ def test_captions_come_from_a_list_too(tmp_path):
         "listed": 8,
         "compared": 8,
     }
+
+
+def test_a_student_that_is_told_the_guidance_is_asked_once_a_step(tmp_path):
+    bundle = load("mini")
+    bundle.unet = told(bundle.unet)
+    save(bundle, tmp_path / "student")
+    student = Contender(name="told", model=str(tmp_path / "student"), sampler=Sampler(steps=2))
+    settings = SETTINGS.model_copy(
+        update={"contenders": (student,), "baseline": "told", "gaps": (), "guidance": (1.0, 2.0)}
+    )
+    results, _ = run(settings, tmp_path / "evaluation")
+    assert [point["evaluations"] for point in results["curves"]["told"]["points"]] == [2, 2]
 
 
 def test_settings_that_contradict_themselves_are_refused():

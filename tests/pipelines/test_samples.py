@@ -214,5 +214,5 @@ def test_inceptions_features_are_named_by_weights_and_kernel(tmp_path):
     assert moments.dimension == 2048
     assert "at least 2049 are needed" in moments.shortfall()
     bilinear = Judging(features=features.model_copy(update={"resize": "bilinear"}))
-    with pytest.raises(TableError, match='features.resize is "bicubic" there'):
+    with pytest.raises(TableError, match=r'features\.resize is "bicubic" there'):
         describe(tmp_path / "references", References(count=2), bilinear)
