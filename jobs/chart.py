@@ -11,12 +11,12 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
 _WIDTH_INCHES, _HEIGHT_INCHES = 5.2, 3.0
 # Drawn in colours that nothing else has, then handed to the page's style sheet, which knows light from dark.
 _ROLES = {"#010101": "var(--ink)", "#020202": "var(--muted)", "#030303": "var(--rule)"}
-_SERIES = {"#040404": "var(--series-1)", "#050505": "var(--series-2)", "#060606": "var(--series-3)"}
+_SERIES = {f"#0{n}0{n}0{n}": f"var(--series-{n - 3})" for n in range(4, 10)}
 _INK, _MUTED, _RULE = _ROLES
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's own letters
@@ -49,13 +49,14 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Up to three lines on common axes.
+    """Up to six lines on common axes.
 
     Attributes:
         title: said above the picture.
         x_label: with its unit.
         y_label: with its unit.
         series: at least one; each named at its end if there are several.
+        log_x: whether x is drawn by its logarithm, and marked at its values.
         log_y: whether y is drawn by its logarithm.
         limit: a level to be reached, drawn as a dashed line; None for none.
     """
@@ -64,6 +65,7 @@ class Chart:
     x_label: str
     y_label: str
     series: tuple[Series, ...]
+    log_x: bool = False
     log_y: bool = False
     limit: float | None = None
 
@@ -72,7 +74,7 @@ def chart_svg(chart: Chart) -> str:
     """The chart as an `<svg>` element that takes its colours from the page.
 
     Raises:
-        ValueError: if there are no series, more than three, or one whose x and y differ in length.
+        ValueError: if there are no series, more than six, or one whose x and y differ in length.
     """
     _check(chart)
     with mpl.rc_context({**_STYLE, "svg.hashsalt": chart.title}):
@@ -128,7 +130,12 @@ def _draw(axes: Axes, chart: Chart) -> None:
         axes.set_yscale("log")
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if chart.log_x:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(sorted({x for series in chart.series for x in series.x})))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(axis="y")
     axes.tick_params(which="minor", length=0)

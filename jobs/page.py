@@ -1,4 +1,4 @@
-"""The pages of the reports: one static HTML file each, its pictures inside, which asks nothing of the network.
+"""The pages of the reports: one static HTML file each, its pictures inside, asking nothing of the network.
 
 Captions, file names and reasons come from other people's data. Whatever a page shows of them is stripped of
 control characters, shortened, and escaped by the template.

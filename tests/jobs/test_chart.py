@@ -51,11 +51,23 @@ def test_labels_are_text_and_not_markup():
     assert {"<script>", "$x_1$"} <= set(texts)
 
 
+def test_six_lines_have_six_colors_of_the_page():
+    lines = tuple(Series(name=str(number), x=[1, 2], y=[number, 1]) for number in range(6))
+    svg = chart_svg(chart(series=lines))
+    assert all(f"var(--series-{number})" in svg for number in range(1, 7))
+
+
+def test_a_logarithmic_x_is_marked_at_its_values():
+    line = Series(name="DDIM", x=[2, 4, 50], y=[3, 2, 1])
+    svg = ElementTree.fromstring(chart_svg(chart(series=(line,), log_x=True)))
+    assert {"2", "4", "50"} <= {node.text for node in svg.iter("text")}
+
+
 @pytest.mark.parametrize(
     ("series", "reason"),
     [
         ((), "0 series"),
-        ((Series(name="a", x=[1], y=[1]),) * 4, "4 series"),
+        ((Series(name="a", x=[1], y=[1]),) * 7, "7 series"),
         ((Series(name="a", x=[1, 2], y=[1]),), "2 x and 1 y"),
         ((Series(name="a", x=[], y=[]),), "0 x and 0 y"),
     ],
