@@ -55,10 +55,26 @@ def mean(values: Sequence[float] | np.ndarray) -> Interval:
     return Interval(middle, middle - half, middle + half)
 
 
+def _students(freedom: int) -> float:
+    """Student's 97.5 % point, by Cornish and Fisher's series (Abramowitz and Stegun 1964, 26.7.5).
+
+    Within 2 % from 3 degrees of freedom on, 0.1 % from 7.
+    """
+    z = _Z
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
 def jackknife(groups: Sequence[_Group], estimate: Callable[[Sequence[_Group]], float]) -> Interval:
     """`estimate` of all groups; its interval by leaving out one at a time (Efron and Tibshirani 1993).
 
-    For figures that are no mean, such as a Fréchet distance, which a bootstrap would bias upward.
+    For figures that are no mean, such as a Fréchet distance, which a bootstrap would bias upward. The ends
+    are Student's, with one degree of freedom less than there are groups.
 
     Args:
         groups: independent parts of the samples, of equal size.
@@ -72,5 +88,6 @@ def jackknife(groups: Sequence[_Group], estimate: Callable[[Sequence[_Group]], f
         raise ValueError(f"{count} groups have no interval; at least 2 are needed")
     whole = estimate(groups)
     left_out = np.array([estimate([*groups[:i], *groups[i + 1 :]]) for i in range(count)])
-    half = _Z * math.sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum()))
+    error = math.sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum()))
+    half = _students(count - 1) * error
     return Interval(whole, whole - half, whole + half)
