@@ -58,6 +58,7 @@ def save(
         beta_end=bundle.schedule.beta_end,
         prediction_type=bundle.prediction_type,
         timestep_spacing="trailing",
+        steps_offset=1,  # no part of trailing spacing, but diffusers warns of any other value
         set_alpha_to_one=True,
         clip_sample=False,
     )
