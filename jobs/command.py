@@ -20,6 +20,7 @@ VERBS = (
     "compute_targets",
     "finetune_vpred",
     "distill_steps",
+    "distill_plan",
     "distill_decoder",
     "compile_mobile",
     "evaluate",

@@ -76,6 +76,24 @@ class Verification(Settings):
     seed: int = Field(0, ge=0)
 
 
+class PlanStage(Settings):
+    """One stage of step distillation; all else is as `Recipe.distill` says.
+
+    Attributes:
+        name: of the student's folder in the run.
+        teacher: its source, or "run:" and a place in the run.
+        student: the source of its first weights, likewise.
+        student_steps: N_S, the steps that the student takes.
+        k: the teacher's steps for one of the student's.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    teacher: str
+    student: str
+    student_steps: int = Field(ge=1)
+    k: int = Field(2, ge=1)
+
+
 class Recipe(Settings):
     """A whole run.
 
@@ -89,6 +107,7 @@ class Recipe(Settings):
         targets: how TARGETS are made.
         vpred: how a model that predicts eps becomes one that predicts v.
         distill: how a student of fewer steps is distilled.
+        plan: the students that `jobs.distill_plan` makes, in this order.
         decoder: how the half-width decoder is distilled.
         mobile: how it is compiled.
         evaluation: which models and samplers are compared, and by what.
@@ -107,6 +126,7 @@ class Recipe(Settings):
     targets: Targets = Targets()
     vpred: VpredSettings = VpredSettings()
     distill: DistillSettings = DistillSettings()
+    plan: tuple[PlanStage, ...] = ()
     decoder: DecoderSettings = DecoderSettings()
     mobile: MobileSettings = MobileSettings()
     evaluation: Evaluation = Evaluation()
@@ -142,6 +162,16 @@ def mini() -> Recipe:
         distill=DistillSettings(
             steps=StepsSettings(
                 student_steps=8, k=2, cfg_probability=0.3, cfg_range=CfgRange(low=1.0, high=6.0)
+            ),
+        ),
+        # Half the steps at a time, from the bundled model that predicts v.
+        plan=(
+            PlanStage(name="student-8", teacher="mini-v", student="mini-v", student_steps=8),
+            PlanStage(
+                name="student-4",
+                teacher="run:student-8/model",
+                student="run:student-8/model",
+                student_steps=4,
             ),
         ),
         # 1.00 on the 512 pictures of the demo (metrics.json, "oracle").
@@ -225,6 +255,22 @@ def sd15() -> Recipe:
             evaluation_rows=2_048,
             gradient_checkpointing=True,
             trainer=TrainerSettings(num_workers=64, use_gpu=True, micro_batch=8, checkpoint_every=500),
+        ),
+        # Sec. 4.1. The efficient UNet does not exist here yet: `small-16` begins as SD-v1.5's own, and is
+        # taught by it ("the same strategy", no more is said). The last teacher is App. D's best.
+        plan=(
+            PlanStage(
+                name="teacher-16", teacher="run:vpred/model", student="run:vpred/model", student_steps=16
+            ),
+            PlanStage(
+                name="small-16", teacher="run:vpred/model", student="run:vpred/model", student_steps=16
+            ),
+            PlanStage(
+                name="student-8",
+                teacher="run:teacher-16/model",
+                student="run:small-16/model",
+                student_steps=8,
+            ),
         ),
         decoder=DecoderSettings(
             # The paper gives neither steps nor batch for the decoder: these are ours, untried at this size.
