@@ -1,7 +1,7 @@
 """Train the miniature from its seed: python -m jobs.train_mini --out DIR [--set key=value] [--dry-run].
 
 DIR/checkpoints holds a checkpoint of each stage, from which the same command goes on; DIR/weights is what
-`snapfusion/mini/weights` bundles.
+`snapfusion/mini/weights` bundles; DIR/report.html shows the curves of the training, and pictures.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from jobs.exits import guarded, leave
+from jobs.mini_page import write_page
 from jobs.progress import duration
 from snapfusion.mini.training.recipe import train
 from snapfusion.mini.training.settings import MiniTraining
@@ -44,12 +45,22 @@ class _ProgressLines:
             self.printed = now
 
 
+def _check_device(name: str) -> None:
+    """`ValueError` unless torch can put a tensor there."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: {name!r} cannot be used ({reason}); cpu is always there") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     about = (__doc__ or "").split("\n\n")[0]
     parser = argparse.ArgumentParser(prog="python -m jobs.train_mini", description=about)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints/ and weights/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--dry-run", action="store_true", help="print the settings, and do nothing")
     options = parser.parse_args(argv)
 
@@ -58,9 +69,12 @@ def main(argv: list[str] | None = None) -> int:
         print(settings.to_json())
         if options.dry_run:
             return
+        _check_device(options.device)
         torch.set_num_threads(1)
-        train(settings, folder=options.out, on_progress=_ProgressLines())
-        print(f"train_mini: weights in {options.out / 'weights'}")
+        train(settings, folder=options.out, device=options.device, on_progress=_ProgressLines())
+        weights = options.out / "weights"
+        page = write_page(weights, options.out / "report.html", figures={})
+        print(f"train_mini: weights in {weights}, their curves and pictures in {page}")
 
     return guarded("train_mini", work)
 

@@ -1,69 +1,119 @@
-"""The figures of a miniature, on scenes that no training saw."""
+"""The figures of a miniature, on scenes that no training saw, with 95 % intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial, reduce
 from pathlib import Path
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from snapfusion.losses import velocity_loss
+from snapfusion.metrics import intervals
 from snapfusion.metrics.clip import ClipScorer, load_scorer
+from snapfusion.metrics.frechet import frechet_distance
+from snapfusion.metrics.intervals import Interval
+from snapfusion.metrics.moments import Moments
 from snapfusion.mini.oracle import Oracle, load_oracle
-from snapfusion.mini.scenes import ATTRIBUTES, HELD_OUT, Scene, caption_of, change_one, image_batch, scene_of
+from snapfusion.mini.scenes import (
+    ATTRIBUTES,
+    HELD_OUT,
+    NUM_CAPTIONS,
+    Scene,
+    caption_of,
+    change_one,
+    image_batch,
+    scene_of,
+)
 from snapfusion.mini.weights import WEIGHTS
+from snapfusion.models.blocks import Block, blocks_of, without
 from snapfusion.models.bundle import Bundle, to_uint8
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key, uniform
-from snapfusion.sampling import sample, time_grid
+from snapfusion.sampling import time_grid
 from snapfusion.settings import Settings
+from snapfusion.solvers import Solver, solve
 
 _BATCH = 100
-"""Pictures at a time; also how many captions the scorer has to tell apart."""
+"""Pictures at a time; how many captions the scorer tells apart; and what an interval of a Frechet distance
+leaves out at once."""
+
+_OTHER_DRAWINGS = 10_000 * NUM_CAPTIONS
+"""So far from a held-out index lies another drawing of the same caption."""
+
+Figures = dict[str, Interval]
+Gather = Callable[[str, Figures], None]
+"""Told of a part's name and figures as they are ready."""
 
 
 class MiniMeasurement(Settings):
     """What is measured."""
 
     seed: int = Field(default=0, ge=0, description="of the noise that pictures are generated from")
-    scenes: int = Field(default=1000, ge=_BATCH, multiple_of=_BATCH, description="held-out scenes")
-    generated: int = Field(default=300, ge=1, description="pictures that the teacher makes at each guidance")
-    steps: int = Field(default=50, gt=0, le=1000, description="DDIM steps of the teacher")
-    guidance: tuple[float, ...] = (1.0, 2.0, 3.0)
+    scenes: int = Field(default=2000, ge=2 * _BATCH, multiple_of=_BATCH, description="held-out scenes")
+    models: tuple[str, ...] = Field(default=("sd", "sd-v"), description="folders of models that draw them")
+    solvers: tuple[Solver, ...] = Field(default=("ddim",), min_length=1)
+    steps: tuple[int, ...] = Field(default=(50,), min_length=1, description="network evaluations of a solver")
+    guidance: tuple[float, ...] = Field(default=(1.0, 2.0, 3.0), min_length=1)
 
 
-Figures = dict[str, float]
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """What pictures are judged by.
+
+    Attributes:
+        scorer: gives the CLIP score.
+        oracle: reads attributes; its features are those of the Frechet distance.
+        count: of held-out scenes.
+    """
+
+    scorer: ClipScorer
+    oracle: Oracle
+    count: int
+
+    @cached_property
+    def reference(self) -> tuple[Moments, ...]:
+        """The oracle's features of the held-out scenes' own pictures, a hundred at a time."""
+        return tuple(self.moments(image_batch(indexes)) for indexes in held_out(self.count))
+
+    @torch.inference_mode()
+    def moments(self, images: Tensor) -> Moments:
+        """Of the oracle's features of uint8 [B,3,32,32]."""
+        return Moments.of(self.oracle.features(images))
+
+    def distance(self, groups: Sequence[Moments]) -> Interval:
+        """Frechet distance to `reference`, to whose groups `groups` correspond by their captions."""
+        pairs = list(zip(groups, self.reference, strict=True))
+        return intervals.jackknife(pairs, _distance)
 
 
 def measure(
-    settings: MiniMeasurement,
-    *,
-    folder: Path = WEIGHTS,
-    on_figures: Callable[[str, Figures], None] | None = None,
-) -> dict[str, Figures]:
-    """All figures of the weights in `folder`, by part; `on_figures` is told of each part as it is ready."""
-    teacher, scorer, oracle = (
-        load(str(folder / "sd")),
-        load_scorer(folder / "scorer"),
-        load_oracle(folder / "oracle"),
+    settings: MiniMeasurement, *, folder: Path = WEIGHTS, gather: Gather, known: Collection[str] = ()
+) -> None:
+    """Every figure of the weights in `folder`, part by part, but for the parts whose names are `known`."""
+    judges = Judges(
+        scorer=load_scorer(folder / "scorer"), oracle=load_oracle(folder / "oracle"), count=settings.scenes
     )
+    vae = load(str(folder / "sd"))
     parts: dict[str, Callable[[], Figures]] = {
-        "vae": lambda: measure_vae(teacher, count=settings.scenes),
-        "scorer": lambda: measure_scorer(scorer, count=settings.scenes),
-        "oracle": lambda: measure_oracle(oracle, count=settings.scenes),
+        "vae": lambda: measure_vae(vae, count=settings.scenes),
+        "scorer": lambda: measure_scorer(judges.scorer, count=settings.scenes),
+        "oracle": lambda: measure_oracle(judges.oracle, count=settings.scenes),
+        "floor": lambda: measure_floor(vae, judges=judges),
     }
-    for w in settings.guidance:
-        parts[f"teacher w={w:g}"] = partial(
-            measure_teacher, teacher, scorer=scorer, oracle=oracle, w=w, settings=settings
-        )
-    figures: dict[str, Figures] = {}
+    for name in settings.models:
+        model = load(str(folder / name))
+        parts[f"{name} blocks"] = partial(measure_blocks, model, count=settings.scenes, seed=settings.seed)
+        for drawing in drawings(settings):
+            parts[f"{name} {drawing}"] = partial(
+                measure_drawing, model, drawing, judges=judges, seed=settings.seed
+            )
     for name, part in parts.items():
-        figures[name] = part()
-        if on_figures is not None:
-            on_figures(name, figures[name])
-    return figures
+        if name not in known:
+            gather(name, part())
 
 
 @torch.inference_mode()
@@ -72,8 +122,8 @@ def measure_vae(teacher: Bundle, *, count: int) -> Figures:
     psnrs = []
     for indexes in held_out(count):
         images = image_batch(indexes)
-        psnrs.append(psnr(to_uint8(teacher.decode(teacher.encode_images(images))), images))
-    return {"psnr_db": float(torch.cat(psnrs).mean()), "n": count}
+        psnrs.append(psnr(_through(teacher, images), images))
+    return {"psnr_db": intervals.mean(torch.cat(psnrs).numpy())}
 
 
 def measure_scorer(scorer: ClipScorer, *, count: int) -> Figures:
@@ -95,13 +145,12 @@ def measure_scorer(scorer: ClipScorer, *, count: int) -> Figures:
         preferred.append(own > (images * altered).sum(dim=1))
         matched.append(own)
         mismatched.append(cosines.roll(1, dims=1).diagonal())
-    named = {
-        "recall_at_1": recalled,
-        "one_attribute": preferred,
-        "matched": matched,
-        "mismatched": mismatched,
+    return {
+        "recall_at_1": _share(torch.cat(recalled)),
+        "one_attribute": _share(torch.cat(preferred)),
+        "matched": intervals.mean(torch.cat(matched).numpy()),
+        "mismatched": intervals.mean(torch.cat(mismatched).numpy()),
     }
-    return {name: float(torch.cat(values).float().mean()) for name, values in named.items()} | {"n": count}
 
 
 def measure_oracle(oracle: Oracle, *, count: int) -> Figures:
@@ -109,34 +158,129 @@ def measure_oracle(oracle: Oracle, *, count: int) -> Figures:
     right = [
         oracle.score(image_batch(indexes), [scene_of(i) for i in indexes]) for indexes in held_out(count)
     ]
-    return _shares(torch.cat(right)) | {"n": count}
+    return _shares(torch.cat(right))
 
 
-def measure_teacher(
-    teacher: Bundle, *, scorer: ClipScorer, oracle: Oracle, w: float, settings: MiniMeasurement
-) -> Figures:
-    """What the oracle and the scorer say of pictures generated from held-out scenes' captions."""
-    right, clip = [], []
-    for indexes in held_out(settings.generated):
-        scenes = [scene_of(index) for index in indexes]
-        images = generate(teacher, indexes, w=w, settings=settings)
-        right.append(oracle.score(images, scenes))
-        clip.append(scorer.score(images, [caption_of(scene) for scene in scenes]))
-    return _shares(torch.cat(right)) | {"clip": float(torch.cat(clip).mean()), "n": settings.generated}
+def measure_floor(teacher: Bundle, *, judges: Judges) -> Figures:
+    """The Frechet distance of other real pictures of the same captions, as they are and through the VAE."""
+    real, decoded = [], []
+    for indexes in held_out(judges.count):
+        images = image_batch([index + _OTHER_DRAWINGS for index in indexes])
+        real.append(judges.moments(images))
+        decoded.append(judges.moments(_through(teacher, images)))
+    return {"fid_real": judges.distance(real), "fid_vae": judges.distance(decoded)}
+
+
+def measure_blocks(model: Bundle, *, count: int, seed: int) -> Figures:
+    """What blocks are worth, by the rows of SnapFusion Table 3: the error without over that with them.
+
+    The error is that of the velocity (SnapFusion Eq. 6) at ten times spread over the schedule, each taken by
+    a tenth of the scenes of a batch. 1 means that the blocks do nothing.
+    """
+    groups: dict[str, list[str]] = {}
+    deepest = len(model.unet.down_blocks) - 1
+    for block in blocks_of(model.unet):
+        groups.setdefault(f"{_row(block, deepest=deepest)} {block.kind}", []).append(block.name)
+    whole = _errors(model, (), count=count, seed=seed)
+    figures = {}
+    for group, names in groups.items():
+        pairs = list(zip(_errors(model, names, count=count, seed=seed), whole, strict=True))
+        figures[group] = intervals.jackknife(pairs, _ratio)
+    return figures
 
 
 @torch.inference_mode()
-def generate(teacher: Bundle, indexes: Sequence[int], *, w: float, settings: MiniMeasurement) -> Tensor:
-    """Pictures uint8 [B,3,32,32] of the captions at `indexes`, by DDIM on the trailing grid."""
-    keys = [noise_key("mini measurement", settings.seed, index) for index in indexes]
-    c = teacher.encode_text(teacher.tokenize([caption_of(scene_of(index)) for index in indexes]))
-    latents = sample(
-        teacher.denoiser(c, w=w),
-        gaussian_batch(keys, teacher.latent_shape),
-        grid=time_grid(settings.steps, schedule_steps=teacher.schedule.num_steps),
-        schedule=teacher.schedule,
+def _errors(model: Bundle, names: Sequence[str], *, count: int, seed: int) -> list[float]:
+    """Mean velocity loss of each batch of held-out scenes, without the blocks named."""
+    errors = []
+    for indexes in held_out(count):
+        keys = [noise_key("mini blocks", seed, index) for index in indexes]
+        x = model.encode_images(image_batch(indexes))
+        eps = gaussian_batch(keys, model.latent_shape)
+        t = (
+            torch.arange(len(indexes)) % 10 * (model.schedule.num_steps // 10)
+            + model.schedule.num_steps // 10
+            - 1
+        )
+        c = model.encode_text(model.tokenize([caption_of(scene_of(index)) for index in indexes]))
+        z_t = model.schedule.diffuse(x=x, eps=eps, t=t)
+        with without(model.unet, names):
+            estimate = model.denoiser(c)(z_t, t)
+        v_hat = model.schedule.velocity(x=estimate.x, eps=estimate.eps, t=t)
+        errors.append(float(velocity_loss(v_hat, x=x, eps=eps, t=t, schedule=model.schedule).mean()))
+    return errors
+
+
+def _row(block: Block, *, deepest: int) -> str:
+    """The stage in Table 3's words, whose "Mid" is all that works at the smallest size."""
+    side, number = [*block.stage.split("."), "0"][:2]
+    if block.depth == deepest:
+        return "Mid"
+    return f"Down-{int(number) + 1}" if side == "down_blocks" else f"Up-{int(number)}"
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    without_blocks, whole = zip(*pairs, strict=True)
+    return sum(without_blocks) / sum(whole)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How a model draws.
+
+    Attributes:
+        solver: of the sampling equation.
+        steps: N, network evaluations (pairs of them where guided).
+        w: guidance (SnapFusion Eq. 3).
+    """
+
+    solver: Solver
+    steps: int
+    w: float
+
+    def __str__(self) -> str:
+        return f"{self.solver} {self.steps} w={self.w:g}"
+
+
+def drawings(settings: MiniMeasurement) -> list[Drawing]:
+    """Every combination of solver, steps and guidance."""
+    return [
+        Drawing(solver=solver, steps=steps, w=w)
+        for solver in settings.solvers
+        for steps in settings.steps
+        for w in settings.guidance
+    ]
+
+
+def measure_drawing(model: Bundle, drawing: Drawing, *, judges: Judges, seed: int) -> Figures:
+    """What oracle, scorer and Frechet distance say of pictures drawn from held-out scenes' captions."""
+    right, clip, groups = [], [], []
+    for indexes in held_out(judges.count):
+        scenes = [scene_of(index) for index in indexes]
+        images = draw(model, indexes, drawing=drawing, seed=seed)
+        right.append(judges.oracle.score(images, scenes))
+        clip.append(judges.scorer.score(images, [caption_of(scene) for scene in scenes]))
+        groups.append(judges.moments(images))
+    return {
+        **_shares(torch.cat(right)),
+        "clip": intervals.mean(torch.cat(clip).numpy()),
+        "fid": judges.distance(groups),
+    }
+
+
+@torch.inference_mode()
+def draw(model: Bundle, indexes: Sequence[int], *, drawing: Drawing, seed: int) -> Tensor:
+    """Pictures uint8 [B,3,32,32] of the captions at `indexes`; the same noise for every model and way."""
+    keys = [noise_key("mini measurement", seed, index) for index in indexes]
+    c = model.encode_text(model.tokenize([caption_of(scene_of(index)) for index in indexes]))
+    latents = solve(
+        model.denoiser(c, w=drawing.w),
+        gaussian_batch(keys, model.latent_shape),
+        solver=drawing.solver,
+        grid=time_grid(drawing.steps, schedule_steps=model.schedule.num_steps),
+        schedule=model.schedule,
     )
-    return to_uint8(teacher.decode(latents))
+    return to_uint8(model.decode(latents))
 
 
 def held_out(count: int) -> Iterator[range]:
@@ -151,11 +295,27 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     return 10.0 * torch.log10(255.0**2 / error)
 
 
+def _through(teacher: Bundle, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return to_uint8(teacher.decode(teacher.encode_images(images)))
+
+
 def _altered(scenes: Sequence[Scene], indexes: Sequence[int]) -> list[Scene]:
     draws = [uniform(noise_key("altered caption", index), 1)[0] for index in indexes]
     return [change_one(scene, draw=draw) for scene, draw in zip(scenes, draws, strict=True)]
 
 
+def _distance(pairs: Sequence[tuple[Moments, Moments]]) -> float:
+    drawn, real = (reduce(Moments.merge, side) for side in zip(*pairs, strict=True))
+    return frechet_distance(drawn, real)
+
+
+def _share(right: Tensor) -> Interval:
+    return intervals.share(int(right.sum()), n=right.numel())
+
+
 def _shares(right: Tensor) -> Figures:
-    shares = dict(zip(ATTRIBUTES, right.float().mean(dim=0).tolist(), strict=True))
-    return {**shares, "mean": float(right.float().mean()), "all": float(right.all(dim=1).float().mean())}
+    """Of bool [B,5]: each attribute's share, the mean over attributes, and the share with all right."""
+    shares = {name: _share(right[:, column]) for column, name in enumerate(ATTRIBUTES)}
+    mean = intervals.mean(right.float().mean(dim=1).numpy())
+    return {**shares, "mean": mean, "all": _share(right.all(dim=1))}

@@ -25,8 +25,15 @@ def write_manifest(folder: Path, *, recipe: dict[str, Any], curves: dict[str, An
 
 
 def read_manifest(folder: Path = WEIGHTS) -> dict[str, Any]:
-    """What `write_manifest` wrote."""
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    """What `write_manifest` wrote.
+
+    Raises:
+        ValueError: if `folder` has no manifest.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"there is no miniature in {folder}: it has no {MANIFEST}; give a folder of weights")
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return manifest
 
 

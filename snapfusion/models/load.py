@@ -21,8 +21,9 @@ from snapfusion.models.bundle import Bundle
 from snapfusion.models.seal import check_seal
 from snapfusion.schedule import PREDICTION_TYPES, Schedule
 
-MINI = Path(__file__).parents[1] / "mini" / "weights" / "sd"
-"""The miniature that is bundled with this package."""
+_WEIGHTS = Path(__file__).parents[1] / "mini" / "weights"
+BUNDLED = {"mini": _WEIGHTS / "sd", "mini-v": _WEIGHTS / "sd-v"}
+"""The miniatures that are part of this package: one predicts eps, one v (SnapFusion Eq. 6)."""
 
 _NETWORKS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 # Without `accelerate` diffusers loads the plain way in any case; told so, it does not complain.
@@ -40,8 +41,8 @@ def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
     """A Bundle from `source`, its networks on `device` in `dtype`, in evaluation mode.
 
     Args:
-        source: "mini", a diffusers folder, a URL of one that fsspec can read, a hub id such as
-            "owner/name", or "random:sd15" (full size, random weights).
+        source: "mini" or "mini-v", a diffusers folder, a URL of one that fsspec can read, a hub id such
+            as "owner/name", or "random:sd15" (full size, random weights).
         device: a torch device.
         dtype: of the networks.
 
@@ -56,8 +57,8 @@ def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 
 
 def _locate(source: str) -> Path:
-    if source == "mini":
-        return MINI
+    if source in BUNDLED:
+        return BUNDLED[source]
     if "://" in source:
         return _fetch(source)
     folder = Path(source)

@@ -5,10 +5,12 @@ import torch
 
 from jobs import measure_mini, train_mini
 
-STAGES = ("autoencoder", "decoder", "text", "scorer", "oracle", "denoiser")
+STAGES = ("autoencoder", "decoder", "text", "scorer", "oracle", "denoiser", "velocity")
 TINY = [
     argument for name in STAGES for argument in ("--set", f"{name}.samples=12", "--set", f"{name}.batch=6")
 ] + ["--set", "scenes=12"]
+
+FEW = ["--set", "scenes=200", "--set", 'models=["sd-v"]', "--set", "steps=[1,2]", "--set", "guidance=[2.0]"]
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +28,49 @@ def test_a_short_run_ends_in_weights_that_can_be_measured(tmp_path, capsys):
     manifest = json.loads((weights / "manifest.json").read_text())
     assert manifest["recipe"]["scenes"] == 12
 
-    few = ["--set", "scenes=100", "--set", "generated=2", "--set", "steps=1", "--set", "guidance=[2.0]"]
-    assert measure_mini.main(["--weights", str(weights), *few]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    figures = {
-        name: part for line in lines if line.startswith('{"') for name, part in json.loads(line).items()
+    page = (tmp_path / "report.html").read_text()
+    assert "UNet, v, from the weights of the former" in page
+    assert page.count("<svg") == len(STAGES)
+    assert page.count("<img") == 32
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The bundled models, in a few pictures, and where their figures are."""
+    out = tmp_path_factory.mktemp("measured") / "figures.json"
+    assert measure_mini.main(["--out", str(out), *FEW]) == 0
+    return out
+
+
+def test_figures_are_kept_with_intervals_and_shown(measured):
+    told = json.loads(measured.read_text())
+    parts = {"vae", "scorer", "oracle", "floor", "sd-v blocks", "sd-v ddim 1 w=2", "sd-v ddim 2 w=2"}
+    assert set(told["figures"]) == parts
+    for part in parts:
+        for value, low, high in told["figures"][part].values():
+            assert low <= value <= high
+    drawn = told["figures"]["sd-v ddim 1 w=2"]
+    assert set(drawn) >= {"all", "clip", "fid", "shape"}
+    page = measured.with_suffix(".html").read_text()
+    assert "sd-v ddim 2 w=2" in page
+    assert "one_attribute" in page
+
+
+def test_a_second_measurement_adds_what_is_missing(measured, capsys):
+    before = json.loads(measured.read_text())["figures"]
+    assert measure_mini.main(["--out", str(measured), *FEW, "--set", 'solvers=["ddim","dpm++"]']) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith('{"')]
+    assert {part for line in printed for part in json.loads(line)} == {
+        "sd-v dpm++ 1 w=2",
+        "sd-v dpm++ 2 w=2",
     }
-    assert set(figures) == {"vae", "scorer", "oracle", "teacher w=2"}
-    assert figures["teacher w=2"]["n"] == 2
+    after = json.loads(measured.read_text())["figures"]
+    assert {part: after[part] for part in before} == before
+
+
+def test_figures_of_other_scenes_are_not_mixed_in(measured, capsys):
+    assert measure_mini.main(["--out", str(measured), *FEW, "--set", "seed=1"]) == 2
+    assert "give another file" in capsys.readouterr().err
 
 
 def test_dry_run_shows_the_settings_and_writes_nothing(tmp_path, capsys):
@@ -57,6 +94,14 @@ def test_wrong_settings_are_one_line_and_exit_code_2(tmp_path, capsys, assignmen
     assert said.count("\n") == 1
     assert words in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "nonsense"])
+def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(tmp_path, capsys, device):
+    assert train_mini.main(["--out", str(tmp_path / "run"), "--device", device]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"--device: '{device}' cannot be used" in said
 
 
 def test_no_weights_is_one_line_and_exit_code_2(tmp_path, capsys):

@@ -5,20 +5,26 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from snapfusion.metrics.clip import load_scorer
+from snapfusion.mini import models
 from snapfusion.mini.oracle import load_oracle
 from snapfusion.mini.scenes import HELD_OUT, NUM_CAPTIONS, image_batch, scene_of
 from snapfusion.mini.training.contrast import NEGATIVES, contrastive_loss, draw_captions
+from snapfusion.mini.training.denoiser import left_out
 from snapfusion.mini.training.recipe import Trainer, train
-from snapfusion.mini.training.settings import MiniTraining, StageSettings
+from snapfusion.mini.training.settings import DenoiserSettings, MiniTraining, StageSettings
 from snapfusion.mini.training.stage import learning_rate, step_generator, training_indexes
 from snapfusion.mini.weights import altered_files, read_manifest
+from snapfusion.models.load import load
 
-STAGES = ("autoencoder", "decoder", "text", "scorer", "oracle", "denoiser")
-TINY = MiniTraining(
-    checkpoint_every=2,
-    scenes=30,
-    **{name: StageSettings(samples=18, batch=6, lr=1e-3) for name in STAGES},
-)
+STAGES = ("autoencoder", "decoder", "text", "scorer", "oracle", "denoiser", "velocity")
+
+
+def shortened(stage, samples=18):
+    """The stage's default settings, for three steps of six."""
+    return MiniTraining.model_fields[stage].default.model_copy(update={"samples": samples, "batch": 6})
+
+
+TINY = MiniTraining(checkpoint_every=2, scenes=30, **{stage: shortened(stage) for stage in STAGES})
 
 
 class Killed(Exception):
@@ -42,11 +48,12 @@ def trained(tmp_path_factory):
 
 def test_all_stages_end_in_a_folder_that_diffusers_opens(trained):
     weights = trained / "weights"
-    pipeline = StableDiffusionPipeline.from_pretrained(weights / "sd", safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    images = pipeline("a small red ring", num_inference_steps=2, guidance_scale=2.0, output_type="np").images
-    assert images.shape == (1, 32, 32, 3)
-    assert pipeline.scheduler.config.prediction_type == "epsilon"
+    for name, kind in (("sd", "epsilon"), ("sd-v", "v_prediction")):
+        pipeline = StableDiffusionPipeline.from_pretrained(weights / name, safety_checker=None)
+        pipeline.set_progress_bar_config(disable=True)
+        told = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
+        assert pipeline("a small red ring", **told).images.shape == (1, 32, 32, 3)
+        assert pipeline.scheduler.config.prediction_type == kind
     assert load_scorer(weights / "scorer").score(image_batch([1]), ["a ring"]).shape == (1,)
     assert load_oracle(weights / "oracle").read(image_batch([1]))
 
@@ -72,17 +79,19 @@ def test_second_run_trains_nothing(trained):
     assert read_manifest(trained / "weights") == before
 
 
-@pytest.mark.parametrize("stage", ["oracle", "denoiser"])
+@pytest.mark.parametrize("stage", ["oracle", "denoiser", "velocity"])
 def test_killed_stage_ends_with_the_same_weights(trained, tmp_path, stage):
     """Killed after step 3 of 5, whose last checkpoint is of step 2, and started again."""
-    settings = TINY.model_copy(update={stage: StageSettings(samples=30, batch=6, lr=1e-3)})
+    settings = TINY.model_copy(update={stage: shortened(stage, samples=30)})
 
     def result(folder, on_progress=None):
         trainer = Trainer(settings=settings, folder=folder, on_progress=on_progress)
         if stage == "oracle":
             return trainer.oracle().state_dict()
         vae, text_encoder = trainer.autoencoder(), trainer.text_encoder()
-        return trainer.unet(vae=vae, text_encoder=text_encoder).state_dict()
+        encoded = trainer.encoded(vae=vae, text_encoder=text_encoder)
+        unet = trainer.denoiser(encoded)
+        return (trainer.velocity(unet, encoded) if stage == "velocity" else unet).state_dict()
 
     def kill(name, step, *_):
         if name == stage and step == 3:
@@ -91,7 +100,7 @@ def test_killed_stage_ends_with_the_same_weights(trained, tmp_path, stage):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     for folder in (killed, whole):
         folder.mkdir()
-        for name in ("autoencoder", "decoder", "text"):
+        for name in ("autoencoder", "decoder", "text", *(["denoiser"] if stage == "velocity" else [])):
             (folder / f"{name}.safetensors").symlink_to(trained / "checkpoints" / f"{name}.safetensors")
     with pytest.raises(Killed):
         result(killed, kill)
@@ -134,3 +143,30 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert max(rates) == rates[4]
     assert rates[-1] < 1e-3
     assert json.loads(settings.to_json())["batch"] == 10
+
+
+def test_captions_are_read_in_the_depth_first_then_anywhere():
+    """By the miniature's settings: the middle alone for the first steps, afterwards all but now and then."""
+    unet = models.unet()
+    settings = DenoiserSettings(samples=1000, batch=1, lr=1.0, deep_first=0.3, shallow_skip=0.4)
+
+    def depth(step):
+        generator = step_generator(seed=0, stage="denoiser", step=step)
+        names = left_out(unet, step=step, generator=generator, settings=settings)
+        assert all("attentions" in name for name in names)
+        assert not any(name.startswith("mid_block") for name in names)
+        return len({name.split(".")[1] for name in names if name.startswith("down")})
+
+    depths = [depth(step) for step in range(1000)]
+    assert set(depths[:300]) == {2}
+    later = [depths[300:].count(number) / 700 for number in range(3)]
+    assert later == pytest.approx([0.6, 0.2, 0.2], abs=0.06)
+
+
+def test_velocity_is_trained_on_from_the_denoisers_weights(trained):
+    """Three steps at a small learning rate leave it nearer to its parent than a fresh start would be."""
+    unets = [load(str(trained / "weights" / name)).unet.state_dict() for name in ("sd", "sd-v")]
+    fresh = models.unet().state_dict()
+    name = "mid_block.resnets.0.conv1.weight"
+    moved, elsewhere = ((unets[1][name] - other[name]).norm() for other in (unets[0], fresh))
+    assert 0 < moved < 0.2 * elsewhere

@@ -9,7 +9,7 @@ from torch import Tensor
 from snapfusion.mini.oracle import Oracle, attribute_loss, scene_labels
 from snapfusion.mini.scenes import image_batch, scene_of
 from snapfusion.mini.training.settings import StageSettings
-from snapfusion.mini.training.stage import step_generator, training_indexes
+from snapfusion.mini.training.stage import device_of, step_generator, training_indexes
 
 
 def oracle_loss(oracle: Oracle, *, seed: int, settings: StageSettings) -> Callable[[int], Tensor]:
@@ -19,6 +19,7 @@ def oracle_loss(oracle: Oracle, *, seed: int, settings: StageSettings) -> Callab
         generator = step_generator(seed=seed, stage="oracle", step=step)
         indexes = training_indexes(settings.batch, generator)
         labels = scene_labels([scene_of(index) for index in indexes])
-        return attribute_loss(oracle(image_batch(indexes)), labels)
+        device = device_of(oracle)
+        return attribute_loss(oracle(image_batch(indexes).to(device)), labels.to(device))
 
     return loss

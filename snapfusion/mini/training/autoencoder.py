@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from snapfusion.mini.scenes import image_batch, to_signed
 from snapfusion.mini.training.settings import StageSettings
-from snapfusion.mini.training.stage import step_generator, training_indexes
+from snapfusion.mini.training.stage import device_of, step_generator, training_indexes
 
 _SQUARED_WEIGHT = 2.0
 _KL_WEIGHT = 5e-3
@@ -28,7 +28,7 @@ def joint_loss(vae: AutoencoderKL, *, seed: int, settings: StageSettings) -> Cal
 
     def loss(step: int) -> Tensor:
         generator = step_generator(seed=seed, stage="autoencoder", step=step)
-        images = to_signed(image_batch(training_indexes(settings.batch, generator)))
+        images = to_signed(image_batch(training_indexes(settings.batch, generator)).to(device_of(vae)))
         posterior = vae.encode(images).latent_dist
         output = vae.decode(posterior.sample(generator)).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -42,7 +42,7 @@ def decoder_loss(vae: AutoencoderKL, *, seed: int, settings: StageSettings) -> C
 
     def loss(step: int) -> Tensor:
         generator = step_generator(seed=seed, stage="decoder", step=step)
-        images = to_signed(image_batch(training_indexes(settings.batch, generator)))
+        images = to_signed(image_batch(training_indexes(settings.batch, generator)).to(device_of(vae)))
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.sample(generator)
         return reconstruction_loss(vae.decode(latents).sample, images)

@@ -64,7 +64,7 @@ def contrastive_loss(*, images: Tensor, texts: Tensor, log_temperature: Tensor) 
     factor = log_temperature.clamp(max=_MAX_LOG_TEMPERATURE).exp()
     among_batch = factor * images @ true.T
     among_altered = factor * torch.einsum("bd,bnd->bn", images, altered)
-    labels = torch.arange(batch)
+    labels = torch.arange(batch, device=images.device)
     by_image = functional.cross_entropy(torch.cat([among_batch, among_altered], dim=1), labels)
     return (by_image + functional.cross_entropy(among_batch.T, labels)) / 2.0
 
@@ -78,13 +78,13 @@ def draw_captions(indexes: Sequence[int], generator: torch.Generator) -> list[st
 
 
 def contrast_batches(
-    *, tokenize: Tokenize, seed: int, stage: str, settings: StageSettings
+    *, tokenize: Tokenize, seed: int, stage: str, settings: StageSettings, device: torch.device
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """step -> (images uint8 [B,3,32,32], token ids int64 [(1 + NEGATIVES) B, L])."""
+    """step -> (images uint8 [B,3,32,32], token ids int64 [(1 + NEGATIVES) B, L]), on `device`."""
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         generator = step_generator(seed=seed, stage=stage, step=step)
         indexes = training_indexes(settings.batch, generator)
-        return image_batch(indexes), tokenize(draw_captions(indexes, generator))
+        return image_batch(indexes).to(device), tokenize(draw_captions(indexes, generator)).to(device)
 
     return batch

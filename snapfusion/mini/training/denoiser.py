@@ -1,4 +1,4 @@
-"""The UNet's stage: SD-v1.5's own objective, the error of the predicted noise, on latents computed once."""
+"""The UNets' stages, on latents computed once: the error of the predicted noise, then of the velocity."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from snapfusion.losses import velocity_loss
 from snapfusion.mini.scenes import NUM_CAPTIONS, image_batch, to_signed
-from snapfusion.mini.training.settings import MiniTraining
-from snapfusion.mini.training.stage import step_generator
-from snapfusion.schedule import Schedule
+from snapfusion.mini.training.settings import DenoiserSettings, MiniTraining
+from snapfusion.mini.training.stage import device_of, step_generator
+from snapfusion.models.blocks import blocks_of, without
+from snapfusion.schedule import PredictionType, Schedule
 
 _ENCODE_BATCH = 100
 
@@ -27,7 +29,10 @@ def latents_of(vae: AutoencoderKL, *, count: int, path: Path) -> Tensor:
         batches = [
             range(start, min(start + _ENCODE_BATCH, count)) for start in range(0, count, _ENCODE_BATCH)
         ]
-        means = [vae.encode(to_signed(image_batch(batch))).latent_dist.mean for batch in batches]
+        device = device_of(vae)
+        means = [
+            vae.encode(to_signed(image_batch(batch).to(device))).latent_dist.mean.cpu() for batch in batches
+        ]
         partial = path.with_suffix(".partial")
         save_file({"means": torch.cat(means).contiguous()}, partial)
         partial.replace(path)
@@ -50,24 +55,61 @@ class Encoded:
 
 
 def denoiser_loss(
-    unet: UNet2DConditionModel, encoded: Encoded, *, schedule: Schedule, settings: MiniTraining
+    unet: UNet2DConditionModel,
+    encoded: Encoded,
+    *,
+    schedule: Schedule,
+    stage: str,
+    prediction_type: PredictionType,
+    settings: MiniTraining,
 ) -> Callable[[int], Tensor]:
-    """Mean squared error of eps (Ho et al. 2020), with captions dropped so that guidance has its other half.
+    """Mean squared error of eps (Ho et al. 2020) or of v (SnapFusion Eq. 6), with some captions left out.
 
     The timesteps of a batch are spread evenly over the schedule, one in each of B equal parts: the same
     expectation as drawing each from all of it, with less noise.
+
+    Args:
+        unet: what is trained.
+        encoded: latents and conditions.
+        schedule: of alpha_t and sigma_t.
+        stage: "denoiser" or "velocity": whose settings and draws.
+        prediction_type: what the UNet's output means.
+        settings: of the whole training.
     """
-    batch = settings.denoiser.batch
+    own: DenoiserSettings = getattr(settings, stage)
+    batch = own.batch
 
     def loss(step: int) -> Tensor:
-        generator = step_generator(seed=settings.seed, stage="denoiser", step=step)
+        generator = step_generator(seed=settings.seed, stage=stage, step=step)
         rows = torch.randint(len(encoded.latents), (batch,), generator=generator)
         parts = torch.arange(batch) + torch.rand(batch, generator=generator)
         t = (parts * (schedule.num_steps / batch)).long().clamp(max=schedule.num_steps - 1)
-        eps = torch.randn((batch, *encoded.latents.shape[1:]), generator=generator)
+        x = encoded.latents[rows]
+        eps = torch.randn(x.shape, generator=generator)
         dropped = torch.rand(batch, generator=generator) < settings.caption_dropout
         c = torch.where(dropped.view(-1, 1, 1), encoded.null, encoded.conditions[rows % NUM_CAPTIONS])
-        z_t = schedule.diffuse(x=encoded.latents[rows], eps=eps, t=t)
-        return functional.mse_loss(unet(z_t, t, encoder_hidden_states=c).sample, eps)
+        x, eps, t, c = (tensor.to(device_of(unet)) for tensor in (x, eps, t, c))
+        z_t = schedule.diffuse(x=x, eps=eps, t=t)
+        with without(unet, left_out(unet, step=step, generator=generator, settings=own)):
+            output = unet(z_t, t, encoder_hidden_states=c).sample
+        if prediction_type == "v_prediction":
+            return velocity_loss(output, x=x, eps=eps, t=t, schedule=schedule).mean()
+        return functional.mse_loss(output, eps)
 
     return loss
+
+
+def left_out(
+    unet: UNet2DConditionModel, *, step: int, generator: torch.Generator, settings: DenoiserSettings
+) -> list[str]:
+    """The cross-attention blocks that a step goes without: those above a depth, which is 0 for none."""
+    attention = [block for block in blocks_of(unet) if block.kind == "attention"]
+    deepest = max(block.depth for block in attention)
+    draws = torch.rand(2, generator=generator).tolist()
+    if step < settings.deep_first * settings.steps:
+        depth = deepest
+    elif draws[0] < settings.shallow_skip:
+        depth = 1 + int(draws[1] * deepest)
+    else:
+        depth = 0
+    return [block.name for block in attention if block.depth < depth]

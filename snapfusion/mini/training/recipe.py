@@ -31,7 +31,7 @@ from snapfusion.models.save import save
 from snapfusion.models.seal import write_seal
 from snapfusion.models.tokenizer import token_ids
 from snapfusion.noise import noise_key
-from snapfusion.schedule import Schedule
+from snapfusion.schedule import PredictionType, Schedule
 from snapfusion.settings import digest
 
 Curve = list[tuple[int, float]]
@@ -46,12 +46,14 @@ class Trainer:
     Attributes:
         settings: the recipe.
         folder: of the checkpoints.
+        device: where the networks are trained.
         on_progress: told of every step.
         curves: the loss of each stage that has run so far.
     """
 
     settings: MiniTraining
     folder: Path
+    device: str = "cpu"
     on_progress: Progress | None = None
     curves: dict[str, Curve] = field(default_factory=dict, init=False)
     tokenizer: CLIPTokenizer = field(default_factory=mini_tokenizer, init=False)
@@ -59,7 +61,7 @@ class Trainer:
 
     def autoencoder(self) -> AutoencoderKL:
         """The VAE: both halves, then the decoder alone; scaling factor not yet set."""
-        vae = self._seeded("autoencoder", models.autoencoder)
+        vae = self._seeded("autoencoder", models.autoencoder).to(self.device)
         seed, settings = self.settings.seed, self.settings
         loss = joint_loss(vae, seed=seed, settings=settings.autoencoder)
         self._run("autoencoder", settings.autoencoder, module=vae, loss=loss)
@@ -70,9 +72,13 @@ class Trainer:
 
     def text_encoder(self) -> CLIPTextModel:
         """The conditioning text encoder; the tower it is trained against is thrown away."""
-        tower = self._seeded("text", lambda: TextTower(models.text_encoder(self.tokenizer)))
+        tower = self._seeded("text", lambda: TextTower(models.text_encoder(self.tokenizer))).to(self.device)
         batches = contrast_batches(
-            tokenize=self._tokenize, seed=self.settings.seed, stage="text", settings=self.settings.text
+            tokenize=self._tokenize,
+            seed=self.settings.seed,
+            stage="text",
+            settings=self.settings.text,
+            device=torch.device(self.device),
         )
 
         def loss(step: int) -> Tensor:
@@ -90,8 +96,13 @@ class Trainer:
         """The CLIP scorer, which shares nothing with the conditioning text encoder but the data."""
         config = models.scorer_config(len(self.tokenizer))
         scorer = self._seeded("scorer", lambda: build_scorer(config, tokenizer=self.tokenizer))
+        scorer.model.to(self.device)
         batches = contrast_batches(
-            tokenize=self._tokenize, seed=self.settings.seed, stage="scorer", settings=self.settings.scorer
+            tokenize=self._tokenize,
+            seed=self.settings.seed,
+            stage="scorer",
+            settings=self.settings.scorer,
+            device=torch.device(self.device),
         )
 
         def loss(step: int) -> Tensor:
@@ -107,13 +118,13 @@ class Trainer:
 
     def oracle(self) -> Oracle:
         """The attribute oracle."""
-        oracle = self._seeded("oracle", Oracle)
+        oracle = self._seeded("oracle", Oracle).to(self.device)
         loss = oracle_loss(oracle, seed=self.settings.seed, settings=self.settings.oracle)
         self._run("oracle", self.settings.oracle, module=oracle, loss=loss)
         return oracle
 
-    def unet(self, *, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> UNet2DConditionModel:
-        """The UNet's running average. Sets the VAE's scaling factor from the spread of its latents."""
+    def encoded(self, *, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> Encoded:
+        """What the UNets are trained on. Sets the VAE's scaling factor from the spread of its latents."""
         settings = self.settings
         means = latents_of(
             vae, count=settings.scenes, path=self.folder / f"latents-{settings.scenes}.safetensors"
@@ -122,21 +133,52 @@ class Trainer:
         vae.register_to_config(scaling_factor=scaling_factor)
         captions = [caption_of(scene_of(index)) for index in range(NUM_CAPTIONS)]
         with torch.inference_mode():
-            hidden = text_encoder(self._tokenize([*captions, ""])).last_hidden_state
+            hidden = text_encoder(self._tokenize([*captions, ""]).to(self.device)).last_hidden_state.cpu()
         # Cloned, because a tensor made in inference mode cannot take part in training.
-        encoded = Encoded(
+        return Encoded(
             latents=means.clone() * scaling_factor, conditions=hidden[:-1].clone(), null=hidden[-1].clone()
         )
-        unet = self._seeded("denoiser", models.unet)
+
+    def denoiser(self, encoded: Encoded) -> UNet2DConditionModel:
+        """The UNet that predicts eps: the running average of its training."""
+        unet = self._seeded("denoiser", models.unet).to(self.device)
+        return self._unet(unet, encoded, stage="denoiser", prediction_type="epsilon", parents={})
+
+    def velocity(self, denoiser: UNet2DConditionModel, encoded: Encoded) -> UNet2DConditionModel:
+        """The UNet that predicts v, trained on from the weights of `denoiser`. SnapFusion Eq. 6."""
+        unet = copy.deepcopy(denoiser).requires_grad_(requires_grad=True)
+        parents = {"denoiser": self.settings.denoiser.to_values()}
+        return self._unet(unet, encoded, stage="velocity", prediction_type="v_prediction", parents=parents)
+
+    def _unet(
+        self,
+        unet: UNet2DConditionModel,
+        encoded: Encoded,
+        *,
+        stage: str,
+        prediction_type: PredictionType,
+        parents: Mapping[str, object],
+    ) -> UNet2DConditionModel:
         average = copy.deepcopy(unet).requires_grad_(requires_grad=False)
-        loss = denoiser_loss(unet, encoded, schedule=self.schedule, settings=settings)
-        parents = {
+        settings = self.settings
+        loss = denoiser_loss(
+            unet,
+            encoded,
+            schedule=self.schedule,
+            stage=stage,
+            prediction_type=prediction_type,
+            settings=settings,
+        )
+        told = {
             "autoencoder": settings.autoencoder.to_values(),
             "text": settings.text.to_values(),
             "scenes": settings.scenes,
             "caption_dropout": settings.caption_dropout,
+            "architecture": {name: value for name, value in unet.config.items() if not name.startswith("_")},
+            **parents,
         }
-        self._run("denoiser", settings.denoiser, module=unet, loss=loss, parents=parents, average=average)
+        own: StageSettings = getattr(settings, stage)
+        self._run(stage, own, module=unet, loss=loss, parents=told, average=average)
         return average
 
     def _tokenize(self, captions: Sequence[str]) -> Tensor:
@@ -175,40 +217,47 @@ class Trainer:
         )
 
 
-def train(settings: MiniTraining, *, folder: Path, on_progress: Progress | None = None) -> None:
-    """Train everything and write `folder`/weights; checkpoints lie in `folder`/checkpoints.
+def train(
+    settings: MiniTraining, *, folder: Path, device: str = "cpu", on_progress: Progress | None = None
+) -> None:
+    """Train everything on `device` and write `folder`/weights; checkpoints lie in `folder`/checkpoints.
 
     Raises:
         ValueError: if the checkpoints are of other settings.
     """
     checkpoints, weights = folder / "checkpoints", folder / "weights"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(settings=settings, folder=checkpoints, on_progress=on_progress)
+    trainer = Trainer(settings=settings, folder=checkpoints, device=device, on_progress=on_progress)
     vae = trainer.autoencoder()
     text_encoder = trainer.text_encoder()
     scorer = trainer.scorer()
     oracle = trainer.oracle()
-    unet = trainer.unet(vae=vae, text_encoder=text_encoder)
-    bundle = Bundle(
-        tokenizer=trainer.tokenizer,
-        text_encoder=text_encoder,
-        unet=unet,
-        vae=vae,
-        schedule=trainer.schedule,
-        prediction_type="epsilon",
-        source=str(folder),
-    )
-    _save_teacher(bundle, weights / "sd")
+    encoded = trainer.encoded(vae=vae, text_encoder=text_encoder)
+    denoiser = trainer.denoiser(encoded)
+    velocity = trainer.velocity(denoiser, encoded)
+    teachers: dict[PredictionType, UNet2DConditionModel] = {"epsilon": denoiser, "v_prediction": velocity}
+    for prediction_type, unet in teachers.items():
+        bundle = Bundle(
+            tokenizer=trainer.tokenizer,
+            text_encoder=text_encoder,
+            unet=unet,
+            vae=vae,
+            schedule=trainer.schedule,
+            prediction_type=prediction_type,
+            source=str(folder),
+        )
+        _save_model(bundle, weights / ("sd" if prediction_type == "epsilon" else "sd-v"))
     config = models.scorer_config(len(trainer.tokenizer))
     save_scorer(scorer.model, weights / "scorer", config=config, tokenizer=trainer.tokenizer)
     save_oracle(oracle, weights / "oracle")
     write_manifest(weights, recipe=settings.to_values(), curves=trainer.curves)
 
 
-def _save_teacher(bundle: Bundle, folder: Path) -> None:
-    """The diffusers folder, with SD-v1.5's scheduler file and CLIP's classic tokenizer files."""
+def _save_model(bundle: Bundle, folder: Path) -> None:
+    """The diffusers folder, with CLIP's classic tokenizer files; the eps model's scheduler is SD-v1.5's."""
     save(bundle, folder)
-    models.scheduler(bundle.schedule).save_pretrained(folder / "scheduler")
+    if bundle.prediction_type == "epsilon":
+        models.scheduler(bundle.schedule).save_pretrained(folder / "scheduler")
     save_tokenizer(bundle.tokenizer, folder / "tokenizer")
     # transformers opens a model in the dtype of this file, diffusers in float32; a pipeline needs one dtype.
     config = folder / "text_encoder" / "config.json"

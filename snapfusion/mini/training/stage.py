@@ -51,6 +51,11 @@ class Stage:
     average: nn.Module | None = None
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where `module` is trained. What a step draws is drawn on the CPU, and so the same everywhere."""
+    return next(module.parameters()).device
+
+
 def step_generator(*, seed: int, stage: str, step: int) -> torch.Generator:
     """The source of everything that is drawn in one step."""
     return torch.Generator().manual_seed(noise_key("mini training", seed, stage, step))
