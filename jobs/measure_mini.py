@@ -60,7 +60,9 @@ class _Record:
         if self.path is not None:
             told = {"identity": self.identity, "figures": self.figures}
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self.path)
 
 
 def _weights(folder: Path) -> str:
