@@ -39,7 +39,10 @@ class _Record:
         """Take in what the file holds; `ValueError` if that is of something else."""
         if self.path is None or not self.path.exists():
             return
-        told = json.loads(self.path.read_text(encoding="utf-8"))
+        try:
+            told = json.loads(self.path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--out: {self.path} is no file of figures ({error}); give another") from None
         if told["identity"] != self.identity:
             raise ValueError(
                 f"--out: {self.path} holds figures of {told['identity']}, these are of {self.identity}; "

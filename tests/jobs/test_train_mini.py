@@ -96,6 +96,14 @@ def test_wrong_settings_are_one_line_and_exit_code_2(tmp_path, capsys, assignmen
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_that_holds_no_figures_is_named(tmp_path, capsys):
+    place = tmp_path / "figures.json"
+    place.write_text('{"x')
+    assert measure_mini.main(["--out", str(place), *FEW]) == 2
+    assert f"--out: {place} is no file of figures" in capsys.readouterr().err
+    assert place.read_text() == '{"x'
+
+
 @pytest.mark.parametrize("device", ["cuda:77", "nonsense"])
 def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(tmp_path, capsys, device):
     assert train_mini.main(["--out", str(tmp_path / "run"), "--device", device]) == 2
