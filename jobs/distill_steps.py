@@ -22,7 +22,6 @@ from jobs.student import (
     UNET,
     StudentTraining,
     check_held_out,
-    check_latents,
     make_student,
     placed,
     table_identity,
@@ -30,6 +29,7 @@ from jobs.student import (
 )
 from jobs.trainer import Training, TrainingError
 from pipelines.branches import BranchLoader
+from pipelines.latents import check_latents
 from pipelines.loader import BatchLoader, count_trainable
 from pipelines.storage import absolute, exists
 from pipelines.tables import Snapshot, open_table

@@ -17,13 +17,13 @@ from jobs.student import (
     UNET,
     StudentTraining,
     check_held_out,
-    check_latents,
     make_student,
     placed,
     table_identity,
     trainable_unet,
 )
 from jobs.trainer import Training, TrainingError
+from pipelines.latents import check_latents
 from pipelines.loader import BatchLoader, count_trainable
 from pipelines.storage import absolute, exists
 from pipelines.tables import Snapshot, open_table

@@ -20,14 +20,13 @@ from pydantic import PositiveInt
 from jobs.reports import OnReport
 from jobs.result import Result
 from jobs.trainer import Program, Trained, TrainerSettings, TrainingError, run_trainings
-from pipelines.latents import vae_of
 from pipelines.loader import LoaderSettings
-from pipelines.tables import Snapshot, TableError
+from pipelines.tables import Snapshot
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.models.told import WEIGHT, told
-from snapfusion.settings import Settings, differences, digest
+from snapfusion.settings import Settings, digest
 from snapfusion.training.loop import LoopSettings
 
 UNET = "unet"
@@ -79,20 +78,6 @@ def trainable_unet(bundle: Bundle, *, settings: StudentTraining) -> UNet2DCondit
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet
-
-
-def check_latents(latents: Snapshot, *, bundle: Bundle) -> None:
-    """Refuse LATENTS that another VAE made, or at another scale.
-
-    Raises:
-        TableError: naming the first differences.
-    """
-    differing = list(differences(latents.identity["model"], vae_of(bundle.describe())))
-    if differing:
-        raise TableError(
-            f"{latents.url} was made with another VAE than that of {bundle.source!r}: "
-            f"{'; '.join(differing[:3])}; encode new LATENTS, or train a model with their VAE"
-        )
 
 
 def table_identity(table: Snapshot) -> dict[str, Any]:

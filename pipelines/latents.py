@@ -28,8 +28,9 @@ from pipelines.stages.write import WriteUnit, pack
 from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
 from pipelines.units import MAX_UNIT_BYTES, FinishedRows, ImageRows, intervals
 from pipelines.verification import CannotRemake, Remake
+from snapfusion.models.bundle import Bundle
 from snapfusion.models.load import load
-from snapfusion.settings import Settings, SettingsError, digest
+from snapfusion.settings import Settings, SettingsError, differences, digest
 
 
 class Latents(Settings):
@@ -80,6 +81,33 @@ def vae_of(model: dict[str, Any]) -> dict[str, Any]:
     vae = {**model, "weights": {"vae": model["weights"]["vae"]}}
     vae.pop("prediction_type")
     return vae
+
+
+def check_latents(latents: Snapshot, *, bundle: Bundle) -> None:
+    """Refuse LATENTS that a model cannot be trained on or asked about: of another VAE, scale or tokenizer.
+
+    Raises:
+        TableError: naming the first differences; or if there are no rows.
+    """
+    if latents.identity["kind"] != "latents":
+        raise TableError(f"{latents.url} holds {latents.identity['kind']}; latents are needed")
+    differing = list(differences(latents.identity["model"], vae_of(bundle.describe())))
+    if differing:
+        raise TableError(
+            f"{latents.url} was made with another VAE than that of {bundle.source!r}: "
+            f"{'; '.join(differing[:3])}; encode new LATENTS, or give a model with their VAE"
+        )
+    first = next((file for file in latents.units if file.rows), None)
+    if first is None:
+        raise TableError(f"{latents.url} has no committed rows at version {latents.version}")
+    rows = latents.read_unit(first, ["caption", "token_ids"]).slice(0, 8).to_pydict()
+    ids = bundle.tokenize(rows["caption"]).numpy().astype("<i4")
+    if [row.tobytes() for row in ids] != rows["token_ids"]:
+        # SD-v2 pads with another token than SD-v1, for one: its encoder would be given strange sentences.
+        raise TableError(
+            f"{latents.url} holds token ids of another tokenizer than that of {bundle.source!r}; encode new "
+            "LATENTS with it"
+        )
 
 
 def encode_latents(

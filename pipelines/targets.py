@@ -17,7 +17,7 @@ from pipelines.branches import branch_and_draw, rows_of, unit_name
 from pipelines.commits import Origin, adopt
 from pipelines.execution import Pool, Runner, Stage, on_ray
 from pipelines.intake import Bounds, OnProgress, recover, take_in
-from pipelines.latents import vae_of
+from pipelines.latents import check_latents
 from pipelines.rejection import Rejected
 from pipelines.schemas import targets_schema
 from pipelines.stages.environment import Device
@@ -111,7 +111,7 @@ def compute_targets(
     """
     bundle = load(teacher)
     _check_grid(settings.teaching, schedule_steps=bundle.schedule.num_steps)
-    _check_latents(latents, bundle=bundle)
+    check_latents(latents, bundle=bundle)
     identity = identity_of(settings, model=bundle.describe(), latents=latents.identity)
     schema = _schema(settings.teaching, bundle=bundle)
     table = create_table(url, schema=schema, identity=identity)
@@ -314,25 +314,3 @@ def _check_grid(teaching: Teaching, *, schedule_steps: int) -> None:
             f"targets.teaching: k {teaching.k} times student_steps {teaching.student_steps} is more than the "
             f"schedule's {schedule_steps} steps"
         ) from None
-
-
-def _check_latents(latents: Snapshot, *, bundle: Bundle) -> None:
-    if latents.identity["kind"] != "latents":
-        raise TableError(f"{latents.url} holds {latents.identity['kind']}; latents are needed")
-    differing = list(differences(latents.identity["model"], vae_of(bundle.describe())))
-    if differing:
-        raise TableError(
-            f"{latents.url} was made with another VAE than that of {bundle.source!r}: "
-            f"{'; '.join(differing[:3])}; encode new LATENTS, or give a teacher with their VAE"
-        )
-    first = next((file for file in latents.units if file.rows), None)
-    if first is None:
-        raise TableError(f"{latents.url} has no committed rows at version {latents.version}")
-    rows = latents.read_unit(first, ["caption", "token_ids"]).slice(0, 8).to_pydict()
-    ids = bundle.tokenize(rows["caption"]).numpy().astype("<i4")
-    if [row.tobytes() for row in ids] != rows["token_ids"]:
-        # SD-v2 pads with another token than SD-v1, for one: its encoder would be given strange sentences.
-        raise TableError(
-            f"{latents.url} holds token ids of another tokenizer than that of {bundle.source!r}; encode new "
-            "LATENTS with it"
-        )

@@ -6,14 +6,14 @@ bounded: `rows_per_unit` rows, small enough that its decoded pixels fit a Ray bl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from pipelines.account import Account
-from pipelines.rejection import Rejection
+from pipelines.rejection import Rejected, Rejection
 from pipelines.sources.captions import Caption
 
 MAX_UNIT_BYTES = 128 * 2**20
@@ -102,6 +102,41 @@ class FinishedRows:
     rejections: list[Rejection]
     environment: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+
+
+def finish(
+    columns: Mapping[str, Any],
+    *,
+    unit: Unit,
+    rows: Iterable[tuple[str, int]],
+    finite: list[bool],
+    rejections: Iterable[Rejection] = (),
+    environment: dict[str, Any],
+    seconds: float,
+) -> FinishedRows:
+    """The rows whose numbers are finite, ready to be written; each other row is rejected as `not_finite`.
+
+    Args:
+        columns: of all rows.
+        unit: they belong to.
+        rows: the id and the ordinal of each.
+        finite: which are.
+        rejections: of the unit before it came here.
+        environment: of the model.
+        seconds: that it took.
+    """
+    bad = [
+        Rejected("not_finite").record(id=id_, source=unit.source, ordinal=ordinal)
+        for (id_, ordinal), good in zip(rows, finite, strict=True)
+        if not good
+    ]
+    return FinishedRows(
+        unit=unit,
+        columns={name: keep_where(finite, values) for name, values in columns.items()},
+        rejections=[*rejections, *bad],
+        environment=environment,
+        seconds=seconds,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

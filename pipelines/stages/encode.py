@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from pipelines.rejection import Rejected
 from pipelines.stages.environment import Device
-from pipelines.units import FinishedRows, ImageRows, finite_rows, keep_where
+from pipelines.units import FinishedRows, ImageRows, finish, finite_rows
 from snapfusion.models.load import load
 from snapfusion.settings import Settings
 
@@ -46,15 +45,12 @@ class EncodeLatents:
             "latent": latents,
         }
         # The ordinal of a row within its shard is gone by now; its id finds it.
-        bad = [
-            Rejected("not_finite").record(id=id_, source=rows.unit.source, ordinal=rows.unit.start)
-            for id_, good in zip(rows.ids, finite, strict=True)
-            if not good
-        ]
-        return FinishedRows(
+        return finish(
+            columns,
             unit=rows.unit,
-            columns={name: keep_where(finite, values) for name, values in columns.items()},
-            rejections=[*rows.rejections, *bad],
+            rows=((id_, rows.unit.start) for id_ in rows.ids),
+            finite=finite,
+            rejections=rows.rejections,
             environment=self.environment,
             seconds=time.monotonic() - began,
         )

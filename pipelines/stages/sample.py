@@ -10,10 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipelines.rejection import Rejected
 from pipelines.stages.environment import Device
 from pipelines.stages.judge import Judge, Judging
-from pipelines.units import FinishedRows, PromptRows, finite_rows, keep_where
+from pipelines.units import FinishedRows, PromptRows, finish, finite_rows
 from snapfusion.models.bundle import to_uint8
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key
@@ -91,15 +90,12 @@ class DrawAndJudge:
         finite = columns.pop("finite").tolist()
         if not self.drawing.images:
             columns["image"] = [None] * len(ids)
-        bad = [
-            Rejected("not_finite").record(id=id_, source=rows.unit.source, ordinal=caption.ordinal)
-            for id_, caption, good in zip(ids, rows.captions, finite, strict=True)
-            if not good
-        ]
-        return FinishedRows(
+        return finish(
+            columns,
             unit=rows.unit,
-            columns={name: keep_where(finite, values) for name, values in columns.items()},
-            rejections=[*rows.rejections, *bad],
+            rows=((id_, caption.ordinal) for id_, caption in zip(ids, rows.captions, strict=True)),
+            finite=finite,
+            rejections=rows.rejections,
             environment=self.environment,
             seconds=time.monotonic() - began,
         )

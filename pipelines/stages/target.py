@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from pipelines.rejection import Rejected
 from pipelines.stages.environment import DTYPES, Device
-from pipelines.units import FinishedRows, LatentRows, finite_rows, keep_where
+from pipelines.units import FinishedRows, LatentRows, finish, finite_rows
 from snapfusion.models.load import load
 from snapfusion.settings import Settings
 from snapfusion.training.batch import Batch
@@ -77,15 +76,11 @@ class ComputeTargets:
         }
         columns["w"] = columns["w"].tolist() if rows.guided else [None] * len(ids)
         finite = finite_rows(columns["x_target"])
-        bad = [
-            Rejected("not_finite").record(id=id_, source=rows.unit.source, ordinal=ordinal)
-            for ordinal, (id_, good) in enumerate(zip(ids, finite, strict=True))
-            if not good
-        ]
-        return FinishedRows(
+        return finish(
+            columns,
             unit=rows.unit,
-            columns={name: keep_where(finite, values) for name, values in columns.items()},
-            rejections=bad,
+            rows=((id_, ordinal) for ordinal, id_ in enumerate(ids)),
+            finite=finite,
             environment=self.environment,
             seconds=time.monotonic() - began,
         )

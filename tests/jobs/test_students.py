@@ -273,6 +273,17 @@ def test_latents_of_another_vae_are_refused(latents, tmp_path):
         )
 
 
+def test_latents_of_another_tokenizer_are_refused(latents, tmp_path):
+    other = tiny_bundle()
+    other.prediction_type = "v_prediction"
+    other.tokenizer.pad_token = other.tokenizer.bos_token
+    save(other, tmp_path / "other")
+    with pytest.raises(TableError, match="token ids of another tokenizer"):
+        distill_steps(
+            DISTILL, teacher=str(tmp_path / "other"), data_url=latents.url, out_url=str(tmp_path / "student")
+        )
+
+
 def test_a_grid_that_the_schedule_has_not_is_refused(latents, v_teacher, tmp_path):
     settings = DISTILL.with_values(["steps.student_steps=500", "steps.k=4"])
     with pytest.raises(TrainingError, match=r"steps\.k 4 times steps\.student_steps 500"):
