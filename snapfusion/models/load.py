@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.random_weights import ARCHITECTURES, PREFIX, random_bundle
 from snapfusion.models.seal import check_seal
 from snapfusion.schedule import PREDICTION_TYPES, Schedule
 
@@ -42,17 +43,19 @@ def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 
     Args:
         source: "mini" or "mini-v", a diffusers folder, a URL of one that fsspec can read, a hub id such
-            as "owner/name", or "random:sd15" (full size, random weights).
+            as "owner/name", or "random:sd15" or "random:sd2" (full size, random weights).
         device: a torch device.
         dtype: of the networks.
 
     Raises:
         ModelError: if it is not there, lacks a part, holds only pickled weights, or does not match its seal.
     """
-    if source == "random:sd15":
-        from snapfusion.models.sd15 import random_bundle
-
-        return random_bundle().to(device, dtype)
+    if source.startswith(PREFIX):
+        name = source.removeprefix(PREFIX)
+        if name not in ARCHITECTURES:
+            accepted = " and ".join(f"{PREFIX}{known}" for known in ARCHITECTURES)
+            raise ModelError(f"{source}: there is no such architecture; {accepted} are accepted")
+        return random_bundle(name).to(device, dtype)
     return _load_folder(_locate(source), source=source).to(device, dtype)
 
 

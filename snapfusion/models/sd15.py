@@ -1,19 +1,8 @@
-"""Stable Diffusion v1.5's architecture as values, and a bundle of that size with random weights.
-
-The random one exercises every full-size path where the real weights are not at hand.
-"""
+"""Stable Diffusion v1.5's architecture as values."""
 
 from __future__ import annotations
 
 from typing import Any
-
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
-
-from snapfusion.models.bundle import Bundle
-from snapfusion.models.tokenizer import clip_tokenizer
-from snapfusion.schedule import Schedule
 
 UNET_PARAMETERS = 859_520_964
 """SnapFusion Table 1 rounds this to 860M."""
@@ -57,18 +46,3 @@ TEXT_ENCODER: dict[str, Any] = {
     "eos_token_id": 49407,
     "pad_token_id": 49407,
 }
-
-
-def random_bundle(*, seed: int = 0) -> Bundle:
-    """SD-v1.5 at full size with random weights: 859,520,964 UNet parameters, about 4.3 GB in float32."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Bundle(
-            tokenizer=clip_tokenizer(),
-            text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)),
-            unet=UNet2DConditionModel(**UNET),
-            vae=AutoencoderKL(**VAE),
-            schedule=Schedule(),
-            prediction_type="epsilon",
-            source="random:sd15",
-        )

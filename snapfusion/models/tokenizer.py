@@ -20,17 +20,22 @@ NUM_MERGES = 48894
 """How many of the file's merges CLIP uses: 49,152 - 256 - 2."""
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """The tokenizer of SD-v1.5: 49,408 tokens, at most 77 a text, padded with the end token (49407)."""
+def clip_tokenizer(*, padding: str = END) -> CLIPTokenizer:
+    """The tokenizer of SD-v1.5: 49,408 tokens, at most 77 a text, padded with the end token (49407).
+
+    That of SD-v2 differs in its `padding` alone.
+    """
     import open_clip
 
     path = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(path.read_bytes()).decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : NUM_MERGES + 1]]
-    return build_tokenizer(merges, max_length=77)
+    return build_tokenizer(merges, max_length=77, padding=padding)
 
 
-def build_tokenizer(merges: Sequence[tuple[str, ...]], *, max_length: int) -> CLIPTokenizer:
+def build_tokenizer(
+    merges: Sequence[tuple[str, ...]], *, max_length: int, padding: str = END
+) -> CLIPTokenizer:
     """A CLIP tokenizer from its merges: 256 bytes, 256 word-final bytes, the merges, start, end.
 
     The end token has the highest id, which is how CLIP's text tower finds the place to pool.
@@ -41,6 +46,7 @@ def build_tokenizer(merges: Sequence[tuple[str, ...]], *, max_length: int) -> CL
         vocab={token: index for index, token in enumerate(tokens)},
         merges=[tuple(pair) for pair in merges],
         model_max_length=max_length,
+        pad_token=padding,
     )
 
 

@@ -1,0 +1,35 @@
+"""Stable Diffusion v2.1's architecture as values: the one of 768 px that predicts v. SnapFusion Fig. 7(d)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from snapfusion.models import sd15
+
+UNET_PARAMETERS = 865_910_724
+"""SD-v1.5's, and 6,389,760 more in the keys and values of a wider caption."""
+
+UNET: dict[str, Any] = {
+    **sd15.UNET,
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),  # again the number of heads: each is 64 wide
+    "use_linear_projection": True,
+    "upcast_attention": True,
+}
+
+VAE: dict[str, Any] = {**sd15.VAE, "sample_size": 768}
+
+TEXT_ENCODER: dict[str, Any] = {
+    **sd15.TEXT_ENCODER,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,  # OpenCLIP ViT-H has 24, of which Stable Diffusion leaves out the last
+    "num_attention_heads": 16,
+    "projection_dim": 512,
+    "hidden_act": "gelu",
+    "pad_token_id": 0,
+}
+
+PADDING = "!"
+"""What the tokenizer pads with: token 0, as OpenCLIP does. A "!" in a caption is read as this token too."""
