@@ -27,10 +27,9 @@ HEADER = """\
 
 
 def direct_dependencies() -> list[str]:
-    """Names in [project.dependencies] and in every extra, sorted, without versions or extras."""
+    """Names in [project.dependencies] and in the extra `dev`, sorted, without versions or extras."""
     project = tomllib.loads(PYPROJECT.read_text())["project"]
-    extras = project["optional-dependencies"].values()
-    listed = [*project["dependencies"], *(line for extra in extras for line in extra)]
+    listed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     return sorted({Requirement(line).name for line in listed}, key=str.lower)
 
 

@@ -1,7 +1,8 @@
 """The folder that a training leaves: begun with settings and parents, gone on with, published whole.
 
 OUT/metrics.json           what it was made of and from, how it was trained, how good it is; written last
-OUT.training/begun.json    what it was begun with; its checkpoints stand beside it, until it is published
+OUT/logs/                  the course of training, for TensorBoard
+OUT.training/begun.json    what it was begun with; beside it checkpoints and logs, until it is published
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from jobs.publish import publish_folder
 from jobs.trainer import TrainingError
 from pipelines.storage import exists, read_bytes, write_once
@@ -21,6 +24,8 @@ from snapfusion.training.checkpoint import CheckpointStore
 
 METRICS = "metrics.json"
 _BEGUN = "begun.json"
+_KEPT = ("logs",)
+"""Folders that stand beside the checkpoints and belong to the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,7 @@ class Result:
         self._checked(place, identity)
 
     def publish(self, fill: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
-        """Make the folder, whole or not at all; what training would resume from then goes.
+        """Make the folder, whole or not at all, with its logs; what training would resume from then goes.
 
         Args:
             fill: writes the files into an empty folder, and gives the metrics.
@@ -78,6 +83,7 @@ class Result:
         with tempfile.TemporaryDirectory() as scratch:
             text = json.dumps(fill(Path(scratch)), indent=2, sort_keys=True, allow_nan=False)
             (Path(scratch) / METRICS).write_text(text)
+            self._take_along(Path(scratch))
             publish_folder(Path(scratch), self.url, last=METRICS)
         CheckpointStore(self.store_url).delete()
         return dict(json.loads(text))
@@ -93,6 +99,12 @@ class Result:
             raise TrainingError(f"{self.url} holds no finished {self.kind}; run the job that makes it first")
         metrics: dict[str, Any] = json.loads(read_bytes(place))
         return metrics
+
+    def _take_along(self, folder: Path) -> None:
+        filesystem, root = fsspec.core.url_to_fs(self.store_url)
+        for name in _KEPT:
+            if filesystem.exists(f"{root}/{name}"):
+                filesystem.get(f"{root}/{name}", str(folder / name), recursive=True)
 
     def _checked(self, place: str, identity: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(read_bytes(place))

@@ -2,6 +2,7 @@
 
 OUT/model/          the student, its averaged weights where an average is kept
 OUT/raw/            then also the student with its last weights
+OUT/logs/           the course of training, for TensorBoard
 OUT/metrics.json    what it was made of and from, how it was trained, how good it is
 """
 

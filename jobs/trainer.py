@@ -11,6 +11,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,9 +25,10 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from jobs.logbook import Kind, Logbook, check_logbook
 from jobs.reports import OnReport, reports_to
 from pipelines.storage import absolute, replace_object
-from snapfusion.settings import Settings, differences
+from snapfusion.settings import Settings, differences, digest
 from snapfusion.training.batch import Batch
 from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
 from snapfusion.training.loop import LoopSettings, Objective, Step, UnusableStepError, new_state, train
@@ -46,7 +48,8 @@ class TrainerSettings(Settings):
         micro_batch: rows of one forward pass; a larger share is accumulated.
         checkpoint_every: steps between checkpoints; the last step always has one.
         keep_checkpoints: how many of the newest stay while training runs.
-        curve_every: steps between points of the curve that is kept.
+        curve_every: steps between points of the curve that is kept, and of the logs.
+        log_to: where the course of training is written for others to draw (see `jobs.logbook`).
         max_failures: how often the workers are started again after one of them died.
     """
 
@@ -58,6 +61,7 @@ class TrainerSettings(Settings):
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
     curve_every: PositiveInt = 10
+    log_to: tuple[Kind, ...] = ("tensorboard",)
     max_failures: NonNegativeInt = 2
 
 
@@ -161,7 +165,8 @@ def run_trainings(
     Args:
         program: what to train.
         arguments: of `program`; small, and picklable.
-        store_url: of all checkpoints, which every worker must be able to reach.
+        store_url: of all checkpoints, which every worker must be able to reach; logs lie there too, in
+            `logs/` and the training's name.
         settings: the workers.
         on_report: told of every report, in this process.
 
@@ -171,8 +176,10 @@ def run_trainings(
     Raises:
         TrainingError: if a loss is not finite or too large, or a checkpoint is of another training. The ids
             of the rows of such a loss are saved beside the checkpoints, as `<name>.stopped.json`.
+        LogbookError: if logs cannot be kept as the settings say.
         TrainingFailed: if workers keep failing.
     """
+    check_logbook(settings.log_to)
     with tempfile.TemporaryDirectory() as scratch, reports_to(on_report) as mailbox:
         config = {
             "program": program,
@@ -269,7 +276,10 @@ def _run(
     state = new_state(training.model, settings=training.settings)
     resume(state, store=store, identity=training.identity, rank=rank)
     batches = training.loader.batches(state.step, rank=rank, world=world)
-    try:
+    with (
+        closing(batches),
+        _logbook(training, store=store, done=state.step, settings=settings, rank=rank) as logbook,
+    ):
         train(
             state,
             objective=training.objective,
@@ -277,10 +287,10 @@ def _run(
             settings=training.settings,
             micro_batch=settings.micro_batch,
             wrapped=_distribute(state.model, device=device) if world > 1 else None,
-            after_step=_Recorder(training, state=state, store=store, settings=settings, mailbox=mailbox),
+            after_step=_Recorder(
+                training, state=state, store=store, settings=settings, mailbox=mailbox, logbook=logbook
+            ),
         )
-    finally:
-        batches.close()
     evaluation = {}
     if rank == 0:
         state.model.load_state_dict(state.final_weights())
@@ -316,8 +326,47 @@ def _distribute(model: nn.Module, *, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, find_unused_parameters=device.type == "cpu")
 
 
+def _logbook(
+    training: Training, *, store: CheckpointStore, done: int, settings: TrainerSettings, rank: int
+) -> AbstractContextManager[Logbook | None]:
+    """What the first worker writes the training's course to; the others write none."""
+    if rank != 0:
+        return nullcontext()
+    run, _, name = store.url.rpartition("/")
+    return Logbook(
+        settings.log_to,
+        url=f"{run}/logs/{name}",
+        run=digest({"place": store.url, "identity": training.identity})[:16],
+        name=f"{run.rpartition('/')[2].removesuffix('.training')}/{name}",
+        done=done,
+        settings=training.identity,
+    )
+
+
+class _Pace:
+    """How fast steps were since it was last asked."""
+
+    def __init__(self) -> None:
+        self._seconds, self._data_seconds, self._steps = 0.0, 0.0, 0
+
+    def add(self, step: Step) -> None:
+        """Count a step in."""
+        self._seconds += step.seconds
+        self._data_seconds += step.data_seconds
+        self._steps += 1
+
+    def take(self) -> dict[str, float]:
+        """The figures, from which counting then begins anew."""
+        figures = {
+            "steps_per_second": self._steps / self._seconds,
+            "data_wait": self._data_seconds / self._seconds,
+        }
+        self._seconds, self._data_seconds, self._steps = 0.0, 0.0, 0
+        return figures
+
+
 class _Recorder:
-    """After each step: the curve, a checkpoint, and word of the progress, where they are due."""
+    """After each step: the curve and logs, a checkpoint, and word of the progress, where they are due."""
 
     def __init__(
         self,
@@ -327,45 +376,57 @@ class _Recorder:
         store: CheckpointStore,
         settings: TrainerSettings,
         mailbox: Any,  # noqa: ANN401 - an actor handle
+        logbook: Logbook | None,
     ) -> None:
         self._training, self._state, self._store = training, state, store
-        self._settings, self._mailbox = settings, mailbox
+        self._settings, self._mailbox, self._logbook = settings, mailbox, logbook
         self._first = ray.train.get_context().get_world_rank() == 0
-        self._told, self._seconds, self._data_seconds, self._steps = 0.0, 0.0, 0.0, 0
+        self._logged, self._reported = _Pace(), _Pace()
+        self._told = 0.0
 
     def __call__(self, step: Step) -> None:
         """Called on every rank."""
+        self._logged.add(step)
+        self._reported.add(step)
         last = step.step == self._training.settings.num_steps
         if last or step.step % self._settings.curve_every == 0:
-            point = {"loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate}
-            self._state.curve.append({"step": step.step, **point, **step.figures})
+            self._note(step)
         saved = last or step.step % self._settings.checkpoint_every == 0
+        if saved and self._logbook is not None:
+            # Before the checkpoint: what was said up to it must be there when it is gone on from.
+            self._logbook.flush()
         if saved and self._first:
             values = {"state": self._state.values(), "identity": self._training.identity}
             self._store.save(step.step, tensors=self._state.tensors(), values=values)
-        figures = self._count(step)
-        if self._first and (last or time.monotonic() - self._told > _SECONDS_BETWEEN_REPORTS):
+        due = last or time.monotonic() - self._told > _SECONDS_BETWEEN_REPORTS
+        if not (saved or (self._first and due)):
+            return
+        figures = self._figures(step)
+        if self._first:
             self._mailbox.put.remote(figures)
             self._told = time.monotonic()
-            self._seconds, self._data_seconds, self._steps = 0.0, 0.0, 0
         if saved:
             # Ray collects reports every two seconds, and a worker waits for that: so not at every step.
             ray.train.report(figures)
 
-    def _count(self, step: Step) -> dict[str, Any]:
+    def _note(self, step: Step) -> None:
+        """A point of the curve."""
+        point = {"loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate}
+        told = {**point, **step.figures}
+        self._state.curve.append({"step": step.step, **told})
+        if self._logbook is not None:
+            self._logbook.scalars({**told, **self._logged.take()}, step=step.step)
+
+    def _figures(self, step: Step) -> dict[str, Any]:
         """The figures since the last report."""
-        self._seconds += step.seconds
-        self._data_seconds += step.data_seconds
-        self._steps += 1
-        num_steps, rate = self._training.settings.num_steps, self._steps / self._seconds
+        pace, num_steps = self._reported.take(), self._training.settings.num_steps
         return {
             "training": self._training.name,
             "step": step.step,
             "num_steps": num_steps,
             "loss": step.loss,
-            "steps_per_second": rate,
-            "seconds_left": (num_steps - step.step) / rate,
-            "data_wait": self._data_seconds / self._seconds,
+            "seconds_left": (num_steps - step.step) / pace["steps_per_second"],
+            **pace,
         }
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from jobs.reports import report_line
@@ -113,6 +114,14 @@ def test_two_workers_killed_and_continued_end_with_the_same_weights(ray_cluster,
     for name, tensor in weights_of_one_process().items():
         # Two halves of a batch are summed apart: float32 rounding, passed on by six steps of Adam.
         torch.testing.assert_close(killed.tensors["ema"][name], tensor, rtol=0, atol=1e-5)
+    events = EventAccumulator(f"{url}/logs/killed")
+    events.Reload()
+    assert {"loss", "grad_norm", "learning_rate", "steps_per_second", "data_wait"} <= set(
+        events.Tags()["scalars"]
+    )
+    logged = [(event.step, event.value) for event in events.Scalars("loss")]
+    curve = killed.values["state"]["curve"]
+    assert logged == [(point["step"], pytest.approx(point["loss"])) for point in curve]
     assert {report["training"] for report in reports} == {"killed", "whole", "broken"}
 
 
