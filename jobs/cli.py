@@ -12,6 +12,8 @@ from jobs.recipes import RECIPES, Recipe, recipe_named
 from pipelines.storage import StorageError, write_once
 from snapfusion.settings import SettingsError
 
+IN_RUN = "run:"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -36,6 +38,10 @@ class Job:
     def place(self, name: str) -> str:
         """Where `name` lies in this run."""
         return f"{self.out}/{name}"
+
+    def source(self, name: str) -> str:
+        """A model's or table's source; after "run:" it is a place in this run, as in run:student-8/raw."""
+        return self.place(name.removeprefix(IN_RUN)) if name.startswith(IN_RUN) else name
 
 
 Body = Callable[[Job], None]

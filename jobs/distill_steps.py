@@ -52,9 +52,6 @@ _COLUMNS = ("latent", "token_ids")
 _EVALUATION = -1
 """The step whose draws the evaluation takes: none that training takes."""
 
-_RUN = "run:"
-"""Begins the source of a model that lies in the run."""
-
 
 class DistillSettings(StudentTraining):
     """How a student is distilled. The defaults are the miniature's.
@@ -394,18 +391,14 @@ def sources(job: Job) -> tuple[str, str]:
     """Where the teacher and the student's first weights are."""
     settings = job.recipe.distill
     made = exists(job.place(f"vpred/{METRICS}"))
-    default = f"{_RUN}vpred/model" if made else job.recipe.model
+    default = "run:vpred/model" if made else job.recipe.model
     teacher = settings.teacher or default
-    return _place(job, teacher), _place(job, settings.student or teacher)
+    return job.source(teacher), job.source(settings.student or teacher)
 
 
 def data_url(job: Job) -> str:
     """The table that the student is taught from."""
     return job.place("latents" if job.recipe.distill.targets == "online" else "targets")
-
-
-def _place(job: Job, source: str) -> str:
-    return job.place(source.removeprefix(_RUN)) if source.startswith(_RUN) else source
 
 
 def summary(metrics: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from jobs.cli import Job, run
 from jobs.cluster import runner
-from jobs.evaluation import evaluate
+from jobs.evaluation import Evaluation, evaluate
 from jobs.evaluation_page import charts_of, render_evaluation, standalone
 from jobs.exits import leave
 from jobs.progress import show
@@ -36,7 +36,7 @@ def compare(job: Job) -> None:
         return job.origin(parents), show(f"{job.verb} {name}")
 
     results = evaluate(
-        job.recipe.evaluation,
+        _placed(job),
         model=job.recipe.model,
         out=job.place("evaluation"),
         start=start,
@@ -54,6 +54,16 @@ def compare(job: Job) -> None:
     for name, reading in told["equal_fid"].items():
         print(f"  {name}: {_in_words(reading, against=told['baseline'])}")
     print(f"  {job.place('evaluation/results.json')}, shown in {job.place('evaluation/page.html')}")
+
+
+def _placed(job: Job) -> Evaluation:
+    """The evaluation with each contender where it lies."""
+    wanted = job.recipe.evaluation
+    contenders = tuple(
+        contender.model_copy(update={"model": contender.model and job.source(contender.model)})
+        for contender in wanted.contenders
+    )
+    return wanted.model_copy(update={"contenders": contenders})
 
 
 def _in_words(reading: dict[str, Any], *, against: str) -> str:

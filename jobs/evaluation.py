@@ -50,7 +50,8 @@ class Contender(Settings):
 
     Attributes:
         name: of its table and its line.
-        model: a source that `snapfusion.models.load` accepts; None is the recipe's.
+        model: a source that `snapfusion.models.load` accepts, or (for the job) "run:" and a place in the run,
+            such as a student's model, raw or best; None is the recipe's.
         sampler: solver and steps.
     """
 

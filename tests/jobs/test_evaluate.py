@@ -197,18 +197,21 @@ def test_the_job_leaves_figures_charts_and_a_page(tmp_path, capsys, monkeypatch)
         return in_process(*pickle.loads(pickle.dumps((list(items), stages))))
 
     monkeypatch.setattr(job, "runner", lambda _: as_on_ray)
+    save(load("mini"), tmp_path / "student" / "raw")
+    raw = '{"name":"raw","model":"run:student/raw","sampler":{"steps":1}}'
     options = [
         "evaluation.guidance=[1.0]",
         "evaluation.prompts.limit=8",
         "evaluation.references.count=8",
         "evaluation.groups=2",
-        'evaluation.contenders=[{"name":"one","sampler":{"steps":1}}]',
+        f'evaluation.contenders=[{{"name":"one","sampler":{{"steps":1}}}},{raw}]',
         "evaluation.baseline=one",
     ]
     arguments = [part for option in options for part in ("--set", option)]
     assert job.main(["--out", str(tmp_path), *arguments]) == 0
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
-    assert set(results["curves"]) == {"one"}
+    assert set(results["curves"]) == {"one", "raw"}
+    assert results["curves"]["raw"]["model"] == f"{tmp_path}/student/raw"
     assert (tmp_path / "evaluation" / "page.html").read_text().startswith("<!doctype html>")
     assert (tmp_path / "evaluation" / "chart-1.svg").exists()
     assert "8 feature vectors of 128 numbers" in capsys.readouterr().out
