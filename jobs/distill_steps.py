@@ -314,21 +314,24 @@ def _check_models(*, teacher: Bundle, student: Bundle) -> None:
             f"the student {student.source} predicts eps, and step distillation needs v: make it a v model "
             "with jobs.finetune_vpred, or name another student"
         )
+    if teacher.fingerprint()["text_encoder"] != student.fingerprint()["text_encoder"]:
+        raise TrainingError(
+            f"{teacher.source} cannot teach {student.source}: its text encoder is another, so a caption "
+            "reaches the two as different embeddings, which made SD-v2 a bad teacher of SD-v1.5 (App. D); "
+            "take a teacher with the student's text encoder"
+        )
     differing = list(differences(_shared(teacher), _shared(student)))
     if differing:
         raise TrainingError(
-            f"{teacher.source} cannot teach {student.source}, with which it must share text encoder, VAE, "
-            f"scale and schedule: {'; '.join(differing[:3])} (there: the teacher, here: the student)"
+            f"{teacher.source} cannot teach {student.source}, with which it must share VAE, scale and "
+            f"schedule: {'; '.join(differing[:3])} (there: the teacher, here: the student)"
         )
 
 
 def _shared(bundle: Bundle) -> dict[str, Any]:
     model = bundle.describe()
-    weights = {name: model["weights"][name] for name in ("text_encoder", "vae")}
-    return {
-        "weights": weights,
-        **{name: model[name] for name in ("scaling_factor", "latent_shape", "schedule")},
-    }
+    shared = {name: model[name] for name in ("scaling_factor", "latent_shape", "schedule")}
+    return {"weights": {"vae": model["weights"]["vae"]}, **shared}
 
 
 def _check_grid(steps: StepsSettings, *, teacher: Bundle) -> None:
