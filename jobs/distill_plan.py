@@ -8,7 +8,8 @@ from dataclasses import replace
 from jobs import distill_steps, finetune_vpred
 from jobs.cli import Job, run
 from jobs.exits import leave
-from jobs.recipes import PlanStage, Recipe
+from jobs.plans import OWN, PlanStage, needs_vpred
+from snapfusion.training.steps import StepsSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,34 +19,51 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def distill_plan(job: Job) -> None:
     """Make the v model if a stage wants it, then each stage's student; what is there already is left."""
-    if wants_vpred(job.recipe):
+    if needs_vpred(job.recipe.stages):
         print("[vpred]", flush=True)
         finetune_vpred.finetune(job)
-    for stage in job.recipe.plan:
+    for stage in job.recipe.stages:
         print(f"[{stage.name}]", flush=True)
         distill_steps.distill(of_stage(job, stage))
 
 
 def of_stage(job: Job, stage: PlanStage) -> Job:
     """The job that makes a stage's student: the recipe's `distill`, with what the stage says of it."""
+
+    def source(name: str) -> str:
+        return job.recipe.model if name == OWN else name
+
     distill = job.recipe.distill
-    steps = distill.steps.model_copy(update={"student_steps": stage.student_steps, "k": stage.k})
-    told = {"name": stage.name, "teacher": stage.teacher, "student": stage.student, "steps": steps}
+    told = {
+        "name": stage.name,
+        "teacher": source(stage.teacher),
+        "student": source(stage.student),
+        "steps": _steps(distill.steps, stage=stage),
+    }
     recipe = job.recipe.model_copy(update={"distill": distill.model_copy(update=told)})
     return replace(job, verb="distill_steps", recipe=recipe)
 
 
-def wants_vpred(recipe: Recipe) -> bool:
-    """Whether a stage begins with the model that `jobs.finetune_vpred` makes."""
-    sources = {source for stage in recipe.plan for source in (stage.teacher, stage.student)}
-    return "run:vpred/model" in sources
+def _steps(steps: StepsSettings, *, stage: PlanStage) -> StepsSettings:
+    """What a stage's student learns.
+
+    Raises:
+        SettingsError: if the recipe's settings do not go with the stage's.
+    """
+    said = {"cfg_probability": stage.cfg_probability, "w_conditioned": stage.w_conditioned}
+    told = {name: value for name, value in said.items() if value is not None}
+    return StepsSettings.parse(
+        {**steps.to_values(), "student_steps": stage.student_steps, "k": stage.k, **told}
+    )
 
 
 def preview(job: Job) -> list[str]:
     """What each stage would do."""
-    lines = finetune_vpred.preview(job) if wants_vpred(job.recipe) else []
-    for stage in job.recipe.plan:
-        lines += [f"{stage.name}: {line}" for line in distill_steps.preview(of_stage(job, stage))]
+    lines = finetune_vpred.preview(job) if needs_vpred(job.recipe.stages) else []
+    for stage in job.recipe.stages:
+        steps = of_stage(job, stage).recipe.distill.steps
+        learnt = f"p = {steps.cfg_probability:g}{', told w' if steps.w_conditioned else ''}"
+        lines += [f"{stage.name} ({learnt}): {line}" for line in distill_steps.preview(of_stage(job, stage))]
     return lines or ["nothing: this recipe has no plan"]
 
 

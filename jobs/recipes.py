@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
+from jobs import full_size
 from jobs.cluster import Cluster
 from jobs.compile_mobile import MobileSettings
 from jobs.distill_decoder import DecoderSettings
 from jobs.distill_steps import DistillSettings
-from jobs.evaluation import Evaluation, Prompts
+from jobs.evaluation import Evaluation
 from jobs.finetune_vpred import VpredSettings
-from jobs.trainer import TrainerSettings
+from jobs.plans import OWN, VPRED, Plan, PlanStage, plans
 from pipelines.execution import Pool
 from pipelines.latents import Latents
-from pipelines.loader import LoaderSettings
 from pipelines.pairs import Pairs
-from pipelines.references import References
-from pipelines.samples import Samples
 from pipelines.stages.encode import Encoding
-from pipelines.stages.environment import Device
 from pipelines.stages.generate import Generation
 from pipelines.stages.image import ImageSettings
-from pipelines.stages.judge import FeatureSettings, Judging, ScorerSettings
-from pipelines.stages.sample import Drawing
-from pipelines.stages.select import Selection
 from pipelines.stages.target import Teaching
 from pipelines.targets import Targets
 from snapfusion.settings import Settings, SettingsError
 from snapfusion.training.draws import CfgRange
-from snapfusion.training.loop import LoopSettings
 from snapfusion.training.steps import StepsSettings
 
 
@@ -76,24 +69,6 @@ class Verification(Settings):
     seed: int = Field(0, ge=0)
 
 
-class PlanStage(Settings):
-    """One stage of step distillation; all else is as `Recipe.distill` says.
-
-    Attributes:
-        name: of the student's folder in the run.
-        teacher: its source, or "run:" and a place in the run.
-        student: the source of its first weights, likewise.
-        student_steps: N_S, the steps that the student takes.
-        k: the teacher's steps for one of the student's.
-    """
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    teacher: str
-    student: str
-    student_steps: int = Field(ge=1)
-    k: int = Field(2, ge=1)
-
-
 class Recipe(Settings):
     """A whole run.
 
@@ -107,7 +82,8 @@ class Recipe(Settings):
         targets: how TARGETS are made.
         vpred: how a model that predicts eps becomes one that predicts v.
         distill: how a student of fewer steps is distilled.
-        plan: the students that `jobs.distill_plan` makes, in this order.
+        plans: students to be made one after the other, by the plan's name.
+        plan: the name of the one that `jobs.distill_plan` follows; null for none.
         decoder: how the half-width decoder is distilled.
         mobile: how it is compiled.
         evaluation: which models and samplers are compared, and by what.
@@ -126,13 +102,27 @@ class Recipe(Settings):
     targets: Targets = Targets()
     vpred: VpredSettings = VpredSettings()
     distill: DistillSettings = DistillSettings()
-    plan: tuple[PlanStage, ...] = ()
+    plans: dict[str, Plan] = Field(default_factory=dict)
+    plan: str | None = None
     decoder: DecoderSettings = DecoderSettings()
     mobile: MobileSettings = MobileSettings()
     evaluation: Evaluation = Evaluation()
     oracle_floor: float | None = Field(None, ge=0.0, le=1.0)
     verification: Verification = Verification()
     cluster: Cluster = Cluster()
+
+    @field_validator("plan")
+    @classmethod
+    def _plan_is_there(cls, plan: str | None, known: ValidationInfo) -> str | None:
+        plans = known.data.get("plans", {})
+        if plan is not None and plan not in plans:
+            raise ValueError(f"there is no such plan; {', '.join(plans)} are accepted")
+        return plan
+
+    @property
+    def stages(self) -> Plan:
+        """The stages of the plan."""
+        return self.plans[self.plan] if self.plan is not None else ()
 
 
 def mini() -> Recipe:
@@ -164,16 +154,20 @@ def mini() -> Recipe:
                 student_steps=8, k=2, cfg_probability=0.3, cfg_range=CfgRange(low=1.0, high=6.0)
             ),
         ),
-        # Half the steps at a time, from the bundled model that predicts v.
-        plan=(
-            PlanStage(name="student-8", teacher="mini-v", student="mini-v", student_steps=8),
-            PlanStage(
-                name="student-4",
-                teacher="run:student-8/model",
-                student="run:student-8/model",
-                student_steps=4,
+        # Half the steps at a time, from the bundled model that predicts v: 8 are hardly worse than 50.
+        plan="halving",
+        plans={
+            "halving": (
+                PlanStage(name="student-8", teacher="mini-v", student="mini-v", student_steps=8),
+                PlanStage(
+                    name="student-4",
+                    teacher="run:student-8/model",
+                    student="run:student-8/model",
+                    student_steps=4,
+                ),
             ),
-        ),
+            **plans("mini-v"),
+        },
         # 1.00 on the 512 pictures of the demo (metrics.json, "oracle").
         oracle_floor=0.95,
     )
@@ -181,138 +175,44 @@ def mini() -> Recipe:
 
 def sd15() -> Recipe:
     """SD-v1.5 as in the paper: 512 px, 50 DDIM steps, guidance 7.5; one accelerator an actor."""
-    on_gpu = Device(kind="cuda", dtype="float16")
-    # Sec. 4.1 and 5: AdamW, weight decay 0.01, batches of 2,048. The paper gives neither learning rate nor
-    # steps: these are ours, untried at this size.
-    loop = LoopSettings(
-        num_steps=20_000,
-        global_batch=2_048,
-        learning_rate=1e-5,
-        warmup_steps=500,
-        decay="constant",
-        ema_decay=0.9995,
-        precision="bfloat16",
-    )
-    trainer = TrainerSettings(num_workers=64, use_gpu=True, micro_batch=8, checkpoint_every=500)
     return Recipe(
         name="sd15",
         model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         source=Source(name="laion", url="s3://bucket/laion/*.tar"),
-        latents=Latents(
-            # The bounds of LAION's own aesthetic subset; a row that lacks a score is kept.
-            selection=Selection(
-                min_width=512,
-                min_height=512,
-                min_aesthetic=5.0,
-                max_watermark=0.8,
-                max_unsafe=0.5,
-                refused_tags=("NSFW",),
-            ),
-            images=ImageSettings(min_side=256),
-            encoding=Encoding(batch_size=32),
-            rows_per_unit=128,
-            device=on_gpu,
-            readers=Pool(actors=8, cpus=1.0),
-            encoders=Pool(cpus=1.0, gpus=1.0),
-        ),
-        pairs=Pairs(
-            generation=Generation(steps=50, guidance=7.5, batch_size=16),
-            rows_per_unit=128,
-            device=on_gpu,
-            teachers=Pool(cpus=1.0, gpus=1.0),
-            writers=Pool(actors=2, cpus=1.0),
-        ),
-        # Sec. 4.1: two of 32 steps for one of 16; w from [2, 14], p = 0.1 (Fig. 7).
-        targets=Targets(
-            teaching=Teaching(student_steps=16, k=2, cfg_range=CfgRange(low=2.0, high=14.0), batch_size=32),
-            cfg_probability=0.1,
-            device=on_gpu,
-            readers=Pool(cpus=1.0),
-            teachers=Pool(cpus=1.0, gpus=1.0),
-            writers=Pool(actors=2, cpus=1.0),
-        ),
-        # Eq. 11 with p = 0.1 and dynamic gamma 0.2 (Fig. 7).
-        vpred=VpredSettings(
-            loop=loop,
-            loader=LoaderSettings(held_out=0.0001),
-            evaluation_rows=2_048,
-            gradient_checkpointing=True,
-            trainer=trainer,
-        ),
-        distill=DistillSettings(
-            name="student-16",
-            steps=StepsSettings(
-                student_steps=16, k=2, cfg_probability=0.1, cfg_range=CfgRange(low=2.0, high=14.0), gamma=0.2
-            ),
-            teacher_dtype="bfloat16",
-            loop=loop,
-            loader=LoaderSettings(held_out=0.0001),
-            evaluation_rows=2_048,
-            gradient_checkpointing=True,
-            trainer=trainer,
-        ),
-        # Sec. 4.1. The efficient UNet does not exist here yet: `small-16` begins as SD-v1.5's own, and is
-        # taught by it ("the same strategy", no more is said). The last teacher is App. D's best.
-        plan=(
-            PlanStage(
-                name="teacher-16", teacher="run:vpred/model", student="run:vpred/model", student_steps=16
-            ),
-            PlanStage(
-                name="small-16", teacher="run:vpred/model", student="run:vpred/model", student_steps=16
-            ),
-            PlanStage(
-                name="student-8",
-                teacher="run:teacher-16/model",
-                student="run:small-16/model",
-                student_steps=8,
-            ),
-        ),
-        decoder=DecoderSettings(
-            # The paper gives neither steps nor batch for the decoder: these are ours, untried at this size.
-            target="online",
-            loop=LoopSettings(
-                num_steps=20_000,
-                global_batch=64,
-                learning_rate=2e-4,
-                warmup_steps=500,
-                ema_decay=0.999,
-                precision="bfloat16",
-            ),
-            loader=LoaderSettings(held_out=0.01),
-            compare_random_init=False,
-            trainer=TrainerSettings(num_workers=8, use_gpu=True, micro_batch=8),
-        ),
-        evaluation=Evaluation(
-            # Sec. 5: MS-COCO 2014's validation captions, CLIP by ViT-g/14. The paper names no kernel for FID.
-            guidance=tuple(1.0 + 0.5 * step for step in range(19)),
-            prompts=Prompts(name="coco2014", url="s3://bucket/coco/captions-val2014.tsv", limit=30_000),
-            references=References(
-                name="coco2014",
-                url="s3://bucket/coco/val2014",
-                count=30_000,
-                device=on_gpu,
-                describers=Pool(cpus=1.0, gpus=1.0),
-            ),
-            samples=Samples(
-                drawing=Drawing(batch_size=16),
-                judging=Judging(
-                    features=FeatureSettings(
-                        network="inception", weights="s3://bucket/weights/inception-2015-12-05.safetensors"
-                    ),
-                    scorer=ScorerSettings(
-                        network="ViT-g-14",
-                        weights="laion/CLIP-ViT-g-14-laion2B-s34B-b88K/open_clip_model.safetensors",
-                    ),
-                ),
-                rows_per_unit=128,
-                device=on_gpu,
-                models=Pool(cpus=1.0, gpus=1.0),
-            ),
-        ),
+        latents=full_size.latents(side=512, rows_per_unit=128),
+        pairs=full_size.pairs(rows_per_unit=128),
+        targets=full_size.targets(),
+        vpred=full_size.vpred(micro_batch=8),
+        distill=full_size.distill(micro_batch=8),
+        plan="staged",
+        # The efficient UNet does not exist here yet: in its place stands SD-v1.5's own, which is taught by
+        # SD-v1.5 ("the same strategy", no more is said).
+        plans=plans(VPRED, small=VPRED),
+        decoder=full_size.decoder(micro_batch=8),
+        evaluation=full_size.evaluation(batch_size=16, rows_per_unit=128),
     )
 
 
-RECIPES = {"mini": mini, "sd15": sd15}
+def sd2() -> Recipe:
+    """SD-v2 by SD-v1.5's hyper-parameters (Fig. 7d). SD-v2.1 of 768 px predicts v as it is."""
+    return Recipe(
+        name="sd2",
+        model="stabilityai/stable-diffusion-2-1",
+        source=Source(name="laion", url="s3://bucket/laion/*.tar"),
+        # A picture has 2.25 times the pixels of one of 512 px, so a unit and a batch have half the rows.
+        latents=full_size.latents(side=768, rows_per_unit=64),
+        pairs=full_size.pairs(rows_per_unit=64),
+        targets=full_size.targets(),
+        vpred=full_size.vpred(micro_batch=4),
+        distill=full_size.distill(micro_batch=4),
+        plan="staged",
+        plans=plans(OWN),
+        decoder=full_size.decoder(micro_batch=4),
+        evaluation=full_size.evaluation(batch_size=8, rows_per_unit=64),
+    )
+
+
+RECIPES = {"mini": mini, "sd15": sd15, "sd2": sd2}
 
 
 def recipe_named(name: str) -> Recipe:
@@ -322,5 +222,5 @@ def recipe_named(name: str) -> Recipe:
         SettingsError: if there is none.
     """
     if name not in RECIPES:
-        raise SettingsError(f"--recipe {name}: there is no such recipe; {' and '.join(RECIPES)} are accepted")
+        raise SettingsError(f"--recipe {name}: there is no such recipe; {', '.join(RECIPES)} are accepted")
     return RECIPES[name]()
