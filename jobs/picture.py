@@ -1,4 +1,4 @@
-"""One caption to a picture file, by a Stable Diffusion."""
+"""Captions to pictures, and pictures to a file, by a Stable Diffusion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from PIL import Image
 
 from snapfusion.models.bundle import Bundle, to_uint8
 from snapfusion.noise import gaussian_batch, noise_key
-from snapfusion.sampling import sample, time_grid
+from snapfusion.sampling import time_grid
+from snapfusion.solvers import Solver, solve
+
+_UNDISTILLED_STEPS = 50
+_LEARNT_SOLVER = "ddim"
+"""Step distillation is of DDIM steps (SnapFusion Sec. 4.2)."""
 
 _SMALLEST_SIDE = 256
 _TOO_SMALL_TO_SHARE = 64
@@ -20,17 +25,49 @@ _TOO_SMALL_TO_SHARE = 64
 
 @torch.inference_mode()
 def draw(
-    bundle: Bundle, caption: str, *, steps: int, guidance: float, seed: int, count: int
+    bundle: Bundle,
+    captions: Sequence[str],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    count: int,
+    solver: Solver = "ddim",
 ) -> list[np.ndarray]:
-    """`count` pictures of a caption, uint8 [H,W,3], after `steps` DDIM steps at guidance w (Eq. 3)."""
+    """`count` pictures of each caption, uint8 [H,W,3], after steps of `solver` at guidance w (Eq. 3).
+
+    The noise of a picture follows from the seed, its caption, and its number among the caption's.
+    """
     if bundle.device.type == "cpu" and bundle.image_size <= _TOO_SMALL_TO_SHARE:
         torch.set_num_threads(1)
-    keys = [noise_key(seed, caption, number) for number in range(count)]
-    c = bundle.encode_text(bundle.tokenize([caption] * count))
+    asked = [(caption, number) for caption in captions for number in range(count)]
+    keys = [noise_key(seed, caption, number) for caption, number in asked]
+    c = bundle.encode_text(bundle.tokenize([caption for caption, _ in asked]))
     z_t = gaussian_batch(keys, bundle.latent_shape).to(bundle.device)
     grid = time_grid(steps, schedule_steps=bundle.schedule.num_steps)
-    latents = sample(bundle.denoiser(c, w=guidance), z_t, grid=grid, schedule=bundle.schedule)
+    denoiser = bundle.denoiser(c, w=guidance)
+    latents = solve(denoiser, z_t, solver=solver, grid=grid, schedule=bundle.schedule)
     return list(to_uint8(bundle.decode(latents)).permute(0, 2, 3, 1).cpu().numpy())
+
+
+def own_steps(bundle: Bundle) -> int:
+    """The steps that a model was distilled for; 50 for one that was not."""
+    return int(bundle.distillation["steps"]) if bundle.distillation else _UNDISTILLED_STEPS
+
+
+def departure(bundle: Bundle, *, steps: int, solver: Solver, guidance: float) -> str | None:
+    """In a line, what a model was distilled for, if that is not what is asked of it; else None."""
+    if bundle.distillation is None:
+        return None
+    learnt = bundle.distillation.get("cfg_range")
+    as_learnt = learnt is None or learnt["low"] <= guidance <= learnt["high"]
+    if steps == own_steps(bundle) and solver == _LEARNT_SOLVER and as_learnt:
+        return None
+    scales = f" at guidance {learnt['low']:g} to {learnt['high']:g}" if learnt else ""
+    return (
+        f"distilled for {own_steps(bundle)} steps of {_LEARNT_SOLVER}{scales}; "
+        f"this is {steps} of {solver} at guidance {guidance:g}"
+    )
 
 
 def save_pictures(pictures: Sequence[np.ndarray], place: Path) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -27,7 +27,8 @@ class Bundle:
     z_t      noisy latent, unit variance            [B,4,h,w] float32
     w        guidance scale, 1 is no guidance       a number, or [B,1,1,1]
 
-    The networks run in the dtype they hold; all arithmetic round them is float32.
+    The networks run in the dtype they hold; all arithmetic round them is float32. `distillation` says, of a
+    model that was distilled, for which steps and guidance (`snapfusion.models.save.DISTILLATION`).
     """
 
     tokenizer: CLIPTokenizer
@@ -37,6 +38,7 @@ class Bundle:
     schedule: Schedule
     prediction_type: PredictionType
     source: str
+    distillation: Mapping[str, Any] | None = None
     _fingerprint: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

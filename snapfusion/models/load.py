@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.random_weights import ARCHITECTURES, PREFIX, random_bundle
+from snapfusion.models.save import DISTILLATION
 from snapfusion.models.seal import check_seal
 from snapfusion.schedule import PREDICTION_TYPES, Schedule
 
@@ -29,6 +30,9 @@ BUNDLED = {"mini": _WEIGHTS / "sd", "mini-v": _WEIGHTS / "sd-v"}
 _NETWORKS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 # Without `accelerate` diffusers loads the plain way in any case; told so, it does not complain.
 _PLAINLY = {"text_encoder": {}, "unet": {"low_cpu_mem_usage": False}, "vae": {"low_cpu_mem_usage": False}}
+_INDEX = "model_index.json"
+_TRAINED = "model"
+"""Where the folder of a training holds its model."""
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # Old CLIP checkpoints carry the positions 0..76 as a tensor; nothing is lost by leaving it.
 _HARMLESS = ("position_ids",)
@@ -42,8 +46,9 @@ def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
     """A Bundle from `source`, its networks on `device` in `dtype`, in evaluation mode.
 
     Args:
-        source: "mini" or "mini-v", a diffusers folder, a URL of one that fsspec can read, a hub id such
-            as "owner/name", or "random:sd15" or "random:sd2" (full size, random weights).
+        source: "mini" or "mini-v", a diffusers folder or the folder of a training (which holds one as
+            `model/`), a URL of either that fsspec can read, a hub id such as "owner/name", or "random:sd15"
+            or "random:sd2" (full size, random weights).
         device: a torch device.
         dtype: of the networks.
 
@@ -66,7 +71,8 @@ def _locate(source: str) -> Path:
         return _fetch(source)
     folder = Path(source)
     if folder.is_dir():
-        return folder
+        trained = folder / _TRAINED
+        return trained if (trained / _INDEX).is_file() and not (folder / _INDEX).is_file() else folder
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
         raise ModelError(f"there is no model folder {source!r}; give a diffusers folder, a URL or a hub id")
     return _download(source)
@@ -83,9 +89,11 @@ def _fetch(url: str) -> Path:
     if not target.is_dir():
         partial = target.with_name(f"{target.name}.{os.getpid()}")
         filesystem, path = fsspec.core.url_to_fs(url)
-        if not filesystem.exists(f"{path}/model_index.json"):
-            raise ModelError(f"{url} has no model_index.json: it is not a diffusers folder")
-        filesystem.get(f"{path}/", f"{partial}/", recursive=True)
+        places = (path, f"{path}/{_TRAINED}")
+        place = next((place for place in places if filesystem.exists(f"{place}/{_INDEX}")), None)
+        if place is None:
+            raise ModelError(f"{url} has no {_INDEX}: it is not a diffusers folder")
+        filesystem.get(f"{place}/", f"{partial}/", recursive=True)
         partial.rename(target)
     return target
 
@@ -94,7 +102,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    patterns = [_INDEX, DISTILLATION, "*/*.json", "*/*.txt", "*/*.safetensors"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -109,13 +117,28 @@ def _load_folder(folder: Path, *, source: str) -> Bundle:
     networks = {name: _load_network(folder / name, source=source) for name in _NETWORKS}
     settings = _read_json(folder / "scheduler" / "scheduler_config.json", source=source)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    schedule = _schedule(settings, source=source)
     return Bundle(
         tokenizer=tokenizer,
         **networks,
-        schedule=_schedule(settings, source=source),
+        schedule=schedule,
         prediction_type=_prediction_type(settings, source=source),
         source=source,
+        distillation=_distillation(folder / DISTILLATION, schedule=schedule, source=source),
     )
+
+
+def _distillation(path: Path, *, schedule: Schedule, source: str) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    told = _read_json(path, source=source)
+    steps = told.get("steps") if isinstance(told, dict) else None
+    if not isinstance(steps, int) or not 1 <= steps <= schedule.num_steps:
+        raise ModelError(
+            f"{source}: {path.name} says it was distilled for {steps!r} steps; a number from 1 to "
+            f"{schedule.num_steps} is accepted"
+        )
+    return told
 
 
 def _load_network(folder: Path, *, source: str) -> Any:  # noqa: ANN401 - one of three network classes

@@ -165,11 +165,16 @@ def test_a_caption_becomes_a_picture(tiny_teacher, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--steps", "0"], "snapfusion: --steps 0: 1 to 1000 is accepted"),
-        (["--guidance", "0.5"], "snapfusion: --guidance 0.5: at least 1.0 is accepted"),
-        (["--guidance", "nan"], "snapfusion: --guidance nan: at least 1.0 is accepted"),
+        (["--steps", "0"], "snapfusion: --steps 0: at least 1 is accepted"),
+        (["--steps", "1001"], "snapfusion: --steps 1001: 1 to 1000 is accepted by this model"),
+        (["--steps", "many"], "snapfusion: --steps: invalid int value: 'many'"),
+        (["--guidance", "0.5"], "snapfusion: --guidance 0.5: 1.0 and more is accepted"),
+        (["--guidance", "nan"], "snapfusion: --guidance nan: 1.0 and more is accepted"),
+        (["--guidance", "inf"], "snapfusion: --guidance inf: 1.0 and more is accepted"),
         (["-n", "0"], "snapfusion: -n 0: at least 1 is accepted"),
-        (["--model", "/nowhere"], "snapfusion: there is no model folder '/nowhere'"),
+        (["--sampler", "heun"], "snapfusion: --sampler: invalid choice: 'heun'"),
+        (["--model", "/nowhere"], "snapfusion: --model /nowhere: there is no model folder"),
+        (["--out", "/dev/null/x.png", "--steps", "1"], "snapfusion: --out /dev/null/x.png: "),
     ],
 )
 def test_the_command_refuses_what_it_cannot_draw(options, line, capsys):
