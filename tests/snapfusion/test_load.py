@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_bundle
-from diffusers import StableDiffusionPipeline
 
-from snapfusion.models.bundle import to_uint8
 from snapfusion.models.load import ModelError, load
+from snapfusion.models.save import DISTILLATION
 from snapfusion.models.seal import SEAL, SealError, check_seal, write_seal
 from snapfusion.models.tokenizer import clip_tokenizer, token_ids
 from snapfusion.noise import gaussian_batch
-from snapfusion.sampling import sample, time_grid
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -52,6 +50,32 @@ def test_a_folder_on_an_object_store_is_fetched_once(folder, tmp_path, monkeypat
     first = load("memory://models/tiny").fingerprint()
     store.rm("/models/tiny", recursive=True)
     assert load("memory://models/tiny").fingerprint() == first
+
+
+def test_the_folder_of_a_training_is_loaded_by_the_model_in_it(tiny_teacher, folder, tmp_path, monkeypatch):
+    import fsspec
+
+    monkeypatch.setenv("SNAPFUSION_CACHE", str(tmp_path / "cache"))
+    trained = tmp_path / "student"
+    shutil.copytree(folder, trained / "model")
+    (trained / "metrics.json").write_text("{}")
+    fsspec.filesystem("memory").put(f"{trained}/", "/runs/student/", recursive=True)
+    for source in (str(trained), "memory://runs/student"):
+        assert load(source).fingerprint() == load(tiny_teacher).fingerprint()
+
+
+def test_a_distilled_model_says_for_what(tiny_teacher, folder):
+    assert load(tiny_teacher).distillation is None
+    told = {"steps": 4, "cfg_range": {"low": 1.0, "high": 6.0}}
+    (folder / DISTILLATION).write_text(json.dumps(told))
+    assert load(str(folder)).distillation == told
+
+
+@pytest.mark.parametrize("told", [{}, {"steps": 0}, {"steps": 1001}, {"steps": "four"}, []])
+def test_steps_that_a_model_cannot_have_been_distilled_for_are_refused(told, folder):
+    (folder / DISTILLATION).write_text(json.dumps(told))
+    with pytest.raises(ModelError, match=r"distillation\.json says it was distilled for .* 1 to 1000"):
+        load(str(folder))
 
 
 def test_missing_parts_are_named(folder):
@@ -144,29 +168,6 @@ def test_a_sealed_model_with_altered_weights_is_refused(tiny_teacher, tmp_path):
     (copy / UNET_FILE).write_bytes(weights)
     with pytest.raises(SealError, match="was altered"):
         load(str(copy))
-
-
-@torch.inference_mode()
-def test_a_saved_model_draws_the_same_in_stock_diffusers(tiny_teacher):
-    bundle, steps, w = load(tiny_teacher), 8, 3.0
-    z_t = gaussian_batch([1, 2], bundle.latent_shape)
-    c = bundle.encode_text(bundle.tokenize(["a red thing", "blue"]))
-    ours = bundle.decode(
-        sample(bundle.denoiser(c, w=w), z_t, grid=time_grid(steps), schedule=bundle.schedule)
-    )
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        tiny_teacher, safety_checker=None, torch_dtype=torch.float32
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(
-        prompt_embeds=c,
-        negative_prompt_embeds=bundle.null_condition().expand_as(c),
-        latents=z_t,
-        num_inference_steps=steps,
-        guidance_scale=w,
-        output_type="pt",
-    ).images
-    assert (to_uint8(ours).int() - to_uint8(theirs * 2 - 1).int()).abs().max() <= 1
 
 
 @torch.inference_mode()
