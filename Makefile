@@ -14,7 +14,7 @@ help: ## list these targets
 
 setup: $(INSTALLED) ## make .venv and install everything into it (3.5 GB to download, once)
 
-demo: setup ## run recipe mini from shards to the mobile decoder, into runs/demo
+demo: setup ## run recipe mini, from shards to a student and the mobile decoder, into runs/demo
 	@$(BIN)/python -m jobs.run_pipeline --recipe mini --out runs/demo
 
 test: setup ## run the tests

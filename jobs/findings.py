@@ -31,6 +31,7 @@ from jobs.report_page import (
     artifacts_of,
 )
 from jobs.result import METRICS
+from jobs.side_by_side import draw_side_by_side
 from jobs.steps import recorded
 from pipelines.account import total_rejected
 from pipelines.loader import held_out_rows
@@ -48,8 +49,16 @@ from snapfusion.models.bundle import to_uint8
 from snapfusion.models.decoder import load_decoder
 from snapfusion.models.load import load
 from snapfusion.settings import digest
+from snapfusion.training.steps import BRANCHES
 
-VERBS = ("render_scenes", "encode_latents", "generate_pairs", "distill_decoder", "compile_mobile")
+VERBS = (
+    "render_scenes",
+    "encode_latents",
+    "distill_steps",
+    "generate_pairs",
+    "distill_decoder",
+    "compile_mobile",
+)
 _SCENES, _DRAWN, _COMPARED, _EXAMPLES = 8, 16, 6, 3
 _SIDE = 256
 """Pictures of shards are shown at most this large, in pixels."""
@@ -58,11 +67,16 @@ _SIDE = 256
 def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
     """The content of the page, and the figures as plain values for metrics.json."""
     tables = {name: open_table(job.place(name)) for name in ("latents", "pairs") if is_table(job.place(name))}
+    student_place = job.place(job.recipe.distill.name)
+    student = _json(f"{student_place}/{METRICS}")
+    fewer_steps, drawn = None, None
+    if student and job.recipe.oracle_floor:
+        fewer_steps, drawn = draw_side_by_side(student, place=student_place)
     decoder = _json(job.place(f"decoder/{METRICS}"))
     mobile = _json(job.place(f"mobile/{compile_mobile.MANIFEST}"))
     oracle = read_by_oracle(tables["pairs"]) if "pairs" in tables and job.recipe.oracle_floor else None
     timings = _timings(job, tables)
-    lineage = _lineage(job, tables, decoder, mobile)
+    lineage = _lineage(job, tables, student, decoder, mobile)
     content = ReportContent(
         recipe=job.recipe.name,
         settings_hash=job.recipe.digest(),
@@ -71,8 +85,9 @@ def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
         totals=_totals(tables, decoder),
         scenes=_scenes(job),
         teacher_images=_drawn(tables["pairs"], oracle) if "pairs" in tables else (),
+        fewer_steps=fewer_steps,
         comparisons=_comparisons(job, tables["pairs"], decoder, mobile) if decoder else (),
-        charts=_charts(decoder) if decoder else (),
+        charts=(*_student_charts(student), *_decoder_charts(decoder)),
         measurements=(*_decoder_figures(decoder), *_oracle_figures(oracle, job)),
         artifacts=artifacts_of(mobile) if mobile else (),
         lineage=lineage,
@@ -84,6 +99,8 @@ def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
         "settings_hash": job.recipe.digest(),
         "versions": dict(content.versions),
         "tables": {name: _table_figures(table) for name, table in tables.items()},
+        "student": student,
+        "fewer_steps": drawn,
         "decoder": decoder,
         "mobile": mobile,
         "oracle": oracle and {key: value for key, value in oracle.items() if key != "notes"},
@@ -206,7 +223,30 @@ def _pixels(image: torch.Tensor) -> np.ndarray:
     return to_uint8(image[0]).permute(1, 2, 0).numpy()
 
 
-def _charts(decoder: Mapping[str, Any]) -> tuple[Chart, ...]:
+def _student_charts(student: Mapping[str, Any] | None) -> tuple[Chart, ...]:
+    """The distillation loss of each branch of Eq. 11, over the steps that took it."""
+    if student is None:
+        return ()
+    series = []
+    for branch in BRANCHES.values():
+        points = [point for point in student["curve"] if f"{branch}/loss" in point]
+        if points:
+            steps, losses = ([point[key] for point in points] for key in ("step", f"{branch}/loss"))
+            series.append(Series(name=branch, x=steps, y=losses))
+    return (
+        Chart(
+            title="Student: distillation loss",
+            x_label="step",
+            y_label="Eq. 9",
+            series=tuple(series),
+            log_y=True,
+        ),
+    )
+
+
+def _decoder_charts(decoder: Mapping[str, Any] | None) -> tuple[Chart, ...]:
+    if decoder is None:
+        return ()
     curves = {f"from {decoder['settings']['init']} channels": decoder["curve"]}
     if decoder["random_init"]:
         curves["from random weights"] = decoder["random_init"]["curve"]
@@ -276,6 +316,7 @@ def _oracle_figures(oracle: Mapping[str, Any] | None, job: Job) -> tuple[Measure
 def _lineage(
     job: Job,
     tables: Mapping[str, Snapshot],
+    student: Mapping[str, Any] | None,
     decoder: Mapping[str, Any] | None,
     mobile: Mapping[str, Any] | None,
 ) -> tuple[Commit, ...]:
@@ -303,6 +344,8 @@ def _lineage(
                 **_counts(table),
             )
         )
+    if student:
+        commits += _student_commits(student, place=job.place(job.recipe.distill.name), known=commits)
     if decoder:
         commits.append(
             Commit(
@@ -324,6 +367,31 @@ def _lineage(
             )
         )
     return tuple(commits)
+
+
+def _student_commits(student: Mapping[str, Any], *, place: str, known: Sequence[Commit]) -> list[Commit]:
+    """The student, and before it the models that it was made from and that are not known yet."""
+    names = {commit.identity: commit.name for commit in known}
+    commits, parents = [], []
+    for role, name in (("teacher", "TEACHER OF STEPS"), ("student", "FIRST WEIGHTS")):
+        model = student["parents"][role]
+        identity = digest(model["weights"])
+        if identity not in names:
+            names[identity] = name
+            commits.append(Commit(name=name, kind="model", place=model["source"], identity=identity))
+        parents.append(names[identity])
+    data = "LATENTS" if student["settings"]["targets"] == "online" else "TARGETS"
+    made_from = (data, *parents) if data in names.values() else tuple(parents)
+    return [
+        *commits,
+        Commit(
+            name="STUDENT",
+            kind="checkpoint",
+            place=place,
+            identity=student["settings_hash"],
+            parents=tuple(dict.fromkeys(made_from)),
+        ),
+    ]
 
 
 def _counts(table: Snapshot) -> dict[str, Any]:

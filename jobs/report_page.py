@@ -66,6 +66,52 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to draw, and its figures over all captions.
+
+    Attributes:
+        name: "teacher", "undistilled" or "student".
+        steps: it takes.
+        attributes_right: share of the captions' attributes that the oracle finds.
+        all_attributes_right: share of the pictures in which it finds all.
+        clip: mean score of picture and caption.
+        distance: of its pixels to the teacher's, root mean square, in gray levels of 255.
+    """
+
+    name: str
+    steps: int
+    attributes_right: float
+    all_attributes_right: float
+    clip: float
+    distance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strip:
+    """One caption from one noise; a picture for each way, whose caption says which."""
+
+    caption: str
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewerSteps:
+    """A student beside its teacher, and beside itself before it was distilled.
+
+    Attributes:
+        guidance: w of all pictures.
+        count: captions behind the figures.
+        ways: teacher, undistilled, student.
+        strips: some of the captions.
+    """
+
+    guidance: float
+    count: int
+    ways: tuple[Way, ...]
+    strips: tuple[Strip, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """A number with what it takes to trust it.
 
@@ -198,6 +244,7 @@ class ReportContent:
         totals: the run in a few numbers, each a value and what it counts.
         scenes: samples of the shards that came in.
         teacher_images: samples of PAIRS.
+        fewer_steps: the student beside its teacher.
         comparisons: held-out latents through three decoders.
         charts: the training's curves.
         measurements: the figures.
@@ -215,6 +262,7 @@ class ReportContent:
     totals: tuple[tuple[str, str], ...] = ()
     scenes: tuple[Picture, ...] = ()
     teacher_images: tuple[Picture, ...] = ()
+    fewer_steps: FewerSteps | None = None
     comparisons: tuple[Comparison, ...] = ()
     charts: tuple[Chart, ...] = ()
     measurements: tuple[Measurement, ...] = ()

@@ -1,4 +1,4 @@
-"""The whole run, in order: scenes or shards, LATENTS, PAIRS, decoder, mobile program, report.
+"""The whole run, in order: scenes or shards, LATENTS, student, PAIRS, decoder, mobile program, report.
 
 What is committed already is not made again, so a run that was stopped goes on where it was.
 """
@@ -9,7 +9,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jobs import compile_mobile, distill_decoder, encode_latents, generate_pairs, render_scenes, report
+from jobs import (
+    compile_mobile,
+    distill_decoder,
+    distill_steps,
+    encode_latents,
+    generate_pairs,
+    render_scenes,
+    report,
+)
 from jobs.cli import Body, Job, Preview, run
 from jobs.exits import leave
 from jobs.progress import duration
@@ -20,6 +28,7 @@ Step = tuple[str, Body, Preview]
 STEPS: tuple[Step, ...] = (
     ("render_scenes", render_scenes.render_scenes, render_scenes.preview),
     ("encode_latents", encode_latents.encode, encode_latents.preview),
+    ("distill_steps", distill_steps.distill, distill_steps.preview),
     ("generate_pairs", generate_pairs.generate, generate_pairs.preview),
     ("distill_decoder", distill_decoder.distill, distill_decoder.preview),
     ("compile_mobile", compile_mobile.compile_mobile, compile_mobile.preview),
@@ -45,8 +54,13 @@ def run_pipeline(job: Job) -> None:
 
 
 def steps_of(job: Job) -> list[Step]:
-    """The steps of this recipe; scenes are rendered only where no shards are named."""
-    return [step for step in STEPS if step[0] != "render_scenes" or job.recipe.source.url is None]
+    """The steps of this recipe: scenes only where no shards are named, a student only if its teacher is."""
+    left_out = set()
+    if job.recipe.source.url is not None:
+        left_out.add("render_scenes")
+    if job.recipe.distill.teacher is None:
+        left_out.add("distill_steps")
+    return [step for step in STEPS if step[0] not in left_out]
 
 
 def preview(job: Job) -> list[str]:

@@ -78,6 +78,19 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(job, capsys, tmp_pat
     assert not out.exists()
 
 
+def test_the_pipeline_has_the_steps_that_the_recipe_has_something_for():
+    def verbs(name, *settings):
+        job = cli.Job(verb="run_pipeline", recipe=recipe_named(name).with_values(settings), out="runs/x")
+        return [verb for verb, _, _ in run_pipeline.steps_of(job)]
+
+    assert verbs("mini") == [verb for verb, _, _ in run_pipeline.STEPS]
+    assert verbs("mini", "distill.teacher=null") == [
+        verb for verb in verbs("mini") if verb != "distill_steps"
+    ]
+    # Its shards are there already, and its students are made by `jobs.distill_plan`.
+    assert not {"render_scenes", "distill_steps"} & set(verbs("sd15"))
+
+
 def test_settings_are_printed_and_saved_under_their_hash(capsys, tmp_path):
     recipe = recipe_named("mini").with_values(["source.scenes=4", "source.scenes_per_shard=2"])
     assert (

@@ -20,7 +20,7 @@ OPTIONS = [
 
 
 def options(teacher: str, out: str) -> list[str]:
-    settings = [f"model={teacher}", *OPTIONS]
+    settings = [f"model={teacher}", f"distill.teacher={teacher}", *OPTIONS]
     return ["--out", out, *(word for setting in settings for word in ("--set", setting))]
 
 
@@ -70,7 +70,7 @@ def test_without_latents_it_says_so(capsys, tmp_path):
 def test_a_dry_run_says_what_it_would_do(capsys, tmp_path):
     assert compute_targets.main(["--dry-run", "--out", str(tmp_path / "run")]) == 0
     text = capsys.readouterr().out
-    assert "10 targets, of 16 steps of mini for 8, 30% of them guided at 1.0 to 6.0" in text
+    assert "10 targets, of 8 steps of mini-v for 4, 50% of them guided at 1.0 to 6.0" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -87,4 +87,4 @@ def test_the_recipes_have_the_papers_grids_and_ranges():
     sd15, mini = (recipe_named(name).targets.teaching for name in ("sd15", "mini"))
     assert (sd15.student_steps, sd15.k, sd15.cfg_range.low, sd15.cfg_range.high) == (16, 2, 2.0, 14.0)
     assert recipe_named("sd15").targets.cfg_probability == 0.1
-    assert (mini.student_steps, mini.k, mini.cfg_range.low, mini.cfg_range.high) == (8, 2, 1.0, 6.0)
+    assert (mini.student_steps, mini.k, mini.cfg_range.low, mini.cfg_range.high) == (4, 2, 1.0, 6.0)

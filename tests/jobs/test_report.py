@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from in_process import in_process
 
-from jobs import report
+from jobs import report, side_by_side
 from pipelines.pairs import Pairs, generate_pairs
 from pipelines.sources.captions import Caption
 from pipelines.stages.generate import Generation
 from pipelines.storage import read_bytes, replace_object
 from snapfusion.mini.scenes import caption_of, scene_of
+from snapfusion.models.load import load
+from snapfusion.models.save import save
 
 CAPTIONS = [Caption(id=f"{n:03d}", ordinal=n, text=caption_of(scene_of(97 * n))) for n in range(8)]
 
@@ -43,6 +46,61 @@ def test_a_run_that_has_only_pairs_is_reported(tmp_path, capsys):
     assert found["oracle"]["images"] == 8
     assert found["tables"]["pairs"]["rows_read"] == found["tables"]["pairs"]["rows_written"] == 8
     assert found["decoder"] is None
+
+
+def distil(out: Path) -> None:
+    """A folder as `jobs.distill_steps` leaves it, of a student that has learnt nothing."""
+    bundle, distillation = load("mini-v"), {"steps": 4, "teacher_steps": 8}
+    source = {"source": "mini-v", "weights": bundle.fingerprint()}
+    save(bundle, out / "student" / "model", distillation=distillation)
+    curve = [
+        {"step": 1, "vanilla/loss": 0.5},
+        {"step": 2, "vanilla/loss": 0.4, "guided/loss": 2.0},
+        {"step": 3, "guided/loss": 1.0},
+    ]
+    metrics = {
+        "distillation": distillation,
+        "parents": {"teacher": source, "student": source},
+        "settings": {"targets": "online"},
+        "settings_hash": "5" * 64,
+        "curve": curve,
+    }
+    (out / "student" / "metrics.json").write_text(json.dumps(metrics))
+
+
+def test_a_student_is_shown_beside_its_teacher_and_what_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(side_by_side, "CAPTIONS", 6)
+    distil(tmp_path)
+    assert report.main(["--out", str(tmp_path)]) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    for words in ("Teacher, 50 steps", "Undistilled, 4 steps", "Student, 4 steps", "6 held-out captions"):
+        assert words in page
+    for words in ("Student: distillation loss", "vanilla", "guided", "TEACHER OF STEPS", "STUDENT"):
+        assert words in page
+    found = metrics(tmp_path)
+    assert found["student"]["distillation"]["steps"] == 4
+    drawn = found["fewer_steps"]
+    assert (drawn["guidance"], drawn["captions"]) == (4.0, 6)
+    ways = drawn["ways"]
+    assert {name: way["steps"] for name, way in ways.items()} == {
+        "teacher": 50,
+        "undistilled": 4,
+        "student": 4,
+    }
+    assert ways["teacher"]["distance"] == 0.0 < ways["undistilled"]["distance"]
+    assert ways["teacher"]["attributes_right"] > 0.9
+    # Saved in float16, the student differs from what it was by rounding alone.
+    assert ways["student"]["distance"] == pytest.approx(ways["undistilled"]["distance"], rel=0.05)
+    gain = drawn["clip_gain"]
+    assert gain["low"] <= gain["value"] <= gain["high"]
+    assert gain["value"] == pytest.approx(0.0, abs=0.01)
+
+
+def test_a_student_whose_pictures_no_judge_reads_is_not_drawn(tmp_path):
+    distil(tmp_path)
+    assert report.main(["--out", str(tmp_path), "--set", "oracle_floor=null"]) == 0
+    assert metrics(tmp_path)["fewer_steps"] is None
+    assert "No student was drawn." in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_pictures_below_the_floor_fail_after_the_page_is_written(tmp_path, capsys):

@@ -15,17 +15,23 @@ from jobs.report_page import (
     Artifact,
     Commit,
     Comparison,
+    FewerSteps,
     Measurement,
     Picture,
     RejectedRow,
     Rejection,
     ReportContent,
+    Strip,
     Timing,
+    Way,
     artifacts_of,
     render_report,
 )
 
-SECTIONS = ["scenes", "teacher", "decoder", "curves", "figures", "mobile", "lineage", "rejected", "timings"]
+SECTIONS = [
+    *("scenes", "teacher", "student", "decoder", "curves"),
+    *("figures", "mobile", "lineage", "rejected", "timings"),
+]
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)> {{ 7 * 7 }}'
 
 
@@ -44,6 +50,26 @@ def content(**changes):
         "totals": (("512", "scenes read"),),
         "scenes": (Picture(image=noise(0), caption="a large red circle", note="row 7"),),
         "teacher_images": (Picture(image=noise(1), caption="a small blue ring"),),
+        "fewer_steps": FewerSteps(
+            guidance=4.0,
+            count=64,
+            ways=(
+                Way(
+                    name="student",
+                    steps=4,
+                    attributes_right=0.99,
+                    all_attributes_right=0.953125,
+                    clip=0.75,
+                    distance=7.25,
+                ),
+            ),
+            strips=(
+                Strip(
+                    caption="a cyan heart",
+                    pictures=(Picture(image=noise(2), caption="Student, 4 steps", note="5 of 5 right"),),
+                ),
+            ),
+        ),
         "comparisons": (Comparison(caption="a green cross", teacher=teacher, half=half, compiled=half),),
         "charts": (
             Chart(
@@ -123,6 +149,13 @@ def test_every_section_is_there_and_filled():
     for words in (
         "a large red circle",
         "a small blue ring",
+        "a cyan heart",
+        "at guidance 4: by the teacher",
+        "Student, 4 steps",
+        "64 held-out captions",
+        "95.3 %",
+        "0.750",
+        "7.2 of 255",
         "a green cross",
         "held-out PSNR",
         "30.25 dB",
@@ -183,6 +216,11 @@ def hostile_content():
         totals=((HOSTILE, HOSTILE),),
         scenes=(picture,),
         teacher_images=(picture,),
+        fewer_steps=dataclasses.replace(
+            given.fewer_steps,
+            ways=(dataclasses.replace(given.fewer_steps.ways[0], name=HOSTILE),),
+            strips=(Strip(caption=HOSTILE, pictures=(picture,)),),
+        ),
         comparisons=(dataclasses.replace(given.comparisons[0], caption=HOSTILE),),
         charts=(dataclasses.replace(given.charts[0], title=HOSTILE, x_label=HOSTILE),),
         measurements=(dataclasses.replace(given.measurements[0], name=HOSTILE, note=HOSTILE),),

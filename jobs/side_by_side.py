@@ -1,0 +1,97 @@
+"""The same captions from the same noise: by the teacher, by the student's first weights, by the student.
+
+For the report of a run whose pictures the miniature's judges can read. Captions are of held-out scenes, and
+the noise is that of `jobs.evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jobs.evaluation import Prompts, captions_of
+from jobs.report_page import FewerSteps, Picture, Strip, Way
+from pipelines.sources.captions import Caption
+from pipelines.stages.environment import Device
+from pipelines.stages.judge import Judging
+from pipelines.stages.sample import DrawAndJudge, Drawing, Sampler
+from snapfusion.metrics.intervals import mean
+from snapfusion.noise import noise_key
+
+GUIDANCE = 4.0
+"""Where few steps show in the miniature's pictures."""
+
+CAPTIONS = 64
+_SHOWN = 6
+_MANY = 50
+
+
+def draw_side_by_side(student: Mapping[str, Any], *, place: str) -> tuple[FewerSteps, dict[str, Any]]:
+    """What the page shows of a student, and its figures as JSON values.
+
+    Args:
+        student: what `jobs.distill_steps` says of it.
+        place: where it is.
+    """
+    few, parents = student["distillation"]["steps"], student["parents"]
+    ways = {
+        "teacher": (parents["teacher"]["source"], _MANY),
+        "undistilled": (parents["student"]["source"], few),
+        "student": (f"{place}/model", few),
+    }
+    captions = [row for row in captions_of(Prompts(limit=CAPTIONS)) if isinstance(row, Caption)]
+    drawn = {name: _draw(model, steps=steps, captions=captions) for name, (model, steps) in ways.items()}
+    figures = {
+        name: {"model": model, "steps": steps, **_figures(drawn[name], teacher=drawn["teacher"])}
+        for name, (model, steps) in ways.items()
+    }
+    gain = mean(drawn["student"]["clip"] - drawn["undistilled"]["clip"])._asdict()
+    metrics = {"guidance": GUIDANCE, "captions": len(captions), "ways": figures, "clip_gain": gain}
+    shown = FewerSteps(
+        guidance=GUIDANCE,
+        count=len(captions),
+        ways=tuple(Way(name=name, **{key: told[key] for key in _COLUMNS}) for name, told in figures.items()),
+        strips=tuple(_strip(number, captions, figures, drawn) for number in range(_SHOWN)),
+    )
+    return shown, metrics
+
+
+_COLUMNS = ("steps", "attributes_right", "all_attributes_right", "clip", "distance")
+
+
+def _draw(model: str, *, steps: int, captions: Sequence[Caption]) -> dict[str, np.ndarray]:
+    stage = DrawAndJudge(
+        model=model, sampler=Sampler(steps=steps), drawing=Drawing(), judging=Judging(), device=Device()
+    )
+    keys = [noise_key("evaluation", stage.drawing.seed, caption.id) for caption in captions]
+    return stage.draw_and_judge([caption.text for caption in captions], keys, w=GUIDANCE)
+
+
+def _figures(drawn: Mapping[str, np.ndarray], *, teacher: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Means over the captions; the distance is of pixels, root mean square, in gray levels of 255."""
+    apart = drawn["image"].astype(np.float64) - teacher["image"]
+    return {
+        "attributes_right": float(drawn["right"].mean()),
+        "all_attributes_right": float(drawn["right"].all(axis=1).mean()),
+        "clip": float(drawn["clip"].mean()),
+        "distance": float(np.sqrt((apart**2).mean())),
+    }
+
+
+def _strip(
+    number: int,
+    captions: Sequence[Caption],
+    figures: Mapping[str, Mapping[str, Any]],
+    drawn: Mapping[str, Mapping[str, np.ndarray]],
+) -> Strip:
+    pictures = [
+        Picture(
+            image=drawn[name]["image"][number],
+            caption=f"{name.capitalize()}, {told['steps']} steps",
+            note=f"{int(drawn[name]['right'][number].sum())} of {drawn[name]['right'].shape[1]} right",
+        )
+        for name, told in figures.items()
+    ]
+    return Strip(caption=captions[number].text, pictures=tuple(pictures))
