@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 _WIDTH_INCHES, _HEIGHT_INCHES = 5.2, 3.0
 # Drawn in colours that nothing else has, then handed to the page's style sheet, which knows light from dark.
 _ROLES = {"#010101": "var(--ink)", "#020202": "var(--muted)", "#030303": "var(--rule)"}
-_SERIES = {f"#0{n}0{n}0{n}": f"var(--series-{n - 3})" for n in range(4, 10)}
+_SERIES = {f"#0{n:x}0{n:x}0{n:x}": f"var(--series-{n - 3})" for n in range(4, 13)}
+_INSIDE = 6
+"""More lines than these are named beside the axes."""
+_MARKED = 12
+"""Up to so many values of a logarithmic x are marked each."""
+
 _INK, _MUTED, _RULE = _ROLES
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's own letters
@@ -49,14 +53,14 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Up to six lines on common axes.
+    """Up to nine lines on common axes.
 
     Attributes:
         title: said above the picture.
         x_label: with its unit.
         y_label: with its unit.
         series: at least one; each named at its end if there are several.
-        log_x: whether x is drawn by its logarithm, and marked at its values.
+        log_x: whether x is drawn by its logarithm; a few values are marked each.
         log_y: whether y is drawn by its logarithm.
         limit: a level to be reached, drawn as a dashed line; None for none.
     """
@@ -74,13 +78,13 @@ def chart_svg(chart: Chart) -> str:
     """The chart as an `<svg>` element that takes its colours from the page.
 
     Raises:
-        ValueError: if there are no series, more than six, or one whose x and y differ in length.
+        ValueError: if there are no series, more than nine, or one whose x and y differ in length.
     """
     _check(chart)
     with mpl.rc_context({**_STYLE, "svg.hashsalt": chart.title}):
         figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), layout="constrained")
         figure.patch.set_visible(False)
-        _draw(figure.add_subplot(), chart)
+        _draw(figure, chart)
         buffer = io.StringIO()
         # Without these entries matplotlib writes when and by what it was drawn.
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -100,7 +104,8 @@ def _check(chart: Chart) -> None:
             )
 
 
-def _draw(axes: Axes, chart: Chart) -> None:
+def _draw(figure: Figure, chart: Chart) -> None:
+    axes = figure.add_subplot()
     axes.patch.set_visible(False)
     for color, series in zip(_SERIES, chart.series, strict=False):
         marker = "o" if len(series.x) < 30 else None
@@ -132,7 +137,9 @@ def _draw(axes: Axes, chart: Chart) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     if chart.log_x:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(sorted({x for series in chart.series for x in series.x})))
+        values = sorted({x for series in chart.series for x in series.x})
+        few = len(values) <= _MARKED
+        axes.xaxis.set_major_locator(FixedLocator(values) if few else LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -142,7 +149,9 @@ def _draw(axes: Axes, chart: Chart) -> None:
     axes.set_xlabel(_plain(chart.x_label))
     axes.set_ylabel(_plain(chart.y_label))
     if len(chart.series) > 1:
-        axes.legend(frameon=False, labelcolor=_INK, fontsize=10, handlelength=1.4)
+        inside: dict[str, Any] = {} if len(chart.series) <= _INSIDE else {"loc": "outside right upper"}
+        owner = figure if inside else axes
+        owner.legend(frameon=False, labelcolor=_INK, fontsize=10, handlelength=1.4, **inside)
 
 
 def _plain(text: str) -> str:

@@ -29,12 +29,12 @@ VERBS = (
     "distill_decoder",
     "compile_mobile",
     "evaluate",
+    "ablate",
     "report",
     "verify_table",
     "train_mini",
     "measure_mini",
 )
-
 
 SAMPLERS = ("ddim", "euler", "dpm", "dpm++")
 """Those of `snapfusion.solvers`, which takes seconds to import."""
@@ -45,6 +45,7 @@ class _OneLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(message.removeprefix("argument "))
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `snapfusion`."""

@@ -22,6 +22,9 @@ _COLORS = {
     "--series-4": "#6d4a83",
     "--series-5": "#4f7f3a",
     "--series-6": "#a8862a",
+    "--series-7": "#b03a5b",
+    "--series-8": "#3f6fc0",
+    "--series-9": "#2f8f80",
 }
 
 

@@ -21,8 +21,10 @@ from jobs.student import (
     placed,
     table_identity,
     trainable_unet,
+    watcher,
 )
 from jobs.trainer import Training, TrainingError
+from jobs.watch import check_watch, in_run
 from pipelines.latents import check_latents
 from pipelines.loader import BatchLoader, count_trainable
 from pipelines.storage import absolute, exists
@@ -62,6 +64,7 @@ def finetune_vpred(
     latents_url: str,
     out_url: str,
     latents_version: int | None = None,
+    further: bool = False,
     on_report: OnReport = lambda figures: None,
 ) -> dict[str, Any]:
     """Train the v model and publish it at `out_url`, whole or not at all (`jobs.student` shows its files).
@@ -75,24 +78,26 @@ def finetune_vpred(
         latents_url: of the table LATENTS.
         out_url: of the folder to make.
         latents_version: of the table; None takes what the run began with, or else the newest.
+        further: whether a model that predicts v already is trained on, as a control for step distillation.
         on_report: told of the training's progress.
 
     Returns:
         The metrics, as in metrics.json.
 
     Raises:
-        TrainingError: if the model predicts v already, `out_url` holds or has begun something else, or
-            training cannot end.
+        TrainingError: if the model predicts v already and is not to go `further`, `out_url` holds or has
+            begun something else, or training cannot end.
         TableError: if LATENTS do not fit the model.
         TrainingFailed: if workers keep failing.
     """
     result, model = Result(url=absolute(out_url), kind=KIND), placed(model)
     bundle = load(model)
-    if bundle.prediction_type == "v_prediction":
+    if bundle.prediction_type == "v_prediction" and not further:
         raise TrainingError(f"{model} predicts v already; there is nothing to fine-tune")
     pinned = result.pinned_version("latents") if latents_version is None else latents_version
     latents = open_table(latents_url, version=pinned, kind="latents")
     check_latents(latents, bundle=bundle)
+    check_watch(settings.watch, model=bundle)
     identity = {
         "objective": "velocity",
         "settings": settings.deciding(),
@@ -105,6 +110,8 @@ def finetune_vpred(
     counts = count_trainable(latents, held_out=settings.loader.held_out)
     held_out = _loader(settings, latents=latents, counts=counts).held_out(rows=1, limit=1)
     check_held_out(next(held_out, None), settings=settings, table=latents)
+    weights = bundle.fingerprint()
+    del bundle  # a worker beside this process needs the memory
     return make_student(
         settings,
         result=result,
@@ -116,7 +123,7 @@ def finetune_vpred(
             "counts": counts,
         },
         identity=identity,
-        parents={"latents": latents.lineage(), "model": {"source": model, "weights": bundle.fingerprint()}},
+        parents={"latents": latents.lineage(), "model": {"source": model, "weights": weights}},
         student=model,
         distillation=None,
         on_report=on_report,
@@ -159,6 +166,7 @@ def assemble(
             ),
             device=device,
         ),
+        watch=watcher(settings, student=model, steps=None, device=device),
     )
 
 
@@ -201,8 +209,9 @@ def finetune(job: Job) -> None:
     place = job.place("vpred")
     if not exists(f"{place}/{METRICS}"):
         connect(job.recipe.cluster)
+    settings = job.recipe.vpred
     metrics = finetune_vpred(
-        job.recipe.vpred,
+        settings.model_copy(update={"watch": in_run(settings.watch, job)}),
         model=job.recipe.model,
         latents_url=job.place("latents"),
         out_url=place,

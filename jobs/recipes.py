@@ -5,17 +5,19 @@ from __future__ import annotations
 from pydantic import Field, ValidationInfo, field_validator
 
 from jobs import full_size
+from jobs.ablation import Ablation, miniature_ablation
 from jobs.cluster import Cluster
 from jobs.compile_mobile import MobileSettings
 from jobs.distill_decoder import DecoderSettings
 from jobs.distill_steps import DistillSettings
-from jobs.evaluation import Evaluation
+from jobs.evaluation import Evaluation, Prompts
 from jobs.finetune_vpred import VpredSettings
 from jobs.plans import OWN, VPRED, Plan, PlanStage, plans
 from jobs.trainer import TrainerSettings
 from pipelines.execution import Pool
 from pipelines.latents import Latents
 from pipelines.pairs import Pairs
+from pipelines.references import References
 from pipelines.stages.encode import Encoding
 from pipelines.stages.generate import Generation
 from pipelines.stages.image import ImageSettings
@@ -89,6 +91,7 @@ class Recipe(Settings):
         decoder: how the half-width decoder is distilled.
         mobile: how it is compiled.
         evaluation: which models and samplers are compared, and by what.
+        ablation: which students `jobs.ablate` trains and compares.
         oracle_floor: least mean attribute accuracy of the demo's pictures, by the miniature's oracle; None
             for models whose pictures it cannot read.
         verification: how tables are verified.
@@ -109,6 +112,7 @@ class Recipe(Settings):
     decoder: DecoderSettings = DecoderSettings()
     mobile: MobileSettings = MobileSettings()
     evaluation: Evaluation = Evaluation()
+    ablation: Ablation = Ablation()
     oracle_floor: float | None = Field(None, ge=0.0, le=1.0)
     verification: Verification = Verification()
     cluster: Cluster = Cluster()
@@ -182,6 +186,34 @@ def mini() -> Recipe:
     )
 
 
+def ablation() -> Recipe:
+    """The ablations of Fig. 6 and 7 on the miniature: hours of two cores, in as many sittings as wanted."""
+    base = mini()
+    latents = base.latents.model_copy(update={"rows_per_unit": 128})
+    distill = base.distill.model_copy(
+        update={
+            "loop": LoopSettings(
+                num_steps=300, global_batch=32, learning_rate=1e-4, warmup_steps=20, ema_decay=0.98
+            ),
+            "trainer": TrainerSettings(micro_batch=32),
+        }
+    )
+    return base.model_copy(
+        update={
+            "name": "ablation",
+            "source": Source(scenes=4_096, scenes_per_shard=512, seed=7),
+            "latents": latents,
+            "distill": distill,
+            "evaluation": Evaluation(
+                guidance=tuple(1.0 + 0.5 * step for step in range(13)),
+                prompts=Prompts(limit=500),
+                references=References(count=4_000),
+            ),
+            "ablation": miniature_ablation(),
+        }
+    )
+
+
 def sd15() -> Recipe:
     """SD-v1.5 as in the paper: 512 px, 50 DDIM steps, guidance 7.5; one accelerator an actor."""
     return Recipe(
@@ -221,7 +253,7 @@ def sd2() -> Recipe:
     )
 
 
-RECIPES = {"mini": mini, "sd15": sd15, "sd2": sd2}
+RECIPES = {"mini": mini, "ablation": ablation, "sd15": sd15, "sd2": sd2}
 
 
 def recipe_named(name: str) -> Recipe:

@@ -67,7 +67,7 @@ def test_a_logarithmic_x_is_marked_at_its_values():
     ("series", "reason"),
     [
         ((), "0 series"),
-        ((Series(name="a", x=[1], y=[1]),) * 7, "7 series"),
+        ((Series(name="a", x=[1], y=[1]),) * 10, "10 series"),
         ((Series(name="a", x=[1, 2], y=[1]),), "2 x and 1 y"),
         ((Series(name="a", x=[], y=[]),), "0 x and 0 y"),
     ],

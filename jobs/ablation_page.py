@@ -1,0 +1,179 @@
+"""What the ablations found, as charts and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.chart import Chart, Series
+from jobs.page import render_page
+from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
+from snapfusion.models.bundle import to_uint8
+from snapfusion.models.load import load
+from snapfusion.noise import gaussian_batch, noise_key
+from snapfusion.sampling import sample, time_grid
+
+_SHOWN = 8
+"""Captions whose pictures are shown."""
+
+_IN_TABLES = (1.0, 2.0, 4.0, 6.0, 7.0)
+"""Guidance scales of the tables."""
+
+_AT_A_COST = 4.0
+"""The guidance at which figures are drawn over evaluations of the network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line's pictures: its name, and uint8 [H,W,3] of each caption."""
+
+    name: str
+    pictures: Sequence[np.ndarray]
+
+
+def charts_of(panel: Mapping[str, Any]) -> dict[str, Chart]:
+    """A panel's charts by kind, their lines the means over training seeds."""
+    axes = {
+        "clip-over-fid": ("CLIP over FID, along guidance", "fid", "clip", "FID", "CLIP"),
+        "fid": ("FID over guidance", "w", "fid", "guidance w", "FID"),
+        "clip": ("CLIP over guidance", "w", "clip", "guidance w", "CLIP"),
+    }
+    title, lines = panel["panel"]["title"], panel["over_seeds"]
+    charts = {
+        kind: Chart(
+            title=f"{title}: {said}",
+            x_label=x_label,
+            y_label=y_label,
+            series=tuple(Series(name=line["name"], x=_values(line, x), y=_values(line, y)) for line in lines),
+            log_x=x == "fid",
+            log_y=y == "fid",
+        )
+        for kind, (said, x, y, x_label, y_label) in axes.items()
+    }
+    return {**charts, "cost": _cost_chart(title, lines)} if _differ_in_cost(lines) else charts
+
+
+def _values(line: Mapping[str, Any], name: str) -> list[float]:
+    return [point[name] if name == "w" else point[name][0] for point in line["points"]]
+
+
+def _differ_in_cost(lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether students differ in what a picture costs; the first two lines are the model's own."""
+    return len({line["points"][-1]["evaluations"] for line in lines[2:]}) > 1
+
+
+def _cost_chart(title: str, lines: Sequence[Mapping[str, Any]]) -> Chart:
+    """FID over evaluations of the UNet, at one guidance: each line is a point."""
+    at = {line["name"]: _point_at(line, _AT_A_COST) for line in lines}
+    return Chart(
+        title=f"{title}: FID over UNet evaluations at w = {_AT_A_COST:g}",
+        x_label="UNet evaluations of a picture",
+        y_label="FID",
+        series=tuple(
+            Series(name=name, x=[point["evaluations"]], y=[point["fid"][0]]) for name, point in at.items()
+        ),
+        log_x=True,
+    )
+
+
+def _point_at(line: Mapping[str, Any], w: float) -> Mapping[str, Any]:
+    points: Sequence[Mapping[str, Any]] = line["points"]
+    return next(point for point in points if point["w"] == w)
+
+
+@torch.inference_mode()
+def shown_pictures(lines: Mapping[str, tuple[str, int]], *, w: float) -> list[Row]:
+    """What each line, by name its model's source and its DDIM steps, draws of the same captions and noise.
+
+    The noise is that of the evaluation's first captions.
+    """
+    captions = shown_captions()
+    keys = [noise_key("evaluation", 0, f"scene-{number}") for number in range(len(captions))]
+    rows = []
+    for name, (source, steps) in lines.items():
+        bundle = load(source)
+        grid = time_grid(steps, schedule_steps=bundle.schedule.num_steps)
+        c = bundle.encode_text(bundle.tokenize(captions))
+        eps = gaussian_batch(keys, bundle.latent_shape)
+        latents = sample(bundle.denoiser(c, w=w), eps, grid=grid, schedule=bundle.schedule)
+        rows.append(
+            Row(name=name, pictures=list(to_uint8(bundle.decode(latents)).permute(0, 2, 3, 1).numpy()))
+        )
+    return rows
+
+
+def shown_captions() -> list[str]:
+    """The captions of the pictures, from held-out scenes."""
+    return [caption_of(scene_of(HELD_OUT + number)) for number in range(_SHOWN)]
+
+
+def loss_charts(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Chart]:
+    """L_dstl of vanilla and of guided steps over training, moving averages, of students by name."""
+    charts = []
+    for branch in ("vanilla", "guided"):
+        name = f"{branch}/loss"
+        series = [
+            Series(
+                name=student,
+                x=[point["step"] for point in curve if name in point],
+                y=[point[name] for point in curve if name in point],
+            )
+            for student, curve in curves.items()
+            if any(name in point for point in curve)
+        ]
+        if series:
+            charts.append(
+                Chart(
+                    title=f"L_dstl of {branch} steps",
+                    x_label="optimizer step",
+                    y_label="L_dstl",
+                    series=tuple(series),
+                    log_y=True,
+                )
+            )
+    return charts
+
+
+def render_ablation(
+    panels: Sequence[Mapping[str, Any]],
+    *,
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    rows: Sequence[Row],
+    w: float,
+) -> str:
+    """The page as text.
+
+    Args:
+        panels: as `jobs.ablate` writes them.
+        curves: of students' training, by name.
+        rows: pictures.
+        w: their guidance.
+    """
+    return render_page(
+        "ablation.html.j2",
+        panels=[
+            {
+                **panel,
+                "charts": list(charts_of(panel).values()),
+                "table": list(_table(panel)),
+                "gaps": panel["evaluation"]["gaps"],
+            }
+            for panel in panels
+        ],
+        losses=loss_charts(curves),
+        rows=rows,
+        captions=shown_captions(),
+        w=w,
+        scales=_IN_TABLES,
+    )
+
+
+def _table(panel: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A panel's figures at a few guidance scales."""
+    for line in panel["over_seeds"]:
+        points = [point for w in _IN_TABLES for point in line["points"] if point["w"] == w]
+        yield {"name": line["name"], "points": points, "evaluations": line["points"][-1]["evaluations"]}
