@@ -82,13 +82,13 @@ def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
         settings_hash=job.recipe.digest(),
         settings_json=job.recipe.to_json(),
         versions=_versions(),
-        totals=_totals(tables, decoder),
+        totals=_totals(tables, student, decoder),
         scenes=_scenes(job),
         teacher_images=_drawn(tables["pairs"], oracle) if "pairs" in tables else (),
         fewer_steps=fewer_steps,
         comparisons=_comparisons(job, tables["pairs"], decoder, mobile) if decoder else (),
         charts=(*_student_charts(student), *_decoder_charts(decoder)),
-        measurements=(*_decoder_figures(decoder), *_oracle_figures(oracle, job)),
+        measurements=(*_student_figures(drawn), *_decoder_figures(decoder), *_oracle_figures(oracle, job)),
         artifacts=artifacts_of(mobile) if mobile else (),
         lineage=lineage,
         rejections=tuple(rejection for table in tables.values() for rejection in _rejections(table)),
@@ -99,7 +99,8 @@ def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
         "settings_hash": job.recipe.digest(),
         "versions": dict(content.versions),
         "tables": {name: _table_figures(table) for name, table in tables.items()},
-        "student": student,
+        # Its curve is in its own metrics.json.
+        "student": student and {key: value for key, value in student.items() if key != "curve"},
         "fewer_steps": drawn,
         "decoder": decoder,
         "mobile": mobile,
@@ -157,8 +158,13 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in (*names, "coremltools")}
 
 
-def _totals(tables: Mapping[str, Snapshot], decoder: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
+def _totals(
+    tables: Mapping[str, Snapshot], student: Mapping[str, Any] | None, decoder: Mapping[str, Any] | None
+) -> tuple[tuple[str, str], ...]:
     totals = [(f"{table.num_rows:,}", f"rows of {name.upper()}") for name, table in tables.items()]
+    if student:
+        told = student["distillation"]
+        totals.append((f"{told['steps']} steps", f"of the student, taught by {told['teacher_steps']}"))
     if decoder:
         totals.append((f"{decoder['psnr_db']:.1f} dB", "half-width decoder to the teacher's"))
         totals.append((f"{decoder['parameters']['ratio']:.2f}x", "fewer parameters"))
@@ -237,7 +243,7 @@ def _student_charts(student: Mapping[str, Any] | None) -> tuple[Chart, ...]:
         Chart(
             title="Student: distillation loss",
             x_label="step",
-            y_label="Eq. 9",
+            y_label="loss (Eq. 9)",
             series=tuple(series),
             log_y=True,
         ),
@@ -257,6 +263,21 @@ def _decoder_charts(decoder: Mapping[str, Any] | None) -> tuple[Chart, ...]:
     return (
         Chart(title="Decoder: loss of training", x_label="step", y_label="MSE", series=series, log_y=True),
     )
+
+
+def _student_figures(drawn: Mapping[str, Any] | None) -> tuple[Measurement, ...]:
+    if drawn is None:
+        return ()
+    gain = drawn["clip_gain"]
+    figure = Measurement(
+        name="the student's CLIP over that of its first weights",
+        value=gain["value"],
+        count=drawn["captions"],
+        counted="held-out captions",
+        seed=drawn["seed"],
+        note=f"paired, 95 %: {gain['low']:.4f} to {gain['high']:.4f}; guidance {drawn['guidance']:g}",
+    )
+    return (figure,)
 
 
 def _decoder_figures(decoder: Mapping[str, Any] | None) -> tuple[Measurement, ...]:

@@ -24,8 +24,9 @@ GUIDANCE = 4.0
 """Where few steps show in the miniature's pictures."""
 
 CAPTIONS = 64
-_SHOWN = 6
+_SHOWN = 12
 _MANY = 50
+_DRAWING = Drawing()
 
 
 def draw_side_by_side(student: Mapping[str, Any], *, place: str) -> tuple[FewerSteps, dict[str, Any]]:
@@ -48,12 +49,20 @@ def draw_side_by_side(student: Mapping[str, Any], *, place: str) -> tuple[FewerS
         for name, (model, steps) in ways.items()
     }
     gain = mean(drawn["student"]["clip"] - drawn["undistilled"]["clip"])._asdict()
-    metrics = {"guidance": GUIDANCE, "captions": len(captions), "ways": figures, "clip_gain": gain}
+    metrics = {
+        "guidance": GUIDANCE,
+        "captions": len(captions),
+        "seed": _DRAWING.seed,
+        "ways": figures,
+        "clip_gain": gain,
+    }
     shown = FewerSteps(
         guidance=GUIDANCE,
         count=len(captions),
         ways=tuple(Way(name=name, **{key: told[key] for key in _COLUMNS}) for name, told in figures.items()),
-        strips=tuple(_strip(number, captions, figures, drawn) for number in range(_SHOWN)),
+        strips=tuple(
+            _strip(number, captions, figures, drawn) for number in range(min(_SHOWN, len(captions)))
+        ),
     )
     return shown, metrics
 
@@ -63,9 +72,9 @@ _COLUMNS = ("steps", "attributes_right", "all_attributes_right", "clip", "distan
 
 def _draw(model: str, *, steps: int, captions: Sequence[Caption]) -> dict[str, np.ndarray]:
     stage = DrawAndJudge(
-        model=model, sampler=Sampler(steps=steps), drawing=Drawing(), judging=Judging(), device=Device()
+        model=model, sampler=Sampler(steps=steps), drawing=_DRAWING, judging=Judging(), device=Device()
     )
-    keys = [noise_key("evaluation", stage.drawing.seed, caption.id) for caption in captions]
+    keys = [noise_key("evaluation", _DRAWING.seed, caption.id) for caption in captions]
     return stage.draw_and_judge([caption.text for caption in captions], keys, w=GUIDANCE)
 
 

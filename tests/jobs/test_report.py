@@ -77,8 +77,11 @@ def test_a_student_is_shown_beside_its_teacher_and_what_it_was(tmp_path, monkeyp
         assert words in page
     for words in ("Student: distillation loss", "vanilla", "guided", "TEACHER OF STEPS", "STUDENT"):
         assert words in page
+    for words in ("of the student, taught by 8", "CLIP over that of its first weights"):
+        assert words in page
     found = metrics(tmp_path)
     assert found["student"]["distillation"]["steps"] == 4
+    assert "curve" not in found["student"]
     drawn = found["fewer_steps"]
     assert (drawn["guidance"], drawn["captions"]) == (4.0, 6)
     ways = drawn["ways"]
