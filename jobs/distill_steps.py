@@ -116,7 +116,8 @@ def distill_steps(
     pinned = result.pinned_version("data") if data_version is None else data_version
     kind = "latents" if settings.targets == "online" else "targets"
     table = open_table(data_url, version=pinned, kind=kind)
-    models = {"teacher": load(teacher), "student": load(student)}
+    bundle = load(teacher)
+    models = {"teacher": bundle, "student": bundle if student == teacher else load(student)}
     _check_models(**models)
     if is_told(models["student"].unet) and not settings.steps.w_conditioned:
         raise TrainingError(
@@ -140,6 +141,8 @@ def distill_steps(
         )
         check_held_out(found, settings=settings, table=table)
     weights = {role: bundle.fingerprint() for role, bundle in models.items()}
+    distillation = _distillation(settings.steps, bundle=models["student"])
+    del bundle, models  # a worker beside this process needs the memory
     return make_student(
         settings,
         result=result,
@@ -158,7 +161,7 @@ def distill_steps(
             "student": {"source": student, "weights": weights["student"]},
         },
         student=student,
-        distillation=_distillation(settings.steps, bundle=models["student"]),
+        distillation=distillation,
         on_report=on_report,
     )
 
@@ -191,25 +194,25 @@ def assemble(
 
     loader = _loader(settings, table=open_table(data_url, version=data_version), counts=counts)
 
-    def evaluate() -> dict[str, Any]:
-        first = _first(settings, student=student, device=device).unet
+    def figures(model: nn.Module) -> dict[str, Any]:
         return {
-            moment: {
-                BRANCHES[guided]: _evaluate(
-                    model,
-                    objective=objective_of(_alone(settings.steps, guided=guided), across_ranks=False),
-                    batches=_held_out(
-                        loader,
-                        guided=guided,
-                        rows=settings.trainer.micro_batch,
-                        limit=settings.evaluation_rows,
-                    ),
-                    device=device,
-                )
-                for guided in _branches(settings.steps)
-            }
-            for moment, model in (("before", first), ("after", unet))
+            BRANCHES[guided]: _evaluate(
+                model,
+                objective=objective_of(_alone(settings.steps, guided=guided), across_ranks=False),
+                batches=_held_out(
+                    loader,
+                    guided=guided,
+                    rows=settings.trainer.micro_batch,
+                    limit=settings.evaluation_rows,
+                ),
+                device=device,
+            )
+            for guided in _branches(settings.steps)
         }
+
+    def evaluate() -> dict[str, Any]:
+        before = figures(_first(settings, student=student, device=device).unet)
+        return {"before": before, "after": figures(unet)}
 
     yield Training(
         name=UNET,

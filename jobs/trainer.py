@@ -124,7 +124,7 @@ class Trained:
     """What a training left.
 
     Attributes:
-        checkpoint: the last, verified.
+        checkpoint: the last, verified, without the optimizer.
         evaluation: what `Training.evaluate` said.
         environment: workers, threads, device and versions it ran with.
     """
@@ -213,7 +213,7 @@ def run_trainings(
         raise TrainingError(outcome.failure)
     return {
         name: Trained(
-            checkpoint=CheckpointStore(f"{store_url}/{name}").load(end.step),
+            checkpoint=CheckpointStore(f"{store_url}/{name}").load(end.step, without=("optimizer",)),
             evaluation=end.evaluation,
             environment=end.environment,
         )
@@ -293,6 +293,7 @@ def _run(
         )
     evaluation = {}
     if rank == 0:
+        state.optimizer.state.clear()  # twice the model's size, which the evaluation may need
         state.model.load_state_dict(state.final_weights())
         evaluation = training.evaluate()
     return _End(step=state.step, evaluation=evaluation, environment=_environment(settings, device=device))

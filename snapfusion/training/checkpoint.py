@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -89,8 +89,8 @@ class CheckpointStore:
             raise CheckpointError(f"{folder} did not arrive whole; is the store full?")
         self._prune(step)
 
-    def load(self, step: int) -> Checkpoint:
-        """The checkpoint of `step`.
+    def load(self, step: int, *, without: Collection[str] = ()) -> Checkpoint:
+        """The checkpoint of `step`, but for groups of tensors that are not wanted.
 
         Raises:
             CheckpointError: if it is missing, torn or altered.
@@ -100,6 +100,7 @@ class CheckpointStore:
         tensors = {
             PurePosixPath(name).stem: self._get(f"{folder}/{name}", sha256=entry["sha256"])
             for name, entry in manifest["files"].items()
+            if PurePosixPath(name).stem not in without
         }
         return Checkpoint(step=manifest["step"], tensors=tensors, values=manifest["values"])
 

@@ -243,6 +243,7 @@ def _update(state: TrainState, batch: Batch, *, settings: LoopSettings, rate: fl
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)  # as large as the model, and done with
     state.step += 1
     if state.ema is not None:
         state.ema.update(state.model, step=state.step)

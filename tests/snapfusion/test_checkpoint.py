@@ -52,6 +52,11 @@ def test_reads_back_what_was_saved_bit_for_bit(store):
             assert found.tensors[group][name].dtype == tensor.dtype
 
 
+def test_leaves_out_what_is_not_wanted(store):
+    save(store, 7)
+    assert set(store.load(7, without=("optimizer",)).tensors) == {"model"}
+
+
 def test_is_empty_where_nothing_was_saved(store):
     assert store.newest() is None
 
