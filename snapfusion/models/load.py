@@ -47,8 +47,8 @@ def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 
     Args:
         source: "mini" or "mini-v", a diffusers folder or the folder of a training (which holds one as
-            `model/`), a URL of either that fsspec can read, a hub id such as "owner/name", or "random:sd15"
-            or "random:sd2" (full size, random weights).
+            `model/`), a URL of either that fsspec can read, a hub id such as "owner/name", or "random:sd15",
+            "random:sd15-v" or "random:sd2" (full size, random weights).
         device: a torch device.
         dtype: of the networks.
 
@@ -58,7 +58,7 @@ def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
     if source.startswith(PREFIX):
         name = source.removeprefix(PREFIX)
         if name not in ARCHITECTURES:
-            accepted = " and ".join(f"{PREFIX}{known}" for known in ARCHITECTURES)
+            accepted = ", ".join(f"{PREFIX}{known}" for known in ARCHITECTURES)
             raise ModelError(f"{source}: there is no such architecture; {accepted} are accepted")
         return random_bundle(name).to(device, dtype)
     return _load_folder(_locate(source), source=source).to(device, dtype)

@@ -5,7 +5,7 @@ They exercise every full-size path where the real weights are not at hand.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,14 +32,16 @@ class Architecture:
     prediction_type: PredictionType
 
 
+_SD15 = Architecture(
+    text_encoder=sd15.TEXT_ENCODER,
+    unet=sd15.UNET,
+    vae=sd15.VAE,
+    padding=END,
+    prediction_type="epsilon",
+)
 ARCHITECTURES = {
-    "sd15": Architecture(
-        text_encoder=sd15.TEXT_ENCODER,
-        unet=sd15.UNET,
-        vae=sd15.VAE,
-        padding=END,
-        prediction_type="epsilon",
-    ),
+    "sd15": _SD15,
+    "sd15-v": replace(_SD15, prediction_type="v_prediction"),  # as Eq. 6 leaves it
     "sd2": Architecture(
         text_encoder=sd2.TEXT_ENCODER,
         unet=sd2.UNET,

@@ -104,7 +104,9 @@ def test_a_random_model_is_loaded_by_name(monkeypatch):
 
 
 def test_an_unknown_architecture_is_named():
-    with pytest.raises(ModelError, match=r"random:sd3: there is no such .*random:sd15 and random:sd2 are"):
+    with pytest.raises(
+        ModelError, match=r"random:sd3: there is no such .*random:sd15, random:sd15-v, random:sd2 are"
+    ):
         load("random:sd3")
 
 
