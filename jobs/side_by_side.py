@@ -18,6 +18,7 @@ from pipelines.stages.environment import Device
 from pipelines.stages.judge import Judging
 from pipelines.stages.sample import DrawAndJudge, Drawing, Sampler
 from snapfusion.metrics.intervals import mean
+from snapfusion.mini.scenes import ATTRIBUTES
 from snapfusion.noise import noise_key
 
 GUIDANCE = 4.0
@@ -98,8 +99,8 @@ def _strip(
     pictures = [
         Picture(
             image=drawn[name]["image"][number],
-            caption=f"{name.capitalize()}, {told['steps']} steps",
-            note=f"{int(drawn[name]['right'][number].sum())} of {drawn[name]['right'].shape[1]} right",
+            caption=name.capitalize(),
+            note=f"{told['steps']} steps · {int(drawn[name]['right'][number].sum())}/{len(ATTRIBUTES)}",
         )
         for name, told in figures.items()
     ]

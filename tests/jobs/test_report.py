@@ -73,7 +73,7 @@ def test_a_student_is_shown_beside_its_teacher_and_what_it_was(tmp_path, monkeyp
     distil(tmp_path)
     assert report.main(["--out", str(tmp_path)]) == 0
     page = (tmp_path / "report" / "index.html").read_text()
-    for words in ("Teacher, 50 steps", "Undistilled, 4 steps", "Student, 4 steps", "6 held-out captions"):
+    for words in ("50 steps · 5/5", "Undistilled", "4 steps · ", "6 held-out captions"):
         assert words in page
     for words in ("Student: distillation loss", "vanilla", "guided", "TEACHER OF STEPS", "STUDENT"):
         assert words in page
