@@ -26,8 +26,10 @@ from jobs.student import (
     placed,
     table_identity,
     trainable_unet,
+    watcher,
 )
 from jobs.trainer import Training, TrainingError
+from jobs.watch import check_watch, in_run
 from pipelines.branches import BranchLoader
 from pipelines.latents import check_latents
 from pipelines.loader import BatchLoader, count_trainable
@@ -125,6 +127,7 @@ def distill_steps(
         )
     _check_grid(settings.steps, teacher=models["teacher"])
     _check_table(settings, table=table, **models)
+    check_watch(settings.watch, model=models["student"])
     identity = {
         "objective": "steps",
         "settings": settings.deciding(without=("name", "teacher", "student")),
@@ -222,6 +225,7 @@ def assemble(
         settings=settings.loop,
         identity=dict(identity),
         evaluate=evaluate,
+        watch=watcher(settings, student=student, steps=settings.steps.student_steps, device=device),
     )
 
 
@@ -382,7 +386,7 @@ def distill(job: Job) -> None:
         connect(job.recipe.cluster)
     teacher, student = sources(job)
     metrics = distill_steps(
-        settings,
+        settings.model_copy(update={"watch": in_run(settings.watch, job)}),
         teacher=teacher,
         student=student,
         data_url=data_url(job),

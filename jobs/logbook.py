@@ -198,8 +198,6 @@ class MlflowWriter:
     """
 
     _TAG = "snapfusion.run"
-    _LAST = "loss"
-    """Written last, so that a step that has it has all."""
 
     def __init__(self, *, run: str, name: str, settings: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric, Param
@@ -208,25 +206,22 @@ class MlflowWriter:
         self._metric, self._client = Metric, MlflowClient()
         experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT))
         found = self._client.search_runs([experiment], filter_string=f"tags.`{self._TAG}` = '{run}'")
+        self._continued, self._there = bool(found), dict[str, int]()
         if found:
             self._id = found[0].info.run_id
-            history = self._client.get_metric_history(self._id, self._LAST)
-            self._there = max((metric.step for metric in history), default=0)
         else:
             made = self._client.create_run(experiment, run_name=name, tags={self._TAG: run})
-            self._id, self._there = made.info.run_id, 0
+            self._id = made.info.run_id
             params = [Param(key, str(value)[:500]) for key, value in _dotted(settings)]
             for start in range(0, len(params), 100):  # as many as a server takes at once
                 self._client.log_batch(self._id, params=params[start : start + 100])
 
     def scalars(self, figures: Mapping[str, float], *, step: int) -> None:
         """See `Writer`."""
-        if step <= self._there:
-            return
         now = int(time.time() * 1000)
-        names = sorted(figures, key=lambda name: name == self._LAST)
+        new = {name: float(value) for name, value in figures.items() if step > self._last(name)}
         self._client.log_batch(
-            self._id, metrics=[self._metric(name, float(figures[name]), now, step) for name in names]
+            self._id, metrics=[self._metric(name, value, now, step) for name, value in new.items()]
         )
 
     def picture(self, name: str, pixels: np.ndarray, *, step: int) -> None:
@@ -239,6 +234,13 @@ class MlflowWriter:
     def close(self) -> None:
         """See `Writer`."""
         self._client.set_terminated(self._id)
+
+    def _last(self, name: str) -> int:
+        """The last step that was there of a figure when this process began; 0 if none was."""
+        if self._continued and name not in self._there:
+            history = self._client.get_metric_history(self._id, name)
+            self._there[name] = max((metric.step for metric in history), default=0)
+        return self._there.get(name, 0)
 
     def _experiment(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)

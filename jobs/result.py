@@ -2,6 +2,7 @@
 
 OUT/metrics.json           what it was made of and from, how it was trained, how good it is; written last
 OUT/logs/                  the course of training, for TensorBoard
+OUT/watch/                 pictures that were drawn on the way, where a model was watched
 OUT.training/begun.json    what it was begun with; beside it checkpoints and logs, until it is published
 """
 
@@ -24,7 +25,7 @@ from snapfusion.training.checkpoint import CheckpointStore
 
 METRICS = "metrics.json"
 _BEGUN = "begun.json"
-_KEPT = ("logs",)
+_KEPT = ("logs", "watch")
 """Folders that stand beside the checkpoints and belong to the result."""
 
 
@@ -72,7 +73,7 @@ class Result:
         self._checked(place, identity)
 
     def publish(self, fill: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
-        """Make the folder, whole or not at all, with its logs; what training would resume from then goes.
+        """Make the folder, whole or not at all, logs included; what training would resume from then goes.
 
         Args:
             fill: writes the files into an empty folder, and gives the metrics.

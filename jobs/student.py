@@ -2,6 +2,8 @@
 
 OUT/model/          the student, its averaged weights where an average is kept
 OUT/raw/            then also the student with its last weights
+OUT/best/           if it was watched, the student as it was at its best
+OUT/watch/          then also what it drew on the way
 OUT/logs/           the course of training, for TensorBoard
 OUT/metrics.json    what it was made of and from, how it was trained, how good it is
 """
@@ -21,6 +23,7 @@ from pydantic import PositiveInt
 from jobs.reports import OnReport
 from jobs.result import Result
 from jobs.trainer import Program, Trained, TrainerSettings, TrainingError, run_trainings
+from jobs.watch import Watcher, WatchSettings
 from pipelines.loader import LoaderSettings
 from pipelines.tables import Snapshot
 from snapfusion.models.bundle import Bundle, weight_hash
@@ -37,7 +40,7 @@ KIND = "student"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-_ELSEWHERE = ("trainer", "gradient_checkpointing")
+_ELSEWHERE = ("trainer", "gradient_checkpointing", "watch")
 """Settings that may change between two starts of a run."""
 
 
@@ -53,6 +56,7 @@ class StudentTraining(Settings):
         gradient_checkpointing: whether the UNet computes its activations again in the backward pass, which
             takes time and spares memory.
         trainer: how and where training runs.
+        watch: how the student is looked at on the way.
     """
 
     loop: LoopSettings
@@ -61,6 +65,7 @@ class StudentTraining(Settings):
     saved_as: Literal["float32", "float16"] = "float32"
     gradient_checkpointing: bool = False
     trainer: TrainerSettings = TrainerSettings()
+    watch: WatchSettings = WatchSettings()
 
     def deciding(self, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
         """The settings that decide the weights, as JSON values; not those named in `without`."""
@@ -79,6 +84,22 @@ def trainable_unet(bundle: Bundle, *, settings: StudentTraining) -> UNet2DCondit
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet
+
+
+def watcher(
+    settings: StudentTraining, *, student: str, steps: int | None, device: torch.device
+) -> Watcher | None:
+    """What looks at a student that takes `steps` on the way, if the settings want it."""
+    if settings.watch.every is None:
+        return None
+    return Watcher(
+        settings.watch,
+        every=settings.watch.every,
+        model=student,
+        steps=steps,
+        device=device,
+        threads=settings.trainer.threads_per_worker,
+    )
 
 
 def table_identity(table: Snapshot) -> dict[str, Any]:
@@ -141,12 +162,22 @@ def make_student(
             "distillation": distillation,
             "weights": weights,
             "evaluation": trained.evaluation,
+            "watch": trained.watched,
+            "best": _best(trained, settings=settings),
             "curve": trained.curve,
             "environment": trained.environment,
             "seconds": round(time.monotonic() - began, 1),
         }
 
     return result.publish(fill)
+
+
+def _best(trained: Trained, *, settings: StudentTraining) -> dict[str, Any] | None:
+    """The step whose weights are kept as the best, by what, and what was seen there."""
+    if trained.best is None:
+        return None
+    seen = next(seen for seen in trained.watched if seen["step"] == trained.best.step)
+    return {**seen, "by": settings.watch.best}
 
 
 def save_student(
@@ -157,10 +188,12 @@ def save_student(
     settings: StudentTraining,
     distillation: Mapping[str, Any] | None,
 ) -> dict[str, str]:
-    """Write the folders `model` and `raw`; gives the SHA-256 of each one's UNet, as it was trained."""
-    kinds = {"model": trained.weights}
+    """Write the folders model, raw and best; gives the SHA-256 of each one's UNet, as it was trained."""
+    kinds: dict[str, Mapping[str, torch.Tensor]] = {"model": trained.weights}
     if settings.loop.ema_decay is not None:
         kinds["raw"] = trained.raw_weights
+    if trained.best is not None:
+        kinds["best"] = trained.best.weights
     hashes = {}
     for name, weights in kinds.items():
         bundle = dataclasses.replace(load(student), prediction_type="v_prediction")
@@ -169,7 +202,6 @@ def save_student(
         bundle.unet.load_state_dict(weights)
         hashes[name] = weight_hash(bundle.unet)
         save(bundle, folder / name, dtype=DTYPES[settings.saved_as], distillation=distillation)
-        del bundle  # before the next is loaded
     return hashes
 
 

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
@@ -27,12 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jobs.logbook import Kind, Logbook, check_logbook
 from jobs.reports import OnReport, reports_to
+from pipelines.schemas import to_png
 from pipelines.storage import absolute, replace_object
 from snapfusion.settings import Settings, differences, digest
 from snapfusion.training.batch import Batch
 from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
 from snapfusion.training.loop import LoopSettings, Objective, Step, UnusableStepError, new_state, train
-from snapfusion.training.state import TrainState
+from snapfusion.training.state import Best, TrainState
 
 _SECONDS_BETWEEN_REPORTS = 2.0
 
@@ -90,6 +92,33 @@ class Loader(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a model is worth in the middle of its training.
+
+    Attributes:
+        values: to be kept, JSON values.
+        figures: to be logged.
+        score: what decides which weights are the best, the lower the better; None decides nothing.
+        picture: to be looked at, uint8 [H,W,3].
+    """
+
+    values: dict[str, Any]
+    figures: dict[str, float]
+    score: float | None
+    picture: np.ndarray
+
+
+class Watch(Protocol):
+    """Looks at a model every so many steps, and at the last; on the first worker."""
+
+    every: int
+
+    def __call__(self, weights: Mapping[str, torch.Tensor]) -> Look:
+        """What those weights are worth; neither the weights nor any generator of numbers are changed."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """One training, as each worker assembles it for itself.
 
@@ -101,6 +130,8 @@ class Training:
         settings: the loop's.
         identity: everything that decides the result, as JSON values; a checkpoint of another is refused.
         evaluate: called on the first worker with the final weights in `model`; gives JSON values.
+        watch: called on the first worker as training goes on with the weights of then, averaged where
+            that is done; the best are kept.
     """
 
     name: str
@@ -110,6 +141,7 @@ class Training:
     settings: LoopSettings
     identity: dict[str, Any]
     evaluate: Callable[[], dict[str, Any]] = field(default=dict)
+    watch: Watch | None = None
 
 
 Program = Callable[..., Iterable[Training]]
@@ -124,7 +156,7 @@ class Trained:
     """What a training left.
 
     Attributes:
-        checkpoint: the last, verified, without the optimizer.
+        checkpoint: the last, verified.
         evaluation: what `Training.evaluate` said.
         environment: workers, threads, device and versions it ran with.
     """
@@ -147,6 +179,17 @@ class Trained:
     def raw_weights(self) -> dict[str, torch.Tensor]:
         """The last weights, no average of them."""
         return self.checkpoint.tensors["model"]
+
+    @property
+    def watched(self) -> list[dict[str, Any]]:
+        """step, and what `Training.watch` kept of it, for each look."""
+        return list(self.checkpoint.values["state"]["watched"])
+
+    @property
+    def best(self) -> Best | None:
+        """The best weights that `Training.watch` saw, if it did."""
+        best = self.checkpoint.values["state"]["best"]
+        return Best(**best, weights=self.checkpoint.tensors["best"]) if best else None
 
 
 def run_trainings(
@@ -213,7 +256,7 @@ def run_trainings(
         raise TrainingError(outcome.failure)
     return {
         name: Trained(
-            checkpoint=CheckpointStore(f"{store_url}/{name}").load(end.step, without=("optimizer",)),
+            checkpoint=CheckpointStore(f"{store_url}/{name}").load(end.step),
             evaluation=end.evaluation,
             environment=end.environment,
         )
@@ -293,7 +336,6 @@ def _run(
         )
     evaluation = {}
     if rank == 0:
-        state.optimizer.state.clear()  # twice the model's size, which the evaluation may need
         state.model.load_state_dict(state.final_weights())
         evaluation = training.evaluate()
     return _End(step=state.step, evaluation=evaluation, environment=_environment(settings, device=device))
@@ -392,6 +434,9 @@ class _Recorder:
         last = step.step == self._training.settings.num_steps
         if last or step.step % self._settings.curve_every == 0:
             self._note(step)
+        watch = self._training.watch
+        if watch is not None and self._first and (last or step.step % watch.every == 0):
+            self._look(watch, step.step)
         saved = last or step.step % self._settings.checkpoint_every == 0
         if saved and self._logbook is not None:
             # Before the checkpoint: what was said up to it must be there when it is gone on from.
@@ -417,6 +462,21 @@ class _Recorder:
         self._state.curve.append({"step": step.step, **told})
         if self._logbook is not None:
             self._logbook.scalars({**told, **self._logged.take()}, step=step.step)
+
+    def _look(self, watch: Watch, step: int) -> None:
+        """What the weights are worth, and whether they are the best."""
+        weights = self._state.final_weights()
+        look = watch(weights)
+        self._state.watched.append({"step": step, **look.values})
+        best = self._state.best
+        if look.score is not None and (best is None or look.score < best.score):
+            kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+            self._state.best = Best(step=step, score=look.score, weights=kept)
+        run, _, _ = self._store.url.rpartition("/")
+        replace_object(f"{run}/watch/step-{step:08d}.png", to_png(look.picture))
+        if self._logbook is not None:
+            self._logbook.scalars(look.figures, step=step)
+            self._logbook.picture("watch/pictures", look.picture, step=step)
 
     def _figures(self, step: Step) -> dict[str, Any]:
         """The figures since the last report."""

@@ -29,8 +29,12 @@ from snapfusion.models.tokenizer import build_tokenizer
 from snapfusion.schedule import Schedule
 
 
-def tiny_bundle(seed: int = 0) -> Bundle:
-    """Random weights in SD-v1.5's topology: 16 px images, 4x8x8 latents, well below a second to sample."""
+def tiny_bundle(seed: int = 0, *, image_size: int = 16) -> Bundle:
+    """Random weights in SD-v1.5's topology, 4x8x8 latents, well below a second to sample.
+
+    Images are of 16 px, or of 32, as the miniature's judges need.
+    """
+    stages = (8, 16) if image_size == 16 else (8, 16, 16)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer([("r", "e"), ("re", "d</w>")], max_length=16)
     return Bundle(
@@ -59,10 +63,10 @@ def tiny_bundle(seed: int = 0) -> Bundle:
             norm_num_groups=4,
         ),
         vae=AutoencoderKL(
-            sample_size=16,
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
+            sample_size=image_size,
+            block_out_channels=stages,
+            down_block_types=("DownEncoderBlock2D",) * len(stages),
+            up_block_types=("UpDecoderBlock2D",) * len(stages),
             latent_channels=4,
             norm_num_groups=4,
             scaling_factor=0.4,

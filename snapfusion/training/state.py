@@ -18,6 +18,21 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 """Named groups of named tensors; a checkpoint keeps each group in a file of its own."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best weights so far, by a judge of the run's.
+
+    Attributes:
+        step: after which they were the model's.
+        score: what the judge gave; lower is better.
+        weights: by name.
+    """
+
+    step: int
+    score: float
+    weights: Mapping[str, Tensor]
+
+
 class StateError(ValueError):
     """A saved state that belongs to another model or another optimizer."""
 
@@ -33,6 +48,8 @@ class TrainState:
         step: optimizer steps done.
         curve: what the run wants to remember of its course; plain JSON values.
         carried: what the objective goes from step to step with; plain JSON values.
+        watched: what the run saw of its models on the way; plain JSON values.
+        best: the best of those models, or None before the first.
     """
 
     model: nn.Module
@@ -41,17 +58,27 @@ class TrainState:
     step: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
     carried: dict[str, Any] = field(default_factory=dict)
+    watched: list[dict[str, Any]] = field(default_factory=list)
+    best: Best | None = None
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors, by group ("model", "optimizer", "ema") and name."""
+        """All tensors, by group ("model", "optimizer", "ema", "best") and name."""
         groups = {"model": dict(self.model.state_dict()), "optimizer": self._moments()}
         if self.ema is not None:
             groups["ema"] = dict(self.ema.averages)
+        if self.best is not None:
+            groups["best"] = dict(self.best.weights)
         return groups
 
     def values(self) -> dict[str, Any]:
         """What is not a tensor, as JSON values."""
-        return {"step": self.step, "curve": self.curve, "carried": self.carried}
+        return {
+            "step": self.step,
+            "curve": self.curve,
+            "carried": self.carried,
+            "watched": self.watched,
+            "best": None if self.best is None else {"step": self.best.step, "score": self.best.score},
+        }
 
     def restore(self, tensors: Groups, values: Mapping[str, Any]) -> None:
         """Continue exactly where the saved state stood.
@@ -60,7 +87,7 @@ class TrainState:
             StateError: if the saved state is that of another model, optimizer or kind of average.
         """
         expected = {"model", "optimizer"} | ({"ema"} if self.ema is not None else set())
-        if set(tensors) != expected:
+        if set(tensors) - {"best"} != expected:
             raise StateError(f"the saved state holds {sorted(tensors)}; {sorted(expected)} is needed")
         try:
             self.model.load_state_dict(dict(tensors["model"]))
@@ -72,6 +99,9 @@ class TrainState:
         self.step = int(values["step"])
         self.curve = [dict(point) for point in values["curve"]]
         self.carried = dict(values.get("carried", {}))
+        self.watched = list(values.get("watched", []))
+        best = values.get("best")
+        self.best = Best(**best, weights=dict(tensors["best"])) if best else None
 
     def final_weights(self) -> dict[str, Tensor]:
         """The weights to use: the average where one is kept, else the last."""

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +17,19 @@ import pytest
 import torch
 from conftest import tiny_bundle
 from in_process import in_process
+from PIL import Image
+from student_inputs import DISTILL, LOOP, VPRED
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jobs.distill_steps import DistillSettings, assemble, distill_steps, summary
-from jobs.finetune_vpred import VpredSettings, finetune_vpred
+from jobs.cli import Job
+from jobs.distill_steps import assemble, distill_steps, summary
+from jobs.finetune_vpred import finetune_vpred
+from jobs.recipes import mini
 from jobs.student import save_student
-from jobs.trainer import Trained, TrainerSettings, TrainingError
+from jobs.trainer import Trained, TrainingError
+from jobs.watch import Watcher, check_watch, in_run
 from pipelines.latents import Latents, encode_latents
-from pipelines.loader import LoaderSettings, count_trainable
+from pipelines.loader import count_trainable
 from pipelines.schemas import to_png
 from pipelines.sources.shards import Picture, write_shard
 from pipelines.sources.webdataset import list_shards
@@ -31,21 +43,10 @@ from snapfusion.models.told import is_told
 from snapfusion.sampling import time_grid
 from snapfusion.training.checkpoint import Checkpoint
 from snapfusion.training.draws import CfgRange
-from snapfusion.training.loop import LoopSettings, new_state, train
-from snapfusion.training.steps import StepsSettings
+from snapfusion.training.loop import new_state, train
 
-LOOP = LoopSettings(num_steps=4, global_batch=6, learning_rate=1e-3, ema_decay=0.9)
-LOADER = LoaderSettings(held_out=0.3)
-TRAINER = TrainerSettings(
-    num_workers=2, cpus_per_worker=0.5, micro_batch=2, checkpoint_every=2, curve_every=1
-)
-VPRED = VpredSettings(loop=LOOP, loader=LOADER, trainer=TRAINER.model_copy(update={"num_workers": 1}))
-DISTILL = DistillSettings(
-    steps=StepsSettings(student_steps=4, cfg_probability=0.5, cfg_range=CfgRange(low=1.0, high=6.0)),
-    loop=LOOP,
-    loader=LOADER,
-    trainer=TRAINER,
-)
+bundle_of = partial(tiny_bundle, image_size=32)
+"""A model whose pictures the miniature's judges can look at."""
 
 
 def picture(number: int) -> Picture:
@@ -54,12 +55,19 @@ def picture(number: int) -> Picture:
 
 
 @pytest.fixture(scope="module")
-def latents(tiny_teacher, tmp_path_factory):
+def eps_teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save(bundle_of(), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def latents(eps_teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     write_shard(str(folder / "shards"), map(picture, range(24)), index=0, extension="png", rows_per_shard=100)
     return encode_latents(
         Latents(rows_per_unit=6, images=ImageSettings(min_side=8)),
-        model=tiny_teacher,
+        model=eps_teacher,
         shards=list_shards(str(folder / "shards")),
         source="web",
         url=str(folder / "latents"),
@@ -71,18 +79,18 @@ def latents(tiny_teacher, tmp_path_factory):
 def v_teacher(tmp_path_factory):
     """The tiny teacher's other half: the same text encoder and VAE, a UNet that is taken to predict v."""
     folder = tmp_path_factory.mktemp("models") / "tiny-v"
-    bundle = tiny_bundle()
+    bundle = bundle_of()
     bundle.prediction_type = "v_prediction"
     save(bundle, folder)
     return str(folder)
 
 
 @pytest.fixture(scope="module")
-def vpred(ray_cluster, latents, tiny_teacher):
+def vpred(ray_cluster, latents, eps_teacher):
     out = Path(latents.url).with_name("vpred")
     metrics = finetune_vpred(
         VPRED,
-        model=os.path.relpath(tiny_teacher),  # a worker stands in another folder
+        model=os.path.relpath(eps_teacher),  # a worker stands in another folder
         latents_url=latents.url,
         out_url=os.path.relpath(out),
     )
@@ -100,6 +108,58 @@ def student(vpred, latents):
         on_report=reports.append,
     )
     return out, metrics, reports
+
+
+@pytest.fixture(scope="module")
+def killed(vpred, student, latents, eps_teacher):
+    """Both jobs, each by a driver that kills itself after its first checkpoint; where they were to write."""
+    folder, mark = Path(latents.url).with_name("killed"), uuid.uuid4().hex
+    script = Path(__file__).with_name("train_killed.py")
+    asked = {"vpred": eps_teacher, "student": str(vpred[0] / "model")}
+    drivers = [
+        subprocess.Popen(
+            [sys.executable, str(script), name, model, latents.url, str(folder / name)],
+            env={**os.environ, "KILLED_DRIVER": mark},
+            stderr=subprocess.PIPE,
+        )
+        for name, model in asked.items()
+    ]
+    for driver in drivers:
+        _, said = driver.communicate(timeout=240)
+        assert driver.returncode == -signal.SIGKILL, said.decode()
+    yield folder
+    assert_none_are_left(f"KILLED_DRIVER={mark}")
+
+
+def assert_none_are_left(mark):
+    """Of all that a killed driver had started, whose environment is its own; Ray's reaper takes a moment."""
+    deadline = time.monotonic() + 60
+    while left := [pid for pid in Path("/proc").glob("[0-9]*") if mark.encode() in environment(pid)]:
+        assert time.monotonic() < deadline, [(pid / "cmdline").read_bytes() for pid in left]
+        time.sleep(0.2)
+
+
+def environment(pid):
+    try:
+        return (pid / "environ").read_bytes()
+    except OSError:  # ended meanwhile, or another user's
+        return b""
+
+
+def assert_as_if_never_killed(out, whole, *, metrics):
+    made = json.loads((out / "metrics.json").read_text())
+    for figure in ("identity", "weights", "evaluation", "watch", "best", "curve"):
+        assert made[figure] == metrics[figure]
+    for name in ("step-00000002.png", "step-00000004.png"):
+        assert (out / "watch" / name).read_bytes() == (whole / "watch" / name).read_bytes()
+    assert logged_steps(out) == logged_steps(whole) == [1, 2, 3, 4]
+
+
+def logged_steps(out):
+    events = EventAccumulator(str(out / "logs" / "unet"))
+    events.Reload()
+    assert [event.step for event in events.Images("watch/pictures")] == [2, 4]
+    return [event.step for event in events.Scalars("loss")]
 
 
 def in_one_process(training, *, settings=LOOP):
@@ -136,20 +196,61 @@ def assembled(latents, *, teacher, settings=DISTILL):
 
 
 @pytest.mark.ray
-def test_an_eps_model_becomes_a_v_model_that_opens_by_itself(vpred, latents, tiny_teacher):
+def test_an_eps_model_becomes_a_v_model_that_opens_by_itself(vpred, latents, eps_teacher):
     out, metrics = vpred
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert [point["step"] for point in metrics["curve"]] == [1, 2, 3, 4]
     assert metrics["evaluation"]["rows"] > 0
     assert metrics["parents"]["latents"] == latents.lineage()
-    made, raw, before = load(str(out / "model")), load(str(out / "raw")), load(tiny_teacher)
+    made, raw, before = load(str(out / "model")), load(str(out / "raw")), load(eps_teacher)
     assert made.prediction_type == raw.prediction_type == "v_prediction"
     mine, theirs = made.fingerprint(), before.fingerprint()
     assert {name for name in mine if mine[name] != theirs[name]} == {"unet"}
-    assert metrics["weights"] == {"model": mine["unet"], "raw": raw.fingerprint()["unet"]}
+    best = load(str(out / "best")).fingerprint()["unet"]
+    assert metrics["weights"] == {"model": mine["unet"], "raw": raw.fingerprint()["unet"], "best": best}
     assert not (Path(f"{out}.training")).exists()
     with pytest.raises(TrainingError, match="predicts v already"):
         finetune_vpred(VPRED, model=str(out / "model"), latents_url=latents.url, out_url=str(out / "again"))
+
+
+@pytest.mark.ray
+def test_fine_tuning_whose_driver_was_killed_ends_as_if_it_had_not_been(vpred, killed, latents, eps_teacher):
+    out = killed / "vpred"
+    assert (killed / "vpred.training" / "unet" / "step-00000002" / "manifest.json").exists()
+    assert not out.exists()
+    finetune_vpred(VPRED, model=eps_teacher, latents_url=latents.url, out_url=str(out))
+    assert_as_if_never_killed(out, vpred[0], metrics=vpred[1])
+
+
+@pytest.mark.ray
+def test_a_distillation_whose_driver_was_killed_ends_as_if_it_had_not_been(student, killed, vpred, latents):
+    out = killed / "student"
+    assert (killed / "student.training" / "unet" / "step-00000002" / "manifest.json").exists()
+    assert not out.exists()
+    distill_steps(DISTILL, teacher=str(vpred[0] / "model"), data_url=latents.url, out_url=str(out))
+    assert_as_if_never_killed(out, student[0], metrics=student[1])
+
+
+@pytest.mark.ray
+def test_a_student_is_watched_and_its_best_weights_are_kept(student):
+    out, metrics, _ = student
+    assert [seen["step"] for seen in metrics["watch"]] == [2, 4]
+    for seen in metrics["watch"]:
+        assert [point["w"] for point in seen["points"]] == [2.0, 1.0]
+        assert all(point["pictures"] == 6 and 0 <= point["attributes"] <= 1 for point in seen["points"])
+    assert metrics["best"]["by"] == "fid"
+    assert metrics["best"] == {
+        "by": "fid",
+        **min(metrics["watch"], key=lambda seen: seen["points"][0]["fid"]),
+    }
+    best = load(str(out / "best"))
+    assert best.fingerprint()["unet"] == metrics["weights"]["best"]
+    look = Watcher(
+        DISTILL.watch, every=2, model=str(out / "raw"), steps=4, device=torch.device("cpu"), threads=1
+    )(best.unet.state_dict())
+    assert look.values["points"] == metrics["best"]["points"]
+    with Image.open(out / "watch" / "step-00000004.png") as grid:
+        assert grid.size == (3 * 32, 2 * 32)
 
 
 @pytest.mark.ray
@@ -223,17 +324,17 @@ def test_checkpointed_activations_give_the_same_gradient(latents, v_teacher):
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
-def test_an_eps_student_is_refused(latents, tiny_teacher, tmp_path):
+def test_an_eps_student_is_refused(latents, eps_teacher, tmp_path):
     with pytest.raises(TrainingError, match="predicts eps, and step distillation needs v"):
-        distill_steps(DISTILL, teacher=tiny_teacher, data_url=latents.url, out_url=str(tmp_path / "student"))
+        distill_steps(DISTILL, teacher=eps_teacher, data_url=latents.url, out_url=str(tmp_path / "student"))
 
 
-def test_an_eps_teacher_teaches_a_v_student(latents, tiny_teacher, v_teacher):
+def test_an_eps_teacher_teaches_a_v_student(latents, eps_teacher, v_teacher):
     training = next(
         iter(
             assemble(
                 settings=DISTILL,
-                teacher=tiny_teacher,
+                teacher=eps_teacher,
                 student=v_teacher,
                 data_url=latents.url,
                 data_version=latents.version,
@@ -249,9 +350,9 @@ def test_an_eps_teacher_teaches_a_v_student(latents, tiny_teacher, v_teacher):
 
 
 def test_a_teacher_with_another_text_encoder_is_refused_by_name(latents, v_teacher, tmp_path):
-    other = tiny_bundle()
+    other = bundle_of()
     other.prediction_type = "v_prediction"
-    other.text_encoder = tiny_bundle(seed=9).text_encoder
+    other.text_encoder = bundle_of(seed=9).text_encoder
     save(other, tmp_path / "other")
     with pytest.raises(TrainingError, match=r"other cannot teach .*: its text encoder is another.*App\. D"):
         distill_steps(
@@ -264,7 +365,7 @@ def test_a_teacher_with_another_text_encoder_is_refused_by_name(latents, v_teach
 
 
 def test_latents_of_another_vae_are_refused(latents, tmp_path):
-    other = tiny_bundle(seed=5)
+    other = bundle_of(seed=5)
     other.prediction_type = "v_prediction"
     save(other, tmp_path / "other")
     with pytest.raises(TableError, match=r"another VAE .*weights\.vae is"):
@@ -274,7 +375,7 @@ def test_latents_of_another_vae_are_refused(latents, tmp_path):
 
 
 def test_latents_of_another_tokenizer_are_refused(latents, tmp_path):
-    other = tiny_bundle()
+    other = bundle_of()
     other.prediction_type = "v_prediction"
     other.tokenizer.pad_token = other.tokenizer.bos_token
     save(other, tmp_path / "other")
@@ -282,6 +383,25 @@ def test_latents_of_another_tokenizer_are_refused(latents, tmp_path):
         distill_steps(
             DISTILL, teacher=str(tmp_path / "other"), data_url=latents.url, out_url=str(tmp_path / "student")
         )
+
+
+def test_what_the_watch_cannot_measure_is_refused(latents, v_teacher, tmp_path):
+    small = tiny_bundle()
+    small.prediction_type = "v_prediction"
+    with pytest.raises(TrainingError, match=r"reads pictures of 32 px, and the model draws 16 px"):
+        check_watch(DISTILL.watch, model=small)
+    asked = {"teacher": v_teacher, "data_url": latents.url, "out_url": str(tmp_path / "student")}
+    with pytest.raises(TableError, match="holds latents; references"):
+        distill_steps(DISTILL.with_values([f"watch.references={latents.url}"]), **asked)
+
+
+def test_a_watch_decides_no_weights_and_is_found_in_the_run(tmp_path):
+    assert "watch" not in DISTILL.deciding()
+    assert "watch" not in VPRED.deciding()
+    job = Job(verb="distill_steps", recipe=mini(), out=str(tmp_path))
+    settings = DISTILL.watch.model_copy(update={"references": "run:evaluation/references"})
+    assert in_run(settings, job).references == f"{tmp_path}/evaluation/references"
+    assert in_run(DISTILL.watch, job) == DISTILL.watch
 
 
 def test_a_grid_that_the_schedule_has_not_is_refused(latents, v_teacher, tmp_path):
@@ -293,7 +413,7 @@ def test_a_grid_that_the_schedule_has_not_is_refused(latents, v_teacher, tmp_pat
 def test_a_w_conditioned_student_is_trained_and_saved(latents, v_teacher, tmp_path):
     settings = DISTILL.with_values(["steps.w_conditioned=true", "steps.cfg_probability=1.0"])
     state, _ = in_one_process(assembled(latents, teacher=v_teacher, settings=settings))
-    checkpoint = Checkpoint(step=4, tensors=state.tensors(), values=state.values())
+    checkpoint = Checkpoint(step=4, tensors=state.tensors(), values={"state": state.values()})
     hashes = save_student(
         Trained(checkpoint=checkpoint, evaluation={}, environment={}),
         student=v_teacher,

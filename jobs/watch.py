@@ -1,0 +1,209 @@
+"""A model looked at while it is trained: the same captions drawn and judged again, the best weights kept.
+
+OUT/watch/step-00000100.png   a row of pictures for each guidance, by the weights after so many steps
+OUT/best/                     the weights with the best figure, as a diffusers folder
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from jobs.evaluation import Prompts, captions_of
+from jobs.trainer import Look, TrainingError
+from pipelines.references import moments_of
+from pipelines.sources.captions import Caption
+from pipelines.stages.environment import Device
+from pipelines.stages.image import ImageSettings
+from pipelines.stages.judge import Judging
+from pipelines.stages.reference import SCENE, DescribePictures
+from pipelines.stages.sample import DrawAndJudge, Drawing, Sampler
+from pipelines.tables import open_table
+from snapfusion.metrics.frechet import frechet_distance
+from snapfusion.metrics.moments import Moments
+from snapfusion.mini.scenes import NUM_CAPTIONS
+from snapfusion.models.bundle import Bundle
+from snapfusion.models.told import WEIGHT, told
+from snapfusion.noise import noise_key
+from snapfusion.settings import Settings, differences
+
+if TYPE_CHECKING:
+    from jobs.cli import Job
+
+
+class WatchSettings(Settings):
+    """How a model is watched. None of it changes what is trained.
+
+    Attributes:
+        every: steps between looks, of which the last step always has one; null does not watch.
+        prompts: captions; they should be none that are trained on.
+        guidance: scales w of Eq. 3; the first decides which weights are best.
+        steps: of DDIM; null takes the student's, or 50 where there is none.
+        best: what decides: the lowest "fid", or the highest "clip".
+        pictures: how many are shown, of the first captions.
+        drawing: batch and noise; the same noise at every look.
+        judging: what FID and CLIP are measured with.
+        references: a table REFERENCES that FID is taken to (in a job also "run:" and a place in the run);
+            null takes held-out scenes of the miniature.
+        dtype: of the networks that draw.
+    """
+
+    every: PositiveInt | None = None
+    prompts: Prompts = Prompts(limit=200)
+    guidance: Annotated[tuple[Annotated[float, Field(ge=1)], ...], Field(min_length=1)] = (2.0,)
+    steps: PositiveInt | None = None
+    best: Literal["fid", "clip"] = "fid"
+    pictures: PositiveInt = 8
+    drawing: Drawing = Drawing()
+    judging: Judging = Judging()
+    references: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+_STEPS = 50
+SIDE = 32
+"""Side of the miniature's pictures, in pixels."""
+
+_SCENES = 2 * NUM_CAPTIONS
+"""As many as `jobs.evaluate` takes: each caption twice."""
+
+
+class Watcher:
+    """Looks at weights, on the first worker. It loads its networks at the first look.
+
+    Args:
+        settings: how.
+        every: steps between looks.
+        model: the source of all but the weights that are watched.
+        steps: the student's, or None where there is none.
+        device: the worker's.
+        threads: the worker's.
+    """
+
+    def __init__(
+        self,
+        settings: WatchSettings,
+        *,
+        every: int,
+        model: str,
+        steps: int | None,
+        device: torch.device,
+        threads: int,
+    ) -> None:
+        self.every = every
+        self._settings, self._model = settings, model
+        self._sampler = Sampler(steps=settings.steps or steps or _STEPS)
+        self._device = Device(
+            kind="cuda" if device.type == "cuda" else "cpu", dtype=settings.dtype, threads=threads
+        )
+        self._artist: DrawAndJudge | None = None
+        self._reference: Moments | None = None
+
+    def __call__(self, weights: Mapping[str, Tensor]) -> Look:
+        """What weights of a v model are worth; the same for the same weights."""
+        artist = self._load(weights)
+        captions = [row for row in captions_of(self._settings.prompts) if isinstance(row, Caption)]
+        drawn = [self._draw(artist, captions, w=w) for w in self._settings.guidance]
+        points = [point for point, _ in drawn]
+        first, criterion = points[0], self._settings.best
+        decisive = first[criterion]
+        return Look(
+            values={"points": points},
+            figures={
+                f"watch/w{point['w']:g}/{name}": value
+                for point in points
+                for name, value in point.items()
+                if name != "w" and value is not None
+            },
+            score=-decisive if criterion == "clip" and decisive is not None else decisive,
+            picture=np.concatenate([row for _, row in drawn]),
+        )
+
+    def _load(self, weights: Mapping[str, Tensor]) -> DrawAndJudge:
+        if self._artist is None:
+            self._artist = DrawAndJudge(
+                model=self._model,
+                sampler=self._sampler,
+                drawing=self._settings.drawing,
+                judging=self._settings.judging,
+                device=self._device,
+            )
+            self._artist.bundle.prediction_type = "v_prediction"
+            if WEIGHT in weights:
+                self._artist.bundle.unet = told(self._artist.bundle.unet)
+        self._artist.bundle.unet.load_state_dict(weights)
+        return self._artist
+
+    def _draw(
+        self, artist: DrawAndJudge, captions: list[Caption], *, w: float
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        """The figures at a guidance; and the first pictures side by side, uint8 [H,W,3]."""
+        drawing, size = self._settings.drawing, self._settings.drawing.batch_size
+        keys = [noise_key("evaluation", drawing.seed, caption.id) for caption in captions]
+        texts = [caption.text for caption in captions]
+        spans = [slice(start, start + size) for start in range(0, len(keys), size)]
+        batches = [artist.draw_and_judge(texts[span], keys[span], w=w) for span in spans]
+        columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        row = np.concatenate(list(columns["image"][: self._settings.pictures]), axis=1)
+        finite = columns["finite"]
+        point: dict[str, Any] = {"w": w, "pictures": int(finite.sum()), "fid": None, "clip": None}
+        if finite.sum() < 2:
+            return point, row
+        moments = Moments.of(torch.from_numpy(columns["features"][finite]))
+        point["fid"] = frechet_distance(moments, self._references())
+        point["clip"] = float(columns["clip"][finite].mean(dtype=np.float64))
+        if self._settings.judging.attribute_count:
+            point["attributes"] = float(columns["right"][finite].mean(dtype=np.float64))
+        return point, row
+
+    def _references(self) -> Moments:
+        if self._reference is None:
+            url, judging = self._settings.references, self._settings.judging
+            self._reference = (
+                moments_of(open_table(url, kind="references")) if url else _scenes(judging, self._device)
+            )
+        return self._reference
+
+
+def _scenes(judging: Judging, device: Device) -> Moments:
+    describe = DescribePictures(features=judging.features, images=ImageSettings(), size=1, device=device)
+    pictures = [describe.picture(f"{SCENE}{number}") for number in range(_SCENES)]
+    return Moments.of(torch.from_numpy(describe.describe(pictures)))
+
+
+def in_run(settings: WatchSettings, job: Job) -> WatchSettings:
+    """The settings with references that lie in the job's run where they are."""
+    references = settings.references and job.source(settings.references)
+    return settings.model_copy(update={"references": references})
+
+
+def check_watch(settings: WatchSettings, *, model: Bundle) -> None:
+    """Refuse what could not be measured, before training begins.
+
+    Raises:
+        TrainingError: if the judges cannot read the model's pictures, or the table of references has other
+            features than theirs; names what differs.
+        TableError: if there is no such table.
+    """
+    if settings.every is None:
+        return
+    judging = settings.judging
+    if judging.attribute_count and model.image_size != SIDE:
+        raise TrainingError(
+            f"the miniature's oracle reads pictures of {SIDE} px, and the model draws {model.image_size} px: "
+            "set watch.judging, or watch.every=null"
+        )
+    if settings.references is None:
+        return
+    there = open_table(settings.references, kind="references").identity["features"]
+    differing = list(differences(there, judging.describe_features()))
+    if differing:
+        raise TrainingError(
+            f"watch.references {settings.references} has other features than watch.judging: "
+            f"{'; '.join(differing[:3])}"
+        )
