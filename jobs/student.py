@@ -202,6 +202,7 @@ def save_student(
         bundle.unet.load_state_dict(weights)
         hashes[name] = weight_hash(bundle.unet)
         save(bundle, folder / name, dtype=DTYPES[settings.saved_as], distillation=distillation)
+        del bundle  # before the next is loaded
     return hashes
 
 

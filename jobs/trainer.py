@@ -156,7 +156,7 @@ class Trained:
     """What a training left.
 
     Attributes:
-        checkpoint: the last, verified.
+        checkpoint: the last, verified, without the optimizer.
         evaluation: what `Training.evaluate` said.
         environment: workers, threads, device and versions it ran with.
     """
@@ -256,7 +256,7 @@ def run_trainings(
         raise TrainingError(outcome.failure)
     return {
         name: Trained(
-            checkpoint=CheckpointStore(f"{store_url}/{name}").load(end.step),
+            checkpoint=CheckpointStore(f"{store_url}/{name}").load(end.step, without=("optimizer",)),
             evaluation=end.evaluation,
             environment=end.environment,
         )
@@ -337,6 +337,7 @@ def _run(
     evaluation = {}
     if rank == 0:
         state.model.load_state_dict(state.final_weights())
+        state.optimizer.state.clear()  # twice the model's size, which the evaluation may need
         evaluation = training.evaluate()
     return _End(step=state.step, evaluation=evaluation, environment=_environment(settings, device=device))
 
