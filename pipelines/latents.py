@@ -142,12 +142,14 @@ def encode_latents(
     _check_unit_size(settings, side=bundle.image_size)
     schema = latents_schema(latent_shape=bundle.latent_shape, num_tokens=bundle.tokenizer.model_max_length)
     table = create_table(url, schema=schema, identity=identity_of(settings, model=bundle.describe()))
+    size = bundle.image_size
+    del bundle  # workers beside this process need the memory
     recover(url, origin=origin)
     items = list(plan(shards, source=source, accounts=accounts(url).values()))
     stages = [
         Stage(
             build=ReadShard,
-            arguments=_reader_arguments(settings, size=bundle.image_size),
+            arguments=_reader_arguments(settings, size=size),
             pool=settings.readers,
         ),
         Stage(

@@ -95,6 +95,7 @@ def generate_pairs(
     bundle = load(teacher)
     schema = pairs_schema(latent_shape=bundle.latent_shape, num_tokens=bundle.tokenizer.model_max_length)
     identity = identity_of(settings, model=bundle.describe())
+    del bundle  # workers beside this process need the memory
     table = create_table(url, schema=schema, identity=identity)
     recover(url, origin=origin)
     items = list(plan(settings, captions=captions, source=source, accounts=accounts(url).values()))

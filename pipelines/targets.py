@@ -114,6 +114,7 @@ def compute_targets(
     check_latents(latents, bundle=bundle)
     identity = identity_of(settings, model=bundle.describe(), latents=latents.identity)
     schema = _schema(settings.teaching, bundle=bundle)
+    del bundle  # workers beside this process need the memory
     table = create_table(url, schema=schema, identity=identity)
     recover(url, origin=origin)
     items = list(plan(settings, latents=latents, accounts=accounts(url).values()))
