@@ -336,8 +336,8 @@ def _run(
         )
     evaluation = {}
     if rank == 0:
-        state.model.load_state_dict(state.final_weights())
         state.optimizer.state.clear()  # twice the model's size, which the evaluation may need
+        state.model.load_state_dict(state.final_weights())
         evaluation = training.evaluate()
     return _End(step=state.step, evaluation=evaluation, environment=_environment(settings, device=device))
 
