@@ -127,7 +127,7 @@ def write_panel(job: Job, panel: Panel) -> None:
         "over_seeds": list(over_seeds_of(panel, seeds=seeds, results=results)),
         "evaluation": results,
     }
-    text = json.dumps(told, indent=1)
+    text = json.dumps(told)
     replace_object(panel_place(job, panel.name), text.encode())
     for kind, chart in charts_of(json.loads(text)).items():
         replace_object(job.place(f"ablation/{panel.name}-{kind}.svg"), standalone(chart))
@@ -152,7 +152,17 @@ def evaluation_of(job: Job, panel: Panel) -> Evaluation:
         if line.variant is not None
         for w in panel.gap_at
     ]
-    values = {"contenders": tuple(contenders), "baseline": panel.baseline, "gaps": tuple(gaps)}
+    controls = [
+        contender_name(line, seed)
+        for line, seed in _lines(job.recipe.ablation, panel)
+        if line.name == panel.control
+    ]
+    values = {
+        "contenders": tuple(contenders),
+        "baseline": panel.baseline,
+        "also_against": (panel.many, *controls),
+        "gaps": tuple(gaps),
+    }
     return job.recipe.evaluation.model_copy(update=values)
 
 
@@ -166,7 +176,12 @@ def over_seeds_of(panel: Panel, *, seeds: range, results: Mapping[str, Any]) -> 
             figures = [name for name, value in at_one_w[0].items() if isinstance(value, Interval)]
             told = {name: _over_seeds([point[name][0] for point in at_one_w]) for name in figures}
             points.append({"w": at_one_w[0]["w"], "evaluations": at_one_w[0]["evaluations"], **told})
-        yield {"name": line.name, "contenders": names, "points": points}
+        yield {
+            "name": line.name,
+            "student": line.variant is not None,
+            "contenders": names,
+            "points": points,
+        }
 
 
 def _over_seeds(values: Sequence[float]) -> tuple[float, float, float]:

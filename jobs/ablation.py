@@ -60,7 +60,8 @@ class Panel(Settings):
         title: what it shows.
         lines: in order of the legend.
         baseline: the line of few steps without distillation, which the others are held against.
-        many: the line of many steps, to which the gap is closed.
+        many: the line of many steps, to which the gap is closed, and which CLIP is read against at equal FID.
+        control: the line of a control, against which students are held too; null for none.
         seeds: of training; lines without a student have none.
         gap_at: guidance scales at which the gap is read.
     """
@@ -70,6 +71,7 @@ class Panel(Settings):
     lines: tuple[Line, ...]
     baseline: str
     many: str = "teacher-50"
+    control: str | None = None
     seeds: PositiveInt = 1
     gap_at: tuple[Guidance, ...] = (2.0, 4.0, 6.0)
 
@@ -107,6 +109,8 @@ class Ablation(Settings):
                 if line.variant is not None and line.variant not in known:
                     raise ValueError(f"panel {panel.name}: there is no variant {line.variant!r}")
             lines = {line.name: line for line in panel.lines}
+            if panel.control is not None and panel.control not in lines:
+                raise ValueError(f"panel {panel.name}: there is no line {panel.control!r}")
             for name in (panel.baseline, panel.many):
                 if name not in lines or lines[name].variant is not None:
                     raise ValueError(f"panel {panel.name}: {name!r} is not a line of the model as it is")
@@ -178,6 +182,7 @@ def miniature_ablation() -> Ablation:
                     *(_line(name) for name in ("vanilla", "mixed", "cfg", "control")),
                 ),
                 baseline="undistilled-4",
+                control="control",
                 seeds=3,
             ),
             Panel(
@@ -191,6 +196,7 @@ def miniature_ablation() -> Ablation:
                     Line(name="control-8", variant="control", steps=8),
                 ),
                 baseline="undistilled-8",
+                control="control-8",
             ),
             Panel(
                 name="7b",

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from jobs.chart import Chart, Series
 from jobs.page import render_page
+from jobs.picture import draw
 from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
-from snapfusion.models.bundle import to_uint8
 from snapfusion.models.load import load
-from snapfusion.noise import gaussian_batch, noise_key
-from snapfusion.sampling import sample, time_grid
 
 _SHOWN = 8
 """Captions whose pictures are shown."""
@@ -85,25 +82,15 @@ def _point_at(line: Mapping[str, Any], w: float) -> Mapping[str, Any]:
     return next(point for point in points if point["w"] == w)
 
 
-@torch.inference_mode()
 def shown_pictures(lines: Mapping[str, tuple[str, int]], *, w: float) -> list[Row]:
-    """What each line, by name its model's source and its DDIM steps, draws of the same captions and noise.
-
-    The noise is that of the evaluation's first captions.
-    """
-    captions = shown_captions()
-    keys = [noise_key("evaluation", 0, f"scene-{number}") for number in range(len(captions))]
-    rows = []
-    for name, (source, steps) in lines.items():
-        bundle = load(source)
-        grid = time_grid(steps, schedule_steps=bundle.schedule.num_steps)
-        c = bundle.encode_text(bundle.tokenize(captions))
-        eps = gaussian_batch(keys, bundle.latent_shape)
-        latents = sample(bundle.denoiser(c, w=w), eps, grid=grid, schedule=bundle.schedule)
-        rows.append(
-            Row(name=name, pictures=list(to_uint8(bundle.decode(latents)).permute(0, 2, 3, 1).numpy()))
+    """What each line, by name its model's source and its DDIM steps, draws of the same captions and noise."""
+    return [
+        Row(
+            name=name,
+            pictures=draw(load(source), shown_captions(), steps=steps, guidance=w, seed=0, count=1),
         )
-    return rows
+        for name, (source, steps) in lines.items()
+    ]
 
 
 def shown_captions() -> list[str]:
@@ -160,7 +147,9 @@ def render_ablation(
                 **panel,
                 "charts": list(charts_of(panel).values()),
                 "table": list(_table(panel)),
-                "gaps": panel["evaluation"]["gaps"],
+                "gaps": list(_shares(panel["evaluation"]["gaps"])),
+                "paired": list(_paired(panel)),
+                "equal_fid": _equal_fid(panel),
             }
             for panel in panels
         ],
@@ -177,3 +166,39 @@ def _table(panel: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for line in panel["over_seeds"]:
         points = [point for w in _IN_TABLES for point in line["points"] if point["w"] == w]
         yield {"name": line["name"], "points": points, "evaluations": line["points"][-1]["evaluations"]}
+
+
+def _shares(gaps: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The shares of a gap that each student closes, at each guidance where they are read."""
+    for student in dict.fromkeys(gap["student"] for gap in gaps):
+        yield {"student": student, "at": [gap for gap in gaps if gap["student"] == student]}
+
+
+def _paired(panel: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """How much each student's CLIP is above the few steps', and above the control's of its seed."""
+    evaluation = panel["evaluation"]
+    controls: Sequence[str] = next(
+        (line["contenders"] for line in panel["over_seeds"] if line["name"] == panel["panel"]["control"]), ()
+    )
+    for line in panel["over_seeds"]:
+        for seed, name in enumerate(line["contenders"] if line["student"] else []):
+            yield {"name": name, "against": panel["panel"]["baseline"], "at": _at(evaluation, name)}
+            if controls and name not in controls:
+                control = controls[seed]
+                yield {
+                    "name": name,
+                    "against": control,
+                    "at": _at(evaluation["against"][control], name),
+                }
+
+
+def _at(readings: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The differences of one contender at the tables' guidance scales."""
+    return [told for w in _IN_TABLES for told in readings["differences"][name] if told["w"] == w]
+
+
+def _equal_fid(panel: Mapping[str, Any]) -> dict[str, Any]:
+    """The reading at equal FID of each student against many steps. SnapFusion Fig. 4."""
+    against = panel["evaluation"]["against"].get(panel["panel"]["many"], {"equal_fid": {}})
+    students = {name for line in panel["over_seeds"] if line["student"] for name in line["contenders"]}
+    return {name: reading for name, reading in against["equal_fid"].items() if name in students}

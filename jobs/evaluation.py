@@ -91,6 +91,7 @@ class Evaluation(Settings):
     Attributes:
         contenders: models and samplers, all of the same captions from the same noise.
         baseline: the contender that the others are held against.
+        also_against: further contenders that all others are held against.
         guidance: scales w of SnapFusion Eq. 3, rising.
         prompts: captions.
         references: real pictures.
@@ -99,15 +100,13 @@ class Evaluation(Settings):
         gaps: shares of a FID gap to be read.
     """
 
-    contenders: tuple[Contender, ...] = (
-        Contender(name="ddim-50"),
-        *(
-            Contender(name=f"{solver}-{steps}", sampler=Sampler(solver=solver, steps=steps))
-            for solver in ("ddim", "dpm", "dpm++")
-            for steps in (16, 8, 4)
-        ),
+    contenders: tuple[Contender, ...] = tuple(
+        Contender(name=f"{solver}-{steps}", sampler=Sampler(solver=solver, steps=steps))
+        for solver in ("ddim", "dpm", "dpm++")
+        for steps in (50, 16, 8, 4)
     )
     baseline: str = "ddim-50"
+    also_against: tuple[str, ...] = ()
     guidance: tuple[float, ...] = tuple(1.0 + 0.5 * step for step in range(11))
     prompts: Prompts = Prompts()
     references: References = References()
@@ -120,7 +119,11 @@ class Evaluation(Settings):
         names = [contender.name for contender in self.contenders]
         if len(set(names)) < len(names):
             raise ValueError(f"names of contenders repeat: {', '.join(names)}")
-        asked = {self.baseline, *(name for gap in self.gaps for name in (gap.student, gap.few, gap.many))}
+        asked = {
+            self.baseline,
+            *self.also_against,
+            *(name for gap in self.gaps for name in (gap.student, gap.few, gap.many)),
+        }
         if unknown := sorted(asked - set(names)):
             raise ValueError(f"there is no contender {unknown[0]!r}; there are {', '.join(names)}")
         if list(self.guidance) != sorted(set(self.guidance)) or not self.guidance:
@@ -139,8 +142,9 @@ def evaluate(settings: Evaluation, *, model: str, out: str, start: Start, run: R
         run: what sends units through the stages.
 
     Returns:
-        What was compared and how ("protocol"), the figures of each contender ("curves"), and how each stands
-        to the baseline ("differences", "equal_fid", "gaps"), as JSON values; an interval is an `Interval`.
+        What was compared and how ("protocol"), the figures of each contender ("curves"), how each stands to
+        the baseline ("differences", "equal_fid") and to others ("against"), and "gaps", as JSON values; an
+        interval is an `Interval`.
     """
     captions = captions_of(settings.prompts)
     origin, on_progress = start("references", {"pictures": settings.references.url or "scenes"})
@@ -266,8 +270,6 @@ def _protocol(
 def _readings(
     settings: Evaluation, curves: Mapping[str, Curve], tables: Mapping[str, Snapshot]
 ) -> dict[str, Any]:
-    baseline = curves[settings.baseline]
-    others = {name: curve for name, curve in curves.items() if name != settings.baseline}
     return {
         "curves": {
             contender.name: {
@@ -286,12 +288,23 @@ def _readings(
             for contender in settings.contenders
         },
         "baseline": settings.baseline,
+        **_against(settings, curves, baseline=settings.baseline),
+        "against": {name: _against(settings, curves, baseline=name) for name in settings.also_against},
+        "gaps": [{**gap.to_values(), **_read(partial(_closed, gap, curves))} for gap in settings.gaps],
+    }
+
+
+def _against(settings: Evaluation, curves: Mapping[str, Curve], *, baseline: str) -> dict[str, Any]:
+    """How each other contender stands to one."""
+    others = {name: curve for name, curve in curves.items() if name != baseline}
+    return {
         "differences": {
-            name: [{"w": w, **differences(curve, baseline, w=w)} for w in settings.guidance]
+            name: [{"w": w, **differences(curve, curves[baseline], w=w)} for w in settings.guidance]
             for name, curve in others.items()
         },
-        "equal_fid": {name: _read(partial(_equal_fid, curve, baseline)) for name, curve in others.items()},
-        "gaps": [{**gap.to_values(), **_read(partial(_closed, gap, curves))} for gap in settings.gaps],
+        "equal_fid": {
+            name: _read(partial(_equal_fid, curve, curves[baseline])) for name, curve in others.items()
+        },
     }
 
 

@@ -136,6 +136,7 @@ def recipe():
                             Line(name="cfg", variant="cfg-1", steps=1),
                         ),
                         baseline="undistilled-1",
+                        control="control",
                         many="teacher-4",
                         gap_at=(2.0,),
                     ),
@@ -166,6 +167,7 @@ def test_a_panel_holds_the_figures_of_every_line_and_seed(made):
         assert line["points"][1]["fid"] == [value, value, value]
     assert {gap["student"] for gap in panel["evaluation"]["gaps"]} == {"control-seed0", "cfg-seed0"}
     assert panel["evaluation"]["baseline"] == "undistilled-1"
+    assert list(panel["evaluation"]["against"]) == ["teacher-4", "control-seed0"]
     # Each student's own training, and that it was the one that the panel says.
     for name, steps, teacher in (("control", None, None), ("cfg", 2, 4), ("cfg-1", 1, 2)):
         told = json.loads(Path(f"{made.out}/students/{name}-seed0/metrics.json").read_text())["distillation"]
@@ -174,7 +176,13 @@ def test_a_panel_holds_the_figures_of_every_line_and_seed(made):
 
 def test_the_page_shows_every_line(made):
     page = Path(f"{made.out}/ablation/page.html").read_text()
-    for said in ("A small panel", "teacher-4", "cfg", "control", "L_dstl of guided steps"):
+    for said in (
+        "A small panel",
+        "Share of the FID gap from undistilled-1 to teacher-4",
+        '<td>cfg-seed0</td><td data-label="against">control-seed0</td>',
+        "CLIP above teacher-4 at equal FID",
+        "L_dstl of guided steps",
+    ):
         assert said in page
     assert page.count("data:image/png") == 4 * 8
     assert Path(f"{made.out}/ablation/small-fid.svg").read_text().startswith("<svg xmlns")
@@ -206,7 +214,7 @@ def line_of(name, *, evaluations, seeds=1):
         }
         for w, figures in ((2.0, {"fid": 3.0, "clip": 0.97}), (4.0, {"fid": 9.0, "clip": 0.95}))
     ]
-    return {"name": name, "contenders": [name], "points": points}
+    return {"name": name, "student": False, "contenders": [name], "points": points}
 
 
 def panel_of(lines):
@@ -216,10 +224,10 @@ def panel_of(lines):
         "features": {"network": "oracle"},
     }
     return {
-        "panel": {"name": "6x", "title": "Title", "baseline": "few", "many": "many"},
+        "panel": {"name": "6x", "title": "Title", "baseline": "few", "many": "many", "control": None},
         "seeds": [0, 1],
         "over_seeds": lines,
-        "evaluation": {"protocol": protocol, "gaps": []},
+        "evaluation": {"protocol": protocol, "gaps": [], "against": {}},
     }
 
 

@@ -182,13 +182,15 @@ def test_the_papers_protocol_is_in_its_recipe():
     assert wanted.prompts.limit == wanted.references.count == 30_000
     assert wanted.samples.judging.scorer.network == "ViT-g-14"
     assert wanted.samples.judging.features.network == "inception"
+    samplers = {(line.sampler.solver, line.sampler.steps) for line in wanted.contenders}
+    assert samplers == {(solver, n) for solver in ("ddim", "dpm", "dpm++") for n in (4, 8, 16, 50)}
     assert mini().evaluation.samples.judging.features.network == "oracle"
 
 
 def test_a_dry_run_says_how_much_would_be_drawn(capsys):
     assert job.main(["--dry-run", "--set", "evaluation.guidance=[1.0,2.0]"]) == 0
-    # 1200 captions, of each (1 + 2) times 50 + 3 (16 + 8 + 4) steps.
-    assert "482,400 UNet evaluations" in capsys.readouterr().out
+    # 1200 captions, of each (1 + 2) times 3 (50 + 16 + 8 + 4) steps.
+    assert "842,400 UNet evaluations" in capsys.readouterr().out
 
 
 def test_the_job_leaves_figures_charts_and_a_page(tmp_path, capsys, monkeypatch):
