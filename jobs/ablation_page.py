@@ -59,8 +59,8 @@ def _values(line: Mapping[str, Any], name: str) -> list[float]:
 
 
 def _differ_in_cost(lines: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether students differ in what a picture costs; the first two lines are the model's own."""
-    return len({line["points"][-1]["evaluations"] for line in lines[2:]}) > 1
+    """Whether students differ in what a picture costs."""
+    return len({line["points"][-1]["evaluations"] for line in lines if line["student"]}) > 1
 
 
 def _cost_chart(title: str, lines: Sequence[Mapping[str, Any]]) -> Chart:

@@ -163,7 +163,7 @@ def mini() -> Recipe:
                 student_steps=4, k=2, cfg_probability=0.5, cfg_range=CfgRange(low=1.0, high=6.0)
             ),
             loop=LoopSettings(
-                num_steps=200, global_batch=32, learning_rate=1e-4, warmup_steps=20, ema_decay=0.98
+                num_steps=200, global_batch=32, learning_rate=3e-4, warmup_steps=20, ema_decay=0.98
             ),
             trainer=TrainerSettings(micro_batch=32, curve_every=5),
         ),
