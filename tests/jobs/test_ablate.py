@@ -205,7 +205,7 @@ def test_what_is_there_is_not_made_again(made, monkeypatch, capsys):
     ]
 
 
-def line_of(name, *, evaluations, seeds=1):
+def line_of(name, *, evaluations, seeds=1, student=False):
     points = [
         {
             "w": w,
@@ -214,7 +214,7 @@ def line_of(name, *, evaluations, seeds=1):
         }
         for w, figures in ((2.0, {"fid": 3.0, "clip": 0.97}), (4.0, {"fid": 9.0, "clip": 0.95}))
     ]
-    return {"name": name, "student": False, "contenders": [name], "points": points}
+    return {"name": name, "student": student, "contenders": [name], "points": points}
 
 
 def panel_of(lines):
@@ -243,7 +243,9 @@ def test_nine_lines_have_nine_colors_and_their_names_stand_beside_the_axes():
 
 
 def test_students_of_different_cost_are_also_drawn_over_it():
-    lines = [line_of(name, evaluations=n) for name, n in (("many", 100), ("few", 8), ("a", 4), ("b", 8))]
+    own = [line_of(name, evaluations=n) for name, n in (("many", 100), ("few", 8))]
+    lines = own + [line_of(name, evaluations=n, student=True) for name, n in (("a", 4), ("b", 8))]
+    assert "cost" not in charts_of(panel_of(lines[:3]))
     cost = charts_of(panel_of(lines))["cost"]
     assert [(series.name, series.x, series.y) for series in cost.series] == [
         ("many", [100], [9.0]),
