@@ -127,7 +127,8 @@ def write_panel(job: Job, panel: Panel) -> None:
         "over_seeds": list(over_seeds_of(panel, seeds=seeds, results=results)),
         "evaluation": results,
     }
-    text = json.dumps(told)
+    # Six digits say all that 500 captions can.
+    text = json.dumps(json.loads(json.dumps(told), parse_float=lambda digits: float(f"{float(digits):.6g}")))
     replace_object(panel_place(job, panel.name), text.encode())
     for kind, chart in charts_of(json.loads(text)).items():
         replace_object(job.place(f"ablation/{panel.name}-{kind}.svg"), standalone(chart))

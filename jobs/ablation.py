@@ -93,7 +93,7 @@ class Ablation(Settings):
     panels: tuple[Panel, ...] = ()
     only: tuple[str, ...] = ()
     most_seeds: PositiveInt | None = None
-    pictures_at: Guidance = 4.0
+    pictures_at: Guidance = 6.0
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Ablation:

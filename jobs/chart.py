@@ -10,14 +10,24 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    StrMethodFormatter,
+)
 
 _WIDTH_INCHES, _HEIGHT_INCHES = 5.2, 3.0
+_LEGEND_INCHES = 1.3
 # Drawn in colours that nothing else has, then handed to the page's style sheet, which knows light from dark.
 _ROLES = {"#010101": "var(--ink)", "#020202": "var(--muted)", "#030303": "var(--rule)"}
 _SERIES = {f"#0{n:x}0{n:x}0{n:x}": f"var(--series-{n - 3})" for n in range(4, 13)}
 _INSIDE = 6
 """More lines than these are named beside the axes."""
+_NEAR = 100
+"""A logarithmic y that spans less is marked three times a decade."""
 _MARKED = 12
 """Up to so many values of a logarithmic x are marked each."""
 
@@ -82,7 +92,8 @@ def chart_svg(chart: Chart) -> str:
     """
     _check(chart)
     with mpl.rc_context({**_STYLE, "svg.hashsalt": chart.title}):
-        figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), layout="constrained")
+        beside = _LEGEND_INCHES if len(chart.series) > _INSIDE else 0.0
+        figure = Figure(figsize=(_WIDTH_INCHES + beside, _HEIGHT_INCHES), layout="constrained")
         figure.patch.set_visible(False)
         _draw(figure, chart)
         buffer = io.StringIO()
@@ -133,6 +144,11 @@ def _draw(figure: Figure, chart: Chart) -> None:
         )
     if chart.log_y:
         axes.set_yscale("log")
+        values = [y for series in chart.series for y in series.y if y > 0]
+        near = bool(values) and max(values) < _NEAR * min(values)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     if chart.log_x:
