@@ -21,6 +21,7 @@ from snapfusion.training.draws import CfgRange
 from snapfusion.training.loop import LoopSettings
 from snapfusion.training.steps import StepsSettings
 
+ROOT = Path(__file__).parents[2]
 ABLATION = miniature_ablation()
 VARIANTS = {variant.name: variant for variant in ABLATION.variants}
 PANELS = {panel.name: panel for panel in ABLATION.panels}
@@ -61,6 +62,33 @@ def test_progressive_and_told_students_halve_the_steps_from_student_to_student()
         lineage = [variant.steps for variant in ABLATION.lineage(last)]
         assert [(steps.student_steps, steps.k) for steps in lineage] == [(16, 2), (8, 2), (4, 2)]
         assert {steps.w_conditioned for steps in lineage} == {panel == "6b"}
+
+
+def test_the_readmes_figures_are_those_of_the_panel():
+    """A figure is written twice, so that it can be quoted; not two figures."""
+    panel = json.loads((ROOT / "docs" / "ablation" / "6c.json").read_text())
+    assert panel["seeds"] == [0, 1, 2]
+    points = {line["name"]: {point["w"]: point for point in line["points"]} for line in panel["over_seeds"]}
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("## What step distillation does")[2].partition("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:3] == "| `"
+    ]
+    assert len(rows) == 6
+    for name, _, *figures in rows:
+        at = points[name.split("`")[1]]
+        told = [f"{at[w]['fid'][0]:.2f}" for w in (2.0, 4.0, 6.0)] + [
+            f"{at[w]['clip'][0]:.3f}" for w in (4.0, 6.0)
+        ]
+        assert figures == told
+    closed = {(gap["student"], gap["w"]): gap["closed"] for gap in panel["evaluation"]["gaps"]}
+    for w, low, high, begins in ((4.0, 0.93, 1.00, 0.84), (6.0, 0.88, 0.90, 0.76)):
+        of_cfg = [closed[f"cfg-seed{seed}", w] for seed in range(3)]
+        assert (round(min(gap[0] for gap in of_cfg), 2), round(max(gap[0] for gap in of_cfg), 2)) == (
+            low,
+            high,
+        )
+        assert min(gap[1] for gap in of_cfg) > begins
 
 
 def test_students_come_after_those_they_learn_from():
