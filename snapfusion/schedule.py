@@ -15,7 +15,7 @@ t = -1 is the clean end: alpha = 1 and sigma = 0 exactly. All tables are compute
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -52,9 +52,11 @@ class Schedule:
             raise ValueError(
                 f"beta_start {self.beta_start} and beta_end {self.beta_end} must satisfy 0 < start <= end < 1"
             )
-        roots = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_steps, dtype=torch.float64)
+        # On the CPU whatever the default device is: a schedule is numbers even where networks are "meta".
+        exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+        roots = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_steps, **exact)
         alpha_bar = torch.cumprod(1.0 - roots**2, dim=0)
-        clean = torch.ones(1, dtype=torch.float64)
+        clean = torch.ones(1, **exact)
         object.__setattr__(self, "_alphas", torch.cat([clean, alpha_bar.sqrt()]))
         object.__setattr__(self, "_sigmas", torch.cat([clean - 1.0, (1.0 - alpha_bar).sqrt()]))
 

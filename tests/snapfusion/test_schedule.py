@@ -135,3 +135,11 @@ def test_betas_that_are_no_schedule_are_refused(values):
 def test_schedules_are_compared_by_their_numbers():
     assert Schedule() == Schedule(beta_end=0.012)
     assert Schedule() != Schedule(beta_end=0.02)
+
+
+def test_a_schedule_is_numbers_whatever_the_default_device_is():
+    with torch.device("meta"):
+        there = Schedule()
+    t = torch.tensor([-1, 0, 999])
+    assert torch.equal(there.alpha(t), Schedule().alpha(t))
+    assert torch.equal(there.sigma(t), Schedule().sigma(t))
