@@ -6,6 +6,7 @@ resumes from is in our own checkpoint store: Ray is told figures, never checkpoi
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 import time
@@ -13,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import ray.train
@@ -34,7 +35,10 @@ from snapfusion.settings import Settings, differences, digest
 from snapfusion.training.batch import Batch
 from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
 from snapfusion.training.loop import LoopSettings, Objective, Step, UnusableStepError, new_state, train
+from snapfusion.training.shards import shard
 from snapfusion.training.state import Best, TrainState
+
+Sharding = Literal["none", "fsdp"]
 
 _SECONDS_BETWEEN_REPORTS = 2.0
 
@@ -47,6 +51,9 @@ class TrainerSettings(Settings):
         use_gpu: whether each has an accelerator; they then speak NCCL, else gloo.
         cpus_per_worker: logical CPUs that Ray sets aside for each.
         threads_per_worker: CPU threads of each.
+        sharding: "none" keeps the whole training on each worker (DDP). "fsdp" spreads gradients, the
+            optimizer's moments, the average and the weights over all, so that each keeps the whole network
+            but once, at its first weights. The global batch is then a multiple of `num_workers`.
         micro_batch: rows of one forward pass; a larger share is accumulated.
         checkpoint_every: steps between checkpoints; the last step always has one.
         keep_checkpoints: how many of the newest stay while training runs.
@@ -59,6 +66,7 @@ class TrainerSettings(Settings):
     use_gpu: bool = False
     cpus_per_worker: PositiveFloat = 1.0
     threads_per_worker: PositiveInt = 1
+    sharding: Sharding = "none"
     micro_batch: PositiveInt = 16
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
@@ -311,12 +319,12 @@ def _run(
 ) -> _End:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    if world > training.settings.global_batch:
-        raise TrainingError(
-            f"{world} workers cannot share a global batch of {training.settings.global_batch} rows"
-        )
+    check_shares(training.settings.global_batch, world=world, sharding=settings.sharding)
     device = next(training.model.parameters()).device
-    state = new_state(training.model, settings=training.settings)
+    spread = settings.sharding == "fsdp" and world > 1
+    # Spread is a copy: what evaluates must run on one worker, and is given the whole network.
+    model = shard(copy.deepcopy(training.model), device=device) if spread else training.model
+    state = new_state(model, settings=training.settings)
     resume(state, store=store, identity=training.identity, rank=rank)
     batches = training.loader.batches(state.step, rank=rank, world=world)
     with (
@@ -329,17 +337,33 @@ def _run(
             batches=batches,
             settings=training.settings,
             micro_batch=settings.micro_batch,
-            wrapped=_distribute(state.model, device=device) if world > 1 else None,
+            wrapped=_distribute(model, device=device) if world > 1 and not spread else None,
             after_step=_Recorder(
                 training, state=state, store=store, settings=settings, mailbox=mailbox, logbook=logbook
             ),
         )
-    evaluation = {}
+    evaluation, weights = {}, state.final_weights()
     if rank == 0:
         state.optimizer.state.clear()  # twice the model's size, which the evaluation may need
-        state.model.load_state_dict(state.final_weights())
+        training.model.load_state_dict(weights)
         evaluation = training.evaluate()
     return _End(step=state.step, evaluation=evaluation, environment=_environment(settings, device=device))
+
+
+def check_shares(global_batch: int, *, world: int, sharding: Sharding) -> None:
+    """Whether `world` workers can share a global batch of so many rows.
+
+    Raises:
+        TrainingError: if there are too few rows, or if workers over which a network is spread would have
+            shares that differ: they gather it together, piece by piece, and one would wait for ever.
+    """
+    if world > global_batch:
+        raise TrainingError(f"{world} workers cannot share a global batch of {global_batch} rows")
+    if sharding == "fsdp" and global_batch % world:
+        raise TrainingError(
+            f"{world} workers cannot share a global batch of {global_batch} rows evenly, which sharding=fsdp "
+            "needs; take a multiple, or sharding=none"
+        )
 
 
 def resume(state: TrainState, *, store: CheckpointStore, identity: dict[str, Any], rank: int) -> None:
@@ -436,15 +460,19 @@ class _Recorder:
         if last or step.step % self._settings.curve_every == 0:
             self._note(step)
         watch = self._training.watch
-        if watch is not None and self._first and (last or step.step % watch.every == 0):
-            self._look(watch, step.step)
+        if watch is not None and (last or step.step % watch.every == 0):
+            weights = self._state.final_weights()
+            if self._first:
+                self._look(watch, weights, step=step.step)
         saved = last or step.step % self._settings.checkpoint_every == 0
         if saved and self._logbook is not None:
             # Before the checkpoint: what was said up to it must be there when it is gone on from.
             self._logbook.flush()
-        if saved and self._first:
+        if saved:
+            tensors = self._state.tensors()
             values = {"state": self._state.values(), "identity": self._training.identity}
-            self._store.save(step.step, tensors=self._state.tensors(), values=values)
+            if self._first:
+                self._store.save(step.step, tensors=tensors, values=values)
         due = last or time.monotonic() - self._told > _SECONDS_BETWEEN_REPORTS
         if not (saved or (self._first and due)):
             return
@@ -464,9 +492,8 @@ class _Recorder:
         if self._logbook is not None:
             self._logbook.scalars({**told, **self._logged.take()}, step=step.step)
 
-    def _look(self, watch: Watch, step: int) -> None:
+    def _look(self, watch: Watch, weights: Mapping[str, torch.Tensor], *, step: int) -> None:
         """What the weights are worth, and whether they are the best."""
-        weights = self._state.final_weights()
         look = watch(weights)
         self._state.watched.append({"step": step, **look.values})
         best = self._state.best

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from snapfusion.training.shards import like
+
 
 class Ema:
     """avg <- d avg + (1 - d) theta after every step, in float32.
@@ -55,4 +57,4 @@ class Ema:
         if {n: t.shape for n, t in averages.items()} != {n: t.shape for n, t in self.averages.items()}:
             raise ValueError("the saved averages are those of another model")
         for name, average in self.averages.items():
-            average.copy_(averages[name])
+            average.copy_(like(averages[name], average))

@@ -1,7 +1,8 @@
 """The training loop: batches in, an objective called, a state moved on. It knows neither tables nor Ray.
 
-Where torch.distributed is up, each rank hands in its share of every global batch and a model wrapped in
-DistributedDataParallel; shares may differ in size, and the gradient is that of the mean over all rows.
+Where torch.distributed is up, each rank hands in its share of every global batch, and a model wrapped in
+DistributedDataParallel or spread over the ranks (FSDP). Shares may differ in size, and the gradient is that
+of the mean over all rows.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from snapfusion.settings import Settings
 from snapfusion.training.batch import Batch
 from snapfusion.training.ema import Ema
 from snapfusion.training.learning_rate import Decay, learning_rate
+from snapfusion.training.shards import exchange_gradients, whole
 from snapfusion.training.state import TrainState
 
 NAMED_ROWS = 20
@@ -225,7 +227,7 @@ def _accumulate(
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16"):
                 losses = objective(wrapped, piece.to(device), step=state.step)
             _check_form(losses, piece)
-            # DDP takes the mean over ranks; times their number, it is the mean over all rows of the batch.
+            # DDP and FSDP take the mean over ranks; times their number, it is that over the whole batch.
             (losses.sum() * (_world_size() / settings.global_batch)).backward()
         total += losses.detach().double().sum()
         finite = losses.detach().isfinite().tolist()
@@ -235,7 +237,7 @@ def _accumulate(
 
 def _update(state: TrainState, batch: Batch, *, settings: LoopSettings, rate: float) -> float:
     """One step of the optimizer and of the average; returns the gradient's norm."""
-    norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm))
+    norm = float(whole(nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)))
     if not math.isfinite(norm):
         # The gradient is common to all ranks, and so is this verdict.
         reason = f"the gradient of step {state.step} is {norm}; the batch is"
@@ -273,6 +275,7 @@ def _mean_over_ranks(
 
 def _exchange(model: nn.Module, *, gradients: bool) -> AbstractContextManager[None]:
     """Ranks exchange gradients once a step, with the last piece of its batch."""
+    exchange_gradients(model, wanted=gradients)
     if isinstance(model, DistributedDataParallel) and not gradients:
         return model.no_sync()
     return nullcontext()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from snapfusion.training.ema import Ema
+from snapfusion.training.shards import like, load_whole, wholes
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 """Named groups of named tensors; a checkpoint keeps each group in a file of its own."""
@@ -62,10 +63,13 @@ class TrainState:
     best: Best | None = None
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors, by group ("model", "optimizer", "ema", "best") and name."""
-        groups = {"model": dict(self.model.state_dict()), "optimizer": self._moments()}
+        """All tensors, by group ("model", "optimizer", "ema", "best") and name, each whole.
+
+        Where the model is spread over ranks, all call this at once, and rank 0 alone is given what is spread.
+        """
+        groups = {"model": wholes(self.model.state_dict()), "optimizer": wholes(self._moments())}
         if self.ema is not None:
-            groups["ema"] = dict(self.ema.averages)
+            groups["ema"] = wholes(self.ema.averages)
         if self.best is not None:
             groups["best"] = dict(self.best.weights)
         return groups
@@ -90,7 +94,7 @@ class TrainState:
         if set(tensors) - {"best"} != expected:
             raise StateError(f"the saved state holds {sorted(tensors)}; {sorted(expected)} is needed")
         try:
-            self.model.load_state_dict(dict(tensors["model"]))
+            load_whole(self.model, tensors["model"])
             if self.ema is not None:
                 self.ema.load(tensors["ema"])
             self._load_moments(tensors["optimizer"])
@@ -104,8 +108,11 @@ class TrainState:
         self.best = Best(**best, weights=dict(tensors["best"])) if best else None
 
     def final_weights(self) -> dict[str, Tensor]:
-        """The weights to use: the average where one is kept, else the last."""
-        return dict(self.ema.averages if self.ema is not None else self.model.state_dict())
+        """The weights to use, each tensor whole: the average where one is kept, else the last.
+
+        Where the model is spread over ranks, all call this at once, and rank 0 alone is given what is spread.
+        """
+        return wholes(self.ema.averages if self.ema is not None else self.model.state_dict())
 
     def _moments(self) -> dict[str, Tensor]:
         states = self.optimizer.state_dict()["state"]
@@ -117,11 +124,13 @@ class TrainState:
         }
 
     def _load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        indices = {name: index for index, (name, _) in enumerate(self.model.named_parameters())}
+        parameters = dict(self.model.named_parameters())
+        indices = {name: index for index, name in enumerate(parameters)}
         states: dict[int, dict[str, Tensor]] = {}
         for path, tensor in moments.items():
             name, _, key = path.rpartition("/")
-            states.setdefault(indices[name], {})[key] = tensor
+            moment = like(tensor, parameters[name]) if tensor.shape == parameters[name].shape else tensor
+            states.setdefault(indices[name], {})[key] = moment
         # The hyperparameters are settings, not state: those of this run hold.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
+import torch.distributed as dist
 from conftest import tiny_bundle
 from in_process import in_process
 from PIL import Image
@@ -26,7 +30,7 @@ from jobs.distill_steps import assemble, distill_steps, summary
 from jobs.finetune_vpred import finetune_vpred
 from jobs.recipes import mini
 from jobs.student import save_student
-from jobs.trainer import Trained, TrainingError
+from jobs.trainer import Trained, TrainingError, check_shares, run_trainings
 from jobs.watch import Watcher, check_watch, in_run
 from pipelines.latents import Latents, encode_latents
 from pipelines.loader import count_trainable
@@ -41,7 +45,7 @@ from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.models.told import is_told
 from snapfusion.sampling import time_grid
-from snapfusion.training.checkpoint import Checkpoint
+from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
 from snapfusion.training.draws import CfgRange
 from snapfusion.training.loop import new_state, train
 
@@ -229,6 +233,64 @@ def test_a_distillation_whose_driver_was_killed_ends_as_if_it_had_not_been(stude
     assert not out.exists()
     distill_steps(DISTILL, teacher=str(vpred[0] / "model"), data_url=latents.url, out_url=str(out))
     assert_as_if_never_killed(out, student[0], metrics=student[1])
+
+
+def spread_and_continued(asked, store_url, device):
+    """A training, and one more from the first one's checkpoint in the middle."""
+    yield replace(next(iter(assemble(**asked, device=device))), name="whole")
+    if dist.get_rank() == 0:
+        shutil.copytree(f"{store_url}/whole/step-00000002", f"{store_url}/continued/step-00000002")
+    yield replace(next(iter(assemble(**asked, device=device))), name="continued")
+
+
+@pytest.mark.ray
+def test_a_student_that_is_spread_over_workers_becomes_the_same(student, vpred, latents, tmp_path):
+    out, metrics, _ = student
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    settings = DISTILL.with_values(["trainer.sharding=fsdp"])
+    teacher = str(vpred[0] / "model")
+    asked = {
+        "settings": settings,
+        "teacher": teacher,
+        "student": teacher,
+        "data_url": latents.url,
+        "data_version": latents.version,
+        "counts": count_trainable(latents, held_out=settings.loader.held_out),
+        "identity": {},
+    }
+    url = str(tmp_path / "checkpoints")
+    ends = run_trainings(
+        spread_and_continued,
+        {"asked": asked, "store_url": url},
+        store_url=url,
+        settings=settings.trainer,
+        on_report=lambda figures: None,
+    )
+    whole, continued = ends["whole"], ends["continued"]
+    assert (whole.curve, whole.evaluation) == (continued.curve, continued.evaluation)
+    for group, named in CheckpointStore(f"{url}/whole").load(4).tensors.items():
+        other = CheckpointStore(f"{url}/continued").load(4).tensors[group]
+        assert all(torch.equal(tensor, other[name]) for name, tensor in named.items())
+    for point, expected in zip(whole.curve, metrics["curve"], strict=True):
+        assert point == pytest.approx(expected, rel=1e-5)
+    assert whole.evaluation["after"]["guided"] == pytest.approx(
+        metrics["evaluation"]["after"]["guided"], rel=1e-4
+    )
+    assert [seen["step"] for seen in whole.watched] == [2, 4]
+    for weights, folder in ((whole.weights, "model"), (whole.raw_weights, "raw")):
+        made = load(str(out / folder)).unet.state_dict()
+        for name, tensor in weights.items():
+            # Adam divides a gradient by its size: where rows cancel in it, so much does a last bit move.
+            torch.testing.assert_close(made[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_shares_that_workers_cannot_have_are_refused():
+    check_shares(6, world=4, sharding="none")
+    check_shares(6, world=3, sharding="fsdp")
+    with pytest.raises(TrainingError, match="7 workers cannot share a global batch of 6 rows"):
+        check_shares(6, world=7, sharding="none")
+    with pytest.raises(TrainingError, match="of 6 rows evenly, which sharding=fsdp needs"):
+        check_shares(6, world=4, sharding="fsdp")
 
 
 @pytest.mark.ray
