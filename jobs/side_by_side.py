@@ -21,8 +21,8 @@ from snapfusion.metrics.intervals import mean
 from snapfusion.mini.scenes import ATTRIBUTES
 from snapfusion.noise import noise_key
 
-GUIDANCE = 4.0
-"""Where few steps show in the miniature's pictures."""
+GUIDANCE = 6.0
+"""Where few steps show most, of the guidance that the miniature's students are distilled for."""
 
 CAPTIONS = 64
 _SHOWN = 12

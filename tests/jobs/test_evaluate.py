@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 from in_process import in_process
@@ -185,6 +187,17 @@ def test_the_papers_protocol_is_in_its_recipe():
     samplers = {(line.sampler.solver, line.sampler.steps) for line in wanted.contenders}
     assert samplers == {(solver, n) for solver in ("ddim", "dpm", "dpm++") for n in (4, 8, 16, 50)}
     assert mini().evaluation.samples.judging.features.network == "oracle"
+
+
+def test_the_readmes_smaller_protocols_are_settings_of_the_recipe():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("## By the paper's protocol")[1].split("\n## ")[0]
+    blocks = [re.findall(r"--set (\S+)", block) for block in section.split("```")[1::2]]
+    few, other = (sd15().with_values(block).evaluation for block in blocks)
+    assert (few.prompts.limit, few.references.count) == (6_000, 30_000)
+    assert (other.prompts.limit, other.references.count) == (5_000, 5_000)
+    assert {other.prompts.name, other.references.name} == {"coco2017"}
+    assert all("2017" in url for url in (other.prompts.url, other.references.url))
 
 
 def test_a_dry_run_says_how_much_would_be_drawn(capsys):
