@@ -10,6 +10,7 @@ from jobs.distill_steps import DistillSettings
 from jobs.evaluation import Evaluation, Prompts
 from jobs.finetune_vpred import VpredSettings
 from jobs.trainer import TrainerSettings
+from jobs.watch import WatchSettings
 from pipelines.execution import Pool
 from pipelines.latents import Latents
 from pipelines.loader import LoaderSettings
@@ -50,6 +51,17 @@ _LOOP = LoopSettings(
     precision="bfloat16",
 )
 _HELD_OUT = LoaderSettings(held_out=0.0001)
+
+_COCO, _CAPTIONS = "coco2014", "s3://bucket/coco/captions-val2014.tsv"
+_JUDGING = Judging(
+    features=FeatureSettings(
+        network="inception", weights="s3://bucket/weights/inception-2015-12-05.safetensors"
+    ),
+    scorer=ScorerSettings(
+        network="ViT-g-14",
+        weights="laion/CLIP-ViT-g-14-laion2B-s34B-b88K/open_clip_model.safetensors",
+    ),
+)
 _EVALUATION_ROWS = 2_048
 
 
@@ -105,6 +117,7 @@ def vpred(*, micro_batch: int) -> VpredSettings:
         evaluation_rows=_EVALUATION_ROWS,
         gradient_checkpointing=True,
         trainer=_trainer(micro_batch),
+        watch=_watch(micro_batch),
     )
 
 
@@ -126,6 +139,7 @@ def distill(*, micro_batch: int) -> DistillSettings:
         evaluation_rows=_EVALUATION_ROWS,
         gradient_checkpointing=True,
         trainer=_trainer(micro_batch),
+        watch=_watch(micro_batch),
     )
 
 
@@ -151,9 +165,9 @@ def evaluation(*, batch_size: int, rows_per_unit: int) -> Evaluation:
     """Sec. 5: MS-COCO 2014's validation captions, CLIP by ViT-g/14. The paper names no kernel for FID."""
     return Evaluation(
         guidance=tuple(1.0 + 0.5 * step for step in range(19)),
-        prompts=Prompts(name="coco2014", url="s3://bucket/coco/captions-val2014.tsv", limit=30_000),
+        prompts=Prompts(name=_COCO, url=_CAPTIONS, limit=30_000),
         references=References(
-            name="coco2014",
+            name=_COCO,
             url="s3://bucket/coco/val2014",
             count=30_000,
             device=_ON_GPU,
@@ -161,15 +175,7 @@ def evaluation(*, batch_size: int, rows_per_unit: int) -> Evaluation:
         ),
         samples=Samples(
             drawing=Drawing(batch_size=batch_size),
-            judging=Judging(
-                features=FeatureSettings(
-                    network="inception", weights="s3://bucket/weights/inception-2015-12-05.safetensors"
-                ),
-                scorer=ScorerSettings(
-                    network="ViT-g-14",
-                    weights="laion/CLIP-ViT-g-14-laion2B-s34B-b88K/open_clip_model.safetensors",
-                ),
-            ),
+            judging=_JUDGING,
             rows_per_unit=rows_per_unit,
             device=_ON_GPU,
             models=_NETWORK,
@@ -179,3 +185,15 @@ def evaluation(*, batch_size: int, rows_per_unit: int) -> Evaluation:
 
 def _trainer(micro_batch: int) -> TrainerSettings:
     return TrainerSettings(num_workers=64, use_gpu=True, micro_batch=micro_batch, checkpoint_every=500)
+
+
+def _watch(batch_size: int) -> WatchSettings:
+    """What a watch judges by, once `every` is set: one worker draws while the others wait."""
+    return WatchSettings(
+        prompts=Prompts(name=_COCO, url=_CAPTIONS, limit=512),
+        guidance=(7.5,),
+        drawing=Drawing(batch_size=batch_size),
+        judging=_JUDGING,
+        references="run:evaluation/references",
+        dtype="bfloat16",
+    )

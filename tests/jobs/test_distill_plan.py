@@ -229,3 +229,13 @@ def test_the_plans_of_two_models_name_both():
     sources = {stage.student for stage in plans(OWN, small=VPRED)["staged"]}
     assert VPRED in sources
     assert plans(OWN, small=VPRED)["staged-plain"][-1].teacher == OWN
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd2"])
+def test_a_watch_of_the_papers_models_judges_as_their_evaluation_does(name):
+    recipe = RECIPES[name]()
+    for settings in (recipe.vpred, recipe.distill):
+        assert settings.watch.every is None
+        assert settings.watch.judging == recipe.evaluation.samples.judging
+        assert settings.watch.prompts.url == recipe.evaluation.prompts.url
+        assert settings.watch.references == "run:evaluation/references"
