@@ -29,7 +29,8 @@ from snapfusion.mini.scenes import (
     scene_of,
 )
 from snapfusion.mini.weights import WEIGHTS
-from snapfusion.models.blocks import Block, blocks_of, without
+from snapfusion.models.architecture import Block
+from snapfusion.models.blocks import blocks_of, without
 from snapfusion.models.bundle import Bundle, to_uint8
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key, uniform

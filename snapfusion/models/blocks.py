@@ -8,47 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-Kind = Literal["attention", "resnet"]
-_KINDS: dict[type[nn.Module], Kind] = {Transformer2DModel: "attention", ResnetBlock2D: "resnet"}
+from snapfusion.models.architecture import Block
+from snapfusion.models.unet import BlockUNet, architecture_of
 
 
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """One block of a UNet.
-
-    Attributes:
-        name: its path in the UNet, such as "down_blocks.0.attentions.1".
-        kind: "attention" or "resnet".
-        stage: the part of the UNet it stands in, such as "down_blocks.0" or "mid_block".
-        depth: how many times the latent was halved before it; the middle counts as the deepest.
-    """
-
-    name: str
-    kind: Kind
-    stage: str
-    depth: int
-
-
-def blocks_of(unet: UNet2DConditionModel) -> tuple[Block, ...]:
-    """The blocks of `unet`, in the order of its modules."""
-    deepest = len(unet.down_blocks) - 1
-    return tuple(
-        Block(name=name, kind=_KINDS[type(module)], stage=_stage(name), depth=_depth(name, deepest=deepest))
-        for name, module in unet.named_modules()
-        if type(module) in _KINDS
-    )
+def blocks_of(unet: UNet2DConditionModel | BlockUNet) -> tuple[Block, ...]:
+    """The blocks of `unet`, in the order of computation."""
+    return architecture_of(unet).blocks
 
 
 @contextmanager
-def without(unet: UNet2DConditionModel, names: Collection[str]) -> Iterator[None]:
+def without(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> Iterator[None]:
     """Within it, the named blocks of `unet` hand on what they are given; their work is not computed.
 
     A ResNet block that changes the number of channels keeps its 1x1 shortcut, which is what is left of it
@@ -85,15 +61,3 @@ def _hand_on(module: nn.Module) -> Any:  # noqa: ANN401 - it stands for the forw
         return (hidden,)
 
     return attention
-
-
-def _stage(name: str) -> str:
-    parts = name.split(".")
-    return parts[0] if parts[0] == "mid_block" else ".".join(parts[:2])
-
-
-def _depth(name: str, *, deepest: int) -> int:
-    if name.startswith("mid_block"):
-        return deepest
-    side, number = name.split(".")[:2]
-    return int(number) if side == "down_blocks" else deepest - int(number)

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from snapfusion.models.tokenizer import token_ids
 from snapfusion.models.told import guidance_embedding, is_told
+from snapfusion.models.unet import BlockUNet
 from snapfusion.sampling import Denoiser, guide
 from snapfusion.schedule import Estimate, PredictionType, Schedule
 
@@ -33,7 +34,7 @@ class Bundle:
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
-    unet: UNet2DConditionModel
+    unet: UNet2DConditionModel | BlockUNet
     vae: AutoencoderKL
     schedule: Schedule
     prediction_type: PredictionType

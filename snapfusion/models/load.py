@@ -21,6 +21,7 @@ from snapfusion.models.bundle import Bundle
 from snapfusion.models.random_weights import ARCHITECTURES, PREFIX, random_bundle
 from snapfusion.models.save import DISTILLATION
 from snapfusion.models.seal import check_seal
+from snapfusion.models.unet import BlockUNet
 from snapfusion.schedule import PREDICTION_TYPES, Schedule
 
 _WEIGHTS = Path(__file__).parents[1] / "mini" / "weights"
@@ -143,7 +144,7 @@ def _distillation(path: Path, *, schedule: Schedule, source: str) -> dict[str, A
 
 def _load_network(folder: Path, *, source: str) -> Any:  # noqa: ANN401 - one of three network classes
     config = folder / "config.json"
-    _read_json(config, source=source)
+    described = _read_json(config, source=source)
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
         if pickles:
@@ -152,8 +153,9 @@ def _load_network(folder: Path, *, source: str) -> Any:  # noqa: ANN401 - one of
                 "opened; save it as safetensors"
             )
         raise ModelError(f"{source}: {folder.name} has no weights (a .safetensors file)")
+    kind = BlockUNet if described.get("_class_name") == BlockUNet.__name__ else _NETWORKS[folder.name]
     try:
-        network, told = _NETWORKS[folder.name].from_pretrained(
+        network, told = kind.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **_PLAINLY[folder.name]
         )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler
 
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.seal import write_seal
+from snapfusion.models.unet import BlockUNet
 
 _INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -21,7 +22,6 @@ _INDEX = {
     "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
@@ -63,7 +63,9 @@ def save(
         clip_sample=False,
     )
     scheduler.save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps(_INDEX, indent=2) + "\n")
+    own = isinstance(bundle.unet, BlockUNet)
+    index = {**_INDEX, "unet": [BlockUNet.__module__ if own else "diffusers", type(bundle.unet).__name__]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     if distillation is not None:
         (folder / DISTILLATION).write_text(json.dumps(distillation, indent=2, sort_keys=True) + "\n")
     write_seal(folder)

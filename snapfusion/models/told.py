@@ -12,6 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from snapfusion.models.unet import BlockUNet, architecture_of, build
+
 EMBEDDING = 256
 """Numbers that the scale is told in."""
 
@@ -19,21 +21,19 @@ WEIGHT = "time_embedding.cond_proj.weight"
 """The tensor that such a UNet has and others have not."""
 
 
-def is_told(unet: UNet2DConditionModel) -> bool:
+def is_told(unet: UNet2DConditionModel | BlockUNet) -> bool:
     """Whether `unet` takes the guidance scale as an input."""
     return unet.config["time_cond_proj_dim"] is not None
 
 
-def told(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def told(unet: UNet2DConditionModel | BlockUNet) -> UNet2DConditionModel | BlockUNet:
     """`unet` with an input for the scale, which it does not heed yet; as it is if it has one.
 
     The new one is on the same device, in the same dtype, and leaves the old one as it was.
     """
     if is_told(unet):
         return unet
-    # Keys that diffusers remembers as left out would be left out again.
-    config = {name: value for name, value in unet.config.items() if name != "_use_default_values"}
-    made = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": EMBEDDING})
+    made = build(architecture_of(unet).changed(guidance_embedding=EMBEDDING))
     nn.Module.to(made, device=unet.device, dtype=unet.dtype)
     nn.init.zeros_(made.time_embedding.cond_proj.weight)
     made.load_state_dict(unet.state_dict(), strict=False)
