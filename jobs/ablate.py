@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jobs import encode_latents, render_scenes
-from jobs.ablation import Ablation, Line, Panel, Variant, contender_name
+from jobs.ablation import Ablation, Line, Panel, Variant, contender_name, table_name
 from jobs.ablation_page import charts_of, render_ablation, shown_pictures
 from jobs.cli import Job, run
 from jobs.cluster import connect, runner
@@ -143,7 +143,10 @@ def evaluation_of(job: Job, panel: Panel) -> Evaluation:
     """Who is compared in a panel: each line of each seed."""
     contenders = [
         Contender(
-            name=contender_name(line, seed), model=_model_of(job, line, seed=seed), sampler=line.sampler
+            name=contender_name(line, seed),
+            model=_model_of(job, line, seed=seed),
+            sampler=line.sampler,
+            table=table_name(line, seed),
         )
         for line, seed in _lines(job.recipe.ablation, panel)
     ]

@@ -139,6 +139,12 @@ def contender_name(line: Line, seed: int) -> str:
     return line.name if line.variant is None else f"{line.name}-seed{seed}"
 
 
+def table_name(line: Line, seed: int) -> str:
+    """The table that a line of one seed is drawn into; panels whose lines differ by name only share it."""
+    student = "undistilled" if line.variant is None else f"{line.variant}-seed{seed}"
+    return f"{student}-{line.steps}"
+
+
 _FEW, _MANY = 4, 50
 _WIDE = CfgRange(low=1.0, high=6.0)
 _NARROW = CfgRange(low=1.0, high=4.0)

@@ -49,15 +49,17 @@ class Contender(Settings):
     """A model and a sampler.
 
     Attributes:
-        name: of its table and its line.
+        name: of its line, and of its table unless `table` says another.
         model: a source that `snapfusion.models.load` accepts, or (for the job) "run:" and a place in the run,
             such as a student's model, raw or best; None is the recipe's.
         sampler: solver and steps.
+        table: the table of its pictures, where evaluations share one.
     """
 
     name: str = Field(pattern=_NAME)
     model: str | None = None
     sampler: Sampler = Sampler()
+    table: str | None = Field(None, pattern=_NAME)
 
 
 class Prompts(Settings):
@@ -167,7 +169,7 @@ def evaluate(settings: Evaluation, *, model: str, out: str, start: Start, run: R
             guidance=settings.guidance,
             captions=captions,
             source=settings.prompts.name,
-            url=f"{out}/{contender.name}",
+            url=f"{out}/{contender.table or contender.name}",
             origin=origin,
             run=run,
             on_progress=on_progress,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs.ablate import ablate, preview, students_of
-from jobs.ablation import Ablation, Line, Panel, Variant, miniature_ablation
+from jobs.ablation import Ablation, Line, Panel, Variant, miniature_ablation, table_name
 from jobs.ablation_page import Row, charts_of, loss_charts, render_ablation
 from jobs.chart import chart_svg
 from jobs.cli import Job
@@ -98,6 +98,14 @@ def test_students_come_after_those_they_learn_from():
     assert seeds == [0, 1, 2]
     fewer = ABLATION.model_copy(update={"most_seeds": 1})
     assert {seed for _, seed in students_of(fewer, PANELS["6c"])} == {0}
+
+
+def test_panels_share_what_the_same_student_drew_in_as_many_steps():
+    lines = [line for panel in PANELS.values() for line in panel.lines]
+    drawn = {(line.variant, line.steps): table_name(line, 0) for line in lines}
+    assert len(set(drawn.values())) == len(drawn) < len({line.name for line in lines})
+    assert all(table_name(line, 0) == drawn[line.variant, line.steps] for line in lines)
+    assert table_name(lines[-1], 0) != table_name(lines[-1], 1)
 
 
 @pytest.mark.parametrize(
