@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from diffusers import UNet2DConditionModel
 
 from jobs.exits import leave
 from jobs.reports import OnReport, show_reports
@@ -29,10 +29,13 @@ from pipelines.latents import check_latents
 from pipelines.loader import BatchLoader, count_trainable
 from pipelines.storage import absolute, exists
 from pipelines.tables import Snapshot, open_table
+from snapfusion.models.blocks import skip
 from snapfusion.models.load import load
+from snapfusion.models.unet import BlockUNet
 from snapfusion.training.batch import Batch
 from snapfusion.training.captions import Captions
-from snapfusion.training.loop import LoopSettings
+from snapfusion.training.loop import LoopSettings, Objective
+from snapfusion.training.robust import RobustObjective, SkipSettings
 from snapfusion.training.velocity import VelocityObjective, VelocitySettings
 
 if TYPE_CHECKING:
@@ -48,10 +51,12 @@ class VpredSettings(StudentTraining):
 
     Attributes:
         velocity: what the loss draws.
+        skip: how often blocks are left out (Eq. 5, robust training); null for never.
         loop: the optimizer's settings.
     """
 
     velocity: VelocitySettings = VelocitySettings()
+    skip: SkipSettings | None = None
     loop: LoopSettings = LoopSettings(
         num_steps=1000, global_batch=64, learning_rate=1e-3, warmup_steps=50, ema_decay=0.99
     )
@@ -149,11 +154,15 @@ def assemble(
         schedule=bundle.schedule,
         seed=settings.loop.seed,
     )
+    robust: Objective = objective
+    if settings.skip is not None:
+        robust = RobustObjective(objective, settings=settings.skip, seed=settings.loop.seed)
     loader = _loader(settings, latents=open_table(latents_url, version=latents_version), counts=counts)
     yield Training(
         name=UNET,
         model=unet,
-        objective=objective,
+        objective=robust,
+        leaves_out=settings.skip is not None,
         loader=loader,
         settings=settings.loop,
         identity=dict(identity),
@@ -183,10 +192,15 @@ def _loader(settings: VpredSettings, *, latents: Snapshot, counts: Sequence[int]
 
 @torch.no_grad()
 def _evaluate(
-    unet: nn.Module, *, objective: VelocityObjective, batches: partial[Iterator[Batch]], device: torch.device
+    unet: UNet2DConditionModel | BlockUNet,
+    *,
+    objective: VelocityObjective,
+    batches: partial[Iterator[Batch]],
+    device: torch.device,
 ) -> dict[str, Any]:
     """L_ori on the held-out rows."""
     unet.eval()
+    skip(unet, ())
     losses = torch.cat([objective(unet, batch.to(device), step=_EVALUATION) for batch in batches()])
     return {"rows": len(losses), "loss": float(losses.mean())}
 

@@ -30,6 +30,7 @@ from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.models.told import WEIGHT, told
+from snapfusion.models.unet import BlockUNet
 from snapfusion.settings import Settings, digest
 from snapfusion.training.loop import LoopSettings
 
@@ -78,7 +79,7 @@ def placed(source: str) -> str:
     return str(Path(source).absolute()) if Path(source).is_dir() else source
 
 
-def trainable_unet(bundle: Bundle, *, settings: StudentTraining) -> UNet2DConditionModel:
+def trainable_unet(bundle: Bundle, *, settings: StudentTraining) -> UNet2DConditionModel | BlockUNet:
     """The UNet of `bundle`, ready to be trained."""
     unet = bundle.unet.requires_grad_(requires_grad=True)
     if settings.gradient_checkpointing:

@@ -140,6 +140,7 @@ class Training:
         evaluate: called on the first worker with the final weights in `model`; gives JSON values.
         watch: called on the first worker as training goes on with the weights of then, averaged where
             that is done; the best are kept.
+        leaves_out: whether a step may leave parts of the model out, which then have no gradient.
     """
 
     name: str
@@ -150,6 +151,7 @@ class Training:
     identity: dict[str, Any]
     evaluate: Callable[[], dict[str, Any]] = field(default=dict)
     watch: Watch | None = None
+    leaves_out: bool = False
 
 
 Program = Callable[..., Iterable[Training]]
@@ -337,7 +339,7 @@ def _run(
             batches=batches,
             settings=training.settings,
             micro_batch=settings.micro_batch,
-            wrapped=_distribute(model, device=device) if world > 1 and not spread else None,
+            wrapped=_distribute(training, model) if world > 1 and not spread else None,
             after_step=_Recorder(
                 training, state=state, store=store, settings=settings, mailbox=mailbox, logbook=logbook
             ),
@@ -388,10 +390,11 @@ def resume(state: TrainState, *, store: CheckpointStore, identity: dict[str, Any
     state.restore(checkpoint.tensors, checkpoint.values["state"])
 
 
-def _distribute(model: nn.Module, *, device: torch.device) -> nn.Module:
+def _distribute(training: Training, model: nn.Module) -> nn.Module:
+    on_cpu = next(model.parameters()).device.type == "cpu"
     # The search for unused parameters keeps DDP from arranging its buckets anew after the first step. Three
     # and more CPU workers add in an order that follows the buckets, and a resumed run must add in the same.
-    return DistributedDataParallel(model, find_unused_parameters=device.type == "cpu")
+    return DistributedDataParallel(model, find_unused_parameters=on_cpu or training.leaves_out)
 
 
 def _logbook(

@@ -300,8 +300,13 @@ def table_3(origin: Architecture) -> Architecture:
     No cross-attention on the outermost level. On the deepest that has any, one ResNet block fewer each way,
     and twice the cross-attention on the way up. Below it and in the middle, 4 ResNet blocks of 7. A ResNet
     block of the way down goes with the one that takes its output on the way up; the rest keep their weights.
+
+    Raises:
+        ArchitectureError: if there are fewer than three levels: these rows of the table would be one.
     """
     deepest = len(origin.channels) - 1
+    if deepest < 2:
+        raise ArchitectureError(f"Table 3 has at least three levels of channels; this UNet has {deepest + 1}")
     down, up = list(origin.down), list(origin.up)
     down[0] = _without_attention(down[0])
     up[deepest] = _without_attention(up[deepest])

@@ -33,11 +33,7 @@ def without(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> I
     Raises:
         ValueError: if `unet` has no block of one of the names.
     """
-    known = {block.name for block in blocks_of(unet)}
-    unknown = sorted(set(names) - known)
-    if unknown:
-        raise ValueError(f"the UNet has no block {unknown[0]!r}; its blocks are {', '.join(sorted(known))}")
-    modules = [unet.get_submodule(name) for name in names]
+    modules = _modules(unet, names)
     for module in modules:
         module.forward = _hand_on(module)
     try:
@@ -45,6 +41,27 @@ def without(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> I
     finally:
         for module in modules:
             del module.forward  # the class's own shows again
+
+
+def skip(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> None:
+    """As `without`, of all blocks exactly those named, until it is called again; with none, `unet` is whole.
+
+    Raises:
+        ValueError: if `unet` has no block of one of the names.
+    """
+    chosen = _modules(unet, names)
+    for block in blocks_of(unet):
+        vars(unet.get_submodule(block.name)).pop("forward", None)
+    for module in chosen:
+        module.forward = _hand_on(module)
+
+
+def _modules(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> list[nn.Module]:
+    known = {block.name for block in blocks_of(unet)}
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise ValueError(f"the UNet has no block {unknown[0]!r}; its blocks are {', '.join(sorted(known))}")
+    return [unet.get_submodule(name) for name in names]
 
 
 def _hand_on(module: nn.Module) -> Any:  # noqa: ANN401 - it stands for the forward of either class

@@ -195,6 +195,17 @@ def test_parameters_are_those_of_the_models(sd15_architecture):
         assert sum(parameter.numel() for parameter in build(ours).parameters()) == 759_327_364
 
 
+def test_two_levels_have_no_table_3(origin):
+    shallow = origin.changed(
+        channels=(24, 64),
+        heads=(4, 4),
+        down=(origin.down[0], origin.down[2]),
+        up=(origin.up[0], origin.up[2]),
+    )
+    with pytest.raises(ArchitectureError, match="at least three levels of channels; this UNet has 2"):
+        table_3(shallow)
+
+
 def test_table_3_of_the_miniature_keeps_its_weights(unet, origin, inputs):
     efficient, copied = made(table_3(origin), unet)
     assert copied == [f"up_blocks.1.attentions.{number}+1" for number in range(3)]
