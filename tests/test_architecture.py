@@ -24,7 +24,8 @@ LAYERS = (
     {"distill", "solvers"},
     {"losses"},
     {"models"},
-    {"training", "evolution", "export"},
+    {"training", "export"},
+    {"evolution"},
     {"metrics"},
     {"mini"},
 )

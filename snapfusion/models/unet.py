@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from snapfusion.models.architecture import Architecture, Layer, Stage, origin_of
 
-_NORM_EPS = 1e-5
+NORM_EPS = 1e-5
 
 # What diffusers' class must be told for `architecture_of` to say all of it.
 _AS_IN_SD = {
@@ -40,7 +40,7 @@ _AS_IN_SD = {
     "freq_shift": 0,
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "norm_eps": _NORM_EPS,
+    "norm_eps": NORM_EPS,
     "num_attention_heads": None,
     "num_class_embeds": None,
     "only_cross_attention": False,
@@ -73,6 +73,29 @@ class Shortcut(nn.Module):
         return self.conv_shortcut(hidden)
 
 
+def resnet_block(given: int, wanted: int, *, embedding: int, groups: int) -> ResnetBlock2D:
+    """A ResNet block, with random weights: [B,given,h,w] and [B,embedding] to [B,wanted,h,w]."""
+    return ResnetBlock2D(
+        in_channels=given, out_channels=wanted, temb_channels=embedding, groups=groups, eps=NORM_EPS
+    )
+
+
+def attention_block(
+    width: int, *, heads: int, context: int, groups: int, linear_projection: bool, upcast_attention: bool
+) -> Transformer2DModel:
+    """A cross-attention block, with random weights: [B,width,h,w] and [B,L,context] to [B,width,h,w]."""
+    return Transformer2DModel(
+        heads,
+        width // heads,
+        in_channels=width,
+        num_layers=1,
+        cross_attention_dim=context,
+        norm_num_groups=groups,
+        use_linear_projection=linear_projection,
+        upcast_attention=upcast_attention,
+    )
+
+
 class StageModules(nn.Module):
     """A stage's blocks by key, and its sampler, in the order that its layers say."""
 
@@ -81,31 +104,23 @@ class StageModules(nn.Module):
         self.layers = shape.stages[name]
         self.gradient_checkpointing = False
         level = shape.level(name)
-        width, heads, embedding = shape.channels[level], shape.heads[level], 4 * shape.channels[0]
+        width = shape.channels[level]
         self.resnets = nn.ModuleDict()
         self.attentions = nn.ModuleDict()
         for layer, (given, wanted) in zip(self.layers, shape.widths(name), strict=True):
             if layer.resnet is not None:
                 self.resnets[layer.resnet] = (
-                    ResnetBlock2D(
-                        in_channels=given,
-                        out_channels=wanted,
-                        temb_channels=embedding,
-                        groups=shape.groups,
-                        eps=_NORM_EPS,
-                    )
+                    resnet_block(given, wanted, embedding=4 * shape.channels[0], groups=shape.groups)
                     if layer.whole
                     else Shortcut(given, wanted)
                 )
             for key in layer.attentions:
-                self.attentions[key] = Transformer2DModel(
-                    heads,
-                    width // heads,
-                    in_channels=width,
-                    num_layers=1,
-                    cross_attention_dim=shape.context,
-                    norm_num_groups=shape.groups,
-                    use_linear_projection=shape.linear_projection,
+                self.attentions[key] = attention_block(
+                    width,
+                    heads=shape.heads[level],
+                    context=shape.context,
+                    groups=shape.groups,
+                    linear_projection=shape.linear_projection,
                     upcast_attention=shape.upcast_attention,
                 )
         if name.startswith("down") and level < len(shape.down) - 1:
@@ -184,7 +199,7 @@ class BlockUNet(ModelMixin, ConfigMixin):
             StageModules(shape, f"up_blocks.{number}") for number in range(len(shape.up))
         )
         self._taken = [sum(layer.skip for layer in stage) for stage in shape.up]
-        self.conv_norm_out = nn.GroupNorm(shape.groups, outermost, eps=_NORM_EPS)
+        self.conv_norm_out = nn.GroupNorm(shape.groups, outermost, eps=NORM_EPS)
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(outermost, shape.out_channels, kernel_size=3, padding=1)
 
