@@ -91,6 +91,31 @@ def test_the_readmes_figures_are_those_of_the_panel():
         assert min(gap[1] for gap in of_cfg) > begins
 
 
+def told(interval, *, digits):
+    """A figure as the document writes it: the mean over the seeds, and the least and largest of several."""
+    mean, least, largest = (f"{value:.{digits}f}" for value in interval)
+    return mean if least == largest else f"{mean} ({least}–{largest})"
+
+
+@pytest.mark.parametrize("name", list(PANELS))
+def test_the_documents_table_is_that_of_the_panel(name):
+    folder = ROOT / "docs" / "ablation"
+    panel = json.loads((folder / f"{name}.json").read_text())
+    assert panel["panel"] == PANELS[name].to_values(), "the recipe's panel is another now: make it again"
+    assert panel["training"] == RECIPES["ablation"]().distill.loop.to_values()
+    assert panel["seeds"] == list(range(PANELS[name].seeds))
+    section = (folder / "README.md").read_text().split(f"## `{name}`")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    for row, line, figures in zip(rows, panel["panel"]["lines"], panel["over_seeds"], strict=True):
+        at = {point["w"]: point for point in figures["points"]}
+        cells = [f"`{line['name']}`", str(line["steps"])]
+        cells += [told(at[w]["fid"], digits=2) for w in (1.0, 2.0, 4.0, 6.0)]
+        cells += [told(at[w]["clip"], digits=3) for w in (4.0, 6.0)]
+        assert [cell.strip() for cell in row.split("|")[1:-1]] == cells
+    assert f"({name}-fid.svg)" in section
+    assert (folder / f"{name}-fid.svg").read_text().startswith("<svg")
+
+
 def test_students_come_after_those_they_learn_from():
     names = [variant.name for variant, _ in students_of(ABLATION, PANELS["6a"])]
     assert names.index("progressive-16") < names.index("progressive-8") < names.index("progressive-4")
