@@ -83,7 +83,7 @@ def test_a_student_is_shown_beside_its_teacher_and_what_it_was(tmp_path, monkeyp
     assert found["student"]["distillation"]["steps"] == 4
     assert "curve" not in found["student"]
     drawn = found["fewer_steps"]
-    assert (drawn["guidance"], drawn["captions"]) == (4.0, 6)
+    assert (drawn["guidance"], drawn["captions"]) == (6.0, 6)
     ways = drawn["ways"]
     assert {name: way["steps"] for name, way in ways.items()} == {
         "teacher": 50,
