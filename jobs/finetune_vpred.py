@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from jobs.exits import leave
 from jobs.reports import OnReport, show_reports
@@ -39,6 +38,8 @@ from snapfusion.training.robust import RobustObjective, SkipSettings
 from snapfusion.training.velocity import VelocityObjective, VelocitySettings
 
 if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
     from jobs.cli import Job
 
 _COLUMNS = ("latent", "token_ids")

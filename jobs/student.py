@@ -14,10 +14,9 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers import UNet2DConditionModel
 from pydantic import PositiveInt
 
 from jobs.reports import OnReport
@@ -33,6 +32,9 @@ from snapfusion.models.told import WEIGHT, told
 from snapfusion.models.unet import BlockUNet
 from snapfusion.settings import Settings, digest
 from snapfusion.training.loop import LoopSettings
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 UNET = "unet"
 """The name of the one training."""

@@ -1,13 +1,5 @@
 """Networks, and the bundle that holds a whole Stable Diffusion."""
 
-import logging
-import os
-
 from transformers.utils import logging as transformers_logging
 
-# diffusers imports torchao where it is installed (executorch brings it); both then speak of matters of their
-# own on every worker's start. Whoever wants to hear them sets the variables.
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 transformers_logging.disable_progress_bar()
