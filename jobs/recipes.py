@@ -12,6 +12,7 @@ from jobs.distill_decoder import DecoderSettings
 from jobs.distill_steps import DistillSettings
 from jobs.evaluation import Evaluation, Prompts
 from jobs.finetune_vpred import VpredSettings
+from jobs.measure_latency import LatencySettings
 from jobs.plans import OWN, VPRED, Plan, PlanStage, plans
 from jobs.trainer import TrainerSettings
 from pipelines.execution import Pool
@@ -92,6 +93,7 @@ class Recipe(Settings):
         mobile: how it is compiled.
         evaluation: which models and samplers are compared, and by what.
         ablation: which students `jobs.ablate` trains and compares.
+        latency: how the UNet's parts are timed.
         oracle_floor: least mean attribute accuracy of the demo's pictures, by the miniature's oracle; None
             for models whose pictures it cannot read.
         verification: how tables are verified.
@@ -113,6 +115,7 @@ class Recipe(Settings):
     mobile: MobileSettings = MobileSettings()
     evaluation: Evaluation = Evaluation()
     ablation: Ablation = Ablation()
+    latency: LatencySettings = LatencySettings()
     oracle_floor: float | None = Field(None, ge=0.0, le=1.0)
     verification: Verification = Verification()
     cluster: Cluster = Cluster()
@@ -230,6 +233,7 @@ def sd15() -> Recipe:
         # SD-v1.5 ("the same strategy", no more is said).
         plans=plans(VPRED, small=VPRED),
         decoder=full_size.decoder(micro_batch=8),
+        latency=LatencySettings(device="cuda", precision="float16"),
         evaluation=full_size.evaluation(batch_size=16, rows_per_unit=128),
     )
 
@@ -249,6 +253,7 @@ def sd2() -> Recipe:
         plan="staged",
         plans=plans(OWN),
         decoder=full_size.decoder(micro_batch=4),
+        latency=LatencySettings(device="cuda", precision="float16"),
         evaluation=full_size.evaluation(batch_size=8, rows_per_unit=64),
     )
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import jsonschema
@@ -15,7 +16,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 CLUSTER = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
 NODE_TYPES = CLUSTER["available_node_types"]
-GENERATED = {"__pycache__", "runs", "build"}
+GENERATED = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
+"""What commands leave here, such as the picture of README's second command."""
 
 
 def direct_dependencies() -> dict[str, Requirement]:
@@ -128,8 +130,7 @@ def test_readme_shows_the_files_that_are_there(folder):
         path.name + "/" * path.is_dir()
         for path in (ROOT / folder).iterdir()
         if not path.name.startswith((".", "__init__"))
-        and path.suffix != ".egg-info"
-        and path.name not in GENERATED
+        and not any(fnmatch(path.name, pattern) for pattern in GENERATED)
     }
     assert readme_tree()[folder] == there
 
