@@ -14,8 +14,6 @@ from snapfusion.export.modules import FixedModule, Port
 
 Runtime = Literal["torch", "torch-compiled", "executorch-xnnpack"]
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 def ready(
     network: nn.Module,
@@ -39,7 +37,7 @@ def ready(
     """
     if runtime == "executorch-xnnpack":
         return _executorch(network, inputs, precision=precision, device=device)
-    dtype = _DTYPES[precision]
+    dtype: torch.dtype = getattr(torch, precision)
     nn.Module.to(network, device=device, dtype=dtype)
     given = [tensor.to(device=device, dtype=dtype) for tensor in inputs]
     run = torch.compile(network, dynamic=False) if runtime == "torch-compiled" else network
