@@ -5,8 +5,9 @@ captions ─ units of (caption range, guidance) ─ model and solver ─ judges 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -56,12 +57,19 @@ class Samples(Settings):
     bounds: Bounds = Bounds()
 
 
+Cuts = Mapping[str, tuple[str, ...]]
+"""What a UNet goes without: names of blocks, by a short name of the whole."""
+
 _UNIT_FIELDS = ("source", "start", "stop", "final", "source_digest")
 
 
-def identity_of(settings: Samples, *, sampler: Sampler, bundle: Bundle) -> dict[str, Any]:
+def identity_of(
+    settings: Samples, *, sampler: Sampler, bundle: Bundle, cuts: Cuts | None = None
+) -> dict[str, Any]:
     """Everything that determines the rows of SAMPLES, captions and guidance apart (each unit has its own)."""
+    cut = {"cuts": {name: list(blocks) for name, blocks in cuts.items()}} if cuts else {}
     return {
+        **cut,
         "kind": "samples",
         "model": bundle.describe(),
         "told_w": is_told(bundle.unet),
@@ -74,7 +82,7 @@ def identity_of(settings: Samples, *, sampler: Sampler, bundle: Bundle) -> dict[
     }
 
 
-def draw_samples(
+def draw_samples(  # noqa: PLR0913 - what, by whom, of what, where to; all by name
     settings: Samples,
     *,
     model: str,
@@ -83,6 +91,7 @@ def draw_samples(
     captions: Sequence[Caption | Rejection],
     source: str,
     url: str,
+    cuts: Cuts | None = None,
     origin: Origin | None = None,
     run: Runner = on_ray,
     on_progress: OnProgress | None = None,
@@ -99,6 +108,7 @@ def draw_samples(
         captions: in order; a list that grew at its end is gone on with.
         source: a short name of the list; units are named after it and the guidance.
         url: of the table.
+        cuts: which blocks the UNet goes without, in turn, after it was whole; None for the whole UNet alone.
         origin: who makes the new units, and from what.
         run: what sends units through the stages.
         on_progress: called after each unit.
@@ -110,11 +120,13 @@ def draw_samples(
     schema = samples_schema(
         features=settings.judging.feature_count, attributes=settings.judging.attribute_count
     )
-    identity = identity_of(settings, sampler=sampler, bundle=load(model))
+    identity = identity_of(settings, sampler=sampler, bundle=load(model), cuts=cuts)
     table = create_table(url, schema=schema, identity=identity)
     recover(url, origin=origin)
     known = accounts(url).values()
-    items = list(plan(settings, guidance=guidance, captions=captions, source=source, accounts=known))
+    items = list(
+        plan(settings, guidance=guidance, captions=captions, source=source, accounts=known, cuts=cuts)
+    )
     arguments = {
         "model": model,
         "sampler": sampler,
@@ -140,28 +152,33 @@ def plan(
     captions: Sequence[Caption | Rejection],
     source: str,
     accounts: Iterable[Account],
+    cuts: Cuts | None = None,
 ) -> Iterator[PromptRows]:
-    """The units that no committed one covers, guidance by guidance.
+    """The units that no committed one covers, cut by cut and guidance by guidance.
 
     Raises:
         TableError: if a committed unit was drawn from other captions than those given.
     """
     known = list(accounts)
-    for w in guidance:
-        name = source_name(source, w)
+    for (cut, blocks), w in product({"": (), **(cuts or {})}.items(), guidance):
+        name = source_name(source, w, cut=cut)
         for unit, rows in caption_units(
             captions, name=name, accounts=known, rows_per_unit=settings.rows_per_unit
         ):
-            yield PromptRows(
+            drawn = PromptRows(
                 unit=unit,
                 w=w,
                 captions=[row for row in rows if isinstance(row, Caption)],
-                rejections=[
-                    replace(row, id=f"{row.id}@{w:g}", source=name)
-                    for row in rows
-                    if isinstance(row, Rejection)
-                ],
+                rejections=[],
+                cut=cut,
+                without=tuple(blocks),
             )
+            rejections = [
+                replace(row, id=drawn.row_id(row.id), source=name)
+                for row in rows
+                if isinstance(row, Rejection)
+            ]
+            yield replace(drawn, rejections=rejections)
 
 
 def remake(table: Snapshot, *, settings: Samples, model: str) -> Remake:
@@ -171,7 +188,8 @@ def remake(table: Snapshot, *, settings: Samples, model: str) -> Remake:
         TableError: if the table was made by another model, other judges or other settings.
     """
     sampler = Sampler.parse(table.identity["sampler"])
-    wanted = identity_of(settings, sampler=sampler, bundle=load(model))
+    cuts = table.identity.get("cuts", {})
+    wanted = identity_of(settings, sampler=sampler, bundle=load(model), cuts=cuts)
     told = {name: table.identity[name] for name in wanted}
     if differing := list(differences(told, wanted)):
         raise TableError(f"{table.url} was made otherwise: {'; '.join(differing[:3])}")
@@ -194,22 +212,40 @@ def remake(table: Snapshot, *, settings: Samples, model: str) -> Remake:
             judging=settings.judging,
             device=Device(dtype=settings.device.dtype, threads=account.environment["threads"]),
         )
-        w = float(account.source.rpartition("-w")[2])
-        finished = stage(PromptRows(unit=unit, w=w, captions=captions, rejections=[]))
+        w, cut = _drawn_as(account.source)
+        finished = stage(
+            PromptRows(
+                unit=unit, w=w, captions=captions, rejections=[], cut=cut, without=tuple(cuts.get(cut, ()))
+            )
+        )
         return pack(finished, schema), finished.environment
 
     return make
 
 
-def source_name(source: str, w: float) -> str:
+_WITHOUT = ".without."
+
+
+def source_name(source: str, w: float, *, cut: str = "") -> str:
     """What units of a list at guidance `w` are named after; names sort as the guidance does.
+
+    Args:
+        source: name of the list.
+        w: guidance.
+        cut: the name of what the UNet goes without; empty if it is whole.
 
     Raises:
         ValueError: unless 1 <= w < 1000, in steps of 0.001.
     """
     if not 1.0 <= w < 1000.0 or round(w, 3) != w:
         raise ValueError(f"guidance is {w}; 1 to 999.999, in steps of 0.001, is accepted")
-    return f"{source}-w{w:07.3f}"
+    return f"{source}{_WITHOUT}{cut}-w{w:07.3f}" if cut else f"{source}-w{w:07.3f}"
+
+
+def _drawn_as(name: str) -> tuple[float, str]:
+    """The guidance and the cut in a source's name."""
+    rest, _, w = name.rpartition("-w")
+    return float(w), rest.partition(_WITHOUT)[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,17 +265,17 @@ class Judged:
     right: np.ndarray | None
 
 
-def judged(table: Snapshot, *, source: str, w: float) -> Judged:
-    """The rows of one caption list at one guidance, in order of the list.
+def judged(table: Snapshot, *, source: str, w: float, cut: str = "") -> Judged:
+    """The rows of one caption list at one guidance by the UNet with one cut, in order of the list.
 
     Raises:
         TableError: if the table has none.
     """
-    prefix = f"{source_name(source, w)}-"
+    prefix = f"{source_name(source, w, cut=cut)}-"
     # Their names sort as the captions do.
     units = [file for file in table.units if file.unit.startswith(prefix)]
     if sum(file.rows for file in units) == 0:
-        raise TableError(f"{table.url} has no rows of {source} at guidance {w:g}")
+        raise TableError(f"{table.url} has no rows of {source} at guidance {w:g}{cut and ' without '}{cut}")
     rows = pa.concat_tables([table.read_unit(file) for file in units])
     return Judged(
         ids=rows.column("source_id").to_pylist(),

@@ -61,12 +61,21 @@ class CaptionRows:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRows:
-    """A unit's captions, to be drawn at guidance `w` and judged, and what of its rows is no caption."""
+    """A unit's captions, to be drawn at guidance `w` and judged, and what of its rows is no caption.
+
+    `cut` names the blocks that the UNet goes without, `without`; it is empty where the UNet is whole.
+    """
 
     unit: Unit
     w: float
     captions: list[Caption]
     rejections: list[Rejection]
+    cut: str = ""
+    without: tuple[str, ...] = ()
+
+    def row_id(self, caption_id: str) -> str:
+        """The id of a caption's row: a caption has one at each guidance, for each cut."""
+        return f"{caption_id}@{self.w:g}-{self.cut}" if self.cut else f"{caption_id}@{self.w:g}"
 
 
 @dataclass(frozen=True, kw_only=True)

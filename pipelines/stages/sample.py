@@ -13,6 +13,7 @@ from torch import Tensor
 from pipelines.stages.environment import Device
 from pipelines.stages.judge import Judge, Judging
 from pipelines.units import FinishedRows, PromptRows, finish, finite_rows
+from snapfusion.models.blocks import without
 from snapfusion.models.bundle import to_uint8
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key
@@ -72,11 +73,12 @@ class DrawAndJudge:
         began = time.monotonic()
         texts = [caption.text for caption in rows.captions]
         source_ids = [caption.id for caption in rows.captions]
-        ids = [f"{source_id}@{rows.w:g}" for source_id in source_ids]
+        ids = [rows.row_id(source_id) for source_id in source_ids]
         keys = [noise_key("evaluation", self.drawing.seed, source_id) for source_id in source_ids]
         size = self.drawing.batch_size
         spans = [slice(start, start + size) for start in range(0, len(keys), size)]
-        batches = [self.draw_and_judge(texts[span], keys[span], w=rows.w) for span in spans]
+        with without(self.bundle.unet, rows.without):
+            batches = [self.draw_and_judge(texts[span], keys[span], w=rows.w) for span in spans]
         columns: dict[str, Any] = {
             "id": ids,
             "source_id": source_ids,

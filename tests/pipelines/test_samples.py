@@ -30,6 +30,7 @@ from snapfusion.metrics.moments import Moments
 from snapfusion.mini.oracle import load_oracle
 from snapfusion.mini.scenes import HELD_OUT, caption_of, image_batch, parse_caption, scene_of
 from snapfusion.mini.weights import WEIGHTS
+from snapfusion.models.blocks import without
 from snapfusion.models.bundle import to_uint8
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key
@@ -216,3 +217,54 @@ def test_inceptions_features_are_named_by_weights_and_kernel(tmp_path):
     bilinear = Judging(features=features.model_copy(update={"resize": "bilinear"}))
     with pytest.raises(TableError, match=r'features\.resize is "bicubic" there'):
         describe(tmp_path / "references", References(count=2), bilinear)
+
+
+CUTS = {"attention": ("mid_block.attentions.0",), "two": ("down_blocks.0.resnets.1", "up_blocks.2.resnets.1")}
+
+
+def draw_cut(url, cuts):
+    return draw_samples(
+        SETTINGS,
+        model="mini",
+        sampler=SAMPLER,
+        guidance=(2.0,),
+        captions=CAPTIONS,
+        source="list",
+        url=str(url),
+        cuts=cuts,
+        run=in_process,
+    )
+
+
+def test_a_cut_unet_draws_from_the_same_noise_what_it_draws_without_its_blocks(tmp_path):
+    table = draw_cut(tmp_path / "samples", CUTS)
+    whole = judged(draw(tmp_path / "whole", guidance=(2.0,)), source="list", w=2.0)
+    np.testing.assert_array_equal(judged(table, source="list", w=2.0).features, whole.features)
+    artist = DrawAndJudge(
+        model="mini",
+        sampler=SAMPLER,
+        drawing=SETTINGS.drawing,
+        judging=SETTINGS.judging,
+        device=SETTINGS.device,
+    )
+    keys = [noise_key("evaluation", 0, caption.id) for caption in CAPTIONS[:3]]
+    for cut, blocks in CUTS.items():
+        with without(artist.bundle.unet, blocks):
+            expected = artist.draw_and_judge([caption.text for caption in CAPTIONS[:3]], keys, w=2.0)
+        found = judged(table, source="list", w=2.0, cut=cut)
+        np.testing.assert_array_equal(found.features[:3], expected["features"])
+        assert not np.array_equal(found.features, whole.features)
+    ids = table.read(["id"]).column("id").to_pylist()
+    assert len(set(ids)) == len(ids) == 18
+    assert "c0@2-two" in ids
+
+
+def test_cuts_are_part_of_the_table_and_its_units_can_be_made_again(tmp_path):
+    table = draw_cut(tmp_path / "samples", CUTS)
+    remake = samples_of_models.remake(table, settings=SETTINGS, model="mini")
+    found = verify_table(table, remake=remake, units=6, seed=0)
+    assert (found.faults, found.remade, found.exact) == ((), 6, 6)
+    with pytest.raises(TableError, match=r"cuts"):
+        draw_cut(table.url, {"attention": ("down_blocks.1.attentions.0",)})
+    with pytest.raises(ValueError, match=r"no block 'mid_block\.attentions\.7'"):
+        draw_cut(tmp_path / "other", {"none": ("mid_block.attentions.7",)})
