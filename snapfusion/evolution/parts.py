@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -116,6 +117,18 @@ def _parts_of_stage(architecture: Architecture, stage: str) -> list[Part]:
     return parts
 
 
+class Attention(nn.Module):
+    """A cross-attention block, asked for its tensor as the UNet asks it: a named output is deprecated."""
+
+    def __init__(self, block: Transformer2DModel) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden: Tensor, c: Tensor) -> Tensor:
+        """[B,C,h,w] and [B,L,D] to [B,C,h,w]."""
+        return self.block(hidden, encoder_hidden_states=c, return_dict=False)[0]
+
+
 class Join(nn.Module):
     """Two tensors side by side."""
 
@@ -148,13 +161,15 @@ def module_of(part: Part, *, frame: Frame) -> nn.Module:
     if part.kind == "resnet":
         module = resnet_block(part.given, part.wanted, embedding=frame.embedding, groups=frame.groups)
     elif part.kind == "attention":
-        module = attention_block(
-            part.wanted,
-            heads=part.heads,
-            context=frame.context,
-            groups=frame.groups,
-            linear_projection=frame.linear_projection,
-            upcast_attention=frame.upcast_attention,
+        module = Attention(
+            attention_block(
+                part.wanted,
+                heads=part.heads,
+                context=frame.context,
+                groups=frame.groups,
+                linear_projection=frame.linear_projection,
+                upcast_attention=frame.upcast_attention,
+            )
         )
     elif part.kind == "shortcut":
         module = Shortcut(part.given, part.wanted)
