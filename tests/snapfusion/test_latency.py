@@ -1,6 +1,7 @@
 """The latency table: parts that add up to UNets; tables of something else refused. SnapFusion Sec. 2.2."""
 
 import time
+import warnings
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from snapfusion.mini import models
 from snapfusion.models import sd15
 from snapfusion.models.architecture import table_3
 from snapfusion.models.cost import costs_of
-from snapfusion.models.unet import BlockUNet, architecture_of
+from snapfusion.models.unet import BlockUNet, architecture_of, build
 
 SETTING = Setting(device="a test", runtime="torch", precision="float32", threads=1)
 TOKENS = 24
@@ -188,6 +189,18 @@ def test_every_runtime_runs_every_kind_of_part(runtime, origin):
     }
     times = take_turns(runs, turns=2)
     assert all(taken.median_ms > 0 for taken in times.values())
+
+
+def test_no_part_and_no_unet_warns(origin):
+    """A library's warning would stand between the turns that a job tells of."""
+    frame = frame_of(origin, batch=2, tokens=TOKENS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for part in reachable_parts(origin):
+            module_of(part, frame=frame)(*inputs_of(part, frame=frame))
+        for architecture in (origin, table_3(origin)):
+            unet_inputs = (torch.randn(1, 4, 8, 8), torch.tensor([999.0]), torch.randn(1, TOKENS, 64))
+            build(architecture)(*unet_inputs)
 
 
 def test_a_whole_unet_is_run_likewise(origin):
