@@ -21,11 +21,11 @@ from typing import Any
 from jobs import encode_latents, render_scenes
 from jobs.ablation import Ablation, Line, Panel, Variant, contender_name, table_name
 from jobs.ablation_page import charts_of, render_ablation, shown_pictures
+from jobs.chart import standalone
 from jobs.cli import IN_RUN, Job, run
 from jobs.cluster import connect, runner
 from jobs.distill_steps import distill_steps, summary
 from jobs.evaluation import Contender, Evaluation, Gap, evaluate
-from jobs.evaluation_page import standalone
 from jobs.exits import leave
 from jobs.finetune_vpred import VpredSettings, finetune_vpred
 from jobs.progress import show

@@ -1,4 +1,4 @@
-"""Curves as SVG for a page: no pixels, no date, the same bytes for the same numbers."""
+"""Curves and bars as SVG for a page: no pixels, no date, the same bytes for the same numbers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,27 @@ _INSIDE = 6
 """More lines than these are named beside the axes."""
 _NEAR = 100
 """A logarithmic y that spans less is marked three times a decade."""
+_FILLED = 0.84
+"""Of a category's width, by its bars."""
+_FAINT = 0.4
 _MARKED = 12
 """Up to so many values of a logarithmic x are marked each."""
+
+# The page's colours, for a chart that stands alone.
+_COLORS = {
+    "--ink": "#1f1d1a",
+    "--muted": "#6d675e",
+    "--rule": "#e2ddd3",
+    "--series-1": "#1d5c72",
+    "--series-2": "#b4632d",
+    "--series-3": "#7a7468",
+    "--series-4": "#6d4a83",
+    "--series-5": "#4f7f3a",
+    "--series-6": "#a8862a",
+    "--series-7": "#b03a5b",
+    "--series-8": "#3f6fc0",
+    "--series-9": "#2f8f80",
+}
 
 _INK, _MUTED, _RULE = _ROLES
 _STYLE: dict[Any, Any] = {
@@ -84,25 +103,73 @@ class Chart:
     limit: float | None = None
 
 
-def chart_svg(chart: Chart) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """A bar in each category.
+
+    Attributes:
+        name: said in the legend.
+        values: one a category.
+        color: which of the page's nine.
+        faint: whether it is paler than others of its colour.
+    """
+
+    name: str
+    values: Sequence[float]
+    color: int = 1
+    faint: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BarChart:
+    """Categories from left to right, in each a bar of each kind side by side.
+
+    Attributes:
+        title: said above the picture.
+        y_label: with its unit.
+        categories: their names.
+        bars: at least one.
+    """
+
+    title: str
+    y_label: str
+    categories: Sequence[str]
+    bars: tuple[Bars, ...]
+
+
+def chart_svg(chart: Chart | BarChart) -> str:
     """The chart as an `<svg>` element that takes its colours from the page.
 
     Raises:
-        ValueError: if there are no series, more than nine, or one whose x and y differ in length.
+        ValueError: if there are no series, more than nine, or one whose x and y differ in length; likewise
+            of bars and categories.
     """
     _check(chart)
     with mpl.rc_context({**_STYLE, "svg.hashsalt": chart.title}):
-        beside = _LEGEND_INCHES if len(chart.series) > _INSIDE else 0.0
+        beside = _LEGEND_INCHES if isinstance(chart, Chart) and len(chart.series) > _INSIDE else 0.0
         figure = Figure(figsize=(_WIDTH_INCHES + beside, _HEIGHT_INCHES), layout="constrained")
         figure.patch.set_visible(False)
-        _draw(figure, chart)
+        if isinstance(chart, BarChart):
+            _draw_bars(figure, chart)
+        else:
+            _draw(figure, chart)
         buffer = io.StringIO()
         # Without these entries matplotlib writes when and by what it was drawn.
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return _for_page(buffer.getvalue())
 
 
-def _check(chart: Chart) -> None:
+def standalone(chart: Chart | BarChart) -> bytes:
+    """The chart as a file of its own: black on nothing, in the colours of the page by daylight."""
+    style = ";".join(f"{name}:{value}" for name, value in _COLORS.items())
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" style="{style}" font-family="sans-serif" '
+    return chart_svg(chart).replace("<svg ", opening, 1).encode()
+
+
+def _check(chart: Chart | BarChart) -> None:
+    if isinstance(chart, BarChart):
+        _check_bars(chart)
+        return
     if not 1 <= len(chart.series) <= len(_SERIES):
         raise ValueError(
             f"chart {chart.title!r} has {len(chart.series)} series; 1 to {len(_SERIES)} are accepted"
@@ -113,6 +180,45 @@ def _check(chart: Chart) -> None:
                 f"series {series.name!r} has {len(series.x)} x and {len(series.y)} y; "
                 "as many of both are needed, and at least one"
             )
+
+
+def _check_bars(chart: BarChart) -> None:
+    if not chart.bars or not chart.categories:
+        raise ValueError(
+            f"chart {chart.title!r} has {len(chart.bars)} bars in each of {len(chart.categories)} "
+            "categories; at least one of both is needed"
+        )
+    for bars in chart.bars:
+        if len(bars.values) != len(chart.categories) or not 1 <= bars.color <= len(_SERIES):
+            raise ValueError(
+                f"bars {bars.name!r} have {len(bars.values)} values for {len(chart.categories)} categories "
+                f"and colour {bars.color}; as many, and a colour from 1 to {len(_SERIES)}, are needed"
+            )
+
+
+def _draw_bars(figure: Figure, chart: BarChart) -> None:
+    axes = figure.add_subplot()
+    axes.patch.set_visible(False)
+    colors, width = list(_SERIES), _FILLED / len(chart.bars)
+    for number, bars in enumerate(chart.bars):
+        left = width * (number - (len(chart.bars) - 1) / 2)
+        axes.bar(
+            [place + left for place in range(len(chart.categories))],
+            bars.values,
+            width=0.9 * width,
+            color=colors[bars.color - 1],
+            alpha=_FAINT if bars.faint else 1.0,
+            label=_plain(bars.name),
+        )
+    axes.set_xticks(range(len(chart.categories)), [_plain(name) for name in chart.categories])
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.set_ylabel(_plain(chart.y_label))
+    if len(chart.bars) > 1:
+        figure.legend(
+            frameon=False, labelcolor=_INK, fontsize=10, handlelength=1.0, loc="outside upper left", ncols=2
+        )
 
 
 def _draw(figure: Figure, chart: Chart) -> None:

@@ -13,10 +13,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from jobs.chart import standalone
 from jobs.cli import Job, run
 from jobs.cluster import runner
 from jobs.evaluation import Evaluation, evaluate
-from jobs.evaluation_page import charts_of, render_evaluation, standalone
+from jobs.evaluation_page import charts_of, render_evaluation
 from jobs.exits import leave
 from jobs.progress import show
 from pipelines.commits import Origin

@@ -5,27 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jobs.chart import Chart, Series, chart_svg
+from jobs.chart import Chart, Series
 from jobs.page import render_page
 
 _OTHERS = 5
 """Lines beside the baseline's on one chart."""
-
-# The page's colours, for a chart that stands alone.
-_COLORS = {
-    "--ink": "#1f1d1a",
-    "--muted": "#6d675e",
-    "--rule": "#e2ddd3",
-    "--series-1": "#1d5c72",
-    "--series-2": "#b4632d",
-    "--series-3": "#7a7468",
-    "--series-4": "#6d4a83",
-    "--series-5": "#4f7f3a",
-    "--series-6": "#a8862a",
-    "--series-7": "#b03a5b",
-    "--series-8": "#3f6fc0",
-    "--series-9": "#2f8f80",
-}
 
 
 def render_evaluation(results: Mapping[str, Any]) -> str:
@@ -55,13 +39,6 @@ def charts_of(results: Mapping[str, Any]) -> list[Chart]:
             )
         )
     return charts
-
-
-def standalone(chart: Chart) -> bytes:
-    """The chart as a file of its own: black on nothing, in the colours of the page by daylight."""
-    style = ";".join(f"{name}:{value}" for name, value in _COLORS.items())
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" style="{style}" font-family="sans-serif" '
-    return chart_svg(chart).replace("<svg ", opening, 1).encode()
 
 
 def _sheets(results: Mapping[str, Any]) -> Iterator[Sequence[str]]:

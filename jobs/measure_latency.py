@@ -1,6 +1,7 @@
 """Measure what each part of the model's UNet takes on this machine. SnapFusion Sec. 2.2, Table 1, Fig. 2.
 
 OUT/latency/RUNTIME-PRECISION-DEVICE.json   the table, and how well it predicts whole UNets
+OUT/latency/...-ms.svg, -parameters.svg     Fig. 2
 
 Beside the model's own UNet stands Table 3's, made of it. Everything takes turns, so all of it meets the same
 other load. A table that was measured elsewhere, as on a phone, has the same form.
@@ -11,57 +12,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field, PositiveInt
-from torch import Tensor
 
+from jobs.anatomy import charts_of
+from jobs.chart import standalone
 from jobs.exits import leave
+from jobs.timing import TimingSettings, architectures_of, setting_of
 from pipelines.storage import exists, replace_object
-from snapfusion.evolution.latency import LatencyTable, PartTime, Precision, Setting, by_stage, reachable_parts
+from snapfusion.evolution.latency import LatencyTable, PartTime, by_stage, reachable_parts
 from snapfusion.evolution.parts import frame_of, inputs_of, module_of
-from snapfusion.evolution.runtimes import Runtime, ready
 from snapfusion.evolution.stopwatch import Times, take_turns
-from snapfusion.models.architecture import Architecture, ArchitectureError, table_3
+from snapfusion.models.architecture import Architecture
 from snapfusion.models.cost import costs_of
 from snapfusion.models.load import load
 from snapfusion.models.unet import architecture_of, build
-from snapfusion.settings import Settings
 
 if TYPE_CHECKING:
     from jobs.cli import Job
 
-_LAST_STEP = 999.0
 _WHOLE = "whole "
 
 
-class LatencySettings(Settings):
-    """How the table is measured.
-
-    Attributes:
-        runtime: what computes.
-        precision: of the networks.
-        device: where.
-        threads: of the CPU.
-        batch: latents at once; 2 is one that is guided.
-        tokens: of an encoded caption; null takes as many as the model's tokenizer gives.
-        turns: of each part.
-    """
-
-    runtime: Runtime = "torch"
-    precision: Precision = "float32"
-    device: Literal["cpu", "cuda"] = "cpu"
-    threads: PositiveInt = 1
-    batch: PositiveInt = 2
-    tokens: PositiveInt | None = None
-    turns: int = Field(20, ge=2)
-
-    @property
-    def name(self) -> str:
-        """Of the table's file."""
-        return f"{self.runtime}-{self.precision}-{self.device}"
+class LatencySettings(TimingSettings):
+    """How the table is measured."""
 
 
 def measure_latency(
@@ -82,19 +57,20 @@ def measure_latency(
     Raises:
         LatencyError: if the runtime cannot do it.
     """
+    setting = setting_of(settings)
     torch.set_num_threads(settings.threads)
     frame = frame_of(next(iter(architectures.values())), batch=settings.batch, tokens=tokens)
     parts = {str(part): part for part in reachable_parts(*architectures.values())}
     runs = {
-        name: _ready(module_of(part, frame=frame), inputs_of(part, frame=frame), settings=settings)
+        name: settings.ready(module_of(part, frame=frame), inputs_of(part, frame=frame))
         for name, part in parts.items()
     }
     for name, architecture in architectures.items():
-        inputs = _inputs(architecture, settings=settings, tokens=tokens)
-        runs[f"{_WHOLE}{name}"] = _ready(build(architecture).eval(), inputs, settings=settings)
+        inputs = settings.inputs_of(architecture, tokens=tokens)
+        runs[f"{_WHOLE}{name}"] = settings.ready(build(architecture).eval(), inputs)
     times = take_turns(runs, turns=settings.turns, on_turn=on_turn)
     table = LatencyTable(
-        setting=setting_of(settings),
+        setting=setting,
         date=datetime.now(UTC).date().isoformat(),
         frame=frame,
         parts=tuple(PartTime(part=part, times=times[name]) for name, part in parts.items()),
@@ -108,45 +84,6 @@ def measure_latency(
     }
 
 
-def setting_of(settings: LatencySettings) -> Setting:
-    """Where and how this machine measures."""
-    on_cpu = settings.device == "cpu"
-    return Setting(
-        device=_processor() if on_cpu else torch.cuda.get_device_name(),
-        runtime=settings.runtime,
-        precision=settings.precision,
-        threads=settings.threads if on_cpu else 0,
-    )
-
-
-def _processor() -> str:
-    """What the machine calls its CPU."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, f"CPU, {torch.backends.cpu.get_cpu_capability()}")
-
-
-def _inputs(architecture: Architecture, *, settings: LatencySettings, tokens: int) -> tuple[Tensor, ...]:
-    side = architecture.sample_size
-    return (
-        torch.randn(settings.batch, architecture.in_channels, side, side),
-        torch.full((settings.batch,), _LAST_STEP),
-        torch.randn(settings.batch, tokens, architecture.context),
-    )
-
-
-def _ready(
-    network: torch.nn.Module, inputs: Sequence[Tensor], *, settings: LatencySettings
-) -> Callable[[], None]:
-    return ready(
-        network,
-        inputs,
-        runtime=settings.runtime,
-        precision=settings.precision,
-        device=torch.device(settings.device),
-    )
-
-
 def _told(architecture: Architecture, *, table: LatencyTable, measured: Times, tokens: int) -> dict[str, Any]:
     """What is said of a UNet: its measured time beside the table's, its stages, its size."""
     predicted = table.predict_ms(architecture)
@@ -157,6 +94,7 @@ def _told(architecture: Architecture, *, table: LatencyTable, measured: Times, t
         for cost in [costs.of_stage(row["stage"])]
     ]
     return {
+        "architecture": architecture.to_values(),
         "measured": measured.to_values(),
         "predicted_ms": predicted,
         "error": predicted / measured.median_ms - 1.0,
@@ -185,7 +123,8 @@ def measure(job: Job) -> None:
         print(f"  {place} is there already")
         return
     bundle = load(job.recipe.model)
-    architectures, tokens = architectures_of(architecture_of(bundle.unet)), _tokens(job, bundle.tokenizer)
+    architectures = architectures_of(architecture_of(bundle.unet))
+    tokens = settings.tokens_of(bundle.tokenizer)
     del bundle  # its networks would stand beside those that are measured
     told = measure_latency(
         settings,
@@ -193,6 +132,8 @@ def measure(job: Job) -> None:
         tokens=tokens,
         on_turn=lambda turn: print(f"  {turn} of {settings.turns} turns", flush=True),
     )
+    for kind, chart in charts_of(told).items():
+        replace_object(job.place(f"latency/{settings.name}-{kind}.svg"), standalone(chart))
     replace_object(place, json.dumps(told, indent=1).encode())
     for name, unet in told["unets"].items():
         print(
@@ -202,21 +143,9 @@ def measure(job: Job) -> None:
     print(f"  {place}")
 
 
-def architectures_of(origin: Architecture) -> dict[str, Architecture]:
-    """A model's architecture, and Table 3's of it where it has the levels for one."""
-    try:
-        return {"origin": origin, "table-3": table_3(origin)}
-    except ArchitectureError:
-        return {"origin": origin}
-
-
 def table_place(job: Job) -> str:
     """The file of the run's table."""
     return job.place(f"latency/{job.recipe.latency.name}.json")
-
-
-def _tokens(job: Job, tokenizer: Any) -> int:  # noqa: ANN401 - a tokenizer of transformers
-    return job.recipe.latency.tokens or int(tokenizer.model_max_length)
 
 
 def preview(job: Job) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from snapfusion.evolution.parts import Frame, Part, frame_of, parts_of
 from snapfusion.evolution.stopwatch import Times
 from snapfusion.models.architecture import Architecture
+from snapfusion.models.cost import costs_of, paper_stages
 from snapfusion.settings import Settings, differences
 
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -82,10 +83,22 @@ class LatencyTable(Settings):
         Raises:
             LatencyError: if a part was not measured, or parts of another frame were; names what differs.
         """
-        self._check(architecture)
         sums: dict[str, float] = {}
+        for (stage, _), ms in self.kind_ms(architecture).items():
+            sums[stage] = sums.get(stage, 0.0) + ms
+        return sums
+
+    def kind_ms(self, architecture: Architecture) -> dict[tuple[str, str], float]:
+        """Milliseconds of each stage's parts of each kind.
+
+        Raises:
+            LatencyError: as `stage_ms`.
+        """
+        self._check(architecture)
+        sums: dict[tuple[str, str], float] = {}
         for stage, part in parts_of(architecture):
-            sums[stage] = sums.get(stage, 0.0) + self.part_ms(part)
+            key = (stage, part.kind)
+            sums[key] = sums.get(key, 0.0) + self.part_ms(part)
         return sums
 
     def predict_ms(self, architecture: Architecture) -> float:
@@ -135,6 +148,27 @@ def reachable_parts(*architectures: Architecture) -> list[Part]:
             if part.kind == "resnet" and part.given != part.wanted:
                 found[part.model_copy(update={"kind": "shortcut"})] = None
     return list(found)
+
+
+def by_kind(table: LatencyTable, architecture: Architecture) -> list[dict[str, Any]]:
+    """Bars of SnapFusion Fig. 2: stage as Table 3 names it, kind, blocks, milliseconds, parameters."""
+    ms, costs = table.kind_ms(architecture), costs_of(architecture, tokens=table.frame.tokens).blocks
+    rows = []
+    for name, stages in paper_stages(architecture).items():
+        for kind in ("attention", "resnet"):
+            blocks = [
+                block.name for block in architecture.blocks if block.stage in stages and block.kind == kind
+            ]
+            rows.append(
+                {
+                    "stage": name,
+                    "kind": kind,
+                    "blocks": len(blocks),
+                    "ms": sum(ms.get((stage, kind), 0.0) for stage in stages),
+                    "parameters": sum(costs[block].parameters for block in blocks),
+                }
+            )
+    return rows
 
 
 def by_stage(table: LatencyTable, architecture: Architecture) -> list[dict[str, Any]]:

@@ -15,6 +15,42 @@ from snapfusion.export.modules import FixedModule, Port
 Runtime = Literal["torch", "torch-compiled", "executorch-xnnpack"]
 
 
+def opened(
+    network: nn.Module,
+    inputs: Sequence[Tensor],
+    *,
+    runtime: Runtime,
+    precision: Precision,
+    device: torch.device,
+) -> Callable[..., Tensor]:
+    """`network` as a function of tensors shaped as `inputs`, which gives its first output.
+
+    The output is on `device` in `precision`, and may not be computed yet where that is an accelerator.
+
+    Args:
+        network: moved to `device` and `precision`, in place.
+        inputs: float32 on the CPU.
+        runtime: what computes.
+        precision: of the network, to which what it is given is brought.
+        device: where; ExecuTorch runs on the CPU.
+
+    Raises:
+        LatencyError: if the runtime cannot run in that precision or on that device.
+    """
+    if runtime == "executorch-xnnpack":
+        return _executorch(network, inputs, precision=precision, device=device)
+    dtype: torch.dtype = getattr(torch, precision)
+    nn.Module.to(network, device=device, dtype=dtype)
+    run = torch.compile(network, dynamic=False) if runtime == "torch-compiled" else network
+
+    @torch.inference_mode()
+    def call(*given: Tensor) -> Tensor:
+        output = run(*(tensor.to(device=device, dtype=dtype) for tensor in given))
+        return output if isinstance(output, Tensor) else output[0]
+
+    return call
+
+
 def ready(
     network: nn.Module,
     inputs: Sequence[Tensor],
@@ -25,26 +61,15 @@ def ready(
 ) -> Callable[[], None]:
     """Something that runs `network` once on `inputs`, and returns when that is done.
 
-    Args:
-        network: moved to `device` and `precision`, in place.
-        inputs: float32 on the CPU.
-        runtime: what computes.
-        precision: of the network and its inputs.
-        device: where; ExecuTorch runs on the CPU.
-
     Raises:
-        LatencyError: if the runtime cannot run in that precision or on that device.
+        LatencyError: as `opened`, whose arguments these are.
     """
-    if runtime == "executorch-xnnpack":
-        return _executorch(network, inputs, precision=precision, device=device)
+    call = opened(network, inputs, runtime=runtime, precision=precision, device=device)
     dtype: torch.dtype = getattr(torch, precision)
-    nn.Module.to(network, device=device, dtype=dtype)
     given = [tensor.to(device=device, dtype=dtype) for tensor in inputs]
-    run = torch.compile(network, dynamic=False) if runtime == "torch-compiled" else network
 
-    @torch.inference_mode()
     def once() -> None:
-        run(*given)
+        call(*given)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
@@ -53,7 +78,7 @@ def ready(
 
 def _executorch(
     network: nn.Module, inputs: Sequence[Tensor], *, precision: Precision, device: torch.device
-) -> Callable[[], None]:
+) -> Callable[..., Tensor]:
     if precision != "float32" or device.type != "cpu":
         raise LatencyError(
             f"ExecuTorch's XNNPACK runs here in float32 on the CPU, not in {precision} on {device.type}"
@@ -68,12 +93,11 @@ def _executorch(
         outputs=(),
     )
     program = ExecuTorchProgram(compile_executorch(module))
-    given = [tensor.numpy() for tensor in inputs]
 
-    def once() -> None:
-        program(given)
+    def call(*given: Tensor) -> Tensor:
+        return torch.from_numpy(program([tensor.numpy() for tensor in given]))
 
-    return once
+    return call
 
 
 class _First(nn.Module):

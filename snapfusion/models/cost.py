@@ -127,12 +127,8 @@ _KINDS: dict[Kind, str] = {"attention": "Cross Attention", "resnet": "ResNet"}
 
 def rows_of(architecture: Architecture) -> Iterator[Row]:
     """The rows of SnapFusion Table 3, whose "Mid" is all that is at the deepest resolution."""
-    deepest = len(architecture.channels) - 1
     counts = architecture.counts()
-    groups: dict[str, list[str]] = {}
-    for stage in architecture.stages:
-        groups.setdefault(_paper_name(stage, deepest=deepest), []).append(stage)
-    for name, stages in groups.items():
+    for name, stages in paper_stages(architecture).items():
         level = architecture.level(stages[0])
         for kind, words in _KINDS.items():
             yield Row(
@@ -142,6 +138,15 @@ def rows_of(architecture: Architecture) -> Iterator[Row]:
                 dimension=architecture.channels[level],
                 blocks=sum(counts[stage, kind] for stage in stages),
             )
+
+
+def paper_stages(architecture: Architecture) -> dict[str, list[str]]:
+    """The stages behind each stage of SnapFusion Table 3 and Fig. 2: "Down-1", ..., "Mid", ..., "Up-3"."""
+    deepest = len(architecture.channels) - 1
+    groups: dict[str, list[str]] = {}
+    for stage in architecture.stages:
+        groups.setdefault(_paper_name(stage, deepest=deepest), []).append(stage)
+    return groups
 
 
 def _paper_name(stage: str, *, deepest: int) -> str:

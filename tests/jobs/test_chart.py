@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from jobs.chart import Chart, Series, chart_svg
+from jobs.chart import BarChart, Bars, Chart, Series, chart_svg, standalone
 
 
 def chart(**changes):
@@ -61,6 +61,46 @@ def test_a_logarithmic_x_is_marked_at_its_values():
     line = Series(name="DDIM", x=[2, 4, 50], y=[3, 2, 1])
     svg = ElementTree.fromstring(chart_svg(chart(series=(line,), log_x=True)))
     assert {"2", "4", "50"} <= {node.text for node in svg.iter("text")}
+
+
+def bars(**changes):
+    kinds = (
+        Bars(name="before", values=[3.0, 2.0], faint=True),
+        Bars(name="$after$", values=[1.0, 0.0]),
+        Bars(name="other", values=[2.0, 4.0], color=2),
+    )
+    values = {"title": "Time", "y_label": "ms", "categories": ["Down-1", "<Mid>"], "bars": kinds}
+    return BarChart(**{**values, **changes})
+
+
+def test_bars_are_drawn_in_the_pages_colors_and_named():
+    svg = chart_svg(bars())
+    root = ElementTree.fromstring(svg)
+    assert {"before", "$after$", "other", "ms", "Down-1", "<Mid>"} <= {
+        node.text for node in root.iter("text")
+    }
+    assert svg.count("fill: var(--series-1); opacity") == svg.count("fill: var(--series-2)") == 3
+    assert svg.count("fill: var(--series-1)") == 6  # two bars and one of the legend, faint and not
+    assert "#" not in svg.replace('href="#', "").replace("url(#", "")
+    assert chart_svg(bars()) == svg
+    assert b"--series-1:#" in standalone(bars())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"bars": ()}, "0 bars in each of 2 categories"),
+        ({"categories": []}, "3 bars in each of 0 categories"),
+        ({"categories": ["one"]}, "have 2 values for 1 categories"),
+        (
+            {"bars": (Bars(name="a", values=[1, 2], color=10),)},
+            "colour 10; as many, and a colour from 1 to 9",
+        ),
+    ],
+)
+def test_bars_that_cannot_be_drawn_are_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        chart_svg(bars(**changes))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import pytest
 from in_process import in_process
 
 from jobs import evaluate as job
+from jobs.chart import standalone
 from jobs.evaluation import Contender, Evaluation, Gap, Prompts, evaluate
-from jobs.evaluation_page import charts_of, render_evaluation, standalone
+from jobs.evaluation_page import charts_of, render_evaluation
 from jobs.recipes import mini, sd15
 from pipelines.references import References
 from pipelines.samples import Samples

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from jobs import measure_latency as job
-from jobs.measure_latency import LatencySettings, architectures_of, measure_latency, setting_of
+from jobs.anatomy import anatomy_of
+from jobs.measure_latency import LatencySettings, measure_latency
+from jobs.timing import architectures_of, setting_of
 from snapfusion.evolution.latency import LatencyTable
-from snapfusion.models.architecture import table_3
+from snapfusion.models.architecture import Architecture, table_3
+from snapfusion.models.cost import table_of
 from snapfusion.models.load import load
 from snapfusion.models.unet import architecture_of
 
@@ -47,6 +50,7 @@ def test_a_table_opens_by_itself_and_predicts(made, origin):
         assert 0.3 < unet["predicted_ms"] / unet["measured"]["median_ms"] < 3.0
         assert sum(row["macs"] for row in unet["stages"]) == unet["macs"]
         assert [row["name"] for row in unet["blocks"]] == [block.name for block in architecture.blocks]
+        assert Architecture.parse(unet["architecture"]) == architecture
     assert set(architectures_of(origin)) == {"origin", "table-3"}
 
 
@@ -76,6 +80,38 @@ def test_a_runtime_that_cannot_is_one_line(tmp_path, capsys):
     options = [word for one in asked for word in ("--set", one)]
     assert job.main(["--out", str(tmp_path), *options]) == 2
     assert "runs here in float32 on the CPU, not in float16 on cpu" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
+def test_a_device_that_is_not_here_is_one_line(tmp_path, capsys):
+    assert job.main(["--out", str(tmp_path), "--set", "latency.device=cuda"]) == 2
+    assert "the device is cuda, of which torch finds none here; cpu is accepted" in capsys.readouterr().err
+
+
+def test_fig_2_is_drawn_beside_the_table(made):
+    for kind, label in (("ms", "latency (ms)"), ("parameters", "parameters (millions)")):
+        text = (made / "latency" / f"torch-float32-cpu-{kind}.svg").read_text()
+        assert text.startswith("<svg xmlns")
+        for words in (label, "Down-1", "Mid", "Up-2", "cross-attention, origin", "ResNet, table-3"):
+            assert words in text
+
+
+def test_what_the_blocks_take_is_read_from_the_file(made, origin):
+    found = anatomy_of(told(made))
+    assert found.how == "torch, float32, 1 thread"
+    assert [unet.name for unet in found.unets] == ["origin", "table-3"]
+    assert found.unets[0].parameters == told(made)["unets"]["origin"]["parameters"]
+    assert found.rows == tuple(table_of(origin, table_3(origin)))
+    latency, parameters = found.charts
+    assert list(latency.categories) == ["Down-1", "Down-2", "Mid", "Up-1", "Up-2"]
+    of = {bars.name: bars for bars in parameters.bars}
+    # Table 3 has no cross-attention on the outermost level, and its bars are the fuller ones.
+    assert of["cross-attention, table-3"].values[0] == 0.0 < of["cross-attention, origin"].values[0]
+    assert of["cross-attention, origin"].faint
+    assert not of["cross-attention, table-3"].faint
+    assert {bars.color for bars in latency.bars} == {1, 2}
+    only = {**told(made), "unets": {"origin": told(made)["unets"]["origin"]}}
+    assert [bars.faint for bars in anatomy_of(only).charts[0].bars] == [False, False]
 
 
 def test_the_model_itself_is_timed_where_table_3_has_no_levels(origin):

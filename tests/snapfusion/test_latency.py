@@ -12,6 +12,7 @@ from snapfusion.evolution.latency import (
     LatencyTable,
     PartTime,
     Setting,
+    by_kind,
     by_stage,
     reachable_parts,
 )
@@ -21,7 +22,7 @@ from snapfusion.evolution.stopwatch import Times, take_turns
 from snapfusion.mini import models
 from snapfusion.models import sd15
 from snapfusion.models.architecture import table_3
-from snapfusion.models.cost import costs_of
+from snapfusion.models.cost import costs_of, rows_of
 from snapfusion.models.unet import BlockUNet, architecture_of, build
 
 SETTING = Setting(device="a test", runtime="torch", precision="float32", threads=1)
@@ -125,6 +126,18 @@ def test_stages_add_up_to_the_whole(origin):
     assert [row["stage"] for row in stages] == ["ends", *origin.stages]
     assert sum(row["ms"] for row in stages) == pytest.approx(table.predict_ms(origin))
     assert sum(row["share"] for row in stages) == pytest.approx(1.0)
+
+
+def test_the_bars_of_fig_2_are_of_the_blocks_and_named_as_in_table_3(origin):
+    cost = {"attention": 5.0, "resnet": 3.0}
+    table = table_of(origin, ms=lambda part: cost.get(part.kind, 100.0))
+    rows = by_kind(table, table_3(origin))
+    assert [row["stage"] for row in rows[::2]] == ["Down-1", "Down-2", "Mid", "Up-1", "Up-2"]
+    assert [row["blocks"] for row in rows] == [row.blocks for row in rows_of(table_3(origin))]
+    for row in rows:
+        assert row["ms"] == pytest.approx(cost[row["kind"]] * row["blocks"])
+    costs = costs_of(table_3(origin))
+    assert sum(row["parameters"] for row in rows) == sum(cost.parameters for cost in costs.blocks.values())
 
 
 def test_a_table_comes_back_from_its_file(origin):
