@@ -211,6 +211,7 @@ def _draw_bars(figure: Figure, chart: BarChart) -> None:
             label=_plain(bars.name),
         )
     axes.set_xticks(range(len(chart.categories)), [_plain(name) for name in chart.categories])
+    axes.set_xlim(-0.5, len(chart.categories) - 0.5)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="y")
     axes.set_axisbelow(True)

@@ -5,17 +5,19 @@ Each function takes one kind of commit; whatever a run has not made yet is left 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
+from pathlib import PurePosixPath
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
 
 from jobs import compile_mobile
+from jobs.anatomy import Anatomy, anatomy_of
 from jobs.chart import Chart, Series
 from jobs.cli import Job
 from jobs.encode_latents import shards_url
@@ -33,6 +35,7 @@ from jobs.report_page import (
 from jobs.result import METRICS
 from jobs.side_by_side import draw_side_by_side
 from jobs.steps import recorded
+from jobs.versions import versions
 from pipelines.account import total_rejected
 from pipelines.loader import held_out_rows
 from pipelines.rejection import Rejected
@@ -74,6 +77,7 @@ def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
         fewer_steps, drawn = draw_side_by_side(student, place=student_place)
     decoder = _json(job.place(f"decoder/{METRICS}"))
     mobile = _json(job.place(f"mobile/{compile_mobile.MANIFEST}"))
+    anatomies = _anatomies(job)
     oracle = read_by_oracle(tables["pairs"]) if "pairs" in tables and job.recipe.oracle_floor else None
     timings = _timings(job, tables)
     lineage = _lineage(job, tables, student, decoder, mobile)
@@ -81,7 +85,7 @@ def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
         recipe=job.recipe.name,
         settings_hash=job.recipe.digest(),
         settings_json=job.recipe.to_json(),
-        versions=_versions(),
+        versions=versions(),
         totals=_totals(tables, student, decoder),
         scenes=_scenes(job),
         teacher_images=_drawn(tables["pairs"], oracle) if "pairs" in tables else (),
@@ -89,6 +93,7 @@ def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
         comparisons=_comparisons(job, tables["pairs"], decoder, mobile) if decoder else (),
         charts=(*_student_charts(student), *_decoder_charts(decoder)),
         measurements=(*_student_figures(drawn), *_decoder_figures(decoder), *_oracle_figures(oracle, job)),
+        anatomies=anatomies,
         artifacts=artifacts_of(mobile) if mobile else (),
         lineage=lineage,
         rejections=tuple(rejection for table in tables.values() for rejection in _rejections(table)),
@@ -105,6 +110,7 @@ def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
         "decoder": decoder,
         "mobile": mobile,
         "oracle": oracle and {key: value for key, value in oracle.items() if key != "notes"},
+        "latency": [_latency_figures(anatomy) for anatomy in anatomies],
         "steps": [vars(timing) for timing in timings],
     }
     return content, metrics
@@ -153,9 +159,21 @@ def _json(place: str) -> dict[str, Any] | None:
     return json.loads(read_bytes(place)) if exists(place) else None
 
 
-def _versions() -> dict[str, str]:
-    names = ("snapfusion-ray", "ray", "torch", "diffusers", "transformers", "deltalake", "executorch")
-    return {name: importlib.metadata.version(name) for name in (*names, "coremltools")}
+def _anatomies(job: Job) -> tuple[Anatomy, ...]:
+    """Of each latency file that has UNets in it; a bare table, as of a phone, says nothing of one."""
+    filesystem, folder = fsspec.core.url_to_fs(job.place("latency"))
+    names = sorted(PurePosixPath(path).name for path in filesystem.glob(f"{folder}/*.json"))
+    files = [json.loads(read_bytes(job.place(f"latency/{name}"))) for name in names]
+    return tuple(anatomy_of(told) for told in files if told.get("unets"))
+
+
+def _latency_figures(anatomy: Anatomy) -> dict[str, Any]:
+    return {
+        "device": anatomy.device,
+        "how": anatomy.how,
+        "date": anatomy.date,
+        "unets": [vars(unet) for unet in anatomy.unets],
+    }
 
 
 def _totals(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jobs.anatomy import Anatomy
 from jobs.chart import Chart
 from jobs.page import render_page
 from snapfusion.export.parity import psnr
@@ -248,6 +249,7 @@ class ReportContent:
         comparisons: held-out latents through three decoders.
         charts: the training's curves.
         measurements: the figures.
+        anatomies: what the UNet's blocks take, one for each way it was measured.
         artifacts: the programs for phones.
         lineage: every commit, parents before children.
         rejections: what was set aside.
@@ -266,6 +268,7 @@ class ReportContent:
     comparisons: tuple[Comparison, ...] = ()
     charts: tuple[Chart, ...] = ()
     measurements: tuple[Measurement, ...] = ()
+    anatomies: tuple[Anatomy, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
     lineage: tuple[Commit, ...] = ()
     rejections: tuple[Rejection, ...] = ()

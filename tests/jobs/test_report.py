@@ -9,6 +9,8 @@ import pytest
 from in_process import in_process
 
 from jobs import report, side_by_side
+from jobs.measure_latency import LatencySettings, measure_latency
+from jobs.timing import architectures_of
 from pipelines.pairs import Pairs, generate_pairs
 from pipelines.sources.captions import Caption
 from pipelines.stages.generate import Generation
@@ -16,6 +18,7 @@ from pipelines.storage import read_bytes, replace_object
 from snapfusion.mini.scenes import caption_of, scene_of
 from snapfusion.models.load import load
 from snapfusion.models.save import save
+from snapfusion.models.unet import architecture_of
 
 CAPTIONS = [Caption(id=f"{n:03d}", ordinal=n, text=caption_of(scene_of(97 * n))) for n in range(8)]
 
@@ -104,6 +107,24 @@ def test_a_student_whose_pictures_no_judge_reads_is_not_drawn(tmp_path):
     assert report.main(["--out", str(tmp_path), "--set", "oracle_floor=null"]) == 0
     assert metrics(tmp_path)["fewer_steps"] is None
     assert "No student was drawn." in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_timed_blocks_are_shown_where_there_are_any(tmp_path):
+    assert report.main(["--out", str(tmp_path)]) == 0
+    assert "blocks take" not in (tmp_path / "report" / "index.html").read_text()
+    settings, origin = LatencySettings(turns=2), architecture_of(load("mini-v").unet)
+    told = measure_latency(settings, architectures=architectures_of(origin), tokens=4)
+    replace_object(str(tmp_path / "latency" / "here.json"), json.dumps(told).encode())
+    bare = json.dumps({"table": told["table"]}).encode()  # as a device's owner may send it
+    replace_object(str(tmp_path / "latency" / "phone.json"), bare)
+    assert report.main(["--out", str(tmp_path)]) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    for words in ("What the UNet’s blocks take", "cross-attention, table-3", "Down-1", "Cross Attention"):
+        assert words in page
+    (found,) = metrics(tmp_path)["latency"]
+    assert [unet["parameters"] for unet in found["unets"]] == [
+        told["unets"][name]["parameters"] for name in ("origin", "table-3")
+    ]
 
 
 def test_pictures_below_the_floor_fail_after_the_page_is_written(tmp_path, capsys):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.chart import Chart, Series
+from jobs.anatomy import Anatomy, WholeUNet
+from jobs.chart import BarChart, Bars, Chart, Series
 from jobs.report_page import (
     Artifact,
     Commit,
@@ -32,6 +33,8 @@ SECTIONS = [
     *("scenes", "teacher", "student", "decoder", "curves"),
     *("figures", "mobile", "lineage", "rejected", "timings"),
 ]
+WITH_BLOCKS = [*SECTIONS[:6], "blocks", *SECTIONS[6:]]
+"""That section is there where a UNet's parts were timed."""
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)> {{ 7 * 7 }}'
 
 
@@ -78,6 +81,33 @@ def content(**changes):
         ),
         "measurements": (
             Measurement(name="held-out PSNR", value=30.25, unit="dB", count=64, counted="pairs", seed=3),
+        ),
+        "anatomies": (
+            Anatomy(
+                device="a phone",
+                how="torch, float16, 4 threads",
+                date="2026-11-21",
+                batch=2,
+                unets=(
+                    WholeUNet(
+                        name="origin",
+                        measured_ms=1700.0,
+                        predicted_ms=1615.0,
+                        error=-0.05,
+                        parameters=859_520_964,
+                        macs=401_636_720_640,
+                    ),
+                ),
+                charts=(
+                    BarChart(
+                        title="Latency",
+                        y_label="latency (ms)",
+                        categories=["Down-1", "Mid"],
+                        bars=(Bars(name="ResNet, origin", values=[1, 2]),),
+                    ),
+                ),
+                rows=(("Mid", 8, "ResNet", 1280, 7),),
+            ),
         ),
         "artifacts": (
             Artifact(
@@ -145,7 +175,7 @@ class Page(HTMLParser):
 
 def test_every_section_is_there_and_filled():
     page = Page(render_report(content()))
-    assert [value for tag, name, value in page.attributes if (tag, name) == ("section", "id")] == SECTIONS
+    assert [value for tag, name, value in page.attributes if (tag, name) == ("section", "id")] == WITH_BLOCKS
     for words in (
         "a large red circle",
         "a small blue ring",
@@ -159,6 +189,10 @@ def test_every_section_is_there_and_filled():
         "a green cross",
         "held-out PSNR",
         "30.25 dB",
+        "a phone · torch, float16, 4 threads · batch of 2 · 2026-11-21",
+        "latency (ms)",
+        "origin 1,700 ms 1,615 ms -5.0 % 859,520,964 401,636,720,640",
+        "Mid ResNet 8 1280 7",
         "decoder.pte",
         "2.05 MB",
         "129.4 dB",
@@ -224,6 +258,16 @@ def hostile_content():
         comparisons=(dataclasses.replace(given.comparisons[0], caption=HOSTILE),),
         charts=(dataclasses.replace(given.charts[0], title=HOSTILE, x_label=HOSTILE),),
         measurements=(dataclasses.replace(given.measurements[0], name=HOSTILE, note=HOSTILE),),
+        anatomies=(
+            dataclasses.replace(
+                given.anatomies[0],
+                device=HOSTILE,
+                how=HOSTILE,
+                date=HOSTILE,
+                unets=(dataclasses.replace(given.anatomies[0].unets[0], name=HOSTILE),),
+                charts=(dataclasses.replace(given.anatomies[0].charts[0], y_label=HOSTILE),),
+            ),
+        ),
         artifacts=(dataclasses.replace(given.artifacts[0], name=HOSTILE, how=HOSTILE),),
         lineage=(Commit(name=HOSTILE, kind=HOSTILE, place=HOSTILE, identity=HOSTILE),),
         rejections=(
