@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.exits import guarded
+from jobs.plans import OWN
 from jobs.recipes import RECIPES, Recipe, recipe_named
 from pipelines.storage import StorageError, write_once
 from snapfusion.settings import SettingsError
@@ -40,7 +41,12 @@ class Job:
         return f"{self.out}/{name}"
 
     def source(self, name: str) -> str:
-        """A model's or table's source; after "run:" it is a place in this run, as in run:student-8/raw."""
+        """A model's or table's source; after "run:" it is a place in this run, as in run:student-8/raw.
+
+        "recipe:model" is the recipe's own model.
+        """
+        if name == OWN:
+            return self.recipe.model
         return self.place(name.removeprefix(IN_RUN)) if name.startswith(IN_RUN) else name
 
 

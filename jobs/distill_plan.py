@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jobs import distill_steps, finetune_vpred
-from jobs.cli import Job, run
+from jobs import distill_steps, finetune_vpred, train_efficient
+from jobs.cli import Body, Job, Preview, run
 from jobs.exits import leave
-from jobs.plans import OWN, PlanStage, needs_vpred
+from jobs.plans import EFFICIENT, VPRED, PlanStage, needs
 from snapfusion.training.steps import StepsSettings
 
 
@@ -18,26 +18,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def distill_plan(job: Job) -> None:
-    """Make the v model if a stage wants it, then each stage's student; what is there already is left."""
-    if needs_vpred(job.recipe.stages):
-        print("[vpred]", flush=True)
-        finetune_vpred.finetune(job)
+    """Make the models that stages begin with, then each stage's student; what is there already is left."""
+    for name, make, _ in first_models(job):
+        print(f"[{name}]", flush=True)
+        make(job)
     for stage in job.recipe.stages:
         print(f"[{stage.name}]", flush=True)
         distill_steps.distill(of_stage(job, stage))
 
 
+def first_models(job: Job) -> list[tuple[str, Body, Preview]]:
+    """What makes the models that no stage makes: the v model, and the efficient one, made of it."""
+    stages, found = job.recipe.stages, list[tuple[str, Body, Preview]]()
+    efficient = needs(stages, EFFICIENT)
+    if needs(stages, VPRED) or (efficient and job.recipe.efficient.begin == VPRED):
+        found.append(("vpred", finetune_vpred.finetune, finetune_vpred.preview))
+    if efficient:
+        found.append(("efficient", train_efficient.train_efficient, train_efficient.preview))
+    return found
+
+
 def of_stage(job: Job, stage: PlanStage) -> Job:
     """The job that makes a stage's student: the recipe's `distill`, with what the stage says of it."""
-
-    def source(name: str) -> str:
-        return job.recipe.model if name == OWN else name
-
     distill = job.recipe.distill
     told = {
         "name": stage.name,
-        "teacher": source(stage.teacher),
-        "student": source(stage.student),
+        "teacher": stage.teacher,
+        "student": stage.student,
         "steps": _steps(distill.steps, stage=stage),
     }
     recipe = job.recipe.model_copy(update={"distill": distill.model_copy(update=told)})
@@ -59,7 +66,7 @@ def _steps(steps: StepsSettings, *, stage: PlanStage) -> StepsSettings:
 
 def preview(job: Job) -> list[str]:
     """What each stage would do."""
-    lines = finetune_vpred.preview(job) if needs_vpred(job.recipe.stages) else []
+    lines = [line for _, _, preview in first_models(job) for line in preview(job)]
     for stage in job.recipe.stages:
         steps = of_stage(job, stage).recipe.distill.steps
         learnt = f"p = {steps.cfg_probability:g}{', told w' if steps.w_conditioned else ''}"

@@ -29,6 +29,7 @@ from pipelines.loader import BatchLoader, count_trainable
 from pipelines.storage import absolute, exists
 from pipelines.tables import Snapshot, open_table
 from snapfusion.models.blocks import skip
+from snapfusion.models.bundle import Bundle
 from snapfusion.models.load import load
 from snapfusion.models.unet import BlockUNet
 from snapfusion.training.batch import Batch
@@ -102,8 +103,7 @@ def finetune_vpred(
         raise TrainingError(f"{model} predicts v already; there is nothing to fine-tune")
     pinned = result.pinned_version("latents") if latents_version is None else latents_version
     latents = open_table(latents_url, version=pinned, kind="latents")
-    check_latents(latents, bundle=bundle)
-    check_watch(settings.watch, model=bundle)
+    counts = check_rows(settings, bundle=bundle, latents=latents)
     identity = {
         "objective": "velocity",
         "settings": settings.deciding(),
@@ -113,9 +113,6 @@ def finetune_vpred(
     finished = result.finished(identity)
     if finished is not None:
         return finished
-    counts = count_trainable(latents, held_out=settings.loader.held_out)
-    held_out = _loader(settings, latents=latents, counts=counts).held_out(rows=1, limit=1)
-    check_held_out(next(held_out, None), settings=settings, table=latents)
     weights = bundle.fingerprint()
     del bundle  # a worker beside this process needs the memory
     return make_student(
@@ -134,6 +131,21 @@ def finetune_vpred(
         distillation=None,
         on_report=on_report,
     )
+
+
+def check_rows(settings: VpredSettings, *, bundle: Bundle, latents: Snapshot) -> Sequence[int]:
+    """Refuse rows that a model cannot be trained on; returns how many each unit has to train on.
+
+    Raises:
+        TableError: if LATENTS do not fit the model.
+        TrainingError: if none of them is held out, or the model cannot be watched as the settings say.
+    """
+    check_latents(latents, bundle=bundle)
+    check_watch(settings.watch, model=bundle)
+    counts = count_trainable(latents, held_out=settings.loader.held_out)
+    held_out = _loader(settings, latents=latents, counts=counts).held_out(rows=1, limit=1)
+    check_held_out(next(held_out, None), settings=settings, table=latents)
+    return counts
 
 
 def assemble(

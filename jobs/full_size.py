@@ -8,7 +8,10 @@ from __future__ import annotations
 from jobs.distill_decoder import DecoderSettings
 from jobs.distill_steps import DistillSettings
 from jobs.evaluation import Evaluation, Prompts
+from jobs.evolution import EvolutionSettings
 from jobs.finetune_vpred import VpredSettings
+from jobs.train_efficient import EfficientSettings
+from jobs.train_robust import RobustSettings, RobustTraining
 from jobs.trainer import TrainerSettings
 from jobs.watch import WatchSettings
 from pipelines.execution import Pool
@@ -22,12 +25,13 @@ from pipelines.stages.environment import Device
 from pipelines.stages.generate import Generation
 from pipelines.stages.image import ImageSettings
 from pipelines.stages.judge import FeatureSettings, Judging, ScorerSettings
-from pipelines.stages.sample import Drawing
+from pipelines.stages.sample import Drawing, Sampler
 from pipelines.stages.select import Selection
 from pipelines.stages.target import Teaching
 from pipelines.targets import Targets
 from snapfusion.training.draws import CfgRange
 from snapfusion.training.loop import LoopSettings
+from snapfusion.training.robust import SkipSettings
 from snapfusion.training.steps import StepsSettings
 
 _ON_GPU = Device(kind="cuda", dtype="float16")
@@ -121,6 +125,27 @@ def vpred(*, micro_batch: int) -> VpredSettings:
     )
 
 
+def robust(*, begin: str, micro_batch: int) -> RobustSettings:
+    """Eq. 5. The paper gives neither probabilities nor steps; these are the miniature's, and ours."""
+    return RobustSettings(begin=begin, training=_robustly(micro_batch))
+
+
+def efficient(*, begin: str, micro_batch: int) -> EfficientSettings:
+    """Table 3's UNet, trained by L_ori before its steps are distilled."""
+    return EfficientSettings(begin=begin, training=vpred(micro_batch=micro_batch))
+
+
+def evolution(*, micro_batch: int, batch_size: int, rows_per_unit: int) -> EvolutionSettings:
+    """Sec. 3.1: 2,000 captions of MS-COCO's validation set, 50 steps, guidance 7.5, CLIP by ViT-g/14."""
+    return EvolutionSettings(
+        prompts=Prompts(name=_COCO, url=_CAPTIONS, limit=2_000),
+        sampler=Sampler(steps=50),
+        guidance=7.5,
+        samples=_samples(batch_size=batch_size, rows_per_unit=rows_per_unit),
+        training=_robustly(micro_batch),
+    )
+
+
 def distill(*, micro_batch: int) -> DistillSettings:
     """Eq. 11 with p = 0.1 and dynamic gamma 0.2 (Fig. 7)."""
     return DistillSettings(
@@ -173,13 +198,23 @@ def evaluation(*, batch_size: int, rows_per_unit: int) -> Evaluation:
             device=_ON_GPU,
             describers=_NETWORK,
         ),
-        samples=Samples(
-            drawing=Drawing(batch_size=batch_size),
-            judging=_JUDGING,
-            rows_per_unit=rows_per_unit,
-            device=_ON_GPU,
-            models=_NETWORK,
-        ),
+        samples=_samples(batch_size=batch_size, rows_per_unit=rows_per_unit),
+    )
+
+
+def _samples(*, batch_size: int, rows_per_unit: int) -> Samples:
+    return Samples(
+        drawing=Drawing(batch_size=batch_size),
+        judging=_JUDGING,
+        rows_per_unit=rows_per_unit,
+        device=_ON_GPU,
+        models=_NETWORK,
+    )
+
+
+def _robustly(micro_batch: int) -> RobustTraining:
+    return RobustTraining(
+        **dict(vpred(micro_batch=micro_batch)) | {"skip": SkipSettings(attention=0.2, resnet=0.2)}
     )
 
 

@@ -15,6 +15,10 @@ VPRED = "run:vpred/model"
 """The source of the model that `jobs.finetune_vpred` makes of it."""
 
 
+EFFICIENT = "run:efficient/model"
+"""The source of the model that `jobs.train_efficient` makes of that."""
+
+
 class PlanStage(Settings):
     """One stage of step distillation; what is not said here is as `Recipe.distill` says.
 
@@ -80,9 +84,9 @@ def plans(model: str, *, small: str | None = None) -> dict[str, Plan]:
     }
 
 
-def needs_vpred(plan: Sequence[PlanStage]) -> bool:
-    """Whether a stage begins with the model that `jobs.finetune_vpred` makes."""
-    return any(VPRED in (stage.teacher, stage.student) for stage in plan)
+def needs(plan: Sequence[PlanStage], source: str) -> bool:
+    """Whether a stage begins with the model of `source`."""
+    return any(source in (stage.teacher, stage.student) for stage in plan)
 
 
 def _stage(name: str, steps: int, *, teacher: str, student: str | None = None) -> PlanStage:

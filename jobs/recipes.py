@@ -11,22 +11,28 @@ from jobs.compile_mobile import MobileSettings
 from jobs.distill_decoder import DecoderSettings
 from jobs.distill_steps import DistillSettings
 from jobs.evaluation import Evaluation, Prompts
+from jobs.evolution import EvolutionSettings
 from jobs.finetune_vpred import VpredSettings
 from jobs.measure_latency import LatencySettings
-from jobs.plans import OWN, VPRED, Plan, PlanStage, plans
+from jobs.plans import EFFICIENT, OWN, VPRED, Plan, PlanStage, plans
+from jobs.train_efficient import EfficientSettings
+from jobs.train_robust import RobustSettings, RobustTraining
 from jobs.trainer import TrainerSettings
 from pipelines.execution import Pool
 from pipelines.latents import Latents
 from pipelines.pairs import Pairs
 from pipelines.references import References
+from pipelines.samples import Samples
 from pipelines.stages.encode import Encoding
 from pipelines.stages.generate import Generation
 from pipelines.stages.image import ImageSettings
+from pipelines.stages.sample import Drawing, Sampler
 from pipelines.stages.target import Teaching
 from pipelines.targets import Targets
 from snapfusion.settings import Settings, SettingsError
 from snapfusion.training.draws import CfgRange
 from snapfusion.training.loop import LoopSettings
+from snapfusion.training.robust import SkipSettings
 from snapfusion.training.steps import StepsSettings
 
 
@@ -86,6 +92,8 @@ class Recipe(Settings):
         pairs: how PAIRS are made.
         targets: how TARGETS are made.
         vpred: how a model that predicts eps becomes one that predicts v.
+        robust: how it learns to bear the loss of blocks.
+        efficient: which architecture it gets for the phone, and how that is trained.
         distill: how a student of fewer steps is distilled.
         plans: students to be made one after the other, by the plan's name.
         plan: the name of the one that `jobs.distill_plan` follows; null for none.
@@ -94,6 +102,7 @@ class Recipe(Settings):
         evaluation: which models and samplers are compared, and by what.
         ablation: which students `jobs.ablate` trains and compares.
         latency: how the UNet's parts are timed.
+        evolution: how its architecture is evolved.
         oracle_floor: least mean attribute accuracy of the demo's pictures, by the miniature's oracle; None
             for models whose pictures it cannot read.
         verification: how tables are verified.
@@ -108,6 +117,8 @@ class Recipe(Settings):
     pairs: Pairs = Pairs()
     targets: Targets = Targets()
     vpred: VpredSettings = VpredSettings()
+    robust: RobustSettings = RobustSettings()
+    efficient: EfficientSettings = EfficientSettings()
     distill: DistillSettings = DistillSettings()
     plans: dict[str, Plan] = Field(default_factory=dict)
     plan: str | None = None
@@ -116,6 +127,7 @@ class Recipe(Settings):
     evaluation: Evaluation = Evaluation()
     ablation: Ablation = Ablation()
     latency: LatencySettings = LatencySettings()
+    evolution: EvolutionSettings = EvolutionSettings()
     oracle_floor: float | None = Field(None, ge=0.0, le=1.0)
     verification: Verification = Verification()
     cluster: Cluster = Cluster()
@@ -158,6 +170,30 @@ def mini() -> Recipe:
             cfg_probability=0.5,
             teachers=Pool(actors=2, cpus=0.5),
         ),
+        # With 0.2 the loss of a whole group of blocks costs a third of what it costs a model trained plainly
+        # (docs/efficient_unet.md).
+        robust=RobustSettings(
+            begin="mini-v",
+            training=RobustTraining(
+                skip=SkipSettings(attention=0.2, resnet=0.2),
+                loop=_further(num_steps=1_500),
+                trainer=TrainerSettings(micro_batch=64),
+            ),
+        ),
+        efficient=EfficientSettings(
+            begin="mini-v",
+            training=VpredSettings(loop=_further(num_steps=300), trainer=TrainerSettings(micro_batch=64)),
+        ),
+        evolution=EvolutionSettings(
+            guidance=3.0,
+            sampler=Sampler(steps=8),
+            samples=Samples(drawing=Drawing(batch_size=100, images=True), models=Pool(actors=2, cpus=0.5)),
+            training=RobustTraining(
+                skip=SkipSettings(attention=0.2, resnet=0.2),
+                loop=_further(num_steps=200),
+                trainer=TrainerSettings(micro_batch=64),
+            ),
+        ),
         # At 8 steps the miniature is hardly worse than at 50; at 4 there is something to learn.
         distill=DistillSettings(
             name="student",
@@ -182,10 +218,17 @@ def mini() -> Recipe:
                     student_steps=4,
                 ),
             ),
-            **plans("mini-v"),
+            **plans("mini-v", small=EFFICIENT),
         },
         # 1.00 on the 512 pictures of the demo (metrics.json, "oracle").
         oracle_floor=0.95,
+    )
+
+
+def _further(*, num_steps: int) -> LoopSettings:
+    """The optimizer's settings for a miniature that is trained on."""
+    return LoopSettings(
+        num_steps=num_steps, global_batch=64, learning_rate=5e-4, warmup_steps=50, ema_decay=0.99
     )
 
 
@@ -227,13 +270,16 @@ def sd15() -> Recipe:
         pairs=full_size.pairs(rows_per_unit=128),
         targets=full_size.targets(),
         vpred=full_size.vpred(micro_batch=8),
+        robust=full_size.robust(begin=VPRED, micro_batch=8),
+        efficient=full_size.efficient(begin=VPRED, micro_batch=8),
+        evolution=full_size.evolution(micro_batch=8, batch_size=16, rows_per_unit=128),
         distill=full_size.distill(micro_batch=8),
         plan="staged",
-        # The efficient UNet does not exist here yet: in its place stands SD-v1.5's own, which is taught by
-        # SD-v1.5 ("the same strategy", no more is said).
-        plans=plans(VPRED, small=VPRED),
+        # The efficient UNet's first teacher is SD-v1.5 ("the same strategy", no more is said).
+        plans=plans(VPRED, small=EFFICIENT),
         decoder=full_size.decoder(micro_batch=8),
         latency=LatencySettings(device="cuda", precision="float16"),
+        efficiency=EfficiencySettings(device="cuda"),
         evaluation=full_size.evaluation(batch_size=16, rows_per_unit=128),
     )
 
@@ -249,11 +295,15 @@ def sd2() -> Recipe:
         pairs=full_size.pairs(rows_per_unit=64),
         targets=full_size.targets(),
         vpred=full_size.vpred(micro_batch=4),
+        robust=full_size.robust(begin=OWN, micro_batch=4),
+        efficient=full_size.efficient(begin=OWN, micro_batch=4),
+        evolution=full_size.evolution(micro_batch=4, batch_size=8, rows_per_unit=64),
         distill=full_size.distill(micro_batch=4),
         plan="staged",
         plans=plans(OWN),
         decoder=full_size.decoder(micro_batch=4),
         latency=LatencySettings(device="cuda", precision="float16"),
+        efficiency=EfficiencySettings(device="cuda"),
         evaluation=full_size.evaluation(batch_size=8, rows_per_unit=64),
     )
 

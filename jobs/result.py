@@ -109,10 +109,19 @@ class Result:
 
     def _checked(self, place: str, identity: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(read_bytes(place))
-        differing = list(differences(found["identity"], dict(identity)))
-        if differing:
-            raise TrainingError(
-                f"{place.rpartition('/')[0]} holds a {self.kind} of other settings: "
-                f"{'; '.join(differing[:3])}; give another place, or remove it"
-            )
+        check_identity(found["identity"], identity, url=place.rpartition("/")[0], kind=self.kind)
         return found
+
+
+def check_identity(found: Any, wanted: Any, *, url: str, kind: str) -> None:  # noqa: ANN401 - JSON values
+    """Refuse to go on with, or to take for one's own, what was made otherwise.
+
+    Raises:
+        TrainingError: names what differs.
+    """
+    differing = list(differences(found, dict(wanted)))
+    if differing:
+        raise TrainingError(
+            f"{url} holds a {kind} of other settings: {'; '.join(differing[:3])}; give another place, or "
+            "remove it"
+        )

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from jobs import distill_plan
+from jobs import distill_plan, distill_steps
 from jobs.cli import Job
-from jobs.plans import OWN, VPRED, PlanStage, needs_vpred, plans
+from jobs.plans import OWN, VPRED, PlanStage, plans
 from jobs.recipes import RECIPES, Recipe, recipe_named
 from snapfusion import distill
 from snapfusion.schedule import Estimate, Schedule
@@ -29,7 +29,7 @@ SETTINGS = {
 # name: teacher's steps, student's steps, teacher, first weights.
 SD15 = {
     "Sec. 4.1: SD-v1.5 directly to 16 steps": ("teacher-16", 32, 16, "vpred", "vpred"),
-    "Sec. 4.1: the efficient UNet by the same strategy": ("small-16", 32, 16, "vpred", "vpred"),
+    "Sec. 4.1: the efficient UNet by the same strategy": ("small-16", 32, 16, "vpred", "efficient"),
     "Sec. 4.1: then to 8 from its own 16-step weights; App. D: by a teacher distilled with CFG": (
         *("staged-8", 16, 8),
         *("teacher-16", "small-16"),
@@ -60,7 +60,7 @@ def stages(job: Job) -> dict:
 
 def described(job: Job) -> list[tuple]:
     def short(source):
-        return "model" if source == job.recipe.model else source.removeprefix("run:").removesuffix("/model")
+        return "model" if source == OWN else source.removeprefix("run:").removesuffix("/model")
 
     return [
         (name, d.steps.k * d.steps.student_steps, d.steps.student_steps, short(d.teacher), short(d.student))
@@ -149,7 +149,7 @@ def test_a_stage_takes_only_what_was_made_before_it(name):
     recipe = recipe_named(name)
     assert recipe.stages == recipe.plans[recipe.plan]
     for plan in recipe.plans.values():
-        made = {"vpred"} if needs_vpred(plan) else set()
+        made = {"vpred", "efficient"}
         for stage in plan:
             for source in (stage.teacher, stage.student):
                 if source.startswith("run:"):
@@ -175,22 +175,30 @@ def test_all_else_is_as_the_recipe_says():
         assert settings.steps.cfg_probability == recipe.distill.steps.cfg_probability
 
 
-def test_only_a_plan_that_begins_with_the_v_model_makes_it():
-    assert needs_vpred(recipe_named("sd15").stages)
-    assert not needs_vpred(recipe_named("sd2").stages)
-    assert not needs_vpred(recipe_named("mini").stages)
+def test_only_a_plan_that_begins_with_a_model_makes_it():
+    def made(name, *options):
+        recipe = recipe_named(name).with_values(options)
+        return [verb for verb, *_ in distill_plan.first_models(Job(verb="plan", recipe=recipe, out="runs/x"))]
+
+    assert made("sd15") == ["vpred", "efficient"]
+    assert made("sd15", "plan=direct") == ["vpred"]
+    assert made("sd2") == []
+    assert made("mini") == []
+    assert made("mini", "plan=staged") == ["efficient"]
 
 
 def test_sd2_is_distilled_from_the_model_that_the_recipe_names():
     recipe = recipe_named("sd2").with_values(["model=s3://bucket/sd2"])
-    first = next(iter(stages(Job(verb="distill_plan", recipe=recipe, out="runs/x")).values()))
-    assert first.teacher == first.student == "s3://bucket/sd2"
+    job = Job(verb="distill_plan", recipe=recipe, out="runs/x")
+    first = distill_plan.of_stage(job, job.recipe.stages[0])
+    assert distill_steps.sources(first) == ("s3://bucket/sd2", "s3://bucket/sd2")
 
 
 def test_dry_run_names_every_stage_and_what_it_learns(capsys):
     assert distill_plan.main(["--recipe", "sd15", "--dry-run", "--set", "plan=staged"]) == 0
     said = capsys.readouterr().out
     assert "would fine-tune" in said
+    assert "would give runs/demo/vpred/model the architecture table-3" in said
     assert (
         "staged-8 (p = 0.1): would distil 16 steps of runs/demo/teacher-16/model into 8 of "
         "runs/demo/small-16/model" in said

@@ -1,17 +1,12 @@
 """Alg. 1's decisions on a table whose times are known; architectures by chance."""
 
 import pytest
+from latency_inputs import MS, known_table
 
 from snapfusion.evolution.chance import by_chance
-from snapfusion.evolution.latency import LatencyTable, PartTime, Setting, reachable_parts
-from snapfusion.evolution.parts import frame_of
 from snapfusion.evolution.search import EvolutionError, Pace, Score, decide, least_ms, next_action
-from snapfusion.evolution.stopwatch import Times
 from snapfusion.mini import models
 from snapfusion.models.unet import architecture_of
-
-# Of each part but "ends", which takes nothing: so many milliseconds of a pass are easily counted.
-MS = {"resnet": 2.0, "attention": 4.0, "shortcut": 0.5, "join": 0.0, "downsampler": 1.0, "upsampler": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +16,7 @@ def origin():
 
 @pytest.fixture(scope="module")
 def table(origin):
-    def times(part):
-        return Times(median_ms=MS.get(part.kind, 0.0), low_ms=0, high_ms=9, turns=3)
-
-    return LatencyTable(
-        setting=Setting(device="a test", runtime="torch", precision="float32", threads=1),
-        date="2026-11-21",
-        frame=frame_of(origin, batch=2, tokens=24),
-        parts=tuple(PartTime(part=part, times=times(part)) for part in reachable_parts(origin)),
-    )
+    return known_table(origin)
 
 
 def scored(architecture, table, losses, *, otherwise=1.0):

@@ -1,0 +1,153 @@
+"""Evolve the UNet until a pass takes no more than was asked for. SnapFusion Sec. 3.1, Alg. 1.
+
+OUT/evolution/   as `jobs.evolution` says, and page.html to look at
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jobs import measure_latency
+from jobs.cli import Job, run
+from jobs.cluster import connect, runner
+from jobs.evolution import ACTION_HOURS, HISTORY, Evolution, EvolutionSettings, Round
+from jobs.evolution_page import render_evolution
+from jobs.exits import leave
+from jobs.progress import duration, show
+from jobs.reports import show_reports
+from jobs.timing import setting_of
+from pipelines.commits import Origin
+from pipelines.intake import OnProgress
+from pipelines.samples import source_name
+from pipelines.schemas import from_png
+from pipelines.storage import exists, read_bytes, replace_object
+from pipelines.tables import open_table
+from snapfusion.evolution.latency import LatencyError, LatencyTable
+from snapfusion.settings import SettingsError
+
+_SHOWN = 10
+"""Captions on the page."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m jobs.evolve_unet`."""
+    return run("evolve_unet", evolve_unet, preview=preview, about=__doc__, argv=argv)
+
+
+def evolve_unet(job: Job) -> None:
+    """Evolve; what is scored, decided and trained already is not done again."""
+    settings = job.recipe.evolution
+    if settings.latency_ms is None:
+        raise SettingsError("--set evolution.latency_ms: it is null; say how long a guided step may take")
+    table = latency_table(job)
+
+    def start(name: str, parents: Any) -> tuple[Origin, OnProgress]:  # noqa: ANN401 - JSON values
+        return job.origin(parents), show(name)
+
+    if not exists(job.place(f"evolution/{HISTORY}")):
+        connect(job.recipe.cluster)
+    history = Evolution(
+        settings=settings,
+        objective_ms=settings.latency_ms,
+        model=job.source(settings.begin),
+        latents_url=job.place("latents"),
+        table=table,
+        out=job.place("evolution"),
+        start=start,
+        run=runner(job.recipe.cluster),
+        on_report=show_reports(),
+        on_round=lambda over: print(f"  {in_words(over)}", flush=True),
+    ).evolve()
+    captions, pictures = pictures_of(job, history)
+    page = render_evolution(history, captions=captions, pictures=pictures)
+    replace_object(job.place("evolution/page.html"), page.encode())
+    print(f"  {job.place('evolution/architecture.json')}, shown in {job.place('evolution/page.html')}")
+
+
+def latency_table(job: Job) -> LatencyTable:
+    """The table that settings name, or this machine's, which is measured if the run has none.
+
+    Raises:
+        LatencyError: if it is of another device than is wanted, or no latency table.
+    """
+    settings = job.recipe.evolution
+    if settings.table is None:
+        measure_latency.measure(job)
+    place = job.source(settings.table) if settings.table else measure_latency.table_place(job)
+    try:
+        told = json.loads(read_bytes(place))
+        table = LatencyTable.parse(told.get("table", told))
+    except (ValueError, AttributeError) as error:
+        raise LatencyError(f"{place} is no latency table: {error}") from None
+    if settings.table is None:
+        table.check_setting(setting_of(job.recipe.latency))
+    if settings.device not in (None, table.setting.device):
+        raise LatencyError(
+            f"the latency table {place} is of {table.setting.device!r}, and evolution.device asks for "
+            f"{settings.device!r}; take that device's table"
+        )
+    return table
+
+
+def pictures_of(job: Job, history: Mapping[str, Any]) -> tuple[list[str], dict[str, list[np.ndarray]]]:
+    """The first captions, and what the whole UNet of each scored round drew of them, if that was kept."""
+    settings = job.recipe.evolution
+    captions, pictures = list[str](), dict[str, list[np.ndarray]]()
+    if not settings.samples.drawing.images:
+        return captions, pictures
+    for told in history["rounds"]:
+        if told["clip"] is not None:
+            table = open_table(job.place(f"evolution/round-{told['number']:02d}/scores"))
+            prefix = f"{source_name(settings.prompts.name, settings.guidance)}-"
+            unit = next(file for file in table.units if file.unit.startswith(prefix))
+            rows = table.read_unit(unit, ["caption", "image"]).slice(0, _SHOWN).to_pylist()
+            captions = [row["caption"] for row in rows]
+            pictures[f"round {told['number']}"] = [from_png(row["image"]) for row in rows]
+    return captions, pictures
+
+
+def in_words(over: Round) -> str:
+    """What a round did."""
+    decision = over.decision
+    if decision.action == "stop":
+        return f"round {over.number}: {decision.after_ms:.4g} ms, and nothing more to do"
+    clip = "" if over.clip is None else f"CLIP {over.clip[0]:.4f}; "
+    verb = {"remove": "removed", "copy": "copied"}[decision.action]
+    return (
+        f"round {over.number}: {clip}{verb} {', '.join(decision.blocks)}: {decision.before_ms:.4g} to "
+        f"{decision.after_ms:.4g} ms"
+    )
+
+
+def preview(job: Job) -> list[str]:
+    """What a round would draw, and what the paper took for as much."""
+    settings = job.recipe.evolution
+    wanted = "an unset latency" if settings.latency_ms is None else f"{settings.latency_ms:g} ms"
+    steps = settings.prompts.limit * settings.sampler.steps
+    return [
+        f"would evolve {job.source(settings.begin)} to {wanted} in at most {settings.rounds} rounds, into "
+        f"{job.place('evolution')}",
+        cost_of(settings),
+        f"after each change: {settings.training.loop.num_steps} steps of robust training of "
+        f"{settings.training.loop.global_batch} rows; {steps:,} guided steps an action",
+    ]
+
+
+def cost_of(settings: EvolutionSettings) -> str:
+    """What scoring an action takes, beside the paper's 2.5 hours."""
+    captions, steps = settings.prompts.limit, settings.sampler.steps
+    paper_ms = 3.6e6 * ACTION_HOURS / (2_000 * 50)
+    hours = captions * steps * paper_ms / 3.6e6
+    return (
+        f"each action: {captions:,} captions of {steps} steps at guidance {settings.guidance:g}; the paper's "
+        f"2,000 captions of 50 steps took {ACTION_HOURS} A100 hours, {paper_ms:.0f} ms a guided step of "
+        f"SD-v1.5, and so many at that pace take {duration(3600 * hours)}"
+    )
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,93 @@
+"""Train a v model further with blocks left out at random, so that it bears to lose some. SnapFusion Eq. 5.
+
+OUT/robust/   as `jobs.finetune_vpred` leaves a model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jobs.exits import leave
+from jobs.finetune_vpred import VpredSettings, finetune_vpred
+from jobs.plans import VPRED
+from jobs.reports import show_reports
+from jobs.result import METRICS
+from jobs.watch import in_run
+from pipelines.storage import exists
+from snapfusion.settings import Settings
+from snapfusion.training.robust import SkipSettings
+
+if TYPE_CHECKING:
+    from jobs.cli import Job
+
+ROBUST = "run:robust/model"
+"""The source of the model that this job makes."""
+
+
+class RobustTraining(VpredSettings):
+    """How a model is trained with blocks left out.
+
+    Attributes:
+        skip: how often.
+    """
+
+    skip: SkipSettings = SkipSettings()
+
+
+class RobustSettings(Settings):
+    """Which model, and how.
+
+    Attributes:
+        begin: the source of the first weights, which predict v; in a job also "run:" and a place in the run.
+        training: how it is trained.
+    """
+
+    begin: str = VPRED
+    training: RobustTraining = RobustTraining()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m jobs.train_robust`."""
+    # Recipes are made of this module's settings, so the command line is above it.
+    from jobs.cli import run
+
+    return run("train_robust", train_robust, preview=preview, about=__doc__, argv=argv)
+
+
+def train_robust(job: Job) -> None:
+    """Make the run's robust model; one that is there already is left."""
+    from jobs.cluster import connect
+
+    settings, place = job.recipe.robust, job.place("robust")
+    if not exists(f"{place}/{METRICS}"):
+        connect(job.recipe.cluster)
+    training = settings.training
+    metrics = finetune_vpred(
+        training.model_copy(update={"watch": in_run(training.watch, job)}),
+        model=job.source(settings.begin),
+        latents_url=job.place("latents"),
+        out_url=place,
+        further=True,
+        on_report=show_reports(),
+    )
+    evaluation = metrics["evaluation"]
+    print(
+        f"  {place}/model: L_ori {evaluation['loss']:.5f} on {evaluation['rows']} held-out rows, all blocks"
+    )
+
+
+def preview(job: Job) -> list[str]:
+    """What would be read and written."""
+    settings, place = job.recipe.robust, job.place("robust")
+    loop, skip = settings.training.loop, settings.training.skip
+    held = "which is there already" if exists(f"{place}/{METRICS}") else "which is not there yet"
+    return [
+        f"would train {job.source(settings.begin)} on {job.place('latents')} for {loop.num_steps} steps of "
+        f"{loop.global_batch} rows, each without a cross-attention block with probability {skip.attention:g} "
+        f"and a ResNet block with {skip.resnet:g}, into {place} ({held})"
+    ]
+
+
+if __name__ == "__main__":
+    leave(main())
