@@ -34,6 +34,7 @@ VERBS = (
     "verify_table",
     "train_mini",
     "measure_mini",
+    "measure_robustness",
 )
 
 SAMPLERS = ("ddim", "euler", "dpm", "dpm++")

@@ -284,10 +284,11 @@ def draw(model: Bundle, indexes: Sequence[int], *, drawing: Drawing, seed: int) 
     return to_uint8(model.decode(latents))
 
 
-def held_out(count: int) -> Iterator[range]:
-    """The first `count` held-out indexes in batches of 100, within each of which all captions differ."""
-    for start in range(HELD_OUT, HELD_OUT + count, _BATCH):
-        yield range(start, min(start + _BATCH, HELD_OUT + count))
+def held_out(count: int, *, batch: int = _BATCH, first: int = 0) -> Iterator[range]:
+    """`count` held-out indexes from number `first` on, in batches; within each all captions differ."""
+    end = HELD_OUT + first + count
+    for start in range(HELD_OUT + first, end, batch):
+        yield range(start, min(start + batch, end))
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
