@@ -13,6 +13,7 @@ from jobs.distill_steps import DistillSettings
 from jobs.evaluation import Evaluation, Prompts
 from jobs.evolution import EvolutionSettings
 from jobs.finetune_vpred import VpredSettings
+from jobs.measure_efficiency import EfficiencySettings
 from jobs.measure_latency import LatencySettings
 from jobs.plans import EFFICIENT, OWN, VPRED, Plan, PlanStage, plans
 from jobs.train_efficient import EfficientSettings
@@ -102,6 +103,7 @@ class Recipe(Settings):
         evaluation: which models and samplers are compared, and by what.
         ablation: which students `jobs.ablate` trains and compares.
         latency: how the UNet's parts are timed.
+        efficiency: how Table 3's UNet and the half-width decoder are held against the model's own.
         evolution: how its architecture is evolved.
         oracle_floor: least mean attribute accuracy of the demo's pictures, by the miniature's oracle; None
             for models whose pictures it cannot read.
@@ -127,6 +129,7 @@ class Recipe(Settings):
     evaluation: Evaluation = Evaluation()
     ablation: Ablation = Ablation()
     latency: LatencySettings = LatencySettings()
+    efficiency: EfficiencySettings = EfficiencySettings()
     evolution: EvolutionSettings = EvolutionSettings()
     oracle_floor: float | None = Field(None, ge=0.0, le=1.0)
     verification: Verification = Verification()
