@@ -61,7 +61,12 @@ def _placed(job: Job) -> Evaluation:
     """The evaluation with each contender where it lies."""
     wanted = job.recipe.evaluation
     contenders = tuple(
-        contender.model_copy(update={"model": contender.model and job.source(contender.model)})
+        contender.model_copy(
+            update={
+                "model": contender.model and job.source(contender.model),
+                "decoder": contender.decoder and job.source(contender.decoder),
+            }
+        )
         for contender in wanted.contenders
     )
     return wanted.model_copy(update={"contenders": contenders})

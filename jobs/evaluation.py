@@ -53,12 +53,14 @@ class Contender(Settings):
         model: a source that `snapfusion.models.load` accepts, or (for the job) "run:" and a place in the run,
             such as a student's model, raw or best; None is the recipe's.
         sampler: solver and steps.
+        decoder: the folder of a half-width decoder, or (for the job) likewise; None takes the model's own.
         table: the table of its pictures, where evaluations share one.
     """
 
     name: str = Field(pattern=_NAME)
     model: str | None = None
     sampler: Sampler = Sampler()
+    decoder: str | None = None
     table: str | None = Field(None, pattern=_NAME)
 
 
@@ -170,6 +172,7 @@ def evaluate(settings: Evaluation, *, model: str, out: str, start: Start, run: R
             captions=captions,
             source=settings.prompts.name,
             url=f"{out}/{contender.table or contender.name}",
+            decoder=contender.decoder and absolute(contender.decoder),
             origin=origin,
             run=run,
             on_progress=on_progress,

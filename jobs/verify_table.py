@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from jobs.cli import Job, run
 from jobs.distill_steps import sources
+from jobs.evaluation import Contender
 from jobs.exits import leave
 from pipelines import latents, pairs, references, samples, targets
 from pipelines.sources.webdataset import list_shards
@@ -54,9 +55,15 @@ def remake_for(job: Job, table: Snapshot) -> Remake:
         teacher, _ = sources(replace(job, out=beside))
         return targets.remake(table, teacher=teacher, latents=parents)
     if table.identity["kind"] == "samples":
-        models = {one.name: one.model or recipe.model for one in recipe.evaluation.contenders}
-        name = job.target.rpartition("/")[2]
-        return samples.remake(table, settings=recipe.evaluation.samples, model=models.get(name, recipe.model))
+        # As `jobs.evaluate` leaves it, at OUT/evaluation/NAME.
+        there, name = replace(job, out=beside.rpartition("/")[0]), job.target.rpartition("/")[2]
+        drew = {one.name: one for one in recipe.evaluation.contenders}.get(name, Contender(name=name))
+        return samples.remake(
+            table,
+            settings=recipe.evaluation.samples,
+            model=there.source(drew.model or recipe.model),
+            decoder=drew.decoder and there.source(drew.decoder),
+        )
     if table.identity["kind"] == "references":
         wanted = recipe.evaluation
         return references.remake(table, settings=wanted.references, judging=wanted.samples.judging)

@@ -29,7 +29,8 @@ from pipelines.stages.write import WriteUnit, pack
 from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
 from pipelines.units import PromptRows, Unit
 from pipelines.verification import CannotRemake, Remake
-from snapfusion.models.bundle import Bundle
+from snapfusion.models.bundle import Bundle, weight_hash
+from snapfusion.models.decoder import load_decoder
 from snapfusion.models.load import load
 from snapfusion.models.told import is_told
 from snapfusion.settings import Settings, differences, digest
@@ -64,12 +65,19 @@ _UNIT_FIELDS = ("source", "start", "stop", "final", "source_digest")
 
 
 def identity_of(
-    settings: Samples, *, sampler: Sampler, bundle: Bundle, cuts: Cuts | None = None
+    settings: Samples,
+    *,
+    sampler: Sampler,
+    bundle: Bundle,
+    cuts: Cuts | None = None,
+    decoder: str | None = None,
 ) -> dict[str, Any]:
     """Everything that determines the rows of SAMPLES, captions and guidance apart (each unit has its own)."""
     cut = {"cuts": {name: list(blocks) for name, blocks in cuts.items()}} if cuts else {}
+    other = {} if decoder is None else {"decoder": weight_hash(load_decoder(decoder))}
     return {
         **cut,
+        **other,
         "kind": "samples",
         "model": bundle.describe(),
         "told_w": is_told(bundle.unet),
@@ -92,6 +100,7 @@ def draw_samples(  # noqa: PLR0913 - what, by whom, of what, where to; all by na
     source: str,
     url: str,
     cuts: Cuts | None = None,
+    decoder: str | None = None,
     origin: Origin | None = None,
     run: Runner = on_ray,
     on_progress: OnProgress | None = None,
@@ -109,6 +118,7 @@ def draw_samples(  # noqa: PLR0913 - what, by whom, of what, where to; all by na
         source: a short name of the list; units are named after it and the guidance.
         url: of the table.
         cuts: which blocks the UNet goes without, in turn, after it was whole; None for the whole UNet alone.
+        decoder: the folder of a half-width decoder; None takes the model's own.
         origin: who makes the new units, and from what.
         run: what sends units through the stages.
         on_progress: called after each unit.
@@ -120,7 +130,7 @@ def draw_samples(  # noqa: PLR0913 - what, by whom, of what, where to; all by na
     schema = samples_schema(
         features=settings.judging.feature_count, attributes=settings.judging.attribute_count
     )
-    identity = identity_of(settings, sampler=sampler, bundle=load(model), cuts=cuts)
+    identity = identity_of(settings, sampler=sampler, bundle=load(model), cuts=cuts, decoder=decoder)
     table = create_table(url, schema=schema, identity=identity)
     recover(url, origin=origin)
     known = accounts(url).values()
@@ -133,6 +143,7 @@ def draw_samples(  # noqa: PLR0913 - what, by whom, of what, where to; all by na
         "drawing": settings.drawing,
         "judging": settings.judging,
         "device": settings.device,
+        "decoder": decoder,
     }
     written = {"url": table.url, "schema": schema, "settings": digest(table.identity)}
     stages = [
@@ -181,16 +192,16 @@ def plan(
             yield replace(drawn, rejections=rejections)
 
 
-def remake(table: Snapshot, *, settings: Samples, model: str) -> Remake:
+def remake(table: Snapshot, *, settings: Samples, model: str, decoder: str | None = None) -> Remake:
     """What `verify_table` needs to make units of SAMPLES again, from the captions and guidance in their rows.
 
     Raises:
-        TableError: if the table was made by another model, other judges or other settings.
+        TableError: if the table was made by another model, decoder, other judges or other settings.
     """
     sampler = Sampler.parse(table.identity["sampler"])
     cuts = table.identity.get("cuts", {})
-    wanted = identity_of(settings, sampler=sampler, bundle=load(model), cuts=cuts)
-    told = {name: table.identity[name] for name in wanted}
+    wanted = identity_of(settings, sampler=sampler, bundle=load(model), cuts=cuts, decoder=decoder)
+    told = {name: table.identity.get(name) for name in {*wanted, "decoder"}}
     if differing := list(differences(told, wanted)):
         raise TableError(f"{table.url} was made otherwise: {'; '.join(differing[:3])}")
     schema = samples_schema(
@@ -211,6 +222,7 @@ def remake(table: Snapshot, *, settings: Samples, model: str) -> Remake:
             drawing=settings.drawing,
             judging=settings.judging,
             device=Device(dtype=settings.device.dtype, threads=account.environment["threads"]),
+            decoder=decoder,
         )
         w, cut = _drawn_as(account.source)
         finished = stage(

@@ -15,6 +15,7 @@ from pipelines.stages.judge import Judge, Judging
 from pipelines.units import FinishedRows, PromptRows, finish, finite_rows
 from snapfusion.models.blocks import without
 from snapfusion.models.bundle import to_uint8
+from snapfusion.models.decoder import load_decoder
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import time_grid
@@ -54,15 +55,26 @@ class Drawing(Settings):
 
 
 class DrawAndJudge:
-    """A model and its judges in an actor: `PromptRows` in, `FinishedRows` of SAMPLES out."""
+    """A model and its judges in an actor: `PromptRows` in, `FinishedRows` of SAMPLES out.
+
+    Latents become pictures by the model's own decoder, or by the half-width one in the folder `decoder`.
+    """
 
     def __init__(
-        self, *, model: str, sampler: Sampler, drawing: Drawing, judging: Judging, device: Device
+        self,
+        *,
+        model: str,
+        sampler: Sampler,
+        drawing: Drawing,
+        judging: Judging,
+        device: Device,
+        decoder: str | None = None,
     ) -> None:
         place = device.prepare()
         self.sampler = sampler
         self.drawing = drawing
         self.bundle = load(model, device=place, dtype=device.torch_dtype)
+        self.decoder = None if decoder is None else load_decoder(decoder).to(place, device.torch_dtype)
         self.c_null = self.bundle.null_condition()
         self.grid = time_grid(sampler.steps, schedule_steps=self.bundle.schedule.num_steps)
         self.judge = Judge(judging, device=place)
@@ -107,7 +119,7 @@ class DrawAndJudge:
         """What SAMPLES holds of a batch, by column, and which rows are `finite`; images uint8 [B,H,W,3]."""
         latents = self.draw(texts, keys, w=w)
         finite = finite_rows(latents.cpu().numpy())
-        images = to_uint8(self.bundle.decode(latents.nan_to_num(0.0, 0.0, 0.0)))
+        images = to_uint8(self.decode(latents.nan_to_num(0.0, 0.0, 0.0)))
         told = {
             "features": self.judge.features(images),
             "clip": self.judge.clip(images, texts),
@@ -115,6 +127,12 @@ class DrawAndJudge:
             "image": images.permute(0, 2, 3, 1).cpu(),
         }
         return {name: values.numpy() for name, values in told.items()} | {"finite": np.array(finite)}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1], float32 [B,3,H,W]."""
+        if self.decoder is None:
+            return self.bundle.decode(latents)
+        return self.decoder.decode(latents.to(self.bundle.unet.dtype)).float()
 
     def draw(self, texts: list[str], keys: list[int], *, w: float) -> Tensor:
         """Latents float32 [B,4,h,w] of captions, from the noise of their keys."""

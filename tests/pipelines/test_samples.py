@@ -32,6 +32,7 @@ from snapfusion.mini.scenes import HELD_OUT, caption_of, image_batch, parse_capt
 from snapfusion.mini.weights import WEIGHTS
 from snapfusion.models.blocks import without
 from snapfusion.models.bundle import to_uint8
+from snapfusion.models.decoder import HalfDecoder, load_decoder
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import time_grid
@@ -268,3 +269,47 @@ def test_cuts_are_part_of_the_table_and_its_units_can_be_made_again(tmp_path):
         draw_cut(table.url, {"attention": ("down_blocks.1.attentions.0",)})
     with pytest.raises(ValueError, match=r"no block 'mid_block\.attentions\.7'"):
         draw_cut(tmp_path / "other", {"none": ("mid_block.attentions.7",)})
+
+
+def test_a_half_width_decoder_can_draw_in_place_of_the_models_own(tmp_path):
+    HalfDecoder.from_vae(load("mini").vae).save(str(tmp_path / "decoder"))
+
+    def draw_by(decoder):
+        return draw_samples(
+            SETTINGS,
+            model="mini",
+            sampler=SAMPLER,
+            guidance=(2.0,),
+            captions=CAPTIONS,
+            source="list",
+            url=str(tmp_path / "samples"),
+            decoder=decoder,
+            run=in_process,
+        )
+
+    table = draw_by(str(tmp_path / "decoder"))
+    half = load_decoder(str(tmp_path / "decoder"))
+    artist = DrawAndJudge(
+        model="mini",
+        sampler=SAMPLER,
+        drawing=SETTINGS.drawing,
+        judging=SETTINGS.judging,
+        device=SETTINGS.device,
+    )
+    texts = [caption.text for caption in CAPTIONS[:3]]
+    with torch.inference_mode():
+        latents = artist.draw(texts, [noise_key("evaluation", 0, row.id) for row in CAPTIONS[:3]], w=2.0)
+        images = to_uint8(half.decode(latents)).permute(0, 2, 3, 1).numpy()
+    rows = table.read_unit(table.units[0]).slice(0, 3)
+    np.testing.assert_array_equal(
+        np.stack([from_png(one) for one in rows.column("image").to_pylist()]), images
+    )
+    with pytest.raises(TableError, match="decoder is"):
+        draw_by(None)
+    with pytest.raises(TableError, match="decoder is"):
+        samples_of_models.remake(table, settings=SETTINGS, model="mini")
+    remake = samples_of_models.remake(
+        table, settings=SETTINGS, model="mini", decoder=str(tmp_path / "decoder")
+    )
+    found = verify_table(table, remake=remake, units=2, seed=0)
+    assert (found.faults, found.exact) == ((), 2)
