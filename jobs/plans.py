@@ -51,6 +51,7 @@ def plans(model: str, *, small: str | None = None) -> dict[str, Plan]:
                     distilled with CFG, App. D's best
     staged-self     App. D: the last teacher is the student's own model of 16 steps
     staged-plain    App. D: the last teacher is the model without distillation, run at 16 steps
+    staged-vanilla  Fig. 4: as `staged-self`, the last student by the vanilla loss alone
     direct          Fig. 6(a): 16 to 8 at once
     progressive     Fig. 6(a) and Sec. 5.1: 64 to 32, 16 and 8, by the vanilla loss
     w-conditioned   Fig. 6(b): the same way, by students that are told w (Meng et al. 2023)
@@ -76,6 +77,7 @@ def plans(model: str, *, small: str | None = None) -> dict[str, Plan]:
             "staged": (teacher, own, _stage("staged-8", 8, teacher=_made(teacher), student=_made(own))),
             "staged-self": (own, _stage("self-8", 8, teacher=_made(own))),
             "staged-plain": (own, _stage("plain-8", 8, teacher=model, student=_made(own))),
+            "staged-vanilla": (own, _vanilla(_stage("vanilla-8", 8, teacher=_made(own)))),
         }
     # L_ori stays as `distill` has it. The published ones go without: `--set distill.steps.gamma=0`.
     return found | {
@@ -91,6 +93,10 @@ def needs(plan: Sequence[PlanStage], source: str) -> bool:
 
 def _stage(name: str, steps: int, *, teacher: str, student: str | None = None) -> PlanStage:
     return PlanStage(name=name, teacher=teacher, student=student or teacher, student_steps=steps)
+
+
+def _vanilla(stage: PlanStage) -> PlanStage:
+    return stage.model_copy(update={"cfg_probability": 0.0})
 
 
 def _halving(name: str, *, model: str, cfg_probability: float, w_conditioned: bool | None = None) -> Plan:

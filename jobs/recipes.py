@@ -10,7 +10,7 @@ from jobs.cluster import Cluster
 from jobs.compile_mobile import MobileSettings
 from jobs.distill_decoder import DecoderSettings
 from jobs.distill_steps import DistillSettings
-from jobs.evaluation import Evaluation, Prompts
+from jobs.evaluation import Contender, Evaluation, Prompts
 from jobs.evolution import EvolutionSettings
 from jobs.finetune_vpred import VpredSettings
 from jobs.measure_efficiency import EfficiencySettings
@@ -263,6 +263,44 @@ def ablation() -> Recipe:
     )
 
 
+def twin() -> Recipe:
+    """Table 3's twin of the miniature, its steps distilled (Fig. 4, right), drawn by both decoders (Fig. 8)."""
+    base = ablation()
+
+    def of(name: str, *, steps: int, made: str = "", decoder: str | None = None) -> Contender:
+        return Contender(
+            name=name, model=f"run:{made or name}/model", sampler=Sampler(steps=steps), decoder=decoder
+        )
+
+    return base.model_copy(
+        update={
+            "name": "twin",
+            "efficient": EfficientSettings(
+                begin="mini-v",
+                training=VpredSettings(
+                    loop=_further(num_steps=1_500), trainer=TrainerSettings(micro_batch=64)
+                ),
+            ),
+            "captions": Captions(limit=512),
+            "plan": "staged",
+            "evaluation": Evaluation(
+                contenders=(
+                    of("twin-8", steps=8, made="efficient"),
+                    of("twin-16", steps=16, made="efficient"),
+                    *(of(f"{plan}-8", steps=8) for plan in ("vanilla", "self", "plain", "staged")),
+                    of("staged-8-half", steps=8, made="staged-8", decoder="run:decoder"),
+                    Contender(name="origin-50", model="mini-v"),
+                ),
+                baseline="twin-8",
+                also_against=("staged-8", "origin-50"),
+                guidance=tuple(float(w) for w in range(1, 8)),
+                prompts=Prompts(limit=500),
+                references=References(count=4_000),
+            ),
+        }
+    )
+
+
 def sd15() -> Recipe:
     """SD-v1.5 as in the paper: 512 px, 50 DDIM steps, guidance 7.5; one accelerator an actor."""
     return Recipe(
@@ -311,7 +349,7 @@ def sd2() -> Recipe:
     )
 
 
-RECIPES = {"mini": mini, "ablation": ablation, "sd15": sd15, "sd2": sd2}
+RECIPES = {"mini": mini, "ablation": ablation, "twin": twin, "sd15": sd15, "sd2": sd2}
 
 
 def recipe_named(name: str) -> Recipe:

@@ -43,6 +43,7 @@ SELF = {
     "App. D: self-distillation from our 16-step efficient UNet": ("self-8", 16, 8, "small-16", "small-16")
 }
 PLAIN = {"App. D: from the 16-step SD-v1.5 baseline": ("plain-8", 16, 8, "vpred", "small-16")}
+VANILLA = {"Fig. 4: 8 steps by the vanilla loss": ("vanilla-8", 16, 8, "small-16", "small-16")}
 HALVINGS = ((64, 32), (32, 16), (16, 8))
 
 
@@ -116,11 +117,18 @@ def test_the_teacher_takes_ddim_steps(name, capsys, monkeypatch):
         assert len(asked) == 2
 
 
-@pytest.mark.parametrize(("plan", "said"), [("staged-self", SELF), ("staged-plain", PLAIN)])
+@pytest.mark.parametrize(
+    ("plan", "said"), [("staged-self", SELF), ("staged-plain", PLAIN), ("staged-vanilla", VANILLA)]
+)
 def test_another_teacher_is_chosen_by_name(plan, said, capsys):
     """App. D. The student's 16 steps are made as ever; the teacher that is not asked is not made."""
     found = described(resolved("sd15", capsys, f"plan={plan}"))
     assert found == [SD15["Sec. 4.1: the efficient UNet by the same strategy"], *said.values()]
+
+
+def test_the_vanilla_student_alone_leaves_the_guided_loss_out(capsys):
+    found = stages(resolved("sd15", capsys, "plan=staged-vanilla"))
+    assert [settings.steps.cfg_probability for settings in found.values()] == [0.1, 0.0]
 
 
 @pytest.mark.parametrize("name", ["mini", "sd15", "sd2"])
