@@ -6,6 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from jobs import full_size
 from jobs.ablation import Ablation, miniature_ablation
+from jobs.chance import ChanceSettings
 from jobs.cluster import Cluster
 from jobs.compile_mobile import MobileSettings
 from jobs.distill_decoder import DecoderSettings
@@ -105,6 +106,7 @@ class Recipe(Settings):
         latency: how the UNet's parts are timed.
         efficiency: how Table 3's UNet and the half-width decoder are held against the model's own.
         evolution: how its architecture is evolved.
+        chance: how what evolved is compared with chance.
         oracle_floor: least mean attribute accuracy of the demo's pictures, by the miniature's oracle; None
             for models whose pictures it cannot read.
         verification: how tables are verified.
@@ -131,6 +133,7 @@ class Recipe(Settings):
     latency: LatencySettings = LatencySettings()
     efficiency: EfficiencySettings = EfficiencySettings()
     evolution: EvolutionSettings = EvolutionSettings()
+    chance: ChanceSettings = ChanceSettings()
     oracle_floor: float | None = Field(None, ge=0.0, le=1.0)
     verification: Verification = Verification()
     cluster: Cluster = Cluster()
@@ -195,6 +198,12 @@ def mini() -> Recipe:
                 skip=SkipSettings(attention=0.2, resnet=0.2),
                 loop=_further(num_steps=200),
                 trainer=TrainerSettings(micro_batch=64),
+            ),
+        ),
+        chance=ChanceSettings(
+            training=VpredSettings(loop=_further(num_steps=400), trainer=TrainerSettings(micro_batch=64)),
+            evaluation=Evaluation(
+                guidance=(2.0, 4.0), prompts=Prompts(limit=500), references=References(count=4_000)
             ),
         ),
         # At 8 steps the miniature is hardly worse than at 50; at 4 there is something to learn.
@@ -264,7 +273,7 @@ def ablation() -> Recipe:
 
 
 def twin() -> Recipe:
-    """Table 3's twin of the miniature, its steps distilled (Fig. 4, right), drawn by both decoders (Fig. 8)."""
+    """Table 3's twin of the miniature: its students of fewer steps (Fig. 4), by both decoders (Fig. 8)."""
     base = ablation()
 
     def of(name: str, *, steps: int, made: str = "", decoder: str | None = None) -> Contender:

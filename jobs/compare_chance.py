@@ -1,0 +1,77 @@
+"""Compare the run's evolved architecture with others of its latency, made by chance. SnapFusion Alg. 1.
+
+OUT/chance/chance.json                 the figures: all are trained alike, judged alike and timed in turns
+OUT/chance/first/, trained/, a table each   what they are made from and of; what is there is not made again
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jobs.chance import FIGURES, Comparison
+from jobs.cli import Job, run
+from jobs.cluster import connect, runner
+from jobs.evolve_unet import latency_table
+from jobs.exits import leave
+from jobs.first_weights import named_architecture, own_architecture
+from jobs.progress import show
+from jobs.reports import show_reports
+from pipelines.commits import Origin
+from pipelines.intake import OnProgress
+from pipelines.storage import replace_object
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m jobs.compare_chance`."""
+    return run("compare_chance", compare_chance, preview=preview, about=__doc__, argv=argv)
+
+
+def compare_chance(job: Job) -> None:
+    """Make what is not made yet, and write the figures."""
+    model = job.source(job.recipe.evolution.begin)
+    comparison = Comparison(
+        settings=job.recipe.chance,
+        model=model,
+        evolved=named_architecture(job.place("evolution/architecture.json"), of=own_architecture(model)),
+        table=latency_table(job),
+        latents_url=job.place("latents"),
+        out=job.place("chance"),
+    )
+
+    def start(name: str, parents: Any) -> tuple[Origin, OnProgress]:  # noqa: ANN401 - JSON values
+        return job.origin(parents), show(name)
+
+    connect(job.recipe.cluster)
+    told = comparison.compare(start=start, run=runner(job.recipe.cluster), on_report=show_reports())
+    place = job.place("chance/chance.json")
+    replace_object(place, json.dumps(told, indent=1).encode())
+    for reading in told["readings"]:
+        for figure in FIGURES:
+            if figure in reading:
+                print(f"  w = {reading['w']:g}, {figure}: {in_words(reading[figure])}")
+    print(f"  {place}")
+
+
+def in_words(one: Mapping[str, float]) -> str:
+    """A figure of the evolved architecture beside those of the others."""
+    return (
+        f"{one['evolved']:.4g} evolved; by chance {one['median']:.4g} the median and {one['best']:.4g} the "
+        f"best, {one['worse']} worse"
+    )
+
+
+def preview(job: Job) -> list[str]:
+    """What would be trained and drawn."""
+    settings = job.recipe.chance
+    loop, evaluation = settings.training.loop, settings.evaluation
+    return [
+        f"would train {settings.count} architectures by chance and that of {job.place('evolution')} for "
+        f"{loop.num_steps} steps of {loop.global_batch} rows each, and draw {evaluation.prompts.limit} "
+        f"captions at {len(evaluation.guidance)} guidance scales with each, into {job.place('chance')}"
+    ]
+
+
+if __name__ == "__main__":
+    leave(main())

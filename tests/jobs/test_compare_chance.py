@@ -1,0 +1,113 @@
+"""The evolved architecture beside others of its latency: which are drawn, and that all are treated alike."""
+
+import json
+
+import pytest
+from in_process import in_process
+from latency_inputs import known_table
+
+from jobs import compare_chance as job
+from jobs.chance import ChanceSettings, Comparison
+from jobs.evaluation import Evaluation, Prompts
+from jobs.finetune_vpred import VpredSettings
+from jobs.first_weights import own_architecture
+from jobs.recipes import recipe_named
+from jobs.render_scenes import render_scenes
+from jobs.timing import TimingSettings
+from jobs.trainer import TrainerSettings
+from pipelines.latents import encode_latents
+from pipelines.loader import LoaderSettings
+from pipelines.references import References
+from pipelines.samples import Samples
+from pipelines.sources.webdataset import list_shards
+from pipelines.stages.sample import Drawing, Sampler
+from snapfusion.models.load import load
+from snapfusion.models.unet import architecture_of
+from snapfusion.training.loop import LoopSettings
+
+ORIGIN = own_architecture("mini-v")
+TABLE = known_table(ORIGIN)
+EVOLVED = ORIGIN.without("mid_block.attentions.0").without("down_blocks.0.resnets.1")
+SETTINGS = ChanceSettings(
+    count=1,
+    training=VpredSettings(
+        loop=LoopSettings(num_steps=1, global_batch=4, learning_rate=1e-4, warmup_steps=0),
+        loader=LoaderSettings(held_out=0.3),
+        trainer=TrainerSettings(micro_batch=4, cpus_per_worker=0.5, log_to=()),
+    ),
+    sampler=Sampler(steps=1),
+    evaluation=Evaluation(
+        guidance=(2.0,),
+        prompts=Prompts(limit=8),
+        references=References(count=8),
+        samples=Samples(drawing=Drawing(batch_size=8)),
+        groups=4,
+    ),
+    timing=TimingSettings(turns=2),
+)
+
+
+def comparison(out, *, settings=SETTINGS, latents=""):
+    return Comparison(
+        settings=settings, model="mini-v", evolved=EVOLVED, table=TABLE, latents_url=latents, out=str(out)
+    )
+
+
+def test_chance_draws_architectures_of_the_evolved_ones_time(tmp_path):
+    found = comparison(tmp_path, settings=SETTINGS.model_copy(update={"count": 5})).architectures()
+    assert list(found) == ["evolved", *(f"chance-{number}" for number in range(5))]
+    assert found["evolved"] == EVOLVED
+    wanted = TABLE.predict_ms(EVOLVED)
+    for architecture in found.values():
+        assert TABLE.predict_ms(architecture) == pytest.approx(wanted, rel=SETTINGS.slack)
+    assert len({one.digest() for one in found.values()}) == 6
+
+
+@pytest.fixture(scope="module")
+def compared(ray_cluster, tmp_path_factory):
+    out = tmp_path_factory.mktemp("chance")
+    recipe = recipe_named("mini").with_values(["source.scenes=16", "source.scenes_per_shard=16"])
+    render_scenes(job.Job(verb="render_scenes", recipe=recipe, out=str(out)))
+    latents = encode_latents(
+        recipe.latents.model_copy(update={"rows_per_unit": 4}),
+        model="mini-v",
+        shards=list_shards(str(out / "shards")),
+        source="scenes",
+        url=str(out / "latents"),
+        run=in_process,
+    )
+    told = comparison(out, latents=latents.url).compare(
+        start=lambda name, parents: ({}, None), run=in_process, on_report=lambda figures: None
+    )
+    return out, told
+
+
+def test_all_are_trained_from_the_same_weights_judged_and_timed(compared):
+    out, told = compared
+    for name, one in told["architectures"].items():
+        trained = load(str(out / "trained" / name))
+        assert architecture_of(trained.unet).to_values() == one["architecture"]
+        assert trained.fingerprint()["vae"] == load("mini-v").fingerprint()["vae"]
+        assert one["measured"]["turns"] == 2
+        assert one["points"][0]["w"] == 2.0
+    weights = {
+        name: json.loads((out / "first" / name / "made_of.json").read_text())["weights"]
+        for name in told["architectures"]
+    }
+    assert weights["evolved"] == weights["chance-0"] == load("mini-v").fingerprint()
+
+
+def test_a_reading_holds_the_evolved_one_against_the_median_of_the_others(compared):
+    _, told = compared
+    (reading,) = told["readings"]
+    points = {name: one["points"][0] for name, one in told["architectures"].items()}
+    assert reading["clip"]["evolved"] == points["evolved"]["clip"][0]
+    assert reading["clip"]["median"] == reading["clip"]["best"] == points["chance-0"]["clip"][0]
+    # Of CLIP more is better, of FID less.
+    assert reading["clip"]["worse"] == int(points["chance-0"]["clip"][0] < points["evolved"]["clip"][0])
+    assert reading["fid"]["worse"] == int(points["chance-0"]["fid"][0] > points["evolved"]["fid"][0])
+
+
+def test_a_run_without_an_evolution_is_told_so(tmp_path, capsys):
+    assert job.main(["--out", str(tmp_path), "--set", "evolution.begin=mini-v"]) == 2
+    assert "architecture.json is no architecture" in capsys.readouterr().err
