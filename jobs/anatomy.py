@@ -26,6 +26,7 @@ class WholeUNet:
         error: of the prediction, as a share of what was measured.
         parameters: numbers that are learned.
         macs: multiply-accumulates of a pass for one latent.
+        turns: behind the measurement.
     """
 
     name: str
@@ -34,6 +35,7 @@ class WholeUNet:
     error: float
     parameters: int
     macs: int
+    turns: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,7 @@ def anatomy_of(told: Mapping[str, Any]) -> Anatomy:
                 error=unet["error"],
                 parameters=unet["parameters"],
                 macs=unet["macs"],
+                turns=unet["measured"]["turns"],
             )
             for name, unet in told["unets"].items()
         ),

@@ -6,7 +6,7 @@ Each function takes one kind of commit; whatever a run has not made yet is left 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import PurePosixPath
@@ -21,6 +21,7 @@ from jobs.anatomy import Anatomy, anatomy_of
 from jobs.chart import Chart, Series
 from jobs.cli import Job
 from jobs.encode_latents import shards_url
+from jobs.first_weights import MADE_OF
 from jobs.report_page import (
     Commit,
     Comparison,
@@ -33,8 +34,9 @@ from jobs.report_page import (
     artifacts_of,
 )
 from jobs.result import METRICS
-from jobs.side_by_side import draw_side_by_side
+from jobs.side_by_side import MANY, draw_side_by_side
 from jobs.steps import recorded
+from jobs.timing import ORIGIN
 from jobs.versions import versions
 from pipelines.account import total_rejected
 from pipelines.loader import held_out_rows
@@ -50,13 +52,15 @@ from snapfusion.mini.oracle import load_oracle
 from snapfusion.mini.scenes import Scene, parse_caption
 from snapfusion.models.bundle import to_uint8
 from snapfusion.models.decoder import load_decoder
-from snapfusion.models.load import load
+from snapfusion.models.load import ModelError, load
 from snapfusion.settings import digest
 from snapfusion.training.steps import BRANCHES
 
 VERBS = (
     "render_scenes",
     "encode_latents",
+    "measure_latency",
+    "train_efficient",
     "distill_steps",
     "generate_pairs",
     "distill_decoder",
@@ -92,7 +96,12 @@ def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
         fewer_steps=fewer_steps,
         comparisons=_comparisons(job, tables["pairs"], decoder, mobile) if decoder else (),
         charts=(*_student_charts(student), *_decoder_charts(decoder)),
-        measurements=(*_student_figures(drawn), *_decoder_figures(decoder), *_oracle_figures(oracle, job)),
+        measurements=(
+            *_student_figures(drawn),
+            *_speed_figures(student, anatomies),
+            *_decoder_figures(decoder),
+            *_oracle_figures(oracle, job),
+        ),
         anatomies=anatomies,
         artifacts=artifacts_of(mobile) if mobile else (),
         lineage=lineage,
@@ -298,6 +307,36 @@ def _student_figures(drawn: Mapping[str, Any] | None) -> tuple[Measurement, ...]
     return (figure,)
 
 
+def _speed_figures(student: Mapping[str, Any] | None, anatomies: Sequence[Anatomy]) -> Iterator[Measurement]:
+    """What the student's steps take beside 50 of the origin's, where both UNets were timed."""
+    if student is None:
+        return
+    steps, parameters = student["distillation"]["steps"], _parameters_of(student)
+    for anatomy in anatomies:
+        origin = next((unet for unet in anatomy.unets if unet.name == ORIGIN), None)
+        mine = next((unet for unet in anatomy.unets if unet.parameters == parameters), None)
+        if origin is None or mine is None:
+            continue
+        yield Measurement(
+            name="UNet time of a picture: 50 steps of the origin over the student's",
+            value=MANY * origin.measured_ms / (steps * mine.measured_ms),
+            unit="x",
+            count=mine.turns,
+            counted="turns of each UNet",
+            note=(
+                f"{MANY} steps of {origin.measured_ms:.3g} ms over {steps} of {mine.measured_ms:.3g} ms, "
+                f"guided; {anatomy.how}; 12.2x with 8 steps on an A100 in the paper"
+            ),
+        )
+
+
+def _parameters_of(student: Mapping[str, Any]) -> int | None:
+    """Of a student's UNet, if its first weights are where they were."""
+    with suppress(ModelError):
+        return sum(one.numel() for one in load(student["parents"]["student"]["source"]).unet.parameters())
+    return None
+
+
 def _decoder_figures(decoder: Mapping[str, Any] | None) -> tuple[Measurement, ...]:
     if decoder is None:
         return ()
@@ -383,6 +422,7 @@ def _lineage(
                 **_counts(table),
             )
         )
+    commits += _efficient_commits(job, known=commits)
     if student:
         commits += _student_commits(student, place=job.place(job.recipe.distill.name), known=commits)
     if decoder:
@@ -406,6 +446,28 @@ def _lineage(
             )
         )
     return tuple(commits)
+
+
+def _efficient_commits(job: Job, *, known: Sequence[Commit]) -> list[Commit]:
+    """The efficient model, and before it the one that gave it its weights, unless that is known."""
+    made = _json(job.place(f"efficient/{METRICS}"))
+    made_of = _json(job.place(f"efficient-first/{MADE_OF}"))
+    if made is None or made_of is None:
+        return []
+    names = {commit.identity: commit.name for commit in known}
+    origin = digest(made_of["weights"])
+    commits = []
+    if origin not in names:
+        names[origin] = "TEACHER OF STEPS"
+        place = job.source(job.recipe.efficient.begin)
+        commits.append(Commit(name=names[origin], kind="model", place=place, identity=origin))
+    parents = ("LATENTS", names[origin]) if "LATENTS" in names.values() else (names[origin],)
+    place = job.place("efficient")
+    weights = load(place).fingerprint()
+    return [
+        *commits,
+        Commit(name="EFFICIENT", kind="checkpoint", place=place, identity=digest(weights), parents=parents),
+    ]
 
 
 def _student_commits(student: Mapping[str, Any], *, place: str, known: Sequence[Commit]) -> list[Commit]:

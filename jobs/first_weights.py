@@ -23,7 +23,8 @@ from snapfusion.models.save import save
 from snapfusion.models.unet import architecture_of, build, inherit
 from snapfusion.settings import Settings
 
-_MADE_OF = "made_of.json"
+MADE_OF = "made_of.json"
+"""The file that says so."""
 
 TABLE_3 = "table-3"
 """The name of the architecture that SnapFusion Table 3 makes of a model's own."""
@@ -59,14 +60,14 @@ def with_architecture(model: str, architecture: Architecture, *, url: str) -> st
     """
     bundle = load(model)
     made = _MadeOf(weights=bundle.fingerprint(), architecture=architecture).to_values()
-    place = f"{url}/{_MADE_OF}"
+    place = f"{url}/{MADE_OF}"
     if exists(place):
         check_identity(json.loads(read_bytes(place)), made, url=url, kind="model")
         return url
     with tempfile.TemporaryDirectory() as scratch:
         save(_given(bundle, architecture), Path(scratch) / "model", dtype=torch.float32)
-        (Path(scratch) / _MADE_OF).write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
-        publish_folder(Path(scratch), url, last=_MADE_OF)
+        (Path(scratch) / MADE_OF).write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
+        publish_folder(Path(scratch), url, last=MADE_OF)
     return url
 
 

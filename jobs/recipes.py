@@ -210,6 +210,7 @@ def mini() -> Recipe:
         distill=DistillSettings(
             name="student",
             teacher="mini-v",
+            student=EFFICIENT,
             steps=StepsSettings(
                 student_steps=4, k=2, cfg_probability=0.5, cfg_range=CfgRange(low=1.0, high=6.0)
             ),
@@ -250,6 +251,7 @@ def ablation() -> Recipe:
     latents = base.latents.model_copy(update={"rows_per_unit": 128})
     distill = base.distill.model_copy(
         update={
+            "student": None,
             "loop": LoopSettings(
                 num_steps=300, global_batch=32, learning_rate=1e-4, warmup_steps=20, ema_decay=0.98
             ),

@@ -1,4 +1,4 @@
-"""The whole run, in order: scenes or shards, LATENTS, student, PAIRS, decoder, mobile program, report.
+"""The whole run, in order: shards, LATENTS, efficient UNet, student, PAIRS, decoder, mobile program, report.
 
 What is committed already is not made again, so a run that was stopped goes on where it was.
 """
@@ -15,11 +15,14 @@ from jobs import (
     distill_steps,
     encode_latents,
     generate_pairs,
+    measure_latency,
     render_scenes,
     report,
+    train_efficient,
 )
 from jobs.cli import Body, Job, Preview, run
 from jobs.exits import leave
+from jobs.plans import EFFICIENT
 from jobs.progress import duration
 from jobs.steps import timed
 
@@ -28,6 +31,8 @@ Step = tuple[str, Body, Preview]
 STEPS: tuple[Step, ...] = (
     ("render_scenes", render_scenes.render_scenes, render_scenes.preview),
     ("encode_latents", encode_latents.encode, encode_latents.preview),
+    ("measure_latency", measure_latency.measure, measure_latency.preview),
+    ("train_efficient", train_efficient.train_efficient, train_efficient.preview),
     ("distill_steps", distill_steps.distill, distill_steps.preview),
     ("generate_pairs", generate_pairs.generate, generate_pairs.preview),
     ("distill_decoder", distill_decoder.distill, distill_decoder.preview),
@@ -54,12 +59,17 @@ def run_pipeline(job: Job) -> None:
 
 
 def steps_of(job: Job) -> list[Step]:
-    """The steps of this recipe: scenes only where no shards are named, a student only if its teacher is."""
-    left_out = set()
+    """The steps of this recipe: scenes only where no shards are named, a student only if its teacher is.
+
+    The efficient UNet is made, and timed, only for a student that begins with it.
+    """
+    left_out, distill = set(), job.recipe.distill
     if job.recipe.source.url is not None:
         left_out.add("render_scenes")
-    if job.recipe.distill.teacher is None:
+    if distill.teacher is None:
         left_out.add("distill_steps")
+    if distill.teacher is None or distill.student != EFFICIENT:
+        left_out |= {"measure_latency", "train_efficient"}
     return [step for step in STEPS if step[0] not in left_out]
 
 

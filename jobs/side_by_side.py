@@ -26,7 +26,8 @@ GUIDANCE = 6.0
 
 CAPTIONS = 64
 _SHOWN = 12
-_MANY = 50
+MANY = 50
+"""The teacher's steps."""
 _DRAWING = Drawing()
 
 
@@ -39,7 +40,7 @@ def draw_side_by_side(student: Mapping[str, Any], *, place: str) -> tuple[FewerS
     """
     few, parents = student["distillation"]["steps"], student["parents"]
     ways = {
-        "teacher": (parents["teacher"]["source"], _MANY),
+        "teacher": (parents["teacher"]["source"], MANY),
         "undistilled": (parents["student"]["source"], few),
         "student": (f"{place}/model", few),
     }

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from in_process import in_process
 
+from jobs import measure_latency as latency_job
 from jobs import report, side_by_side
+from jobs.first_weights import own_architecture, with_architecture
 from jobs.measure_latency import LatencySettings, measure_latency
 from jobs.timing import architectures_of
 from pipelines.pairs import Pairs, generate_pairs
@@ -16,6 +18,7 @@ from pipelines.sources.captions import Caption
 from pipelines.stages.generate import Generation
 from pipelines.storage import read_bytes, replace_object
 from snapfusion.mini.scenes import caption_of, scene_of
+from snapfusion.models.architecture import table_3
 from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.models.unet import architecture_of
@@ -51,10 +54,12 @@ def test_a_run_that_has_only_pairs_is_reported(tmp_path, capsys):
     assert found["decoder"] is None
 
 
-def distil(out: Path) -> None:
+def distil(out: Path, *, first: str = "mini-v") -> None:
     """A folder as `jobs.distill_steps` leaves it, of a student that has learnt nothing."""
-    bundle, distillation = load("mini-v"), {"steps": 4, "teacher_steps": 8}
-    source = {"source": "mini-v", "weights": bundle.fingerprint()}
+    teacher, distillation = load("mini-v"), {"steps": 4, "teacher_steps": 8}
+    bundle = load(first)
+    source = {"source": "mini-v", "weights": teacher.fingerprint()}
+    begun = {"source": first, "weights": bundle.fingerprint()}
     save(bundle, out / "student" / "model", distillation=distillation)
     curve = [
         {"step": 1, "vanilla/loss": 0.5},
@@ -63,7 +68,7 @@ def distil(out: Path) -> None:
     ]
     metrics = {
         "distillation": distillation,
-        "parents": {"teacher": source, "student": source},
+        "parents": {"teacher": source, "student": begun},
         "settings": {"targets": "online"},
         "settings_hash": "5" * 64,
         "curve": curve,
@@ -100,6 +105,25 @@ def test_a_student_is_shown_beside_its_teacher_and_what_it_was(tmp_path, monkeyp
     gain = drawn["clip_gain"]
     assert gain["low"] <= gain["value"] <= gain["high"]
     assert gain["value"] == pytest.approx(0.0, abs=0.01)
+
+
+def test_an_efficient_student_is_shown_with_its_parents_and_its_speed(tmp_path, monkeypatch):
+    monkeypatch.setattr(side_by_side, "CAPTIONS", 4)
+    shape = table_3(own_architecture("mini-v"))
+    with_architecture("mini-v", shape, url=str(tmp_path / "efficient-first"))
+    # As `jobs.train_efficient` leaves it, of a model that has learnt nothing.
+    with_architecture("mini-v", shape, url=str(tmp_path / "efficient"))
+    (tmp_path / "efficient" / "metrics.json").write_text("{}")
+    assert latency_job.main(["--out", str(tmp_path), "--set", "latency.turns=3"]) == 0
+    distil(tmp_path, first=str(tmp_path / "efficient"))
+    assert report.main(["--out", str(tmp_path)]) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    for words in ("EFFICIENT", "TEACHER OF STEPS", "UNet time of a picture", "Down-1"):
+        assert words in page
+    assert "FIRST WEIGHTS" not in page
+    unets = {unet["name"]: unet for unet in metrics(tmp_path)["latency"][0]["unets"]}
+    ratio = 50 * unets["origin"]["measured_ms"] / (4 * unets["table-3"]["measured_ms"])
+    assert f"{ratio:,.4g} x" in page
 
 
 def test_a_student_whose_pictures_no_judge_reads_is_not_drawn(tmp_path):
