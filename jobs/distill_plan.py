@@ -45,6 +45,7 @@ def of_stage(job: Job, stage: PlanStage) -> Job:
         "name": stage.name,
         "teacher": stage.teacher,
         "student": stage.student,
+        "table": stage.table or distill.table,
         "steps": _steps(distill.steps, stage=stage),
     }
     recipe = job.recipe.model_copy(update={"distill": distill.model_copy(update=told)})

@@ -63,6 +63,8 @@ class DistillSettings(StudentTraining):
         teacher: its source, or "run:" and a place in the run; null takes the run's v model, or else the
             recipe's model.
         student: the source of its first weights, likewise; null takes the teacher's.
+        table: URL of the table that rows are read from, or "run:" and a place in the run; null takes the
+            run's `latents`, or `targets`.
         targets: "online", from the teacher in the trainer, or from the "table" TARGETS.
         teacher_dtype: of the teacher in the trainer.
         steps: what is learnt.
@@ -72,6 +74,7 @@ class DistillSettings(StudentTraining):
     name: str = Field("student-8", pattern=r"^[A-Za-z0-9_.-]+$")
     teacher: str | None = None
     student: str | None = None
+    table: str | None = None
     targets: Literal["online", "table"] = "online"
     teacher_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     steps: StepsSettings = StepsSettings()
@@ -130,7 +133,7 @@ def distill_steps(
     check_watch(settings.watch, model=models["student"])
     identity = {
         "objective": "steps",
-        "settings": settings.deciding(without=("name", "teacher", "student")),
+        "settings": settings.deciding(without=("name", "teacher", "student", "table")),
         **{role: bundle.describe() for role, bundle in models.items()},
         "data": table_identity(table),
     }
@@ -408,6 +411,8 @@ def sources(job: Job) -> tuple[str, str]:
 
 def data_url(job: Job) -> str:
     """The table that the student is taught from."""
+    if job.recipe.distill.table is not None:
+        return job.source(job.recipe.distill.table)
     return job.place("latents" if job.recipe.distill.targets == "online" else "targets")
 
 

@@ -31,7 +31,7 @@ def encode(job: Job) -> None:
         model=recipe.model,
         shards=shards,
         source=recipe.source.name,
-        url=job.place("latents"),
+        url=job.place(recipe.source.table),
         origin=job.origin({"shards": shards_url(job), "model": recipe.model}),
         run=runner(recipe.cluster),
         on_progress=show(job.verb),
@@ -48,7 +48,7 @@ def shards_url(job: Job) -> str:
 
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
-    place = job.place("latents")
+    place = job.place(job.recipe.source.table)
     held = f"{open_table(place).num_rows} rows are committed" if is_table(place) else "a new table"
     return [f"would encode {shards_url(job)} into {place} ({held})"]
 

@@ -15,6 +15,9 @@ VPRED = "run:vpred/model"
 """The source of the model that `jobs.finetune_vpred` makes of it."""
 
 
+OWN_IMAGES = "run:own"
+"""The LATENTS of the user's own images, as `jobs.encode_latents --set source.table=own` makes them."""
+
 EFFICIENT = "run:efficient/model"
 """The source of the model that `jobs.train_efficient` makes of that."""
 
@@ -30,6 +33,7 @@ class PlanStage(Settings):
         k: the teacher's steps for one of the student's.
         cfg_probability: p of Eq. 11; null leaves it as it is.
         w_conditioned: whether the student is told w; null leaves it as it is.
+        table: URL of the LATENTS that it is trained on, or "run:" and a place in the run; null leaves it.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
@@ -39,6 +43,7 @@ class PlanStage(Settings):
     k: int = Field(2, ge=1)
     cfg_probability: float | None = Field(None, ge=0.0, le=1.0)
     w_conditioned: bool | None = None
+    table: str | None = None
 
 
 Plan = tuple[PlanStage, ...]
@@ -49,6 +54,7 @@ def plans(model: str, *, small: str | None = None) -> dict[str, Plan]:
 
     staged          Sec. 4.1: 32 to 16 steps for teacher and student, then 16 to 8; the last teacher has been
                     distilled with CFG, App. D's best
+    staged-own      Sec. 5: `staged`, and then the same steps on images of one's own
     staged-self     App. D: the last teacher is the student's own model of 16 steps
     staged-plain    App. D: the last teacher is the model without distillation, run at 16 steps
     staged-vanilla  Fig. 4: as `staged-self`, the last student by the vanilla loss alone
@@ -73,8 +79,11 @@ def plans(model: str, *, small: str | None = None) -> dict[str, Plan]:
         }
     else:
         own = _stage("small-16", 16, teacher=model, student=small)
+        staged = _stage("staged-8", 8, teacher=_made(teacher), student=_made(own))
+        last = _stage("own-8", 8, teacher=_made(teacher), student=_made(staged))
         found |= {
-            "staged": (teacher, own, _stage("staged-8", 8, teacher=_made(teacher), student=_made(own))),
+            "staged": (teacher, own, staged),
+            "staged-own": (teacher, own, staged, last.model_copy(update={"table": OWN_IMAGES})),
             "staged-self": (own, _stage("self-8", 8, teacher=_made(own))),
             "staged-plain": (own, _stage("plain-8", 8, teacher=model, student=_made(own))),
             "staged-vanilla": (own, _vanilla(_stage("vanilla-8", 8, teacher=_made(own)))),

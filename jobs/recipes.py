@@ -47,6 +47,7 @@ class Source(Settings):
         scenes: how many scenes to render if `url` is None.
         scenes_per_shard: of one tar.
         seed: of the scenes.
+        table: the place in the run of the LATENTS that they become; another for images of one's own.
     """
 
     name: str = Field("scenes", pattern=r"^[A-Za-z0-9_.-]+$")
@@ -54,6 +55,7 @@ class Source(Settings):
     scenes: int = Field(512, ge=1)
     scenes_per_shard: int = Field(128, ge=1)
     seed: int = Field(0, ge=0)
+    table: str = Field("latents", pattern=r"^[A-Za-z0-9_.-]+$")
 
 
 class Captions(Settings):
@@ -300,10 +302,9 @@ def twin() -> Recipe:
                     of("twin-16", steps=16, made="efficient"),
                     *(of(f"{plan}-8", steps=8) for plan in ("vanilla", "self", "plain", "staged")),
                     of("staged-8-half", steps=8, made="staged-8", decoder="run:decoder"),
-                    Contender(name="origin-50", model="mini-v"),
                 ),
                 baseline="twin-8",
-                also_against=("staged-8", "origin-50"),
+                also_against=("staged-8",),
                 guidance=tuple(float(w) for w in range(1, 8)),
                 prompts=Prompts(limit=500),
                 references=References(count=4_000),

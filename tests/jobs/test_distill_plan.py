@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from jobs import distill_plan, distill_steps
+from jobs import distill_plan, distill_steps, encode_latents
 from jobs.cli import Job
 from jobs.plans import OWN, VPRED, PlanStage, plans
 from jobs.recipes import RECIPES, Recipe, recipe_named
@@ -215,6 +215,18 @@ def test_dry_run_names_every_stage_and_what_it_learns(capsys):
     said = capsys.readouterr().out
     assert "would fine-tune" not in said
     assert "w-conditioned-8 (p = 1, told w): would distil 16 steps of" in said
+
+
+def test_the_last_stage_fine_tunes_on_the_users_own_images(capsys):
+    """Sec. 5: an internal set of high resolution, for more pleasing pictures."""
+    job = resolved("sd15", capsys, "plan=staged-own")
+    assert described(job)[:3] == list(SD15.values())
+    assert described(job)[3] == ("own-8", 16, 8, "teacher-16", "staged-8")
+    tables = [distill_steps.data_url(distill_plan.of_stage(job, stage)) for stage in job.recipe.stages]
+    assert tables == [*["runs/x/latents"] * 3, "runs/x/own"]
+    asked = ["--dry-run", "--set", "source.table=own", "--set", "source.url=s3://bucket/mine/*.tar"]
+    assert encode_latents.main(asked) == 0
+    assert "would encode s3://bucket/mine/*.tar into runs/demo/own" in capsys.readouterr().out
 
 
 def test_an_unknown_plan_is_refused_and_the_known_are_named(capsys):
