@@ -305,7 +305,7 @@ def twin() -> Recipe:
                 ),
                 baseline="twin-8",
                 also_against=("staged-8",),
-                guidance=tuple(float(w) for w in range(1, 8)),
+                guidance=(1.0, 2.0, 3.0, 4.0, 6.0),
                 prompts=Prompts(limit=500),
                 references=References(count=4_000),
             ),
