@@ -92,6 +92,7 @@ class Chart:
         log_x: whether x is drawn by its logarithm; a few values are marked each.
         log_y: whether y is drawn by its logarithm.
         limit: a level to be reached, drawn as a dashed line; None for none.
+        limit_name: what it is called there.
     """
 
     title: str
@@ -101,6 +102,7 @@ class Chart:
     log_x: bool = False
     log_y: bool = False
     limit: float | None = None
+    limit_name: str = "floor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +241,7 @@ def _draw(figure: Figure, chart: Chart) -> None:
     if chart.limit is not None:
         axes.axhline(chart.limit, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
-            f"floor {chart.limit:g}",
+            f"{chart.limit_name} {chart.limit:g}",
             (0, chart.limit),
             xycoords=("axes fraction", "data"),
             color=_MUTED,

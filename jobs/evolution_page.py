@@ -41,7 +41,7 @@ def charts_of(history: Mapping[str, Any]) -> list[Chart]:
     scored = [told for told in history["rounds"] if told["clip"] is not None]
     return [
         Chart(
-            title="CLIP of the whole UNet over the time of a pass, round by round",
+            title="CLIP over the time of a pass, round by round",
             x_label="ms of a guided step, by the table",
             y_label="CLIP",
             series=(
@@ -64,6 +64,7 @@ def charts_of(history: Mapping[str, Any]) -> list[Chart]:
                 ),
             ),
             limit=history["objective_ms"],
+            limit_name="at most",
         ),
     ]
 

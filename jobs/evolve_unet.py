@@ -1,6 +1,6 @@
 """Evolve the UNet until a pass takes no more than was asked for. SnapFusion Sec. 3.1, Alg. 1.
 
-OUT/evolution/   as `jobs.evolution` says, and page.html to look at
+OUT/evolution/   as `jobs.evolution` says; page.html to look at, and its charts
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from jobs import measure_latency
+from jobs.chart import standalone
 from jobs.cli import Job, run
 from jobs.cluster import connect, runner
 from jobs.evolution import ACTION_HOURS, HISTORY, Evolution, EvolutionSettings, Round
-from jobs.evolution_page import render_evolution
+from jobs.evolution_page import charts_of, render_evolution
 from jobs.exits import leave
 from jobs.progress import duration, show
 from jobs.reports import show_reports
@@ -65,6 +66,8 @@ def evolve_unet(job: Job) -> None:
     captions, pictures = pictures_of(job, history)
     page = render_evolution(history, captions=captions, pictures=pictures)
     replace_object(job.place("evolution/page.html"), page.encode())
+    for number, chart in enumerate(charts_of(history), start=1):
+        replace_object(job.place(f"evolution/chart-{number}.svg"), standalone(chart))
     print(f"  {job.place('evolution/architecture.json')}, shown in {job.place('evolution/page.html')}")
 
 

@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from jobs.timing import architectures_of
 from snapfusion.evolution.latency import LatencyTable, by_kind
+from snapfusion.evolution.search import Score
 from snapfusion.models import sd15
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.cost import costs_of, table_of
@@ -34,10 +35,14 @@ def full_size():
         return architectures_of(architecture_of(UNet2DConditionModel(**sd15.UNET)))
 
 
-def latency(name):
-    text = (DOCS / "efficiency" / f"{FILES[name]}.json").read_text()
+def read(name):
+    text = (DOCS / "efficiency" / f"{name}.json").read_text()
     assert '"/' not in text, "a place on somebody's machine"
     return json.loads(text)
+
+
+def latency(name):
+    return read(FILES[name])
 
 
 def test_table_3_is_the_architectures(full_size):
@@ -112,3 +117,83 @@ def test_the_pictures_are_there():
     for kind in ("ms", "parameters"):
         assert f"(efficiency/latency-sd15-cpu-{kind}.svg)" in TEXT
         assert (DOCS / "efficiency" / f"latency-sd15-cpu-{kind}.svg").read_text().startswith("<svg xmlns")
+
+
+def said(interval):
+    value, low, high = interval
+    return f"{value:.2f} ({low:.2f}–{high:.2f})"
+
+
+def cells_of(lost, digits, *, spread):
+    """Plain's loss, robust's, and the ratio, as the table has them."""
+    ratio = lost["ratio"]
+    told = "–" if ratio is None else said(ratio) if spread else f"{ratio[0]:.2f}"
+    return [f"{lost[name][0]:z.{digits}f}" for name in ("plain", "robust")] + [told]
+
+
+def test_the_table_of_robust_training_is_that_of_the_file():
+    found = read("robustness")["summary"]
+    attributes, detail = found["attributes"], found["detail"]
+    expected = []
+    for group in attributes["lost"]:
+        cells = (
+            cells_of(attributes["lost"][group], 3, spread=False),
+            cells_of(detail["lost"][group], 2, spread=False),
+        )
+        expected.append([group, *cells[0], *cells[1]])
+    averages = {"mean of the groups": [one["lost_on_average"] for one in (attributes, detail)]} | {
+        f"the same, seed {seed}": [one["lost_on_average_by_seed"][seed] for one in (attributes, detail)]
+        for seed in ("0", "1", "2")
+    }
+    for name, (semantics, details) in averages.items():
+        expected.append([name, *cells_of(semantics, 3, spread=True), *cells_of(details, 2, spread=True)])
+    assert rows("Robust training")[1:] == expected
+    whole = {name: detail["value"][name]["whole"][0] for name in ("robust", "plain")}
+    assert f"details back at {whole['robust']:.1f} dB, plain training at {whole['plain']:.1f} dB" in FLOWING
+    strict = [said(one["below_plain_on_average"]["ratio"]) for one in (detail, attributes)]
+    assert f"by {strict[0]} of what the plain one loses in detail, and {strict[1]} in attributes" in FLOWING
+
+
+def test_robust_training_loses_at_most_half_of_what_plain_training_loses_with_every_seed():
+    for what in read("robustness")["summary"].values():
+        for seed in what["lost_on_average_by_seed"].values():
+            assert seed["ratio"][2] < 0.5
+
+
+def test_the_rounds_of_evolution_are_those_of_the_file():
+    found = read("evolution")
+    expected = []
+    for told in found["rounds"]:
+        decision, clip, seconds = told["decision"], told["clip"], told["action_seconds"]
+        expected.append(
+            [
+                str(told["number"]),
+                "–" if clip is None else "{:.4f} ({:.4f}–{:.4f})".format(*clip),
+                decision["action"],
+                ", ".join(f"`{block}`" for block in decision["blocks"]) or "–",
+                f"{decision['before_ms']:.1f}",
+                f"{decision['after_ms']:.1f}",
+                "–" if seconds is None else f"{seconds:.1f}",
+            ]
+        )
+    assert rows("Evolution")[1 : 1 + len(expected)] == expected
+    first, last = found["rounds"][0]["decision"], found["rounds"][-1]["decision"]
+    assert last["after_ms"] <= found["objective_ms"] < 0.6 * first["before_ms"]
+    best = max((Score.parse(score) for score in found["rounds"][0]["scores"]), key=lambda score: score.value)
+    value, low, high = best.delta_clip
+    assert f"`{best.block}`: {value:.3f} of CLIP are lost without it ({low:.3f} to {high:.3f})" in FLOWING
+
+
+def test_each_round_of_the_file_did_what_algorithm_1_decides_by_its_scores():
+    found = read("evolution")
+    architecture = Architecture.parse(found["origin"])
+    for told in found["rounds"]:
+        decision = told["decision"]
+        scores = {score["block"]: Score.parse(score) for score in told["scores"]}
+        order = sorted(scores, key=lambda name: scores[name].value, reverse=decision["action"] == "copy")
+        able = [name for name in order if decision["action"] == "remove" or architecture.can_copy(name)]
+        assert decision["blocks"] == able[: len(decision["blocks"])]
+        for name in decision["blocks"]:
+            change = architecture.with_copy if decision["action"] == "copy" else architecture.without
+            architecture = change(name)
+        assert architecture.to_values() == decision["architecture"]
