@@ -33,7 +33,7 @@ from pipelines.sources.captions import fingerprint
 from pipelines.stages.sample import Sampler
 from pipelines.storage import exists, read_bytes, replace_object, write_once
 from pipelines.tables import Snapshot, TableError, open_table, unit_records
-from snapfusion.evolution.latency import LatencyError, LatencyTable
+from snapfusion.evolution.latency import LatencyError, LatencyTable, Precision
 from snapfusion.evolution.search import Decision, EvolutionError, Pace, Score, decide, next_action
 from snapfusion.metrics.intervals import Interval, mean
 from snapfusion.models.architecture import Architecture, Block
@@ -59,6 +59,7 @@ class EvolutionSettings(Settings):
         table: the latency table's file, as `jobs.measure_latency` writes it or as a device's owner did; in a
             job also "run:" and a place in the run. Null takes the run's own of this machine.
         device: what the table must call its device; null takes any, or this machine where `table` is null.
+        precision: of the networks in the table; null takes any, or `latency.precision` likewise.
         pace: how far a round goes.
         rounds: at most.
         prompts: the fixed captions that blocks are scored by.
@@ -72,6 +73,7 @@ class EvolutionSettings(Settings):
     begin: str = ROBUST
     table: str | None = None
     device: str | None = None
+    precision: Precision | None = None
     pace: Pace = Pace()
     rounds: PositiveInt = 20
     prompts: Prompts = Prompts(limit=200)

@@ -75,7 +75,7 @@ def latency_table(job: Job) -> LatencyTable:
     """The table that settings name, or this machine's, which is measured if the run has none.
 
     Raises:
-        LatencyError: if it is of another device than is wanted, or no latency table.
+        LatencyError: if it is of another device or precision than is wanted, or no latency table.
     """
     settings = job.recipe.evolution
     if settings.table is None:
@@ -88,11 +88,13 @@ def latency_table(job: Job) -> LatencyTable:
         raise LatencyError(f"{place} is no latency table: {error}") from None
     if settings.table is None:
         table.check_setting(setting_of(job.recipe.latency))
-    if settings.device not in (None, table.setting.device):
-        raise LatencyError(
-            f"the latency table {place} is of {table.setting.device!r}, and evolution.device asks for "
-            f"{settings.device!r}; take that device's table"
-        )
+    for name, wanted in (("device", settings.device), ("precision", settings.precision)):
+        found = getattr(table.setting, name)
+        if wanted not in (None, found):
+            raise LatencyError(
+                f"the latency table {place} is of {name} {found!r}, and evolution.{name} asks for "
+                f"{wanted!r}; take another"
+            )
     return table
 
 

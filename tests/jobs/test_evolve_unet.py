@@ -291,7 +291,11 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, capsys):
     asked = ["evolution.latency_ms=9", f"evolution.table={phone}", 'evolution.device="iPhone 12"']
     assert job.main(options(tmp_path, *asked)) == 2
     said = capsys.readouterr().err
-    assert "is of 'iPhone 14 Pro', and evolution.device asks for 'iPhone 12'" in said
+    assert "is of device 'iPhone 14 Pro', and evolution.device asks for 'iPhone 12'" in said
+    exact = [*asked[:2], "evolution.precision=float16"]
+    assert job.main(options(tmp_path, *exact)) == 2
+    said = capsys.readouterr().err
+    assert "is of precision 'float32', and evolution.precision asks for 'float16'" in said
     phone.write_text('{"parts": 3}')
     assert job.main(options(tmp_path, *asked)) == 2
     assert "phone.json is no latency table" in capsys.readouterr().err
