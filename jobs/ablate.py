@@ -22,7 +22,7 @@ from jobs import encode_latents, render_scenes
 from jobs.ablation import Ablation, Line, Panel, Variant, contender_name, table_name
 from jobs.ablation_page import charts_of, render_ablation, shown_pictures
 from jobs.chart import standalone
-from jobs.cli import IN_RUN, Job, run
+from jobs.cli import Job, run
 from jobs.cluster import connect, runner
 from jobs.distill_steps import distill_steps, summary
 from jobs.evaluation import Contender, Evaluation, Gap, evaluate
@@ -33,7 +33,7 @@ from jobs.reports import show_reports
 from jobs.result import METRICS
 from pipelines.commits import Origin
 from pipelines.intake import OnProgress
-from pipelines.storage import absolute, exists, read_bytes, replace_object
+from pipelines.storage import exists, read_bytes, replace_object
 from snapfusion.metrics.intervals import Interval
 
 
@@ -129,7 +129,7 @@ def write_panel(job: Job, panel: Panel) -> None:
     }
     # Six digits say all that 500 captions can.
     text = json.dumps(json.loads(json.dumps(told), parse_float=lambda digits: float(f"{float(digits):.6g}")))
-    text = text.replace(f'"{absolute(job.out)}/', f'"{IN_RUN}')  # the file is quoted where the run is not
+    text = job.quotable(text)
     replace_object(panel_place(job, panel.name), text.encode())
     for kind, chart in charts_of(json.loads(text)).items():
         replace_object(job.place(f"ablation/{panel.name}-{kind}.svg"), standalone(chart))

@@ -10,7 +10,7 @@ from typing import Any
 from jobs.exits import guarded
 from jobs.plans import OWN
 from jobs.recipes import RECIPES, Recipe, recipe_named
-from pipelines.storage import StorageError, write_once
+from pipelines.storage import StorageError, absolute, write_once
 from snapfusion.settings import SettingsError
 
 IN_RUN = "run:"
@@ -48,6 +48,10 @@ class Job:
         if name == OWN:
             return self.recipe.model
         return self.place(name.removeprefix(IN_RUN)) if name.startswith(IN_RUN) else name
+
+    def quotable(self, text: str) -> str:
+        """JSON text with places in this run told as such ("run:..."): it is read where the run is not."""
+        return text.replace(f'"{absolute(self.out)}/', f'"{IN_RUN}')
 
 
 Body = Callable[[Job], None]

@@ -46,7 +46,7 @@ def compare_chance(job: Job) -> None:
     connect(job.recipe.cluster)
     told = comparison.compare(start=start, run=runner(job.recipe.cluster), on_report=show_reports())
     place = job.place("chance/chance.json")
-    replace_object(place, json.dumps(told, indent=1).encode())
+    replace_object(place, job.quotable(json.dumps(told, indent=1)).encode())
     for reading in told["readings"]:
         for figure in FIGURES:
             if figure in reading:

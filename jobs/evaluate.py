@@ -44,7 +44,7 @@ def compare(job: Job) -> None:
         run=runner(job.recipe.cluster),
     )
     results["settings"] = job.recipe.digest()
-    text = json.dumps(results, indent=1)
+    text = job.quotable(json.dumps(results, indent=1))
     replace_object(job.place("evaluation/results.json"), text.encode())
     told = json.loads(text)
     for number, chart in enumerate(charts_of(told), start=1):

@@ -1,12 +1,14 @@
 """docs/efficient_unet.md: its figures are those of the files beside it, and of the code."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from jobs.measure_efficiency import PAPER
 from jobs.timing import architectures_of
 from snapfusion.evolution.latency import LatencyTable, by_kind
 from snapfusion.evolution.search import Score
@@ -197,3 +199,94 @@ def test_each_round_of_the_file_did_what_algorithm_1_decides_by_its_scores():
             change = architecture.with_copy if decision["action"] == "copy" else architecture.without
             architecture = change(name)
         assert architecture.to_values() == decision["architecture"]
+
+
+FIGURES = {"clip": 4, "fid": 2, "all_attributes": 3}
+
+
+def test_the_evolved_architecture_beats_the_median_of_ten_that_chance_made():
+    found = read("chance")
+    others = [one for name, one in found["architectures"].items() if name != "evolved"]
+    evolved = found["architectures"]["evolved"]
+    assert len(others) == 10
+    expected = []
+    for number, reading in enumerate(found["readings"]):
+        for figure, digits in FIGURES.items():
+            values = [one["points"][number][figure][0] for one in others]
+            mine, sign = evolved["points"][number][figure][0], -1 if figure == "fid" else 1
+            assert sign * mine > sign * statistics.median(values)
+            best = max(values, key=lambda value, sign=sign: sign * value)
+            cells = [f"{value:.{digits}f}" for value in (mine, statistics.median(values), best)]
+            worse = sum(sign * value < sign * mine for value in values)
+            expected.append([f"{reading['w']:g}", *cells, str(worse)])
+    assert [row[1:] for row in rows("Evolution")[-len(expected) :]] == expected
+    architecture = Architecture.parse(read("evolution")["rounds"][-1]["decision"]["architecture"])
+    assert evolved["architecture"] == architecture.to_values()
+    for one in others:
+        assert one["predicted_ms"] == pytest.approx(evolved["predicted_ms"], rel=0.03)
+    times = [one["measured"]["median_ms"] for one in others]
+    said_of_times = (
+        f"{min(times):.1f} to {max(times):.1f} ms, the evolved one {evolved['measured']['median_ms']:.1f}"
+    )
+    assert said_of_times in FLOWING
+    losses = (evolved["loss"], statistics.median(one["loss"] for one in others))
+    assert "rows is {:.4f}, and {:.4f} the median of the ten".format(*losses) in FLOWING
+
+
+def test_the_twins_table_is_that_of_the_file_and_its_teachers_are_in_the_papers_order():
+    curves = read("twin")["curves"]
+    told = {row[0].split("`")[1]: row[1:] for row in rows("The twin: fewer steps and the small decoder")[1:]}
+    assert set(told) == set(curves)
+    for name, cells in told.items():
+        points = curves[name]["points"]
+        fid, clip = ([point[key][0] for point in points] for key in ("fid", "clip"))
+        steps = str(curves[name]["sampler"]["steps"])
+        assert cells == [steps, *(f"{value:.2f}" for value in fid), *(f"{value:.3f}" for value in clip)]
+    order = ("twin-8", "vanilla-8", "self-8", "plain-8", "staged-8")
+    for number, point in enumerate(curves["twin-8"]["points"]):
+        if point["w"] >= 2.0:
+            fid = [curves[name]["points"][number]["fid"][0] for name in order]
+            assert fid == sorted(fid, reverse=True)
+
+
+def test_what_is_said_of_the_twins_differences_is_in_the_file():
+    found = read("twin")
+
+    def at(differences, name, w):
+        return next(point for point in differences[name] if point["w"] == w)
+
+    against = found["against"]["staged-8"]["differences"]
+    for name in ("plain-8", "self-8", "vanilla-8"):
+        value, low, high = at(against, name, 3.0)["fid"]
+        assert low > 0.0
+        assert f"{value:.2f} ({low:.2f} to {high:.2f})" in FLOWING
+    assert at(against, "staged-8-half", 2.0)["fid"][1] > 0.0
+    assert all(at(against, "staged-8-half", w)["fid"][1] < 0.0 for w in (3.0, 4.0, 6.0))
+    gain = at(found["differences"], "staged-8", 6.0)["clip"][0]
+    assert f"`staged-8` has {gain:.4f} more" in FLOWING
+    costs = [-at(against, "staged-8-half", w)["clip"][0] for w in (3.0, 6.0)]
+    assert "costs {:.4f} of CLIP at w = 3 and {:.4f} at w = 6".format(*costs) in FLOWING
+
+
+def test_step_time_and_memory_are_those_of_the_file(full_size):
+    text = (DOCS / "efficiency" / "efficiency-sd15-cpu.json").read_text()
+    assert '"/' not in text, "a place on somebody's machine"
+    found = json.loads(text)
+    unets, decoders = found["unets"].values(), found["decoders"].values()
+    assert (found["model"], found["settings"]["loop"]) == ("random:sd15", True)
+    assert [unet["parameters"] for unet in unets] == [
+        costs_of(architecture).whole.parameters for architecture in full_size.values()
+    ]
+    expected = {
+        "step": [f"{unet['step']['median_ms']:,.0f} ms" for unet in unets],
+        "loop": [f"{unet['loop']['ms'] / 1000:,.1f} s" for unet in unets],
+        "memory": [f"{unet['memory']['unet_mb']:,.0f} MB" for unet in unets],
+        "parameters": [f"{unet['parameters']:,}" for unet in unets],
+        "macs": [f"{unet['macs'] / 1e9:.1f} billion" for unet in unets],
+        "decoder": [f"{decoder['time']['median_ms']:,.0f} ms" for decoder in decoders],
+        "decoder_parameters": [f"{decoder['parameters']:,}" for decoder in decoders],
+    }
+    papers = {name: f"{PAPER[name]:.3g}" if name in PAPER else "" for name in expected}
+    assert [row[1:] for row in rows("Step time and memory")[1:]] == [
+        [*cells, f"{found['ratios'][name]:.2f}", papers[name]] for name, cells in expected.items()
+    ]

@@ -227,7 +227,9 @@ def test_the_job_leaves_figures_charts_and_a_page(tmp_path, capsys, monkeypatch)
     assert job.main(["--out", str(tmp_path), *arguments]) == 0
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert set(results["curves"]) == {"one", "raw"}
-    assert results["curves"]["raw"]["model"] == f"{tmp_path}/student/raw"
+    # It is read where the run is not.
+    assert results["curves"]["raw"]["model"] == "run:student/raw"
+    assert str(tmp_path) not in json.dumps(results)
     assert (tmp_path / "evaluation" / "page.html").read_text().startswith("<!doctype html>")
     assert (tmp_path / "evaluation" / "chart-1.svg").exists()
     assert "8 feature vectors of 128 numbers" in capsys.readouterr().out
