@@ -269,9 +269,7 @@ def test_what_is_said_of_the_twins_differences_is_in_the_file():
 
 
 def test_step_time_and_memory_are_those_of_the_file(full_size):
-    text = (DOCS / "efficiency" / "efficiency-sd15-cpu.json").read_text()
-    assert '"/' not in text, "a place on somebody's machine"
-    found = json.loads(text)
+    found = read("efficiency-sd15-cpu")
     unets, decoders = found["unets"].values(), found["decoders"].values()
     assert (found["model"], found["settings"]["loop"]) == ("random:sd15", True)
     assert [unet["parameters"] for unet in unets] == [
@@ -290,3 +288,11 @@ def test_step_time_and_memory_are_those_of_the_file(full_size):
     assert [row[1:] for row in rows("Step time and memory")[1:]] == [
         [*cells, f"{found['ratios'][name]:.2f}", papers[name]] for name, cells in expected.items()
     ]
+
+
+def test_the_half_width_decoder_is_three_times_faster_on_one_thread():
+    found = read("efficiency-sd15-cpu-one-thread")
+    assert (found["model"], found["setting"]["threads"]) == ("random:sd15", 1)
+    step, decoder = (found["ratios"][name] for name in ("step", "decoder"))
+    assert decoder >= 3.0
+    assert f"a step takes {step:.2f} times less and the decoder {decoder:.2f} times" in FLOWING
