@@ -5,21 +5,18 @@ import json
 import pytest
 from in_process import in_process
 from latency_inputs import known_table
+from scene_latents import encode_scenes
 
 from jobs import compare_chance as job
 from jobs.chance import ChanceSettings, Comparison
 from jobs.evaluation import Evaluation, Prompts
 from jobs.finetune_vpred import VpredSettings
 from jobs.first_weights import own_architecture
-from jobs.recipes import recipe_named
-from jobs.render_scenes import render_scenes
 from jobs.timing import TimingSettings
 from jobs.trainer import TrainerSettings
-from pipelines.latents import encode_latents
 from pipelines.loader import LoaderSettings
 from pipelines.references import References
 from pipelines.samples import Samples
-from pipelines.sources.webdataset import list_shards
 from pipelines.stages.sample import Drawing, Sampler
 from snapfusion.models.load import load
 from snapfusion.models.unet import architecture_of
@@ -66,17 +63,7 @@ def test_chance_draws_architectures_of_the_evolved_ones_time(tmp_path):
 @pytest.fixture(scope="module")
 def compared(ray_cluster, tmp_path_factory):
     out = tmp_path_factory.mktemp("chance")
-    recipe = recipe_named("mini").with_values(["source.scenes=16", "source.scenes_per_shard=16"])
-    render_scenes(job.Job(verb="render_scenes", recipe=recipe, out=str(out)))
-    latents = encode_latents(
-        recipe.latents.model_copy(update={"rows_per_unit": 4}),
-        model="mini-v",
-        shards=list_shards(str(out / "shards")),
-        source="scenes",
-        url=str(out / "latents"),
-        run=in_process,
-    )
-    told = comparison(out, latents=latents.url).compare(
+    told = comparison(out, latents=encode_scenes(out)).compare(
         start=lambda name, parents: ({}, None), run=in_process, on_report=lambda figures: None
     )
     return out, told

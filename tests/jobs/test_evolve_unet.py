@@ -8,21 +8,18 @@ import pytest
 import torch
 from in_process import in_process
 from latency_inputs import known_table
+from scene_latents import encode_scenes
 
 from jobs import evolve_unet as job
 from jobs.evaluation import Prompts
 from jobs.evolution import Evolution, EvolutionSettings
 from jobs.evolution_page import render_evolution
 from jobs.first_weights import own_architecture, with_architecture
-from jobs.recipes import recipe_named
-from jobs.render_scenes import render_scenes
 from jobs.train_robust import RobustTraining
 from jobs.trainer import TrainerSettings, TrainingError
 from pipelines.intake import Bounds
-from pipelines.latents import encode_latents
 from pipelines.loader import LoaderSettings
 from pipelines.samples import Samples
-from pipelines.sources.webdataset import list_shards
 from pipelines.stages.judge import Judge
 from pipelines.stages.sample import DrawAndJudge, Drawing, Sampler
 from pipelines.tables import open_table
@@ -54,17 +51,7 @@ SETTINGS = EvolutionSettings(
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    recipe = recipe_named("mini").with_values(["source.scenes=16", "source.scenes_per_shard=16"])
-    render_scenes(job.Job(verb="render_scenes", recipe=recipe, out=str(out)))
-    return encode_latents(
-        recipe.latents.model_copy(update={"rows_per_unit": 4}),
-        model="mini-v",
-        shards=list_shards(str(out / "shards")),
-        source="scenes",
-        url=str(out / "latents"),
-        run=in_process,
-    ).url
+    return encode_scenes(tmp_path_factory.mktemp("run"))
 
 
 def evolution(out, *, latents, objective_ms, table=TABLE, run=in_process, rounds=None, settings=SETTINGS):

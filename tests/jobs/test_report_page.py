@@ -96,6 +96,7 @@ def content(**changes):
                         error=-0.05,
                         parameters=859_520_964,
                         macs=401_636_720_640,
+                        turns=20,
                     ),
                 ),
                 charts=(

@@ -4,16 +4,11 @@ import json
 
 import pytest
 import torch
-from in_process import in_process
+from scene_latents import encode_scenes
 
 from jobs import train_efficient, train_robust
-from jobs.cli import Job
 from jobs.first_weights import named_architecture, own_architecture, with_architecture
-from jobs.recipes import recipe_named
-from jobs.render_scenes import render_scenes
 from jobs.trainer import TrainingError
-from pipelines.latents import encode_latents
-from pipelines.sources.webdataset import list_shards
 from snapfusion.models.architecture import ArchitectureError, table_3
 from snapfusion.models.load import load
 from snapfusion.models.unet import UNetError, architecture_of
@@ -40,16 +35,7 @@ def options(out, stage, *more):
 def run(ray_cluster, tmp_path_factory):
     """LATENTS, the robust model, and the efficient one made of that."""
     out = tmp_path_factory.mktemp("run")
-    recipe = recipe_named("mini").with_values(["source.scenes=16", "source.scenes_per_shard=16"])
-    render_scenes(Job(verb="render_scenes", recipe=recipe, out=str(out)))
-    encode_latents(
-        recipe.latents.model_copy(update={"rows_per_unit": 4}),
-        model="mini-v",
-        shards=list_shards(str(out / "shards")),
-        source="scenes",
-        url=str(out / "latents"),
-        run=in_process,
-    )
+    encode_scenes(out)
     assert train_robust.main(options(out, "robust")) == 0
     assert train_efficient.main(options(out, "efficient", "efficient.begin=run:robust/model")) == 0
     return out
