@@ -15,6 +15,7 @@ from jobs.cli import Job, run
 from jobs.cluster import connect, runner
 from jobs.evolve_unet import latency_table
 from jobs.exits import leave
+from jobs.finetune_vpred import placed_in_run
 from jobs.first_weights import named_architecture, own_architecture
 from jobs.progress import show
 from jobs.reports import show_reports
@@ -31,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare_chance(job: Job) -> None:
     """Make what is not made yet, and write the figures."""
     model = job.source(job.recipe.evolution.begin)
+    settings = job.recipe.chance
+    training = placed_in_run(settings.training, job)
     comparison = Comparison(
-        settings=job.recipe.chance,
+        settings=settings.model_copy(update={"training": training}),
         model=model,
         evolved=named_architecture(job.place("evolution/architecture.json"), of=own_architecture(model)),
         table=latency_table(job),

@@ -103,7 +103,6 @@ class Round:
 
     Attributes:
         number: from 0.
-        model: the source of what was scored.
         clip: mean score of the whole model, with its interval; None in a round that scored nothing.
         scores: of each block.
         decision: what was decided.
@@ -111,7 +110,6 @@ class Round:
     """
 
     number: int
-    model: str
     clip: tuple[float, float, float] | None
     scores: tuple[Score, ...]
     decision: Decision
@@ -213,7 +211,7 @@ class Evolution:
     def _rounds(self) -> Iterator[Round]:
         architecture, model, growths = own_architecture(self.model), self.model, 0
         for number in range(self.settings.rounds):
-            found = self._known(number, model=model) or self._round(
+            found = self._known(number) or self._round(
                 number, model=model, architecture=architecture, growths=growths
             )
             self.on_round(found)
@@ -225,14 +223,13 @@ class Evolution:
             if number + 1 < self.settings.rounds:
                 model = self._trained(number + 1, model=model, architecture=architecture)
 
-    def _known(self, number: int, *, model: str) -> Round | None:
+    def _known(self, number: int) -> Round | None:
         place = self._place(number, _DECISION)
         if not exists(place):
             return None
         told = json.loads(read_bytes(place))
         return Round(
             number=number,
-            model=model,
             clip=told["clip"],
             scores=tuple(Score.parse(score) for score in told["scores"]),
             decision=Decision.parse(told["decision"]),
@@ -254,7 +251,6 @@ class Evolution:
         )
         told = Round(
             number=number,
-            model=model,
             clip=clip,
             scores=scores,
             decision=decision,

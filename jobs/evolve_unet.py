@@ -18,6 +18,7 @@ from jobs.cluster import connect, runner
 from jobs.evolution import ACTION_HOURS, HISTORY, Evolution, EvolutionSettings, Round
 from jobs.evolution_page import charts_of, render_evolution
 from jobs.exits import leave
+from jobs.finetune_vpred import placed_in_run
 from jobs.progress import duration, show
 from jobs.reports import show_reports
 from jobs.timing import setting_of
@@ -51,8 +52,9 @@ def evolve_unet(job: Job) -> None:
 
     if not exists(job.place(f"evolution/{HISTORY}")):
         connect(job.recipe.cluster)
+    training = placed_in_run(settings.training, job)
     history = Evolution(
-        settings=settings,
+        settings=settings.model_copy(update={"training": training}),
         objective_ms=settings.latency_ms,
         model=job.source(settings.begin),
         latents_url=job.place("latents"),

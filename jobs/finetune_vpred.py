@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -62,6 +62,9 @@ class VpredSettings(StudentTraining):
     loop: LoopSettings = LoopSettings(
         num_steps=1000, global_batch=64, learning_rate=1e-3, warmup_steps=50, ema_decay=0.99
     )
+
+
+Kind = TypeVar("Kind", bound=VpredSettings)
 
 
 def finetune_vpred(
@@ -228,24 +231,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def finetune(job: Job) -> None:
     """Make the run's v model; one that is there already is left, and a model that predicts v has no need."""
-    from jobs.cluster import connect
-
     if load(job.recipe.model).prediction_type == "v_prediction":
         print(f"  {job.recipe.model} predicts v already")
         return
     place = job.place("vpred")
-    if not exists(f"{place}/{METRICS}"):
-        connect(job.recipe.cluster)
-    settings = job.recipe.vpred
-    metrics = finetune_vpred(
-        settings.model_copy(update={"watch": in_run(settings.watch, job)}),
-        model=job.recipe.model,
-        latents_url=job.place("latents"),
-        out_url=place,
-        on_report=show_reports(),
-    )
+    metrics = train_in_run(job, job.recipe.vpred, model=job.recipe.model, place=place)
     evaluation = metrics["evaluation"]
     print(f"  {place}/model: L_ori {evaluation['loss']:.5f} on {evaluation['rows']} held-out rows")
+
+
+def train_in_run(
+    job: Job, settings: VpredSettings, *, model: str, place: str, further: bool = False
+) -> dict[str, Any]:
+    """`finetune_vpred` on the LATENTS of the job's run; Ray is there only if there is something to train."""
+    from jobs.cluster import connect
+
+    if not exists(f"{place}/{METRICS}"):
+        connect(job.recipe.cluster)
+    return finetune_vpred(
+        placed_in_run(settings, job),
+        model=model,
+        latents_url=job.place("latents"),
+        out_url=place,
+        further=further,
+        on_report=show_reports(),
+    )
+
+
+def placed_in_run(settings: Kind, job: Job) -> Kind:
+    """The settings with what the watch reads where it lies in the job's run."""
+    return settings.model_copy(update={"watch": in_run(settings.watch, job)})
 
 
 def preview(job: Job) -> list[str]:

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jobs.exits import leave
-from jobs.finetune_vpred import VpredSettings, finetune_vpred
+from jobs.finetune_vpred import VpredSettings, train_in_run
 from jobs.first_weights import TABLE_3, named_architecture, own_architecture, with_architecture
 from jobs.plans import VPRED
-from jobs.reports import show_reports
 from jobs.result import METRICS
-from jobs.watch import in_run
 from pipelines.storage import exists
 from snapfusion.models.cost import costs_of
 from snapfusion.settings import Settings
@@ -50,23 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_efficient(job: Job) -> None:
     """Make the run's efficient model; one that is there already is left."""
-    from jobs.cluster import connect
-
     settings, place = job.recipe.efficient, job.place("efficient")
-    if not exists(f"{place}/{METRICS}"):
-        connect(job.recipe.cluster)
-    origin = own_architecture(job.source(settings.begin))
+    begin = job.source(settings.begin)
+    origin = own_architecture(begin)
     architecture = named_architecture(job.source(settings.architecture), of=origin)
-    first = with_architecture(job.source(settings.begin), architecture, url=job.place("efficient-first"))
-    training = settings.training
-    metrics = finetune_vpred(
-        training.model_copy(update={"watch": in_run(training.watch, job)}),
-        model=first,
-        latents_url=job.place("latents"),
-        out_url=place,
-        further=True,
-        on_report=show_reports(),
-    )
+    first = with_architecture(begin, architecture, url=job.place("efficient-first"))
+    metrics = train_in_run(job, settings.training, model=first, place=place, further=True)
     sizes = [costs_of(one).whole.parameters for one in (origin, architecture)]
     print(
         f"  {place}/model: {sizes[1]:,} parameters of {sizes[0]:,}, L_ori "

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jobs.exits import leave
-from jobs.finetune_vpred import VpredSettings, finetune_vpred
+from jobs.finetune_vpred import VpredSettings, train_in_run
 from jobs.plans import VPRED
-from jobs.reports import show_reports
 from jobs.result import METRICS
-from jobs.watch import in_run
 from pipelines.storage import exists
 from snapfusion.settings import Settings
 from snapfusion.training.robust import SkipSettings
@@ -57,20 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_robust(job: Job) -> None:
     """Make the run's robust model; one that is there already is left."""
-    from jobs.cluster import connect
-
     settings, place = job.recipe.robust, job.place("robust")
-    if not exists(f"{place}/{METRICS}"):
-        connect(job.recipe.cluster)
-    training = settings.training
-    metrics = finetune_vpred(
-        training.model_copy(update={"watch": in_run(training.watch, job)}),
-        model=job.source(settings.begin),
-        latents_url=job.place("latents"),
-        out_url=place,
-        further=True,
-        on_report=show_reports(),
-    )
+    model = job.source(settings.begin)
+    metrics = train_in_run(job, settings.training, model=model, place=place, further=True)
     evaluation = metrics["evaluation"]
     print(
         f"  {place}/model: L_ori {evaluation['loss']:.5f} on {evaluation['rows']} held-out rows, all blocks"

@@ -180,6 +180,10 @@ def test_the_rounds_of_evolution_are_those_of_the_file():
         )
     assert rows("Evolution")[1 : 1 + len(expected)] == expected
     first, last = found["rounds"][0]["decision"], found["rounds"][-1]["decision"]
+    # The table that it evolved by is the one on this page.
+    table = LatencyTable.parse(latency("mini")["table"])
+    assert table.predict_ms(Architecture.parse(found["origin"])) == first["before_ms"]
+    assert f"60 % of the {first['before_ms']:.2f} ms that it predicts" in FLOWING
     assert last["after_ms"] <= found["objective_ms"] < 0.6 * first["before_ms"]
     best = max((Score.parse(score) for score in found["rounds"][0]["scores"]), key=lambda score: score.value)
     value, low, high = best.delta_clip

@@ -11,10 +11,13 @@ from latency_inputs import known_table
 from scene_latents import encode_scenes
 
 from jobs import evolve_unet as job
-from jobs.evaluation import Prompts
+from jobs.cli import Job
+from jobs.evaluation import Prompts, captions_of
 from jobs.evolution import Evolution, EvolutionSettings
 from jobs.evolution_page import render_evolution
+from jobs.finetune_vpred import placed_in_run
 from jobs.first_weights import own_architecture, with_architecture
+from jobs.recipes import recipe_named
 from jobs.train_robust import RobustTraining
 from jobs.trainer import TrainerSettings, TrainingError
 from pipelines.intake import Bounds
@@ -26,8 +29,10 @@ from pipelines.tables import open_table
 from snapfusion.evolution.latency import LatencyError
 from snapfusion.evolution.search import EvolutionError, Pace
 from snapfusion.models.architecture import Architecture
+from snapfusion.models.blocks import without
 from snapfusion.models.load import load
 from snapfusion.models.unet import architecture_of
+from snapfusion.noise import noise_key
 from snapfusion.training.loop import LoopSettings
 from snapfusion.training.robust import SkipSettings
 
@@ -118,10 +123,6 @@ def test_the_blocks_that_go_are_those_that_lose_least_clip_a_millisecond(evolved
 def test_a_score_is_the_mean_loss_of_the_same_captions_and_noise(evolved):
     first = evolved[1]["rounds"][0]
     # By hand, without a table.
-    from jobs.evaluation import captions_of
-    from snapfusion.models.blocks import without
-    from snapfusion.noise import noise_key
-
     captions = captions_of(SETTINGS.prompts)
     artist = DrawAndJudge(
         model="mini-v",
@@ -294,6 +295,14 @@ def test_a_table_of_this_run_that_was_measured_elsewhere_is_refused(tmp_path, ca
     place.write_text(json.dumps({"table": known_table(ORIGIN, device="another machine").to_values()}))
     assert job.main(options(tmp_path, "evolution.latency_ms=9")) == 2
     assert 'device is "another machine" there' in capsys.readouterr().err
+
+
+def test_what_a_watch_reads_in_the_run_is_found_there():
+    recipe = recipe_named("sd15")
+    here = Job(verb="evolve_unet", recipe=recipe, out="s3://bucket/run")
+    placed = placed_in_run(recipe.evolution.training, here)
+    assert placed.watch.references == "s3://bucket/run/evaluation/references"
+    assert placed.skip == recipe.evolution.training.skip
 
 
 def test_a_dry_run_says_what_an_action_costs(capsys):
