@@ -1,30 +1,49 @@
 """What is compiled for a phone: networks with fixed shapes and named inputs and outputs.
 
-decoder   latent [1,4,h,w] float32, scaled as our tables store it -> image [1,3,H,W] float32 in 0 .. 1
+text_encoder   token_ids [1,L] int32 -> c [1,L,D]
+unet           z_t [1,4,h,w], t [1], c [1,L,D] -> output [1,4,h,w], which is eps or v
+               guided in one call: z_t [1,4,h,w], t [1], c [2,L,D] of "" and the caption -> output [2,4,h,w]
+decoder        latent [1,4,h,w], scaled as our tables store it -> image [1,3,H,W] in 0 .. 1
 
-The division by the VAE's scaling factor, the change of range and the clamp are part of the program, so that
-an application needs no constant of ours and cannot forget one.
+All but token ids are floating point. The division by the VAE's scaling factor, the change of range and the
+clamp are part of the decoder's program, so that an application needs no constant of ours and cannot forget
+one; so is the causal mask of the text encoder, and the doubling of z_t.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
+from snapfusion.export.attention import Form, rearrange
 from snapfusion.models.decoder import HalfDecoder
+from snapfusion.models.told import is_told
+from snapfusion.models.unet import BlockUNet, UNetError
+
+MASKED = -1e4
+"""Added to a later word's logit: its softmax is 0 in float16 too, and unlike -inf it can be compressed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Port:
-    """An input or an output of a program: its name and its fixed shape. Values are floating point."""
+    """An input or an output of a program: its name, its fixed shape, and what kind of numbers it holds."""
 
     name: str
     shape: tuple[int, ...]
+    kind: Literal["float", "int32"] = "float"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In torch."""
+        return torch.int32 if self.kind == "int32" else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +56,8 @@ class FixedModule:
     outputs: tuple[Port, ...]
 
     def example(self) -> tuple[Tensor, ...]:
-        """Inputs of the right shapes, float32 zeros, for tracing."""
-        return tuple(torch.zeros(port.shape) for port in self.inputs)
+        """Inputs of the right shapes and kinds, all zeros, for tracing."""
+        return tuple(torch.zeros(port.shape, dtype=port.dtype) for port in self.inputs)
 
     def trace(self) -> torch.export.ExportedProgram:
         """The network as a graph of ATen operations with these shapes."""
@@ -53,8 +72,11 @@ class FixedModule:
             ValueError: if a shape is not the port's.
         """
         check_inputs(inputs, ports=self.inputs)
-        image: Tensor = self.network(*(torch.from_numpy(array).float() for array in inputs))
-        return image.numpy()
+        given = (
+            torch.from_numpy(array).to(port.dtype) for array, port in zip(inputs, self.inputs, strict=True)
+        )
+        output: Tensor = self.network(*given)
+        return output.numpy()
 
 
 def check_inputs(inputs: Sequence[np.ndarray], *, ports: Sequence[Port]) -> None:
@@ -67,6 +89,40 @@ def check_inputs(inputs: Sequence[np.ndarray], *, ports: Sequence[Port]) -> None
     accepted = [port.shape for port in ports]
     if given != accepted:
         raise ValueError(f"inputs of shapes {given} given; {accepted} is accepted: shapes are fixed")
+
+
+class TextProgram(nn.Module):
+    """Token ids -> the condition c: CLIP's text tower, whose causal mask is a constant."""
+
+    def __init__(self, text_encoder: CLIPTextModel, *, length: int) -> None:
+        super().__init__()
+        self.embeddings, self.encoder = text_encoder.embeddings, text_encoder.encoder
+        self.final_layer_norm = text_encoder.final_layer_norm
+        mask = torch.full((length, length), MASKED).triu(diagonal=1)
+        self.register_buffer("mask", mask[None, None], persistent=False)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[1,L] to [1,L,D]."""
+        positions = self.embeddings.position_embedding.weight[: token_ids.shape[1]]
+        hidden = self.embeddings.token_embedding(token_ids) + positions
+        for layer in self.encoder.layers:
+            hidden = layer(hidden, attention_mask=self.mask)
+        normed: Tensor = self.final_layer_norm(hidden)
+        return normed
+
+
+class UNetProgram(nn.Module):
+    """What the UNet predicts of z_t at t, for each of the conditions it is given."""
+
+    def __init__(self, unet: UNet2DConditionModel | BlockUNet) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, z_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        """[1,4,h,w], [1] and [B,L,D] to [B,4,h,w]."""
+        each = z_t if c.shape[0] == 1 else torch.cat([z_t] * c.shape[0])
+        output: Tensor = self.unet(each, t, encoder_hidden_states=c, return_dict=False)[0]
+        return output
 
 
 class DecoderProgram(nn.Module):
@@ -94,6 +150,61 @@ class _FullDecoder(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         image: Tensor = self.decoder(self.post_quant_conv(latent / self.scaling_factor))
         return image
+
+
+def text_encoder_module(text_encoder: CLIPTextModel, *, length: int) -> FixedModule:
+    """The text encoder for captions of `length` tokens."""
+    return FixedModule(
+        name="text_encoder",
+        network=TextProgram(text_encoder, length=length).float().eval(),
+        inputs=(Port(name="token_ids", shape=(1, length), kind="int32"),),
+        outputs=(Port(name="c", shape=(1, length, text_encoder.config.hidden_size)),),
+    )
+
+
+def unet_module(
+    unet: UNet2DConditionModel | BlockUNet,
+    *,
+    condition_shape: tuple[int, int],
+    conditions: Literal[1, 2],
+    form: Form = "diffusers",
+) -> FixedModule:
+    """The UNet for `conditions` at a time, each of `condition_shape` = (L, D).
+
+    Args:
+        unet: left as it is.
+        condition_shape: of c, without its batch.
+        conditions: 2 computes both halves of the guidance (Eq. 3) in one call; 1 needs two calls.
+        form: of its attention.
+
+    Raises:
+        UNetError: if the UNet takes the guidance scale as an input, which no program here hands over.
+    """
+    if is_told(unet):
+        raise UNetError(
+            "the UNet is told the guidance scale (Meng et al.); programs for phones have no port for it"
+        )
+    # Shares the weights: only modules that `rearrange` puts in another place are copied.
+    network = _shell(unet)
+    rearrange(network, form=form)
+    size = int(unet.config["sample_size"])
+    shape = (1, int(unet.config["in_channels"]), size, size)
+    return FixedModule(
+        name="unet",
+        network=UNetProgram(network).float().eval(),
+        inputs=(
+            Port(name="z_t", shape=shape),
+            Port(name="t", shape=(1,)),
+            Port(name="c", shape=(conditions, *condition_shape)),
+        ),
+        outputs=(Port(name="output", shape=(conditions, *shape[1:])),),
+    )
+
+
+def _shell(network: nn.Module) -> nn.Module:
+    """A copy of the modules with the very same tensors, of which a full-size UNet has gigabytes."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return deepcopy(network, memo={id(tensor): tensor for tensor in tensors})
 
 
 def decoder_module(
