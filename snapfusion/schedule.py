@@ -72,6 +72,13 @@ class Schedule:
         """alpha_t^2 / sigma_t^2 as [B,1,1,1] float32; infinite at the clean end. SnapFusion Eq. 9."""
         return (self.alpha(t) / self.sigma(t)) ** 2
 
+    def numbers(self, t: int) -> tuple[float, float]:
+        """alpha_t and sigma_t in float64, for one t in -1 .. T-1. SnapFusion Eq. 1."""
+        if not -1 <= t < self.num_steps:
+            raise ValueError(f"t is {t}; -1 .. {self.num_steps - 1} is accepted")
+        tables: tuple[Tensor, Tensor] = (getattr(self, "_alphas"), getattr(self, "_sigmas"))  # noqa: B009
+        return float(tables[0][t + 1]), float(tables[1][t + 1])
+
     def _lookup(self, table: str, t: Tensor) -> Tensor:
         # Checked where it is free: on an accelerator a look at the values would stall the queue every step.
         if t.device.type == "cpu" and t.numel() and (int(t.min()) < -1 or int(t.max()) >= self.num_steps):

@@ -1,0 +1,87 @@
+"""Text to image by compiled programs alone: what an application does, in NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from snapfusion.export.steps import Steps
+
+Program = Callable[[Sequence[np.ndarray]], np.ndarray]
+"""Inputs in the order of the ports -> the first output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The three programs of a model, whatever runs them.
+
+    Attributes:
+        text_encoder: token_ids [1,L] int32 -> c [1,L,D].
+        unet: z_t [1,4,h,w], t [1], c [n,L,D] -> output [n,4,h,w].
+        decoder: latent [1,4,h,w] -> image [1,3,H,W] in 0 .. 1.
+        conditions: n, the conditions that the UNet takes at a time: 2, or 1 and it is called twice.
+    """
+
+    text_encoder: Program
+    unet: Program
+    decoder: Program
+    conditions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """One step of a loop: what the UNet was given, its guided halves, and where the step landed.
+
+    Attributes:
+        t: the time.
+        z_t: [1,4,h,w] float32, before.
+        outputs: [2,4,h,w] float32, of the empty caption and of the caption.
+        z_next: [1,4,h,w] float32, after.
+    """
+
+    t: int
+    z_t: np.ndarray
+    outputs: np.ndarray
+    z_next: np.ndarray
+
+
+def conditions(programs: Programs, *, ids: np.ndarray) -> np.ndarray:
+    """c of each row of token ids, [B,L] int32 to [B,L,D] float32."""
+    return np.concatenate([programs.text_encoder([row[None]]) for row in ids])
+
+
+def walk(programs: Programs, *, c: np.ndarray, noise: np.ndarray, steps: Steps, w: float) -> Iterator[Moment]:
+    """The steps from noise to the clean end. SnapFusion Eq. 2, 3.
+
+    Args:
+        programs: what computes.
+        c: [2,L,D] float32, of the empty caption and of the caption.
+        noise: [1,4,h,w] float32.
+        steps: the sampler's numbers.
+        w: the guidance scale.
+    """
+    z_t: np.ndarray = noise.astype(np.float32)
+    for step in steps.steps:
+        t = np.array([step.t], np.float32)
+        parts = [c] if programs.conditions == len(c) else np.split(c, len(c))
+        outputs = np.concatenate([programs.unet([z_t, t, part]) for part in parts])
+        uncond, cond = outputs[:1], outputs[1:]
+        output = np.float32(w) * cond - np.float32(w - 1.0) * uncond
+        z_next = np.float32(step.from_z) * z_t + np.float32(step.from_output) * output
+        yield Moment(t=step.t, z_t=z_t, outputs=outputs, z_next=z_next)
+        z_t = z_next
+
+
+def draw(programs: Programs, *, ids: np.ndarray, noise: np.ndarray, steps: Steps, w: float) -> np.ndarray:
+    """The image [1,3,H,W] float32 in 0 .. 1 of token ids [2,L] (the empty caption's, the caption's)."""
+    latent = noise
+    for moment in walk(programs, c=conditions(programs, ids=ids), noise=noise, steps=steps, w=w):
+        latent = moment.z_next
+    return programs.decoder([latent])
+
+
+def to_pixels(image: np.ndarray) -> np.ndarray:
+    """[1,3,H,W] in 0 .. 1 as uint8 [H,W,3], rounded to nearest."""
+    return np.rint(image[0].transpose(1, 2, 0) * 255.0).clip(0, 255).astype(np.uint8)
