@@ -7,7 +7,6 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from snapfusion.export.coreml import check_weights, compile_coreml, describe_package, read_program
-from snapfusion.export.executorch import ExecuTorchProgram, compile_executorch
 from snapfusion.export.mil import Operation, Program, UnknownOperationError, evaluate
 from snapfusion.export.modules import Port, decoder_module
 from snapfusion.export.parity import ParityError, check_parity
@@ -78,20 +77,6 @@ def test_half_decoder_differs_from_its_own_output_in_range_alone(half, latents, 
 def test_other_shapes_are_refused(half):
     with pytest.raises(ValueError, match=r"\(1, 4, 9, 8\).* given; .*\(1, 4, 8, 8\)"):
         half.reference([np.zeros((1, 4, 9, 8), np.float32)])
-
-
-def test_executorch_program_is_executed_and_agrees(half, latents, references, capfd):
-    compiled = compile_executorch(half)
-    program = ExecuTorchProgram(compiled)
-    outputs = [program([latent]) for latent in latents]
-    parity = check_parity(artifact="decoder.pte", outputs=outputs, references=references)
-    assert parity.samples == 4
-    assert parity.psnr_db > 90
-    assert capfd.readouterr().err == ""
-    with pytest.raises(ValueError, match=r"refuses inputs of shapes \[\(1, 4, 4, 4\)\]"):
-        program([np.zeros((1, 4, 4, 4), np.float32)])
-    with pytest.raises(ValueError, match="not an ExecuTorch program"):
-        ExecuTorchProgram(compiled[: len(compiled) // 2])
 
 
 def test_package_states_named_float16_ports_and_holds_nothing_in_float32(package, half):
