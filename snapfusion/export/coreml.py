@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,23 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from snapfusion.export.mil import Operation, Program
+from snapfusion.export.mil import FLOAT16_END, Operation, Program, Value
 from snapfusion.export.modules import FixedModule, Port
 from snapfusion.export.parity import ParityError
 from snapfusion.export.quiet import quiet
 
 WEIGHT_ERROR_LIMIT = 2.0**-10
 """Of the largest weight of a tensor. float16 rounds to half of this, and folding a factor rounds again."""
+
+TIMESTEP = "t"
+"""The port that stays in float32, and all that is computed of it up to its sines and cosines."""
+
+WAVES = ("sin", "cos")
+# What lies between a timestep and its waves; the search for them ends at any other kind.
+_TOWARDS_WAVES = ("mul", "expand_dims", "tile", "slice_by_index", "reshape", "cast")
+
+# Values by which weights of one size are told apart.
+_FEW = 4096
 
 # Identifiers for tools that trace a program back to its source; a phone has no use for them.
 _DEBUG_FILES = ("executorch_debug_handle_mapping.json",)
@@ -46,7 +56,10 @@ class CoreMLDescription:
         specification_version: 8 is iOS 17.
         operations: how many of each kind, constants left out.
         weight_bytes: size of the weight file.
-        float32_weights: names of weights that were not stored as float16; none is expected.
+        float32_weights: names of weights that were not stored as float16, but for the timestep's frequencies;
+            none is expected.
+        float32_results: names of results computed in float32, but for the timestep's waves and what they are
+            computed from; none is expected.
     """
 
     inputs: tuple[CoreMLPort, ...]
@@ -55,6 +68,7 @@ class CoreMLDescription:
     operations: dict[str, int]
     weight_bytes: int
     float32_weights: tuple[str, ...]
+    float32_results: tuple[str, ...]
 
     def to_values(self) -> dict[str, Any]:
         """Plain JSON values, for a manifest."""
@@ -64,14 +78,16 @@ class CoreMLDescription:
 def compile_coreml(module: FixedModule, package: Path) -> None:
     """Write the module as an `.mlpackage` folder: an ML program with float16 weights, ports and arithmetic.
 
+    Token ids are int32. The timestep is float32, and so is what is computed of it until its sines and
+    cosines are taken: t reaches 999, where float16 is half a unit apart, and so would be a wave's angle.
+
     The same module gives the same bytes.
 
     Raises:
-        ValueError: if there is something at `package` already.
+        ValueError: if there is something at `package` already, or a weight is beyond float16.
     """
-    if package.exists():
-        raise ValueError(f"{package} exists; a package is never written over")
-    package.parent.mkdir(parents=True, exist_ok=True)
+    _check_free(package)
+    _check_range(module)
     with quiet(), tempfile.TemporaryDirectory(dir=package.parent) as scratch:
         import coremltools
 
@@ -82,7 +98,7 @@ def compile_coreml(module: FixedModule, package: Path) -> None:
             outputs=[coremltools.TensorType(name=port.name, dtype=np.float16) for port in module.outputs],
             convert_to="mlprogram",
             minimum_deployment_target=coremltools.target.iOS17,
-            compute_precision=coremltools.precision.FLOAT16,
+            compute_precision=coremltools.transform.FP16ComputePrecision(op_selector=_fits_float16),
             skip_model_load=True,
         )
         del model.user_defined_metadata[_CONVERSION_DATE]
@@ -94,8 +110,34 @@ def compile_coreml(module: FixedModule, package: Path) -> None:
         partial.rename(package)
 
 
+def _check_free(package: Path) -> None:
+    if package.exists():
+        raise ValueError(f"{package} exists; a package is never written over")
+    package.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _check_range(module: FixedModule) -> None:
+    for name, tensor in module.network.state_dict().items():
+        if tensor.is_floating_point() and not float(tensor.abs().max()) <= FLOAT16_END:
+            raise ValueError(
+                f"weight {name} of {module.name} holds {float(tensor.abs().max()):.6g}, "
+                f"and float16 ends at {FLOAT16_END:g}; scale it, or compile for another runtime"
+            )
+
+
 def _tensor_type(coremltools: Any, port: Port) -> Any:  # noqa: ANN401 - coremltools has no types
-    return coremltools.TensorType(name=port.name, shape=port.shape, dtype=np.float16)
+    wide = np.float32 if port.name == TIMESTEP else np.float16
+    dtype = np.int32 if port.kind == "int32" else wide
+    return coremltools.TensorType(name=port.name, shape=port.shape, dtype=dtype)
+
+
+def _fits_float16(op: Any) -> bool:  # noqa: ANN401 - coremltools has no types
+    """Whether the operation may be computed in float16: whether no wave is computed from its result."""
+    if op.op_type in WAVES:
+        return False
+    if op.op_type not in _TOWARDS_WAVES:
+        return True
+    return all(_fits_float16(reader) for output in op.outputs for reader in output.child_ops)
 
 
 def _settle_identifiers(manifest: Path) -> None:
@@ -111,14 +153,18 @@ def describe_package(package: Path) -> CoreMLDescription:
     """Read a package back and say what it holds."""
     program = read_program(package)
     specification = _open(package).get_spec()
-    weights = program.weights()
+    exact = program.before(WAVES)
+    wide_weights = {name for name, array in program.weights().items() if array.dtype != np.float16}
+    wide_results = {value.name for value in program.results() if value.dtype == "float32"}
+    waves = {operation.name for operation in program.operations if operation.kind in WAVES}
     return CoreMLDescription(
         inputs=_stated(specification.description.input),
         outputs=_stated(specification.description.output),
         specification_version=int(specification.specificationVersion),
         operations=dict(sorted(Counter(operation.kind for operation in program.operations).items())),
         weight_bytes=sum(path.stat().st_size for path in package.rglob("weight.bin")),
-        float32_weights=tuple(sorted(name for name, array in weights.items() if array.dtype != np.float16)),
+        float32_weights=tuple(sorted(wide_weights - exact)),
+        float32_results=tuple(sorted(wide_results - exact - waves)),
     )
 
 
@@ -137,18 +183,22 @@ def read_program(package: Path) -> Program:
     function = loaded.functions["main"]
     constants = {op.outputs[0].name: op.outputs[0].val for op in function.operations if op.op_type == "const"}
     return Program(
-        inputs=tuple(Port(name=name, shape=tuple(var.shape)) for name, var in function.inputs.items()),
-        outputs=tuple(Port(name=var.name, shape=tuple(var.shape)) for var in function.outputs),
+        inputs=tuple(_value(var) for var in function.inputs.values()),
+        outputs=tuple(_value(var) for var in function.outputs),
         constants=constants,
         operations=tuple(_operation(op) for op in function.operations if op.op_type != "const"),
     )
 
 
-def check_weights(program: Program, parameters: Mapping[str, Tensor]) -> float:
-    """Find each matrix and kernel of the network among the program's weights, rounded to float16.
+def check_weights(programs: Program | Sequence[Program], parameters: Mapping[str, Tensor]) -> float:
+    """Find each matrix and kernel of the network among the programs' weights, rounded to float16.
 
     Vectors are left out: the converter folds constants into biases. A factor folded into a kernel is allowed
     for.
+
+    Args:
+        programs: one, or the chunks of one.
+        parameters: of the network, by name.
 
     Returns:
         The largest error, relative to the largest weight of its tensor; below `WEIGHT_ERROR_LIMIT`.
@@ -156,14 +206,16 @@ def check_weights(program: Program, parameters: Mapping[str, Tensor]) -> float:
     Raises:
         ParityError: naming the first tensor that is not there.
     """
-    weights = list(program.weights().values())
+    chunks = [programs] if isinstance(programs, Program) else programs
+    weights = defaultdict(list)
+    for weight in (weight for chunk in chunks for weight in chunk.weights().values()):
+        weights[weight.size].append(weight.ravel())
     worst = 0.0
     for name, tensor in parameters.items():
         if tensor.ndim < 2 or not tensor.is_floating_point():
             continue
-        wanted = tensor.detach().cpu().double().numpy().ravel()
-        errors = [_relative_error(found, wanted=wanted) for found in weights if found.size == wanted.size]
-        error = min(errors, default=float("inf"))
+        wanted = tensor.detach().cpu().numpy().ravel()
+        error = _least_error(weights[wanted.size], wanted=wanted)
         if not error <= WEIGHT_ERROR_LIMIT:
             raise ParityError(
                 f"the Core ML program lacks the network's weight {name}: the nearest differs by {error:.3g} "
@@ -173,12 +225,19 @@ def check_weights(program: Program, parameters: Mapping[str, Tensor]) -> float:
     return worst
 
 
+def _least_error(weights: Sequence[np.ndarray], *, wanted: np.ndarray) -> float:
+    # A full-size UNet has dozens of each size: the nearest is known by a few of its values.
+    few = slice(None, None, max(1, wanted.size // _FEW))
+    ranked = sorted(weights, key=lambda found: _relative_error(found[few], wanted=wanted[few]))
+    return min((_relative_error(found, wanted=wanted) for found in ranked[:1]), default=float("inf"))
+
+
 def _relative_error(found: np.ndarray, *, wanted: np.ndarray) -> float:
-    values = found.astype(np.float64).ravel()
-    energy = float(wanted @ wanted)
-    factor = float(values @ wanted) / energy if energy else 1.0
-    largest = float(np.abs(factor * wanted).max())
-    difference = float(np.abs(values - factor * wanted).max())
+    values, target = found.astype(np.float64), wanted.astype(np.float64)
+    energy = float(target @ target)
+    factor = float(values @ target) / energy if energy else 1.0
+    largest = float(np.abs(factor * target).max())
+    difference = float(np.abs(values - factor * target).max())
     return difference / largest if largest else difference
 
 
@@ -207,12 +266,18 @@ def _stated(features: Any) -> tuple[CoreMLPort, ...]:  # noqa: ANN401 - a protob
 
 
 def _operation(op: Any) -> Operation:  # noqa: ANN401 - coremltools has no types
-    from coremltools.converters.mil.mil.types import nptype_from_builtin
-
-    (output,) = op.outputs
     return Operation(
         kind=op.op_type,
-        inputs={name: var.name for name, var in op.inputs.items() if var is not None},
-        output=output.name,
-        dtype=np.dtype(nptype_from_builtin(output.dtype)).name,
+        inputs={argument: _names(given) for argument, given in op.inputs.items() if given is not None},
+        outputs=tuple(_value(output) for output in op.outputs),
     )
+
+
+def _names(given: Any) -> str | tuple[str, ...]:  # noqa: ANN401 - coremltools has no types
+    return tuple(var.name for var in given) if isinstance(given, list | tuple) else str(given.name)
+
+
+def _value(var: Any) -> Value:  # noqa: ANN401 - coremltools has no types
+    from coremltools.converters.mil.mil.types import nptype_from_builtin
+
+    return Value(name=var.name, shape=tuple(var.shape), dtype=np.dtype(nptype_from_builtin(var.dtype)).name)

@@ -4,24 +4,39 @@ Core ML exists on Apple's systems only. A program read back from its package is 
 with their weights, so it can be evaluated anywhere: arithmetic in float32, every result rounded to the dtype
 that the program states for it. In a float16 program overflow and rounding between operations thus show as
 on a device that computes in float16; the order in which it sums within an operation is its own and does not.
+
+A full-size UNet's weights would take gigabytes in float32, compressed ones more than they were compressed
+to: each is made dense and widened when an operation reads it, and let go after.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from snapfusion.export.modules import Port, check_inputs
+from snapfusion.export.operations import rule_of
+from snapfusion.export.parity import ParityError
+
+FLOAT16_END = 65504.0
+"""The largest float16."""
+
+COMPRESSED = "constexpr_"
+"""How the kinds of operations begin that make a dense weight of a compressed one."""
 
 
-class UnknownOperationError(ValueError):
-    """An operation that this file does not define."""
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """What an operation gives, or a program takes: its name, its fixed shape, its dtype as NumPy says it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +45,30 @@ class Operation:
 
     Attributes:
         kind: what it does, for example "conv".
-        inputs: the name of the value behind each argument.
-        output: the name of its result.
-        dtype: of its result, as NumPy says it.
+        inputs: the name of the value behind each argument, or the names where an argument is a list.
+        outputs: its results; most kinds have one.
     """
 
     kind: str
-    inputs: Mapping[str, str]
-    output: str
-    dtype: str
+    inputs: Mapping[str, str | tuple[str, ...]]
+    outputs: tuple[Value, ...]
+
+    @property
+    def name(self) -> str:
+        """That of the first result."""
+        return self.outputs[0].name
+
+    def reads(self) -> set[str]:
+        """The names of all values that it reads."""
+        return {name for names in self.inputs.values() for name in _listed(names)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
     """A program as data: its constants by name, and its operations in the order they run."""
 
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
     constants: Mapping[str, Any]
     operations: tuple[Operation, ...]
 
@@ -55,28 +77,107 @@ class Program:
         arrays = {name: value for name, value in self.constants.items() if isinstance(value, np.ndarray)}
         return {name: array for name, array in arrays.items() if array.dtype.kind == "f" and array.size > 1}
 
+    def results(self) -> list[Value]:
+        """What its operations give, in their order."""
+        return [value for operation in self.operations for value in operation.outputs]
 
-@torch.inference_mode()
-def evaluate(program: Program, inputs: Sequence[np.ndarray]) -> np.ndarray:
-    """The first output, float32, for inputs of the program's shapes.
+    def before(self, kinds: Iterable[str]) -> set[str]:
+        """The names of all values that operations of these kinds are computed from."""
+        wanted, found = set(kinds), set[str]()
+        for operation in reversed(self.operations):
+            if operation.kind in wanted or found.intersection(value.name for value in operation.outputs):
+                found |= operation.reads()
+        return found
+
+
+Observer = Callable[[Operation, Value, Tensor], None]
+"""Told each floating-point result, rounded, with what it is a result of."""
+
+
+def evaluate(
+    program: Program, inputs: Sequence[np.ndarray], *, observe: Observer | None = None
+) -> np.ndarray:
+    """The first output, float32, for one set of inputs; see `evaluate_chain`."""
+    return evaluate_chain([program], inputs, observe=observe)
+
+
+def evaluate_chain(
+    programs: Sequence[Program], inputs: Sequence[np.ndarray], *, observe: Observer | None = None
+) -> np.ndarray:
+    """The first output of the last program, float32.
+
+    Args:
+        programs: the chunks of a program, in their order; each takes by name what it shares with the whole,
+            and what those before it give.
+        inputs: those of the whole, in the order in which the chunks come to take them; floating point, for
+            token ids whole numbers.
+        observe: is told every floating-point result.
 
     Raises:
-        ValueError: if a shape differs.
-        UnknownOperationError: if the program holds an operation not defined here.
+        ValueError: if a shape differs, or an input for whole numbers is floating point.
+        UnknownOperationError: if a program holds an operation not defined here.
     """
-    check_inputs(inputs, ports=program.inputs)
-    values: dict[str, Any] = {name: _operand(value) for name, value in program.constants.items()}
-    for port, array in zip(program.inputs, inputs, strict=True):
-        # Our packages take float16.
-        values[port.name] = torch.from_numpy(array).half().float()
-    last_uses = _last_uses(program)
-    for operation, done in zip(program.operations, last_uses, strict=True):
-        arguments = {argument: values[name] for argument, name in operation.inputs.items()}
-        values[operation.output] = _rounded(_rule(operation.kind)(arguments), dtype=operation.dtype)
+    ports = _ports(programs)
+    given = [array.shape for array in inputs]
+    accepted = [port.shape for port in ports]
+    if given != accepted:
+        raise ValueError(f"inputs of shapes {given} given; {accepted} is accepted: shapes are fixed")
+    values = {port.name: _taken(port, array) for port, array in zip(ports, inputs, strict=True)}
+    for program in programs:
+        values |= _run(program, values, observe=observe)
+    return values[programs[-1].outputs[0].name].numpy()
+
+
+def _ports(programs: Sequence[Program]) -> list[Value]:
+    """What a chain of programs takes and none of them gives."""
+    made = {port.name for program in programs for port in program.outputs}
+    ports = {port.name: port for program in programs for port in program.inputs}
+    return [port for name, port in ports.items() if name not in made]
+
+
+def _taken(port: Value, array: np.ndarray) -> Tensor:
+    """An input as the program takes it."""
+    if not port.dtype.startswith("float") and array.dtype.kind == "f":
+        raise ValueError(f"{port.name} given as {array.dtype}; it takes whole numbers, as {port.dtype}")
+    return _rounded(torch.from_numpy(array), dtype=port.dtype)
+
+
+@torch.inference_mode()
+def _run(program: Program, inputs: Mapping[str, Tensor], *, observe: Observer | None) -> dict[str, Tensor]:
+    """All outputs by name."""
+    values = {port.name: inputs[port.name] for port in program.inputs}
+    dense = {step.name: step for step in program.operations if step.kind.startswith(COMPRESSED)}
+
+    def read(name: str) -> Any:  # noqa: ANN401 - a number, a string or a tensor
+        if name in values:
+            return values[name]
+        if name in dense:
+            return _result(dense[name], read)[0]
+        return _operand(program.constants[name])
+
+    for operation, done in zip(program.operations, _last_uses(program), strict=True):
+        if operation.name in dense:
+            continue
+        results = _result(operation, read)
+        for value, result in zip(operation.outputs, results, strict=True):
+            values[value.name] = result
+            if observe and result.is_floating_point():
+                observe(operation, value, result)
         for name in done:
-            del values[name]
-    result: Tensor = values[program.outputs[0].name]
-    return result.numpy()
+            values.pop(name, None)
+    return {port.name: values[port.name] for port in program.outputs}
+
+
+def _result(operation: Operation, read: Callable[[str], Any]) -> tuple[Tensor, ...]:
+    """Its results, each rounded to its dtype."""
+    arguments = {
+        argument: read(names) if isinstance(names, str) else [read(name) for name in names]
+        for argument, names in operation.inputs.items()
+    }
+    results = rule_of(operation.kind)(arguments)
+    several = results if isinstance(results, tuple) else (results,)
+    stated = zip(several, operation.outputs, strict=True)
+    return tuple(_rounded(result, dtype=value.dtype) for result, value in stated)
 
 
 def _last_uses(program: Program) -> list[set[str]]:
@@ -84,76 +185,119 @@ def _last_uses(program: Program) -> list[set[str]]:
     needed = {port.name for port in program.outputs}
     last_uses = []
     for operation in reversed(program.operations):
-        last_uses.append(set(operation.inputs.values()) - needed)
-        needed |= last_uses[-1]
+        # A result that nobody reads is let go at once.
+        touched = operation.reads() | {value.name for value in operation.outputs}
+        last_uses.append(touched - needed)
+        needed |= touched
     return last_uses[::-1]
+
+
+def _listed(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
 
 
 def _operand(value: Any) -> Any:  # noqa: ANN401 - a number, a string or an array
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         return torch.from_numpy(value.astype(np.float32))
+    # Packed indices and quantized weights; a shape or a list of axes is int32.
+    if isinstance(value, np.ndarray) and value.dtype.itemsize == 1 and value.dtype.kind in "iu":
+        return torch.from_numpy(value)
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def _rounded(result: Tensor, *, dtype: str) -> Tensor:
-    return result.half().float() if dtype == "float16" else result
+    """To the dtype's values; floating point is carried in float32, whole numbers in int64."""
+    if dtype == "float16":
+        return result.half().float()
+    if dtype == "uint16":
+        return result.long() & 0xFFFF
+    kept: torch.dtype = getattr(torch, dtype)
+    narrow = result.to(kept)
+    return narrow if dtype in ("float32", "bool") else narrow.long()
 
 
-def _rule(kind: str) -> Callable[[Mapping[str, Any]], Tensor]:
-    if kind not in _RULES:
-        known = ", ".join(sorted(_RULES))
-        raise UnknownOperationError(f"operation {kind!r} is not defined here; {known} are")
-    return _RULES[kind]
+@dataclass(frozen=True, kw_only=True)
+class Extreme:
+    """The result of largest magnitude among several.
+
+    Attributes:
+        value: max |x|.
+        operation: the name of what gave it.
+        kind: of that operation.
+    """
+
+    value: float
+    operation: str
+    kind: str
+
+    @property
+    def headroom(self) -> float | None:
+        """How many times larger it might be before float16 ends; None for 0."""
+        return FLOAT16_END / self.value if self.value else None
 
 
-def _conv(given: Mapping[str, Any]) -> Tensor:
-    top, bottom, left, right = given["pad"] if given["pad_type"] == "custom" else (0, 0, 0, 0)
-    return functional.conv2d(
-        functional.pad(given["x"], (left, right, top, bottom)),
-        given["weight"],
-        given.get("bias"),
-        stride=given["strides"],
-        dilation=given["dilations"],
-        groups=given["groups"],
-    )
+class Extremes:
+    """An observer: how near a program's float16 results come to the end of float16, over all samples.
+
+    Told of a result that is not finite it raises a `ParityError` that says where.
+
+    Attributes:
+        kinds: for each kind of operation the largest result.
+        logit: the largest of the products whose softmax is taken: attention's, where overflow is most to be
+            expected. None without attention. What a mask adds to them is left out throughout.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, Extreme] = {}
+        self.logit: Extreme | None = None
+        # Products that no softmax has read so far, by the names under which it may.
+        self._products: dict[str, Extreme] = {}
+        self._first: str | None = None
+        self._sample = -1
+
+    def __call__(self, operation: Operation, value: Value, result: Tensor) -> None:
+        """One more result."""
+        self._first = self._first or value.name
+        if value.name == self._first:
+            self._sample += 1
+            self._products.clear()
+        largest = float(result.abs().max())
+        if not math.isfinite(largest):
+            raise ParityError(self._refusal(operation, value=value, result=result))
+        if value.dtype != "float16":
+            return
+        found = Extreme(value=largest, operation=value.name, kind=operation.kind)
+        products = [self._products[name] for name in operation.reads() if name in self._products]
+        if operation.kind == "matmul":
+            self._products[value.name] = found
+        elif operation.kind == "softmax":
+            self.logit = max([*products, self.logit or products[0]], key=_size) if products else self.logit
+        elif operation.kind == "add" and products:
+            self._products[value.name] = products[0]
+            return
+        self.kinds[operation.kind] = max(found, self.kinds.get(operation.kind, found), key=_size)
+
+    @property
+    def largest(self) -> Extreme | None:
+        """The largest of all; None before there was a float16 result."""
+        return max(self.kinds.values(), key=_size, default=None)
+
+    def to_values(self) -> dict[str, Any]:
+        """Plain JSON values, for a manifest."""
+        told = {"largest": self.largest, "attention_logit": self.logit}
+        return {
+            "float16_end": FLOAT16_END,
+            **{name: asdict(found) | {"headroom": found.headroom} for name, found in told.items() if found},
+            "largest_by_kind": {kind: found.value for kind, found in sorted(self.kinds.items())},
+        }
+
+    def _refusal(self, operation: Operation, *, value: Value, result: Tensor) -> str:
+        bad = int((~result.isfinite()).sum())
+        return (
+            f"operation {value.name} ({operation.kind}) gives {bad} values that are not finite on sample "
+            f"{self._sample}: {value.dtype} ends at {torch.finfo(getattr(torch, value.dtype)).max:.6g}"
+        )
 
 
-def _batch_norm(given: Mapping[str, Any]) -> Tensor:
-    # What a GroupNorm's own weight and bias become: the moments are constants here, usually 0 and 1.
-    x, mean, variance = given["x"], given["mean"], given["variance"]
-    return functional.batch_norm(
-        x, mean, variance, weight=given.get("gamma"), bias=given.get("beta"), eps=given["epsilon"]
-    )
-
-
-def _upsample(given: Mapping[str, Any]) -> Tensor:
-    factors = (float(given["scale_factor_height"]), float(given["scale_factor_width"]))
-    return functional.interpolate(given["x"], scale_factor=factors, mode="nearest")
-
-
-def _matmul(given: Mapping[str, Any]) -> Tensor:
-    x, y = given["x"], given["y"]
-    x = x.transpose(-1, -2) if given.get("transpose_x") else x
-    return x @ (y.transpose(-1, -2) if given.get("transpose_y") else y)
-
-
-_RULES: dict[str, Callable[[Mapping[str, Any]], Tensor]] = {
-    "add": lambda given: given["x"] + given["y"],
-    "batch_norm": _batch_norm,
-    "cast": lambda given: given["x"],
-    "clip": lambda given: given["x"].clamp(given["alpha"], given["beta"]),
-    "conv": _conv,
-    "linear": lambda given: functional.linear(given["x"], given["weight"], given.get("bias")),
-    "matmul": _matmul,
-    "mul": lambda given: given["x"] * given["y"],
-    "real_div": lambda given: given["x"] / given["y"],
-    "reduce_mean": lambda given: given["x"].mean(given["axes"], keepdim=given["keep_dims"]),
-    "reshape": lambda given: given["x"].reshape(given["shape"]),
-    "silu": lambda given: functional.silu(given["x"]),
-    "softmax": lambda given: given["x"].softmax(given["axis"]),
-    "sqrt": lambda given: given["x"].sqrt(),
-    "square": lambda given: given["x"].square(),
-    "sub": lambda given: given["x"] - given["y"],
-    "transpose": lambda given: given["x"].permute(given["perm"]),
-    "upsample_nearest_neighbor": _upsample,
-}
+def _size(extreme: Extreme) -> float:
+    return extreme.value
