@@ -1,0 +1,408 @@
+"""What the guides for phones show is true of a bundle: its arithmetic, and every name in it."""
+
+import json
+import re
+from math import pi
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import tiny_bundle
+
+import snapfusion.export.variants
+from jobs.compile_mobile import publish_bundle
+from snapfusion.export.bundle import LICENCE, MANIFEST, MODULES, SAFETY_CHECKER, SAMPLER, TOKENIZER, VECTORS
+from snapfusion.export.coreml import TIMESTEP
+from snapfusion.export.loop import to_pixels
+from snapfusion.export.request import Licence, MobileSettings
+from snapfusion.export.variants import variants_of
+from snapfusion.export.vectors import INDEX, read_vectors
+
+INFRA = Path(__file__).parents[2] / "infra"
+SWIFT, KOTLIN = INFRA / "ios/Draw.swift", INFRA / "android/Draw.kt"
+SOURCES = (SWIFT, KOTLIN)
+GUIDES = (INFRA / "ios/README.md", INFRA / "android/README.md")
+CAPTIONS = ("red", "a red square, it's large")
+LONG = "red square " * 30
+W = 7.5
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A bundle whose programs are torch's own networks, and these: nothing here is about compilers."""
+    networks = {}
+
+    def compile_executorch(module, **_):
+        networks[module.name] = module
+        return module.name.encode()
+
+    settings = MobileSettings(
+        executorch=("float32",),
+        coreml=(),
+        captions=CAPTIONS,
+        guidance=W,
+        steps=STEPS,
+        licence=Licence(weights="Apache-2.0", data="made here"),
+    )
+    place = tmp_path_factory.mktemp("mobile") / "bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapfusion.export.variants, "compile_executorch", compile_executorch)
+        patch.setattr(
+            snapfusion.export.variants, "ExecuTorchProgram", lambda path: networks[path.stem].reference
+        )
+        publish_bundle(settings, bundle=tiny_bundle(), decoder=None, parents=PARENTS, out_url=str(place))
+    return place, networks
+
+
+PARENTS = {"model": {"source": "tiny", "settings_hash": None}, "decoder": None}
+
+
+@pytest.fixture(scope="module")
+def folder(published):
+    return published[0]
+
+
+@pytest.fixture(scope="module")
+def inputs(published):
+    """Of each module, the names of its inputs in the order that a program takes them."""
+    return {name: [port.name for port in module.inputs] for name, module in published[1].items()}
+
+
+@pytest.fixture(scope="module")
+def manifest(folder):
+    return json.loads((folder / MANIFEST).read_text())
+
+
+@pytest.fixture(scope="module")
+def vectors(folder):
+    return read_vectors(folder / VECTORS)
+
+
+@pytest.fixture(scope="module")
+def sampler(folder):
+    return json.loads((folder / SAMPLER).read_text())
+
+
+def block(text, name):
+    """The lines between the markers of `name`, each made Python; an AssertionError if they are not there."""
+    found = re.findall(rf"^ *// begin {name}\b.*\n((?:.*\n)+?) *// end {name}$", text, re.MULTILINE)
+    assert len(found) == 1, name
+    return [python(line.strip()) for line in found[0].splitlines()]
+
+
+def python(line):
+    """A statement of Swift or Kotlin, out of the few forms that the marked lines have."""
+    line = re.sub(r"^(let|val) ", "", line)
+    line = re.sub(r"^(\w+ = )if \((.+?)\) (.+?) else if \((.+?)\) (.+?) else (.+)$", TERNARY, line)
+    line = re.sub(r"^(\w+ = )(.+?) \? (.+?) : (.+?) \? (.+?) : (.+)$", TERNARY, line)
+    line = re.sub(r"^(\w+ = )(.+)\.rounded\(\.toNearestOrEven\)$", r"\1rint(\2)", line)
+    line = re.sub(r"\.to(Double|Int)\(\)", "", line)
+    line = re.sub(r"\b(?:Math|Double)\.", "", line)
+    line = re.sub(r"\b(\w+)\.(?:size|count)\b", r"len(\1)", line)
+    for theirs, ours in (("&&", "and"), (" shl ", " << "), (") or (", ") | ("), (") or blue", ") | blue")):
+        line = line.replace(theirs, ours)
+    return line
+
+
+TERNARY = r"\1\3 if \2 else \5 if \4 else \6"
+
+
+def compute(text, name, **given):
+    """The variables after the marked lines were executed, in NumPy's arithmetic."""
+    known = {"max": np.maximum, "min": np.minimum, "rint": np.rint, "UInt8": np.uint8, "len": len}
+    known |= {"sqrt": np.sqrt, "log": np.log, "cos": np.cos, "pi": pi}
+    values = {"__builtins__": {}, **known, **given}
+    for line in block(text, name):
+        exec(line, values)
+    return values
+
+
+def land(text, *, z, outputs, w, step):
+    """z, outputs as vectors: an index of the text is all indices at once."""
+    told = SimpleNamespace(fromZ=np.float32(step["from_z"]), fromOutput=np.float32(step["from_output"]))
+    indices = np.arange(z.size)
+    made = compute(text, "land", z=z, outputs=outputs, w=np.float32(w), step=told, i=indices)["landed"]
+    assert made.dtype == np.float32
+    return made
+
+
+def check_steps(text, *, vectors, sampler):
+    z = vectors.arrays["noise"].ravel()
+    for number, step in enumerate(sampler["steps"]):
+        outputs = vectors.arrays[f"output-{number}"].ravel()
+        wanted = vectors.arrays[f"z-{number}"].ravel()
+        z = land(text, z=z, outputs=outputs, w=sampler["guidance"], step=step)
+        np.testing.assert_allclose(z, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_each_step_lands_on_the_test_vectors(source, vectors, sampler):
+    assert vectors.steps == STEPS == len(sampler["steps"])
+    check_steps(source.read_text(), vectors=vectors, sampler=sampler)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("w * cond - (w - 1) * uncond", "w * cond - w * uncond"),
+        ("w * cond - (w - 1) * uncond", "w * uncond - (w - 1) * cond"),
+        ("uncond = outputs[i]", "uncond = outputs[0]"),
+        ("step.fromZ * z[i] + step.fromOutput * output", "step.fromOutput * z[i] + step.fromZ * output"),
+        ("step.fromZ * z[i] + step.fromOutput * output", "step.fromZ * z[i] - step.fromOutput * output"),
+        ("step.fromZ * z[i]", "z[i]"),
+        ("// begin land", "//"),
+    ],
+)
+def test_a_step_with_an_error_is_found(source, right, wrong, vectors, sampler):
+    text = source.read_text()
+    assert right in text
+    with pytest.raises(AssertionError):
+        check_steps(text.replace(right, wrong), vectors=vectors, sampler=sampler)
+
+
+def swapped_rows(text):
+    text = re.sub(r"uncond = (outputs\[i\])", r"uncond = OTHER", text)
+    text = re.sub(r"cond = (outputs\[z\.\w+ \+ i\])", r"cond = outputs[i]", text, count=1)
+    return text.replace("OTHER", "outputs[z.count + i]")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_rows_in_the_wrong_order_are_found(source, vectors, sampler):
+    with pytest.raises(AssertionError):
+        check_steps(swapped_rows(source.read_text()), vectors=vectors, sampler=sampler)
+
+
+def test_the_empty_caption_is_the_first_row(vectors):
+    assert vectors.arrays["token_ids"].tolist() == [vectors.token_ids[""], vectors.token_ids[CAPTIONS[0]]]
+
+
+def drawn(source, image, *, text=None):
+    """What the source makes of an image [1,3,H,W], as [H,W,3]."""
+    text, (height, width) = text or source.read_text(), image.shape[2:]
+    size, flat = height * width, image.ravel()
+    indices = np.arange(size)
+    if source == KOTLIN:
+
+        def level(value):
+            return compute(text, "level", value=value)["level"].astype(np.int64)
+
+        colors = compute(text, "colors", image=flat, size=size, i=indices, level=level)["color"]
+        assert (colors >> 24 == 255).all()
+        return np.stack([colors >> shift & 255 for shift in (16, 8, 0)], axis=-1).reshape(height, width, 3)
+    pixels = np.full(4 * size, 255, np.uint8)
+    for channel in range(3):
+        compute(text, "rgba", image=flat, size=size, i=indices, channel=channel, bytes=pixels)
+    pixels = pixels.reshape(height, width, 4)
+    assert (pixels[..., 3] == 255).all()
+    return pixels[..., :3]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_pixels_are_those_that_the_bundles_pictures_have(source, vectors):
+    image = vectors.arrays["image"]
+    np.testing.assert_array_equal(drawn(source, image), to_pixels(image))
+    # Halves round to even, and what rounding in float16 pushes out of the range is put back.
+    edges = np.array([0, 1, 0.5 / 255, 1.5 / 255, 2.5 / 255, -0.001, 1.001, 0.5] * 6, np.float32)
+    np.testing.assert_array_equal(
+        drawn(source, edges.reshape(1, 3, 4, 4)), to_pixels(edges.reshape(1, 3, 4, 4))
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "right", "wrong"),
+    [
+        (SWIFT, "channel * size + i", "3 * i + channel"),
+        (SWIFT, "255 * image", "256 * image"),
+        (SWIFT, ".rounded(.toNearestOrEven)", " - 0.5"),
+        (KOTLIN, "red shl 16", "red shl 0"),
+        (KOTLIN, "level(image[size + i])", "level(image[i + 1])"),
+        (KOTLIN, "Math.rint((255 * value).toDouble())", "(255 * value).toDouble()"),
+    ],
+)
+def test_a_picture_with_an_error_is_found(source, right, wrong):
+    text = source.read_text()
+    assert right in text
+    image = np.random.default_rng(0).random((1, 3, 8, 8), np.float32)
+    with pytest.raises((AssertionError, IndexError)):
+        np.testing.assert_array_equal(drawn(source, image, text=text.replace(right, wrong)), to_pixels(image))
+
+
+def fitted(text, *, ids, empty):
+    last = len(empty) - 1
+    known = {"ids": ids, "empty": empty, "last": last, "end": empty[1], "padding": empty[last]}
+    return [compute(text, "fitted", **known, i=i)["id"] for i in range(len(empty))]
+
+
+@pytest.mark.parametrize("padding", ["<|endoftext|>", "!"], ids=["SD-v1.5", "SD-v2"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_token_ids_are_fitted_as_the_model_has_them(source, padding):
+    text, bundle = source.read_text(), tiny_bundle()
+    bundle.tokenizer.pad_token = padding
+    captions = ("", *CAPTIONS, LONG)
+    empty, *_ = rows = bundle.tokenize(captions).tolist()
+    for caption, row in zip(captions, rows, strict=True):
+        plain = bundle.tokenizer(caption, padding=False, truncation=False)["input_ids"]
+        # From a tokenizer that neither cuts nor pads, and from one that does both.
+        assert fitted(text, ids=plain, empty=empty) == fitted(text, ids=row, empty=empty) == row
+    assert len(plain) > len(empty)
+    opening = [re.search(rf"{name} = (empty.*)", text)[1] for name in ("last", "end", "padding")]
+    assert [line.replace("count", "size") for line in opening] == [
+        "empty.size - 1",
+        "empty[1]",
+        "empty[last]",
+    ]
+
+
+@pytest.mark.parametrize("conditions", [1, 2])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_conditions_are_handed_over_in_parts_of_the_unets_port(source, conditions, manifest):
+    _, length, width = manifest["variants"]["executorch"]["modules"]["unet"]["inputs"]["c"]["shape"]
+    told = SimpleNamespace(conditions=conditions)
+    (line,) = block(source.read_text(), "part")
+    values = {"c": [0.0] * (2 * length * width), "manifest": told, "bundle": told, "len": len}
+    exec(line.replace("/", "//"), values)
+    assert values["part"] == conditions * length * width
+
+
+def test_swifts_noise_is_unit_gaussian():
+    u, v = np.random.default_rng(0).random((2, 100_000))
+    normal = compute(SWIFT.read_text(), "gaussian", u=1 - u, v=v)["normal"]
+    assert scipy.stats.kstest(normal, "norm").pvalue > 0.01
+
+
+def quoted(source):
+    """Every string in the code, comments left out."""
+    code = re.sub(r"//.*|/\*[\s\S]*?\*/", "", source.read_text())
+    return set(re.findall(r'"([^"]*)"', code))
+
+
+def keys_of(value):
+    """Every key of a JSON value, at any depth."""
+    if isinstance(value, list):
+        return {key for each in value for key in keys_of(each)}
+    if not isinstance(value, dict):
+        return set()
+    return value.keys() | {key for each in value.values() for key in keys_of(each)}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_no_name_is_in_the_source_that_is_not_in_the_bundle(source, folder, inputs, manifest, sampler):
+    known = {MANIFEST, SAMPLER, *MODULES, *keys_of(manifest), *keys_of(sampler)} | {"mlmodelc"}
+    assert quoted(source) <= known
+    used = {name for names in inputs.values() for name in names}
+    assert quoted(source) >= {MANIFEST, SAMPLER, *MODULES, *used, "from_z", "from_output"}
+    assert (folder / MANIFEST).exists()
+    assert (folder / SAMPLER).exists()
+
+
+def test_kotlin_hands_over_inputs_in_the_programs_order(inputs):
+    text = KOTLIN.read_text()
+    assert inputs == {"text_encoder": ["token_ids"], "unet": ["z_t", "t", "c"], "decoder": ["latent"]}
+    assert "unet.compute(zT, t, it)" in text
+    for name, port in (("zT", "z_t"), ("t", "t")):
+        assert re.search(
+            rf'val {name} = Tensor\.fromBlob\(.*inputShape\("unet", "{port}"\)\)$', text, re.MULTILINE
+        )
+
+
+def test_swift_gives_every_port_by_its_name(inputs):
+    text = SWIFT.read_text()
+    given = [re.findall(r'"(\w+)":', names) for names in re.findall(r"\.run\(\[(.*)\]\)", text)]
+    assert given == list(inputs.values())
+    # In a Core ML package `t` alone is float32.
+    assert re.search(rf"let {TIMESTEP} = MLFeatureValue\(shapedArray: MLShapedArray<Float>\(", text)
+
+
+def test_what_swift_decodes_is_there(manifest, sampler):
+    """A `Decodable` fails on a key that is missing, so each is looked for where it is read."""
+    text = SWIFT.read_text()
+    module = manifest["variants"]["executorch"]["modules"]["unet"]
+    places = {
+        "Step": sampler["steps"][0],
+        "Sampler": sampler,
+        "Port": module["inputs"]["c"],
+        "Module": module,
+        "Variant": manifest["variants"]["executorch"],
+        "Manifest": manifest,
+    }
+    renamed = dict(re.findall(r'case (\w+) = "(\w+)"', text))
+    for name, there in places.items():
+        indent, body = re.search(
+            rf"^( *)struct {name}: Decodable {{\n([\s\S]*?)\n\1}}", text, re.MULTILINE
+        ).groups()
+        fields = re.findall(rf"^{indent}    let (\w+):", body, re.MULTILINE)
+        assert fields
+        assert {renamed.get(field, field) for field in fields} <= there.keys(), name
+
+
+def place_of(path, *, values):
+    """Whether `a.b[].c` leads somewhere in JSON values; NAME stands for any key."""
+    for part in path.split("."):
+        key = part.removesuffix("[]")
+        if key == "NAME":
+            values = next(iter(values.values()))
+        elif isinstance(values, dict) and key in values:
+            values = values[key]
+        else:
+            return False
+        if part.endswith("[]"):
+            values = values[0]
+    return True
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.parent.name)
+def test_the_guides_table_names_what_is_in_the_files(guide, folder):
+    rows = re.findall(r"^\| `([\w./]+\.json)` \| `([^`]+)` \|", guide.read_text(), re.MULTILINE)
+    assert len(rows) > 8
+    for file, path in rows:
+        assert place_of(path, values=json.loads((folder / file).read_text())), (file, path)
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.parent.name)
+def test_files_and_variants_that_a_guide_names_exist(guide, folder, tmp_path):
+    text = guide.read_text()
+    every = MobileSettings(
+        executorch=("float32", "int8", "coreml"), coreml=("float16", "palette-6", "palette-8", "int8")
+    )
+    variants = {variant.name for variant in variants_of(every, scratch=tmp_path)}
+    named = set(re.findall(r"`((?:executorch|coreml)[\w-]*)/?`", text))
+    assert named
+    assert named <= variants
+    for name in (MANIFEST, SAMPLER, f"{TOKENIZER}/tokenizer.json", f"{VECTORS}/{INDEX}"):
+        assert f"`{name}`" in text
+        assert (folder / name).exists()
+    for name in (LICENCE, SAFETY_CHECKER, "MODEL_CARD.md"):
+        assert f"`{name}`" in text
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.parent.name)
+def test_a_guide_states_the_step_that_its_source_computes(guide):
+    source = SOURCES[GUIDES.index(guide)].read_text()
+    stated = dict(re.findall(r"^(output|z) += (.*)$", guide.read_text(), re.MULTILINE))
+    assert f"output = {stated['output']}\n" in source
+    landed = re.search(r"landed = (.*)", source)[1]
+    spelt = (
+        landed.replace("step.fromZ", "from_z").replace("step.fromOutput", "from_output").replace("z[i]", "z")
+    )
+    assert spelt == stated["z"]
+
+
+@pytest.mark.parametrize(("guide", "source"), list(zip(GUIDES, SOURCES, strict=True)), ids=["ios", "android"])
+def test_functions_that_a_guide_calls_are_in_its_source(guide, source):
+    defined = set(re.findall(r"\bfunc? (?:<T> )?(?:Module\.)?(\w+)", source.read_text()))
+    text = guide.read_text()
+    for call in ("fitted", "gaussian", "draw"):
+        assert call in defined
+        assert re.search(rf"\b{call}\(", text)
+
+
+def test_files_of_the_vectors_are_raw_numbers_as_the_guides_say(folder):
+    index = json.loads((folder / VECTORS / INDEX).read_text())
+    for told in index["arrays"].values():
+        path = folder / VECTORS / told["file"]
+        assert path.suffix in {".f32", ".i32"}
+        assert path.stat().st_size == 4 * np.prod(told["shape"])
