@@ -68,6 +68,8 @@ def small_text_encoder(*, vocabulary: int = 50) -> FixedModule:
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=LENGTH,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     return text_encoder_module(_used(CLIPTextModel(config)), length=LENGTH)
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
+from snapfusion.export.cut import cut
 from snapfusion.export.mil import FLOAT16_END, Operation, Program, Value
 from snapfusion.export.modules import FixedModule, Port
+from snapfusion.export.palette import palette
 from snapfusion.export.parity import ParityError
 from snapfusion.export.quiet import quiet
 
@@ -28,6 +32,18 @@ TIMESTEP = "t"
 WAVES = ("sin", "cos")
 # What lies between a timestep and its waves; the search for them ends at any other kind.
 _TOWARDS_WAVES = ("mul", "expand_dims", "tile", "slice_by_index", "reshape", "cast")
+
+Weights = Literal["float16", "palette-6", "palette-8", "int8"]
+"""How weights are kept: as they are; by a palette of 6 or 8 bits; as whole numbers of 8 bits."""
+
+PALETTES: dict[str, int] = {"palette-6": 6, "palette-8": 8}
+"""Bits of an index."""
+
+SMALL = 2048
+"""Tensors of no more numbers are not compressed: their palettes would be as large."""
+
+IOS17 = 8
+"""Its specification version."""
 
 # Values by which weights of one size are told apart.
 _FEW = 4096
@@ -88,7 +104,7 @@ def compile_coreml(module: FixedModule, package: Path) -> None:
     """
     _check_free(package)
     _check_range(module)
-    with quiet(), tempfile.TemporaryDirectory(dir=package.parent) as scratch:
+    with quiet():
         import coremltools
 
         model = coremltools.convert(
@@ -101,13 +117,93 @@ def compile_coreml(module: FixedModule, package: Path) -> None:
             compute_precision=coremltools.transform.FP16ComputePrecision(op_selector=_fits_float16),
             skip_model_load=True,
         )
-        del model.user_defined_metadata[_CONVERSION_DATE]
-        partial = Path(scratch) / package.name
-        model.save(str(partial))
+        _save(model, package)
+
+
+def compress_package(package: Path, target: Path, *, weights: Weights) -> None:
+    """Write the package once more, its matrices and kernels compressed; vectors stay as they are.
+
+    iOS 17 knows one palette a tensor, and one scale a channel. The same package gives the same bytes.
+
+    Args:
+        package: with float16 weights; the halves of a program that was cut, each by itself.
+        target: the new package.
+        weights: "palette-6" and "palette-8" give each tensor 64 or 256 values to be chosen from by k-means,
+            "int8" gives each output channel a scale for whole numbers of -127 .. 127; "float16" is a copy.
+
+    Raises:
+        ValueError: if there is something at `target` already, or the package cannot be read.
+    """
+    _check_free(target)
+    model = _open(package)
+    if weights == "float16":
+        shutil.copytree(package, target)
+        return
+    with quiet():
+        from coremltools.optimize import coreml
+
+        if weights == "int8":
+            linear = coreml.OpLinearQuantizerConfig(
+                mode="linear_symmetric", dtype="int8", granularity="per_channel", weight_threshold=SMALL
+            )
+            made = coreml.linear_quantize_weights(model, coreml.OptimizationConfig(global_config=linear))
+        else:
+            lut_function = partial(palette, bits=PALETTES[weights])
+            chosen = coreml.OpPalettizerConfig(
+                mode="custom", lut_function=lut_function, weight_threshold=SMALL
+            )
+            made = coreml.palettize_weights(model, coreml.OptimizationConfig(global_config=chosen))
+        _save(made, target)
+
+
+def chunk_package(package: Path, folder: Path, *, names: tuple[str, str]) -> tuple[Path, Path]:
+    """Cut a package in two of about half the weights each: `folder`/NAME.mlpackage, in their order.
+
+    The second takes all outputs of the first, and what it needs of the whole's inputs, by name. The same
+    package gives the same bytes.
+
+    Raises:
+        ValueError: if there is something at a target already, the package cannot be read or cut, or its
+            weights are compressed: the halves are to be.
+    """
+    first, second = (folder / f"{name}.mlpackage" for name in names)
+    for target in (first, second):
+        _check_free(target)
+    model = _open(package)
+    for target, specification in zip((first, second), cut(model.get_spec()), strict=True):
+        with quiet():
+            import coremltools
+
+            half = coremltools.convert(
+                _load(specification, weights=model.weights_dir),
+                source="milinternal",
+                convert_to="mlprogram",
+                minimum_deployment_target=coremltools.target.iOS17,
+                # It is as it shall be: each dtype and each operation.
+                pass_pipeline=coremltools.PassPipeline.EMPTY,
+                compute_precision=coremltools.precision.FLOAT32,
+                skip_model_load=True,
+            )
+            _save(half, target)
+    return first, second
+
+
+def _save(model: Any, package: Path) -> None:  # noqa: ANN401 - coremltools has no types
+    """Whole or not at all, without what differs from one time to the next."""
+    model.user_defined_metadata.pop(_CONVERSION_DATE, None)
+    with tempfile.TemporaryDirectory(dir=package.parent) as scratch:
+        partial_package = Path(scratch) / package.name
+        model.save(str(partial_package))
         for name in _DEBUG_FILES:
-            (partial / name).unlink(missing_ok=True)
-        _settle_identifiers(partial / "Manifest.json")
-        partial.rename(package)
+            (partial_package / name).unlink(missing_ok=True)
+        _settle_identifiers(partial_package / "Manifest.json")
+        partial_package.rename(package)
+
+
+def _load(specification: Any, *, weights: str) -> Any:  # noqa: ANN401 - coremltools has no types
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    return load(specification, specification.specificationVersion, weights)
 
 
 def _check_free(package: Path) -> None:
@@ -150,9 +246,16 @@ def _settle_identifiers(manifest: Path) -> None:
 
 
 def describe_package(package: Path) -> CoreMLDescription:
-    """Read a package back and say what it holds."""
+    """Read a package back and say what it holds.
+
+    Raises:
+        ValueError: if it cannot be read, holds a weight that is not finite, or needs a system after iOS 17;
+            by name.
+    """
     program = read_program(package)
     specification = _open(package).get_spec()
+    _check_target(program, version=int(specification.specificationVersion))
+    _check_finite(program)
     exact = program.before(WAVES)
     wide_weights = {name for name, array in program.weights().items() if array.dtype != np.float16}
     wide_results = {value.name for value in program.results() if value.dtype == "float32"}
@@ -168,6 +271,23 @@ def describe_package(package: Path) -> CoreMLDescription:
     )
 
 
+def _check_target(program: Program, *, version: int) -> None:
+    from coremltools import target
+    from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
+
+    kinds = {operation.kind for operation in program.operations}
+    later = sorted(kind for kind in kinds if target.iOS17 not in SSAOpRegistry.core_ops[kind])
+    if later or version > IOS17:
+        what = f"operations {', '.join(later)}" if later else f"specification version {version}"
+        raise ValueError(f"the package needs a system after iOS 17: {what}; it is to run on iOS 17")
+
+
+def _check_finite(program: Program) -> None:
+    for name, array in program.weights().items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"the package's weight {name} of shape {array.shape} holds values not finite")
+
+
 def read_program(package: Path) -> Program:
     """The package's program as data: every operation and constant, from the files on disk.
 
@@ -176,10 +296,10 @@ def read_program(package: Path) -> Program:
     """
     model = _open(package)
     with quiet():
-        from coremltools.converters.mil.frontend.milproto.load import load
-
-        specification = model.get_spec()
-        loaded = load(specification, specification.specificationVersion, model.weights_dir)
+        try:
+            loaded = _load(model.get_spec(), weights=model.weights_dir)
+        except Exception as error:
+            raise ValueError(f"{package} is not a readable Core ML package: {error}") from error
     function = loaded.functions["main"]
     constants = {op.outputs[0].name: op.outputs[0].val for op in function.operations if op.op_type == "const"}
     return Program(

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from coremltools import convert, target
+from coremltools.converters.mil import Builder
+from coremltools.converters.mil.mil import types
+from coremltools.models import MLModel
+from coremltools.optimize.coreml import decompress_weights
 from small_networks import inputs_of, small_decoder, small_text_encoder, small_unet, small_vae
 from torch import nn
 
-from snapfusion.export.coreml import check_weights, compile_coreml, describe_package, read_program
-from snapfusion.export.mil import Extremes, Program, evaluate
+from snapfusion.export.coreml import (
+    check_weights,
+    chunk_package,
+    compile_coreml,
+    compress_package,
+    describe_package,
+    read_program,
+)
+from snapfusion.export.mil import Extremes, Program, evaluate, evaluate_chain
 from snapfusion.export.parity import ParityError, check_parity
 from snapfusion.models.decoder import HalfDecoder
 
@@ -117,6 +129,89 @@ def bytes_of(package):
     return {path.relative_to(package).as_posix(): path.read_bytes() for path in files}
 
 
+@pytest.mark.parametrize(
+    ("weights", "kind", "bits", "least_db"),
+    [
+        ("palette-6", "constexpr_lut_to_dense", 6, 25),
+        ("palette-8", "constexpr_lut_to_dense", 8, 35),
+        ("int8", "constexpr_affine_dequantize", 8, 35),
+    ],
+)
+def test_compressed_weights_are_smaller_and_evaluated_as_what_they_stand_for(
+    compiled, tmp_path, weights, kind, bits, least_db
+):
+    one = compiled["decoder"]
+    package = tmp_path / "decoder.mlpackage"
+    compress_package(one.package, package, weights=weights)
+    program, described = read_program(package), describe_package(package)
+    matrices = [array for array in one.program.weights().values() if array.ndim > 1 and array.size > 2048]
+    assert described.operations[kind] == len(matrices)
+    saved = sum(array.nbytes for array in matrices) * (1 - bits / 16)
+    # Beside the indices there are palettes, or scales, of at most 512 bytes, and a header for each.
+    smallest = one.description.weight_bytes - saved
+    assert smallest < described.weight_bytes < smallest + 600 * len(matrices)
+    assert (described.float32_results, described.specification_version) == ((), 8)
+    assert least_db < one.parity(program, limit_db=least_db).psnr_db < 60
+    # coremltools' own undoing of the compression gives the same network.
+    dense = tmp_path / "dense.mlpackage"
+    decompress_weights(MLModel(str(package), skip_model_load=True)).save(str(dense))
+    np.testing.assert_array_equal(
+        evaluate(program, one.samples[0]), evaluate(read_program(dense), one.samples[0])
+    )
+
+
+def test_the_same_package_is_compressed_to_the_same_bytes(compiled, tmp_path):
+    package = compiled["decoder"].package
+    for folder in ("once", "again"):
+        compress_package(package, tmp_path / folder / package.name, weights="palette-6")
+    assert bytes_of(tmp_path / "once" / package.name) == bytes_of(tmp_path / "again" / package.name)
+    compress_package(package, tmp_path / "copy" / package.name, weights="float16")
+    assert bytes_of(tmp_path / "copy" / package.name) == bytes_of(package)
+
+
+@pytest.fixture(scope="module")
+def halves(compiled, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("halves")
+    return chunk_package(compiled["unet"].package, folder, names=("unet-1", "unet-2"))
+
+
+def test_two_halves_compute_what_the_whole_does(compiled, halves):
+    assert [half.name for half in halves] == ["unet-1.mlpackage", "unet-2.mlpackage"]
+    unet = compiled["unet"]
+    programs = [read_program(half) for half in halves]
+    for sample in unet.samples:
+        whole = evaluate(unet.program, sample)
+        np.testing.assert_array_equal(evaluate_chain(programs, sample), whole)
+    assert 0 < check_weights(programs, unet.module.network.state_dict()) <= 2**-10
+    with pytest.raises(ParityError, match="lacks the network's weight"):
+        check_weights(programs[:1], unet.module.network.state_dict())
+
+
+def test_each_half_has_about_half_the_weights_and_float16_ports(compiled, halves):
+    first, second = (describe_package(half) for half in halves)
+    whole = compiled["unet"].description
+    for half in (first, second):
+        assert half.weight_bytes == pytest.approx(whole.weight_bytes / 2, rel=0.2)
+        assert (half.float32_weights, half.float32_results, half.specification_version) == ((), (), 8)
+    crossing = {(port.name, port.shape, port.dtype) for port in first.outputs}
+    assert crossing <= {(port.name, port.shape, port.dtype) for port in second.inputs}
+    assert {dtype for _, _, dtype in crossing} == {"FLOAT16"}
+    assert second.outputs == whole.outputs
+
+
+def test_halves_are_cut_before_they_are_compressed(halves, tmp_path):
+    compress_package(halves[0], tmp_path / "unet-1.mlpackage", weights="palette-8")
+    assert describe_package(tmp_path / "unet-1.mlpackage").inputs == describe_package(halves[0]).inputs
+    with pytest.raises(ValueError, match="cut it in two first, and compress the halves"):
+        chunk_package(tmp_path / "unet-1.mlpackage", tmp_path, names=("a", "b"))
+    assert [path.name for path in tmp_path.iterdir()] == ["unet-1.mlpackage"]
+
+
+def test_the_same_package_is_cut_into_the_same_bytes(compiled, halves, tmp_path):
+    again = chunk_package(compiled["unet"].package, tmp_path, names=("unet-1", "unet-2"))
+    assert [bytes_of(half) for half in again] == [bytes_of(half) for half in halves]
+
+
 def test_a_full_vocabulary_is_looked_up_whole(tmp_path):
     # Token ids of CLIP's vocabulary are beyond int16.
     module = small_text_encoder(vocabulary=49408)
@@ -180,3 +275,39 @@ def test_a_folder_that_is_no_package_is_refused(tmp_path):
     (tmp_path / "decoder.mlpackage").mkdir()
     with pytest.raises(ValueError, match="not a readable Core ML package"):
         read_program(tmp_path / "decoder.mlpackage")
+
+
+@pytest.mark.parametrize("name", ["weight.bin", "model.mlmodel", "Manifest.json"])
+def test_a_damaged_package_is_refused(compiled, tmp_path, name):
+    package = tmp_path / "decoder.mlpackage"
+    compress_package(compiled["decoder"].package, package, weights="float16")
+    (file,) = package.rglob(name)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
+    with pytest.raises(ValueError, match=r"decoder.mlpackage is not a readable Core ML package"):
+        describe_package(package)
+
+
+def test_a_package_with_an_infinite_weight_is_refused_by_name(compiled, tmp_path):
+    package = tmp_path / "decoder.mlpackage"
+    compress_package(compiled["decoder"].package, package, weights="float16")
+    weights = compiled["decoder"].program.weights()
+    name = next(name for name, array in weights.items() if array.ndim == 4)
+    kernel = weights[name].tobytes()
+    (file,) = package.rglob("weight.bin")
+    infinite = np.float16(np.inf).tobytes() + kernel[2:]
+    file.write_bytes(file.read_bytes().replace(kernel, infinite))
+    with pytest.raises(ValueError, match=rf"weight {name} of shape .* holds values not finite"):
+        describe_package(package)
+
+
+def test_an_operation_that_ios_17_lacks_is_refused_by_name(tmp_path):
+    port = Builder.TensorSpec(shape=(1, 2, 8, 8), dtype=types.fp16)
+
+    @Builder.program(input_specs=[port], opset_version=target.iOS18)
+    def attention(x):
+        return Builder.scaled_dot_product_attention(query=x, key=x, value=x)
+
+    model = convert(attention, minimum_deployment_target=target.iOS18, skip_model_load=True)
+    model.save(str(tmp_path / "later.mlpackage"))
+    with pytest.raises(ValueError, match="after iOS 17: operations scaled_dot_product_attention"):
+        describe_package(tmp_path / "later.mlpackage")
