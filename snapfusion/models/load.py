@@ -9,12 +9,13 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from snapfusion.models.bundle import Bundle
@@ -31,6 +32,8 @@ BUNDLED = {"mini": _WEIGHTS / "sd", "mini-v": _WEIGHTS / "sd-v"}
 _NETWORKS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 # Without `accelerate` diffusers loads the plain way in any case; told so, it does not complain.
 _PLAINLY = {"text_encoder": {}, "unet": {"low_cpu_mem_usage": False}, "vae": {"low_cpu_mem_usage": False}}
+Part = Literal["text_encoder", "unet", "vae"]
+"""A network of a model, by its folder."""
 _INDEX = "model_index.json"
 _TRAINED = "model"
 """Where the folder of a training holds its model."""
@@ -63,6 +66,24 @@ def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
             raise ModelError(f"{source}: there is no such architecture; {accepted} are accepted")
         return random_bundle(name).to(device, dtype)
     return _load_folder(_locate(source), source=source).to(device, dtype)
+
+
+def load_part(source: str, *, part: Part) -> nn.Module:
+    """One network of a model, float32 on the CPU in evaluation mode; the others are not read.
+
+    Neither is the model's seal, which is over all of its files: `load` holds a model to it.
+
+    Args:
+        source: as `load` takes it. Of random weights the whole model is made, and the others dropped.
+        part: "text_encoder", "unet" or "vae".
+
+    Raises:
+        ModelError: if it is not there or cannot be read.
+    """
+    if source.startswith(PREFIX):
+        return load(source).networks[part]
+    network: nn.Module = _load_network(_locate(source) / part, source=source)
+    return network.float().eval()
 
 
 def _locate(source: str) -> Path:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import tiny_bundle
 
-from snapfusion.models.load import ModelError, load
+from snapfusion.models.bundle import weight_hash
+from snapfusion.models.load import ModelError, load, load_part
 from snapfusion.models.save import DISTILLATION
 from snapfusion.models.seal import SEAL, SealError, check_seal, write_seal
 from snapfusion.models.tokenizer import clip_tokenizer, token_ids
@@ -193,3 +194,17 @@ def test_clip_tokens_are_those_that_sd15_was_published_with():
         assert token_ids(tokenizer, [text])[0].tolist() == ids + [49407] * (77 - len(ids))
     assert token_ids(tokenizer, ["word " * 100]).shape == (1, 77)
     assert token_ids(tokenizer, ["word " * 100])[0, -1] == 49407
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_one_part_is_read_without_the_others(tiny_teacher, tmp_path, part):
+    alone = tmp_path / "model"
+    shutil.copytree(Path(tiny_teacher) / part, alone / part)
+    network, whole = load_part(str(alone), part=part), load(tiny_teacher).networks[part]
+    assert weight_hash(network) == weight_hash(whole)
+    assert not network.training
+
+
+def test_a_part_that_is_missing_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"unet/config\.json is missing"):
+        load_part(str(tmp_path), part="unet")
