@@ -6,6 +6,7 @@ UNet, nothing is counted as the UNet's. On a GPU it is what torch has allocated 
 
 from __future__ import annotations
 
+import resource
 from functools import partial
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def footprint_of(architecture: Architecture, *, settings: TimingSettings, tokens
 
 def _step_alone(architecture: Architecture, *, settings: TimingSettings, tokens: int) -> Footprint:
     torch.set_num_threads(settings.threads)
-    meter = _OnCpu() if settings.device == "cpu" else _OnCuda()
+    meter = ResidentMemory() if settings.device == "cpu" else _OnCuda()
     before = meter.now_mb()
     inputs = settings.inputs_of(architecture, tokens=tokens)
     step = settings.ready(build(architecture).eval(), inputs)
@@ -82,17 +83,23 @@ def _step_alone(architecture: Architecture, *, settings: TimingSettings, tokens:
     return Footprint(before_mb=before, at_rest_mb=at_rest, highest_mb=meter.highest_mb())
 
 
-class _OnCpu:
-    """Resident memory of this process."""
+class ResidentMemory:
+    """Resident memory of this process, in MB of 10^6 bytes.
+
+    Where there is no /proc, as on a Mac, all that is known is the highest since the process began.
+    """
 
     def now_mb(self) -> float:
+        """What it holds."""
         return _told("VmRSS")
 
     def forget_highest(self) -> None:
-        # Else it would be that of making the UNet, in float32 and perhaps twice.
-        _FORGET.write_text(_THE_HIGHEST)
+        """Begin anew: else the highest would be that of making a network, in float32 and perhaps twice."""
+        if _FORGET.exists():
+            _FORGET.write_text(_THE_HIGHEST)
 
     def highest_mb(self) -> float:
+        """The most that it held since then."""
         # Not what getrusage tells: a child's begins with its parent's.
         return _told("VmHWM")
 
@@ -111,5 +118,7 @@ class _OnCuda:
 
 
 def _told(name: str) -> float:
+    if not _STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MB  # of a Mac, where it is in bytes
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024 / _MB
