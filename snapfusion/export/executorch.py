@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.export import ExportedProgram
 
 from snapfusion.export.modules import FixedModule
 from snapfusion.export.quiet import quiet
 
 if TYPE_CHECKING:
+    from executorch.backends.apple.coreml.partition import CoreMLPartitioner
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir.schema import ExecutionPlan
     from executorch.extension.pybindings.portable_lib import TensorInfo
     from executorch.runtime import Method, Program
@@ -27,14 +31,128 @@ _DTYPES = {3: "int32", 4: "int64", 5: "float16", 6: "float32"}
 _HEADER_BYTES = 64
 
 
-def compile_executorch(module: FixedModule) -> bytes:
-    """The module as the bytes of a `.pte`; what XNNPACK does not take runs in ExecuTorch's own kernels."""
+def compile_executorch(
+    module: FixedModule,
+    *,
+    weights: Literal["float32", "int8"] = "float32",
+    delegate: Literal["xnnpack", "coreml"] = "xnnpack",
+) -> bytes:
+    """The module as the bytes of a `.pte`; what the delegate does not take runs in ExecuTorch's own kernels.
+
+    Args:
+        module: what to compile. For XNNPACK a UNet's attention is fastest in the form "diffusers".
+        weights: "int8" keeps those of linear layers and convolutions in 8 bits, one scale for each output
+            channel. What they are multiplied by is brought to 8 bits as the program runs, by its range then.
+        delegate: "coreml" computes in float16, on Apple's systems of iOS 17 or later alone.
+
+    Raises:
+        ValueError: for int8 weights with Core ML.
+    """
+    if (weights, delegate) == ("int8", "coreml"):
+        raise ValueError("8-bit weights are lowered to XNNPACK alone; give weights='float32' with Core ML")
     with quiet():
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
-        lowered = to_edge_transform_and_lower(module.trace(), partitioner=[XnnpackPartitioner()])
+        traced = module.trace()
+        if delegate == "xnnpack":
+            traced = traced.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: attend})
+        if weights == "int8":
+            traced = _quantized(traced, module.example())
+        partitioners = [_coreml()] if delegate == "coreml" else _xnnpack(weights)
+        lowered = to_edge_transform_and_lower(traced, partitioner=partitioners)
         return bytes(lowered.to_executorch().buffer)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` of [B,H,S,d] in three operations, all of which XNNPACK takes.
+
+    torch's own way to take it apart looks for rows that are masked from end to end and repeats every matrix
+    for a batch: seven operations in ExecuTorch's slow kernels, on [B,H,S,S].
+    """
+    if dropout_p or is_causal or enable_gqa:
+        raise ValueError(
+            "attention with dropout, a causal flag or shared keys; none of these is compiled here"
+        )
+    (batch, heads, positions, size), tokens = query.shape, key.shape[2]
+    q = (query * (size**-0.5 if scale is None else scale)).reshape(batch * heads, positions, size)
+    logits = torch.bmm(q, key.reshape(batch * heads, tokens, size).transpose(1, 2))
+    if attn_mask is not None:
+        logits = (logits.unflatten(0, (batch, heads)) + attn_mask).flatten(0, 1)
+    mixed = torch.bmm(logits.softmax(dim=-1), value.reshape(batch * heads, tokens, -1))
+    return mixed.unflatten(0, (batch, heads))
+
+
+def _quantized(traced: ExportedProgram, example: tuple[Tensor, ...]) -> ExportedProgram:
+    """The same with 8-bit weights, and with the steps that bring activations to 8 bits."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+    quantizer = XNNPACKQuantizer().set_global(config).set_filter_function(_has_its_own_input)
+    observed = prepare_pt2e(traced.module(), quantizer)
+    with torch.no_grad():
+        # Only weights are observed: ranges of activations are found anew in every run.
+        observed(*example)
+        return torch.export.export(convert_pt2e(observed), example, strict=False)
+
+
+def _has_its_own_input(node: torch.fx.Node) -> bool:
+    """Whether a convolution shares its input with no other: of such a pair one is lowered wrongly."""
+    convolution = torch.ops.aten.conv2d.default
+    if node.target != convolution:
+        return True
+    return sum(user.target == convolution for user in node.all_input_nodes[0].users) == 1
+
+
+def _xnnpack(weights: Literal["float32", "int8"]) -> list[XnnpackPartitioner]:
+    from executorch.backends.xnnpack.partition.config.gemm_configs import ConvolutionConfig
+    from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    class Convolutions(XnnpackPartitioner):
+        """A delegate's call for each 8-bit convolution, before the others are put together.
+
+        To bring its input from [B,C,H,W] to [B,H,W,C], the lowering walks back to the input of the whole
+        call, and moves that; what lies between would be computed along the wrong axes.
+        """
+
+        def __init__(self) -> None:
+            precision = ConfigPrecisionType.DYNAMIC_QUANT
+            super().__init__(configs=[ConvolutionConfig], config_precisions=precision, per_op_mode=True)
+
+        def ops_to_not_decompose(
+            self, ep: ExportedProgram
+        ) -> tuple[list[torch._ops.OpOverload], Callable[[torch.fx.Node], bool] | None]:
+            """Linear layers too, or there are none left for the next."""
+            return together.ops_to_not_decompose(ep)
+
+    together = XnnpackPartitioner()
+    return [Convolutions(), together] if weights == "int8" else [together]
+
+
+def _coreml() -> CoreMLPartitioner:
+    import coremltools
+    from executorch.backends.apple.coreml.compiler import CoreMLBackend
+    from executorch.backends.apple.coreml.partition import CoreMLPartitioner
+
+    specs = CoreMLBackend.generate_compile_specs(
+        compute_precision=coremltools.precision.FLOAT16,
+        minimum_deployment_target=coremltools.target.iOS17,
+    )
+    return CoreMLPartitioner(compile_specs=specs)
 
 
 @dataclass(frozen=True, kw_only=True)

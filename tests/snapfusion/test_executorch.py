@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from snapfusion.export.executorch import (
     ExecuTorchProgram,
     ProgramPort,
+    attend,
     compile_executorch,
     describe_program,
 )
-from snapfusion.export.modules import FixedModule, Port
+from snapfusion.export.modules import FixedModule, Port, text_encoder_module
 from snapfusion.export.parity import check_parity
 
 
@@ -54,6 +56,14 @@ def references(words, samples):
 
 
 @pytest.fixture(scope="module")
+def text():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPTextConfig(vocab_size=20, max_position_embeddings=8, **sizes)
+    return text_encoder_module(CLIPTextModel(config).eval(), length=8)
+
+
+@pytest.fixture(scope="module")
 def compiled(words):
     return compile_executorch(words)
 
@@ -71,6 +81,91 @@ def test_a_program_is_executed_and_agrees(words, samples, references, compiled, 
     parity = check_parity(artifact="words.pte", outputs=outputs, references=references)
     assert parity.psnr_db > 100
     assert capfd.readouterr().err == ""
+
+
+class Branches(nn.Module):
+    """Where a convolution in 8 bits is easily lowered wrongly: after a scale, and two of one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.wide, self.narrow = (
+            nn.Conv2d(8, 32, 3, padding=1),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.Conv2d(32, 64, 1),
+        )
+        self.linear = nn.Linear(64, 128)
+
+    def forward(self, x):
+        hidden = torch.nn.functional.silu(self.before(x / 0.4) * 0.5 + 0.5)
+        both = self.wide(hidden) + self.narrow(hidden)
+        return self.linear(both.flatten(2).transpose(1, 2))
+
+
+@pytest.fixture(scope="module")
+def branches():
+    torch.manual_seed(1)
+    return FixedModule(
+        name="branches",
+        network=Branches().eval(),
+        inputs=(Port(name="x", shape=(2, 8, 6, 6)),),
+        outputs=(Port(name="output", shape=(2, 36, 128)),),
+    )
+
+
+def test_convolutions_in_8_bits_agree_where_a_plain_lowering_goes_wrong(branches):
+    quantized, whole = compile_executorch(branches, weights="int8"), compile_executorch(branches)
+    program = ExecuTorchProgram(quantized)
+    samples = list(np.random.default_rng(0).standard_normal((4, 1, 2, 8, 6, 6), dtype=np.float32))
+    parity = check_parity(
+        artifact="branches.pte",
+        outputs=[program(inputs) for inputs in samples],
+        references=[branches.reference(inputs) for inputs in samples],
+    )
+    assert 40 < parity.psnr_db < 70
+    # The two convolutions of one input keep their float32, 81,920 bytes of it.
+    assert 81_920 < len(quantized) < len(whole)
+    assert set(describe_program(quantized).delegates) == {"XnnpackBackend"}
+
+
+def test_a_program_in_8_bits_is_a_third_in_size_with_the_same_ports(words, samples, references, compiled):
+    quantized = compile_executorch(words, weights="int8")
+    program = ExecuTorchProgram(quantized)
+    assert (program.inputs, program.outputs) == (
+        describe_program(compiled).inputs,
+        describe_program(compiled).outputs,
+    )
+    outputs = [program(inputs) for inputs in samples]
+    assert check_parity(artifact="words.pte", outputs=outputs, references=references).psnr_db > 40
+    assert 3 * len(quantized) < len(compiled)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_taken_apart_is_torchs(masked, scale):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
+    mask = torch.randn(1, 1, 5, 7) if masked else None
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    torch.testing.assert_close(attend(q, k, v, mask, scale=scale), expected)
+
+
+def test_attention_leaves_nothing_to_slow_kernels(text):
+    description = describe_program(compile_executorch(text))
+    assert set(description.kernels) == {"aten::embedding", "aten::native_layer_norm"}
+
+
+def test_a_program_for_core_ml_is_described_and_refused(words):
+    compiled = compile_executorch(words, delegate="coreml")
+    description = describe_program(compiled)
+    assert (description.delegates, description.kernels) == ({"CoreMLBackend": 1}, {})
+    assert [port.dtype for port in description.inputs] == ["int32", "float32"]
+    with pytest.raises(ValueError, match=r"lowered for CoreMLBackend, but ExecuTorch has .*XnnpackBackend"):
+        ExecuTorchProgram(compiled)
+
+
+def test_8_bits_for_core_ml_are_refused(words):
+    with pytest.raises(ValueError, match="lowered to XNNPACK alone"):
+        compile_executorch(words, weights="int8", delegate="coreml")
 
 
 def test_a_program_states_its_inputs_and_outputs_with_their_types(compiled):
