@@ -24,7 +24,7 @@ class Job:
         verb: its name.
         recipe: the resolved settings.
         out: folder or URL of the run; every job reads its parents there and writes one thing beside them.
-        target: what a job that looks at one thing was pointed at; else empty.
+        target: what a job that takes an argument was pointed at; else empty.
     """
 
     verb: str
@@ -66,10 +66,12 @@ def run(
     about: str | None,
     argv: Sequence[str] | None,
     target: str | None = None,
+    writes: bool = True,
 ) -> int:
     """Parse the options, carry out `body` (or, with --dry-run, print `preview`) and return the exit code.
 
-    `target` is the name of a positional argument, for a job that looks at one thing and writes none.
+    `target` is the name of a positional argument. A job that looks at one thing and `writes` none needs it;
+    for another the recipe says what is taken if it is left out.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{verb}", description=(about or "").split("\n\n")[0]
@@ -85,7 +87,7 @@ def run(
     parser.add_argument("--out", default="runs/demo", help="folder or URL of the run (default: runs/demo)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     if target:
-        parser.add_argument("target", metavar=target)
+        parser.add_argument("target", metavar=target, nargs="?" if writes else None, default="")
     options = parser.parse_args(argv)
 
     def work() -> None:
@@ -99,7 +101,7 @@ def run(
             print(job.recipe.to_json())
             print("\n".join([f"settings {job.recipe.digest()[:16]}", *preview(job)]))
             return
-        if not target:
+        if writes:
             _save_settings(job)
         body(job)
 

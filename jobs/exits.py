@@ -24,7 +24,7 @@ def guarded(verb: str, work: Callable[[], None]) -> int:
         if isinstance(cause, ValueError):
             print(f"{verb}: {cause}", file=sys.stderr)
             return 2
-        if type(cause).__module__.split(".")[0] in ("jobs", "pipelines", "snapfusion"):
+        if _is_ours(cause):
             print(f"{verb}: {cause}", file=sys.stderr)
             return 1
         raise
@@ -46,11 +46,15 @@ def leave(code: int) -> NoReturn:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What a user's code raised inside a worker, without the layers that Ray puts round it."""
-    seen: BaseException | None = error
-    while seen is not None:
+    """What our code raised, maybe inside a worker: without the layers that Ray puts round it."""
+    seen = error
+    while not _is_ours(seen):
         inner = getattr(seen, "cause", None) or seen.__cause__
         if not isinstance(inner, BaseException):
-            return seen
+            break
         seen = inner
-    return error
+    return seen
+
+
+def _is_ours(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in ("jobs", "pipelines", "snapfusion")

@@ -16,7 +16,6 @@ import fsspec
 import numpy as np
 import torch
 
-from jobs import compile_mobile
 from jobs.anatomy import Anatomy, anatomy_of
 from jobs.chart import Chart, Series
 from jobs.cli import Job
@@ -25,6 +24,7 @@ from jobs.first_weights import MADE_OF
 from jobs.report_page import (
     Commit,
     Comparison,
+    Held,
     Measurement,
     Picture,
     RejectedRow,
@@ -47,7 +47,7 @@ from pipelines.sources.webdataset import Sample, list_shards, read_shard
 from pipelines.stages.image import decode_image
 from pipelines.storage import exists, read_bytes
 from pipelines.tables import Snapshot, accounts, is_table, open_table, rejected_rows
-from snapfusion.export.executorch import ExecuTorchProgram
+from snapfusion.export.bundle import MANIFEST, PICTURES
 from snapfusion.mini.oracle import load_oracle
 from snapfusion.mini.scenes import Scene, parse_caption
 from snapfusion.models.bundle import to_uint8
@@ -80,7 +80,7 @@ def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
     if student and job.recipe.oracle_floor:
         fewer_steps, drawn = draw_side_by_side(student, place=student_place)
     decoder = _json(job.place(f"decoder/{METRICS}"))
-    mobile = _json(job.place(f"mobile/{compile_mobile.MANIFEST}"))
+    mobile = _json(job.place(f"mobile/{MANIFEST}"))
     anatomies = _anatomies(job)
     oracle = read_by_oracle(tables["pairs"]) if "pairs" in tables and job.recipe.oracle_floor else None
     timings = _timings(job, tables)
@@ -94,7 +94,7 @@ def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
         scenes=_scenes(job),
         teacher_images=_drawn(tables["pairs"], oracle) if "pairs" in tables else (),
         fewer_steps=fewer_steps,
-        comparisons=_comparisons(job, tables["pairs"], decoder, mobile) if decoder else (),
+        comparisons=_comparisons(job, tables["pairs"], decoder) if decoder else (),
         charts=(*_student_charts(student), *_decoder_charts(decoder)),
         measurements=(
             *_student_figures(drawn),
@@ -103,6 +103,7 @@ def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
             *_oracle_figures(oracle, job),
         ),
         anatomies=anatomies,
+        phone=_phone(job, mobile),
         artifacts=artifacts_of(mobile) if mobile else (),
         lineage=lineage,
         rejections=tuple(rejection for table in tables.values() for rejection in _rejections(table)),
@@ -225,30 +226,36 @@ def _drawn(pairs: Snapshot, oracle: Mapping[str, Any] | None) -> tuple[Picture, 
 
 
 @torch.inference_mode()
-def _comparisons(
-    job: Job, pairs: Snapshot, decoder: Mapping[str, Any], mobile: Mapping[str, Any] | None
-) -> tuple[Comparison, ...]:
+def _comparisons(job: Job, pairs: Snapshot, decoder: Mapping[str, Any]) -> tuple[Comparison, ...]:
     pinned = open_table(pairs.url, version=decoder["parents"]["pairs"]["version"])
     fraction = job.recipe.decoder.loader.held_out
     units = list(held_out_rows(pinned, ["caption", "latent"], fraction=fraction, limit=_COMPARED))
     teacher, half = load(job.recipe.model), load_decoder(job.place("decoder"))
-    program = ExecuTorchProgram(read_bytes(job.place("mobile/decoder.pte"))) if mobile else None
     compared = []
     for rows in units:
         latents = array_of(rows.schema.field("latent")).unpack(rows.column("latent").to_pylist())
         for caption, values in zip(rows.column("caption").to_pylist(), latents, strict=True):
             latent = torch.from_numpy(values.astype(np.float32))[None]
-            compared.append(
-                Comparison(
-                    caption=caption,
-                    teacher=_pixels(teacher.decode(latent)),
-                    half=_pixels(half.decode(latent)),
-                    # The program's own range is [0, 1].
-                    compiled=_pixels(torch.from_numpy(program([latent.numpy()])) * 2.0 - 1.0)
-                    if program
-                    else None,
-                )
-            )
+            whole = _pixels(teacher.decode(latent))
+            held = Held(name="Half width", image=_pixels(half.decode(latent)), reference=whole)
+            compared.append(Comparison(caption=caption, name="Teacher", reference=whole, held=(held,)))
+    return tuple(compared)
+
+
+def _phone(job: Job, mobile: Mapping[str, Any] | None) -> tuple[Comparison, ...]:
+    """What torch and the programs drew, as the bundle keeps it."""
+    if mobile is None:
+        return ()
+    drew = [name for name, told in mobile["variants"].items() if told["images"]]
+
+    def picture(name: str, number: int) -> np.ndarray:
+        return from_png(read_bytes(job.place(f"mobile/{PICTURES}/{name}-{number}.png")))
+
+    compared = []
+    for number, caption in enumerate(mobile["captions"][:_COMPARED]):
+        reference = picture("torch", number)
+        held = tuple(Held(name=name, image=picture(name, number), reference=reference) for name in drew)
+        compared.append(Comparison(caption=caption, name="torch", reference=reference, held=held))
     return tuple(compared)
 
 
@@ -436,16 +443,20 @@ def _lineage(
             )
         )
     if mobile:
-        commits.append(
-            Commit(
-                name="MOBILE",
-                kind="bundle",
-                place=job.place("mobile"),
-                identity=mobile["settings_hash"],
-                parents=("DECODER",),
-            )
-        )
+        commits.append(_mobile_commit(mobile, place=job.place("mobile"), known=commits))
     return tuple(commits)
+
+
+def _mobile_commit(mobile: Mapping[str, Any], *, place: str, known: Sequence[Commit]) -> Commit:
+    """The bundle, made of those commits whose settings its parents name."""
+    made_of = {parent["settings_hash"] for parent in mobile["identity"]["parents"].values() if parent}
+    return Commit(
+        name="MOBILE",
+        kind="bundle",
+        place=place,
+        identity=mobile["settings_hash"],
+        parents=tuple(commit.name for commit in known if commit.identity in made_of),
+    )
 
 
 def _efficient_commits(job: Job, *, known: Sequence[Commit]) -> list[Commit]:

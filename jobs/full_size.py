@@ -29,6 +29,7 @@ from pipelines.stages.sample import Drawing, Sampler
 from pipelines.stages.select import Selection
 from pipelines.stages.target import Teaching
 from pipelines.targets import Targets
+from snapfusion.export.request import Licence, MobileSettings
 from snapfusion.training.draws import CfgRange
 from snapfusion.training.loop import LoopSettings
 from snapfusion.training.robust import SkipSettings
@@ -231,4 +232,17 @@ def _watch(batch_size: int) -> WatchSettings:
         judging=_JUDGING,
         references="run:evaluation/references",
         dtype="bfloat16",
+    )
+
+
+def mobile(*, model: str) -> MobileSettings:
+    """Programs of the last student with the half-width decoder.
+
+    The weights' licence is that of Stable Diffusion, whose text and the data's licence are to be given.
+    """
+    return MobileSettings(
+        model=model,
+        decoder="run:decoder",
+        coreml=("float16", "palette-6"),
+        licence=Licence(weights="CreativeML OpenRAIL-M"),
     )

@@ -8,7 +8,6 @@ from jobs import full_size
 from jobs.ablation import Ablation, miniature_ablation
 from jobs.chance import ChanceSettings
 from jobs.cluster import Cluster
-from jobs.compile_mobile import MobileSettings
 from jobs.distill_decoder import DecoderSettings
 from jobs.distill_steps import DistillSettings
 from jobs.evaluation import Contender, Evaluation, Prompts
@@ -31,6 +30,7 @@ from pipelines.stages.image import ImageSettings
 from pipelines.stages.sample import Drawing, Sampler
 from pipelines.stages.target import Teaching
 from pipelines.targets import Targets
+from snapfusion.export.request import Licence, MobileSettings
 from snapfusion.settings import Settings, SettingsError
 from snapfusion.training.draws import CfgRange
 from snapfusion.training.loop import LoopSettings
@@ -235,6 +235,20 @@ def mini() -> Recipe:
             ),
             **plans("mini-v", small=EFFICIENT),
         },
+        mobile=MobileSettings(
+            model="run:student/model",
+            decoder="run:decoder",
+            guidance=4.0,
+            captions=(
+                "a large red circle at the top on a white background",
+                "a small blue ring on the left on a white background",
+                "a large green cross at the bottom on a yellow background",
+            ),
+            licence=Licence(
+                weights="Apache-2.0 (the miniature of this repository)",
+                data="Apache-2.0 (scenes drawn by this repository)",
+            ),
+        ),
         # 1.00 on the 512 pictures of the demo (metrics.json, "oracle").
         oracle_floor=0.95,
     )
@@ -331,6 +345,7 @@ def sd15() -> Recipe:
         # The efficient UNet's first teacher is SD-v1.5 ("the same strategy", no more is said).
         plans=plans(VPRED, small=EFFICIENT),
         decoder=full_size.decoder(micro_batch=8),
+        mobile=full_size.mobile(model="run:staged-8/model"),
         latency=LatencySettings(device="cuda", precision="float16"),
         efficiency=EfficiencySettings(device="cuda"),
         evaluation=full_size.evaluation(batch_size=16, rows_per_unit=128),
@@ -355,6 +370,7 @@ def sd2() -> Recipe:
         plan="staged",
         plans=plans(OWN),
         decoder=full_size.decoder(micro_batch=4),
+        mobile=full_size.mobile(model="run:staged-8/model"),
         latency=LatencySettings(device="cuda", precision="float16"),
         efficiency=EfficiencySettings(device="cuda"),
         evaluation=full_size.evaluation(batch_size=8, rows_per_unit=64),

@@ -34,36 +34,46 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """One held-out latent through three decoders; each image uint8 [H,W,3].
+class Held:
+    """A picture held against another, both uint8 [H,W,3].
 
     Attributes:
-        caption: of the latent.
-        teacher: by the full decoder.
-        half: by the half-width decoder in torch.
-        compiled: by the half-width decoder's ExecuTorch program; None if it was not compiled.
+        name: of what drew it.
+        image: what it drew.
+        reference: what it should have drawn.
     """
 
-    caption: str
-    teacher: np.ndarray
-    half: np.ndarray
-    compiled: np.ndarray | None = None
+    name: str
+    image: np.ndarray
+    reference: np.ndarray
 
     @cached_property
     def difference(self) -> np.ndarray:
-        """|half - teacher|, `DIFFERENCE_FACTOR` times, uint8 [H,W,3]."""
-        distance = np.abs(self.half.astype(np.int32) - self.teacher.astype(np.int32))
+        """|image - reference|, `DIFFERENCE_FACTOR` times, uint8 [H,W,3]."""
+        distance = np.abs(self.image.astype(np.int32) - self.reference.astype(np.int32))
         return np.clip(distance * DIFFERENCE_FACTOR, 0, 255).astype(np.uint8)
 
     @property
-    def half_psnr_db(self) -> float:
-        """Of the half-width decoder to the teacher, on these 8-bit images, peak 255."""
-        return psnr(self.half, self.teacher, peak=255.0)
+    def psnr_db(self) -> float:
+        """To the reference, on these 8-bit images, peak 255."""
+        return psnr(self.image, self.reference, peak=255.0)
 
-    @property
-    def compiled_psnr_db(self) -> float | None:
-        """Of the compiled decoder to the teacher, likewise."""
-        return None if self.compiled is None else psnr(self.compiled, self.teacher, peak=255.0)
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One caption drawn in several ways, of which the first is the one to be met.
+
+    Attributes:
+        caption: the text.
+        name: of the reference.
+        reference: uint8 [H,W,3].
+        held: the others.
+    """
+
+    caption: str
+    name: str
+    reference: np.ndarray
+    held: tuple[Held, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,23 +147,26 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """A program for phones.
+    """A variant of the programs for phones.
 
     Attributes:
-        name: of the file.
+        name: of the variant.
         kind: its format and arithmetic.
         bytes: its size.
-        psnr_db: to torch; None if every bit agrees.
-        limit_db: below which it would not be here.
-        samples: on how many held-out latents.
+        psnr_db: of each module, by name, and of the "images"; None for a bit-for-bit one, missing where
+            nothing was executed.
+        limit_db: of the images, below which it would not be here; None where nothing was executed.
+        override: why it is here although it is below; empty where it is not.
+        samples: how many captions were drawn.
         how: by what means it was compared.
     """
 
     name: str
     kind: str
     bytes: int
-    psnr_db: float | None
-    limit_db: float
+    psnr_db: Mapping[str, float | None]
+    limit_db: float | None
+    override: str
     samples: int
     how: str
 
@@ -246,11 +259,12 @@ class ReportContent:
         scenes: samples of the shards that came in.
         teacher_images: samples of PAIRS.
         fewer_steps: the student beside its teacher.
-        comparisons: held-out latents through three decoders.
+        comparisons: held-out latents through two decoders.
         charts: the training's curves.
         measurements: the figures.
         anatomies: what the UNet's blocks take, one for each way it was measured.
-        artifacts: the programs for phones.
+        phone: what torch and the programs for phones drew.
+        artifacts: these programs.
         lineage: every commit, parents before children.
         rejections: what was set aside.
         timings: of the steps, in order.
@@ -269,6 +283,7 @@ class ReportContent:
     charts: tuple[Chart, ...] = ()
     measurements: tuple[Measurement, ...] = ()
     anatomies: tuple[Anatomy, ...] = ()
+    phone: tuple[Comparison, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
     lineage: tuple[Commit, ...] = ()
     rejections: tuple[Rejection, ...] = ()
@@ -292,19 +307,22 @@ def render_report(content: ReportContent) -> str:
 
 
 def artifacts_of(manifest: Mapping[str, Any]) -> tuple[Artifact, ...]:
-    """The programs that the manifest of a mobile bundle describes."""
-    return tuple(
-        Artifact(
-            name=artifact["file"],
-            kind=artifact["backend"],
-            bytes=artifact["bytes"],
-            psnr_db=artifact["parity"]["psnr_db"],
-            limit_db=artifact["parity"]["limit_db"],
-            samples=artifact["parity"]["samples"],
-            how=artifact["parity_by"],
-        )
-        for module in manifest["modules"].values()
-        for artifact in module["artifacts"].values()
+    """The variants that the manifest of a mobile bundle describes."""
+    return tuple(_artifact(name, told) for name, told in manifest["variants"].items())
+
+
+def _artifact(name: str, told: Mapping[str, Any]) -> Artifact:
+    modules, images = told["modules"], told["images"]
+    figures = {module: each["parity"] for module, each in modules.items()} | {"images": images}
+    return Artifact(
+        name=name,
+        kind=f"{told['runtime']}: {told['weights']}",
+        bytes=sum(module["bytes"] for module in modules.values()),
+        psnr_db={part: parity["psnr_db"] for part, parity in figures.items() if parity},
+        limit_db=images and images["limit_db"],
+        override=(images and images["override"]) or "",
+        samples=images["samples"] if images else 0,
+        how=told["measured"],
     )
 
 

@@ -25,7 +25,7 @@ class Unsound(RuntimeError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m jobs.verify_table`."""
-    return run("verify_table", verify, preview=preview, about=__doc__, argv=argv, target="URL")
+    return run("verify_table", verify, preview=preview, about=__doc__, argv=argv, target="URL", writes=False)
 
 
 def verify(job: Job) -> None:

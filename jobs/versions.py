@@ -12,6 +12,7 @@ _NAMES = (
     "transformers",
     "deltalake",
     "executorch",
+    "torchao",
     "coremltools",
 )
 

@@ -86,6 +86,36 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def mobile_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A diffusers folder of a tiny model that predicts v, as a student does."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-v"
+    bundle = tiny_bundle(seed=3)
+    bundle.prediction_type = "v_prediction"
+    save(bundle, folder, dtype=torch.float32)
+    return str(folder)
+
+
+MOBILE = (
+    "mobile.guidance=2.0",
+    'mobile.captions=["red", "a red thing"]',
+    "mobile.steps=3",
+    "mobile.decoder=null",
+)
+"""Settings under which a tiny model's bundle is made in seconds."""
+
+
+@pytest.fixture(scope="session")
+def mobile_bundle(tmp_path_factory: pytest.TempPathFactory, mobile_model: str) -> Path:
+    """The tiny model's bundle, with every variant that can be computed here; not to be changed."""
+    from jobs import compile_mobile
+
+    run = tmp_path_factory.mktemp("mobile")
+    settings = [word for setting in MOBILE for word in ("--set", setting)]
+    assert compile_mobile.main([mobile_model, "--out", str(run), *settings]) == 0
+    return run / "mobile"
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster, for all tests that need one; its workers can import the stages of tests."""
     import ray

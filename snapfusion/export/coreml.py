@@ -362,6 +362,17 @@ def _relative_error(found: np.ndarray, *, wanted: np.ndarray) -> float:
     return difference / largest if largest else difference
 
 
+def float16_on_ios17() -> dict[str, Any]:
+    """What another compiler must tell coremltools to get programs of the same kind."""
+    with quiet():
+        import coremltools
+
+        return {
+            "compute_precision": coremltools.precision.FLOAT16,
+            "minimum_deployment_target": coremltools.target.iOS17,
+        }
+
+
 def open_packages(packages: Sequence[Path]) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
     """A module's packages as Core ML itself runs them, on its Neural Engine where it can: on a Mac alone.
 

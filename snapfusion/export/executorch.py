@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from snapfusion.export.coreml import float16_on_ios17
 from snapfusion.export.modules import FixedModule
 from snapfusion.export.quiet import quiet
 
@@ -144,14 +145,10 @@ def _xnnpack(weights: Literal["float32", "int8"]) -> list[XnnpackPartitioner]:
 
 
 def _coreml() -> CoreMLPartitioner:
-    import coremltools
     from executorch.backends.apple.coreml.compiler import CoreMLBackend
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner
 
-    specs = CoreMLBackend.generate_compile_specs(
-        compute_precision=coremltools.precision.FLOAT16,
-        minimum_deployment_target=coremltools.target.iOS17,
-    )
+    specs = CoreMLBackend.generate_compile_specs(**float16_on_ios17())
     return CoreMLPartitioner(compile_specs=specs)
 
 

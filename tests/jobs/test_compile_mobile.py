@@ -1,219 +1,430 @@
-"""A bundle is published whole, once, and only if its artifacts agree with torch."""
+"""A bundle is published whole, once, and only if every part of it agrees with torch."""
 
 import hashlib
 import json
-import shutil
+import subprocess
+import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from conftest import MOBILE, tiny_bundle
+from PIL import Image
+from torch import nn
 
-import jobs.compile_mobile as subject
-from jobs.compile_mobile import BundleError, MobileSettings, compile_decoder
+import snapfusion.export.build as building
+import snapfusion.export.variants as variants
+from jobs import compile_mobile
+from jobs.compile_mobile import check_fit, publish_bundle
+from snapfusion.export.bundle import BundleError, open_bundle
+from snapfusion.export.executorch import compile_executorch
+from snapfusion.export.modules import FixedModule, Port
 from snapfusion.export.parity import ParityError
-from snapfusion.models.decoder import DecoderError, HalfDecoder
+from snapfusion.export.request import Licence, LicenceError, MobileSettings
+from snapfusion.export.steps import Steps
+from snapfusion.models.bundle import weight_hash
+from snapfusion.models.decoder import HalfDecoder
+from snapfusion.models.load import load
+from snapfusion.models.tokenizer import build_tokenizer
+from snapfusion.sampling import time_grid
 
-SETTINGS = MobileSettings(parity_samples=3)
-PARENTS = {"pairs": {"url": "runs/pairs", "version": 4}}
-
-
-def save_decoder(folder, *, seed, change=None):
-    torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        scaling_factor=0.4,
-        sample_size=16,
-    )
-    decoder = HalfDecoder.from_vae(vae)
-    if change:
-        change(decoder)
-    decoder.save(str(folder))
-    return str(folder)
+OPEN = Licence(weights="Apache-2.0", data="CC-BY-4.0")
+FAST = {"coreml": (), "executorch": ("float32",), "guidance": 2.0, "steps": 2, "captions": ("red",)}
+PARENTS = {"model": {"source": "tiny", "settings_hash": None}, "decoder": None}
 
 
-@pytest.fixture(scope="module")
-def latents():
-    return np.random.default_rng(0).standard_normal((5, 4, 8, 8)).astype(np.float16)
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once():
+    """A compiler that gives a module's program again if it made it before: lowering takes most time."""
+    real, made = variants.compile_executorch, {}
+
+    def compiled(module, **how):
+        shapes = [port.shape for port in module.inputs]
+        key = f"{weight_hash(module.network)} {shapes} {how.get('weights')}"
+        if key not in made:
+            made[key] = real(module, **how)
+        return made[key]
+
+    variants.compile_executorch = compiled
+    yield
+    variants.compile_executorch = real
 
 
-@pytest.fixture(scope="module")
-def decoder_url(tmp_path_factory):
-    return save_decoder(tmp_path_factory.mktemp("decoder"), seed=0)
+def settings(**changes):
+    return MobileSettings(**({"licence": OPEN} | FAST | changes))
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory, decoder_url, latents):
-    folder = tmp_path_factory.mktemp("mobile") / "bundle"
-    manifest = compile_decoder(
-        SETTINGS, decoder_url=decoder_url, latents=latents, parents=PARENTS, out_url=str(folder)
-    )
-    return folder, manifest
+def publish(place, asked, *, model=None, decoder=None):
+    if model is None:
+        model = tiny_bundle(seed=3)
+        model.prediction_type = "v_prediction"
+    return publish_bundle(asked, bundle=model, decoder=decoder, parents=PARENTS, out_url=str(place))
 
 
-@pytest.fixture
-def compilers_of_the_bundle(bundle, monkeypatch):
-    """Compilers that give the first bundle's artifacts, whatever they are asked for."""
-    folder, _ = bundle
-    program = (folder / "decoder.pte").read_bytes()
-    monkeypatch.setattr(subject, "compile_executorch", lambda module: program)
-    monkeypatch.setattr(
-        subject, "compile_coreml", lambda module, path: shutil.copytree(folder / "decoder.mlpackage", path)
-    )
+def assert_nothing_left(folder):
+    assert [path.name for path in folder.iterdir()] == []
 
 
-def test_a_bundle_holds_both_artifacts_and_says_what_they_are(bundle):
-    folder, manifest = bundle
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "decoder.mlpackage",
-        "decoder.pte",
-        "manifest.json",
+# --- what a bundle is
+
+
+def test_a_bundle_holds_all_that_an_application_needs(mobile_bundle):
+    manifest = open_bundle(mobile_bundle).manifest
+    assert list(manifest["variants"]) == ["executorch", "executorch-int8", "coreml", "coreml-6bit"]
+    for name, told in manifest["variants"].items():
+        assert set(told["modules"]) == {"text_encoder", "unet", "decoder"}
+        assert told["images"]["samples"] == 2
+        exact = name in ("coreml", "executorch")
+        assert told["images"]["psnr_db"] > (35 if exact else 20)
+        for module in told["modules"].values():
+            assert module["parity"]["psnr_db"] > (35 if exact else 15)
+    unet = manifest["variants"]["executorch"]["modules"]["unet"]
+    assert [(name, port["position"], port["shape"]) for name, port in unet["inputs"].items()] == [
+        ("z_t", 0, [1, 4, 8, 8]),
+        ("t", 1, [1]),
+        ("c", 2, [2, 16, 16]),
     ]
-    assert json.loads((folder / "manifest.json").read_text()) == manifest
-    module = manifest["modules"]["decoder"]
-    assert (module["inputs"], module["outputs"]) == ({"latent": [1, 4, 8, 8]}, {"image": [1, 3, 16, 16]})
-    for artifact in module["artifacts"].values():
-        assert artifact["parity"]["samples"] == 3
-        assert artifact["parity"]["psnr_db"] > 50
-        assert artifact["bytes"] > 10_000
-    assert manifest["identity"]["parents"] == PARENTS
-    assert set(manifest["versions"]) == {"torch", "executorch", "coremltools", "snapfusion-ray"}
+    assert set(manifest["versions"]) >= {"torch", "executorch", "coremltools", "snapfusion-ray"}
+    assert manifest["safety_checker"] is None
+    assert manifest["identity"]["steps"] == 3
 
 
-def test_the_manifest_has_every_files_size_and_hash(bundle):
-    folder, manifest = bundle
+def test_the_manifest_has_every_files_size_and_hash(mobile_bundle):
+    stated = json.loads((mobile_bundle / "manifest.json").read_text())["files"]
     found = {
-        path.relative_to(folder).as_posix(): {
+        path.relative_to(mobile_bundle).as_posix(): {
             "bytes": path.stat().st_size,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         }
-        for path in folder.rglob("*")
+        for path in mobile_bundle.rglob("*")
         if path.is_file() and path.name != "manifest.json"
     }
-    assert manifest["files"] == found
+    assert found.keys() | {"x"} >= {"MODEL_CARD.md", "sampler.json", "tokenizer/tokenizer.json"}
+    # A Core ML package has a manifest of its own.
+    own = {name: told for name, told in stated.items() if not name.endswith("manifest.json")}
+    assert found == own
 
 
-def test_the_same_again_is_not_compiled_again(bundle, decoder_url, latents, monkeypatch):
-    folder, manifest = bundle
-    monkeypatch.delattr(subject, "compile_executorch")
-    again = compile_decoder(
-        SETTINGS, decoder_url=decoder_url, latents=latents, parents=PARENTS, out_url=str(folder)
+def test_the_card_states_both_licences_and_that_nothing_looks_at_the_pictures(mobile_bundle):
+    card = (mobile_bundle / "MODEL_CARD.md").read_text()
+    assert "- Weights: Apache-2.0 (the miniature of this repository)" in card
+    assert "- Data: Apache-2.0 (scenes drawn by this repository)" in card
+    assert "No safety checker is part of this bundle" in card
+
+
+def test_the_pictures_are_those_of_torch(mobile_bundle):
+    manifest = open_bundle(mobile_bundle).manifest
+    for number in range(2):
+        torchs = np.asarray(Image.open(mobile_bundle / f"pictures/torch-{number}.png")).astype(int)
+        for name in manifest["variants"]:
+            drawn = np.asarray(Image.open(mobile_bundle / f"pictures/{name}-{number}.png")).astype(int)
+            # A gray level apart where both lie at the same edge of rounding.
+            assert np.abs(drawn - torchs).max() <= (1 if name == "executorch" else 255)
+            assert drawn.std() > 0
+
+
+def test_the_same_again_is_not_compiled_again(mobile_bundle, mobile_model, monkeypatch, capsys):
+    monkeypatch.delattr(variants, "compile_executorch")
+    before = (mobile_bundle / "manifest.json").stat()
+    options = [word for setting in MOBILE for word in ("--set", setting)]
+    assert compile_mobile.main([mobile_model, "--out", str(mobile_bundle.parent), *options]) == 0
+    assert "executorch: " in capsys.readouterr().out
+    assert (mobile_bundle / "manifest.json").stat() == before
+
+
+def test_another_bundle_at_the_same_place_is_refused_with_what_differs(mobile_bundle, mobile_model, capsys):
+    options = [word for setting in (*MOBILE, "mobile.seed=1") for word in ("--set", setting)]
+    assert compile_mobile.main([mobile_model, "--out", str(mobile_bundle.parent), *options]) == 2
+    assert "made otherwise (settings.seed is 0 there, 1 here)" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_would_be_compiled(mobile_model, tmp_path, capsys):
+    assert compile_mobile.main([mobile_model, "--out", str(tmp_path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"would compile {mobile_model} with the decoder {tmp_path}/decoder into {tmp_path}/mobile" in said
+    assert "ExecuTorch float32, ExecuTorch int8, Core ML float16, Core ML palette-6" in said
+    assert_nothing_left(tmp_path)
+
+
+def test_two_calls_in_place_of_one_draw_the_same(tmp_path):
+    one = publish(tmp_path / "one", settings(conditions=1))
+    two = publish(tmp_path / "two", settings(conditions=2))
+    shapes = [
+        made["variants"]["executorch"]["modules"]["unet"]["inputs"]["c"]["shape"] for made in (one, two)
+    ]
+    assert shapes == [[1, 16, 16], [2, 16, 16]]
+    assert all(made["variants"]["executorch"]["images"]["psnr_db"] > 80 for made in (one, two))
+
+
+# --- the gate
+
+
+def perturbed(module):
+    """The module with one weight matrix that is not the model's: changed by a tenth of its spread."""
+    network = deepcopy(module.network)
+    name, weight = next((name, each) for name, each in network.named_parameters() if each.ndim > 1)
+    with torch.no_grad():
+        weight += 0.5 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    assert name
+    return FixedModule(name=module.name, network=network, inputs=module.inputs, outputs=module.outputs)
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "unet", "decoder"])
+def test_a_program_with_a_perturbed_weight_is_refused(name, tmp_path, monkeypatch):
+    real = variants.compile_executorch
+    monkeypatch.setattr(
+        variants,
+        "compile_executorch",
+        lambda module, **how: real(perturbed(module) if module.name == name else module, **how),
     )
-    assert again == manifest
-
-
-def test_another_bundle_at_the_same_place_is_refused(bundle, decoder_url, latents):
-    folder, _ = bundle
-    before = (folder / "manifest.json").read_bytes()
-    with pytest.raises(BundleError, match="made with other latents and settings;"):
-        compile_decoder(
-            MobileSettings(parity_samples=2),
-            decoder_url=decoder_url,
-            latents=latents,
-            parents=PARENTS,
-            out_url=str(folder),
-        )
-    assert (folder / "manifest.json").read_bytes() == before
-
-
-@pytest.mark.usefixtures("compilers_of_the_bundle")
-def test_a_program_of_another_decoder_is_refused_and_nothing_is_published(latents, tmp_path):
-    other = save_decoder(tmp_path / "decoder", seed=1)
     with pytest.raises(
-        ParityError, match=r"decoder\.pte does not agree with torch: PSNR .* 35 dB is the limit"
+        ParityError, match=rf"executorch/{name} does not agree with torch: .* 35 dB is the limit"
     ):
-        compile_decoder(
-            SETTINGS, decoder_url=other, latents=latents, parents={}, out_url=str(tmp_path / "out" / "bundle")
-        )
-    assert [path.name for path in tmp_path.iterdir()] == ["decoder"]
+        publish(tmp_path / "bundle", settings())
+    assert_nothing_left(tmp_path)
 
 
-def perturb_one_kernel(decoder):
-    kernel = decoder.decoder.conv_in.weight
+def test_a_package_with_a_perturbed_weight_is_refused(tmp_path, monkeypatch):
+    real = variants.compile_coreml
+    monkeypatch.setattr(variants, "compile_coreml", lambda module, place: real(perturbed(module), place))
+    with pytest.raises(ParityError, match=r"lacks the network's weight|does not agree with torch"):
+        publish(tmp_path / "bundle", settings(executorch=(), coreml=("float16",)))
+    assert_nothing_left(tmp_path)
+
+
+def test_a_swapped_coefficient_is_refused(tmp_path, monkeypatch):
+    real = Steps.to_values
+
+    def swapped(steps):
+        values = real(steps)
+        first, second = values["steps"][:2]
+        first["from_output"], second["from_output"] = second["from_output"], first["from_output"]
+        return values
+
+    monkeypatch.setattr(Steps, "to_values", swapped)
+    with pytest.raises(BundleError, match=r"sampler\.json: step 0 \(t = 999\): from_output is"):
+        publish(tmp_path / "bundle", settings())
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["another grid", "another prediction"])
+def test_a_sampler_that_is_sound_but_not_the_models_is_refused(wrong, tmp_path, monkeypatch):
+    real = Steps.of
+
+    def other(schedule, *, grid, prediction_type, guidance):
+        if wrong == "another grid":
+            grid = time_grid(5)
+        else:
+            prediction_type = "epsilon"
+        return real(schedule, grid=grid, prediction_type=prediction_type, guidance=guidance)
+
+    monkeypatch.setattr(Steps, "of", other)
+    with pytest.raises(ParityError, match=r"the images of executorch does not agree with torch|not finite"):
+        publish(tmp_path / "bundle", settings())
+    assert_nothing_left(tmp_path)
+
+
+def test_a_wrong_tokenizer_is_refused(tmp_path, monkeypatch):
+    other = build_tokenizer([("e", "d</w>")], max_length=16)
+    model = tiny_bundle(seed=3)
+    real = type(model.tokenizer).save_pretrained
+    monkeypatch.setattr(type(model.tokenizer), "save_pretrained", lambda _, place: real(other, place))
+    with pytest.raises(ParityError, match="tokenizer gives other ids than the model's own for 'red'"):
+        publish(tmp_path / "bundle", settings())
+    assert_nothing_left(tmp_path)
+
+
+def test_a_model_that_gives_nan_is_refused(tmp_path):
+    model = tiny_bundle()
     with torch.no_grad():
-        kernel[0] += 4 * kernel.std()
-
-
-@pytest.mark.usefixtures("compilers_of_the_bundle")
-def test_a_perturbed_program_is_refused_and_nothing_is_published(latents, tmp_path):
-    """The compiled weights are the reference's but for one channel of one kernel."""
-    perturbed = save_decoder(tmp_path / "decoder", seed=0, change=perturb_one_kernel)
-    with pytest.raises(ParityError, match=r"decoder\.pte does not agree with torch"):
-        compile_decoder(
-            SETTINGS, decoder_url=perturbed, latents=latents, parents={}, out_url=str(tmp_path / "bundle")
-        )
-    assert not (tmp_path / "bundle").exists()
-
-
-@pytest.mark.usefixtures("compilers_of_the_bundle")
-def test_a_perturbed_package_is_refused_though_the_program_agrees(bundle, latents, tmp_path, monkeypatch):
-    perturbed = save_decoder(tmp_path / "decoder", seed=0, change=perturb_one_kernel)
-    monkeypatch.setattr(
-        subject,
-        "ExecuTorchProgram",
-        lambda program: (
-            subject.decoder_module(subject.load_decoder(perturbed), latent_shape=(4, 8, 8)).reference
-        ),
-    )
-    with pytest.raises(ParityError, match=r"decoder\.mlpackage does not agree with torch"):
-        compile_decoder(
-            SETTINGS, decoder_url=perturbed, latents=latents, parents={}, out_url=str(tmp_path / "bundle")
-        )
-    assert not (tmp_path / "bundle").exists()
-
-
-def poison(decoder):
-    with torch.no_grad():
-        decoder.decoder.conv_in.bias[0] = torch.nan
-
-
-@pytest.mark.usefixtures("compilers_of_the_bundle")
-def test_a_decoder_that_gives_nan_is_refused(latents, tmp_path):
-    poisoned = save_decoder(tmp_path / "decoder", seed=0, change=poison)
+        model.unet.conv_out.bias[0] = torch.nan
     with pytest.raises(ValueError, match="its weights are not usable"):
-        compile_decoder(
-            SETTINGS, decoder_url=poisoned, latents=latents, parents={}, out_url=str(tmp_path / "bundle")
-        )
-    assert not (tmp_path / "bundle").exists()
+        publish(tmp_path / "bundle", settings(), model=model)
+    assert_nothing_left(tmp_path)
 
 
-@pytest.mark.usefixtures("compilers_of_the_bundle")
-def test_a_program_that_gives_nan_is_refused(decoder_url, latents, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        subject,
-        "ExecuTorchProgram",
-        lambda program: lambda inputs: np.full((1, 3, 16, 16), np.nan, np.float32),
+def test_below_the_limit_only_with_a_reason_which_is_recorded(tmp_path):
+    strict = {"parity_limit_db": 500.0}
+    with pytest.raises(ParityError, match="500 dB is the limit"):
+        publish(tmp_path / "bundle", settings(**strict))
+    assert_nothing_left(tmp_path)
+    reason = "nobody reaches 500 dB"
+    made = publish(tmp_path / "bundle", settings(**strict, override={"executorch": reason}))
+    told = made["variants"]["executorch"]
+    assert told["images"]["override"] == told["modules"]["unet"]["parity"]["override"] == reason
+    assert f"limit 500 dB. Reason given: {reason}" in (tmp_path / "bundle/MODEL_CARD.md").read_text()
+
+
+def test_a_reason_is_not_recorded_where_none_was_needed(tmp_path):
+    made = publish(tmp_path / "bundle", settings(override={"executorch": "just in case"}))
+    assert made["variants"]["executorch"]["images"]["override"] is None
+    assert "just in case" not in (tmp_path / "bundle/MODEL_CARD.md").read_text()
+
+
+def test_an_override_for_no_variant_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"mobile\.override names executorhc; executorch are asked for"):
+        publish(tmp_path / "bundle", settings(override={"executorhc": "a slip"}))
+
+
+# --- licences
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "mobile.licence.weights is not stated"),
+        ({"weights": "MIT"}, "mobile.licence.data is not stated"),
+        ({"weights": " ", "data": "MIT"}, "mobile.licence.weights is not stated"),
+        ({"weights": "CreativeML OpenRAIL-M", "data": "MIT"}, "asks that its text goes with them"),
+    ],
+)
+def test_without_a_licence_nothing_is_exported(given, said, tmp_path):
+    with pytest.raises(LicenceError, match=said):
+        publish(tmp_path / "bundle", settings(licence=Licence(**given)))
+    assert_nothing_left(tmp_path)
+
+
+def test_on_the_command_line_a_missing_licence_begins_with_the_option(mobile_model, tmp_path, capsys):
+    options = ["--out", str(tmp_path / "run"), "--set", "mobile.licence.data=null"]
+    assert compile_mobile.main([mobile_model, *options]) == 2
+    assert capsys.readouterr().err.startswith("compile_mobile: --set mobile.licence.data is not stated")
+
+
+def test_a_licence_that_asks_for_it_goes_into_the_bundle(tmp_path):
+    text = tmp_path / "rail.txt"
+    text.write_text("You agree not to use the Model for ...")
+    rail = Licence(weights="CreativeML OpenRAIL-M", data="MIT", text=str(text))
+    publish(tmp_path / "out" / "bundle", settings(licence=rail))
+    assert (tmp_path / "out/bundle/LICENCE").read_text() == text.read_text()
+    assert "(its text is in `LICENCE`)" in (tmp_path / "out/bundle/MODEL_CARD.md").read_text()
+
+
+def test_a_licence_text_that_is_not_there_is_one_clear_message(tmp_path):
+    rail = Licence(weights="OpenRAIL-M", data="MIT", text=str(tmp_path / "none.txt"))
+    with pytest.raises(LicenceError, match=r"--set mobile\.licence\.text=.*none\.txt"):
+        publish(tmp_path / "bundle", settings(licence=rail))
+    assert_nothing_left(tmp_path)
+
+
+# --- the safety checker's place
+
+
+class Brightness(nn.Module):
+    """Marks pictures whose mean is above a bound."""
+
+    def __init__(self, bound):
+        super().__init__()
+        self.bound = bound
+
+    def forward(self, image):
+        return image.mean(dim=(1, 2, 3)) - self.bound
+
+
+def checker(place, *, bound, side=16):
+    module = FixedModule(
+        name="safety_checker",
+        network=Brightness(bound).eval(),
+        inputs=(Port(name="image", shape=(1, 3, side, side)),),
+        outputs=(Port(name="score", shape=(1,)),),
     )
-    with pytest.raises(ParityError, match="values that are not finite"):
-        compile_decoder(
-            SETTINGS, decoder_url=decoder_url, latents=latents, parents={}, out_url=str(tmp_path / "bundle")
-        )
-    assert not (tmp_path / "bundle").exists()
+    place.write_bytes(compile_executorch(module))
+    return str(place)
 
 
-def test_a_missing_decoder_is_one_clear_message(latents, tmp_path):
-    with pytest.raises(DecoderError, match="does not exist"):
-        compile_decoder(
-            SETTINGS,
-            decoder_url=str(tmp_path / "none"),
-            latents=latents,
-            parents={},
-            out_url=str(tmp_path / "bundle"),
-        )
+def test_a_safety_checker_is_part_of_the_bundle_and_hides_what_it_marks(tmp_path, capsys):
+    from jobs import generate
+
+    asked = settings(safety_checker=checker(tmp_path / "any.pte", bound=-1.0))
+    made = publish(tmp_path / "out" / "bundle", asked)
+    assert made["safety_checker"] == "safety_checker.pte"
+    place = tmp_path / "picture.png"
+    options = ["red", "--bundle", str(tmp_path / "out/bundle"), "--out", str(place)]
+    assert generate.main(options) == 0
+    assert "picture 0 is not shown: the bundle's safety checker marks it" in capsys.readouterr().out
+    assert np.asarray(Image.open(place)).max() == 0
 
 
-def test_no_latents_is_one_clear_message(decoder_url, tmp_path):
-    with pytest.raises(ValueError, match="no held-out latents"):
-        compile_decoder(
-            SETTINGS,
-            decoder_url=decoder_url,
-            latents=np.zeros((0, 4, 8, 8), np.float32),
-            parents={},
-            out_url=str(tmp_path / "bundle"),
-        )
-    assert list(Path(tmp_path).iterdir()) == []
+@pytest.mark.parametrize(("side", "said"), [(32, "a .pte that takes the image"), (None, "not an ExecuTorch")])
+def test_what_is_no_safety_checker_is_refused(side, said, tmp_path):
+    place = tmp_path / "other.pte"
+    if side:
+        checker(place, bound=0.0, side=side)
+    else:
+        place.write_bytes(b"not a program")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=said):
+        publish(tmp_path / "out" / "bundle", settings(safety_checker=str(place)))
+    assert_nothing_left(tmp_path / "out")
+
+
+# --- what does not fit, and what breaks
+
+
+def test_a_text_encoder_of_another_width_is_refused(tmp_path):
+    model = tiny_bundle()
+    model.unet = load("mini-v").unet
+    with pytest.raises(BundleError, match="the text encoder gives 16 numbers a token, the UNet takes 64"):
+        publish(tmp_path / "bundle", settings(), model=model)
+
+
+def test_the_decoder_of_another_model_is_refused():
+    other = HalfDecoder.from_vae(load("mini-v").vae)
+    with pytest.raises(BundleError, match="it is the decoder of another model"):
+        check_fit(tiny_bundle(), other)
+
+
+def test_a_checkpoint_that_does_not_fit_its_architecture_is_one_line(mobile_model, tmp_path, capsys):
+    import shutil
+
+    place = tmp_path / "model"
+    shutil.copytree(mobile_model, place)
+    (place / "SHA256SUMS").unlink()
+    config = json.loads((place / "unet/config.json").read_text())
+    (place / "unet/config.json").write_text(json.dumps(config | {"block_out_channels": [16, 16]}))
+    assert compile_mobile.main([str(place), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "unet" in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "run" / "mobile").exists()
+
+
+FULL = """
+import resource, sys
+from jobs import compile_mobile
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+sys.exit(compile_mobile.main(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_fills_leaves_nothing_behind(mobile_model, tmp_path):
+    """No file may grow beyond 60 kB, as on a disk with no more room; the programs are larger."""
+    options = ["--set", "mobile.coreml=[]", "--set", 'mobile.executorch=["float32"]']
+    options += [word for setting in MOBILE for word in ("--set", setting)]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, mobile_model, "--out", str(tmp_path / "run"), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "compile_mobile: the bundle cannot be written below" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings"]
+
+
+def test_a_bundle_in_an_object_store_is_whole_once_its_manifest_is_there(bucket):
+    publish(f"{bucket}/phones/bundle", settings())
+    import fsspec
+
+    files = fsspec.filesystem("s3").find(f"{bucket}/phones/bundle")
+    manifest = json.loads(fsspec.open(f"{bucket}/phones/bundle/manifest.json").open().read())
+    assert len(files) == len(manifest["files"]) + 1
+
+
+def test_the_gate_has_no_reference_of_its_own_making():
+    """What programs are held to is computed without the modules they were compiled from."""
+    source = Path(building.__file__).with_name("reference.py").read_text()
+    assert "export.modules" not in source
+    assert "export.steps" not in source

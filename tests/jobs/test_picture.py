@@ -11,6 +11,7 @@ from conftest import tiny_bundle
 from PIL import Image
 
 from jobs import command
+from jobs.generate import SAMPLERS
 from jobs.picture import departure, draw, own_steps
 from snapfusion.mini.oracle import load_oracle
 from snapfusion.mini.scenes import ATTRIBUTES, HELD_OUT, caption_of, scene_of
@@ -70,7 +71,7 @@ def check_pictures(pictures: list[np.ndarray], *, size: int) -> None:
 
 
 def test_the_table_has_every_sampler():
-    assert {sampler for _, _, sampler in readme_table()} == set(SOLVERS) == set(command.SAMPLERS)
+    assert {sampler for _, _, sampler in readme_table()} == set(SOLVERS) == set(SAMPLERS)
     assert {model for model, _, _ in readme_table()} == {"mini", "mini-v"}
     assert f"{CAPTIONS} held-out captions" in README
 

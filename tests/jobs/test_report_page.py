@@ -17,6 +17,7 @@ from jobs.report_page import (
     Commit,
     Comparison,
     FewerSteps,
+    Held,
     Measurement,
     Picture,
     RejectedRow,
@@ -40,6 +41,11 @@ HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=ale
 
 def noise(seed, size=32):
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def comparison(reference, *images, caption):
+    held = tuple(Held(name="another", image=image, reference=reference) for image in images)
+    return Comparison(caption=caption, name="torch", reference=reference, held=held)
 
 
 def content(**changes):
@@ -73,7 +79,8 @@ def content(**changes):
                 ),
             ),
         ),
-        "comparisons": (Comparison(caption="a green cross", teacher=teacher, half=half, compiled=half),),
+        "comparisons": (comparison(teacher, half, caption="a green cross"),),
+        "phone": (comparison(teacher, half, half, caption="a pink star"),),
         "charts": (
             Chart(
                 title="Loss", x_label="step", y_label="error", series=(Series(name="a", x=[0, 1], y=[2, 1]),)
@@ -112,11 +119,12 @@ def content(**changes):
         ),
         "artifacts": (
             Artifact(
-                name="decoder.pte",
-                kind="XNNPACK",
+                name="executorch-int8",
+                kind="ExecuTorch: 8 bits",
                 bytes=2_048_652,
-                psnr_db=129.4,
-                limit_db=35.0,
+                psnr_db={"text_encoder": None, "unet": 45.5, "decoder": 50.5, "images": 29.4},
+                limit_db=20.0,
+                override="",
                 samples=16,
                 how="executed",
             ),
@@ -194,9 +202,10 @@ def test_every_section_is_there_and_filled():
         "latency (ms)",
         "origin 1,700 ms 1,615 ms -5.0 % 859,520,964 401,636,720,640",
         "Mid ResNet 8 1280 7",
-        "decoder.pte",
+        "a pink star",
+        "executorch-int8",
         "2.05 MB",
-        "129.4 dB",
+        "29.4 dB",
         "LATENTS",
         "version 9",
         "from shards",
@@ -256,7 +265,8 @@ def hostile_content():
             ways=(dataclasses.replace(given.fewer_steps.ways[0], name=HOSTILE),),
             strips=(Strip(caption=HOSTILE, pictures=(picture,)),),
         ),
-        comparisons=(dataclasses.replace(given.comparisons[0], caption=HOSTILE),),
+        comparisons=(dataclasses.replace(given.comparisons[0], caption=HOSTILE, name=HOSTILE),),
+        phone=(dataclasses.replace(given.phone[0], caption=HOSTILE),),
         charts=(dataclasses.replace(given.charts[0], title=HOSTILE, x_label=HOSTILE),),
         measurements=(dataclasses.replace(given.measurements[0], name=HOSTILE, note=HOSTILE),),
         anatomies=(
@@ -327,19 +337,16 @@ def test_large_pictures_are_shrunk():
 
 def test_the_difference_picture_is_amplified_and_the_psnr_is_that_of_the_pictures_shown():
     teacher = np.full((4, 4, 3), 100, np.uint8)
-    item = Comparison(caption="c", teacher=teacher, half=teacher - 5, compiled=teacher + 50)
+    item = Held(name="half", image=teacher - 5, reference=teacher)
     assert (item.difference == 40).all()
-    assert item.half_psnr_db == pytest.approx(20 * np.log10(255 / 5))
-    assert item.compiled_psnr_db == pytest.approx(20 * np.log10(255 / 50))
-    assert (Comparison(caption="c", teacher=teacher, half=teacher + 100).difference == 255).all()
+    assert item.psnr_db == pytest.approx(20 * np.log10(255 / 5))
+    assert (Held(name="half", image=teacher + 100, reference=teacher).difference == 255).all()
 
 
 def test_equal_pictures_and_bits_have_no_figure_in_decibels():
     teacher = noise(0)
-    equal = Comparison(caption="c", teacher=teacher, half=teacher)
-    page = Page(render_report(content(comparisons=(equal,))))
+    page = Page(render_report(content(comparisons=(comparison(teacher, teacher, caption="c"),))))
     assert "every bit agrees" in page.text
-    assert "Compiled" not in page.text
 
 
 @pytest.mark.parametrize("image", [noise(0).astype(np.float32), noise(0)[..., 0], noise(0)[..., :2]])
@@ -372,16 +379,37 @@ def test_a_chart_without_a_line_is_refused():
         render_report(content(charts=(Chart(title="t", x_label="x", y_label="y", series=()),)))
 
 
-def test_artifacts_are_read_from_a_bundles_manifest():
-    parity = {"psnr_db": 70.3, "limit_db": 35.0, "samples": 16}
-    artifact = {
-        "file": "decoder.pte",
-        "backend": "XNNPACK",
-        "bytes": 9,
-        "parity": parity,
-        "parity_by": "executed",
+def manifest(*, images):
+    parity = {"psnr_db": 70.3, "limit_db": 35.0, "samples": 16, "override": None}
+    module = {"bytes": 3, "parity": images and parity}
+    return {
+        "variants": {
+            "executorch": {
+                "runtime": "ExecuTorch",
+                "weights": "float32",
+                "measured": "executed",
+                "modules": dict.fromkeys(("text_encoder", "unet", "decoder"), module),
+                "images": images and parity | images,
+            }
+        }
     }
-    (found,) = artifacts_of({"modules": {"decoder": {"artifacts": {"executorch": artifact}}}})
+
+
+def test_artifacts_are_read_from_a_bundles_manifest():
+    (found,) = artifacts_of(manifest(images={"psnr_db": None, "samples": 2, "override": "a reason"}))
     assert found == Artifact(
-        name="decoder.pte", kind="XNNPACK", bytes=9, psnr_db=70.3, limit_db=35.0, samples=16, how="executed"
+        name="executorch",
+        kind="ExecuTorch: float32",
+        bytes=9,
+        psnr_db={"text_encoder": 70.3, "unet": 70.3, "decoder": 70.3, "images": None},
+        limit_db=35.0,
+        override="a reason",
+        samples=2,
+        how="executed",
     )
+
+
+def test_a_variant_that_was_not_executed_has_no_figures_on_the_page():
+    (found,) = artifacts_of(manifest(images=None))
+    assert (found.psnr_db, found.limit_db, found.samples) == ({}, None, 0)
+    assert "executorch" in Page(render_report(content(artifacts=(found,)))).text

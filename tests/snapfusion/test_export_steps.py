@@ -2,6 +2,7 @@
 
 import copy
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_each_moment_begins_where_the_last_one_landed_and_times_are_the_grids():
     c = np.zeros((2, 4, 8, 8), np.float32)
     moments = list(walk(programs, c=c, noise=np.ones((1, 4, 8, 8)), steps=steps_of(8), w=1.0))
     assert [moment.t for moment in moments] == list(time_grid(8)[:-1])
-    for before, after in zip(moments, moments[1:], strict=False):
+    for before, after in pairwise(moments):
         np.testing.assert_array_equal(before.z_next, after.z_t)
 
 

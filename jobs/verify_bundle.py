@@ -1,0 +1,68 @@
+"""Check a mobile bundle: its files, its sampler, its tokenizer, and what its programs compute here.
+
+ExecuTorch programs are executed anywhere; Core ML packages on a Mac, where they are timed too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.exits import guarded
+from jobs.options import OneLineParser
+
+if TYPE_CHECKING:
+    from snapfusion.export.bundle import MobileBundle
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `snapfusion verify-bundle`."""
+
+    def work() -> None:
+        parser = OneLineParser(prog="snapfusion verify-bundle", description=(__doc__ or "").split("\n\n")[0])
+        parser.add_argument("bundle", metavar="DIR", help="a mobile bundle")
+        verify(Path(parser.parse_args(argv).bundle))
+
+    return guarded("verify_bundle", work)
+
+
+def verify(folder: Path) -> None:
+    """Print what was checked; raises at the first thing that is not as it should be."""
+    from snapfusion.export.bundle import open_bundle
+    from snapfusion.export.verification import check_numbers
+
+    bundle = open_bundle(folder)
+    files = bundle.manifest["files"]
+    size = sum(told["bytes"] for told in files.values()) / 2**20
+    print(f"{folder}: {len(files)} files, {size:.1f} MiB, as the manifest says")
+    for checked in check_numbers(bundle):
+        print(f"  {checked.what}: {checked.found}")
+    for variant, told in bundle.manifest["variants"].items():
+        _verify_variant(bundle, variant, runtime=told["runtime"], executable=told["images"] is not None)
+
+
+def _verify_variant(bundle: MobileBundle, variant: str, *, runtime: str, executable: bool) -> None:
+    from snapfusion.export.bundle import COREML, EXECUTORCH
+    from snapfusion.export.coreml import open_packages
+    from snapfusion.export.loop import Programs
+    from snapfusion.export.verification import check_variant
+
+    if runtime == EXECUTORCH and executable:
+        opened = bundle.programs(variant)
+    elif runtime == COREML and sys.platform == "darwin":
+        opened = Programs(
+            text_encoder=open_packages(bundle.files(variant, "text_encoder")),
+            unet=open_packages(bundle.files(variant, "unet")),
+            decoder=open_packages(bundle.files(variant, "decoder")),
+            conditions=bundle.manifest["conditions"],
+        )
+    else:
+        print(
+            f"  {variant}: not executed, {runtime}'s runtime for it is not here; its files are the manifest's"
+        )
+        return
+    for checked in check_variant(bundle, variant, opened=opened):
+        took = "" if checked.milliseconds is None else f", {checked.milliseconds:.1f} ms a call"
+        print(f"  {checked.what}: {checked.found}{took}")

@@ -1,0 +1,196 @@
+"""The variants of a bundle: the same three modules by one runtime and with one kind of weights.
+
+Each variant is a folder in the bundle. A module is compiled, written, read back from the disk, and handed
+over as something that computes what the file holds: ExecuTorch programs are executed, Core ML packages
+evaluated operation by operation, compressed weights taken as what they stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from snapfusion.export.attention import Form
+from snapfusion.export.bundle import COREML, EXECUTORCH
+from snapfusion.export.coreml import (
+    check_weights,
+    chunk_package,
+    compile_coreml,
+    compress_package,
+    describe_package,
+    read_program,
+)
+from snapfusion.export.executorch import ExecuTorchProgram, compile_executorch
+from snapfusion.export.loop import Program
+from snapfusion.export.mil import Extremes, evaluate_chain
+from snapfusion.export.modules import FixedModule, Port
+from snapfusion.export.request import CoreMLKind, ExecuTorchKind, MobileSettings
+
+_EXECUTORCH_NAMES: dict[ExecuTorchKind, str] = {
+    "float32": "executorch",
+    "int8": "executorch-int8",
+    "coreml": "executorch-coreml",
+}
+_COREML_NAMES: dict[CoreMLKind, str] = {
+    "float16": "coreml",
+    "palette-6": "coreml-6bit",
+    "palette-8": "coreml-8bit",
+    "int8": "coreml-int8",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A compiled module.
+
+    Attributes:
+        files: the program, or the packages in their order, from the bundle's folder.
+        run: computes what the files hold; None where nothing on this machine can.
+        told: what is said of it beside its size and parity, as plain JSON values.
+        after: what else is known once it has run, likewise.
+    """
+
+    files: tuple[str, ...]
+    run: Program | None
+    told: Mapping[str, Any]
+    after: Callable[[], Mapping[str, Any]] = dict
+
+
+Compile = Callable[[FixedModule, Path], Made]
+"""(module, the bundle's folder) -> what was written there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One runtime, one kind of weights.
+
+    Attributes:
+        name: of its folder.
+        runtime: "ExecuTorch" or "Core ML".
+        weights: in words.
+        form: of attention.
+        exact: whether each module is held to the float limit; else the images alone, to another.
+        measured: how what the files compute was found out, in words.
+        compile: makes a module.
+    """
+
+    name: str
+    runtime: str
+    weights: str
+    form: Form
+    exact: bool
+    measured: str
+    compile: Compile
+
+
+def variants_of(settings: MobileSettings, *, scratch: Path) -> list[Variant]:
+    """Those that are asked for; `scratch` is a folder for packages that are compressed further."""
+    return [
+        *(_executorch(kind) for kind in settings.executorch),
+        *(_coreml(kind, scratch=scratch, chunk_bytes=settings.chunk_bytes) for kind in settings.coreml),
+    ]
+
+
+_EXECUTORCH_WORDS: dict[ExecuTorchKind, str] = {
+    "float32": "XNNPACK, float32",
+    "int8": "XNNPACK, 8-bit weights",
+    "coreml": "Core ML delegate, float16",
+}
+_COREML_WORDS: dict[CoreMLKind, str] = {
+    "float16": "float16",
+    "palette-6": "palettes of 6 bits",
+    "palette-8": "palettes of 8 bits",
+    "int8": "8 bits, linear a channel",
+}
+
+
+def _executorch(kind: ExecuTorchKind) -> Variant:
+    name = _EXECUTORCH_NAMES[kind]
+    how: dict[str, Any] = {"delegate": "coreml"} if kind == "coreml" else {"weights": kind}
+
+    def compile_(module: FixedModule, folder: Path) -> Made:
+        file = f"{name}/{module.name}.pte"
+        (folder / file).write_bytes(compile_executorch(module, **how))
+        run = ExecuTorchProgram(folder / file) if kind != "coreml" else None
+        return Made(files=(file,), run=run, told=_ports(module))
+
+    return Variant(
+        name=name,
+        runtime=EXECUTORCH,
+        weights=_EXECUTORCH_WORDS[kind],
+        form="channels-first" if kind == "coreml" else "diffusers",
+        exact=kind != "int8",
+        measured="executed in ExecuTorch's runtime"
+        if kind != "coreml"
+        else "not executed: its runtime is on Apple's systems only",
+        compile=compile_,
+    )
+
+
+def _coreml(kind: CoreMLKind, *, scratch: Path, chunk_bytes: int) -> Variant:
+    name = _COREML_NAMES[kind]
+
+    def compile_(module: FixedModule, folder: Path) -> Made:
+        files = _packages(module, folder / name, kind=kind, scratch=scratch, chunk_bytes=chunk_bytes)
+        programs = [read_program(path) for path in files]
+        told: dict[str, Any] = {
+            **_ports(module),
+            "packages": [describe_package(path).to_values() for path in files],
+        }
+        if kind == "float16":
+            told["max_weight_error"] = check_weights(programs, module.network.state_dict())
+        extremes = Extremes()
+        return Made(
+            files=tuple(path.relative_to(folder).as_posix() for path in files),
+            run=partial(evaluate_chain, programs, observe=extremes),
+            told=told,
+            after=extremes.to_values,
+        )
+
+    return Variant(
+        name=name,
+        runtime=COREML,
+        weights=_COREML_WORDS[kind],
+        form="channels-first",
+        exact=kind == "float16",
+        measured="read back and evaluated with torch, each result rounded to the dtype it states",
+        compile=compile_,
+    )
+
+
+def _packages(
+    module: FixedModule, folder: Path, *, kind: CoreMLKind, scratch: Path, chunk_bytes: int
+) -> list[Path]:
+    """The module's packages below `folder`; each half of a large one is compressed by itself."""
+    whole = scratch / f"{module.name}.mlpackage"
+    if not whole.exists():
+        compile_coreml(module, whole)
+    halves = [whole]
+    if size_of(whole) > chunk_bytes:
+        names = (f"{module.name}-1", f"{module.name}-2")
+        halves = [scratch / f"{half}.mlpackage" for half in names]
+        if not halves[0].exists():
+            chunk_package(whole, scratch, names=names)
+    for half in halves:
+        compress_package(half, folder / half.name, weights=kind)
+    return [folder / half.name for half in halves]
+
+
+def size_of(place: Path) -> int:
+    """Bytes of a file, or of all files of a package."""
+    return sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
+
+
+def _ports(module: FixedModule) -> dict[str, Any]:
+    return {"inputs": _described(module.inputs), "outputs": _described(module.outputs)}
+
+
+def _described(ports: Sequence[Port]) -> dict[str, Any]:
+    # A program has no names for its inputs: their order counts, which a reader of JSON may lose.
+    return {
+        port.name: {"position": position, "shape": list(port.shape), "kind": port.kind}
+        for position, port in enumerate(ports)
+    }
