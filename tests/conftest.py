@@ -23,9 +23,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from snapfusion.models.architecture import Architecture, Layer
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.save import save
 from snapfusion.models.tokenizer import build_tokenizer
+from snapfusion.models.unet import build
 from snapfusion.schedule import Schedule
 
 
@@ -77,6 +79,27 @@ def tiny_bundle(seed: int = 0, *, image_size: int = 16) -> Bundle:
     )
 
 
+def tiny_student(seed: int = 0) -> Bundle:
+    """As `tiny_bundle`, with few blocks, because each takes long to lower: a UNet of one level, for v."""
+    bundle = tiny_bundle(seed)
+    layer = Layer(resnet="0", attentions=("0",), skip=True)
+    bundle.unet = build(
+        Architecture(
+            channels=(8,),
+            heads=(2,),
+            down=((layer,),),
+            middle=(Layer(resnet="0"),),
+            up=((layer, Layer(resnet="1", skip=True)),),
+            context=16,
+            groups=4,
+            sample_size=8,
+        )
+    )
+    bundle.prediction_type = "v_prediction"
+    bundle.__post_init__()
+    return bundle
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A diffusers folder with the tiny bundle, sealed."""
@@ -89,9 +112,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 def mobile_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A diffusers folder of a tiny model that predicts v, as a student does."""
     folder = tmp_path_factory.mktemp("models") / "tiny-v"
-    bundle = tiny_bundle(seed=3)
-    bundle.prediction_type = "v_prediction"
-    save(bundle, folder, dtype=torch.float32)
+    save(tiny_student(seed=3), folder, dtype=torch.float32)
     return str(folder)
 
 

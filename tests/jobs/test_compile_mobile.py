@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MOBILE, tiny_bundle
+from conftest import MOBILE, tiny_bundle, tiny_student
 from PIL import Image
 from torch import nn
 
@@ -57,9 +57,7 @@ def settings(**changes):
 
 
 def publish(place, asked, *, model=None, decoder=None):
-    if model is None:
-        model = tiny_bundle(seed=3)
-        model.prediction_type = "v_prediction"
+    model = model or tiny_student(seed=3)
     return publish_bundle(asked, bundle=model, decoder=decoder, parents=PARENTS, out_url=str(place))
 
 
@@ -228,7 +226,7 @@ def test_a_sampler_that_is_sound_but_not_the_models_is_refused(wrong, tmp_path, 
 
 def test_a_wrong_tokenizer_is_refused(tmp_path, monkeypatch):
     other = build_tokenizer([("e", "d</w>")], max_length=16)
-    model = tiny_bundle(seed=3)
+    model = tiny_student(seed=3)
     real = type(model.tokenizer).save_pretrained
     monkeypatch.setattr(type(model.tokenizer), "save_pretrained", lambda _, place: real(other, place))
     with pytest.raises(ParityError, match="tokenizer gives other ids than the model's own for 'red'"):
@@ -237,7 +235,7 @@ def test_a_wrong_tokenizer_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_model_that_gives_nan_is_refused(tmp_path):
-    model = tiny_bundle()
+    model = tiny_student()
     with torch.no_grad():
         model.unet.conv_out.bias[0] = torch.nan
     with pytest.raises(ValueError, match="its weights are not usable"):
@@ -382,7 +380,8 @@ def test_a_checkpoint_that_does_not_fit_its_architecture_is_one_line(mobile_mode
     shutil.copytree(mobile_model, place)
     (place / "SHA256SUMS").unlink()
     config = json.loads((place / "unet/config.json").read_text())
-    (place / "unet/config.json").write_text(json.dumps(config | {"block_out_channels": [16, 16]}))
+    config["architecture"]["channels"] = [16]
+    (place / "unet/config.json").write_text(json.dumps(config))
     assert compile_mobile.main([str(place), "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert "unet" in said
@@ -393,13 +392,13 @@ def test_a_checkpoint_that_does_not_fit_its_architecture_is_one_line(mobile_mode
 FULL = """
 import resource, sys
 from jobs import compile_mobile
-resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 sys.exit(compile_mobile.main(sys.argv[1:]))
 """
 
 
 def test_a_disk_that_fills_leaves_nothing_behind(mobile_model, tmp_path):
-    """No file may grow beyond 60 kB, as on a disk with no more room; the programs are larger."""
+    """No file may grow beyond 40 kB, as on a disk with no more room; the programs are larger."""
     options = ["--set", "mobile.coreml=[]", "--set", 'mobile.executorch=["float32"]']
     options += [word for setting in MOBILE for word in ("--set", setting)]
     done = subprocess.run(
@@ -408,7 +407,7 @@ def test_a_disk_that_fills_leaves_nothing_behind(mobile_model, tmp_path):
         text=True,
         check=False,
     )
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 2, done.stderr
     assert "compile_mobile: the bundle cannot be written below" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings"]

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import tiny_bundle
+from conftest import tiny_student
 from PIL import Image
 
 from jobs import command, generate, verify_bundle
@@ -119,7 +119,7 @@ def test_a_program_of_other_weights_with_its_hash_is_found(copied, capsys):
     from snapfusion.export.executorch import compile_executorch
     from snapfusion.export.modules import unet_module
 
-    other = unet_module(tiny_bundle(seed=9).unet, condition_shape=(16, 16), conditions=2)
+    other = unet_module(tiny_student(seed=9).unet, condition_shape=(16, 16), conditions=2)
     (copied / "executorch/unet.pte").write_bytes(compile_executorch(other))
     rehash(copied, "executorch/unet.pte")
     assert "executorch/unet does not agree with torch" in refused(copied, capsys)
