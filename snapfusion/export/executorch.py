@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from executorch.runtime import Method, Program
 
 _METHOD = "forward"
+_CORE_ML = "CoreMLBackend"
 # executorch/runtime/core/portable_type/scalar_type.h
 _DTYPES = {3: "int32", 4: "int64", 5: "float16", 6: "float32"}
 # Where a program says how long its flatbuffer is; executorch/schema/extended_header.cpp.
@@ -268,6 +270,32 @@ def describe_program(source: bytes | Path) -> ProgramDescription:
         kernels=dict(kernels),
         planned_bytes=sum(plan.non_const_buffer_sizes),
     )
+
+
+def extract_package(source: bytes | Path, package: Path) -> None:
+    """Write the Core ML package that a program hands to its delegate, to be read as any other.
+
+    Args:
+        source: a program that Core ML's delegate computes from end to end.
+        package: an `.mlpackage` folder, in a folder that exists.
+
+    Raises:
+        ValueError: if that is no such program, or `package` exists.
+    """
+    delegates = describe_program(source).delegates
+    if delegates != {_CORE_ML: 1}:
+        raise ValueError(f"{_name(source)} calls {delegates}; one call of {_CORE_ML} is accepted")
+    if package.exists():
+        raise ValueError(f"{package} exists; a package is never written over")
+    with quiet(), tempfile.TemporaryDirectory(dir=package.parent) as scratch:
+        from executorch.backends.apple.coreml import executorchcoreml
+        from executorch.exir._serialize._program import _extract_delegate_payload
+
+        whole = source if isinstance(source, bytes) else source.read_bytes()
+        payload = _extract_delegate_payload(whole, _CORE_ML)
+        if not executorchcoreml.unflatten_directory_contents(payload, scratch):
+            raise ValueError(f"{_name(source)} holds no readable Core ML package")
+        (Path(scratch) / "lowered_module" / "model.mlpackage").rename(package)
 
 
 def _load(source: bytes | Path) -> Program:

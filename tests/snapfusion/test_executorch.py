@@ -8,13 +8,16 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from snapfusion.export.coreml import read_program
 from snapfusion.export.executorch import (
     ExecuTorchProgram,
     ProgramPort,
     attend,
     compile_executorch,
     describe_program,
+    extract_package,
 )
+from snapfusion.export.mil import evaluate
 from snapfusion.export.modules import FixedModule, Port, text_encoder_module
 from snapfusion.export.parity import check_parity
 
@@ -29,7 +32,7 @@ class Words(nn.Module):
         self.linear = nn.Linear(64 * 16, 128)
 
     def forward(self, ids, scale):
-        image = torch.relu(self.conv(self.embedding(ids)[:, None] * scale))
+        image = torch.nn.functional.silu(self.conv(self.embedding(ids)[:, None] * scale))
         return self.linear(image.transpose(1, 2).flatten(2))
 
 
@@ -66,6 +69,11 @@ def text():
 @pytest.fixture(scope="module")
 def compiled(words):
     return compile_executorch(words)
+
+
+@pytest.fixture(scope="module")
+def for_core_ml(words):
+    return compile_executorch(words, delegate="coreml")
 
 
 @pytest.fixture(scope="module")
@@ -154,13 +162,30 @@ def test_attention_leaves_nothing_to_slow_kernels(text):
     assert set(description.kernels) == {"aten::embedding", "aten::native_layer_norm"}
 
 
-def test_a_program_for_core_ml_is_described_and_refused(words):
-    compiled = compile_executorch(words, delegate="coreml")
-    description = describe_program(compiled)
+def test_a_program_for_core_ml_is_described_and_refused(for_core_ml):
+    description = describe_program(for_core_ml)
     assert (description.delegates, description.kernels) == ({"CoreMLBackend": 1}, {})
     assert [port.dtype for port in description.inputs] == ["int32", "float32"]
     with pytest.raises(ValueError, match=r"lowered for CoreMLBackend, but ExecuTorch has .*XnnpackBackend"):
-        ExecuTorchProgram(compiled)
+        ExecuTorchProgram(for_core_ml)
+
+
+def test_the_package_that_core_mls_delegate_is_handed_agrees(for_core_ml, samples, references, tmp_path):
+    (tmp_path / "words.pte").write_bytes(for_core_ml)
+    extract_package(tmp_path / "words.pte", tmp_path / "words.mlpackage")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["words.mlpackage", "words.pte"]
+    program = read_program(tmp_path / "words.mlpackage")
+    outputs = [evaluate(program, inputs) for inputs in samples]
+    parity = check_parity(artifact="words.pte", outputs=outputs, references=references)
+    assert 50 < parity.psnr_db < 100
+    with pytest.raises(ValueError, match="exists"):
+        extract_package(for_core_ml, tmp_path / "words.mlpackage")
+
+
+def test_a_program_without_a_package_has_none_to_write(compiled, tmp_path):
+    with pytest.raises(ValueError, match=r"calls \{'XnnpackBackend': \d\}; one call of CoreMLBackend"):
+        extract_package(compiled, tmp_path / "words.mlpackage")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_8_bits_for_core_ml_are_refused(words):
