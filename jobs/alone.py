@@ -19,7 +19,7 @@ from jobs.footprint import FootprintError, ResidentMemory
 from pipelines.rejection import Rejected
 from pipelines.stages.isolation import Isolation
 from snapfusion.export.coreml import describe_package
-from snapfusion.export.executorch import ExecuTorchProgram, describe_program
+from snapfusion.export.executorch import ExecuTorchProgram, describe_program, use_threads
 from snapfusion.export.modules import FixedModule, decoder_module, text_encoder_module, unet_module
 from snapfusion.models.decoder import load_decoder
 from snapfusion.models.load import load_part
@@ -63,7 +63,7 @@ class Work:
     Attributes:
         module: "text_encoder", "unet" or "decoder".
         inputs: of it.
-        threads: of torch; other runtimes have their own ways.
+        threads: of torch and of ExecuTorch; Core ML has its own ways.
         repeats: how often it is timed.
     """
 
@@ -201,13 +201,14 @@ def _why_not_compiled(error: RuntimeError) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ExecuTorchRuntime:
-    """A program in ExecuTorch's runtime, whose pool has a thread for each core of the machine."""
+    """A program in ExecuTorch's runtime."""
 
     program: Path
 
     def prepare(self, work: Work) -> None:
-        """The runtime is imported by what looks at a program without loading it."""
+        """The runtime is imported, and its threads are set, before a program is opened."""
         describe_program(self.program)
+        use_threads(work.threads)
 
     def open(self, work: Work) -> Callable[[], object]:
         """Load the program, which packs its weights."""

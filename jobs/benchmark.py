@@ -44,7 +44,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--variant", nargs="+", action="extend", metavar="NAME", help="of the bundle (default: all)"
     )
     parser.add_argument("--repeats", type=int, default=50, help="timed runs of each module (default: 50)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch and of ExecuTorch (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="the same figures, for programs")
     options = parser.parse_args(argv)
     if options.repeats < LEAST_REPEATS:

@@ -38,7 +38,7 @@ def table(told: Mapping[str, Any]) -> Iterator[str]:
 def _setting(told: Mapping[str, Any]) -> Iterator[str]:
     threads = "1 thread" if told["threads"] == 1 else f"{told['threads']} threads"
     versions = ", ".join(f"{name} {told['versions'][name]}" for name in ("torch", "executorch"))
-    yield f"{told['bundle']} on {told['device']}; torch with {threads}; {versions}"
+    yield f"{told['bundle']} on {told['device']}, {threads}; {versions}"
     yield (
         f"{told['repeats']} runs of each module after {told['warm_ups'] + 1}, in a process of its own; "
         "memory is resident, beyond that of the process without the module"

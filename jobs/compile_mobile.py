@@ -26,7 +26,7 @@ from snapfusion.export.card import model_card
 from snapfusion.export.request import LicenceError, MobileSettings
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.decoder import HalfDecoder, load_decoder
-from snapfusion.models.load import load
+from snapfusion.models.load import TRAINED, load
 from snapfusion.settings import differences, digest
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def sources(job: Job) -> tuple[str, str | None]:
 
 def parent(place: str, *, told: str) -> dict[str, Any]:
     """What the manifest says of a model or decoder: the source as given, and what it was trained by."""
-    metrics = f"{place}/{METRICS}"
+    folder = place.removesuffix(f"/{TRAINED}")
+    metrics = f"{folder}/{METRICS}"
     trained = json.loads(read_bytes(metrics)) if "/" in place and exists(metrics) else {}
     return {"source": told, "settings_hash": trained.get("settings_hash")}
 
@@ -211,9 +212,7 @@ def summary(manifest: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _agrees(parity: Mapping[str, Any] | None) -> str:
-    if parity is None:
-        return "not executed here"
+def _agrees(parity: Mapping[str, Any]) -> str:
     if parity["psnr_db"] is None:
         return "images bit for bit as torch's"
     below = f", accepted below the limit: {parity['override']}" if parity["override"] else ""

@@ -246,7 +246,6 @@ def _phone(job: Job, mobile: Mapping[str, Any] | None) -> tuple[Comparison, ...]
     """What torch and the programs drew, as the bundle keeps it."""
     if mobile is None:
         return ()
-    drew = [name for name, told in mobile["variants"].items() if told["images"]]
 
     def picture(name: str, number: int) -> np.ndarray:
         return from_png(read_bytes(job.place(f"mobile/{PICTURES}/{name}-{number}.png")))
@@ -254,7 +253,9 @@ def _phone(job: Job, mobile: Mapping[str, Any] | None) -> tuple[Comparison, ...]
     compared = []
     for number, caption in enumerate(mobile["captions"][:_COMPARED]):
         reference = picture("torch", number)
-        held = tuple(Held(name=name, image=picture(name, number), reference=reference) for name in drew)
+        held = tuple(
+            Held(name=name, image=picture(name, number), reference=reference) for name in mobile["variants"]
+        )
         compared.append(Comparison(caption=caption, name="torch", reference=reference, held=held))
     return tuple(compared)
 

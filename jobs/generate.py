@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from snapfusion.export.bundle import MobileBundle
+    from snapfusion.export.loop import Programs
+    from snapfusion.export.steps import Steps
     from snapfusion.models.bundle import Bundle
     from snapfusion.solvers import Solver
 
@@ -114,20 +116,19 @@ def _by_bundle(options: argparse.Namespace) -> None:
     try:
         bundle = open_bundle(Path(options.bundle))
         variant = options.variant or _first(bundle)
-        began = time.monotonic()
-        pictures = _pictures(bundle, variant=variant, options=options)
+        programs = bundle.programs(variant)
+        steps = bundle.steps
     except BundleError as error:
-        raise SettingsError(f"--bundle {error!s}") from None
-    by = f"{len(bundle.steps.steps)} steps of {variant}"
-    _keep(pictures, options, by=by, took=time.monotonic() - began)
+        raise SettingsError(f"--bundle {error}") from None
+    began = time.monotonic()
+    pictures = _pictures(bundle, programs, steps=steps, options=options)
+    _keep(pictures, options, by=f"{len(steps.steps)} steps of {variant}", took=time.monotonic() - began)
 
 
 def _first(bundle: MobileBundle) -> str:
-    from snapfusion.export.bundle import BundleError
+    from snapfusion.export.bundle import EXECUTORCH, BundleError
 
-    runnable = [
-        name for name in bundle.variants(runtime="ExecuTorch") if bundle.manifest["variants"][name]["images"]
-    ]
+    runnable = bundle.variants(runtime=EXECUTORCH)
     if not runnable:
         raise BundleError(
             f"{bundle.folder} has no ExecuTorch programs that run here; compile one with XNNPACK"
@@ -135,7 +136,9 @@ def _first(bundle: MobileBundle) -> str:
     return runnable[0]
 
 
-def _pictures(bundle: MobileBundle, *, variant: str, options: argparse.Namespace) -> list[np.ndarray]:
+def _pictures(
+    bundle: MobileBundle, programs: Programs, *, steps: Steps, options: argparse.Namespace
+) -> list[np.ndarray]:
     import numpy as np
     from tqdm import tqdm
 
@@ -143,12 +146,12 @@ def _pictures(bundle: MobileBundle, *, variant: str, options: argparse.Namespace
     from snapfusion.models.tokenizer import token_ids
     from snapfusion.noise import gaussian, noise_key
 
-    programs, steps, checker = bundle.programs(variant), bundle.steps, bundle.safety_checker()
+    checker = bundle.safety_checker()
     w = options.guidance or steps.guidance
     ids = token_ids(bundle.tokenizer, ["", options.caption]).numpy().astype(np.int32)
     c = conditions(programs, ids=ids)
     pictures = []
-    with tqdm(total=options.n * len(steps.steps), unit="step", desc=variant) as bar:
+    with tqdm(total=options.n * len(steps.steps), unit="step") as bar:
         for number in range(options.n):
             latent = gaussian(noise_key(options.seed, options.caption, number), bundle.latent_shape)[
                 None

@@ -153,9 +153,8 @@ class Artifact:
         name: of the variant.
         kind: its format and arithmetic.
         bytes: its size.
-        psnr_db: of each module, by name, and of the "images"; None for a bit-for-bit one, missing where
-            nothing was executed.
-        limit_db: of the images, below which it would not be here; None where nothing was executed.
+        psnr_db: of each module, by name, and of the "images"; None for what agrees bit for bit.
+        limit_db: of the images, below which it would not be here.
         override: why it is here although it is below; empty where it is not.
         samples: how many captions were drawn.
         how: by what means it was compared.
@@ -165,7 +164,7 @@ class Artifact:
     kind: str
     bytes: int
     psnr_db: Mapping[str, float | None]
-    limit_db: float | None
+    limit_db: float
     override: str
     samples: int
     how: str
@@ -318,10 +317,10 @@ def _artifact(name: str, told: Mapping[str, Any]) -> Artifact:
         name=name,
         kind=f"{told['runtime']}: {told['weights']}",
         bytes=sum(module["bytes"] for module in modules.values()),
-        psnr_db={part: parity["psnr_db"] for part, parity in figures.items() if parity},
-        limit_db=images and images["limit_db"],
-        override=(images and images["override"]) or "",
-        samples=images["samples"] if images else 0,
+        psnr_db={part: parity["psnr_db"] for part, parity in figures.items()},
+        limit_db=images["limit_db"],
+        override=images["override"] or "",
+        samples=images["samples"],
         how=told["measured"],
     )
 

@@ -40,16 +40,16 @@ def verify(folder: Path) -> None:
     for checked in check_numbers(bundle):
         print(f"  {checked.what}: {checked.found}")
     for variant, told in bundle.manifest["variants"].items():
-        _verify_variant(bundle, variant, runtime=told["runtime"], executable=told["images"] is not None)
+        _verify_variant(bundle, variant, runtime=told["runtime"])
 
 
-def _verify_variant(bundle: MobileBundle, variant: str, *, runtime: str, executable: bool) -> None:
+def _verify_variant(bundle: MobileBundle, variant: str, *, runtime: str) -> None:
     from snapfusion.export.bundle import COREML, EXECUTORCH
     from snapfusion.export.coreml import open_packages
     from snapfusion.export.loop import Programs
     from snapfusion.export.verification import check_variant
 
-    if runtime == EXECUTORCH and executable:
+    if runtime == EXECUTORCH:
         opened = bundle.programs(variant)
     elif runtime == COREML and sys.platform == "darwin":
         opened = Programs(
@@ -59,9 +59,7 @@ def _verify_variant(bundle: MobileBundle, variant: str, *, runtime: str, executa
             conditions=bundle.manifest["conditions"],
         )
     else:
-        print(
-            f"  {variant}: not executed, {runtime}'s runtime for it is not here; its files are the manifest's"
-        )
+        print(f"  {variant}: not executed, {runtime} is not here; its files are the manifest's")
         return
     for checked in check_variant(bundle, variant, opened=opened):
         took = "" if checked.milliseconds is None else f", {checked.milliseconds:.1f} ms a call"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from snapfusion.evolution.latency import LatencyError, Precision
-from snapfusion.export.executorch import ExecuTorchProgram, compile_executorch
+from snapfusion.export.executorch import ExecuTorchProgram, compile_executorch, use_threads
 from snapfusion.export.modules import FixedModule, Port
 
 Runtime = Literal["torch", "torch-compiled", "executorch-xnnpack"]
@@ -92,6 +92,8 @@ def _executorch(
         ),
         outputs=(),
     )
+    # Its pool would have a thread for each core, whatever torch was told.
+    use_threads(torch.get_num_threads())
     program = ExecuTorchProgram(compile_executorch(module))
 
     def call(*given: Tensor) -> Tensor:

@@ -215,8 +215,6 @@ class Gate:
             "bytes": sum(size_of(self.folder / file) for file in made.files),
             **made.told,
         }
-        if made.run is None:
-            return made, told | {"parity": None}
         parity = check_parity(
             artifact=f"{variant.name}/{module.name}",
             outputs=[made.run(inputs) for inputs, _ in samples],
@@ -227,11 +225,9 @@ class Gate:
         )
         return made, told | {"parity": parity.to_values(), **made.after()}
 
-    def _images(self, made: Mapping[str, Made], *, variant: Variant) -> dict[str, Any] | None:
+    def _images(self, made: Mapping[str, Made], *, variant: Variant) -> dict[str, Any]:
         runs = {name: each.run for name, each in made.items()}
-        if any(run is None for run in runs.values()):
-            return None
-        programs = Programs(**runs, conditions=self.settings.conditions)  # type: ignore[arg-type]
+        programs = Programs(**runs, conditions=self.settings.conditions)
         # From the disk, as an application finds them.
         steps = read_steps(self.folder)
         tokenizer = CLIPTokenizer.from_pretrained(self.folder / TOKENIZER)

@@ -31,7 +31,7 @@ FORMAT_VERSION = 2
 MANIFEST, CARD, LICENCE, SAMPLER = "manifest.json", "MODEL_CARD.md", "LICENCE", "sampler.json"
 TOKENIZER, VECTORS, PICTURES = "tokenizer", "vectors", "pictures"
 SAFETY_CHECKER = "safety_checker.pte"
-EXECUTORCH, COREML = "ExecuTorch", "Core ML"
+EXECUTORCH, COREML, DELEGATED = "ExecuTorch", "Core ML", "ExecuTorch on Core ML"
 """The runtimes."""
 MODULES = ("text_encoder", "unet", "decoder")
 
@@ -74,7 +74,7 @@ class MobileBundle:
         return channels, height, width
 
     def variants(self, *, runtime: str) -> list[str]:
-        """The variants that run in "ExecuTorch" or in "Core ML"."""
+        """The variants of one runtime."""
         return [name for name, told in self.manifest["variants"].items() if told["runtime"] == runtime]
 
     def files(self, variant: str, module: str) -> list[Path]:

@@ -21,8 +21,7 @@ def model_card(manifest: Mapping[str, Any], *, licence: Licence) -> str:
         "## What is here",
         _table(manifest),
         "PSNR is of the worst caption's image to torch's in float32, peak = max |reference|. The manifest "
-        "has the captions, and the figures of each module. Where programs were not executed, their runtime "
-        "was not there when they were made.",
+        "has the captions, and the figures of each module and how they were found.",
         f"`{SAMPLER}` has the steps as numbers, `{TOKENIZER}/` the tokenizer, `{VECTORS}/` what an "
         "application can hold its own loop to.",
         "## Licences",
@@ -48,9 +47,7 @@ def _table(manifest: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _decibels(parity: Mapping[str, Any] | None) -> str:
-    if parity is None:
-        return "not executed"
+def _decibels(parity: Mapping[str, Any]) -> str:
     return "equal" if parity["psnr_db"] is None else f"{parity['psnr_db']:.1f} dB"
 
 
@@ -72,5 +69,5 @@ def _overridden(manifest: Mapping[str, Any]) -> list[str]:
             *((module, each["parity"]) for module, each in told["modules"].items()),
             ("images", told["images"]),
         )
-        if parity and parity["override"]
+        if parity["override"]
     ]

@@ -154,6 +154,17 @@ def _coreml() -> CoreMLPartitioner:
     return CoreMLPartitioner(compile_specs=specs)
 
 
+def use_threads(number: int) -> None:
+    """Give ExecuTorch's pool so many threads; programs that are open keep what they were opened with.
+
+    Left alone it has one for each core of the machine, whatever torch was told.
+    """
+    with quiet():
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+        _unsafe_reset_threadpool(number)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProgramPort:
     """An input or an output as a program itself states it; a `.pte` keeps no names.

@@ -7,6 +7,7 @@ evaluated operation by operation, compressed weights taken as what they stand fo
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from snapfusion.export.attention import Form
-from snapfusion.export.bundle import COREML, EXECUTORCH
+from snapfusion.export.bundle import COREML, DELEGATED, EXECUTORCH
 from snapfusion.export.coreml import (
     check_weights,
     chunk_package,
@@ -23,9 +24,9 @@ from snapfusion.export.coreml import (
     describe_package,
     read_program,
 )
-from snapfusion.export.executorch import ExecuTorchProgram, compile_executorch
+from snapfusion.export.executorch import ExecuTorchProgram, compile_executorch, extract_package
 from snapfusion.export.loop import Program
-from snapfusion.export.mil import Extremes, evaluate_chain
+from snapfusion.export.mil import Extremes, evaluate, evaluate_chain
 from snapfusion.export.modules import FixedModule, Port
 from snapfusion.export.request import CoreMLKind, ExecuTorchKind, MobileSettings
 
@@ -48,13 +49,13 @@ class Made:
 
     Attributes:
         files: the program, or the packages in their order, from the bundle's folder.
-        run: computes what the files hold; None where nothing on this machine can.
+        run: computes what the files hold.
         told: what is said of it beside its size and parity, as plain JSON values.
         after: what else is known once it has run, likewise.
     """
 
     files: tuple[str, ...]
-    run: Program | None
+    run: Program
     told: Mapping[str, Any]
     after: Callable[[], Mapping[str, Any]] = dict
 
@@ -107,6 +108,9 @@ _COREML_WORDS: dict[CoreMLKind, str] = {
 }
 
 
+_EVALUATED = "read back and evaluated with torch, each result rounded to the dtype it states"
+
+
 def _executorch(kind: ExecuTorchKind) -> Variant:
     name = _EXECUTORCH_NAMES[kind]
     how: dict[str, Any] = {"delegate": "coreml"} if kind == "coreml" else {"weights": kind}
@@ -114,20 +118,26 @@ def _executorch(kind: ExecuTorchKind) -> Variant:
     def compile_(module: FixedModule, folder: Path) -> Made:
         file = f"{name}/{module.name}.pte"
         (folder / file).write_bytes(compile_executorch(module, **how))
-        run = ExecuTorchProgram(folder / file) if kind != "coreml" else None
+        run = _extracted(folder / file) if kind == "coreml" else ExecuTorchProgram(folder / file)
         return Made(files=(file,), run=run, told=_ports(module))
 
     return Variant(
         name=name,
-        runtime=EXECUTORCH,
+        runtime=DELEGATED if kind == "coreml" else EXECUTORCH,
         weights=_EXECUTORCH_WORDS[kind],
         form="channels-first" if kind == "coreml" else "diffusers",
         exact=kind != "int8",
-        measured="executed in ExecuTorch's runtime"
-        if kind != "coreml"
-        else "not executed: its runtime is on Apple's systems only",
+        measured=_EVALUATED if kind == "coreml" else "executed in ExecuTorch's runtime",
         compile=compile_,
     )
+
+
+def _extracted(file: Path) -> Program:
+    """What Core ML's delegate would compute: the package that the program holds, evaluated."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        package = Path(scratch) / f"{file.stem}.mlpackage"
+        extract_package(file, package)
+        return partial(evaluate, read_program(package))
 
 
 def _coreml(kind: CoreMLKind, *, scratch: Path, chunk_bytes: int) -> Variant:
@@ -156,7 +166,7 @@ def _coreml(kind: CoreMLKind, *, scratch: Path, chunk_bytes: int) -> Variant:
         weights=_COREML_WORDS[kind],
         form="channels-first",
         exact=kind == "float16",
-        measured="read back and evaluated with torch, each result rounded to the dtype it states",
+        measured=_EVALUATED,
         compile=compile_,
     )
 

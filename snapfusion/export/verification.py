@@ -91,7 +91,7 @@ def check_variant(bundle: MobileBundle, variant: str, *, opened: Programs) -> It
             artifact=f"{variant}/{module}",
             outputs=outputs,
             references=[output for _, output in samples],
-            **_limits(told["modules"][module]["parity"], bundle),
+            **_limits(told["modules"][module]["parity"]),
         )
         yield Checked(what=f"{variant}/{module}", found=_words(parity), milliseconds=took)
     image = draw(opened, ids=drawn.ids, noise=drawn.noise, steps=bundle.steps, w=vectors.guidance)
@@ -99,7 +99,7 @@ def check_variant(bundle: MobileBundle, variant: str, *, opened: Programs) -> It
         artifact=f"the image of {variant}",
         outputs=[image],
         references=[drawn.image],
-        **_limits(told["images"], bundle),
+        **_limits(told["images"]),
     )
     yield Checked(what=f"{variant}, the image", found=_words(parity))
 
@@ -114,10 +114,7 @@ def _calls(run: Program, samples: Sequence[Sample]) -> tuple[list[np.ndarray], f
     return outputs, float(np.median(seconds)) * 1e3
 
 
-def _limits(stated: Mapping[str, Any] | None, bundle: MobileBundle) -> dict[str, Any]:
-    """As the manifest states them; of what was not executed when it was made, those of float variants."""
-    if stated is None:
-        return {"limit_db": bundle.manifest["identity"]["settings"]["parity_limit_db"]}
+def _limits(stated: Mapping[str, Any]) -> dict[str, Any]:
     return {"limit_db": stated["limit_db"], "override": stated["override"]}
 
 

@@ -35,7 +35,7 @@ _PLAINLY = {"text_encoder": {}, "unet": {"low_cpu_mem_usage": False}, "vae": {"l
 Part = Literal["text_encoder", "unet", "vae"]
 """A network of a model, by its folder."""
 _INDEX = "model_index.json"
-_TRAINED = "model"
+TRAINED = "model"
 """Where the folder of a training holds its model."""
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # Old CLIP checkpoints carry the positions 0..76 as a tensor; nothing is lost by leaving it.
@@ -93,7 +93,7 @@ def _locate(source: str) -> Path:
         return _fetch(source)
     folder = Path(source)
     if folder.is_dir():
-        trained = folder / _TRAINED
+        trained = folder / TRAINED
         return trained if (trained / _INDEX).is_file() and not (folder / _INDEX).is_file() else folder
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
         raise ModelError(f"there is no model folder {source!r}; give a diffusers folder, a URL or a hub id")
@@ -111,7 +111,7 @@ def _fetch(url: str) -> Path:
     if not target.is_dir():
         partial = target.with_name(f"{target.name}.{os.getpid()}")
         filesystem, path = fsspec.core.url_to_fs(url)
-        places = (path, f"{path}/{_TRAINED}")
+        places = (path, f"{path}/{TRAINED}")
         place = next((place for place in places if filesystem.exists(f"{place}/{_INDEX}")), None)
         if place is None:
             raise ModelError(f"{url} has no {_INDEX}: it is not a diffusers folder")

@@ -48,7 +48,7 @@ def test_a_sound_bundle_is_checked_part_by_part(mobile_bundle, capsys):
         for part in ("/text_encoder: ", "/unet: ", "/decoder: ", ", the image: "):
             assert f"  {variant}{part}" in said
     if sys.platform != "darwin":
-        assert "coreml: not executed, Core ML's runtime for it is not here" in said
+        assert "coreml: not executed, Core ML is not here" in said
 
 
 @pytest.mark.parametrize(
