@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from snapfusion.export.attention import Form
 from snapfusion.export.parity import PSNR_LIMIT_DB
 from snapfusion.settings import Settings
 
@@ -64,6 +65,7 @@ class MobileSettings(Settings):
         decoder: the half-width decoder's folder, likewise; null for the model's own.
         executorch: variants of ExecuTorch programs: XNNPACK in float32, in 8 bits, or lowered to Core ML.
         coreml: variants of Core ML packages: float16; weights of 6 or 8 bits by a palette, or linear in 8.
+        attention: how Core ML's programs lay it out; XNNPACK's are fastest as diffusers has it.
         conditions: 2 computes both halves of the guidance in one call of the UNet; 1 needs two calls.
         chunk_bytes: a UNet whose package is larger becomes two packages.
         steps: of the sampler; null for those that the model was distilled for, else 50.
@@ -82,6 +84,7 @@ class MobileSettings(Settings):
     decoder: str | None = None
     executorch: tuple[ExecuTorchKind, ...] = ("float32", "int8")
     coreml: tuple[CoreMLKind, ...] = ("float16", "palette-6")
+    attention: Form = "channels-first"
     conditions: Literal[1, 2] = 2
     chunk_bytes: PositiveInt = 2**30
     steps: PositiveInt | None = None

@@ -90,8 +90,8 @@ class Variant:
 def variants_of(settings: MobileSettings, *, scratch: Path) -> list[Variant]:
     """Those that are asked for; `scratch` is a folder for packages that are compressed further."""
     return [
-        *(_executorch(kind) for kind in settings.executorch),
-        *(_coreml(kind, scratch=scratch, chunk_bytes=settings.chunk_bytes) for kind in settings.coreml),
+        *(_executorch(kind, settings=settings) for kind in settings.executorch),
+        *(_coreml(kind, settings=settings, scratch=scratch) for kind in settings.coreml),
     ]
 
 
@@ -111,7 +111,7 @@ _COREML_WORDS: dict[CoreMLKind, str] = {
 _EVALUATED = "read back and evaluated with torch, each result rounded to the dtype it states"
 
 
-def _executorch(kind: ExecuTorchKind) -> Variant:
+def _executorch(kind: ExecuTorchKind, *, settings: MobileSettings) -> Variant:
     name = _EXECUTORCH_NAMES[kind]
     how: dict[str, Any] = {"delegate": "coreml"} if kind == "coreml" else {"weights": kind}
 
@@ -125,7 +125,7 @@ def _executorch(kind: ExecuTorchKind) -> Variant:
         name=name,
         runtime=DELEGATED if kind == "coreml" else EXECUTORCH,
         weights=_EXECUTORCH_WORDS[kind],
-        form="channels-first" if kind == "coreml" else "diffusers",
+        form=settings.attention if kind == "coreml" else "diffusers",
         exact=kind != "int8",
         measured=_EVALUATED if kind == "coreml" else "executed in ExecuTorch's runtime",
         compile=compile_,
@@ -140,11 +140,11 @@ def _extracted(file: Path) -> Program:
         return partial(evaluate, read_program(package))
 
 
-def _coreml(kind: CoreMLKind, *, scratch: Path, chunk_bytes: int) -> Variant:
+def _coreml(kind: CoreMLKind, *, settings: MobileSettings, scratch: Path) -> Variant:
     name = _COREML_NAMES[kind]
 
     def compile_(module: FixedModule, folder: Path) -> Made:
-        files = _packages(module, folder / name, kind=kind, scratch=scratch, chunk_bytes=chunk_bytes)
+        files = _packages(module, folder / name, kind=kind, scratch=scratch, chunk_bytes=settings.chunk_bytes)
         programs = [read_program(path) for path in files]
         told: dict[str, Any] = {
             **_ports(module),
@@ -164,7 +164,7 @@ def _coreml(kind: CoreMLKind, *, scratch: Path, chunk_bytes: int) -> Variant:
         name=name,
         runtime=COREML,
         weights=_COREML_WORDS[kind],
-        form="channels-first",
+        form=settings.attention,
         exact=kind == "float16",
         measured=_EVALUATED,
         compile=compile_,
