@@ -8,34 +8,23 @@ from conftest import tiny_bundle
 
 from jobs import alone, benchmark
 from jobs.alone import TorchRuntime, Work, figures_of
-from jobs.compile_mobile import publish_bundle
 from jobs.footprint import FootprintError
 from pipelines.storage import StorageError
 from snapfusion.export.bundle import open_bundle
-from snapfusion.export.request import Licence, MobileSettings
-from snapfusion.models.load import load
 
 MODULES = ("text_encoder", "unet", "decoder")
-SETTINGS = MobileSettings(
-    executorch=("float32",),
-    coreml=(),
-    steps=3,
-    captions=("red",),
-    licence=Licence(weights="none: random weights", data="none"),
-)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_teacher):
-    """A bundle of the tiny model."""
-    folder = tmp_path_factory.mktemp("run") / "mobile"
-    publish_bundle(
-        SETTINGS,
-        bundle=load(tiny_teacher),
-        decoder=None,
-        parents={"model": {"source": tiny_teacher, "settings_hash": None}, "decoder": None},
-        out_url=str(folder),
-    )
+def folder(tmp_path_factory, mobile_bundle):
+    """The tiny model's bundle with its float32 programs alone."""
+    folder = shutil.copytree(mobile_bundle, tmp_path_factory.mktemp("run") / "mobile")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in [name for name in manifest["variants"] if name != "executorch"]:
+        del manifest["variants"][name]
+        shutil.rmtree(folder / name)
+    manifest["files"] = {name: told for name, told in manifest["files"].items() if (folder / name).exists()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
 
@@ -123,11 +112,11 @@ def test_every_runtime_that_is_here_is_measured(folder, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_a_compiled_module_counts_its_compilation_as_loading(folder, tiny_teacher):
+def test_a_compiled_module_counts_its_compilation_as_loading(folder, mobile_model):
     inputs = open_bundle(folder).vectors.arrays["token_ids"][1:]
     work = Work(module="text_encoder", inputs=(inputs,), threads=1, repeats=20)
     eager, compiled = (
-        figures_of(TorchRuntime(model=tiny_teacher, decoder=None, compiled=compiled), work)
+        figures_of(TorchRuntime(model=mobile_model, decoder=None, compiled=compiled), work)
         for compiled in (False, True)
     )
     # A C++ compiler takes seconds, of which the second run and all after it take none.
@@ -197,8 +186,8 @@ def test_without_its_model_the_programs_are_measured_alone(altered, measured, tm
     assert f"not run: the bundle's model {tmp_path}/gone/raw: there is no model" in capsys.readouterr().out
 
 
-def test_a_model_in_the_run_lies_beside_the_bundle(altered, measured, tiny_teacher, tmp_path):
-    shutil.copytree(tiny_teacher, tmp_path / "student")
+def test_a_model_in_the_run_lies_beside_the_bundle(altered, measured, mobile_model, tmp_path):
+    shutil.copytree(mobile_model, tmp_path / "student")
     copy = altered(lambda manifest: manifest["identity"]["parents"]["model"].update(source="run:student"))
     asked = measured()
     assert told_by(copy, tmp_path)["rows"][0]["notes"] == []
