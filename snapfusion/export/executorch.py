@@ -1,4 +1,4 @@
-"""ExecuTorch programs, lowered to XNNPACK: made, and executed where they are made."""
+"""ExecuTorch programs, lowered to XNNPACK or to Core ML: made, read, and executed where they are made."""
 
 from __future__ import annotations
 
