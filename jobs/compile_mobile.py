@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.exits import leave
 from jobs.picture import own_steps
+from jobs.progress import duration
 from jobs.publish import publish_folder
 from jobs.result import METRICS
 from jobs.versions import versions
@@ -131,7 +133,7 @@ def publish_bundle(
             settings=settings,
             number_of_steps=number_of_steps,
             scratch=scratch,
-            say=lambda line: print(f"  {line}", flush=True),
+            say=_Clock(),
         )
         manifest |= {"format": FORMAT_VERSION, "identity": identity, "versions": versions()}
         manifest["settings_hash"] = digest(identity)
@@ -166,6 +168,16 @@ def check_fit(bundle: Bundle, decoder: HalfDecoder | None) -> None:
             f"the decoder was made for latents scaled by {decoder.config.scaling_factor}, the model's are "
             f"scaled by {bundle.scaling_factor}: it is the decoder of another model"
         )
+
+
+class _Clock:
+    """Says what is being done, and how long it has been going on by then."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        print(f"  {duration(time.monotonic() - self._began)}: {line}", flush=True)
 
 
 @contextmanager
