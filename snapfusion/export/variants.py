@@ -30,16 +30,17 @@ from snapfusion.export.mil import Extremes, evaluate, evaluate_chain
 from snapfusion.export.modules import FixedModule, Port
 from snapfusion.export.request import CoreMLKind, ExecuTorchKind, MobileSettings
 
-_EXECUTORCH_NAMES: dict[ExecuTorchKind, str] = {
-    "float32": "executorch",
-    "int8": "executorch-int8",
-    "coreml": "executorch-coreml",
+# Of each kind, the variant's name and its weights in words.
+_EXECUTORCH: dict[ExecuTorchKind, tuple[str, str]] = {
+    "float32": ("executorch", "XNNPACK, float32"),
+    "int8": ("executorch-int8", "XNNPACK, 8-bit weights"),
+    "coreml": ("executorch-coreml", "Core ML delegate, float16"),
 }
-_COREML_NAMES: dict[CoreMLKind, str] = {
-    "float16": "coreml",
-    "palette-6": "coreml-6bit",
-    "palette-8": "coreml-8bit",
-    "int8": "coreml-int8",
+_COREML: dict[CoreMLKind, tuple[str, str]] = {
+    "float16": ("coreml", "float16"),
+    "palette-6": ("coreml-6bit", "palettes of 6 bits"),
+    "palette-8": ("coreml-8bit", "palettes of 8 bits"),
+    "int8": ("coreml-int8", "8 bits, linear a channel"),
 }
 
 
@@ -95,24 +96,11 @@ def variants_of(settings: MobileSettings, *, scratch: Path) -> list[Variant]:
     ]
 
 
-_EXECUTORCH_WORDS: dict[ExecuTorchKind, str] = {
-    "float32": "XNNPACK, float32",
-    "int8": "XNNPACK, 8-bit weights",
-    "coreml": "Core ML delegate, float16",
-}
-_COREML_WORDS: dict[CoreMLKind, str] = {
-    "float16": "float16",
-    "palette-6": "palettes of 6 bits",
-    "palette-8": "palettes of 8 bits",
-    "int8": "8 bits, linear a channel",
-}
-
-
 _EVALUATED = "read back and evaluated with torch, each result rounded to the dtype it states"
 
 
 def _executorch(kind: ExecuTorchKind, *, settings: MobileSettings) -> Variant:
-    name = _EXECUTORCH_NAMES[kind]
+    name, weights = _EXECUTORCH[kind]
     how: dict[str, Any] = {"delegate": "coreml"} if kind == "coreml" else {"weights": kind}
 
     def compile_(module: FixedModule, folder: Path) -> Made:
@@ -124,7 +112,7 @@ def _executorch(kind: ExecuTorchKind, *, settings: MobileSettings) -> Variant:
     return Variant(
         name=name,
         runtime=DELEGATED if kind == "coreml" else EXECUTORCH,
-        weights=_EXECUTORCH_WORDS[kind],
+        weights=weights,
         form=settings.attention if kind == "coreml" else "diffusers",
         exact=kind != "int8",
         measured=_EVALUATED if kind == "coreml" else "executed in ExecuTorch's runtime",
@@ -141,7 +129,7 @@ def _extracted(file: Path) -> Program:
 
 
 def _coreml(kind: CoreMLKind, *, settings: MobileSettings, scratch: Path) -> Variant:
-    name = _COREML_NAMES[kind]
+    name, weights = _COREML[kind]
 
     def compile_(module: FixedModule, folder: Path) -> Made:
         files = _packages(module, folder / name, kind=kind, scratch=scratch, chunk_bytes=settings.chunk_bytes)
@@ -163,7 +151,7 @@ def _coreml(kind: CoreMLKind, *, settings: MobileSettings, scratch: Path) -> Var
     return Variant(
         name=name,
         runtime=COREML,
-        weights=_COREML_WORDS[kind],
+        weights=weights,
         form=settings.attention,
         exact=kind == "float16",
         measured=_EVALUATED,

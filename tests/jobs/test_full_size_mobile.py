@@ -52,9 +52,9 @@ def test_the_efficient_model_compiles_at_full_size(runtime, tmp_path, capsys):
         print()
         arguments = [str(tmp_path / "model"), "--recipe", "sd15", "--out", str(tmp_path), *options]
         assert compile_mobile.main(arguments) == 0
-        print(f"  {meter.seconds:.0f} s, {meter.peak_gib:.1f} GiB")
     variants = open_bundle(tmp_path / "mobile").manifest["variants"]
     with capsys.disabled():
+        print(f"  {meter.seconds:.0f} s, {meter.peak_gib:.1f} GiB")
         print(json.dumps({name: figures_of(told) for name, told in variants.items()}, indent=2))
     if runtime == "executorch":
         assert list(variants) == ["executorch", "executorch-int8"]
