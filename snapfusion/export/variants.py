@@ -17,6 +17,7 @@ from typing import Any
 from snapfusion.export.attention import Form
 from snapfusion.export.bundle import COREML, DELEGATED, EXECUTORCH
 from snapfusion.export.coreml import (
+    CoreMLDescription,
     check_weights,
     chunk_package,
     compile_coreml,
@@ -28,6 +29,7 @@ from snapfusion.export.executorch import ExecuTorchProgram, compile_executorch, 
 from snapfusion.export.loop import Program
 from snapfusion.export.mil import Extremes, evaluate, evaluate_chain
 from snapfusion.export.modules import FixedModule, Port
+from snapfusion.export.parity import ParityError
 from snapfusion.export.request import CoreMLKind, ExecuTorchKind, MobileSettings
 
 # Of each kind, the variant's name and its weights in words.
@@ -134,9 +136,11 @@ def _coreml(kind: CoreMLKind, *, settings: MobileSettings, scratch: Path) -> Var
     def compile_(module: FixedModule, folder: Path) -> Made:
         files = _packages(module, folder / name, kind=kind, scratch=scratch, chunk_bytes=settings.chunk_bytes)
         programs = [read_program(path) for path in files]
+        described = [describe_package(path) for path in files]
+        check_described(module, described)
         told: dict[str, Any] = {
             **_ports(module),
-            "packages": [describe_package(path).to_values() for path in files],
+            "packages": [package.to_values() for package in described],
         }
         if kind == "float16":
             told["max_weight_error"] = check_weights(programs, module.network.state_dict())
@@ -157,6 +161,29 @@ def _coreml(kind: CoreMLKind, *, settings: MobileSettings, scratch: Path) -> Var
         measured=_EVALUATED,
         compile=compile_,
     )
+
+
+def check_described(module: FixedModule, packages: Sequence[CoreMLDescription]) -> None:
+    """Hold what packages say of themselves to the module that they were made of.
+
+    Raises:
+        ParityError: if the module's ports are not theirs, or something but the waves of time is float32.
+    """
+    for what, ports in (("inputs", module.inputs), ("outputs", module.outputs)):
+        wanted = {port.name: port.shape for port in ports}
+        stated = {port.name: port.shape for package in packages for port in getattr(package, what)}
+        for name, shape in wanted.items():
+            if stated.get(name) != shape:
+                raise ParityError(
+                    f"the Core ML packages of {module.name} state {name} as {stated.get(name)} among their "
+                    f"{what}; it is {shape}"
+                )
+    for package in packages:
+        if wide := package.float32_results + package.float32_weights:
+            raise ParityError(
+                f"a Core ML package of {module.name} computes {len(wide)} things in float32 that were to be "
+                f"float16, for example {wide[0]}"
+            )
 
 
 def _packages(

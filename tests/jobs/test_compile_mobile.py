@@ -1,5 +1,6 @@
 """A bundle is published whole, once, and only if every part of it agrees with torch."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -19,8 +20,9 @@ import snapfusion.export.variants as variants
 from jobs import compile_mobile
 from jobs.compile_mobile import check_fit, publish_bundle
 from snapfusion.export.bundle import BundleError, open_bundle
+from snapfusion.export.coreml import describe_package
 from snapfusion.export.executorch import compile_executorch
-from snapfusion.export.modules import FixedModule, Port
+from snapfusion.export.modules import FixedModule, Port, decoder_module
 from snapfusion.export.parity import ParityError
 from snapfusion.export.request import Licence, LicenceError, MobileSettings
 from snapfusion.export.steps import Steps
@@ -190,6 +192,23 @@ def test_a_package_with_a_perturbed_weight_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ParityError, match=r"lacks the network's weight|does not agree with torch"):
         publish(tmp_path / "bundle", settings(executorch=(), coreml=("float16",)))
     assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"float32_results": ("conv_3",)}, "computes 1 things in float32 .* for example conv_3"),
+        ({"float32_weights": ("kernel_1",)}, "for example kernel_1"),
+        ({"outputs": ()}, r"state image as None among their outputs; it is \(1, 3, 16, 16\)"),
+        ({"inputs": ()}, r"state latent as None among their inputs; it is \(1, 4, 8, 8\)"),
+    ],
+)
+def test_a_package_that_says_something_else_is_refused(change, said, mobile_bundle):
+    module = decoder_module(tiny_student().vae, latent_shape=(4, 8, 8))
+    described = describe_package(mobile_bundle / "coreml/decoder.mlpackage")
+    variants.check_described(module, [described])
+    with pytest.raises(ParityError, match=said):
+        variants.check_described(module, [dataclasses.replace(described, **change)])
 
 
 def test_a_swapped_coefficient_is_refused(tmp_path, monkeypatch):
