@@ -242,7 +242,7 @@ def mini() -> Recipe:
             captions=(
                 "a large red circle at the top on a white background",
                 "a small blue ring on the left on a white background",
-                "a large green cross at the bottom on a yellow background",
+                "a large green cross at the bottom on a gray background",
             ),
             licence=Licence(
                 weights="Apache-2.0 (the miniature of this repository)",

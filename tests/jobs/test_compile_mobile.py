@@ -19,6 +19,7 @@ import snapfusion.export.build as building
 import snapfusion.export.variants as variants
 from jobs import compile_mobile
 from jobs.compile_mobile import check_fit, publish_bundle
+from jobs.recipes import recipe_named
 from snapfusion.export.bundle import BundleError, open_bundle
 from snapfusion.export.coreml import describe_package
 from snapfusion.export.executorch import compile_executorch
@@ -26,6 +27,7 @@ from snapfusion.export.modules import FixedModule, Port, decoder_module
 from snapfusion.export.parity import ParityError
 from snapfusion.export.request import Licence, LicenceError, MobileSettings
 from snapfusion.export.steps import Steps
+from snapfusion.mini.scenes import parse_caption
 from snapfusion.models.bundle import weight_hash
 from snapfusion.models.decoder import HalfDecoder
 from snapfusion.models.load import load
@@ -156,6 +158,10 @@ def test_two_calls_in_place_of_one_draw_the_same(tmp_path):
     ]
     assert shapes == [[1, 16, 16], [2, 16, 16]]
     assert all(made["variants"]["executorch"]["images"]["psnr_db"] > 80 for made in (one, two))
+
+
+def test_the_miniatures_captions_are_of_scenes_that_it_knows():
+    assert all(parse_caption(caption) for caption in recipe_named("mini").mobile.captions)
 
 
 # --- the gate
