@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jobs.cli import Job, run
 from jobs.exits import leave
 from jobs.picture import own_steps
 from jobs.progress import duration
@@ -31,18 +32,12 @@ from snapfusion.models.decoder import HalfDecoder, load_decoder
 from snapfusion.models.load import TRAINED, load
 from snapfusion.settings import differences, digest
 
-if TYPE_CHECKING:
-    from jobs.cli import Job
-
 _ELSEWHERE = ("model", "decoder", "licence")
 """Settings that are told elsewhere in the manifest: by what was found there, or in words of their own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m jobs.compile_mobile`."""
-    # Recipes are made of this module's settings, so the command line is above it.
-    from jobs.cli import run
-
     return run("compile_mobile", compile_mobile, preview=preview, about=__doc__, argv=argv, target="MODEL")
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import snapfusion.export.build as building
 import snapfusion.export.variants as variants
-from jobs import compile_mobile
+from jobs import compile_mobile, generate
 from jobs.compile_mobile import check_fit, publish_bundle
 from jobs.recipes import recipe_named
 from snapfusion.export.bundle import BundleError, open_bundle
@@ -162,6 +162,15 @@ def test_two_calls_in_place_of_one_draw_the_same(tmp_path):
 
 def test_the_miniatures_captions_are_of_scenes_that_it_knows():
     assert all(parse_caption(caption) for caption in recipe_named("mini").mobile.captions)
+
+
+def test_programs_for_core_mls_delegate_are_held_to_torch_and_not_run(tmp_path, capsys):
+    made = publish(tmp_path / "bundle", settings(executorch=("coreml",)))
+    told = made["variants"]["executorch-coreml"]
+    assert told["runtime"] == "ExecuTorch on Core ML"
+    assert 50 < told["images"]["psnr_db"] < 100
+    assert generate.main(["red", "--bundle", str(tmp_path / "bundle")]) == 2
+    assert "has no ExecuTorch programs that run here" in capsys.readouterr().err
 
 
 # --- the gate
@@ -357,8 +366,6 @@ def checker(place, *, bound, side=16):
 
 
 def test_a_safety_checker_is_part_of_the_bundle_and_hides_what_it_marks(tmp_path, capsys):
-    from jobs import generate
-
     asked = settings(safety_checker=checker(tmp_path / "any.pte", bound=-1.0))
     made = publish(tmp_path / "out" / "bundle", asked)
     assert made["safety_checker"] == "safety_checker.pte"
