@@ -47,7 +47,7 @@ from pipelines.sources.webdataset import Sample, list_shards, read_shard
 from pipelines.stages.image import decode_image
 from pipelines.storage import exists, read_bytes
 from pipelines.tables import Snapshot, accounts, is_table, open_table, rejected_rows
-from snapfusion.export.bundle import MANIFEST, PICTURES
+from snapfusion.export.bundle import FORMAT_VERSION, MANIFEST, PICTURES
 from snapfusion.mini.oracle import load_oracle
 from snapfusion.mini.scenes import Scene, parse_caption
 from snapfusion.models.bundle import to_uint8
@@ -81,6 +81,8 @@ def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
         fewer_steps, drawn = draw_side_by_side(student, place=student_place)
     decoder = _json(job.place(f"decoder/{METRICS}"))
     mobile = _json(job.place(f"mobile/{MANIFEST}"))
+    if mobile and mobile.get("format") != FORMAT_VERSION:
+        mobile = None  # an earlier release's, which had the decoder alone
     anatomies = _anatomies(job)
     oracle = read_by_oracle(tables["pairs"]) if "pairs" in tables and job.recipe.oracle_floor else None
     timings = _timings(job, tables)

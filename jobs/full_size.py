@@ -243,6 +243,5 @@ def mobile(*, model: str) -> MobileSettings:
     return MobileSettings(
         model=model,
         decoder="run:decoder",
-        coreml=("float16", "palette-6"),
         licence=Licence(weights="CreativeML OpenRAIL-M"),
     )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -76,7 +76,6 @@ def build(
         ParityError: if a part does not agree with torch.
         ValueError: if the model cannot be compiled, or the safety checker is none.
     """
-    settings.licence.check()
     variants = variants_of(settings, scratch=scratch)
     _check_override(settings, variants)
     say(f"drawing {len(settings.captions)} captions by torch in {number_of_steps} steps")
@@ -143,7 +142,7 @@ class _Modules:
 
     bundle: Bundle
     decoder: HalfDecoder | None
-    conditions: Any
+    conditions: Literal[1, 2]
 
     def make(self, name: str, *, variant: Variant) -> FixedModule:
         """The module of that name, with attention in the variant's form."""

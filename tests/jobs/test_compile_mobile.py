@@ -101,12 +101,10 @@ def test_the_manifest_has_every_files_size_and_hash(mobile_bundle):
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         }
         for path in mobile_bundle.rglob("*")
-        if path.is_file() and path.name != "manifest.json"
+        if path.is_file() and path != mobile_bundle / "manifest.json"
     }
-    assert found.keys() | {"x"} >= {"MODEL_CARD.md", "sampler.json", "tokenizer/tokenizer.json"}
-    # A Core ML package has a manifest of its own.
-    own = {name: told for name, told in stated.items() if not name.endswith("manifest.json")}
-    assert found == own
+    assert found == stated
+    assert found.keys() >= {"MODEL_CARD.md", "sampler.json", "tokenizer/tokenizer.json"}
 
 
 def test_the_card_states_both_licences_and_that_nothing_looks_at_the_pictures(mobile_bundle):
@@ -122,8 +120,8 @@ def test_the_pictures_are_those_of_torch(mobile_bundle):
         torchs = np.asarray(Image.open(mobile_bundle / f"pictures/torch-{number}.png")).astype(int)
         for name in manifest["variants"]:
             drawn = np.asarray(Image.open(mobile_bundle / f"pictures/{name}-{number}.png")).astype(int)
-            # A gray level apart where both lie at the same edge of rounding.
-            assert np.abs(drawn - torchs).max() <= (1 if name == "executorch" else 255)
+            # Of float programs a gray level apart at most, where both lie at the same edge of rounding.
+            assert np.abs(drawn - torchs).max() <= (1 if name in ("executorch", "coreml") else 25)
             assert drawn.std() > 0
 
 
@@ -177,12 +175,11 @@ def test_programs_for_core_mls_delegate_are_held_to_torch_and_not_run(tmp_path, 
 
 
 def perturbed(module):
-    """The module with one weight matrix that is not the model's: changed by a tenth of its spread."""
+    """The module with one weight matrix that is not the model's: noise of half its spread is added."""
     network = deepcopy(module.network)
-    name, weight = next((name, each) for name, each in network.named_parameters() if each.ndim > 1)
+    weight = next(each for each in network.parameters() if each.ndim > 1)
     with torch.no_grad():
         weight += 0.5 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    assert name
     return FixedModule(name=module.name, network=network, inputs=module.inputs, outputs=module.outputs)
 
 
