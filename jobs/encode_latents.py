@@ -11,6 +11,7 @@ from jobs.cli import Job, run
 from jobs.cluster import runner
 from jobs.exits import leave
 from jobs.progress import show
+from jobs.vetoes import vetoes_of
 from pipelines.account import total_rejected
 from pipelines.latents import encode_latents
 from pipelines.sources.webdataset import list_shards
@@ -32,6 +33,7 @@ def encode(job: Job) -> None:
         shards=shards,
         source=recipe.source.name,
         url=job.place(recipe.source.table),
+        vetoes=vetoes_of(job),
         origin=job.origin({"shards": shards_url(job), "model": recipe.model}),
         run=runner(recipe.cluster),
         on_progress=show(job.verb),

@@ -13,6 +13,7 @@ from jobs.cli import Job, run
 from jobs.distill_steps import sources
 from jobs.evaluation import Contender
 from jobs.exits import leave
+from jobs.vetoes import vetoes_of
 from pipelines import latents, pairs, references, samples, targets
 from pipelines.sources.webdataset import list_shards
 from pipelines.tables import Snapshot, open_table
@@ -68,7 +69,13 @@ def remake_for(job: Job, table: Snapshot) -> Remake:
         wanted = recipe.evaluation
         return references.remake(table, settings=wanted.references, judging=wanted.samples.judging)
     place = recipe.source.url or f"{beside}/shards"
-    return latents.remake(table, model=recipe.model, shards=list_shards(place), source=recipe.source.name)
+    return latents.remake(
+        table,
+        model=recipe.model,
+        shards=list_shards(place),
+        source=recipe.source.name,
+        vetoes=vetoes_of(replace(job, out=beside)),
+    )
 
 
 def preview(job: Job) -> list[str]:

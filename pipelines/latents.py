@@ -24,6 +24,7 @@ from pipelines.stages.environment import Device
 from pipelines.stages.image import ImageSettings
 from pipelines.stages.read import ReadShard, ShardWork, shard_digest
 from pipelines.stages.select import Selection
+from pipelines.stages.veto import Veto
 from pipelines.stages.write import WriteUnit, pack
 from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
 from pipelines.units import MAX_UNIT_BYTES, FinishedRows, ImageRows, intervals
@@ -65,14 +66,16 @@ _IN_IDENTITY = ("shards", "selection", "images", "encoding", "rows_per_unit")
 """The settings that determine rows; the others say where and how fast."""
 
 
-def identity_of(settings: Latents, *, model: dict[str, Any]) -> dict[str, Any]:
+def identity_of(settings: Latents, *, model: dict[str, Any], vetoes: Sequence[Veto] = ()) -> dict[str, Any]:
     """Everything that determines the rows of LATENTS, the shards apart (each unit states its own)."""
+    told = {name: value for veto in vetoes for name, value in veto.describe().items()}
     values = settings.to_values()
     return {
         "kind": "latents",
         "model": vae_of(model),
         "dtype": settings.device.dtype,
         **{name: values[name] for name in _IN_IDENTITY},
+        **told,
     }
 
 
@@ -117,6 +120,7 @@ def encode_latents(
     shards: Sequence[Shard],
     source: str,
     url: str,
+    vetoes: Sequence[Veto] = (),
     origin: Origin | None = None,
     run: Runner = on_ray,
     on_progress: OnProgress | None = None,
@@ -129,6 +133,7 @@ def encode_latents(
         shards: as `pipelines.sources.webdataset.list_shards` gives them.
         source: a short name of the set of shards; units and rows are named after it.
         url: of the table.
+        vetoes: what refuses rows beside the selection.
         origin: who makes the new units, and from what; kept beside their accounts.
         run: what sends shards through the stages.
         on_progress: called after each unit.
@@ -141,7 +146,9 @@ def encode_latents(
     bundle = load(model)
     _check_unit_size(settings, side=bundle.image_size)
     schema = latents_schema(latent_shape=bundle.latent_shape, num_tokens=bundle.tokenizer.model_max_length)
-    table = create_table(url, schema=schema, identity=identity_of(settings, model=bundle.describe()))
+    table = create_table(
+        url, schema=schema, identity=identity_of(settings, model=bundle.describe(), vetoes=vetoes)
+    )
     size = bundle.image_size
     del bundle  # workers beside this process need the memory
     recover(url, origin=origin)
@@ -149,7 +156,7 @@ def encode_latents(
     stages = [
         Stage(
             build=ReadShard,
-            arguments=_reader_arguments(settings, size=size),
+            arguments={**_reader_arguments(settings, size=size), "vetoes": tuple(vetoes)},
             pool=settings.readers,
         ),
         Stage(
@@ -197,7 +204,9 @@ def plan(shards: Iterable[Shard], *, source: str, accounts: Iterable[Account]) -
             yield ShardWork(shard=shard, source=name, committed=tuple(intervals(known[name], name)))
 
 
-def remake(table: Snapshot, *, model: str, shards: Sequence[Shard], source: str) -> Remake:
+def remake(
+    table: Snapshot, *, model: str, shards: Sequence[Shard], source: str, vetoes: Sequence[Veto] = ()
+) -> Remake:
     """What `verify_table` needs to make units of LATENTS again: the shards are read, the images encoded.
 
     Raises:
@@ -209,7 +218,7 @@ def remake(table: Snapshot, *, model: str, shards: Sequence[Shard], source: str)
         raise TableError(f"{table.url} was made with another VAE than {model!r}; name the one it was")
     schema = latents_schema(latent_shape=bundle.latent_shape, num_tokens=bundle.tokenizer.model_max_length)
     known = {f"{source}/{shard.name}": shard for shard in shards}
-    reader = ReadShard(**_reader_arguments(settings, size=bundle.image_size))
+    reader = ReadShard(**_reader_arguments(settings, size=bundle.image_size), vetoes=vetoes)
 
     def make(account: Account, _rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
         if account.source not in known:

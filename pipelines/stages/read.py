@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -16,6 +16,7 @@ from pipelines.sources.webdataset import Sample, Shard, ShardSettings, read_shar
 from pipelines.stages.image import ImageSettings, decode_image
 from pipelines.stages.isolation import Isolation
 from pipelines.stages.select import Selection, check
+from pipelines.stages.veto import Check, Veto
 from pipelines.units import ImageRows, Unit
 
 Decode = Callable[[bytes], np.ndarray]
@@ -77,11 +78,13 @@ class ReadShard:
         shards: ShardSettings,
         images: ImageSettings,
         selection: Selection,
+        vetoes: Sequence[Veto] = (),
     ) -> None:
         self.size = size
         self.rows_per_unit = rows_per_unit
         self.shards = shards
         self.selection = selection
+        self.vetoes = tuple(vetoes)
         self.decode: Decode = partial(decode_image, size=size, settings=images)
 
     def __call__(self, work: ShardWork) -> Iterator[ImageRows]:
@@ -99,25 +102,28 @@ class ReadShard:
 
     def _units(self, work: ShardWork, decode: Decode) -> Iterator[ImageRows]:
         rows = (row for row in read_shard(work.shard, self.shards) if not work.holds(row.ordinal))
+        checks = [veto.on(work.shard) for veto in self.vetoes]
         waiting: ImageRows | None = None
         for _, group in groupby(rows, key=lambda row: row.ordinal // self.rows_per_unit):
             # One unit behind, because only the end of the shard tells which unit is the final one.
             if waiting is not None:
                 yield waiting
-            waiting = self._unit(work, list(group), decode)
+            waiting = self._unit(work, list(group), decode, checks)
         if waiting is None and not work.committed:
-            waiting = self._unit(work, [], decode)
+            waiting = self._unit(work, [], decode, checks)
         if waiting is not None:
             yield replace(waiting, unit=replace(waiting.unit, final=True))
 
-    def _unit(self, work: ShardWork, rows: list[Sample | Rejection], decode: Decode) -> ImageRows:
+    def _unit(
+        self, work: ShardWork, rows: list[Sample | Rejection], decode: Decode, checks: Sequence[Check]
+    ) -> ImageRows:
         kept: list[tuple[Sample, np.ndarray]] = []
         rejections: list[Rejection] = []
         for row in rows:
+            id_ = f"{work.prefix}/{row.id}"
             try:
-                kept.append(self._row(row, decode))
+                kept.append(self._row(row, decode, checks, id_=id_))
             except Rejected as verdict:
-                id_ = f"{work.prefix}/{row.id}"
                 rejections.append(verdict.record(id=id_, source=work.source, ordinal=row.ordinal))
         images = [image for _, image in kept]
         return ImageRows(
@@ -129,8 +135,12 @@ class ReadShard:
             rejections=rejections,
         )
 
-    def _row(self, row: Sample | Rejection, decode: Decode) -> tuple[Sample, np.ndarray]:
+    def _row(
+        self, row: Sample | Rejection, decode: Decode, checks: Sequence[Check], *, id_: str
+    ) -> tuple[Sample, np.ndarray]:
         if isinstance(row, Rejection):
             raise Rejected(row.reason, row.detail)
         check(row.metadata, caption=row.caption, selection=self.selection)
+        for check_row in checks:
+            check_row(row, id_)
         return row, decode(row.image)

@@ -13,6 +13,7 @@ from in_process import in_process
 from PIL import Image
 
 from pipelines.latents import Latents, encode_latents, plan, remake
+from pipelines.rejection import Rejected
 from pipelines.schemas import array_of, to_png
 from pipelines.sources.shards import Picture, write_shard
 from pipelines.sources.webdataset import list_shards
@@ -221,3 +222,32 @@ def test_a_picture_of_any_mode_becomes_a_latent(tiny_teacher, tmp_path):
     write_shard(str(tmp_path / "s"), pictures, index=0, rows_per_shard=100)
     table = encode(tmp_path / "latents", tmp_path / "s", tiny_teacher)
     assert table.num_rows == len(modes)
+
+
+class Refuses:
+    """A veto on one row."""
+
+    def __init__(self, row_id: str) -> None:
+        self.row_id = row_id
+
+    def on(self, shard):
+        def check(_sample, row_id: str) -> None:
+            if row_id == self.row_id:
+                raise Rejected("unsafe", f"of {shard.name}")
+
+        return check
+
+    def describe(self):
+        return {"refuses": self.row_id}
+
+
+def test_a_veto_rejects_rows_is_part_of_the_identity_and_verifies(shards, tiny_teacher, tmp_path):
+    veto = Refuses("web/00001/0000105")
+    table = encode(tmp_path / "latents", shards, tiny_teacher, vetoes=[veto])
+    assert table.num_rows == 17
+    (row,) = [row for row in rejected_rows(table.url) if row["reason"] == "unsafe"]
+    assert (row["id"], row["detail"]) == (veto.row_id, "of 00001")
+    remade = remake(table, model=tiny_teacher, shards=list_shards(str(shards)), source="web", vetoes=[veto])
+    assert not verify_table(table, remake=remade, units=6, seed=0).faults
+    with pytest.raises(TableError, match="refuses"):
+        encode(tmp_path / "latents", shards, tiny_teacher)

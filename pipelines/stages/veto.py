@@ -1,0 +1,23 @@
+"""What may refuse a row beside the selection: blocked things, earlier copies, requests to forget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from pipelines.sources.webdataset import Sample, Shard
+
+Check = Callable[[Sample, str], None]
+"""Lets a sample pass, or raises `Rejected`; the second argument is its row's id, `<source>/<sample.id>`."""
+
+
+class Veto(Protocol):
+    """Refuses rows; pickled into the workers that read shards."""
+
+    def on(self, shard: Shard) -> Check:
+        """The check of this shard's samples; what it needs of a table is read here, once a shard."""
+        ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """What of it determines rows: part of the identity of the table made under it. Empty for none."""
+        ...
