@@ -182,8 +182,8 @@ def _sidecar_of(shard: Shard) -> tuple[Sidecar, Rejected | None]:
     try:
         found = read_sidecar(_sidecar_url(shard))
     except SidecarError as error:
-        return Sidecar([]), Rejected("bad_sidecar", str(error))
-    return Sidecar([]) if found is None else found, None
+        return Sidecar(), Rejected("bad_sidecar", str(error))
+    return Sidecar() if found is None else found, None
 
 
 def _sidecar_url(shard: Shard) -> str:
