@@ -44,9 +44,20 @@ class ImageSettings(Settings):
 def decode_image(data: bytes, *, size: int, settings: ImageSettings) -> np.ndarray:
     """The centre square of a picture, its shorter side made `size`: uint8 [size, size, 3], RGB.
 
+    The kernel is Lanczos, widened when shrinking so that nothing aliases: the default of diffusers' image
+    processor, so a picture enters the autoencoder as it does there.
+
+    Raises:
+        Rejected: as `open_image`.
+    """
+    return np.array(_square(open_image(data, settings=settings), size=size))
+
+
+def open_image(data: bytes, *, settings: ImageSettings) -> Image.Image:
+    """The whole picture, decoded, RGB.
+
     The first frame of an animation; upright by its EXIF tag; transparency over white; 16-bit grey scaled to
-    8 bits. Colour profiles are not applied. The kernel is Lanczos, widened when shrinking so that nothing
-    aliases: the default of diffusers' image processor, so a picture enters the autoencoder as it does there.
+    8 bits. Colour profiles are not applied.
 
     Raises:
         Rejected: `empty_image`, `not_an_image`, `too_many_pixels`, `too_small`, `broken_image` or
@@ -57,7 +68,7 @@ def decode_image(data: bytes, *, size: int, settings: ImageSettings) -> np.ndarr
     with _open(data) as image:
         _check_size(image, settings)
         _load(image)
-        return np.array(_square(_to_rgb(_upright(image)), size=size))
+        return _to_rgb(_upright(image))
 
 
 def _open(data: bytes) -> Image.Image:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -19,8 +20,10 @@ from pipelines.stages.select import Selection, check
 from pipelines.stages.veto import Check, Veto
 from pipelines.units import ImageRows, Unit
 
-Decode = Callable[[bytes], np.ndarray]
-"""Encoded bytes to uint8 [S,S,3]; raises Rejected."""
+Picture = TypeVar("Picture")
+Gathered = TypeVar("Gathered")
+Decode = Callable[[bytes], Picture]
+"""What is made of encoded bytes; raises Rejected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,98 @@ def shard_digest(shard: Shard) -> str:
     return hashlib.sha256(f"{shard.name}\x1f{shard.size}".encode()).hexdigest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Usable(Generic[Picture]):
+    """A row that passed selection, vetoes and decoder.
+
+    Attributes:
+        id: of the row, `<source>/<sample.id>`.
+        sample: as the shard has it; it holds the encoded picture, so who keeps many rows keeps none of them.
+        picture: what the decoder made.
+    """
+
+    id: str
+    sample: Sample
+    picture: Picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsableRows:
+    """Which rows of a shard are usable, unit by unit, whatever is made of them.
+
+    Attributes:
+        rows_per_unit: ordinals of one unit.
+        shards: bounds on what is read.
+        selection: which rows are wanted.
+        vetoes: what refuses rows beside it.
+    """
+
+    rows_per_unit: int
+    shards: ShardSettings
+    selection: Selection
+    vetoes: tuple[Veto, ...] = ()
+
+    def units(
+        self,
+        work: ShardWork,
+        *,
+        decode: Decode[Picture],
+        gather: Callable[[Iterator[Usable[Picture] | Rejection]], Gathered],
+    ) -> Iterator[tuple[Unit, Gathered]]:
+        """Stream the shard once; each unit that is not committed, with what `gather` made of its rows.
+
+        Args:
+            work: the shard.
+            decode: of the encoded picture; what it makes is in the row.
+            gather: takes the rows of a unit as they are read.
+        """
+        rows = (row for row in read_shard(work.shard, self.shards) if not work.holds(row.ordinal))
+        checks = [veto.on(work.shard) for veto in self.vetoes]
+        waiting: tuple[Unit, Gathered] | None = None
+        for _, group in groupby(rows, key=lambda row: row.ordinal // self.rows_per_unit):
+            # One unit behind, because only the end of the shard tells which unit is the final one.
+            if waiting is not None:
+                yield waiting
+            span = _Span()
+            gathered = gather(self._judge(work, row, decode, checks) for row in span.over(group))
+            waiting = work.unit(start=span.start, stop=span.stop), gathered
+        if waiting is None and not work.committed:
+            waiting = work.unit(start=0, stop=0), gather(iter(()))
+        if waiting is not None:
+            unit, gathered = waiting
+            yield replace(unit, final=True), gathered
+
+    def _judge(
+        self, work: ShardWork, row: Sample | Rejection, decode: Decode[Picture], checks: Sequence[Check]
+    ) -> Usable[Picture] | Rejection:
+        id_ = f"{work.prefix}/{row.id}"
+        try:
+            if isinstance(row, Rejection):
+                raise Rejected(row.reason, row.detail)
+            check(row.metadata, caption=row.caption, selection=self.selection)
+            for check_row in checks:
+                check_row(row, id_)
+            return Usable(id=id_, sample=row, picture=decode(row.image))
+        except Rejected as verdict:
+            return verdict.record(id=id_, source=work.source, ordinal=row.ordinal)
+
+
+@dataclass
+class _Span:
+    """The ordinals [start, stop) of the rows that went by."""
+
+    start: int = 0
+    stop: int = 0
+
+    def over(self, rows: Iterator[Sample | Rejection]) -> Iterator[Sample | Rejection]:
+        """The rows, remembered."""
+        for row in rows:
+            if self.stop == 0:
+                self.start = row.ordinal
+            self.stop = row.ordinal + 1
+            yield row
+
+
 class ReadShard:
     """`ShardWork` in, `ImageRows` out, one for each unit that is not committed yet."""
 
@@ -81,11 +176,10 @@ class ReadShard:
         vetoes: Sequence[Veto] = (),
     ) -> None:
         self.size = size
-        self.rows_per_unit = rows_per_unit
-        self.shards = shards
-        self.selection = selection
-        self.vetoes = tuple(vetoes)
-        self.decode: Decode = partial(decode_image, size=size, settings=images)
+        self.rows = UsableRows(
+            rows_per_unit=rows_per_unit, shards=shards, selection=selection, vetoes=tuple(vetoes)
+        )
+        self.decode: Decode[np.ndarray] = partial(decode_image, size=size, settings=images)
 
     def __call__(self, work: ShardWork) -> Iterator[ImageRows]:
         """Stream the shard once; memory holds one unit."""
@@ -100,47 +194,23 @@ class ReadShard:
         with Isolation(self.decode, tries=2) as isolated:
             yield from self._units(work, isolated)
 
-    def _units(self, work: ShardWork, decode: Decode) -> Iterator[ImageRows]:
-        rows = (row for row in read_shard(work.shard, self.shards) if not work.holds(row.ordinal))
-        checks = [veto.on(work.shard) for veto in self.vetoes]
-        waiting: ImageRows | None = None
-        for _, group in groupby(rows, key=lambda row: row.ordinal // self.rows_per_unit):
-            # One unit behind, because only the end of the shard tells which unit is the final one.
-            if waiting is not None:
-                yield waiting
-            waiting = self._unit(work, list(group), decode, checks)
-        if waiting is None and not work.committed:
-            waiting = self._unit(work, [], decode, checks)
-        if waiting is not None:
-            yield replace(waiting, unit=replace(waiting.unit, final=True))
+    def _units(self, work: ShardWork, decode: Decode[np.ndarray]) -> Iterator[ImageRows]:
+        for unit, columns in self.rows.units(work, decode=decode, gather=self._gather):
+            yield ImageRows(unit=unit, **columns)
 
-    def _unit(
-        self, work: ShardWork, rows: list[Sample | Rejection], decode: Decode, checks: Sequence[Check]
-    ) -> ImageRows:
-        kept: list[tuple[Sample, np.ndarray]] = []
+    def _gather(self, rows: Iterator[Usable[np.ndarray] | Rejection]) -> dict[str, Any]:
         rejections: list[Rejection] = []
+        kept: list[tuple[str, str, str, np.ndarray]] = []
         for row in rows:
-            id_ = f"{work.prefix}/{row.id}"
-            try:
-                kept.append(self._row(row, decode, checks, id_=id_))
-            except Rejected as verdict:
-                rejections.append(verdict.record(id=id_, source=work.source, ordinal=row.ordinal))
-        images = [image for _, image in kept]
-        return ImageRows(
-            unit=work.unit(start=rows[0].ordinal if rows else 0, stop=rows[-1].ordinal + 1 if rows else 0),
-            ids=[f"{work.prefix}/{sample.id}" for sample, _ in kept],
-            source_ids=[sample.source_id for sample, _ in kept],
-            captions=[sample.caption for sample, _ in kept],
-            images=np.stack(images) if images else np.empty((0, self.size, self.size, 3), np.uint8),
-            rejections=rejections,
-        )
-
-    def _row(
-        self, row: Sample | Rejection, decode: Decode, checks: Sequence[Check], *, id_: str
-    ) -> tuple[Sample, np.ndarray]:
-        if isinstance(row, Rejection):
-            raise Rejected(row.reason, row.detail)
-        check(row.metadata, caption=row.caption, selection=self.selection)
-        for check_row in checks:
-            check_row(row, id_)
-        return row, decode(row.image)
+            if isinstance(row, Rejection):
+                rejections.append(row)
+            else:
+                kept.append((row.id, row.sample.source_id, row.sample.caption, row.picture))
+        images = [image for *_, image in kept]
+        return {
+            "ids": [id_ for id_, *_ in kept],
+            "source_ids": [source_id for _, source_id, _, _ in kept],
+            "captions": [caption for _, _, caption, _ in kept],
+            "images": np.stack(images) if images else np.empty((0, self.size, self.size, 3), np.uint8),
+            "rejections": rejections,
+        }
