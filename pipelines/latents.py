@@ -5,6 +5,7 @@ shards ─ stream, select, decode ─ units of images ─ encode ─ data file �
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from pipelines.schemas import latents_schema
 from pipelines.sources.webdataset import Shard, ShardSettings, count_rows
 from pipelines.stages.encode import EncodeLatents, Encoding
 from pipelines.stages.environment import Device
+from pipelines.stages.frame import Shape, shapes_of
 from pipelines.stages.image import ImageSettings
 from pipelines.stages.read import ReadShard, ShardWork, shard_digest
 from pipelines.stages.select import Selection
@@ -40,7 +42,7 @@ class Latents(Settings):
     Attributes:
         shards: bounds on what is read.
         selection: which rows are wanted.
-        images: how a picture becomes a square.
+        images: which pictures are used, and what of them.
         encoding: what the encoder does.
         rows_per_unit: rows of one data file.
         device: of the encoder.
@@ -144,19 +146,19 @@ def encode_latents(
         TooManyRejected: when the rejected fraction is above its bound.
     """
     bundle = load(model)
-    _check_unit_size(settings, side=bundle.image_size)
-    schema = latents_schema(latent_shape=bundle.latent_shape, num_tokens=bundle.tokenizer.model_max_length)
+    shapes = _shapes(settings, bundle=bundle)
+    _check_unit_size(settings, shapes=shapes)
+    schema = _schema(settings, bundle=bundle)
     table = create_table(
         url, schema=schema, identity=identity_of(settings, model=bundle.describe(), vetoes=vetoes)
     )
-    size = bundle.image_size
     del bundle  # workers beside this process need the memory
     recover(url, origin=origin)
     items = list(plan(shards, source=source, accounts=accounts(url).values()))
     stages = [
         Stage(
             build=ReadShard,
-            arguments={**_reader_arguments(settings, size=size), "vetoes": tuple(vetoes)},
+            arguments={**_reader_arguments(settings, shapes=shapes), "vetoes": tuple(vetoes)},
             pool=settings.readers,
         ),
         Stage(
@@ -171,7 +173,7 @@ def encode_latents(
             pool=settings.writers,
         ),
     ]
-    total = _rows_left(items) if on_progress else None
+    total = rows_left(items) if on_progress else None
     take_in(
         url,
         run(items, stages),
@@ -216,9 +218,10 @@ def remake(
     bundle = load(model)
     if table.identity["model"] != identity_of(settings, model=bundle.describe())["model"]:
         raise TableError(f"{table.url} was made with another VAE than {model!r}; name the one it was")
-    schema = latents_schema(latent_shape=bundle.latent_shape, num_tokens=bundle.tokenizer.model_max_length)
+    schema = _schema(settings, bundle=bundle)
     known = {f"{source}/{shard.name}": shard for shard in shards}
-    reader = ReadShard(**_reader_arguments(settings, size=bundle.image_size), vetoes=vetoes)
+    shapes = _shapes(settings, bundle=bundle)
+    reader = ReadShard(**_reader_arguments(settings, shapes=shapes), vetoes=vetoes)
 
     def make(account: Account, _rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
         if account.source not in known:
@@ -242,15 +245,30 @@ def set_aside(rows: ImageRows) -> FinishedRows:
         )
         for id_ in rows.ids
     ]
-    names = ("id", "source_id", "caption", "token_ids", "latent")
+    names = latents_schema(latent_shape=(1, 1, 1), num_tokens=1, cell=1).names
     return FinishedRows(
         unit=rows.unit, columns={name: [] for name in names}, rejections=[*rows.rejections, *crashed]
     )
 
 
-def _reader_arguments(settings: Latents, *, size: int) -> dict[str, Any]:
+def _shapes(settings: Latents, *, bundle: Bundle) -> tuple[Shape, ...]:
+    """What pictures become: height and width."""
+    size = settings.images.size or bundle.image_size
+    return shapes_of(settings.images.buckets, size=size, step=bundle.granularity)
+
+
+def _schema(settings: Latents, *, bundle: Bundle) -> pa.Schema:
+    side = (settings.images.size or bundle.image_size) // bundle.cell
+    return latents_schema(
+        latent_shape=(bundle.latent_shape[0], side, side),
+        num_tokens=bundle.tokenizer.model_max_length,
+        cell=None if settings.images.buckets is None else bundle.cell,
+    )
+
+
+def _reader_arguments(settings: Latents, *, shapes: tuple[Shape, ...]) -> dict[str, Any]:
     return {
-        "size": size,
+        "shapes": shapes,
         "rows_per_unit": settings.rows_per_unit,
         "shards": settings.shards,
         "images": settings.images,
@@ -258,7 +276,7 @@ def _reader_arguments(settings: Latents, *, size: int) -> dict[str, Any]:
     }
 
 
-def _rows_left(items: Sequence[ShardWork]) -> int | None:
+def rows_left(items: Sequence[ShardWork]) -> int | None:
     """Rows that are still to be read, by the sidecars' count; None if a shard has no sidecar."""
     left = 0
     for work in items:
@@ -281,10 +299,12 @@ def _complete(units: Sequence[Account]) -> bool:
     return False
 
 
-def _check_unit_size(settings: Latents, *, side: int) -> None:
-    most = MAX_UNIT_BYTES // (side * side * 3)
+def _check_unit_size(settings: Latents, *, shapes: Sequence[Shape]) -> None:
+    height, width = max(shapes, key=math.prod)
+    most = MAX_UNIT_BYTES // (height * width * 3)
     if settings.rows_per_unit > most:
+        sides = f"{height}" if height == width else f"{height} x {width}"
         raise SettingsError(
-            f"latents.rows_per_unit is {settings.rows_per_unit}; images of {side} px allow at most {most}, "
+            f"latents.rows_per_unit is {settings.rows_per_unit}; images of {sides} px allow at most {most}, "
             "so that a unit's pixels stay below 128 MiB"
         )
