@@ -7,7 +7,7 @@ from typing import Final
 
 REASONS: Final[dict[str, str]] = {
     # The shard or the list.
-    "torn_shard": "the tar breaks off before this row; without a sidecar one record stands for all lost rows",
+    "torn_shard": "the file breaks off or is corrupt here; one record stands for all rows that nothing counts",
     "bad_sidecar": "the Parquet file beside the tar cannot be read; rows that only it knows are not counted",
     "download_failed": "img2dataset could not download the picture; only the sidecar knows the row",
     "resize_failed": "img2dataset could not decode or resize the picture; only the sidecar knows the row",
@@ -18,6 +18,8 @@ REASONS: Final[dict[str, str]] = {
     "duplicate_key": "an earlier row has the same key, or the row's members do not stand together",
     "missing_image": "no member is a picture",
     "bad_metadata": "the metadata is there but cannot be read, so what it says against the row is unknown",
+    "missing_url": "the row of a URL list has no URL",
+    "bad_url": "the URL is not text, or is none that can be fetched: http and https are",
     "bad_row": "the line or row of a caption list does not have the form of its format, or lacks its id",
     # The caption.
     "missing_caption": "no caption anywhere",
