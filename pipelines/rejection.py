@@ -7,7 +7,7 @@ from typing import Final
 
 REASONS: Final[dict[str, str]] = {
     # The shard or the list.
-    "torn_shard": "the file breaks off or is corrupt here; one record stands for all rows that nothing counts",
+    "torn_shard": "the file breaks off or is corrupt here; one record stands for those that nothing counts",
     "bad_sidecar": "the Parquet file beside the tar cannot be read; rows that only it knows are not counted",
     "download_failed": "img2dataset could not download the picture; only the sidecar knows the row",
     "resize_failed": "img2dataset could not decode or resize the picture; only the sidecar knows the row",
