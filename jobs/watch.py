@@ -19,7 +19,7 @@ from jobs.trainer import Look, TrainingError
 from pipelines.references import moments_of
 from pipelines.sources.captions import Caption
 from pipelines.stages.environment import Device
-from pipelines.stages.image import ImageSettings
+from pipelines.stages.image import PictureBounds
 from pipelines.stages.judge import Judging
 from pipelines.stages.reference import SCENE, DescribePictures
 from pipelines.stages.sample import DrawAndJudge, Drawing, Sampler
@@ -171,7 +171,7 @@ class Watcher:
 
 
 def _scenes(judging: Judging, device: Device) -> Moments:
-    describe = DescribePictures(features=judging.features, images=ImageSettings(), size=1, device=device)
+    describe = DescribePictures(features=judging.features, images=PictureBounds(), size=1, device=device)
     pictures = [describe.picture(f"{SCENE}{number}") for number in range(_SCENES)]
     return Moments.of(torch.from_numpy(describe.describe(pictures)))
 

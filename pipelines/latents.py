@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -88,15 +88,37 @@ def vae_of(model: dict[str, Any]) -> dict[str, Any]:
     return vae
 
 
+def any_size(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a model, but for the size of its pictures: of the latent's shape, the channels."""
+    return {**model, "latent_shape": list(model["latent_shape"][:1])}
+
+
+def size_of(identity: Mapping[str, Any], *, bundle: Bundle) -> int:
+    """The side in pixels of the pictures in LATENTS, by their identity; in buckets, of the square one.
+
+    `bundle` has their VAE.
+    """
+    stated = identity["images"].get("size")
+    return int(stated or identity["model"]["latent_shape"][1] * bundle.cell)
+
+
+def is_bucketed(identity: Mapping[str, Any]) -> bool:
+    """Whether the rows of LATENTS of this identity have shapes of their own."""
+    return identity["images"].get("buckets") is not None
+
+
 def check_latents(latents: Snapshot, *, bundle: Bundle) -> None:
     """Refuse LATENTS that a model cannot be trained on or asked about: of another VAE, scale or tokenizer.
+
+    Their size may be another than that of the model's own pictures.
 
     Raises:
         TableError: naming the first differences; or if there are no rows.
     """
     if latents.identity["kind"] != "latents":
         raise TableError(f"{latents.url} holds {latents.identity['kind']}; latents are needed")
-    differing = list(differences(latents.identity["model"], vae_of(bundle.describe())))
+    made, wanted = any_size(latents.identity["model"]), any_size(vae_of(bundle.describe()))
+    differing = list(differences(made, wanted))
     if differing:
         raise TableError(
             f"{latents.url} was made with another VAE than that of {bundle.source!r}: "

@@ -22,7 +22,7 @@ from pipelines.intake import Bounds, OnProgress, recover, take_in
 from pipelines.schemas import array_of, references_schema
 from pipelines.sources import SourceError
 from pipelines.stages.environment import Device
-from pipelines.stages.image import FORMATS, ImageSettings
+from pipelines.stages.image import FORMATS, PictureBounds
 from pipelines.stages.judge import Judging
 from pipelines.stages.reference import SCENE, DescribePictures
 from pipelines.stages.write import WriteUnit, pack
@@ -59,7 +59,7 @@ class References(Settings):
     url: str | None = None
     count: int = Field(2 * NUM_CAPTIONS, ge=2)
     size: int = Field(512, ge=8)
-    images: ImageSettings = ImageSettings()
+    images: PictureBounds = PictureBounds()
     rows_per_unit: int = Field(500, ge=1)
     device: Device = Device()
     describers: Pool = Pool()

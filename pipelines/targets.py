@@ -17,7 +17,7 @@ from pipelines.branches import branch_and_draw, rows_of, unit_name
 from pipelines.commits import Origin, adopt
 from pipelines.execution import Pool, Runner, Stage, on_ray
 from pipelines.intake import Bounds, OnProgress, recover, take_in
-from pipelines.latents import check_latents
+from pipelines.latents import any_size, check_latents, is_bucketed, size_of
 from pipelines.rejection import Rejected
 from pipelines.schemas import targets_schema
 from pipelines.stages.environment import Device
@@ -113,7 +113,7 @@ def compute_targets(
     _check_grid(settings.teaching, schedule_steps=bundle.schedule.num_steps)
     check_latents(latents, bundle=bundle)
     identity = identity_of(settings, model=bundle.describe(), latents=latents.identity)
-    schema = _schema(settings.teaching, bundle=bundle)
+    schema = _schema(settings.teaching, bundle=bundle, latents=latents.identity)
     del bundle  # workers beside this process need the memory
     table = create_table(url, schema=schema, identity=identity)
     recover(url, origin=origin)
@@ -262,7 +262,7 @@ def remake(table: Snapshot, *, teacher: str, latents: Snapshot) -> Remake:
         raise TableError(
             f"{table.url} was made of other LATENTS than {latents.url}: {'; '.join(differing[:3])}"
         )
-    schema = _schema(teaching, bundle=bundle)
+    schema = _schema(teaching, bundle=bundle, latents=latents.identity)
     paths = {file.unit: file.path for file in latents.units}
 
     def make(account: Account, _rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
@@ -289,21 +289,23 @@ def set_aside(rows: LatentRows) -> FinishedRows:
         )
         for ordinal, id_ in enumerate(rows.ids)
     ]
-    names = targets_schema(latent_shape=(1,), num_tokens=1, x_dtype="float16").names
+    names = targets_schema(latent_shape=(1, 1, 1), num_tokens=1, x_dtype="float16", cell=1).names
     return FinishedRows(unit=rows.unit, columns={name: [] for name in names}, rejections=crashed)
 
 
-def _schema(teaching: Teaching, *, bundle: Bundle) -> pa.Schema:
+def _schema(teaching: Teaching, *, bundle: Bundle, latents: Mapping[str, Any]) -> pa.Schema:
+    side = size_of(latents, bundle=bundle) // bundle.cell
     return targets_schema(
-        latent_shape=bundle.latent_shape,
+        latent_shape=(bundle.latent_shape[0], side, side),
         num_tokens=bundle.tokenizer.model_max_length,
         x_dtype=teaching.x_dtype,
+        cell=bundle.cell if is_bucketed(latents) else None,
     )
 
 
 def _read_by_student(model: Mapping[str, Any]) -> dict[str, Any]:
     """Of what identifies a model, what student and teacher share: latents, times and conditions (App. D)."""
-    shared = {name: model[name] for name in ("scaling_factor", "latent_shape", "schedule")}
+    shared = {name: any_size(model)[name] for name in ("scaling_factor", "latent_shape", "schedule")}
     return {**shared, "weights": {name: model["weights"][name] for name in ("text_encoder", "vae")}}
 
 

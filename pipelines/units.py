@@ -6,7 +6,7 @@ bounded: `rows_per_unit` rows, small enough that its decoded pixels fit a Ray bl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,13 +39,13 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRows:
-    """A unit's decoded images: uint8 [n,S,S,3] beside n ids, source ids and captions."""
+    """A unit's n decoded images, uint8 [H,W,3] each, beside their ids, source ids and captions."""
 
     unit: Unit
     ids: list[str]
     source_ids: list[str]
     captions: list[str]
-    images: np.ndarray
+    images: list[np.ndarray]
     rejections: list[Rejection]
 
 
@@ -88,7 +88,7 @@ class PictureRows:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentRows:
-    """A unit's latents float16 [n,4,h,w] and token ids int32 [n,L], to be given targets.
+    """A unit's n latents, float16 [4,h,w] each, and token ids int32 [n,L], to be given targets.
 
     `draw` is the number of their noise, `guided` the branch of SnapFusion Eq. 11 that all of them belong to.
     """
@@ -99,7 +99,7 @@ class LatentRows:
     ids: list[str]
     source_ids: list[str]
     token_ids: np.ndarray
-    latents: np.ndarray
+    latents: list[np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +181,20 @@ def intervals(accounts: Iterable[Account], source: str) -> list[tuple[int, int]]
     return sorted((account.start, account.stop) for account in accounts if account.source == source)
 
 
-def finite_rows(values: np.ndarray) -> list[bool]:
-    """Which rows of [n, ...] hold neither NaN nor infinity."""
-    flags: list[bool] = np.isfinite(values).all(axis=tuple(range(1, values.ndim))).tolist()
-    return flags
+def alike(rows: Sequence[np.ndarray]) -> list[list[int]]:
+    """The places of the rows of each shape, in their order; smaller shapes first.
+
+    What a network is given in one batch is of one shape, and this depends on the unit alone.
+    """
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row.shape, []).append(place)
+    return [places[shape] for shape in sorted(places)]
+
+
+def finite_rows(values: Iterable[np.ndarray]) -> list[bool]:
+    """Which rows hold neither NaN nor infinity."""
+    return [bool(np.isfinite(row).all()) for row in values]
 
 
 def keep_where(finite: list[bool], values: list | np.ndarray) -> list | np.ndarray:

@@ -185,7 +185,9 @@ def _near(one: object, other: object, field: pa.Field, *, tolerance: float) -> b
         pixels = np.abs(from_png(one).astype(int) - from_png(other).astype(int))
         return bool(pixels.max() <= 255 * tolerance)
     if b"<f" in metadata.get(b"dtype", b""):
-        kind = array_of(field)
-        found, wanted = (kind.unpack([value]).astype(np.float32) for value in (one, other))
-        return bool((np.abs(found - wanted) <= tolerance * np.maximum(np.abs(wanted), 1.0)).all())
+        dtype = array_of(field).dtype
+        found, wanted = (np.frombuffer(value, dtype).astype(np.float32) for value in (one, other))
+        return found.shape == wanted.shape and bool(
+            (np.abs(found - wanted) <= tolerance * np.maximum(np.abs(wanted), 1.0)).all()
+        )
     return False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from pipelines.stages.environment import Device
-from pipelines.units import FinishedRows, ImageRows, finish, finite_rows
+from pipelines.units import FinishedRows, ImageRows, alike, finish, finite_rows
 from snapfusion.models.load import load
 from snapfusion.settings import Settings
 
@@ -43,6 +44,8 @@ class EncodeLatents:
             "caption": rows.captions,
             "token_ids": self.bundle.tokenize(rows.captions).numpy() if rows.captions else [],
             "latent": latents,
+            "height": [image.shape[0] for image in rows.images],
+            "width": [image.shape[1] for image in rows.images],
         }
         # The ordinal of a row within its shard is gone by now; its id finds it.
         return finish(
@@ -55,12 +58,14 @@ class EncodeLatents:
             seconds=time.monotonic() - began,
         )
 
-    def encode(self, images: np.ndarray) -> np.ndarray:
-        """Latents float16 [n,4,h,w] of images uint8 [n,S,S,3]."""
+    def encode(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The latent of each image, float16 [4,h,w] of uint8 [H,W,3]; a batch holds images of one shape."""
         size = self.settings.batch_size
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-        batches = [pixels[start : start + size] for start in range(0, len(pixels), size)]
-        encoded = [self.bundle.encode_images(batch).half().cpu().numpy() for batch in batches]
-        side = self.bundle.image_size // self.bundle.latent_shape[1]
-        shape = (self.bundle.latent_shape[0], images.shape[1] // side, images.shape[2] // side)
-        return np.concatenate(encoded) if encoded else np.empty((0, *shape), np.float16)
+        latents: dict[int, np.ndarray] = {}
+        for places in alike(images):
+            for start in range(0, len(places), size):
+                chosen = places[start : start + size]
+                pixels = torch.from_numpy(np.stack([images[place] for place in chosen])).permute(0, 3, 1, 2)
+                encoded = self.bundle.encode_images(pixels).half().cpu().numpy()
+                latents.update(zip(chosen, encoded, strict=True))
+        return [latents[place] for place in range(len(images))]

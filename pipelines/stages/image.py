@@ -1,15 +1,19 @@
-"""From the bytes of a picture to the square RGB image that the autoencoder reads."""
+"""From the bytes of a picture to the RGB image of a given size that the autoencoder reads."""
 
 from __future__ import annotations
 
 import io
-from typing import Final
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Self
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
 from pipelines.rejection import Rejected
+from pipelines.stages.frame import Buckets, Crop, Shape, bucket_for, crop_box
+from snapfusion.noise import noise_key, uniform
 from snapfusion.settings import Settings
 
 # What img2dataset writes and the web shows. Left out are formats that start other programs, such as EPS.
@@ -28,12 +32,12 @@ _UPRIGHT: Final = {
 }
 
 
-class ImageSettings(Settings):
+class PictureBounds(Settings):
     """Bounds on pictures.
 
     Attributes:
-        min_side: shorter sides below this many pixels are rejected; between it and the model's size they are
-            enlarged.
+        min_side: shorter sides below this many pixels are rejected; between it and the size that they are
+            to have they are enlarged.
         max_pixels: width times height above which a picture is rejected by its header, undecoded.
     """
 
@@ -41,32 +45,86 @@ class ImageSettings(Settings):
     max_pixels: int = Field(1 << 25, ge=4, le=_PILLOW_MAX_PIXELS)
 
 
-def decode_image(data: bytes, *, size: int, settings: ImageSettings) -> np.ndarray:
-    """The centre square of a picture, its shorter side made `size`: uint8 [size, size, 3], RGB.
+class ImageSettings(PictureBounds):
+    """Which pictures are used, and what of them.
 
-    The kernel is Lanczos, widened when shrinking so that nothing aliases: the default of diffusers' image
-    processor, so a picture enters the autoencoder as it does there.
+    Attributes:
+        size: side of the square that they become, in pixels; null takes the model's own. A multiple of the
+            model's granularity, 64 for Stable Diffusion.
+        buckets: rectangles of that area at most, of which a picture becomes the one nearest to its aspect;
+            null for the square alone.
+        crop: what is kept of a picture that is too long for its frame: its "center"; the center of a wide and
+            the "top" of a tall one; or a "random" part, which follows from the seed and the row's id.
+        crop_seed: of random crops.
+    """
+
+    size: int | None = Field(None, ge=1)
+    buckets: Buckets | None = None
+    crop: Crop = "center"
+    crop_seed: int = Field(0, ge=0)
+
+
+class Encoded(bytes):
+    """The bytes of a picture, which know the id of their row: a random crop follows from it."""
+
+    row: str
+
+    def __new__(cls, data: bytes, *, row: str = "") -> Self:
+        """Those bytes."""
+        made = super().__new__(cls, data)
+        made.row = row
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class FramePicture:
+    """`Encoded` in, the picture in the one of `shapes` that fits it out: uint8 [H,W,3], RGB.
 
     Raises:
-        Rejected: as `open_image`.
+        Rejected: as `decode_image`.
     """
-    return np.array(_square(open_image(data, settings=settings), size=size))
+
+    settings: ImageSettings
+    shapes: tuple[Shape, ...]
+
+    def __call__(self, picture: Encoded) -> np.ndarray:
+        """Decode and frame."""
+        settings, at = self.settings, 0.0
+        if settings.crop == "random":
+            at = float(uniform(noise_key("crop", settings.crop_seed, picture.row), 1)[0])
+        return _decode(picture, shapes=self.shapes, bounds=settings, crop=settings.crop, at=at)
 
 
-def open_image(data: bytes, *, settings: ImageSettings) -> Image.Image:
-    """The whole picture, decoded, RGB.
+def decode_image(data: bytes, *, size: int, settings: PictureBounds) -> np.ndarray:
+    """The centre square of a picture, its shorter side made `size`: uint8 [size, size, 3], RGB.
 
     The first frame of an animation; upright by its EXIF tag; transparency over white; 16-bit grey scaled to
-    8 bits. Colour profiles are not applied.
+    8 bits. Colour profiles are not applied. The kernel is Lanczos, widened when shrinking so that nothing
+    aliases: the default of diffusers' image processor, so a picture enters the autoencoder as it does there.
 
     Raises:
         Rejected: `empty_image`, `not_an_image`, `too_many_pixels`, `too_small`, `broken_image` or
             `unsupported_pixels`.
     """
+    return _decode(data, shapes=((size, size),), bounds=settings, crop="center", at=0.0)
+
+
+def _decode(
+    data: bytes, *, shapes: Sequence[Shape], bounds: PictureBounds, crop: Crop, at: float
+) -> np.ndarray:
+    return np.array(_frame(open_image(data, bounds=bounds), shapes=shapes, crop=crop, at=at))
+
+
+def open_image(data: bytes, *, bounds: PictureBounds) -> Image.Image:
+    """The whole picture, decoded and RGB; see `decode_image`.
+
+    Raises:
+        Rejected: as `decode_image`.
+    """
     if not data:
         raise Rejected("empty_image")
     with _open(data) as image:
-        _check_size(image, settings)
+        _check_size(image, bounds)
         _load(image)
         return _to_rgb(_upright(image))
 
@@ -84,7 +142,7 @@ def _open(data: bytes) -> Image.Image:
         raise Rejected("broken_image", f"{type(error).__name__}: {error}") from None
 
 
-def _check_size(image: Image.Image, settings: ImageSettings) -> None:
+def _check_size(image: Image.Image, settings: PictureBounds) -> None:
     width, height = image.size
     if width * height > settings.max_pixels:
         raise Rejected("too_many_pixels", f"{width} x {height}, {settings.max_pixels} pixels are allowed")
@@ -131,9 +189,9 @@ def _high_bytes(image: Image.Image) -> np.ndarray:
     return ((wide * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def _square(image: Image.Image, *, size: int) -> Image.Image:
-    # One resampling of the middle square: the same as shorter side first and crop second, and less work.
+def _frame(image: Image.Image, *, shapes: Sequence[Shape], crop: Crop, at: float) -> Image.Image:
+    # One resampling of the part that is kept: the same as scaling first and cropping second, and less work.
     width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    shape = bucket_for(shapes, height=height, width=width)
+    box = crop_box(shape, height=height, width=width, crop=crop, at=at)
+    return image.resize((shape[1], shape[0]), Image.Resampling.LANCZOS, box=box)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.schemas import array_of
+from pipelines.schemas import array_of, arrays_in
 from pipelines.storage import read_bytes
 from pipelines.tables import TableError
 from pipelines.units import LatentRows, Unit
@@ -39,17 +39,13 @@ class ReadLatents:
         data = read_bytes(file.path)
         if hashlib.sha256(data).hexdigest() != file.unit.source_digest:
             raise TableError(f"{file.path} is not the file that was committed: its SHA-256 differs")
-        rows = pq.read_table(pa.BufferReader(data), columns=["id", "source_id", "token_ids", "latent"])
-        token_ids, latents = (
-            array_of(rows.schema.field(name)).unpack(rows[name].to_pylist())
-            for name in ("token_ids", "latent")
-        )
+        rows = pq.read_table(pa.BufferReader(data))
         return LatentRows(
             unit=file.unit,
             draw=file.draw,
             guided=file.guided,
             ids=rows["id"].to_pylist(),
             source_ids=rows["source_id"].to_pylist(),
-            token_ids=token_ids,
-            latents=latents,
+            token_ids=array_of(rows.schema.field("token_ids")).unpack(rows["token_ids"].to_pylist()),
+            latents=arrays_in(rows, "latent"),
         )

@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
 from typing import Any, Generic, TypeVar
 
@@ -14,7 +13,8 @@ import numpy as np
 
 from pipelines.rejection import Rejected, Rejection
 from pipelines.sources.webdataset import Sample, Shard, ShardSettings, read_shard
-from pipelines.stages.image import ImageSettings, decode_image
+from pipelines.stages.frame import Shape
+from pipelines.stages.image import Encoded, FramePicture, ImageSettings
 from pipelines.stages.isolation import Isolation
 from pipelines.stages.select import Selection, check
 from pipelines.stages.veto import Check, Veto
@@ -22,7 +22,7 @@ from pipelines.units import ImageRows, Unit
 
 Picture = TypeVar("Picture")
 Gathered = TypeVar("Gathered")
-Decode = Callable[[bytes], Picture]
+Decode = Callable[[Encoded], Picture]
 """What is made of encoded bytes; raises Rejected."""
 
 
@@ -107,6 +107,7 @@ class UsableRows:
         *,
         decode: Decode[Picture],
         gather: Callable[[Iterator[Usable[Picture] | Rejection]], Gathered],
+        careful: bool = False,
     ) -> Iterator[tuple[Unit, Gathered]]:
         """Stream the shard once; each unit that is not committed, with what `gather` made of its rows.
 
@@ -114,7 +115,22 @@ class UsableRows:
             work: the shard.
             decode: of the encoded picture; what it makes is in the row.
             gather: takes the rows of a unit as they are read.
+            careful: after a worker died on this shard: each picture is decoded in a process of its own. One
+                that takes that process down is rejected as crashed; the others go through.
         """
+        if not careful:
+            yield from self._units(work, decode, gather)
+            return
+        # One try ended the worker; these make up the three.
+        with Isolation(decode, tries=2) as isolated:
+            yield from self._units(work, isolated, gather)
+
+    def _units(
+        self,
+        work: ShardWork,
+        decode: Decode[Picture],
+        gather: Callable[[Iterator[Usable[Picture] | Rejection]], Gathered],
+    ) -> Iterator[tuple[Unit, Gathered]]:
         rows = (row for row in read_shard(work.shard, self.shards) if not work.holds(row.ordinal))
         checks = [veto.on(work.shard) for veto in self.vetoes]
         waiting: tuple[Unit, Gathered] | None = None
@@ -141,7 +157,7 @@ class UsableRows:
             check(row.metadata, caption=row.caption, selection=self.selection)
             for check_row in checks:
                 check_row(row, id_)
-            return Usable(id=id_, sample=row, picture=decode(row.image))
+            return Usable(id=id_, sample=row, picture=decode(Encoded(row.image, row=id_)))
         except Rejected as verdict:
             return verdict.record(id=id_, source=work.source, ordinal=row.ordinal)
 
@@ -163,40 +179,41 @@ class _Span:
 
 
 class ReadShard:
-    """`ShardWork` in, `ImageRows` out, one for each unit that is not committed yet."""
+    """`ShardWork` in, `ImageRows` out, one for each unit that is not committed yet.
+
+    Args:
+        shapes: the (height, width) that pictures become, each the one nearest to its aspect.
+        rows_per_unit: rows of one unit.
+        shards: bounds on what is read.
+        images: bounds on pictures, and how they are cropped.
+        selection: which rows are wanted.
+        vetoes: what else refuses rows.
+    """
 
     def __init__(
         self,
         *,
-        size: int,
+        shapes: Sequence[Shape],
         rows_per_unit: int,
         shards: ShardSettings,
         images: ImageSettings,
         selection: Selection,
         vetoes: Sequence[Veto] = (),
     ) -> None:
-        self.size = size
         self.rows = UsableRows(
             rows_per_unit=rows_per_unit, shards=shards, selection=selection, vetoes=tuple(vetoes)
         )
-        self.decode: Decode[np.ndarray] = partial(decode_image, size=size, settings=images)
+        self.decode: Decode[np.ndarray] = FramePicture(settings=images, shapes=tuple(shapes))
 
-    def __call__(self, work: ShardWork) -> Iterator[ImageRows]:
+    def __call__(self, work: ShardWork, *, careful: bool = False) -> Iterator[ImageRows]:
         """Stream the shard once; memory holds one unit."""
-        yield from self._units(work, self.decode)
+        units = self.rows.units(work, decode=self.decode, gather=self._gather, careful=careful)
+        for unit, columns in units:
+            yield ImageRows(unit=unit, **columns)
 
     def carefully(self, work: ShardWork) -> Iterator[ImageRows]:
-        """The same after a worker died on this shard: each image is decoded in a process of its own.
-
-        An image that takes that process down is rejected as crashed; the others go through.
-        """
-        # One try ended the worker; these make up the three.
-        with Isolation(self.decode, tries=2) as isolated:
-            yield from self._units(work, isolated)
-
-    def _units(self, work: ShardWork, decode: Decode[np.ndarray]) -> Iterator[ImageRows]:
-        for unit, columns in self.rows.units(work, decode=decode, gather=self._gather):
-            yield ImageRows(unit=unit, **columns)
+        """The same after a worker died on this shard."""
+        return self(work, careful=True)
 
     def _gather(self, rows: Iterator[Usable[np.ndarray] | Rejection]) -> dict[str, Any]:
         rejections: list[Rejection] = []
@@ -206,11 +223,10 @@ class ReadShard:
                 rejections.append(row)
             else:
                 kept.append((row.id, row.sample.source_id, row.sample.caption, row.picture))
-        images = [image for *_, image in kept]
         return {
             "ids": [id_ for id_, *_ in kept],
             "source_ids": [source_id for _, source_id, _, _ in kept],
             "captions": [caption for _, _, caption, _ in kept],
-            "images": np.stack(images) if images else np.empty((0, self.size, self.size, 3), np.uint8),
+            "images": [image for *_, image in kept],
             "rejections": rejections,
         }

@@ -9,7 +9,7 @@ import torch
 
 from pipelines.rejection import Rejected, Rejection
 from pipelines.stages.environment import Device
-from pipelines.stages.image import ImageSettings, decode_image
+from pipelines.stages.image import PictureBounds, decode_image
 from pipelines.stages.judge import FeatureReader, FeatureSettings
 from pipelines.storage import read_bytes
 from pipelines.units import FinishedRows, PictureRows
@@ -32,7 +32,7 @@ class DescribePictures:
     """
 
     def __init__(
-        self, *, features: FeatureSettings, images: ImageSettings, size: int, device: Device
+        self, *, features: FeatureSettings, images: PictureBounds, size: int, device: Device
     ) -> None:
         self.images = images
         self.size = size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import torch
 from pydantic import Field
 
 from pipelines.stages.environment import DTYPES, Device
-from pipelines.units import FinishedRows, LatentRows, finish, finite_rows
+from pipelines.units import FinishedRows, LatentRows, alike, finish, finite_rows
 from snapfusion.models.load import load
 from snapfusion.settings import Settings
 from snapfusion.training.batch import Batch
@@ -65,16 +66,18 @@ class ComputeTargets:
     def __call__(self, rows: LatentRows) -> FinishedRows:
         """Targets of all rows of a unit, in batches that depend on the unit alone."""
         began = time.monotonic()
-        batches = self.batches(rows)
         ids = [f"{id_}#{rows.draw}" for id_ in rows.ids]
         columns: dict[str, Any] = {
             "id": ids,
             "source_id": rows.source_ids,
             "draw": [rows.draw] * len(ids),
             "latent": rows.latents,
-            **{name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]},
+            "height": [latent.shape[1] * self.bundle.cell for latent in rows.latents],
+            "width": [latent.shape[2] * self.bundle.cell for latent in rows.latents],
+            **self.taught(rows),
         }
-        columns["w"] = columns["w"].tolist() if rows.guided else [None] * len(ids)
+        if not rows.guided:
+            columns["w"] = [None] * len(ids)
         finite = finite_rows(columns["x_target"])
         return finish(
             columns,
@@ -85,17 +88,30 @@ class ComputeTargets:
             seconds=time.monotonic() - began,
         )
 
-    def batches(self, rows: LatentRows) -> list[dict[str, np.ndarray]]:
-        """The columns that are drawn and computed, batch by batch; `w` is NaN in vanilla ones."""
-        whole = Batch(
-            ids=tuple(rows.ids),
-            columns={
-                "latent": torch.from_numpy(rows.latents.astype(np.float32)),
-                "token_ids": torch.from_numpy(rows.token_ids.astype(np.int64)),
-            },
-        )
-        parts = whole.split(self.settings.batch_size)
-        return [self.teach(part, draw=rows.draw, guided=rows.guided) for part in parts]
+    def taught(self, rows: LatentRows) -> dict[str, list[Any]]:
+        """The columns that are drawn and computed, in the rows' order; `w` is NaN in vanilla ones.
+
+        A batch holds rows of one shape.
+        """
+        columns: dict[str, dict[int, Any]] = {}
+        for places in alike(rows.latents):
+            whole = Batch(
+                ids=tuple(rows.ids[place] for place in places),
+                columns={
+                    "latent": torch.from_numpy(
+                        np.stack([rows.latents[place] for place in places]).astype(np.float32)
+                    ),
+                    "token_ids": torch.from_numpy(rows.token_ids[places].astype(np.int64)),
+                },
+            )
+            parts = [
+                self.teach(part, draw=rows.draw, guided=rows.guided)
+                for part in whole.split(self.settings.batch_size)
+            ]
+            for name in parts[0]:
+                values = itertools.chain(*(part[name] for part in parts))
+                columns.setdefault(name, {}).update(zip(places, values, strict=True))
+        return {name: [values[place] for place in sorted(values)] for name, values in columns.items()}
 
     @torch.inference_mode()
     def teach(self, batch: Batch, *, draw: int, guided: bool) -> dict[str, np.ndarray]:

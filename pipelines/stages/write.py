@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from pipelines.account import Account, to_parquet
@@ -56,7 +55,7 @@ def pack(rows: FinishedRows, schema: pa.Schema) -> pa.Table:
 def _pack(values: Sequence[Any], field: pa.Field) -> pa.Array:
     metadata = field.metadata or {}
     if b"shape" in metadata:
-        return pa.array(array_of(field).pack(np.asarray(values)), type=field.type)
+        return pa.array(array_of(field).pack(values), type=field.type)
     if metadata.get(b"format") == b"png":
         return pa.array([None if value is None else to_png(value) for value in values], type=field.type)
     return pa.array(values, type=field.type)

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from snapfusion.models.tokenizer import token_ids
 from snapfusion.models.told import guidance_embedding, is_told
-from snapfusion.models.unet import BlockUNet
+from snapfusion.models.unet import BlockUNet, resize_unet
 from snapfusion.sampling import Denoiser, guide
 from snapfusion.schedule import Estimate, PredictionType, Schedule
 
@@ -68,9 +68,31 @@ class Bundle:
         return int(self.unet.config["in_channels"]), size, size
 
     @property
+    def cell(self) -> int:
+        """Pixels of an image's side behind one element of the latent's: 8 in Stable Diffusion."""
+        return int(2 ** (len(self.vae.config["block_out_channels"]) - 1))
+
+    @property
+    def granularity(self) -> int:
+        """What an image's sides are multiples of, in pixels, so that each level of the UNet halves evenly."""
+        return int(self.cell * 2 ** (len(self.unet.down_blocks) - 1))
+
+    @property
     def image_size(self) -> int:
         """Side of the square images, in pixels."""
-        return self.latent_shape[1] * 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return self.latent_shape[1] * self.cell
+
+    def resize(self, size: int) -> Self:
+        """Draw images of `size` pixels from now on, and say so where the model is saved; weights stay.
+
+        Raises:
+            ValueError: if the size is no multiple of the granularity.
+        """
+        if size < 1 or size % self.granularity:
+            raise ValueError(f"size {size} given; {self.source} draws multiples of {self.granularity}")
+        if size != self.image_size:
+            resize_unet(self.unet, side=size // self.cell)
+        return self
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move the networks; their fingerprint stays that of the weights as loaded."""

@@ -288,6 +288,14 @@ def architecture_of(unet: UNet2DConditionModel | BlockUNet) -> Architecture:
     )
 
 
+def resize_unet(unet: UNet2DConditionModel | BlockUNet, *, side: int) -> None:
+    """Let a UNet say that its latents have another side. No weight depends on it."""
+    told: dict[str, Any] = {"sample_size": side}
+    if isinstance(unet, BlockUNet):
+        told["architecture"] = {**unet.config["architecture"], "sample_size": side}
+    unet.register_to_config(**told)
+
+
 def _stock_stage(count: int, *, attention: bool) -> Stage:
     return tuple(
         Layer(resnet=str(number), attentions=(str(number),) if attention else (), skip=True)

@@ -39,7 +39,8 @@ class PoisonedReader(ReadShard):
 
     def __init__(self, *, poison: str, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.decode = KilledBy(poison, size=arguments["size"])
+        [(size, _)] = arguments["shapes"]
+        self.decode = KilledBy(poison, size=size)
 
 
 class CrashingStage:

@@ -175,7 +175,11 @@ def test_an_image_that_kills_its_process_is_set_aside_and_its_neighbours_kept(sh
     from poison import KilledBy, poison_of
 
     stage = ReadShard(
-        size=16, rows_per_unit=4, shards=SETTINGS.shards, images=SETTINGS.images, selection=SETTINGS.selection
+        shapes=((16, 16),),
+        rows_per_unit=4,
+        shards=SETTINGS.shards,
+        images=SETTINGS.images,
+        selection=SETTINGS.selection,
     )
     stage.decode = KilledBy(poison_of(picture(1)), size=16)
     [work, *_] = plan(list_shards(str(shards)), source="web", accounts=[])

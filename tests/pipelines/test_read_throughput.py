@@ -29,7 +29,7 @@ from pipelines.stages.select import Selection
 SIDE = 512
 SELECTION = Selection(min_width=256, min_aesthetic=5.0, max_watermark=0.8, max_unsafe=0.5)
 READER = {
-    "size": SIDE,
+    "shapes": ((SIDE, SIDE),),
     "rows_per_unit": 64,
     "shards": ShardSettings(),
     "images": ImageSettings(),
