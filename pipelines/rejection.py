@@ -16,7 +16,7 @@ REASONS: Final[dict[str, str]] = {
     "not_a_file": "a member is a link, a device or a pipe",
     "oversized_member": "a member is larger than the settings allow, and was not read",
     "duplicate_key": "an earlier row has the same key, or the row's members do not stand together",
-    "missing_image": "no member is a picture",
+    "missing_image": "no member is a picture, or its column is empty",
     "bad_metadata": "the metadata is there but cannot be read, so what it says against the row is unknown",
     "missing_url": "the row of a URL list has no URL",
     "bad_url": "the URL is not text, or is none that can be fetched: http and https are",

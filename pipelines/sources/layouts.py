@@ -312,8 +312,16 @@ def finite(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def whole_again(name: str, value: Any) -> Any:  # noqa: ANN401 - any value of a column
-    """An id, a size or a hash that became a float on its way, as the integer it was; NaN is null."""
+def known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's metadata by its columns: nulls, NaN and bytes (texts that are no UTF-8) are left out.
+
+    An id, a size or a hash that became a float on its way is the integer again that it was.
+    """
+    mended = ((name, _mended(name, value)) for name, value in values.items())
+    return {name: value for name, value in mended if value is not None and not isinstance(value, bytes)}
+
+
+def _mended(name: str, value: Any) -> Any:  # noqa: ANN401 - any value of a column
     if not isinstance(value, float):
         return value
     if not math.isfinite(value):

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from pipelines.rejection import Rejected, Rejection, printable
 from pipelines.sources import SourceError
-from pipelines.sources.layouts import SPELLINGS, is_bytes, recognise, whole_again
+from pipelines.sources.layouts import SPELLINGS, is_bytes, known, recognise
 from pipelines.sources.listing import list_files
 from pipelines.sources.parquet import Batch, CorruptParquetError, open_parquet
 from pipelines.sources.text import MAX_CAPTION_CHARS, clean_caption
@@ -207,7 +207,7 @@ def _judge(
                 ordinal=ordinal,
                 url=clean_url(url),
                 caption=clean_caption(caption, max_chars=settings.max_caption_chars),
-                metadata=known((name, columns[name][row]) for name in others),
+                metadata=known({name: columns[name][row] for name in others}),
             )
         except Rejected as verdict:
             yield _rejected(verdict, links, ordinal=ordinal)
@@ -236,12 +236,6 @@ def clean_url(url: str | bytes | None) -> str:
     if not host or _CONTROL.search(text):
         raise Rejected("bad_url", f"{'control characters' if host else 'no host'}: {text}")
     return text
-
-
-def known(values: Iterator[tuple[str, Any]]) -> dict[str, Any]:
-    """A row's metadata: nulls, NaN and what is no text left out, integers that became floats put right."""
-    mended = ((name, whole_again(name, value)) for name, value in values)
-    return {name: value for name, value in mended if value is not None and not isinstance(value, bytes)}
 
 
 def _rejected(verdict: Rejected, links: LinkList, *, ordinal: int) -> Rejection:

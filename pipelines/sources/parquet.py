@@ -78,6 +78,11 @@ class ParquetRows:
             if last > start and first < end:
                 yield from self._group(group, columns, batch_rows=batch_rows, first=first, last=last)
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First ordinal of each row group, and the one after its last."""
+        return [(first, last) for first, last, _ in self._groups()]
+
     def _groups(self) -> Iterator[tuple[int, int, int]]:
         """First ordinal, the one after the last, and number of each row group."""
         first = 0

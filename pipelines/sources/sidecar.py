@@ -10,7 +10,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-_FAILURES = {"failed_to_download": "download_failed", "failed_to_resize": "resize_failed"}
+FAILURES = {"failed_to_download": "download_failed", "failed_to_resize": "resize_failed"}
+"""img2dataset's words for a row that has no picture, and ours."""
 
 
 class SidecarError(ValueError):
@@ -47,7 +48,7 @@ class Sidecar:
                 yield key, "torn_shard" if torn else "missing_sample", "a success by the sidecar's account"
             else:
                 detail = row.get("error_message") or status
-                yield key, _FAILURES.get(status, "missing_sample"), str(detail)
+                yield key, FAILURES.get(status, "missing_sample"), str(detail)
 
 
 def read_sidecar(url: str) -> Sidecar | None:

@@ -1,7 +1,8 @@
-"""img2dataset shards: a tar of pictures, captions and metadata, with a Parquet sidecar beside it.
+"""img2dataset shards: a tar of pictures, captions and metadata with a Parquet sidecar beside it, or Parquet.
 
-A sample is a run of members whose names agree up to the first dot: `000000012.jpg`, `.json`, `.txt`. The tar
-is read forward once and never extracted. What is odd about a sample is decided here, in one place:
+In a tar, a sample is a run of members whose names agree up to the first dot: `000000012.jpg`, `.json`,
+`.txt`. The tar is read forward once and never extracted. What is odd about a sample is decided here, in one
+place:
 
 - its caption is the first that is not empty of the .txt, the .json and the sidecar;
 - its metadata are the sidecar's, overruled by the .json; neither need be there;
@@ -10,13 +11,16 @@ is read forward once and never extracted. What is odd about a sample is decided 
 - of several pictures the first counts, and members of unknown extension are passed over unread;
 - a key that comes again, next to its first sample or later, is a second sample and is rejected;
 - a sample that a tear cuts is kept if picture, caption and metadata had all arrived.
+
+In Parquet (`output_format=parquet`) each row stands in its place, failed ones too; a row group that is
+corrupt costs its rows from there on.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,14 +31,18 @@ from pydantic import Field
 
 from pipelines.rejection import Rejected, Rejection, printable
 from pipelines.sources import SourceError
-from pipelines.sources.sidecar import Sidecar, SidecarError, read_sidecar
+from pipelines.sources.layouts import text_of
+from pipelines.sources.listing import list_files
+from pipelines.sources.parquet import CorruptParquetError
+from pipelines.sources.pictures import PictureRow, holds_pictures, read_pictures
+from pipelines.sources.sidecar import FAILURES, Sidecar, SidecarError, read_sidecar
 from pipelines.sources.tar import Member, TornShardError, is_unsafe, read_members
 from pipelines.sources.text import MAX_CAPTION_CHARS, clean_caption
-from pipelines.storage import absolute, is_local
 from snapfusion.settings import Settings
 
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"])
 _READ_AHEAD_BYTES = 8 << 20
+_FOOTERS_AT_ONCE = 16
 
 
 class ShardSettings(Settings):
@@ -47,11 +55,11 @@ class ShardSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar.
+    """One tar, or one Parquet file with a column of pictures.
 
     Attributes:
         url: where it lies; a local path or an object-store URL.
-        name: its path below what was listed, without `.tar`; the first part of its samples' ids.
+        name: its path below what was listed, without its ending; the first part of its samples' ids.
         size: bytes.
     """
 
@@ -67,7 +75,7 @@ class Sample:
     Attributes:
         id: `<shard name>/<key>`.
         ordinal: position in the shard, from 0.
-        key: the members' common name.
+        key: the members' common name, or the row's.
         image: the encoded picture, not yet looked at.
         caption: one line, not empty.
         metadata: what .json and sidecar know; names as they are spelled there.
@@ -84,52 +92,41 @@ class Sample:
 
 
 def list_shards(url: str) -> list[Shard]:
-    """The tars that `url` means, sorted by name: one tar, a glob, or a folder of tars.
+    """The shards that `url` means, sorted by name: one file, a glob, or a folder.
+
+    A `.parquet` beside a `.tar` of its name is that one's sidecar; another is a shard if it has a column of
+    pictures, which its footer says.
 
     Raises:
         SourceError: if there is none, or the place cannot be listed.
     """
+    places = list_files(url, endings=(".tar", ".parquet"))
+    tars = {place.stem for place in places if _is_tar(place.url)}
+    unclear = [place for place in places if place.stem not in tars]
     try:
-        found, root = _find(url)
-    except Exception as error:
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+            answers = pool.map(lambda place: holds_pictures(place.url), unclear)
+            pictures = {place.stem for place, yes in zip(unclear, answers, strict=True) if yes}
+    except OSError as error:
         raise SourceError(f"{url} cannot be listed: {error}") from error
-    if not found:
+    shards = [place for place in places if _is_tar(place.url) or place.stem in pictures]
+    if not shards:
+        lists = f"; the {len(unclear)} Parquet files there hold no pictures: URL lists are downloaded first"
         raise SourceError(
-            f"no shards at {url}: give a .tar, a folder of them, or a glob such as 'folder/*.tar'"
+            f"no shards at {url}: give a .tar, a folder of them, or a glob such as 'folder/*.tar'; Parquet "
+            f"with a column of pictures will do too{lists if unclear else ''}"
         )
-    return [
-        Shard(
-            url=place,
-            name=printable(path.removeprefix(root).removeprefix("/").removesuffix(".tar")),
-            size=size,
-        )
-        for path, place, size in sorted(found)
-    ]
+    return [Shard(url=place.url, name=place.stem, size=place.size) for place in shards]
 
 
-def _find(url: str) -> tuple[list[tuple[str, str, int]], str]:
-    """Path, URL and bytes of each tar, and the path that names are relative to."""
-    filesystem, path = fsspec.core.url_to_fs(absolute(url))
-    # Listings are cached for the life of the process, and shards may have been added since.
-    filesystem.invalidate_cache()
-    if filesystem.isdir(path):
-        infos, root = filesystem.ls(path, detail=True), path
-    elif filesystem.exists(path):
-        infos, root = [filesystem.info(path)], path.rpartition("/")[0]
-    else:
-        infos = filesystem.glob(path, detail=True).values()
-        root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-    tars = [info for info in infos if info["type"] == "file" and info["name"].endswith(".tar")]
-    places = [info["name"] if is_local(url) else filesystem.unstrip_protocol(info["name"]) for info in tars]
-    return [
-        (info["name"], place, int(info["size"])) for info, place in zip(tars, places, strict=True)
-    ], root.rstrip("/")
+def _is_tar(url: str) -> bool:
+    return url.endswith(".tar")
 
 
 def count_rows(shard: Shard) -> int | None:
-    """Rows of a shard by its sidecar's footer; None without one. An estimate, for progress alone."""
+    """Rows of a shard by its Parquet file's footer; None without one. An estimate, for progress alone."""
     try:
-        with fsspec.open(_sidecar_url(shard), "rb") as file:
+        with fsspec.open(_parquet_url(shard), "rb") as file:
             return int(pq.read_metadata(file).num_rows)
     except (OSError, pa.ArrowException):
         return None
@@ -142,7 +139,9 @@ def read_shard(
 
     Ordinals count the samples in the tar and then, in the sidecar's order, its rows that did not arrive:
     failed downloads, and what lay behind a tear. Without a sidecar one row stands for all that a tear took.
-    Members before `start` are passed over; at most one sample is held in memory.
+    Members before `start` are passed over; at most one sample is held in memory. In Parquet, ordinals count
+    the rows as they stand; row groups before `start` are passed over, and memory holds 8 rows and
+    a page of each column.
 
     Raises:
         ValueError: if the range is not one.
@@ -150,14 +149,15 @@ def read_shard(
     """
     if start < 0 or (stop is not None and stop < start):
         raise ValueError(f"start {start} and stop {stop} given; 0 <= start <= stop is accepted")
-    for row in _rows(shard, settings, start=start):
+    rows = _rows_of_tar if _is_tar(shard.url) else _rows_of_parquet
+    for row in rows(shard, settings, start=start):
         if stop is not None and row.ordinal >= stop:
             return
         if row.ordinal >= start:
             yield row
 
 
-def _rows(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[Sample | Rejection]:
+def _rows_of_tar(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[Sample | Rejection]:
     sidecar, fault = _sidecar_of(shard)
     arrived: set[str] = set()
     tear: TornShardError | None = None
@@ -178,16 +178,56 @@ def _rows(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[Samp
         yield verdict.record(id=_id(shard, key), source=shard.name, ordinal=position)
 
 
+def _rows_of_parquet(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[Sample | Rejection]:
+    arrived: set[str] = set()
+    try:
+        for row in read_pictures(shard.url, start=start, max_image_bytes=settings.max_image_bytes):
+            again = row.key in arrived
+            arrived.add(row.key)
+            if row.ordinal >= start:
+                yield _judge_row(row, shard=shard, settings=settings, again=again)
+    except CorruptParquetError as error:
+        verdict = Rejected("torn_shard", str(error))
+        yield verdict.record(id=_id(shard, ".parquet"), source=shard.name, ordinal=0)
+
+
+def _judge_row(row: PictureRow, *, shard: Shard, settings: ShardSettings, again: bool) -> Sample | Rejection:
+    name = _id(shard, row.key)
+    status = row.metadata.get("status") or "success"
+    try:
+        if again:
+            raise Rejected("duplicate_key", f"{row.key} came before")
+        if row.fault is not None:
+            raise row.fault
+        if status != "success":
+            detail = row.metadata.get("error_message") or status
+            raise Rejected(FAILURES.get(status, "missing_sample"), str(detail))
+        if row.image is None:
+            raise Rejected("missing_image", "a success by the row's account")
+        return Sample(
+            id=name,
+            ordinal=row.ordinal,
+            key=printable(row.key),
+            image=row.image,
+            caption=_first_caption((row.txt, row.caption), max_chars=settings.max_caption_chars),
+            metadata=row.metadata,
+            source_id=_source_id(row.metadata) or name,
+        )
+    except Rejected as verdict:
+        return verdict.record(id=name, source=shard.name, ordinal=row.ordinal)
+
+
 def _sidecar_of(shard: Shard) -> tuple[Sidecar, Rejected | None]:
     try:
-        found = read_sidecar(_sidecar_url(shard))
+        found = read_sidecar(_parquet_url(shard))
     except SidecarError as error:
         return Sidecar(), Rejected("bad_sidecar", str(error))
     return Sidecar() if found is None else found, None
 
 
-def _sidecar_url(shard: Shard) -> str:
-    return f"{shard.url.removesuffix('.tar')}.parquet"
+def _parquet_url(shard: Shard) -> str:
+    """The sidecar of a tar, or the shard itself."""
+    return f"{shard.url.removesuffix('.tar')}.parquet" if _is_tar(shard.url) else shard.url
 
 
 def _lost(
@@ -281,7 +321,10 @@ def _judge(group: _Group, sidecar: Sidecar, *, shard: Shard, settings: ShardSett
             ordinal=group.ordinal,
             key=printable(group.key),
             image=group.image,
-            caption=_caption(group.texts.get("txt"), metadata, known, max_chars=settings.max_caption_chars),
+            caption=_first_caption(
+                (group.texts.get("txt"), metadata.get("caption"), known.get("caption")),
+                max_chars=settings.max_caption_chars,
+            ),
             metadata=metadata,
             source_id=_source_id(metadata) or name,
         )
@@ -309,9 +352,9 @@ def _metadata(data: bytes | None, *, replaceable: bool) -> dict[str, Any]:
     raise Rejected("bad_metadata", fault)
 
 
-def _caption(text: bytes | None, metadata: dict[str, Any], known: dict[str, Any], *, max_chars: int) -> str:
+def _first_caption(candidates: Sequence[object], *, max_chars: int) -> str:
     verdict = Rejected("missing_caption")
-    for candidate in (text, metadata.get("caption"), known.get("caption")):
+    for candidate in candidates:
         if not isinstance(candidate, str | bytes):
             continue
         try:
@@ -324,5 +367,4 @@ def _caption(text: bytes | None, metadata: dict[str, Any], known: dict[str, Any]
 
 
 def _source_id(metadata: dict[str, Any]) -> str:
-    origin = metadata.get("url") or metadata.get("URL")
-    return printable(origin) if isinstance(origin, str) else ""
+    return printable(text_of(metadata, "url") or "")
