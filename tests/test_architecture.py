@@ -132,6 +132,12 @@ def test_stages_and_sources_reach_no_ray(package):
             assert module.imports_any("ray") == [], f"{stage.name} reaches {module.name}"
 
 
+def test_what_runs_beside_img2dataset_imports_nothing_else_of_ours():
+    for module in modules("pipelines.fetching"):
+        others = {name for name in module.imports if not name.startswith("pipelines.fetching")}
+        assert {name.split(".")[0] for name in others} - {*sys.stdlib_module_names, "img2dataset"} == set()
+
+
 def test_nothing_imports_jobs():
     for module in modules("snapfusion", "pipelines"):
         assert module.imports_any("jobs") == [], module.name

@@ -1,0 +1,126 @@
+"""What the first bytes of a picture say of it: its format and its size, before any decoder sees it.
+
+A decoder allocates what a header announces, and each format that it knows is one more program to attack: so
+what the web shows comes through, and nothing else. A picture that breaks off is told here, because some
+decoders paint the rest grey.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from pipelines.fetching.causes import Unfetched
+
+_JPEG_ALONE: Final = frozenset([0x01, *range(0xD0, 0xD8)])
+_JPEG_FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_SCAN: Final = 0xDA
+_AVIF_HEADER: Final = 1 << 16
+
+
+def check_picture(data: bytes, *, max_pixels: int) -> None:
+    """Let a picture pass that a decoder may be given.
+
+    Raises:
+        Unfetched: `empty`, `not_an_image`, `broken_image` or `too_many_pixels`.
+    """
+    if not data:
+        raise Unfetched("empty")
+    size_of = next((reader for begins, reader in _READERS if begins(data)), None)
+    if size_of is None:
+        raise Unfetched("not_an_image", f"begins with {data[:12]!r}")
+    try:
+        width, height = size_of(data)
+    except (struct.error, IndexError):
+        raise Unfetched("broken_image", "the header breaks off") from None
+    if width < 1 or height < 1:
+        raise Unfetched("broken_image", f"{width} x {height} pixels")
+    if width * height > max_pixels:
+        raise Unfetched("too_many_pixels", f"{width} x {height}")
+
+
+_Size = tuple[int, int]
+
+
+def _jpeg(data: bytes) -> _Size:
+    size: _Size | None = None
+    position = 2
+    while True:
+        position += 1
+        marker = data[position]
+        if data[position - 1] != 0xFF or marker in (0x00, 0xFF):  # padding, or bytes that decoders pass over
+            continue
+        position += 1
+        if marker in _JPEG_ALONE:
+            continue
+        (length,) = struct.unpack_from(">H", data, position)
+        if marker in _JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", data, position + 3)
+            size = (width, height)
+        position += max(length, 2)
+        if marker == _JPEG_SCAN:
+            break
+    # Within a scan FF is always followed by something else.
+    if data.find(b"\xff\xd9", position) < 0:
+        raise Unfetched("broken_image", "a JPEG without its end")
+    if size is None:
+        raise Unfetched("broken_image", "a JPEG without a frame")
+    return size
+
+
+def _png(data: bytes) -> _Size:
+    if data[12:16] != b"IHDR":
+        raise Unfetched("broken_image", "a PNG without its header")
+    width, height = struct.unpack_from(">II", data, 16)
+    if data.find(b"IEND", 24) < 0:
+        raise Unfetched("broken_image", "a PNG without its end")
+    return width, height
+
+
+def _gif(data: bytes) -> _Size:
+    width, height = struct.unpack_from("<HH", data, 6)
+    return width, height
+
+
+def _bmp(data: bytes) -> _Size:
+    (header,) = struct.unpack_from("<I", data, 14)
+    if header == 12:
+        width, height = struct.unpack_from("<HH", data, 18)
+    else:
+        width, height = struct.unpack_from("<ii", data, 18)
+    return abs(width), abs(height)
+
+
+def _webp(data: bytes) -> _Size:
+    (length,) = struct.unpack_from("<I", data, 4)
+    if len(data) < length + 8:
+        raise Unfetched("broken_image", "a WebP without its end")
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack_from("<HH", data, 26)
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _avif(data: bytes) -> _Size:
+    """The largest of the sizes that its items announce: a grid's tiles are smaller than the picture."""
+    largest, position = (0, 0), data.find(b"ispe", 0, _AVIF_HEADER)
+    while position >= 0:
+        width, height = struct.unpack_from(">II", data, position + 8)
+        largest = max(largest, (width, height), key=lambda size: size[0] * size[1])
+        position = data.find(b"ispe", position + 4, _AVIF_HEADER)
+    return largest
+
+
+_READERS: Final[tuple[tuple[Callable[[bytes], bool], Callable[[bytes], _Size]], ...]] = (
+    (lambda data: data.startswith(b"\xff\xd8\xff"), _jpeg),
+    (lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), _png),
+    (lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP", _webp),
+    (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _gif),
+    (lambda data: data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"), _avif),
+    (lambda data: data.startswith(b"BM") and len(data) > 26, _bmp),
+)

@@ -1,0 +1,147 @@
+"""A web of one server on this machine: pictures, and every kind of answer that is none."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from PIL import Image
+
+Reply = Callable[["Visit"], None]
+
+
+def picture(number: int = 0, *, side: int = 48, kind: str = "JPEG") -> bytes:
+    """A small picture; another for each number."""
+    gradient = Image.linear_gradient("L").resize((side, side * 3 // 2))
+    image = Image.merge("RGB", [gradient.point(lambda v, k=k: (v + number * k * 7) % 256) for k in (1, 2, 3)])
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def announcing_png(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header announces that size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(b"\0" * 100)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+class Visit(BaseHTTPRequestHandler):
+    """One request."""
+
+    web: Web
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.web.asked[self.path] += 1
+        self.web.headers = dict(self.headers)
+        reply = self.web.replies.get(path)
+        with contextlib.suppress(OSError):
+            if reply is None:
+                self.say(404)
+            else:
+                reply(self)
+        self.close_connection = True
+
+    def say(self, status: int = 200, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        said = {name.replace("_", "-"): value for name, value in headers.items()}
+        for name, value in {"Content-Length": str(len(body)), **said}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def raw(self, data: bytes) -> None:
+        self.wfile.write(data)
+        self.wfile.flush()
+
+    def drip(self, data: bytes, *, seconds: float) -> None:
+        for byte in data:
+            self.raw(bytes([byte]))
+            time.sleep(seconds)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+        pass
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+
+@dataclass
+class Web:
+    """The server: what it replies by path, and what it was asked for."""
+
+    port: int = 0
+    replies: dict[str, Reply] = field(default_factory=dict)
+    asked: Counter[str] = field(default_factory=Counter)
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def serve(self, path: str, body: bytes, status: int = 200, **headers: str) -> str:
+        """Reply with this body; returns the URL."""
+        self.replies[path] = lambda visit: visit.say(status, body, **headers)
+        return self.url(path)
+
+    def answer(self, path: str, reply: Reply) -> str:
+        self.replies[path] = reply
+        return self.url(path)
+
+    def redirect(self, path: str, to: str, status: int = 302) -> str:
+        return self.answer(path, lambda visit: visit.say(status, Location=to))
+
+    def fails_first(self, path: str, body: bytes, *, times: int = 1, status: int = 500) -> str:
+        """The first answers fail, the later ones are the body."""
+
+        def reply(visit: Visit) -> None:
+            if self.asked[path] <= times:
+                visit.say(status)
+            else:
+                visit.say(200, body)
+
+        return self.answer(path, reply)
+
+
+@contextmanager
+def local_web() -> Iterator[Web]:
+    web = Web()
+    visit = type("BoundVisit", (Visit,), {"web": web})
+    server = _Server(("127.0.0.1", 0), visit)
+    web.port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield web
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def reset(visit: Visit) -> None:
+    """The connection is reset in the middle of the body."""
+    visit.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\nabc")
+    visit.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    visit.connection.close()
+
+
+def gzip_bomb() -> bytes:
+    return gzip.compress(b"\0" * (10 << 20))
