@@ -1,8 +1,13 @@
-"""Committing units of work: each exactly once, whoever is killed and however many run at a time."""
+"""Committing units of work: each exactly once, whoever is killed and however many run at a time.
+
+What is committed can be replaced, unit by unit, by a file with fewer rows; old versions keep the old file.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, RemoveAction
 
 from pipelines.account import Account, read_account
 from pipelines.schemas import REJECTS, UNITS
-from pipelines.storage import absolute, read_bytes
-from pipelines.tables import TableError, accounts, open_table
+from pipelines.storage import absolute, read_bytes, write_once
+from pipelines.tables import TableError, UnitFile, accounts, open_table
+
+RESTATED = "restated-"
+"""How the names of files begin that replace others in a sibling."""
 
 _MAX_TRIES = 20
 
@@ -50,15 +59,43 @@ def commit_units(url: str, files: Sequence[Written], *, origin: Origin | None = 
     return fresh
 
 
+def replace_units(url: str, files: Sequence[tuple[UnitFile, Written]]) -> bool:
+    """Put other data files into the place of committed ones; True if all of them now stand there.
+
+    One commit takes away the old files and adds the new ones. It is made from a snapshot that has all the old
+    ones, so what other writers add meanwhile stays. If one of the old files is replaced by another writer,
+    nothing is committed: look again. Whoever stops before the siblings say the same, the next run puts it
+    right (`restore_accounts`).
+    """
+    location = absolute(url)
+    delta = DeltaTable(location)
+    if not {_name(old.path) for old, _ in files} <= set(_names(delta)):
+        return False
+    fresh = [new for _, new in files]
+    removals = [_removal(_name(old.path)) for old, _ in files]
+    try:
+        _commit_actions(delta, [*removals, *map(_add_action, fresh)], _further(delta, fresh))
+    except CommitFailedError:
+        return False
+    _restate_all(location, fresh)
+    return True
+
+
 def restore_accounts(url: str) -> int:
-    """Write the accounts (and rejected rows) of units that were committed without them; returns how many."""
+    """Write the accounts (and rejected rows) of committed units whose siblings lack them; returns how many.
+
+    That is where a unit was committed, or its file replaced, and its job was killed before it said so.
+    """
     location = absolute(url)
     accounted = set(accounts(url))
     lost = [file for file in open_table(url).units if file.unit not in accounted]
     for file in lost:
-        restored = adopt(file.path)
-        _commit_rejects(f"{location}.rejects", [restored])
-        _commit_accounts(f"{location}.units", [restored], None)
+        if not file.mark:
+            restored = adopt(file.path)
+            _commit_rejects(f"{location}.rejects", [restored])
+            _commit_accounts(f"{location}.units", [restored], None)
+    if replaced := [adopt(file.path) for file in lost if file.mark]:
+        _restate_all(location, replaced)
     return len(lost)
 
 
@@ -81,42 +118,107 @@ def adopt(path: str, *, seconds: float | None = None) -> Written:
 
 def _commit_rejects(location: str, files: Sequence[Written]) -> None:
     def rows(fresh: Sequence[Written]) -> pa.Table:
-        rejections = [
-            {
-                "unit": file.account.unit,
-                "id": rejection.id,
-                "source": rejection.source,
-                "reason": rejection.reason,
-                "detail": rejection.detail,
-            }
-            for file in fresh
-            for rejection in file.account.rejections
-        ]
-        return pa.Table.from_pylist(rejections, schema=REJECTS)
+        return pa.Table.from_pylist(_rejects_of(fresh), schema=REJECTS)
 
     _append_once(location, [file for file in files if file.account.rejections], rows)
 
 
 def _commit_accounts(location: str, files: Sequence[Written], origin: Origin | None) -> None:
+    made_by = None if origin is None else json.dumps(origin, sort_keys=True)
+
     def rows(fresh: Sequence[Written]) -> pa.Table:
-        records = [
-            {
-                "unit": file.account.unit,
-                "source": file.account.source,
-                "account": file.account.to_json(),
-                "rows_read": file.account.rows_read,
-                "rows_written": file.account.rows_written,
-                "rows_rejected": len(file.account.rejections),
-                "bytes": file.size,
-                "sha256": file.sha256,
-                "seconds": file.seconds,
-                "made_by": None if origin is None else json.dumps(origin, sort_keys=True),
-            }
-            for file in fresh
-        ]
+        records = [{**_record_of(file), "seconds": file.seconds, "made_by": made_by} for file in fresh]
         return pa.Table.from_pylist(records, schema=UNITS)
 
     _append_once(location, files, rows)
+
+
+def _rejects_of(files: Sequence[Written]) -> list[dict[str, Any]]:
+    return [
+        {
+            "unit": file.account.unit,
+            "id": rejection.id,
+            "source": rejection.source,
+            "reason": rejection.reason,
+            "detail": rejection.detail,
+        }
+        for file in files
+        for rejection in file.account.rejections
+    ]
+
+
+def _record_of(file: Written) -> dict[str, Any]:
+    return {
+        "unit": file.account.unit,
+        "source": file.account.source,
+        "account": file.account.to_json(),
+        "rows_read": file.account.rows_read,
+        "rows_written": file.account.rows_written,
+        "rows_rejected": len(file.account.rejections),
+        "bytes": file.size,
+        "sha256": file.sha256,
+    }
+
+
+def _restate_all(location: str, files: Sequence[Written]) -> None:
+    """Bring both siblings to the accounts of these units. `units` comes last: its word is that both are."""
+
+    def records(stated: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        # How long the unit took, and what made it, is known there alone.
+        known = {row["unit"]: row for row in stated}
+        unknown = dict.fromkeys(("seconds", "made_by"))
+        return [{**unknown, **known.get(file.account.unit, {}), **_record_of(file)} for file in files]
+
+    _restate(f"{location}.rejects", files, lambda _: _rejects_of(files), schema=REJECTS)
+    _restate(f"{location}.units", files, records, schema=UNITS)
+
+
+_Restated = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
+
+
+def _restate(location: str, files: Sequence[Written], restated: _Restated, *, schema: pa.Schema) -> None:
+    """Replace what a sibling says of these units by what `restated` makes of it, in one commit."""
+    units = {file.account.unit for file in files}
+    for _ in range(_MAX_TRIES):
+        delta = DeltaTable(location)
+        held = {name: _rows_of(f"{location}/{name}") for name in _names(delta)}
+        told = {
+            name: rows for name, rows in held.items() if not units.isdisjoint(row["unit"] for row in rows)
+        }
+        every = list(itertools.chain.from_iterable(told.values()))
+        stated = [row for row in every if row["unit"] in units]
+        wanted = restated(stated)
+        if _in_order(stated) == _in_order(wanted):
+            return
+        others = [row for row in every if row["unit"] not in units]
+        actions: list[AddAction | RemoveAction] = [_removal(name) for name in told]
+        if others or wanted:
+            actions.append(_put(location, pa.Table.from_pylist([*others, *wanted], schema=schema)))
+        try:
+            _commit_actions(delta, actions, _further(delta, files))
+        except CommitFailedError:
+            continue
+        return
+    raise _overtaken(location)
+
+
+def _rows_of(path: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(read_bytes(path))).to_pylist()
+    return rows
+
+
+def _in_order(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return sorted(json.dumps(row, sort_keys=True) for row in rows)
+
+
+def _put(location: str, rows: pa.Table) -> AddAction:
+    """A data file of a sibling, named after its content, and without statistics: the log would keep them."""
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer, write_statistics=False)
+    data = buffer.getvalue()
+    name = f"{RESTATED}{hashlib.sha256(data).hexdigest()[:32]}.parquet"
+    write_once(f"{location}/{name}", data)
+    return _addition(name, size=len(data), rows=rows.num_rows)
 
 
 def _append_once(
@@ -130,16 +232,21 @@ def _append_once(
 
 def _commit_rows(location: str, files: Sequence[Written]) -> list[Written]:
     def append(delta: DeltaTable, fresh: Sequence[Written], properties: CommitProperties) -> None:
-        actions: list[AddAction | RemoveAction] = [_add_action(file) for file in fresh]
-        delta.create_write_transaction(
-            actions,
-            mode="append",
-            schema=delta.schema(),
-            commit_properties=properties,
-            post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
-        )
+        _commit_actions(delta, [_add_action(file) for file in fresh], properties)
 
     return _commit_fresh(location, files, append)
+
+
+def _commit_actions(
+    delta: DeltaTable, actions: Sequence[AddAction | RemoveAction], properties: CommitProperties
+) -> None:
+    delta.create_write_transaction(
+        list(actions),
+        mode="append",
+        schema=delta.schema(),
+        commit_properties=properties,
+        post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
+    )
 
 
 _Append = Callable[[DeltaTable, Sequence[Written], CommitProperties], None]
@@ -162,21 +269,51 @@ def _commit_fresh(location: str, files: Sequence[Written], append: _Append) -> l
         except CommitFailedError:
             continue
         return fresh
-    raise TableError(f"{location}: {_MAX_TRIES} commits in a row were overtaken by other writers; run again")
+    raise _overtaken(location)
+
+
+def _further(delta: DeltaTable, files: Sequence[Written]) -> CommitProperties:
+    """Count the units' transactions on: two writers that replace the same unit cannot both succeed."""
+    counts = {_app_id(file): delta.transaction_version(_app_id(file)) or 0 for file in files}
+    return CommitProperties(app_transactions=[Transaction(name, count + 1) for name, count in counts.items()])
+
+
+def _overtaken(location: str) -> TableError:
+    return TableError(f"{location}: {_MAX_TRIES} commits in a row were overtaken by other writers; run again")
 
 
 def _app_id(file: Written) -> str:
     return f"unit:{file.account.unit}"
 
 
+def _names(delta: DeltaTable) -> list[str]:
+    """The files of this version, by their names in the table's folder."""
+    names: list[str] = pa.table(delta.get_add_actions(flatten=True)).column("path").to_pylist()
+    return names
+
+
 def _add_action(file: Written) -> AddAction:
-    stats = json.dumps({"numRecords": file.account.rows_written})
-    name = file.path.rsplit("/", 1)[1]
+    return _addition(_name(file.path), size=file.size, rows=file.account.rows_written)
+
+
+def _addition(name: str, *, size: int, rows: int) -> AddAction:
     return AddAction(
         path=name,
-        size=file.size,
+        size=size,
         partition_values={},
-        modification_time=int(time.time() * 1000),
+        modification_time=_now(),
         data_change=True,
-        stats=stats,
+        stats=json.dumps({"numRecords": rows}),
     )
+
+
+def _removal(name: str) -> RemoveAction:
+    return RemoveAction(path=name, data_change=True, deletion_timestamp=_now())
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _now() -> int:
+    return int(time.time() * 1000)

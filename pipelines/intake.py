@@ -11,7 +11,7 @@ from pydantic import Field
 
 from pipelines.commits import Origin, Written, adopt, commit_units, restore_accounts
 from pipelines.storage import absolute
-from pipelines.tables import TableError, open_table
+from pipelines.tables import TableError, open_table, unit_of
 from snapfusion.settings import Settings, digest
 
 
@@ -68,12 +68,13 @@ def recover(url: str, *, origin: Origin | None = None) -> int:
     """
     location = absolute(url)
     table = open_table(url)
-    committed = {file.path for file in table.units}
+    committed = {file.unit for file in table.units}
     filesystem, path = fsspec.core.url_to_fs(location)
     names = [entry.rsplit("/", 1)[1] for entry in filesystem.ls(path, detail=False)]
     # A name that begins with a dot is a file that was being written when its writer was killed.
     whole = [name for name in sorted(names) if name.endswith(".parquet") and not name.startswith(".")]
-    orphans = [f"{location}/{name}" for name in whole if f"{location}/{name}" not in committed]
+    # Of a committed unit other files may lie there: one that was replaced, one that was to replace it.
+    orphans = [f"{location}/{name}" for name in whole if unit_of(name) not in committed]
     waiting = [adopt(orphan) for orphan in orphans]
     for file in waiting:
         if file.account.settings != digest(table.identity):

@@ -7,6 +7,7 @@ main table is the only thing that decides what is committed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from snapfusion.settings import differences, digest
 _IDENTITY = "snapfusion.identity"
 # The log is the account of what is committed: nothing in it may expire.
 _KEEP_LOG = {"delta.logRetentionDuration": "interval 36500 days", "delta.enableExpiredLogCleanup": "false"}
+# The log would keep the least and the greatest of their texts, and cannot forget them.
+_NO_STATISTICS = {"delta.dataSkippingNumIndexedCols": "0"}
+_MARK = "~"
 
 
 class TableError(ValueError):
@@ -35,12 +39,47 @@ class TableError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class UnitFile:
-    """A committed unit: its name, its file, its size and rows."""
+    """A committed unit: its name, its file, its size and rows.
+
+    A file that stands in the place of the unit's first one has a mark in its name (see `marked`).
+    """
 
     unit: str
     path: str
     rows: int
     size: int
+
+    @property
+    def mark(self) -> str:
+        """What the file's name says of its account; empty for the file that the unit was committed with."""
+        return _split(self.path)[1]
+
+    def is_told_by(self, account: str) -> bool:
+        """Whether an account, in its one spelling, is that of this file and not of one that it replaced."""
+        return self.mark in ("", mark_of(account))
+
+
+def marked(unit: str, account: str) -> str:
+    """The name of a file that is to stand in the place of a unit's earlier one: `<unit>~<mark>.parquet`.
+
+    The mark follows from the account, so whoever writes the same writes it under the same name.
+    """
+    return f"{unit}{_MARK}{mark_of(account)}.parquet"
+
+
+def mark_of(account: str) -> str:
+    """The first 16 digits of the SHA-256 of an account in its one spelling."""
+    return hashlib.sha256(account.encode()).hexdigest()[:16]
+
+
+def unit_of(path: str) -> str:
+    """The unit whose rows a data file holds, by its name."""
+    return _split(path)[0]
+
+
+def _split(path: str) -> tuple[str, str]:
+    unit, _, mark = path.rpartition("/")[2].removesuffix(".parquet").partition(_MARK)
+    return unit, mark
 
 
 class Snapshot:
@@ -58,7 +97,7 @@ class Snapshot:
         rows = self._actions.select(["path", "size_bytes", "num_records"]).to_pylist()
         files = [
             UnitFile(
-                unit=row["path"].removesuffix(".parquet"),
+                unit=unit_of(row["path"]),
                 path=f"{self.url}/{row['path']}",
                 rows=row["num_records"],
                 size=row["size_bytes"],
@@ -128,8 +167,8 @@ def create_table(url: str, *, schema: pa.Schema, identity: dict[str, Any]) -> Sn
     configuration = {**_KEEP_LOG, _IDENTITY: json.dumps(identity, sort_keys=True)}
     try:
         _make(location, schema, configuration)
-        _make(f"{location}.rejects", REJECTS, _KEEP_LOG)
-        _make(f"{location}.units", UNITS, _KEEP_LOG)
+        _make(f"{location}.rejects", REJECTS, {**_KEEP_LOG, **_NO_STATISTICS})
+        _make(f"{location}.units", UNITS, {**_KEEP_LOG, **_NO_STATISTICS})
     except (DeltaError, OSError) as error:
         raise TableError(f"{url} cannot be made: {_first_line(error)}") from None
     snapshot = open_table(url)
@@ -141,16 +180,13 @@ def create_table(url: str, *, schema: pa.Schema, identity: dict[str, Any]) -> Sn
 
 def accounts(url: str) -> dict[str, Account]:
     """The accounts of the committed units, by unit name, from the sibling `units` table."""
-    committed = {file.unit for file in open_table(url).units}
-    rows = _sibling(url, "units", columns=["unit", "account"])
-    return {row["unit"]: Account.from_json(row["account"]) for row in rows if row["unit"] in committed}
+    rows = _records(url, columns=["unit", "account"])
+    return {row["unit"]: Account.from_json(row["account"]) for row in rows}
 
 
 def unit_records(url: str) -> list[dict[str, Any]]:
     """The rows of the `units` table whose unit is committed, ordered by unit."""
-    committed = {file.unit for file in open_table(url).units}
-    rows = _sibling(url, "units")
-    return sorted((row for row in rows if row["unit"] in committed), key=lambda row: row["unit"])
+    return sorted(_records(url), key=lambda row: row["unit"])
 
 
 def rejected_rows(url: str) -> list[dict[str, Any]]:
@@ -159,6 +195,15 @@ def rejected_rows(url: str) -> list[dict[str, Any]]:
     rows = _sibling(url, "rejects")
     kept = (row for row in rows if row["unit"] in committed)
     return sorted(kept, key=lambda row: (row["unit"], row["id"]))
+
+
+def _records(url: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """What `units` says of committed files. Of files that were replaced by others it may still speak."""
+    committed = {file.unit: file for file in open_table(url).units}
+    rows = _sibling(url, "units", columns)
+    return [
+        row for row in rows if row["unit"] in committed and committed[row["unit"]].is_told_by(row["account"])
+    ]
 
 
 def _sibling(url: str, name: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
