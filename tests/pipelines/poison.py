@@ -12,7 +12,8 @@ import numpy as np
 from synthetic_units import finished
 
 from pipelines.rejection import Rejected
-from pipelines.stages.image import ImageSettings, decode_image
+from pipelines.stages.fingerprint import Looks, looks_of
+from pipelines.stages.image import ImageSettings, PictureBounds, decode_image
 from pipelines.stages.read import ReadShard
 from pipelines.units import FinishedRows
 
@@ -32,6 +33,14 @@ class KilledBy:
         if poison_of(data) == self.poison:
             os.kill(os.getpid(), signal.SIGSEGV)
         return decode_image(data, size=self.size, settings=ImageSettings(min_side=8))
+
+
+class LooksKilledBy(KilledBy):
+    """`looks_of` likewise."""
+
+    def __call__(self, data: bytes) -> Looks:
+        super().__call__(data)
+        return looks_of(data, images=PictureBounds(min_side=8))
 
 
 class PoisonedReader(ReadShard):

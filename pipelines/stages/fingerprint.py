@@ -1,0 +1,177 @@
+"""What tells whether two rows are the same: keys of address and caption, a hash of bytes, a hash of looks."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Final
+from urllib.parse import urlsplit, urlunsplit
+
+import imagehash
+import numpy as np
+
+from pipelines.rejection import Rejected, Rejection
+from pipelines.sources.webdataset import Sample, ShardSettings
+from pipelines.stages.image import PictureBounds, open_image
+from pipelines.stages.read import Decode, ShardWork, Usable, UsableRows
+from pipelines.stages.select import Selection
+from pipelines.stages.veto import Veto
+from pipelines.storage import read_bytes
+from pipelines.units import CaptionRows, FinishedRows, PictureRows
+
+METHOD: Final = {"keys": "blake2b-64 of url-1 and caption-1", "looks": "imagehash.phash, 8 x 8"}
+"""Part of the identity of every table of fingerprints: rows made otherwise cannot be compared."""
+
+_COLUMNS: Final = ("id", "source_id", "url_key", "caption_key", "image_sha256", "phash")
+_SCHEMES: Final = {"http": "https"}
+
+Looks = tuple[str, int]
+"""SHA-256 of a picture's bytes as 64 hexadecimal digits, and `phash` of its pixels."""
+
+
+def url_key(url: str) -> int:
+    """64 bits of an address, signed; the same for http and https, any case of the host, and any fragment."""
+    try:
+        parts = urlsplit(url.strip())
+        scheme = _SCHEMES.get(parts.scheme, parts.scheme)
+        plain = urlunsplit((scheme, parts.netloc.lower(), parts.path, parts.query, ""))
+    except ValueError:  # a bracket in the host, for one
+        plain = url.strip()
+    return _bits(plain)
+
+
+def caption_key(caption: str) -> int | None:
+    """64 bits of a caption's letters, marks and digits, signed; None where it has none.
+
+    Compatible characters are one (NFKC), case is folded, and punctuation and white space are one space.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", caption).casefold())
+    kept = "".join(letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in folded)
+    words = " ".join(kept.split())
+    return _bits(words) if words else None
+
+
+def phash(data: bytes, *, images: PictureBounds) -> int:
+    """64 bits of how the whole picture looks, signed: the signs of its lowest frequencies about their median.
+
+    It is made of luminance alone, scaled to 32 x 32 whatever the shape. `f"{value & (2**64 - 1):016x}"` is
+    its usual spelling.
+
+    Raises:
+        Rejected: as `open_image`.
+    """
+    bits = imagehash.phash(open_image(data, bounds=images)).hash.flatten()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big", signed=True)
+
+
+def looks_of(data: bytes, *, images: PictureBounds) -> Looks:
+    """What is compared of a picture.
+
+    Raises:
+        Rejected: as `open_image`.
+    """
+    return hashlib.sha256(data).hexdigest(), phash(data, images=images)
+
+
+class FingerprintShard:
+    """`ShardWork` in, `FinishedRows` of FINGERPRINTS out: a row for each usable row of the shard."""
+
+    def __init__(
+        self,
+        *,
+        rows_per_unit: int,
+        shards: ShardSettings,
+        images: PictureBounds,
+        selection: Selection,
+        vetoes: Sequence[Veto] = (),
+    ) -> None:
+        self.rows = UsableRows(
+            rows_per_unit=rows_per_unit, shards=shards, selection=selection, vetoes=tuple(vetoes)
+        )
+        self.decode: Decode[Looks] = partial(looks_of, images=images)
+
+    def __call__(self, work: ShardWork, *, careful: bool = False) -> Iterator[FinishedRows]:
+        """Stream the shard once; memory holds one picture and the keys of one unit."""
+        began = time.monotonic()
+        units = self.rows.units(work, decode=self.decode, gather=_gather, careful=careful)
+        for unit, (columns, rejections) in units:
+            now = time.monotonic()
+            yield FinishedRows(unit=unit, columns=columns, rejections=rejections, seconds=now - began)
+            began = now
+
+    def carefully(self, work: ShardWork) -> Iterator[FinishedRows]:
+        """The same after a worker died on this shard."""
+        return self(work, careful=True)
+
+
+class FingerprintPictures:
+    """`PictureRows` in, `FinishedRows` of FINGERPRINTS out; a picture has no caption and goes by its name."""
+
+    def __init__(self, *, images: PictureBounds) -> None:
+        self.images = images
+
+    def __call__(self, rows: PictureRows) -> FinishedRows:
+        """Read and hash all pictures of a unit, one at a time."""
+        began = time.monotonic()
+        made: list[tuple[Any, ...]] = []
+        rejections: list[Rejection] = []
+        for position, name in enumerate(rows.names):
+            id_ = f"{rows.unit.source}/{name.rpartition('/')[2]}"
+            try:
+                made.append((id_, name, None, None, *looks_of(read_bytes(name), images=self.images)))
+            except Rejected as verdict:
+                ordinal = rows.unit.start + position
+                rejections.append(verdict.record(id=id_, source=rows.unit.source, ordinal=ordinal))
+        return FinishedRows(
+            unit=rows.unit,
+            columns=_columns(made),
+            rejections=rejections,
+            seconds=time.monotonic() - began,
+        )
+
+
+class FingerprintCaptions:
+    """`CaptionRows` in, `FinishedRows` of FINGERPRINTS out; a caption has no picture and no address."""
+
+    def __call__(self, rows: CaptionRows) -> FinishedRows:
+        """The keys of a unit's captions."""
+        named = ((f"{rows.unit.source}/{caption.id}", caption) for caption in rows.captions)
+        made = [(id_, id_, None, caption_key(caption.text), None, None) for id_, caption in named]
+        return FinishedRows(unit=rows.unit, columns=_columns(made), rejections=rows.rejections)
+
+
+def _gather(rows: Iterator[Usable[Looks] | Rejection]) -> tuple[dict[str, list[Any]], list[Rejection]]:
+    made: list[tuple[Any, ...]] = []
+    rejections: list[Rejection] = []
+    for row in rows:
+        if isinstance(row, Rejection):
+            rejections.append(row)
+        else:
+            made.append(
+                (
+                    row.id,
+                    row.sample.source_id,
+                    _address(row.sample),
+                    caption_key(row.sample.caption),
+                    *row.picture,
+                )
+            )
+    return _columns(made), rejections
+
+
+def _address(sample: Sample) -> int | None:
+    # Where the origin is not known the source id is the row's own.
+    return None if sample.source_id == sample.id else url_key(sample.source_id)
+
+
+def _columns(rows: Iterable[tuple[Any, ...]]) -> dict[str, list[Any]]:
+    columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
+    return {name: list(values) for name, values in zip(_COLUMNS, columns, strict=True)}
+
+
+def _bits(text: str) -> int:
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)

@@ -1,0 +1,63 @@
+"""Photographs that are like none of the others, copies of them, and shards of both."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+from pipelines.fingerprints import Fingerprints, fingerprint_shards
+from pipelines.latents import Latents
+from pipelines.sources.shards import Picture, write_shard
+from pipelines.sources.webdataset import list_shards
+from pipelines.stages.image import ImageSettings
+from pipelines.tables import Snapshot
+
+LATENTS = Latents(rows_per_unit=4, images=ImageSettings(min_side=8))
+SETTINGS = Fingerprints(rows_per_unit=5)
+
+
+def photograph(n: int, *, side: int = 240) -> Image.Image:
+    """A smooth random picture: it has low frequencies, as photographs do, and every n has others."""
+    coarse = np.random.Generator(np.random.Philox(n)).integers(0, 256, (7, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, *, quality: int = 95) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def near_copies(n: int) -> dict[str, bytes]:
+    """What the web does to a picture."""
+    image = photograph(n)
+    return {
+        "encoded again": encoded(image, quality=40),
+        "half the size": encoded(image.resize((120, 120), Image.Resampling.LANCZOS)),
+        "brighter": encoded(ImageEnhance.Brightness(image).enhance(1.05)),
+        "an edge cut off": encoded(image.crop((1, 0, 240, 240))),
+    }
+
+
+def row(n: int, *, image: bytes | None = None, caption: str | None = None, url: str | None = None) -> Picture:
+    """Row n, which is like no other but for what is given."""
+    return Picture(
+        image=encoded(photograph(n)) if image is None else image,
+        caption=f"photograph number {n}" if caption is None else caption,
+        url=f"http://origin/{n}.jpg" if url is None else url,
+    )
+
+
+def write_shards(folder: Path, shards: Sequence[Sequence[Picture]], *, first: int = 0) -> None:
+    for index, rows in enumerate(shards, start=first):
+        write_shard(str(folder), rows, index=index, rows_per_shard=100)
+
+
+def fingerprinted(folder: Path, url: Path, *, run: object, **more: object) -> Snapshot:
+    given = {"latents": LATENTS, "source": "web", **more}
+    shards = list_shards(str(folder))
+    return fingerprint_shards(SETTINGS, shards=shards, url=str(url), run=run, **given)
