@@ -39,6 +39,19 @@ REASONS: Final[dict[str, str]] = {
     "unsafe": "the probability or the tag of unsafe content is above the selection's bound",
     "low_similarity": "the similarity of picture and caption is below the selection's bound",
     "short_caption": "the caption is shorter than the selection's bound",
+    "short_side": "the shorter side is below the selection's bound",
+    "extreme_aspect": "longer side over shorter side is above the selection's bound",
+    "other_language": "the language is not among those that the selection wants",
+    "long_caption": "the caption is longer than the selection's bound",
+    "few_words": "the caption has fewer words than the selection's bound",
+    "other_script": "the share of Latin letters in the caption is below the selection's bound",
+    # The blocklists.
+    "blocked_domain": "the picture's host, or a domain above it, is on the blocklist of domains",
+    "blocked_hash": "a hash of the picture or of the row is on the blocklist of hashes",
+    "blocked_term": "the caption holds a term of the blocklist of terms",
+    # A request to forget.
+    "withheld": "the row is on the run's list of what is forgotten, so nothing was made of it",
+    "forgotten": "the row was made, and taken out again on request; its id is hidden behind a hash",
     # The model and the process.
     "not_finite": "the network put out NaN or infinity",
     "crashed": "the row ended the process that worked on it, at every try",

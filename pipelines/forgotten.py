@@ -1,0 +1,249 @@
+"""What a run is asked to forget: SHA-256 of addresses, picture hashes and row ids, never those themselves.
+
+The list is a folder with one file a request, named after its content and written once. It only grows: what
+is on it does not come back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
+from typing import Final, Literal, get_args
+from urllib.parse import quote, urlsplit
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.rejection import printable
+from pipelines.storage import absolute, read_bytes, write_once
+
+Kind = Literal["url", "hash", "id"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+
+HIDDEN: Final = "forgotten:"
+"""How an id begins that stands for one that was forgotten."""
+
+MAX_LINE_BYTES: Final = 64 << 10
+
+_SCHEMA = pa.schema([("kind", pa.string()), ("sha256", pa.string())])
+_HEX = re.compile(r"(?:(?:sha256|md5)[:=])?([0-9a-f]{64}|[0-9a-f]{32})")
+_NUMBER = re.compile(r"[-+]?[0-9]{1,19}")
+_ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})")
+_UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
+_PORTS = (None, 80, 443)
+
+
+class RequestError(ValueError):
+    """A list of things to forget that cannot be read; the message names a line, not what stands in it."""
+
+
+def normal_url(text: str) -> str:
+    """An address in the form in which two spellings of it are equal; what is no address as it is.
+
+    Scheme (http or https), user, default port and fragment play no part, nor do the case of the host, a dot
+    behind it, and which characters of path and query are escaped.
+    """
+    given = text.strip()
+    if not (given.isascii() and given.isprintable()):
+        given = printable(given)
+    try:
+        parts = urlsplit(given)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:  # a bracket in the host, for one
+        return given
+    if parts.scheme not in ("http", "https") or not host:
+        return given
+    query = f"?{_escaped(parts.query)}" if parts.query else ""
+    place = _ascii(host.rstrip(".")) + ("" if port in _PORTS else f":{port}")
+    return f"{place}{_escaped(parts.path) or '/'}{query}"
+
+
+def normal_hash(text: str) -> str | None:
+    """SHA-256 or MD5 as hexadecimal digits, or the int64 that LAION gives a row; None for anything else."""
+    given = text.strip().lower()
+    if found := _HEX.fullmatch(given):
+        return found[1]
+    return str(int(given)) if _NUMBER.fullmatch(given) else None
+
+
+def key_of(normal: str) -> bytes:
+    """What the list holds of a thing: 32 bytes of SHA-256 of its normal form."""
+    return hashlib.sha256(normal.encode("utf-8", "surrogatepass")).digest()
+
+
+def hidden(id_: str) -> str:
+    """What an account says in place of a forgotten row's id; that of a hidden id is the same."""
+    return id_ if id_.startswith(HIDDEN) else f"{HIDDEN}{key_of(id_).hex()[:32]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgotten:
+    """The keys of a list, by kind."""
+
+    urls: frozenset[bytes] = frozenset()
+    hashes: frozenset[bytes] = frozenset()
+    ids: frozenset[bytes] = frozenset()
+
+    def __or__(self, other: Forgotten) -> Forgotten:
+        return Forgotten(
+            urls=self.urls | other.urls, hashes=self.hashes | other.hashes, ids=self.ids | other.ids
+        )
+
+    def __sub__(self, other: Forgotten) -> Forgotten:
+        return Forgotten(
+            urls=self.urls - other.urls, hashes=self.hashes - other.hashes, ids=self.ids - other.ids
+        )
+
+    def __len__(self) -> int:
+        return len(self.urls) + len(self.hashes) + len(self.ids)
+
+    def has_url(self, url: str) -> bool:
+        """Whether an address is on the list."""
+        return bool(self.urls) and key_of(normal_url(url)) in self.urls
+
+    def has_id(self, id_: str) -> bool:
+        """Whether a row's id is."""
+        return bool(self.ids) and key_of(id_) in self.ids
+
+    def has_hash(self, value: object) -> bool:
+        """Whether a picture's hash is, as a shard's metadata spells it."""
+        normal = normal_hash(str(value)) if self.hashes else None
+        return normal is not None and key_of(normal) in self.hashes
+
+
+@dataclass
+class ForgottenList:
+    """A list that may grow while it is used: of files that were read before only the names are looked at.
+
+    Attributes:
+        url: of its folder, which need not exist.
+    """
+
+    url: str
+    _read: dict[str, Forgotten] = field(default_factory=dict, repr=False)
+
+    def read(self) -> Forgotten:
+        """All requests together, as they are now.
+
+        Raises:
+            StorageError: if a file of it cannot be read.
+        """
+        for name in _names(self.url):
+            if name not in self._read:
+                self._read[name] = _parse(read_bytes(f"{absolute(self.url)}/{name}"))
+        return reduce(or_, self._read.values(), Forgotten())
+
+    def add(self, request: Forgotten) -> Forgotten:
+        """Put on the list what it lacks of `request`, whole or not at all; returns what that was."""
+        known = self.read()
+        fresh = request - known
+        if fresh:
+            data = _spell(fresh)
+            write_once(f"{absolute(self.url)}/{hashlib.sha256(data).hexdigest()[:16]}.parquet", data)
+        return fresh
+
+    def __getstate__(self) -> dict[str, object]:
+        # Another process reads for itself.
+        return {"url": self.url, "_read": {}}
+
+
+def read_entries(path: str, *, kind: Kind) -> dict[bytes, int]:
+    """The keys of a list of things to forget, each with the number of the first line that has it.
+
+    One entry a line; blank lines and those that begin with "#" are passed over. An id or an address may hold
+    any other character.
+
+    Raises:
+        RequestError: if there is no such file, or a line is no entry of this kind.
+    """
+    found: dict[bytes, int] = {}
+    try:
+        with fsspec.open(absolute(path), "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if (entry := _entry(line, number=number)) is not None:
+                    found.setdefault(_key(entry, kind=kind, number=number), number)
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror or error}") from None
+    except RequestError as error:
+        raise RequestError(f"{path}, {error}") from None
+    if not found:
+        raise RequestError(f"{path} names nothing: one entry a line is accepted")
+    return found
+
+
+def _entry(line: bytes, *, number: int) -> str | None:
+    if len(line) > MAX_LINE_BYTES:
+        raise RequestError(f"line {number} has {len(line)} bytes; {MAX_LINE_BYTES} are accepted")
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError:
+        raise RequestError(f"line {number} is not UTF-8") from None
+    return None if not text or text.startswith("#") else text
+
+
+def _key(entry: str, *, kind: Kind, number: int) -> bytes:
+    if kind == "url":
+        return key_of(normal_url(entry))
+    if kind == "id":
+        return key_of(entry)
+    normal = normal_hash(entry)
+    if normal is None:
+        raise RequestError(
+            f"line {number} is no hash: 64 hexadecimal digits of SHA-256, 32 of MD5 and a 64-bit number are"
+            " accepted"
+        )
+    return key_of(normal)
+
+
+def _names(url: str) -> list[str]:
+    filesystem, path = fsspec.core.url_to_fs(absolute(url))
+    # Listings are cached for the life of the process, and requests may have come since.
+    filesystem.invalidate_cache()
+    try:
+        entries = filesystem.ls(path, detail=False)
+    except FileNotFoundError:
+        return []
+    names = (entry.rpartition("/")[2] for entry in entries)
+    return sorted(name for name in names if name.endswith(".parquet") and not name.startswith("."))
+
+
+def _spell(request: Forgotten) -> bytes:
+    rows = [
+        {"kind": kind, "sha256": key.hex()}
+        for kind, keys in zip(KINDS, (request.urls, request.hashes, request.ids), strict=True)
+        for key in sorted(keys)
+    ]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _parse(data: bytes) -> Forgotten:
+    rows = pq.read_table(pa.BufferReader(data)).to_pydict()
+    keys: dict[str, set[bytes]] = {kind: set() for kind in KINDS}
+    for kind, sha256 in zip(rows["kind"], rows["sha256"], strict=True):
+        keys[kind].add(bytes.fromhex(sha256))
+    urls, hashes, ids = (frozenset(keys[kind]) for kind in KINDS)
+    return Forgotten(urls=urls, hashes=hashes, ids=ids)
+
+
+def _escaped(text: str) -> str:
+    """Path or query with escapes in one spelling: capital digits, and none where none is needed."""
+
+    def spell(found: re.Match[str]) -> str:
+        character = chr(int(found[1], 16))
+        return character if character in _UNRESERVED else f"%{found[1].upper()}"
+
+    return quote(_ESCAPE.sub(spell, text), safe="%/:@!$&'()*+,;=-._~?")
+
+
+def _ascii(host: str) -> str:
+    try:
+        return host if host.isascii() else host.encode("idna").decode()
+    except UnicodeError:
+        return host
