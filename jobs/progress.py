@@ -7,6 +7,7 @@ import time
 from typing import TextIO
 
 from pipelines.intake import OnProgress, Progress
+from pipelines.metrics import RowMeter
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -31,10 +32,11 @@ class StatusLine:
 
 
 def show(verb: str) -> OnProgress:
-    """A callback that shows progress with rate and time left."""
-    line = StatusLine()
+    """A callback that shows progress with rate and time left, and counts its rows for Prometheus."""
+    line, meter = StatusLine(), RowMeter(verb)
 
     def on_progress(progress: Progress) -> None:
+        meter(progress)
         last = progress.total is not None and progress.rows >= progress.total
         line.say(f"{verb}: {describe(progress)}", last=last)
 

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from jobs.progress import StatusLine, duration
+from pipelines.execution import beside_driver
 
 OnReport = Callable[[Mapping[str, Any]], None]
 """Takes a report's figures: training, step, num_steps, loss, steps_per_second, seconds_left, data_wait."""
@@ -34,7 +35,7 @@ class _Mailbox:
 @contextmanager
 def reports_to(on_report: OnReport) -> Iterator[Any]:
     """An actor with a method `put(figures)`, which a thread of this process empties into `on_report`."""
-    mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0).remote()
+    mailbox = beside_driver(_Mailbox).remote()
     ended = threading.Event()
 
     def empty() -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jobs.logbook import Kind, Logbook, check_logbook
 from jobs.reports import OnReport, reports_to
+from pipelines.metrics import TrainingMeter
 from pipelines.schemas import to_png
 from pipelines.storage import absolute, replace_object
 from snapfusion.settings import Settings, differences, digest
@@ -60,6 +61,8 @@ class TrainerSettings(Settings):
         curve_every: steps between points of the curve that is kept, and of the logs.
         log_to: where the course of training is written for others to draw (see `jobs.logbook`).
         max_failures: how often the workers are started again after one of them died.
+        labels: what a node must be labelled for workers to run there, as in {"role": "trainer"}: in a cluster
+            that also has spot nodes, those that are not (see `pipelines.execution.Pool`).
     """
 
     num_workers: PositiveInt = 1
@@ -73,6 +76,7 @@ class TrainerSettings(Settings):
     curve_every: PositiveInt = 10
     log_to: tuple[Kind, ...] = ("tensorboard",)
     max_failures: NonNegativeInt = 2
+    labels: dict[str, str] = Field(default_factory=dict)
 
 
 class TrainingError(ValueError):
@@ -245,10 +249,11 @@ def run_trainings(
             _work,  # type: ignore[arg-type] # what it returns is handed on, which the annotation does not know
             train_loop_config=config,
             torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
-            scaling_config=ScalingConfig(
+            scaling_config=ScalingConfig(  # type: ignore[call-arg] # mypy sees the class of Train V1
                 num_workers=settings.num_workers,
                 use_gpu=settings.use_gpu,
                 resources_per_worker=_resources(settings),
+                label_selector=settings.labels or None,
             ),
             # Ray's own registry of checkpoints stays empty, so a folder on the driver's node will do, and a
             # new name each time: continuing is decided by our store alone.
@@ -453,12 +458,14 @@ class _Recorder:
         self._settings, self._mailbox, self._logbook = settings, mailbox, logbook
         self._first = ray.train.get_context().get_world_rank() == 0
         self._logged, self._reported = _Pace(), _Pace()
+        self._meter = TrainingMeter(training.name)
         self._told = 0.0
 
     def __call__(self, step: Step) -> None:
         """Called on every rank."""
         self._logged.add(step)
         self._reported.add(step)
+        self._meter.add(seconds=step.seconds, data_seconds=step.data_seconds)
         last = step.step == self._training.settings.num_steps
         if last or step.step % self._settings.curve_every == 0:
             self._note(step)

@@ -7,6 +7,7 @@ within itself. Results arrive as they are finished.
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from typing import Any
 
 import ray
 from pydantic import Field
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.metrics import StageClock
 from snapfusion.settings import Settings
 
 MAX_TRIES = 3
@@ -28,11 +31,14 @@ class Pool(Settings):
         actors: how many.
         cpus: logical CPUs of each; below 1 lets stages share a core.
         gpus: accelerators of each.
+        labels: what a node must be labelled for them to run there, as in {"role": "teacher"}; an autoscaler
+            starts such a node. The values may be Ray's label expressions, such as "in(teacher,spare)".
     """
 
     actors: int = Field(1, ge=1)
     cpus: float = Field(0.5, ge=0.0)
     gpus: float = Field(0.0, ge=0.0)
+    labels: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +80,7 @@ def on_ray(items: Iterable[Any], stages: list[Stage]) -> Iterator[Any]:
     context.target_max_block_size = 1
     context.target_min_block_size = 1
     context.enable_progress_bars = False
-    tries = ray.remote(_Tries).options(num_cpus=0).remote()
+    tries = beside_driver(_Tries).remote()
     dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for number, stage in enumerate(stages):
         # The first stage has as much to do as there are items; the later ones may have more.
@@ -86,9 +92,19 @@ def on_ray(items: Iterable[Any], stages: list[Stage]) -> Iterator[Any]:
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=stage.pool.cpus,
             num_gpus=stage.pool.gpus,
+            label_selector=stage.pool.labels or None,
         )
     for row in dataset.iter_rows():
         yield pickle.loads(row["item"])
+
+
+def beside_driver(actor: type) -> Any:  # noqa: ANN401 - an actor class
+    """A class of actors that live on the driver's own node, take none of its CPUs and die with it alone.
+
+    Left to itself Ray puts an actor that asks for nothing on any node: one that is taken away ends the job.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here)
 
 
 class _Tries:
@@ -109,14 +125,24 @@ class _OnRay:
         self.number = number
         self.stage = stage
         self.tries = tries
+        self.clock = StageClock(stage.build.__name__)
         self.work = stage.build(**stage.arguments)
+        self.clock.wait()
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
         key = str(batch["key"][0])
         tried = ray.get(self.tries.begin.remote(self.number, key))
-        item = pickle.loads(batch["item"][0])
-        for place, result in enumerate(self._results(item, tried)):
-            yield {"item": [pickle.dumps(result)], "key": [f"{key}.{place}"]}
+        results = self._pickled(batch["item"][0], tried)
+        for place in itertools.count():
+            # Between two results the actor may be kept waiting by the stage that takes them.
+            with self.clock.busy():
+                result = next(results, None)
+            if result is None:
+                return
+            yield {"item": [result], "key": [f"{key}.{place}"]}
+
+    def _pickled(self, item: bytes, tried: int) -> Iterator[bytes]:
+        yield from map(pickle.dumps, self._results(pickle.loads(item), tried))
 
     def _results(self, item: Any, tried: int) -> Iterator[Any]:  # noqa: ANN401
         if tried > MAX_TRIES:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import fsspec
 from pydantic import Field
@@ -35,7 +36,10 @@ class Bounds(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a job is. Rows are rows read; `total` is None where the sources do not say."""
+    """How far a job is. Rows are rows read; `total` is None where the sources do not say.
+
+    `reasons` has the rejected rows by their reason.
+    """
 
     rows: int
     total: int | None
@@ -43,6 +47,7 @@ class Progress:
     units: int
     first_rows: int
     steady_seconds: float
+    reasons: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def rate(self) -> float | None:
@@ -130,6 +135,7 @@ def _advance(progress: Progress, file: Written, *, steady_seconds: float) -> Pro
         units=progress.units + 1,
         first_rows=progress.first_rows if progress.units else rows,
         steady_seconds=steady_seconds,
+        reasons=Counter(progress.reasons) + Counter(file.account.rejected()),
     )
 
 
