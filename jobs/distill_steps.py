@@ -31,8 +31,9 @@ from jobs.student import (
 from jobs.trainer import Training, TrainingError
 from jobs.watch import check_watch, in_run
 from pipelines.branches import BranchLoader
-from pipelines.latents import check_latents
-from pipelines.loader import BatchLoader, count_trainable
+from pipelines.buckets import BucketLoader, Count, count_rows, loader_of
+from pipelines.latents import any_size, check_latents, size_of
+from pipelines.loader import BatchLoader
 from pipelines.storage import absolute, exists
 from pipelines.tables import Snapshot, open_table
 from pipelines.targets import check_fit
@@ -130,7 +131,8 @@ def distill_steps(
         )
     _check_grid(settings.steps, teacher=models["teacher"])
     _check_table(settings, table=table, **models)
-    check_watch(settings.watch, model=models["student"])
+    size = size_of(table.identity, bundle=models["student"])
+    check_watch(settings.watch, size=size)
     identity = {
         "objective": "steps",
         "settings": settings.deciding(without=("name", "teacher", "student", "table")),
@@ -140,7 +142,7 @@ def distill_steps(
     finished = result.finished(identity)
     if finished is not None:
         return finished
-    counts = count_trainable(table, held_out=settings.loader.held_out)
+    counts = count_rows(table, held_out=settings.loader.held_out)
     for guided in _branches(settings.steps):
         found = next(
             _held_out(_loader(settings, table=table, counts=counts), guided=guided, rows=1, limit=1), None
@@ -167,6 +169,7 @@ def distill_steps(
             "student": {"source": student, "weights": weights["student"]},
         },
         student=student,
+        size=size,
         distillation=distillation,
         on_report=on_report,
     )
@@ -179,7 +182,7 @@ def assemble(
     student: str,
     data_url: str,
     data_version: int,
-    counts: Sequence[int],
+    counts: Sequence[Count],
     identity: Mapping[str, Any],
     device: torch.device,
 ) -> Iterator[Training]:
@@ -198,7 +201,8 @@ def assemble(
             across_ranks=across_ranks,
         )
 
-    loader = _loader(settings, table=open_table(data_url, version=data_version), counts=counts)
+    table = open_table(data_url, version=data_version)
+    loader = _loader(settings, table=table, counts=counts)
 
     def figures(model: nn.Module) -> dict[str, Any]:
         return {
@@ -228,7 +232,13 @@ def assemble(
         settings=settings.loop,
         identity=dict(identity),
         evaluate=evaluate,
-        watch=watcher(settings, student=student, steps=settings.steps.student_steps, device=device),
+        watch=watcher(
+            settings,
+            student=student,
+            size=size_of(table.identity, bundle=bundle),
+            steps=settings.steps.student_steps,
+            device=device,
+        ),
     )
 
 
@@ -256,8 +266,8 @@ def _lessons(settings: DistillSettings, *, teacher: str, captions: Captions, bun
 
 
 def _loader(
-    settings: DistillSettings, *, table: Snapshot, counts: Sequence[int]
-) -> BatchLoader | BranchLoader:
+    settings: DistillSettings, *, table: Snapshot, counts: Sequence[Count]
+) -> BatchLoader | BucketLoader | BranchLoader:
     shared: dict[str, Any] = {
         "global_batch": settings.loop.global_batch,
         "seed": settings.loop.seed,
@@ -265,7 +275,7 @@ def _loader(
         "counts": counts,
     }
     if settings.targets == "online":
-        return BatchLoader(table, columns=_COLUMNS, **shared)
+        return loader_of(table, columns=_COLUMNS, **shared)
     return BranchLoader(table, guided=partial(_is_guided, settings), **shared)
 
 
@@ -273,7 +283,9 @@ def _is_guided(settings: DistillSettings, step: int) -> bool:
     return guided_step(settings.loop.seed, step, settings.steps.cfg_probability)
 
 
-def _held_out(loader: BatchLoader | BranchLoader, *, guided: bool, rows: int, limit: int) -> Iterator[Batch]:
+def _held_out(
+    loader: BatchLoader | BucketLoader | BranchLoader, *, guided: bool, rows: int, limit: int
+) -> Iterator[Batch]:
     if isinstance(loader, BranchLoader):
         return loader.held_out(guided=guided, rows=rows, limit=limit)
     return loader.held_out(rows=rows, limit=limit)
@@ -339,7 +351,7 @@ def _check_models(*, teacher: Bundle, student: Bundle) -> None:
 
 
 def _shared(bundle: Bundle) -> dict[str, Any]:
-    model = bundle.describe()
+    model = any_size(bundle.describe())
     shared = {name: model[name] for name in ("scaling_factor", "latent_shape", "schedule")}
     return {"weights": {"vae": model["weights"]["vae"]}, **shared}
 

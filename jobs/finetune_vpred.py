@@ -24,8 +24,9 @@ from jobs.student import (
 )
 from jobs.trainer import Training, TrainingError
 from jobs.watch import check_watch, in_run
-from pipelines.latents import check_latents
-from pipelines.loader import BatchLoader, count_trainable
+from pipelines.buckets import BucketLoader, Count, count_rows, loader_of
+from pipelines.latents import check_latents, size_of
+from pipelines.loader import BatchLoader
 from pipelines.storage import absolute, exists
 from pipelines.tables import Snapshot, open_table
 from snapfusion.models.blocks import skip
@@ -116,7 +117,7 @@ def finetune_vpred(
     finished = result.finished(identity)
     if finished is not None:
         return finished
-    weights = bundle.fingerprint()
+    weights, size = bundle.fingerprint(), size_of(latents.identity, bundle=bundle)
     del bundle  # a worker beside this process needs the memory
     return make_student(
         settings,
@@ -131,12 +132,13 @@ def finetune_vpred(
         identity=identity,
         parents={"latents": latents.lineage(), "model": {"source": model, "weights": weights}},
         student=model,
+        size=size,
         distillation=None,
         on_report=on_report,
     )
 
 
-def check_rows(settings: VpredSettings, *, bundle: Bundle, latents: Snapshot) -> Sequence[int]:
+def check_rows(settings: VpredSettings, *, bundle: Bundle, latents: Snapshot) -> Sequence[Count]:
     """Refuse rows that a model cannot be trained on; returns how many each unit has to train on.
 
     Raises:
@@ -144,8 +146,8 @@ def check_rows(settings: VpredSettings, *, bundle: Bundle, latents: Snapshot) ->
         TrainingError: if none of them is held out, or the model cannot be watched as the settings say.
     """
     check_latents(latents, bundle=bundle)
-    check_watch(settings.watch, model=bundle)
-    counts = count_trainable(latents, held_out=settings.loader.held_out)
+    check_watch(settings.watch, size=size_of(latents.identity, bundle=bundle))
+    counts = count_rows(latents, held_out=settings.loader.held_out)
     held_out = _loader(settings, latents=latents, counts=counts).held_out(rows=1, limit=1)
     check_held_out(next(held_out, None), settings=settings, table=latents)
     return counts
@@ -157,7 +159,7 @@ def assemble(
     model: str,
     latents_url: str,
     latents_version: int,
-    counts: Sequence[int],
+    counts: Sequence[Count],
     identity: Mapping[str, Any],
     device: torch.device,
 ) -> Iterator[Training]:
@@ -173,7 +175,8 @@ def assemble(
     robust: Objective = objective
     if settings.skip is not None:
         robust = RobustObjective(objective, settings=settings.skip, seed=settings.loop.seed)
-    loader = _loader(settings, latents=open_table(latents_url, version=latents_version), counts=counts)
+    latents = open_table(latents_url, version=latents_version)
+    loader = _loader(settings, latents=latents, counts=counts)
     yield Training(
         name=UNET,
         model=unet,
@@ -191,12 +194,20 @@ def assemble(
             ),
             device=device,
         ),
-        watch=watcher(settings, student=model, steps=None, device=device),
+        watch=watcher(
+            settings,
+            student=model,
+            size=size_of(latents.identity, bundle=bundle),
+            steps=None,
+            device=device,
+        ),
     )
 
 
-def _loader(settings: VpredSettings, *, latents: Snapshot, counts: Sequence[int]) -> BatchLoader:
-    return BatchLoader(
+def _loader(
+    settings: VpredSettings, *, latents: Snapshot, counts: Sequence[Count]
+) -> BatchLoader | BucketLoader:
+    return loader_of(
         latents,
         columns=_COLUMNS,
         global_batch=settings.loop.global_batch,

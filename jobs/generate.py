@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--guidance", type=float, help=f"w of Eq. 3; 1 is none (default: {_GUIDANCE}, or the bundle's)"
     )
+    parser.add_argument("--size", type=int, help="side of the picture in pixels (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("-n", type=int, default=1, help="how many pictures, side by side (default: 1)")
     parser.add_argument("--out", default="picture.png", help="a PNG file (default: picture.png)")
@@ -70,7 +71,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.bundle is None and options.variant is not None:
         raise SettingsError(f"--variant {options.variant}: only a --bundle has variants")
     if options.bundle is not None:
-        for name in ("model", "steps", "sampler"):
+        for name in ("model", "steps", "sampler", "size"):
             if (given := getattr(options, name)) is not None:
                 raise SettingsError(f"--{name} {given}: a --bundle has its own, compiled into it")
 
@@ -78,6 +79,7 @@ def _check(options: argparse.Namespace) -> None:
 def _by_model(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistake answer at once.
     from jobs.picture import departure, draw, own_steps
+    from pipelines.stages.frame import check_size
 
     source = options.model or _MODEL
     solver: Solver = options.sampler or _SAMPLER
@@ -86,6 +88,9 @@ def _by_model(options: argparse.Namespace) -> None:
     steps = own_steps(bundle) if options.steps is None else options.steps
     if steps > bundle.schedule.num_steps:
         raise SettingsError(f"--steps {steps}: 1 to {bundle.schedule.num_steps} is accepted by this model")
+    if options.size is not None:
+        check_size(options.size, step=bundle.granularity, option="--size")
+        bundle.resize(options.size)
     if told := departure(bundle, steps=steps, solver=solver, guidance=guidance):
         print(f"{source}: {told}")
     began = time.monotonic()

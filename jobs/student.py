@@ -90,15 +90,16 @@ def trainable_unet(bundle: Bundle, *, settings: StudentTraining) -> UNet2DCondit
 
 
 def watcher(
-    settings: StudentTraining, *, student: str, steps: int | None, device: torch.device
+    settings: StudentTraining, *, student: str, size: int, steps: int | None, device: torch.device
 ) -> Watcher | None:
-    """What looks at a student that takes `steps` on the way, if the settings want it."""
+    """What looks at a student of `size` pixels that takes `steps` on the way, if the settings want it."""
     if settings.watch.every is None:
         return None
     return Watcher(
         settings.watch,
         every=settings.watch.every,
         model=student,
+        size=size,
         steps=steps,
         device=device,
         threads=settings.trainer.threads_per_worker,
@@ -119,6 +120,7 @@ def make_student(
     identity: Mapping[str, Any],
     parents: Mapping[str, Any],
     student: str,
+    size: int,
     distillation: Mapping[str, Any] | None,
     on_report: OnReport,
 ) -> dict[str, Any]:
@@ -132,6 +134,7 @@ def make_student(
         identity: everything that decides the weights.
         parents: what it is made from, for the metrics.
         student: the source of its first weights, and of all but the UNet.
+        size: of the pictures that it was trained on, which it is to draw from then on.
         distillation: what the folder is to say of the steps it was distilled for.
         on_report: told of the training's progress.
 
@@ -154,7 +157,12 @@ def make_student(
 
     def fill(folder: Path) -> dict[str, Any]:
         weights = save_student(
-            trained, student=student, folder=folder, settings=settings, distillation=distillation
+            trained,
+            student=student,
+            size=size,
+            folder=folder,
+            settings=settings,
+            distillation=distillation,
         )
         return {
             "kind": result.kind,
@@ -187,6 +195,7 @@ def save_student(
     trained: Trained,
     *,
     student: str,
+    size: int,
     folder: Path,
     settings: StudentTraining,
     distillation: Mapping[str, Any] | None,
@@ -203,6 +212,7 @@ def save_student(
         if WEIGHT in weights:
             bundle.unet = told(bundle.unet)
         bundle.unet.load_state_dict(weights)
+        bundle.resize(size)
         hashes[name] = weight_hash(bundle.unet)
         save(bundle, folder / name, dtype=DTYPES[settings.saved_as], distillation=distillation)
         del bundle  # before the next is loaded

@@ -27,7 +27,6 @@ from pipelines.tables import open_table
 from snapfusion.metrics.frechet import frechet_distance
 from snapfusion.metrics.moments import Moments
 from snapfusion.mini.scenes import NUM_CAPTIONS
-from snapfusion.models.bundle import Bundle
 from snapfusion.models.told import WEIGHT, told
 from snapfusion.noise import noise_key
 from snapfusion.settings import Settings, differences
@@ -80,6 +79,7 @@ class Watcher:
         settings: how.
         every: steps between looks.
         model: the source of all but the weights that are watched.
+        size: of the pictures that are drawn, in pixels, where `settings.drawing` says none.
         steps: the student's, or None where there is none.
         device: the worker's.
         threads: the worker's.
@@ -91,12 +91,14 @@ class Watcher:
         *,
         every: int,
         model: str,
+        size: int,
         steps: int | None,
         device: torch.device,
         threads: int,
     ) -> None:
         self.every = every
         self._settings, self._model = settings, model
+        self._drawing = settings.drawing.model_copy(update={"size": settings.drawing.size or size})
         self._sampler = Sampler(steps=settings.steps or steps or _STEPS)
         self._device = Device(
             kind="cuda" if device.type == "cuda" else "cpu", dtype=settings.dtype, threads=threads
@@ -129,7 +131,7 @@ class Watcher:
             self._artist = DrawAndJudge(
                 model=self._model,
                 sampler=self._sampler,
-                drawing=self._settings.drawing,
+                drawing=self._drawing,
                 judging=self._settings.judging,
                 device=self._device,
             )
@@ -143,7 +145,7 @@ class Watcher:
         self, artist: DrawAndJudge, captions: list[Caption], *, w: float
     ) -> tuple[dict[str, Any], np.ndarray]:
         """The figures at a guidance; and the first pictures side by side, uint8 [H,W,3]."""
-        drawing, size = self._settings.drawing, self._settings.drawing.batch_size
+        drawing, size = self._drawing, self._drawing.batch_size
         keys = [noise_key("evaluation", drawing.seed, caption.id) for caption in captions]
         texts = [caption.text for caption in captions]
         spans = [slice(start, start + size) for start in range(0, len(keys), size)]
@@ -182,8 +184,8 @@ def in_run(settings: WatchSettings, job: Job) -> WatchSettings:
     return settings.model_copy(update={"references": references})
 
 
-def check_watch(settings: WatchSettings, *, model: Bundle) -> None:
-    """Refuse what could not be measured, before training begins.
+def check_watch(settings: WatchSettings, *, size: int) -> None:
+    """Refuse what could not be measured of pictures of `size` pixels, before training begins.
 
     Raises:
         TrainingError: if the judges cannot read the model's pictures, or the table of references has other
@@ -193,9 +195,10 @@ def check_watch(settings: WatchSettings, *, model: Bundle) -> None:
     if settings.every is None:
         return
     judging = settings.judging
-    if judging.attribute_count and model.image_size != SIDE:
+    size = settings.drawing.size or size
+    if judging.attribute_count and size != SIDE:
         raise TrainingError(
-            f"the miniature's oracle reads pictures of {SIDE} px, and the model draws {model.image_size} px: "
+            f"the miniature's oracle reads pictures of {SIDE} px, and the model draws {size} px: "
             "set watch.judging, or watch.every=null"
         )
     if settings.references is None:

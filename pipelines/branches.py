@@ -14,6 +14,7 @@ from typing import Final, Self
 
 import pyarrow as pa
 
+from pipelines.buckets import BucketLoader, Count, loader_of, rows_in
 from pipelines.loader import BatchLoader, LoaderError, LoaderSettings, Table, count_trainable
 from pipelines.prefetch import Prefetched
 from pipelines.tables import UnitFile
@@ -75,7 +76,8 @@ class BranchLoader:
         seed: of the order.
         settings: how rows are chosen. A row that is held out is a held-out draw: its latent may be trained on
             with other noise.
-        counts: of `table.units`, what `count_trainable` gave, where somebody has counted already.
+        counts: of `table.units`, what `pipelines.buckets.count_rows` gave; None counts rows that all have one
+            shape.
 
     Raises:
         ValueError: if there is no row to train on.
@@ -89,18 +91,18 @@ class BranchLoader:
         global_batch: int,
         seed: int,
         settings: LoaderSettings,
-        counts: Sequence[int] | None = None,
+        counts: Sequence[Count] | None = None,
     ) -> None:
         self._guided = guided
-        counted = list(counts or count_trainable(table, held_out=settings.held_out))
-        if sum(counted) < 1:
+        counted: list[Count] = list(counts or count_trainable(table, held_out=settings.held_out))
+        if not any(map(rows_in, counted)):
             raise ValueError("there is no row to train on; the table is empty, or all of it is held out")
-        self._loaders: dict[bool, BatchLoader] = {}
+        self._loaders: dict[bool, BatchLoader | BucketLoader] = {}
         for branch, name in BRANCHES.items():
             mine = [index for index, file in enumerate(table.units) if is_guided_unit(file.unit) == branch]
             rows = [counted[index] for index in mine]
-            if sum(rows):
-                self._loaders[branch] = BatchLoader(
+            if any(map(rows_in, rows)):
+                self._loaders[branch] = loader_of(
                     _Branch(table=table, units=[table.units[index] for index in mine]),
                     columns=(*COLUMNS, "w") if branch else COLUMNS,
                     global_batch=global_batch,

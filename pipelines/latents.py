@@ -94,17 +94,13 @@ def any_size(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def size_of(identity: Mapping[str, Any], *, bundle: Bundle) -> int:
-    """The side in pixels of the pictures in LATENTS, by their identity; in buckets, of the square one.
+    """The side in pixels of the pictures in LATENTS, or TARGETS, by the table's identity.
 
-    `bundle` has their VAE.
+    In buckets it is that of the square one. `bundle` has the table's VAE.
     """
-    stated = identity["images"].get("size")
-    return int(stated or identity["model"]["latent_shape"][1] * bundle.cell)
-
-
-def is_bucketed(identity: Mapping[str, Any]) -> bool:
-    """Whether the rows of LATENTS of this identity have shapes of their own."""
-    return identity["images"].get("buckets") is not None
+    latents = identity.get("latents", identity)
+    stated = latents["images"].get("size")
+    return int(stated or latents["model"]["latent_shape"][1] * bundle.cell)
 
 
 def check_latents(latents: Snapshot, *, bundle: Bundle) -> None:

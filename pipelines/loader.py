@@ -129,7 +129,7 @@ class BatchLoader:
 
         Reading and decoding go on in the background, `depth` batches and one window ahead. To be closed.
         """
-        return Prefetched(self._batches(start, rank=rank, world=world), depth=depth)
+        return Prefetched(self.stream(start, rank=rank, world=world), depth=depth)
 
     def held_out(self, *, rows: int, limit: int | None = None) -> Iterator[Batch]:
         """The held-out rows in the table's own order, in batches of `rows`, at most `limit` of them."""
@@ -140,7 +140,8 @@ class BatchLoader:
     def _is_held_out(self, row_id: str) -> bool:
         return is_held_out(row_id, fraction=self._held_out)
 
-    def _batches(self, start: int, *, rank: int, world: int) -> Iterator[Batch]:
+    def stream(self, start: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """As `batches`, but each is decoded when it is asked for."""
         with ThreadPoolExecutor(1) as reader:
             windows = self._windows(start * self._global_batch, reader=reader)
             window, rows = next(windows)

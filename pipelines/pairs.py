@@ -20,11 +20,13 @@ from pipelines.rejection import Rejected, Rejection
 from pipelines.schemas import pairs_schema
 from pipelines.sources.captions import Caption, fingerprint
 from pipelines.stages.environment import Device
+from pipelines.stages.frame import check_size
 from pipelines.stages.generate import GeneratePairs, Generation
 from pipelines.stages.write import WriteUnit, pack
 from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
 from pipelines.units import CaptionRows, FinishedRows, Unit, gaps, intervals
 from pipelines.verification import CannotRemake, Remake
+from snapfusion.models.bundle import Bundle
 from snapfusion.models.load import load
 from snapfusion.settings import Settings, digest
 
@@ -90,10 +92,11 @@ def generate_pairs(
 
     Raises:
         TableError: if the table was made with other settings, another teacher or other captions.
+        SettingsError: if the teacher cannot draw pictures of that size.
         TooManyRejected: when the rejected fraction is above its bound.
     """
     bundle = load(teacher)
-    schema = pairs_schema(latent_shape=bundle.latent_shape, num_tokens=bundle.tokenizer.model_max_length)
+    schema = _schema(settings.generation, bundle=bundle)
     identity = identity_of(settings, model=bundle.describe())
     del bundle  # workers beside this process need the memory
     table = create_table(url, schema=schema, identity=identity)
@@ -195,7 +198,7 @@ def remake(table: Snapshot, *, teacher: str) -> Remake:
     bundle = load(teacher)
     if table.identity["model"] != bundle.describe():
         raise TableError(f"{table.url} was made with another teacher than {teacher!r}; name the one it was")
-    schema = pairs_schema(latent_shape=bundle.latent_shape, num_tokens=bundle.tokenizer.model_max_length)
+    schema = _schema(generation, bundle=bundle)
 
     def make(account: Account, rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
         if {"not_finite", "crashed"} & account.rejected().keys():
@@ -223,6 +226,15 @@ def set_aside(rows: CaptionRows) -> FinishedRows:
     names = ("id", "source_id", "caption", "token_ids", "noise_key", "draw", "latent", "image")
     return FinishedRows(
         unit=rows.unit, columns={name: [] for name in names}, rejections=[*rows.rejections, *crashed]
+    )
+
+
+def _schema(generation: Generation, *, bundle: Bundle) -> pa.Schema:
+    size = generation.size or bundle.image_size
+    check_size(size, step=bundle.granularity, option="pairs.generation.size")
+    return pairs_schema(
+        latent_shape=(bundle.latent_shape[0], size // bundle.cell, size // bundle.cell),
+        num_tokens=bundle.tokenizer.model_max_length,
     )
 
 

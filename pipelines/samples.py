@@ -23,6 +23,7 @@ from pipelines.rejection import Rejection
 from pipelines.schemas import array_of, samples_schema
 from pipelines.sources.captions import Caption
 from pipelines.stages.environment import Device
+from pipelines.stages.frame import check_size
 from pipelines.stages.judge import Judging
 from pipelines.stages.sample import DrawAndJudge, Drawing, Sampler
 from pipelines.stages.write import WriteUnit, pack
@@ -125,12 +126,17 @@ def draw_samples(  # noqa: PLR0913 - what, by whom, of what, where to; all by na
 
     Raises:
         TableError: if the table was made with other settings, another model or other captions.
+        SettingsError: if the model cannot draw pictures of that size.
         TooManyRejected: when the rejected fraction is above its bound.
     """
     schema = samples_schema(
         features=settings.judging.feature_count, attributes=settings.judging.attribute_count
     )
-    identity = identity_of(settings, sampler=sampler, bundle=load(model), cuts=cuts, decoder=decoder)
+    bundle = load(model)
+    if settings.drawing.size is not None:
+        check_size(settings.drawing.size, step=bundle.granularity, option="samples.drawing.size")
+    identity = identity_of(settings, sampler=sampler, bundle=bundle, cuts=cuts, decoder=decoder)
+    del bundle  # workers beside this process need the memory
     table = create_table(url, schema=schema, identity=identity)
     recover(url, origin=origin)
     known = accounts(url).values()

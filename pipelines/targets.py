@@ -14,10 +14,11 @@ from pydantic import Field
 
 from pipelines.account import Account
 from pipelines.branches import branch_and_draw, rows_of, unit_name
+from pipelines.buckets import is_bucketed
 from pipelines.commits import Origin, adopt
 from pipelines.execution import Pool, Runner, Stage, on_ray
 from pipelines.intake import Bounds, OnProgress, recover, take_in
-from pipelines.latents import any_size, check_latents, is_bucketed, size_of
+from pipelines.latents import any_size, check_latents, size_of
 from pipelines.rejection import Rejected
 from pipelines.schemas import targets_schema
 from pipelines.stages.environment import Device

@@ -66,18 +66,27 @@ def buckets_of(settings: Buckets, *, size: int, step: int) -> tuple[Shape, ...]:
     return (*tall, *wide)
 
 
-def shapes_of(buckets: Buckets | None, *, size: int, step: int) -> tuple[Shape, ...]:
-    """What a picture may become: the square of `size`, or that and the other buckets.
+def check_size(size: int, *, step: int, option: str) -> None:
+    """Refuse a side that a model cannot halve evenly: one that is no multiple of its granularity `step`.
 
     Raises:
-        SettingsError: if the size is no multiple of `step`, the pixels of a model's coarsest cell.
+        SettingsError: which begins with the option.
     """
     if size < step or size % step:
         near = sorted({max(size // step, 1) * step, (size // step + 1) * step})
         raise SettingsError(
-            f"{_SIZE} is {size}; multiples of {step} are accepted by this model, such as "
+            f"{option} is {size}; multiples of {step} are accepted by this model, such as "
             f"{' and '.join(map(str, near))}"
         )
+
+
+def shapes_of(buckets: Buckets | None, *, size: int, step: int) -> tuple[Shape, ...]:
+    """What a picture may become: the square of `size`, or that and the other buckets.
+
+    Raises:
+        SettingsError: if the size is no multiple of `step`, or the bounds leave no room for the square.
+    """
+    check_size(size, step=step, option=_SIZE)
     return ((size, size),) if buckets is None else buckets_of(buckets, size=size, step=step)
 
 

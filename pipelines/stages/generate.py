@@ -28,6 +28,7 @@ class Generation(Settings):
         batch_size: rows the UNet sees at once (twice that with guidance); fixed, because bits depend on it.
         images: whether the teacher's decoded image is stored beside the latent.
         seed: of the noise keys.
+        size: side of the pictures in pixels; null takes the teacher's own.
     """
 
     steps: int = Field(50, ge=1, le=1000)
@@ -35,6 +36,7 @@ class Generation(Settings):
     batch_size: int = Field(8, ge=1)
     images: bool = True
     seed: int = Field(0, ge=0)
+    size: int | None = Field(None, ge=1)
 
 
 class GeneratePairs:
@@ -43,6 +45,7 @@ class GeneratePairs:
     def __init__(self, *, teacher: str, settings: Generation, device: Device) -> None:
         self.settings = settings
         self.bundle = load(teacher, device=device.prepare(), dtype=device.torch_dtype)
+        self.bundle.resize(settings.size or self.bundle.image_size)
         self.c_null = self.bundle.null_condition()
         self.grid = time_grid(settings.steps, schedule_steps=self.bundle.schedule.num_steps)
         self.environment = device.environment()

@@ -47,11 +47,13 @@ class Drawing(Settings):
         seed: of the noise keys. A caption's noise follows from this and its id, so every model, solver and
             guidance draws it from the same noise.
         images: whether the picture is stored.
+        size: side of the pictures in pixels; null takes the model's own.
     """
 
     batch_size: int = Field(50, ge=1)
     seed: int = Field(0, ge=0)
     images: bool = False
+    size: int | None = Field(None, ge=1)
 
 
 class DrawAndJudge:
@@ -74,6 +76,7 @@ class DrawAndJudge:
         self.sampler = sampler
         self.drawing = drawing
         self.bundle = load(model, device=place, dtype=device.torch_dtype)
+        self.bundle.resize(drawing.size or self.bundle.image_size)
         self.decoder = None if decoder is None else load_decoder(decoder).to(place, device.torch_dtype)
         self.c_null = self.bundle.null_condition()
         self.grid = time_grid(sampler.steps, schedule_steps=self.bundle.schedule.num_steps)

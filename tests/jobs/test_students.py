@@ -451,7 +451,7 @@ def test_what_the_watch_cannot_measure_is_refused(latents, v_teacher, tmp_path):
     small = tiny_bundle()
     small.prediction_type = "v_prediction"
     with pytest.raises(TrainingError, match=r"reads pictures of 32 px, and the model draws 16 px"):
-        check_watch(DISTILL.watch, model=small)
+        check_watch(DISTILL.watch, size=small.image_size)
     asked = {"teacher": v_teacher, "data_url": latents.url, "out_url": str(tmp_path / "student")}
     with pytest.raises(TableError, match="holds latents; references"):
         distill_steps(DISTILL.with_values([f"watch.references={latents.url}"]), **asked)
@@ -479,6 +479,7 @@ def test_a_w_conditioned_student_is_trained_and_saved(latents, v_teacher, tmp_pa
     hashes = save_student(
         Trained(checkpoint=checkpoint, evaluation={}, environment={}),
         student=v_teacher,
+        size=32,
         folder=tmp_path,
         settings=settings,
         distillation=None,
