@@ -24,6 +24,8 @@ from pipelines.latents import Latents
 from pipelines.pairs import Pairs
 from pipelines.references import References
 from pipelines.samples import Samples
+from pipelines.sources.links import LinkSettings
+from pipelines.stages.blocklist import Blocklists
 from pipelines.stages.encode import Encoding
 from pipelines.stages.generate import Generation
 from pipelines.stages.image import ImageSettings
@@ -43,7 +45,13 @@ class Source(Settings):
 
     Attributes:
         name: a short name; units and rows are named after it.
-        url: img2dataset shards: a tar, a folder of them or a glob. None renders scenes into the run.
+        url: img2dataset shards: a tar or Parquet with pictures, a folder of them or a glob. None renders
+            scenes into the run.
+        links: a URL list, which shards are downloaded from: Parquet, a folder or a glob. Its rows are
+            previewed while there are no shards.
+        link_columns: what to read of it.
+        blocklists: domains, hashes and terms that are refused.
+        sample_rows: how many rows a preview looks at.
         scenes: how many scenes to render if `url` is None.
         scenes_per_shard: of one tar.
         seed: of the scenes.
@@ -52,6 +60,10 @@ class Source(Settings):
 
     name: str = Field("scenes", pattern=r"^[A-Za-z0-9_.-]+$")
     url: str | None = None
+    links: str | None = None
+    link_columns: LinkSettings = LinkSettings()
+    blocklists: Blocklists = Blocklists()
+    sample_rows: int = Field(1_000, ge=1)
     scenes: int = Field(512, ge=1)
     scenes_per_shard: int = Field(128, ge=1)
     seed: int = Field(0, ge=0)

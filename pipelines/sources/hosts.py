@@ -1,0 +1,68 @@
+"""The host that a URL leads to, in one spelling: however it is written, it can be looked up."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import unicodedata
+from collections.abc import Iterator
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+# What a browser reads as a full stop between labels, and what it leaves out of a host.
+_STOPS: Final = str.maketrans(dict.fromkeys("\u3002\uff0e\uff61", "."))
+_IGNORED: Final = re.compile("[\u00ad\u034f\u200b-\u200d\u2060\ufe00-\ufe0f\ufeff]")
+_NUMERIC: Final = re.compile(r"[0-9a-fx.]*[0-9][0-9a-fx.]*")
+
+
+def hosts_of(url: str) -> Iterator[str]:
+    """The hosts that programs may read in a URL, each as `canonical_host` spells it.
+
+    There is more than one where a backslash stands before an @: browsers end the host at the backslash,
+    other programs at the next slash.
+    """
+    seen = set()
+    for spelling in (url, url.replace("\\", "/")):
+        try:
+            host = urlsplit(spelling.strip()).hostname
+        except ValueError:  # a bracket that is not closed, for one
+            continue
+        if host and (canonical := canonical_host(host)) and canonical not in seen:
+            seen.add(canonical)
+            yield canonical
+
+
+def canonical_host(host: str) -> str:
+    """A host in Unicode and lower case, compatible characters made one, without a full stop at its end.
+
+    Labels in Punycode are decoded, percent signs too. An address is in its usual form, however it is written.
+    """
+    plain = _IGNORED.sub("", unquote(host)).translate(_STOPS)
+    labels = [_label(label) for label in unicodedata.normalize("NFKC", plain).lower().split(".")]
+    name = ".".join(labels).rstrip(".")
+    return _address(name) if ":" in name or _NUMERIC.fullmatch(name) else name
+
+
+def domains_above(host: str) -> Iterator[str]:
+    """A host and every domain that it stands below: `a.b.c`, `b.c`, `c`."""
+    while host:
+        yield host
+        host = host.partition(".")[2]
+
+
+def _label(label: str) -> str:
+    if not label.startswith("xn--"):
+        return label
+    try:
+        decoded = label.removeprefix("xn--").encode("ascii").decode("punycode")
+    except UnicodeError:
+        return label
+    return unicodedata.normalize("NFKC", decoded).lower()
+
+
+def _address(name: str) -> str:
+    try:
+        return str(ipaddress.IPv6Address(name)) if ":" in name else socket.inet_ntoa(socket.inet_aton(name))
+    except (OSError, ValueError):
+        return name
