@@ -20,6 +20,7 @@ REASONS: Final[dict[str, str]] = {
     "bad_metadata": "the metadata is there but cannot be read, so what it says against the row is unknown",
     "missing_url": "the row of a URL list has no URL",
     "bad_url": "the URL is not text, or is none that can be fetched: http and https are",
+    "repeated_url": "an earlier row of the URL lists has the same URL",
     "bad_row": "the line or row of a caption list does not have the form of its format, or lacks its id",
     # The caption.
     "missing_caption": "no caption anywhere",
