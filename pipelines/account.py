@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -101,6 +101,18 @@ def read_account(data: bytes) -> Account:
     if _KEY not in metadata:
         raise ValueError("a Parquet file without an account in its footer")
     return Account.from_json(metadata[_KEY])
+
+
+def is_whole(accounts: Iterable[Account]) -> bool:
+    """Whether units of one source lead without a gap from its first row to the final one."""
+    position = 0
+    for account in sorted(accounts, key=lambda account: account.start):
+        if account.start != position:
+            return False
+        position = account.stop
+        if account.final:
+            return True
+    return False
 
 
 def total_rejected(accounts: Sequence[Account]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
-from pipelines.account import Account
+from pipelines.account import Account, is_whole
 from pipelines.commits import Origin
 from pipelines.execution import Pool, Runner, Stage, on_ray
 from pipelines.intake import Bounds, OnProgress, recover, take_in
@@ -220,7 +220,7 @@ def plan(shards: Iterable[Shard], *, source: str, accounts: Iterable[Account]) -
                     f"{shard.url} is not the shard that unit {account.unit} was read from: its size differs; "
                     "give the set of shards another source name"
                 )
-        if not _complete(known[name]):
+        if not is_whole(known[name]):
             yield ShardWork(shard=shard, source=name, committed=tuple(intervals(known[name], name)))
 
 
@@ -303,18 +303,6 @@ def rows_left(items: Sequence[ShardWork]) -> int | None:
             return None
         left += rows - sum(stop - start for start, stop in work.committed)
     return max(left, 0)
-
-
-def _complete(units: Sequence[Account]) -> bool:
-    """Whether units without a gap lead from the first row to the final one."""
-    position = 0
-    for unit in sorted(units, key=lambda unit: unit.start):
-        if unit.start != position:
-            return False
-        position = unit.stop
-        if unit.final:
-            return True
-    return False
 
 
 def _check_unit_size(settings: Latents, *, shapes: Sequence[Shape]) -> None:
