@@ -8,11 +8,11 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
-from urllib.parse import urlsplit, urlunsplit
 
 import imagehash
 import numpy as np
 
+from pipelines.forgotten import normal_url
 from pipelines.rejection import Rejected, Rejection
 from pipelines.sources.webdataset import Sample, ShardSettings
 from pipelines.stages.image import PictureBounds, open_image
@@ -22,25 +22,18 @@ from pipelines.stages.veto import Veto
 from pipelines.storage import read_bytes
 from pipelines.units import CaptionRows, FinishedRows, PictureRows
 
-METHOD: Final = {"keys": "blake2b-64 of url-1 and caption-1", "looks": "imagehash.phash, 8 x 8"}
+METHOD: Final = {"keys": "blake2b-64 of normal url and caption, 1", "looks": "imagehash.phash, 8 x 8"}
 """Part of the identity of every table of fingerprints: rows made otherwise cannot be compared."""
 
 _COLUMNS: Final = ("id", "source_id", "url_key", "caption_key", "image_sha256", "phash")
-_SCHEMES: Final = {"http": "https"}
 
 Looks = tuple[str, int]
 """SHA-256 of a picture's bytes as 64 hexadecimal digits, and `phash` of its pixels."""
 
 
 def url_key(url: str) -> int:
-    """64 bits of an address, signed; the same for http and https, any case of the host, and any fragment."""
-    try:
-        parts = urlsplit(url.strip())
-        scheme = _SCHEMES.get(parts.scheme, parts.scheme)
-        plain = urlunsplit((scheme, parts.netloc.lower(), parts.path, parts.query, ""))
-    except ValueError:  # a bracket in the host, for one
-        plain = url.strip()
-    return _bits(plain)
+    """64 bits of an address, signed; spellings that `normal_url` makes equal have the same."""
+    return _bits(normal_url(url))
 
 
 def caption_key(caption: str) -> int | None:
