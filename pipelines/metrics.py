@@ -32,12 +32,12 @@ class RowMeter:
     """Counts rows read, by what became of them; an `OnProgress`, called in the driver.
 
     Args:
-        job: whose rows.
+        verb: the job whose rows they are; Prometheus has a label `job` of its own.
     """
 
-    def __init__(self, job: str) -> None:
-        self._rows = Counter(ROWS, "Rows read, by what became of them.", tag_keys=("job", "outcome"))
-        self._rows.set_default_tags({"job": job})
+    def __init__(self, verb: str) -> None:
+        self._rows = Counter(ROWS, "Rows read, by what became of them.", tag_keys=("verb", "outcome"))
+        self._rows.set_default_tags({"verb": verb})
         self._counted: dict[str, int] = {}
 
     def __call__(self, progress: Progress) -> None:

@@ -101,14 +101,6 @@ def test_images_run_the_ray_that_is_pinned():
     assert kuberay["spec"]["authOptions"] == {"mode": "token"}
 
 
-def test_the_kubernetes_job_runs_on_the_kubernetes_cluster():
-    cluster = yaml.safe_load((ROOT / "infra/kuberay/cluster.yaml").read_text())
-    job = yaml.safe_load((ROOT / "infra/kuberay/job.yaml").read_text())
-    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
-    # KubeRay refuses retries of a job on a cluster that is not its own.
-    assert "backoffLimit" not in job["spec"]
-
-
 def readme_tree() -> dict[str, set[str]]:
     """Folder ("" is the top) -> the names that README's annotated tree shows in it, folders with a slash."""
     block = (ROOT / "README.md").read_text().split("## What is where")[1].split("```")[1]
