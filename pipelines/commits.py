@@ -28,6 +28,7 @@ from pipelines.tables import TableError, UnitFile, accounts, open_table
 RESTATED = "restated-"
 """How the names of files begin that replace others in a sibling."""
 
+_ROUND = "round"
 _MAX_TRIES = 20
 
 
@@ -57,6 +58,28 @@ def commit_units(url: str, files: Sequence[Written], *, origin: Origin | None = 
     fresh = _commit_rows(location, files)
     _commit_accounts(f"{location}.units", files, origin)
     return fresh
+
+
+def commit_round(url: str, files: Sequence[Written], *, number: int, origin: Origin | None = None) -> bool:
+    """Commit units that were made knowing all earlier ones: all in one commit, as round `number`, or none.
+
+    False if another writer has committed this round; then what these units were made from is out of date.
+    Rounds are numbered from 1. Whoever stops after the commit, the next run writes the accounts
+    (`restore_accounts`).
+    """
+    location = absolute(url)
+    delta = DeltaTable(location)
+    if (delta.transaction_version(_ROUND) or 0) != number - 1:
+        return False
+    transactions = [Transaction(_ROUND, number), *(Transaction(_app_id(file), 1) for file in files)]
+    try:
+        _commit_actions(
+            delta, [_add_action(file) for file in files], CommitProperties(app_transactions=transactions)
+        )
+    except CommitFailedError:
+        return False
+    _commit_accounts(f"{location}.units", files, origin)
+    return True
 
 
 def replace_units(url: str, files: Sequence[tuple[UnitFile, Written]]) -> bool:

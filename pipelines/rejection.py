@@ -53,6 +53,13 @@ REASONS: Final[dict[str, str]] = {
     # A request to forget.
     "withheld": "the row is on the run's list of what is forgotten, so nothing was made of it",
     "forgotten": "the row was made, and taken out again on request; its id is hidden behind a hash",
+    # Copies; "of" in the detail says which row came first.
+    "evaluation_image": "the picture, or one that looks like it, or its address, is in the evaluation",
+    "evaluation_caption": "the caption is in the evaluation, apart from case and punctuation",
+    "duplicate_url": "an earlier row has the same address",
+    "duplicate_image": "an earlier row has the same bytes of a picture",
+    "near_duplicate_image": "an earlier row has a picture that looks like this one",
+    "duplicate_caption": "an earlier row has the same caption, apart from case and punctuation",
     # The model and the process.
     "not_finite": "the network put out NaN or infinity",
     "crashed": "the row ended the process that worked on it, at every try",
