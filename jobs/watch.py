@@ -65,9 +65,6 @@ class WatchSettings(Settings):
 
 
 _STEPS = 50
-SIDE = 32
-"""Side of the miniature's pictures, in pixels."""
-
 _SCENES = 2 * NUM_CAPTIONS
 """As many as `jobs.evaluate` takes: each caption twice."""
 
@@ -196,9 +193,9 @@ def check_watch(settings: WatchSettings, *, size: int) -> None:
         return
     judging = settings.judging
     size = settings.drawing.size or size
-    if judging.attribute_count and size != SIDE:
+    if judging.side not in (None, size):
         raise TrainingError(
-            f"the miniature's oracle reads pictures of {SIDE} px, and the model draws {size} px: "
+            f"the miniature's oracle reads pictures of {judging.side} px, and the model draws {size} px: "
             "set watch.judging, or watch.every=null"
         )
     if settings.references is None:

@@ -34,7 +34,7 @@ from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.decoder import load_decoder
 from snapfusion.models.load import load
 from snapfusion.models.told import is_told
-from snapfusion.settings import Settings, differences, digest
+from snapfusion.settings import Settings, SettingsError, differences, digest
 
 
 class Samples(Settings):
@@ -62,6 +62,7 @@ class Samples(Settings):
 Cuts = Mapping[str, tuple[str, ...]]
 """What a UNet goes without: names of blocks, by a short name of the whole."""
 
+_SIZE = "samples.drawing.size"
 _UNIT_FIELDS = ("source", "start", "stop", "final", "source_digest")
 
 
@@ -126,15 +127,14 @@ def draw_samples(  # noqa: PLR0913 - what, by whom, of what, where to; all by na
 
     Raises:
         TableError: if the table was made with other settings, another model or other captions.
-        SettingsError: if the model cannot draw pictures of that size.
+        SettingsError: if the model cannot draw pictures of that size, or the judges not look at them.
         TooManyRejected: when the rejected fraction is above its bound.
     """
     schema = samples_schema(
         features=settings.judging.feature_count, attributes=settings.judging.attribute_count
     )
     bundle = load(model)
-    if settings.drawing.size is not None:
-        check_size(settings.drawing.size, step=bundle.granularity, option="samples.drawing.size")
+    _check_size(settings, bundle=bundle)
     identity = identity_of(settings, sampler=sampler, bundle=bundle, cuts=cuts, decoder=decoder)
     del bundle  # workers beside this process need the memory
     table = create_table(url, schema=schema, identity=identity)
@@ -258,6 +258,16 @@ def source_name(source: str, w: float, *, cut: str = "") -> str:
     if not 1.0 <= w < 1000.0 or round(w, 3) != w:
         raise ValueError(f"guidance is {w}; 1 to 999.999, in steps of 0.001, is accepted")
     return f"{source}{_WITHOUT}{cut}-w{w:07.3f}" if cut else f"{source}-w{w:07.3f}"
+
+
+def _check_size(settings: Samples, *, bundle: Bundle) -> None:
+    size, judged = settings.drawing.size or bundle.image_size, settings.judging.side
+    check_size(size, step=bundle.granularity, option=_SIZE)
+    if judged not in (None, size):
+        raise SettingsError(
+            f"{_SIZE} is {size}; the miniature's oracle reads pictures of {judged} px: draw such, or set "
+            "samples.judging"
+        )
 
 
 def _drawn_as(name: str) -> tuple[float, str]:

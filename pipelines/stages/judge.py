@@ -16,7 +16,7 @@ from snapfusion.metrics.inception import Resize, load_inception
 from snapfusion.metrics.pinned import file_hash, pinned_file
 from snapfusion.mini import oracle
 from snapfusion.mini.oracle import load_oracle, scene_labels
-from snapfusion.mini.scenes import ATTRIBUTES, parse_caption
+from snapfusion.mini.scenes import ATTRIBUTES, IMAGE_SIZE, parse_caption
 from snapfusion.mini.weights import WEIGHTS
 from snapfusion.settings import Settings
 
@@ -87,6 +87,11 @@ class Judging(Settings):
     def attribute_count(self) -> int:
         """Attributes that the oracle reads; 0 without the oracle."""
         return len(ATTRIBUTES) if self.features.network == "oracle" else 0
+
+    @property
+    def side(self) -> int | None:
+        """Pixels of the side of the pictures that can be judged; None where they are resized."""
+        return IMAGE_SIZE if self.features.network == "oracle" else None
 
     def describe_features(self) -> dict[str, Any]:
         """What identifies the features: the network, the SHA-256 of its weights, the kernel."""

@@ -317,6 +317,9 @@ def test_sizes_that_a_model_cannot_draw_are_refused_by_their_options(v_teacher, 
     samples = Samples(drawing=Drawing(size=18))
     with pytest.raises(SettingsError, match=r"^samples\.drawing\.size is 18; multiples of 4"):
         draw_samples(samples, model=v_teacher, sampler=Sampler(steps=2), guidance=[1.0], **asked)
+    samples = Samples(drawing=Drawing(size=24))
+    with pytest.raises(SettingsError, match=r"^samples\.drawing\.size is 24; .* reads pictures of 32 px"):
+        draw_samples(samples, model=v_teacher, sampler=Sampler(steps=2), guidance=[1.0], **asked)
 
 
 def test_a_caption_is_drawn_at_another_size(tmp_path, capsys):
