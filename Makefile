@@ -6,18 +6,21 @@ SHELL := /bin/bash
 PYTHON ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
+DOWNLOADER := .venv-img2dataset/installed
 
-.PHONY: help setup demo test check lint format bench clean
+.PHONY: help setup downloader demo test check lint format bench clean
 
 help: ## list these targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
 setup: $(INSTALLED) ## make .venv and install everything into it (3.5 GB to download, once)
+
+downloader: $(DOWNLOADER) ## make the environment of img2dataset (190 MB to download, once), which has pins of its own
 
 demo: setup ## run recipe mini, from shards to a student and the mobile decoder, into runs/demo
 	@$(BIN)/python -m jobs.run_pipeline --recipe mini --out runs/demo
 
-test: setup ## run the tests
+test: setup downloader ## run the tests
 	@$(BIN)/pytest -m "not slow"
 
 check: lint test ## the one gate: format, lint, types, tests
@@ -35,9 +38,13 @@ bench: setup ## measurements and long tests (marked slow), tens of minutes
 	@$(BIN)/pytest -m slow --capture=no
 
 clean: ## delete the environment and the caches; runs/ is kept
-	@rm -rf .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-img2dataset *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml infra/constraints.txt infra/setup.sh
 	@PYTHON="$(PYTHON)" infra/setup.sh
+	@touch $@
+
+$(DOWNLOADER): infra/img2dataset/requirements.txt infra/img2dataset/setup.sh | $(INSTALLED)
+	@PYTHON="$(PYTHON)" infra/img2dataset/setup.sh
 	@touch $@

@@ -15,6 +15,7 @@ VERBS = (
     "benchmark",
     "run_pipeline",
     "render_scenes",
+    "download_shards",
     "encode_latents",
     "generate_pairs",
     "compute_targets",

@@ -19,12 +19,12 @@ from jobs.plans import EFFICIENT, OWN, VPRED, Plan, PlanStage, plans
 from jobs.train_efficient import EfficientSettings
 from jobs.train_robust import RobustSettings, RobustTraining
 from jobs.trainer import TrainerSettings
+from pipelines.downloads import Downloads
 from pipelines.execution import Pool
 from pipelines.latents import Latents
 from pipelines.pairs import Pairs
 from pipelines.references import References
 from pipelines.samples import Samples
-from pipelines.sources.links import LinkSettings
 from pipelines.stages.blocklist import Blocklists
 from pipelines.stages.encode import Encoding
 from pipelines.stages.generate import Generation
@@ -47,9 +47,6 @@ class Source(Settings):
         name: a short name; units and rows are named after it.
         url: img2dataset shards: a tar or Parquet with pictures, a folder of them or a glob. None renders
             scenes into the run.
-        links: a URL list, which shards are downloaded from: Parquet, a folder or a glob. Its rows are
-            previewed while there are no shards.
-        link_columns: what to read of it.
         blocklists: domains, hashes and terms that are refused.
         sample_rows: how many rows a preview looks at.
         scenes: how many scenes to render if `url` is None.
@@ -60,8 +57,6 @@ class Source(Settings):
 
     name: str = Field("scenes", pattern=r"^[A-Za-z0-9_.-]+$")
     url: str | None = None
-    links: str | None = None
-    link_columns: LinkSettings = LinkSettings()
     blocklists: Blocklists = Blocklists()
     sample_rows: int = Field(1_000, ge=1)
     scenes: int = Field(512, ge=1)
@@ -102,6 +97,7 @@ class Recipe(Settings):
     Attributes:
         name: of the recipe it began as.
         model: the teacher, as `snapfusion.models.load` accepts it.
+        download: how URL lists become shards.
         source: images.
         latents: how LATENTS are made.
         captions: what the teacher draws.
@@ -129,6 +125,7 @@ class Recipe(Settings):
 
     name: str
     model: str
+    download: Downloads = Downloads()
     source: Source = Source()
     latents: Latents = Latents()
     captions: Captions = Captions()

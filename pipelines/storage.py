@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -60,6 +62,56 @@ def replace_object(url: str, data: bytes) -> None:
             filesystem.pipe_file(path_there, data)
     except OSError as error:
         raise StorageError(f"{url} cannot be written: {error}") from error
+
+
+def put_file(file: Path, url: str) -> None:
+    """Make the object `url` with the content of a local file, in place of what was there.
+
+    Raises:
+        StorageError: if the place cannot be written.
+    """
+    try:
+        if is_local(url):
+            path = Path(absolute(url))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            try:
+                shutil.copyfile(file, temporary)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        else:
+            filesystem, path_there = fsspec.core.url_to_fs(url)
+            filesystem.put_file(str(file), path_there)
+    except OSError as error:
+        raise StorageError(f"{url} cannot be written: {error}") from error
+
+
+def move_object(url: str, to: str) -> None:
+    """Give the object `url` the name `to` in the same store, unless there is one of that name already.
+
+    Whoever else moves the same object at the same time does no harm; that the object is gone neither, if it
+    arrived.
+
+    Raises:
+        StorageError: if neither is there, or the place cannot be written.
+    """
+    try:
+        if is_local(url):
+            with contextlib.suppress(FileExistsError):
+                os.link(absolute(url), absolute(to))
+            Path(absolute(url)).unlink(missing_ok=True)
+        else:
+            filesystem, path = fsspec.core.url_to_fs(url)
+            _, path_there = fsspec.core.url_to_fs(to)
+            filesystem.invalidate_cache()
+            if not filesystem.exists(path_there):
+                filesystem.copy(path, path_there)
+            if filesystem.exists(path):
+                filesystem.rm_file(path)
+    except OSError as error:
+        if not exists(to):
+            raise StorageError(f"{url} cannot be moved to {to}: {error}") from error
 
 
 def read_bytes(url: str) -> bytes:

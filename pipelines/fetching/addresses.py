@@ -12,8 +12,8 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # The translated (RFC 6052) and the mapped form of an IPv4 address: it is the inner address that is reached.
 _TRANSLATED: Final = ipaddress.ip_network("64:ff9b::/96")
 _UNICAST: Final = ipaddress.ip_network("2000::/3")
-# Not every Python counts these out: protocol assignments (RFC 6890, 2928), 6to4 and its relays (RFC 3056, 3068),
-# which lead to an IPv4 address that is not looked at, and documentation (RFC 9637).
+# Not every Python counts these out: protocol assignments (RFC 6890, 2928), 6to4 and its relays, which lead to
+# an IPv4 address that is not looked at (RFC 3056, 3068), and documentation (RFC 9637).
 _SPECIAL: Final[tuple[Network, ...]] = (
     ipaddress.ip_network("192.0.0.0/24"),
     ipaddress.ip_network("192.88.99.0/24"),

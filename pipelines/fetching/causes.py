@@ -46,7 +46,8 @@ class Unfetched(Exception):
     def __init__(self, cause: str, detail: str = "") -> None:
         if cause not in CAUSES:
             raise ValueError(f"cause {cause!r} is not one of {', '.join(CAUSES)}")
-        said = detail.encode("ascii", "backslashreplace").decode()[:_MAX_DETAIL_CHARS]
+        words = " ".join(detail.split())
+        said = words.encode("ascii", "backslashreplace").decode()[:_MAX_DETAIL_CHARS]
         super().__init__(f"{cause}: {said}" if said else cause)
         self.cause = cause
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from pipelines.sources.links import Link
 from pipelines.sources.webdataset import Sample, Shard
 
 Check = Callable[[Sample, str], None]
@@ -20,4 +21,17 @@ class Veto(Protocol):
 
     def describe(self) -> Mapping[str, Any]:
         """What of it determines rows: part of the identity of the table made under it. Empty for none."""
+        ...
+
+
+@runtime_checkable
+class LinkVeto(Protocol):
+    """A veto that can judge a row before its picture is downloaded; pickled into those who download."""
+
+    def check_link(self, link: Link) -> None:
+        """Let a link pass, or raise `Rejected`."""
+        ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """As a `Veto` does."""
         ...
