@@ -7,6 +7,7 @@ nothing that differs between two runs of the same work: no times, no host names.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -63,6 +64,16 @@ class Account:
     def rejected(self) -> dict[str, int]:
         """Rows set aside, by reason."""
         return dict(sorted(Counter(rejection.reason for rejection in self.rejections).items()))
+
+    def ordinals(self) -> list[int]:
+        """The ordinals of the rows in the data file, in their order.
+
+        Where a network put out NaN its rejections of LATENTS know only the unit's first ordinal; then these
+        are still rising numbers of the unit, and each row keeps its own when others are taken out.
+        """
+        set_aside = {rejection.ordinal for rejection in self.rejections}
+        free = (place for place in range(self.start, self.stop) if place not in set_aside)
+        return list(itertools.islice(free, self.rows_written))
 
     def to_json(self) -> str:
         """The account in its one spelling."""

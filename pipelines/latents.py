@@ -16,6 +16,7 @@ from pydantic import Field
 from pipelines.account import Account, is_whole
 from pipelines.commits import Origin
 from pipelines.execution import Pool, Runner, Stage, on_ray
+from pipelines.forgotten import hidden
 from pipelines.intake import Bounds, OnProgress, recover, take_in
 from pipelines.rejection import Rejected
 from pipelines.schemas import latents_schema
@@ -27,6 +28,7 @@ from pipelines.stages.image import ImageSettings
 from pipelines.stages.read import ReadShard, ShardWork, shard_digest
 from pipelines.stages.select import Selection
 from pipelines.stages.veto import Veto
+from pipelines.stages.withhold import Withhold, WithholdAgain
 from pipelines.stages.write import WriteUnit, pack
 from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
 from pipelines.units import MAX_UNIT_BYTES, FinishedRows, ImageRows, intervals
@@ -239,17 +241,22 @@ def remake(
     schema = _schema(settings, bundle=bundle)
     known = {f"{source}/{shard.name}": shard for shard in shards}
     shapes = _shapes(settings, bundle=bundle)
-    reader = ReadShard(**_reader_arguments(settings, shapes=shapes), vetoes=vetoes)
+    others = [veto for veto in vetoes if not isinstance(veto, Withhold)]
 
     def make(account: Account, _rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
         if account.source not in known:
             raise CannotRemake(f"its shard {account.source} is not among those given")
         work = ShardWork(shard=known[account.source], source=account.source, committed=((0, account.start),))
+        withheld = WithholdAgain(row.id for row in account.rejections if row.reason == "withheld")
+        reader = ReadShard(**_reader_arguments(settings, shapes=shapes), vetoes=(withheld, *others))
         # An image that once took a worker down must not take this process down.
         read = reader.carefully if "crashed" in account.rejected() else reader
         device = Device(dtype=table.identity["dtype"], threads=account.environment["threads"])
         encoder = EncodeLatents(model=model, settings=settings.encoding, device=device)
         finished = encoder(next(read(work)))
+        gone = {row.id for row in account.rejections if row.reason == "forgotten"}
+        if not gone <= set(map(hidden, finished.columns["id"])):
+            raise CannotRemake("its shard has lost rows that were forgotten, and batches depend on them")
         return pack(finished, schema), finished.environment
 
     return make

@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
-from pipelines.account import Account
+from pipelines.account import Account, read_account
 from pipelines.commits import Origin
 from pipelines.execution import Pool, Runner, Stage, on_ray
+from pipelines.forgotten import Forgotten, hidden
 from pipelines.intake import Bounds, OnProgress, recover, take_in
 from pipelines.rejection import Rejected, Rejection
 from pipelines.schemas import pairs_schema
@@ -23,7 +24,8 @@ from pipelines.stages.environment import Device
 from pipelines.stages.frame import check_size
 from pipelines.stages.generate import GeneratePairs, Generation
 from pipelines.stages.write import WriteUnit, pack
-from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
+from pipelines.storage import read_bytes
+from pipelines.tables import Snapshot, TableError, UnitFile, accounts, create_table, open_table
 from pipelines.units import CaptionRows, FinishedRows, Unit, gaps, intervals
 from pipelines.verification import CannotRemake, Remake
 from snapfusion.models.bundle import Bundle
@@ -177,15 +179,49 @@ def caption_units(
         yield unit, rows
 
 
-def captions_of(table: Snapshot, *, limit: int | None = None) -> list[Caption]:
-    """The captions of LATENTS in order of its units, under the ids of their rows."""
-    captions: list[Caption] = []
+def captions_of(table: Snapshot, *, limit: int | None = None) -> list[Caption | Rejection]:
+    """The captions of LATENTS in order of its units, under the ids of their rows.
+
+    A row that was forgotten keeps its place, so that all others keep theirs.
+    """
+    captions: list[Caption | Rejection] = []
     for unit in table.units:
-        for row in table.read_unit(unit, ["id", "caption"]).to_pylist():
+        for row in _captions_in(table, unit):
             if len(captions) == limit:
                 return captions
-            captions.append(Caption(id=row["id"], ordinal=len(captions), text=row["caption"]))
+            captions.append(replace(row, ordinal=len(captions)))
     return captions
+
+
+def _captions_in(table: Snapshot, unit: UnitFile) -> list[Caption | Rejection]:
+    told = table.read_unit(unit, ["id", "caption"]).to_pylist()
+    places, gone = list(range(len(told))), []
+    if unit.mark:
+        account = read_account(read_bytes(unit.path))
+        gone = [rejection for rejection in account.rejections if rejection.reason == "forgotten"]
+        places = account.ordinals()
+    rows: list[Caption | Rejection] = [
+        *(Caption(id=row["id"], ordinal=n, text=row["caption"]) for n, row in zip(places, told, strict=True)),
+        *(_withheld(rejection.id, ordinal=rejection.ordinal) for rejection in gone),
+    ]
+    return sorted(rows, key=lambda row: row.ordinal)
+
+
+def withhold(captions: Iterable[Caption | Rejection], forgotten: Forgotten) -> list[Caption | Rejection]:
+    """The list with what is forgotten set aside where it stands, and without its ids."""
+
+    def row_of(row: Caption | Rejection) -> Caption | Rejection:
+        if not (forgotten.has_id(row.id) or forgotten.has_url(row.id)):
+            return row
+        if isinstance(row, Caption):
+            return _withheld(hidden(row.id), ordinal=row.ordinal)
+        return replace(row, id=hidden(row.id), detail="")
+
+    return [row_of(row) for row in captions]
+
+
+def _withheld(id_: str, *, ordinal: int) -> Rejection:
+    return Rejected("withheld").record(id=id_, source="", ordinal=ordinal)
 
 
 def remake(table: Snapshot, *, teacher: str) -> Remake:
@@ -203,12 +239,24 @@ def remake(table: Snapshot, *, teacher: str) -> Remake:
     def make(account: Account, rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
         if {"not_finite", "crashed"} & account.rejected().keys():
             raise CannotRemake("rows that the teacher lost are not in it, and batches depend on them")
-        told = rows.select(["source_id", "caption", "draw"]).to_pylist()
-        captions = [Caption(id=row["source_id"], ordinal=0, text=row["caption"]) for row in told]
+        told = rows.select(["source_id", "caption"]).to_pylist()
+        captions = [
+            *(
+                Caption(id=row["source_id"], ordinal=place, text=row["caption"])
+                for place, row in zip(account.ordinals(), told, strict=True)
+            ),
+            # What was forgotten stood in a batch: another caption, whichever, leaves the others as they were.
+            *(
+                Caption(id=rejection.id.rpartition("#")[0], ordinal=rejection.ordinal, text="")
+                for rejection in account.rejections
+                if rejection.reason == "forgotten"
+            ),
+        ]
         unit = Unit(**{name: getattr(account, name) for name in _UNIT_FIELDS}, name=account.unit)
         device = Device(dtype=table.identity["dtype"], threads=account.environment["threads"])
         stage = GeneratePairs(teacher=teacher, settings=generation, device=device)
-        draw = told[0]["draw"] if told else 0
+        captions.sort(key=lambda caption: caption.ordinal)
+        draw = int(rows["draw"][0].as_py()) if told else 0
         finished = stage(CaptionRows(unit=unit, draw=draw, captions=captions, rejections=[]))
         return pack(finished, schema), finished.environment
 

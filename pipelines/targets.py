@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
@@ -17,6 +19,7 @@ from pipelines.branches import branch_and_draw, rows_of, unit_name
 from pipelines.buckets import is_bucketed
 from pipelines.commits import Origin, adopt
 from pipelines.execution import Pool, Runner, Stage, on_ray
+from pipelines.forgotten import HIDDEN
 from pipelines.intake import Bounds, OnProgress, recover, take_in
 from pipelines.latents import any_size, check_latents, size_of
 from pipelines.rejection import Rejected
@@ -163,7 +166,7 @@ def plan(settings: Targets, *, latents: Snapshot, accounts: Iterable[Account]) -
                 if made_from[name] != sha256:
                     raise TableError(
                         f"unit {name} was made from another file than {file.path}; give the LATENTS that it "
-                        "was made from, or a new table"
+                        "was made from, or a new table; if jobs.forget was stopped, run it again first"
                     )
                 continue
             unit = Unit(
@@ -276,10 +279,35 @@ def remake(table: Snapshot, *, teacher: str, latents: Snapshot) -> Remake:
         device = Device(dtype=table.identity["dtype"], threads=account.environment["threads"])
         stage = ComputeTargets(teacher=teacher, settings=teaching, device=device)
         file = LatentFile(unit=unit, draw=draw, guided=guided, path=paths[account.source])
-        finished = stage(ReadLatents()(file))
+        finished = stage(_as_it_was(ReadLatents()(file), account, table=table))
         return pack(finished, schema), finished.environment
 
     return make
+
+
+def _as_it_was(rows: LatentRows, account: Account, *, table: Snapshot) -> LatentRows:
+    """The rows that a unit was made of: blank ones stand where rows of LATENTS were forgotten since.
+
+    Bits depend on batches, but not on what another row of the batch holds.
+    """
+    gone = [row for row in account.rejections if row.id.startswith(HIDDEN)]
+    if not gone:
+        return rows
+    if not rows.ids:
+        raise CannotRemake("all of its rows were forgotten")
+    if is_bucketed(table.identity):
+        raise CannotRemake("rows of it were forgotten, and their shapes with them, on which batches depend")
+    if len(rows.ids) + len(gone) != account.rows_read:
+        raise CannotRemake("its LATENTS unit has not the rows that are left of it; run jobs.forget again")
+    ids, source_ids, latents = list(rows.ids), list(rows.source_ids), list(rows.latents)
+    token_ids = list(rows.token_ids)
+    for row in sorted(gone, key=lambda row: row.ordinal):
+        blank = row.id.rpartition("#")[0]
+        ids.insert(row.ordinal, blank)
+        source_ids.insert(row.ordinal, blank)
+        latents.insert(row.ordinal, np.zeros_like(rows.latents[0]))
+        token_ids.insert(row.ordinal, np.zeros_like(rows.token_ids[0]))
+    return replace(rows, ids=ids, source_ids=source_ids, latents=latents, token_ids=np.stack(token_ids))
 
 
 def set_aside(rows: LatentRows) -> FinishedRows:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.account import Account, read_account
+from pipelines.forgotten import hidden
 from pipelines.schemas import array_of, from_png
 from pipelines.storage import StorageError, read_bytes
 from pipelines.tables import Snapshot, UnitFile, rejected_rows, unit_records
@@ -154,9 +155,20 @@ class _Inspection:
             self.notes.append(f"unit {account.unit} was not made again: {error}")
             return
         exactly = account.environment == environment
+        again = _without_forgotten(again, account)
         self.counts["remade"] += 1
         self.counts["exact"] += exactly
         self.faults += _differences(account.unit, rows, again, tolerance=0.0 if exactly else TOLERANCE)
+
+
+def _without_forgotten(again: pa.Table, account: Account) -> pa.Table:
+    """A unit is made again whole, because bits depend on batches; then it has what was taken out of it."""
+    gone = {rejection.id for rejection in account.rejections if rejection.reason == "forgotten"}
+    if not gone:
+        return again
+    ids = (id_.rpartition("#") for id_ in again.column("id").to_pylist())
+    names = ({hidden(f"{base}{mark}{draw}"), f"{hidden(base)}{mark}{draw}"} for base, mark, draw in ids)
+    return again.filter(pa.array([gone.isdisjoint(one) for one in names], pa.bool_()))
 
 
 def _hashes(ids: list[str]) -> np.ndarray:

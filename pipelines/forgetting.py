@@ -1,0 +1,398 @@
+"""Forgotten rows, and what was derived from them, are taken out of committed tables.
+
+ what the list names ─ files without it ─ commits: PAIRS, TARGETS, LATENTS, others ─ again, until none is left
+
+A unit keeps its name, its place and its account: what is taken out is rejected as `forgotten`, without its
+id. Old versions keep the old files until they are erased (`pipelines.erasure`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.account import Account, to_parquet
+from pipelines.commits import Written, adopt, replace_units
+from pipelines.forgotten import HIDDEN, Forgotten, Kind, hidden, key_of, normal_url
+from pipelines.intake import recover
+from pipelines.loader import READERS
+from pipelines.pairs import withhold
+from pipelines.rejection import Rejection
+from pipelines.sources.captions import Caption, fingerprint
+from pipelines.storage import read_bytes, write_once
+from pipelines.tables import Snapshot, TableError, UnitFile, accounts, marked, open_table, unit_records
+
+ORDER: Final = ("pairs", "targets", "latents", "fingerprints")
+"""Kinds of tables that rows are taken out of; what is derived comes first, so that it is never the last."""
+
+_DERIVED = ("pairs", "targets")
+"""Kinds whose ids are `<id of a row of LATENTS, or of a caption>#<draw>`."""
+_BY_THE_MODEL = ("not_finite", "crashed")
+"""Reasons for which a caption that was on the list is no row of PAIRS."""
+_MAX_ROUNDS = 20
+
+Entry = tuple[Kind, bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """What of a unit is on the list.
+
+    Attributes:
+        file: of the unit.
+        account: of the file.
+        rows: positions in the file.
+        rejections: positions among the account's rejections whose id or detail must go.
+        ids: of the rows of LATENTS, or captions, behind all of these.
+        entries: of the list, those that name them.
+    """
+
+    file: UnitFile
+    account: Account
+    rows: tuple[int, ...] = ()
+    rejections: tuple[int, ...] = ()
+    ids: frozenset[str] = frozenset()
+    entries: frozenset[Entry] = frozenset()
+
+
+@dataclass(kw_only=True)
+class Removal:
+    """What was taken out of a table.
+
+    Attributes:
+        url: of the table.
+        kind: of the table.
+        before: its version before.
+        after: and after.
+        rows: taken out.
+        rejections: rows that were rejected before and lost id and detail, by reason.
+        units: whose files were replaced.
+        notes: what could not be done.
+    """
+
+    url: str
+    kind: str
+    before: int
+    after: int
+    rows: int = 0
+    rejections: Counter[str] = field(default_factory=Counter)
+    units: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Change:
+    """A committed file, and the one that is to stand in its place."""
+
+    old: UnitFile
+    new: Written
+    match: Match
+
+
+def find(table: Snapshot, forgotten: Forgotten) -> list[Match]:
+    """The units that hold something on the list, and what.
+
+    Raises:
+        TableError: if rows cannot be taken out of tables of this kind.
+    """
+    kind = table.identity["kind"]
+    if kind not in ORDER:
+        raise TableError(f"{table.url} holds {kind}; rows are taken out of {', '.join(ORDER)}")
+    known = accounts(table.url)
+    columns = ["id", "source_id", *(["image_sha256"] if kind == "fingerprints" else [])]
+
+    def look_at(file: UnitFile) -> Match:
+        account = known.get(file.unit) or adopt(file.path).account
+        rows = table.read_unit(file, columns).to_pydict()
+        return _match(file, account, rows, forgotten, derived=kind in _DERIVED)
+
+    with ThreadPoolExecutor(READERS) as readers:
+        return [match for match in readers.map(look_at, table.units) if match.rows or match.rejections]
+
+
+def forget(urls: Sequence[str], forgotten: Forgotten) -> list[Removal]:
+    """Take everything on the list out of the tables; returns what was done, for every table.
+
+    Looks again after each round, until nothing is left: so units that other jobs commit meanwhile are seen,
+    and whoever is killed goes on when called again.
+
+    Raises:
+        TableError: if other writers keep coming between.
+    """
+    for url in urls:
+        recover(url)
+    removals = {}
+    for url in urls:
+        table = open_table(url)
+        removals[url] = Removal(
+            url=table.url, kind=table.identity["kind"], before=table.version, after=table.version
+        )
+    for _ in range(_MAX_ROUNDS):
+        if not _round(removals, forgotten):
+            return list(removals.values())
+    raise TableError(
+        f"after {_MAX_ROUNDS} rounds other jobs still add what is forgotten; run again when they have ended"
+    )
+
+
+def _round(removals: Mapping[str, Removal], forgotten: Forgotten) -> bool:
+    """Plan all tables, then commit; whether there was anything to do."""
+    tables = {url: open_table(url) for url in removals}
+    by_kind = {kind: [url for url, removal in removals.items() if removal.kind == kind] for kind in ORDER}
+    changes: dict[str, list[_Change]] = {}
+    for url in (*by_kind["latents"], *by_kind["fingerprints"]):
+        changes[url] = [_rewritten(tables[url], match) for match in find(tables[url], forgotten)]
+    parents = _Parents([(tables[url], changes[url]) for url in by_kind["latents"]])
+    for url in by_kind["targets"]:
+        changes[url] = list(_targets(tables[url], forgotten, parents=parents))
+    for url in by_kind["pairs"]:
+        changes[url] = list(_pairs(tables[url], forgotten, parents=parents, removal=removals[url]))
+    for url in (url for kind in ORDER for url in by_kind[kind]):
+        if changes[url] and not _commit(removals[url], changes[url]):
+            return True
+    return any(changes.values())
+
+
+def _commit(removal: Removal, changes: Sequence[_Change]) -> bool:
+    """Replace the files, and note it; False if another writer came first."""
+    if not replace_units(removal.url, [(change.old, change.new) for change in changes]):
+        return False
+    removal.after = open_table(removal.url).version
+    for change in changes:
+        match = change.match
+        removal.units.add(match.file.unit)
+        removal.rows += len(match.rows)
+        removal.rejections.update(match.account.rejections[place].reason for place in match.rejections)
+    return True
+
+
+def _match(
+    file: UnitFile, account: Account, rows: Mapping[str, list[Any]], forgotten: Forgotten, *, derived: bool
+) -> Match:
+    hashes = rows.get("image_sha256") or [None] * len(rows["id"])
+    found = {
+        place: entries
+        for place, names in enumerate(zip(rows["id"], rows["source_id"], hashes, strict=True))
+        if (entries := _entries(forgotten, *names, derived=derived))
+    }
+    spoken = {
+        place: entries
+        for place, rejection in enumerate(account.rejections)
+        if (entries := _entries_of_rejection(forgotten, rejection, derived=derived))
+    }
+    ids = [*(rows["id"][place] for place in found), *(account.rejections[place].id for place in spoken)]
+    return Match(
+        file=file,
+        account=account,
+        rows=tuple(found),
+        rejections=tuple(spoken),
+        ids=frozenset(_base(id_) if derived else id_ for id_ in ids),
+        entries=frozenset().union(*found.values(), *spoken.values()),
+    )
+
+
+def _entries(
+    forgotten: Forgotten, id_: str, source_id: str | None, sha256: str | None, *, derived: bool
+) -> set[Entry]:
+    """What on the list names a row."""
+    ids = {id_, source_id or id_, _base(id_) if derived else id_}
+    found: set[Entry] = set()
+    if forgotten.ids:
+        found |= {("id", key) for key in map(key_of, ids) if key in forgotten.ids}
+    if forgotten.urls:
+        # A caption list may have addresses for ids.
+        found |= {("url", key) for key in map(_url_key, ids) if key in forgotten.urls}
+    if sha256 is not None and (key := key_of(sha256)) in forgotten.hashes:
+        found.add(("hash", key))
+    return found
+
+
+def _entries_of_rejection(forgotten: Forgotten, rejection: Rejection, *, derived: bool) -> set[Entry]:
+    if rejection.id.startswith(HIDDEN) or rejection.reason == "withheld":
+        return set()  # it says nothing, or only where in its shard the row stands
+    found = _entries(forgotten, rejection.id, None, None, derived=derived)
+    if forgotten.urls:
+        addresses = (word for word in rejection.detail.split() if "://" in word)
+        found |= {("url", key) for key in map(_url_key, addresses) if key in forgotten.urls}
+    return found
+
+
+def _url_key(text: str) -> bytes:
+    return key_of(normal_url(text))
+
+
+def _base(id_: str) -> str:
+    return id_.rpartition("#")[0] or id_
+
+
+def _hidden(id_: str, *, derived: bool) -> str:
+    """The id without what it tells; that of a draw still says which draw it is."""
+    base, mark, draw = id_.rpartition("#") if derived else (id_, "", "")
+    return f"{hidden(base)}{mark}{draw}"
+
+
+def _rewritten(table: Snapshot, match: Match, *, source_digest: str | None = None) -> _Change:
+    """Write the unit's file without what is on the list; nothing is committed yet."""
+    derived = table.identity["kind"] in _DERIVED
+    account, rows = match.account, _read(match.file)
+    gone, ids, places = set(match.rows), rows["id"].to_pylist(), account.ordinals()
+    taken = [
+        Rejection(
+            id=_hidden(ids[place], derived=derived),
+            source=account.source,
+            reason="forgotten",
+            detail="",
+            ordinal=places[place],
+        )
+        for place in match.rows
+    ]
+    kept = [
+        replace(rejection, id=_hidden(rejection.id, derived=derived), detail="")
+        if place in match.rejections
+        else rejection
+        for place, rejection in enumerate(account.rejections)
+    ]
+    fewer = replace(
+        account,
+        rows_written=account.rows_written - len(taken),
+        rejections=(*kept, *taken),
+        source_digest=source_digest or account.source_digest,
+    )
+    path = f"{table.url}/{marked(match.file.unit, fewer.to_json())}"
+    mask = pa.array([place not in gone for place in range(rows.num_rows)], pa.bool_())
+    write_once(path, to_parquet(rows.filter(mask), fewer))
+    return _Change(old=match.file, new=adopt(path), match=match)
+
+
+def _read(file: UnitFile) -> pa.Table:
+    return pq.read_table(pa.BufferReader(read_bytes(file.path)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parent:
+    """The file that a unit of LATENTS will have."""
+
+    path: str
+    sha256: str
+    replaced: bool
+
+
+class _Parents:
+    """LATENTS as they will be: TARGETS state the hash of the file that they were made of."""
+
+    def __init__(self, planned: Sequence[tuple[Snapshot, Sequence[_Change]]]) -> None:
+        self._tables = [table for table, _ in planned]
+        self._files = [_files_to_be(table, changes) for table, changes in planned]
+
+    def of(self, targets: Snapshot, account: Account) -> list[_Parent]:
+        """The files that a unit of TARGETS may have been made of."""
+        return [
+            files[account.source]
+            for table, files in zip(self._tables, self._files, strict=True)
+            if table.identity == targets.identity["latents"] and account.source in files
+        ]
+
+    def captions(self, ids: set[str]) -> dict[str, str]:
+        """The captions of these rows, where there are such."""
+        found: dict[str, str] = {}
+        for table in self._tables if ids else ():
+            for file in table.units:
+                rows = table.read_unit(file, ["id", "caption"]).to_pydict()
+                found |= {
+                    id_: text for id_, text in zip(rows["id"], rows["caption"], strict=True) if id_ in ids
+                }
+        return found
+
+
+def _files_to_be(table: Snapshot, changes: Sequence[_Change]) -> dict[str, _Parent]:
+    hashes = {record["unit"]: record["sha256"] for record in unit_records(table.url)}
+    files = {
+        file.unit: _Parent(
+            path=file.path,
+            sha256=hashes.get(file.unit) or adopt(file.path).sha256,
+            replaced=bool(file.mark),
+        )
+        for file in table.units
+    }
+    for change in changes:
+        new = change.new
+        files[change.old.unit] = _Parent(path=new.path, sha256=new.sha256, replaced=True)
+    return files
+
+
+def _targets(table: Snapshot, forgotten: Forgotten, *, parents: _Parents) -> Iterator[_Change]:
+    """The files of TARGETS that hold something on the list, or were made of a file that is replaced."""
+    matches = {match.file.unit: match for match in find(table, forgotten)}
+    known = accounts(table.url)
+    for file in table.units:
+        account = known.get(file.unit) or adopt(file.path).account
+        match = matches.get(file.unit)
+        source_digest = _made_of(file, match, account, parents.of(table, account))
+        if match is not None or source_digest is not None:
+            yield _rewritten(table, match or Match(file=file, account=account), source_digest=source_digest)
+
+
+def _made_of(
+    file: UnitFile, match: Match | None, account: Account, candidates: Sequence[_Parent]
+) -> str | None:
+    """The hash of LATENTS that a unit of TARGETS should state, where it states that of a replaced file."""
+    if account.source_digest in {parent.sha256 for parent in candidates}:
+        return None
+    fitting = (parent for parent in candidates if parent.replaced and _is_made_of(file, match, parent))
+    return next((parent.sha256 for parent in fitting), None)
+
+
+def _is_made_of(file: UnitFile, match: Match | None, parent: _Parent) -> bool:
+    """Whether the rows of TARGETS that stay have the latents of a file of LATENTS."""
+    rows = _read(file).select(["id", "latent"]).to_pydict()
+    gone = set(match.rows) if match else set()
+    there = pq.read_table(pa.BufferReader(read_bytes(parent.path)), columns=["id", "latent"]).to_pydict()
+    latents = dict(zip(there["id"], there["latent"], strict=True))
+    return all(
+        latents.get(_base(id_)) == latent
+        for place, (id_, latent) in enumerate(zip(rows["id"], rows["latent"], strict=True))
+        if place not in gone
+    )
+
+
+def _pairs(
+    table: Snapshot, forgotten: Forgotten, *, parents: _Parents, removal: Removal
+) -> Iterator[_Change]:
+    """The files of PAIRS that hold something on the list, each with the digest of the list without it."""
+    for match in find(table, forgotten):
+        account = match.account
+        lost = {_base(one.id) for one in account.rejections if one.reason in _BY_THE_MODEL}
+        listed = _listed(account, _read(match.file), texts=parents.captions(lost))
+        if fingerprint(listed) == account.source_digest:
+            source_digest = fingerprint(withhold(listed, forgotten))
+        else:
+            source_digest = None
+            removal.notes.append(
+                f"the captions of unit {match.file.unit} cannot be put together again, so "
+                "jobs.generate_pairs will want a new table"
+            )
+        yield _rewritten(table, match, source_digest=source_digest)
+
+
+def _listed(account: Account, rows: pa.Table, *, texts: Mapping[str, str]) -> list[Caption | Rejection]:
+    """The part of the caption list that a unit of PAIRS was drawn from."""
+    told = rows.select(["source_id", "caption"]).to_pylist()
+    listed: list[Caption | Rejection] = [
+        Caption(id=row["source_id"], ordinal=place, text=row["caption"])
+        for place, row in zip(account.ordinals(), told, strict=True)
+    ]
+    for rejection in account.rejections:
+        base = _base(rejection.id)
+        if base in texts:
+            listed.append(Caption(id=base, ordinal=rejection.ordinal, text=texts[base]))
+        elif rejection.reason in ("forgotten", *_BY_THE_MODEL):
+            listed.append(replace(rejection, id=base, reason="withheld"))
+        else:
+            listed.append(replace(rejection, id=base))
+    return sorted(listed, key=lambda row: row.ordinal)
