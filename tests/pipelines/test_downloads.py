@@ -11,23 +11,26 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import local_web as pages
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import web as pages
 from in_process import in_process
 from PIL import Image
 
 from jobs import download_shards as job
 from pipelines.downloads import Downloads, download_shards
+from pipelines.latents import Latents, encode_latents
 from pipelines.receipts import Receipt, publish, receipts
 from pipelines.repeats import repeats
 from pipelines.sources import SourceError
 from pipelines.sources.links import LinkSettings, list_links
 from pipelines.sources.webdataset import Sample, ShardSettings, list_shards, read_shard
 from pipelines.stages.download import DownloadPart, DownloadShard, to_table
+from pipelines.stages.image import ImageSettings
 from pipelines.stages.img2dataset import DownloadError, Fetching, FetchLimits
 from pipelines.stages.select import Selection
+from pipelines.tables import rejected_rows
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = ROOT / ".venv-img2dataset/bin/python"
@@ -178,6 +181,24 @@ def test_the_shards_are_read_as_any_others(downloaded, links):
     assert row.source_id.endswith("/big.png")
     assert Image.open(io.BytesIO(row.image)).size == (32, 48)
     assert "exif" not in row.metadata
+
+
+@real
+def test_latents_are_encoded_from_them_and_their_rejects_name_the_cause(
+    downloaded, links, tiny_teacher, tmp_path
+):
+    settings = Latents(rows_per_unit=8, images=ImageSettings(min_side=8))
+    table = encode_latents(
+        settings,
+        model=tiny_teacher,
+        shards=list_shards(str(downloaded[0])),
+        source="laion",
+        url=str(tmp_path / "latents"),
+        run=in_process,
+    )
+    assert table.num_rows == downloaded[1].downloaded
+    details = Counter(row["detail"].partition(":")[0] for row in rejected_rows(table.url))
+    assert details == downloaded[1].failed
 
 
 @real

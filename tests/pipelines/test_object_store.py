@@ -8,6 +8,7 @@ import s3fs
 import synthetic_units
 
 from pipelines.intake import recover
+from pipelines.receipts import Receipt, publish, receipts
 from pipelines.rejection import Rejection
 from pipelines.sources import SourceError
 from pipelines.sources.captions import Caption, CaptionSettings, read_captions
@@ -34,6 +35,23 @@ def test_shards_are_written_listed_and_streamed(bucket: str) -> None:
     # A shard that is added later is seen, whatever was listed before.
     write_shard(f"{bucket}/shards", pictures[:1], index=1)
     assert [shard.name for shard in list_shards(f"{bucket}/shards")] == ["00000", "00001"]
+
+
+def test_of_two_attempts_at_a_shard_one_is_published_whole(bucket: str, tmp_path: Path) -> None:
+    values = {"name": "00000", "number": 0, "retry": 0, "source": "a", "start": 0, "stop": 1, "rows": 1}
+    receipt = Receipt(**values, refused={}, downloaded=1)
+    url = f"{bucket}/downloads"
+    for attempt in ("one", "two"):
+        files = {ending: tmp_path / f"{attempt}{ending}" for ending in (".parquet", "_stats.json", ".tar")}
+        for file in files.values():
+            file.write_text(attempt)
+        published = publish(receipt, files, url=url)
+        assert published == receipts(url)["00000"]
+    assert {read_bytes(f"{url}/00000{ending}") for ending in files} == {b"one"}
+    filesystem = fsspec.filesystem("s3")
+    filesystem.invalidate_cache()
+    assert filesystem.find(f"{url}/_staging") == []
+    assert [shard.name for shard in list_shards(url)] == ["00000"]
 
 
 def test_caption_lists_are_read(bucket: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gzip
 import io
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -15,7 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from PIL import Image
 
 Reply = Callable[["Visit"], None]
@@ -121,10 +128,15 @@ class Web:
 
 
 @contextmanager
-def local_web() -> Iterator[Web]:
+def local_web(certificate: Path | None = None) -> Iterator[Web]:
+    """The server, which speaks TLS if it has a certificate (a PEM file with its key)."""
     web = Web()
     visit = type("BoundVisit", (Visit,), {"web": web})
     server = _Server(("127.0.0.1", 0), visit)
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     web.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
@@ -141,6 +153,26 @@ def reset(visit: Visit) -> None:
     visit.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\nabc")
     visit.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     visit.connection.close()
+
+
+def write_certificate(folder: Path, *, name: str) -> Path:
+    """A certificate for `name` that signs itself, and its key, in one PEM file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    place = folder / f"{name}.pem"
+    form = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    encoding = serialization.Encoding.PEM
+    place.write_bytes(certificate.public_bytes(encoding) + key.private_bytes(encoding, *form))
+    return place
 
 
 def gzip_bomb() -> bytes:
