@@ -148,9 +148,13 @@ def test_ray_train_is_used_in_one_file():
     assert users <= {"jobs.trainer"}
 
 
-def test_ray_is_put_round_a_stage_in_one_file():
+def test_ray_is_put_round_a_stage_in_one_file_and_brings_rows_together_in_another():
     assert [module.name for module in modules(*PACKAGES) if module.calls("map_batches")] == [
-        "pipelines.execution"
+        "pipelines.execution",
+        "pipelines.grouping",
+    ]
+    assert [module.name for module in modules(*PACKAGES) if module.calls("map_groups")] == [
+        "pipelines.grouping"
     ]
 
 

@@ -30,22 +30,24 @@ class ShuffledRows:
         return table.take(pa.array(order, pa.int64()))
 
     def map(self, function: Callable[[pa.Table], pa.Table]) -> ShuffledRows:
-        return ShuffledRows([function(table) for table in self.held], seed=self.seed + 1)
+        made = [function(table) if table.num_rows else table for table in self.held]
+        return ShuffledRows([table for table in made if table.num_rows] or made[:1], seed=self.seed + 1)
 
     def grouped(self, function: Callable[[pa.Table], pa.Table], *, by: str) -> ShuffledRows:
-        whole = pa.concat_tables(self.held)
+        whole = pa.concat_tables([table for table in self.held if table.num_rows] or self.held[:1])
+        if not whole.num_rows:
+            return self
         numbers = whole.column(by).to_numpy()
         groups = [self._shuffled(whole.filter(pa.array(numbers == number))) for number in np.unique(numbers)]
         made = [function(group) for group in groups]
-        # As in Ray, rows of no group have no schema.
-        return ShuffledRows(made or [whole.slice(0, 0)], seed=self.seed + 1)
+        return ShuffledRows(made, seed=self.seed + 1)
 
     def union(self, other: ShuffledRows) -> ShuffledRows:
         tables = [table for table in (*self.held, *other.held) if table.num_rows]
         return ShuffledRows(tables or self.held[:1], seed=self.seed + 1)
 
     def tables(self) -> Iterator[pa.Table]:
-        yield from self.held
+        yield from (table for table in self.held if table.num_rows)
 
 
 def read_shuffled(seed: int):
