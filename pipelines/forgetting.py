@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipelines.account import Account, to_parquet
 from pipelines.commits import Written, adopt, replace_units
-from pipelines.forgotten import HIDDEN, Forgotten, Kind, hidden, key_of, normal_url
+from pipelines.forgotten import HIDDEN, Entry, Forgotten, hidden
 from pipelines.intake import recover
 from pipelines.loader import READERS
 from pipelines.pairs import withhold
@@ -36,8 +36,6 @@ _DERIVED = ("pairs", "targets")
 _BY_THE_MODEL = ("not_finite", "crashed")
 """Reasons for which a caption that was on the list is no row of PAIRS."""
 _MAX_ROUNDS = 20
-
-Entry = tuple[Kind, bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,29 +200,16 @@ def _entries(
 ) -> set[Entry]:
     """What on the list names a row."""
     ids = {id_, source_id or id_, _base(id_) if derived else id_}
-    found: set[Entry] = set()
-    if forgotten.ids:
-        found |= {("id", key) for key in map(key_of, ids) if key in forgotten.ids}
-    if forgotten.urls:
-        # A caption list may have addresses for ids.
-        found |= {("url", key) for key in map(_url_key, ids) if key in forgotten.urls}
-    if sha256 is not None and (key := key_of(sha256)) in forgotten.hashes:
-        found.add(("hash", key))
-    return found
+    # A caption list may have addresses for ids.
+    return forgotten.named_by(ids=ids, urls=ids, hashes=() if sha256 is None else (sha256,))
 
 
 def _entries_of_rejection(forgotten: Forgotten, rejection: Rejection, *, derived: bool) -> set[Entry]:
     if rejection.id.startswith(HIDDEN) or rejection.reason == "withheld":
         return set()  # it says nothing, or only where in its shard the row stands
-    found = _entries(forgotten, rejection.id, None, None, derived=derived)
-    if forgotten.urls:
-        addresses = (word for word in rejection.detail.split() if "://" in word)
-        found |= {("url", key) for key in map(_url_key, addresses) if key in forgotten.urls}
-    return found
-
-
-def _url_key(text: str) -> bytes:
-    return key_of(normal_url(text))
+    addresses = [word for word in rejection.detail.split() if "://" in word]
+    named = _entries(forgotten, rejection.id, None, None, derived=derived)
+    return named | forgotten.named_by(urls=addresses)
 
 
 def _base(id_: str) -> str:

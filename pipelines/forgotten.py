@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -24,6 +25,9 @@ from pipelines.storage import absolute, read_bytes, write_once
 
 Kind = Literal["url", "hash", "id"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+
+Entry = tuple[Kind, bytes]
+"""Something on the list: its kind and its key."""
 
 HIDDEN: Final = "forgotten:"
 """How an id begins that stands for one that was forgotten."""
@@ -102,18 +106,23 @@ class Forgotten:
     def __len__(self) -> int:
         return len(self.urls) + len(self.hashes) + len(self.ids)
 
-    def has_url(self, url: str) -> bool:
-        """Whether an address is on the list."""
-        return bool(self.urls) and key_of(normal_url(url)) in self.urls
+    def named_by(
+        self, *, ids: Iterable[str] = (), urls: Iterable[str] = (), hashes: Iterable[object] = ()
+    ) -> set[Entry]:
+        """What on the list has one of these ids, addresses, or hashes as metadata spell them."""
+        found: set[Entry] = set()
+        if self.ids:
+            found |= {("id", key) for key in map(key_of, ids) if key in self.ids}
+        if self.urls:
+            found |= {("url", key) for key in map(key_of, map(normal_url, urls)) if key in self.urls}
+        if self.hashes:
+            normal = (normal_hash(str(value)) for value in hashes)
+            found |= {("hash", key) for key in map(key_of, filter(None, normal)) if key in self.hashes}
+        return found
 
-    def has_id(self, id_: str) -> bool:
-        """Whether a row's id is."""
-        return bool(self.ids) and key_of(id_) in self.ids
-
-    def has_hash(self, value: object) -> bool:
-        """Whether a picture's hash is, as a shard's metadata spells it."""
-        normal = normal_hash(str(value)) if self.hashes else None
-        return normal is not None and key_of(normal) in self.hashes
+    def has(self, id_: str) -> bool:
+        """Whether a row's id is on the list, or is an address that is, as in some lists of captions."""
+        return bool(self.named_by(ids=(id_,), urls=(id_,)))
 
 
 @dataclass

@@ -211,7 +211,7 @@ def withhold(captions: Iterable[Caption | Rejection], forgotten: Forgotten) -> l
     """The list with what is forgotten set aside where it stands, and without its ids."""
 
     def row_of(row: Caption | Rejection) -> Caption | Rejection:
-        if not (forgotten.has_id(row.id) or forgotten.has_url(row.id)):
+        if not forgotten.has(row.id):
             return row
         if isinstance(row, Caption):
             return _withheld(hidden(row.id), ordinal=row.ordinal)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, Final
 
 from pipelines.forgotten import Forgotten, ForgottenList
 from pipelines.rejection import Rejected
+from pipelines.sources.links import Link
 from pipelines.sources.webdataset import Sample, Shard
 from pipelines.stages.veto import Check
 
@@ -30,10 +32,25 @@ class Withhold:
         forgotten = self.list.read()
 
         def check(sample: Sample, id_: str) -> None:
-            if is_on(forgotten, sample, id_):
+            names = names_of(sample) if forgotten.hashes else {"urls": [sample.source_id]}
+            if forgotten.named_by(ids=[id_], **names):
                 raise Rejected("withheld")
 
         return check
+
+    def check_link(self, link: Link) -> None:
+        """Refuse what is on the list before its picture is downloaded."""
+        told = [link.metadata[name] for name in HASHES if name in link.metadata]
+        if self._at_first.named_by(ids=[link.id], urls=[link.url], hashes=told):
+            raise Rejected("withheld")
+
+    @cached_property
+    def _at_first(self) -> Forgotten:
+        """The list as it was when the first link was asked about: links come by the million."""
+        return self.list.read()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"list": self.list}
 
     def describe(self) -> Mapping[str, Any]:
         """Nothing."""
@@ -66,15 +83,9 @@ class WithholdAgain:
         return {}
 
 
-def is_on(forgotten: Forgotten, sample: Sample, id_: str) -> bool:
-    """Whether a sample is on the list, under whatever name."""
-    if forgotten.has_id(id_) or forgotten.has_url(sample.source_id):
-        return True
-    if not forgotten.hashes:
-        return False
-    told = (sample.metadata.get(name) for name in HASHES)
-    if any(forgotten.has_hash(value) for value in told if value is not None):
-        return True
+def names_of(sample: Sample) -> dict[str, list[Any]]:
+    """The addresses and hashes that a sample goes by, for `Forgotten.named_by`."""
+    told = [sample.metadata[name] for name in HASHES if name in sample.metadata]
     # Of the bytes in the shard, which img2dataset may have encoded anew.
-    own = (hashlib.sha256(sample.image), hashlib.md5(sample.image, usedforsecurity=False))
-    return any(forgotten.has_hash(state.hexdigest()) for state in own)
+    own = [hashlib.sha256(sample.image), hashlib.md5(sample.image, usedforsecurity=False)]
+    return {"urls": [sample.source_id], "hashes": [*told, *(state.hexdigest() for state in own)]}

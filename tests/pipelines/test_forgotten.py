@@ -141,10 +141,12 @@ def test_requests_add_up_and_what_is_there_is_not_written_again(tmp_path):
     assert len(list((tmp_path / "forgotten").iterdir())) == 2
     found = before.read()
     assert found == second
-    assert found.has_url("https://A.org/1")
-    assert found.has_id("web/1")
-    assert found.has_hash(7)
-    assert not any((found.has_url("http://a.org/2"), found.has_id("web/2"), found.has_hash("8")))
+    assert {kind for kind, _ in found.named_by(ids=["web/1"], urls=["https://A.org/1"], hashes=[7])} == {
+        "url",
+        "hash",
+        "id",
+    }
+    assert not found.named_by(ids=["web/2"], urls=["http://a.org/2"], hashes=["8", None, 1.5, "x"])
 
 
 def test_the_files_hold_hashes_alone(tmp_path):
@@ -164,4 +166,4 @@ def test_another_process_reads_the_list_for_itself(tmp_path):
     wanted.add(Forgotten(ids=frozenset([key_of("web/1")])))
     sent = pickle.dumps(wanted)
     assert key_of("web/1") not in sent
-    assert pickle.loads(sent).read().has_id("web/1")
+    assert pickle.loads(sent).read().has("web/1")
