@@ -4,9 +4,45 @@ from __future__ import annotations
 
 from jobs.cli import Job
 from pipelines.stages.blocklist import load_blocklist
+from pipelines.fingerprints import identity_of
+from pipelines.stages.duplicates import RefuseCopies
 from pipelines.stages.veto import Veto
+from pipelines.tables import SCHEMA_VERSION, TableError, is_table, open_table
+from snapfusion.settings import differences
+
+DUPLICATES = "duplicates"
+"""The place in a run of the verdicts on its rows."""
 
 
 def vetoes_of(job: Job) -> list[Veto]:
-    """The vetoes under which this run encodes, and verifies what it encoded."""
+    """What refuses a row whatever other rows there are: before it is downloaded, hashed and encoded."""
     return [load_blocklist(job.recipe.source.blocklists)]
+
+
+def latents_vetoes_of(job: Job) -> list[Veto]:
+    """The vetoes under which this run encodes, and verifies what it encoded: copies are refused too.
+
+    Raises:
+        TableError: if copies are to be refused and no verdicts are there, or verdicts on other rows.
+    """
+    vetoes = vetoes_of(job)
+    if not job.recipe.deduplication.use:
+        return vetoes
+    place = job.place(DUPLICATES)
+    if not is_table(place):
+        raise TableError(
+            f"{place} is not there, and deduplication.use is set: run jobs.find_duplicates first"
+        )
+    table = open_table(place, kind="duplicates")
+    settings = job.recipe.deduplication
+    wanted = {
+        **{name: getattr(settings, name) for name in ("url", "image", "caption", "max_hamming")},
+        "fingerprints": {
+            **identity_of(settings.fingerprints, latents=job.recipe.latents, vetoes=vetoes),
+            "schema_version": SCHEMA_VERSION,
+        },
+    }
+    told = {name: table.identity[name] for name in wanted}
+    if differing := list(differences(told, wanted)):
+        raise TableError(f"{place} was made otherwise: {'; '.join(differing[:3])}; run jobs.find_duplicates")
+    return [*vetoes, RefuseCopies(url=table.url, version=table.version, source=job.recipe.source.name)]

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.account import Account, to_parquet
-from pipelines.commits import Written, adopt, replace_units
+from pipelines.commits import Written, adopt, replace_units, restore_accounts
 from pipelines.forgotten import HIDDEN, Entry, Forgotten, hidden
 from pipelines.intake import recover
 from pipelines.loader import READERS
@@ -28,9 +28,16 @@ from pipelines.sources.captions import Caption, fingerprint
 from pipelines.storage import read_bytes, write_once
 from pipelines.tables import Snapshot, TableError, UnitFile, accounts, marked, open_table, unit_records
 
-ORDER: Final = ("pairs", "targets", "latents", "fingerprints")
+ORDER: Final = ("pairs", "targets", "latents", "duplicates", "fingerprints")
 """Kinds of tables that rows are taken out of; what is derived comes first, so that it is never the last."""
 
+_COLUMNS = {
+    "pairs": ("id", "source_id"),
+    "targets": ("id", "source_id"),
+    "latents": ("id", "source_id"),
+    "duplicates": ("id", "of"),
+    "fingerprints": ("id", "source_id", "image_sha256"),
+}
 _DERIVED = ("pairs", "targets")
 """Kinds whose ids are `<id of a row of LATENTS, or of a caption>#<draw>`."""
 _BY_THE_MODEL = ("not_finite", "crashed")
@@ -46,6 +53,7 @@ class Match:
         file: of the unit.
         account: of the file.
         rows: positions in the file.
+        copies: positions of rows of DUPLICATES that stay, and say that they copy one that is on the list.
         rejections: positions among the account's rejections whose id or detail must go.
         ids: of the rows of LATENTS, or captions, behind all of these.
         entries: of the list, those that name them.
@@ -54,9 +62,13 @@ class Match:
     file: UnitFile
     account: Account
     rows: tuple[int, ...] = ()
+    copies: tuple[int, ...] = ()
     rejections: tuple[int, ...] = ()
     ids: frozenset[str] = frozenset()
     entries: frozenset[Entry] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.copies or self.rejections)
 
 
 @dataclass(kw_only=True)
@@ -93,25 +105,34 @@ class _Change:
     match: Match
 
 
+def is_handled(table: Snapshot) -> bool:
+    """Whether rows can be taken out of a table of this kind.
+
+    Not out of what figures are measured with: SAMPLES, REFERENCES, and the fingerprints of an evaluation,
+    whose content is part of what DUPLICATES are.
+    """
+    kind = table.identity["kind"]
+    return kind in ORDER and not (kind == "fingerprints" and "evaluation" in table.identity)
+
+
 def find(table: Snapshot, forgotten: Forgotten) -> list[Match]:
     """The units that hold something on the list, and what.
 
     Raises:
-        TableError: if rows cannot be taken out of tables of this kind.
+        TableError: if rows cannot be taken out of such a table.
     """
     kind = table.identity["kind"]
-    if kind not in ORDER:
-        raise TableError(f"{table.url} holds {kind}; rows are taken out of {', '.join(ORDER)}")
+    if not is_handled(table):
+        raise TableError(f"{table.url} holds {kind}; rows are taken out of {', '.join(ORDER)} of a run")
     known = accounts(table.url)
-    columns = ["id", "source_id", *(["image_sha256"] if kind == "fingerprints" else [])]
 
     def look_at(file: UnitFile) -> Match:
         account = known.get(file.unit) or adopt(file.path).account
-        rows = table.read_unit(file, columns).to_pydict()
+        rows = table.read_unit(file, _COLUMNS[kind]).to_pydict()
         return _match(file, account, rows, forgotten, derived=kind in _DERIVED)
 
     with ThreadPoolExecutor(READERS) as readers:
-        return [match for match in readers.map(look_at, table.units) if match.rows or match.rejections]
+        return [match for match in readers.map(look_at, table.units) if match]
 
 
 def forget(urls: Sequence[str], forgotten: Forgotten) -> list[Removal]:
@@ -123,10 +144,10 @@ def forget(urls: Sequence[str], forgotten: Forgotten) -> list[Removal]:
     Raises:
         TableError: if other writers keep coming between.
     """
-    for url in urls:
-        recover(url)
     removals = {}
     for url in urls:
+        # Files of a round of DUPLICATES that was never committed stay what they are.
+        (restore_accounts if open_table(url).identity["kind"] == "duplicates" else recover)(url)
         table = open_table(url)
         removals[url] = Removal(
             url=table.url, kind=table.identity["kind"], before=table.version, after=table.version
@@ -144,7 +165,7 @@ def _round(removals: Mapping[str, Removal], forgotten: Forgotten) -> bool:
     tables = {url: open_table(url) for url in removals}
     by_kind = {kind: [url for url, removal in removals.items() if removal.kind == kind] for kind in ORDER}
     changes: dict[str, list[_Change]] = {}
-    for url in (*by_kind["latents"], *by_kind["fingerprints"]):
+    for url in (*by_kind["latents"], *by_kind["duplicates"], *by_kind["fingerprints"]):
         changes[url] = [_rewritten(tables[url], match) for match in find(tables[url], forgotten)]
     parents = _Parents([(tables[url], changes[url]) for url in by_kind["latents"]])
     for url in by_kind["targets"]:
@@ -173,10 +194,11 @@ def _commit(removal: Removal, changes: Sequence[_Change]) -> bool:
 def _match(
     file: UnitFile, account: Account, rows: Mapping[str, list[Any]], forgotten: Forgotten, *, derived: bool
 ) -> Match:
-    hashes = rows.get("image_sha256") or [None] * len(rows["id"])
+    nothing = [None] * len(rows["id"])
+    names_of = zip(rows["id"], rows.get("source_id", nothing), rows.get("image_sha256", nothing), strict=True)
     found = {
         place: entries
-        for place, names in enumerate(zip(rows["id"], rows["source_id"], hashes, strict=True))
+        for place, names in enumerate(names_of)
         if (entries := _entries(forgotten, *names, derived=derived))
     }
     spoken = {
@@ -184,11 +206,17 @@ def _match(
         for place, rejection in enumerate(account.rejections)
         if (entries := _entries_of_rejection(forgotten, rejection, derived=derived))
     }
+    copies = [
+        place
+        for place, of in enumerate(rows.get("of", nothing))
+        if of is not None and place not in found and forgotten.named_by(ids=[of])
+    ]
     ids = [*(rows["id"][place] for place in found), *(account.rejections[place].id for place in spoken)]
     return Match(
         file=file,
         account=account,
         rows=tuple(found),
+        copies=tuple(copies),
         rejections=tuple(spoken),
         ids=frozenset(_base(id_) if derived else id_ for id_ in ids),
         entries=frozenset().union(*found.values(), *spoken.values()),
@@ -251,8 +279,19 @@ def _rewritten(table: Snapshot, match: Match, *, source_digest: str | None = Non
     )
     path = f"{table.url}/{marked(match.file.unit, fewer.to_json())}"
     mask = pa.array([place not in gone for place in range(rows.num_rows)], pa.bool_())
-    write_once(path, to_parquet(rows.filter(mask), fewer))
+    write_once(path, to_parquet(_without_names(rows, match.copies).filter(mask), fewer))
     return _Change(old=match.file, new=adopt(path), match=match)
+
+
+def _without_names(rows: pa.Table, copies: Sequence[int]) -> pa.Table:
+    """Rows of DUPLICATES, some of which no longer say of which row they are copies."""
+    if not copies:
+        return rows
+    of = rows["of"].to_pylist()
+    for place in copies:
+        of[place] = hidden(of[place])
+    at = rows.schema.get_field_index("of")
+    return rows.set_column(at, rows.schema.field(at), pa.array(of, rows.schema.field(at).type))
 
 
 def _read(file: UnitFile) -> pa.Table:
