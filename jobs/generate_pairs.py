@@ -13,7 +13,8 @@ from jobs.cli import Job, run
 from jobs.cluster import runner
 from jobs.exits import leave
 from jobs.progress import show
-from pipelines.pairs import captions_of, generate_pairs
+from jobs.vetoes import forgotten_by
+from pipelines.pairs import captions_of, generate_pairs, withhold
 from pipelines.rejection import Rejection
 from pipelines.sources.captions import Caption, CaptionSettings, read_captions
 from pipelines.tables import is_table, open_table
@@ -42,12 +43,16 @@ def generate(job: Job) -> None:
 
 
 def captions_for(job: Job) -> tuple[list[Caption | Rejection], dict[str, Any]]:
-    """The recipe's caption list, or else the captions of LATENTS; and what identifies them."""
-    wanted = job.recipe.captions
+    """The recipe's caption list, or else the captions of LATENTS; and what identifies them.
+
+    What the run was asked to forget is withheld.
+    """
+    wanted, forgotten = job.recipe.captions, forgotten_by(job).read()
     if wanted.url is None:
         table = open_table(job.place("latents"), kind="latents")
-        return [*captions_of(table, limit=wanted.limit)], table.lineage()
-    return list(islice(read_captions(wanted.url, CaptionSettings()), wanted.limit)), {"list": wanted.url}
+        return withhold(captions_of(table, limit=wanted.limit), forgotten), table.lineage()
+    listed = islice(read_captions(wanted.url, CaptionSettings()), wanted.limit)
+    return withhold(listed, forgotten), {"list": wanted.url}
 
 
 def preview(job: Job) -> list[str]:

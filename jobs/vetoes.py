@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from jobs.cli import Job
-from pipelines.stages.blocklist import load_blocklist
 from pipelines.fingerprints import identity_of
+from pipelines.forgotten import ForgottenList
+from pipelines.schemas import SCHEMA_VERSION
+from pipelines.stages.blocklist import load_blocklist
 from pipelines.stages.duplicates import RefuseCopies
 from pipelines.stages.veto import Veto
-from pipelines.tables import SCHEMA_VERSION, TableError, is_table, open_table
+from pipelines.stages.withhold import Withhold
+from pipelines.tables import TableError, is_table, open_table
 from snapfusion.settings import differences
 
 DUPLICATES = "duplicates"
@@ -16,7 +19,12 @@ DUPLICATES = "duplicates"
 
 def vetoes_of(job: Job) -> list[Veto]:
     """What refuses a row whatever other rows there are: before it is downloaded, hashed and encoded."""
-    return [load_blocklist(job.recipe.source.blocklists)]
+    return [Withhold(forgotten_by(job)), load_blocklist(job.recipe.source.blocklists)]
+
+
+def forgotten_by(job: Job) -> ForgottenList:
+    """What this run was asked to forget, which need not be anything."""
+    return ForgottenList(job.place("forgotten"))
 
 
 def latents_vetoes_of(job: Job) -> list[Veto]:

@@ -92,7 +92,7 @@ def replace_units(url: str, files: Sequence[tuple[UnitFile, Written]]) -> bool:
     """
     location = absolute(url)
     delta = DeltaTable(location)
-    if not {_name(old.path) for old, _ in files} <= set(_names(delta)):
+    if not {_name(old.path) for old, _ in files} <= set(live_names(delta)):
         return False
     fresh = [new for _, new in files]
     removals = [_removal(_name(old.path)) for old, _ in files]
@@ -204,7 +204,7 @@ def _restate(location: str, files: Sequence[Written], restated: _Restated, *, sc
     units = {file.account.unit for file in files}
     for _ in range(_MAX_TRIES):
         delta = DeltaTable(location)
-        held = {name: _rows_of(f"{location}/{name}") for name in _names(delta)}
+        held = {name: _rows_of(f"{location}/{name}") for name in live_names(delta)}
         told = {
             name: rows for name, rows in held.items() if not units.isdisjoint(row["unit"] for row in rows)
         }
@@ -309,8 +309,8 @@ def _app_id(file: Written) -> str:
     return f"unit:{file.account.unit}"
 
 
-def _names(delta: DeltaTable) -> list[str]:
-    """The files of this version, by their names in the table's folder."""
+def live_names(delta: DeltaTable) -> list[str]:
+    """The files of a version, by their names in the table's folder."""
     names: list[str] = pa.table(delta.get_add_actions(flatten=True)).column("path").to_pylist()
     return names
 

@@ -135,6 +135,14 @@ def find(table: Snapshot, forgotten: Forgotten) -> list[Match]:
         return [match for match in readers.map(look_at, table.units) if match]
 
 
+def holds(table: Snapshot, rows: pa.Table, account: Account, forgotten: Forgotten) -> bool:
+    """Whether a file of such a table, be it of an old version, holds something on the list."""
+    kind = table.identity["kind"]
+    file = UnitFile(unit=account.unit, path="", rows=rows.num_rows, size=0)
+    told = rows.select(_COLUMNS[kind]).to_pydict()
+    return bool(_match(file, account, told, forgotten, derived=kind in _DERIVED))
+
+
 def forget(urls: Sequence[str], forgotten: Forgotten) -> list[Removal]:
     """Take everything on the list out of the tables; returns what was done, for every table.
 
