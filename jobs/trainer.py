@@ -337,6 +337,7 @@ def _run(
     with (
         closing(batches),
         _logbook(training, store=store, done=state.step, settings=settings, rank=rank) as logbook,
+        TrainingMeter(training.name) as meter,
     ):
         train(
             state,
@@ -346,7 +347,13 @@ def _run(
             micro_batch=settings.micro_batch,
             wrapped=_distribute(training, model) if world > 1 and not spread else None,
             after_step=_Recorder(
-                training, state=state, store=store, settings=settings, mailbox=mailbox, logbook=logbook
+                training,
+                state=state,
+                store=store,
+                settings=settings,
+                mailbox=mailbox,
+                logbook=logbook,
+                meter=meter,
             ),
         )
     evaluation, weights = {}, state.final_weights()
@@ -453,12 +460,13 @@ class _Recorder:
         settings: TrainerSettings,
         mailbox: Any,  # noqa: ANN401 - an actor handle
         logbook: Logbook | None,
+        meter: TrainingMeter,
     ) -> None:
         self._training, self._state, self._store = training, state, store
         self._settings, self._mailbox, self._logbook = settings, mailbox, logbook
         self._first = ray.train.get_context().get_world_rank() == 0
         self._logged, self._reported = _Pace(), _Pace()
-        self._meter = TrainingMeter(training.name)
+        self._meter = meter
         self._told = 0.0
 
     def __call__(self, step: Step) -> None:

@@ -1,8 +1,8 @@
 """What a running cluster tells Prometheus: rows, what workers do with their time, and the pace of a training.
 
-Ray serves these on every node, with `ray_` before the name and `_total` after it. All are counters, from
-which rates and shares follow: Ray 2.60 exports a gauge once and forgets it, and makes a histogram's sum of
-the middles of its buckets.
+Ray serves these on every node: a counter as `ray_<name>_total`, which stays when its process has ended, and
+a gauge as `ray_<name>`, which does not. There are no histograms: Ray 2.60 makes their sums out of the middles
+of their buckets.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
-from ray.util.metrics import Counter
+from ray.util.metrics import Counter, Gauge
 
 from pipelines.intake import Progress
 
@@ -21,6 +21,7 @@ ROWS: Final = "snapfusion_rows"
 STAGE_SECONDS: Final = "snapfusion_stage_seconds"
 TRAINING_STEPS: Final = "snapfusion_training_steps"
 TRAINING_SECONDS: Final = "snapfusion_training_seconds"
+TRAINING_RUNS: Final = "snapfusion_training_runs"
 
 WRITTEN: Final = "written"
 """The outcome of a row that was not set aside; any other outcome is a key of `rejection.REASONS`."""
@@ -95,8 +96,10 @@ class StageClock:
             self._state, self._since = state or self._state, now
 
 
-class TrainingMeter:
+class TrainingMeter(AbstractContextManager["TrainingMeter"]):
     """Counts the steps of one worker of a training, and their seconds: "waiting" for data, or "computing".
+
+    Within it the training is said to run.
 
     Args:
         training: whose steps.
@@ -107,8 +110,16 @@ class TrainingMeter:
         self._seconds = Counter(
             TRAINING_SECONDS, "What each worker's steps took.", tag_keys=("training", "state")
         )
-        for counter in (self._steps, self._seconds):
-            counter.set_default_tags({"training": training})
+        self._runs = Gauge(TRAINING_RUNS, "Whether a worker is in its training loop.", tag_keys=("training",))
+        for metric in (self._steps, self._seconds, self._runs):
+            metric.set_default_tags({"training": training})
+
+    def __enter__(self) -> TrainingMeter:
+        self._runs.set(1)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._runs.set(0)
 
     def add(self, *, seconds: float, data_seconds: float) -> None:
         """Count a step that took `seconds`, `data_seconds` of them waiting for its batch."""

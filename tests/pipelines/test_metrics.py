@@ -30,7 +30,12 @@ def counted(monkeypatch):
             assert tags.keys() == self.keys
             totals[self.name, *tags.values()] += value
 
+    class Gauge(Counter):
+        def set(self, value):
+            totals[self.name, *self.default.values()] = value
+
     monkeypatch.setattr(metrics, "Counter", Counter)
+    monkeypatch.setattr(metrics, "Gauge", Gauge)
     return totals
 
 
@@ -81,13 +86,15 @@ def test_a_stage_that_fails_is_not_busy_for_ever(counted):
     assert clock._state == "waiting"
 
 
-def test_a_steps_seconds_are_waiting_or_computing(counted):
-    meter = TrainingMeter("vpred")
-    meter.add(seconds=2.0, data_seconds=0.5)
-    meter.add(seconds=1.0, data_seconds=0.0)
-    meter.add(seconds=0.25, data_seconds=0.25)
+def test_a_steps_seconds_are_waiting_or_computing_while_the_training_runs(counted):
+    with TrainingMeter("vpred") as meter:
+        meter.add(seconds=2.0, data_seconds=0.5)
+        meter.add(seconds=1.0, data_seconds=0.0)
+        meter.add(seconds=0.25, data_seconds=0.25)
+        assert counted[metrics.TRAINING_RUNS, "vpred"] == 1
     assert counted == {
         (metrics.TRAINING_STEPS, "vpred"): 3,
         (metrics.TRAINING_SECONDS, "vpred", "waiting"): 0.75,
         (metrics.TRAINING_SECONDS, "vpred", "computing"): 2.5,
+        (metrics.TRAINING_RUNS, "vpred"): 0,
     }

@@ -1,0 +1,76 @@
+"""What is done on a cluster of labelled nodes by test_cluster_run: rows by two stages, and a training."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import ray
+import torch
+from synthetic_units import IDENTITY, SCHEMA, finished
+from test_trainer import Regression, training
+
+from jobs.cluster import Cluster, connect
+from jobs.progress import show
+from jobs.trainer import TrainerSettings, Training, run_trainings
+from pipelines.execution import Pool, Stage, on_ray
+from pipelines.intake import Bounds, take_in
+from pipelines.stages.write import WriteUnit
+from pipelines.tables import create_table
+from pipelines.units import FinishedRows
+from snapfusion.settings import digest
+
+
+def role() -> str:
+    """Of the node that this runs on."""
+    return str(ray.get_runtime_context().get_node_labels()["role"])
+
+
+class Draw:
+    """Rows whose unit states the role of the node that they were made on."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __call__(self, start: int) -> FinishedRows:
+        time.sleep(0.2)
+        rows = finished(start, start + 4, final=start + 4 == self.rows)
+        return replace(rows, environment={"role": role()})
+
+
+class Slowly(Regression):
+    """Steps that take long enough to be seen to run."""
+
+    def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], *, step: int) -> torch.Tensor:
+        time.sleep(1.0)
+        return super().__call__(model, batch, step=step)
+
+
+def program(device: torch.device) -> Iterator[Training]:
+    """One training of a few slow steps."""
+    yield replace(training(), objective=Slowly(), evaluate=lambda: {"role": role()})
+
+
+def work(address: str, out: str, rows: int) -> None:
+    """Fill a table and train, each on nodes of its own; the training's node is printed."""
+    connect(Cluster(address=address))
+    table = create_table(f"{out}/table", schema=SCHEMA, identity=IDENTITY)
+    teachers = Pool(labels={"role": "teacher"})
+    writing = {"url": table.url, "schema": SCHEMA, "settings": digest(table.identity)}
+    stages = [
+        Stage(build=Draw, arguments={"rows": rows}, pool=teachers),
+        Stage(build=WriteUnit, arguments=writing, pool=teachers),
+    ]
+    written = on_ray(range(0, rows, 4), stages)
+    take_in(table.url, written, bounds=Bounds(), total=rows, on_progress=show("generate_pairs"))
+    settings = TrainerSettings(labels={"role": "trainer"}, cpus_per_worker=0.5, log_to=())
+    trained = run_trainings(
+        program, {}, store_url=f"{out}/training", settings=settings, on_report=lambda figures: None
+    )
+    print(f"trained on {trained['sums'].evaluation['role']}")
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,140 @@
+"""Prometheus rules and the dashboard, as far as no cluster is needed; test_cluster_run.py has one."""
+
+import inspect
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import monitoring_names as names
+import pytest
+import yaml
+
+from jobs.recipes import recipe_named
+from pipelines import metrics, stages
+
+ROOT = Path(__file__).parents[2]
+OURS = {
+    *(f"ray_{name}_total" for name in (metrics.ROWS, metrics.STAGE_SECONDS)),
+    *(f"ray_{name}_total" for name in (metrics.TRAINING_STEPS, metrics.TRAINING_SECONDS)),
+    f"ray_{metrics.TRAINING_RUNS}",
+}
+RAYS = {
+    "ray_cluster_active_nodes",
+    "ray_cluster_idle_nodes",
+    "ray_node_disk_utilization_percentage",
+    "ray_node_mem_total",
+    "ray_node_mem_used",
+}
+"""What is read of Ray's own metrics."""
+
+
+@pytest.mark.parametrize("expression", names.expressions().values(), ids=names.expressions())
+def test_an_expression_is_promql_over_metrics_that_there_are(expression):
+    read = {name for name, _ in names.selected(expression)}
+    assert read <= OURS | RAYS | names.recorded()
+    # None was overlooked in it.
+    assert read == set(re.findall(r"\b(?:ray_|snapfusion:)\w+", expression))
+
+
+def test_what_is_no_promql_is_refused():
+    with pytest.raises(ValueError, match="parenthesis"):
+        list(names.selected("sum(rate(ray_snapfusion_rows_total[5m])"))
+
+
+def test_every_metric_that_we_count_is_looked_at():
+    assert names.scraped().keys() == OURS | RAYS
+
+
+def test_stages_and_outcomes_that_expressions_name_exist():
+    classes = {
+        name
+        for path in Path(stages.__file__).parent.glob("*.py")
+        for name in re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE)
+    }
+    for expression in names.expressions().values():
+        for listed in re.findall(r'stage=~"([^"]+)"', expression):
+            assert set(listed.split("|")) <= classes
+        assert set(re.findall(r'outcome!?="([^"]+)"', expression)) <= {metrics.WRITTEN}
+    states = {
+        state
+        for expression in names.expressions().values()
+        for state in re.findall(r'state="(\w+)"', expression)
+    }
+    assert states == {"starting", "waiting", "busy"}
+    assert all(f'"{state}"' in inspect.getsource(metrics) for state in states)
+
+
+def test_every_type_of_node_has_a_price():
+    aws = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())["available_node_types"]
+    kubernetes = yaml.safe_load((ROOT / "infra/kuberay/cluster.yaml").read_text())["spec"]
+    groups = {group["groupName"] for group in kubernetes["workerGroupSpecs"]}
+    priced = [
+        rule["labels"]["node_type"]
+        for rule in names.rules()
+        if rule.get("record") == "snapfusion:price_dollars_per_hour"
+    ]
+    # KubeRay's name for the head's group.
+    assert sorted(priced) == sorted(aws.keys() | groups | {"headgroup"})
+
+
+def test_an_alert_says_what_is_the_matter_and_what_to_do():
+    alerts = [rule for rule in names.rules() if "alert" in rule]
+    assert len(alerts) == 10
+    for alert in alerts:
+        assert alert["labels"]["severity"] in {"warning", "critical"}
+        assert alert["annotations"].keys() == {"summary", "action"}
+    advice = " ".join(alert["annotations"]["action"] for alert in alerts)
+    recipe = recipe_named("mini").to_values()
+    assert "`latents.readers.actors`" in advice
+    assert "actors" in recipe["latents"]["readers"]
+    assert "`bounds.max_rejected` (0.5 by default)" in advice
+    assert recipe["latents"]["bounds"]["max_rejected"] == 0.5
+
+
+def test_the_dashboard_shows_what_is_asked_of_it():
+    dashboard = json.loads((names.MONITORING / "dashboard.json").read_text())
+    panels = dashboard["panels"]
+    titles = [panel["title"] for panel in panels]
+    for asked in ("Rows a second", "Rejected share", "Teachers' idle share", "Step time", "Data-wait share"):
+        assert asked in titles
+    assert "Cost so far" in titles
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    assert dashboard["templating"]["list"][0]["name"] == "datasource"
+    for panel in panels:
+        assert panel["datasource"]["uid"] == "${datasource}"
+        assert panel["description"]
+        assert {"x", "y", "w", "h"} == panel["gridPos"].keys()
+    for one, other in itertools.combinations([panel["gridPos"] for panel in panels], 2):
+        apart = (
+            one["x"] + one["w"] <= other["x"]
+            or other["x"] + other["w"] <= one["x"]
+            or one["y"] + one["h"] <= other["y"]
+            or other["y"] + other["h"] <= one["y"]
+        )
+        assert apart
+    assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in panels)
+
+
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool, which comes with Prometheus, is not here"
+)
+@pytest.mark.parametrize(
+    "words", [("check", "config", "prometheus.yaml"), ("test", "rules", "rules_test.yaml")]
+)
+def test_prometheus_accepts_the_rules_and_makes_of_series_what_it_should(words):
+    done = subprocess.run(
+        ["promtool", *words], cwd=names.MONITORING, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_made_up_series_have_a_word_for_every_rule():
+    made_up = (names.MONITORING / "rules_test.yaml").read_text()
+    for rule in names.rules():
+        assert rule.get("alert", rule.get("record", "")).split("{")[0] in made_up or rule["record"] in {
+            "snapfusion:nodes",
+            "snapfusion:price_dollars_per_hour",
+        }
