@@ -45,7 +45,7 @@ class WatchSettings(Settings):
         steps: of DDIM; null takes the student's, or 50 where there is none.
         best: what decides: the lowest "fid", or the highest "clip".
         pictures: how many are shown, of the first captions.
-        drawing: batch and noise; the same noise at every look.
+        drawing: batch and noise; the same noise at every look. Its size null is that which is trained.
         judging: what FID and CLIP are measured with.
         references: a table REFERENCES that FID is taken to (in a job also "run:" and a place in the run);
             null takes held-out scenes of the miniature.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,3 +232,11 @@ def test_a_large_picture_is_framed_without_aliasing():
 def test_a_picture_that_travels_to_a_child_process_keeps_its_row():
     sent = pickle.loads(pickle.dumps(Encoded(b"bytes", row="web/0/7"), protocol=pickle.HIGHEST_PROTOCOL))
     assert (sent, sent.row) == (b"bytes", "web/0/7")
+
+
+@pytest.mark.parametrize("size", [256, 512, 768])
+def test_the_document_lists_the_buckets_that_there_are(size):
+    text = (Path(__file__).parents[2] / "docs/resolution.md").read_text()
+    (row,) = re.findall(rf"^\| {size} \| (.*) \|$", text, re.MULTILINE)
+    shapes = buckets_of(Buckets(), size=size, step=64)
+    assert row.split(", ") == [f"{width}×{height}" for height, width in shapes]
