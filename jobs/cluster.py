@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import pyarrow as pa
 import ray
 
 from pipelines.execution import Runner, Stage, on_ray
+from pipelines.grouping import RayRows, Read, read_on_ray
 from snapfusion.settings import Settings
 
 # Two cores carry a reader, a network, a writer and a trainer: logical CPUs only say who may run beside whom.
@@ -49,6 +51,16 @@ def runner(cluster: Cluster) -> Runner:
             yield from on_ray(waiting, stages)
 
     return run
+
+
+def reader(cluster: Cluster) -> Read:
+    """`read_on_ray` on this cluster, to which it connects only if there is something to read."""
+
+    def read(things: Sequence[Any], function: Callable[[Any], pa.Table]) -> RayRows:
+        connect(cluster)
+        return read_on_ray(things, function)
+
+    return read
 
 
 def connect(cluster: Cluster) -> None:

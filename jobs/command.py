@@ -16,6 +16,7 @@ VERBS = (
     "run_pipeline",
     "render_scenes",
     "download_shards",
+    "find_duplicates",
     "encode_latents",
     "generate_pairs",
     "compute_targets",

@@ -20,6 +20,7 @@ from jobs.train_efficient import EfficientSettings
 from jobs.train_robust import RobustSettings, RobustTraining
 from jobs.trainer import TrainerSettings
 from pipelines.downloads import Downloads
+from pipelines.duplicates import Deduplication
 from pipelines.execution import Pool
 from pipelines.latents import Latents
 from pipelines.pairs import Pairs
@@ -100,6 +101,7 @@ class Recipe(Settings):
         download: how URL lists become shards.
         source: images.
         latents: how LATENTS are made.
+        deduplication: which of their rows count as copies, and whether these are refused.
         captions: what the teacher draws.
         pairs: how PAIRS are made.
         targets: how TARGETS are made.
@@ -128,6 +130,7 @@ class Recipe(Settings):
     download: Downloads = Downloads()
     source: Source = Source()
     latents: Latents = Latents()
+    deduplication: Deduplication = Deduplication()
     captions: Captions = Captions()
     pairs: Pairs = Pairs()
     targets: Targets = Targets()

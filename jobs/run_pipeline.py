@@ -14,6 +14,7 @@ from jobs import (
     distill_decoder,
     distill_steps,
     encode_latents,
+    find_duplicates,
     generate_pairs,
     measure_latency,
     render_scenes,
@@ -30,6 +31,7 @@ Step = tuple[str, Body, Preview]
 
 STEPS: tuple[Step, ...] = (
     ("render_scenes", render_scenes.render_scenes, render_scenes.preview),
+    ("find_duplicates", find_duplicates.find, find_duplicates.preview),
     ("encode_latents", encode_latents.encode, encode_latents.preview),
     ("measure_latency", measure_latency.measure, measure_latency.preview),
     ("train_efficient", train_efficient.train_efficient, train_efficient.preview),
@@ -61,9 +63,13 @@ def run_pipeline(job: Job) -> None:
 def steps_of(job: Job) -> list[Step]:
     """The steps of this recipe: scenes only where no shards are named, a student only if its teacher is.
 
+    Copies are looked for only if they are to be refused.
+
     The efficient UNet is made, and timed, only for a student that begins with it.
     """
     left_out, distill = set(), job.recipe.distill
+    if not job.recipe.deduplication.use:
+        left_out.add("find_duplicates")
     if job.recipe.source.url is not None:
         left_out.add("render_scenes")
     if distill.teacher is None:

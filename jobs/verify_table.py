@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NoReturn
+
+import pyarrow as pa
 
 from jobs.cli import Job, run
 from jobs.distill_steps import sources
 from jobs.evaluation import Contender
 from jobs.exits import leave
-from jobs.vetoes import vetoes_of
-from pipelines import latents, pairs, references, samples, targets
+from jobs.vetoes import latents_vetoes_of, vetoes_of
+from pipelines import fingerprints, latents, pairs, references, samples, targets
+from pipelines.account import Account
 from pipelines.sources.webdataset import list_shards
 from pipelines.tables import Snapshot, open_table
-from pipelines.verification import Remake, verify_table
+from pipelines.verification import CannotRemake, Remake, verify_table
 
 
 class Unsound(RuntimeError):
@@ -68,14 +72,19 @@ def remake_for(job: Job, table: Snapshot) -> Remake:
     if table.identity["kind"] == "references":
         wanted = recipe.evaluation
         return references.remake(table, settings=wanted.references, judging=wanted.samples.judging)
-    place = recipe.source.url or f"{beside}/shards"
+    if table.identity["kind"] == "duplicates":
+        return _made_in_rounds
+    shards = list_shards(recipe.source.url or f"{beside}/shards")
+    there, source = replace(job, out=beside), recipe.source.name
+    if table.identity["kind"] == "fingerprints":
+        return fingerprints.remake(table, shards=shards, source=source, vetoes=vetoes_of(there))
     return latents.remake(
-        table,
-        model=recipe.model,
-        shards=list_shards(place),
-        source=recipe.source.name,
-        vetoes=vetoes_of(replace(job, out=beside)),
+        table, model=recipe.model, shards=shards, source=source, vetoes=latents_vetoes_of(there)
     )
+
+
+def _made_in_rounds(account: Account, _rows: pa.Table) -> NoReturn:
+    raise CannotRemake(f"its round is made as a whole, and {account.unit} is a part of it")
 
 
 def preview(job: Job) -> list[str]:

@@ -22,6 +22,7 @@ from pipelines.stages.fingerprint import METHOD, FingerprintShard
 from pipelines.stages.image import PictureBounds
 from pipelines.stages.read import ShardWork
 from pipelines.stages.veto import Veto
+from pipelines.stages.withhold import Withhold, WithholdAgain
 from pipelines.stages.write import WriteUnit, pack
 from pipelines.tables import Snapshot, accounts, create_table, open_table
 from pipelines.verification import CannotRemake, Remake
@@ -108,13 +109,15 @@ def remake(table: Snapshot, *, shards: Sequence[Shard], source: str, vetoes: Seq
     """What `verify_table` needs to make units of FINGERPRINTS again: the shards are read and hashed."""
     settings = Fingerprints(rows_per_unit=table.identity["rows_per_unit"])
     told = {name: table.identity[name] for name in ("shards", "selection", "images")}
-    reader = FingerprintShard(**_reading(settings, Latents.parse(told), vetoes))
+    others = [veto for veto in vetoes if not isinstance(veto, Withhold)]
     known = {f"{source}/{shard.name}": shard for shard in shards}
 
     def make(account: Account, _rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
         if account.source not in known:
             raise CannotRemake(f"its shard {account.source} is not among those given")
         work = ShardWork(shard=known[account.source], source=account.source, committed=((0, account.start),))
+        withheld = WithholdAgain(row.id for row in account.rejections if row.reason == "withheld")
+        reader = FingerprintShard(**_reading(settings, Latents.parse(told), (withheld, *others)))
         # A picture that once took a worker down must not take this process down.
         finished = next(reader(work, careful="crashed" in account.rejected()))
         return pack(finished, FINGERPRINTS), finished.environment

@@ -85,7 +85,8 @@ def test_the_pipeline_has_the_steps_that_the_recipe_has_something_for():
         job = cli.Job(verb="run_pipeline", recipe=recipe_named(name).with_values(settings), out="runs/x")
         return [verb for verb, _, _ in run_pipeline.steps_of(job)]
 
-    assert verbs("mini") == [verb for verb, _, _ in run_pipeline.STEPS]
+    assert verbs("mini", "deduplication.use=true") == [verb for verb, _, _ in run_pipeline.STEPS]
+    assert set(verbs("mini", "deduplication.use=true")) - set(verbs("mini")) == {"find_duplicates"}
     students = {"measure_latency", "train_efficient", "distill_steps"}
     assert verbs("mini", "distill.teacher=null") == [verb for verb in verbs("mini") if verb not in students]
     plainly = verbs("mini", "distill.student=null")

@@ -15,6 +15,7 @@ from pipelines.matching import (
     CAPTION,
     EXACT,
     IMAGE,
+    MATCHES,
     ORDER,
     URL,
     BlockIndex,
@@ -46,7 +47,7 @@ def as_rows(table: pa.Table) -> dict[int, tuple[str, int]]:
 
 
 def whole(rows: ShuffledRows) -> pa.Table:
-    return pa.concat_tables(rows.tables())
+    return pa.concat_tables([MATCHES.empty_table(), *rows.tables()])
 
 
 # ---- exact keys

@@ -1,0 +1,69 @@
+"""From shards with copies to LATENTS without: the jobs, by their command lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from copy_inputs import encoded, near_copies, photograph, row, write_shards
+from in_process import in_process
+from shuffled_rows import read_shuffled
+
+from jobs import encode_latents, find_duplicates, verify_table
+from pipelines.tables import open_table, rejected_rows
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch) -> Path:
+    """A run of two shards; a picture of the second is in the evaluation, and two copy the first."""
+    for job in (encode_latents, find_duplicates):
+        monkeypatch.setattr(job, "runner", lambda _cluster: in_process)
+    monkeypatch.setattr(find_duplicates, "reader", lambda _cluster: read_shuffled(0))
+    second = [row(100), row(101, image=encoded(photograph(1))), row(102, image=near_copies(0)["brighter"])]
+    write_shards(tmp_path / "run" / "shards", [[row(n) for n in range(3)], second])
+    (tmp_path / "val2014").mkdir()
+    (tmp_path / "val2014" / "a.jpg").write_bytes(encoded(photograph(100)))
+    return tmp_path / "run"
+
+
+def words(out: Path, model: str, *settings: str) -> list[str]:
+    named = (f"model={model}", "latents.images.min_side=8", *settings)
+    return ["--out", str(out), *(word for setting in named for word in ("--set", setting))]
+
+
+def test_copies_and_evaluated_pictures_are_counted_refused_and_verified(out, tiny_teacher, capsys):
+    judged_by = f'deduplication.evaluation.pictures=["{out.parent}/val2014"]'
+    settings = words(out, tiny_teacher, "deduplication.use=true", judged_by)
+    assert find_duplicates.main([*settings, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert f"would read {out.parent}/val2014 of the evaluation" in told
+    assert f"would judge rows into {out}/duplicates (a new table)" in told
+    assert find_duplicates.main(settings) == 0
+    told = capsys.readouterr().out
+    assert "the evaluation: 1 rows, none rejected" in told
+    assert "6 rows, 3 (1 evaluation_image, 1 duplicate_image, 1 near_duplicate_image) refused" in told
+    assert "3 of them, 50.0%, copy nothing" in told
+    assert encode_latents.main(settings) == 0
+    assert open_table(str(out / "latents")).num_rows == 3
+    assert {one["id"][-3:]: one["reason"] for one in rejected_rows(str(out / "latents"))} == {
+        "100": "evaluation_image",
+        "101": "duplicate_image",
+        "102": "near_duplicate_image",
+    }
+    for table in ("fingerprints", "duplicates", "latents"):
+        assert verify_table.main([*settings, str(out / table)]) == 0, table
+    assert "its round is made as a whole" in capsys.readouterr().out
+
+
+def test_latents_that_refuse_copies_want_verdicts_on_the_same_rows(out, tiny_teacher, capsys):
+    use = words(out, tiny_teacher, "deduplication.use=true")
+    assert encode_latents.main(use) == 2
+    assert "run jobs.find_duplicates first" in capsys.readouterr().err
+    assert find_duplicates.main(use) == 0
+    other = words(out, tiny_teacher, "deduplication.use=true", "latents.selection.min_caption_chars=3")
+    assert encode_latents.main(other) == 2
+    assert "selection.min_caption_chars is null there, 3 here" in capsys.readouterr().err
+    assert encode_latents.main(words(out, tiny_teacher)) == 0
+    assert open_table(str(out / "latents")).num_rows == 6
+    assert encode_latents.main(use) == 2
+    assert "latents was made with other settings: duplicates is null there" in capsys.readouterr().err
