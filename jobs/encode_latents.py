@@ -1,6 +1,8 @@
 """Stream shards through the VAE encoder into the table LATENTS.
 
-Reads the recipe's `source.url`, or the shards that `render_scenes` left in the run.
+Reads the recipe's `source.url`, or the shards that lie in the run. With --dry-run it looks at
+`source.sample_rows` of their rows, or of the URL lists of `download.links` while there are no shards, and
+tells what would be kept and why.
 """
 
 from __future__ import annotations
@@ -11,29 +13,32 @@ from jobs.cli import Job, run
 from jobs.cluster import runner
 from jobs.exits import leave
 from jobs.progress import show
-from jobs.vetoes import vetoes_of
+from jobs.selection_preview import of_links, of_shards, silent_lines
+from jobs.vetoes import latents_vetoes_of
 from pipelines.account import total_rejected
 from pipelines.latents import encode_latents
-from pipelines.sources.webdataset import list_shards
+from pipelines.sources.webdataset import Shard, list_shards, metadata_columns
+from pipelines.storage import exists
 from pipelines.tables import accounts, is_table, open_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m jobs.encode_latents`."""
-    return run("encode_latents", encode, preview=preview, about=__doc__, argv=argv)
+    return run("encode_latents", encode, preview=sampled_preview, about=__doc__, argv=argv)
 
 
 def encode(job: Job) -> None:
     """Bring LATENTS up to the recipe; what is committed already is not made again."""
     recipe = job.recipe
     shards = list_shards(shards_url(job))
+    _tell_silent(job, shards[0])
     table = encode_latents(
         recipe.latents,
         model=recipe.model,
         shards=shards,
         source=recipe.source.name,
         url=job.place(recipe.source.table),
-        vetoes=vetoes_of(job),
+        vetoes=latents_vetoes_of(job),
         origin=job.origin({"shards": shards_url(job), "model": recipe.model}),
         run=runner(recipe.cluster),
         on_progress=show(job.verb),
@@ -53,6 +58,25 @@ def preview(job: Job) -> list[str]:
     place = job.place(job.recipe.source.table)
     held = f"{open_table(place).num_rows} rows are committed" if is_table(place) else "a new table"
     return [f"would encode {shards_url(job)} into {place} ({held})"]
+
+
+def sampled_preview(job: Job) -> list[str]:
+    """The same, and what would be kept of a sample of the shards, or of URL lists while there are none."""
+    url = shards_url(job)
+    lines = [*preview(job), ""]
+    if job.recipe.source.url is not None or exists(url):
+        return [*lines, *of_shards(job, list_shards(url))]
+    if job.recipe.download.links is not None:
+        return [*lines, *of_links(job)]
+    return [*lines, f"there is nothing to look at yet: no shards at {url}, and download.links is not set"]
+
+
+def _tell_silent(job: Job, shard: Shard) -> None:
+    """Say once which bounds refuse nothing, because the shards know nothing of what they look at."""
+    settings = job.recipe.latents
+    if any(settings.selection.asked()):
+        for line in silent_lines(settings.selection, metadata_columns(shard, settings.shards)):
+            print(f"  {line}")
 
 
 def _said(rejected: dict[str, int]) -> str:

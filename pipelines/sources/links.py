@@ -151,6 +151,8 @@ def _rows(
         with open_parquet(links.url) as rows:
             header = _header(rows.schema, settings, url=links.url, rows=rows.num_rows)
             for part in rows.batches(header.columns, batch_rows=_BATCH_ROWS, start=start, stop=stop):
+                if part.stop <= start:
+                    continue
                 if isinstance(part, Batch):
                     yield from _judge(part, links, header, settings)
                     continue

@@ -34,6 +34,11 @@ class Batch:
     start: int
     record: pa.RecordBatch
 
+    @property
+    def stop(self) -> int:
+        """The ordinal after the last."""
+        return self.start + int(self.record.num_rows)
+
     def values(self, name: str) -> list[Any]:
         """A column's values as Python has them; a text that is no UTF-8 as its bytes, nulls as None."""
         return _values(self.record.column(name))

@@ -37,6 +37,17 @@ class Sidecar:
         values = ((name, _value(column.slice(row, 1))) for name, column in self._columns.items())
         return {name: value for name, value in values if value is not None}
 
+    def failed(self) -> Iterator[tuple[str, str]]:
+        """Reason and detail of each row that has no picture by its own account."""
+        if "status" not in self._columns:
+            return
+        statuses = _values(self._columns["status"])
+        for key, row in self._rows.items():
+            status = statuses[row]
+            if status not in (None, "success"):
+                detail = self.metadata(key).get("error_message") or status
+                yield FAILURES.get(status, "missing_sample"), str(detail)
+
     def absent(self, arrived: set[str], *, torn: bool) -> Iterator[tuple[str, str, str]]:
         """Key, reason and detail of each row that did not arrive in the tar."""
         for key in self._rows:

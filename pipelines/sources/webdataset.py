@@ -18,6 +18,7 @@ corrupt costs its rows from there on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,7 @@ from pipelines.rejection import Rejected, Rejection, printable
 from pipelines.sources import SourceError
 from pipelines.sources.layouts import text_of
 from pipelines.sources.listing import list_files
-from pipelines.sources.parquet import CorruptParquetError
+from pipelines.sources.parquet import CorruptParquetError, open_parquet
 from pipelines.sources.pictures import PictureRow, holds_pictures, read_pictures
 from pipelines.sources.sidecar import FAILURES, Sidecar, SidecarError, read_sidecar
 from pipelines.sources.tar import Member, TornShardError, is_unsafe, read_members
@@ -130,6 +131,24 @@ def count_rows(shard: Shard) -> int | None:
             return int(pq.read_metadata(file).num_rows)
     except (OSError, pa.ArrowException):
         return None
+
+
+def told_failures(shard: Shard) -> list[Rejected]:
+    """What a tar's sidecar says of rows that have no picture; the tar is not read. None for Parquet."""
+    if not _is_tar(shard.url):
+        return []
+    sidecar, _ = _sidecar_of(shard)
+    return [Rejected(reason, detail) for reason, detail in sidecar.failed()]
+
+
+def metadata_columns(shard: Shard, settings: ShardSettings) -> frozenset[str]:
+    """The names under which a shard says something of its rows: its Parquet file's and its first sample's."""
+    names: set[str] = set()
+    unreadable = contextlib.suppress(CorruptParquetError, FileNotFoundError)
+    with unreadable, open_parquet(_parquet_url(shard)) as rows:
+        names.update(rows.schema.names)
+    first = next((row for row in read_shard(shard, settings) if isinstance(row, Sample)), None)
+    return frozenset(names.union(first.metadata if first else ()))
 
 
 def read_shard(

@@ -35,11 +35,11 @@ class Selection(Settings):
         max_unsafe: probability of unsafe content, 0 to 1; of several detectors the highest counts.
         refused_tags: values of LAION's NSFW column that are refused, in any case of letters.
         min_similarity: cosine of CLIP's picture and text features, -1 to 1. Which CLIP is the data set's
-            affair: of ViT-B/32 about 0.3 is a good pair, of ViT-L/14 about 0.25.
+            affair: COYO's mean is 0.29 by ViT-B/32 and 0.25 by ViT-L/14, and LAION-400M was cut at 0.3.
         languages: values of the LANGUAGE column that are wanted, as they are spelled there ("en"), in any
-            case of letters. Only the multilingual part of LAION-5B has the column.
+            case of letters. Of the layouts only LAION-5B's parts multi and nolang have the column.
         min_caption_chars: characters of the caption, white space made one space.
-        max_caption_chars: likewise; a text encoder of 77 tokens reads about 300.
+        max_caption_chars: likewise; the text encoder itself reads 77 tokens of any caption.
         min_caption_words: words of the caption: what white space parts.
         min_latin_share: Latin letters among its letters, 0 to 1; a caption without letters is wanted.
     """
@@ -79,6 +79,14 @@ class Row:
         return number_of(self.metadata, meaning)
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A number that a row has: what it is, and how it is found; None where it is not known."""
+
+    what: str
+    of: Callable[[Row], float | None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bound:
     """One setting of `Selection`, and how a row is held to it.
@@ -87,12 +95,14 @@ class Bound:
         setting: its name.
         reason: under which a row is refused.
         looks_at: the meanings of the columns that it needs; none for the caption, which every row has.
+        measure: the number that it bounds; None where it bounds none.
         refuses: of a row and the limit, what speaks against the row, or nothing.
     """
 
     setting: str
     reason: str
     looks_at: tuple[Meaning, ...] = ()
+    measure: Measure | None = None
     refuses: Callable[[Row, Any], str]
 
 
@@ -119,11 +129,6 @@ def silent_bounds(selection: Selection, columns: Iterable[str]) -> list[str]:
     ]
 
 
-def caption_words(caption: str) -> int:
-    """How many runs of characters white space parts."""
-    return len(caption.split())
-
-
 def latin_share(caption: str) -> float | None:
     """Latin letters among the letters of a caption, 0 to 1; None where it has no letter."""
     letters = [character for character in caption if character.isalpha()]
@@ -135,13 +140,11 @@ def _is_latin(letter: str) -> bool:
     return letter.isascii() or "LATIN" in unicodedata.name(letter, "")
 
 
-def short_side(row: Row) -> float | None:
-    """The shorter side; where only one is known, that one."""
+def _short_side(row: Row) -> float | None:
     return min((side for side in _sides(row) if side is not None), default=None)
 
 
-def aspect(row: Row) -> float | None:
-    """Longer side over shorter side; None unless both are known."""
+def _aspect(row: Row) -> float | None:
     width, height = _sides(row)
     return None if width is None or height is None else max(width, height) / min(width, height)
 
@@ -150,24 +153,20 @@ def _sides(row: Row) -> tuple[float | None, float | None]:
     return row.number("width"), row.number("height")
 
 
-def _least(measure: Callable[[Row], float | None], what: str) -> Callable[[Row, Any], str]:
+def _least(measure: Measure) -> Callable[[Row, Any], str]:
     def refuses(row: Row, limit: float) -> str:
-        value = measure(row)
-        return f"{what} {value:g} is below {limit:g}" if value is not None and value < limit else ""
+        value = measure.of(row)
+        return f"{measure.what} {value:g} is below {limit:g}" if value is not None and value < limit else ""
 
     return refuses
 
 
-def _most(measure: Callable[[Row], float | None], what: str) -> Callable[[Row, Any], str]:
+def _most(measure: Measure) -> Callable[[Row, Any], str]:
     def refuses(row: Row, limit: float) -> str:
-        value = measure(row)
-        return f"{what} {value:g} is above {limit:g}" if value is not None and value > limit else ""
+        value = measure.of(row)
+        return f"{measure.what} {value:g} is above {limit:g}" if value is not None and value > limit else ""
 
     return refuses
-
-
-def _number(meaning: Meaning) -> Callable[[Row], float | None]:
-    return lambda row: row.number(meaning)
 
 
 def _refused_tag(row: Row, refused: tuple[str, ...]) -> str:
@@ -182,79 +181,108 @@ def _other_language(row: Row, wanted: tuple[str, ...]) -> str:
     return f"language {language} is not among {', '.join(wanted)}"
 
 
+_WIDTH: Final = Measure("width", lambda row: row.number("width"))
+_HEIGHT: Final = Measure("height", lambda row: row.number("height"))
+_SIDE: Final = Measure("shorter side", _short_side)
+_ASPECT: Final = Measure("aspect", _aspect)
+_AESTHETIC: Final = Measure("aesthetic score", lambda row: row.number("aesthetic"))
+_WATERMARK: Final = Measure("watermark probability", lambda row: row.number("watermark"))
+_UNSAFE: Final = Measure("unsafe probability", lambda row: row.number("unsafe"))
+_SIMILARITY: Final = Measure("similarity", lambda row: row.number("similarity"))
+_CHARS: Final = Measure("caption characters", lambda row: len(row.caption))
+_WORDS: Final = Measure("caption words", lambda row: len(row.caption.split()))
+_LATIN: Final = Measure("share of Latin letters", lambda row: latin_share(row.caption))
+
+_SIZES: Final[tuple[Meaning, ...]] = ("width", "height")
+
 BOUNDS: Final = (
     Bound(
         setting="min_width",
         reason="low_resolution",
         looks_at=("width",),
-        refuses=_least(_number("width"), "width"),
+        measure=_WIDTH,
+        refuses=_least(_WIDTH),
     ),
     Bound(
         setting="min_height",
         reason="low_resolution",
         looks_at=("height",),
-        refuses=_least(_number("height"), "height"),
+        measure=_HEIGHT,
+        refuses=_least(_HEIGHT),
     ),
     Bound(
         setting="min_side",
         reason="short_side",
-        looks_at=("width", "height"),
-        refuses=_least(short_side, "shorter side"),
+        looks_at=_SIZES,
+        measure=_SIDE,
+        refuses=_least(_SIDE),
     ),
     Bound(
         setting="max_aspect",
         reason="extreme_aspect",
-        looks_at=("width", "height"),
-        refuses=_most(aspect, "aspect"),
+        looks_at=_SIZES,
+        measure=_ASPECT,
+        refuses=_most(_ASPECT),
     ),
     Bound(
         setting="min_aesthetic",
         reason="low_aesthetic",
         looks_at=("aesthetic",),
-        refuses=_least(_number("aesthetic"), "score"),
+        measure=_AESTHETIC,
+        refuses=_least(_AESTHETIC),
     ),
     Bound(
         setting="max_watermark",
         reason="watermarked",
         looks_at=("watermark",),
-        refuses=_most(_number("watermark"), "probability"),
+        measure=_WATERMARK,
+        refuses=_most(_WATERMARK),
     ),
     Bound(
         setting="max_unsafe",
         reason="unsafe",
         looks_at=("unsafe",),
-        refuses=_most(_number("unsafe"), "probability"),
+        measure=_UNSAFE,
+        refuses=_most(_UNSAFE),
     ),
     Bound(setting="refused_tags", reason="unsafe", looks_at=("nsfw_tag",), refuses=_refused_tag),
     Bound(
         setting="min_similarity",
         reason="low_similarity",
         looks_at=("similarity",),
-        refuses=_least(_number("similarity"), "similarity"),
+        measure=_SIMILARITY,
+        refuses=_least(_SIMILARITY),
     ),
     Bound(setting="languages", reason="other_language", looks_at=("language",), refuses=_other_language),
     Bound(
         setting="min_caption_chars",
         reason="short_caption",
-        refuses=_least(lambda row: len(row.caption), "length"),
+        measure=_CHARS,
+        refuses=_least(_CHARS),
     ),
     Bound(
         setting="max_caption_chars",
         reason="long_caption",
-        refuses=_most(lambda row: len(row.caption), "length"),
+        measure=_CHARS,
+        refuses=_most(_CHARS),
     ),
     Bound(
         setting="min_caption_words",
         reason="few_words",
-        refuses=_least(lambda row: caption_words(row.caption), "words"),
+        measure=_WORDS,
+        refuses=_least(_WORDS),
     ),
     Bound(
         setting="min_latin_share",
         reason="other_script",
-        refuses=_least(lambda row: latin_share(row.caption), "share of Latin letters"),
+        measure=_LATIN,
+        refuses=_least(_LATIN),
     ),
 )
 """Every bound of `Selection`, in the order of the checks; the first that refuses a row names the reason.
 
 What is cheap to know of a picture comes before what is said of it, and that before the caption.
 """
+
+MEASURES: Final = tuple(dict.fromkeys(bound.measure for bound in BOUNDS if bound.measure is not None))
+"""What bounds look at, each once."""

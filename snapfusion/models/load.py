@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +37,8 @@ _PLAINLY = {"text_encoder": {}, "unet": {"low_cpu_mem_usage": False}, "vae": {"l
 Part = Literal["text_encoder", "unet", "vae"]
 """A network of a model, by its folder."""
 _INDEX = "model_index.json"
+_WHOLE = (_INDEX, DISTILLATION, "*/*.json", "*/*.txt", "*/*.safetensors")
+"""The files of a model on a hub."""
 TRAINED = "model"
 """Where the folder of a training holds its model."""
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -86,7 +90,45 @@ def load_part(source: str, *, part: Part) -> nn.Module:
     return network.float().eval()
 
 
-def _locate(source: str) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of a model: the side of its pictures and of a cell of their latents, in pixels; a cell's channels."""
+
+    side: int
+    cell: int
+    channels: int
+
+
+def load_sizes(source: str) -> Sizes:
+    """What size a model's pictures and latents have, by its configurations alone; no weights are read.
+
+    Raises:
+        ModelError: if it is not there.
+    """
+    unet, vae = _configurations(source)
+    cell = 2 ** (len(vae["block_out_channels"]) - 1)
+    return Sizes(side=unet["sample_size"] * cell, cell=cell, channels=unet["in_channels"])
+
+
+def _configurations(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    if source.startswith(PREFIX) and source.removeprefix(PREFIX) in ARCHITECTURES:
+        architecture = ARCHITECTURES[source.removeprefix(PREFIX)]
+        return architecture.unet, architecture.vae
+    names = ("unet/config.json", "vae/config.json")
+    if "://" in source:
+        filesystem, path = fsspec.core.url_to_fs(source)
+        place = path if filesystem.exists(f"{path}/{_INDEX}") else f"{path}/{TRAINED}"
+        try:
+            unet, vae = (json.loads(filesystem.cat_file(f"{place}/{name}")) for name in names)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{source}: its configurations cannot be read: {error}") from None
+        return unet, vae
+    folder = _locate(source, patterns=names)
+    unet, vae = (_read_json(folder / name, source=source) for name in names)
+    return unet, vae
+
+
+def _locate(source: str, *, patterns: Sequence[str] = _WHOLE) -> Path:
     if source in BUNDLED:
         return BUNDLED[source]
     if "://" in source:
@@ -97,7 +139,7 @@ def _locate(source: str) -> Path:
         return trained if (trained / _INDEX).is_file() and not (folder / _INDEX).is_file() else folder
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
         raise ModelError(f"there is no model folder {source!r}; give a diffusers folder, a URL or a hub id")
-    return _download(source)
+    return _download(source, patterns=patterns)
 
 
 def _cache(source: str) -> Path:
@@ -120,13 +162,12 @@ def _fetch(url: str) -> Path:
     return target
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, *, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [_INDEX, DISTILLATION, "*/*.json", "*/*.txt", "*/*.safetensors"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{hub_id!r} is neither a folder here nor a model the hub gave ({type(error).__name__}); "

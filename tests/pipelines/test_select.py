@@ -97,7 +97,7 @@ def test_captions_and_the_order_of_reasons() -> None:
 
 
 def test_the_detail_names_value_and_bound() -> None:
-    with pytest.raises(Rejected, match=r"watermarked: probability 0\.75 is above 0\.5"):
+    with pytest.raises(Rejected, match=r"watermarked: watermark probability 0\.75 is above 0\.5"):
         check({"pwatermark": 0.75}, caption="a", selection=STRICT)
 
 
