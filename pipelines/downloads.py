@@ -251,7 +251,7 @@ def summarise(known: Mapping[str, Receipt], *, planned: Plan, identity: dict[str
     return Summary(
         complete=len(first) == sum(1 for _ in planned.parts({})),
         rows=sum(receipt.rows for receipt in first),
-        refused=total(receipt.refused for receipt in first),
+        refused=total(receipt.refused for receipt in known.values()),
         downloaded=sum(receipt.downloaded for receipt in known.values()),
         failed=total(failed),
         shards=sum(bool(receipt.asked) for receipt in known.values()),

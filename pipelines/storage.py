@@ -67,6 +67,8 @@ def replace_object(url: str, data: bytes) -> None:
 def put_file(file: Path, url: str) -> None:
     """Make the object `url` with the content of a local file, in place of what was there.
 
+    The file must not be changed afterwards: on the same disk the two are one.
+
     Raises:
         StorageError: if the place cannot be written.
     """
@@ -76,7 +78,10 @@ def put_file(file: Path, url: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
             try:
-                shutil.copyfile(file, temporary)
+                try:
+                    os.link(file, temporary)
+                except OSError:  # on another disk
+                    shutil.copyfile(file, temporary)
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)

@@ -37,6 +37,16 @@ def picture(number: int = 0, *, side: int = 48, kind: str = "JPEG") -> bytes:
     return buffer.getvalue()
 
 
+def photograph(side: int) -> bytes:
+    """A JPEG of as many bytes as a photograph has: shorter side `side`, the other half as long again."""
+    noise = Image.effect_noise((side * 3 // 16, side // 8), 60).resize((side * 3 // 2, side))
+    buffer = io.BytesIO()
+    Image.merge("RGB", [noise, noise.rotate(180), noise.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]).save(
+        buffer, "JPEG", quality=85
+    )
+    return buffer.getvalue()
+
+
 def announcing_png(width: int, height: int) -> bytes:
     """A PNG of a few bytes whose header announces that size."""
 

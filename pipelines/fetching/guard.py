@@ -167,14 +167,18 @@ class Guard:
         most, promised = self.limits.max_bytes, response.length
         if promised is not None and promised > most:
             raise Unfetched("too_large", f"{promised} bytes announced, {most} are allowed")
-        body = bytearray()
+        if promised is not None:
+            body = response.read(promised)
+            if len(body) < promised:
+                raise Unfetched("cut_short", f"{len(body)} of {promised} bytes")
+            return body
+        pieces, size = [], 0
         while piece := response.read(_PIECE_BYTES):
-            body += piece
-            if len(body) > most:
+            size += len(piece)
+            if size > most:
                 raise Unfetched("too_large", f"more than the {most} bytes that are allowed")
-        if promised is not None and len(body) < promised:
-            raise Unfetched("cut_short", f"{len(body)} of {promised} bytes")
-        return bytes(body)
+            pieces.append(piece)
+        return b"".join(pieces)
 
     def _connect(self, target: Target, deadline: float) -> socket.socket:
         addresses = self._addresses(target)

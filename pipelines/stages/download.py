@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pipelines.fetching.causes import TRANSIENT, cause_of
 from pipelines.receipts import Receipt, finish, publish, read_receipt
 from pipelines.rejection import Rejected, Rejection
+from pipelines.sources.layouts import known
 from pipelines.sources.links import Link, LinkList, LinkSettings, read_links
 from pipelines.stages.img2dataset import Fetching, ShardMaker
 from pipelines.stages.select import Selection, check
@@ -125,7 +126,7 @@ class DownloadShard:
             return receipt
         began = time.monotonic()
         rows, refused = self._rows(part)
-        source, start, stop = self._origin(part, rows)
+        source, start, stop = self._origin(part, rows.num_rows + sum(refused.values()))
         told: dict[str, Any] = {
             "name": part.name,
             "number": part.number,
@@ -154,7 +155,7 @@ class DownloadShard:
     def _rows(self, part: Part) -> tuple[pa.Table, dict[str, int]]:
         """The rows to be asked for, and how many are not, by reason."""
         if isinstance(part, RetryPart):
-            return failed_rows(self.url, part.parent), {}
+            return self._again(failed_rows(self.url, part.parent))
         kept: list[Link] = []
         refused: Counter[str] = Counter()
         for row in self._judged(part):
@@ -163,6 +164,22 @@ class DownloadShard:
             else:
                 kept.append(row)
         return to_table(kept), dict(sorted(refused.items()))
+
+    def _again(self, rows: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+        """Of rows that failed, those that may still be asked for: one may have to be forgotten by now."""
+        refused: Counter[str] = Counter()
+        kept: list[int] = []
+        for place, row in enumerate(rows.to_pylist()):
+            url, caption, id_ = (row.pop(name) for name in _KEPT)
+            try:
+                self._veto(
+                    Link(id=id_, ordinal=place, url=url, caption=caption, metadata=known(iter(row.items())))
+                )
+            except Rejected as verdict:
+                refused[verdict.reason] += 1
+            else:
+                kept.append(place)
+        return rows.take(pa.array(kept, pa.int64())), dict(sorted(refused.items()))
 
     def _judged(self, part: DownloadPart) -> Iterator[Link | Rejection]:
         repeated = frozenset(part.repeated)
@@ -174,16 +191,19 @@ class DownloadShard:
                 if row.ordinal in repeated:
                     raise Rejected("repeated_url")
                 check(row.metadata, caption=row.caption, selection=self.selection)
-                for veto in self.vetoes:
-                    veto.check_link(row)
+                self._veto(row)
             except Rejected as verdict:
                 yield verdict.record(id=row.id, source=part.links.name, ordinal=row.ordinal)
             else:
                 yield row
 
-    def _origin(self, part: Part, rows: pa.Table) -> tuple[str, int, int]:
+    def _veto(self, row: Link) -> None:
+        for veto in self.vetoes:
+            veto.check_link(row)
+
+    def _origin(self, part: Part, rows: int) -> tuple[str, int, int]:
         if isinstance(part, RetryPart):
-            return part.parent, 0, rows.num_rows
+            return part.parent, 0, rows
         return part.links.name, part.start, part.stop
 
 

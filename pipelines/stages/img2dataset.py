@@ -277,7 +277,7 @@ def _settle(rows: pa.Table, work: Path, *, number: int, digits: int) -> Fetched:
     lost = [row for row, key in enumerate(keys) if key not in known]
     if lost or not all(true):
         fault = str(Unfetched("interrupted", "img2dataset lost the row"))
-        unwritten = _failed(rows.take(lost), [keys[row] for row in lost], fault)
+        unwritten = _failed(rows.take(pa.array(lost, pa.int64())), [keys[row] for row in lost], fault)
         sidecar = pa.concat_tables([sidecar, unwritten], promote_options="default")
         pq.write_table(sidecar, files[".parquet"])
     failed = sidecar.filter(pc.not_equal(sidecar.column("status"), "success"))

@@ -22,6 +22,7 @@ from jobs import download_shards as job
 from pipelines.downloads import Downloads, download_shards
 from pipelines.latents import Latents, encode_latents
 from pipelines.receipts import Receipt, publish, receipts
+from pipelines.rejection import Rejected
 from pipelines.repeats import repeats
 from pipelines.sources import SourceError
 from pipelines.sources.links import LinkSettings, list_links
@@ -261,6 +262,33 @@ def test_retries_ask_for_what_may_have_passed_and_nothing_else(web, tmp_path):
     assert sorted(pictures) == sorted([again[0], again[1], once[0]])
     ids = {name: set(table.column("link_id").to_pylist()) for name, table in sidecars(shards).items()}
     assert ids["00000-r2"] < ids["00000-r1"] < ids["00000"]
+
+
+class Forgets:
+    """A veto on one URL."""
+
+    def __init__(self, url):
+        self.url = url
+
+    def check_link(self, link):
+        if link.url == self.url:
+            raise Rejected("withheld")
+
+    def describe(self):
+        return {}
+
+
+def test_what_is_to_be_forgotten_is_not_asked_for_nor_tried_again(tmp_path):
+    urls = ["http://a.example/0", "http://a.example/1"]
+    links = write_list(tmp_path / "lists", [(url, "a picture") for url in urls])
+    fetching = fake(tmp_path, "exit 1")
+    options = {"selection": SELECTION, "url": str(tmp_path / "shards"), "run": in_process}
+    first = download_shards(settings_of(links, fetching=fetching), vetoes=[Forgets(urls[0])], **options)
+    assert (first.refused, first.failed) == ({"withheld": 1}, {"interrupted": 1})
+    again = settings_of(links, fetching=fetching, retry_rounds=1)
+    second = download_shards(again, vetoes=[Forgets(urls[1])], **options)
+    assert (second.refused, second.failed, second.rows) == ({"withheld": 2}, {}, 2)
+    assert len(list_shards(str(tmp_path / "shards"))) == 1
 
 
 @real
