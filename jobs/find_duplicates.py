@@ -13,16 +13,13 @@ from jobs.cluster import reader, runner
 from jobs.encode_latents import shards_url
 from jobs.exits import leave
 from jobs.progress import show
-from jobs.vetoes import DUPLICATES, vetoes_of
+from jobs.vetoes import vetoes_of
 from pipelines.account import total_rejected
 from pipelines.decontamination import fingerprint_evaluation
 from pipelines.duplicates import count_verdicts, find_duplicates
 from pipelines.fingerprints import fingerprint_shards
 from pipelines.sources.webdataset import list_shards
 from pipelines.tables import Snapshot, accounts, is_table, open_table
-
-FINGERPRINTS = "fingerprints"
-EVALUATION = "evaluation-fingerprints"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +35,7 @@ def find(job: Job) -> None:
         latents=recipe.latents,
         shards=list_shards(shards_url(job)),
         source=recipe.source.name,
-        url=job.place(FINGERPRINTS),
+        url=job.place(settings.fingerprints.table),
         vetoes=vetoes_of(job),
         origin=job.origin({"shards": shards_url(job)}),
         run=runner(recipe.cluster),
@@ -55,7 +52,7 @@ def find(job: Job) -> None:
     judged = find_duplicates(
         settings,
         fingerprints=table,
-        url=job.place(DUPLICATES),
+        url=job.place(settings.table),
         evaluation=evaluation,
         against=against,
         origin=job.origin(parents),
@@ -67,12 +64,12 @@ def find(job: Job) -> None:
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
     settings = job.recipe.deduplication
-    place = job.place(FINGERPRINTS)
+    place = job.place(settings.fingerprints.table)
     held = f"{open_table(place).num_rows} rows are there" if is_table(place) else "a new table"
     lines = [f"would read the pictures of {shards_url(job)} into {place} ({held})"]
     lines += [f"would read {what} of the evaluation" for what in settings.evaluation.places]
     lines += [f"would compare with {other}, whose rows come first" for other in settings.against]
-    place = job.place(DUPLICATES)
+    place = job.place(settings.table)
     held = f"{open_table(place).num_rows} rows are judged" if is_table(place) else "a new table"
     return [*lines, f"would judge rows into {place} ({held})"]
 
@@ -85,7 +82,7 @@ def _evaluation(job: Job) -> Snapshot | None:
         settings.fingerprints,
         latents=job.recipe.latents,
         evaluation=settings.evaluation,
-        url=job.place(EVALUATION),
+        url=job.place(f"{settings.table}-evaluation"),
         origin=job.origin({"evaluation": list(settings.evaluation.places)}),
         run=runner(job.recipe.cluster),
     )

@@ -84,9 +84,7 @@ def fingerprint_evaluation(
     """
     plain = latents.model_copy(update={"selection": Selection()})
     identity = identity_of(settings, latents=plain)
-    table = create_table(
-        url, schema=FINGERPRINTS, identity={**identity, "evaluation": _described(evaluation)}
-    )
+    table = create_table(url, schema=FINGERPRINTS, identity={**identity, "evaluation": describe(evaluation)})
     recover(url, origin=origin)
     known = list(accounts(url).values())
     pictures = {"images": picture_bounds(latents)}
@@ -107,8 +105,12 @@ def fingerprint_evaluation(
     return open_table(url)
 
 
-def _described(evaluation: EvaluationSet) -> dict[str, Any]:
-    """The names of its places, by kind; what they hold is stated by each unit."""
+def describe(evaluation: EvaluationSet) -> dict[str, Any]:
+    """The names of its places, by kind; what they hold is stated by each unit.
+
+    Raises:
+        SettingsError: if two of them go by one name.
+    """
     names = Counter(_name(place) for place in evaluation.places)
     twice = [name for name, count in names.items() if count > 1]
     if twice:

@@ -51,6 +51,7 @@ class Deduplication(Settings):
 
     Attributes:
         use: whether LATENTS refuse copies; `jobs.find_duplicates` must have judged their shards.
+        table: the place of the verdicts in the run; another for other settings or another evaluation.
         url: whether two rows of one address are copies.
         image: whether two rows of the same bytes of a picture are.
         caption: whether two rows of one caption are, apart from case and punctuation. Off, because on the web
@@ -65,6 +66,7 @@ class Deduplication(Settings):
     """
 
     use: bool = False
+    table: str = Field("duplicates", pattern=r"^[A-Za-z0-9_.-]+$")
     url: bool = True
     image: bool = True
     caption: bool = False
@@ -162,7 +164,8 @@ def identity_of(
         "caption": settings.caption,
         "max_hamming": settings.max_hamming,
         "fingerprints": fingerprints.identity,
-        "evaluation": None if evaluation is None else content_of(evaluation),
+        "evaluation": evaluation
+        and {"of": evaluation.identity["evaluation"], "content": content_of(evaluation)},
         "against": [{"table": table.url, "identity": digest(table.identity)} for table in against],
     }
 

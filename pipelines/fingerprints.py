@@ -33,12 +33,14 @@ class Fingerprints(Settings):
     """How FINGERPRINTS are made; which rows are usable is for the settings of LATENTS to say.
 
     Attributes:
+        table: the place of FINGERPRINTS in the run; another where rows are selected otherwise.
         rows_per_unit: rows of one data file.
         readers: the actor pool that streams, decodes and hashes.
         writers: the actor pool that packs and writes.
         bounds: when to commit and when to stop.
     """
 
+    table: str = Field("fingerprints", pattern=r"^[A-Za-z0-9_.-]+$")
     rows_per_unit: int = Field(10_000, ge=1)
     readers: Pool = Pool(actors=2)
     writers: Pool = Pool(cpus=0.25)

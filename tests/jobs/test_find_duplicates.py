@@ -63,6 +63,14 @@ def test_latents_that_refuse_copies_want_verdicts_on_the_same_rows(out, tiny_tea
     other = words(out, tiny_teacher, "deduplication.use=true", "latents.selection.min_caption_chars=3")
     assert encode_latents.main(other) == 2
     assert "selection.min_caption_chars is null there, 3 here" in capsys.readouterr().err
+    for differing, told in (
+        ('deduplication.evaluation.captions=["list.txt"]', "evaluation is null there"),
+        ('deduplication.against=["/elsewhere"]', 'against is [] there, ["/elsewhere"] here'),
+        ("deduplication.max_hamming=null", "max_hamming is 4 there, null here"),
+        ("deduplication.table=others", "others is not there"),
+    ):
+        assert encode_latents.main([*use, "--set", differing]) == 2
+        assert told in capsys.readouterr().err
     assert encode_latents.main(words(out, tiny_teacher)) == 0
     assert open_table(str(out / "latents")).num_rows == 6
     assert encode_latents.main(use) == 2
