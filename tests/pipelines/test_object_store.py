@@ -6,12 +6,15 @@ import fsspec
 import pytest
 import s3fs
 import synthetic_units
+from layout_fixtures import LIST_LAYOUTS, ROWS, write_list
+from picture_files import write_pictures
 
 from pipelines.intake import recover
 from pipelines.receipts import Receipt, publish, receipts
 from pipelines.rejection import Rejection
 from pipelines.sources import SourceError
 from pipelines.sources.captions import Caption, CaptionSettings, read_captions
+from pipelines.sources.links import LinkSettings, list_links, read_links
 from pipelines.sources.shards import Picture, write_shard
 from pipelines.sources.webdataset import Sample, ShardSettings, list_shards, read_shard
 from pipelines.storage import read_bytes, write_once
@@ -35,6 +38,26 @@ def test_shards_are_written_listed_and_streamed(bucket: str) -> None:
     # A shard that is added later is seen, whatever was listed before.
     write_shard(f"{bucket}/shards", pictures[:1], index=1)
     assert [shard.name for shard in list_shards(f"{bucket}/shards")] == ["00000", "00001"]
+
+
+def test_parquet_shards_and_url_lists_are_listed_and_streamed(bucket: str, tmp_path: Path) -> None:
+    pictures = [Picture(image=bytes([index]) * 3_000_000, caption=f"c{index}") for index in range(6)]
+    path = write_pictures(tmp_path, [*pictures, FAILED], rows_per_group=4)
+    fsspec.filesystem("s3").put_file(str(path), f"{bucket}/parquet/00000.parquet")
+    (shard,) = list_shards(f"{bucket}/parquet")
+    *samples, last = read_shard(shard, ShardSettings(), start=1)
+    assert [sample.image for sample in samples if isinstance(sample, Sample)] == [
+        p.image for p in pictures[1:]
+    ]
+    assert isinstance(last, Rejection)
+    assert last.reason == "download_failed"
+    fsspec.filesystem("s3").put_file(
+        str(write_list(tmp_path, LIST_LAYOUTS[0])), f"{bucket}/lists/part-00000.parquet"
+    )
+    (links,) = list_links(f"{bucket}/lists/*.parquet")
+    assert links.url == f"{bucket}/lists/part-00000.parquet"
+    rows = list(read_links(links, LinkSettings(), start=5))
+    assert [row.ordinal for row in rows] == list(range(5, ROWS))
 
 
 def test_of_two_attempts_at_a_shard_one_is_published_whole(bucket: str, tmp_path: Path) -> None:
