@@ -172,9 +172,7 @@ class DownloadShard:
         for place, row in enumerate(rows.to_pylist()):
             url, caption, id_ = (row.pop(name) for name in _KEPT)
             try:
-                self._veto(
-                    Link(id=id_, ordinal=place, url=url, caption=caption, metadata=known(iter(row.items())))
-                )
+                self._veto(Link(id=id_, ordinal=place, url=url, caption=caption, metadata=known(row)))
             except Rejected as verdict:
                 refused[verdict.reason] += 1
             else:
