@@ -1,10 +1,10 @@
-"""The command line that all jobs share: four options, settings printed and saved, errors in one line."""
+"""The command line that jobs share: four options, settings printed and saved, errors in one line."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.exits import guarded
@@ -25,12 +25,14 @@ class Job:
         recipe: the resolved settings.
         out: folder or URL of the run; every job reads its parents there and writes one thing beside them.
         target: what a job that takes an argument was pointed at; else empty.
+        asked: what its own options say, where it has some.
     """
 
     verb: str
     recipe: Recipe
     out: str
     target: str = ""
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     def origin(self, parents: Mapping[str, Any]) -> dict[str, Any]:
         """What this job writes beside the units it commits."""
@@ -67,11 +69,13 @@ def run(
     argv: Sequence[str] | None,
     target: str | None = None,
     writes: bool = True,
+    options: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> int:
     """Parse the options, carry out `body` (or, with --dry-run, print `preview`) and return the exit code.
 
     `target` is the name of a positional argument. A job that looks at one thing and `writes` none needs it;
-    for another the recipe says what is taken if it is left out.
+    for another the recipe says what is taken if it is left out. `options` adds options of its own, which
+    `Job.asked` then has.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{verb}", description=(about or "").split("\n\n")[0]
@@ -88,16 +92,19 @@ def run(
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     if target:
         parser.add_argument("target", metavar=target, nargs="?" if writes else None, default="")
-    options = parser.parse_args(argv)
+    if options:
+        options(parser)
+    given = parser.parse_args(argv)
 
     def work() -> None:
         job = Job(
             verb=verb,
-            recipe=_resolve(options.recipe, options.set),
-            out=options.out.rstrip("/"),
-            target=options.target.rstrip("/") if target else "",
+            recipe=_resolve(given.recipe, given.set),
+            out=given.out.rstrip("/"),
+            target=given.target.rstrip("/") if target else "",
+            asked=vars(given),
         )
-        if options.dry_run:
+        if given.dry_run:
             print(job.recipe.to_json())
             print("\n".join([f"settings {job.recipe.digest()[:16]}", *preview(job)]))
             return

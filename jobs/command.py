@@ -33,6 +33,7 @@ VERBS = (
     "ablate",
     "report",
     "verify_table",
+    "forget",
     "measure_latency",
     "measure_efficiency",
     "train_mini",

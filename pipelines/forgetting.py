@@ -32,11 +32,11 @@ ORDER: Final = ("pairs", "targets", "latents", "duplicates", "fingerprints")
 """Kinds of tables that rows are taken out of; what is derived comes first, so that it is never the last."""
 
 _COLUMNS = {
-    "pairs": ("id", "source_id"),
-    "targets": ("id", "source_id"),
-    "latents": ("id", "source_id"),
-    "duplicates": ("id", "of"),
-    "fingerprints": ("id", "source_id", "image_sha256"),
+    "pairs": ["id", "source_id"],
+    "targets": ["id", "source_id"],
+    "latents": ["id", "source_id"],
+    "duplicates": ["id", "of"],
+    "fingerprints": ["id", "source_id", "image_sha256"],
 }
 _DERIVED = ("pairs", "targets")
 """Kinds whose ids are `<id of a row of LATENTS, or of a caption>#<draw>`."""
@@ -133,6 +133,18 @@ def find(table: Snapshot, forgotten: Forgotten) -> list[Match]:
 
     with ThreadPoolExecutor(READERS) as readers:
         return [match for match in readers.map(look_at, table.units) if match]
+
+
+def count_named(table: Snapshot, forgotten: Forgotten) -> int:
+    """Rows of any table whose id or source id is on the list."""
+    columns = [name for name in ("id", "source_id") if name in table.columns]
+
+    def named(file: UnitFile) -> int:
+        rows = table.read_unit(file, columns).to_pydict().values()
+        return sum(bool(forgotten.named_by(ids=names, urls=names)) for names in zip(*rows, strict=True))
+
+    with ThreadPoolExecutor(READERS) as readers:
+        return sum(readers.map(named, table.units)) if columns else 0
 
 
 def holds(table: Snapshot, rows: pa.Table, account: Account, forgotten: Forgotten) -> bool:

@@ -89,6 +89,7 @@ class Snapshot:
         self.url = url
         self.version: int = delta.version()
         self.identity: dict[str, Any] = json.loads(_configuration(delta).get(_IDENTITY, "{}"))
+        self.columns: list[str] = [field.name for field in delta.schema().fields]
         self._actions = pa.table(delta.get_add_actions(flatten=True))
 
     @cached_property

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from forgetful_run import TABLES, Run, caption_of, id_of, make_run, naming, url_of
+from deltalake import DeltaTable
+from forgetful_run import TABLES, Run, caption_of, id_of, make_run, make_shards, naming, url_of
 
-from pipelines import forgetting, latents, pairs, targets
+from pipelines import commits, forgetting, latents, pairs, targets
 from pipelines.forgetting import forget
 from pipelines.sources.webdataset import list_shards
 from pipelines.stages.withhold import Withhold
@@ -40,8 +41,6 @@ def rows_of(run: Run, name: str) -> dict[str, dict]:
 
 def live_files(run: Run) -> list[Path]:
     """The data files that the newest versions read, and the siblings'."""
-    from deltalake import DeltaTable
-
     urls = [f"{url}{ending}" for url in run.urls for ending in ("", ".rejects", ".units")]
     return [Path(path) for url in urls for path in DeltaTable(url).file_uris()]
 
@@ -107,8 +106,6 @@ def test_jobs_started_again_do_nothing_and_refuse_nothing(run):
 
 
 def test_more_draws_and_shards_can_be_added_and_nothing_comes_back(run):
-    from forgetful_run import make_shards
-
     forget_all(run, ASKED | naming(urls=(url_of(2, 5),)))
     make_shards(run.out / "shards", shards=3)
     assert run.encode().num_rows == 18 - 4 + 9 - 1
@@ -179,8 +176,6 @@ def test_what_is_left_is_made_again_bit_for_bit(run, name):
 
 
 def test_units_with_withheld_and_forgotten_rows_verify(run):
-    from forgetful_run import make_shards
-
     forget_all(run, naming(urls=(url_of(2, 5),)))
     make_shards(run.out / "shards", shards=3)
     run.encode()
@@ -203,9 +198,6 @@ def test_a_row_that_was_rejected_loses_what_is_said_of_it(run):
     run.teach()
     run.draw()
     assert verified(run, "latents").faults == verified(run, "targets").faults == ()
-
-
-STEPS = ("write_once", "replace_units")
 
 
 class Killed(BaseException):
@@ -242,8 +234,6 @@ def killed_at(monkeypatch, *, module, step: str, after: int) -> None:
     ],
 )
 def test_whoever_is_killed_anywhere_ends_as_one_that_was_not(run, whole, monkeypatch, where, step, after):
-    from pipelines import commits
-
     once = whole.copy(run.out.with_name("once"))
     forget_all(once)
     run.list.add(ASKED)
@@ -282,8 +272,6 @@ def test_targets_that_another_job_adds_from_old_latents_are_seen(run, whole, mon
 
 
 def test_an_orphan_of_a_killed_job_does_not_bring_rows_back(whole, tmp_path, tiny_teacher):
-    from forgetful_run import make_shards
-
     run = Run(tmp_path / "run", teacher=tiny_teacher)
     make_shards(run.out / "shards")
     with pytest.MonkeyPatch.context() as patch:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from forgetful_run import id_of, make_shards, url_of
-from test_latents import picture
+from forgetful_run import id_of, make_shards, picture, url_of
 
 from pipelines.forgotten import Forgotten, ForgottenList, key_of, normal_url
 from pipelines.naming import named_in

@@ -5,23 +5,40 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 from in_process import in_process
-from pair_inputs import SETTINGS as PAIRS
-from target_inputs import SETTINGS as TARGETS
-from test_latents import SETTINGS as LATENTS
-from test_latents import picture
 
-from pipelines.forgotten import Forgotten, ForgottenList
-from pipelines.latents import encode_latents
-from pipelines.pairs import captions_of, generate_pairs, withhold
+from pipelines.forgotten import Forgotten, ForgottenList, key_of, normal_url
+from pipelines.latents import Latents, encode_latents
+from pipelines.pairs import Pairs, captions_of, generate_pairs, withhold
+from pipelines.schemas import to_png
 from pipelines.sources.shards import Picture, write_shard
 from pipelines.sources.webdataset import list_shards
+from pipelines.stages.generate import Generation
+from pipelines.stages.image import ImageSettings
+from pipelines.stages.target import Teaching
 from pipelines.stages.withhold import Withhold
 from pipelines.tables import Snapshot, open_table
-from pipelines.targets import compute_targets
+from pipelines.targets import Targets, compute_targets
+from snapfusion.training.draws import CfgRange
 
+LATENTS = Latents(rows_per_unit=4, images=ImageSettings(min_side=8))
+TARGETS = Targets(
+    teaching=Teaching(
+        student_steps=4, k=2, cfg_range=CfgRange(low=1.0, high=6.0), caption_dropout=0.3, batch_size=3, seed=7
+    ),
+    draws=2,
+    cfg_probability=0.5,
+)
+PAIRS = Pairs(generation=Generation(steps=4, guidance=2.0, batch_size=3, seed=7), rows_per_unit=4)
 ROWS = 10
 TABLES = ("latents", "targets", "pairs")
+
+
+def picture(number: int) -> bytes:
+    """A picture that no other number has, as PNG."""
+    pixels = np.random.Generator(np.random.Philox(number)).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    return to_png(pixels)
 
 
 def url_of(shard: int, row: int) -> str:
@@ -121,6 +138,4 @@ def make_run(out: Path, *, teacher: str) -> Run:
 
 def naming(*, urls: tuple[str, ...] = (), ids: tuple[str, ...] = ()) -> Forgotten:
     """A request."""
-    from pipelines.forgotten import key_of, normal_url
-
     return Forgotten(urls=frozenset(key_of(normal_url(url)) for url in urls), ids=frozenset(map(key_of, ids)))
