@@ -82,10 +82,11 @@ def test_the_cluster_keeps_trainers_off_spot_and_tasks_off_the_head():
     assert NODE_TYPES[CLUSTER["head_node_type"]]["resources"] == {"CPU": 0}
 
 
-def test_every_worker_may_reach_the_bucket_and_knows_its_role():
+def test_every_node_has_the_rights_and_the_label_of_its_role():
     for name, kind in NODE_TYPES.items():
         assert kind["labels"]["role"] == name
-        assert name == "head" or kind["node_config"]["IamInstanceProfile"]
+        profile = "snapfusion-head" if name == "head" else "snapfusion-node"
+        assert kind["node_config"]["IamInstanceProfile"] == {"Name": profile}
 
 
 def test_the_cluster_has_room_for_every_worker_type_at_its_largest():
