@@ -308,7 +308,13 @@ def test_a_student_is_watched_and_its_best_weights_are_kept(student):
     best = load(str(out / "best"))
     assert best.fingerprint()["unet"] == metrics["weights"]["best"]
     look = Watcher(
-        DISTILL.watch, every=2, model=str(out / "raw"), steps=4, device=torch.device("cpu"), threads=1
+        DISTILL.watch,
+        every=2,
+        model=str(out / "raw"),
+        size=32,
+        steps=4,
+        device=torch.device("cpu"),
+        threads=1,
     )(best.unet.state_dict())
     assert look.values["points"] == metrics["best"]["points"]
     with Image.open(out / "watch" / "step-00000004.png") as grid:
