@@ -29,6 +29,8 @@ from pipelines.tables import Snapshot, TableError, accounts, create_table, open_
 from pipelines.units import CaptionRows, PictureRows, Unit, gaps, intervals
 from snapfusion.settings import Settings, SettingsError
 
+_MIDDLE = "middle-of-"
+"""Begins the name of a source of middle squares; those of places begin otherwise."""
 _ENDINGS = tuple(f".{ending}" for ending in sorted(IMAGE_EXTENSIONS))
 
 
@@ -66,7 +68,8 @@ def fingerprint_evaluation(
 ) -> Snapshot:
     """Bring the table at `url` to a row for every caption and picture of the evaluation; returns it.
 
-    Nothing is selected: what a model is judged by counts, whatever it looks like.
+    Nothing is selected: what a model is judged by counts. A picture is looked at whole and as its middle
+    square, because shards may hold either.
 
     Args:
         settings: how.
@@ -96,6 +99,10 @@ def fingerprint_evaluation(
         (
             list(_pictures(evaluation, settings, known)),
             Stage(build=FingerprintPictures, arguments=pictures, pool=settings.readers),
+        ),
+        (
+            list(_pictures(evaluation, settings, known, prefix=_MIDDLE)),
+            Stage(build=FingerprintPictures, arguments={**pictures, "middle": True}, pool=settings.readers),
         ),
         (list(_shards(evaluation, known)), reading(settings, latents=plain)),
     )
@@ -148,7 +155,7 @@ def _shards(evaluation: EvaluationSet, known: Sequence[Account]) -> Iterator[Sha
 
 
 def _pictures(
-    evaluation: EvaluationSet, settings: Fingerprints, known: Sequence[Account]
+    evaluation: EvaluationSet, settings: Fingerprints, known: Sequence[Account], *, prefix: str = ""
 ) -> Iterator[PictureRows]:
     for place in evaluation.pictures:
         found = list_files(place, endings=_ENDINGS)
@@ -156,7 +163,8 @@ def _pictures(
             raise SourceError(
                 f"no pictures at {place}: give a folder of them, or a glob such as 'folder/*.jpg'"
             )
-        yield from _units(found, _name(place), settings, [one for one in known if one.source == _name(place)])
+        name = prefix + _name(place)
+        yield from _units(found, name, settings, [one for one in known if one.source == name])
 
 
 def _units(

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import imagehash
 import numpy as np
+from PIL import Image
 
 from pipelines.forgotten import normal_url
 from pipelines.rejection import Rejected, Rejection
@@ -56,8 +57,7 @@ def phash(data: bytes, *, images: PictureBounds) -> int:
     Raises:
         Rejected: as `open_image`.
     """
-    bits = imagehash.phash(open_image(data, bounds=images)).hash.flatten()
-    return int.from_bytes(np.packbits(bits).tobytes(), "big", signed=True)
+    return _hash(open_image(data, bounds=images))
 
 
 def looks_of(data: bytes, *, images: PictureBounds) -> Looks:
@@ -101,10 +101,16 @@ class FingerprintShard:
 
 
 class FingerprintPictures:
-    """`PictureRows` in, `FinishedRows` of FINGERPRINTS out; a picture has no caption and goes by its name."""
+    """`PictureRows` in, `FinishedRows` of FINGERPRINTS out; a picture has no caption and goes by its name.
 
-    def __init__(self, *, images: PictureBounds) -> None:
+    Args:
+        images: bounds on pictures.
+        middle: of each only the looks of its middle square, which shards of cropped pictures hold.
+    """
+
+    def __init__(self, *, images: PictureBounds, middle: bool = False) -> None:
         self.images = images
+        self.middle = middle
 
     def __call__(self, rows: PictureRows) -> FinishedRows:
         """Read and hash all pictures of a unit, one at a time."""
@@ -114,7 +120,7 @@ class FingerprintPictures:
         for position, name in enumerate(rows.names):
             id_ = f"{rows.unit.source}/{name.rpartition('/')[2]}"
             try:
-                made.append((id_, name, None, None, *looks_of(read_bytes(name), images=self.images)))
+                made.append((id_, name, None, None, *self._looks(read_bytes(name))))
             except Rejected as verdict:
                 ordinal = rows.unit.start + position
                 rejections.append(verdict.record(id=id_, source=rows.unit.source, ordinal=ordinal))
@@ -124,6 +130,14 @@ class FingerprintPictures:
             rejections=rejections,
             seconds=time.monotonic() - began,
         )
+
+    def _looks(self, data: bytes) -> tuple[str | None, int]:
+        if not self.middle:
+            return looks_of(data, images=self.images)
+        image = open_image(data, bounds=self.images)
+        side = min(image.size)
+        left, top = ((length - side) // 2 for length in image.size)
+        return None, _hash(image.crop((left, top, left + side, top + side)))
 
 
 class FingerprintCaptions:
@@ -163,6 +177,11 @@ def _address(sample: Sample) -> int | None:
 def _columns(rows: Iterable[tuple[Any, ...]]) -> dict[str, list[Any]]:
     columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
     return {name: list(values) for name, values in zip(_COLUMNS, columns, strict=True)}
+
+
+def _hash(image: Image.Image) -> int:
+    bits = np.packbits(imagehash.phash(image).hash.flatten())
+    return int.from_bytes(bits.tobytes(), "big", signed=True)
 
 
 def _bits(text: str) -> int:

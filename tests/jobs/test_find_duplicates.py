@@ -40,7 +40,7 @@ def test_copies_and_evaluated_pictures_are_counted_refused_and_verified(out, tin
     assert f"would judge rows into {out}/duplicates (a new table)" in told
     assert find_duplicates.main(settings) == 0
     told = capsys.readouterr().out
-    assert "the evaluation: 1 rows, none rejected" in told
+    assert "the evaluation: 2 rows, none rejected" in told
     assert "6 rows, 3 (1 evaluation_image, 1 duplicate_image, 1 near_duplicate_image) refused" in told
     assert "3 of them, 50.0%, copy nothing" in told
     assert encode_latents.main(settings) == 0

@@ -316,6 +316,26 @@ def test_what_is_in_the_evaluation_is_refused_whatever_else_counts(planted, judg
     }
 
 
+def test_the_middle_square_of_an_evaluated_picture_is_refused_too(planted):
+    wide = photograph(600).resize((360, 240))
+    (planted / "val").mkdir()
+    (planted / "val" / "a.jpg").write_bytes(encoded(wide))
+    square = encoded(wide.crop((60, 0, 300, 240)).resize((128, 128)))
+    write_shards(planted / "shards", [[row(200, image=square), row(201, image=encoded(wide))]], first=2)
+    evaluation = fingerprint_evaluation(
+        SETTINGS,
+        latents=LATENTS,
+        evaluation=EvaluationSet(pictures=(str(planted / "val"),)),
+        url=str(planted / "evaluation"),
+        run=in_process,
+    )
+    table = judge(planted, evaluation=evaluation)
+    assert [one["of"] for one in table.read().to_pylist() if one["verdict"] == "evaluation_image"] == [
+        "middle-of-evaluation-val/a.jpg",
+        "evaluation-val/a.jpg",
+    ]
+
+
 def test_another_evaluation_wants_another_table(planted, judged_by):
     judge(planted, evaluation=judged_by)
     with pytest.raises(TableError, match="evaluation is"):

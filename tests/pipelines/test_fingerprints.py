@@ -222,6 +222,8 @@ def test_captions_pictures_and_shards_of_an_evaluation_are_rows(judged_by, tmp_p
         "evaluation-captions.txt/000000002": ["caption_key"],
         "evaluation-val2014/1.jpg": ["image_sha256", "phash"],
         "evaluation-val2014/2.jpg": ["image_sha256", "phash"],
+        "middle-of-evaluation-val2014/1.jpg": ["phash"],
+        "middle-of-evaluation-val2014/2.jpg": ["phash"],
         "evaluation-held-out/00000/0000000": ["url_key", "caption_key", "image_sha256", "phash"],
     }
     assert [one["reason"] for one in rejected_rows(table.url)] == ["empty_caption"]
