@@ -30,6 +30,7 @@ from pipelines.stages.blocklist import Blocklists
 from pipelines.stages.encode import Encoding
 from pipelines.stages.generate import Generation
 from pipelines.stages.image import ImageSettings
+from pipelines.stages.img2dataset import Fetching
 from pipelines.stages.sample import Drawing, Sampler
 from pipelines.stages.target import Teaching
 from pipelines.targets import Targets
@@ -369,6 +370,7 @@ def sd2() -> Recipe:
     return Recipe(
         name="sd2",
         model="stabilityai/stable-diffusion-2-1",
+        download=Downloads(fetching=Fetching(image_size=768)),
         source=Source(name="laion", url="s3://bucket/laion/*.tar"),
         # A picture has 2.25 times the pixels of one of 512 px, so a unit and a batch have half the rows.
         latents=full_size.latents(side=768, rows_per_unit=64),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -51,6 +52,8 @@ class Downloads(Settings):
         fetching: how pictures are fetched and stored.
         retry_rounds: how often rows that failed for a cause that may pass are tried again, after all others.
             A run with more rounds than the last one tries again what is left.
+        max_failed: fraction of the rows asked for that may fail in a first try. Old lists lose half.
+        judged_after: rows asked for before the fraction is judged.
         pool: the actors that download; each runs one process of `fetching.threads` threads.
     """
 
@@ -60,7 +63,13 @@ class Downloads(Settings):
     rows_per_shard: int = Field(10_000, ge=1)
     fetching: Fetching = Fetching()
     retry_rounds: int = Field(0, ge=0)
+    max_failed: float = Field(0.9, ge=0.0, le=1.0)
+    judged_after: int = Field(1_000, ge=0)
     pool: Pool = Pool(cpus=1.0)
+
+
+class TooManyFailed(RuntimeError):
+    """More rows failed than the bound allows: the network is more likely at fault than the rows."""
 
 
 _IN_IDENTITY = (
@@ -191,6 +200,7 @@ def download_shards(
     Raises:
         SourceError: if there are no lists, or the shards at `url` were planned otherwise.
         StorageError: if the place cannot be read or written.
+        TooManyFailed: when the fraction of rows that failed is above its bound.
     """
     url = absolute(url)
     planned = plan(settings)
@@ -214,7 +224,11 @@ def download_shards(
     parts: list[Part] = [
         part for part in planned.parts(_repeated(url, planned, settings.columns)) if part.name not in known
     ]
-    _take_in(run(parts, [stage]), known, total=sum(_rows_of(part, known) for part in parts), tell=on_progress)
+    waiting = sum(_rows_of(part, known) for part in parts)
+    fresh: list[Receipt] = []
+    for receipt in _take_in(run(parts, [stage]), known, total=waiting, tell=on_progress):
+        fresh.append(receipt)
+        _judge(fresh, settings, url=url)
     for retry in range(1, settings.retry_rounds + 1):
         parts = [
             part
@@ -223,7 +237,7 @@ def download_shards(
             if (part := RetryPart(number=receipt.number, retry=retry)).name not in known
         ]
         waiting = sum(_rows_of(part, known) for part in parts)
-        _take_in(run(parts, [stage]), known, total=waiting, tell=on_progress)
+        deque(_take_in(run(parts, [stage]), known, total=waiting, tell=on_progress), maxlen=0)
     summary = summarise(known, planned=planned, identity=identity)
     replace_object(f"{url}/_receipt.json", json.dumps(asdict(summary), indent=2).encode())
     sweep(url)
@@ -263,7 +277,8 @@ def summarise(known: Mapping[str, Receipt], *, planned: Plan, identity: dict[str
 
 def _take_in(
     finished: Iterator[Receipt], known: dict[str, Receipt], *, total: int, tell: OnProgress | None
-) -> None:
+) -> Iterator[Receipt]:
+    """The receipts as they arrive, put to those that are known."""
     progress = Progress(rows=0, total=total, rejected=0, units=0, first_rows=0, steady_seconds=0.0)
     first = time.monotonic()
     for receipt in finished:
@@ -280,6 +295,20 @@ def _take_in(
         )
         if tell:
             tell(progress)
+        yield receipt
+
+
+def _judge(fresh: Sequence[Receipt], settings: Downloads, *, url: str) -> None:
+    """Hold what this run had so far to the bound."""
+    asked = sum(receipt.asked for receipt in fresh)
+    failed = sum(receipt.asked - receipt.downloaded for receipt in fresh)
+    if asked >= settings.judged_after and failed > settings.max_failed * asked:
+        causes = ", ".join(f"{count} {cause}" for cause, count in total(r.failed for r in fresh).items())
+        raise TooManyFailed(
+            f"{failed} of {asked} rows failed ({causes}), more than the bound of {settings.max_failed:.0%}; "
+            f"look at {url}/_receipts, then mend the network, or raise download.max_failed. What may pass is "
+            "tried again by download.retry_rounds"
+        )
 
 
 def _rows_of(part: Part, known: Mapping[str, Receipt]) -> int:

@@ -111,7 +111,10 @@ class Progress:
 
 
 def read_progress(folder: Path) -> tuple[int, str]:
-    """How many steps were taken, and the SHA-256 of the picture being decoded, empty if none is."""
+    """How many steps were taken, and the SHA-256 of the picture being decoded, empty if none is.
+
+    No step means that the work was not even begun.
+    """
     try:
         steps, digest = _PROGRESS.unpack((folder / PROGRESS).read_bytes())
     except (OSError, struct.error):
@@ -171,6 +174,13 @@ def _said(fault: str) -> Unfetched:
 def make_shard(folder: Path) -> None:
     """Carry out the request in `folder`."""
     request = Request.read(folder)
+    # img2dataset imports it for a log that is not kept here; it is large, and is not installed.
+    sys.modules["wandb"] = types.ModuleType("wandb")
+    from img2dataset.downloader import Downloader
+    from img2dataset.resizer import Resizer
+    from img2dataset.writer import WebDatasetSampleWriter
+
+    # From here on what goes wrong is not the installation's fault.
     progress = Progress(folder)
     guard = Guard(
         limits=request.limits,
@@ -179,12 +189,6 @@ def make_shard(folder: Path) -> None:
         private_networks=request.private_networks,
     )
     urllib.request.install_opener(Watched(guard, progress))  # type: ignore[arg-type]
-    # img2dataset imports it for a log that is not kept here; it is large, and is not installed.
-    sys.modules["wandb"] = types.ModuleType("wandb")
-    from img2dataset.downloader import Downloader
-    from img2dataset.resizer import Resizer
-    from img2dataset.writer import WebDatasetSampleWriter
-
     resizer = Resizer(
         image_size=request.image_size,
         resize_mode=request.resize_mode,

@@ -145,7 +145,7 @@ class ShardMaker:
             folder: on a local disk.
 
         Raises:
-            DownloadError: if there is no such interpreter.
+            DownloadError: if there is no such interpreter, or img2dataset does not start in it.
         """
         if not os.access(self._python, os.X_OK):
             raise DownloadError(
@@ -158,8 +158,12 @@ class ShardMaker:
             fault = self._try(rows, request, work)
             if not fault:
                 return _settle(rows, work, number=number, digits=_digits(self._rows_per_shard))
-            _, picture = read_progress(work)
+            steps, picture = read_progress(work)
             shutil.rmtree(work, ignore_errors=True)
+            if not steps:
+                raise DownloadError(
+                    f"img2dataset does not start with {self._python} ({fault}): make its environment again"
+                )
             if picture:
                 request = replace(request, crashed=(*request.crashed, picture))
             else:

@@ -19,7 +19,7 @@ from in_process import in_process
 from PIL import Image
 
 from jobs import download_shards as job
-from pipelines.downloads import Downloads, download_shards
+from pipelines.downloads import Downloads, TooManyFailed, download_shards
 from pipelines.latents import Latents, encode_latents
 from pipelines.receipts import Receipt, publish, receipts
 from pipelines.rejection import Rejected
@@ -375,10 +375,11 @@ def hanging_on(poison, folder):
     return python
 
 
-def fake(folder, script):
-    """An interpreter that does this in place of img2dataset."""
+def fake(folder, script, *, starts=True):
+    """An interpreter that does this in place of img2dataset; it says one step of progress if it `starts`."""
     python = folder / "python"
-    python.write_text(f"#!/bin/sh\n{script}\n")
+    step = "{ printf '\\001'; head -c 39 /dev/zero; } > $4/progress" if starts else ""
+    python.write_text(f"#!/bin/sh\n{step}\n{script}\n")
     python.chmod(0o755)
     return FETCHING.model_copy(update={"python": str(python)})
 
@@ -393,7 +394,6 @@ def test_what_img2dataset_cannot_do_is_accounted_as_failed(tmp_path):
 
 
 def test_a_process_that_stands_still_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.stages.img2dataset._START_SECONDS", 0.3)
     monkeypatch.setattr("pipelines.stages.img2dataset._LOOKUP_SECONDS", 0.0)
     limits = FetchLimits(seconds=0.1, tries=1, decode_seconds=0.1)
     fetching = fake(tmp_path, "exec sleep 60").model_copy(update={"limits": limits})
@@ -419,6 +419,23 @@ def test_an_interpreter_that_is_not_there_is_said(tmp_path):
     fetching = FETCHING.model_copy(update={"python": str(tmp_path / "none")})
     with pytest.raises(DownloadError, match="make downloader"):
         run(links, tmp_path / "shards", fetching=fetching)
+
+
+def test_an_environment_in_which_img2dataset_does_not_start_costs_no_row(tmp_path, monkeypatch):
+    links = write_list(tmp_path / "lists", [("http://a.example/", "a picture")])
+    fetching = fake(tmp_path, "echo no cv2; exit 1", starts=False)
+    with pytest.raises(DownloadError, match=r"does not start with .*python \(exit status 1: no cv2\)"):
+        run(links, tmp_path / "shards", fetching=fetching)
+    assert receipts(str(tmp_path / "shards")) == {}
+
+
+def test_more_failures_than_the_bound_stop_the_job_and_say_why(tmp_path):
+    links = write_list(tmp_path / "lists", [(f"http://a.example/{row}", "a picture") for row in range(30)])
+    fetching = fake(tmp_path, "exit 1")
+    bound = {"fetching": fetching, "judged_after": 20, "max_failed": 0.5}
+    with pytest.raises(TooManyFailed, match=r"20 of 20 rows failed \(20 interrupted\), more than the bound"):
+        run(links, tmp_path / "shards", **bound)
+    assert len(receipts(str(tmp_path / "shards"))) == 2
 
 
 def test_shards_from_elsewhere_are_left_alone(tmp_path):
