@@ -98,7 +98,6 @@ def descendants_of(files: RunFiles, tables: Mapping[str, Snapshot]) -> Descendan
         files: of the run.
         tables: all tables of the run at their newest versions, by place.
     """
-    touched = {place: table for place, table in tables.items() if any(file.mark for file in table.units)}
     results = [
         _Result(place=place.removesuffix(f"/{METRICS}"), told=told, finished=True)
         for place in files.ending(f"/{METRICS}")
@@ -110,7 +109,7 @@ def descendants_of(files: RunFiles, tables: Mapping[str, Snapshot]) -> Descendan
         for place in files.ending(_BEGUN)
         if place.removesuffix(_BEGUN) not in finished and isinstance(told := files.read(place), dict)
     ]
-    pinned = [pin for result in results for pin in _pins(result, touched)]
+    pinned = [pin for result in results for pin in _pins(result, tables)]
     models = _models(results, {pin.place for pin in pinned if pin.finished})
     weights = {value for result in models for value in result.weights}
     return Descendants(
@@ -152,17 +151,18 @@ def _unet(told: Mapping[str, Any]) -> str:
     return str(weights.get("unet", "")) if isinstance(weights, dict) else ""
 
 
-def _pins(result: _Result, touched: Mapping[str, Snapshot]) -> Iterator[Pinned]:
+def _pins(result: _Result, tables: Mapping[str, Snapshot]) -> Iterator[Pinned]:
     """The versions that a training is pinned to, of tables that have lost rows since."""
     read: dict[tuple[str, int], set[str]] = defaultdict(set)
     for identity, version, url in _versions(result.told):
         read[identity, version].add(url)
+    digests = {place: digest(table.identity) for place, table in tables.items()}
     for (identity, version), urls in read.items():
-        same = {place: table for place, table in touched.items() if digest(table.identity) == identity}
+        same = [place for place in tables if digests[place] == identity]
         # Two tables may be made alike; where the training says which it read, that one is meant.
-        told = {place: table for place, table in same.items() if table.url in urls}
-        for place, table in (told or same).items():
-            if _has_lost(table, version):
+        told = [place for place in same if any(f"/{url}".endswith(f"/{place}") for url in urls)]
+        for place in told or same:
+            if _has_lost(tables[place], version):
                 yield Pinned(place=result.place, table=place, version=version, finished=result.finished)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -149,9 +150,12 @@ class Receipt:
             yield f"{len(self.old_files)} old files still hold it, for older versions; --erase deletes them"
 
     def _trainings(self) -> Iterator[str]:
+        pinned: dict[tuple[str, int, bool], list[str]] = defaultdict(list)
         for pin in self.descendants.trainings:
-            state = "finished" if pin.finished else "not finished"
-            yield f"{pin.place} is pinned to {pin.table} version {pin.version} ({state})"
+            pinned[pin.table, pin.version, pin.finished].append(pin.place)
+        for (table, version, finished), places in pinned.items():
+            state = "finished" if finished else "not finished"
+            yield f"pinned to {table} version {version}, {state}: {_some(places)}"
         for said, places in (
             ("weights that learned from it, and keep what they learned", self.descendants.models),
             ("bundles for phones made of those", self.descendants.bundles),

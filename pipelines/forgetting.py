@@ -35,7 +35,7 @@ _COLUMNS = {
     "pairs": ["id", "source_id"],
     "targets": ["id", "source_id"],
     "latents": ["id", "source_id"],
-    "duplicates": ["id", "of"],
+    "duplicates": ["id"],
     "fingerprints": ["id", "source_id", "image_sha256"],
 }
 _DERIVED = ("pairs", "targets")
@@ -53,7 +53,6 @@ class Match:
         file: of the unit.
         account: of the file.
         rows: positions in the file.
-        copies: positions of rows of DUPLICATES that stay, and say that they copy one that is on the list.
         rejections: positions among the account's rejections whose id or detail must go.
         ids: of the rows of LATENTS, or captions, behind all of these.
         entries: of the list, those that name them.
@@ -62,13 +61,12 @@ class Match:
     file: UnitFile
     account: Account
     rows: tuple[int, ...] = ()
-    copies: tuple[int, ...] = ()
     rejections: tuple[int, ...] = ()
     ids: frozenset[str] = frozenset()
     entries: frozenset[Entry] = frozenset()
 
     def __bool__(self) -> bool:
-        return bool(self.rows or self.copies or self.rejections)
+        return bool(self.rows or self.rejections)
 
 
 @dataclass(kw_only=True)
@@ -226,17 +224,11 @@ def _match(
         for place, rejection in enumerate(account.rejections)
         if (entries := _entries_of_rejection(forgotten, rejection, derived=derived))
     }
-    copies = [
-        place
-        for place, of in enumerate(rows.get("of", nothing))
-        if of is not None and place not in found and forgotten.named_by(ids=[of])
-    ]
     ids = [*(rows["id"][place] for place in found), *(account.rejections[place].id for place in spoken)]
     return Match(
         file=file,
         account=account,
         rows=tuple(found),
-        copies=tuple(copies),
         rejections=tuple(spoken),
         ids=frozenset(_base(id_) if derived else id_ for id_ in ids),
         entries=frozenset().union(*found.values(), *spoken.values()),
@@ -299,19 +291,8 @@ def _rewritten(table: Snapshot, match: Match, *, source_digest: str | None = Non
     )
     path = f"{table.url}/{marked(match.file.unit, fewer.to_json())}"
     mask = pa.array([place not in gone for place in range(rows.num_rows)], pa.bool_())
-    write_once(path, to_parquet(_without_names(rows, match.copies).filter(mask), fewer))
+    write_once(path, to_parquet(rows.filter(mask), fewer))
     return _Change(old=match.file, new=adopt(path), match=match)
-
-
-def _without_names(rows: pa.Table, copies: Sequence[int]) -> pa.Table:
-    """Rows of DUPLICATES, some of which no longer say of which row they are copies."""
-    if not copies:
-        return rows
-    of = rows["of"].to_pylist()
-    for place in copies:
-        of[place] = hidden(of[place])
-    at = rows.schema.get_field_index("of")
-    return rows.set_column(at, rows.schema.field(at), pa.array(of, rows.schema.field(at).type))
 
 
 def _read(file: UnitFile) -> pa.Table:

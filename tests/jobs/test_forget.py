@@ -205,7 +205,7 @@ def test_trainings_models_and_bundles_are_named(run, lists, capsys):
     assert found["pages"] == ["report/index.html"]
     told = capsys.readouterr().out
     version = receipt["tables"]["pairs"]["before"]
-    assert f"decoder is pinned to pairs version {version} (not finished)" in told
+    assert f"pinned to pairs version {version}, not finished: decoder" in told
     assert "weights that learned from it, and keep what they learned: student-8, vpred" in told
 
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import copy_inputs as copies
 import pytest
 from deltalake import DeltaTable
-from forgetful_run import TABLES, Run, caption_of, id_of, make_run, make_shards, naming, url_of
+from forgetful_run import PAIRS, TABLES, Run, caption_of, id_of, make_run, make_shards, naming, url_of
+from in_process import in_process
+from shuffled_rows import read_shuffled
 
 from pipelines import commits, forgetting, latents, pairs, targets
+from pipelines.duplicates import Deduplication, find_duplicates
 from pipelines.forgetting import forget
+from pipelines.pairs import generate_pairs, withhold
+from pipelines.rejection import Rejected
+from pipelines.sources.captions import Caption
 from pipelines.sources.webdataset import list_shards
 from pipelines.stages.withhold import Withhold
 from pipelines.tables import accounts, open_table, rejected_rows
+from pipelines.units import finite_rows
 from pipelines.verification import verify_table
 
 GONE = [(0, 1), (0, 8), (0, 9), (1, 0)]
@@ -289,3 +297,109 @@ def test_a_pinned_version_still_reads_what_it_read(run, whole):
     for name, table in before.items():
         pinned = open_table(str(run.out / name), version=table.version)
         assert pinned.read().equals(whole.table(name).read())
+
+
+def listed(run: Run, url: Path, *, captions, draws: int = 1):
+    return generate_pairs(
+        PAIRS.with_values([f"draws={draws}"]),
+        teacher=run.teacher,
+        captions=withhold(captions, run.list.read()),
+        source="list",
+        url=str(url),
+        run=in_process,
+    )
+
+
+def test_pairs_of_a_list_whose_ids_are_addresses(run, tmp_path):
+    captions = [
+        Caption(id=f"http://list.example/{n}", ordinal=n, text=f"caption number {n}") for n in range(6)
+    ]
+    captions[2] = Rejected("empty_caption").record(id="http://list.example/2", source="list", ordinal=2)
+    url = run.out / "listed"
+    whole = listed(run, url, captions=captions)
+    run.list.add(naming(urls=("https://list.example/1", "https://list.example/2")))
+    forget([str(url)], run.list.read())
+    left = open_table(str(url))
+    assert left.num_rows == whole.num_rows - 1
+    assert listed(run, url, captions=captions).version == left.version
+    assert listed(run, url, captions=captions, draws=2).num_rows == 2 * 4
+    for file in DeltaTable(f"{url}.rejects").file_uris() + DeltaTable(str(url)).file_uris():
+        assert b"list.example/1" not in Path(file).read_bytes()
+        assert b"list.example/2" not in Path(file).read_bytes()
+    table = open_table(str(url))
+    found = verify_table(table, remake=pairs.remake(table, teacher=run.teacher), units=99, seed=0)
+    assert found.faults == ()
+    assert found.exact == found.units
+
+
+def spoiling(monkeypatch, *, place: str, which: int) -> None:
+    """Let a network put out infinity in one row of each unit."""
+    real = finite_rows
+
+    def spoilt(values):
+        flags = real(values)
+        flags[which : which + 1] = [False] * len(flags[which : which + 1])
+        return flags
+
+    monkeypatch.setattr(place, spoilt)
+
+
+def test_rows_that_a_network_lost_keep_their_places(tmp_path, tiny_teacher, monkeypatch):
+    run = Run(tmp_path / "run", teacher=tiny_teacher)
+    make_shards(run.out / "shards")
+    with monkeypatch.context() as patch:
+        spoiling(patch, place="pipelines.stages.encode.finite_rows", which=0)
+        run.encode()
+    with monkeypatch.context() as patch:
+        spoiling(patch, place="pipelines.stages.target.finite_rows", which=1)
+        spoiling(patch, place="pipelines.stages.generate.finite_rows", which=1)
+        run.teach()
+        run.draw()
+    lost_twice, lost_by_teachers = id_of(0, 2), id_of(0, 6)
+    assert lost_twice not in bases(run, "pairs")
+    for asked in ((id_of(0, 1),), (lost_by_teachers, id_of(1, 5))):
+        forget_all(run, naming(ids=asked))
+    versions = [run.table(name).version for name in TABLES]
+    run.encode()
+    run.teach()
+    run.draw()
+    assert [run.table(name).version for name in TABLES] == versions
+    run.teach(draws=3)
+    run.draw(draws=2)
+    for name in TABLES:
+        assert not {id_of(0, 1), lost_by_teachers, id_of(1, 5)} & set(bases(run, name))
+        account = {key: row for row in accounts(str(run.out / name)).values() for key in [row.unit]}
+        assert all(len(one.ordinals()) == one.rows_written for one in account.values())
+
+
+def test_fingerprints_and_verdicts_on_copies_go_too(tmp_path):
+    shards, table = tmp_path / "shards", tmp_path / "fingerprints"
+    first = [copies.row(n) for n in range(4)]
+    copies.write_shards(shards, [first, [copies.row(10, url=f"{url_in(first[1])}#again"), copies.row(11)]])
+
+    def judge():
+        made = copies.fingerprinted(shards, table, run=in_process)
+        return find_duplicates(
+            Deduplication(), fingerprints=made, url=str(tmp_path / "duplicates"), read=read_shuffled(0)
+        )
+
+    verdicts = {row["id"]: row for row in judge().read().to_pylist()}
+    gone = next(row["of"] for row in verdicts.values() if row["of"])
+    asked = naming(ids=(gone,))
+    done = forget([str(tmp_path / "duplicates"), str(table)], asked)
+    assert [removal.rows for removal in done] == [1, 1]
+    # That another row copies it stays true, and says no more than where in its shard it stood.
+    left = open_table(str(tmp_path / "duplicates"))
+    assert gone not in left.read(["id"])["id"].to_pylist()
+    assert [row["verdict"] for row in left.read().to_pylist() if row["of"]] == ["duplicate_url"]
+    assert forget([left.url, str(table)], asked)[0].units == set()
+    assert judge().version == left.version
+    copies.write_shards(
+        shards,
+        [first, [copies.row(10, url=f"{url_in(first[1])}#again"), copies.row(11)], [copies.row(20)]],
+    )
+    assert judge().num_rows == len(verdicts) - 1 + 1
+
+
+def url_in(row) -> str:
+    return row.url
