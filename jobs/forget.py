@@ -1,8 +1,8 @@
 """Forget rows on request: take them, and what was derived from them, out of a run's tables.
 
 FILE has one entry a line; lines that begin with # are passed over. Addresses are compared whatever their
-scheme, default port, case of host and escapes; hashes are SHA-256 or MD5 of the picture, or LAION's number,
-looked up in the run's shards and FINGERPRINTS. Only hashes of the entries are kept, and what is on that list
+scheme, default port, case of host and escapes; hashes are SHA-256 or MD5 of the picture, or LAION's number of
+the row, looked up in the run's shards and FINGERPRINTS. Only hashes of the entries are kept, and what is on that list
 does not come back. Older versions can be read until their files are erased.
 """
 
