@@ -17,6 +17,7 @@ from copy_inputs import (
     write_shards,
 )
 from in_process import in_process
+from ray.data import DataContext
 from shuffled_rows import read_shuffled
 
 from pipelines import duplicates
@@ -402,8 +403,14 @@ def test_verdicts_on_another_shard_of_the_name_are_refused(planted, tmp_path):
 def test_ray_writes_the_bytes_that_one_process_writes(ray_cluster, planted, tmp_path):
     wanted = data_files(Path(judge(planted, settings=EVERYTHING, name="alone").url))
     few = EVERYTHING.model_copy(update={"rows_at_once": 20})
+    # As units are streamed: a block of its own for each row.
+    context = DataContext.get_current()
+    context.target_max_block_size = 1
+    strategy = context.shuffle_strategy
     table = judge(planted, settings=few, name="ray", read=read_on_ray)
     assert data_files(Path(table.url)) == wanted
+    assert (context.target_max_block_size, context.shuffle_strategy) == (1, strategy)
+    assert DataContext.get_current() is context
     # No copies at all, so groups of nothing.
     write_shards(tmp_path / "unlike" / "shards", [[row(n) for n in range(3)]])
     assert refused(judge(tmp_path / "unlike", read=read_on_ray)) == {}
