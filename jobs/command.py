@@ -32,6 +32,7 @@ VERBS = (
     "evaluate",
     "ablate",
     "report",
+    "plan",
     "verify_table",
     "forget",
     "measure_latency",

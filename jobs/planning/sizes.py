@@ -1,0 +1,136 @@
+"""The networks of a model: parameters and multiply-accumulates, counted on shapes, without weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from snapfusion.models.architecture import Architecture
+from snapfusion.models.bundle import Bundle
+from snapfusion.models.cost import costs_of
+from snapfusion.models.decoder import DecoderConfig, HalfDecoder
+from snapfusion.models.load import load
+from snapfusion.models.random_weights import random_bundle
+from snapfusion.models.unet import architecture_of
+
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-2-1": "sd2",
+    "random:sd15": "sd15",
+    "random:sd15-v": "sd15",
+    "random:sd2": "sd2",
+}
+"""Models whose shapes are known here by name, so that nothing is downloaded to plan with them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """One network.
+
+    Attributes:
+        parameters: numbers that are learned.
+        gmacs: 10^9 multiply-accumulates of a forward pass for one latent or picture.
+    """
+
+    parameters: int
+    gmacs: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A model's networks.
+
+    Attributes:
+        bundle: the model on torch's meta device: shapes without numbers.
+        architecture: of its UNet.
+        unet: likewise.
+        text: its text encoder.
+        vae: parameters of its VAE.
+        encoder: of its VAE.
+        decoder: of its VAE.
+        half: the half-width decoder.
+    """
+
+    bundle: Bundle
+    architecture: Architecture
+    unet: Network
+    text: Network
+    vae: int
+    encoder: Network
+    decoder: Network
+    half: Network
+
+    @property
+    def tokens(self) -> int:
+        """Of an encoded caption."""
+        return int(self.bundle.tokenizer.model_max_length)
+
+    @property
+    def frozen(self) -> int:
+        """Parameters of all but the UNet."""
+        return self.text.parameters + self.vae
+
+    def of(self, architecture: Architecture) -> Network:
+        """A UNet of another architecture."""
+        return unet_of(architecture, tokens=self.tokens)
+
+
+def sizes_of(model: str) -> Sizes:
+    """Of a model, by a source that `snapfusion.models.load` accepts; a published one is not opened."""
+    bundle = None if model in PUBLISHED else _without_numbers(load(model))
+    with torch.device("meta"):
+        bundle = bundle or random_bundle(PUBLISHED[model])
+        half = HalfDecoder(DecoderConfig.half_of(bundle.vae))
+    architecture, side = architecture_of(bundle.unet), bundle.image_size
+    tokens = int(bundle.tokenizer.model_max_length)
+    latent = torch.empty(1, *bundle.latent_shape, device="meta")
+    picture = torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta")
+    return Sizes(
+        bundle=bundle,
+        architecture=architecture,
+        unet=unet_of(architecture, tokens=tokens),
+        text=Network(
+            parameters=_parameters(bundle.text_encoder),
+            gmacs=_gmacs(
+                lambda: bundle.encode_text(torch.zeros(1, tokens, dtype=torch.int64, device="meta"))
+            ),
+        ),
+        vae=_parameters(bundle.vae),
+        encoder=Network(
+            parameters=_parameters(bundle.vae.encoder), gmacs=_gmacs(lambda: bundle.encode_images(picture))
+        ),
+        decoder=Network(
+            parameters=_parameters(bundle.vae.decoder), gmacs=_gmacs(lambda: bundle.decode(latent))
+        ),
+        half=Network(parameters=_parameters(half), gmacs=_gmacs(lambda: half.decode(latent))),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def unet_of(architecture: Architecture, *, tokens: int) -> Network:
+    """A UNet of an architecture."""
+    whole = costs_of(architecture, tokens=tokens).whole
+    return Network(parameters=whole.parameters, gmacs=whole.macs / 1e9)
+
+
+def _without_numbers(bundle: Bundle) -> Bundle:
+    networks = {name: copy.deepcopy(network).to("meta") for name, network in bundle.networks.items()}
+    for name, network in networks.items():
+        setattr(bundle, name, network)
+    return bundle
+
+
+def _gmacs(run: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return float(sum(counter.get_flop_counts()["Global"].values()) / 2e9)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
