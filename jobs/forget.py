@@ -2,8 +2,8 @@
 
 FILE has one entry a line; lines that begin with # are passed over. Addresses are compared whatever their
 scheme, default port, case of host and escapes; hashes are SHA-256 or MD5 of the picture, or LAION's number of
-the row, looked up in the run's shards and FINGERPRINTS. Only hashes of the entries are kept, and what is on that list
-does not come back. Older versions can be read until their files are erased.
+the row, looked up in the run's shards and FINGERPRINTS. Only hashes of the entries are kept, and what is on
+that list does not come back. Older versions can be read until their files are erased.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def look_up(job: Job, files: RunFiles, request: Forgotten) -> Found:
     found.ids |= found.shards.ids
     found.entries |= found.shards.entries
     # First what knows addresses, then what knows a row by its id alone.
-    for _ in range(2):
+    before = -1
+    while len(found.ids) > before:
+        before = len(found.ids)
         named = request | _naming(found.ids)
         for place, table in tables.items():
             matches = find(table, named)

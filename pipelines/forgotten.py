@@ -136,6 +136,10 @@ class ForgottenList:
     url: str
     _read: dict[str, Forgotten] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        # A worker, which stands in another folder, would find no list there and let everything pass.
+        self.url = absolute(self.url)
+
     def read(self) -> Forgotten:
         """All requests together, as they are now.
 
@@ -144,7 +148,7 @@ class ForgottenList:
         """
         for name in _names(self.url):
             if name not in self._read:
-                self._read[name] = _parse(read_bytes(f"{absolute(self.url)}/{name}"))
+                self._read[name] = _parse(read_bytes(f"{self.url}/{name}"))
         return reduce(or_, self._read.values(), Forgotten())
 
     def add(self, request: Forgotten) -> Forgotten:
@@ -153,7 +157,7 @@ class ForgottenList:
         fresh = request - known
         if fresh:
             data = _spell(fresh)
-            write_once(f"{absolute(self.url)}/{hashlib.sha256(data).hexdigest()[:16]}.parquet", data)
+            write_once(f"{self.url}/{hashlib.sha256(data).hexdigest()[:16]}.parquet", data)
         return fresh
 
     def __getstate__(self) -> dict[str, object]:
@@ -210,7 +214,7 @@ def _key(entry: str, *, kind: Kind, number: int) -> bytes:
 
 
 def _names(url: str) -> list[str]:
-    filesystem, path = fsspec.core.url_to_fs(absolute(url))
+    filesystem, path = fsspec.core.url_to_fs(url)
     # Listings are cached for the life of the process, and requests may have come since.
     filesystem.invalidate_cache()
     try:

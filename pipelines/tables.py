@@ -113,11 +113,21 @@ class Snapshot:
         return sum(file.rows for file in self.units)
 
     def read_unit(self, unit: UnitFile, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of one unit, in the order in which they were written; of the columns named, only these."""
-        if columns is None:
-            return pq.read_table(pa.BufferReader(read_bytes(unit.path)))
-        with fsspec.open(unit.path, "rb") as file:
-            return pq.read_table(file, columns=columns)
+        """The rows of one unit, in the order in which they were written; of the columns named, only these.
+
+        Raises:
+            TableError: if the file is gone, as those of old versions are once they were erased.
+        """
+        try:
+            with fsspec.open(unit.path, "rb") as file:
+                return pq.read_table(
+                    pa.BufferReader(file.read()) if columns is None else file, columns=columns
+                )
+        except FileNotFoundError:
+            raise TableError(
+                f"{unit.path} is gone, which version {self.version} reads: rows of it were forgotten and "
+                "erased, or it was deleted; read the newest version"
+            ) from None
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows, ordered by unit. For tables that fit in memory."""

@@ -15,10 +15,11 @@ from jobs.cli import Job
 from jobs.forget_receipt import ranges
 from jobs.recipes import recipe_named
 from jobs.vetoes import vetoes_of
+from pipelines.erasure import erase
 from pipelines.forgotten import ForgottenList
 from pipelines.stages.withhold import Withhold
 from pipelines.storage import read_bytes
-from pipelines.tables import accounts, open_table, rejected_rows
+from pipelines.tables import TableError, accounts, open_table, rejected_rows
 from snapfusion.settings import digest
 
 GONE = [(0, 1), (1, 2), (0, 9)]
@@ -119,6 +120,30 @@ def test_what_an_earlier_request_left_is_erased_by_a_later_one(run, lists):
     carried_out(run, *lists, "--erase")
     assert telling(run) == []
     assert len(receipts(run)) == 2
+
+
+def test_an_old_version_that_was_erased_says_so(run, lists):
+    before = run.table("latents")
+    carried_out(run, *lists, "--erase")
+    pinned = open_table(before.url, version=before.version)
+    with pytest.raises(TableError, match=r"is gone, which version \d+ reads: rows of it were forgotten"):
+        pinned.read(["id"])
+
+
+def test_an_erasure_that_was_killed_is_ended_by_the_next(run, lists, monkeypatch):
+    def dying(url, paths):
+        if url.endswith("pairs"):
+            erase(url, paths)
+            return
+        Path(paths[0]).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forget, "erase", dying)
+        assert carried_out(run, *lists, "--erase") == 130
+    assert telling(run)
+    carried_out(run, *lists, "--erase")
+    assert telling(run) == []
 
 
 def test_details_of_rejected_rows_are_erased_from_the_siblings_and_their_log(run, tmp_path):
@@ -295,4 +320,3 @@ def test_a_run_in_a_bucket(bucket, whole, lists, tiny_teacher):
     for path in filesystem.find("s3://bucket/run"):
         if "/shards/" not in path:
             assert not any(word in read_bytes(f"s3://{path}") for word in words), path
-    assert forget.main(["--out", url, "--set", "source.name=web", *lists]) == 0

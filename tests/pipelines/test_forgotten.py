@@ -161,6 +161,14 @@ def test_the_files_hold_hashes_alone(tmp_path):
     assert b"secret" not in path.read_bytes()
 
 
+def test_a_worker_that_stands_elsewhere_finds_the_list(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = ForgottenList("run/forgotten")
+    wanted.add(Forgotten(ids=frozenset([key_of("web/1")])))
+    monkeypatch.chdir("/")
+    assert pickle.loads(pickle.dumps(wanted)).read().has("web/1")
+
+
 def test_another_process_reads_the_list_for_itself(tmp_path):
     wanted = ForgottenList(str(tmp_path / "forgotten"))
     wanted.add(Forgotten(ids=frozenset([key_of("web/1")])))
