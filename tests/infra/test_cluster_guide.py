@@ -1,0 +1,80 @@
+"""docs/cluster.md: what it has one type is there."""
+
+import itertools
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.recipes import recipe_named
+from pipelines import metrics
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs/cluster.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"^```\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+JOBS = [line for line in COMMANDS if "python -m jobs." in line]
+
+
+@pytest.mark.parametrize("line", JOBS, ids=lambda line: re.search(r"jobs\.\w+", line)[0])
+def test_a_job_and_its_settings_exist(line):
+    words = shlex.split(line.split("python -m ")[1])
+    assert (ROOT / words[0].replace(".", "/")).with_suffix(".py").exists()
+    values = dict(zip(words[1::2], words[2::2], strict=False))
+    settings = [value for option, value in itertools.pairwise(words) if option == "--set"]
+    recipe = recipe_named(values.get("--recipe", "mini")).with_values(settings)
+    # A pool that was given labels keeps what else the recipe says of it.
+    for setting in settings:
+        if "labels" in setting:
+            assert '"role"' in setting
+            assert setting.split("=")[0].endswith(".labels")
+    assert recipe.name == values.get("--recipe", "mini")
+
+
+def test_roles_that_jobs_ask_for_are_in_the_cluster_file():
+    types = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())["available_node_types"]
+    asked = {role for line in JOBS for role in re.findall(r'"role": "(\w+)"', line)}
+    assert asked == {"decode", "teacher", "trainer"} == types.keys() - {"head"}
+
+
+def test_files_that_it_names_are_there():
+    for name in re.findall(r"(?<![\w/.])(?:infra|docs|pipelines)/[\w./-]+\w", GUIDE):
+        assert (ROOT / name).exists(), name
+    for target in re.findall(r"\]\((?!http)([\w./-]+)", GUIDE):
+        assert (ROOT / "docs" / target).exists(), target
+
+
+def test_every_policy_is_used_and_nothing_else_is_asked_for():
+    used = set(re.findall(r"infra/aws/(\w+\.json)", "\n".join(COMMANDS)))
+    assert used == {path.name for path in (ROOT / "infra/aws").glob("*.json")}
+
+
+def test_what_it_says_of_the_lifecycle_rules_is_in_them():
+    rules = {
+        rule["ID"]: rule for rule in json.loads((ROOT / "infra/aws/lifecycle.json").read_text())["Rules"]
+    }
+    said = GUIDE.split("The lifecycle rules end")[1].split("snapfusion/")[0]
+    days = [int(number) for number in re.findall(r"\((\d+) days", said)]
+    assert days == [
+        rules["uploads-that-nobody-finished"]["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"],
+        rules["versions-that-were-replaced-or-deleted"]["NoncurrentVersionExpiration"]["NoncurrentDays"],
+        rules["runs-that-were-only-tried"]["Expiration"]["Days"],
+    ]
+
+
+def test_its_table_of_metrics_is_that_of_the_code():
+    told = set(re.findall(r"^\| `(ray_\w+)` \|", GUIDE, re.MULTILINE))
+    counters = (metrics.ROWS, metrics.STAGE_SECONDS, metrics.TRAINING_STEPS, metrics.TRAINING_SECONDS)
+    assert told == {*(f"ray_{name}_total" for name in counters), f"ray_{metrics.TRAINING_RUNS}"}
+
+
+def test_releases_of_kuberay_are_those_that_were_checked():
+    checked = json.loads((ROOT / "infra/kuberay/checked.json").read_text())["releases"]
+    for release in checked:
+        assert release.removeprefix("v") in GUIDE
