@@ -13,7 +13,10 @@ from jobs.progress import StatusLine, duration
 from pipelines.execution import beside_driver
 
 OnReport = Callable[[Mapping[str, Any]], None]
-"""Takes a report's figures: training, step, num_steps, loss, steps_per_second, seconds_left, data_wait."""
+"""Takes a report's figures.
+
+training, step, num_steps, workers, loss, steps_per_second, seconds_left, data_wait
+"""
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -66,8 +69,9 @@ def show_reports() -> OnReport:
 
 def report_line(figures: Mapping[str, Any]) -> str:
     """A report in words."""
+    workers = f"{figures['workers']} worker{'s' if figures['workers'] != 1 else ''}"
     return (
         f"{figures['training']} {figures['step']}/{figures['num_steps']} steps, loss {figures['loss']:.5f}, "
-        f"{figures['steps_per_second']:.1f} steps/s, {duration(figures['seconds_left'])} left, "
+        f"{figures['steps_per_second']:.1f} steps/s by {workers}, {duration(figures['seconds_left'])} left, "
         f"{figures['data_wait']:.0%} waiting for data"
     )

@@ -49,6 +49,10 @@ class TrainerSettings(Settings):
 
     Attributes:
         num_workers: processes, each of which takes its share of every global batch.
+        min_workers: with how many of them it goes on while nodes are missing; None: with all or not at all.
+            The batches stay the same, the order in which gradients are added does not: the weights then
+            agree to rounding, no longer to the bit.
+        resize_seconds: how often it is looked whether there is room for more workers.
         use_gpu: whether each has an accelerator; they then speak NCCL, else gloo.
         cpus_per_worker: logical CPUs that Ray sets aside for each.
         threads_per_worker: CPU threads of each.
@@ -66,6 +70,8 @@ class TrainerSettings(Settings):
     """
 
     num_workers: PositiveInt = 1
+    min_workers: PositiveInt | None = None
+    resize_seconds: PositiveFloat = 60.0
     use_gpu: bool = False
     cpus_per_worker: PositiveFloat = 1.0
     threads_per_worker: PositiveInt = 1
@@ -250,7 +256,8 @@ def run_trainings(
             train_loop_config=config,
             torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
             scaling_config=ScalingConfig(  # type: ignore[call-arg] # mypy sees the class of Train V1
-                num_workers=settings.num_workers,
+                num_workers=_workers(settings),  # type: ignore[arg-type] # likewise
+                elastic_resize_monitor_interval_s=settings.resize_seconds,
                 use_gpu=settings.use_gpu,
                 resources_per_worker=_resources(settings),
                 label_selector=settings.labels or None,
@@ -531,10 +538,17 @@ class _Recorder:
             "training": self._training.name,
             "step": step.step,
             "num_steps": num_steps,
+            "workers": ray.train.get_context().get_world_size(),
             "loss": step.loss,
             "seconds_left": (num_steps - step.step) / pace["steps_per_second"],
             **pace,
         }
+
+
+def _workers(settings: TrainerSettings) -> int | tuple[int, int]:
+    return (
+        settings.num_workers if settings.min_workers is None else (settings.min_workers, settings.num_workers)
+    )
 
 
 def _resources(settings: TrainerSettings) -> dict[str, float]:
@@ -545,7 +559,7 @@ def _resources(settings: TrainerSettings) -> dict[str, float]:
 def _environment(settings: TrainerSettings, *, device: torch.device) -> dict[str, Any]:
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return {
-        "workers": settings.num_workers,
+        "workers": ray.train.get_context().get_world_size(),
         "threads_per_worker": torch.get_num_threads(),
         "device": f"{device.type} {accelerator or torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,

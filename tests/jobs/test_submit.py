@@ -2,121 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from in_process import in_process
+from ray_nodes import REPOSITORY, Head, ray_head
 
 from jobs.recipes import recipe_named
 from pipelines.pairs import captions_of, generate_pairs
 from pipelines.tables import accounts, is_table, open_table
 
-REPOSITORY = Path(__file__).parents[2]
-SCRIPTS = Path(sys.executable).parent
 SCENES = ("--set", "source.scenes=96", "--set", "source.scenes_per_shard=48")
 # Twelve units of 50 steps: long enough to be stopped in the middle.
 PAIRS = (*SCENES, "--set", "pairs.rows_per_unit=8", "--set", "pairs.bounds.commit_seconds=0")
 
 
-@dataclass(frozen=True)
-class Head:
-    """A Ray head, and what a client needs to submit to it."""
-
-    address: str
-    environment: dict[str, str]
-    folder: Path
-
-    def command(self, *arguments: str) -> list[str]:
-        """`ray job` with these words; the first of them is what it is to do."""
-        verb, *rest = arguments
-        return [str(SCRIPTS / "ray"), "job", verb, "--address", self.address, *rest]
-
-    def start(
-        self, name: str, *words: str, environment: dict[str, str] | None = None
-    ) -> subprocess.Popen[str]:
-        """`ray job submit` of a module of jobs."""
-        wanted = (
-            "submit",
-            "--working-dir",
-            str(REPOSITORY),
-            "--submission-id",
-            name,
-            "--",
-            "python",
-            "-m",
-            *words,
-        )
-        return subprocess.Popen(
-            self.command(*wanted),
-            env=environment or self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def submit(self, name: str, *words: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
-        """The exit code of `ray job submit`, and all it printed."""
-        process = self.start(name, *words, environment=environment)
-        printed, _ = process.communicate(timeout=300)
-        return process.returncode, printed
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> Iterator[Head]:
-    # Sockets below it may not have long names.
-    folder = tmp_path_factory.mktemp("head")
-    ports = [_free_port() for _ in range(4)]
-    token = folder / "token"
-    token.write_text("0123456789abcdef" * 2)
-    environment = {
-        **os.environ,
-        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "PYTHONPATH": "",
-    }
-    command = [str(SCRIPTS / "ray"), "start", "--head", "--block", "--num-cpus=4", f"--temp-dir={folder}/ray"]
-    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
-    command += [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        _await(ports[1], process)
-        yield Head(address=f"http://127.0.0.1:{ports[1]}", environment=environment, folder=folder)
-    finally:
-        # The whole group: `--block` takes its time to end what it started. Never `ray stop`, which ends every
-        # Ray of the machine.
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(3)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def _await(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.2)
-    raise TimeoutError("the head did not start")
+    with ray_head(tmp_path_factory.mktemp("head")) as head:
+        yield head
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +111,7 @@ def test_what_was_stopped_and_interrupted_goes_on_to_the_same_bytes(head: Head, 
     command = ("jobs.generate_pairs", "--out", str(run), *PAIRS)
     submitted = head.start("pairs", *command)
     await_unit(run, more_than=0, process=submitted)
-    subprocess.run(head.command("stop", "pairs"), env=head.environment, check=True, capture_output=True)
+    subprocess.run(head.job("stop", "pairs"), env=head.environment, check=True, capture_output=True)
     printed, _ = submitted.communicate(timeout=60)
     assert "was stopped" in printed
 

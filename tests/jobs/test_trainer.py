@@ -140,13 +140,14 @@ def test_a_report_is_said_in_one_line():
         "training": "decoder",
         "step": 40,
         "num_steps": 400,
+        "workers": 2,
         "loss": 0.01234567,
         "steps_per_second": 8.04,
         "seconds_left": 74.6,
         "data_wait": 0.026,
     }
     assert report_line(figures) == (
-        "decoder 40/400 steps, loss 0.01235, 8.0 steps/s, 1 min 15 s left, 3% waiting for data"
+        "decoder 40/400 steps, loss 0.01235, 8.0 steps/s by 2 workers, 1 min 15 s left, 3% waiting for data"
     )
 
 
