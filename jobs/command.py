@@ -33,6 +33,8 @@ VERBS = (
     "ablate",
     "report",
     "plan",
+    "top_up",
+    "vacuum",
     "verify_table",
     "forget",
     "measure_latency",

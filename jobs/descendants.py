@@ -125,6 +125,22 @@ def descendants_of(files: RunFiles, tables: Mapping[str, Snapshot]) -> Descendan
     )
 
 
+def pinned_versions(files: RunFiles, tables: Mapping[str, Snapshot]) -> dict[str, dict[int, str]]:
+    """By the place of a table: the versions that trainings which have not ended are pinned to, and which."""
+    found: dict[str, dict[int, str]] = defaultdict(dict)
+    finished = {place.removesuffix(f"/{METRICS}") for place in files.ending(f"/{METRICS}")}
+    for begun in files.ending(_BEGUN):
+        training = begun.removesuffix(_BEGUN)
+        if training in finished:
+            continue
+        for identity, version, url in _versions(files.read(begun)):
+            same = {place: table for place, table in tables.items() if digest(table.identity) == identity}
+            told = {place: table for place, table in same.items() if table.url == url}
+            for place in told or same:
+                found[place][version] = f"the training {training}, which has not ended"
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Result:
     """What a training's folder says of itself, at its end or when it was begun."""

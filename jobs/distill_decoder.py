@@ -22,6 +22,7 @@ from jobs.exits import leave
 from jobs.reports import OnReport, show_reports
 from jobs.result import METRICS, Result
 from jobs.trainer import Trained, TrainerSettings, Training, TrainingError, run_trainings
+from pipelines.leases import reading
 from pipelines.loader import BatchLoader, LoaderSettings, count_trainable
 from pipelines.storage import absolute, exists
 from pipelines.tables import Snapshot, TableError, open_table
@@ -118,9 +119,10 @@ def distill_decoder(
         "counts": counts,
         "identity": identity,
     }
-    trained = run_trainings(
-        assemble, arguments, store_url=result.store_url, settings=settings.trainer, on_report=on_report
-    )
+    with reading(pairs.url, version=pairs.version, purpose=f"the training {result.url}"):
+        trained = run_trainings(
+            assemble, arguments, store_url=result.store_url, settings=settings.trainer, on_report=on_report
+        )
     metrics = {
         **_describe(trained, settings=settings, bundle=bundle),
         "identity": identity,

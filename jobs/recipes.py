@@ -6,6 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from jobs import full_size
 from jobs.ablation import Ablation, miniature_ablation
+from jobs.allowance import Allowance
 from jobs.chance import ChanceSettings
 from jobs.cluster import Cluster
 from jobs.distill_decoder import DecoderSettings
@@ -81,6 +82,16 @@ class Captions(Settings):
     limit: int | None = Field(None, ge=1)
 
 
+class Vacuum(Settings):
+    """What `jobs.vacuum` leaves alone.
+
+    Attributes:
+        hours: younger files may be about to be committed by a job.
+    """
+
+    hours: float = Field(72.0, ge=0.0)
+
+
 class Verification(Settings):
     """How a table is verified.
 
@@ -123,6 +134,8 @@ class Recipe(Settings):
         oracle_floor: least mean attribute accuracy of the demo's pictures, by the miniature's oracle; None
             for models whose pictures it cannot read.
         verification: how tables are verified.
+        vacuum: which files `jobs.vacuum` leaves alone.
+        allowance: what one run of `jobs.top_up` may do.
         cluster: where to run.
     """
 
@@ -151,6 +164,8 @@ class Recipe(Settings):
     chance: ChanceSettings = ChanceSettings()
     oracle_floor: float | None = Field(None, ge=0.0, le=1.0)
     verification: Verification = Verification()
+    vacuum: Vacuum = Vacuum()
+    allowance: Allowance = Allowance()
     cluster: Cluster = Cluster()
 
     @field_validator("plan")

@@ -23,6 +23,7 @@ from jobs.reports import OnReport
 from jobs.result import Result
 from jobs.trainer import Program, Trained, TrainerSettings, TrainingError, run_trainings
 from jobs.watch import Watcher, WatchSettings
+from pipelines.leases import holding
 from pipelines.loader import LoaderSettings
 from pipelines.tables import Snapshot
 from snapfusion.models.bundle import Bundle, weight_hash
@@ -147,13 +148,14 @@ def make_student(
     """
     began = time.monotonic()
     result.begin(identity)
-    trained = run_trainings(
-        program,
-        {**arguments, "settings": settings, "identity": dict(identity)},
-        store_url=result.store_url,
-        settings=settings.trainer,
-        on_report=on_report,
-    )[UNET]
+    with holding(parents.values(), purpose=f"the training {result.url}"):
+        trained = run_trainings(
+            program,
+            {**arguments, "settings": settings, "identity": dict(identity)},
+            store_url=result.store_url,
+            settings=settings.trainer,
+            on_report=on_report,
+        )[UNET]
 
     def fill(folder: Path) -> dict[str, Any]:
         weights = save_student(

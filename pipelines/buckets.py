@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.loader import (
-    READERS,
     BatchLoader,
     LoaderSettings,
     Table,
@@ -33,6 +32,7 @@ from pipelines.loader import (
 from pipelines.prefetch import Prefetched
 from pipelines.schemas import SIDES, array_of
 from pipelines.stages.frame import Shape
+from pipelines.storage import READERS
 from pipelines.tables import Snapshot, UnitFile
 from snapfusion.noise import noise_key, uniform
 from snapfusion.training.batch import Batch

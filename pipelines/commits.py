@@ -17,19 +17,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction, write_deltalake
-from deltalake.exceptions import CommitFailedError
+from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
 from pipelines.account import Account, read_account
+from pipelines.patience import passes, pause
 from pipelines.schemas import REJECTS, UNITS
 from pipelines.storage import absolute, read_bytes, write_once
-from pipelines.tables import TableError, UnitFile, accounts, open_table
+from pipelines.tables import TableError, UnitFile, accounts, delta_at, open_table
 
 RESTATED = "restated-"
 """How the names of files begin that replace others in a sibling."""
 
 _ROUND = "round"
 _MAX_TRIES = 20
+_STORE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ def commit_round(url: str, files: Sequence[Written], *, number: int, origin: Ori
     (`restore_accounts`).
     """
     location = absolute(url)
-    delta = DeltaTable(location)
+    delta = delta_at(location)
     if (delta.transaction_version(_ROUND) or 0) != number - 1:
         return False
     transactions = [Transaction(_ROUND, number), *(Transaction(_app_id(file), 1) for file in files)]
@@ -76,7 +78,8 @@ def commit_round(url: str, files: Sequence[Written], *, number: int, origin: Ori
         _commit_actions(
             delta, [_add_action(file) for file in files], CommitProperties(app_transactions=transactions)
         )
-    except CommitFailedError:
+    except (DeltaError, OSError) as error:
+        _look_again(error)
         return False
     _commit_accounts(f"{location}.units", files, origin)
     return True
@@ -91,14 +94,15 @@ def replace_units(url: str, files: Sequence[tuple[UnitFile, Written]]) -> bool:
     right (`restore_accounts`).
     """
     location = absolute(url)
-    delta = DeltaTable(location)
+    delta = delta_at(location)
     if not {_name(old.path) for old, _ in files} <= set(live_names(delta)):
         return False
     fresh = [new for _, new in files]
     removals = [_removal(_name(old.path)) for old, _ in files]
     try:
         _commit_actions(delta, [*removals, *map(_add_action, fresh)], _further(delta, fresh))
-    except CommitFailedError:
+    except (DeltaError, OSError) as error:
+        _look_again(error)
         return False
     _restate_all(location, fresh)
     return True
@@ -203,7 +207,7 @@ def _restate(location: str, files: Sequence[Written], restated: _Restated, *, sc
     """Replace what a sibling says of these units by what `restated` makes of it, in one commit."""
     units = {file.account.unit for file in files}
     for _ in range(_MAX_TRIES):
-        delta = DeltaTable(location)
+        delta = delta_at(location)
         held = {name: _rows_of(f"{location}/{name}") for name in live_names(delta)}
         told = {
             name: rows for name, rows in held.items() if not units.isdisjoint(row["unit"] for row in rows)
@@ -219,7 +223,8 @@ def _restate(location: str, files: Sequence[Written], restated: _Restated, *, sc
             actions.append(_put(location, pa.Table.from_pylist([*others, *wanted], schema=schema)))
         try:
             _commit_actions(delta, actions, _further(delta, files))
-        except CommitFailedError:
+        except (DeltaError, OSError) as error:
+            _look_again(error)
             continue
         return
     raise _overtaken(location)
@@ -282,17 +287,31 @@ def _commit_fresh(location: str, files: Sequence[Written], append: _Append) -> l
     look again.
     """
     for _ in range(_MAX_TRIES):
-        delta = DeltaTable(location)
+        delta = delta_at(location)
         fresh = [file for file in files if delta.transaction_version(_app_id(file)) is None]
         if not fresh:
             return []
         transactions = [Transaction(_app_id(file), 1) for file in fresh]
         try:
             append(delta, fresh, CommitProperties(app_transactions=transactions))
-        except CommitFailedError:
+        except (DeltaError, OSError) as error:
+            _look_again(error)
             continue
         return fresh
     raise _overtaken(location)
+
+
+def _look_again(error: DeltaError | OSError) -> None:
+    """After a commit that was refused, or of which the store did not say whether it came about.
+
+    Raises:
+        DeltaError: or OSError, the error itself if it is of another kind.
+    """
+    if isinstance(error, CommitFailedError):
+        return
+    if not passes(error):
+        raise error
+    pause(_STORE_SECONDS)
 
 
 def _further(delta: DeltaTable, files: Sequence[Written]) -> CommitProperties:

@@ -13,14 +13,13 @@ import re
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
 
 from pipelines.account import read_account
 from pipelines.commits import RESTATED, live_names
 from pipelines.forgetting import holds
 from pipelines.forgotten import Forgotten
-from pipelines.storage import absolute, read_bytes
-from pipelines.tables import Snapshot, unit_of
+from pipelines.storage import absolute, names_in, read_bytes
+from pipelines.tables import Snapshot, delta_at, unit_of
 
 SIBLINGS = ("rejects", "units")
 
@@ -53,7 +52,7 @@ def old_sibling_files(url: str) -> list[str]:
     found = []
     for name in SIBLINGS:
         location = f"{absolute(url)}.{name}"
-        live, logged = set(live_names(DeltaTable(location))), _logged(location)
+        live, logged = set(live_names(delta_at(location))), _logged(location)
         # One that is neither in the log nor ours is about to be committed by another job.
         gone = (file for file in _files(location) if file in logged or file.startswith(RESTATED))
         found += [f"{location}/{file}" for file in gone if file not in live]
@@ -75,32 +74,26 @@ def erase(url: str, paths: list[str]) -> None:
 
 def _prune_log(location: str) -> None:
     """Leave a checkpoint of the newest version, and nothing before it."""
-    delta = DeltaTable(location)
+    delta = delta_at(location)
     if delta.version() == 0:
         return
     delta.create_checkpoint()
-    filesystem, folder = fsspec.core.url_to_fs(f"{location}/_delta_log")
-    filesystem.invalidate_cache()
-    for entry in filesystem.ls(folder, detail=False):
-        found = _LOG_ENTRY.fullmatch(entry.rpartition("/")[2])
+    log = f"{location}/_delta_log"
+    filesystem, folder = fsspec.core.url_to_fs(log)
+    for name in names_in(log):
+        found = _LOG_ENTRY.fullmatch(name)
         if found and int(found["version"]) < delta.version():
-            filesystem.rm_file(entry)
+            filesystem.rm_file(f"{folder}/{name}")
 
 
 def _files(location: str) -> list[str]:
     """The names of the Parquet files in a folder; of those that are being written none."""
-    filesystem, folder = fsspec.core.url_to_fs(absolute(location))
-    filesystem.invalidate_cache()
-    names = (entry.rpartition("/")[2] for entry in filesystem.ls(folder, detail=False))
-    return sorted(name for name in names if name.endswith(".parquet") and not name.startswith("."))
+    return [name for name in names_in(location) if name.endswith(".parquet") and not name.startswith(".")]
 
 
 def _logged(location: str) -> set[str]:
     """The files that were ever added, as far back as the log goes."""
-    filesystem, folder = fsspec.core.url_to_fs(f"{location}/_delta_log")
-    filesystem.invalidate_cache()
-    entries = (entry for entry in filesystem.ls(folder, detail=False) if entry.endswith(".json"))
-    actions = (
-        json.loads(line) for entry in entries for line in filesystem.cat_file(entry).splitlines() if line
-    )
+    log = f"{location}/_delta_log"
+    entries = (f"{log}/{name}" for name in names_in(log) if name.endswith(".json"))
+    actions = (json.loads(line) for entry in entries for line in read_bytes(entry).splitlines() if line)
     return {action["add"]["path"] for action in actions if "add" in action}

@@ -21,11 +21,10 @@ from pipelines.account import Account, to_parquet
 from pipelines.commits import Written, adopt, replace_units, restore_accounts
 from pipelines.forgotten import HIDDEN, Entry, Forgotten, hidden
 from pipelines.intake import recover
-from pipelines.loader import READERS
 from pipelines.pairs import withhold
 from pipelines.rejection import Rejection
 from pipelines.sources.captions import Caption, fingerprint
-from pipelines.storage import read_bytes, write_once
+from pipelines.storage import READERS, read_bytes, write_once
 from pipelines.tables import Snapshot, TableError, UnitFile, accounts, marked, open_table, unit_records
 
 ORDER: Final = ("pairs", "targets", "latents", "duplicates", "fingerprints")

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.rejection import printable
-from pipelines.storage import absolute, read_bytes, write_once
+from pipelines.storage import absolute, names_in, read_bytes, write_once
 
 Kind = Literal["url", "hash", "id"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
@@ -214,15 +214,7 @@ def _key(entry: str, *, kind: Kind, number: int) -> bytes:
 
 
 def _names(url: str) -> list[str]:
-    filesystem, path = fsspec.core.url_to_fs(url)
-    # Listings are cached for the life of the process, and requests may have come since.
-    filesystem.invalidate_cache()
-    try:
-        entries = filesystem.ls(path, detail=False)
-    except FileNotFoundError:
-        return []
-    names = (entry.rpartition("/")[2] for entry in entries)
-    return sorted(name for name in names if name.endswith(".parquet") and not name.startswith("."))
+    return [name for name in names_in(url) if name.endswith(".parquet") and not name.startswith(".")]
 
 
 def _spell(request: Forgotten) -> bytes:

@@ -6,12 +6,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-import fsspec
 from pydantic import Field
 
 from pipelines.commits import Origin, Written, adopt, commit_units, restore_accounts
-from pipelines.storage import absolute
+from pipelines.storage import absolute, names_in
 from pipelines.tables import TableError, open_table, unit_of
 from snapfusion.settings import Settings, digest
 
@@ -27,11 +27,15 @@ class Bounds(Settings):
         commit_seconds: units that arrive within this time share a commit.
         max_rejected: fraction of rows read that may be set aside.
         judged_after: rows read before the fraction is judged.
+        max_rows: rows to read in this run, rounded up to whole units; the next run goes on. None: all.
+        max_seconds: after which this run commits what has arrived and ends; the next goes on. None: never.
     """
 
     commit_seconds: float = Field(5.0, ge=0.0)
     max_rejected: float = Field(0.5, ge=0.0, le=1.0)
     judged_after: int = Field(200, ge=0)
+    max_rows: int | None = Field(None, ge=1)
+    max_seconds: float | None = Field(None, gt=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,23 @@ class Progress:
 
 OnProgress = Callable[[Progress], None]
 
+Item = TypeVar("Item")
+
+
+def within(items: Iterable[Item], *, bounds: Bounds, rows: Callable[[Item], int | None]) -> list[Item]:
+    """The first items that together have `bounds.max_rows` rows, rounded up; one of unknown size has none.
+
+    So a bounded run sends no more into its workers than it will commit.
+    """
+    chosen: list[Item] = []
+    left = bounds.max_rows
+    for item in items:
+        if left is not None and left <= 0:
+            break
+        chosen.append(item)
+        left = None if left is None else left - (rows(item) or 0)
+    return chosen
+
 
 def recover(url: str, *, origin: Origin | None = None) -> int:
     """Commit the data files that a killed run left uncommitted, and restore lost accounts; returns how many.
@@ -74,10 +95,8 @@ def recover(url: str, *, origin: Origin | None = None) -> int:
     location = absolute(url)
     table = open_table(url)
     committed = {file.unit for file in table.units}
-    filesystem, path = fsspec.core.url_to_fs(location)
-    names = [entry.rsplit("/", 1)[1] for entry in filesystem.ls(path, detail=False)]
     # A name that begins with a dot is a file that was being written when its writer was killed.
-    whole = [name for name in sorted(names) if name.endswith(".parquet") and not name.startswith(".")]
+    whole = [name for name in names_in(location) if name.endswith(".parquet") and not name.startswith(".")]
     # Of a committed unit other files may lie there: one that was replaced, one that was to replace it.
     orphans = [f"{location}/{name}" for name in whole if unit_of(name) not in committed]
     waiting = [adopt(orphan) for orphan in orphans]
@@ -99,12 +118,20 @@ def take_in(
 ) -> Progress:
     """Commit units while they arrive; returns the last progress.
 
+    Args:
+        url: of the table.
+        finished: units, as they are finished; closed early where a bound is met.
+        bounds: when to commit and when to stop.
+        total: rows that are to be read, if that is known.
+        origin: who makes the units.
+        on_progress: called after each unit.
+
     Raises:
         TooManyRejected: when more than `bounds.max_rejected` of the rows read were set aside.
     """
     progress = Progress(rows=0, total=total, rejected=0, units=0, first_rows=0, steady_seconds=0.0)
     waiting: list[Written] = []
-    first = committed = time.monotonic()
+    began = first = committed = time.monotonic()
     for file in finished:
         now = time.monotonic()
         first = first if progress.units else now
@@ -122,6 +149,8 @@ def take_in(
             )
         if on_progress:
             on_progress(progress)
+        if _is_enough(progress, bounds, seconds=now - began):
+            break
     commit_units(url, waiting, origin=origin)
     return progress
 
@@ -142,3 +171,8 @@ def _advance(progress: Progress, file: Written, *, steady_seconds: float) -> Pro
 def _too_many(progress: Progress, bounds: Bounds) -> bool:
     judged = progress.rows >= bounds.judged_after
     return judged and progress.rejected > bounds.max_rejected * progress.rows
+
+
+def _is_enough(progress: Progress, bounds: Bounds, *, seconds: float) -> bool:
+    enough_rows = bounds.max_rows is not None and progress.rows >= bounds.max_rows
+    return enough_rows or (bounds.max_seconds is not None and seconds >= bounds.max_seconds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from pipelines.account import Account, is_whole
 from pipelines.commits import Origin
 from pipelines.execution import Pool, Runner, Stage, on_ray
 from pipelines.forgotten import hidden
-from pipelines.intake import Bounds, OnProgress, recover, take_in
+from pipelines.intake import Bounds, OnProgress, recover, take_in, within
 from pipelines.rejection import Rejected
 from pipelines.schemas import latents_schema
 from pipelines.sources.webdataset import Shard, ShardSettings, count_rows
@@ -30,6 +31,7 @@ from pipelines.stages.select import Selection
 from pipelines.stages.veto import Veto
 from pipelines.stages.withhold import Withhold, WithholdAgain
 from pipelines.stages.write import WriteUnit, pack
+from pipelines.storage import READERS
 from pipelines.tables import Snapshot, TableError, accounts, create_table, open_table
 from pipelines.units import MAX_UNIT_BYTES, FinishedRows, ImageRows, intervals
 from pipelines.verification import CannotRemake, Remake
@@ -65,6 +67,9 @@ class Latents(Settings):
     writers: Pool = Pool(cpus=0.25)
     bounds: Bounds = Bounds()
 
+
+_MOST_ASKED = 256
+"""Shards that are asked for the number of their rows."""
 
 _IN_IDENTITY = ("shards", "selection", "images", "encoding", "rows_per_unit")
 """The settings that determine rows; the others say where and how fast."""
@@ -174,7 +179,8 @@ def encode_latents(
     )
     del bundle  # workers beside this process need the memory
     recover(url, origin=origin)
-    items = list(plan(shards, source=source, accounts=accounts(url).values()))
+    waiting = plan(shards, source=source, accounts=accounts(url).values())
+    items = within(waiting, bounds=settings.bounds, rows=rows_left_in)
     stages = [
         Stage(
             build=ReadShard,
@@ -302,14 +308,28 @@ def _reader_arguments(settings: Latents, *, shapes: tuple[Shape, ...]) -> dict[s
 
 
 def rows_left(items: Sequence[ShardWork]) -> int | None:
-    """Rows that are still to be read, by the sidecars' count; None if a shard has no sidecar."""
-    left = 0
-    for work in items:
-        rows = count_rows(work.shard)
-        if rows is None:
-            return None
-        left += rows - sum(stop - start for start, stop in work.committed)
-    return max(left, 0)
+    """Rows that are still to be read, by the sidecars' count; None if a shard has no sidecar.
+
+    Of very many shards some are asked, and the others taken to have as many rows to a byte: each is a round
+    trip to the store.
+    """
+    asked = items[:: len(items) // _MOST_ASKED + 1]
+    with ThreadPoolExecutor(READERS) as readers:
+        counts = list(readers.map(count_rows, [work.shard for work in asked]))
+    if None in counts:
+        return None
+    told = sum(count for count in counts if count is not None)
+    share = sum(work.shard.size for work in items) / max(sum(work.shard.size for work in asked), 1)
+    return max(round(told * share) - sum(map(_committed_rows, items)), 0)
+
+
+def rows_left_in(work: ShardWork) -> int | None:
+    """The same of one shard."""
+    return rows_left([work])
+
+
+def _committed_rows(work: ShardWork) -> int:
+    return sum(stop - start for start, stop in work.committed)
 
 
 def _check_unit_size(settings: Latents, *, shapes: Sequence[Shape]) -> None:

@@ -20,13 +20,11 @@ from torch import Tensor
 from pipelines.order import RowOrder, Window, share
 from pipelines.prefetch import Prefetched
 from pipelines.schemas import array_of, from_png
+from pipelines.storage import READERS
 from pipelines.tables import UnitFile
 from snapfusion.noise import noise_key
 from snapfusion.settings import Settings
 from snapfusion.training.batch import Batch
-
-READERS = 8
-"""Threads that count the rows of units, each of which is a round trip to the store."""
 
 
 class LoaderError(ValueError):

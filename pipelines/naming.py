@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pipelines.forgotten import Entry, Forgotten
-from pipelines.loader import READERS
 from pipelines.rejection import printable
 from pipelines.sources.parquet import Batch, CorruptParquetError, open_parquet
 from pipelines.sources.webdataset import Sample, Shard, ShardSettings, read_shard
 from pipelines.stages.withhold import HASHES, names_of
+from pipelines.storage import READERS
 
 _ADDRESSES = ("url", "URL")
 _BATCH_ROWS = 4096

@@ -16,7 +16,7 @@ from pipelines.account import Account, read_account
 from pipelines.commits import Origin
 from pipelines.execution import Pool, Runner, Stage, on_ray
 from pipelines.forgotten import Forgotten, hidden
-from pipelines.intake import Bounds, OnProgress, recover, take_in
+from pipelines.intake import Bounds, OnProgress, recover, take_in, within
 from pipelines.rejection import Rejected, Rejection
 from pipelines.schemas import pairs_schema
 from pipelines.sources.captions import Caption, fingerprint
@@ -103,7 +103,8 @@ def generate_pairs(
     del bundle  # workers beside this process need the memory
     table = create_table(url, schema=schema, identity=identity)
     recover(url, origin=origin)
-    items = list(plan(settings, captions=captions, source=source, accounts=accounts(url).values()))
+    waiting = plan(settings, captions=captions, source=source, accounts=accounts(url).values())
+    items = within(waiting, bounds=settings.bounds, rows=lambda item: item.unit.rows_read)
     stages = [
         Stage(
             build=GeneratePairs,

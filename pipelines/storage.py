@@ -7,8 +7,14 @@ import os
 import shutil
 import uuid
 from pathlib import Path
+from typing import Final
 
 import fsspec
+
+from pipelines.patience import patiently
+
+READERS: Final = 8
+"""Threads that ask a store about many objects, each of which is a round trip."""
 
 
 class StorageError(ValueError):
@@ -30,13 +36,17 @@ def absolute(url: str) -> str:
 def write_once(url: str, data: bytes) -> bool:
     """Make the object `url` with `data`, whole or not at all; False if it is there already.
 
-    An existing object is never touched: of two writers one wins, and the other is told.
+    An existing object is never touched: of two writers one wins, and the other is told. Where a remote store
+    does as it is asked and its answer is lost, the same writer asks again and is told so of itself: who finds
+    the object there looks what it holds.
 
     Raises:
         StorageError: if the place cannot be written.
     """
     try:
-        return _write_local(Path(absolute(url)), data) if is_local(url) else _write_remote(url, data)
+        if is_local(url):
+            return _write_local(Path(absolute(url)), data)
+        return patiently(url, lambda: _write_remote(url, data))
     except OSError as error:
         raise StorageError(f"{url} cannot be written: {error}") from error
 
@@ -59,7 +69,7 @@ def replace_object(url: str, data: bytes) -> None:
                 temporary.unlink(missing_ok=True)
         else:
             filesystem, path_there = fsspec.core.url_to_fs(url)
-            filesystem.pipe_file(path_there, data)
+            patiently(url, lambda: filesystem.pipe_file(path_there, data))
     except OSError as error:
         raise StorageError(f"{url} cannot be written: {error}") from error
 
@@ -87,7 +97,7 @@ def put_file(file: Path, url: str) -> None:
                 temporary.unlink(missing_ok=True)
         else:
             filesystem, path_there = fsspec.core.url_to_fs(url)
-            filesystem.put_file(str(file), path_there)
+            patiently(url, lambda: filesystem.put_file(str(file), path_there))
     except OSError as error:
         raise StorageError(f"{url} cannot be written: {error}") from error
 
@@ -125,9 +135,13 @@ def read_bytes(url: str) -> bytes:
     Raises:
         StorageError: if it cannot be read.
     """
-    try:
+
+    def read() -> bytes:
         with fsspec.open(url, "rb") as file:
             return bytes(file.read())
+
+    try:
+        return patiently(url, read)
     except OSError as error:
         raise StorageError(f"{url} cannot be read: {error}") from error
 
@@ -135,7 +149,18 @@ def read_bytes(url: str) -> bytes:
 def exists(url: str) -> bool:
     """Whether the object or folder is there."""
     filesystem, path = fsspec.core.url_to_fs(url)
-    return bool(filesystem.exists(path))
+    return patiently(url, lambda: bool(filesystem.exists(path)))
+
+
+def names_in(url: str) -> list[str]:
+    """The names of what lies in a folder, as it is now, sorted; none if there is no such folder."""
+    filesystem, path = fsspec.core.url_to_fs(absolute(url))
+    filesystem.invalidate_cache()
+    try:
+        entries = patiently(url, lambda: filesystem.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+    return sorted(str(entry).rpartition("/")[2] for entry in entries)
 
 
 def _write_local(path: Path, data: bytes) -> bool:

@@ -21,6 +21,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from pipelines.account import Account
+from pipelines.patience import patiently
 from pipelines.schemas import REJECTS, SCHEMA_VERSION, UNITS
 from pipelines.storage import absolute, read_bytes
 from snapfusion.settings import differences, digest
@@ -118,11 +119,14 @@ class Snapshot:
         Raises:
             TableError: if the file is gone, as those of old versions are once they were erased.
         """
-        try:
+
+        def read() -> pa.Table:
             with fsspec.open(unit.path, "rb") as file:
-                return pq.read_table(
-                    pa.BufferReader(file.read()) if columns is None else file, columns=columns
-                )
+                whole = pa.BufferReader(file.read()) if columns is None else file
+                return pq.read_table(whole, columns=columns)
+
+        try:
+            return patiently(unit.path, read)
         except FileNotFoundError:
             raise TableError(
                 f"{unit.path} is gone, which version {self.version} reads: rows of it were forgotten and "
@@ -143,7 +147,13 @@ class Snapshot:
 
 def is_table(url: str) -> bool:
     """Whether a table of ours (or any Delta table) is there."""
-    return bool(DeltaTable.is_deltatable(absolute(url)))
+    location = absolute(url)
+    return patiently(location, lambda: bool(DeltaTable.is_deltatable(location)))
+
+
+def delta_at(location: str, *, version: int | None = None) -> DeltaTable:
+    """The Delta table as its log has it now, or at a version."""
+    return patiently(location, lambda: DeltaTable(location, version=version))
 
 
 def open_table(url: str, *, version: int | None = None, kind: str | None = None) -> Snapshot:
@@ -154,7 +164,7 @@ def open_table(url: str, *, version: int | None = None, kind: str | None = None)
     """
     location = absolute(url)
     try:
-        snapshot = Snapshot(location, DeltaTable(location, version=version))
+        snapshot = Snapshot(location, delta_at(location, version=version))
     except (TableNotFoundError, DeltaError) as error:
         raise TableError(f"{url} holds no table that can be opened: {_first_line(error)}") from None
     if not snapshot.identity:
@@ -218,17 +228,20 @@ def _records(url: str, columns: Sequence[str] | None = None) -> list[dict[str, A
 
 
 def _sibling(url: str, name: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    files = sorted(DeltaTable(f"{absolute(url)}.{name}").file_uris())
+    files = sorted(delta_at(f"{absolute(url)}.{name}").file_uris())
     tables = (pq.read_table(pa.BufferReader(read_bytes(file)), columns=columns) for file in files)
     return [row for table in tables for row in table.to_pylist()]
 
 
 def _make(location: str, schema: pa.Schema, configuration: dict[str, str]) -> None:
-    if not DeltaTable.is_deltatable(location):
+    def make() -> None:
         # Two runs may race to make it; the one that comes second finds it made.
         DeltaTable.create(
             location, schema=schema, mode="ignore", configuration=configuration, raise_if_key_not_exists=False
         )
+
+    if not is_table(location):
+        patiently(location, make)
 
 
 def _configuration(delta: DeltaTable) -> dict[str, str]:

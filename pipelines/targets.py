@@ -20,7 +20,7 @@ from pipelines.buckets import is_bucketed
 from pipelines.commits import Origin, adopt
 from pipelines.execution import Pool, Runner, Stage, on_ray
 from pipelines.forgotten import HIDDEN
-from pipelines.intake import Bounds, OnProgress, recover, take_in
+from pipelines.intake import Bounds, OnProgress, recover, take_in, within
 from pipelines.latents import any_size, check_latents, size_of
 from pipelines.rejection import Rejected
 from pipelines.schemas import targets_schema
@@ -121,7 +121,8 @@ def compute_targets(
     del bundle  # workers beside this process need the memory
     table = create_table(url, schema=schema, identity=identity)
     recover(url, origin=origin)
-    items = list(plan(settings, latents=latents, accounts=accounts(url).values()))
+    waiting = plan(settings, latents=latents, accounts=accounts(url).values())
+    items = within(waiting, bounds=settings.bounds, rows=lambda item: item.unit.rows_read)
     stages = [
         Stage(build=ReadLatents, arguments={}, pool=settings.readers),
         Stage(

@@ -99,7 +99,7 @@ def refused(call: Any, **arguments: Any) -> bool:
 def test_a_nodes_rights_suffice_for_a_table_and_for_nothing_else(account, bucket):
     with acting(account, "node", {"bucket": document("bucket.json")}):
         table = f"{bucket}/snapfusion/run/table"
-        filling = [sys.executable, str(ROOT / "tests/pipelines/synthetic_units.py"), table, "none"]
+        filling = [sys.executable, str(ROOT / "tests/synthetic_units.py"), table, "none"]
         subprocess.run(filling, check=True)
         assert sum(account.rows_read for account in accounts(table).values()) == 22
         s3 = client("s3")

@@ -50,20 +50,24 @@ def test_a_mistake_is_one_line_that_begins_with_the_option(options, line, capsys
     assert not (tmp_path / "run").exists()
 
 
+OWN = {"forget": {"--url", "--hash", "--id", "--erase", "--erase-pinned"}, "vacuum": {"--delete"}}
+
+
 def test_every_job_has_the_same_options(capsys):
     for verb in command.VERBS:
         if verb in ("train_mini", "measure_mini", "measure_robustness"):
             continue  # they are about the miniature itself, and know no recipe
         if verb in ("generate", "verify_bundle", "benchmark"):
             continue  # they look at a model or a bundle, and know no run
-        own = {"--url", "--hash", "--id", "--erase", "--erase-pinned"} if verb == "forget" else set()
         module = __import__(f"jobs.{verb}", fromlist=["main"])
         with pytest.raises(SystemExit):
             module.main(["--help"])
         options = {
             word.strip("[],") for word in capsys.readouterr().out.split() if word.startswith(("--", "[--"))
         }
-        assert options - {"--help"} == {"--recipe", "--set", "--out", "--dry-run"} | own, verb
+        assert options - {"--help"} == {"--recipe", "--set", "--out", "--dry-run"} | OWN.get(verb, set()), (
+            verb
+        )
 
 
 @pytest.mark.parametrize("job", [render_scenes, encode_latents, generate_pairs, run_pipeline])

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import synthetic_units
 from deltalake import DeltaTable
-from synthetic_units import SCHEMA, finished
+from synthetic_units import SCHEMA, finished, without_first_row
 
 from pipelines import commits
-from pipelines.account import read_account, to_parquet
-from pipelines.commits import adopt, commit_units, replace_units, restore_accounts
+from pipelines.commits import commit_units, replace_units, restore_accounts
 from pipelines.intake import recover
-from pipelines.rejection import Rejection
 from pipelines.stages.write import WriteUnit
 from pipelines.tables import accounts, marked, open_table, rejected_rows, unit_of, unit_records
 from snapfusion.settings import digest
@@ -26,16 +22,6 @@ def table(tmp_path: Path) -> str:
     url = str(tmp_path / "latents")
     synthetic_units.run(url)
     return url
-
-
-def without_first_row(file):
-    """The old file and a new one, which lies there but is not committed."""
-    account, rows = read_account(Path(file.path).read_bytes()), pq.read_table(file.path)
-    gone = Rejection(id="gone", source="s", reason="broken_image", detail="", ordinal=account.start)
-    fewer = replace(account, rows_written=account.rows_written - 1, rejections=(*account.rejections, gone))
-    path = Path(file.path).with_name(marked(file.unit, fewer.to_json()))
-    path.write_bytes(to_parquet(rows.slice(1), fewer))
-    return file, adopt(str(path))
 
 
 def ids_of(url: str) -> list[str]:
@@ -102,19 +88,19 @@ def test_a_writer_killed_between_the_siblings_is_put_right(table, monkeypatch):
 
 
 def test_what_others_append_meanwhile_stays(table, monkeypatch):
-    delta_table = commits.DeltaTable
+    delta_at = commits.delta_at
     writer = WriteUnit(url=table, schema=SCHEMA, settings=digest(open_table(table).identity))
     late = writer(finished(100, 104, final=False))
     fresh = iter([True])
 
     def opened(location):
-        delta = delta_table(location)
+        delta = delta_at(location)
         if next(fresh, False):
             commit_units(table, [late])
         return delta
 
     pair = without_first_row(open_table(table).units[0])
-    monkeypatch.setattr(commits, "DeltaTable", opened)
+    monkeypatch.setattr(commits, "delta_at", opened)
     assert replace_units(table, [pair])
     names = [file.unit for file in open_table(table).units]
     assert late.account.unit in names
@@ -132,16 +118,16 @@ def test_of_two_writers_that_replace_a_file_one_is_told(table):
 
 def test_two_that_come_at_once_cannot_both_succeed(table, monkeypatch):
     first, second = (without_first_row(file) for file in open_table(table).units[:2])
-    delta_table = commits.DeltaTable
+    delta_at = commits.delta_at
     fresh = iter([True])
 
     def opened(location):
-        delta = delta_table(location)
+        delta = delta_at(location)
         if next(fresh, False):
             assert replace_units(table, [first])
         return delta
 
-    monkeypatch.setattr(commits, "DeltaTable", opened)
+    monkeypatch.setattr(commits, "delta_at", opened)
     assert not replace_units(table, [first, second])
     assert len(open_table(table).units) == len({file.unit for file in open_table(table).units})
 

@@ -6,17 +6,21 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from pipelines import commits, intake
-from pipelines.commits import Written
+from pipelines.account import read_account, to_parquet
+from pipelines.commits import Written, adopt
 from pipelines.intake import Bounds, recover, take_in
 from pipelines.rejection import Rejection
 from pipelines.schemas import latents_schema
 from pipelines.stages import write
 from pipelines.stages.write import WriteUnit
-from pipelines.tables import accounts, create_table
+from pipelines.tables import UnitFile, accounts, create_table, marked
 from pipelines.units import FinishedRows, Unit, gaps, intervals
 from snapfusion.settings import digest
 
@@ -59,6 +63,16 @@ def run(url: str, *, total: int = TOTAL) -> None:
             yield writer(finished(gap.start, gap.stop, final=gap.final))
 
     take_in(url, work(), bounds=Bounds(commit_seconds=0.0), total=total)
+
+
+def without_first_row(file: UnitFile) -> tuple[UnitFile, Written]:
+    """The old file and a new one, which lies there but is not committed."""
+    account, rows = read_account(Path(file.path).read_bytes()), pq.read_table(file.path)
+    gone = Rejection(id="gone", source="s", reason="broken_image", detail="", ordinal=account.start)
+    fewer = replace(account, rows_written=account.rows_written - 1, rejections=(*account.rejections, gone))
+    path = Path(file.path).with_name(marked(file.unit, fewer.to_json()))
+    path.write_bytes(to_parquet(rows.slice(1), fewer))
+    return file, adopt(str(path))
 
 
 def kill_at(point: str, *, after: int) -> None:

@@ -1,0 +1,76 @@
+"""List the files of a run's tables that nobody reads any more; with --delete, delete them.
+
+Read are the newest version of each table, every version that a training or another reader holds a lease on,
+and every version that a training which has not ended is pinned to. Files younger than `vacuum.hours` stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+
+from jobs.cli import Job, run
+from jobs.descendants import RunFiles, pinned_versions
+from jobs.exits import leave
+from pipelines.leases import readers, remove_ended
+from pipelines.tables import Snapshot, open_table
+from pipelines.vacuum import Unread, delete, unread_files
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m jobs.vacuum`."""
+    return run("vacuum", vacuum, preview=preview, about=__doc__, argv=argv, writes=False, options=add_options)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Whether to do it."""
+    parser.add_argument("--delete", action="store_true", help="delete what is listed")
+
+
+def vacuum(job: Job) -> None:
+    """List, table by table; delete if that is asked."""
+    for line in _lines(job, deletes=job.asked["delete"]):
+        print(line)
+
+
+def preview(job: Job) -> list[str]:
+    """What would be deleted."""
+    return list(_lines(job, deletes=False))
+
+
+def _lines(job: Job, *, deletes: bool) -> list[str]:
+    files = RunFiles(job.out)
+    tables = {place: open_table(f"{files.url}/{place}") for place in files.tables}
+    pinned = pinned_versions(files, tables)
+    lines = [f"{files.url} holds no tables"] if not tables else []
+    for place, table in tables.items():
+        leases = {lease.version: lease.holder for lease in readers(table.url) if lease.version is not None}
+        held = {**pinned.get(place, {}), **leases}
+        unread = unread_files(table, held=held, hours=job.recipe.vacuum.hours)
+        lines += [f"{place}, version {table.version}: {_said(unread)}", *_holders(table, held)]
+        if deletes:
+            delete(unread)
+            remove_ended(table.url)
+    lines.append("deleted" if deletes else "nothing was deleted; --delete does it")
+    return lines
+
+
+def _holders(table: Snapshot, held: dict[int, str]) -> list[str]:
+    return [
+        f"  version {version} is kept for {held[version]}"
+        for version in sorted(held)
+        if version < table.version
+    ]
+
+
+def _said(unread: Sequence[Unread]) -> str:
+    if not unread:
+        return "nothing to delete"
+    counts = Counter(file.why for file in unread)
+    reasons = ", ".join(f"{count} {why}" for why, count in sorted(counts.items()))
+    return f"{len(unread)} files to delete, {sum(file.size for file in unread) / 1e6:.1f} MB ({reasons})"
+
+
+if __name__ == "__main__":
+    leave(main())

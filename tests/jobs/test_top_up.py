@@ -1,0 +1,116 @@
+"""Scheduled runs: each appends a part, two do not overlap, and the parts are the whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from in_process import in_process
+
+from jobs import encode_latents, generate_pairs, render_scenes, top_up
+from pipelines.execution import Stage
+from pipelines.leases import turn
+from pipelines.tables import accounts, open_table
+
+SETTINGS = (
+    "source.scenes=40",
+    "source.scenes_per_shard=20",
+    "latents.rows_per_unit=10",
+    "pairs.rows_per_unit=8",
+    "pairs.generation.steps=2",
+    "pairs.device.threads=1",
+)
+
+
+def words(*assignments: str) -> list[str]:
+    return [word for assignment in (*SETTINGS, *assignments) for word in ("--set", assignment)]
+
+
+def topped_up(out: Path, step: str, *assignments: str) -> int:
+    return top_up.main([step, "--out", str(out), *words(*assignments)])
+
+
+def rows_in(table: Path) -> int:
+    return open_table(str(table)).num_rows
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    for job in (encode_latents, generate_pairs):
+        monkeypatch.setattr(job, "runner", lambda _: in_process)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    assert render_scenes.main(["--out", str(tmp_path), *words()]) == 0
+    return tmp_path
+
+
+def test_nightly_runs_append_a_part_each_until_nothing_is_left(out: Path, capsys):
+    for rows in (20, 40, 40):
+        assert topped_up(out, "encode_latents", "allowance.rows=20") == 0
+        assert rows_in(out / "latents") == rows
+    for rows in (16, 32, 40, 40):
+        assert topped_up(out, "generate_pairs", "allowance.rows=9") == 0
+        assert rows_in(out / "pairs") == rows
+    assert "  0 rows more" in capsys.readouterr().out
+    # Another draw is more work of the same kind.
+    assert topped_up(out, "generate_pairs", "pairs.draws=2", "allowance.rows=8") == 0
+    assert rows_in(out / "pairs") == 48
+
+
+def test_in_parts_the_bytes_are_those_of_one_run(out: Path):
+    for _ in range(4):
+        assert topped_up(out, "encode_latents", "allowance.rows=1") == 0
+    parts = {path.name: path.read_bytes() for path in (out / "latents").glob("*.parquet")}
+    assert topped_up(out, "encode_latents", "source.table=whole") == 0
+    assert parts == {path.name: path.read_bytes() for path in (out / "whole").glob("*.parquet")}
+
+
+def test_a_run_that_overlaps_another_does_nothing_and_ends_well(out: Path, capsys):
+    with turn(str(out / "latents"), purpose="last night's"):
+        assert topped_up(out, "encode_latents") == 0
+    assert not (out / "latents").exists()
+    assert "last night's on" in capsys.readouterr().out
+    assert topped_up(out, "encode_latents") == 0
+    assert rows_in(out / "latents") == 40
+
+
+def test_time_and_budget_end_a_run_with_what_it_has(out: Path, monkeypatch: pytest.MonkeyPatch):
+    def slowly(items: Iterable[Any], stages: list[Stage]) -> Iterator[Any]:
+        for result in in_process(items, stages):
+            time.sleep(0.2)
+            yield result
+
+    monkeypatch.setattr(encode_latents, "runner", lambda _: slowly)
+    assert topped_up(out, "encode_latents", "allowance.minutes=0.005") == 0
+    assert 10 <= rows_in(out / "latents") < 40
+    before = rows_in(out / "latents")
+    # A hundredth of a cent, at 1 an hour, is 0.36 s.
+    assert topped_up(out, "encode_latents", "allowance.budget=0.0001", "allowance.price_per_hour=1.0") == 0
+    assert before < rows_in(out / "latents")
+    assert topped_up(out, "encode_latents") == 0
+    assert rows_in(out / "latents") == 40
+    assert sum(account.rows_read for account in accounts(str(out / "latents")).values()) == 40
+
+
+@pytest.mark.parametrize(
+    ("step", "assignment", "said"),
+    [
+        ("finetune_vpred", "allowance.rows=1", "STEP finetune_vpred: encode_latents, generate_pairs"),
+        ("encode_latents", "allowance.budget=5.0", "budget and price_per_hour are given together"),
+        ("encode_latents", "allowance.rows=0", "allowance.rows"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_one_line(tmp_path: Path, capsys, step: str, assignment: str, said: str):
+    assert top_up.main([step, "--out", str(tmp_path), "--set", assignment]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_the_preview_says_how_far(out: Path, capsys):
+    assert top_up.main(["encode_latents", "--dry-run", "--out", str(out), *words("allowance.rows=7")]) == 0
+    assert "in this run at most 7 rows" in capsys.readouterr().out
