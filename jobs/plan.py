@@ -76,7 +76,8 @@ def _plan(options: argparse.Namespace) -> None:
             "--set plan.node: given rates are of no machine here; name a node of the price list "
             f"{settings.prices}"
         )
-    counts_of(job, settings)  # before a minute is spent
+    # Before a minute is spent.
+    counts_of(job, settings)
     node_of(settings, prices=price_list(settings.prices))
     sizes = sizes_of(recipe.model)
     rates = given_rates(settings.rates) if settings.rates else _probed(job, settings, sizes=sizes)

@@ -65,13 +65,27 @@ def break_even(
     prices: Prices,
     stored_bytes: float,
     used: float,
+    again: bool = False,
 ) -> BreakEven:
     """What a table of targets would spare a student's training, and from how many uses on it pays.
 
     Making a target takes the teacher as long as asking it in the trainer does, so a table that is used once
     spares nothing but a difference in price: it pays where targets are used again, or made on cheaper nodes.
+
+    Args:
+        name: of the student.
+        steps: what it learns.
+        student: its UNet.
+        teacher: the teacher's.
+        rates: of the workers.
+        prices: of their seconds.
+        stored_bytes: of a row of TARGETS.
+        used: how often the training would use each.
+        again: whether the student's activations are computed again, which its rate does not hold.
     """
     trained, asked = rates.seconds("train", student.gmacs), rates.seconds("pass", teacher.gmacs)
+    if again:
+        trained += rates.seconds("pass", student.gmacs)
     taught = {branch: teacher_passes(steps, guided=branch) * asked for branch in BRANCHES}
     learnt = {branch: student_passes(steps, guided=branch) * trained for branch in BRANCHES}
     p = steps.cfg_probability

@@ -127,6 +127,7 @@ def unet_bytes(architecture: Architecture, *, tokens: int, trained: bool, checkp
     )
 
 
+@functools.lru_cache(maxsize=8)
 def vae_bytes(sizes: Sizes) -> int:
     """Of activations in two bytes, for one picture that goes through the VAE's encoder or decoder."""
     bundle, side = sizes.bundle, sizes.bundle.image_size
@@ -140,6 +141,7 @@ def vae_bytes(sizes: Sizes) -> int:
     )
 
 
+@functools.lru_cache(maxsize=8)
 def half_decoder_bytes(sizes: Sizes) -> int:
     """Of activations in two bytes, for one latent through the half-width decoder and back."""
     with torch.device("meta"):

@@ -192,6 +192,7 @@ def _break_even(workload: Workload, *, rates: Rates, node: NodeType, prices: Pri
             rates=rates,
             prices=price,
             stored_bytes=workload.target_bytes,
+            again=student.gradient_checkpointing and not rates.checkpointed,
             used=student.loop.num_steps * student.loop.global_batch / (workload.counts.latents * draws),
         )
         for student in workload.students()

@@ -42,7 +42,7 @@ class Network:
     gmacs: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Sizes:
     """A model's networks.
 
@@ -83,9 +83,17 @@ class Sizes:
 
 def sizes_of(model: str) -> Sizes:
     """Of a model, by a source that `snapfusion.models.load` accepts; a published one is not opened."""
-    bundle = None if model in PUBLISHED else _without_numbers(load(model))
+    return _published(PUBLISHED[model]) if model in PUBLISHED else _sizes(_without_numbers(load(model)))
+
+
+@functools.lru_cache
+def _published(name: str) -> Sizes:
     with torch.device("meta"):
-        bundle = bundle or random_bundle(PUBLISHED[model])
+        return _sizes(random_bundle(name))
+
+
+def _sizes(bundle: Bundle) -> Sizes:
+    with torch.device("meta"):
         half = HalfDecoder(DecoderConfig.half_of(bundle.vae))
     architecture, side = architecture_of(bundle.unet), bundle.image_size
     tokens = int(bundle.tokenizer.model_max_length)

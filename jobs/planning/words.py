@@ -15,6 +15,8 @@ from jobs.progress import duration
 
 _GIB = 2**30
 _DAY = 86_400.0
+_MUCH = 1e12
+"""Bytes that are worth a word."""
 
 
 def told(plan: Plan) -> list[str]:
@@ -80,7 +82,7 @@ def _reading(plan: Plan) -> list[str]:
         if one.stage.reading is not None
     ]
     one, read, held = max(found, key=lambda found: found[1] / found[0].work_seconds, default=(None, 0.0, 1.0))
-    if one is None or read < 2 * held:
+    if one is None or read < max(2 * held, _MUCH):
         return []
     rate = read / one.work_seconds / plan.cluster.nodes / 1e9
     return [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from jobs.cli import Job
 from jobs.distill_decoder import DecoderSettings
@@ -177,14 +177,6 @@ class Workload:
     def _all_parameters(self) -> int:
         return self.sizes.unet.parameters + self.sizes.frozen
 
-    @cached_property
-    def _vae_bytes(self) -> int:
-        return vae_bytes(self.sizes)
-
-    @cached_property
-    def _half_bytes(self) -> int:
-        return half_decoder_bytes(self.sizes)
-
     def _unet_row_bytes(self, architecture: Architecture) -> int:
         return unet_bytes(architecture, tokens=self.sizes.tokens, trained=False)
 
@@ -224,7 +216,7 @@ class Workload:
             memory=network_memory(
                 parameters=self._all_parameters,
                 dtype=settings.device.dtype,
-                row_bytes=self._vae_bytes,
+                row_bytes=vae_bytes(self.sizes),
                 rows=settings.encoding.batch_size,
             ),
         )
@@ -299,7 +291,7 @@ class Workload:
                 parameters=self._all_parameters,
                 dtype=settings.device.dtype,
                 row_bytes=max(
-                    2 * self._unet_row_bytes(self.sizes.architecture), self._vae_bytes * drawn.images
+                    2 * self._unet_row_bytes(self.sizes.architecture), vae_bytes(self.sizes) * drawn.images
                 ),
                 rows=drawn.batch_size,
             ),
@@ -336,7 +328,7 @@ class Workload:
             memory=network_memory(
                 parameters=self._all_parameters,
                 dtype=samples.device.dtype,
-                row_bytes=max(2 * self._unet_row_bytes(self.sizes.architecture), self._vae_bytes),
+                row_bytes=max(2 * self._unet_row_bytes(self.sizes.architecture), vae_bytes(self.sizes)),
                 rows=samples.drawing.batch_size,
             ),
         )
@@ -376,7 +368,7 @@ class Workload:
         teacher = self.architecture(settings.teacher or OWN)
         student = self.architecture(settings.student or settings.teacher or OWN)
         network, online = self.sizes.of(student), settings.targets == "online"
-        guided = sum(guided_step(loop.seed, step, steps.cfg_probability) for step in range(loop.num_steps))
+        guided = guided_steps(loop.num_steps, seed=loop.seed, p=steps.cfg_probability)
         vanilla = loop.num_steps - guided
         asked = {branch: student_passes(steps, guided=branch) for branch in (False, True)}
         rows = loop.global_batch
@@ -484,7 +476,7 @@ class Workload:
                 parameters=parameters,
                 frozen=self._all_parameters,
                 frozen_bytes=0,
-                row_bytes=self._half_bytes + (2 * self._vae_bytes if online else 0),
+                row_bytes=half_decoder_bytes(self.sizes) + (2 * vae_bytes(self.sizes) if online else 0),
                 rows=min(settings.trainer.micro_batch, loop.global_batch),
                 precision=loop.precision,
                 moment_bytes=self.settings.moment_bytes,
@@ -555,6 +547,12 @@ class Workload:
             checkpoints=_ceil(loop.num_steps, trainer.checkpoint_every) * times,
             checkpoint_bytes=(weights, 2 * weights, *averaged),
         )
+
+
+@lru_cache
+def guided_steps(steps: int, *, seed: int, p: float) -> int:
+    """How many of a training's steps are guided; they follow from its seed."""
+    return sum(guided_step(seed, step, p) for step in range(steps))
 
 
 def student_passes(steps: StepsSettings, *, guided: bool) -> int:
