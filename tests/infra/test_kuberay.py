@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
+from jobs import top_up
 from jobs.recipes import recipe_named
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +145,8 @@ def test_what_a_manifest_runs_is_a_job_with_settings_that_exist(job):
     python, dash_m, module, *options = shlex.split(job["entrypoint"])
     assert (python, dash_m) == ("python", "-m")
     assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
+    if module == "jobs.top_up":
+        assert options.pop(0) in top_up.STEPS
     given = list(zip(options[::2], options[1::2], strict=True))
     recipe = recipe_named(dict(given)["--recipe"])
     recipe.with_values([value for option, value in given if option == "--set"])
