@@ -66,6 +66,7 @@ def break_even(
     stored_bytes: float,
     used: float,
     again: bool = False,
+    told: bool = False,
 ) -> BreakEven:
     """What a table of targets would spare a student's training, and from how many uses on it pays.
 
@@ -82,11 +83,12 @@ def break_even(
         stored_bytes: of a row of TARGETS.
         used: how often the training would use each.
         again: whether the student's activations are computed again, which its rate does not hold.
+        told: whether the teacher is told w.
     """
     trained, asked = rates.seconds("train", student.gmacs), rates.seconds("pass", teacher.gmacs)
     if again:
         trained += rates.seconds("pass", student.gmacs)
-    taught = {branch: teacher_passes(steps, guided=branch) * asked for branch in BRANCHES}
+    taught = {branch: teacher_passes(steps, guided=branch, told=told) * asked for branch in BRANCHES}
     learnt = {branch: student_passes(steps, guided=branch) * trained for branch in BRANCHES}
     p = steps.cfg_probability
     mixed = {branch: (p if branch else 1.0 - p) for branch in BRANCHES}

@@ -193,6 +193,7 @@ def _break_even(workload: Workload, *, rates: Rates, node: NodeType, prices: Pri
             prices=price,
             stored_bytes=workload.target_bytes,
             again=student.gradient_checkpointing and not rates.checkpointed,
+            told=workload.is_told(student.teacher),
             used=student.loop.num_steps * student.loop.global_batch / (workload.counts.latents * draws),
         )
         for student in workload.students()

@@ -107,7 +107,10 @@ class Rates(Settings):
             RateError: if there is no rate of that kind.
         """
         if kind not in self.rates:
-            raise RateError(f"{self.name} has no rate of {kind!r}; it has {', '.join(sorted(self.rates))}")
+            raise RateError(
+                f"--set plan.rates: {self.name} has no rate of {kind!r}, it has "
+                f"{', '.join(sorted(self.rates))}; give one that has, or leave the step out (plan.steps)"
+            )
         found = self.rates[kind]
         if gmacs is None:
             return found[0].seconds

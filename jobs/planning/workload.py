@@ -19,6 +19,7 @@ from jobs.finetune_vpred import VpredSettings
 from jobs.first_weights import named_architecture
 from jobs.planning.forecast import Part, Stage, Work
 from jobs.planning.memory import (
+    BYTES,
     half_decoder_bytes,
     network_memory,
     training_memory,
@@ -36,7 +37,7 @@ from pipelines.execution import Pool
 from snapfusion.models.architecture import Architecture
 from snapfusion.settings import SettingsError
 from snapfusion.training.loop import LoopSettings
-from snapfusion.training.steps import StepsSettings, guided_step
+from snapfusion.training.steps import BRANCHES, StepsSettings, guided_step
 
 TEXT_BYTES = 150
 """Of a row's ids, caption and token ids in a table, as they compress: about so in LATENTS of any size."""
@@ -157,6 +158,14 @@ class Workload:
             seen.add(source)
             source = self._students[source]
         return self.efficient if source == EFFICIENT else self.sizes.architecture
+
+    def is_told(self, source: str | None) -> bool:
+        """Whether a model in the run is a student that is told w."""
+        return source in self._students and any(
+            student.steps.w_conditioned
+            for student in self.students()
+            if source == f"run:{student.name}/model"
+        )
 
     def _passes(self, units: float, architecture: Architecture, *, each: bool = False) -> Work:
         return Work(kind="pass", units=units, gmacs=self.sizes.of(architecture).gmacs, each=each)
@@ -370,7 +379,9 @@ class Workload:
         network, online = self.sizes.of(student), settings.targets == "online"
         guided = guided_steps(loop.num_steps, seed=loop.seed, p=steps.cfg_probability)
         vanilla = loop.num_steps - guided
-        asked = {branch: student_passes(steps, guided=branch) for branch in (False, True)}
+        asked = {branch: student_passes(steps, guided=branch) for branch in BRANCHES}
+        told = self.is_told(settings.teacher)
+        lessons = {branch: teacher_passes(steps, guided=branch, told=told) for branch in BRANCHES}
         rows = loop.global_batch
         branches = [branch for branch, count in ((False, vanilla), (True, guided)) if count]
         # The held-out rows of each branch, before and after, without L_ori.
@@ -385,10 +396,9 @@ class Workload:
             self._passes(looks, student, each=True),
         ]
         if online:
-            works.append(self._passes(rows * steps.k * (vanilla + 2 * guided), teacher))
+            works.append(self._passes(rows * (vanilla * lessons[False] + guided * lessons[True]), teacher))
             works.append(self._passes(looks * steps.k, teacher, each=True))
         taught = self.sizes.of(teacher).parameters + self.sizes.frozen
-        size = {"float32": 4, "float16": 2, "bfloat16": 2}[settings.teacher_dtype]
         return self._training(
             settings.name,
             verb="distill_steps",
@@ -396,7 +406,7 @@ class Workload:
             architecture=student,
             works=tuple(works),
             asked=max(asked[branch] for branch in branches),
-            teacher_bytes=taught * size if online else 0,
+            teacher_bytes=taught * BYTES[settings.teacher_dtype] if online else 0,
             row_bytes=self._latent_bytes + TEXT_BYTES if online else self.target_bytes,
         )
 
@@ -561,9 +571,9 @@ def student_passes(steps: StepsSettings, *, guided: bool) -> int:
     return lesson + (1 if steps.gamma and steps.original_times == "schedule" else 0)
 
 
-def teacher_passes(steps: StepsSettings, *, guided: bool) -> int:
-    """How often the teacher is asked for a row's target. SnapFusion Eq. 9, 10."""
-    return steps.k * (2 if guided else 1)
+def teacher_passes(steps: StepsSettings, *, guided: bool, told: bool = False) -> int:
+    """How often the teacher is asked for a row's target; one that is told w, once a step. Eq. 9, 10."""
+    return steps.k * (2 if guided and not told else 1)
 
 
 def _pool(name: str, pool: Pool, *works: Work, network: bool = False) -> Part:

@@ -112,7 +112,7 @@ def test_another_networks_time_is_in_proportion_to_the_nearest_in_size():
     assert given.seconds("train", 20.0) == 6.0
     assert given.seconds("train", 3.0) == 1.5
     assert given.seconds("pass") == 1.0
-    with pytest.raises(RateError, match="r has no rate of 'decode'; it has pass, read"):
+    with pytest.raises(RateError, match="r has no rate of 'decode', it has pass, read"):
         given.seconds("decode", 1.0)
 
 

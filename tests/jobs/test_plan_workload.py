@@ -190,6 +190,28 @@ def test_a_table_of_targets_is_planned_where_the_recipe_reads_one():
     assert units(student, "pass", each=False) == units(student, "train"), "checkpointing alone: no teacher"
 
 
+def test_a_teacher_that_is_told_w_is_asked_once():
+    """Meng et al.'s way: every student but the first is taught by one that is told w."""
+    found = workload(
+        "sd15",
+        rows=1_000,
+        captions=10,
+        settings=["plan=w-conditioned", "distill.gradient_checkpointing=false"],
+        plan=['steps=["distill_plan"]'],
+    ).stages()
+    passes = [units(stage, "pass", each=False) / stage.rows for stage in found[1:]]
+    assert passes == [2 * 2, 2, 2]
+
+
+def test_an_evolution_scores_every_block_in_every_round():
+    (found,) = workload("sd15", rows=1_000, captions=10, plan=['steps=["evolve_unet"]']).stages()
+    blocks = 22 + 16
+    checkpointing, held_out = 20 * 20_000 * 2_048, 20 * 1_000 * 0.0001
+    drawn = 20 * (blocks + 1) * 2_000 * 50 * 2
+    assert units(found, "pass") == pytest.approx(drawn + checkpointing + held_out)
+    assert units(found, "judge") == 20 * (blocks + 1) * 2_000
+
+
 def test_an_unknown_step_is_named():
     with pytest.raises(SettingsError, match=r"^--set plan.steps: 'dance' is not planned; render_scenes, "):
         workload("mini", rows=1, captions=1, plan=['steps=["dance"]']).stages()
