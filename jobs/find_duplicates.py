@@ -66,6 +66,8 @@ def preview(job: Job) -> list[str]:
     settings = job.recipe.deduplication
     place = job.place(settings.fingerprints.table)
     held = f"{open_table(place).num_rows} rows are there" if is_table(place) else "a new table"
+    if job.recipe.source.url is not None:  # or another step of the run makes them
+        list_shards(job.recipe.source.url)
     lines = [f"would read the pictures of {shards_url(job)} into {place} ({held})"]
     lines += [f"would read {what} of the evaluation" for what in settings.evaluation.places]
     lines += [f"would compare with {other}, whose rows come first" for other in settings.against]

@@ -14,6 +14,7 @@ from pipelines.preview import CLASSES, Looked, count_all, count_links, look_at_l
 from pipelines.sources.layouts import SPELLINGS
 from pipelines.sources.links import list_links
 from pipelines.sources.webdataset import Shard
+from pipelines.stages.frame import SIZE, check_size
 from pipelines.stages.select import BOUNDS, MEASURES, Measure, Selection, silent_bounds
 from pipelines.stages.veto import LinkVeto
 from snapfusion.models.load import ModelError, load_sizes
@@ -140,6 +141,7 @@ def _size(looked: Looked, job: Job, *, whole: int | None) -> Iterator[str]:
         yield _cut(f"their size is not known: {error}")
         return
     side = job.recipe.latents.images.size or model.side
+    check_size(side, step=model.granularity, option=SIZE)
     latent = model.channels * (side // model.cell) ** 2 * np.dtype(np.float16).itemsize
     row = latent + looked.text_bytes / looked.kept
     at_most = " at most" if job.recipe.latents.images.buckets else ""

@@ -145,9 +145,9 @@ def load_blocklist(settings: Blocklists) -> Blocklist:
         SourceError: if one cannot be read, or a line is no entry of its kind; the message names the line.
     """
     return Blocklist(
-        domains=_load(settings.domains, _domain),
-        hashes=_load(settings.hashes, _hash),
-        terms=_load(settings.terms, _term),
+        domains=_load("domains", settings.domains, _domain),
+        hashes=_load("hashes", settings.hashes, _hash),
+        terms=_load("terms", settings.terms, _term),
     )
 
 
@@ -168,15 +168,15 @@ def _told_hashes(metadata: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"hash:{value}" for value in values_of(metadata, "url_text_hash"))
 
 
-def _load(url: str | None, parse: Callable[[str], Iterable[str]]) -> frozenset[str] | None:
+def _load(kind: str, url: str | None, parse: Callable[[str], Iterable[str]]) -> frozenset[str] | None:
     if url is None:
         return None
     try:
         lines = read_bytes(absolute(url)).decode("utf-8-sig").splitlines()
     except StorageError as error:
-        raise SourceError(f"a blocklist: {error}") from None
+        raise SourceError(f"source.blocklists.{kind}: {error}") from None
     except UnicodeDecodeError as error:
-        raise SourceError(f"blocklist {url} is not UTF-8: {error}") from None
+        raise SourceError(f"source.blocklists.{kind}: {url} is not UTF-8: {error}") from None
     entries: set[str] = set()
     for number, line in enumerate(lines, start=1):
         text = line.strip()

@@ -20,7 +20,7 @@ Shape = tuple[int, int]
 
 Crop = Literal["center", "top", "random"]
 
-_SIZE = "latents.images.size"
+SIZE = "latents.images.size"
 _BUCKETS = "latents.images.buckets"
 
 
@@ -86,7 +86,7 @@ def shapes_of(buckets: Buckets | None, *, size: int, step: int) -> tuple[Shape, 
     Raises:
         SettingsError: if the size is no multiple of `step`, or the bounds leave no room for the square.
     """
-    check_size(size, step=step, option=_SIZE)
+    check_size(size, step=step, option=SIZE)
     return ((size, size),) if buckets is None else buckets_of(buckets, size=size, step=step)
 
 

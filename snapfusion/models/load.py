@@ -92,10 +92,14 @@ def load_part(source: str, *, part: Part) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of a model: the side of its pictures and of a cell of their latents, in pixels; a cell's channels."""
+    """Of a model: the side of its pictures and of a cell of their latents, in pixels; a cell's channels.
+
+    Sides are multiples of `granularity`, so that each level of the UNet halves evenly.
+    """
 
     side: int
     cell: int
+    granularity: int
     channels: int
 
 
@@ -107,7 +111,13 @@ def load_sizes(source: str) -> Sizes:
     """
     unet, vae = _configurations(source)
     cell = 2 ** (len(vae["block_out_channels"]) - 1)
-    return Sizes(side=unet["sample_size"] * cell, cell=cell, channels=unet["in_channels"])
+    levels = len(unet["block_out_channels"])
+    return Sizes(
+        side=unet["sample_size"] * cell,
+        cell=cell,
+        granularity=cell * 2 ** (levels - 1),
+        channels=unet["in_channels"],
+    )
 
 
 def _configurations(source: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -212,12 +212,13 @@ def test_nothing_to_look_at_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_sizes_are_read_without_weights() -> None:
     bundle = load("mini")
     sizes = load_sizes("mini")
-    assert (sizes.side, sizes.cell, sizes.channels) == (
-        bundle.image_size,
-        bundle.cell,
-        bundle.latent_shape[0],
+    assert sizes == Sizes(
+        side=bundle.image_size,
+        cell=bundle.cell,
+        granularity=bundle.granularity,
+        channels=bundle.latent_shape[0],
     )
-    assert load_sizes("random:sd15") == Sizes(side=512, cell=8, channels=4)
+    assert load_sizes("random:sd15") == Sizes(side=512, cell=8, granularity=64, channels=4)
 
 
 def test_sizes_are_read_from_a_store(tmp_path: Path) -> None:
@@ -227,3 +228,13 @@ def test_sizes_are_read_from_a_store(tmp_path: Path) -> None:
     assert load_sizes("memory://run") == load_sizes("mini")
     with pytest.raises(ModelError, match="configurations cannot be read"):
         load_sizes("memory://elsewhere")
+
+
+def test_a_size_that_the_model_cannot_take_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "shards", shards=1, rows=10)
+    words = ["--dry-run", "--out", str(tmp_path), "--set", "latents.images.size=30"]
+    assert encode_latents.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("encode_latents: latents.images.size is 30; multiples of 16 are accepted")

@@ -285,7 +285,7 @@ def test_it_travels_to_workers(tmp_path: Path) -> None:
 def test_lists_lie_on_any_store_and_a_missing_one_is_named(tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe_file("/lists/terms.txt", b"bad")
     assert verdict(load_blocklist(Blocklists(terms="memory://lists/terms.txt")), caption="bad")
-    with pytest.raises(SourceError, match=r"a blocklist: .*none\.txt cannot be read"):
+    with pytest.raises(SourceError, match=r"source\.blocklists\.\w+: .*none\.txt cannot be read"):
         load_blocklist(Blocklists(hashes=str(tmp_path / "none.txt")))
     with pytest.raises(SourceError, match="is not UTF-8"):
         listed(tmp_path, terms=b"\xff\n")
