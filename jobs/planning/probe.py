@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from jobs.cli import Job
 from jobs.encode_latents import shards_url
 from jobs.planning.rates import Kind, Rate, Rates
-from jobs.planning.sizes import Sizes
+from jobs.planning.sizes import Network, Sizes
 from jobs.planning.starts import measure_starts
 from jobs.render_scenes import render_scenes
 from jobs.timing import TimingSettings, setting_of
@@ -78,6 +78,10 @@ class _Found:
     """Rates as they are measured."""
 
     rates: dict[Kind, list[Rate]] = field(default_factory=lambda: defaultdict(list))
+
+    def update(self, network: Network) -> float:
+        """Seconds of an update as a forecast takes them; what else a step takes is in its rows."""
+        return self.rates["update"][0].seconds * network.parameters / 1e6
 
     def add(self, kind: Kind, seconds: float, *, gmacs: float | None = None) -> None:
         # A difference of two times may come out as nothing on a busy machine.
@@ -292,9 +296,9 @@ def _trained(job: Job, bundle: Bundle, architecture: Architecture, *, sizes: Siz
     )
     step, update = _step_seconds(unet, objective=objective, batch=batch, loop=settings.loop)
     network = sizes.of(architecture)
-    found.add("train", (step - update) / rows, gmacs=network.gmacs)
     if own:
         found.add("update", update / (network.parameters / 1e6))
+    found.add("train", (step - found.update(network)) / rows, gmacs=network.gmacs)
     unet.requires_grad_(requires_grad=False)
 
 
@@ -385,7 +389,8 @@ def _together(job: Job, *, sizes: Sizes, found: _Found) -> float:
     """Rate of train_decoder, of one worker as if it were alone; returns how all cores crowd each other."""
     settings = job.recipe.decoder.trainer
     if _device().type == "cuda":
-        found.add("train_decoder", _decoder_rows(job, workers=1), gmacs=sizes.half.gmacs)
+        step, rows = _decoder_step(job, workers=1)
+        found.add("train_decoder", (step - found.update(sizes.half)) / rows, gmacs=sizes.half.gmacs)
         return 1.0
     cores = os.cpu_count() or 1
     alone = _pass_cpu_seconds(job)
@@ -397,9 +402,10 @@ def _together(job: Job, *, sizes: Sizes, found: _Found) -> float:
         ]
         measured = pool.map(_on_one_core, told, chunksize=1)
     crowding = max(1.0, statistics.mean(crowded for crowded, _ in measured) / alone)
-    rows = statistics.mean(seconds for _, seconds in measured if seconds is not None)
-    crowded = 1 < cores <= settings.num_workers
-    found.add("train_decoder", rows / (crowding if crowded else 1.0), gmacs=sizes.half.gmacs)
+    steps = [step for _, step in measured if step is not None]
+    step, rows = statistics.mean(seconds for seconds, _ in steps), steps[0][1]
+    crowded = crowding if 1 < cores <= settings.num_workers else 1.0
+    found.add("train_decoder", (step / crowded - found.update(sizes.half)) / rows, gmacs=sizes.half.gmacs)
     return crowding
 
 
@@ -413,8 +419,8 @@ class _Told:
     meeting: str
 
 
-def _on_one_core(told: _Told) -> tuple[float, float | None]:
-    """CPU seconds of a pass while all cores compute; and seconds of a row of the decoder's training."""
+def _on_one_core(told: _Told) -> tuple[float, tuple[float, int] | None]:
+    """CPU seconds of a pass while all cores compute; and what `_decoder_step` gives, on its workers."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=told.meeting, rank=told.rank, world_size=told.cores)
     try:
@@ -426,12 +432,12 @@ def _on_one_core(told: _Told) -> tuple[float, float | None]:
     if told.rank >= workers:
         return seconds, None
     if workers == 1:
-        return seconds, _decoder_rows(told.job, workers=1)
+        return seconds, _decoder_step(told.job, workers=1)
     dist.init_process_group(
         "gloo", init_method=f"{told.meeting}-of-trainers", rank=told.rank, world_size=workers
     )
     try:
-        return seconds, _decoder_rows(told.job, workers=workers)
+        return seconds, _decoder_step(told.job, workers=workers)
     finally:
         dist.destroy_process_group()
 
@@ -452,8 +458,8 @@ def _passes(job: Job) -> int:
     return (_MORE - _FEW) * (1 if generation.guidance == 1.0 else 2) * generation.batch_size
 
 
-def _decoder_rows(job: Job, *, workers: int) -> float:
-    """Seconds of a row of the half-width decoder's training, on one of so many workers."""
+def _decoder_step(job: Job, *, workers: int) -> tuple[float, int]:
+    """Seconds of a step of the half-width decoder's training, and the rows of it that each worker has."""
     settings, device = job.recipe.decoder, _device()
     bundle = load(job.recipe.model, device=str(device))
     student = HalfDecoder.from_vae(bundle.vae)
@@ -468,7 +474,7 @@ def _decoder_rows(job: Job, *, workers: int) -> float:
         },
     )
     wrapped = DistributedDataParallel(student, find_unused_parameters=True) if workers > 1 else None
-    step, update = _step_seconds(
+    step, _ = _step_seconds(
         student,
         objective=DecoderObjective(stored_images),
         batch=batch,
@@ -476,4 +482,4 @@ def _decoder_rows(job: Job, *, workers: int) -> float:
         wrapped=wrapped,
         rows=rows * workers,
     )
-    return (step - update) / rows
+    return step, rows
