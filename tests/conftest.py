@@ -143,7 +143,8 @@ def ray_cluster() -> Iterator[None]:
 
     from jobs.cluster import Cluster, connect
 
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent / "pipelines")
+    tests = Path(__file__).parent
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests / "pipelines")])
     connect(Cluster())
     yield
     ray.shutdown()

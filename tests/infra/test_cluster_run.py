@@ -82,7 +82,7 @@ def outcome(tmp_path_factory) -> Iterator[Outcome]:
     folder = tmp_path_factory.mktemp("c")
     address = f"{get_node_ip_address()}:{_free_port()}"
     (folder / "config.json").write_text(json.dumps(configuration(address)))
-    places = [str(ROOT / "tests" / name) for name in ("infra", "pipelines", "jobs")]
+    places = [str(ROOT / "tests" / name) for name in ("", "infra", "pipelines", "jobs")]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), *places]),
