@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from jobs import distill_plan, distill_steps, encode_latents
 from jobs.cli import Job
 from jobs.plans import OWN, VPRED, PlanStage, plans
 from jobs.recipes import RECIPES, Recipe, recipe_named
+from pipelines.schemas import to_png
+from pipelines.sources.shards import Picture, write_shard
 from snapfusion import distill
 from snapfusion.schedule import Estimate, Schedule
 from snapfusion.settings import SettingsError
@@ -217,16 +220,18 @@ def test_dry_run_names_every_stage_and_what_it_learns(capsys):
     assert "w-conditioned-8 (p = 1, told w): would distil 16 steps of" in said
 
 
-def test_the_last_stage_fine_tunes_on_the_users_own_images(capsys):
+def test_the_last_stage_fine_tunes_on_the_users_own_images(capsys, tmp_path):
     """Sec. 5: an internal set of high resolution, for more pleasing pictures."""
     job = resolved("sd15", capsys, "plan=staged-own")
     assert described(job)[:3] == list(SD15.values())
     assert described(job)[3] == ("own-8", 16, 8, "teacher-16", "staged-8")
     tables = [distill_steps.data_url(distill_plan.of_stage(job, stage)) for stage in job.recipe.stages]
     assert tables == [*["runs/x/latents"] * 3, "runs/x/own"]
-    asked = ["--dry-run", "--set", "source.table=own", "--set", "source.url=s3://bucket/mine/*.tar"]
+    mine = Picture(image=to_png(np.zeros((40, 40, 3), np.uint8)), caption="mine")
+    write_shard(str(tmp_path), [mine], index=0, extension="png")
+    asked = ["--dry-run", "--set", "source.table=own", "--set", f"source.url={tmp_path}"]
     assert encode_latents.main(asked) == 0
-    assert "would encode s3://bucket/mine/*.tar into runs/demo/own" in capsys.readouterr().out
+    assert f"would encode {tmp_path} into runs/demo/own" in capsys.readouterr().out
 
 
 def test_an_unknown_plan_is_refused_and_the_known_are_named(capsys):

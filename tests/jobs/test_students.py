@@ -243,6 +243,7 @@ def spread_and_continued(asked, store_url, device):
     yield replace(next(iter(assemble(**asked, device=device))), name="continued")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_student_that_is_spread_over_workers_becomes_the_same(student, vpred, latents, tmp_path):
     out, metrics, _ = student

@@ -105,6 +105,7 @@ def drawn_in_process(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "pairs").glob("*.parquet")}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_what_was_stopped_and_interrupted_goes_on_to_the_same_bytes(head: Head, run: Path, tmp_path: Path):
     shutil.copytree(run, tmp_path / "alone")
