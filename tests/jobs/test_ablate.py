@@ -219,6 +219,7 @@ def made(recipe, ray_cluster, tmp_path_factory):
     return job
 
 
+@pytest.mark.slow
 def test_a_panel_holds_the_figures_of_every_line_and_seed(made):
     text = Path(f"{made.out}/ablation/small.json").read_text()
     assert made.out not in text
@@ -243,6 +244,7 @@ def test_a_panel_holds_the_figures_of_every_line_and_seed(made):
         assert (told and (told["steps"], told["teacher_steps"])) == (steps and (steps, teacher))
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_line(made):
     page = Path(f"{made.out}/ablation/page.html").read_text()
     for said in (
@@ -257,6 +259,7 @@ def test_the_page_shows_every_line(made):
     assert Path(f"{made.out}/ablation/small-fid.svg").read_text().startswith("<svg xmlns")
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(made, monkeypatch, capsys):
     def refuse(*_, **__):
         raise AssertionError("trained or drawn again")
