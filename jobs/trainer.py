@@ -49,10 +49,6 @@ class TrainerSettings(Settings):
 
     Attributes:
         num_workers: processes, each of which takes its share of every global batch.
-        min_workers: with how many of them it goes on while nodes are missing; None: with all or not at all.
-            The batches stay the same, the order in which gradients are added does not: the weights then
-            agree to rounding, no longer to the bit.
-        resize_seconds: how often it is looked whether there is room for more workers.
         use_gpu: whether each has an accelerator; they then speak NCCL, else gloo.
         cpus_per_worker: logical CPUs that Ray sets aside for each.
         threads_per_worker: CPU threads of each.
@@ -70,8 +66,6 @@ class TrainerSettings(Settings):
     """
 
     num_workers: PositiveInt = 1
-    min_workers: PositiveInt | None = None
-    resize_seconds: PositiveFloat = 60.0
     use_gpu: bool = False
     cpus_per_worker: PositiveFloat = 1.0
     threads_per_worker: PositiveInt = 1
@@ -256,8 +250,7 @@ def run_trainings(
             train_loop_config=config,
             torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
             scaling_config=ScalingConfig(  # type: ignore[call-arg] # mypy sees the class of Train V1
-                num_workers=_workers(settings),  # type: ignore[arg-type] # likewise
-                elastic_resize_monitor_interval_s=settings.resize_seconds,
+                num_workers=settings.num_workers,
                 use_gpu=settings.use_gpu,
                 resources_per_worker=_resources(settings),
                 label_selector=settings.labels or None,
@@ -543,12 +536,6 @@ class _Recorder:
             "seconds_left": (num_steps - step.step) / pace["steps_per_second"],
             **pace,
         }
-
-
-def _workers(settings: TrainerSettings) -> int | tuple[int, int]:
-    return (
-        settings.num_workers if settings.min_workers is None else (settings.min_workers, settings.num_workers)
-    )
 
 
 def _resources(settings: TrainerSettings) -> dict[str, float]:
