@@ -18,7 +18,7 @@ from pipelines.account import read_account
 from pipelines.commits import RESTATED, live_names
 from pipelines.forgetting import holds
 from pipelines.forgotten import Forgotten
-from pipelines.storage import absolute, names_in, read_bytes
+from pipelines.storage import absolute, names_in, parquet_in, read_bytes
 from pipelines.tables import Snapshot, delta_at, unit_of
 
 SIBLINGS = ("rejects", "units")
@@ -33,7 +33,7 @@ def old_files(table: Snapshot, forgotten: Forgotten) -> list[str]:
     """
     live = {file.path for file in table.units}
     committed = {file.unit for file in table.units}
-    names = [name for name in _files(table.url) if unit_of(name) in committed]
+    names = [name for name in parquet_in(table.url) if unit_of(name) in committed]
     paths = [f"{table.url}/{name}" for name in names]
     return [path for path in paths if path not in live and _tells(path, table, forgotten)]
 
@@ -54,7 +54,7 @@ def old_sibling_files(url: str) -> list[str]:
         location = f"{absolute(url)}.{name}"
         live, logged = set(live_names(delta_at(location))), _logged(location)
         # One that is neither in the log nor ours is about to be committed by another job.
-        gone = (file for file in _files(location) if file in logged or file.startswith(RESTATED))
+        gone = (file for file in parquet_in(location) if file in logged or file.startswith(RESTATED))
         found += [f"{location}/{file}" for file in gone if file not in live]
     return found
 
@@ -84,11 +84,6 @@ def _prune_log(location: str) -> None:
         found = _LOG_ENTRY.fullmatch(name)
         if found and int(found["version"]) < delta.version():
             filesystem.rm_file(f"{folder}/{name}")
-
-
-def _files(location: str) -> list[str]:
-    """The names of the Parquet files in a folder; of those that are being written none."""
-    return [name for name in names_in(location) if name.endswith(".parquet") and not name.startswith(".")]
 
 
 def _logged(location: str) -> set[str]:

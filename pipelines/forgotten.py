@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.rejection import printable
-from pipelines.storage import absolute, names_in, read_bytes, write_once
+from pipelines.storage import absolute, parquet_in, read_bytes, write_once
 
 Kind = Literal["url", "hash", "id"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
@@ -146,7 +146,7 @@ class ForgottenList:
         Raises:
             StorageError: if a file of it cannot be read.
         """
-        for name in _names(self.url):
+        for name in parquet_in(self.url):
             if name not in self._read:
                 self._read[name] = _parse(read_bytes(f"{self.url}/{name}"))
         return reduce(or_, self._read.values(), Forgotten())
@@ -211,10 +211,6 @@ def _key(entry: str, *, kind: Kind, number: int) -> bytes:
             " accepted"
         )
     return key_of(normal)
-
-
-def _names(url: str) -> list[str]:
-    return [name for name in names_in(url) if name.endswith(".parquet") and not name.startswith(".")]
 
 
 def _spell(request: Forgotten) -> bytes:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from pydantic import Field
 
 from pipelines.commits import Origin, Written, adopt, commit_units, restore_accounts
-from pipelines.storage import absolute, names_in
+from pipelines.storage import absolute, parquet_in
 from pipelines.tables import TableError, open_table, unit_of
 from snapfusion.settings import Settings, digest
 
@@ -95,10 +95,8 @@ def recover(url: str, *, origin: Origin | None = None) -> int:
     location = absolute(url)
     table = open_table(url)
     committed = {file.unit for file in table.units}
-    # A name that begins with a dot is a file that was being written when its writer was killed.
-    whole = [name for name in names_in(location) if name.endswith(".parquet") and not name.startswith(".")]
     # Of a committed unit other files may lie there: one that was replaced, one that was to replace it.
-    orphans = [f"{location}/{name}" for name in whole if unit_of(name) not in committed]
+    orphans = [f"{location}/{name}" for name in parquet_in(location) if unit_of(name) not in committed]
     waiting = [adopt(orphan) for orphan in orphans]
     for file in waiting:
         if file.account.settings != digest(table.identity):

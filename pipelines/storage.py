@@ -163,6 +163,11 @@ def names_in(url: str) -> list[str]:
     return sorted(str(entry).rpartition("/")[2] for entry in entries)
 
 
+def parquet_in(url: str) -> list[str]:
+    """The names of whole Parquet files in a folder: what begins with a dot is being written, or torn."""
+    return [name for name in names_in(url) if name.endswith(".parquet") and not name.startswith(".")]
+
+
 def _write_local(path: Path, data: bytes) -> bool:
     if path.exists():
         return False

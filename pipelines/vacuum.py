@@ -14,7 +14,7 @@ import fsspec
 from pipelines.erasure import SIBLINGS, old_sibling_files
 from pipelines.patience import patiently
 from pipelines.storage import absolute
-from pipelines.tables import Snapshot, TableError, open_table, unit_of
+from pipelines.tables import Snapshot, open_table, unit_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,9 @@ def unread_files(table: Snapshot, *, held: Collection[int], hours: float) -> lis
         table: at its newest version.
         held: versions that somebody reads, or will go on to read.
         hours: longer than any job takes from a file to its commit.
+
+    Raises:
+        TableError: if a held version cannot be opened.
     """
     before = time.time() - 3600 * hours
     read = {file.path for version in {table.version, *held} for file in _files_at(table, version)}
@@ -76,13 +79,9 @@ def _why(name: str, committed: Collection[str]) -> str:
 
 
 def _files_at(table: Snapshot, version: int) -> Iterator[Any]:
-    if version == table.version:
-        yield from table.units
-        return
-    try:
-        yield from open_table(table.url, version=version).units
-    except TableError:
-        return  # a version that the log does not have needs nothing
+    # One that cannot be opened stops everything: nobody can say which files its reader needs.
+    at = table if version == table.version else open_table(table.url, version=version)
+    yield from at.units
 
 
 def _of_siblings(table: Snapshot, *, before: float) -> Iterator[Unread]:

@@ -99,3 +99,11 @@ def test_what_may_still_be_committed_stays(run: Path):
     os.utime(waiting, (time.time() - 7200,) * 2)
     assert cleaned(run, "--delete") == 0
     assert {fresh.name, waiting.name} <= data_files(run)
+
+
+def test_what_a_version_that_cannot_be_opened_needs_is_not_guessed(run: Path, capsys):
+    before, table = data_files(run), open_table(str(run / "latents"))
+    with reading(table.url, version=table.version + 5, purpose="a training"):
+        assert cleaned(run, "--delete") != 0
+    assert "no table that can be opened" in capsys.readouterr().err
+    assert data_files(run) == before
