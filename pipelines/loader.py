@@ -1,14 +1,15 @@
 """A table snapshot as the sequence of global batches that training sees, and its held-out rows.
 
 The sequence depends on the seed and the position only: not on the number of workers, not on a restart. Each
-rank reads the windows that its share of a batch lies in, and decodes its own rows. Knows no Ray.
+rank reads the files that its share of a batch lies in, and decodes its own rows. Knows no Ray.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Annotated, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from pipelines.order import RowOrder, Window, share
+from pipelines.order import RowOrder, deal
 from pipelines.prefetch import Prefetched
 from pipelines.schemas import array_of, from_png
 from pipelines.storage import READERS
@@ -140,48 +141,76 @@ class BatchLoader:
 
     def stream(self, start: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """As `batches`, but each is decoded when it is asked for."""
+        batches = self._order.batches(start * self._global_batch, rows=self._global_batch)
+        shares = (deal(batch, rank=rank, world=world) for batch in batches)
         with ThreadPoolExecutor(1) as reader:
-            windows = self._windows(start * self._global_batch, reader=reader)
-            window, rows = next(windows)
-            for step in itertools.count(start):
-                first, stop = share(
-                    step * self._global_batch, rows=self._global_batch, rank=rank, world=world
-                )
-                parts = []
-                while first < stop:
-                    if first >= window.stop:
-                        window, rows = next(windows)
-                        continue
-                    end = min(stop, window.stop)
-                    parts.append(rows.result().slice(first - window.start, end - first))
-                    first = end
-                yield to_batch(pa.concat_tables(parts))
+            for files in _ahead(shares, read=lambda unit: reader.submit(self._read, unit)):
+                yield to_batch(files.rows())
 
-    def _windows(
-        self, position: int, *, reader: ThreadPoolExecutor
-    ) -> Iterator[tuple[Window, Future[pa.Table]]]:
-        """Each window with its rows, the next one being read meanwhile."""
-        planned = ((window, reader.submit(self._read, window)) for window in self._order.windows(position))
-        current = next(planned)
-        while True:
-            following = next(planned)
-            yield current
-            current = following
+    def _read(self, index: int) -> pa.Table:
+        """The rows of a unit that may be trained on."""
+        unit = self._table.units[index]
+        rows = self._table.read_unit(unit, self._columns)
+        if self._held_out:
+            mask = [not self._is_held_out(row_id) for row_id in rows["id"].to_pylist()]
+            rows = rows.filter(pa.array(mask, pa.bool_()))
+        if rows.num_rows != self._counts[index]:
+            raise LoaderError(
+                f"{unit.path} has {rows.num_rows} rows to train on, {self._counts[index]} were counted: "
+                "the file was changed"
+            )
+        return rows
 
-    def _read(self, window: Window) -> pa.Table:
-        """The rows of a window that may be trained on, shuffled."""
-        units = [self._table.units[index] for index in window.units]
-        tables = [self._table.read_unit(unit, self._columns) for unit in units]
-        for index, table in enumerate(tables):
-            if self._held_out:
-                mask = [not self._is_held_out(row_id) for row_id in table["id"].to_pylist()]
-                tables[index] = table.filter(pa.array(mask, pa.bool_()))
-            if tables[index].num_rows != self._counts[window.units[index]]:
-                raise LoaderError(
-                    f"{units[index].path} has {tables[index].num_rows} rows to train on, "
-                    f"{self._counts[window.units[index]]} were counted: the file was changed"
-                )
-        return pa.concat_tables(tables).take(pa.array(window.permutation()))
+
+File = tuple[int, int]
+"""A window and the turn of one of its units: a unit comes again in each epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """A share of a batch, and the files that it lies in, which are being read."""
+
+    places: np.ndarray
+    files: Mapping[File, Future[pa.Table]]
+
+    def rows(self) -> pa.Table:
+        """The rows in their order, once their files have been read."""
+        found, first, starts = [], 0, {}
+        for file in _files_of(self.places):
+            found.append(self.files[file].result())
+            starts[file] = first
+            first += found[-1].num_rows
+        at = [starts[window, turn] + row for window, turn, _, row in self.places.tolist()]
+        return pa.concat_tables(found).take(pa.array(at, pa.int64()))
+
+
+def _ahead(shares: Iterator[np.ndarray], *, read: Callable[[int], Future[pa.Table]]) -> Iterator[_Share]:
+    """Each share with its files, those of the next window being read meanwhile.
+
+    Of two windows at most there are files in memory.
+    """
+    coming, wanted = deque([next(shares)]), deque[tuple[File, int]]()
+    wanted.extend(_files_of(coming[0]).items())
+    files: dict[File, Future[pa.Table]] = {}
+    while True:
+        share = coming.popleft()
+        horizon = int(share[:, 0].max()) + 1
+        while not coming or int(coming[-1][:, 0].max()) <= horizon:
+            coming.append(next(shares))
+            wanted.extend(_files_of(coming[-1]).items())
+        while wanted and wanted[0][0][0] <= horizon:
+            file, unit = wanted.popleft()
+            if file not in files:
+                files[file] = read(unit)
+        yield _Share(places=share, files=files)
+        needed = int(coming[0][:, 0].min())
+        files = {file: rows for file, rows in files.items() if file[0] >= needed}
+
+
+def _files_of(places: np.ndarray) -> dict[File, int]:
+    """The files of a share with their units, in the order in which windows read them."""
+    found = np.unique(places[:, :3], axis=0)
+    return {(window, turn): unit for window, turn, unit in found.tolist()}
 
 
 def to_batch(rows: pa.Table) -> Batch:

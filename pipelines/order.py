@@ -3,7 +3,8 @@
     epoch ─ its units, shuffled ─ windows of a few units ─ the rows of a window, shuffled ─ global batches
 
 Epochs follow each other without a seam: a batch may end one and begin the next. No position needs what
-was before it to be read.
+was before it to be read. The rows of a batch are dealt to the workers by the files they lie in, so that
+a file is read by few of them.
 """
 
 from __future__ import annotations
@@ -37,9 +38,16 @@ class Window:
         """The position after its last row."""
         return self.start + self.rows
 
-    def permutation(self) -> np.ndarray:
-        """Which row of the window, in reading order, stands at each position: int64 [rows]."""
-        return shuffle(self.key, self.rows)
+    def places(self, sizes: np.ndarray) -> np.ndarray:
+        """Turn, unit and row of each position: int64 [rows, 3], where units have `sizes` rows.
+
+        The turn is the place of the unit in `units`; the row counts those that training may see.
+        """
+        units = np.asarray(self.units, dtype=np.int64)
+        ends = np.cumsum(sizes[units])
+        at = shuffle(self.key, self.rows)
+        turn = np.searchsorted(ends, at, side="right")
+        return np.stack([turn, units[turn], at - (ends - sizes[units])[turn]], axis=1)
 
 
 class RowOrder:
@@ -76,6 +84,19 @@ class RowOrder:
                     yield window
             epoch += 1
 
+    def batches(self, position: int, *, rows: int) -> Iterator[np.ndarray]:
+        """The rows at `position` and after it, `rows` at a time, without end: int64 [rows, 4].
+
+        Columns: the window, counted from the first; turn, unit and row as in `Window.places`.
+        """
+        pending = np.empty((0, 4), np.int64)
+        for number, window in enumerate(self.windows(position)):
+            places = window.places(self._rows)[max(0, position - window.start) :]
+            pending = np.concatenate([pending, np.insert(places, 0, number, axis=1)])
+            while len(pending) >= rows:
+                yield pending[:rows]
+                pending = pending[rows:]
+
     def _epoch(self, epoch: int) -> Iterator[Window]:
         units = shuffle(noise_key("units", self._seed, epoch), len(self._rows))
         start = epoch * self.rows_per_epoch
@@ -92,6 +113,13 @@ def shuffle(key: int, count: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
-def share(position: int, *, rows: int, rank: int, world: int) -> tuple[int, int]:
-    """The part [first, stop) of the `rows` positions from `position` on that falls to `rank` of `world`."""
-    return position + rows * rank // world, position + rows * (rank + 1) // world
+def deal(batch: np.ndarray, *, rank: int, world: int) -> np.ndarray:
+    """The rows of a batch, as `RowOrder.batches` gives them, that fall to `rank` of `world`.
+
+    Sorted by file they are cut into equal runs, in which they keep their order: a worker reads the files of
+    its run, not those of the whole batch. One worker has them as they come.
+    """
+    if world == 1:
+        return batch
+    by_file = batch[np.lexsort((batch[:, 1], batch[:, 0]))]
+    return by_file[len(batch) * rank // world : len(batch) * (rank + 1) // world]

@@ -101,7 +101,7 @@ class Reading:
     Attributes:
         steps: of the optimizer.
         global_batch: rows of a step.
-        window_units: units whose rows are shuffled together: what a worker reads at a time.
+        window_units: units whose rows are shuffled together.
         unit_rows: of one unit.
         row_bytes: of a row, of all columns.
         checkpoints: that are saved.
@@ -116,18 +116,28 @@ class Reading:
     checkpoints: int
     checkpoint_bytes: tuple[float, ...]
 
-    def windows(self) -> float:
-        """How many a worker reads whole: all that the batches lie in, whatever its own share of them is."""
-        return max(1.0, self.steps * self.global_batch / (self.window_units * self.unit_rows))
+    def units(self, *, workers: int) -> float:
+        """How many are read, by all workers together (`pipelines.order.deal`).
+
+        A batch, or a window if that is larger, is cut into runs of files; a file that two runs meet in is
+        read by both, and where the cut lies differs a little from one batch of a window to the next.
+        """
+        window = self.window_units * self.unit_rows
+        units = max(self.window_units, self.global_batch / self.unit_rows)
+        met = (self.global_batch / workers - 1) * units / self.global_batch + 1
+        if self.global_batch < window:
+            met += units / (2 * math.sqrt(self.global_batch))
+        times = max(1.0, self.steps * self.global_batch / max(self.global_batch, window))
+        return times * (units if workers == 1 else workers * min(units, met))
 
     def read_bytes(self, *, workers: int) -> float:
         """That all workers read from the store."""
-        return workers * self.windows() * self.window_units * self.unit_rows * self.row_bytes
+        return self.units(workers=workers) * self.unit_rows * self.row_bytes
 
     def requests(self, *, workers: int) -> Requests:
         """Of all workers, and of the checkpoints of the first."""
         parts = sum(math.ceil(size / _BLOCK) + 2 for size in self.checkpoint_bytes)
         return Requests(
             put=self.checkpoints * (parts + 1),
-            get=workers * self.windows() * self.window_units * _GETS_A_UNIT,
+            get=self.units(workers=workers) * _GETS_A_UNIT,
         )

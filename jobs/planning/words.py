@@ -87,7 +87,7 @@ def _reading(plan: Plan) -> list[str]:
     rate = read / one.work_seconds / plan.cluster.nodes / 1e9
     return [
         f"{one.stage.name} reads {large(read)}B from the store, {rate:.2g} GB/s a node, {read / held:.0f} "
-        "times its rows: each worker reads the rows of all"
+        "times its rows: workers' shares lie in files that others read too"
     ]
 
 

@@ -159,9 +159,9 @@ class CountingTable:
 
 
 @pytest.mark.parametrize(
-    ("workers", "global_batch"), [(1, 16), (1, 96), (4, 16), (4, 128), (8, 128)], ids=str
+    ("workers", "global_batch"), [(1, 16), (1, 96), (4, 16), (4, 128), (8, 100), (64, 128)], ids=str
 )
-def test_workers_read_windows_as_forecast(workers, global_batch):
+def test_workers_read_units_as_forecast(workers, global_batch):
     """Windows of 32 rows. The loader reads a little ahead, which is not forecast."""
     steps, read = 40, 0
     for rank in range(workers):
@@ -183,7 +183,7 @@ def test_workers_read_windows_as_forecast(workers, global_batch):
         checkpoints=0,
         checkpoint_bytes=(),
     )
-    assert read / 4 == pytest.approx(workers * reading.windows(), rel=0.2)
+    assert read == pytest.approx(reading.units(workers=workers), rel=0.2)
 
 
 def test_what_workers_read_is_told_in_bytes():
@@ -197,8 +197,8 @@ def test_what_workers_read_is_told_in_bytes():
         checkpoint_bytes=(1e9, 10.0),
     )
     assert reading.read_bytes(workers=1) == 10 * 64 * 100.0
-    # Each of 64 workers takes one row of a step, and reads the windows of all 64.
-    assert reading.read_bytes(workers=64) == 64 * reading.read_bytes(workers=1)
+    # Each of 64 workers takes one row of a step, and reads the file that it lies in, of 8 rows.
+    assert reading.read_bytes(workers=64) == 8 * reading.read_bytes(workers=1)
     assert reading.requests(workers=1).put == 2 * (20 + 2 + 1 + 2 + 1)
 
 
