@@ -20,27 +20,42 @@ Answer = TypeVar("Answer")
 WAITS: Final = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Seconds before each further try, on average; each is stretched or shortened by up to a half."""
 
+# What clients raise of the way to the store, in classes of their own; by name, as importing them takes long.
+_OF_THE_WAY = {
+    ("botocore.exceptions", "ConnectionError"),
+    ("botocore.exceptions", "HTTPClientError"),
+    ("aiohttp.client_exceptions", "ClientError"),
+}
+_CLIENTS = ("botocore", "aiohttp")
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 # What deltalake says of the request, where its class of error does not tell.
 _OF_THE_STORE = ("Generic S3 error", "Generic GCS error", "Generic MicrosoftAzure error", "HTTP error")
+
+
+class StoreFailure(OSError):
+    """A store that kept failing, or that lets nobody in; a second try of the whole work may help."""
 
 
 def patiently(url: str, ask: Callable[[], Answer]) -> Answer:
     """What `ask` gives, of a store that may fail for a moment; on a local disk it is asked once.
 
     Raises:
-        OSError: or what else `ask` raises, if that lasts, or is no failure of the store.
+        StoreFailure: if it fails for longer.
+        OSError: or what else `ask` raises, if that is no failure of the store.
     """
     if "://" not in url or url.startswith("file://"):
         return ask()
-    for wait in WAITS:
+    waits = iter(WAITS)
+    while True:
         try:
             return ask()
         except Exception as error:
-            if not passes(error):
-                raise
+            wait = next(waits, None) if passes(error) else None
+            if wait is None:
+                if _is_told_as_it_is(error):
+                    raise
+                raise StoreFailure(f"{url}: {type(error).__name__}: {error}") from error
         pause(wait)
-    return ask()
 
 
 def pause(seconds: float) -> None:
@@ -52,4 +67,13 @@ def passes(error: Exception) -> bool:
     """Whether it may be that asking again helps."""
     if isinstance(error, DeltaError) and not isinstance(error, TableNotFoundError):
         return any(words in str(error) for words in _OF_THE_STORE)
+    if any((kind.__module__, kind.__name__) in _OF_THE_WAY for kind in type(error).__mro__):
+        return True
     return isinstance(error, OSError) and not isinstance(error, _LASTING)
+
+
+def _is_told_as_it_is(error: Exception) -> bool:
+    """Whether its class says what is wrong; those of the clients, as for want of credentials, do not."""
+    if type(error).__module__.partition(".")[0] in _CLIENTS or isinstance(error, PermissionError):
+        return False
+    return isinstance(error, DeltaError) or not passes(error)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import fsspec
 
@@ -15,6 +16,9 @@ from pipelines.patience import patiently
 
 READERS: Final = 8
 """Threads that ask a store about many objects, each of which is a round trip."""
+
+
+_PACKAGES: Final = {"gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
 
 
 class StorageError(ValueError):
@@ -31,6 +35,87 @@ def absolute(url: str) -> str:
     if is_local(url):
         return str(Path(url.removeprefix("file://")).absolute())
     return url.rstrip("/")
+
+
+def check_client(url: str) -> None:
+    """See that objects of such a URL can be reached from here, before any work begins.
+
+    Raises:
+        StorageError: if the package that speaks to such a store is not installed, or none is known.
+    """
+    if is_local(url):
+        return
+    scheme = url.partition("://")[0]
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError:
+        package = _PACKAGES.get(scheme)
+        what = f"pip install {package}" if package else "install the package that fsspec has for it"
+        raise StorageError(f"{url}: {scheme}:// cannot be reached from here; {what}, on every node") from None
+    except ValueError:
+        raise StorageError(
+            f"{url}: {scheme}:// is no store that fsspec knows; s3://, gs://, abfs:// and paths are accepted"
+        ) from None
+
+
+def open_object(url: str, *, ahead: int) -> IO[bytes]:
+    """The object open for reading, to be closed by the caller; from a store it comes `ahead` bytes at a time.
+
+    Where an answer breaks off, what is missing is asked for again: nothing is read twice, or left out.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        OSError: if the store keeps failing, then or while it is read.
+    """
+    filesystem, path = fsspec.core.url_to_fs(absolute(url))
+    if is_local(url):
+        plain: IO[bytes] = filesystem.open(path, "rb")
+        return plain
+    file = patiently(url, lambda: filesystem.open(path, "rb", block_size=ahead))
+    return _Patient(file, url)  # type: ignore[return-value] # of a file, what reading takes
+
+
+class _Patient(io.RawIOBase):
+    """A file in a store, which is asked again for what an answer lacks."""
+
+    def __init__(self, file: IO[bytes], url: str) -> None:
+        self._file = file
+        self._url = url
+        self._place = 0
+        self._size: int | None = getattr(file, "size", None)
+
+    def read(self, size: int = -1, /) -> bytes:
+        return patiently(self._url, lambda: self._read(size))
+
+    def _read(self, size: int) -> bytes:
+        self._file.seek(self._place)
+        data = self._file.read(size)
+        if self._size is not None:
+            left = max(self._size - self._place, 0)
+            due = left if size < 0 else min(size, left)
+            if len(data) < due:
+                raise OSError(f"{len(data)} of {due} bytes arrived from byte {self._place} on")
+        self._place += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        # What was read of an answer that broke off has moved the file's own place.
+        self._file.seek(self._place)
+        self._place = self._file.seek(offset, whence)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def write_once(url: str, data: bytes) -> bool:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
@@ -24,10 +23,11 @@ from pydantic import Field
 from pipelines.rejection import Rejected, Rejection, printable
 from pipelines.sources import SourceError
 from pipelines.sources.text import MAX_CAPTION_CHARS, clean_caption
-from pipelines.storage import absolute
+from pipelines.storage import open_object
 from snapfusion.settings import Settings
 
 _CHUNK_BYTES = 1 << 20
+_READ_AHEAD_BYTES = 8 << 20
 # A longer line is cut here: as text it is cut much further by the settings, as JSON or CSV it is a bad row.
 _MAX_LINE_BYTES = 4 << 20
 _BATCH_ROWS = 1024
@@ -83,6 +83,7 @@ def read_captions(
     Raises:
         SourceError: if the list is not there, is of no known format, or lacks a column.
         ValueError: if the range is not one.
+        OSError: if the store keeps failing while the list is read.
     """
     if start < 0 or (stop is not None and stop < start):
         raise ValueError(f"start {start} and stop {stop} given; 0 <= start <= stop is accepted")
@@ -101,12 +102,11 @@ def read_captions(
 
 def _open(url: str) -> IO[bytes]:
     try:
-        file: IO[bytes] = fsspec.open(absolute(url), "rb").open()
+        return open_object(url, ahead=_READ_AHEAD_BYTES)
     except FileNotFoundError:
         raise SourceError("no such file") from None
     except Exception as error:
         raise SourceError(f"cannot be opened: {error}") from error
-    return file
 
 
 def fingerprint(rows: Iterable[Caption | Rejection]) -> str:

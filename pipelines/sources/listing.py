@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import fsspec
 
+from pipelines.patience import patiently
 from pipelines.rejection import printable
 from pipelines.sources import SourceError
 from pipelines.storage import absolute, is_local
@@ -41,7 +42,8 @@ def list_files(url: str, *, endings: tuple[str, ...]) -> list[Place]:
         SourceError: if the place cannot be listed.
     """
     try:
-        return sorted(_find(url, endings), key=lambda place: place.name)
+        found = patiently(url, lambda: _find(url, endings))
+        return sorted(found, key=lambda place: place.name)
     except Exception as error:
         raise SourceError(f"{url} cannot be listed: {error}") from error
 

@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.storage import absolute
+from pipelines.storage import open_object
 
 # A column is read in pieces of this size, so that a row group of any size takes no more.
 _BUFFER_BYTES = 1 << 20
@@ -140,8 +139,7 @@ def open_parquet(url: str) -> Iterator[ParquetRows]:
         CorruptParquetError: if it is none.
         OSError: if it is not there, or the store does not answer.
     """
-    filesystem, path = fsspec.core.url_to_fs(absolute(url))
-    with filesystem.open(path, "rb", block_size=_READ_AHEAD_BYTES) as file:
+    with open_object(url, ahead=_READ_AHEAD_BYTES) as file:
         yield ParquetRows(file)
 
 

@@ -6,9 +6,12 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from pipelines.storage import open_object
+
+_READ_AHEAD_BYTES = 8 << 20
 
 FAILURES = {"failed_to_download": "download_failed", "failed_to_resize": "resize_failed"}
 """img2dataset's words for a row that has no picture, and ours."""
@@ -70,7 +73,7 @@ def read_sidecar(url: str) -> Sidecar | None:
         OSError: if the store does not answer.
     """
     try:
-        with fsspec.open(url, "rb") as file:
+        with open_object(url, ahead=_READ_AHEAD_BYTES) as file:
             data = file.read()
     except FileNotFoundError:
         return None

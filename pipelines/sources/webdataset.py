@@ -25,7 +25,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
@@ -39,11 +38,13 @@ from pipelines.sources.pictures import PictureRow, holds_pictures, read_pictures
 from pipelines.sources.sidecar import FAILURES, Sidecar, SidecarError, read_sidecar
 from pipelines.sources.tar import Member, TornShardError, is_unsafe, read_members
 from pipelines.sources.text import MAX_CAPTION_CHARS, clean_caption
+from pipelines.storage import open_object
 from snapfusion.settings import Settings
 
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"])
 _READ_AHEAD_BYTES = 8 << 20
 _FOOTERS_AT_ONCE = 16
+_FOOTER_BYTES = 1 << 16
 
 
 class ShardSettings(Settings):
@@ -127,7 +128,7 @@ def _is_tar(url: str) -> bool:
 def count_rows(shard: Shard) -> int | None:
     """Rows of a shard by its Parquet file's footer; None without one. An estimate, for progress alone."""
     try:
-        with fsspec.open(_parquet_url(shard), "rb") as file:
+        with open_object(_parquet_url(shard), ahead=_FOOTER_BYTES) as file:
             return int(pq.read_metadata(file).num_rows)
     except (OSError, pa.ArrowException):
         return None
@@ -296,8 +297,7 @@ class _Group:
 
 def _groups(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[_Group]:
     group: _Group | None = None
-    filesystem, path = fsspec.core.url_to_fs(shard.url)
-    with filesystem.open(path, "rb", block_size=_READ_AHEAD_BYTES) as file:
+    with open_object(shard.url, ahead=_READ_AHEAD_BYTES) as file:
         try:
             for member in read_members(file):
                 key, extension = _split(member.name)

@@ -1,5 +1,7 @@
 """Sources and tables in S3, spoken to a real server of its protocol."""
 
+import re
+import sys
 from pathlib import Path
 
 import fsspec
@@ -10,6 +12,7 @@ from layout_fixtures import LIST_LAYOUTS, ROWS, write_list
 from picture_files import write_pictures
 
 from pipelines.intake import recover
+from pipelines.patience import StoreFailure
 from pipelines.receipts import Receipt, publish, receipts
 from pipelines.rejection import Rejection
 from pipelines.sources import SourceError
@@ -17,7 +20,7 @@ from pipelines.sources.captions import Caption, CaptionSettings, read_captions
 from pipelines.sources.links import LinkSettings, list_links, read_links
 from pipelines.sources.shards import Picture, write_shard
 from pipelines.sources.webdataset import Sample, ShardSettings, list_shards, read_shard
-from pipelines.storage import read_bytes, write_once
+from pipelines.storage import StorageError, check_client, open_object, read_bytes, write_once
 from pipelines.tables import open_table, rejected_rows
 
 FAILED = Picture(image=None, caption="c", status="failed_to_download", error_message="HTTP Error 404")
@@ -97,6 +100,7 @@ def test_a_store_that_lets_nobody_in_is_an_error_that_says_so(monkeypatch: pytes
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr("pipelines.patience.WAITS", (0.1,))
     s3fs.S3FileSystem.clear_instance_cache()
     try:
         with pytest.raises(SourceError, match="cannot be listed"):
@@ -136,3 +140,48 @@ def test_an_orphan_in_a_bucket_is_adopted(bucket: str, monkeypatch: pytest.Monke
     assert open_table(url).units == []
     assert recover(url) == 6
     assert open_table(url).num_rows == 17
+
+
+def test_a_store_that_knows_nobody_here_is_a_failure_that_says_so(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        with pytest.raises(StorageError, match=r"cannot be written: .*Unable to locate credentials"):
+            write_once(f"{bucket}/object-of-nobody", b"")
+        with pytest.raises(StoreFailure, match="object: NoCredentialsError"):
+            open_object(f"{bucket}/object", ahead=1)
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    ("url", "line"),
+    [
+        (
+            "gs://bucket/run",
+            "gs://bucket/run: gs:// cannot be reached from here; pip install gcsfs, on every",
+        ),
+        (
+            "abfs://c@account.dfs.core.windows.net/run",
+            "abfs:// cannot be reached from here; pip install adlfs",
+        ),
+        ("s4://bucket/run", "s4://bucket/run: s4:// is no store that fsspec knows; s3://, gs://, abfs://"),
+    ],
+)
+def test_a_store_without_its_package_is_told_with_the_package(
+    url: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("gcsfs", "adlfs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(StorageError, match=re.escape(line)):
+        check_client(url)
+
+
+def test_places_that_can_be_reached_are_not_refused(tmp_path: Path) -> None:
+    for url in (str(tmp_path), f"file://{tmp_path}", "s3://bucket/run", "memory://run"):
+        check_client(url)
