@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.credentials import take_up
+from jobs.disclosure import refuse_secrets, refuse_secrets_in_options, texts_in, without_value
 from jobs.exits import guarded
 from jobs.plans import OWN
 from jobs.recipes import RECIPES, Recipe, recipe_named
-from pipelines.storage import StorageError, absolute, write_once
+from pipelines.storage import StorageError, absolute, check_client, write_once
 from snapfusion.settings import SettingsError
 
 IN_RUN = "run:"
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,9 @@ def run(
     for another the recipe says what is taken if it is left out. `options` adds options of its own, which
     `Job.asked` then has.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if code := guarded(verb, lambda: refuse_secrets_in_options(words)):
+        return code
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{verb}", description=(about or "").split("\n\n")[0]
     )
@@ -94,7 +102,7 @@ def run(
         parser.add_argument("target", metavar=target, nargs="?" if writes else None, default="")
     if options:
         options(parser)
-    given = parser.parse_args(argv)
+    given = parser.parse_args(words)
 
     def work() -> None:
         job = Job(
@@ -104,6 +112,7 @@ def run(
             target=given.target.rstrip("/") if target else "",
             asked=vars(given),
         )
+        reach_stores(job)
         if given.dry_run:
             print(job.recipe.to_json())
             print("\n".join([f"settings {job.recipe.digest()[:16]}", *preview(job)]))
@@ -120,7 +129,25 @@ def _resolve(name: str, assignments: Sequence[str]) -> Recipe:
     try:
         return recipe.with_values(assignments)
     except SettingsError as error:
-        raise SettingsError(f"--set {error}") from None
+        raise SettingsError(f"--set {without_value(error)}") from None
+
+
+def reach_stores(job: Job) -> None:
+    """Refuse secrets in the recipe, take up its credentials, and refuse stores that cannot be reached.
+
+    Raises:
+        SettingsError: for a secret.
+        CredentialsError: for credentials that cannot be used.
+        StorageError: for a store whose package is not installed.
+    """
+    refuse_secrets(job.recipe)
+    take_up(job.recipe.storage)
+    for where, text in [("--out", job.out), ("", job.target), *texts_in(job.recipe.to_values())]:
+        if _URL.fullmatch(text):
+            try:
+                check_client(text)
+            except StorageError as error:
+                raise StorageError(f"{where} {error}".strip()) from None
 
 
 def _save_settings(job: Job) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from jobs.credentials import for_workers
 from pipelines.execution import Runner, Stage, on_ray
 from pipelines.grouping import RayRows, Read, read_on_ray
 from snapfusion.settings import Settings
@@ -84,5 +85,5 @@ def connect(cluster: Cluster) -> None:
         logging_level=logging.ERROR,
         log_to_driver=cluster.worker_logs,
         # The workers of a local cluster inherit this process's environment.
-        runtime_env={"env_vars": _QUIET} if address else None,
+        runtime_env=for_workers(_QUIET) if address else None,
     )

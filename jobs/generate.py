@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.disclosure import refuse_secrets_in_options
 from jobs.exits import guarded
 from jobs.options import OneLineParser
 from snapfusion.settings import SettingsError
@@ -33,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `snapfusion generate`."""
 
     def work() -> None:
-        options = _parser().parse_args(argv)
+        words = list(sys.argv[1:] if argv is None else argv)
+        refuse_secrets_in_options(words)
+        options = _parser().parse_args(words)
         _check(options)
         if options.bundle is None:
             _by_model(options)

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from jobs.cli import Job
+from jobs.cli import Job, reach_stores
+from jobs.disclosure import refuse_secrets_in_options, without_value
 from jobs.exits import guarded, leave
 from jobs.options import OneLineParser
 from jobs.planning.outcome import compare
@@ -53,7 +55,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the settings, and neither probe nor plan"
     )
-    return parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    refuse_secrets_in_options(words)
+    return parser.parse_args(words)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -68,6 +72,7 @@ def _plan(options: argparse.Namespace) -> None:
     except SettingsError as error:
         raise SettingsError(_as_option(error)) from None
     job = Job(verb="plan", recipe=recipe, out=options.out.rstrip("/"))
+    reach_stores(job)
     if options.dry_run:
         print(settings.to_json())
         return
@@ -97,7 +102,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _as_option(error: SettingsError) -> str:
-    text = str(error)
+    text = without_value(error)
     return text if text.startswith("--") else f"--set {text}"
 
 

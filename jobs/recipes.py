@@ -9,6 +9,7 @@ from jobs.ablation import Ablation, miniature_ablation
 from jobs.allowance import Allowance
 from jobs.chance import ChanceSettings
 from jobs.cluster import Cluster
+from jobs.credentials import Storage
 from jobs.distill_decoder import DecoderSettings
 from jobs.distill_steps import DistillSettings
 from jobs.evaluation import Contender, Evaluation, Prompts
@@ -137,6 +138,7 @@ class Recipe(Settings):
         vacuum: which files `jobs.vacuum` leaves alone.
         allowance: what one run of `jobs.top_up` may do.
         cluster: where to run.
+        storage: how object stores are reached, and where a node has its credentials.
     """
 
     name: str
@@ -167,6 +169,7 @@ class Recipe(Settings):
     vacuum: Vacuum = Vacuum()
     allowance: Allowance = Allowance()
     cluster: Cluster = Cluster()
+    storage: Storage = Storage()
 
     @field_validator("plan")
     @classmethod
