@@ -18,6 +18,10 @@ READERS: Final = 8
 """Threads that ask a store about many objects, each of which is a round trip."""
 
 
+# Clients remember what they listed, and take what came since for not there. Others write here all the time.
+for _scheme in ("s3", "gs", "gcs", "abfs", "az"):
+    fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
+
 _PACKAGES: Final = {"gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
 
 

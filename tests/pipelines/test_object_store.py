@@ -20,7 +20,15 @@ from pipelines.sources.captions import Caption, CaptionSettings, read_captions
 from pipelines.sources.links import LinkSettings, list_links, read_links
 from pipelines.sources.shards import Picture, write_shard
 from pipelines.sources.webdataset import Sample, ShardSettings, list_shards, read_shard
-from pipelines.storage import StorageError, check_client, open_object, read_bytes, write_once
+from pipelines.storage import (
+    StorageError,
+    check_client,
+    exists,
+    names_in,
+    open_object,
+    read_bytes,
+    write_once,
+)
 from pipelines.tables import open_table, rejected_rows
 
 FAILED = Picture(image=None, caption="c", status="failed_to_download", error_message="HTTP Error 404")
@@ -130,6 +138,19 @@ def test_of_two_writers_of_one_object_one_is_told(bucket: str) -> None:
     assert write_once(f"{bucket}/object", b"first")
     assert not write_once(f"{bucket}/object", b"second")
     assert read_bytes(f"{bucket}/object") == b"first"
+
+
+def test_what_others_wrote_since_a_folder_was_listed_is_there(bucket: str) -> None:
+    write_once(f"{bucket}/listed/first", b"")
+    assert names_in(f"{bucket}/listed") == ["first"]
+    other = s3fs.S3FileSystem(skip_instance_cache=True)
+    other.pipe_file("bucket/listed/second", b"second")
+    assert exists(f"{bucket}/listed/second")
+    assert read_bytes(f"{bucket}/listed/second") == b"second"
+    with open_object(f"{bucket}/listed/second", ahead=1) as file:
+        assert file.read() == b"second"
+    other.rm_file("bucket/listed/first")
+    assert not exists(f"{bucket}/listed/first")
 
 
 def test_an_orphan_in_a_bucket_is_adopted(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
