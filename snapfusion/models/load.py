@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -152,24 +154,36 @@ def _locate(source: str, *, patterns: Sequence[str] = _WHOLE) -> Path:
     return _download(source, patterns=patterns)
 
 
-def _cache(source: str) -> Path:
-    root = os.environ.get("SNAPFUSION_CACHE") or Path.home() / ".cache" / "snapfusion"
-    return Path(root) / "models" / hashlib.sha256(source.encode()).hexdigest()[:16]
-
-
 def _fetch(url: str) -> Path:
-    """Copy a folder from object storage once; a half-made copy is never taken for a whole one."""
-    target = _cache(url)
+    """Copy a folder from object storage, once as long as it does not change there.
+
+    A half-made copy is never taken for a whole one; of processes that copy at the same time one is first.
+    """
+    filesystem, path = fsspec.core.url_to_fs(url)
+    places = (path, f"{path}/{TRAINED}")
+    place = next((place for place in places if filesystem.exists(f"{place}/{_INDEX}")), None)
+    if place is None:
+        raise ModelError(f"{url} has no {_INDEX}: it is not a diffusers folder")
+    files = filesystem.find(place, detail=True)
+    state = [url, *([name, told["size"], str(_version(told))] for name, told in sorted(files.items()))]
+    root = os.environ.get("SNAPFUSION_CACHE") or Path.home() / ".cache" / "snapfusion"
+    target = Path(root) / "models" / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
     if not target.is_dir():
-        partial = target.with_name(f"{target.name}.{os.getpid()}")
-        filesystem, path = fsspec.core.url_to_fs(url)
-        places = (path, f"{path}/{TRAINED}")
-        place = next((place for place in places if filesystem.exists(f"{place}/{_INDEX}")), None)
-        if place is None:
-            raise ModelError(f"{url} has no {_INDEX}: it is not a diffusers folder")
+        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
         filesystem.get(f"{place}/", f"{partial}/", recursive=True)
-        partial.rename(target)
+        try:
+            partial.rename(target)
+        except OSError:
+            shutil.rmtree(partial)
+            if not target.is_dir():
+                raise
     return target
+
+
+def _version(told: Mapping[str, Any]) -> object:
+    """What stores change with an object's content, each under a name of its own."""
+    names = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
+    return next((told[name] for name in names if told.get(name)), None)
 
 
 def _download(hub_id: str, *, patterns: Sequence[str]) -> Path:

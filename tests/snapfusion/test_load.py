@@ -12,7 +12,7 @@ from conftest import tiny_bundle
 
 from snapfusion.models.bundle import weight_hash
 from snapfusion.models.load import ModelError, load, load_part
-from snapfusion.models.save import DISTILLATION
+from snapfusion.models.save import DISTILLATION, save
 from snapfusion.models.seal import SEAL, SealError, check_seal, write_seal
 from snapfusion.models.tokenizer import clip_tokenizer, token_ids
 from snapfusion.noise import gaussian_batch
@@ -42,15 +42,42 @@ def test_a_hash_of_weights_does_not_depend_on_their_file(tiny_teacher, folder):
     assert load(str(folder)).fingerprint() == load(tiny_teacher).fingerprint()
 
 
-def test_a_folder_on_an_object_store_is_fetched_once(folder, tmp_path, monkeypatch):
+def test_a_folder_on_an_object_store_is_fetched_once_and_again_when_it_changed(folder, tmp_path, monkeypatch):
     import fsspec
 
     monkeypatch.setenv("SNAPFUSION_CACHE", str(tmp_path / "cache"))
     store = fsspec.filesystem("memory")
     store.put(f"{folder}/", "/models/tiny/", recursive=True)
     first = load("memory://models/tiny").fingerprint()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "get", lambda *_, **__: pytest.fail("it was fetched already"))
+        assert load("memory://models/tiny").fingerprint() == first
+    save(tiny_bundle(seed=1), tmp_path / "other")
     store.rm("/models/tiny", recursive=True)
-    assert load("memory://models/tiny").fingerprint() == first
+    store.put(f"{tmp_path / 'other'}/", "/models/tiny/", recursive=True)
+    assert load("memory://models/tiny").fingerprint() != first
+    store.rm("/models/tiny", recursive=True)
+    with pytest.raises(ModelError, match="memory://models/tiny has no model_index"):
+        load("memory://models/tiny")
+
+
+def test_of_two_that_fetch_a_folder_at_a_time_one_is_first(folder, tmp_path, monkeypatch):
+    import fsspec
+
+    monkeypatch.setenv("SNAPFUSION_CACHE", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory")
+    store.put(f"{folder}/", "/models/both/", recursive=True)
+    get, came = type(store).get, []
+
+    def overtaken(*words, **named):
+        if not came:
+            came.append(True)
+            load("memory://models/both")
+        return get(*words, **named)
+
+    monkeypatch.setattr(type(store), "get", overtaken)
+    assert load("memory://models/both").fingerprint()
+    assert len(list((tmp_path / "cache" / "models").iterdir())) == 1
 
 
 def test_the_folder_of_a_training_is_loaded_by_the_model_in_it(tiny_teacher, folder, tmp_path, monkeypatch):
