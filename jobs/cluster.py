@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -77,13 +80,29 @@ def connect(cluster: Cluster) -> None:
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     cpus = cluster.cpus or max(os.cpu_count() or 1, _LEAST_CPUS)
+    with _sigterm_kept():
+        _init(address, cpus=cpus, worker_logs=cluster.worker_logs)
+
+
+def _init(address: str | None, *, cpus: int, worker_logs: bool) -> None:
     ray.init(
         # Without "local" Ray would join whatever cluster it finds on this machine.
         address=address or "local",
         num_cpus=None if address else cpus,
         include_dashboard=None if address else False,
         logging_level=logging.ERROR,
-        log_to_driver=cluster.worker_logs,
+        log_to_driver=worker_logs,
         # The workers of a local cluster inherit this process's environment.
         runtime_env=for_workers(_QUIET) if address else None,
     )
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, twice: Python's, and below it its core, which prints its own stack."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)

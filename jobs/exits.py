@@ -1,34 +1,97 @@
 """How a command ends: one line for what went wrong, and an exit code.
 
 0 done, 1 the work failed (a second try may help), 2 the request cannot be carried out as it stands, 130
-interrupted.
+interrupted (Ctrl-C), 143 terminated (SIGTERM, as from `ray job stop` and from Kubernetes).
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
+
+_HEEDED = (signal.SIGINT, signal.SIGTERM)
+_SECONDS_TO_UNWIND = 10.0
+_WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 def guarded(verb: str, work: Callable[[], None]) -> int:
-    """Carry out `work`; whatever goes wrong is said in one line, and told in the exit code."""
-    try:
-        work()
-    except KeyboardInterrupt:
-        print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-    except Exception as error:
-        cause = _cause(error)
-        if isinstance(cause, ValueError):
+    """Carry out `work`; whatever goes wrong is said in one line, and told in the exit code.
+
+    The first Ctrl-C or SIGTERM unwinds `work`, for so many seconds; the second ends the process where it
+    stands.
+    """
+    with _heeding(verb) as heard:
+        try:
+            work()
+        except KeyboardInterrupt:
+            return _stopped(verb, next(iter(heard), signal.SIGINT))
+        except SystemExit as leaving:
+            # Ray's own answer to SIGTERM, which is in force while it connects.
+            if leaving.code != signal.SIGTERM:
+                raise
+            return _stopped(verb, signal.SIGTERM)
+        except Exception as error:
+            cause = _cause(error)
+            if not isinstance(cause, ValueError) and not _is_ours(cause):
+                raise
             print(f"{verb}: {cause}", file=sys.stderr)
-            return 2
-        if _is_ours(cause):
-            print(f"{verb}: {cause}", file=sys.stderr)
-            return 1
-        raise
+            return 2 if isinstance(cause, ValueError) else 1
     return 0
+
+
+def _stopped(verb: str, number: int) -> int:
+    print(_last_line(verb, number), file=sys.stderr)
+    return 128 + number
+
+
+def _last_line(verb: str, number: int) -> str:
+    return f"{verb}: {_WORDS[signal.Signals(number)]}; run the same command again to go on"
+
+
+@contextmanager
+def _heeding(verb: str) -> Iterator[list[int]]:
+    """Which signals came that ask to stop; the first is raised as KeyboardInterrupt."""
+    heard: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield heard  # Python lets no other thread decide about signals
+        return
+    before = {number: signal.getsignal(number) for number in _HEEDED}
+    # What is ignored stays so, as Ctrl-C is by what a shell started in its background.
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    over = threading.Event()
+
+    def heed(number: int, _frame: FrameType | None) -> None:
+        heard.append(number)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        over.set()
+        raise KeyboardInterrupt
+
+    def see_to_it() -> None:
+        # An exception that is raised anywhere may be lost in a destructor, or leave a lock locked.
+        over.wait()
+        if heard:
+            time.sleep(_SECONDS_TO_UNWIND)
+            os.write(2, f"{_last_line(verb, heard[0])}\n".encode())
+            os._exit(128 + heard[0])
+
+    threading.Thread(target=see_to_it, name="stopping", daemon=True).start()
+    for number in before:
+        signal.signal(number, heed)
+    try:
+        yield heard
+    finally:
+        over.set()
+        if not heard:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def leave(code: int) -> NoReturn:

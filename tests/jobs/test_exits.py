@@ -1,0 +1,106 @@
+"""What ends a command from outside: Ctrl-C and SIGTERM, once and twice, with one line and a code."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+WORK = """
+import sys, time
+from jobs.exits import guarded, leave
+def work():
+    try:
+        print("working", flush=True)
+        time.sleep(60)
+    finally:
+        print("unwinding", flush=True)
+        time.sleep({unwinding})
+leave(guarded("verb", work))
+"""
+
+
+def started(*, unwinding: float = 0.0) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORK.format(unwinding=unwinding)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "working\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "how"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_unwinds_the_work_and_is_told_in_one_line(number, code, how):
+    process = started()
+    process.send_signal(number)
+    said, told = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert said == "unwinding\n"
+    assert told == f"verb: {how}; run the same command again to go on\n"
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_where_it_stands(second):
+    process = started(unwinding=60.0)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "unwinding\n"
+    process.send_signal(second)
+    process.communicate(timeout=30)
+    assert process.returncode == -second
+
+
+def test_an_interrupt_that_is_lost_ends_the_work_all_the_same():
+    lost = """
+import signal, time
+import jobs.exits
+jobs.exits._SECONDS_TO_UNWIND = 0.3
+def work():
+    print("working", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(60)
+jobs.exits.leave(jobs.exits.guarded("verb", work))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", lost], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert told == "verb: terminated; run the same command again to go on\n"
+
+
+def test_what_ignores_ctrl_c_still_hears_sigterm():
+    """As a shell starts what runs in its background."""
+    ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {WORK.strip()}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", ignoring.format(unwinding=0.0)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert told.startswith("verb: terminated;")
+
+
+def test_signals_are_the_callers_again_afterwards():
+    script = """
+import signal
+from jobs.exits import guarded
+before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+assert guarded("verb", lambda: None) == 0
+assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
