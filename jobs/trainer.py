@@ -245,7 +245,7 @@ def run_trainings(
             "settings": settings,
             "mailbox": mailbox,
         }
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             _work,  # type: ignore[arg-type] # what it returns is handed on, which the annotation does not know
             train_loop_config=config,
             torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
@@ -277,6 +277,16 @@ def run_trainings(
         )
         for name, end in outcome.ends.items()
     }
+
+
+class _Trainer(TorchTrainer):
+    """Ray's, but for Ctrl-C, which stays the command's.
+
+    Ray would keep it for the rest of the process's life, and end that as if all were done.
+    """
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        """Ray calls this from `fit`."""
 
 
 @dataclass(frozen=True, kw_only=True)
