@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import tempfile
 import time
 import uuid
@@ -20,7 +21,7 @@ import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -49,6 +50,10 @@ class TrainerSettings(Settings):
 
     Attributes:
         num_workers: processes, each of which takes its share of every global batch.
+        min_workers: with how many of them it goes on while nodes are missing; None: with all or not at all.
+            The batches stay the same, the order in which gradients are added does not: the weights then
+            agree to rounding, no longer to the bit.
+        resize_seconds: how often it is looked whether there is room for more workers.
         use_gpu: whether each has an accelerator; they then speak NCCL, else gloo.
         cpus_per_worker: logical CPUs that Ray sets aside for each.
         threads_per_worker: CPU threads of each.
@@ -66,6 +71,8 @@ class TrainerSettings(Settings):
     """
 
     num_workers: PositiveInt = 1
+    min_workers: PositiveInt | None = None
+    resize_seconds: PositiveFloat = 60.0
     use_gpu: bool = False
     cpus_per_worker: PositiveFloat = 1.0
     threads_per_worker: PositiveInt = 1
@@ -77,6 +84,14 @@ class TrainerSettings(Settings):
     log_to: tuple[Kind, ...] = ("tensorboard",)
     max_failures: NonNegativeInt = 2
     labels: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("min_workers")
+    @classmethod
+    def _fewer_are_fewer(cls, fewer: int | None, known: ValidationInfo) -> int | None:
+        most = known.data.get("num_workers")
+        if fewer is not None and most is not None and fewer > most:
+            raise ValueError(f"at most num_workers ({most}) are accepted")
+        return fewer
 
 
 class TrainingError(ValueError):
@@ -237,6 +252,9 @@ def run_trainings(
         TrainingFailed: if workers keep failing.
     """
     check_logbook(settings.log_to)
+    if settings.min_workers is not None:
+        # Right after a node is gone Ray still counts on it, and waits so long for its place.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     with tempfile.TemporaryDirectory() as scratch, reports_to(on_report) as mailbox:
         config = {
             "program": program,
@@ -250,7 +268,8 @@ def run_trainings(
             train_loop_config=config,
             torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
             scaling_config=ScalingConfig(  # type: ignore[call-arg] # mypy sees the class of Train V1
-                num_workers=settings.num_workers,
+                num_workers=_workers(settings),  # type: ignore[arg-type] # likewise
+                elastic_resize_monitor_interval_s=settings.resize_seconds,
                 use_gpu=settings.use_gpu,
                 resources_per_worker=_resources(settings),
                 label_selector=settings.labels or None,
@@ -546,6 +565,12 @@ class _Recorder:
             "seconds_left": (num_steps - step.step) / pace["steps_per_second"],
             **pace,
         }
+
+
+def _workers(settings: TrainerSettings) -> int | tuple[int, int]:
+    return (
+        settings.num_workers if settings.min_workers is None else (settings.min_workers, settings.num_workers)
+    )
 
 
 def _resources(settings: TrainerSettings) -> dict[str, float]:

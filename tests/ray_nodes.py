@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ def ray_head(folder: Path, *, cpus: int = 4) -> Iterator[Head]:
     ports = {name: _free_port() for name in names}
     words = ["--head", *(f"--{name}={port}" for name, port in ports.items())]
     with _node(words, cpus=cpus, folder=folder, environment=environment) as process:
-        _await(ports["dashboard-port"], process)
+        _await(lambda: _answers(ports["dashboard-port"]), process)
         yield Head(
             cluster=f"127.0.0.1:{ports['port']}",
             dashboard=f"http://127.0.0.1:{ports['dashboard-port']}",
@@ -92,11 +92,15 @@ def ray_head(folder: Path, *, cpus: int = 4) -> Iterator[Head]:
 
 @contextmanager
 def ray_worker(head: Head, name: str, *, cpus: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A node that joins; `kill_node` kills it."""
+    """A node that has joined; `kill_node` kills it.
+
+    Two that start at the same moment on one machine choose the same sockets, and one of them gives up.
+    """
     folder = head.folder / name
     folder.mkdir()
     words = [f"--address={head.cluster}", f"--dashboard-agent-listen-port={_free_port()}"]
     with _node(words, cpus=cpus, folder=folder, environment=head.environment) as process:
+        _await(lambda: "Ray runtime started" in (folder / "log").read_text(), process)
         yield process
 
 
@@ -137,13 +141,21 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _await(port: int, process: subprocess.Popen[bytes]) -> None:
+def _await(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        if ready():
             return
         time.sleep(0.2)
-    raise TimeoutError("the head did not start")
+    raise TimeoutError("the node did not start")
+
+
+def _answers(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+    except OSError:
+        return False
 
 
 def _descendants(root: int) -> list[int]:

@@ -135,6 +135,12 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
         resume(state, store=store, identity={"settings": {"num_steps": 8, "seed": 1}}, rank=0)
 
 
+def test_fewer_workers_are_not_more():
+    assert TrainerSettings(num_workers=2, min_workers=2).min_workers == 2
+    with pytest.raises(ValueError, match=r"at most num_workers \(2\) are accepted"):
+        TrainerSettings(num_workers=2, min_workers=3)
+
+
 def test_a_report_is_said_in_one_line():
     figures = {
         "training": "decoder",
