@@ -20,8 +20,8 @@ downloader: $(DOWNLOADER) ## make the environment of img2dataset (190 MB to down
 demo: setup ## run recipe mini, from shards to a student and the mobile decoder, into runs/demo
 	@$(BIN)/python -m jobs.run_pipeline --recipe mini --out runs/demo
 
-test: setup downloader ## run the tests
-	@$(BIN)/pytest -m "not slow"
+test: setup downloader ## run the tests, two files at a time
+	@$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 check: lint test ## the one gate: format, lint, types, tests
 

@@ -114,24 +114,19 @@ def student(vpred, latents):
     return out, metrics, reports
 
 
-@pytest.fixture(scope="module")
-def killed(vpred, student, latents, eps_teacher):
-    """Both jobs, each by a driver that kills itself after its first checkpoint; where they were to write."""
-    folder, mark = Path(latents.url).with_name("killed"), uuid.uuid4().hex
-    script = Path(__file__).with_name("train_killed.py")
-    asked = {"vpred": eps_teacher, "student": str(vpred[0] / "model")}
-    drivers = [
-        subprocess.Popen(
-            [sys.executable, str(script), name, model, latents.url, str(folder / name)],
-            env={**os.environ, "KILLED_DRIVER": mark},
-            stderr=subprocess.PIPE,
-        )
-        for name, model in asked.items()
-    ]
-    for driver in drivers:
-        _, said = driver.communicate(timeout=240)
-        assert driver.returncode == -signal.SIGKILL, said.decode()
-    yield folder
+def begin_and_die(name, *, model, latents, out):
+    """A job by a driver that kills itself after its first checkpoint, and leaves nothing that runs."""
+    script, mark = Path(__file__).with_name("train_killed.py"), uuid.uuid4().hex
+    driver = subprocess.run(
+        [sys.executable, str(script), name, model, latents.url, str(out)],
+        env={**os.environ, "KILLED_DRIVER": mark},
+        stderr=subprocess.PIPE,
+        timeout=240,
+        check=False,
+    )
+    assert driver.returncode == -signal.SIGKILL, driver.stderr.decode()
+    assert (Path(f"{out}.training") / "unet" / "step-00000002" / "manifest.json").exists()
+    assert not out.exists()
     assert_none_are_left(f"KILLED_DRIVER={mark}")
 
 
@@ -217,21 +212,22 @@ def test_an_eps_model_becomes_a_v_model_that_opens_by_itself(vpred, latents, eps
         finetune_vpred(VPRED, model=str(out / "model"), latents_url=latents.url, out_url=str(out / "again"))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
-def test_fine_tuning_whose_driver_was_killed_ends_as_if_it_had_not_been(vpred, killed, latents, eps_teacher):
-    out = killed / "vpred"
-    assert (killed / "vpred.training" / "unet" / "step-00000002" / "manifest.json").exists()
-    assert not out.exists()
+def test_fine_tuning_whose_driver_was_killed_ends_as_if_it_had_not_been(
+    vpred, latents, eps_teacher, tmp_path
+):
+    out = tmp_path / "vpred"
+    begin_and_die("vpred", model=eps_teacher, latents=latents, out=out)
     finetune_vpred(VPRED, model=eps_teacher, latents_url=latents.url, out_url=str(out))
     assert_as_if_never_killed(out, vpred[0], metrics=vpred[1])
 
 
 @pytest.mark.ray
-def test_a_distillation_whose_driver_was_killed_ends_as_if_it_had_not_been(student, killed, vpred, latents):
-    out = killed / "student"
-    assert (killed / "student.training" / "unet" / "step-00000002" / "manifest.json").exists()
-    assert not out.exists()
-    distill_steps(DISTILL, teacher=str(vpred[0] / "model"), data_url=latents.url, out_url=str(out))
+def test_a_distillation_whose_driver_was_killed_ends_as_if_it_had_not_been(student, vpred, latents, tmp_path):
+    out, teacher = tmp_path / "student", str(vpred[0] / "model")
+    begin_and_die("student", model=teacher, latents=latents, out=out)
+    distill_steps(DISTILL, teacher=teacher, data_url=latents.url, out_url=str(out))
     assert_as_if_never_killed(out, student[0], metrics=student[1])
 
 
