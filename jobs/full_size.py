@@ -220,7 +220,10 @@ def _robustly(micro_batch: int) -> RobustTraining:
 
 
 def _trainer(micro_batch: int) -> TrainerSettings:
-    return TrainerSettings(num_workers=64, use_gpu=True, micro_batch=micro_batch, checkpoint_every=500)
+    # Of so many, more than the usual two are lost in the days that it takes.
+    return TrainerSettings(
+        num_workers=64, use_gpu=True, micro_batch=micro_batch, checkpoint_every=500, max_failures=20
+    )
 
 
 def _watch(batch_size: int) -> WatchSettings:
