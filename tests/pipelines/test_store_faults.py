@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import fault_proxy
@@ -12,27 +16,44 @@ from faulty_store import faults_in, faulty
 from pipelines.tables import accounts, open_table, rejected_rows
 
 
-def check(bucket: str, log: Path, *, rows: int, rate: float, most: int) -> int:
-    """Make a table of so many rows through the proxy, and hold it to one that was made in peace."""
-    quiet, loud = f"{bucket}/quiet-{rows}", f"{bucket}/loud-{rows}"
-    synthetic_units.run(quiet, total=rows)
-    with faulty(log, seed=0, rate=rate, most=most):
-        synthetic_units.run(loud, total=rows)
-    hit = faults_in(log)
-    assert set(hit) == {(one, kind) for one in fault_proxy.OPERATIONS for kind in fault_proxy.KINDS}
-    assert open_table(loud).read().equals(open_table(quiet).read())
-    assert accounts(loud) == accounts(quiet)
-    assert rejected_rows(loud) == rejected_rows(quiet)
-    return sum(hit.values())
+def same(one: str, other: str) -> bool:
+    """Whether two tables have the same rows, rejected rows and accounts."""
+    return (
+        open_table(one).read().equals(open_table(other).read())
+        and accounts(one) == accounts(other)
+        and rejected_rows(one) == rejected_rows(other)
+    )
 
 
 def test_no_row_is_lost_or_doubled_whatever_the_store_does(bucket: str, tmp_path: Path) -> None:
-    assert check(bucket, tmp_path / "faults.jsonl", rows=40, rate=0.3, most=5) == 20
+    quiet, loud = f"{bucket}/quiet", f"{bucket}/loud"
+    synthetic_units.run(quiet, total=40)
+    with faulty(tmp_path / "faults", seed=0, rate=0.3, most=5):
+        synthetic_units.run(loud, total=40)
+    hit = faults_in(tmp_path / "faults")
+    assert hit == {(one, kind): 1 for one in fault_proxy.OPERATIONS for kind in fault_proxy.KINDS}
+    assert same(loud, quiet)
 
 
 @pytest.mark.slow
 def test_nor_after_a_thousand_faults(bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    faults = check(bucket, tmp_path / "faults.jsonl", rows=1_600, rate=0.3, most=250)
+    """Eight tables at a time, since most of the time is waited."""
+    quiet, loud = f"{bucket}/of-200-rows", [f"{bucket}/loud-{number}" for number in range(8)]
+    began = time.monotonic()
+    synthetic_units.run(quiet, total=200)
+    peace = time.monotonic() - began
+    with (
+        faulty(tmp_path / "faults", seed=0, rate=0.3, most=250),
+        ProcessPoolExecutor(len(loud), mp_context=get_context("spawn")) as writers,
+    ):
+        began = time.monotonic()
+        list(writers.map(partial(synthetic_units.run, total=200), loud))
+        war = time.monotonic() - began
+    hit = faults_in(tmp_path / "faults")
     with capsys.disabled():
-        print(f"\n{faults} faults, 1,600 rows: none lost, none doubled")
-    assert faults == 1_000
+        print(f"\n{hit.total()} faults while 8 tables of 200 rows were written, in {war:.0f} s")
+        for one in fault_proxy.OPERATIONS:
+            print(f"  {one:8}", *(f"{hit[one, kind]} {kind}" for kind in fault_proxy.KINDS), sep="  ")
+        print(f"one such table in peace: {peace:.0f} s")
+    assert all(same(table, quiet) for table in loud)
+    assert hit == {(one, kind): 50 for one in fault_proxy.OPERATIONS for kind in fault_proxy.KINDS}
