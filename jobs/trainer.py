@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from jobs.logbook import Kind, Logbook, check_logbook
 from jobs.reports import OnReport, reports_to
 from pipelines.metrics import TrainingMeter
+from pipelines.patience import patiently
 from pipelines.schemas import to_png
 from pipelines.storage import absolute, replace_object
 from snapfusion.settings import Settings, differences, digest
@@ -38,7 +39,7 @@ from snapfusion.training.batch import Batch
 from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
 from snapfusion.training.loop import LoopSettings, Objective, Step, UnusableStepError, new_state, train
 from snapfusion.training.shards import shard
-from snapfusion.training.state import Best, TrainState
+from snapfusion.training.state import Best, Groups, TrainState
 
 Sharding = Literal["none", "fsdp"]
 
@@ -415,13 +416,13 @@ def resume(state: TrainState, *, store: CheckpointStore, identity: dict[str, Any
     Raises:
         TrainingError: if that checkpoint is of another training; names what differs.
     """
-    found = store.newest() if rank == 0 else None
+    found = patiently(store.url, store.newest) if rank == 0 else None
     step = [found.step if found else None]
     if dist.is_initialized():
         dist.broadcast_object_list(step, src=0)
-    if step[0] is None:
+    if (last := step[0]) is None:
         return
-    checkpoint = found or store.load(step[0])
+    checkpoint = found or patiently(store.url, lambda: store.load(last))
     differing = list(differences(checkpoint.values["identity"], identity))
     if differing:
         raise TrainingError(
@@ -429,6 +430,11 @@ def resume(state: TrainState, *, store: CheckpointStore, identity: dict[str, Any
             "finish that one with its settings, or remove them"
         )
     state.restore(checkpoint.tensors, checkpoint.values["state"])
+
+
+def save(store: CheckpointStore, step: int, *, tensors: Groups, values: Mapping[str, Any]) -> None:
+    """Save a checkpoint, waiting for a store that fails for a moment: to start workers again takes longer."""
+    patiently(store.url, lambda: store.save(step, tensors=tensors, values=values))
 
 
 def _distribute(training: Training, model: nn.Module) -> nn.Module:
@@ -519,7 +525,7 @@ class _Recorder:
             tensors = self._state.tensors()
             values = {"state": self._state.values(), "identity": self._training.identity}
             if self._first:
-                self._store.save(step.step, tensors=tensors, values=values)
+                save(self._store, step.step, tensors=tensors, values=values)
         due = last or time.monotonic() - self._told > _SECONDS_BETWEEN_REPORTS
         if not (saved or (self._first and due)):
             return

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from jobs.reports import report_line
-from jobs.trainer import TrainerSettings, Training, TrainingError, resume, run_trainings
+from jobs.trainer import TrainerSettings, Training, TrainingError, resume, run_trainings, save
 from pipelines.loader import BatchLoader, LoaderSettings
 from pipelines.tables import UnitFile
 from snapfusion.noise import gaussian, noise_key
@@ -133,6 +133,23 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
     resume(state, store=store, identity={"settings": {"num_steps": 6, "seed": 1}}, rank=0)
     with pytest.raises(TrainingError, match=r"another training: settings\.num_steps is 6 there, 8 here"):
         resume(state, store=store, identity={"settings": {"num_steps": 8, "seed": 1}}, rank=0)
+
+
+def test_a_checkpoint_is_saved_in_a_store_that_fails_for_a_moment(monkeypatch):
+    store = CheckpointStore("memory://moments/unet")
+    state = new_state(training().model, settings=SETTINGS)
+    put, failures = store._fs.put_file, [OSError("SlowDown"), ConnectionResetError()]
+
+    def failing(*words, **named):
+        if failures:
+            raise failures.pop()
+        return put(*words, **named)
+
+    monkeypatch.setattr(store._fs, "put_file", failing)
+    monkeypatch.setattr("pipelines.patience.pause", lambda seconds: None)
+    save(store, 3, tensors=state.tensors(), values={"state": state.values(), "identity": {}})
+    assert not failures
+    assert store.newest().step == 3
 
 
 def test_fewer_workers_are_not_more():
