@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,9 @@ SCENES = ("--set", "source.scenes=96", "--set", "source.scenes_per_shard=48")
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory) -> Iterator[Head]:
-    with ray_head(tmp_path_factory.mktemp("head")) as head:
+def head() -> Iterator[Head]:
+    # Where two files are tested at a time, pytest's own folders have names too long for Ray's sockets.
+    with tempfile.TemporaryDirectory(prefix="head-") as folder, ray_head(Path(folder)) as head:
         yield head
 
 
