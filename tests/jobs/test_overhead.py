@@ -16,19 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from in_process import in_process
+from scene_latents import encode_scenes
 from sleeping import SECONDS_A_ROW, SHARE, SleepingObjective, SleepingTeacher, student, trainings
 
-from jobs import render_scenes
-from jobs.cli import Job
-from jobs.recipes import recipe_named
 from jobs.trainer import TrainerSettings, run_trainings
 from pipelines.execution import Pool, Stage, on_ray
-from pipelines.latents import encode_latents
 from pipelines.loader import to_batch
 from pipelines.pairs import Pairs, generate_pairs
 from pipelines.sources.captions import Caption
-from pipelines.sources.webdataset import list_shards
 from pipelines.stages.environment import Device
 from pipelines.stages.generate import Generation
 from pipelines.tables import open_table
@@ -105,18 +100,7 @@ def test_generation(ray_cluster, tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> str:
     """LATENTS of 512 scenes."""
-    out = tmp_path_factory.mktemp("run")
-    recipe = recipe_named("mini").with_values(["source.scenes=512"])
-    render_scenes.render_scenes(Job(verb="render_scenes", recipe=recipe, out=str(out)))
-    encode_latents(
-        recipe.latents,
-        model="mini",
-        shards=list_shards(f"{out}/shards"),
-        source="scenes",
-        url=f"{out}/latents",
-        run=in_process,
-    )
-    return f"{out}/latents"
+    return encode_scenes(tmp_path_factory.mktemp("run"), count=512)
 
 
 def bare_step_seconds(url: str) -> float:
