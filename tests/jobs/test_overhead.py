@@ -26,7 +26,7 @@ from pipelines.pairs import Pairs, generate_pairs
 from pipelines.sources.captions import Caption
 from pipelines.stages.environment import Device
 from pipelines.stages.generate import Generation
-from pipelines.tables import open_table
+from pipelines.tables import accounts, open_table
 from pipelines.units import CaptionRows, Unit
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -75,18 +75,19 @@ def test_generation(ray_cluster, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
     ratios = []
     for workers in WORKERS:
-        arrived = [time.monotonic()]
+        arrived, url = [time.monotonic()], str(tmp_path / f"pairs-{workers}")
         generate_pairs(
             pairs_settings(workers),
             teacher="mini",
             captions=captions(60 * workers * ROWS),
             source="list",
-            url=str(tmp_path / f"pairs-{workers}"),
+            url=url,
             run=asleep,
             on_progress=lambda _, arrived=arrived: arrived.append(time.monotonic()),
         )
-        skipped = len(arrived) // 4  # until all have begun, and what had gathered meanwhile has been taken in
-        steady = (arrived[-1] - arrived[skipped]) / (len(arrived) - 1 - skipped)
+        woke = sorted(account.environment["woke"] for account in accounts(url).values())
+        skipped = len(woke) // 4  # until all have begun
+        steady = (woke[-1] - woke[skipped]) / (len(woke) - 1 - skipped)
         ratios.append(steady * workers / bare)
         lines.append(
             f"{workers} workers: {steady * workers:.3f} s a unit and worker, ratio {ratios[-1]:.3f}; "
