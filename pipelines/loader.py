@@ -187,7 +187,7 @@ class _Share:
 def _ahead(shares: Iterator[np.ndarray], *, read: Callable[[int], Future[pa.Table]]) -> Iterator[_Share]:
     """Each share with its files, those of the next window being read meanwhile.
 
-    Of two windows at most there are files in memory.
+    In memory are files of the windows that the share lies in, and of the one after them.
     """
     coming, wanted = deque([next(shares)]), deque[tuple[File, int]]()
     wanted.extend(_files_of(coming[0]).items())
