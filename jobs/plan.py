@@ -1,8 +1,8 @@
 """Say what a run will take, before it is begun; and afterwards, how that compares with what it took.
 
 Rows, bytes, worker-hours, wall time by nodes, cost by a price list, peak memory, storage requests; and when
-the teacher's targets pay beforehand. Times follow from rates, which a probe of a minute measures here, or
-which are given.
+the teacher's targets pay beforehand. Times follow from rates, which a probe measures here in a minute or two,
+or which are given.
 
 OUT/plan.json    all of it, for programs
 OUT/rates.json   what a probe measured; it is taken again by the next plan in OUT

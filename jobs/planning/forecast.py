@@ -197,7 +197,7 @@ def _forecast(
     stage: Stage, *, start: float, cluster: Cluster, rates: Rates, market: Market, storage: StoragePrices
 ) -> StageForecast:
     cluster = Cluster(name=cluster.name, node=cluster.node, nodes=1) if stage.local else cluster
-    times = {part.name: _seconds(part, cluster=cluster, rates=rates) for part in stage.parts}
+    times = {part.name: _seconds(part, cluster=cluster, rates=rates, sort=stage.sort) for part in stage.parts}
     slowest = max(times, key=lambda name: times[name])
     work = max(times[slowest], _on_all_cores(stage, times, cluster=cluster))
     requests = NO_REQUESTS
@@ -223,7 +223,7 @@ def _forecast(
     )
 
 
-def _seconds(part: Part, *, cluster: Cluster, rates: Rates) -> float:
+def _seconds(part: Part, *, cluster: Cluster, rates: Rates, sort: Sort) -> float:
     """Of a part, were it alone."""
     workers = cluster.workers(part)
     seconds = sum(
@@ -232,7 +232,8 @@ def _seconds(part: Part, *, cluster: Cluster, rates: Rates) -> float:
     )
     cores = cluster.nodes * cluster.node.cores
     crowded = not cluster.node.accelerators and workers > 1 and workers >= cores
-    return seconds * (rates.crowding if crowded else 1.0)
+    crowding = rates.crowding.trainings if sort == "training" else rates.crowding.tables
+    return seconds * (crowding if crowded else 1.0)
 
 
 def _on_all_cores(stage: Stage, times: dict[str, float], *, cluster: Cluster) -> float:

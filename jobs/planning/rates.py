@@ -67,6 +67,18 @@ class Starts(Settings):
     training: NonNegativeFloat = 0.0
 
 
+class Crowding(Settings):
+    """How many times longer work takes where every core of a machine without accelerators is at it.
+
+    Attributes:
+        tables: a unit of a table.
+        trainings: a step of a training, waiting for the other workers included.
+    """
+
+    tables: Annotated[float, Field(ge=1.0)] = 1.0
+    trainings: Annotated[float, Field(ge=1.0)] = 1.0
+
+
 class Rates(Settings):
     """All that a forecast knows of a machine.
 
@@ -78,7 +90,7 @@ class Rates(Settings):
         rates: by kind; of several the one whose network is nearest in size is taken.
         checkpointed: whether `train` was measured with activations computed again for the backward pass; if
             not, a training that does so takes one more pass a row.
-        crowding: how many times longer a unit takes where every core of a machine without accelerators works.
+        crowding: what work takes longer where all cores are full.
         starts: what passes before and after the work.
         png_share: bytes of a picture as PNG, of those of its pixels.
     """
@@ -89,7 +101,7 @@ class Rates(Settings):
     about: str
     rates: dict[Kind, Annotated[tuple[Rate, ...], Field(min_length=1)]]
     checkpointed: bool = False
-    crowding: Annotated[float, Field(ge=1.0)] = 1.0
+    crowding: Crowding = Crowding()
     starts: Starts = Starts()
     png_share: Annotated[float, Field(gt=0.0, le=1.1)] = 0.6
 

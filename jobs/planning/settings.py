@@ -19,7 +19,7 @@ class PlanSettings(Settings):
         captions: that the teacher draws; null takes `captions.limit`, or those of LATENTS.
         steps: jobs to plan, in their order; null takes what `jobs.run_pipeline` would do or, where it makes
             no student, the recipe's plan of distillation with what that reads, PAIRS, decoder and evaluation.
-        rates: shipped rates by name, or a file's path or URL; null takes the probe in OUT/plan/rates.json,
+        rates: shipped rates by name, or a file's path or URL; null takes the probe in OUT/rates.json,
             and makes it first if it is not there.
         prices: a shipped price list by name, or a file's path or URL.
         node: a node type of that list; null is this machine, free of charge.

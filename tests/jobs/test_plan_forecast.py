@@ -6,7 +6,7 @@ from jobs.planning.break_even import Prices, break_even
 from jobs.planning.forecast import Cluster, Memory, Part, Stage, Work, forecast
 from jobs.planning.memory import network_memory, training_memory
 from jobs.planning.prices import NodeType, StoragePrices, price_list
-from jobs.planning.rates import Rate, RateError, Rates, Starts, given_rates
+from jobs.planning.rates import Crowding, Rate, RateError, Rates, Starts, given_rates
 from jobs.planning.requests import Writing
 from jobs.planning.shipped import names
 from jobs.planning.sizes import Network
@@ -92,12 +92,14 @@ def test_trainings_stay_on_demand():
 def test_on_cores_the_recipes_workers_crowd_each_other():
     def found(workers: int):
         part = network(Work(kind="pass", units=12), workers=workers)
-        return told(stage(part, start="none"), node=CORES, given=rates(crowding=1.5))[0]
+        given = rates(crowding=Crowding(tables=1.5, trainings=2.0), starts=Starts())
+        return told(stage(part), stage(part, start="training"), node=CORES, given=given)
 
-    alone, both = found(1), found(2)
+    (alone, _), (table, training) = found(1), found(2)
     assert alone.work_seconds == 12.0
-    assert both.work_seconds == 6.0 * 1.5
-    assert both.network_seconds == 2 * 9.0
+    assert table.work_seconds == 6.0 * 1.5
+    assert table.network_seconds == 2 * 9.0
+    assert training.work_seconds == 6.0 * 2.0
 
 
 def test_parts_that_share_the_cores_take_at_least_what_they_take_together():

@@ -8,8 +8,10 @@ import pytest
 
 from jobs.cli import Job
 from jobs.planning import probe
-from jobs.planning.probe import _Found, _rows, _step_seconds, _teacher, _timed, _trained
+from jobs.planning.probe import _decoder_trained, _Found, _rows, _teacher, _timed, _trained
 from jobs.planning.sizes import sizes_of
+from jobs.planning.steps import step_seconds
+from jobs.planning.surroundings import _seconds_of_a_step
 from jobs.recipes import mini, sd15
 from pipelines.execution import Pool, Stage
 from snapfusion.models.architecture import table_3
@@ -20,6 +22,7 @@ from snapfusion.settings import SettingsError
 @pytest.fixture
 def job(tiny_teacher: str, tmp_path, monkeypatch) -> Job:
     monkeypatch.setattr(probe, "SECONDS", 0.0)
+    monkeypatch.setattr("jobs.planning.steps.SECONDS", 0.0)
     monkeypatch.setattr(probe, "_SCENES", 8)
     recipe = mini().with_values(
         [
@@ -51,6 +54,8 @@ def test_training_steps_are_measured_of_both_unets(job):
     own, small = found.rates["train"]
     assert own.gmacs == sizes.unet.gmacs > small.gmacs
     assert len(found.rates["update"]) == 1
+    _decoder_trained(job, bundle, sizes=sizes, found=found)
+    assert found.rates["train_decoder"][0].gmacs == sizes.half.gmacs
 
 
 class Double:
@@ -88,10 +93,15 @@ def test_a_steps_update_is_part_of_it(job):
     def objective(model, batch, *, step):
         return model(batch["x"]).square().mean(dim=1)
 
-    step, update = _step_seconds(
+    step, update = step_seconds(
         nn.Linear(4, 4),
         objective=objective,
         batch=Batch(ids=("a", "b"), columns={"x": torch.randn(2, 4)}),
         loop=LoopSettings(num_steps=1, global_batch=64, learning_rate=1.0, ema_decay=0.9),
     )
     assert step > 0 < update
+
+
+def test_a_training_is_timed_from_its_second_report_on():
+    reports = [{"step": step, "steps_per_second": pace} for step, pace in ((1, 0.1), (11, 5.0), (12, 0.5))]
+    assert _seconds_of_a_step(reports) == (10 / 5.0 + 1 / 0.5) / 11
