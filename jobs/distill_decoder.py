@@ -21,7 +21,8 @@ from pydantic import Field, PositiveInt
 from jobs.exits import leave
 from jobs.reports import OnReport, show_reports
 from jobs.result import METRICS, Result
-from jobs.trainer import Trained, TrainerSettings, Training, TrainingError, run_trainings
+from jobs.trainer import Trained, run_trainings
+from jobs.training import TrainerSettings, Training, TrainingError
 from pipelines.leases import reading
 from pipelines.loader import BatchLoader, LoaderSettings, count_trainable
 from pipelines.storage import absolute, exists

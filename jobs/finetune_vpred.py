@@ -22,7 +22,7 @@ from jobs.student import (
     trainable_unet,
     watcher,
 )
-from jobs.trainer import Training, TrainingError
+from jobs.training import Training, TrainingError
 from jobs.watch import check_watch, in_run
 from pipelines.buckets import BucketLoader, Count, count_rows, loader_of
 from pipelines.latents import check_latents, size_of

@@ -12,7 +12,7 @@ from jobs.evolution import EvolutionSettings
 from jobs.finetune_vpred import VpredSettings
 from jobs.train_efficient import EfficientSettings
 from jobs.train_robust import RobustSettings, RobustTraining
-from jobs.trainer import TrainerSettings
+from jobs.training import TrainerSettings
 from jobs.watch import WatchSettings
 from pipelines.execution import Pool
 from pipelines.latents import Latents

@@ -20,7 +20,7 @@ from jobs.measure_latency import LatencySettings
 from jobs.plans import EFFICIENT, OWN, VPRED, Plan, PlanStage, plans
 from jobs.train_efficient import EfficientSettings
 from jobs.train_robust import RobustSettings, RobustTraining
-from jobs.trainer import TrainerSettings
+from jobs.training import TrainerSettings
 from pipelines.downloads import Downloads
 from pipelines.duplicates import Deduplication
 from pipelines.execution import Pool

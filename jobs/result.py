@@ -18,7 +18,7 @@ from typing import Any
 import fsspec
 
 from jobs.publish import publish_folder
-from jobs.trainer import TrainingError
+from jobs.training import TrainingError
 from pipelines.storage import exists, read_bytes, write_once
 from snapfusion.settings import differences
 from snapfusion.training.checkpoint import CheckpointStore

@@ -21,7 +21,8 @@ from pydantic import PositiveInt
 
 from jobs.reports import OnReport
 from jobs.result import Result
-from jobs.trainer import Program, Trained, TrainerSettings, TrainingError, run_trainings
+from jobs.trainer import Trained, run_trainings
+from jobs.training import Program, TrainerSettings, TrainingError
 from jobs.watch import Watcher, WatchSettings
 from pipelines.leases import holding
 from pipelines.loader import LoaderSettings

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from jobs.evaluation import Prompts, captions_of
-from jobs.trainer import Look, TrainingError
+from jobs.training import Look, TrainingError
 from pipelines.references import moments_of
 from pipelines.sources.captions import Caption
 from pipelines.stages.environment import Device

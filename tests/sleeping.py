@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jobs.trainer import Training
+from jobs.training import Training
 from pipelines.loader import BatchLoader, LoaderSettings
 from pipelines.stages.generate import GeneratePairs
 from pipelines.tables import open_table

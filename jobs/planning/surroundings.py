@@ -15,7 +15,7 @@ from typing import Any
 from jobs.distill_decoder import DecoderSettings, distill_decoder
 from jobs.planning.rates import Crowding
 from jobs.planning.steps import decoder_step
-from jobs.trainer import TrainerSettings
+from jobs.training import TrainerSettings
 from pipelines.execution import Pool
 from pipelines.pairs import Pairs, generate_pairs, plan
 from pipelines.sources.captions import Caption

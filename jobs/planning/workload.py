@@ -32,7 +32,7 @@ from jobs.planning.sizes import Network, Sizes
 from jobs.plans import EFFICIENT, OWN
 from jobs.run_pipeline import steps_of
 from jobs.student import StudentTraining
-from jobs.trainer import TrainerSettings
+from jobs.training import TrainerSettings
 from pipelines.execution import Pool
 from snapfusion.models.architecture import Architecture
 from snapfusion.settings import SettingsError

@@ -14,7 +14,8 @@ from test_trainer import Regression, training
 
 from jobs.cluster import Cluster, connect
 from jobs.progress import show
-from jobs.trainer import TrainerSettings, Training, run_trainings
+from jobs.trainer import run_trainings
+from jobs.training import TrainerSettings, Training
 from pipelines.execution import Pool, Stage, on_ray
 from pipelines.intake import Bounds, take_in
 from pipelines.stages.write import WriteUnit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jobs.distill_steps import DistillSettings
 from jobs.evaluation import Prompts
 from jobs.finetune_vpred import VpredSettings
-from jobs.trainer import TrainerSettings
+from jobs.training import TrainerSettings
 from jobs.watch import WatchSettings
 from pipelines.loader import LoaderSettings
 from snapfusion.training.draws import CfgRange

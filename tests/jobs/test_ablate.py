@@ -12,7 +12,7 @@ from jobs.chart import chart_svg
 from jobs.cli import Job
 from jobs.evaluation import Evaluation, Prompts
 from jobs.recipes import RECIPES, Source, mini, recipe_named
-from jobs.trainer import TrainerSettings
+from jobs.training import TrainerSettings
 from pipelines.references import References
 from pipelines.samples import Samples
 from pipelines.stages.sample import Drawing

@@ -13,7 +13,7 @@ from jobs.evaluation import Evaluation, Prompts
 from jobs.finetune_vpred import VpredSettings
 from jobs.first_weights import own_architecture
 from jobs.timing import TimingSettings
-from jobs.trainer import TrainerSettings
+from jobs.training import TrainerSettings
 from pipelines.loader import LoaderSettings
 from pipelines.references import References
 from pipelines.samples import Samples

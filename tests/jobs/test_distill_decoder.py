@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_bundle
 
 from jobs.distill_decoder import DecoderSettings, assemble, distill_decoder, summary
-from jobs.trainer import TrainerSettings, TrainingError
+from jobs.training import TrainerSettings, TrainingError
 from pipelines.loader import LoaderError, LoaderSettings, count_trainable
 from pipelines.pairs import Pairs, generate_pairs
 from pipelines.sources.captions import Caption

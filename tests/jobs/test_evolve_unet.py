@@ -19,7 +19,7 @@ from jobs.finetune_vpred import placed_in_run
 from jobs.first_weights import own_architecture, with_architecture
 from jobs.recipes import recipe_named
 from jobs.train_robust import RobustTraining
-from jobs.trainer import TrainerSettings, TrainingError
+from jobs.training import TrainerSettings, TrainingError
 from pipelines.intake import Bounds
 from pipelines.loader import LoaderSettings
 from pipelines.samples import Samples

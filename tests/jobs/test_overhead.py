@@ -19,7 +19,8 @@ import torch
 from scene_latents import encode_scenes
 from sleeping import SECONDS_A_ROW, SHARE, SleepingObjective, SleepingTeacher, student, trainings
 
-from jobs.trainer import TrainerSettings, run_trainings
+from jobs.trainer import run_trainings
+from jobs.training import TrainerSettings
 from pipelines.execution import Pool, Stage, on_ray
 from pipelines.loader import to_batch
 from pipelines.pairs import Pairs, generate_pairs

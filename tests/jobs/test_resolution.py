@@ -14,7 +14,8 @@ from student_inputs import DISTILL, VPRED
 
 from jobs import distill_steps, finetune_vpred, generate
 from jobs.student import save_student
-from jobs.trainer import Trained, TrainingError
+from jobs.trainer import Trained
+from jobs.training import TrainingError
 from jobs.watch import Watcher, check_watch
 from pipelines.buckets import BucketLoader, count_rows
 from pipelines.latents import Latents, encode_latents

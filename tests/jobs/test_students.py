@@ -30,7 +30,8 @@ from jobs.distill_steps import assemble, distill_steps, summary
 from jobs.finetune_vpred import finetune_vpred
 from jobs.recipes import mini
 from jobs.student import save_student
-from jobs.trainer import Trained, TrainingError, check_shares, run_trainings
+from jobs.trainer import Trained, check_shares, run_trainings
+from jobs.training import TrainingError
 from jobs.watch import Watcher, check_watch, in_run
 from pipelines.latents import Latents, encode_latents
 from pipelines.loader import count_trainable

@@ -8,7 +8,7 @@ from scene_latents import encode_scenes
 
 from jobs import train_efficient, train_robust
 from jobs.first_weights import named_architecture, own_architecture, with_architecture
-from jobs.trainer import TrainingError
+from jobs.training import TrainingError
 from snapfusion.models.architecture import ArchitectureError, table_3
 from snapfusion.models.load import load
 from snapfusion.models.unet import UNetError, architecture_of

@@ -14,8 +14,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from jobs.recorder import save
 from jobs.reports import report_line
-from jobs.trainer import TrainerSettings, Training, TrainingError, resume, run_trainings, save
+from jobs.trainer import resume, run_trainings
+from jobs.training import TrainerSettings, Training, TrainingError
 from pipelines.loader import BatchLoader, LoaderSettings
 from pipelines.tables import UnitFile
 from snapfusion.noise import gaussian, noise_key
