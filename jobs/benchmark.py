@@ -46,7 +46,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=50, help="timed runs of each module (default: 50)")
     parser.add_argument("--threads", type=int, default=1, help="of torch and of ExecuTorch (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="the same figures, for programs")
-    options = parser.parse_args(argv)
+    options = parser.options(argv)
     if options.repeats < LEAST_REPEATS:
         raise SettingsError(
             f"--repeats {options.repeats}: at least {LEAST_REPEATS} is accepted: fewer have no 95th centile"

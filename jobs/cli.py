@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.credentials import take_up
-from jobs.disclosure import refuse_secrets, refuse_secrets_in_options, texts_in, without_value
+from jobs.disclosure import refuse_secrets, texts_in, without_value
 from jobs.exits import guarded
+from jobs.options import OneLineParser
 from jobs.plans import OWN
 from jobs.recipes import RECIPES, Recipe, recipe_named
 from pipelines.storage import StorageError, absolute, check_client, write_once
@@ -82,12 +82,7 @@ def run(
     for another the recipe says what is taken if it is left out. `options` adds options of its own, which
     `Job.asked` then has.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    if code := guarded(verb, lambda: refuse_secrets_in_options(words)):
-        return code
-    parser = argparse.ArgumentParser(
-        prog=f"python -m jobs.{verb}", description=(about or "").split("\n\n")[0]
-    )
+    parser = OneLineParser(prog=f"python -m jobs.{verb}", description=(about or "").split("\n\n")[0])
     parser.add_argument("--recipe", default="mini", help=f"one of {', '.join(RECIPES)} (default: mini)")
     parser.add_argument(
         "--set",
@@ -102,9 +97,9 @@ def run(
         parser.add_argument("target", metavar=target, nargs="?" if writes else None, default="")
     if options:
         options(parser)
-    given = parser.parse_args(words)
 
     def work() -> None:
+        given = parser.options(argv)
         job = Job(
             verb=verb,
             recipe=_resolve(given.recipe, given.set),

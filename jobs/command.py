@@ -62,7 +62,7 @@ def _refuse(arguments: Sequence[str]) -> None:
         epilog="Each has its own --help.",
     )
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help=", ".join(VERBS))
-    parser.parse_args(arguments)
+    parser.options(arguments)
 
 
 def entry() -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.disclosure import refuse_secrets_in_options
 from jobs.exits import guarded
 from jobs.options import OneLineParser
 from snapfusion.settings import SettingsError
@@ -35,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `snapfusion generate`."""
 
     def work() -> None:
-        words = list(sys.argv[1:] if argv is None else argv)
-        refuse_secrets_in_options(words)
-        options = _parser().parse_args(words)
+        options = _parser().options(argv)
         _check(options)
         if options.bundle is None:
             _by_model(options)
@@ -47,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded("snapfusion", work)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OneLineParser:
     parser = OneLineParser(prog="snapfusion generate", description=(__doc__ or "").strip())
     parser.add_argument("caption", help='for example "a large red circle at the top on a white background"')
     parser.add_argument("--model", help=f"mini, mini-v, a folder, its URL or a hub id (default: {_MODEL})")

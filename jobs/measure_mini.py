@@ -5,7 +5,6 @@ With --out the figures are kept in FILE, and a second run adds what they lack; a
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 
 from jobs.exits import guarded, leave
 from jobs.mini_page import write_page
+from jobs.options import OneLineParser
 from jobs.record import Record
 from snapfusion.metrics.intervals import Interval
 from snapfusion.mini.measure import Figures, MiniMeasurement, measure
@@ -33,13 +33,13 @@ def _rounded(value: float) -> float:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     about = (__doc__ or "").split("\n\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m jobs.measure_mini", description=about)
+    parser = OneLineParser(prog="python -m jobs.measure_mini", description=about)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with sd/, scorer/ and oracle/")
     parser.add_argument("--out", type=Path, help="file of figures, JSON")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
-    options = parser.parse_args(argv)
 
     def work() -> None:
+        options = parser.options(argv)
         settings = MiniMeasurement().with_values(options.set)
         print(settings.to_json())
         torch.set_num_threads(1)

@@ -11,7 +11,6 @@ A second run adds what is missing.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from jobs.exits import guarded, leave
+from jobs.options import OneLineParser
 from jobs.progress import StatusLine, duration
 from jobs.record import Record
 from jobs.robustness_page import draw_sheet, render_robustness, sheet_image
@@ -49,14 +49,14 @@ _NAME = "robustness"
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     about = (__doc__ or "").split("\n\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m jobs.measure_robustness", description=about)
+    parser = OneLineParser(prog="python -m jobs.measure_robustness", description=about)
     parser.add_argument("plain", help="a miniature trained plainly: a folder, a URL, mini or mini-v")
     parser.add_argument("robust", help="one trained robustly as long, of the same blocks")
     parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
-    options = parser.parse_args(argv)
 
     def work() -> None:
+        options = parser.options(argv)
         settings = RobustnessMeasurement().with_values(options.set)
         print(settings.to_json())
         torch.set_num_threads(1)

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from jobs.cli import Job, reach_stores
-from jobs.disclosure import refuse_secrets_in_options, without_value
+from jobs.disclosure import without_value
 from jobs.exits import guarded, leave
 from jobs.options import OneLineParser
 from jobs.planning.outcome import compare
@@ -55,9 +54,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the settings, and neither probe nor plan"
     )
-    words = list(sys.argv[1:] if argv is None else argv)
-    refuse_secrets_in_options(words)
-    return parser.parse_args(words)
+    return parser.options(argv)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ DIR/checkpoints holds a checkpoint of each stage, from which the same command go
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from jobs.exits import guarded, leave
 from jobs.mini_page import write_page
+from jobs.options import OneLineParser
 from jobs.progress import duration
 from snapfusion.mini.training.recipe import train
 from snapfusion.mini.training.settings import MiniTraining
@@ -57,14 +57,14 @@ def _check_device(name: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     about = (__doc__ or "").split("\n\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m jobs.train_mini", description=about)
+    parser = OneLineParser(prog="python -m jobs.train_mini", description=about)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints/ and weights/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--dry-run", action="store_true", help="print the settings, and do nothing")
-    options = parser.parse_args(argv)
 
     def work() -> None:
+        options = parser.options(argv)
         settings = MiniTraining().with_values(options.set)
         print(settings.to_json())
         if options.dry_run:

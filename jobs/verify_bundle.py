@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         parser = OneLineParser(prog="snapfusion verify-bundle", description=(__doc__ or "").split("\n\n")[0])
         parser.add_argument("bundle", metavar="DIR", help="a mobile bundle")
-        verify(Path(parser.parse_args(argv).bundle))
+        verify(Path(parser.options(argv).bundle))
 
     return guarded("verify_bundle", work)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from jobs import encode_latents, generate, plan, verify_table
+from jobs import command, encode_latents
 from jobs.credentials import (
     NAMES,
     CredentialsError,
@@ -163,16 +164,23 @@ def test_a_secret_in_an_option_is_refused_and_not_repeated(
     assert not list(tmp_path.iterdir())
 
 
-def test_whoever_takes_urls_refuses_secrets_in_them(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("verb", [*command.VERBS, "nothing-that-there-is"])
+def test_every_command_refuses_secrets(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     secret = f"s3://AKIA:{SECRET}@bucket/x"
-    for main, words in (
-        (generate.main, ["a caption", "--model", secret]),
-        (plan.main, ["--out", secret]),
-        (plan.main, ["--set", f"model={secret}"]),
-        (verify_table.main, [secret]),
-    ):
-        assert main(words) == 2
+    for words in ([secret], ["--out", secret], ["--set", f"model={secret}"]):
+        assert command.main([verb, *words]) == 2
         assert "is a secret" in said(capsys)
+
+
+@pytest.mark.parametrize("verb", command.VERBS)
+def test_every_command_tells_a_wrong_option_in_one_line(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([verb, "--set"]) == 2
+    assert re.fullmatch(
+        r"[a-z_]+: (--set: expected one argument|[^\n]*required[^\n]*|[^\n]*unrecognized[^\n]*)\n",
+        said(capsys),
+    )
 
 
 def test_a_secret_in_a_recipe_is_refused(
