@@ -116,7 +116,8 @@ class Driver:
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        self.printed.extend(process.stdout)
+        with process.stdout as lines:
+            self.printed.extend(lines)
 
     def kill(self) -> None:
         self.process.kill()
