@@ -19,6 +19,7 @@ from typing import NoReturn
 _HEEDED = (signal.SIGINT, signal.SIGTERM)
 _SECONDS_TO_UNWIND = 10.0
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+_STOPPED = {128 + number for number in _WORDS}
 
 
 def guarded(verb: str, work: Callable[[], None]) -> int:
@@ -100,12 +101,23 @@ def leave(code: int) -> NoReturn:
     Now and then a process that ends in the ordinary way soon after it read a Delta table is aborted by the
     native threads of its libraries, and a job whose work is committed would count as failed.
     """
+    if code in _STOPPED:
+        _say_no_more()
     ray = sys.modules.get("ray")
     if ray is not None:
         ray.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _say_no_more() -> None:
+    """Close what is printed: while Ray ends, it may complain of the very actors that it is told to end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -45,6 +45,30 @@ def test_a_signal_unwinds_the_work_and_is_told_in_one_line(number, code, how):
     assert told == f"verb: {how}; run the same command again to go on\n"
 
 
+def test_after_the_line_of_a_stopped_command_nobody_says_more():
+    noisy = """
+import os, signal, sys, types
+from jobs.exits import guarded, leave
+def complain():
+    os.write(2, b"(raylet) an actor is dead\\n")
+    print("dead, too")
+sys.modules["ray"] = types.SimpleNamespace(shutdown=complain)
+def work():
+    print("working")
+    if sys.argv[1] == "stop":
+        os.kill(os.getpid(), signal.SIGTERM)
+leave(guarded("verb", work))
+"""
+    said = {
+        how: subprocess.run([sys.executable, "-c", noisy, how], check=False, capture_output=True, text=True)
+        for how in ("stop", "end")
+    }
+    assert said["stop"].stdout == "working\n"
+    assert said["stop"].stderr == "verb: terminated; run the same command again to go on\n"
+    assert said["end"].stdout == "working\ndead, too\n"
+    assert said["end"].stderr == "(raylet) an actor is dead\n"
+
+
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_where_it_stands(second):
     process = started(unwinding=60.0)
