@@ -12,14 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
 _HEEDED = (signal.SIGINT, signal.SIGTERM)
 _SECONDS_TO_UNWIND = 10.0
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-_STOPPED = {128 + number for number in _WORDS}
 
 
 def guarded(verb: str, work: Callable[[], None]) -> int:
@@ -32,7 +31,7 @@ def guarded(verb: str, work: Callable[[], None]) -> int:
         try:
             work()
         except KeyboardInterrupt:
-            return _stopped(verb, next(iter(heard), signal.SIGINT))
+            return _stopped(verb, heard[0]) if heard else _interrupted(verb)
         except SystemExit as leaving:
             # Ray's own answer to SIGTERM, which is in force while it connects.
             if leaving.code != signal.SIGTERM:
@@ -42,14 +41,33 @@ def guarded(verb: str, work: Callable[[], None]) -> int:
             cause = _cause(error)
             if not isinstance(cause, ValueError) and not _is_ours(cause):
                 raise
-            print(f"{verb}: {cause}", file=sys.stderr)
+            _say_last(f"{verb}: {cause}")
             return 2 if isinstance(cause, ValueError) else 1
     return 0
 
 
+def _interrupted(verb: str) -> int:
+    _say_last(_last_line(verb, signal.SIGINT))
+    return 128 + signal.SIGINT
+
+
 def _stopped(verb: str, number: int) -> int:
-    print(_last_line(verb, number), file=sys.stderr)
+    """The line of a process that was told to end, and nothing behind it.
+
+    What the work held is let go of afterwards, and Ray may complain of the very actors that it then ends.
+    """
+    _say_last(_last_line(verb, number))
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
     return 128 + number
+
+
+def _say_last(line: str) -> None:
+    """Behind all that was printed so far, which a pipe may still wait for."""
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
 
 
 def _last_line(verb: str, number: int) -> str:
@@ -101,23 +119,12 @@ def leave(code: int) -> NoReturn:
     Now and then a process that ends in the ordinary way soon after it read a Delta table is aborted by the
     native threads of its libraries, and a job whose work is committed would count as failed.
     """
-    if code in _STOPPED:
-        _say_no_more()
     ray = sys.modules.get("ray")
     if ray is not None:
         ray.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _say_no_more() -> None:
-    """Close what is printed: while Ray ends, it may complain of the very actors that it is told to end."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        os.dup2(nowhere, descriptor)
 
 
 def _cause(error: BaseException) -> BaseException:
