@@ -21,6 +21,7 @@ import pytest
 import s3fs
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from filelock import FileLock
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from snapfusion.models.architecture import Architecture, Layer
@@ -109,10 +110,19 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def mobile_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A diffusers folder of a tiny model that predicts v, as a student does."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-v"
-    save(tiny_student(seed=3), folder, dtype=torch.float32)
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of the tests: of all processes of pytest-xdist, whose own folders lie in it."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def mobile_model(shared: Path) -> str:
+    """A diffusers folder of a tiny model that predicts v, as a student does; made by the first who asks."""
+    folder = shared / "tiny-v"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            save(tiny_student(seed=3), folder, dtype=torch.float32)
     return str(folder)
 
 
@@ -122,17 +132,22 @@ MOBILE = (
     "mobile.steps=3",
     "mobile.decoder=null",
 )
-"""Settings under which a tiny model's bundle is made in seconds."""
+"""Settings under which a tiny model's bundle is made soonest."""
 
 
 @pytest.fixture(scope="session")
-def mobile_bundle(tmp_path_factory: pytest.TempPathFactory, mobile_model: str) -> Path:
-    """The tiny model's bundle, with every variant that can be computed here; not to be changed."""
+def mobile_bundle(shared: Path, mobile_model: str) -> Path:
+    """The tiny model's bundle, with every variant that can be computed here; not to be changed.
+
+    The first who asks makes it, which takes a minute or two.
+    """
     from jobs import compile_mobile
 
-    run = tmp_path_factory.mktemp("mobile")
+    run = shared / "bundle"
     settings = [word for setting in MOBILE for word in ("--set", setting)]
-    assert compile_mobile.main([mobile_model, "--out", str(run), *settings]) == 0
+    with FileLock(f"{run}.lock"):
+        if not (run / "mobile/manifest.json").exists():
+            assert compile_mobile.main([mobile_model, "--out", str(run), *settings]) == 0
     return run / "mobile"
 
 

@@ -231,6 +231,7 @@ def test_fine_tuning_whose_driver_was_killed_ends_as_if_it_had_not_been(
     assert_as_if_never_killed(out, vpred[0], metrics=vpred[1])
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_distillation_whose_driver_was_killed_ends_as_if_it_had_not_been(
     student, vpred, latents, mark, tmp_path
