@@ -31,12 +31,12 @@ def guarded(verb: str, work: Callable[[], None]) -> int:
         try:
             work()
         except KeyboardInterrupt:
-            return _stopped(verb, heard[0]) if heard else _interrupted(verb)
+            return _stopped(verb, heard[0], ending=True) if heard else _stopped(verb, signal.SIGINT)
         except SystemExit as leaving:
             # Ray's own answer to SIGTERM, which is in force while it connects.
             if leaving.code != signal.SIGTERM:
                 raise
-            return _stopped(verb, signal.SIGTERM)
+            return _stopped(verb, signal.SIGTERM, ending=True)
         except Exception as error:
             cause = _cause(error)
             if not isinstance(cause, ValueError) and not _is_ours(cause):
@@ -46,20 +46,16 @@ def guarded(verb: str, work: Callable[[], None]) -> int:
     return 0
 
 
-def _interrupted(verb: str) -> int:
-    _say_last(_last_line(verb, signal.SIGINT))
-    return 128 + signal.SIGINT
-
-
-def _stopped(verb: str, number: int) -> int:
-    """The line of a process that was told to end, and nothing behind it.
+def _stopped(verb: str, number: int, *, ending: bool = False) -> int:
+    """The line of a stopped command; of a process that is `ending`, nothing behind it.
 
     What the work held is let go of afterwards, and Ray may complain of the very actors that it then ends.
     """
     _say_last(_last_line(verb, number))
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        os.dup2(nowhere, descriptor)
+    if ending:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)
     return 128 + number
 
 

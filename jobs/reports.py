@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,3 +76,12 @@ def report_line(figures: Mapping[str, Any]) -> str:
         f"{figures['steps_per_second']:.1f} steps/s by {workers}, {duration(figures['seconds_left'])} left, "
         f"{figures['data_wait']:.0%} waiting for data"
     )
+
+
+def seconds_of_a_step(reports: Sequence[Mapping[str, Any]]) -> float:
+    """Mean over two or more reports of a training; the first's steps are left out, which set libraries up."""
+    pairs = [
+        (later["step"] - earlier["step"], later["steps_per_second"])
+        for earlier, later in itertools.pairwise(reports)
+    ]
+    return sum(steps / pace for steps, pace in pairs) / sum(steps for steps, _ in pairs)

@@ -144,7 +144,9 @@ def _probe(job: Job, *, sizes: Sizes, efficient: Architecture, on_part: OnPart) 
 def _crowd(job: Job) -> int:
     """Workers that fill every core of this machine, if the recipe has so many at any time; else one."""
     recipe, cores = job.recipe, os.cpu_count() or 1
-    most = max(recipe.pairs.teachers.actors, recipe.decoder.trainer.num_workers)
+    pools = (recipe.latents.encoders, recipe.pairs.teachers, recipe.targets.teachers)
+    trainings = (recipe.vpred, recipe.efficient.training, recipe.distill, recipe.decoder)
+    most = max(*(pool.actors for pool in pools), *(each.trainer.num_workers for each in trainings))
     return cores if _device().type == "cpu" and most >= cores else 1
 
 

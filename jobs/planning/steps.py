@@ -71,8 +71,8 @@ def decoder_step(bundle: Bundle, *, loop: LoopSettings, rows: int) -> float:
     batch = Batch(
         ids=tuple(f"probe/{row}" for row in range(rows)),
         columns={
-            "latent": torch.randn(rows, c, h, w, device=bundle.device),
-            "image": torch.randint(0, 255, (rows, 3, side, side), dtype=torch.uint8, device=bundle.device),
+            "latent": torch.randn(rows, c, h, w),
+            "image": torch.randint(0, 255, (rows, 3, side, side), dtype=torch.uint8),
         },
     )
     student = HalfDecoder.from_vae(bundle.vae)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jobs.distill_decoder import DecoderSettings, distill_decoder
 from jobs.planning.rates import Crowding
 from jobs.planning.steps import decoder_step
+from jobs.reports import seconds_of_a_step
 from jobs.training import TrainerSettings
 from pipelines.execution import Pool
 from pipelines.pairs import Pairs, generate_pairs, plan
@@ -98,14 +99,5 @@ def _training(url: str, *, pairs_url: str, workers: int) -> tuple[float, float]:
     began = time.monotonic()
     distill_decoder(settings, pairs_url=pairs_url, out_url=url, teacher=_MODEL, on_report=reports.append)
     took = time.monotonic() - began
-    step = _seconds_of_a_step(reports)
+    step = seconds_of_a_step(reports)
     return took - steps * step, step / alone
-
-
-def _seconds_of_a_step(reports: Sequence[Mapping[str, Any]]) -> float:
-    """By all reports but the first, whose steps set libraries up."""
-    pairs = [
-        (later["step"] - earlier["step"], later["steps_per_second"])
-        for earlier, later in itertools.pairwise(reports)
-    ]
-    return sum(steps / pace for steps, pace in pairs) / sum(steps for steps, _ in pairs)

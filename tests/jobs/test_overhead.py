@@ -19,6 +19,7 @@ import torch
 from scene_latents import encode_scenes
 from sleeping import SECONDS_A_ROW, SHARE, SleepingObjective, SleepingTeacher, student, trainings
 
+from jobs.reports import seconds_of_a_step
 from jobs.trainer import run_trainings
 from jobs.training import TrainerSettings
 from pipelines.execution import Pool, Stage, on_ray
@@ -143,10 +144,7 @@ def test_training(ray_cluster, latents: str, tmp_path: Path, capsys: pytest.Capt
             settings=TrainerSettings(num_workers=workers, cpus_per_worker=0.25, checkpoint_every=1_000),
             on_report=note,
         )
-        # The first report is the first step's; the pace of the others is without the time of reporting.
-        taken = zip(reports[1:], [report["step"] for report in reports], strict=False)
-        steps = [(report["step"] - before, report["steps_per_second"]) for report, before in taken]
-        seconds = sum(count / pace for count, pace in steps) / sum(count for count, _ in steps)
+        seconds = seconds_of_a_step(reports)  # without the first, and without the time of reporting
         ratios.append(seconds / bare)
         lines.append(
             f"{workers} workers: {seconds:.3f} s a step, ratio {ratios[-1]:.3f}; "

@@ -11,8 +11,8 @@ from jobs.planning import probe
 from jobs.planning.probe import _decoder_trained, _Found, _rows, _teacher, _timed, _trained
 from jobs.planning.sizes import sizes_of
 from jobs.planning.steps import step_seconds
-from jobs.planning.surroundings import _seconds_of_a_step
 from jobs.recipes import mini, sd15
+from jobs.reports import seconds_of_a_step
 from pipelines.execution import Pool, Stage
 from snapfusion.models.architecture import table_3
 from snapfusion.models.load import load
@@ -102,6 +102,22 @@ def test_a_steps_update_is_part_of_it(job):
     assert step > 0 < update
 
 
+@pytest.mark.parametrize(
+    ("cores", "settings", "workers"),
+    [
+        (2, [], 2),
+        (4, [], 1),
+        (4, ["targets.teachers.actors=4"], 4),
+        (4, ["efficient.training.trainer.num_workers=8"], 4),
+    ],
+)
+def test_cores_are_crowded_if_any_stage_fills_them(cores, settings, workers, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = mini().with_values(settings)
+    assert probe._crowd(Job(verb="plan", recipe=recipe, out="nowhere")) == workers
+
+
 def test_a_training_is_timed_from_its_second_report_on():
     reports = [{"step": step, "steps_per_second": pace} for step, pace in ((1, 0.1), (11, 5.0), (12, 0.5))]
-    assert _seconds_of_a_step(reports) == (10 / 5.0 + 1 / 0.5) / 11
+    assert seconds_of_a_step(reports) == (10 / 5.0 + 1 / 0.5) / 11
