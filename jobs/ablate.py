@@ -18,22 +18,25 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jobs import encode_latents, render_scenes
-from jobs.ablation import Ablation, Line, Panel, Variant, contender_name, table_name
-from jobs.ablation_page import charts_of, render_ablation, shown_pictures
-from jobs.chart import standalone
-from jobs.cli import Job, run
-from jobs.cluster import connect, runner
-from jobs.distill_steps import distill_steps, summary
-from jobs.evaluation import Contender, Evaluation, Gap, evaluate
-from jobs.exits import leave
-from jobs.finetune_vpred import VpredSettings, finetune_vpred
-from jobs.progress import show
-from jobs.reports import show_reports
-from jobs.result import METRICS
-from pipelines.commits import Origin
-from pipelines.intake import OnProgress
-from pipelines.storage import exists, read_bytes, replace_object
+from jobs import encode_latents
+from jobs.cli.job import Job, run
+from jobs.cli.scenes import render_scenes
+from jobs.evaluation.evaluation import evaluate
+from jobs.evaluation.settings import Contender, EvaluationSettings, FidGap
+from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant, contender_name, table_name
+from jobs.reports.ablation_page import ablation_charts, render_ablation, sample_image_rows
+from jobs.reports.charts import standalone_svg
+from jobs.runtime.cluster import connect, runner
+from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.progress import show_progress
+from jobs.training.distillation import distill_steps, summary
+from jobs.training.progress_channel import show_reports
+from jobs.training.run_folder import METRICS
+from jobs.training.settings import VpredSettings
+from jobs.training.velocity import finetune_vpred
+from pipelines.storage.objects import exists, read_bytes, replace_object
+from pipelines.tables.commits import Origin
+from pipelines.tables.committer import OnProgress
 from snapfusion.metrics.intervals import Interval
 
 
@@ -48,7 +51,7 @@ def ablate(job: Job) -> None:
     if not settings.chosen:
         raise ValueError(f"--recipe {job.recipe.name}: it has no ablation; the recipe ablation has")
     if job.recipe.source.url is None:
-        render_scenes.render_scenes(job)
+        render_scenes(job)
     encode_latents.encode(job)
     connect(job.recipe.cluster)
     for panel in settings.chosen:
@@ -60,7 +63,7 @@ def ablate(job: Job) -> None:
     print(f"  {job.place('ablation/page.html')}")
 
 
-def students_of(settings: Ablation, panel: Panel) -> list[tuple[Variant, int]]:
+def students_of(settings: AblationSettings, panel: Panel) -> list[tuple[StudentVariant, int]]:
     """The students of a panel's lines, each after those it learns from, seed by seed."""
     names = [line.variant for line in panel.lines if line.variant is not None]
     wanted = {
@@ -72,9 +75,9 @@ def students_of(settings: Ablation, panel: Panel) -> list[tuple[Variant, int]]:
     return list(wanted.values())
 
 
-def train(job: Job, variant: Variant, *, seed: int) -> None:
+def train(job: Job, variant: StudentVariant, *, seed: int) -> None:
     """One student, unless it is there."""
-    settings, url = job.recipe.ablation, student_place(job, variant.name, seed=seed)
+    settings, url = job.recipe.ablation, student_url(job, variant.name, seed=seed)
     if exists(f"{url}/{METRICS}"):
         return
     print(f"[{variant.name}, seed {seed}]", flush=True)
@@ -82,7 +85,7 @@ def train(job: Job, variant: Variant, *, seed: int) -> None:
     loop = distill.loop.model_copy(update={"seed": seed})
     first = settings.model
     if variant.after is not None:
-        first = f"{student_place(job, variant.after, seed=seed)}/model"
+        first = f"{student_url(job, variant.after, seed=seed)}/model"
     shared: dict[str, Any] = {"out_url": url, "on_report": show_reports()}
     if variant.steps is None:
         control = VpredSettings(
@@ -99,7 +102,7 @@ def train(job: Job, variant: Variant, *, seed: int) -> None:
         print(f"  {line}")
 
 
-def student_place(job: Job, name: str, *, seed: int) -> str:
+def student_url(job: Job, name: str, *, seed: int) -> str:
     """The folder of a student."""
     return job.place(f"students/{name}-seed{seed}")
 
@@ -108,7 +111,7 @@ def write_panel(job: Job, panel: Panel) -> None:
     """Draw the lines of a panel, and write its figures and charts."""
 
     def start(name: str, parents: Any) -> tuple[Origin, OnProgress]:  # noqa: ANN401 - JSON values
-        return job.origin(parents), show(name)
+        return job.origin(parents), show_progress(name)
 
     results = evaluate(
         evaluation_of(job, panel),
@@ -130,17 +133,17 @@ def write_panel(job: Job, panel: Panel) -> None:
     # Six digits say all that 500 captions can.
     text = json.dumps(json.loads(json.dumps(told), parse_float=lambda digits: float(f"{float(digits):.6g}")))
     text = job.quotable(text)
-    replace_object(panel_place(job, panel.name), text.encode())
-    for kind, chart in charts_of(json.loads(text)).items():
-        replace_object(job.place(f"ablation/{panel.name}-{kind}.svg"), standalone(chart))
+    replace_object(panel_url(job, panel.name), text.encode())
+    for kind, chart in ablation_charts(json.loads(text)).items():
+        replace_object(job.place(f"ablation/{panel.name}-{kind}.svg"), standalone_svg(chart))
 
 
-def panel_place(job: Job, name: str) -> str:
+def panel_url(job: Job, name: str) -> str:
     """The file of a panel's figures."""
     return job.place(f"ablation/{name}.json")
 
 
-def evaluation_of(job: Job, panel: Panel) -> Evaluation:
+def evaluation_of(job: Job, panel: Panel) -> EvaluationSettings:
     """Who is compared in a panel: each line of each seed."""
     contenders = [
         Contender(
@@ -152,7 +155,7 @@ def evaluation_of(job: Job, panel: Panel) -> Evaluation:
         for line, seed in _lines(job.recipe.ablation, panel)
     ]
     gaps = [
-        Gap(student=contender_name(line, seed), few=panel.baseline, many=panel.many, w=w)
+        FidGap(student=contender_name(line, seed), few=panel.baseline, many=panel.many, w=w)
         for line, seed in _lines(job.recipe.ablation, panel)
         if line.variant is not None
         for w in panel.gap_at
@@ -196,37 +199,37 @@ def _over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
 def write_page(job: Job) -> None:
     """The page of all panels there are."""
     settings = job.recipe.ablation
-    places = {panel.name: panel_place(job, panel.name) for panel in settings.panels}
+    places = {panel.name: panel_url(job, panel.name) for panel in settings.panels}
     panels = [json.loads(read_bytes(place)) for place in places.values() if exists(place)]
     shown = [line.variant for line in settings.panels[0].lines if line.variant is not None]
     curves = {
         name: json.loads(read_bytes(place))["curve"]
         for name in shown
-        if exists(place := f"{student_place(job, name, seed=0)}/{METRICS}")
+        if exists(place := f"{student_url(job, name, seed=0)}/{METRICS}")
     }
-    rows = shown_pictures(_picture_lines(job), w=settings.pictures_at)
+    rows = sample_image_rows(_image_lines(job), w=settings.pictures_at)
     page = render_ablation(panels, curves=curves, rows=rows, w=settings.pictures_at)
     replace_object(job.place("ablation/page.html"), page.encode())
 
 
-def _picture_lines(job: Job) -> dict[str, tuple[str, int]]:
+def _image_lines(job: Job) -> dict[str, tuple[str, int]]:
     """(source, steps) of the lines whose pictures are shown: those of the first panel, of the first seed."""
     settings = job.recipe.ablation
     return {
         line.name: (_model_of(job, line, seed=0) or settings.model, line.steps)
         for line in settings.panels[0].lines
-        if line.variant is None or exists(f"{student_place(job, line.variant, seed=0)}/{METRICS}")
+        if line.variant is None or exists(f"{student_url(job, line.variant, seed=0)}/{METRICS}")
     }
 
 
-def _lines(settings: Ablation, panel: Panel) -> Iterator[tuple[Line, int]]:
+def _lines(settings: AblationSettings, panel: Panel) -> Iterator[tuple[Line, int]]:
     for line in panel.lines:
         for seed in settings.seeds_of(panel) if line.variant is not None else range(1):
             yield line, seed
 
 
 def _model_of(job: Job, line: Line, *, seed: int) -> str | None:
-    return None if line.variant is None else f"{student_place(job, line.variant, seed=seed)}/model"
+    return None if line.variant is None else f"{student_url(job, line.variant, seed=seed)}/model"
 
 
 def preview(job: Job) -> list[str]:
@@ -235,7 +238,7 @@ def preview(job: Job) -> list[str]:
     lines = []
     for panel in settings.chosen:
         students = students_of(settings, panel)
-        there = sum(exists(f"{student_place(job, v.name, seed=seed)}/{METRICS}") for v, seed in students)
+        there = sum(exists(f"{student_url(job, v.name, seed=seed)}/{METRICS}") for v, seed in students)
         drawn = len(list(_lines(settings, panel)))
         lines.append(
             f"{panel.name}: would train {len(students)} students ({there} are there) and draw {drawn} lines "
@@ -245,4 +248,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

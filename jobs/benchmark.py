@@ -14,25 +14,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.exits import guarded
-from jobs.options import OneLineParser
+from jobs.runtime.arguments import OneLineParser
+from jobs.runtime.exit_codes import run_guarded
 from snapfusion.settings import SettingsError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from jobs.alone import Figures, Runtime
+    from jobs.evaluation.module_benchmark import ModuleBenchmark, ModuleRuntime
     from snapfusion.export.bundle import MobileBundle
 
-LEAST_REPEATS = 20
+MIN_REPEATS = 20
 """Of fewer runs one alone would be the 95th percentile."""
 _IN_RUN = "run:"
-_ELSEWHERE = "not executed here: Core ML runs on Apple's systems only"
+_NO_COREML = "not executed here: Core ML runs on Apple's systems only"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `snapfusion benchmark`."""
-    return guarded("benchmark", lambda: _benchmark(_options(argv)))
+    return run_guarded("benchmark", lambda: _benchmark(_options(argv)))
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -47,9 +47,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of torch and of ExecuTorch (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="the same figures, for programs")
     options = parser.options(argv)
-    if options.repeats < LEAST_REPEATS:
+    if options.repeats < MIN_REPEATS:
         raise SettingsError(
-            f"--repeats {options.repeats}: at least {LEAST_REPEATS} is accepted: fewer have no 95th centile"
+            f"--repeats {options.repeats}: at least {MIN_REPEATS} is accepted: fewer have no 95th centile"
         )
     if options.threads < 1:
         raise SettingsError(f"--threads {options.threads}: at least 1 is accepted")
@@ -60,8 +60,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _benchmark(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistake answer at once.
-    from jobs.benchmark_table import table
-    from pipelines.storage import StorageError, replace_object
+    from jobs.reports.benchmark_table import benchmark_lines
+    from pipelines.storage.objects import StorageError, replace_object
     from snapfusion.export.bundle import BundleError, open_bundle
 
     try:
@@ -70,10 +70,10 @@ def _benchmark(options: argparse.Namespace) -> None:
         raise SettingsError(f"BUNDLE {error}") from None
     rows = list(_rows(bundle, options))
     told = {
-        **_setting(bundle, options),
-        "rows": [_measured(row, bundle=bundle, options=options) for row in rows],
+        **_benchmark_setting(bundle, options),
+        "rows": [_measure_row(row, bundle=bundle, options=options) for row in rows],
     }
-    print("\n".join(["", *table(told)]))
+    print("\n".join(["", *benchmark_lines(told)]))
     if options.json:
         try:
             replace_object(options.json, f"{json.dumps(told, indent=1)}\n".encode())
@@ -95,7 +95,7 @@ class _Row:
 
     name: str
     weights: str
-    runtimes: Mapping[str, Runtime]
+    runtimes: Mapping[str, ModuleRuntime]
     note: str | None = None
 
 
@@ -111,16 +111,18 @@ def _rows(bundle: MobileBundle, options: argparse.Namespace) -> Iterator[_Row]:
 
 def _torch_rows(bundle: MobileBundle, options: argparse.Namespace) -> Iterator[_Row]:
     """Two, without runtimes if what the bundle was made from is not here."""
-    from jobs.alone import TorchRuntime
+    from jobs.evaluation.module_benchmark import TorchRuntime
     from snapfusion.export.bundle import MODULES
 
     parents = bundle.manifest["identity"]["parents"]
-    model = options.model or _place(parents["model"], bundle=bundle)
-    decoder = options.decoder or (_place(parents["decoder"], bundle=bundle) if parents["decoder"] else None)
+    model = options.model or _parent_url(parents["model"], bundle=bundle)
+    decoder = options.decoder or (
+        _parent_url(parents["decoder"], bundle=bundle) if parents["decoder"] else None
+    )
     note, absent = None, None
     try:
-        note = _checked(model, decoder=decoder, bundle=bundle)
-    except _Unusable as error:
+        note = _weight_mismatch(model, decoder=decoder, bundle=bundle)
+    except _UnusableModelError as error:
         if getattr(options, error.option):
             raise SettingsError(f"--{error.option} {error}") from None
         absent = f"not run: the bundle's {error.option} {error}; give --{error.option}"
@@ -130,7 +132,7 @@ def _torch_rows(bundle: MobileBundle, options: argparse.Namespace) -> Iterator[_
         yield _Row(name=name, weights="float32", runtimes=runtimes, note=absent or note)
 
 
-def _place(parent: Mapping[str, Any], *, bundle: MobileBundle) -> str:
+def _parent_url(parent: Mapping[str, Any], *, bundle: MobileBundle) -> str:
     """Where a model is that the manifest names; what is told as in the run lies beside the bundle."""
     source = str(parent["source"])
     if source.startswith(_IN_RUN):
@@ -138,7 +140,7 @@ def _place(parent: Mapping[str, Any], *, bundle: MobileBundle) -> str:
     return source
 
 
-class _Unusable(ValueError):
+class _UnusableModelError(ValueError):
     """A model or decoder that torch's rows cannot be made of; `option` would name another."""
 
     def __init__(self, option: str, reason: str) -> None:
@@ -146,7 +148,7 @@ class _Unusable(ValueError):
         self.option = option
 
 
-def _checked(model: str, *, decoder: str | None, bundle: MobileBundle) -> str | None:
+def _weight_mismatch(model: str, *, decoder: str | None, bundle: MobileBundle) -> str | None:
     """Whether these are the bundle's own weights: if not, which are not, in words.
 
     Raises:
@@ -160,12 +162,12 @@ def _checked(model: str, *, decoder: str | None, bundle: MobileBundle) -> str | 
     try:
         loaded = load(model)
     except ValueError as error:
-        raise _Unusable("model", f"{model}: {str(error).removeprefix(f'{model}: ')}") from None
+        raise _UnusableModelError("model", f"{model}: {str(error).removeprefix(f'{model}: ')}") from None
     length, width = bundle.vectors.arrays["c"].shape[1:]
     text = loaded.text_encoder.config.hidden_size
     found = (loaded.tokenizer.model_max_length, text, loaded.latent_shape)
     if found != (length, width, bundle.latent_shape):
-        raise _Unusable(
+        raise _UnusableModelError(
             "model",
             f"{model}: it has tokens, numbers a token and latents {found}; the bundle's programs take "
             f"{(length, width, bundle.latent_shape)}",
@@ -176,9 +178,11 @@ def _checked(model: str, *, decoder: str | None, bundle: MobileBundle) -> str | 
         try:
             half = load_decoder(decoder)
         except (ValueError, OSError) as error:
-            raise _Unusable("decoder", f"{decoder}: {str(error).removeprefix(decoder)}") from None
+            raise _UnusableModelError("decoder", f"{decoder}: {str(error).removeprefix(decoder)}") from None
         if half.config.latent_channels != bundle.latent_shape[0]:
-            raise _Unusable("decoder", f"{decoder}: it takes {half.config.latent_channels} channels")
+            raise _UnusableModelError(
+                "decoder", f"{decoder}: it takes {half.config.latent_channels} channels"
+            )
     differing = [] if same else [f"the model {model}"]
     if (None if half is None else weight_hash(half)) != identity["decoder"]:
         differing.append(f"the decoder {decoder}" if decoder else "the model's own decoder")
@@ -186,19 +190,19 @@ def _checked(model: str, *, decoder: str | None, bundle: MobileBundle) -> str | 
 
 
 def _variant_row(bundle: MobileBundle, name: str) -> _Row:
-    from jobs.alone import CoreMLRuntime, ExecuTorchRuntime
+    from jobs.evaluation.module_benchmark import CoreMLRuntime, ExecuTorchRuntime
     from snapfusion.export.bundle import EXECUTORCH, MODULES
 
     told = bundle.manifest["variants"][name]
     files = {module: bundle.files(name, module) for module in MODULES}
-    runtimes: dict[str, Runtime] = {}
+    runtimes: dict[str, ModuleRuntime] = {}
     note = None
     if told["runtime"] == EXECUTORCH:
         runtimes = {module: ExecuTorchRuntime(program=path) for module, (path,) in files.items()}
     elif sys.platform == "darwin":
         runtimes = {module: CoreMLRuntime(packages=tuple(paths)) for module, paths in files.items()}
     else:
-        note = _ELSEWHERE
+        note = _NO_COREML
     return _Row(name=name, weights=told["weights"], runtimes=runtimes, note=note)
 
 
@@ -221,10 +225,11 @@ def calls_of(*, steps: int, conditions: int) -> dict[str, int]:
     return {"text_encoder": 2, "unet": steps * 2 // conditions, "decoder": 1}
 
 
-def _setting(bundle: MobileBundle, options: argparse.Namespace) -> dict[str, Any]:
-    from jobs.alone import WARM_UPS
-    from jobs.timing import TimingSettings, setting_of
-    from jobs.versions import versions
+def _benchmark_setting(bundle: MobileBundle, options: argparse.Namespace) -> dict[str, Any]:
+    from jobs.evaluation.module_benchmark import WARM_UPS
+    from jobs.evaluation.settings import TimingSettings
+    from jobs.evaluation.timing import setting_of
+    from jobs.runtime.versions import versions
 
     steps, conditions = len(bundle.steps.steps), bundle.manifest["conditions"]
     return {
@@ -245,21 +250,23 @@ def _setting(bundle: MobileBundle, options: argparse.Namespace) -> dict[str, Any
     }
 
 
-def _measured(row: _Row, *, bundle: MobileBundle, options: argparse.Namespace) -> dict[str, Any]:
+def _measure_row(row: _Row, *, bundle: MobileBundle, options: argparse.Namespace) -> dict[str, Any]:
     """The row's figures; what cannot run is told in its notes, and the next module goes on."""
-    from jobs.alone import AbsentError, Work, figures_of
-    from jobs.footprint import FootprintError
+    from jobs.evaluation.memory import FootprintError
+    from jobs.evaluation.module_benchmark import ModuleRun, RuntimeUnavailableError, benchmark_module
 
-    figures: dict[str, Figures] = {}
+    figures: dict[str, ModuleBenchmark] = {}
     notes = [row.note] if row.note else []
     inputs = _inputs(bundle)
     for module, runtime in row.runtimes.items():
-        work = Work(module=module, inputs=inputs[module], threads=options.threads, repeats=options.repeats)
+        work = ModuleRun(
+            module=module, inputs=inputs[module], threads=options.threads, repeats=options.repeats
+        )
         try:
-            figures[module] = found = figures_of(runtime, work)
+            figures[module] = found = benchmark_module(runtime, work)
         except FootprintError as error:
             notes.append(f"{module}: {error}")
-        except AbsentError as error:
+        except RuntimeUnavailableError as error:
             notes.append(str(error))
             break
         else:

@@ -6,8 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from jobs.exits import guarded, leave
-from jobs.options import OneLineParser
+from jobs.runtime.arguments import OneLineParser
+from jobs.runtime.exit_codes import exit_process, run_guarded
 
 VERBS = (
     "generate",
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in VERBS:
         entry = importlib.import_module(f"jobs.{verb}")
         return int(entry.main(arguments[1:]))
-    return guarded("snapfusion", lambda: _refuse(arguments))
+    return run_guarded("snapfusion", lambda: _refuse(arguments))
 
 
 def _refuse(arguments: Sequence[str]) -> None:
@@ -67,8 +67,8 @@ def _refuse(arguments: Sequence[str]) -> None:
 
 def entry() -> None:
     """What the installed command calls."""
-    leave(main())
+    exit_process(main())
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

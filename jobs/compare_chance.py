@@ -10,18 +10,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.chance import FIGURES, Comparison
-from jobs.cli import Job, run
-from jobs.cluster import connect, runner
+from jobs.cli.in_run import resolve_training
+from jobs.cli.job import Job, run
+from jobs.evolution.random_baseline import COMPARED_METRICS, RandomBaseline
 from jobs.evolve_unet import latency_table
-from jobs.exits import leave
-from jobs.finetune_vpred import placed_in_run
-from jobs.first_weights import named_architecture, own_architecture
-from jobs.progress import show
-from jobs.reports import show_reports
-from pipelines.commits import Origin
-from pipelines.intake import OnProgress
-from pipelines.storage import replace_object
+from jobs.runtime.cluster import connect, runner
+from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.progress import show_progress
+from jobs.training.initial_weights import named_architecture, own_architecture
+from jobs.training.progress_channel import show_reports
+from pipelines.storage.objects import replace_object
+from pipelines.tables.commits import Origin
+from pipelines.tables.committer import OnProgress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +33,8 @@ def compare_chance(job: Job) -> None:
     """Make what is not made yet, and write the figures."""
     model = job.source(job.recipe.evolution.begin)
     settings = job.recipe.chance
-    training = placed_in_run(settings.training, job)
-    comparison = Comparison(
+    training = resolve_training(settings.training, job)
+    comparison = RandomBaseline(
         settings=settings.model_copy(update={"training": training}),
         model=model,
         evolved=named_architecture(job.place("evolution/architecture.json"), of=own_architecture(model)),
@@ -44,20 +44,20 @@ def compare_chance(job: Job) -> None:
     )
 
     def start(name: str, parents: Any) -> tuple[Origin, OnProgress]:  # noqa: ANN401 - JSON values
-        return job.origin(parents), show(name)
+        return job.origin(parents), show_progress(name)
 
     connect(job.recipe.cluster)
     told = comparison.compare(start=start, run=runner(job.recipe.cluster), on_report=show_reports())
     place = job.place("chance/chance.json")
     replace_object(place, job.quotable(json.dumps(told, indent=1)).encode())
     for reading in told["readings"]:
-        for figure in FIGURES:
+        for figure in COMPARED_METRICS:
             if figure in reading:
-                print(f"  w = {reading['w']:g}, {figure}: {in_words(reading[figure])}")
+                print(f"  w = {reading['w']:g}, {figure}: {describe_reading(reading[figure])}")
     print(f"  {place}")
 
 
-def in_words(one: Mapping[str, float]) -> str:
+def describe_reading(one: Mapping[str, float]) -> str:
     """A figure of the evolved architecture beside those of the others."""
     return (
         f"{one['evolved']:.4g} evolved; by chance {one['median']:.4g} the median and {one['best']:.4g} the "
@@ -77,4 +77,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

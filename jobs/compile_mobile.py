@@ -15,24 +15,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import Job, run
-from jobs.exits import leave
-from jobs.picture import own_steps
-from jobs.progress import duration
-from jobs.publish import publish_folder
-from jobs.result import METRICS
-from jobs.versions import versions
-from pipelines.storage import StorageError, absolute, exists, is_local, read_bytes
-from snapfusion.export.build import build, hash_files
+from jobs.cli.job import Job, run
+from jobs.evaluation.images import distilled_steps
+from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.progress import format_duration
+from jobs.runtime.versions import versions
+from jobs.training.run_folder import METRICS
+from pipelines.storage.folders import publish_folder
+from pipelines.storage.objects import StorageError, absolute_url, exists, is_local, read_bytes
+from snapfusion.export.build import build_bundle, hash_files
 from snapfusion.export.bundle import CARD, FORMAT_VERSION, LICENCE, MANIFEST, BundleError
 from snapfusion.export.card import model_card
-from snapfusion.export.request import LicenceError, MobileSettings
+from snapfusion.export.settings import LicenceError, MobileSettings
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.decoder import HalfDecoder, load_decoder
-from snapfusion.models.load import TRAINED, load
+from snapfusion.models.load import MODEL_FOLDER, load
 from snapfusion.settings import differences, digest
 
-_ELSEWHERE = ("model", "decoder", "licence")
+_DESCRIBED_ELSEWHERE = ("model", "decoder", "licence")
 """Settings that are told elsewhere in the manifest: by what was found there, or in words of their own."""
 
 
@@ -48,14 +48,14 @@ def compile_mobile(job: Job) -> None:
         settings.licence.check()
     except LicenceError as error:
         raise LicenceError(f"--set {error}") from None
-    model, decoder = sources(job)
+    model, decoder = model_and_decoder(job)
     manifest = publish_bundle(
         settings,
         bundle=load(model),
         decoder=None if decoder is None else load_decoder(decoder),
         parents={
-            "model": parent(model, told=job.target or settings.model or job.recipe.model),
-            "decoder": decoder and parent(decoder, told=settings.decoder or ""),
+            "model": parent_record(model, told=job.target or settings.model or job.recipe.model),
+            "decoder": decoder and parent_record(decoder, told=settings.decoder or ""),
         },
         out_url=job.place("mobile"),
     )
@@ -63,16 +63,16 @@ def compile_mobile(job: Job) -> None:
         print(f"  {line}")
 
 
-def sources(job: Job) -> tuple[str, str | None]:
+def model_and_decoder(job: Job) -> tuple[str, str | None]:
     """The model that is compiled, and its half-width decoder if there is to be one."""
     settings = job.recipe.mobile
     model = job.target or (job.source(settings.model) if settings.model else job.recipe.model)
     return model, job.source(settings.decoder) if settings.decoder else None
 
 
-def parent(place: str, *, told: str) -> dict[str, Any]:
+def parent_record(place: str, *, told: str) -> dict[str, Any]:
     """What the manifest says of a model or decoder: the source as given, and what it was trained by."""
-    folder = place.removesuffix(f"/{TRAINED}")
+    folder = place.removesuffix(f"/{MODEL_FOLDER}")
     metrics = f"{folder}/{METRICS}"
     trained = json.loads(read_bytes(metrics)) if "/" in place and exists(metrics) else {}
     return {"source": told, "settings_hash": trained.get("settings_hash")}
@@ -106,10 +106,10 @@ def publish_bundle(
     """
     settings.licence.check()
     check_fit(bundle, decoder)
-    number_of_steps = settings.steps or own_steps(bundle)
+    number_of_steps = settings.steps or distilled_steps(bundle)
     told = settings.to_values()
     identity = {
-        "settings": {key: value for key, value in told.items() if key not in _ELSEWHERE},
+        "settings": {key: value for key, value in told.items() if key not in _DESCRIBED_ELSEWHERE},
         "licence": told["licence"],
         "steps": number_of_steps,
         "model": bundle.describe(),
@@ -117,18 +117,18 @@ def publish_bundle(
         "parents": dict(parents),
     }
     if exists(f"{out_url}/{MANIFEST}"):
-        return _published(out_url, identity=json.loads(json.dumps(identity)))
-    with _scratch(out_url) as scratch:
+        return _existing_manifest(out_url, identity=json.loads(json.dumps(identity)))
+    with _scratch_folder(out_url) as scratch:
         folder = scratch / "bundle"
         folder.mkdir()
-        manifest = build(
+        manifest = build_bundle(
             folder,
             bundle=bundle,
             decoder=decoder,
             settings=settings,
             number_of_steps=number_of_steps,
             scratch=scratch,
-            say=_Clock(),
+            say=_ElapsedPrinter(),
         )
         manifest |= {"format": FORMAT_VERSION, "identity": identity, "versions": versions()}
         manifest["settings_hash"] = digest(identity)
@@ -165,20 +165,20 @@ def check_fit(bundle: Bundle, decoder: HalfDecoder | None) -> None:
         )
 
 
-class _Clock:
+class _ElapsedPrinter:
     """Says what is being done, and how long it has been going on by then."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
 
     def __call__(self, line: str) -> None:
-        print(f"  {duration(time.monotonic() - self._began)}: {line}", flush=True)
+        print(f"  {format_duration(time.monotonic() - self._began)}: {line}", flush=True)
 
 
 @contextmanager
-def _scratch(url: str) -> Iterator[Path]:
+def _scratch_folder(url: str) -> Iterator[Path]:
     """A folder for what is not published yet: beside the place, where there is room for what comes there."""
-    beside = Path(absolute(url)).parent if is_local(url) else Path(tempfile.gettempdir())
+    beside = Path(absolute_url(url)).parent if is_local(url) else Path(tempfile.gettempdir())
     try:
         beside.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".mobile-", dir=beside))
@@ -190,7 +190,7 @@ def _scratch(url: str) -> Iterator[Path]:
         raise StorageError(f"the bundle cannot be written below {beside}: {error}") from error
 
 
-def _published(url: str, *, identity: dict[str, Any]) -> dict[str, Any]:
+def _existing_manifest(url: str, *, identity: dict[str, Any]) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(read_bytes(f"{url}/{MANIFEST}"))
     if manifest.get("settings_hash") == digest(identity):
         return manifest
@@ -215,11 +215,11 @@ def summary(manifest: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, told in manifest["variants"].items():
         size = sum(module["bytes"] for module in told["modules"].values()) / 2**20
-        lines.append(f"{name}: {size:.1f} MiB, {told['weights']}, {_agrees(told['images'])}")
+        lines.append(f"{name}: {size:.1f} MiB, {told['weights']}, {_describe_parity(told['images'])}")
     return lines
 
 
-def _agrees(parity: Mapping[str, Any]) -> str:
+def _describe_parity(parity: Mapping[str, Any]) -> str:
     if parity["psnr_db"] is None:
         return "images bit for bit as torch's"
     below = f", accepted below the limit: {parity['override']}" if parity["override"] else ""
@@ -230,7 +230,7 @@ def preview(job: Job) -> list[str]:
     """What would be read and written."""
     place, settings = job.place("mobile"), job.recipe.mobile
     held = "which is there already" if exists(f"{place}/{MANIFEST}") else "which is not there yet"
-    model, decoder = sources(job)
+    model, decoder = model_and_decoder(job)
     own = f"the decoder {decoder}" if decoder else "its own decoder"
     variants = [
         *(f"ExecuTorch {kind}" for kind in settings.executorch),
@@ -243,4 +243,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs.cli import Job, run
-from jobs.cluster import runner
-from jobs.distill_steps import sources
-from jobs.exits import leave
-from jobs.progress import show
-from jobs.student import placed
-from pipelines.branches import rows_of
-from pipelines.tables import is_table, open_table
-from pipelines.targets import compute_targets
+from jobs.cli.inputs import teacher_and_student
+from jobs.cli.job import Job, run
+from jobs.runtime.cluster import runner
+from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.progress import show_progress
+from jobs.training.student import absolute_source
+from pipelines.datasets.targets import compute_targets
+from pipelines.loading.branches import count_branch_rows
+from pipelines.tables.table import is_table, open_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,18 +27,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compute(job: Job) -> None:
     """Bring TARGETS up to the recipe; what is committed already is not made again."""
     recipe = job.recipe
-    teacher, _ = sources(job)
+    teacher, _ = teacher_and_student(job)
     latents = open_table(job.place("latents"), kind="latents")
     table = compute_targets(
         recipe.targets,
-        teacher=placed(teacher),
+        teacher=absolute_source(teacher),
         latents=latents,
         url=job.place("targets"),
         origin=job.origin({"latents": latents.lineage(), "model": teacher}),
         run=runner(recipe.cluster),
-        on_progress=show(job.verb),
+        on_progress=show_progress(job.verb),
     )
-    counted = f"{table.num_rows} rows ({rows_of(table, guided=True)} guided) in {len(table.units)} units"
+    counted = (
+        f"{table.num_rows} rows ({count_branch_rows(table, guided=True)} guided) in {len(table.units)} units"
+    )
     print(f"  TARGETS version {table.version}: {counted}")
 
 
@@ -47,7 +49,7 @@ def preview(job: Job) -> list[str]:
     place, targets = job.place("targets"), job.recipe.targets
     held = f"{open_table(place).num_rows} rows are committed" if is_table(place) else "a new table"
     teaching, w = targets.teaching, targets.teaching.cfg_range
-    teacher, _ = sources(job)
+    teacher, _ = teacher_and_student(job)
     steps = f"{teaching.k * teaching.student_steps} steps of {teacher} for {teaching.student_steps}"
     return [
         f"would give each latent of {job.place('latents')} {targets.draws} targets, of {steps}, "
@@ -56,4 +58,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -8,288 +8,30 @@ metrics.json                         what it was made of and from, how it was tr
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from pydantic import Field, PositiveInt
-
-from jobs.exits import leave
-from jobs.reports import OnReport, show_reports
-from jobs.result import METRICS, Result
-from jobs.trainer import Trained, run_trainings
-from jobs.training import TrainerSettings, Training, TrainingError
-from pipelines.leases import reading
-from pipelines.loader import BatchLoader, LoaderSettings, count_trainable
-from pipelines.storage import absolute, exists
-from pipelines.tables import Snapshot, TableError, open_table
-from snapfusion.metrics.decoder import decode_times, fidelity
-from snapfusion.models.bundle import Bundle
-from snapfusion.models.decoder import DecoderConfig, HalfDecoder, Initialization
-from snapfusion.models.load import load
-from snapfusion.settings import Settings, digest
-from snapfusion.training.decoder import DecoderObjective, TeacherImages, decoded_images, stored_images
-from snapfusion.training.loop import LoopSettings
+from jobs.runtime.exit_codes import exit_process
+from jobs.training.decoder import distill_decoder, summary
+from jobs.training.progress_channel import show_reports
+from jobs.training.run_folder import METRICS, RunFolder
+from pipelines.storage.objects import exists
 
 if TYPE_CHECKING:
-    from jobs.cli import Job
-
-_STUDENT, _RANDOM = "decoder", "decoder-from-random"
-
-
-class DecoderSettings(Settings):
-    """How the decoder is distilled. The defaults are the miniature's.
-
-    Attributes:
-        init: what the student starts from (see `HalfDecoder.from_vae`).
-        target: the teacher's images as PAIRS store them, or decoded in the trainer, "online".
-        loop: the optimizer's settings.
-        loader: how rows are chosen and shuffled, and how many are held out.
-        compare_random_init: whether a student from random weights is trained for as long, to compare.
-        evaluation_rows: held-out rows that are evaluated, at most.
-        timing_batches: sizes of batch at which both decoders are timed.
-        timing_repeats: measurements of each.
-        trainer: how and where training runs; the one part that may change between two starts of a run.
-    """
-
-    init: Initialization = "leading"
-    target: Literal["stored", "online"] = "stored"
-    loop: LoopSettings = LoopSettings(
-        num_steps=800, global_batch=16, learning_rate=4e-3, warmup_steps=20, ema_decay=0.98
-    )
-    loader: LoaderSettings = LoaderSettings(held_out=0.1)
-    compare_random_init: bool = True
-    evaluation_rows: PositiveInt = 256
-    timing_batches: tuple[PositiveInt, ...] = (1, 64)
-    timing_repeats: Annotated[int, Field(ge=1)] = 15
-    trainer: TrainerSettings = TrainerSettings(num_workers=2)
-
-
-def distill_decoder(
-    settings: DecoderSettings,
-    *,
-    pairs_url: str,
-    out_url: str,
-    teacher: str,
-    pairs_version: int | None = None,
-    on_report: OnReport = lambda figures: None,
-) -> dict[str, Any]:
-    """Train the decoder and publish its folder at `out_url`, whole or not at all.
-
-    A run that was killed goes on where it stood, with the version of PAIRS that it began with; a folder that
-    is published is left as it is.
-
-    Args:
-        settings: how.
-        pairs_url: of the table PAIRS.
-        out_url: of the folder to make.
-        teacher: a source that `snapfusion.models.load` accepts; PAIRS must have been made with it.
-        pairs_version: of the table; None takes what the run began with, or else the newest.
-        on_report: told of the training's progress.
-
-    Returns:
-        The metrics, as in metrics.json.
-
-    Raises:
-        TrainingError: if `out_url` holds, or has begun, a decoder of other settings; or training cannot end.
-        TableError: if PAIRS do not fit the teacher.
-        LoaderError: if the rows lack what the settings ask for.
-        TrainingFailed: if workers keep failing.
-    """
-    began = time.monotonic()
-    # Workers stand in another folder, where a relative path means another place.
-    out_url, teacher = absolute(out_url), str(Path(teacher).absolute()) if Path(teacher).is_dir() else teacher
-    result, bundle = Result(url=out_url, kind="decoder"), load(teacher)
-    pinned = result.pinned_version("pairs") if pairs_version is None else pairs_version
-    pairs = open_table(pairs_url, version=pinned, kind="pairs")
-    identity = _identity(settings, pairs=pairs, bundle=bundle)
-    finished = result.finished(identity)
-    if finished is not None:
-        return finished
-    counts = _check_rows(settings, pairs=pairs)
-    result.begin(identity)
-    arguments = {
-        "settings": settings,
-        "teacher": teacher,
-        "pairs_url": pairs.url,
-        "pairs_version": pairs.version,
-        "counts": counts,
-        "identity": identity,
-    }
-    with reading(pairs.url, version=pairs.version, purpose=f"the training {result.url}"):
-        trained = run_trainings(
-            assemble, arguments, store_url=result.store_url, settings=settings.trainer, on_report=on_report
-        )
-    metrics = {
-        **_describe(trained, settings=settings, bundle=bundle),
-        "identity": identity,
-        "settings": settings.to_values(),
-        "settings_hash": digest(identity),
-        "parents": {
-            "pairs": pairs.lineage(),
-            "teacher": {"source": teacher, "weights": bundle.fingerprint()},
-        },
-        "rows": {"pairs": pairs.num_rows, "trained_on": sum(counts)},
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    decoder = HalfDecoder(DecoderConfig.half_of(bundle.vae))
-    decoder.load_state_dict(trained[_STUDENT].weights)
-    return result.publish(lambda folder: {**metrics, "files": decoder.save(str(folder))})
-
-
-def assemble(
-    *,
-    settings: DecoderSettings,
-    teacher: str,
-    pairs_url: str,
-    pairs_version: int,
-    counts: Sequence[int],
-    identity: Mapping[str, Any],
-    device: torch.device,
-) -> Iterator[Training]:
-    """The trainings, in a worker: the student's, and that of the one to compare it with."""
-    bundle = load(teacher, device=str(device))
-    images = stored_images if settings.target == "stored" else decoded_images(bundle.decode)
-    loader = BatchLoader(
-        open_table(pairs_url, version=pairs_version),
-        columns=_columns(settings),
-        global_batch=settings.loop.global_batch,
-        seed=settings.loop.seed,
-        settings=settings.loader,
-        counts=counts,
-    )
-    inits = {_STUDENT: settings.init}
-    if settings.compare_random_init:
-        inits[_RANDOM] = "random"
-    for name, init in inits.items():
-        student = HalfDecoder.from_vae(bundle.vae, init=init, seed=settings.loop.seed)
-        evaluate = partial(_evaluate, student, bundle=bundle, loader=loader, images=images, settings=settings)
-        yield Training(
-            name=name,
-            model=student,
-            objective=DecoderObjective(images),
-            loader=loader,
-            settings=settings.loop,
-            identity={**identity, "init": init},
-            evaluate=partial(evaluate, with_times=name == _STUDENT),
-        )
-
-
-def _evaluate(
-    student: HalfDecoder,
-    *,
-    bundle: Bundle,
-    loader: BatchLoader,
-    images: TeacherImages,
-    settings: DecoderSettings,
-    with_times: bool,
-) -> dict[str, Any]:
-    """Fidelity on the held-out rows and, `with_times`, the time of both decoders."""
-    student.eval()
-    rows = loader.held_out(rows=settings.trainer.micro_batch, limit=settings.evaluation_rows)
-    batches = [batch.to(bundle.device) for batch in rows]
-    values = asdict(fidelity(student.decode, batches, teacher_images=images))
-    if with_times:
-        times = decode_times(
-            teacher=bundle.decode,
-            student=student.decode,
-            latents=batches[0]["latent"],
-            batches=settings.timing_batches,
-            repeats=settings.timing_repeats,
-        )
-        values["times"] = [{**asdict(timed), "ratio": timed.ratio} for timed in times]
-    return values
-
-
-def _describe(trained: Mapping[str, Trained], *, settings: DecoderSettings, bundle: Bundle) -> dict[str, Any]:
-    """How good the decoder is."""
-    student, other = trained[_STUDENT], trained.get(_RANDOM)
-    full = sum(
-        parameter.numel()
-        for part in (bundle.vae.decoder, bundle.vae.post_quant_conv)
-        if part is not None
-        for parameter in part.parameters()
-    )
-    half = HalfDecoder.from_vae(bundle.vae).num_parameters
-    compared = other and {
-        "psnr_db": other.evaluation["psnr_db"],
-        "gain_db": student.evaluation["psnr_db"] - other.evaluation["psnr_db"],
-        "curve": other.curve,
-    }
-    return {
-        "kind": "decoder",
-        "psnr_db": student.evaluation["psnr_db"],
-        "held_out_rows": student.evaluation["rows"],
-        "parameters": {"teacher": full, "student": half, "ratio": full / half},
-        "times": student.evaluation["times"],
-        "curve": student.curve,
-        "random_init": compared,
-        "environment": student.environment,
-    }
-
-
-def _identity(settings: DecoderSettings, *, pairs: Snapshot, bundle: Bundle) -> dict[str, Any]:
-    """Everything that decides the decoder's weights, float sums apart.
-
-    Raises:
-        TableError: if PAIRS were made with another VAE.
-    """
-    model = bundle.describe()
-    for part, mine, theirs in (
-        ("VAE", model["weights"]["vae"], pairs.identity["model"]["weights"]["vae"]),
-        ("scaling factor", model["scaling_factor"], pairs.identity["model"]["scaling_factor"]),
-    ):
-        if mine != theirs:
-            raise TableError(
-                f"{pairs.url} was made with another {part} ({str(theirs)[:12]}) than the teacher's "
-                f"({str(mine)[:12]}); give the teacher that drew it, or draw new PAIRS"
-            )
-    chosen = {name: value for name, value in settings.to_values().items() if name != "trainer"}
-    return {
-        "settings": chosen,
-        "teacher": model["weights"]["vae"],
-        "pairs": {"identity": digest(pairs.identity), "version": pairs.version},
-    }
-
-
-def _check_rows(settings: DecoderSettings, *, pairs: Snapshot) -> list[int]:
-    """The rows of each unit to train on; a row that lacks what is asked for is found before workers start."""
-    counts = count_trainable(pairs, held_out=settings.loader.held_out)
-    loader = BatchLoader(
-        pairs,
-        columns=_columns(settings),
-        global_batch=settings.loop.global_batch,
-        seed=settings.loop.seed,
-        settings=settings.loader,
-        counts=counts,
-    )
-    if next(loader.held_out(rows=1, limit=1), None) is None:
-        raise TrainingError(
-            f"of {pairs.num_rows} rows none is held out for evaluation; raise loader.held_out "
-            f"(now {settings.loader.held_out}), or draw more PAIRS"
-        )
-    return counts
-
-
-def _columns(settings: DecoderSettings) -> list[str]:
-    return ["latent", "image"] if settings.target == "stored" else ["latent"]
+    from jobs.cli.job import Job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m jobs.distill_decoder`."""
     # Recipes are made of this module's settings, so the command line is above it.
-    from jobs.cli import run
+    from jobs.cli.job import run
 
     return run("distill_decoder", distill, preview=preview, about=__doc__, argv=argv)
 
 
 def distill(job: Job) -> None:
     """Make the run's decoder; one that is there already is left as it is."""
-    from jobs.cluster import connect
+    from jobs.runtime.cluster import connect
 
     place = job.place("decoder")
     if not exists(f"{place}/{METRICS}"):
@@ -311,23 +53,7 @@ def read_metrics(url: str) -> dict[str, Any]:
     Raises:
         TrainingError: if there is no finished decoder.
     """
-    return Result(url=url, kind="decoder").read()
-
-
-def summary(metrics: Mapping[str, Any]) -> list[str]:
-    """The figures that matter, in words."""
-    parameters = metrics["parameters"]
-    lines = [
-        f"decoder: {metrics['psnr_db']:.2f} dB to the teacher's on {metrics['held_out_rows']} held-out rows, "
-        f"{parameters['student']:,} parameters, {parameters['ratio']:.2f} times fewer"
-    ]
-    if metrics["random_init"]:
-        lines.append(f"{metrics['random_init']['gain_db']:+.2f} dB over random weights at equal steps")
-    lines += [
-        f"batch of {time['batch']}: {time['student_ms']:.2f} ms an image, {time['ratio']:.2f} times faster"
-        for time in metrics["times"]
-    ]
-    return lines
+    return RunFolder(url=url, kind="decoder").read()
 
 
 def preview(job: Job) -> list[str]:
@@ -341,4 +67,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

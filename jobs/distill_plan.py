@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from jobs import distill_steps, finetune_vpred, train_efficient
-from jobs.cli import Body, Job, Preview, run
-from jobs.exits import leave
-from jobs.plans import EFFICIENT, VPRED, PlanStage, needs
-from snapfusion.training.steps import StepsSettings
+from jobs.cli.in_run import stage_job
+from jobs.cli.job import Body, Job, Preview, run
+from jobs.recipes.stages import starts_from
+from jobs.runtime.exit_codes import exit_process
+from jobs.training.sources import EFFICIENT_MODEL, VPRED_MODEL
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,61 +19,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def distill_plan(job: Job) -> None:
     """Make the models that stages begin with, then each stage's student; what is there already is left."""
-    for name, make, _ in first_models(job):
+    for name, make, _ in initial_models(job):
         print(f"[{name}]", flush=True)
         make(job)
     for stage in job.recipe.stages:
         print(f"[{stage.name}]", flush=True)
-        distill_steps.distill(of_stage(job, stage))
+        distill_steps.distill(stage_job(job, stage))
 
 
-def first_models(job: Job) -> list[tuple[str, Body, Preview]]:
+def initial_models(job: Job) -> list[tuple[str, Body, Preview]]:
     """What makes the models that no stage makes: the v model, and the efficient one, made of it."""
     stages, found = job.recipe.stages, list[tuple[str, Body, Preview]]()
-    efficient = needs(stages, EFFICIENT)
-    if needs(stages, VPRED) or (efficient and job.recipe.efficient.begin == VPRED):
+    efficient = starts_from(stages, EFFICIENT_MODEL)
+    if starts_from(stages, VPRED_MODEL) or (efficient and job.recipe.efficient.begin == VPRED_MODEL):
         found.append(("vpred", finetune_vpred.finetune, finetune_vpred.preview))
     if efficient:
         found.append(("efficient", train_efficient.train_efficient, train_efficient.preview))
     return found
 
 
-def of_stage(job: Job, stage: PlanStage) -> Job:
-    """The job that makes a stage's student: the recipe's `distill`, with what the stage says of it."""
-    distill = job.recipe.distill
-    told = {
-        "name": stage.name,
-        "teacher": stage.teacher,
-        "student": stage.student,
-        "table": stage.table or distill.table,
-        "steps": _steps(distill.steps, stage=stage),
-    }
-    recipe = job.recipe.model_copy(update={"distill": distill.model_copy(update=told)})
-    return replace(job, verb="distill_steps", recipe=recipe)
-
-
-def _steps(steps: StepsSettings, *, stage: PlanStage) -> StepsSettings:
-    """What a stage's student learns.
-
-    Raises:
-        SettingsError: if the recipe's settings do not go with the stage's.
-    """
-    said = {"cfg_probability": stage.cfg_probability, "w_conditioned": stage.w_conditioned}
-    told = {name: value for name, value in said.items() if value is not None}
-    return StepsSettings.parse(
-        {**steps.to_values(), "student_steps": stage.student_steps, "k": stage.k, **told}
-    )
-
-
 def preview(job: Job) -> list[str]:
     """What each stage would do."""
-    lines = [line for _, _, preview in first_models(job) for line in preview(job)]
+    lines = [line for _, _, preview in initial_models(job) for line in preview(job)]
     for stage in job.recipe.stages:
-        steps = of_stage(job, stage).recipe.distill.steps
+        steps = stage_job(job, stage).recipe.distill.steps
         learnt = f"p = {steps.cfg_probability:g}{', told w' if steps.w_conditioned else ''}"
-        lines += [f"{stage.name} ({learnt}): {line}" for line in distill_steps.preview(of_stage(job, stage))]
+        lines += [f"{stage.name} ({learnt}): {line}" for line in distill_steps.preview(stage_job(job, stage))]
     return lines or ["nothing: this recipe has no plan"]
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

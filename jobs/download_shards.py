@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jobs.cli import Job, run
-from jobs.cluster import runner
-from jobs.exits import leave
-from jobs.progress import show
-from jobs.vetoes import vetoes_of
-from pipelines.downloads import Downloads, Plan, download_shards, plan
-from pipelines.receipts import Receipt, receipts
-from pipelines.stages.veto import LinkVeto
+from jobs.cli.inputs import row_filters
+from jobs.cli.job import Job, run
+from jobs.runtime.cluster import runner
+from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.progress import show_progress
+from pipelines.download.downloads import ShardRanges, download_shards, find_ranges
+from pipelines.download.receipts import ShardReceipt, read_receipts
+from pipelines.download.settings import DownloadSettings
+from pipelines.stages.row_filter import LinkFilter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,39 +29,39 @@ def download(job: Job) -> None:
     recipe = job.recipe
     place = job.place(recipe.download.place)
     summary = download_shards(
-        _here(recipe.download),
+        _with_absolute_python(recipe.download),
         selection=recipe.latents.selection,
-        vetoes=link_vetoes(job),
+        vetoes=link_filters(job),
         url=place,
         run=runner(recipe.cluster),
-        on_progress=show(job.verb),
+        on_progress=show_progress(job.verb),
     )
     print(f"  {summary.rows} rows: {summary.downloaded} pictures in {summary.shards} shards at {place}")
-    print(f"  refused: {_said(summary.refused)}")
-    print(f"  failed: {_said(summary.failed)}")
+    print(f"  refused: {_counts(summary.refused)}")
+    print(f"  failed: {_counts(summary.failed)}")
     if summary.transient:
         more = recipe.download.retry_rounds + 1
         print(f"  {summary.transient} may be had later: --set download.retry_rounds={more} tries them again")
 
 
-def link_vetoes(job: Job) -> list[LinkVeto]:
+def link_filters(job: Job) -> list[LinkFilter]:
     """The vetoes of the run that can judge a row before its picture is there."""
-    return [veto for veto in vetoes_of(job) if isinstance(veto, LinkVeto)]
+    return [veto for veto in row_filters(job) if isinstance(veto, LinkFilter)]
 
 
 def preview(job: Job) -> list[str]:
     """What would be read and downloaded."""
     settings = job.recipe.download
-    planned = plan(settings)
+    planned = find_ranges(settings)
     place = job.place(settings.place)
-    known = receipts(place)
+    known = read_receipts(place)
     return [
         f"would download the pictures of {planned.total} rows in {len(planned.lists)} lists to {place}",
-        *_left(planned, known),
+        *_remaining(planned, known),
     ]
 
 
-def _left(planned: Plan, known: Mapping[str, Receipt]) -> list[str]:
+def _remaining(planned: ShardRanges, known: Mapping[str, ShardReceipt]) -> list[str]:
     parts = list(planned.parts({}))
     left = [part for part in parts if part.name not in known]
     rows = sum(part.stop - part.start for part in left)
@@ -81,7 +82,7 @@ def _left(planned: Plan, known: Mapping[str, Receipt]) -> list[str]:
     return [*lines, *([f"{again} rows failed for a cause that may pass"] if again else [])]
 
 
-def _here(settings: Downloads) -> Downloads:
+def _with_absolute_python(settings: DownloadSettings) -> DownloadSettings:
     """The settings with the interpreter's place absolute, where it is here: workers stand elsewhere."""
     python = Path(settings.fetching.python).absolute()
     if not python.exists():
@@ -90,9 +91,9 @@ def _here(settings: Downloads) -> Downloads:
     return settings.model_copy(update={"fetching": fetching})
 
 
-def _said(counts: Mapping[str, int]) -> str:
+def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs.cli import Job, run
-from jobs.cluster import runner
-from jobs.exits import leave
-from jobs.progress import show
-from jobs.selection_preview import of_links, of_shards, silent_lines
-from jobs.vetoes import latents_vetoes_of
-from pipelines.account import total_rejected
-from pipelines.latents import encode_latents
+from jobs.cli.inputs import latents_row_filters, shards_url
+from jobs.cli.job import Job, run
+from jobs.reports.selection_preview import link_preview_lines, shard_preview_lines, unused_bound_lines
+from jobs.runtime.cluster import runner
+from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.progress import show_progress
+from pipelines.datasets.latents import encode_latents
 from pipelines.sources.webdataset import Shard, list_shards, metadata_columns
-from pipelines.storage import exists
-from pipelines.tables import accounts, is_table, open_table
+from pipelines.stages.select import set_bounds
+from pipelines.storage.objects import exists
+from pipelines.tables.manifest import total_rejected
+from pipelines.tables.table import is_table, open_table, unit_manifests
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,26 +32,21 @@ def encode(job: Job) -> None:
     """Bring LATENTS up to the recipe; what is committed already is not made again."""
     recipe = job.recipe
     shards = list_shards(shards_url(job))
-    _tell_silent(job, shards[0])
+    _print_unused_bounds(job, shards[0])
     table = encode_latents(
         recipe.latents,
         model=recipe.model,
         shards=shards,
         source=recipe.source.name,
         url=job.place(recipe.source.table),
-        vetoes=latents_vetoes_of(job),
+        vetoes=latents_row_filters(job),
         origin=job.origin({"shards": shards_url(job), "model": recipe.model}),
         run=runner(recipe.cluster),
-        on_progress=show(job.verb),
+        on_progress=show_progress(job.verb),
     )
-    rejected = total_rejected(list(accounts(table.url).values()))
-    counted = f"{table.num_rows} rows in {len(table.units)} units, {_said(rejected)}"
+    rejected = total_rejected(list(unit_manifests(table.url).values()))
+    counted = f"{table.num_rows} rows in {len(table.units)} units, {_rejections(rejected)}"
     print(f"  LATENTS version {table.version}: {counted}")
-
-
-def shards_url(job: Job) -> str:
-    """The recipe's shards, or else those rendered into the run."""
-    return job.recipe.source.url or job.place("shards")
 
 
 def preview(job: Job) -> list[str]:
@@ -65,24 +61,24 @@ def sampled_preview(job: Job) -> list[str]:
     url = shards_url(job)
     lines = [*preview(job), ""]
     if job.recipe.source.url is not None or exists(url):
-        return [*lines, *of_shards(job, list_shards(url))]
+        return [*lines, *shard_preview_lines(job, list_shards(url))]
     if job.recipe.download.links is not None:
-        return [*lines, *of_links(job)]
+        return [*lines, *link_preview_lines(job)]
     return [*lines, f"there is nothing to look at yet: no shards at {url}, and download.links is not set"]
 
 
-def _tell_silent(job: Job, shard: Shard) -> None:
+def _print_unused_bounds(job: Job, shard: Shard) -> None:
     """Say once which bounds refuse nothing, because the shards know nothing of what they look at."""
     settings = job.recipe.latents
-    if any(settings.selection.asked()):
-        for line in silent_lines(settings.selection, metadata_columns(shard, settings.shards)):
+    if any(set_bounds(settings.selection)):
+        for line in unused_bound_lines(settings.selection, metadata_columns(shard, settings.shards)):
             print(f"  {line}")
 
 
-def _said(rejected: dict[str, int]) -> str:
+def _rejections(rejected: dict[str, int]) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
     return f"{sum(rejected.values())} rejected ({reasons})" if rejected else "none rejected"
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

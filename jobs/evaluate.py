@@ -13,16 +13,17 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.chart import standalone
-from jobs.cli import Job, run
-from jobs.cluster import runner
-from jobs.evaluation import Evaluation, evaluate
-from jobs.evaluation_page import charts_of, render_evaluation
-from jobs.exits import leave
-from jobs.progress import show
-from pipelines.commits import Origin
-from pipelines.intake import OnProgress
-from pipelines.storage import replace_object
+from jobs.cli.job import Job, run
+from jobs.evaluation.evaluation import evaluate
+from jobs.evaluation.settings import EvaluationSettings
+from jobs.reports.charts import standalone_svg
+from jobs.reports.evaluation_page import evaluation_charts, render_evaluation
+from jobs.runtime.cluster import runner
+from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.progress import show_progress
+from pipelines.storage.objects import replace_object
+from pipelines.tables.commits import Origin
+from pipelines.tables.committer import OnProgress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,10 +35,10 @@ def compare(job: Job) -> None:
     """Draw what is not drawn yet, and write the figures."""
 
     def start(name: str, parents: Any) -> tuple[Origin, OnProgress]:  # noqa: ANN401 - JSON values
-        return job.origin(parents), show(f"{job.verb} {name}")
+        return job.origin(parents), show_progress(f"{job.verb} {name}")
 
     results = evaluate(
-        _placed(job),
+        _resolve_contenders(job),
         model=job.recipe.model,
         out=job.place("evaluation"),
         start=start,
@@ -47,17 +48,17 @@ def compare(job: Job) -> None:
     text = job.quotable(json.dumps(results, indent=1))
     replace_object(job.place("evaluation/results.json"), text.encode())
     told = json.loads(text)
-    for number, chart in enumerate(charts_of(told), start=1):
-        replace_object(job.place(f"evaluation/chart-{number}.svg"), standalone(chart))
+    for number, chart in enumerate(evaluation_charts(told), start=1):
+        replace_object(job.place(f"evaluation/chart-{number}.svg"), standalone_svg(chart))
     replace_object(job.place("evaluation/page.html"), render_evaluation(told).encode())
     for note in told["protocol"]["notes"]:
         print(f"  {note}")
     for name, reading in told["equal_fid"].items():
-        print(f"  {name}: {_in_words(reading, against=told['baseline'])}")
+        print(f"  {name}: {_describe_reading(reading, against=told['baseline'])}")
     print(f"  {job.place('evaluation/results.json')}, shown in {job.place('evaluation/page.html')}")
 
 
-def _placed(job: Job) -> Evaluation:
+def _resolve_contenders(job: Job) -> EvaluationSettings:
     """The evaluation with each contender where it lies."""
     wanted = job.recipe.evaluation
     contenders = tuple(
@@ -72,7 +73,7 @@ def _placed(job: Job) -> Evaluation:
     return wanted.model_copy(update={"contenders": contenders})
 
 
-def _in_words(reading: dict[str, Any], *, against: str) -> str:
+def _describe_reading(reading: dict[str, Any], *, against: str) -> str:
     if "no_reading" in reading:
         return f"not read against {against}: {reading['no_reading']}"
     value, low, high = reading["clip"]
@@ -96,4 +97,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -1,6 +1,6 @@
 """Evolve the UNet until a pass takes no more than was asked for. SnapFusion Sec. 3.1, Alg. 1.
 
-OUT/evolution/   as `jobs.evolution` says; page.html to look at, and its charts
+OUT/evolution/   as `jobs.evolution.search` says; page.html to look at, and its charts
 """
 
 from __future__ import annotations
@@ -12,26 +12,28 @@ from typing import Any
 import numpy as np
 
 from jobs import measure_latency
-from jobs.chart import standalone
-from jobs.cli import Job, run
-from jobs.cluster import connect, runner
-from jobs.evolution import ACTION_HOURS, HISTORY, Evolution, EvolutionSettings, Round
-from jobs.evolution_page import charts_of, render_evolution
-from jobs.exits import leave
-from jobs.finetune_vpred import placed_in_run
-from jobs.progress import duration, show
-from jobs.reports import show_reports
-from jobs.timing import setting_of
-from pipelines.commits import Origin
-from pipelines.intake import OnProgress
-from pipelines.samples import source_name
-from pipelines.schemas import from_png
-from pipelines.storage import exists, read_bytes, replace_object
-from pipelines.tables import open_table
+from jobs.cli.in_run import resolve_training
+from jobs.cli.inputs import latency_table_url
+from jobs.cli.job import Job, run
+from jobs.evaluation.timing import setting_of
+from jobs.evolution.search import ACTION_HOURS, HISTORY, Evolution, EvolutionRound
+from jobs.evolution.settings import EvolutionSettings
+from jobs.reports.charts import standalone_svg
+from jobs.reports.evolution_page import evolution_charts, render_evolution
+from jobs.runtime.cluster import connect, runner
+from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.progress import format_duration, show_progress
+from jobs.training.progress_channel import show_reports
+from pipelines.datasets.samples import source_name
+from pipelines.storage.objects import exists, read_bytes, replace_object
+from pipelines.tables.commits import Origin
+from pipelines.tables.committer import OnProgress
+from pipelines.tables.schemas import from_png
+from pipelines.tables.table import open_table
 from snapfusion.evolution.latency import LatencyError, LatencyTable
 from snapfusion.settings import SettingsError
 
-_SHOWN = 10
+_NUM_SHOWN_CAPTIONS = 10
 """Captions on the page."""
 
 
@@ -48,11 +50,11 @@ def evolve_unet(job: Job) -> None:
     table = latency_table(job)
 
     def start(name: str, parents: Any) -> tuple[Origin, OnProgress]:  # noqa: ANN401 - JSON values
-        return job.origin(parents), show(name)
+        return job.origin(parents), show_progress(name)
 
     if not exists(job.place(f"evolution/{HISTORY}")):
         connect(job.recipe.cluster)
-    training = placed_in_run(settings.training, job)
+    training = resolve_training(settings.training, job)
     history = Evolution(
         settings=settings.model_copy(update={"training": training}),
         objective_ms=settings.latency_ms,
@@ -63,13 +65,13 @@ def evolve_unet(job: Job) -> None:
         start=start,
         run=runner(job.recipe.cluster),
         on_report=show_reports(),
-        on_round=lambda over: print(f"  {in_words(over)}", flush=True),
+        on_round=lambda over: print(f"  {describe_round(over)}", flush=True),
     ).evolve()
-    captions, pictures = pictures_of(job, history)
+    captions, pictures = round_images(job, history)
     page = render_evolution(history, captions=captions, pictures=pictures)
     replace_object(job.place("evolution/page.html"), page.encode())
-    for number, chart in enumerate(charts_of(history), start=1):
-        replace_object(job.place(f"evolution/chart-{number}.svg"), standalone(chart))
+    for number, chart in enumerate(evolution_charts(history), start=1):
+        replace_object(job.place(f"evolution/chart-{number}.svg"), standalone_svg(chart))
     print(f"  {job.place('evolution/architecture.json')}, shown in {job.place('evolution/page.html')}")
 
 
@@ -82,7 +84,7 @@ def latency_table(job: Job) -> LatencyTable:
     settings = job.recipe.evolution
     if settings.table is None:
         measure_latency.measure(job)
-    place = job.source(settings.table) if settings.table else measure_latency.table_place(job)
+    place = job.source(settings.table) if settings.table else latency_table_url(job)
     try:
         told = json.loads(read_bytes(place))
         table = LatencyTable.parse(told.get("table", told))
@@ -100,7 +102,7 @@ def latency_table(job: Job) -> LatencyTable:
     return table
 
 
-def pictures_of(job: Job, history: Mapping[str, Any]) -> tuple[list[str], dict[str, list[np.ndarray]]]:
+def round_images(job: Job, history: Mapping[str, Any]) -> tuple[list[str], dict[str, list[np.ndarray]]]:
     """The first captions, and what the whole UNet of each scored round drew of them, if that was kept."""
     settings = job.recipe.evolution
     captions, pictures = list[str](), dict[str, list[np.ndarray]]()
@@ -111,13 +113,13 @@ def pictures_of(job: Job, history: Mapping[str, Any]) -> tuple[list[str], dict[s
             table = open_table(job.place(f"evolution/round-{told['number']:02d}/scores"))
             prefix = f"{source_name(settings.prompts.name, settings.guidance)}-"
             unit = next(file for file in table.units if file.unit.startswith(prefix))
-            rows = table.read_unit(unit, ["caption", "image"]).slice(0, _SHOWN).to_pylist()
+            rows = table.read_unit(unit, ["caption", "image"]).slice(0, _NUM_SHOWN_CAPTIONS).to_pylist()
             captions = [row["caption"] for row in rows]
             pictures[f"round {told['number']}"] = [from_png(row["image"]) for row in rows]
     return captions, pictures
 
 
-def in_words(over: Round) -> str:
+def describe_round(over: EvolutionRound) -> str:
     """What a round did."""
     decision = over.decision
     if decision.action == "stop":
@@ -138,13 +140,13 @@ def preview(job: Job) -> list[str]:
     return [
         f"would evolve {job.source(settings.begin)} to {wanted} in at most {settings.rounds} rounds, into "
         f"{job.place('evolution')}",
-        cost_of(settings),
+        describe_cost(settings),
         f"after each change: {settings.training.loop.num_steps} steps of robust training of "
         f"{settings.training.loop.global_batch} rows; {steps:,} guided steps an action",
     ]
 
 
-def cost_of(settings: EvolutionSettings) -> str:
+def describe_cost(settings: EvolutionSettings) -> str:
     """What scoring an action takes, beside the paper's 2.5 hours."""
     captions, steps = settings.prompts.limit, settings.sampler.steps
     paper_ms = 3.6e6 * ACTION_HOURS / (2_000 * 50)
@@ -152,9 +154,9 @@ def cost_of(settings: EvolutionSettings) -> str:
     return (
         f"each action: {captions:,} captions of {steps} steps at guidance {settings.guidance:g}; the paper's "
         f"2,000 captions of 50 steps took {ACTION_HOURS} A100 hours, {paper_ms:.0f} ms a guided step of "
-        f"SD-v1.5, and so many at that pace take {duration(3600 * hours)}"
+        f"SD-v1.5, and so many at that pace take {format_duration(3600 * hours)}"
     )
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

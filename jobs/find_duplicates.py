@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs.cli import Job, run
-from jobs.cluster import reader, runner
-from jobs.encode_latents import shards_url
-from jobs.exits import leave
-from jobs.progress import show
-from jobs.vetoes import vetoes_of
-from pipelines.account import total_rejected
-from pipelines.decontamination import fingerprint_evaluation
-from pipelines.duplicates import count_verdicts, find_duplicates
-from pipelines.fingerprints import fingerprint_shards
+from jobs.cli.inputs import row_filters, shards_url
+from jobs.cli.job import Job, run
+from jobs.runtime.cluster import reader, runner
+from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.progress import show_progress
+from pipelines.dedup.decontamination import fingerprint_evaluation
+from pipelines.dedup.duplicates import count_verdicts, find_duplicates
+from pipelines.dedup.fingerprints import fingerprint_shards
 from pipelines.sources.webdataset import list_shards
-from pipelines.tables import Snapshot, accounts, is_table, open_table
+from pipelines.tables.manifest import total_rejected
+from pipelines.tables.table import Snapshot, is_table, open_table, unit_manifests
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,10 +35,10 @@ def find(job: Job) -> None:
         shards=list_shards(shards_url(job)),
         source=recipe.source.name,
         url=job.place(settings.fingerprints.table),
-        vetoes=vetoes_of(job),
+        vetoes=row_filters(job),
         origin=job.origin({"shards": shards_url(job)}),
         run=runner(recipe.cluster),
-        on_progress=show(job.verb),
+        on_progress=show_progress(job.verb),
     )
     print(f"  FINGERPRINTS version {table.version}: {_counted(table)}")
     evaluation = _evaluation(job)
@@ -93,22 +92,22 @@ def _evaluation(job: Job) -> Snapshot | None:
 
 
 def _counted(table: Snapshot) -> str:
-    rejected = total_rejected(list(accounts(table.url).values()))
-    return f"{table.num_rows} rows, {_said(rejected)} rejected"
+    rejected = total_rejected(list(unit_manifests(table.url).values()))
+    return f"{table.num_rows} rows, {_counts(rejected)} rejected"
 
 
 def _report(table: Snapshot) -> None:
     counts = count_verdicts(table)
     copies = sum(counts.values())
-    print(f"  DUPLICATES version {table.version}: {table.num_rows} rows, {_said(counts)} refused")
+    print(f"  DUPLICATES version {table.version}: {table.num_rows} rows, {_counts(counts)} refused")
     if table.num_rows:
         print(f"  {table.num_rows - copies} of them, {1 - copies / table.num_rows:.1%}, copy nothing")
 
 
-def _said(counts: dict[str, int]) -> str:
+def _counts(counts: dict[str, int]) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     return f"{sum(counts.values())} ({reasons})" if counts else "none"
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -13,30 +13,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
-from jobs.cli import Job, run
-from jobs.descendants import Descendants, RunFiles, descendants_of
-from jobs.encode_latents import shards_url
-from jobs.exits import leave
-from jobs.forget_receipt import Asked, Receipt, fate_of, receipt_name, spell
-from jobs.vetoes import forgotten_by
-from pipelines.erasure import erase, old_files, old_sibling_files
-from pipelines.forgetting import ORDER, Removal, count_named, find, forget, is_handled
-from pipelines.forgotten import KINDS, Entry, Forgotten, Kind, RequestError, key_of, read_entries
-from pipelines.naming import Named, named_in
+from jobs.cli.inputs import deletion_list_of, shards_url
+from jobs.cli.job import Job, run
+from jobs.deletion.lineage import Lineage, RunFiles, lineage_of
+from jobs.deletion.receipt import DeletionReceipt, RequestFile, outcome_of, receipt_name, receipt_text
+from jobs.runtime.exit_codes import exit_process
+from pipelines.deletion.erasure import erase_files, old_files, old_sibling_files
+from pipelines.deletion.lookup import LookupResult, look_up_shards
+from pipelines.deletion.rewrite import (
+    DELETION_ORDER,
+    Removal,
+    count_matches,
+    delete_rows,
+    find_matches,
+    supports_deletion,
+)
 from pipelines.sources import SourceError
 from pipelines.sources.webdataset import list_shards
-from pipelines.storage import StorageError, write_once
-from pipelines.tables import Snapshot, TableError, accounts, open_table
+from pipelines.storage.objects import StorageError, write_once
+from pipelines.tables.deletion_list import (
+    ENTRY_KINDS,
+    DeletionKeys,
+    DeletionRequestError,
+    Entry,
+    EntryKind,
+    read_entries,
+    sha256_key,
+)
+from pipelines.tables.table import Snapshot, TableError, open_table, unit_manifests
 
 
-class StillNeeded(RuntimeError):
+class FilesInUse(RuntimeError):
     """Old files that a training which is not finished reads."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m jobs.forget`."""
     return run(
-        "forget", carry_out, preview=preview, about=__doc__, argv=argv, writes=False, options=add_options
+        "forget", forget_rows, preview=preview, about=__doc__, argv=argv, writes=False, options=add_options
     )
 
 
@@ -57,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(kw_only=True)
-class Found:
+class RequestMatches:
     """What a request names in a run.
 
     Attributes:
@@ -74,33 +88,33 @@ class Found:
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
     ids: set[str] = field(default_factory=set)
     entries: set[Entry] = field(default_factory=set)
-    shards: Named = field(default_factory=Named)
+    shards: LookupResult = field(default_factory=LookupResult)
 
 
-def carry_out(job: Job) -> None:
+def forget_rows(job: Job) -> None:
     """Put the request on the list, take what it names out of all tables, and leave a receipt."""
     asked = _asked(job)
     files = _files_of(job)
-    wanted = forgotten_by(job)
+    wanted = deletion_list_of(job)
     known = wanted.read()
     found = look_up(job, files, _request(asked))
     # From here on nothing of it is read in, and whoever is killed can go on from the list alone.
     added = wanted.add(_request(asked) | _naming(found.ids))
     forgotten = wanted.read()
-    removals = forget([table.url for table in found.tables.values()], forgotten)
+    removals = delete_rows([table.url for table in found.tables.values()], forgotten)
     tables = _opened(found.tables)
-    descendants = descendants_of(files, {**tables, **found.others})
+    descendants = lineage_of(files, {**tables, **found.others})
     old = _old_files(tables, forgotten)
     stops = _stops(job, descendants)
     if _erases(job) and not stops:
         for place, paths in old.items():
             if any(file.mark for file in tables[place].units):
-                erase(tables[place].url, paths)
+                erase_files(tables[place].url, paths)
     paths = [path for some in old.values() for path in some]
     erased = paths if _erases(job) and not stops else []
-    receipt = Receipt(
+    receipt = DeletionReceipt(
         settings=job.recipe.digest(),
-        asked=[fate_of(one, matched=found.entries, known=_keys(known, one.kind)) for one in asked],
+        asked=[outcome_of(one, matched=found.entries, known=_keys(known, one.kind)) for one in asked],
         added=len(added),
         looked_up={name: getattr(found.shards, name) for name in ("columns", "read", "skipped")},
         tables=dict(zip(found.tables, removals, strict=True)),
@@ -113,13 +127,13 @@ def carry_out(job: Job) -> None:
     )
     _leave(job, receipt)
     if stops:
-        raise StillNeeded(stops)
+        raise FilesInUse(stops)
 
 
-def _leave(job: Job, receipt: Receipt) -> None:
+def _leave(job: Job, receipt: DeletionReceipt) -> None:
     """Write the receipt and the settings that it names, and print it."""
     write_once(job.place(f"settings/{receipt.settings[:16]}.json"), job.recipe.to_json().encode())
-    text = spell(receipt.to_json())
+    text = receipt_text(receipt.to_json())
     place = job.place(f"forgotten/receipts/{receipt_name(text)}")
     write_once(place, text.encode())
     for line in receipt.lines():
@@ -127,10 +141,10 @@ def _leave(job: Job, receipt: Receipt) -> None:
     print(f"  receipt: {place}")
 
 
-def look_up(job: Job, files: RunFiles, request: Forgotten) -> Found:
+def look_up(job: Job, files: RunFiles, request: DeletionKeys) -> RequestMatches:
     """What a request names: in shards, where they are at hand, and in all tables."""
     tables, others = _tables(files)
-    found = Found(tables=tables, others=others, shards=_in_shards(job, request))
+    found = RequestMatches(tables=tables, others=others, shards=_in_shards(job, request))
     found.ids |= found.shards.ids
     found.entries |= found.shards.entries
     # First what knows addresses, then what knows a row by its id alone.
@@ -139,7 +153,7 @@ def look_up(job: Job, files: RunFiles, request: Forgotten) -> Found:
         before = len(found.ids)
         named = request | _naming(found.ids)
         for place, table in tables.items():
-            matches = find(table, named)
+            matches = find_matches(table, named)
             found.rows[place] = (
                 sum(len(match.rows) for match in matches),
                 sum(len(match.rejections) for match in matches),
@@ -150,42 +164,45 @@ def look_up(job: Job, files: RunFiles, request: Forgotten) -> Found:
     return found
 
 
-def _in_shards(job: Job, request: Forgotten) -> Named:
+def _in_shards(job: Job, request: DeletionKeys) -> LookupResult:
     if not request.urls and not request.hashes:
-        return Named()
+        return LookupResult()
     try:
-        return named_in(list_shards(shards_url(job)), request, source=job.recipe.source.name)
+        return look_up_shards(list_shards(shards_url(job)), request, source=job.recipe.source.name)
     except (SourceError, OSError):
-        return Named()  # tables know addresses; the receipt says that no shard was looked at
+        return LookupResult()  # tables know addresses; the receipt says that no shard was looked at
 
 
-def _asked(job: Job) -> list[Asked]:
+def _asked(job: Job) -> list[RequestFile]:
     """The files of the request, read; a mistake in one is told with its option."""
     asked = []
-    for kind in KINDS:
+    for kind in ENTRY_KINDS:
         for path in job.asked[kind]:
             try:
                 entries = read_entries(path, kind=kind)
-            except RequestError as error:
-                raise RequestError(f"--{kind} {error}") from None
-            asked.append(Asked(kind=kind, name=PurePath(path).name, entries=entries))
+            except DeletionRequestError as error:
+                raise DeletionRequestError(f"--{kind} {error}") from None
+            asked.append(RequestFile(kind=kind, name=PurePath(path).name, entries=entries))
     if not asked:
-        raise RequestError("--url, --hash, --id: at least one of them is needed, with a file of entries")
+        raise DeletionRequestError(
+            "--url, --hash, --id: at least one of them is needed, with a file of entries"
+        )
     return asked
 
 
-def _request(asked: Sequence[Asked]) -> Forgotten:
+def _request(asked: Sequence[RequestFile]) -> DeletionKeys:
     keys = {
-        kind: frozenset[bytes]().union(*(one.entries for one in asked if one.kind == kind)) for kind in KINDS
+        kind: frozenset[bytes]().union(*(one.entries for one in asked if one.kind == kind))
+        for kind in ENTRY_KINDS
     }
-    return Forgotten(urls=keys["url"], hashes=keys["hash"], ids=keys["id"])
+    return DeletionKeys(urls=keys["url"], hashes=keys["hash"], ids=keys["id"])
 
 
-def _naming(ids: set[str]) -> Forgotten:
-    return Forgotten(ids=frozenset(map(key_of, ids)))
+def _naming(ids: set[str]) -> DeletionKeys:
+    return DeletionKeys(ids=frozenset(map(sha256_key, ids)))
 
 
-def _keys(known: Forgotten, kind: Kind) -> frozenset[bytes]:
+def _keys(known: DeletionKeys, kind: EntryKind) -> frozenset[bytes]:
     return {"url": known.urls, "hash": known.hashes, "id": known.ids}[kind]
 
 
@@ -206,8 +223,8 @@ def _tables(files: RunFiles) -> tuple[dict[str, Snapshot], dict[str, Snapshot]]:
             ours[place] = open_table(f"{files.url}/{place}")
         except TableError:
             continue  # a table that another program left there
-    handled = [place for place, table in ours.items() if is_handled(table)]
-    handled.sort(key=lambda place: ORDER.index(ours[place].identity["kind"]))
+    handled = [place for place, table in ours.items() if supports_deletion(table)]
+    handled.sort(key=lambda place: DELETION_ORDER.index(ours[place].identity["kind"]))
     return {place: ours[place] for place in handled}, {
         place: table for place, table in ours.items() if place not in handled
     }
@@ -217,7 +234,7 @@ def _opened(tables: Mapping[str, Snapshot]) -> dict[str, Snapshot]:
     return {place: open_table(table.url) for place, table in tables.items()}
 
 
-def _old_files(tables: Mapping[str, Snapshot], forgotten: Forgotten) -> dict[str, list[str]]:
+def _old_files(tables: Mapping[str, Snapshot], forgotten: DeletionKeys) -> dict[str, list[str]]:
     """By place, the files that only older versions read and that hold what is forgotten."""
     return {
         place: [*old_files(table, forgotten), *old_sibling_files(table.url)]
@@ -233,7 +250,7 @@ def _erases(job: Job) -> bool:
     return bool(job.asked["erase"] or job.asked["erase_pinned"])
 
 
-def _stops(job: Job, descendants: Descendants) -> str:
+def _stops(job: Job, descendants: Lineage) -> str:
     """Why nothing is erased, if it was asked for."""
     needed = [pin for pin in descendants.trainings if not pin.finished]
     if not needed or not job.asked["erase"] or job.asked["erase_pinned"]:
@@ -245,13 +262,13 @@ def _stops(job: Job, descendants: Descendants) -> str:
     )
 
 
-def _kept(others: Mapping[str, Snapshot], forgotten: Forgotten) -> dict[str, int]:
-    counts = {place: count_named(table, forgotten) for place, table in others.items()}
+def _kept(others: Mapping[str, Snapshot], forgotten: DeletionKeys) -> dict[str, int]:
+    counts = {place: count_matches(table, forgotten) for place, table in others.items()}
     return {place: count for place, count in counts.items() if count}
 
 
 def _count_forgotten(removal: Removal) -> int:
-    return sum(account.rejected().get("forgotten", 0) for account in accounts(removal.url).values())
+    return sum(account.rejected().get("forgotten", 0) for account in unit_manifests(removal.url).values())
 
 
 def _shards(removals: Sequence[Removal]) -> list[str]:
@@ -262,7 +279,7 @@ def _shards(removals: Sequence[Removal]) -> list[str]:
             account.source
             for removal in removals
             if removal.kind == "latents"
-            for account in accounts(removal.url).values()
+            for account in unit_manifests(removal.url).values()
             if gone & account.rejected().keys()
         }
     )
@@ -278,11 +295,11 @@ def preview(job: Job) -> list[str]:
         for place, (rows, rejections) in found.rows.items()
     ]
     entries = sum(len(one.entries) for one in asked)
-    known = forgotten_by(job).read()
+    known = deletion_list_of(job).read()
     asked_for = {(one.kind, key) for one in asked for key in one.entries}
     hit = len(asked_for & found.entries)
     return [f"{hit} of {entries} entries name something; {len(known)} are on the list already", *lines]
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

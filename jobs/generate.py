@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.exits import guarded
-from jobs.options import OneLineParser
+from jobs.runtime.arguments import OneLineParser
+from jobs.runtime.exit_codes import run_guarded
 from snapfusion.settings import SettingsError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from snapfusion.export.bundle import MobileBundle
-    from snapfusion.export.loop import Programs
-    from snapfusion.export.steps import Steps
+    from snapfusion.export.loop import CompiledModel
+    from snapfusion.export.sampler_coefficients import SamplerCoefficients
     from snapfusion.models.bundle import Bundle
-    from snapfusion.solvers import Solver
+    from snapfusion.solver_names import Solver
 
 SAMPLERS = ("ddim", "euler", "dpm", "dpm++")
 """Those of `snapfusion.solvers`, which takes seconds to import."""
@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser().options(argv)
         _check(options)
         if options.bundle is None:
-            _by_model(options)
+            _generate_with_model(options)
         else:
-            _by_bundle(options)
+            _generate_with_bundle(options)
 
-    return guarded("snapfusion", work)
+    return run_guarded("snapfusion", work)
 
 
 def _parser() -> OneLineParser:
@@ -76,25 +76,25 @@ def _check(options: argparse.Namespace) -> None:
                 raise SettingsError(f"--{name} {given}: a --bundle has its own, compiled into it")
 
 
-def _by_model(options: argparse.Namespace) -> None:
+def _generate_with_model(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistake answer at once.
-    from jobs.picture import departure, draw, own_steps
-    from pipelines.stages.frame import check_size
+    from jobs.evaluation.images import distillation_mismatch, distilled_steps, generate_images
+    from pipelines.stages.crop import check_size
 
     source = options.model or _MODEL
     solver: Solver = options.sampler or _SAMPLER
     guidance = options.guidance or _GUIDANCE
     bundle = _load(source)
-    steps = own_steps(bundle) if options.steps is None else options.steps
+    steps = distilled_steps(bundle) if options.steps is None else options.steps
     if steps > bundle.schedule.num_steps:
         raise SettingsError(f"--steps {steps}: 1 to {bundle.schedule.num_steps} is accepted by this model")
     if options.size is not None:
         check_size(options.size, step=bundle.granularity, option="--size")
         bundle.resize(options.size)
-    if told := departure(bundle, steps=steps, solver=solver, guidance=guidance):
+    if told := distillation_mismatch(bundle, steps=steps, solver=solver, guidance=guidance):
         print(f"{source}: {told}")
     began = time.monotonic()
-    pictures = draw(
+    pictures = generate_images(
         bundle,
         [options.caption],
         seed=options.seed,
@@ -103,7 +103,7 @@ def _by_model(options: argparse.Namespace) -> None:
         solver=solver,
         guidance=guidance,
     )
-    _keep(pictures, options, by=f"{steps} steps of {solver}", took=time.monotonic() - began)
+    _save(pictures, options, by=f"{steps} steps of {solver}", took=time.monotonic() - began)
 
 
 def _load(source: str) -> Bundle:
@@ -115,22 +115,22 @@ def _load(source: str) -> Bundle:
         raise SettingsError(f"--model {source}: {str(error).removeprefix(f'{source}: ')}") from None
 
 
-def _by_bundle(options: argparse.Namespace) -> None:
+def _generate_with_bundle(options: argparse.Namespace) -> None:
     from snapfusion.export.bundle import BundleError, open_bundle
 
     try:
         bundle = open_bundle(Path(options.bundle))
-        variant = options.variant or _first(bundle)
+        variant = options.variant or _default_variant(bundle)
         programs = bundle.programs(variant)
         steps = bundle.steps
     except BundleError as error:
         raise SettingsError(f"--bundle {error}") from None
     began = time.monotonic()
-    pictures = _pictures(bundle, programs, steps=steps, options=options)
-    _keep(pictures, options, by=f"{len(steps.steps)} steps of {variant}", took=time.monotonic() - began)
+    pictures = _run_programs(bundle, programs, steps=steps, options=options)
+    _save(pictures, options, by=f"{len(steps.steps)} steps of {variant}", took=time.monotonic() - began)
 
 
-def _first(bundle: MobileBundle) -> str:
+def _default_variant(bundle: MobileBundle) -> str:
     from snapfusion.export.bundle import EXECUTORCH, BundleError
 
     runnable = bundle.variants(runtime=EXECUTORCH)
@@ -141,42 +141,42 @@ def _first(bundle: MobileBundle) -> str:
     return runnable[0]
 
 
-def _pictures(
-    bundle: MobileBundle, programs: Programs, *, steps: Steps, options: argparse.Namespace
+def _run_programs(
+    bundle: MobileBundle, programs: CompiledModel, *, steps: SamplerCoefficients, options: argparse.Namespace
 ) -> list[np.ndarray]:
     import numpy as np
     from tqdm import tqdm
 
-    from snapfusion.export.loop import conditions, to_pixels, walk
-    from snapfusion.models.tokenizer import token_ids
+    from snapfusion.export.loop import encode_text, sampling_steps, to_uint8_image
+    from snapfusion.models.tokenizer import tokenize
     from snapfusion.noise import gaussian, noise_key
 
     checker = bundle.safety_checker()
     w = options.guidance or steps.guidance
-    ids = token_ids(bundle.tokenizer, ["", options.caption]).numpy().astype(np.int32)
-    c = conditions(programs, ids=ids)
+    ids = tokenize(bundle.tokenizer, ["", options.caption]).numpy().astype(np.int32)
+    c = encode_text(programs, ids=ids)
     pictures = []
     with tqdm(total=options.n * len(steps.steps), unit="step") as bar:
         for number in range(options.n):
             latent = gaussian(noise_key(options.seed, options.caption, number), bundle.latent_shape)[
                 None
             ].numpy()
-            for moment in walk(programs, c=c, noise=latent, steps=steps, w=w):
+            for moment in sampling_steps(programs, c=c, noise=latent, steps=steps, w=w):
                 latent = moment.z_next
                 bar.update()
             image = programs.decoder([latent])
             if checker is not None and float(checker([image]).ravel()[0]) > 0.0:
                 print(f"picture {number} is not shown: the bundle's safety checker marks it")
                 image = np.zeros_like(image)
-            pictures.append(to_pixels(image))
+            pictures.append(to_uint8_image(image))
     return pictures
 
 
-def _keep(pictures: Sequence[np.ndarray], options: argparse.Namespace, *, by: str, took: float) -> None:
-    from jobs.picture import save_pictures
+def _save(pictures: Sequence[np.ndarray], options: argparse.Namespace, *, by: str, took: float) -> None:
+    from jobs.evaluation.images import save_images
 
     try:
-        factor = save_pictures(pictures, Path(options.out))
+        factor = save_images(pictures, Path(options.out))
     except OSError as error:
         raise SettingsError(f"--out {options.out}: {error.strerror or error}") from None
     shown = f", shown {factor} times larger" if factor > 1 else ""

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from jobs.cli import Job, run
-from jobs.cluster import runner
-from jobs.exits import leave
-from jobs.progress import show
-from jobs.vetoes import forgotten_by
-from pipelines.pairs import captions_of, generate_pairs, withhold
-from pipelines.rejection import Rejection
-from pipelines.sources.captions import Caption, CaptionSettings, read_captions
-from pipelines.tables import is_table, open_table
+from jobs.cli.inputs import deletion_list_of
+from jobs.cli.job import Job, run
+from jobs.runtime.cluster import runner
+from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.progress import show_progress
+from pipelines.datasets.pairs import captions_of, generate_pairs, withhold_deleted
+from pipelines.rejections import Rejection
+from pipelines.sources.captions import Caption, read_captions
+from pipelines.sources.settings import CaptionSettings
+from pipelines.tables.table import is_table, open_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def generate(job: Job) -> None:
         url=job.place("pairs"),
         origin=job.origin({"captions": parent, "model": recipe.model}),
         run=runner(recipe.cluster),
-        on_progress=show(job.verb),
+        on_progress=show_progress(job.verb),
     )
     print(f"  PAIRS version {table.version}: {table.num_rows} rows in {len(table.units)} units")
 
@@ -47,12 +48,12 @@ def captions_for(job: Job) -> tuple[list[Caption | Rejection], dict[str, Any]]:
 
     What the run was asked to forget is withheld.
     """
-    wanted, forgotten = job.recipe.captions, forgotten_by(job).read()
+    wanted, forgotten = job.recipe.captions, deletion_list_of(job).read()
     if wanted.url is None:
         table = open_table(job.place("latents"), kind="latents")
-        return withhold(captions_of(table, limit=wanted.limit), forgotten), table.lineage()
+        return withhold_deleted(captions_of(table, limit=wanted.limit), forgotten), table.lineage()
     listed = islice(read_captions(wanted.url, CaptionSettings()), wanted.limit)
-    return withhold(listed, forgotten), {"list": wanted.url}
+    return withhold_deleted(listed, forgotten), {"list": wanted.url}
 
 
 def preview(job: Job) -> list[str]:
@@ -67,4 +68,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

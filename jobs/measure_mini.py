@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 
-from jobs.exits import guarded, leave
-from jobs.mini_page import write_page
-from jobs.options import OneLineParser
-from jobs.record import Record
+from jobs.evaluation.resumable_results import ResumableResults
+from jobs.reports.mini_page import write_page
+from jobs.runtime.arguments import OneLineParser
+from jobs.runtime.exit_codes import exit_process, run_guarded
 from snapfusion.metrics.intervals import Interval
-from snapfusion.mini.measure import Figures, MiniMeasurement, measure
+from snapfusion.mini.measure import MetricIntervals, measure_mini
+from snapfusion.mini.settings import MiniMeasurementSettings
 from snapfusion.mini.weights import WEIGHTS, read_manifest
 from snapfusion.settings import digest
 
 
-def _weights(folder: Path) -> str:
+def _weights_digest(folder: Path) -> str:
     """One hash for all the weights in `folder`."""
     files = read_manifest(folder)["files"]
     return digest({name: told["sha256"] for name, told in files.items() if name.endswith(".safetensors")})
@@ -40,23 +41,23 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         options = parser.options(argv)
-        settings = MiniMeasurement().with_values(options.set)
+        settings = MiniMeasurementSettings().with_values(options.set)
         print(settings.to_json())
         torch.set_num_threads(1)
         identity = {
-            "weights": _weights(options.weights),
+            "weights": _weights_digest(options.weights),
             "scenes": settings.scenes,
             "seed": settings.seed,
         }
-        record = Record(identity=identity, path=options.out)
+        record = ResumableResults(identity=identity, path=options.out)
         record.read()
 
-        def gather(part: str, figures: Figures) -> None:
+        def gather(part: str, figures: MetricIntervals) -> None:
             rounded = {name: [_rounded(x) for x in ends] for name, ends in figures.items()}
             print(json.dumps({part: rounded}), flush=True)
             record.keep(part, figures)
 
-        measure(settings, folder=options.weights, gather=gather, known=record.figures)
+        measure_mini(settings, folder=options.weights, gather=gather, known=record.figures)
         if options.out is not None:
             figures = {
                 part: {name: Interval(*ends) for name, ends in told.items()}
@@ -65,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
             page = write_page(options.weights, options.out.with_suffix(".html"), figures=figures)
             print(f"measure_mini: {options.out}, shown in {page}")
 
-    return guarded("measure_mini", work)
+    return run_guarded("measure_mini", work)
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -19,27 +19,27 @@ from typing import Any
 
 import torch
 
-from jobs.exits import guarded, leave
-from jobs.options import OneLineParser
-from jobs.progress import StatusLine, duration
-from jobs.record import Record
-from jobs.robustness_page import draw_sheet, render_robustness, sheet_image
+from jobs.evaluation.resumable_results import ResumableResults
+from jobs.reports.robustness_page import render_robustness, sample_sheet, sheet_image
+from jobs.runtime.arguments import OneLineParser
+from jobs.runtime.exit_codes import exit_process, run_guarded
+from jobs.runtime.progress import StatusLine, format_duration
 from snapfusion.metrics.intervals import Interval
 from snapfusion.mini.oracle import load_oracle
 from snapfusion.mini.robustness import (
-    FIGURES,
+    METRIC_NAMES,
     WHOLE,
-    Comparison,
-    Figure,
-    Part,
-    Reading,
-    Readings,
-    RobustnessMeasurement,
+    LossComparison,
+    Metric,
+    PartMetrics,
+    RobustnessPart,
+    RobustnessResults,
     check_comparable,
     groups_of,
     measure_robustness,
-    parts_of,
+    robustness_parts,
 )
+from snapfusion.mini.settings import RobustnessSettings
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.load import load
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         options = parser.options(argv)
-        settings = RobustnessMeasurement().with_values(options.set)
+        settings = RobustnessSettings().with_values(options.set)
         print(settings.to_json())
         torch.set_num_threads(1)
         sources = {"plain": options.plain, "robust": options.robust}
@@ -65,13 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_comparable(models)
         measure(settings, models=models, folder=options.out)
 
-    return guarded("measure_robustness", work)
+    return run_guarded("measure_robustness", work)
 
 
-def measure(settings: RobustnessMeasurement, *, models: Mapping[str, Bundle], folder: Path) -> None:
+def measure(settings: RobustnessSettings, *, models: Mapping[str, Bundle], folder: Path) -> None:
     """Measure what `folder` lacks, and write what follows from all of it."""
     oracle = load_oracle()
-    record = Record(
+    record = ResumableResults(
         identity={
             "models": {name: model.fingerprint() for name, model in models.items()},
             "oracle": weight_hash(oracle),
@@ -80,21 +80,21 @@ def measure(settings: RobustnessMeasurement, *, models: Mapping[str, Bundle], fo
         path=folder / f"{_NAME}.json",
     )
     record.read()
-    progress = _Progress(parts=len(parts_of(settings, models)), known=len(record.figures))
+    progress = _Progress(parts=len(robustness_parts(settings, models)), known=len(record.figures))
 
-    def gather(part: Part, reading: Reading) -> None:
+    def gather(part: RobustnessPart, reading: PartMetrics) -> None:
         record.keep(str(part), {str(figure): means for figure, means in reading.items()})
         progress.say(len(record.figures))
 
     measure_robustness(settings, models=models, oracle=oracle, gather=gather, known=record.figures)
-    readings = Readings(
+    readings = RobustnessResults(
         of={part: _reading(figures) for part, figures in record.figures.items()},
         groups=tuple(groups_of(models["plain"])),
         seeds=settings.seeds,
     )
-    told = {name: told_source(model) for name, model in models.items()}
+    told = {name: source_label(model) for name, model in models.items()}
     record.write(models=told, summary=summary_of(readings))
-    sheet = draw_sheet(settings, models=models)
+    sheet = sample_sheet(settings, models=models)
     sheet_image(sheet).save(folder / f"{_NAME}.png")
     page = folder / f"{_NAME}.html"
     text = render_robustness(settings=settings, sources=told, readings=readings, sheet=sheet)
@@ -112,11 +112,11 @@ class _Progress:
 
     def say(self, done: int) -> None:
         taken = (time.monotonic() - self._started) / (done - self._known)
-        left = duration((self._parts - done) * taken)
+        left = format_duration((self._parts - done) * taken)
         self._line.say(f"{done} of {self._parts} parts, {left} left", last=done == self._parts)
 
 
-def told_source(model: Bundle) -> str:
+def source_label(model: Bundle) -> str:
     """What a model is called in a file: as it was given, but a place on this machine by its weights."""
     source = model.source
     if Path(source).is_absolute() or source.startswith("file:"):
@@ -124,7 +124,7 @@ def told_source(model: Bundle) -> str:
     return source
 
 
-def summary_of(readings: Readings) -> dict[str, Any]:
+def summary_of(readings: RobustnessResults) -> dict[str, Any]:
     """Figures with their intervals and what is lost, as JSON values; `null` for a ratio that says nothing."""
     return {
         figure: {
@@ -142,19 +142,19 @@ def summary_of(readings: Readings) -> dict[str, Any]:
                 str(seed): asdict(readings.lost_on_average(figure, seeds=[seed])) for seed in readings.seeds
             },
         }
-        for figure in FIGURES
+        for figure in METRIC_NAMES
     }
 
 
-def _reading(figures: Mapping[str, tuple[float, ...]]) -> Reading:
-    return {figure: figures[figure] for figure in FIGURES}
+def _reading(figures: Mapping[str, tuple[float, ...]]) -> PartMetrics:
+    return {figure: figures[figure] for figure in METRIC_NAMES}
 
 
-def _table(readings: Readings) -> str:
-    return "\n".join(line for figure in FIGURES for line in _lines(readings, figure))
+def _table(readings: RobustnessResults) -> str:
+    return "\n".join(line for figure in METRIC_NAMES for line in _lines(readings, figure))
 
 
-def _lines(readings: Readings, figure: Figure) -> list[str]:
+def _lines(readings: RobustnessResults, figure: Metric) -> list[str]:
     head = {"attributes": "attributes right, of 1", "detail": "detail, PSNR in dB"}[figure]
     lines = [f"{head:24}{'plain':>9}{'robust':>9}{'plain loses':>13}{'robust loses':>14}  robust / plain"]
     for group in (WHOLE, *readings.groups):
@@ -170,14 +170,14 @@ def _lines(readings: Readings, figure: Figure) -> list[str]:
     return lines
 
 
-def _losses(lost: Comparison) -> str:
-    ratio = "plain loses nothing that shows" if lost.ratio is None else _in_words(lost.ratio)
+def _losses(lost: LossComparison) -> str:
+    ratio = "plain loses nothing that shows" if lost.ratio is None else _format_interval(lost.ratio)
     return f"{lost.plain.value:z13.3f}{lost.robust.value:z14.3f}  {ratio}"
 
 
-def _in_words(ends: Interval) -> str:
+def _format_interval(ends: Interval) -> str:
     return f"{ends.value:.2f} ({ends.low:.2f} to {ends.high:.2f})"
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -15,21 +15,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from jobs.cli import Job, reach_stores
-from jobs.disclosure import without_value
-from jobs.exits import guarded, leave
-from jobs.options import OneLineParser
-from jobs.planning.outcome import compare
-from jobs.planning.plan import counts_of, make_plan, node_of, to_values
+from jobs.cli.job import Job, prepare_stores
+from jobs.planning.actuals import compare
+from jobs.planning.format import assumptions, comparison, format_plan
+from jobs.planning.plan import counts_of, node_of, plan_run, to_values
 from jobs.planning.prices import price_list
 from jobs.planning.probe import probe
 from jobs.planning.rates import Rates, given_rates
 from jobs.planning.settings import PlanSettings
-from jobs.planning.sizes import Sizes, sizes_of
-from jobs.planning.words import assumptions, comparison, told
+from jobs.planning.sizes import ModelSizes, model_sizes
 from jobs.planning.workload import Workload
-from jobs.recipes import RECIPES, recipe_named
-from pipelines.storage import exists, read_bytes, replace_object
+from jobs.recipes.registry import RECIPES, recipe_named
+from jobs.runtime.arguments import OneLineParser
+from jobs.runtime.exit_codes import exit_process, run_guarded
+from jobs.runtime.secrets import without_secret
+from pipelines.storage.objects import exists, read_bytes, replace_object
 from snapfusion.settings import SettingsError
 
 _MINE = "plan."
@@ -37,7 +37,7 @@ _MINE = "plan."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m jobs.plan`."""
-    return guarded("plan", lambda: _plan(_options(argv)))
+    return run_guarded("plan", lambda: _plan(_options(argv)))
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,7 +69,7 @@ def _plan(options: argparse.Namespace) -> None:
     except SettingsError as error:
         raise SettingsError(_as_option(error)) from None
     job = Job(verb="plan", recipe=recipe, out=options.out.rstrip("/"))
-    reach_stores(job)
+    prepare_stores(job)
     if options.dry_run:
         print(settings.to_json())
         return
@@ -81,11 +81,11 @@ def _plan(options: argparse.Namespace) -> None:
     # Before a minute is spent.
     counts_of(job, settings)
     node_of(settings, prices=price_list(settings.prices))
-    sizes = sizes_of(recipe.model)
+    sizes = model_sizes(recipe.model)
     rates = given_rates(settings.rates) if settings.rates else _probed(job, settings, sizes=sizes)
-    plan = make_plan(job, settings, rates=rates, sizes=sizes)
+    plan = plan_run(job, settings, rates=rates, sizes=sizes)
     compared = compare(job, plan.stages)
-    print("\n".join(told(plan)))
+    print("\n".join(format_plan(plan)))
     if any(one.measured is not None for one in compared):
         print("\n".join(["", f"beside the run in {job.out}", "", *comparison(compared)]))
     values = {
@@ -99,11 +99,11 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _as_option(error: SettingsError) -> str:
-    text = without_value(error)
+    text = without_secret(error)
     return text if text.startswith("--") else f"--set {text}"
 
 
-def _probed(job: Job, settings: PlanSettings, *, sizes: Sizes) -> Rates:
+def _probed(job: Job, settings: PlanSettings, *, sizes: ModelSizes) -> Rates:
     """What a probe measured in this run's folder, or measures now."""
     place = job.place("rates.json")
     if exists(place):
@@ -125,4 +125,4 @@ def _probed(job: Job, settings: PlanSettings, *, sizes: Sizes) -> Rates:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from jobs.cli import Job, run
-from jobs.exits import leave
-from jobs.findings import collect
-from jobs.report_page import render_report
-from pipelines.storage import replace_object
+from jobs.cli.job import Job, run
+from jobs.reports.collect import collect
+from jobs.reports.run_page import render_report
+from jobs.runtime.exit_codes import exit_process
+from pipelines.storage.objects import replace_object
 
 
 class BelowFloor(RuntimeError):
@@ -48,4 +48,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

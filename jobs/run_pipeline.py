@@ -17,20 +17,20 @@ from jobs import (
     find_duplicates,
     generate_pairs,
     measure_latency,
-    render_scenes,
     report,
     train_efficient,
 )
-from jobs.cli import Body, Job, Preview, run
-from jobs.exits import leave
-from jobs.plans import EFFICIENT
-from jobs.progress import duration
-from jobs.steps import timed
+from jobs.cli import scenes
+from jobs.cli.job import Body, Job, Preview, run
+from jobs.cli.step_times import record_step
+from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.progress import format_duration
+from jobs.training.sources import EFFICIENT_MODEL
 
-Step = tuple[str, Body, Preview]
+PipelineStep = tuple[str, Body, Preview]
 
-STEPS: tuple[Step, ...] = (
-    ("render_scenes", render_scenes.render_scenes, render_scenes.preview),
+STEPS: tuple[PipelineStep, ...] = (
+    ("render_scenes", scenes.render_scenes, scenes.preview),
     ("find_duplicates", find_duplicates.find, find_duplicates.preview),
     ("encode_latents", encode_latents.encode, encode_latents.preview),
     ("measure_latency", measure_latency.measure, measure_latency.preview),
@@ -53,14 +53,14 @@ def run_pipeline(job: Job) -> None:
     steps = steps_of(job)
     for number, (verb, body, _) in enumerate(steps, start=1):
         print(f"[{number}/{len(steps) + 1}] {verb}", flush=True)
-        with timed(job, verb):
+        with record_step(job, verb):
             body(replace(job, verb=verb))
     print(f"[{len(steps) + 1}/{len(steps) + 1}] report", flush=True)
     report.report(replace(job, verb="report"))
-    print(f"done in {duration(time.monotonic() - began)}")
+    print(f"done in {format_duration(time.monotonic() - began)}")
 
 
-def steps_of(job: Job) -> list[Step]:
+def steps_of(job: Job) -> list[PipelineStep]:
     """The steps of this recipe: scenes only where no shards are named, a student only if its teacher is.
 
     Copies are looked for only if they are to be refused.
@@ -74,7 +74,7 @@ def steps_of(job: Job) -> list[Step]:
         left_out.add("render_scenes")
     if distill.teacher is None:
         left_out.add("distill_steps")
-    if distill.teacher is None or distill.student != EFFICIENT:
+    if distill.teacher is None or distill.student != EFFICIENT_MODEL:
         left_out |= {"measure_latency", "train_efficient"}
     return [step for step in STEPS if step[0] not in left_out]
 
@@ -85,4 +85,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from jobs import compute_targets, encode_latents, generate_pairs
-from jobs.cli import Body, Job, Preview, run
-from jobs.exits import leave
-from jobs.progress import duration
-from pipelines.leases import Busy, turn
-from pipelines.tables import is_table, open_table
+from jobs.cli.job import Body, Job, Preview, run
+from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.progress import format_duration
+from pipelines.tables.leases import TableBusy, append_lease
+from pipelines.tables.table import is_table, open_table
 from snapfusion.settings import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Step:
+class _AppendJob:
     """A job that appends: the setting that it reads, what it does, and what it would."""
 
     setting: str
@@ -29,9 +29,13 @@ class _Step:
 
 
 STEPS = {
-    "encode_latents": _Step(setting="latents", body=encode_latents.encode, preview=encode_latents.preview),
-    "generate_pairs": _Step(setting="pairs", body=generate_pairs.generate, preview=generate_pairs.preview),
-    "compute_targets": _Step(
+    "encode_latents": _AppendJob(
+        setting="latents", body=encode_latents.encode, preview=encode_latents.preview
+    ),
+    "generate_pairs": _AppendJob(
+        setting="pairs", body=generate_pairs.generate, preview=generate_pairs.preview
+    ),
+    "compute_targets": _AppendJob(
         setting="targets", body=compute_targets.compute, preview=compute_targets.preview
     ),
 }
@@ -47,15 +51,15 @@ def top_up(job: Job) -> None:
     step, table = _step(job), table_of(job)
     before = open_table(table).num_rows if is_table(table) else 0
     try:
-        with turn(table, purpose=f"top_up of {job.target}"):
-            step.body(within_allowance(job))
-    except Busy as error:
+        with append_lease(table, purpose=f"top_up of {job.target}"):
+            step.body(within_quota(job))
+    except TableBusy as error:
         print(f"  {error}; nothing was done")
         return
     print(f"  {open_table(table).num_rows - before} rows more")
 
 
-def within_allowance(job: Job) -> Job:
+def within_quota(job: Job) -> Job:
     """The same job, its step bound by the recipe's allowance."""
     setting = _step(job).setting
     settings = getattr(job.recipe, setting)
@@ -73,15 +77,15 @@ def preview(job: Job) -> list[str]:
     """What the step would do, and how far."""
     allowance = job.recipe.allowance
     bounds = [f"{allowance.rows} rows"] if allowance.rows is not None else []
-    bounds += [duration(allowance.seconds)] if allowance.seconds is not None else []
+    bounds += [format_duration(allowance.seconds)] if allowance.seconds is not None else []
     return [*_step(job).preview(job), f"in this run at most {' or '.join(bounds) or 'all of it'}"]
 
 
-def _step(job: Job) -> _Step:
+def _step(job: Job) -> _AppendJob:
     if job.target not in STEPS:
         raise SettingsError(f"STEP {job.target or 'is missing'}: {', '.join(STEPS)} are accepted")
     return STEPS[job.target]
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -9,39 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jobs.exits import leave
-from jobs.finetune_vpred import VpredSettings, train_in_run
-from jobs.first_weights import TABLE_3, named_architecture, own_architecture, with_architecture
-from jobs.plans import VPRED
-from jobs.result import METRICS
-from pipelines.storage import exists
+from jobs.cli.in_run import train_in_run
+from jobs.runtime.exit_codes import exit_process
+from jobs.training.initial_weights import named_architecture, own_architecture, with_architecture
+from jobs.training.run_folder import METRICS
+from pipelines.storage.objects import exists
 from snapfusion.models.cost import costs_of
-from snapfusion.settings import Settings
 
 if TYPE_CHECKING:
-    from jobs.cli import Job
-
-
-class EfficientSettings(Settings):
-    """Which model, which architecture, and how it is trained.
-
-    Attributes:
-        begin: the source of the model that gives the first weights; it predicts v. In a job also "run:" and a
-            place in the run.
-        architecture: "table-3", "own", or the URL of an architecture's file, as `jobs.evolve_unet` leaves
-            one; in a job also "run:" and a place in the run.
-        training: L_ori (Eq. 6), the loss that the paper trains its UNet by before its steps are distilled.
-    """
-
-    begin: str = VPRED
-    architecture: str = TABLE_3
-    training: VpredSettings = VpredSettings()
+    from jobs.cli.job import Job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m jobs.train_efficient`."""
     # Recipes are made of this module's settings, so the command line is above it.
-    from jobs.cli import run
+    from jobs.cli.job import run
 
     return run("train_efficient", train_efficient, preview=preview, about=__doc__, argv=argv)
 
@@ -74,4 +56,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from jobs.exits import guarded, leave
-from jobs.mini_page import write_page
-from jobs.options import OneLineParser
-from jobs.progress import duration
+from jobs.reports.mini_page import write_page
+from jobs.runtime.arguments import OneLineParser
+from jobs.runtime.exit_codes import exit_process, run_guarded
+from jobs.runtime.progress import format_duration
 from snapfusion.mini.training.recipe import train
 from snapfusion.mini.training.settings import MiniTraining
 
@@ -37,7 +37,7 @@ class _ProgressLines:
             self.stage, self.started, self.first, self.printed = stage, now, step, now
         elif now - self.printed >= _SECONDS_BETWEEN_LINES or step == steps:
             rate = (step - self.first) / (now - self.started)
-            left = duration((steps - step) / rate)
+            left = format_duration((steps - step) / rate)
             print(
                 f"  {stage}: step {step}/{steps}, loss {loss:.4f}, {rate:.1f} steps/s, {left} left",
                 flush=True,
@@ -76,8 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         page = write_page(weights, options.out / "report.html", figures={})
         print(f"train_mini: weights in {weights}, their curves and pictures in {page}")
 
-    return guarded("train_mini", work)
+    return run_guarded("train_mini", work)
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -8,47 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jobs.exits import leave
-from jobs.finetune_vpred import VpredSettings, train_in_run
-from jobs.plans import VPRED
-from jobs.result import METRICS
-from pipelines.storage import exists
-from snapfusion.settings import Settings
-from snapfusion.training.robust import SkipSettings
+from jobs.cli.in_run import train_in_run
+from jobs.runtime.exit_codes import exit_process
+from jobs.training.run_folder import METRICS
+from pipelines.storage.objects import exists
 
 if TYPE_CHECKING:
-    from jobs.cli import Job
-
-ROBUST = "run:robust/model"
-"""The source of the model that this job makes."""
-
-
-class RobustTraining(VpredSettings):
-    """How a model is trained with blocks left out.
-
-    Attributes:
-        skip: how often.
-    """
-
-    skip: SkipSettings = SkipSettings()
-
-
-class RobustSettings(Settings):
-    """Which model, and how.
-
-    Attributes:
-        begin: the source of the first weights, which predict v; in a job also "run:" and a place in the run.
-        training: how it is trained.
-    """
-
-    begin: str = VPRED
-    training: RobustTraining = RobustTraining()
+    from jobs.cli.job import Job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m jobs.train_robust`."""
     # Recipes are made of this module's settings, so the command line is above it.
-    from jobs.cli import run
+    from jobs.cli.job import run
 
     return run("train_robust", train_robust, preview=preview, about=__doc__, argv=argv)
 
@@ -77,4 +49,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -10,12 +10,12 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 
-from jobs.cli import Job, run
-from jobs.descendants import RunFiles, pinned_versions
-from jobs.exits import leave
-from pipelines.leases import readers, remove_ended
-from pipelines.tables import Snapshot, open_table
-from pipelines.vacuum import Unread, delete, unread_files
+from jobs.cli.job import Job, run
+from jobs.deletion.lineage import RunFiles, pinned_versions
+from jobs.runtime.exit_codes import exit_process
+from pipelines.deletion.vacuum import UnreadFile, delete_files, unread_files
+from pipelines.tables.leases import active_readers, remove_expired
+from pipelines.tables.table import Snapshot, open_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,13 +45,15 @@ def _lines(job: Job, *, deletes: bool) -> list[str]:
     pinned = pinned_versions(files, tables)
     lines = [f"{files.url} holds no tables"] if not tables else []
     for place, table in tables.items():
-        leases = {lease.version: lease.holder for lease in readers(table.url) if lease.version is not None}
+        leases = {
+            lease.version: lease.holder for lease in active_readers(table.url) if lease.version is not None
+        }
         held = {**pinned.get(place, {}), **leases}
         unread = unread_files(table, held=held, hours=job.recipe.vacuum.hours)
-        lines += [f"{place}, version {table.version}: {_said(unread)}", *_holders(table, held)]
+        lines += [f"{place}, version {table.version}: {_summary(unread)}", *_holders(table, held)]
         if deletes:
-            delete(unread)
-            remove_ended(table.url)
+            delete_files(unread)
+            remove_expired(table.url)
     lines.append("deleted" if deletes else "nothing was deleted; --delete does it")
     return lines
 
@@ -64,7 +66,7 @@ def _holders(table: Snapshot, held: dict[int, str]) -> list[str]:
     ]
 
 
-def _said(unread: Sequence[Unread]) -> str:
+def _summary(unread: Sequence[UnreadFile]) -> str:
     if not unread:
         return "nothing to delete"
     counts = Counter(file.why for file in unread)
@@ -73,4 +75,4 @@ def _said(unread: Sequence[Unread]) -> str:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.exits import guarded
-from jobs.options import OneLineParser
+from jobs.runtime.arguments import OneLineParser
+from jobs.runtime.exit_codes import run_guarded
 
 if TYPE_CHECKING:
     from snapfusion.export.bundle import MobileBundle
@@ -25,19 +25,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("bundle", metavar="DIR", help="a mobile bundle")
         verify(Path(parser.options(argv).bundle))
 
-    return guarded("verify_bundle", work)
+    return run_guarded("verify_bundle", work)
 
 
 def verify(folder: Path) -> None:
     """Print what was checked; raises at the first thing that is not as it should be."""
     from snapfusion.export.bundle import open_bundle
-    from snapfusion.export.verification import check_numbers
+    from snapfusion.export.verification import check_sampler_and_tokenizer
 
     bundle = open_bundle(folder)
     files = bundle.manifest["files"]
     size = sum(told["bytes"] for told in files.values()) / 2**20
     print(f"{folder}: {len(files)} files, {size:.1f} MiB, as the manifest says")
-    for checked in check_numbers(bundle):
+    for checked in check_sampler_and_tokenizer(bundle):
         print(f"  {checked.what}: {checked.found}")
     for variant, told in bundle.manifest["variants"].items():
         _verify_variant(bundle, variant, runtime=told["runtime"])
@@ -46,13 +46,13 @@ def verify(folder: Path) -> None:
 def _verify_variant(bundle: MobileBundle, variant: str, *, runtime: str) -> None:
     from snapfusion.export.bundle import COREML, EXECUTORCH
     from snapfusion.export.coreml import open_packages
-    from snapfusion.export.loop import Programs
+    from snapfusion.export.loop import CompiledModel
     from snapfusion.export.verification import check_variant
 
     if runtime == EXECUTORCH:
         opened = bundle.programs(variant)
     elif runtime == COREML and sys.platform == "darwin":
-        opened = Programs(
+        opened = CompiledModel(
             text_encoder=open_packages(bundle.files(variant, "text_encoder")),
             unet=open_packages(bundle.files(variant, "unet")),
             decoder=open_packages(bundle.files(variant, "decoder")),

@@ -12,19 +12,19 @@ from typing import NoReturn
 
 import pyarrow as pa
 
-from jobs.cli import Job, run
-from jobs.distill_steps import sources
-from jobs.evaluation import Contender
-from jobs.exits import leave
-from jobs.vetoes import latents_vetoes_of, vetoes_of
-from pipelines import fingerprints, latents, pairs, references, samples, targets
-from pipelines.account import Account
+from jobs.cli.inputs import latents_row_filters, row_filters, teacher_and_student
+from jobs.cli.job import Job, run
+from jobs.evaluation.settings import Contender
+from jobs.runtime.exit_codes import exit_process
+from pipelines.datasets import latents, pairs, references, samples, targets
+from pipelines.dedup import fingerprints
 from pipelines.sources.webdataset import list_shards
-from pipelines.tables import Snapshot, open_table
-from pipelines.verification import CannotRemake, Remake, verify_table
+from pipelines.tables.manifest import UnitManifest
+from pipelines.tables.table import Snapshot, open_table
+from pipelines.tables.verification import CannotRecompute, Recompute, verify_table
 
 
-class Unsound(RuntimeError):
+class VerificationFailed(RuntimeError):
     """A table that is not what it says it is."""
 
 
@@ -45,25 +45,25 @@ def verify(job: Job) -> None:
         print(f"  {note}")
     if found.faults:
         shown = "\n".join(f"  {fault}" for fault in found.faults[:20])
-        raise Unsound(f"{len(found.faults)} faults in {table.url}\n{shown}")
+        raise VerificationFailed(f"{len(found.faults)} faults in {table.url}\n{shown}")
     print("  no fault found")
 
 
-def remake_for(job: Job, table: Snapshot) -> Remake:
+def remake_for(job: Job, table: Snapshot) -> Recompute:
     """How units of this kind of table are made again."""
     recipe = job.recipe
     if table.identity["kind"] == "pairs":
-        return pairs.remake(table, teacher=recipe.model)
+        return pairs.recomputer(table, teacher=recipe.model)
     beside = job.target.rpartition("/")[0]
     if table.identity["kind"] == "targets":
         parents = open_table(f"{beside}/latents", kind="latents")
-        teacher, _ = sources(replace(job, out=beside))
-        return targets.remake(table, teacher=teacher, latents=parents)
+        teacher, _ = teacher_and_student(replace(job, out=beside))
+        return targets.recomputer(table, teacher=teacher, latents=parents)
     if table.identity["kind"] == "samples":
         # As `jobs.evaluate` leaves it, at OUT/evaluation/NAME.
         there, name = replace(job, out=beside.rpartition("/")[0]), job.target.rpartition("/")[2]
         drew = {one.name: one for one in recipe.evaluation.contenders}.get(name, Contender(name=name))
-        return samples.remake(
+        return samples.recomputer(
             table,
             settings=recipe.evaluation.samples,
             model=there.source(drew.model or recipe.model),
@@ -71,20 +71,20 @@ def remake_for(job: Job, table: Snapshot) -> Remake:
         )
     if table.identity["kind"] == "references":
         wanted = recipe.evaluation
-        return references.remake(table, settings=wanted.references, judging=wanted.samples.judging)
+        return references.recomputer(table, settings=wanted.references, judging=wanted.samples.judging)
     if table.identity["kind"] == "duplicates":
         return _made_in_rounds
     shards = list_shards(recipe.source.url or f"{beside}/shards")
     there, source = replace(job, out=beside), recipe.source.name
     if table.identity["kind"] == "fingerprints":
-        return fingerprints.remake(table, shards=shards, source=source, vetoes=vetoes_of(there))
-    return latents.remake(
-        table, model=recipe.model, shards=shards, source=source, vetoes=latents_vetoes_of(there)
+        return fingerprints.recomputer(table, shards=shards, source=source, vetoes=row_filters(there))
+    return latents.recomputer(
+        table, model=recipe.model, shards=shards, source=source, vetoes=latents_row_filters(there)
     )
 
 
-def _made_in_rounds(account: Account, _rows: pa.Table) -> NoReturn:
-    raise CannotRemake(f"its round is made as a whole, and {account.unit} is a part of it")
+def _made_in_rounds(account: UnitManifest, _rows: pa.Table) -> NoReturn:
+    raise CannotRecompute(f"its round is made as a whole, and {account.unit} is a part of it")
 
 
 def preview(job: Job) -> list[str]:
@@ -97,4 +97,4 @@ def preview(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

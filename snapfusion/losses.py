@@ -50,6 +50,6 @@ def distillation_loss(x_hat: Tensor, *, x_target: Tensor, t: Tensor, schedule: S
     return distillation_weight(t, schedule=schedule) * error
 
 
-def mix(*, distillation: Tensor, original: Tensor, gamma: float) -> Tensor:
+def combined_loss(*, distillation: Tensor, original: Tensor, gamma: float) -> Tensor:
     """L = L_dstl + gamma L_ori, [B] float32 of two such. SnapFusion Eq. 11."""
     return distillation + gamma * original

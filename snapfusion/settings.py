@@ -45,7 +45,7 @@ class Settings(BaseModel):
             path, equals, text = assignment.partition("=")
             if not equals or not path:
                 raise SettingsError(f"{assignment!r} is not of the form key=value")
-            _assign(values, path=path, value=_read(text))
+            _assign(values, path=path, value=_parse_value(text))
         return type(self).parse(values)
 
     def to_values(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _short(value: Any) -> str:  # noqa: ANN401 - any JSON value
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _read(text: str) -> Any:  # noqa: ANN401 - any JSON value
+def _parse_value(text: str) -> Any:  # noqa: ANN401 - any JSON value
     try:
         return json.loads(text)
     except ValueError:

@@ -17,16 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from snapfusion.sampling import CLEAN, Denoiser, ddim_step
 from snapfusion.schedule import Estimate, Schedule
-
-Solver = Literal["ddim", "euler", "dpm", "dpm++"]
-SOLVERS: tuple[str, ...] = get_args(Solver)
+from snapfusion.solver_names import SOLVERS, Solver
 
 
 def solve(

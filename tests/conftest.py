@@ -16,6 +16,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Test files have unique names, so each of their folders can be on the path: of this process, of the scripts that
+# tests start and of Ray's workers. The checkout comes first, or an installed copy would be tested.
+TESTS = Path(__file__).parent
+_FOLDERS = [str(folder) for folder in (TESTS.parent, *sorted({file.parent for file in TESTS.rglob("*.py")}))]
+sys.path[:0] = [folder for folder in _FOLDERS if folder not in sys.path]
+os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
+
 import fsspec
 import pytest
 import s3fs
@@ -28,7 +35,7 @@ from snapfusion.models.architecture import Architecture, Layer
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.save import save
 from snapfusion.models.tokenizer import build_tokenizer
-from snapfusion.models.unet import build
+from snapfusion.models.unet import build_unet
 from snapfusion.schedule import Schedule
 
 
@@ -84,7 +91,7 @@ def tiny_student(seed: int = 0) -> Bundle:
     """As `tiny_bundle`, with few blocks, because each takes long to lower: a UNet of one level, for v."""
     bundle = tiny_bundle(seed)
     layer = Layer(resnet="0", attentions=("0",), skip=True)
-    bundle.unet = build(
+    bundle.unet = build_unet(
         Architecture(
             channels=(8,),
             heads=(2,),
@@ -156,11 +163,10 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster, for all tests that need one; its workers can import the stages of tests."""
     import ray
 
-    from jobs.cluster import Cluster, connect
+    from jobs.runtime.cluster import connect
+    from jobs.runtime.settings import ClusterSettings
 
-    tests = Path(__file__).parent
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests / "pipelines")])
-    connect(Cluster())
+    connect(ClusterSettings())
     yield
     ray.shutdown()
 

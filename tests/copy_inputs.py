@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from pipelines.fingerprints import Fingerprints, fingerprint_shards
-from pipelines.latents import Latents
-from pipelines.sources.shards import Picture, write_shard
+from pipelines.datasets.settings import LatentsSettings
+from pipelines.dedup.fingerprints import fingerprint_shards
+from pipelines.dedup.settings import FingerprintsSettings
+from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.sources.webdataset import list_shards
-from pipelines.stages.image import ImageSettings
-from pipelines.tables import Snapshot
+from pipelines.stages.settings import ImageSettings
+from pipelines.tables.table import Snapshot
 
-LATENTS = Latents(rows_per_unit=4, images=ImageSettings(min_side=8))
-SETTINGS = Fingerprints(rows_per_unit=5)
+LATENTS = LatentsSettings(rows_per_unit=4, images=ImageSettings(min_side=8))
+SETTINGS = FingerprintsSettings(rows_per_unit=5)
 
 
 def photograph(n: int, *, side: int = 240) -> Image.Image:
@@ -43,16 +44,18 @@ def near_copies(n: int) -> dict[str, bytes]:
     }
 
 
-def row(n: int, *, image: bytes | None = None, caption: str | None = None, url: str | None = None) -> Picture:
+def row(
+    n: int, *, image: bytes | None = None, caption: str | None = None, url: str | None = None
+) -> ShardRow:
     """Row n, which is like no other but for what is given."""
-    return Picture(
+    return ShardRow(
         image=encoded(photograph(n)) if image is None else image,
         caption=f"photograph number {n}" if caption is None else caption,
         url=f"http://origin/{n}.jpg" if url is None else url,
     )
 
 
-def write_shards(folder: Path, shards: Sequence[Sequence[Picture]], *, first: int = 0) -> None:
+def write_shards(folder: Path, shards: Sequence[Sequence[ShardRow]], *, first: int = 0) -> None:
     for index, rows in enumerate(shards, start=first):
         write_shard(str(folder), rows, index=index, rows_per_shard=100)
 

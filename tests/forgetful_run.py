@@ -8,29 +8,28 @@ from pathlib import Path
 import numpy as np
 from in_process import in_process
 
-from pipelines.forgotten import Forgotten, ForgottenList, key_of, normal_url
-from pipelines.latents import Latents, encode_latents
-from pipelines.pairs import Pairs, captions_of, generate_pairs, withhold
-from pipelines.schemas import to_png
-from pipelines.sources.shards import Picture, write_shard
+from pipelines.datasets.latents import encode_latents
+from pipelines.datasets.pairs import captions_of, generate_pairs, withhold_deleted
+from pipelines.datasets.settings import LatentsSettings, PairsSettings, TargetsSettings
+from pipelines.datasets.targets import compute_targets
+from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.sources.webdataset import list_shards
-from pipelines.stages.generate import Generation
-from pipelines.stages.image import ImageSettings
-from pipelines.stages.target import Teaching
-from pipelines.stages.withhold import Withhold
-from pipelines.tables import Snapshot, open_table
-from pipelines.targets import Targets, compute_targets
-from snapfusion.training.draws import CfgRange
+from pipelines.stages.deletion_filter import DeletionFilter
+from pipelines.stages.settings import Generation, ImageSettings, TeacherSettings
+from pipelines.tables.deletion_list import DeletionKeys, DeletionList, normalize_url, sha256_key
+from pipelines.tables.schemas import to_png
+from pipelines.tables.table import Snapshot, open_table
+from snapfusion.training.settings import CfgRange
 
-LATENTS = Latents(rows_per_unit=4, images=ImageSettings(min_side=8))
-TARGETS = Targets(
-    teaching=Teaching(
+LATENTS = LatentsSettings(rows_per_unit=4, images=ImageSettings(min_side=8))
+TARGETS = TargetsSettings(
+    teaching=TeacherSettings(
         student_steps=4, k=2, cfg_range=CfgRange(low=1.0, high=6.0), caption_dropout=0.3, batch_size=3, seed=7
     ),
     draws=2,
     cfg_probability=0.5,
 )
-PAIRS = Pairs(generation=Generation(steps=4, guidance=2.0, batch_size=3, seed=7), rows_per_unit=4)
+PAIRS = PairsSettings(generation=Generation(steps=4, guidance=2.0, batch_size=3, seed=7), rows_per_unit=4)
 ROWS = 10
 TABLES = ("latents", "targets", "pairs")
 
@@ -60,7 +59,7 @@ def make_shards(folder: Path, *, shards: int = 2) -> None:
     """Shards of ten rows, the fourth of which is no picture."""
     for index in range(shards):
         pictures = [
-            Picture(
+            ShardRow(
                 image=b"this is text" if row == 3 else picture(100 * index + row),
                 caption=caption_of(index, row),
                 url=url_of(index, row),
@@ -76,7 +75,7 @@ class Run:
     def __init__(self, out: Path, *, teacher: str) -> None:
         self.out = out
         self.teacher = teacher
-        self.list = ForgottenList(str(out / "forgotten"))
+        self.list = DeletionList(str(out / "forgotten"))
 
     @property
     def urls(self) -> list[str]:
@@ -95,7 +94,7 @@ class Run:
             shards=list_shards(str(self.out / "shards")),
             source="web",
             url=str(self.out / name),
-            vetoes=[Withhold(self.list)],
+            vetoes=[DeletionFilter(self.list)],
             run=in_process,
         )
 
@@ -114,7 +113,7 @@ class Run:
         return generate_pairs(
             PAIRS.with_values([f"draws={draws}"]),
             teacher=self.teacher,
-            captions=withhold(captions_of(self.table("latents")), self.list.read()),
+            captions=withhold_deleted(captions_of(self.table("latents")), self.list.read()),
             source="captions",
             url=str(self.out / "pairs"),
             run=in_process,
@@ -136,6 +135,8 @@ def make_run(out: Path, *, teacher: str) -> Run:
     return run
 
 
-def naming(*, urls: tuple[str, ...] = (), ids: tuple[str, ...] = ()) -> Forgotten:
+def naming(*, urls: tuple[str, ...] = (), ids: tuple[str, ...] = ()) -> DeletionKeys:
     """A request."""
-    return Forgotten(urls=frozenset(key_of(normal_url(url)) for url in urls), ids=frozenset(map(key_of, ids)))
+    return DeletionKeys(
+        urls=frozenset(sha256_key(normalize_url(url)) for url in urls), ids=frozenset(map(sha256_key, ids))
+    )

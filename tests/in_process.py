@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from pipelines.execution import Stage
+from pipelines.ray_data.execution import PipelineStage
 
 
-def in_process(items: Iterable[Any], stages: list[Stage]) -> Iterator[Any]:
-    """A `pipelines.execution.Runner`."""
+def in_process(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[Any]:
+    """A `pipelines.ray_data.execution.Runner`."""
     works = [stage.build(**stage.arguments) for stage in stages]
     yield from _through(items, works)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from in_process import in_process
 
-from jobs.cli import Job
-from jobs.recipes import recipe_named
-from jobs.render_scenes import render_scenes
-from pipelines.latents import encode_latents
+from jobs.cli.job import Job
+from jobs.cli.scenes import render_scenes
+from jobs.recipes.registry import recipe_named
+from pipelines.datasets.latents import encode_latents
 from pipelines.sources.webdataset import list_shards
 
 

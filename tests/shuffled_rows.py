@@ -51,7 +51,7 @@ class ShuffledRows:
 
 
 def read_shuffled(seed: int):
-    """A `pipelines.grouping.Read`."""
+    """A `pipelines.ray_data.shuffle.Read`."""
 
     def read(things: Sequence[Any], function: Callable[[Any], pa.Table]) -> ShuffledRows:
         return ShuffledRows([function(thing) for thing in things], seed=seed)

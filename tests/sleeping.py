@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jobs.training import Training
-from pipelines.loader import BatchLoader, LoaderSettings
+from jobs.training.spec import Training
+from pipelines.loading.loader import BatchLoader
+from pipelines.loading.settings import LoaderSettings
 from pipelines.stages.generate import GeneratePairs
-from pipelines.tables import open_table
+from pipelines.tables.table import open_table
 from snapfusion.training.batch import Batch
-from snapfusion.training.loop import LoopSettings
+from snapfusion.training.settings import LoopSettings
 
 SECONDS_A_ROW = 0.025
 SHARE = 8

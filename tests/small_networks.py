@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from snapfusion.export.attention import Form
 from snapfusion.export.modules import FixedModule, decoder_module, text_encoder_module, unet_module
+from snapfusion.export.settings import AttentionLayout
 from snapfusion.models.decoder import HalfDecoder
 
 LATENT = (4, 8, 8)
@@ -42,7 +42,7 @@ def small_decoder() -> FixedModule:
     return decoder_module(HalfDecoder.from_vae(small_vae()), latent_shape=LATENT)
 
 
-def small_unet(*, form: Form = "channels-first") -> FixedModule:
+def small_unet(*, form: AttentionLayout = "channels-first") -> FixedModule:
     """Two levels of one layer; one of them and the middle have cross-attention of two heads."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(

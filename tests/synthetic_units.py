@@ -12,16 +12,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipelines import commits, intake
-from pipelines.account import read_account, to_parquet
-from pipelines.commits import Written, adopt
-from pipelines.intake import Bounds, recover, take_in
-from pipelines.rejection import Rejection
-from pipelines.schemas import latents_schema
+from pipelines.rejections import Rejection
 from pipelines.stages import write
 from pipelines.stages.write import WriteUnit
-from pipelines.tables import UnitFile, accounts, create_table, marked
-from pipelines.units import FinishedRows, Unit, gaps, intervals
+from pipelines.tables import commits
+from pipelines.tables import committer as intake
+from pipelines.tables.commits import WrittenUnit, read_written_unit
+from pipelines.tables.committer import commit_stream, recover
+from pipelines.tables.manifest import read_manifest, to_parquet
+from pipelines.tables.schemas import latents_schema
+from pipelines.tables.settings import Bounds
+from pipelines.tables.table import UnitFile, create_table, revised_name, unit_manifests
+from pipelines.tables.units import FinishedRows, Unit, committed_ranges, uncovered_ranges
 from snapfusion.settings import digest
 
 SCHEMA = latents_schema(latent_shape=(4, 2, 2), num_tokens=4)
@@ -56,23 +58,25 @@ def run(url: str, *, total: int = TOTAL) -> None:
     table = create_table(url, schema=SCHEMA, identity=IDENTITY)
     recover(url)
     writer = WriteUnit(url=table.url, schema=SCHEMA, settings=digest(table.identity))
-    left = gaps(total, committed=intervals(accounts(url).values(), "s"), rows_per_unit=4)
+    left = uncovered_ranges(
+        total, committed=committed_ranges(unit_manifests(url).values(), "s"), rows_per_unit=4
+    )
 
-    def work() -> Iterator[Written]:
+    def work() -> Iterator[WrittenUnit]:
         for gap in left:
             yield writer(finished(gap.start, gap.stop, final=gap.final))
 
-    take_in(url, work(), bounds=Bounds(commit_seconds=0.0), total=total)
+    commit_stream(url, work(), bounds=Bounds(commit_seconds=0.0), total=total)
 
 
-def without_first_row(file: UnitFile) -> tuple[UnitFile, Written]:
+def without_first_row(file: UnitFile) -> tuple[UnitFile, WrittenUnit]:
     """The old file and a new one, which lies there but is not committed."""
-    account, rows = read_account(Path(file.path).read_bytes()), pq.read_table(file.path)
+    account, rows = read_manifest(Path(file.path).read_bytes()), pq.read_table(file.path)
     gone = Rejection(id="gone", source="s", reason="broken_image", detail="", ordinal=account.start)
     fewer = replace(account, rows_written=account.rows_written - 1, rejections=(*account.rejections, gone))
-    path = Path(file.path).with_name(marked(file.unit, fewer.to_json()))
+    path = Path(file.path).with_name(revised_name(file.unit, fewer.to_json()))
     path.write_bytes(to_parquet(rows.slice(1), fewer))
-    return file, adopt(str(path))
+    return file, read_written_unit(str(path))
 
 
 def kill_at(point: str, *, after: int) -> None:
@@ -96,7 +100,7 @@ def kill_at(point: str, *, after: int) -> None:
     elif point == "rejects_to_rows":
         commits._commit_rows = die_before(commits._commit_rows)
     elif point == "rows_to_accounts":
-        commits._commit_accounts = die_before(commits._commit_accounts)
+        commits._commit_manifests = die_before(commits._commit_manifests)
     elif point == "after_commit":
         intake._too_many = die_before(intake._too_many)
 

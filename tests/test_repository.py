@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import tomllib
-from fnmatch import fnmatch
 from pathlib import Path
 
 import jsonschema
@@ -100,32 +99,6 @@ def test_images_run_the_ray_that_is_pinned():
     kuberay = yaml.safe_load((ROOT / "infra/kuberay/cluster.yaml").read_text())
     assert kuberay["spec"]["rayVersion"] == version
     assert kuberay["spec"]["authOptions"] == {"mode": "token"}
-
-
-def readme_tree() -> dict[str, set[str]]:
-    """Folder ("" is the top) -> the names that README's annotated tree shows in it, folders with a slash."""
-    block = (ROOT / "README.md").read_text().split("## What is where")[1].split("```")[1]
-    shown: dict[str, set[str]] = {"": set()}
-    folder = ""
-    for line in block.strip().splitlines():
-        names = re.split(r" {2,}", line.strip())[0].split()
-        if not line.startswith(" "):
-            folder = ""
-        shown.setdefault(folder, set()).update(names)
-        if not line.startswith(" ") and names[0].endswith("/"):
-            folder = names[0]
-    return shown
-
-
-@pytest.mark.parametrize("folder", readme_tree())
-def test_readme_shows_the_files_that_are_there(folder):
-    there = {
-        path.name + "/" * path.is_dir()
-        for path in (ROOT / folder).iterdir()
-        if not path.name.startswith((".", "__init__"))
-        and not any(fnmatch(path.name, pattern) for pattern in GENERATED)
-    }
-    assert readme_tree()[folder] == there
 
 
 def test_readme_names_every_job():

@@ -6,14 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jobs.planning.passes import student_passes, teacher_passes
 from jobs.planning.rates import Rates
-from jobs.planning.sizes import Network
-from jobs.planning.workload import student_passes, teacher_passes
-from snapfusion.training.steps import BRANCHES, StepsSettings
+from jobs.planning.sizes import NetworkSize
+from snapfusion.training.settings import StepDistillationSettings
+from snapfusion.training.step_distillation import BRANCHES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prices:
+class UnitPrices:
     """What a second of one worker costs, and a row that is stored.
 
     Attributes:
@@ -57,12 +58,12 @@ class BreakEven:
 
 def break_even(
     name: str,
-    steps: StepsSettings,
+    steps: StepDistillationSettings,
     *,
-    student: Network,
-    teacher: Network,
+    student: NetworkSize,
+    teacher: NetworkSize,
     rates: Rates,
-    prices: Prices,
+    prices: UnitPrices,
     stored_bytes: float,
     used: float,
     again: bool = False,

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jobs.planning.prices import Market, NodeType, StoragePrices
-from jobs.planning.rates import Kind, Rates
-from jobs.planning.requests import NO_REQUESTS, Reading, Requests, Writing
+from jobs.planning.prices import NodeType, StoragePrices
+from jobs.planning.rates import Rates, WorkKind
+from jobs.planning.requests import NO_REQUESTS, Requests, TableWrites, TrainingReads
+from jobs.planning.settings import Market
 
-Start = Literal["none", "job", "training"]
-Sort = Literal["tables", "training"]
+StartupKind = Literal["none", "job", "training"]
+NodeRole = Literal["tables", "training"]
 """Of a stage: a unit of a table that was lost is made again, a training stands still."""
 
 
@@ -26,14 +27,14 @@ class Work:
         each: whether every worker does them all, or one while the others wait; else they share them.
     """
 
-    kind: Kind
+    kind: WorkKind
     units: float
     gmacs: float | None = None
     each: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class WorkerGroup:
     """Workers of one kind in a stage, and what they do, one thing after the other.
 
     Attributes:
@@ -52,7 +53,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
+class PeakMemory:
     """What one worker holds at its highest, in bytes.
 
     Attributes:
@@ -70,7 +71,7 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class PlannedStage:
     """One step of a run.
 
     Attributes:
@@ -89,16 +90,16 @@ class Stage:
     name: str
     verb: str
     rows: int
-    parts: tuple[Part, ...]
-    start: Start = "none"
+    parts: tuple[WorkerGroup, ...]
+    start: StartupKind = "none"
     leaves: float = 0.0
-    writing: Writing | None = None
-    reading: Reading | None = None
-    memory: Memory | None = None
+    writing: TableWrites | None = None
+    reading: TrainingReads | None = None
+    memory: PeakMemory | None = None
     local: bool = False
 
     @property
-    def sort(self) -> Sort:
+    def sort(self) -> NodeRole:
         """Which nodes it runs on."""
         return "training" if self.start == "training" else "tables"
 
@@ -117,7 +118,7 @@ class Cluster:
     node: NodeType
     nodes: int
 
-    def workers(self, part: Part) -> int:
+    def workers(self, part: WorkerGroup) -> int:
         """How many of a part's workers there are: one an accelerator, or as the recipe has them on cores."""
         if self.node.accelerators:
             found = self.nodes * (self.node.accelerators if part.on == "accelerator" else self.node.cores)
@@ -144,7 +145,7 @@ class StageForecast:
         request_cost: of those.
     """
 
-    stage: Stage
+    stage: PlannedStage
     workers: int
     slowest: str
     start_seconds: float
@@ -163,11 +164,11 @@ class StageForecast:
 
 
 def forecast(
-    stages: Sequence[Stage],
+    stages: Sequence[PlannedStage],
     *,
     cluster: Cluster,
     rates: Rates,
-    markets: Mapping[Sort, Market],
+    markets: Mapping[NodeRole, Market],
     storage: StoragePrices,
 ) -> list[StageForecast]:
     """What each stage takes; one after the other, as they read what those before them wrote.
@@ -194,7 +195,13 @@ def forecast(
 
 
 def _forecast(
-    stage: Stage, *, start: float, cluster: Cluster, rates: Rates, market: Market, storage: StoragePrices
+    stage: PlannedStage,
+    *,
+    start: float,
+    cluster: Cluster,
+    rates: Rates,
+    market: Market,
+    storage: StoragePrices,
 ) -> StageForecast:
     cluster = Cluster(name=cluster.name, node=cluster.node, nodes=1) if stage.local else cluster
     times = {part.name: _seconds(part, cluster=cluster, rates=rates, sort=stage.sort) for part in stage.parts}
@@ -223,7 +230,7 @@ def _forecast(
     )
 
 
-def _seconds(part: Part, *, cluster: Cluster, rates: Rates, sort: Sort) -> float:
+def _seconds(part: WorkerGroup, *, cluster: Cluster, rates: Rates, sort: NodeRole) -> float:
     """Of a part, were it alone."""
     workers = cluster.workers(part)
     seconds = sum(
@@ -236,7 +243,7 @@ def _seconds(part: Part, *, cluster: Cluster, rates: Rates, sort: Sort) -> float
     return seconds * (crowding if crowded else 1.0)
 
 
-def _on_all_cores(stage: Stage, times: dict[str, float], *, cluster: Cluster) -> float:
+def _on_all_cores(stage: PlannedStage, times: dict[str, float], *, cluster: Cluster) -> float:
     """Seconds that the parts take at least where they share the cores of nodes without accelerators."""
     if cluster.node.accelerators:
         return 0.0

@@ -1,7 +1,7 @@
 """The most that a network's worker holds: tensors counted on shapes as they come and go, without a device.
 
 Counted in the networks' own dtype. Attention is taken for the fused kind, whose matrix of scores is never
-whole. What an allocator loses between tensors is not in it (`SLACK`).
+whole. What an allocator loses between tensors is not in it (`ALLOCATOR_SLACK`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jobs.planning.forecast import Memory
-from jobs.planning.sizes import Sizes
+from jobs.planning.forecast import PeakMemory
+from jobs.planning.sizes import ModelSizes
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.decoder import DecoderConfig, HalfDecoder
 from snapfusion.models.unet import BlockUNet
 
-SLACK = 1.2
+ALLOCATOR_SLACK = 1.2
 """By which activations are multiplied: an allocator's gaps, and norms that a GPU's autocast keeps in float32.
 
 An assumption: no GPU was at hand to measure it."""
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _COUNTED_IN = torch.bfloat16
 _FLOAT = 4
 
@@ -93,7 +93,7 @@ def _fused_attention() -> Iterator[None]:
         torch.nn.functional.scaled_dot_product_attention = own
 
 
-def _most(network: nn.Module, run: Callable[[], Tensor], *, trained: bool) -> int:
+def _peak_bytes(network: nn.Module, run: Callable[[], Tensor], *, trained: bool) -> int:
     """Bytes of tensors, weights and gradients apart, at the highest while `run` goes on."""
     network.requires_grad_(trained).train(trained)
     known = set[int]()
@@ -120,7 +120,7 @@ def unet_bytes(architecture: Architecture, *, tokens: int, trained: bool, checkp
         time = torch.zeros(1)
     if checkpointing:
         unet.enable_gradient_checkpointing()
-    return _most(
+    return _peak_bytes(
         unet,
         lambda: unet(z, time, encoder_hidden_states=c, timestep_cond=heard).sample,
         trained=trained,
@@ -128,7 +128,7 @@ def unet_bytes(architecture: Architecture, *, tokens: int, trained: bool, checkp
 
 
 @functools.lru_cache(maxsize=8)
-def vae_bytes(sizes: Sizes) -> int:
+def vae_bytes(sizes: ModelSizes) -> int:
     """Of activations in two bytes, for one picture that goes through the VAE's encoder or decoder."""
     bundle, side = sizes.bundle, sizes.bundle.image_size
     with torch.device("meta"):
@@ -136,18 +136,18 @@ def vae_bytes(sizes: Sizes) -> int:
         picture = torch.empty(1, 3, side, side, dtype=_COUNTED_IN)
         latent = torch.empty(1, *bundle.latent_shape, dtype=_COUNTED_IN)
     return max(
-        _most(vae, lambda: vae.encode(picture).latent_dist.mean, trained=False),
-        _most(vae, lambda: vae.decode(latent).sample, trained=False),
+        _peak_bytes(vae, lambda: vae.encode(picture).latent_dist.mean, trained=False),
+        _peak_bytes(vae, lambda: vae.decode(latent).sample, trained=False),
     )
 
 
 @functools.lru_cache(maxsize=8)
-def half_decoder_bytes(sizes: Sizes) -> int:
+def half_decoder_bytes(sizes: ModelSizes) -> int:
     """Of activations in two bytes, for one latent through the half-width decoder and back."""
     with torch.device("meta"):
         decoder = HalfDecoder(DecoderConfig.half_of(sizes.bundle.vae)).to(_COUNTED_IN)
         latent = torch.empty(1, *sizes.bundle.latent_shape, dtype=_COUNTED_IN)
-    return _most(decoder, lambda: decoder(latent), trained=True)
+    return _peak_bytes(decoder, lambda: decoder(latent), trained=True)
 
 
 def training_memory(
@@ -162,7 +162,7 @@ def training_memory(
     averaged: bool,
     workers: int,
     spread: bool,
-) -> Memory:
+) -> PeakMemory:
     """Of one worker of a training.
 
     Args:
@@ -184,14 +184,14 @@ def training_memory(
     else:
         kept = parameters * (states + (_FLOAT if workers > 1 else 0))
     autocast = precision != "float32"
-    casts = parameters * BYTES[precision] if autocast else 0
-    passing = casts + rows * row_bytes * (1 if autocast else 2) * SLACK
+    casts = parameters * DTYPE_BYTES[precision] if autocast else 0
+    passing = casts + rows * row_bytes * (1 if autocast else 2) * ALLOCATOR_SLACK
     # AdamW goes through all parameters at once, with one more copy of them; activations are gone by then.
     updating = parameters * _FLOAT / (workers if spread else 1)
-    return Memory(networks=kept + frozen * _FLOAT + frozen_bytes, activations=max(passing, updating))
+    return PeakMemory(networks=kept + frozen * _FLOAT + frozen_bytes, activations=max(passing, updating))
 
 
-def network_memory(*, parameters: int, dtype: str, row_bytes: int, rows: int) -> Memory:
+def network_memory(*, parameters: int, dtype: str, row_bytes: int, rows: int) -> PeakMemory:
     """Of one worker that only asks networks, all of them in one dtype."""
-    size = BYTES[dtype]
-    return Memory(networks=parameters * size, activations=rows * row_bytes * size / 2 * SLACK)
+    size = DTYPE_BYTES[dtype]
+    return PeakMemory(networks=parameters * size, activations=rows * row_bytes * size / 2 * ALLOCATOR_SLACK)

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from jobs.cli import Job
-from jobs.encode_latents import shards_url
-from jobs.planning.break_even import BreakEven, Prices, break_even
-from jobs.planning.forecast import Cluster, Sort, StageForecast, forecast
-from jobs.planning.prices import Market, NodeType, PriceList, price_list
+from jobs.cli.inputs import shards_url
+from jobs.cli.job import Job
+from jobs.planning.break_even import BreakEven, UnitPrices, break_even
+from jobs.planning.forecast import Cluster, NodeRole, StageForecast, forecast
+from jobs.planning.prices import NodeType, PriceList, price_list
 from jobs.planning.rates import Rates
-from jobs.planning.settings import PlanSettings
-from jobs.planning.sizes import Sizes
+from jobs.planning.settings import Market, PlanSettings
+from jobs.planning.sizes import ModelSizes
 from jobs.planning.workload import Counts, Workload
 from pipelines.sources import SourceError
 from pipelines.sources.webdataset import count_rows, list_shards
@@ -66,7 +66,7 @@ class Plan:
         return sum(one.request_cost for one in self.stages)
 
 
-def make_plan(job: Job, settings: PlanSettings, *, rates: Rates, sizes: Sizes) -> Plan:
+def plan_run(job: Job, settings: PlanSettings, *, rates: Rates, sizes: ModelSizes) -> Plan:
     """What a run will take, by given rates.
 
     Raises:
@@ -84,7 +84,7 @@ def make_plan(job: Job, settings: PlanSettings, *, rates: Rates, sizes: Sizes) -
         checkpointed=rates.checkpointed,
     )
     stages = workload.stages()
-    markets: dict[Sort, Market] = {"tables": settings.tables_on, "training": settings.trainings_on}
+    markets: dict[NodeRole, Market] = {"tables": settings.tables_on, "training": settings.trainings_on}
 
     def on(nodes: int) -> list[StageForecast]:
         cluster = Cluster(name=settings.node or _HERE, node=node, nodes=nodes)
@@ -177,7 +177,7 @@ def _break_even(workload: Workload, *, rates: Rates, node: NodeType, prices: Pri
     workers = (node.accelerators or node.cores) * 3600.0
     free = not node.on_demand
     # Where nothing has a price, a second is worth a second on either side.
-    price = Prices(
+    price = UnitPrices(
         making=1.0 if free else node.price(settings.tables_on) / workers,
         training=1.0 if free else node.price(settings.trainings_on) / workers,
         stored=0.0 if free else workload.target_bytes / 1e9 * prices.storage.gb_month * settings.months,

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from jobs.planning.shipped import read_settings
+from jobs.planning.builtin_lists import read_list
+from jobs.planning.settings import Market
 from snapfusion.settings import Settings
-
-Market = Literal["on_demand", "spot"]
 
 
 class NodeType(Settings):
@@ -76,4 +73,4 @@ def price_list(name: str) -> PriceList:
     Raises:
         SettingsError: if there is none, or it is no price list; says which.
     """
-    return read_settings(PriceList, name, kind="prices")
+    return read_list(PriceList, name, kind="prices")

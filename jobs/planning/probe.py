@@ -30,28 +30,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from jobs.cli import Job
-from jobs.cluster import connect
-from jobs.encode_latents import shards_url
-from jobs.planning.rates import Kind, Rate, Rates, Starts
-from jobs.planning.sizes import Network, Sizes
-from jobs.planning.steps import LEAST, decoder_step, step_seconds
-from jobs.planning.surroundings import measure_surroundings
-from jobs.render_scenes import render_scenes
-from jobs.timing import TimingSettings, setting_of
-from pipelines.execution import Runner, Stage
-from pipelines.latents import encode_latents
-from pipelines.schemas import to_png
+from jobs.cli.inputs import shards_url
+from jobs.cli.job import Job
+from jobs.cli.scenes import render_scenes
+from jobs.evaluation.settings import TimingSettings
+from jobs.evaluation.timing import setting_of
+from jobs.planning.overhead import measure_overhead
+from jobs.planning.rates import Rate, Rates, StartupSeconds, WorkKind
+from jobs.planning.sizes import ModelSizes, NetworkSize
+from jobs.planning.step_probe import LEAST, decoder_step, step_seconds
+from jobs.runtime.cluster import connect
+from pipelines.datasets.latents import encode_latents
+from pipelines.ray_data.execution import PipelineStage, Runner
 from pipelines.sources.webdataset import list_shards
 from pipelines.stages.generate import GeneratePairs
+from pipelines.tables.schemas import to_png
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.load import load
-from snapfusion.models.unet import build
+from snapfusion.models.unet import build_unet
 from snapfusion.noise import noise_key
 from snapfusion.settings import SettingsError
 from snapfusion.training.batch import Batch
-from snapfusion.training.captions import Captions
+from snapfusion.training.captions import CaptionEncoder
 from snapfusion.training.velocity import VelocityObjective
 
 OnPart = Callable[[str], None]
@@ -72,18 +73,20 @@ _SCENES = 128
 class _Found:
     """Rates as they are measured."""
 
-    rates: dict[Kind, list[Rate]] = field(default_factory=lambda: defaultdict(list))
+    rates: dict[WorkKind, list[Rate]] = field(default_factory=lambda: defaultdict(list))
 
-    def update(self, network: Network) -> float:
+    def update(self, network: NetworkSize) -> float:
         """Seconds of an update as a forecast takes them; what else a step takes is in its rows."""
         return self.rates["update"][0].seconds * network.parameters / 1e6
 
-    def add(self, kind: Kind, seconds: float, *, gmacs: float | None = None) -> None:
+    def add(self, kind: WorkKind, seconds: float, *, gmacs: float | None = None) -> None:
         # A difference of two times may come out as nothing on a busy machine.
         self.rates[kind].append(Rate(seconds=max(seconds, 1e-9), gmacs=gmacs))
 
 
-def probe(job: Job, *, sizes: Sizes, efficient: Architecture, on_part: OnPart = lambda part: None) -> Rates:
+def probe(
+    job: Job, *, sizes: ModelSizes, efficient: Architecture, on_part: OnPart = lambda part: None
+) -> Rates:
     """Measure this machine for a recipe.
 
     Args:
@@ -104,7 +107,7 @@ def probe(job: Job, *, sizes: Sizes, efficient: Architecture, on_part: OnPart = 
         torch.set_num_threads(threads)
 
 
-def _probe(job: Job, *, sizes: Sizes, efficient: Architecture, on_part: OnPart) -> Rates:
+def _probe(job: Job, *, sizes: ModelSizes, efficient: Architecture, on_part: OnPart) -> Rates:
     found, device = _Found(), _device()
     with tempfile.TemporaryDirectory() as scratch:
         job = replace(job, out=scratch)
@@ -126,7 +129,7 @@ def _probe(job: Job, *, sizes: Sizes, efficient: Architecture, on_part: OnPart) 
             found.add("compile", COMPILE_PER_EXPORT * _export(bundle, sizes=sizes))
         del bundle
         on_part("a data job and a training through Ray")
-        around = measure_surroundings(place=f"{scratch}/surroundings", workers=_crowd(job))
+        around = measure_overhead(place=f"{scratch}/surroundings", workers=_crowd(job))
     setting = setting_of(TimingSettings(device=device.type))  # type: ignore[arg-type] # cpu or cuda
     return Rates(
         name=f"probe of {setting.device}",
@@ -136,7 +139,7 @@ def _probe(job: Job, *, sizes: Sizes, efficient: Architecture, on_part: OnPart) 
         rates={kind: tuple(rates) for kind, rates in found.rates.items()},
         checkpointed=job.recipe.efficient.training.gradient_checkpointing,
         crowding=around.crowding,
-        starts=Starts(ray=ray_seconds, job=around.job_seconds, training=around.training_seconds),
+        starts=StartupSeconds(ray=ray_seconds, job=around.job_seconds, training=around.training_seconds),
         png_share=share,
     )
 
@@ -172,7 +175,7 @@ def _check_device(job: Job) -> None:
 # Tables
 
 
-def _rows(job: Job, *, sizes: Sizes, found: _Found) -> None:
+def _rows(job: Job, *, sizes: ModelSizes, found: _Found) -> None:
     """Two units of LATENTS: rates of render, read, encode and write."""
     recipe = job.recipe
     if recipe.source.url is None:
@@ -200,7 +203,7 @@ def _rows(job: Job, *, sizes: Sizes, found: _Found) -> None:
             "nothing can be measured by it"
         )
     rows = max(file.rows for file in table.units)
-    kinds: dict[str, Kind] = {"ReadShard": "read", "EncodeLatents": "encode", "WriteUnit": "write"}
+    kinds: dict[str, WorkKind] = {"ReadShard": "read", "EncodeLatents": "encode", "WriteUnit": "write"}
     for stage, kind in kinds.items():
         # The first call sets libraries up.
         gmacs = sizes.encoder.gmacs if kind == "encode" else None
@@ -210,7 +213,7 @@ def _rows(job: Job, *, sizes: Sizes, found: _Found) -> None:
 def _timed(times: dict[str, list[float]], *, results: int) -> Runner:
     """Stages one after the other in this process, timed by the name of their class; the first results."""
 
-    def run(items: Iterable[Any], stages: list[Stage]) -> Iterator[Any]:
+    def run(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[Any]:
         works = [(stage.build.__name__, stage.build(**stage.arguments)) for stage in stages]
         yield from itertools.islice(_through(items, works, times), results)
 
@@ -242,7 +245,7 @@ def _each(name: str, work: Callable[[Any], Any], item: Any, times: dict[str, lis
         began = time.perf_counter()
 
 
-def _teacher(job: Job, *, sizes: Sizes, found: _Found) -> float:
+def _teacher(job: Job, *, sizes: ModelSizes, found: _Found) -> float:
     """Rates of pass, decode and write_image; returns the share of a picture's bytes that its PNG has."""
     few, _ = _artist(job, steps=_FEW, images=False)
     more, _ = _artist(job, steps=_MORE, images=False)
@@ -287,11 +290,13 @@ def _median(run: Callable[[], object]) -> float:
 # Trainings
 
 
-def _trained(job: Job, bundle: Bundle, architecture: Architecture, *, sizes: Sizes, found: _Found) -> None:
+def _trained(
+    job: Job, bundle: Bundle, architecture: Architecture, *, sizes: ModelSizes, found: _Found
+) -> None:
     """Rates of train and update, of a UNet of one architecture."""
     settings = job.recipe.efficient.training
     own = architecture == sizes.architecture
-    unet = bundle.unet if own else nn.Module.to(build(architecture), device=bundle.device)
+    unet = bundle.unet if own else nn.Module.to(build_unet(architecture), device=bundle.device)
     unet.requires_grad_(requires_grad=True)
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -305,7 +310,7 @@ def _trained(job: Job, bundle: Bundle, architecture: Architecture, *, sizes: Siz
         },
     )
     objective = VelocityObjective(
-        settings.velocity, captions=Captions(bundle), schedule=bundle.schedule, seed=settings.loop.seed
+        settings.velocity, captions=CaptionEncoder(bundle), schedule=bundle.schedule, seed=settings.loop.seed
     )
     step, update = step_seconds(unet, objective=objective, batch=batch, loop=settings.loop)
     network = sizes.of(architecture)
@@ -315,7 +320,7 @@ def _trained(job: Job, bundle: Bundle, architecture: Architecture, *, sizes: Siz
     unet.requires_grad_(requires_grad=False)
 
 
-def _decoder_trained(job: Job, bundle: Bundle, *, sizes: Sizes, found: _Found) -> None:
+def _decoder_trained(job: Job, bundle: Bundle, *, sizes: ModelSizes, found: _Found) -> None:
     """Rate of train_decoder."""
     settings = job.recipe.decoder
     rows = min(
@@ -325,7 +330,7 @@ def _decoder_trained(job: Job, bundle: Bundle, *, sizes: Sizes, found: _Found) -
     found.add("train_decoder", (step - found.update(sizes.half)) / rows, gmacs=sizes.half.gmacs)
 
 
-def _export(bundle: Bundle, *, sizes: Sizes) -> float:
+def _export(bundle: Bundle, *, sizes: ModelSizes) -> float:
     """CPU seconds of the export of the model's UNet."""
     unet = copy.deepcopy(bundle.unet).eval()
     c, h, w = bundle.latent_shape

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from jobs.planning.shipped import read_settings
+from jobs.planning.builtin_lists import read_list
 from snapfusion.settings import Settings
 
-Kind = Literal[
+WorkKind = Literal[
     "render",
     "read",
     "write",
@@ -53,7 +53,7 @@ class Rate(Settings):
     gmacs: PositiveFloat | None = None
 
 
-class Starts(Settings):
+class StartupSeconds(Settings):
     """Seconds that pass before work begins, and after it ends.
 
     Attributes:
@@ -67,7 +67,7 @@ class Starts(Settings):
     training: NonNegativeFloat = 0.0
 
 
-class Crowding(Settings):
+class Contention(Settings):
     """How many times longer work takes where every core of a machine without accelerators is at it.
 
     Attributes:
@@ -99,10 +99,10 @@ class Rates(Settings):
     worker: str
     date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
     about: str
-    rates: dict[Kind, Annotated[tuple[Rate, ...], Field(min_length=1)]]
+    rates: dict[WorkKind, Annotated[tuple[Rate, ...], Field(min_length=1)]]
     checkpointed: bool = False
-    crowding: Crowding = Crowding()
-    starts: Starts = Starts()
+    crowding: Contention = Contention()
+    starts: StartupSeconds = StartupSeconds()
     png_share: Annotated[float, Field(gt=0.0, le=1.1)] = 0.6
 
     @model_validator(mode="after")
@@ -112,7 +112,7 @@ class Rates(Settings):
                 raise ValueError(f"rates.{kind}: of several rates each states its network's gmacs")
         return self
 
-    def seconds(self, kind: Kind, gmacs: float | None = None) -> float:
+    def seconds(self, kind: WorkKind, gmacs: float | None = None) -> float:
         """Of one unit on one worker, by a network of that size.
 
         Raises:
@@ -143,4 +143,4 @@ def given_rates(name: str) -> Rates:
     Raises:
         SettingsError: if there are none, or they are no rates; says which.
     """
-    return read_settings(Rates, name, kind="rates")
+    return read_list(Rates, name, kind="rates")

@@ -53,7 +53,7 @@ NO_REQUESTS = Requests()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing:
+class TableWrites:
     """A table that is committed while it is made.
 
     Attributes:
@@ -95,7 +95,7 @@ def _sum_to(count: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class TrainingReads:
     """A training that reads a table and saves checkpoints.
 
     Attributes:
@@ -117,7 +117,7 @@ class Reading:
     checkpoint_bytes: tuple[float, ...]
 
     def units(self, *, workers: int) -> float:
-        """How many are read, by all workers together (`pipelines.order.deal`).
+        """How many are read, by all workers together (`pipelines.loading.order.rank_share`).
 
         A batch, or a window if that is larger, is cut into runs of files; a file that two runs meet in is
         read by both, and where the cut lies differs a little from one batch of a window to the next.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from jobs.planning.prices import Market
 from snapfusion.settings import Settings
+
+Market = Literal["on_demand", "spot"]
 
 
 class PlanSettings(Settings):

@@ -30,7 +30,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
+class NetworkSize:
     """One network.
 
     Attributes:
@@ -43,7 +43,7 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Sizes:
+class ModelSizes:
     """A model's networks.
 
     Attributes:
@@ -59,12 +59,12 @@ class Sizes:
 
     bundle: Bundle
     architecture: Architecture
-    unet: Network
-    text: Network
+    unet: NetworkSize
+    text: NetworkSize
     vae: int
-    encoder: Network
-    decoder: Network
-    half: Network
+    encoder: NetworkSize
+    decoder: NetworkSize
+    half: NetworkSize
 
     @property
     def tokens(self) -> int:
@@ -76,55 +76,55 @@ class Sizes:
         """Parameters of all but the UNet."""
         return self.text.parameters + self.vae
 
-    def of(self, architecture: Architecture) -> Network:
+    def of(self, architecture: Architecture) -> NetworkSize:
         """A UNet of another architecture."""
-        return unet_of(architecture, tokens=self.tokens)
+        return unet_size(architecture, tokens=self.tokens)
 
 
-def sizes_of(model: str) -> Sizes:
+def model_sizes(model: str) -> ModelSizes:
     """Of a model, by a source that `snapfusion.models.load` accepts; a published one is not opened."""
     return _published(PUBLISHED[model]) if model in PUBLISHED else _sizes(_without_numbers(load(model)))
 
 
 @functools.lru_cache
-def _published(name: str) -> Sizes:
+def _published(name: str) -> ModelSizes:
     with torch.device("meta"):
         return _sizes(random_bundle(name))
 
 
-def _sizes(bundle: Bundle) -> Sizes:
+def _sizes(bundle: Bundle) -> ModelSizes:
     with torch.device("meta"):
         half = HalfDecoder(DecoderConfig.half_of(bundle.vae))
     architecture, side = architecture_of(bundle.unet), bundle.image_size
     tokens = int(bundle.tokenizer.model_max_length)
     latent = torch.empty(1, *bundle.latent_shape, device="meta")
     picture = torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta")
-    return Sizes(
+    return ModelSizes(
         bundle=bundle,
         architecture=architecture,
-        unet=unet_of(architecture, tokens=tokens),
-        text=Network(
+        unet=unet_size(architecture, tokens=tokens),
+        text=NetworkSize(
             parameters=_parameters(bundle.text_encoder),
             gmacs=_gmacs(
                 lambda: bundle.encode_text(torch.zeros(1, tokens, dtype=torch.int64, device="meta"))
             ),
         ),
         vae=_parameters(bundle.vae),
-        encoder=Network(
+        encoder=NetworkSize(
             parameters=_parameters(bundle.vae.encoder), gmacs=_gmacs(lambda: bundle.encode_images(picture))
         ),
-        decoder=Network(
+        decoder=NetworkSize(
             parameters=_parameters(bundle.vae.decoder), gmacs=_gmacs(lambda: bundle.decode(latent))
         ),
-        half=Network(parameters=_parameters(half), gmacs=_gmacs(lambda: half.decode(latent))),
+        half=NetworkSize(parameters=_parameters(half), gmacs=_gmacs(lambda: half.decode(latent))),
     )
 
 
 @functools.lru_cache(maxsize=64)
-def unet_of(architecture: Architecture, *, tokens: int) -> Network:
+def unet_size(architecture: Architecture, *, tokens: int) -> NetworkSize:
     """A UNet of an architecture."""
     whole = costs_of(architecture, tokens=tokens).whole
-    return Network(parameters=whole.parameters, gmacs=whole.macs / 1e9)
+    return NetworkSize(parameters=whole.parameters, gmacs=whole.macs / 1e9)
 
 
 def _without_numbers(bundle: Bundle) -> Bundle:

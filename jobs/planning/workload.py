@@ -9,35 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
-from jobs.cli import Job
-from jobs.distill_decoder import DecoderSettings
-from jobs.distill_plan import first_models, of_stage
-from jobs.distill_steps import DistillSettings
-from jobs.finetune_vpred import VpredSettings
-from jobs.first_weights import named_architecture
-from jobs.planning.forecast import Part, Stage, Work
+from jobs.cli.in_run import stage_job
+from jobs.cli.job import Job
+from jobs.distill_plan import initial_models
+from jobs.planning.forecast import PlannedStage, Work, WorkerGroup
 from jobs.planning.memory import (
-    BYTES,
+    DTYPE_BYTES,
     half_decoder_bytes,
     network_memory,
     training_memory,
     unet_bytes,
     vae_bytes,
 )
-from jobs.planning.requests import Reading, Writing
+from jobs.planning.passes import guided_steps, student_passes, teacher_passes
+from jobs.planning.requests import TableWrites, TrainingReads
 from jobs.planning.settings import PlanSettings
-from jobs.planning.sizes import Network, Sizes
-from jobs.plans import EFFICIENT, OWN
+from jobs.planning.sizes import ModelSizes, NetworkSize
 from jobs.run_pipeline import steps_of
-from jobs.student import StudentTraining
-from jobs.training import TrainerSettings
-from pipelines.execution import Pool
+from jobs.training.initial_weights import named_architecture
+from jobs.training.settings import (
+    DecoderSettings,
+    DistillSettings,
+    TrainerSettings,
+    UNetTrainingSettings,
+    VpredSettings,
+)
+from jobs.training.sources import EFFICIENT_MODEL, RECIPE_MODEL
+from pipelines.ray_data.settings import Pool
 from snapfusion.models.architecture import Architecture
 from snapfusion.settings import SettingsError
-from snapfusion.training.loop import LoopSettings
-from snapfusion.training.steps import BRANCHES, StepsSettings, guided_step
+from snapfusion.training.settings import LoopSettings
+from snapfusion.training.step_distillation import BRANCHES
 
 TEXT_BYTES = 150
 """Of a row's ids, caption and token ids in a table, as they compress: about so in LATENTS of any size."""
@@ -79,12 +83,12 @@ class Workload:
 
     job: Job
     settings: PlanSettings
-    sizes: Sizes
+    sizes: ModelSizes
     counts: Counts
     png_share: float
     checkpointed: bool = False
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[PlannedStage]:
         """In the order in which they are done.
 
         Raises:
@@ -114,7 +118,7 @@ class Workload:
         return ("encode_latents", *targets, "distill_plan", "generate_pairs", "distill_decoder", "evaluate")
 
     @cached_property
-    def _builders(self) -> dict[str, Callable[[], list[Stage]]]:
+    def _builders(self) -> dict[str, Callable[[], list[PlannedStage]]]:
         recipe = self.job.recipe
         return {
             "render_scenes": lambda: [self._render()],
@@ -157,7 +161,7 @@ class Workload:
         while source in self._students and source not in seen:
             seen.add(source)
             source = self._students[source]
-        return self.efficient if source == EFFICIENT else self.sizes.architecture
+        return self.efficient if source == EFFICIENT_MODEL else self.sizes.architecture
 
     def is_told(self, source: str | None) -> bool:
         """Whether a model in the run is a student that is told w."""
@@ -191,22 +195,22 @@ class Workload:
 
     # Tables
 
-    def _render(self) -> Stage:
+    def _render(self) -> PlannedStage:
         source = self.job.recipe.source
         work = Work(kind="render", units=source.scenes)
-        return Stage(
+        return PlannedStage(
             name="render_scenes",
             verb="render_scenes",
             rows=source.scenes,
-            parts=(Part(name="driver", works=(work,), workers=1, on="core", most=1),),
+            parts=(WorkerGroup(name="driver", works=(work,), workers=1, on="core", most=1),),
             leaves=source.scenes * self._png_bytes,
             local=True,
         )
 
-    def _latents(self) -> Stage:
+    def _latents(self) -> PlannedStage:
         settings, counts = self.job.recipe.latents, self.counts
         encode = Work(kind="encode", units=counts.latents, gmacs=self.sizes.encoder.gmacs)
-        return Stage(
+        return PlannedStage(
             name="encode_latents",
             verb="encode_latents",
             rows=counts.source,
@@ -217,7 +221,7 @@ class Workload:
             ),
             start="job",
             leaves=counts.latents * (self._latent_bytes + TEXT_BYTES),
-            writing=Writing(
+            writing=TableWrites(
                 units=_ceil(counts.source, settings.rows_per_unit),
                 commit_seconds=settings.bounds.commit_seconds,
                 rejects=counts.latents < counts.source,
@@ -230,12 +234,12 @@ class Workload:
             ),
         )
 
-    def _targets(self) -> Stage:
+    def _targets(self) -> PlannedStage:
         settings = self.job.recipe.targets
         teaching, p = settings.teaching, settings.cfg_probability
         rows = self.counts.latents * settings.draws
         teacher = self.architecture(self.job.recipe.distill.teacher)
-        return Stage(
+        return PlannedStage(
             name="compute_targets",
             verb="compute_targets",
             rows=self.counts.latents,
@@ -250,7 +254,7 @@ class Workload:
             ),
             start="job",
             leaves=rows * self.target_bytes,
-            writing=Writing(
+            writing=TableWrites(
                 units=_ceil(self.counts.latents, self.job.recipe.latents.rows_per_unit) * settings.draws,
                 commit_seconds=settings.bounds.commit_seconds,
                 rejects=False,
@@ -269,13 +273,13 @@ class Workload:
         x = {"float16": 1, "float32": 2}[self.job.recipe.targets.teaching.x_dtype]
         return self._latent_bytes * (1 + x) + TEXT_BYTES + _TARGET_BYTES
 
-    def _pairs(self) -> Stage:
+    def _pairs(self) -> PlannedStage:
         settings = self.job.recipe.pairs
         drawn, rows = settings.generation, self.counts.captions * settings.draws
         passes = rows * drawn.steps * (1 if drawn.guidance == 1.0 else 2)
         images = (self._decodes(rows),) if drawn.images else ()
         pngs = (Work(kind="write_image", units=rows),) if drawn.images else ()
-        return Stage(
+        return PlannedStage(
             name="generate_pairs",
             verb="generate_pairs",
             rows=self.counts.captions,
@@ -291,7 +295,7 @@ class Workload:
             ),
             start="job",
             leaves=rows * (self._latent_bytes + TEXT_BYTES + (self._png_bytes if drawn.images else 0.0)),
-            writing=Writing(
+            writing=TableWrites(
                 units=_ceil(self.counts.captions, settings.rows_per_unit) * settings.draws,
                 commit_seconds=settings.bounds.commit_seconds,
                 rejects=False,
@@ -306,7 +310,7 @@ class Workload:
             ),
         )
 
-    def _evaluation(self) -> Stage:
+    def _evaluation(self) -> PlannedStage:
         wanted = self.job.recipe.evaluation
         pictures = wanted.prompts.limit * len(wanted.guidance) * len(wanted.contenders)
         passes = [
@@ -319,7 +323,7 @@ class Workload:
         samples = wanted.samples
         judged = Work(kind="judge", units=pictures + wanted.references.count)
         units = _ceil(wanted.prompts.limit, samples.rows_per_unit) * len(wanted.guidance)
-        return Stage(
+        return PlannedStage(
             name="evaluate",
             verb="evaluate",
             rows=pictures,
@@ -329,7 +333,7 @@ class Workload:
             ),
             start="job",
             leaves=pictures * (samples.judging.feature_count * _WEIGHT + TEXT_BYTES),
-            writing=Writing(
+            writing=TableWrites(
                 units=units * len(wanted.contenders),
                 commit_seconds=samples.bounds.commit_seconds,
                 rejects=False,
@@ -344,23 +348,23 @@ class Workload:
 
     # Trainings
 
-    def _plan(self) -> list[Stage]:
+    def _plan(self) -> list[PlannedStage]:
         """The models that a plan begins with, and its students."""
         first = {"vpred": "finetune_vpred", "efficient": "train_efficient"}
-        stages = [stage for name, _, _ in first_models(self.job) for stage in self._builders[first[name]]()]
+        stages = [stage for name, _, _ in initial_models(self.job) for stage in self._builders[first[name]]()]
         return [
             *stages,
-            *(self._distilled(of_stage(self.job, stage).recipe.distill) for stage in self.job.recipe.stages),
+            *(self._distilled(stage_job(self.job, stage).recipe.distill) for stage in self.job.recipe.stages),
         ]
 
     def students(self) -> list[DistillSettings]:
         """Those that the planned steps distil."""
         recipe, wanted = self.job.recipe, self.steps
-        planned = [of_stage(self.job, stage).recipe.distill for stage in recipe.stages]
+        planned = [stage_job(self.job, stage).recipe.distill for stage in recipe.stages]
         own = [recipe.distill] if "distill_steps" in wanted else []
         return [*own, *(planned if "distill_plan" in wanted else [])]
 
-    def _velocity(self, verb: str, settings: VpredSettings, architecture: Architecture) -> Stage:
+    def _velocity(self, verb: str, settings: VpredSettings, architecture: Architecture) -> PlannedStage:
         loop, network = settings.loop, self.sizes.of(architecture)
         rows = loop.num_steps * loop.global_batch
         works = (
@@ -372,10 +376,10 @@ class Workload:
             verb, verb=verb, settings=settings, architecture=architecture, works=works, asked=1
         )
 
-    def _distilled(self, settings: DistillSettings) -> Stage:
+    def _distilled(self, settings: DistillSettings) -> PlannedStage:
         steps, loop = settings.steps, settings.loop
-        teacher = self.architecture(settings.teacher or OWN)
-        student = self.architecture(settings.student or settings.teacher or OWN)
+        teacher = self.architecture(settings.teacher or RECIPE_MODEL)
+        student = self.architecture(settings.student or settings.teacher or RECIPE_MODEL)
         network, online = self.sizes.of(student), settings.targets == "online"
         guided = guided_steps(loop.num_steps, seed=loop.seed, p=steps.cfg_probability)
         vanilla = loop.num_steps - guided
@@ -406,7 +410,7 @@ class Workload:
             architecture=student,
             works=tuple(works),
             asked=max(asked[branch] for branch in branches),
-            teacher_bytes=taught * BYTES[settings.teacher_dtype] if online else 0,
+            teacher_bytes=taught * DTYPE_BYTES[settings.teacher_dtype] if online else 0,
             row_bytes=self._latent_bytes + TEXT_BYTES if online else self.target_bytes,
         )
 
@@ -415,18 +419,18 @@ class Workload:
         name: str,
         *,
         verb: str,
-        settings: StudentTraining,
+        settings: UNetTrainingSettings,
         architecture: Architecture,
         works: tuple[Work, ...],
         asked: int,
         teacher_bytes: int = 0,
         row_bytes: float | None = None,
-    ) -> Stage:
+    ) -> PlannedStage:
         loop, trainer, network = settings.loop, settings.trainer, self.sizes.of(architecture)
         if settings.gradient_checkpointing and not self.checkpointed:
             again = sum(work.units for work in works if work.kind == "train")
             works = (*works, self._passes(again, architecture))
-        return Stage(
+        return PlannedStage(
             name=name,
             verb=verb,
             rows=loop.num_steps * loop.global_batch,
@@ -453,7 +457,7 @@ class Workload:
             ),
         )
 
-    def _decoder(self, settings: DecoderSettings) -> Stage:
+    def _decoder(self, settings: DecoderSettings) -> PlannedStage:
         loop, half, online = settings.loop, self.sizes.half, settings.target == "online"
         trainings = 2 if settings.compare_random_init else 1
         rows = trainings * loop.num_steps * loop.global_batch
@@ -466,7 +470,7 @@ class Workload:
         generation = self.job.recipe.pairs.generation
         stored = self._png_bytes if generation.images and not online else 0.0
         parameters = half.parameters
-        return Stage(
+        return PlannedStage(
             name="distill_decoder",
             verb="distill_decoder",
             rows=rows,
@@ -496,7 +500,7 @@ class Workload:
             ),
         )
 
-    def _evolution(self) -> Stage:
+    def _evolution(self) -> PlannedStage:
         """At most: every round scores every block, and trains."""
         wanted, architecture = self.job.recipe.evolution, self.sizes.architecture
         cuts = len(architecture.blocks) + 1
@@ -513,12 +517,12 @@ class Workload:
             Work(kind="judge", units=pictures),
         )
         part = trained.parts[0]
-        return Stage(
+        return PlannedStage(
             name="evolve_unet",
             verb="evolve_unet",
             rows=trained.rows * wanted.rounds,
             parts=(
-                Part(
+                WorkerGroup(
                     name="models, then trainers",
                     works=(*drawn, *works),
                     workers=part.workers,
@@ -531,7 +535,7 @@ class Workload:
             memory=trained.memory,
         )
 
-    def _held_out(self, settings: StudentTraining) -> float:
+    def _held_out(self, settings: UNetTrainingSettings) -> float:
         """Rows that are evaluated."""
         return min(settings.evaluation_rows, self.counts.latents * settings.loader.held_out)
 
@@ -540,15 +544,15 @@ class Workload:
         loop: LoopSettings,
         trainer: TrainerSettings,
         window_units: int,
-        network: Network,
+        network: NetworkSize,
         *,
         row_bytes: float | None = None,
         unit_rows: int | None = None,
         times: int = 1,
-    ) -> Reading:
+    ) -> TrainingReads:
         weights = network.parameters * _WEIGHT
         averaged = (weights,) if loop.ema_decay is not None else ()
-        return Reading(
+        return TrainingReads(
             steps=loop.num_steps * times,
             global_batch=loop.global_batch,
             window_units=window_units,
@@ -559,29 +563,12 @@ class Workload:
         )
 
 
-@lru_cache
-def guided_steps(steps: int, *, seed: int, p: float) -> int:
-    """How many of a training's steps are guided; they follow from its seed."""
-    return sum(guided_step(seed, step, p) for step in range(steps))
+def _pool(name: str, pool: Pool, *works: Work, network: bool = False) -> WorkerGroup:
+    return WorkerGroup(name=name, works=works, workers=pool.actors, on="accelerator" if network else "core")
 
 
-def student_passes(steps: StepsSettings, *, guided: bool) -> int:
-    """How often the student is asked of a row of a step. SnapFusion Eq. 11."""
-    lesson = 2 if guided and not steps.w_conditioned else 1
-    return lesson + (1 if steps.gamma and steps.original_times == "schedule" else 0)
-
-
-def teacher_passes(steps: StepsSettings, *, guided: bool, told: bool = False) -> int:
-    """How often the teacher is asked for a row's target; one that is told w, once a step. Eq. 9, 10."""
-    return steps.k * (2 if guided and not told else 1)
-
-
-def _pool(name: str, pool: Pool, *works: Work, network: bool = False) -> Part:
-    return Part(name=name, works=works, workers=pool.actors, on="accelerator" if network else "core")
-
-
-def _trainers(trainer: TrainerSettings, loop: LoopSettings, works: tuple[Work, ...]) -> Part:
-    return Part(
+def _trainers(trainer: TrainerSettings, loop: LoopSettings, works: tuple[Work, ...]) -> WorkerGroup:
+    return WorkerGroup(
         name="trainers",
         works=works,
         workers=trainer.num_workers,
@@ -590,18 +577,18 @@ def _trainers(trainer: TrainerSettings, loop: LoopSettings, works: tuple[Work, .
     )
 
 
-def _updates(loop: LoopSettings, network: Network, *, times: int = 1) -> Work:
+def _updates(loop: LoopSettings, network: NetworkSize, *, times: int = 1) -> Work:
     return Work(kind="update", units=loop.num_steps * times * network.parameters / 1e6, each=True)
 
 
-def _saved(network: Network, loop: LoopSettings, *, frozen: int) -> float:
+def _saved(network: NetworkSize, loop: LoopSettings, *, frozen: int) -> float:
     """Bytes of the folders `model` and, where an average is kept, `raw`."""
     return (network.parameters + frozen) * _WEIGHT * (1 if loop.ema_decay is None else 2)
 
 
-def _alone(verb: str, *works: Work) -> Stage:
-    part = Part(name="driver", works=works, workers=1, on="core", most=1)
-    return Stage(name=verb, verb=verb, rows=0, parts=(part,), local=True)
+def _alone(verb: str, *works: Work) -> PlannedStage:
+    part = WorkerGroup(name="driver", works=works, workers=1, on="core", most=1)
+    return PlannedStage(name=verb, verb=verb, rows=0, parts=(part,), local=True)
 
 
 def _ceil(whole: int, part: int) -> int:

@@ -23,7 +23,7 @@ _SPECIAL: Final[tuple[Network, ...]] = (
 )
 
 
-def networks(texts: Iterable[str]) -> tuple[Network, ...]:
+def parse_networks(texts: Iterable[str]) -> tuple[Network, ...]:
     """Networks such as 10.20.0.0/16 or single addresses.
 
     Raises:

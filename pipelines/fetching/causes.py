@@ -40,7 +40,7 @@ CAUSES: Final = {**TRANSIENT, **PERMANENT}
 _MAX_DETAIL_CHARS: Final = 120
 
 
-class Unfetched(Exception):
+class FetchError(Exception):
     """Why a picture was not had; its text is what img2dataset writes down as `error_message`."""
 
     def __init__(self, cause: str, detail: str = "") -> None:

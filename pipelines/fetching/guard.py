@@ -1,6 +1,6 @@
 """The only way in which img2dataset reaches the network: one guarded GET for each picture.
 
-`urllib.request.urlopen` calls what `urllib.request.install_opener` was given, here a `Guard`. It speaks http
+`urllib.request.urlopen` calls what `urllib.request.install_opener` was given, here a `GuardedOpener`. It speaks http
 and https alone, to no proxy. A name is looked up once for each request, and the connection goes to the very
 address that was judged, on every redirection too: a name that changes its mind between the two finds nobody
 asking again. Whatever a server does, a try ends within its seconds and its bytes.
@@ -25,10 +25,10 @@ from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import quote, urljoin, urlsplit
 
-from pipelines.fetching.addresses import may_connect, networks
-from pipelines.fetching.causes import Unfetched
-from pipelines.fetching.optout import opt_out
-from pipelines.fetching.pictures import check_picture
+from pipelines.fetching.addresses import may_connect, parse_networks
+from pipelines.fetching.causes import FetchError
+from pipelines.fetching.optout import find_opt_out
+from pipelines.fetching.pictures import check_image
 
 MAX_URL_CHARS: Final = 8192
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]{1,253}")
@@ -41,12 +41,12 @@ _REDIRECTIONS: Final = (301, 302, 303, 307, 308)
 _FRAMING_BYTES: Final = 1 << 18
 _PIECE_BYTES: Final = 1 << 16
 
-Lookup = Callable[..., list[tuple[Any, ...]]]
+Resolver = Callable[..., list[tuple[Any, ...]]]
 """`socket.getaddrinfo`, or what stands for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class RequestLimits:
     """What one picture may cost.
 
     Attributes:
@@ -66,8 +66,8 @@ class Limits:
     pause: float
 
 
-class Guard:
-    """Answers `urllib.request.urlopen`, with whole pictures or with `Unfetched`.
+class GuardedOpener:
+    """Answers `urllib.request.urlopen`, with whole pictures or with `FetchError`.
 
     Args:
         limits: of each picture.
@@ -80,26 +80,26 @@ class Guard:
     def __init__(
         self,
         *,
-        limits: Limits,
+        limits: RequestLimits,
         agent: str,
         directives: Sequence[str],
         private_networks: Sequence[str] = (),
-        lookup: Lookup = socket.getaddrinfo,
+        lookup: Resolver = socket.getaddrinfo,
     ) -> None:
         self.limits = limits
         self._agent = agent.lower()
         self._directives = frozenset(directive.lower() for directive in directives)
-        self._networks = networks(private_networks)
+        self._networks = parse_networks(private_networks)
         self._lookup = lookup
         self._tls = ssl.create_default_context()
 
-    def open(self, request: urllib.request.Request, data: object = None, timeout: object = None) -> Answer:
+    def open(self, request: urllib.request.Request, data: object = None, timeout: object = None) -> Response:
         """The picture that `request` names.
 
         Args:
             request: its URL and its `User-agent` are used.
             data: ignored; nothing is ever sent.
-            timeout: ignored; it would bound each wait, where `Limits.seconds` bounds them together.
+            timeout: ignored; it would bound each wait, where `RequestLimits.seconds` bounds them together.
 
         Raises:
             Unfetched: if it cannot be had.
@@ -110,32 +110,32 @@ class Guard:
         for _ in range(self.limits.tries - 1):
             try:
                 return self._try(request.full_url, agent)
-            except Unfetched as fault:
+            except FetchError as fault:
                 if not fault.transient:
                     raise
             time.sleep(pause)
             pause *= 2
         return self._try(request.full_url, agent)
 
-    def _try(self, url: str, agent: str) -> Answer:
+    def _try(self, url: str, agent: str) -> Response:
         deadline = time.monotonic() + self.limits.seconds
         seen: set[str] = set()
         while len(seen) <= self.limits.max_redirects:
             if url in seen:
-                raise Unfetched("bad_redirect", "in a circle")
+                raise FetchError("bad_redirect", "in a circle")
             seen.add(url)
-            target = parse(url)
+            target = parse_url(url)
             with _causes():
                 answer = self._ask(target, agent, deadline)
-            if isinstance(answer, Answer):
-                check_picture(answer.body, max_pixels=self.limits.max_pixels)
+            if isinstance(answer, Response):
+                check_image(answer.body, max_pixels=self.limits.max_pixels)
                 return answer
             url = _follow(url, answer)
-        raise Unfetched("bad_redirect", f"more than {self.limits.max_redirects}")
+        raise FetchError("bad_redirect", f"more than {self.limits.max_redirects}")
 
-    def _ask(self, target: Target, agent: str, deadline: float) -> Answer | str:
+    def _ask(self, target: RequestTarget, agent: str, deadline: float) -> Response | str:
         """The whole answer, or where it redirects to."""
-        line = _Line(
+        line = _BoundedSocket(
             self._connect(target, deadline), deadline=deadline, budget=self.limits.max_bytes + _FRAMING_BYTES
         )
         connection = http.client.HTTPConnection(target.host)
@@ -149,10 +149,10 @@ class Guard:
         finally:
             line.hang_up()
 
-    def _read(self, response: http.client.HTTPResponse) -> Answer | str:
-        refused = opt_out(response.headers, agent=self._agent, directives=self._directives)
+    def _read(self, response: http.client.HTTPResponse) -> Response | str:
+        refused = find_opt_out(response.headers, agent=self._agent, directives=self._directives)
         if refused:
-            raise Unfetched("opted_out", refused)
+            raise FetchError("opted_out", refused)
         if response.status in _REDIRECTIONS:
             return response.headers.get("Location") or ""
         if response.status != http.client.OK:
@@ -160,27 +160,27 @@ class Guard:
         coding = (response.headers.get("Content-Encoding") or "identity").strip().lower()
         if coding != "identity":
             # None was asked for, and what unpacks to any size is not unpacked.
-            raise Unfetched("bad_answer", f"content encoding {coding}")
-        return Answer(headers=response.headers, body=self._body(response))
+            raise FetchError("bad_answer", f"content encoding {coding}")
+        return Response(headers=response.headers, body=self._body(response))
 
     def _body(self, response: http.client.HTTPResponse) -> bytes:
         most, promised = self.limits.max_bytes, response.length
         if promised is not None and promised > most:
-            raise Unfetched("too_large", f"{promised} bytes announced, {most} are allowed")
+            raise FetchError("too_large", f"{promised} bytes announced, {most} are allowed")
         if promised is not None:
             body = response.read(promised)
             if len(body) < promised:
-                raise Unfetched("cut_short", f"{len(body)} of {promised} bytes")
+                raise FetchError("cut_short", f"{len(body)} of {promised} bytes")
             return body
         pieces, size = [], 0
         while piece := response.read(_PIECE_BYTES):
             size += len(piece)
             if size > most:
-                raise Unfetched("too_large", f"more than the {most} bytes that are allowed")
+                raise FetchError("too_large", f"more than the {most} bytes that are allowed")
             pieces.append(piece)
         return b"".join(pieces)
 
-    def _connect(self, target: Target, deadline: float) -> socket.socket:
+    def _connect(self, target: RequestTarget, deadline: float) -> socket.socket:
         addresses = self._addresses(target)
         fault: OSError = TimeoutError()
         for tried, (family, kind, protocol, place) in enumerate(addresses):
@@ -203,7 +203,7 @@ class Guard:
                 return line
         raise fault
 
-    def _addresses(self, target: Target) -> list[tuple[int, int, int, Any]]:
+    def _addresses(self, target: RequestTarget) -> list[tuple[int, int, int, Any]]:
         """Where the target's name leads, each place judged.
 
         A name of which only one address is private is refused whole: it is no mistake.
@@ -213,17 +213,17 @@ class Guard:
         except socket.gaierror as error:
             again = error.errno in (socket.EAI_AGAIN, socket.EAI_SYSTEM, socket.EAI_MEMORY)
             cause = "name_server_failed" if again else "no_such_host"
-            raise Unfetched(cause, error.strerror or "") from None
+            raise FetchError(cause, error.strerror or "") from None
         except UnicodeError as error:
-            raise Unfetched("bad_url", str(error)) from None
+            raise FetchError("bad_url", str(error)) from None
         for *_, place in found:
             address = ipaddress.ip_address(place[0].partition("%")[0])
             if not may_connect(address, allowed=self._networks):
-                raise Unfetched("private_address", str(address))
+                raise FetchError("private_address", str(address))
         return [(family, kind, protocol, place) for family, kind, protocol, _, place in found]
 
 
-class Answer:
+class Response:
     """A whole answer, as far as img2dataset looks at it: headers, and a body to be read once.
 
     Attributes:
@@ -249,7 +249,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class RequestTarget:
     """A URL as it is asked for: `host` for the look-up, `authority` for the server, `path` with the query."""
 
     scheme: str
@@ -259,33 +259,33 @@ class Target:
     path: str
 
 
-def parse(url: str) -> Target:
+def parse_url(url: str) -> RequestTarget:
     """A URL's parts, escaped as browsers do it: lists hold spaces and letters of every script.
 
     Raises:
         Unfetched: `bad_url`.
     """
     if len(url) > MAX_URL_CHARS:
-        raise Unfetched("bad_url", f"{len(url)} characters, {MAX_URL_CHARS} are allowed")
+        raise FetchError("bad_url", f"{len(url)} characters, {MAX_URL_CHARS} are allowed")
     if any(character < " " or character == "\x7f" for character in url):
-        raise Unfetched("bad_url", "control characters")
+        raise FetchError("bad_url", "control characters")
     try:
         parts = urlsplit(url.strip())
         host, port = _host(parts.hostname or ""), parts.port
         path = quote(parts.path or "/", safe=_UNESCAPED)
         query = quote(parts.query, safe=_UNESCAPED)
     except ValueError as error:
-        raise Unfetched("bad_url", str(error)) from None
+        raise FetchError("bad_url", str(error)) from None
     if parts.scheme not in _PORTS:
-        raise Unfetched("bad_url", f"scheme {parts.scheme!r}")
+        raise FetchError("bad_url", f"scheme {parts.scheme!r}")
     if "@" in parts.netloc:
-        raise Unfetched("bad_url", "a user name")
+        raise FetchError("bad_url", "a user name")
     usual = _PORTS[parts.scheme]
     if port is not None and port != usual and port not in _PORTS.values() and port < _FIRST_FREE_PORT:
         # Other programs listen there, and some take a GET for a command.
-        raise Unfetched("bad_url", f"port {port}")
+        raise FetchError("bad_url", f"port {port}")
     named = f"[{host}]" if ":" in host else host
-    return Target(
+    return RequestTarget(
         scheme=parts.scheme,
         host=host,
         port=port or usual,
@@ -310,24 +310,24 @@ def _host(name: str) -> str:
 
 def _follow(url: str, location: str) -> str:
     if not location:
-        raise Unfetched("bad_redirect", "to nowhere")
+        raise FetchError("bad_redirect", "to nowhere")
     try:
         # Headers are read as Latin-1; what servers write there is UTF-8.
         following = urljoin(url, location.encode("latin-1").decode())
         scheme = urlsplit(following).scheme
     except ValueError as error:
-        raise Unfetched("bad_redirect", str(error)) from None
+        raise FetchError("bad_redirect", str(error)) from None
     if scheme not in _PORTS:
-        raise Unfetched("bad_redirect", f"scheme {scheme!r}")
+        raise FetchError("bad_redirect", f"scheme {scheme!r}")
     return following.partition("#")[0]
 
 
-def _refusal(status: int) -> Unfetched:
+def _refusal(status: int) -> FetchError:
     if status == http.client.TOO_MANY_REQUESTS:
-        return Unfetched("too_many_requests", "HTTP 429")
+        return FetchError("too_many_requests", "HTTP 429")
     if status in (http.client.NOT_FOUND, http.client.GONE):
-        return Unfetched("gone", f"HTTP {status}")
-    return Unfetched("server_error" if 500 <= status < 600 else "refused", f"HTTP {status}")
+        return FetchError("gone", f"HTTP {status}")
+    return FetchError("server_error" if 500 <= status < 600 else "refused", f"HTTP {status}")
 
 
 def _left(deadline: float) -> float:
@@ -337,7 +337,7 @@ def _left(deadline: float) -> float:
     return left
 
 
-class _Line:
+class _BoundedSocket:
     """A connected socket with a deadline and a budget, as far as `http.client` uses sockets."""
 
     def __init__(self, line: socket.socket, *, deadline: float, budget: int) -> None:
@@ -358,7 +358,7 @@ class _Line:
         count = self._line.recv_into(buffer)
         self._budget -= count
         if self._budget < 0:
-            raise Unfetched("too_large", "with its headers")
+            raise FetchError("too_large", "with its headers")
         return count
 
     def close(self) -> None:
@@ -371,7 +371,7 @@ class _Line:
 class _Received(io.RawIOBase):
     """What comes over a line, as a file."""
 
-    def __init__(self, line: _Line) -> None:
+    def __init__(self, line: _BoundedSocket) -> None:
         self._over = line
 
     def readable(self) -> bool:
@@ -386,16 +386,16 @@ def _causes() -> Iterator[None]:
     """What the libraries raise, as a cause."""
     try:
         yield
-    except Unfetched:
+    except FetchError:
         raise
     except TimeoutError:
-        raise Unfetched("timed_out") from None
+        raise FetchError("timed_out") from None
     except ssl.SSLCertVerificationError as error:
-        raise Unfetched("bad_certificate", error.verify_message) from None
+        raise FetchError("bad_certificate", error.verify_message) from None
     except http.client.IncompleteRead:
-        raise Unfetched("cut_short") from None
+        raise FetchError("cut_short") from None
     except OSError as error:
         # A server that closes before its status line is one of these too.
-        raise Unfetched("connection_failed", error.strerror or type(error).__name__) from None
+        raise FetchError("connection_failed", error.strerror or type(error).__name__) from None
     except (http.client.HTTPException, ValueError) as error:
-        raise Unfetched("bad_answer", type(error).__name__) from None
+        raise FetchError("bad_answer", type(error).__name__) from None

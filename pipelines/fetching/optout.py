@@ -15,7 +15,7 @@ RESERVATION: Final = "tdm-reservation"
 """The directive that stands for the header `TDM-Reservation: 1`, of the protocol of that name."""
 
 
-def opt_out(headers: Message, *, agent: str, directives: frozenset[str]) -> str:
+def find_opt_out(headers: Message, *, agent: str, directives: frozenset[str]) -> str:
     """The first of `directives` that the headers hold for everybody or for `agent`; empty if there is none.
 
     Args:

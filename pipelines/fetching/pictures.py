@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-from pipelines.fetching.causes import Unfetched
+from pipelines.fetching.causes import FetchError
 
 _JPEG_ALONE: Final = frozenset([0x01, *range(0xD0, 0xD8)])
 _JPEG_FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -19,25 +19,25 @@ _JPEG_SCAN: Final = 0xDA
 _AVIF_HEADER: Final = 1 << 16
 
 
-def check_picture(data: bytes, *, max_pixels: int) -> None:
+def check_image(data: bytes, *, max_pixels: int) -> None:
     """Let a picture pass that a decoder may be given.
 
     Raises:
         Unfetched: `empty`, `not_an_image`, `broken_image` or `too_many_pixels`.
     """
     if not data:
-        raise Unfetched("empty")
+        raise FetchError("empty")
     size_of = next((reader for begins, reader in _READERS if begins(data)), None)
     if size_of is None:
-        raise Unfetched("not_an_image", f"begins with {data[:12]!r}")
+        raise FetchError("not_an_image", f"begins with {data[:12]!r}")
     try:
         width, height = size_of(data)
     except (struct.error, IndexError):
-        raise Unfetched("broken_image", "the header breaks off") from None
+        raise FetchError("broken_image", "the header breaks off") from None
     if width < 1 or height < 1:
-        raise Unfetched("broken_image", f"{width} x {height} pixels")
+        raise FetchError("broken_image", f"{width} x {height} pixels")
     if width * height > max_pixels:
-        raise Unfetched("too_many_pixels", f"{width} x {height}")
+        raise FetchError("too_many_pixels", f"{width} x {height}")
 
 
 _Size = tuple[int, int]
@@ -63,18 +63,18 @@ def _jpeg(data: bytes) -> _Size:
             break
     # Within a scan FF is always followed by something else.
     if data.find(b"\xff\xd9", position) < 0:
-        raise Unfetched("broken_image", "a JPEG without its end")
+        raise FetchError("broken_image", "a JPEG without its end")
     if size is None:
-        raise Unfetched("broken_image", "a JPEG without a frame")
+        raise FetchError("broken_image", "a JPEG without a frame")
     return size
 
 
 def _png(data: bytes) -> _Size:
     if data[12:16] != b"IHDR":
-        raise Unfetched("broken_image", "a PNG without its header")
+        raise FetchError("broken_image", "a PNG without its header")
     width, height = struct.unpack_from(">II", data, 16)
     if data.find(b"IEND", 24) < 0:
-        raise Unfetched("broken_image", "a PNG without its end")
+        raise FetchError("broken_image", "a PNG without its end")
     return width, height
 
 
@@ -95,7 +95,7 @@ def _bmp(data: bytes) -> _Size:
 def _webp(data: bytes) -> _Size:
     (length,) = struct.unpack_from("<I", data, 4)
     if len(data) < length + 8:
-        raise Unfetched("broken_image", "a WebP without its end")
+        raise FetchError("broken_image", "a WebP without its end")
     kind = data[12:16]
     if kind == b"VP8X":
         return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1

@@ -1,4 +1,4 @@
-"""One shard by img2dataset: the program that `pipelines.stages.img2dataset` starts in its environment.
+"""One shard by img2dataset: the program that `pipelines.download.img2dataset` starts in its environment.
 
     python -m pipelines.fetching.program FOLDER
 
@@ -26,8 +26,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from pipelines.fetching.causes import Unfetched
-from pipelines.fetching.guard import Answer, Guard, Limits
+from pipelines.fetching.causes import FetchError
+from pipelines.fetching.guard import GuardedOpener, RequestLimits, Response
 
 REQUEST: Final = "request.json"
 ROWS: Final = "rows.arrow"
@@ -41,7 +41,7 @@ Resized = tuple[bytes | None, int | None, int | None, int | None, int | None, st
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class ShardRequest:
     """What is asked of the program.
 
     Attributes:
@@ -54,9 +54,9 @@ class Request:
         encode_quality: see there.
         threads: see there, `thread_count`.
         limits: of each picture.
-        agent: see `Guard`.
-        directives: see `Guard`.
-        private_networks: see `Guard`.
+        agent: see `GuardedOpener`.
+        directives: see `GuardedOpener`.
+        private_networks: see `GuardedOpener`.
         decode_seconds: that one picture may take to be decoded, resized and encoded.
         crashed: SHA-256 of pictures that took an earlier try down; they are not decoded again.
     """
@@ -69,7 +69,7 @@ class Request:
     resize_only_if_bigger: bool
     encode_quality: int
     threads: int
-    limits: Limits
+    limits: RequestLimits
     agent: str
     directives: tuple[str, ...]
     private_networks: tuple[str, ...]
@@ -81,14 +81,14 @@ class Request:
         (folder / REQUEST).write_text(json.dumps(asdict(self)))
 
     @classmethod
-    def read(cls, folder: Path) -> Request:
+    def read(cls, folder: Path) -> ShardRequest:
         """The request in `folder`."""
         values = json.loads((folder / REQUEST).read_text())
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return cls(**{**values, **lists, "limits": Limits(**values["limits"])})
+        return cls(**{**values, **lists, "limits": RequestLimits(**values["limits"])})
 
 
-class Progress:
+class ProgressFile:
     """A small file that says how many pictures are through, and which is being decoded.
 
     It outlives the process: whoever ended it is found there.
@@ -122,14 +122,14 @@ def read_progress(folder: Path) -> tuple[int, str]:
     return steps, "" if digest == _NO_PICTURE else digest.hex()
 
 
-class Watched:
+class ProgressOpener:
     """A guard whose answers, good or bad, are progress."""
 
-    def __init__(self, guard: Guard, progress: Progress) -> None:
+    def __init__(self, guard: GuardedOpener, progress: ProgressFile) -> None:
         self._guard = guard
         self._progress = progress
 
-    def open(self, request: urllib.request.Request, data: object = None, timeout: object = None) -> Answer:
+    def open(self, request: urllib.request.Request, data: object = None, timeout: object = None) -> Response:
         """As the guard does."""
         try:
             return self._guard.open(request, data, timeout)
@@ -137,13 +137,13 @@ class Watched:
             self._progress.step()
 
 
-class Careful:
+class MonitoredResizer:
     """A resizer that says which picture it has in hand, passes over those that ended it, and ends in time."""
 
     def __init__(
         self,
         resize: Callable[..., Resized],
-        progress: Progress,
+        progress: ProgressFile,
         *,
         crashed: tuple[str, ...],
         seconds: float,
@@ -157,7 +157,7 @@ class Careful:
         """As img2dataset's resizer, its complaints in words of ours."""
         digest = hashlib.sha256(picture.getbuffer()).digest()
         if digest.hex() in self._crashed:
-            return *(None,) * 5, str(Unfetched("crashed"))
+            return *(None,) * 5, str(FetchError("crashed"))
         self._progress.step(digest)
         # The signal's default action ends the process even inside C code.
         signal.setitimer(signal.ITIMER_REAL, self._seconds)
@@ -167,13 +167,13 @@ class Careful:
         return *resized, fault if fault is None else str(_said(fault))  # type: ignore[return-value]
 
 
-def _said(fault: str) -> Unfetched:
-    return Unfetched("too_many_pixels" if "CV_IO_MAX_IMAGE" in fault else "broken_image", fault)
+def _said(fault: str) -> FetchError:
+    return FetchError("too_many_pixels" if "CV_IO_MAX_IMAGE" in fault else "broken_image", fault)
 
 
 def make_shard(folder: Path) -> None:
     """Carry out the request in `folder`."""
-    request = Request.read(folder)
+    request = ShardRequest.read(folder)
     # img2dataset imports it for a log that is not kept here; it is large, and is not installed.
     sys.modules["wandb"] = types.ModuleType("wandb")
     from img2dataset.downloader import Downloader
@@ -181,14 +181,14 @@ def make_shard(folder: Path) -> None:
     from img2dataset.writer import WebDatasetSampleWriter
 
     # From here on what goes wrong is not the installation's fault.
-    progress = Progress(folder)
-    guard = Guard(
+    progress = ProgressFile(folder)
+    guard = GuardedOpener(
         limits=request.limits,
         agent=request.agent,
         directives=request.directives,
         private_networks=request.private_networks,
     )
-    urllib.request.install_opener(Watched(guard, progress))  # type: ignore[arg-type]
+    urllib.request.install_opener(ProgressOpener(guard, progress))  # type: ignore[arg-type]
     resizer = Resizer(
         image_size=request.image_size,
         resize_mode=request.resize_mode,
@@ -197,7 +197,7 @@ def make_shard(folder: Path) -> None:
     )
     downloader = Downloader(
         sample_writer_class=WebDatasetSampleWriter,
-        resizer=Careful(resizer, progress, crashed=request.crashed, seconds=request.decode_seconds),
+        resizer=MonitoredResizer(resizer, progress, crashed=request.crashed, seconds=request.decode_seconds),
         thread_count=request.threads,
         save_caption=True,
         # It may say where and by whom a picture was taken, and nothing here reads it.

@@ -18,13 +18,12 @@ from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
-from pipelines.rejection import Rejected, Rejection, printable
+from pipelines.rejections import Rejected, Rejection, printable
 from pipelines.sources import SourceError
-from pipelines.sources.text import MAX_CAPTION_CHARS, clean_caption
-from pipelines.storage import open_object
-from snapfusion.settings import Settings
+from pipelines.sources.settings import CaptionSettings
+from pipelines.sources.text import clean_caption
+from pipelines.storage.objects import open_object
 
 _CHUNK_BYTES = 1 << 20
 _READ_AHEAD_BYTES = 8 << 20
@@ -32,20 +31,6 @@ _READ_AHEAD_BYTES = 8 << 20
 _MAX_LINE_BYTES = 4 << 20
 _BATCH_ROWS = 1024
 _MAX_ID_CHARS = 256
-
-
-class CaptionSettings(Settings):
-    """What to read of a caption list.
-
-    Attributes:
-        caption_column: the column or key that holds the caption; a .txt has none.
-        id_column: the column or key that holds a unique id; None: the row's position is its id.
-        max_caption_chars: longer captions are cut.
-    """
-
-    caption_column: str = "caption"
-    id_column: str | None = None
-    max_caption_chars: int = Field(MAX_CAPTION_CHARS, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +49,7 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class _Raw:
+class _RawRow:
     """A row before it is judged: values as the format gave them, or what is wrong with it."""
 
     caption: str | bytes | None = None
@@ -109,7 +94,7 @@ def _open(url: str) -> IO[bytes]:
         raise SourceError(f"cannot be opened: {error}") from error
 
 
-def fingerprint(rows: Iterable[Caption | Rejection]) -> str:
+def captions_digest(rows: Iterable[Caption | Rejection]) -> str:
     """SHA-256 of a range of rows: ids, texts and what was rejected; 64 hexadecimal digits."""
     state = hashlib.sha256()
     for row in rows:
@@ -119,7 +104,7 @@ def fingerprint(rows: Iterable[Caption | Rejection]) -> str:
 
 
 def _judge(
-    raw: _Raw, settings: CaptionSettings, *, ordinal: int, seen: set[str], source: str
+    raw: _RawRow, settings: CaptionSettings, *, ordinal: int, seen: set[str], source: str
 ) -> Caption | Rejection:
     name = f"{ordinal:09d}"
     try:
@@ -151,7 +136,7 @@ def _name(given: object, *, column: str) -> str:
     return name
 
 
-_Reader = Callable[[IO[bytes], CaptionSettings], Iterator[_Raw]]
+_Reader = Callable[[IO[bytes], CaptionSettings], Iterator[_RawRow]]
 
 
 def _reader_of(url: str) -> _Reader:
@@ -162,22 +147,22 @@ def _reader_of(url: str) -> _Reader:
     raise SourceError(f"{url} is of no known format; the name must end in one of {known}")
 
 
-def _read_txt(file: IO[bytes], settings: CaptionSettings) -> Iterator[_Raw]:
+def _read_txt(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRow]:
     if settings.id_column is not None:
         raise SourceError("a .txt has no columns, so leave id_column out")
-    return (_Raw(caption=line) for line in _lines(file))
+    return (_RawRow(caption=line) for line in _lines(file))
 
 
-def _read_tsv(file: IO[bytes], settings: CaptionSettings) -> Iterator[_Raw]:
+def _read_tsv(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRow]:
     lines = _lines(file)
     header = [column.decode("utf-8", "replace") for column in next(lines, b"").split(b"\t")]
     caption, identity = _places(header, settings)
     for line in lines:
         fields = line.split(b"\t")
-        yield _Raw(caption=_at(fields, caption), id=_at(fields, identity))
+        yield _RawRow(caption=_at(fields, caption), id=_at(fields, identity))
 
 
-def _read_csv(file: IO[bytes], settings: CaptionSettings) -> Iterator[_Raw]:
+def _read_csv(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRow]:
     # Bytes that are no UTF-8 pass through as surrogates, and are judged with the caption they stand in.
     rows = csv.reader(line.decode("utf-8", "surrogateescape") + "\n" for line in _lines(file))
     caption, identity = _places(next(rows, []), settings)
@@ -187,34 +172,34 @@ def _read_csv(file: IO[bytes], settings: CaptionSettings) -> Iterator[_Raw]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield _Raw(fault=Rejected("bad_row", str(error)))
+            yield _RawRow(fault=Rejected("bad_row", str(error)))
         else:
-            yield _Raw(caption=_at(fields, caption), id=_at(fields, identity))
+            yield _RawRow(caption=_at(fields, caption), id=_at(fields, identity))
 
 
-def _read_jsonl(file: IO[bytes], settings: CaptionSettings) -> Iterator[_Raw]:
+def _read_jsonl(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRow]:
     for line in _lines(file):
         try:
             yield _from_json(line, settings)
         except UnicodeDecodeError as error:
-            yield _Raw(fault=Rejected("bad_encoding", str(error)))
+            yield _RawRow(fault=Rejected("bad_encoding", str(error)))
         except (ValueError, RecursionError) as error:
-            yield _Raw(fault=Rejected("bad_row", str(error)))
+            yield _RawRow(fault=Rejected("bad_row", str(error)))
 
 
-def _from_json(line: bytes, settings: CaptionSettings) -> _Raw:
+def _from_json(line: bytes, settings: CaptionSettings) -> _RawRow:
     if not line.strip():
-        return _Raw(caption="")
+        return _RawRow(caption="")
     row = json.loads(line.decode())
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {type(row).__name__}, not an object")
     caption = row.get(settings.caption_column)
     if caption is not None and not isinstance(caption, str):
         raise ValueError(f"{settings.caption_column!r} is a JSON {type(caption).__name__}, not a string")
-    return _Raw(caption=caption, id=_get(row, settings.id_column))
+    return _RawRow(caption=caption, id=_get(row, settings.id_column))
 
 
-def _read_parquet(file: IO[bytes], settings: CaptionSettings) -> Iterator[_Raw]:
+def _read_parquet(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRow]:
     try:
         table = pq.ParquetFile(file)
     except (pa.ArrowException, ValueError) as error:
@@ -224,7 +209,9 @@ def _read_parquet(file: IO[bytes], settings: CaptionSettings) -> Iterator[_Raw]:
     for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
         values = {name: _values(batch.column(name), name=name) for name in columns}
         for index, caption in enumerate(values[settings.caption_column]):
-            yield _Raw(caption=caption, id=values[settings.id_column][index] if settings.id_column else None)
+            yield _RawRow(
+                caption=caption, id=values[settings.id_column][index] if settings.id_column else None
+            )
 
 
 _READERS: Mapping[tuple[str, ...], _Reader] = {

@@ -44,7 +44,7 @@ def canonical_host(host: str) -> str:
     return _address(name) if ":" in name or _NUMERIC.fullmatch(name) else name
 
 
-def domains_above(host: str) -> Iterator[str]:
+def domain_suffixes(host: str) -> Iterator[str]:
     """A host and every domain that it stands below: `a.b.c`, `b.c`, `c`."""
     while host:
         yield host

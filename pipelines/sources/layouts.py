@@ -62,12 +62,12 @@ SPELLINGS: Final[Mapping[Meaning, tuple[str, ...]]] = {
 Of `unsafe` and `nsfw_tag` every column counts, since the least favourable must.
 """
 
-PICTURE_COLUMNS: Final = ("jpg", "jpeg", "png", "webp")
+IMAGE_COLUMNS: Final = ("jpg", "jpeg", "png", "webp")
 """What img2dataset calls the column of pictures in its Parquet output: its `encode_format`."""
 
 UNKNOWN: Final = "unknown"
 
-_WHOLE: Final[frozenset[Meaning]] = frozenset(["id", "width", "height", "url_text_hash"])
+_INTEGERS: Final[frozenset[Meaning]] = frozenset(["id", "width", "height", "url_text_hash"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +240,7 @@ LAYOUTS: Final = (
 """Every layout that is read, with the columns and types that its publishers or faithful copies state."""
 
 
-def recognise(names: Iterable[str]) -> str:
+def recognise_layout(names: Iterable[str]) -> str:
     """The name of the layout that explains most of these columns; `UNKNOWN` if none fits.
 
     LAION-400M and the English part of LAION-5B have the same columns; then both are named.
@@ -251,9 +251,9 @@ def recognise(names: Iterable[str]) -> str:
     return " or ".join(name for explained, name in fitting if explained == most) or UNKNOWN
 
 
-def picture_column(schema: pa.Schema) -> str | None:
+def image_column(schema: pa.Schema) -> str | None:
     """The column that holds encoded pictures; None for a list of URLs or a sidecar."""
-    for name in PICTURE_COLUMNS:
+    for name in IMAGE_COLUMNS:
         if name in schema.names and is_bytes(schema.field(name).type):
             return name
     return None
@@ -272,7 +272,7 @@ def values_of(metadata: Mapping[str, Any], meaning: Meaning) -> list[Any]:
 
 def numbers_of(metadata: Mapping[str, Any], meaning: Meaning) -> list[float]:
     """The finite numbers among `values_of`."""
-    numbers = (finite(value) for value in values_of(metadata, meaning))
+    numbers = (as_finite(value) for value in values_of(metadata, meaning))
     return [number for number in numbers if number is not None]
 
 
@@ -301,7 +301,7 @@ def text_of(metadata: Mapping[str, Any], meaning: Meaning) -> str | None:
     return next(iter(texts_of(metadata, meaning)), None)
 
 
-def finite(value: object) -> float | None:
+def as_finite(value: object) -> float | None:
     """A finite number as a float; None for anything else, booleans too."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return None
@@ -312,21 +312,21 @@ def finite(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def known(values: Mapping[str, Any]) -> dict[str, Any]:
+def clean_metadata(values: Mapping[str, Any]) -> dict[str, Any]:
     """A row's metadata by its columns: nulls, NaN and bytes (texts that are no UTF-8) are left out.
 
     An id, a size or a hash that became a float on its way is the integer again that it was.
     """
-    mended = ((name, _mended(name, value)) for name, value in values.items())
+    mended = ((name, _restore_integer(name, value)) for name, value in values.items())
     return {name: value for name, value in mended if value is not None and not isinstance(value, bytes)}
 
 
-def _mended(name: str, value: Any) -> Any:  # noqa: ANN401 - any value of a column
+def _restore_integer(name: str, value: Any) -> Any:  # noqa: ANN401 - any value of a column
     if not isinstance(value, float):
         return value
     if not math.isfinite(value):
         return None
-    return int(value) if name in _WHOLE_COLUMNS and value.is_integer() else value
+    return int(value) if name in _INTEGER_COLUMNS and value.is_integer() else value
 
 
-_WHOLE_COLUMNS: Final = frozenset(name for meaning in _WHOLE for name in SPELLINGS[meaning])
+_INTEGER_COLUMNS: Final = frozenset(name for meaning in _INTEGERS for name in SPELLINGS[meaning])

@@ -14,34 +14,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
-from pydantic import Field
 
-from pipelines.rejection import Rejected, Rejection, printable
+from pipelines.rejections import Rejected, Rejection, printable
 from pipelines.sources import SourceError
-from pipelines.sources.layouts import SPELLINGS, is_bytes, known, recognise
+from pipelines.sources.layouts import SPELLINGS, clean_metadata, is_bytes, recognise_layout
 from pipelines.sources.listing import list_files
-from pipelines.sources.parquet import Batch, CorruptParquetError, open_parquet
-from pipelines.sources.text import MAX_CAPTION_CHARS, clean_caption
-from snapfusion.settings import Settings
+from pipelines.sources.parquet import CorruptParquetError, RowBatch, open_parquet
+from pipelines.sources.settings import LinkSettings
+from pipelines.sources.text import clean_caption
 
 MAX_URL_CHARS = 8192
 _BATCH_ROWS = 1024
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-
-
-class LinkSettings(Settings):
-    """What to read of a URL list.
-
-    Attributes:
-        url_column: the column of URLs; None takes the first that is there of `SPELLINGS["url"]`.
-        caption_column: likewise of captions. laion-coco has two: `TEXT` is what the web said of the picture
-            and what None takes, `top_caption` what a model did.
-        max_caption_chars: longer captions are cut.
-    """
-
-    url_column: str | None = None
-    caption_column: str | None = None
-    max_caption_chars: int = Field(MAX_CAPTION_CHARS, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +67,7 @@ class ListHeader:
     """What a list says of itself.
 
     Attributes:
-        layout: as `pipelines.sources.layouts.recognise` names it.
+        layout: as `pipelines.sources.layouts.recognise_layout` names it.
         columns: their names, those of bytes left out.
         url_column: the one that holds URLs.
         caption_column: the one that holds captions.
@@ -153,7 +137,7 @@ def _rows(
             for part in rows.batches(header.columns, batch_rows=_BATCH_ROWS, start=start, stop=stop):
                 if part.stop <= start:
                     continue
-                if isinstance(part, Batch):
+                if isinstance(part, RowBatch):
                     yield from _judge(part, links, header, settings)
                     continue
                 for ordinal in range(part.start, part.stop):
@@ -167,7 +151,7 @@ def _rows(
 def _header(schema: pa.Schema, settings: LinkSettings, *, url: str, rows: int) -> ListHeader:
     names = schema.names
     return ListHeader(
-        layout=recognise(names),
+        layout=recognise_layout(names),
         columns=tuple(name for name in dict.fromkeys(names) if not is_bytes(schema.field(name).type)),
         url_column=_column(settings.url_column, SPELLINGS["url"], schema, url=url, what="URLs"),
         caption_column=_column(
@@ -196,7 +180,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _judge(
-    batch: Batch, links: LinkList, header: ListHeader, settings: LinkSettings
+    batch: RowBatch, links: LinkList, header: ListHeader, settings: LinkSettings
 ) -> Iterator[Link | Rejection]:
     columns = {name: batch.values(name) for name in header.columns}
     others = [name for name in header.columns if name not in (header.url_column, header.caption_column)]
@@ -209,7 +193,7 @@ def _judge(
                 ordinal=ordinal,
                 url=clean_url(url),
                 caption=clean_caption(caption, max_chars=settings.max_caption_chars),
-                metadata=known({name: columns[name][row] for name in others}),
+                metadata=clean_metadata({name: columns[name][row] for name in others}),
             )
         except Rejected as verdict:
             yield _rejected(verdict, links, ordinal=ordinal)

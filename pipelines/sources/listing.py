@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import fsspec
 
-from pipelines.patience import patiently
-from pipelines.rejection import printable
+from pipelines.rejections import printable
 from pipelines.sources import SourceError
-from pipelines.storage import absolute, is_local
+from pipelines.storage.objects import absolute_url, is_local
+from pipelines.storage.retry import with_retries
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ListedFile:
     """A file that was found.
 
     Attributes:
@@ -33,7 +33,7 @@ class Place:
         return self.name.rpartition(".")[0]
 
 
-def list_files(url: str, *, endings: tuple[str, ...]) -> list[Place]:
+def list_files(url: str, *, endings: tuple[str, ...]) -> list[ListedFile]:
     """The files at `url` whose names have one of these endings, sorted by name; a folder's own, not deeper.
 
     Names that begin with a dot are left out: they are being written, or another program's.
@@ -42,14 +42,14 @@ def list_files(url: str, *, endings: tuple[str, ...]) -> list[Place]:
         SourceError: if the place cannot be listed.
     """
     try:
-        found = patiently(url, lambda: _find(url, endings))
+        found = with_retries(url, lambda: _find(url, endings))
         return sorted(found, key=lambda place: place.name)
     except Exception as error:
         raise SourceError(f"{url} cannot be listed: {error}") from error
 
 
-def _find(url: str, endings: tuple[str, ...]) -> list[Place]:
-    filesystem, path = fsspec.core.url_to_fs(absolute(url))
+def _find(url: str, endings: tuple[str, ...]) -> list[ListedFile]:
+    filesystem, path = fsspec.core.url_to_fs(absolute_url(url))
     # Listings are cached for the life of the process, and files may have been added since.
     filesystem.invalidate_cache()
     if filesystem.isdir(path):
@@ -61,7 +61,7 @@ def _find(url: str, endings: tuple[str, ...]) -> list[Place]:
         root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
     root = root.rstrip("/")
     return [
-        Place(
+        ListedFile(
             url=info["name"] if is_local(url) else filesystem.unstrip_protocol(info["name"]),
             name=printable(info["name"].removeprefix(root).removeprefix("/")),
             size=int(info["size"]),

@@ -15,7 +15,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.storage import open_object
+from pipelines.storage.objects import open_object
 
 # A column is read in pieces of this size, so that a row group of any size takes no more.
 _BUFFER_BYTES = 1 << 20
@@ -27,7 +27,7 @@ class CorruptParquetError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class RowBatch:
     """Consecutive rows, the first of which has the ordinal `start`."""
 
     start: int
@@ -44,7 +44,7 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Torn:
+class TornRows:
     """Ordinals [start, stop) that cannot be read, and why."""
 
     start: int
@@ -61,7 +61,7 @@ class ParquetRows:
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file = _Watched(file)
+        self._file = _ErrorRecorder(file)
         with self._told_apart():
             self._parquet = pq.ParquetFile(
                 self._file, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
@@ -71,7 +71,7 @@ class ParquetRows:
 
     def batches(
         self, columns: Sequence[str], *, batch_rows: int, start: int = 0, stop: int | None = None
-    ) -> Iterator[Batch | Torn]:
+    ) -> Iterator[RowBatch | TornRows]:
         """The rows of the row groups that hold any of the ordinals [start, stop), in order.
 
         Raises:
@@ -97,17 +97,17 @@ class ParquetRows:
 
     def _group(
         self, group: int, columns: Sequence[str], *, batch_rows: int, first: int, last: int
-    ) -> Iterator[Batch | Torn]:
+    ) -> Iterator[RowBatch | TornRows]:
         position = first
         try:
             for record in self._records(group, columns, batch_rows=batch_rows):
-                yield Batch(start=position, record=record)
+                yield RowBatch(start=position, record=record)
                 position += record.num_rows
         except CorruptParquetError as error:
-            yield Torn(start=position, stop=last, detail=str(error))
+            yield TornRows(start=position, stop=last, detail=str(error))
             return
         if position < last:
-            yield Torn(start=position, stop=last, detail=f"row group {group} ends early")
+            yield TornRows(start=position, stop=last, detail=f"row group {group} ends early")
 
     def _records(self, group: int, columns: Sequence[str], *, batch_rows: int) -> Iterator[pa.RecordBatch]:
         with self._told_apart():
@@ -143,7 +143,7 @@ def open_parquet(url: str) -> Iterator[ParquetRows]:
         yield ParquetRows(file)
 
 
-class _Watched(io.RawIOBase):
+class _ErrorRecorder(io.RawIOBase):
     """A file that remembers what its store raised: Arrow's own complaints have the same types."""
 
     def __init__(self, file: IO[bytes]) -> None:

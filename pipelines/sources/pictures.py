@@ -12,16 +12,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.rejection import Rejected
-from pipelines.sources.layouts import is_bytes, known, picture_column
-from pipelines.sources.parquet import Batch, CorruptParquetError, ParquetRows, Torn, open_parquet
+from pipelines.rejections import Rejected
+from pipelines.sources.layouts import clean_metadata, image_column, is_bytes
+from pipelines.sources.parquet import CorruptParquetError, ParquetRows, RowBatch, TornRows, open_parquet
 
 _BATCH_ROWS = 8
 _KEYS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureRow:
+class ImageRow:
     """One row as the file has it.
 
     Attributes:
@@ -43,7 +43,7 @@ class PictureRow:
     fault: Rejected | None = None
 
 
-def holds_pictures(url: str) -> bool:
+def has_images(url: str) -> bool:
     """Whether a Parquet file is a shard; one that cannot be read is taken for a damaged one.
 
     Raises:
@@ -51,12 +51,12 @@ def holds_pictures(url: str) -> bool:
     """
     try:
         with open_parquet(url) as rows:
-            return picture_column(rows.schema) is not None
+            return image_column(rows.schema) is not None
     except CorruptParquetError:
         return True
 
 
-def read_pictures(url: str, *, start: int, max_image_bytes: int) -> Iterator[PictureRow]:
+def read_image_rows(url: str, *, start: int, max_image_bytes: int) -> Iterator[ImageRow]:
     """Every row in order; of row groups that end before `start` only the keys are read.
 
     Memory holds 8 rows and a page of each column. As img2dataset writes pictures, a page holds those of a
@@ -67,7 +67,7 @@ def read_pictures(url: str, *, start: int, max_image_bytes: int) -> Iterator[Pic
         OSError: if the store does not answer.
     """
     with open_parquet(url) as rows:
-        picture = picture_column(rows.schema)
+        picture = image_column(rows.schema)
         if picture is None:
             raise CorruptParquetError(f"no column of pictures among {', '.join(rows.schema.names)}")
         others = [name for name in rows.schema.names if not is_bytes(rows.schema.field(name).type)]
@@ -75,11 +75,11 @@ def read_pictures(url: str, *, start: int, max_image_bytes: int) -> Iterator[Pic
             # Apart from the pictures, so that rows whose pictures are lost keep their names.
             keys = _keys(rows, first=first, last=last)
             if last <= start:
-                yield from (PictureRow(ordinal=first + row, key=key) for row, key in enumerate(keys))
+                yield from (ImageRow(ordinal=first + row, key=key) for row, key in enumerate(keys))
                 continue
             for part in rows.batches([*others, picture], batch_rows=_BATCH_ROWS, start=first, stop=last):
                 here = keys[part.start - first :]
-                if isinstance(part, Torn):
+                if isinstance(part, TornRows):
                     yield from _lost(part, here)
                 else:
                     yield from _found(part, here, others, picture=picture, max_image_bytes=max_image_bytes)
@@ -90,20 +90,20 @@ def _keys(rows: ParquetRows, *, first: int, last: int) -> list[str]:
     if "key" not in rows.schema.names:
         return keys
     for part in rows.batches(["key"], batch_rows=_KEYS_AT_ONCE, start=first, stop=last):
-        if isinstance(part, Batch):
+        if isinstance(part, RowBatch):
             for place, key in enumerate(part.values("key"), start=part.start - first):
                 keys[place] = key if isinstance(key, str) and key else keys[place]
     return keys
 
 
-def _lost(part: Torn, keys: list[str]) -> Iterator[PictureRow]:
+def _lost(part: TornRows, keys: list[str]) -> Iterator[ImageRow]:
     for ordinal, key in zip(range(part.start, part.stop), keys, strict=False):
-        yield PictureRow(ordinal=ordinal, key=key, fault=Rejected("torn_shard", part.detail))
+        yield ImageRow(ordinal=ordinal, key=key, fault=Rejected("torn_shard", part.detail))
 
 
 def _found(
-    part: Batch, keys: list[str], others: list[str], *, picture: str, max_image_bytes: int
-) -> Iterator[PictureRow]:
+    part: RowBatch, keys: list[str], others: list[str], *, picture: str, max_image_bytes: int
+) -> Iterator[ImageRow]:
     columns = {name: part.values(name) for name in others}
     pictures = part.record.column(picture)
     sizes = pc.binary_length(pictures).to_pylist()
@@ -111,13 +111,13 @@ def _found(
         values = {name: column[row] for name, column in columns.items()}
         txt = values.pop("txt", None)
         fits = size is None or size <= max_image_bytes
-        yield PictureRow(
+        yield ImageRow(
             ordinal=part.start + row,
             key=keys[row],
             image=_bytes(pictures, row) if fits else None,
             txt=txt,
             caption=values.get("caption"),
-            metadata=known(values),
+            metadata=clean_metadata(values),
             fault=None if fits else _oversized(picture, size=size, allowed=max_image_bytes),
         )
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from pipelines.sources import SourceError
 from pipelines.sources.webdataset import Shard
-from pipelines.storage import absolute, read_bytes, write_once
+from pipelines.storage.objects import absolute_url, read_bytes, write_once
 
 _FIELDS = pa.schema(
     [
@@ -42,7 +42,7 @@ _STATUSES = ("success", "failed_to_download", "failed_to_resize")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class ShardRow:
     """One row to be written.
 
     Attributes:
@@ -72,7 +72,7 @@ class Picture:
 
 def write_shard(
     folder: str,
-    pictures: Iterable[Picture],
+    pictures: Iterable[ShardRow],
     *,
     index: int,
     extension: str = "jpg",
@@ -98,7 +98,7 @@ def write_shard(
     ]
     if len(rows) > rows_per_shard:
         raise ValueError(f"{len(rows)} rows given, a shard holds {rows_per_shard}")
-    stem = f"{absolute(folder)}/{index:05d}"
+    stem = f"{absolute_url(folder)}/{index:05d}"
     tar = _tar(rows, extension=extension)
     _put(f"{stem}.parquet", _sidecar([values for _, values in rows]))
     _put(f"{stem}_stats.json", _stats([values for _, values in rows]))
@@ -106,10 +106,10 @@ def write_shard(
     return Shard(url=f"{stem}.tar", name=f"{index:05d}", size=len(tar))
 
 
-_Row = tuple[Picture, dict[str, Any]]
+_Row = tuple[ShardRow, dict[str, Any]]
 
 
-def _row(picture: Picture, *, key: str) -> _Row:
+def _row(picture: ShardRow, *, key: str) -> _Row:
     width, height = (None, None) if picture.image is None else _size(picture.image)
     values = {
         **picture.metadata,

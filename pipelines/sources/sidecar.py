@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.storage import open_object
+from pipelines.storage.objects import open_object
 
 _READ_AHEAD_BYTES = 8 << 20
 

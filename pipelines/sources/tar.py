@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import IO
 
-from pipelines.rejection import Rejected
+from pipelines.rejections import Rejected
 
 _READ_BYTES = 1 << 20
 _MAX_NAME_CHARS = 1024

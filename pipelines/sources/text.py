@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.rejection import Rejected
+from pipelines.rejections import Rejected
 
 MAX_CAPTION_CHARS = 2000
 

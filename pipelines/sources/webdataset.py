@@ -27,32 +27,23 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
-from pipelines.rejection import Rejected, Rejection, printable
+from pipelines.rejections import Rejected, Rejection, printable
 from pipelines.sources import SourceError
 from pipelines.sources.layouts import text_of
 from pipelines.sources.listing import list_files
 from pipelines.sources.parquet import CorruptParquetError, open_parquet
-from pipelines.sources.pictures import PictureRow, holds_pictures, read_pictures
+from pipelines.sources.pictures import ImageRow, has_images, read_image_rows
+from pipelines.sources.settings import ShardSettings
 from pipelines.sources.sidecar import FAILURES, Sidecar, SidecarError, read_sidecar
 from pipelines.sources.tar import Member, TornShardError, is_unsafe, read_members
-from pipelines.sources.text import MAX_CAPTION_CHARS, clean_caption
-from pipelines.storage import open_object
-from snapfusion.settings import Settings
+from pipelines.sources.text import clean_caption
+from pipelines.storage.objects import open_object
 
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"])
 _READ_AHEAD_BYTES = 8 << 20
 _FOOTERS_AT_ONCE = 16
 _FOOTER_BYTES = 1 << 16
-
-
-class ShardSettings(Settings):
-    """Bounds on what is read into memory, bytes and characters."""
-
-    max_image_bytes: int = Field(64 << 20, ge=1)
-    max_text_bytes: int = Field(1 << 20, ge=1)
-    max_caption_chars: int = Field(MAX_CAPTION_CHARS, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +98,7 @@ def list_shards(url: str) -> list[Shard]:
     unclear = [place for place in places if place.stem not in tars]
     try:
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
-            answers = pool.map(lambda place: holds_pictures(place.url), unclear)
+            answers = pool.map(lambda place: has_images(place.url), unclear)
             pictures = {place.stem for place, yes in zip(unclear, answers, strict=True) if yes}
     except OSError as error:
         raise SourceError(f"{url} cannot be listed: {error}") from error
@@ -134,7 +125,7 @@ def count_rows(shard: Shard) -> int | None:
         return None
 
 
-def told_failures(shard: Shard) -> list[Rejected]:
+def sidecar_failures(shard: Shard) -> list[Rejected]:
     """What a tar's sidecar says of rows that have no picture; the tar is not read. None for Parquet."""
     if not _is_tar(shard.url):
         return []
@@ -201,7 +192,7 @@ def _rows_of_tar(shard: Shard, settings: ShardSettings, *, start: int) -> Iterat
 def _rows_of_parquet(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[Sample | Rejection]:
     arrived: set[str] = set()
     try:
-        for row in read_pictures(shard.url, start=start, max_image_bytes=settings.max_image_bytes):
+        for row in read_image_rows(shard.url, start=start, max_image_bytes=settings.max_image_bytes):
             again = row.key in arrived
             arrived.add(row.key)
             if row.ordinal >= start:
@@ -211,7 +202,7 @@ def _rows_of_parquet(shard: Shard, settings: ShardSettings, *, start: int) -> It
         yield verdict.record(id=_id(shard, ".parquet"), source=shard.name, ordinal=0)
 
 
-def _judge_row(row: PictureRow, *, shard: Shard, settings: ShardSettings, again: bool) -> Sample | Rejection:
+def _judge_row(row: ImageRow, *, shard: Shard, settings: ShardSettings, again: bool) -> Sample | Rejection:
     name = _id(shard, row.key)
     status = row.metadata.get("status") or "success"
     try:

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-from pipelines.rejection import Rejected
+from pipelines.rejections import Rejected
 from pipelines.sources import SourceError
-from pipelines.sources.hosts import canonical_host, domains_above, hosts_of
+from pipelines.sources.hosts import canonical_host, domain_suffixes, hosts_of
 from pipelines.sources.layouts import texts_of, values_of
 from pipelines.sources.links import Link
 from pipelines.sources.webdataset import Sample, Shard
-from pipelines.stages.veto import Check
-from pipelines.storage import StorageError, absolute, read_bytes
-from snapfusion.settings import Settings
+from pipelines.stages.row_filter import RowCheck
+from pipelines.stages.settings import Blocklists
+from pipelines.storage.objects import StorageError, absolute_url, read_bytes
 
 _HEXADECIMAL: Final = re.compile("[0-9a-f]+")
 _INTEGER: Final = re.compile("-?[0-9]{1,19}")
@@ -34,21 +34,6 @@ _UNSPACED: Final = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff]"
 )
-
-
-class Blocklists(Settings):
-    """Text files (UTF-8) of one entry a line, local or on any store; lines that begin with # are comments.
-
-    Attributes:
-        domains: hosts; each blocks the domains below it too. `*.example.org` is the same as `example.org`.
-        hashes: SHA-256 or MD5 of a picture's bytes, COYO's `image_phash` (16 hexadecimal digits), or LAION's
-            `hash` (an integer).
-        terms: words or phrases that a caption must not hold, in any case of letters.
-    """
-
-    domains: str | None = None
-    hashes: str | None = None
-    terms: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +58,7 @@ class Blocklist:
         told = {name: _digest(entries) for name, entries in lists.items() if entries is not None}
         return {"blocklists": told} if told else {}
 
-    def on(self, shard: Shard) -> Check:
+    def on(self, shard: Shard) -> RowCheck:
         """The check of a shard's samples, the same for all."""
         del shard
         return lambda sample, _id: self.check_sample(sample)
@@ -85,13 +70,13 @@ class Blocklist:
             Rejected: `blocked_domain`, `blocked_hash` or `blocked_term`; the first in this order.
         """
         self._check_domains([link.url, *texts_of(link.metadata, "url")])
-        self._check_hashes(_told_hashes(link.metadata))
+        self._check_hashes(_metadata_hashes(link.metadata))
         self._check_terms(link.caption)
 
     def check_sample(self, sample: Sample) -> None:
         """Let a sample pass, or raise as `check_link` does. The bytes of its picture are hashed too."""
         self._check_domains(texts_of(sample.metadata, "url"))
-        self._check_hashes(_told_hashes(sample.metadata))
+        self._check_hashes(_metadata_hashes(sample.metadata))
         self._check_hashes(f"{kind}:{hashlib.new(kind, sample.image).hexdigest()}" for kind in self._computed)
         self._check_terms(sample.caption)
 
@@ -115,7 +100,7 @@ class Blocklist:
         if not self.domains:
             return
         for host in (host for url in urls for host in hosts_of(url)):
-            for domain in domains_above(host):
+            for domain in domain_suffixes(host):
                 if domain in self.domains:
                     raise Rejected("blocked_domain", f"{host} is {domain} or below it")
 
@@ -161,7 +146,7 @@ def words_of(text: str) -> list[str]:
     return "".join(letter if kind[0] in "LMN" else " " for letter, kind in kinds if kind != "Cf").split()
 
 
-def _told_hashes(metadata: Mapping[str, Any]) -> Iterator[str]:
+def _metadata_hashes(metadata: Mapping[str, Any]) -> Iterator[str]:
     for kind in ("sha256", "md5"):
         yield from (f"{kind}:{text.lower()}" for text in texts_of(metadata, kind))
     yield from (f"phash:{text.lower()}" for text in texts_of(metadata, "perceptual_hash"))
@@ -172,7 +157,7 @@ def _load(kind: str, url: str | None, parse: Callable[[str], Iterable[str]]) -> 
     if url is None:
         return None
     try:
-        lines = read_bytes(absolute(url)).decode("utf-8-sig").splitlines()
+        lines = read_bytes(absolute_url(url)).decode("utf-8-sig").splitlines()
     except StorageError as error:
         raise SourceError(f"source.blocklists.{kind}: {error}") from None
     except UnicodeDecodeError as error:
@@ -183,7 +168,7 @@ def _load(kind: str, url: str | None, parse: Callable[[str], Iterable[str]]) -> 
         if text and not text.startswith("#"):
             found = tuple(parse(text))
             if not found:
-                raise SourceError(f"blocklist {url}, line {number}: {text!r} is {_WANTED[parse]}")
+                raise SourceError(f"blocklist {url}, line {number}: {text!r} is {_EXPECTED[parse]}")
             entries.update(found)
     return frozenset(entries)
 
@@ -213,7 +198,7 @@ def _term(text: str) -> Iterator[str]:
         yield words
 
 
-_WANTED: Final[Mapping[Callable[[str], Iterable[str]], str]] = {
+_EXPECTED: Final[Mapping[Callable[[str], Iterable[str]], str]] = {
     _domain: "no host: give example.org, without scheme, port or path",
     _hash: "no hash: give 64, 32 or 16 hexadecimal digits, or an integer",
     _term: "no term: give a letter or a digit at least",

@@ -9,15 +9,15 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from pipelines.account import Account, is_whole
-from pipelines.rejection import Rejected
+from pipelines.rejections import Rejected
 from pipelines.sources.webdataset import Sample, Shard
 from pipelines.stages.read import shard_digest
-from pipelines.stages.veto import Check
-from pipelines.tables import Snapshot, TableError, UnitFile, accounts, open_table
+from pipelines.stages.row_filter import RowCheck
+from pipelines.tables.manifest import UnitManifest, covers_source
+from pipelines.tables.table import Snapshot, TableError, UnitFile, open_table, unit_manifests
 
 
-class RefuseCopies:
+class DuplicateFilter:
     """A `Veto` by the verdicts of one version of DUPLICATES.
 
     Args:
@@ -32,14 +32,14 @@ class RefuseCopies:
         self.source = source
         self.identity = open_table(url, version=version, kind="duplicates").identity
 
-    def on(self, shard: Shard) -> Check:
+    def on(self, shard: Shard) -> RowCheck:
         """The check of this shard's rows; of them only those that are refused are held.
 
         Raises:
             TableError: if verdicts on the shard, or on a part of it, are not there.
         """
         found = self._files[f"{self.source}/{shard.name}"]
-        if not is_whole(account for account, _ in found):
+        if not covers_source(account for account, _ in found):
             raise TableError(
                 f"{self.url} has no verdicts on all rows of {shard.url}: run jobs.find_duplicates first"
             )
@@ -71,9 +71,9 @@ class RefuseCopies:
         return open_table(self.url, version=self.version)
 
     @cached_property
-    def _files(self) -> Mapping[str, list[tuple[Account, UnitFile]]]:
+    def _files(self) -> Mapping[str, list[tuple[UnitManifest, UnitFile]]]:
         """The units of this version by the source that they judge; read once in each worker."""
-        known = accounts(self.url)
+        known = unit_manifests(self.url)
         files = defaultdict(list)
         for file in self._table.units:
             files[known[file.unit].source].append((known[file.unit], file))

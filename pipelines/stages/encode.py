@@ -7,22 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from pydantic import Field
 
-from pipelines.stages.environment import Device
-from pipelines.units import FinishedRows, ImageRows, alike, finish, finite_rows
+from pipelines.stages.settings import Device, Encoding
+from pipelines.tables.units import FinishedRows, ImageRows, finish_unit, finite_rows, group_by_shape
 from snapfusion.models.load import load
-from snapfusion.settings import Settings
-
-
-class Encoding(Settings):
-    """How images are encoded; every field changes the rows.
-
-    Attributes:
-        batch_size: images the encoder sees at once; fixed, because bits depend on it.
-    """
-
-    batch_size: int = Field(16, ge=1)
 
 
 class EncodeLatents:
@@ -48,7 +36,7 @@ class EncodeLatents:
             "width": [image.shape[1] for image in rows.images],
         }
         # The ordinal of a row within its shard is gone by now; its id finds it.
-        return finish(
+        return finish_unit(
             columns,
             unit=rows.unit,
             rows=((id_, rows.unit.start) for id_ in rows.ids),
@@ -62,7 +50,7 @@ class EncodeLatents:
         """The latent of each image, float16 [4,h,w] of uint8 [H,W,3]; a batch holds images of one shape."""
         size = self.settings.batch_size
         latents: dict[int, np.ndarray] = {}
-        for places in alike(images):
+        for places in group_by_shape(images):
             for start in range(0, len(places), size):
                 chosen = places[start : start + size]
                 pixels = torch.from_numpy(np.stack([images[place] for place in chosen])).permute(0, 3, 1, 2)

@@ -13,28 +13,29 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from pipelines.forgotten import normal_url
-from pipelines.rejection import Rejected, Rejection
-from pipelines.sources.webdataset import Sample, ShardSettings
-from pipelines.stages.image import PictureBounds, open_image
+from pipelines.rejections import Rejected, Rejection
+from pipelines.sources.settings import ShardSettings
+from pipelines.sources.webdataset import Sample
+from pipelines.stages.image import open_image
 from pipelines.stages.read import Decode, ShardWork, Usable, UsableRows
-from pipelines.stages.select import Selection
-from pipelines.stages.veto import Veto
-from pipelines.storage import read_bytes
-from pipelines.units import CaptionRows, FinishedRows, PictureRows
+from pipelines.stages.row_filter import RowFilter
+from pipelines.stages.settings import ImageBounds, Selection
+from pipelines.storage.objects import read_bytes
+from pipelines.tables.deletion_list import normalize_url
+from pipelines.tables.units import CaptionRows, FinishedRows, ImageNameRows
 
 METHOD: Final = {"keys": "blake2b-64 of normal url and caption, 1", "looks": "imagehash.phash, 8 x 8"}
 """Part of the identity of every table of fingerprints: rows made otherwise cannot be compared."""
 
 _COLUMNS: Final = ("id", "source_id", "url_key", "caption_key", "image_sha256", "phash")
 
-Looks = tuple[str, int]
+ImageHashes = tuple[str, int]
 """SHA-256 of a picture's bytes as 64 hexadecimal digits, and `phash` of its pixels."""
 
 
 def url_key(url: str) -> int:
-    """64 bits of an address, signed; spellings that `normal_url` makes equal have the same."""
-    return _bits(normal_url(url))
+    """64 bits of an address, signed; spellings that `normalize_url` makes equal have the same."""
+    return _bits(normalize_url(url))
 
 
 def caption_key(caption: str) -> int | None:
@@ -48,7 +49,7 @@ def caption_key(caption: str) -> int | None:
     return _bits(words) if words else None
 
 
-def phash(data: bytes, *, images: PictureBounds) -> int:
+def phash(data: bytes, *, images: ImageBounds) -> int:
     """64 bits of how the whole picture looks, signed: the signs of its lowest frequencies about their median.
 
     It is made of luminance alone, scaled to 32 x 32 whatever the shape. `f"{value & (2**64 - 1):016x}"` is
@@ -60,7 +61,7 @@ def phash(data: bytes, *, images: PictureBounds) -> int:
     return _hash(open_image(data, bounds=images))
 
 
-def looks_of(data: bytes, *, images: PictureBounds) -> Looks:
+def image_hashes(data: bytes, *, images: ImageBounds) -> ImageHashes:
     """What is compared of a picture.
 
     Raises:
@@ -77,14 +78,14 @@ class FingerprintShard:
         *,
         rows_per_unit: int,
         shards: ShardSettings,
-        images: PictureBounds,
+        images: ImageBounds,
         selection: Selection,
-        vetoes: Sequence[Veto] = (),
+        vetoes: Sequence[RowFilter] = (),
     ) -> None:
         self.rows = UsableRows(
             rows_per_unit=rows_per_unit, shards=shards, selection=selection, vetoes=tuple(vetoes)
         )
-        self.decode: Decode[Looks] = partial(looks_of, images=images)
+        self.decode: Decode[ImageHashes] = partial(image_hashes, images=images)
 
     def __call__(self, work: ShardWork, *, careful: bool = False) -> Iterator[FinishedRows]:
         """Stream the shard once; memory holds one picture and the keys of one unit."""
@@ -100,19 +101,19 @@ class FingerprintShard:
         return self(work, careful=True)
 
 
-class FingerprintPictures:
-    """`PictureRows` in, `FinishedRows` of FINGERPRINTS out; a picture has no caption and goes by its name.
+class FingerprintImages:
+    """`ImageNameRows` in, `FinishedRows` of FINGERPRINTS out; a picture has no caption and goes by its name.
 
     Args:
         images: bounds on pictures.
         middle: of each only the looks of its middle square, which shards of cropped pictures hold.
     """
 
-    def __init__(self, *, images: PictureBounds, middle: bool = False) -> None:
+    def __init__(self, *, images: ImageBounds, middle: bool = False) -> None:
         self.images = images
         self.middle = middle
 
-    def __call__(self, rows: PictureRows) -> FinishedRows:
+    def __call__(self, rows: ImageNameRows) -> FinishedRows:
         """Read and hash all pictures of a unit, one at a time."""
         began = time.monotonic()
         made: list[tuple[Any, ...]] = []
@@ -133,7 +134,7 @@ class FingerprintPictures:
 
     def _looks(self, data: bytes) -> tuple[str | None, int]:
         if not self.middle:
-            return looks_of(data, images=self.images)
+            return image_hashes(data, images=self.images)
         image = open_image(data, bounds=self.images)
         side = min(image.size)
         left, top = ((length - side) // 2 for length in image.size)
@@ -150,7 +151,7 @@ class FingerprintCaptions:
         return FinishedRows(unit=rows.unit, columns=_columns(made), rejections=rows.rejections)
 
 
-def _gather(rows: Iterator[Usable[Looks] | Rejection]) -> tuple[dict[str, list[Any]], list[Rejection]]:
+def _gather(rows: Iterator[Usable[ImageHashes] | Rejection]) -> tuple[dict[str, list[Any]], list[Rejection]]:
     made: list[tuple[Any, ...]] = []
     rejections: list[Rejection] = []
     for row in rows:

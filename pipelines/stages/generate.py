@@ -7,36 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from pipelines.stages.environment import Device
-from pipelines.units import CaptionRows, FinishedRows, finish, finite_rows
+from pipelines.stages.settings import Device, Generation
+from pipelines.tables.units import CaptionRows, FinishedRows, finish_unit, finite_rows
 from snapfusion.models.bundle import Bundle, to_uint8
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import sample, time_grid
-from snapfusion.settings import Settings
-
-
-class Generation(Settings):
-    """How the teacher draws; every field changes the rows.
-
-    Attributes:
-        steps: DDIM steps (50 in SnapFusion Sec. 3.2).
-        guidance: w of SnapFusion Eq. 3.
-        batch_size: rows the UNet sees at once (twice that with guidance); fixed, because bits depend on it.
-        images: whether the teacher's decoded image is stored beside the latent.
-        seed: of the noise keys.
-        size: side of the pictures in pixels; null takes the teacher's own.
-    """
-
-    steps: int = Field(50, ge=1, le=1000)
-    guidance: float = Field(7.5, ge=1.0)
-    batch_size: int = Field(8, ge=1)
-    images: bool = True
-    seed: int = Field(0, ge=0)
-    size: int | None = Field(None, ge=1)
 
 
 class GeneratePairs:
@@ -70,7 +48,7 @@ class GeneratePairs:
             "latent": latents,
             "image": images,
         }
-        return finish(
+        return finish_unit(
             columns,
             unit=rows.unit,
             rows=((id_, caption.ordinal) for id_, caption in zip(ids, rows.captions, strict=True)),

@@ -9,17 +9,14 @@ from typing import Final, Self
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from pydantic import Field
 
-from pipelines.rejection import Rejected
-from pipelines.stages.frame import Buckets, Crop, Shape, bucket_for, crop_box
+from pipelines.rejections import Rejected
+from pipelines.stages.crop import Shape, bucket_for, crop_box
+from pipelines.stages.settings import Crop, ImageBounds, ImageSettings
 from snapfusion.noise import noise_key, uniform
-from snapfusion.settings import Settings
 
 # What img2dataset writes and the web shows. Left out are formats that start other programs, such as EPS.
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-# Pillow gives up by itself at twice this number, so that a higher bound of ours would not hold.
-_PILLOW_MAX_PIXELS: Final = 89_478_485
 _ORIENTATION: Final = 0x0112
 _UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,39 +29,7 @@ _UPRIGHT: Final = {
 }
 
 
-class PictureBounds(Settings):
-    """Bounds on pictures.
-
-    Attributes:
-        min_side: shorter sides below this many pixels are rejected; between it and the size that they are
-            to have they are enlarged.
-        max_pixels: width times height above which a picture is rejected by its header, undecoded.
-    """
-
-    min_side: int = Field(16, ge=2)
-    max_pixels: int = Field(1 << 25, ge=4, le=_PILLOW_MAX_PIXELS)
-
-
-class ImageSettings(PictureBounds):
-    """Which pictures are used, and what of them.
-
-    Attributes:
-        size: side of the square that they become, in pixels; null takes the model's own. A multiple of the
-            model's granularity, 64 for Stable Diffusion.
-        buckets: rectangles of that area at most, of which a picture becomes the one nearest to its aspect;
-            null for the square alone.
-        crop: what is kept of a picture that is too long for its frame: its "center"; the center of a wide and
-            the "top" of a tall one; or a "random" part, which follows from the seed and the row's id.
-        crop_seed: of random crops.
-    """
-
-    size: int | None = Field(None, ge=1)
-    buckets: Buckets | None = None
-    crop: Crop = "center"
-    crop_seed: int = Field(0, ge=0)
-
-
-class Encoded(bytes):
+class EncodedImage(bytes):
     """The bytes of a picture, which know the id of their row: a random crop follows from it."""
 
     row: str
@@ -77,8 +42,8 @@ class Encoded(bytes):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FramePicture:
-    """`Encoded` in, the picture in the one of `shapes` that fits it out: uint8 [H,W,3], RGB.
+class CropImage:
+    """`EncodedImage` in, the picture in the one of `shapes` that fits it out: uint8 [H,W,3], RGB.
 
     Raises:
         Rejected: as `decode_image`.
@@ -87,7 +52,7 @@ class FramePicture:
     settings: ImageSettings
     shapes: tuple[Shape, ...]
 
-    def __call__(self, picture: Encoded) -> np.ndarray:
+    def __call__(self, picture: EncodedImage) -> np.ndarray:
         """Decode and frame."""
         settings, at = self.settings, 0.0
         if settings.crop == "random":
@@ -95,7 +60,7 @@ class FramePicture:
         return _decode(picture, shapes=self.shapes, bounds=settings, crop=settings.crop, at=at)
 
 
-def decode_image(data: bytes, *, size: int, settings: PictureBounds) -> np.ndarray:
+def decode_image(data: bytes, *, size: int, settings: ImageBounds) -> np.ndarray:
     """The centre square of a picture, its shorter side made `size`: uint8 [size, size, 3], RGB.
 
     The first frame of an animation; upright by its EXIF tag; transparency over white; 16-bit grey scaled to
@@ -110,12 +75,12 @@ def decode_image(data: bytes, *, size: int, settings: PictureBounds) -> np.ndarr
 
 
 def _decode(
-    data: bytes, *, shapes: Sequence[Shape], bounds: PictureBounds, crop: Crop, at: float
+    data: bytes, *, shapes: Sequence[Shape], bounds: ImageBounds, crop: Crop, at: float
 ) -> np.ndarray:
-    return np.array(_frame(open_image(data, bounds=bounds), shapes=shapes, crop=crop, at=at))
+    return np.array(_crop(open_image(data, bounds=bounds), shapes=shapes, crop=crop, at=at))
 
 
-def open_image(data: bytes, *, bounds: PictureBounds) -> Image.Image:
+def open_image(data: bytes, *, bounds: ImageBounds) -> Image.Image:
     """The whole picture, decoded and RGB; see `decode_image`.
 
     Raises:
@@ -142,7 +107,7 @@ def _open(data: bytes) -> Image.Image:
         raise Rejected("broken_image", f"{type(error).__name__}: {error}") from None
 
 
-def _check_size(image: Image.Image, settings: PictureBounds) -> None:
+def _check_size(image: Image.Image, settings: ImageBounds) -> None:
     width, height = image.size
     if width * height > settings.max_pixels:
         raise Rejected("too_many_pixels", f"{width} x {height}, {settings.max_pixels} pixels are allowed")
@@ -189,7 +154,7 @@ def _high_bytes(image: Image.Image) -> np.ndarray:
     return ((wide * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def _frame(image: Image.Image, *, shapes: Sequence[Shape], crop: Crop, at: float) -> Image.Image:
+def _crop(image: Image.Image, *, shapes: Sequence[Shape], crop: Crop, at: float) -> Image.Image:
     # One resampling of the part that is kept: the same as scaling first and cropping second, and less work.
     width, height = image.size
     shape = bucket_for(shapes, height=height, width=width)

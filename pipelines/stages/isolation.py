@@ -21,15 +21,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Generic, Self, TypeVar
 
-from pipelines.rejection import Rejected
+from pipelines.rejections import Rejected
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _START_SECONDS = 120.0
 _LENGTH = struct.Struct("<Q")
-_ENDING_SECONDS = 2.0
-_LOOK_SECONDS = 0.2
+_EXIT_SECONDS = 2.0
+_POLL_SECONDS = 0.2
 _CHILD = "import sys; from pipelines.stages.isolation import _serve; _serve()"
 
 
@@ -146,7 +146,7 @@ class _Child:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError
-                if not selector.select(min(left, _LOOK_SECONDS)):
+                if not selector.select(min(left, _POLL_SECONDS)):
                     # A process that the function left behind can hold the pipe open after the child's death.
                     if self._process.poll() is not None:
                         raise EOFError
@@ -160,7 +160,7 @@ class _Child:
     def ending(self) -> str:
         """How the child ended, in words."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_ENDING_SECONDS)
+            self._process.wait(_EXIT_SECONDS)
         self._process.kill()  # if it only closed its pipe
         code = self._process.wait()
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"

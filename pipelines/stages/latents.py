@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.schemas import array_of, arrays_in
-from pipelines.storage import read_bytes
-from pipelines.tables import TableError
-from pipelines.units import LatentRows, Unit
+from pipelines.storage.objects import read_bytes
+from pipelines.tables.schemas import array_type, read_arrays
+from pipelines.tables.table import TableError
+from pipelines.tables.units import LatentRows, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,6 @@ class ReadLatents:
             guided=file.guided,
             ids=rows["id"].to_pylist(),
             source_ids=rows["source_id"].to_pylist(),
-            token_ids=array_of(rows.schema.field("token_ids")).unpack(rows["token_ids"].to_pylist()),
-            latents=arrays_in(rows, "latent"),
+            token_ids=array_type(rows.schema.field("token_ids")).unpack(rows["token_ids"].to_pylist()),
+            latents=read_arrays(rows, "latent"),
         )

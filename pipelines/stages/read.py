@@ -11,18 +11,20 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from pipelines.rejection import Rejected, Rejection
-from pipelines.sources.webdataset import Sample, Shard, ShardSettings, read_shard
-from pipelines.stages.frame import Shape
-from pipelines.stages.image import Encoded, FramePicture, ImageSettings
+from pipelines.rejections import Rejected, Rejection
+from pipelines.sources.settings import ShardSettings
+from pipelines.sources.webdataset import Sample, Shard, read_shard
+from pipelines.stages.crop import Shape
+from pipelines.stages.image import CropImage, EncodedImage
 from pipelines.stages.isolation import Isolation
-from pipelines.stages.select import Selection, check
-from pipelines.stages.veto import Check, Veto
-from pipelines.units import ImageRows, Unit
+from pipelines.stages.row_filter import RowCheck, RowFilter
+from pipelines.stages.select import check
+from pipelines.stages.settings import ImageSettings, Selection
+from pipelines.tables.units import ImageRows, Unit
 
-Picture = TypeVar("Picture")
+Decoded = TypeVar("Decoded")
 Gathered = TypeVar("Gathered")
-Decode = Callable[[Encoded], Picture]
+Decode = Callable[[EncodedImage], Decoded]
 """What is made of encoded bytes; raises Rejected."""
 
 
@@ -71,7 +73,7 @@ def shard_digest(shard: Shard) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Usable(Generic[Picture]):
+class Usable(Generic[Decoded]):
     """A row that passed selection, vetoes and decoder.
 
     Attributes:
@@ -82,7 +84,7 @@ class Usable(Generic[Picture]):
 
     id: str
     sample: Sample
-    picture: Picture
+    picture: Decoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +101,14 @@ class UsableRows:
     rows_per_unit: int
     shards: ShardSettings
     selection: Selection
-    vetoes: tuple[Veto, ...] = ()
+    vetoes: tuple[RowFilter, ...] = ()
 
     def units(
         self,
         work: ShardWork,
         *,
-        decode: Decode[Picture],
-        gather: Callable[[Iterator[Usable[Picture] | Rejection]], Gathered],
+        decode: Decode[Decoded],
+        gather: Callable[[Iterator[Usable[Decoded] | Rejection]], Gathered],
         careful: bool = False,
     ) -> Iterator[tuple[Unit, Gathered]]:
         """Stream the shard once; each unit that is not committed, with what `gather` made of its rows.
@@ -128,8 +130,8 @@ class UsableRows:
     def _units(
         self,
         work: ShardWork,
-        decode: Decode[Picture],
-        gather: Callable[[Iterator[Usable[Picture] | Rejection]], Gathered],
+        decode: Decode[Decoded],
+        gather: Callable[[Iterator[Usable[Decoded] | Rejection]], Gathered],
     ) -> Iterator[tuple[Unit, Gathered]]:
         rows = (row for row in read_shard(work.shard, self.shards) if not work.holds(row.ordinal))
         checks = [veto.on(work.shard) for veto in self.vetoes]
@@ -148,8 +150,8 @@ class UsableRows:
             yield replace(unit, final=True), gathered
 
     def _judge(
-        self, work: ShardWork, row: Sample | Rejection, decode: Decode[Picture], checks: Sequence[Check]
-    ) -> Usable[Picture] | Rejection:
+        self, work: ShardWork, row: Sample | Rejection, decode: Decode[Decoded], checks: Sequence[RowCheck]
+    ) -> Usable[Decoded] | Rejection:
         id_ = f"{work.prefix}/{row.id}"
         try:
             if isinstance(row, Rejection):
@@ -157,7 +159,7 @@ class UsableRows:
             check(row.metadata, caption=row.caption, selection=self.selection)
             for check_row in checks:
                 check_row(row, id_)
-            return Usable(id=id_, sample=row, picture=decode(Encoded(row.image, row=id_)))
+            return Usable(id=id_, sample=row, picture=decode(EncodedImage(row.image, row=id_)))
         except Rejected as verdict:
             return verdict.record(id=id_, source=work.source, ordinal=row.ordinal)
 
@@ -198,12 +200,12 @@ class ReadShard:
         shards: ShardSettings,
         images: ImageSettings,
         selection: Selection,
-        vetoes: Sequence[Veto] = (),
+        vetoes: Sequence[RowFilter] = (),
     ) -> None:
         self.rows = UsableRows(
             rows_per_unit=rows_per_unit, shards=shards, selection=selection, vetoes=tuple(vetoes)
         )
-        self.decode: Decode[np.ndarray] = FramePicture(settings=images, shapes=tuple(shapes))
+        self.decode: Decode[np.ndarray] = CropImage(settings=images, shapes=tuple(shapes))
 
     def __call__(self, work: ShardWork, *, careful: bool = False) -> Iterator[ImageRows]:
         """Stream the shard once; memory holds one unit."""

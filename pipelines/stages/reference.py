@@ -7,22 +7,22 @@ import time
 import numpy as np
 import torch
 
-from pipelines.rejection import Rejected, Rejection
-from pipelines.stages.environment import Device
-from pipelines.stages.image import PictureBounds, decode_image
-from pipelines.stages.judge import FeatureReader, FeatureSettings
-from pipelines.storage import read_bytes
-from pipelines.units import FinishedRows, PictureRows
-from snapfusion.mini.scenes import HELD_OUT, sample
+from pipelines.rejections import Rejected, Rejection
+from pipelines.stages.image import decode_image
+from pipelines.stages.metric_networks import FeatureReader
+from pipelines.stages.settings import Device, FeatureSettings, ImageBounds
+from pipelines.storage.objects import read_bytes
+from pipelines.tables.units import FinishedRows, ImageNameRows
+from snapfusion.mini.scenes import HELD_OUT, captioned_image
 
-SCENE = "scene:"
+SCENE_PREFIX = "scene:"
 """Before the number of a held-out scene, which is drawn by formula; other names are URLs."""
 
-_BATCH = 64
+_BATCH_SIZE = 64
 
 
-class DescribePictures:
-    """`PictureRows` in, `FinishedRows` of REFERENCES out.
+class ExtractFeatures:
+    """`ImageNameRows` in, `FinishedRows` of REFERENCES out.
 
     Args:
         features: which network.
@@ -31,15 +31,13 @@ class DescribePictures:
         device: of the network.
     """
 
-    def __init__(
-        self, *, features: FeatureSettings, images: PictureBounds, size: int, device: Device
-    ) -> None:
+    def __init__(self, *, features: FeatureSettings, images: ImageBounds, size: int, device: Device) -> None:
         self.images = images
         self.size = size
         self.reader = FeatureReader(features, device=device.prepare())
         self.environment = device.environment()
 
-    def __call__(self, rows: PictureRows) -> FinishedRows:
+    def __call__(self, rows: ImageNameRows) -> FinishedRows:
         """Read and describe all pictures of a unit, in batches that depend on the unit alone."""
         began = time.monotonic()
         pictures: dict[str, np.ndarray] = {}
@@ -64,14 +62,14 @@ class DescribePictures:
         Raises:
             Rejected: if it cannot be decoded.
         """
-        if name.startswith(SCENE):
-            image, _ = sample(HELD_OUT + int(name.removeprefix(SCENE)))
+        if name.startswith(SCENE_PREFIX):
+            image, _ = captioned_image(HELD_OUT + int(name.removeprefix(SCENE_PREFIX)))
             return image
         return decode_image(read_bytes(name), size=self.size, settings=self.images)
 
     def describe(self, pictures: list[np.ndarray]) -> np.ndarray:
         """Features float32 [n,D] of pictures uint8 [S,S,3]."""
-        batches = [pictures[start : start + _BATCH] for start in range(0, len(pictures), _BATCH)]
+        batches = [pictures[start : start + _BATCH_SIZE] for start in range(0, len(pictures), _BATCH_SIZE)]
         described = [
             self.reader.features(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous()).numpy()
             for batch in batches

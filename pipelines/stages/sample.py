@@ -7,56 +7,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from pipelines.stages.environment import Device
-from pipelines.stages.judge import Judge, Judging
-from pipelines.units import FinishedRows, PromptRows, finish, finite_rows
-from snapfusion.models.blocks import without
+from pipelines.stages.metric_networks import MetricNetworks
+from pipelines.stages.settings import Device, MetricSettings, Sampler, SamplingSettings
+from pipelines.tables.units import FinishedRows, PromptRows, finish_unit, finite_rows
+from snapfusion.models.blocks import skipping_blocks
 from snapfusion.models.bundle import to_uint8
 from snapfusion.models.decoder import load_decoder
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import time_grid
-from snapfusion.settings import Settings
-from snapfusion.solvers import Solver, solve
+from snapfusion.solvers import solve
 
 
-class Sampler(Settings):
-    """How a latent is reached from noise.
-
-    Attributes:
-        solver: one of `snapfusion.solvers.SOLVERS`.
-        steps: of the trailing grid; the network is asked once a step, with guidance twice unless told w.
-    """
-
-    solver: Solver = "ddim"
-    steps: int = Field(50, ge=1, le=1000)
-
-    def evaluations(self, w: float, *, told: bool = False) -> int:
-        """How often the UNet is evaluated for one picture at guidance `w`; once a step if it is told w."""
-        return self.steps * (1 if told or w == 1.0 else 2)
-
-
-class Drawing(Settings):
-    """How pictures are drawn, whatever the model; every field changes the rows.
-
-    Attributes:
-        batch_size: rows the UNet sees at once (twice that with guidance); fixed, because bits depend on it.
-        seed: of the noise keys. A caption's noise follows from this and its id, so every model, solver and
-            guidance draws it from the same noise.
-        images: whether the picture is stored.
-        size: side of the pictures in pixels; null takes the model's own.
-    """
-
-    batch_size: int = Field(50, ge=1)
-    seed: int = Field(0, ge=0)
-    images: bool = False
-    size: int | None = Field(None, ge=1)
-
-
-class DrawAndJudge:
+class SampleAndScore:
     """A model and its judges in an actor: `PromptRows` in, `FinishedRows` of SAMPLES out.
 
     Latents become pictures by the model's own decoder, or by the half-width one in the folder `decoder`.
@@ -67,8 +32,8 @@ class DrawAndJudge:
         *,
         model: str,
         sampler: Sampler,
-        drawing: Drawing,
-        judging: Judging,
+        drawing: SamplingSettings,
+        judging: MetricSettings,
         device: Device,
         decoder: str | None = None,
     ) -> None:
@@ -80,7 +45,7 @@ class DrawAndJudge:
         self.decoder = None if decoder is None else load_decoder(decoder).to(place, device.torch_dtype)
         self.c_null = self.bundle.null_condition()
         self.grid = time_grid(sampler.steps, schedule_steps=self.bundle.schedule.num_steps)
-        self.judge = Judge(judging, device=place)
+        self.judge = MetricNetworks(judging, device=place)
         self.environment = device.environment()
 
     def __call__(self, rows: PromptRows) -> FinishedRows:
@@ -92,7 +57,7 @@ class DrawAndJudge:
         keys = [noise_key("evaluation", self.drawing.seed, source_id) for source_id in source_ids]
         size = self.drawing.batch_size
         spans = [slice(start, start + size) for start in range(0, len(keys), size)]
-        with without(self.bundle.unet, rows.without):
+        with skipping_blocks(self.bundle.unet, rows.without):
             batches = [self.draw_and_judge(texts[span], keys[span], w=rows.w) for span in spans]
         columns: dict[str, Any] = {
             "id": ids,
@@ -107,7 +72,7 @@ class DrawAndJudge:
         finite = columns.pop("finite").tolist()
         if not self.drawing.images:
             columns["image"] = [None] * len(ids)
-        return finish(
+        return finish_unit(
             columns,
             unit=rows.unit,
             rows=((id_, caption.ordinal) for id_, caption in zip(ids, rows.captions, strict=True)),

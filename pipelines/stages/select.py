@@ -10,65 +10,15 @@ import functools
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from pydantic import Field
-
-from pipelines.rejection import Rejected
+from pipelines.rejections import Rejected
 from pipelines.sources.layouts import SPELLINGS, Meaning, number_of, text_of, texts_of
-from snapfusion.settings import Settings
-
-
-class Selection(Settings):
-    """Bounds; None and () ask for nothing. A value equal to its bound is wanted.
-
-    What is missing, null or NaN never speaks against a row. Which columns a bound looks at is in
-    `pipelines.sources.layouts.SPELLINGS`, under the meaning that `BOUNDS` gives it.
-
-    Attributes:
-        min_width: pixels of the original picture.
-        min_height: pixels of the original picture.
-        min_side: pixels of its shorter side, whichever that is.
-        max_aspect: longer side over shorter side; 1 wants squares alone. COYO was cut at 3.
-        min_aesthetic: LAION's aesthetic score, about 1 to 10.
-        max_watermark: probability of a watermark, 0 to 1.
-        max_unsafe: probability of unsafe content, 0 to 1; of several detectors the highest counts.
-        refused_tags: values of LAION's NSFW column that are refused, in any case of letters.
-        min_similarity: cosine of CLIP's picture and text features, -1 to 1. Which CLIP is the data set's
-            affair: COYO's mean is 0.29 by ViT-B/32 and 0.25 by ViT-L/14, and LAION-400M was cut at 0.3.
-        languages: values of the LANGUAGE column that are wanted, as they are spelled there ("en"), in any
-            case of letters. Of the layouts only LAION-5B's parts multi and nolang have the column.
-        min_caption_chars: characters of the caption, white space made one space.
-        max_caption_chars: likewise; the text encoder itself reads 77 tokens of any caption.
-        min_caption_words: words of the caption: what white space parts.
-        min_latin_share: Latin letters among its letters, 0 to 1; a caption without letters is wanted.
-    """
-
-    min_width: int | None = Field(None, ge=1)
-    min_height: int | None = Field(None, ge=1)
-    min_side: int | None = Field(None, ge=1)
-    max_aspect: float | None = Field(None, ge=1)
-    min_aesthetic: float | None = None
-    max_watermark: float | None = Field(None, ge=0, le=1)
-    max_unsafe: float | None = Field(None, ge=0, le=1)
-    refused_tags: tuple[Literal["UNLIKELY", "UNSURE", "NSFW"], ...] = ()
-    min_similarity: float | None = Field(None, ge=-1, le=1)
-    languages: tuple[str, ...] = ()
-    min_caption_chars: int | None = Field(None, ge=1)
-    max_caption_chars: int | None = Field(None, ge=1)
-    min_caption_words: int | None = Field(None, ge=1)
-    min_latin_share: float | None = Field(None, ge=0, le=1)
-
-    def asked(self) -> Iterator[tuple[Bound, Any]]:
-        """The bounds that are set, in the order in which they are checked, each with its limit."""
-        for bound in BOUNDS:
-            limit = getattr(self, bound.setting)
-            if limit is not None and limit != ():
-                yield bound, limit
+from pipelines.stages.settings import Selection
 
 
 @dataclass(frozen=True)
-class Row:
+class CandidateRow:
     """What a bound looks at."""
 
     metadata: Mapping[str, Any]
@@ -84,7 +34,7 @@ class Measure:
     """A number that a row has: what it is, and how it is found; None where it is not known."""
 
     what: str
-    of: Callable[[Row], float | None]
+    of: Callable[[CandidateRow], float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +53,7 @@ class Bound:
     reason: str
     looks_at: tuple[Meaning, ...] = ()
     measure: Measure | None = None
-    refuses: Callable[[Row, Any], str]
+    refuses: Callable[[CandidateRow, Any], str]
 
 
 def check(metadata: Mapping[str, Any], *, caption: str, selection: Selection) -> None:
@@ -112,11 +62,19 @@ def check(metadata: Mapping[str, Any], *, caption: str, selection: Selection) ->
     Raises:
         Rejected: with the reason of the first of `BOUNDS`, in their order, that refuses it.
     """
-    row = Row(metadata, caption)
-    for bound, limit in selection.asked():
+    row = CandidateRow(metadata, caption)
+    for bound, limit in set_bounds(selection):
         detail = bound.refuses(row, limit)
         if detail:
             raise Rejected(bound.reason, detail)
+
+
+def set_bounds(selection: Selection) -> Iterator[tuple[Bound, Any]]:
+    """The bounds that are set, in the order in which they are checked, each with its limit."""
+    for bound in BOUNDS:
+        limit = getattr(selection, bound.setting)
+        if limit is not None and limit != ():
+            yield bound, limit
 
 
 def silent_bounds(selection: Selection, columns: Iterable[str]) -> list[str]:
@@ -124,7 +82,7 @@ def silent_bounds(selection: Selection, columns: Iterable[str]) -> list[str]:
     there = set(columns)
     return [
         bound.setting
-        for bound, _ in selection.asked()
+        for bound, _ in set_bounds(selection)
         if not all(there.intersection(SPELLINGS[meaning]) for meaning in bound.looks_at)
     ]
 
@@ -140,41 +98,41 @@ def _is_latin(letter: str) -> bool:
     return letter.isascii() or "LATIN" in unicodedata.name(letter, "")
 
 
-def _short_side(row: Row) -> float | None:
+def _short_side(row: CandidateRow) -> float | None:
     return min((side for side in _sides(row) if side is not None), default=None)
 
 
-def _aspect(row: Row) -> float | None:
+def _aspect(row: CandidateRow) -> float | None:
     width, height = _sides(row)
     return None if width is None or height is None else max(width, height) / min(width, height)
 
 
-def _sides(row: Row) -> tuple[float | None, float | None]:
+def _sides(row: CandidateRow) -> tuple[float | None, float | None]:
     return row.number("width"), row.number("height")
 
 
-def _least(measure: Measure) -> Callable[[Row, Any], str]:
-    def refuses(row: Row, limit: float) -> str:
+def _least(measure: Measure) -> Callable[[CandidateRow, Any], str]:
+    def refuses(row: CandidateRow, limit: float) -> str:
         value = measure.of(row)
         return f"{measure.what} {value:g} is below {limit:g}" if value is not None and value < limit else ""
 
     return refuses
 
 
-def _most(measure: Measure) -> Callable[[Row, Any], str]:
-    def refuses(row: Row, limit: float) -> str:
+def _most(measure: Measure) -> Callable[[CandidateRow, Any], str]:
+    def refuses(row: CandidateRow, limit: float) -> str:
         value = measure.of(row)
         return f"{measure.what} {value:g} is above {limit:g}" if value is not None and value > limit else ""
 
     return refuses
 
 
-def _refused_tag(row: Row, refused: tuple[str, ...]) -> str:
+def _refused_tag(row: CandidateRow, refused: tuple[str, ...]) -> str:
     tags = (tag for tag in texts_of(row.metadata, "nsfw_tag") if tag.upper() in refused)
     return next((f"tagged {tag}" for tag in tags), "")
 
 
-def _other_language(row: Row, wanted: tuple[str, ...]) -> str:
+def _other_language(row: CandidateRow, wanted: tuple[str, ...]) -> str:
     language = text_of(row.metadata, "language")
     if language is None or language.casefold() in {word.casefold() for word in wanted}:
         return ""

@@ -5,56 +5,31 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
-from pipelines.stages.environment import DTYPES, Device
-from pipelines.units import FinishedRows, LatentRows, alike, finish, finite_rows
+from pipelines.stages.device import DTYPES
+from pipelines.stages.settings import Device, TeacherSettings
+from pipelines.tables.units import FinishedRows, LatentRows, finish_unit, finite_rows, group_by_shape
 from snapfusion.models.load import load
-from snapfusion.settings import Settings
 from snapfusion.training.batch import Batch
-from snapfusion.training.captions import Captions, draw_dropped
-from snapfusion.training.draws import CfgRange, interval_ends, row_key
-from snapfusion.training.lessons import OnlineLessons
-
-
-class Teaching(Settings):
-    """What the teacher computes; every field changes the rows.
-
-    Attributes:
-        student_steps: N_S, the steps of the student's grid.
-        k: the teacher's steps for one of the student's, on the grid of k * N_S steps; 2 in SnapFusion.
-        cfg_range: of w in guided rows.
-        caption_dropout: fraction of vanilla rows that go without their caption (ours, see `draw_dropped`);
-            their `token_ids` are the empty caption's, so teacher and student are told the same.
-        batch_size: rows the teacher is asked about at once (twice that with guidance); fixed, because bits
-            depend on it.
-        x_dtype: of the stored target. It is computed in float32.
-        seed: of the noise keys.
-    """
-
-    student_steps: int = Field(8, ge=1, le=1000)
-    k: int = Field(2, ge=1, le=1000)
-    cfg_range: CfgRange = CfgRange()
-    caption_dropout: float = Field(0.1, ge=0.0, lt=1.0)
-    batch_size: int = Field(16, ge=1)
-    x_dtype: Literal["float16", "float32"] = "float16"
-    seed: int = Field(0, ge=0)
+from snapfusion.training.captions import CaptionEncoder, draw_caption_dropout
+from snapfusion.training.distillation_batch import OnlineTargets
+from snapfusion.training.draws import interval_ends, row_key
 
 
 class ComputeTargets:
     """A teacher in an actor: `LatentRows` in, `FinishedRows` of TARGETS out."""
 
-    def __init__(self, *, teacher: str, settings: Teaching, device: Device) -> None:
+    def __init__(self, *, teacher: str, settings: TeacherSettings, device: Device) -> None:
         self.settings = settings
         self.bundle = load(teacher, device=device.prepare(), dtype=device.torch_dtype)
         # What teaches while training: a target is the same, whichever way it comes.
-        self.lessons = OnlineLessons(
+        self.lessons = OnlineTargets(
             self.bundle,
-            captions=Captions(self.bundle),
+            captions=CaptionEncoder(self.bundle),
             student_steps=settings.student_steps,
             k=settings.k,
             cfg_range=settings.cfg_range,
@@ -79,7 +54,7 @@ class ComputeTargets:
         if not rows.guided:
             columns["w"] = [None] * len(ids)
         finite = finite_rows(columns["x_target"])
-        return finish(
+        return finish_unit(
             columns,
             unit=rows.unit,
             rows=((id_, ordinal) for ordinal, id_ in enumerate(ids)),
@@ -94,7 +69,7 @@ class ComputeTargets:
         A batch holds rows of one shape.
         """
         columns: dict[str, dict[int, Any]] = {}
-        for places in alike(rows.latents):
+        for places in group_by_shape(rows.latents):
             whole = Batch(
                 ids=tuple(rows.ids[place] for place in places),
                 columns={
@@ -125,7 +100,7 @@ class ComputeTargets:
         _, t2 = interval_ends(
             lesson.interval, student_steps=settings.student_steps, schedule=self.bundle.schedule
         )
-        dropped = draw_dropped(keys, fraction=0.0 if guided else settings.caption_dropout)
+        dropped = draw_caption_dropout(keys, fraction=0.0 if guided else settings.caption_dropout)
         no_caption = self.bundle.tokenize([""])
         w = torch.full((n,), math.nan) if lesson.w is None else lesson.w.flatten()
         columns = {

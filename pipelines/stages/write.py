@@ -8,25 +8,25 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.account import Account, to_parquet
-from pipelines.commits import Written, adopt
-from pipelines.schemas import array_of, to_png
-from pipelines.storage import write_once
-from pipelines.units import FinishedRows
+from pipelines.storage.objects import write_once
+from pipelines.tables.commits import WrittenUnit, read_written_unit
+from pipelines.tables.manifest import UnitManifest, to_parquet
+from pipelines.tables.schemas import array_type, to_png
+from pipelines.tables.units import FinishedRows
 
 
 class WriteUnit:
-    """`FinishedRows` in, `Written` out; the file's name is the unit's name and nothing else."""
+    """`FinishedRows` in, `WrittenUnit` out; the file's name is the unit's name and nothing else."""
 
     def __init__(self, *, url: str, schema: pa.Schema, settings: str) -> None:
         self.url = url
         self.schema = schema
         self.settings = settings
 
-    def __call__(self, rows: FinishedRows) -> Written:
+    def __call__(self, rows: FinishedRows) -> WrittenUnit:
         """Pack, account and write. A file that is already there is read back and stands."""
         table = pack(rows, self.schema)
-        account = Account(
+        account = UnitManifest(
             unit=rows.unit.name,
             source=rows.unit.source,
             start=rows.unit.start,
@@ -42,9 +42,9 @@ class WriteUnit:
         data = to_parquet(table, account)
         path = f"{self.url}/{rows.unit.name}.parquet"
         if not write_once(path, data):
-            return adopt(path, seconds=rows.seconds)
+            return read_written_unit(path, seconds=rows.seconds)
         sha256 = hashlib.sha256(data).hexdigest()
-        return Written(account=account, path=path, size=len(data), sha256=sha256, seconds=rows.seconds)
+        return WrittenUnit(account=account, path=path, size=len(data), sha256=sha256, seconds=rows.seconds)
 
 
 def pack(rows: FinishedRows, schema: pa.Schema) -> pa.Table:
@@ -55,7 +55,7 @@ def pack(rows: FinishedRows, schema: pa.Schema) -> pa.Table:
 def _pack(values: Sequence[Any], field: pa.Field) -> pa.Array:
     metadata = field.metadata or {}
     if b"shape" in metadata:
-        return pa.array(array_of(field).pack(values), type=field.type)
+        return pa.array(array_type(field).pack(values), type=field.type)
     if metadata.get(b"format") == b"png":
         return pa.array([None if value is None else to_png(value) for value in values], type=field.type)
     return pa.array(values, type=field.type)

@@ -10,27 +10,26 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Literal
 
-from snapfusion.evolution.parts import Frame, Part, frame_of, parts_of
-from snapfusion.evolution.stopwatch import Times
+from snapfusion.evolution.parts import Part, UNetDimensions, dimensions_of, parts_of
+from snapfusion.evolution.settings import Precision
+from snapfusion.evolution.stopwatch import Timing
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.cost import costs_of, paper_stages
 from snapfusion.settings import Settings, differences
-
-Precision = Literal["float32", "float16", "bfloat16"]
 
 
 class LatencyError(ValueError):
     """A table that does not hold what is asked of it, or is of something else; the message says what."""
 
 
-class PartTime(Settings):
+class PartLatency(Settings):
     """A part, and how long it takes."""
 
     part: Part
-    times: Times
+    times: Timing
 
 
-class Setting(Settings):
+class MeasurementSetup(Settings):
     """Where and how a table was measured.
 
     Attributes:
@@ -58,10 +57,10 @@ class LatencyTable(Settings):
     """
 
     version: Literal[1] = 1
-    setting: Setting
+    setting: MeasurementSetup
     date: str
-    frame: Frame
-    parts: tuple[PartTime, ...]
+    frame: UNetDimensions
+    parts: tuple[PartLatency, ...]
 
     @cached_property
     def _of(self) -> dict[Part, float]:
@@ -118,20 +117,20 @@ class LatencyTable(Settings):
         """
         return self.predict_ms(architecture) - self.predict_ms(architecture.without(name))
 
-    def check_setting(self, wanted: Setting) -> None:
+    def check_setting(self, wanted: MeasurementSetup) -> None:
         """Refuse a table of another device, runtime, precision or number of threads.
 
         Raises:
             LatencyError: names what differs.
         """
-        _refuse(differences(self.setting.to_values(), wanted.to_values()))
+        _raise_on_difference(differences(self.setting.to_values(), wanted.to_values()))
 
     def _check(self, architecture: Architecture) -> None:
-        wanted = frame_of(architecture, batch=self.frame.batch, tokens=self.frame.tokens)
-        _refuse(differences(self.frame.to_values(), wanted.to_values()))
+        wanted = dimensions_of(architecture, batch=self.frame.batch, tokens=self.frame.tokens)
+        _raise_on_difference(differences(self.frame.to_values(), wanted.to_values()))
 
 
-def _refuse(differing: Iterable[str]) -> None:
+def _raise_on_difference(differing: Iterable[str]) -> None:
     if found := list(differing):
         raise LatencyError(f"the latency table is of something else: {'; '.join(found[:3])}")
 
@@ -150,7 +149,7 @@ def reachable_parts(*architectures: Architecture) -> list[Part]:
     return list(found)
 
 
-def by_kind(table: LatencyTable, architecture: Architecture) -> list[dict[str, Any]]:
+def latency_by_kind(table: LatencyTable, architecture: Architecture) -> list[dict[str, Any]]:
     """Bars of SnapFusion Fig. 2: stage as Table 3 names it, kind, blocks, milliseconds, parameters."""
     ms, costs = table.kind_ms(architecture), costs_of(architecture, tokens=table.frame.tokens).blocks
     rows = []
@@ -171,7 +170,7 @@ def by_kind(table: LatencyTable, architecture: Architecture) -> list[dict[str, A
     return rows
 
 
-def by_stage(table: LatencyTable, architecture: Architecture) -> list[dict[str, Any]]:
+def latency_by_stage(table: LatencyTable, architecture: Architecture) -> list[dict[str, Any]]:
     """Rows of SnapFusion Fig. 2: stage, milliseconds, and the share of the whole."""
     sums = table.stage_ms(architecture)
     whole = sum(sums.values())

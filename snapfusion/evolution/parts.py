@@ -23,7 +23,7 @@ from snapfusion.models.architecture import Architecture
 from snapfusion.models.unet import NORM_EPS, Shortcut, attention_block, resnet_block
 from snapfusion.settings import Settings
 
-Kind = Literal["resnet", "attention", "shortcut", "join", "downsampler", "upsampler", "ends"]
+PartKind = Literal["resnet", "attention", "shortcut", "join", "downsampler", "upsampler", "ends"]
 
 
 class Part(Settings):
@@ -37,7 +37,7 @@ class Part(Settings):
         heads: of attention; 0 elsewhere.
     """
 
-    kind: Kind
+    kind: PartKind
     side: PositiveInt
     given: PositiveInt
     wanted: PositiveInt
@@ -47,7 +47,7 @@ class Part(Settings):
         return f"{self.kind} of {self.given} to {self.wanted} channels at {self.side}x{self.side}"
 
 
-class Frame(Settings):
+class UNetDimensions(Settings):
     """What the parts of a UNet have in common, and their time depends on.
 
     Attributes:
@@ -71,9 +71,9 @@ class Frame(Settings):
     upcast_attention: bool
 
 
-def frame_of(architecture: Architecture, *, batch: int, tokens: int) -> Frame:
+def dimensions_of(architecture: Architecture, *, batch: int, tokens: int) -> UNetDimensions:
     """The frame of an architecture's parts."""
-    return Frame(
+    return UNetDimensions(
         batch=batch,
         tokens=tokens,
         context=architecture.context,
@@ -104,7 +104,7 @@ def _parts_of_stage(architecture: Architecture, stage: str) -> list[Part]:
         if up and layer.skip:
             parts.append(Part(kind="join", side=side, given=given, wanted=given))
         if layer.resnet is not None:
-            kind: Kind = "resnet" if layer.whole else "shortcut"
+            kind: PartKind = "resnet" if layer.whole else "shortcut"
             parts.append(Part(kind=kind, side=side, given=given, wanted=wanted))
         attention = Part(
             kind="attention", side=side, given=width, wanted=width, heads=architecture.heads[level]
@@ -140,7 +140,7 @@ class Join(nn.Module):
 class Ends(nn.Module):
     """All of a UNet that is in no stage."""
 
-    def __init__(self, *, width: int, frame: Frame) -> None:
+    def __init__(self, *, width: int, frame: UNetDimensions) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(frame.latent, width, kernel_size=3, padding=1)
         self.time_proj = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -155,7 +155,7 @@ class Ends(nn.Module):
         return self.conv_out(self.conv_act(self.conv_norm_out(self.conv_in(z_t)))), time
 
 
-def module_of(part: Part, *, frame: Frame) -> nn.Module:
+def module_of(part: Part, *, frame: UNetDimensions) -> nn.Module:
     """The part with random weights, in evaluation mode."""
     module: nn.Module
     if part.kind == "resnet":
@@ -184,7 +184,7 @@ def module_of(part: Part, *, frame: Frame) -> nn.Module:
     return module.eval().requires_grad_(requires_grad=False)
 
 
-def inputs_of(part: Part, *, frame: Frame) -> tuple[Tensor, ...]:
+def inputs_of(part: Part, *, frame: UNetDimensions) -> tuple[Tensor, ...]:
     """Inputs of the part's true shapes, float32 on the CPU."""
     side = (part.side, part.side)
     hidden = torch.randn(frame.batch, part.given, *side)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from snapfusion.evolution.latency import LatencyError, Precision
-from snapfusion.export.executorch import ExecuTorchProgram, compile_executorch, use_threads
+from snapfusion.evolution.latency import LatencyError
+from snapfusion.evolution.settings import Precision, Runtime
+from snapfusion.export.executorch import ExecuTorchProgram, compile_executorch, set_num_threads
 from snapfusion.export.modules import FixedModule, Port
 
-Runtime = Literal["torch", "torch-compiled", "executorch-xnnpack"]
 
-
-def opened(
+def make_runner(
     network: nn.Module,
     inputs: Sequence[Tensor],
     *,
@@ -51,7 +49,7 @@ def opened(
     return call
 
 
-def ready(
+def make_benchmark(
     network: nn.Module,
     inputs: Sequence[Tensor],
     *,
@@ -62,9 +60,9 @@ def ready(
     """Something that runs `network` once on `inputs`, and returns when that is done.
 
     Raises:
-        LatencyError: as `opened`, whose arguments these are.
+        LatencyError: as `make_runner`, whose arguments these are.
     """
-    call = opened(network, inputs, runtime=runtime, precision=precision, device=device)
+    call = make_runner(network, inputs, runtime=runtime, precision=precision, device=device)
     dtype: torch.dtype = getattr(torch, precision)
     given = [tensor.to(device=device, dtype=dtype) for tensor in inputs]
 
@@ -93,7 +91,7 @@ def _executorch(
         outputs=(),
     )
     # Its pool would have a thread for each core, whatever torch was told.
-    use_threads(torch.get_num_threads())
+    set_num_threads(torch.get_num_threads())
     program = ExecuTorchProgram(compile_executorch(module))
 
     def call(*given: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt
 
 from snapfusion.evolution.latency import LatencyTable
-from snapfusion.models.architecture import Architecture, Kind
+from snapfusion.evolution.settings import RoundLimits
+from snapfusion.models.architecture import Architecture, BlockKind
 from snapfusion.settings import Settings
 
 Action = Literal["remove", "copy", "stop"]
@@ -22,21 +23,7 @@ class EvolutionError(ValueError):
     """An objective that cannot be met, or scores that say nothing; the message says what can be done."""
 
 
-class Pace(Settings):
-    """How far a round of evolution goes.
-
-    Attributes:
-        removed: blocks that go in a round, at most: Alg. 1's group of actions.
-        copied: blocks that are copied in a round in which the objective is met.
-        growths: rounds that may copy. Alg. 1 has no such bound; it ends when training has converged.
-    """
-
-    removed: PositiveInt = 4
-    copied: PositiveInt = 1
-    growths: NonNegativeInt = 1
-
-
-class Score(Settings):
+class BlockScore(Settings):
     """What a block is worth: Alg. 1's A^- of it, evaluated.
 
     Attributes:
@@ -50,7 +37,7 @@ class Score(Settings):
     """
 
     block: str
-    kind: Kind
+    kind: BlockKind
     clip: float | None
     delta_clip: tuple[float, float, float] | None
     delta_ms: float
@@ -83,7 +70,7 @@ class Decision(Settings):
 
 
 def next_action(
-    architecture: Architecture, *, table: LatencyTable, objective_ms: float, pace: Pace, growths: int
+    architecture: Architecture, *, table: LatencyTable, objective_ms: float, pace: RoundLimits, growths: int
 ) -> Action:
     """What Alg. 1 does next: S unmet, it removes; met, it copies while growth is left.
 
@@ -107,11 +94,11 @@ def next_action(
 def decide(
     action: Action,
     architecture: Architecture,
-    scores: Sequence[Score],
+    scores: Sequence[BlockScore],
     *,
     table: LatencyTable,
     objective_ms: float,
-    pace: Pace,
+    pace: RoundLimits,
 ) -> Decision:
     """One round of Alg. 1: the blocks of the lowest value go, or those of the highest are copied.
 
@@ -132,9 +119,11 @@ def decide(
     chosen: list[str] = []
     after = architecture
     if action == "remove":
-        chosen, after = _removed(architecture, scores, table=table, objective_ms=objective_ms, pace=pace)
+        chosen, after = _remove_blocks(
+            architecture, scores, table=table, objective_ms=objective_ms, pace=pace
+        )
     elif action == "copy":
-        chosen, after = _copied(architecture, scores, pace=pace)
+        chosen, after = _copy_blocks(architecture, scores, pace=pace)
     return Decision(
         action=action if chosen else "stop",
         blocks=tuple(chosen),
@@ -151,7 +140,7 @@ def check_objective(architecture: Architecture, *, table: LatencyTable, objectiv
         EvolutionError: if it takes longer without any block; says what it then takes.
         LatencyError: if the table does not hold its parts.
     """
-    least = least_ms(architecture, table=table)
+    least = min_latency_ms(architecture, table=table)
     if least > objective_ms:
         raise EvolutionError(
             f"no architecture takes {objective_ms:g} ms on {table.setting.device}: without any block a pass "
@@ -159,7 +148,7 @@ def check_objective(architecture: Architecture, *, table: LatencyTable, objectiv
         )
 
 
-def least_ms(architecture: Architecture, *, table: LatencyTable) -> float:
+def min_latency_ms(architecture: Architecture, *, table: LatencyTable) -> float:
     """Milliseconds of a pass without any block.
 
     Raises:
@@ -170,13 +159,13 @@ def least_ms(architecture: Architecture, *, table: LatencyTable) -> float:
     return table.predict_ms(architecture)
 
 
-def _removed(
+def _remove_blocks(
     architecture: Architecture,
-    scores: Sequence[Score],
+    scores: Sequence[BlockScore],
     *,
     table: LatencyTable,
     objective_ms: float,
-    pace: Pace,
+    pace: RoundLimits,
 ) -> tuple[list[str], Architecture]:
     worst = sorted((score for score in scores if score.value < float("inf")), key=lambda score: score.value)
     if not worst:
@@ -193,8 +182,8 @@ def _removed(
     return chosen, architecture
 
 
-def _copied(
-    architecture: Architecture, scores: Sequence[Score], *, pace: Pace
+def _copy_blocks(
+    architecture: Architecture, scores: Sequence[BlockScore], *, pace: RoundLimits
 ) -> tuple[list[str], Architecture]:
     able = [score for score in scores if score.delta_clip is not None and score.delta_ms > 0.0]
     best = sorted(

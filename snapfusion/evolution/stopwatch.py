@@ -10,11 +10,11 @@ from pydantic import NonNegativeFloat, PositiveInt
 
 from snapfusion.settings import Settings
 
-_LEAST_SECONDS = 0.002
+_MIN_SECONDS = 0.002
 """What takes less is run several times in a turn, or the clock would decide."""
 
 
-class Times(Settings):
+class Timing(Settings):
     """How long something takes.
 
     Attributes:
@@ -30,12 +30,12 @@ class Times(Settings):
     turns: PositiveInt
 
 
-def take_turns(
+def time_in_turns(
     runs: Mapping[str, Callable[[], None]],
     *,
     turns: int,
     on_turn: Callable[[int], None] = lambda turn: None,
-) -> dict[str, Times]:
+) -> dict[str, Timing]:
     """Time `runs`, each of which returns when its work is done; one after the other, then again.
 
     Args:
@@ -64,9 +64,9 @@ def _repeats(run: Callable[[], None]) -> int:
     run()  # what is made once, such as buffers and compiled kernels
     began = time.perf_counter()
     run()
-    return max(1, int(_LEAST_SECONDS / max(time.perf_counter() - began, 1e-9)))
+    return max(1, int(_MIN_SECONDS / max(time.perf_counter() - began, 1e-9)))
 
 
-def _times(seconds: list[float]) -> Times:
+def _times(seconds: list[float]) -> Timing:
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Times(median_ms=1000.0 * median, low_ms=1000.0 * low, high_ms=1000.0 * high, turns=len(seconds))
+    return Timing(median_ms=1000.0 * median, low_ms=1000.0 * low, high_ms=1000.0 * high, turns=len(seconds))

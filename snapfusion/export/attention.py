@@ -8,19 +8,16 @@ softmax runs over keys in the last but one place. S = h w positions, L tokens, C
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-Form = Literal["diffusers", "channels-first", "split-heads"]
-"""How attention is laid out: as in diffusers; as here; or as here with one head after the other."""
+from snapfusion.export.settings import AttentionLayout
 
 
-def rearrange(network: nn.Module, *, form: Form) -> None:
+def set_attention_layout(network: nn.Module, *, form: AttentionLayout) -> None:
     """Put every cross-attention block of `network` into that form, in place; the weights are shared.
 
     Raises:
@@ -31,10 +28,10 @@ def rearrange(network: nn.Module, *, form: Form) -> None:
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Transformer2DModel):
-                parent.register_module(name, ChannelsFirst(child, split=form == "split-heads"))
+                parent.register_module(name, ChannelsFirstTransformer(child, split=form == "split-heads"))
 
 
-class ChannelsFirst(nn.Module):
+class ChannelsFirstTransformer(nn.Module):
     """A `Transformer2DModel` on [B,C,1,S]; called as that is.
 
     Args:
@@ -47,12 +44,14 @@ class ChannelsFirst(nn.Module):
         super().__init__()
         (inner,) = block.transformer_blocks
         self.norm = block.norm
-        self.proj_in, self.proj_out = _conv(block.proj_in), _conv(block.proj_out)
+        self.proj_in, self.proj_out = _as_conv(block.proj_in), _as_conv(block.proj_out)
         self.norm1, self.norm2, self.norm3 = (
-            ChannelNorm(norm) for norm in (inner.norm1, inner.norm2, inner.norm3)
+            ChannelLayerNorm(norm) for norm in (inner.norm1, inner.norm2, inner.norm3)
         )
-        self.attn1, self.attn2 = (Heads(part, split=split) for part in (inner.attn1, inner.attn2))
-        self.gate, self.feed = _conv(inner.ff.net[0].proj), _conv(inner.ff.net[2])
+        self.attn1, self.attn2 = (
+            ChannelsFirstAttention(part, split=split) for part in (inner.attn1, inner.attn2)
+        )
+        self.gate, self.feed = _as_conv(inner.ff.net[0].proj), _as_conv(inner.ff.net[2])
 
     def forward(self, hidden: Tensor, encoder_hidden_states: Tensor, **_: object) -> tuple[Tensor]:
         """[B,C,h,w] and c [B,L,D] to ([B,C,h,w],); a UNet's masks and the like are all None."""
@@ -67,7 +66,7 @@ class ChannelsFirst(nn.Module):
         return (self.proj_out(x).reshape(hidden.shape) + hidden,)
 
 
-class ChannelNorm(nn.Module):
+class ChannelLayerNorm(nn.Module):
     """A LayerNorm over the channels of [B,C,1,S]."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
@@ -82,17 +81,17 @@ class ChannelNorm(nn.Module):
         return normed * self.weight[:, None, None] + self.bias[:, None, None]
 
 
-class Heads(nn.Module):
+class ChannelsFirstAttention(nn.Module):
     """Attention of [B,C,1,S] to [B,D,1,L]."""
 
     def __init__(self, attention: Attention, *, split: bool) -> None:
         super().__init__()
-        _check(attention)
+        _check_attention(attention)
         self.heads, self.scale, self.split = attention.heads, attention.scale, split
         self.to_q, self.to_k, self.to_v = (
-            _conv(part) for part in (attention.to_q, attention.to_k, attention.to_v)
+            _as_conv(part) for part in (attention.to_q, attention.to_k, attention.to_v)
         )
-        self.to_out = _conv(attention.to_out[0])
+        self.to_out = _as_conv(attention.to_out[0])
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """[B,C,1,S] and [B,D,1,L] to [B,C,1,S]."""
@@ -100,9 +99,9 @@ class Heads(nn.Module):
         q, k, v = (self._headed(part) for part in (self.to_q(x) * self.scale, self.to_k(c), self.to_v(c)))
         if self.split:
             each = zip(*(part.split(1, dim=1) for part in (q, k, v)), strict=True)
-            found = torch.cat([_attend(q=q, k=k, v=v) for q, k, v in each], dim=1)
+            found = torch.cat([_attention(q=q, k=k, v=v) for q, k, v in each], dim=1)
         else:
-            found = _attend(q=q, k=k, v=v)
+            found = _attention(q=q, k=k, v=v)
         return self.to_out(found.reshape(x.shape[0], -1, 1, x.shape[3]))
 
     def _headed(self, x: Tensor) -> Tensor:
@@ -110,13 +109,13 @@ class Heads(nn.Module):
         return x.reshape(x.shape[0], self.heads, -1, x.shape[3])
 
 
-def _attend(*, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attention(*, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B,heads,d,S] of queries to [B,heads,d,L] of keys and values."""
     weights = (k.transpose(2, 3) @ q).softmax(dim=2)
     return v @ weights
 
 
-def _conv(layer: nn.Module) -> nn.Conv2d:
+def _as_conv(layer: nn.Module) -> nn.Conv2d:
     """A linear layer as the 1x1 convolution that it is; a convolution as it stands."""
     if isinstance(layer, nn.Conv2d):
         return layer
@@ -127,7 +126,7 @@ def _conv(layer: nn.Module) -> nn.Conv2d:
     return made
 
 
-def _check(attention: Attention) -> None:
+def _check_attention(attention: Attention) -> None:
     unknown = [
         name
         for name in ("group_norm", "spatial_norm", "norm_q", "norm_k", "add_k_proj")

@@ -13,32 +13,32 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from snapfusion.export.bundle import (
+    IMAGES,
     MODULES,
-    PICTURES,
     SAFETY_CHECKER,
     SAMPLER,
     TOKENIZER,
     VECTORS,
-    read_steps,
+    read_sampler,
 )
 from snapfusion.export.executorch import ExecuTorchProgram
-from snapfusion.export.loop import Programs, draw, to_pixels
+from snapfusion.export.loop import CompiledModel, generate, to_uint8_image
 from snapfusion.export.modules import FixedModule, decoder_module, text_encoder_module, unet_module
 from snapfusion.export.parity import ParityError, check_parity
-from snapfusion.export.reference import Reference, draw_reference, samples_of
-from snapfusion.export.request import MobileSettings
-from snapfusion.export.steps import Steps
-from snapfusion.export.variants import Made, Variant, size_of, variants_of
+from snapfusion.export.reference import Reference, generate_reference, samples_of
+from snapfusion.export.sampler_coefficients import SamplerCoefficients
+from snapfusion.export.settings import MobileSettings
+from snapfusion.export.variants import BundleVariant, CompiledModule, total_bytes, variants_of
 from snapfusion.export.vectors import write_vectors
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.checksums import file_hash
 from snapfusion.models.decoder import HalfDecoder
-from snapfusion.models.seal import file_hash
-from snapfusion.models.tokenizer import token_ids
+from snapfusion.models.tokenizer import tokenize
 from snapfusion.sampling import time_grid
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
-_HARD_TEXTS = (
+_TOKENIZER_EDGE_CASES = (
     "",
     "it's 3.14 o'clock -- “quoted”, naïve café",
     "  Two   spaces\tand a\nnewline  ",
@@ -48,7 +48,7 @@ _HARD_TEXTS = (
 """Texts on which tokenizers that are nearly the same differ."""
 
 
-def build(
+def build_bundle(
     folder: Path,
     *,
     bundle: Bundle,
@@ -56,7 +56,7 @@ def build(
     settings: MobileSettings,
     number_of_steps: int,
     scratch: Path,
-    say: Say = lambda _: None,
+    say: Log = lambda _: None,
 ) -> dict[str, Any]:
     """Fill the empty `folder` with everything but the manifest and the card, each part held to torch.
 
@@ -80,7 +80,7 @@ def build(
     _check_override(settings, variants)
     say(f"drawing {len(settings.captions)} captions by torch in {number_of_steps} steps")
     references = [
-        draw_reference(
+        generate_reference(
             bundle,
             decode=bundle.decode if decoder is None else decoder,
             caption=caption,
@@ -94,8 +94,8 @@ def build(
     bundle.tokenizer.save_pretrained(folder / TOKENIZER)
     check_tokenizer(folder, bundle=bundle, captions=settings.captions)
     write_vectors(folder / VECTORS, references, guidance=settings.guidance)
-    _write_pictures(folder, name="torch", images=[reference.image for reference in references])
-    gate = Gate(folder=folder, references=references, settings=settings, say=say)
+    _write_images(folder, name="torch", images=[reference.image for reference in references])
+    gate = ParityGate(folder=folder, references=references, settings=settings, say=say)
     modules = _Modules(bundle=bundle, decoder=decoder, conditions=settings.conditions)
     return {
         "latent_shape": list(bundle.latent_shape),
@@ -108,14 +108,14 @@ def build(
     }
 
 
-def _check_override(settings: MobileSettings, variants: Sequence[Variant]) -> None:
+def _check_override(settings: MobileSettings, variants: Sequence[BundleVariant]) -> None:
     names = [variant.name for variant in variants]
     if unknown := [name for name in settings.override if name not in names]:
         raise ValueError(f"mobile.override names {unknown[0]}; {', '.join(names)} are asked for")
 
 
 def _write_sampler(folder: Path, *, bundle: Bundle, number_of_steps: int, guidance: float) -> None:
-    steps = Steps.of(
+    steps = SamplerCoefficients.of(
         bundle.schedule,
         grid=time_grid(number_of_steps, schedule_steps=bundle.schedule.num_steps),
         prediction_type=bundle.prediction_type,
@@ -131,8 +131,8 @@ def check_tokenizer(folder: Path, *, bundle: Bundle, captions: Sequence[str]) ->
         ParityError: naming the first text that it reads otherwise.
     """
     written = CLIPTokenizer.from_pretrained(folder / TOKENIZER)
-    for text in (*captions, *_HARD_TEXTS):
-        if token_ids(written, [text]).tolist() != bundle.tokenize([text]).tolist():
+    for text in (*captions, *_TOKENIZER_EDGE_CASES):
+        if tokenize(written, [text]).tolist() != bundle.tokenize([text]).tolist():
             raise ParityError(f"{TOKENIZER} gives other ids than the model's own for {text[:60]!r}")
 
 
@@ -144,7 +144,7 @@ class _Modules:
     decoder: HalfDecoder | None
     conditions: Literal[1, 2]
 
-    def make(self, name: str, *, variant: Variant) -> FixedModule:
+    def make(self, name: str, *, variant: BundleVariant) -> FixedModule:
         """The module of that name, with attention in the variant's form."""
         text = self.bundle.text_encoder.config
         length = self.bundle.tokenizer.model_max_length
@@ -170,7 +170,7 @@ class _Modules:
 
 
 @dataclass(kw_only=True)
-class Gate:
+class ParityGate:
     """Holds variants to what torch drew.
 
     Attributes:
@@ -183,9 +183,9 @@ class Gate:
     folder: Path
     references: Sequence[Reference]
     settings: MobileSettings
-    say: Say = field(default=lambda _: None)
+    say: Log = field(default=lambda _: None)
 
-    def hold(self, variant: Variant, *, modules: _Modules) -> dict[str, Any]:
+    def hold(self, variant: BundleVariant, *, modules: _Modules) -> dict[str, Any]:
         """Compile the variant's modules and compare each, then the images that they draw together.
 
         Raises:
@@ -206,12 +206,14 @@ class Gate:
             "images": self._images(made, variant=variant),
         }
 
-    def _module(self, module: FixedModule, *, variant: Variant) -> tuple[Made, dict[str, Any]]:
+    def _module(
+        self, module: FixedModule, *, variant: BundleVariant
+    ) -> tuple[CompiledModule, dict[str, Any]]:
         samples = samples_of(self.references, module=module.name, conditions=self.settings.conditions)
         made = variant.compile(module, self.folder)
         told = {
             "files": list(made.files),
-            "bytes": sum(size_of(self.folder / file) for file in made.files),
+            "bytes": sum(total_bytes(self.folder / file) for file in made.files),
             **made.told,
         }
         parity = check_parity(
@@ -224,16 +226,16 @@ class Gate:
         )
         return made, told | {"parity": parity.to_values(), **made.after()}
 
-    def _images(self, made: Mapping[str, Made], *, variant: Variant) -> dict[str, Any]:
+    def _images(self, made: Mapping[str, CompiledModule], *, variant: BundleVariant) -> dict[str, Any]:
         runs = {name: each.run for name, each in made.items()}
-        programs = Programs(**runs, conditions=self.settings.conditions)
+        programs = CompiledModel(**runs, conditions=self.settings.conditions)
         # From the disk, as an application finds them.
-        steps = read_steps(self.folder)
+        steps = read_sampler(self.folder)
         tokenizer = CLIPTokenizer.from_pretrained(self.folder / TOKENIZER)
         images = [
-            draw(
+            generate(
                 programs,
-                ids=token_ids(tokenizer, ["", reference.caption]).numpy().astype(np.int32),
+                ids=tokenize(tokenizer, ["", reference.caption]).numpy().astype(np.int32),
                 noise=reference.noise,
                 steps=steps,
                 w=self.settings.guidance,
@@ -248,14 +250,14 @@ class Gate:
             limit_db=limit,
             override=self.settings.override.get(variant.name),
         )
-        _write_pictures(self.folder, name=variant.name, images=images)
+        _write_images(self.folder, name=variant.name, images=images)
         return parity.to_values()
 
 
-def _write_pictures(folder: Path, *, name: str, images: Sequence[np.ndarray]) -> None:
-    (folder / PICTURES).mkdir(exist_ok=True)
+def _write_images(folder: Path, *, name: str, images: Sequence[np.ndarray]) -> None:
+    (folder / IMAGES).mkdir(exist_ok=True)
     for number, image in enumerate(images):
-        Image.fromarray(to_pixels(image)).save(folder / PICTURES / f"{name}-{number}.png")
+        Image.fromarray(to_uint8_image(image)).save(folder / IMAGES / f"{name}-{number}.png")
 
 
 def _add_safety_checker(

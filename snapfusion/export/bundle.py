@@ -3,7 +3,7 @@
 manifest.json      what it is made of and from, every file's size and SHA-256, shapes, versions, parity
 MODEL_CARD.md      what it is for, and the licences of the teacher's weights and of the data
 LICENCE            the licence's text, where it asks to be handed on
-sampler.json       the steps as numbers (`snapfusion.export.steps`)
+sampler.json       the steps as numbers (`snapfusion.export.sampler_coefficients`)
 tokenizer/         as transformers saves it
 vectors/           test vectors (`snapfusion.export.vectors`)
 pictures/          the captions of the gate as torch and as each variant drew them
@@ -22,16 +22,16 @@ from typing import Any
 from transformers import CLIPTokenizer
 
 from snapfusion.export.executorch import ExecuTorchProgram
-from snapfusion.export.loop import Programs
-from snapfusion.export.steps import Steps, StepsError
+from snapfusion.export.loop import CompiledModel
+from snapfusion.export.sampler_coefficients import SamplerCoefficients, SamplerError
 from snapfusion.export.vectors import Vectors, read_vectors
-from snapfusion.models.seal import file_hash
+from snapfusion.models.checksums import file_hash
 
 FORMAT_VERSION = 2
 MANIFEST, CARD, LICENCE, SAMPLER = "manifest.json", "MODEL_CARD.md", "LICENCE", "sampler.json"
-TOKENIZER, VECTORS, PICTURES = "tokenizer", "vectors", "pictures"
+TOKENIZER, VECTORS, IMAGES = "tokenizer", "vectors", "pictures"
 SAFETY_CHECKER = "safety_checker.pte"
-EXECUTORCH, COREML, DELEGATED = "ExecuTorch", "Core ML", "ExecuTorch on Core ML"
+EXECUTORCH, COREML, EXECUTORCH_COREML = "ExecuTorch", "Core ML", "ExecuTorch on Core ML"
 """The runtimes."""
 MODULES = ("text_encoder", "unet", "decoder")
 
@@ -53,9 +53,9 @@ class MobileBundle:
     manifest: Mapping[str, Any]
 
     @property
-    def steps(self) -> Steps:
+    def steps(self) -> SamplerCoefficients:
         """The sampler's numbers; raises BundleError if they are not in order."""
-        return read_steps(self.folder)
+        return read_sampler(self.folder)
 
     @property
     def tokenizer(self) -> CLIPTokenizer:
@@ -88,7 +88,7 @@ class MobileBundle:
             raise BundleError(f"{self.folder} has no variant {variant!r}; {known} are there")
         return [self.folder / name for name in self.manifest["variants"][variant]["modules"][module]["files"]]
 
-    def programs(self, variant: str) -> Programs:
+    def programs(self, variant: str) -> CompiledModel:
         """A variant's ExecuTorch programs, opened.
 
         Raises:
@@ -103,7 +103,7 @@ class MobileBundle:
                 opened[module] = ExecuTorchProgram(path)
             except ValueError as error:
                 raise BundleError(f"{path}: {error}") from None
-        return Programs(**opened, conditions=self.manifest["conditions"])
+        return CompiledModel(**opened, conditions=self.manifest["conditions"])
 
     def safety_checker(self) -> ExecuTorchProgram | None:
         """The program that says which pictures are not to be shown, if the bundle has one."""
@@ -111,17 +111,17 @@ class MobileBundle:
         return ExecuTorchProgram(self.folder / named) if named else None
 
 
-def read_steps(folder: Path) -> Steps:
+def read_sampler(folder: Path) -> SamplerCoefficients:
     """The numbers in a bundle's `sampler.json`.
 
     Raises:
         BundleError: if they are not there or do not belong together.
     """
     try:
-        return Steps.parse(json.loads((folder / SAMPLER).read_text()))
+        return SamplerCoefficients.parse(json.loads((folder / SAMPLER).read_text()))
     except (OSError, ValueError) as error:
         # StepsError is a ValueError, and so is what json raises.
-        said = str(error) if isinstance(error, StepsError) else f"cannot be read: {error}"
+        said = str(error) if isinstance(error, SamplerError) else f"cannot be read: {error}"
         raise BundleError(f"{folder / SAMPLER}: {said}") from None
 
 

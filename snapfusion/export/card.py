@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from snapfusion.export.bundle import LICENCE, SAMPLER, TOKENIZER, VECTORS
-from snapfusion.export.request import Licence
+from snapfusion.export.settings import Licence
 
 
 def model_card(manifest: Mapping[str, Any], *, licence: Licence) -> str:

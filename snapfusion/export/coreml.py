@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from snapfusion.export.cut import cut
-from snapfusion.export.mil import FLOAT16_END, Operation, Program, Value
+from snapfusion.export.mil import FLOAT16_MAX, MilProgram, Operation, Value
 from snapfusion.export.modules import FixedModule, Port
-from snapfusion.export.palette import palette
+from snapfusion.export.palette import palettize
 from snapfusion.export.parity import ParityError
 from snapfusion.export.quiet import quiet
+from snapfusion.export.split_program import split_program
 
 WEIGHT_ERROR_LIMIT = 2.0**-10
 """Of the largest weight of a tensor. float16 rounds to half of this, and folding a factor rounds again."""
@@ -29,24 +29,24 @@ WEIGHT_ERROR_LIMIT = 2.0**-10
 TIMESTEP = "t"
 """The port that stays in float32, and all that is computed of it up to its sines and cosines."""
 
-WAVES = ("sin", "cos")
+SINUSOIDS = ("sin", "cos")
 # What lies between a timestep and its waves; the search for them ends at any other kind.
-_TOWARDS_WAVES = ("mul", "expand_dims", "tile", "slice_by_index", "reshape", "cast")
+_BEFORE_SINUSOIDS = ("mul", "expand_dims", "tile", "slice_by_index", "reshape", "cast")
 
-Weights = Literal["float16", "palette-6", "palette-8", "int8"]
+WeightFormat = Literal["float16", "palette-6", "palette-8", "int8"]
 """How weights are kept: as they are; by a palette of 6 or 8 bits; as whole numbers of 8 bits."""
 
-PALETTES: dict[str, int] = {"palette-6": 6, "palette-8": 8}
+PALETTE_BITS: dict[str, int] = {"palette-6": 6, "palette-8": 8}
 """Bits of an index."""
 
-SMALL = 2048
+MIN_COMPRESSED_SIZE = 2048
 """Tensors of no more numbers are not compressed: their palettes would be as large."""
 
-IOS17 = 8
+IOS17_SPECIFICATION = 8
 """Its specification version."""
 
 # Values by which weights of one size are told apart.
-_FEW = 4096
+_NUM_PROBES = 4096
 
 # Identifiers for tools that trace a program back to its source; a phone has no use for them.
 _DEBUG_FILES = ("executorch_debug_handle_mapping.json",)
@@ -103,7 +103,7 @@ def compile_coreml(module: FixedModule, package: Path) -> None:
     Raises:
         ValueError: if there is something at `package` already, or a weight is beyond float16.
     """
-    _check_free(package)
+    _check_absent(package)
     _check_range(module)
     with quiet():
         import coremltools
@@ -121,7 +121,7 @@ def compile_coreml(module: FixedModule, package: Path) -> None:
         _save(model, package)
 
 
-def compress_package(package: Path, target: Path, *, weights: Weights) -> None:
+def compress_package(package: Path, target: Path, *, weights: WeightFormat) -> None:
     """Write the package once more, its matrices and kernels compressed; vectors stay as they are.
 
     iOS 17 knows one palette a tensor, and one scale a channel. The same package gives the same bytes.
@@ -135,7 +135,7 @@ def compress_package(package: Path, target: Path, *, weights: Weights) -> None:
     Raises:
         ValueError: if there is something at `target` already, or the package cannot be read.
     """
-    _check_free(target)
+    _check_absent(target)
     model = _open(package)
     if weights == "float16":
         shutil.copytree(package, target)
@@ -145,19 +145,22 @@ def compress_package(package: Path, target: Path, *, weights: Weights) -> None:
 
         if weights == "int8":
             linear = coreml.OpLinearQuantizerConfig(
-                mode="linear_symmetric", dtype="int8", granularity="per_channel", weight_threshold=SMALL
+                mode="linear_symmetric",
+                dtype="int8",
+                granularity="per_channel",
+                weight_threshold=MIN_COMPRESSED_SIZE,
             )
             made = coreml.linear_quantize_weights(model, coreml.OptimizationConfig(global_config=linear))
         else:
-            lut_function = partial(palette, bits=PALETTES[weights])
+            lut_function = partial(palettize, bits=PALETTE_BITS[weights])
             chosen = coreml.OpPalettizerConfig(
-                mode="custom", lut_function=lut_function, weight_threshold=SMALL
+                mode="custom", lut_function=lut_function, weight_threshold=MIN_COMPRESSED_SIZE
             )
             made = coreml.palettize_weights(model, coreml.OptimizationConfig(global_config=chosen))
         _save(made, target)
 
 
-def chunk_package(package: Path, folder: Path, *, names: tuple[str, str]) -> tuple[Path, Path]:
+def split_package(package: Path, folder: Path, *, names: tuple[str, str]) -> tuple[Path, Path]:
     """Cut a package in two of about half the weights each: `folder`/NAME.mlpackage, in their order.
 
     The second takes all outputs of the first, and what it needs of the whole's inputs, by name. The same
@@ -169,9 +172,9 @@ def chunk_package(package: Path, folder: Path, *, names: tuple[str, str]) -> tup
     """
     first, second = (folder / f"{name}.mlpackage" for name in names)
     for target in (first, second):
-        _check_free(target)
+        _check_absent(target)
     model = _open(package)
-    for target, specification in zip((first, second), cut(model.get_spec()), strict=True):
+    for target, specification in zip((first, second), split_program(model.get_spec()), strict=True):
         with quiet():
             import coremltools
 
@@ -197,7 +200,7 @@ def _save(model: Any, package: Path) -> None:  # noqa: ANN401 - coremltools has 
         model.save(str(partial_package))
         for name in _DEBUG_FILES:
             (partial_package / name).unlink(missing_ok=True)
-        _settle_identifiers(partial_package / "Manifest.json")
+        _fix_identifiers(partial_package / "Manifest.json")
         partial_package.rename(package)
 
 
@@ -207,7 +210,7 @@ def _load(specification: Any, *, weights: str) -> Any:  # noqa: ANN401 - coremlt
     return load(specification, specification.specificationVersion, weights)
 
 
-def _check_free(package: Path) -> None:
+def _check_absent(package: Path) -> None:
     if package.exists():
         raise ValueError(f"{package} exists; a package is never written over")
     package.parent.mkdir(parents=True, exist_ok=True)
@@ -215,10 +218,10 @@ def _check_free(package: Path) -> None:
 
 def _check_range(module: FixedModule) -> None:
     for name, tensor in module.network.state_dict().items():
-        if tensor.is_floating_point() and not float(tensor.abs().max()) <= FLOAT16_END:
+        if tensor.is_floating_point() and not float(tensor.abs().max()) <= FLOAT16_MAX:
             raise ValueError(
                 f"weight {name} of {module.name} holds {float(tensor.abs().max()):.6g}, "
-                f"and float16 ends at {FLOAT16_END:g}; scale it, or compile for another runtime"
+                f"and float16 ends at {FLOAT16_MAX:g}; scale it, or compile for another runtime"
             )
 
 
@@ -230,14 +233,14 @@ def _tensor_type(coremltools: Any, port: Port) -> Any:  # noqa: ANN401 - coremlt
 
 def _fits_float16(op: Any) -> bool:  # noqa: ANN401 - coremltools has no types
     """Whether the operation may be computed in float16: whether no wave is computed from its result."""
-    if op.op_type in WAVES:
+    if op.op_type in SINUSOIDS:
         return False
-    if op.op_type not in _TOWARDS_WAVES:
+    if op.op_type not in _BEFORE_SINUSOIDS:
         return True
     return all(_fits_float16(reader) for output in op.outputs for reader in output.child_ops)
 
 
-def _settle_identifiers(manifest: Path) -> None:
+def _fix_identifiers(manifest: Path) -> None:
     """Replace the random names of a package's items, so that the same module gives the same bytes."""
     text = manifest.read_text()
     for identifier, item in json.loads(text)["itemInfoEntries"].items():
@@ -257,13 +260,13 @@ def describe_package(package: Path) -> CoreMLDescription:
     specification = _open(package).get_spec()
     _check_target(program, version=int(specification.specificationVersion))
     _check_finite(program)
-    exact = program.before(WAVES)
+    exact = program.before(SINUSOIDS)
     wide_weights = {name for name, array in program.weights().items() if array.dtype != np.float16}
     wide_results = {value.name for value in program.results() if value.dtype == "float32"}
-    waves = {operation.name for operation in program.operations if operation.kind in WAVES}
+    waves = {operation.name for operation in program.operations if operation.kind in SINUSOIDS}
     return CoreMLDescription(
-        inputs=_stated(specification.description.input),
-        outputs=_stated(specification.description.output),
+        inputs=_read_ports(specification.description.input),
+        outputs=_read_ports(specification.description.output),
         specification_version=int(specification.specificationVersion),
         operations=dict(sorted(Counter(operation.kind for operation in program.operations).items())),
         weight_bytes=sum(path.stat().st_size for path in package.rglob("weight.bin")),
@@ -272,24 +275,24 @@ def describe_package(package: Path) -> CoreMLDescription:
     )
 
 
-def _check_target(program: Program, *, version: int) -> None:
+def _check_target(program: MilProgram, *, version: int) -> None:
     from coremltools import target
     from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
 
     kinds = {operation.kind for operation in program.operations}
     later = sorted(kind for kind in kinds if target.iOS17 not in SSAOpRegistry.core_ops[kind])
-    if later or version > IOS17:
+    if later or version > IOS17_SPECIFICATION:
         what = f"operations {', '.join(later)}" if later else f"specification version {version}"
         raise ValueError(f"the package needs a system after iOS 17: {what}; it is to run on iOS 17")
 
 
-def _check_finite(program: Program) -> None:
+def _check_finite(program: MilProgram) -> None:
     for name, array in program.weights().items():
         if not np.isfinite(array).all():
             raise ValueError(f"the package's weight {name} of shape {array.shape} holds values not finite")
 
 
-def read_program(package: Path) -> Program:
+def read_program(package: Path) -> MilProgram:
     """The package's program as data: every operation and constant, from the files on disk.
 
     Raises:
@@ -303,7 +306,7 @@ def read_program(package: Path) -> Program:
             raise ValueError(f"{package} is not a readable Core ML package: {error}") from error
     function = loaded.functions["main"]
     constants = {op.outputs[0].name: op.outputs[0].val for op in function.operations if op.op_type == "const"}
-    return Program(
+    return MilProgram(
         inputs=tuple(_value(var) for var in function.inputs.values()),
         outputs=tuple(_value(var) for var in function.outputs),
         constants=constants,
@@ -311,7 +314,7 @@ def read_program(package: Path) -> Program:
     )
 
 
-def check_weights(programs: Program | Sequence[Program], parameters: Mapping[str, Tensor]) -> float:
+def check_weights(programs: MilProgram | Sequence[MilProgram], parameters: Mapping[str, Tensor]) -> float:
     """Find each matrix and kernel of the network among the programs' weights, rounded to float16.
 
     Vectors are left out: the converter folds constants into biases. A factor folded into a kernel is allowed
@@ -327,7 +330,7 @@ def check_weights(programs: Program | Sequence[Program], parameters: Mapping[str
     Raises:
         ParityError: naming the first tensor that is not there.
     """
-    chunks = [programs] if isinstance(programs, Program) else programs
+    chunks = [programs] if isinstance(programs, MilProgram) else programs
     weights = defaultdict(list)
     for weight in (weight for chunk in chunks for weight in chunk.weights().values()):
         weights[weight.size].append(weight.ravel())
@@ -348,7 +351,7 @@ def check_weights(programs: Program | Sequence[Program], parameters: Mapping[str
 
 def _least_error(weights: Sequence[np.ndarray], *, wanted: np.ndarray) -> float:
     # A full-size UNet has dozens of each size: the nearest is known by a few of its values.
-    few = slice(None, None, max(1, wanted.size // _FEW))
+    few = slice(None, None, max(1, wanted.size // _NUM_PROBES))
     ranked = sorted(weights, key=lambda found: _relative_error(found[few], wanted=wanted[few]))
     return min((_relative_error(found, wanted=wanted) for found in ranked[:1]), default=float("inf"))
 
@@ -413,7 +416,7 @@ def _open(package: Path) -> Any:  # noqa: ANN401 - coremltools has no types
             raise ValueError(f"{package} is not a readable Core ML package: {error}") from error
 
 
-def _stated(features: Any) -> tuple[CoreMLPort, ...]:  # noqa: ANN401 - a protobuf list
+def _read_ports(features: Any) -> tuple[CoreMLPort, ...]:  # noqa: ANN401 - a protobuf list
     from coremltools.proto import FeatureTypes_pb2
 
     name_of = FeatureTypes_pb2.ArrayFeatureType.ArrayDataType.Name

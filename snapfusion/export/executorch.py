@@ -58,15 +58,17 @@ def compile_executorch(
 
         traced = module.trace()
         if delegate == "xnnpack":
-            traced = traced.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: attend})
+            traced = traced.run_decompositions(
+                {torch.ops.aten.scaled_dot_product_attention.default: decomposed_attention}
+            )
         if weights == "int8":
             traced = _quantized(traced, module.example())
-        partitioners = [_coreml()] if delegate == "coreml" else _xnnpack(weights)
+        partitioners = [_coreml_partitioner()] if delegate == "coreml" else _xnnpack_partitioners(weights)
         lowered = to_edge_transform_and_lower(traced, partitioner=partitioners)
         return bytes(lowered.to_executorch().buffer)
 
 
-def attend(
+def decomposed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -104,7 +106,7 @@ def _quantized(traced: ExportedProgram, example: tuple[Tensor, ...]) -> Exported
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
-    quantizer = XNNPACKQuantizer().set_global(config).set_filter_function(_has_its_own_input)
+    quantizer = XNNPACKQuantizer().set_global(config).set_filter_function(_is_only_reader)
     observed = prepare_pt2e(traced.module(), quantizer)
     with torch.no_grad():
         # Only weights are observed: ranges of activations are found anew in every run.
@@ -112,7 +114,7 @@ def _quantized(traced: ExportedProgram, example: tuple[Tensor, ...]) -> Exported
         return torch.export.export(convert_pt2e(observed), example, strict=False)
 
 
-def _has_its_own_input(node: torch.fx.Node) -> bool:
+def _is_only_reader(node: torch.fx.Node) -> bool:
     """Whether a convolution shares its input with no other: of such a pair one is lowered wrongly."""
     convolution = torch.ops.aten.conv2d.default
     if node.target != convolution:
@@ -120,7 +122,7 @@ def _has_its_own_input(node: torch.fx.Node) -> bool:
     return sum(user.target == convolution for user in node.all_input_nodes[0].users) == 1
 
 
-def _xnnpack(weights: Literal["float32", "int8"]) -> list[XnnpackPartitioner]:
+def _xnnpack_partitioners(weights: Literal["float32", "int8"]) -> list[XnnpackPartitioner]:
     from executorch.backends.xnnpack.partition.config.gemm_configs import ConvolutionConfig
     from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -146,7 +148,7 @@ def _xnnpack(weights: Literal["float32", "int8"]) -> list[XnnpackPartitioner]:
     return [Convolutions(), together] if weights == "int8" else [together]
 
 
-def _coreml() -> CoreMLPartitioner:
+def _coreml_partitioner() -> CoreMLPartitioner:
     from executorch.backends.apple.coreml.compiler import CoreMLBackend
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner
 
@@ -154,7 +156,7 @@ def _coreml() -> CoreMLPartitioner:
     return CoreMLPartitioner(compile_specs=specs)
 
 
-def use_threads(number: int) -> None:
+def set_num_threads(number: int) -> None:
     """Give ExecuTorch's pool so many threads; programs that are open keep what they were opened with.
 
     Left alone it has one for each core of the machine, whatever torch was told.
@@ -218,7 +220,7 @@ class ExecuTorchProgram:
             except RuntimeError as error:
                 # The runtime tells a delegate that it lacks from damage by a number alone.
                 _check_delegates(source)
-                raise ValueError(f"not an ExecuTorch program: {_name(source)}: {error}") from error
+                raise ValueError(f"not an ExecuTorch program: {_describe_source(source)}: {error}") from error
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """Execute on one set of inputs; the first output, of the shape and dtype in `outputs`.
@@ -265,7 +267,7 @@ def describe_program(source: bytes | Path) -> ProgramDescription:
     """
     with quiet():
         inputs, outputs = _ports(_load(source))
-        plan = _plan(source)
+        plan = _execution_plan(source)
     delegates: Counter[str] = Counter()
     kernels: Counter[str] = Counter()
     for instruction in (instruction for chain in plan.chains for instruction in chain.instructions):
@@ -295,7 +297,7 @@ def extract_package(source: bytes | Path, package: Path) -> None:
     """
     delegates = describe_program(source).delegates
     if delegates != {_CORE_ML: 1}:
-        raise ValueError(f"{_name(source)} calls {delegates}; one call of {_CORE_ML} is accepted")
+        raise ValueError(f"{_describe_source(source)} calls {delegates}; one call of {_CORE_ML} is accepted")
     if package.exists():
         raise ValueError(f"{package} exists; a package is never written over")
     with quiet(), tempfile.TemporaryDirectory(dir=package.parent) as scratch:
@@ -305,7 +307,7 @@ def extract_package(source: bytes | Path, package: Path) -> None:
         whole = source if isinstance(source, bytes) else source.read_bytes()
         payload = _extract_delegate_payload(whole, _CORE_ML)
         if not executorchcoreml.unflatten_directory_contents(payload, scratch):
-            raise ValueError(f"{_name(source)} holds no readable Core ML package")
+            raise ValueError(f"{_describe_source(source)} holds no readable Core ML package")
         (Path(scratch) / "lowered_module" / "model.mlpackage").rename(package)
 
 
@@ -317,7 +319,7 @@ def _load(source: bytes | Path) -> Program:
     try:
         return Runtime.get().load_program(source, verification=Verification.InternalConsistency)
     except RuntimeError as error:
-        raise ValueError(f"not an ExecuTorch program: {_name(source)}: {error}") from error
+        raise ValueError(f"not an ExecuTorch program: {_describe_source(source)}: {error}") from error
 
 
 def _ports(program: Program) -> tuple[tuple[ProgramPort, ...], tuple[ProgramPort, ...]]:
@@ -332,7 +334,7 @@ def _port(info: TensorInfo) -> ProgramPort:
     return ProgramPort(shape=tuple(info.sizes()), dtype=_DTYPES.get(info.dtype(), f"type {info.dtype()}"))
 
 
-def _plan(source: bytes | Path) -> ExecutionPlan:
+def _execution_plan(source: bytes | Path) -> ExecutionPlan:
     """The one method's instructions, from a program that the runtime has verified.
 
     Its Python interface does not hand them out. No weight is read: they come after the instructions.
@@ -351,10 +353,10 @@ def _check_delegates(source: bytes | Path) -> None:
     from executorch.runtime import Runtime
 
     here = Runtime.get().backend_registry.registered_backend_names
-    lacking = sorted({delegate.id for delegate in _plan(source).delegates} - set(here))
+    lacking = sorted({delegate.id for delegate in _execution_plan(source).delegates} - set(here))
     if lacking:
         raise ValueError(
-            f"{_name(source)} is lowered for {' and '.join(lacking)}, but ExecuTorch has {', '.join(here)} "
+            f"{_describe_source(source)} is lowered for {' and '.join(lacking)}, but ExecuTorch has {', '.join(here)} "
             "here: run it where the delegate is, or give a program that is lowered for XNNPACK"
         )
 
@@ -363,5 +365,5 @@ def _shapes(inputs: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
     return [array.shape for array in inputs]
 
 
-def _name(source: bytes | Path) -> str:
+def _describe_source(source: bytes | Path) -> str:
     return f"{len(source):,} bytes" if isinstance(source, bytes) else str(source)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from snapfusion.export.steps import Steps
+from snapfusion.export.sampler_coefficients import SamplerCoefficients
 
-Program = Callable[[Sequence[np.ndarray]], np.ndarray]
+RunModule = Callable[[Sequence[np.ndarray]], np.ndarray]
 """Inputs in the order of the ports -> the first output."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Programs:
+class CompiledModel:
     """The three programs of a model, whatever runs them.
 
     Attributes:
@@ -24,14 +24,14 @@ class Programs:
         conditions: n, the conditions that the UNet takes at a time: 2, or 1 and it is called twice.
     """
 
-    text_encoder: Program
-    unet: Program
-    decoder: Program
+    text_encoder: RunModule
+    unet: RunModule
+    decoder: RunModule
     conditions: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment:
+class SamplingStep:
     """One step of a loop: what the UNet was given, its guided halves, and where the step landed.
 
     Attributes:
@@ -47,12 +47,14 @@ class Moment:
     z_next: np.ndarray
 
 
-def conditions(programs: Programs, *, ids: np.ndarray) -> np.ndarray:
+def encode_text(programs: CompiledModel, *, ids: np.ndarray) -> np.ndarray:
     """c of each row of token ids, [B,L] int32 to [B,L,D] float32."""
     return np.concatenate([programs.text_encoder([row[None]]) for row in ids])
 
 
-def walk(programs: Programs, *, c: np.ndarray, noise: np.ndarray, steps: Steps, w: float) -> Iterator[Moment]:
+def sampling_steps(
+    programs: CompiledModel, *, c: np.ndarray, noise: np.ndarray, steps: SamplerCoefficients, w: float
+) -> Iterator[SamplingStep]:
     """The steps from noise to the clean end. SnapFusion Eq. 2, 3.
 
     Args:
@@ -70,18 +72,20 @@ def walk(programs: Programs, *, c: np.ndarray, noise: np.ndarray, steps: Steps, 
         uncond, cond = outputs[:1], outputs[1:]
         output = np.float32(w) * cond - np.float32(w - 1.0) * uncond
         z_next = np.float32(step.from_z) * z_t + np.float32(step.from_output) * output
-        yield Moment(t=step.t, z_t=z_t, outputs=outputs, z_next=z_next)
+        yield SamplingStep(t=step.t, z_t=z_t, outputs=outputs, z_next=z_next)
         z_t = z_next
 
 
-def draw(programs: Programs, *, ids: np.ndarray, noise: np.ndarray, steps: Steps, w: float) -> np.ndarray:
+def generate(
+    programs: CompiledModel, *, ids: np.ndarray, noise: np.ndarray, steps: SamplerCoefficients, w: float
+) -> np.ndarray:
     """The image [1,3,H,W] float32 in 0 .. 1 of token ids [2,L] (the empty caption's, the caption's)."""
     latent = noise
-    for moment in walk(programs, c=conditions(programs, ids=ids), noise=noise, steps=steps, w=w):
+    for moment in sampling_steps(programs, c=encode_text(programs, ids=ids), noise=noise, steps=steps, w=w):
         latent = moment.z_next
     return programs.decoder([latent])
 
 
-def to_pixels(image: np.ndarray) -> np.ndarray:
+def to_uint8_image(image: np.ndarray) -> np.ndarray:
     """[1,3,H,W] in 0 .. 1 as uint8 [H,W,3], rounded to nearest."""
     return np.rint(image[0].transpose(1, 2, 0) * 255.0).clip(0, 255).astype(np.uint8)

@@ -23,10 +23,10 @@ from torch import Tensor
 from snapfusion.export.operations import rule_of
 from snapfusion.export.parity import ParityError
 
-FLOAT16_END = 65504.0
+FLOAT16_MAX = 65504.0
 """The largest float16."""
 
-COMPRESSED = "constexpr_"
+COMPRESSED_PREFIX = "constexpr_"
 """How the kinds of operations begin that make a dense weight of a compressed one."""
 
 
@@ -60,11 +60,11 @@ class Operation:
 
     def reads(self) -> set[str]:
         """The names of all values that it reads."""
-        return {name for names in self.inputs.values() for name in _listed(names)}
+        return {name for names in self.inputs.values() for name in _as_tuple(names)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
+class MilProgram:
     """A program as data: its constants by name, and its operations in the order they run."""
 
     inputs: tuple[Value, ...]
@@ -95,14 +95,14 @@ Observer = Callable[[Operation, Value, Tensor], None]
 
 
 def evaluate(
-    program: Program, inputs: Sequence[np.ndarray], *, observe: Observer | None = None
+    program: MilProgram, inputs: Sequence[np.ndarray], *, observe: Observer | None = None
 ) -> np.ndarray:
     """The first output, float32, for one set of inputs; see `evaluate_chain`."""
     return evaluate_chain([program], inputs, observe=observe)
 
 
 def evaluate_chain(
-    programs: Sequence[Program], inputs: Sequence[np.ndarray], *, observe: Observer | None = None
+    programs: Sequence[MilProgram], inputs: Sequence[np.ndarray], *, observe: Observer | None = None
 ) -> np.ndarray:
     """The first output of the last program, float32.
 
@@ -122,31 +122,31 @@ def evaluate_chain(
     accepted = [port.shape for port in ports]
     if given != accepted:
         raise ValueError(f"inputs of shapes {given} given; {accepted} is accepted: shapes are fixed")
-    values = {port.name: _taken(port, array) for port, array in zip(ports, inputs, strict=True)}
+    values = {port.name: _as_input(port, array) for port, array in zip(ports, inputs, strict=True)}
     for program in programs:
         values |= _run(program, values, observe=observe)
     return values[programs[-1].outputs[0].name].numpy()
 
 
-def _ports(programs: Sequence[Program]) -> list[Value]:
+def _ports(programs: Sequence[MilProgram]) -> list[Value]:
     """What a chain of programs takes and none of them gives."""
     made = {port.name for program in programs for port in program.outputs}
     ports = {port.name: port for program in programs for port in program.inputs}
     return [port for name, port in ports.items() if name not in made]
 
 
-def _taken(port: Value, array: np.ndarray) -> Tensor:
+def _as_input(port: Value, array: np.ndarray) -> Tensor:
     """An input as the program takes it."""
     if not port.dtype.startswith("float") and array.dtype.kind == "f":
         raise ValueError(f"{port.name} given as {array.dtype}; it takes whole numbers, as {port.dtype}")
-    return _rounded(torch.from_numpy(array), dtype=port.dtype)
+    return _round_to(torch.from_numpy(array), dtype=port.dtype)
 
 
 @torch.inference_mode()
-def _run(program: Program, inputs: Mapping[str, Tensor], *, observe: Observer | None) -> dict[str, Tensor]:
+def _run(program: MilProgram, inputs: Mapping[str, Tensor], *, observe: Observer | None) -> dict[str, Tensor]:
     """All outputs by name."""
     values = {port.name: inputs[port.name] for port in program.inputs}
-    dense = {step.name: step for step in program.operations if step.kind.startswith(COMPRESSED)}
+    dense = {step.name: step for step in program.operations if step.kind.startswith(COMPRESSED_PREFIX)}
 
     def read(name: str) -> Any:  # noqa: ANN401 - a number, a string or a tensor
         if name in values:
@@ -177,10 +177,10 @@ def _result(operation: Operation, read: Callable[[str], Any]) -> tuple[Tensor, .
     results = rule_of(operation.kind)(arguments)
     several = results if isinstance(results, tuple) else (results,)
     stated = zip(several, operation.outputs, strict=True)
-    return tuple(_rounded(result, dtype=value.dtype) for result, value in stated)
+    return tuple(_round_to(result, dtype=value.dtype) for result, value in stated)
 
 
-def _last_uses(program: Program) -> list[set[str]]:
+def _last_uses(program: MilProgram) -> list[set[str]]:
     """For each operation the values that none after it reads; a decoder's together would fill gigabytes."""
     needed = {port.name for port in program.outputs}
     last_uses = []
@@ -192,7 +192,7 @@ def _last_uses(program: Program) -> list[set[str]]:
     return last_uses[::-1]
 
 
-def _listed(names: str | tuple[str, ...]) -> tuple[str, ...]:
+def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
@@ -205,7 +205,7 @@ def _operand(value: Any) -> Any:  # noqa: ANN401 - a number, a string or an arra
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
-def _rounded(result: Tensor, *, dtype: str) -> Tensor:
+def _round_to(result: Tensor, *, dtype: str) -> Tensor:
     """To the dtype's values; floating point is carried in float32, whole numbers in int64."""
     if dtype == "float16":
         return result.half().float()
@@ -217,7 +217,7 @@ def _rounded(result: Tensor, *, dtype: str) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extreme:
+class MaxAbs:
     """The result of largest magnitude among several.
 
     Attributes:
@@ -233,10 +233,10 @@ class Extreme:
     @property
     def headroom(self) -> float | None:
         """How many times larger it might be before float16 ends; None for 0."""
-        return FLOAT16_END / self.value if self.value else None
+        return FLOAT16_MAX / self.value if self.value else None
 
 
-class Extremes:
+class MaxAbsObserver:
     """An observer: how near a program's float16 results come to the end of float16, over all samples.
 
     Told of a result that is not finite it raises a `ParityError` that says where.
@@ -248,10 +248,10 @@ class Extremes:
     """
 
     def __init__(self) -> None:
-        self.kinds: dict[str, Extreme] = {}
-        self.logit: Extreme | None = None
+        self.kinds: dict[str, MaxAbs] = {}
+        self.logit: MaxAbs | None = None
         # Products that no softmax has read so far, by the names under which it may.
-        self._products: dict[str, Extreme] = {}
+        self._products: dict[str, MaxAbs] = {}
         self._first: str | None = None
         self._sample = -1
 
@@ -266,7 +266,7 @@ class Extremes:
             raise ParityError(self._refusal(operation, value=value, result=result))
         if value.dtype != "float16":
             return
-        found = Extreme(value=largest, operation=value.name, kind=operation.kind)
+        found = MaxAbs(value=largest, operation=value.name, kind=operation.kind)
         products = [self._products[name] for name in operation.reads() if name in self._products]
         if operation.kind == "matmul":
             self._products[value.name] = found
@@ -278,7 +278,7 @@ class Extremes:
         self.kinds[operation.kind] = max(found, self.kinds.get(operation.kind, found), key=_size)
 
     @property
-    def largest(self) -> Extreme | None:
+    def largest(self) -> MaxAbs | None:
         """The largest of all; None before there was a float16 result."""
         return max(self.kinds.values(), key=_size, default=None)
 
@@ -286,7 +286,7 @@ class Extremes:
         """Plain JSON values, for a manifest."""
         told = {"largest": self.largest, "attention_logit": self.logit}
         return {
-            "float16_end": FLOAT16_END,
+            "float16_end": FLOAT16_MAX,
             **{name: asdict(found) | {"headroom": found.headroom} for name, found in told.items() if found},
             "largest_by_kind": {kind: found.value for kind, found in sorted(self.kinds.items())},
         }
@@ -299,5 +299,5 @@ class Extremes:
         )
 
 
-def _size(extreme: Extreme) -> float:
+def _size(extreme: MaxAbs) -> float:
     return extreme.value

@@ -23,12 +23,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from snapfusion.export.attention import Form, rearrange
+from snapfusion.export.attention import set_attention_layout
+from snapfusion.export.settings import AttentionLayout
 from snapfusion.models.decoder import HalfDecoder
-from snapfusion.models.told import is_told
+from snapfusion.models.guidance_embedding import has_guidance_embedding
 from snapfusion.models.unet import BlockUNet, UNetError
 
-MASKED = -1e4
+MASK_VALUE = -1e4
 """Added to a later word's logit: its softmax is 0 in float16 too, and unlike -inf it can be compressed."""
 
 
@@ -98,7 +99,7 @@ class TextProgram(nn.Module):
         super().__init__()
         self.embeddings, self.encoder = text_encoder.embeddings, text_encoder.encoder
         self.final_layer_norm = text_encoder.final_layer_norm
-        mask = torch.full((length, length), MASKED).triu(diagonal=1)
+        mask = torch.full((length, length), MASK_VALUE).triu(diagonal=1)
         self.register_buffer("mask", mask[None, None], persistent=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ def unet_module(
     *,
     condition_shape: tuple[int, int],
     conditions: Literal[1, 2],
-    form: Form = "diffusers",
+    form: AttentionLayout = "diffusers",
 ) -> FixedModule:
     """The UNet for `conditions` at a time, each of `condition_shape` = (L, D).
 
@@ -180,13 +181,13 @@ def unet_module(
     Raises:
         UNetError: if the UNet takes the guidance scale as an input, which no program here hands over.
     """
-    if is_told(unet):
+    if has_guidance_embedding(unet):
         raise UNetError(
             "the UNet is told the guidance scale (Meng et al.); programs for phones have no port for it"
         )
-    # Shares the weights: only modules that `rearrange` puts in another place are copied.
-    network = _shell(unet)
-    rearrange(network, form=form)
+    # Shares the weights: only modules that `set_attention_layout` puts in another place are copied.
+    network = _copy_sharing_weights(unet)
+    set_attention_layout(network, form=form)
     size = int(unet.config["sample_size"])
     shape = (1, int(unet.config["in_channels"]), size, size)
     return FixedModule(
@@ -201,7 +202,7 @@ def unet_module(
     )
 
 
-def _shell(network: nn.Module) -> nn.Module:
+def _copy_sharing_weights(network: nn.Module) -> nn.Module:
     """A copy of the modules with the very same tensors, of which a full-size UNet has gigabytes."""
     tensors = [*network.parameters(), *network.buffers()]
     return deepcopy(network, memo={id(tensor): tensor for tensor in tensors})

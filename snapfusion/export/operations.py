@@ -33,7 +33,7 @@ def rule_of(kind: str) -> Rule:
     return _RULES[kind]
 
 
-def _only(given: Mapping[str, Any], argument: str, *accepted: object) -> Any:  # noqa: ANN401 - as given
+def _accept(given: Mapping[str, Any], argument: str, *accepted: object) -> Any:  # noqa: ANN401 - as given
     """The argument, if it is one of those defined here."""
     value = given.get(argument, accepted[0])
     if value not in accepted:
@@ -42,7 +42,7 @@ def _only(given: Mapping[str, Any], argument: str, *accepted: object) -> Any:  #
 
 
 def _conv(given: Mapping[str, Any]) -> Tensor:
-    custom = _only(given, "pad_type", "valid", "custom") == "custom"
+    custom = _accept(given, "pad_type", "valid", "custom") == "custom"
     top, bottom, left, right = given["pad"] if custom else (0, 0, 0, 0)
     return functional.conv2d(
         functional.pad(given["x"], (left, right, top, bottom)),
@@ -85,12 +85,12 @@ def _matmul(given: Mapping[str, Any]) -> Tensor:
 
 
 def _gelu(given: Mapping[str, Any]) -> Tensor:
-    mode = _only(given, "mode", "EXACT", "TANH_APPROXIMATION")
+    mode = _accept(given, "mode", "EXACT", "TANH_APPROXIMATION")
     return functional.gelu(given["x"], approximate="none" if mode == "EXACT" else "tanh")
 
 
 def _gather(given: Mapping[str, Any]) -> Tensor:
-    _only(given, "batch_dims", 0)
+    _accept(given, "batch_dims", 0)
     x, indices, axis = given["x"], given["indices"], given["axis"]
     axis %= x.ndim
     shape = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
@@ -100,7 +100,7 @@ def _gather(given: Mapping[str, Any]) -> Tensor:
 def _slice(given: Mapping[str, Any]) -> Tensor:
     x = given["x"]
     none = [False] * x.ndim
-    _only(given, "squeeze_mask", none)
+    _accept(given, "squeeze_mask", none)
     from_start, to_end = given.get("begin_mask", none), given.get("end_mask", none)
     strides = given.get("stride", [1] * x.ndim)
     return x[
@@ -114,7 +114,7 @@ def _slice(given: Mapping[str, Any]) -> Tensor:
 
 
 def _concat(given: Mapping[str, Any]) -> Tensor:
-    _only(given, "interleave", False)
+    _accept(given, "interleave", False)
     return torch.cat(given["values"], dim=given["axis"])
 
 

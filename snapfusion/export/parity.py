@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-PSNR_LIMIT_DB = 35.0
-"""Where float artifacts are refused; rounding to float16 alone stays far above it."""
+from snapfusion.export.settings import PSNR_LIMIT_DB
 
 
 class ParityError(ValueError):

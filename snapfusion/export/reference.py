@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snapfusion.export.loop import Moment
+from snapfusion.export.loop import SamplingStep
 from snapfusion.models.bundle import Bundle
 from snapfusion.noise import gaussian, noise_key
 from snapfusion.sampling import ddim_step, guide, time_grid
@@ -39,7 +39,7 @@ class Reference:
     ids: np.ndarray
     c: np.ndarray
     noise: np.ndarray
-    moments: tuple[Moment, ...]
+    moments: tuple[SamplingStep, ...]
     image: np.ndarray
 
     @property
@@ -84,7 +84,7 @@ _SAMPLES = {"text_encoder": _of_text_encoder, "unet": _of_unet, "decoder": _of_d
 
 
 @torch.inference_mode()
-def draw_reference(
+def generate_reference(
     bundle: Bundle, *, decode: Decode, caption: str, number_of_steps: int, w: float, seed: int
 ) -> Reference:
     """Draw one caption; its noise is that of `snapfusion generate --seed`."""
@@ -108,7 +108,7 @@ def draw_reference(
     )
 
 
-def _step(bundle: Bundle, *, z_t: Tensor, c: Tensor, t: int, t_next: int, w: float) -> Moment:
+def _step(bundle: Bundle, *, z_t: Tensor, c: Tensor, t: int, t_next: int, w: float) -> SamplingStep:
     time, next_time = torch.tensor([t]), torch.tensor([t_next])
     outputs = bundle.predict(z_t.repeat(2, 1, 1, 1), time.repeat(2), c)
     uncond, cond = outputs.chunk(2)
@@ -116,4 +116,4 @@ def _step(bundle: Bundle, *, z_t: Tensor, c: Tensor, t: int, t_next: int, w: flo
         guide(cond=cond, uncond=uncond, w=w), z_t=z_t, t=time, prediction_type=bundle.prediction_type
     )
     z_next = ddim_step(estimate, t_next=next_time, schedule=bundle.schedule)
-    return Moment(t=t, z_t=z_t.numpy(), outputs=outputs.numpy(), z_next=z_next.numpy())
+    return SamplingStep(t=t, z_t=z_t.numpy(), outputs=outputs.numpy(), z_next=z_next.numpy())

@@ -14,23 +14,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from snapfusion.export.attention import Form
-from snapfusion.export.bundle import COREML, DELEGATED, EXECUTORCH
+from snapfusion.export.bundle import COREML, EXECUTORCH, EXECUTORCH_COREML
 from snapfusion.export.coreml import (
     CoreMLDescription,
     check_weights,
-    chunk_package,
     compile_coreml,
     compress_package,
     describe_package,
     read_program,
+    split_package,
 )
 from snapfusion.export.executorch import ExecuTorchProgram, compile_executorch, extract_package
-from snapfusion.export.loop import Program
-from snapfusion.export.mil import Extremes, evaluate, evaluate_chain
+from snapfusion.export.loop import RunModule
+from snapfusion.export.mil import MaxAbsObserver, evaluate, evaluate_chain
 from snapfusion.export.modules import FixedModule, Port
 from snapfusion.export.parity import ParityError
-from snapfusion.export.request import CoreMLKind, ExecuTorchKind, MobileSettings
+from snapfusion.export.settings import AttentionLayout, CoreMLKind, ExecuTorchKind, MobileSettings
 
 # Of each kind, the variant's name and its weights in words.
 _EXECUTORCH: dict[ExecuTorchKind, tuple[str, str]] = {
@@ -47,7 +46,7 @@ _COREML: dict[CoreMLKind, tuple[str, str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class CompiledModule:
     """A compiled module.
 
     Attributes:
@@ -58,17 +57,17 @@ class Made:
     """
 
     files: tuple[str, ...]
-    run: Program
+    run: RunModule
     told: Mapping[str, Any]
     after: Callable[[], Mapping[str, Any]] = dict
 
 
-Compile = Callable[[FixedModule, Path], Made]
+CompileModule = Callable[[FixedModule, Path], CompiledModule]
 """(module, the bundle's folder) -> what was written there."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
+class BundleVariant:
     """One runtime, one kind of weights.
 
     Attributes:
@@ -84,13 +83,13 @@ class Variant:
     name: str
     runtime: str
     weights: str
-    form: Form
+    form: AttentionLayout
     exact: bool
     measured: str
-    compile: Compile
+    compile: CompileModule
 
 
-def variants_of(settings: MobileSettings, *, scratch: Path) -> list[Variant]:
+def variants_of(settings: MobileSettings, *, scratch: Path) -> list[BundleVariant]:
     """Those that are asked for; `scratch` is a folder for packages that are compressed further."""
     return [
         *(_executorch(kind, settings=settings) for kind in settings.executorch),
@@ -101,19 +100,19 @@ def variants_of(settings: MobileSettings, *, scratch: Path) -> list[Variant]:
 _EVALUATED = "read back and evaluated with torch, each result rounded to the dtype it states"
 
 
-def _executorch(kind: ExecuTorchKind, *, settings: MobileSettings) -> Variant:
+def _executorch(kind: ExecuTorchKind, *, settings: MobileSettings) -> BundleVariant:
     name, weights = _EXECUTORCH[kind]
     how: dict[str, Any] = {"delegate": "coreml"} if kind == "coreml" else {"weights": kind}
 
-    def compile_(module: FixedModule, folder: Path) -> Made:
+    def compile_(module: FixedModule, folder: Path) -> CompiledModule:
         file = f"{name}/{module.name}.pte"
         (folder / file).write_bytes(compile_executorch(module, **how))
         run = _extracted(folder / file) if kind == "coreml" else ExecuTorchProgram(folder / file)
-        return Made(files=(file,), run=run, told=_ports(module))
+        return CompiledModule(files=(file,), run=run, told=_ports(module))
 
-    return Variant(
+    return BundleVariant(
         name=name,
-        runtime=DELEGATED if kind == "coreml" else EXECUTORCH,
+        runtime=EXECUTORCH_COREML if kind == "coreml" else EXECUTORCH,
         weights=weights,
         form=settings.attention if kind == "coreml" else "diffusers",
         exact=kind != "int8",
@@ -122,7 +121,7 @@ def _executorch(kind: ExecuTorchKind, *, settings: MobileSettings) -> Variant:
     )
 
 
-def _extracted(file: Path) -> Program:
+def _extracted(file: Path) -> RunModule:
     """What Core ML's delegate would compute: the package that the program holds, evaluated."""
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         package = Path(scratch) / f"{file.stem}.mlpackage"
@@ -130,29 +129,29 @@ def _extracted(file: Path) -> Program:
         return partial(evaluate, read_program(package))
 
 
-def _coreml(kind: CoreMLKind, *, settings: MobileSettings, scratch: Path) -> Variant:
+def _coreml(kind: CoreMLKind, *, settings: MobileSettings, scratch: Path) -> BundleVariant:
     name, weights = _COREML[kind]
 
-    def compile_(module: FixedModule, folder: Path) -> Made:
+    def compile_(module: FixedModule, folder: Path) -> CompiledModule:
         files = _packages(module, folder / name, kind=kind, scratch=scratch, chunk_bytes=settings.chunk_bytes)
         programs = [read_program(path) for path in files]
         described = [describe_package(path) for path in files]
-        check_described(module, described)
+        check_descriptions(module, described)
         told: dict[str, Any] = {
             **_ports(module),
             "packages": [package.to_values() for package in described],
         }
         if kind == "float16":
             told["max_weight_error"] = check_weights(programs, module.network.state_dict())
-        extremes = Extremes()
-        return Made(
+        extremes = MaxAbsObserver()
+        return CompiledModule(
             files=tuple(path.relative_to(folder).as_posix() for path in files),
             run=partial(evaluate_chain, programs, observe=extremes),
             told=told,
             after=extremes.to_values,
         )
 
-    return Variant(
+    return BundleVariant(
         name=name,
         runtime=COREML,
         weights=weights,
@@ -163,7 +162,7 @@ def _coreml(kind: CoreMLKind, *, settings: MobileSettings, scratch: Path) -> Var
     )
 
 
-def check_described(module: FixedModule, packages: Sequence[CoreMLDescription]) -> None:
+def check_descriptions(module: FixedModule, packages: Sequence[CoreMLDescription]) -> None:
     """Hold what packages say of themselves to the module that they were made of.
 
     Raises:
@@ -194,17 +193,17 @@ def _packages(
     if not whole.exists():
         compile_coreml(module, whole)
     halves = [whole]
-    if size_of(whole) > chunk_bytes:
+    if total_bytes(whole) > chunk_bytes:
         names = (f"{module.name}-1", f"{module.name}-2")
         halves = [scratch / f"{half}.mlpackage" for half in names]
         if not halves[0].exists():
-            chunk_package(whole, scratch, names=names)
+            split_package(whole, scratch, names=names)
     for half in halves:
         compress_package(half, folder / half.name, weights=kind)
     return [folder / half.name for half in halves]
 
 
-def size_of(place: Path) -> int:
+def total_bytes(place: Path) -> int:
     """Bytes of a file, or of all files of a package."""
     return sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
 

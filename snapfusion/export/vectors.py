@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snapfusion.export.loop import Moment
+from snapfusion.export.loop import SamplingStep
 from snapfusion.export.reference import Reference
 
 INDEX = "vectors.json"
@@ -53,7 +53,7 @@ class Vectors:
         z_t, moments = self.arrays["noise"], []
         for number, t in enumerate(times):
             z_next = self.arrays[f"z-{number}"]
-            moments.append(Moment(t=t, z_t=z_t, outputs=self.arrays[f"output-{number}"], z_next=z_next))
+            moments.append(SamplingStep(t=t, z_t=z_t, outputs=self.arrays[f"output-{number}"], z_next=z_next))
             z_t = z_next
         return Reference(
             caption=self.caption,

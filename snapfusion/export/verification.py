@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 
 from snapfusion.export.bundle import MODULES, MobileBundle
-from snapfusion.export.loop import Program, Programs, draw
+from snapfusion.export.loop import CompiledModel, RunModule, generate
 from snapfusion.export.parity import Parity, ParityError, check_parity
 from snapfusion.export.reference import Sample, samples_of
-from snapfusion.export.steps import Steps
+from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.vectors import Vectors
-from snapfusion.models.tokenizer import token_ids
+from snapfusion.models.tokenizer import tokenize
 
-_ARITHMETIC = 1e-5
+_STEP_TOLERANCE = 1e-5
 """Of the largest value: where a replayed step's sums in float32 may end up."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
+class CheckResult:
     """One check that was passed.
 
     Attributes:
@@ -39,7 +39,7 @@ class Checked:
     milliseconds: float | None = None
 
 
-def check_numbers(bundle: MobileBundle) -> Iterator[Checked]:
+def check_sampler_and_tokenizer(bundle: MobileBundle) -> Iterator[CheckResult]:
     """The sampler's coefficients and the tokenizer, by the test vectors.
 
     Raises:
@@ -47,15 +47,17 @@ def check_numbers(bundle: MobileBundle) -> Iterator[Checked]:
         BundleError: if the numbers do not belong together.
     """
     vectors, steps = bundle.vectors, bundle.steps
-    yield Checked(what="sampler.json", found=_replay(vectors, steps))
+    yield CheckResult(what="sampler.json", found=_replay(vectors, steps))
     tokenizer = bundle.tokenizer
     for caption, ids in vectors.token_ids.items():
-        if token_ids(tokenizer, [caption])[0].tolist() != list(ids):
+        if tokenize(tokenizer, [caption])[0].tolist() != list(ids):
             raise ParityError(f"tokenizer gives other ids than the test vectors for {caption[:60]!r}")
-    yield Checked(what="tokenizer", found=f"{len(vectors.token_ids)} captions have the ids they should have")
+    yield CheckResult(
+        what="tokenizer", found=f"{len(vectors.token_ids)} captions have the ids they should have"
+    )
 
 
-def _replay(vectors: Vectors, steps: Steps) -> str:
+def _replay(vectors: Vectors, steps: SamplerCoefficients) -> str:
     """Each step's arithmetic over the UNet's stored outputs."""
     if len(steps.steps) != vectors.steps:
         raise ParityError(f"sampler.json has {len(steps.steps)} steps, the test vectors {vectors.steps}")
@@ -67,7 +69,7 @@ def _replay(vectors: Vectors, steps: Steps) -> str:
         wanted = vectors.arrays[f"z-{number}"]
         landed = np.float32(step.from_z) * z_t + np.float32(step.from_output) * output
         error = float(np.abs(landed - wanted).max() / np.abs(wanted).max())
-        if not error <= _ARITHMETIC:
+        if not error <= _STEP_TOLERANCE:
             raise ParityError(
                 f"sampler.json: step {number} (t = {step.t}) lands {error:.2g} of the largest value away "
                 "from the test vectors"
@@ -76,7 +78,7 @@ def _replay(vectors: Vectors, steps: Steps) -> str:
     return f"{len(steps.steps)} steps land where they should, within {worst:.1g} of the largest value"
 
 
-def check_variant(bundle: MobileBundle, variant: str, *, opened: Programs) -> Iterator[Checked]:
+def check_variant(bundle: MobileBundle, variant: str, *, opened: CompiledModel) -> Iterator[CheckResult]:
     """What a variant's programs compute, by the test vectors; held to the limits that the manifest states.
 
     Raises:
@@ -86,25 +88,25 @@ def check_variant(bundle: MobileBundle, variant: str, *, opened: Programs) -> It
     drawn = vectors.reference([step.t for step in bundle.steps.steps])
     for module in MODULES:
         samples = samples_of([drawn], module=module, conditions=opened.conditions)
-        outputs, took = _calls(getattr(opened, module), samples)
+        outputs, took = _run_timed(getattr(opened, module), samples)
         parity = check_parity(
             artifact=f"{variant}/{module}",
             outputs=outputs,
             references=[output for _, output in samples],
             **_limits(told["modules"][module]["parity"]),
         )
-        yield Checked(what=f"{variant}/{module}", found=_words(parity), milliseconds=took)
-    image = draw(opened, ids=drawn.ids, noise=drawn.noise, steps=bundle.steps, w=vectors.guidance)
+        yield CheckResult(what=f"{variant}/{module}", found=_format_parity(parity), milliseconds=took)
+    image = generate(opened, ids=drawn.ids, noise=drawn.noise, steps=bundle.steps, w=vectors.guidance)
     parity = check_parity(
         artifact=f"the image of {variant}",
         outputs=[image],
         references=[drawn.image],
         **_limits(told["images"]),
     )
-    yield Checked(what=f"{variant}, the image", found=_words(parity))
+    yield CheckResult(what=f"{variant}, the image", found=_format_parity(parity))
 
 
-def _calls(run: Program, samples: Sequence[Sample]) -> tuple[list[np.ndarray], float]:
+def _run_timed(run: RunModule, samples: Sequence[Sample]) -> tuple[list[np.ndarray], float]:
     """What a module gives for each sample, and the median time in ms."""
     outputs, seconds = [], []
     for inputs, _ in samples:
@@ -118,7 +120,7 @@ def _limits(stated: Mapping[str, Any]) -> dict[str, Any]:
     return {"limit_db": stated["limit_db"], "override": stated["override"]}
 
 
-def _words(parity: Parity) -> str:
+def _format_parity(parity: Parity) -> str:
     if parity.psnr_db is None:
         return "as torch, bit for bit"
     below = f", accepted below the limit: {parity.override}" if parity.override else ""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTokenizer
 
-from snapfusion.models.tokenizer import token_ids
+from snapfusion.models.tokenizer import tokenize
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "model.safetensors"
@@ -92,7 +92,7 @@ def build_scorer(config: dict[str, Any], *, tokenizer: CLIPTokenizer) -> ClipSco
     model = open_clip.CLIP(**config["model_cfg"])
     return ClipScorer(
         model=model,
-        tokenize=lambda captions: token_ids(tokenizer, captions),
+        tokenize=lambda captions: tokenize(tokenizer, captions),
         image_size=config["model_cfg"]["vision_cfg"]["image_size"],
         mean=tuple(config["preprocess_cfg"]["mean"]),
         std=tuple(config["preprocess_cfg"]["std"]),

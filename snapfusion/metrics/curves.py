@@ -20,19 +20,19 @@ from snapfusion.metrics.frechet import frechet_distance
 from snapfusion.metrics.intervals import Interval
 from snapfusion.metrics.moments import Moments
 
-_LEVELS = 50
+_NUM_LEVELS = 50
 """At how many FIDs two curves are compared."""
 
-Groups = Sequence[int]
+GroupIndices = Sequence[int]
 """Which groups of captions a figure is of."""
 
 
-class NoReading(ValueError):
+class IncomparableCurvesError(ValueError):
     """A comparison that the curves do not allow; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Point:
+class CurvePoint:
     """One model's pictures at one guidance.
 
     Attributes:
@@ -52,7 +52,7 @@ class Point:
     @classmethod
     def of(
         cls, *, w: float, features: np.ndarray, clip: np.ndarray, right: np.ndarray | None, groups: int
-    ) -> Point:
+    ) -> CurvePoint:
         """A point of features float32 [n,D] and figures of n pictures, cut into `groups` neighbourhoods.
 
         Raises:
@@ -69,7 +69,7 @@ class Point:
             groups=parts,
         )
 
-    def mean_clip(self, kept: Groups) -> float:
+    def mean_clip(self, kept: GroupIndices) -> float:
         """Mean cosine over the captions of the groups kept."""
         return float(np.concatenate([self.clip[self.groups[group]] for group in kept]).mean())
 
@@ -83,7 +83,7 @@ class Curve:
         reference: moments of real pictures' features.
     """
 
-    points: tuple[Point, ...]
+    points: tuple[CurvePoint, ...]
     reference: Moments
     _distances: dict[tuple[int, tuple[int, ...]], float] = field(default_factory=dict, init=False, repr=False)
 
@@ -104,12 +104,12 @@ class Curve:
         """
         scales = [point.w for point in self.points]
         if w not in scales:
-            raise NoReading(
+            raise IncomparableCurvesError(
                 f"guidance {w:g} was not drawn; {', '.join(f'{scale:g}' for scale in scales)} were"
             )
         return scales.index(w)
 
-    def fid(self, index: int, kept: Groups) -> float:
+    def fid(self, index: int, kept: GroupIndices) -> float:
         """Frechet distance to the reference, over the captions of the groups kept; computed once."""
         key = index, tuple(kept)
         if key not in self._distances:
@@ -118,7 +118,7 @@ class Curve:
         return self._distances[key]
 
 
-def figures(curve: Curve, w: float) -> dict[str, Interval]:
+def metrics_at(curve: Curve, w: float) -> dict[str, Interval]:
     """FID, CLIP and, with an oracle, the share of attributes right (each counted, and all at once)."""
     index = curve.index(w)
     point = curve.points[index]
@@ -132,8 +132,8 @@ def figures(curve: Curve, w: float) -> dict[str, Interval]:
     return told
 
 
-def differences(curve: Curve, baseline: Curve, *, w: float) -> dict[str, Interval]:
-    """What `curve` has more than `baseline` at the same guidance, of each of `figures`, paired by caption."""
+def paired_differences(curve: Curve, baseline: Curve, *, w: float) -> dict[str, Interval]:
+    """What `curve` has more than `baseline` at the same guidance, of each of `metrics_at`, paired by caption."""
     a, b = curve.index(w), baseline.index(w)
     ours, theirs = curve.points[a], baseline.points[b]
     told = {
@@ -148,7 +148,7 @@ def differences(curve: Curve, baseline: Curve, *, w: float) -> dict[str, Interva
 
 
 @dataclass(frozen=True, kw_only=True)
-class EqualFid:
+class EqualFidComparison:
     """How two curves differ in CLIP where their FIDs are equal.
 
     Attributes:
@@ -162,7 +162,7 @@ class EqualFid:
     fid_high: float
 
 
-def clip_at_equal_fid(curve: Curve, baseline: Curve) -> EqualFid:
+def clip_at_equal_fid(curve: Curve, baseline: Curve) -> EqualFidComparison:
     """The reading of SnapFusion Fig. 4: the mean of CLIP - CLIP_baseline at equal FID.
 
     Read on the side where FID rises with guidance, from each curve's least FID on, CLIP interpolated linearly
@@ -171,20 +171,24 @@ def clip_at_equal_fid(curve: Curve, baseline: Curve) -> EqualFid:
     Raises:
         NoReading: if a curve does not rise, or the two have no FID in common.
     """
-    branches = [_rising(side, side.groups) for side in (curve, baseline)]
+    branches = [_rising_branch(side, side.groups) for side in (curve, baseline)]
     low = max(float(fids[0]) for fids, _ in branches)
     high = min(float(fids[-1]) for fids, _ in branches)
     if any(len(fids) < 2 for fids, _ in branches):
-        raise NoReading("FID does not rise with guidance: the scales drawn end before its least value")
+        raise IncomparableCurvesError(
+            "FID does not rise with guidance: the scales drawn end before its least value"
+        )
     if low >= high:
-        raise NoReading(f"no FID in common: one curve begins at {low:.4g}, the other ends at {high:.4g}")
-    levels = np.linspace(low, high, _LEVELS)
+        raise IncomparableCurvesError(
+            f"no FID in common: one curve begins at {low:.4g}, the other ends at {high:.4g}"
+        )
+    levels = np.linspace(low, high, _NUM_LEVELS)
 
-    def difference(kept: Groups) -> float:
-        ours, theirs = (np.interp(levels, *_rising(side, kept)) for side in (curve, baseline))
+    def difference(kept: GroupIndices) -> float:
+        ours, theirs = (np.interp(levels, *_rising_branch(side, kept)) for side in (curve, baseline))
         return float((ours - theirs).mean())
 
-    return EqualFid(clip=intervals.jackknife(curve.groups, difference), fid_low=low, fid_high=high)
+    return EqualFidComparison(clip=intervals.jackknife(curve.groups, difference), fid_low=low, fid_high=high)
 
 
 def gap_closed(student: Curve, *, few: Curve, many: Curve, w: float) -> Interval:
@@ -195,19 +199,21 @@ def gap_closed(student: Curve, *, few: Curve, many: Curve, w: float) -> Interval
     """
     places = {side: side.index(w) for side in (student, few, many)}
 
-    def fid(side: Curve, kept: Groups) -> float:
+    def fid(side: Curve, kept: GroupIndices) -> float:
         return side.fid(places[side], kept)
 
     if fid(few, few.groups) <= fid(many, many.groups):
-        raise NoReading(f"at guidance {w:g} many steps have no lower FID than few: there is no gap to close")
+        raise IncomparableCurvesError(
+            f"at guidance {w:g} many steps have no lower FID than few: there is no gap to close"
+        )
 
-    def closed(kept: Groups) -> float:
+    def closed(kept: GroupIndices) -> float:
         return (fid(few, kept) - fid(student, kept)) / (fid(few, kept) - fid(many, kept))
 
     return intervals.jackknife(student.groups, closed)
 
 
-def _rising(curve: Curve, kept: Groups) -> tuple[np.ndarray, np.ndarray]:
+def _rising_branch(curve: Curve, kept: GroupIndices) -> tuple[np.ndarray, np.ndarray]:
     """FID and CLIP of the points from the least FID on; a point below its predecessor's FID is left out."""
     fids = np.array([curve.fid(index, kept) for index in range(len(curve.points))])
     clips = np.array([point.mean_clip(kept) for point in curve.points])

@@ -8,7 +8,6 @@ kernel too, so the kernel is a choice that is recorded with every number.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -17,13 +16,7 @@ from torch.nn import functional
 from torchvision.models import Inception3
 from torchvision.models.inception import InceptionA, InceptionC, InceptionE
 
-FEATURES = 2048
-SIDE = 299
-"""Pixels a side of the network's input."""
-
-Resize = Literal["bicubic", "bilinear"]
-"""bicubic: widened when shrinking, so that nothing aliases (Parmar et al. 2022). bilinear: of two by two
-pixels, as pytorch-fid does it, which aliases when it shrinks by more than two."""
+from snapfusion.metrics.settings import SIDE, Resize
 
 
 class Inception(nn.Module):
@@ -87,7 +80,7 @@ def load_inception(weights: Path, *, resize: Resize = "bicubic") -> Inception:
     return inception
 
 
-class _Averaged:
+class _UnpaddedAverage:
     """A block whose average pool counts pixels alone, and not the zeros round the picture."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
@@ -95,15 +88,15 @@ class _Averaged:
         return [*super()._forward(x)[:-1], self.branch_pool(pooled)]  # type: ignore[misc, attr-defined]
 
 
-class _BlockA(_Averaged, InceptionA):
+class _BlockA(_UnpaddedAverage, InceptionA):
     pass
 
 
-class _BlockC(_Averaged, InceptionC):
+class _BlockC(_UnpaddedAverage, InceptionC):
     pass
 
 
-class _BlockE(_Averaged, InceptionE):
+class _BlockE(_UnpaddedAverage, InceptionE):
     pass
 
 

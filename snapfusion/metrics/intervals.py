@@ -55,7 +55,7 @@ def mean(values: Sequence[float] | np.ndarray) -> Interval:
     return Interval(middle, middle - half, middle + half)
 
 
-def _students(freedom: int) -> float:
+def _student_quantile(freedom: int) -> float:
     """Student's 97.5 % point, by Cornish and Fisher's series (Abramowitz and Stegun 1964, 26.7.5).
 
     Within 2 % from 3 degrees of freedom on, 0.1 % from 7.
@@ -89,5 +89,5 @@ def jackknife(groups: Sequence[_Group], estimate: Callable[[Sequence[_Group]], f
     whole = estimate(groups)
     left_out = np.array([estimate([*groups[:i], *groups[i + 1 :]]) for i in range(count)])
     error = math.sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum()))
-    half = _students(count - 1) * error
+    half = _student_quantile(count - 1) * error
     return Interval(whole, whole - half, whole + half)

@@ -17,8 +17,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from snapfusion.mini.scenes import IMAGE_SIZE
 from snapfusion.mini.tokenizer import MAX_LENGTH
+from snapfusion.mini.vocabulary import IMAGE_SIZE
 from snapfusion.schedule import Schedule
 
 TEXT_WIDTH = 64

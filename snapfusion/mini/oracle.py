@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from snapfusion.mini.scenes import ATTRIBUTES, Scene, scene_from_labels, to_signed
+from snapfusion.mini.scenes import Scene, scene_from_labels, to_signed
+from snapfusion.mini.vocabulary import ATTRIBUTES, ORACLE_FEATURES
 from snapfusion.mini.weights import WEIGHTS
-
-FEATURES = 128
 
 _WEIGHTS = "model.safetensors"
 
@@ -33,10 +32,10 @@ class Oracle(nn.Module):
             *_block(32, 64, stride=2),
             *_block(64, 64, stride=2),
             nn.Flatten(),
-            nn.Linear(64 * 4 * 4, FEATURES),
+            nn.Linear(64 * 4 * 4, ORACLE_FEATURES),
         )
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(FEATURES, len(words)) for name, words in ATTRIBUTES.items()}
+            {name: nn.Linear(ORACLE_FEATURES, len(words)) for name, words in ATTRIBUTES.items()}
         )
 
     def features(self, images: Tensor) -> Tensor:

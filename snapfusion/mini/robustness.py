@@ -15,30 +15,27 @@ from statistics import fmean
 from typing import Literal, get_args
 
 import torch
-from pydantic import Field, NonNegativeInt, field_validator
 from torch import Tensor
 
 from snapfusion.metrics import intervals
 from snapfusion.metrics.intervals import Interval
-from snapfusion.mini.measure import Drawing, draw, held_out, psnr
+from snapfusion.mini.measure import SamplerConfig, generate_images, held_out_batches, image_psnr
 from snapfusion.mini.oracle import Oracle
-from snapfusion.mini.scenes import IMAGE_SIZE, caption_of, image_batch, scene_of
+from snapfusion.mini.scenes import caption_of, image_batch, scene_of
+from snapfusion.mini.settings import BATCH, RobustnessSettings
+from snapfusion.mini.vocabulary import IMAGE_SIZE
 from snapfusion.models.architecture import Block
-from snapfusion.models.blocks import blocks_of, without
+from snapfusion.models.blocks import blocks_of, skipping_blocks
 from snapfusion.models.bundle import Bundle, to_uint8
 from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import sample, time_grid
-from snapfusion.settings import Settings
-
-BATCH = 25
-"""Scenes at a time, and what an interval leaves out at once."""
 
 WHOLE = "whole"
 """The group of no blocks."""
 
-Figure = Literal["attributes", "detail"]
-FIGURES: tuple[Figure, ...] = get_args(Figure)
-Reading = dict[Figure, tuple[float, ...]]
+Metric = Literal["attributes", "detail"]
+METRIC_NAMES: tuple[Metric, ...] = get_args(Metric)
+PartMetrics = dict[Metric, tuple[float, ...]]
 """The mean of each batch of scenes: of attributes the share that is right, of details PSNR in dB."""
 
 _SIDES = {"down_blocks": "down", "mid_block": "middle", "up_blocks": "up"}
@@ -48,33 +45,8 @@ class RobustnessError(ValueError):
     """Models that cannot be held against each other, or measured at all; says which and why."""
 
 
-class RobustnessMeasurement(Settings):
-    """How two models are measured.
-
-    Attributes:
-        scenes: held-out scenes of a seed.
-        seeds: each has noise and scenes of its own.
-        steps: of DDIM, from pure noise to a picture.
-        guidance: w, with which pictures are drawn.
-        noised_to: t, from which details are brought back.
-    """
-
-    scenes: int = Field(default=300, ge=2 * BATCH, multiple_of=BATCH)
-    seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
-    steps: int = Field(default=16, ge=1, le=1000)
-    guidance: float = Field(default=2.0, ge=1)
-    noised_to: int = Field(default=249, ge=1, le=999)
-
-    @field_validator("seeds")
-    @classmethod
-    def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("a seed given twice would count twice")
-        return seeds
-
-
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class RobustnessPart:
     """What is measured at once.
 
     Attributes:
@@ -92,7 +64,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoisedScenes:
+class NoisedBatch:
     """A batch of held-out scenes, and what is left of their pictures at t.
 
     Attributes:
@@ -107,7 +79,7 @@ class NoisedScenes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class LossComparison:
     """What is lost without blocks by one model and by the other, in the figure's own unit.
 
     Attributes:
@@ -168,10 +140,10 @@ def _check_blocks(first: Bundle, other: Bundle, *, names: tuple[str, str]) -> No
             )
 
 
-def parts_of(settings: RobustnessMeasurement, models: Mapping[str, Bundle]) -> list[Part]:
+def robustness_parts(settings: RobustnessSettings, models: Mapping[str, Bundle]) -> list[RobustnessPart]:
     """All parts in their order: seed by seed, model by model, the whole one first."""
     return [
-        Part(model=name, seed=seed, group=group)
+        RobustnessPart(model=name, seed=seed, group=group)
         for seed in settings.seeds
         for name, model in models.items()
         for group in (WHOLE, *groups_of(model))
@@ -179,11 +151,11 @@ def parts_of(settings: RobustnessMeasurement, models: Mapping[str, Bundle]) -> l
 
 
 def measure_robustness(
-    settings: RobustnessMeasurement,
+    settings: RobustnessSettings,
     *,
     models: Mapping[str, Bundle],
     oracle: Oracle,
-    gather: Callable[[Part, Reading], None],
+    gather: Callable[[RobustnessPart, PartMetrics], None],
     known: Collection[str] = (),
 ) -> None:
     """Measure every part but those whose names are `known`; `gather` is told of each when it is ready.
@@ -192,32 +164,35 @@ def measure_robustness(
         RobustnessError: if the models cannot be compared, or one gives what is no number.
     """
     check_comparable(models)
-    parts = [part for part in parts_of(settings, models) if str(part) not in known]
+    parts = [part for part in robustness_parts(settings, models) if str(part) not in known]
     for seed in settings.seeds:
         of_seed = [part for part in parts if part.seed == seed]
         # The VAE and the text encoder of all are the same.
-        batches = list(noised_scenes(next(iter(models.values())), settings, seed=seed)) if of_seed else []
+        batches = list(noised_batches(next(iter(models.values())), settings, seed=seed)) if of_seed else []
         for part in of_seed:
-            gather(part, _read(models[part.model], part, batches=batches, settings=settings, oracle=oracle))
+            gather(
+                part,
+                _measure_part(models[part.model], part, batches=batches, settings=settings, oracle=oracle),
+            )
 
 
 @torch.inference_mode()
-def noised_scenes(
-    model: Bundle, settings: RobustnessMeasurement, *, seed: int, count: int | None = None
-) -> Iterator[NoisedScenes]:
+def noised_batches(
+    model: Bundle, settings: RobustnessSettings, *, seed: int, count: int | None = None
+) -> Iterator[NoisedBatch]:
     """The scenes of a seed, batch by batch, or the first `count` of them; their noise follows from both."""
-    for indexes in held_out(count or settings.scenes, batch=BATCH, first=seed * settings.scenes):
+    for indexes in held_out_batches(count or settings.scenes, batch=BATCH, first=seed * settings.scenes):
         x = model.encode_images(image_batch(indexes))
         eps = gaussian_batch([noise_key("robustness", seed, index) for index in indexes], model.latent_shape)
         t = torch.full((len(indexes),), settings.noised_to)
-        yield NoisedScenes(
+        yield NoisedBatch(
             indexes=indexes,
             decoded=to_uint8(model.decode(x)),
             z_t=model.schedule.diffuse(x=x, eps=eps, t=t),
         )
 
 
-def times_from(noised_to: int, *, steps: int, schedule_steps: int) -> tuple[int, ...]:
+def denoising_times(noised_to: int, *, steps: int, schedule_steps: int) -> tuple[int, ...]:
     """The times on the way back from t: t itself, and then all points of the grid of `steps` below it.
 
     So pictures come back by the same landings by which they are drawn. Where t is on the grid, as 249 is for
@@ -228,14 +203,14 @@ def times_from(noised_to: int, *, steps: int, schedule_steps: int) -> tuple[int,
 
 
 @torch.inference_mode()
-def bring_back(model: Bundle, scenes: NoisedScenes, *, settings: RobustnessMeasurement) -> Tensor:
+def denoise(model: Bundle, scenes: NoisedBatch, *, settings: RobustnessSettings) -> Tensor:
     """The pictures uint8 [B,3,32,32] that DDIM finds from z_t, told the caption, without guidance.
 
     Raises:
         RobustnessError: if the network gives what is no number.
     """
     captions = [caption_of(scene_of(index)) for index in scenes.indexes]
-    grid = times_from(settings.noised_to, steps=settings.steps, schedule_steps=model.schedule.num_steps)
+    grid = denoising_times(settings.noised_to, steps=settings.steps, schedule_steps=model.schedule.num_steps)
     denoiser = model.denoiser(model.encode_text(model.tokenize(captions)))
     latents = sample(denoiser, scenes.z_t, grid=grid, schedule=model.schedule)
     if not latents.isfinite().all():
@@ -243,24 +218,24 @@ def bring_back(model: Bundle, scenes: NoisedScenes, *, settings: RobustnessMeasu
     return to_uint8(model.decode(latents))
 
 
-def drawing_of(settings: RobustnessMeasurement) -> Drawing:
+def sampler_of(settings: RobustnessSettings) -> SamplerConfig:
     """How pictures are drawn."""
-    return Drawing(solver="ddim", steps=settings.steps, w=settings.guidance)
+    return SamplerConfig(solver="ddim", steps=settings.steps, w=settings.guidance)
 
 
-def _read(
+def _measure_part(
     model: Bundle,
-    part: Part,
+    part: RobustnessPart,
     *,
-    batches: Sequence[NoisedScenes],
-    settings: RobustnessMeasurement,
+    batches: Sequence[NoisedBatch],
+    settings: RobustnessSettings,
     oracle: Oracle,
-) -> Reading:
+) -> PartMetrics:
     attributes, detail = [], []
-    with without(model.unet, groups_of(model).get(part.group, ())):
+    with skipping_blocks(model.unet, groups_of(model).get(part.group, ())):
         for batch in batches:
-            psnrs = psnr(bring_back(model, batch, settings=settings), batch.decoded)
-            drawn = draw(model, batch.indexes, drawing=drawing_of(settings), seed=part.seed)
+            psnrs = image_psnr(denoise(model, batch, settings=settings), batch.decoded)
+            drawn = generate_images(model, batch.indexes, drawing=sampler_of(settings), seed=part.seed)
             right = oracle.score(drawn, [scene_of(index) for index in batch.indexes])
             detail.append(float(psnrs.double().mean()))
             attributes.append(float(right.double().mean()))
@@ -272,7 +247,7 @@ def _read(
 
 
 @dataclass(frozen=True)
-class Readings:
+class RobustnessResults:
     """All readings, and what they say.
 
     Attributes:
@@ -281,25 +256,25 @@ class Readings:
         seeds: of the evaluation.
     """
 
-    of: Mapping[str, Reading]
+    of: Mapping[str, PartMetrics]
     groups: tuple[str, ...]
     seeds: tuple[int, ...]
 
-    def value(self, figure: Figure, *, model: str, group: str) -> Interval:
+    def value(self, figure: Metric, *, model: str, group: str) -> Interval:
         """The figure without a group, over all seeds."""
         return intervals.jackknife(self._batches(figure, model, group, self.seeds), fmean)
 
-    def lost(self, figure: Figure, *, group: str) -> Comparison:
+    def lost(self, figure: Metric, *, group: str) -> LossComparison:
         """What is lost without one group, over all seeds."""
         return _compare(*(self._losses(figure, model, group, self.seeds) for model in ("plain", "robust")))
 
-    def lost_on_average(self, figure: Figure, *, seeds: Sequence[int] | None = None) -> Comparison:
+    def lost_on_average(self, figure: Metric, *, seeds: Sequence[int] | None = None) -> LossComparison:
         """The mean over groups of what is lost without each; over the seeds given, or all."""
         return _compare(
             *(self._mean_losses(figure, model, seeds or self.seeds) for model in ("plain", "robust"))
         )
 
-    def below_plain(self, figure: Figure) -> Comparison:
+    def below_plain(self, figure: Metric) -> LossComparison:
         """The same over all seeds, but counted from the plain model's whole for both.
 
         So what robust training itself takes from the whole model is held against it.
@@ -312,23 +287,23 @@ class Readings:
             [lost + extra for lost, extra in zip(losses, taken, strict=True)],
         )
 
-    def _mean_losses(self, figure: Figure, model: str, seeds: Sequence[int]) -> list[float]:
+    def _mean_losses(self, figure: Metric, model: str, seeds: Sequence[int]) -> list[float]:
         by_group = [self._losses(figure, model, group, seeds) for group in self.groups]
         return [fmean(losses) for losses in zip(*by_group, strict=True)]
 
-    def _losses(self, figure: Figure, model: str, group: str, seeds: Sequence[int]) -> list[float]:
+    def _losses(self, figure: Metric, model: str, group: str, seeds: Sequence[int]) -> list[float]:
         whole, left = (self._batches(figure, model, name, seeds) for name in (WHOLE, group))
         return [before - after for before, after in zip(whole, left, strict=True)]
 
-    def _batches(self, figure: Figure, model: str, group: str, seeds: Sequence[int]) -> list[float]:
-        parts = [Part(model=model, seed=seed, group=group) for seed in seeds]
+    def _batches(self, figure: Metric, model: str, group: str, seeds: Sequence[int]) -> list[float]:
+        parts = [RobustnessPart(model=model, seed=seed, group=group) for seed in seeds]
         return [mean for part in parts for mean in self.of[str(part)][figure]]
 
 
-def _compare(plain: Sequence[float], robust: Sequence[float]) -> Comparison:
+def _compare(plain: Sequence[float], robust: Sequence[float]) -> LossComparison:
     lost = intervals.jackknife(plain, fmean)
     pairs = list(zip(plain, robust, strict=True))
-    return Comparison(
+    return LossComparison(
         plain=lost,
         robust=intervals.jackknife(robust, fmean),
         ratio=intervals.jackknife(pairs, _ratio) if lost.low > 0 else None,

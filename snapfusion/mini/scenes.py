@@ -15,41 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from snapfusion.mini.vocabulary import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    COLORS,
+    IMAGE_SIZE,
+    NUM_CAPTIONS,
+    PLACES,
+    SIZES,
+)
 from snapfusion.noise import noise_key, uniform
 
 HELD_OUT = 2**32
 """The first index that is not for training."""
-
-IMAGE_SIZE = 32
-"""Pixels a side."""
-
-SIZES = {"small": 0.17, "large": 0.27}
-"""Half the object's width, as a part of the picture's."""
-
-COLORS = {
-    "red": (220, 30, 40),
-    "orange": (250, 135, 20),
-    "yellow": (245, 225, 50),
-    "green": (40, 165, 65),
-    "blue": (35, 75, 220),
-    "purple": (135, 40, 170),
-}
-
-PLACES = {
-    "at the top": (0.5, 0.28),
-    "at the bottom": (0.5, 0.72),
-    "on the left": (0.28, 0.5),
-    "on the right": (0.72, 0.5),
-    "in the center": (0.5, 0.5),
-}
-"""Where the object's center is: from the left and from the top, as parts of the picture's width."""
-
-BACKGROUNDS = {
-    "white": (243, 243, 243),
-    "black": (22, 22, 22),
-    "gray": (128, 128, 128),
-    "pink": (250, 180, 205),
-}
 
 _DRAWS = 12
 """Uniform numbers that one picture takes."""
@@ -103,18 +81,6 @@ class Scene:
         return tuple(ATTRIBUTES[name].index(word) for name, word in zip(ATTRIBUTES, words, strict=True))
 
 
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "size": tuple(SIZES),
-    "color": tuple(COLORS),
-    "shape": tuple(SHAPES),
-    "place": tuple(PLACES),
-    "background": tuple(BACKGROUNDS),
-}
-"""The words of each attribute, in the order of the fields of `Scene`."""
-
-NUM_CAPTIONS = int(np.prod([len(words) for words in ATTRIBUTES.values()]))
-"""How many different captions there are: 1200."""
-
 _STRIDE = 457
 """Without a common divisor with 1200, so that neighbours differ in most attributes and none is left out."""
 
@@ -160,7 +126,7 @@ def parse_caption(caption: str) -> Scene:
     raise ValueError(f"{caption!r} describes no scene; an example that does is {caption_of(scene_of(0))!r}")
 
 
-def change_one(scene: Scene, *, draw: float) -> Scene:
+def change_one_attribute(scene: Scene, *, draw: float) -> Scene:
     """`scene` with another word for one attribute: of all such changes, the one at `draw` in [0, 1)."""
     changes = [
         (field.name, word)
@@ -197,7 +163,7 @@ def render(scene: Scene, *, key: int, size: int = IMAGE_SIZE) -> np.ndarray:
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
-def sample(index: int, *, seed: int = 0) -> tuple[np.ndarray, str]:
+def captioned_image(index: int, *, seed: int = 0) -> tuple[np.ndarray, str]:
     """Picture, uint8 [32, 32, 3], and caption at `index`: a function of the arguments and nothing else."""
     scene = scene_of(index)
     return render(scene, key=noise_key("scene", seed, index)), caption_of(scene)
@@ -205,7 +171,7 @@ def sample(index: int, *, seed: int = 0) -> tuple[np.ndarray, str]:
 
 def image_batch(indexes: Sequence[int], *, seed: int = 0) -> Tensor:
     """The pictures at `indexes`: uint8 [B, 3, 32, 32]."""
-    pictures = np.stack([sample(index, seed=seed)[0] for index in indexes])
+    pictures = np.stack([captioned_image(index, seed=seed)[0] for index in indexes])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from snapfusion.mini.scenes import NUM_CAPTIONS, caption_of, scene_of
+from snapfusion.mini.scenes import caption_of, scene_of
+from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.models.tokenizer import build_tokenizer
 
 MAX_LENGTH = 24

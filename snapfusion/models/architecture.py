@@ -19,8 +19,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from snapfusion.settings import Settings
 
-Kind = Literal["attention", "resnet"]
-Key = Annotated[str, Field(pattern=r"^[0-9]+(\+[0-9]+)?$")]
+BlockKind = Literal["attention", "resnet"]
+BlockKey = Annotated[str, Field(pattern=r"^[0-9]+(\+[0-9]+)?$")]
 
 
 class ArchitectureError(ValueError):
@@ -38,13 +38,13 @@ class Layer(Settings):
             of these is taken in (the ResNet block, or its shortcut, sees both side by side).
     """
 
-    resnet: Key | None = None
+    resnet: BlockKey | None = None
     whole: bool = True
-    attentions: tuple[Key, ...] = ()
+    attentions: tuple[BlockKey, ...] = ()
     skip: bool = False
 
 
-Stage = tuple[Layer, ...]
+StageLayers = tuple[Layer, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Block:
     """
 
     name: str
-    kind: Kind
+    kind: BlockKind
     stage: str
     depth: int
 
@@ -80,14 +80,14 @@ class Architecture(Settings):
         out_channels: of what is predicted.
         linear_projection: whether attention blocks begin and end with a linear layer, not a 1x1 convolution.
         upcast_attention: whether attention is computed in float32.
-        guidance_embedding: numbers in which w is told (`snapfusion.models.told`); null for none.
+        guidance_embedding: numbers in which w is told (`snapfusion.models.guidance_embedding`); null for none.
     """
 
     channels: tuple[PositiveInt, ...]
     heads: tuple[PositiveInt, ...]
-    down: tuple[Stage, ...]
-    middle: Stage
-    up: tuple[Stage, ...]
+    down: tuple[StageLayers, ...]
+    middle: StageLayers
+    up: tuple[StageLayers, ...]
     context: PositiveInt
     groups: PositiveInt = 32
     sample_size: PositiveInt
@@ -134,7 +134,7 @@ class Architecture(Settings):
                 raise ValueError(f"{stage}.resnets.{layer.resnet}: no shortcut remains where channels stay")
 
     @property
-    def stages(self) -> dict[str, Stage]:
+    def stages(self) -> dict[str, StageLayers]:
         """All stages by name, in the order of computation."""
         return {
             **{f"down_blocks.{level}": stage for level, stage in enumerate(self.down)},
@@ -189,7 +189,7 @@ class Architecture(Settings):
     def without(self, name: str) -> Self:
         """The architecture with the block of that name removed. SnapFusion Alg. 1, A^-.
 
-        What remains is what `snapfusion.models.blocks.without` computes: nothing, or the shortcut of a ResNet
+        What remains is what `snapfusion.models.blocks.skipping_blocks` computes: nothing, or the shortcut of a ResNet
         block that changes the number of channels.
 
         Raises:
@@ -251,9 +251,9 @@ class Architecture(Settings):
         given, wanted = widths[key]
         return given == wanted
 
-    def counts(self) -> dict[tuple[str, Kind], int]:
+    def counts(self) -> dict[tuple[str, BlockKind], int]:
         """Blocks of each stage and kind."""
-        found: dict[tuple[str, Kind], int] = {
+        found: dict[tuple[str, BlockKind], int] = {
             (stage, kind): 0 for stage in self.stages for kind in ("attention", "resnet")
         }
         for block in self.blocks:
@@ -279,7 +279,7 @@ class Architecture(Settings):
         if side == "mid_block":
             return self.changed(middle=layers)
         field = "down" if side == "down_blocks" else "up"
-        stages: tuple[Stage, ...] = getattr(self, field)
+        stages: tuple[StageLayers, ...] = getattr(self, field)
         place = int(number)
         return self.changed(**{field: (*stages[:place], layers, *stages[place + 1 :])})
 
@@ -294,7 +294,7 @@ def origin_of(key: str) -> str:
     return key.partition("+")[0]
 
 
-def table_3(origin: Architecture) -> Architecture:
+def efficient_architecture(origin: Architecture) -> Architecture:
     """SnapFusion Table 3, column "Ours" made of column "Origin", read literally; the same for smaller twins.
 
     No cross-attention on the outermost level. On the deepest that has any, one ResNet block fewer each way,
@@ -319,17 +319,17 @@ def table_3(origin: Architecture) -> Architecture:
     return origin.changed(down=tuple(down), middle=middle, up=tuple(up))
 
 
-def _without_attention(stage: Stage) -> Stage:
+def _without_attention(stage: StageLayers) -> StageLayers:
     return tuple(layer.model_copy(update={"attentions": ()}) for layer in stage)
 
 
-def _in_one_layer(stage: Stage) -> Stage:
+def _in_one_layer(stage: StageLayers) -> StageLayers:
     """The first ResNet block, and all cross-attention after it."""
     keys = tuple(key for layer in stage for key in layer.attentions)
     return (stage[0].model_copy(update={"attentions": keys}),)
 
 
-def _in_fewer_layers(stage: Stage) -> Stage:
+def _in_fewer_layers(stage: StageLayers) -> StageLayers:
     """Without the first ResNet block, and each cross-attention beside a copy, in equal parts."""
     keys = [key for layer in stage for key in layer.attentions]
     doubled = [key for old in keys for key in (old, _next_copy(old, taken=set(keys)))]

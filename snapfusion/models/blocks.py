@@ -24,7 +24,7 @@ def blocks_of(unet: UNet2DConditionModel | BlockUNet) -> tuple[Block, ...]:
 
 
 @contextmanager
-def without(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> Iterator[None]:
+def skipping_blocks(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> Iterator[None]:
     """Within it, the named blocks of `unet` hand on what they are given; their work is not computed.
 
     A ResNet block that changes the number of channels keeps its 1x1 shortcut, which is what is left of it
@@ -35,7 +35,7 @@ def without(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> I
     """
     modules = _modules(unet, names)
     for module in modules:
-        module.forward = _hand_on(module)
+        module.forward = _pass_through(module)
     try:
         yield
     finally:
@@ -43,8 +43,8 @@ def without(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> I
             del module.forward  # the class's own shows again
 
 
-def skip(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> None:
-    """As `without`, of all blocks exactly those named, until it is called again; with none, `unet` is whole.
+def set_skipped_blocks(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> None:
+    """As `skipping_blocks`, of all blocks exactly those named, until it is called again; with none, `unet` is whole.
 
     Raises:
         ValueError: if `unet` has no block of one of the names.
@@ -53,7 +53,7 @@ def skip(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> None
     for block in blocks_of(unet):
         vars(unet.get_submodule(block.name)).pop("forward", None)
     for module in chosen:
-        module.forward = _hand_on(module)
+        module.forward = _pass_through(module)
 
 
 def _modules(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> list[nn.Module]:
@@ -64,7 +64,7 @@ def _modules(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> 
     return [unet.get_submodule(name) for name in names]
 
 
-def _hand_on(module: nn.Module) -> Any:  # noqa: ANN401 - it stands for the forward of either class
+def _pass_through(module: nn.Module) -> Any:  # noqa: ANN401 - it stands for the forward of either class
     if isinstance(module, ResnetBlock2D):
         shortcut = module.conv_shortcut
         scale = module.output_scale_factor

@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from snapfusion.models.tokenizer import token_ids
-from snapfusion.models.told import guidance_embedding, is_told
+from snapfusion.models.guidance_embedding import guidance_embedding, has_guidance_embedding
+from snapfusion.models.tokenizer import tokenize
 from snapfusion.models.unet import BlockUNet, resize_unet
 from snapfusion.sampling import Denoiser, guide
 from snapfusion.schedule import Estimate, PredictionType, Schedule
@@ -29,7 +29,7 @@ class Bundle:
     w        guidance scale, 1 is no guidance       a number, or [B,1,1,1]
 
     The networks run in the dtype they hold; all arithmetic round them is float32. `distillation` says, of a
-    model that was distilled, for which steps and guidance (`snapfusion.models.save.DISTILLATION`).
+    model that was distilled, for which steps and guidance (`snapfusion.models.save.DISTILLATION_FILE`).
     """
 
     tokenizer: CLIPTokenizer
@@ -110,7 +110,7 @@ class Bundle:
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Captions as token ids, int64 [B,L]."""
-        return token_ids(self.tokenizer, captions)
+        return tokenize(self.tokenizer, captions)
 
     @torch.inference_mode()
     def encode_text(self, ids: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Bundle:
     def predict(self, z_t: Tensor, t: Tensor, c: Tensor, *, w: Tensor | float = 1.0) -> Tensor:
         """The UNet's own output, eps or v, float32 [B,4,h,w]; `w` matters to a UNet that is told it alone."""
         dtype, heard = self.unet.dtype, None
-        if is_told(self.unet):
+        if has_guidance_embedding(self.unet):
             scale = torch.as_tensor(w, dtype=torch.float32, device=z_t.device).flatten().expand(len(z_t))
             size = int(self.unet.config["time_cond_proj_dim"])
             heard = guidance_embedding(scale, size=size).to(dtype)
@@ -140,7 +140,7 @@ class Bundle:
         Both halves of the guidance go through the UNet as one batch of 2B. With w = 1 as a number the
         unconditional half is not computed, and a UNet that is told w needs none.
         """
-        unguided = is_told(self.unet) or (not isinstance(w, Tensor) and w == 1.0)
+        unguided = has_guidance_embedding(self.unet) or (not isinstance(w, Tensor) and w == 1.0)
         if c_null is None and not unguided:
             c_null = self.null_condition()
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from snapfusion.models.architecture import Architecture, Kind
+from snapfusion.models.architecture import Architecture, BlockKind
 from snapfusion.models.unet import BlockUNet
 
-TOKENS = 77
+NUM_TOKENS = 77
 """Of an encoded caption, in CLIP."""
 
 
@@ -33,7 +33,7 @@ class Cost:
         return Cost(parameters=self.parameters + other.parameters, macs=self.macs + other.macs)
 
 
-NOTHING = Cost(parameters=0, macs=0)
+ZERO_COST = Cost(parameters=0, macs=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +52,18 @@ class Costs:
     @property
     def whole(self) -> Cost:
         """Of all of it."""
-        return sum((*self.blocks.values(), *self.rest.values()), NOTHING)
+        return sum((*self.blocks.values(), *self.rest.values()), ZERO_COST)
 
     def of_stage(self, stage: str) -> Cost:
         """Of a stage: its blocks, and the rest of it."""
         mine = (cost for name, cost in self.blocks.items() if name.startswith(f"{stage}."))
-        return sum(mine, self.rest.get(stage, NOTHING))
+        return sum(mine, self.rest.get(stage, ZERO_COST))
 
 
 ENDS = "ends"
 
 
-def costs_of(architecture: Architecture, *, tokens: int = TOKENS) -> Costs:
+def costs_of(architecture: Architecture, *, tokens: int = NUM_TOKENS) -> Costs:
     """Counted on the true shapes, without any weights being made.
 
     Args:
@@ -103,7 +103,7 @@ def costs_of(architecture: Architecture, *, tokens: int = TOKENS) -> Costs:
 
 
 def _minus(cost: Cost, parts: list[Cost]) -> Cost:
-    taken = sum(parts, NOTHING)
+    taken = sum(parts, ZERO_COST)
     return Cost(parameters=cost.parameters - taken.parameters, macs=cost.macs - taken.macs)
 
 
@@ -112,7 +112,7 @@ def _parameters(module: nn.Module) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class BlockCountRow:
     """A row of Table 3."""
 
     stage: str
@@ -122,16 +122,16 @@ class Row:
     blocks: int
 
 
-_KINDS: dict[Kind, str] = {"attention": "Cross Attention", "resnet": "ResNet"}
+_KINDS: dict[BlockKind, str] = {"attention": "Cross Attention", "resnet": "ResNet"}
 
 
-def rows_of(architecture: Architecture) -> Iterator[Row]:
+def block_count_rows(architecture: Architecture) -> Iterator[BlockCountRow]:
     """The rows of SnapFusion Table 3, whose "Mid" is all that is at the deepest resolution."""
     counts = architecture.counts()
     for name, stages in paper_stages(architecture).items():
         level = architecture.level(stages[0])
         for kind, words in _KINDS.items():
-            yield Row(
+            yield BlockCountRow(
                 stage=name,
                 resolution=architecture.sample_size >> level,
                 kind=words,
@@ -158,9 +158,9 @@ def _paper_name(stage: str, *, deepest: int) -> str:
     return "Mid"
 
 
-def table_of(*architectures: Architecture) -> list[tuple[Any, ...]]:
+def block_count_table(*architectures: Architecture) -> list[tuple[Any, ...]]:
     """SnapFusion Table 3: stage, resolution, kind, dimension, each UNet's blocks; all have as many stages."""
-    tables = [list(rows_of(architecture)) for architecture in architectures]
+    tables = [list(block_count_rows(architecture)) for architecture in architectures]
     return [
         (row[0].stage, row[0].resolution, row[0].kind, row[0].dimension, *(one.blocks for one in row))
         for row in zip(*tables, strict=True)

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import fsspec
 import torch
@@ -22,14 +22,12 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from snapfusion.models.settings import Initialization
 from snapfusion.settings import Settings, SettingsError
 
 CONFIG = "config.json"
 WEIGHTS = "decoder.safetensors"
-PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-
-Initialization = Literal["leading", "random"]
-"""Where the half-width decoder starts: the leading half of the full one's channels, or chance."""
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 class DecoderError(ValueError):
@@ -207,7 +205,7 @@ def _refuse_pickles(fs: Any, *, root: str, url: str) -> None:  # noqa: ANN401 - 
     if not fs.exists(root):
         raise DecoderError(f"{url} does not exist; a folder with {CONFIG} and {WEIGHTS} is needed")
     names = [PurePosixPath(path).name for path in fs.ls(root, detail=False)]
-    pickles = sorted(name for name in names if PurePosixPath(name).suffix.lower() in PICKLES)
+    pickles = sorted(name for name in names if PurePosixPath(name).suffix.lower() in PICKLE_SUFFIXES)
     if pickles:
         raise DecoderError(
             f"{url} holds {pickles[0]}: pickled weights can run code when read, and are refused; "

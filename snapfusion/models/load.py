@@ -21,13 +21,17 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from snapfusion.models.bundle import Bundle
-from snapfusion.models.random_weights import ARCHITECTURES, PREFIX, random_bundle
-from snapfusion.models.save import DISTILLATION
-from snapfusion.models.seal import check_seal
+from snapfusion.models.checksums import verify_checksums
+from snapfusion.models.random_weights import MODEL_CONFIGS, RANDOM_PREFIX, random_bundle
+from snapfusion.models.save import DISTILLATION_FILE
 from snapfusion.models.unet import BlockUNet
 from snapfusion.schedule import PREDICTION_TYPES, Schedule
+
+# A progress bar for each shard of weights would bury what a job prints.
+transformers_logging.disable_progress_bar()
 
 _WEIGHTS = Path(__file__).parents[1] / "mini" / "weights"
 BUNDLED = {"mini": _WEIGHTS / "sd", "mini-v": _WEIGHTS / "sd-v"}
@@ -35,17 +39,21 @@ BUNDLED = {"mini": _WEIGHTS / "sd", "mini-v": _WEIGHTS / "sd-v"}
 
 _NETWORKS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 # Without `accelerate` diffusers loads the plain way in any case; told so, it does not complain.
-_PLAINLY = {"text_encoder": {}, "unet": {"low_cpu_mem_usage": False}, "vae": {"low_cpu_mem_usage": False}}
-Part = Literal["text_encoder", "unet", "vae"]
+_LOAD_OPTIONS = {
+    "text_encoder": {},
+    "unet": {"low_cpu_mem_usage": False},
+    "vae": {"low_cpu_mem_usage": False},
+}
+NetworkName = Literal["text_encoder", "unet", "vae"]
 """A network of a model, by its folder."""
 _INDEX = "model_index.json"
-_WHOLE = (_INDEX, DISTILLATION, "*/*.json", "*/*.txt", "*/*.safetensors")
+_HUB_PATTERNS = (_INDEX, DISTILLATION_FILE, "*/*.json", "*/*.txt", "*/*.safetensors")
 """The files of a model on a hub."""
-TRAINED = "model"
+MODEL_FOLDER = "model"
 """Where the folder of a training holds its model."""
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # Old CLIP checkpoints carry the positions 0..76 as a tensor; nothing is lost by leaving it.
-_HARMLESS = ("position_ids",)
+_IGNORED_KEYS = ("position_ids",)
 
 
 class ModelError(ValueError):
@@ -65,16 +73,16 @@ def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
     Raises:
         ModelError: if it is not there, lacks a part, holds only pickled weights, or does not match its seal.
     """
-    if source.startswith(PREFIX):
-        name = source.removeprefix(PREFIX)
-        if name not in ARCHITECTURES:
-            accepted = ", ".join(f"{PREFIX}{known}" for known in ARCHITECTURES)
+    if source.startswith(RANDOM_PREFIX):
+        name = source.removeprefix(RANDOM_PREFIX)
+        if name not in MODEL_CONFIGS:
+            accepted = ", ".join(f"{RANDOM_PREFIX}{known}" for known in MODEL_CONFIGS)
             raise ModelError(f"{source}: there is no such architecture; {accepted} are accepted")
         return random_bundle(name).to(device, dtype)
     return _load_folder(_locate(source), source=source).to(device, dtype)
 
 
-def load_part(source: str, *, part: Part) -> nn.Module:
+def load_network(source: str, *, part: NetworkName) -> nn.Module:
     """One network of a model, float32 on the CPU in evaluation mode; the others are not read.
 
     Neither is the model's seal, which is over all of its files: `load` holds a model to it.
@@ -86,14 +94,14 @@ def load_part(source: str, *, part: Part) -> nn.Module:
     Raises:
         ModelError: if it is not there or cannot be read.
     """
-    if source.startswith(PREFIX):
+    if source.startswith(RANDOM_PREFIX):
         return load(source).networks[part]
-    network: nn.Module = _load_network(_locate(source) / part, source=source)
+    network: nn.Module = _read_network(_locate(source) / part, source=source)
     return network.float().eval()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class ModelDimensions:
     """Of a model: the side of its pictures and of a cell of their latents, in pixels; a cell's channels.
 
     Sides are multiples of `granularity`, so that each level of the UNet halves evenly.
@@ -105,7 +113,7 @@ class Sizes:
     channels: int
 
 
-def load_sizes(source: str) -> Sizes:
+def load_sizes(source: str) -> ModelDimensions:
     """What size a model's pictures and latents have, by its configurations alone; no weights are read.
 
     Raises:
@@ -114,7 +122,7 @@ def load_sizes(source: str) -> Sizes:
     unet, vae = _configurations(source)
     cell = 2 ** (len(vae["block_out_channels"]) - 1)
     levels = len(unet["block_out_channels"])
-    return Sizes(
+    return ModelDimensions(
         side=unet["sample_size"] * cell,
         cell=cell,
         granularity=cell * 2 ** (levels - 1),
@@ -123,13 +131,13 @@ def load_sizes(source: str) -> Sizes:
 
 
 def _configurations(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    if source.startswith(PREFIX) and source.removeprefix(PREFIX) in ARCHITECTURES:
-        architecture = ARCHITECTURES[source.removeprefix(PREFIX)]
+    if source.startswith(RANDOM_PREFIX) and source.removeprefix(RANDOM_PREFIX) in MODEL_CONFIGS:
+        architecture = MODEL_CONFIGS[source.removeprefix(RANDOM_PREFIX)]
         return architecture.unet, architecture.vae
     names = ("unet/config.json", "vae/config.json")
     if "://" in source:
         filesystem, path = fsspec.core.url_to_fs(source)
-        place = path if filesystem.exists(f"{path}/{_INDEX}") else f"{path}/{TRAINED}"
+        place = path if filesystem.exists(f"{path}/{_INDEX}") else f"{path}/{MODEL_FOLDER}"
         try:
             unet, vae = (json.loads(filesystem.cat_file(f"{place}/{name}")) for name in names)
         except (OSError, ValueError) as error:
@@ -140,14 +148,14 @@ def _configurations(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return unet, vae
 
 
-def _locate(source: str, *, patterns: Sequence[str] = _WHOLE) -> Path:
+def _locate(source: str, *, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
     if source in BUNDLED:
         return BUNDLED[source]
     if "://" in source:
         return _fetch(source)
     folder = Path(source)
     if folder.is_dir():
-        trained = folder / TRAINED
+        trained = folder / MODEL_FOLDER
         return trained if (trained / _INDEX).is_file() and not (folder / _INDEX).is_file() else folder
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
         raise ModelError(f"there is no model folder {source!r}; give a diffusers folder, a URL or a hub id")
@@ -160,7 +168,7 @@ def _fetch(url: str) -> Path:
     A half-made copy is never taken for a whole one; of processes that copy at the same time one is first.
     """
     filesystem, path = fsspec.core.url_to_fs(url)
-    places = (path, f"{path}/{TRAINED}")
+    places = (path, f"{path}/{MODEL_FOLDER}")
     place = next((place for place in places if filesystem.exists(f"{place}/{_INDEX}")), None)
     if place is None:
         raise ModelError(f"{url} has no {_INDEX}: it is not a diffusers folder")
@@ -200,8 +208,8 @@ def _download(hub_id: str, *, patterns: Sequence[str]) -> Path:
 
 
 def _load_folder(folder: Path, *, source: str) -> Bundle:
-    check_seal(folder)
-    networks = {name: _load_network(folder / name, source=source) for name in _NETWORKS}
+    verify_checksums(folder)
+    networks = {name: _read_network(folder / name, source=source) for name in _NETWORKS}
     settings = _read_json(folder / "scheduler" / "scheduler_config.json", source=source)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     schedule = _schedule(settings, source=source)
@@ -211,7 +219,7 @@ def _load_folder(folder: Path, *, source: str) -> Bundle:
         schedule=schedule,
         prediction_type=_prediction_type(settings, source=source),
         source=source,
-        distillation=_distillation(folder / DISTILLATION, schedule=schedule, source=source),
+        distillation=_distillation(folder / DISTILLATION_FILE, schedule=schedule, source=source),
     )
 
 
@@ -228,7 +236,7 @@ def _distillation(path: Path, *, schedule: Schedule, source: str) -> dict[str, A
     return told
 
 
-def _load_network(folder: Path, *, source: str) -> Any:  # noqa: ANN401 - one of three network classes
+def _read_network(folder: Path, *, source: str) -> Any:  # noqa: ANN401 - one of three network classes
     config = folder / "config.json"
     described = _read_json(config, source=source)
     if not any(folder.glob("*.safetensors")):
@@ -242,7 +250,7 @@ def _load_network(folder: Path, *, source: str) -> Any:  # noqa: ANN401 - one of
     kind = BlockUNet if described.get("_class_name") == BlockUNet.__name__ else _NETWORKS[folder.name]
     try:
         network, told = kind.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **_PLAINLY[folder.name]
+            folder, use_safetensors=True, output_loading_info=True, **_LOAD_OPTIONS[folder.name]
         )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -253,7 +261,7 @@ def _load_network(folder: Path, *, source: str) -> Any:  # noqa: ANN401 - one of
 
 def _check_complete(told: dict[str, Any], *, name: str, source: str) -> None:
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        keys = [key for key in told.get(kind) or () if not str(key).endswith(_HARMLESS)]
+        keys = [key for key in told.get(kind) or () if not str(key).endswith(_IGNORED_KEYS)]
         if keys:
             what = kind.removesuffix("_keys")
             raise ModelError(f"{source}: {name} has {len(keys)} {what} tensors, for example {keys[0]}")

@@ -17,12 +17,12 @@ from snapfusion.models.bundle import Bundle
 from snapfusion.models.tokenizer import END, clip_tokenizer
 from snapfusion.schedule import PredictionType, Schedule
 
-PREFIX = "random:"
+RANDOM_PREFIX = "random:"
 """Begins their sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class ModelConfig:
     """What a Stable Diffusion consists of: the configurations of its networks, and the rest."""
 
     text_encoder: dict[str, Any]
@@ -32,17 +32,17 @@ class Architecture:
     prediction_type: PredictionType
 
 
-_SD15 = Architecture(
+_SD15 = ModelConfig(
     text_encoder=sd15.TEXT_ENCODER,
     unet=sd15.UNET,
     vae=sd15.VAE,
     padding=END,
     prediction_type="epsilon",
 )
-ARCHITECTURES = {
+MODEL_CONFIGS = {
     "sd15": _SD15,
     "sd15-v": replace(_SD15, prediction_type="v_prediction"),  # as Eq. 6 leaves it
-    "sd2": Architecture(
+    "sd2": ModelConfig(
         text_encoder=sd2.TEXT_ENCODER,
         unet=sd2.UNET,
         vae=sd2.VAE,
@@ -54,7 +54,7 @@ ARCHITECTURES = {
 
 def random_bundle(name: str, *, seed: int = 0) -> Bundle:
     """The architecture of that name with random weights: about 4.3 GB in float32, for SD-v2.1 5.2 GB."""
-    architecture = ARCHITECTURES[name]
+    architecture = MODEL_CONFIGS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Bundle(
@@ -64,5 +64,5 @@ def random_bundle(name: str, *, seed: int = 0) -> Bundle:
             vae=AutoencoderKL(**architecture.vae),
             schedule=Schedule(),
             prediction_type=architecture.prediction_type,
-            source=f"{PREFIX}{name}",
+            source=f"{RANDOM_PREFIX}{name}",
         )

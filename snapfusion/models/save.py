@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from snapfusion.models.bundle import Bundle
-from snapfusion.models.seal import write_seal
+from snapfusion.models.checksums import write_checksums
 from snapfusion.models.unet import BlockUNet
 
 _INDEX = {
@@ -26,7 +26,7 @@ _INDEX = {
 }
 
 
-DISTILLATION = "distillation.json"
+DISTILLATION_FILE = "distillation.json"
 """The file that says how a distilled model's steps were distilled, and so how it is to be sampled."""
 
 
@@ -67,5 +67,5 @@ def save(
     index = {**_INDEX, "unet": [BlockUNet.__module__ if own else "diffusers", type(bundle.unet).__name__]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     if distillation is not None:
-        (folder / DISTILLATION).write_text(json.dumps(distillation, indent=2, sort_keys=True) + "\n")
-    write_seal(folder)
+        (folder / DISTILLATION_FILE).write_text(json.dumps(distillation, indent=2, sort_keys=True) + "\n")
+    write_checksums(folder)

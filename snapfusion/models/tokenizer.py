@@ -50,7 +50,7 @@ def build_tokenizer(
     )
 
 
-def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     """Captions as int64 [B, L], L the tokenizer's maximum: start, text cut to fit, end, padding."""
     encoded = tokenizer(
         list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length

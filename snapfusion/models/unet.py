@@ -19,12 +19,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from snapfusion.models.architecture import Architecture, Layer, Stage, origin_of
+from snapfusion.models.architecture import Architecture, Layer, StageLayers, origin_of
 
 NORM_EPS = 1e-5
 
 # What diffusers' class must be told for `architecture_of` to say all of it.
-_AS_IN_SD = {
+_REQUIRED_CONFIG = {
     "act_fn": "silu",
     "addition_embed_type": None,
     "center_input_sample": False,
@@ -256,7 +256,7 @@ def architecture_of(unet: UNet2DConditionModel | BlockUNet) -> Architecture:
     config = unet.config
     if isinstance(unet, BlockUNet):
         return Architecture.parse(config["architecture"])
-    for name, value in _AS_IN_SD.items():
+    for name, value in _REQUIRED_CONFIG.items():
         if config[name] != value:
             raise UNetError(f"the UNet has {name} = {config[name]!r}; {value!r} is accepted")
     for name, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
@@ -296,14 +296,14 @@ def resize_unet(unet: UNet2DConditionModel | BlockUNet, *, side: int) -> None:
     unet.register_to_config(**told)
 
 
-def _stock_stage(count: int, *, attention: bool) -> Stage:
+def _stock_stage(count: int, *, attention: bool) -> StageLayers:
     return tuple(
         Layer(resnet=str(number), attentions=(str(number),) if attention else (), skip=True)
         for number in range(count)
     )
 
 
-def build(architecture: Architecture) -> UNet2DConditionModel | BlockUNet:
+def build_unet(architecture: Architecture) -> UNet2DConditionModel | BlockUNet:
     """A UNet with random weights: of the stock class where that can hold it, else a `BlockUNet`."""
     stock = stock_config(architecture)
     return BlockUNet.of(architecture) if stock is None else UNet2DConditionModel(**stock)
@@ -344,7 +344,7 @@ def stock_config(architecture: Architecture) -> dict[str, Any] | None:
     return config if held == asked else None
 
 
-def inherit(unet: nn.Module, source: nn.Module) -> list[str]:
+def inherit_weights(unet: nn.Module, source: nn.Module) -> list[str]:
     """Give each block of `unet` its weights in `source`, or those of the block that it is a copy of.
 
     Returns:
@@ -355,7 +355,7 @@ def inherit(unet: nn.Module, source: nn.Module) -> list[str]:
     """
     there, copied, given = source.state_dict(), set(), {}
     for name, tensor in unet.state_dict().items():
-        found = name if name in there else _in_origin(name)
+        found = name if name in there else _name_in_origin(name)
         if found not in there:
             raise UNetError(f"the weights do not fit: there is no {found}")
         if there[found].shape != tensor.shape:
@@ -371,5 +371,5 @@ def inherit(unet: nn.Module, source: nn.Module) -> list[str]:
     return sorted(copied)
 
 
-def _in_origin(name: str) -> str:
+def _name_in_origin(name: str) -> str:
     return ".".join(origin_of(part) if "+" in part else part for part in name.split("."))

@@ -11,7 +11,7 @@ from snapfusion.models.bundle import Bundle
 from snapfusion.noise import noise_key, uniform
 
 
-class Captions:
+class CaptionEncoder:
     """The frozen text encoder of a bundle; its empty caption is encoded once."""
 
     def __init__(self, bundle: Bundle) -> None:
@@ -26,7 +26,7 @@ class Captions:
         return c if dropped is None else torch.where(dropped.view(-1, 1, 1), self.null, c)
 
 
-def draw_dropped(keys: Sequence[int], *, fraction: float) -> Tensor:
+def draw_caption_dropout(keys: Sequence[int], *, fraction: float) -> Tensor:
     """Which rows go without their caption, bool [B]: each with probability `fraction`, by its key.
 
     Ours: the paper says nothing of it, but w > 1 asks the network about the empty caption (Eq. 3), which is

@@ -26,10 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from snapfusion.settings import digest
-from snapfusion.training.state import Groups
+from snapfusion.training.state import TensorGroups
 
 MANIFEST = "manifest.json"
-CHUNK = 8 << 20
+CHUNK_BYTES = 8 << 20
 
 
 class CheckpointError(ValueError):
@@ -68,7 +68,7 @@ class CheckpointStore:
         self.url, self.keep = url, keep
         self._fs, self._root = fsspec.core.url_to_fs(url)
 
-    def save(self, step: int, *, tensors: Groups, values: Mapping[str, Any]) -> None:
+    def save(self, step: int, *, tensors: TensorGroups, values: Mapping[str, Any]) -> None:
         """Write the checkpoint of `step`, then delete all but the newest `keep` complete ones.
 
         A folder of that step that is there already is written anew, and folders of later steps go: had they
@@ -192,6 +192,6 @@ class CheckpointStore:
 def _hash_file(path: Path) -> str:
     sha = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(CHUNK_BYTES):
             sha.update(chunk)
     return sha.hexdigest()

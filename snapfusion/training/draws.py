@@ -9,35 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from snapfusion.noise import noise_key, uniform
 from snapfusion.sampling import time_grid
 from snapfusion.schedule import Schedule
-from snapfusion.settings import Settings
-
-
-class CfgRange(Settings):
-    """w ~ U[low, high], the guidance of the CFG-aware loss. SnapFusion Eq. 10.
-
-    Attributes:
-        low: least w; 1 is no guidance.
-        high: largest w.
-    """
-
-    low: float = Field(2.0, ge=1.0)
-    high: float = Field(14.0, ge=1.0)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low > self.high:
-            raise ValueError(f"low {self.low} is above high {self.high}")
-        return self
+from snapfusion.training.settings import CfgRange
 
 
 def row_key(seed: int, latent_id: str, draw: int) -> int:

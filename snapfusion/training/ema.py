@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from snapfusion.training.shards import like
+from snapfusion.training.fsdp import distribute_like
 
 
 class Ema:
@@ -57,4 +57,4 @@ class Ema:
         if {n: t.shape for n, t in averages.items()} != {n: t.shape for n, t in self.averages.items()}:
             raise ValueError("the saved averages are those of another model")
         for name, average in self.averages.items():
-            average.copy_(like(averages[name], average))
+            average.copy_(distribute_like(averages[name], average))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-Decay = Literal["constant", "cosine"]
+from snapfusion.training.settings import Decay
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, num_steps: int, decay: Decay) -> float:

@@ -12,53 +12,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from snapfusion.settings import Settings
 from snapfusion.training.batch import Batch
 from snapfusion.training.ema import Ema
-from snapfusion.training.learning_rate import Decay, learning_rate
-from snapfusion.training.shards import exchange_gradients, whole
+from snapfusion.training.fsdp import full_tensor, set_gradient_sync
+from snapfusion.training.learning_rate import learning_rate
+from snapfusion.training.settings import LoopSettings
 from snapfusion.training.state import TrainState
 
-NAMED_ROWS = 20
+MAX_LISTED_IDS = 20
 """How many row ids an error lists at most."""
-
-
-class LoopSettings(Settings):
-    """What decides the weights that training ends with; how and where it runs is not here.
-
-    Attributes:
-        num_steps: optimizer steps.
-        global_batch: rows of a step, over all workers.
-        learning_rate: the peak.
-        warmup_steps: steps of the line that leads up to it.
-        decay: what follows: "cosine" to zero, or "constant".
-        weight_decay: AdamW's, on all parameters; 0.01 in the paper.
-        clip_norm: limit of the gradient's norm.
-        max_loss: a mean loss above it stops the training; null sets no limit.
-        ema_decay: of the averaged weights; null keeps none.
-        precision: of the network's forward pass. "bfloat16" is autocast; losses are float32 in any case.
-        seed: of the order of rows and of every random draw.
-    """
-
-    num_steps: PositiveInt
-    global_batch: PositiveInt
-    learning_rate: PositiveFloat
-    warmup_steps: NonNegativeInt = 0
-    decay: Decay = "cosine"
-    weight_decay: NonNegativeFloat = 0.01
-    clip_norm: PositiveFloat = 1.0
-    max_loss: PositiveFloat | None = None
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
-    seed: NonNegativeInt = 0
 
 
 class Objective(Protocol):
@@ -70,7 +39,7 @@ class Objective(Protocol):
 
 
 @runtime_checkable
-class CarryingObjective(Objective, Protocol):
+class StatefulObjective(Objective, Protocol):
     """An objective that goes from step to step with something it has learnt of its losses."""
 
     def end_step(self) -> Mapping[str, float]:
@@ -87,7 +56,7 @@ class CarryingObjective(Objective, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class StepResult:
     """What one optimizer step saw.
 
     Attributes:
@@ -118,8 +87,8 @@ class UnusableStepError(ValueError):
     """
 
     def __init__(self, reason: str, *, step: int, rows: list[str]) -> None:
-        more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
-        super().__init__(f"{reason} rows {', '.join(rows[:NAMED_ROWS])}{more}")
+        more = f" and {len(rows) - MAX_LISTED_IDS} more" if len(rows) > MAX_LISTED_IDS else ""
+        super().__init__(f"{reason} rows {', '.join(rows[:MAX_LISTED_IDS])}{more}")
         self.step, self.rows = step, rows
 
 
@@ -148,7 +117,7 @@ def train(
     settings: LoopSettings,
     micro_batch: int,
     wrapped: nn.Module | None = None,
-    after_step: Callable[[Step], None] = lambda step: None,
+    after_step: Callable[[StepResult], None] = lambda step: None,
 ) -> None:
     """Move `state` on to `settings.num_steps`; a state that is there already is left alone.
 
@@ -167,7 +136,7 @@ def train(
         ValueError: if the shares of a step are not `settings.global_batch` rows together.
     """
     state.model.train()
-    carrying = objective if isinstance(objective, CarryingObjective) else None
+    carrying = objective if isinstance(objective, StatefulObjective) else None
     if carrying is not None and state.carried:
         carrying.restore(state.carried)
     while state.step < settings.num_steps:
@@ -195,7 +164,7 @@ def train(
             figures, state.carried = carrying.end_step(), carrying.values()
         seconds = time.perf_counter() - began
         after_step(
-            Step(
+            StepResult(
                 step=state.step,
                 loss=loss,
                 grad_norm=grad_norm,
@@ -237,7 +206,7 @@ def _accumulate(
 
 def _update(state: TrainState, batch: Batch, *, settings: LoopSettings, rate: float) -> float:
     """One step of the optimizer and of the average; returns the gradient's norm."""
-    norm = float(whole(nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)))
+    norm = float(full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)))
     if not math.isfinite(norm):
         # The gradient is common to all ranks, and so is this verdict.
         reason = f"the gradient of step {state.step} is {norm}; the batch is"
@@ -275,7 +244,7 @@ def _mean_over_ranks(
 
 def _exchange(model: nn.Module, *, gradients: bool) -> AbstractContextManager[None]:
     """Ranks exchange gradients once a step, with the last piece of its batch."""
-    exchange_gradients(model, wanted=gradients)
+    set_gradient_sync(model, wanted=gradients)
     if isinstance(model, DistributedDataParallel) and not gradients:
         return model.no_sync()
     return nullcontext()

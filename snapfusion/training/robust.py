@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
 
 from diffusers import UNet2DConditionModel
-from pydantic import Field
 from torch import Tensor, nn
 
 from snapfusion.models.architecture import Block
-from snapfusion.models.blocks import blocks_of, skip
+from snapfusion.models.blocks import blocks_of, set_skipped_blocks
 from snapfusion.models.unet import BlockUNet
 from snapfusion.noise import noise_key, uniform
-from snapfusion.settings import Settings
 from snapfusion.training.batch import Batch
 from snapfusion.training.loop import Objective
-
-Probability = Annotated[float, Field(ge=0, lt=1)]
-
-
-class SkipSettings(Settings):
-    """How often a block is left out; the paper gives no number.
-
-    Attributes:
-        attention: probability of each cross-attention block.
-        resnet: probability of each ResNet block.
-    """
-
-    attention: Probability = 0.1
-    resnet: Probability = 0.1
+from snapfusion.training.settings import SkipSettings
 
 
 class RobustObjective:
@@ -37,7 +21,7 @@ class RobustObjective:
 
     They follow from the seed and the step, so all ranks and all pieces of a batch lack the same. The
     optimizer leaves alone what was left out. Blocks stay left out until the next step, as activations that
-    are computed again in the backward pass must be what they were; `skip(unet, ())` makes the UNet whole.
+    are computed again in the backward pass must be what they were; `set_skipped_blocks(unet, ())` makes the UNet whole.
 
     Args:
         objective: what is minimised.
@@ -50,12 +34,16 @@ class RobustObjective:
 
     def __call__(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
         """The loss of each row, float32 [B]."""
-        unet = _bare(model)
-        skip(unet, draw_skipped(blocks_of(unet), settings=self._settings, seed=self._seed, step=step))
+        unet = _unwrap(model)
+        set_skipped_blocks(
+            unet, draw_skipped_blocks(blocks_of(unet), settings=self._settings, seed=self._seed, step=step)
+        )
         return self._objective(model, batch, step=step)
 
 
-def draw_skipped(blocks: Iterable[Block], *, settings: SkipSettings, seed: int, step: int) -> list[str]:
+def draw_skipped_blocks(
+    blocks: Iterable[Block], *, settings: SkipSettings, seed: int, step: int
+) -> list[str]:
     """The names of the blocks that a step goes without. SnapFusion Eq. 5, I(.).
 
     Each block's fate follows from its own name, so blocks that come or go change nothing for the others.
@@ -68,6 +56,6 @@ def draw_skipped(blocks: Iterable[Block], *, settings: SkipSettings, seed: int, 
     ]
 
 
-def _bare(model: nn.Module) -> UNet2DConditionModel | BlockUNet:
+def _unwrap(model: nn.Module) -> UNet2DConditionModel | BlockUNet:
     """The UNet inside of DistributedDataParallel; one that is spread (FSDP) is itself."""
     return getattr(model, "module", model)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from snapfusion.training.ema import Ema
-from snapfusion.training.shards import like, load_whole, wholes
+from snapfusion.training.fsdp import distribute_like, full_tensors, load_full_state_dict
 
-Groups = Mapping[str, Mapping[str, Tensor]]
+TensorGroups = Mapping[str, Mapping[str, Tensor]]
 """Named groups of named tensors; a checkpoint keeps each group in a file of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Best:
+class BestWeights:
     """The best weights so far, by a judge of the run's.
 
     Attributes:
@@ -60,16 +60,16 @@ class TrainState:
     curve: list[dict[str, float]] = field(default_factory=list)
     carried: dict[str, Any] = field(default_factory=dict)
     watched: list[dict[str, Any]] = field(default_factory=list)
-    best: Best | None = None
+    best: BestWeights | None = None
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors, by group ("model", "optimizer", "ema", "best") and name, each whole.
 
         Where the model is spread over ranks, all call this at once, and rank 0 alone is given what is spread.
         """
-        groups = {"model": wholes(self.model.state_dict()), "optimizer": wholes(self._moments())}
+        groups = {"model": full_tensors(self.model.state_dict()), "optimizer": full_tensors(self._moments())}
         if self.ema is not None:
-            groups["ema"] = wholes(self.ema.averages)
+            groups["ema"] = full_tensors(self.ema.averages)
         if self.best is not None:
             groups["best"] = dict(self.best.weights)
         return groups
@@ -84,7 +84,7 @@ class TrainState:
             "best": None if self.best is None else {"step": self.best.step, "score": self.best.score},
         }
 
-    def restore(self, tensors: Groups, values: Mapping[str, Any]) -> None:
+    def restore(self, tensors: TensorGroups, values: Mapping[str, Any]) -> None:
         """Continue exactly where the saved state stood.
 
         Raises:
@@ -94,7 +94,7 @@ class TrainState:
         if set(tensors) - {"best"} != expected:
             raise StateError(f"the saved state holds {sorted(tensors)}; {sorted(expected)} is needed")
         try:
-            load_whole(self.model, tensors["model"])
+            load_full_state_dict(self.model, tensors["model"])
             if self.ema is not None:
                 self.ema.load(tensors["ema"])
             self._load_moments(tensors["optimizer"])
@@ -105,14 +105,14 @@ class TrainState:
         self.carried = dict(values.get("carried", {}))
         self.watched = list(values.get("watched", []))
         best = values.get("best")
-        self.best = Best(**best, weights=dict(tensors["best"])) if best else None
+        self.best = BestWeights(**best, weights=dict(tensors["best"])) if best else None
 
     def final_weights(self) -> dict[str, Tensor]:
         """The weights to use, each tensor whole: the average where one is kept, else the last.
 
         Where the model is spread over ranks, all call this at once, and rank 0 alone is given what is spread.
         """
-        return wholes(self.ema.averages if self.ema is not None else self.model.state_dict())
+        return full_tensors(self.ema.averages if self.ema is not None else self.model.state_dict())
 
     def _moments(self) -> dict[str, Tensor]:
         states = self.optimizer.state_dict()["state"]
@@ -129,7 +129,11 @@ class TrainState:
         states: dict[int, dict[str, Tensor]] = {}
         for path, tensor in moments.items():
             name, _, key = path.rpartition("/")
-            moment = like(tensor, parameters[name]) if tensor.shape == parameters[name].shape else tensor
+            moment = (
+                distribute_like(tensor, parameters[name])
+                if tensor.shape == parameters[name].shape
+                else tensor
+            )
             states.setdefault(indices[name], {})[key] = moment
         # The hyperparameters are settings, not state: those of this run hold.
         groups = self.optimizer.state_dict()["param_groups"]

@@ -4,33 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from snapfusion.losses import velocity_loss
-from snapfusion.models.told import guidance_embedding
+from snapfusion.models.guidance_embedding import guidance_embedding
 from snapfusion.noise import gaussian_batch, noise_key, uniform
 from snapfusion.schedule import Schedule
-from snapfusion.settings import Settings
 from snapfusion.training.batch import Batch
-from snapfusion.training.captions import Captions, draw_dropped
-
-
-class VelocitySettings(Settings):
-    """What the original loss draws.
-
-    Attributes:
-        caption_dropout: fraction of rows that go without their caption; ours, the paper does not say.
-    """
-
-    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+from snapfusion.training.captions import CaptionEncoder, draw_caption_dropout
+from snapfusion.training.settings import VelocitySettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoisyRows:
+class NoisyBatch:
     """Rows at times of their own: x, eps and z_t [B,4,h,w] float32, t [B] int64, c [B,L,D] float32."""
 
     x: Tensor
@@ -40,24 +28,26 @@ class NoisyRows:
     c: Tensor
 
 
-class OriginalDraws:
+class NoiseSampler:
     """What Eq. 6 takes the mean over: t ~ U over the whole schedule, eps, and whether the caption is dropped.
 
     Each row's follow from the seed, its id and the step, whatever batch it stands in.
     """
 
-    def __init__(self, *, captions: Captions, schedule: Schedule, seed: int, caption_dropout: float) -> None:
+    def __init__(
+        self, *, captions: CaptionEncoder, schedule: Schedule, seed: int, caption_dropout: float
+    ) -> None:
         self._captions, self._schedule = captions, schedule
         self._seed, self._caption_dropout = seed, caption_dropout
 
-    def __call__(self, batch: Batch, *, step: int) -> NoisyRows:
+    def __call__(self, batch: Batch, *, step: int) -> NoisyBatch:
         """The rows of `batch`, which has columns latent and token_ids, on its device."""
         keys = [noise_key("original", self._seed, row, step) for row in batch.ids]
         x = batch["latent"]
         eps = gaussian_batch(keys, x.shape[1:]).to(x.device)
-        t = draw_times(keys, schedule=self._schedule).to(x.device)
-        dropped = draw_dropped(keys, fraction=self._caption_dropout).to(x.device)
-        return NoisyRows(
+        t = draw_timesteps(keys, schedule=self._schedule).to(x.device)
+        dropped = draw_caption_dropout(keys, fraction=self._caption_dropout).to(x.device)
+        return NoisyBatch(
             x=x,
             eps=eps,
             z_t=self._schedule.diffuse(x=x, eps=eps, t=t),
@@ -66,13 +56,15 @@ class OriginalDraws:
         )
 
 
-def draw_times(keys: Sequence[int], *, schedule: Schedule) -> Tensor:
+def draw_timesteps(keys: Sequence[int], *, schedule: Schedule) -> Tensor:
     """t of each row, uniform over 0 .. T-1, by its key: int64 [B]. SnapFusion Eq. 6."""
     drawn = [int(uniform(noise_key("time", key), 1)[0] * schedule.num_steps) for key in keys]
     return torch.tensor(drawn, dtype=torch.int64)
 
 
-def velocity_of(model: nn.Module, z_t: Tensor, t: Tensor, c: Tensor, *, w: Tensor | None = None) -> Tensor:
+def predict_velocity(
+    model: nn.Module, z_t: Tensor, t: Tensor, c: Tensor, *, w: Tensor | None = None
+) -> Tensor:
     """What the UNet says, float32 [B,4,h,w]; `w`, float32 [B], is for a UNet that is told it."""
     heard = {} if w is None else {"timestep_cond": guidance_embedding(w)}
     output: Tensor = model(z_t, t, encoder_hidden_states=c, return_dict=False, **heard)[0]
@@ -83,15 +75,15 @@ class VelocityObjective:
     """L_ori of each row. `model` is a UNet that is to predict v, whatever it predicted before."""
 
     def __init__(
-        self, settings: VelocitySettings, *, captions: Captions, schedule: Schedule, seed: int
+        self, settings: VelocitySettings, *, captions: CaptionEncoder, schedule: Schedule, seed: int
     ) -> None:
         self._schedule = schedule
-        self._draw = OriginalDraws(
+        self._draw = NoiseSampler(
             captions=captions, schedule=schedule, seed=seed, caption_dropout=settings.caption_dropout
         )
 
     def __call__(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
         """The loss of each row, float32 [B]; the batch has columns latent and token_ids."""
         rows = self._draw(batch, step=step)
-        v_hat = velocity_of(model, rows.z_t, rows.t, rows.c)
+        v_hat = predict_velocity(model, rows.z_t, rows.t, rows.c)
         return velocity_loss(v_hat, x=rows.x, eps=rows.eps, t=rows.t, schedule=self._schedule)

@@ -12,15 +12,19 @@ import torch
 from synthetic_units import IDENTITY, SCHEMA, finished
 from test_trainer import Regression, training
 
-from jobs.cluster import Cluster, connect
-from jobs.progress import show
-from jobs.trainer import run_trainings
-from jobs.training import TrainerSettings, Training
-from pipelines.execution import Pool, Stage, on_ray
-from pipelines.intake import Bounds, take_in
+from jobs.runtime.cluster import connect
+from jobs.runtime.progress import show_progress
+from jobs.runtime.settings import ClusterSettings
+from jobs.training.settings import TrainerSettings
+from jobs.training.spec import Training
+from jobs.training.trainer import run_trainings
+from pipelines.ray_data.execution import PipelineStage, run_on_ray
+from pipelines.ray_data.settings import Pool
 from pipelines.stages.write import WriteUnit
-from pipelines.tables import create_table
-from pipelines.units import FinishedRows
+from pipelines.tables.committer import commit_stream
+from pipelines.tables.settings import Bounds
+from pipelines.tables.table import create_table
+from pipelines.tables.units import FinishedRows
 from snapfusion.settings import digest
 
 
@@ -56,16 +60,18 @@ def program(device: torch.device) -> Iterator[Training]:
 
 def work(address: str, out: str, rows: int) -> None:
     """Fill a table and train, each on nodes of its own; the training's node is printed."""
-    connect(Cluster(address=address))
+    connect(ClusterSettings(address=address))
     table = create_table(f"{out}/table", schema=SCHEMA, identity=IDENTITY)
     teachers = Pool(labels={"role": "teacher"})
     writing = {"url": table.url, "schema": SCHEMA, "settings": digest(table.identity)}
     stages = [
-        Stage(build=Draw, arguments={"rows": rows}, pool=teachers),
-        Stage(build=WriteUnit, arguments=writing, pool=teachers),
+        PipelineStage(build=Draw, arguments={"rows": rows}, pool=teachers),
+        PipelineStage(build=WriteUnit, arguments=writing, pool=teachers),
     ]
-    written = on_ray(range(0, rows, 4), stages)
-    take_in(table.url, written, bounds=Bounds(), total=rows, on_progress=show("generate_pairs"))
+    written = run_on_ray(range(0, rows, 4), stages)
+    commit_stream(
+        table.url, written, bounds=Bounds(), total=rows, on_progress=show_progress("generate_pairs")
+    )
     settings = TrainerSettings(labels={"role": "trainer"}, cpus_per_worker=0.5, log_to=())
     trained = run_trainings(
         program, {}, store_url=f"{out}/training", settings=settings, on_report=lambda figures: None

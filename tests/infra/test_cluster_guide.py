@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.recipes import recipe_named
-from pipelines import metrics
+from jobs.recipes.registry import recipe_named
+from pipelines.ray_data import metrics
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/cluster.md").read_text()

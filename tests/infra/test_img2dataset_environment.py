@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
+from pipelines.download.settings import FetchSettings
 from pipelines.fetching.causes import PERMANENT, TRANSIENT
-from pipelines.stages.img2dataset import Fetching
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "infra/img2dataset"
@@ -32,7 +32,7 @@ def test_the_script_is_executable_and_stops_at_the_first_error():
     assert "set -euo pipefail" in script.read_text()
 
 
-@pytest.mark.skipif(not (ROOT / Fetching().python).exists(), reason="not installed: `make downloader`")
+@pytest.mark.skipif(not (ROOT / FetchSettings().python).exists(), reason="not installed: `make downloader`")
 def test_what_is_installed_is_what_is_pinned_and_lacks_only_what_is_said():
     pip = [ROOT / ".venv-img2dataset/bin/python", "-m", "pip", "--disable-pip-version-check"]
     listed = subprocess.run([*pip, "freeze"], capture_output=True, text=True, check=True).stdout.split()
@@ -56,10 +56,10 @@ def test_the_document_names_every_cause_and_whether_it_may_pass():
 
 
 def test_the_document_states_the_bounds_as_they_are():
-    limits = Fetching().limits
+    limits = FetchSettings().limits
     assert f"last byte\n  ({limits.seconds:g}), bytes of a picture ({limits.max_bytes >> 20} MiB)" in DOCUMENT
     assert limits.max_pixels == 2**25
     assert "(2^25)" in DOCUMENT
     assert f"to decode it ({limits.decode_seconds:g})" in DOCUMENT
     assert limits.max_redirects == 5
-    assert 2 * Fetching().threads * limits.max_bytes == 2 << 30
+    assert 2 * FetchSettings().threads * limits.max_bytes == 2 << 30

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jobs import top_up
-from jobs.recipes import recipe_named
+from jobs.recipes.registry import recipe_named
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "infra/kuberay"

@@ -15,8 +15,8 @@ import snapfusion.export.variants
 from jobs.compile_mobile import publish_bundle
 from snapfusion.export.bundle import LICENCE, MANIFEST, MODULES, SAFETY_CHECKER, SAMPLER, TOKENIZER, VECTORS
 from snapfusion.export.coreml import TIMESTEP
-from snapfusion.export.loop import to_pixels
-from snapfusion.export.request import Licence, MobileSettings
+from snapfusion.export.loop import to_uint8_image
+from snapfusion.export.settings import Licence, MobileSettings
 from snapfusion.export.variants import variants_of
 from snapfusion.export.vectors import INDEX, read_vectors
 
@@ -204,11 +204,11 @@ def drawn(source, image, *, text=None):
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_pixels_are_those_that_the_bundles_pictures_have(source, vectors):
     image = vectors.arrays["image"]
-    np.testing.assert_array_equal(drawn(source, image), to_pixels(image))
+    np.testing.assert_array_equal(drawn(source, image), to_uint8_image(image))
     # Halves round to even, and what rounding in float16 pushes out of the range is put back.
     edges = np.array([0, 1, 0.5 / 255, 1.5 / 255, 2.5 / 255, -0.001, 1.001, 0.5] * 6, np.float32)
     np.testing.assert_array_equal(
-        drawn(source, edges.reshape(1, 3, 4, 4)), to_pixels(edges.reshape(1, 3, 4, 4))
+        drawn(source, edges.reshape(1, 3, 4, 4)), to_uint8_image(edges.reshape(1, 3, 4, 4))
     )
 
 
@@ -228,7 +228,9 @@ def test_a_picture_with_an_error_is_found(source, right, wrong):
     assert right in text
     image = np.random.default_rng(0).random((1, 3, 8, 8), np.float32)
     with pytest.raises((AssertionError, IndexError)):
-        np.testing.assert_array_equal(drawn(source, image, text=text.replace(right, wrong)), to_pixels(image))
+        np.testing.assert_array_equal(
+            drawn(source, image, text=text.replace(right, wrong)), to_uint8_image(image)
+        )
 
 
 def fitted(text, *, ids, empty):

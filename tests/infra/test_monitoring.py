@@ -18,8 +18,9 @@ import monitoring_names as names
 import pytest
 import yaml
 
-from jobs.recipes import recipe_named
-from pipelines import metrics, stages
+from jobs.recipes.registry import recipe_named
+from pipelines import stages
+from pipelines.ray_data import metrics
 
 ROOT = Path(__file__).parents[2]
 OURS = {

@@ -6,8 +6,8 @@ import pytest
 from in_process import in_process
 
 from jobs import compute_targets, encode_latents, render_scenes, verify_table
-from jobs.recipes import RECIPES, recipe_named
-from pipelines.tables import open_table, unit_records
+from jobs.recipes.registry import RECIPES, recipe_named
+from pipelines.tables.table import open_table, unit_records
 
 OPTIONS = [
     "source.scenes=8",

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from memory_meter import MemoryMeter
 
-from jobs.cluster import Cluster, reader
-from pipelines.commits import commit_units
-from pipelines.duplicates import Deduplication, count_verdicts, find_duplicates
-from pipelines.fingerprints import Fingerprints, identity_of
-from pipelines.latents import Latents
-from pipelines.schemas import FINGERPRINTS
+from jobs.runtime.cluster import reader
+from jobs.runtime.settings import ClusterSettings
+from pipelines.datasets.settings import LatentsSettings
+from pipelines.dedup.duplicates import count_verdicts, find_duplicates
+from pipelines.dedup.fingerprints import identity_of
+from pipelines.dedup.settings import Deduplication, FingerprintsSettings
 from pipelines.stages.write import WriteUnit
-from pipelines.tables import Snapshot, create_table, open_table
-from pipelines.units import FinishedRows, Unit
+from pipelines.tables.commits import commit_units
+from pipelines.tables.schemas import FINGERPRINTS
+from pipelines.tables.table import Snapshot, create_table, open_table
+from pipelines.tables.units import FinishedRows, Unit
 from snapfusion.settings import digest
 
 ROWS_PER_UNIT = 10_000
@@ -60,7 +62,9 @@ def rows_of(unit: int) -> FinishedRows:
 
 
 def fingerprints(url: str, *, units: int) -> Snapshot:
-    table = create_table(url, schema=FINGERPRINTS, identity=identity_of(Fingerprints(), latents=Latents()))
+    table = create_table(
+        url, schema=FINGERPRINTS, identity=identity_of(FingerprintsSettings(), latents=LatentsSettings())
+    )
     writer = WriteUnit(url=table.url, schema=FINGERPRINTS, settings=digest(table.identity))
     commit_units(url, [writer(rows_of(unit)) for unit in range(units)])
     return open_table(url)
@@ -77,7 +81,7 @@ def test_a_round_finds_what_was_planted_in_bounded_memory(rows, tmp_path: Path, 
             Deduplication(),
             fingerprints=table,
             url=str(tmp_path / "duplicates"),
-            read=reader(Cluster(cpus=2)),
+            read=reader(ClusterSettings(cpus=2)),
         )
     each = (units - 1) * ROWS_PER_UNIT // EVERY
     with capsys.disabled():

@@ -10,7 +10,7 @@ from in_process import in_process
 from shuffled_rows import read_shuffled
 
 from jobs import encode_latents, find_duplicates, verify_table
-from pipelines.tables import open_table, rejected_rows
+from pipelines.tables.table import open_table, rejected_rows
 
 
 @pytest.fixture

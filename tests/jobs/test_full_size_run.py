@@ -11,9 +11,9 @@ import pytest
 from memory_meter import MemoryMeter, available_gib
 
 from jobs import compute_targets, distill_steps, encode_latents
-from pipelines.schemas import to_png
-from pipelines.sources.shards import Picture, write_shard
-from pipelines.tables import open_table
+from pipelines.sources.shards import ShardRow, write_shard
+from pipelines.tables.schemas import to_png
+from pipelines.tables.table import open_table
 
 # Recipe: its model with random weights, the side of a latent, and the GiB that training takes.
 SIZES = {"sd15": ("random:sd15-v", 64, 19), "sd2": ("random:sd2", 96, 21)}
@@ -46,12 +46,12 @@ SETTINGS = (
 )
 
 
-def picture(number: int, *, side: int) -> Picture:
+def picture(number: int, *, side: int) -> ShardRow:
     """Smooth colors, so that the picture is large and its file is not."""
     ramp = np.linspace(0, 255, side, dtype=np.float32)
     channels = [np.add.outer(ramp, ramp) / 2, np.add.outer(ramp, 255 - ramp) / 2, np.full((side, side), 99.0)]
     pixels = np.stack(channels[number % 3 :] + channels[: number % 3], axis=-1).astype(np.uint8)
-    return Picture(image=to_png(pixels), caption=f"colors, number {number}!", url=f"http://origin/{number}")
+    return ShardRow(image=to_png(pixels), caption=f"colors, number {number}!", url=f"http://origin/{number}")
 
 
 def arguments(name: str, out: Path) -> list[str]:

@@ -11,9 +11,9 @@ import pytest
 from in_process import in_process
 
 from jobs import encode_latents, generate_pairs, render_scenes, top_up
-from pipelines.execution import Stage
-from pipelines.leases import turn
-from pipelines.tables import accounts, open_table
+from pipelines.ray_data.execution import PipelineStage
+from pipelines.tables.leases import append_lease
+from pipelines.tables.table import open_table, unit_manifests
 
 SETTINGS = (
     "source.scenes=40",
@@ -71,7 +71,7 @@ def test_in_parts_the_bytes_are_those_of_one_run(out: Path):
 
 
 def test_a_run_that_overlaps_another_does_nothing_and_ends_well(out: Path, capsys):
-    with turn(str(out / "latents"), purpose="last night's"):
+    with append_lease(str(out / "latents"), purpose="last night's"):
         assert topped_up(out, "encode_latents") == 0
     assert not (out / "latents").exists()
     assert "last night's on" in capsys.readouterr().out
@@ -80,7 +80,7 @@ def test_a_run_that_overlaps_another_does_nothing_and_ends_well(out: Path, capsy
 
 
 def test_time_and_budget_end_a_run_with_what_it_has(out: Path, monkeypatch: pytest.MonkeyPatch):
-    def slowly(items: Iterable[Any], stages: list[Stage]) -> Iterator[Any]:
+    def slowly(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[Any]:
         for result in in_process(items, stages):
             time.sleep(0.2)
             yield result
@@ -94,7 +94,7 @@ def test_time_and_budget_end_a_run_with_what_it_has(out: Path, monkeypatch: pyte
     assert before < rows_in(out / "latents")
     assert topped_up(out, "encode_latents") == 0
     assert rows_in(out / "latents") == 40
-    assert sum(account.rows_read for account in accounts(str(out / "latents")).values()) == 40
+    assert sum(account.rows_read for account in unit_manifests(str(out / "latents")).values()) == 40
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from snapfusion.losses import distillation_loss, distillation_weight, mix, velocity_loss
+from snapfusion.losses import combined_loss, distillation_loss, distillation_weight, velocity_loss
 from snapfusion.schedule import Schedule
 
 SCHEDULE = Schedule()
@@ -57,5 +57,7 @@ def test_distillation_loss_is_the_larger_of_the_errors_in_x_and_in_eps():
 
 
 def test_the_losses_are_added_with_gamma():
-    mixed = mix(distillation=torch.tensor([1.0, 2.0]), original=torch.tensor([10.0, 0.0]), gamma=0.2)
+    mixed = combined_loss(
+        distillation=torch.tensor([1.0, 2.0]), original=torch.tensor([10.0, 0.0]), gamma=0.2
+    )
     assert mixed.tolist() == [3.0, 2.0]

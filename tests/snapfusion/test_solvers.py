@@ -9,7 +9,8 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from snapfusion.sampling import sample, time_grid
 from snapfusion.schedule import Estimate, Schedule
-from snapfusion.solvers import SOLVERS, euler_step, solve, solver_trajectory
+from snapfusion.solver_names import SOLVERS
+from snapfusion.solvers import euler_step, solve, solver_trajectory
 
 SCHEDULE = Schedule()
 SD = {

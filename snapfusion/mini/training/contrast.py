@@ -15,10 +15,11 @@ from torch.nn import functional
 from transformers import CLIPTextModel
 
 from snapfusion.mini.models import TEXT_WIDTH
-from snapfusion.mini.oracle import FEATURES, Oracle
-from snapfusion.mini.scenes import caption_of, change_one, image_batch, scene_of, to_signed
+from snapfusion.mini.oracle import Oracle
+from snapfusion.mini.scenes import caption_of, change_one_attribute, image_batch, scene_of, to_signed
 from snapfusion.mini.training.settings import StageSettings
 from snapfusion.mini.training.stage import step_generator, training_indexes
+from snapfusion.mini.vocabulary import ORACLE_FEATURES
 
 NEGATIVES = 3
 """Captions that are wrong by one attribute, for each picture."""
@@ -38,7 +39,7 @@ class TextTower(nn.Module):
         self.text_encoder = text_encoder
         self.text_projection = nn.Linear(TEXT_WIDTH, TEXT_WIDTH, bias=False)
         self.image_tower = Oracle().trunk
-        self.image_projection = nn.Linear(FEATURES, TEXT_WIDTH, bias=False)
+        self.image_projection = nn.Linear(ORACLE_FEATURES, TEXT_WIDTH, bias=False)
         self.log_temperature = nn.Parameter(torch.tensor(_LOG_TEMPERATURE))
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -73,7 +74,11 @@ def draw_captions(indexes: Sequence[int], generator: torch.Generator) -> list[st
     """The captions of scenes, then `NEGATIVES` altered ones of each in turn."""
     scenes = [scene_of(index) for index in indexes]
     draws = torch.rand((len(scenes), NEGATIVES), generator=generator, dtype=torch.float64).tolist()
-    altered = [change_one(scene, draw=draw) for scene, row in zip(scenes, draws, strict=True) for draw in row]
+    altered = [
+        change_one_attribute(scene, draw=draw)
+        for scene, row in zip(scenes, draws, strict=True)
+        for draw in row
+    ]
     return [caption_of(scene) for scene in [*scenes, *altered]]
 
 

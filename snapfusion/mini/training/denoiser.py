@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from snapfusion.losses import velocity_loss
-from snapfusion.mini.scenes import NUM_CAPTIONS, image_batch, to_signed
+from snapfusion.mini.scenes import image_batch, to_signed
 from snapfusion.mini.training.settings import DenoiserSettings, MiniTraining
 from snapfusion.mini.training.stage import device_of, step_generator
-from snapfusion.models.blocks import blocks_of, without
+from snapfusion.mini.vocabulary import NUM_CAPTIONS
+from snapfusion.models.blocks import blocks_of, skipping_blocks
 from snapfusion.schedule import PredictionType, Schedule
 
 _ENCODE_BATCH = 100
@@ -40,7 +41,7 @@ def latents_of(vae: AutoencoderKL, *, count: int, path: Path) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class EncodedScenes:
     """What the UNet is trained on.
 
     Attributes:
@@ -56,7 +57,7 @@ class Encoded:
 
 def denoiser_loss(
     unet: UNet2DConditionModel,
-    encoded: Encoded,
+    encoded: EncodedScenes,
     *,
     schedule: Schedule,
     stage: str,
@@ -90,7 +91,7 @@ def denoiser_loss(
         c = torch.where(dropped.view(-1, 1, 1), encoded.null, encoded.conditions[rows % NUM_CAPTIONS])
         x, eps, t, c = (tensor.to(device_of(unet)) for tensor in (x, eps, t, c))
         z_t = schedule.diffuse(x=x, eps=eps, t=t)
-        with without(unet, left_out(unet, step=step, generator=generator, settings=own)):
+        with skipping_blocks(unet, skipped_blocks(unet, step=step, generator=generator, settings=own)):
             output = unet(z_t, t, encoder_hidden_states=c).sample
         if prediction_type == "v_prediction":
             return velocity_loss(output, x=x, eps=eps, t=t, schedule=schedule).mean()
@@ -99,7 +100,7 @@ def denoiser_loss(
     return loss
 
 
-def left_out(
+def skipped_blocks(
     unet: UNet2DConditionModel, *, step: int, generator: torch.Generator, settings: DenoiserSettings
 ) -> list[str]:
     """The cross-attention blocks that a step goes without: those above a depth, which is 0 for none."""

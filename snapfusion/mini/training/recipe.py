@@ -17,24 +17,25 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from snapfusion.metrics.clip import ClipScorer, build_scorer, save_scorer
 from snapfusion.mini import models
 from snapfusion.mini.oracle import Oracle, save_oracle
-from snapfusion.mini.scenes import NUM_CAPTIONS, caption_of, scene_of
+from snapfusion.mini.scenes import caption_of, scene_of
 from snapfusion.mini.tokenizer import mini_tokenizer, save_tokenizer
 from snapfusion.mini.training.attributes import oracle_loss
 from snapfusion.mini.training.autoencoder import decoder_loss, decoder_parts, joint_loss
 from snapfusion.mini.training.contrast import TextTower, contrast_batches, contrastive_loss
-from snapfusion.mini.training.denoiser import Encoded, denoiser_loss, latents_of
+from snapfusion.mini.training.denoiser import EncodedScenes, denoiser_loss, latents_of
 from snapfusion.mini.training.settings import MiniTraining, StageSettings
-from snapfusion.mini.training.stage import Progress, Stage, run_stage
+from snapfusion.mini.training.stage import Progress, TrainingStage, run_stage
+from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.mini.weights import write_manifest
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.checksums import write_checksums
 from snapfusion.models.save import save
-from snapfusion.models.seal import write_seal
-from snapfusion.models.tokenizer import token_ids
+from snapfusion.models.tokenizer import tokenize
 from snapfusion.noise import noise_key
 from snapfusion.schedule import PredictionType, Schedule
 from snapfusion.settings import digest
 
-Curve = list[tuple[int, float]]
+LossCurve = list[tuple[int, float]]
 
 _Built = TypeVar("_Built")
 
@@ -55,7 +56,7 @@ class Trainer:
     folder: Path
     device: str = "cpu"
     on_progress: Progress | None = None
-    curves: dict[str, Curve] = field(default_factory=dict, init=False)
+    curves: dict[str, LossCurve] = field(default_factory=dict, init=False)
     tokenizer: CLIPTokenizer = field(default_factory=mini_tokenizer, init=False)
     schedule: Schedule = field(default_factory=Schedule, init=False)
 
@@ -123,7 +124,7 @@ class Trainer:
         self._run("oracle", self.settings.oracle, module=oracle, loss=loss)
         return oracle
 
-    def encoded(self, *, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> Encoded:
+    def encoded(self, *, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> EncodedScenes:
         """What the UNets are trained on. Sets the VAE's scaling factor from the spread of its latents."""
         settings = self.settings
         means = latents_of(
@@ -135,16 +136,16 @@ class Trainer:
         with torch.inference_mode():
             hidden = text_encoder(self._tokenize([*captions, ""]).to(self.device)).last_hidden_state.cpu()
         # Cloned, because a tensor made in inference mode cannot take part in training.
-        return Encoded(
+        return EncodedScenes(
             latents=means.clone() * scaling_factor, conditions=hidden[:-1].clone(), null=hidden[-1].clone()
         )
 
-    def denoiser(self, encoded: Encoded) -> UNet2DConditionModel:
+    def denoiser(self, encoded: EncodedScenes) -> UNet2DConditionModel:
         """The UNet that predicts eps: the running average of its training."""
         unet = self._seeded("denoiser", models.unet).to(self.device)
         return self._unet(unet, encoded, stage="denoiser", prediction_type="epsilon", parents={})
 
-    def velocity(self, denoiser: UNet2DConditionModel, encoded: Encoded) -> UNet2DConditionModel:
+    def velocity(self, denoiser: UNet2DConditionModel, encoded: EncodedScenes) -> UNet2DConditionModel:
         """The UNet that predicts v, trained on from the weights of `denoiser`. SnapFusion Eq. 6."""
         unet = copy.deepcopy(denoiser).requires_grad_(requires_grad=True)
         parents = {"denoiser": self.settings.denoiser.to_values()}
@@ -153,7 +154,7 @@ class Trainer:
     def _unet(
         self,
         unet: UNet2DConditionModel,
-        encoded: Encoded,
+        encoded: EncodedScenes,
         *,
         stage: str,
         prediction_type: PredictionType,
@@ -182,7 +183,7 @@ class Trainer:
         return average
 
     def _tokenize(self, captions: Sequence[str]) -> Tensor:
-        return token_ids(self.tokenizer, captions)
+        return tokenize(self.tokenizer, captions)
 
     def _seeded(self, stage: str, build: Callable[[], _Built]) -> _Built:
         """A network with its first weights, which follow from the seed and the stage's name alone."""
@@ -206,7 +207,7 @@ class Trainer:
             "settings": settings.to_values(),
             "parents": parents,
         }
-        stage = Stage(
+        stage = TrainingStage(
             name=name, identity=digest(told), settings=settings, module=module, loss=loss, average=average
         )
         self.curves[name] = run_stage(
@@ -263,4 +264,4 @@ def _save_model(bundle: Bundle, folder: Path) -> None:
     config = folder / "text_encoder" / "config.json"
     values = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
-    write_seal(folder)
+    write_checksums(folder)

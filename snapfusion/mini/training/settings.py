@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from snapfusion.mini.scenes import NUM_CAPTIONS
+from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.settings import Settings
 
 

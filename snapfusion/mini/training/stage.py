@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from snapfusion.mini.scenes import HELD_OUT, NUM_CAPTIONS
+from snapfusion.mini.scenes import HELD_OUT
 from snapfusion.mini.training.settings import StageSettings
+from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.noise import noise_key
 
 Progress = Callable[[str, int, int, float], None]
@@ -31,7 +32,7 @@ _CURVE_POINTS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class TrainingStage:
     """What `run_stage` trains.
 
     Attributes:
@@ -75,7 +76,7 @@ def learning_rate(step: int, settings: StageSettings) -> float:
 
 
 def run_stage(
-    stage: Stage, *, folder: Path, checkpoint_every: int, on_progress: Progress | None = None
+    stage: TrainingStage, *, folder: Path, checkpoint_every: int, on_progress: Progress | None = None
 ) -> list[tuple[int, float]]:
     """Train `stage` to its end, from its checkpoint in `folder` if there is one.
 
@@ -107,7 +108,7 @@ def run_stage(
     return curve
 
 
-def _train_step(stage: Stage, *, step: int, optimizer: torch.optim.Optimizer) -> float:
+def _train_step(stage: TrainingStage, *, step: int, optimizer: torch.optim.Optimizer) -> float:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, stage.settings)
     optimizer.zero_grad()
@@ -116,12 +117,12 @@ def _train_step(stage: Stage, *, step: int, optimizer: torch.optim.Optimizer) ->
     torch.nn.utils.clip_grad_norm_(stage.module.parameters(), _CLIP_NORM)
     optimizer.step()
     if stage.average is not None:
-        _follow(stage.average, stage.module, decay=min(_AVERAGE_DECAY, (step + 1) / (step + 10)))
+        _update_average(stage.average, stage.module, decay=min(_AVERAGE_DECAY, (step + 1) / (step + 10)))
     return loss.item()
 
 
 @torch.no_grad()
-def _follow(average: nn.Module, module: nn.Module, *, decay: float) -> None:
+def _update_average(average: nn.Module, module: nn.Module, *, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1.0 - decay)
 
 
@@ -130,7 +131,7 @@ class _Checkpoint:
     """Module, average and optimizer in one file of safetensors; step, identity and curve in its header."""
 
     path: Path
-    stage: Stage
+    stage: TrainingStage
     optimizer: torch.optim.Optimizer
 
     def save(self, step: int, curve: Sequence[tuple[int, float]]) -> None:
@@ -153,19 +154,19 @@ class _Checkpoint:
                     f"{self.path} was trained with other settings; give another folder, or the same settings"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        self.stage.module.load_state_dict(_below(tensors, "module"))
+        self.stage.module.load_state_dict(_with_prefix(tensors, "module"))
         if self.stage.average is not None:
-            self.stage.average.load_state_dict(_below(tensors, "average"))
+            self.stage.average.load_state_dict(_with_prefix(tensors, "average"))
         groups = self.optimizer.state_dict()["param_groups"]
         state: dict[int, dict[str, Tensor]] = {}
-        for path, value in _below(tensors, "optimizer").items():
+        for path, value in _with_prefix(tensors, "optimizer").items():
             number, name = path.split(".")
             state.setdefault(int(number), {})[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         return int(header["step"]), [(step, loss) for step, loss in json.loads(header["curve"])]
 
 
-def _below(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def _with_prefix(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {
         key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")
     }

@@ -1,0 +1,1 @@
+"""Deletion requests: lineage of deleted rows, and receipts."""

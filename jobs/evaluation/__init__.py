@@ -1,0 +1,1 @@
+"""Comparison of models, and measurements of speed and memory."""

@@ -1,0 +1,91 @@
+"""Latency of a UNet, part by part. SnapFusion Sec. 2.2, Alg. 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from jobs.evaluation.settings import LatencySettings
+from jobs.evaluation.timing import benchmark_of, setting_of, unet_inputs
+from snapfusion.evolution.latency import LatencyTable, PartLatency, latency_by_stage, reachable_parts
+from snapfusion.evolution.parts import dimensions_of, inputs_of, module_of
+from snapfusion.evolution.stopwatch import Timing, time_in_turns
+from snapfusion.models.architecture import Architecture
+from snapfusion.models.cost import costs_of
+from snapfusion.models.unet import build_unet
+
+_WHOLE = "whole "
+
+
+def measure_latency(
+    settings: LatencySettings,
+    *,
+    architectures: Mapping[str, Architecture],
+    tokens: int,
+    on_turn: Callable[[int], None] = lambda turn: None,
+) -> dict[str, Any]:
+    """The table, and each UNet as a whole, as JSON values.
+
+    Args:
+        settings: how.
+        architectures: by name; all of one frame, as a model and what evolves of it are.
+        tokens: of an encoded caption.
+        on_turn: told of the number of turns that are over.
+
+    Raises:
+        LatencyError: if the runtime cannot do it.
+    """
+    setting = setting_of(settings)
+    torch.set_num_threads(settings.threads)
+    frame = dimensions_of(next(iter(architectures.values())), batch=settings.batch, tokens=tokens)
+    parts = {str(part): part for part in reachable_parts(*architectures.values())}
+    runs = {
+        name: benchmark_of(settings, module_of(part, frame=frame), inputs_of(part, frame=frame))
+        for name, part in parts.items()
+    }
+    for name, architecture in architectures.items():
+        inputs = unet_inputs(settings, architecture, tokens=tokens)
+        runs[f"{_WHOLE}{name}"] = benchmark_of(settings, build_unet(architecture).eval(), inputs)
+    times = time_in_turns(runs, turns=settings.turns, on_turn=on_turn)
+    table = LatencyTable(
+        setting=setting,
+        date=datetime.now(UTC).date().isoformat(),
+        frame=frame,
+        parts=tuple(PartLatency(part=part, times=times[name]) for name, part in parts.items()),
+    )
+    return {
+        "table": table.to_values(),
+        "unets": {
+            name: _unet_record(architecture, table=table, measured=times[f"{_WHOLE}{name}"], tokens=tokens)
+            for name, architecture in architectures.items()
+        },
+    }
+
+
+def _unet_record(
+    architecture: Architecture, *, table: LatencyTable, measured: Timing, tokens: int
+) -> dict[str, Any]:
+    """What is said of a UNet: its measured time beside the table's, its stages, its size."""
+    predicted = table.predict_ms(architecture)
+    costs = costs_of(architecture, tokens=tokens)
+    stages = [
+        {**row, "parameters": cost.parameters, "macs": cost.macs}
+        for row in latency_by_stage(table, architecture)
+        for cost in [costs.of_stage(row["stage"])]
+    ]
+    return {
+        "architecture": architecture.to_values(),
+        "measured": measured.to_values(),
+        "predicted_ms": predicted,
+        "error": predicted / measured.median_ms - 1.0,
+        "parameters": costs.whole.parameters,
+        "macs": costs.whole.macs,
+        "stages": stages,
+        "blocks": [
+            {"name": block.name, "ms": table.block_ms(architecture, block.name)}
+            for block in architecture.blocks
+        ],
+    }

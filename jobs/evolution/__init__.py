@@ -1,0 +1,1 @@
+"""Architecture evolution (SnapFusion Alg. 1) and its random baseline."""

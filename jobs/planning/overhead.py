@@ -1,0 +1,107 @@
+"""What surrounds work on a cluster: what passes before it and after it, and what full cores take from it.
+
+Measured on the miniature, through Ray: its teacher draws a few pictures, and its decoder is trained on them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.planning.rates import Contention
+from jobs.planning.step_probe import decoder_step
+from jobs.training.decoder import distill_decoder
+from jobs.training.progress_channel import seconds_per_step
+from jobs.training.settings import DecoderSettings, TrainerSettings
+from pipelines.datasets.pairs import generate_pairs, pending_units
+from pipelines.datasets.settings import PairsSettings
+from pipelines.ray_data.settings import Pool
+from pipelines.sources.captions import Caption
+from pipelines.stages.generate import GeneratePairs
+from pipelines.stages.settings import Generation
+from pipelines.tables.table import unit_records
+from snapfusion.models.load import load
+from snapfusion.training.settings import LoopSettings
+
+_MODEL, _SOURCE = "mini", "probe"
+_ROWS = 32
+_UNITS = 6
+"""Of each worker; the miniature draws one in half a second."""
+_STEP_ROWS = 8
+_STEPS, _FEW_STEPS = 200, 2
+_LOOP = LoopSettings(num_steps=_FEW_STEPS, global_batch=_STEP_ROWS, learning_rate=1e-4, ema_decay=0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """What was measured round work.
+
+    Attributes:
+        job_seconds: that a data job takes but for its work.
+        training_seconds: that a training takes but for its steps.
+        crowding: what workers on every core take, over what one alone takes.
+    """
+
+    job_seconds: float
+    training_seconds: float
+    crowding: Contention
+
+
+def measure_overhead(*, place: str, workers: int) -> Overhead:
+    """Draw a few pictures and train a decoder on them, on the cluster that this process is connected to.
+
+    Args:
+        place: an empty folder.
+        workers: of the data job and of the training: as many as fill all cores; 1 if none ever do.
+    """
+    job_seconds, tables = _data_job(f"{place}/pairs", workers=workers)
+    training_seconds, trainings = _training(f"{place}/decoder", pairs_url=f"{place}/pairs", workers=workers)
+    crowding = (
+        Contention(tables=max(1.0, tables), trainings=max(1.0, trainings)) if workers > 1 else Contention()
+    )
+    return Overhead(job_seconds=job_seconds, training_seconds=training_seconds, crowding=crowding)
+
+
+def _data_job(url: str, *, workers: int) -> tuple[float, float]:
+    """Seconds round the work of a data job; and of a unit's work, over what it takes alone."""
+    settings = PairsSettings(
+        generation=Generation(steps=6, guidance=2.5, batch_size=_ROWS),
+        rows_per_unit=_ROWS,
+        teachers=Pool(actors=workers),
+        writers=Pool(cpus=0.25),
+    )
+    captions = [
+        Caption(id=f"{row:09d}", ordinal=row, text="a picture of something")
+        for row in range(_ROWS * _UNITS * workers)
+    ]
+    stage = GeneratePairs(teacher=_MODEL, settings=settings.generation, device=settings.device)
+    units = itertools.islice(pending_units(settings, captions=captions, source=_SOURCE, accounts=()), _UNITS)
+    alone = statistics.median(stage(unit).seconds for unit in units)
+    began = time.monotonic()
+    generate_pairs(settings, teacher=_MODEL, captions=captions, source=_SOURCE, url=url)
+    took = time.monotonic() - began
+    worked = [record["seconds"] for record in unit_records(url)]
+    return took - sum(worked) / workers, statistics.median(worked) / alone
+
+
+def _training(url: str, *, pairs_url: str, workers: int) -> tuple[float, float]:
+    """Seconds round the steps of a training; and of a step, over what its rows take one worker alone."""
+    alone = decoder_step(load(_MODEL), loop=_LOOP, rows=_STEP_ROWS)
+    steps = _STEPS if workers > 1 else _FEW_STEPS
+    settings = DecoderSettings(
+        loop=_LOOP.model_copy(update={"num_steps": steps, "global_batch": _STEP_ROWS * workers}),
+        compare_random_init=False,
+        timing_batches=(1,),
+        timing_repeats=1,
+        trainer=TrainerSettings(num_workers=workers, micro_batch=_STEP_ROWS),
+    )
+    reports = list[Mapping[str, Any]]()
+    began = time.monotonic()
+    distill_decoder(settings, pairs_url=pairs_url, out_url=url, teacher=_MODEL, on_report=reports.append)
+    took = time.monotonic() - began
+    step = seconds_per_step(reports)
+    return took - steps * step, step / alone

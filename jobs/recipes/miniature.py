@@ -1,0 +1,394 @@
+"""Recipes of the bundled miniature."""
+
+from __future__ import annotations
+
+from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings
+from jobs.evolution.settings import EvolutionSettings, RandomBaselineSettings
+from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant
+from jobs.recipes.recipe import CaptionsSettings, Recipe, SourceSettings
+from jobs.recipes.stages import DistillationStage, paper_schedules
+from jobs.training.settings import (
+    DistillSettings,
+    EfficientSettings,
+    RobustSettings,
+    RobustTrainingSettings,
+    TrainerSettings,
+    VpredSettings,
+)
+from jobs.training.sources import EFFICIENT_MODEL
+from pipelines.datasets.settings import (
+    LatentsSettings,
+    PairsSettings,
+    ReferencesSettings,
+    SamplesSettings,
+    TargetsSettings,
+)
+from pipelines.ray_data.settings import Pool
+from pipelines.stages.settings import (
+    Encoding,
+    Generation,
+    ImageSettings,
+    Sampler,
+    SamplingSettings,
+    TeacherSettings,
+)
+from snapfusion.export.settings import Licence, MobileSettings
+from snapfusion.training.settings import CfgRange, LoopSettings, SkipSettings, StepDistillationSettings
+
+_FEW_STEPS, _MANY_STEPS = 4, 50
+
+
+_WIDE = CfgRange(low=1.0, high=6.0)
+
+
+_NARROW = CfgRange(low=1.0, high=4.0)
+
+
+def miniature_ablation() -> AblationSettings:
+    """Fig. 6(a-d) and 7(a-c) for the miniature, whose useful range of w is [1, 6] in place of [2, 14]."""
+    return AblationSettings(
+        variants=(
+            StudentVariant(name="control"),
+            _variant("vanilla", p=0.0),
+            _variant("mixed"),
+            _variant("cfg", p=1.0),
+            _variant("vanilla-8", p=0.0, student_steps=8),
+            _variant("mixed-8", student_steps=8),
+            _variant("cfg-8", p=1.0, student_steps=8),
+            _variant("p0.1-w1to4", p=0.1, cfg_range=_NARROW),
+            _variant("p0.1-w1to6", p=0.1),
+            _variant("p0.3-w1to4", cfg_range=_NARROW),
+            _variant("p0.5-w1to6", p=0.5),
+            _variant("gamma0.01", gamma=0.01),
+            _variant("gamma1", gamma=1.0),
+            _variant("constant0", gamma=0.0, constant=True),
+            _variant("constant1", gamma=1.0, constant=True),
+            _variant("vanilla-from-16", p=0.0, k=4),
+            _variant("vanilla-from-32", p=0.0, k=8),
+            _variant("vanilla-from-64", p=0.0, k=16),
+            _variant("progressive-16", p=0.0, student_steps=16),
+            _variant("progressive-8", p=0.0, student_steps=8, after="progressive-16"),
+            _variant("progressive-4", p=0.0, after="progressive-8"),
+            _variant("told-16", p=1.0, student_steps=16, told=True),
+            _variant("told-8", p=1.0, student_steps=8, told=True, after="told-16"),
+            _variant("told-4", p=1.0, told=True, after="told-8"),
+        ),
+        panels=(
+            Panel(
+                name="6c",
+                title="Vanilla, CFG-aware and mixed: 4 steps from 8",
+                lines=_lines(
+                    Line(name="teacher-8", steps=8),
+                    *(_line(name) for name in ("vanilla", "mixed", "cfg", "control")),
+                ),
+                baseline="undistilled-4",
+                control="control",
+                seeds=3,
+            ),
+            Panel(
+                name="8-steps",
+                title="Vanilla, CFG-aware and mixed: 8 steps from 16",
+                lines=(
+                    Line(name="teacher-50", steps=_MANY_STEPS),
+                    Line(name="undistilled-8", steps=8),
+                    Line(name="teacher-16", steps=16),
+                    *(_line(name, steps=8) for name in ("vanilla-8", "mixed-8", "cfg-8")),
+                    Line(name="control-8", variant="control", steps=8),
+                ),
+                baseline="undistilled-8",
+                control="control-8",
+            ),
+            Panel(
+                name="7b",
+                title="Weight of the original loss",
+                lines=_lines(
+                    _line("gamma0.01"),
+                    Line(name="gamma0.2", variant="mixed", steps=_FEW_STEPS),
+                    _line("gamma1"),
+                    _line("constant0"),
+                    _line("constant1"),
+                ),
+                baseline="undistilled-4",
+                seeds=3,
+            ),
+            Panel(
+                name="7a",
+                title="With and without the original loss",
+                lines=_lines(
+                    Line(name="with-original", variant="mixed", steps=_FEW_STEPS),
+                    Line(name="without-original", variant="constant0", steps=_FEW_STEPS),
+                ),
+                baseline="undistilled-4",
+            ),
+            Panel(
+                name="6d",
+                title="CFG probability and range",
+                lines=_lines(
+                    Line(name="p0", variant="vanilla", steps=_FEW_STEPS),
+                    _line("p0.1-w1to4"),
+                    _line("p0.1-w1to6"),
+                    _line("p0.3-w1to4"),
+                    Line(name="p0.3-w1to6", variant="mixed", steps=_FEW_STEPS),
+                    _line("p0.5-w1to6"),
+                    Line(name="p1-w1to6", variant="cfg", steps=_FEW_STEPS),
+                ),
+                baseline="undistilled-4",
+                seeds=3,
+            ),
+            Panel(
+                name="7c",
+                title="Steps of the teacher, vanilla loss",
+                lines=_lines(
+                    Line(name="from-8", variant="vanilla", steps=_FEW_STEPS),
+                    *(
+                        Line(name=f"from-{steps}", variant=f"vanilla-from-{steps}", steps=_FEW_STEPS)
+                        for steps in (16, 32, 64)
+                    ),
+                ),
+                baseline="undistilled-4",
+            ),
+            Panel(
+                name="6a",
+                title="Direct and progressive, vanilla loss",
+                lines=_lines(
+                    Line(name="direct", variant="vanilla", steps=_FEW_STEPS),
+                    Line(name="progressive", variant="progressive-4", steps=_FEW_STEPS),
+                ),
+                baseline="undistilled-4",
+            ),
+            Panel(
+                name="6b",
+                title="Told w, and guided",
+                lines=_lines(
+                    Line(name="told-16", variant="told-16", steps=16),
+                    Line(name="told-8", variant="told-8", steps=8),
+                    Line(name="told-4", variant="told-4", steps=_FEW_STEPS),
+                    Line(name="mixed", variant="mixed", steps=_FEW_STEPS),
+                ),
+                baseline="undistilled-4",
+            ),
+        ),
+    )
+
+
+def _variant(
+    name: str,
+    *,
+    p: float = 0.3,
+    cfg_range: CfgRange = _WIDE,
+    gamma: float = 0.2,
+    constant: bool = False,
+    student_steps: int = _FEW_STEPS,
+    k: int = 2,
+    told: bool = False,
+    after: str | None = None,
+) -> StudentVariant:
+    return StudentVariant(
+        name=name,
+        after=after,
+        steps=StepDistillationSettings(
+            student_steps=student_steps,
+            k=k,
+            cfg_probability=p,
+            cfg_range=cfg_range,
+            gamma=gamma,
+            gamma_rule="constant" if constant else "dynamic",
+            w_conditioned=told,
+        ),
+    )
+
+
+def _line(name: str, *, steps: int = _FEW_STEPS) -> Line:
+    return Line(name=name, variant=name, steps=steps)
+
+
+def _lines(*students: Line) -> tuple[Line, ...]:
+    """The model's many and few steps, and then these."""
+    return (
+        Line(name="teacher-50", steps=_MANY_STEPS),
+        Line(name="undistilled-4", steps=_FEW_STEPS),
+        *students,
+    )
+
+
+def mini() -> Recipe:
+    """The bundled miniature, every stage real, on two cores in minutes."""
+    return Recipe(
+        name="mini",
+        model="mini",
+        source=SourceSettings(),
+        latents=LatentsSettings(
+            images=ImageSettings(min_side=16),
+            encoding=Encoding(batch_size=32),
+            rows_per_unit=64,
+        ),
+        pairs=PairsSettings(
+            generation=Generation(steps=50, guidance=2.5, batch_size=32),
+            rows_per_unit=32,
+            teachers=Pool(actors=2, cpus=0.5),
+            writers=Pool(cpus=0.25),
+        ),
+        targets=TargetsSettings(
+            # The miniature's useful range of w is narrower than SD-v1.5's.
+            teaching=TeacherSettings(
+                student_steps=4, k=2, cfg_range=CfgRange(low=1.0, high=6.0), batch_size=32
+            ),
+            draws=10,
+            cfg_probability=0.5,
+            teachers=Pool(actors=2, cpus=0.5),
+        ),
+        # With 0.2 the loss of a whole group of blocks costs a third of what it costs a model trained plainly
+        # (docs/efficient_unet.md).
+        robust=RobustSettings(
+            begin="mini-v",
+            training=RobustTrainingSettings(
+                skip=SkipSettings(attention=0.2, resnet=0.2),
+                loop=_fine_tuning_loop(num_steps=1_500),
+                trainer=TrainerSettings(micro_batch=64),
+            ),
+        ),
+        efficient=EfficientSettings(
+            begin="mini-v",
+            training=VpredSettings(
+                loop=_fine_tuning_loop(num_steps=300), trainer=TrainerSettings(micro_batch=64)
+            ),
+        ),
+        evolution=EvolutionSettings(
+            guidance=3.0,
+            sampler=Sampler(steps=8),
+            samples=SamplesSettings(
+                drawing=SamplingSettings(batch_size=100, images=True), models=Pool(actors=2, cpus=0.5)
+            ),
+            training=RobustTrainingSettings(
+                skip=SkipSettings(attention=0.2, resnet=0.2),
+                loop=_fine_tuning_loop(num_steps=200),
+                trainer=TrainerSettings(micro_batch=64),
+            ),
+        ),
+        chance=RandomBaselineSettings(
+            training=VpredSettings(
+                loop=_fine_tuning_loop(num_steps=400), trainer=TrainerSettings(micro_batch=64)
+            ),
+            evaluation=EvaluationSettings(
+                guidance=(2.0, 4.0),
+                prompts=PromptSettings(limit=500),
+                references=ReferencesSettings(count=4_000),
+            ),
+        ),
+        # At 8 steps the miniature is hardly worse than at 50; at 4 there is something to learn.
+        distill=DistillSettings(
+            name="student",
+            teacher="mini-v",
+            student=EFFICIENT_MODEL,
+            steps=StepDistillationSettings(
+                student_steps=4, k=2, cfg_probability=0.5, cfg_range=CfgRange(low=1.0, high=6.0)
+            ),
+            loop=LoopSettings(
+                num_steps=200, global_batch=32, learning_rate=3e-4, warmup_steps=20, ema_decay=0.98
+            ),
+            trainer=TrainerSettings(micro_batch=32, curve_every=5),
+        ),
+        # Half the steps at a time, from the bundled model that predicts v: 8 are hardly worse than 50.
+        plan="halving",
+        plans={
+            "halving": (
+                DistillationStage(name="student-8", teacher="mini-v", student="mini-v", student_steps=8),
+                DistillationStage(
+                    name="student-4",
+                    teacher="run:student-8/model",
+                    student="run:student-8/model",
+                    student_steps=4,
+                ),
+            ),
+            **paper_schedules("mini-v", small=EFFICIENT_MODEL),
+        },
+        mobile=MobileSettings(
+            model="run:student/model",
+            decoder="run:decoder",
+            guidance=4.0,
+            captions=(
+                "a large red circle at the top on a white background",
+                "a small blue ring on the left on a white background",
+                "a large green cross at the bottom on a gray background",
+            ),
+            licence=Licence(
+                weights="Apache-2.0 (the miniature of this repository)",
+                data="Apache-2.0 (scenes drawn by this repository)",
+            ),
+        ),
+        # 1.00 on the 512 pictures of the demo (metrics.json, "oracle").
+        oracle_floor=0.95,
+    )
+
+
+def _fine_tuning_loop(*, num_steps: int) -> LoopSettings:
+    """The optimizer's settings for a miniature that is trained on."""
+    return LoopSettings(
+        num_steps=num_steps, global_batch=64, learning_rate=5e-4, warmup_steps=50, ema_decay=0.99
+    )
+
+
+def ablation() -> Recipe:
+    """The ablations of Fig. 6 and 7 on the miniature: hours of two cores, in as many sittings as wanted."""
+    base = mini()
+    latents = base.latents.model_copy(update={"rows_per_unit": 128})
+    distill = base.distill.model_copy(
+        update={
+            "student": None,
+            "loop": LoopSettings(
+                num_steps=300, global_batch=32, learning_rate=1e-4, warmup_steps=20, ema_decay=0.98
+            ),
+            "trainer": TrainerSettings(micro_batch=32),
+        }
+    )
+    return base.model_copy(
+        update={
+            "name": "ablation",
+            "source": SourceSettings(scenes=4_096, scenes_per_shard=512, seed=7),
+            "latents": latents,
+            "distill": distill,
+            "evaluation": EvaluationSettings(
+                guidance=tuple(1.0 + 0.5 * step for step in range(13)),
+                prompts=PromptSettings(limit=500),
+                references=ReferencesSettings(count=4_000),
+            ),
+            "ablation": miniature_ablation(),
+        }
+    )
+
+
+def mini_efficient() -> Recipe:
+    """Table 3's twin of the miniature: its students of fewer steps (Fig. 4), by both decoders (Fig. 8)."""
+    base = ablation()
+
+    def of(name: str, *, steps: int, made: str = "", decoder: str | None = None) -> Contender:
+        return Contender(
+            name=name, model=f"run:{made or name}/model", sampler=Sampler(steps=steps), decoder=decoder
+        )
+
+    return base.model_copy(
+        update={
+            "name": "twin",
+            "efficient": EfficientSettings(
+                begin="mini-v",
+                training=VpredSettings(
+                    loop=_fine_tuning_loop(num_steps=1_500), trainer=TrainerSettings(micro_batch=64)
+                ),
+            ),
+            "captions": CaptionsSettings(limit=512),
+            "plan": "staged",
+            "evaluation": EvaluationSettings(
+                contenders=(
+                    of("twin-8", steps=8, made="efficient"),
+                    of("twin-16", steps=16, made="efficient"),
+                    *(of(f"{plan}-8", steps=8) for plan in ("vanilla", "self", "plain", "staged")),
+                    of("staged-8-half", steps=8, made="staged-8", decoder="run:decoder"),
+                ),
+                baseline="twin-8",
+                also_against=("staged-8",),
+                guidance=(1.0, 2.0, 3.0, 4.0, 6.0),
+                prompts=PromptSettings(limit=500),
+                references=ReferencesSettings(count=4_000),
+            ),
+        }
+    )

@@ -1,0 +1,21 @@
+"""The recipes by name."""
+
+from __future__ import annotations
+
+from jobs.recipes.miniature import ablation, mini, mini_efficient
+from jobs.recipes.recipe import Recipe
+from jobs.recipes.stable_diffusion import sd2, sd15
+from snapfusion.settings import SettingsError
+
+RECIPES = {"mini": mini, "ablation": ablation, "twin": mini_efficient, "sd15": sd15, "sd2": sd2}
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        SettingsError: if there is none.
+    """
+    if name not in RECIPES:
+        raise SettingsError(f"--recipe {name}: there is no such recipe; {', '.join(RECIPES)} are accepted")
+    return RECIPES[name]()

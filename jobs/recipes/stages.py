@@ -1,0 +1,119 @@
+"""Plans: students that are made one after the other, as SnapFusion Sec. 4.1 makes them, and its rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from jobs.training.sources import OWN_IMAGES_TABLE
+from snapfusion.settings import Settings
+
+
+class DistillationStage(Settings):
+    """One stage of step distillation; what is not said here is as `Recipe.distill` says.
+
+    Attributes:
+        name: of the student's folder in the run.
+        teacher: its source; or "run:" and a place in the run, or "recipe:model".
+        student: the source of its first weights, likewise.
+        student_steps: N_S, the steps that the student takes.
+        k: the teacher's steps for one of the student's.
+        cfg_probability: p of Eq. 11; null leaves it as it is.
+        w_conditioned: whether the student is told w; null leaves it as it is.
+        table: URL of the LATENTS that it is trained on, or "run:" and a place in the run; null leaves it.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    teacher: str
+    student: str
+    student_steps: int = Field(ge=1)
+    k: int = Field(2, ge=1)
+    cfg_probability: float | None = Field(None, ge=0.0, le=1.0)
+    w_conditioned: bool | None = None
+    table: str | None = None
+
+
+Schedule = tuple[DistillationStage, ...]
+
+
+def paper_schedules(model: str, *, small: str | None = None) -> dict[str, Schedule]:
+    """The plans that the paper compares, by name.
+
+    staged          Sec. 4.1: 32 to 16 steps for teacher and student, then 16 to 8; the last teacher has been
+                    distilled with CFG, App. D's best
+    staged-own      Sec. 5: `staged`, and then the same steps on images of one's own
+    staged-self     App. D: the last teacher is the student's own model of 16 steps
+    staged-plain    App. D: the last teacher is the model without distillation, run at 16 steps
+    staged-vanilla  Fig. 4: as `staged-self`, the last student by the vanilla loss alone
+    direct          Fig. 6(a): 16 to 8 at once
+    progressive     Fig. 6(a) and Sec. 5.1: 64 to 32, 16 and 8, by the vanilla loss
+    w-conditioned   Fig. 6(b): the same way, by students that are told w (Meng et al. 2023)
+
+    Students of one name are the same in all of them, so plans can share a run.
+
+    Args:
+        model: the source of the model, which predicts v.
+        small: the source of another model that is to be distilled with the first as its teacher; None
+            distils the first. Then its model of 16 steps is its own teacher, so `staged-self` is `staged`.
+    """
+    teacher = _stage("teacher-16", 16, teacher=model)
+    found: dict[str, Schedule] = {"direct": (_stage("direct-8", 8, teacher=model),)}
+    if small is None:
+        made = _model_of(teacher)
+        found |= {
+            "staged": (teacher, _stage("staged-8", 8, teacher=made)),
+            "staged-plain": (teacher, _stage("plain-8", 8, teacher=model, student=made)),
+        }
+    else:
+        own = _stage("small-16", 16, teacher=model, student=small)
+        staged = _stage("staged-8", 8, teacher=_model_of(teacher), student=_model_of(own))
+        last = _stage("own-8", 8, teacher=_model_of(teacher), student=_model_of(staged))
+        found |= {
+            "staged": (teacher, own, staged),
+            "staged-own": (teacher, own, staged, last.model_copy(update={"table": OWN_IMAGES_TABLE})),
+            "staged-self": (own, _stage("self-8", 8, teacher=_model_of(own))),
+            "staged-plain": (own, _stage("plain-8", 8, teacher=model, student=_model_of(own))),
+            "staged-vanilla": (own, _vanilla(_stage("vanilla-8", 8, teacher=_model_of(own)))),
+        }
+    # L_ori stays as `distill` has it. The published ones go without: `--set distill.steps.gamma=0`.
+    return found | {
+        "progressive": _halving("progressive", model=model, cfg_probability=0.0),
+        "w-conditioned": _halving("w-conditioned", model=model, cfg_probability=1.0, w_conditioned=True),
+    }
+
+
+def starts_from(plan: Sequence[DistillationStage], source: str) -> bool:
+    """Whether a stage begins with the model of `source`."""
+    return any(source in (stage.teacher, stage.student) for stage in plan)
+
+
+def _stage(name: str, steps: int, *, teacher: str, student: str | None = None) -> DistillationStage:
+    return DistillationStage(name=name, teacher=teacher, student=student or teacher, student_steps=steps)
+
+
+def _vanilla(stage: DistillationStage) -> DistillationStage:
+    return stage.model_copy(update={"cfg_probability": 0.0})
+
+
+def _halving(name: str, *, model: str, cfg_probability: float, w_conditioned: bool | None = None) -> Schedule:
+    """64 steps to 32, 16 and 8, each student the teacher of the next."""
+    stages = list[DistillationStage]()
+    for steps in (32, 16, 8):
+        source = _model_of(stages[-1]) if stages else model
+        stages.append(
+            DistillationStage(
+                name=f"{name}-{steps}",
+                teacher=source,
+                student=source,
+                student_steps=steps,
+                cfg_probability=cfg_probability,
+                w_conditioned=w_conditioned,
+            )
+        )
+    return tuple(stages)
+
+
+def _model_of(stage: DistillationStage) -> str:
+    """The source of the model that a stage leaves."""
+    return f"run:{stage.name}/model"

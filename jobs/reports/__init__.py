@@ -1,0 +1,1 @@
+"""HTML reports, charts and tables of finished runs."""

@@ -1,0 +1,94 @@
+"""The pages of the reports: one static HTML file each, its pictures inside, asking nothing of the network.
+
+Captions, file names and reasons come from other people's data. Whatever a page shows of them is stripped of
+control characters, shortened, and escaped by the template.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from jobs.reports.charts import chart_svg
+from pipelines.tables.schemas import to_png
+
+_LONGEST_TEXT = 400
+_LARGEST_SIDE = 256
+_SMALL_SIDE = 128
+
+
+def render_page(template: str, **values: object) -> str:
+    """A template of this folder with `values` in it; the same text for the same values."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: _sanitized(value) if isinstance(value, str) else value,
+    )
+    environment.filters |= {
+        "picture": _image,
+        "chart": lambda chart: Markup(chart_svg(chart)),
+        "count": lambda number: f"{number:,}",
+        "decibels": _decibels,
+        "duration": _duration,
+        "levels": lambda number: f"{number:.1f} of 255",
+        "percent": lambda number: f"{number:.1f} %",
+        "score": lambda number: f"{number:.3f}",
+        "figure": lambda number: f"{number:,.4g}" if abs(number) < 10_000 else f"{number:,.0f}",
+        "rate": lambda number: f"{number:.3g}" if number < 1000 else f"{number:,.0f}",
+        "size": _size,
+        "whole": lambda text: Markup(Markup.escape(text)),
+    }
+    return environment.get_template(template).render(**values)
+
+
+def _sanitized(text: str) -> str:
+    """Text of others as the page can bear it: without control or direction characters, and not endless."""
+    if isinstance(text, Markup):
+        return text
+    head = text[: _LONGEST_TEXT + 1]
+    clean = "".join(letter if unicodedata.category(letter)[0] != "C" else " " for letter in head)
+    return clean if len(text) <= _LONGEST_TEXT else f"{clean[:_LONGEST_TEXT]}…"
+
+
+def _image(image: np.ndarray, label: str) -> Markup:
+    """An `<img>` with the pixels inside; larger ones are shrunk, small ones are shown as squares."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an image is {image.dtype} {image.shape}; uint8 [H,W,3] is accepted")
+    if max(image.shape[:2]) > _LARGEST_SIDE:
+        shrunk = Image.fromarray(image)
+        shrunk.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE), Image.Resampling.LANCZOS)
+        image = np.asarray(shrunk)
+    height, width = image.shape[:2]
+    kind = "pixels" if max(height, width) <= _SMALL_SIDE else "photo"
+    data = base64.b64encode(to_png(image)).decode()
+    return Markup('<img class="{}" width="{}" height="{}" alt="{}" src="data:image/png;base64,{}">').format(
+        kind, width, height, _sanitized(label), data
+    )
+
+
+def _decibels(figure: float | None) -> str:
+    return "every bit agrees" if figure is None or math.isinf(figure) else f"{figure:.1f} dB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"

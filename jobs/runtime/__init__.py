@@ -1,0 +1,1 @@
+"""Process-level services of a job: exit codes, credentials, the Ray cluster, progress."""

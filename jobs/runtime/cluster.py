@@ -1,0 +1,94 @@
+"""The Ray cluster a job runs on: the one it was submitted to, or one of its own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from jobs.runtime.credentials import worker_runtime_env
+from jobs.runtime.settings import ClusterSettings
+from pipelines.ray_data.execution import PipelineStage, Runner, run_on_ray
+from pipelines.ray_data.shuffle import RayRows, Read, read_on_ray
+
+# Two cores carry a reader, a network, a writer and a trainer: logical CPUs only say who may run beside whom.
+_MIN_CPUS = 4
+
+_QUIET_VARIABLES = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_V2": "1",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def runner(cluster: ClusterSettings) -> Runner:
+    """`run_on_ray` on this cluster, to which it connects only if there is something to run."""
+
+    def run(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[Any]:
+        waiting = list(items)
+        if waiting:
+            connect(cluster)
+            yield from run_on_ray(waiting, stages)
+
+    return run
+
+
+def reader(cluster: ClusterSettings) -> Read:
+    """`read_on_ray` on this cluster, to which it connects only if there is something to read."""
+
+    def read(things: Sequence[Any], function: Callable[[Any], pa.Table]) -> RayRows:
+        connect(cluster)
+        return read_on_ray(things, function)
+
+    return read
+
+
+def connect(cluster: ClusterSettings) -> None:
+    """Connect this process to Ray for the rest of its life, unless it is connected already."""
+    if ray.is_initialized():
+        return
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    for name, value in _QUIET_VARIABLES.items():
+        os.environ.setdefault(name, value)
+    if not address and not cluster.worker_logs:
+        # Its C++ core announces on every pool of actors what would be wrong if their arguments got lost.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    cpus = cluster.cpus or max(os.cpu_count() or 1, _MIN_CPUS)
+    with _preserve_sigterm():
+        _init(address, cpus=cpus, worker_logs=cluster.worker_logs)
+
+
+def _init(address: str | None, *, cpus: int, worker_logs: bool) -> None:
+    ray.init(
+        # Without "local" Ray would join whatever cluster it finds on this machine.
+        address=address or "local",
+        num_cpus=None if address else cpus,
+        include_dashboard=None if address else False,
+        logging_level=logging.ERROR,
+        log_to_driver=worker_logs,
+        # The workers of a local cluster inherit this process's environment.
+        runtime_env=worker_runtime_env(_QUIET_VARIABLES) if address else None,
+    )
+
+
+@contextmanager
+def _preserve_sigterm() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, twice: Python's, and below it its core, which prints its own stack."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)

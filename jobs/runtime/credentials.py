@@ -1,0 +1,146 @@
+"""Who this job is to an object store: environment variables, or a file of them that lies on every node.
+
+All clients here read the same variables, so there they are put, before any store is asked for anything. A
+recipe has the place of the file and never what is in it. Nor has anything that Ray keeps or shows: workers of
+a local cluster inherit the driver's environment, and those of another read the file on their own node.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from jobs.runtime.settings import StorageSettings
+
+CREDENTIAL_VARIABLES: Final = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "AZURE_STORAGE_ACCOUNT_NAME",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+    "AZURE_STORAGE_CLIENT_ID",
+    "AZURE_STORAGE_CLIENT_SECRET",
+    "AZURE_STORAGE_TENANT_ID",
+)
+"""What a file of credentials may set: what fsspec's client of the store and Delta Lake's both read."""
+
+_FILE_VARIABLE: Final = "SNAPFUSION_CREDENTIALS"
+_PUBLIC_VARIABLES: Final = ("AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP", "AWS_DEFAULT_REGION", "AWS_REGION")
+_MAX_BYTES: Final = 1 << 16
+
+
+class CredentialsError(ValueError):
+    """A file of credentials that cannot be used; the message says where and why, and nothing else of it."""
+
+
+def apply_storage(storage: StorageSettings) -> None:
+    """Put what the recipe says of stores into this process's environment, and so into what it starts.
+
+    Raises:
+        CredentialsError: if the file cannot be used.
+    """
+    if storage.endpoint is not None:
+        os.environ["AWS_ENDPOINT_URL"] = storage.endpoint.rstrip("/")
+        if storage.endpoint.startswith("http://"):
+            os.environ["AWS_ALLOW_HTTP"] = "true"
+    if storage.region is not None:
+        os.environ["AWS_DEFAULT_REGION"] = os.environ["AWS_REGION"] = storage.region
+    if storage.credentials is not None:
+        _export(read_credentials(Path(storage.credentials)))
+        os.environ[_FILE_VARIABLE] = storage.credentials
+
+
+def worker_runtime_env(variables: Mapping[str, str]) -> dict[str, Any]:
+    """The `runtime_env` with these variables by which workers on other nodes reach the same stores.
+
+    It holds what all may see, since Ray shows it: where the store is, and where the file lies.
+    """
+    places = {name: os.environ[name] for name in (_FILE_VARIABLE, *_PUBLIC_VARIABLES) if name in os.environ}
+    public = {**variables, **places}
+    if _FILE_VARIABLE not in public:
+        return {"env_vars": public}
+    hook = f"{apply_storage_in_worker.__module__}.{apply_storage_in_worker.__name__}"
+    return {"env_vars": public, "worker_process_setup_hook": hook}
+
+
+def apply_storage_in_worker() -> None:
+    """Read the file on a worker's own node; Ray calls this as each worker starts.
+
+    A file that cannot be used is told in the worker's log, and no more: a worker that ended here would be
+    started again, without end and without a word. What it then asks of the store is refused, and told.
+    """
+    if _FILE_VARIABLE in os.environ:
+        try:
+            _export(read_credentials(Path(os.environ[_FILE_VARIABLE])))
+        except CredentialsError as error:
+            print(error, file=sys.stderr, flush=True)
+
+
+def read_credentials(file: Path) -> dict[str, str]:
+    """The variables in a file of lines NAME=VALUE; blank ones and those that begin with # say nothing.
+
+    Raises:
+        CredentialsError: if it is not there, not a file that its readers alone can read, or a line is not of
+            that form, sets a variable that no client of a store reads, or one that was set before.
+    """
+    try:
+        with file.open("rb") as opened:
+            mode = os.fstat(opened.fileno()).st_mode
+            data = opened.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise CredentialsError(f"storage.credentials {file}: {error.strerror or error}") from None
+    if mode & stat.S_IROTH:
+        raise CredentialsError(
+            f"storage.credentials {file} can be read by everybody on this machine: `chmod o-r` it (of a "
+            "Kubernetes Secret, set defaultMode)"
+        )
+    if len(data) > _MAX_BYTES:
+        raise CredentialsError(f"storage.credentials {file} has more than {_MAX_BYTES} bytes")
+    values: dict[str, str] = {}
+    for number, fault, name, value in _lines(data):
+        if fault or name in values:
+            what = fault or "sets a variable that was set before"
+            raise CredentialsError(f"storage.credentials {file}, line {number}: {what}")
+        values[name] = value
+    if not values:
+        raise CredentialsError(
+            f"storage.credentials {file} sets no variable; one of {', '.join(CREDENTIAL_VARIABLES)} is due"
+        )
+    return values
+
+
+def _lines(data: bytes) -> Iterator[tuple[int, str, str, str]]:
+    """Number, fault, name and value of each line that says something."""
+    for number, line in enumerate(data.decode("utf-8", "replace").removeprefix("\ufeff").splitlines(), 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not value:
+            yield number, "is not of the form NAME=VALUE", "", ""
+        elif name not in CREDENTIAL_VARIABLES:
+            yield (
+                number,
+                f"sets no variable that is read here; these are: {', '.join(CREDENTIAL_VARIABLES)}",
+                "",
+                "",
+            )
+        elif not value.isascii() or not value.isprintable() or value[0] in "'\"":
+            yield number, "has a value in quotes, or one that is not plain text", "", ""
+        else:
+            yield number, "", name, value
+
+
+def _export(values: Mapping[str, str]) -> None:
+    """Be who the file says, and nobody else: what the environment says of the same stores goes."""
+    stores = {name.partition("_")[0] for name in values}
+    for name in CREDENTIAL_VARIABLES:
+        if name.partition("_")[0] in stores:
+            os.environ.pop(name, None)
+    os.environ.update(values)

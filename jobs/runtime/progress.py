@@ -1,0 +1,66 @@
+"""One line that says how far a job is: rewritten on a terminal, repeated every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from pipelines.ray_data.metrics import RowMeter
+from pipelines.tables.committer import CommitProgress, OnProgress
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class StatusLine:
+    """Says where something stands, and leaves the last word standing."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._out = stream or sys.stdout
+        self._on_terminal = self._out.isatty()
+        self._said = 0.0
+
+    def say(self, text: str, *, last: bool) -> None:
+        """Show `text`; off a terminal only now and then, unless it is the last."""
+        now = time.monotonic()
+        if self._on_terminal:
+            self._out.write(f"\r\x1b[K  {text}" + ("\n" if last else ""))
+        elif last or now - self._said >= _SECONDS_BETWEEN_LINES:
+            self._out.write(f"  {text}\n")
+            self._said = now
+        self._out.flush()
+
+
+def show_progress(verb: str) -> OnProgress:
+    """A callback that shows progress with rate and time left, and counts its rows for Prometheus."""
+    line, meter = StatusLine(), RowMeter(verb)
+
+    def on_progress(progress: CommitProgress) -> None:
+        meter(progress)
+        last = progress.total is not None and progress.rows >= progress.total
+        line.say(f"{verb}: {format_progress(progress)}", last=last)
+
+    return on_progress
+
+
+def format_progress(progress: CommitProgress) -> str:
+    """Rows, rate, time left and rejected rows, in words."""
+    total = f"/{progress.total}" if progress.total is not None else ""
+    words = [f"{progress.rows}{total} rows"]
+    if progress.rate:
+        words.append(f"{progress.rate:.1f} rows/s")
+    if progress.seconds_left:
+        words.append(f"{format_duration(progress.seconds_left)} left")
+    if progress.rejected:
+        words.append(f"{progress.rejected} rejected")
+    return ", ".join(words)
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

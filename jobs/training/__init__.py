@@ -1,0 +1,1 @@
+"""Trainings under Ray Train, and the folders they publish."""

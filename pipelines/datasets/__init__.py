@@ -1,0 +1,1 @@
+"""The data sets: LATENTS, PAIRS, TARGETS, SAMPLES, REFERENCES."""

@@ -1,0 +1,1 @@
+"""Duplicates within a data set, and overlap with an evaluation set."""

@@ -1,0 +1,231 @@
+"""Which rows copy an earlier one: functions of tables, each of which sees all rows of its groups at once.
+
+A row goes by its rank, its place in one order of all rows, so "earlier" is "of lower rank". Nothing here
+depends on the order in which rows or groups arrive.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.dedup.settings import CAPTION, IMAGE, URL
+
+EXACT_KEYS = pa.schema([("part", pa.int32()), ("kind", pa.int8()), ("key", pa.int64()), ("rank", pa.int64())])
+"""Keys of rows. `part` is the group: rows of one key are of one part."""
+
+PHASHES = pa.schema([("part", pa.int32()), ("phash", pa.int64()), ("rank", pa.int64()), ("near", pa.bool_())])
+"""A row's perceptual hash and its rank; or, where `near`, of another hash near it the first rank."""
+
+BLOCKS = pa.schema(
+    [
+        ("part", pa.int32()),
+        ("choice", pa.int16()),
+        ("bits", pa.int64()),
+        ("phash", pa.int64()),
+        ("rank", pa.int64()),
+    ]
+)
+"""Perceptual hashes by the bits of some of their blocks, with their first rank."""
+
+MATCHES = pa.schema([("rank", pa.int64()), ("reason", pa.int8()), ("of", pa.int64())])
+"""That the row `rank` copies the row `of`, and the place of the reason in `REASON_ORDER`."""
+
+REASON_ORDER: Final = (
+    "evaluation_image",
+    "evaluation_caption",
+    "duplicate_url",
+    "duplicate_image",
+    "near_duplicate_image",
+    "duplicate_caption",
+)
+"""The reasons for which a copy is refused; of several the first is given."""
+
+_NEAR: Final = REASON_ORDER.index("near_duplicate_image")
+_DUPLICATE_REASONS: Final = {URL: "duplicate_url", IMAGE: "duplicate_image", CAPTION: "duplicate_caption"}
+_EVALUATION_REASONS: Final = {
+    URL: "evaluation_image",
+    IMAGE: "evaluation_image",
+    CAPTION: "evaluation_caption",
+}
+_BITS: Final = 64
+# To compare two hashes takes nanoseconds, to move one to its group a hundred times as long.
+_FULL_GROUP: Final = 256
+# The finalizer of SplitMix64: every bit of the key moves every bit of what comes out.
+_SPLITMIX: Final = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankBounds:
+    """Where in the order of all rows what begins.
+
+    Attributes:
+        judged_by: ranks below are captions and pictures of an evaluation.
+        new: ranks from here on are asked for; those before were judged, or are another table's.
+    """
+
+    judged_by: int
+    new: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockIndex:
+    """Finds hashes within `max_hamming` bits of each other without comparing all. Manku et al. 2007, Sec. 3.
+
+    Of `blocks` blocks of bits, two hashes that differ in d bits have at least `blocks` - d in common: so they
+    share the bits of one of the choices of `blocks` - d blocks, and only those that do are compared.
+    """
+
+    max_hamming: int
+    blocks: int
+
+    @property
+    def masks(self) -> list[int]:
+        """The bits of each choice."""
+        edges = [_BITS * number // self.blocks for number in range(self.blocks + 1)]
+        single = [((1 << end) - 1) ^ ((1 << begin) - 1) for begin, end in itertools.pairwise(edges)]
+        return [sum(some) for some in itertools.combinations(single, self.blocks - self.max_hamming)]
+
+    @classmethod
+    def for_rows(cls, rows: int, *, max_hamming: int) -> BlockIndex:
+        """The one of fewest keys a hash whose groups, were hashes spread evenly, would be small."""
+        blocks = max_hamming + 1
+        while (
+            rows > _FULL_GROUP << (_BITS * (blocks - max_hamming) // blocks) and blocks < 2 * max_hamming + 2
+        ):
+            blocks += 1
+        return cls(max_hamming=max_hamming, blocks=blocks)
+
+    def __len__(self) -> int:
+        return math.comb(self.blocks, self.max_hamming)
+
+
+def partition_of(keys: np.ndarray, *, parts: int) -> np.ndarray:
+    """Which of `parts` groups each key int64 [n] is of: int32 [n], the same on every machine."""
+    mixed = keys.astype(np.int64).view(np.uint64)
+    for shift, factor in _SPLITMIX:
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return (mixed % np.uint64(parts)).astype(np.int32)
+
+
+def exact_matches(table: pa.Table, *, order: RankBounds, kinds: frozenset[int]) -> pa.Table:
+    """`EXACT_KEYS` in, `MATCHES` out: each new row with the first row of its key, if that is another one.
+
+    A key that an evaluation has counts whatever its kind; another only if its kind is among `kinds`.
+    """
+    kind, key, rank = (table.column(name).to_numpy() for name in ("kind", "key", "rank"))
+    by = np.lexsort((rank, key, kind))
+    kind, key, rank = kind[by], key[by], rank[by]
+    first = rank[_run_starts(kind, key)]
+    judged = first < order.judged_by
+    wanted = judged | np.isin(kind, sorted(kinds))
+    found = (rank >= order.new) & (first < rank) & wanted
+    codes = np.where(judged, _codes(_EVALUATION_REASONS)[kind], _codes(_DUPLICATE_REASONS)[kind])
+    return _matches(rank[found], codes[found], first[found])
+
+
+def phash_blocks(table: pa.Table, *, index: BlockIndex, parts: int) -> pa.Table:
+    """`PHASHES` in, `BLOCKS` out: each hash once, with its first rank, under each choice of its blocks."""
+    phash, rank = table.column("phash").to_numpy(), table.column("rank").to_numpy()
+    by = np.lexsort((rank, phash))
+    phash, rank = phash[by], rank[by]
+    firsts = np.unique(_run_starts(phash))
+    phash, rank = phash[firsts], rank[firsts]
+    return pa.concat_tables(
+        [
+            _blocks_of_choice(phash, rank, choice=choice, mask=mask, parts=parts)
+            for choice, mask in enumerate(index.masks)
+        ]
+    )
+
+
+def near_phashes(table: pa.Table, *, index: BlockIndex, parts: int) -> pa.Table:
+    """`BLOCKS` in, `PHASHES` out: each hash with the first rank of those near it, if that is before its own."""
+    choice, bits, phash, rank = (table.column(name).to_numpy() for name in BLOCKS.names[1:])
+    by = np.lexsort((rank, phash, bits, choice))
+    choice, bits, phash, rank = choice[by], bits[by], phash[by], rank[by]
+    nearest = _nearest(_run_starts(choice, bits), phash.view(np.uint64), rank, max_hamming=index.max_hamming)
+    found = nearest < rank
+    phash, nearest = phash[found], nearest[found]
+    near = np.ones(len(phash), bool)
+    return phash_table(phash, nearest, near=near, parts=parts)
+
+
+def near_matches(table: pa.Table, *, order: RankBounds) -> pa.Table:
+    """`PHASHES` of both sorts in, `MATCHES` out: each new row with the first row that looks like it."""
+    phash, rank, near = (table.column(name).to_numpy() for name in ("phash", "rank", "near"))
+    by = np.lexsort((rank, phash))
+    phash, rank, near = phash[by], rank[by], near[by]
+    first = rank[_run_starts(phash)]
+    found = ~near & (rank >= order.new) & (first < rank)
+    codes = np.where(first < order.judged_by, REASON_ORDER.index("evaluation_image"), _NEAR)
+    return _matches(rank[found], codes[found], first[found])
+
+
+def first_reasons(table: pa.Table) -> pa.Table:
+    """`MATCHES` in, `MATCHES` out: one a row, of its first reason the earliest row, ordered by rank."""
+    rank, reason, of = (table.column(name).to_numpy() for name in MATCHES.names)
+    by = np.lexsort((of, reason, rank))
+    rank, reason, of = rank[by], reason[by], of[by]
+    firsts = np.unique(_run_starts(rank))
+    return _matches(rank[firsts], reason[firsts], of[firsts])
+
+
+def phash_table(phash: np.ndarray, rank: np.ndarray, *, near: np.ndarray, parts: int) -> pa.Table:
+    """`PHASHES` of hashes int64 [n], ranks int64 [n] and flags bool [n]."""
+    return pa.table([partition_of(phash, parts=parts), phash, rank, near], schema=PHASHES)
+
+
+def exact_key_table(kind: int, key: np.ndarray, rank: np.ndarray, *, parts: int) -> pa.Table:
+    """`EXACT_KEYS` of keys int64 [n] of one kind and ranks int64 [n]."""
+    part = partition_of(key ^ np.int64(kind), parts=parts)
+    return pa.table([part, np.full(len(key), kind, np.int8), key, rank], schema=EXACT_KEYS)
+
+
+def _blocks_of_choice(phash: np.ndarray, rank: np.ndarray, *, choice: int, mask: int, parts: int) -> pa.Table:
+    bits = (phash.view(np.uint64) & np.uint64(mask)).view(np.int64)
+    part = partition_of(bits ^ np.int64(choice), parts=parts)
+    return pa.table([part, np.full(len(phash), choice, np.int16), bits, phash, rank], schema=BLOCKS)
+
+
+def _nearest(begins: np.ndarray, phash: np.ndarray, rank: np.ndarray, *, max_hamming: int) -> np.ndarray:
+    """The least rank among the members of its group that each hash is near, itself among them: int64 [n].
+
+    All groups at once: each hash is compared with that one place on, two places on, and so forth, as long as
+    a group is that long. So memory does not grow with the square of a group.
+    """
+    nearest = rank.copy()
+    here = np.arange(len(rank))
+    step = 0
+    while len(here):
+        step += 1
+        here = here[here + step < len(rank)]
+        here = here[begins[here + step] == begins[here]]
+        near = here[np.bitwise_count(phash[here] ^ phash[here + step]) <= max_hamming]
+        # Neither side has a place twice, so plain assignment is enough.
+        nearest[near] = np.minimum(nearest[near], rank[near + step])
+        nearest[near + step] = np.minimum(nearest[near + step], rank[near])
+    return nearest
+
+
+def _run_starts(*columns: np.ndarray) -> np.ndarray:
+    """Of rows sorted by these columns, where the run of equal ones begins that each is in: int64 [n]."""
+    size = len(columns[0])
+    new = np.zeros(size, bool)
+    new[:1] = True
+    for column in columns:
+        new[1:] |= column[1:] != column[:-1]
+    return np.maximum.accumulate(np.where(new, np.arange(size), 0))
+
+
+def _codes(reasons: dict[int, str]) -> np.ndarray:
+    return np.array([REASON_ORDER.index(reasons[kind]) for kind in sorted(reasons)], np.int8)
+
+
+def _matches(rank: np.ndarray, reason: np.ndarray, of: np.ndarray) -> pa.Table:
+    return pa.table([rank, reason.astype(np.int8), of], schema=MATCHES)

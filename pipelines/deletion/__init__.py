@@ -1,0 +1,1 @@
+"""Deletion of rows on request, and of files that no reader needs."""

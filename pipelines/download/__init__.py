@@ -1,0 +1,1 @@
+"""URL lists to img2dataset shards."""

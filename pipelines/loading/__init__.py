@@ -1,0 +1,1 @@
+"""From committed tables to global batches."""

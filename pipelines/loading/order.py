@@ -1,0 +1,125 @@
+"""The order in which training reads rows: a function of the seed and the position, of nothing else.
+
+    epoch ─ its units, shuffled ─ windows of a few units ─ the rows of a window, shuffled ─ global batches
+
+Epochs follow each other without a seam: a batch may end one and begin the next. No position needs what
+was before it to be read. The rows of a batch are dealt to the workers by the files they lie in, so that
+a file is read by few of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from snapfusion.noise import noise_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A run of positions whose rows are shuffled among themselves.
+
+    Attributes:
+        units: indices of the units whose rows it holds, in the order in which they are read.
+        start: position of its first row.
+        key: of the shuffle.
+        rows: how many it holds.
+    """
+
+    units: tuple[int, ...]
+    start: int
+    key: int
+    rows: int
+
+    @property
+    def stop(self) -> int:
+        """The position after its last row."""
+        return self.start + self.rows
+
+    def places(self, sizes: np.ndarray) -> np.ndarray:
+        """Turn, unit and row of each position: int64 [rows, 3], where units have `sizes` rows.
+
+        The turn is the place of the unit in `units`; the row counts those that training may see.
+        """
+        units = np.asarray(self.units, dtype=np.int64)
+        ends = np.cumsum(sizes[units])
+        at = permutation(self.key, self.rows)
+        turn = np.searchsorted(ends, at, side="right")
+        return np.stack([turn, units[turn], at - (ends - sizes[units])[turn]], axis=1)
+
+
+class RowOrder:
+    """Every row once an epoch, for ever.
+
+    Args:
+        rows: of each unit, in the order of their names.
+        window_units: units whose rows are shuffled together; as many are in memory at a time, and the next.
+        seed: of all shuffles.
+
+    Raises:
+        ValueError: if there is no row at all, or `window_units` is below 1.
+    """
+
+    def __init__(self, rows: Sequence[int], *, window_units: int, seed: int) -> None:
+        if window_units < 1:
+            raise ValueError(f"window_units is {window_units}; at least 1 is needed")
+        if sum(rows) < 1:
+            raise ValueError("there is no row to train on; the table is empty, or all of it is held out")
+        self._rows = np.asarray(rows, dtype=np.int64)
+        self._window_units, self._seed = window_units, seed
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of an epoch."""
+        return int(self._rows.sum())
+
+    def windows(self, position: int) -> Iterator[Window]:
+        """The windows from the one that holds `position` on, without end."""
+        epoch = position // self.rows_per_epoch
+        while True:
+            for window in self._epoch(epoch):
+                if window.stop > position:
+                    yield window
+            epoch += 1
+
+    def batches(self, position: int, *, rows: int) -> Iterator[np.ndarray]:
+        """The rows at `position` and after it, `rows` at a time, without end: int64 [rows, 4].
+
+        Columns: the window, counted from the first; turn, unit and row as in `Window.places`.
+        """
+        pending = np.empty((0, 4), np.int64)
+        for number, window in enumerate(self.windows(position)):
+            places = window.places(self._rows)[max(0, position - window.start) :]
+            pending = np.concatenate([pending, np.insert(places, 0, number, axis=1)])
+            while len(pending) >= rows:
+                yield pending[:rows]
+                pending = pending[rows:]
+
+    def _epoch(self, epoch: int) -> Iterator[Window]:
+        units = permutation(noise_key("units", self._seed, epoch), len(self._rows))
+        start = epoch * self.rows_per_epoch
+        for number, first in enumerate(range(0, len(units), self._window_units)):
+            chosen = units[first : first + self._window_units]
+            rows = int(self._rows[chosen].sum())
+            key = noise_key("window", self._seed, epoch, number)
+            yield Window(units=tuple(chosen.tolist()), start=start, key=key, rows=rows)
+            start += rows
+
+
+def permutation(key: int, count: int) -> np.ndarray:
+    """0 .. count-1 in an order that follows from `key`, with every version of NumPy: int64 [count]."""
+    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
+
+
+def rank_share(batch: np.ndarray, *, rank: int, world: int) -> np.ndarray:
+    """The rows of a batch, as `RowOrder.batches` gives them, that fall to `rank` of `world`.
+
+    Sorted by file they are cut into equal runs, in which they keep their order: a worker reads the files of
+    its run, not those of the whole batch. One worker has them as they come.
+    """
+    if world == 1:
+        return batch
+    by_file = batch[np.lexsort((batch[:, 1], batch[:, 0]))]
+    return by_file[len(batch) * rank // world : len(batch) * (rank + 1) // world]

@@ -1,0 +1,21 @@
+"""Settings of the training loader."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+
+from snapfusion.settings import Settings
+
+
+class LoaderSettings(Settings):
+    """How rows are chosen and shuffled.
+
+    Attributes:
+        window_units: units whose rows are shuffled together; twice as many are in memory.
+        held_out: fraction of the rows that is kept for evaluation, chosen by a hash of the row's id.
+    """
+
+    window_units: PositiveInt = 8
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -1,0 +1,24 @@
+"""Settings of an actor pool."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from snapfusion.settings import Settings
+
+
+class Pool(Settings):
+    """The actors of one stage.
+
+    Attributes:
+        actors: how many.
+        cpus: logical CPUs of each; below 1 lets stages share a core.
+        gpus: accelerators of each.
+        labels: what a node must be labelled for them to run there, as in {"role": "teacher"}; an autoscaler
+            starts such a node. The values may be Ray's label expressions, such as "in(teacher,spare)".
+    """
+
+    actors: int = Field(1, ge=1)
+    cpus: float = Field(0.5, ge=0.0)
+    gpus: float = Field(0.0, ge=0.0)
+    labels: dict[str, str] = Field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Objects and folders on local disks and object stores."""

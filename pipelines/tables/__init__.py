@@ -1,0 +1,1 @@
+"""Delta tables that are filled exactly once."""

@@ -1,0 +1,53 @@
+"""Vocabulary of the miniature's captions: sizes, colors, shapes, positions and backgrounds, with their geometry and RGB values."""
+
+from __future__ import annotations
+
+import math
+
+IMAGE_SIZE = 32
+"""Pixels a side."""
+
+SIZES = {"small": 0.17, "large": 0.27}
+"""Half the object's width, as a part of the picture's."""
+
+COLORS = {
+    "red": (220, 30, 40),
+    "orange": (250, 135, 20),
+    "yellow": (245, 225, 50),
+    "green": (40, 165, 65),
+    "blue": (35, 75, 220),
+    "purple": (135, 40, 170),
+}
+
+PLACES = {
+    "at the top": (0.5, 0.28),
+    "at the bottom": (0.5, 0.72),
+    "on the left": (0.28, 0.5),
+    "on the right": (0.72, 0.5),
+    "in the center": (0.5, 0.5),
+}
+"""Where the object's center is: from the left and from the top, as parts of the picture's width."""
+
+BACKGROUNDS = {
+    "white": (243, 243, 243),
+    "black": (22, 22, 22),
+    "gray": (128, 128, 128),
+    "pink": (250, 180, 205),
+}
+
+SHAPE_NAMES = ("circle", "square", "triangle", "cross", "ring")
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "size": tuple(SIZES),
+    "color": tuple(COLORS),
+    "shape": SHAPE_NAMES,
+    "place": tuple(PLACES),
+    "background": tuple(BACKGROUNDS),
+}
+"""The words of each attribute, in the order of the fields of `Scene`."""
+
+NUM_CAPTIONS = math.prod(len(words) for words in ATTRIBUTES.values())
+"""How many different captions there are: 1200."""
+
+ORACLE_FEATURES = 128
+"""Numbers in the oracle's feature vector, of which the miniature's FID is made."""

@@ -1,0 +1,26 @@
+"""Jobs one after the other in one process: `run_on_s3.py JOB... -- OPTION...`; started by test_run_on_s3.
+
+A job is given as its verb and, after a comma, what it is pointed at, as in verify_table,s3://bucket/run/latents.
+After `in-process` only trainings start Ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from in_process import in_process
+
+from jobs.runtime.exit_codes import exit_process
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    here = words[0] == "in-process"
+    for job in words[here : words.index("--")]:
+        verb, *target = job.split(",")
+        module = importlib.import_module(f"jobs.{verb}")
+        if here and hasattr(module, "runner"):
+            module.runner = lambda _: in_process
+        if code := module.main([*target, *words[words.index("--") + 1 :]]):
+            exit_process(code)
+    exit_process(0)

@@ -1,0 +1,458 @@
+"""A bundle is published whole, once, and only if every part of it agrees with torch."""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MOBILE, tiny_bundle, tiny_student
+from PIL import Image
+from torch import nn
+
+import snapfusion.export.build as building
+import snapfusion.export.variants as variants
+from jobs import compile_mobile, generate
+from jobs.compile_mobile import check_fit, publish_bundle
+from jobs.recipes.registry import recipe_named
+from snapfusion.export.bundle import BundleError, open_bundle
+from snapfusion.export.coreml import describe_package
+from snapfusion.export.executorch import compile_executorch
+from snapfusion.export.modules import FixedModule, Port, decoder_module
+from snapfusion.export.parity import ParityError
+from snapfusion.export.sampler_coefficients import SamplerCoefficients
+from snapfusion.export.settings import Licence, LicenceError, MobileSettings
+from snapfusion.mini.scenes import parse_caption
+from snapfusion.models.bundle import weight_hash
+from snapfusion.models.decoder import HalfDecoder
+from snapfusion.models.load import load
+from snapfusion.models.tokenizer import build_tokenizer
+from snapfusion.sampling import time_grid
+
+OPEN = Licence(weights="Apache-2.0", data="CC-BY-4.0")
+FAST = {"coreml": (), "executorch": ("float32",), "guidance": 2.0, "steps": 2, "captions": ("red",)}
+PARENTS = {"model": {"source": "tiny", "settings_hash": None}, "decoder": None}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once():
+    """A compiler that gives a module's program again if it made it before: lowering takes most time."""
+    real, made = variants.compile_executorch, {}
+
+    def compiled(module, **how):
+        shapes = [port.shape for port in module.inputs]
+        key = f"{weight_hash(module.network)} {shapes} {how.get('weights')}"
+        if key not in made:
+            made[key] = real(module, **how)
+        return made[key]
+
+    variants.compile_executorch = compiled
+    yield
+    variants.compile_executorch = real
+
+
+def settings(**changes):
+    return MobileSettings(**({"licence": OPEN} | FAST | changes))
+
+
+def publish(place, asked, *, model=None, decoder=None):
+    model = model or tiny_student(seed=3)
+    return publish_bundle(asked, bundle=model, decoder=decoder, parents=PARENTS, out_url=str(place))
+
+
+def assert_nothing_left(folder):
+    assert [path.name for path in folder.iterdir()] == []
+
+
+# --- what a bundle is
+
+
+def test_a_bundle_holds_all_that_an_application_needs(mobile_bundle):
+    manifest = open_bundle(mobile_bundle).manifest
+    assert list(manifest["variants"]) == ["executorch", "executorch-int8", "coreml", "coreml-6bit"]
+    for name, told in manifest["variants"].items():
+        assert set(told["modules"]) == {"text_encoder", "unet", "decoder"}
+        assert told["images"]["samples"] == 2
+        exact = name in ("coreml", "executorch")
+        assert told["images"]["psnr_db"] > (35 if exact else 20)
+        for module in told["modules"].values():
+            assert module["parity"]["psnr_db"] > (35 if exact else 15)
+    unet = manifest["variants"]["executorch"]["modules"]["unet"]
+    assert [(name, port["position"], port["shape"]) for name, port in unet["inputs"].items()] == [
+        ("z_t", 0, [1, 4, 8, 8]),
+        ("t", 1, [1]),
+        ("c", 2, [2, 16, 16]),
+    ]
+    assert set(manifest["versions"]) >= {"torch", "executorch", "coremltools", "snapfusion-ray"}
+    assert manifest["safety_checker"] is None
+    assert manifest["identity"]["steps"] == 3
+
+
+def test_the_manifest_has_every_files_size_and_hash(mobile_bundle):
+    stated = json.loads((mobile_bundle / "manifest.json").read_text())["files"]
+    found = {
+        path.relative_to(mobile_bundle).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in mobile_bundle.rglob("*")
+        if path.is_file() and path != mobile_bundle / "manifest.json"
+    }
+    assert found == stated
+    assert found.keys() >= {"MODEL_CARD.md", "sampler.json", "tokenizer/tokenizer.json"}
+
+
+def test_the_card_states_both_licences_and_that_nothing_looks_at_the_pictures(mobile_bundle):
+    card = (mobile_bundle / "MODEL_CARD.md").read_text()
+    assert "- Weights: Apache-2.0 (the miniature of this repository)" in card
+    assert "- Data: Apache-2.0 (scenes drawn by this repository)" in card
+    assert "No safety checker is part of this bundle" in card
+
+
+def test_the_pictures_are_those_of_torch(mobile_bundle):
+    manifest = open_bundle(mobile_bundle).manifest
+    for number in range(2):
+        torchs = np.asarray(Image.open(mobile_bundle / f"pictures/torch-{number}.png")).astype(int)
+        for name in manifest["variants"]:
+            drawn = np.asarray(Image.open(mobile_bundle / f"pictures/{name}-{number}.png")).astype(int)
+            # Of float programs a gray level apart at most, where both lie at the same edge of rounding.
+            assert np.abs(drawn - torchs).max() <= (1 if name in ("executorch", "coreml") else 25)
+            assert drawn.std() > 0
+
+
+def test_the_same_again_is_not_compiled_again(mobile_bundle, mobile_model, monkeypatch, capsys):
+    monkeypatch.delattr(variants, "compile_executorch")
+    before = (mobile_bundle / "manifest.json").stat()
+    options = [word for setting in MOBILE for word in ("--set", setting)]
+    assert compile_mobile.main([mobile_model, "--out", str(mobile_bundle.parent), *options]) == 0
+    assert "executorch: " in capsys.readouterr().out
+    assert (mobile_bundle / "manifest.json").stat() == before
+
+
+def test_another_bundle_at_the_same_place_is_refused_with_what_differs(mobile_bundle, mobile_model, capsys):
+    options = [word for setting in (*MOBILE, "mobile.seed=1") for word in ("--set", setting)]
+    assert compile_mobile.main([mobile_model, "--out", str(mobile_bundle.parent), *options]) == 2
+    assert "made otherwise (settings.seed is 0 there, 1 here)" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_would_be_compiled(mobile_model, tmp_path, capsys):
+    assert compile_mobile.main([mobile_model, "--out", str(tmp_path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"would compile {mobile_model} with the decoder {tmp_path}/decoder into {tmp_path}/mobile" in said
+    assert "ExecuTorch float32, ExecuTorch int8, Core ML float16, Core ML palette-6" in said
+    assert_nothing_left(tmp_path)
+
+
+def test_two_calls_in_place_of_one_draw_the_same(tmp_path):
+    one = publish(tmp_path / "one", settings(conditions=1))
+    two = publish(tmp_path / "two", settings(conditions=2))
+    shapes = [
+        made["variants"]["executorch"]["modules"]["unet"]["inputs"]["c"]["shape"] for made in (one, two)
+    ]
+    assert shapes == [[1, 16, 16], [2, 16, 16]]
+    assert all(made["variants"]["executorch"]["images"]["psnr_db"] > 80 for made in (one, two))
+
+
+def test_the_miniatures_captions_are_of_scenes_that_it_knows():
+    assert all(parse_caption(caption) for caption in recipe_named("mini").mobile.captions)
+
+
+def test_programs_for_core_mls_delegate_are_held_to_torch_and_not_run(tmp_path, capsys):
+    made = publish(tmp_path / "bundle", settings(executorch=("coreml",)))
+    told = made["variants"]["executorch-coreml"]
+    assert told["runtime"] == "ExecuTorch on Core ML"
+    assert 50 < told["images"]["psnr_db"] < 100
+    assert generate.main(["red", "--bundle", str(tmp_path / "bundle")]) == 2
+    assert "has no ExecuTorch programs that run here" in capsys.readouterr().err
+
+
+# --- the gate
+
+
+def perturbed(module):
+    """The module with one weight matrix that is not the model's: noise of half its spread is added."""
+    network = deepcopy(module.network)
+    weight = next(each for each in network.parameters() if each.ndim > 1)
+    with torch.no_grad():
+        weight += 0.5 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    return FixedModule(name=module.name, network=network, inputs=module.inputs, outputs=module.outputs)
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "unet", "decoder"])
+def test_a_program_with_a_perturbed_weight_is_refused(name, tmp_path, monkeypatch):
+    real = variants.compile_executorch
+    monkeypatch.setattr(
+        variants,
+        "compile_executorch",
+        lambda module, **how: real(perturbed(module) if module.name == name else module, **how),
+    )
+    with pytest.raises(
+        ParityError, match=rf"executorch/{name} does not agree with torch: .* 35 dB is the limit"
+    ):
+        publish(tmp_path / "bundle", settings())
+    assert_nothing_left(tmp_path)
+
+
+def test_a_package_with_a_perturbed_weight_is_refused(tmp_path, monkeypatch):
+    real = variants.compile_coreml
+    monkeypatch.setattr(variants, "compile_coreml", lambda module, place: real(perturbed(module), place))
+    with pytest.raises(ParityError, match=r"lacks the network's weight|does not agree with torch"):
+        publish(tmp_path / "bundle", settings(executorch=(), coreml=("float16",)))
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"float32_results": ("conv_3",)}, "computes 1 things in float32 .* for example conv_3"),
+        ({"float32_weights": ("kernel_1",)}, "for example kernel_1"),
+        ({"outputs": ()}, r"state image as None among their outputs; it is \(1, 3, 16, 16\)"),
+        ({"inputs": ()}, r"state latent as None among their inputs; it is \(1, 4, 8, 8\)"),
+    ],
+)
+def test_a_package_that_says_something_else_is_refused(change, said, mobile_bundle):
+    module = decoder_module(tiny_student().vae, latent_shape=(4, 8, 8))
+    described = describe_package(mobile_bundle / "coreml/decoder.mlpackage")
+    variants.check_descriptions(module, [described])
+    with pytest.raises(ParityError, match=said):
+        variants.check_descriptions(module, [dataclasses.replace(described, **change)])
+
+
+def test_a_swapped_coefficient_is_refused(tmp_path, monkeypatch):
+    real = SamplerCoefficients.to_values
+
+    def swapped(steps):
+        values = real(steps)
+        first, second = values["steps"][:2]
+        first["from_output"], second["from_output"] = second["from_output"], first["from_output"]
+        return values
+
+    monkeypatch.setattr(SamplerCoefficients, "to_values", swapped)
+    with pytest.raises(BundleError, match=r"sampler\.json: step 0 \(t = 999\): from_output is"):
+        publish(tmp_path / "bundle", settings())
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["another grid", "another prediction"])
+def test_a_sampler_that_is_sound_but_not_the_models_is_refused(wrong, tmp_path, monkeypatch):
+    real = SamplerCoefficients.of
+
+    def other(schedule, *, grid, prediction_type, guidance):
+        if wrong == "another grid":
+            grid = time_grid(5)
+        else:
+            prediction_type = "epsilon"
+        return real(schedule, grid=grid, prediction_type=prediction_type, guidance=guidance)
+
+    monkeypatch.setattr(SamplerCoefficients, "of", other)
+    with pytest.raises(ParityError, match=r"the images of executorch does not agree with torch|not finite"):
+        publish(tmp_path / "bundle", settings())
+    assert_nothing_left(tmp_path)
+
+
+def test_a_wrong_tokenizer_is_refused(tmp_path, monkeypatch):
+    other = build_tokenizer([("e", "d</w>")], max_length=16)
+    model = tiny_student(seed=3)
+    real = type(model.tokenizer).save_pretrained
+    monkeypatch.setattr(type(model.tokenizer), "save_pretrained", lambda _, place: real(other, place))
+    with pytest.raises(ParityError, match="tokenizer gives other ids than the model's own for 'red'"):
+        publish(tmp_path / "bundle", settings())
+    assert_nothing_left(tmp_path)
+
+
+def test_a_model_that_gives_nan_is_refused(tmp_path):
+    model = tiny_student()
+    with torch.no_grad():
+        model.unet.conv_out.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="its weights are not usable"):
+        publish(tmp_path / "bundle", settings(), model=model)
+    assert_nothing_left(tmp_path)
+
+
+def test_below_the_limit_only_with_a_reason_which_is_recorded(tmp_path):
+    strict = {"parity_limit_db": 500.0}
+    with pytest.raises(ParityError, match="500 dB is the limit"):
+        publish(tmp_path / "bundle", settings(**strict))
+    assert_nothing_left(tmp_path)
+    reason = "nobody reaches 500 dB"
+    made = publish(tmp_path / "bundle", settings(**strict, override={"executorch": reason}))
+    told = made["variants"]["executorch"]
+    assert told["images"]["override"] == told["modules"]["unet"]["parity"]["override"] == reason
+    assert f"limit 500 dB. Reason given: {reason}" in (tmp_path / "bundle/MODEL_CARD.md").read_text()
+
+
+def test_a_reason_is_not_recorded_where_none_was_needed(tmp_path):
+    made = publish(tmp_path / "bundle", settings(override={"executorch": "just in case"}))
+    assert made["variants"]["executorch"]["images"]["override"] is None
+    assert "just in case" not in (tmp_path / "bundle/MODEL_CARD.md").read_text()
+
+
+def test_an_override_for_no_variant_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"mobile\.override names executorhc; executorch are asked for"):
+        publish(tmp_path / "bundle", settings(override={"executorhc": "a slip"}))
+
+
+# --- licences
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "mobile.licence.weights is not stated"),
+        ({"weights": "MIT"}, "mobile.licence.data is not stated"),
+        ({"weights": " ", "data": "MIT"}, "mobile.licence.weights is not stated"),
+        ({"weights": "CreativeML OpenRAIL-M", "data": "MIT"}, "asks that its text goes with them"),
+    ],
+)
+def test_without_a_licence_nothing_is_exported(given, said, tmp_path):
+    with pytest.raises(LicenceError, match=said):
+        publish(tmp_path / "bundle", settings(licence=Licence(**given)))
+    assert_nothing_left(tmp_path)
+
+
+def test_on_the_command_line_a_missing_licence_begins_with_the_option(mobile_model, tmp_path, capsys):
+    options = ["--out", str(tmp_path / "run"), "--set", "mobile.licence.data=null"]
+    assert compile_mobile.main([mobile_model, *options]) == 2
+    assert capsys.readouterr().err.startswith("compile_mobile: --set mobile.licence.data is not stated")
+
+
+def test_a_licence_that_asks_for_it_goes_into_the_bundle(tmp_path):
+    text = tmp_path / "rail.txt"
+    text.write_text("You agree not to use the Model for ...")
+    rail = Licence(weights="CreativeML OpenRAIL-M", data="MIT", text=str(text))
+    publish(tmp_path / "out" / "bundle", settings(licence=rail))
+    assert (tmp_path / "out/bundle/LICENCE").read_text() == text.read_text()
+    assert "(its text is in `LICENCE`)" in (tmp_path / "out/bundle/MODEL_CARD.md").read_text()
+
+
+def test_a_licence_text_that_is_not_there_is_one_clear_message(tmp_path):
+    rail = Licence(weights="OpenRAIL-M", data="MIT", text=str(tmp_path / "none.txt"))
+    with pytest.raises(LicenceError, match=r"--set mobile\.licence\.text=.*none\.txt"):
+        publish(tmp_path / "bundle", settings(licence=rail))
+    assert_nothing_left(tmp_path)
+
+
+# --- the safety checker's place
+
+
+class Brightness(nn.Module):
+    """Marks pictures whose mean is above a bound."""
+
+    def __init__(self, bound):
+        super().__init__()
+        self.bound = bound
+
+    def forward(self, image):
+        return image.mean(dim=(1, 2, 3)) - self.bound
+
+
+def checker(place, *, bound, side=16):
+    module = FixedModule(
+        name="safety_checker",
+        network=Brightness(bound).eval(),
+        inputs=(Port(name="image", shape=(1, 3, side, side)),),
+        outputs=(Port(name="score", shape=(1,)),),
+    )
+    place.write_bytes(compile_executorch(module))
+    return str(place)
+
+
+def test_a_safety_checker_is_part_of_the_bundle_and_hides_what_it_marks(tmp_path, capsys):
+    asked = settings(safety_checker=checker(tmp_path / "any.pte", bound=-1.0))
+    made = publish(tmp_path / "out" / "bundle", asked)
+    assert made["safety_checker"] == "safety_checker.pte"
+    place = tmp_path / "picture.png"
+    options = ["red", "--bundle", str(tmp_path / "out/bundle"), "--out", str(place)]
+    assert generate.main(options) == 0
+    assert "picture 0 is not shown: the bundle's safety checker marks it" in capsys.readouterr().out
+    assert np.asarray(Image.open(place)).max() == 0
+
+
+@pytest.mark.parametrize(("side", "said"), [(32, "a .pte that takes the image"), (None, "not an ExecuTorch")])
+def test_what_is_no_safety_checker_is_refused(side, said, tmp_path):
+    place = tmp_path / "other.pte"
+    if side:
+        checker(place, bound=0.0, side=side)
+    else:
+        place.write_bytes(b"not a program")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=said):
+        publish(tmp_path / "out" / "bundle", settings(safety_checker=str(place)))
+    assert_nothing_left(tmp_path / "out")
+
+
+# --- what does not fit, and what breaks
+
+
+def test_a_text_encoder_of_another_width_is_refused(tmp_path):
+    model = tiny_bundle()
+    model.unet = load("mini-v").unet
+    with pytest.raises(BundleError, match="the text encoder gives 16 numbers a token, the UNet takes 64"):
+        publish(tmp_path / "bundle", settings(), model=model)
+
+
+def test_the_decoder_of_another_model_is_refused():
+    other = HalfDecoder.from_vae(load("mini-v").vae)
+    with pytest.raises(BundleError, match="it is the decoder of another model"):
+        check_fit(tiny_bundle(), other)
+
+
+def test_a_checkpoint_that_does_not_fit_its_architecture_is_one_line(mobile_model, tmp_path, capsys):
+    import shutil
+
+    place = tmp_path / "model"
+    shutil.copytree(mobile_model, place)
+    (place / "SHA256SUMS").unlink()
+    config = json.loads((place / "unet/config.json").read_text())
+    config["architecture"]["channels"] = [16]
+    (place / "unet/config.json").write_text(json.dumps(config))
+    assert compile_mobile.main([str(place), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "unet" in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "run" / "mobile").exists()
+
+
+FULL = """
+import resource, sys
+from jobs import compile_mobile
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+sys.exit(compile_mobile.main(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_fills_leaves_nothing_behind(mobile_model, tmp_path):
+    """No file may grow beyond 40 kB, as on a disk with no more room; the programs are larger."""
+    options = ["--set", "mobile.coreml=[]", "--set", 'mobile.executorch=["float32"]']
+    options += [word for setting in MOBILE for word in ("--set", setting)]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, mobile_model, "--out", str(tmp_path / "run"), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "compile_mobile: the bundle cannot be written below" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings"]
+
+
+def test_a_bundle_in_an_object_store_is_whole_once_its_manifest_is_there(bucket):
+    publish(f"{bucket}/phones/bundle", settings())
+    import fsspec
+
+    files = fsspec.filesystem("s3").find(f"{bucket}/phones/bundle")
+    manifest = json.loads(fsspec.open(f"{bucket}/phones/bundle/manifest.json").open().read())
+    assert len(files) == len(manifest["files"]) + 1
+
+
+def test_the_gate_has_no_reference_of_its_own_making():
+    """What programs are held to is computed without the modules they were compiled from."""
+    source = Path(building.__file__).with_name("reference.py").read_text()
+    assert "export.modules" not in source
+    assert "export.steps" not in source

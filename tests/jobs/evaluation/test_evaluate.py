@@ -1,0 +1,237 @@
+"""An evaluation from captions to a page: drawn once, paired, and quoted with all that it depends on."""
+
+import json
+import pickle
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from in_process import in_process
+
+from jobs import evaluate as job
+from jobs.evaluation.evaluation import evaluate
+from jobs.evaluation.settings import Contender, EvaluationSettings, FidGap, PromptSettings
+from jobs.recipes.miniature import mini
+from jobs.recipes.stable_diffusion import sd15
+from jobs.reports.charts import standalone_svg
+from jobs.reports.evaluation_page import evaluation_charts, render_evaluation
+from pipelines.datasets.settings import ReferencesSettings, SamplesSettings
+from pipelines.sources.settings import CaptionSettings
+from pipelines.stages.sample import SampleAndScore
+from pipelines.stages.settings import Sampler, SamplingSettings
+from pipelines.tables.table import open_table
+from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
+from snapfusion.models.guidance_embedding import with_guidance_embedding
+from snapfusion.models.load import load
+from snapfusion.models.save import save
+from snapfusion.settings import SettingsError
+
+SETTINGS = EvaluationSettings(
+    contenders=(
+        Contender(name="many", sampler=Sampler(steps=4)),
+        Contender(name="few", sampler=Sampler(steps=1)),
+        Contender(name="dpm++", sampler=Sampler(solver="dpm++", steps=3)),
+    ),
+    baseline="many",
+    guidance=(1.0, 2.0, 3.0),
+    prompts=PromptSettings(limit=12),
+    references=ReferencesSettings(count=200),
+    samples=SamplesSettings(drawing=SamplingSettings(batch_size=6), rows_per_unit=6),
+    groups=3,
+    gaps=(FidGap(student="dpm++", few="few", many="many", w=2.0),),
+)
+
+
+def run(settings, out):
+    begun = []
+
+    def start(name, parents):
+        begun.append(name)
+        return {"recipe": "test", "settings": "", "parents": parents}, lambda progress: None
+
+    results = evaluate(settings, model="mini", out=str(out), start=start, run=in_process)
+    return json.loads(json.dumps(results)), begun
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "evaluation"
+    return out, *run(SETTINGS, out)
+
+
+def test_every_contender_is_drawn_at_every_guidance_and_held_against_the_baseline(made):
+    out, results, begun = made
+    assert begun == ["references", "many", "few", "dpm++"]
+    assert open_table(str(out / "few")).num_rows == 36
+    points = results["curves"]["few"]["points"]
+    assert [point["w"] for point in points] == [1.0, 2.0, 3.0]
+    assert [point["evaluations"] for point in points] == [1, 2, 2]
+    for point in points:
+        for figure in ("fid", "clip", "attributes"):
+            value, low, high = point[figure]
+            assert low <= value <= high
+    assert set(results["differences"]) == set(results["equal_fid"]) == {"few", "dpm++"}
+    [gap] = results["gaps"]
+    assert ("closed" in gap) != ("no_reading" in gap)
+
+
+def test_a_figure_is_quoted_with_what_it_depends_on(made):
+    _, results, _ = made
+    told = results["protocol"]
+    assert told["captions"]["listed"] == told["captions"]["compared"] == 12
+    assert told["reference"]["compared"] == 200
+    assert told["reference"]["prepared"] == "as drawn"
+    assert told["features"]["network"] == "oracle"
+    assert len(told["features"]["sha256"]) == len(told["scorer"]["sha256"]) == 64
+    [note] = told["notes"]
+    assert note.startswith("drawn: 12 feature vectors of 128 numbers")
+
+
+def test_a_second_run_draws_nothing_and_finds_the_same(made, monkeypatch):
+    out, results, _ = made
+
+    def refuse(*_):
+        raise AssertionError("nothing is left to draw")
+
+    monkeypatch.setattr(SampleAndScore, "__call__", refuse)
+    again, _ = run(SETTINGS, out)
+    assert again == results
+
+
+def test_a_caption_that_one_contender_lost_is_compared_in_none(tmp_path, monkeypatch):
+    draw = SampleAndScore.draw
+
+    def poisoned(self, texts, keys, *, w):
+        latents = draw(self, texts, keys, w=w)
+        if self.sampler.steps == 1 and w == 2.0:
+            latents[0] = float("nan")
+        return latents
+
+    monkeypatch.setattr(SampleAndScore, "draw", poisoned)
+    settings = SETTINGS.with_values(["guidance=[1.0,2.0]", "groups=2"])
+    results, _ = run(settings, tmp_path / "evaluation")
+    assert results["protocol"]["captions"]["compared"] == 10  # two batches, one row of each
+
+
+def test_the_page_and_the_charts(made):
+    _, results, _ = made
+    page = render_evaluation(results)
+    assert "against" in page.lower()
+    assert all(name in page for name in ("many", "few", "dpm++"))
+    charts = evaluation_charts(results)
+    assert len(charts) == 2
+    for chart in charts:
+        root = ET.fromstring(standalone_svg(chart))
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_many_contenders_are_shown_on_several_charts(made):
+    _, results, _ = made
+    few = results["curves"]["few"]
+    crowd = {**results["curves"], **{f"few-{number}": few for number in range(6)}}
+    charts = evaluation_charts({**results, "curves": crowd})
+    assert len(charts) == 4
+    assert all(len(chart.series) <= 6 and chart.series[0].name == "many" for chart in charts)
+
+
+def test_captions_come_from_a_list_too(tmp_path):
+    lines = ["id\tcaption", *(f"{n}\t{caption_of(scene_of(HELD_OUT + n))}" for n in range(12))]
+    (tmp_path / "list.tsv").write_text("\n".join(lines) + "\n")
+    prompts = PromptSettings(
+        name="list", url=str(tmp_path / "list.tsv"), reading=CaptionSettings(id_column="id"), limit=8
+    )
+    settings = SETTINGS.model_copy(
+        update={"prompts": prompts, "contenders": SETTINGS.contenders[:2], "gaps": (), "groups": 2}
+    )
+    results, _ = run(settings, tmp_path / "evaluation")
+    assert results["protocol"]["captions"] == {
+        "name": "list",
+        "url": prompts.url,
+        "sha256": results["protocol"]["captions"]["sha256"],
+        "listed": 8,
+        "compared": 8,
+    }
+
+
+def test_a_student_that_is_told_the_guidance_is_asked_once_a_step(tmp_path):
+    bundle = load("mini")
+    bundle.unet = with_guidance_embedding(bundle.unet)
+    save(bundle, tmp_path / "student")
+    student = Contender(name="told", model=str(tmp_path / "student"), sampler=Sampler(steps=2))
+    settings = SETTINGS.model_copy(
+        update={"contenders": (student,), "baseline": "told", "gaps": (), "guidance": (1.0, 2.0)}
+    )
+    results, _ = run(settings, tmp_path / "evaluation")
+    assert [point["evaluations"] for point in results["curves"]["told"]["points"]] == [2, 2]
+
+
+def test_settings_that_contradict_themselves_are_refused():
+    with pytest.raises(SettingsError, match="there is no contender 'teacher'"):
+        SETTINGS.with_values(["baseline=teacher"])
+    with pytest.raises(SettingsError, match="guidance must rise"):
+        SETTINGS.with_values(["guidance=[2.0,1.0]"])
+    with pytest.raises(SettingsError, match="names of contenders repeat"):
+        SETTINGS.with_values(['contenders=[{"name":"many"},{"name":"many"}]'])
+
+
+def test_too_few_captions_for_the_groups_are_said(tmp_path):
+    with pytest.raises(ValueError, match="12 captions were drawn by all contenders; 20 are needed"):
+        run(SETTINGS.with_values(["groups=10"]), tmp_path / "evaluation")
+
+
+def test_the_papers_protocol_is_in_its_recipe():
+    wanted = sd15().evaluation
+    assert wanted.guidance[0] == 1.0  # Fig. 4
+    assert wanted.guidance[-1] == 10.0
+    assert wanted.prompts.limit == wanted.references.count == 30_000
+    assert wanted.samples.judging.scorer.network == "ViT-g-14"
+    assert wanted.samples.judging.features.network == "inception"
+    samplers = {(line.sampler.solver, line.sampler.steps) for line in wanted.contenders}
+    assert samplers == {(solver, n) for solver in ("ddim", "dpm", "dpm++") for n in (4, 8, 16, 50)}
+    assert mini().evaluation.samples.judging.features.network == "oracle"
+
+
+def test_the_readmes_smaller_protocols_are_settings_of_the_recipe():
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    section = readme.split("## By the paper's protocol")[1].split("\n## ")[0]
+    blocks = [re.findall(r"--set (\S+)", block) for block in section.split("```")[1::2]]
+    few, other = (sd15().with_values(block).evaluation for block in blocks)
+    assert (few.prompts.limit, few.references.count) == (6_000, 30_000)
+    assert (other.prompts.limit, other.references.count) == (5_000, 5_000)
+    assert {other.prompts.name, other.references.name} == {"coco2017"}
+    assert all("2017" in url for url in (other.prompts.url, other.references.url))
+
+
+def test_a_dry_run_says_how_much_would_be_drawn(capsys):
+    assert job.main(["--dry-run", "--set", "evaluation.guidance=[1.0,2.0]"]) == 0
+    # 1200 captions, of each (1 + 2) times 3 (50 + 16 + 8 + 4) steps.
+    assert "842,400 UNet evaluations" in capsys.readouterr().out
+
+
+def test_the_job_leaves_figures_charts_and_a_page(tmp_path, capsys, monkeypatch):
+    def as_on_ray(items, stages):
+        """Ray hands stages and units over by pickling them."""
+        return in_process(*pickle.loads(pickle.dumps((list(items), stages))))
+
+    monkeypatch.setattr(job, "runner", lambda _: as_on_ray)
+    save(load("mini"), tmp_path / "student" / "raw")
+    raw = '{"name":"raw","model":"run:student/raw","sampler":{"steps":1}}'
+    options = [
+        "evaluation.guidance=[1.0]",
+        "evaluation.prompts.limit=8",
+        "evaluation.references.count=8",
+        "evaluation.groups=2",
+        f'evaluation.contenders=[{{"name":"one","sampler":{{"steps":1}}}},{raw}]',
+        "evaluation.baseline=one",
+    ]
+    arguments = [part for option in options for part in ("--set", option)]
+    assert job.main(["--out", str(tmp_path), *arguments]) == 0
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert set(results["curves"]) == {"one", "raw"}
+    # It is read where the run is not.
+    assert results["curves"]["raw"]["model"] == "run:student/raw"
+    assert str(tmp_path) not in json.dumps(results)
+    assert (tmp_path / "evaluation" / "page.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "evaluation" / "chart-1.svg").exists()
+    assert "8 feature vectors of 128 numbers" in capsys.readouterr().out

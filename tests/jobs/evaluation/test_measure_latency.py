@@ -1,0 +1,129 @@
+"""The latency job: a table that is measured once, and what it says of whole UNets."""
+
+import json
+
+import pytest
+import torch
+
+from jobs import measure_latency as job
+from jobs.evaluation.latency import measure_latency
+from jobs.evaluation.settings import LatencySettings
+from jobs.evaluation.timing import architectures_of, setting_of
+from jobs.reports.latency_breakdown import breakdown_of
+from snapfusion.evolution.latency import LatencyTable
+from snapfusion.models.architecture import Architecture, efficient_architecture
+from snapfusion.models.cost import block_count_table
+from snapfusion.models.load import load
+from snapfusion.models.unet import architecture_of
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def origin():
+    return architecture_of(load("mini-v").unet)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    assert job.main(["--out", str(out), "--set", "latency.turns=3"]) == 0
+    return out
+
+
+def told(out):
+    return json.loads((out / "latency" / "torch-float32-cpu.json").read_text())
+
+
+def test_a_table_opens_by_itself_and_predicts(made, origin):
+    table = LatencyTable.parse(told(made)["table"])
+    table.check_setting(setting_of(LatencySettings()))
+    for name, architecture in architectures_of(origin).items():
+        unet = told(made)["unets"][name]
+        assert unet["predicted_ms"] == pytest.approx(table.predict_ms(architecture))
+        assert unet["error"] == pytest.approx(unet["predicted_ms"] / unet["measured"]["median_ms"] - 1.0)
+        # At this size what stands between the parts counts too, and the machine may be busy.
+        assert 0.3 < unet["predicted_ms"] / unet["measured"]["median_ms"] < 3.0
+        assert sum(row["macs"] for row in unet["stages"]) == unet["macs"]
+        assert [row["name"] for row in unet["blocks"]] == [block.name for block in architecture.blocks]
+        assert Architecture.parse(unet["architecture"]) == architecture
+    assert set(architectures_of(origin)) == {"origin", "table-3"}
+
+
+def test_every_smaller_unet_can_be_asked_for(made, origin):
+    table = LatencyTable.parse(told(made)["table"])
+    rest = efficient_architecture(origin)
+    for block in rest.blocks:
+        rest = rest.without(block.name)
+    assert 0.0 < table.predict_ms(rest) < table.predict_ms(efficient_architecture(origin))
+
+
+def test_what_is_measured_is_not_measured_again(made, capsys, monkeypatch):
+    monkeypatch.setattr(job, "measure_latency", lambda *_, **__: pytest.fail("measured again"))
+    assert job.main(["--out", str(made)]) == 0
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_would_be_measured(tmp_path, capsys):
+    assert job.main(["--dry-run", "--out", str(tmp_path), "--recipe", "sd15"]) == 0
+    said = capsys.readouterr().out
+    assert "20 turns of each part of stable-diffusion-v1-5/stable-diffusion-v1-5's UNet" in said
+    assert "latency/torch-float16-cuda.json (which is not there yet)" in said
+
+
+def test_a_runtime_that_cannot_is_one_line(tmp_path, capsys):
+    asked = ["latency.runtime=executorch-xnnpack", "latency.precision=float16"]
+    options = [word for one in asked for word in ("--set", one)]
+    assert job.main(["--out", str(tmp_path), *options]) == 2
+    assert "runs here in float32 on the CPU, not in float16 on cpu" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
+def test_a_device_that_is_not_here_is_one_line(tmp_path, capsys):
+    assert job.main(["--out", str(tmp_path), "--set", "latency.device=cuda"]) == 2
+    assert "the device is cuda, of which torch finds none here; cpu is accepted" in capsys.readouterr().err
+
+
+def test_fig_2_is_drawn_beside_the_table(made):
+    for kind, label in (("ms", "latency (ms)"), ("parameters", "parameters (millions)")):
+        text = (made / "latency" / f"torch-float32-cpu-{kind}.svg").read_text()
+        assert text.startswith("<svg xmlns")
+        for words in (label, "Down-1", "Mid", "Up-2", "cross-attention, origin", "ResNet, table-3"):
+            assert words in text
+
+
+def test_what_the_blocks_take_is_read_from_the_file(made, origin):
+    found = breakdown_of(told(made))
+    assert found.how == "torch, float32, 1 thread"
+    assert [unet.name for unet in found.unets] == ["origin", "table-3"]
+    assert found.unets[0].parameters == told(made)["unets"]["origin"]["parameters"]
+    assert found.rows == tuple(block_count_table(origin, efficient_architecture(origin)))
+    latency, parameters = found.charts
+    assert list(latency.categories) == ["Down-1", "Down-2", "Mid", "Up-1", "Up-2"]
+    of = {bars.name: bars for bars in parameters.bars}
+    # Table 3 has no cross-attention on the outermost level, and its bars are the fuller ones.
+    assert of["cross-attention, table-3"].values[0] == 0.0 < of["cross-attention, origin"].values[0]
+    assert of["cross-attention, origin"].faint
+    assert not of["cross-attention, table-3"].faint
+    assert {bars.color for bars in latency.bars} == {1, 2}
+    only = {**told(made), "unets": {"origin": told(made)["unets"]["origin"]}}
+    assert [bars.faint for bars in breakdown_of(only).charts[0].bars] == [False, False]
+
+
+def test_the_model_itself_is_timed_where_table_3_has_no_levels(origin):
+    shallow = origin.changed(
+        channels=(24, 64),
+        heads=(4, 4),
+        down=(origin.down[0], origin.down[2]),
+        up=(origin.up[0], origin.up[2]),
+    )
+    assert set(architectures_of(shallow)) == {"origin"}
+    settings = LatencySettings(turns=2, batch=1)
+    measured = measure_latency(settings, architectures=architectures_of(shallow), tokens=4)
+    assert measured["table"]["frame"]["batch"] == 1
+    assert measured["unets"]["origin"]["measured"]["turns"] == 2

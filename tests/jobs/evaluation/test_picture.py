@@ -1,0 +1,145 @@
+"""Captions to pictures: every model, sampler and number of steps of README's table, and a student's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_bundle
+from PIL import Image
+
+from jobs import command
+from jobs.evaluation.images import distillation_mismatch, distilled_steps, generate_images
+from jobs.generate import SAMPLERS
+from snapfusion.mini.oracle import load_oracle
+from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
+from snapfusion.mini.vocabulary import ATTRIBUTES
+from snapfusion.models.bundle import Bundle
+from snapfusion.models.guidance_embedding import with_guidance_embedding
+from snapfusion.models.load import load
+from snapfusion.models.save import save
+from snapfusion.solver_names import SOLVERS
+
+README = (Path(__file__).parents[3] / "README.md").read_text()
+CAPTIONS = 10
+SLACK = 2
+"""Attributes of fifty that another version of torch may read otherwise."""
+
+
+def readme_table() -> dict[tuple[str, int, str], int]:
+    """(model, steps, sampler) -> attributes right of fifty, as README has them."""
+    block = README.split("## Samplers and steps")[1].split("\n## ")[0]
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in block.splitlines()
+        if line.startswith("|")
+    ]
+    samplers = [name.strip("`") for name in header[2:]]
+    return {
+        (model.split("`")[1], int(steps), sampler): int(cell)
+        for model, steps, *cells in rows
+        for sampler, cell in zip(samplers, cells, strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Bundle]:
+    return {name: load(name) for name in ("mini", "mini-v")}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["guided", "told w"])
+def student(request, tmp_path_factory) -> str:
+    """The folder of a training of 4 steps, of either kind, with its model inside."""
+    folder = tmp_path_factory.mktemp("run") / "student"
+    bundle = tiny_bundle()
+    bundle.prediction_type = "v_prediction"
+    if request.param:
+        bundle.unet = with_guidance_embedding(bundle.unet)
+        torch.nn.init.normal_(bundle.unet.time_embedding.cond_proj.weight, std=0.5)
+    distillation = {"steps": 4, "cfg_range": {"low": 1.0, "high": 6.0}, "w_conditioned": request.param}
+    save(bundle, folder / "model", dtype=torch.float32, distillation=distillation)
+    (folder / "metrics.json").write_text("{}")
+    return str(folder)
+
+
+def check_pictures(pictures: list[np.ndarray], *, size: int) -> None:
+    for picture in pictures:
+        assert picture.dtype == np.uint8
+        assert picture.shape == (size, size, 3)
+        assert len(np.unique(picture)) > 10
+
+
+def test_the_table_has_every_sampler():
+    assert {sampler for _, _, sampler in readme_table()} == set(SOLVERS) == set(SAMPLERS)
+    assert {model for model, _, _ in readme_table()} == {"mini", "mini-v"}
+    assert f"{CAPTIONS} held-out captions" in README
+
+
+@pytest.mark.parametrize(("model", "steps", "sampler"), readme_table())
+def test_a_cell_of_the_table(model, steps, sampler, models):
+    scenes = [scene_of(HELD_OUT + number) for number in range(CAPTIONS)]
+    asked = {"steps": steps, "guidance": 4.0, "seed": 0, "count": 1, "solver": sampler}
+    pictures = generate_images(models[model], [caption_of(scene) for scene in scenes], **asked)
+    check_pictures(pictures, size=32)
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    right = int(load_oracle().score(images, scenes).sum())
+    assert CAPTIONS * len(ATTRIBUTES) == 50
+    assert right == pytest.approx(readme_table()[model, steps, sampler], abs=SLACK)
+
+
+@pytest.mark.parametrize("sampler", SOLVERS)
+@pytest.mark.parametrize("steps", [8, 4, 2])
+def test_a_student_draws_by_any_sampler(student, steps, sampler):
+    asked = {"steps": steps, "guidance": 2.0, "seed": 0, "count": 2, "solver": sampler}
+    check_pictures(generate_images(load(student), ["red"], **asked), size=16)
+
+
+def test_without_being_told_a_student_takes_its_own_steps(student, tmp_path, capsys):
+    place = tmp_path / "a.png"
+    assert command.main(["generate", "red", "--model", student, "--out", str(place)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert "4 steps of ddim" in lines[0]
+    first = np.asarray(Image.open(place))
+    asked = ["--model", f"{student}/model", "--steps", "4", "--out", str(place)]
+    assert command.main(["generate", "red", *asked]) == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(place)), first)
+
+
+@pytest.mark.parametrize(
+    ("options", "this"),
+    [
+        (["--steps", "8"], "8 of ddim at guidance 2.5"),
+        (["--sampler", "dpm++"], "4 of dpm++ at guidance 2.5"),
+        (["--guidance", "7"], "4 of ddim at guidance 7"),
+    ],
+)
+def test_one_line_says_what_a_student_was_not_distilled_for(student, options, this, tmp_path, capsys):
+    asked = ["--model", student, "--out", str(tmp_path / "a.png"), *options]
+    assert command.main(["generate", "red", *asked]) == 0
+    said, _ = capsys.readouterr().out.splitlines()
+    assert said == f"{student}: distilled for 4 steps of ddim at guidance 1 to 6; this is {this}"
+
+
+def test_a_model_that_was_not_distilled_takes_50_steps_and_departs_from_nothing(models):
+    assert distilled_steps(models["mini"]) == 50
+    assert distillation_mismatch(models["mini"], steps=8, solver="dpm++", guidance=9.0) is None
+
+
+def test_a_student_of_vanilla_steps_departs_by_its_steps_alone(models):
+    vanilla = load("mini-v")
+    vanilla.distillation = {"steps": 8}
+    assert distillation_mismatch(vanilla, steps=8, solver="ddim", guidance=9.0) is None
+    said = distillation_mismatch(vanilla, steps=4, solver="ddim", guidance=9.0)
+    assert said == "distilled for 8 steps of ddim; this is 4 of ddim at guidance 9"
+
+
+def test_guidance_changes_what_a_student_that_is_told_w_draws(student):
+    bundle = load(student)
+    low, high = (
+        generate_images(bundle, ["red"], steps=4, guidance=w, seed=0, count=1, solver="ddim")[0]
+        for w in (1.0, 6.0)
+    )
+    assert not np.array_equal(low, high)

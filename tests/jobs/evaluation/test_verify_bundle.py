@@ -1,0 +1,221 @@
+"""A bundle can be checked, and drawn with, wherever it lies; whatever was done to it is said."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import tiny_student
+from PIL import Image
+
+from jobs import command, generate, verify_bundle
+from jobs.evaluation.images import generate_images
+from snapfusion.export.bundle import open_bundle
+from snapfusion.models.load import load
+
+
+@pytest.fixture
+def copied(mobile_bundle, tmp_path):
+    return shutil.copytree(mobile_bundle, tmp_path / "copy")
+
+
+def refused(folder, capsys):
+    """The one line that is said of the bundle, which must be refused."""
+    assert verify_bundle.main([str(folder)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("verify_bundle: ")
+    return line
+
+
+def rehash(folder, name):
+    """Let the manifest say of a changed file what it says of a sound one."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    data = (folder / name).read_bytes()
+    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_sound_bundle_is_checked_part_by_part(mobile_bundle, capsys):
+    assert command.main(["verify-bundle", str(mobile_bundle)]) == 0
+    said = capsys.readouterr().out
+    assert "as the manifest says" in said
+    assert "3 steps land where they should" in said
+    assert "3 captions have the ids they should have" in said
+    for variant in ("executorch", "executorch-int8"):
+        for part in ("/text_encoder: ", "/unet: ", "/decoder: ", ", the image: "):
+            assert f"  {variant}{part}" in said
+    if sys.platform != "darwin":
+        assert "coreml: not executed, Core ML is not here" in said
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sampler.json", "executorch/unet.pte", "tokenizer/tokenizer.json", "vectors/noise.f32", "MODEL_CARD.md"],
+)
+def test_a_flipped_byte_is_found_in_any_file(name, copied, capsys):
+    data = bytearray((copied / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copied / name).write_bytes(bytes(data))
+    assert f"{name} was altered" in refused(copied, capsys)
+
+
+def test_a_missing_and_an_added_file_are_named(copied, capsys):
+    (copied / "notes.txt").write_text("mine")
+    assert "notes.txt is not in the manifest" in refused(copied, capsys)
+    (copied / "notes.txt").unlink()
+    (copied / "executorch/decoder.pte").unlink()
+    assert "executorch/decoder.pte is missing" in refused(copied, capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"format": 1}', "of format 1; format 2 is accepted"),
+        ("{}", "of format None; format 2 is accepted"),
+        ("[]", "of format None; format 2 is accepted"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_a_bundle_of_another_version_is_refused(text, said, copied, capsys):
+    (copied / "manifest.json").write_text(text)
+    assert said in refused(copied, capsys)
+
+
+def test_what_is_no_bundle_is_refused(tmp_path, capsys):
+    assert "has no manifest.json: it is not a mobile bundle" in refused(tmp_path, capsys)
+
+
+def test_a_coefficient_that_was_changed_with_its_hash_is_found(copied, capsys):
+    values = json.loads((copied / "sampler.json").read_text())
+    values["steps"][1]["from_output"] *= 1.001
+    (copied / "sampler.json").write_text(json.dumps(values))
+    rehash(copied, "sampler.json")
+    assert "step 1 (t = 666): from_output is" in refused(copied, capsys)
+
+
+def test_a_sound_sampler_of_another_prediction_is_found_by_the_vectors(copied, capsys):
+    values = json.loads((copied / "sampler.json").read_text())
+    for step in values["steps"]:
+        step["from_z"] = step["alpha_next"] / step["alpha"]
+        step["from_output"] = step["sigma_next"] - step["alpha_next"] * step["sigma"] / step["alpha"]
+    (copied / "sampler.json").write_text(json.dumps(values | {"prediction_type": "epsilon"}))
+    rehash(copied, "sampler.json")
+    assert "of the largest value away from the test vectors" in refused(copied, capsys)
+
+
+def test_vectors_that_do_not_follow_from_each_other_are_found(copied, capsys):
+    outputs = np.fromfile(copied / "vectors/output-0.f32", "<f4")
+    (outputs + 1.0).tofile(copied / "vectors/output-0.f32")
+    rehash(copied, "vectors/output-0.f32")
+    assert "step 0 (t = 999) lands" in refused(copied, capsys)
+
+
+def test_a_program_of_other_weights_with_its_hash_is_found(copied, capsys):
+    from snapfusion.export.executorch import compile_executorch
+    from snapfusion.export.modules import unet_module
+
+    other = unet_module(tiny_student(seed=9).unet, condition_shape=(16, 16), conditions=2)
+    (copied / "executorch/unet.pte").write_bytes(compile_executorch(other))
+    rehash(copied, "executorch/unet.pte")
+    assert "executorch/unet does not agree with torch" in refused(copied, capsys)
+
+
+def test_a_tokenizer_of_another_model_is_found(copied, capsys):
+    path = copied / "tokenizer/tokenizer.json"
+    told = json.loads(path.read_text())
+    vocab = told["model"]["vocab"]
+    vocab["r"], vocab["e"] = vocab["e"], vocab["r"]
+    vocab["red</w>"], vocab["d</w>"] = vocab["d</w>"], vocab["red</w>"]
+    path.write_text(json.dumps(told))
+    rehash(copied, "tokenizer/tokenizer.json")
+    assert "tokenizer gives other ids than the test vectors for 'red'" in refused(copied, capsys)
+
+
+# --- drawing
+
+
+def test_a_bundle_draws_what_the_model_draws(mobile_bundle, mobile_model, tmp_path, capsys):
+    place = tmp_path / "picture.png"
+    options = ["a red thing", "--bundle", str(mobile_bundle), "--seed", "5", "-n", "2", "--out", str(place)]
+    assert command.main(["generate", *options]) == 0
+    said = capsys.readouterr()
+    assert "3 steps of executorch" in said.out
+    assert "6/6" in said.err  # the progress bar
+    wanted = generate_images(load(mobile_model), ["a red thing"], steps=3, guidance=2.0, seed=5, count=2)
+    drawn = np.asarray(Image.open(place))[::16, ::16].astype(int)
+    assert np.abs(drawn - np.concatenate(wanted, axis=1).astype(int)).max() <= 1
+
+
+def test_a_bundle_draws_without_the_model_and_without_torch_models(mobile_bundle, tmp_path):
+    """Nothing of the model's folder is read, and no diffusers network is built."""
+    place = tmp_path / "alone.png"
+    code = (
+        "import sys; from unittest import mock; import snapfusion.models.load as load;"
+        "load.load = lambda *_, **__: sys.exit('the model was loaded');"
+        "from jobs import generate; sys.exit(generate.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "red", "--bundle", str(mobile_bundle), "--out", str(place)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert place.exists()
+
+
+def test_guidance_changes_what_a_bundle_draws(mobile_bundle, tmp_path):
+    pictures = []
+    for w in ("1.0", "6.0"):
+        place = tmp_path / f"{w}.png"
+        assert (
+            generate.main(["red", "--bundle", str(mobile_bundle), "--guidance", w, "--out", str(place)]) == 0
+        )
+        pictures.append(np.asarray(Image.open(place)))
+    assert (pictures[0] != pictures[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--variant", "coreml"], "has no ExecuTorch programs called coreml"),
+        (
+            ["--variant", "none"],
+            "has no variant 'none'; executorch, executorch-int8, coreml, coreml-6bit are",
+        ),
+        (["--model", "mini"], "--model mini: a --bundle has its own, compiled into it"),
+        (["--steps", "8"], "--steps 8: a --bundle has its own, compiled into it"),
+        (["--guidance", "0.5"], "--guidance 0.5: 1.0 and more is accepted"),
+        (["--out", "/dev/null/x.png"], "--out /dev/null/x.png: "),
+    ],
+)
+def test_a_mistake_is_one_line(options, said, mobile_bundle, capsys):
+    assert generate.main(["red", "--bundle", str(mobile_bundle), *options]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_damaged_bundle_draws_nothing(copied, tmp_path, capsys):
+    (copied / "executorch/unet.pte").write_bytes(b"nothing")
+    options = ["red", "--bundle", str(copied), "--out", str(tmp_path / "p.png")]
+    assert generate.main(options) == 2
+    assert "--bundle " in capsys.readouterr().err
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_a_variant_without_a_bundle_is_refused(capsys):
+    assert generate.main(["red", "--variant", "executorch"]) == 2
+    assert "--variant executorch: only a --bundle has variants" in capsys.readouterr().err
+
+
+def test_vectors_tell_the_whole_walk(mobile_bundle):
+    bundle = open_bundle(mobile_bundle)
+    vectors = bundle.vectors
+    assert vectors.steps == 3
+    assert vectors.arrays["c"].shape == (2, 16, 16)
+    assert vectors.arrays["image"].shape == (1, 3, 16, 16)
+    assert set(vectors.token_ids) == {"", "red", "a red thing"}

@@ -1,0 +1,315 @@
+"""Alg. 1 on the miniature: rounds of scoring, removing, copying and training; killed, resumed, refused."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from in_process import in_process
+from latency_inputs import known_table
+from scene_latents import encode_scenes
+
+from jobs import evolve_unet as job
+from jobs.cli.in_run import resolve_training
+from jobs.cli.job import Job
+from jobs.evaluation.evaluation import captions_of
+from jobs.evaluation.settings import PromptSettings
+from jobs.evolution.search import Evolution
+from jobs.evolution.settings import EvolutionSettings
+from jobs.recipes.registry import recipe_named
+from jobs.reports.evolution_page import render_evolution
+from jobs.training.initial_weights import own_architecture, with_architecture
+from jobs.training.settings import RobustTrainingSettings, TrainerSettings
+from jobs.training.spec import TrainingError
+from pipelines.datasets.settings import SamplesSettings
+from pipelines.loading.settings import LoaderSettings
+from pipelines.stages.metric_networks import MetricNetworks
+from pipelines.stages.sample import SampleAndScore
+from pipelines.stages.settings import Sampler, SamplingSettings
+from pipelines.tables.settings import Bounds
+from pipelines.tables.table import open_table
+from snapfusion.evolution.latency import LatencyError
+from snapfusion.evolution.search import EvolutionError
+from snapfusion.evolution.settings import RoundLimits
+from snapfusion.models.architecture import Architecture
+from snapfusion.models.blocks import skipping_blocks
+from snapfusion.models.load import load
+from snapfusion.models.unet import architecture_of
+from snapfusion.noise import noise_key
+from snapfusion.training.settings import LoopSettings, SkipSettings
+
+ORIGIN = own_architecture("mini-v")
+TABLE = known_table(ORIGIN)
+CAPTIONS = 4
+SETTINGS = EvolutionSettings(
+    pace=RoundLimits(removed=3, growths=0),
+    prompts=PromptSettings(limit=CAPTIONS),
+    sampler=Sampler(steps=1),
+    guidance=2.0,
+    samples=SamplesSettings(drawing=SamplingSettings(batch_size=CAPTIONS, images=True)),
+    training=RobustTrainingSettings(
+        skip=SkipSettings(attention=0.3, resnet=0.3),
+        loop=LoopSettings(num_steps=2, global_batch=4, learning_rate=1e-4, warmup_steps=0),
+        loader=LoaderSettings(held_out=0.3),
+        trainer=TrainerSettings(micro_batch=4, cpus_per_worker=0.5, log_to=()),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    return encode_scenes(tmp_path_factory.mktemp("run"))
+
+
+def evolution(out, *, latents, objective_ms, table=TABLE, run=in_process, rounds=None, settings=SETTINGS):
+    return Evolution(
+        settings=settings,
+        objective_ms=objective_ms,
+        model="mini-v",
+        latents_url=latents,
+        table=table,
+        out=str(out),
+        start=lambda name, parents: ({}, None),
+        run=run,
+        on_report=lambda figures: None,
+        on_round=lambda over: None if rounds is None else rounds.append(over),
+    )
+
+
+OBJECTIVE_MS = TABLE.predict_ms(ORIGIN) - 7.0
+
+
+@pytest.fixture(scope="module")
+def evolved(ray_cluster, latents, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evolved")
+    return out, evolution(out, latents=latents, objective_ms=OBJECTIVE_MS).evolve()
+
+
+def decisions(history):
+    return [told["decision"] for told in history["rounds"]]
+
+
+def test_it_removes_until_the_objective_is_met_and_stops(evolved):
+    out, history = evolved
+    assert [decision["action"] for decision in decisions(history)] == ["remove", "stop"]
+    assert decisions(history)[0]["before_ms"] == TABLE.predict_ms(ORIGIN)
+    assert decisions(history)[1]["before_ms"] <= OBJECTIVE_MS
+    final = Architecture.parse(json.loads((out / "architecture.json").read_text()))
+    assert TABLE.predict_ms(final) == decisions(history)[1]["after_ms"]
+    assert history == json.loads((out / "history.json").read_text())
+
+
+def test_where_the_objective_is_met_it_copies_and_the_copy_gets_its_origins_weights(latents, tmp_path):
+    growing = SETTINGS.model_copy(update={"pace": RoundLimits(growths=1)})
+    with_growth = evolution(tmp_path, latents=latents, objective_ms=1e3, settings=growing)
+    over = next(iter(with_growth._rounds()))
+    assert over.decision.action == "copy"
+    (name,) = over.decision.blocks
+    able = [score for score in over.scores if ORIGIN.can_copy(score.block)]
+    assert name == max(able, key=lambda score: score.value).block
+    first = load(with_architecture("mini-v", over.decision.architecture, url=str(tmp_path / "first")))
+    copied = first.unet.get_submodule(f"{name}+1").state_dict()
+    for key, tensor in load("mini-v").unet.get_submodule(name).state_dict().items():
+        assert torch.equal(copied[key], tensor)
+
+
+def test_the_blocks_that_go_are_those_that_lose_least_clip_a_millisecond(evolved):
+    first = evolved[1]["rounds"][0]
+    values = {score["block"]: score["delta_clip"][0] / score["delta_ms"] for score in first["scores"]}
+    assert set(values) == {block.name for block in ORIGIN.blocks}
+    least = sorted(values, key=values.get)[: len(first["decision"]["blocks"])]
+    assert first["decision"]["blocks"] == least
+    assert all(score["captions"] == CAPTIONS for score in first["scores"])
+
+
+def test_a_score_is_the_mean_loss_of_the_same_captions_and_noise(evolved):
+    first = evolved[1]["rounds"][0]
+    # By hand, without a table.
+    captions = captions_of(SETTINGS.prompts)
+    artist = SampleAndScore(
+        model="mini-v",
+        sampler=SETTINGS.sampler,
+        drawing=SETTINGS.samples.drawing,
+        judging=SETTINGS.samples.judging,
+        device=SETTINGS.samples.device,
+    )
+    keys = [noise_key("evaluation", 0, caption.id) for caption in captions]
+    texts = [caption.text for caption in captions]
+    score = first["scores"][5]
+    whole = artist.draw_and_judge(texts, keys, w=2.0)["clip"]
+    with skipping_blocks(artist.bundle.unet, [score["block"]]):
+        left = artist.draw_and_judge(texts, keys, w=2.0)["clip"]
+    assert score["delta_clip"][0] == pytest.approx(float((whole - left).mean()), abs=1e-6)
+    assert score["clip"] == pytest.approx(float(left.mean()), abs=1e-6)
+
+
+def test_each_round_trains_what_the_one_before_decided(evolved):
+    out, history = evolved
+    for number, decision in enumerate(decisions(history)[:-1], start=1):
+        wanted = Architecture.parse(decision["architecture"])
+        trained = load(str(out / f"round-{number:02d}" / "trained"))
+        assert architecture_of(trained.unet) == wanted
+        first = load(str(out / f"round-{number:02d}" / "first"))
+        kept = next(block for block in wanted.blocks if "+" not in block.name)
+        before = load("mini-v" if number == 1 else str(out / f"round-{number - 1:02d}" / "trained"))
+        for name, tensor in first.unet.get_submodule(kept.name).state_dict().items():
+            assert torch.equal(tensor, before.unet.get_submodule(kept.name).state_dict()[name])
+        assert trained.fingerprint()["unet"] != first.fingerprint()["unet"]
+
+
+def test_a_finished_evolution_does_nothing_again(evolved, latents):
+    out, history = evolved
+
+    def nothing(items, stages):
+        pytest.fail("drawn again")
+
+    assert evolution(out, latents=latents, objective_ms=OBJECTIVE_MS, run=nothing).evolve() == history
+    with pytest.raises(TrainingError, match=r"of other settings: .*guidance is 2\.0 there, 3\.0 here"):
+        evolution(
+            out,
+            latents=latents,
+            objective_ms=OBJECTIVE_MS,
+            settings=SETTINGS.model_copy(update={"guidance": 3.0}),
+        ).evolve()
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def test_killed_while_it_scores_it_scores_nothing_twice_and_decides_the_same(evolved, latents, tmp_path):
+    drawn, rounds = [], []
+
+    def noted(items, stages, *, until=math.inf):
+        for finished in in_process(items, stages):
+            if len(drawn) >= until:
+                raise Killed
+            drawn.append(finished.account.unit)
+            yield finished
+
+    def mortal(items, stages):
+        yield from noted(items, stages, until=11)
+
+    # Each unit is committed as it comes.
+    at_once = SETTINGS.samples.model_copy(update={"bounds": Bounds(commit_seconds=0.0)})
+    settings = SETTINGS.model_copy(update={"samples": at_once})
+
+    with pytest.raises(Killed):
+        evolution(
+            tmp_path, latents=latents, objective_ms=OBJECTIVE_MS, run=mortal, settings=settings
+        ).evolve()
+    assert len(drawn) == 11
+    gone_on = evolution(
+        tmp_path, latents=latents, objective_ms=OBJECTIVE_MS, run=noted, settings=settings, rounds=rounds
+    )
+    # Only the first round: training is killed and resumed in its own tests.
+    next(iter(gone_on._rounds()))
+    assert sorted(drawn) == sorted(set(drawn))
+    # The file of the unit that was under way was there, and was adopted.
+    assert len(drawn) == len(ORIGIN.blocks)
+    assert len(open_table(f"{tmp_path}/round-00/scores").units) == 1 + len(ORIGIN.blocks)
+    first = evolved[1]["rounds"][0]
+    assert rounds[0].decision.to_values() == first["decision"]
+
+
+def test_a_scorer_that_gives_no_number_stops_it_by_name(latents, tmp_path, monkeypatch):
+    clip = MetricNetworks.clip
+
+    def poisoned(self, images, texts):
+        scores = clip(self, images, texts)
+        scores[1] = float("nan")
+        return scores
+
+    monkeypatch.setattr(MetricNetworks, "clip", poisoned)
+    with pytest.raises(EvolutionError, match="gave no number for caption scene-1 with all blocks"):
+        evolution(tmp_path, latents=latents, objective_ms=OBJECTIVE_MS).evolve()
+
+
+def test_a_block_without_which_nothing_is_drawn_has_no_score(latents, tmp_path, monkeypatch):
+    draw, lost = SampleAndScore.draw, "mid_block.attentions.0"
+
+    def broken(self, texts, keys, *, w):
+        latents = draw(self, texts, keys, w=w)
+        gone = "forward" in vars(self.bundle.unet.get_submodule(lost))
+        return latents * float("nan") if gone else latents
+
+    monkeypatch.setattr(SampleAndScore, "draw", broken)
+    rounds = []
+    next(iter(evolution(tmp_path, latents=latents, objective_ms=OBJECTIVE_MS, rounds=rounds)._rounds()))
+    score = next(score for score in rounds[0].scores if score.block == lost)
+    assert (score.delta_clip, score.clip, score.captions) == (None, None, 0)
+    assert math.isinf(score.value)
+    assert lost not in rounds[0].decision.blocks
+
+
+def test_a_table_of_other_shapes_or_an_objective_out_of_reach_is_refused(latents, tmp_path):
+    with pytest.raises(LatencyError, match=r"frame\.tokens is 7 there, 24 here"):
+        evolution(tmp_path, latents=latents, objective_ms=9.0, table=known_table(ORIGIN, tokens=7)).evolve()
+    wider = known_table(ORIGIN.changed(channels=(48, 64, 64), groups=8))
+    with pytest.raises(LatencyError, match=r"embedding is 192 there, 96 here"):
+        evolution(tmp_path / "wider", latents=latents, objective_ms=9.0, table=wider).evolve()
+    with pytest.raises(EvolutionError, match="no architecture takes 1 ms on a test: without any block"):
+        evolution(tmp_path / "fast", latents=latents, objective_ms=1.0).evolve()
+
+
+def test_rows_that_training_could_not_use_are_refused_before_anything_is_drawn(latents, tmp_path):
+    none = SETTINGS.training.model_copy(update={"loader": LoaderSettings(held_out=1e-6)})
+    settings = SETTINGS.model_copy(update={"training": none})
+    with pytest.raises(TrainingError, match="of 16 rows none is held out"):
+        evolution(tmp_path, latents=latents, objective_ms=OBJECTIVE_MS, settings=settings).evolve()
+
+
+def test_the_page_shows_rounds_scores_and_architectures(evolved):
+    history = evolved[1]
+    page = render_evolution(history, captions=(), pictures={})
+    assert page.count("<svg") == 2
+    for told in history["rounds"]:
+        for block in told["decision"]["blocks"]:
+            assert block in page
+    assert "without any" not in page
+
+
+def options(out, *assignments):
+    return ["--out", str(out), *(word for one in assignments for word in ("--set", one))]
+
+
+def test_what_a_user_gets_wrong_is_one_line(tmp_path, capsys):
+    assert job.main(options(tmp_path)) == 2
+    assert "--set evolution.latency_ms: it is null" in capsys.readouterr().err
+    phone = tmp_path / "phone.json"
+    phone.write_text(json.dumps(known_table(ORIGIN, device="iPhone 14 Pro").to_values()))
+    asked = ["evolution.latency_ms=9", f"evolution.table={phone}", 'evolution.device="iPhone 12"']
+    assert job.main(options(tmp_path, *asked)) == 2
+    said = capsys.readouterr().err
+    assert "is of device 'iPhone 14 Pro', and evolution.device asks for 'iPhone 12'" in said
+    exact = [*asked[:2], "evolution.precision=float16"]
+    assert job.main(options(tmp_path, *exact)) == 2
+    said = capsys.readouterr().err
+    assert "is of precision 'float32', and evolution.precision asks for 'float16'" in said
+    phone.write_text('{"parts": 3}')
+    assert job.main(options(tmp_path, *asked)) == 2
+    assert "phone.json is no latency table" in capsys.readouterr().err
+
+
+def test_a_table_of_this_run_that_was_measured_elsewhere_is_refused(tmp_path, capsys):
+    place = Path(tmp_path) / "latency" / "torch-float32-cpu.json"
+    place.parent.mkdir()
+    place.write_text(json.dumps({"table": known_table(ORIGIN, device="another machine").to_values()}))
+    assert job.main(options(tmp_path, "evolution.latency_ms=9")) == 2
+    assert 'device is "another machine" there' in capsys.readouterr().err
+
+
+def test_what_a_watch_reads_in_the_run_is_found_there():
+    recipe = recipe_named("sd15")
+    here = Job(verb="evolve_unet", recipe=recipe, out="s3://bucket/run")
+    placed = resolve_training(recipe.evolution.training, here)
+    assert placed.watch.references == "s3://bucket/run/evaluation/references"
+    assert placed.skip == recipe.evolution.training.skip
+
+
+def test_a_dry_run_says_what_an_action_costs(capsys):
+    assert job.main(["--dry-run", "--recipe", "sd15", "--out", "nowhere"]) == 0
+    said = capsys.readouterr().out
+    assert "2,000 captions of 50 steps at guidance 7.5" in said
+    assert "so many at that pace take 2 h 30 min" in said

@@ -1,0 +1,33 @@
+"""The miniature's run, forecast by a probe and then measured, in one sitting."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(job: str, *, out: Path) -> str:
+    """What a job prints, run as a user runs it: each starts its own Ray, as is forecast."""
+    command = [sys.executable, "-m", f"jobs.{job}", "--recipe", "mini", "--out", str(out)]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(3600)
+def test_the_miniatures_run_takes_what_was_forecast(tmp_path, capsys):
+    run("plan", out=tmp_path)
+    run("run_pipeline", out=tmp_path)
+    told = run("plan", out=tmp_path)
+    with capsys.disabled():
+        print("\n" + told)
+    compared = json.loads((tmp_path / "plan.json").read_text())["compared"]
+    assert all(row["measured"] for row in compared)
+    forecast, measured = (sum(row[name] for row in compared) for name in ("forecast", "measured"))
+    assert forecast == pytest.approx(measured, rel=0.15)

@@ -1,0 +1,125 @@
+"""The probe's measurements, on a model too small to wait for."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from jobs.cli.job import Job
+from jobs.planning import probe
+from jobs.planning.probe import _decoder_trained, _Found, _rows, _teacher, _timed, _trained
+from jobs.planning.sizes import model_sizes
+from jobs.planning.step_probe import step_seconds
+from jobs.recipes.miniature import mini
+from jobs.recipes.stable_diffusion import sd15
+from jobs.training.progress_channel import seconds_per_step
+from pipelines.ray_data.execution import PipelineStage
+from pipelines.ray_data.settings import Pool
+from snapfusion.models.architecture import efficient_architecture
+from snapfusion.models.load import load
+from snapfusion.settings import SettingsError
+
+
+@pytest.fixture
+def job(tiny_teacher: str, tmp_path, monkeypatch) -> Job:
+    monkeypatch.setattr(probe, "SECONDS", 0.0)
+    monkeypatch.setattr("jobs.planning.step_probe.SECONDS", 0.0)
+    monkeypatch.setattr(probe, "_SCENES", 8)
+    recipe = mini().with_values(
+        [
+            f"model={tiny_teacher}",
+            "latents.rows_per_unit=4",
+            "pairs.generation.batch_size=2",
+            "efficient.training.trainer.micro_batch=2",
+        ]
+    )
+    return Job(verb="plan", recipe=recipe, out=str(tmp_path))
+
+
+def test_rows_and_passes_are_measured_by_the_recipes_stages(job, capsys):
+    found, sizes = _Found(), model_sizes(job.recipe.model)
+    _rows(job, sizes=sizes, found=found)
+    share = _teacher(job, sizes=sizes, found=found)
+    assert set(found.rates) == {"render", "read", "encode", "write", "pass", "decode", "write_image"}
+    assert all(rate.seconds > 0 for rates in found.rates.values() for rate in rates)
+    assert found.rates["pass"][0].gmacs == sizes.unet.gmacs
+    assert 0 < share < 2
+    capsys.readouterr()
+
+
+def test_training_steps_are_measured_of_both_unets(job):
+    found, sizes = _Found(), model_sizes("mini")
+    bundle = load("mini")
+    for architecture in (sizes.architecture, efficient_architecture(sizes.architecture)):
+        _trained(job, bundle, architecture, sizes=sizes, found=found)
+    own, small = found.rates["train"]
+    assert own.gmacs == sizes.unet.gmacs > small.gmacs
+    assert len(found.rates["update"]) == 1
+    _decoder_trained(job, bundle, sizes=sizes, found=found)
+    assert found.rates["train_decoder"][0].gmacs == sizes.half.gmacs
+
+
+class Double:
+    def __call__(self, item):
+        yield item
+        yield item
+
+
+class Add:
+    def __call__(self, item):
+        return item + 1
+
+
+def test_stages_are_timed_by_name():
+    times = {"Double": [], "Add": []}
+    stages = [PipelineStage(build=build, arguments={}, pool=Pool()) for build in (Double, Add)]
+    assert list(_timed(times, results=3)([1, 2], stages)) == [2, 2, 3]
+    assert {name: len(found) for name, found in times.items()} == {"Double": 3, "Add": 3}
+    assert min(itertools.chain(*times.values())) >= 0
+
+
+def test_a_recipe_for_accelerators_is_not_probed_without_one(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SettingsError, match=r"^--set plan.rates: recipe sd15 asks for an accelerator"):
+        probe._check_device(Job(verb="plan", recipe=sd15(), out="nowhere"))
+
+
+def test_a_steps_update_is_part_of_it(job):
+    import torch
+    from torch import nn
+
+    from snapfusion.training.batch import Batch
+    from snapfusion.training.settings import LoopSettings
+
+    def objective(model, batch, *, step):
+        return model(batch["x"]).square().mean(dim=1)
+
+    step, update = step_seconds(
+        nn.Linear(4, 4),
+        objective=objective,
+        batch=Batch(ids=("a", "b"), columns={"x": torch.randn(2, 4)}),
+        loop=LoopSettings(num_steps=1, global_batch=64, learning_rate=1.0, ema_decay=0.9),
+    )
+    assert step > 0 < update
+
+
+@pytest.mark.parametrize(
+    ("cores", "settings", "workers"),
+    [
+        (2, [], 2),
+        (4, [], 1),
+        (4, ["targets.teachers.actors=4"], 4),
+        (4, ["efficient.training.trainer.num_workers=8"], 4),
+    ],
+)
+def test_cores_are_crowded_if_any_stage_fills_them(cores, settings, workers, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = mini().with_values(settings)
+    assert probe._crowd(Job(verb="plan", recipe=recipe, out="nowhere")) == workers
+
+
+def test_a_training_is_timed_from_its_second_report_on():
+    reports = [{"step": step, "steps_per_second": pace} for step, pace in ((1, 0.1), (11, 5.0), (12, 0.5))]
+    assert seconds_per_step(reports) == (10 / 5.0 + 1 / 0.5) / 11

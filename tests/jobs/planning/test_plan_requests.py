@@ -1,0 +1,215 @@
+"""Requests to a store, counted by a server of S3's protocol and by the real loader."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+from conftest import _await_answer
+
+from jobs.planning.requests import NO_REQUESTS, Requests, TableWrites, TrainingReads
+from pipelines.loading.loader import BatchLoader
+from pipelines.loading.settings import LoaderSettings
+from pipelines.rejections import Rejection
+from pipelines.stages.write import WriteUnit
+from pipelines.tables.commits import WrittenUnit, commit_units
+from pipelines.tables.schemas import ArrayType, latents_schema
+from pipelines.tables.table import UnitFile, create_table, open_table
+from pipelines.tables.units import FinishedRows, Unit
+from snapfusion.settings import digest
+
+_REQUEST = re.compile(r'"(GET|PUT|POST|HEAD) (\S+) HTTP')
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class Server:
+    """An S3 server that writes down what it is asked."""
+
+    def __init__(self, log: Path) -> None:
+        self.log, self.read = log, 0
+
+    def asked(self) -> Requests:
+        """Since it was last asked this."""
+        time.sleep(0.2)
+        text = self.log.read_text()[self.read :]
+        self.read += len(text)
+        counts = Counter()
+        for verb, path in _REQUEST.findall(_COLORS.sub("", text)):
+            counts["LIST" if verb == "GET" and "prefix=" in path else verb] += 1
+        return Requests(
+            put=counts["PUT"] + counts["POST"], get=counts["GET"] + counts["HEAD"], list=counts["LIST"]
+        )
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("s3") / "log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with log.open("w") as told, pytest.MonkeyPatch.context() as patch:
+        running = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stderr=told,
+            stdout=told,
+        )
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ALLOW_HTTP", "true")
+        s3fs.S3FileSystem.clear_instance_cache()
+        _await_answer(port)
+        fsspec.filesystem("s3").mkdir("s3://bucket")
+        yield Server(log)
+        s3fs.S3FileSystem.clear_instance_cache()
+        running.terminate()
+        running.wait()
+
+
+SCHEMA = latents_schema(latent_shape=(4, 2, 2), num_tokens=4)
+
+
+def written(url: str, *, units: int) -> list[WrittenUnit]:
+    """Units of one row and one rejected row, in their places and not yet committed."""
+    table = create_table(url, schema=SCHEMA, identity={"kind": "latents"})
+    writer = WriteUnit(url=table.url, schema=SCHEMA, settings=digest(table.identity))
+    return [writer(finished(number)) for number in range(units)]
+
+
+def finished(number: int) -> FinishedRows:
+    start, id_ = 2 * number, f"s/{2 * number}"
+    return FinishedRows(
+        unit=Unit(
+            name=f"s-{start:06d}", source="s", start=start, stop=start + 2, final=False, source_digest="d"
+        ),
+        columns={
+            "id": [id_],
+            "source_id": [id_],
+            "caption": ["c"],
+            "token_ids": np.zeros((1, 4), np.int32),
+            "latent": np.zeros((1, 4, 2, 2), np.float16),
+        },
+        rejections=[Rejection(id=f"{id_}+", source="s", reason="broken_image", detail="", ordinal=start + 1)],
+        environment={"device": "none"},
+    )
+
+
+def test_commits_ask_what_is_forecast(server):
+    """Six commits of two units, all with rejected rows."""
+    files = written("s3://bucket/latents", units=12)
+    server.asked()
+    for start in range(0, len(files), 2):
+        commit_units("s3://bucket/latents", files[start : start + 2])
+    found = server.asked()
+    wanted = TableWrites(units=12, commit_seconds=1.0, rejects=True).requests(5.5)
+    assert (found.put + len(files), found.list) == (wanted.put, wanted.list)
+    assert found.get == pytest.approx(wanted.get, rel=0.05)
+
+
+def test_a_training_reads_a_unit_in_three_requests(server):
+    """Of a unit as large as those of 512 px are in a recipe's hands."""
+    place, rows = "s3://bucket/unit.parquet", 64
+    schema = pa.schema([("id", pa.string()), ArrayType(shape=(4, 32, 32), dtype="<f2").field("latent")])
+    latents = np.zeros((rows, 4, 32, 32), np.float16)
+    data = pa.table(
+        [pa.array(map(str, range(rows))), pa.array([one.tobytes() for one in latents])], schema=schema
+    )
+    with fsspec.open(place, "wb") as file:
+        pq.write_table(data, file, compression="none", use_dictionary=False)
+    server.asked()
+    unit = UnitFile(unit="unit", path=place, rows=rows, size=0)
+    read = open_table("s3://bucket/latents")
+    server.asked()
+    assert read.read_unit(unit, ["id", "latent"]).num_rows == rows
+    one = TrainingReads(
+        steps=1,
+        global_batch=rows,
+        window_units=1,
+        unit_rows=rows,
+        row_bytes=1.0,
+        checkpoints=0,
+        checkpoint_bytes=(),
+    )
+    assert server.asked().get == one.requests(workers=1).get == 3
+
+
+class CountingTable:
+    """A table without numbers that counts what is read of it."""
+
+    def __init__(self, *, units: int, rows: int) -> None:
+        self.units = [UnitFile(unit=f"u{n:03d}", path=str(n), rows=rows, size=0) for n in range(units)]
+        self.read = 0
+
+    def read_unit(self, unit, columns=None):
+        self.read += 1
+        ids = [f"{unit.unit}/{row}" for row in range(unit.rows)]
+        return pa.table({"id": ids, "n": list(range(unit.rows))}).select(columns or ["id", "n"])
+
+
+@pytest.mark.parametrize(
+    ("workers", "global_batch"), [(1, 16), (1, 96), (4, 16), (4, 128), (8, 100), (64, 128)], ids=str
+)
+def test_workers_read_units_as_forecast(workers, global_batch):
+    """Windows of 32 rows. The loader reads a little ahead, which is not forecast."""
+    steps, read = 40, 0
+    for rank in range(workers):
+        table = CountingTable(units=50, rows=8)
+        loader = BatchLoader(
+            table, columns=["n"], global_batch=global_batch, seed=0, settings=LoaderSettings(window_units=4)
+        )
+        batches = loader.batches(0, rank=rank, world=workers, depth=1)
+        for _ in range(steps):
+            next(batches)
+        batches.close()
+        read += table.read
+    reading = TrainingReads(
+        steps=steps,
+        global_batch=global_batch,
+        window_units=4,
+        unit_rows=8,
+        row_bytes=1.0,
+        checkpoints=0,
+        checkpoint_bytes=(),
+    )
+    assert read == pytest.approx(reading.units(workers=workers), rel=0.2)
+
+
+def test_what_workers_read_is_told_in_bytes():
+    reading = TrainingReads(
+        steps=10,
+        global_batch=64,
+        window_units=4,
+        unit_rows=8,
+        row_bytes=100.0,
+        checkpoints=2,
+        checkpoint_bytes=(1e9, 10.0),
+    )
+    assert reading.read_bytes(workers=1) == 10 * 64 * 100.0
+    # Each of 64 workers takes one row of a step, and reads the file that it lies in, of 8 rows.
+    assert reading.read_bytes(workers=64) == 8 * reading.read_bytes(workers=1)
+    assert reading.requests(workers=1).put == 2 * (20 + 2 + 1 + 2 + 1)
+
+
+def test_the_log_is_read_since_it_was_last_summed_up():
+    once, twice = (
+        TableWrites(units=n, commit_seconds=0.0, rejects=False).requests(0.0).get for n in (100, 200)
+    )
+    assert once == 2 * (2 * 2 * 5050 + 300)
+    assert twice == 2 * once + 2 * 2 * 11 * 100
+
+
+def test_requests_add_up():
+    assert NO_REQUESTS + Requests(put=1, get=2, list=3) == Requests(put=1, get=2, list=3)

@@ -1,0 +1,343 @@
+"""Ablations: what is trained and compared, once; and the panels that come of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs.ablate import ablate, preview, students_of
+from jobs.cli.job import Job
+from jobs.evaluation.settings import EvaluationSettings, PromptSettings
+from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant, table_name
+from jobs.recipes.miniature import mini, miniature_ablation
+from jobs.recipes.recipe import SourceSettings
+from jobs.recipes.registry import RECIPES, recipe_named
+from jobs.reports.ablation_page import LineImages, ablation_charts, loss_charts, render_ablation
+from jobs.reports.charts import chart_svg
+from jobs.training.settings import TrainerSettings
+from pipelines.datasets.settings import ReferencesSettings, SamplesSettings
+from pipelines.stages.settings import SamplingSettings
+from snapfusion.settings import SettingsError
+from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillationSettings
+
+ROOT = Path(__file__).parents[3]
+ABLATION = miniature_ablation()
+VARIANTS = {variant.name: variant for variant in ABLATION.variants}
+PANELS = {panel.name: panel for panel in ABLATION.panels}
+
+
+def steps_of(panel):
+    """The settings that each line's student learns by, in order of the legend."""
+    return [VARIANTS[line.variant].steps for line in PANELS[panel].lines if line.variant is not None]
+
+
+def test_the_panels_are_those_of_the_papers_figures():
+    assert set(PANELS) == {"6a", "6b", "6c", "6d", "7a", "7b", "7c", "8-steps"}
+    assert {name for name, panel in PANELS.items() if panel.seeds == 3} == {"6c", "6d", "7b"}
+    # Fig. 6(c): vanilla, mixed, CFG-aware; and the control on L_ori alone, which the paper has not.
+    assert [steps and steps.cfg_probability for steps in steps_of("6c")] == [0.0, 0.3, 1.0, None]
+    assert [steps and steps.student_steps for steps in steps_of("8-steps")] == [8, 8, 8, None]
+    # Fig. 7(a): with and without the original loss; 7(b): dynamic 0.01, 0.2, 1 and constant 0, 1.
+    assert [steps.gamma for steps in steps_of("7a")] == [0.2, 0.0]
+    assert [(steps.gamma_rule, steps.gamma) for steps in steps_of("7b")] == [
+        *(("dynamic", gamma) for gamma in (0.01, 0.2, 1.0)),
+        *(("constant", gamma) for gamma in (0.0, 1.0)),
+    ]
+    # Fig. 7(c): vanilla, from teachers of more and more steps.
+    assert [steps.k * steps.student_steps for steps in steps_of("7c")] == [8, 16, 32, 64]
+    assert {steps.cfg_probability for steps in steps_of("7c")} == {0.0}
+
+
+def test_the_seven_settings_of_fig_6d_are_ordered_by_the_share_and_reach_of_the_cfg_loss():
+    settings = [(steps.cfg_probability, steps.cfg_range.high) for steps in steps_of("6d")]
+    assert len(settings) == 7
+    assert settings[0][0] == 0.0
+    assert settings[-1][0] == 1.0
+    assert settings[1:] == sorted(settings[1:])
+
+
+def test_progressive_and_told_students_halve_the_steps_from_student_to_student():
+    for panel, last in (("6a", "progressive-4"), ("6b", "told-4")):
+        lineage = [variant.steps for variant in ABLATION.lineage(last)]
+        assert [(steps.student_steps, steps.k) for steps in lineage] == [(16, 2), (8, 2), (4, 2)]
+        assert {steps.w_conditioned for steps in lineage} == {panel == "6b"}
+
+
+def test_the_readmes_figures_are_those_of_the_panel():
+    """A figure is written twice, so that it can be quoted; not two figures."""
+    panel = json.loads((ROOT / "docs" / "ablation" / "6c.json").read_text())
+    assert panel["seeds"] == [0, 1, 2]
+    points = {line["name"]: {point["w"]: point for point in line["points"]} for line in panel["over_seeds"]}
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("## What step distillation does")[2].partition("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:3] == "| `"
+    ]
+    assert len(rows) == 6
+    for name, _, *figures in rows:
+        at = points[name.split("`")[1]]
+        told = [f"{at[w]['fid'][0]:.2f}" for w in (2.0, 4.0, 6.0)] + [
+            f"{at[w]['clip'][0]:.3f}" for w in (4.0, 6.0)
+        ]
+        assert figures == told
+    closed = {(gap["student"], gap["w"]): gap["closed"] for gap in panel["evaluation"]["gaps"]}
+    for w, low, high, begins in ((2.0, 0.21, 0.65, None), (4.0, 0.93, 1.0, 0.84), (6.0, 0.88, 0.9, 0.76)):
+        of_cfg = [closed[f"cfg-seed{seed}", w] for seed in range(3)]
+        assert (round(min(gap[0] for gap in of_cfg), 2), round(max(gap[0] for gap in of_cfg), 2)) == (
+            low,
+            high,
+        )
+        if begins is None:  # zero is inside
+            assert all(gap[1] < 0.0 < gap[2] for gap in of_cfg)
+        else:
+            assert min(gap[1] for gap in of_cfg) > begins
+
+
+def told(interval, *, digits):
+    """A figure as the document writes it: the mean over the seeds, and the least and largest of several."""
+    mean, least, largest = (f"{value:.{digits}f}" for value in interval)
+    return mean if least == largest else f"{mean} ({least}–{largest})"
+
+
+@pytest.mark.parametrize("name", list(PANELS))
+def test_the_documents_table_is_that_of_the_panel(name):
+    folder = ROOT / "docs" / "ablation"
+    text = (folder / f"{name}.json").read_text()
+    assert '"/' not in text, "a place on somebody's machine"
+    panel = json.loads(text)
+    assert panel["panel"] == PANELS[name].to_values(), "the recipe's panel is another now: make it again"
+    assert panel["training"] == RECIPES["ablation"]().distill.loop.to_values()
+    assert panel["seeds"] == list(range(PANELS[name].seeds))
+    section = (folder / "README.md").read_text().split(f"## `{name}`")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    for row, line, figures in zip(rows, panel["panel"]["lines"], panel["over_seeds"], strict=True):
+        at = {point["w"]: point for point in figures["points"]}
+        cells = [f"`{line['name']}`", str(line["steps"])]
+        cells += [told(at[w]["fid"], digits=2) for w in (1.0, 2.0, 4.0, 6.0)]
+        cells += [told(at[w]["clip"], digits=3) for w in (4.0, 6.0)]
+        assert [cell.strip() for cell in row.split("|")[1:-1]] == cells
+    assert f"({name}-fid.svg)" in section
+    assert (folder / f"{name}-fid.svg").read_text().startswith("<svg")
+
+
+def test_students_come_after_those_they_learn_from():
+    names = [variant.name for variant, _ in students_of(ABLATION, PANELS["6a"])]
+    assert names.index("progressive-16") < names.index("progressive-8") < names.index("progressive-4")
+    seeds = [seed for variant, seed in students_of(ABLATION, PANELS["6c"]) if variant.name == "cfg"]
+    assert seeds == [0, 1, 2]
+    fewer = ABLATION.model_copy(update={"most_seeds": 1})
+    assert {seed for _, seed in students_of(fewer, PANELS["6c"])} == {0}
+
+
+def test_panels_share_what_the_same_student_drew_in_as_many_steps():
+    lines = [line for panel in PANELS.values() for line in panel.lines]
+    drawn = {(line.variant, line.steps): table_name(line, 0) for line in lines}
+    assert len(set(drawn.values())) == len(drawn) < len({line.name for line in lines})
+    assert all(table_name(line, 0) == drawn[line.variant, line.steps] for line in lines)
+    assert table_name(lines[-1], 0) != table_name(lines[-1], 1)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ('ablation.only=["6z"]', "there is no panel '6z'; there are 6c"),
+        (
+            'ablation.variants=[{"name": "a", "after": "b"}]',
+            "variant a comes after 'b', which is not before it",
+        ),
+        ("ablation.variants=[]", "there is no variant"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_name(assignment, said):
+    with pytest.raises(SettingsError, match=said):
+        recipe_named("ablation").with_values([assignment])
+
+
+def test_a_recipe_without_ablation_says_which_has_one(tmp_path):
+    job = Job(verb="ablate", recipe=mini(), out=str(tmp_path))
+    with pytest.raises(ValueError, match="--recipe mini: it has no ablation; the recipe ablation has"):
+        ablate(job)
+    assert preview(job) == ["nothing: this recipe has no ablation"]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """Three students of two steps, and a panel of few lines."""
+    steps = StepDistillationSettings(
+        student_steps=2, cfg_probability=1.0, cfg_range=CfgRange(low=1.0, high=6.0)
+    )
+    base = RECIPES["ablation"]()
+    loop = LoopSettings(num_steps=2, global_batch=8, learning_rate=1e-3, ema_decay=0.9)
+    return base.model_copy(
+        update={
+            "source": SourceSettings(scenes=48, scenes_per_shard=24),
+            "distill": base.distill.model_copy(
+                update={
+                    "loop": loop,
+                    "evaluation_rows": 4,
+                    "loader": base.distill.loader.model_copy(update={"held_out": 0.2}),
+                    "trainer": TrainerSettings(micro_batch=8, curve_every=1),
+                }
+            ),
+            "evaluation": EvaluationSettings(
+                guidance=(1.0, 2.0, 4.0),
+                prompts=PromptSettings(limit=12),
+                references=ReferencesSettings(count=150),
+                samples=SamplesSettings(drawing=SamplingSettings(batch_size=6), rows_per_unit=6),
+                groups=3,
+            ),
+            "ablation": AblationSettings(
+                variants=(
+                    StudentVariant(name="control"),
+                    StudentVariant(name="cfg", steps=steps),
+                    StudentVariant(
+                        name="cfg-1", steps=steps.model_copy(update={"student_steps": 1}), after="cfg"
+                    ),
+                ),
+                panels=(
+                    Panel(
+                        name="small",
+                        title="A small panel",
+                        lines=(
+                            Line(name="teacher-4", steps=4),
+                            Line(name="undistilled-1", steps=1),
+                            Line(name="control", variant="control", steps=1),
+                            Line(name="cfg", variant="cfg-1", steps=1),
+                        ),
+                        baseline="undistilled-1",
+                        control="control",
+                        many="teacher-4",
+                        gap_at=(2.0,),
+                    ),
+                ),
+            ),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def made(recipe, ray_cluster, tmp_path_factory):
+    job = Job(verb="ablate", recipe=recipe, out=str(tmp_path_factory.mktemp("ablation")))
+    ablate(job)
+    return job
+
+
+@pytest.mark.slow
+def test_a_panel_holds_the_figures_of_every_line_and_seed(made):
+    text = Path(f"{made.out}/ablation/small.json").read_text()
+    assert made.out not in text
+    assert '"run:students/cfg-1-seed0/model"' in text
+    panel = json.loads(text)
+    assert [line["contenders"] for line in panel["over_seeds"]] == [
+        ["teacher-4"],
+        ["undistilled-1"],
+        ["control-seed0"],
+        ["cfg-seed0"],
+    ]
+    for line in panel["over_seeds"]:
+        assert [point["w"] for point in line["points"]] == [1.0, 2.0, 4.0]
+        value = panel["evaluation"]["curves"][line["contenders"][0]]["points"][1]["fid"][0]
+        assert line["points"][1]["fid"] == [value, value, value]
+    assert {gap["student"] for gap in panel["evaluation"]["gaps"]} == {"control-seed0", "cfg-seed0"}
+    assert panel["evaluation"]["baseline"] == "undistilled-1"
+    assert list(panel["evaluation"]["against"]) == ["teacher-4", "control-seed0"]
+    # Each student's own training, and that it was the one that the panel says.
+    for name, steps, teacher in (("control", None, None), ("cfg", 2, 4), ("cfg-1", 1, 2)):
+        told = json.loads(Path(f"{made.out}/students/{name}-seed0/metrics.json").read_text())["distillation"]
+        assert (told and (told["steps"], told["teacher_steps"])) == (steps and (steps, teacher))
+
+
+@pytest.mark.slow
+def test_the_page_shows_every_line(made):
+    page = Path(f"{made.out}/ablation/page.html").read_text()
+    for said in (
+        "A small panel",
+        "Share of the FID gap from undistilled-1 to teacher-4",
+        '<td>cfg-seed0</td><td data-label="against">control-seed0</td>',
+        "CLIP above teacher-4 at equal FID",
+        "L_dstl of guided steps",
+    ):
+        assert said in page
+    assert page.count("data:image/png") == 4 * 8
+    assert Path(f"{made.out}/ablation/small-fid.svg").read_text().startswith("<svg xmlns")
+
+
+@pytest.mark.slow
+def test_what_is_there_is_not_made_again(made, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise AssertionError("trained or drawn again")
+
+    for name in ("distill_steps", "finetune_vpred"):
+        monkeypatch.setattr(f"jobs.ablate.{name}", refuse)
+    before = Path(f"{made.out}/ablation/small.json").read_text()
+    monkeypatch.setattr(
+        "jobs.ablate.runner", lambda cluster: lambda items, stages: iter(list(items) and refuse())
+    )
+    ablate(made)
+    assert Path(f"{made.out}/ablation/small.json").read_text() == before
+    assert preview(made) == [
+        "small: would train 3 students (3 are there) and draw 4 lines at 3 guidance scales"
+    ]
+
+
+def line_of(name, *, evaluations, seeds=1, student=False):
+    points = [
+        {
+            "w": w,
+            "evaluations": evaluations,
+            **{figure: [value, value - seeds + 1, value + seeds - 1] for figure, value in figures.items()},
+        }
+        for w, figures in ((2.0, {"fid": 3.0, "clip": 0.97}), (4.0, {"fid": 9.0, "clip": 0.95}))
+    ]
+    return {"name": name, "student": student, "contenders": [name], "points": points}
+
+
+def panel_of(lines):
+    protocol = {
+        "captions": {"compared": 500},
+        "reference": {"compared": 4000},
+        "features": {"network": "oracle"},
+    }
+    return {
+        "panel": {"name": "6x", "title": "Title", "baseline": "few", "many": "many", "control": None},
+        "seeds": [0, 1],
+        "over_seeds": lines,
+        "evaluation": {"protocol": protocol, "gaps": [], "against": {}},
+    }
+
+
+def test_nine_lines_have_nine_colors_and_their_names_stand_beside_the_axes():
+    panel = panel_of([line_of(f"line-{n}", evaluations=8) for n in range(9)])
+    charts = ablation_charts(panel)
+    assert list(charts) == ["clip-over-fid", "fid", "clip"]
+    svg = chart_svg(charts["fid"])
+    assert all(f"var(--series-{n})" in svg for n in range(1, 10))
+    one_more = ablation_charts(panel_of([line_of(f"line-{n}", evaluations=8) for n in range(10)]))["fid"]
+    with pytest.raises(ValueError, match="10 series; 1 to 9"):
+        chart_svg(one_more)
+
+
+def test_students_of_different_cost_are_also_drawn_over_it():
+    own = [line_of(name, evaluations=n) for name, n in (("many", 100), ("few", 8))]
+    lines = own + [line_of(name, evaluations=n, student=True) for name, n in (("a", 4), ("b", 8))]
+    assert "cost" not in ablation_charts(panel_of(lines[:3]))
+    cost = ablation_charts(panel_of(lines))["cost"]
+    assert [(series.name, series.x, series.y) for series in cost.series] == [
+        ("many", [100], [9.0]),
+        ("few", [8], [9.0]),
+        ("a", [4], [9.0]),
+        ("b", [8], [9.0]),
+    ]
+
+
+def test_the_page_gives_the_spread_over_seeds():
+    page = render_ablation([panel_of([line_of("a", evaluations=8, seeds=2)])], curves={}, rows=[], w=4.0)
+    assert "2 – 4" in page
+    assert "<img" not in page
+
+
+def test_loss_curves_leave_out_the_branch_that_a_student_never_took():
+    curve = [{"step": 10, "vanilla/loss": 0.5}, {"step": 20, "vanilla/loss": 0.4}]
+    [chart] = loss_charts({"vanilla": curve, "control": [{"step": 10}]})
+    assert chart.series[0].x == [10, 20]
+    assert LineImages(name="a", pictures=[]).pictures == []

@@ -1,0 +1,240 @@
+"""`jobs.encode_latents --dry-run` on a sample, and what encoding says of bounds, in its own words."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from in_process import in_process
+from layout_fixtures import LIST_LAYOUTS, write_list
+from PIL import Image
+
+from jobs import encode_latents
+from pipelines.datasets.preview import preview_links, preview_shards
+from pipelines.sources.links import list_links
+from pipelines.sources.settings import LinkSettings, ShardSettings
+from pipelines.sources.shards import ShardRow, write_shard
+from pipelines.sources.webdataset import list_shards
+from pipelines.stages.settings import ImageBounds, Selection
+from pipelines.tables.manifest import total_rejected
+from pipelines.tables.table import open_table, unit_manifests
+from snapfusion.models.load import BUNDLED, ModelDimensions, ModelError, load, load_sizes
+
+
+def jpeg(shade: int, *, width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (shade % 256, 80, 160)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def picture(number: int) -> ShardRow:
+    """Widths 40, 44, ...; scores 4.0, 4.1, ...; every tenth row was not downloaded, every 25th is broken."""
+    metadata = {"aesthetic": 4.0 + number % 40 / 10, "NSFW": "UNLIKELY" if number % 4 else "UNSURE"}
+    url = f"https://{'bad' if number % 20 == 3 else 'good'}.example/{number}.jpg"
+    if number % 10 == 9:
+        return ShardRow(
+            image=None,
+            caption="a",
+            url=url,
+            metadata=metadata,
+            status="failed_to_download",
+            error_message="HTTP Error 404: File not found",
+        )
+    image = jpeg(number, width=40 + 4 * (number % 40), height=48)
+    if number % 25 == 12:
+        image = image[:200]
+    return ShardRow(image=image, caption=f"a picture of number {number}", url=url, metadata=metadata)
+
+
+def write_shards(folder: Path, *, shards: int, rows: int) -> None:
+    for index in range(shards):
+        numbers = range(index * rows, (index + 1) * rows)
+        write_shard(str(folder), map(picture, numbers), index=index, rows_per_shard=rows)
+
+
+def preview(capsys: pytest.CaptureFixture[str], out: Path, *settings: str) -> list[str]:
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert encode_latents.main(["--dry-run", "--out", str(out), *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return lines[next(n for n, line in enumerate(lines) if line.startswith("would encode")) :]
+
+
+BOUNDED = (
+    "latents.selection.min_side=44",
+    "latents.selection.min_aesthetic=5.0",
+    "latents.selection.max_watermark=0.5",
+    'latents.selection.refused_tags=["UNSURE"]',
+)
+
+
+# Of numbers 0 to 199: 20 end in 9; 5 are 40 px wide, whose numbers are multiples of 40; 40 score 4.1 to 4.8;
+# of those that score more 35 are multiples of 4; 5 are of bad.example; 4 are broken; 91 are left.
+OUTCOMES = {
+    "kept": 91,
+    "low_aesthetic": 40,
+    "unsafe": 35,
+    "download_failed": 20,
+    "blocked_domain": 5,
+    "short_side": 5,
+    "broken_image": 4,
+}
+DOCUMENT = Path(__file__).parents[3] / "docs" / "sources.md"
+
+
+def test_a_preview_of_all_rows_is_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path / "shards", shards=2, rows=100)
+    (tmp_path / "domains.txt").write_text("bad.example\n")
+    lines = preview(capsys, tmp_path, *BOUNDED, f"source.blocklists.domains={tmp_path}/domains.txt")
+    assert max(map(len, lines[1:])) <= 100
+    counted = {line.split()[0]: int(line.split()[1]) for line in lines[6 : 6 + len(OUTCOMES)]}
+    assert counted == OUTCOMES
+    # The document shows this very table; of a broken picture Pillow says what its version says.
+    shown = [line for line in lines[2:] if not line.startswith("broken_image")]
+    told = [line for line in DOCUMENT.read_text().splitlines() if not line.startswith("broken_image")]
+    place = told.index(shown[0])
+    assert told[place : place + len(shown)] == shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["domains.txt", "shards"]
+
+
+def test_encoding_finds_what_the_preview_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path / "shards", shards=2, rows=100)
+    domains = tmp_path / "domains.txt"
+    domains.write_text("# comment\nbad.example\n")
+    settings = (*BOUNDED, f"source.blocklists.domains={domains}", "latents.bounds.max_rejected=0.9")
+    told = preview(capsys, tmp_path, *settings)[-1]
+    monkeypatch.setattr(encode_latents, "runner", lambda cluster: in_process)
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert encode_latents.main(["--out", str(tmp_path), *words]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in said if "refuses nothing" in line] == [
+        "latents.selection.max_watermark refuses nothing here: there is no column pwatermark, watermark_score"
+    ]
+    table = open_table(str(tmp_path / "latents"))
+    assert {"kept": table.num_rows, **total_rejected(list(unit_manifests(table.url).values()))} == OUTCOMES
+    groups = [pq.read_metadata(file.path).row_group(0) for file in table.units]
+    columns = sum(group.column(n).total_compressed_size for group in groups for n in range(group.num_columns))
+    assert float(told.split()[3]) * 1000 == pytest.approx(columns, rel=0.15)
+    # Another list makes other rows, and the table says so; the same list in other words does not.
+    domains.write_text("*.BAD.example.\n")
+    assert encode_latents.main(["--out", str(tmp_path), *words]) == 0
+    domains.write_text("bad.example\nworse.example\n")
+    assert encode_latents.main(["--out", str(tmp_path), *words]) == 2
+    assert "blocklists.domains is" in capsys.readouterr().err
+
+
+def look(shards: Path, *, rows: int, selection: Selection) -> Any:
+    return preview_shards(
+        list_shards(str(shards)),
+        rows=rows,
+        source="laion",
+        reading=ShardSettings(),
+        selection=selection,
+        pictures=ImageBounds(),
+    )
+
+
+def test_a_sample_is_spread_over_shards_and_holds_its_share_of_failed_rows(tmp_path: Path) -> None:
+    write_shards(tmp_path, shards=20, rows=50)
+    looked = look(tmp_path, rows=200, selection=Selection())
+    assert (looked.rows, looked.places) == (200, 8)
+    # Every tenth row failed, and every 25th of the others is broken.
+    assert 16 <= looked.refused["download_failed"].rows <= 24
+    assert looked.kept + sum(refused.rows for refused in looked.refused.values()) == 200
+    assert look(tmp_path, rows=3, selection=Selection()).places == 3
+    assert look(tmp_path, rows=10_000, selection=Selection()).rows == 400
+
+
+def test_of_how_many_rows_is_not_known_without_sidecars(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "shards", shards=3, rows=10)
+    (tmp_path / "shards" / "00001.parquet").unlink()
+    lines = preview(capsys, tmp_path)
+    assert "looked at 30 rows, in 3 of 3 shards" not in lines
+    assert lines[2] == "looked at 29 rows, in 3 of 3 shards"
+    assert lines[-1] == "how many rows there are is not known: 1 shards have no sidecar"
+
+
+def test_an_unknown_model_leaves_the_size_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path / "shards", shards=1, rows=5)
+    lines = preview(capsys, tmp_path, "model=/no/such/folder")
+    assert lines[-1].startswith("their size is not known: there is no model folder '/no/such/folder'")
+
+
+def test_url_lists_are_previewed_while_there_are_no_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = next(layout for layout in LIST_LAYOUTS if layout.name == "LAION-Aesthetics V2")
+    write_list(tmp_path / "lists", layout, copy=True)
+    settings = (f"download.links={tmp_path}/lists", "latents.selection.min_width=250")
+    lines = preview(capsys, tmp_path, *settings)
+    assert lines[2:10] == [
+        "looked at 12 rows of 12, in 1 of 1 lists",
+        "layout: LAION-Aesthetics V2, read by URL and TEXT",
+        "",
+        "                     rows   share  for example",
+        "kept                    6   50.0%",
+        "low_resolution          2   16.7%  width 100 is below 250",
+        "bad_url                 1    8.3%  not http or https: data:image/png;base64,AAAA",
+        "empty_caption           1    8.3%",
+    ]
+    assert lines[-1] == "of 12 rows about 6 would be kept"
+    write_shards(tmp_path / "shards", shards=1, rows=5)
+    assert "shards" in preview(capsys, tmp_path, *settings)[2]
+
+
+def test_a_sample_of_links_is_spread_over_each_list(tmp_path: Path) -> None:
+    rows = 100_000
+    table = pa.table(
+        {"URL": [f"http://a/{n}" for n in range(rows)], "TEXT": ["x"] * rows, "WIDTH": range(1, rows + 1)}
+    )
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=10_000)
+    looked = preview_links(
+        list_links(str(tmp_path)), rows=80, columns=LinkSettings(), selection=Selection(min_width=50_001)
+    )
+    assert (looked.rows, looked.kept) == (80, 40)
+    assert sorted(looked.measures["width"])[::10] == [*range(1, rows, 12_500)]
+
+
+def test_nothing_to_look_at_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert preview(capsys, tmp_path / "run")[-1] == (
+        f"there is nothing to look at yet: no shards at {tmp_path}/run/shards, and download.links is not set"
+    )
+    assert encode_latents.main(["--dry-run", "--set", f"source.url={tmp_path}/none"]) == 2
+    assert "no shards at" in capsys.readouterr().err
+
+
+def test_sizes_are_read_without_weights() -> None:
+    bundle = load("mini")
+    sizes = load_sizes("mini")
+    assert sizes == ModelDimensions(
+        side=bundle.image_size,
+        cell=bundle.cell,
+        granularity=bundle.granularity,
+        channels=bundle.latent_shape[0],
+    )
+    assert load_sizes("random:sd15") == ModelDimensions(side=512, cell=8, granularity=64, channels=4)
+
+
+def test_sizes_are_read_from_a_store(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ("unet/config.json", "vae/config.json"):
+        memory.pipe_file(f"/run/model/{name}", (BUNDLED["mini"] / name).read_bytes())
+    assert load_sizes("memory://run") == load_sizes("mini")
+    with pytest.raises(ModelError, match="configurations cannot be read"):
+        load_sizes("memory://elsewhere")
+
+
+def test_a_size_that_the_model_cannot_take_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "shards", shards=1, rows=10)
+    words = ["--dry-run", "--out", str(tmp_path), "--set", "latents.images.size=30"]
+    assert encode_latents.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("encode_latents: latents.images.size is 30; multiples of 16 are accepted")

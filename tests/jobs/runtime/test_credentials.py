@@ -1,0 +1,251 @@
+"""Credentials from a file that lies on every node, and secrets that are refused where they would be told."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import command, encode_latents
+from jobs.recipes.registry import RECIPES, recipe_named
+from jobs.runtime.credentials import (
+    CREDENTIAL_VARIABLES,
+    CredentialsError,
+    apply_storage,
+    apply_storage_in_worker,
+    read_credentials,
+    worker_runtime_env,
+)
+from jobs.runtime.secrets import refuse_secrets, refuse_secrets_in_options
+from jobs.runtime.settings import StorageSettings
+from snapfusion.settings import SettingsError
+
+SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
+ANOTHER = "another-secret-of-nobody"
+PUBLIC = ("SNAPFUSION_CREDENTIALS", "AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP", "AWS_DEFAULT_REGION", "AWS_REGION")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a credential, and put back afterwards, whatever a test puts in."""
+    for name in (*CREDENTIAL_VARIABLES, *PUBLIC):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def written(folder: Path, text: str, *, mode: int = 0o600) -> Path:
+    file = folder / "credentials"
+    file.write_bytes(text.encode())
+    file.chmod(mode)
+    return file
+
+
+def test_a_file_becomes_variables_and_only_its_place_is_for_all_to_see(tmp_path: Path) -> None:
+    file = written(
+        tmp_path, f"# of the teachers\n\nAWS_ACCESS_KEY_ID = AKIA\nAWS_SECRET_ACCESS_KEY={SECRET}\n"
+    )
+    os.environ["AWS_SESSION_TOKEN"] = "of somebody else"
+    os.environ["AZURE_STORAGE_ACCOUNT_NAME"] = "another store's"
+    apply_storage(StorageSettings(endpoint="http://127.0.0.1:9/", region="eu-west-1", credentials=str(file)))
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == SECRET
+    assert os.environ["AWS_ENDPOINT_URL"] == "http://127.0.0.1:9"
+    assert os.environ["AWS_ALLOW_HTTP"] == "true"
+    assert "AWS_SESSION_TOKEN" not in os.environ
+    assert os.environ["AZURE_STORAGE_ACCOUNT_NAME"] == "another store's"
+    shown = worker_runtime_env({"A": "b"})
+    assert shown["env_vars"] == {
+        "A": "b",
+        "SNAPFUSION_CREDENTIALS": str(file),
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_DEFAULT_REGION": "eu-west-1",
+        "AWS_REGION": "eu-west-1",
+    }
+    assert shown["worker_process_setup_hook"] == "jobs.runtime.credentials.apply_storage_in_worker"
+
+
+def test_without_a_file_the_environment_stays_as_it_is() -> None:
+    before = dict(os.environ)
+    apply_storage(StorageSettings())
+    assert dict(os.environ) == before
+    assert worker_runtime_env({"A": "b"}) == {"env_vars": {"A": "b"}}
+
+
+def test_a_worker_reads_the_file_on_its_own_node_or_says_that_it_cannot(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    apply_storage_in_worker()
+    os.environ["SNAPFUSION_CREDENTIALS"] = str(written(tmp_path, f"AWS_SECRET_ACCESS_KEY={SECRET}\n"))
+    apply_storage_in_worker()
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == SECRET
+    os.environ["SNAPFUSION_CREDENTIALS"] = str(tmp_path / "none")
+    apply_storage_in_worker()
+    assert "none: No such file" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (f"AWS_ACCESS_KEY_ID=AKIA\n{SECRET}\n", "line 2: is not of the form NAME=VALUE"),
+        (f"{SECRET}=\n", "line 1: is not of the form NAME=VALUE"),
+        (
+            f"\n{SECRET}={ANOTHER}\n",
+            "line 2: sets no variable that is read here; these are: AWS_ACCESS_KEY_ID",
+        ),
+        (f"AWS_PROFILE={SECRET}\n", "line 1: sets no variable"),
+        (f"export AWS_SECRET_ACCESS_KEY={SECRET}\n", "line 1: sets no variable"),
+        (f'AWS_SECRET_ACCESS_KEY="{SECRET}"\n', "line 1: has a value in quotes"),
+        (f"AWS_SECRET_ACCESS_KEY={SECRET}\0\n", "line 1: has a value in quotes, or one that is not plain"),
+        (
+            f"AWS_SECRET_ACCESS_KEY={SECRET}\nAWS_SECRET_ACCESS_KEY={ANOTHER}\n",
+            "line 2: sets a variable that was set before",
+        ),
+        ("# nothing\n", "sets no variable; one of"),
+        ("#" * 70_000, "more than 65536 bytes"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_told_by_its_line_and_not_repeated(
+    text: str, line: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CredentialsError) as raised:
+        read_credentials(written(tmp_path, text))
+    assert line in str(raised.value)
+    assert SECRET not in str(raised.value)
+    assert ANOTHER not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_not_there_or_everybodys_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CredentialsError, match="No such file"):
+        read_credentials(tmp_path / "none")
+    with pytest.raises(CredentialsError, match="directory"):
+        read_credentials(tmp_path)
+    with pytest.raises(CredentialsError, match="can be read by everybody on this machine: `chmod o-r` it"):
+        read_credentials(written(tmp_path, f"AWS_SECRET_ACCESS_KEY={SECRET}\n", mode=0o644))
+    assert read_credentials(written(tmp_path, f"AWS_SECRET_ACCESS_KEY={SECRET}\n", mode=0o440))
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """All that was printed: one line, without the secret."""
+    told = capsys.readouterr()
+    assert SECRET not in told.out + told.err
+    assert ANOTHER not in told.out + told.err
+    assert told.err.count("\n") == 1, told.err
+    return told.err
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"s3://AKIA:{SECRET}@bucket/run",
+        f"s3://AKIA:{ANOTHER}@bucket",
+        f"https://{ANOTHER}@host/list.txt",
+        f"https://host/list.txt?X-Amz-Credential=a&X-Amz-Signature={ANOTHER}",
+        f"https://account.blob.core.windows.net/c/list.txt?sv=1&sig={ANOTHER}",
+        f"abfs://c@a.dfs.core.windows.net/x;AccountKey={SECRET}",
+    ],
+)
+@pytest.mark.parametrize("option", ["out", "set", "out=", "set="])
+def test_a_secret_in_an_option_is_refused_and_not_repeated(
+    url: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    word = f"source.url={url}" if option.startswith("set") else url
+    words = [f"--{option}{word}"] if option.endswith("=") else [f"--{option}", word]
+    place = [] if option.startswith("out") else ["--out", str(tmp_path / "run")]
+    assert encode_latents.main([*words, *place, "--dry-run"]) == 2
+    line = said(capsys)
+    assert line.startswith(f"encode_latents: --{option.strip('=')}")
+    assert "is a secret, and is not repeated here" in line
+    assert encode_latents.main([*words, *place]) == 2
+    said(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", [*command.VERBS, "nothing-that-there-is"])
+def test_every_command_refuses_secrets(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    secret = f"s3://AKIA:{SECRET}@bucket/x"
+    for words in ([secret], ["--out", secret], ["--set", f"model={secret}"]):
+        assert command.main([verb, *words]) == 2
+        assert "is a secret" in said(capsys)
+
+
+@pytest.mark.parametrize("verb", command.VERBS)
+def test_every_command_tells_a_wrong_option_in_one_line(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([verb, "--set"]) == 2
+    assert re.fullmatch(
+        r"[a-z_]+: (--set: expected one argument|[^\n]*required[^\n]*|[^\n]*unrecognized[^\n]*)\n",
+        said(capsys),
+    )
+
+
+def test_a_secret_in_a_recipe_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base = recipe_named("mini")
+    careless = base.model_copy(
+        update={"captions": base.captions.model_copy(update={"url": f"s3://AKIA:{SECRET}@bucket/list.txt"})}
+    )
+    monkeypatch.setitem(RECIPES, "mini", lambda: careless)
+    assert encode_latents.main(["--out", str(tmp_path / "run")]) == 2
+    assert "captions.url: a user and a password before the @ of a URL is a secret" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        f"storage.credentials={SECRET}",
+        f"storage.region={SECRET}",
+        f"storage.endpoint={SECRET}",
+        f"storage={SECRET}",
+        f"storage.secret_key={SECRET}",
+        f'storage={{"secret_key":"{SECRET}"}}',
+        f"storage.endpoint=https://{ANOTHER}@host",
+    ],
+)
+def test_a_secret_in_place_of_a_public_value_is_not_repeated(
+    setting: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert encode_latents.main(["--out", str(tmp_path / "run"), "--set", setting]) == 2
+    assert said(capsys).startswith("encode_latents: --set storage")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://bucket/shards/*.tar",
+        "s3://bucket/a?.tar",
+        "s3://bucket/a:b@c.txt",
+        "http://127.0.0.1:9000/a@b/list.txt",
+        "https://host:443",
+        "abfs://container@account.dfs.core.windows.net/run",
+        "/data/a@b:c",
+    ],
+)
+def test_what_is_no_secret_is_accepted(url: str) -> None:
+    refuse_secrets_in_options(["--out", url, "--set", f"captions.url={url}", f"--set=model={url}", url])
+    refuse_secrets(recipe_named("mini").with_values([f"captions.url={url}"]))
+
+
+def test_a_store_without_its_package_is_refused_before_any_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    assert encode_latents.main(["--out", "gs://bucket/run"]) == 2
+    assert said(capsys).startswith(
+        "encode_latents: --out gs://bucket/run: gs:// cannot be reached from here; pip"
+    )
+    assert encode_latents.main(["--out", "runs/x", "--set", "source.url=gs://bucket/shards"]) == 2
+    assert said(capsys).startswith("encode_latents: source.url gs://bucket/shards: gs:// cannot be reached")
+    assert not Path("runs/x").exists()
+
+
+def test_every_recipe_leaves_credentials_to_the_environment() -> None:
+    for name in RECIPES:
+        assert recipe_named(name).storage == StorageSettings()
+    with pytest.raises(SettingsError, match=r"storage\.credentials: .*the absolute path of a file"):
+        recipe_named("mini").with_values(["storage.credentials=here"])

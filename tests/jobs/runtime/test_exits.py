@@ -1,0 +1,138 @@
+"""What ends a command from outside: Ctrl-C and SIGTERM, once and twice, with one line and a code."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+WORK = """
+import sys, time
+from jobs.exits import guarded, leave
+def work():
+    try:
+        print("working", flush=True)
+        time.sleep(60)
+    finally:
+        print("unwinding", flush=True)
+        time.sleep({unwinding})
+leave(guarded("verb", work))
+"""
+
+
+def started(*, unwinding: float = 0.0) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORK.format(unwinding=unwinding)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "working\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "how"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_unwinds_the_work_and_is_told_in_one_line(number, code, how):
+    process = started()
+    process.send_signal(number)
+    said, told = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert said == "unwinding\n"
+    assert told == f"verb: {how}; run the same command again to go on\n"
+
+
+def test_after_the_line_of_a_stopped_command_nobody_says_more():
+    noisy = """
+import os, signal, sys, types
+from jobs.exits import guarded, leave
+def complain():
+    os.write(2, b"(raylet) an actor is dead\\n")
+    print("dead, too", flush=True)
+sys.modules["ray"] = types.SimpleNamespace(shutdown=complain)
+class Actors:
+    def __del__(self):
+        complain()
+def work():
+    held = Actors()
+    print("working", flush=True)
+    if sys.argv[1] == "stop":
+        os.kill(os.getpid(), signal.SIGTERM)
+leave(guarded("verb", work))
+"""
+    said = {
+        how: subprocess.run(
+            [sys.executable, "-c", noisy, how],
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ).stdout
+        for how in ("stop", "end")
+    }
+    assert said["stop"] == "working\nverb: terminated; run the same command again to go on\n"
+    assert said["end"] == "working\n" + 2 * "(raylet) an actor is dead\ndead, too\n"
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_where_it_stands(second):
+    process = started(unwinding=60.0)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "unwinding\n"
+    process.send_signal(second)
+    process.communicate(timeout=30)
+    assert process.returncode == -second
+
+
+def test_an_interrupt_that_is_lost_ends_the_work_all_the_same():
+    lost = """
+import signal, time
+import jobs.exits
+jobs.runtime.exit_codes._UNWIND_SECONDS = 0.3
+def work():
+    print("working", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(60)
+jobs.runtime.exit_codes.exit_process(jobs.runtime.exit_codes.run_guarded("verb", work))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", lost], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert told == "verb: terminated; run the same command again to go on\n"
+
+
+def test_what_ignores_ctrl_c_still_hears_sigterm():
+    """As a shell starts what runs in its background."""
+    ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {WORK.strip()}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", ignoring.format(unwinding=0.0)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert told.startswith("verb: terminated;")
+
+
+def test_signals_are_the_callers_again_afterwards():
+    script = """
+import signal
+from jobs.exits import guarded
+before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+assert guarded("verb", lambda: None) == 0
+assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,176 @@
+"""The decoder's distillation from end to end, on a tiny teacher: made once, then left alone or refused."""
+
+import functools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_bundle
+
+from jobs.training.decoder import assemble, distill_decoder, summary
+from jobs.training.settings import DecoderSettings, TrainerSettings
+from jobs.training.spec import TrainingError
+from pipelines.datasets.pairs import generate_pairs
+from pipelines.datasets.settings import PairsSettings
+from pipelines.loading.loader import LoaderError, count_trainable
+from pipelines.loading.settings import LoaderSettings
+from pipelines.sources.captions import Caption
+from pipelines.stages.settings import Generation
+from pipelines.tables.table import TableError, open_table
+from snapfusion.models.decoder import load_decoder
+from snapfusion.models.save import save
+from snapfusion.training.settings import LoopSettings
+
+SETTINGS = DecoderSettings(
+    loop=LoopSettings(num_steps=6, global_batch=4, learning_rate=1e-3, ema_decay=0.9),
+    loader=LoaderSettings(held_out=0.3),
+    timing_batches=(1, 3),
+    timing_repeats=2,
+    trainer=TrainerSettings(cpus_per_worker=0.5, checkpoint_every=3, curve_every=2),
+)
+
+
+def changed(**changes):
+    return SETTINGS.model_copy(update=changes)
+
+
+def in_process(items, stages):
+    works = [stage.build(**stage.arguments) for stage in stages]
+    return (functools.reduce(lambda given, work: work(given), works, item) for item in items)
+
+
+def draw(url, teacher, *, images=True, draws=1):
+    captions = [Caption(id=f"c{number}", ordinal=number, text="a red thing") for number in range(16)]
+    generation = Generation(steps=1, guidance=1.0, batch_size=8, images=images)
+    settings = PairsSettings(generation=generation, draws=draws, rows_per_unit=8)
+    return generate_pairs(
+        settings, teacher=teacher, captions=captions, source="list", url=str(url), run=in_process
+    )
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_teacher, tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("run") / "pairs", tiny_teacher)
+
+
+@pytest.fixture(scope="module")
+def made(ray_cluster, pairs, tiny_teacher):
+    """A decoder that is distilled once, by the one start of Ray in this file: its folder and its metrics."""
+    reports, out = [], Path(pairs.url).with_name("decoder")
+    metrics = distill_decoder(
+        SETTINGS,
+        pairs_url=pairs.url,
+        out_url=os.path.relpath(out),  # a worker stands in another folder
+        teacher=os.path.relpath(tiny_teacher),
+        on_report=reports.append,
+    )
+    return out, metrics, reports
+
+
+@pytest.mark.ray
+def test_publishes_a_decoder_with_its_figures(made, pairs):
+    out, metrics, reports = made
+    decoder = load_decoder(str(out))
+    assert decoder.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16)
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert sorted(path.name for path in out.parent.iterdir() if path.name.startswith("decoder")) == [
+        "decoder"
+    ]
+    held_out = metrics["held_out_rows"]
+    assert metrics["rows"] == {"pairs": 16, "trained_on": 16 - held_out}
+    assert metrics["parents"]["pairs"] == pairs.lineage()
+    assert metrics["parameters"]["student"] == decoder.num_parameters
+    assert 3.0 < metrics["parameters"]["ratio"] < 4.0
+    assert [times["batch"] for times in metrics["times"]] == [1, 3]
+    assert [point["step"] for point in metrics["curve"]] == [2, 4, 6]
+    gain = metrics["psnr_db"] - metrics["random_init"]["psnr_db"]
+    assert metrics["random_init"]["gain_db"] == pytest.approx(gain)
+    assert metrics["environment"]["workers"] == 1
+    assert reports[-1]["step"] == 6
+    assert f"{metrics['psnr_db']:.2f} dB" in summary(metrics)[0]
+
+
+@pytest.mark.ray
+def test_a_published_decoder_is_left_as_it_is(made, pairs, tiny_teacher, tmp_path):
+    out, metrics, _ = made
+    elsewhere = changed(trainer=TrainerSettings(num_workers=7))
+    again = distill_decoder(elsewhere, pairs_url=pairs.url, out_url=str(out), teacher=tiny_teacher)
+    assert again == metrics
+
+    grown = tmp_path / "pairs"
+    shutil.copytree(pairs.url, grown)
+    for sibling in ("rejects", "units"):
+        shutil.copytree(f"{pairs.url}.{sibling}", f"{grown}.{sibling}")
+    draw(grown, tiny_teacher, draws=2)
+    assert open_table(str(grown)).version > pairs.version
+    again = distill_decoder(SETTINGS, pairs_url=str(grown), out_url=str(out), teacher=tiny_teacher)
+    assert again == metrics
+
+
+@pytest.mark.ray
+def test_another_setting_is_refused_and_named(made, pairs, tiny_teacher):
+    out, metrics, _ = made
+    other = changed(init="random")
+    with pytest.raises(TrainingError, match=r'settings\.init is "leading" there, "random" here; give'):
+        distill_decoder(other, pairs_url=pairs.url, out_url=str(out), teacher=tiny_teacher)
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+
+
+def test_one_that_was_begun_with_other_settings_is_refused(pairs, tiny_teacher, tmp_path):
+    out = tmp_path / "decoder"
+    begun = tmp_path / "decoder.training" / "begun.json"
+    begun.parent.mkdir()
+    begun.write_text(json.dumps({"identity": {"pairs": {"version": pairs.version}}}))
+    with pytest.raises(TrainingError, match="holds a decoder of other settings"):
+        distill_decoder(SETTINGS, pairs_url=pairs.url, out_url=str(out), teacher=tiny_teacher)
+    assert not out.exists()
+
+
+def test_decoding_in_the_trainer_gives_the_images_that_pairs_store(pairs, tiny_teacher):
+    images = {}
+    for target in ("stored", "online"):
+        training = next(
+            assemble(
+                settings=changed(target=target),
+                teacher=tiny_teacher,
+                pairs_url=pairs.url,
+                pairs_version=pairs.version,
+                counts=count_trainable(pairs, held_out=0.3),
+                identity={},
+                device=torch.device("cpu"),
+            )
+        )
+        batches = training.loader.batches(0)
+        batch = next(batches)
+        batches.close()
+        images[target] = training.objective.teacher_images(batch)
+        assert training.objective(training.model, batch, step=0).shape == (4,)
+        assert sorted(batch.columns) == (["image", "latent"] if target == "stored" else ["latent"])
+    # PNG keeps 8 bits: half a level at most.
+    torch.testing.assert_close(images["online"], images["stored"], rtol=0, atol=0.501 / 127.5)
+
+
+def test_pairs_of_another_teacher_are_refused(pairs, tmp_path):
+    save(tiny_bundle(seed=5), tmp_path / "other")
+    with pytest.raises(TableError, match="made with another VAE"):
+        distill_decoder(
+            SETTINGS,
+            pairs_url=pairs.url,
+            out_url=str(tmp_path / "decoder"),
+            teacher=str(tmp_path / "other"),
+        )
+
+
+def test_pairs_without_images_ask_for_the_online_target(tiny_teacher, tmp_path):
+    bare = draw(tmp_path / "pairs", tiny_teacher, images=False)
+    with pytest.raises(LoaderError, match="has no image"):
+        distill_decoder(SETTINGS, pairs_url=bare.url, out_url=str(tmp_path / "decoder"), teacher=tiny_teacher)
+
+
+def test_a_table_without_held_out_rows_is_refused(pairs, tiny_teacher, tmp_path):
+    none = changed(loader=LoaderSettings(held_out=0.0))
+    with pytest.raises(TrainingError, match=r"none is held out .* raise loader\.held_out"):
+        distill_decoder(none, pairs_url=pairs.url, out_url=str(tmp_path / "decoder"), teacher=tiny_teacher)

@@ -1,0 +1,279 @@
+"""The plans of Sec. 4.1, 5 and App. D against the paper's words, and how a stage becomes a job."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from jobs import distill_plan, encode_latents
+from jobs.cli import in_run, inputs
+from jobs.cli.job import Job
+from jobs.recipes.recipe import Recipe
+from jobs.recipes.registry import RECIPES, recipe_named
+from jobs.recipes.stages import DistillationStage, paper_schedules
+from jobs.training.sources import RECIPE_MODEL, VPRED_MODEL
+from pipelines.sources.shards import ShardRow, write_shard
+from pipelines.tables.schemas import to_png
+from snapfusion import distill
+from snapfusion.schedule import Estimate, Schedule
+from snapfusion.settings import SettingsError
+from snapfusion.training.loop import new_state
+
+# What the paper says, by where it says it.
+SETTINGS = {
+    "Sec. 5: AdamW's weight decay 0.01": ("loop.weight_decay", 0.01),
+    "Sec. 5: global batch 2,048": ("loop.global_batch", 2048),
+    "Fig. 7: guidance from [2, 14]": ("steps.cfg_range", {"low": 2.0, "high": 14.0}),
+    "Fig. 7: CFG probability 0.1": ("steps.cfg_probability", 0.1),
+    "Fig. 7(b): dynamic gamma": ("steps.gamma_rule", "dynamic"),
+    "Fig. 7(b): of 0.2": ("steps.gamma", 0.2),
+    "Fig. 6(b): the student is guided, not told w": ("steps.w_conditioned", False),
+}
+# name: teacher's steps, student's steps, teacher, first weights.
+SD15 = {
+    "Sec. 4.1: SD-v1.5 directly to 16 steps": ("teacher-16", 32, 16, "vpred", "vpred"),
+    "Sec. 4.1: the efficient UNet by the same strategy": ("small-16", 32, 16, "vpred", "efficient"),
+    "Sec. 4.1: then to 8 from its own 16-step weights; App. D: by a teacher distilled with CFG": (
+        *("staged-8", 16, 8),
+        *("teacher-16", "small-16"),
+    ),
+}
+SD2 = {
+    "Fig. 7(d): the student is SD-v2": ("teacher-16", 32, 16, "model", "model"),
+    "Fig. 7(d): with 8 steps": ("staged-8", 16, 8, "teacher-16", "teacher-16"),
+}
+SELF = {
+    "App. D: self-distillation from our 16-step efficient UNet": ("self-8", 16, 8, "small-16", "small-16")
+}
+PLAIN = {"App. D: from the 16-step SD-v1.5 baseline": ("plain-8", 16, 8, "vpred", "small-16")}
+VANILLA = {"Fig. 4: 8 steps by the vanilla loss": ("vanilla-8", 16, 8, "small-16", "small-16")}
+HALVINGS = ((64, 32), (32, 16), (16, 8))
+
+
+def resolved(name, capsys, *options) -> Job:
+    """The job as `--dry-run` prints it."""
+    arguments = [word for option in options for word in ("--set", option)]
+    assert distill_plan.main(["--recipe", name, "--dry-run", *arguments]) == 0
+    printed = capsys.readouterr().out.split("\nsettings ")[0]
+    return Job(verb="distill_plan", recipe=Recipe.parse(json.loads(printed)), out="runs/x")
+
+
+def stages(job: Job) -> dict:
+    return {stage.name: in_run.stage_job(job, stage).recipe.distill for stage in job.recipe.stages}
+
+
+def described(job: Job) -> list[tuple]:
+    def short(source):
+        return "model" if source == RECIPE_MODEL else source.removeprefix("run:").removesuffix("/model")
+
+    return [
+        (name, d.steps.k * d.steps.student_steps, d.steps.student_steps, short(d.teacher), short(d.student))
+        for name, d in stages(job).items()
+    ]
+
+
+def value(settings, dotted):
+    for key in dotted.split("."):
+        settings = settings[key]
+    return settings
+
+
+@pytest.mark.parametrize(("name", "said"), [("sd15", SD15), ("sd2", SD2)])
+def test_the_stages_are_the_papers_in_its_order(name, said, capsys):
+    assert described(resolved(name, capsys)) == list(said.values())
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd2"])
+@pytest.mark.parametrize("said", SETTINGS)
+def test_each_stage_has_the_papers_settings(said, name, capsys):
+    dotted, expected = SETTINGS[said]
+    for settings in stages(resolved(name, capsys)).values():
+        assert value(settings.to_values(), dotted) == expected
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd2"])
+def test_the_optimizer_is_adamw(name, capsys):
+    """Sec. 5, with its weight decay on all parameters."""
+    loop = resolved(name, capsys).recipe.distill.loop
+    optimizer = new_state(nn.Linear(2, 2), settings=loop).optimizer
+    assert type(optimizer) is torch.optim.AdamW
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd2"])
+def test_the_teacher_takes_ddim_steps(name, capsys, monkeypatch):
+    """Sec. 5: two of them for each of the student's, which come one after the other on its grid."""
+    asked = []
+    plainly = distill.ddim_step
+    monkeypatch.setattr(distill, "ddim_step", lambda *a, **k: asked.append(a) or plainly(*a, **k))
+    z = torch.zeros(1, 4, 2, 2)
+    for settings in stages(resolved(name, capsys)).values():
+        asked.clear()
+        distill.teacher_target(
+            lambda z_t, t: Estimate(x=z_t, eps=z_t),
+            z,
+            interval=torch.tensor([0]),
+            student_steps=settings.steps.student_steps,
+            k=settings.steps.k,
+            schedule=Schedule(),
+        )
+        assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"), [("staged-self", SELF), ("staged-plain", PLAIN), ("staged-vanilla", VANILLA)]
+)
+def test_another_teacher_is_chosen_by_name(plan, said, capsys):
+    """App. D. The student's 16 steps are made as ever; the teacher that is not asked is not made."""
+    found = described(resolved("sd15", capsys, f"plan={plan}"))
+    assert found == [SD15["Sec. 4.1: the efficient UNet by the same strategy"], *said.values()]
+
+
+def test_the_vanilla_student_alone_leaves_the_guided_loss_out(capsys):
+    found = stages(resolved("sd15", capsys, "plan=staged-vanilla"))
+    assert [settings.steps.cfg_probability for settings in found.values()] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("name", ["mini", "sd15", "sd2"])
+@pytest.mark.parametrize(("plan", "p", "told"), [("progressive", 0.0, False), ("w-conditioned", 1.0, True)])
+def test_the_rivals_halve_the_steps_from_64(name, plan, p, told, capsys):
+    """Fig. 6(a), (b): progressive distillation by the vanilla loss, and the w-conditioned student."""
+    job = resolved(name, capsys, f"plan={plan}")
+    found = described(job)
+    assert [(teacher, student) for _, teacher, student, *_ in found] == list(HALVINGS)
+    assert [stage[3] for stage in found[1:]] == [stage[0] for stage in found[:-1]]
+    assert all(teacher == student for *_, teacher, student in found)
+    for settings in stages(job).values():
+        assert (settings.steps.cfg_probability, settings.steps.w_conditioned) == (p, told)
+
+
+@pytest.mark.parametrize("name", ["mini", "sd15", "sd2"])
+def test_direct_distillation_takes_one_stage(name, capsys):
+    """Fig. 6(a): the teacher distills only once, 16 to 8."""
+    ((_, teacher_steps, student_steps, teacher, student),) = described(resolved(name, capsys, "plan=direct"))
+    assert (teacher_steps, student_steps) == (16, 8)
+    assert teacher == student
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_stage_takes_only_what_was_made_before_it(name):
+    recipe = recipe_named(name)
+    assert recipe.stages == recipe.plans[recipe.plan]
+    for plan in recipe.plans.values():
+        made = {"vpred", "efficient"}
+        for stage in plan:
+            for source in (stage.teacher, stage.student):
+                if source.startswith("run:"):
+                    assert source.removeprefix("run:").split("/")[0] in made
+            made.add(stage.name)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_plans_can_share_a_run(name):
+    """A student's name says everything of it: in whichever plan, it is the same."""
+    found: dict[str, DistillationStage] = {}
+    for plan in recipe_named(name).plans.values():
+        for stage in plan:
+            assert found.setdefault(stage.name, stage) == stage
+
+
+def test_all_else_is_as_the_recipe_says():
+    recipe = recipe_named("mini").with_values(["distill.loop.num_steps=7", "distill.steps.gamma=0.5"])
+    job = Job(verb="distill_plan", recipe=recipe, out="runs/x")
+    for settings in stages(job).values():
+        assert settings.loop == recipe.distill.loop
+        assert settings.steps.gamma == 0.5
+        assert settings.steps.cfg_probability == recipe.distill.steps.cfg_probability
+
+
+def test_only_a_plan_that_begins_with_a_model_makes_it():
+    def made(name, *options):
+        recipe = recipe_named(name).with_values(options)
+        return [
+            verb for verb, *_ in distill_plan.initial_models(Job(verb="plan", recipe=recipe, out="runs/x"))
+        ]
+
+    assert made("sd15") == ["vpred", "efficient"]
+    assert made("sd15", "plan=direct") == ["vpred"]
+    assert made("sd2") == []
+    assert made("mini") == []
+    assert made("mini", "plan=staged") == ["efficient"]
+
+
+def test_sd2_is_distilled_from_the_model_that_the_recipe_names():
+    recipe = recipe_named("sd2").with_values(["model=s3://bucket/sd2"])
+    job = Job(verb="distill_plan", recipe=recipe, out="runs/x")
+    first = in_run.stage_job(job, job.recipe.stages[0])
+    assert inputs.teacher_and_student(first) == ("s3://bucket/sd2", "s3://bucket/sd2")
+
+
+def test_dry_run_names_every_stage_and_what_it_learns(capsys):
+    assert distill_plan.main(["--recipe", "sd15", "--dry-run", "--set", "plan=staged"]) == 0
+    said = capsys.readouterr().out
+    assert "would fine-tune" in said
+    assert "would give runs/demo/vpred/model the architecture table-3" in said
+    assert (
+        "staged-8 (p = 0.1): would distil 16 steps of runs/demo/teacher-16/model into 8 of "
+        "runs/demo/small-16/model" in said
+    )
+    assert distill_plan.main(["--recipe", "sd2", "--dry-run", "--set", "plan=w-conditioned"]) == 0
+    said = capsys.readouterr().out
+    assert "would fine-tune" not in said
+    assert "w-conditioned-8 (p = 1, told w): would distil 16 steps of" in said
+
+
+def test_the_last_stage_fine_tunes_on_the_users_own_images(capsys, tmp_path):
+    """Sec. 5: an internal set of high resolution, for more pleasing pictures."""
+    job = resolved("sd15", capsys, "plan=staged-own")
+    assert described(job)[:3] == list(SD15.values())
+    assert described(job)[3] == ("own-8", 16, 8, "teacher-16", "staged-8")
+    tables = [inputs.distillation_table_url(in_run.stage_job(job, stage)) for stage in job.recipe.stages]
+    assert tables == [*["runs/x/latents"] * 3, "runs/x/own"]
+    mine = ShardRow(image=to_png(np.zeros((40, 40, 3), np.uint8)), caption="mine")
+    write_shard(str(tmp_path), [mine], index=0, extension="png")
+    asked = ["--dry-run", "--set", "source.table=own", "--set", f"source.url={tmp_path}"]
+    assert encode_latents.main(asked) == 0
+    assert f"would encode {tmp_path} into runs/demo/own" in capsys.readouterr().out
+
+
+def test_an_unknown_plan_is_refused_and_the_known_are_named(capsys):
+    assert distill_plan.main(["--recipe", "sd2", "--dry-run", "--set", "plan=staged-self"]) == 2
+    assert "direct, staged, staged-plain, progressive, w-conditioned are accepted" in capsys.readouterr().err
+
+
+def test_settings_that_do_not_go_with_a_stage_are_refused(capsys):
+    """L_ori on the grid needs an unguided pass, which a student that is told w does not make."""
+    arguments = ["plan=w-conditioned", "distill.steps.original_times=grid"]
+    job = resolved("mini", capsys, "distill.steps.original_times=grid")
+    job = replace(job, recipe=job.recipe.with_values(arguments))
+    with pytest.raises(SettingsError, match="no unguided pass on the grid"):
+        distill_plan.preview(job)
+
+
+def test_a_recipe_without_a_plan_says_so(capsys):
+    assert distill_plan.main(["--dry-run", "--set", "plan=null"]) == 0
+    assert "nothing: this recipe has no plan" in capsys.readouterr().out
+
+
+def test_a_stage_needs_a_teacher_and_a_student():
+    with pytest.raises(ValueError, match="teacher"):
+        DistillationStage.parse({"name": "a", "student": "mini-v", "student_steps": 8})
+
+
+def test_the_plans_of_two_models_name_both():
+    sources = {stage.student for stage in paper_schedules(RECIPE_MODEL, small=VPRED_MODEL)["staged"]}
+    assert VPRED_MODEL in sources
+    assert paper_schedules(RECIPE_MODEL, small=VPRED_MODEL)["staged-plain"][-1].teacher == RECIPE_MODEL
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd2"])
+def test_a_watch_of_the_papers_models_judges_as_their_evaluation_does(name):
+    recipe = RECIPES[name]()
+    for settings in (recipe.vpred, recipe.distill):
+        assert settings.watch.every is None
+        assert settings.watch.judging == recipe.evaluation.samples.judging
+        assert settings.watch.prompts.url == recipe.evaluation.prompts.url
+        assert settings.watch.references == "run:evaluation/references"

@@ -1,0 +1,352 @@
+"""The same recipe at other sizes, and in aspect buckets: encoded, taught, trained, saved and drawn."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_bundle, tiny_student
+from in_process import in_process
+from PIL import Image
+from student_inputs import DISTILL, VPRED
+
+from jobs import generate
+from jobs.training import distillation, velocity
+from jobs.training.spec import TrainingError
+from jobs.training.student import save_student
+from jobs.training.trainer import TrainingResult
+from jobs.training.validation import Validator, check_validation
+from pipelines.datasets.latents import encode_latents
+from pipelines.datasets.pairs import generate_pairs
+from pipelines.datasets.pairs import recomputer as remake_pairs
+from pipelines.datasets.samples import generate_samples
+from pipelines.datasets.settings import LatentsSettings, PairsSettings, SamplesSettings, TargetsSettings
+from pipelines.datasets.targets import compute_targets
+from pipelines.loading.buckets import BucketLoader, count_training_rows
+from pipelines.loading.loader import BatchLoader
+from pipelines.rejections import Rejection
+from pipelines.sources.captions import Caption
+from pipelines.sources.shards import ShardRow, write_shard
+from pipelines.sources.webdataset import list_shards
+from pipelines.stages.settings import (
+    Buckets,
+    Generation,
+    ImageSettings,
+    Sampler,
+    SamplingSettings,
+    TeacherSettings,
+)
+from pipelines.tables.schemas import array_type, from_png, to_png
+from pipelines.tables.verification import verify_table
+from snapfusion.models import random_weights, sd15
+from snapfusion.models.load import load
+from snapfusion.models.save import save
+from snapfusion.models.unet import BlockUNet
+from snapfusion.settings import SettingsError
+from snapfusion.training.checkpoint import Checkpoint
+from snapfusion.training.loop import new_state, train
+
+CPU = torch.device("cpu")
+TARGETS = TargetsSettings(
+    teaching=TeacherSettings(
+        student_steps=4, k=2, cfg_range=DISTILL.steps.cfg_range, caption_dropout=0.1, batch_size=6
+    ),
+    draws=2,
+    cfg_probability=0.5,
+)
+
+
+def shards_of(folder, *, side: int, rows: int = 12) -> list:
+    """Pictures of three aspects."""
+
+    def picture(number: int) -> ShardRow:
+        height, width = ((side, side), (side, 2 * side), (2 * side, side))[number % 3]
+        coarse = np.random.Generator(np.random.Philox(number)).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        image = np.asarray(Image.fromarray(coarse).resize((width, height)))
+        return ShardRow(image=to_png(image), caption="a red thing", url=f"http://origin/{number}")
+
+    write_shard(str(folder), map(picture, range(rows)), index=0, extension="png", rows_per_shard=100)
+    return list_shards(str(folder))
+
+
+def encode(folder, *, model: str, side: int, rows: int = 12, **images):
+    """LATENTS of such pictures."""
+    return encode_latents(
+        LatentsSettings(rows_per_unit=6, images=ImageSettings(min_side=8, **images)),
+        model=model,
+        shards=shards_of(folder / "shards", side=side, rows=rows),
+        source="web",
+        url=str(folder / "latents"),
+        run=in_process,
+    )
+
+
+def trained(training, *, settings):
+    """Run a training to its end in this process."""
+    state = new_state(training.model, settings=settings.loop)
+    batches, shapes = training.loader.batches(0), set()
+
+    def seen():
+        for batch in batches:
+            shapes.add(tuple(batch["latent"].shape[1:]))
+            yield batch
+
+    try:
+        train(state, objective=training.objective, batches=seen(), settings=settings.loop, micro_batch=4)
+    finally:
+        batches.close()
+    assert all(tensor.isfinite().all() for tensor in state.final_weights().values())
+    return state, shapes
+
+
+def finetuning(table, *, model: str, settings=VPRED):
+    [training] = velocity.assemble(
+        settings=settings,
+        model=model,
+        latents_url=table.url,
+        latents_version=table.version,
+        counts=count_training_rows(table, held_out=settings.loader.held_out),
+        identity={},
+        device=CPU,
+    )
+    return training
+
+
+def distillation_training(table, *, teacher: str, student: str, settings=DISTILL):
+    [training] = distillation.assemble(
+        settings=settings,
+        teacher=teacher,
+        student=student,
+        data_url=table.url,
+        data_version=table.version,
+        counts=count_training_rows(table, held_out=settings.loader.held_out),
+        identity={},
+        device=CPU,
+    )
+    return training
+
+
+@pytest.fixture(scope="module")
+def v_teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny-v"
+    bundle = tiny_bundle()
+    bundle.prediction_type = "v_prediction"
+    save(bundle, folder, dtype=torch.float32)
+    return str(folder)
+
+
+@pytest.fixture
+def sd_like(monkeypatch):
+    """A source whose networks have SD-v1.5's levels, so its granularity, and a few channels."""
+    small = random_weights.ModelConfig(
+        text_encoder={
+            **sd15.TEXT_ENCODER,
+            "num_hidden_layers": 1,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_attention_heads": 2,
+        },
+        unet={
+            **sd15.UNET,
+            "block_out_channels": (4, 4, 4, 4),
+            "norm_num_groups": 2,
+            "attention_head_dim": 1,
+            "cross_attention_dim": 16,
+            "layers_per_block": 1,
+        },
+        vae={**sd15.VAE, "block_out_channels": (2, 2, 2, 2), "norm_num_groups": 1, "layers_per_block": 1},
+        padding="!",
+        prediction_type="v_prediction",
+    )
+    monkeypatch.setitem(random_weights.MODEL_CONFIGS, "small", small)
+    return "random:small"
+
+
+@pytest.mark.parametrize("size", [256, 512, 768])
+def test_the_same_recipe_at_256_512_and_768(sd_like, tmp_path, size):
+    bundle = load(sd_like)
+    assert (bundle.image_size, bundle.granularity, bundle.cell) == (512, 64, 8)
+    latents = encode(tmp_path, model=sd_like, side=size // 2, rows=2, size=size)
+    settings = TARGETS.with_values(["draws=1", "cfg_probability=0.0"])
+    targets = compute_targets(
+        settings, teacher=sd_like, latents=latents, url=str(tmp_path / "targets"), run=in_process
+    )
+    side = size // 8
+    for table, column in ((latents, "latent"), (targets, "x_target")):
+        rows = table.read()
+        values = array_type(rows.schema.field(column)).unpack(rows[column].to_pylist())
+        assert values.shape == (2, 4, side, side)
+    alone = ["targets=table", "steps.cfg_probability=0.0", "steps.gamma=0.0", "loader.held_out=0.0"]
+    settings = DISTILL.with_values([*alone, "loop.num_steps=1", "loop.global_batch=1", "watch.every=null"])
+    training = distillation_training(targets, teacher=sd_like, student=sd_like, settings=settings)
+    _, shapes = trained(training, settings=settings)
+    assert shapes == {(4, side, side)}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd2"])
+def test_a_published_model_takes_multiples_of_64(name):
+    with torch.device("meta"):
+        bundle = random_weights.random_bundle(name)
+    assert bundle.granularity == 64
+    assert {bundle.resize(size).latent_shape for size in (256, 512, 768)} == {
+        (4, 32, 32),
+        (4, 64, 64),
+        (4, 96, 96),
+    }
+    with pytest.raises(ValueError, match=r"size 500 given; .* draws multiples of 64"):
+        bundle.resize(500)
+
+
+@pytest.mark.parametrize("size", [8, 16, 24])
+def test_a_v_model_of_another_size_is_saved_as_such_and_teaches(v_teacher, tmp_path, size):
+    latents = encode(tmp_path, model=v_teacher, side=20, size=size)
+    settings = VPRED.with_values(["watch.every=null"])
+    training = finetuning(latents, model=v_teacher, settings=settings)
+    assert isinstance(training.loader, BatchLoader)
+    state, shapes = trained(training, settings=settings)
+    assert shapes == {(4, size // 2, size // 2)}
+    assert training.evaluate()["rows"] > 0
+    checkpoint = Checkpoint(step=4, tensors=state.tensors(), values={"state": state.values()})
+    save_student(
+        TrainingResult(checkpoint=checkpoint, evaluation={}, environment={}),
+        student=v_teacher,
+        size=size,
+        folder=tmp_path / "student",
+        settings=settings,
+        distillation=None,
+    )
+    made = load(str(tmp_path / "student" / "model"))
+    assert (made.image_size, made.latent_shape) == (size, (4, size // 2, size // 2))
+    # A model of one size teaches one of another, and both read the LATENTS.
+    settings = DISTILL.with_values(["watch.every=null"])
+    training = distillation_training(latents, teacher=v_teacher, student=made.source, settings=settings)
+    assert trained(training, settings=settings)[1] == shapes
+    distillation._check_models(teacher=load(v_teacher), student=made)
+    distillation._check_table(settings, table=latents, teacher=load(v_teacher), student=made)
+
+
+@pytest.mark.parametrize("targets", ["online", "table"])
+def test_a_student_learns_from_pictures_of_several_shapes(v_teacher, tmp_path, targets):
+    table = encode(tmp_path, model=v_teacher, side=20, rows=24, buckets=Buckets(max_aspect=3.0))
+    settings = VPRED.with_values(["loop.num_steps=8", "watch.every=null"])
+    training = finetuning(table, model=v_teacher, settings=settings)
+    assert isinstance(training.loader, BucketLoader)
+    shapes = {(4, 8, 8), (4, 6, 10), (4, 10, 6)}
+    assert trained(training, settings=settings)[1] <= shapes
+    assert training.evaluate()["rows"] > 0
+    if targets == "table":
+        table = compute_targets(
+            TARGETS, teacher=v_teacher, latents=table, url=str(tmp_path / "targets"), run=in_process
+        )
+    settings = DISTILL.with_values(["loop.num_steps=12", f"targets={targets}", "watch.every=null"])
+    distillation._check_table(settings, table=table, teacher=load(v_teacher), student=load(v_teacher))
+    training = distillation_training(table, teacher=v_teacher, student=v_teacher, settings=settings)
+    state, seen = trained(training, settings=settings)
+    assert seen == shapes
+    figures = training.evaluate()["after"]
+    assert set(figures) == {"vanilla", "guided"}
+    assert state.step == 12
+
+
+def test_robust_training_in_buckets_goes_on_where_it_stood(v_teacher, tmp_path):
+    table = encode(tmp_path, model=v_teacher, side=20, rows=24, buckets=Buckets(max_aspect=3.0))
+    settings = VPRED.with_values(
+        [
+            "loop.num_steps=6",
+            "loop.decay=constant",
+            "watch.every=null",
+            'skip={"attention": 0.5, "resnet": 0.5}',
+        ]
+    )
+    whole, shapes = trained(finetuning(table, model=v_teacher, settings=settings), settings=settings)
+    assert len(shapes) > 1
+    half = settings.with_values(["loop.num_steps=3"])
+    left, _ = trained(finetuning(table, model=v_teacher, settings=half), settings=half)
+    again = finetuning(table, model=v_teacher, settings=settings)
+    state = new_state(again.model, settings=settings.loop)
+    state.restore(left.tensors(), left.values())
+    batches = again.loader.batches(3)
+    train(state, objective=again.objective, batches=batches, settings=settings.loop, micro_batch=4)
+    batches.close()
+    for name, tensor in whole.final_weights().items():
+        assert torch.equal(tensor, state.final_weights()[name]), name
+
+
+def test_a_watch_looks_at_pictures_of_the_size_that_is_trained():
+    check_validation(DISTILL.watch, size=32)
+    with pytest.raises(TrainingError, match="reads pictures of 32 px, and the model draws 48 px"):
+        check_validation(DISTILL.watch, size=48)
+    settings = DISTILL.watch.model_copy(update={"drawing": SamplingSettings(size=32)})
+    check_validation(settings, size=48)
+    asked = {"every": 1, "model": "mini-v", "steps": 2, "device": CPU, "threads": 1}
+    for given, size in ((DISTILL.watch, 48), (settings, 32)):
+        weights = load("mini-v").unet.state_dict()
+        assert Validator(given, size=48, **asked)._load(weights).bundle.image_size == size
+
+
+def test_a_unet_that_is_data_keeps_its_size_when_saved(tmp_path):
+    bundle = tiny_student()
+    assert isinstance(bundle.unet, BlockUNet)
+    before = bundle.fingerprint()
+    save(bundle.resize(22), tmp_path / "model", dtype=torch.float32)
+    made = load(str(tmp_path / "model"))
+    assert (made.latent_shape, made.unet.config["architecture"]["sample_size"]) == ((4, 11, 11), 11)
+    assert made.fingerprint() == before
+
+
+CAPTIONS: list[Caption | Rejection] = [Caption(id=f"c/{n}", ordinal=n, text="a red thing") for n in range(3)]
+
+
+@pytest.mark.parametrize("size", [8, 24])
+def test_pairs_and_samples_of_another_size(v_teacher, tmp_path, size):
+    pairs = generate_pairs(
+        PairsSettings(generation=Generation(steps=2, guidance=2.0, size=size), rows_per_unit=3),
+        teacher=v_teacher,
+        captions=CAPTIONS,
+        source="captions",
+        url=str(tmp_path / "pairs"),
+        run=in_process,
+    )
+    rows = pairs.read()
+    assert array_type(rows.schema.field("latent")).shape == (4, size // 2, size // 2)
+    assert from_png(rows["image"][0].as_py()).shape == (size, size, 3)
+    found = verify_table(pairs, remake=remake_pairs(pairs, teacher=v_teacher), units=1, seed=0)
+    assert (found.exact, found.faults) == (1, ())
+
+
+def test_sizes_that_a_model_cannot_draw_are_refused_by_their_options(v_teacher, tmp_path):
+    asked = {"captions": CAPTIONS, "source": "captions", "url": str(tmp_path / "x"), "run": in_process}
+    with pytest.raises(SettingsError, match=r"^pairs\.generation\.size is 18; multiples of 4"):
+        generate_pairs(PairsSettings(generation=Generation(size=18)), teacher=v_teacher, **asked)
+    samples = SamplesSettings(drawing=SamplingSettings(size=18))
+    with pytest.raises(SettingsError, match=r"^samples\.drawing\.size is 18; multiples of 4"):
+        generate_samples(samples, model=v_teacher, sampler=Sampler(steps=2), guidance=[1.0], **asked)
+    samples = SamplesSettings(drawing=SamplingSettings(size=24))
+    with pytest.raises(SettingsError, match=r"^samples\.drawing\.size is 24; .* reads pictures of 32 px"):
+        generate_samples(samples, model=v_teacher, sampler=Sampler(steps=2), guidance=[1.0], **asked)
+
+
+def test_a_caption_is_drawn_at_another_size(tmp_path, capsys):
+    place = tmp_path / "picture.png"
+    words = ["a red circle", "--steps", "1", "--out", str(place)]
+    assert generate.main([*words, "--size", "48"]) == 0
+    assert "1 of 48 px" in capsys.readouterr().out
+    with Image.open(place) as image:
+        assert image.size == (240, 240)
+    assert generate.main([*words, "--size", "40"]) == 2
+    assert "--size is 40; multiples of 16 are accepted" in capsys.readouterr().err
+
+
+def test_another_size_is_drawn_from_a_bundle_never(tmp_path, capsys):
+    assert generate.main(["a", "--bundle", str(tmp_path), "--size", "48"]) == 2
+    assert "--size 48: a --bundle has its own" in capsys.readouterr().err
+
+
+def test_the_miniature_halves_evenly_at_multiples_of_16():
+    bundle = load("mini")
+    assert (bundle.granularity, bundle.cell, bundle.image_size) == (16, 4, 32)
+    for size in itertools.chain(range(1, 16), (24, 40)):
+        with pytest.raises(ValueError, match="multiples of 16"):
+            bundle.resize(size)

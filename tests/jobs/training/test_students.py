@@ -1,0 +1,511 @@
+"""Fine-tuning to v, and step distillation, from end to end on a tiny teacher: made once, left or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+from conftest import tiny_bundle
+from in_process import in_process
+from PIL import Image
+from student_inputs import DISTILL, LOOP, VPRED
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from jobs.cli.in_run import resolve_validation
+from jobs.cli.job import Job
+from jobs.recipes.miniature import mini
+from jobs.training.distillation import assemble, distill_steps, summary
+from jobs.training.spec import TrainingError
+from jobs.training.student import save_student
+from jobs.training.trainer import TrainingResult, check_batch_split, run_trainings
+from jobs.training.validation import Validator, check_validation
+from jobs.training.velocity import finetune_vpred
+from pipelines.datasets.latents import encode_latents
+from pipelines.datasets.settings import LatentsSettings, TargetsSettings
+from pipelines.datasets.targets import compute_targets
+from pipelines.loading.loader import count_trainable
+from pipelines.sources.shards import ShardRow, write_shard
+from pipelines.sources.webdataset import list_shards
+from pipelines.stages.settings import ImageSettings, TeacherSettings
+from pipelines.tables.schemas import to_png
+from pipelines.tables.table import TableError
+from snapfusion.models.guidance_embedding import has_guidance_embedding
+from snapfusion.models.load import load
+from snapfusion.models.save import save
+from snapfusion.sampling import time_grid
+from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
+from snapfusion.training.loop import new_state, train
+from snapfusion.training.settings import CfgRange
+
+bundle_of = partial(tiny_bundle, image_size=32)
+"""A model whose pictures the miniature's judges can look at."""
+
+
+def picture(number: int) -> ShardRow:
+    pixels = np.random.Generator(np.random.Philox(number)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    return ShardRow(image=to_png(pixels), caption="a red thing", url=f"http://origin/{number}")
+
+
+@pytest.fixture(scope="module")
+def eps_teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save(bundle_of(), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def latents(eps_teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_shard(str(folder / "shards"), map(picture, range(24)), index=0, extension="png", rows_per_shard=100)
+    return encode_latents(
+        LatentsSettings(rows_per_unit=6, images=ImageSettings(min_side=8)),
+        model=eps_teacher,
+        shards=list_shards(str(folder / "shards")),
+        source="web",
+        url=str(folder / "latents"),
+        run=in_process,
+    )
+
+
+@pytest.fixture(scope="module")
+def v_teacher(tmp_path_factory):
+    """The tiny teacher's other half: the same text encoder and VAE, a UNet that is taken to predict v."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-v"
+    bundle = bundle_of()
+    bundle.prediction_type = "v_prediction"
+    save(bundle, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def vpred(ray_cluster, latents, eps_teacher):
+    out = Path(latents.url).with_name("vpred")
+    metrics = finetune_vpred(
+        VPRED,
+        model=os.path.relpath(eps_teacher),  # a worker stands in another folder
+        latents_url=latents.url,
+        out_url=os.path.relpath(out),
+    )
+    return out, metrics
+
+
+@pytest.fixture(scope="module")
+def student(vpred, latents):
+    out, reports = Path(latents.url).with_name("student"), []
+    metrics = distill_steps(
+        DISTILL,
+        teacher=str(vpred[0] / "model"),
+        data_url=latents.url,
+        out_url=str(out),
+        on_report=reports.append,
+    )
+    return out, metrics, reports
+
+
+@pytest.fixture(scope="module")
+def mark():
+    """In the environment of drivers that die and of all that they start; at the end none of that is left."""
+    mark = uuid.uuid4().hex
+    yield mark
+    assert_none_are_left(f"KILLED_DRIVER={mark}")
+
+
+def begin_and_die(name, *, model, latents, out, mark):
+    """A job by a driver that kills itself after its first checkpoint."""
+    script = Path(__file__).with_name("train_killed.py")
+    driver = subprocess.run(
+        [sys.executable, str(script), name, model, latents.url, str(out)],
+        env={**os.environ, "KILLED_DRIVER": mark},
+        stderr=subprocess.PIPE,
+        timeout=240,
+        check=False,
+    )
+    assert driver.returncode == -signal.SIGKILL, driver.stderr.decode()
+    assert (Path(f"{out}.training") / "unet" / "step-00000002" / "manifest.json").exists()
+    assert not out.exists()
+
+
+def assert_none_are_left(mark):
+    """Of all that a killed driver had started, whose environment is its own; Ray's reaper takes a moment."""
+    deadline = time.monotonic() + 150  # Ray's agents take a minute and more to notice
+    while left := [pid for pid in Path("/proc").glob("[0-9]*") if mark.encode() in environment(pid)]:
+        assert time.monotonic() < deadline, [(pid / "cmdline").read_bytes() for pid in left]
+        time.sleep(0.2)
+
+
+def environment(pid):
+    try:
+        return (pid / "environ").read_bytes()
+    except OSError:  # ended meanwhile, or another user's
+        return b""
+
+
+def assert_as_if_never_killed(out, whole, *, metrics):
+    made = json.loads((out / "metrics.json").read_text())
+    for figure in ("identity", "weights", "evaluation", "watch", "best", "curve"):
+        assert made[figure] == metrics[figure]
+    for name in ("step-00000002.png", "step-00000004.png"):
+        assert (out / "watch" / name).read_bytes() == (whole / "watch" / name).read_bytes()
+    assert logged_steps(out) == logged_steps(whole) == [1, 2, 3, 4]
+
+
+def logged_steps(out):
+    events = EventAccumulator(str(out / "logs" / "unet"))
+    events.Reload()
+    assert [event.step for event in events.Images("watch/pictures")] == [2, 4]
+    return [event.step for event in events.Scalars("loss")]
+
+
+def in_one_process(training, *, settings=LOOP):
+    """The same training without Ray, all of each batch at once; its state, and what each step said."""
+    state, told = new_state(training.model, settings=settings), []
+    batches = training.loader.batches(0)
+    train(
+        state,
+        objective=training.objective,
+        batches=batches,
+        settings=settings,
+        micro_batch=6,
+        after_step=told.append,
+    )
+    batches.close()
+    return state, told
+
+
+def assembled(latents, *, teacher, settings=DISTILL):
+    return next(
+        iter(
+            assemble(
+                settings=settings,
+                teacher=teacher,
+                student=teacher,
+                data_url=latents.url,
+                data_version=latents.version,
+                counts=count_trainable(latents, held_out=0.3),
+                identity={},
+                device=torch.device("cpu"),
+            )
+        )
+    )
+
+
+@pytest.mark.ray
+def test_an_eps_model_becomes_a_v_model_that_opens_by_itself(vpred, latents, eps_teacher):
+    out, metrics = vpred
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert [point["step"] for point in metrics["curve"]] == [1, 2, 3, 4]
+    assert metrics["evaluation"]["rows"] > 0
+    assert metrics["parents"]["latents"] == latents.lineage()
+    made, raw, before = load(str(out / "model")), load(str(out / "raw")), load(eps_teacher)
+    assert made.prediction_type == raw.prediction_type == "v_prediction"
+    mine, theirs = made.fingerprint(), before.fingerprint()
+    assert {name for name in mine if mine[name] != theirs[name]} == {"unet"}
+    best = load(str(out / "best")).fingerprint()["unet"]
+    assert metrics["weights"] == {"model": mine["unet"], "raw": raw.fingerprint()["unet"], "best": best}
+    assert not (Path(f"{out}.training")).exists()
+    with pytest.raises(TrainingError, match="predicts v already"):
+        finetune_vpred(VPRED, model=str(out / "model"), latents_url=latents.url, out_url=str(out / "again"))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_fine_tuning_whose_driver_was_killed_ends_as_if_it_had_not_been(
+    vpred, latents, eps_teacher, mark, tmp_path
+):
+    out = tmp_path / "vpred"
+    begin_and_die("vpred", model=eps_teacher, latents=latents, out=out, mark=mark)
+    finetune_vpred(VPRED, model=eps_teacher, latents_url=latents.url, out_url=str(out))
+    assert_as_if_never_killed(out, vpred[0], metrics=vpred[1])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_distillation_whose_driver_was_killed_ends_as_if_it_had_not_been(
+    student, vpred, latents, mark, tmp_path
+):
+    out, teacher = tmp_path / "student", str(vpred[0] / "model")
+    begin_and_die("student", model=teacher, latents=latents, out=out, mark=mark)
+    distill_steps(DISTILL, teacher=teacher, data_url=latents.url, out_url=str(out))
+    assert_as_if_never_killed(out, student[0], metrics=student[1])
+
+
+def spread_and_continued(asked, store_url, device):
+    """A training, and one more from the first one's checkpoint in the middle."""
+    yield replace(next(iter(assemble(**asked, device=device))), name="whole")
+    if dist.get_rank() == 0:
+        shutil.copytree(f"{store_url}/whole/step-00000002", f"{store_url}/continued/step-00000002")
+    yield replace(next(iter(assemble(**asked, device=device))), name="continued")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_student_that_is_spread_over_workers_becomes_the_same(student, vpred, latents, tmp_path):
+    out, metrics, _ = student
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    settings = DISTILL.with_values(["trainer.sharding=fsdp"])
+    teacher = str(vpred[0] / "model")
+    asked = {
+        "settings": settings,
+        "teacher": teacher,
+        "student": teacher,
+        "data_url": latents.url,
+        "data_version": latents.version,
+        "counts": count_trainable(latents, held_out=settings.loader.held_out),
+        "identity": {},
+    }
+    url = str(tmp_path / "checkpoints")
+    ends = run_trainings(
+        spread_and_continued,
+        {"asked": asked, "store_url": url},
+        store_url=url,
+        settings=settings.trainer,
+        on_report=lambda figures: None,
+    )
+    whole, continued = ends["whole"], ends["continued"]
+    assert (whole.curve, whole.evaluation) == (continued.curve, continued.evaluation)
+    for group, named in CheckpointStore(f"{url}/whole").load(4).tensors.items():
+        other = CheckpointStore(f"{url}/continued").load(4).tensors[group]
+        assert all(torch.equal(tensor, other[name]) for name, tensor in named.items())
+    for point, expected in zip(whole.curve, metrics["curve"], strict=True):
+        assert point == pytest.approx(expected, rel=1e-5)
+    assert whole.evaluation["after"]["guided"] == pytest.approx(
+        metrics["evaluation"]["after"]["guided"], rel=1e-4
+    )
+    assert [seen["step"] for seen in whole.watched] == [2, 4]
+    for weights, folder in ((whole.weights, "model"), (whole.raw_weights, "raw")):
+        made = load(str(out / folder)).unet.state_dict()
+        for name, tensor in weights.items():
+            # Adam divides a gradient by its size: where rows cancel in it, so much does a last bit move.
+            torch.testing.assert_close(made[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_shares_that_workers_cannot_have_are_refused():
+    check_batch_split(6, world=4, sharding="none")
+    check_batch_split(6, world=3, sharding="fsdp")
+    with pytest.raises(TrainingError, match="7 workers cannot share a global batch of 6 rows"):
+        check_batch_split(6, world=7, sharding="none")
+    with pytest.raises(TrainingError, match="of 6 rows evenly, which sharding=fsdp needs"):
+        check_batch_split(6, world=4, sharding="fsdp")
+
+
+@pytest.mark.ray
+def test_a_student_is_watched_and_its_best_weights_are_kept(student):
+    out, metrics, _ = student
+    assert [seen["step"] for seen in metrics["watch"]] == [2, 4]
+    for seen in metrics["watch"]:
+        assert [point["w"] for point in seen["points"]] == [2.0, 1.0]
+        assert all(point["pictures"] == 6 and 0 <= point["attributes"] <= 1 for point in seen["points"])
+    assert metrics["best"]["by"] == "fid"
+    assert metrics["best"] == {
+        "by": "fid",
+        **min(metrics["watch"], key=lambda seen: seen["points"][0]["fid"]),
+    }
+    best = load(str(out / "best"))
+    assert best.fingerprint()["unet"] == metrics["weights"]["best"]
+    look = Validator(
+        DISTILL.watch,
+        every=2,
+        model=str(out / "raw"),
+        size=32,
+        steps=4,
+        device=torch.device("cpu"),
+        threads=1,
+    )(best.unet.state_dict())
+    assert look.values["points"] == metrics["best"]["points"]
+    with Image.open(out / "watch" / "step-00000004.png") as grid:
+        assert grid.size == (3 * 32, 2 * 32)
+
+
+@pytest.mark.ray
+def test_two_workers_distil_what_one_process_does(student, vpred, latents):
+    """Branches, draws and gamma are the same: what differs is the order of float32 sums."""
+    out, metrics, reports = student
+    training = assembled(latents, teacher=str(vpred[0] / "model"))
+    state, told = in_one_process(training)
+    assert [point["loss"] for point in metrics["curve"]] == pytest.approx(
+        [step.loss for step in told], rel=1e-3
+    )
+    figures = {name: metrics["curve"][-1][name] for name in told[-1].figures}
+    assert figures == pytest.approx(dict(told[-1].figures), rel=1e-2)
+    assert {name.partition("/")[0] for name in figures} == {"vanilla", "guided"}
+    made = load(str(out / "model")).unet.state_dict()
+    for name, tensor in state.final_weights().items():
+        torch.testing.assert_close(made[name], tensor, rtol=0, atol=1e-4)
+    assert reports[-1]["step"] == 4
+
+
+@pytest.mark.ray
+def test_a_student_says_how_it_is_to_be_sampled_and_how_it_learnt(student):
+    out, metrics, _ = student
+    told = json.loads((out / "model" / "distillation.json").read_text())
+    assert told == metrics["distillation"]
+    assert (told["steps"], told["teacher_steps"]) == (4, 8)
+    assert told["timesteps"] == list(time_grid(4)[:-1])
+    assert told["cfg_range"] == {"low": 1.0, "high": 6.0}
+    assert load(str(out / "model")).prediction_type == "v_prediction"
+    assert len(summary(metrics)) == 2
+    assert set(metrics["evaluation"]) == {"before", "after"}
+    assert set(metrics["evaluation"]["after"]) == {"vanilla", "guided"}
+
+
+@pytest.mark.ray
+def test_a_finished_student_is_left_and_another_setting_refused(student, vpred, latents):
+    out, metrics, _ = student
+    asked = {"teacher": str(vpred[0] / "model"), "data_url": latents.url, "out_url": str(out)}
+    assert distill_steps(DISTILL.with_values(["trainer.num_workers=7", "name=other"]), **asked) == metrics
+    with pytest.raises(TrainingError, match=r"settings\.steps\.gamma is 0\.2 there, 1\.0 here"):
+        distill_steps(DISTILL.with_values(["steps.gamma=1.0"]), **asked)
+
+
+def test_a_student_learns_from_a_table_that_fits(latents, v_teacher, tmp_path):
+    teaching = TeacherSettings(student_steps=4, k=2, cfg_range=CfgRange(low=1.0, high=6.0), batch_size=6)
+    targets = compute_targets(
+        TargetsSettings(teaching=teaching, draws=2, cfg_probability=0.5),
+        teacher=v_teacher,
+        latents=latents,
+        url=str(tmp_path / "targets"),
+        run=in_process,
+    )
+    settings = DISTILL.with_values(["targets=table", "loop.num_steps=30", "steps.cfg_probability=0.0"])
+    training = assembled(targets, teacher=v_teacher, settings=settings)
+    _, told = in_one_process(training, settings=settings.loop)
+    losses = [step.figures["vanilla/loss"] for step in told]
+    assert losses[-1] < losses[0]
+    asked = {"teacher": v_teacher, "data_url": targets.url, "out_url": str(tmp_path / "student")}
+    with pytest.raises(TableError, match=r"student_steps is 4 there, 8 here"):
+        distill_steps(settings.with_values(["steps.student_steps=8"]), **asked)
+    with pytest.raises(TableError, match="holds latents; targets"):
+        distill_steps(settings, **{**asked, "data_url": latents.url})
+
+
+def test_checkpointed_activations_give_the_same_gradient(latents, v_teacher):
+    norms = []
+    for checkpointing in ("false", "true"):
+        settings = DISTILL.with_values([f"gradient_checkpointing={checkpointing}"])
+        _, told = in_one_process(assembled(latents, teacher=v_teacher, settings=settings))
+        norms.append([step.grad_norm for step in told])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_an_eps_student_is_refused(latents, eps_teacher, tmp_path):
+    with pytest.raises(TrainingError, match="predicts eps, and step distillation needs v"):
+        distill_steps(DISTILL, teacher=eps_teacher, data_url=latents.url, out_url=str(tmp_path / "student"))
+
+
+def test_an_eps_teacher_teaches_a_v_student(latents, eps_teacher, v_teacher):
+    training = next(
+        iter(
+            assemble(
+                settings=DISTILL,
+                teacher=eps_teacher,
+                student=v_teacher,
+                data_url=latents.url,
+                data_version=latents.version,
+                counts=count_trainable(latents, held_out=0.3),
+                identity={},
+                device=torch.device("cpu"),
+            )
+        )
+    )
+    batches = training.loader.batches(0)
+    assert training.objective(training.model, next(batches), step=0).isfinite().all()
+    batches.close()
+
+
+def test_a_teacher_with_another_text_encoder_is_refused_by_name(latents, v_teacher, tmp_path):
+    other = bundle_of()
+    other.prediction_type = "v_prediction"
+    other.text_encoder = bundle_of(seed=9).text_encoder
+    save(other, tmp_path / "other")
+    with pytest.raises(TrainingError, match=r"other cannot teach .*: its text encoder is another.*App\. D"):
+        distill_steps(
+            DISTILL,
+            teacher=str(tmp_path / "other"),
+            student=v_teacher,
+            data_url=latents.url,
+            out_url=str(tmp_path / "student"),
+        )
+
+
+def test_latents_of_another_vae_are_refused(latents, tmp_path):
+    other = bundle_of(seed=5)
+    other.prediction_type = "v_prediction"
+    save(other, tmp_path / "other")
+    with pytest.raises(TableError, match=r"another VAE .*weights\.vae is"):
+        distill_steps(
+            DISTILL, teacher=str(tmp_path / "other"), data_url=latents.url, out_url=str(tmp_path / "student")
+        )
+
+
+def test_latents_of_another_tokenizer_are_refused(latents, tmp_path):
+    other = bundle_of()
+    other.prediction_type = "v_prediction"
+    other.tokenizer.pad_token = other.tokenizer.bos_token
+    save(other, tmp_path / "other")
+    with pytest.raises(TableError, match="token ids of another tokenizer"):
+        distill_steps(
+            DISTILL, teacher=str(tmp_path / "other"), data_url=latents.url, out_url=str(tmp_path / "student")
+        )
+
+
+def test_what_the_watch_cannot_measure_is_refused(latents, v_teacher, tmp_path):
+    small = tiny_bundle()
+    small.prediction_type = "v_prediction"
+    with pytest.raises(TrainingError, match=r"reads pictures of 32 px, and the model draws 16 px"):
+        check_validation(DISTILL.watch, size=small.image_size)
+    asked = {"teacher": v_teacher, "data_url": latents.url, "out_url": str(tmp_path / "student")}
+    with pytest.raises(TableError, match="holds latents; references"):
+        distill_steps(DISTILL.with_values([f"watch.references={latents.url}"]), **asked)
+
+
+def test_a_watch_decides_no_weights_and_is_found_in_the_run(tmp_path):
+    assert "watch" not in DISTILL.deciding()
+    assert "watch" not in VPRED.deciding()
+    job = Job(verb="distill_steps", recipe=mini(), out=str(tmp_path))
+    settings = DISTILL.watch.model_copy(update={"references": "run:evaluation/references"})
+    assert resolve_validation(settings, job).references == f"{tmp_path}/evaluation/references"
+    assert resolve_validation(DISTILL.watch, job) == DISTILL.watch
+
+
+def test_a_grid_that_the_schedule_has_not_is_refused(latents, v_teacher, tmp_path):
+    settings = DISTILL.with_values(["steps.student_steps=500", "steps.k=4"])
+    with pytest.raises(TrainingError, match=r"steps\.k 4 times steps\.student_steps 500"):
+        distill_steps(settings, teacher=v_teacher, data_url=latents.url, out_url=str(tmp_path / "student"))
+
+
+def test_a_w_conditioned_student_is_trained_and_saved(latents, v_teacher, tmp_path):
+    settings = DISTILL.with_values(["steps.w_conditioned=true", "steps.cfg_probability=1.0"])
+    state, _ = in_one_process(assembled(latents, teacher=v_teacher, settings=settings))
+    checkpoint = Checkpoint(step=4, tensors=state.tensors(), values={"state": state.values()})
+    hashes = save_student(
+        TrainingResult(checkpoint=checkpoint, evaluation={}, environment={}),
+        student=v_teacher,
+        size=32,
+        folder=tmp_path,
+        settings=settings,
+        distillation=None,
+    )
+    made = load(str(tmp_path / "model"))
+    assert has_guidance_embedding(made.unet)
+    assert made.fingerprint()["unet"] == hashes["model"] != hashes["raw"]
+    with pytest.raises(TrainingError, match=r"is told w, .*: set steps\.w_conditioned"):
+        distill_steps(
+            DISTILL,
+            teacher=str(tmp_path / "model"),
+            data_url=latents.url,
+            out_url=str(tmp_path / "student"),
+        )

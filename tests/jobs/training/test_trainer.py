@@ -1,0 +1,185 @@
+"""Ray Train round the loop: killed and continued under the same name, and any number of workers."""
+
+import itertools
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from jobs.training.callback import save_with_retries
+from jobs.training.progress_channel import report_line
+from jobs.training.settings import TrainerSettings
+from jobs.training.spec import Training, TrainingError
+from jobs.training.trainer import resume, run_trainings
+from pipelines.loading.loader import BatchLoader
+from pipelines.loading.settings import LoaderSettings
+from pipelines.tables.table import UnitFile
+from snapfusion.noise import gaussian, noise_key
+from snapfusion.training.checkpoint import CheckpointStore
+from snapfusion.training.loop import new_state, train
+from snapfusion.training.settings import LoopSettings
+
+SETTINGS = LoopSettings(num_steps=6, global_batch=8, learning_rate=0.01, ema_decay=0.9)
+
+
+class Numbers:
+    """A table of three units whose rows are numbers."""
+
+    def __init__(self):
+        self.units = [UnitFile(unit=f"u{index}", path=f"u{index}", rows=11, size=0) for index in range(3)]
+
+    def read_unit(self, unit, columns=None):
+        first = 11 * int(unit.unit[1:])
+        rows = [{"id": f"r{number}", "noise_key": number} for number in range(first, first + 11)]
+        return pa.Table.from_pylist(rows).select(columns)
+
+
+class Regression:
+    """A linear map is to find the sum of its noise; dies once, or meets a NaN, where it is told to."""
+
+    def __init__(self, *, die_at=None, marker=None, nan_at=None):
+        self.die_at, self.marker, self.nan_at = die_at, marker, nan_at
+
+    def __call__(self, model, batch, *, step):
+        if step == self.die_at and not Path(self.marker).exists():
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        noise = torch.stack([gaussian(noise_key(int(key)), (5,)) for key in batch["noise_key"]])
+        losses = (model(noise)[:, 0] - noise.sum(dim=1)).square()
+        return losses * float("nan") if step == self.nan_at else losses
+
+
+def training(*, name="sums", **behaviour):
+    torch.manual_seed(1)
+    model = nn.Linear(5, 1)
+    return Training(
+        name=name,
+        model=model,
+        objective=Regression(**behaviour),
+        loader=BatchLoader(
+            Numbers(),
+            columns=("noise_key",),
+            global_batch=SETTINGS.global_batch,
+            seed=SETTINGS.seed,
+            settings=LoaderSettings(window_units=2),
+        ),
+        settings=SETTINGS,
+        identity={"settings": SETTINGS.to_values()},
+        evaluate=lambda: {"bias": float(model.bias.detach())},
+    )
+
+
+def program(marker, device):
+    yield training(name="killed", die_at=3, marker=marker)
+    yield training(name="whole")
+    yield training(name="broken", nan_at=3)
+
+
+def weights_of_one_process():
+    made = training()
+    state = new_state(made.model, settings=SETTINGS)
+    batches = made.loader.batches(0)
+    train(state, objective=made.objective, batches=batches, settings=SETTINGS, micro_batch=8)
+    batches.close()
+    return state.final_weights()
+
+
+@pytest.mark.ray
+def test_two_workers_killed_and_continued_end_with_the_same_weights(ray_cluster, tmp_path, monkeypatch):
+    """One start of Ray Train for three trainings: one is killed, one is not, and one meets a NaN."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    settings = TrainerSettings(
+        num_workers=2, cpus_per_worker=0.5, micro_batch=3, checkpoint_every=2, curve_every=1
+    )
+    url, marker, reports = str(tmp_path / "checkpoints"), tmp_path / "died", []
+    with pytest.raises(TrainingError, match=r"loss of step 3 is not finite in rows r\d+, r\d+"):
+        run_trainings(
+            program, {"marker": str(marker)}, store_url=url, settings=settings, on_report=reports.append
+        )
+    assert marker.exists()
+    stopped = json.loads((tmp_path / "checkpoints" / "broken.stopped.json").read_text())
+    assert stopped["step"] == 3
+    assert len(set(stopped["rows"])) == SETTINGS.global_batch
+    killed, whole, broken = (
+        CheckpointStore(f"{url}/{name}").newest() for name in ("killed", "whole", "broken")
+    )
+    assert (killed.step, whole.step, broken.step) == (6, 6, 2)
+    assert killed.values == whole.values
+    for group, named in whole.tensors.items():
+        assert all(torch.equal(killed.tensors[group][name], tensor) for name, tensor in named.items())
+    for name, tensor in weights_of_one_process().items():
+        # Two halves of a batch are summed apart: float32 rounding, passed on by six steps of Adam.
+        torch.testing.assert_close(killed.tensors["ema"][name], tensor, rtol=0, atol=1e-5)
+    events = EventAccumulator(f"{url}/logs/killed")
+    events.Reload()
+    assert {"loss", "grad_norm", "learning_rate", "steps_per_second", "data_wait"} <= set(
+        events.Tags()["scalars"]
+    )
+    logged = [(event.step, event.value) for event in events.Scalars("loss")]
+    curve = killed.values["state"]["curve"]
+    assert logged == [(point["step"], pytest.approx(point["loss"])) for point in curve]
+    assert {report["training"] for report in reports} == {"killed", "whole", "broken"}
+
+
+def test_checkpoints_of_another_training_are_refused(tmp_path):
+    store = CheckpointStore(str(tmp_path))
+    state = new_state(training().model, settings=SETTINGS)
+    values = {"state": state.values(), "identity": {"settings": {"num_steps": 6, "seed": 1}}}
+    store.save(0, tensors=state.tensors(), values=values)
+    resume(state, store=store, identity={"settings": {"num_steps": 6, "seed": 1}}, rank=0)
+    with pytest.raises(TrainingError, match=r"another training: settings\.num_steps is 6 there, 8 here"):
+        resume(state, store=store, identity={"settings": {"num_steps": 8, "seed": 1}}, rank=0)
+
+
+def test_a_checkpoint_is_saved_in_a_store_that_fails_for_a_moment(monkeypatch):
+    store = CheckpointStore("memory://moments/unet")
+    state = new_state(training().model, settings=SETTINGS)
+    put, failures = store._fs.put_file, [OSError("SlowDown"), ConnectionResetError()]
+
+    def failing(*words, **named):
+        if failures:
+            raise failures.pop()
+        return put(*words, **named)
+
+    monkeypatch.setattr(store._fs, "put_file", failing)
+    monkeypatch.setattr("pipelines.storage.retry.sleep_with_jitter", lambda seconds: None)
+    save_with_retries(store, 3, tensors=state.tensors(), values={"state": state.values(), "identity": {}})
+    assert not failures
+    assert store.newest().step == 3
+
+
+def test_fewer_workers_are_not_more():
+    assert TrainerSettings(num_workers=2, min_workers=2).min_workers == 2
+    with pytest.raises(ValueError, match=r"at most num_workers \(2\) are accepted"):
+        TrainerSettings(num_workers=2, min_workers=3)
+
+
+def test_a_report_is_said_in_one_line():
+    figures = {
+        "training": "decoder",
+        "step": 40,
+        "num_steps": 400,
+        "workers": 2,
+        "loss": 0.01234567,
+        "steps_per_second": 8.04,
+        "seconds_left": 74.6,
+        "data_wait": 0.026,
+    }
+    assert report_line(figures) == (
+        "decoder 40/400 steps, loss 0.01235, 8.0 steps/s by 2 workers, 1 min 15 s left, 3% waiting for data"
+    )
+
+
+def test_double_reads_like_a_table():
+    batches = training().loader.batches(0)
+    assert len(set(itertools.chain(*(next(batches).ids for _ in range(4))))) == 32
+    batches.close()

@@ -1,0 +1,64 @@
+"""generate_pairs under Ray against the bare teacher loop, in one run; part of `make bench`."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.datasets.pairs import generate_pairs
+from pipelines.datasets.settings import PairsSettings
+from pipelines.ray_data.execution import run_on_ray
+from pipelines.ray_data.settings import Pool
+from pipelines.sources.captions import Caption
+from pipelines.stages.generate import GeneratePairs
+from pipelines.stages.settings import Device, Generation
+from pipelines.tables.units import CaptionRows, Unit
+from snapfusion.mini.scenes import caption_of, scene_of
+
+UNITS, ROWS = 12, 32
+SETTINGS = PairsSettings(
+    generation=Generation(steps=50, guidance=2.5, batch_size=ROWS),
+    rows_per_unit=ROWS,
+    device=Device(threads=1),
+    teachers=Pool(actors=1, cpus=0.5),
+)
+CAPTIONS = [Caption(id=f"{n:09d}", ordinal=n, text=caption_of(scene_of(n))) for n in range(UNITS * ROWS)]
+
+
+def bare_rate(units: int) -> float:
+    """Rows a second of the teacher alone, one thread, the first unit not counted."""
+    teacher = GeneratePairs(teacher="mini", settings=SETTINGS.generation, device=SETTINGS.device)
+    unit = Unit(name="u", source="s", start=0, stop=ROWS, final=True, source_digest="")
+    rows = CaptionRows(unit=unit, draw=0, captions=CAPTIONS[:ROWS], rejections=[])
+    teacher(rows)
+    began = time.monotonic()
+    for _ in range(units):
+        teacher(rows)
+    return units * ROWS / (time.monotonic() - began)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_generation_is_at_least_nine_tenths_as_fast_as_the_bare_teacher(ray_cluster, tmp_path: Path, capsys):
+    seen = []
+    before = bare_rate(3)
+    generate_pairs(
+        SETTINGS,
+        teacher="mini",
+        captions=CAPTIONS,
+        source="captions",
+        url=str(tmp_path / "pairs"),
+        run=run_on_ray,
+        on_progress=seen.append,
+    )
+    bare = statistics.mean([before, bare_rate(3)])  # before and after, since the machine drifts
+    ratio = seen[-1].rate / bare
+    with capsys.disabled():
+        print(
+            f"\n{os.cpu_count()} cores: {seen[-1].rate:.2f} rows/s, bare {bare:.2f} rows/s, ratio {ratio:.3f}"
+        )
+    assert ratio >= 0.9

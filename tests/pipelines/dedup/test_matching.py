@@ -1,0 +1,181 @@
+"""Copies are found as by comparing every row with every earlier one, whatever order rows arrive in."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shuffled_rows import ShuffledRows
+
+from pipelines.dedup.matching import (
+    EXACT_KEYS,
+    MATCHES,
+    REASON_ORDER,
+    BlockIndex,
+    RankBounds,
+    exact_key_table,
+    exact_matches,
+    first_reasons,
+    near_matches,
+    near_phashes,
+    partition_of,
+    phash_blocks,
+    phash_table,
+)
+from pipelines.dedup.settings import CAPTION, IMAGE, URL
+
+PARTS = 3
+seeds = st.integers(0, 2**32 - 1)
+
+
+def generator(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(seed))
+
+
+def as_rows(table: pa.Table) -> dict[int, tuple[str, int]]:
+    """What `MATCHES` says of each rank; each has one match."""
+    rows = table.to_pylist()
+    found = {row["rank"]: (REASON_ORDER[row["reason"]], row["of"]) for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def whole(rows: ShuffledRows) -> pa.Table:
+    return pa.concat_tables([MATCHES.empty_table(), *rows.tables()])
+
+
+# ---- exact keys
+
+
+@settings(deadline=None)
+@given(seeds)
+def test_a_copy_is_found_for_its_first_reason(seed):
+    draw = generator(seed)
+    count = int(draw.integers(1, 60))
+    # Few values, so that there are copies; -1 stands for a key that is not there.
+    keys = {kind: draw.integers(-1, 12, count) for kind in (URL, IMAGE, CAPTION)}
+    order = RankBounds(judged_by=int(draw.integers(0, count + 1)), new=int(draw.integers(0, count + 1)))
+    wanted = frozenset(kind for kind in keys if draw.random() < 0.6)
+    tables = [
+        exact_key_table(kind, value[value >= 0].astype(np.int64), np.flatnonzero(value >= 0), parts=PARTS)
+        for kind, value in keys.items()
+    ]
+    rows = ShuffledRows(tables, seed=seed)
+    found = rows.grouped(partial(exact_matches, order=order, kinds=wanted), by="part")
+    assert as_rows(first_reasons(whole(found))) == by_comparing(keys, order, wanted)
+
+
+def by_comparing(keys, order: RankBounds, wanted) -> dict[int, tuple[str, int]]:
+    names = {
+        URL: ("evaluation_image", "duplicate_url"),
+        IMAGE: ("evaluation_image", "duplicate_image"),
+        CAPTION: ("evaluation_caption", "duplicate_caption"),
+    }
+    found = {}
+    for rank in range(order.new, len(keys[URL])):
+        reasons = []
+        for kind, values in keys.items():
+            same = [of for of in range(rank) if values[rank] >= 0 and values[of] == values[rank]]
+            if same and same[0] < order.judged_by:
+                reasons.append((REASON_ORDER.index(names[kind][0]), same[0]))
+            elif same and kind in wanted:
+                reasons.append((REASON_ORDER.index(names[kind][1]), same[0]))
+        if reasons:
+            reason, of = min(reasons)
+            found[rank] = (REASON_ORDER[reason], of)
+    return found
+
+
+@pytest.mark.parametrize("step", [1, 2**20, 2**52])
+def test_keys_are_spread_over_groups_whichever_of_their_bits_differ(step):
+    keys = np.arange(4096).astype(np.uint64) * np.uint64(step)
+    sizes = np.bincount(partition_of(keys.view(np.int64), parts=8), minlength=8)
+    assert sizes.min() > 400
+    assert partition_of(np.array([0, 1, -1]), parts=1000).tolist() == [0, 789, 67]
+
+
+def test_a_table_of_no_rows_has_no_copies():
+    nothing = EXACT_KEYS.empty_table()
+    assert exact_matches(nothing, order=RankBounds(judged_by=0, new=0), kinds=frozenset([URL])).num_rows == 0
+
+
+# ---- perceptual hashes
+
+
+def planted(draw: np.random.Generator, *, count: int) -> np.ndarray:
+    """Random hashes, and hashes a few bits beside them, in chains too: int64 [count]."""
+    hashes = [int(draw.integers(0, 2**64, dtype=np.uint64))]
+    for _ in range(count - 1):
+        base = hashes[int(draw.integers(len(hashes)))] if draw.random() < 0.6 else None
+        if base is None:
+            hashes.append(int(draw.integers(0, 2**64, dtype=np.uint64)))
+        else:
+            for bit in draw.integers(0, 64, int(draw.integers(0, 6))):
+                base ^= 1 << int(bit)
+            hashes.append(base)
+    return np.array(hashes, np.uint64).view(np.int64)
+
+
+def found_near(
+    hashes: np.ndarray, index: BlockIndex, order: RankBounds, *, seed: int
+) -> dict[int, tuple[str, int]]:
+    """The three groupings, on shuffled rows."""
+    ranks = np.arange(len(hashes))
+    table = phash_table(hashes, ranks, near=np.zeros(len(hashes), bool), parts=PARTS)
+    rows = ShuffledRows([table], seed=seed)
+    if index.max_hamming:
+        blocks = rows.grouped(partial(phash_blocks, index=index, parts=PARTS), by="part")
+        rows = rows.union(blocks.grouped(partial(near_phashes, index=index, parts=PARTS), by="part"))
+    return as_rows(whole(rows.grouped(partial(near_matches, order=order), by="part")))
+
+
+def near_by_comparing(hashes: np.ndarray, max_hamming: int, order: RankBounds) -> dict[int, tuple[str, int]]:
+    bits = hashes.view(np.uint64)
+    found = {}
+    for rank in range(order.new, len(bits)):
+        near = np.flatnonzero(np.bitwise_count(bits[:rank] ^ bits[rank]) <= max_hamming)
+        if len(near):
+            judged = near[0] < order.judged_by
+            found[rank] = ("evaluation_image" if judged else "near_duplicate_image", int(near[0]))
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(0, 8), st.integers(1, 3))
+def test_the_block_index_finds_what_comparing_all_finds(seed, max_hamming, more):
+    draw = generator(seed)
+    hashes = planted(draw, count=int(draw.integers(1, 80)))
+    order = RankBounds(judged_by=int(draw.integers(0, 10)), new=int(draw.integers(0, 40)))
+    index = BlockIndex(max_hamming=max_hamming, blocks=max_hamming + more)
+    found = found_near(hashes, index, order, seed=seed)
+    assert found == near_by_comparing(hashes, max_hamming, order)
+
+
+@pytest.mark.parametrize("blocks", [5, 6])
+def test_the_block_index_finds_what_comparing_all_finds_among_thousands(blocks):
+    hashes = planted(generator(5), count=4000)
+    order = RankBounds(judged_by=50, new=1000)
+    index = BlockIndex(max_hamming=4, blocks=blocks)
+    assert found_near(hashes, index, order, seed=1) == near_by_comparing(hashes, 4, order)
+
+
+def test_a_group_of_thousands_of_pictures_that_look_alike_is_no_trouble():
+    # All in the same blocks but one: the worst that pictures can do to an index.
+    hashes = np.arange(3000, dtype=np.int64)
+    index = BlockIndex(max_hamming=2, blocks=4)
+    order = RankBounds(judged_by=0, new=0)
+    assert found_near(hashes, index, order, seed=2) == near_by_comparing(hashes, 2, order)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10**11), st.integers(0, 8))
+def test_an_index_has_as_many_choices_as_it_says_and_each_as_many_bits(rows, max_hamming):
+    index = BlockIndex.for_rows(rows, max_hamming=max_hamming)
+    assert len(index.masks) == len(index) == len(set(index.masks))
+    kept = index.blocks - max_hamming
+    assert min(mask.bit_count() for mask in index.masks) >= kept * (64 // index.blocks)
+    assert len(index) <= 43_758

@@ -1,0 +1,213 @@
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.rejections import Rejection
+from pipelines.sources import SourceError
+from pipelines.sources.captions import Caption, captions_digest, read_captions
+from pipelines.sources.settings import CaptionSettings
+
+SETTINGS = CaptionSettings()
+WITH_IDS = CaptionSettings(id_column="id")
+GOOD = ["a red circle", 'the word "START", large', "ein grüner Kreis \N{SNOWMAN}"]
+
+
+def write_txt(folder: Path, captions: list[str]) -> Path:
+    path = folder / "list.txt"
+    path.write_bytes("\n".join(captions).encode() + b"\n")
+    return path
+
+
+def write_tsv(folder: Path, captions: list[str]) -> Path:
+    path = folder / "list.tsv"
+    rows = [f"{i}\t{caption}\tx" for i, caption in enumerate(captions)]
+    path.write_bytes("\n".join(["id\tcaption\tother", *rows]).encode())
+    return path
+
+
+def write_csv(folder: Path, captions: list[str]) -> Path:
+    path = folder / "list.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "caption"], *enumerate(captions)])
+    return path
+
+
+def write_jsonl(folder: Path, captions: list[str]) -> Path:
+    path = folder / "list.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "caption": text}) + "\n" for i, text in enumerate(captions)))
+    return path
+
+
+def write_parquet(folder: Path, captions: list[str]) -> Path:
+    path = folder / "list.parquet"
+    pq.write_table(pa.table({"caption": captions, "id": range(len(captions))}), path)
+    return path
+
+
+WRITERS = [write_txt, write_tsv, write_csv, write_jsonl, write_parquet]
+Writer = Callable[[Path, list[str]], Path]
+
+
+def read(path: Path, settings: CaptionSettings = SETTINGS) -> list[Caption | Rejection]:
+    rows = list(read_captions(str(path), settings))
+    assert [row.ordinal for row in rows] == list(range(len(rows)))
+    return rows
+
+
+def outcomes(path: Path, settings: CaptionSettings = SETTINGS) -> list[str]:
+    return [row.reason if isinstance(row, Rejection) else row.text for row in read(path, settings)]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_format_gives_the_same_rows(tmp_path: Path, write: Writer) -> None:
+    rows = read(write(tmp_path, GOOD))
+    assert rows == [Caption(id=f"{i:09d}", ordinal=i, text=text) for i, text in enumerate(GOOD)]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_list_of_none_has_no_rows(tmp_path: Path, write: Writer) -> None:
+    path = write(tmp_path, [])
+    if path.suffix == ".txt":
+        path.write_bytes(b"")
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"caption": pa.array([], pa.string())}), path)
+    assert read(path) == []
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_empty_and_very_long_captions(tmp_path: Path, write: Writer) -> None:
+    path = write(tmp_path, ["", " \u00a0 ", "x" * 100_000, "y " * 50_000, "z"])
+    rows = outcomes(path)
+    assert rows == ["empty_caption", "empty_caption", "x" * 2000, ("y " * 1000).rstrip(), "z"]
+    assert outcomes(path, CaptionSettings(max_caption_chars=3))[2:] == ["xxx", "y y", "z"]
+
+
+@pytest.mark.parametrize("write", [write_txt, write_tsv, write_csv, write_jsonl])
+def test_a_row_that_is_no_utf8_is_rejected_alone(tmp_path: Path, write: Writer) -> None:
+    path = write(tmp_path, ["one", "caf?", "three"])
+    path.write_bytes(path.read_bytes().replace(b"caf?", b"caf\xe9"))
+    assert outcomes(path) == ["one", "bad_encoding", "three"]
+
+
+def test_a_parquet_string_that_is_no_utf8_is_rejected_alone(tmp_path: Path) -> None:
+    words = pa.array([b"one", b"caf\xe9", b"three"], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 3, words.buffers())
+    pq.write_table(pa.table({"caption": texts}), tmp_path / "list.parquet")
+    assert outcomes(tmp_path / "list.parquet") == ["one", "bad_encoding", "three"]
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_text_of_any_type(tmp_path: Path, kind: pa.DataType) -> None:
+    captions = pa.array(["one", None, "one"], pa.string()).cast(pa.string())
+    captions = captions.dictionary_encode() if pa.types.is_dictionary(kind) else captions.cast(kind)
+    pq.write_table(pa.table({"caption": captions}), tmp_path / "list.parquet")
+    assert outcomes(tmp_path / "list.parquet") == ["one", "missing_caption", "one"]
+
+
+@pytest.mark.parametrize("write", [write_tsv, write_csv, write_jsonl, write_parquet])
+def test_given_ids_are_kept(tmp_path: Path, write: Writer) -> None:
+    assert [row.id for row in read(write(tmp_path, GOOD), WITH_IDS)] == ["0", "1", "2"]
+
+
+def test_a_repeated_or_missing_id_is_rejected_in_every_range(tmp_path: Path) -> None:
+    ids = ["7", 7, None, "", True, 8.0, "x" * 300, "y"]
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps({"id": name, "caption": "a"}) + "\n" for name in ids))
+    rows = read(path, WITH_IDS)
+    assert [(row.id if isinstance(row, Caption) else row.reason) for row in rows] == [
+        "7", "duplicate_key", "bad_row", "bad_row", "bad_row", "8", "bad_row", "y",
+    ]  # fmt: skip
+    for start in range(9):
+        for stop in [*range(start, 9), None]:
+            assert list(read_captions(str(path), WITH_IDS, start=start, stop=stop)) == rows[start:stop]
+
+
+def test_rows_that_lack_their_form(tmp_path: Path) -> None:
+    path = tmp_path / "list.jsonl"
+    lines = [
+        '{"caption": "ok"}', "{", "[1]", '"text"', '{"caption": 3}', "{}", "", '{"caption": "\\ud800"}',
+        "[" * 99_999,
+    ]  # fmt: skip
+    path.write_text("\n".join(lines))
+    assert outcomes(path) == [
+        "ok", "bad_row", "bad_row", "bad_row", "bad_row", "missing_caption", "empty_caption", "bad_encoding",
+        "bad_row",
+    ]  # fmt: skip
+    path = tmp_path / "list.tsv"
+    path.write_text("id\tcaption\n1\n2\ttwo\n\n")
+    assert outcomes(path) == ["missing_caption", "two", "missing_caption"]
+
+
+def test_csv_quotes_and_a_field_above_the_parser_s_limit(tmp_path: Path) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text('id,caption\n1,"two\nlines, ""quoted"""\n2,' + "x" * 200_000 + "\n3,after\n")
+    assert outcomes(path) == ['two lines, "quoted"', "bad_row", "after"]
+
+
+def test_a_tsv_does_not_quote(tmp_path: Path) -> None:
+    # PartiPrompts holds such a row.
+    (tmp_path / "list.tsv").write_text('Prompt\tCategory\n"G I G G L E" painted\tText\nnext\tText\n')
+    settings = CaptionSettings(caption_column="Prompt")
+    assert outcomes(tmp_path / "list.tsv", settings) == ['"G I G G L E" painted', "next"]
+
+
+def test_windows_files(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert outcomes(tmp_path / "list.txt") == ["one", "two"]
+    (tmp_path / "list.tsv").write_bytes(b"\xef\xbb\xbfcaption\tid\r\none\t1\r\n")
+    assert read(tmp_path / "list.tsv", WITH_IDS) == [Caption(id="1", ordinal=0, text="one")]
+
+
+def test_a_line_without_an_end_takes_bounded_memory(tmp_path: Path) -> None:
+    with (tmp_path / "list.txt").open("wb") as file:
+        file.write(b"first\n" + b"x" * 10_000_000 + b"\nlast")
+    assert outcomes(tmp_path / "list.txt") == ["first", "x" * 2000, "last"]
+
+
+@pytest.mark.parametrize("write", [write_tsv, write_csv, write_parquet])
+def test_a_missing_column_is_an_error_that_names_the_columns(tmp_path: Path, write: Writer) -> None:
+    path = write(tmp_path, GOOD)
+    with pytest.raises(SourceError, match=r"list\.\w+: no column 'text'; it has .*'caption'"):
+        read(path, CaptionSettings(caption_column="text"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.doc", b"", "no known format"),
+        ("list.txt", None, "list.txt: no such file"),
+        ("list.parquet", b"PAR1", "not readable as Parquet"),
+    ],
+)
+def test_a_list_that_cannot_be_read_is_an_error(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=message):
+        read(tmp_path / name)
+
+
+def test_other_misuse_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"a \.txt has no columns"):
+        read(write_txt(tmp_path, GOOD), WITH_IDS)
+    pq.write_table(pa.table({"caption": [["a", "list"]]}), tmp_path / "nested.parquet")
+    with pytest.raises(SourceError, match="text is accepted"):
+        read(tmp_path / "nested.parquet")
+    with pytest.raises(ValueError, match="start -1"):
+        list(read_captions(str(tmp_path / "list.txt"), SETTINGS, start=-1))
+
+
+def test_the_fingerprint_follows_ids_texts_and_rejections(tmp_path: Path) -> None:
+    def of(captions: list[str], settings: CaptionSettings = SETTINGS) -> str:
+        return captions_digest(read(write_csv(tmp_path, captions), settings))
+
+    assert of(GOOD) == of([f"  {text}" for text in GOOD])
+    assert len({of(GOOD), of(GOOD[:2]), of([*GOOD[:2], ""]), of(GOOD, WITH_IDS), of(GOOD[::-1]), of([])}) == 6
+    one, other = Caption(id="a", ordinal=0, text="bc"), Caption(id="ab", ordinal=0, text="c")
+    assert captions_digest([one]) != captions_digest([other])

@@ -1,0 +1,300 @@
+import io
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from layout_fixtures import BARE, BROKEN, LIST_LAYOUTS, ROWS, table_of, write_list
+
+from pipelines.rejections import Rejected, Rejection
+from pipelines.sources import SourceError
+from pipelines.sources.layouts import Layout
+from pipelines.sources.links import Link, LinkList, clean_url, list_links, read_header, read_links
+from pipelines.sources.parquet import ParquetRows, RowBatch
+from pipelines.sources.settings import LinkSettings
+
+SETTINGS = LinkSettings()
+
+
+def by_name(layout: Layout) -> str:
+    return layout.name
+
+
+def read(links: LinkList, settings: LinkSettings = SETTINGS) -> list[Link | Rejection]:
+    rows = list(read_links(links, settings))
+    assert [row.ordinal for row in rows] == list(range(len(rows)))
+    return rows
+
+
+def outcomes(rows: list[Link | Rejection]) -> dict[str, int]:
+    return dict(Counter(row.reason if isinstance(row, Rejection) else "link" for row in rows))
+
+
+def write(path: Path, columns: dict[str, Any], **options: Any) -> LinkList:
+    pq.write_table(pa.table(columns), path, **options)
+    return list_links(str(path))[0]
+
+
+# The layouts.
+
+
+@pytest.mark.parametrize("copy", [False, True], ids=["published", "copy"])
+@pytest.mark.parametrize("layout", LIST_LAYOUTS, ids=by_name)
+def test_every_layout_is_read_with_its_true_types(tmp_path: Path, layout: Layout, copy: bool) -> None:
+    path = write_list(tmp_path, layout, copy=copy)
+    (links,) = list_links(str(path))
+    rows = read(links)
+    expected = dict.fromkeys(BROKEN.values(), 1)
+    assert outcomes(rows) == {"link": ROWS - len(BROKEN), **expected}
+    assert {row.ordinal: row.reason for row in rows if isinstance(row, Rejection)} == BROKEN
+    good = {row.ordinal: row for row in rows if isinstance(row, Link)}
+    assert good[0].id == "part-00000/000000000"
+    assert good[0].url == "https://host0.example/0.jpg"
+    assert good[0].caption == "a picture of number 0"
+    for ordinal in BARE:
+        assert good[ordinal].metadata == {}
+    whole = {"URL", "url", "TEXT", "text", "caption"}
+    assert good[1].metadata.keys() == layout.columns.keys() - whole
+    assert not any(isinstance(value, float) and math.isnan(value) for value in good[1].metadata.values())
+
+
+@pytest.mark.parametrize("layout", LIST_LAYOUTS, ids=by_name)
+def test_integers_that_became_floats_are_integers_again(tmp_path: Path, layout: Layout) -> None:
+    (links,) = list_links(str(write_list(tmp_path, layout, copy=True)))
+    (row,) = (row for row in read(links) if row.ordinal == 1)
+    assert isinstance(row, Link)
+    for name in ("WIDTH", "HEIGHT", "SAMPLE_ID", "hash", "id"):
+        assert isinstance(row.metadata.get(name, 0), int)
+
+
+@pytest.mark.parametrize("layout", LIST_LAYOUTS, ids=by_name)
+def test_the_header_says_what_will_be_read(tmp_path: Path, layout: Layout) -> None:
+    header = read_header(list_links(str(write_list(tmp_path, layout)))[0], SETTINGS)
+    assert layout.name in header.layout.split(" or ")
+    assert header.rows == ROWS
+    assert header.url_column in ("URL", "url")
+    assert header.caption_column in ("TEXT", "text")
+
+
+def test_of_laion_coco_either_caption_can_be_taken(tmp_path: Path) -> None:
+    layout = next(layout for layout in LIST_LAYOUTS if layout.name == "laion-coco")
+    (links,) = list_links(str(write_list(tmp_path, layout)))
+    web = read(links)[0]
+    synthetic = read(links, LinkSettings(caption_column="top_caption"))[0]
+    assert isinstance(web, Link)
+    assert isinstance(synthetic, Link)
+    assert (web.caption, synthetic.caption) == ("a picture of number 0", "top_caption 0")
+    assert synthetic.metadata["TEXT"] == "a picture of number 0"
+    assert web.metadata["all_captions"] == ["caption 0", "another"]
+
+
+# Rows.
+
+
+def test_one_bad_string_costs_one_row(tmp_path: Path) -> None:
+    def text(*values: bytes | None) -> pa.Array:
+        data = pa.array(values, pa.binary())
+        return pa.Array.from_buffers(pa.string(), len(data), data.buffers())
+
+    links = write(
+        tmp_path / "a.parquet",
+        {
+            "URL": text(b"http://a/1", b"http://a/\xff", b"http://a/3", b"http://a/4"),
+            "TEXT": text(b"one", b"two", b"\xff\xfe", b"four"),
+            "LICENSE": text(b"\x80", b"?", b"?", None),
+            "all_captions": pa.array([["x"], ["x"], ["x"], ["x"]]),
+        },
+    )
+    rows = read(links)
+    assert outcomes(rows) == {"link": 2, "bad_url": 1, "bad_encoding": 1}
+    assert isinstance(rows[0], Link)
+    assert rows[0].metadata == {"all_captions": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://a.example/b.jpg", None),
+        ("  HTTPS://A.example:8443/ü b.jpg?x=1#y ", None),
+        ("http://[2001:db8::1]/a.jpg", None),
+        ("http://user:word@a.example/", None),
+        (None, "missing_url"),
+        ("   ", "missing_url"),
+        (b"http://\xff", "bad_url"),
+        ("ftp://a.example/b.jpg", "bad_url"),
+        ("file:///etc/passwd", "bad_url"),
+        ("data:image/png;base64,AAAA", "bad_url"),
+        ("javascript:alert(1)", "bad_url"),
+        ("//a.example/b.jpg", "bad_url"),
+        ("a.example/b.jpg", "bad_url"),
+        ("http:///b.jpg", "bad_url"),
+        ("http://", "bad_url"),
+        ("http://[::1/b.jpg", "bad_url"),
+        ("http://a.example:99999/b.jpg", "bad_url"),
+        ("http://a.example:x/b.jpg", "bad_url"),
+        ("http://a.example/b\r\nHost: c", "bad_url"),
+        ("http://a.example/" + "b" * 9000, "bad_url"),
+    ],
+)
+def test_what_is_a_url(url: str | bytes | None, reason: str | None) -> None:
+    try:
+        assert clean_url(url) == str(url).strip()
+        found = None
+    except Rejected as verdict:
+        found = verdict.reason
+    assert found == reason
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_any_kind_of_text_column(tmp_path: Path, kind: pa.DataType) -> None:
+    links = write(
+        tmp_path / "a.parquet",
+        {"URL": pa.array(["http://a/1", None]).cast(kind), "TEXT": pa.array(["x", "y"]).cast(kind)},
+    )
+    assert outcomes(read(links)) == {"link": 1, "missing_url": 1}
+
+
+def test_a_column_without_a_value_rejects_every_row(tmp_path: Path) -> None:
+    links = write(tmp_path / "a.parquet", {"URL": ["http://a/1"] * 2, "TEXT": pa.nulls(2)})
+    assert outcomes(read(links)) == {"missing_caption": 2}
+
+
+def test_bytes_are_left_out(tmp_path: Path) -> None:
+    links = write(
+        tmp_path / "a.parquet", {"url": ["http://a/1"], "caption": ["x"], "jpg": [b"\xff\xd8"], "n": [1]}
+    )
+    (row,) = read(links)
+    assert isinstance(row, Link)
+    assert row.metadata == {"n": 1}
+
+
+# Ranges, tears, faults.
+
+
+def test_any_range_is_that_part_of_the_whole(tmp_path: Path) -> None:
+    (links,) = list_links(str(write_list(tmp_path, LIST_LAYOUTS[0])))
+    whole = read(links)
+    for start in range(ROWS + 2):
+        for stop in [*range(start, ROWS + 3), None]:
+            assert list(read_links(links, SETTINGS, start=start, stop=stop)) == whole[start:stop]
+    with pytest.raises(ValueError, match="start 3 and stop 2"):
+        list(read_links(links, SETTINGS, start=3, stop=2))
+
+
+def test_a_corrupt_row_group_costs_its_own_rows(tmp_path: Path) -> None:
+    path = write_list(tmp_path, LIST_LAYOUTS[0])
+    (links,) = list_links(str(path))
+    whole = read(links)
+    group = pq.ParquetFile(path).metadata.row_group(1)
+    begin = group.column(1).dictionary_page_offset or group.column(1).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[begin : begin + 60] = b"\xa5" * 60
+    path.write_bytes(data)
+    rows = read(links)
+    assert rows[:5] == whole[:5]
+    assert rows[10:] == whole[10:]
+    assert outcomes(rows[5:10]) == {"torn_shard": 5}
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PAR1" + b"x" * 100 + b"PAR1"])
+def test_a_file_that_is_no_parquet_is_one_rejection(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.parquet").write_bytes(content)
+    (links,) = list_links(str(tmp_path))
+    (row,) = read(links)
+    assert isinstance(row, Rejection)
+    assert (row.id, row.reason) == ("a/.parquet", "torn_shard")
+    with pytest.raises(SourceError, match="not readable as Parquet"):
+        read_header(links, SETTINGS)
+
+
+class Failing(io.BytesIO):
+    """A file whose store is away from the n-th read on."""
+
+    def __init__(self, data: bytes, *, after: int) -> None:
+        super().__init__(data)
+        self.left = after
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise TimeoutError("the store is away")
+        return super().read(size)
+
+
+def test_a_store_that_fails_is_not_a_corrupt_file(tmp_path: Path) -> None:
+    data = write_list(tmp_path, LIST_LAYOUTS[0]).read_bytes()
+
+    def rows(after: int) -> int:
+        found = list(ParquetRows(Failing(data, after=after)).batches(["URL"], batch_rows=2))
+        assert all(isinstance(part, RowBatch) for part in found)
+        return sum(part.record.num_rows for part in found if isinstance(part, RowBatch))
+
+    assert rows(after=100) == ROWS
+    for after in range(3):
+        with pytest.raises(TimeoutError, match="the store is away"):
+            rows(after=after)
+
+
+def test_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
+    links = write(tmp_path / "a.parquet", {"URL": ["http://a/1"], "ALT": ["x"]})
+    with pytest.raises(
+        SourceError, match="no column of captions named caption or TEXT or text; it has URL, ALT"
+    ):
+        read(links)
+    assert outcomes(read(links, LinkSettings(caption_column="ALT"))) == {"link": 1}
+    with pytest.raises(SourceError, match="no column of URLs named SRC"):
+        read(links, LinkSettings(url_column="SRC", caption_column="ALT"))
+    numbers = write(tmp_path / "b.parquet", {"URL": [1], "TEXT": ["x"]})
+    with pytest.raises(SourceError, match="'URL' is of type int64, not text"):
+        read(numbers)
+
+
+# Places.
+
+
+def test_a_file_a_folder_and_a_glob(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        write(tmp_path / f"{name}.parquet", {"URL": ["http://a/1"], "TEXT": ["x"]})
+    (tmp_path / ".c.parquet").write_bytes(b"being written")
+    (tmp_path / "_SUCCESS").write_bytes(b"")
+    assert [links.name for links in list_links(str(tmp_path))] == ["a", "b"]
+    assert [links.name for links in list_links(f"{tmp_path}/*.parquet")] == ["a", "b"]
+    assert [links.name for links in list_links(f"{tmp_path}/b.parquet")] == ["b"]
+    with pytest.raises(SourceError, match="no URL lists at"):
+        list_links(f"{tmp_path}/c*.parquet")
+
+
+def test_lists_lie_on_any_store() -> None:
+    memory = fsspec.filesystem("memory")
+    with memory.open("/lists/a.parquet", "wb") as file:
+        pq.write_table(table_of(LIST_LAYOUTS[0]), file)
+    (links,) = list_links("memory://lists")
+    assert links.url == "memory:///lists/a.parquet"
+    assert outcomes(read(links))["link"] == ROWS - len(BROKEN)
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = 60_000
+    # Texts that do not compress, in a single row group: 60 MB of columns.
+    noise = np.random.default_rng(0).integers(97, 123, size=(rows, 1000), dtype=np.uint8)
+    text = [bytes(row).decode() for row in noise]
+    pq.write_table(
+        pa.table({"URL": ["http://a/1"] * rows, "TEXT": text}),
+        path,
+        row_group_size=rows,
+        use_dictionary=False,
+    )
+    assert path.stat().st_size > 30 << 20
+    del text, noise
+    (links,) = list_links(str(path))
+    pool = pa.default_memory_pool()
+    before = pool.bytes_allocated()
+    held = [pool.bytes_allocated() - before for _ in read_links(links, SETTINGS)]
+    assert len(held) == rows
+    assert max(held) < 12 << 20

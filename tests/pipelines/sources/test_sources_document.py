@@ -1,0 +1,77 @@
+"""docs/sources.md says what the code does: its tables are made of the code's own."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipelines.rejections import REASONS
+from pipelines.sources.layouts import LAYOUTS, SPELLINGS
+from pipelines.stages.select import BOUNDS
+from pipelines.stages.settings import Blocklists, Selection
+
+DOCUMENT = (Path(__file__).parents[3] / "docs" / "sources.md").read_text()
+
+
+def layout_table() -> Iterator[str]:
+    yield "| layout | columns |"
+    yield "|---|---|"
+    for layout in LAYOUTS:
+        columns = (_column(name, types, name in layout.optional) for name, types in layout.columns.items())
+        yield f"| {layout.name} | {', '.join(columns)} |"
+
+
+def _column(name: str, types: tuple[pa.DataType, ...], optional: bool) -> str:
+    return f"`{name}` {' or '.join(map(_type, types))}{' (not always)' if optional else ''}"
+
+
+def _type(kind: pa.DataType) -> str:
+    arrow = str(kind).replace("item: ", "")
+    return re.sub(r"\bdouble\b", "float64", re.sub(r"\bfloat\b", "float32", arrow))
+
+
+def meaning_table() -> Iterator[str]:
+    yield "| meaning | columns, the most trusted first | bounds |"
+    yield "|---|---|---|"
+    for meaning, names in SPELLINGS.items():
+        columns = ", ".join(f"`{name}`" for name in names)
+        bounds = ", ".join(f"`{bound.setting}`" for bound in BOUNDS if meaning in bound.looks_at)
+        yield f"| {meaning.replace('_', ' ')} | {columns} | {bounds} |"
+
+
+def bound_table() -> Iterator[str]:
+    yield "| setting of `latents.selection` | asks for | reason |"
+    yield "|---|---|---|"
+    asked = dict(
+        re.findall(r"^        (\w+): (.+?)(?=^        \w+: |^    \Z|\Z)", _attributes(), re.M | re.S)
+    )
+    for bound in BOUNDS:
+        yield f"| `{bound.setting}` | {' '.join(asked[bound.setting].split())} | `{bound.reason}` |"
+
+
+def _attributes() -> str:
+    return (Selection.__doc__ or "").partition("Attributes:\n")[2]
+
+
+def reason_table() -> Iterator[str]:
+    yield "| reason | meaning |"
+    yield "|---|---|"
+    for reason, meaning in REASONS.items():
+        yield f"| `{reason}` | {meaning} |"
+
+
+@pytest.mark.parametrize("table", [layout_table, meaning_table, bound_table, reason_table])
+def test_a_table_is_the_code_s(table) -> None:
+    lines = list(table())
+    missing = [line for line in lines if line not in DOCUMENT.splitlines()]
+    assert not missing, "docs/sources.md lacks:\n" + "\n".join(missing)
+    assert "\n".join(lines) in DOCUMENT, "docs/sources.md has its lines in another order, or more of them"
+
+
+def test_every_setting_that_the_document_names_is_there() -> None:
+    for name in re.findall(r"latents\.selection\.(\w+)", DOCUMENT):
+        assert name in Selection.model_fields
+    named = re.findall(r"source\.blocklists\.(\w+)", DOCUMENT)
+    assert set(named) == set(Blocklists.model_fields)

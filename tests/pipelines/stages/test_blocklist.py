@@ -1,0 +1,292 @@
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.rejections import Rejected
+from pipelines.sources import SourceError
+from pipelines.sources.hosts import canonical_host, hosts_of
+from pipelines.sources.links import Link
+from pipelines.sources.webdataset import Sample, Shard
+from pipelines.stages.blocklist import Blocklist, load_blocklist, words_of
+from pipelines.stages.settings import Blocklists
+
+SHARD = Shard(url="/nowhere/00000.tar", name="00000", size=1)
+
+
+def listed(folder: Path, **lists: str | bytes) -> Blocklist:
+    for name, content in lists.items():
+        (folder / f"{name}.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    return load_blocklist(Blocklists(**{name: str(folder / f"{name}.txt") for name in lists}))
+
+
+def verdict(blocked: Blocklist, **given: Any) -> str | None:
+    """What is said of a link, which must be what is said of the sample that it becomes."""
+    url, caption = given.get("url", "http://good.example/a.jpg"), given.get("caption", "a caption")
+    metadata = given.get("metadata", {})
+    link = Link(id="a/0", ordinal=0, url=url, caption=caption, metadata=metadata)
+    sample = Sample(
+        id="a/0",
+        ordinal=0,
+        key="0",
+        image=b"bytes",
+        caption=caption,
+        metadata={**metadata, "url": url},
+        source_id=url,
+    )
+    said = []
+    for judge in (lambda: blocked.check_link(link), lambda: blocked.on(SHARD)(sample, "laion/a/0")):
+        try:
+            judge()
+            said.append(None)
+        except Rejected as refusal:
+            said.append(refusal.reason)
+    assert said[0] == said[1]
+    return said[0]
+
+
+# Domains.
+
+DOMAINS = """# of last month
+bad.example
+*.worse.example
+.Worst.Example.
+
+xn--mnchen-3ya.example
+203.0.113.7
+[2001:db8::7]
+co.example
+"""
+
+
+@pytest.mark.parametrize(
+    ("url", "blocked"),
+    [
+        ("http://bad.example/a.jpg", True),
+        ("https://bad.example", True),
+        ("http://img.cdn.bad.example/a.jpg", True),
+        ("http://BAD.Example/a.jpg", True),
+        ("http://bad.example./a.jpg", True),
+        ("http://bad.example:8080/a.jpg", True),
+        ("http://good.example@bad.example/a.jpg", True),
+        ("http://user:word@bad.example:80/a.jpg", True),
+        ("http://bad.example\\@good.example/a.jpg", True),
+        ("http://good.example\\@bad.example/a.jpg", True),
+        ("http://b%61d.example/a.jpg", True),
+        ("http://bad\uff0eexample/a.jpg", True),
+        ("http://ｂａｄ.example/a.jpg", True),
+        ("http://b\u00adad.example/a.jpg", True),
+        ("http://worse.example/a.jpg", True),
+        ("http://a.worse.example/a.jpg", True),
+        ("http://worst.example/a.jpg", True),
+        ("http://münchen.example/a.jpg", True),
+        ("http://MÜNCHEN.example/a.jpg", True),
+        ("http://www.xn--mnchen-3ya.example/a.jpg", True),
+        ("http://XN--MNCHEN-3YA.example/a.jpg", True),
+        ("http://203.0.113.7/a.jpg", True),
+        ("http://3405803783/a.jpg", True),
+        ("http://0xcb.0.0x71.7/a.jpg", True),
+        ("http://[2001:DB8:0:0::7]/a.jpg", True),
+        ("http://a.co.example/", True),
+        ("http://notbad.example/a.jpg", False),
+        ("http://bad.example.org/a.jpg", False),
+        ("http://bad-example/a.jpg", False),
+        ("http://example/bad.example", False),
+        ("http://good.example/?u=http://bad.example/a.jpg", False),
+        ("http://good.example/#@bad.example", False),
+        ("http://bad.example:x@good.example/a.jpg", False),
+        ("http://bad.example@good.example/a.jpg", False),
+        ("http://munchen.example/a.jpg", False),
+        ("http://203.0.113.77/a.jpg", False),
+        ("http://203.0.113.6/a.jpg", False),
+        ("http://[2001:db8::8]/a.jpg", False),
+    ],
+)
+def test_a_domain_blocks_its_host_and_those_below_it(tmp_path: Path, url: str, blocked: bool) -> None:
+    assert verdict(listed(tmp_path, domains=DOMAINS), url=url) == ("blocked_domain" if blocked else None)
+
+
+LABELS = st.text("abcdefgh0123456789äöéλжש中", min_size=1, max_size=12)
+
+
+@settings(deadline=None)
+@given(labels=st.lists(LABELS, min_size=1, max_size=4), listed=st.lists(LABELS, min_size=2, max_size=3))
+def test_a_host_is_blocked_if_and_only_if_its_last_labels_are_listed(
+    labels: list[str], listed: list[str]
+) -> None:
+    entry, host = ".".join(listed), ".".join(labels)
+    blocked = Blocklist(domains=frozenset([canonical_host(entry)]))
+    below = labels[-len(listed) :] == listed
+    # Hosts of digits alone are addresses, and lie below nothing.
+    if canonical_host(host) == host and canonical_host(entry) == entry:
+        assert (verdict(blocked, url=f"http://{host}/a") == "blocked_domain") is below
+    assert verdict(blocked, url=f"http://{entry}/a") == "blocked_domain"
+
+
+@settings(deadline=None)
+@given(st.text(max_size=60))
+def test_whatever_a_url_holds_its_hosts_can_be_asked_for(text: str) -> None:
+    for url in (text, f"http://{text}", f"http://{text}/a"):
+        for host in hosts_of(url):
+            assert host
+            assert canonical_host(host)
+
+
+@pytest.mark.parametrize(
+    "entry", ["http://bad.example", "bad.example/a", "bad.example:80", "a b", "*", "u@b"]
+)
+def test_what_is_no_host_is_refused_with_its_line(tmp_path: Path, entry: str) -> None:
+    with pytest.raises(SourceError, match=r"domains\.txt, line 2: .* is no host: give example\.org"):
+        listed(tmp_path, domains=f"good.example\n{entry}\n")
+
+
+# Hashes.
+
+
+def test_hashes_as_they_are_told(tmp_path: Path) -> None:
+    sha, md5 = hashlib.sha256(b"1").hexdigest(), hashlib.md5(b"2").hexdigest()
+    blocked = listed(tmp_path, hashes=f"{sha.upper()}\n{md5}\n# phash\n949D1fe559e2cc90\n-4012\n77\n")
+    assert verdict(blocked, metadata={"sha256": sha}) == "blocked_hash"
+    assert verdict(blocked, metadata={"md5": md5.upper()}) == "blocked_hash"
+    assert verdict(blocked, metadata={"image_phash": "949d1fe559e2cc90"}) == "blocked_hash"
+    assert verdict(blocked, metadata={"hash": -4012}) == "blocked_hash"
+    assert verdict(blocked, metadata={"hash": 77}) == "blocked_hash"
+    assert verdict(blocked, metadata={"hash": 78, "sha256": md5, "md5": sha, "image_phash": "77"}) is None
+    assert verdict(blocked, metadata={"hash": None, "image_phash": 3}) is None
+
+
+def test_sixteen_digits_may_be_either_kind(tmp_path: Path) -> None:
+    blocked = listed(tmp_path, hashes="1234567890123456\n")
+    assert verdict(blocked, metadata={"hash": 1234567890123456}) == "blocked_hash"
+    assert verdict(blocked, metadata={"image_phash": "1234567890123456"}) == "blocked_hash"
+
+
+@pytest.mark.parametrize("kind", ["sha256", "md5"])
+def test_the_bytes_of_a_picture_are_hashed(tmp_path: Path, kind: str) -> None:
+    blocked = listed(tmp_path, hashes=hashlib.new(kind, b"bad bytes").hexdigest())
+    good = Sample(id="a", ordinal=0, key="a", image=b"bytes", caption="c", metadata={}, source_id="a")
+    bad = Sample(id="a", ordinal=0, key="a", image=b"bad bytes", caption="c", metadata={}, source_id="a")
+    check = blocked.on(SHARD)
+    check(good, "a")
+    with pytest.raises(Rejected, match=f"blocked_hash: {kind}:"):
+        check(bad, "a")
+
+
+def test_what_is_no_hash_is_refused_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"line 1: 'abc' is no hash: give 64, 32 or 16 hexadecimal"):
+        listed(tmp_path, hashes="abc\n")
+
+
+# Terms.
+
+TERMS = "# words\nbad\nvery bad thing\nCafé\ndon't\nstraße\n裸体\nÅngström\n"
+
+
+@pytest.mark.parametrize(
+    ("caption", "blocked"),
+    [
+        ("a bad picture", True),
+        ("BAD", True),
+        ("so (bad)!", True),
+        ("bad-tempered", True),
+        ("b\u200bad", True),
+        ("b\u00adad", True),
+        ("ｂａｄ", True),
+        ("𝐛𝐚𝐝", True),
+        ("un_bad_un", True),
+        ("a cafe\u0301 at night", True),
+        ("I don’t", True),
+        ("i DON'T know", True),
+        ("die STRASSE", True),
+        ("一张裸体照片", True),
+        ("A\u030angstro\u0308m", True),
+        ("badly", False),
+        ("a badge", False),
+        ("sinbad", False),
+        ("b a d", False),
+        ("a cafe at night", False),
+        ("do not", False),
+        ("bäd", False),
+        ("裸の体", False),
+        ("", False),
+    ],
+)
+def test_terms_are_whole_words_in_any_case_and_form(tmp_path: Path, caption: str, blocked: bool) -> None:
+    found = verdict(listed(tmp_path, terms=TERMS), caption=caption)
+    assert found == ("blocked_term" if blocked else None)
+
+
+def test_a_phrase_is_its_words_in_a_row(tmp_path: Path) -> None:
+    blocked = listed(tmp_path, terms="very  bad thing\n")
+    assert verdict(blocked, caption="a Very bad -- THING indeed") == "blocked_term"
+    assert verdict(blocked, caption="a bad thing, a very bad") is None
+
+
+WORDS = st.text("abcdeéßж", min_size=1, max_size=4)
+
+
+@settings(deadline=None)
+@given(caption=st.lists(WORDS, max_size=12), term=st.lists(WORDS, min_size=1, max_size=3))
+def test_a_term_is_found_if_and_only_if_its_words_stand_in_the_caption(
+    caption: list[str], term: list[str]
+) -> None:
+    blocked = Blocklist(terms=frozenset([" ".join(words_of(" ".join(term)))]))
+    folded, wanted = words_of(" ".join(caption)), words_of(" ".join(term))
+    there = any(folded[start:][: len(wanted)] == wanted for start in range(len(folded)))
+    assert (verdict(blocked, caption=" ".join(caption)) == "blocked_term") is there
+
+
+def test_what_is_no_term_is_refused_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"line 3: '!!' is no term"):
+        listed(tmp_path, terms="a\n\n!!\n")
+
+
+# Lists.
+
+
+def test_the_order_of_the_checks_is_domain_hash_term(tmp_path: Path) -> None:
+    blocked = listed(tmp_path, domains="bad.example", hashes="77", terms="bad")
+    url, metadata = "http://bad.example/", {"hash": 77}
+    assert verdict(blocked, url=url, metadata=metadata, caption="bad") == "blocked_domain"
+    assert verdict(blocked, metadata=metadata, caption="bad") == "blocked_hash"
+    assert verdict(blocked, caption="bad") == "blocked_term"
+
+
+def test_what_describes_a_list_is_its_entries_and_not_its_form(tmp_path: Path) -> None:
+    first = listed(tmp_path, domains="b.example\nA.example\n", terms="two words\nthree")
+    (tmp_path / "other").mkdir()
+    second = listed(
+        tmp_path / "other",
+        domains=b"\xef\xbb\xbf# comment\r\n*.a.example\r\n\r\n  b.example.  \r\nB.EXAMPLE\r\n",
+        terms="Three\nTwo  words",
+    )
+    assert first.describe() == second.describe()
+    assert set(first.describe()["blocklists"]) == {"domains", "terms"}
+    longer = listed(tmp_path, domains="b.example\na.example\nc.example\n", terms="two words\nthree")
+    assert longer.describe()["blocklists"]["domains"] != first.describe()["blocklists"]["domains"]
+    assert longer.describe()["blocklists"]["terms"] == first.describe()["blocklists"]["terms"]
+
+
+def test_no_list_is_no_part_of_the_identity_and_an_empty_one_is(tmp_path: Path) -> None:
+    assert load_blocklist(Blocklists()).describe() == {}
+    assert set(listed(tmp_path, terms="# none yet\n").describe()["blocklists"]) == {"terms"}
+
+
+def test_it_travels_to_workers(tmp_path: Path) -> None:
+    blocked = listed(tmp_path, terms="bad", domains="bad.example", hashes="77")
+    assert verdict(blocked, caption="bad") == "blocked_term"
+    assert verdict(pickle.loads(pickle.dumps(blocked)), caption="bad") == "blocked_term"
+
+
+def test_lists_lie_on_any_store_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe_file("/lists/terms.txt", b"bad")
+    assert verdict(load_blocklist(Blocklists(terms="memory://lists/terms.txt")), caption="bad")
+    with pytest.raises(SourceError, match=r"source\.blocklists\.\w+: .*none\.txt cannot be read"):
+        load_blocklist(Blocklists(hashes=str(tmp_path / "none.txt")))
+    with pytest.raises(SourceError, match="is not UTF-8"):
+        listed(tmp_path, terms=b"\xff\n")

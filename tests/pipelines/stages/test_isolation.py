@@ -1,0 +1,156 @@
+import ctypes
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipelines.rejections import Rejected
+from pipelines.stages.image import decode_image
+from pipelines.stages.isolation import Isolation, IsolationError
+from pipelines.stages.settings import ImageSettings
+
+
+class Unsendable(Exception):
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one)
+
+
+def act(order: str) -> object:  # noqa: C901
+    """Does to its process what the order says."""
+    if order == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if order == "read nowhere":
+        ctypes.string_at(0)
+    if order == "exit":
+        os._exit(7)
+    if order == "leave":
+        sys.exit(3)
+    if order == "hang":
+        time.sleep(60)
+    if order == "close and hang":
+        os.closerange(3, 100)
+        time.sleep(60)
+    if order == "leave a process behind":
+        subprocess.Popen(["sleep", "5"], close_fds=False)
+        os._exit(1)
+    if order == "reject":
+        raise Rejected("too_small", "1 x 1")
+    if order == "raise the unsendable":
+        raise Unsendable("one", "two")
+    if order == "return the unsendable":
+        return lambda: None
+    if order == "print":
+        sys.stdout.write("to standard output")
+        sys.stdout.flush()
+        os.write(1, b"and once more\n")
+    if order.startswith("once:"):
+        mark = Path(order.removeprefix("once:"))
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return f"done {order}"
+
+
+def process(_: object) -> int:
+    return os.getpid()
+
+
+@pytest.fixture(scope="module")
+def isolated() -> Isolation:
+    with Isolation(act, timeout=20, tries=2) as isolation:
+        yield isolation
+
+
+@pytest.mark.parametrize(
+    ("order", "ending"),
+    [
+        ("segfault", "SIGSEGV"),
+        ("read nowhere", "SIGSEGV"),
+        ("exit", "exit status 7"),
+        ("leave", "exit status 3"),
+        ("leave a process behind", "exit status 1"),
+    ],
+)
+def test_an_item_that_kills_its_process_is_rejected_and_the_next_goes_through(
+    isolated: Isolation, order: str, ending: str
+) -> None:
+    with pytest.raises(Rejected, match=f"crashed: 2 tries, the last ended by {ending}"):
+        isolated(order)
+    assert isolated("good") == "done good"
+
+
+def test_an_item_that_hangs_is_rejected() -> None:
+    with Isolation(act, timeout=1.0, tries=2) as isolation:
+        started = time.monotonic()
+        with pytest.raises(Rejected, match="timed_out: 2 tries of 1 s"):
+            isolation("hang")
+        assert time.monotonic() - started < 30
+        assert isolation("good") == "done good"
+
+
+def test_a_child_that_closes_its_pipe_counts_as_crashed() -> None:
+    with Isolation(act, timeout=20, tries=1) as isolation, pytest.raises(Rejected, match="crashed"):
+        isolation("close and hang")
+
+
+def test_an_item_that_dies_once_is_tried_again(isolated: Isolation, tmp_path: Path) -> None:
+    assert isolated(f"once:{tmp_path}/mark").startswith("done")
+
+
+def test_exceptions_cross_the_boundary(isolated: Isolation) -> None:
+    with pytest.raises(Rejected) as caught:
+        isolated("reject")
+    assert (caught.value.reason, caught.value.detail) == ("too_small", "1 x 1")
+    with pytest.raises(RuntimeError, match=r"Unsendable.* cannot be sent"):
+        isolated("raise the unsendable")
+    with pytest.raises(RuntimeError, match="cannot be sent"):
+        isolated("return the unsendable")
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        isolated(lambda: None)
+    assert isolated("good") == "done good"
+
+
+def test_what_the_function_prints_is_no_answer(isolated: Isolation) -> None:
+    assert isolated("print") == "done print"
+
+
+def test_one_child_serves_many_items_and_ends_with_its_owner() -> None:
+    with Isolation(process) as isolation:
+        pids = {isolation(index) for index in range(5)}
+        (pid,) = pids
+        assert pid != os.getpid()
+        isolation.close()
+        assert isolation(0) != pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_large_items_and_results_and_partial_functions() -> None:
+    data = bytes(range(256)) * 50_000
+    decode = partial(decode_image, size=32, settings=ImageSettings())
+    with Isolation(decode) as isolation, pytest.raises(Rejected, match="not_an_image"):
+        isolation(data)
+    with Isolation(bytes) as echo:
+        assert echo(data) == data
+
+
+def test_a_function_that_cannot_be_loaded_is_no_fault_of_an_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises((pickle.PicklingError, AttributeError)), Isolation(lambda item: item) as isolation:
+        isolation(1)
+    hidden = type("Hidden", (), {"__call__": lambda self, item: item, "__module__": __name__})
+    monkeypatch.setattr(sys.modules[__name__], "Hidden", hidden, raising=False)
+    with pytest.raises(IsolationError, match="cannot be loaded in a child"), Isolation(hidden()) as isolation:
+        isolation(1)
+
+
+def test_bounds_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="above 0 and at least 1"):
+        Isolation(act, timeout=0)
+    with pytest.raises(ValueError, match="above 0 and at least 1"):
+        Isolation(act, tries=0)

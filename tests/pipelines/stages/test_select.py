@@ -1,0 +1,219 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.rejections import REASONS, Rejected
+from pipelines.stages.select import BOUNDS, check, silent_bounds
+from pipelines.stages.settings import Selection
+from snapfusion.settings import SettingsError
+
+STRICT = Selection(
+    min_width=256,
+    min_height=256,
+    min_aesthetic=5.0,
+    max_watermark=0.5,
+    max_unsafe=0.1,
+    min_similarity=0.28,
+    min_caption_chars=5,
+    refused_tags=("NSFW", "UNSURE"),
+)
+
+
+def reason_of(
+    metadata: dict[str, Any], *, caption: str = "a caption", selection: Selection = STRICT
+) -> str | None:
+    try:
+        check(metadata, caption=caption, selection=selection)
+    except Rejected as verdict:
+        return verdict.reason
+    return None
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "reason"),
+    [
+        ("WIDTH", 256, 255, "low_resolution"),
+        ("width", 256.0, 255.0, "low_resolution"),
+        ("original_width", np.int32(256), np.int32(255), "low_resolution"),
+        ("HEIGHT", 256.0, 255.9, "low_resolution"),
+        ("height", 256, 255, "low_resolution"),
+        ("original_height", 256, 255, "low_resolution"),
+        ("aesthetic", 5.0, 4.9, "low_aesthetic"),
+        ("AESTHETIC_SCORE", np.float32(5), np.float32(4.9), "low_aesthetic"),
+        ("aesthetic_score_laion_v2", 5, 4, "low_aesthetic"),
+        ("pwatermark", 0.5, 0.51, "watermarked"),
+        ("watermark_score", 0.5, 0.51, "watermarked"),
+        ("punsafe", 0.1, 0.11, "unsafe"),
+        ("nsfw_score_opennsfw2", 0.1, 0.11, "unsafe"),
+        ("nsfw_score_gantman", 0.1, 0.11, "unsafe"),
+        ("NSFW", "UNLIKELY", "UNSURE", "unsafe"),
+        ("NSFW", "UNLIKELY", "NSFW", "unsafe"),
+        ("nsfw", "unlikely", " nsfw", "unsafe"),
+        ("similarity", 0.28, 0.27, "low_similarity"),
+        ("clip_similarity_vitb32", 0.28, 0.27, "low_similarity"),
+        ("clip_similarity_vitl14", 0.28, 0.27, "low_similarity"),
+    ],
+)
+def test_each_bound_in_each_spelling(name: str, good: object, bad: object, reason: str) -> None:
+    assert reason_of({name: good}) is None
+    assert reason_of({name: bad}) == reason
+    assert reason_of({name: bad}, selection=Selection()) is None
+
+
+@pytest.mark.parametrize(
+    "value", [None, math.nan, np.float32("nan"), math.inf, -math.inf, "", "255", True, [], 10**400]
+)
+def test_what_is_null_nan_or_no_number_never_rejects(value: object) -> None:
+    names = [
+        "WIDTH", "HEIGHT", "width", "height", "original_width", "original_height", "aesthetic",
+        "AESTHETIC_SCORE", "pwatermark", "punsafe", "similarity", "NSFW",
+    ]  # fmt: skip
+    assert reason_of(dict.fromkeys(names, value)) is None
+
+
+def test_what_is_missing_never_rejects() -> None:
+    assert reason_of({}) is None
+
+
+def test_a_size_of_zero_is_not_known() -> None:
+    assert reason_of({"WIDTH": 0, "HEIGHT": -1}) is None
+    assert reason_of({"original_width": 0, "WIDTH": 100}) == "low_resolution"
+
+
+def test_the_measured_original_counts_before_the_claim_and_the_shard_s_copy() -> None:
+    assert reason_of({"original_width": 1024, "WIDTH": 100, "width": 100}) is None
+    assert reason_of({"original_width": math.nan, "WIDTH": 1024, "width": 100}) is None
+    assert reason_of({"original_width": None, "WIDTH": None, "width": 100}) == "low_resolution"
+
+
+def test_of_several_unsafe_detectors_the_highest_counts() -> None:
+    assert reason_of({"nsfw_score_opennsfw2": 0.01, "nsfw_score_gantman": 0.9}) == "unsafe"
+
+
+def test_captions_and_the_order_of_reasons() -> None:
+    assert reason_of({}, caption="abcd") == "short_caption"
+    assert reason_of({"punsafe": 0.9, "WIDTH": 10}, caption="") == "low_resolution"
+
+
+def test_the_detail_names_value_and_bound() -> None:
+    with pytest.raises(Rejected, match=r"watermarked: watermark probability 0\.75 is above 0\.5"):
+        check({"pwatermark": 0.75}, caption="a", selection=STRICT)
+
+
+def test_unknown_tags_are_refused_as_settings() -> None:
+    assert Selection.parse({"refused_tags": ["NSFW"]}).refused_tags == ("NSFW",)
+    with pytest.raises(SettingsError, match="refused_tags"):
+        Selection.parse({"refused_tags": ["BAD"]})
+
+
+# Bounds on the shape.
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ({"WIDTH": 300, "HEIGHT": 200}, None),
+        ({"WIDTH": 200, "HEIGHT": 600}, None),
+        ({"WIDTH": 199, "HEIGHT": 400}, "short_side"),
+        ({"WIDTH": 400, "HEIGHT": 199.0}, "short_side"),
+        ({"HEIGHT": 199}, "short_side"),
+        ({"WIDTH": 601, "HEIGHT": 200}, "extreme_aspect"),
+        ({"WIDTH": 200, "HEIGHT": 601}, "extreme_aspect"),
+        ({"WIDTH": 6000}, None),
+        ({"WIDTH": 6000, "HEIGHT": 0}, None),
+        ({}, None),
+    ],
+)
+def test_shorter_side_and_aspect(metadata: dict[str, Any], reason: str | None) -> None:
+    wanted = Selection(min_side=200, max_aspect=3.0)
+    assert reason_of(metadata, selection=wanted) == reason
+
+
+# Bounds on the caption.
+
+
+@pytest.mark.parametrize(
+    ("caption", "reason"),
+    [
+        ("a red circle", None),
+        ("a red", "short_caption"),
+        ("a red circle and much more", "long_caption"),
+        ("redcircle", "few_words"),
+        ("красный a круг", "other_script"),
+        ("a café, naïve Øre", None),
+        ("ａ ｒｅｄ ｃｉｒ", None),
+        ("12 345 678", None),
+        ("mi x д", "other_script"),
+        ("mix mix д", None),
+    ],
+)
+def test_length_words_and_script_of_a_caption(caption: str, reason: str | None) -> None:
+    wanted = Selection(min_caption_chars=6, max_caption_chars=20, min_caption_words=3, min_latin_share=0.8)
+    assert reason_of({}, caption=caption, selection=wanted) == reason
+
+
+@pytest.mark.parametrize(
+    ("language", "reason"),
+    [
+        ("en", None),
+        ("EN", None),
+        (" de ", None),
+        ("vi", "other_language"),
+        (None, None),
+        ("", None),
+        (7, None),
+    ],
+)
+def test_languages_as_they_are_spelled_in_the_column(language: object, reason: str | None) -> None:
+    wanted = Selection(languages=("en", "De"))
+    assert reason_of({"LANGUAGE": language}, selection=wanted) == reason
+
+
+# The order of the checks.
+
+
+def test_every_setting_is_a_bound_with_a_reason_and_they_stand_in_a_fixed_order() -> None:
+    assert [bound.setting for bound in BOUNDS] == [
+        "min_width", "min_height", "min_side", "max_aspect", "min_aesthetic", "max_watermark", "max_unsafe",
+        "refused_tags", "min_similarity", "languages", "min_caption_chars", "max_caption_chars",
+        "min_caption_words", "min_latin_share",
+    ]  # fmt: skip
+    assert {bound.setting for bound in BOUNDS} == set(Selection.model_fields)
+    assert {bound.reason for bound in BOUNDS} <= set(REASONS)
+
+
+def test_a_row_is_refused_for_the_first_bound_that_it_breaks() -> None:
+    everything = Selection(
+        min_width=256, min_height=256, min_side=300, max_aspect=2.0, min_aesthetic=5.0, max_watermark=0.5,
+        max_unsafe=0.1, refused_tags=("NSFW",), min_similarity=0.28, languages=("en",), min_caption_chars=5,
+        max_caption_chars=6, min_caption_words=2, min_latin_share=0.9,
+    )  # fmt: skip
+    metadata: dict[str, Any] = {
+        "width": 10, "height": 100, "aesthetic": 1, "pwatermark": 1, "punsafe": 1, "NSFW": "NSFW",
+        "similarity": 0, "LANGUAGE": "vi",
+    }  # fmt: skip
+    better = [
+        {"width": 260, "height": 270}, {"width": 1000, "height": 400}, {"height": 1000}, {"aesthetic": 6},
+        {"pwatermark": 0}, {"punsafe": 0}, {"NSFW": "UNLIKELY"}, {"similarity": 1}, {"LANGUAGE": "en"},
+    ]  # fmt: skip
+    found = []
+    for step in [{}, *better]:
+        metadata.update(step)
+        found.append(reason_of(metadata, caption="дddd", selection=everything))
+    found += [
+        reason_of(metadata, caption=caption, selection=everything)
+        for caption in ("ддddддд", "ддddд", "дд ddд")
+    ]
+    assert found == [
+        "low_resolution", "short_side", "extreme_aspect", "low_aesthetic", "watermarked", "unsafe", "unsafe",
+        "low_similarity", "other_language", "short_caption", "long_caption", "few_words", "other_script",
+    ]  # fmt: skip
+
+
+def test_bounds_that_look_at_captions_are_never_silent() -> None:
+    wanted = Selection(min_caption_chars=5, min_latin_share=0.5, min_side=1, max_aspect=2, max_unsafe=0.5)
+    assert silent_bounds(wanted, []) == ["min_side", "max_aspect", "max_unsafe"]
+    assert silent_bounds(wanted, ["WIDTH", "height", "nsfw_score_gantman"]) == []
+    assert silent_bounds(Selection(), []) == []

@@ -1,0 +1,209 @@
+"""Sources and tables in S3, spoken to a real server of its protocol."""
+
+import re
+import sys
+from pathlib import Path
+
+import fsspec
+import pytest
+import s3fs
+import synthetic_units
+from layout_fixtures import LIST_LAYOUTS, ROWS, write_list
+from picture_files import write_pictures
+
+from pipelines.download.receipts import ShardReceipt, publish_shard, read_receipts
+from pipelines.rejections import Rejection
+from pipelines.sources import SourceError
+from pipelines.sources.captions import Caption, read_captions
+from pipelines.sources.links import list_links, read_links
+from pipelines.sources.settings import CaptionSettings, LinkSettings, ShardSettings
+from pipelines.sources.shards import ShardRow, write_shard
+from pipelines.sources.webdataset import Sample, list_shards, read_shard
+from pipelines.storage.objects import (
+    StorageError,
+    check_client,
+    exists,
+    list_names,
+    open_object,
+    read_bytes,
+    write_once,
+)
+from pipelines.storage.retry import StoreFailure
+from pipelines.tables.committer import recover
+from pipelines.tables.table import open_table, rejected_rows
+
+FAILED = ShardRow(image=None, caption="c", status="failed_to_download", error_message="HTTP Error 404")
+
+
+def test_shards_are_written_listed_and_streamed(bucket: str) -> None:
+    # Above the read-ahead, so that the tar is fetched in several pieces.
+    pictures = [ShardRow(image=bytes([index]) * 3_000_000, caption=f"c{index}") for index in range(6)]
+    written = write_shard(f"{bucket}/shards", [*pictures, FAILED], index=0)
+    assert write_shard(f"{bucket}/shards", [*pictures, FAILED], index=0) == written
+    assert list_shards(f"{bucket}/shards/") == [written]
+    assert list_shards(f"{bucket}/shards/*.tar") == [written]
+    assert list_shards(f"{bucket}/shards/00000.tar") == [written]
+    *samples, last = read_shard(written, ShardSettings())
+    assert [sample.image for sample in samples if isinstance(sample, Sample)] == [p.image for p in pictures]
+    assert isinstance(last, Rejection)
+    assert last.reason == "download_failed"
+    # A shard that is added later is seen, whatever was listed before.
+    write_shard(f"{bucket}/shards", pictures[:1], index=1)
+    assert [shard.name for shard in list_shards(f"{bucket}/shards")] == ["00000", "00001"]
+
+
+def test_parquet_shards_and_url_lists_are_listed_and_streamed(bucket: str, tmp_path: Path) -> None:
+    pictures = [ShardRow(image=bytes([index]) * 3_000_000, caption=f"c{index}") for index in range(6)]
+    path = write_pictures(tmp_path, [*pictures, FAILED], rows_per_group=4)
+    fsspec.filesystem("s3").put_file(str(path), f"{bucket}/parquet/00000.parquet")
+    (shard,) = list_shards(f"{bucket}/parquet")
+    *samples, last = read_shard(shard, ShardSettings(), start=1)
+    assert [sample.image for sample in samples if isinstance(sample, Sample)] == [
+        p.image for p in pictures[1:]
+    ]
+    assert isinstance(last, Rejection)
+    assert last.reason == "download_failed"
+    fsspec.filesystem("s3").put_file(
+        str(write_list(tmp_path, LIST_LAYOUTS[0])), f"{bucket}/lists/part-00000.parquet"
+    )
+    (links,) = list_links(f"{bucket}/lists/*.parquet")
+    assert links.url == f"{bucket}/lists/part-00000.parquet"
+    rows = list(read_links(links, LinkSettings(), start=5))
+    assert [row.ordinal for row in rows] == list(range(5, ROWS))
+
+
+def test_of_two_attempts_at_a_shard_one_is_published_whole(bucket: str, tmp_path: Path) -> None:
+    values = {"name": "00000", "number": 0, "retry": 0, "source": "a", "start": 0, "stop": 1, "rows": 1}
+    receipt = ShardReceipt(**values, refused={}, downloaded=1)
+    url = f"{bucket}/downloads"
+    for attempt in ("one", "two"):
+        files = {ending: tmp_path / f"{attempt}{ending}" for ending in (".parquet", "_stats.json", ".tar")}
+        for file in files.values():
+            file.write_text(attempt)
+        published = publish_shard(receipt, files, url=url)
+        assert published == read_receipts(url)["00000"]
+    assert {read_bytes(f"{url}/00000{ending}") for ending in files} == {b"one"}
+    filesystem = fsspec.filesystem("s3")
+    filesystem.invalidate_cache()
+    assert filesystem.find(f"{url}/_staging") == []
+    assert [shard.name for shard in list_shards(url)] == ["00000"]
+
+
+def test_caption_lists_are_read(bucket: str) -> None:
+    with fsspec.open(f"{bucket}/list.txt", "wb") as file:
+        file.write(b"one\ntwo\n")
+    rows = list(read_captions(f"{bucket}/list.txt", CaptionSettings()))
+    assert [row.text for row in rows if isinstance(row, Caption)] == ["one", "two"]
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/none", "s3://bucket/none.tar", "s3://no-such-bucket/none"])
+def test_nothing_there_is_an_error_that_says_so(bucket: str, place: str) -> None:
+    with pytest.raises(SourceError, match="no shards at"):
+        list_shards(place)
+    with pytest.raises(SourceError, match="no such file"):
+        list(read_captions(f"{place}.txt", CaptionSettings()))
+
+
+def test_a_store_that_lets_nobody_in_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr("pipelines.storage.retry.BACKOFF_SECONDS", (0.1,))
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        with pytest.raises(SourceError, match="cannot be listed"):
+            list_shards("s3://bucket/none")
+        with pytest.raises(SourceError, match="cannot be opened"):
+            list(read_captions("s3://bucket/none.txt", CaptionSettings()))
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_table_in_a_bucket_has_the_bytes_of_one_on_a_disk(bucket: str, tmp_path: Path) -> None:
+    there, here = f"{bucket}/tables/latents", str(tmp_path / "latents")
+    for url in (there, here):
+        synthetic_units.run(url)
+    names = [unit.unit for unit in open_table(here).units]
+    assert [unit.unit for unit in open_table(there).units] == names
+    for name in names:
+        assert read_bytes(f"{there}/{name}.parquet") == read_bytes(f"{here}/{name}.parquet")
+    assert open_table(there).read(["id"]).equals(open_table(here).read(["id"]))
+    assert rejected_rows(there) == rejected_rows(here)
+    version = open_table(there).version
+    synthetic_units.run(there)
+    assert open_table(there).version == version
+
+
+def test_of_two_writers_of_one_object_one_is_told(bucket: str) -> None:
+    assert write_once(f"{bucket}/object", b"first")
+    assert not write_once(f"{bucket}/object", b"second")
+    assert read_bytes(f"{bucket}/object") == b"first"
+
+
+def test_what_others_wrote_since_a_folder_was_listed_is_there(bucket: str) -> None:
+    write_once(f"{bucket}/listed/first", b"")
+    assert list_names(f"{bucket}/listed") == ["first"]
+    other = s3fs.S3FileSystem(skip_instance_cache=True)
+    other.pipe_file("bucket/listed/second", b"second")
+    assert exists(f"{bucket}/listed/second")
+    assert read_bytes(f"{bucket}/listed/second") == b"second"
+    with open_object(f"{bucket}/listed/second", ahead=1) as file:
+        assert file.read() == b"second"
+    other.rm_file("bucket/listed/first")
+    assert not exists(f"{bucket}/listed/first")
+
+
+def test_an_orphan_in_a_bucket_is_adopted(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"{bucket}/killed/latents"
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.tables.committer.commit_units", lambda *_, **__: [])
+        synthetic_units.run(url)
+    assert open_table(url).units == []
+    assert recover(url) == 6
+    assert open_table(url).num_rows == 17
+
+
+def test_a_store_that_knows_nobody_here_is_a_failure_that_says_so(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        with pytest.raises(StorageError, match=r"cannot be written: .*Unable to locate credentials"):
+            write_once(f"{bucket}/object-of-nobody", b"")
+        with pytest.raises(StoreFailure, match="object: NoCredentialsError"):
+            open_object(f"{bucket}/object", ahead=1)
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    ("url", "line"),
+    [
+        (
+            "gs://bucket/run",
+            "gs://bucket/run: gs:// cannot be reached from here; pip install gcsfs, on every",
+        ),
+        (
+            "abfs://c@account.dfs.core.windows.net/run",
+            "abfs:// cannot be reached from here; pip install adlfs",
+        ),
+        ("s4://bucket/run", "s4://bucket/run: s4:// is no store that fsspec knows; s3://, gs://, abfs://"),
+    ],
+)
+def test_a_store_without_its_package_is_told_with_the_package(
+    url: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("gcsfs", "adlfs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(StorageError, match=re.escape(line)):
+        check_client(url)
+
+
+def test_places_that_can_be_reached_are_not_refused(tmp_path: Path) -> None:
+    for url in (str(tmp_path), f"file://{tmp_path}", "s3://bucket/run", "memory://run"):
+        check_client(url)

@@ -1,0 +1,124 @@
+"""Alg. 1's decisions on a table whose times are known; architectures by chance."""
+
+import pytest
+from latency_inputs import MS, known_table
+
+from snapfusion.evolution.random_architectures import random_architecture
+from snapfusion.evolution.search import BlockScore, EvolutionError, decide, min_latency_ms, next_action
+from snapfusion.evolution.settings import RoundLimits
+from snapfusion.mini import models
+from snapfusion.models.unet import architecture_of
+
+
+@pytest.fixture(scope="module")
+def origin():
+    return architecture_of(models.unet())
+
+
+@pytest.fixture(scope="module")
+def table(origin):
+    return known_table(origin)
+
+
+def scored(architecture, table, losses, *, otherwise=1.0):
+    """Scores by the losses named; all other blocks lose `otherwise`, None for no picture at all."""
+
+    def score(block):
+        lost = losses.get(block.name, otherwise)
+        return BlockScore(
+            block=block.name,
+            kind=block.kind,
+            clip=None if lost is None else 0.9 - lost,
+            delta_clip=None if lost is None else (lost, lost - 0.01, lost + 0.01),
+            delta_ms=table.block_ms(architecture, block.name),
+            captions=100,
+        )
+
+    return [score(block) for block in architecture.blocks]
+
+
+def removed(architecture, table, losses, *, objective_ms, pace, otherwise=1.0):
+    scores = scored(architecture, table, losses, otherwise=otherwise)
+    return decide("remove", architecture, scores, table=table, objective_ms=objective_ms, pace=pace)
+
+
+def test_the_blocks_of_least_clip_a_millisecond_go_first_a_group_at_a_time(origin, table):
+    # The attention loses more CLIP than the ResNet block, and less for each of its milliseconds.
+    losses = {
+        "down_blocks.0.resnets.1": 0.03,
+        "down_blocks.0.attentions.0": 0.04,
+        "mid_block.attentions.0": -0.01,
+    }
+    before = table.predict_ms(origin)
+    decision = removed(origin, table, losses, objective_ms=before / 2, pace=RoundLimits(removed=2))
+    assert decision.action == "remove"
+    assert decision.blocks == ("mid_block.attentions.0", "down_blocks.0.attentions.0")
+    assert decision.architecture == origin.without(decision.blocks[0]).without(decision.blocks[1])
+    assert (decision.before_ms, decision.after_ms) == (before, before - 8.0)
+
+
+def test_no_more_blocks_go_than_the_objective_asks_for(origin, table):
+    losses = {"mid_block.attentions.0": 0.0, "down_blocks.0.attentions.0": 0.01}
+    before = table.predict_ms(origin)
+    decision = removed(origin, table, losses, objective_ms=before - 3.0, pace=RoundLimits(removed=5))
+    assert decision.blocks == ("mid_block.attentions.0",)
+
+
+def test_what_a_shortcut_takes_is_not_saved(origin, table):
+    changing = "up_blocks.0.resnets.0"
+    (score,) = [score for score in scored(origin, table, {}) if score.block == changing]
+    assert score.delta_ms == pytest.approx(MS["resnet"] - MS["shortcut"])
+    assert score.value == pytest.approx(1.0 / 1.5)
+
+
+def test_a_block_without_which_nothing_is_drawn_stays(origin, table):
+    losses = {"mid_block.attentions.0": None}
+    pace = RoundLimits(removed=100)
+    decision = removed(
+        origin, table, losses, objective_ms=min_latency_ms(origin, table=table) + 4.0, pace=pace
+    )
+    assert "mid_block.attentions.0" not in decision.blocks
+    with pytest.raises(EvolutionError, match="no block can go"):
+        removed(origin, table, {}, objective_ms=5.0, pace=pace, otherwise=None)
+
+
+def test_when_the_objective_is_met_the_most_valued_block_that_fits_beside_itself_is_copied(origin, table):
+    losses = {"up_blocks.0.resnets.0": 9.0, "mid_block.attentions.0": 8.0, "mid_block.resnets.0": 3.0}
+    scores = scored(origin, table, losses)
+    now = table.predict_ms(origin)
+    decision = decide("copy", origin, scores, table=table, objective_ms=now, pace=RoundLimits(copied=2))
+    # The first changes the number of channels, so its copy would fit nowhere.
+    assert decision.blocks == ("mid_block.attentions.0", "mid_block.resnets.0")
+    assert decision.after_ms == now + 6.0
+    assert "mid_block.attentions.0+1" in {block.name for block in decision.architecture.blocks}
+
+
+def test_it_removes_while_unmet_copies_while_growth_is_left_and_stops(origin, table):
+    now, pace = table.predict_ms(origin), RoundLimits(growths=1)
+    assert next_action(origin, table=table, objective_ms=now - 1, pace=pace, growths=0) == "remove"
+    assert next_action(origin, table=table, objective_ms=now, pace=pace, growths=0) == "copy"
+    assert next_action(origin, table=table, objective_ms=now, pace=pace, growths=1) == "stop"
+    stopped = decide("stop", origin, [], table=table, objective_ms=now, pace=pace)
+    assert (stopped.action, stopped.blocks, stopped.architecture) == ("stop", (), origin)
+
+
+def test_an_objective_that_nothing_meets_names_the_best_that_can_be_reached(origin, table):
+    least = min_latency_ms(origin, table=table)
+    assert 0.0 < least < table.predict_ms(origin)
+    with pytest.raises(EvolutionError, match=f"no architecture takes 1 ms .* {least:.4g} ms of"):
+        next_action(origin, table=table, objective_ms=1.0, pace=RoundLimits(), growths=0)
+
+
+def test_architectures_by_chance_are_as_fast_as_asked_and_differ(origin, table):
+    now = table.predict_ms(origin)
+    found = [
+        random_architecture(origin, table=table, low_ms=0.58 * now, high_ms=0.6 * now, seed=seed)
+        for seed in range(6)
+    ]
+    assert all(0.58 * now <= table.predict_ms(one) <= 0.6 * now for one in found)
+    assert len({one.digest() for one in found}) == 6
+    assert found[3] == random_architecture(origin, table=table, low_ms=0.58 * now, high_ms=0.6 * now, seed=3)
+    with pytest.raises(EvolutionError, match="no architecture takes 1 ms"):
+        random_architecture(origin, table=table, low_ms=0.0, high_ms=1.0, seed=0)
+    with pytest.raises(ValueError, match="none takes"):
+        random_architecture(origin, table=table, low_ms=0.6 * now - 0.01, high_ms=0.6 * now, seed=0)

@@ -1,0 +1,173 @@
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from snapfusion.metrics.clip import load_scorer
+from snapfusion.mini import models
+from snapfusion.mini.oracle import load_oracle
+from snapfusion.mini.scenes import HELD_OUT, image_batch, scene_of
+from snapfusion.mini.training.contrast import NEGATIVES, contrastive_loss, draw_captions
+from snapfusion.mini.training.denoiser import skipped_blocks
+from snapfusion.mini.training.recipe import Trainer, train
+from snapfusion.mini.training.settings import DenoiserSettings, MiniTraining, StageSettings
+from snapfusion.mini.training.stage import learning_rate, step_generator, training_indexes
+from snapfusion.mini.vocabulary import NUM_CAPTIONS
+from snapfusion.mini.weights import altered_files, read_manifest
+from snapfusion.models.load import load
+
+STAGES = ("autoencoder", "decoder", "text", "scorer", "oracle", "denoiser", "velocity")
+
+
+def shortened(stage, samples=18):
+    """The stage's default settings, for three steps of six."""
+    return MiniTraining.model_fields[stage].default.model_copy(update={"samples": samples, "batch": 6})
+
+
+TINY = MiniTraining(checkpoint_every=2, scenes=30, **{stage: shortened(stage) for stage in STAGES})
+
+
+class Killed(Exception):
+    """Stands for a process that ends in the middle of a stage."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mini")
+    train(TINY, folder=folder)
+    return folder
+
+
+def test_all_stages_end_in_a_folder_that_diffusers_opens(trained):
+    weights = trained / "weights"
+    for name, kind in (("sd", "epsilon"), ("sd-v", "v_prediction")):
+        pipeline = StableDiffusionPipeline.from_pretrained(weights / name, safety_checker=None)
+        pipeline.set_progress_bar_config(disable=True)
+        told = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
+        assert pipeline("a small red ring", **told).images.shape == (1, 32, 32, 3)
+        assert pipeline.scheduler.config.prediction_type == kind
+    assert load_scorer(weights / "scorer").score(image_batch([1]), ["a ring"]).shape == (1,)
+    assert load_oracle(weights / "oracle").read(image_batch([1]))
+
+
+def test_manifest_tells_of_every_file(trained):
+    weights = trained / "weights"
+    manifest = read_manifest(weights)
+    assert manifest["recipe"] == TINY.to_values()
+    assert set(manifest["curves"]) == set(STAGES)
+    assert altered_files(weights) == []
+    config = weights / "scorer" / "open_clip_config.json"
+    text = config.read_text()
+    config.write_text(text + " ")
+    assert altered_files(weights) == ["scorer/open_clip_config.json"]
+    config.write_text(text)
+
+
+def test_second_run_trains_nothing(trained):
+    steps = []
+    before = read_manifest(trained / "weights")
+    train(TINY, folder=trained, on_progress=lambda stage, step, *_: steps.append((stage, step)))
+    assert steps == []
+    assert read_manifest(trained / "weights") == before
+
+
+@pytest.mark.parametrize("stage", ["oracle", "denoiser", "velocity"])
+def test_killed_stage_ends_with_the_same_weights(trained, tmp_path, stage):
+    """Killed after step 3 of 5, whose last checkpoint is of step 2, and started again."""
+    settings = TINY.model_copy(update={stage: shortened(stage, samples=30)})
+
+    def result(folder, on_progress=None):
+        trainer = Trainer(settings=settings, folder=folder, on_progress=on_progress)
+        if stage == "oracle":
+            return trainer.oracle().state_dict()
+        vae, text_encoder = trainer.autoencoder(), trainer.text_encoder()
+        encoded = trainer.encoded(vae=vae, text_encoder=text_encoder)
+        unet = trainer.denoiser(encoded)
+        return (trainer.velocity(unet, encoded) if stage == "velocity" else unet).state_dict()
+
+    def kill(name, step, *_):
+        if name == stage and step == 3:
+            raise Killed
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for folder in (killed, whole):
+        folder.mkdir()
+        for name in ("autoencoder", "decoder", "text", *(["denoiser"] if stage == "velocity" else [])):
+            (folder / f"{name}.safetensors").symlink_to(trained / "checkpoints" / f"{name}.safetensors")
+    with pytest.raises(Killed):
+        result(killed, kill)
+    resumed, expected = result(killed), result(whole)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_checkpoint_of_other_settings_is_refused(trained):
+    other = TINY.with_values(["seed=1"])
+    with pytest.raises(ValueError, match="trained with other settings"):
+        train(other, folder=trained)
+
+
+def test_training_never_sees_held_out_scenes_and_captions_differ_within_a_batch():
+    indexes = training_indexes(NUM_CAPTIONS, step_generator(seed=0, stage="oracle", step=1))
+    assert max(indexes) < HELD_OUT
+    assert len({scene_of(index) for index in indexes}) == NUM_CAPTIONS
+
+
+def test_altered_captions_differ_from_the_true_one_in_one_place():
+    captions = draw_captions([4, 5], step_generator(seed=0, stage="text", step=0))
+    assert len(captions) == 2 * (1 + NEGATIVES)
+    for number, altered in enumerate(captions[2:]):
+        assert altered != captions[number // NEGATIVES]
+
+
+def test_contrastive_loss_falls_when_each_picture_is_its_caption():
+    vectors = torch.eye(4)
+    altered = (-vectors).repeat_interleave(NEGATIVES, dim=0)
+    factor = torch.tensor(3.0)
+    right = contrastive_loss(images=vectors, texts=torch.cat([vectors, altered]), log_temperature=factor)
+    wrong = contrastive_loss(images=vectors, texts=torch.cat([-vectors, -altered]), log_temperature=factor)
+    assert right < 1e-3 < 1.0 < wrong
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    settings = StageSettings(samples=1000, batch=10, lr=1.0)
+    rates = [learning_rate(step, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[4]
+    assert rates[-1] < 1e-3
+    assert json.loads(settings.to_json())["batch"] == 10
+
+
+def test_captions_are_read_in_the_depth_first_then_anywhere():
+    """By the miniature's settings: the middle alone for the first steps, afterwards all but now and then."""
+    unet = models.unet()
+    settings = DenoiserSettings(samples=1000, batch=1, lr=1.0, deep_first=0.3, shallow_skip=0.4)
+
+    def depth(step):
+        generator = step_generator(seed=0, stage="denoiser", step=step)
+        names = skipped_blocks(unet, step=step, generator=generator, settings=settings)
+        assert all("attentions" in name for name in names)
+        assert not any(name.startswith("mid_block") for name in names)
+        return len({name.split(".")[1] for name in names if name.startswith("down")})
+
+    depths = [depth(step) for step in range(1000)]
+    assert set(depths[:300]) == {2}
+    later = [depths[300:].count(number) / 700 for number in range(3)]
+    assert later == pytest.approx([0.6, 0.2, 0.2], abs=0.06)
+
+
+def test_velocity_is_trained_on_from_the_denoisers_weights(trained):
+    """Three steps at a small learning rate leave it nearer to its parent than a fresh start would be."""
+    unets = [load(str(trained / "weights" / name)).unet.state_dict() for name in ("sd", "sd-v")]
+    fresh = models.unet().state_dict()
+    name = "mid_block.resnets.0.conv1.weight"
+    moved, elsewhere = ((unets[1][name] - other[name]).norm() for other in (unets[0], fresh))
+    assert 0 < moved < 0.2 * elsewhere

@@ -1,0 +1,130 @@
+"""The published architectures: counted by hand, put together without memory, and by name or not at all."""
+
+import pytest
+import torch
+from torch import nn
+
+from snapfusion.models import random_weights, sd2, sd15
+from snapfusion.models.load import ModelError, load
+from snapfusion.models.random_weights import MODEL_CONFIGS, random_bundle
+from snapfusion.models.tokenizer import clip_tokenizer, tokenize
+
+
+@pytest.fixture(scope="module", params=MODEL_CONFIGS)
+def bundle(request):
+    """One of the architectures on torch's meta device: shapes without numbers."""
+    with torch.device("meta"):
+        return random_bundle(request.param)
+
+
+def count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def transformer(*, width: int, inner: int, layers: int, tokens: int = 49_408, places: int = 77) -> int:
+    """Parameters of CLIP's text model."""
+    attention = 4 * (width * width + width)
+    feed_forward = width * inner + inner + inner * width + width
+    norm = 2 * width
+    return (tokens + places) * width + layers * (attention + feed_forward + 2 * norm) + norm
+
+
+def test_sd15_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        bundle = random_bundle("sd15")
+    assert count(bundle.unet) == sd15.UNET_PARAMETERS == 859_520_964
+    assert count(bundle.text_encoder) == transformer(width=768, inner=3072, layers=12) == 123_060_480
+
+
+def test_sd2_has_sd15s_parameters_and_wider_keys_and_values():
+    """Each of the 16 cross-attentions has two matrices that are given 1024 numbers a token, not 768."""
+    with torch.device("meta"):
+        bundle = random_bundle("sd2")
+    cross_attentions = 5 * [320] + 5 * [640] + 6 * [1280]  # two on the way in, three out; one in the middle
+    wider = sum(2 * width * (1024 - 768) for width in cross_attentions)
+    assert count(bundle.unet) == sd15.UNET_PARAMETERS + wider == sd2.UNET_PARAMETERS == 865_910_724
+    assert count(bundle.text_encoder) == transformer(width=1024, inner=4096, layers=23) == 340_387_840
+
+
+def test_each_head_of_sd2_is_64_wide():
+    with torch.device("meta"):
+        unet = random_bundle("sd2").unet
+    found = {block.attn2.inner_dim / block.attn2.heads for block in blocks(unet)}
+    assert found == {64.0}
+    assert all(
+        isinstance(module.proj_in, nn.Linear) for module in unet.modules() if hasattr(module, "proj_in")
+    )
+
+
+def blocks(unet):
+    return [module for module in unet.modules() if hasattr(module, "attn2")]
+
+
+@torch.inference_mode()
+def test_the_parts_fit_together(bundle):
+    side = bundle.image_size // 8
+    assert bundle.latent_shape == (4, side, side)
+    with torch.device("meta"):
+        c = bundle.encode_text(bundle.tokenize(["a red circle"]).to("meta"))
+        latent = bundle.encode_images(
+            torch.zeros(1, 3, bundle.image_size, bundle.image_size, dtype=torch.uint8)
+        )
+        output = bundle.predict(latent, torch.zeros(1), c)
+    assert output.shape == latent.shape == (1, *bundle.latent_shape)
+
+
+def test_sd2_is_the_one_of_768_pixels_that_predicts_v():
+    with torch.device("meta"):
+        first, second = random_bundle("sd15"), random_bundle("sd2")
+    assert (first.image_size, first.prediction_type) == (512, "epsilon")
+    assert (second.image_size, second.prediction_type) == (768, "v_prediction")
+
+
+def test_sd2_pads_with_an_exclamation_mark(tmp_path):
+    """As its own files have it: token 0, which "!" in a caption then becomes too."""
+    tokenizer = clip_tokenizer(padding=sd2.PADDING)
+    told = {
+        "a red circle": [49406, 320, 736, 7117, 49407],
+        "wow! a dog!!": [49406, 2781, 0, 320, 1929, 0, 0, 49407],
+    }
+    tokenizer.save_pretrained(tmp_path)
+    for made in (tokenizer, type(tokenizer).from_pretrained(tmp_path)):
+        for text, ids in told.items():
+            assert tokenize(made, [text])[0].tolist() == ids + [0] * (77 - len(ids))
+
+
+def test_a_random_model_is_loaded_by_name(monkeypatch):
+    """With the tiny topology in place of the published one, which takes gigabytes."""
+    from conftest import tiny_bundle
+
+    monkeypatch.setattr("snapfusion.models.load.random_bundle", lambda name: tiny_bundle(seed=len(name)))
+    made = load("random:sd2", dtype=torch.bfloat16)
+    assert made.unet.dtype == torch.bfloat16
+    assert made.fingerprint() == tiny_bundle(seed=3).fingerprint()
+
+
+def test_an_unknown_architecture_is_named():
+    with pytest.raises(
+        ModelError, match=r"random:sd3: there is no such .*random:sd15, random:sd15-v, random:sd2 are"
+    ):
+        load("random:sd3")
+
+
+def test_two_seeds_give_two_models(monkeypatch):
+    """And the same seed the same, whatever was drawn before."""
+    small = random_weights.ModelConfig(
+        text_encoder={
+            **sd15.TEXT_ENCODER,
+            "num_hidden_layers": 1,
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+        },
+        unet={**sd15.UNET, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "attention_head_dim": 2},
+        vae={**sd15.VAE, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4},
+        padding="!",
+        prediction_type="epsilon",
+    )
+    monkeypatch.setitem(random_weights.MODEL_CONFIGS, "small", small)
+    first, again, other = (random_bundle("small", seed=seed).fingerprint() for seed in (1, 1, 2))
+    assert first == again
+    assert first["unet"] != other["unet"]

@@ -1,0 +1,65 @@
+"""What a row draws from its key: uniform, independent of the noise, the same for ever."""
+
+import numpy as np
+import pytest
+import torch
+
+from snapfusion.noise import gaussian
+from snapfusion.sampling import CLEAN, time_grid
+from snapfusion.schedule import Schedule
+from snapfusion.settings import SettingsError
+from snapfusion.training.draws import draw_guidance, draw_intervals, interval_ends, row_key
+from snapfusion.training.settings import CfgRange
+
+KEYS = [row_key(0, f"web/{n}", 0) for n in range(4000)]
+
+
+def test_draws_never_change():
+    keys = [row_key(3, "web/00000/0000007", draw) for draw in range(4)]
+    assert draw_intervals(keys, student_steps=8).tolist() == [3, 6, 0, 6]
+    guidance = draw_guidance(keys, cfg_range=CfgRange(low=1.0, high=6.0))
+    assert guidance.dtype == torch.float32
+    assert [round(w, 4) for w in guidance.tolist()] == [1.0629, 4.6645, 1.2113, 2.4867]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8, 16])
+def test_every_interval_is_as_likely(steps):
+    drawn = draw_intervals(KEYS, student_steps=steps)
+    counts = np.bincount(drawn, minlength=steps)
+    assert len(counts) == steps
+    expected = len(KEYS) / steps
+    assert float(((counts - expected) ** 2 / expected).sum()) < 2.5 * max(steps, 4)  # chi squared
+
+
+def test_guidance_fills_its_range():
+    drawn = draw_guidance(KEYS, cfg_range=CfgRange(low=2.0, high=14.0)).numpy()
+    assert drawn.min() >= 2.0
+    assert drawn.max() <= 14.0
+    np.testing.assert_allclose(np.quantile(drawn, [0.25, 0.5, 0.75]), [5.0, 8.0, 11.0], atol=0.4)
+
+
+def test_interval_guidance_and_noise_tell_nothing_of_each_other():
+    values = np.stack(
+        [
+            draw_intervals(KEYS, student_steps=8).numpy(),
+            draw_guidance(KEYS, cfg_range=CfgRange()).numpy(),
+            [float(gaussian(key, (1,))) for key in KEYS],
+        ]
+    )
+    off_diagonal = np.corrcoef(values)[np.triu_indices(3, 1)]
+    assert np.abs(off_diagonal).max() < 4 / len(KEYS) ** 0.5
+
+
+def test_another_seed_row_or_draw_is_another_key():
+    assert len({row_key(0, "a", 0), row_key(1, "a", 0), row_key(0, "b", 0), row_key(0, "a", 1)}) == 4
+
+
+def test_intervals_lead_from_noise_to_the_clean_end():
+    t, t2 = interval_ends(torch.arange(8), student_steps=8, schedule=Schedule())
+    assert [*t.tolist(), CLEAN] == [t.tolist()[0], *t2.tolist()] == list(time_grid(8))
+
+
+@pytest.mark.parametrize("values", [{"low": 3.0, "high": 2.0}, {"low": 0.5}, {"high": float("inf")}])
+def test_a_range_that_is_none_is_refused(values):
+    with pytest.raises((SettingsError, ValueError)):
+        CfgRange.parse(values)

@@ -1,0 +1,126 @@
+"""A network spread over two processes: trained, saved and gone on from as one that is whole on each."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from snapfusion.noise import gaussian_batch, noise_key
+from snapfusion.training.batch import Batch
+from snapfusion.training.checkpoint import CheckpointStore
+from snapfusion.training.decoder import DecoderObjective, stored_images
+from snapfusion.training.fsdp import shard
+from snapfusion.training.loop import new_state, train
+from snapfusion.training.settings import LoopSettings
+
+SETTINGS = LoopSettings(num_steps=4, global_batch=8, learning_rate=1e-3, ema_decay=0.9, clip_norm=0.01)
+SHARES = (slice(0, 4), slice(4, 8))
+RUNS = {  # whether it is spread, and whose checkpoint in the middle it goes on from
+    "whole": (False, None),
+    "spread": (True, None),
+    "spread, then spread": (True, "spread"),
+    "spread, then whole": (False, "spread"),
+    "whole, then spread": (True, "whole"),
+}
+
+
+class Network(nn.Module):
+    """With a list of blocks, as those that are spread block by block have it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inlet = nn.Conv2d(4, 7, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(size, size + 2, 3, padding=1) for size in (7, 9, 11))
+        self.outlet = nn.Conv2d(13, 3, 1)
+
+    def forward(self, x):
+        x = self.inlet(x)
+        for block in self.blocks:
+            x = torch.nn.functional.silu(block(x))
+        return self.outlet(x)
+
+
+def batches(start, *, rank):
+    for step in itertools.count(start):
+        ids = tuple(f"{step}-{row}" for row in range(8))[SHARES[rank]]
+        latent = gaussian_batch([noise_key(row) for row in ids], (4, 6, 6))
+        image = (127.5 + 40.0 * latent[:, :3]).clamp(0, 255).to(torch.uint8)
+        yield Batch(ids=ids, columns={"latent": latent, "image": image})
+
+
+def run(folder, *, name, rank):
+    spread, given = RUNS[name]
+    network = shard(Network(), device=torch.device("cpu")) if spread else Network()
+    state, store = new_state(network, settings=SETTINGS), CheckpointStore(f"{folder}/{name}")
+    if given:
+        middle = CheckpointStore(f"{folder}/{given}").load(2)
+        state.restore(middle.tensors, middle.values)
+
+    def save(step):
+        state.curve.append({"loss": step.loss, "grad_norm": step.grad_norm})
+        tensors = state.tensors()
+        if rank == 0 and step.step in (2, 4):
+            store.save(step.step, tensors=tensors, values=state.values())
+
+    train(
+        state,
+        objective=DecoderObjective(stored_images),
+        batches=batches(state.step, rank=rank),
+        settings=SETTINGS,
+        micro_batch=3,
+        wrapped=None if spread else DistributedDataParallel(network, find_unused_parameters=True),
+        after_step=save,
+    )
+    dist.barrier()  # what the first saved is there for all
+
+
+def run_all(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    for name in RUNS:
+        run(folder, name=name, rank=rank)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """The last checkpoint of each run."""
+    folder = tmp_path_factory.mktemp("runs")
+    mp.spawn(run_all, (str(folder),), nprocs=2)
+    return {name: CheckpointStore(f"{folder}/{name}").load(4) for name in RUNS}
+
+
+def difference(first, second):
+    """The largest of all elements of all tensors."""
+    assert {group: named.keys() for group, named in first.tensors.items()} == {
+        group: named.keys() for group, named in second.tensors.items()
+    }
+    return max(
+        (tensor - second.tensors[group][name]).abs().max().item()
+        for group, named in first.tensors.items()
+        for name, tensor in named.items()
+    )
+
+
+def test_a_network_that_is_spread_is_trained_as_a_whole_one(ends):
+    whole, spread = ends["whole"], ends["spread"]
+    assert set(spread.tensors) == {"model", "optimizer", "ema"}
+    assert difference(whole, spread) < 1e-6
+    for point, expected in zip(spread.values["curve"], whole.values["curve"], strict=True):
+        assert point == pytest.approx(expected, rel=1e-5)
+        assert point["grad_norm"] > SETTINGS.clip_norm
+
+
+def test_its_checkpoint_is_gone_on_from_with_the_same_bits(ends):
+    assert difference(ends["spread"], ends["spread, then spread"]) == 0
+    assert ends["spread"].values == ends["spread, then spread"].values
+
+
+@pytest.mark.parametrize("name", ["spread, then whole", "whole, then spread"])
+def test_a_checkpoint_is_whole_whether_its_network_was_spread_or_not(ends, name):
+    assert difference(ends["whole"], ends[name]) < 1e-6
