@@ -60,7 +60,7 @@ def ablate(job: Job) -> None:
             train(job, variant, seed=seed)
         write_panel(job, panel)
         write_page(job)
-    print(f"  {job.place('ablation/page.html')}")
+    print(f"  {job.url('ablation/page.html')}")
 
 
 def students_of(settings: AblationSettings, panel: Panel) -> list[tuple[StudentVariant, int]]:
@@ -94,17 +94,17 @@ def train(job: Job, variant: StudentVariant, *, seed: int) -> None:
             evaluation_rows=distill.evaluation_rows,
             trainer=distill.trainer,
         )
-        finetune_vpred(control, model=first, latents_url=job.place("latents"), further=True, **shared)
+        finetune_vpred(control, model=first, latents_url=job.url("latents"), further=True, **shared)
         return
     told = distill.model_copy(update={"name": variant.name, "loop": loop, "steps": variant.steps})
-    metrics = distill_steps(told, teacher=first, data_url=job.place("latents"), **shared)
+    metrics = distill_steps(told, teacher=first, data_url=job.url("latents"), **shared)
     for line in summary(metrics):
         print(f"  {line}")
 
 
 def student_url(job: Job, name: str, *, seed: int) -> str:
     """The folder of a student."""
-    return job.place(f"students/{name}-seed{seed}")
+    return job.url(f"students/{name}-seed{seed}")
 
 
 def write_panel(job: Job, panel: Panel) -> None:
@@ -116,7 +116,7 @@ def write_panel(job: Job, panel: Panel) -> None:
     results = evaluate(
         evaluation_of(job, panel),
         model=job.recipe.ablation.model,
-        out=job.place("evaluation"),
+        out=job.url("evaluation"),
         start=start,
         run=runner(job.recipe.cluster),
     )
@@ -132,15 +132,15 @@ def write_panel(job: Job, panel: Panel) -> None:
     }
     # Six digits say all that 500 captions can.
     text = json.dumps(json.loads(json.dumps(told), parse_float=lambda digits: float(f"{float(digits):.6g}")))
-    text = job.quotable(text)
+    text = job.with_run_prefix(text)
     replace_object(panel_url(job, panel.name), text.encode())
     for kind, chart in ablation_charts(json.loads(text)).items():
-        replace_object(job.place(f"ablation/{panel.name}-{kind}.svg"), standalone_svg(chart))
+        replace_object(job.url(f"ablation/{panel.name}-{kind}.svg"), standalone_svg(chart))
 
 
 def panel_url(job: Job, name: str) -> str:
     """The file of a panel's figures."""
-    return job.place(f"ablation/{name}.json")
+    return job.url(f"ablation/{name}.json")
 
 
 def evaluation_of(job: Job, panel: Panel) -> EvaluationSettings:
@@ -209,7 +209,7 @@ def write_page(job: Job) -> None:
     }
     rows = sample_image_rows(_image_lines(job), w=settings.pictures_at)
     page = render_ablation(panels, curves=curves, rows=rows, w=settings.pictures_at)
-    replace_object(job.place("ablation/page.html"), page.encode())
+    replace_object(job.url("ablation/page.html"), page.encode())
 
 
 def _image_lines(job: Job) -> dict[str, tuple[str, int]]:

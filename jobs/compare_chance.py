@@ -31,16 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare_chance(job: Job) -> None:
     """Make what is not made yet, and write the figures."""
-    model = job.source(job.recipe.evolution.begin)
+    model = job.resolve(job.recipe.evolution.begin)
     settings = job.recipe.chance
     training = resolve_training(settings.training, job)
     comparison = RandomBaseline(
         settings=settings.model_copy(update={"training": training}),
         model=model,
-        evolved=named_architecture(job.place("evolution/architecture.json"), of=own_architecture(model)),
+        evolved=named_architecture(job.url("evolution/architecture.json"), of=own_architecture(model)),
         table=latency_table(job),
-        latents_url=job.place("latents"),
-        out=job.place("chance"),
+        latents_url=job.url("latents"),
+        out=job.url("chance"),
     )
 
     def start(name: str, parents: Any) -> tuple[Origin, OnProgress]:  # noqa: ANN401 - JSON values
@@ -48,8 +48,8 @@ def compare_chance(job: Job) -> None:
 
     connect(job.recipe.cluster)
     told = comparison.compare(start=start, run=runner(job.recipe.cluster), on_report=show_reports())
-    place = job.place("chance/chance.json")
-    replace_object(place, job.quotable(json.dumps(told, indent=1)).encode())
+    place = job.url("chance/chance.json")
+    replace_object(place, job.with_run_prefix(json.dumps(told, indent=1)).encode())
     for reading in told["readings"]:
         for figure in COMPARED_METRICS:
             if figure in reading:
@@ -70,9 +70,9 @@ def preview(job: Job) -> list[str]:
     settings = job.recipe.chance
     loop, evaluation = settings.training.loop, settings.evaluation
     return [
-        f"would train {settings.count} architectures by chance and that of {job.place('evolution')} for "
+        f"would train {settings.count} architectures by chance and that of {job.url('evolution')} for "
         f"{loop.num_steps} steps of {loop.global_batch} rows each, and draw {evaluation.prompts.limit} "
-        f"captions at {len(evaluation.guidance)} guidance scales with each, into {job.place('chance')}"
+        f"captions at {len(evaluation.guidance)} guidance scales with each, into {job.url('chance')}"
     ]
 
 

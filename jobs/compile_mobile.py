@@ -57,7 +57,7 @@ def compile_mobile(job: Job) -> None:
             "model": parent_record(model, told=job.target or settings.model or job.recipe.model),
             "decoder": decoder and parent_record(decoder, told=settings.decoder or ""),
         },
-        out_url=job.place("mobile"),
+        out_url=job.url("mobile"),
     )
     for line in summary(manifest):
         print(f"  {line}")
@@ -66,8 +66,8 @@ def compile_mobile(job: Job) -> None:
 def model_and_decoder(job: Job) -> tuple[str, str | None]:
     """The model that is compiled, and its half-width decoder if there is to be one."""
     settings = job.recipe.mobile
-    model = job.target or (job.source(settings.model) if settings.model else job.recipe.model)
-    return model, job.source(settings.decoder) if settings.decoder else None
+    model = job.target or (job.resolve(settings.model) if settings.model else job.recipe.model)
+    return model, job.resolve(settings.decoder) if settings.decoder else None
 
 
 def parent_record(place: str, *, told: str) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def _describe_parity(parity: Mapping[str, Any]) -> str:
 
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
-    place, settings = job.place("mobile"), job.recipe.mobile
+    place, settings = job.url("mobile"), job.recipe.mobile
     held = "which is there already" if exists(f"{place}/{MANIFEST}") else "which is not there yet"
     model, decoder = model_and_decoder(job)
     own = f"the decoder {decoder}" if decoder else "its own decoder"

@@ -28,12 +28,12 @@ def compute(job: Job) -> None:
     """Bring TARGETS up to the recipe; what is committed already is not made again."""
     recipe = job.recipe
     teacher, _ = teacher_and_student(job)
-    latents = open_table(job.place("latents"), kind="latents")
+    latents = open_table(job.url("latents"), kind="latents")
     table = compute_targets(
         recipe.targets,
         teacher=absolute_source(teacher),
         latents=latents,
-        url=job.place("targets"),
+        url=job.url("targets"),
         origin=job.origin({"latents": latents.lineage(), "model": teacher}),
         run=runner(recipe.cluster),
         on_progress=show_progress(job.verb),
@@ -46,13 +46,13 @@ def compute(job: Job) -> None:
 
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
-    place, targets = job.place("targets"), job.recipe.targets
+    place, targets = job.url("targets"), job.recipe.targets
     held = f"{open_table(place).num_rows} rows are committed" if is_table(place) else "a new table"
     teaching, w = targets.teaching, targets.teaching.cfg_range
     teacher, _ = teacher_and_student(job)
     steps = f"{teaching.k * teaching.student_steps} steps of {teacher} for {teaching.student_steps}"
     return [
-        f"would give each latent of {job.place('latents')} {targets.draws} targets, of {steps}, "
+        f"would give each latent of {job.url('latents')} {targets.draws} targets, of {steps}, "
         f"{targets.cfg_probability:.0%} of them guided at {w.low} to {w.high}, into {place} ({held})"
     ]
 

@@ -33,12 +33,12 @@ def distill(job: Job) -> None:
     """Make the run's decoder; one that is there already is left as it is."""
     from jobs.runtime.cluster import connect
 
-    place = job.place("decoder")
+    place = job.url("decoder")
     if not exists(f"{place}/{METRICS}"):
         connect(job.recipe.cluster)
     metrics = distill_decoder(
         job.recipe.decoder,
-        pairs_url=job.place("pairs"),
+        pairs_url=job.url("pairs"),
         out_url=place,
         teacher=job.recipe.model,
         on_report=show_reports(),
@@ -58,10 +58,10 @@ def read_metrics(url: str) -> dict[str, Any]:
 
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
-    loop, place = job.recipe.decoder.loop, job.place("decoder")
+    loop, place = job.recipe.decoder.loop, job.url("decoder")
     held = "which is there already" if exists(f"{place}/{METRICS}") else "which is not there yet"
     return [
-        f"would train a half-width decoder on {job.place('pairs')} for {loop.num_steps} steps of "
+        f"would train a half-width decoder on {job.url('pairs')} for {loop.num_steps} steps of "
         f"{loop.global_batch} rows, into {place} ({held})"
     ]
 

@@ -33,7 +33,7 @@ def distill(job: Job) -> None:
     from jobs.runtime.cluster import connect
 
     settings = job.recipe.distill
-    place = job.place(settings.name)
+    place = job.url(settings.name)
     if not exists(f"{place}/{METRICS}"):
         connect(job.recipe.cluster)
     teacher, student = teacher_and_student(job)
@@ -51,7 +51,7 @@ def distill(job: Job) -> None:
 
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
-    settings, place = job.recipe.distill, job.place(job.recipe.distill.name)
+    settings, place = job.recipe.distill, job.url(job.recipe.distill.name)
     teacher, student = teacher_and_student(job)
     held = "which is there already" if exists(f"{place}/{METRICS}") else "which is not there yet"
     steps, loop = settings.steps, settings.loop

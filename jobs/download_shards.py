@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def download(job: Job) -> None:
     """Bring the shards up to the recipe; what has its receipt already is not asked for again."""
     recipe = job.recipe
-    place = job.place(recipe.download.place)
+    place = job.url(recipe.download.place)
     summary = download_shards(
         _with_absolute_python(recipe.download),
         selection=recipe.latents.selection,
@@ -53,7 +53,7 @@ def preview(job: Job) -> list[str]:
     """What would be read and downloaded."""
     settings = job.recipe.download
     planned = find_ranges(settings)
-    place = job.place(settings.place)
+    place = job.url(settings.place)
     known = read_receipts(place)
     return [
         f"would download the pictures of {planned.total} rows in {len(planned.lists)} lists to {place}",

@@ -38,7 +38,7 @@ def encode(job: Job) -> None:
         model=recipe.model,
         shards=shards,
         source=recipe.source.name,
-        url=job.place(recipe.source.table),
+        url=job.url(recipe.source.table),
         vetoes=latents_row_filters(job),
         origin=job.origin({"shards": shards_url(job), "model": recipe.model}),
         run=runner(recipe.cluster),
@@ -51,7 +51,7 @@ def encode(job: Job) -> None:
 
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
-    place = job.place(job.recipe.source.table)
+    place = job.url(job.recipe.source.table)
     held = f"{open_table(place).num_rows} rows are committed" if is_table(place) else "a new table"
     return [f"would encode {shards_url(job)} into {place} ({held})"]
 

@@ -40,22 +40,22 @@ def compare(job: Job) -> None:
     results = evaluate(
         _resolve_contenders(job),
         model=job.recipe.model,
-        out=job.place("evaluation"),
+        out=job.url("evaluation"),
         start=start,
         run=runner(job.recipe.cluster),
     )
     results["settings"] = job.recipe.digest()
-    text = job.quotable(json.dumps(results, indent=1))
-    replace_object(job.place("evaluation/results.json"), text.encode())
+    text = job.with_run_prefix(json.dumps(results, indent=1))
+    replace_object(job.url("evaluation/results.json"), text.encode())
     told = json.loads(text)
     for number, chart in enumerate(evaluation_charts(told), start=1):
-        replace_object(job.place(f"evaluation/chart-{number}.svg"), standalone_svg(chart))
-    replace_object(job.place("evaluation/page.html"), render_evaluation(told).encode())
+        replace_object(job.url(f"evaluation/chart-{number}.svg"), standalone_svg(chart))
+    replace_object(job.url("evaluation/page.html"), render_evaluation(told).encode())
     for note in told["protocol"]["notes"]:
         print(f"  {note}")
     for name, reading in told["equal_fid"].items():
         print(f"  {name}: {_describe_reading(reading, against=told['baseline'])}")
-    print(f"  {job.place('evaluation/results.json')}, shown in {job.place('evaluation/page.html')}")
+    print(f"  {job.url('evaluation/results.json')}, shown in {job.url('evaluation/page.html')}")
 
 
 def _resolve_contenders(job: Job) -> EvaluationSettings:
@@ -64,8 +64,8 @@ def _resolve_contenders(job: Job) -> EvaluationSettings:
     contenders = tuple(
         contender.model_copy(
             update={
-                "model": contender.model and job.source(contender.model),
-                "decoder": contender.decoder and job.source(contender.decoder),
+                "model": contender.model and job.resolve(contender.model),
+                "decoder": contender.decoder and job.resolve(contender.decoder),
             }
         )
         for contender in wanted.contenders
@@ -92,7 +92,7 @@ def preview(job: Job) -> list[str]:
     )
     return [
         f"would draw at most {drawn:,} pictures of each of {len(wanted.contenders)} contenders, "
-        f"{evaluations:,} UNet evaluations of one row, into {job.place('evaluation')}"
+        f"{evaluations:,} UNet evaluations of one row, into {job.url('evaluation')}"
     ]
 
 

@@ -52,16 +52,16 @@ def evolve_unet(job: Job) -> None:
     def start(name: str, parents: Any) -> tuple[Origin, OnProgress]:  # noqa: ANN401 - JSON values
         return job.origin(parents), show_progress(name)
 
-    if not exists(job.place(f"evolution/{HISTORY}")):
+    if not exists(job.url(f"evolution/{HISTORY}")):
         connect(job.recipe.cluster)
     training = resolve_training(settings.training, job)
     history = Evolution(
         settings=settings.model_copy(update={"training": training}),
         objective_ms=settings.latency_ms,
-        model=job.source(settings.begin),
-        latents_url=job.place("latents"),
+        model=job.resolve(settings.begin),
+        latents_url=job.url("latents"),
         table=table,
-        out=job.place("evolution"),
+        out=job.url("evolution"),
         start=start,
         run=runner(job.recipe.cluster),
         on_report=show_reports(),
@@ -69,10 +69,10 @@ def evolve_unet(job: Job) -> None:
     ).evolve()
     captions, pictures = round_images(job, history)
     page = render_evolution(history, captions=captions, pictures=pictures)
-    replace_object(job.place("evolution/page.html"), page.encode())
+    replace_object(job.url("evolution/page.html"), page.encode())
     for number, chart in enumerate(evolution_charts(history), start=1):
-        replace_object(job.place(f"evolution/chart-{number}.svg"), standalone_svg(chart))
-    print(f"  {job.place('evolution/architecture.json')}, shown in {job.place('evolution/page.html')}")
+        replace_object(job.url(f"evolution/chart-{number}.svg"), standalone_svg(chart))
+    print(f"  {job.url('evolution/architecture.json')}, shown in {job.url('evolution/page.html')}")
 
 
 def latency_table(job: Job) -> LatencyTable:
@@ -84,7 +84,7 @@ def latency_table(job: Job) -> LatencyTable:
     settings = job.recipe.evolution
     if settings.table is None:
         measure_latency.measure(job)
-    place = job.source(settings.table) if settings.table else latency_table_url(job)
+    place = job.resolve(settings.table) if settings.table else latency_table_url(job)
     try:
         told = json.loads(read_bytes(place))
         table = LatencyTable.parse(told.get("table", told))
@@ -110,7 +110,7 @@ def round_images(job: Job, history: Mapping[str, Any]) -> tuple[list[str], dict[
         return captions, pictures
     for told in history["rounds"]:
         if told["clip"] is not None:
-            table = open_table(job.place(f"evolution/round-{told['number']:02d}/scores"))
+            table = open_table(job.url(f"evolution/round-{told['number']:02d}/scores"))
             prefix = f"{source_name(settings.prompts.name, settings.guidance)}-"
             unit = next(file for file in table.units if file.unit.startswith(prefix))
             rows = table.read_unit(unit, ["caption", "image"]).slice(0, _NUM_SHOWN_CAPTIONS).to_pylist()
@@ -138,8 +138,8 @@ def preview(job: Job) -> list[str]:
     wanted = "an unset latency" if settings.latency_ms is None else f"{settings.latency_ms:g} ms"
     steps = settings.prompts.limit * settings.sampler.steps
     return [
-        f"would evolve {job.source(settings.begin)} to {wanted} in at most {settings.rounds} rounds, into "
-        f"{job.place('evolution')}",
+        f"would evolve {job.resolve(settings.begin)} to {wanted} in at most {settings.rounds} rounds, into "
+        f"{job.url('evolution')}",
         describe_cost(settings),
         f"after each change: {settings.training.loop.num_steps} steps of robust training of "
         f"{settings.training.loop.global_batch} rows; {steps:,} guided steps an action",

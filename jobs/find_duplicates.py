@@ -34,7 +34,7 @@ def find(job: Job) -> None:
         latents=recipe.latents,
         shards=list_shards(shards_url(job)),
         source=recipe.source.name,
-        url=job.place(settings.fingerprints.table),
+        url=job.url(settings.fingerprints.table),
         vetoes=row_filters(job),
         origin=job.origin({"shards": shards_url(job)}),
         run=runner(recipe.cluster),
@@ -51,7 +51,7 @@ def find(job: Job) -> None:
     judged = find_duplicates(
         settings,
         fingerprints=table,
-        url=job.place(settings.table),
+        url=job.url(settings.table),
         evaluation=evaluation,
         against=against,
         origin=job.origin(parents),
@@ -63,14 +63,14 @@ def find(job: Job) -> None:
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
     settings = job.recipe.deduplication
-    place = job.place(settings.fingerprints.table)
+    place = job.url(settings.fingerprints.table)
     held = f"{open_table(place).num_rows} rows are there" if is_table(place) else "a new table"
     if job.recipe.source.url is not None:  # or another step of the run makes them
         list_shards(job.recipe.source.url)
     lines = [f"would read the pictures of {shards_url(job)} into {place} ({held})"]
     lines += [f"would read {what} of the evaluation" for what in settings.evaluation.places]
     lines += [f"would compare with {other}, whose rows come first" for other in settings.against]
-    place = job.place(settings.table)
+    place = job.url(settings.table)
     held = f"{open_table(place).num_rows} rows are judged" if is_table(place) else "a new table"
     return [*lines, f"would judge rows into {place} ({held})"]
 
@@ -83,7 +83,7 @@ def _evaluation(job: Job) -> Snapshot | None:
         settings.fingerprints,
         latents=job.recipe.latents,
         evaluation=settings.evaluation,
-        url=job.place(f"{settings.table}-evaluation"),
+        url=job.url(f"{settings.table}-evaluation"),
         origin=job.origin({"evaluation": list(settings.evaluation.places)}),
         run=runner(job.recipe.cluster),
     )

@@ -28,7 +28,7 @@ def finetune(job: Job) -> None:
     if load(job.recipe.model).prediction_type == "v_prediction":
         print(f"  {job.recipe.model} predicts v already")
         return
-    place = job.place("vpred")
+    place = job.url("vpred")
     metrics = train_in_run(job, job.recipe.vpred, model=job.recipe.model, place=place)
     evaluation = metrics["evaluation"]
     print(f"  {place}/model: L_ori {evaluation['loss']:.5f} on {evaluation['rows']} held-out rows")
@@ -36,10 +36,10 @@ def finetune(job: Job) -> None:
 
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
-    loop, place = job.recipe.vpred.loop, job.place("vpred")
+    loop, place = job.recipe.vpred.loop, job.url("vpred")
     held = "which is there already" if exists(f"{place}/{METRICS}") else "which is not there yet"
     return [
-        f"would fine-tune {job.recipe.model} to predict v on {job.place('latents')} for {loop.num_steps} "
+        f"would fine-tune {job.recipe.model} to predict v on {job.url('latents')} for {loop.num_steps} "
         f"steps of {loop.global_batch} rows, into {place} ({held}); not if it predicts v already"
     ]
 

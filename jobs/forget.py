@@ -132,9 +132,9 @@ def forget_rows(job: Job) -> None:
 
 def _leave(job: Job, receipt: DeletionReceipt) -> None:
     """Write the receipt and the settings that it names, and print it."""
-    write_once(job.place(f"settings/{receipt.settings[:16]}.json"), job.recipe.to_json().encode())
+    write_once(job.url(f"settings/{receipt.settings[:16]}.json"), job.recipe.to_json().encode())
     text = receipt_text(receipt.to_json())
-    place = job.place(f"forgotten/receipts/{receipt_name(text)}")
+    place = job.url(f"forgotten/receipts/{receipt_name(text)}")
     write_once(place, text.encode())
     for line in receipt.lines():
         print(f"  {line}")
@@ -177,7 +177,7 @@ def _asked(job: Job) -> list[RequestFile]:
     """The files of the request, read; a mistake in one is told with its option."""
     asked = []
     for kind in ENTRY_KINDS:
-        for path in job.asked[kind]:
+        for path in job.options[kind]:
             try:
                 entries = read_entries(path, kind=kind)
             except DeletionRequestError as error:
@@ -247,13 +247,13 @@ def _placed(files: RunFiles, paths: Sequence[str]) -> list[str]:
 
 
 def _erases(job: Job) -> bool:
-    return bool(job.asked["erase"] or job.asked["erase_pinned"])
+    return bool(job.options["erase"] or job.options["erase_pinned"])
 
 
 def _stops(job: Job, descendants: Lineage) -> str:
     """Why nothing is erased, if it was asked for."""
     needed = [pin for pin in descendants.trainings if not pin.finished]
-    if not needed or not job.asked["erase"] or job.asked["erase_pinned"]:
+    if not needed or not job.options["erase"] or job.options["erase_pinned"]:
         return ""
     named = ", ".join(f"{pin.place} (at {pin.table} version {pin.version})" for pin in needed)
     return (

@@ -35,7 +35,7 @@ def generate(job: Job) -> None:
         teacher=recipe.model,
         captions=captions,
         source=recipe.captions.name,
-        url=job.place("pairs"),
+        url=job.url("pairs"),
         origin=job.origin({"captions": parent, "model": recipe.model}),
         run=runner(recipe.cluster),
         on_progress=show_progress(job.verb),
@@ -50,7 +50,7 @@ def captions_for(job: Job) -> tuple[list[Caption | Rejection], dict[str, Any]]:
     """
     wanted, forgotten = job.recipe.captions, deletion_list_of(job).read()
     if wanted.url is None:
-        table = open_table(job.place("latents"), kind="latents")
+        table = open_table(job.url("latents"), kind="latents")
         return withhold_deleted(captions_of(table, limit=wanted.limit), forgotten), table.lineage()
     listed = islice(read_captions(wanted.url, CaptionSettings()), wanted.limit)
     return withhold_deleted(listed, forgotten), {"list": wanted.url}
@@ -58,11 +58,11 @@ def captions_for(job: Job) -> tuple[list[Caption | Rejection], dict[str, Any]]:
 
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
-    place, wanted = job.place("pairs"), job.recipe.captions
+    place, wanted = job.url("pairs"), job.recipe.captions
     held = f"{open_table(place).num_rows} rows are committed" if is_table(place) else "a new table"
     generation = job.recipe.pairs.generation
     return [
-        f"would draw the captions of {wanted.url or job.place('latents')} {job.recipe.pairs.draws} times, "
+        f"would draw the captions of {wanted.url or job.url('latents')} {job.recipe.pairs.draws} times, "
         f"{generation.steps} steps at guidance {generation.guidance}, into {place} ({held})"
     ]
 

@@ -68,7 +68,7 @@ def measure(job: Job) -> None:
 
 def efficiency_url(job: Job) -> str:
     """The run's file."""
-    return job.place(f"efficiency/{job.recipe.efficiency.name}.json")
+    return job.url(f"efficiency/{job.recipe.efficiency.name}.json")
 
 
 def preview(job: Job) -> list[str]:

@@ -52,7 +52,7 @@ def measure(job: Job) -> None:
         on_turn=lambda turn: print(f"  {turn} of {settings.turns} turns", flush=True),
     )
     for kind, chart in breakdown_charts(told).items():
-        replace_object(job.place(f"latency/{settings.name}-{kind}.svg"), standalone_svg(chart))
+        replace_object(job.url(f"latency/{settings.name}-{kind}.svg"), standalone_svg(chart))
     replace_object(place, json.dumps(told, indent=1).encode())
     for name, unet in told["unets"].items():
         print(

@@ -94,8 +94,8 @@ def _plan(options: argparse.Namespace) -> None:
         "compared": [{**asdict(one), "ratio": one.ratio} for one in compared],
     }
     text = json.dumps(values, indent=1, allow_nan=False)
-    replace_object(job.place("plan.json"), f"{text}\n".encode())
-    print(f"\n{job.place('plan.json')}")
+    replace_object(job.url("plan.json"), f"{text}\n".encode())
+    print(f"\n{job.url('plan.json')}")
 
 
 def _as_option(error: SettingsError) -> str:
@@ -105,7 +105,7 @@ def _as_option(error: SettingsError) -> str:
 
 def _probed(job: Job, settings: PlanSettings, *, sizes: ModelSizes) -> Rates:
     """What a probe measured in this run's folder, or measures now."""
-    place = job.place("rates.json")
+    place = job.url("rates.json")
     if exists(place):
         try:
             return Rates.parse(json.loads(read_bytes(place)))

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(job: Job) -> None:
     """Write the page and the figures, then hold the pictures to the floor."""
     content, metrics = collect(job)
-    page, figures = job.place("report/index.html"), job.place("metrics.json")
+    page, figures = job.url("report/index.html"), job.url("metrics.json")
     replace_object(page, render_report(content).encode())
     replace_object(figures, (json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
     print(f"  open {page}")
@@ -44,7 +44,7 @@ def report(job: Job) -> None:
 
 def preview(job: Job) -> list[str]:
     """What would be written."""
-    return [f"would write {job.place('report/index.html')} and {job.place('metrics.json')}"]
+    return [f"would write {job.url('report/index.html')} and {job.url('metrics.json')}"]
 
 
 if __name__ == "__main__":

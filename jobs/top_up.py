@@ -70,7 +70,7 @@ def within_quota(job: Job) -> Job:
 def table_of(job: Job) -> str:
     """The table that the step appends to."""
     setting = _step(job).setting
-    return job.place(job.recipe.source.table if setting == "latents" else setting)
+    return job.url(job.recipe.source.table if setting == "latents" else setting)
 
 
 def preview(job: Job) -> list[str]:

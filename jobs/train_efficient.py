@@ -30,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_efficient(job: Job) -> None:
     """Make the run's efficient model; one that is there already is left."""
-    settings, place = job.recipe.efficient, job.place("efficient")
-    begin = job.source(settings.begin)
+    settings, place = job.recipe.efficient, job.url("efficient")
+    begin = job.resolve(settings.begin)
     origin = own_architecture(begin)
-    architecture = named_architecture(job.source(settings.architecture), of=origin)
-    first = with_architecture(begin, architecture, url=job.place("efficient-first"))
+    architecture = named_architecture(job.resolve(settings.architecture), of=origin)
+    first = with_architecture(begin, architecture, url=job.url("efficient-first"))
     metrics = train_in_run(job, settings.training, model=first, place=place, further=True)
     sizes = [costs_of(one).whole.parameters for one in (origin, architecture)]
     print(
@@ -45,12 +45,12 @@ def train_efficient(job: Job) -> None:
 
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
-    settings, place = job.recipe.efficient, job.place("efficient")
+    settings, place = job.recipe.efficient, job.url("efficient")
     loop = settings.training.loop
     held = "which is there already" if exists(f"{place}/{METRICS}") else "which is not there yet"
     return [
-        f"would give {job.source(settings.begin)} the architecture {job.source(settings.architecture)} and "
-        f"train it on {job.place('latents')} for {loop.num_steps} steps of {loop.global_batch} rows, into "
+        f"would give {job.resolve(settings.begin)} the architecture {job.resolve(settings.architecture)} and "
+        f"train it on {job.url('latents')} for {loop.num_steps} steps of {loop.global_batch} rows, into "
         f"{place} ({held})"
     ]
 

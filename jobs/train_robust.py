@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_robust(job: Job) -> None:
     """Make the run's robust model; one that is there already is left."""
-    settings, place = job.recipe.robust, job.place("robust")
-    model = job.source(settings.begin)
+    settings, place = job.recipe.robust, job.url("robust")
+    model = job.resolve(settings.begin)
     metrics = train_in_run(job, settings.training, model=model, place=place, further=True)
     evaluation = metrics["evaluation"]
     print(
@@ -38,11 +38,11 @@ def train_robust(job: Job) -> None:
 
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
-    settings, place = job.recipe.robust, job.place("robust")
+    settings, place = job.recipe.robust, job.url("robust")
     loop, skip = settings.training.loop, settings.training.skip
     held = "which is there already" if exists(f"{place}/{METRICS}") else "which is not there yet"
     return [
-        f"would train {job.source(settings.begin)} on {job.place('latents')} for {loop.num_steps} steps of "
+        f"would train {job.resolve(settings.begin)} on {job.url('latents')} for {loop.num_steps} steps of "
         f"{loop.global_batch} rows, each without a cross-attention block with probability {skip.attention:g} "
         f"and a ResNet block with {skip.resnet:g}, into {place} ({held})"
     ]

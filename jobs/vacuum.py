@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def vacuum(job: Job) -> None:
     """List, table by table; delete if that is asked."""
-    for line in _lines(job, deletes=job.asked["delete"]):
+    for line in _lines(job, deletes=job.options["delete"]):
         print(line)
 
 

@@ -66,8 +66,8 @@ def remake_for(job: Job, table: Snapshot) -> Recompute:
         return samples.recomputer(
             table,
             settings=recipe.evaluation.samples,
-            model=there.source(drew.model or recipe.model),
-            decoder=drew.decoder and there.source(drew.decoder),
+            model=there.resolve(drew.model or recipe.model),
+            decoder=drew.decoder and there.resolve(drew.decoder),
         )
     if table.identity["kind"] == "references":
         wanted = recipe.evaluation

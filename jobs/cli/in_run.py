@@ -56,7 +56,7 @@ def train_in_run(
     return finetune_vpred(
         resolve_training(settings, job),
         model=model,
-        latents_url=job.place("latents"),
+        latents_url=job.url("latents"),
         out_url=place,
         further=further,
         on_report=show_reports(),
@@ -70,5 +70,5 @@ def resolve_training(settings: VpredSettingsT, job: Job) -> VpredSettingsT:
 
 def resolve_validation(settings: ValidationSettings, job: Job) -> ValidationSettings:
     """The settings with references that lie in the job's run where they are."""
-    references = settings.references and job.source(settings.references)
+    references = settings.references and job.resolve(settings.references)
     return settings.model_copy(update={"references": references})

@@ -24,7 +24,7 @@ def row_filters(job: Job) -> list[RowFilter]:
 
 def deletion_list_of(job: Job) -> DeletionList:
     """What this run was asked to forget, which need not be anything."""
-    return DeletionList(job.place("forgotten"))
+    return DeletionList(job.url("forgotten"))
 
 
 def latents_row_filters(job: Job) -> list[RowFilter]:
@@ -37,7 +37,7 @@ def latents_row_filters(job: Job) -> list[RowFilter]:
     settings = job.recipe.deduplication
     if not settings.use:
         return vetoes
-    place = job.place(settings.table)
+    place = job.url(settings.table)
     if not is_table(place):
         raise TableError(
             f"{place} is not there, and deduplication.use is set: run jobs.find_duplicates first"
@@ -64,24 +64,24 @@ def latents_row_filters(job: Job) -> list[RowFilter]:
 def teacher_and_student(job: Job) -> tuple[str, str]:
     """Where the teacher and the student's first weights are."""
     settings = job.recipe.distill
-    made = exists(job.place(f"vpred/{METRICS}"))
+    made = exists(job.url(f"vpred/{METRICS}"))
     default = "run:vpred/model" if made else job.recipe.model
     teacher = settings.teacher or default
-    return job.source(teacher), job.source(settings.student or teacher)
+    return job.resolve(teacher), job.resolve(settings.student or teacher)
 
 
 def distillation_table_url(job: Job) -> str:
     """The table that the student is taught from."""
     if job.recipe.distill.table is not None:
-        return job.source(job.recipe.distill.table)
-    return job.place("latents" if job.recipe.distill.targets == "online" else "targets")
+        return job.resolve(job.recipe.distill.table)
+    return job.url("latents" if job.recipe.distill.targets == "online" else "targets")
 
 
 def shards_url(job: Job) -> str:
     """The recipe's shards, or else those rendered into the run."""
-    return job.recipe.source.url or job.place("shards")
+    return job.recipe.source.url or job.url("shards")
 
 
 def latency_table_url(job: Job) -> str:
     """The file of the run's table."""
-    return job.place(f"latency/{job.recipe.latency.name}.json")
+    return job.url(f"latency/{job.recipe.latency.name}.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,41 +24,38 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a job was asked to do.
+    """A job and its run.
 
     Attributes:
         verb: its name.
         recipe: the resolved settings.
-        out: folder or URL of the run; every job reads its parents there and writes one thing beside them.
-        target: what a job that takes an argument was pointed at; else empty.
-        asked: what its own options say, where it has some.
+        out: folder or URL of the run; every job reads its inputs there and writes one output beside them.
+        target: the positional argument of a job that takes one; else empty.
+        options: the parsed command line, with the job's own options.
     """
 
     verb: str
     recipe: Recipe
     out: str
     target: str = ""
-    asked: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def origin(self, parents: Mapping[str, Any]) -> dict[str, Any]:
-        """What this job writes beside the units it commits."""
+        """Origin that this job records with the units it commits."""
         return {"recipe": self.recipe.name, "settings": self.recipe.digest(), "parents": dict(parents)}
 
-    def place(self, name: str) -> str:
-        """Where `name` lies in this run."""
+    def url(self, name: str) -> str:
+        """URL of `name` in this run."""
         return f"{self.out}/{name}"
 
-    def source(self, name: str) -> str:
-        """A model's or table's source; after "run:" it is a place in this run, as in run:student-8/raw.
-
-        "recipe:model" is the recipe's own model.
-        """
-        if name == RECIPE_MODEL:
+    def resolve(self, source: str) -> str:
+        """URL of a source: "run:student-8/raw" lies in this run, "recipe:model" is the recipe's model."""
+        if source == RECIPE_MODEL:
             return self.recipe.model
-        return self.place(name.removeprefix(RUN_PREFIX)) if name.startswith(RUN_PREFIX) else name
+        return self.url(source.removeprefix(RUN_PREFIX)) if source.startswith(RUN_PREFIX) else source
 
-    def quotable(self, text: str) -> str:
-        """JSON text with places in this run told as such ("run:..."): it is read where the run is not."""
+    def with_run_prefix(self, text: str) -> str:
+        """JSON text with URLs in this run written as "run:...", to be read where the run is not."""
         return text.replace(f'"{absolute_url(self.out)}/', f'"{RUN_PREFIX}')
 
 
@@ -77,22 +74,19 @@ def run(
     writes: bool = True,
     options: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> int:
-    """Parse the options, carry out `body` (or, with --dry-run, print `preview`) and return the exit code.
+    """Parse the command line, run `body` (or with --dry-run print `preview`) and return the exit code.
 
-    `target` is the name of a positional argument. A job that looks at one thing and `writes` none needs it;
-    for another the recipe says what is taken if it is left out. `options` adds options of its own, which
-    `Job.asked` then has.
+    Args:
+        verb: name of the job.
+        body: the work.
+        preview: lines that describe it.
+        about: the module's docstring, whose first paragraph is the help text.
+        argv: arguments; None takes the process's own.
+        target: name of a positional argument, required unless the job `writes`; None for none.
+        writes: whether the job writes into the run, so that its settings are saved there.
+        options: adds options of the job's own, which `Job.options` then has.
     """
-    parser = OneLineParser(prog=f"python -m jobs.{verb}", description=(about or "").split("\n\n")[0])
-    parser.add_argument("--recipe", default="mini", help=f"one of {', '.join(RECIPES)} (default: mini)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a setting, as in pairs.draws=4",
-    )
-    parser.add_argument("--out", default="runs/demo", help="folder or URL of the run (default: runs/demo)")
+    parser = recipe_parser(verb, about=about, set_help="change a setting, as in pairs.draws=4")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     if target:
         parser.add_argument("target", metavar=target, nargs="?" if writes else None, default="")
@@ -103,15 +97,15 @@ def run(
         given = parser.options(argv)
         job = Job(
             verb=verb,
-            recipe=_resolve_recipe(given.recipe, given.set),
+            recipe=resolve_recipe(given.recipe, given.set),
             out=given.out.rstrip("/"),
             target=given.target.rstrip("/") if target else "",
-            asked=vars(given),
+            options=vars(given),
         )
         prepare_stores(job)
         if given.dry_run:
-            print(job.recipe.to_json())
-            print("\n".join([f"settings {job.recipe.digest()[:16]}", *preview(job)]))
+            lines = [job.recipe.to_json(), f"settings {job.recipe.digest()[:16]}", *preview(job)]
+            print("\n".join(lines))
             return
         if writes:
             _save_settings(job)
@@ -120,7 +114,21 @@ def run(
     return run_guarded(verb, work)
 
 
-def _resolve_recipe(name: str, assignments: Sequence[str]) -> Recipe:
+def recipe_parser(verb: str, *, about: str | None, set_help: str) -> OneLineParser:
+    """A parser with the options --recipe, --set and --out."""
+    parser = OneLineParser(prog=f"python -m jobs.{verb}", description=(about or "").split("\n\n")[0])
+    parser.add_argument("--recipe", default="mini", help=f"one of {', '.join(RECIPES)} (default: mini)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
+    parser.add_argument("--out", default="runs/demo", help="folder or URL of the run (default: runs/demo)")
+    return parser
+
+
+def resolve_recipe(name: str, assignments: Sequence[str]) -> Recipe:
+    """A recipe with the assignments of --set.
+
+    Raises:
+        SettingsError: if there is no such recipe or setting, or a value is not accepted.
+    """
     recipe = recipe_named(name)
     try:
         return recipe.with_values(assignments)
@@ -129,7 +137,7 @@ def _resolve_recipe(name: str, assignments: Sequence[str]) -> Recipe:
 
 
 def prepare_stores(job: Job) -> None:
-    """Refuse secrets in the recipe, take up its credentials, and refuse stores that cannot be reached.
+    """Refuse secrets in the recipe, apply its credentials, and check that all stores can be accessed.
 
     Raises:
         SettingsError: for a secret.
@@ -148,23 +156,20 @@ def prepare_stores(job: Job) -> None:
 
 def _save_settings(job: Job) -> None:
     """Print the resolved settings and save them under their hash, before anything else is written."""
-    text = job.recipe.to_json()
     digest = job.recipe.digest()[:16]
-    place = job.place(f"settings/{digest}.json")
+    url = job.url(f"settings/{digest}.json")
     try:
-        write_once(place, text.encode())
+        write_once(url, job.recipe.to_json().encode())
     except StorageError as error:
         raise StorageError(f"--out {error}") from None
-    print(f"{job.verb}: recipe {job.recipe.name}, settings {digest}, saved as {place}")
-    for line in _flatten(job.recipe.to_values()):
-        print(f"  {line}")
+    print(f"{job.verb}: recipe {job.recipe.name}, settings {digest}, saved as {url}")
+    for key, value in _flatten(job.recipe.to_values()):
+        print(f"  {key} = {value}")
 
 
-def _flatten(values: dict[str, object], prefix: str = "") -> list[str]:
-    lines: list[str] = []
+def _flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in values.items():
         if isinstance(value, dict):
-            lines += _flatten(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
-            lines.append(f"{prefix}{key} = {value}")
-    return lines
+            yield f"{prefix}{key}", value

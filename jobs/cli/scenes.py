@@ -17,13 +17,13 @@ def render_scenes(job: Job) -> None:
         stop = min(start + source.scenes_per_shard, source.scenes)
         pictures = _images(start, stop, seed=source.seed)
         write_shard(
-            job.place("shards"),
+            job.url("shards"),
             pictures,
             index=index,
             extension="png",
             rows_per_shard=source.scenes_per_shard,
         )
-    print(f"  {source.scenes} scenes in {job.place('shards')}")
+    print(f"  {source.scenes} scenes in {job.url('shards')}")
 
 
 def _images(start: int, stop: int, *, seed: int) -> Iterator[ShardRow]:
@@ -35,4 +35,4 @@ def _images(start: int, stop: int, *, seed: int) -> Iterator[ShardRow]:
 
 def preview(job: Job) -> list[str]:
     """What would be written."""
-    return [f"would render {job.recipe.source.scenes} scenes to {job.place('shards')}"]
+    return [f"would render {job.recipe.source.scenes} scenes to {job.url('shards')}"]

@@ -75,11 +75,11 @@ def actual_of(job: Job, stage: PlannedStage, *, steps: Mapping[str, float]) -> A
         return Actual(seconds=steps[stage.verb], what="step")
     if stage.verb == "distill_steps" and stage.name == job.recipe.distill.name and stage.verb in steps:
         return Actual(seconds=steps[stage.verb], what="step")
-    place = job.place(_TRAININGS.get(stage.verb, stage.name))
+    place = job.url(_TRAININGS.get(stage.verb, stage.name))
     if stage.verb in (*_TRAININGS, "distill_steps") and exists(f"{place}/{METRICS}"):
         seconds = json.loads(read_bytes(f"{place}/{METRICS}")).get("seconds")
         return None if seconds is None else Actual(seconds=float(seconds), what="training")
-    table = job.place(_TABLES.get(stage.verb, ""))
+    table = job.url(_TABLES.get(stage.verb, ""))
     if stage.verb in _TABLES and is_table(table):
         seconds = [record["seconds"] for record in unit_records(table)]
         if seconds and None not in seconds:
@@ -92,7 +92,7 @@ def recorded_steps(job: Job) -> dict[str, float]:
 
     Whatever settings they were made with: those that change no row have another hash too.
     """
-    place = job.place(STEPS)
+    place = job.url(STEPS)
     if not exists(place):
         return {}
     filesystem, path = fsspec.core.url_to_fs(place)

@@ -194,7 +194,7 @@ def _rows(job: Job, *, sizes: ModelSizes, found: _Found) -> None:
         model=recipe.model,
         shards=shards,
         source="probe",
-        url=job.place("latents"),
+        url=job.url("latents"),
         run=_timed(times, results=_UNITS),
     )
     if not table.num_rows:

@@ -147,7 +147,7 @@ class Workload:
     @cached_property
     def efficient(self) -> Architecture:
         """The architecture of the efficient UNet."""
-        name = self.job.source(self.job.recipe.efficient.architecture)
+        name = self.job.resolve(self.job.recipe.efficient.architecture)
         return named_architecture(name, of=self.sizes.architecture)
 
     @cached_property

@@ -73,14 +73,14 @@ _SIDE = 256
 
 def collect(job: Job) -> tuple[ReportContent, dict[str, Any]]:
     """The content of the page, and the figures as plain values for metrics.json."""
-    tables = {name: open_table(job.place(name)) for name in ("latents", "pairs") if is_table(job.place(name))}
-    student_place = job.place(job.recipe.distill.name)
+    tables = {name: open_table(job.url(name)) for name in ("latents", "pairs") if is_table(job.url(name))}
+    student_place = job.url(job.recipe.distill.name)
     student = read_json(f"{student_place}/{METRICS}")
     fewer_steps, drawn = None, None
     if student and job.recipe.oracle_floor:
         fewer_steps, drawn = sample_side_by_side(student, place=student_place)
-    decoder = read_json(job.place(f"decoder/{METRICS}"))
-    mobile = read_json(job.place(f"mobile/{MANIFEST}"))
+    decoder = read_json(job.url(f"decoder/{METRICS}"))
+    mobile = read_json(job.url(f"mobile/{MANIFEST}"))
     if mobile and mobile.get("format") != FORMAT_VERSION:
         mobile = None  # an earlier release's, which had the decoder alone
     anatomies = _breakdowns(job)
@@ -173,9 +173,9 @@ def read_json(place: str) -> dict[str, Any] | None:
 
 def _breakdowns(job: Job) -> tuple[LatencyBreakdown, ...]:
     """Of each latency file that has UNets in it; a bare table, as of a phone, says nothing of one."""
-    filesystem, folder = fsspec.core.url_to_fs(job.place("latency"))
+    filesystem, folder = fsspec.core.url_to_fs(job.url("latency"))
     names = sorted(PurePosixPath(path).name for path in filesystem.glob(f"{folder}/*.json"))
-    files = [json.loads(read_bytes(job.place(f"latency/{name}"))) for name in names]
+    files = [json.loads(read_bytes(job.url(f"latency/{name}"))) for name in names]
     return tuple(breakdown_of(told) for told in files if told.get("unets"))
 
 
@@ -232,7 +232,7 @@ def _comparisons(job: Job, pairs: Snapshot, decoder: Mapping[str, Any]) -> tuple
     pinned = open_table(pairs.url, version=decoder["parents"]["pairs"]["version"])
     fraction = job.recipe.decoder.loader.held_out
     units = list(held_out_rows(pinned, ["caption", "latent"], fraction=fraction, limit=_COMPARED))
-    teacher, half = load(job.recipe.model), load_decoder(job.place("decoder"))
+    teacher, half = load(job.recipe.model), load_decoder(job.url("decoder"))
     compared = []
     for rows in units:
         latents = array_type(rows.schema.field("latent")).unpack(rows.column("latent").to_pylist())
@@ -250,7 +250,7 @@ def _phone(job: Job, mobile: Mapping[str, Any] | None) -> tuple[ImageComparison,
         return ()
 
     def picture(name: str, number: int) -> np.ndarray:
-        return from_png(read_bytes(job.place(f"mobile/{IMAGES}/{name}-{number}.png")))
+        return from_png(read_bytes(job.url(f"mobile/{IMAGES}/{name}-{number}.png")))
 
     compared = []
     for number, caption in enumerate(mobile["captions"][:_COMPARED]):
@@ -437,19 +437,19 @@ def _lineage(
         )
     commits += _efficient_commits(job, known=commits)
     if student:
-        commits += _student_commits(student, place=job.place(job.recipe.distill.name), known=commits)
+        commits += _student_commits(student, place=job.url(job.recipe.distill.name), known=commits)
     if decoder:
         commits.append(
             LineageNode(
                 name="DECODER",
                 kind="checkpoint",
-                place=job.place("decoder"),
+                place=job.url("decoder"),
                 identity=decoder["settings_hash"],
                 parents=("PAIRS", "TEACHER"),
             )
         )
     if mobile:
-        commits.append(_mobile_commit(mobile, place=job.place("mobile"), known=commits))
+        commits.append(_mobile_commit(mobile, place=job.url("mobile"), known=commits))
     return tuple(commits)
 
 
@@ -467,8 +467,8 @@ def _mobile_commit(mobile: Mapping[str, Any], *, place: str, known: Sequence[Lin
 
 def _efficient_commits(job: Job, *, known: Sequence[LineageNode]) -> list[LineageNode]:
     """The efficient model, and before it the one that gave it its weights, unless that is known."""
-    made = read_json(job.place(f"efficient/{METRICS}"))
-    made_of = read_json(job.place(f"efficient-first/{PROVENANCE}"))
+    made = read_json(job.url(f"efficient/{METRICS}"))
+    made_of = read_json(job.url(f"efficient-first/{PROVENANCE}"))
     if made is None or made_of is None:
         return []
     names = {commit.identity: commit.name for commit in known}
@@ -476,10 +476,10 @@ def _efficient_commits(job: Job, *, known: Sequence[LineageNode]) -> list[Lineag
     commits = []
     if origin not in names:
         names[origin] = "TEACHER OF STEPS"
-        place = job.source(job.recipe.efficient.begin)
+        place = job.resolve(job.recipe.efficient.begin)
         commits.append(LineageNode(name=names[origin], kind="model", place=place, identity=origin))
     parents = ("LATENTS", names[origin]) if "LATENTS" in names.values() else (names[origin],)
-    place = job.place("efficient")
+    place = job.url("efficient")
     weights = load(place).fingerprint()
     return [
         *commits,

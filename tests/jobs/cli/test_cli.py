@@ -136,7 +136,7 @@ def test_exit_codes_tell_a_mistake_from_a_failure(error, code, capsys):
 
 
 def test_a_command_ends_with_its_code_and_all_it_said():
-    script = "from jobs.runtime.exit_codes import leave; print('said'); leave(3)"
+    script = "from jobs.runtime.exit_codes import exit_process; print('said'); exit_process(3)"
     ended = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (3, "said\n")
 

@@ -10,7 +10,7 @@ import pytest
 
 WORK = """
 import sys, time
-from jobs.exits import guarded, leave
+from jobs.runtime.exit_codes import exit_process, run_guarded
 def work():
     try:
         print("working", flush=True)
@@ -18,7 +18,7 @@ def work():
     finally:
         print("unwinding", flush=True)
         time.sleep({unwinding})
-leave(guarded("verb", work))
+exit_process(run_guarded("verb", work))
 """
 
 
@@ -48,7 +48,7 @@ def test_a_signal_unwinds_the_work_and_is_told_in_one_line(number, code, how):
 def test_after_the_line_of_a_stopped_command_nobody_says_more():
     noisy = """
 import os, signal, sys, types
-from jobs.exits import guarded, leave
+from jobs.runtime.exit_codes import exit_process, run_guarded
 def complain():
     os.write(2, b"(raylet) an actor is dead\\n")
     print("dead, too", flush=True)
@@ -61,7 +61,7 @@ def work():
     print("working", flush=True)
     if sys.argv[1] == "stop":
         os.kill(os.getpid(), signal.SIGTERM)
-leave(guarded("verb", work))
+exit_process(run_guarded("verb", work))
 """
     said = {
         how: subprocess.run(
@@ -90,7 +90,7 @@ def test_a_second_signal_ends_it_where_it_stands(second):
 def test_an_interrupt_that_is_lost_ends_the_work_all_the_same():
     lost = """
 import signal, time
-import jobs.exits
+import jobs.runtime.exit_codes as exit_codes
 jobs.runtime.exit_codes._UNWIND_SECONDS = 0.3
 def work():
     print("working", flush=True)
@@ -130,9 +130,9 @@ def test_what_ignores_ctrl_c_still_hears_sigterm():
 def test_signals_are_the_callers_again_afterwards():
     script = """
 import signal
-from jobs.exits import guarded
+from jobs.runtime.exit_codes import run_guarded
 before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-assert guarded("verb", lambda: None) == 0
+assert run_guarded("verb", lambda: None) == 0
 assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 """
     subprocess.run([sys.executable, "-c", script], check=True)
