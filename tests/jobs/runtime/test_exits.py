@@ -91,14 +91,14 @@ def test_an_interrupt_that_is_lost_ends_the_work_all_the_same():
     lost = """
 import signal, time
 import jobs.runtime.exit_codes as exit_codes
-jobs.runtime.exit_codes._UNWIND_SECONDS = 0.3
+exit_codes._UNWIND_SECONDS = 0.3
 def work():
     print("working", flush=True)
     try:
         time.sleep(60)
     except KeyboardInterrupt:
         time.sleep(60)
-jobs.runtime.exit_codes.exit_process(jobs.runtime.exit_codes.run_guarded("verb", work))
+exit_codes.exit_process(exit_codes.run_guarded("verb", work))
 """
     process = subprocess.Popen(
         [sys.executable, "-c", lost], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
