@@ -113,7 +113,7 @@ class _Progress:
     def say(self, done: int) -> None:
         taken = (time.monotonic() - self._started) / (done - self._known)
         left = format_duration((self._parts - done) * taken)
-        self._line.say(f"{done} of {self._parts} parts, {left} left", last=done == self._parts)
+        self._line.show(f"{done} of {self._parts} parts, {left} left", last=done == self._parts)
 
 
 def source_label(model: Bundle) -> str:

@@ -1,4 +1,4 @@
-"""A command's options, whose mistakes are told in one line that begins with the option."""
+"""Parses a command's arguments, and reports a mistake in one line that begins with the option."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from snapfusion.settings import SettingsError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that raises SettingsError in place of printing its usage and leaving."""
+    """An argument parser that raises SettingsError instead of printing its usage and exiting."""
 
     def options(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """What `argv` says, or without it the command line.
+        """Parse `argv`, or the process's own arguments if it is None.
 
         Raises:
-            SettingsError: if it is not understood, or if there is a secret in it.
+            SettingsError: if an argument is not accepted, or holds a secret.
         """
-        words = list(sys.argv[1:] if argv is None else argv)
-        refuse_secrets_in_options(words)
-        return self.parse_args(words)
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        refuse_secrets_in_options(arguments)
+        return self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
-        """Say what was wrong; argparse's own word for an option is left out."""
+        """Raise the message without argparse's own prefix."""
         raise SettingsError(message.removeprefix("argument "))

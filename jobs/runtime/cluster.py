@@ -1,4 +1,4 @@
-"""The Ray cluster a job runs on: the one it was submitted to, or one of its own on this machine."""
+"""Connects a job to Ray: to the cluster it was submitted to, or to a local one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jobs.runtime.settings import ClusterSettings
 from pipelines.ray_data.execution import PipelineStage, Runner, run_on_ray
 from pipelines.ray_data.shuffle import RayRows, Read, read_on_ray
 
-# Two cores carry a reader, a network, a writer and a trainer: logical CPUs only say who may run beside whom.
+# Logical CPUs only decide which actors run at once: two cores carry reader, network, writer and trainer.
 _MIN_CPUS = 4
 
 _QUIET_VARIABLES = {
@@ -32,23 +32,23 @@ _QUIET_VARIABLES = {
 
 
 def runner(cluster: ClusterSettings) -> Runner:
-    """`run_on_ray` on this cluster, to which it connects only if there is something to run."""
+    """`run_on_ray` on this cluster, connecting only if there is something to run."""
 
     def run(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[Any]:
-        waiting = list(items)
-        if waiting:
+        pending = list(items)
+        if pending:
             connect(cluster)
-            yield from run_on_ray(waiting, stages)
+            yield from run_on_ray(pending, stages)
 
     return run
 
 
 def reader(cluster: ClusterSettings) -> Read:
-    """`read_on_ray` on this cluster, to which it connects only if there is something to read."""
+    """`read_on_ray` on this cluster, connecting only if something is read."""
 
-    def read(things: Sequence[Any], function: Callable[[Any], pa.Table]) -> RayRows:
+    def read(items: Sequence[Any], function: Callable[[Any], pa.Table]) -> RayRows:
         connect(cluster)
-        return read_on_ray(things, function)
+        return read_on_ray(items, function)
 
     return read
 
@@ -61,7 +61,7 @@ def connect(cluster: ClusterSettings) -> None:
     for name, value in _QUIET_VARIABLES.items():
         os.environ.setdefault(name, value)
     if not address and not cluster.worker_logs:
-        # Its C++ core announces on every pool of actors what would be wrong if their arguments got lost.
+        # Ray's C++ core logs a warning on lost actor arguments for every pool of actors, where none are lost.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -72,7 +72,7 @@ def connect(cluster: ClusterSettings) -> None:
 
 def _init(address: str | None, *, cpus: int, worker_logs: bool) -> None:
     ray.init(
-        # Without "local" Ray would join whatever cluster it finds on this machine.
+        # Without "local" Ray would join any cluster that runs on this machine.
         address=address or "local",
         num_cpus=None if address else cpus,
         include_dashboard=None if address else False,
@@ -85,7 +85,7 @@ def _init(address: str | None, *, cpus: int, worker_logs: bool) -> None:
 
 @contextmanager
 def _preserve_sigterm() -> Iterator[None]:
-    """Ray takes SIGTERM for itself, twice: Python's, and below it its core, which prints its own stack."""
+    """Restore the handler of SIGTERM, which Ray replaces in Python and in its core (which prints a stack)."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield

@@ -1,8 +1,8 @@
-"""Who this job is to an object store: environment variables, or a file of them that lies on every node.
+"""Credentials for object stores: environment variables, or a file of them on every node.
 
-All clients here read the same variables, so there they are put, before any store is asked for anything. A
-recipe has the place of the file and never what is in it. Nor has anything that Ray keeps or shows: workers of
-a local cluster inherit the driver's environment, and those of another read the file on their own node.
+All clients read the same variables, so they are set before any store is accessed. A recipe has the path of
+the file and never its content. Neither has anything that Ray keeps or shows: workers of a local cluster
+inherit the driver's environment, and those of another read the file on their own node.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CREDENTIAL_VARIABLES: Final = (
     "AZURE_STORAGE_CLIENT_SECRET",
     "AZURE_STORAGE_TENANT_ID",
 )
-"""What a file of credentials may set: what fsspec's client of the store and Delta Lake's both read."""
+"""Variables that a file may set: those that fsspec's client of the store and Delta Lake's both read."""
 
 _FILE_VARIABLE: Final = "SNAPFUSION_CREDENTIALS"
 _PUBLIC_VARIABLES: Final = ("AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP", "AWS_DEFAULT_REGION", "AWS_REGION")
@@ -36,11 +36,11 @@ _MAX_BYTES: Final = 1 << 16
 
 
 class CredentialsError(ValueError):
-    """A file of credentials that cannot be used; the message says where and why, and nothing else of it."""
+    """A file of credentials that cannot be used; the message names file, line and fault, and no value."""
 
 
 def apply_storage(storage: StorageSettings) -> None:
-    """Put what the recipe says of stores into this process's environment, and so into what it starts.
+    """Export the recipe's storage settings to the environment of this process and its children.
 
     Raises:
         CredentialsError: if the file cannot be used.
@@ -57,12 +57,12 @@ def apply_storage(storage: StorageSettings) -> None:
 
 
 def worker_runtime_env(variables: Mapping[str, str]) -> dict[str, Any]:
-    """The `runtime_env` with these variables by which workers on other nodes reach the same stores.
+    """A `runtime_env` with these variables, by which workers on other nodes access the same stores.
 
-    It holds what all may see, since Ray shows it: where the store is, and where the file lies.
+    Ray shows it, so it holds only what everybody may see: endpoint, region and the path of the file.
     """
-    places = {name: os.environ[name] for name in (_FILE_VARIABLE, *_PUBLIC_VARIABLES) if name in os.environ}
-    public = {**variables, **places}
+    exported = {name: os.environ[name] for name in (_FILE_VARIABLE, *_PUBLIC_VARIABLES) if name in os.environ}
+    public = {**variables, **exported}
     if _FILE_VARIABLE not in public:
         return {"env_vars": public}
     hook = f"{apply_storage_in_worker.__module__}.{apply_storage_in_worker.__name__}"
@@ -72,8 +72,8 @@ def worker_runtime_env(variables: Mapping[str, str]) -> dict[str, Any]:
 def apply_storage_in_worker() -> None:
     """Read the file on a worker's own node; Ray calls this as each worker starts.
 
-    A file that cannot be used is told in the worker's log, and no more: a worker that ended here would be
-    started again, without end and without a word. What it then asks of the store is refused, and told.
+    A file that cannot be used is only logged: Ray would restart a worker that fails here, without end and
+    without a message. Its first access to a store then fails with one.
     """
     if _FILE_VARIABLE in os.environ:
         try:
@@ -83,11 +83,11 @@ def apply_storage_in_worker() -> None:
 
 
 def read_credentials(file: Path) -> dict[str, str]:
-    """The variables in a file of lines NAME=VALUE; blank ones and those that begin with # say nothing.
+    """Read the variables in a file of lines NAME=VALUE; blank lines and those that begin with # are skipped.
 
     Raises:
-        CredentialsError: if it is not there, not a file that its readers alone can read, or a line is not of
-            that form, sets a variable that no client of a store reads, or one that was set before.
+        CredentialsError: if there is no such file, everybody can read it, or a line is not of that form,
+            sets a variable that no client of a store reads, or sets one twice.
     """
     try:
         with file.open("rb") as opened:
@@ -105,18 +105,18 @@ def read_credentials(file: Path) -> dict[str, str]:
     values: dict[str, str] = {}
     for number, fault, name, value in _lines(data):
         if fault or name in values:
-            what = fault or "sets a variable that was set before"
+            what = fault or "sets a variable for the second time"
             raise CredentialsError(f"storage.credentials {file}, line {number}: {what}")
         values[name] = value
     if not values:
         raise CredentialsError(
-            f"storage.credentials {file} sets no variable; one of {', '.join(CREDENTIAL_VARIABLES)} is due"
+            f"storage.credentials {file} sets no variable; accepted are {', '.join(CREDENTIAL_VARIABLES)}"
         )
     return values
 
 
 def _lines(data: bytes) -> Iterator[tuple[int, str, str, str]]:
-    """Number, fault, name and value of each line that says something."""
+    """Number, fault, name and value of each line that is not skipped."""
     for number, line in enumerate(data.decode("utf-8", "replace").removeprefix("\ufeff").splitlines(), 1):
         text = line.strip()
         if not text or text.startswith("#"):
@@ -127,7 +127,7 @@ def _lines(data: bytes) -> Iterator[tuple[int, str, str, str]]:
         elif name not in CREDENTIAL_VARIABLES:
             yield (
                 number,
-                f"sets no variable that is read here; these are: {', '.join(CREDENTIAL_VARIABLES)}",
+                f"sets no variable that is read here; accepted are {', '.join(CREDENTIAL_VARIABLES)}",
                 "",
                 "",
             )
@@ -138,7 +138,7 @@ def _lines(data: bytes) -> Iterator[tuple[int, str, str, str]]:
 
 
 def _export(values: Mapping[str, str]) -> None:
-    """Be who the file says, and nobody else: what the environment says of the same stores goes."""
+    """Export a file's variables, and remove others of the same stores, so that identities do not mix."""
     stores = {name.partition("_")[0] for name in values}
     for name in CREDENTIAL_VARIABLES:
         if name.partition("_")[0] in stores:

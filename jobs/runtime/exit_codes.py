@@ -1,4 +1,4 @@
-"""How a command ends: one line for what went wrong, and an exit code.
+"""Ends a command with one line for what went wrong, and an exit code.
 
 0 done, 1 the work failed (a second try may help), 2 the request cannot be carried out as it stands, 130
 interrupted (Ctrl-C), 143 terminated (SIGTERM, as from `ray job stop` and from Kubernetes).
@@ -16,31 +16,26 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _UNWIND_SECONDS = 10.0
-_SIGNAL_WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 def run_guarded(verb: str, work: Callable[[], None]) -> int:
-    """Carry out `work`; whatever goes wrong is said in one line, and told in the exit code.
+    """Run `work`; print what goes wrong in one line, and return the exit code.
 
-    The first Ctrl-C or SIGTERM unwinds `work`, for so many seconds; the second ends the process where it
-    stands.
+    The first Ctrl-C or SIGTERM unwinds `work`, for at most `_UNWIND_SECONDS`; the second ends the process
+    at once.
     """
-    with _catch_signals(verb) as heard:
+    with _catch_signals(verb) as caught:
         try:
             work()
         except KeyboardInterrupt:
-            return (
-                _exit_code_of_signal(verb, heard[0], ending=True)
-                if heard
-                else _exit_code_of_signal(verb, signal.SIGINT)
-            )
+            return _end_by(caught[0], verb) if caught else _end_by(signal.SIGINT, verb, silence=False)
         except SystemExit as leaving:
-            # Ray's own answer to SIGTERM, which is in force while it connects.
+            # Ray's own handler of SIGTERM, which is in force while Ray connects.
             if leaving.code != signal.SIGTERM:
                 raise
-            return _exit_code_of_signal(verb, signal.SIGTERM, ending=True)
+            return _end_by(signal.SIGTERM, verb)
         except Exception as error:
             cause = _root_cause(error)
             if not isinstance(cause, ValueError) and not _is_ours(cause):
@@ -50,74 +45,71 @@ def run_guarded(verb: str, work: Callable[[], None]) -> int:
     return 0
 
 
-def _exit_code_of_signal(verb: str, number: int, *, ending: bool = False) -> int:
-    """The line of a stopped command; of a process that is `ending`, nothing behind it.
-
-    What the work held is let go of afterwards, and Ray may complain of the very actors that it then ends.
-    """
+def _end_by(number: int, verb: str, *, silence: bool = True) -> int:
     _print_last(_signal_message(verb, number))
-    if ending:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+    if silence:
+        # Actors are released only after this line, and Ray complains of the very actors that it then ends.
+        null = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):
-            os.dup2(nowhere, descriptor)
+            os.dup2(null, descriptor)
     return 128 + number
 
 
 def _print_last(line: str) -> None:
-    """Behind all that was printed so far, which a pipe may still wait for."""
+    """Print to stderr after everything on stdout, which may be closed."""
     with suppress(BrokenPipeError):
         sys.stdout.flush()
     print(line, file=sys.stderr, flush=True)
 
 
 def _signal_message(verb: str, number: int) -> str:
-    return f"{verb}: {_SIGNAL_WORDS[signal.Signals(number)]}; run the same command again to go on"
+    return f"{verb}: {_SIGNALS[signal.Signals(number)]}; run the same command again to go on"
 
 
 @contextmanager
 def _catch_signals(verb: str) -> Iterator[list[int]]:
-    """Which signals came that ask to stop; the first is raised as KeyboardInterrupt."""
-    heard: list[int] = []
+    """Numbers of the signals received; the first is raised as KeyboardInterrupt."""
+    caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield heard  # Python lets no other thread decide about signals
+        yield caught  # Python lets only the main thread set signal handlers.
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
-    # What is ignored stays so, as Ctrl-C is by what a shell started in its background.
+    # An ignored signal stays ignored, as Ctrl-C is for what a shell starts in its background.
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-    over = threading.Event()
+    ended = threading.Event()
 
-    def heed(number: int, _frame: FrameType | None) -> None:
-        heard.append(number)
+    def handle(number: int, _frame: FrameType | None) -> None:
+        caught.append(number)
         for each in before:
             signal.signal(each, signal.SIG_DFL)
-        over.set()
+        ended.set()
         raise KeyboardInterrupt
 
-    def see_to_it() -> None:
-        # An exception that is raised anywhere may be lost in a destructor, or leave a lock locked.
-        over.wait()
-        if heard:
+    def enforce() -> None:
+        # An exception raised in a signal handler may be lost in a destructor, or leave a lock locked.
+        ended.wait()
+        if caught:
             time.sleep(_UNWIND_SECONDS)
-            os.write(2, f"{_signal_message(verb, heard[0])}\n".encode())
-            os._exit(128 + heard[0])
+            os.write(2, f"{_signal_message(verb, caught[0])}\n".encode())
+            os._exit(128 + caught[0])
 
-    threading.Thread(target=see_to_it, name="stopping", daemon=True).start()
+    threading.Thread(target=enforce, name="stopping", daemon=True).start()
     for number in before:
-        signal.signal(number, heed)
+        signal.signal(number, handle)
     try:
-        yield heard
+        yield caught
     finally:
-        over.set()
-        if not heard:
+        ended.set()
+        if not caught:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
 def exit_process(code: int) -> NoReturn:
-    """End the process with this exit code, and at once.
+    """End the process with this exit code, without running destructors.
 
-    Now and then a process that ends in the ordinary way soon after it read a Delta table is aborted by the
-    native threads of its libraries, and a job whose work is committed would count as failed.
+    A process that ends normally soon after it read a Delta table is sometimes aborted by native threads of
+    its libraries, and a job whose work is committed would count as failed.
     """
     ray = sys.modules.get("ray")
     if ray is not None:
@@ -128,14 +120,14 @@ def exit_process(code: int) -> NoReturn:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """What our code raised, maybe inside a worker: without the layers that Ray puts round it."""
-    seen = error
-    while not _is_ours(seen):
-        inner = getattr(seen, "cause", None) or seen.__cause__
+    """The exception that our code raised, maybe in a worker, without the ones that Ray wraps around it."""
+    cause = error
+    while not _is_ours(cause):
+        inner = getattr(cause, "cause", None) or cause.__cause__
         if not isinstance(inner, BaseException):
             break
-        seen = inner
-    return seen
+        cause = inner
+    return cause
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""One line that says how far a job is: rewritten on a terminal, repeated every few seconds elsewhere."""
+"""Shows a job's progress in one line: rewritten on a terminal, repeated every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class StatusLine:
-    """Says where something stands, and leaves the last word standing."""
+    """A line of status; its last text stays."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._out = stream or sys.stdout
         self._on_terminal = self._out.isatty()
-        self._said = 0.0
+        self._shown = 0.0
 
-    def say(self, text: str, *, last: bool) -> None:
-        """Show `text`; off a terminal only now and then, unless it is the last."""
+    def show(self, text: str, *, last: bool) -> None:
+        """Show `text`; off a terminal only every few seconds, unless it is the last."""
         now = time.monotonic()
         if self._on_terminal:
             self._out.write(f"\r\x1b[K  {text}" + ("\n" if last else ""))
-        elif last or now - self._said >= _SECONDS_BETWEEN_LINES:
+        elif last or now - self._shown >= _SECONDS_BETWEEN_LINES:
             self._out.write(f"  {text}\n")
-            self._said = now
+            self._shown = now
         self._out.flush()
 
 
@@ -38,26 +38,26 @@ def show_progress(verb: str) -> OnProgress:
     def on_progress(progress: CommitProgress) -> None:
         meter(progress)
         last = progress.total is not None and progress.rows >= progress.total
-        line.say(f"{verb}: {format_progress(progress)}", last=last)
+        line.show(f"{verb}: {format_progress(progress)}", last=last)
 
     return on_progress
 
 
 def format_progress(progress: CommitProgress) -> str:
-    """Rows, rate, time left and rejected rows, in words."""
+    """Rows, rate, time left and rejected rows as text."""
     total = f"/{progress.total}" if progress.total is not None else ""
-    words = [f"{progress.rows}{total} rows"]
+    parts = [f"{progress.rows}{total} rows"]
     if progress.rate:
-        words.append(f"{progress.rate:.1f} rows/s")
+        parts.append(f"{progress.rate:.1f} rows/s")
     if progress.seconds_left:
-        words.append(f"{format_duration(progress.seconds_left)} left")
+        parts.append(f"{format_duration(progress.seconds_left)} left")
     if progress.rejected:
-        words.append(f"{progress.rejected} rejected")
-    return ", ".join(words)
+        parts.append(f"{progress.rejected} rejected")
+    return ", ".join(parts)
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Seconds as "5 s", "1 min 05 s" or "1 h 01 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

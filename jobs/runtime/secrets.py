@@ -1,7 +1,7 @@
-"""What is refused because it must be said to nobody: a secret in a setting, an option or a URL.
+"""Refuses secrets in settings, options and URLs.
 
-Settings are printed, saved beside the data and hashed, and options are kept by Ray. So a secret among them is
-refused before anything is done with it, in a line that says where it stands and does not repeat it.
+Settings are printed, saved beside the data and hashed, and Ray keeps command lines. So a secret among them is
+refused before it is used, with a message that says where it is and does not repeat it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from snapfusion.settings import Settings, SettingsError
 
 _PATTERNS: Final = {
     "a user and a password before the @ of a URL": re.compile(
-        # A colon before a port is none before a password; a path may have any of the two signs.
+        # A colon before a port precedes no password, and a path may contain both ":" and "@".
         r"://(?![^/@:\s]*:\d{1,5}(?:[/\s\"']|$))[^/@:\s]*:[^@\s]*@|https?://[^/@\s]+@"
     ),
     "a signature or a token among the parameters of a URL": re.compile(
@@ -37,10 +37,10 @@ _REMEDY: Final = (
 
 
 def refuse_secrets_in_options(words: Sequence[str]) -> None:
-    """See that no word of a command line holds a secret.
+    """Check that no word of a command line holds a secret.
 
     Raises:
-        SettingsError: if one does; it names the option or setting, and not what stands there.
+        SettingsError: if one does; it names the option or setting, and not its value.
     """
     option = "an argument"
     for word in words:
@@ -51,13 +51,13 @@ def refuse_secrets_in_options(words: Sequence[str]) -> None:
 
 
 def without_secret(error: SettingsError) -> str:
-    """A complaint about a setting; of the section of stores without what was given, which may be a secret."""
+    """The message of an error, without the given value if it concerns `storage`, where it may be a secret."""
     text = str(error)
     return text.partition(", given ")[0] if text.startswith("storage") else text
 
 
 def refuse_secrets(settings: Settings) -> None:
-    """See that no setting holds a secret.
+    """Check that no setting holds a secret.
 
     Raises:
         SettingsError: if one does; it names the setting, and not its value.
@@ -67,15 +67,15 @@ def refuse_secrets(settings: Settings) -> None:
 
 
 def string_values(value: Any, path: str = "") -> Iterator[tuple[str, str]]:  # noqa: ANN401 - JSON values
-    """Every text in a tree of settings, with its place, as in plans.staged.0.teacher."""
+    """Every string in a tree of settings with its path, as in schedules.staged.0.teacher."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
         for key, inner in value.items():
             yield from string_values(inner, f"{path}.{key}".strip("."))
     elif isinstance(value, list):
-        for place, inner in enumerate(value):
-            yield from string_values(inner, f"{path}.{place}")
+        for index, inner in enumerate(value):
+            yield from string_values(inner, f"{path}.{index}")
 
 
 def _refuse(text: str, *, where: str) -> None:

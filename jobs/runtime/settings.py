@@ -8,12 +8,12 @@ from snapfusion.settings import Settings
 
 
 class ClusterSettings(Settings):
-    """Where to run.
+    """Settings of the Ray cluster.
 
     Attributes:
-        address: of a running cluster, or None: the one this job was submitted to, else a local one.
+        address: of a running cluster; None takes the one this job was submitted to, or else a local one.
         cpus: logical CPUs of a local one; None takes the machine's, at least four.
-        worker_logs: whether the workers' own output is shown here.
+        worker_logs: whether the workers' own output is shown.
     """
 
     address: str | None = None
@@ -22,14 +22,13 @@ class ClusterSettings(Settings):
 
 
 class StorageSettings(Settings):
-    """How object stores are reached. Nothing here is secret: it is printed, saved and hashed.
+    """Access to object stores. Nothing here is secret: it is printed, saved and hashed.
 
     Attributes:
         endpoint: of a store that speaks S3's protocol and is not Amazon's, as in https://minio.example:9000.
         region: of S3 buckets.
-        credentials: an absolute path of a file with lines NAME=VALUE, the same on every node; who else may
-            read it is said by the file's mode, and "everybody" is refused. None leaves it to the environment:
-            variables, or the rights that a node has by its role.
+        credentials: absolute path of a file with lines NAME=VALUE, the same on every node, which not
+            everybody may read. None leaves it to the environment: variables, or a node's role.
     """
 
     endpoint: str | None = Field(None, pattern=r"^https?://[A-Za-z0-9.\-\[\]:]+/?$")
@@ -38,7 +37,7 @@ class StorageSettings(Settings):
 
     @field_validator("credentials")
     @classmethod
-    def _is_a_place(cls, credentials: str | None) -> str | None:
+    def _is_a_path(cls, credentials: str | None) -> str | None:
         if credentials is not None and not credentials.startswith("/"):
-            raise ValueError("the absolute path of a file is accepted, and no credentials themselves")
+            raise ValueError("the absolute path of a file is accepted, not credentials themselves")
         return credentials

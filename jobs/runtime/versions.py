@@ -1,10 +1,10 @@
-"""The software that a result was made with."""
+"""Versions of the packages that results depend on."""
 
 from __future__ import annotations
 
 import importlib.metadata
 
-_NAMES = (
+_PACKAGES = (
     "snapfusion-ray",
     "ray",
     "torch",
@@ -18,5 +18,5 @@ _NAMES = (
 
 
 def versions() -> dict[str, str]:
-    """The version of each package that results depend on, by name."""
-    return {name: importlib.metadata.version(name) for name in _NAMES}
+    """Versions by package name."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}

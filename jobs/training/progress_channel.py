@@ -63,7 +63,7 @@ def show_reports() -> OnReport:
     line = StatusLine()
 
     def on_report(figures: Mapping[str, Any]) -> None:
-        line.say(report_line(figures), last=figures["step"] >= figures["num_steps"])
+        line.show(report_line(figures), last=figures["step"] >= figures["num_steps"])
 
     return on_report
 

@@ -219,7 +219,7 @@ def test_a_status_line_is_rewritten_on_a_terminal_and_rare_elsewhere(on_terminal
     stream.isatty = lambda: on_terminal
     line = StatusLine(stream)
     for step in range(5):
-        line.say(f"step {step}", last=step == 4)
+        line.show(f"step {step}", last=step == 4)
     written = stream.getvalue()
     assert written.endswith("step 4\n")
     assert written.count("\n") == (1 if on_terminal else 2)

@@ -93,7 +93,7 @@ def test_a_worker_reads_the_file_on_its_own_node_or_says_that_it_cannot(
         (f"{SECRET}=\n", "line 1: is not of the form NAME=VALUE"),
         (
             f"\n{SECRET}={ANOTHER}\n",
-            "line 2: sets no variable that is read here; these are: AWS_ACCESS_KEY_ID",
+            "line 2: sets no variable that is read here; accepted are AWS_ACCESS_KEY_ID",
         ),
         (f"AWS_PROFILE={SECRET}\n", "line 1: sets no variable"),
         (f"export AWS_SECRET_ACCESS_KEY={SECRET}\n", "line 1: sets no variable"),
@@ -101,9 +101,9 @@ def test_a_worker_reads_the_file_on_its_own_node_or_says_that_it_cannot(
         (f"AWS_SECRET_ACCESS_KEY={SECRET}\0\n", "line 1: has a value in quotes, or one that is not plain"),
         (
             f"AWS_SECRET_ACCESS_KEY={SECRET}\nAWS_SECRET_ACCESS_KEY={ANOTHER}\n",
-            "line 2: sets a variable that was set before",
+            "line 2: sets a variable for the second time",
         ),
-        ("# nothing\n", "sets no variable; one of"),
+        ("# nothing\n", "sets no variable; accepted are"),
         ("#" * 70_000, "more than 65536 bytes"),
     ],
 )
