@@ -18,7 +18,7 @@ from pipelines.ray_data.execution import PipelineStage, Runner, run_on_ray
 from pipelines.rejections import Rejection
 from pipelines.sources import SourceError
 from pipelines.sources.captions import Caption, read_captions
-from pipelines.sources.listing import ListedFile, list_files
+from pipelines.sources.listing import SourceFile, list_files
 from pipelines.sources.webdataset import IMAGE_EXTENSIONS, list_shards
 from pipelines.stages.fingerprint import FingerprintCaptions, FingerprintImages
 from pipelines.stages.read import ShardWork
@@ -157,7 +157,7 @@ def _images(
 
 
 def _units(
-    found: Sequence[ListedFile], name: str, settings: FingerprintsSettings, known: Sequence[UnitManifest]
+    found: Sequence[SourceFile], name: str, settings: FingerprintsSettings, known: Sequence[UnitManifest]
 ) -> Iterator[ImageNameRows]:
     for account in known:
         if account.source_digest != _digest(found[account.start : account.stop]):
@@ -180,6 +180,6 @@ def _units(
         yield ImageNameRows(unit=unit, names=[place.url for place in places])
 
 
-def _digest(places: Sequence[ListedFile]) -> str:
-    told = json.dumps([(place.name, place.size) for place in places])
+def _digest(places: Sequence[SourceFile]) -> str:
+    told = json.dumps([(place.file_name, place.size) for place in places])
     return hashlib.sha256(told.encode()).hexdigest()

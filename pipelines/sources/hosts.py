@@ -1,4 +1,4 @@
-"""The host that a URL leads to, in one spelling: however it is written, it can be looked up."""
+"""Normalises the hosts of URLs, so that every spelling of a host compares equal."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from collections.abc import Iterator
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-# What a browser reads as a full stop between labels, and what it leaves out of a host.
+# Characters that a browser reads as the full stop between labels, and those that it drops from a host.
 _STOPS: Final = str.maketrans(dict.fromkeys("\u3002\uff0e\uff61", "."))
 _IGNORED: Final = re.compile("[\u00ad\u034f\u200b-\u200d\u2060\ufe00-\ufe0f\ufeff]")
 _NUMERIC: Final = re.compile(r"[0-9a-fx.]*[0-9][0-9a-fx.]*")
 
 
 def hosts_of(url: str) -> Iterator[str]:
-    """The hosts that programs may read in a URL, each as `canonical_host` spells it.
+    """The hosts that a URL may denote, each in the form of `canonical_host`.
 
-    There is more than one where a backslash stands before an @: browsers end the host at the backslash,
-    other programs at the next slash.
+    There are two where a backslash precedes an @: browsers end the host at the backslash, other programs at
+    the next slash.
     """
     seen = set()
     for spelling in (url, url.replace("\\", "/")):
         try:
             host = urlsplit(spelling.strip()).hostname
-        except ValueError:  # a bracket that is not closed, for one
+        except ValueError:  # for example an unclosed bracket
             continue
         if host and (canonical := canonical_host(host)) and canonical not in seen:
             seen.add(canonical)
@@ -34,9 +34,10 @@ def hosts_of(url: str) -> Iterator[str]:
 
 
 def canonical_host(host: str) -> str:
-    """A host in Unicode and lower case, compatible characters made one, without a full stop at its end.
+    """A host in lower-case Unicode (NFKC), without a trailing full stop.
 
-    Labels in Punycode are decoded, percent signs too. An address is in its usual form, however it is written.
+    Punycode labels and percent escapes are decoded. An IP address is in its usual notation, however it was
+    written.
     """
     plain = _IGNORED.sub("", unquote(host)).translate(_STOPS)
     labels = [_label(label) for label in unicodedata.normalize("NFKC", plain).lower().split(".")]
@@ -45,7 +46,7 @@ def canonical_host(host: str) -> str:
 
 
 def domain_suffixes(host: str) -> Iterator[str]:
-    """A host and every domain that it stands below: `a.b.c`, `b.c`, `c`."""
+    """A host and its parent domains: `a.b.c`, `b.c`, `c`."""
     while host:
         yield host
         host = host.partition(".")[2]
@@ -63,6 +64,7 @@ def _label(label: str) -> str:
 
 def _address(name: str) -> str:
     try:
+        # inet_aton also reads the octal, hexadecimal and shortened notations that hide an address.
         return str(ipaddress.IPv6Address(name)) if ":" in name else socket.inet_ntoa(socket.inet_aton(name))
     except (OSError, ValueError):
         return name

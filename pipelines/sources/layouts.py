@@ -1,7 +1,7 @@
-"""The public data sets of picture URLs and captions as data: their columns, and what each column means.
+"""Known layouts of public image-caption data sets: their columns, and what each column means.
 
-A layout says how a data set was published. `SPELLINGS` says where a meaning is found in any of them; it is
-the one place that does, for links, samples, selection and previews alike.
+A layout states how a data set was published. `SPELLINGS` alone states which columns carry a meaning, for
+URL lists, samples, selection and previews.
 """
 
 from __future__ import annotations
@@ -33,51 +33,49 @@ Meaning = Literal[
     "md5",
     "id",
 ]
-"""What a column may mean."""
+"""The meanings that a column may have."""
 
 SPELLINGS: Final[Mapping[Meaning, tuple[str, ...]]] = {
     "url": ("url", "URL"),
     "caption": ("caption", "TEXT", "text"),
     "synthetic_caption": ("top_caption",),
-    # img2dataset's measure of the original, what the data set claims, what lies in the shard.
+    # What img2dataset measured of the original, what the data set claims, the size in the shard.
     "width": ("original_width", "WIDTH", "width"),
     "height": ("original_height", "HEIGHT", "height"),
     "aesthetic": ("aesthetic", "AESTHETIC_SCORE", "aesthetic_score", "aesthetic_score_laion_v2"),
     "watermark": ("pwatermark", "watermark_score"),
-    # COYO has two detectors; the less favourable counts.
+    # COYO has two detectors; the higher score counts.
     "unsafe": ("punsafe", "nsfw_score_opennsfw2", "nsfw_score_gantman"),
     "nsfw_tag": ("NSFW", "nsfw"),
     "similarity": ("similarity", "SIMILARITY", "clip_similarity_vitb32", "clip_similarity_vitl14"),
     "language": ("LANGUAGE", "language"),
     "licence": ("LICENSE", "license"),
-    # LAION's: of URL and text, so it tells rows and not pictures.
+    # LAION's hash of URL and text: it identifies rows, not images.
     "url_text_hash": ("hash",),
     "perceptual_hash": ("image_phash",),
     "sha256": ("sha256",),
     "md5": ("md5",),
     "id": ("SAMPLE_ID", "id"),
 }
-"""The columns of each meaning, the most trusted first: the first that has a usable value counts.
+"""The columns of each meaning, the most trusted first: the first with a usable value counts.
 
-Of `unsafe` and `nsfw_tag` every column counts, since the least favourable must.
+Of `unsafe` and `nsfw_tag` all columns count, because the least favourable value decides.
 """
 
 IMAGE_COLUMNS: Final = ("jpg", "jpeg", "png", "webp")
-"""What img2dataset calls the column of pictures in its Parquet output: its `encode_format`."""
+"""img2dataset's names for the image column of its Parquet output: its `encode_format`."""
 
 UNKNOWN: Final = "unknown"
-
-_INTEGERS: Final[frozenset[Meaning]] = frozenset(["id", "width", "height", "url_text_hash"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a data set was published.
+    """The published form of a data set.
 
     Attributes:
-        name: of the data set, as people say it.
-        columns: name -> Arrow types; the documented one first, then those of copies that went through pandas,
-            which makes floats of integers where one is missing.
+        name: the data set's usual name.
+        columns: Arrow types by name: the documented type first, then that of copies that went through pandas,
+            which turns integers into floats where one is missing.
         optional: columns that not every part or copy has.
     """
 
@@ -86,158 +84,90 @@ class Layout:
     optional: frozenset[str] = frozenset()
 
     def fits(self, names: Iterable[str]) -> int | None:
-        """How many of `names` the layout explains; None if it promises a column that is not there."""
-        there = set(names)
-        if not self.columns.keys() - self.optional <= there:
+        """How many of `names` the layout explains; None if a required column is missing."""
+        given = set(names)
+        if not self.columns.keys() - self.optional <= given:
             return None
-        return len(there & self.columns.keys())
+        return len(given & self.columns.keys())
 
 
-_TEXT: Final = (pa.string(),)
-_SIZE: Final = (pa.int32(), pa.float64())
-_SCORE: Final = (pa.float32(), pa.float64())
-_IMG2DATASET: Final[dict[str, tuple[pa.DataType, ...]]] = {
-    "caption": _TEXT,
-    "url": _TEXT,
-    "key": _TEXT,
-    "status": _TEXT,
-    "error_message": _TEXT,
-    "width": (pa.int32(),),
-    "height": (pa.int32(),),
-    "original_width": (pa.int32(),),
-    "original_height": (pa.int32(),),
-    "exif": _TEXT,
-    "sha256": _TEXT,
-    "md5": _TEXT,
+_TYPES: Final = {
+    "text": (pa.string(),),
+    "size": (pa.int32(), pa.float64()),
+    "score": (pa.float32(), pa.float64()),
+    "int32": (pa.int32(),),
+    "int64": (pa.int64(),),
+    "int64-or-float": (pa.int64(), pa.float64()),
+    "float32": (pa.float32(),),
+    "float64": (pa.float64(),),
+    "binary": (pa.binary(),),
+    "texts": (pa.list_(pa.string()),),
+    "floats": (pa.list_(pa.float64()),),
 }
-_IMG2DATASET_OPTIONAL: Final = frozenset(["caption", "exif", "sha256", "md5"])
+
+
+def _layout(name: str, columns: str, *, optional: str = "") -> Layout:
+    """A layout from the text `name:type name:type ...`; a name alone is of type text."""
+    pairs = (column.partition(":") for column in columns.split())
+    types = {column: _TYPES[kind or "text"] for column, _, kind in pairs}
+    return Layout(name=name, columns=types, optional=frozenset(optional.split()))
+
+
+_IMG2DATASET: Final = (
+    "caption url key status error_message width:int32 height:int32 original_width:int32 "
+    "original_height:int32 exif sha256 md5"
+)
+_IMG2DATASET_OPTIONAL: Final = "caption exif sha256 md5"
 
 LAYOUTS: Final = (
-    Layout(
-        name="LAION-400M",
-        columns={
-            "SAMPLE_ID": (pa.int64(), pa.float64()),
-            "URL": _TEXT,
-            "TEXT": _TEXT,
-            "HEIGHT": _SIZE,
-            "WIDTH": _SIZE,
-            "LICENSE": _TEXT,
-            "NSFW": _TEXT,
-            "similarity": (pa.float64(),),
-        },
+    _layout(
+        "LAION-400M",
+        "SAMPLE_ID:int64-or-float URL TEXT HEIGHT:size WIDTH:size LICENSE NSFW similarity:float64",
     ),
-    Layout(
-        name="LAION-5B",
-        columns={
-            "SAMPLE_ID": (pa.int64(), pa.float64()),
-            "URL": _TEXT,
-            "TEXT": _TEXT,
-            "HEIGHT": _SIZE,
-            "WIDTH": _SIZE,
-            "LICENSE": _TEXT,
-            "LANGUAGE": _TEXT,
-            "NSFW": _TEXT,
-            "similarity": (pa.float64(),),
-        },
-        # laion2B-multi and laion1B-nolang have it, laion2B-en has not.
-        optional=frozenset(["LANGUAGE"]),
+    _layout(
+        "LAION-5B",
+        "SAMPLE_ID:int64-or-float URL TEXT HEIGHT:size WIDTH:size LICENSE LANGUAGE NSFW similarity:float64",
+        # laion2B-multi and laion1B-nolang have it, laion2B-en does not.
+        optional="LANGUAGE",
     ),
-    Layout(
-        name="laion2B-en-joined",
-        columns={
-            "URL": _TEXT,
-            "TEXT": _TEXT,
-            "WIDTH": _SIZE,
-            "HEIGHT": _SIZE,
-            "similarity": (pa.float64(),),
-            "hash": (pa.int64(),),
-            "punsafe": _SCORE,
-            "pwatermark": _SCORE,
-        },
+    _layout(
+        "laion2B-en-joined",
+        "URL TEXT WIDTH:size HEIGHT:size similarity:float64 hash:int64 punsafe:score pwatermark:score",
     ),
-    Layout(
-        name="laion2B-en-aesthetic",
-        columns={
-            "URL": _TEXT,
-            "TEXT": _TEXT,
-            "WIDTH": (pa.float64(),),
-            "HEIGHT": (pa.float64(),),
-            "similarity": (pa.float64(),),
-            "hash": (pa.int64(),),
-            "punsafe": _SCORE,
-            "pwatermark": _SCORE,
-            "aesthetic": _SCORE,
-        },
+    _layout(
+        "laion2B-en-aesthetic",
+        "URL TEXT WIDTH:float64 HEIGHT:float64 similarity:float64 hash:int64 punsafe:score pwatermark:score "
+        "aesthetic:score",
     ),
-    Layout(
-        name="LAION-Aesthetics V2",
-        columns={
-            "URL": _TEXT,
-            "TEXT": _TEXT,
-            "WIDTH": (pa.float64(),),
-            "HEIGHT": (pa.float64(),),
-            "similarity": (pa.float64(),),
-            "punsafe": _SCORE,
-            "pwatermark": _SCORE,
-            "AESTHETIC_SCORE": _SCORE,
-            "hash": (pa.int64(),),
-            "__index_level_0__": (pa.int64(),),
-        },
-        optional=frozenset(["__index_level_0__"]),
+    _layout(
+        "LAION-Aesthetics V2",
+        "URL TEXT WIDTH:float64 HEIGHT:float64 similarity:float64 punsafe:score pwatermark:score "
+        "AESTHETIC_SCORE:score hash:int64 __index_level_0__:int64",
+        optional="__index_level_0__",
     ),
-    Layout(
-        name="laion-coco",
-        columns={
-            "URL": _TEXT,
-            "TEXT": _TEXT,
-            "top_caption": _TEXT,
-            "all_captions": (pa.list_(pa.string()),),
-            "all_similarities": (pa.list_(pa.float64()),),
-            "WIDTH": (pa.int64(), pa.float64()),
-            "HEIGHT": (pa.int64(), pa.float64()),
-            "similarity": (pa.float64(),),
-            "hash": (pa.int64(),),
-            "pwatermark": (pa.float64(),),
-            "punsafe": (pa.float64(),),
-        },
+    _layout(
+        "laion-coco",
+        "URL TEXT top_caption all_captions:texts all_similarities:floats WIDTH:int64-or-float "
+        "HEIGHT:int64-or-float similarity:float64 hash:int64 pwatermark:float64 punsafe:float64",
     ),
-    Layout(
-        name="COYO-700M",
-        columns={
-            "id": (pa.int64(),),
-            "url": _TEXT,
-            "text": _TEXT,
-            "width": (pa.int32(),),
-            "height": (pa.int32(),),
-            "image_phash": _TEXT,
-            "text_length": (pa.int32(),),
-            "word_count": (pa.int32(),),
-            "num_tokens_bert": (pa.int32(),),
-            "num_tokens_gpt": (pa.int32(),),
-            "num_faces": (pa.int32(),),
-            "clip_similarity_vitb32": (pa.float32(),),
-            "clip_similarity_vitl14": (pa.float32(),),
-            "nsfw_score_opennsfw2": (pa.float32(),),
-            "nsfw_score_gantman": (pa.float32(),),
-            "watermark_score": (pa.float32(),),
-            "aesthetic_score_laion_v2": (pa.float32(),),
-        },
+    _layout(
+        "COYO-700M",
+        "id:int64 url text width:int32 height:int32 image_phash text_length:int32 word_count:int32 "
+        "num_tokens_bert:int32 num_tokens_gpt:int32 num_faces:int32 clip_similarity_vitb32:float32 "
+        "clip_similarity_vitl14:float32 nsfw_score_opennsfw2:float32 nsfw_score_gantman:float32 "
+        "watermark_score:float32 aesthetic_score_laion_v2:float32",
     ),
-    Layout(
-        name="img2dataset, the sidecar of a tar",
-        columns=_IMG2DATASET,
-        optional=_IMG2DATASET_OPTIONAL,
-    ),
+    _layout("img2dataset, the sidecar of a tar", _IMG2DATASET, optional=_IMG2DATASET_OPTIONAL),
     *(
-        Layout(
-            name=f"img2dataset, Parquet with {extension} pictures",
-            columns={**_IMG2DATASET, extension: (pa.binary(),)},
+        _layout(
+            f"img2dataset, Parquet with {extension} images",
+            f"{_IMG2DATASET} {extension}:binary",
             optional=_IMG2DATASET_OPTIONAL,
         )
         for extension in ("jpg", "png", "webp")
     ),
 )
-"""Every layout that is read, with the columns and types that its publishers or faithful copies state."""
+"""Every known layout, with the columns and types that its publishers or faithful copies state."""
 
 
 def recognise_layout(names: Iterable[str]) -> str:
@@ -245,27 +175,25 @@ def recognise_layout(names: Iterable[str]) -> str:
 
     LAION-400M and the English part of LAION-5B have the same columns; then both are named.
     """
-    there = tuple(names)
-    fitting = [(explained, layout.name) for layout in LAYOUTS if (explained := layout.fits(there))]
+    columns = tuple(names)
+    fitting = [(explained, layout.name) for layout in LAYOUTS if (explained := layout.fits(columns))]
     most = max((explained for explained, _ in fitting), default=0)
     return " or ".join(name for explained, name in fitting if explained == most) or UNKNOWN
 
 
 def image_column(schema: pa.Schema) -> str | None:
-    """The column that holds encoded pictures; None for a list of URLs or a sidecar."""
-    for name in IMAGE_COLUMNS:
-        if name in schema.names and is_bytes(schema.field(name).type):
-            return name
-    return None
+    """The column of encoded images; None for a URL list or a sidecar."""
+    columns = (name for name in IMAGE_COLUMNS if name in schema.names and is_bytes(schema.field(name).type))
+    return next(columns, None)
 
 
 def is_bytes(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds bytes and not text."""
+    """Whether a column of this type holds bytes, not text."""
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def values_of(metadata: Mapping[str, Any], meaning: Meaning) -> list[Any]:
-    """What the columns of this meaning say, in order of trust; those that are missing or null left out."""
+    """The values of the columns of this meaning in order of trust, without missing and null ones."""
     values = (metadata.get(name) for name in SPELLINGS[meaning])
     return [value for value in values if value is not None]
 
@@ -277,10 +205,10 @@ def numbers_of(metadata: Mapping[str, Any], meaning: Meaning) -> list[float]:
 
 
 def number_of(metadata: Mapping[str, Any], meaning: Meaning) -> float | None:
-    """The most trusted finite number; None where there is none.
+    """The most trusted finite number; None if there is none.
 
-    A size counts if it is above 0, since 0 is a way of saying that it is not known. Of unsafe scores the
-    highest counts.
+    Of widths and heights only positive ones count, because data sets write 0 for an unknown size. Of unsafe
+    scores the highest counts.
     """
     numbers = numbers_of(metadata, meaning)
     if meaning in ("width", "height"):
@@ -291,34 +219,34 @@ def number_of(metadata: Mapping[str, Any], meaning: Meaning) -> float | None:
 
 
 def texts_of(metadata: Mapping[str, Any], meaning: Meaning) -> list[str]:
-    """The strings among `values_of`, without white space at their ends, those that are empty left out."""
+    """The non-empty strings among `values_of`, stripped."""
     texts = (value.strip() for value in values_of(metadata, meaning) if isinstance(value, str))
     return [text for text in texts if text]
 
 
 def text_of(metadata: Mapping[str, Any], meaning: Meaning) -> str | None:
-    """The most trusted of `texts_of`; None where there is none."""
+    """The most trusted of `texts_of`; None if there is none."""
     return next(iter(texts_of(metadata, meaning)), None)
 
 
 def as_finite(value: object) -> float | None:
-    """A finite number as a float; None for anything else, booleans too."""
+    """A finite number as a float; None for anything else, booleans included."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return None
     try:
         number = float(value)
-    except OverflowError:  # JSON knows integers of any length
+    except OverflowError:  # JSON has integers of any length
         return None
     return number if math.isfinite(number) else None
 
 
 def clean_metadata(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's metadata by its columns: nulls, NaN and bytes (texts that are no UTF-8) are left out.
+    """A row's metadata by column, without nulls, NaN and bytes (invalid UTF-8).
 
-    An id, a size or a hash that became a float on its way is the integer again that it was.
+    An id, a size or a hash that pandas turned into a float becomes an integer again.
     """
-    mended = ((name, _restore_integer(name, value)) for name, value in values.items())
-    return {name: value for name, value in mended if value is not None and not isinstance(value, bytes)}
+    restored = ((name, _restore_integer(name, value)) for name, value in values.items())
+    return {name: value for name, value in restored if value is not None and not isinstance(value, bytes)}
 
 
 def _restore_integer(name: str, value: Any) -> Any:  # noqa: ANN401 - any value of a column
@@ -329,4 +257,6 @@ def _restore_integer(name: str, value: Any) -> Any:  # noqa: ANN401 - any value 
     return int(value) if name in _INTEGER_COLUMNS and value.is_integer() else value
 
 
-_INTEGER_COLUMNS: Final = frozenset(name for meaning in _INTEGERS for name in SPELLINGS[meaning])
+_INTEGER_COLUMNS: Final = frozenset(
+    name for meaning in ("id", "width", "height", "url_text_hash") for name in SPELLINGS[meaning]
+)

@@ -1,4 +1,4 @@
-"""The files that a URL means: one file, those of a folder, or those of a glob, on any store fsspec knows."""
+"""Lists the files that a URL names: one file, a folder's files, or a glob, on any fsspec store."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pipelines.storage.retry import with_retries
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListedFile:
-    """A file that was found.
+class SourceFile:
+    """A file of input rows.
 
     Attributes:
-        url: where it lies.
-        name: its path below what was listed, with its ending.
+        url: a local path or an object-store URL.
+        name: path below the listed folder, without the ending; the first part of its rows' ids.
         size: bytes.
     """
 
@@ -28,30 +28,30 @@ class ListedFile:
     size: int
 
     @property
-    def stem(self) -> str:
-        """The name without its ending."""
-        return self.name.rpartition(".")[0]
+    def file_name(self) -> str:
+        """`name` with the ending."""
+        return f"{self.name}.{self.url.rpartition('.')[2]}"
 
 
-def list_files(url: str, *, endings: tuple[str, ...]) -> list[ListedFile]:
-    """The files at `url` whose names have one of these endings, sorted by name; a folder's own, not deeper.
+def list_files(url: str, *, endings: tuple[str, ...]) -> list[SourceFile]:
+    """The files at `url` with one of these endings, sorted by path; a folder is not searched recursively.
 
-    Names that begin with a dot are left out: they are being written, or another program's.
+    Names that begin with a dot are skipped: they are unfinished writes or other programs' files.
 
     Raises:
-        SourceError: if the place cannot be listed.
+        SourceError: if `url` cannot be listed.
     """
     try:
-        found = with_retries(url, lambda: _find(url, endings))
-        return sorted(found, key=lambda place: place.name)
+        return with_retries(url, lambda: _find(url, endings))
     except Exception as error:
         raise SourceError(f"{url} cannot be listed: {error}") from error
 
 
-def _find(url: str, endings: tuple[str, ...]) -> list[ListedFile]:
+def _find(url: str, endings: tuple[str, ...]) -> list[SourceFile]:
     filesystem, path = fsspec.core.url_to_fs(absolute_url(url))
-    # Listings are cached for the life of the process, and files may have been added since.
+    # fsspec caches listings for the life of the process, and files may have been added since.
     filesystem.invalidate_cache()
+    # A folder's or file's own name may contain brackets, so the glob comes last.
     if filesystem.isdir(path):
         infos, root = filesystem.ls(path, detail=True), path
     elif filesystem.exists(path):
@@ -60,14 +60,18 @@ def _find(url: str, endings: tuple[str, ...]) -> list[ListedFile]:
         infos = filesystem.glob(path, detail=True).values()
         root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
     root = root.rstrip("/")
-    return [
-        ListedFile(
-            url=info["name"] if is_local(url) else filesystem.unstrip_protocol(info["name"]),
-            name=printable(info["name"].removeprefix(root).removeprefix("/")),
-            size=int(info["size"]),
-        )
+    names = {
+        info["name"]: int(info["size"])
         for info in infos
         if info["type"] == "file" and info["name"].endswith(endings) and not _is_hidden(info["name"])
+    }
+    return [
+        SourceFile(
+            url=name if is_local(url) else filesystem.unstrip_protocol(name),
+            name=printable(name.removeprefix(root).removeprefix("/").rpartition(".")[0]),
+            size=names[name],
+        )
+        for name in sorted(names, key=printable)
     ]
 
 

@@ -1,7 +1,7 @@
-"""Parquet files read row by row: memory does not grow with the file, and one bad string costs one row.
+"""Reads Parquet files row by row: bounded memory, and one invalid string costs one row.
 
-A row group whose bytes are corrupt costs its rows from there on; those of other row groups are read. A store
-that does not answer is told from a corrupt file: that is no fault of the rows, and is raised as it came.
+A corrupt row group costs its rows from the corruption on; other row groups are read. Errors of the store are
+not errors of the file: they are raised unchanged.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 
 from pipelines.storage.objects import open_object
 
-# A column is read in pieces of this size, so that a row group of any size takes no more.
+# A column is read in buffers of this size, so that memory does not depend on the size of row groups.
 _BUFFER_BYTES = 1 << 20
 _READ_AHEAD_BYTES = 8 << 20
 
 
 class CorruptParquetError(ValueError):
-    """Bytes that are no Parquet, or not what the file says of them."""
+    """Bytes that are no Parquet file, or contradict its metadata."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class RowBatch:
         return self.start + int(self.record.num_rows)
 
     def values(self, name: str) -> list[Any]:
-        """A column's values as Python has them; a text that is no UTF-8 as its bytes, nulls as None."""
-        return _values(self.record.column(name))
+        """A column's values, as of `column_values`."""
+        return column_values(self.record.column(name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,13 @@ class ParquetRows:
     """An open Parquet file.
 
     Attributes:
-        schema: as Arrow reads it.
-        num_rows: by the file's own account.
+        schema: the Arrow schema.
+        num_rows: according to the footer.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = _ErrorRecorder(file)
-        with self._told_apart():
+        with self._distinguish_errors():
             self._parquet = pq.ParquetFile(
                 self._file, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
             )
@@ -72,30 +72,28 @@ class ParquetRows:
     def batches(
         self, columns: Sequence[str], *, batch_rows: int, start: int = 0, stop: int | None = None
     ) -> Iterator[RowBatch | TornRows]:
-        """The rows of the row groups that hold any of the ordinals [start, stop), in order.
+        """The rows of the row groups that contain any of the ordinals [start, stop), in order.
 
         Raises:
-            OSError: if the store does not answer.
+            OSError: if the store fails.
         """
         end = self.num_rows if stop is None else stop
-        for first, last, group in self._groups():
+        for group, (first, last) in enumerate(self.spans):
             if last > start and first < end:
-                yield from self._group(group, columns, batch_rows=batch_rows, first=first, last=last)
+                yield from self._batches_of_group(
+                    group, columns, batch_rows=batch_rows, first=first, last=last
+                )
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """First ordinal of each row group, and the one after its last."""
-        return [(first, last) for first, last, _ in self._groups()]
-
-    def _groups(self) -> Iterator[tuple[int, int, int]]:
-        """First ordinal, the one after the last, and number of each row group."""
-        first = 0
+        """The first ordinal of each row group, and the one after its last."""
+        spans: list[tuple[int, int]] = []
         for group in range(self._parquet.num_row_groups):
-            last = first + self._parquet.metadata.row_group(group).num_rows
-            yield first, last, group
-            first = last
+            first = spans[-1][1] if spans else 0
+            spans.append((first, first + self._parquet.metadata.row_group(group).num_rows))
+        return spans
 
-    def _group(
+    def _batches_of_group(
         self, group: int, columns: Sequence[str], *, batch_rows: int, first: int, last: int
     ) -> Iterator[RowBatch | TornRows]:
         position = first
@@ -110,24 +108,25 @@ class ParquetRows:
             yield TornRows(start=position, stop=last, detail=f"row group {group} ends early")
 
     def _records(self, group: int, columns: Sequence[str], *, batch_rows: int) -> Iterator[pa.RecordBatch]:
-        with self._told_apart():
+        with self._distinguish_errors():
             records = self._parquet.iter_batches(
                 batch_size=batch_rows, row_groups=[group], columns=list(columns), use_threads=False
             )
         while True:
-            with self._told_apart():
+            with self._distinguish_errors():
                 record = next(records, None)
             if record is None:
                 return
             yield record
 
     @contextmanager
-    def _told_apart(self) -> Iterator[None]:
+    def _distinguish_errors(self) -> Iterator[None]:
         try:
             yield
         except (pa.ArrowException, OSError, ValueError) as error:
-            if self._file.fault is not None:
-                raise self._file.fault from None
+            # Arrow raises OSError for corrupt bytes too, so only the file knows whether its store failed.
+            if self._file.error is not None:
+                raise self._file.error from None
             raise CorruptParquetError(str(error)) from None
 
 
@@ -136,26 +135,46 @@ def open_parquet(url: str) -> Iterator[ParquetRows]:
     """The Parquet file at `url`, open for reading.
 
     Raises:
-        CorruptParquetError: if it is none.
-        OSError: if it is not there, or the store does not answer.
+        CorruptParquetError: if it is not Parquet.
+        OSError: if it does not exist, or the store fails.
     """
     with open_object(url, ahead=_READ_AHEAD_BYTES) as file:
         yield ParquetRows(file)
 
 
+def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """A column's values as Python objects: invalid UTF-8 as bytes, dates that Python cannot hold as None."""
+    if pa.types.is_dictionary(column.type):
+        return column_values(column.cast(column.type.value_type))
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        # Parquet does not enforce UTF-8: the values are converted one by one, so that one costs one row.
+        return [_value(column.slice(row, 1)) for row in range(len(column))]
+    return values
+
+
+def _value(cell: pa.Array | pa.ChunkedArray) -> Any:  # noqa: ANN401 - any Parquet value
+    try:
+        return cell.to_pylist()[0]
+    except (ValueError, OverflowError, pa.ArrowException):
+        is_text = pa.types.is_string(cell.type) or pa.types.is_large_string(cell.type)
+        return cell.cast(pa.large_binary()).to_pylist()[0] if is_text else None
+
+
 class _ErrorRecorder(io.RawIOBase):
-    """A file that remembers what its store raised: Arrow's own complaints have the same types."""
+    """A file that records what its store raised, which Arrow's own errors cannot be told from by type."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self.fault: Exception | None = None
+        self.error: Exception | None = None
 
     def read(self, size: int = -1, /) -> bytes:
-        with self._watch():
+        with self._recording():
             return self._file.read(size)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        with self._watch():
+        with self._recording():
             return self._file.seek(offset, whence)
 
     def tell(self) -> int:
@@ -168,30 +187,9 @@ class _ErrorRecorder(io.RawIOBase):
         return True
 
     @contextmanager
-    def _watch(self) -> Iterator[None]:
+    def _recording(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self.fault = error
+            self.error = error
             raise
-
-
-def _values(column: pa.Array) -> list[Any]:
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        return _values(column.cast(kind.value_type))
-    try:
-        values: list[Any] = column.to_pylist()
-    except (ValueError, OverflowError, pa.ArrowException):
-        # A text that is no UTF-8, which Parquet does not enforce, or a date that Python does not know.
-        return [_value(column.slice(row, 1)) for row in range(len(column))]
-    return values
-
-
-def _value(cell: pa.Array) -> Any:  # noqa: ANN401 - as the column has it
-    try:
-        return cell.to_pylist()[0]
-    except (ValueError, OverflowError, pa.ArrowException):
-        if pa.types.is_string(cell.type) or pa.types.is_large_string(cell.type):
-            return cell.cast(pa.large_binary()).to_pylist()[0]
-        return None

@@ -1,4 +1,4 @@
-"""Settings of shards, URL lists and caption lists."""
+"""Settings of the readers of shards, URL lists and caption lists."""
 
 from __future__ import annotations
 
@@ -8,28 +8,22 @@ from pipelines.sources.text import MAX_CAPTION_CHARS
 from snapfusion.settings import Settings
 
 
-class CaptionSettings(Settings):
-    """What to read of a caption list.
+class ShardSettings(Settings):
+    """Limits on what is read into memory, in bytes and characters; longer captions are truncated."""
 
-    Attributes:
-        caption_column: the column or key that holds the caption; a .txt has none.
-        id_column: the column or key that holds a unique id; None: the row's position is its id.
-        max_caption_chars: longer captions are cut.
-    """
-
-    caption_column: str = "caption"
-    id_column: str | None = None
+    max_image_bytes: int = Field(64 << 20, ge=1)
+    max_text_bytes: int = Field(1 << 20, ge=1)
     max_caption_chars: int = Field(MAX_CAPTION_CHARS, ge=1)
 
 
 class LinkSettings(Settings):
-    """What to read of a URL list.
+    """Columns of a URL list.
 
     Attributes:
-        url_column: the column of URLs; None takes the first that is there of `SPELLINGS["url"]`.
-        caption_column: likewise of captions. laion-coco has two: `TEXT` is what the web said of the picture
-            and what None takes, `top_caption` what a model did.
-        max_caption_chars: longer captions are cut.
+        url_column: the column of URLs; None takes the first that exists of `layouts.SPELLINGS["url"]`.
+        caption_column: likewise for captions. laion-coco has two: `TEXT` is the web's alt-text, which None
+            takes, and `top_caption` is synthetic.
+        max_caption_chars: longer captions are truncated.
     """
 
     url_column: str | None = None
@@ -37,9 +31,15 @@ class LinkSettings(Settings):
     max_caption_chars: int = Field(MAX_CAPTION_CHARS, ge=1)
 
 
-class ShardSettings(Settings):
-    """Bounds on what is read into memory, bytes and characters."""
+class CaptionSettings(Settings):
+    """Columns of a caption list.
 
-    max_image_bytes: int = Field(64 << 20, ge=1)
-    max_text_bytes: int = Field(1 << 20, ge=1)
+    Attributes:
+        caption_column: the column or key of captions; a .txt has none.
+        id_column: the column or key of unique ids; None uses the row's position as its id.
+        max_caption_chars: longer captions are truncated.
+    """
+
+    caption_column: str = "caption"
+    id_column: str | None = None
     max_caption_chars: int = Field(MAX_CAPTION_CHARS, ge=1)

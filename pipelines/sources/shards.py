@@ -1,7 +1,8 @@
-"""Writes shards as img2dataset does: `00000.tar`, `00000.parquet`, `00000_stats.json`.
+"""Writes shards in img2dataset's layout: `00000.tar`, `00000.parquet`, `00000_stats.json`.
 
-The same rows give the same bytes: members in the rows' order, no times, no user names. A shard is made in
-memory, and each of its files appears at once and whole, the tar last: who sees a tar can read its sidecar.
+Equal rows give equal bytes: members in the order of the rows, no timestamps, no user names. A shard is built
+in memory, and each file appears complete or not at all, the tar last: a reader that sees the tar can rely on
+its sidecar.
 """
 
 from __future__ import annotations
@@ -20,24 +21,18 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines.sources import SourceError
-from pipelines.sources.webdataset import Shard
+from pipelines.sources.listing import SourceFile
 from pipelines.storage.objects import absolute_url, read_bytes, write_once
 
-_FIELDS = pa.schema(
+SIDECAR_FIELDS = pa.schema(
     [
-        ("caption", pa.string()),
-        ("url", pa.string()),
-        ("key", pa.string()),
-        ("status", pa.string()),
-        ("error_message", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("original_width", pa.int32()),
-        ("original_height", pa.int32()),
-        ("exif", pa.string()),
-        ("sha256", pa.string()),
+        *((name, pa.string()) for name in ("caption", "url", "key", "status", "error_message")),
+        *((name, pa.int32()) for name in ("width", "height", "original_width", "original_height")),
+        *((name, pa.string()) for name in ("exif", "sha256")),
     ]
 )
+"""img2dataset's own columns, in its order."""
+
 _STATUSES = ("success", "failed_to_download", "failed_to_resize")
 
 
@@ -46,12 +41,12 @@ class ShardRow:
     """One row to be written.
 
     Attributes:
-        image: the encoded picture; None for a row that failed, which then is in the sidecar only.
-        caption: None where there is none.
+        image: the encoded image; None for a failed row, which only the sidecar then lists.
+        caption: None if there is none.
         metadata: additional columns; the same names in every row of a shard.
-        url: where the picture came from.
-        status: as img2dataset spells it.
-        error_message: why a row failed.
+        url: the image's origin.
+        status: img2dataset's: success, failed_to_download or failed_to_resize.
+        error_message: of a failed row.
     """
 
     image: bytes | None
@@ -72,60 +67,57 @@ class ShardRow:
 
 def write_shard(
     folder: str,
-    pictures: Iterable[ShardRow],
+    rows: Iterable[ShardRow],
     *,
     index: int,
     extension: str = "jpg",
     rows_per_shard: int = 10_000,
-) -> Shard:
-    """Write one shard and say where it lies. A shard that is there already with the same bytes is left alone.
+) -> SourceFile:
+    """Write one shard. An existing shard with the same bytes is left alone.
 
     Args:
-        folder: a local folder or an object-store URL; made if need be.
-        pictures: at most `rows_per_shard`; all are held in memory.
+        folder: a local folder or an object-store URL; created if need be.
+        rows: at most `rows_per_shard`; all are held in memory.
         index: the shard's number, the first five digits of its keys.
-        extension: of the picture members, as img2dataset's `encode_format`.
-        rows_per_shard: gives the number of digits in a key.
+        extension: of the image members, img2dataset's `encode_format`.
+        rows_per_shard: determines the number of digits in a key.
+
+    Returns:
+        The tar, as `list_shards` gives it.
 
     Raises:
         ValueError: for more rows than a shard holds.
-        SourceError: if the place holds a shard of other content.
+        SourceError: if another shard of that index exists.
         StorageError: if it cannot be written.
     """
     digits = len(str(rows_per_shard - 1))
-    rows = [
-        _row(picture, key=f"{index:05d}{position:0{digits}d}") for position, picture in enumerate(pictures)
-    ]
-    if len(rows) > rows_per_shard:
-        raise ValueError(f"{len(rows)} rows given, a shard holds {rows_per_shard}")
+    shard = [(row, _values(row, key=f"{index:05d}{n:0{digits}d}")) for n, row in enumerate(rows)]
+    if len(shard) > rows_per_shard:
+        raise ValueError(f"{len(shard)} rows given, a shard holds {rows_per_shard}")
     stem = f"{absolute_url(folder)}/{index:05d}"
-    tar = _tar(rows, extension=extension)
-    _put(f"{stem}.parquet", _sidecar([values for _, values in rows]))
-    _put(f"{stem}_stats.json", _stats([values for _, values in rows]))
-    _put(f"{stem}.tar", tar)
-    return Shard(url=f"{stem}.tar", name=f"{index:05d}", size=len(tar))
+    tar = _tar(shard, extension=extension)
+    sidecar = [values for _, values in shard]
+    for url, data in ((".parquet", _sidecar(sidecar)), ("_stats.json", _stats(sidecar)), (".tar", tar)):
+        _put(f"{stem}{url}", data)
+    return SourceFile(url=f"{stem}.tar", name=f"{index:05d}", size=len(tar))
 
 
-_Row = tuple[ShardRow, dict[str, Any]]
-
-
-def _row(picture: ShardRow, *, key: str) -> _Row:
-    width, height = (None, None) if picture.image is None else _size(picture.image)
-    values = {
-        **picture.metadata,
-        "caption": picture.caption,
-        "url": picture.url,
+def _values(row: ShardRow, *, key: str) -> dict[str, Any]:
+    width, height = (None, None) if row.image is None else _size(row.image)
+    return {
+        **row.metadata,
+        "caption": row.caption,
+        "url": row.url,
         "key": key,
-        "status": picture.status,
-        "error_message": picture.error_message,
+        "status": row.status,
+        "error_message": row.error_message,
         "width": width,
         "height": height,
         "original_width": width,
         "original_height": height,
-        "exif": None if picture.image is None else "{}",
-        "sha256": None if picture.image is None else hashlib.sha256(picture.image).hexdigest(),
+        "exif": None if row.image is None else "{}",
+        "sha256": None if row.image is None else hashlib.sha256(row.image).hexdigest(),
     }
-    return picture, values
 
 
 def _size(image: bytes) -> tuple[int, int] | tuple[None, None]:
@@ -136,15 +128,15 @@ def _size(image: bytes) -> tuple[int, int] | tuple[None, None]:
         return None, None
 
 
-def _tar(rows: list[_Row], *, extension: str) -> bytes:
+def _tar(shard: list[tuple[ShardRow, dict[str, Any]]], *, extension: str) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for picture, values in rows:
-            if picture.image is None:
+        for row, values in shard:
+            if row.image is None:
                 continue
-            members = {extension: picture.image, "json": json.dumps(values, indent=4).encode()}
-            if picture.caption is not None:
-                members["txt"] = picture.caption.encode()
+            members = {extension: row.image, "json": json.dumps(values, indent=4).encode()}
+            if row.caption is not None:
+                members["txt"] = row.caption.encode()
             for ending, content in members.items():
                 header = tarfile.TarInfo(f"{values['key']}.{ending}")
                 header.size, header.mode = len(content), 0o444
@@ -153,15 +145,12 @@ def _tar(rows: list[_Row], *, extension: str) -> bytes:
 
 
 def _sidecar(rows: list[dict[str, Any]]) -> bytes:
-    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else _FIELDS.names)}
-    table = pa.table(
-        {
-            name: pa.array(values, _FIELDS.field(name).type if name in _FIELDS.names else None)
-            for name, values in columns.items()
-        }
-    )
+    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else SIDECAR_FIELDS.names)}
+    types = {name: SIDECAR_FIELDS.field(name).type for name in SIDECAR_FIELDS.names}
     buffer = io.BytesIO()
-    pq.write_table(table, buffer)
+    pq.write_table(
+        pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()}), buffer
+    )
     return buffer.getvalue()
 
 
@@ -173,7 +162,7 @@ def _stats(rows: list[dict[str, Any]]) -> bytes:
         "successes": statuses["success"],
         "failed_to_download": statuses["failed_to_download"],
         "failed_to_resize": statuses["failed_to_resize"],
-        # Times would make two equal shards differ.
+        # Real times would make two equal shards differ.
         "duration": 0.0,
         "start_time": 0.0,
         "end_time": 0.0,
@@ -184,4 +173,4 @@ def _stats(rows: list[dict[str, Any]]) -> bytes:
 
 def _put(url: str, data: bytes) -> None:
     if not write_once(url, data) and read_bytes(url) != data:
-        raise SourceError(f"{url} is there with other content: give another folder, or remove that shard")
+        raise SourceError(f"{url} exists with other content: give another folder, or remove that shard")

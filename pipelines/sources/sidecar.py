@@ -1,4 +1,4 @@
-"""The Parquet file that img2dataset leaves beside each tar: one row a URL, the failed ones too."""
+"""Reads the Parquet file that img2dataset writes beside each tar: one row per URL, failed ones included."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.rejections import Rejected
+from pipelines.sources.parquet import column_values
 from pipelines.storage.objects import open_object
 
 _READ_AHEAD_BYTES = 8 << 20
-
-FAILURES = {"failed_to_download": "download_failed", "failed_to_resize": "resize_failed"}
-"""img2dataset's words for a row that has no picture, and ours."""
+_REASONS = {"failed_to_download": "download_failed", "failed_to_resize": "resize_failed"}
 
 
 class SidecarError(ValueError):
-    """A sidecar that is there but cannot be read."""
+    """A sidecar that exists but cannot be read."""
+
+
+def failure_of(row: dict[str, Any]) -> Rejected | None:
+    """Why a row of img2dataset's Parquet output has no image: its status, with the message as detail."""
+    status = row.get("status") or "success"
+    if status == "success":
+        return None
+    return Rejected(_REASONS.get(status, "missing_sample"), str(row.get("error_message") or status))
 
 
 class Sidecar:
-    """The rows by key, in the file's order. They stay columns: as objects a shard's would take tenfold."""
+    """The rows by key, in the file's order. They stay in columns: objects would take ten times the memory."""
 
     def __init__(self, table: pa.Table | None = None) -> None:
         self._columns = {} if table is None else {name: table.column(name) for name in table.column_names}
@@ -33,44 +41,32 @@ class Sidecar:
         return len(self._rows)
 
     def metadata(self, key: str) -> dict[str, Any]:
-        """What is known of a row, nulls left out; empty for an unknown key."""
+        """The values of a row, nulls left out; empty for an unknown key."""
         if key not in self._rows:
             return {}
         row = self._rows[key]
-        values = ((name, _value(column.slice(row, 1))) for name, column in self._columns.items())
+        values = ((name, _values(column.slice(row, 1))[0]) for name, column in self._columns.items())
         return {name: value for name, value in values if value is not None}
 
-    def failed(self) -> Iterator[tuple[str, str]]:
-        """Reason and detail of each row that has no picture by its own account."""
-        if "status" not in self._columns:
-            return
-        statuses = _values(self._columns["status"])
-        for key, row in self._rows.items():
-            status = statuses[row]
-            if status not in (None, "success"):
-                detail = self.metadata(key).get("error_message") or status
-                yield FAILURES.get(status, "missing_sample"), str(detail)
+    def failures(self) -> list[Rejected]:
+        """Why each row whose status is a failure has no image."""
+        statuses = _values(self._columns["status"]) if "status" in self._columns else [None] * len(self)
+        failed = [key for key, row in self._rows.items() if statuses[row] not in (None, "success")]
+        return [failure for key in failed if (failure := failure_of(self.metadata(key)))]
 
-    def absent(self, arrived: set[str], *, torn: bool) -> Iterator[tuple[str, str, str]]:
-        """Key, reason and detail of each row that did not arrive in the tar."""
+    def absent(self, arrived: set[str], *, tear: Exception | None) -> Iterator[tuple[str, Rejected]]:
+        """Key and reason of each row that is not in the tar, which ended at `tear` unless it is complete."""
         for key in self._rows:
-            if key in arrived:
-                continue
-            row = self.metadata(key)
-            status = row.get("status") or "success"
-            if status == "success":
-                yield key, "torn_shard" if torn else "missing_sample", "a success by the sidecar's account"
-            else:
-                detail = row.get("error_message") or status
-                yield key, FAILURES.get(status, "missing_sample"), str(detail)
+            if key not in arrived:
+                yield key, failure_of(self.metadata(key)) or _missing(tear)
 
 
 def read_sidecar(url: str) -> Sidecar | None:
-    """The sidecar at `url`, None where there is none.
+    """The sidecar at `url`; None if there is none.
 
     Raises:
-        SidecarError: if it is no Parquet file or has no column `key`.
-        OSError: if the store does not answer.
+        SidecarError: if it is not Parquet or has no column `key`.
+        OSError: if the store fails.
     """
     try:
         with open_object(url, ahead=_READ_AHEAD_BYTES) as file:
@@ -86,23 +82,13 @@ def read_sidecar(url: str) -> Sidecar | None:
     return Sidecar(table)
 
 
-def _value(cell: pa.ChunkedArray) -> Any:  # noqa: ANN401 - as the column has it
-    try:
-        return _values(cell)[0]
-    except (ValueError, OverflowError, pa.ArrowException):  # such as a date that Python does not know
-        return None
+def _missing(tear: Exception | None) -> Rejected:
+    detail = "a success by the sidecar's account"
+    return Rejected("torn_shard", f"{tear}; {detail}") if tear else Rejected("missing_sample", detail)
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
+    values = column_values(column)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        # One bad string must not hide the others: Parquet does not enforce UTF-8.
-        return [_text(value) for value in column.cast(pa.large_binary()).to_pylist()]
-    values: list[Any] = column.to_pylist()
+        return [None if isinstance(value, bytes) else value for value in values]
     return values
-
-
-def _text(value: bytes | None) -> str | None:
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return None

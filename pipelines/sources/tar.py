@@ -1,4 +1,4 @@
-"""Members of a tar file in one forward pass: nothing is extracted, and a tear is told from a clean end."""
+"""Reads tar members in one forward pass, without extraction; distinguishes truncation from a clean end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.rejections import Rejected
 
 _READ_BYTES = 1 << 20
 _MAX_NAME_CHARS = 1024
-# Headers that carry names and attributes, which the tarfile module reads whole.
+# Headers that carry names and attributes, whose bodies the tarfile module reads into memory whole.
 _ATTRIBUTES = frozenset(
     [
         tarfile.XHDTYPE,
@@ -26,10 +26,10 @@ _MAX_ATTRIBUTE_BYTES = 1 << 20
 
 
 class TornShardError(Exception):
-    """The tar breaks off, or turns into something else, before its end marker.
+    """The tar is truncated or corrupt before its end marker.
 
     Attributes:
-        inside_member: whether the last member that was begun is itself not whole.
+        inside_member: whether the last member that began is itself incomplete.
     """
 
     def __init__(self, message: str, *, inside_member: bool = False) -> None:
@@ -38,10 +38,10 @@ class TornShardError(Exception):
 
 
 class Member:
-    """One member, readable until the next is asked for.
+    """A member of a tar; readable until the next one is requested.
 
     Attributes:
-        name: as the tar spells it, never used as a path.
+        name: as spelled in the tar; never used as a path.
         size: bytes.
     """
 
@@ -52,7 +52,7 @@ class Member:
         self.size = header.size
 
     def check(self) -> None:
-        """Look at name and kind.
+        """Check name and type.
 
         Raises:
             Rejected: `unsafe_name` or `not_a_file`.
@@ -67,7 +67,7 @@ class Member:
 
         Raises:
             Rejected: `oversized_member`, before anything is read.
-            TornShardError: if the tar breaks off inside.
+            TornShardError: if the tar ends inside.
         """
         if self.size > max_bytes:
             raise Rejected("oversized_member", f"{self.name}: {self.size} bytes, {max_bytes} are allowed")
@@ -81,28 +81,32 @@ class Member:
 
 
 def is_unsafe(name: str) -> bool:
-    """Whether a name is absolute or climbs, on any system, or is longer than 1,024 characters."""
+    """Whether a name is absolute or contains "..", on any system, or is longer than 1,024 characters."""
     parts = re.split(r"[\\/]", name)
     return not parts[0] or bool(re.match("[A-Za-z]:", name)) or ".." in parts or len(name) > _MAX_NAME_CHARS
 
 
 def read_members(file: IO[bytes]) -> Iterator[Member]:
-    """The members in order, folders left out. `file` is read forward only and never sought.
+    """The members in order, folders left out. `file` is only read forward, never sought.
 
     Raises:
-        TornShardError: after the members before the tear. A tar that ends without its end marker is torn.
+        TornShardError: after the members before the tear. A tar without its end marker is torn.
     """
     try:
-        archive = tarfile.open(  # noqa: SIM115 - the caller's file is closed by the caller
-            fileobj=_Forward(file), mode="r|", tarinfo=_Header, bufsize=_READ_BYTES, errors="surrogateescape"
+        archive = tarfile.open(  # noqa: SIM115 - the caller closes its file
+            fileobj=_ForwardReader(file),
+            mode="r|",
+            tarinfo=_StrictHeader,
+            bufsize=_READ_BYTES,
+            errors="surrogateescape",
         )
         while (header := _next(archive)) is not None:
-            # The module keeps every header it has seen; a stream has no use for them.
+            # tarfile keeps every header it has read, so that memory would grow with the shard.
             archive.members.clear()  # type: ignore[attr-defined]
             if not header.isdir():
                 yield Member(archive, header)
     except tarfile.TarError as error:
-        # Headers report for themselves, below: this is the module, passing over the rest of a member.
+        # `_StrictHeader` reports bad headers, so this is tarfile failing to skip the rest of a member.
         raise TornShardError(str(error), inside_member=True) from None
 
 
@@ -110,14 +114,15 @@ def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
     try:
         return archive.next()
     except (ValueError, IndexError, OverflowError) as error:
-        # The parser of extended headers lets these through when it meets garbage.
+        # tarfile's parser of extended headers does not catch these on malformed input.
         raise TornShardError(f"a malformed header: {error}") from None
 
 
-class _Forward(io.RawIOBase):
-    """A file that says at its second empty read that it has ended.
+class _ForwardReader(io.RawIOBase):
+    """A file that raises at its second empty read.
 
-    Without this the module would go on reading, for years if a header announces enough bytes.
+    A header may announce any number of bytes, and tarfile would keep reading at the end of the file until it
+    had counted to that number.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -132,11 +137,11 @@ class _Forward(io.RawIOBase):
         return data
 
 
-class _Header(tarfile.TarInfo):
-    """A header that tells a tear from the end: the tarfile module itself treats most tears as the end."""
+class _StrictHeader(tarfile.TarInfo):
+    """A header that raises on invalid blocks, most of which tarfile treats as the end of the archive."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictHeader:
         try:
             header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:

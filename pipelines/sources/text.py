@@ -1,4 +1,4 @@
-"""A caption as a row keeps it, wherever it comes from."""
+"""Normalises captions, from whatever source."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ MAX_CAPTION_CHARS = 2000
 
 
 def clean_caption(text: str | bytes | None, *, max_chars: int = MAX_CAPTION_CHARS) -> str:
-    """The caption on one line, runs of white space made one space, at most `max_chars` characters.
+    """The caption on one line, runs of white space collapsed, at most `max_chars` characters.
 
-    A longer caption is cut and not rejected: web alt-texts of any length are usable, and the text encoder
-    reads 77 tokens of them. White space goes first, as in CLIP's tokenizer, so that the cut keeps words.
+    A longer caption is truncated, not rejected: web alt-texts of any length are usable, and the text encoder
+    reads only 77 tokens. White space is collapsed first, as in CLIP's tokenizer.
 
     Raises:
         Rejected: `missing_caption`, `bad_encoding` or `empty_caption`.
@@ -19,7 +19,7 @@ def clean_caption(text: str | bytes | None, *, max_chars: int = MAX_CAPTION_CHAR
     if text is None:
         raise Rejected("missing_caption")
     try:
-        # A JSON escape can smuggle in half a character, which no UTF-8 file can hold.
+        # A JSON escape can produce a lone surrogate, which no UTF-8 file can hold.
         valid = text.decode() if isinstance(text, bytes) else text.encode().decode()
     except UnicodeError as error:
         raise Rejected("bad_encoding", str(error)) from None

@@ -1,6 +1,6 @@
-"""Rows of img2dataset's Parquet output: picture, caption and metadata in columns, failed rows among them.
+"""Reads img2dataset's Parquet output: image, caption and metadata in columns, failed rows included.
 
-Every row has its place: what cannot be read is told row by row, so that ordinals and ids stay what they are.
+An unreadable row is yielded in its position with its fault, so that ordinals and ids never shift.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.rejections import Rejected
@@ -17,18 +16,18 @@ from pipelines.sources.layouts import clean_metadata, image_column, is_bytes
 from pipelines.sources.parquet import CorruptParquetError, ParquetRows, RowBatch, TornRows, open_parquet
 
 _BATCH_ROWS = 8
-_KEYS_AT_ONCE = 4096
+_KEY_BATCH_ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRow:
-    """One row as the file has it.
+    """One row of the file.
 
     Attributes:
         ordinal: position in the file, from 0.
-        key: img2dataset's; the ordinal where there is none.
-        image: the encoded picture, None where there is none or the row is not wanted.
-        txt: the column of that name, as bytes if it is no UTF-8.
+        key: img2dataset's; the ordinal if there is none.
+        image: the encoded image; None if there is none or it was not read.
+        txt: the column of that name, as bytes if it is not UTF-8.
         caption: likewise.
         metadata: the other columns, and the caption if it can be read.
         fault: why the row cannot be used.
@@ -44,10 +43,10 @@ class ImageRow:
 
 
 def has_images(url: str) -> bool:
-    """Whether a Parquet file is a shard; one that cannot be read is taken for a damaged one.
+    """Whether a Parquet file has a column of images; a corrupt file counts as a damaged shard.
 
     Raises:
-        OSError: if the store does not answer.
+        OSError: if the store fails.
     """
     try:
         with open_parquet(url) as rows:
@@ -59,73 +58,64 @@ def has_images(url: str) -> bool:
 def read_image_rows(url: str, *, start: int, max_image_bytes: int) -> Iterator[ImageRow]:
     """Every row in order; of row groups that end before `start` only the keys are read.
 
-    Memory holds 8 rows and a page of each column. As img2dataset writes pictures, a page holds those of a
-    row group, which is of 100 rows.
+    Memory holds 8 rows and one page of each column; img2dataset writes row groups of 100 rows, with the
+    images of a row group in one page.
 
     Raises:
-        CorruptParquetError: if the file is no Parquet, or has no column of pictures.
-        OSError: if the store does not answer.
+        CorruptParquetError: if the file is not Parquet, or has no column of images.
+        OSError: if the store fails.
     """
     with open_parquet(url) as rows:
-        picture = image_column(rows.schema)
-        if picture is None:
+        image = image_column(rows.schema)
+        if image is None:
             raise CorruptParquetError(f"no column of pictures among {', '.join(rows.schema.names)}")
         others = [name for name in rows.schema.names if not is_bytes(rows.schema.field(name).type)]
         for first, last in rows.spans:
-            # Apart from the pictures, so that rows whose pictures are lost keep their names.
+            # Keys are read separately, so that rows with corrupt images keep their ids.
             keys = _keys(rows, first=first, last=last)
             if last <= start:
                 yield from (ImageRow(ordinal=first + row, key=key) for row, key in enumerate(keys))
                 continue
-            for part in rows.batches([*others, picture], batch_rows=_BATCH_ROWS, start=first, stop=last):
-                here = keys[part.start - first :]
+            for part in rows.batches([*others, image], batch_rows=_BATCH_ROWS, start=first, stop=last):
+                batch_keys = keys[part.start - first :]
                 if isinstance(part, TornRows):
-                    yield from _lost(part, here)
+                    yield from _torn_rows(part, batch_keys)
                 else:
-                    yield from _found(part, here, others, picture=picture, max_image_bytes=max_image_bytes)
+                    yield from _rows(part, batch_keys, others, image=image, max_image_bytes=max_image_bytes)
 
 
 def _keys(rows: ParquetRows, *, first: int, last: int) -> list[str]:
     keys = [f"{ordinal:09d}" for ordinal in range(first, last)]
     if "key" not in rows.schema.names:
         return keys
-    for part in rows.batches(["key"], batch_rows=_KEYS_AT_ONCE, start=first, stop=last):
+    for part in rows.batches(["key"], batch_rows=_KEY_BATCH_ROWS, start=first, stop=last):
         if isinstance(part, RowBatch):
-            for place, key in enumerate(part.values("key"), start=part.start - first):
-                keys[place] = key if isinstance(key, str) and key else keys[place]
+            for index, key in enumerate(part.values("key"), start=part.start - first):
+                keys[index] = key if isinstance(key, str) and key else keys[index]
     return keys
 
 
-def _lost(part: TornRows, keys: list[str]) -> Iterator[ImageRow]:
+def _torn_rows(part: TornRows, keys: list[str]) -> Iterator[ImageRow]:
     for ordinal, key in zip(range(part.start, part.stop), keys, strict=False):
         yield ImageRow(ordinal=ordinal, key=key, fault=Rejected("torn_shard", part.detail))
 
 
-def _found(
-    part: RowBatch, keys: list[str], others: list[str], *, picture: str, max_image_bytes: int
+def _rows(
+    part: RowBatch, keys: list[str], others: list[str], *, image: str, max_image_bytes: int
 ) -> Iterator[ImageRow]:
     columns = {name: part.values(name) for name in others}
-    pictures = part.record.column(picture)
-    sizes = pc.binary_length(pictures).to_pylist()
-    for row, size in enumerate(sizes):
+    images = part.record.column(image)
+    for row, size in enumerate(pc.binary_length(images).to_pylist()):
         values = {name: column[row] for name, column in columns.items()}
-        txt = values.pop("txt", None)
+        # The length comes from the offsets, so an oversized image is never copied into Python.
         fits = size is None or size <= max_image_bytes
+        detail = f"column {image}: {size} bytes, {max_image_bytes} are allowed"
         yield ImageRow(
             ordinal=part.start + row,
             key=keys[row],
-            image=_bytes(pictures, row) if fits else None,
-            txt=txt,
+            image=images[row].as_py() if fits else None,
+            txt=values.pop("txt", None),
             caption=values.get("caption"),
             metadata=clean_metadata(values),
-            fault=None if fits else _oversized(picture, size=size, allowed=max_image_bytes),
+            fault=None if fits else Rejected("oversized_member", detail),
         )
-
-
-def _bytes(pictures: pa.Array, row: int) -> bytes | None:
-    found: bytes | None = pictures[row].as_py()
-    return found
-
-
-def _oversized(picture: str, *, size: int, allowed: int) -> Rejected:
-    return Rejected("oversized_member", f"column {picture}: {size} bytes, {allowed} are allowed")
