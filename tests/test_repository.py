@@ -101,10 +101,10 @@ def test_images_run_the_ray_that_is_pinned():
     assert kuberay["spec"]["authOptions"] == {"mode": "token"}
 
 
-def test_readme_names_every_job():
+def test_jobs_document_names_every_job():
     verbs = {
         path.stem for path in (ROOT / "jobs").glob("*.py") if 'if __name__ == "__main__"' in path.read_text()
     }
     verbs.remove("command")  # the `snapfusion` command, which is no job
-    named = set(re.findall(r"`(?:python -m )?jobs\.(\w+)", (ROOT / "README.md").read_text()))
+    named = set(re.findall(r"`(?:python -m )?jobs\.(\w+)", (ROOT / "docs" / "jobs.md").read_text()))
     assert named == verbs

@@ -193,8 +193,8 @@ def test_the_papers_protocol_is_in_its_recipe():
 
 
 def test_the_readmes_smaller_protocols_are_settings_of_the_recipe():
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
-    section = readme.split("## By the paper's protocol")[1].split("\n## ")[0]
+    readme = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
+    section = readme.split("## The paper's protocol")[1].split("\n## ")[0]
     blocks = [re.findall(r"--set (\S+)", block) for block in section.split("```")[1::2]]
     few, other = (sd15().with_values(block).evaluation for block in blocks)
     assert (few.prompts.limit, few.references.count) == (6_000, 30_000)

@@ -22,7 +22,7 @@ from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.solver_names import SOLVERS
 
-README = (Path(__file__).parents[3] / "README.md").read_text()
+README = (Path(__file__).parents[3] / "docs" / "samplers.md").read_text()
 CAPTIONS = 10
 SLACK = 2
 """Attributes of fifty that another version of torch may read otherwise."""
@@ -30,7 +30,7 @@ SLACK = 2
 
 def readme_table() -> dict[tuple[str, int, str], int]:
     """(model, steps, sampler) -> attributes right of fifty, as README has them."""
-    block = README.split("## Samplers and steps")[1].split("\n## ")[0]
+    block = README.split("# Samplers and numbers of steps")[1].split("\n## ")[0]
     header, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in block.splitlines()

@@ -68,8 +68,8 @@ def test_the_readmes_figures_are_those_of_the_panel():
     panel = json.loads((ROOT / "docs" / "ablation" / "6c.json").read_text())
     assert panel["seeds"] == [0, 1, 2]
     points = {line["name"]: {point["w"]: point for point in line["points"]} for line in panel["over_seeds"]}
-    readme = (ROOT / "README.md").read_text()
-    section = readme.partition("## What step distillation does")[2].partition("\n## ")[0]
+    readme = (ROOT / "docs" / "ablation" / "README.md").read_text()
+    section = readme.partition("## Results of step distillation")[2].partition("\n## ")[0]
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:3] == "| `"
     ]
