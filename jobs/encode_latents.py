@@ -20,7 +20,7 @@ from pipelines.sources.webdataset import Shard, list_shards, metadata_columns
 from pipelines.stages.select import set_bounds
 from pipelines.storage.objects import exists
 from pipelines.tables.manifest import total_rejected
-from pipelines.tables.table import is_table, open_table, unit_manifests
+from pipelines.tables.table import is_table, open_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def encode(job: Job) -> None:
         run=runner(recipe.cluster),
         on_progress=show_progress(job.verb),
     )
-    rejected = total_rejected(list(unit_manifests(table.url).values()))
+    rejected = total_rejected(list(table.manifests().values()))
     counted = f"{table.num_rows} rows in {len(table.units)} units, {_rejections(rejected)}"
     print(f"  LATENTS version {table.version}: {counted}")
 

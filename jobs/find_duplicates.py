@@ -18,7 +18,7 @@ from pipelines.dedup.duplicates import count_verdicts, find_duplicates
 from pipelines.dedup.fingerprints import fingerprint_shards
 from pipelines.sources.webdataset import list_shards
 from pipelines.tables.manifest import total_rejected
-from pipelines.tables.table import Snapshot, is_table, open_table, unit_manifests
+from pipelines.tables.table import Snapshot, is_table, open_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,7 +92,7 @@ def _evaluation(job: Job) -> Snapshot | None:
 
 
 def _counted(table: Snapshot) -> str:
-    rejected = total_rejected(list(unit_manifests(table.url).values()))
+    rejected = total_rejected(list(table.manifests().values()))
     return f"{table.num_rows} rows, {_counts(rejected)} rejected"
 
 

@@ -40,7 +40,7 @@ from pipelines.tables.deletion_list import (
     read_entries,
     sha256_key,
 )
-from pipelines.tables.table import Snapshot, TableError, open_table, unit_manifests
+from pipelines.tables.table import Snapshot, TableError, open_table
 
 
 class FilesInUse(RuntimeError):
@@ -108,7 +108,7 @@ def forget_rows(job: Job) -> None:
     stops = _stops(job, descendants)
     if _erases(job) and not stops:
         for place, paths in old.items():
-            if any(file.mark for file in tables[place].units):
+            if any(file.revision for file in tables[place].units):
                 erase_files(tables[place].url, paths)
     paths = [path for some in old.values() for path in some]
     erased = paths if _erases(job) and not stops else []
@@ -268,7 +268,7 @@ def _kept(others: Mapping[str, Snapshot], forgotten: DeletionKeys) -> dict[str, 
 
 
 def _count_forgotten(removal: Removal) -> int:
-    return sum(account.rejected().get("forgotten", 0) for account in unit_manifests(removal.url).values())
+    return sum(account.rejected().get("forgotten", 0) for account in removal.manifests().values())
 
 
 def _shards(removals: Sequence[Removal]) -> list[str]:
@@ -279,7 +279,7 @@ def _shards(removals: Sequence[Removal]) -> list[str]:
             account.source
             for removal in removals
             if removal.kind == "latents"
-            for account in unit_manifests(removal.url).values()
+            for account in removal.manifests().values()
             if gone & account.rejected().keys()
         }
     )

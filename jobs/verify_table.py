@@ -37,10 +37,10 @@ def verify(job: Job) -> None:
     """Print what was counted; raise if anything is wrong."""
     table = open_table(job.target)
     wanted = job.recipe.verification
-    found = verify_table(table, remake=remake_for(job, table), units=wanted.units, seed=wanted.seed)
+    found = verify_table(table, recompute=remake_for(job, table), units=wanted.units, seed=wanted.seed)
     counted = f"{found.units} units, {found.rows} rows, {found.rejected} rejected"
     print(f"{table.url}, version {table.version}: {counted}")
-    print(f"  {found.remade} units made again, {found.exact} of them bit for bit")
+    print(f"  {found.recomputed} units made again, {found.exact} of them bit for bit")
     for note in found.notes:
         print(f"  {note}")
     if found.faults:

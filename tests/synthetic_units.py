@@ -15,24 +15,29 @@ import pyarrow.parquet as pq
 from pipelines.rejections import Rejection
 from pipelines.stages import write
 from pipelines.stages.write import WriteUnit
-from pipelines.tables import commits
-from pipelines.tables import committer as intake
+from pipelines.tables import commits, committer
 from pipelines.tables.commits import WrittenUnit, read_written_unit
 from pipelines.tables.committer import commit_stream, recover
 from pipelines.tables.manifest import read_manifest, to_parquet
 from pipelines.tables.schemas import latents_schema
 from pipelines.tables.settings import Bounds
-from pipelines.tables.table import UnitFile, create_table, revised_name, unit_manifests
+from pipelines.tables.table import UnitFile, create_table, revised_name
 from pipelines.tables.units import FinishedRows, Unit, committed_ranges, uncovered_ranges
 from snapfusion.settings import digest
 
 SCHEMA = latents_schema(latent_shape=(4, 2, 2), num_tokens=4)
 IDENTITY = {"kind": "latents", "model": {"weights": {"vae": "abc"}}, "rows_per_unit": 4}
 TOTAL = 22
-POINTS = ("before_file", "file_to_commit", "rejects_to_rows", "rows_to_accounts", "after_commit")
+POINTS = {
+    "before_file": (write, "write_once"),
+    "file_to_commit": (committer, "commit_units"),
+    "rejects_to_rows": (commits, "_commit_rows"),
+    "rows_to_manifests": (commits, "_commit_manifests"),
+    "after_commit": (committer, "_exceeds_rejected"),
+}
 
 
-def finished(start: int, stop: int, *, final: bool) -> FinishedRows:
+def finished(start: int, stop: int, *, final: bool = False) -> FinishedRows:
     """Rows that follow from their ordinals; each fifth is rejected."""
     kept = [n for n in range(start, stop) if n % 5]
     rejections = [
@@ -54,59 +59,45 @@ def finished(start: int, stop: int, *, final: bool) -> FinishedRows:
 
 
 def run(url: str, *, total: int = TOTAL) -> None:
-    """What a job does: make or open the table, recover, plan, work, commit."""
-    table = create_table(url, schema=SCHEMA, identity=IDENTITY)
-    recover(url)
+    """The steps of a job: create or open the table, recover, plan, work, commit."""
+    table = recover(create_table(url, schema=SCHEMA, identity=IDENTITY))
     writer = WriteUnit(url=table.url, schema=SCHEMA, settings=digest(table.identity))
-    left = uncovered_ranges(
-        total, committed=committed_ranges(unit_manifests(url).values(), "s"), rows_per_unit=4
-    )
+    committed = committed_ranges(table.manifests().values(), "s")
+    left = uncovered_ranges(total, committed=committed, rows_per_unit=4)
 
     def work() -> Iterator[WrittenUnit]:
-        for gap in left:
-            yield writer(finished(gap.start, gap.stop, final=gap.final))
+        for part in left:
+            yield writer(finished(part.start, part.stop, final=part.final))
 
-    commit_stream(url, work(), bounds=Bounds(commit_seconds=0.0), total=total)
+    commit_stream(table, work(), bounds=Bounds(commit_seconds=0.0), total=total)
 
 
 def without_first_row(file: UnitFile) -> tuple[UnitFile, WrittenUnit]:
-    """The old file and a new one, which lies there but is not committed."""
-    account, rows = read_manifest(Path(file.path).read_bytes()), pq.read_table(file.path)
-    gone = Rejection(id="gone", source="s", reason="broken_image", detail="", ordinal=account.start)
-    fewer = replace(account, rows_written=account.rows_written - 1, rejections=(*account.rejections, gone))
+    """The old file and a new one, written but not committed."""
+    manifest, rows = read_manifest(Path(file.path).read_bytes()), pq.read_table(file.path)
+    gone = Rejection(id="gone", source="s", reason="broken_image", detail="", ordinal=manifest.start)
+    fewer = replace(manifest, rows_written=manifest.rows_written - 1, rejections=(*manifest.rejections, gone))
     path = Path(file.path).with_name(revised_name(file.unit, fewer.to_json()))
     path.write_bytes(to_parquet(rows.slice(1), fewer))
     return file, read_written_unit(str(path))
 
 
 def kill_at(point: str, *, after: int) -> None:
-    """Arrange that this process is killed, as by kill -9, the `after`-th time it comes to `point`."""
-    came = 0
+    """Have this process killed, as by kill -9, the `after`-th time it comes to `point`."""
+    module, name = POINTS[point]
+    function: Callable = getattr(module, name)
+    calls = 0
 
-    def die_before(function: Callable) -> Callable:
-        def wrapped(*args: object, **kwargs: object) -> object:
-            nonlocal came
-            came += 1
-            if came == after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
+    def killing(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
 
-        return wrapped
-
-    if point == "before_file":
-        write.write_once = die_before(write.write_once)
-    elif point == "file_to_commit":
-        intake.commit_units = die_before(intake.commit_units)
-    elif point == "rejects_to_rows":
-        commits._commit_rows = die_before(commits._commit_rows)
-    elif point == "rows_to_accounts":
-        commits._commit_manifests = die_before(commits._commit_manifests)
-    elif point == "after_commit":
-        intake._too_many = die_before(intake._too_many)
+    setattr(module, name, killing)
 
 
 if __name__ == "__main__":
-    url, point = sys.argv[1], sys.argv[2]
-    if point != "none":
-        kill_at(point, after=3)
-    run(url)
+    kill_at(sys.argv[2], after=3)
+    run(sys.argv[1])

@@ -30,7 +30,7 @@ from pipelines.datasets.samples import Scores, generate_samples, read_scores
 from pipelines.ray_data.execution import Runner
 from pipelines.sources.captions import captions_digest
 from pipelines.storage.objects import exists, read_bytes, replace_object, write_once
-from pipelines.tables.table import Snapshot, TableError, open_table, unit_records
+from pipelines.tables.table import Snapshot, TableError, open_table
 from snapfusion.evolution.latency import LatencyError, LatencyTable
 from snapfusion.evolution.search import BlockScore, Decision, EvolutionError, decide, next_action
 from snapfusion.metrics.intervals import Interval, mean
@@ -302,6 +302,6 @@ def _clip_scores(found: Scores, ids: Sequence[str]) -> np.ndarray:
 
 def _action_seconds(drawn: Snapshot) -> float:
     """Seconds that one UNet's pictures took to be drawn and judged: of each action, and of the whole."""
-    records = unit_records(drawn.url)
+    records = drawn.unit_records()
     ways = {record["unit"].rpartition("-w")[0] for record in records}
     return sum(record["seconds"] or 0.0 for record in records) / len(ways)

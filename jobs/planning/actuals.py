@@ -12,7 +12,7 @@ from jobs.cli.job import Job
 from jobs.planning.forecast import PlannedStage, StageForecast
 from jobs.training.run_folder import METRICS
 from pipelines.storage.objects import exists, read_bytes
-from pipelines.tables.table import is_table, unit_records
+from pipelines.tables.table import is_table, open_table
 
 STEPS = "steps"
 _TABLES = {"encode_latents": "latents", "compute_targets": "targets", "generate_pairs": "pairs"}
@@ -81,7 +81,7 @@ def actual_of(job: Job, stage: PlannedStage, *, steps: Mapping[str, float]) -> A
         return None if seconds is None else Actual(seconds=float(seconds), what="training")
     table = job.url(_TABLES.get(stage.verb, ""))
     if stage.verb in _TABLES and is_table(table):
-        seconds = [record["seconds"] for record in unit_records(table)]
+        seconds = [record["seconds"] for record in open_table(table).unit_records()]
         if seconds and None not in seconds:
             return Actual(seconds=sum(seconds), what="work")
     return None

@@ -23,7 +23,7 @@ from pipelines.ray_data.settings import Pool
 from pipelines.sources.captions import Caption
 from pipelines.stages.generate import GeneratePairs
 from pipelines.stages.settings import Generation
-from pipelines.tables.table import unit_records
+from pipelines.tables.table import open_table
 from snapfusion.models.load import load
 from snapfusion.training.settings import LoopSettings
 
@@ -84,7 +84,7 @@ def _data_job(url: str, *, workers: int) -> tuple[float, float]:
     began = time.monotonic()
     generate_pairs(settings, teacher=_MODEL, captions=captions, source=_SOURCE, url=url)
     took = time.monotonic() - began
-    worked = [record["seconds"] for record in unit_records(url)]
+    worked = [record["seconds"] for record in open_table(url).unit_records()]
     return took - sum(worked) / workers, statistics.median(worked) / alone
 
 

@@ -46,7 +46,7 @@ from pipelines.stages.image import decode_image
 from pipelines.storage.objects import exists, read_bytes
 from pipelines.tables.manifest import total_rejected
 from pipelines.tables.schemas import array_type, from_png
-from pipelines.tables.table import Snapshot, is_table, open_table, rejected_rows, unit_manifests
+from pipelines.tables.table import Snapshot, is_table, open_table
 from snapfusion.export.bundle import FORMAT_VERSION, IMAGES, MANIFEST
 from snapfusion.mini.oracle import load_oracle
 from snapfusion.mini.scenes import Scene, parse_caption
@@ -517,7 +517,7 @@ def _student_commits(
 
 
 def _counts(table: Snapshot) -> dict[str, Any]:
-    known = list(unit_manifests(table.url).values())
+    known = list(table.manifests().values())
     return {
         "rows_read": sum(account.rows_read for account in known),
         "rows_written": table.num_rows,
@@ -539,7 +539,7 @@ def _table_figures(table: Snapshot) -> dict[str, Any]:
 def _rejections(table: Snapshot) -> Sequence[RejectionSummary]:
     name = str(table.identity["kind"]).upper()
     by_reason: dict[str, list[RejectionExample]] = {}
-    for row in rejected_rows(table.url):
+    for row in table.rejected_rows():
         by_reason.setdefault(row["reason"], []).append(RejectionExample(id=row["id"], detail=row["detail"]))
     return [
         RejectionSummary(table=name, reason=reason, count=len(rows), examples=tuple(rows[:_EXAMPLES]))

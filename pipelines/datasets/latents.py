@@ -30,7 +30,7 @@ from pipelines.tables.committer import OnProgress, commit_stream, recover, take_
 from pipelines.tables.deletion_list import redacted_id
 from pipelines.tables.manifest import UnitManifest, covers_source
 from pipelines.tables.schemas import latents_schema
-from pipelines.tables.table import Snapshot, TableError, create_table, open_table, unit_manifests
+from pipelines.tables.table import Snapshot, TableError, create_table
 from pipelines.tables.units import MAX_UNIT_BYTES, FinishedRows, ImageRows, committed_ranges
 from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.models.bundle import Bundle
@@ -149,8 +149,8 @@ def encode_latents(
         url, schema=schema, identity=identity_of(settings, model=bundle.describe(), vetoes=vetoes)
     )
     del bundle  # workers beside this process need the memory
-    recover(url, origin=origin)
-    waiting = pending_shards(shards, source=source, accounts=unit_manifests(url).values())
+    table = recover(table, origin=origin)
+    waiting = pending_shards(shards, source=source, accounts=table.manifests().values())
     items = take_rows(waiting, bounds=settings.bounds, rows=rows_left_in)
     stages = [
         PipelineStage(
@@ -171,15 +171,14 @@ def encode_latents(
         ),
     ]
     total = rows_left(items) if on_progress else None
-    commit_stream(
-        url,
+    return commit_stream(
+        table,
         run(items, stages),
         bounds=settings.bounds,
         total=total,
         origin=origin,
         on_progress=on_progress,
     )
-    return open_table(url)
 
 
 def pending_shards(
@@ -229,7 +228,7 @@ def recomputer(
         withheld = RecordedDeletionFilter(row.id for row in account.rejections if row.reason == "withheld")
         reader = ReadShard(**_reader_arguments(settings, shapes=shapes), vetoes=(withheld, *others))
         # An image that once took a worker down must not take this process down.
-        read = reader.carefully if "crashed" in account.rejected() else reader
+        read = reader.isolated if "crashed" in account.rejected() else reader
         device = Device(dtype=table.identity["dtype"], threads=account.environment["threads"])
         encoder = EncodeLatents(model=model, settings=settings.encoding, device=device)
         finished = encoder(next(read(work)))

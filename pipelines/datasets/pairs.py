@@ -25,7 +25,7 @@ from pipelines.tables.committer import OnProgress, commit_stream, recover, take_
 from pipelines.tables.deletion_list import DeletionKeys, redacted_id
 from pipelines.tables.manifest import UnitManifest, read_manifest
 from pipelines.tables.schemas import pairs_schema
-from pipelines.tables.table import Snapshot, TableError, UnitFile, create_table, open_table, unit_manifests
+from pipelines.tables.table import Snapshot, TableError, UnitFile, create_table
 from pipelines.tables.units import CaptionRows, FinishedRows, Unit, committed_ranges, uncovered_ranges
 from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.models.bundle import Bundle
@@ -79,8 +79,8 @@ def generate_pairs(
     identity = identity_of(settings, model=bundle.describe())
     del bundle  # workers beside this process need the memory
     table = create_table(url, schema=schema, identity=identity)
-    recover(url, origin=origin)
-    waiting = pending_units(settings, captions=captions, source=source, accounts=unit_manifests(url).values())
+    table = recover(table, origin=origin)
+    waiting = pending_units(settings, captions=captions, source=source, accounts=table.manifests().values())
     items = take_rows(waiting, bounds=settings.bounds, rows=lambda item: item.unit.rows_read)
     stages = [
         PipelineStage(
@@ -96,15 +96,14 @@ def generate_pairs(
         ),
     ]
     total = sum(item.unit.rows_read for item in items)
-    commit_stream(
-        url,
+    return commit_stream(
+        table,
         run(items, stages),
         bounds=settings.bounds,
         total=total,
         origin=origin,
         on_progress=on_progress,
     )
-    return open_table(url)
 
 
 def pending_units(
@@ -184,7 +183,7 @@ def captions_of(table: Snapshot, *, limit: int | None = None) -> list[Caption | 
 def _captions_in(table: Snapshot, unit: UnitFile) -> list[Caption | Rejection]:
     told = table.read_unit(unit, ["id", "caption"]).to_pylist()
     places, gone = list(range(len(told))), []
-    if unit.mark:
+    if unit.revision:
         account = read_manifest(read_bytes(unit.path))
         gone = [rejection for rejection in account.rejections if rejection.reason == "forgotten"]
         places = account.ordinals()
@@ -201,7 +200,7 @@ def withhold_deleted(
     """The list with what is forgotten set aside where it stands, and without its ids."""
 
     def row_of(row: Caption | Rejection) -> Caption | Rejection:
-        if not forgotten.has(row.id):
+        if not forgotten.has_id(row.id):
             return row
         if isinstance(row, Caption):
             return _withheld(redacted_id(row.id), ordinal=row.ordinal)

@@ -26,7 +26,7 @@ from pipelines.tables.commits import Origin
 from pipelines.tables.committer import OnProgress, commit_stream, recover
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.schemas import array_type, references_schema
-from pipelines.tables.table import Snapshot, TableError, create_table, open_table, unit_manifests
+from pipelines.tables.table import Snapshot, TableError, create_table
 from pipelines.tables.units import ImageNameRows, Unit, committed_ranges, uncovered_ranges
 from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.metrics.moments import Moments
@@ -89,8 +89,8 @@ def compute_references(
     names = image_names(settings)
     schema = references_schema(features=judging.feature_count)
     table = create_table(url, schema=schema, identity=identity_of(settings, judging=judging))
-    recover(url, origin=origin)
-    items = pending_units(settings, names=names, accounts=list(unit_manifests(url).values()))
+    table = recover(table, origin=origin)
+    items = pending_units(settings, names=names, accounts=list(table.manifests().values()))
     arguments = {
         "features": judging.features,
         "images": settings.images,
@@ -104,8 +104,9 @@ def compute_references(
     ]
     total = sum(item.unit.rows_read for item in items)
     finished = run(items, stages)
-    commit_stream(url, finished, bounds=settings.bounds, total=total, origin=origin, on_progress=on_progress)
-    return open_table(url)
+    return commit_stream(
+        table, finished, bounds=settings.bounds, total=total, origin=origin, on_progress=on_progress
+    )
 
 
 def pending_units(

@@ -26,7 +26,7 @@ from pipelines.tables.commits import Origin
 from pipelines.tables.committer import OnProgress, commit_stream, recover
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.schemas import array_type, samples_schema
-from pipelines.tables.table import Snapshot, TableError, create_table, open_table, unit_manifests
+from pipelines.tables.table import Snapshot, TableError, create_table
 from pipelines.tables.units import PromptRows, Unit
 from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.models.bundle import Bundle, weight_hash
@@ -114,8 +114,8 @@ def generate_samples(  # noqa: PLR0913 - what, by whom, of what, where to; all b
     identity = identity_of(settings, sampler=sampler, bundle=bundle, cuts=cuts, decoder=decoder)
     del bundle  # workers beside this process need the memory
     table = create_table(url, schema=schema, identity=identity)
-    recover(url, origin=origin)
-    known = unit_manifests(url).values()
+    table = recover(table, origin=origin)
+    known = table.manifests().values()
     items = list(
         pending_units(
             settings, guidance=guidance, captions=captions, source=source, accounts=known, cuts=cuts
@@ -136,8 +136,9 @@ def generate_samples(  # noqa: PLR0913 - what, by whom, of what, where to; all b
     ]
     total = sum(item.unit.rows_read for item in items)
     finished = run(items, stages)
-    commit_stream(url, finished, bounds=settings.bounds, total=total, origin=origin, on_progress=on_progress)
-    return open_table(url)
+    return commit_stream(
+        table, finished, bounds=settings.bounds, total=total, origin=origin, on_progress=on_progress
+    )
 
 
 def pending_units(

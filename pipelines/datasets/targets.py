@@ -28,14 +28,7 @@ from pipelines.tables.committer import OnProgress, commit_stream, recover, take_
 from pipelines.tables.deletion_list import REDACTED_PREFIX
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.schemas import targets_schema
-from pipelines.tables.table import (
-    Snapshot,
-    TableError,
-    create_table,
-    open_table,
-    unit_manifests,
-    unit_records,
-)
+from pipelines.tables.table import Snapshot, TableError, create_table
 from pipelines.tables.units import FinishedRows, LatentRows, Unit
 from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.models.bundle import Bundle
@@ -104,8 +97,8 @@ def compute_targets(
     schema = _schema(settings.teaching, bundle=bundle, latents=latents.identity)
     del bundle  # workers beside this process need the memory
     table = create_table(url, schema=schema, identity=identity)
-    recover(url, origin=origin)
-    waiting = pending_units(settings, latents=latents, accounts=unit_manifests(url).values())
+    table = recover(table, origin=origin)
+    waiting = pending_units(settings, latents=latents, accounts=table.manifests().values())
     items = take_rows(waiting, bounds=settings.bounds, rows=lambda item: item.unit.rows_read)
     stages = [
         PipelineStage(build=ReadLatents, arguments={}, pool=settings.readers),
@@ -121,15 +114,14 @@ def compute_targets(
             pool=settings.writers,
         ),
     ]
-    commit_stream(
-        url,
+    return commit_stream(
+        table,
         run(items, stages),
         bounds=settings.bounds,
         total=sum(item.unit.rows_read for item in items),
         origin=origin,
         on_progress=on_progress,
     )
-    return open_table(url)
 
 
 def pending_units(
@@ -141,7 +133,7 @@ def pending_units(
         TableError: if a committed unit was made from another file than the one in `latents`.
     """
     made_from = {account.unit: account.source_digest for account in accounts}
-    hashes = {record["unit"]: record["sha256"] for record in unit_records(latents.url)}
+    hashes = {record["unit"]: record["sha256"] for record in latents.unit_records()}
     files = [file for file in latents.units if file.rows]
     for draw in range(settings.draws):
         for file in files:

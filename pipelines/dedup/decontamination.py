@@ -27,7 +27,7 @@ from pipelines.tables.commits import Origin
 from pipelines.tables.committer import commit_stream, recover
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.schemas import FINGERPRINTS
-from pipelines.tables.table import Snapshot, TableError, create_table, open_table, unit_manifests
+from pipelines.tables.table import Snapshot, TableError, create_table
 from pipelines.tables.units import CaptionRows, ImageNameRows, Unit, committed_ranges, uncovered_ranges
 from snapfusion.settings import SettingsError
 
@@ -69,8 +69,8 @@ def fingerprint_evaluation(
     table = create_table(
         url, schema=FINGERPRINTS, identity={**identity, "evaluation": describe_evaluation(evaluation)}
     )
-    recover(url, origin=origin)
-    known = list(unit_manifests(url).values())
+    table = recover(table, origin=origin)
+    known = list(table.manifests().values())
     pictures = {"images": image_bounds(latents)}
     works: tuple[tuple[list[Any], PipelineStage], ...] = (
         (
@@ -91,8 +91,8 @@ def fingerprint_evaluation(
     )
     for items, stage in works:
         finished = run(items, [stage, write_stage(table, settings)])
-        commit_stream(url, finished, bounds=settings.bounds, total=None, origin=origin)
-    return open_table(url)
+        table = commit_stream(table, finished, bounds=settings.bounds, total=None, origin=origin)
+    return table
 
 
 def describe_evaluation(evaluation: EvaluationSet) -> dict[str, Any]:

@@ -36,15 +36,7 @@ from pipelines.stages.fingerprint import METHOD
 from pipelines.tables.commits import Origin, commit_round, restore_manifests
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.schemas import DUPLICATES
-from pipelines.tables.table import (
-    Snapshot,
-    TableError,
-    UnitFile,
-    create_table,
-    open_table,
-    unit_manifests,
-    unit_records,
-)
+from pipelines.tables.table import Snapshot, TableError, UnitFile, create_table, open_table
 from pipelines.tables.units import Unit
 from snapfusion.settings import digest
 
@@ -79,7 +71,7 @@ def find_duplicates(
     """
     identity = identity_of(settings, fingerprints=fingerprints, evaluation=evaluation, against=against)
     table = create_table(url, schema=DUPLICATES, identity=identity)
-    restore_manifests(url)
+    table = restore_manifests(table)
     number = 1 + max((round_of(file.unit) for file in table.units), default=0)
     before = [file for other in ([evaluation] if evaluation else []) for file in other.units]
     judged_by = sum(file.rows for file in before)
@@ -87,7 +79,7 @@ def find_duplicates(
     judged, new = _known_and_new(table, fingerprints)
     if not new:
         return open_table(url)
-    segments = _segments([*before, *judged], new, unit_manifests(fingerprints.url))
+    segments = _segments([*before, *judged], new, fingerprints.manifests())
     order = RankBounds(judged_by=judged_by, new=segments[len(segments) - len(new)].begin)
     writing = VerdictWriter(
         url=table.url,
@@ -139,7 +131,7 @@ def identity_of(
 def content_digest(table: Snapshot) -> str:
     """SHA-256 of what a table holds: of its units and their files' hashes, wherever it lies."""
     held = {file.unit for file in table.units}
-    records = unit_records(table.url)
+    records = table.unit_records()
     return digest([[one["unit"], one["sha256"]] for one in records if one["unit"] in held])
 
 

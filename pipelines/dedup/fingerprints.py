@@ -25,7 +25,7 @@ from pipelines.tables.commits import Origin
 from pipelines.tables.committer import OnProgress, commit_stream, recover
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.schemas import FINGERPRINTS
-from pipelines.tables.table import Snapshot, create_table, open_table, unit_manifests
+from pipelines.tables.table import Snapshot, create_table
 from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.settings import digest
 
@@ -78,18 +78,17 @@ def fingerprint_shards(
     """
     identity = identity_of(settings, latents=latents, vetoes=vetoes)
     table = create_table(url, schema=FINGERPRINTS, identity=identity)
-    recover(url, origin=origin)
-    items = list(pending_shards(shards, source=source, accounts=unit_manifests(url).values()))
+    table = recover(table, origin=origin)
+    items = list(pending_shards(shards, source=source, accounts=table.manifests().values()))
     stages = [read_stage(settings, latents=latents, vetoes=vetoes), write_stage(table, settings)]
-    commit_stream(
-        url,
+    return commit_stream(
+        table,
         run(items, stages),
         bounds=settings.bounds,
         total=rows_left(items) if on_progress else None,
         origin=origin,
         on_progress=on_progress,
     )
-    return open_table(url)
 
 
 def recomputer(

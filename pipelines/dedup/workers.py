@@ -167,7 +167,7 @@ class VerdictWriter:
         if not write_once(path, data):
             return read_written_unit(path)
         return WrittenUnit(
-            account=account, path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest(), seconds=None
+            manifest=account, path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest(), seconds=None
         )
 
     def _places(self, ranks: pa.ChunkedArray) -> np.ndarray:

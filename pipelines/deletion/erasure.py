@@ -1,8 +1,8 @@
-"""Files that no newest version reads, and that still tell what was forgotten: named, and erased when asked.
+"""Erases files that no newest version reads and that still hold deleted rows.
 
-A replaced data file serves the versions before. Once it is gone they can be opened, and not be read. Siblings
-have no versions that anybody reads: what was replaced there goes, and so does the log of it, whose entries
-may hold texts of the rows.
+A replaced data file serves the versions before. Once it is erased they can be opened, and not be read.
+Nobody reads old versions of `.rejects` and `.units`: their replaced files are erased, and so are their old
+log entries, which may hold texts of rows.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.deletion.rewrite import file_matches
-from pipelines.storage.objects import absolute_url, list_names, list_parquet, read_bytes
+from pipelines.deletion.table_matches import file_matches
+from pipelines.storage.objects import list_names, list_parquet, read_bytes
 from pipelines.tables.commits import REWRITTEN_PREFIX, live_names
 from pipelines.tables.deletion_list import DeletionKeys
 from pipelines.tables.manifest import read_manifest
@@ -26,59 +26,60 @@ SIBLINGS = ("rejects", "units")
 _LOG_ENTRY = re.compile(r"(?P<version>\d{20})\..*(json|parquet|crc)")
 
 
-def old_files(table: Snapshot, forgotten: DeletionKeys) -> list[str]:
-    """The data files of committed units that the newest version does not read, and that hold forgotten rows.
+def old_files(table: Snapshot, keys: DeletionKeys) -> list[str]:
+    """The data files of committed units that only older versions read, and that have something on the list.
 
-    `table` is at its newest version. Files of units that are not committed are another job's.
+    `table` is at its newest version. Files of units that are not committed belong to other jobs.
     """
     live = {file.path for file in table.units}
     committed = {file.unit for file in table.units}
-    names = [name for name in list_parquet(table.url) if unit_of(name) in committed]
-    paths = [f"{table.url}/{name}" for name in names]
-    return [path for path in paths if path not in live and _holds_deleted(path, table, forgotten)]
+    paths = [f"{table.url}/{name}" for name in list_parquet(table.url) if unit_of(name) in committed]
+    return [path for path in paths if path not in live and _holds_deleted(path, table, keys)]
 
 
-def _holds_deleted(path: str, table: Snapshot, forgotten: DeletionKeys) -> bool:
+def _holds_deleted(path: str, table: Snapshot, keys: DeletionKeys) -> bool:
     data = read_bytes(path)
     try:
-        account, rows = read_manifest(data), pq.read_table(pa.BufferReader(data))
+        manifest, rows = read_manifest(data), pq.read_table(pa.BufferReader(data))
     except (ValueError, pa.ArrowException):
-        return True  # nobody can say that it does not
-    return file_matches(table, rows, account, forgotten)
+        return True  # nobody can tell that it does not
+    return file_matches(table, rows, manifest, keys)
 
 
 def old_sibling_files(url: str) -> list[str]:
-    """The files that were replaced in the siblings of a table."""
-    found = []
+    """The replaced files of a table's siblings."""
+    paths = []
     for name in SIBLINGS:
-        location = f"{absolute_url(url)}.{name}"
-        live, logged = set(live_names(open_delta(location))), _logged(location)
-        # One that is neither in the log nor ours is about to be committed by another job.
-        gone = (
-            file for file in list_parquet(location) if file in logged or file.startswith(REWRITTEN_PREFIX)
-        )
-        found += [f"{location}/{file}" for file in gone if file not in live]
-    return found
+        location = f"{url}.{name}"
+        live, logged = set(live_names(open_delta(location))), _logged_names(location)
+        # A file that is neither in the log nor named as a rewrite is about to be committed by another job.
+        paths += [
+            f"{location}/{file}"
+            for file in list_parquet(location)
+            if file not in live and (file in logged or file.startswith(REWRITTEN_PREFIX))
+        ]
+    return paths
 
 
 def erase_files(url: str, paths: list[str]) -> None:
-    """Delete files of a table and its siblings, and then what the siblings' logs say of earlier versions.
+    """Delete files of a table and its siblings, and then the siblings' log entries of earlier versions.
 
     Raises:
         OSError: if the store refuses.
     """
     for path in paths:
-        filesystem, place = fsspec.core.url_to_fs(path)
-        filesystem.rm_file(place)
+        filesystem, path_there = fsspec.core.url_to_fs(path)
+        filesystem.rm_file(path_there)
     for name in SIBLINGS:
-        _prune_log(f"{absolute_url(url)}.{name}")
+        _prune_log(f"{url}.{name}")
 
 
 def _prune_log(location: str) -> None:
-    """Leave a checkpoint of the newest version, and nothing before it."""
+    """Reduce a log to a checkpoint of the newest version."""
     delta = open_delta(location)
     if delta.version() == 0:
         return
+    # The checkpoint comes first: whoever is killed in between leaves a table that opens.
     delta.create_checkpoint()
     log = f"{location}/_delta_log"
     filesystem, folder = fsspec.core.url_to_fs(log)
@@ -88,7 +89,7 @@ def _prune_log(location: str) -> None:
             filesystem.rm_file(f"{folder}/{name}")
 
 
-def _logged(location: str) -> set[str]:
+def _logged_names(location: str) -> set[str]:
     """The files that were ever added, as far back as the log goes."""
     log = f"{location}/_delta_log"
     entries = (f"{log}/{name}" for name in list_names(log) if name.endswith(".json"))

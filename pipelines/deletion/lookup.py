@@ -1,7 +1,7 @@
-"""Which rows of shards a list names by address or by hash: what tables do not know of them.
+"""Looks up which rows of shards a deletion request names by URL or by hash.
 
-The Parquet file beside a tar, or that is a shard, has the addresses and hashes of all its rows, of those too
-that came to nothing. Without one a shard is read through, if hashes are asked for: tables have addresses.
+The Parquet file beside a tar, or that is a shard, has the URLs and hashes of all its rows, also of those that
+were rejected. A shard without one is read whole if hashes are requested; URLs are in the tables as well.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from pipelines.stages.deletion_filter import HASH_COLUMNS, identifiers_of
 from pipelines.storage.objects import IO_THREADS
 from pipelines.tables.deletion_list import DeletionKeys, Entry
 
-_ADDRESSES = ("url", "URL")
+_URL_COLUMNS = ("url", "URL")
 _BATCH_ROWS = 4096
+
+_Matches = Iterator[tuple[str, set[Entry]]]
+"""The id of each row, and the entries that name it."""
 
 
 @dataclass(kw_only=True)
 class LookupResult:
-    """What was found.
+    """The rows that were found.
 
     Attributes:
-        ids: of the rows, as LATENTS spell them.
-        entries: of the list, those that name a row.
-        columns: shards whose columns were looked at.
-        read: shards that were read through.
-        skipped: shards that have no such columns, and were not read.
+        ids: of the rows, as in LATENTS.
+        entries: of the request, those that name a row.
+        columns: number of shards whose columns were searched.
+        read: number of shards that were read whole.
+        skipped: number of shards without such columns that were not read.
     """
 
     ids: set[str] = field(default_factory=set)
@@ -41,71 +44,68 @@ class LookupResult:
     skipped: int = 0
 
 
-def look_up_shards(shards: Sequence[Shard], forgotten: DeletionKeys, *, source: str) -> LookupResult:
-    """Look all shards through.
+def look_up_shards(shards: Sequence[Shard], keys: DeletionKeys, *, source: str) -> LookupResult:
+    """Search all shards.
 
     Args:
-        shards: as `list_shards` gives them.
-        forgotten: what is asked for.
+        shards: as from `list_shards`.
+        keys: of the request.
         source: the short name of the set of shards, first part of its rows' ids.
 
     Raises:
-        OSError: if the store does not answer.
+        OSError: if the store fails.
     """
-    found = LookupResult()
+    result = LookupResult()
     with ThreadPoolExecutor(IO_THREADS) as readers:
-        for named in readers.map(lambda shard: _look_up_shard(shard, forgotten, source=source), shards):
-            found.ids |= named.ids
-            found.entries |= named.entries
-            found.columns += named.columns
-            found.read += named.read
-            found.skipped += named.skipped
-    return found
+        for found in readers.map(lambda shard: _look_up_shard(shard, keys, source=source), shards):
+            result.ids |= found.ids
+            result.entries |= found.entries
+            result.columns += found.columns
+            result.read += found.read
+            result.skipped += found.skipped
+    return result
 
 
-def _look_up_shard(shard: Shard, forgotten: DeletionKeys, *, source: str) -> LookupResult:
+def _look_up_shard(shard: Shard, keys: DeletionKeys, *, source: str) -> LookupResult:
     try:
-        return _collect(_by_columns(shard, forgotten), source=source, columns=1)
+        return _collect(_by_columns(shard, keys), LookupResult(columns=1), source=source)
     except (CorruptParquetError, FileNotFoundError):
-        if not forgotten.hashes:
+        if not keys.hashes:
             return LookupResult(skipped=1)
-        return _collect(_by_images(shard, forgotten), source=source, read=1)
+        return _collect(_by_images(shard, keys), LookupResult(read=1), source=source)
 
 
-def _collect(
-    rows: Iterator[tuple[str, set[Entry]]], *, source: str, columns: int = 0, read: int = 0
-) -> LookupResult:
-    found = LookupResult(columns=columns, read=read)
-    for id_, entries in rows:
+def _collect(matches: _Matches, result: LookupResult, *, source: str) -> LookupResult:
+    for id_, entries in matches:
         if entries:
-            found.ids.add(f"{source}/{id_}")
-            found.entries |= entries
-    return found
+            result.ids.add(f"{source}/{id_}")
+            result.entries |= entries
+    return result
 
 
-def _by_columns(shard: Shard, forgotten: DeletionKeys) -> Iterator[tuple[str, set[Entry]]]:
-    """Raises CorruptParquetError if there is no column of keys, or nothing to compare."""
+def _by_columns(shard: Shard, keys: DeletionKeys) -> _Matches:
+    """Raises CorruptParquetError if there is no column of keys, or none to search."""
     with open_parquet(f"{shard.url.removesuffix('.tar').removesuffix('.parquet')}.parquet") as rows:
-        addresses = [name for name in _ADDRESSES if name in rows.schema.names]
+        urls = [name for name in _URL_COLUMNS if name in rows.schema.names]
         hashes = [name for name in HASH_COLUMNS if name in rows.schema.names]
-        if "key" not in rows.schema.names or not (hashes if forgotten.hashes else addresses):
-            raise CorruptParquetError("no column of keys, addresses or hashes")
-        for part in rows.batches(["key", *addresses, *hashes], batch_rows=_BATCH_ROWS):
-            if isinstance(part, RowBatch):
-                yield from _in_batch(part, forgotten, shard=shard, addresses=addresses, hashes=hashes)
+        if "key" not in rows.schema.names or not (hashes if keys.hashes else urls):
+            raise CorruptParquetError("no column of keys, URLs or hashes")
+        for batch in rows.batches(["key", *urls, *hashes], batch_rows=_BATCH_ROWS):
+            if isinstance(batch, RowBatch):
+                yield from _in_batch(batch, keys, shard=shard, urls=urls, hashes=hashes)
 
 
 def _in_batch(
-    part: RowBatch, forgotten: DeletionKeys, *, shard: Shard, addresses: Sequence[str], hashes: Sequence[str]
-) -> Iterator[tuple[str, set[Entry]]]:
-    columns = {name: part.values(name) for name in ("key", *addresses, *hashes)}
-    for place, key in enumerate(columns["key"]):
-        urls = [value for name in addresses if isinstance(value := columns[name][place], str)]
-        told = [value for name in hashes if (value := columns[name][place]) is not None]
-        yield printable(f"{shard.name}/{key}"), forgotten.named_by(urls=urls, hashes=told)
+    batch: RowBatch, keys: DeletionKeys, *, shard: Shard, urls: Sequence[str], hashes: Sequence[str]
+) -> _Matches:
+    columns = {name: batch.values(name) for name in ("key", *urls, *hashes)}
+    for row, key in enumerate(columns["key"]):
+        row_urls = [value for name in urls if isinstance(value := columns[name][row], str)]
+        row_hashes = [value for name in hashes if (value := columns[name][row]) is not None]
+        yield printable(f"{shard.name}/{key}"), keys.find(urls=row_urls, hashes=row_hashes)
 
 
-def _by_images(shard: Shard, forgotten: DeletionKeys) -> Iterator[tuple[str, set[Entry]]]:
+def _by_images(shard: Shard, keys: DeletionKeys) -> _Matches:
     for row in read_shard(shard, ShardSettings()):
         if isinstance(row, Sample):
-            yield row.id, forgotten.named_by(**identifiers_of(row))
+            yield row.id, keys.find(**identifiers_of(row))

@@ -1,8 +1,8 @@
-"""TARGETS as the batches of Eq. 11: two cursors, over vanilla and over guided rows.
+"""Loads TARGETS as the batches of Eq. 11, with one cursor over vanilla and one over guided rows.
 
-A step is guided or not for all ranks and all rows at once, so each branch has units of its own, read by a
-cursor of its own. Which branch a step takes is a function of the step; how far each cursor has come then
-follows from the position, and a restart needs to know nothing else. Knows no Ray.
+A step is guided or not for all ranks and all rows at once, so each branch has its own units and its own
+cursor. The step alone decides which branch it takes. How far each cursor has come then follows from the
+position, so a restart needs no further state.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from snapfusion.training.batch import Batch
 from snapfusion.training.step_distillation import BRANCHES
 
 COLUMNS: Final = ("latent", "token_ids", "noise_key", "interval", "t", "t2", "k", "x_target")
-"""What a batch has of each row; a guided batch has `w` besides."""
+"""The columns of every batch; a guided batch has `w` besides."""
 
 _NAME = re.compile(r"(?P<branch>vanilla|guided)-d(?P<draw>\d{4,})-.")
 
 
 def unit_name(parent: str, *, draw: int, guided: bool) -> str:
-    """The name of the unit that is made of the LATENTS unit `parent`; its branch stands first."""
+    """The name of the unit made from the LATENTS unit `parent`; it begins with the branch."""
     return f"{BRANCHES[guided]}-d{draw:04d}-{parent}"
 
 
 def branch_and_draw(name: str) -> tuple[bool, int]:
-    """Whether the rows of a unit are guided, and their draw: what its name says.
+    """Whether a unit's rows are guided, and the number of their draw, from its name.
 
     Raises:
-        LoaderError: if it is no unit of TARGETS.
+        LoaderError: if it is not a unit of TARGETS.
     """
     found = _NAME.match(name)
     if found is None:
-        raise LoaderError(f"unit {name} has no name of TARGETS, such as 'guided-d0003-' and the LATENTS unit")
+        raise LoaderError(f"unit {name} is not named as in TARGETS: 'guided-d0003-' and the LATENTS unit")
     return found["branch"] == BRANCHES[True], int(found["draw"])
 
 
 def is_guided_unit(name: str) -> bool:
-    """Which branch the rows of a unit belong to, by its name."""
+    """Whether a unit's rows are guided, from its name."""
     return branch_and_draw(name)[0]
 
 
@@ -72,16 +72,15 @@ class BranchLoader:
 
     Args:
         table: a pinned snapshot of TARGETS.
-        guided: whether a step takes the guided branch (`snapfusion.training.step_distillation.is_guided_step`).
+        guided: whether a step takes the guided branch (`snapfusion.training.step_distillation.guided_step`).
         global_batch: rows of a step, over all ranks.
         seed: of the order.
-        settings: how rows are chosen. A row that is held out is a held-out draw: its latent may be trained on
-            with other noise.
-        counts: of `table.units`, what `pipelines.loading.buckets.count_training_rows` gave; None counts rows that all have one
-            shape.
+        settings: the choice and order of rows. A held-out row is a held-out draw: its latent may be trained
+            on with other noise.
+        counts: the result of `count_training_rows` for `table`; None counts rows that all have one shape.
 
     Raises:
-        ValueError: if there is no row to train on.
+        ValueError: if there are no rows to train on.
     """
 
     def __init__(
@@ -95,35 +94,35 @@ class BranchLoader:
         counts: Sequence[RowCount] | None = None,
     ) -> None:
         self._guided = guided
-        counted: list[RowCount] = list(counts or count_trainable(table, held_out=settings.held_out))
-        if not any(map(total_rows, counted)):
-            raise ValueError("there is no row to train on; the table is empty, or all of it is held out")
+        counts = counts or count_trainable(table, held_out=settings.held_out)
+        if not any(map(total_rows, counts)):
+            raise ValueError("there are no rows to train on; the table is empty, or all of it is held out")
         self._loaders: dict[bool, BatchLoader | BucketLoader] = {}
         for branch, name in BRANCHES.items():
-            mine = [index for index, file in enumerate(table.units) if is_guided_unit(file.unit) == branch]
-            rows = [counted[index] for index in mine]
-            if any(map(total_rows, rows)):
+            indices = [index for index, file in enumerate(table.units) if is_guided_unit(file.unit) == branch]
+            branch_counts = [counts[index] for index in indices]
+            if any(map(total_rows, branch_counts)):
                 self._loaders[branch] = make_loader(
-                    _BranchUnits(table=table, units=[table.units[index] for index in mine]),
+                    _BranchUnits(table=table, units=[table.units[index] for index in indices]),
                     columns=(*COLUMNS, "w") if branch else COLUMNS,
                     global_batch=global_batch,
                     seed=noise_key(name, seed),
                     settings=settings,
-                    counts=rows,
+                    counts=branch_counts,
                 )
 
     def batches(self, start: int, *, rank: int = 0, world: int = 1, depth: int = 2) -> BranchBatches:
-        """This rank's share of global batch `start`, `start` + 1, ... without end. To be closed."""
+        """This rank's share of global batches `start`, `start` + 1, ... without end; the caller closes it."""
         guided_before = sum(self._guided(step) for step in range(start))
-        began = {True: guided_before, False: start - guided_before}
+        starts = {True: guided_before, False: start - guided_before}
         cursors = {
-            branch: loader.batches(began[branch], rank=rank, world=world, depth=depth)
+            branch: loader.batches(starts[branch], rank=rank, world=world, depth=depth)
             for branch, loader in self._loaders.items()
         }
         return BranchBatches(cursors, guided=self._guided, start=start)
 
     def held_out(self, *, guided: bool, rows: int, limit: int | None = None) -> Iterator[Batch]:
-        """The held-out rows of one branch in the table's own order, in batches of `rows`, at most `limit`."""
+        """The held-out rows of one branch in the table's order, in batches of `rows`, at most `limit`."""
         if guided in self._loaders:
             yield from self._loaders[guided].held_out(rows=rows, limit=limit)
 
@@ -140,7 +139,7 @@ class BranchBatches:
         return self
 
     def __next__(self) -> Batch:
-        """The next step's.
+        """The next step's batch.
 
         Raises:
             LoaderError: if the table has no row of the branch that the step takes.
@@ -148,7 +147,7 @@ class BranchBatches:
         branch = self._guided(self._step)
         if branch not in self._cursors:
             raise LoaderError(
-                f"step {self._step} needs {BRANCHES[branch]} rows, and there are none to train on"
+                f"step {self._step} needs {BRANCHES[branch]} rows, and the table has none to train on"
             )
         batch = next(self._cursors[branch])
         self._step += 1

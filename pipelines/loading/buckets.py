@@ -1,10 +1,9 @@
-"""A table whose rows have shapes of their own as batches of one shape each: a cursor for each bucket.
+"""Loads a table whose rows differ in shape as batches of one shape each, with one cursor for each bucket.
 
-All rows of a step have one shape. Which one is drawn for each step, with the probability that a row of the
-table has it; how far each cursor has come then follows from the position, and a restart needs to know nothing
-else. So every row is seen as often as any other in the mean, and what a bucket lacks of a whole batch at the
-end of its epoch comes from its next: a bucket with fewer rows than a batch has rows more than once in one.
-Knows no Ray.
+All rows of a step have one shape. The shape of each step is drawn with the probability that a row of the
+table has it. How far each cursor has come then follows from the position, so a restart needs no further
+state, and in the mean every row is seen equally often. Epochs of a bucket follow each other without a seam: a
+bucket with fewer rows than a batch repeats rows within one.
 """
 
 from __future__ import annotations
@@ -38,24 +37,24 @@ from snapfusion.noise import noise_key, uniform
 from snapfusion.training.batch import Batch
 
 RowCount = int | Mapping[Shape, int]
-"""Rows of a unit that training may see; by shape, where they have their own."""
+"""Rows of a unit to train on; by shape, if the rows differ in shape."""
 
 
 def count_training_rows(table: Snapshot, *, held_out: float) -> Sequence[RowCount]:
-    """The rows of each unit of LATENTS or TARGETS that training may see."""
+    """The rows to train on of each unit of LATENTS or TARGETS."""
     if is_bucketed(table.identity):
         return count_by_shape(table, held_out=held_out)
     return count_trainable(table, held_out=held_out)
 
 
 def is_bucketed(identity: Mapping[str, Any]) -> bool:
-    """Whether the rows of LATENTS of this identity, or of TARGETS made of them, have shapes of their own."""
+    """Whether rows differ in shape in LATENTS of this identity, or in TARGETS made from them."""
     latents = identity.get("latents", identity)
     return latents["images"].get("buckets") is not None
 
 
 def count_by_shape(table: UnitReader, *, held_out: float) -> list[Mapping[Shape, int]]:
-    """The rows of each unit that training may see, by height and width. Reads ids and sides."""
+    """The rows to train on of each unit, by height and width. Reads ids and sides."""
 
     def count(unit: UnitFile) -> Mapping[Shape, int]:
         rows = table.read_unit(unit, ["id", *SIDE_COLUMNS])
@@ -84,22 +83,17 @@ def make_loader(
     settings: LoaderSettings,
     counts: Sequence[RowCount],
 ) -> BatchLoader | BucketLoader:
-    """The batches of a table: of one shape each, where `counts` tells of several (see `count_training_rows`).
+    """The loader of a table: by bucket, if `counts` (see `count_training_rows`) are by shape.
 
     Raises:
-        ValueError: if there is no row to train on.
+        ValueError: if there are no rows to train on.
     """
-    whole = [count for count in counts if isinstance(count, int)]
     by_shape = [count for count in counts if not isinstance(count, int)]
     if by_shape:
         return BucketLoader(
-            table,
-            columns=columns,
-            global_batch=global_batch,
-            seed=seed,
-            settings=settings,
-            counts=by_shape,
+            table, columns=columns, global_batch=global_batch, seed=seed, settings=settings, counts=by_shape
         )
+    whole = [count for count in counts if isinstance(count, int)]
     return BatchLoader(
         table, columns=columns, global_batch=global_batch, seed=seed, settings=settings, counts=whole
     )
@@ -107,28 +101,28 @@ def make_loader(
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """The rows of one shape, as a table. Its units are those of `table` that have some."""
+    """The rows of one shape, as a table. Its units are those of `table` that have such rows."""
 
     table: UnitReader
     shape: Shape
     units: list[UnitFile]
 
     def read_unit(self, unit: UnitFile, columns: Sequence[str] | None = None) -> pa.Table:
-        """The unit's rows of this shape, their arrays' shape stated."""
-        wanted = None if columns is None else list(dict.fromkeys([*columns, *SIDE_COLUMNS]))
-        rows = self.table.read_unit(unit, wanted)
-        mine = pc.and_(
-            *(pc.equal(rows[name], side) for name, side in zip(SIDE_COLUMNS, self.shape, strict=True))
+        """The unit's rows of this shape, with that shape in their fields."""
+        with_sides = None if columns is None else list(dict.fromkeys([*columns, *SIDE_COLUMNS]))
+        rows = self.table.read_unit(unit, with_sides)
+        height, width = (
+            pc.equal(rows[name], side) for name, side in zip(SIDE_COLUMNS, self.shape, strict=True)
         )
-        rows = with_shape(rows.filter(mine), shape=self.shape)
+        rows = with_shape(rows.filter(pc.and_(height, width)), shape=self.shape)
         return rows if columns is None else rows.select(columns)
 
 
 def with_shape(rows: pa.Table, *, shape: Shape) -> pa.Table:
-    """Rows that all have this shape, with fields that state it."""
+    """Rows that all have this shape, with that shape in their fields."""
     height, width = shape
     fields = [
-        array_type(field).of_picture(height=height, width=width).field(field.name)
+        array_type(field).for_image(height=height, width=width).field(field.name)
         if b"cell" in (field.metadata or {})
         else field
         for field in rows.schema
@@ -137,21 +131,20 @@ def with_shape(rows: pa.Table, *, shape: Shape) -> pa.Table:
 
 
 class BucketLoader:
-    """The batches of one training, each of one shape; otherwise as `pipelines.loading.loader.BatchLoader`.
+    """The batches of one training, each of one shape; otherwise as `BatchLoader`.
 
-    A cursor reads a unit for the rows of its own shape, so that a unit is read once an epoch for each of the
-    shapes that it has.
+    A cursor reads a unit for the rows of its own shape, so a unit is read once an epoch for each shape in it.
 
     Args:
         table: a pinned snapshot.
-        columns: those a batch has as tensors (see `pipelines.loading.loader.to_batch`).
+        columns: those a batch has as tensors (see `to_batch`).
         global_batch: rows of a step, over all ranks.
         seed: of the order, and of the bucket of each step.
-        settings: how rows are chosen; windows are of units that have rows of the bucket.
-        counts: what `count_by_shape` gave.
+        settings: the choice and order of rows; windows are of units that have rows of the bucket.
+        counts: the result of `count_by_shape`.
 
     Raises:
-        ValueError: if there is no row to train on.
+        ValueError: if there are no rows to train on.
     """
 
     def __init__(
@@ -172,51 +165,54 @@ class BucketLoader:
         self._shapes = sorted(shape for shape, number in rows.items() if number)
         self._ends = list(itertools.accumulate(rows[shape] for shape in self._shapes))
         if not self._shapes:
-            raise ValueError("there is no row to train on; the table is empty, or all of it is held out")
+            raise ValueError("there are no rows to train on; the table is empty, or all of it is held out")
         self._loaders: dict[Shape, BatchLoader] = {}
         for shape in self._shapes:
-            mine = [index for index, count in enumerate(counts) if count.get(shape)]
+            indices = [index for index, count in enumerate(counts) if count.get(shape)]
             self._loaders[shape] = BatchLoader(
-                Bucket(table=table, shape=shape, units=[table.units[index] for index in mine]),
+                Bucket(table=table, shape=shape, units=[table.units[index] for index in indices]),
                 columns=columns,
                 global_batch=global_batch,
                 seed=noise_key("bucket", seed, *shape),
                 settings=settings,
-                counts=[counts[index][shape] for index in mine],
+                counts=[counts[index][shape] for index in indices],
             )
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows that training sees once an epoch of theirs."""
+        """Rows to train on, over all buckets."""
         return self._ends[-1]
 
     def bucket_at(self, step: int) -> Shape:
-        """The height and width of all pictures of a step."""
-        drawn = float(uniform(noise_key("bucket", self._seed, step), 1)[0])
-        return self._shapes[bisect.bisect_right(self._ends, int(drawn * self._ends[-1]))]
+        """The height and width of all images of a step."""
+        # A draw of its own for each step, of which no state remains: any step can be computed on its own.
+        draw = float(uniform(noise_key("bucket", self._seed, step), 1)[0])
+        return self._shapes[bisect.bisect_right(self._ends, int(draw * self._ends[-1]))]
 
     def batches(self, start: int, *, rank: int = 0, world: int = 1, depth: int = 2) -> Prefetcher[Batch]:
-        """This rank's share of global batch `start`, `start` + 1, ... without end. To be closed."""
-        return Prefetcher(self._sequence(start, rank=rank, world=world), depth=depth)
+        """This rank's share of global batches `start`, `start` + 1, ... without end; the caller closes it."""
+        return Prefetcher(self._stream(start, rank=rank, world=world), depth=depth)
 
     def held_out(self, *, rows: int, limit: int | None = None) -> Iterator[Batch]:
         """The held-out rows in batches of at most `rows` and of one shape, at most `limit` of them.
 
-        Unit by unit in the table's own order; smaller shapes of a unit come first.
+        Unit by unit in the table's order; smaller shapes of a unit come first.
         """
         names = ["id", *self._columns, *SIDE_COLUMNS]
         for unit in held_out_rows(self._table, names, fraction=self._held_out, limit=limit):
             sides = list(zip(*(unit[name].to_pylist() for name in SIDE_COLUMNS), strict=True))
             for shape in sorted(set(sides)):
-                mine = unit.filter(pa.array([side == shape for side in sides]))
-                stated = with_shape(mine, shape=shape).select(["id", *self._columns])
-                yield from to_batch(stated).split(rows)
+                of_shape = unit.filter(pa.array([side == shape for side in sides]))
+                yield from to_batch(with_shape(of_shape, shape=shape).select(["id", *self._columns])).split(
+                    rows
+                )
 
-    def _sequence(self, start: int, *, rank: int, world: int) -> Iterator[Batch]:
-        came = Counter(self.bucket_at(step) for step in range(start))
+    def _stream(self, start: int, *, rank: int, world: int) -> Iterator[Batch]:
+        before = Counter(self.bucket_at(step) for step in range(start))
+        # Created on first use: each cursor has a thread and two windows of files in memory.
         cursors: dict[Shape, Iterator[Batch]] = {}
         for step in itertools.count(start):
             shape = self.bucket_at(step)
             if shape not in cursors:
-                cursors[shape] = self._loaders[shape].stream(came[shape], rank=rank, world=world)
+                cursors[shape] = self._loaders[shape].stream(before[shape], rank=rank, world=world)
             yield next(cursors[shape])

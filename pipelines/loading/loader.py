@@ -1,7 +1,7 @@
-"""A table snapshot as the sequence of global batches that training sees, and its held-out rows.
+"""Loads a table snapshot as the global batches of a training, and its held-out rows.
 
-The sequence depends on the seed and the position only: not on the number of workers, not on a restart. Each
-rank reads the files that its share of a batch lies in, and decodes its own rows. Knows no Ray.
+The sequence of batches depends on the seed and the position alone, not on the number of ranks or a restart.
+Each rank reads the files of its share of a batch and decodes its own rows.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from snapfusion.training.batch import Batch
 
 
 class LoaderError(ValueError):
-    """A row that cannot be decoded, or a table that is not what it was when its rows were counted."""
+    """A row that cannot be decoded, or a table that has changed since its rows were counted."""
 
 
 class UnitReader(Protocol):
-    """What is needed of a snapshot (`pipelines.tables.table.Snapshot`)."""
+    """The part of `pipelines.tables.table.Snapshot` that loaders use."""
 
     @property
     def units(self) -> list[UnitFile]:
@@ -45,12 +45,12 @@ class UnitReader(Protocol):
 
 
 def is_held_out(row_id: str, *, fraction: float) -> bool:
-    """Whether a row is kept for evaluation: its id hashes into the last `fraction`. No seed changes this."""
+    """Whether a row is kept for evaluation: its id hashes into the last `fraction`, whatever the seed."""
     return noise_key("held out", row_id) >= (1.0 - fraction) * 2.0**63
 
 
 def count_trainable(table: UnitReader, *, held_out: float) -> list[int]:
-    """The rows of each unit that training may see. Reads the ids, unless nothing is held out."""
+    """The rows of each unit to train on. Reads the ids, unless nothing is held out."""
     if held_out == 0.0:
         return [unit.rows for unit in table.units]
     with ThreadPoolExecutor(IO_THREADS) as readers:
@@ -61,7 +61,7 @@ def count_trainable(table: UnitReader, *, held_out: float) -> list[int]:
 def held_out_rows(
     table: UnitReader, columns: Sequence[str], *, fraction: float, limit: int | None = None
 ) -> Iterator[pa.Table]:
-    """The held-out rows of each unit that has some, in the table's own order, at most `limit` of them."""
+    """The held-out rows, one table for each unit that has some, in their order, at most `limit` rows."""
     left = limit
     for unit in table.units:
         ids = table.read_unit(unit, ["id"])["id"].to_pylist()
@@ -82,11 +82,11 @@ class BatchLoader:
         columns: those a batch has as tensors (see `to_batch`).
         global_batch: rows of a step, over all ranks.
         seed: of the order.
-        settings: how rows are chosen.
-        counts: what `count_trainable` gave, where somebody has counted already.
+        settings: the choice and order of rows.
+        counts: the result of `count_trainable`, if there is one already.
 
     Raises:
-        ValueError: if there is no row to train on.
+        ValueError: if there are no rows to train on.
     """
 
     def __init__(
@@ -107,40 +107,38 @@ class BatchLoader:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows that training sees once an epoch."""
+        """Rows to train on in an epoch."""
         return self._order.rows_per_epoch
 
     def batches(self, start: int, *, rank: int = 0, world: int = 1, depth: int = 2) -> Prefetcher[Batch]:
-        """This rank's share of global batch `start`, `start` + 1, ... without end.
+        """This rank's share of global batches `start`, `start` + 1, ... without end; the caller closes it.
 
-        Reading and decoding go on in the background, `depth` batches and one window ahead. To be closed.
+        A thread reads one window and decodes `depth` batches ahead.
         """
         return Prefetcher(self.stream(start, rank=rank, world=world), depth=depth)
 
     def held_out(self, *, rows: int, limit: int | None = None) -> Iterator[Batch]:
-        """The held-out rows in the table's own order, in batches of `rows`, at most `limit` of them."""
-        found = held_out_rows(self._table, self._columns, fraction=self._held_out, limit=limit)
-        for unit in found:
+        """The held-out rows in the table's order, in batches of `rows`, at most `limit` of them."""
+        for unit in held_out_rows(self._table, self._columns, fraction=self._held_out, limit=limit):
             yield from to_batch(unit).split(rows)
 
-    def _is_held_out(self, row_id: str) -> bool:
-        return is_held_out(row_id, fraction=self._held_out)
-
     def stream(self, start: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """As `batches`, but each is decoded when it is asked for."""
+        """As `batches`, but each batch is decoded on demand."""
         batches = self._order.batches(start * self._global_batch, rows=self._global_batch)
         shares = (rank_share(batch, rank=rank, world=world) for batch in batches)
+        # One reader is enough: it stays a window ahead, and each read fetches a whole file.
         with ThreadPoolExecutor(1) as reader:
-            for files in _read_ahead(shares, read=lambda unit: reader.submit(self._read, unit)):
-                yield to_batch(files.rows())
+            for share in _read_ahead(shares, read=lambda unit: reader.submit(self._read, unit)):
+                yield to_batch(share.rows())
 
     def _read(self, index: int) -> pa.Table:
-        """The rows of a unit that may be trained on."""
+        """The rows of a unit to train on."""
         unit = self._table.units[index]
         rows = self._table.read_unit(unit, self._columns)
         if self._held_out:
-            mask = [not self._is_held_out(row_id) for row_id in rows["id"].to_pylist()]
+            mask = [not is_held_out(row_id, fraction=self._held_out) for row_id in rows["id"].to_pylist()]
             rows = rows.filter(pa.array(mask, pa.bool_()))
+        # The order was made from the counts: other numbers of rows would shift every batch unnoticed.
         if rows.num_rows != self._counts[index]:
             raise LoaderError(
                 f"{unit.path} has {rows.num_rows} rows to train on, {self._counts[index]} were counted: "
@@ -150,65 +148,69 @@ class BatchLoader:
 
 
 WindowFile = tuple[int, int]
-"""A window and the turn of one of its units: a unit comes again in each epoch."""
+"""A window and the turn of one of its units: each epoch reads a unit anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    """A share of a batch, and the files that it lies in, which are being read."""
+    """A rank's share of a batch: int64 [rows, 4] as in `RowOrder.batches`, and its files, being read."""
 
-    places: np.ndarray
+    indices: np.ndarray
     files: Mapping[WindowFile, Future[pa.Table]]
 
     def rows(self) -> pa.Table:
         """The rows in their order, once their files have been read."""
-        found, first, starts = [], 0, {}
-        for file in _files_in(self.places):
-            found.append(self.files[file].result())
-            starts[file] = first
-            first += found[-1].num_rows
-        at = [starts[window, turn] + row for window, turn, _, row in self.places.tolist()]
-        return pa.concat_tables(found).take(pa.array(at, pa.int64()))
+        tables, offset, offsets = [], 0, {}
+        for file in _files_in(self.indices):
+            tables.append(self.files[file].result())
+            offsets[file] = offset
+            offset += tables[-1].num_rows
+        rows = [offsets[window, turn] + row for window, turn, _, row in self.indices.tolist()]
+        return pa.concat_tables(tables).take(pa.array(rows, pa.int64()))
 
 
 def _read_ahead(shares: Iterator[np.ndarray], *, read: Callable[[int], Future[pa.Table]]) -> Iterator[_Share]:
-    """Each share with its files, those of the next window being read meanwhile.
+    """Each share with its files, while those of the window after it are being read.
 
-    In memory are files of the windows that the share lies in, and of the one after them.
+    In memory are the files of the windows that the share lies in, and of the one after them.
     """
-    coming, wanted = deque([next(shares)]), deque[tuple[WindowFile, int]]()
-    wanted.extend(_files_in(coming[0]).items())
+    upcoming, unread = deque([next(shares)]), deque[tuple[WindowFile, int]]()
+    unread.extend(_files_in(upcoming[0]).items())
     files: dict[WindowFile, Future[pa.Table]] = {}
     while True:
-        share = coming.popleft()
+        share = upcoming.popleft()
+        # A share names only its own rows, so the files of the next window become known by looking ahead
+        # at shares until one lies beyond it. Shares are numbers and cost next to nothing; files cost memory.
         horizon = int(share[:, 0].max()) + 1
-        while not coming or int(coming[-1][:, 0].max()) <= horizon:
-            coming.append(next(shares))
-            wanted.extend(_files_in(coming[-1]).items())
-        while wanted and wanted[0][0][0] <= horizon:
-            file, unit = wanted.popleft()
+        while not upcoming or int(upcoming[-1][:, 0].max()) <= horizon:
+            upcoming.append(next(shares))
+            unread.extend(_files_in(upcoming[-1]).items())
+        # Consecutive shares lie in the same files: each is submitted once, in the order of first use.
+        while unread and unread[0][0][0] <= horizon:
+            file, unit = unread.popleft()
             if file not in files:
                 files[file] = read(unit)
-        yield _Share(places=share, files=files)
-        needed = int(coming[0][:, 0].min())
+        yield _Share(indices=share, files=files)
+        # Windows only advance, so files before the next share's first window are never needed again.
+        needed = int(upcoming[0][:, 0].min())
         files = {file: rows for file, rows in files.items() if file[0] >= needed}
 
 
-def _files_in(places: np.ndarray) -> dict[WindowFile, int]:
+def _files_in(indices: np.ndarray) -> dict[WindowFile, int]:
     """The files of a share with their units, in the order in which windows read them."""
-    found = np.unique(places[:, :3], axis=0)
-    return {(window, turn): unit for window, turn, unit in found.tolist()}
+    files = np.unique(indices[:, :3], axis=0)
+    return {(window, turn): unit for window, turn, unit in files.tolist()}
 
 
 def to_batch(rows: pa.Table) -> Batch:
-    """Rows as tensors.
+    """Decode rows to tensors.
 
     arrays (binary, its field stating shape and dtype)   float32 [B, *shape] of floats, int64 of integers
     PNG images (binary, its field stating format png)    uint8 [B,3,H,W]
     numbers                                              [B] in their own dtype
 
     Raises:
-        LoaderError: if a column is missing from a row, has another form, or cannot be decoded.
+        LoaderError: if a row lacks a column, or a value has another form or cannot be decoded.
     """
     ids = tuple(rows["id"].to_pylist())
     columns = {
@@ -221,7 +223,7 @@ def _decode(column: pa.ChunkedArray, field: pa.Field, *, ids: Sequence[str]) -> 
     if column.null_count:
         missing = ids[column.is_null().index(True).as_py()]
         raise LoaderError(
-            f"row {missing} has no {field.name}: the table was made without, and the recipe asks for it"
+            f"row {missing} has no {field.name}: the table was made without, and the recipe needs it"
         )
     try:
         if (field.metadata or {}).get(b"format") == b"png":

@@ -1,10 +1,10 @@
-"""The order in which training reads rows: a function of the seed and the position, of nothing else.
+"""The order in which training reads rows: a function of the seed and the position, and of nothing else.
 
     epoch ─ its units, shuffled ─ windows of a few units ─ the rows of a window, shuffled ─ global batches
 
-Epochs follow each other without a seam: a batch may end one and begin the next. No position needs what
-was before it to be read. The rows of a batch are dealt to the workers by the files they lie in, so that
-a file is read by few of them.
+Epochs follow each other without a seam: a batch may end one and begin the next. A restart at any position
+reads nothing of what came before it. The rows of a batch are dealt to the ranks by file, so that each file is
+read by few of them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from snapfusion.noise import noise_key
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """A run of positions whose rows are shuffled among themselves.
+    """A range of positions whose rows are shuffled among themselves.
 
     Attributes:
-        units: indices of the units whose rows it holds, in the order in which they are read.
+        units: indices of the units whose rows it has, in the order in which they are read.
         start: position of its first row.
         key: of the shuffle.
-        rows: how many it holds.
+        rows: number of its rows.
     """
 
     units: tuple[int, ...]
@@ -38,35 +38,35 @@ class Window:
         """The position after its last row."""
         return self.start + self.rows
 
-    def places(self, sizes: np.ndarray) -> np.ndarray:
-        """Turn, unit and row of each position: int64 [rows, 3], where units have `sizes` rows.
+    def row_indices(self, sizes: np.ndarray) -> np.ndarray:
+        """Turn, unit and row of each position: int64 [rows, 3], for units of `sizes` rows.
 
-        The turn is the place of the unit in `units`; the row counts those that training may see.
+        The turn is the unit's index in `units`; the row counts only those that are trained on.
         """
         units = np.asarray(self.units, dtype=np.int64)
         ends = np.cumsum(sizes[units])
-        at = permutation(self.key, self.rows)
-        turn = np.searchsorted(ends, at, side="right")
-        return np.stack([turn, units[turn], at - (ends - sizes[units])[turn]], axis=1)
+        shuffled = permutation(self.key, self.rows)
+        turn = np.searchsorted(ends, shuffled, side="right")
+        return np.stack([turn, units[turn], shuffled - (ends - sizes[units])[turn]], axis=1)
 
 
 class RowOrder:
-    """Every row once an epoch, for ever.
+    """An endless order that has every row once an epoch.
 
     Args:
         rows: of each unit, in the order of their names.
-        window_units: units whose rows are shuffled together; as many are in memory at a time, and the next.
+        window_units: units whose rows are shuffled together; those of two windows are in memory at a time.
         seed: of all shuffles.
 
     Raises:
-        ValueError: if there is no row at all, or `window_units` is below 1.
+        ValueError: if there are no rows, or `window_units` is below 1.
     """
 
     def __init__(self, rows: Sequence[int], *, window_units: int, seed: int) -> None:
         if window_units < 1:
             raise ValueError(f"window_units is {window_units}; at least 1 is needed")
         if sum(rows) < 1:
-            raise ValueError("there is no row to train on; the table is empty, or all of it is held out")
+            raise ValueError("there are no rows to train on; the table is empty, or all of it is held out")
         self._rows = np.asarray(rows, dtype=np.int64)
         self._window_units, self._seed = window_units, seed
 
@@ -76,7 +76,7 @@ class RowOrder:
         return int(self._rows.sum())
 
     def windows(self, position: int) -> Iterator[Window]:
-        """The windows from the one that holds `position` on, without end."""
+        """The endless windows from the one that has `position` on."""
         epoch = position // self.rows_per_epoch
         while True:
             for window in self._epoch(epoch):
@@ -85,14 +85,15 @@ class RowOrder:
             epoch += 1
 
     def batches(self, position: int, *, rows: int) -> Iterator[np.ndarray]:
-        """The rows at `position` and after it, `rows` at a time, without end: int64 [rows, 4].
+        """The rows from `position` on, `rows` at a time, endless: int64 [rows, 4].
 
-        Columns: the window, counted from the first; turn, unit and row as in `Window.places`.
+        Columns: the window, counted from the first; turn, unit and row as in `Window.row_indices`.
         """
         pending = np.empty((0, 4), np.int64)
         for number, window in enumerate(self.windows(position)):
-            places = window.places(self._rows)[max(0, position - window.start) :]
-            pending = np.concatenate([pending, np.insert(places, 0, number, axis=1)])
+            # A restart in the middle of a window skips its first rows; they still shape the shuffle.
+            indices = window.row_indices(self._rows)[max(0, position - window.start) :]
+            pending = np.concatenate([pending, np.insert(indices, 0, number, axis=1)])
             while len(pending) >= rows:
                 yield pending[:rows]
                 pending = pending[rows:]
@@ -109,15 +110,18 @@ class RowOrder:
 
 
 def permutation(key: int, count: int) -> np.ndarray:
-    """0 .. count-1 in an order that follows from `key`, with every version of NumPy: int64 [count]."""
+    """0 .. count-1 in an order that depends on `key` alone: int64 [count].
+
+    Generators of NumPy may change between versions; the raw words of Philox and a stable sort do not.
+    """
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
 def rank_share(batch: np.ndarray, *, rank: int, world: int) -> np.ndarray:
-    """The rows of a batch, as `RowOrder.batches` gives them, that fall to `rank` of `world`.
+    """The rows of a batch, as `RowOrder.batches` yields them, for `rank` of `world`.
 
-    Sorted by file they are cut into equal runs, in which they keep their order: a worker reads the files of
-    its run, not those of the whole batch. One worker has them as they come.
+    Sorted by file and cut into equal runs: a rank reads the files of its run, not those of the whole batch.
+    The sort is stable, so the order within a file stays. A single rank gets the batch as it is.
     """
     if world == 1:
         return batch

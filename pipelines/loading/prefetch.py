@@ -1,4 +1,4 @@
-"""An iterator that is kept a few items ahead by a thread."""
+"""Prefetches the items of an iterator in a thread."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """The items of `source`, up to `depth` of them made before they are asked for.
+    """The items of `source`, up to `depth` of them computed ahead.
 
-    An error in `source` is raised where its item would have come. `close` ends the thread.
+    An error in `source` is raised in place of its item. `close` ends the thread.
 
     Args:
-        source: run on the thread alone.
-        depth: items that wait at most.
+        source: runs on the thread alone.
+        depth: most items that are ready at a time.
     """
 
     def __init__(self, source: Iterator[T], *, depth: int) -> None:
@@ -40,8 +40,9 @@ class Prefetcher(Generic[T]):
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Let the thread end; items that wait are dropped."""
+        """End the thread; items that are ready are dropped."""
         self._closed.set()
+        # The thread may be blocked on a full queue, and only then sees that it is to end.
         while self._thread.is_alive():
             try:
                 self._ready.get(timeout=0.05)
@@ -55,7 +56,7 @@ class Prefetcher(Generic[T]):
                 if self._closed.is_set():
                     return
             self._ready.put((None, StopIteration()))
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the reader
+        except BaseException as error:  # noqa: BLE001 - any error belongs to the consumer
             self._ready.put((None, error))
         finally:
-            self._source = iter(())  # a generator that is dropped ends what it holds open
+            self._source = iter(())  # dropping a generator closes its files and thread pools

@@ -1,4 +1,4 @@
-"""Settings of the training loader."""
+"""Settings of the loaders."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from snapfusion.settings import Settings
 
 
 class LoaderSettings(Settings):
-    """How rows are chosen and shuffled.
+    """The choice and order of the rows of a training.
 
     Attributes:
         window_units: units whose rows are shuffled together; twice as many are in memory.
-        held_out: fraction of the rows that is kept for evaluation, chosen by a hash of the row's id.
+        held_out: fraction of the rows kept for evaluation, chosen by a hash of the row's id.
     """
 
     window_units: PositiveInt = 8

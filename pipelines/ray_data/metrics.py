@@ -1,7 +1,7 @@
-"""What a running cluster tells Prometheus: rows, what workers do with their time, and the pace of a training.
+"""Exports Prometheus metrics: rows, the time of stages, and the throughput of a training.
 
-Ray serves these on every node: a counter as `ray_<name>_total`, which stays when its process has ended, and
-a gauge as `ray_<name>`, which does not. There are no histograms: Ray 2.60 makes their sums out of the middles
+Ray serves them on every node: a counter as `ray_<name>_total`, which stays when its process has ended, and a
+gauge as `ray_<name>`, which does not. There are no histograms: Ray 2.60 estimates their sums from the middles
 of their buckets.
 """
 
@@ -24,25 +24,25 @@ TRAINING_SECONDS: Final = "snapfusion_training_seconds"
 TRAINING_RUNS: Final = "snapfusion_training_runs"
 
 WRITTEN: Final = "written"
-"""The outcome of a row that was not set aside; any other outcome is a key of `rejection.REASONS`."""
+"""The outcome of a row that was not rejected; any other outcome is a key of `rejections.REASONS`."""
 
 _SECONDS_BETWEEN_TICKS = 5.0
 
 
 class RowMeter:
-    """Counts rows read, by what became of them; an `OnProgress`, called in the driver.
+    """Counts rows read, by outcome; an `OnProgress`, called in the driver.
 
     Args:
-        verb: the job whose rows they are; Prometheus has a label `job` of its own.
+        verb: the job; Prometheus has a label `job` of its own.
     """
 
     def __init__(self, verb: str) -> None:
-        self._rows = Counter(ROWS, "Rows read, by what became of them.", tag_keys=("verb", "outcome"))
+        self._rows = Counter(ROWS, "Rows read, by outcome.", tag_keys=("verb", "outcome"))
         self._rows.set_default_tags({"verb": verb})
         self._counted: dict[str, int] = {}
 
     def __call__(self, progress: CommitProgress) -> None:
-        """Count what is new since the last call."""
+        """Count the rows since the last call."""
         now = {WRITTEN: progress.rows - progress.rejected, **progress.reasons}
         for outcome, rows in now.items():
             if new := rows - self._counted.get(outcome, 0):
@@ -51,31 +51,29 @@ class RowMeter:
 
 
 class StageClock:
-    """Counts the seconds of one actor of a stage: "starting" until the first wait, then "waiting" or "busy".
+    """Counts the seconds of an actor of a stage: "starting" until the first wait, then "waiting" or "busy".
 
-    It counts every few seconds and not only when an item is finished: an actor that nothing comes to would
-    otherwise never say that it waits, and one whose items take minutes would say so in leaps.
+    It counts every few seconds and not only after an item: an idle actor would otherwise never report that it
+    waits, and one whose items take minutes would report in leaps.
 
     Args:
-        stage: whose actor.
+        stage: of the actor.
     """
 
     def __init__(self, stage: str) -> None:
-        self._seconds = Counter(
-            STAGE_SECONDS, "What actors did with their time.", tag_keys=("stage", "state")
-        )
+        self._seconds = Counter(STAGE_SECONDS, "Seconds of actors, by state.", tag_keys=("stage", "state"))
         self._seconds.set_default_tags({"stage": stage})
         self._state, self._since = "starting", time.monotonic()
         self._lock = threading.Lock()
         threading.Thread(target=self._tick, name="stage-clock", daemon=True).start()
 
     def wait(self) -> None:
-        """From now on the actor waits."""
+        """Count as waiting from now on."""
         self._count("waiting")
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """The actor is busy within, and waits afterwards."""
+        """Count as busy within the context, and as waiting afterwards."""
         self._count("busy")
         try:
             yield
@@ -88,7 +86,7 @@ class StageClock:
             self._count(None)
 
     def _count(self, state: str | None) -> None:
-        """Add what passed to the state of until now, and go over to `state`, if there is one."""
+        """Add the time since the last call to the present state, and change to `state` unless it is None."""
         with self._lock:
             now = time.monotonic()
             if now > self._since:
@@ -97,18 +95,18 @@ class StageClock:
 
 
 class TrainingMeter(AbstractContextManager["TrainingMeter"]):
-    """Counts the steps of one worker of a training, and their seconds: "waiting" for data, or "computing".
+    """Counts the steps of one training worker and their seconds: "waiting" for data, or "computing".
 
-    Within it the training is said to run.
+    Within its context the training is reported as running.
 
     Args:
-        training: whose steps.
+        training: its name.
     """
 
     def __init__(self, training: str) -> None:
-        self._steps = Counter(TRAINING_STEPS, "Optimizer steps, of each worker.", tag_keys=("training",))
+        self._steps = Counter(TRAINING_STEPS, "Optimizer steps of each worker.", tag_keys=("training",))
         self._seconds = Counter(
-            TRAINING_SECONDS, "What each worker's steps took.", tag_keys=("training", "state")
+            TRAINING_SECONDS, "Seconds of each worker's steps.", tag_keys=("training", "state")
         )
         self._runs = Gauge(TRAINING_RUNS, "Whether a worker is in its training loop.", tag_keys=("training",))
         for metric in (self._steps, self._seconds, self._runs):
@@ -124,6 +122,6 @@ class TrainingMeter(AbstractContextManager["TrainingMeter"]):
     def add(self, *, seconds: float, data_seconds: float) -> None:
         """Count a step that took `seconds`, `data_seconds` of them waiting for its batch."""
         self._steps.inc()
-        for state, took in (("waiting", data_seconds), ("computing", seconds - data_seconds)):
-            if took > 0:
-                self._seconds.inc(took, tags={"state": state})
+        for state, spent in (("waiting", data_seconds), ("computing", seconds - data_seconds)):
+            if spent > 0:
+                self._seconds.inc(spent, tags={"state": state})

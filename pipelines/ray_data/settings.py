@@ -1,4 +1,4 @@
-"""Settings of an actor pool."""
+"""Settings of the actor pools."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Pool(Settings):
     """The actors of one stage.
 
     Attributes:
-        actors: how many.
-        cpus: logical CPUs of each; below 1 lets stages share a core.
+        actors: their number.
+        cpus: logical CPUs of each; below 1, stages share a core.
         gpus: accelerators of each.
-        labels: what a node must be labelled for them to run there, as in {"role": "teacher"}; an autoscaler
-            starts such a node. The values may be Ray's label expressions, such as "in(teacher,spare)".
+        labels: labels that a node must have to run them, as in {"role": "teacher"}; an autoscaler starts such
+            a node. The values may be Ray's label expressions, such as "in(teacher,spare)".
     """
 
     actors: int = Field(1, ge=1)

@@ -33,7 +33,7 @@ class DeletionFilter:
 
         def check(sample: Sample, id_: str) -> None:
             names = identifiers_of(sample) if forgotten.hashes else {"urls": [sample.source_id]}
-            if forgotten.named_by(ids=[id_], **names):
+            if forgotten.find(ids=[id_], **names):
                 raise Rejected("withheld")
 
         return check
@@ -41,7 +41,7 @@ class DeletionFilter:
     def check_link(self, link: Link) -> None:
         """Refuse what is on the list before its picture is downloaded."""
         told = [link.metadata[name] for name in HASH_COLUMNS if name in link.metadata]
-        if self._at_first.named_by(ids=[link.id], urls=[link.url], hashes=told):
+        if self._at_first.find(ids=[link.id], urls=[link.url], hashes=told):
             raise Rejected("withheld")
 
     @cached_property
@@ -84,7 +84,7 @@ class RecordedDeletionFilter:
 
 
 def identifiers_of(sample: Sample) -> dict[str, list[Any]]:
-    """The addresses and hashes that a sample goes by, for `DeletionKeys.named_by`."""
+    """The addresses and hashes that a sample goes by, for `DeletionKeys.find`."""
     told = [sample.metadata[name] for name in HASH_COLUMNS if name in sample.metadata]
     # Of the bytes in the shard, which img2dataset may have encoded anew.
     own = [hashlib.sha256(sample.image), hashlib.md5(sample.image, usedforsecurity=False)]

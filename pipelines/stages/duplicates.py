@@ -14,7 +14,7 @@ from pipelines.sources.webdataset import Sample, Shard
 from pipelines.stages.read import shard_digest
 from pipelines.stages.row_filter import RowCheck
 from pipelines.tables.manifest import UnitManifest, covers_source
-from pipelines.tables.table import Snapshot, TableError, UnitFile, open_table, unit_manifests
+from pipelines.tables.table import Snapshot, TableError, UnitFile, open_table
 
 
 class DuplicateFilter:
@@ -73,7 +73,7 @@ class DuplicateFilter:
     @cached_property
     def _files(self) -> Mapping[str, list[tuple[UnitManifest, UnitFile]]]:
         """The units of this version by the source that they judge; read once in each worker."""
-        known = unit_manifests(self.url)
+        known = self.manifests()
         files = defaultdict(list)
         for file in self._table.units:
             files[known[file.unit].source].append((known[file.unit], file))

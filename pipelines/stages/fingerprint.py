@@ -96,7 +96,7 @@ class FingerprintShard:
             yield FinishedRows(unit=unit, columns=columns, rejections=rejections, seconds=now - began)
             began = now
 
-    def carefully(self, work: ShardWork) -> Iterator[FinishedRows]:
+    def isolated(self, work: ShardWork) -> Iterator[FinishedRows]:
         """The same after a worker died on this shard."""
         return self(work, careful=True)
 

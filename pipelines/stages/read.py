@@ -213,7 +213,7 @@ class ReadShard:
         for unit, columns in units:
             yield ImageRows(unit=unit, **columns)
 
-    def carefully(self, work: ShardWork) -> Iterator[ImageRows]:
+    def isolated(self, work: ShardWork) -> Iterator[ImageRows]:
         """The same after a worker died on this shard."""
         return self(work, careful=True)
 

@@ -44,7 +44,7 @@ class WriteUnit:
         if not write_once(path, data):
             return read_written_unit(path, seconds=rows.seconds)
         sha256 = hashlib.sha256(data).hexdigest()
-        return WrittenUnit(account=account, path=path, size=len(data), sha256=sha256, seconds=rows.seconds)
+        return WrittenUnit(manifest=account, path=path, size=len(data), sha256=sha256, seconds=rows.seconds)
 
 
 def pack(rows: FinishedRows, schema: pa.Schema) -> pa.Table:

@@ -1,4 +1,4 @@
-"""A folder that appears at its place whole, or not at all."""
+"""Publishes a folder as a whole, or not at all."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from pathlib import Path
 
 import fsspec
 
-from pipelines.storage.objects import StorageError, absolute_url, is_local
+from pipelines.storage.objects import StorageError, is_local, local_path
 
 
 def publish_folder(folder: Path, url: str, *, last: str) -> None:
-    """Copy `folder` to `url`, which must not hold one already.
+    """Copy `folder` to `url`, where no such folder may exist.
 
-    On a file system the finished copy is moved into place at once. An object store cannot do that: there the
-    file named `last` is put after all others, and a reader takes a folder without it for none.
+    On a file system the finished copy is renamed into place in one step. An object store has no such rename:
+    there the file named `last` is written after all others, and readers ignore a folder that lacks it.
 
     Raises:
-        StorageError: if the place is taken or cannot be written.
+        StorageError: if there is a folder already, or it cannot be written.
     """
     try:
         if is_local(url):
-            _move(folder, Path(absolute_url(url)))
+            _rename_into_place(folder, local_path(url))
         else:
-            _put(folder, absolute_url(url), last=last)
+            _upload(folder, url.rstrip("/"), last=last)
     except OSError as error:
         raise StorageError(f"{url} cannot be written: {error}") from error
 
 
-def _move(folder: Path, target: Path) -> None:
+def _rename_into_place(folder: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         shutil.copytree(folder, partial)
-        # Fails where there is a folder with something in it, so of two writers one wins.
+        # Fails where there is a folder that is not empty, so of two writers one wins.
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _put(folder: Path, url: str, *, last: str) -> None:
+def _upload(folder: Path, url: str, *, last: str) -> None:
     filesystem, root = fsspec.core.url_to_fs(url)
     if filesystem.exists(f"{root}/{last}"):
         raise FileExistsError(f"{last} is there already")

@@ -1,4 +1,4 @@
-"""Objects that are written once, and views that are replaced, on a disk or in any store fsspec knows."""
+"""Objects on a disk or in any store that fsspec knows: written once, or replaced."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import io
 import os
 import shutil
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Final
 
@@ -15,10 +17,10 @@ import fsspec
 from pipelines.storage.retry import with_retries
 
 IO_THREADS: Final = 8
-"""Threads that ask a store about many objects, each of which is a round trip."""
+"""Threads for requests about many objects, each of which is a round trip."""
 
 
-# Clients remember what they listed, and take what came since for not there. Others write here all the time.
+# fsspec caches listings and would not see what other processes have written since.
 for _scheme in ("s3", "gs", "gcs", "abfs", "az"):
     fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
@@ -26,7 +28,7 @@ _PACKAGES: Final = {"gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "ad
 
 
 class StorageError(ValueError):
-    """A place that cannot be read or written; the message says which and why."""
+    """A URL that cannot be read or written; the message says which and why."""
 
 
 def is_local(url: str) -> bool:
@@ -34,18 +36,24 @@ def is_local(url: str) -> bool:
     return "://" not in url or url.startswith("file://")
 
 
+def local_path(url: str) -> Path:
+    """The absolute path of a local URL."""
+    return Path(url.removeprefix("file://")).absolute()
+
+
 def absolute_url(url: str) -> str:
-    """A local path as an absolute one; any other URL as it is, without a slash at the end."""
-    if is_local(url):
-        return str(Path(url.removeprefix("file://")).absolute())
-    return url.rstrip("/")
+    """A local path made absolute; any other URL without its trailing slash.
+
+    Called once, where a URL enters the program: Ray workers run in another working directory.
+    """
+    return str(local_path(url)) if is_local(url) else url.rstrip("/")
 
 
 def check_client(url: str) -> None:
-    """See that objects of such a URL can be reached from here, before any work begins.
+    """Check that the package for the store of `url` is installed, before any work begins.
 
     Raises:
-        StorageError: if the package that speaks to such a store is not installed, or none is known.
+        StorageError: if it is not installed, or fsspec knows no such store.
     """
     if is_local(url):
         return
@@ -54,8 +62,10 @@ def check_client(url: str) -> None:
         fsspec.get_filesystem_class(scheme)
     except ImportError:
         package = _PACKAGES.get(scheme)
-        what = f"pip install {package}" if package else "install the package that fsspec has for it"
-        raise StorageError(f"{url}: {scheme}:// cannot be reached from here; {what}, on every node") from None
+        remedy = f"pip install {package}" if package else "install the package that fsspec has for it"
+        raise StorageError(
+            f"{url}: no client for {scheme}:// is installed; {remedy}, on every node"
+        ) from None
     except ValueError:
         raise StorageError(
             f"{url}: {scheme}:// is no store that fsspec knows; s3://, gs://, abfs:// and paths are accepted"
@@ -63,53 +73,54 @@ def check_client(url: str) -> None:
 
 
 def open_object(url: str, *, ahead: int) -> IO[bytes]:
-    """The object open for reading, to be closed by the caller; from a store it comes `ahead` bytes at a time.
+    """Open an object for reading; from a store it arrives `ahead` bytes at a time. The caller closes it.
 
-    Where an answer breaks off, what is missing is asked for again: nothing is read twice, or left out.
+    If a response breaks off, the missing bytes are requested again: none is read twice or left out.
 
     Raises:
-        FileNotFoundError: if there is none.
-        OSError: if the store keeps failing, then or while it is read.
+        FileNotFoundError: if there is no such object.
+        OSError: if the store keeps failing, now or while the object is read.
     """
-    filesystem, path = fsspec.core.url_to_fs(absolute_url(url))
+    filesystem, path = fsspec.core.url_to_fs(url)
     if is_local(url):
         plain: IO[bytes] = filesystem.open(path, "rb")
         return plain
     file = with_retries(url, lambda: filesystem.open(path, "rb", block_size=ahead))
-    return _RetryingFile(file, url)  # type: ignore[return-value] # of a file, what reading takes
+    return _RetryingFile(file, url)  # type: ignore[return-value] # it has what readers use of IO[bytes]
 
 
 class _RetryingFile(io.RawIOBase):
-    """A file in a store, which is asked again for what an answer lacks."""
+    """A file in a store that repeats a read whose response broke off."""
 
     def __init__(self, file: IO[bytes], url: str) -> None:
         self._file = file
         self._url = url
-        self._place = 0
+        self._position = 0
         self._size: int | None = getattr(file, "size", None)
 
     def read(self, size: int = -1, /) -> bytes:
         return with_retries(self._url, lambda: self._read(size))
 
     def _read(self, size: int) -> bytes:
-        self._file.seek(self._place)
+        # A read that broke off has moved the file's own position, so each attempt seeks to ours.
+        self._file.seek(self._position)
         data = self._file.read(size)
         if self._size is not None:
-            left = max(self._size - self._place, 0)
-            due = left if size < 0 else min(size, left)
-            if len(data) < due:
-                raise OSError(f"{len(data)} of {due} bytes arrived from byte {self._place} on")
-        self._place += len(data)
+            remaining = max(self._size - self._position, 0)
+            expected = remaining if size < 0 else min(size, remaining)
+            # Some clients return a short response without an error; raising makes it one to retry.
+            if len(data) < expected:
+                raise OSError(f"{len(data)} of {expected} bytes arrived from byte {self._position} on")
+        self._position += len(data)
         return data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        # What was read of an answer that broke off has moved the file's own place.
-        self._file.seek(self._place)
-        self._place = self._file.seek(offset, whence)
-        return self._place
+        self._file.seek(self._position)
+        self._position = self._file.seek(offset, whence)
+        return self._position
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
     def readable(self) -> bool:
         return True
@@ -123,94 +134,88 @@ class _RetryingFile(io.RawIOBase):
 
 
 def write_once(url: str, data: bytes) -> bool:
-    """Make the object `url` with `data`, whole or not at all; False if it is there already.
+    """Create the object `url` whole, or not at all; False if there is one already.
 
-    An existing object is never touched: of two writers one wins, and the other is told. Where a remote store
-    does as it is asked and its answer is lost, the same writer asks again and is told so of itself: who finds
-    the object there looks what it holds.
+    An existing object is never touched, so of two writers one wins and the other gets False. If a remote
+    store creates the object and its response is lost, the retry gets False for an object of this very writer:
+    callers that must know compare its content.
 
     Raises:
-        StorageError: if the place cannot be written.
+        StorageError: if it cannot be written.
     """
-    try:
+    with _raising_storage_error(url):
         if is_local(url):
-            return _write_local(Path(absolute_url(url)), data)
+            return _write_local(local_path(url), data)
         return with_retries(url, lambda: _write_remote(url, data))
-    except OSError as error:
-        raise StorageError(f"{url} cannot be written: {error}") from error
 
 
 def replace_object(url: str, data: bytes) -> None:
-    """Make the object `url` with `data`, in place of what was there: for views such as a report.
+    """Write the object `url`, replacing an earlier one; for views such as a report.
 
     Raises:
-        StorageError: if the place cannot be written.
+        StorageError: if it cannot be written.
     """
-    try:
-        if is_local(url):
-            path = Path(absolute_url(url))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            try:
-                temporary.write_bytes(data)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        else:
-            filesystem, path_there = fsspec.core.url_to_fs(url)
-            with_retries(url, lambda: filesystem.pipe_file(path_there, data))
-    except OSError as error:
-        raise StorageError(f"{url} cannot be written: {error}") from error
+    _replace(
+        url,
+        local=lambda temporary: temporary.write_bytes(data),
+        remote=lambda filesystem, path: filesystem.pipe_file(path, data),
+    )
 
 
 def put_file(file: Path, url: str) -> None:
-    """Make the object `url` with the content of a local file, in place of what was there.
+    """Write the content of a local file to the object `url`, replacing an earlier one.
 
-    The file must not be changed afterwards: on the same disk the two are one.
+    The file must not be changed afterwards: on the same disk it is hard-linked.
 
     Raises:
-        StorageError: if the place cannot be written.
+        StorageError: if the object cannot be written.
     """
-    try:
-        if is_local(url):
-            path = Path(absolute_url(url))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            try:
-                try:
-                    os.link(file, temporary)
-                except OSError:  # on another disk
-                    shutil.copyfile(file, temporary)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        else:
-            filesystem, path_there = fsspec.core.url_to_fs(url)
-            with_retries(url, lambda: filesystem.put_file(str(file), path_there))
-    except OSError as error:
-        raise StorageError(f"{url} cannot be written: {error}") from error
+
+    def link(temporary: Path) -> None:
+        try:
+            os.link(file, temporary)
+        except OSError:  # another disk
+            shutil.copyfile(file, temporary)
+
+    _replace(url, local=link, remote=lambda filesystem, path: filesystem.put_file(str(file), path))
+
+
+def _replace(
+    url: str,
+    *,
+    local: Callable[[Path], object],
+    remote: Callable[[fsspec.AbstractFileSystem, str], object],
+) -> None:
+    with _raising_storage_error(url):
+        if not is_local(url):
+            filesystem, path = fsspec.core.url_to_fs(url)
+            with_retries(url, lambda: remote(filesystem, path))
+            return
+        with _temporary_beside(local_path(url)) as temporary:
+            local(temporary)
+            temporary.replace(local_path(url))
 
 
 def move_object(url: str, to: str) -> None:
-    """Give the object `url` the name `to` in the same store, unless there is one of that name already.
+    """Rename the object `url` to `to` in the same store, unless there is one of that name.
 
-    Whoever else moves the same object at the same time does no harm; that the object is gone neither, if it
-    arrived.
+    Several processes may move the same object at the same time; that `url` is missing is no error if `to`
+    exists.
 
     Raises:
-        StorageError: if neither is there, or the place cannot be written.
+        StorageError: if neither exists, or `to` cannot be written.
     """
     try:
         if is_local(url):
             with contextlib.suppress(FileExistsError):
-                os.link(absolute_url(url), absolute_url(to))
-            Path(absolute_url(url)).unlink(missing_ok=True)
+                os.link(local_path(url), local_path(to))
+            local_path(url).unlink(missing_ok=True)
         else:
             filesystem, path = fsspec.core.url_to_fs(url)
-            _, path_there = fsspec.core.url_to_fs(to)
+            _, target = fsspec.core.url_to_fs(to)
             filesystem.invalidate_cache()
-            if not filesystem.exists(path_there):
-                filesystem.copy(path, path_there)
+            if not filesystem.exists(target):
+                filesystem.copy(path, target)
             if filesystem.exists(path):
                 filesystem.rm_file(path)
     except OSError as error:
@@ -219,7 +224,7 @@ def move_object(url: str, to: str) -> None:
 
 
 def read_bytes(url: str) -> bytes:
-    """The object's content.
+    """The content of an object.
 
     Raises:
         StorageError: if it cannot be read.
@@ -236,14 +241,14 @@ def read_bytes(url: str) -> bytes:
 
 
 def exists(url: str) -> bool:
-    """Whether the object or folder is there."""
+    """Whether there is such an object or folder."""
     filesystem, path = fsspec.core.url_to_fs(url)
     return with_retries(url, lambda: bool(filesystem.exists(path)))
 
 
 def list_names(url: str) -> list[str]:
-    """The names of what lies in a folder, as it is now, sorted; none if there is no such folder."""
-    filesystem, path = fsspec.core.url_to_fs(absolute_url(url))
+    """The sorted names of a folder's present entries; none if there is no such folder."""
+    filesystem, path = fsspec.core.url_to_fs(url)
     filesystem.invalidate_cache()
     try:
         entries = with_retries(url, lambda: filesystem.ls(path, detail=False))
@@ -253,32 +258,49 @@ def list_names(url: str) -> list[str]:
 
 
 def list_parquet(url: str) -> list[str]:
-    """The names of whole Parquet files in a folder: what begins with a dot is being written, or torn."""
+    """The names of a folder's whole Parquet files: those that begin with a dot are unfinished."""
     return [name for name in list_names(url) if name.endswith(".parquet") and not name.startswith(".")]
+
+
+@contextmanager
+def _raising_storage_error(url: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{url} cannot be written: {error}") from error
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """A hidden file's path in the folder of `path`: on the same disk, so that it can be renamed or linked."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_local(path: Path, data: bytes) -> bool:
     if path.exists():
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with _temporary_beside(path) as temporary:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # A link, unlike a rename, fails where the name is taken.
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            # Unlike a rename, a link fails if the name is taken.
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
     return True
 
 
 def _write_remote(url: str, data: bytes) -> bool:
     filesystem, path = fsspec.core.url_to_fs(url)
     try:
+        # A conditional PUT (If-None-Match: *): the store itself refuses a second object of this name.
         filesystem.pipe_file(path, data, mode="create")
     except FileExistsError:
         return False

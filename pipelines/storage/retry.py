@@ -1,9 +1,9 @@
-"""What a store fails at for a moment is asked of it again.
+"""Retries transient store errors with jitter.
 
-The clients under us repeat a request that is refused or breaks off before its answer begins. They do not
-always repeat one whose answer breaks off in the middle, or one that the store was busy for longer; so what we
-ask of a remote store goes through here. Asked again is only what may be: to read, to look, and to make an
-object that must not be there yet.
+The clients below this project repeat a request that is refused or breaks off before its response begins. They
+do not always repeat one whose response breaks off halfway, or one that a busy store refuses for longer. So
+every request to a remote store goes through `with_retries`. Only idempotent requests are retried: reads,
+listings, and the creation of objects that must not exist yet.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 Result = TypeVar("Result")
 
 BACKOFF_SECONDS: Final = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""Seconds before each further try, on average; each is stretched or shortened by up to a half."""
+"""Mean seconds before each retry; each wait is stretched or shortened by up to a half."""
 
-# What clients raise of the way to the store, in classes of their own; by name, as importing them takes long.
+# Connection errors of the clients, by name: importing botocore and aiohttp here would slow every start.
 _CONNECTION_ERRORS = {
     ("botocore.exceptions", "ConnectionError"),
     ("botocore.exceptions", "HTTPClientError"),
@@ -34,27 +34,27 @@ _PERMANENT_ERRORS = (
     IsADirectoryError,
     NotADirectoryError,
 )
-# What deltalake says of the request, where its class of error does not tell.
+# deltalake raises one class for conflicts and for failed requests; only the message tells them apart.
 _STORE_MESSAGES = ("Generic S3 error", "Generic GCS error", "Generic MicrosoftAzure error", "HTTP error")
 
 
 class StoreFailure(OSError):
-    """A store that kept failing, or that lets nobody in; a second try of the whole work may help."""
+    """A store that kept failing or denies access; running the job again may help."""
 
 
-def with_retries(url: str, ask: Callable[[], Result]) -> Result:
-    """What `ask` gives, of a store that may fail for a moment; on a local disk it is asked once.
+def with_retries(url: str, request: Callable[[], Result]) -> Result:
+    """The result of `request`, retried while it fails with a transient error; a local disk gets one attempt.
 
     Raises:
-        StoreFailure: if it fails for longer.
-        OSError: or what else `ask` raises, if that is no failure of the store.
+        StoreFailure: if it still fails after the last retry.
+        OSError: or whatever else `request` raises that is not a failure of the store.
     """
     if "://" not in url or url.startswith("file://"):
-        return ask()
+        return request()
     waits = iter(BACKOFF_SECONDS)
     while True:
         try:
-            return ask()
+            return request()
         except Exception as error:
             wait = next(waits, None) if is_transient(error) else None
             if wait is None:
@@ -65,21 +65,22 @@ def with_retries(url: str, ask: Callable[[], Result]) -> Result:
 
 
 def sleep_with_jitter(seconds: float) -> None:
-    """Wait about so long; not all clients at the same time."""
+    """Sleep for half to one and a half times `seconds`, so that many clients do not retry in step."""
     time.sleep(seconds * random.uniform(0.5, 1.5))
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether it may be that asking again helps."""
+    """Whether a retry may help."""
+    # A missing table is a fact and not a failure, though deltalake words both as errors of the store.
     if isinstance(error, DeltaError) and not isinstance(error, TableNotFoundError):
-        return any(words in str(error) for words in _STORE_MESSAGES)
+        return any(message in str(error) for message in _STORE_MESSAGES)
     if any((kind.__module__, kind.__name__) in _CONNECTION_ERRORS for kind in type(error).__mro__):
         return True
     return isinstance(error, OSError) and not isinstance(error, _PERMANENT_ERRORS)
 
 
 def _is_self_explanatory(error: Exception) -> bool:
-    """Whether its class says what is wrong; those of the clients, as for want of credentials, do not."""
+    """Whether the error's class says what is wrong; those of the clients (no credentials, ...) do not."""
     if type(error).__module__.partition(".")[0] in _CLIENTS or isinstance(error, PermissionError):
         return False
     return isinstance(error, DeltaError) or not is_transient(error)

@@ -1,6 +1,6 @@
-"""Committing units of work: each exactly once, whoever is killed and however many run at a time.
+"""Commits units of work, each exactly once, whoever is killed and however many processes run at a time.
 
-What is committed can be replaced, unit by unit, by a file with fewer rows; old versions keep the old file.
+Committed units can be replaced by files with fewer rows; old versions keep the old files.
 """
 
 from __future__ import annotations
@@ -20,25 +20,28 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Tr
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
-from pipelines.storage.objects import absolute_url, read_bytes, write_once
+from pipelines.storage.objects import read_bytes, write_once
 from pipelines.storage.retry import is_transient, sleep_with_jitter
 from pipelines.tables.manifest import UnitManifest, read_manifest
 from pipelines.tables.schemas import REJECTS, UNITS
-from pipelines.tables.table import TableError, UnitFile, open_delta, open_table, unit_manifests
+from pipelines.tables.table import Snapshot, TableError, UnitFile, open_delta, open_table
 
 REWRITTEN_PREFIX = "restated-"
-"""How the names of files begin that replace others in a sibling."""
+"""Prefix of the names of files that replace others in `.units` and `.rejects`."""
 
 _ROUND_TRANSACTION = "round"
 _MAX_TRIES = 20
 _RETRY_SECONDS = 1.0
 
+Action = AddAction | RemoveAction
+_Rows = list[dict[str, Any]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenUnit:
-    """A unit whose data file lies in its place, ready to be committed."""
+    """A unit whose data file is written, ready to be committed."""
 
-    account: UnitManifest
+    manifest: UnitManifest
     path: str
     size: int
     sha256: str
@@ -46,277 +49,283 @@ class WrittenUnit:
 
 
 Origin = Mapping[str, Any]
-"""What committed a unit: recipe, its settings' hash, and the parents with their versions; plain JSON."""
+"""Provenance of a unit: recipe, digest of its settings, and the parents with their versions; plain JSON."""
 
 
 def commit_units(
-    url: str, files: Sequence[WrittenUnit], *, origin: Origin | None = None
+    url: str, units: Sequence[WrittenUnit], *, origin: Origin | None = None
 ) -> list[WrittenUnit]:
-    """Commit units: their rejected rows, then their rows, then their accounts. Returns those that were new.
+    """Commit units: first their rejected rows, then their rows, then their manifests. Returns the new ones.
 
-    Only the second of the three commits decides. Whoever stops between them, the next run puts right what is
-    missing (`restore_manifests`).
+    Only the second commit decides. Rejected rows come before it, so that a committed unit never lacks them;
+    readers ignore those of a unit that is not committed. Manifests come after it, because whoever finds one
+    takes the unit for done. If the process is killed in between, the next run adds what is missing
+    (`restore_manifests`).
     """
-    location = absolute_url(url)
-    _commit_rejects(f"{location}.rejects", files)
-    fresh = _commit_rows(location, files)
-    _commit_manifests(f"{location}.units", files, origin)
-    return fresh
+    if not units:
+        return []
+    _commit_rejects(f"{url}.rejects", units)
+    committed = _commit_rows(url, units)
+    _commit_manifests(f"{url}.units", units, origin)
+    return committed
 
 
 def commit_round(
-    url: str, files: Sequence[WrittenUnit], *, number: int, origin: Origin | None = None
+    url: str, units: Sequence[WrittenUnit], *, number: int, origin: Origin | None = None
 ) -> bool:
-    """Commit units that were made knowing all earlier ones: all in one commit, as round `number`, or none.
+    """Commit units that depend on all earlier ones: all of them in one commit, as round `number`, or none.
 
-    False if another writer has committed this round; then what these units were made from is out of date.
-    Rounds are numbered from 1. Whoever stops after the commit, the next run writes the accounts
+    False if another writer has committed this round; the units were then made from outdated rows. Rounds
+    count from 1. If the process is killed after the commit, the next run writes the manifests
     (`restore_manifests`).
     """
-    location = absolute_url(url)
-    delta = open_delta(location)
+    delta = open_delta(url)
     if (delta.transaction_version(_ROUND_TRANSACTION) or 0) != number - 1:
         return False
     transactions = [
         Transaction(_ROUND_TRANSACTION, number),
-        *(Transaction(_app_id(file), 1) for file in files),
+        *(Transaction(_app_id(unit), 1) for unit in units),
     ]
-    try:
-        _commit_actions(
-            delta, [_add_action(file) for file in files], CommitProperties(app_transactions=transactions)
-        )
-    except (DeltaError, OSError) as error:
-        _raise_unless_retryable(error)
+    if not _try_commit(delta, [_add_unit(unit) for unit in units], transactions):
         return False
-    _commit_manifests(f"{location}.units", files, origin)
+    _commit_manifests(f"{url}.units", units, origin)
     return True
 
 
-def replace_units(url: str, files: Sequence[tuple[UnitFile, WrittenUnit]]) -> bool:
-    """Put other data files into the place of committed ones; True if all of them now stand there.
+def replace_units(url: str, units: Sequence[tuple[UnitFile, WrittenUnit]]) -> bool:
+    """Replace committed data files by others; True if all of the new ones are committed.
 
-    One commit takes away the old files and adds the new ones. It is made from a snapshot that has all the old
-    ones, so what other writers add meanwhile stays. If one of the old files is replaced by another writer,
-    nothing is committed: look again. Whoever stops before the siblings say the same, the next run puts it
-    right (`restore_manifests`).
+    One commit removes the old files and adds the new ones. It is made on a snapshot that has all the old
+    ones, so units that other writers add meanwhile stay. If another writer has replaced one of the old files,
+    nothing is committed, and the caller must read the table again. If the process is killed before `.units`
+    and `.rejects` are rewritten, the next run does it (`restore_manifests`).
     """
-    location = absolute_url(url)
-    delta = open_delta(location)
-    if not {_file_name(old.path) for old, _ in files} <= set(live_names(delta)):
+    delta = open_delta(url)
+    if not {_file_name(old.path) for old, _ in units} <= set(live_names(delta)):
         return False
-    fresh = [new for _, new in files]
-    removals = [_remove(_file_name(old.path)) for old, _ in files]
-    try:
-        _commit_actions(delta, [*removals, *map(_add_action, fresh)], _next_transactions(delta, fresh))
-    except (DeltaError, OSError) as error:
-        _raise_unless_retryable(error)
+    new = [unit for _, unit in units]
+    removals = [_remove(_file_name(old.path)) for old, _ in units]
+    if not _try_commit(delta, [*removals, *map(_add_unit, new)], _next_transactions(delta, new)):
         return False
-    _rewrite_siblings(location, fresh)
+    _rewrite_siblings(url, new)
     return True
 
 
-def restore_manifests(url: str) -> int:
-    """Write the accounts (and rejected rows) of committed units whose siblings lack them; returns how many.
+def restore_manifests(table: Snapshot) -> Snapshot:
+    """Write manifests and rejected rows of committed units that lack them; returns the table afterwards.
 
-    That is where a unit was committed, or its file replaced, and its job was killed before it said so.
+    They are missing where a process was killed after it had committed a unit or replaced its file.
     """
-    location = absolute_url(url)
-    accounted = set(unit_manifests(url))
-    lost = [file for file in open_table(url).units if file.unit not in accounted]
-    for file in lost:
-        if not file.mark:
-            restored = read_written_unit(file.path)
-            _commit_rejects(f"{location}.rejects", [restored])
-            _commit_manifests(f"{location}.units", [restored], None)
-    if replaced := [read_written_unit(file.path) for file in lost if file.mark]:
-        _rewrite_siblings(location, replaced)
-    return len(lost)
+    complete = {record["unit"] for record in table.unit_records()}
+    missing = [file for file in table.units if file.unit not in complete]
+    if not missing:
+        return table
+    for file in missing:
+        if not file.revision:
+            restored = [read_written_unit(file.path)]
+            _commit_rejects(f"{table.url}.rejects", restored)
+            _commit_manifests(f"{table.url}.units", restored, None)
+    # A replaced unit has been appended once already: its rows are rewritten instead.
+    if replaced := [read_written_unit(file.path) for file in missing if file.revision]:
+        _rewrite_siblings(table.url, replaced)
+    return open_table(table.url)
 
 
 def read_written_unit(path: str, *, seconds: float | None = None) -> WrittenUnit:
-    """A data file that lies in its place, read back: its account, size and hash.
+    """A written unit, read back from its data file.
 
     Raises:
-        TableError: if it is not a file that a unit of work wrote.
+        TableError: if no unit of work wrote this file.
     """
     data = read_bytes(path)
     try:
-        account = read_manifest(data)
+        manifest = read_manifest(data)
     except ValueError as error:
-        raise TableError(
-            f"{path} stands where a unit's data file belongs, but is {error}; remove it"
-        ) from None
+        raise TableError(f"{path} has the name of a unit's data file, but is {error}; remove it") from None
     sha256 = hashlib.sha256(data).hexdigest()
-    return WrittenUnit(account=account, path=path, size=len(data), sha256=sha256, seconds=seconds)
+    return WrittenUnit(manifest=manifest, path=path, size=len(data), sha256=sha256, seconds=seconds)
 
 
-def _commit_rejects(location: str, files: Sequence[WrittenUnit]) -> None:
-    def rows(fresh: Sequence[WrittenUnit]) -> pa.Table:
-        return pa.Table.from_pylist(_reject_rows(fresh), schema=REJECTS)
-
-    _append_once(location, [file for file in files if file.account.rejections], rows)
+def _commit_rejects(location: str, units: Sequence[WrittenUnit]) -> None:
+    _append_once(location, [unit for unit in units if unit.manifest.rejections], _reject_rows, REJECTS)
 
 
-def _commit_manifests(location: str, files: Sequence[WrittenUnit], origin: Origin | None) -> None:
+def _commit_rows(location: str, units: Sequence[WrittenUnit]) -> list[WrittenUnit]:
+    def add(delta: DeltaTable, new: Sequence[WrittenUnit], properties: CommitProperties) -> None:
+        _commit_actions(delta, [_add_unit(unit) for unit in new], properties)
+
+    return _commit_new(location, units, add)
+
+
+def _commit_manifests(location: str, units: Sequence[WrittenUnit], origin: Origin | None) -> None:
     made_by = None if origin is None else json.dumps(origin, sort_keys=True)
 
-    def rows(fresh: Sequence[WrittenUnit]) -> pa.Table:
-        records = [{**_unit_row(file), "seconds": file.seconds, "made_by": made_by} for file in fresh]
-        return pa.Table.from_pylist(records, schema=UNITS)
+    def rows(new: Sequence[WrittenUnit]) -> _Rows:
+        return [{**_unit_row(unit), "seconds": unit.seconds, "made_by": made_by} for unit in new]
 
-    _append_once(location, files, rows)
+    _append_once(location, units, rows, UNITS)
 
 
-def _reject_rows(files: Sequence[WrittenUnit]) -> list[dict[str, Any]]:
+def _reject_rows(units: Sequence[WrittenUnit]) -> _Rows:
     return [
         {
-            "unit": file.account.unit,
+            "unit": unit.manifest.unit,
             "id": rejection.id,
             "source": rejection.source,
             "reason": rejection.reason,
             "detail": rejection.detail,
         }
-        for file in files
-        for rejection in file.account.rejections
+        for unit in units
+        for rejection in unit.manifest.rejections
     ]
 
 
-def _unit_row(file: WrittenUnit) -> dict[str, Any]:
+def _unit_row(unit: WrittenUnit) -> dict[str, Any]:
     return {
-        "unit": file.account.unit,
-        "source": file.account.source,
-        "account": file.account.to_json(),
-        "rows_read": file.account.rows_read,
-        "rows_written": file.account.rows_written,
-        "rows_rejected": len(file.account.rejections),
-        "bytes": file.size,
-        "sha256": file.sha256,
+        "unit": unit.manifest.unit,
+        "source": unit.manifest.source,
+        "account": unit.manifest.to_json(),
+        "rows_read": unit.manifest.rows_read,
+        "rows_written": unit.manifest.rows_written,
+        "rows_rejected": len(unit.manifest.rejections),
+        "bytes": unit.size,
+        "sha256": unit.sha256,
     }
 
 
-def _rewrite_siblings(location: str, files: Sequence[WrittenUnit]) -> None:
-    """Bring both siblings to the accounts of these units. `units` comes last: its word is that both are."""
+def _rewrite_siblings(url: str, units: Sequence[WrittenUnit]) -> None:
+    """Bring `.rejects` and `.units` to the manifests of these units.
 
-    def records(stated: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        # How long the unit took, and what made it, is known there alone.
-        known = {row["unit"]: row for row in stated}
-        unknown = dict.fromkeys(("seconds", "made_by"))
-        return [{**unknown, **known.get(file.account.unit, {}), **_unit_row(file)} for file in files]
+    `.units` comes last: a manifest there tells `restore_manifests` that both are up to date.
+    """
 
-    _rewrite_rows(f"{location}.rejects", files, lambda _: _reject_rows(files), schema=REJECTS)
-    _rewrite_rows(f"{location}.units", files, records, schema=UNITS)
+    def rows(old_rows: _Rows) -> _Rows:
+        # The seconds and the origin of a unit are in no data file, so they are taken over.
+        old = {row["unit"]: row for row in old_rows}
+        empty = {"seconds": None, "made_by": None}
+        return [{**empty, **old.get(unit.manifest.unit, {}), **_unit_row(unit)} for unit in units]
 
-
-_Restated = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
+    _rewrite_rows(f"{url}.rejects", units, lambda _: _reject_rows(units), schema=REJECTS)
+    _rewrite_rows(f"{url}.units", units, rows, schema=UNITS)
 
 
 def _rewrite_rows(
-    location: str, files: Sequence[WrittenUnit], restated: _Restated, *, schema: pa.Schema
+    location: str, units: Sequence[WrittenUnit], rows: Callable[[_Rows], _Rows], *, schema: pa.Schema
 ) -> None:
-    """Replace what a sibling says of these units by what `restated` makes of it, in one commit."""
-    units = {file.account.unit for file in files}
+    """Replace the rows of these units in a sibling by `rows(old_rows)`, in one commit.
+
+    Files hold rows of several units and are never edited: those that hold a row of these units are removed,
+    and one new file gets the new rows and all other rows of the removed files.
+    """
+    names = {unit.manifest.unit for unit in units}
     for _ in range(_MAX_TRIES):
         delta = open_delta(location)
-        held = {name: _read_rows(f"{location}/{name}") for name in live_names(delta)}
-        told = {
-            name: rows for name, rows in held.items() if not units.isdisjoint(row["unit"] for row in rows)
+        contents = {name: _read_rows(f"{location}/{name}") for name in live_names(delta)}
+        affected = {
+            name: rows for name, rows in contents.items() if not names.isdisjoint(row["unit"] for row in rows)
         }
-        every = list(itertools.chain.from_iterable(told.values()))
-        stated = [row for row in every if row["unit"] in units]
-        wanted = restated(stated)
-        if _in_order(stated) == _in_order(wanted):
+        affected_rows = list(itertools.chain.from_iterable(affected.values()))
+        old_rows = [row for row in affected_rows if row["unit"] in names]
+        new_rows = rows(old_rows)
+        # Another process, or an earlier run that was killed later on, has done it already.
+        if _canonical(old_rows) == _canonical(new_rows):
             return
-        others = [row for row in every if row["unit"] not in units]
-        actions: list[AddAction | RemoveAction] = [_remove(name) for name in told]
-        if others or wanted:
-            actions.append(
-                _write_sibling_file(location, pa.Table.from_pylist([*others, *wanted], schema=schema))
-            )
-        try:
-            _commit_actions(delta, actions, _next_transactions(delta, files))
-        except (DeltaError, OSError) as error:
-            _raise_unless_retryable(error)
-            continue
-        return
+        others = [row for row in affected_rows if row["unit"] not in names]
+        actions: list[Action] = [_remove(name) for name in affected]
+        if others or new_rows:
+            table = pa.Table.from_pylist([*others, *new_rows], schema=schema)
+            actions.append(_write_sibling_file(location, table))
+        # Appends by others between this snapshot and the commit are no conflict: they stay.
+        if _try_commit(delta, actions, _next_transactions(delta, units)):
+            return
     raise _too_many_conflicts(location)
 
 
-def _read_rows(path: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(read_bytes(path))).to_pylist()
+def _read_rows(path: str) -> _Rows:
+    rows: _Rows = pq.read_table(pa.BufferReader(read_bytes(path))).to_pylist()
     return rows
 
 
-def _in_order(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _canonical(rows: _Rows) -> list[str]:
     return sorted(json.dumps(row, sort_keys=True) for row in rows)
 
 
 def _write_sibling_file(location: str, rows: pa.Table) -> AddAction:
-    """A data file of a sibling, named after its content, and without statistics: the log would keep them."""
+    """Write a data file of a sibling without statistics: the log would keep them."""
     buffer = io.BytesIO()
     pq.write_table(rows, buffer, write_statistics=False)
     data = buffer.getvalue()
+    # Named by its content: a second try of the same rewrite finds the file it wrote before.
     name = f"{REWRITTEN_PREFIX}{hashlib.sha256(data).hexdigest()[:32]}.parquet"
     write_once(f"{location}/{name}", data)
     return _add(name, size=len(data), rows=rows.num_rows)
 
 
 def _append_once(
-    location: str, files: Sequence[WrittenUnit], rows: Callable[[Sequence[WrittenUnit]], pa.Table]
+    location: str,
+    units: Sequence[WrittenUnit],
+    rows: Callable[[Sequence[WrittenUnit]], _Rows],
+    schema: pa.Schema,
 ) -> None:
-    def append(delta: DeltaTable, fresh: Sequence[WrittenUnit], properties: CommitProperties) -> None:
-        write_deltalake(delta, rows(fresh), mode="append", commit_properties=properties)
+    def append(delta: DeltaTable, new: Sequence[WrittenUnit], properties: CommitProperties) -> None:
+        table = pa.Table.from_pylist(rows(new), schema=schema)
+        write_deltalake(delta, table, mode="append", commit_properties=properties)
 
-    _commit_fresh(location, files, append)
-
-
-def _commit_rows(location: str, files: Sequence[WrittenUnit]) -> list[WrittenUnit]:
-    def append(delta: DeltaTable, fresh: Sequence[WrittenUnit], properties: CommitProperties) -> None:
-        _commit_actions(delta, [_add_action(file) for file in fresh], properties)
-
-    return _commit_fresh(location, files, append)
-
-
-def _commit_actions(
-    delta: DeltaTable, actions: Sequence[AddAction | RemoveAction], properties: CommitProperties
-) -> None:
-    delta.create_write_transaction(
-        list(actions),
-        mode="append",
-        schema=delta.schema(),
-        commit_properties=properties,
-        post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
-    )
+    if units:
+        _commit_new(location, units, append)
 
 
 _Append = Callable[[DeltaTable, Sequence[WrittenUnit], CommitProperties], None]
 
 
-def _commit_fresh(location: str, files: Sequence[WrittenUnit], append: _Append) -> list[WrittenUnit]:
-    """Append what is not committed yet: looked up and committed on one and the same snapshot.
+def _commit_new(location: str, units: Sequence[WrittenUnit], append: _Append) -> list[WrittenUnit]:
+    """Append the units that are not committed yet; returns them.
 
-    A commit from a stale snapshot, when the same unit came in meanwhile, is refused by the log; then we
-    look again.
+    Each unit is a Delta transaction of its own name. They are looked up in the very snapshot that the commit
+    is made on: if another writer has committed one of them since, the log refuses the commit as a conflict,
+    and the lookup is repeated on a new snapshot. So no unit is ever committed twice.
     """
     for _ in range(_MAX_TRIES):
         delta = open_delta(location)
-        fresh = [file for file in files if delta.transaction_version(_app_id(file)) is None]
-        if not fresh:
+        new = [unit for unit in units if delta.transaction_version(_app_id(unit)) is None]
+        if not new:
             return []
-        transactions = [Transaction(_app_id(file), 1) for file in fresh]
+        properties = CommitProperties(app_transactions=[Transaction(_app_id(unit), 1) for unit in new])
         try:
-            append(delta, fresh, CommitProperties(app_transactions=transactions))
+            append(delta, new, properties)
         except (DeltaError, OSError) as error:
             _raise_unless_retryable(error)
             continue
-        return fresh
+        return new
     raise _too_many_conflicts(location)
 
 
-def _raise_unless_retryable(error: DeltaError | OSError) -> None:
-    """After a commit that was refused, or of which the store did not say whether it came about.
+def _try_commit(delta: DeltaTable, actions: Sequence[Action], transactions: list[Transaction]) -> bool:
+    """Commit on this snapshot; False if that was refused, or the store failed."""
+    try:
+        _commit_actions(delta, actions, CommitProperties(app_transactions=transactions))
+    except (DeltaError, OSError) as error:
+        _raise_unless_retryable(error)
+        return False
+    return True
 
-    Raises:
-        DeltaError: or OSError, the error itself if it is of another kind.
+
+def _commit_actions(delta: DeltaTable, actions: Sequence[Action], properties: CommitProperties) -> None:
+    delta.create_write_transaction(
+        list(actions),
+        mode="append",
+        schema=delta.schema(),
+        commit_properties=properties,
+        # The log is the record of what is committed: no commit may clean it up.
+        post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
+    )
+
+
+def _raise_unless_retryable(error: DeltaError | OSError) -> None:
+    """Return if the commit was refused as a conflict, or the store failed; else raise `error`.
+
+    A commit whose response was lost may have succeeded. It is safe to repeat all the same: the next snapshot
+    shows its transactions.
     """
     if isinstance(error, CommitFailedError):
         return
@@ -325,28 +334,31 @@ def _raise_unless_retryable(error: DeltaError | OSError) -> None:
     sleep_with_jitter(_RETRY_SECONDS)
 
 
-def _next_transactions(delta: DeltaTable, files: Sequence[WrittenUnit]) -> CommitProperties:
-    """Count the units' transactions on: two writers that replace the same unit cannot both succeed."""
-    counts = {_app_id(file): delta.transaction_version(_app_id(file)) or 0 for file in files}
-    return CommitProperties(app_transactions=[Transaction(name, count + 1) for name, count in counts.items()])
+def _next_transactions(delta: DeltaTable, units: Sequence[WrittenUnit]) -> list[Transaction]:
+    """The units' transactions with their versions raised by one.
+
+    Two writers that replace the same unit write the same transaction, so the log refuses the second.
+    """
+    versions = {_app_id(unit): delta.transaction_version(_app_id(unit)) or 0 for unit in units}
+    return [Transaction(name, version + 1) for name, version in versions.items()]
 
 
 def _too_many_conflicts(location: str) -> TableError:
-    return TableError(f"{location}: {_MAX_TRIES} commits in a row were overtaken by other writers; run again")
+    return TableError(f"{location}: {_MAX_TRIES} commits in a row lost against other writers; run again")
 
 
-def _app_id(file: WrittenUnit) -> str:
-    return f"unit:{file.account.unit}"
+def _app_id(unit: WrittenUnit) -> str:
+    return f"unit:{unit.manifest.unit}"
 
 
 def live_names(delta: DeltaTable) -> list[str]:
-    """The files of a version, by their names in the table's folder."""
+    """The names of a version's data files in the table's folder."""
     names: list[str] = pa.table(delta.get_add_actions(flatten=True)).column("path").to_pylist()
     return names
 
 
-def _add_action(file: WrittenUnit) -> AddAction:
-    return _add(_file_name(file.path), size=file.size, rows=file.account.rows_written)
+def _add_unit(unit: WrittenUnit) -> AddAction:
+    return _add(_file_name(unit.path), size=unit.size, rows=unit.manifest.rows_written)
 
 
 def _add(name: str, *, size: int, rows: int) -> AddAction:

@@ -1,47 +1,54 @@
-"""Takes finished units in as they arrive: commits them in groups, counts, stops when too much is rejected."""
+"""Commits finished units in groups as they arrive, and stops when too many rows are rejected."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from pipelines.storage.objects import absolute_url, list_parquet
+from pipelines.storage.objects import list_parquet
 from pipelines.tables.commits import Origin, WrittenUnit, commit_units, read_written_unit, restore_manifests
 from pipelines.tables.settings import Bounds
-from pipelines.tables.table import TableError, open_table, unit_of
+from pipelines.tables.table import Snapshot, TableError, open_table, unit_of
 from snapfusion.settings import digest
 
 
 class TooManyRejected(RuntimeError):
-    """The rejected fraction is above its bound; what was committed stays, and the job stops."""
+    """The rejected fraction exceeds its bound; committed units stay, and the job stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommitProgress:
-    """How far a job is. Rows are rows read; `total` is None where the sources do not say.
+    """The progress of a job.
 
-    `reasons` has the rejected rows by their reason.
+    Attributes:
+        rows: rows read.
+        total: rows to read; None if the sources do not state it.
+        rejected: rows rejected.
+        units: units that have arrived.
+        first_rows: rows read of the first unit.
+        steady_seconds: seconds since the first unit arrived.
+        reasons: rejected rows by reason.
     """
 
-    rows: int
-    total: int | None
-    rejected: int
-    units: int
-    first_rows: int
-    steady_seconds: float
+    rows: int = 0
+    total: int | None = None
+    rejected: int = 0
+    units: int = 0
+    first_rows: int = 0
+    steady_seconds: float = 0.0
     reasons: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def rate(self) -> float | None:
-        """Rows a second since the first unit arrived, so without the start of workers; None before that."""
+        """Rows a second since the first unit arrived, which leaves out the start of workers; None before."""
         return (self.rows - self.first_rows) / self.steady_seconds if self.steady_seconds > 0 else None
 
     @property
     def seconds_left(self) -> float | None:
-        """At the rate so far; None where rate or total is not known."""
+        """The time left at the present rate; None if the rate or the total is unknown."""
         return None if self.total is None or not self.rate else max(self.total - self.rows, 0) / self.rate
 
 
@@ -51,9 +58,9 @@ Item = TypeVar("Item")
 
 
 def take_rows(items: Iterable[Item], *, bounds: Bounds, rows: Callable[[Item], int | None]) -> list[Item]:
-    """The first items that together have `bounds.max_rows` rows, rounded up; one of unknown size has none.
+    """The first items that together have `bounds.max_rows` rows, rounded up; unknown sizes count as 0.
 
-    So a bounded run sends no more into its workers than it will commit.
+    A bounded run so sends no more into its workers than it will commit.
     """
     chosen: list[Item] = []
     left = bounds.max_rows
@@ -65,93 +72,92 @@ def take_rows(items: Iterable[Item], *, bounds: Bounds, rows: Callable[[Item], i
     return chosen
 
 
-def recover(url: str, *, origin: Origin | None = None) -> int:
-    """Commit the data files that a killed run left uncommitted, and restore lost accounts; returns how many.
+def recover(table: Snapshot, *, origin: Origin | None = None) -> Snapshot:
+    """Commit the data files that a killed run left uncommitted, and restore manifests; returns the table.
 
-    A data file is written whole or not at all, and states its own account: it stands as it is.
+    A data file is written whole or not at all and carries its manifest, so it is committed as it is.
 
     Raises:
-        TableError: if a file lies there that no unit of this table wrote.
+        TableError: if there is a data file that no unit of this table wrote.
     """
-    location = absolute_url(url)
-    table = open_table(url)
     committed = {file.unit for file in table.units}
-    # Of a committed unit other files may lie there: one that was replaced, one that was to replace it.
-    orphans = [f"{location}/{name}" for name in list_parquet(location) if unit_of(name) not in committed]
-    waiting = [read_written_unit(orphan) for orphan in orphans]
-    for file in waiting:
-        if file.account.settings != digest(table.identity):
-            raise TableError(f"{file.path} was made with other settings than this table; remove it")
-    commit_units(url, waiting, origin=origin)
-    return len(waiting) + restore_manifests(url)
+    # Other files of a committed unit are no orphans: it has replaced them, or they were to replace it.
+    orphans = [name for name in list_parquet(table.url) if unit_of(name) not in committed]
+    units = [read_written_unit(f"{table.url}/{name}") for name in orphans]
+    for unit in units:
+        if unit.manifest.settings != digest(table.identity):
+            raise TableError(f"{unit.path} was made with other settings than this table; remove it")
+    if units:
+        commit_units(table.url, units, origin=origin)
+        table = open_table(table.url)
+    return restore_manifests(table)
 
 
 def commit_stream(
-    url: str,
+    table: Snapshot,
     finished: Iterable[WrittenUnit],
     *,
     bounds: Bounds,
     total: int | None,
     origin: Origin | None = None,
     on_progress: OnProgress | None = None,
-) -> CommitProgress:
-    """Commit units while they arrive; returns the last progress.
+) -> Snapshot:
+    """Commit units as they arrive; returns the table at its newest version.
 
     Args:
-        url: of the table.
-        finished: units, as they are finished; closed early where a bound is met.
+        table: to commit to.
+        finished: units in order of completion; closed early where a bound is met.
         bounds: when to commit and when to stop.
-        total: rows that are to be read, if that is known.
-        origin: who makes the units.
+        total: rows to read, if that is known.
+        origin: provenance of the units.
         on_progress: called after each unit.
 
     Raises:
-        TooManyRejected: when more than `bounds.max_rejected` of the rows read were set aside.
+        TooManyRejected: when more than `bounds.max_rejected` of the rows read are rejected.
     """
-    progress = CommitProgress(rows=0, total=total, rejected=0, units=0, first_rows=0, steady_seconds=0.0)
-    waiting: list[WrittenUnit] = []
-    began = first = committed = time.monotonic()
-    for file in finished:
+    progress = CommitProgress(total=total)
+    pending: list[WrittenUnit] = []
+    started = first = committed = time.monotonic()
+    for unit in finished:
         now = time.monotonic()
         first = first if progress.units else now
-        waiting.append(file)
-        progress = _advance(progress, file, steady_seconds=now - first)
+        pending.append(unit)
+        progress = _advance(progress, unit, steady_seconds=now - first)
         if now - committed >= bounds.commit_seconds:
-            commit_units(url, waiting, origin=origin)
-            waiting, committed = [], now
-        if _too_many(progress, bounds):
-            commit_units(url, waiting, origin=origin)
+            commit_units(table.url, pending, origin=origin)
+            pending, committed = [], now
+        if _exceeds_rejected(progress, bounds):
+            commit_units(table.url, pending, origin=origin)
             raise TooManyRejected(
                 f"{progress.rejected} of {progress.rows} rows were rejected, more than the bound of "
-                f"{bounds.max_rejected:.0%}; look at the reasons in {url}.rejects, then mend the source or "
-                "raise max_rejected"
+                f"{bounds.max_rejected:.0%}; look at the reasons in {table.url}.rejects, then mend the "
+                "source or raise max_rejected"
             )
         if on_progress:
             on_progress(progress)
-        if _is_enough(progress, bounds, seconds=now - began):
+        if _reached_bound(progress, bounds, seconds=now - started):
             break
-    commit_units(url, waiting, origin=origin)
-    return progress
+    commit_units(table.url, pending, origin=origin)
+    return open_table(table.url) if progress.units else table
 
 
-def _advance(progress: CommitProgress, file: WrittenUnit, *, steady_seconds: float) -> CommitProgress:
-    rows = file.account.rows_read
-    return CommitProgress(
+def _advance(progress: CommitProgress, unit: WrittenUnit, *, steady_seconds: float) -> CommitProgress:
+    rows = unit.manifest.rows_read
+    return replace(
+        progress,
         rows=progress.rows + rows,
-        total=progress.total,
-        rejected=progress.rejected + len(file.account.rejections),
+        rejected=progress.rejected + len(unit.manifest.rejections),
         units=progress.units + 1,
         first_rows=progress.first_rows if progress.units else rows,
         steady_seconds=steady_seconds,
-        reasons=Counter(progress.reasons) + Counter(file.account.rejected()),
+        reasons=Counter(progress.reasons) + Counter(unit.manifest.rejected()),
     )
 
 
-def _too_many(progress: CommitProgress, bounds: Bounds) -> bool:
-    judged = progress.rows >= bounds.judged_after
-    return judged and progress.rejected > bounds.max_rejected * progress.rows
+def _exceeds_rejected(progress: CommitProgress, bounds: Bounds) -> bool:
+    return progress.rows >= bounds.judged_after and progress.rejected > bounds.max_rejected * progress.rows
 
 
-def _is_enough(progress: CommitProgress, bounds: Bounds, *, seconds: float) -> bool:
-    enough_rows = bounds.max_rows is not None and progress.rows >= bounds.max_rows
-    return enough_rows or (bounds.max_seconds is not None and seconds >= bounds.max_seconds)
+def _reached_bound(progress: CommitProgress, bounds: Bounds, *, seconds: float) -> bool:
+    rows_reached = bounds.max_rows is not None and progress.rows >= bounds.max_rows
+    return rows_reached or (bounds.max_seconds is not None and seconds >= bounds.max_seconds)

@@ -1,7 +1,7 @@
-"""What a run is asked to forget: SHA-256 of addresses, picture hashes and row ids, never those themselves.
+"""The deletion list of a run: SHA-256 of URLs, image hashes and row ids, never those themselves.
 
-The list is a folder with one file a request, named after its content and written once. It only grows: what
-is on it does not come back.
+It is a folder with one file a request, named after its content and written once. It only grows: whatever is
+on it does not come back.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ EntryKind = Literal["url", "hash", "id"]
 ENTRY_KINDS: Final[tuple[EntryKind, ...]] = get_args(EntryKind)
 
 Entry = tuple[EntryKind, bytes]
-"""Something on the list: its kind and its key."""
+"""An entry of the list: its kind and its key."""
 
 REDACTED_PREFIX: Final = "forgotten:"
-"""How an id begins that stands for one that was forgotten."""
+"""Prefix of an id that stands for a deleted row's."""
 
 MAX_LINE_BYTES: Final = 64 << 10
 
@@ -39,18 +39,18 @@ _HEX = re.compile(r"(?:(?:sha256|md5)[:=])?([0-9a-f]{64}|[0-9a-f]{32})")
 _NUMBER = re.compile(r"[-+]?[0-9]{1,19}")
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})")
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-_PORTS = (None, 80, 443)
+_DEFAULT_PORTS = (None, 80, 443)
 
 
 class DeletionRequestError(ValueError):
-    """A list of things to forget that cannot be read; the message names a line, not what stands in it."""
+    """A deletion request that cannot be read; the message names the line, and never quotes it."""
 
 
 def normalize_url(text: str) -> str:
-    """An address in the form in which two spellings of it are equal; what is no address as it is.
+    """A URL in a form in which its spellings are equal; any other text as it is.
 
-    Scheme (http or https), user, default port and fragment play no part, nor do the case of the host, a dot
-    behind it, and which characters of path and query are escaped.
+    Scheme (http or https), user, default port and fragment do not count, nor do the case of the host, a dot
+    after it, and which characters of path and query are escaped.
     """
     given = text.strip()
     if not (given.isascii() and given.isprintable()):
@@ -58,17 +58,17 @@ def normalize_url(text: str) -> str:
     try:
         parts = urlsplit(given)
         host, port = parts.hostname or "", parts.port
-    except ValueError:  # a bracket in the host, for one
+    except ValueError:  # for example a bracket in the host
         return given
     if parts.scheme not in ("http", "https") or not host:
         return given
     query = f"?{_normalize_escapes(parts.query)}" if parts.query else ""
-    place = _ascii(host.rstrip(".")) + ("" if port in _PORTS else f":{port}")
-    return f"{place}{_normalize_escapes(parts.path) or '/'}{query}"
+    address = _ascii(host.rstrip(".")) + ("" if port in _DEFAULT_PORTS else f":{port}")
+    return f"{address}{_normalize_escapes(parts.path) or '/'}{query}"
 
 
 def normalize_hash(text: str) -> str | None:
-    """SHA-256 or MD5 as hexadecimal digits, or the int64 that LAION gives a row; None for anything else."""
+    """SHA-256 or MD5 as hexadecimal digits, or the int64 that LAION assigns to a row; else None."""
     given = text.strip().lower()
     if found := _HEX.fullmatch(given):
         return found[1]
@@ -76,18 +76,18 @@ def normalize_hash(text: str) -> str | None:
 
 
 def sha256_key(normal: str) -> bytes:
-    """What the list holds of a thing: 32 bytes of SHA-256 of its normal form."""
+    """The key of an entry: the 32 bytes of SHA-256 of its normal form."""
     return hashlib.sha256(normal.encode("utf-8", "surrogatepass")).digest()
 
 
 def redacted_id(id_: str) -> str:
-    """What an account says in place of a forgotten row's id; that of a hidden id is the same."""
+    """The id that a manifest has in place of a deleted row's; a redacted id is returned as it is."""
     return id_ if id_.startswith(REDACTED_PREFIX) else f"{REDACTED_PREFIX}{sha256_key(id_).hex()[:32]}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeletionKeys:
-    """The keys of a list, by kind."""
+    """The keys of a deletion list, by kind."""
 
     urls: frozenset[bytes] = frozenset()
     hashes: frozenset[bytes] = frozenset()
@@ -106,11 +106,12 @@ class DeletionKeys:
     def __len__(self) -> int:
         return len(self.urls) + len(self.hashes) + len(self.ids)
 
-    def named_by(
+    def find(
         self, *, ids: Iterable[str] = (), urls: Iterable[str] = (), hashes: Iterable[object] = ()
     ) -> set[Entry]:
-        """What on the list has one of these ids, addresses, or hashes as metadata spell them."""
+        """The entries that have one of these ids or URLs, or of these hashes as metadata spell them."""
         found: set[Entry] = set()
+        # Most lists hold one kind, and normalizing costs more than hashing: empty kinds are skipped.
         if self.ids:
             found |= {("id", key) for key in map(sha256_key, ids) if key in self.ids}
         if self.urls:
@@ -120,14 +121,14 @@ class DeletionKeys:
             found |= {("hash", key) for key in map(sha256_key, filter(None, normal)) if key in self.hashes}
         return found
 
-    def has(self, id_: str) -> bool:
-        """Whether a row's id is on the list, or is an address that is, as in some lists of captions."""
-        return bool(self.named_by(ids=(id_,), urls=(id_,)))
+    def has_id(self, id_: str) -> bool:
+        """Whether a row's id is on the list, also as a URL: some caption lists have URLs for ids."""
+        return bool(self.find(ids=(id_,), urls=(id_,)))
 
 
 @dataclass
 class DeletionList:
-    """A list that may grow while it is used: of files that were read before only the names are looked at.
+    """A deletion list that may grow while it is used: each file is read once.
 
     Attributes:
         url: of its folder, which need not exist.
@@ -137,14 +138,14 @@ class DeletionList:
     _read: dict[str, DeletionKeys] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        # A worker, which stands in another folder, would find no list there and let everything pass.
+        # Workers run in another folder: with a relative path they would find no list and let all rows pass.
         self.url = absolute_url(self.url)
 
     def read(self) -> DeletionKeys:
-        """All requests together, as they are now.
+        """The keys of all requests, as they are now.
 
         Raises:
-            StorageError: if a file of it cannot be read.
+            StorageError: if one of its files cannot be read.
         """
         for name in list_parquet(self.url):
             if name not in self._read:
@@ -152,44 +153,43 @@ class DeletionList:
         return reduce(or_, self._read.values(), DeletionKeys())
 
     def add(self, request: DeletionKeys) -> DeletionKeys:
-        """Put on the list what it lacks of `request`, whole or not at all; returns what that was."""
-        known = self.read()
-        fresh = request - known
-        if fresh:
-            data = _serialize(fresh)
+        """Add the keys of `request` that are not on the list, all or none; returns the new ones."""
+        new = request - self.read()
+        if new:
+            data = _serialize(new)
             write_once(f"{self.url}/{hashlib.sha256(data).hexdigest()[:16]}.parquet", data)
-        return fresh
+        return new
 
     def __getstate__(self) -> dict[str, object]:
-        # Another process reads for itself.
+        # The keys stay out of pickles, which Ray stores: another process reads them itself.
         return {"url": self.url, "_read": {}}
 
 
 def read_entries(path: str, *, kind: EntryKind) -> dict[bytes, int]:
-    """The keys of a list of things to forget, each with the number of the first line that has it.
+    """The keys of a deletion request, each with the number of the first line that has it.
 
-    One entry a line; blank lines and those that begin with "#" are passed over. An id or an address may hold
-    any other character.
+    One entry a line; blank lines and those that begin with "#" are skipped. An id or a URL may hold any other
+    character.
 
     Raises:
-        RequestError: if there is no such file, or a line is no entry of this kind.
+        DeletionRequestError: if there is no such file, or a line is not an entry of this kind.
     """
     found: dict[bytes, int] = {}
     try:
-        with fsspec.open(absolute_url(path), "rb") as file:
+        with fsspec.open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if (entry := _entry(line, number=number)) is not None:
+                if (entry := _parse_line(line, number=number)) is not None:
                     found.setdefault(_key(entry, kind=kind, number=number), number)
     except OSError as error:
         raise DeletionRequestError(f"{path}: {error.strerror or error}") from None
     except DeletionRequestError as error:
         raise DeletionRequestError(f"{path}, {error}") from None
     if not found:
-        raise DeletionRequestError(f"{path} names nothing: one entry a line is accepted")
+        raise DeletionRequestError(f"{path} has no entries; one entry a line is accepted")
     return found
 
 
-def _entry(line: bytes, *, number: int) -> str | None:
+def _parse_line(line: bytes, *, number: int) -> str | None:
     if len(line) > MAX_LINE_BYTES:
         raise DeletionRequestError(f"line {number} has {len(line)} bytes; {MAX_LINE_BYTES} are accepted")
     try:
@@ -207,8 +207,8 @@ def _key(entry: str, *, kind: EntryKind, number: int) -> bytes:
     normal = normalize_hash(entry)
     if normal is None:
         raise DeletionRequestError(
-            f"line {number} is no hash: 64 hexadecimal digits of SHA-256, 32 of MD5 and a 64-bit number are"
-            " accepted"
+            f"line {number} is not a hash; 64 hexadecimal digits of SHA-256, 32 of MD5 and a 64-bit number"
+            " are accepted"
         )
     return sha256_key(normal)
 
@@ -234,13 +234,13 @@ def _parse(data: bytes) -> DeletionKeys:
 
 
 def _normalize_escapes(text: str) -> str:
-    """Path or query with escapes in one spelling: capital digits, and none where none is needed."""
+    """A path or query with escapes in capital digits, and none where none is needed."""
 
-    def spell(found: re.Match[str]) -> str:
+    def escape(found: re.Match[str]) -> str:
         character = chr(int(found[1], 16))
         return character if character in _UNRESERVED else f"%{found[1].upper()}"
 
-    return quote(_ESCAPE.sub(spell, text), safe="%/:@!$&'()*+,;=-._~?")
+    return quote(_ESCAPE.sub(escape, text), safe="%/:@!$&'()*+,;=-._~?")
 
 
 def _ascii(host: str) -> str:

@@ -1,9 +1,9 @@
-"""Leases on a table: whose turn it is to append, and who still reads which version.
+"""Leases on a table: one process appends at a time, and versions in use are known.
 
-They lie beside the table, in `<table>.leases/`, and end by themselves when nobody renews them: a holder that
-was killed blocks nobody for longer than `LEASE_SECONDS`. They save work and files; they decide nothing. What is
-committed, and that once, is decided by the table's log alone, so a lease that two hold at a time (a clock
-that is minutes off, a process that slept) costs double work and no row.
+They stand beside the table in `<table>.leases/` and expire unless they are renewed: a holder that was killed
+blocks nobody for longer than `LEASE_SECONDS`. Leases save work and files, and decide nothing: the table's log
+alone decides what is committed, once. If two processes hold one at a time (a clock that is minutes off, a
+process that was suspended), that costs double work and no row.
 """
 
 from __future__ import annotations
@@ -16,38 +16,31 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import fsspec
 
-from pipelines.storage.objects import (
-    StorageError,
-    absolute_url,
-    list_names,
-    read_bytes,
-    replace_object,
-    write_once,
-)
+from pipelines.storage.objects import StorageError, list_names, read_bytes, replace_object, write_once
 
 LEASE_SECONDS: Final = 600.0
-"""How long a lease holds without being renewed; it is renewed after a quarter of that."""
+"""How long a lease lasts without being renewed; it is renewed after a quarter of that."""
 
-_TURN = re.compile(r"turn-(\d{8})\.json$")
+_APPEND_LEASE = re.compile(r"turn-(\d{8})\.json$")
 
 
 class TableBusy(RuntimeError):
-    """Another process has the turn; says which, and until when."""
+    """Another process holds the append lease; the message says which, and until when."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lease:
-    """What a holder said when it last renewed.
+    """A lease as its holder last renewed it.
 
     Attributes:
-        holder: a name for people: host, process, and what for.
-        version: of the table that is read; None for a turn to append.
-        until: seconds of the epoch; over when it is past.
+        holder: a readable name: host, process, and purpose.
+        version: of the table that is read; None for an append lease.
+        until: seconds of the epoch at which it expires.
     """
 
     holder: str
@@ -55,57 +48,60 @@ class Lease:
     until: float
 
     @property
-    def over(self) -> bool:
-        """Whether nobody holds it any more."""
+    def expired(self) -> bool:
+        """Whether it is no longer held."""
         return self.until <= time.time()
 
 
 def holder_name(purpose: str) -> str:
-    """A holder's name: where it runs, and what for."""
+    """The name of this process as a holder: purpose, host and process id."""
     return f"{purpose} on {socket.gethostname()}, process {os.getpid()}"
 
 
 @contextmanager
 def append_lease(url: str, *, purpose: str, seconds: float = LEASE_SECONDS) -> Iterator[None]:
-    """Have the turn to append to the table at `url`, as long as the context lasts.
+    """Hold the lease to append to the table at `url` within the context.
 
-    Each turn is an object of its own, numbered on, which only one process can make.
+    Each lease is an object with the next number, which only one process can create: no store offers locks,
+    but all offer creation under a free name.
 
     Raises:
-        Busy: if another process has it.
+        TableBusy: if another process holds it.
     """
-    folder, number = _folder(url), 0
-    for place in list_names(folder):
-        number = max(number, int(found[1]) if (found := _TURN.search(place)) else 0)
+    folder = _folder(url)
+    number = max(
+        (int(found[1]) for name in list_names(folder) if (found := _APPEND_LEASE.search(name))), default=0
+    )
     last = _read(f"{folder}/turn-{number:08d}.json") if number else None
-    if last is not None and not last.over:
+    if last is not None and not last.expired:
         raise TableBusy(_busy_message(url, last))
-    place = f"{folder}/turn-{number + 1:08d}.json"
+    path = f"{folder}/turn-{number + 1:08d}.json"
     mine = Lease(holder=holder_name(purpose), version=None, until=time.time() + seconds)
-    if not write_once(place, _serialized(mine)) and _read(place) != mine:
-        raise TableBusy(_busy_message(url, _read(place)))
-    with _renewed(place, mine, seconds=seconds):
+    # If the response to the creation was lost, the retry finds our own lease.
+    if not write_once(path, _serialized(mine)) and _read(path) != mine:
+        raise TableBusy(_busy_message(url, _read(path)))
+    with _renewed(path, mine, seconds=seconds):
         yield
 
 
 @contextmanager
 def read_lease(url: str, *, version: int, purpose: str, seconds: float = LEASE_SECONDS) -> Iterator[None]:
-    """Hold a version of the table at `url`: what it needs is not cleaned away while the context lasts.
+    """Hold a version of the table at `url` within the context: no vacuum removes its files.
 
-    Where nothing can be written beside the table nothing is held: who may only read it does not clean it.
+    Where nothing can be written beside the table there is no lease: whoever can only read it has no vacuum.
     """
     mine = Lease(holder=holder_name(purpose), version=version, until=time.time() + seconds)
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", mine.holder)
-    place = f"{_folder(url)}/reader-{name}-{time.time_ns()}.json"
+    path = f"{_folder(url)}/reader-{name}-{time.time_ns()}.json"
     with suppress(StorageError):
-        write_once(place, _serialized(mine))
-    with _renewed(place, mine, seconds=seconds):
+        write_once(path, _serialized(mine))
+    with _renewed(path, mine, seconds=seconds):
         yield
 
 
 @contextmanager
 def read_leases(parents: Iterable[Mapping[str, Any]], *, purpose: str) -> Iterator[None]:
-    """Hold the tables among `parents` at their versions, as `Snapshot.lineage` tells them."""
+    """Hold the tables among `parents` at their versions, as given by `Snapshot.lineage`."""
     with ExitStack() as stack:
         for parent in parents:
             if "table" in parent:
@@ -114,37 +110,38 @@ def read_leases(parents: Iterable[Mapping[str, Any]], *, purpose: str) -> Iterat
 
 
 def active_readers(url: str) -> list[Lease]:
-    """The leases on versions of the table at `url` that are not over, the oldest version first."""
+    """The unexpired read leases on the table at `url`, the oldest version first."""
     folder = _folder(url)
-    found = (_read(f"{folder}/{name}") for name in list_names(folder) if name.startswith("reader-"))
-    held = [lease for lease in found if lease is not None and not lease.over and lease.version is not None]
-    return sorted(held, key=lambda lease: (lease.version, lease.holder))
+    leases = (_read(f"{folder}/{name}") for name in list_names(folder) if name.startswith("reader-"))
+    active = [lease for lease in leases if lease and not lease.expired and lease.version is not None]
+    return sorted(active, key=lambda lease: (lease.version, lease.holder))
 
 
 def remove_expired(url: str) -> int:
-    """Delete the leases that are over, but for the last turn, whose number the next one follows."""
+    """Delete expired leases; returns how many."""
     folder, removed = _folder(url), 0
     filesystem, path = fsspec.core.url_to_fs(folder)
     names = list_names(folder)
-    turns = [name for name in names if _TURN.search(name)]
+    # The last append lease stays: the next one takes its number from it.
+    last = [name for name in names if _APPEND_LEASE.search(name)][-1:]
     for name in names:
-        lease = None if name in turns[-1:] else _read(f"{folder}/{name}")
-        if lease is not None and lease.over:
+        lease = None if name in last else _read(f"{folder}/{name}")
+        if lease is not None and lease.expired:
             filesystem.rm_file(f"{path}/{name}")
             removed += 1
     return removed
 
 
 @contextmanager
-def _renewed(place: str, lease: Lease, *, seconds: float) -> Iterator[None]:
+def _renewed(path: str, lease: Lease, *, seconds: float) -> Iterator[None]:
+    """Renew a lease in a thread within the context, and let it expire afterwards."""
     ended = threading.Event()
 
     def renew() -> None:
         while not ended.wait(seconds / 4):
-            try:
-                replace_object(place, _serialized(_until(lease, time.time() + seconds)))
-            except StorageError:
-                continue  # three more tries before it ends
+            # One that fails is harmless: there are three more renewals before the lease expires.
+            with suppress(StorageError):
+                replace_object(path, _serialized(replace(lease, until=time.time() + seconds)))
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
@@ -153,31 +150,27 @@ def _renewed(place: str, lease: Lease, *, seconds: float) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        with suppress(StorageError):  # it ends by itself
-            replace_object(place, _serialized(_until(lease, 0.0)))
-
-
-def _until(lease: Lease, until: float) -> Lease:
-    return Lease(holder=lease.holder, version=lease.version, until=until)
+        with suppress(StorageError):  # it expires by itself
+            replace_object(path, _serialized(replace(lease, until=0.0)))
 
 
 def _serialized(lease: Lease) -> bytes:
     return json.dumps(asdict(lease), sort_keys=True).encode()
 
 
-def _read(place: str) -> Lease | None:
-    """A lease; None if it was removed meanwhile, or is no lease of ours."""
+def _read(path: str) -> Lease | None:
+    """A lease; None if it has been removed, or is not one of ours."""
     try:
-        return Lease(**json.loads(read_bytes(place)))
+        return Lease(**json.loads(read_bytes(path)))
     except (StorageError, ValueError, TypeError):
         return None
 
 
 def _busy_message(url: str, lease: Lease | None) -> str:
-    who = "another process" if lease is None else lease.holder
+    holder = "another process" if lease is None else lease.holder
     left = 0.0 if lease is None else max(lease.until - time.time(), 0.0)
-    return f"{url}: {who} is appending; its lease ends in {left:.0f} s unless it renews it"
+    return f"{url}: {holder} is appending; its lease expires in {left:.0f} s unless it is renewed"
 
 
 def _folder(url: str) -> str:
-    return f"{absolute_url(url)}.leases"
+    return f"{url}.leases"

@@ -1,7 +1,7 @@
-"""What a data file says of itself: where its rows came from, how many there were, and which were set aside.
+"""The manifest of a unit of work: its range of the source, its row counts and its rejected rows.
 
-The account travels in the Parquet footer, so a committed file is enough to restore everything else. It holds
-nothing that differs between two runs of the same work: no times, no host names.
+It is stored in the Parquet footer of the unit's data file, so a committed file is enough to restore
+everything else. It holds nothing that differs between two runs of the same work: no times, no host names.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipelines.rejections import Rejection
 
 _KEY = b"snapfusion.account"
-# Latents and PNGs do not shrink; captions and padded token ids do, tenfold.
+# Latents and PNGs do not compress; captions and padded token ids shrink tenfold.
 _COMPRESSION = {"caption": "zstd", "token_ids": "zstd"}
 
 
@@ -34,12 +34,12 @@ class UnitManifest:
         start: first ordinal in the source.
         stop: ordinal after the last.
         final: whether the source ends at `stop`.
-        source_digest: SHA-256 of what was read, or of the shard's name and size.
+        source_digest: SHA-256 of the rows read, or of the shard's name and size.
         settings: digest of the table's identity: everything that determines the rows.
-        environment: device class, dtype and threads; the rows' bits are promised within them.
+        environment: device class, dtype and threads; within one environment the rows are bit-identical.
         rows_read: rows of the source in [start, stop).
         rows_written: rows in the data file.
-        rejections: the rows set aside.
+        rejections: the rejected rows.
     """
 
     unit: str
@@ -62,73 +62,74 @@ class UnitManifest:
             )
 
     def rejected(self) -> dict[str, int]:
-        """Rows set aside, by reason."""
-        return dict(sorted(Counter(rejection.reason for rejection in self.rejections).items()))
+        """The number of rejected rows by reason."""
+        return total_rejected([self])
 
     def ordinals(self) -> list[int]:
         """The ordinals of the rows in the data file, in their order.
 
-        Where a network put out NaN its rejections of LATENTS know only the unit's first ordinal; then these
-        are still rising numbers of the unit, and each row keeps its own when others are taken out.
+        Rows of LATENTS rejected as `not_finite` all carry the unit's first ordinal. The result is then not
+        the true ordinals, but still rising numbers within the unit, and each row keeps its own when others
+        are removed.
         """
-        set_aside = {rejection.ordinal for rejection in self.rejections}
-        free = (place for place in range(self.start, self.stop) if place not in set_aside)
+        rejected = {rejection.ordinal for rejection in self.rejections}
+        free = (ordinal for ordinal in range(self.start, self.stop) if ordinal not in rejected)
         return list(itertools.islice(free, self.rows_written))
 
     def to_json(self) -> str:
-        """The account in its one spelling."""
+        """The manifest as canonical JSON: equal manifests give equal text."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> UnitManifest:
-        """An account from its spelling."""
+        """A manifest from its JSON."""
         values = json.loads(text)
         rejections = tuple(Rejection(**rejection) for rejection in values.pop("rejections"))
         return cls(**values, rejections=rejections)
 
 
-def to_parquet(rows: pa.Table, account: UnitManifest) -> bytes:
-    """The data file of a unit: rows in Parquet, the account in the footer."""
-    if rows.num_rows != account.rows_written:
-        raise ValueError(f"unit {account.unit}: {rows.num_rows} rows, accounted {account.rows_written}")
-    named = rows.replace_schema_metadata({_KEY: account.to_json().encode()})
+def to_parquet(rows: pa.Table, manifest: UnitManifest) -> bytes:
+    """The data file of a unit: its rows as Parquet with the manifest in the footer."""
+    if rows.num_rows != manifest.rows_written:
+        raise ValueError(
+            f"unit {manifest.unit}: {rows.num_rows} rows, the manifest has {manifest.rows_written}"
+        )
+    rows = rows.replace_schema_metadata({_KEY: manifest.to_json().encode()})
     buffer = io.BytesIO()
     compression = {name: _COMPRESSION.get(name, "none") for name in rows.schema.names}
     # Dictionaries and statistics of latents cost a pass over them and tell a reader nothing.
-    pq.write_table(named, buffer, use_dictionary=False, write_statistics=["id"], compression=compression)
+    pq.write_table(rows, buffer, use_dictionary=False, write_statistics=["id"], compression=compression)
     return buffer.getvalue()
 
 
 def read_manifest(data: bytes) -> UnitManifest:
-    """The account in a data file's footer.
+    """The manifest in a data file's footer.
 
     Raises:
-        ValueError: if the file is not whole, or was not written by a unit of work.
+        ValueError: if the file is incomplete, or was not written by a unit of work.
     """
     try:
         metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"not a whole Parquet file: {error}") from None
     if _KEY not in metadata:
-        raise ValueError("a Parquet file without an account in its footer")
+        raise ValueError("a Parquet file without a manifest in its footer")
     return UnitManifest.from_json(metadata[_KEY])
 
 
-def covers_source(accounts: Iterable[UnitManifest]) -> bool:
-    """Whether units of one source lead without a gap from its first row to the final one."""
+def covers_source(manifests: Iterable[UnitManifest]) -> bool:
+    """Whether the units of one source lead without a gap from its first row to the final one."""
     position = 0
-    for account in sorted(accounts, key=lambda account: account.start):
-        if account.start != position:
+    for manifest in sorted(manifests, key=lambda manifest: manifest.start):
+        if manifest.start != position:
             return False
-        position = account.stop
-        if account.final:
+        position = manifest.stop
+        if manifest.final:
             return True
     return False
 
 
-def total_rejected(accounts: Sequence[UnitManifest]) -> dict[str, int]:
-    """Rows set aside by reason, over several units."""
-    total: Counter[str] = Counter()
-    for account in accounts:
-        total.update(account.rejected())
-    return dict(sorted(total.items()))
+def total_rejected(manifests: Iterable[UnitManifest]) -> dict[str, int]:
+    """The number of rejected rows by reason, over several units."""
+    reasons = (rejection.reason for manifest in manifests for rejection in manifest.rejections)
+    return dict(sorted(Counter(reasons).items()))

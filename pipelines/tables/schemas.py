@@ -1,7 +1,7 @@
-"""The columns of each kind of table, and the bytes behind its binary columns.
+"""Schemas of the tables, and the encoding of their binary columns.
 
-Arrays are stored as `binary` in C order, little-endian; the field's metadata states shape and dtype, and
-every value's length is checked when it is packed and when it is read.
+Arrays are stored as `binary` in C order, little-endian. The field's metadata states shape and dtype, and the
+length of every value is checked when it is packed and when it is read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image
 SCHEMA_VERSION = 1
 
 SIDE_COLUMNS = ("height", "width")
-"""Columns of tables whose rows have shapes of their own: sides of the row's picture, int32 pixels."""
+"""Columns of tables in buckets, whose rows differ in shape: the sides of the row's image, int32 pixels."""
 
 REJECTS = pa.schema(
     [
@@ -29,7 +29,7 @@ REJECTS = pa.schema(
         ("detail", pa.string()),
     ]
 )
-"""Rows set aside; they count when `unit` is committed in the main table."""
+"""Rejected rows; they count if `unit` is committed in the main table."""
 
 UNITS = pa.schema(
     [
@@ -45,10 +45,9 @@ UNITS = pa.schema(
         ("made_by", pa.string()),
     ]
 )
-"""One row a committed unit: what its data file says of itself, its hash, the seconds it took, and `Origin`.
+"""One row a committed unit. `account` is its `UnitManifest` as JSON and `made_by` its `Origin`.
 
-The last two differ between two runs of the same work, so they are here and not in the data file."""
-
+`seconds` and `made_by` differ between two runs of the same work, so they are not in the data file."""
 
 FINGERPRINTS = pa.schema(
     [
@@ -60,12 +59,12 @@ FINGERPRINTS = pa.schema(
         ("phash", pa.int64()),
     ]
 )
-"""One row a usable row of a shard, or a caption or picture of an evaluation: what it is told from others by.
+"""One row a usable row of a shard, or a caption or image of an evaluation: the keys that find its copies.
 
-Null where a row has no such thing: no known address, no letter in its caption, no caption at all."""
+A key is null if the row lacks its input: no known URL, no letter in its caption, no caption."""
 
 DUPLICATES = pa.schema([("id", pa.string()), ("verdict", pa.string()), ("of", pa.string())])
-"""One row a row of FINGERPRINTS: the reason why it is refused, and the id of the earliest row that it copies.
+"""One row a row of FINGERPRINTS: the reason to reject it, and the id of the earliest row that it copies.
 
 Both are null for a row that copies none."""
 
@@ -75,10 +74,10 @@ class ArrayType:
     """The shape and dtype of a binary column's values.
 
     Attributes:
-        shape: of each value; None where the rows differ, as the last two sides of latents in buckets do.
-        dtype: of NumPy, its byte order stated.
-        cell: where sides are open, the pixels of a picture's side behind one element: `height` and `width`
-            of the row, which are pixels, tell the shape.
+        shape: of each value; None for sides in which rows differ, as the last two of latents in buckets.
+        dtype: of NumPy, with its byte order.
+        cell: pixels of the image's side per element, if sides are None: the row's `height` and `width`, which
+            are pixels, then give the shape.
     """
 
     shape: tuple[int | None, ...]
@@ -86,19 +85,19 @@ class ArrayType:
     cell: int | None = None
 
     def field(self, name: str) -> pa.Field:
-        """The Arrow field, its metadata stating all this."""
+        """The Arrow field, with this type in its metadata."""
         shape = ",".join("*" if side is None else str(side) for side in self.shape)
         cell = {} if self.cell is None else {"cell": str(self.cell)}
         return pa.field(name, pa.binary(), metadata={"shape": shape, "dtype": self.dtype, **cell})
 
-    def of_picture(self, *, height: int, width: int) -> ArrayType:
-        """The one shape that belongs to pictures of these sides, in pixels; this, if no side is open."""
+    def for_image(self, *, height: int, width: int) -> ArrayType:
+        """The type for images of these sides, in pixels, with no side None."""
         if self.cell is None:
             return self
         return ArrayType(shape=(*self.shape[:-2], height // self.cell, width // self.cell), dtype=self.dtype)
 
     def pack(self, values: Sequence[np.ndarray] | np.ndarray) -> list[bytes]:
-        """Each of the values, which are of this shape.
+        """The bytes of each value, all of this shape.
 
         Raises:
             ValueError: if a shape differs.
@@ -108,18 +107,18 @@ class ArrayType:
                 side in (None, given) for side, given in zip(self.shape, value.shape, strict=True)
             )
             if not fits:
-                raise ValueError(f"values of shape {value.shape} given, {self.shape} is accepted")
+                raise ValueError(f"a value has shape {value.shape}; {self.shape} is accepted")
         return [np.ascontiguousarray(value, dtype=self.dtype).tobytes() for value in values]
 
     def unpack(self, values: Sequence[bytes]) -> np.ndarray:
         """The values as one array [B, *shape].
 
         Raises:
-            ValueError: if a value's length differs, or a side is open (see `of_picture`).
+            ValueError: if a value's length differs, or a side is None (see `for_image`).
         """
         sides = [side for side in self.shape if side is not None]
         if len(sides) < len(self.shape):
-            raise ValueError(f"the rows have shapes of their own, {self.shape}; read those of one shape")
+            raise ValueError(f"rows differ in shape, {self.shape}; read rows of one shape at a time")
         expected = math.prod(sides) * np.dtype(self.dtype).itemsize
         for row, value in enumerate(values):
             if len(value) != expected:
@@ -130,31 +129,31 @@ class ArrayType:
 
 
 def array_type(field: pa.Field) -> ArrayType:
-    """What a binary field's metadata states.
+    """The type in a binary field's metadata.
 
     Raises:
-        ValueError: if the field states nothing.
+        ValueError: if there is none.
     """
-    stated = field.metadata or {}
-    if b"shape" not in stated or b"dtype" not in stated:
-        raise ValueError(f"column {field.name!r} states no shape and dtype")
-    shape = tuple(None if side == "*" else int(side) for side in stated[b"shape"].decode().split(","))
-    cell = int(stated[b"cell"]) if b"cell" in stated else None
-    return ArrayType(shape=shape, dtype=stated[b"dtype"].decode(), cell=cell)
+    metadata = field.metadata or {}
+    if b"shape" not in metadata or b"dtype" not in metadata:
+        raise ValueError(f"column {field.name!r} has no shape and dtype in its metadata")
+    shape = tuple(None if side == "*" else int(side) for side in metadata[b"shape"].decode().split(","))
+    cell = int(metadata[b"cell"]) if b"cell" in metadata else None
+    return ArrayType(shape=shape, dtype=metadata[b"dtype"].decode(), cell=cell)
 
 
 def read_arrays(rows: pa.Table, name: str) -> list[np.ndarray]:
-    """The values of a binary column, each of its row's shape.
+    """The values of a binary column, each in its row's shape.
 
     Raises:
         ValueError: if a value's length is not that of its shape.
     """
-    kind, values = array_type(rows.schema.field(name)), rows[name].to_pylist()
-    if kind.cell is None:
-        return list(kind.unpack(values))
+    type_, values = array_type(rows.schema.field(name)), rows[name].to_pylist()
+    if type_.cell is None:
+        return list(type_.unpack(values))
     sides = zip(*(rows[side].to_pylist() for side in SIDE_COLUMNS), strict=True)
     return [
-        kind.of_picture(height=height, width=width).unpack([value])[0]
+        type_.for_image(height=height, width=width).unpack([value])[0]
         for value, (height, width) in zip(values, sides, strict=True)
     ]
 
@@ -172,7 +171,7 @@ def _sides(cell: int | None) -> list[tuple[str, pa.DataType]]:
 def latents_schema(*, latent_shape: Sequence[int], num_tokens: int, cell: int | None = None) -> pa.Schema:
     """LATENTS: one row an image. `latent` is the posterior mean times the scaling factor.
 
-    With `cell` each row has its own height and width, in pixels, of which its latent's follow.
+    With `cell` each row has its own height and width, in pixels, which determine its latent's shape.
     """
     return pa.schema(
         [
@@ -187,7 +186,7 @@ def latents_schema(*, latent_shape: Sequence[int], num_tokens: int, cell: int | 
 
 
 def pairs_schema(*, latent_shape: Sequence[int], num_tokens: int) -> pa.Schema:
-    """PAIRS: one row a (caption, draw); `image` is the teacher's decode as PNG, null if left out."""
+    """PAIRS: one row a (caption, draw); `image` is the teacher's decode as PNG, null if not stored."""
     return pa.schema(
         [
             ("id", pa.string()),
@@ -207,11 +206,11 @@ def targets_schema(
 ) -> pa.Schema:
     """TARGETS: one row a (latent, draw); `w` is null in vanilla rows. SnapFusion Eq. 7-10.
 
-    noise_key, interval, t, t2, k, w   what was drawn: the noise is `snapfusion.noise.gaussian` of the key;
-                                       interval and w follow from it too (`snapfusion.training.draws`)
-    x_target                           the x that lands one student step from t to t2 on the teacher's k
+    noise_key, interval, t, t2, k, w   the random draws: the noise is `snapfusion.noise.gaussian` of the key,
+                                       from which interval and w follow too (`snapfusion.training.draws`)
+    x_target                           the x with which one student step from t to t2 equals the teacher's k
 
-    `cell` is that of the LATENTS.
+    `cell` is that of LATENTS.
     """
     x_type = {"float16": "<f2", "float32": "<f4"}[x_dtype]
     return pa.schema(
@@ -234,12 +233,12 @@ def targets_schema(
 
 
 def samples_schema(*, features: int, attributes: int) -> pa.Schema:
-    """SAMPLES: one row a (caption, guidance): what the judges said of the picture.
+    """SAMPLES: one row a (caption, guidance): the metrics of the generated image.
 
-    features   float32, of which a Frechet distance is made
-    clip       cosine of picture and caption
-    right      which attributes are as the caption says, 0 or 1; no column where no oracle reads them
-    image      PNG, null if left out
+    features   float32, input of a Frechet distance
+    clip       cosine of image and caption
+    right      whether each attribute is as the caption says, 0 or 1; no column if no oracle reads them
+    image      PNG, null if not stored
     """
     return pa.schema(
         [
@@ -257,7 +256,7 @@ def samples_schema(*, features: int, attributes: int) -> pa.Schema:
 
 
 def references_schema(*, features: int) -> pa.Schema:
-    """REFERENCES: one row a picture that generated ones are held against: its features, float32."""
+    """REFERENCES: one row a real image that generated ones are compared with: its features, float32."""
     return pa.schema([("id", pa.string()), ArrayType(shape=(features,), dtype="<f4").field("features")])
 
 

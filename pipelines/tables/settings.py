@@ -1,4 +1,4 @@
-"""Bounds on a job that fills a table."""
+"""Settings of committing units."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ class Bounds(Settings):
 
     Attributes:
         commit_seconds: units that arrive within this time share a commit.
-        max_rejected: fraction of rows read that may be set aside.
-        judged_after: rows read before the fraction is judged.
-        max_rows: rows to read in this run, rounded up to whole units; the next run goes on. None: all.
-        max_seconds: after which this run commits what has arrived and ends; the next goes on. None: never.
+        max_rejected: largest fraction of the rows read that may be rejected.
+        judged_after: rows read before `max_rejected` applies.
+        max_rows: rows to read in this run, rounded up to whole units; the next run continues. None: all.
+        max_seconds: time after which this run commits what has arrived and ends; the next continues. None: no
+            limit.
     """
 
     commit_seconds: float = Field(5.0, ge=0.0)

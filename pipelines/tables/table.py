@@ -1,8 +1,8 @@
-"""Delta Lake tables whose rows arrive unit by unit, each exactly once.
+"""Delta Lake tables whose rows are committed unit by unit, each unit exactly once.
 
-A table at `url` is plain Parquet files and a transaction log. Beside it lie `url.rejects` (rows set aside)
-and `url.units` (one row a unit); both can be made again from the data files' own accounts, so the log of the
-main table is the only thing that decides what is committed.
+A table at `url` is plain Parquet files and a transaction log. Beside it stand the tables `url.rejects` (the
+rejected rows) and `url.units` (one row a unit). Both can be rebuilt from the manifests in the data files, so
+the log of the main table alone decides what is committed.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from pipelines.tables.schemas import REJECTS, SCHEMA_VERSION, UNITS
 from snapfusion.settings import differences, digest
 
 _IDENTITY = "snapfusion.identity"
-# The log is the account of what is committed: nothing in it may expire.
+# Delta deletes log entries after 30 days by default; here the log is the only record of what is committed.
 _KEEP_LOG = {"delta.logRetentionDuration": "interval 36500 days", "delta.enableExpiredLogCleanup": "false"}
-# The log would keep the least and the greatest of their texts, and cannot forget them.
+# Statistics would keep the least and greatest texts of rows in the log, where no deletion reaches them.
 _NO_STATISTICS = {"delta.dataSkippingNumIndexedCols": "0"}
 _REVISION_MARK = "~"
 
 
 class TableError(ValueError):
-    """A table that is missing, is not ours, or does not fit; the message names the difference."""
+    """A table that is missing, made by another program, or unfit; the message says how it differs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitFile:
-    """A committed unit: its name, its file, its size and rows.
+    """The committed data file of a unit: its path, rows and bytes.
 
-    A file that stands in the place of the unit's first one has a mark in its name (see `revised_name`).
+    A file that replaced the unit's first one has a revision in its name (see `revised_name`).
     """
 
     unit: str
@@ -51,45 +51,52 @@ class UnitFile:
     size: int
 
     @property
-    def mark(self) -> str:
-        """What the file's name says of its account; empty for the file that the unit was committed with."""
-        return _split(self.path)[1]
+    def revision(self) -> str:
+        """The revision in the file's name; empty for the file that the unit was first committed with."""
+        return _split_name(self.path)[1]
 
-    def is_told_by(self, account: str) -> bool:
-        """Whether an account, in its one spelling, is that of this file and not of one that it replaced."""
-        return self.mark in ("", revision_of(account))
+    def has_manifest(self, manifest: str) -> bool:
+        """Whether a manifest, as canonical JSON, is that of this file and not of one that it replaced."""
+        return self.revision in ("", revision_of(manifest))
 
 
-def revised_name(unit: str, account: str) -> str:
-    """The name of a file that is to stand in the place of a unit's earlier one: `<unit>~<mark>.parquet`.
+def revised_name(unit: str, manifest: str) -> str:
+    """The name of a file that replaces a unit's earlier one: `<unit>~<revision>.parquet`.
 
-    The mark follows from the account, so whoever writes the same writes it under the same name.
+    The revision follows from the manifest, so whoever writes the same content writes it under the same name.
     """
-    return f"{unit}{_REVISION_MARK}{revision_of(account)}.parquet"
+    return f"{unit}{_REVISION_MARK}{revision_of(manifest)}.parquet"
 
 
-def revision_of(account: str) -> str:
-    """The first 16 digits of the SHA-256 of an account in its one spelling."""
-    return hashlib.sha256(account.encode()).hexdigest()[:16]
+def revision_of(manifest: str) -> str:
+    """The first 16 digits of the SHA-256 of a manifest as canonical JSON."""
+    return hashlib.sha256(manifest.encode()).hexdigest()[:16]
 
 
 def unit_of(path: str) -> str:
-    """The unit whose rows a data file holds, by its name."""
-    return _split(path)[0]
+    """The unit that a data file belongs to, by its name."""
+    return _split_name(path)[0]
 
 
-def _split(path: str) -> tuple[str, str]:
-    unit, _, mark = path.rpartition("/")[2].removesuffix(".parquet").partition(_REVISION_MARK)
-    return unit, mark
+def _split_name(path: str) -> tuple[str, str]:
+    unit, _, revision = path.rpartition("/")[2].removesuffix(".parquet").partition(_REVISION_MARK)
+    return unit, revision
 
 
 class Snapshot:
-    """One version of a table: a fixed list of files, read in order of their units."""
+    """One version of a table: a fixed list of files, read in order of their units.
+
+    A job opens its table once and passes the snapshot on. The table of units is opened when it is first read.
+
+    Args:
+        url: of the table, absolute.
+        delta: the Delta table at this version.
+    """
 
     def __init__(self, url: str, delta: DeltaTable) -> None:
         self.url = url
         self.version: int = delta.version()
-        self.identity: dict[str, Any] = json.loads(_configuration(delta).get(_IDENTITY, "{}"))
+        self.identity: dict[str, Any] = json.loads(delta.metadata().configuration.get(_IDENTITY, "{}"))
         self.columns: list[str] = [field.name for field in delta.schema().fields]
         self._actions = pa.table(delta.get_add_actions(flatten=True))
 
@@ -114,45 +121,76 @@ class Snapshot:
         return sum(file.rows for file in self.units)
 
     def read_unit(self, unit: UnitFile, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of one unit, in the order in which they were written; of the columns named, only these.
+        """The rows of one unit in the order in which they were written; all columns, or those named.
 
         Raises:
-            TableError: if the file is gone, as those of old versions are once they were erased.
+            TableError: if the file is missing, as those of old versions are after a deletion request.
         """
 
         def read() -> pa.Table:
             with fsspec.open(unit.path, "rb") as file:
-                whole = pa.BufferReader(file.read()) if columns is None else file
-                return pq.read_table(whole, columns=columns)
+                # Whole files come in one request; of chosen columns only their byte ranges are fetched.
+                source = pa.BufferReader(file.read()) if columns is None else file
+                return pq.read_table(source, columns=columns)
 
         try:
             return with_retries(unit.path, read)
         except FileNotFoundError:
             raise TableError(
-                f"{unit.path} is gone, which version {self.version} reads: rows of it were forgotten and "
-                "erased, or it was deleted; read the newest version"
+                f"{unit.path} of version {self.version} is gone: rows of it were forgotten and erased, or it "
+                "was deleted; read the newest version"
             ) from None
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """All rows, ordered by unit. For tables that fit in memory."""
+        """All rows, ordered by unit; for tables that fit in memory."""
         tables = [self.read_unit(unit, columns) for unit in self.units]
         if not tables:
             raise TableError(f"{self.url} has no committed rows at version {self.version}")
         return pa.concat_tables(tables)
 
+    def manifests(self) -> dict[str, UnitManifest]:
+        """The manifests of the committed units, by unit."""
+        rows = self._unit_rows(["unit", "account"])
+        return {row["unit"]: UnitManifest.from_json(row["account"]) for row in rows}
+
+    def unit_records(self) -> list[dict[str, Any]]:
+        """The rows of the table of units (`schemas.UNITS`) whose unit is committed, ordered by unit."""
+        return sorted(self._unit_rows(), key=lambda row: row["unit"])
+
+    def rejected_rows(self) -> list[dict[str, Any]]:
+        """The rejected rows (`schemas.REJECTS`) of committed units, ordered by unit and id."""
+        committed = {file.unit for file in self.units}
+        rows = _read_all(open_delta(f"{self.url}.rejects"))
+        return sorted(
+            (row for row in rows if row["unit"] in committed), key=lambda row: (row["unit"], row["id"])
+        )
+
     def lineage(self) -> dict[str, Any]:
-        """What a child of this table records of it."""
+        """What a table or model made from this snapshot records of it."""
         return {"table": self.url, "version": self.version, "identity": digest(self.identity)}
+
+    @cached_property
+    def _units_delta(self) -> DeltaTable:
+        return open_delta(f"{self.url}.units")
+
+    def _unit_rows(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Rows of the table of units, without those of files that were replaced or are not committed yet."""
+        committed = {file.unit: file for file in self.units}
+        return [
+            row
+            for row in _read_all(self._units_delta, columns)
+            if (file := committed.get(row["unit"])) and file.has_manifest(row["account"])
+        ]
 
 
 def is_table(url: str) -> bool:
-    """Whether a table of ours (or any Delta table) is there."""
+    """Whether there is a Delta table, of this project or another."""
     location = absolute_url(url)
     return with_retries(location, lambda: bool(DeltaTable.is_deltatable(location)))
 
 
 def open_delta(location: str, *, version: int | None = None) -> DeltaTable:
-    """The Delta table as its log has it now, or at a version."""
+    """The Delta table at its newest version, or at a given one."""
     return with_retries(location, lambda: DeltaTable(location, version=version))
 
 
@@ -160,7 +198,7 @@ def open_table(url: str, *, version: int | None = None, kind: str | None = None)
     """A table at its newest version, or at a given one.
 
     Raises:
-        TableError: if there is none, it was not made by this project, or it is of another kind.
+        TableError: if there is none, another program made it, or it is of another kind.
     """
     location = absolute_url(url)
     try:
@@ -175,10 +213,10 @@ def open_table(url: str, *, version: int | None = None, kind: str | None = None)
 
 
 def create_table(url: str, *, schema: pa.Schema, identity: dict[str, Any]) -> Snapshot:
-    """The table at `url`, made if it is not there; its identity must be the one given.
+    """The table at `url`, created if there is none; an existing one must have the given identity.
 
-    `identity` is everything that determines the rows: model, settings, seed. Rows made under another
-    identity would mix silently, so the table is refused.
+    `identity` is everything that determines the rows: model, settings, seed. Rows of two identities would mix
+    unnoticed, so a table of another identity is refused.
 
     Raises:
         TableError: naming the first settings that differ.
@@ -191,61 +229,29 @@ def create_table(url: str, *, schema: pa.Schema, identity: dict[str, Any]) -> Sn
         _create(f"{location}.rejects", REJECTS, {**_KEEP_LOG, **_NO_STATISTICS})
         _create(f"{location}.units", UNITS, {**_KEEP_LOG, **_NO_STATISTICS})
     except (DeltaError, OSError) as error:
-        raise TableError(f"{url} cannot be made: {_first_line(error)}") from None
-    snapshot = open_table(url)
+        raise TableError(f"{url} cannot be created: {_first_line(error)}") from None
+    snapshot = open_table(location)
     differing = list(differences(snapshot.identity, identity))
     if differing:
         raise TableError(f"{url} was made with other settings: {'; '.join(differing[:3])}; give a new table")
     return snapshot
 
 
-def unit_manifests(url: str) -> dict[str, UnitManifest]:
-    """The accounts of the committed units, by unit name, from the sibling `units` table."""
-    rows = _records(url, columns=["unit", "account"])
-    return {row["unit"]: UnitManifest.from_json(row["account"]) for row in rows}
-
-
-def unit_records(url: str) -> list[dict[str, Any]]:
-    """The rows of the `units` table whose unit is committed, ordered by unit."""
-    return sorted(_records(url), key=lambda row: row["unit"])
-
-
-def rejected_rows(url: str) -> list[dict[str, Any]]:
-    """The rows set aside by committed units, ordered by unit and id."""
-    committed = {file.unit for file in open_table(url).units}
-    rows = _sibling(url, "rejects")
-    kept = (row for row in rows if row["unit"] in committed)
-    return sorted(kept, key=lambda row: (row["unit"], row["id"]))
-
-
-def _records(url: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """What `units` says of committed files. Of files that were replaced by others it may still speak."""
-    committed = {file.unit: file for file in open_table(url).units}
-    rows = _sibling(url, "units", columns)
-    return [
-        row for row in rows if row["unit"] in committed and committed[row["unit"]].is_told_by(row["account"])
-    ]
-
-
-def _sibling(url: str, name: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    files = sorted(open_delta(f"{absolute_url(url)}.{name}").file_uris())
+def _read_all(delta: DeltaTable, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    files = sorted(delta.file_uris())
     tables = (pq.read_table(pa.BufferReader(read_bytes(file)), columns=columns) for file in files)
     return [row for table in tables for row in table.to_pylist()]
 
 
 def _create(location: str, schema: pa.Schema, configuration: dict[str, str]) -> None:
-    def make() -> None:
-        # Two runs may race to make it; the one that comes second finds it made.
+    def create() -> None:
+        # Two runs may race to create it; "ignore" lets the second find it there.
         DeltaTable.create(
             location, schema=schema, mode="ignore", configuration=configuration, raise_if_key_not_exists=False
         )
 
     if not is_table(location):
-        with_retries(location, make)
-
-
-def _configuration(delta: DeltaTable) -> dict[str, str]:
-    return dict(delta.metadata().configuration)
+        with_retries(location, create)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""The unit of work: a range of ordinals of one source, which becomes one data file.
+"""Units of work: a range of ordinals of one source, which becomes one data file.
 
-A unit flows through the stages as one thing, so it can be lost, retried and committed as one thing. It is
-bounded: `rows_per_unit` rows, small enough that its decoded pixels fit a Ray block (128 MiB).
+A unit passes through all stages as one object, so it is lost, retried and committed as a whole. Its size is
+bounded by `rows_per_unit`, so that its decoded pixels fit one Ray block (128 MiB).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pipelines.sources.captions import Caption
 from pipelines.tables.manifest import UnitManifest
 
 MAX_UNIT_BYTES = 128 * 2**20
-"""Ray slices blocks above this; a unit's pixels stay below."""
+"""Upper bound of a unit's pixels: Ray slices blocks that are larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Ordinals [start, stop) of `source`; `final` if the source ends there. Letters as in `UnitManifest`."""
+    """Ordinals [start, stop) of `source`; `final` if the source ends there. Fields as in `UnitManifest`."""
 
     name: str
     source: str
@@ -33,13 +33,13 @@ class Unit:
 
     @property
     def rows_read(self) -> int:
-        """How many rows of the source the unit covers."""
+        """Rows of the source that the unit covers."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRows:
-    """A unit's n decoded images, uint8 [H,W,3] each, beside their ids, source ids and captions."""
+    """A unit's n decoded images, uint8 [H,W,3] each, with their ids, source ids and captions."""
 
     unit: Unit
     ids: list[str]
@@ -51,7 +51,7 @@ class ImageRows:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionRows:
-    """A unit's captions, to be drawn with the noise of `draw`, and what of its rows is no caption."""
+    """A unit's captions, to be generated from the noise of number `draw`, and its rejected rows."""
 
     unit: Unit
     draw: int
@@ -61,9 +61,9 @@ class CaptionRows:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRows:
-    """A unit's captions, to be drawn at guidance `w` and judged, and what of its rows is no caption.
+    """A unit's captions, to be generated at guidance `w` and scored, and its rejected rows.
 
-    `cut` names the blocks that the UNet goes without, `without`; it is empty where the UNet is whole.
+    `without` are the blocks left out of the UNet and `cut` names them; both are empty for the whole UNet.
     """
 
     unit: Unit
@@ -74,13 +74,13 @@ class PromptRows:
     without: tuple[str, ...] = ()
 
     def row_id(self, caption_id: str) -> str:
-        """The id of a caption's row: a caption has one at each guidance, for each cut."""
+        """The id of a caption's row, one for each guidance and cut."""
         return f"{caption_id}@{self.w:g}-{self.cut}" if self.cut else f"{caption_id}@{self.w:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNameRows:
-    """A unit of pictures by name: their own, or their URL's."""
+    """A unit of images that are named by path or URL."""
 
     unit: Unit
     names: list[str]
@@ -104,7 +104,7 @@ class LatentRows:
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRows:
-    """A unit after the model: columns as the table's schema names them, ready to be written."""
+    """A unit after the model: its columns as in the table's schema, ready to be written."""
 
     unit: Unit
     columns: dict[str, Any]
@@ -123,26 +123,26 @@ def finish_unit(
     environment: dict[str, Any],
     seconds: float,
 ) -> FinishedRows:
-    """The rows whose numbers are finite, ready to be written; each other row is rejected as `not_finite`.
+    """The rows with finite values, ready to be written; the others are rejected as `not_finite`.
 
     Args:
         columns: of all rows.
-        unit: they belong to.
-        rows: the id and the ordinal of each.
-        finite: which are.
-        rejections: of the unit before it came here.
+        unit: the rows' unit.
+        rows: id and ordinal of each row.
+        finite: whether each row is finite.
+        rejections: of the unit so far.
         environment: of the model.
-        seconds: that it took.
+        seconds: spent on the unit.
     """
-    bad = [
+    not_finite = [
         Rejected("not_finite").record(id=id_, source=unit.source, ordinal=ordinal)
-        for (id_, ordinal), good in zip(rows, finite, strict=True)
-        if not good
+        for (id_, ordinal), is_finite in zip(rows, finite, strict=True)
+        if not is_finite
     ]
     return FinishedRows(
         unit=unit,
         columns={name: keep_where(finite, values) for name, values in columns.items()},
-        rejections=[*rejections, *bad],
+        rejections=[*rejections, *not_finite],
         environment=environment,
         seconds=seconds,
     )
@@ -160,9 +160,9 @@ class UncoveredRange:
 def uncovered_ranges(
     total: int, *, committed: Iterable[tuple[int, int]], rows_per_unit: int
 ) -> Iterator[UncoveredRange]:
-    """What is left of ordinals [0, total), cut at multiples of `rows_per_unit` and at committed units.
+    """The ordinals of [0, total) without a unit, cut at multiples of `rows_per_unit` and at committed units.
 
-    A source that has grown since its last, shorter unit was committed goes on after that unit.
+    A source that has grown since its last, shorter unit was committed continues after that unit.
     """
     stops = dict(committed)
     starts = sorted(stops)
@@ -172,30 +172,31 @@ def uncovered_ranges(
             position = stops[position]
             continue
         boundary = (position // rows_per_unit + 1) * rows_per_unit
-        following = next((start for start in starts if start > position), total)
-        stop = min(boundary, following, total)
+        next_start = next((start for start in starts if start > position), total)
+        stop = min(boundary, next_start, total)
         yield UncoveredRange(start=position, stop=stop, final=stop == total)
         position = stop
 
 
-def committed_ranges(accounts: Iterable[UnitManifest], source: str) -> list[tuple[int, int]]:
-    """The (start, stop) of the committed units of one source, ordered."""
-    return sorted((account.start, account.stop) for account in accounts if account.source == source)
+def committed_ranges(manifests: Iterable[UnitManifest], source: str) -> list[tuple[int, int]]:
+    """The sorted (start, stop) of the committed units of one source."""
+    return sorted((manifest.start, manifest.stop) for manifest in manifests if manifest.source == source)
 
 
 def group_by_shape(rows: Sequence[np.ndarray]) -> list[list[int]]:
-    """The places of the rows of each shape, in their order; smaller shapes first.
+    """The indices of the rows of each shape, in their order; smaller shapes first.
 
-    What a network is given in one batch is of one shape, and this depends on the unit alone.
+    A network's batch has one shape. Grouping within the unit keeps batches, and so bits, independent of
+    whatever else is processed.
     """
-    places: dict[tuple[int, ...], list[int]] = {}
-    for place, row in enumerate(rows):
-        places.setdefault(row.shape, []).append(place)
-    return [places[shape] for shape in sorted(places)]
+    indices: dict[tuple[int, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        indices.setdefault(row.shape, []).append(index)
+    return [indices[shape] for shape in sorted(indices)]
 
 
 def finite_rows(values: Iterable[np.ndarray]) -> list[bool]:
-    """Which rows hold neither NaN nor infinity."""
+    """Whether each row has neither NaN nor infinity."""
     return [bool(np.isfinite(row).all()) for row in values]
 
 
@@ -205,4 +206,4 @@ def keep_where(finite: list[bool], values: list | np.ndarray) -> list | np.ndarr
         return values
     if isinstance(values, np.ndarray):
         return values[np.array(finite)]
-    return [value for value, good in zip(values, finite, strict=True) if good]
+    return [value for value, is_finite in zip(values, finite, strict=True) if is_finite]

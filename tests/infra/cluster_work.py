@@ -69,9 +69,7 @@ def work(address: str, out: str, rows: int) -> None:
         PipelineStage(build=WriteUnit, arguments=writing, pool=teachers),
     ]
     written = run_on_ray(range(0, rows, 4), stages)
-    commit_stream(
-        table.url, written, bounds=Bounds(), total=rows, on_progress=show_progress("generate_pairs")
-    )
+    commit_stream(table, written, bounds=Bounds(), total=rows, on_progress=show_progress("generate_pairs"))
     settings = TrainerSettings(labels={"role": "trainer"}, cpus_per_worker=0.5, log_to=())
     trained = run_trainings(
         program, {}, store_url=f"{out}/training", settings=settings, on_report=lambda figures: None

@@ -20,7 +20,7 @@ from botocore.exceptions import ClientError, ParamValidationError
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.commands import _bootstrap_config
 
-from pipelines.tables.table import unit_manifests
+from pipelines.tables.table import open_table
 
 ROOT = Path(__file__).parents[2]
 AWS = ROOT / "infra/aws"
@@ -101,7 +101,7 @@ def test_a_nodes_rights_suffice_for_a_table_and_for_nothing_else(account, bucket
         table = f"{bucket}/snapfusion/run/table"
         filling = [sys.executable, str(ROOT / "tests/synthetic_units.py"), table, "none"]
         subprocess.run(filling, check=True)
-        assert sum(account.rows_read for account in unit_manifests(table).values()) == 22
+        assert sum(account.rows_read for account in open_table(table).manifests().values()) == 22
         s3 = client("s3")
         assert s3.get_object(Bucket="bucket", Key="shards/00000.tar")["Body"].read() == b"shard"
         upload = {"Bucket": "bucket", "Key": "scratch/large"}

@@ -29,7 +29,7 @@ from ray._private.services import get_node_ip_address
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
 from pipelines.ray_data import metrics
-from pipelines.tables.table import unit_manifests
+from pipelines.tables.table import open_table
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -170,7 +170,7 @@ def _note(answer: str, outcome: Outcome) -> None:
 
 
 def test_pools_and_trainers_run_on_nodes_that_were_started_for_their_labels(outcome):
-    states = unit_manifests(outcome.table).values()
+    states = open_table(outcome.table).manifests().values()
     assert sum(account.rows_read for account in states) == ROWS
     assert {account.environment["role"] for account in states} == {"teacher"}
     assert "trained on trainer" in outcome.printed

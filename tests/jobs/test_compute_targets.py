@@ -7,7 +7,7 @@ from in_process import in_process
 
 from jobs import compute_targets, encode_latents, render_scenes, verify_table
 from jobs.recipes.registry import RECIPES, recipe_named
-from pipelines.tables.table import open_table, unit_records
+from pipelines.tables.table import open_table
 
 OPTIONS = [
     "source.scenes=8",
@@ -46,7 +46,7 @@ def test_every_latent_of_the_run_has_its_targets(made):
 
 def test_units_state_the_version_of_latents(made):
     latents = open_table(f"{made}/latents")
-    for record in unit_records(f"{made}/targets"):
+    for record in open_table(f"{made}/targets").unit_records():
         assert f'"version": {latents.version}' in record["made_by"]
 
 

@@ -10,7 +10,7 @@ from in_process import in_process
 from shuffled_rows import read_shuffled
 
 from jobs import encode_latents, find_duplicates, verify_table
-from pipelines.tables.table import open_table, rejected_rows
+from pipelines.tables.table import open_table
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_copies_and_evaluated_pictures_are_counted_refused_and_verified(out, tin
     assert "3 of them, 50.0%, copy nothing" in told
     assert encode_latents.main(settings) == 0
     assert open_table(str(out / "latents")).num_rows == 3
-    assert {one["id"][-3:]: one["reason"] for one in rejected_rows(str(out / "latents"))} == {
+    assert {one["id"][-3:]: one["reason"] for one in open_table(str(out / "latents")).rejected_rows()} == {
         "100": "evaluation_image",
         "101": "duplicate_image",
         "102": "near_duplicate_image",

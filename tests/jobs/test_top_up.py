@@ -13,7 +13,7 @@ from in_process import in_process
 from jobs import encode_latents, generate_pairs, render_scenes, top_up
 from pipelines.ray_data.execution import PipelineStage
 from pipelines.tables.leases import append_lease
-from pipelines.tables.table import open_table, unit_manifests
+from pipelines.tables.table import open_table
 
 SETTINGS = (
     "source.scenes=40",
@@ -94,7 +94,7 @@ def test_time_and_budget_end_a_run_with_what_it_has(out: Path, monkeypatch: pyte
     assert before < rows_in(out / "latents")
     assert topped_up(out, "encode_latents") == 0
     assert rows_in(out / "latents") == 40
-    assert sum(account.rows_read for account in unit_manifests(str(out / "latents")).values()) == 40
+    assert sum(account.rows_read for account in open_table(str(out / "latents")).manifests().values()) == 40
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pipelines.deletion.erasure import erase_files
 from pipelines.stages.deletion_filter import DeletionFilter
 from pipelines.storage.objects import read_bytes
 from pipelines.tables.deletion_list import DeletionList
-from pipelines.tables.table import TableError, open_table, rejected_rows, unit_manifests
+from pipelines.tables.table import TableError, open_table
 from snapfusion.settings import digest
 
 GONE = [(0, 1), (1, 2), (0, 9)]
@@ -112,7 +112,9 @@ def test_after_erasing_no_file_tells_anything(run, lists):
     for name in TABLES:
         url = str(run.out / name)
         assert run.table(name).read().num_rows == run.table(name).num_rows
-        assert len(rejected_rows(url)) == sum(len(one.rejections) for one in unit_manifests(url).values())
+        assert len(open_table(url).rejected_rows()) == sum(
+            len(one.rejections) for one in open_table(url).manifests().values()
+        )
 
 
 def test_what_an_earlier_request_left_is_erased_by_a_later_one(run, lists):
@@ -152,7 +154,7 @@ def test_details_of_rejected_rows_are_erased_from_the_siblings_and_their_log(run
     from pipelines.tables import commits
 
     url = str(run.out / "latents")
-    told = [row for row in rejected_rows(url) if row["reason"] == "not_an_image"]
+    told = [row for row in open_table(url).rejected_rows() if row["reason"] == "not_an_image"]
     assert told
     marks = [path for path in (run.out / "latents.rejects").rglob("*") if path.is_file()]
     planted = "http://origin.example/0/secret-3.png"
@@ -171,7 +173,7 @@ def test_details_of_rejected_rows_are_erased_from_the_siblings_and_their_log(run
     carried_out(run, "--id", str(tmp_path / "id.txt"), "--erase")
     for path in (run.out / "latents.rejects").rglob("*"):
         assert path.is_dir() or planted.encode() not in path.read_bytes()
-    assert {row["detail"] for row in rejected_rows(url) if row["unit"] == unit} == {""}
+    assert {row["detail"] for row in open_table(url).rejected_rows() if row["unit"] == unit} == {""}
     run.encode()
 
 
@@ -181,7 +183,7 @@ def test_a_table_goes_on_after_its_siblings_logs_were_pruned(run, lists):
 
     make_shards(run.out / "shards", shards=3)
     assert run.encode().num_rows == 15 + 9
-    assert len(unit_manifests(str(run.out / "latents"))) == len(run.table("latents").units)
+    assert len(open_table(str(run.out / "latents")).manifests()) == len(run.table("latents").units)
     assert run.teach().num_rows == 2 * 24
     assert run.draw().num_rows == 24
 

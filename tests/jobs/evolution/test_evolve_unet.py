@@ -185,7 +185,7 @@ def test_killed_while_it_scores_it_scores_nothing_twice_and_decides_the_same(evo
         for finished in in_process(items, stages):
             if len(drawn) >= until:
                 raise Killed
-            drawn.append(finished.account.unit)
+            drawn.append(finished.manifest.unit)
             yield finished
 
     def mortal(items, stages):

@@ -20,7 +20,7 @@ from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.sources.webdataset import list_shards
 from pipelines.stages.settings import ImageBounds, Selection
 from pipelines.tables.manifest import total_rejected
-from pipelines.tables.table import open_table, unit_manifests
+from pipelines.tables.table import open_table
 from snapfusion.models.load import BUNDLED, ModelDimensions, ModelError, load, load_sizes
 
 
@@ -115,7 +115,7 @@ def test_encoding_finds_what_the_preview_told(
         "latents.selection.max_watermark refuses nothing here: there is no column pwatermark, watermark_score"
     ]
     table = open_table(str(tmp_path / "latents"))
-    assert {"kept": table.num_rows, **total_rejected(list(unit_manifests(table.url).values()))} == OUTCOMES
+    assert {"kept": table.num_rows, **total_rejected(list(table.manifests().values()))} == OUTCOMES
     groups = [pq.read_metadata(file.path).row_group(0) for file in table.units]
     columns = sum(group.column(n).total_compressed_size for group in groups for n in range(group.num_columns))
     assert float(told.split()[3]) * 1000 == pytest.approx(columns, rel=0.15)

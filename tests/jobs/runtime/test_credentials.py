@@ -237,7 +237,7 @@ def test_a_store_without_its_package_is_refused_before_any_work(
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     assert encode_latents.main(["--out", "gs://bucket/run"]) == 2
     assert said(capsys).startswith(
-        "encode_latents: --out gs://bucket/run: gs:// cannot be reached from here; pip"
+        "encode_latents: --out gs://bucket/run: no client for gs:// is installed; pip"
     )
     assert encode_latents.main(["--out", "runs/x", "--set", "source.url=gs://bucket/shards"]) == 2
     assert said(capsys).startswith("encode_latents: source.url gs://bucket/shards: gs:// cannot be reached")

@@ -29,7 +29,7 @@ from jobs.recipes.registry import recipe_named
 from pipelines.datasets.latents import encode_latents
 from pipelines.datasets.pairs import captions_of, generate_pairs
 from pipelines.sources.webdataset import list_shards
-from pipelines.tables.table import is_table, open_table, unit_manifests
+from pipelines.tables.table import is_table, open_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -249,7 +249,7 @@ def test_generation(
     lost = driver.end() - quiet_pairs
     said(capsys, f"generation | {who} | {when} | {times} | {lost:.1f} s of {quiet_pairs:.1f} s")
     assert data_files(pairs) == drawn
-    assert sum(account.rows_read for account in unit_manifests(str(pairs)).values()) == 96
+    assert sum(account.rows_read for account in open_table(str(pairs)).manifests().values()) == 96
 
 
 def checkpoints(out: Path, *, whole: bool = True) -> list[int]:

@@ -29,7 +29,7 @@ from pipelines.ray_data.execution import PipelineStage, run_on_ray
 from pipelines.ray_data.settings import Pool
 from pipelines.sources.captions import Caption
 from pipelines.stages.settings import Device, Generation
-from pipelines.tables.table import open_table, unit_manifests
+from pipelines.tables.table import open_table
 from pipelines.tables.units import CaptionRows, Unit
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -88,7 +88,7 @@ def test_generation(ray_cluster, tmp_path: Path, capsys: pytest.CaptureFixture[s
             run=asleep,
             on_progress=lambda _, arrived=arrived: arrived.append(time.monotonic()),
         )
-        woke = sorted(account.environment["woke"] for account in unit_manifests(url).values())
+        woke = sorted(account.environment["woke"] for account in open_table(url).manifests().values())
         skipped = len(woke) // 4  # until all have begun
         steady = (woke[-1] - woke[skipped]) / (len(woke) - 1 - skipped)
         ratios.append(steady * workers / bare)

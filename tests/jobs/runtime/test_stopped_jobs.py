@@ -20,7 +20,7 @@ from scene_latents import encode_scenes
 
 from jobs.recipes.registry import recipe_named
 from pipelines.datasets.pairs import captions_of, generate_pairs
-from pipelines.tables.table import is_table, open_table, unit_manifests
+from pipelines.tables.table import is_table, open_table
 from snapfusion.training.checkpoint import CheckpointStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -136,7 +136,9 @@ def assert_as_if_nobody_had_stopped_it(run: Path, alone: Path) -> None:
         run=in_process,
     )
     assert files_of(run) == files_of(alone)
-    assert sum(account.rows_read for account in unit_manifests(str(run / "pairs")).values()) == 2 * ROWS
+    assert (
+        sum(account.rows_read for account in open_table(str(run / "pairs")).manifests().values()) == 2 * ROWS
+    )
 
 
 def test_generation_that_is_asked_to_stop_says_so_and_goes_on(head: Head, run: Path, tmp_path: Path, capsys):

@@ -312,7 +312,7 @@ def test_pairs_and_samples_of_another_size(v_teacher, tmp_path, size):
     rows = pairs.read()
     assert array_type(rows.schema.field("latent")).shape == (4, size // 2, size // 2)
     assert from_png(rows["image"][0].as_py()).shape == (size, size, 3)
-    found = verify_table(pairs, remake=remake_pairs(pairs, teacher=v_teacher), units=1, seed=0)
+    found = verify_table(pairs, recompute=remake_pairs(pairs, teacher=v_teacher), units=1, seed=0)
     assert (found.exact, found.faults) == (1, ())
 
 

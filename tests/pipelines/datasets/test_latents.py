@@ -21,7 +21,7 @@ from pipelines.stages.image import decode_image
 from pipelines.stages.read import ReadShard
 from pipelines.stages.settings import ImageSettings
 from pipelines.tables.schemas import array_type, to_png
-from pipelines.tables.table import TableError, open_table, rejected_rows, unit_manifests
+from pipelines.tables.table import TableError, open_table
 from pipelines.tables.verification import verify_table
 from snapfusion.models.load import load
 from snapfusion.models.save import save
@@ -69,11 +69,11 @@ def latents(shards, tiny_teacher, tmp_path_factory):
 
 def test_every_usable_row_arrives_and_the_others_are_accounted(latents):
     assert latents.num_rows == 18
-    assert [(row["id"], row["reason"]) for row in rejected_rows(latents.url)] == [
+    assert [(row["id"], row["reason"]) for row in latents.rejected_rows()] == [
         ("web/00000/0000003", "not_an_image"),
         ("web/00001/0000103", "not_an_image"),
     ]
-    known = list(unit_manifests(latents.url).values())
+    known = list(latents.manifests().values())
     assert sum(account.rows_read for account in known) == 20
     assert sorted(account.unit for account in known if account.final) == [
         "web-00000-000008-000010",
@@ -116,7 +116,7 @@ def test_progress_knows_the_total_from_the_sidecars(shards, tiny_teacher, tmp_pa
 
 
 def test_a_finished_table_asks_for_nothing(latents, shards):
-    known = list(unit_manifests(latents.url).values())
+    known = list(latents.manifests().values())
     assert list(pending_shards(list_shards(str(shards)), source="web", accounts=known)) == []
 
 
@@ -145,7 +145,7 @@ def test_a_shard_with_no_row_is_one_empty_unit(tiny_teacher, tmp_path):
 def test_a_shard_whose_rows_end_with_a_unit_has_a_final_unit(tiny_teacher, tmp_path):
     make_shards(tmp_path / "shards", shards=1, rows=8, bad=())
     table = encode(tmp_path / "latents", tmp_path / "shards", tiny_teacher)
-    assert [account.final for _, account in sorted(unit_manifests(table.url).items())] == [False, True]
+    assert [account.final for _, account in sorted(table.manifests().items())] == [False, True]
 
 
 def test_a_torn_shard_keeps_its_rows_before_the_tear(tiny_teacher, tmp_path):
@@ -153,8 +153,8 @@ def test_a_torn_shard_keeps_its_rows_before_the_tear(tiny_teacher, tmp_path):
     tar = tmp_path / "00000.tar"
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
     table = encode(tmp_path / "latents", tmp_path, tiny_teacher)
-    [*_, last] = [account for _, account in sorted(unit_manifests(table.url).items())]
-    reasons = [row["reason"] for row in rejected_rows(table.url)]
+    [*_, last] = [account for _, account in sorted(table.manifests().items())]
+    reasons = [row["reason"] for row in table.rejected_rows()]
     assert 0 < table.num_rows < 10
     assert table.num_rows + len(reasons) == 10
     assert set(reasons) == {"torn_shard"}
@@ -187,7 +187,7 @@ def test_an_image_that_kills_its_process_is_set_aside_and_its_neighbours_kept(sh
     )
     stage.decode = KilledBy(poison_of(picture(1)), size=16)
     [work, *_] = pending_shards(list_shards(str(shards)), source="web", accounts=[])
-    units = list(stage.carefully(work))
+    units = list(stage.isolated(work))
     assert [rejection.reason for unit in units for rejection in unit.rejections] == [
         "crashed",
         "not_an_image",
@@ -208,13 +208,13 @@ def test_a_unit_too_large_for_a_block_is_refused(shards, tiny_teacher, tmp_path)
 def test_a_table_is_made_again_from_its_shards(latents, shards, tiny_teacher, tmp_path):
     def verify(model: str, folder: Path):
         made = recomputer(latents, model=model, shards=list_shards(str(folder)), source="web")
-        return verify_table(latents, remake=made, units=99, seed=0)
+        return verify_table(latents, recompute=made, units=99, seed=0)
 
     found = verify(tiny_teacher, shards)
-    assert (found.remade, found.exact, found.faults, found.notes) == (6, 6, (), ())
+    assert (found.recomputed, found.exact, found.faults, found.notes) == (6, 6, (), ())
     make_shards(tmp_path / "one", shards=1)
     partly = verify(tiny_teacher, tmp_path / "one")
-    assert (partly.remade, len(partly.notes)) == (3, 3)
+    assert (partly.recomputed, len(partly.notes)) == (3, 3)
     save(tiny_bundle(seed=3), tmp_path / "other")
     with pytest.raises(TableError, match="another VAE"):
         verify(str(tmp_path / "other"), shards)
@@ -253,11 +253,11 @@ def test_a_veto_rejects_rows_is_part_of_the_identity_and_verifies(shards, tiny_t
     veto = Refuses("web/00001/0000105")
     table = encode(tmp_path / "latents", shards, tiny_teacher, vetoes=[veto])
     assert table.num_rows == 17
-    (row,) = [row for row in rejected_rows(table.url) if row["reason"] == "unsafe"]
+    (row,) = [row for row in table.rejected_rows() if row["reason"] == "unsafe"]
     assert (row["id"], row["detail"]) == (veto.row_id, "of 00001")
     remade = recomputer(
         table, model=tiny_teacher, shards=list_shards(str(shards)), source="web", vetoes=[veto]
     )
-    assert not verify_table(table, remake=remade, units=6, seed=0).faults
+    assert not verify_table(table, recompute=remade, units=6, seed=0).faults
     with pytest.raises(TableError, match="refuses"):
         encode(tmp_path / "latents", shards, tiny_teacher)

@@ -20,7 +20,7 @@ from pipelines.stages.generate import teacher_images
 from pipelines.tables.commits import read_written_unit
 from pipelines.tables.manifest import read_manifest, to_parquet
 from pipelines.tables.schemas import array_type, from_png
-from pipelines.tables.table import TableError, open_table, unit_manifests
+from pipelines.tables.table import TableError, open_table
 from pipelines.tables.verification import verify_table
 from snapfusion.models.load import load
 from snapfusion.models.save import save
@@ -92,7 +92,7 @@ def test_more_draws_add_units_and_change_none(pairs, tiny_teacher, tmp_path):
 def test_rejected_captions_are_accounted_and_their_neighbours_drawn(tiny_teacher, tmp_path):
     bad = Rejected("empty_caption").record(id="c1", source="list.txt", ordinal=1)
     table = generate(tmp_path / "pairs", tiny_teacher, captions=[CAPTIONS[0], bad, *CAPTIONS[2:4]])
-    account = unit_manifests(table.url)[table.units[0].unit]
+    account = table.manifests()[table.units[0].unit]
     assert (account.rows_read, account.rows_written, account.rejected()) == (4, 3, {"empty_caption": 1})
     assert table.read(["id"]).column("id").to_pylist() == ["c0#0", "c2#0", "c3#0"]
 
@@ -111,7 +111,7 @@ def test_not_finite_rows_are_set_aside(tiny_teacher, tmp_path, monkeypatch):
 
     monkeypatch.setattr("pipelines.stages.generate.GeneratePairs.draw", poisoned)
     table = generate(tmp_path / "pairs", tiny_teacher, captions=CAPTIONS[:4])
-    account = unit_manifests(table.url)[table.units[0].unit]
+    account = table.manifests()[table.units[0].unit]
     assert account.rejected() == {"not_finite": 2}  # the first of each batch of three
     assert table.num_rows == 2
 
@@ -149,12 +149,12 @@ def test_captions_come_from_a_table_in_order(pairs):
 
 def verify(url: str, teacher: str, *, units: int = 99):
     table = open_table(url)
-    return verify_table(table, remake=recomputer(table, teacher=teacher), units=units, seed=0)
+    return verify_table(table, recompute=recomputer(table, teacher=teacher), units=units, seed=0)
 
 
 def test_a_sound_table_is_made_again_bit_for_bit(pairs, tiny_teacher):
     found = verify(pairs.url, tiny_teacher)
-    assert (found.units, found.rows, found.remade, found.exact, found.faults) == (3, 10, 3, 3, ())
+    assert (found.units, found.rows, found.recomputed, found.exact, found.faults) == (3, 10, 3, 3, ())
 
 
 @pytest.fixture
@@ -197,9 +197,9 @@ def test_a_forged_row_is_found_when_its_unit_is_sampled(copy, tiny_teacher, monk
 
 
 def open_table_records(url: Path) -> dict[str, dict]:
-    from pipelines.tables.table import unit_records
+    from pipelines.tables.table import open_table
 
-    return {record["unit"]: record for record in unit_records(str(url))}
+    return {record["unit"]: record for record in open_table(str(url)).unit_records()}
 
 
 def test_a_missing_file_is_found(copy, tiny_teacher):

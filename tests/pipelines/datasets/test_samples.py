@@ -29,7 +29,6 @@ from pipelines.stages.settings import (
     ScorerSettings,
 )
 from pipelines.tables.schemas import from_png
-from pipelines.tables.table import unit_manifests
 from pipelines.tables.verification import verify_table
 from snapfusion.metrics.clip import load_scorer
 from snapfusion.metrics.inception import Inception
@@ -145,7 +144,7 @@ def test_rejected_captions_and_pictures_that_are_not_finite_are_accounted(tmp_pa
     monkeypatch.setattr(SampleAndScore, "draw", poisoned)
     bad = Rejected("empty_caption").record(id="c1", source="list.txt", ordinal=1)
     table = draw(tmp_path / "samples", guidance=(1.0,), captions=[CAPTIONS[0], bad, *CAPTIONS[2:4]])
-    account = unit_manifests(table.url)[table.units[0].unit]
+    account = table.manifests()[table.units[0].unit]
     assert account.rejected() == {"empty_caption": 1, "not_finite": 1}
     assert read_scores(table, source="list", w=1.0).ids == ["c2", "c3"]
 
@@ -187,7 +186,7 @@ def test_references_from_a_folder_are_cropped_and_bad_ones_set_aside(tmp_path):
     table = describe(tmp_path / "references", settings)
     with torch.inference_mode():
         expected = Moments.of(load_oracle().features(torch.from_numpy(scenes.copy()).permute(0, 3, 1, 2)))
-    assert unit_manifests(table.url)[table.units[0].unit].rejected() == {"not_an_image": 1}
+    assert table.manifests()[table.units[0].unit].rejected() == {"not_an_image": 1}
     np.testing.assert_allclose(moments_of(table).mean.numpy(), expected.mean.numpy(), rtol=1e-5, atol=1e-5)
     with pytest.raises(SourceError, match="holds 4 pictures, 5 are asked for"):
         describe(tmp_path / "more", settings.with_values(["count=5"]))
@@ -204,13 +203,13 @@ def test_judges_without_their_files_are_refused(tmp_path):
 
 def test_sound_tables_are_made_again_bit_for_bit(samples, tmp_path):
     remake = samples_of_models.recomputer(samples, settings=SETTINGS, model="mini")
-    found = verify_table(samples, remake=remake, units=2, seed=0)
-    assert (found.faults, found.remade, found.exact) == ((), 2, 2)
+    found = verify_table(samples, recompute=remake, units=2, seed=0)
+    assert (found.faults, found.recomputed, found.exact) == ((), 2, 2)
     settings = ReferencesSettings(count=6, rows_per_unit=4)
     table = describe(tmp_path / "references", settings)
     remake = references.recomputer(table, settings=settings, judging=MetricSettings())
-    found = verify_table(table, remake=remake, units=2, seed=0)
-    assert (found.faults, found.remade, found.exact) == ((), 2, 2)
+    found = verify_table(table, recompute=remake, units=2, seed=0)
+    assert (found.faults, found.recomputed, found.exact) == ((), 2, 2)
     with pytest.raises(TableError, match="made otherwise"):
         samples_of_models.recomputer(samples, settings=SETTINGS.with_values(["drawing.seed=1"]), model="mini")
 
@@ -273,8 +272,8 @@ def test_a_cut_unet_draws_from_the_same_noise_what_it_draws_without_its_blocks(t
 def test_cuts_are_part_of_the_table_and_its_units_can_be_made_again(tmp_path):
     table = draw_cut(tmp_path / "samples", CUTS)
     remake = samples_of_models.recomputer(table, settings=SETTINGS, model="mini")
-    found = verify_table(table, remake=remake, units=6, seed=0)
-    assert (found.faults, found.remade, found.exact) == ((), 6, 6)
+    found = verify_table(table, recompute=remake, units=6, seed=0)
+    assert (found.faults, found.recomputed, found.exact) == ((), 6, 6)
     with pytest.raises(TableError, match=r"cuts"):
         draw_cut(table.url, {"attention": ("down_blocks.1.attentions.0",)})
     with pytest.raises(ValueError, match=r"no block 'mid_block\.attentions\.7'"):
@@ -321,5 +320,5 @@ def test_a_half_width_decoder_can_draw_in_place_of_the_models_own(tmp_path):
     remake = samples_of_models.recomputer(
         table, settings=SETTINGS, model="mini", decoder=str(tmp_path / "decoder")
     )
-    found = verify_table(table, remake=remake, units=2, seed=0)
+    found = verify_table(table, recompute=remake, units=2, seed=0)
     assert (found.faults, found.exact) == ((), 2)

@@ -36,7 +36,7 @@ from pipelines.ray_data.execution import run_on_ray
 from pipelines.stages.latents import ReadLatents
 from pipelines.tables.manifest import read_manifest, to_parquet
 from pipelines.tables.schemas import array_type
-from pipelines.tables.table import TableError, open_table, rejected_rows, unit_manifests
+from pipelines.tables.table import TableError, open_table
 from pipelines.tables.verification import verify_table
 from snapfusion.models.load import load
 from snapfusion.models.save import save
@@ -267,7 +267,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(targets, latents, tiny_t
     whole = compute(url, tiny_teacher, latents)
     assert data_files(url) == data_files(Path(targets.url))
     assert whole.num_rows == targets.num_rows
-    assert set(unit_manifests(whole.url)) == {file.unit for file in targets.units}
+    assert set(whole.manifests()) == {file.unit for file in targets.units}
 
 
 @pytest.mark.ray
@@ -315,7 +315,7 @@ def test_the_guided_draws_are_as_many_as_the_probability_asks(p):
 
 
 def test_latents_that_changed_under_a_committed_unit_are_refused(targets, latents, shards, tiny_teacher):
-    unit = next(iter(unit_manifests(latents.url)))
+    unit = next(iter(latents.manifests()))
 
     other = SimpleNamespace(url=latents.url, units=[file for file in latents.units if file.unit == unit])
     with pytest.MonkeyPatch.context() as patch:
@@ -323,7 +323,7 @@ def test_latents_that_changed_under_a_committed_unit_are_refused(targets, latent
             "pipelines.datasets.targets.unit_records", lambda _: [{"unit": unit, "sha256": "0" * 64}]
         )
         with pytest.raises(TableError, match="was made from another file than"):
-            list(pending_units(SETTINGS, latents=other, accounts=unit_manifests(targets.url).values()))
+            list(pending_units(SETTINGS, latents=other, accounts=targets.manifests().values()))
 
 
 def test_a_latents_file_that_is_not_the_committed_one_is_refused(latents, tmp_path):
@@ -342,9 +342,9 @@ def test_not_finite_targets_are_set_aside(latents, tiny_teacher, tmp_path, monke
 
     monkeypatch.setattr("snapfusion.training.distillation_batch.teacher_target", poisoned)
     table = compute(tmp_path / "targets", tiny_teacher, latents)
-    assert table.num_rows == 36 - len(rejected_rows(table.url))
-    assert {row["reason"] for row in rejected_rows(table.url)} == {"not_finite"}
-    for account in unit_manifests(table.url).values():
+    assert table.num_rows == 36 - len(table.rejected_rows())
+    assert {row["reason"] for row in table.rejected_rows()} == {"not_finite"}
+    for account in table.manifests().values():
         assert account.rows_read == account.rows_written + len(account.rejections)
 
 
@@ -410,14 +410,14 @@ def test_a_grid_finer_than_the_schedule_is_refused(latents, tiny_teacher, tmp_pa
 def verify(url: str, teacher: str, latents, *, units: int = 99):
     table = open_table(url)
     return verify_table(
-        table, remake=recomputer(table, teacher=teacher, latents=latents), units=units, seed=0
+        table, recompute=recomputer(table, teacher=teacher, latents=latents), units=units, seed=0
     )
 
 
 def test_a_sound_table_is_made_again_bit_for_bit(targets, latents, tiny_teacher):
     found = verify(targets.url, tiny_teacher, latents)
     assert found.faults == ()
-    assert found.remade == found.exact == found.units == len(targets.units)
+    assert found.recomputed == found.exact == found.units == len(targets.units)
 
 
 @pytest.mark.parametrize(("factor", "sound"), [(1.01, True), (1.1, False)])
@@ -434,8 +434,8 @@ def test_another_environment_may_differ_in_proportion_to_the_value(
         column = pa.array(values, again.schema.field(place).type)
         return again.set_column(place, again.schema.field(place), column), {**environment, "torch": "other"}
 
-    found = verify_table(exact, remake=elsewhere, units=1, seed=0)
-    assert (found.remade, found.exact, found.faults == ()) == (1, 0, sound)
+    found = verify_table(exact, recompute=elsewhere, units=1, seed=0)
+    assert (found.recomputed, found.exact, found.faults == ()) == (1, 0, sound)
 
 
 @pytest.mark.parametrize("column", ["x_target", "latent", "noise_key", "w", "t2"])

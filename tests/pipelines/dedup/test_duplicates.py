@@ -30,7 +30,7 @@ from pipelines.ray_data.shuffle import read_on_ray
 from pipelines.sources.webdataset import list_shards
 from pipelines.stages.duplicates import DuplicateFilter
 from pipelines.tables.commits import commit_round, commit_units
-from pipelines.tables.table import Snapshot, TableError, open_table, rejected_rows, unit_manifests
+from pipelines.tables.table import Snapshot, TableError, open_table
 
 DEFAULT = Deduplication()
 EVERYTHING = Deduplication(caption=True)
@@ -111,7 +111,7 @@ def test_every_row_has_a_verdict_and_rows_read_are_rows_written(planted):
     table = judge(planted)
     fingerprints = open_table(str(planted / "fingerprints"))
     assert table.read(["id"]).equals(fingerprints.read(["id"]))
-    known = unit_manifests(table.url)
+    known = table.manifests()
     assert sum(one.rows_read for one in known.values()) == fingerprints.num_rows == 14
     assert not any(one.rejections for one in known.values())
 
@@ -215,10 +215,10 @@ def test_killed_after_the_commit_a_round_gets_its_accounts_from_the_next_run(pla
     with pytest.raises(Killed):
         judge(planted, read=read_and_arrange)
     monkeypatch.undo()
-    assert unit_manifests(str(planted / "duplicates")) == {}
+    assert open_table(str(planted / "duplicates")).manifests() == {}
     table = judge(planted)
     assert refused(table) == KINDS
-    assert sorted(unit_manifests(table.url)) == [file.unit for file in table.units]
+    assert sorted(table.manifests()) == [file.unit for file in table.units]
 
 
 def test_of_two_runs_that_judge_at_once_one_is_told_to_look_again(planted, monkeypatch):
@@ -364,12 +364,12 @@ def test_copies_and_what_is_in_the_evaluation_never_reach_latents(planted, judge
     latents = encode(planted, tiny_teacher, veto_of(table))
     kept = {id_[-3:] for id_ in latents.read(["id"]).column("id").to_pylist()}
     assert kept == {"000", "001", "002", "003"}
-    found = {one["id"][-3:]: one["reason"] for one in rejected_rows(latents.url)}
+    found = {one["id"][-3:]: one["reason"] for one in latents.rejected_rows()}
     assert found == {id_: reason for id_, (reason, _) in (KINDS | CAPTIONS | EVALUATED).items()}
-    assert {one["detail"] for one in rejected_rows(latents.url) if one["id"].endswith("101")} == {
+    assert {one["detail"] for one in latents.rejected_rows() if one["id"].endswith("101")} == {
         "of web/00000/0000001"
     }
-    assert sum(one.rows_read for one in unit_manifests(latents.url).values()) == 14
+    assert sum(one.rows_read for one in latents.manifests().values()) == 14
 
 
 def test_latents_grow_with_rounds_and_are_refused_under_other_verdicts(planted, tiny_teacher):

@@ -28,7 +28,7 @@ from pipelines.sources import SourceError
 from pipelines.sources.webdataset import list_shards
 from pipelines.stages.fingerprint import caption_key, phash, url_key
 from pipelines.stages.settings import ImageBounds
-from pipelines.tables.table import TableError, rejected_rows, unit_manifests
+from pipelines.tables.table import TableError
 from pipelines.tables.verification import verify_table
 from snapfusion.settings import SettingsError
 
@@ -137,8 +137,8 @@ def test_every_usable_row_has_a_fingerprint_and_the_others_are_accounted(folder,
         "phash": phash(encoded(photograph(0)), images=BOUNDS),
     }
     assert rows[-1]["url_key"] is None
-    assert [one["reason"] for one in rejected_rows(table.url)] == ["not_an_image"]
-    assert sum(account.rows_read for account in unit_manifests(table.url).values()) == 9
+    assert [one["reason"] for one in table.rejected_rows()] == ["not_an_image"]
+    assert sum(account.rows_read for account in table.manifests().values()) == 9
 
 
 def test_what_latents_would_reject_has_no_fingerprint(folder, tmp_path):
@@ -179,7 +179,7 @@ def test_a_picture_that_kills_its_process_is_set_aside(folder, tmp_path):
         rows_per_unit=100, shards=LATENTS.shards, images=BOUNDS, selection=LATENTS.selection
     )
     stage.decode = LooksKilledBy(poison_of(encoded(photograph(1))), size=16)
-    (unit,) = stage.carefully(work)
+    (unit,) = stage.isolated(work)
     assert [(one.id, one.reason) for one in unit.rejections] == [
         ("web/00000/0000001", "crashed"),
         ("web/00000/0000003", "not_an_image"),
@@ -189,8 +189,8 @@ def test_a_picture_that_kills_its_process_is_set_aside(folder, tmp_path):
 def test_fingerprints_are_made_again_from_their_shards(folder, tmp_path):
     table = fingerprinted(folder, tmp_path / "f", run=in_process)
     made = recomputer(table, shards=list_shards(str(folder)), source="web")
-    found = verify_table(table, remake=made, units=99, seed=0)
-    assert (found.remade, found.exact, found.faults, found.notes) == (3, 3, (), ())
+    found = verify_table(table, recompute=made, units=99, seed=0)
+    assert (found.recomputed, found.exact, found.faults, found.notes) == (3, 3, (), ())
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_captions_pictures_and_shards_of_an_evaluation_are_rows(judged_by, tmp_p
         "middle-of-evaluation-val2014/2.jpg": ["phash"],
         "evaluation-held-out/00000/0000000": ["url_key", "caption_key", "image_sha256", "phash"],
     }
-    assert [one["reason"] for one in rejected_rows(table.url)] == ["empty_caption"]
+    assert [one["reason"] for one in table.rejected_rows()] == ["empty_caption"]
     assert evaluated(judged_by, tmp_path).version == table.version
 
 

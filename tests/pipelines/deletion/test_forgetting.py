@@ -22,7 +22,7 @@ from pipelines.sources.captions import Caption
 from pipelines.sources.webdataset import list_shards
 from pipelines.stages.deletion_filter import DeletionFilter
 from pipelines.tables import commits
-from pipelines.tables.table import open_table, rejected_rows, unit_manifests
+from pipelines.tables.table import open_table
 from pipelines.tables.units import finite_rows
 from pipelines.tables.verification import verify_table
 
@@ -97,14 +97,17 @@ def test_no_live_file_tells_an_address_or_a_caption(run):
 def test_the_accounts_add_up_and_name_the_reason(run):
     forget_all(run)
     for name in TABLES:
-        known = unit_manifests(str(run.out / name)).values()
+        known = open_table(str(run.out / name)).manifests().values()
         taken = [one for account in known for one in account.rejections if one.reason == "forgotten"]
         assert taken
         assert all(one.id.startswith("forgotten:") and not one.detail for one in taken)
         assert sum(account.rows_written for account in known) == run.table(name).num_rows
-        assert len(rejected_rows(str(run.out / name))) == sum(len(account.rejections) for account in known)
+        assert len(open_table(str(run.out / name)).rejected_rows()) == sum(
+            len(account.rejections) for account in known
+        )
     places = [
-        one.ordinal for one in unit_manifests(str(run.out / "latents"))["web-00000-000008-000010"].rejections
+        one.ordinal
+        for one in open_table(str(run.out / "latents")).manifests()["web-00000-000008-000010"].rejections
     ]
     assert places == [8, 9]
 
@@ -126,7 +129,7 @@ def test_more_draws_and_shards_can_be_added_and_nothing_comes_back(run):
     assert run.draw(draws=2).num_rows == 2 * 22
     for name in TABLES:
         assert not {id_of(*row) for row in [*GONE, (2, 5)]} & set(bases(run, name))
-    reasons = {row["reason"] for row in rejected_rows(str(run.out / "latents"))}
+    reasons = {row["reason"] for row in open_table(str(run.out / "latents")).rejected_rows()}
     assert reasons == {"forgotten", "withheld", "not_an_image"}
     assert telling(live_files(run)) == []
 
@@ -153,8 +156,8 @@ def test_a_second_request_to_the_same_units(run, whole):
     forget_all(once)
     for name in TABLES:
         assert rows_of(run, name) == rows_of(once, name)
-        for unit, account in unit_manifests(str(run.out / name)).items():
-            other = unit_manifests(str(once.out / name))[unit]
+        for unit, account in open_table(str(run.out / name)).manifests().items():
+            other = open_table(str(once.out / name)).manifests()[unit]
             assert sorted(map(str, account.rejections)) == sorted(map(str, other.rejections))
             assert account.start == other.start
     run.encode()
@@ -175,7 +178,7 @@ def verified(run: Run, name: str):
         "targets": lambda: targets.recomputer(table, teacher=run.teacher, latents=run.table("latents")),
         "pairs": lambda: pairs.recomputer(table, teacher=run.teacher),
     }[name]()
-    return verify_table(table, remake=made_again, units=99, seed=0)
+    return verify_table(table, recompute=made_again, units=99, seed=0)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -183,8 +186,8 @@ def test_what_is_left_is_made_again_bit_for_bit(run, name):
     forget_all(run)
     found = verified(run, name)
     assert found.faults == ()
-    assert found.remade == found.exact
-    assert found.remade + len(found.notes) == found.units
+    assert found.recomputed == found.exact
+    assert found.recomputed + len(found.notes) == found.units
     assert all("all of its rows were forgotten" in note for note in found.notes)
 
 
@@ -195,12 +198,16 @@ def test_units_with_withheld_and_forgotten_rows_verify(run):
     forget_all(run, ASKED | naming(urls=(url_of(2, 6),)))
     found = verified(run, "latents")
     assert found.faults == ()
-    assert found.remade == found.exact == found.units
+    assert found.recomputed == found.exact == found.units
 
 
 def test_a_row_that_was_rejected_loses_what_is_said_of_it(run):
     done = forget_all(run, naming(ids=(id_of(0, 3),)))
-    [told] = [row for row in rejected_rows(str(run.out / "latents")) if row["unit"].startswith("web-00000")]
+    [told] = [
+        row
+        for row in open_table(str(run.out / "latents")).rejected_rows()
+        if row["unit"].startswith("web-00000")
+    ]
     assert (told["reason"], told["detail"]) == ("not_an_image", "")
     assert told["id"].startswith("forgotten:")
     assert done["latents"].rejections == {"not_an_image": 1}
@@ -235,12 +242,12 @@ def killed_at(monkeypatch, *, module, step: str, after: int) -> None:
         ("forgetting", "replace_units", 1),
         ("forgetting", "replace_units", 2),
         ("forgetting", "replace_units", 3),
-        ("commits", "_restate_all", 1),
-        ("commits", "_restate_all", 2),
-        ("commits", "_restate_all", 3),
-        ("commits", "_restate", 2),
-        ("commits", "_restate", 4),
-        ("commits", "_restate", 6),
+        ("commits", "_rewrite_siblings", 1),
+        ("commits", "_rewrite_siblings", 2),
+        ("commits", "_rewrite_siblings", 3),
+        ("commits", "_rewrite_rows", 2),
+        ("commits", "_rewrite_rows", 4),
+        ("commits", "_rewrite_rows", 6),
     ],
 )
 def test_whoever_is_killed_anywhere_ends_as_one_that_was_not(run, whole, monkeypatch, where, step, after):
@@ -255,8 +262,11 @@ def test_whoever_is_killed_anywhere_ends_as_one_that_was_not(run, whole, monkeyp
     delete_rows(run.urls, run.list.read())
     for name in TABLES:
         assert rows_of(run, name) == rows_of(once, name)
-        assert unit_manifests(str(run.out / name)) == unit_manifests(str(once.out / name))
-        assert rejected_rows(str(run.out / name)) == rejected_rows(str(once.out / name))
+        assert open_table(str(run.out / name)).manifests() == open_table(str(once.out / name)).manifests()
+        assert (
+            open_table(str(run.out / name)).rejected_rows()
+            == open_table(str(once.out / name)).rejected_rows()
+        )
         assert [Path(file.path).name for file in run.table(name).units] == [
             Path(file.path).name for file in once.table(name).units
         ]
@@ -329,7 +339,7 @@ def test_pairs_of_a_list_whose_ids_are_addresses(run, tmp_path):
         assert b"list.example/1" not in Path(file).read_bytes()
         assert b"list.example/2" not in Path(file).read_bytes()
     table = open_table(str(url))
-    found = verify_table(table, remake=pairs.recomputer(table, teacher=run.teacher), units=99, seed=0)
+    found = verify_table(table, recompute=pairs.recomputer(table, teacher=run.teacher), units=99, seed=0)
     assert found.faults == ()
     assert found.exact == found.units
 
@@ -370,7 +380,9 @@ def test_rows_that_a_network_lost_keep_their_places(tmp_path, tiny_teacher, monk
     run.draw(draws=2)
     for name in TABLES:
         assert not {id_of(0, 1), lost_by_teachers, id_of(1, 5)} & set(bases(run, name))
-        account = {key: row for row in unit_manifests(str(run.out / name)).values() for key in [row.unit]}
+        account = {
+            key: row for row in open_table(str(run.out / name)).manifests().values() for key in [row.unit]
+        }
         assert all(len(one.ordinals()) == one.rows_written for one in account.values())
 
 

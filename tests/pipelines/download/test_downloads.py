@@ -33,7 +33,6 @@ from pipelines.sources.links import list_links
 from pipelines.sources.settings import LinkSettings, ShardSettings
 from pipelines.sources.webdataset import Sample, list_shards, read_shard
 from pipelines.stages.settings import ImageSettings, Selection
-from pipelines.tables.table import rejected_rows
 
 ROOT = Path(__file__).parents[3]
 PYTHON = ROOT / ".venv-img2dataset/bin/python"
@@ -200,7 +199,7 @@ def test_latents_are_encoded_from_them_and_their_rejects_name_the_cause(
         run=in_process,
     )
     assert table.num_rows == downloaded[1].downloaded
-    details = Counter(row["detail"].partition(":")[0] for row in rejected_rows(table.url))
+    details = Counter(row["detail"].partition(":")[0] for row in table.rejected_rows())
     assert details == downloaded[1].failed
 
 

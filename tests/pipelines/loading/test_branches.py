@@ -163,7 +163,7 @@ def test_held_out_draws_are_never_trained_on_and_all_evaluated():
 
 
 def test_a_table_with_nothing_to_train_on_is_refused():
-    with pytest.raises(ValueError, match="no row to train on"):
+    with pytest.raises(ValueError, match="no rows to train on"):
         loader(Units(draws=()))
 
 

@@ -34,7 +34,7 @@ from pipelines.stages.crop import buckets_of
 from pipelines.stages.image import CropImage, EncodedImage
 from pipelines.stages.settings import Buckets, Encoding, ImageSettings
 from pipelines.tables.schemas import array_type, latents_schema, read_arrays, to_png
-from pipelines.tables.table import TableError, rejected_rows, unit_manifests
+from pipelines.tables.table import TableError
 from pipelines.tables.units import finite_rows, keep_where
 from pipelines.tables.verification import verify_table
 from snapfusion.models.load import load
@@ -92,8 +92,8 @@ def targets(latents, tiny_teacher, tmp_path_factory):
 
 def test_a_unit_with_rows_of_several_shapes_is_one_file_and_loses_none(latents):
     assert [file.rows for file in latents.units] == [6, 5, 6, 5]
-    assert {reason["reason"] for reason in rejected_rows(latents.url)} == {"not_an_image"}
-    for account in unit_manifests(latents.url).values():
+    assert {reason["reason"] for reason in latents.rejected_rows()} == {"not_an_image"}
+    for account in latents.manifests().values():
         assert account.rows_read == account.rows_written + len(account.rejections)
     rows = latents.read()
     assert rows["id"].to_pylist() == [
@@ -139,8 +139,8 @@ def test_pictures_of_another_size_than_the_models_own(shards, tiny_teacher, tmp_
     kind = array_type(table.read().schema.field("latent"))
     assert kind.shape == (4, size // 2, size // 2)
     made = recomputer(table, model=tiny_teacher, shards=list_shards(shards), source="web")
-    found = verify_table(table, remake=made, units=9, seed=0)
-    assert (found.remade, found.exact, found.faults) == (4, 4, ())
+    found = verify_table(table, recompute=made, units=9, seed=0)
+    assert (found.recomputed, found.exact, found.faults) == (4, 4, ())
 
 
 @pytest.mark.parametrize("size", [18, 2])
@@ -158,8 +158,8 @@ def test_the_largest_bucket_decides_how_many_rows_fit_a_unit(shards, tiny_teache
 
 def test_bucketed_latents_are_made_again_bit_for_bit(latents, shards, tiny_teacher):
     made = recomputer(latents, model=tiny_teacher, shards=list_shards(shards), source="web")
-    found = verify_table(latents, remake=made, units=9, seed=0)
-    assert (found.remade, found.exact, found.faults, found.notes) == (4, 4, (), ())
+    found = verify_table(latents, recompute=made, units=9, seed=0)
+    assert (found.recomputed, found.exact, found.faults, found.notes) == (4, 4, (), ())
 
 
 def test_a_row_that_cannot_be_of_its_shape_is_told(latents):
@@ -235,8 +235,8 @@ def test_a_target_does_not_depend_on_the_shapes_beside_it(targets, latents, tiny
 
 def test_targets_in_buckets_are_made_again_bit_for_bit(targets, latents, tiny_teacher):
     made = remake_targets(targets, teacher=tiny_teacher, latents=latents)
-    found = verify_table(targets, remake=made, units=4, seed=1)
-    assert (found.remade, found.exact, found.faults) == (4, 4, ())
+    found = verify_table(targets, recompute=made, units=4, seed=1)
+    assert (found.recomputed, found.exact, found.faults) == (4, 4, ())
 
 
 # Batches of one shape.
@@ -391,7 +391,7 @@ def test_a_table_says_which_loader_it_needs(latents):
     asked = {"columns": ("latent",), "global_batch": 3, "seed": 0, "settings": LoaderSettings()}
     assert isinstance(make_loader(latents, counts=counts, **asked), BucketLoader)
     assert isinstance(make_loader(latents, counts=[6, 5, 6, 5], **asked), BatchLoader)
-    with pytest.raises(ValueError, match="no row to train on"):
+    with pytest.raises(ValueError, match="no rows to train on"):
         make_loader(latents, counts=[{}, {}], **asked)
 
 

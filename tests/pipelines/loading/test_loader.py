@@ -211,7 +211,7 @@ def test_counts_can_be_taken_once_and_handed_on():
 
 
 def test_a_table_with_nothing_to_train_on_is_refused():
-    with pytest.raises(ValueError, match="no row to train on"):
+    with pytest.raises(ValueError, match="no rows to train on"):
         loader(Units(sizes=()))
 
 

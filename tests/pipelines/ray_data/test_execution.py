@@ -28,7 +28,7 @@ from pipelines.ray_data.settings import Pool
 from pipelines.stages.write import WriteUnit
 from pipelines.tables.committer import commit_stream
 from pipelines.tables.settings import Bounds
-from pipelines.tables.table import create_table, open_table, rejected_rows, unit_manifests
+from pipelines.tables.table import create_table, open_table
 from snapfusion.settings import digest
 
 pytestmark = pytest.mark.ray
@@ -60,7 +60,7 @@ def test_a_sample_that_kills_its_worker_is_set_aside_and_no_other_is_lost(
     make_shards(tmp_path / "shards", shards=1)
     run = with_first(PoisonedReader, poison=poison_of(picture(5)))
     table = encode(tmp_path / "latents", tmp_path / "shards", tiny_teacher, settings=LATENTS, run=run)
-    reasons = {row["id"]: row["reason"] for row in rejected_rows(table.url)}
+    reasons = {row["id"]: row["reason"] for row in table.rejected_rows()}
     assert reasons == {"web/00000/0000003": "not_an_image", "web/00000/0000005": "crashed"}
     assert table.num_rows == 8
 
@@ -73,8 +73,8 @@ def test_a_unit_that_kills_every_worker_is_set_aside_after_three_tries(ray_clust
         PipelineStage(build=CrashingStage, arguments={"marks": str(marks)}, pool=Pool(), give_up=set_aside),
         PipelineStage(build=WriteUnit, arguments=writer, pool=Pool()),
     ]
-    commit_stream(url, run_on_ray([0, 4, 8], stages), bounds=Bounds(), total=12)
-    by_unit = {account.start: account.rejected() for account in unit_manifests(url).values()}
+    commit_stream(table, run_on_ray([0, 4, 8], stages), bounds=Bounds(), total=12)
+    by_unit = {account.start: account.rejected() for account in table.manifests().values()}
     assert by_unit == {0: {"broken_image": 1}, 4: {"crashed": 4}, 8: {"broken_image": 1}}
     assert marks.read_text() == "xxx"
 

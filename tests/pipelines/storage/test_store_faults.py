@@ -13,15 +13,15 @@ import pytest
 import synthetic_units
 from faulty_store import faults_in, faulty
 
-from pipelines.tables.table import open_table, rejected_rows, unit_manifests
+from pipelines.tables.table import open_table
 
 
 def same(one: str, other: str) -> bool:
     """Whether two tables have the same rows, rejected rows and accounts."""
     return (
         open_table(one).read().equals(open_table(other).read())
-        and unit_manifests(one) == unit_manifests(other)
-        and rejected_rows(one) == rejected_rows(other)
+        and open_table(one).manifests() == open_table(other).manifests()
+        and open_table(one).rejected_rows() == open_table(other).rejected_rows()
     )
 
 

@@ -100,9 +100,9 @@ def test_entries_are_read_with_their_lines(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("0" * 64 + "\nsecret\n", "line 2 is no hash"),
+        ("0" * 64 + "\nsecret\n", "line 2 is not a hash"),
         (b"\xff\xfe\n", "line 1 is not UTF-8"),
-        ("# nothing\n", "names nothing"),
+        ("# nothing\n", "has no entries"),
         ("a" * 70_000, "line 1 has 70000 bytes"),
     ],
 )
@@ -141,12 +141,12 @@ def test_requests_add_up_and_what_is_there_is_not_written_again(tmp_path):
     assert len(list((tmp_path / "forgotten").iterdir())) == 2
     found = before.read()
     assert found == second
-    assert {kind for kind, _ in found.named_by(ids=["web/1"], urls=["https://A.org/1"], hashes=[7])} == {
+    assert {kind for kind, _ in found.find(ids=["web/1"], urls=["https://A.org/1"], hashes=[7])} == {
         "url",
         "hash",
         "id",
     }
-    assert not found.named_by(ids=["web/2"], urls=["http://a.org/2"], hashes=["8", None, 1.5, "x"])
+    assert not found.find(ids=["web/2"], urls=["http://a.org/2"], hashes=["8", None, 1.5, "x"])
 
 
 def test_the_files_hold_hashes_alone(tmp_path):
@@ -166,7 +166,7 @@ def test_a_worker_that_stands_elsewhere_finds_the_list(tmp_path, monkeypatch):
     wanted = DeletionList("run/forgotten")
     wanted.add(DeletionKeys(ids=frozenset([sha256_key("web/1")])))
     monkeypatch.chdir("/")
-    assert pickle.loads(pickle.dumps(wanted)).read().has("web/1")
+    assert pickle.loads(pickle.dumps(wanted)).read().has_id("web/1")
 
 
 def test_another_process_reads_the_list_for_itself(tmp_path):
@@ -174,4 +174,4 @@ def test_another_process_reads_the_list_for_itself(tmp_path):
     wanted.add(DeletionKeys(ids=frozenset([sha256_key("web/1")])))
     sent = pickle.dumps(wanted)
     assert sha256_key("web/1") not in sent
-    assert pickle.loads(sent).read().has("web/1")
+    assert pickle.loads(sent).read().has_id("web/1")

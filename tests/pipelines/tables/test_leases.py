@@ -14,7 +14,7 @@ from pipelines.tables.leases import TableBusy, active_readers, append_lease, rea
 
 def test_one_has_the_turn_and_the_next_gets_it_afterwards(tmp_path: Path):
     url = str(tmp_path / "table")
-    said = r"the first on .*, process \d+ is appending; its lease ends in \d+ s"
+    said = r"the first on .*, process \d+ is appending; its lease expires in \d+ s"
     with (
         append_lease(url, purpose="the first"),
         pytest.raises(TableBusy, match=said),
