@@ -20,7 +20,7 @@ from pipelines.stages.generate import teacher_images
 from pipelines.tables.commits import read_written_unit
 from pipelines.tables.manifest import read_manifest, to_parquet
 from pipelines.tables.schemas import array_type, from_png
-from pipelines.tables.table import TableError, open_table
+from pipelines.tables.table import Snapshot, TableError, open_table
 from pipelines.tables.verification import verify_table
 from snapfusion.models.load import load
 from snapfusion.models.save import save
@@ -188,18 +188,13 @@ def test_a_forged_row_is_found_when_its_unit_is_sampled(copy, tiny_teacher, monk
     path = next(iter(sorted(copy.glob("*.parquet"))))
     forge(path, column="latent")
     # The forger has also put the new hash into the units table: only making the unit again tells.
-    records = open_table_records(copy)
-    records[read_written_unit(str(path)).account.unit]["sha256"] = read_written_unit(str(path)).sha256
-    monkeypatch.setattr("pipelines.tables.verification.unit_records", lambda _: list(records.values()))
+    written = read_written_unit(str(path))
+    records = {record["unit"]: record for record in open_table(str(copy)).unit_records()}
+    records[written.manifest.unit]["sha256"] = written.sha256
+    monkeypatch.setattr(Snapshot, "unit_records", lambda _: list(records.values()))
     assert verify(str(copy), tiny_teacher, units=0).faults == ()
     faults = verify(str(copy), tiny_teacher).faults
     assert [fault.split(":")[0] for fault in faults] == ["row c0#0", "row c1#0"]
-
-
-def open_table_records(url: Path) -> dict[str, dict]:
-    from pipelines.tables.table import open_table
-
-    return {record["unit"]: record for record in open_table(str(url)).unit_records()}
 
 
 def test_a_missing_file_is_found(copy, tiny_teacher):

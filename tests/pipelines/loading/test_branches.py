@@ -137,7 +137,7 @@ def test_a_step_of_a_branch_without_rows_is_told():
     vanilla = Units(draws=((0, False),))
     assert (count_branch_rows(vanilla, guided=True), count_branch_rows(vanilla, guided=False)) == (0, 25)
     assert len(take(loader(vanilla, guided=lambda _: False))) == 20
-    with pytest.raises(LoaderError, match="step 1 needs guided rows, and there are none"):
+    with pytest.raises(LoaderError, match="step 1 needs guided rows, and the table has none"):
         take(loader(vanilla))
 
 
@@ -170,5 +170,5 @@ def test_a_table_with_nothing_to_train_on_is_refused():
 def test_a_units_name_says_branch_and_draw():
     for guided in (True, False):
         assert branch_and_draw(unit_name("web-00000-0-4", draw=12, guided=guided)) == (guided, 12)
-    with pytest.raises(LoaderError, match="no name of TARGETS"):
+    with pytest.raises(LoaderError, match="not named as in TARGETS"):
         branch_and_draw("web-00000-0-4")

@@ -106,7 +106,7 @@ def test_seek_reads_nothing_of_what_was_before():
     windows = list(itertools.islice(order.windows(3 * 6), 50))
     assert windows[0].start <= 18 < windows[0].stop
     allowed = [index for window in windows[:3] for index in window.units]
-    first = set(windows[0].places(np.array(SIZES))[18 - windows[0].start :, 1].tolist())
+    first = set(windows[0].row_indices(np.array(SIZES))[18 - windows[0].start :, 1].tolist())
     assert table.read
     assert set(table.read) <= first | set(allowed[3:])
 
