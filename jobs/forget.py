@@ -20,14 +20,8 @@ from jobs.deletion.receipt import DeletionReceipt, RequestFile, outcome_of, rece
 from jobs.runtime.exit_codes import exit_process
 from pipelines.deletion.erasure import erase_files, old_files, old_sibling_files
 from pipelines.deletion.lookup import LookupResult, look_up_shards
-from pipelines.deletion.rewrite import (
-    DELETION_ORDER,
-    Removal,
-    count_matches,
-    delete_rows,
-    find_matches,
-    supports_deletion,
-)
+from pipelines.deletion.rewrite import Removal, delete_rows
+from pipelines.deletion.table_matches import DELETION_ORDER, count_matches, find_matches, supports_deletion
 from pipelines.sources import SourceError
 from pipelines.sources.webdataset import list_shards
 from pipelines.storage.objects import StorageError, write_once
