@@ -91,9 +91,9 @@ def latency_table(job: Job) -> LatencyTable:
     except (ValueError, AttributeError) as error:
         raise LatencyError(f"{place} is no latency table: {error}") from None
     if settings.table is None:
-        table.check_setting(setting_of(job.recipe.latency))
+        table.check_setup(setting_of(job.recipe.latency))
     for name, wanted in (("device", settings.device), ("precision", settings.precision)):
-        found = getattr(table.setting, name)
+        found = getattr(table.setup, name)
         if wanted not in (None, found):
             raise LatencyError(
                 f"the latency table {place} is of {name} {found!r}, and evolution.{name} asks for "

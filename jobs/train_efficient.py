@@ -36,7 +36,7 @@ def train_efficient(job: Job) -> None:
     architecture = named_architecture(job.resolve(settings.architecture), of=origin)
     first = with_architecture(begin, architecture, url=job.url("efficient-first"))
     metrics = train_in_run(job, settings.training, model=first, place=place, further=True)
-    sizes = [costs_of(one).whole.parameters for one in (origin, architecture)]
+    sizes = [costs_of(one).total.parameters for one in (origin, architecture)]
     print(
         f"  {place}/model: {sizes[1]:,} parameters of {sizes[0]:,}, L_ori "
         f"{metrics['evaluation']['loss']:.5f} on {metrics['evaluation']['rows']} held-out rows"

@@ -3,8 +3,8 @@
 import logging
 import os
 
-# diffusers imports torchao where it is installed (executorch brings it); both then speak of matters of their
-# own on every worker's start. Whoever wants to hear them sets the variables.
+# executorch installs torchao, and diffusers imports torchao where it finds it: both then log about features
+# that are not used here, once per worker. Set the variables to see those messages.
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

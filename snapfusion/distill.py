@@ -1,12 +1,12 @@
-"""Step distillation's target: the x that one student step needs to land where k teacher steps land.
+"""The distillation target: the x with which one student step lands where k teacher steps land.
 
-letter   meaning                                                  shape        dtype
+symbol   meaning                                                  shape        dtype
 i        interval of the student's grid, 0 (noisiest) .. N_S-1    [B]          int64
-t, t''   its two ends; t' and what else lies between are grid     [B]          int64
+t, t''   its two ends; t' and the other times between are grid    [B]          int64
          points of k N_S steps
-z_t''    where the teacher lands                                  [B,4,h,w]    float32
+z_t''    the teacher's endpoint                                   [B,4,h,w]    float32
 
-Other letters as in `snapfusion.schedule`. All arithmetic is float32, whatever the networks compute in.
+Other notation as in `snapfusion.schedule`. All arithmetic is float32, whatever dtype the networks run in.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from snapfusion.sampling import Denoiser, ddim_step, time_grid
+from snapfusion.sampling import Denoiser, time_grid
 from snapfusion.schedule import Schedule
+from snapfusion.solvers import ddim_step
 
 
 def x_target(*, z_t: Tensor, z_t2: Tensor, t: Tensor, t2: Tensor, schedule: Schedule) -> Tensor:
-    """The x with which one DDIM step from z_t at t lands on z_t2 at t2. SnapFusion Eq. 9, 16.
+    """Return the x with which one DDIM step from z_t at t lands on z_t2 at t2. SnapFusion Eq. 9, 16.
 
-    x = (z_t'' - (sigma_t''/sigma_t) z_t) / (alpha_t'' - (sigma_t''/sigma_t) alpha_t). Where the teacher took
-    DDIM steps, that is the mean of its own x, each weighted by how much its step raised alpha/sigma; at the
-    clean end (t2 = -1) it is its last x, exactly.
+    x = (z_t'' - (sigma_t''/sigma_t) z_t) / (alpha_t'' - (sigma_t''/sigma_t) alpha_t). For DDIM steps of the
+    teacher this is the mean of its x, each weighted by the increase of alpha/sigma in its step; at the clean
+    end (t2 = -1) it is exactly the last x.
 
     Args:
         z_t: [B,4,h,w] float32.
         z_t2: [B,4,h,w] float32.
         t: [B] int64, 0 .. T-1.
         t2: [B] int64, below t; -1 is the clean end.
-        schedule: of alpha_t and sigma_t.
+        schedule: gives alpha_t and sigma_t.
 
     Returns:
         [B,4,h,w] float32.
@@ -42,16 +43,16 @@ def x_target(*, z_t: Tensor, z_t2: Tensor, t: Tensor, t2: Tensor, schedule: Sche
 def teacher_target(
     denoiser: Denoiser, z_t: Tensor, *, interval: Tensor, student_steps: int, k: int, schedule: Schedule
 ) -> Tensor:
-    """The x-target of the student's one step through each interval. SnapFusion Eq. 7 to 9, 12 to 16.
+    """Compute the x-target of one student step through each interval. SnapFusion Eq. 7 to 9, 12 to 16.
 
-    The teacher takes k DDIM steps from t to t''; the paper's own plan has k = 2, Fig. 7(c) also 4 and 8.
+    The teacher takes k DDIM steps from t to t''; k is 2 in the paper, and also 4 and 8 in Fig. 7(c).
 
     Args:
-        denoiser: the teacher, its caption and guidance bound: guided at every one of its steps (Eq. 10).
+        denoiser: the teacher with caption and guidance bound; guided at each of its steps (Eq. 10).
         z_t: [B,4,h,w] float32, row b at the noisy end t of interval[b].
         interval: [B] int64 in 0 .. N_S-1.
         student_steps: N_S.
-        k: the teacher's steps for one of the student's.
+        k: teacher steps per student step.
         schedule: of teacher and student.
 
     Returns:
@@ -75,7 +76,7 @@ def teacher_target(
 
 
 def _check(interval: Tensor, *, student_steps: int) -> None:
-    # Where it is free, as in `Schedule`: on an accelerator a look at the values would stall the queue.
+    # On the CPU only, as in `Schedule`: reading the values from an accelerator would synchronize.
     if interval.device.type != "cpu" or not interval.numel():
         return
     low, high = int(interval.min()), int(interval.max())

@@ -1,8 +1,8 @@
-"""Noise that is a function of a row's key: never of rank, batch, worker or device.
+"""Gaussian noise keyed by row, independent of rank, batch, worker and device.
 
-A Philox counter generator (Salmon et al. 2011) gives raw bits, whose stream NumPy guarantees for ever; the
-inverse normal distribution function turns them into unit Gaussians in float64. NumPy's and torch's own
-normal samplers promise neither.
+NumPy guarantees the raw bit stream of its Philox generator (Salmon et al. 2011) across versions and machines.
+The inverse normal CDF maps these bits to unit Gaussians in float64. The normal samplers of NumPy and torch
+give no such guarantee.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 
 
 def noise_key(*parts: str | int) -> int:
-    """A 63-bit key from what identifies a row, for example (seed, row id, draw).
+    """Hash the identity of a row, for example (seed, row id, draw), to a 63-bit key.
 
-    63 bits, because Delta tables hold signed 64-bit integers. Different parts are different JSON texts, so
-    no id can be made to look like two parts.
+    63 bits fit the signed 64-bit integers of Delta tables. Parts are hashed as JSON, so ("a", "b") and
+    ("a,b",) cannot collide.
 
     Raises:
         ValueError: if no part is given.
-        TypeError: for a NumPy integer, which would print differently from the int that equals it.
+        TypeError: for a NumPy integer, which JSON does not serialize.
     """
     if not parts:
         raise ValueError("a noise key needs at least one part")
@@ -33,18 +33,18 @@ def noise_key(*parts: str | int) -> int:
 
 
 def uniform(key: int, count: int) -> np.ndarray:
-    """`count` numbers in the open interval (0, 1), float64 [count], the same on every machine."""
+    """Draw `count` numbers from the open interval (0, 1): float64 [count], the same on every machine."""
     bits = np.random.Philox(key=key).random_raw(count)
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
 def gaussian(key: int, shape: Sequence[int]) -> Tensor:
-    """Unit Gaussian noise of one row: float32 tensor of `shape` on the CPU."""
+    """Draw unit Gaussian noise for one row: float32 of `shape`, on the CPU."""
     count = int(np.prod(shape))
     draws = torch.special.ndtri(torch.from_numpy(uniform(key, count)))
     return draws.to(torch.float32).reshape(tuple(shape))
 
 
 def gaussian_batch(keys: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """eps for a batch: float32 [len(keys), *shape] on the CPU, row i from keys[i] alone."""
+    """Draw eps for a batch: float32 [len(keys), *shape], on the CPU, row i from keys[i] alone."""
     return torch.stack([gaussian(key, shape) for key in keys])

@@ -1,4 +1,4 @@
-"""Time grids, guidance and deterministic DDIM sampling. Letters as in `snapfusion.schedule`."""
+"""Time grids, classifier-free guidance and deterministic sampling. Notation as in `snapfusion.schedule`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from snapfusion.schedule import Estimate, Schedule
+from snapfusion.solver_names import SOLVERS, Solver
+from snapfusion.solvers import ddim_step, euler_step, extrapolate_eps, extrapolate_x, extrapolation_factor
 
 CLEAN = -1
 """The timestep of the clean end, where alpha = 1 and sigma = 0."""
@@ -19,22 +21,22 @@ Denoiser = Callable[[Tensor, Tensor], Estimate]
 
 
 def time_grid(num_steps: int, *, schedule_steps: int = 1000) -> tuple[int, ...]:
-    """The N+1 timesteps t_k = round_half_even(T k / N) - 1 for k = N..0; the last is -1, the clean end.
+    """Return the N+1 timesteps t_k = round_half_even(T k / N) - 1 for k = N..0; the last is -1, `CLEAN`.
 
-    These grids nest: every time of N steps is one of 2N steps (SnapFusion Sec. 4.2 needs t, t' and t'' on
-    one grid; diffusers calls this spacing "trailing").
+    The grids nest: every timestep of N steps is one of 2N steps, as SnapFusion Sec. 4.2 needs for t, t' and
+    t''. diffusers calls this spacing "trailing".
 
     Raises:
         ValueError: unless 1 <= num_steps <= schedule_steps.
     """
     if not 1 <= num_steps <= schedule_steps:
         raise ValueError(f"num_steps is {num_steps}; 1 .. {schedule_steps} is accepted")
-    # A Fraction is exact and rounds half to even; a float step of T / N, added up, would drift off the ties.
+    # A Fraction is exact and rounds half to even; accumulating a float step of T / N would miss the ties.
     return tuple(round(Fraction(schedule_steps * k, num_steps)) - 1 for k in range(num_steps, -1, -1))
 
 
 def guide(*, cond: Tensor, uncond: Tensor, w: Tensor | float) -> Tensor:
-    """w cond - (w - 1) uncond: classifier-free guidance. SnapFusion Eq. 3 and 10.
+    """Classifier-free guidance: w cond - (w - 1) uncond. SnapFusion Eq. 3 and 10.
 
     `cond` and `uncond` are network outputs [B,4,h,w] at the same z_t; `w` is a number or [B,1,1,1].
     w = 1 is the conditional output itself.
@@ -42,31 +44,48 @@ def guide(*, cond: Tensor, uncond: Tensor, w: Tensor | float) -> Tensor:
     return w * cond - (w - 1.0) * uncond
 
 
-def ddim_step(estimate: Estimate, *, t_next: Tensor, schedule: Schedule) -> Tensor:
-    """z_t' = alpha_t' x + sigma_t' eps, [B,4,h,w] float32. SnapFusion Eq. 2.
+def sample(
+    denoiser: Denoiser, z_t: Tensor, *, grid: Sequence[int], schedule: Schedule, solver: Solver = "ddim"
+) -> Tensor:
+    """Return the latent at the end of `grid`, [B,4,h,w] float32. SnapFusion Eq. 2, Table 2.
 
-    diffusers' own step takes t' = t - T // N and so leaves the grid when N does not divide T.
+    Args and errors as of `trajectory`.
     """
-    return schedule.diffuse(x=estimate.x, eps=estimate.eps, t=t_next)
+    for _, latent, _ in trajectory(denoiser, z_t, grid=grid, schedule=schedule, solver=solver):
+        z_t = latent
+    return z_t
 
 
 def trajectory(
-    denoiser: Denoiser, z_t: Tensor, *, grid: Sequence[int], schedule: Schedule
+    denoiser: Denoiser, z_t: Tensor, *, grid: Sequence[int], schedule: Schedule, solver: Solver = "ddim"
 ) -> Iterator[tuple[int, Tensor, Estimate]]:
-    """Walk down `grid`; after each DDIM step yield (t', z_t', the estimate it was made from).
+    """Sample step by step: yield (t', z_t', the network's estimate at t) after each step. SnapFusion Eq. 2.
 
-    `z_t` is [B,4,h,w] float32 at grid[0]. Ends after grid[-1]. SnapFusion Eq. 2, repeated.
+    Args:
+        denoiser: called once at every timestep of the grid but the last.
+        z_t: noise, [B,4,h,w] float32, at grid[0].
+        grid: falling timesteps, for example of `time_grid`.
+        schedule: gives alpha_t and sigma_t.
+        solver: one of `SOLVERS`.
+
+    Raises:
+        ValueError: for any other solver.
     """
-    batch = z_t.shape[0]
-    for t, t_next in pairwise(grid):
-        estimate = denoiser(z_t, torch.full((batch,), t, dtype=torch.int64, device=z_t.device))
-        next_times = torch.full((batch,), t_next, dtype=torch.int64, device=z_t.device)
-        z_t = ddim_step(estimate, t_next=next_times, schedule=schedule)
-        yield t_next, z_t, estimate
-
-
-def sample(denoiser: Denoiser, z_t: Tensor, *, grid: Sequence[int], schedule: Schedule) -> Tensor:
-    """The latent at the end of `grid`, [B,4,h,w] float32, from noise z_t at its start. SnapFusion Eq. 2."""
-    for _, latent, _ in trajectory(denoiser, z_t, grid=grid, schedule=schedule):
-        z_t = latent
-    return z_t
+    if solver not in SOLVERS:
+        raise ValueError(f"solver is {solver!r}; {', '.join(SOLVERS)} are accepted")
+    extrapolate = {"dpm": extrapolate_eps, "dpm++": extrapolate_x}.get(solver)
+    previous: tuple[Tensor, Estimate] | None = None
+    for time, next_time in pairwise(grid):
+        t = torch.full((len(z_t),), time, dtype=torch.int64, device=z_t.device)
+        t_next = torch.full_like(t, next_time)
+        estimate = step = denoiser(z_t, t)
+        # The first step has no predecessor, and lambda is infinite at the clean end: both steps are DDIM's.
+        if extrapolate is not None and previous is not None and next_time != CLEAN:
+            factor = extrapolation_factor(t_previous=previous[0], t=t, t_next=t_next, schedule=schedule)
+            step = extrapolate(estimate, previous[1], factor=factor, z_t=z_t, t=t, schedule=schedule)
+        if solver == "euler":
+            z_t = euler_step(step, z_t=z_t, t=t, t_next=t_next, schedule=schedule)
+        else:
+            z_t = ddim_step(step, t_next=t_next, schedule=schedule)
+        previous = t, estimate
+        yield next_time, z_t, estimate

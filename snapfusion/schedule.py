@@ -1,4 +1,4 @@
-"""The noise schedule, and the algebra between x, eps and v.
+"""The noise schedule, and conversions between x, eps and v.
 
 symbol    meaning                                             shape        dtype
 t         timestep, -1 (clean) .. T-1 (noisiest)              [B]          int64
@@ -25,7 +25,7 @@ PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 
 
 class Estimate(NamedTuple):
-    """What a denoiser believes: the clean latent and the noise, each [B,4,h,w] float32. SnapFusion Eq. 2."""
+    """A denoiser's estimate of the clean latent and the noise, each [B,4,h,w] float32. SnapFusion Eq. 2."""
 
     x: Tensor
     eps: Tensor
@@ -35,10 +35,10 @@ class Estimate(NamedTuple):
 class Schedule:
     """alpha_t and sigma_t of a variance-preserving process. SnapFusion Sec. 2.1; betas as in SD-v1.5.
 
-    The default betas are "scaled linear": squares of a line between the square roots of the two ends.
+    The betas are "scaled linear": their square roots are linearly spaced.
 
     Raises:
-        ValueError: if the betas do not rise within (0, 1), or `num_steps` is below 1.
+        ValueError: unless 0 < beta_start <= beta_end < 1 and num_steps >= 1.
     """
 
     num_steps: int = 1000
@@ -47,12 +47,12 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps}; at least 1 is needed")
+            raise ValueError(f"num_steps is {self.num_steps}; it must be at least 1")
         if not 0.0 < self.beta_start <= self.beta_end < 1.0:
             raise ValueError(
                 f"beta_start {self.beta_start} and beta_end {self.beta_end} must satisfy 0 < start <= end < 1"
             )
-        # On the CPU whatever the default device is: a schedule is numbers even where networks are "meta".
+        # Pinned to the CPU: a schedule needs values even under `torch.device("meta")`.
         exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
         roots = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_steps, **exact)
         alpha_bar = torch.cumprod(1.0 - roots**2, dim=0)
@@ -72,7 +72,7 @@ class Schedule:
         """alpha_t^2 / sigma_t^2 as [B,1,1,1] float32; infinite at the clean end. SnapFusion Eq. 9."""
         return (self.alpha(t) / self.sigma(t)) ** 2
 
-    def numbers(self, t: int) -> tuple[float, float]:
+    def coefficients(self, t: int) -> tuple[float, float]:
         """alpha_t and sigma_t in float64, for one t in -1 .. T-1. SnapFusion Eq. 1."""
         if not -1 <= t < self.num_steps:
             raise ValueError(f"t is {t}; -1 .. {self.num_steps - 1} is accepted")
@@ -80,7 +80,7 @@ class Schedule:
         return float(tables[0][t + 1]), float(tables[1][t + 1])
 
     def _lookup(self, table: str, t: Tensor) -> Tensor:
-        # Checked where it is free: on an accelerator a look at the values would stall the queue every step.
+        # Checked on the CPU only: reading the values from an accelerator would synchronize at every step.
         if t.device.type == "cpu" and t.numel() and (int(t.min()) < -1 or int(t.max()) >= self.num_steps):
             raise ValueError(
                 f"t spans {int(t.min())} .. {int(t.max())}; -1 .. {self.num_steps - 1} is accepted"
@@ -108,10 +108,10 @@ class Schedule:
     def estimate(
         self, output: Tensor, *, z_t: Tensor, t: Tensor, prediction_type: PredictionType
     ) -> Estimate:
-        """x and eps from what a network put out, in float32. SnapFusion Eq. 2 for eps, Eq. 7 for v.
+        """Convert a network output to x and eps, in float32. SnapFusion Eq. 2 for eps, Eq. 7 for v.
 
         Args:
-            output: [B,4,h,w], eps or v as `prediction_type` says.
+            output: [B,4,h,w], eps or v according to `prediction_type`.
             z_t: [B,4,h,w] float32.
             t: [B] int64.
             prediction_type: "epsilon" or "v_prediction".

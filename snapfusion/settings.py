@@ -1,6 +1,6 @@
-"""Typed settings: unknown keys are refused, and the resolved values have a hash.
+"""Base class of all settings: typed, frozen, unknown keys rejected, hashed by value.
 
-A setting stands beside the code it configures, as a subclass of `Settings`; a recipe is a tree of them.
+A recipe is a tree of `Settings` subclasses, which the `settings.py` of each package defines.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class SettingsError(ValueError):
-    """A setting that is unknown, of the wrong type or out of range; the message says which and why."""
+    """An unknown setting, or a value of the wrong type or out of range."""
 
 
 class Settings(BaseModel):
-    """Frozen, fully typed values. Numbers must be finite, and a string is never read as a number."""
+    """Frozen, strictly typed values: numbers are finite, and strings are never converted to numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
-        """Settings from plain values, as JSON gives them.
+        """Validate plain JSON values.
 
         Raises:
-            SettingsError: for the first key that is unknown or value that is not accepted.
+            SettingsError: for the first unknown key or invalid value.
         """
         try:
             return cls.model_validate_json(json.dumps(values))
@@ -35,10 +35,12 @@ class Settings(BaseModel):
             raise SettingsError(_explain(error, cls)) from None
 
     def with_values(self, assignments: Iterable[str]) -> Self:
-        """A copy changed by assignments such as ``pairs.draws=4``; values are JSON, or else plain text.
+        """Return a copy changed by assignments such as ``pairs.draws=4``.
+
+        Values are parsed as JSON; what is not JSON is a string.
 
         Raises:
-            SettingsError: for a malformed assignment, an unknown key or a value that is not accepted.
+            SettingsError: for a malformed assignment, an unknown key or an invalid value.
         """
         values = self.to_values()
         for assignment in assignments:
@@ -62,21 +64,22 @@ class Settings(BaseModel):
 
 
 def digest(values: Any) -> str:  # noqa: ANN401 - any JSON value
-    """SHA-256 of a JSON value in its one canonical spelling, 64 hexadecimal digits."""
+    """SHA-256 of a JSON value in canonical form, 64 hexadecimal digits."""
+    # Tables and checkpoints store these digests: changing the form would orphan every committed run.
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def differences(found: Any, wanted: Any, path: str = "") -> Iterator[str]:  # noqa: ANN401 - JSON values
-    """What differs between the settings a thing was made with and those it is asked for with.
+def differences(stored: Any, current: Any, path: str = "") -> Iterator[str]:  # noqa: ANN401 - JSON values
+    """Describe each difference of two JSON values, such as ``loop.seed is 0 there, 1 here``.
 
-    Each difference of two JSON values in words: ``loop.seed is 0 there, 1 here``.
+    "There" is the stored result, "here" the present run.
     """
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
-            yield from differences(found.get(key), wanted.get(key), f"{path}.{key}".strip("."))
-    elif found != wanted:
-        yield f"{path} is {_short(found)} there, {_short(wanted)} here"
+    if isinstance(stored, dict) and isinstance(current, dict):
+        for key in sorted(stored.keys() | current.keys()):
+            yield from differences(stored.get(key), current.get(key), f"{path}.{key}".strip("."))
+    elif stored != current:
+        yield f"{path} is {_short(stored)} there, {_short(current)} here"
 
 
 def _short(value: Any) -> str:  # noqa: ANN401 - any JSON value
@@ -93,20 +96,21 @@ def _parse_value(text: str) -> Any:  # noqa: ANN401 - any JSON value
 
 def _assign(values: dict[str, Any], *, path: str, value: Any) -> None:  # noqa: ANN401
     *parents, last = path.split(".")
-    place: Any = values
+    node: Any = values
     for depth, key in enumerate([*parents, last]):
-        if not isinstance(place, dict) or key not in place:
-            known = ", ".join(sorted(place)) if isinstance(place, dict) else "nothing below it"
-            where = ".".join(path.split(".")[:depth]) or "the recipe"
-            raise SettingsError(f"{path}: {where} has no setting {key!r}; it has {known}")
+        if not isinstance(node, dict) or key not in node:
+            known = ", ".join(sorted(node)) if isinstance(node, dict) else "nothing below it"
+            parent = ".".join(path.split(".")[:depth]) or "the recipe"
+            raise SettingsError(f"{path}: {parent} has no setting {key!r}; it has {known}")
         if depth < len(parents):
-            place = place[key]
-    place[last] = value
+            node = node[key]
+    node[last] = value
 
 
 def _explain(error: ValidationError, cls: type[Settings]) -> str:
     first = error.errors(include_url=False)[0]
     path = ".".join(str(part) for part in first["loc"]) or cls.__name__
-    given = "" if first["type"] in ("missing", "extra_forbidden") else f", given {first['input']!r}"
-    said = "no such setting" if first["type"] == "extra_forbidden" else first["msg"]
-    return f"{path}: {said}{given}"
+    if first["type"] == "extra_forbidden":
+        return f"{path}: no such setting"
+    given = "" if first["type"] == "missing" else f", given {first['input']!r}"
+    return f"{path}: {first['msg']}{given}"

@@ -1,10 +1,8 @@
-"""Names of the samplers in `snapfusion.solvers`."""
+"""Names of the samplers of `snapfusion.sampling`; importable without torch."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
 Solver = Literal["ddim", "euler", "dpm", "dpm++"]
-
-
 SOLVERS: tuple[str, ...] = get_args(Solver)

@@ -17,8 +17,8 @@ def known_table(architecture: Architecture, *, tokens: int = 24, device: str = "
         return Timing(median_ms=MS.get(kind, 0.0), low_ms=0.0, high_ms=9.0, turns=3)
 
     return LatencyTable(
-        setting=MeasurementSetup(device=device, runtime="torch", precision="float32", threads=1),
+        setup=MeasurementSetup(device=device, runtime="torch", precision="float32", threads=1),
         date="2026-11-21",
-        frame=dimensions_of(architecture, batch=2, tokens=tokens),
+        dimensions=dimensions_of(architecture, batch=2, tokens=tokens),
         parts=tuple(PartLatency(part=part, times=times(part.kind)) for part in reachable_parts(architecture)),
     )

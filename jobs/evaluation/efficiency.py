@@ -106,7 +106,7 @@ def measure_efficiency(
                 LOOP_STEPS[name], schedule=model.schedule, prediction_type=model.prediction_type
             )
             say(f"{LOOP_STEPS[name]} steps of {name}: {loop_ms / 1000:.4g} s")
-        costs = costs_of(architectures[name], tokens=tokens).whole
+        costs = costs_of(architectures[name], tokens=tokens).total
         told["unets"][name] = {
             "step": times[name].to_values(),
             "loop": {"steps": LOOP_STEPS[name], "ms": loop_ms, "executed": settings.loop},

@@ -11,9 +11,8 @@ from PIL import Image
 
 from snapfusion.models.bundle import Bundle, to_uint8
 from snapfusion.noise import gaussian_batch, noise_key
-from snapfusion.sampling import time_grid
+from snapfusion.sampling import sample, time_grid
 from snapfusion.solver_names import Solver
-from snapfusion.solvers import solve
 
 _DEFAULT_STEPS = 50
 _DISTILLED_SOLVER = "ddim"
@@ -47,7 +46,7 @@ def generate_images(
     z_t = gaussian_batch(keys, bundle.latent_shape).to(bundle.device)
     grid = time_grid(steps, schedule_steps=bundle.schedule.num_steps)
     denoiser = bundle.denoiser(c, w=guidance)
-    latents = solve(denoiser, z_t, solver=solver, grid=grid, schedule=bundle.schedule)
+    latents = sample(denoiser, z_t, solver=solver, grid=grid, schedule=bundle.schedule)
     return list(to_uint8(bundle.decode(latents)).permute(0, 2, 3, 1).cpu().numpy())
 
 

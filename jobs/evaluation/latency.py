@@ -38,12 +38,14 @@ def measure_latency(
     Raises:
         LatencyError: if the runtime cannot do it.
     """
-    setting = setting_of(settings)
+    setup = setting_of(settings)
     torch.set_num_threads(settings.threads)
-    frame = dimensions_of(next(iter(architectures.values())), batch=settings.batch, tokens=tokens)
+    dimensions = dimensions_of(next(iter(architectures.values())), batch=settings.batch, tokens=tokens)
     parts = {str(part): part for part in reachable_parts(*architectures.values())}
     runs = {
-        name: benchmark_of(settings, module_of(part, frame=frame), inputs_of(part, frame=frame))
+        name: benchmark_of(
+            settings, module_of(part, dimensions=dimensions), inputs_of(part, dimensions=dimensions)
+        )
         for name, part in parts.items()
     }
     for name, architecture in architectures.items():
@@ -51,9 +53,9 @@ def measure_latency(
         runs[f"{_WHOLE}{name}"] = benchmark_of(settings, build_unet(architecture).eval(), inputs)
     times = time_in_turns(runs, turns=settings.turns, on_turn=on_turn)
     table = LatencyTable(
-        setting=setting,
+        setup=setup,
         date=datetime.now(UTC).date().isoformat(),
-        frame=frame,
+        dimensions=dimensions,
         parts=tuple(PartLatency(part=part, times=times[name]) for name, part in parts.items()),
     )
     return {
@@ -81,8 +83,8 @@ def _unet_record(
         "measured": measured.to_values(),
         "predicted_ms": predicted,
         "error": predicted / measured.median_ms - 1.0,
-        "parameters": costs.whole.parameters,
-        "macs": costs.whole.macs,
+        "parameters": costs.total.parameters,
+        "macs": costs.total.macs,
         "stages": stages,
         "blocks": [
             {"name": block.name, "ms": table.block_ms(architecture, block.name)}

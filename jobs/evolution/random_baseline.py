@@ -103,7 +103,7 @@ class RandomBaseline:
         }
         return {
             "settings": self.settings.training.deciding(),
-            "latency": {"setting": self.table.setting.to_values(), "date": self.table.date},
+            "latency": {"setting": self.table.setup.to_values(), "date": self.table.date},
             "protocol": results["protocol"],
             "architectures": told,
             "differences": results["differences"],
@@ -132,7 +132,7 @@ class RandomBaseline:
     def _times(self, architectures: Mapping[str, Architecture]) -> dict[str, Timing]:
         timing = self.settings.timing
         torch.set_num_threads(timing.threads)
-        tokens = self.table.frame.tokens
+        tokens = self.table.dimensions.tokens
         runs = {
             name: benchmark_of(timing, build_unet(one).eval(), unet_inputs(timing, one, tokens=tokens))
             for name, one in architectures.items()

@@ -127,7 +127,7 @@ class Evolution:
             )
         history = {
             "objective_ms": self.objective_ms,
-            "latency": {"setting": self.table.setting.to_values(), "date": self.table.date},
+            "latency": {"setting": self.table.setup.to_values(), "date": self.table.date},
             "settings": self.settings.deciding(),
             "model": load(self.model).fingerprint(),
             "captions": self.settings.prompts.limit,
@@ -143,9 +143,9 @@ class Evolution:
         bundle, latents = load(self.model), open_table(self.latents_url, kind="latents")
         check_training_rows(self.settings.training, bundle=bundle, latents=latents)
         tokens = int(bundle.tokenizer.model_max_length)
-        if self.table.frame.tokens != tokens:
+        if self.table.dimensions.tokens != tokens:
             raise LatencyError(
-                f"the latency table is of something else: frame.tokens is {self.table.frame.tokens} there, "
+                f"the latency table is of something else: tokens is {self.table.dimensions.tokens} there, "
                 f"{tokens} here"
             )
         identity = {
@@ -188,9 +188,9 @@ class Evolution:
         )
 
     def _round(self, number: int, *, model: str, architecture: Architecture, growths: int) -> EvolutionRound:
-        pace = self.settings.pace
+        limits = self.settings.pace
         action = next_action(
-            architecture, table=self.table, objective_ms=self.objective_ms, pace=pace, growths=growths
+            architecture, table=self.table, objective_ms=self.objective_ms, limits=limits, growths=growths
         )
         clip, scores, seconds = None, tuple[BlockScore, ...](), None
         if action != "stop":
@@ -198,7 +198,7 @@ class Evolution:
             clip, scores = self._scored(drawn, architecture)
             seconds = _action_seconds(drawn)
         decision = decide(
-            action, architecture, scores, table=self.table, objective_ms=self.objective_ms, pace=pace
+            action, architecture, scores, table=self.table, objective_ms=self.objective_ms, limits=limits
         )
         told = EvolutionRound(
             number=number,

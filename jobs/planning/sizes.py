@@ -123,7 +123,7 @@ def _sizes(bundle: Bundle) -> ModelSizes:
 @functools.lru_cache(maxsize=64)
 def unet_size(architecture: Architecture, *, tokens: int) -> NetworkSize:
     """A UNet of an architecture."""
-    whole = costs_of(architecture, tokens=tokens).whole
+    whole = costs_of(architecture, tokens=tokens).total
     return NetworkSize(parameters=whole.parameters, gmacs=whole.macs / 1e9)
 
 

@@ -64,13 +64,13 @@ class LatencyBreakdown:
 def breakdown_of(told: Mapping[str, Any]) -> LatencyBreakdown:
     """The content of a latency file, as a page shows it."""
     table = LatencyTable.parse(told["table"])
-    setting = table.setting
-    threads = f", {setting.threads} thread{'s' * (setting.threads > 1)}" if setting.threads else ""
+    setup = table.setup
+    threads = f", {setup.threads} thread{'s' * (setup.threads > 1)}" if setup.threads else ""
     return LatencyBreakdown(
-        device=setting.device,
-        how=f"{setting.runtime}, {setting.precision}{threads}",
+        device=setup.device,
+        how=f"{setup.runtime}, {setup.precision}{threads}",
         date=table.date,
-        batch=table.frame.batch,
+        batch=table.dimensions.batch,
         unets=tuple(
             WholeUNet(
                 name=name,
@@ -93,7 +93,7 @@ def breakdown_charts(told: Mapping[str, Any]) -> dict[str, BarChart]:
     table = LatencyTable.parse(told["table"])
     rows = {name: latency_by_kind(table, shape) for name, shape in _architectures(told).items()}
     stages = list(dict.fromkeys(row["stage"] for row in next(iter(rows.values()))))
-    setting = table.setting
+    setup = table.setup
     charts = {}
     for key, (measure, unit, scale) in _MEASURES.items():
         bars = tuple(
@@ -107,7 +107,7 @@ def breakdown_charts(told: Mapping[str, Any]) -> dict[str, BarChart]:
             for name in rows
         )
         # Two runtimes on one page have each their chart, told apart by its title.
-        where = f"{setting.runtime} in {setting.precision} on {setting.device}"
+        where = f"{setup.runtime} in {setup.precision} on {setup.device}"
         title = f"{measure.capitalize()} of the blocks, {where}"
         charts[key] = BarChart(title=title, y_label=f"{measure} ({unit})", categories=stages, bars=bars)
     return charts

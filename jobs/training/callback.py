@@ -143,7 +143,7 @@ class TrainingCallback:
     def _note(self, step: StepResult) -> None:
         """A point of the curve."""
         point = {"loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate}
-        told = {**point, **step.figures}
+        told = {**point, **step.metrics}
         self._state.curve.append({"step": step.step, **told})
         if self._logbook is not None:
             self._logbook.scalars({**told, **self._logged.take()}, step=step.step)
@@ -151,7 +151,7 @@ class TrainingCallback:
     def _look(self, watch: Validation, weights: Mapping[str, torch.Tensor], *, step: int) -> None:
         """What the weights are worth, and whether they are the best."""
         look = watch(weights)
-        self._state.watched.append({"step": step, **look.values})
+        self._state.validations.append({"step": step, **look.values})
         best = self._state.best
         if look.score is not None and (best is None or look.score < best.score):
             kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}

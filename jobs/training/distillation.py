@@ -156,12 +156,12 @@ def assemble(
     """The training, in a worker."""
     bundle = _initial_student(settings, student=student, device=device)
     unet, captions = trainable_unet(bundle, settings=settings), CaptionEncoder(bundle)
-    lessons = _target_source(settings, teacher=teacher, captions=captions, bundle=bundle)
+    targets = _target_source(settings, teacher=teacher, captions=captions, bundle=bundle)
 
     def objective_of(steps: StepDistillationSettings, *, across_ranks: bool) -> StepDistillationObjective:
         return StepDistillationObjective(
             steps,
-            lessons=lessons,
+            targets=targets,
             captions=captions,
             schedule=bundle.schedule,
             seed=settings.loop.seed,
@@ -222,14 +222,10 @@ def _target_source(
 ) -> TargetSource:
     if settings.targets == "table":
         return StoredTargets(captions=captions, schedule=bundle.schedule)
-    steps = settings.steps
     return OnlineTargets(
         load(teacher, device=str(bundle.device), dtype=DTYPES[settings.teacher_dtype]),
         captions=captions,
-        student_steps=steps.student_steps,
-        k=steps.k,
-        cfg_range=steps.cfg_range,
-        caption_dropout=steps.caption_dropout,
+        settings=settings.steps,
         seed=settings.loop.seed,
     )
 

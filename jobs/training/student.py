@@ -142,7 +142,7 @@ def train_student(
             "distillation": distillation,
             "weights": weights,
             "evaluation": trained.evaluation,
-            "watch": trained.watched,
+            "watch": trained.validations,
             "best": _best_record(trained, settings=settings),
             "curve": trained.curve,
             "environment": trained.environment,
@@ -156,7 +156,7 @@ def _best_record(trained: TrainingResult, *, settings: UNetTrainingSettings) -> 
     """The step whose weights are kept as the best, by what, and what was seen there."""
     if trained.best is None:
         return None
-    seen = next(seen for seen in trained.watched if seen["step"] == trained.best.step)
+    seen = next(seen for seen in trained.validations if seen["step"] == trained.best.step)
     return {**seen, "by": settings.watch.best}
 
 

@@ -17,8 +17,7 @@ from snapfusion.models.bundle import to_uint8
 from snapfusion.models.decoder import load_decoder
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key
-from snapfusion.sampling import time_grid
-from snapfusion.solvers import solve
+from snapfusion.sampling import sample, time_grid
 
 
 class SampleAndScore:
@@ -108,4 +107,4 @@ class SampleAndScore:
         c = bundle.encode_text(bundle.tokenize(texts))
         eps = gaussian_batch(keys, bundle.latent_shape).to(bundle.device)
         denoiser = bundle.denoiser(c, w=w, c_null=self.c_null)
-        return solve(denoiser, eps, solver=self.sampler.solver, grid=self.grid, schedule=bundle.schedule)
+        return sample(denoiser, eps, solver=self.sampler.solver, grid=self.grid, schedule=bundle.schedule)

@@ -12,7 +12,7 @@ from snapfusion.mini.vocabulary import ATTRIBUTES, IMAGE_SIZE, ORACLE_FEATURES
 from snapfusion.mini.weights import WEIGHTS
 from snapfusion.settings import Settings
 from snapfusion.solver_names import Solver
-from snapfusion.training.settings import CfgRange
+from snapfusion.training.settings import TargetSettings
 
 if TYPE_CHECKING:
     import torch
@@ -335,7 +335,7 @@ class Selection(Settings):
     min_latin_share: float | None = Field(None, ge=0, le=1)
 
 
-class TeacherSettings(Settings):
+class TeacherSettings(TargetSettings):
     """What the teacher computes; every field changes the rows.
 
     Attributes:
@@ -352,8 +352,6 @@ class TeacherSettings(Settings):
 
     student_steps: int = Field(8, ge=1, le=1000)
     k: int = Field(2, ge=1, le=1000)
-    cfg_range: CfgRange = CfgRange()
-    caption_dropout: float = Field(0.1, ge=0.0, lt=1.0)
     batch_size: int = Field(16, ge=1)
     x_dtype: Literal["float16", "float32"] = "float16"
     seed: int = Field(0, ge=0)

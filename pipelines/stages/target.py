@@ -27,13 +27,10 @@ class ComputeTargets:
         self.settings = settings
         self.bundle = load(teacher, device=device.prepare(), dtype=device.torch_dtype)
         # What teaches while training: a target is the same, whichever way it comes.
-        self.lessons = OnlineTargets(
+        self.targets = OnlineTargets(
             self.bundle,
             captions=CaptionEncoder(self.bundle),
-            student_steps=settings.student_steps,
-            k=settings.k,
-            cfg_range=settings.cfg_range,
-            caption_dropout=settings.caption_dropout,
+            settings=settings,
             seed=settings.seed,
         )
         self.environment = device.environment()
@@ -96,7 +93,7 @@ class ComputeTargets:
         """
         settings, n = self.settings, len(batch)
         keys = [row_key(settings.seed, id_, draw) for id_ in batch.ids]
-        lesson = self.lessons.teach(batch.to(self.bundle.device), keys, guided=guided)
+        lesson = self.targets.compute(batch.to(self.bundle.device), keys, guided=guided)
         _, t2 = interval_ends(
             lesson.interval, student_steps=settings.student_steps, schedule=self.bundle.schedule
         )

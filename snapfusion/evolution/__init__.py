@@ -1,1 +1,1 @@
-"""Architecture evolving: what blocks take, what they are worth, and which go or come. SnapFusion Sec. 3.1."""
+"""Architecture evolution: latency and value of each block, and which are removed or copied. Sec. 3.1."""

@@ -1,14 +1,17 @@
-"""The latency lookup table T: what each part of a UNet takes on a device. SnapFusion Sec. 2.2, Alg. 1.
+"""The latency lookup table T: the latency of each part of a UNet on a device. SnapFusion Sec. 2.2, Alg. 1.
 
-A UNet's time is the sum of its parts'. What a block is worth in time is that sum without it: of a removed
-ResNet block its shortcut may remain.
+The latency of a UNet is the sum over its parts. That of a block is the difference without it: a removed
+ResNet block may leave its shortcut.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
 
 from snapfusion.evolution.parts import Part, UNetDimensions, dimensions_of, parts_of
 from snapfusion.evolution.settings import Precision
@@ -19,24 +22,24 @@ from snapfusion.settings import Settings, differences
 
 
 class LatencyError(ValueError):
-    """A table that does not hold what is asked of it, or is of something else; the message says what."""
+    """A latency table that lacks a part, or that was measured for something else."""
 
 
 class PartLatency(Settings):
-    """A part, and how long it takes."""
+    """The measured latency of a part."""
 
     part: Part
     times: Timing
 
 
 class MeasurementSetup(Settings):
-    """Where and how a table was measured.
+    """Hardware and software of a measurement.
 
     Attributes:
-        device: the machine's own name for it.
-        runtime: "torch", "torch-compiled", "executorch-xnnpack", or what else computed it.
+        device: name of the CPU or GPU, as the machine reports it.
+        runtime: "torch", "torch-compiled", "executorch-xnnpack", or another name in a table from elsewhere.
         precision: of the networks.
-        threads: of the CPU; 0 where it does not compute.
+        threads: of the CPU; 0 on another device.
     """
 
     device: str
@@ -46,112 +49,103 @@ class MeasurementSetup(Settings):
 
 
 class LatencyTable(Settings):
-    """A measurement, or a file of one made elsewhere.
+    """A latency table, measured here or read from a file.
 
     Attributes:
-        version: of this form.
-        setting: where and how.
-        date: when, as YYYY-MM-DD.
-        frame: what the parts have in common.
-        parts: each once.
+        version: of the file format.
+        setup: hardware and software ("setting" in the file).
+        date: of the measurement, as YYYY-MM-DD.
+        dimensions: shared by all parts ("frame" in the file).
+        parts: the measured parts.
     """
 
+    model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
+
     version: Literal[1] = 1
-    setting: MeasurementSetup
+    setup: MeasurementSetup = Field(alias="setting")
     date: str
-    frame: UNetDimensions
+    dimensions: UNetDimensions = Field(alias="frame")
     parts: tuple[PartLatency, ...]
 
     @cached_property
-    def _of(self) -> dict[Part, float]:
+    def _medians(self) -> dict[Part, float]:
         return {entry.part: entry.times.median_ms for entry in self.parts}
 
     def part_ms(self, part: Part) -> float:
-        """The median time of a part, in milliseconds.
+        """Return the median latency of a part, in milliseconds.
 
         Raises:
             LatencyError: if it was not measured.
         """
-        if part not in self._of:
-            raise LatencyError(f"the latency table of {self.setting.device} has no {part}; measure it again")
-        return self._of[part]
-
-    def stage_ms(self, architecture: Architecture) -> dict[str, float]:
-        """Milliseconds of each stage, and of the "ends". SnapFusion Fig. 2.
-
-        Raises:
-            LatencyError: if a part was not measured, or parts of another frame were; names what differs.
-        """
-        sums: dict[str, float] = {}
-        for (stage, _), ms in self.kind_ms(architecture).items():
-            sums[stage] = sums.get(stage, 0.0) + ms
-        return sums
+        if part not in self._medians:
+            raise LatencyError(f"the latency table of {self.setup.device} has no {part}; measure it again")
+        return self._medians[part]
 
     def kind_ms(self, architecture: Architecture) -> dict[tuple[str, str], float]:
-        """Milliseconds of each stage's parts of each kind.
+        """Sum the milliseconds of each stage and kind of part.
 
         Raises:
-            LatencyError: as `stage_ms`.
+            LatencyError: if a part was not measured, or the table was measured for other dimensions.
         """
-        self._check(architecture)
-        sums: dict[tuple[str, str], float] = {}
+        given = dimensions_of(architecture, batch=self.dimensions.batch, tokens=self.dimensions.tokens)
+        _raise_on_difference(differences(self.dimensions.to_values(), given.to_values()))
+        sums: dict[tuple[str, str], float] = defaultdict(float)
         for stage, part in parts_of(architecture):
-            key = (stage, part.kind)
-            sums[key] = sums.get(key, 0.0) + self.part_ms(part)
+            sums[stage, part.kind] += self.part_ms(part)
+        return sums
+
+    def stage_ms(self, architecture: Architecture) -> dict[str, float]:
+        """Sum the milliseconds of each stage, and of "ends"; errors as of `kind_ms`. SnapFusion Fig. 2."""
+        sums: dict[str, float] = defaultdict(float)
+        for (stage, _), ms in self.kind_ms(architecture).items():
+            sums[stage] += ms
         return sums
 
     def predict_ms(self, architecture: Architecture) -> float:
-        """Milliseconds of the whole UNet.
-
-        Raises:
-            LatencyError: as `stage_ms`.
-        """
+        """Predict the milliseconds of the whole UNet; errors as of `kind_ms`."""
         return sum(self.stage_ms(architecture).values())
 
     def block_ms(self, architecture: Architecture, name: str) -> float:
-        """Delta Latency of SnapFusion Alg. 1: what the UNet takes less without the block of that name.
+        """Delta Latency of SnapFusion Alg. 1: the milliseconds saved without the named block.
 
         Raises:
-            LatencyError: as `stage_ms`.
+            LatencyError: as of `kind_ms`.
             ArchitectureError: if there is no such block.
         """
         return self.predict_ms(architecture) - self.predict_ms(architecture.without(name))
 
-    def check_setting(self, wanted: MeasurementSetup) -> None:
-        """Refuse a table of another device, runtime, precision or number of threads.
+    def check_setup(self, setup: MeasurementSetup) -> None:
+        """Check that the table was measured with the given setup.
 
         Raises:
-            LatencyError: names what differs.
+            LatencyError: naming the differences.
         """
-        _raise_on_difference(differences(self.setting.to_values(), wanted.to_values()))
-
-    def _check(self, architecture: Architecture) -> None:
-        wanted = dimensions_of(architecture, batch=self.frame.batch, tokens=self.frame.tokens)
-        _raise_on_difference(differences(self.frame.to_values(), wanted.to_values()))
+        _raise_on_difference(differences(self.setup.to_values(), setup.to_values()))
 
 
-def _raise_on_difference(differing: Iterable[str]) -> None:
-    if found := list(differing):
-        raise LatencyError(f"the latency table is of something else: {'; '.join(found[:3])}")
+def _raise_on_difference(found: Iterable[str]) -> None:
+    if differing := list(found):
+        raise LatencyError(f"the latency table is of something else: {'; '.join(differing[:3])}")
 
 
 def reachable_parts(*architectures: Architecture) -> list[Part]:
-    """Each different part of the architectures and of all that have some blocks less, in a fixed order.
+    """List the distinct parts of the architectures, and of all that evolution can make of them.
 
-    So a table of them predicts whatever evolution can reach from there: a copy has its origin's form.
+    Those are shortcuts of removed blocks; a copied block is the same part as its origin.
     """
     found: dict[Part, None] = {}
     for architecture in architectures:
         for _, part in parts_of(architecture):
             found[part] = None
-            if part.kind == "resnet" and part.given != part.wanted:
+            if part.kind == "resnet" and part.in_channels != part.out_channels:
                 found[part.model_copy(update={"kind": "shortcut"})] = None
     return list(found)
 
 
 def latency_by_kind(table: LatencyTable, architecture: Architecture) -> list[dict[str, Any]]:
-    """Bars of SnapFusion Fig. 2: stage as Table 3 names it, kind, blocks, milliseconds, parameters."""
-    ms, costs = table.kind_ms(architecture), costs_of(architecture, tokens=table.frame.tokens).blocks
+    """Bars of SnapFusion Fig. 2: stage as in Table 3, kind, blocks, milliseconds, parameters."""
+    ms = table.kind_ms(architecture)
+    costs = costs_of(architecture, tokens=table.dimensions.tokens).blocks
     rows = []
     for name, stages in paper_stages(architecture).items():
         for kind in ("attention", "resnet"):
@@ -171,7 +165,7 @@ def latency_by_kind(table: LatencyTable, architecture: Architecture) -> list[dic
 
 
 def latency_by_stage(table: LatencyTable, architecture: Architecture) -> list[dict[str, Any]]:
-    """Rows of SnapFusion Fig. 2: stage, milliseconds, and the share of the whole."""
+    """Rows of SnapFusion Fig. 2: stage, milliseconds, and share of the total."""
     sums = table.stage_ms(architecture)
-    whole = sum(sums.values())
-    return [{"stage": stage, "ms": ms, "share": ms / whole} for stage, ms in sums.items()]
+    total = sum(sums.values())
+    return [{"stage": stage, "ms": ms, "share": ms / total} for stage, ms in sums.items()]

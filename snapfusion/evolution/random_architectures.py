@@ -1,4 +1,4 @@
-"""Architectures that lost blocks at random: what an evolved one has to be better than."""
+"""Architectures with random blocks removed, the baseline of an evolved one."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ _MAX_ATTEMPTS = 1000
 def random_architecture(
     origin: Architecture, *, table: LatencyTable, low_ms: float, high_ms: float, seed: int
 ) -> Architecture:
-    """`origin` without blocks that were drawn one after the other until a pass takes at most `high_ms`.
+    """Remove random blocks of `origin` one by one until a pass takes at most `high_ms`.
 
-    Where the last one makes it faster than `low_ms`, another draw is taken.
+    Starts over if the last one makes it faster than `low_ms`.
 
     Args:
-        origin: what loses them.
-        table: by which time is told.
-        low_ms: least milliseconds of a pass.
-        high_ms: most.
+        origin: the architecture to start from.
+        table: predicts the latency.
+        low_ms: minimum milliseconds of a pass.
+        high_ms: maximum milliseconds of a pass.
         seed: of the draws.
 
     Raises:
-        EvolutionError: if `origin` cannot become so fast.
-        ValueError: if none of a thousand draws was between the two.
-        LatencyError: if the table does not hold the architecture's parts.
+        EvolutionError: if `origin` cannot become that fast.
+        ValueError: if no attempt of a thousand is in the range.
+        LatencyError: if the table lacks a part of the architecture.
     """
     check_objective(origin, table=table, objective_ms=high_ms)
     for attempt in range(_MAX_ATTEMPTS):
         found = _without_random_blocks(origin, table=table, high_ms=high_ms, seed=seed, attempt=attempt)
         if table.predict_ms(found) >= low_ms:
             return found
-    raise ValueError(f"{_MAX_ATTEMPTS} architectures were drawn, and none takes {low_ms:g} to {high_ms:g} ms")
+    raise ValueError(f"none of {_MAX_ATTEMPTS} random architectures takes {low_ms:g} to {high_ms:g} ms")
 
 
 def _without_random_blocks(

@@ -1,4 +1,4 @@
-"""What a network can be run by, for its time to be taken: torch as it is or compiled, ExecuTorch."""
+"""Runtimes for latency measurements: torch, compiled torch, ExecuTorch."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def make_runner(
     precision: Precision,
     device: torch.device,
 ) -> Callable[..., Tensor]:
-    """`network` as a function of tensors shaped as `inputs`, which gives its first output.
+    """Return `network` as a function of tensors shaped like `inputs`, which returns its first output.
 
-    The output is on `device` in `precision`, and may not be computed yet where that is an accelerator.
+    The output is on `device` in `precision`; on an accelerator its computation may still be in progress.
 
     Args:
         network: moved to `device` and `precision`, in place.
         inputs: float32 on the CPU.
-        runtime: what computes.
-        precision: of the network, to which what it is given is brought.
-        device: where; ExecuTorch runs on the CPU.
+        runtime: the backend.
+        precision: of the network, to which its inputs are converted.
+        device: of the network; ExecuTorch runs on the CPU.
 
     Raises:
-        LatencyError: if the runtime cannot run in that precision or on that device.
+        LatencyError: if the runtime does not support the precision or the device.
     """
     if runtime == "executorch-xnnpack":
         return _executorch(network, inputs, precision=precision, device=device)
@@ -42,9 +42,8 @@ def make_runner(
     run = torch.compile(network, dynamic=False) if runtime == "torch-compiled" else network
 
     @torch.inference_mode()
-    def call(*given: Tensor) -> Tensor:
-        output = run(*(tensor.to(device=device, dtype=dtype) for tensor in given))
-        return output if isinstance(output, Tensor) else output[0]
+    def call(*arguments: Tensor) -> Tensor:
+        return _first(run(*(tensor.to(device=device, dtype=dtype) for tensor in arguments)))
 
     return call
 
@@ -57,21 +56,20 @@ def make_benchmark(
     precision: Precision,
     device: torch.device,
 ) -> Callable[[], None]:
-    """Something that runs `network` once on `inputs`, and returns when that is done.
+    """Return a function that runs `network` once on `inputs` and waits for the result.
 
-    Raises:
-        LatencyError: as `make_runner`, whose arguments these are.
+    Args and errors as of `make_runner`.
     """
     call = make_runner(network, inputs, runtime=runtime, precision=precision, device=device)
     dtype: torch.dtype = getattr(torch, precision)
-    given = [tensor.to(device=device, dtype=dtype) for tensor in inputs]
+    arguments = [tensor.to(device=device, dtype=dtype) for tensor in inputs]
 
-    def once() -> None:
-        call(*given)
+    def run() -> None:
+        call(*arguments)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return once
+    return run
 
 
 def _executorch(
@@ -81,32 +79,28 @@ def _executorch(
         raise LatencyError(
             f"ExecuTorch's XNNPACK runs here in float32 on the CPU, not in {precision} on {device.type}"
         )
-    names = [f"input{number}" for number in range(len(inputs))]
-    module = FixedModule(
-        name="part",
-        network=_First(network),
-        inputs=tuple(
-            Port(name=name, shape=tuple(tensor.shape)) for name, tensor in zip(names, inputs, strict=True)
-        ),
-        outputs=(),
-    )
-    # Its pool would have a thread for each core, whatever torch was told.
+    ports = (Port(name=f"input{number}", shape=tuple(tensor.shape)) for number, tensor in enumerate(inputs))
+    module = FixedModule(name="part", network=_FirstOutput(network), inputs=tuple(ports), outputs=())
+    # ExecuTorch's thread pool ignores torch's setting and would use every core.
     set_num_threads(torch.get_num_threads())
     program = ExecuTorchProgram(compile_executorch(module))
 
-    def call(*given: Tensor) -> Tensor:
-        return torch.from_numpy(program([tensor.numpy() for tensor in given]))
+    def call(*arguments: Tensor) -> Tensor:
+        return torch.from_numpy(program([tensor.numpy() for tensor in arguments]))
 
     return call
 
 
-class _First(nn.Module):
-    """A network whose output is one tensor."""
+class _FirstOutput(nn.Module):
+    """A network with only the first of its outputs."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        output = self.network(*inputs)
-        return output if isinstance(output, Tensor) else output[0]
+        return _first(self.network(*inputs))
+
+
+def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]

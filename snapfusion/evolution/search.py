@@ -1,7 +1,7 @@
-"""Architecture evolving: which blocks go, and which are copied. SnapFusion Alg. 1.
+"""Architecture evolution: which blocks to remove, and which to copy. SnapFusion Alg. 1.
 
-A block is worth what the CLIP score loses without it for each millisecond that it takes. Scores are handed
-in; this file only decides.
+The value of a block is the CLIP score lost without it per millisecond that it takes. This module only
+decides; scores are its input.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ Action = Literal["remove", "copy", "stop"]
 
 
 class EvolutionError(ValueError):
-    """An objective that cannot be met, or scores that say nothing; the message says what can be done."""
+    """A latency objective that cannot be met."""
 
 
 class BlockScore(Settings):
-    """What a block is worth: Alg. 1's A^- of it, evaluated.
+    """The evaluation of a UNet without one block: A^- of Alg. 1.
 
     Attributes:
         block: its name.
         kind: of block.
-        clip: mean CLIP score of what is drawn without it.
-        delta_clip: what the score loses by that, over the captions that were drawn both ways; with its 95 %
-            interval. Null where the UNet without it draws nothing that is a picture: then it stays.
-        delta_ms: what a pass takes less without it, by the table.
-        captions: behind the score.
+        clip: mean CLIP score without the block.
+        delta_clip: loss of CLIP score without the block, over the captions sampled both ways, with its 95 %
+            interval. Null if the UNet without the block generates no valid image: then it must stay.
+        delta_ms: latency saved without the block, by the table.
+        captions: number of captions behind the score.
     """
 
     block: str
@@ -45,20 +45,20 @@ class BlockScore(Settings):
 
     @property
     def value(self) -> float:
-        """Delta CLIP over Delta Latency, per millisecond; infinite where a block cannot go or saves none."""
+        """Delta CLIP over Delta Latency, per millisecond; infinite if the block must stay or saves none."""
         if self.delta_clip is None or self.delta_ms <= 0.0:
             return float("inf")
         return self.delta_clip[0] / self.delta_ms
 
 
 class Decision(Settings):
-    """What a round decided.
+    """The decision of a round.
 
     Attributes:
         action: "remove" while the objective is unmet, "copy" when it is met and growth is left, else "stop".
-        blocks: that go, or are copied, in the order of their values.
-        before_ms: of a pass, by the table.
-        after_ms: likewise, of the new architecture.
+        blocks: the removed or copied blocks, in the order of their values.
+        before_ms: latency of a pass before, by the table.
+        after_ms: latency of a pass of the new architecture.
         architecture: the new one.
     """
 
@@ -70,25 +70,25 @@ class Decision(Settings):
 
 
 def next_action(
-    architecture: Architecture, *, table: LatencyTable, objective_ms: float, pace: RoundLimits, growths: int
+    architecture: Architecture, *, table: LatencyTable, objective_ms: float, limits: RoundLimits, growths: int
 ) -> Action:
-    """What Alg. 1 does next: S unmet, it removes; met, it copies while growth is left.
+    """Choose the next action of Alg. 1: remove while S is unmet, then copy while growth is left.
 
     Args:
-        architecture: as it is.
-        table: T, by which time is told.
+        architecture: the current one.
+        table: T, which predicts the latency.
         objective_ms: S, milliseconds of a pass.
-        pace: how far a round goes.
-        growths: rounds that have copied already.
+        limits: of a round.
+        growths: number of rounds that have copied already.
 
     Raises:
         EvolutionError: if S cannot be reached by removing blocks.
-        LatencyError: if the table does not hold the architecture's parts.
+        LatencyError: if the table lacks a part of the architecture.
     """
     check_objective(architecture, table=table, objective_ms=objective_ms)
     if table.predict_ms(architecture) > objective_ms:
         return "remove"
-    return "copy" if growths < pace.growths else "stop"
+    return "copy" if growths < limits.growths else "stop"
 
 
 def decide(
@@ -98,32 +98,43 @@ def decide(
     *,
     table: LatencyTable,
     objective_ms: float,
-    pace: RoundLimits,
+    limits: RoundLimits,
 ) -> Decision:
-    """One round of Alg. 1: the blocks of the lowest value go, or those of the highest are copied.
+    """Take one round of Alg. 1: remove the blocks of lowest value, or copy those of highest.
 
-    They go until a pass takes no more than S, or the group is full.
+    Removal ends when a pass takes at most S, or at the limit of the round.
 
     Args:
         action: of this round (`next_action`).
-        architecture: as it is.
-        scores: of each of its blocks; "stop" needs none.
-        table: T, by which time is told.
+        architecture: the current one.
+        scores: of each of its blocks; unused by "stop".
+        table: T, which predicts the latency.
         objective_ms: S, milliseconds of a pass.
-        pace: how far.
+        limits: of the round.
 
     Raises:
-        EvolutionError: if every block that is left must stay.
-        LatencyError: if the table does not hold the architecture's parts.
+        EvolutionError: if no block can be removed.
+        LatencyError: if the table lacks a part of the architecture.
     """
     chosen: list[str] = []
     after = architecture
     if action == "remove":
-        chosen, after = _remove_blocks(
-            architecture, scores, table=table, objective_ms=objective_ms, pace=pace
-        )
+        removable = _least_valued(scores, limits=limits)
+        if not removable:
+            raise EvolutionError(
+                f"a pass takes {table.predict_ms(architecture):.4g} ms, more than {objective_ms:g}, and no "
+                "block can be removed: without any of them no valid image is generated; train more robustly, "
+                "or raise the objective"
+            )
+        for name in removable:
+            if table.predict_ms(after) <= objective_ms:
+                break
+            after = after.without(name)
+            chosen.append(name)
     elif action == "copy":
-        chosen, after = _copy_blocks(architecture, scores, pace=pace)
+        chosen = _most_valued(architecture, scores, limits=limits)
+        for name in chosen:
+            after = after.with_copy(name)
     return Decision(
         action=action if chosen else "stop",
         blocks=tuple(chosen),
@@ -134,64 +145,41 @@ def decide(
 
 
 def check_objective(architecture: Architecture, *, table: LatencyTable, objective_ms: float) -> None:
-    """Whether an architecture can become fast enough.
+    """Check that an architecture can become fast enough.
 
     Raises:
-        EvolutionError: if it takes longer without any block; says what it then takes.
-        LatencyError: if the table does not hold its parts.
+        EvolutionError: if it takes longer even without any block.
+        LatencyError: if the table lacks a part of it.
     """
-    least = min_latency_ms(architecture, table=table)
-    if least > objective_ms:
+    fastest = min_latency_ms(architecture, table=table)
+    if fastest > objective_ms:
         raise EvolutionError(
-            f"no architecture takes {objective_ms:g} ms on {table.setting.device}: without any block a pass "
-            f"takes {least:.4g} ms of {table.predict_ms(architecture):.4g} ms; ask for more than that"
+            f"no architecture takes {objective_ms:g} ms on {table.setup.device}: without any block a pass "
+            f"takes {fastest:.4g} ms of {table.predict_ms(architecture):.4g} ms; raise the objective"
         )
 
 
 def min_latency_ms(architecture: Architecture, *, table: LatencyTable) -> float:
-    """Milliseconds of a pass without any block.
+    """Predict the milliseconds of a pass without any block.
 
     Raises:
-        LatencyError: if the table does not hold its parts.
+        LatencyError: if the table lacks a part of the architecture.
     """
     for block in architecture.blocks:
         architecture = architecture.without(block.name)
     return table.predict_ms(architecture)
 
 
-def _remove_blocks(
-    architecture: Architecture,
-    scores: Sequence[BlockScore],
-    *,
-    table: LatencyTable,
-    objective_ms: float,
-    pace: RoundLimits,
-) -> tuple[list[str], Architecture]:
-    worst = sorted((score for score in scores if score.value < float("inf")), key=lambda score: score.value)
-    if not worst:
-        raise EvolutionError(
-            f"a pass takes {table.predict_ms(architecture):.4g} ms, more than {objective_ms:g}, and no block "
-            "can go: without any of them nothing is drawn; train more robustly, or ask for less speed"
-        )
-    chosen: list[str] = []
-    for score in worst[: pace.removed]:
-        if table.predict_ms(architecture) <= objective_ms:
-            break
-        architecture = architecture.without(score.block)
-        chosen.append(score.block)
-    return chosen, architecture
+def _least_valued(scores: Sequence[BlockScore], *, limits: RoundLimits) -> list[str]:
+    removable = [score for score in scores if score.value < float("inf")]
+    return [score.block for score in sorted(removable, key=lambda score: score.value)[: limits.removed]]
 
 
-def _copy_blocks(
-    architecture: Architecture, scores: Sequence[BlockScore], *, pace: RoundLimits
-) -> tuple[list[str], Architecture]:
-    able = [score for score in scores if score.delta_clip is not None and score.delta_ms > 0.0]
-    best = sorted(
-        (score for score in able if architecture.can_copy(score.block)),
-        key=lambda score: score.value,
-        reverse=True,
-    )
-    chosen = [score.block for score in best[: pace.copied]]
-    for name in chosen:
-        architecture = architecture.with_copy(name)
-    return chosen, architecture
+def _most_valued(
+    architecture: Architecture, scores: Sequence[BlockScore], *, limits: RoundLimits
+) -> list[str]:
+    copyable = [
+        score for score in scores if score.value < float("inf") and architecture.can_copy(score.block)
+    ]
+    best = sorted(copyable, key=lambda score: score.value, reverse=True)
+    return [score.block for score in best[: limits.copied]]

@@ -1,4 +1,4 @@
-"""Settings of latency measurements and of an evolution round."""
+"""Settings of latency measurements and of evolution rounds; importable without torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from pydantic import NonNegativeInt, PositiveInt
 from snapfusion.settings import Settings
 
 Precision = Literal["float32", "float16", "bfloat16"]
-
-
 Runtime = Literal["torch", "torch-compiled", "executorch-xnnpack"]
+"""A backend of `snapfusion.evolution.runtimes`."""
 
 
 class RoundLimits(Settings):
-    """How far a round of evolution goes.
+    """Limits of a round of evolution.
 
     Attributes:
-        removed: blocks that go in a round, at most: Alg. 1's group of actions.
-        copied: blocks that are copied in a round in which the objective is met.
-        growths: rounds that may copy. Alg. 1 has no such bound; it ends when training has converged.
+        removed: maximum number of blocks to remove in a round: the group of actions in Alg. 1.
+        copied: number of blocks to copy in a round that meets the objective.
+        growths: number of rounds that may copy. Alg. 1 has no such limit; it ends when training converges.
     """
 
     removed: PositiveInt = 4

@@ -1,4 +1,4 @@
-"""Fair timing: everything that is compared is warmed, and then takes turns on the same machine."""
+"""Fair timing: the candidates are warmed up, then run in turns on the same machine."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pydantic import NonNegativeFloat, PositiveInt
 from snapfusion.settings import Settings
 
 _MIN_SECONDS = 0.002
-"""What takes less is run several times in a turn, or the clock would decide."""
+"""A faster candidate is run several times per turn, because of the resolution of the clock."""
 
 
 class Timing(Settings):
-    """How long something takes.
+    """Duration of a run.
 
     Attributes:
         median_ms: of all turns, in milliseconds.
         low_ms: first quartile.
         high_ms: third quartile.
-        turns: how many.
+        turns: number of turns.
     """
 
     median_ms: NonNegativeFloat
@@ -36,37 +36,37 @@ def time_in_turns(
     turns: int,
     on_turn: Callable[[int], None] = lambda turn: None,
 ) -> dict[str, Timing]:
-    """Time `runs`, each of which returns when its work is done; one after the other, then again.
+    """Time `runs`, each of which returns when its work is done, by turns: all of them once, then again.
 
     Args:
-        runs: what is timed, by name.
-        turns: of each, 2 at least; the first of all is not counted.
-        on_turn: told of the number of turns that are over.
+        runs: candidates by name.
+        turns: of each candidate, at least 2, after a warm-up.
+        on_turn: called with the number of completed turns.
 
     Raises:
-        ValueError: for fewer than two turns, which have no spread.
+        ValueError: for fewer than two turns, which have no quartiles.
     """
     if turns < 2:
-        raise ValueError(f"{turns} turns have no spread; at least 2 are needed")
+        raise ValueError(f"turns is {turns}; at least 2 are needed for quartiles")
     repeats = {name: _repeats(run) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(turns):
         for name, run in runs.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             for _ in range(repeats[name]):
                 run()
-            seconds[name].append((time.perf_counter() - began) / repeats[name])
+            seconds[name].append((time.perf_counter() - start) / repeats[name])
         on_turn(turn + 1)
-    return {name: _times(taken) for name, taken in seconds.items()}
+    return {name: _timing(durations) for name, durations in seconds.items()}
 
 
 def _repeats(run: Callable[[], None]) -> int:
-    run()  # what is made once, such as buffers and compiled kernels
-    began = time.perf_counter()
+    run()  # allocates buffers and compiles kernels
+    start = time.perf_counter()
     run()
-    return max(1, int(_MIN_SECONDS / max(time.perf_counter() - began, 1e-9)))
+    return max(1, int(_MIN_SECONDS / max(time.perf_counter() - start, 1e-9)))
 
 
-def _times(seconds: list[float]) -> Timing:
+def _timing(seconds: list[float]) -> Timing:
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return Timing(median_ms=1000.0 * median, low_ms=1000.0 * low, high_ms=1000.0 * high, turns=len(seconds))

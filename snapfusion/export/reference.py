@@ -16,7 +16,8 @@ from torch import Tensor
 from snapfusion.export.loop import SamplingStep
 from snapfusion.models.bundle import Bundle
 from snapfusion.noise import gaussian, noise_key
-from snapfusion.sampling import ddim_step, guide, time_grid
+from snapfusion.sampling import guide, time_grid
+from snapfusion.solvers import ddim_step
 
 Decode = Callable[[Tensor], Tensor]
 """Latents [B,4,h,w] to images [B,3,H,W] in -1 .. 1."""

@@ -44,8 +44,8 @@ class StepCoefficients:
     @classmethod
     def between(cls, t: int, t_next: int, *, schedule: Schedule, prediction_type: PredictionType) -> Self:
         """The step of `schedule` for a network that predicts eps or v."""
-        alpha, sigma = schedule.numbers(t)
-        alpha_next, sigma_next = schedule.numbers(t_next)
+        alpha, sigma = schedule.coefficients(t)
+        alpha_next, sigma_next = schedule.coefficients(t_next)
         strengths = {"alpha": alpha, "sigma": sigma, "alpha_next": alpha_next, "sigma_next": sigma_next}
         from_z, from_output = _coefficients(**strengths, prediction_type=prediction_type)
         return cls(t=t, t_next=t_next, **strengths, from_z=from_z, from_output=from_output)

@@ -26,9 +26,8 @@ from snapfusion.models.blocks import blocks_of, skipping_blocks
 from snapfusion.models.bundle import Bundle, to_uint8
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key, uniform
-from snapfusion.sampling import time_grid
+from snapfusion.sampling import sample, time_grid
 from snapfusion.solver_names import Solver
-from snapfusion.solvers import solve
 
 _OTHER_RENDERING_OFFSET = 10_000 * NUM_CAPTIONS
 """So far from a held-out index lies another drawing of the same caption."""
@@ -258,7 +257,7 @@ def generate_images(model: Bundle, indexes: Sequence[int], *, drawing: SamplerCo
     """Pictures uint8 [B,3,32,32] of the captions at `indexes`; the same noise for every model and way."""
     keys = [noise_key("mini measurement", seed, index) for index in indexes]
     c = model.encode_text(model.tokenize([caption_of(scene_of(index)) for index in indexes]))
-    latents = solve(
+    latents = sample(
         model.denoiser(c, w=drawing.w),
         gaussian_batch(keys, model.latent_shape),
         solver=drawing.solver,

@@ -1,1 +1,1 @@
-"""Networks, and the bundle that holds a whole Stable Diffusion."""
+"""Networks, and the bundle that holds a complete Stable Diffusion."""

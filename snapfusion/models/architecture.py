@@ -1,15 +1,16 @@
-"""A UNet's architecture as a value: which blocks stand where. SnapFusion Sec. 3.1, Table 3.
+"""A UNet's architecture as a value: the blocks of each stage. SnapFusion Sec. 3.1, Table 3.
 
     conv_in ─ down_blocks.0 … down_blocks.n ─ mid_block ─ up_blocks.0 … up_blocks.n ─ conv_out
 
-A stage is layers, and a layer at most one ResNet block and then any number of cross-attention blocks. A
-block's name is its place in the model that it first stood in, as in diffusers: "up_blocks.1.attentions.0", of
-which the stage keeps the last number. A copy beside it is "0+1". So weights are inherited by name, however
-often a UNet has evolved.
+A stage is a sequence of layers; a layer is at most one ResNet block, then any number of cross-attention
+blocks. A block keeps its diffusers name in the original model, such as "up_blocks.1.attentions.0", of which
+the stage stores the key "0"; a copy of it has the key "0+1". So weights are inherited by name through any
+number of changes.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,18 +25,18 @@ BlockKey = Annotated[str, Field(pattern=r"^[0-9]+(\+[0-9]+)?$")]
 
 
 class ArchitectureError(ValueError):
-    """An architecture that cannot be, or a change that it does not allow; the message names the place."""
+    """A change that an architecture does not allow."""
 
 
 class Layer(Settings):
-    """A ResNet block and the cross-attention blocks after it, any of which may be missing.
+    """An optional ResNet block and the cross-attention blocks after it.
 
     Attributes:
-        resnet: the ResNet block's key in its stage; null for none.
-        whole: false where the block was removed but channels change: its 1x1 shortcut is what remains.
-        attentions: keys of the cross-attention blocks, in their order.
-        skip: on the way down, whether the layer's output is handed to the way up; on the way up, whether one
-            of these is taken in (the ResNet block, or its shortcut, sees both side by side).
+        resnet: key of the ResNet block; null for none.
+        whole: false if the block was removed but changes channels, so that its 1x1 shortcut remains.
+        attentions: keys of the cross-attention blocks, in order.
+        skip: of a down stage: whether the output of the layer is a skip connection; of an up stage: whether
+            the layer concatenates one to its input.
     """
 
     resnet: BlockKey | None = None
@@ -49,13 +50,13 @@ StageLayers = tuple[Layer, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One block.
+    """A block.
 
     Attributes:
         name: its path, such as "down_blocks.0.attentions.1".
         kind: "attention" or "resnet".
-        stage: the part of the UNet it stands in, such as "down_blocks.0" or "mid_block".
-        depth: how many times the latent was halved before it; the middle counts as the deepest.
+        stage: of the UNet, such as "down_blocks.0" or "mid_block".
+        depth: number of halvings of the latent before it; the middle has that of the deepest level.
     """
 
     name: str
@@ -63,24 +64,29 @@ class Block:
     stage: str
     depth: int
 
+    @property
+    def key(self) -> str:
+        """Its key in the stage."""
+        return self.name.rpartition(".")[2]
+
 
 class Architecture(Settings):
-    """A UNet.
+    """The architecture of a UNet.
 
     Attributes:
         channels: of each level, the outermost first.
-        heads: of attention, of each level.
-        down: stages on the way down, the outermost first.
-        middle: the stage between.
-        up: stages on the way up, the deepest first.
+        heads: attention heads of each level.
+        down: down stages, the outermost first.
+        middle: the middle stage.
+        up: up stages, the deepest first.
         context: width of the encoded caption.
         groups: of the norms.
         sample_size: side of the latent.
         in_channels: of the latent.
-        out_channels: of what is predicted.
+        out_channels: of the prediction.
         linear_projection: whether attention blocks begin and end with a linear layer, not a 1x1 convolution.
         upcast_attention: whether attention is computed in float32.
-        guidance_embedding: numbers in which w is told (`snapfusion.models.guidance_embedding`); null for none.
+        guidance_embedding: size of the guidance embedding of a w-conditioned UNet; null for none.
     """
 
     channels: tuple[PositiveInt, ...]
@@ -98,20 +104,21 @@ class Architecture(Settings):
     guidance_embedding: PositiveInt | None = None
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _is_consistent(self) -> Self:
         levels = len(self.channels)
         if not len(self.heads) == len(self.down) == len(self.up) == levels:
             raise ValueError(
                 f"{levels} levels of channels, {len(self.heads)} of heads, {len(self.down)} stages down and "
-                f"{len(self.up)} up: all must be as many"
+                f"{len(self.up)} up: the numbers must be equal"
             )
         for level in range(levels):
+            up = levels - 1 - level
             given = 1 + sum(layer.skip for layer in self.down[level])
-            taken = sum(layer.skip for layer in self.up[levels - 1 - level])
-            if given != taken:
+            used = sum(layer.skip for layer in self.up[up])
+            if given != used:
                 raise ValueError(
-                    f"down_blocks.{level} hands {given} tensors to up_blocks.{levels - 1 - level}, its input "
-                    f"being one; {taken} are taken there"
+                    f"down_blocks.{level} has {given} skip connections, its input included; "
+                    f"up_blocks.{up} uses {used}"
                 )
         for stage in self.stages:
             self._check_stage(stage)
@@ -123,15 +130,15 @@ class Architecture(Settings):
             ("resnets", [layer.resnet for layer in layers if layer.resnet is not None]),
             ("attentions", [key for layer in layers for key in layer.attentions]),
         ):
-            if twice := [key for key, count in Counter(keys).items() if count > 1]:
-                raise ValueError(f"{stage}.{kind}.{twice[0]} stands in two places")
-        for layer, (given, wanted) in zip(layers, self.widths(stage), strict=True):
-            if layer.resnet is None and given != wanted:
+            if repeated := [key for key, count in Counter(keys).items() if count > 1]:
+                raise ValueError(f"{stage}.{kind}.{repeated[0]} is in the stage more than once")
+        for layer, in_channels, out_channels in self.layer_channels(stage):
+            if layer.resnet is None and in_channels != out_channels:
                 raise ValueError(
-                    f"{stage}: a layer without a ResNet block has {given} channels, not {wanted}"
+                    f"{stage}: a layer without a ResNet block has {in_channels} channels, not {out_channels}"
                 )
-            if layer.resnet is not None and not layer.whole and given == wanted:
-                raise ValueError(f"{stage}.resnets.{layer.resnet}: no shortcut remains where channels stay")
+            if layer.resnet is not None and not layer.whole and in_channels == out_channels:
+                raise ValueError(f"{stage}.resnets.{layer.resnet} keeps its channels: no shortcut remains")
 
     @property
     def stages(self) -> dict[str, StageLayers]:
@@ -152,113 +159,104 @@ class Architecture(Settings):
             depth = self.level(stage)
             for layer in layers:
                 if layer.resnet is not None and layer.whole:
-                    yield Block(
-                        name=f"{stage}.resnets.{layer.resnet}", kind="resnet", stage=stage, depth=depth
-                    )
+                    name = f"{stage}.resnets.{layer.resnet}"
+                    yield Block(name=name, kind="resnet", stage=stage, depth=depth)
                 for key in layer.attentions:
                     yield Block(name=f"{stage}.attentions.{key}", kind="attention", stage=stage, depth=depth)
 
     def level(self, stage: str) -> int:
-        """How many times the latent was halved before the stage."""
+        """Return the number of halvings of the latent before the stage."""
         side, _, number = stage.partition(".")
         deepest = len(self.channels) - 1
         if side == "mid_block":
             return deepest
         return int(number) if side == "down_blocks" else deepest - int(number)
 
-    def widths(self, stage: str) -> list[tuple[int, int]]:
-        """Channels before and after each layer's ResNet block; before, with those of a tensor taken in."""
-        level = self.level(stage)
-        wanted = self.channels[level]
+    def layer_channels(self, stage: str) -> list[tuple[Layer, int, int]]:
+        """Return each layer of a stage with its channels before and after the ResNet block.
+
+        Those before include the channels of a concatenated skip connection.
+        """
+        is_up, level = stage.startswith("up"), self.level(stage)
+        out_channels = self.channels[level]
         outer = self.channels[max(level - 1, 0)]
+        in_channels = out_channels
         if stage.startswith("down"):
-            given = outer
-        else:
-            given = (
-                self.channels[min(level + 1, len(self.channels) - 1)] if stage.startswith("up") else wanted
-            )
-        # Taken in the reverse order of handing over: the stage's own layers first, its input last.
-        taken = [wanted] * (sum(layer.skip for layer in self.stages[stage]) - 1) + [outer]
-        widths = []
+            in_channels = outer
+        elif is_up:
+            in_channels = self.channels[min(level + 1, len(self.channels) - 1)]
+        # Skip connections are used in reverse: those of the level's own layers first, its input last.
+        skips = [out_channels] * (sum(layer.skip for layer in self.stages[stage]) - 1) + [outer]
+        found = []
         for layer in self.stages[stage]:
-            extra = taken.pop(0) if stage.startswith("up") and layer.skip else 0
-            widths.append((given + extra, wanted))
-            given = wanted
-        return widths
+            extra = skips.pop(0) if is_up and layer.skip else 0
+            found.append((layer, in_channels + extra, out_channels))
+            in_channels = out_channels
+        return found
 
     def without(self, name: str) -> Self:
-        """The architecture with the block of that name removed. SnapFusion Alg. 1, A^-.
+        """Remove a block. SnapFusion Alg. 1, A^-.
 
-        What remains is what `snapfusion.models.blocks.skipping_blocks` computes: nothing, or the shortcut of a ResNet
-        block that changes the number of channels.
+        The result computes what `snapfusion.models.blocks.skipping_blocks` does: a ResNet block that changes
+        the number of channels leaves its shortcut.
 
         Raises:
             ArchitectureError: if there is no such block.
         """
         block = self._block(name)
-        key = name.rpartition(".")[2]
-        changing = {
-            layer.resnet: given != wanted
-            for layer, (given, wanted) in zip(self.stages[block.stage], self.widths(block.stage), strict=True)
-        }
+        removed = {"whole": False} if self._changes_channels(block) else {"resnet": None}
 
         def change(layer: Layer) -> list[Layer]:
             if block.kind == "attention":
-                left = tuple(other for other in layer.attentions if other != key)
-                return [layer.model_copy(update={"attentions": left})]
-            if layer.resnet != key:
-                return [layer]
-            return [layer.model_copy(update={"whole": False} if changing[key] else {"resnet": None})]
+                rest = tuple(key for key in layer.attentions if key != block.key)
+                return [layer.model_copy(update={"attentions": rest})]
+            return [layer.model_copy(update=removed) if layer.resnet == block.key else layer]
 
         return self._with_stage(block.stage, change)
 
     def with_copy(self, name: str) -> Self:
-        """The architecture with a copy of the block beside it. SnapFusion Alg. 1, A^+.
+        """Insert a copy of a block after it. SnapFusion Alg. 1, A^+.
 
         Raises:
             ArchitectureError: if there is no such block, or it changes the number of channels, so that its
-                weights fit nowhere beside it.
+                weights do not fit after it.
         """
         block = self._block(name)
-        key = name.rpartition(".")[2]
-        if not self.can_copy(name):
-            raise ArchitectureError(f"{name} changes the number of channels: a copy fits nowhere beside it")
-        copy = _next_copy(key, taken=self._keys(block))
+        if self._changes_channels(block):
+            raise ArchitectureError(f"{name} changes the number of channels: a copy does not fit after it")
+        layers = self.stages[block.stage]
+        resnets = {layer.resnet for layer in layers if layer.resnet is not None}
+        attentions = {key for layer in layers for key in layer.attentions}
+        copy = _next_copy(block.key, existing=attentions if block.kind == "attention" else resnets)
 
         def change(layer: Layer) -> list[Layer]:
             if block.kind == "attention":
-                keys = [(other, copy) if other == key else (other,) for other in layer.attentions]
-                return [layer.model_copy(update={"attentions": tuple(key for pair in keys for key in pair)})]
-            if layer.resnet != key:
+                keys = [(key, copy) if key == block.key else (key,) for key in layer.attentions]
+                return [layer.model_copy(update={"attentions": tuple(itertools.chain(*keys))})]
+            if layer.resnet != block.key:
                 return [layer]
-            # On the way down a layer hands over what it ends with.
+            # The skip connection is the output of a down layer, but part of the input of an up layer.
             down = block.stage.startswith("down")
-            first = Layer(resnet=key, skip=layer.skip and not down)
+            first = Layer(resnet=block.key, skip=layer.skip and not down)
             second = Layer(resnet=copy, attentions=layer.attentions, skip=layer.skip and down)
             return [first, second]
 
         return self._with_stage(block.stage, change)
 
     def can_copy(self, name: str) -> bool:
-        """Whether a copy of the block fits beside it: it has as many channels before as after."""
-        block = self._block(name)
-        if block.kind == "attention":
-            return True
-        key = name.rpartition(".")[2]
-        widths = dict(
-            zip((layer.resnet for layer in self.stages[block.stage]), self.widths(block.stage), strict=True)
-        )
-        given, wanted = widths[key]
-        return given == wanted
+        """Whether a copy of the block fits after it, because it keeps the number of channels."""
+        return not self._changes_channels(self._block(name))
 
     def counts(self) -> dict[tuple[str, BlockKind], int]:
-        """Blocks of each stage and kind."""
-        found: dict[tuple[str, BlockKind], int] = {
-            (stage, kind): 0 for stage in self.stages for kind in ("attention", "resnet")
-        }
-        for block in self.blocks:
-            found[block.stage, block.kind] += 1
-        return found
+        """Count the blocks of each stage and kind."""
+        found = Counter((block.stage, block.kind) for block in self.blocks)
+        kinds: tuple[BlockKind, ...] = ("attention", "resnet")
+        return {(stage, kind): found[stage, kind] for stage in self.stages for kind in kinds}
+
+    def changed(self, **fields: Any) -> Self:  # noqa: ANN401 - of the fields' own types
+        """Return a validated copy with other values."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**values, **fields})
 
     def _block(self, name: str) -> Block:
         found = next((block for block in self.blocks if block.name == name), None)
@@ -267,11 +265,11 @@ class Architecture(Settings):
             raise ArchitectureError(f"the architecture has no block {name!r}; its blocks are {names}")
         return found
 
-    def _keys(self, block: Block) -> set[str]:
-        layers = self.stages[block.stage]
-        if block.kind == "attention":
-            return {key for layer in layers for key in layer.attentions}
-        return {layer.resnet for layer in layers if layer.resnet is not None}
+    def _changes_channels(self, block: Block) -> bool:
+        return block.kind == "resnet" and any(
+            layer.resnet == block.key and in_channels != out_channels
+            for layer, in_channels, out_channels in self.layer_channels(block.stage)
+        )
 
     def _with_stage(self, name: str, change: Callable[[Layer], list[Layer]]) -> Self:
         layers = tuple(layer for old in self.stages[name] for layer in change(old))
@@ -279,30 +277,26 @@ class Architecture(Settings):
         if side == "mid_block":
             return self.changed(middle=layers)
         field = "down" if side == "down_blocks" else "up"
-        stages: tuple[StageLayers, ...] = getattr(self, field)
-        place = int(number)
-        return self.changed(**{field: (*stages[:place], layers, *stages[place + 1 :])})
-
-    def changed(self, **fields: Any) -> Self:  # noqa: ANN401 - of the fields' own types
-        """The architecture with other values, which are checked as all are."""
-        values = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self)(**{**values, **fields})
+        stages = list(getattr(self, field))
+        stages[int(number)] = layers
+        return self.changed(**{field: tuple(stages)})
 
 
 def origin_of(key: str) -> str:
-    """The key of the block that a copy was made of; a block that is no copy is its own origin."""
+    """Return the key of the block that a copy was made of; any other key is returned unchanged."""
     return key.partition("+")[0]
 
 
 def efficient_architecture(origin: Architecture) -> Architecture:
-    """SnapFusion Table 3, column "Ours" made of column "Origin", read literally; the same for smaller twins.
+    """Change `origin` as SnapFusion Table 3 changes column "Origin" to column "Ours", read literally.
 
-    No cross-attention on the outermost level. On the deepest that has any, one ResNet block fewer each way,
-    and twice the cross-attention on the way up. Below it and in the middle, 4 ResNet blocks of 7. A ResNet
-    block of the way down goes with the one that takes its output on the way up; the rest keep their weights.
+    The outermost level has no cross-attention. The deepest level with cross-attention has one ResNet block
+    fewer in each direction, and twice the cross-attention in its up stage. The levels below it have 4 ResNet
+    blocks of 7. A removed ResNet block of a down stage is removed with the one that uses its output in the up
+    stage; the others keep their weights.
 
     Raises:
-        ArchitectureError: if there are fewer than three levels: these rows of the table would be one.
+        ArchitectureError: for fewer than three levels, which the table does not apply to.
     """
     deepest = len(origin.channels) - 1
     if deepest < 2:
@@ -310,8 +304,7 @@ def efficient_architecture(origin: Architecture) -> Architecture:
     down, up = list(origin.down), list(origin.up)
     down[0] = _without_attention(down[0])
     up[deepest] = _without_attention(up[deepest])
-    attentive = deepest - 1
-    down[attentive] = _in_one_layer(down[attentive])
+    down[deepest - 1] = _in_one_layer(down[deepest - 1])
     up[1] = _in_fewer_layers(up[1])
     down[deepest] = down[deepest][:1]
     up[0] = up[0][1:]
@@ -324,15 +317,15 @@ def _without_attention(stage: StageLayers) -> StageLayers:
 
 
 def _in_one_layer(stage: StageLayers) -> StageLayers:
-    """The first ResNet block, and all cross-attention after it."""
+    """Keep the first ResNet block, with all cross-attention after it."""
     keys = tuple(key for layer in stage for key in layer.attentions)
     return (stage[0].model_copy(update={"attentions": keys}),)
 
 
 def _in_fewer_layers(stage: StageLayers) -> StageLayers:
-    """Without the first ResNet block, and each cross-attention beside a copy, in equal parts."""
+    """Drop the first ResNet block; copy each cross-attention, and spread them equally over the layers."""
     keys = [key for layer in stage for key in layer.attentions]
-    doubled = [key for old in keys for key in (old, _next_copy(old, taken=set(keys)))]
+    doubled = [key for old in keys for key in (old, _next_copy(old, existing=set(keys)))]
     layers = stage[1:]
     share = len(doubled) // len(layers)
     return tuple(
@@ -341,8 +334,6 @@ def _in_fewer_layers(stage: StageLayers) -> StageLayers:
     )
 
 
-def _next_copy(key: str, *, taken: set[str]) -> str:
-    number = 1
-    while f"{origin_of(key)}+{number}" in taken:
-        number += 1
-    return f"{origin_of(key)}+{number}"
+def _next_copy(key: str, *, existing: set[str]) -> str:
+    copies = (f"{origin_of(key)}+{number}" for number in itertools.count(1))
+    return next(copy for copy in copies if copy not in existing)

@@ -1,4 +1,4 @@
-"""A UNet's blocks by name, and the UNet without some of them.
+"""A UNet's blocks by name, and evaluation of the UNet without some of them.
 
 SnapFusion's unit of architecture (Sec. 3.1, Table 3) is the block: a ResNet block, or a cross-attention
 block, which is one `Transformer2DModel` of self-attention, cross-attention and feed-forward.
@@ -19,16 +19,16 @@ from snapfusion.models.unet import BlockUNet, architecture_of
 
 
 def blocks_of(unet: UNet2DConditionModel | BlockUNet) -> tuple[Block, ...]:
-    """The blocks of `unet`, in the order of computation."""
+    """Return the blocks of `unet` in the order of computation."""
     return architecture_of(unet).blocks
 
 
 @contextmanager
 def skipping_blocks(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> Iterator[None]:
-    """Within it, the named blocks of `unet` hand on what they are given; their work is not computed.
+    """Skip the named blocks of `unet` within the context: their input is passed through.
 
-    A ResNet block that changes the number of channels keeps its 1x1 shortcut, which is what is left of it
-    when its residual is zero. Not for two threads at once: the blocks are changed in place, then restored.
+    A ResNet block that changes the number of channels keeps its 1x1 shortcut. Not thread-safe: the blocks are
+    changed in place, then restored.
 
     Raises:
         ValueError: if `unet` has no block of one of the names.
@@ -40,19 +40,19 @@ def skipping_blocks(unet: UNet2DConditionModel | BlockUNet, names: Collection[st
         yield
     finally:
         for module in modules:
-            del module.forward  # the class's own shows again
+            del module.forward  # uncovers the method of the class
 
 
 def set_skipped_blocks(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> None:
-    """As `skipping_blocks`, of all blocks exactly those named, until it is called again; with none, `unet` is whole.
+    """Skip exactly the named blocks of `unet`, as `skipping_blocks` does, until the next call.
 
     Raises:
         ValueError: if `unet` has no block of one of the names.
     """
-    chosen = _modules(unet, names)
+    modules = _modules(unet, names)
     for block in blocks_of(unet):
         vars(unet.get_submodule(block.name)).pop("forward", None)
-    for module in chosen:
+    for module in modules:
         module.forward = _pass_through(module)
 
 
@@ -64,7 +64,7 @@ def _modules(unet: UNet2DConditionModel | BlockUNet, names: Collection[str]) -> 
     return [unet.get_submodule(name) for name in names]
 
 
-def _pass_through(module: nn.Module) -> Any:  # noqa: ANN401 - it stands for the forward of either class
+def _pass_through(module: nn.Module) -> Any:  # noqa: ANN401 - it replaces the forward of either class
     if isinstance(module, ResnetBlock2D):
         shortcut = module.conv_shortcut
         scale = module.output_scale_factor

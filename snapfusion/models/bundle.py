@@ -1,4 +1,4 @@
-"""A whole Stable Diffusion: text encoder, UNet, VAE and schedule, behind the few verbs the method needs."""
+"""A complete Stable Diffusion model: text encoder, UNet, VAE and schedule."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from snapfusion.schedule import Estimate, PredictionType, Schedule
 
 @dataclass(kw_only=True)
 class Bundle:
-    """The teacher or the student as one thing.
+    """A teacher or student model.
 
-    letter   meaning                                shape
+    symbol   meaning                                shape
     c        encoded caption                        [B,L,D] float32
     z_t      noisy latent, unit variance            [B,4,h,w] float32
     w        guidance scale, 1 is no guidance       a number, or [B,1,1,1]
 
-    The networks run in the dtype they hold; all arithmetic round them is float32. `distillation` says, of a
-    model that was distilled, for which steps and guidance (`snapfusion.models.save.DISTILLATION_FILE`).
+    Networks run in their own dtype; all arithmetic around them is float32. `distillation` holds the steps and
+    guidance of a distilled model (`snapfusion.models.save.DISTILLATION_FILE`), None for any other.
     """
 
     tokenizer: CLIPTokenizer
@@ -48,17 +48,17 @@ class Bundle:
 
     @property
     def networks(self) -> dict[str, Any]:
-        """The three networks by the names of their folders."""
+        """The networks by folder name."""
         return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """Device of the networks."""
         return self.unet.device
 
     @property
     def scaling_factor(self) -> float:
-        """What the posterior mean is multiplied by, exactly once, to make a latent."""
+        """Factor from the VAE's posterior mean to a latent, applied exactly once."""
         return float(self.vae.config["scaling_factor"])
 
     @property
@@ -69,12 +69,12 @@ class Bundle:
 
     @property
     def cell(self) -> int:
-        """Pixels of an image's side behind one element of the latent's: 8 in Stable Diffusion."""
+        """Pixels per latent element along a side: 8 in Stable Diffusion."""
         return int(2 ** (len(self.vae.config["block_out_channels"]) - 1))
 
     @property
     def granularity(self) -> int:
-        """What an image's sides are multiples of, in pixels, so that each level of the UNet halves evenly."""
+        """Pixels of which image sides must be multiples, so that each level of the UNet halves evenly."""
         return int(self.cell * 2 ** (len(self.unet.down_blocks) - 1))
 
     @property
@@ -83,62 +83,62 @@ class Bundle:
         return self.latent_shape[1] * self.cell
 
     def resize(self, size: int) -> Self:
-        """Draw images of `size` pixels from now on, and say so where the model is saved; weights stay.
+        """Set the image size in pixels; saved with the model. No weight depends on it.
 
         Raises:
-            ValueError: if the size is no multiple of the granularity.
+            ValueError: unless the size is a multiple of the granularity.
         """
         if size < 1 or size % self.granularity:
-            raise ValueError(f"size {size} given; {self.source} draws multiples of {self.granularity}")
+            raise ValueError(f"size is {size}; {self.source} needs a multiple of {self.granularity}")
         if size != self.image_size:
             resize_unet(self.unet, side=size // self.cell)
         return self
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Move the networks; their fingerprint stays that of the weights as loaded."""
+        """Move the networks; the fingerprint stays that of the weights as loaded."""
         self.fingerprint()
         for network in self.networks.values():
-            # diffusers' own `to` warns of modules to keep in float32, of which these networks have none.
+            # diffusers' own `to` warns about modules to keep in float32, which these networks do not have.
             nn.Module.to(network, device=device, dtype=dtype)
         return self
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of the weights of each network, whatever file they came from."""
+        """SHA-256 of the weights of each network, independent of their file format."""
         if not self._fingerprint:
             self._fingerprint = {name: weight_hash(network) for name, network in self.networks.items()}
         return dict(self._fingerprint)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Captions as token ids, int64 [B,L]."""
+        """Tokenize captions to int64 [B,L]."""
         return tokenize(self.tokenizer, captions)
 
     @torch.inference_mode()
     def encode_text(self, ids: Tensor) -> Tensor:
-        """The condition c, float32 [B,L,D], of token ids int64 [B,L]."""
+        """Encode token ids, int64 [B,L], to the condition c, float32 [B,L,D]."""
         hidden = self.text_encoder(ids.to(self.device)).last_hidden_state
         return hidden.float()
 
     def null_condition(self) -> Tensor:
-        """The encoded empty string, float32 [1,L,D]: what "unconditional" means in SnapFusion Eq. 3."""
+        """Encode the empty caption, float32 [1,L,D]: the unconditional input of SnapFusion Eq. 3."""
         return self.encode_text(self.tokenize([""]))
 
     def predict(self, z_t: Tensor, t: Tensor, c: Tensor, *, w: Tensor | float = 1.0) -> Tensor:
-        """The UNet's own output, eps or v, float32 [B,4,h,w]; `w` matters to a UNet that is told it alone."""
-        dtype, heard = self.unet.dtype, None
+        """Run the UNet: eps or v, float32 [B,4,h,w]; only a w-conditioned UNet uses `w`."""
+        dtype, timestep_cond = self.unet.dtype, None
         if has_guidance_embedding(self.unet):
             scale = torch.as_tensor(w, dtype=torch.float32, device=z_t.device).flatten().expand(len(z_t))
             size = int(self.unet.config["time_cond_proj_dim"])
-            heard = guidance_embedding(scale, size=size).to(dtype)
+            timestep_cond = guidance_embedding(scale, size=size).to(dtype)
         output: Tensor = self.unet(
-            z_t.to(dtype), t, encoder_hidden_states=c.to(dtype), timestep_cond=heard
+            z_t.to(dtype), t, encoder_hidden_states=c.to(dtype), timestep_cond=timestep_cond
         ).sample
         return output.float()
 
     def denoiser(self, c: Tensor, *, w: Tensor | float = 1.0, c_null: Tensor | None = None) -> Denoiser:
-        """The teacher with caption and guidance bound. SnapFusion Eq. 3 (Eq. 10 for v).
+        """Bind caption and guidance to the UNet. SnapFusion Eq. 3 (Eq. 10 for v).
 
-        Both halves of the guidance go through the UNet as one batch of 2B. With w = 1 as a number the
-        unconditional half is not computed, and a UNet that is told w needs none.
+        Both halves of the guidance are one batch of 2B. The unconditional half is not computed for w = 1
+        given as a number, nor for a w-conditioned UNet.
         """
         unguided = has_guidance_embedding(self.unet) or (not isinstance(w, Tensor) and w == 1.0)
         if c_null is None and not unguided:
@@ -157,19 +157,19 @@ class Bundle:
 
     @torch.inference_mode()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Latents float32 [B,4,h,w] of uint8 images [B,3,H,W]: posterior mean times the scaling factor."""
+        """Encode uint8 images [B,3,H,W] to latents float32 [B,4,h,w]: posterior mean times scaling factor."""
         pixels = images.to(device=self.device, dtype=torch.float32) / 127.5 - 1.0
         mean = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean
         return mean.float() * self.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images float32 [B,3,H,W] in [-1, 1], clamped, of latents float32 [B,4,h,w]."""
+        """Decode latents float32 [B,4,h,w] to images float32 [B,3,H,W], clamped to [-1, 1]."""
         unscaled = latents.to(self.device) / self.scaling_factor
         images: Tensor = self.vae.decode(unscaled.to(self.vae.dtype)).sample
         return images.float().clamp(-1.0, 1.0)
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the model to a table or a checkpoint that was made with it."""
+        """Identify the model in tables and checkpoints that were made with it."""
         return {
             "weights": self.fingerprint(),
             "prediction_type": self.prediction_type,
@@ -184,7 +184,7 @@ class Bundle:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images float [-1, 1] as uint8 of the same shape, rounded to nearest."""
+    """Convert float images in [-1, 1] to uint8 of the same shape, rounded to nearest."""
     return ((images.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""A seal on a folder: the SHA-256 of every file in it, in the format that `sha256sum -c` reads."""
+"""Checksums of a folder: the SHA-256 of each of its files, in the format of `sha256sum -c`."""
 
 from __future__ import annotations
 
@@ -9,36 +9,34 @@ CHECKSUMS_FILE = "SHA256SUMS"
 
 
 class ChecksumError(ValueError):
-    """A sealed folder in which a file is missing, altered or added."""
+    """A folder in which a file is missing, altered or added since its checksums were written."""
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the seal over every file below `folder`; the last thing done to it."""
+    """Write the checksums of every file below `folder`; call it after the last change to the folder."""
     lines = [f"{file_hash(folder / name)}  {name}\n" for name in _files(folder)]
     (folder / CHECKSUMS_FILE).write_text("".join(lines))
 
 
 def verify_checksums(folder: Path) -> bool:
-    """Compare a folder with its seal; False if it has none (a folder made by others).
+    """Compare a folder with its checksums; return False if it has none, as folders of other programs.
 
     Raises:
-        SealError: naming the first file that is missing, altered or added.
+        ChecksumError: naming the first file that is missing, altered or added.
     """
     if not (folder / CHECKSUMS_FILE).is_file():
         return False
-    stated: dict[str, str] = {}
+    expected: dict[str, str] = {}
     for line in (folder / CHECKSUMS_FILE).read_text().splitlines():
-        hexadecimal, name = line.split("  ", 1)
-        stated[name] = hexadecimal
-    for name in sorted(stated.keys() | set(_files(folder))):
-        if name not in stated:
-            raise ChecksumError(f"{folder}: {name} was added after the folder was sealed")
+        checksum, name = line.split("  ", 1)
+        expected[name] = checksum
+    for name in sorted(expected.keys() | set(_files(folder))):
+        if name not in expected:
+            raise ChecksumError(f"{folder}: {name} was added after {CHECKSUMS_FILE} was written")
         if not (folder / name).is_file():
             raise ChecksumError(f"{folder}: {name} is missing; copy the folder again")
-        if file_hash(folder / name) != stated[name]:
-            raise ChecksumError(
-                f"{folder}: {name} was altered: its SHA-256 is not the one in {CHECKSUMS_FILE}"
-            )
+        if file_hash(folder / name) != expected[name]:
+            raise ChecksumError(f"{folder}: {name} was altered: {CHECKSUMS_FILE} has another SHA-256")
     return True
 
 

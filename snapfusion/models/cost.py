@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +13,17 @@ from snapfusion.models.architecture import Architecture, BlockKind
 from snapfusion.models.unet import BlockUNet
 
 NUM_TOKENS = 77
-"""Of an encoded caption, in CLIP."""
+"""Tokens of an encoded caption, in CLIP."""
+ENDS = "ends"
+"""The first and last convolution and the timestep embedding, as a stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a part of a UNet takes.
+    """Cost of a part of a UNet.
 
     Attributes:
-        parameters: numbers that are learned.
+        parameters: number of learned parameters.
         macs: multiply-accumulates of a pass for one latent, in convolutions, linear layers and attention.
     """
 
@@ -32,39 +33,38 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(parameters=self.parameters + other.parameters, macs=self.macs + other.macs)
 
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(parameters=self.parameters - other.parameters, macs=self.macs - other.macs)
+
 
 ZERO_COST = Cost(parameters=0, macs=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """The costs of a UNet.
+    """Costs of a UNet.
 
     Attributes:
-        blocks: by the names of its blocks.
-        rest: by stage, what is no block of Table 3: samplers and shortcuts that remain; "ends" is the first
-            and last convolution and what embeds the timestep.
+        blocks: by block name.
+        rest: by stage, or `ENDS`: everything that is no block of Table 3, such as samplers and shortcuts.
     """
 
     blocks: dict[str, Cost]
     rest: dict[str, Cost]
 
     @property
-    def whole(self) -> Cost:
-        """Of all of it."""
+    def total(self) -> Cost:
+        """Cost of the whole UNet."""
         return sum((*self.blocks.values(), *self.rest.values()), ZERO_COST)
 
     def of_stage(self, stage: str) -> Cost:
-        """Of a stage: its blocks, and the rest of it."""
-        mine = (cost for name, cost in self.blocks.items() if name.startswith(f"{stage}."))
-        return sum(mine, self.rest.get(stage, ZERO_COST))
-
-
-ENDS = "ends"
+        """Return the cost of a stage, or of `ENDS`."""
+        blocks = (cost for name, cost in self.blocks.items() if name.startswith(f"{stage}."))
+        return sum(blocks, self.rest.get(stage, ZERO_COST))
 
 
 def costs_of(architecture: Architecture, *, tokens: int = NUM_TOKENS) -> Costs:
-    """Counted on the true shapes, without any weights being made.
+    """Count the costs of a UNet with the true tensor shapes, on torch's meta device.
 
     Args:
         architecture: of the UNet.
@@ -72,76 +72,54 @@ def costs_of(architecture: Architecture, *, tokens: int = NUM_TOKENS) -> Costs:
     """
     with torch.device("meta"):
         unet = BlockUNet.of(architecture)
-        side = architecture.sample_size
-        told = architecture.guidance_embedding
+        side, embedding = architecture.sample_size, architecture.guidance_embedding
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             unet(
                 torch.empty(1, architecture.in_channels, side, side),
                 torch.zeros(1),
                 torch.empty(1, tokens, architecture.context),
-                timestep_cond=None if told is None else torch.empty(1, told),
+                timestep_cond=None if embedding is None else torch.empty(1, embedding),
             )
-    # Keys are "BlockUNet.down_blocks.0…"; "Global" is the whole.
-    flops = {
-        path.partition(".")[2]: sum(counted.values()) for path, counted in counter.get_flop_counts().items()
-    }
-    macs = {path: count // 2 for path, count in flops.items()}
-    blocks = {
-        block.name: Cost(parameters=_parameters(unet.get_submodule(block.name)), macs=macs.get(block.name, 0))
-        for block in architecture.blocks
-    }
-    stages = {
-        stage: Cost(parameters=_parameters(unet.get_submodule(stage)), macs=macs.get(stage, 0))
-        for stage in architecture.stages
-    }
-    whole = Cost(parameters=_parameters(unet), macs=sum(counter.get_flop_counts()["Global"].values()) // 2)
-    rest = {
-        stage: _minus(cost, [blocks[block.name] for block in architecture.blocks if block.stage == stage])
-        for stage, cost in stages.items()
-    }
-    return Costs(blocks=blocks, rest={**rest, ENDS: _minus(whole, list(stages.values()))})
+    # Keys are module paths such as "BlockUNet.down_blocks.0"; "Global" is the whole network.
+    flops = {path.partition(".")[2]: sum(ops.values()) for path, ops in counter.get_flop_counts().items()}
+    flops[""] = sum(counter.get_flop_counts()["Global"].values())
 
+    def cost(path: str) -> Cost:
+        return Cost(parameters=_parameters(unet.get_submodule(path)), macs=flops.get(path, 0) // 2)
 
-def _minus(cost: Cost, parts: list[Cost]) -> Cost:
-    taken = sum(parts, ZERO_COST)
-    return Cost(parameters=cost.parameters - taken.parameters, macs=cost.macs - taken.macs)
+    blocks = {block.name: cost(block.name) for block in architecture.blocks}
+    stages = {stage: cost(stage) for stage in architecture.stages}
+    rest = {stage: stages[stage] for stage in stages}
+    for block in architecture.blocks:
+        rest[block.stage] -= blocks[block.name]
+    rest[ENDS] = cost("") - sum(stages.values(), ZERO_COST)
+    return Costs(blocks=blocks, rest=rest)
 
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockCountRow:
-    """A row of Table 3."""
-
-    stage: str
-    resolution: int
-    kind: str
-    dimension: int
-    blocks: int
-
-
 _KINDS: dict[BlockKind, str] = {"attention": "Cross Attention", "resnet": "ResNet"}
 
 
-def block_count_rows(architecture: Architecture) -> Iterator[BlockCountRow]:
-    """The rows of SnapFusion Table 3, whose "Mid" is all that is at the deepest resolution."""
-    counts = architecture.counts()
-    for name, stages in paper_stages(architecture).items():
-        level = architecture.level(stages[0])
-        for kind, words in _KINDS.items():
-            yield BlockCountRow(
-                stage=name,
-                resolution=architecture.sample_size >> level,
-                kind=words,
-                dimension=architecture.channels[level],
-                blocks=sum(counts[stage, kind] for stage in stages),
-            )
+def block_count_table(*architectures: Architecture) -> list[tuple[Any, ...]]:
+    """SnapFusion Table 3: (stage, resolution, kind, dimension, blocks of each UNet).
+
+    "Mid" is all that is at the deepest resolution. All UNets have the levels of the first.
+    """
+    first, counts = architectures[0], [architecture.counts() for architecture in architectures]
+    rows = []
+    for name, stages in paper_stages(first).items():
+        level = first.level(stages[0])
+        for kind, label in _KINDS.items():
+            numbers = [sum(count[stage, kind] for stage in stages) for count in counts]
+            rows.append((name, first.sample_size >> level, label, first.channels[level], *numbers))
+    return rows
 
 
 def paper_stages(architecture: Architecture) -> dict[str, list[str]]:
-    """The stages behind each stage of SnapFusion Table 3 and Fig. 2: "Down-1", ..., "Mid", ..., "Up-3"."""
+    """Group the stages as SnapFusion Table 3 and Fig. 2 do: "Down-1", .., "Mid", .., "Up-3"."""
     deepest = len(architecture.channels) - 1
     groups: dict[str, list[str]] = {}
     for stage in architecture.stages:
@@ -156,12 +134,3 @@ def _paper_name(stage: str, *, deepest: int) -> str:
     if side == "up_blocks" and int(number) > 0:
         return f"Up-{number}"
     return "Mid"
-
-
-def block_count_table(*architectures: Architecture) -> list[tuple[Any, ...]]:
-    """SnapFusion Table 3: stage, resolution, kind, dimension, each UNet's blocks; all have as many stages."""
-    tables = [list(block_count_rows(architecture)) for architecture in architectures]
-    return [
-        (row[0].stage, row[0].resolution, row[0].kind, row[0].dimension, *(one.blocks for one in row))
-        for row in zip(*tables, strict=True)
-    ]

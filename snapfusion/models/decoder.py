@@ -1,7 +1,7 @@
-"""The efficient image decoder: Stable Diffusion's own decoder at half its width. SnapFusion Sec. 3.2 and B.2.
+"""The efficient image decoder: Stable Diffusion's decoder at half its width. SnapFusion Sec. 3.2 and B.2.
 
-A folder holds one: config.json, which carries the weights' SHA-256, and decoder.safetensors. In the folder's
-terms a latent is scaled, as everywhere in this project: posterior mean times the VAE's scaling factor.
+It is saved as a folder of config.json, which holds the SHA-256 of the weights, and decoder.safetensors. Its
+input is a scaled latent: posterior mean times the VAE's scaling factor.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 class DecoderError(ValueError):
-    """A decoder folder that cannot be trusted or used; the message says what is wrong with it."""
+    """A decoder folder that is incomplete, altered or unsafe."""
 
 
 class DecoderConfig(Settings):
-    """The shape of a half-width decoder, as values.
+    """Configuration of a half-width decoder.
 
     Attributes:
         latent_channels: channels of the latent, 4 in Stable Diffusion.
         out_channels: channels of the image.
         block_out_channels: width of each level, the finest first.
-        layers_per_block: ResNets of a level, less one, as diffusers counts.
+        layers_per_block: ResNet blocks of a level minus one, as diffusers counts.
         norm_num_groups: groups of every GroupNorm.
-        mid_block_add_attention: whether the coarsest level attends.
-        use_post_quant_conv: whether a 1x1 convolution comes before the decoder.
-        scaling_factor: a latent is the VAE's posterior mean times this.
+        mid_block_add_attention: whether the coarsest level has attention.
+        use_post_quant_conv: whether a 1x1 convolution precedes the decoder.
+        scaling_factor: from the VAE's posterior mean to a latent.
     """
 
     latent_channels: PositiveInt
@@ -59,21 +59,21 @@ class DecoderConfig(Settings):
 
     @classmethod
     def half_of(cls, vae: AutoencoderKL) -> Self:
-        """Half the channels at every level, and half the groups, so that a group keeps its size.
+        """Halve the channels of every level, and the groups, so that a group keeps its size.
 
         Raises:
-            ValueError: if a width or the number of groups is odd, or the VAE's kind is another.
+            ValueError: if a width or the number of groups is odd, or the VAE's architecture is unsupported.
         """
         full = vae.config
         kinds = set(full.up_block_types)
         if kinds != {"UpDecoderBlock2D"} or full.act_fn != "silu" or full.get("shift_factor"):
             raise ValueError(
                 f"the VAE has up blocks {sorted(kinds)}, activation {full.act_fn!r} and shift factor "
-                f"{full.get('shift_factor')}; only UpDecoderBlock2D, 'silu' and no shift can be halved"
+                f"{full.get('shift_factor')}; only UpDecoderBlock2D, 'silu' and no shift are supported"
             )
         counts = [*full.block_out_channels, full.norm_num_groups]
         if any(count % 2 for count in counts):
-            raise ValueError(f"widths and groups {counts} cannot all be halved; they must be even")
+            raise ValueError(f"widths and groups are {counts}; they must be even to be halved")
         return cls(
             latent_channels=full.latent_channels,
             out_channels=full.out_channels,
@@ -87,13 +87,13 @@ class DecoderConfig(Settings):
 
 
 class HalfDecoder(nn.Module):
-    """Latent [B,4,h,w] -> image [B,3,H,W], with about a quarter of the full decoder's weights. Sec. 3.2."""
+    """Latent [B,4,h,w] -> image [B,3,H,W] with a quarter of the full decoder's parameters. Sec. 3.2."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         channels = config.latent_channels
-        # The 1x1 convolution works on the latent's own channels, of which none can be spared.
+        # Not halved: the 1x1 convolution mixes the channels of the latent itself.
         self.post_quant_conv = (
             nn.Conv2d(channels, channels, kernel_size=1) if config.use_post_quant_conv else nn.Identity()
         )
@@ -109,20 +109,18 @@ class HalfDecoder(nn.Module):
 
     @classmethod
     def from_vae(cls, vae: AutoencoderKL, *, init: Initialization = "leading", seed: int = 0) -> Self:
-        """The half-width decoder of `vae`, float32 on the VAE's device.
+        """Create the half-width decoder of `vae`, float32 on the VAE's device.
 
-        The channel choice of "leading": of every tensor of the full decoder the leading half of each
-        dimension that counts channels is kept. Attention has one head, whose leading half stays. GroupNorm's
-        groups are consecutive channels, and their number is halved with the width, so every group that stays
-        is intact.
-        "random" draws all weights but the post-quant convolution's anew from `seed`; it is there to be
-        compared with.
+        "leading" keeps the leading half of each channel dimension of every tensor. Attention has one head,
+        of which the leading half remains. The groups of a GroupNorm are consecutive channels and their number
+        is halved too, so the remaining groups are complete.
+        "random" draws all weights but those of the post-quant convolution from `seed`, for comparison.
 
         Raises:
             ValueError: if the VAE cannot be halved (see `DecoderConfig.half_of`).
         """
         config = DecoderConfig.half_of(vae)
-        # The seed alone decides what is drawn, and the caller's generator is left as it was.
+        # Forked, so that the weights follow from the seed alone and the caller's generator is unchanged.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             half = cls(config)
@@ -134,24 +132,24 @@ class HalfDecoder(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers training can change, the post-quant convolution's included."""
+        """Number of parameters, including the post-quant convolution."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(self, latent: Tensor) -> Tensor:
-        """The image, [B,3,H,W], about -1 .. 1 but not clamped, for a scaled latent [B,4,h,w]."""
+        """Decode a scaled latent [B,4,h,w] to an image [B,3,H,W], about -1 .. 1 but not clamped."""
         image: Tensor = self.decoder(self.post_quant_conv(latent / self.config.scaling_factor))
         return image
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """The image, [B,3,H,W] in -1 .. 1, for a scaled latent [B,4,h,w]. Without gradients."""
+        """Decode a scaled latent [B,4,h,w] to an image [B,3,H,W] clamped to -1 .. 1, without gradients."""
         return self(latent).clamp(-1.0, 1.0)
 
     def save(self, url: str) -> dict[str, str]:
-        """Write the folder `url`; config.json comes last and names the weights' SHA-256.
+        """Write the folder `url`: first the weights, then config.json with their SHA-256.
 
         Returns:
-            SHA-256 of each file, by name.
+            The SHA-256 of each file, by name.
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         weights = save_safetensors(tensors)
@@ -170,19 +168,32 @@ class HalfDecoder(nn.Module):
 
 
 def load_decoder(url: str) -> HalfDecoder:
-    """The half-width decoder in the folder `url` (a path or any fsspec URL), float32, in eval mode.
+    """Load the half-width decoder in the folder `url` (a path or any fsspec URL), float32, in eval mode.
 
     Raises:
         DecoderError: if the folder holds pickles, a file is missing or altered, or the weights do not fit.
     """
     fs, root = fsspec.core.url_to_fs(url)
-    _refuse_pickles(fs, root=root, url=url)
-    values = _read_config(_read(fs, root=root, name=CONFIG, url=url), url=url)
-    weights = _read(fs, root=root, name=WEIGHTS, url=url)
-    expected, found = values.pop("weights_sha256", None), hashlib.sha256(weights).hexdigest()
-    if expected != found:
+    if not fs.exists(root):
+        raise DecoderError(f"{url} does not exist; a folder with {CONFIG} and {WEIGHTS} is needed")
+    paths = [PurePosixPath(path) for path in fs.ls(root, detail=False)]
+    if pickles := sorted(path.name for path in paths if path.suffix.lower() in PICKLE_SUFFIXES):
         raise DecoderError(
-            f"{url}/{WEIGHTS} was altered: {CONFIG} says SHA-256 {expected}, found {found}; copy it again"
+            f"{url} holds {pickles[0]}: pickled weights can run code when read, and are refused; "
+            "save them as safetensors"
+        )
+    contents: dict[str, bytes] = {}
+    for name in (CONFIG, WEIGHTS):
+        try:
+            contents[name] = fs.cat_file(f"{root}/{name}")
+        except FileNotFoundError:
+            message = f"{url} has no {name}; a folder with {CONFIG} and {WEIGHTS} is needed"
+            raise DecoderError(message) from None
+    values, weights = _parse_config(contents[CONFIG], url=url), contents[WEIGHTS]
+    expected, actual = values.pop("weights_sha256", None), hashlib.sha256(weights).hexdigest()
+    if expected != actual:
+        raise DecoderError(
+            f"{url}/{WEIGHTS} was altered: its SHA-256 is {actual}, {CONFIG} says {expected}; copy it again"
         )
     try:
         decoder = HalfDecoder(DecoderConfig.parse(values))
@@ -192,36 +203,7 @@ def load_decoder(url: str) -> HalfDecoder:
     return decoder.eval()
 
 
-def _leading(full: nn.Module, half: nn.Module) -> Mapping[str, Tensor]:
-    """The leading corner of each of `full`'s tensors, in the shape of `half`'s tensor of that name."""
-    sources = full.state_dict()
-    return {
-        name: sources[name][tuple(slice(size) for size in tensor.shape)].clone()
-        for name, tensor in half.state_dict().items()
-    }
-
-
-def _refuse_pickles(fs: Any, *, root: str, url: str) -> None:  # noqa: ANN401 - fsspec has no types
-    if not fs.exists(root):
-        raise DecoderError(f"{url} does not exist; a folder with {CONFIG} and {WEIGHTS} is needed")
-    names = [PurePosixPath(path).name for path in fs.ls(root, detail=False)]
-    pickles = sorted(name for name in names if PurePosixPath(name).suffix.lower() in PICKLE_SUFFIXES)
-    if pickles:
-        raise DecoderError(
-            f"{url} holds {pickles[0]}: pickled weights can run code when read, and are refused; "
-            "save them as safetensors"
-        )
-
-
-def _read(fs: Any, *, root: str, name: str, url: str) -> bytes:  # noqa: ANN401
-    try:
-        content: bytes = fs.cat_file(f"{root}/{name}")
-    except FileNotFoundError:
-        raise DecoderError(f"{url} has no {name}; a folder with {CONFIG} and {WEIGHTS} is needed") from None
-    return content
-
-
-def _read_config(content: bytes, *, url: str) -> dict[str, Any]:
+def _parse_config(content: bytes, *, url: str) -> dict[str, Any]:
     try:
         values = json.loads(content)
     except ValueError as error:
@@ -230,3 +212,12 @@ def _read_config(content: bytes, *, url: str) -> dict[str, Any]:
     if kind != HalfDecoder.__name__:
         raise DecoderError(f"{url}/{CONFIG} describes a {kind}; a {HalfDecoder.__name__} is needed")
     return values
+
+
+def _leading(full: nn.Module, half: nn.Module) -> Mapping[str, Tensor]:
+    """Cut each tensor of `full` to the shape of `half`'s tensor of that name, keeping its leading corner."""
+    sources = full.state_dict()
+    return {
+        name: sources[name][tuple(slice(size) for size in tensor.shape)].clone()
+        for name, tensor in half.state_dict().items()
+    }

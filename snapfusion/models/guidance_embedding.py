@@ -1,7 +1,8 @@
-"""A UNet that is told the guidance scale and answers in one pass (Meng et al. 2023): the "w-condition".
+"""Guidance embedding of a w-conditioned UNet, which takes the guidance scale as an input.
 
-SnapFusion Sec. 4.2 compares with it (Fig. 6b). Diffusers' own class can hold it, and its stock pipeline
-samples it: the scale goes in beside the timestep, as sines and cosines of 1000 (w - 1).
+It needs one pass instead of two (Meng et al. 2023); SnapFusion Sec. 4.2 compares with it (Fig. 6b). The
+format is diffusers' (`time_cond_proj_dim`), whose stock pipeline can sample such a UNet: sines and cosines of
+1000 (w - 1) are projected and added to the timestep embedding.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from torch import Tensor, nn
 from snapfusion.models.unet import BlockUNet, architecture_of, build_unet
 
 EMBEDDING_SIZE = 256
-"""Numbers that the scale is told in."""
 
 WEIGHT_NAME = "time_embedding.cond_proj.weight"
-"""The tensor that such a UNet has and others have not."""
+"""The tensor that only a w-conditioned UNet has."""
 
 
 def has_guidance_embedding(unet: UNet2DConditionModel | BlockUNet) -> bool:
@@ -27,21 +27,21 @@ def has_guidance_embedding(unet: UNet2DConditionModel | BlockUNet) -> bool:
 
 
 def with_guidance_embedding(unet: UNet2DConditionModel | BlockUNet) -> UNet2DConditionModel | BlockUNet:
-    """`unet` with an input for the scale, which it does not heed yet; as it is if it has one.
+    """Return a copy of `unet` with a guidance input, or `unet` itself if it has one.
 
-    The new one is on the same device, in the same dtype, and leaves the old one as it was.
+    The new weights are zero, so the output does not depend on w yet. Device and dtype are those of `unet`.
     """
     if has_guidance_embedding(unet):
         return unet
-    made = build_unet(architecture_of(unet).changed(guidance_embedding=EMBEDDING_SIZE))
-    nn.Module.to(made, device=unet.device, dtype=unet.dtype)
-    nn.init.zeros_(made.time_embedding.cond_proj.weight)
-    made.load_state_dict(unet.state_dict(), strict=False)
-    return made.eval().requires_grad_(requires_grad=False)
+    conditioned = build_unet(architecture_of(unet).changed(guidance_embedding=EMBEDDING_SIZE))
+    nn.Module.to(conditioned, device=unet.device, dtype=unet.dtype)
+    nn.init.zeros_(conditioned.time_embedding.cond_proj.weight)
+    conditioned.load_state_dict(unet.state_dict(), strict=False)
+    return conditioned.eval().requires_grad_(requires_grad=False)
 
 
 def guidance_embedding(w: Tensor, *, size: int = EMBEDDING_SIZE) -> Tensor:
-    """What the UNet is told of w, float32 [B]: float32 [B,size]; `size` is even."""
+    """Embed w, float32 [B], as float32 [B,size]; `size` is even."""
     half = size // 2
     steps = torch.arange(half, dtype=torch.float32, device=w.device)
     angles = ((w - 1.0) * 1000.0).view(-1, 1) * torch.exp(steps * (-math.log(10000.0) / (half - 1)))

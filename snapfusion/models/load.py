@@ -1,6 +1,6 @@
-"""A Stable Diffusion from wherever it lies: the bundled miniature, a folder, an object store, a hub.
+"""Loading a Stable Diffusion model: bundled, from a folder, an object store or a hub.
 
-Weights are read from safetensors alone. A pickle can run code when it is opened, so none ever is.
+Only safetensors are read: unpickling can run arbitrary code.
 """
 
 from __future__ import annotations
@@ -30,48 +30,50 @@ from snapfusion.models.save import DISTILLATION_FILE
 from snapfusion.models.unet import BlockUNet
 from snapfusion.schedule import PREDICTION_TYPES, Schedule
 
-# A progress bar for each shard of weights would bury what a job prints.
+# A progress bar for each network would bury the output of a job.
 transformers_logging.disable_progress_bar()
 
 _WEIGHTS = Path(__file__).parents[1] / "mini" / "weights"
 BUNDLED = {"mini": _WEIGHTS / "sd", "mini-v": _WEIGHTS / "sd-v"}
-"""The miniatures that are part of this package: one predicts eps, one v (SnapFusion Eq. 6)."""
+"""The miniatures in this package: one predicts eps, one v (SnapFusion Eq. 6)."""
 
+NetworkName = Literal["text_encoder", "unet", "vae"]
+"""A network of a model, by its folder."""
 _NETWORKS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
-# Without `accelerate` diffusers loads the plain way in any case; told so, it does not complain.
+# Without `accelerate` diffusers ignores low_cpu_mem_usage, with a warning unless it is off.
 _LOAD_OPTIONS = {
     "text_encoder": {},
     "unet": {"low_cpu_mem_usage": False},
     "vae": {"low_cpu_mem_usage": False},
 }
-NetworkName = Literal["text_encoder", "unet", "vae"]
-"""A network of a model, by its folder."""
 _INDEX = "model_index.json"
+_CONFIGS = ("unet/config.json", "vae/config.json")
 _HUB_PATTERNS = (_INDEX, DISTILLATION_FILE, "*/*.json", "*/*.txt", "*/*.safetensors")
-"""The files of a model on a hub."""
+"""The files to download of a model on a hub."""
 MODEL_FOLDER = "model"
-"""Where the folder of a training holds its model."""
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-# Old CLIP checkpoints carry the positions 0..76 as a tensor; nothing is lost by leaving it.
+"""The folder of the model in a run folder."""
+_PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+# Old CLIP checkpoints contain the positions 0..76 as a tensor, which is not needed.
 _IGNORED_KEYS = ("position_ids",)
 
 
 class ModelError(ValueError):
-    """A model that is missing, incomplete, altered or of a kind that is not accepted."""
+    """A model that is missing, incomplete, altered or unsupported."""
 
 
 def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
-    """A Bundle from `source`, its networks on `device` in `dtype`, in evaluation mode.
+    """Load a Bundle, its networks on `device` in `dtype`, in evaluation mode.
 
     Args:
-        source: "mini" or "mini-v", a diffusers folder or the folder of a training (which holds one as
-            `model/`), a URL of either that fsspec can read, a hub id such as "owner/name", or "random:sd15",
-            "random:sd15-v" or "random:sd2" (full size, random weights).
+        source: "mini" or "mini-v", a diffusers folder or a run folder (which holds one as `model/`), an
+            fsspec URL of either, a hub id such as "owner/name", or "random:sd15", "random:sd15-v" or
+            "random:sd2" (full size, random weights).
         device: a torch device.
         dtype: of the networks.
 
     Raises:
-        ModelError: if it is not there, lacks a part, holds only pickled weights, or does not match its seal.
+        ModelError: if it is missing or incomplete, or holds only pickled weights.
+        ChecksumError: if it does not match its checksums.
     """
     if source.startswith(RANDOM_PREFIX):
         name = source.removeprefix(RANDOM_PREFIX)
@@ -83,16 +85,16 @@ def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 
 
 def load_network(source: str, *, part: NetworkName) -> nn.Module:
-    """One network of a model, float32 on the CPU in evaluation mode; the others are not read.
+    """Load one network of a model without reading the others, float32 on the CPU in evaluation mode.
 
-    Neither is the model's seal, which is over all of its files: `load` holds a model to it.
+    Checksums are not verified, because they cover all files of the model; `load` does.
 
     Args:
-        source: as `load` takes it. Of random weights the whole model is made, and the others dropped.
-        part: "text_encoder", "unet" or "vae".
+        source: as of `load`. A model with random weights is built completely.
+        part: the network.
 
     Raises:
-        ModelError: if it is not there or cannot be read.
+        ModelError: if it is missing or cannot be read.
     """
     if source.startswith(RANDOM_PREFIX):
         return load(source).networks[part]
@@ -102,9 +104,13 @@ def load_network(source: str, *, part: NetworkName) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDimensions:
-    """Of a model: the side of its pictures and of a cell of their latents, in pixels; a cell's channels.
+    """Sizes of a model's images and latents.
 
-    Sides are multiples of `granularity`, so that each level of the UNet halves evenly.
+    Attributes:
+        side: side of the images, in pixels.
+        cell: pixels per latent element along a side.
+        granularity: pixels of which sides must be multiples, so that each level of the UNet halves evenly.
+        channels: of the latent.
     """
 
     side: int
@@ -114,12 +120,12 @@ class ModelDimensions:
 
 
 def load_sizes(source: str) -> ModelDimensions:
-    """What size a model's pictures and latents have, by its configurations alone; no weights are read.
+    """Read the sizes of a model from its configurations; no weights are read.
 
     Raises:
-        ModelError: if it is not there.
+        ModelError: if it is missing.
     """
-    unet, vae = _configurations(source)
+    unet, vae = _configs(source)
     cell = 2 ** (len(vae["block_out_channels"]) - 1)
     levels = len(unet["block_out_channels"])
     return ModelDimensions(
@@ -130,55 +136,54 @@ def load_sizes(source: str) -> ModelDimensions:
     )
 
 
-def _configurations(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    if source.startswith(RANDOM_PREFIX) and source.removeprefix(RANDOM_PREFIX) in MODEL_CONFIGS:
-        architecture = MODEL_CONFIGS[source.removeprefix(RANDOM_PREFIX)]
-        return architecture.unet, architecture.vae
-    names = ("unet/config.json", "vae/config.json")
+def _configs(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the configurations of UNet and VAE."""
+    name = source.removeprefix(RANDOM_PREFIX)
+    if source.startswith(RANDOM_PREFIX) and name in MODEL_CONFIGS:
+        return MODEL_CONFIGS[name].unet, MODEL_CONFIGS[name].vae
     if "://" in source:
-        filesystem, path = fsspec.core.url_to_fs(source)
-        place = path if filesystem.exists(f"{path}/{_INDEX}") else f"{path}/{MODEL_FOLDER}"
+        fs, path = fsspec.core.url_to_fs(source)
+        root = path if fs.exists(f"{path}/{_INDEX}") else f"{path}/{MODEL_FOLDER}"
         try:
-            unet, vae = (json.loads(filesystem.cat_file(f"{place}/{name}")) for name in names)
+            unet, vae = (json.loads(fs.cat_file(f"{root}/{name}")) for name in _CONFIGS)
         except (OSError, ValueError) as error:
             raise ModelError(f"{source}: its configurations cannot be read: {error}") from None
         return unet, vae
-    folder = _locate(source, patterns=names)
-    unet, vae = (_read_json(folder / name, source=source) for name in names)
+    folder = _locate(source, patterns=_CONFIGS)
+    unet, vae = (_read_json(folder / name, source=source) for name in _CONFIGS)
     return unet, vae
 
 
 def _locate(source: str, *, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
+    """Return the local folder of a model, after a download if necessary."""
     if source in BUNDLED:
         return BUNDLED[source]
     if "://" in source:
         return _fetch(source)
     folder = Path(source)
     if folder.is_dir():
-        trained = folder / MODEL_FOLDER
-        return trained if (trained / _INDEX).is_file() and not (folder / _INDEX).is_file() else folder
+        nested = folder / MODEL_FOLDER
+        return nested if (nested / _INDEX).is_file() and not (folder / _INDEX).is_file() else folder
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
         raise ModelError(f"there is no model folder {source!r}; give a diffusers folder, a URL or a hub id")
     return _download(source, patterns=patterns)
 
 
 def _fetch(url: str) -> Path:
-    """Copy a folder from object storage, once as long as it does not change there.
-
-    A half-made copy is never taken for a whole one; of processes that copy at the same time one is first.
-    """
-    filesystem, path = fsspec.core.url_to_fs(url)
-    places = (path, f"{path}/{MODEL_FOLDER}")
-    place = next((place for place in places if filesystem.exists(f"{place}/{_INDEX}")), None)
-    if place is None:
+    """Copy a folder from object storage to the cache, unless the cache holds its current version."""
+    fs, path = fsspec.core.url_to_fs(url)
+    root = next((root for root in (path, f"{path}/{MODEL_FOLDER}") if fs.exists(f"{root}/{_INDEX}")), None)
+    if root is None:
         raise ModelError(f"{url} has no {_INDEX}: it is not a diffusers folder")
-    files = filesystem.find(place, detail=True)
-    state = [url, *([name, told["size"], str(_version(told))] for name, told in sorted(files.items()))]
-    root = os.environ.get("SNAPFUSION_CACHE") or Path.home() / ".cache" / "snapfusion"
-    target = Path(root) / "models" / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+    files = fs.find(root, detail=True)
+    version = [url, *([name, info["size"], str(_version(info))] for name, info in sorted(files.items()))]
+    cache = os.environ.get("SNAPFUSION_CACHE") or Path.home() / ".cache" / "snapfusion"
+    target = Path(cache) / "models" / hashlib.sha256(json.dumps(version).encode()).hexdigest()[:16]
     if not target.is_dir():
+        # Copied under a unique name and renamed, so that no process sees an incomplete copy. Of several
+        # processes that copy at once, the first to finish wins.
         partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
-        filesystem.get(f"{place}/", f"{partial}/", recursive=True)
+        fs.get(f"{root}/", f"{partial}/", recursive=True)
         try:
             partial.rename(target)
         except OSError:
@@ -188,10 +193,10 @@ def _fetch(url: str) -> Path:
     return target
 
 
-def _version(told: Mapping[str, Any]) -> object:
-    """What stores change with an object's content, each under a name of its own."""
+def _version(info: Mapping[str, Any]) -> object:
+    """Return what changes with an object's content; each kind of store has its own name for it."""
     names = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
-    return next((told[name] for name in names if told.get(name)), None)
+    return next((info[name] for name in names if info.get(name)), None)
 
 
 def _download(hub_id: str, *, patterns: Sequence[str]) -> Path:
@@ -210,14 +215,13 @@ def _download(hub_id: str, *, patterns: Sequence[str]) -> Path:
 def _load_folder(folder: Path, *, source: str) -> Bundle:
     verify_checksums(folder)
     networks = {name: _read_network(folder / name, source=source) for name in _NETWORKS}
-    settings = _read_json(folder / "scheduler" / "scheduler_config.json", source=source)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    schedule = _schedule(settings, source=source)
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", source=source)
+    schedule = _schedule(scheduler, source=source)
     return Bundle(
-        tokenizer=tokenizer,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         **networks,
         schedule=schedule,
-        prediction_type=_prediction_type(settings, source=source),
+        prediction_type=_prediction_type(scheduler, source=source),
         source=source,
         distillation=_distillation(folder / DISTILLATION_FILE, schedule=schedule, source=source),
     )
@@ -226,45 +230,40 @@ def _load_folder(folder: Path, *, source: str) -> Bundle:
 def _distillation(path: Path, *, schedule: Schedule, source: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    told = _read_json(path, source=source)
-    steps = told.get("steps") if isinstance(told, dict) else None
+    record = _read_json(path, source=source)
+    steps = record.get("steps") if isinstance(record, dict) else None
     if not isinstance(steps, int) or not 1 <= steps <= schedule.num_steps:
         raise ModelError(
             f"{source}: {path.name} says it was distilled for {steps!r} steps; a number from 1 to "
             f"{schedule.num_steps} is accepted"
         )
-    return told
+    return record
 
 
 def _read_network(folder: Path, *, source: str) -> Any:  # noqa: ANN401 - one of three network classes
-    config = folder / "config.json"
-    described = _read_json(config, source=source)
+    config = _read_json(folder / "config.json", source=source)
     if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
         if pickles:
             raise ModelError(
                 f"{source}: {folder.name} has only pickled weights ({', '.join(pickles)}), which are never "
                 "opened; save it as safetensors"
             )
         raise ModelError(f"{source}: {folder.name} has no weights (a .safetensors file)")
-    kind = BlockUNet if described.get("_class_name") == BlockUNet.__name__ else _NETWORKS[folder.name]
+    cls = BlockUNet if config.get("_class_name") == BlockUNet.__name__ else _NETWORKS[folder.name]
     try:
-        network, told = kind.from_pretrained(
+        network, info = cls.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **_LOAD_OPTIONS[folder.name]
         )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{source}: {folder.name}'s weights cannot be read: {reason}") from None
-    _check_complete(told, name=folder.name, source=source)
-    return network
-
-
-def _check_complete(told: dict[str, Any], *, name: str, source: str) -> None:
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        keys = [key for key in told.get(kind) or () if not str(key).endswith(_IGNORED_KEYS)]
+    # diffusers and transformers only warn about tensors that are missing or too many.
+    for problem in ("missing", "mismatched", "unexpected"):
+        keys = [key for key in info.get(f"{problem}_keys") or () if not str(key).endswith(_IGNORED_KEYS)]
         if keys:
-            what = kind.removesuffix("_keys")
-            raise ModelError(f"{source}: {name} has {len(keys)} {what} tensors, for example {keys[0]}")
+            raise ModelError(f"{source}: {folder.name} has {len(keys)} {problem} tensors, such as {keys[0]}")
+    return network
 
 
 def _read_json(path: Path, *, source: str) -> dict[str, Any]:
@@ -277,23 +276,23 @@ def _read_json(path: Path, *, source: str) -> dict[str, Any]:
     return values
 
 
-def _schedule(settings: dict[str, Any], *, source: str) -> Schedule:
-    kind = settings.get("beta_schedule", "linear")
+def _schedule(scheduler: Mapping[str, Any], *, source: str) -> Schedule:
+    kind = scheduler.get("beta_schedule", "linear")
     if kind != "scaled_linear":
         raise ModelError(f"{source}: beta_schedule is {kind!r}; 'scaled_linear' is accepted")
-    if settings.get("rescale_betas_zero_snr"):
+    if scheduler.get("rescale_betas_zero_snr"):
         raise ModelError(
-            f"{source}: rescaled betas (zero terminal SNR) are not accepted: x has no value at t=999"
+            f"{source}: rescaled betas (zero terminal SNR) are not accepted: x is undefined at t=999"
         )
     return Schedule(
-        num_steps=settings.get("num_train_timesteps", 1000),
-        beta_start=settings.get("beta_start", 0.0001),
-        beta_end=settings.get("beta_end", 0.02),
+        num_steps=scheduler.get("num_train_timesteps", 1000),
+        beta_start=scheduler.get("beta_start", 0.0001),
+        beta_end=scheduler.get("beta_end", 0.02),
     )
 
 
-def _prediction_type(settings: dict[str, Any], *, source: str) -> Any:  # noqa: ANN401 - checked literal
-    kind = settings.get("prediction_type", "epsilon")
+def _prediction_type(scheduler: Mapping[str, Any], *, source: str) -> Any:  # noqa: ANN401 - checked literal
+    kind = scheduler.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         raise ModelError(
             f"{source}: prediction_type is {kind!r}; {' or '.join(PREDICTION_TYPES)} is accepted"

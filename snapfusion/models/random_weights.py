@@ -1,7 +1,4 @@
-"""Stable Diffusions at full size with random weights.
-
-They exercise every full-size path where the real weights are not at hand.
-"""
+"""Stable Diffusion models of full size with random weights, to run full-size code without the real ones."""
 
 from __future__ import annotations
 
@@ -18,12 +15,12 @@ from snapfusion.models.tokenizer import END, clip_tokenizer
 from snapfusion.schedule import PredictionType, Schedule
 
 RANDOM_PREFIX = "random:"
-"""Begins their sources."""
+"""Prefix of the sources of these models, such as "random:sd15"."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What a Stable Diffusion consists of: the configurations of its networks, and the rest."""
+    """Configurations of the networks of a Stable Diffusion, its padding token and prediction type."""
 
     text_encoder: dict[str, Any]
     unet: dict[str, Any]
@@ -41,7 +38,7 @@ _SD15 = ModelConfig(
 )
 MODEL_CONFIGS = {
     "sd15": _SD15,
-    "sd15-v": replace(_SD15, prediction_type="v_prediction"),  # as Eq. 6 leaves it
+    "sd15-v": replace(_SD15, prediction_type="v_prediction"),  # after training by Eq. 6
     "sd2": ModelConfig(
         text_encoder=sd2.TEXT_ENCODER,
         unet=sd2.UNET,
@@ -53,16 +50,16 @@ MODEL_CONFIGS = {
 
 
 def random_bundle(name: str, *, seed: int = 0) -> Bundle:
-    """The architecture of that name with random weights: about 4.3 GB in float32, for SD-v2.1 5.2 GB."""
-    architecture = MODEL_CONFIGS[name]
+    """Build a model of `MODEL_CONFIGS` with random weights: 4.3 GB in float32, SD-v2.1 5.2 GB."""
+    config = MODEL_CONFIGS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Bundle(
-            tokenizer=clip_tokenizer(padding=architecture.padding),
-            text_encoder=CLIPTextModel(CLIPTextConfig(**architecture.text_encoder)),
-            unet=UNet2DConditionModel(**architecture.unet),
-            vae=AutoencoderKL(**architecture.vae),
+            tokenizer=clip_tokenizer(padding=config.padding),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**config.text_encoder)),
+            unet=UNet2DConditionModel(**config.unet),
+            vae=AutoencoderKL(**config.vae),
             schedule=Schedule(),
-            prediction_type=architecture.prediction_type,
+            prediction_type=config.prediction_type,
             source=f"{RANDOM_PREFIX}{name}",
         )

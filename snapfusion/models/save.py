@@ -1,4 +1,4 @@
-"""A Bundle as a diffusers folder: safetensors, a scheduler that stock diffusers understands, and a seal."""
+"""Saving a Bundle as a diffusers folder with safetensors, a stock scheduler and checksums."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ _INDEX = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
-
 DISTILLATION_FILE = "distillation.json"
-"""The file that says how a distilled model's steps were distilled, and so how it is to be sampled."""
+"""Describes the step distillation of a model, and so how to sample it."""
 
 
 def save(
@@ -37,15 +36,15 @@ def save(
     dtype: torch.dtype = torch.float16,
     distillation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `bundle` to an empty or new `folder`, its weights in `dtype`, and seal it.
+    """Write `bundle` to an empty or new `folder`, its weights in `dtype`, and add checksums.
 
-    The networks of `bundle` are left in `dtype`: hand over a bundle that is done with.
+    The networks of `bundle` are converted to `dtype` in place.
 
     Args:
         bundle: the model.
-        folder: where.
+        folder: the target folder.
         dtype: of the weights.
-        distillation: for a distilled model, the steps and times it was trained for and the like; JSON values.
+        distillation: of a distilled model: its steps, timesteps and the like; JSON values.
     """
     bundle.to("cpu", dtype=dtype)
     for name, network in bundle.networks.items():
@@ -58,14 +57,18 @@ def save(
         beta_end=bundle.schedule.beta_end,
         prediction_type=bundle.prediction_type,
         timestep_spacing="trailing",
-        steps_offset=1,  # no part of trailing spacing, but diffusers warns of any other value
+        steps_offset=1,  # unused with trailing spacing, but diffusers warns of any other value
         set_alpha_to_one=True,
         clip_sample=False,
     )
     scheduler.save_pretrained(folder / "scheduler")
     own = isinstance(bundle.unet, BlockUNet)
     index = {**_INDEX, "unet": [BlockUNet.__module__ if own else "diffusers", type(bundle.unet).__name__]}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    _write_json(folder / "model_index.json", index)
     if distillation is not None:
-        (folder / DISTILLATION_FILE).write_text(json.dumps(distillation, indent=2, sort_keys=True) + "\n")
+        _write_json(folder / DISTILLATION_FILE, distillation)
     write_checksums(folder)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

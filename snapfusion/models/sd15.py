@@ -1,4 +1,4 @@
-"""Stable Diffusion v1.5's architecture as values."""
+"""Network configurations of Stable Diffusion v1.5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion v2.1's architecture as values: the one of 768 px that predicts v. SnapFusion Fig. 7(d)."""
+"""Network configurations of Stable Diffusion v2.1 (768 px, v-prediction). SnapFusion Fig. 7(d)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 from snapfusion.models import sd15
 
 UNET_PARAMETERS = 865_910_724
-"""SD-v1.5's, and 6,389,760 more in the keys and values of a wider caption."""
+"""6,389,760 more than SD-v1.5, in the keys and values of a wider caption."""
 
 UNET: dict[str, Any] = {
     **sd15.UNET,
     "sample_size": 96,
     "cross_attention_dim": 1024,
-    "attention_head_dim": (5, 10, 20, 20),  # again the number of heads: each is 64 wide
+    "attention_head_dim": (5, 10, 20, 20),  # the number of heads, as in SD-v1.5; each is 64 wide
     "use_linear_projection": True,
     "upcast_attention": True,
 }
@@ -24,7 +24,7 @@ TEXT_ENCODER: dict[str, Any] = {
     **sd15.TEXT_ENCODER,
     "hidden_size": 1024,
     "intermediate_size": 4096,
-    "num_hidden_layers": 23,  # OpenCLIP ViT-H has 24, of which Stable Diffusion leaves out the last
+    "num_hidden_layers": 23,  # OpenCLIP ViT-H has 24; Stable Diffusion omits the last
     "num_attention_heads": 16,
     "projection_dim": 512,
     "hidden_act": "gelu",
@@ -32,4 +32,4 @@ TEXT_ENCODER: dict[str, Any] = {
 }
 
 PADDING = "!"
-"""What the tokenizer pads with: token 0, as OpenCLIP does. A "!" in a caption is read as this token too."""
+"""Padding of the tokenizer: token 0, as in OpenCLIP. A "!" in a caption becomes this token too."""

@@ -1,8 +1,8 @@
-"""Values that settings of models accept."""
+"""Values of settings of models; importable without torch."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 Initialization = Literal["leading", "random"]
-"""Where the half-width decoder starts: the leading half of the full one's channels, or chance."""
+"""Initial weights of the half-width decoder: the leading half of the full decoder's channels, or random."""

@@ -1,8 +1,8 @@
-"""CLIP's tokenizer, made from the vocabulary that open_clip carries in its own package: no download.
+"""CLIP's tokenizer, built from the vocabulary in the open_clip package without a download.
 
-Two public tokenizers differ on a few texts: OpenAI's first runs ftfy and html.unescape (curly quotes become
-straight, ``&quot;`` becomes a quote), the one of transformers does not. We take the latter, because
-Stable Diffusion was published with it, and so a diffusers pipeline sees the same ids.
+The two public tokenizers differ on a few texts: OpenAI's first applies ftfy and html.unescape (curly quotes
+become straight, ``&quot;`` becomes a quote), that of transformers does not. This is the latter, with which
+Stable Diffusion was published, so a diffusers pipeline gets the same ids.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from transformers import CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 NUM_MERGES = 48894
-"""How many of the file's merges CLIP uses: 49,152 - 256 - 2."""
+"""Merges of the file that CLIP uses: 49,152 - 256 - 2."""
 
 
 def clip_tokenizer(*, padding: str = END) -> CLIPTokenizer:
-    """The tokenizer of SD-v1.5: 49,408 tokens, at most 77 a text, padded with the end token (49407).
+    """Build the tokenizer of SD-v1.5: 49,408 tokens, at most 77 per text, padded with the end token (49407).
 
-    That of SD-v2 differs in its `padding` alone.
+    That of SD-v2 differs only in its `padding`.
     """
     import open_clip
 
@@ -36,11 +36,9 @@ def clip_tokenizer(*, padding: str = END) -> CLIPTokenizer:
 def build_tokenizer(
     merges: Sequence[tuple[str, ...]], *, max_length: int, padding: str = END
 ) -> CLIPTokenizer:
-    """A CLIP tokenizer from its merges: 256 bytes, 256 word-final bytes, the merges, start, end.
-
-    The end token has the highest id, which is how CLIP's text tower finds the place to pool.
-    """
+    """Build a CLIP tokenizer of 256 bytes, 256 word-final bytes, the merges, start and end token."""
     base = list(_byte_letters())
+    # The end token has the highest id: CLIP's text model pools at the position of the maximum.
     tokens = [*base, *(f"{letter}</w>" for letter in base), *("".join(pair) for pair in merges), START, END]
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
@@ -51,7 +49,7 @@ def build_tokenizer(
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Captions as int64 [B, L], L the tokenizer's maximum: start, text cut to fit, end, padding."""
+    """Tokenize captions to int64 [B,L], L the tokenizer's maximum: start, truncated text, end, padding."""
     encoded = tokenizer(
         list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length
     )
@@ -59,11 +57,11 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 
 
 def _byte_letters() -> list[str]:
-    """One printable letter for each byte, in GPT-2's order: printable bytes first, then the others."""
+    """Return one printable letter per byte in GPT-2's order: printable bytes first, then the others."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
         *range(ord("®"), ord("ÿ") + 1),
     ]
     others = [byte for byte in range(256) if byte not in printable]
-    return [*map(chr, printable), *(chr(256 + place) for place in range(len(others)))]
+    return [*map(chr, printable), *(chr(256 + index) for index in range(len(others)))]

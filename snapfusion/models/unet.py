@@ -1,11 +1,11 @@
-"""A UNet built from its architecture: diffusers' blocks in any arrangement. SnapFusion Sec. 3.1, Table 3.
+"""A UNet built from its `Architecture`: diffusers' blocks in any arrangement. SnapFusion Sec. 3.1, Table 3.
 
-Tensors have the names that they have in `UNet2DConditionModel`, so the weights of a block that is in both fit
-both.
+Tensor names are those of `UNet2DConditionModel`, so weights are interchangeable for blocks that both have.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from snapfusion.models.architecture import Architecture, Layer, StageLayers, ori
 
 NORM_EPS = 1e-5
 
-# What diffusers' class must be told for `architecture_of` to say all of it.
+# The config of any stock UNet that an `Architecture` can describe.
 _REQUIRED_CONFIG = {
     "act_fn": "silu",
     "addition_embed_type": None,
@@ -53,37 +53,43 @@ _REQUIRED_CONFIG = {
     "timestep_post_act": None,
     "transformer_layers_per_block": 1,
 }
+# Stock stages, and whether they have attention.
 _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+_MIDDLE = (Layer(resnet="0", attentions=("0",)), Layer(resnet="1"))
 
 
 class UNetError(ValueError):
-    """A UNet of a kind that has no architecture here, or weights that do not fit one; says what and where."""
+    """A UNet that no `Architecture` describes, or weights that do not fit one."""
 
 
 class Shortcut(nn.Module):
-    """What remains of a ResNet block that changes the number of channels, once its residual is zero."""
+    """The 1x1 shortcut left by a removed ResNet block that changes the number of channels."""
 
-    def __init__(self, given: int, wanted: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv_shortcut = nn.Conv2d(given, wanted, kernel_size=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, hidden: Tensor, _: Tensor) -> Tensor:
-        """[B,given,h,w] to [B,wanted,h,w]."""
+        """[B,in_channels,h,w] -> [B,out_channels,h,w]."""
         return self.conv_shortcut(hidden)
 
 
-def resnet_block(given: int, wanted: int, *, embedding: int, groups: int) -> ResnetBlock2D:
-    """A ResNet block, with random weights: [B,given,h,w] and [B,embedding] to [B,wanted,h,w]."""
+def resnet_block(in_channels: int, out_channels: int, *, embedding: int, groups: int) -> ResnetBlock2D:
+    """A random ResNet block: [B,in_channels,h,w] and [B,embedding] -> [B,out_channels,h,w]."""
     return ResnetBlock2D(
-        in_channels=given, out_channels=wanted, temb_channels=embedding, groups=groups, eps=NORM_EPS
+        in_channels=in_channels,
+        out_channels=out_channels,
+        temb_channels=embedding,
+        groups=groups,
+        eps=NORM_EPS,
     )
 
 
 def attention_block(
     width: int, *, heads: int, context: int, groups: int, linear_projection: bool, upcast_attention: bool
 ) -> Transformer2DModel:
-    """A cross-attention block, with random weights: [B,width,h,w] and [B,L,context] to [B,width,h,w]."""
+    """A random cross-attention block: [B,width,h,w] and [B,L,context] -> [B,width,h,w]."""
     return Transformer2DModel(
         heads,
         width // heads,
@@ -97,65 +103,70 @@ def attention_block(
 
 
 class StageModules(nn.Module):
-    """A stage's blocks by key, and its sampler, in the order that its layers say."""
+    """The blocks of a stage by key, and its down- or upsampler."""
 
-    def __init__(self, shape: Architecture, name: str) -> None:
+    def __init__(self, architecture: Architecture, name: str) -> None:
         super().__init__()
-        self.layers = shape.stages[name]
+        self.layers = architecture.stages[name]
         self.gradient_checkpointing = False
-        level = shape.level(name)
-        width = shape.channels[level]
+        level = architecture.level(name)
+        width = architecture.channels[level]
         self.resnets = nn.ModuleDict()
         self.attentions = nn.ModuleDict()
-        for layer, (given, wanted) in zip(self.layers, shape.widths(name), strict=True):
+        for layer, in_channels, out_channels in architecture.layer_channels(name):
             if layer.resnet is not None:
                 self.resnets[layer.resnet] = (
-                    resnet_block(given, wanted, embedding=4 * shape.channels[0], groups=shape.groups)
+                    resnet_block(
+                        in_channels,
+                        out_channels,
+                        embedding=4 * architecture.channels[0],
+                        groups=architecture.groups,
+                    )
                     if layer.whole
-                    else Shortcut(given, wanted)
+                    else Shortcut(in_channels, out_channels)
                 )
             for key in layer.attentions:
                 self.attentions[key] = attention_block(
                     width,
-                    heads=shape.heads[level],
-                    context=shape.context,
-                    groups=shape.groups,
-                    linear_projection=shape.linear_projection,
-                    upcast_attention=shape.upcast_attention,
+                    heads=architecture.heads[level],
+                    context=architecture.context,
+                    groups=architecture.groups,
+                    linear_projection=architecture.linear_projection,
+                    upcast_attention=architecture.upcast_attention,
                 )
-        if name.startswith("down") and level < len(shape.down) - 1:
+        if name.startswith("down") and level < len(architecture.down) - 1:
             self.downsamplers = nn.ModuleList([Downsample2D(width, use_conv=True, padding=1, name="op")])
         elif name.startswith("up") and level > 0:
             self.upsamplers = nn.ModuleList([Upsample2D(width, use_conv=True)])
 
     def forward(
-        self, hidden: Tensor, time: Tensor, c: Tensor, taken: tuple[Tensor, ...] | None = None
+        self, hidden: Tensor, time: Tensor, c: Tensor, skips: tuple[Tensor, ...] | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What it makes of `hidden`, and what it hands over.
+        """Return the output of the stage, and its skip connections.
 
         Args:
             hidden: [B,C,h,w].
             time: the embedded timestep, [B,D].
             c: [B,L,D].
-            taken: on the way up, what was handed over, the last first to be used; None elsewhere.
+            skips: of an up stage: the skip connections to use, the last one first; None elsewhere.
         """
-        given: list[Tensor] = []
-        waiting = list(taken or ())
+        outputs: list[Tensor] = []
+        unused = list(skips or ())
         for layer in self.layers:
-            if layer.skip and taken is not None:
-                hidden = torch.cat([hidden, waiting.pop()], dim=1)
+            if layer.skip and skips is not None:
+                hidden = torch.cat([hidden, unused.pop()], dim=1)
             if layer.resnet is not None:
                 hidden = self._resnet(self.resnets[layer.resnet], hidden, time)
             for key in layer.attentions:
                 hidden = self.attentions[key](hidden, encoder_hidden_states=c, return_dict=False)[0]
-            if layer.skip and taken is None:
-                given.append(hidden)
+            if layer.skip and skips is None:
+                outputs.append(hidden)
         if hasattr(self, "downsamplers"):
             hidden = self.downsamplers[0](hidden)
-            given.append(hidden)
+            outputs.append(hidden)
         if hasattr(self, "upsamplers"):
             hidden = self.upsamplers[0](hidden)
-        return hidden, tuple(given)
+        return hidden, tuple(outputs)
 
     def _resnet(self, block: nn.Module, hidden: Tensor, time: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -164,13 +175,16 @@ class StageModules(nn.Module):
 
 
 class BlockUNet(ModelMixin, ConfigMixin):
-    """A UNet by its architecture; what goes in and comes out is as in `UNet2DConditionModel`.
+    """A UNet of any architecture, with the interface of `UNet2DConditionModel`.
+
+    The last three arguments repeat values of the architecture, because stock pipelines read them from the
+    config.
 
     Args:
         architecture: the values of an `Architecture`.
-        sample_size: side of the latent, which the architecture says too: stock pipelines look for it here.
-        in_channels: of the latent, likewise.
-        time_cond_proj_dim: numbers in which w is told, likewise.
+        sample_size: side of the latent.
+        in_channels: of the latent.
+        time_cond_proj_dim: size of the guidance embedding of a w-conditioned UNet.
     """
 
     _supports_gradient_checkpointing = True
@@ -184,28 +198,28 @@ class BlockUNet(ModelMixin, ConfigMixin):
         time_cond_proj_dim: int | None = None,
     ) -> None:
         super().__init__()
-        shape = Architecture.parse(architecture)
-        outermost = shape.channels[0]
-        self.conv_in = nn.Conv2d(shape.in_channels, outermost, kernel_size=3, padding=1)
+        layout = Architecture.parse(architecture)
+        outermost = layout.channels[0]
+        self.conv_in = nn.Conv2d(layout.in_channels, outermost, kernel_size=3, padding=1)
         self.time_proj = Timesteps(outermost, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(
-            outermost, 4 * outermost, cond_proj_dim=shape.guidance_embedding
+            outermost, 4 * outermost, cond_proj_dim=layout.guidance_embedding
         )
         self.down_blocks = nn.ModuleList(
-            StageModules(shape, f"down_blocks.{level}") for level in range(len(shape.down))
+            StageModules(layout, f"down_blocks.{level}") for level in range(len(layout.down))
         )
-        self.mid_block = StageModules(shape, "mid_block")
+        self.mid_block = StageModules(layout, "mid_block")
         self.up_blocks = nn.ModuleList(
-            StageModules(shape, f"up_blocks.{number}") for number in range(len(shape.up))
+            StageModules(layout, f"up_blocks.{number}") for number in range(len(layout.up))
         )
-        self._taken = [sum(layer.skip for layer in stage) for stage in shape.up]
-        self.conv_norm_out = nn.GroupNorm(shape.groups, outermost, eps=NORM_EPS)
+        self._num_skips = [sum(layer.skip for layer in stage) for stage in layout.up]
+        self.conv_norm_out = nn.GroupNorm(layout.groups, outermost, eps=NORM_EPS)
         self.conv_act = nn.SiLU()
-        self.conv_out = nn.Conv2d(outermost, shape.out_channels, kernel_size=3, padding=1)
+        self.conv_out = nn.Conv2d(outermost, layout.out_channels, kernel_size=3, padding=1)
 
     @classmethod
     def of(cls, architecture: Architecture) -> BlockUNet:
-        """With random weights."""
+        """Build a UNet with random weights."""
         return cls(
             architecture=architecture.to_values(),
             sample_size=architecture.sample_size,
@@ -222,36 +236,36 @@ class BlockUNet(ModelMixin, ConfigMixin):
         timestep_cond: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """What the network predicts of z_t.
+        """Predict eps or v from z_t.
 
         Args:
-            sample: z_t, [B,4,h,w]; h and w are multiples of 2 to the number of halvings.
-            timestep: [B], or one number for all.
+            sample: z_t, [B,4,h,w]; h and w are multiples of 2 to the number of downsamplers.
+            timestep: [B], or a number for all rows.
             encoder_hidden_states: c, [B,L,D].
-            timestep_cond: the embedded guidance scale, where the network is told it.
-            return_dict: whether the output is named.
+            timestep_cond: the guidance embedding, of a w-conditioned UNet.
+            return_dict: whether to return an output class or a tuple.
         """
         times = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
         time = self.time_embedding(self.time_proj(times).to(sample.dtype), timestep_cond)
         hidden = self.conv_in(sample)
-        handed: tuple[Tensor, ...] = (hidden,)
+        skips: tuple[Tensor, ...] = (hidden,)
         for stage in self.down_blocks:
-            hidden, given = stage(hidden, time, encoder_hidden_states)
-            handed += given
+            hidden, outputs = stage(hidden, time, encoder_hidden_states)
+            skips += outputs
         hidden, _ = self.mid_block(hidden, time, encoder_hidden_states)
-        for stage, count in zip(self.up_blocks, self._taken, strict=True):
-            kept = len(handed) - count
-            hidden, _ = stage(hidden, time, encoder_hidden_states, handed[kept:])
-            handed = handed[:kept]
+        for stage, num_skips in zip(self.up_blocks, self._num_skips, strict=True):
+            rest = len(skips) - num_skips
+            hidden, _ = stage(hidden, time, encoder_hidden_states, skips[rest:])
+            skips = skips[:rest]
         output = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
 
 
 def architecture_of(unet: UNet2DConditionModel | BlockUNet) -> Architecture:
-    """The architecture of a UNet of either class.
+    """Return the architecture of a UNet of either class.
 
     Raises:
-        UNetError: if it has anything that Stable Diffusion v1 and v2 have not; names it.
+        UNetError: if it has a feature that Stable Diffusion v1 and v2 do not have.
     """
     config = unet.config
     if isinstance(unet, BlockUNet):
@@ -262,6 +276,10 @@ def architecture_of(unet: UNet2DConditionModel | BlockUNet) -> Architecture:
     for name, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
         if unknown := [kind for kind in config[name] if kind not in known]:
             raise UNetError(f"the UNet has a stage {unknown[0]}; {', '.join(known)} are accepted")
+    return _stock_architecture(config)
+
+
+def _stock_architecture(config: Mapping[str, Any]) -> Architecture:
     levels = len(config["block_out_channels"])
     heads, layers = config["attention_head_dim"], config["layers_per_block"]
     layers = [layers] * levels if isinstance(layers, int) else list(layers)
@@ -269,13 +287,13 @@ def architecture_of(unet: UNet2DConditionModel | BlockUNet) -> Architecture:
         channels=tuple(config["block_out_channels"]),
         heads=(heads,) * levels if isinstance(heads, int) else tuple(heads),
         down=tuple(
-            _stock_stage(count, attention=_DOWN[kind])
-            for kind, count in zip(config["down_block_types"], layers, strict=True)
+            _stock_stage(num_layers, attention=_DOWN[kind])
+            for kind, num_layers in zip(config["down_block_types"], layers, strict=True)
         ),
-        middle=(Layer(resnet="0", attentions=("0",)), Layer(resnet="1")),
+        middle=_MIDDLE,
         up=tuple(
-            _stock_stage(count + 1, attention=_UP[kind])
-            for kind, count in zip(config["up_block_types"], reversed(layers), strict=True)
+            _stock_stage(num_layers + 1, attention=_UP[kind])
+            for kind, num_layers in zip(config["up_block_types"], reversed(layers), strict=True)
         ),
         context=config["cross_attention_dim"],
         groups=config["norm_num_groups"],
@@ -288,40 +306,41 @@ def architecture_of(unet: UNet2DConditionModel | BlockUNet) -> Architecture:
     )
 
 
-def resize_unet(unet: UNet2DConditionModel | BlockUNet, *, side: int) -> None:
-    """Let a UNet say that its latents have another side. No weight depends on it."""
-    told: dict[str, Any] = {"sample_size": side}
-    if isinstance(unet, BlockUNet):
-        told["architecture"] = {**unet.config["architecture"], "sample_size": side}
-    unet.register_to_config(**told)
-
-
-def _stock_stage(count: int, *, attention: bool) -> StageLayers:
+def _stock_stage(num_layers: int, *, attention: bool) -> StageLayers:
     return tuple(
         Layer(resnet=str(number), attentions=(str(number),) if attention else (), skip=True)
-        for number in range(count)
+        for number in range(num_layers)
     )
 
 
+def resize_unet(unet: UNet2DConditionModel | BlockUNet, *, side: int) -> None:
+    """Set the side of the latent in the config of a UNet. No weight depends on it."""
+    config: dict[str, Any] = {"sample_size": side}
+    if isinstance(unet, BlockUNet):
+        config["architecture"] = {**unet.config["architecture"], "sample_size": side}
+    unet.register_to_config(**config)
+
+
 def build_unet(architecture: Architecture) -> UNet2DConditionModel | BlockUNet:
-    """A UNet with random weights: of the stock class where that can hold it, else a `BlockUNet`."""
+    """Build a random UNet: of diffusers' class if that supports the architecture, else a `BlockUNet`."""
     stock = stock_config(architecture)
     return BlockUNet.of(architecture) if stock is None else UNet2DConditionModel(**stock)
 
 
 def stock_config(architecture: Architecture) -> dict[str, Any] | None:
-    """What `UNet2DConditionModel` is to be told for this architecture, or None if it cannot hold it."""
-    layers = [len(stage) for stage in architecture.down]
-    attentive = [any(layer.attentions for layer in stage) for stage in architecture.down]
+    """Return the config of `UNet2DConditionModel` for this architecture, or None if there is none."""
+    has_attention = [any(layer.attentions for layer in stage) for stage in architecture.down]
     config = {
         "sample_size": architecture.sample_size,
         "in_channels": architecture.in_channels,
         "out_channels": architecture.out_channels,
         "block_out_channels": architecture.channels,
-        "layers_per_block": tuple(layers),
-        "down_block_types": tuple("CrossAttnDownBlock2D" if any_ else "DownBlock2D" for any_ in attentive),
+        "layers_per_block": tuple(len(stage) for stage in architecture.down),
+        "down_block_types": tuple(
+            "CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in has_attention
+        ),
         "up_block_types": tuple(
-            "CrossAttnUpBlock2D" if any_ else "UpBlock2D" for any_ in reversed(attentive)
+            "CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(has_attention)
         ),
         "cross_attention_dim": architecture.context,
         "attention_head_dim": architecture.heads,
@@ -330,44 +349,33 @@ def stock_config(architecture: Architecture) -> dict[str, Any] | None:
         "upcast_attention": architecture.upcast_attention,
         "time_cond_proj_dim": architecture.guidance_embedding,
     }
-    held = {
-        "down": tuple(
-            _stock_stage(count, attention=any_) for count, any_ in zip(layers, attentive, strict=True)
-        ),
-        "middle": (Layer(resnet="0", attentions=("0",)), Layer(resnet="1")),
-        "up": tuple(
-            _stock_stage(count + 1, attention=any_)
-            for count, any_ in zip(reversed(layers), reversed(attentive), strict=True)
-        ),
-    }
-    asked = {name: getattr(architecture, name) for name in held}
-    return config if held == asked else None
+    return config if _stock_architecture(config) == architecture else None
 
 
 def inherit_weights(unet: nn.Module, source: nn.Module) -> list[str]:
-    """Give each block of `unet` its weights in `source`, or those of the block that it is a copy of.
+    """Load the weights of each block of `unet` from `source`, or from the block that it is a copy of.
 
     Returns:
-        The names of blocks that had to be copied from their origin, because `source` has them not.
+        The names of the blocks that `source` does not have, and whose origin was copied.
 
     Raises:
-        UNetError: if `source` lacks a tensor or has it in another shape; says which.
+        UNetError: if `source` lacks a tensor or has it in another shape.
     """
-    there, copied, given = source.state_dict(), set(), {}
+    available, copied, weights = source.state_dict(), set(), {}
     for name, tensor in unet.state_dict().items():
-        found = name if name in there else _name_in_origin(name)
-        if found not in there:
-            raise UNetError(f"the weights do not fit: there is no {found}")
-        if there[found].shape != tensor.shape:
+        origin = name if name in available else _name_in_origin(name)
+        if origin not in available:
+            raise UNetError(f"the weights do not fit: there is no {origin}")
+        if available[origin].shape != tensor.shape:
             raise UNetError(
-                f"the weights do not fit: {found} is {tuple(there[found].shape)} there, "
+                f"the weights do not fit: {origin} is {tuple(available[origin].shape)} there, "
                 f"{tuple(tensor.shape)} here"
             )
-        if found != name:
+        if origin != name:
             block, _, rest = name.partition("+")
             copied.add(f"{block}+{rest.partition('.')[0]}")
-        given[name] = there[found]
-    unet.load_state_dict(given)
+        weights[name] = available[origin]
+    unet.load_state_dict(weights)
     return sorted(copied)
 
 

@@ -1,1 +1,1 @@
-"""From batches and an objective to trained weights, without Ray."""
+"""Training of networks on batches by an objective, without Ray."""

@@ -1,4 +1,4 @@
-"""A batch: rows with their ids, as tensors."""
+"""A batch of table rows as tensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Batch:
     """Rows of a table.
 
     Attributes:
-        ids: the rows' ids, which errors name.
-        columns: one tensor a column, [B, ...], row i of each belonging to ids[i].
+        ids: ids of the rows, which error messages name.
+        columns: one tensor per column, [B, ...]; row i belongs to ids[i].
 
     Raises:
-        ValueError: if a column has another number of rows than there are ids.
+        ValueError: if the number of rows of a column differs from the number of ids.
     """
 
     ids: tuple[str, ...]
@@ -33,7 +33,7 @@ class Batch:
         return len(self.ids)
 
     def __getitem__(self, name: str) -> Tensor:
-        """A column.
+        """Return a column.
 
         Raises:
             ValueError: if the batch has no such column.
@@ -43,7 +43,7 @@ class Batch:
         return self.columns[name]
 
     def split(self, rows: int) -> Iterator[Batch]:
-        """The batch in pieces of at most `rows` rows, in order."""
+        """Yield the batch in pieces of at most `rows` rows, in order."""
         for start in range(0, len(self), rows):
             part = slice(start, start + rows)
             yield Batch(
@@ -51,6 +51,6 @@ class Batch:
             )
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on `device`."""
+        """Return the batch with its tensors on `device`."""
         columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
         return Batch(ids=self.ids, columns=columns)

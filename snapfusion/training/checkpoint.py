@@ -1,12 +1,12 @@
-"""Checkpoints in a store of our own: safetensors files and a manifest with their hashes, written last.
+"""Checkpoint store: safetensors files, and a manifest with their hashes that is written last.
 
-On disk or object storage, under one URL:
+Layout under one URL, on disk or object storage:
 
     step-00000400/model.safetensors, optimizer.safetensors, ema.safetensors
-    step-00000400/manifest.json        step, values, size and SHA-256 of each file, and of the manifest itself
+    step-00000400/manifest.json        step, values, size and SHA-256 of each file, SHA-256 of the manifest
 
-A folder whose manifest is missing or untrue is no checkpoint, so a save that is killed anywhere changes
-nothing. One process writes at a time.
+The manifest is the commit point: a folder without a valid one is no checkpoint, so killing a save at any
+moment loses nothing. One process writes at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,25 +25,25 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
+from snapfusion.models.checksums import file_hash
 from snapfusion.settings import digest
 from snapfusion.training.state import TensorGroups
 
 MANIFEST = "manifest.json"
-CHUNK_BYTES = 8 << 20
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is torn or altered."""
+    """A checkpoint that is incomplete or altered."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One complete checkpoint, read and verified.
+    """A complete, verified checkpoint.
 
     Attributes:
         step: optimizer steps done.
         tensors: by group and name, on the CPU.
-        values: what was saved beside them, JSON values.
+        values: the JSON values saved with them.
     """
 
     step: int
@@ -52,11 +52,11 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one training, under `url` (a path or any fsspec URL).
+    """Reads and writes the checkpoints of one training under `url` (a path or any fsspec URL).
 
     Args:
-        url: the folder that holds them; need not exist.
-        keep: how many of the newest complete ones stay.
+        url: their folder, which need not exist.
+        keep: number of complete checkpoints to keep, the newest.
 
     Raises:
         ValueError: if `keep` is below 1.
@@ -71,29 +71,29 @@ class CheckpointStore:
     def save(self, step: int, *, tensors: TensorGroups, values: Mapping[str, Any]) -> None:
         """Write the checkpoint of `step`, then delete all but the newest `keep` complete ones.
 
-        A folder of that step that is there already is written anew, and folders of later steps go: had they
-        been good, training would have continued from them.
+        An earlier checkpoint of `step` is replaced. Folders of later steps are deleted: training would have
+        resumed from them if they were valid.
 
         Raises:
-            CheckpointError: if what arrived in the store has another size; then nothing is deleted.
+            CheckpointError: if a stored file has the wrong size; then nothing is deleted.
         """
         folder = self._folder(step)
         self._fs.makedirs(folder, exist_ok=True)
-        if self._fs.exists(f"{folder}/{MANIFEST}"):
-            self._fs.rm_file(f"{folder}/{MANIFEST}")
+        self._remove_manifest(folder)
         files = {f"{group}.safetensors": self._put(folder, group, named) for group, named in tensors.items()}
         manifest: dict[str, Any] = {"step": step, "values": dict(values), "files": files}
         manifest["sha256"] = digest(manifest)
+        # The commit point: only now is the folder a checkpoint.
         self._fs.pipe_file(f"{folder}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
         if not self._is_complete(folder):
-            raise CheckpointError(f"{folder} did not arrive whole; is the store full?")
+            raise CheckpointError(f"{folder} is incomplete after writing; is the store full?")
         self._prune(step)
 
     def load(self, step: int, *, without: Collection[str] = ()) -> Checkpoint:
-        """The checkpoint of `step`, but for groups of tensors that are not wanted.
+        """Load the checkpoint of `step`, except the groups of tensors in `without`.
 
         Raises:
-            CheckpointError: if it is missing, torn or altered.
+            CheckpointError: if it is missing, incomplete or altered.
         """
         folder = self._folder(step)
         manifest = self._manifest(folder)
@@ -105,7 +105,7 @@ class CheckpointStore:
         return Checkpoint(step=manifest["step"], tensors=tensors, values=manifest["values"])
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is complete and unaltered, or None where there is none."""
+        """Load the newest complete, unaltered checkpoint; None if there is none."""
         for step in self._steps():
             try:
                 return self.load(step)
@@ -122,7 +122,7 @@ class CheckpointStore:
         return f"{self._root}/step-{step:08d}"
 
     def _steps(self) -> list[int]:
-        """Steps that have a folder, whole or torn, the newest first."""
+        """List the steps that have a folder, complete or not, newest first."""
         self._fs.invalidate_cache()
         if not self._fs.exists(self._root):
             return []
@@ -131,11 +131,12 @@ class CheckpointStore:
         return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
 
     def _put(self, folder: str, group: str, named: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Write one file by way of a local one, which a large model's tensors pass without a second copy."""
+        """Write one file; return its entry in the manifest."""
+        # By way of a local file: serializing to bytes would hold a second copy of the model in memory.
         with tempfile.TemporaryDirectory() as scratch:
             local = Path(scratch) / "tensors"
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, local)
-            entry = {"bytes": local.stat().st_size, "sha256": _hash_file(local)}
+            entry = {"bytes": local.stat().st_size, "sha256": file_hash(local)}
             self._fs.put_file(str(local), f"{folder}/{group}.safetensors")
         return entry
 
@@ -144,9 +145,9 @@ class CheckpointStore:
             content = self._fs.cat_file(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing") from None
-        found = hashlib.sha256(content).hexdigest()
-        if found != sha256:
-            raise CheckpointError(f"{path} was altered: SHA-256 {found}, the manifest says {sha256}")
+        actual = hashlib.sha256(content).hexdigest()
+        if actual != sha256:
+            raise CheckpointError(f"{path} was altered: its SHA-256 is {actual}, the manifest says {sha256}")
         try:
             return load_safetensors(content)
         except SafetensorError as error:
@@ -158,7 +159,7 @@ class CheckpointStore:
             manifest: dict[str, Any] = json.loads(self._fs.cat_file(path))
             sha256 = manifest.pop("sha256")
         except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing: the save did not end") from None
+            raise CheckpointError(f"{path} is missing: the save was interrupted") from None
         except (ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path} is not a manifest: {error}") from error
         if digest(manifest) != sha256:
@@ -166,7 +167,7 @@ class CheckpointStore:
         return manifest
 
     def _is_complete(self, folder: str) -> bool:
-        """Whether all files are there in full size; their hashes are looked at when they are read."""
+        """Whether all files exist in full size; their hashes are verified by `load`."""
         try:
             files = self._manifest(folder)["files"]
             return all(self._fs.size(f"{folder}/{name}") == entry["bytes"] for name, entry in files.items())
@@ -174,24 +175,17 @@ class CheckpointStore:
             return False
 
     def _prune(self, newest: int) -> None:
-        for folder in self._superfluous(newest):
-            # The manifest first: what a kill leaves behind is then torn, and goes at the next save.
-            if self._fs.exists(f"{folder}/{MANIFEST}"):
-                self._fs.rm_file(f"{folder}/{MANIFEST}")
-            self._fs.rm(folder, recursive=True)
-
-    def _superfluous(self, newest: int) -> Iterator[str]:
+        """Delete later steps, and what is older than the newest `keep` complete checkpoints."""
         kept = 0
         for step in self._steps():
+            folder = self._folder(step)
             if step > newest or kept >= self.keep:
-                yield self._folder(step)
-            elif self._is_complete(self._folder(step)):
+                # The manifest first: a folder that is half deleted by a kill is then no checkpoint.
+                self._remove_manifest(folder)
+                self._fs.rm(folder, recursive=True)
+            elif self._is_complete(folder):
                 kept += 1
 
-
-def _hash_file(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            sha.update(chunk)
-    return sha.hexdigest()
+    def _remove_manifest(self, folder: str) -> None:
+        if self._fs.exists(f"{folder}/{MANIFEST}"):
+            self._fs.rm_file(f"{folder}/{MANIFEST}")

@@ -13,12 +13,12 @@ from snapfusion.training.fsdp import distribute_like
 class Ema:
     """avg <- d avg + (1 - d) theta after every step, in float32.
 
-    d = min(decay, (1 + step) / (10 + step)), so that a short run does not carry its first weights along. The
-    warm-up is ours: the paper names no average.
+    d = min(decay, (1 + step) / (10 + step)), so that a short run forgets its initial weights. The warm-up is
+    ours: the paper mentions no averaging.
 
     Args:
-        model: gives the first values.
-        decay: the limit of d, in 0 .. 1 without the ends.
+        model: gives the initial values.
+        decay: the limit of d, between 0 and 1.
 
     Raises:
         ValueError: if `decay` is out of range.
@@ -35,7 +35,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module, *, step: int) -> None:
-        """Take in the weights after step `step`, counted from 1. Numbers that are no fractions are copied."""
+        """Average in the weights after step `step`, counted from 1; integer tensors are copied."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, tensor in model.state_dict().items():
             average = self.averages[name]
@@ -44,15 +44,11 @@ class Ema:
             else:
                 average.copy_(tensor)
 
-    def copy_to(self, model: nn.Module) -> None:
-        """Put the averages into `model`."""
-        model.load_state_dict(self.averages)
-
     def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Continue from averages that were saved.
+        """Continue from saved averages.
 
         Raises:
-            ValueError: if their names or shapes are others.
+            ValueError: if their names or shapes differ from the model's.
         """
         if {n: t.shape for n, t in averages.items()} != {n: t.shape for n, t in self.averages.items()}:
             raise ValueError("the saved averages are those of another model")

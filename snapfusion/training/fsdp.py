@@ -1,6 +1,6 @@
-"""A network spread over workers (FSDP), and whole tensors made of the pieces and pieces of whole ones.
+"""FSDP: sharding a network over workers, and conversion between full and sharded tensors.
 
-Where nothing is spread, a tensor is whole already, and all of this gives back what it was given.
+On a network that is not sharded, every function here is the identity.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(model: nn.Module, *, device: torch.device) -> nn.Module:
-    """Spread the parameters of `model` over all ranks, which call this at once; it is changed in place.
+    """Shard the parameters of `model` over all ranks, in place; called on all ranks at once.
 
-    Each block of its lists of blocks is gathered by itself as it is used, and what is left as the whole.
+    Each block of its lists of blocks is one FSDP unit, and the rest of the network another.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for part in model.children():
@@ -28,43 +28,44 @@ def shard(model: nn.Module, *, device: torch.device) -> nn.Module:
     return model
 
 
-def set_gradient_sync(model: nn.Module, *, wanted: bool) -> None:
-    """Whether the next backward pass sums gradients over ranks, if `model` is spread over them."""
+def set_gradient_sync(model: nn.Module, *, enabled: bool) -> None:
+    """Set whether the next backward pass reduces gradients over ranks, if `model` is sharded."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
+        model.set_requires_gradient_sync(enabled)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor of which `tensor` may be this rank's piece; called on all ranks at once."""
+    """Gather the full tensor of a shard; called on all ranks at once."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensors(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`full_tensor` of each, on rank 0; the others, which call this at once, are left with what was not spread.
+    """Gather the full tensors, on rank 0 only; called on all ranks at once.
 
-    What was spread ends on the CPU, as there may be no room for all of it elsewhere. It is gathered by order
-    of names: the order in `named` may differ from rank to rank, as a file of safetensors is read in any, and
-    gloo ends a process that is sent a piece of another tensor.
+    Other ranks keep only the tensors that were not sharded. Gathered tensors are moved to the CPU, since the
+    whole model may not fit on the device.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
     gathered = {name: tensor for name, tensor in named.items() if not isinstance(tensor, DTensor)}
+    # Sorted, because the order in `named` may differ between ranks (a safetensors file is read in any order),
+    # and gloo aborts a process that receives a shard of another tensor.
     for name in sorted(named.keys() - gathered.keys()):
         tensor = full_tensor(named[name])
-        if first:
+        if is_first:
             gathered[name] = tensor.cpu()
     return gathered
 
 
-def distribute_like(tensor: Tensor, given: Tensor) -> Tensor:
-    """A whole `tensor` spread as `given` is, where `given` is spread; all ranks have the same."""
-    if not isinstance(given, DTensor):
+def distribute_like(tensor: Tensor, reference: Tensor) -> Tensor:
+    """Shard a full `tensor` as `reference` is sharded; all ranks hold the same full tensor."""
+    if not isinstance(reference, DTensor):
         return tensor
-    there = tensor.to(given.device)
-    return distribute_tensor(there, given.device_mesh, given.placements, src_data_rank=None)
+    local = tensor.to(reference.device)
+    return distribute_tensor(local, reference.device_mesh, reference.placements, src_data_rank=None)
 
 
 def load_full_state_dict(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """`model.load_state_dict` of whole tensors into a network that may be spread."""
+    """Load full tensors into a network that may be sharded; errors as of `load_state_dict`."""
     own = model.state_dict()
     model.load_state_dict(
         {name: distribute_like(tensor, own.get(name, tensor)) for name, tensor in weights.items()}

@@ -1,20 +1,18 @@
-"""The learning rate as a function of the step."""
+"""The learning rate schedule."""
 
 from __future__ import annotations
 
 import math
 
-from snapfusion.training.settings import Decay
+from snapfusion.training.settings import LoopSettings
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, num_steps: int, decay: Decay) -> float:
-    """The rate of step `step`, 0 .. num_steps-1.
-
-    It rises in a line over `warmup_steps` to `peak`, then stays, or falls to zero along half a cosine.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    if decay == "constant":
+def learning_rate(step: int, *, settings: LoopSettings) -> float:
+    """Return the rate of step `step`, 0 .. num_steps-1: linear warm-up, then constant or cosine to zero."""
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if settings.decay == "constant":
         return peak
-    done = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
-    return peak * 0.5 * (1.0 + math.cos(math.pi * done))
+    progress = (step - warmup) / max(settings.num_steps - warmup, 1)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,8 +1,8 @@
-"""The training loop: batches in, an objective called, a state moved on. It knows neither tables nor Ray.
+"""The training loop. It knows neither tables nor Ray.
 
-Where torch.distributed is up, each rank hands in its share of every global batch, and a model wrapped in
-DistributedDataParallel or spread over the ranks (FSDP). Shares may differ in size, and the gradient is that
-of the mean over all rows.
+Under torch.distributed each rank passes its share of every global batch, and a model wrapped in
+DistributedDataParallel or sharded (FSDP). Shares may differ in size; the gradient is that of the mean over
+all rows.
 """
 
 from __future__ import annotations
@@ -27,46 +27,46 @@ from snapfusion.training.settings import LoopSettings
 from snapfusion.training.state import TrainState
 
 MAX_LISTED_IDS = 20
-"""How many row ids an error lists at most."""
+"""Most row ids that an error message lists."""
 
 
 class Objective(Protocol):
-    """What a training minimises."""
+    """A loss to minimise."""
 
     def __call__(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
-        """The loss of each row, float32 [B]. `model` must be called as a module, once."""
+        """Return the loss of each row, float32 [B]. `model` must be called as a module, once."""
         ...
 
 
 @runtime_checkable
 class StatefulObjective(Objective, Protocol):
-    """An objective that goes from step to step with something it has learnt of its losses."""
+    """An objective with a state between steps, such as moving averages of its losses."""
 
     def end_step(self) -> Mapping[str, float]:
-        """Called on all ranks when the weights have been moved; gives figures, the same on all."""
+        """Update the state, on all ranks, after the weights; return metrics, the same on all ranks."""
         ...
 
-    def values(self) -> dict[str, Any]:
-        """What it carries between two steps, as JSON values."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state between two steps, as JSON values."""
         ...
 
-    def restore(self, values: Mapping[str, Any]) -> None:
-        """Go on from what `values` gave."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimizer step saw.
+    """The outcome of one optimizer step.
 
     Attributes:
         step: its number, counted from 1.
         loss: mean over the global batch.
-        grad_norm: of the whole gradient, before clipping.
+        grad_norm: norm of the whole gradient, before clipping.
         learning_rate: its rate.
-        seconds: wall time, waiting for data included.
-        data_seconds: of which this rank waited for its batch.
-        figures: what the objective says of its losses, if it does.
+        seconds: wall time, including the wait for data.
+        data_seconds: time that this rank waited for its batch.
+        metrics: of the objective, if it is stateful.
     """
 
     step: int
@@ -75,7 +75,7 @@ class StepResult:
     learning_rate: float
     seconds: float
     data_seconds: float
-    figures: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class UnusableStepError(ValueError):
@@ -83,7 +83,7 @@ class UnusableStepError(ValueError):
 
     Attributes:
         step: its number, counted from 0.
-        rows: ids of the rows to blame, of all ranks.
+        rows: ids of the rows that caused it, on all ranks.
     """
 
     def __init__(self, reason: str, *, step: int, rows: list[str]) -> None:
@@ -97,11 +97,11 @@ class NonFiniteLossError(UnusableStepError):
 
 
 class DivergedError(UnusableStepError):
-    """A loss above the limit that the settings give."""
+    """A mean loss above `LoopSettings.max_loss`."""
 
 
 def new_state(model: nn.Module, *, settings: LoopSettings) -> TrainState:
-    """A training of `model` at step 0: AdamW, and the average where the settings want one."""
+    """Create the state of `model` at step 0, with AdamW and, if the settings ask for it, an average."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -119,61 +119,47 @@ def train(
     wrapped: nn.Module | None = None,
     after_step: Callable[[StepResult], None] = lambda step: None,
 ) -> None:
-    """Move `state` on to `settings.num_steps`; a state that is there already is left alone.
+    """Train `state` up to `settings.num_steps`; a finished state is left unchanged.
 
     Args:
-        state: changed in place, after every step complete.
+        state: changed in place; complete after every step.
         objective: gives the loss of each row.
         batches: this rank's share of global batch `state.step`, `state.step` + 1, ...
-        settings: the optimizer's.
-        micro_batch: rows of one forward pass; a larger share is accumulated.
-        wrapped: `state.model` wrapped for distribution, or None where there is one process.
-        after_step: told about each step once the state is complete; saving is done there.
+        settings: of the optimizer.
+        micro_batch: rows per forward pass; larger shares are accumulated.
+        wrapped: `state.model` wrapped for distribution, or None for a single process.
+        after_step: called after each step, when the state is complete and may be saved.
 
     Raises:
         NonFiniteLossError: on all ranks, naming the rows, if a loss or the gradient is NaN or infinite.
         DivergedError: likewise, if the mean loss is above `settings.max_loss`.
-        ValueError: if the shares of a step are not `settings.global_batch` rows together.
+        ValueError: if the shares of a step do not add up to `settings.global_batch` rows.
     """
     state.model.train()
-    carrying = objective if isinstance(objective, StatefulObjective) else None
-    if carrying is not None and state.carried:
-        carrying.restore(state.carried)
+    model = wrapped or state.model
+    stateful = objective if isinstance(objective, StatefulObjective) else None
+    if stateful is not None and state.objective_state:
+        stateful.load_state_dict(state.objective_state)
     while state.step < settings.num_steps:
-        began = time.perf_counter()
+        start = time.perf_counter()
         batch = next(batches)
-        waited = time.perf_counter() - began
-        rate = learning_rate(
-            state.step,
-            peak=settings.learning_rate,
-            warmup_steps=settings.warmup_steps,
-            num_steps=settings.num_steps,
-            decay=settings.decay,
-        )
-        loss = _accumulate(
-            state,
-            objective,
-            batch,
-            settings=settings,
-            micro_batch=micro_batch,
-            wrapped=wrapped or state.model,
-        )
+        data_seconds = time.perf_counter() - start
+        rate = learning_rate(state.step, settings=settings)
+        loss = _accumulate(state, objective, batch, settings=settings, micro_batch=micro_batch, model=model)
         grad_norm = _update(state, batch, settings=settings, rate=rate)
-        figures: Mapping[str, float] = {}
-        if carrying is not None:
-            figures, state.carried = carrying.end_step(), carrying.values()
-        seconds = time.perf_counter() - began
-        after_step(
-            StepResult(
-                step=state.step,
-                loss=loss,
-                grad_norm=grad_norm,
-                learning_rate=rate,
-                seconds=seconds,
-                data_seconds=waited,
-                figures=figures,
-            )
+        metrics: Mapping[str, float] = {}
+        if stateful is not None:
+            metrics, state.objective_state = stateful.end_step(), stateful.state_dict()
+        result = StepResult(
+            step=state.step,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=rate,
+            seconds=time.perf_counter() - start,
+            data_seconds=data_seconds,
+            metrics=metrics,
         )
+        after_step(result)
 
 
 def _accumulate(
@@ -183,20 +169,20 @@ def _accumulate(
     *,
     settings: LoopSettings,
     micro_batch: int,
-    wrapped: nn.Module,
+    model: nn.Module,
 ) -> float:
-    """The gradient of the mean loss over the global batch, left in the parameters; returns that mean."""
+    """Accumulate the gradient of the mean loss over the global batch; return that mean."""
     device = next(state.model.parameters()).device
     state.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), dtype=torch.float64, device=device)
     unusable = list[str]()
     pieces = list(batch.split(micro_batch))
     for piece in pieces:
-        with _exchange(wrapped, gradients=piece is pieces[-1]):
+        with _sync_gradients(model, enabled=piece is pieces[-1]):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                losses = objective(wrapped, piece.to(device), step=state.step)
-            _check_form(losses, piece)
-            # DDP and FSDP take the mean over ranks; times their number, it is that over the whole batch.
+                losses = objective(model, piece.to(device), step=state.step)
+            _check_losses(losses, piece)
+            # DDP and FSDP average gradients over ranks: scaled by their number, it is the mean over all rows.
             (losses.sum() * (_world_size() / settings.global_batch)).backward()
         total += losses.detach().double().sum()
         finite = losses.detach().isfinite().tolist()
@@ -205,16 +191,16 @@ def _accumulate(
 
 
 def _update(state: TrainState, batch: Batch, *, settings: LoopSettings, rate: float) -> float:
-    """One step of the optimizer and of the average; returns the gradient's norm."""
+    """Take one step of the optimizer and of the average; return the norm of the gradient."""
     norm = float(full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)))
     if not math.isfinite(norm):
-        # The gradient is common to all ranks, and so is this verdict.
+        # All ranks have the same gradient, so all of them raise.
         reason = f"the gradient of step {state.step} is {norm}; the batch is"
-        raise NonFiniteLossError(reason, step=state.step, rows=_of_all_ranks(list(batch.ids)))
+        raise NonFiniteLossError(reason, step=state.step, rows=_gather_ids(list(batch.ids)))
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)  # as large as the model, and done with
+    state.optimizer.zero_grad(set_to_none=True)  # frees as much memory as the model takes
     state.step += 1
     if state.ema is not None:
         state.ema.update(state.model, step=state.step)
@@ -224,7 +210,9 @@ def _update(state: TrainState, batch: Batch, *, settings: LoopSettings, rate: fl
 def _mean_over_ranks(
     total: Tensor, unusable: list[str], *, batch: Batch, step: int, settings: LoopSettings
 ) -> float:
-    """The mean loss of the global batch; all ranks raise alike, so that none waits for another."""
+    """Return the mean loss of the global batch."""
+    # Every error is raised on all ranks, from reduced values: a rank that raised alone would leave the others
+    # waiting in the next collective.
     counts = torch.tensor([len(batch), len(unusable)], dtype=torch.float64, device=total.device)
     sums = torch.cat([total.view(1), counts])
     if _world_size() > 1:
@@ -234,18 +222,18 @@ def _mean_over_ranks(
         raise ValueError(f"step {step} got {all_rows:.0f} rows; the global batch is {settings.global_batch}")
     if all_unusable:
         reason = f"the loss of step {step} is not finite in"
-        raise NonFiniteLossError(reason, step=step, rows=_of_all_ranks(unusable))
+        raise NonFiniteLossError(reason, step=step, rows=_gather_ids(unusable))
     mean = float(loss / settings.global_batch)
     if settings.max_loss is not None and mean > settings.max_loss:
         reason = f"the loss of step {step} is {mean:.4g}, above max_loss {settings.max_loss:g}; the batch is"
-        raise DivergedError(reason, step=step, rows=_of_all_ranks(list(batch.ids)))
+        raise DivergedError(reason, step=step, rows=_gather_ids(list(batch.ids)))
     return mean
 
 
-def _exchange(model: nn.Module, *, gradients: bool) -> AbstractContextManager[None]:
-    """Ranks exchange gradients once a step, with the last piece of its batch."""
-    set_gradient_sync(model, wanted=gradients)
-    if isinstance(model, DistributedDataParallel) and not gradients:
+def _sync_gradients(model: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+    """Reduce gradients over ranks only if enabled: once per step, with the last piece of the batch."""
+    set_gradient_sync(model, enabled=enabled)
+    if isinstance(model, DistributedDataParallel) and not enabled:
         return model.no_sync()
     return nullcontext()
 
@@ -254,7 +242,7 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _check_form(losses: Tensor, batch: Batch) -> None:
+def _check_losses(losses: Tensor, batch: Batch) -> None:
     if losses.shape != (len(batch),) or losses.dtype != torch.float32:
         raise ValueError(
             f"the objective gave {losses.dtype} {list(losses.shape)}; float32 [{len(batch)}], "
@@ -262,8 +250,8 @@ def _check_form(losses: Tensor, batch: Batch) -> None:
         )
 
 
-def _of_all_ranks(rows: list[str]) -> list[str]:
-    """The ids of `rows`, those of all ranks in their order; called on all ranks at once."""
+def _gather_ids(rows: list[str]) -> list[str]:
+    """Concatenate the row ids of all ranks in rank order; called on all ranks at once."""
     if _world_size() == 1:
         return rows
     shares: list[list[str]] = [rows] * _world_size()

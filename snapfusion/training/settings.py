@@ -1,4 +1,4 @@
-"""Settings of the training loop and its objectives."""
+"""Settings of the training loop and of the objectives; importable without torch."""
 
 from __future__ import annotations
 
@@ -8,43 +8,26 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from snapfusion.settings import Settings
 
-
-class CfgRange(Settings):
-    """w ~ U[low, high], the guidance of the CFG-aware loss. SnapFusion Eq. 10.
-
-    Attributes:
-        low: least w; 1 is no guidance.
-        high: largest w.
-    """
-
-    low: float = Field(2.0, ge=1.0)
-    high: float = Field(14.0, ge=1.0)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low > self.high:
-            raise ValueError(f"low {self.low} is above high {self.high}")
-        return self
-
-
 Decay = Literal["constant", "cosine"]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+"""A probability that may be 0 but not 1."""
 
 
 class LoopSettings(Settings):
-    """What decides the weights that training ends with; how and where it runs is not here.
+    """Settings that determine the final weights; hardware and parallelism are configured elsewhere.
 
     Attributes:
         num_steps: optimizer steps.
-        global_batch: rows of a step, over all workers.
+        global_batch: rows per step, over all workers.
         learning_rate: the peak.
-        warmup_steps: steps of the line that leads up to it.
-        decay: what follows: "cosine" to zero, or "constant".
+        warmup_steps: steps of linear warm-up to the peak.
+        decay: after the warm-up: "cosine" to zero, or "constant".
         weight_decay: AdamW's, on all parameters; 0.01 in the paper.
-        clip_norm: limit of the gradient's norm.
-        max_loss: a mean loss above it stops the training; null sets no limit.
-        ema_decay: of the averaged weights; null keeps none.
+        clip_norm: maximum norm of the gradient.
+        max_loss: training stops if the mean loss exceeds it; null for no limit.
+        ema_decay: of the averaged weights; null for no averaging.
         precision: of the network's forward pass. "bfloat16" is autocast; losses are float32 in any case.
-        seed: of the order of rows and of every random draw.
+        seed: of the row order and of all random draws.
     """
 
     num_steps: PositiveInt
@@ -60,65 +43,92 @@ class LoopSettings(Settings):
     seed: NonNegativeInt = 0
 
 
-Probability = Annotated[float, Field(ge=0, lt=1)]
+class VelocitySettings(Settings):
+    """Settings of the original loss, L_ori.
+
+    Attributes:
+        caption_dropout: fraction of rows trained without their caption; ours, the paper gives none.
+    """
+
+    caption_dropout: Probability = 0.1
 
 
 class SkipSettings(Settings):
-    """How often a block is left out; the paper gives no number.
+    """Skip probabilities of robust training; the paper gives no values.
 
     Attributes:
-        attention: probability of each cross-attention block.
-        resnet: probability of each ResNet block.
+        attention: probability of skipping each cross-attention block.
+        resnet: probability of skipping each ResNet block.
     """
 
     attention: Probability = 0.1
     resnet: Probability = 0.1
 
 
-class StepDistillationSettings(Settings):
-    """What the student is to learn. The defaults are the paper's, but for what it leaves open.
+class CfgRange(Settings):
+    """w ~ U[low, high], the guidance scale of the CFG-aware loss. SnapFusion Eq. 10.
 
     Attributes:
-        student_steps: N_S, the steps that the student takes.
-        k: the teacher's steps for one of the student's.
-        cfg_probability: p of Eq. 11: 0 is vanilla alone, 1 CFG-aware alone.
-        cfg_range: of w in guided steps.
-        gamma: weight of L_ori; 0 leaves it out.
-        gamma_rule: "dynamic" weights L_ori by gamma times L_dstl / L_ori, each a moving average over the
-            earlier steps of the branch; in a branch's first step, before there is one, L_ori has no weight.
-            "constant" weights it by gamma. The paper says dynamic, and not how.
-        ratio_decay: of those moving averages.
-        original_times: where L_ori is taken: at times from all of the "schedule", or at the student's own
-            on the "grid", which spares a forward pass.
-        w_conditioned: whether the student is told w and answers in one pass (Meng et al. 2023, Fig. 6b),
-            instead of being guided itself.
-        caption_dropout: fraction of rows without their caption, in L_ori and, with the teacher in the
-            trainer, in vanilla steps; ours, the paper does not say.
+        low: smallest w; 1 is no guidance.
+        high: largest w.
+    """
+
+    low: float = Field(2.0, ge=1.0)
+    high: float = Field(14.0, ge=1.0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}")
+        return self
+
+
+class TargetSettings(Settings):
+    """Settings of the distillation target.
+
+    Attributes:
+        student_steps: N_S, sampling steps of the student.
+        k: teacher steps per student step.
+        cfg_range: of w in guided rows.
+        caption_dropout: fraction of rows without their caption; ours, the paper gives none.
     """
 
     student_steps: PositiveInt = 8
     k: PositiveInt = 2
-    cfg_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
     cfg_range: CfgRange = CfgRange()
+    caption_dropout: Probability = 0.1
+
+
+class StepDistillationSettings(TargetSettings):
+    """Settings of the step distillation loss. The defaults are the paper's where it gives values.
+
+    Attributes:
+        student_steps: N_S, sampling steps of the student.
+        k: teacher steps per student step.
+        cfg_range: of w in guided steps.
+        caption_dropout: fraction of rows without their caption, in L_ori and, if the teacher runs in the
+            trainer, in vanilla steps; ours, the paper gives none.
+        cfg_probability: p of Eq. 11: 0 is vanilla only, 1 CFG-aware only.
+        gamma: weight of L_ori; 0 omits it.
+        gamma_rule: "dynamic" weights L_ori by gamma times L_dstl / L_ori, both as moving averages over the
+            earlier steps of the branch; in the first step of a branch L_ori has no weight. "constant" weights
+            it by gamma. The paper calls gamma dynamic and does not define the rule.
+        ratio_decay: decay of those moving averages.
+        original_times: timesteps of L_ori: drawn from the whole "schedule", or those of the distillation
+            loss on the "grid", which saves a forward pass.
+        w_conditioned: whether the student takes w as an input and needs one pass (Meng et al. 2023,
+            Fig. 6b), instead of being guided itself.
+    """
+
+    cfg_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
     gamma: NonNegativeFloat = 0.2
     gamma_rule: Literal["dynamic", "constant"] = "dynamic"
     ratio_decay: Annotated[float, Field(gt=0, lt=1)] = 0.98
     original_times: Literal["schedule", "grid"] = "schedule"
     w_conditioned: bool = False
-    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
 
     @model_validator(mode="after")
     def _original_is_unguided(self) -> Self:
         if self.w_conditioned and self.original_times == "grid" and self.gamma:
             raise ValueError("a w-conditioned student has no unguided pass on the grid for L_ori")
         return self
-
-
-class VelocitySettings(Settings):
-    """What the original loss draws.
-
-    Attributes:
-        caption_dropout: fraction of rows that go without their caption; ours, the paper does not say.
-    """
-
-    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1

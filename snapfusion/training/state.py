@@ -1,6 +1,6 @@
-"""Everything that training resumes from: weights, the optimizer's moments, the average, the step, the curve.
+"""The resumable state of a training: weights, optimizer moments, averages, step, curve.
 
-No random generator's state is among it, because all randomness here is a function of the seed and the step.
+It holds no random generator's state, because all randomness is a function of the seed and the step.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from snapfusion.training.ema import Ema
 from snapfusion.training.fsdp import distribute_like, full_tensors, load_full_state_dict
 
 TensorGroups = Mapping[str, Mapping[str, Tensor]]
-"""Named groups of named tensors; a checkpoint keeps each group in a file of its own."""
+"""Named groups of named tensors; a checkpoint stores each group in its own file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BestWeights:
-    """The best weights so far, by a judge of the run's.
+    """The weights with the best validation score so far.
 
     Attributes:
-        step: after which they were the model's.
-        score: what the judge gave; lower is better.
+        step: after which the model had them.
+        score: the validation score; lower is better.
         weights: by name.
     """
 
@@ -35,22 +35,22 @@ class BestWeights:
 
 
 class StateError(ValueError):
-    """A saved state that belongs to another model or another optimizer."""
+    """A saved state of another model or another optimizer."""
 
 
 @dataclass(kw_only=True)
 class TrainState:
-    """A training in its course.
+    """A training in progress.
 
     Attributes:
         model: the bare network, not wrapped for distribution.
         optimizer: over `model`'s parameters, in their order.
-        ema: the average of the weights, or None.
+        ema: the averaged weights, or None.
         step: optimizer steps done.
-        curve: what the run wants to remember of its course; plain JSON values.
-        carried: what the objective goes from step to step with; plain JSON values.
-        watched: what the run saw of its models on the way; plain JSON values.
-        best: the best of those models, or None before the first.
+        curve: the logged metrics; JSON values.
+        objective_state: the objective's state between steps; JSON values.
+        validations: the validation results so far; JSON values.
+        best: the best validated weights, or None before the first validation.
     """
 
     model: nn.Module
@@ -58,14 +58,14 @@ class TrainState:
     ema: Ema | None = None
     step: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
-    carried: dict[str, Any] = field(default_factory=dict)
-    watched: list[dict[str, Any]] = field(default_factory=list)
+    objective_state: dict[str, Any] = field(default_factory=dict)
+    validations: list[dict[str, Any]] = field(default_factory=list)
     best: BestWeights | None = None
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors, by group ("model", "optimizer", "ema", "best") and name, each whole.
+        """Return all full tensors, by group ("model", "optimizer", "ema", "best") and name.
 
-        Where the model is spread over ranks, all call this at once, and rank 0 alone is given what is spread.
+        If the model is sharded, all ranks call this at once, and only rank 0 gets the sharded tensors.
         """
         groups = {"model": full_tensors(self.model.state_dict()), "optimizer": full_tensors(self._moments())}
         if self.ema is not None:
@@ -75,20 +75,21 @@ class TrainState:
         return groups
 
     def values(self) -> dict[str, Any]:
-        """What is not a tensor, as JSON values."""
+        """Return everything but the tensors, as JSON values."""
+        # "carried" and "watched" are the keys of existing checkpoints.
         return {
             "step": self.step,
             "curve": self.curve,
-            "carried": self.carried,
-            "watched": self.watched,
+            "carried": self.objective_state,
+            "watched": self.validations,
             "best": None if self.best is None else {"step": self.best.step, "score": self.best.score},
         }
 
     def restore(self, tensors: TensorGroups, values: Mapping[str, Any]) -> None:
-        """Continue exactly where the saved state stood.
+        """Continue from a saved state.
 
         Raises:
-            StateError: if the saved state is that of another model, optimizer or kind of average.
+            StateError: if it belongs to another model or optimizer, or differs in having averages.
         """
         expected = {"model", "optimizer"} | ({"ema"} if self.ema is not None else set())
         if set(tensors) - {"best"} != expected:
@@ -102,15 +103,15 @@ class TrainState:
             raise StateError(f"the saved state does not fit this training: {error}") from error
         self.step = int(values["step"])
         self.curve = [dict(point) for point in values["curve"]]
-        self.carried = dict(values.get("carried", {}))
-        self.watched = list(values.get("watched", []))
+        self.objective_state = dict(values.get("carried", {}))
+        self.validations = list(values.get("watched", []))
         best = values.get("best")
         self.best = BestWeights(**best, weights=dict(tensors["best"])) if best else None
 
     def final_weights(self) -> dict[str, Tensor]:
-        """The weights to use, each tensor whole: the average where one is kept, else the last.
+        """Return the full weights to use: the averaged ones if there are any, else the last.
 
-        Where the model is spread over ranks, all call this at once, and rank 0 alone is given what is spread.
+        If the model is sharded, all ranks call this at once, and only rank 0 gets the sharded tensors.
         """
         return full_tensors(self.ema.averages if self.ema is not None else self.model.state_dict())
 
@@ -129,12 +130,10 @@ class TrainState:
         states: dict[int, dict[str, Tensor]] = {}
         for path, tensor in moments.items():
             name, _, key = path.rpartition("/")
-            moment = (
-                distribute_like(tensor, parameters[name])
-                if tensor.shape == parameters[name].shape
-                else tensor
+            is_moment = tensor.shape == parameters[name].shape  # AdamW's "step" is a scalar
+            states.setdefault(indices[name], {})[key] = (
+                distribute_like(tensor, parameters[name]) if is_moment else tensor
             )
-            states.setdefault(indices[name], {})[key] = moment
-        # The hyperparameters are settings, not state: those of this run hold.
+        # The hyperparameters are settings, not state: those of this run apply.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})

@@ -1,15 +1,14 @@
-"""Step distillation: vanilla, CFG-aware or mixed, and the original loss beside it. SnapFusion Eq. 11."""
+"""The step distillation loss: vanilla, CFG-aware or mixed, plus the original loss. SnapFusion Eq. 11."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from snapfusion.losses import combined_loss, distillation_loss, distillation_weight, velocity_loss
+from snapfusion.losses import combined_loss, distillation_loss, distillation_weight
 from snapfusion.noise import noise_key, uniform
 from snapfusion.sampling import guide, time_grid
 from snapfusion.schedule import Schedule
@@ -25,52 +24,43 @@ _QUANTITIES = ("loss", "error", "grad_norm", "original")
 
 
 def is_guided_step(seed: int, step: int, p: float) -> bool:
-    """Whether step `step` is guided: with probability p, for all ranks and rows alike. SnapFusion Eq. 11."""
+    """Draw whether a step is guided, with probability p, for all ranks and rows alike. SnapFusion Eq. 11."""
     return bool(uniform(noise_key("branch", seed, step), 1)[0] < p)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _StudentOutput:
-    """What the student said: v of the lesson, guided where that is; and its L_ori, float32 [B], if any."""
-
-    v: Tensor
-    original: Tensor | None
-    original_interval: Tensor
 
 
 class StepDistillationObjective:
     """L = L_dstl + gamma L_ori of each row. `model` is the student's UNet, which predicts v.
 
-    It goes from step to step with the moving averages of its losses: of both branches, and by the interval
-    of the student's grid.
+    Its state between steps is the moving averages of its losses, per branch and per interval of the student's
+    grid.
 
     Args:
         settings: of the losses.
-        lessons: what is taught.
-        captions: of teacher and student alike.
+        targets: provides the teacher's targets.
+        captions: encoder of teacher and student.
         schedule: of teacher and student.
         seed: of all draws.
-        across_ranks: whether the averages are those of all ranks; if not, one rank may call by itself.
+        across_ranks: whether to average the losses over all ranks; if not, a single rank may call.
     """
 
     def __init__(
         self,
         settings: StepDistillationSettings,
         *,
-        lessons: TargetSource,
+        targets: TargetSource,
         captions: CaptionEncoder,
         schedule: Schedule,
         seed: int,
         across_ranks: bool = True,
     ) -> None:
-        self._settings, self._lessons, self._captions = settings, lessons, captions
+        self._settings, self._targets, self._captions = settings, targets, captions
         self._schedule, self._seed = schedule, seed
-        self._originals = NoiseSampler(
+        self._add_noise = NoiseSampler(
             captions=captions, schedule=schedule, seed=seed, caption_dropout=settings.caption_dropout
         )
-        self._means = MovingAverages(
+        self._averages = MovingAverages(
             [f"{branch}/{quantity}" for branch in BRANCHES.values() for quantity in _QUANTITIES],
-            parts=settings.student_steps,
+            groups=settings.student_steps,
             decay=settings.ratio_decay,
             across_ranks=across_ranks,
         )
@@ -80,115 +70,115 @@ class StepDistillationObjective:
         return is_guided_step(self._seed, step, self._settings.cfg_probability)
 
     def gamma(self, *, guided: bool) -> float:
-        """The weight of L_ori in the present step of a branch."""
+        """The weight of L_ori in the current step of a branch."""
         if self._settings.gamma_rule == "constant":
             return self._settings.gamma
         ratio = self._ratio(BRANCHES[guided])
         return self._settings.gamma * ratio if ratio is not None else 0.0
 
     def __call__(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
-        """The loss of each row, float32 [B]. One forward pass holds all that the student is asked."""
+        """Return the loss of each row, float32 [B]."""
         guided = self.guided(step)
-        lesson = self._lessons(batch, guided=guided, step=step)
-        asked = self._ask(model, lesson, batch, step=step)
-        loss = self._distillation(lesson, asked)
-        original = asked.original
+        rows = self._targets(batch, guided=guided, step=step)
+        v, original, original_interval = self._forward(model, rows, batch, step=step)
+        loss = self._distillation_loss(v, rows)
         if original is None:
             return loss
-        self._means.add(f"{BRANCHES[guided]}/original", original, part=asked.original_interval)
+        self._averages.add(f"{BRANCHES[guided]}/original", original, group=original_interval)
         return combined_loss(distillation=loss, original=original, gamma=self.gamma(guided=guided))
 
     def end_step(self) -> dict[str, float]:
-        """Move the averages on; called on all ranks. Figures of the course of training so far.
+        """Update the averages, on all ranks, and return the metrics of training so far.
 
-        `branch/loss`, `branch/original`, their `branch/ratio` and `branch/gamma`; and, of each interval i of
-        the grid, `branch/loss/i` (Eq. 9), `branch/error/i` (of x, without the weight), `branch/grad_norm/i`
-        (of a row's distillation loss, by what the network put out) and `branch/ratio/i`.
+        `branch/loss`, `branch/original`, their `branch/ratio` and `branch/gamma`; and for each interval i of
+        the grid `branch/loss/i` (Eq. 9), `branch/error/i` (of x, unweighted), `branch/grad_norm/i` (of a
+        row's distillation loss with respect to the network output) and `branch/ratio/i`.
         """
-        self._means.end_step()
-        return {name: value for name, value in self._figures().items() if value is not None}
+        self._averages.end_step()
+        return {name: value for name, value in self._metrics().items() if value is not None}
 
-    def values(self) -> dict[str, Any]:
-        """What the next step needs of those before it, as JSON values."""
-        return self._means.values()
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state between two steps, as JSON values."""
+        return self._averages.state_dict()
 
-    def restore(self, values: Mapping[str, Any]) -> None:
-        """Go on from what `values` gave."""
-        self._means.restore(values)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self._averages.load_state_dict(state)
 
-    def _ask(self, model: nn.Module, lesson: DistillationBatch, batch: Batch, *, step: int) -> _StudentOutput:
-        """All passes of a step as one batch, the gradient through each: of a guided student, both."""
-        settings, schedule = self._settings, self._schedule
-        on_grid = settings.original_times == "grid"
-        rows = None if settings.gamma == 0.0 or on_grid else self._originals(batch, step=step)
-        guided = lesson.w is not None and not settings.w_conditioned
-        passes = [(lesson.z_t, lesson.t, lesson.c)]
-        if guided:
-            passes.append((lesson.z_t, lesson.t, self._captions.null.expand_as(lesson.c)))
-        if rows is not None:
-            passes.append((rows.z_t, rows.t, rows.c))
+    def _forward(
+        self, model: nn.Module, rows: DistillationBatch, batch: Batch, *, step: int
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the student's v, guided if the rows are, its L_ori [B] if any, and the interval of L_ori."""
+        settings, null = self._settings, self._captions.null
+        w = None if settings.w_conditioned else rows.w
+        noisy = None
+        if settings.gamma and settings.original_times == "schedule":
+            noisy = self._add_noise(batch, step=step)
+        # All passes are one batch, because DistributedDataParallel allows one forward call per step. The
+        # gradient flows through each of them, so also through the unconditional half of the guidance.
+        passes = [(rows.z_t, rows.t, rows.c)]
+        if w is not None:
+            passes.append((rows.z_t, rows.t, null.expand_as(rows.c)))
+        if noisy is not None:
+            passes.append((noisy.z_t, noisy.t, noisy.c))
         z, t, c = (torch.cat(columns) for columns in zip(*passes, strict=True))
-        said = predict_velocity(model, z, t, c, w=self._told(lesson, rows=len(z))).split(len(batch))
-        v = guide(cond=said[0], uncond=said[1], w=lesson.w) if guided and lesson.w is not None else said[0]
-        if settings.gamma == 0.0:
-            return _StudentOutput(v=v, original=None, original_interval=lesson.interval)
-        if rows is None:
-            original = velocity_loss(said[0], x=lesson.x, eps=lesson.eps, t=lesson.t, schedule=schedule)
-            return _StudentOutput(v=v, original=original, original_interval=lesson.interval)
-        original = velocity_loss(said[-1], x=rows.x, eps=rows.eps, t=rows.t, schedule=schedule)
-        return _StudentOutput(v=v, original=original, original_interval=self._interval_at(rows.t))
+        outputs = predict_velocity(model, z, t, c, w=self._w_input(rows, num_rows=len(z))).split(len(batch))
+        v = outputs[0] if w is None else guide(cond=outputs[0], uncond=outputs[1], w=w)
+        if noisy is not None:
+            return v, noisy.loss(outputs[-1], schedule=self._schedule), self._interval_at(noisy.t)
+        original = rows.loss(outputs[0], schedule=self._schedule) if settings.gamma else None
+        return v, original, rows.interval
 
-    def _told(self, lesson: DistillationBatch, *, rows: int) -> Tensor | None:
-        """What a w-conditioned student is told of each row: its w, and 1 in L_ori. float32 [rows]."""
+    def _w_input(self, rows: DistillationBatch, *, num_rows: int) -> Tensor | None:
+        """Return the w input of a w-conditioned student, float32 [num_rows]: 1 in the rows of L_ori."""
         if not self._settings.w_conditioned:
             return None
-        w = torch.ones(rows, device=lesson.x.device)
-        if lesson.w is not None:
-            w[: len(lesson.w)] = lesson.w.flatten()
+        w = torch.ones(num_rows, device=rows.x.device)
+        if rows.w is not None:
+            w[: len(rows.w)] = rows.w.flatten()
         return w
 
-    def _distillation(self, lesson: DistillationBatch, asked: _StudentOutput) -> Tensor:
-        """L_dstl of each row, which is also counted in."""
-        schedule, t = self._schedule, lesson.t
-        x_hat = schedule.from_v(v=asked.v, z_t=lesson.z_t, t=t).x
-        loss = distillation_loss(x_hat, x_target=lesson.x_target, t=t, schedule=schedule)
+    def _distillation_loss(self, v: Tensor, rows: DistillationBatch) -> Tensor:
+        """Compute L_dstl of each row, and add it to the averages."""
+        schedule, t = self._schedule, rows.t
+        x_hat = schedule.from_v(v=v, z_t=rows.z_t, t=t).x
+        loss = distillation_loss(x_hat, x_target=rows.x_target, t=t, schedule=schedule)
         weight = distillation_weight(t, schedule=schedule)
         error = loss.detach() / weight
-        # x = alpha z_t - sigma v, of a mean over n elements; v = w v_cond - (w - 1) v_uncond.
-        slope = 2.0 * weight * (error / x_hat[0].numel()).sqrt() * schedule.sigma(t).flatten()
-        if lesson.w is not None and not self._settings.w_conditioned:
-            w = lesson.w.flatten()
-            slope = slope * (w**2 + (w - 1.0) ** 2).sqrt()
-        branch = BRANCHES[lesson.w is not None]
-        for quantity, values in (("loss", loss), ("error", error), ("grad_norm", slope)):
-            self._means.add(f"{branch}/{quantity}", values, part=lesson.interval)
+        # The gradient norm in closed form, to spare a backward pass: the loss is a mean over the n elements
+        # of x = alpha z - sigma v, and guidance gives v = w v_cond - (w - 1) v_uncond.
+        grad_norm = 2.0 * weight * (error / x_hat[0].numel()).sqrt() * schedule.sigma(t).flatten()
+        if rows.w is not None and not self._settings.w_conditioned:
+            w = rows.w.flatten()
+            grad_norm = grad_norm * (w**2 + (w - 1.0) ** 2).sqrt()
+        branch = BRANCHES[rows.w is not None]
+        for quantity, values in (("loss", loss), ("error", error), ("grad_norm", grad_norm)):
+            self._averages.add(f"{branch}/{quantity}", values, group=rows.interval)
         return loss
 
     def _interval_at(self, t: Tensor) -> Tensor:
-        """The interval of the student's grid that each time lies in, its noisy end included: int64 [B]."""
+        """Return the interval of the student's grid that contains t, noisy end included: int64 [B]."""
         times = time_grid(self._settings.student_steps, schedule_steps=self._schedule.num_steps)
         starts = torch.tensor(times[:-1], device=t.device)
         return (starts >= t.view(-1, 1)).sum(dim=1) - 1
 
-    def _ratio(self, branch: str, part: int | None = None) -> float | None:
-        """L_dstl / L_ori, or None where either is not known, or L_ori is zero."""
-        loss, original = (self._mean(f"{branch}/{name}", part) for name in ("loss", "original"))
+    def _ratio(self, branch: str, interval: int = -1) -> float | None:
+        """L_dstl / L_ori, or None while either is unknown or L_ori is zero."""
+        loss, original = (self._averages.get(f"{branch}/{name}", interval) for name in ("loss", "original"))
         return loss / original if loss is not None and original else None
 
-    def _mean(self, name: str, part: int | None) -> float | None:
-        return self._means.whole(name) if part is None else self._means.of_part(name, part)
-
-    def _figures(self) -> dict[str, float | None]:
-        figures: dict[str, float | None] = {}
+    def _metrics(self) -> dict[str, float | None]:
+        average = self._averages.get
+        metrics: dict[str, float | None] = {}
         for guided, branch in BRANCHES.items():
-            figures[f"{branch}/loss"] = self._mean(f"{branch}/loss", None)
-            if figures[f"{branch}/loss"] is None:
+            if average(f"{branch}/loss") is None:
                 continue
-            figures[f"{branch}/original"] = self._mean(f"{branch}/original", None)
-            figures[f"{branch}/ratio"] = self._ratio(branch)
-            figures[f"{branch}/gamma"] = self.gamma(guided=guided)
-            for part in range(self._settings.student_steps):
+            metrics[f"{branch}/loss"] = average(f"{branch}/loss")
+            metrics[f"{branch}/original"] = average(f"{branch}/original")
+            metrics[f"{branch}/ratio"] = self._ratio(branch)
+            metrics[f"{branch}/gamma"] = self.gamma(guided=guided)
+            for interval in range(self._settings.student_steps):
                 for quantity in ("loss", "error", "grad_norm"):
-                    figures[f"{branch}/{quantity}/{part}"] = self._mean(f"{branch}/{quantity}", part)
-                figures[f"{branch}/ratio/{part}"] = self._ratio(branch, part)
-        return figures
+                    metrics[f"{branch}/{quantity}/{interval}"] = average(f"{branch}/{quantity}", interval)
+                metrics[f"{branch}/ratio/{interval}"] = self._ratio(branch, interval)
+        return metrics

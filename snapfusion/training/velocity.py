@@ -1,4 +1,4 @@
-"""The objective that makes a v-prediction network: the original loss. SnapFusion Eq. 6."""
+"""The original diffusion loss, L_ori, of a v-prediction network. SnapFusion Eq. 6."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from snapfusion.training.settings import VelocitySettings
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyBatch:
-    """Rows at times of their own: x, eps and z_t [B,4,h,w] float32, t [B] int64, c [B,L,D] float32."""
+    """Noised rows: x, eps and z_t [B,4,h,w] float32, t [B] int64, c [B,L,D] float32."""
 
     x: Tensor
     eps: Tensor
@@ -27,11 +27,15 @@ class NoisyBatch:
     t: Tensor
     c: Tensor
 
+    def loss(self, v_hat: Tensor, *, schedule: Schedule) -> Tensor:
+        """L_ori of the predicted velocity, float32 [B]. SnapFusion Eq. 6."""
+        return velocity_loss(v_hat, x=self.x, eps=self.eps, t=self.t, schedule=schedule)
+
 
 class NoiseSampler:
-    """What Eq. 6 takes the mean over: t ~ U over the whole schedule, eps, and whether the caption is dropped.
+    """Draws t ~ U over the whole schedule, eps, and caption dropout for Eq. 6.
 
-    Each row's follow from the seed, its id and the step, whatever batch it stands in.
+    The draws of a row follow from the seed, its id and the step, whatever batch it is in.
     """
 
     def __init__(
@@ -41,7 +45,7 @@ class NoiseSampler:
         self._seed, self._caption_dropout = seed, caption_dropout
 
     def __call__(self, batch: Batch, *, step: int) -> NoisyBatch:
-        """The rows of `batch`, which has columns latent and token_ids, on its device."""
+        """Noise the rows of `batch`, which has columns latent and token_ids, on its device."""
         keys = [noise_key("original", self._seed, row, step) for row in batch.ids]
         x = batch["latent"]
         eps = gaussian_batch(keys, x.shape[1:]).to(x.device)
@@ -57,33 +61,33 @@ class NoiseSampler:
 
 
 def draw_timesteps(keys: Sequence[int], *, schedule: Schedule) -> Tensor:
-    """t of each row, uniform over 0 .. T-1, by its key: int64 [B]. SnapFusion Eq. 6."""
-    drawn = [int(uniform(noise_key("time", key), 1)[0] * schedule.num_steps) for key in keys]
-    return torch.tensor(drawn, dtype=torch.int64)
+    """Draw t of each row, uniform over 0 .. T-1, by its key: int64 [B]. SnapFusion Eq. 6."""
+    draws = [int(uniform(noise_key("time", key), 1)[0] * schedule.num_steps) for key in keys]
+    return torch.tensor(draws, dtype=torch.int64)
 
 
 def predict_velocity(
     model: nn.Module, z_t: Tensor, t: Tensor, c: Tensor, *, w: Tensor | None = None
 ) -> Tensor:
-    """What the UNet says, float32 [B,4,h,w]; `w`, float32 [B], is for a UNet that is told it."""
-    heard = {} if w is None else {"timestep_cond": guidance_embedding(w)}
-    output: Tensor = model(z_t, t, encoder_hidden_states=c, return_dict=False, **heard)[0]
+    """Run the UNet: float32 [B,4,h,w]; `w`, float32 [B], is for a w-conditioned UNet."""
+    condition = {} if w is None else {"timestep_cond": guidance_embedding(w)}
+    output: Tensor = model(z_t, t, encoder_hidden_states=c, return_dict=False, **condition)[0]
     return output.float()
 
 
 class VelocityObjective:
-    """L_ori of each row. `model` is a UNet that is to predict v, whatever it predicted before."""
+    """L_ori of each row. `model` is a UNet that learns to predict v, whatever it predicted before."""
 
     def __init__(
         self, settings: VelocitySettings, *, captions: CaptionEncoder, schedule: Schedule, seed: int
     ) -> None:
         self._schedule = schedule
-        self._draw = NoiseSampler(
+        self._add_noise = NoiseSampler(
             captions=captions, schedule=schedule, seed=seed, caption_dropout=settings.caption_dropout
         )
 
     def __call__(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
-        """The loss of each row, float32 [B]; the batch has columns latent and token_ids."""
-        rows = self._draw(batch, step=step)
-        v_hat = predict_velocity(model, rows.z_t, rows.t, rows.c)
-        return velocity_loss(v_hat, x=rows.x, eps=rows.eps, t=rows.t, schedule=self._schedule)
+        """Return the loss of each row, float32 [B]; the batch has columns latent and token_ids."""
+        noisy = self._add_noise(batch, step=step)
+        v_hat = predict_velocity(model, noisy.z_t, noisy.t, noisy.c)
+        return noisy.loss(v_hat, schedule=self._schedule)

@@ -1,36 +1,31 @@
 """Eq. 7-16 against a float64 oracle in NumPy, over every interval of every grid."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
+from diffusion_oracles import SCHEDULE, alpha_sigma, ddim_latents, network
+from diffusion_oracles import denoiser as denoiser_of
+from diffusion_oracles import randn as randn_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapfusion.distill import teacher_target, x_target
 from snapfusion.losses import distillation_loss
-from snapfusion.sampling import ddim_step, guide, time_grid
-from snapfusion.schedule import Estimate, Schedule
+from snapfusion.sampling import guide, time_grid
+from snapfusion.schedule import Estimate
+from snapfusion.solvers import ddim_step
 
-SCHEDULE = Schedule()
 GRIDS = [(student_steps, k) for student_steps in (4, 8, 16) for k in (1, 2, 4, 8)]
 
 
-def drawn(seed, count):
-    return torch.randn(count, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
+def randn(seed, count):
+    return randn_of(seed, (count, 4, 4, 4))
 
 
 def ends(student_steps):
     """t and t'' of every interval."""
     grid = torch.tensor(time_grid(student_steps))
     return grid[:-1], grid[1:]
-
-
-def network(z, t, caption):
-    """A stand-in for a network, in torch or NumPy, that nothing cancels in."""
-    values = z * 0.9 + (t.reshape(-1, 1, 1, 1) + 1) / 1000 + caption
-    return 0.8 * (values.tanh() if isinstance(z, torch.Tensor) else np.tanh(values))
 
 
 def output_of(z, t, w):
@@ -43,46 +38,34 @@ def output_of(z, t, w):
     return w * network(z, t, 0.3) - (w - 1) * network(z, t, -0.2)
 
 
-def denoiser(prediction_type, w):
-    def estimate(z_t, t):
-        return SCHEDULE.estimate(output_of(z_t, t, w), z_t=z_t, t=t, prediction_type=prediction_type)
-
-    return estimate
+def denoiser(prediction_type, w=None):
+    return denoiser_of(prediction_type, lambda z_t, t: output_of(z_t, t, w))
 
 
-def strengths(t):
-    alpha_bar = np.cumprod(1.0 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
-    return (alpha_bar[t] ** 0.5, (1.0 - alpha_bar[t]) ** 0.5) if t >= 0 else (1.0, 0.0)
+def velocity_of(x, z_t, t):
+    """The v that gives x: a student's output that meets the target."""
+    return (SCHEDULE.alpha(t) * z_t - x) / SCHEDULE.sigma(t)
 
 
 def oracle(z_t, *, interval, student_steps, k, prediction_type, w):
-    """Where k steps of Eq. 12 and 13 land, and the x-target of Eq. 16: float64 [4,h,w], for one row."""
+    """Endpoint of k steps of Eq. 12 and 13, and the x-target of Eq. 16: float64 [4,h,w], for one row."""
     times = [
         round(1000 * (k * (student_steps - interval) - j) / (k * student_steps)) - 1 for j in range(k + 1)
     ]
-    z = z_t.double().numpy()[None]
-    for t, t_next in pairwise(times):
-        (a, s), (a_next, s_next) = strengths(t), strengths(t_next)
-        output = output_of(z, np.array([t], dtype=np.float64), w)
-        if prediction_type == "epsilon":
-            x, eps = (z - s * output) / a, output
-        else:
-            x, eps = a * z - s * output, s * z + a * output
-        z = a_next * x + s_next * eps
-    (a, s), (a2, s2) = strengths(times[0]), strengths(times[-1])
-    target = (z[0] - s2 / s * z_t.double().numpy()) / (a2 - s2 / s * a)
-    return z[0], target
+    *_, z = ddim_latents(
+        z_t[None], grid=times, prediction_type=prediction_type, output=lambda z, t: output_of(z, t, w)
+    )
+    (a, s), (a2, s2) = alpha_sigma(times[0]), alpha_sigma(times[-1])
+    return z[0], (z[0] - s2 / s * z_t.double().numpy()) / (a2 - s2 / s * a)
 
 
 @pytest.mark.parametrize(("student_steps", "k"), GRIDS)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("guided", [False, True])
-def test_the_target_is_the_oracles_in_every_interval_and_lands_where_the_teacher_lands(
-    student_steps, k, prediction_type, guided
-):
+def test_target_matches_the_oracle(student_steps, k, prediction_type, guided):
     interval = torch.arange(student_steps)
     w = torch.linspace(1.0, 14.0, student_steps).view(-1, 1, 1, 1) if guided else None
-    z_t = drawn(student_steps + k, student_steps)
+    z_t = randn(student_steps + k, student_steps)
     target = teacher_target(
         denoiser(prediction_type, w),
         z_t,
@@ -105,31 +88,26 @@ def test_the_target_is_the_oracles_in_every_interval_and_lands_where_the_teacher
             prediction_type=prediction_type,
             w=None if w is None else w[row],
         )
-        # Float32 rounds to 6e-8; what is rounded is divided by as little as 0.03 (16 steps, the first).
-        (a, s), (a2, s2) = strengths(int(t[row])), strengths(int(t2[row]))
+        # float32 rounds to 6e-8, and the result is divided by as little as 0.03 (first of 16 steps).
+        (a, s), (a2, s2) = alpha_sigma(int(t[row])), alpha_sigma(int(t2[row]))
         scale = max(float(z_t[row].abs().max()), float(np.abs(expected).max()))
         assert np.abs(landed[row].double().numpy() - expected_landing).max() < 5e-6 * scale
         assert np.abs(target[row].double().numpy() - expected).max() < 2e-6 * scale / (a2 - s2 / s * a)
 
 
-def velocity_of(x, z_t, t):
-    """The v whose x is `x`: what a student says that hits the target."""
-    return (SCHEDULE.alpha(t) * z_t - x) / SCHEDULE.sigma(t)
-
-
-def test_a_student_that_hits_the_target_has_no_loss():
-    interval, z_t = torch.arange(8), drawn(0, 8)
+def test_student_on_target_has_no_loss():
+    interval, z_t = torch.arange(8), randn(0, 8)
     t, _ = ends(8)
     target = teacher_target(
-        denoiser("v_prediction", None), z_t, interval=interval, student_steps=8, k=2, schedule=SCHEDULE
+        denoiser("v_prediction"), z_t, interval=interval, student_steps=8, k=2, schedule=SCHEDULE
     )
     assert distillation_loss(target, x_target=target, t=t, schedule=SCHEDULE).tolist() == [0.0] * 8
     x_hat = SCHEDULE.from_v(v=velocity_of(target, z_t, t), z_t=z_t, t=t).x
     assert distillation_loss(x_hat, x_target=target, t=t, schedule=SCHEDULE).max() < 1e-9
 
 
-def test_a_teacher_that_is_always_right_is_its_own_target():
-    x, eps = drawn(1, 8), drawn(2, 8)
+def test_target_of_an_exact_teacher_is_x():
+    x, eps = randn(1, 8), randn(2, 8)
     interval = torch.arange(8)
     t, _ = ends(8)
     z_t = SCHEDULE.diffuse(x=x, eps=eps, t=t)
@@ -141,48 +119,46 @@ def test_a_teacher_that_is_always_right_is_its_own_target():
 
 @settings(deadline=None, max_examples=50)
 @given(student_steps=st.integers(1, 64), k=st.integers(1, 8), seed=st.integers(0, 999))
-def test_the_target_is_the_mean_of_the_teachers_x_weighted_by_the_rise_of_alpha_over_sigma(
-    student_steps, k, seed
-):
+def test_target_is_a_weighted_mean_of_x(student_steps, k, seed):
     interval = torch.arange(student_steps)
-    said = []
+    calls = []
 
-    def keeping(z_t, t):
-        said.append((denoiser("v_prediction", None)(z_t, t), t))
-        return said[-1][0]
+    def recording(z_t, t):
+        calls.append((denoiser("v_prediction")(z_t, t), t))
+        return calls[-1][0]
 
-    z_t = drawn(seed, student_steps)
+    z_t = randn(seed, student_steps)
     found = teacher_target(
-        keeping, z_t, interval=interval, student_steps=student_steps, k=k, schedule=SCHEDULE
+        recording, z_t, interval=interval, student_steps=student_steps, k=k, schedule=SCHEDULE
     )
-    low = torch.stack([estimate.x for estimate, _ in said]).amin(dim=0)
-    high = torch.stack([estimate.x for estimate, _ in said]).amax(dim=0)
+    low = torch.stack([estimate.x for estimate, _ in calls]).amin(dim=0)
+    high = torch.stack([estimate.x for estimate, _ in calls]).amax(dim=0)
     assert bool(((found >= low - 1e-3) & (found <= high + 1e-3)).all())
-    assert torch.equal(found[-1], said[-1][0].x[-1])  # at the clean end, to the bit
+    assert torch.equal(found[-1], calls[-1][0].x[-1])  # at the clean end, to the bit
     if student_steps > 1:
-        ends = [said[j][1][0] for j in range(k)] + [said[0][1][1]]
+        ends = [calls[j][1][0] for j in range(k)] + [calls[0][1][1]]
         snr = torch.stack([SCHEDULE.snr(t.view(1)).flatten().double().sqrt() for t in ends]).flatten()
         weights = snr.diff() / (snr[-1] - snr[0])
         mean = sum(
-            weight * estimate.x[0].double() for weight, (estimate, _) in zip(weights, said, strict=True)
+            weight * estimate.x[0].double() for weight, (estimate, _) in zip(weights, calls, strict=True)
         )
         torch.testing.assert_close(found[0].double(), mean, rtol=0, atol=1e-3)
 
 
-def test_the_target_carries_no_gradient():
+def test_target_has_no_gradient():
     weight = torch.ones((), requires_grad=True)
 
     def teacher(z_t, t):
         return SCHEDULE.from_v(v=weight * z_t, z_t=z_t, t=t)
 
     found = teacher_target(
-        teacher, drawn(0, 2), interval=torch.tensor([0, 3]), student_steps=4, k=2, schedule=SCHEDULE
+        teacher, randn(0, 2), interval=torch.tensor([0, 3]), student_steps=4, k=2, schedule=SCHEDULE
     )
     assert not found.requires_grad
 
 
-def test_the_x_target_undoes_one_ddim_step():
-    z_t, x = drawn(0, 3), drawn(1, 3)
+def test_x_target_inverts_a_ddim_step():
+    z_t, x = randn(0, 3), randn(1, 3)
     t, t2 = torch.tensor([999, 500, 124]), torch.tensor([874, 3, -1])
     estimate = Estimate(x=x, eps=(z_t - SCHEDULE.alpha(t) * x) / SCHEDULE.sigma(t))
     landed = ddim_step(estimate, t_next=t2, schedule=SCHEDULE)
@@ -191,7 +167,7 @@ def test_the_x_target_undoes_one_ddim_step():
 
 
 @pytest.mark.parametrize(
-    ("interval", "student_steps", "k", "said"),
+    ("interval", "student_steps", "k", "message"),
     [
         ([8], 8, 2, r"intervals span 8 \.\. 8; 0 \.\. 7"),
         ([-1, 0], 8, 2, r"intervals span -1 \.\. 0"),
@@ -199,11 +175,11 @@ def test_the_x_target_undoes_one_ddim_step():
         ([0], 500, 4, r"num_steps is 2000; 1 \.\. 1000"),
     ],
 )
-def test_what_is_not_on_the_grid_is_refused(interval, student_steps, k, said):
-    with pytest.raises(ValueError, match=said):
+def test_intervals_off_the_grid_fail(interval, student_steps, k, message):
+    with pytest.raises(ValueError, match=message):
         teacher_target(
-            denoiser("epsilon", None),
-            drawn(0, len(interval)),
+            denoiser("epsilon"),
+            randn(0, len(interval)),
             interval=torch.tensor(interval),
             student_steps=student_steps,
             k=k,

@@ -1,40 +1,35 @@
 import pytest
 import torch
+from diffusion_oracles import SCHEDULE, randn
 
 from snapfusion.losses import combined_loss, distillation_loss, distillation_weight, velocity_loss
-from snapfusion.schedule import Schedule
 
-SCHEDULE = Schedule()
+SHAPE = (3, 4, 2, 2)
+X, EPS, OTHER = (randn(seed, SHAPE) for seed in range(3))
+T = torch.tensor([0, 500, 999])
 
 
-def drawn(seed, count=3):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 4, 2, 2, generator=generator)
+def loss_of(v_hat):
+    return velocity_loss(v_hat, x=X, eps=EPS, t=T, schedule=SCHEDULE)
 
 
 def test_velocity_loss_is_zero_at_the_true_velocity():
-    x, eps, t = drawn(0), drawn(1), torch.tensor([0, 500, 999])
-    v = SCHEDULE.velocity(x=x, eps=eps, t=t)
-    assert velocity_loss(v, x=x, eps=eps, t=t, schedule=SCHEDULE).tolist() == [0.0, 0.0, 0.0]
+    assert loss_of(SCHEDULE.velocity(x=X, eps=EPS, t=T)).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_velocity_loss_is_the_mean_square_of_each_sample():
-    x, eps, t = drawn(0), drawn(1), torch.tensor([0, 500, 999])
-    alpha, sigma = SCHEDULE.alpha(t).double(), SCHEDULE.sigma(t).double()
-    v_hat = drawn(2)
-    expected = ((v_hat - (alpha * eps - sigma * x)) ** 2).mean(dim=(1, 2, 3))
-    loss = velocity_loss(v_hat, x=x, eps=eps, t=t, schedule=SCHEDULE)
-    assert loss.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+def test_velocity_loss_is_each_rows_mean_square():
+    alpha, sigma = SCHEDULE.alpha(T).double(), SCHEDULE.sigma(T).double()
+    expected = ((OTHER - (alpha * EPS - sigma * X)) ** 2).mean(dim=(1, 2, 3))
+    assert loss_of(OTHER).tolist() == pytest.approx(expected.tolist(), rel=1e-6)
 
 
-def test_velocity_loss_is_float32_whatever_the_network_computes_in():
-    x, eps, t = drawn(0), drawn(1), torch.tensor([0, 500, 999])
-    loss = velocity_loss(drawn(2).bfloat16(), x=x, eps=eps, t=t, schedule=SCHEDULE)
+def test_velocity_loss_of_half_precision_is_float32():
+    loss = loss_of(OTHER.bfloat16())
     assert loss.dtype == torch.float32
     assert loss.shape == (3,)
 
 
-def test_the_distillation_weight_is_a_floor():
+def test_distillation_weight_is_at_least_one():
     t = torch.arange(1000)
     snr = SCHEDULE.snr(t).flatten()
     weight = distillation_weight(t, schedule=SCHEDULE)
@@ -45,19 +40,17 @@ def test_the_distillation_weight_is_a_floor():
     assert weight[0] > 1000
 
 
-def test_distillation_loss_is_the_larger_of_the_errors_in_x_and_in_eps():
-    x_hat, target, z_t, t = drawn(0), drawn(1), drawn(2), torch.tensor([10, 500, 999])
-    loss = distillation_loss(x_hat, x_target=target, t=t, schedule=SCHEDULE)
+def test_distillation_loss_is_the_larger_error_of_x_and_eps():
+    z_t, t = OTHER, torch.tensor([10, 500, 999])
+    loss = distillation_loss(X, x_target=EPS, t=t, schedule=SCHEDULE)
     alpha, sigma = SCHEDULE.alpha(t).double(), SCHEDULE.sigma(t).double()
-    in_x = (x_hat - target).double().square().mean(dim=(1, 2, 3))
-    eps = [(z_t - alpha * x) / sigma for x in (x_hat, target)]
+    in_x = (X - EPS).double().square().mean(dim=(1, 2, 3))
+    eps = [(z_t - alpha * x) / sigma for x in (X, EPS)]
     in_eps = (eps[0] - eps[1]).square().mean(dim=(1, 2, 3))
     assert loss.tolist() == pytest.approx(torch.maximum(in_x, in_eps).tolist(), rel=1e-5)
     assert loss.dtype == torch.float32
 
 
-def test_the_losses_are_added_with_gamma():
-    mixed = combined_loss(
-        distillation=torch.tensor([1.0, 2.0]), original=torch.tensor([10.0, 0.0]), gamma=0.2
-    )
-    assert mixed.tolist() == [3.0, 2.0]
+def test_losses_are_added_with_gamma():
+    loss = combined_loss(distillation=torch.tensor([1.0, 2.0]), original=torch.tensor([10.0, 0.0]), gamma=0.2)
+    assert loss.tolist() == [3.0, 2.0]

@@ -1,4 +1,4 @@
-"""Noise keyed by row, against a Philox written out here and Python's own inverse normal distribution."""
+"""Noise keyed by row, against an independent Philox and Python's inverse normal CDF."""
 
 from statistics import NormalDist
 
@@ -31,22 +31,22 @@ def oracle(key: int, count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("key", [0, 1, 2**63 - 1, noise_key(0, "000000012", 3)])
-def test_gaussians_are_philox_words_through_the_inverse_normal(key):
-    drawn = gaussian(key, (2, 3, 5))
-    assert drawn.dtype == torch.float32
-    assert drawn.shape == (2, 3, 5)
-    np.testing.assert_allclose(drawn.double().numpy().ravel(), oracle(key, 30), rtol=1e-6, atol=1e-7)
+def test_gaussians_match_the_oracle(key):
+    noise = gaussian(key, (2, 3, 5))
+    assert noise.dtype == torch.float32
+    assert noise.shape == (2, 3, 5)
+    np.testing.assert_allclose(noise.double().numpy().ravel(), oracle(key, 30), rtol=1e-6, atol=1e-7)
 
 
-def test_golden_values_do_not_change():
-    # Every committed table holds noise keys: a change here makes their rows impossible to compute again.
+def test_golden_values():
+    # Every committed table holds noise keys: after a change their rows could not be computed again.
     assert noise_key(0) == 5621864261735219286
     assert noise_key(0, "a large red circle", 1) == 6441637940159881642
     expected = [0.9161204695701599, -0.8806796073913574, 1.1154016256332397, -0.2673977315425873]
     assert gaussian(42, (4,)).tolist() == expected
 
 
-def test_a_row_has_the_same_bits_in_any_batch_and_any_order():
+def test_row_is_independent_of_its_batch():
     keys = [noise_key("seed", row, 0) for row in range(5)]
     batch = gaussian_batch(keys, (4, 8, 8))
     backwards = gaussian_batch(keys[::-1], (4, 8, 8))
@@ -55,13 +55,13 @@ def test_a_row_has_the_same_bits_in_any_batch_and_any_order():
         assert torch.equal(batch[row], backwards[len(keys) - 1 - row])
 
 
-def test_drawing_noise_leaves_the_global_generators_alone():
+def test_noise_leaves_global_generators_alone():
     before = torch.random.get_rng_state()
     gaussian(7, (4, 8, 8))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_moments_and_distribution_over_many_keys_are_normal():
+def test_distribution_over_keys_is_normal():
     draws = gaussian_batch([noise_key("moments", row) for row in range(4000)], (4, 8, 8)).double().flatten()
     n = draws.numel()
     assert abs(draws.mean()) < 4 / n**0.5
@@ -83,33 +83,22 @@ def test_neighbouring_keys_are_uncorrelated():
 
 @given(PARTS)
 @settings(max_examples=200, deadline=None)  # the machine may be busy
-def test_a_key_fits_a_signed_64_bit_column(parts):
+def test_key_fits_a_signed_int64(parts):
     assert 0 <= noise_key(*parts) < 2**63
 
 
 def test_keys_of_different_parts_differ():
-    parts = [
-        ("a", "b"),
-        ("ab",),
-        ('a", "b',),
-        ("a\x1fb",),
-        (1, 2),
-        ("1", 2),
-        (12,),
-        ("12",),
-        (2, 1),
-        ("",),
-        ("", ""),
-    ]
-    assert len({noise_key(*given_parts) for given_parts in parts}) == len(parts)
+    texts = [("a", "b"), ("ab",), ('a", "b',), ("a\x1fb",), ("",), ("", "")]
+    numbers = [(1, 2), ("1", 2), (12,), ("12",), (2, 1)]
+    assert len({noise_key(*parts) for parts in (*texts, *numbers)}) == 11
 
 
-def test_a_key_of_nothing_is_refused():
+def test_key_without_parts_fails():
     with pytest.raises(ValueError, match="at least one part"):
         noise_key()
 
 
-def test_a_numpy_integer_is_refused_rather_than_hashed_differently():
+def test_key_of_a_numpy_integer_fails():
     with pytest.raises(TypeError):
         noise_key(np.int64(3))
 

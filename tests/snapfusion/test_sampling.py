@@ -1,4 +1,4 @@
-"""Time grids, guidance and DDIM, against a float64 oracle in NumPy and against diffusers' DDIMScheduler."""
+"""Time grids, guidance and DDIM sampling, against a float64 oracle and diffusers' DDIMScheduler."""
 
 from itertools import pairwise
 
@@ -6,56 +6,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusion_oracles import SCHEDULE, ddim_latents, denoiser, network, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snapfusion.sampling import CLEAN, ddim_step, guide, sample, time_grid, trajectory
-from snapfusion.schedule import Estimate, Schedule
-
-SCHEDULE = Schedule()
-SHAPE = (2, 4, 8, 8)
+from snapfusion.sampling import CLEAN, guide, sample, time_grid, trajectory
+from snapfusion.schedule import Estimate
+from snapfusion.solvers import ddim_step
 
 
-def drawn(seed: int) -> torch.Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
-
-
-def network(z_t, t):
-    """A stand-in for a network that depends on the latent and the time in a way that nothing cancels."""
-    time = (t.reshape(-1, 1, 1, 1) + 1) / 1000
-    return (
-        0.8 * (z_t * 0.9 + time).tanh() if isinstance(z_t, torch.Tensor) else 0.8 * np.tanh(z_t * 0.9 + time)
-    )
-
-
-def denoiser(prediction_type):
-    def estimate(z_t: torch.Tensor, t: torch.Tensor) -> Estimate:
-        return SCHEDULE.estimate(network(z_t, t), z_t=z_t, t=t, prediction_type=prediction_type)
-
-    return estimate
-
-
-def oracle_trajectory(z, *, grid, prediction_type) -> list[np.ndarray]:
-    """Eq. 2 over `grid` in float64: every latent after the first."""
-    alpha_bar = np.cumprod(1.0 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
-    strengths = {t: (alpha_bar[t] ** 0.5, (1.0 - alpha_bar[t]) ** 0.5) for t in range(1000)} | {
-        -1: (1.0, 0.0)
-    }
-    z = z.double().numpy()
-    latents = []
-    for t, t_next in pairwise(grid):
-        (a, s), (a_next, s_next) = strengths[t], strengths[t_next]
-        output = network(z, np.full(len(z), t, dtype=np.float64))
-        if prediction_type == "epsilon":
-            x, eps = (z - s * output) / a, output
-        else:
-            x, eps = a * z - s * output, s * z + a * output
-        z = a_next * x + s_next * eps
-        latents.append(z)
-    return latents
-
-
-def library_scheduler(prediction_type, num_steps) -> DDIMScheduler:
+def diffusers_scheduler(prediction_type, num_steps) -> DDIMScheduler:
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -69,12 +29,12 @@ def library_scheduler(prediction_type, num_steps) -> DDIMScheduler:
     return scheduler
 
 
-def test_the_eight_step_grid():
+def test_eight_step_grid():
     assert time_grid(8) == (999, 874, 749, 624, 499, 374, 249, 124, -1)
     assert time_grid(1) == (999, -1)
 
 
-def test_ties_go_to_the_even_neighbour():
+def test_grid_rounds_ties_to_even():
     # 1000 k / 16 ends in .5 for odd k: 62.5 -> 62, 187.5 -> 188, 312.5 -> 312, 437.5 -> 438, ...
     odd = [t + 1 for t in time_grid(16)[::-1][1::2]]
     assert odd == [62, 188, 312, 438, 562, 688, 812, 938]
@@ -82,7 +42,7 @@ def test_ties_go_to_the_even_neighbour():
 
 @given(st.integers(1, 1000))
 @settings(deadline=None)  # the machine may be busy
-def test_a_grid_falls_from_the_noisiest_time_to_the_clean_end(num_steps):
+def test_grid_falls_from_noise_to_the_clean_end(num_steps):
     grid = time_grid(num_steps)
     assert len(grid) == num_steps + 1
     assert (grid[0], grid[-1]) == (999, CLEAN)
@@ -93,38 +53,34 @@ def test_a_grid_falls_from_the_noisiest_time_to_the_clean_end(num_steps):
 
 @given(st.integers(1, 500))
 @settings(deadline=None)
-def test_a_grid_is_every_other_time_of_the_grid_twice_as_fine(num_steps):
+def test_grid_nests_in_one_twice_as_fine(num_steps):
     assert time_grid(2 * num_steps)[::2] == time_grid(num_steps)
 
 
-def test_the_papers_grids_nest():
-    assert set(time_grid(8)) < set(time_grid(16)) < set(time_grid(32))
-
-
 @pytest.mark.parametrize("num_steps", [0, -3, 1001])
-def test_a_grid_of_no_steps_or_too_many_is_refused(num_steps):
+def test_grid_of_no_or_too_many_steps_fails(num_steps):
     with pytest.raises(ValueError, match=rf"num_steps is {num_steps}; 1 \.\. 1000"):
         time_grid(num_steps)
 
 
-def test_a_shorter_schedule_has_its_own_grid():
+def test_grid_of_a_shorter_schedule():
     assert time_grid(4, schedule_steps=100) == (99, 74, 49, 24, -1)
 
 
-def test_guidance_is_the_papers_formula_in_float64():
-    cond, uncond = drawn(0), drawn(1)
+def test_guidance_matches_the_formula_in_float64():
+    cond, uncond = randn(0), randn(1)
     w = torch.tensor([2.0, 14.0]).view(2, 1, 1, 1)
     expected = w.double() * cond.double() - (w.double() - 1) * uncond.double()
     np.testing.assert_allclose(guide(cond=cond, uncond=uncond, w=w).numpy(), expected.numpy(), atol=2e-5)
 
 
-def test_guidance_of_one_is_the_conditional_output():
-    assert torch.equal(guide(cond=drawn(0), uncond=drawn(1), w=1.0), drawn(0))
+def test_guidance_scale_one_is_conditional():
+    assert torch.equal(guide(cond=randn(0), uncond=randn(1), w=1.0), randn(0))
 
 
 @pytest.mark.parametrize("t", [999, 874, 499, 124])
-def test_guiding_eps_and_guiding_v_agree_at_the_same_z_t(t):
-    z_t, cond, uncond, times = drawn(0), drawn(1), drawn(2), torch.full((2,), t)
+def test_guiding_eps_and_v_agree(t):
+    z_t, cond, uncond, times = randn(0), randn(1), randn(2), torch.full((2,), t)
 
     def velocity(eps):
         return SCHEDULE.velocity(x=SCHEDULE.from_eps(eps=eps, z_t=z_t, t=times).x, eps=eps, t=times)
@@ -137,8 +93,8 @@ def test_guiding_eps_and_guiding_v_agree_at_the_same_z_t(t):
 
 
 @pytest.mark.parametrize("num_steps", [1, 8, 16, 32, 50])
-def test_the_true_eps_leads_back_to_x(num_steps):
-    x, eps = drawn(0), drawn(1)
+def test_true_eps_leads_back_to_x(num_steps):
+    x, eps = randn(0), randn(1)
     grid = time_grid(num_steps)
     start = SCHEDULE.diffuse(x=x, eps=eps, t=torch.full((2,), grid[0]))
 
@@ -151,38 +107,27 @@ def test_the_true_eps_leads_back_to_x(num_steps):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("num_steps", [1, 7, 8, 16, 32, 50])
-def test_every_latent_of_a_trajectory_is_the_oracles(prediction_type, num_steps):
+def test_trajectory_matches_the_oracle(prediction_type, num_steps):
     grid = time_grid(num_steps)
-    start = drawn(0)
-    expected = oracle_trajectory(start, grid=grid, prediction_type=prediction_type)
-    walked = list(trajectory(denoiser(prediction_type), start, grid=grid, schedule=SCHEDULE))
-    assert [t for t, _, _ in walked] == list(grid[1:])
-    for (_, latent, _), truth in zip(walked, expected, strict=True):
+    start = randn(0)
+    expected = list(ddim_latents(start, grid=grid, prediction_type=prediction_type))
+    steps = list(trajectory(denoiser(prediction_type), start, grid=grid, schedule=SCHEDULE))
+    assert [t for t, _, _ in steps] == list(grid[1:])
+    for (_, latent, _), truth in zip(steps, expected, strict=True):
         assert latent.dtype == torch.float32
         np.testing.assert_allclose(latent.numpy(), truth, rtol=1e-5, atol=1e-5)
 
 
-def test_a_trajectory_asks_the_network_once_at_every_time_but_the_last():
-    asked = []
-
-    def recording(z_t, t):
-        asked.append(t.tolist())
-        return denoiser("v_prediction")(z_t, t)
-
-    sample(recording, drawn(0), grid=time_grid(8), schedule=SCHEDULE)
-    assert asked == [[t, t] for t in time_grid(8)[:-1]]
-
-
-def test_a_trajectory_ends_at_the_last_estimate_of_x():
+def test_trajectory_ends_at_the_last_x():
     *_, (t, latent, estimate) = trajectory(
-        denoiser("epsilon"), drawn(0), grid=time_grid(8), schedule=SCHEDULE
+        denoiser("epsilon"), randn(0), grid=time_grid(8), schedule=SCHEDULE
     )
     assert t == CLEAN
     assert torch.equal(latent, estimate.x)
 
 
-def test_rows_of_one_step_may_stand_at_different_times():
-    estimate = Estimate(x=drawn(0), eps=drawn(1))
+def test_rows_of_a_step_may_differ_in_time():
+    estimate = Estimate(x=randn(0), eps=randn(1))
     together = ddim_step(estimate, t_next=torch.tensor([499, -1]), schedule=SCHEDULE)
     for row, t_next in enumerate([499, -1]):
         alone = Estimate(x=estimate.x[row : row + 1], eps=estimate.eps[row : row + 1])
@@ -193,23 +138,23 @@ def test_rows_of_one_step_may_stand_at_different_times():
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("num_steps", [1, 4, 8, 10, 20, 25, 50])
-def test_where_steps_divide_the_schedule_the_library_agrees(prediction_type, num_steps):
-    scheduler = library_scheduler(prediction_type, num_steps)
+def test_ddim_matches_diffusers_where_steps_divide(prediction_type, num_steps):
+    scheduler = diffusers_scheduler(prediction_type, num_steps)
     assert scheduler.timesteps.tolist() == list(time_grid(num_steps)[:-1])
-    theirs = drawn(0)
-    walked = trajectory(denoiser(prediction_type), drawn(0), grid=time_grid(num_steps), schedule=SCHEDULE)
-    for t, (_, ours, _) in zip(scheduler.timesteps, walked, strict=True):
+    theirs = randn(0)
+    steps = trajectory(denoiser(prediction_type), randn(0), grid=time_grid(num_steps), schedule=SCHEDULE)
+    for t, (_, ours, _) in zip(scheduler.timesteps, steps, strict=True):
         theirs = scheduler.step(network(theirs, t.repeat(2)), t, theirs).prev_sample
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("num_steps", "off"), [(8, 0), (16, 8), (32, 8), (50, 0)])
-def test_the_librarys_steps_leave_its_own_grid(num_steps, off):
-    """DDIMScheduler asks at our times and lands at t - 1000 // N, at N = 16 and 32 beside the grid."""
-    scheduler = library_scheduler("v_prediction", num_steps)
+def test_diffusers_ddim_leaves_its_own_grid(num_steps, off):
+    """DDIMScheduler steps from our timesteps to t - 1000 // N, off the grid for N = 16 and 32."""
+    scheduler = diffusers_scheduler("v_prediction", num_steps)
     grid = time_grid(num_steps)
     assert scheduler.timesteps.tolist() == list(grid[:-1])
-    z_t, v = drawn(0), drawn(1)
+    z_t, v = randn(0), randn(1)
     landings = 0
     for t, t_next in pairwise(grid[:-1]):
         theirs = scheduler.step(v, t, z_t).prev_sample

@@ -39,7 +39,7 @@ def test_both_unets_are_measured_and_counted(made):
     assert found["setting"]["runtime"] == "torch"
     assert {"torch", "snapfusion-ray"} <= set(found["versions"])
     for name, architecture in (("origin", origin), ("table-3", efficient_architecture(origin))):
-        unet, costs = found["unets"][name], costs_of(architecture, tokens=24).whole
+        unet, costs = found["unets"][name], costs_of(architecture, tokens=24).total
         assert (unet["parameters"], unet["macs"]) == (costs.parameters, costs.macs)
         assert unet["step"]["turns"] == 2
         assert unet["loop"]["executed"]

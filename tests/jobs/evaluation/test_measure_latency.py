@@ -42,7 +42,7 @@ def told(out):
 
 def test_a_table_opens_by_itself_and_predicts(made, origin):
     table = LatencyTable.parse(told(made)["table"])
-    table.check_setting(setting_of(LatencySettings()))
+    table.check_setup(setting_of(LatencySettings()))
     for name, architecture in architectures_of(origin).items():
         unet = told(made)["unets"][name]
         assert unet["predicted_ms"] == pytest.approx(table.predict_ms(architecture))

@@ -84,17 +84,9 @@ def test_passes_of_a_step_are_those_that_the_objective_asks(guided, changed):
         taught += len(inputs[0])
 
     teacher.unet.register_forward_hook(count)
-    lessons = OnlineTargets(
-        teacher,
-        captions=captions,
-        student_steps=4,
-        k=steps.k,
-        cfg_range=steps.cfg_range,
-        caption_dropout=0.1,
-        seed=0,
-    )
+    targets = OnlineTargets(teacher, captions=captions, settings=steps, seed=0)
     objective = StepDistillationObjective(
-        steps, lessons=lessons, captions=captions, schedule=student.schedule, seed=0, across_ranks=False
+        steps, targets=targets, captions=captions, schedule=student.schedule, seed=0, across_ranks=False
     )
     model = Asked(student.unet)
     batch = Batch(

@@ -60,7 +60,7 @@ def test_counts_are_counted_again(full_size):
         shallow = shallow.without(name)
     told = {row[0]: row[1:3] for row in rows("Architecture")[16:]}
     named = zip(told, (origin, efficient, shallow), strict=True)
-    whole = {name: costs_of(architecture).whole for name, architecture in named}
+    whole = {name: costs_of(architecture).total for name, architecture in named}
     assert told == {
         name: [f"{cost.parameters:,}", f"{cost.macs / 1e9:.1f} billion"] for name, cost in whole.items()
     }
@@ -111,7 +111,7 @@ def test_the_share_of_the_outermost_attention_is_that_of_the_file(full_size):
         if row["kind"] == "attention" and row["stage"] in ("Down-1", "Up-3")
     ]
     time = sum(row["ms"] for row in bars) / table.predict_ms(origin)
-    weights = sum(row["parameters"] for row in bars) / costs_of(origin).whole.parameters
+    weights = sum(row["parameters"] for row in bars) / costs_of(origin).total.parameters
     assert f"{100 * time:.0f} % of SD-v1.5's predicted time with {100 * weights:.1f} % of its par" in FLOWING
 
 
@@ -279,7 +279,7 @@ def test_step_time_and_memory_are_those_of_the_file(full_size):
     unets, decoders = found["unets"].values(), found["decoders"].values()
     assert (found["model"], found["settings"]["loop"]) == ("random:sd15", True)
     assert [unet["parameters"] for unet in unets] == [
-        costs_of(architecture).whole.parameters for architecture in full_size.values()
+        costs_of(architecture).total.parameters for architecture in full_size.values()
     ]
     expected = {
         "step": [f"{unet['step']['median_ms']:,.0f} ms" for unet in unets],

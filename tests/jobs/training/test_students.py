@@ -285,7 +285,7 @@ def test_a_student_that_is_spread_over_workers_becomes_the_same(student, vpred, 
     assert whole.evaluation["after"]["guided"] == pytest.approx(
         metrics["evaluation"]["after"]["guided"], rel=1e-4
     )
-    assert [seen["step"] for seen in whole.watched] == [2, 4]
+    assert [seen["step"] for seen in whole.validations] == [2, 4]
     for weights, folder in ((whole.weights, "model"), (whole.raw_weights, "raw")):
         made = load(str(out / folder)).unet.state_dict()
         for name, tensor in weights.items():
@@ -339,8 +339,8 @@ def test_two_workers_distil_what_one_process_does(student, vpred, latents):
     assert [point["loss"] for point in metrics["curve"]] == pytest.approx(
         [step.loss for step in told], rel=1e-3
     )
-    figures = {name: metrics["curve"][-1][name] for name in told[-1].figures}
-    assert figures == pytest.approx(dict(told[-1].figures), rel=1e-2)
+    figures = {name: metrics["curve"][-1][name] for name in told[-1].metrics}
+    assert figures == pytest.approx(dict(told[-1].metrics), rel=1e-2)
     assert {name.partition("/")[0] for name in figures} == {"vanilla", "guided"}
     made = load(str(out / "model")).unet.state_dict()
     for name, tensor in state.final_weights().items():
@@ -383,7 +383,7 @@ def test_a_student_learns_from_a_table_that_fits(latents, v_teacher, tmp_path):
     settings = DISTILL.with_values(["targets=table", "loop.num_steps=30", "steps.cfg_probability=0.0"])
     training = assembled(targets, teacher=v_teacher, settings=settings)
     _, told = in_one_process(training, settings=settings.loop)
-    losses = [step.figures["vanilla/loss"] for step in told]
+    losses = [step.metrics["vanilla/loss"] for step in told]
     assert losses[-1] < losses[0]
     asked = {"teacher": v_teacher, "data_url": targets.url, "out_url": str(tmp_path / "student")}
     with pytest.raises(TableError, match=r"student_steps is 4 there, 8 here"):

@@ -41,8 +41,7 @@ from snapfusion.models.bundle import to_uint8
 from snapfusion.models.decoder import HalfDecoder, load_decoder
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key
-from snapfusion.sampling import time_grid
-from snapfusion.solvers import solve
+from snapfusion.sampling import sample, time_grid
 
 CAPTIONS = [Caption(id=f"c{n}", ordinal=n, text=caption_of(scene_of(HELD_OUT + n * 7))) for n in range(6)]
 SETTINGS = SamplesSettings(drawing=SamplingSettings(batch_size=3, images=True), rows_per_unit=4)
@@ -76,7 +75,7 @@ def test_a_picture_is_the_solvers_and_is_judged_against_its_own_caption(samples)
     texts = [caption.text for caption in CAPTIONS[:3]]
     keys = [noise_key("evaluation", 0, caption.id) for caption in CAPTIONS[:3]]
     with torch.inference_mode():
-        latents = solve(
+        latents = sample(
             bundle.denoiser(bundle.encode_text(bundle.tokenize(texts)), w=2.5),
             gaussian_batch(keys, bundle.latent_shape),
             solver="dpm++",

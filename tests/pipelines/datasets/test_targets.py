@@ -41,13 +41,14 @@ from pipelines.tables.verification import verify_table
 from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.noise import gaussian_batch
-from snapfusion.sampling import Denoiser, ddim_step, time_grid
+from snapfusion.sampling import Denoiser, time_grid
 from snapfusion.schedule import Estimate
 from snapfusion.settings import SettingsError
+from snapfusion.solvers import ddim_step
 from snapfusion.training.captions import CaptionEncoder, draw_caption_dropout
 from snapfusion.training.distillation_batch import OnlineTargets, StoredTargets
 from snapfusion.training.draws import draw_guidance, draw_intervals, row_key
-from snapfusion.training.settings import CfgRange
+from snapfusion.training.settings import CfgRange, TargetSettings
 
 
 def compute(url: Path, teacher: str, latents, *, settings=SETTINGS, run=in_process):
@@ -141,10 +142,9 @@ def online_lessons(teacher: str) -> OnlineTargets:
     return OnlineTargets(
         bundle,
         captions=CaptionEncoder(bundle),
-        student_steps=4,
-        k=2,
-        cfg_range=CfgRange(low=1.0, high=6.0),
-        caption_dropout=0.3,
+        settings=TargetSettings(
+            student_steps=4, k=2, cfg_range=CfgRange(low=1.0, high=6.0), caption_dropout=0.3
+        ),
         seed=7,
     )
 
@@ -167,7 +167,7 @@ def test_a_lesson_from_the_table_is_the_one_taught_online_after_the_cast(
         theirs = to_batch(latents.read_unit(parent, ["id", "latent", "token_ids"])).split(3)
         for one, other in zip(mine, theirs, strict=True):
             read = stored(one, guided=guided, step=0)
-            taught = online.teach(other, [row_key(7, row_id, draw) for row_id in other.ids], guided=guided)
+            taught = online.compute(other, [row_key(7, row_id, draw) for row_id in other.ids], guided=guided)
             assert torch.equal(read.x_target, taught.x_target.half().float())
             for name in ("x", "eps", "z_t", "interval", "t"):
                 assert torch.equal(getattr(read, name), getattr(taught, name)), name

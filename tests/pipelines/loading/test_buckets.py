@@ -206,10 +206,7 @@ def test_a_target_does_not_depend_on_the_shapes_beside_it(targets, latents, tiny
     lessons = OnlineTargets(
         bundle,
         captions=CaptionEncoder(bundle),
-        student_steps=teaching.student_steps,
-        k=teaching.k,
-        cfg_range=teaching.cfg_range,
-        caption_dropout=teaching.caption_dropout,
+        settings=teaching,
         seed=teaching.seed,
     )
     parent = latents.units[1]
@@ -228,7 +225,7 @@ def test_a_target_does_not_depend_on_the_shapes_beside_it(targets, latents, tiny
             },
         )
         key = row_key(7, rows["id"][number].as_py(), draw)
-        lesson = lessons.teach(one, [key], guided=guided)
+        lesson = lessons.compute(one, [key], guided=guided)
         assert torch.equal(lesson.eps[0], gaussian(key, latent.shape))
         np.testing.assert_allclose(stored[number], lesson.x_target[0].numpy(), rtol=2e-2, atol=2e-2)
 

@@ -22,10 +22,10 @@ from snapfusion.evolution.stopwatch import Timing, time_in_turns
 from snapfusion.mini import models
 from snapfusion.models import sd15
 from snapfusion.models.architecture import efficient_architecture
-from snapfusion.models.cost import block_count_rows, costs_of
+from snapfusion.models.cost import block_count_table, costs_of
 from snapfusion.models.unet import BlockUNet, architecture_of, build_unet
 
-SETTING = MeasurementSetup(device="a test", runtime="torch", precision="float32", threads=1)
+SETUP = MeasurementSetup(device="a test", runtime="torch", precision="float32", threads=1)
 TOKENS = 24
 
 
@@ -50,30 +50,30 @@ def table_of(architecture, *, ms):
         for part in reachable_parts(architecture)
     }
     return LatencyTable(
-        setting=SETTING,
+        setup=SETUP,
         date="2026-11-21",
-        frame=dimensions_of(architecture, batch=2, tokens=TOKENS),
+        dimensions=dimensions_of(architecture, batch=2, tokens=TOKENS),
         parts=tuple(PartLatency(part=part, times=taken) for part, taken in times.items()),
     )
 
 
-def parameters(part, frame):
-    return sum(parameter.numel() for parameter in module_of(part, frame=frame).parameters())
+def parameters(part, dimensions):
+    return sum(parameter.numel() for parameter in module_of(part, dimensions=dimensions).parameters())
 
 
 def test_the_parts_of_a_unet_are_all_of_it(origin):
     """Each part's module has the parameters that it has in the UNet, so their sum is the UNet's."""
     for architecture in (origin, efficient_architecture(origin), origin.without("up_blocks.1.resnets.0")):
-        frame = dimensions_of(architecture, batch=2, tokens=TOKENS)
-        whole = sum(parameters(part, frame) for _, part in parts_of(architecture))
-        assert whole == costs_of(architecture).whole.parameters
+        dimensions = dimensions_of(architecture, batch=2, tokens=TOKENS)
+        whole = sum(parameters(part, dimensions) for _, part in parts_of(architecture))
+        assert whole == costs_of(architecture).total.parameters
 
 
 def test_so_they_are_at_full_size():
     with torch.device("meta"):
         architecture = architecture_of(UNet2DConditionModel(**sd15.UNET))
-        frame = dimensions_of(architecture, batch=2, tokens=77)
-        whole = sum(parameters(part, frame) for _, part in parts_of(architecture))
+        dimensions = dimensions_of(architecture, batch=2, tokens=77)
+        whole = sum(parameters(part, dimensions) for _, part in parts_of(architecture))
     assert whole == sd15.UNET_PARAMETERS
     # 22 ResNet blocks, 16 cross-attentions, 12 joins, 6 samplers, the ends; many are of the same form.
     forms = reachable_parts(architecture)
@@ -83,13 +83,13 @@ def test_so_they_are_at_full_size():
 
 def test_inputs_have_the_shapes_that_the_unet_gives_its_parts(origin):
     """A part runs on them, and hands on what the next one takes."""
-    frame = dimensions_of(origin, batch=2, tokens=TOKENS)
+    dimensions = dimensions_of(origin, batch=2, tokens=TOKENS)
     for part in reachable_parts(origin):
-        module, inputs = module_of(part, frame=frame), inputs_of(part, frame=frame)
+        module, inputs = module_of(part, dimensions=dimensions), inputs_of(part, dimensions=dimensions)
         output = module(*inputs)
         output = output if isinstance(output, torch.Tensor) else output[0]
         side = {"downsampler": part.side // 2, "upsampler": part.side * 2}.get(part.kind, part.side)
-        channels = 4 if part.kind == "ends" else part.wanted
+        channels = 4 if part.kind == "ends" else part.out_channels
         assert output.shape == (2, channels, side, side), str(part)
 
 
@@ -121,7 +121,7 @@ def test_a_table_says_what_every_smaller_unet_takes(origin):
 
 
 def test_stages_add_up_to_the_whole(origin):
-    table = table_of(origin, ms=lambda part: float(part.given))
+    table = table_of(origin, ms=lambda part: float(part.in_channels))
     stages = latency_by_stage(table, origin)
     assert [row["stage"] for row in stages] == ["ends", *origin.stages]
     assert sum(row["ms"] for row in stages) == pytest.approx(table.predict_ms(origin))
@@ -134,7 +134,7 @@ def test_the_bars_of_fig_2_are_of_the_blocks_and_named_as_in_table_3(origin):
     rows = latency_by_kind(table, efficient_architecture(origin))
     assert [row["stage"] for row in rows[::2]] == ["Down-1", "Down-2", "Mid", "Up-1", "Up-2"]
     assert [row["blocks"] for row in rows] == [
-        row.blocks for row in block_count_rows(efficient_architecture(origin))
+        row[-1] for row in block_count_table(efficient_architecture(origin))
     ]
     for row in rows:
         assert row["ms"] == pytest.approx(cost[row["kind"]] * row["blocks"])
@@ -154,10 +154,10 @@ def test_a_table_of_something_else_is_refused_with_the_difference(origin):
     with pytest.raises(LatencyError, match="context is 64 there, 48 here"):
         table.predict_ms(origin.changed(context=48))
     with pytest.raises(LatencyError, match=r"of a test has no resnet of 24 to 24 channels at 16x16"):
-        table.part_ms(Part(kind="resnet", side=16, given=24, wanted=24))
+        table.part_ms(Part(kind="resnet", side=16, in_channels=24, out_channels=24))
     with pytest.raises(LatencyError, match=r'precision is "float32" there, "float16" here'):
-        table.check_setting(SETTING.model_copy(update={"precision": "float16"}))
-    table.check_setting(SETTING)
+        table.check_setup(SETUP.model_copy(update={"precision": "float16"}))
+    table.check_setup(SETUP)
 
 
 def test_turns_are_taken_and_told():
@@ -187,15 +187,15 @@ def test_what_takes_less_than_the_clock_tells_is_run_several_times():
 
 @pytest.mark.parametrize("runtime", ["torch", "torch-compiled", "executorch-xnnpack"])
 def test_every_runtime_runs_every_kind_of_part(runtime, origin):
-    frame = dimensions_of(origin, batch=2, tokens=TOKENS)
+    dimensions = dimensions_of(origin, batch=2, tokens=TOKENS)
     kinds = {part.kind: part for part in reachable_parts(origin)}
     assert len(kinds) == 7
     if runtime != "torch":  # what is compiled takes seconds each
         kinds = {kind: kinds[kind] for kind in ("resnet", "ends")}
     runs = {
         kind: make_benchmark(
-            module_of(part, frame=frame),
-            inputs_of(part, frame=frame),
+            module_of(part, dimensions=dimensions),
+            inputs_of(part, dimensions=dimensions),
             runtime=runtime,
             precision="float32",
             device=torch.device("cpu"),
@@ -208,11 +208,11 @@ def test_every_runtime_runs_every_kind_of_part(runtime, origin):
 
 def test_no_part_and_no_unet_warns(origin):
     """A library's warning would stand between the turns that a job tells of."""
-    frame = dimensions_of(origin, batch=2, tokens=TOKENS)
+    dimensions = dimensions_of(origin, batch=2, tokens=TOKENS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for part in reachable_parts(origin):
-            module_of(part, frame=frame)(*inputs_of(part, frame=frame))
+            module_of(part, dimensions=dimensions)(*inputs_of(part, dimensions=dimensions))
         for architecture in (origin, efficient_architecture(origin)):
             unet_inputs = (torch.randn(1, 4, 8, 8), torch.tensor([999.0]), torch.randn(1, TOKENS, 64))
             build_unet(architecture)(*unet_inputs)
@@ -237,11 +237,11 @@ def test_a_whole_unet_is_run_likewise(origin):
 
 def test_a_precision_that_a_runtime_has_not_is_refused(origin):
     part = reachable_parts(origin)[0]
-    frame = dimensions_of(origin, batch=1, tokens=TOKENS)
+    dimensions = dimensions_of(origin, batch=1, tokens=TOKENS)
     with pytest.raises(LatencyError, match="in float32 on the CPU, not in bfloat16 on cpu"):
         make_benchmark(
-            module_of(part, frame=frame),
-            inputs_of(part, frame=frame),
+            module_of(part, dimensions=dimensions),
+            inputs_of(part, dimensions=dimensions),
             runtime="executorch-xnnpack",
             precision="bfloat16",
             device=torch.device("cpu"),

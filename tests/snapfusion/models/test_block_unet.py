@@ -1,4 +1,4 @@
-"""UNets of any arrangement of blocks: the same sums as stock diffusers, and as blocks that are skipped."""
+"""BlockUNet against stock diffusers and against skipped blocks; architectures and their costs."""
 
 import pytest
 import torch
@@ -41,22 +41,20 @@ def sd15_architecture():
         return architecture_of(UNet2DConditionModel(**sd15.UNET))
 
 
-@pytest.fixture(scope="module")
-def inputs():
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "sample": torch.randn(2, 4, 8, 8, generator=generator),
-        "timestep": torch.tensor([10, 900]),
-        "encoder_hidden_states": torch.randn(2, 24, models.TEXT_WIDTH, generator=generator),
-    }
+GENERATOR = torch.Generator().manual_seed(1)
+INPUTS = {
+    "sample": torch.randn(2, 4, 8, 8, generator=GENERATOR),
+    "timestep": torch.tensor([10, 900]),
+    "encoder_hidden_states": torch.randn(2, 24, models.TEXT_WIDTH, generator=GENERATOR),
+}
 
 
 @torch.inference_mode()
-def output(unet, inputs, **more):
-    return unet(**inputs, **more).sample
+def output(unet, **more):
+    return unet(**INPUTS, **more).sample
 
 
-def made(architecture, source):
+def inherited(architecture, source):
     unet = build_unet(architecture).eval()
     return unet, inherit_weights(unet, source)
 
@@ -65,70 +63,70 @@ def names(architecture):
     return [block.name for block in architecture.blocks]
 
 
-def test_our_class_and_the_stock_one_compute_the_same(unet, origin, inputs):
+def test_block_unet_matches_stock(unet, origin):
     ours = BlockUNet.of(origin).eval()
     assert inherit_weights(ours, unet) == []
     assert ours.state_dict().keys() == unet.state_dict().keys()
-    assert torch.equal(output(ours, inputs), output(unet, inputs))
+    assert torch.equal(output(ours), output(unet))
 
 
-def test_so_do_they_for_a_unet_that_is_told_w(unet, inputs):
-    listening = with_guidance_embedding(unet)
+def test_w_conditioned_block_unet_matches_stock(unet):
+    stock = with_guidance_embedding(unet)
     with torch.no_grad():
-        listening.time_embedding.cond_proj.weight.normal_()
-    ours = BlockUNet.of(architecture_of(listening)).eval()
-    inherit_weights(ours, listening)
+        stock.time_embedding.cond_proj.weight.normal_()
+    ours = BlockUNet.of(architecture_of(stock)).eval()
+    inherit_weights(ours, stock)
     w = torch.randn(2, EMBEDDING_SIZE)
-    assert torch.equal(output(ours, inputs, timestep_cond=w), output(listening, inputs, timestep_cond=w))
+    assert torch.equal(output(ours, timestep_cond=w), output(stock, timestep_cond=w))
 
 
-def test_gradients_do_not_depend_on_where_activations_come_from(unet, origin, inputs):
+def test_gradient_checkpointing_keeps_gradients(unet, origin):
     gradients = []
     for again in (False, True):
         ours = BlockUNet.of(efficient_architecture(origin))
         inherit_weights(ours, unet)
         if again:
             ours.enable_gradient_checkpointing()
-        ours(**inputs).sample.square().mean().backward()
+        ours(**INPUTS).sample.square().mean().backward()
         gradients.append({name: parameter.grad for name, parameter in ours.named_parameters()})
     plain, recomputed = gradients
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
 @pytest.mark.parametrize("name", names(architecture_of(models.unet())))
-def test_a_removed_block_leaves_what_is_left_when_it_is_skipped(name, unet, origin, inputs):
-    smaller, _ = made(origin.without(name), unet)
+def test_removing_a_block_equals_skipping_it(name, unet, origin):
+    smaller, _ = inherited(origin.without(name), unet)
     assert name not in {block.name for block in blocks_of(smaller)}
     with skipping_blocks(unet, [name]):
-        assert torch.equal(output(smaller, inputs), output(unet, inputs))
+        assert torch.equal(output(smaller), output(unet))
 
 
-def test_all_blocks_can_be_removed_in_any_order(unet, origin, inputs):
+def test_all_blocks_can_be_removed(unet, origin):
     rest = origin
     for name in reversed(names(origin)):
         rest = rest.without(name)
     assert rest.blocks == ()
-    empty, _ = made(rest, unet)
+    empty, _ = inherited(rest, unet)
     with skipping_blocks(unet, names(origin)):
-        assert torch.equal(output(empty, inputs), output(unet, inputs))
+        assert torch.equal(output(empty), output(unet))
 
 
-def test_a_copy_has_its_origins_weights_and_stands_behind_it(unet, origin, inputs):
+def test_copy_inherits_weights_and_follows_its_origin(unet, origin):
     copied = [name for name in names(origin) if origin.can_copy(name)]
     assert {name.rpartition(".")[0] for name in copied} >= {"mid_block.attentions", "down_blocks.0.resnets"}
     for name in copied:
-        larger, new = made(origin.with_copy(name), unet)
+        larger, new = inherited(origin.with_copy(name), unet)
         assert new == [f"{name}+1"]
-        place = names(origin.with_copy(name))
-        assert place.index(f"{name}+1") == place.index(name) + 1
+        order = names(origin.with_copy(name))
+        assert order.index(f"{name}+1") == order.index(name) + 1
         mine, its = larger.get_submodule(f"{name}+1").state_dict(), unet.get_submodule(name).state_dict()
         assert all(torch.equal(mine[key], its[key]) for key in its)
-        assert not torch.equal(output(larger, inputs), output(unet, inputs))
+        assert not torch.equal(output(larger), output(unet))
         with skipping_blocks(larger, new):
-            assert torch.equal(output(larger, inputs), output(unet, inputs))
+            assert torch.equal(output(larger), output(unet))
 
 
-def test_copies_of_copies_are_told_apart(origin):
+def test_copies_of_copies_are_distinct(origin):
     name = "mid_block.attentions.0"
     thrice = origin.with_copy(name).with_copy(f"{name}+1").with_copy(name)
     assert [block.name for block in thrice.blocks if block.stage == "mid_block"] == [
@@ -139,17 +137,15 @@ def test_copies_of_copies_are_told_apart(origin):
     assert thrice.without(f"{name}+3").without(f"{name}+2").without(f"{name}+1") == origin
 
 
-def test_a_block_that_changes_channels_has_no_copy(origin):
+def test_block_that_changes_channels_has_no_copy(origin):
     assert not origin.can_copy("up_blocks.0.resnets.0")
     with pytest.raises(ArchitectureError, match="changes the number of channels"):
         origin.with_copy("up_blocks.0.resnets.0")
-    with pytest.raises(
-        ArchitectureError, match=r"has no block 'mid_block.resnets.7'; its blocks are down_blo"
-    ):
+    with pytest.raises(ArchitectureError, match=r"no block 'mid_block.resnets.7'; its blocks are down_bl"):
         origin.without("mid_block.resnets.7")
 
 
-def test_what_stock_diffusers_can_hold_it_holds(unet, origin):
+def test_stock_class_is_used_where_possible(unet, origin):
     assert type(build_unet(origin)) is UNet2DConditionModel
     assert architecture_of(build_unet(origin)) == origin
     assert type(build_unet(origin.without("mid_block.attentions.0"))) is BlockUNet
@@ -161,7 +157,7 @@ def test_what_stock_diffusers_can_hold_it_holds(unet, origin):
 
 
 @pytest.mark.parametrize("config", [sd15.UNET, sd2.UNET])
-def test_full_size_architectures_come_back(config):
+def test_full_size_architectures_round_trip(config):
     with torch.device("meta"):
         stock = UNet2DConditionModel(**config)
         ours = BlockUNet.of(architecture_of(stock))
@@ -172,7 +168,7 @@ def test_full_size_architectures_come_back(config):
     assert architecture_of(again) == architecture_of(stock)
 
 
-def test_table_3(sd15_architecture):
+def test_efficient_architecture_is_table_3(sd15_architecture):
     """The paper's table, row by row; "Mid" is all that is at the deepest resolution."""
     attention, resnet = "Cross Attention", "ResNet"
     assert block_count_table(sd15_architecture, efficient_architecture(sd15_architecture)) == [
@@ -193,16 +189,16 @@ def test_table_3(sd15_architecture):
     ]
 
 
-def test_parameters_are_those_of_the_models(sd15_architecture):
+def test_parameters_of_full_size(sd15_architecture):
     """Table 1 says 848M of the efficient UNet; Table 3, read literally, has 759M."""
     ours = efficient_architecture(sd15_architecture)
-    assert costs_of(sd15_architecture).whole.parameters == sd15.UNET_PARAMETERS
-    assert costs_of(ours).whole.parameters == 759_327_364
+    assert costs_of(sd15_architecture).total.parameters == sd15.UNET_PARAMETERS
+    assert costs_of(ours).total.parameters == 759_327_364
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in build_unet(ours).parameters()) == 759_327_364
 
 
-def test_two_levels_have_no_table_3(origin):
+def test_table_3_needs_three_levels(origin):
     shallow = origin.changed(
         channels=(24, 64),
         heads=(4, 4),
@@ -213,24 +209,24 @@ def test_two_levels_have_no_table_3(origin):
         efficient_architecture(shallow)
 
 
-def test_table_3_of_the_miniature_keeps_its_weights(unet, origin, inputs):
-    efficient, copied = made(efficient_architecture(origin), unet)
+def test_efficient_miniature_inherits_weights(unet, origin):
+    efficient, copied = inherited(efficient_architecture(origin), unet)
     assert copied == [f"up_blocks.1.attentions.{number}+1" for number in range(3)]
-    assert torch.isfinite(output(efficient, inputs)).all()
+    assert torch.isfinite(output(efficient)).all()
 
 
 def test_costs_add_up(origin):
     costs = costs_of(origin, tokens=24)
     stages = [costs.of_stage(stage) for stage in origin.stages]
     whole = sum(stages, costs.rest["ends"])
-    assert whole == costs.whole
+    assert whole == costs.total
     name = "down_blocks.0.attentions.1"
-    smaller = costs_of(origin.without(name), tokens=24).whole
-    assert costs.whole.parameters - smaller.parameters == costs.blocks[name].parameters
-    assert costs.whole.macs - smaller.macs == costs.blocks[name].macs
+    smaller = costs_of(origin.without(name), tokens=24).total
+    assert costs.total.parameters - smaller.parameters == costs.blocks[name].parameters
+    assert costs.total.macs - smaller.macs == costs.blocks[name].macs
 
 
-def test_macs_of_one_block_by_hand(origin):
+def test_macs_of_one_block(origin):
     """The middle's first ResNet block: two 3x3 convolutions on 2x2, and the time's projection."""
     width, pixels = 64, 4
     embedding = 4 * 24
@@ -238,23 +234,23 @@ def test_macs_of_one_block_by_hand(origin):
     assert costs_of(origin).blocks["mid_block.resnets.0"].macs == by_hand
 
 
-def test_an_efficient_model_is_saved_and_opened_by_the_same_call(tmp_path, inputs):
+def test_saved_block_unet_loads(tmp_path):
     bundle = load("mini-v")
     origin = architecture_of(bundle.unet)
-    bundle.unet, _ = made(efficient_architecture(origin), bundle.unet)
-    expected = output(bundle.unet, inputs)
+    bundle.unet, _ = inherited(efficient_architecture(origin), bundle.unet)
+    expected = output(bundle.unet)
     save(bundle, tmp_path / "efficient", dtype=torch.float32)
-    opened = load(str(tmp_path / "efficient"))
-    assert architecture_of(opened.unet) == efficient_architecture(origin)
-    assert torch.equal(output(opened.unet, inputs), expected)
-    assert opened.latent_shape == (4, 8, 8)
+    loaded = load(str(tmp_path / "efficient"))
+    assert architecture_of(loaded.unet) == efficient_architecture(origin)
+    assert torch.equal(output(loaded.unet), expected)
+    assert loaded.latent_shape == (4, 8, 8)
     # Where this package is installed, stock diffusers finds the class by the name in model_index.json.
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "efficient")
-    assert torch.equal(output(pipeline.unet, inputs), expected)
+    assert torch.equal(output(pipeline.unet), expected)
 
 
-def test_weights_that_do_not_fit_are_named(unet, origin):
-    smaller, _ = made(origin.without("mid_block.attentions.0"), unet)
+def test_weights_that_do_not_fit_fail(unet, origin):
+    smaller, _ = inherited(origin.without("mid_block.attentions.0"), unet)
     with pytest.raises(UNetError, match=r"there is no mid_block\.attentions\.0\.\w+"):
         inherit_weights(build_unet(origin), smaller)
     other = build_unet(origin.changed(context=48))
@@ -262,9 +258,9 @@ def test_weights_that_do_not_fit_are_named(unet, origin):
         inherit_weights(build_unet(origin), other)
 
 
-def test_a_folder_whose_architecture_is_not_one_is_refused(tmp_path, unet):
+def test_folder_with_invalid_architecture_fails(tmp_path, unet):
     bundle = load("mini")
-    bundle.unet, _ = made(efficient_architecture(architecture_of(bundle.unet)), bundle.unet)
+    bundle.unet, _ = inherited(efficient_architecture(architecture_of(bundle.unet)), bundle.unet)
     save(bundle, tmp_path / "model")
     config = tmp_path / "model" / "unet" / "config.json"
     config.write_text(config.read_text().replace('"channels"', '"chanels"'))
@@ -274,20 +270,26 @@ def test_a_folder_whose_architecture_is_not_one_is_refused(tmp_path, unet):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"middle": (Layer(resnet="0"), Layer(resnet="0"))}, "mid_block.resnets.0 stands in two places"),
+        (
+            {"middle": (Layer(resnet="0"), Layer(resnet="0"))},
+            "resnets.0 is in the stage more than once",
+        ),
         ({"heads": (4,)}, "3 levels of channels, 1 of heads"),
-        ({"down": ((), (), ())}, "down_blocks.0 hands 1 tensors to up_blocks.2, its input being one; 3 are"),
-        ({"middle": (Layer(resnet="0", whole=False),)}, "no shortcut remains where channels stay"),
+        (
+            {"down": ((), (), ())},
+            "has 1 skip connections, .*; up_blocks.2 uses 3",
+        ),
+        ({"middle": (Layer(resnet="0", whole=False),)}, "mid_block.resnets.0 keeps its channels"),
     ],
 )
-def test_what_cannot_be_is_refused_with_its_place(origin, change, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_architecture_fails(origin, change, message):
+    with pytest.raises(ValueError, match=message):
         origin.changed(**change)
 
 
-def test_a_layer_whose_channels_change_needs_a_block(origin):
+def test_layer_that_changes_channels_needs_a_block(origin):
     down = (origin.down[0], (Layer(skip=True), *origin.down[1][1:]), origin.down[2])
     with pytest.raises(
         ValueError, match=r"down_blocks.1: a layer without a ResNet block has 24 channels, not 64"
@@ -298,7 +300,7 @@ def test_a_layer_whose_channels_change_needs_a_block(origin):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep'; None is accepted"),
         (
@@ -307,7 +309,7 @@ def test_a_layer_whose_channels_change_needs_a_block(origin):
         ),
     ],
 )
-def test_unets_of_other_kinds_are_refused_by_what_they_have(unet, change, said):
+def test_unsupported_stock_unet_fails(unet, change, message):
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    with pytest.raises(UNetError, match=said):
+    with pytest.raises(UNetError, match=message):
         architecture_of(UNet2DConditionModel(**{**config, **change}))

@@ -1,4 +1,4 @@
-"""What a row draws from its key: uniform, independent of the noise, the same for ever."""
+"""Interval and guidance of a row: uniform, independent of the noise, fixed by its key."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from snapfusion.training.settings import CfgRange
 KEYS = [row_key(0, f"web/{n}", 0) for n in range(4000)]
 
 
-def test_draws_never_change():
+def test_golden_draws():
     keys = [row_key(3, "web/00000/0000007", draw) for draw in range(4)]
     assert draw_intervals(keys, student_steps=8).tolist() == [3, 6, 0, 6]
     guidance = draw_guidance(keys, cfg_range=CfgRange(low=1.0, high=6.0))
@@ -23,22 +23,22 @@ def test_draws_never_change():
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8, 16])
-def test_every_interval_is_as_likely(steps):
-    drawn = draw_intervals(KEYS, student_steps=steps)
-    counts = np.bincount(drawn, minlength=steps)
+def test_intervals_are_uniform(steps):
+    draws = draw_intervals(KEYS, student_steps=steps)
+    counts = np.bincount(draws, minlength=steps)
     assert len(counts) == steps
     expected = len(KEYS) / steps
     assert float(((counts - expected) ** 2 / expected).sum()) < 2.5 * max(steps, 4)  # chi squared
 
 
-def test_guidance_fills_its_range():
-    drawn = draw_guidance(KEYS, cfg_range=CfgRange(low=2.0, high=14.0)).numpy()
-    assert drawn.min() >= 2.0
-    assert drawn.max() <= 14.0
-    np.testing.assert_allclose(np.quantile(drawn, [0.25, 0.5, 0.75]), [5.0, 8.0, 11.0], atol=0.4)
+def test_guidance_is_uniform_in_its_range():
+    draws = draw_guidance(KEYS, cfg_range=CfgRange(low=2.0, high=14.0)).numpy()
+    assert draws.min() >= 2.0
+    assert draws.max() <= 14.0
+    np.testing.assert_allclose(np.quantile(draws, [0.25, 0.5, 0.75]), [5.0, 8.0, 11.0], atol=0.4)
 
 
-def test_interval_guidance_and_noise_tell_nothing_of_each_other():
+def test_draws_and_noise_are_uncorrelated():
     values = np.stack(
         [
             draw_intervals(KEYS, student_steps=8).numpy(),
@@ -50,16 +50,16 @@ def test_interval_guidance_and_noise_tell_nothing_of_each_other():
     assert np.abs(off_diagonal).max() < 4 / len(KEYS) ** 0.5
 
 
-def test_another_seed_row_or_draw_is_another_key():
+def test_key_depends_on_seed_row_and_draw():
     assert len({row_key(0, "a", 0), row_key(1, "a", 0), row_key(0, "b", 0), row_key(0, "a", 1)}) == 4
 
 
-def test_intervals_lead_from_noise_to_the_clean_end():
+def test_interval_ends_follow_the_grid():
     t, t2 = interval_ends(torch.arange(8), student_steps=8, schedule=Schedule())
     assert [*t.tolist(), CLEAN] == [t.tolist()[0], *t2.tolist()] == list(time_grid(8))
 
 
 @pytest.mark.parametrize("values", [{"low": 3.0, "high": 2.0}, {"low": 0.5}, {"high": float("inf")}])
-def test_a_range_that_is_none_is_refused(values):
+def test_invalid_range_fails(values):
     with pytest.raises((SettingsError, ValueError)):
         CfgRange.parse(values)

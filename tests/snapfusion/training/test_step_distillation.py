@@ -54,10 +54,7 @@ def online(teacher, captions, settings):
     return OnlineTargets(
         teacher,
         captions=captions,
-        student_steps=settings.student_steps,
-        k=settings.k,
-        cfg_range=settings.cfg_range,
-        caption_dropout=settings.caption_dropout,
+        settings=settings,
         seed=0,
     )
 
@@ -66,7 +63,7 @@ def objective_of(teacher, captions, *, lessons=None, **changes):
     settings = StepDistillationSettings(**{"student_steps": 4, "cfg_range": RANGE, **changes})
     lessons = lessons or online(teacher, captions, settings)
     return StepDistillationObjective(
-        settings, lessons=lessons, captions=captions, schedule=teacher.schedule, seed=0
+        settings, targets=lessons, captions=captions, schedule=teacher.schedule, seed=0
     )
 
 
@@ -221,7 +218,7 @@ def test_a_stored_lesson_is_the_online_one_after_the_cast(teacher, captions):
     batch, lessons = batch_of(0, teacher=teacher), online(teacher, captions, settings)
     keys = [noise_key("row", row) for row in batch.ids]
     for guided in (False, True):
-        made = lessons.teach(batch, keys, guided=guided)
+        made = lessons.compute(batch, keys, guided=guided)
         columns = {
             **batch.columns,
             "noise_key": torch.tensor(keys),
@@ -267,7 +264,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits_and_averages(teacher, cap
     whole = new_state(student(), settings=LOOP)
     told = []
     run(whole, objective_of(teacher, captions, cfg_probability=0.5), teacher=teacher, after_step=told.append)
-    assert {name.split("/")[0] for name in told[-1].figures} == {"vanilla", "guided"}
+    assert {name.split("/")[0] for name in told[-1].metrics} == {"vanilla", "guided"}
 
     store, killed = CheckpointStore(str(tmp_path)), new_state(student(), settings=LOOP)
 
@@ -287,7 +284,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits_and_averages(teacher, cap
     found = store.newest()
     resumed.restore(found.tensors, found.values)
     run(resumed, objective_of(teacher, captions, cfg_probability=0.5), teacher=teacher)
-    assert resumed.carried == whole.carried
+    assert resumed.objective_state == whole.objective_state
     for group, named in whole.tensors().items():
         assert all(torch.equal(tensor, resumed.tensors()[group][name]) for name, tensor in named.items())
 
@@ -353,23 +350,23 @@ def test_times_belong_to_the_interval_they_lie_in(teacher, captions):
 
 
 def test_moving_means_are_plain_means_first_and_keep_parts_apart():
-    means = MovingAverages(["a", "b"], parts=2, decay=0.75)
-    assert means.whole("a") is None
+    means = MovingAverages(["a", "b"], groups=2, decay=0.75)
+    assert means.get("a") is None
     for value in (1.0, 3.0):
-        means.add("a", torch.tensor([value, value + 1]), part=torch.tensor([0, 1]))
+        means.add("a", torch.tensor([value, value + 1]), group=torch.tensor([0, 1]))
         means.end_step()
-    assert (means.whole("a"), means.of_part("a", 0), means.of_part("a", 1)) == (2.5, 2.0, 3.0)
-    assert means.whole("b") is None
+    assert (means.get("a"), means.get("a", 0), means.get("a", 1)) == (2.5, 2.0, 3.0)
+    assert means.get("b") is None
     for _ in range(3):
-        means.add("a", torch.tensor([0.0]), part=torch.tensor([0]))
+        means.add("a", torch.tensor([0.0]), group=torch.tensor([0]))
         means.end_step()
-    assert means.of_part("a", 0) == pytest.approx(2.0 * (2 / 3) * 0.75 * 0.75)
-    assert means.of_part("a", 1) == 3.0
-    again = MovingAverages(["a", "b"], parts=2, decay=0.75)
-    again.restore(means.values())
-    assert again.values() == means.values()
-    with pytest.raises(ValueError, match="other names or parts"):
-        MovingAverages(["a"], parts=2, decay=0.75).restore(means.values())
+    assert means.get("a", 0) == pytest.approx(2.0 * (2 / 3) * 0.75 * 0.75)
+    assert means.get("a", 1) == 3.0
+    again = MovingAverages(["a", "b"], groups=2, decay=0.75)
+    again.load_state_dict(means.state_dict())
+    assert again.state_dict() == means.state_dict()
+    with pytest.raises(ValueError, match="other names or another number"):
+        MovingAverages(["a"], groups=2, decay=0.75).load_state_dict(means.state_dict())
 
 
 def test_a_w_conditioned_student_is_told_w_and_answers_once(teacher, captions):
