@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import importlib
 import inspect
 import re
@@ -36,6 +37,39 @@ METHOD = (
     "snapfusion.losses",
     "snapfusion.solvers",
 )
+# A package of jobs, and of pipelines, imports its own folder and what stands above it here.
+PIPELINES = (
+    {"rejections", "storage", "fetching"},
+    {"sources"},
+    {"tables"},
+    {"stages", "ray_data"},
+    {"loading"},
+    {"datasets"},
+    {"dedup", "deletion", "download"},
+)
+JOBS = (
+    {"runtime"},
+    {"evaluation"},
+    {"training"},
+    {"evolution", "deletion"},
+    {"recipes"},
+    {"cli"},
+    {"reports"},
+    {"planning"},
+)
+ENTRY_POINTS_THAT_RUN_OTHERS = {"jobs.run_pipeline", "jobs.distill_plan", "jobs.top_up", "jobs.ablate"}
+HEAVY = {
+    "torch",
+    "ray",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "pyarrow",
+    "deltalake",
+    "open_clip",
+    "PIL",
+    "matplotlib",
+}
 SOURCE_OF_A_FORMULA = r"SnapFusion (Eq\.|Sec\.|Alg\.|Table|Fig\.|App\.)|\(\w+( (and \w+|et al\.))? \d{4}\)"
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "manager"}
 OWN_FILE_ONLY = {"coremltools": "snapfusion.export.coreml", "executorch": "snapfusion.export.executorch"}
@@ -118,6 +152,49 @@ def test_inside_the_method_imports_go_downward(module):
     for name in module.imports_any("snapfusion"):
         other = name.split(".")[1] if "." in name else own
         assert other == own or layer(other) < layer(own), f"{module.name} imports {name}"
+
+
+@pytest.mark.parametrize(("package", "layers"), [("pipelines", PIPELINES), ("jobs", JOBS)])
+def test_packages_import_downward(package, layers):
+    rank = {name: number for number, names in enumerate(layers) for name in names}
+    for module in modules(package):
+        own = [*module.name.split("."), ""][1]
+        if own not in rank:
+            assert package == "jobs" or not own, (
+                f"{module.name} is in no layer: add its package here and to ARCHITECTURE.md"
+            )
+            continue
+        for name in module.imports_any(package):
+            other = [*name.split("."), ""][1]
+            assert other == own or not other or rank.get(other, len(layers)) < rank[own], (
+                f"{module.name} imports {name}"
+            )
+
+
+def test_no_module_imports_itself_through_others():
+    by_name = {module.name: module for module in modules(*PACKAGES)}
+    graph = {name: (module.imports & by_name.keys()) - {name} for name, module in by_name.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the modules of a circle
+
+
+def test_entry_points_are_thin_and_imported_by_none_but_four():
+    entries = {module.name for module in modules("jobs") if module.name.count(".") == 1}
+    for module in modules(*PACKAGES):
+        if module.name not in ENTRY_POINTS_THAT_RUN_OTHERS:
+            assert module.imports & entries <= {module.name}, module.name
+    lines = {name: len((ROOT / f"{name.replace('.', '/')}.py").read_text().splitlines()) for name in entries}
+    assert {name: count for name, count in lines.items() if count > 120} == {}
+
+
+def test_recipes_load_without_heavy_libraries():
+    program = (
+        "import sys; from jobs.recipes.registry import RECIPES; [make() for make in RECIPES.values()]; "
+        "print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert HEAVY & set(done.stdout.split()) == set()
 
 
 @named("pipelines")
