@@ -262,7 +262,9 @@ def _kept(others: Mapping[str, Snapshot], forgotten: DeletionKeys) -> dict[str, 
 
 
 def _count_forgotten(removal: Removal) -> int:
-    return sum(account.rejected().get("forgotten", 0) for account in removal.manifests().values())
+    return sum(
+        account.rejected().get("forgotten", 0) for account in open_table(removal.url).manifests().values()
+    )
 
 
 def _shards(removals: Sequence[Removal]) -> list[str]:
@@ -273,7 +275,7 @@ def _shards(removals: Sequence[Removal]) -> list[str]:
             account.source
             for removal in removals
             if removal.kind == "latents"
-            for account in removal.manifests().values()
+            for account in open_table(removal.url).manifests().values()
             if gone & account.rejected().keys()
         }
     )

@@ -73,7 +73,7 @@ class DuplicateFilter:
     @cached_property
     def _files(self) -> Mapping[str, list[tuple[UnitManifest, UnitFile]]]:
         """The units of this version by the source that they judge; read once in each worker."""
-        known = self.manifests()
+        known = open_table(self.url).manifests()
         files = defaultdict(list)
         for file in self._table.units:
             files[known[file.unit].source].append((known[file.unit], file))

@@ -74,7 +74,7 @@ def test_a_unit_that_kills_every_worker_is_set_aside_after_three_tries(ray_clust
         PipelineStage(build=WriteUnit, arguments=writer, pool=Pool()),
     ]
     commit_stream(table, run_on_ray([0, 4, 8], stages), bounds=Bounds(), total=12)
-    by_unit = {account.start: account.rejected() for account in table.manifests().values()}
+    by_unit = {account.start: account.rejected() for account in open_table(url).manifests().values()}
     assert by_unit == {0: {"broken_image": 1}, 4: {"crashed": 4}, 8: {"broken_image": 1}}
     assert marks.read_text() == "xxx"
 
