@@ -1,4 +1,4 @@
-"""Distil in stages, each student from those before it: SnapFusion Sec. 4.1's plan, or a recipe's own."""
+"""Distil in stages, each student from those before it, by the recipe's schedule. SnapFusion Sec. 4.1."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def distill_plan(job: Job) -> None:
-    """Make the models that stages begin with, then each stage's student; what is there already is left."""
+    """Make the initial models, then each stage's student, unless they are published already."""
     for name, make, _ in initial_models(job):
         print(f"[{name}]", flush=True)
         make(job)
@@ -28,24 +28,24 @@ def distill_plan(job: Job) -> None:
 
 
 def initial_models(job: Job) -> list[tuple[str, Body, Preview]]:
-    """What makes the models that no stage makes: the v model, and the efficient one, made of it."""
-    stages, found = job.recipe.stages, list[tuple[str, Body, Preview]]()
+    """Jobs of the models that stages start from and no stage makes: the v model, and the efficient one."""
+    stages, models = job.recipe.stages, list[tuple[str, Body, Preview]]()
     efficient = starts_from(stages, EFFICIENT_MODEL)
     if starts_from(stages, VPRED_MODEL) or (efficient and job.recipe.efficient.begin == VPRED_MODEL):
-        found.append(("vpred", finetune_vpred.finetune, finetune_vpred.preview))
+        models.append(("vpred", finetune_vpred.finetune, finetune_vpred.preview))
     if efficient:
-        found.append(("efficient", train_efficient.train_efficient, train_efficient.preview))
-    return found
+        models.append(("efficient", train_efficient.train_efficient, train_efficient.preview))
+    return models
 
 
 def preview(job: Job) -> list[str]:
-    """What each stage would do."""
+    """Describe what each stage would do."""
     lines = [line for _, _, preview in initial_models(job) for line in preview(job)]
     for stage in job.recipe.stages:
         steps = stage_job(job, stage).recipe.distill.steps
-        learnt = f"p = {steps.cfg_probability:g}{', told w' if steps.w_conditioned else ''}"
-        lines += [f"{stage.name} ({learnt}): {line}" for line in distill_steps.preview(stage_job(job, stage))]
-    return lines or ["nothing: this recipe has no plan"]
+        mode = f"p = {steps.cfg_probability:g}{', w-conditioned' if steps.w_conditioned else ''}"
+        lines += [f"{stage.name} ({mode}): {line}" for line in distill_steps.preview(stage_job(job, stage))]
+    return lines or ["nothing: this recipe has no schedule"]
 
 
 if __name__ == "__main__":

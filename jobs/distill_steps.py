@@ -6,43 +6,37 @@ Targets come from the teacher in the trainer (on LATENTS), or from the table TAR
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from jobs.cli.in_run import resolve_validation
+from jobs.cli.in_run import resolve_training
 from jobs.cli.inputs import distillation_table_url, teacher_and_student
+from jobs.cli.job import Job, run
+from jobs.cli.state import state_of
+from jobs.runtime.cluster import connect
 from jobs.runtime.exit_codes import exit_process
 from jobs.training.distillation import distill_steps, summary
 from jobs.training.progress_channel import show_reports
 from jobs.training.run_folder import METRICS
 from pipelines.storage.objects import exists
 
-if TYPE_CHECKING:
-    from jobs.cli.job import Job
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m jobs.distill_steps`."""
-    # Recipes are made of this module's settings, so the command line is above it.
-    from jobs.cli.job import run
-
     return run("distill_steps", distill, preview=preview, about=__doc__, argv=argv)
 
 
 def distill(job: Job) -> None:
-    """Make the run's student; one that is there already is left as it is."""
-    from jobs.runtime.cluster import connect
-
+    """Make the run's student, unless it is published already."""
     settings = job.recipe.distill
-    place = job.url(settings.name)
-    if not exists(f"{place}/{METRICS}"):
+    url = job.url(settings.name)
+    if not exists(f"{url}/{METRICS}"):
         connect(job.recipe.cluster)
     teacher, student = teacher_and_student(job)
     metrics = distill_steps(
-        settings.model_copy(update={"watch": resolve_validation(settings.watch, job)}),
+        resolve_training(settings, job),
         teacher=teacher,
         student=student,
         data_url=distillation_table_url(job),
-        out_url=place,
+        out_url=url,
         on_report=show_reports(),
     )
     for line in summary(metrics):
@@ -50,15 +44,14 @@ def distill(job: Job) -> None:
 
 
 def preview(job: Job) -> list[str]:
-    """What would be read and written."""
-    settings, place = job.recipe.distill, job.url(job.recipe.distill.name)
+    """Describe what would be read and written."""
+    settings, url = job.recipe.distill, job.url(job.recipe.distill.name)
     teacher, student = teacher_and_student(job)
-    held = "which is there already" if exists(f"{place}/{METRICS}") else "which is not there yet"
     steps, loop = settings.steps, settings.loop
     return [
         f"would distil {steps.k * steps.student_steps} steps of {teacher} into {steps.student_steps} of "
-        f"{student} on {distillation_table_url(job)} for {loop.num_steps} steps of {loop.global_batch} rows, into {place} "
-        f"({held})"
+        f"{student} on {distillation_table_url(job)} for {loop.num_steps} steps of {loop.global_batch} rows, "
+        f"into {url} ({state_of(url, last=METRICS)})"
     ]
 
 

@@ -1,74 +1,67 @@
-"""Measure what each part of the model's UNet takes on this machine. SnapFusion Sec. 2.2, Table 1, Fig. 2.
+"""Measure the latency of each part of the model's UNet on this machine. SnapFusion Sec. 2.2, Table 1, Fig. 2.
 
-OUT/latency/RUNTIME-PRECISION-DEVICE.json   the table, and how well it predicts whole UNets
+OUT/latency/RUNTIME-PRECISION-DEVICE.json   latency table, and its predictions for whole UNets
 OUT/latency/...-ms.svg, -parameters.svg     Fig. 2
 
-Beside the model's own UNet stands Table 3's, made of it. Everything takes turns, so all of it meets the same
-other load. A table that was measured elsewhere, as on a phone, has the same form.
+Table 3's UNet, made of the model's own, is measured beside it. A table that was measured elsewhere, as on a
+phone, has the same form.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from jobs.cli.in_run import measure_in_run
 from jobs.cli.inputs import latency_table_url
+from jobs.cli.job import Job, run
+from jobs.cli.state import state_of
 from jobs.evaluation.latency import measure_latency
-from jobs.evaluation.timing import architectures_of
+from jobs.evaluation.timing import architectures_of, load_measured_model
 from jobs.reports.charts import standalone_svg
 from jobs.reports.latency_breakdown import breakdown_charts
 from jobs.runtime.exit_codes import exit_process
-from pipelines.storage.objects import exists, replace_object
-from snapfusion.models.load import load
-from snapfusion.models.unet import architecture_of
-
-if TYPE_CHECKING:
-    from jobs.cli.job import Job
+from pipelines.storage.objects import replace_object
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m jobs.measure_latency`."""
-    # Recipes are made of this module's settings, so the command line is above it.
-    from jobs.cli.job import run
-
     return run("measure_latency", measure, preview=preview, about=__doc__, argv=argv)
 
 
 def measure(job: Job) -> None:
-    """Measure, and write the run's table; one that is there is left."""
-    settings, place = job.recipe.latency, latency_table_url(job)
-    if exists(place):
-        print(f"  {place} is there already")
-        return
-    bundle = load(job.recipe.model)
-    architectures = architectures_of(architecture_of(bundle.unet))
-    tokens = settings.tokens_of(bundle.tokenizer)
-    del bundle  # its networks would stand beside those that are measured
-    told = measure_latency(
+    """Measure the run's latency table, unless it exists already."""
+    measure_in_run(latency_table_url(job), lambda: _measure(job), summary=_summary)
+
+
+def _measure(job: Job) -> dict[str, Any]:
+    settings = job.recipe.latency
+    model = load_measured_model(job.recipe.model, settings=settings)
+    record = measure_latency(
         settings,
-        architectures=architectures,
-        tokens=tokens,
+        architectures=architectures_of(model.architecture),
+        tokens=model.tokens,
         on_turn=lambda turn: print(f"  {turn} of {settings.turns} turns", flush=True),
     )
-    for kind, chart in breakdown_charts(told).items():
+    for kind, chart in breakdown_charts(record).items():
         replace_object(job.url(f"latency/{settings.name}-{kind}.svg"), standalone_svg(chart))
-    replace_object(place, json.dumps(told, indent=1).encode())
-    for name, unet in told["unets"].items():
-        print(
-            f"  {name}: {unet['measured']['median_ms']:.4g} ms measured, {unet['predicted_ms']:.4g} ms "
+    return record
+
+
+def _summary(record: Mapping[str, Any]) -> Iterator[str]:
+    for name, unet in record["unets"].items():
+        yield (
+            f"{name}: {unet['measured']['median_ms']:.4g} ms measured, {unet['predicted_ms']:.4g} ms "
             f"predicted ({100 * unet['error']:+.1f} %), {unet['parameters']:,} parameters"
         )
-    print(f"  {place}")
 
 
 def preview(job: Job) -> list[str]:
-    """What would be measured."""
-    settings = job.recipe.latency
-    there = "which is there already" if exists(latency_table_url(job)) else "which is not there yet"
+    """Describe what would be measured."""
+    settings, url = job.recipe.latency, latency_table_url(job)
     return [
         f"would take {settings.turns} turns of each part of {job.recipe.model}'s UNet, by {settings.runtime} "
-        f"in {settings.precision} on {settings.device}, into {latency_table_url(job)} ({there})"
+        f"in {settings.precision} on {settings.device}, into {url} ({state_of(url)})"
     ]
 
 

@@ -1,6 +1,6 @@
 """Measure a miniature on held-out scenes: python -m jobs.measure_mini [--out FILE] [--set K=V].
 
-With --out the figures are kept in FILE, and a second run adds what they lack; a page beside it shows them.
+With --out the results are saved in FILE, and a second run adds what is missing; a page beside it shows them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from snapfusion.settings import digest
 
 
 def _weights_digest(folder: Path) -> str:
-    """One hash for all the weights in `folder`."""
+    """One hash of all weights in `folder`."""
     files = read_manifest(folder)["files"]
-    return digest({name: told["sha256"] for name, told in files.items() if name.endswith(".safetensors")})
+    return digest({name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")})
 
 
 def _rounded(value: float) -> float:
@@ -32,11 +32,11 @@ def _rounded(value: float) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Entry point of `python -m jobs.measure_mini`."""
     about = (__doc__ or "").split("\n\n")[0]
     parser = OneLineParser(prog="python -m jobs.measure_mini", description=about)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with sd/, scorer/ and oracle/")
-    parser.add_argument("--out", type=Path, help="file of figures, JSON")
+    parser.add_argument("--out", type=Path, help="file of the results, JSON")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
 
     def work() -> None:
@@ -49,19 +49,19 @@ def main(argv: list[str] | None = None) -> int:
             "scenes": settings.scenes,
             "seed": settings.seed,
         }
-        record = ResumableResults(identity=identity, path=options.out)
-        record.read()
+        results = ResumableResults(identity=identity, path=options.out)
+        results.read()
 
         def gather(part: str, figures: MetricIntervals) -> None:
             rounded = {name: [_rounded(x) for x in ends] for name, ends in figures.items()}
             print(json.dumps({part: rounded}), flush=True)
-            record.keep(part, figures)
+            results.add(part, figures)
 
-        measure_mini(settings, folder=options.weights, gather=gather, known=record.figures)
+        measure_mini(settings, folder=options.weights, gather=gather, known=results.figures)
         if options.out is not None:
             figures = {
-                part: {name: Interval(*ends) for name, ends in told.items()}
-                for part, told in record.figures.items()
+                part: {name: Interval(*ends) for name, ends in intervals.items()}
+                for part, intervals in results.figures.items()
             }
             page = write_page(options.weights, options.out.with_suffix(".html"), figures=figures)
             print(f"measure_mini: {options.out}, shown in {page}")

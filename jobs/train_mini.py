@@ -1,7 +1,8 @@
 """Train the miniature from its seed: python -m jobs.train_mini --out DIR [--set key=value] [--dry-run].
 
-DIR/checkpoints holds a checkpoint of each stage, from which the same command goes on; DIR/weights is what
-`snapfusion/mini/weights` bundles; DIR/report.html shows the curves of the training, and pictures.
+DIR/checkpoints    a checkpoint of each stage, from which the same command resumes
+DIR/weights        the weights that `snapfusion/mini/weights` bundles
+DIR/report.html    training curves and images
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @dataclass
 class _ProgressLines:
-    """Prints a stage's step, loss, rate and time left, every ten seconds and at its end."""
+    """Prints a stage's step, loss, rate and time left every ten seconds, and at its end."""
 
     stage: str = ""
     started: float = 0.0
@@ -46,16 +47,16 @@ class _ProgressLines:
 
 
 def _check_device(name: str) -> None:
-    """`ValueError` unless torch can put a tensor there."""
+    """Raise `ValueError` unless torch can allocate on the device."""
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: {name!r} cannot be used ({reason}); cpu is always there") from None
+        raise ValueError(f"--device: {name!r} cannot be used ({reason}); cpu always can") from None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Entry point of `python -m jobs.train_mini`."""
     about = (__doc__ or "").split("\n\n")[0]
     parser = OneLineParser(prog="python -m jobs.train_mini", description=about)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints/ and weights/")

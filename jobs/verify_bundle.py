@@ -1,6 +1,6 @@
-"""Check a mobile bundle: its files, its sampler, its tokenizer, and what its programs compute here.
+"""Verify a mobile bundle: its files, its sampler, its tokenizer, and the results of its programs.
 
-ExecuTorch programs are executed anywhere; Core ML packages on a Mac, where they are timed too.
+ExecuTorch programs are executed anywhere; Core ML packages on a Mac, where they are also timed.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def verify(folder: Path) -> None:
-    """Print what was checked; raises at the first thing that is not as it should be."""
+    """Print each check; raises at the first that fails."""
     from snapfusion.export.bundle import open_bundle
     from snapfusion.export.verification import check_sampler_and_tokenizer
 
     bundle = open_bundle(folder)
     files = bundle.manifest["files"]
-    size = sum(told["bytes"] for told in files.values()) / 2**20
-    print(f"{folder}: {len(files)} files, {size:.1f} MiB, as the manifest says")
+    size = sum(file["bytes"] for file in files.values()) / 2**20
+    print(f"{folder}: {len(files)} files, {size:.1f} MiB, as in the manifest")
     for checked in check_sampler_and_tokenizer(bundle):
         print(f"  {checked.what}: {checked.found}")
-    for variant, told in bundle.manifest["variants"].items():
-        _verify_variant(bundle, variant, runtime=told["runtime"])
+    for name, variant in bundle.manifest["variants"].items():
+        _verify_variant(bundle, name, runtime=variant["runtime"])
 
 
 def _verify_variant(bundle: MobileBundle, variant: str, *, runtime: str) -> None:
@@ -59,8 +59,8 @@ def _verify_variant(bundle: MobileBundle, variant: str, *, runtime: str) -> None
             conditions=bundle.manifest["conditions"],
         )
     else:
-        print(f"  {variant}: not executed, {runtime} is not here; its files are the manifest's")
+        print(f"  {variant}: not executed, {runtime} is not available here; its files match the manifest")
         return
     for checked in check_variant(bundle, variant, opened=opened):
-        took = "" if checked.milliseconds is None else f", {checked.milliseconds:.1f} ms a call"
-        print(f"  {checked.what}: {checked.found}{took}")
+        latency = "" if checked.milliseconds is None else f", {checked.milliseconds:.1f} ms per call"
+        print(f"  {checked.what}: {checked.found}{latency}")

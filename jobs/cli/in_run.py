@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from jobs.cli.job import Job
+from jobs.evaluation.evaluation import StartTable
 from jobs.recipes.stages import DistillationStage
+from jobs.runtime.cluster import connect
+from jobs.runtime.progress import show_progress
 from jobs.training.progress_channel import show_reports
 from jobs.training.run_folder import METRICS
-from jobs.training.settings import ValidationSettings, VpredSettings
+from jobs.training.settings import UNetTrainingSettings, VpredSettings
 from jobs.training.velocity import finetune_vpred
-from pipelines.storage.objects import exists
+from pipelines.storage.objects import exists, replace_object
+from pipelines.tables.commits import Origin
+from pipelines.tables.committer import OnProgress
 from snapfusion.training.settings import StepDistillationSettings
 
 
@@ -42,33 +49,49 @@ def _stage_steps(steps: StepDistillationSettings, *, stage: DistillationStage) -
     )
 
 
-VpredSettingsT = TypeVar("VpredSettingsT", bound=VpredSettings)
+SettingsT = TypeVar("SettingsT", bound=UNetTrainingSettings)
 
 
 def train_in_run(
-    job: Job, settings: VpredSettings, *, model: str, place: str, further: bool = False
+    job: Job, settings: VpredSettings, *, model: str, url: str, further: bool = False
 ) -> dict[str, Any]:
     """`finetune_vpred` on the LATENTS of the job's run; Ray is there only if there is something to train."""
-    from jobs.runtime.cluster import connect
-
-    if not exists(f"{place}/{METRICS}"):
+    if not exists(f"{url}/{METRICS}"):
         connect(job.recipe.cluster)
     return finetune_vpred(
         resolve_training(settings, job),
         model=model,
         latents_url=job.url("latents"),
-        out_url=place,
+        out_url=url,
         further=further,
         on_report=show_reports(),
     )
 
 
-def resolve_training(settings: VpredSettingsT, job: Job) -> VpredSettingsT:
-    """The settings with what the watch reads where it lies in the job's run."""
-    return settings.model_copy(update={"watch": resolve_validation(settings.watch, job)})
+def resolve_training(settings: SettingsT, job: Job) -> SettingsT:
+    """Settings whose validation references are a URL and not a path in the run."""
+    references = settings.validation.references and job.resolve(settings.validation.references)
+    validation = settings.validation.model_copy(update={"references": references})
+    return settings.model_copy(update={"validation": validation})
 
 
-def resolve_validation(settings: ValidationSettings, job: Job) -> ValidationSettings:
-    """The settings with references that lie in the job's run where they are."""
-    references = settings.references and job.resolve(settings.references)
-    return settings.model_copy(update={"references": references})
+def table_starter(job: Job, *, prefix: str = "") -> StartTable:
+    """A callback that gives a table its origin and a status line, named after the table."""
+
+    def start(name: str, parents: Any) -> tuple[Origin, OnProgress]:  # noqa: ANN401 - JSON values
+        return job.origin(parents), show_progress(f"{prefix}{name}")
+
+    return start
+
+
+def measure_in_run(
+    url: str, measure: Callable[[], Mapping[str, Any]], *, summary: Callable[[Any], Iterable[str]]
+) -> None:
+    """Measure, write the record as JSON and print its summary, unless the file exists already."""
+    if exists(url):
+        print(f"  {url} exists already")
+        return
+    record = measure()
+    replace_object(url, json.dumps(record, indent=1).encode())
+    for line in (*summary(record), url):
+        print(f"  {line}")

@@ -1,7 +1,7 @@
-"""An evaluation: who is compared, on which captions, held against which pictures; and its figures.
+"""Evaluates models and samplers by FID and CLIP over guidance scales.
 
-Each contender's pictures are a table of their own (SAMPLES), which more guidance scales or captions add to;
-real pictures are described once (REFERENCES). The figures are computed from the tables, and can be again.
+Each contender's images are a table of their own (SAMPLES), to which more guidance scales or captions are
+appended; features of real images are computed once (REFERENCES). All metrics are computed from these tables.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from snapfusion.metrics.moments import Moments
 from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
 
 StartTable = Callable[[str, Any], tuple[Origin, OnProgress]]
-"""(what begins, its parents) -> what to keep beside its units, and what to tell of its progress."""
+"""(name of a table to fill, its parents) -> the origin kept beside its units, and a progress callback."""
 
 
 def evaluate(
     settings: EvaluationSettings, *, model: str, out: str, start: StartTable, run: Runner
 ) -> dict[str, Any]:
-    """Draw what is not drawn yet, and read the figures off the tables.
+    """Generate the missing samples and compute the metrics.
 
     Args:
-        settings: who and how.
-        model: of the contenders that name none.
-        out: folder or URL that the tables lie in: `references`, and one for each contender.
-        start: told of each table that is about to be made.
-        run: what sends units through the stages.
+        settings: of the evaluation.
+        model: source of the model of contenders that name none.
+        out: folder or URL of the tables: `references`, and one for each contender.
+        start: called for each table before it is filled.
+        run: executes stages.
 
     Returns:
-        What was compared and how ("protocol"), the figures of each contender ("curves"), how each stands to
-        the baseline ("differences", "equal_fid") and to others ("against"), and "gaps", as JSON values; an
+        JSON values: what was compared and how ("protocol"), the metrics of each contender ("curves"), its
+        differences from the baseline ("differences", "equal_fid") and from others ("against"), and "gaps"; an
         interval is an `Interval`.
     """
     captions = captions_of(settings.prompts)
@@ -70,7 +70,7 @@ def evaluate(
     )
     tables: dict[str, Snapshot] = {}
     for contender in settings.contenders:
-        source = _absolute_source(contender.model or model)
+        source = absolute_source(contender.model or model)
         origin, on_progress = start(contender.name, {"model": source, "captions": settings.prompts.url})
         tables[contender.name] = generate_samples(
             settings.samples,
@@ -95,34 +95,34 @@ def evaluate(
     }
 
 
-def _absolute_source(model: str) -> str:
-    """A folder by its absolute path: a worker may stand elsewhere."""
-    return absolute_url(model) if Path(model).is_dir() else model
+def absolute_source(source: str) -> str:
+    """A model's source with an absolute path: workers have another working directory."""
+    return absolute_url(source) if Path(source).is_dir() else source
 
 
 def captions_of(prompts: PromptSettings) -> list[Caption | Rejection]:
-    """The captions of the list, or of held-out scenes."""
+    """The captions of the list, or those of held-out scenes."""
     if prompts.url is not None:
         return list(islice(read_captions(prompts.url, prompts.reading), prompts.limit))
     return [
-        Caption(id=f"scene-{number}", ordinal=number, text=caption_of(scene_of(HELD_OUT + number)))
-        for number in range(prompts.limit)
+        Caption(id=f"scene-{index}", ordinal=index, text=caption_of(scene_of(HELD_OUT + index)))
+        for index in range(prompts.limit)
     ]
 
 
 def _shared_ids(
     settings: EvaluationSettings, tables: Mapping[str, Snapshot], captions: Sequence[Caption | Rejection]
 ) -> list[str]:
-    """The captions whose picture no contender lost at any guidance, in order: differences are paired."""
-    drawn = [
+    """Captions that all contenders have an image of at every guidance, in order: differences are paired."""
+    sampled = [
         set(sampled_ids(table, source=settings.prompts.name, w=w))
         for table in tables.values()
         for w in settings.guidance
     ]
-    ids = [row.id for row in captions if all(row.id in there for there in drawn)]
+    ids = [row.id for row in captions if all(row.id in found for found in sampled)]
     if len(ids) < 2 * settings.groups:
         raise ValueError(
-            f"{len(ids)} captions were drawn by all contenders; {2 * settings.groups} are needed for "
+            f"all contenders have images of {len(ids)} captions; {2 * settings.groups} are needed for "
             f"{settings.groups} groups: raise evaluation.prompts.limit or lower evaluation.groups"
         )
     return ids
@@ -135,8 +135,8 @@ def _curve(settings: EvaluationSettings, table: Snapshot, *, ids: Sequence[str],
 def _points(settings: EvaluationSettings, table: Snapshot, *, ids: Sequence[str]) -> Iterator[CurvePoint]:
     for w in settings.guidance:
         rows = read_scores(table, source=settings.prompts.name, w=w)
-        position = {id_: place for place, id_ in enumerate(rows.ids)}
-        chosen = np.array([position[id_] for id_ in ids])
+        index_of = {id_: index for index, id_ in enumerate(rows.ids)}
+        chosen = np.array([index_of[id_] for id_ in ids])
         yield CurvePoint.of(
             w=w,
             features=rows.features[chosen],
@@ -154,13 +154,13 @@ def _protocol(
     reference: Moments,
     references: Snapshot,
 ) -> dict[str, Any]:
-    """All that a figure must be quoted with."""
+    """Everything that a published metric must be quoted with."""
     judging = settings.samples.judging
     smallest = Moments(count=len(ids), mean=reference.mean, scatter=reference.scatter)
     notes = [
-        f"{side}: {said}"
-        for side, said in (("drawn", smallest.shortfall()), ("reference", reference.shortfall()))
-        if said is not None
+        f"{side}: {note}"
+        for side, note in (("drawn", smallest.shortfall()), ("reference", reference.shortfall()))
+        if note is not None
     ]
     return {
         "captions": {
@@ -213,7 +213,7 @@ def _comparisons(
 def _compared_with(
     settings: EvaluationSettings, curves: Mapping[str, Curve], *, baseline: str
 ) -> dict[str, Any]:
-    """How each other contender stands to one."""
+    """The comparison of all other contenders with one."""
     others = {name: curve for name, curve in curves.items() if name != baseline}
     return {
         "differences": {

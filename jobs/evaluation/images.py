@@ -1,4 +1,4 @@
-"""Captions to pictures, and pictures to a file, by a Stable Diffusion."""
+"""Generates images of captions with a Stable Diffusion, and saves them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DISTILLED_SOLVER = "ddim"
 
 _MIN_DISPLAY_SIDE = 256
 _SINGLE_THREAD_MAX_SIDE = 64
-"""Up to this many pixels a side, threads cost more in waiting for each other than they save."""
+"""Up to this many pixels a side, synchronisation of threads costs more than they save."""
 
 
 @torch.inference_mode()
@@ -34,15 +34,14 @@ def generate_images(
     count: int,
     solver: Solver = "ddim",
 ) -> list[np.ndarray]:
-    """`count` pictures of each caption, uint8 [H,W,3], after steps of `solver` at guidance w (Eq. 3).
+    """Generate `count` images of each caption, uint8 [H,W,3], by `solver` at guidance w (Eq. 3).
 
-    The noise of a picture follows from the seed, its caption, and its number among the caption's.
+    The noise of an image depends on the seed, its caption, and its index among the caption's images.
     """
     if bundle.device.type == "cpu" and bundle.image_size <= _SINGLE_THREAD_MAX_SIDE:
         torch.set_num_threads(1)
-    asked = [(caption, number) for caption in captions for number in range(count)]
-    keys = [noise_key(seed, caption, number) for caption, number in asked]
-    c = bundle.encode_text(bundle.tokenize([caption for caption, _ in asked]))
+    keys = [noise_key(seed, caption, index) for caption in captions for index in range(count)]
+    c = bundle.encode_text(bundle.tokenize([caption for caption in captions for _ in range(count)]))
     z_t = gaussian_batch(keys, bundle.latent_shape).to(bundle.device)
     grid = time_grid(steps, schedule_steps=bundle.schedule.num_steps)
     denoiser = bundle.denoiser(c, w=guidance)
@@ -51,30 +50,30 @@ def generate_images(
 
 
 def distilled_steps(bundle: Bundle) -> int:
-    """The steps that a model was distilled for; 50 for one that was not."""
+    """Steps that a model was distilled for; 50 for one that was not."""
     return int(bundle.distillation["steps"]) if bundle.distillation else _DEFAULT_STEPS
 
 
 def distillation_mismatch(bundle: Bundle, *, steps: int, solver: Solver, guidance: float) -> str | None:
-    """In a line, what a model was distilled for, if that is not what is asked of it; else None."""
+    """One line about how a sampler departs from what a model was distilled for; None if it does not."""
     if bundle.distillation is None:
         return None
-    learnt = bundle.distillation.get("cfg_range")
-    as_learnt = learnt is None or learnt["low"] <= guidance <= learnt["high"]
-    if steps == distilled_steps(bundle) and solver == _DISTILLED_SOLVER and as_learnt:
+    cfg_range = bundle.distillation.get("cfg_range")
+    in_range = cfg_range is None or cfg_range["low"] <= guidance <= cfg_range["high"]
+    if steps == distilled_steps(bundle) and solver == _DISTILLED_SOLVER and in_range:
         return None
-    scales = f" at guidance {learnt['low']:g} to {learnt['high']:g}" if learnt else ""
+    scales = f" at guidance {cfg_range['low']:g} to {cfg_range['high']:g}" if cfg_range else ""
     return (
         f"distilled for {distilled_steps(bundle)} steps of {_DISTILLED_SOLVER}{scales}; "
         f"this is {steps} of {solver} at guidance {guidance:g}"
     )
 
 
-def save_images(pictures: Sequence[np.ndarray], place: Path) -> int:
-    """Write pictures side by side as PNG; returns by how much small ones were enlarged to be seen."""
-    row = np.concatenate(pictures, axis=1)
+def save_images(images: Sequence[np.ndarray], path: Path) -> int:
+    """Save images side by side as PNG, small ones enlarged; returns the factor."""
+    row = np.concatenate(images, axis=1)
     factor = max(1, _MIN_DISPLAY_SIDE // row.shape[0])
     enlarged = row.repeat(factor, axis=0).repeat(factor, axis=1)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(enlarged).save(place, format="PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(enlarged).save(path, format="PNG")
     return factor

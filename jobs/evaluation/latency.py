@@ -9,15 +9,14 @@ from typing import Any
 import torch
 
 from jobs.evaluation.settings import LatencySettings
-from jobs.evaluation.timing import benchmark_of, setting_of, unet_inputs
+from jobs.evaluation.timing import benchmark_of, setting_of, unet_benchmark
 from snapfusion.evolution.latency import LatencyTable, PartLatency, latency_by_stage, reachable_parts
 from snapfusion.evolution.parts import dimensions_of, inputs_of, module_of
 from snapfusion.evolution.stopwatch import Timing, time_in_turns
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.cost import costs_of
-from snapfusion.models.unet import build_unet
 
-_WHOLE = "whole "
+_WHOLE_PREFIX = "whole "
 
 
 def measure_latency(
@@ -27,16 +26,18 @@ def measure_latency(
     tokens: int,
     on_turn: Callable[[int], None] = lambda turn: None,
 ) -> dict[str, Any]:
-    """The table, and each UNet as a whole, as JSON values.
+    """Measure the latency table, and whole UNets to compare it with; returns JSON values.
+
+    Everything is measured in turns, so that all of it meets the same other load of the machine.
 
     Args:
-        settings: how.
-        architectures: by name; all of one frame, as a model and what evolves of it are.
+        settings: of the measurement.
+        architectures: by name, all of the same channels and image size, as a model and what evolves from it.
         tokens: of an encoded caption.
-        on_turn: told of the number of turns that are over.
+        on_turn: receives the number of finished turns.
 
     Raises:
-        LatencyError: if the runtime cannot do it.
+        LatencyError: if the runtime cannot run in that precision or on that device.
     """
     setup = setting_of(settings)
     torch.set_num_threads(settings.threads)
@@ -49,8 +50,7 @@ def measure_latency(
         for name, part in parts.items()
     }
     for name, architecture in architectures.items():
-        inputs = unet_inputs(settings, architecture, tokens=tokens)
-        runs[f"{_WHOLE}{name}"] = benchmark_of(settings, build_unet(architecture).eval(), inputs)
+        runs[f"{_WHOLE_PREFIX}{name}"] = unet_benchmark(settings, architecture, tokens=tokens)
     times = time_in_turns(runs, turns=settings.turns, on_turn=on_turn)
     table = LatencyTable(
         setup=setup,
@@ -61,7 +61,9 @@ def measure_latency(
     return {
         "table": table.to_values(),
         "unets": {
-            name: _unet_record(architecture, table=table, measured=times[f"{_WHOLE}{name}"], tokens=tokens)
+            name: _unet_record(
+                architecture, table=table, measured=times[f"{_WHOLE_PREFIX}{name}"], tokens=tokens
+            )
             for name, architecture in architectures.items()
         },
     }
@@ -70,7 +72,7 @@ def measure_latency(
 def _unet_record(
     architecture: Architecture, *, table: LatencyTable, measured: Timing, tokens: int
 ) -> dict[str, Any]:
-    """What is said of a UNet: its measured time beside the table's, its stages, its size."""
+    """A UNet's measured and predicted latency, and its cost by stage and block."""
     predicted = table.predict_ms(architecture)
     costs = costs_of(architecture, tokens=tokens)
     stages = [

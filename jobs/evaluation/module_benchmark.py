@@ -1,4 +1,4 @@
-"""One module of a model by one runtime, alone in a fresh process: how long it takes, in how much memory."""
+"""Benchmarks one module of a model in one runtime, in a process of its own: latency and memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from snapfusion.models.load import load_network
 from snapfusion.settings import Settings
 
 WARM_UPS = 3
-"""Runs that are not counted, after the one that loading ends with."""
+"""Runs that are not counted, after the first one, which is part of loading."""
 _TIMEOUT_SECONDS = 7200.0
 
 
@@ -35,16 +35,16 @@ class RuntimeUnavailableError(ValueError):
 
 
 class ModuleBenchmark(Settings):
-    """What a module takes by one runtime. Memory is resident, in MB of 10^6 bytes.
+    """Latency and memory of a module in a runtime. Memory is resident, in MB of 10^6 bytes.
 
     Attributes:
-        load_s: seconds from its file to its first output; the runtime itself is there already.
-        median_ms: milliseconds of a run.
-        p95_ms: milliseconds that 95 of 100 runs stay below.
-        repeats: runs of which these are.
-        before_mb: of the process, before the module is loaded.
-        loading_mb: that is added until the first output is there, at the highest.
-        running_mb: that is added while it runs, at the highest.
+        load_s: seconds from the file to the first output, without importing the runtime.
+        median_ms: median latency in milliseconds.
+        p95_ms: 95th percentile of the latency in milliseconds.
+        repeats: timed runs.
+        before_mb: memory of the process before the module is loaded.
+        loading_mb: peak above that until the first output.
+        running_mb: peak above that during the timed runs.
     """
 
     load_s: NonNegativeFloat
@@ -58,13 +58,13 @@ class ModuleBenchmark(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleRun:
-    """What is run.
+    """A module, its inputs, and how often it is run.
 
     Attributes:
         module: "text_encoder", "unet" or "decoder".
-        inputs: of it.
-        threads: of torch and of ExecuTorch; Core ML has its own ways.
-        repeats: how often it is timed.
+        inputs: of the module.
+        threads: of torch and ExecuTorch; Core ML decides by itself.
+        repeats: timed runs.
     """
 
     module: str
@@ -74,68 +74,68 @@ class ModuleRun:
 
 
 class ModuleRuntime(Protocol):
-    """What runs a module."""
+    """Loads and runs modules."""
 
-    def prepare(self, work: ModuleRun) -> None:
-        """Import what it is made of, which is no part of loading a module."""
+    def prepare(self, run: ModuleRun) -> None:
+        """Import the runtime, which is no part of loading a module."""
 
-    def open(self, work: ModuleRun) -> Callable[[], object]:
-        """Load the module; what comes back runs it once.
+    def open(self, run: ModuleRun) -> Callable[[], object]:
+        """Load the module; the returned function runs it once.
 
         Raises:
-            AbsentError: if the runtime cannot run here; so may the first run.
+            RuntimeUnavailableError: if the runtime cannot run here; the first run may raise it too.
         """
 
 
-def benchmark_module(runtime: ModuleRuntime, work: ModuleRun) -> ModuleBenchmark:
-    """Measured in a process that is started for it and then ended.
+def benchmark_module(runtime: ModuleRuntime, run: ModuleRun) -> ModuleBenchmark:
+    """Benchmark a module in a process of its own, which ends afterwards.
 
     Raises:
-        AbsentError: if the runtime cannot run here.
-        FootprintError: if the process does not live to the end, most likely for want of memory.
+        RuntimeUnavailableError: if the runtime cannot run here.
+        FootprintError: if the process does not finish, most likely because memory runs out.
         ValueError: if the model, the decoder or the program cannot be loaded.
     """
-    with Isolation(_measure, timeout=_TIMEOUT_SECONDS, tries=1) as alone:
+    with Isolation(_measure, timeout=_TIMEOUT_SECONDS, tries=1) as isolated:
         try:
-            return alone((runtime, work))
+            return isolated((runtime, run))
         except Rejected as error:
             raise FootprintError(
-                f"its process did not finish ({error.reason}: {error.detail}); it may want more memory than "
+                f"its process did not finish ({error.reason}: {error.detail}); it may need more memory than "
                 "there is"
             ) from None
 
 
-def _measure(asked: tuple[ModuleRuntime, ModuleRun]) -> ModuleBenchmark:
-    runtime, work = asked
-    torch.set_num_threads(work.threads)
-    runtime.prepare(work)
+def _measure(arguments: tuple[ModuleRuntime, ModuleRun]) -> ModuleBenchmark:
+    runtime, run = arguments
+    torch.set_num_threads(run.threads)
+    runtime.prepare(run)
     meter = ResidentMemory()
-    meter.forget_highest()
+    meter.reset_peak()
     before = meter.now_mb()
     began = time.perf_counter()
-    run = runtime.open(work)
-    run()
+    call = runtime.open(run)
+    call()
     load_s = time.perf_counter() - began
-    loading = meter.highest_mb()
+    loading = meter.peak_mb()
     for _ in range(WARM_UPS):
-        run()
-    meter.forget_highest()
-    times = [_milliseconds(run) for _ in range(work.repeats)]
+        call()
+    meter.reset_peak()
+    times = [_milliseconds(call) for _ in range(run.repeats)]
     return ModuleBenchmark(
         load_s=load_s,
         median_ms=statistics.median(times),
         p95_ms=statistics.quantiles(times, n=20, method="inclusive")[-1],
-        repeats=work.repeats,
+        repeats=run.repeats,
         before_mb=before,
-        # What the imports had left unused may be given back meanwhile.
+        # May be negative: memory that the imports left unused may have been returned meanwhile.
         loading_mb=max(0.0, loading - before),
-        running_mb=max(0.0, meter.highest_mb() - before),
+        running_mb=max(0.0, meter.peak_mb() - before),
     )
 
 
-def _milliseconds(run: Callable[[], object]) -> float:
+def _milliseconds(call: Callable[[], object]) -> float:
     began = time.perf_counter()
-    run()
+    call()
     return 1000.0 * (time.perf_counter() - began)
 
 
@@ -144,94 +144,94 @@ class TorchRuntime:
     """Torch in float32 on the CPU.
 
     Attributes:
-        model: whose modules they are.
-        decoder: of the half-width decoder; None for the model's own.
-        compiled: by torch.compile, whose time is part of loading.
+        model: source of the model.
+        decoder: source of a half-width decoder; None for the model's own.
+        compiled: whether to use torch.compile, whose time is part of loading.
     """
 
     model: str
     decoder: str | None
     compiled: bool
 
-    def prepare(self, work: ModuleRun) -> None:
-        """Of a compiler, have it compile anew: what an earlier benchmark left would be no time at all."""
+    def prepare(self, run: ModuleRun) -> None:
+        """Disable the compiler's caches: the result of an earlier benchmark would load in no time."""
         if self.compiled:
             config: Any = importlib.import_module("torch._inductor.config")
             config.force_disable_caches = True
-            warnings.filterwarnings("ignore", message=".*force disabled")  # which is what was asked for
-            config.compile_threads = work.threads
+            warnings.filterwarnings("ignore", message=".*force disabled")
+            config.compile_threads = run.threads
             importlib.import_module("torch._inductor.compile_fx")
 
-    def open(self, work: ModuleRun) -> Callable[[], object]:
-        """Load the network, and no other of the model."""
-        module = self._module(work)
+    def open(self, run: ModuleRun) -> Callable[[], object]:
+        """Load the module's network alone."""
+        module = self._module(run)
         network = torch.compile(module.network, dynamic=False) if self.compiled else module.network
-        given = [
+        inputs = [
             torch.from_numpy(array.copy()).to(port.dtype)
-            for array, port in zip(work.inputs, module.inputs, strict=True)
+            for array, port in zip(run.inputs, module.inputs, strict=True)
         ]
 
         @torch.inference_mode()
-        def run() -> object:
+        def call() -> object:
             try:
-                return network(*given)
+                return network(*inputs)
             except RuntimeError as error:
                 if not self.compiled:
                     raise
                 raise RuntimeUnavailableError(_compile_error(error)) from None
 
-        return run
+        return call
 
-    def _module(self, work: ModuleRun) -> FixedModule:
-        if work.module == "text_encoder":
+    def _module(self, run: ModuleRun) -> FixedModule:
+        if run.module == "text_encoder":
             text_encoder = load_network(self.model, part="text_encoder")
-            return text_encoder_module(text_encoder, length=work.inputs[0].shape[1])
-        if work.module == "unet":
-            conditions, *shape = work.inputs[2].shape
+            return text_encoder_module(text_encoder, length=run.inputs[0].shape[1])
+        if run.module == "unet":
+            conditions, *shape = run.inputs[2].shape
             unet = load_network(self.model, part="unet")
             return unet_module(unet, condition_shape=tuple(shape), conditions=conditions)
         decoder = load_decoder(self.decoder) if self.decoder else load_network(self.model, part="vae")
-        return decoder_module(decoder, latent_shape=work.inputs[0].shape[1:])
+        return decoder_module(decoder, latent_shape=run.inputs[0].shape[1:])
 
 
 def _compile_error(error: RuntimeError) -> str:
-    told = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"not compiled here: torch.compile needs a working C++ compiler ($CXX, or g++) and says: {told}"
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"not compiled here: torch.compile needs a working C++ compiler ($CXX, or g++): {reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExecuTorchRuntime:
-    """A program in ExecuTorch's runtime."""
+    """The ExecuTorch runtime."""
 
     program: Path
 
-    def prepare(self, work: ModuleRun) -> None:
-        """The runtime is imported, and its threads are set, before a program is opened."""
+    def prepare(self, run: ModuleRun) -> None:
+        """Import the runtime and set its threads, which must precede opening a program."""
         describe_program(self.program)
-        set_num_threads(work.threads)
+        set_num_threads(run.threads)
 
-    def open(self, work: ModuleRun) -> Callable[[], object]:
+    def open(self, run: ModuleRun) -> Callable[[], object]:
         """Load the program, which packs its weights."""
         try:
             program = ExecuTorchProgram(self.program)
         except ValueError as error:
             raise RuntimeUnavailableError(f"not executed here: {error}") from None
-        return lambda: program(work.inputs)
+        return lambda: program(run.inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoreMLRuntime:
-    """Packages, one after the other, in Core ML: on a Mac alone."""
+    """Core ML, with packages that run one after the other; on a Mac only."""
 
     packages: Sequence[Path]
 
-    def prepare(self, work: ModuleRun) -> None:
-        """What opens packages is imported by a look at one."""
+    def prepare(self, run: ModuleRun) -> None:
+        """Import coremltools, by describing a package."""
         describe_package(self.packages[0])
 
-    def open(self, work: ModuleRun) -> Callable[[], object]:
+    def open(self, run: ModuleRun) -> Callable[[], object]:
         """Load the packages, which Core ML compiles for the device."""
         from snapfusion.export.coreml import open_packages
 
-        run = open_packages(self.packages)
-        return lambda: run(work.inputs)
+        model = open_packages(self.packages)
+        return lambda: model(run.inputs)

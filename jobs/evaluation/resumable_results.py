@@ -1,4 +1,4 @@
-"""Figures as they are ready, kept in a file, so that a measurement that was stopped goes on."""
+"""Results saved in a file as they come, so that a stopped measurement resumes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from snapfusion.settings import differences
 
 @dataclass
 class ResumableResults:
-    """The figures so far, in a file if there is one.
+    """Results so far, in a file if there is one.
 
     Attributes:
-        identity: what they are of, as JSON values: weights, scenes, noise.
+        identity: of what is measured, as JSON values: weights, scenes, noise.
         path: of the file; None for none.
         figures: numbers by name, by part.
     """
@@ -26,37 +26,39 @@ class ResumableResults:
     figures: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
 
     def read(self) -> None:
-        """Take in what the file holds; `ValueError` if that is of something else."""
+        """Load the file, if it exists.
+
+        Raises:
+            ValueError: if it is malformed, or holds results of something else.
+        """
         if self.path is None or not self.path.exists():
             return
         try:
-            told = json.loads(self.path.read_text(encoding="utf-8"))
-            identity, parts = told["identity"], told["figures"]
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+            identity, parts = record["identity"], record["figures"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"--out: {self.path} is no file of figures ({error!r}); give another file"
-            ) from None
+            raise ValueError(f"--out: {self.path} is no file of results ({error!r}); name another") from None
         if identity != self.identity:
-            apart = "; ".join(differences(identity, dict(self.identity)))
+            differing = "; ".join(differences(identity, dict(self.identity)))
             raise ValueError(
-                f"--out: {self.path} holds figures of something else ({apart}); give another file"
+                f"--out: {self.path} holds results of something else ({differing}); name another"
             )
         self.figures = {
             part: {name: tuple(numbers) for name, numbers in figures.items()}
             for part, figures in parts.items()
         }
 
-    def keep(self, part: str, figures: Mapping[str, Sequence[float]]) -> None:
-        """Add a part's figures."""
+    def add(self, part: str, figures: Mapping[str, Sequence[float]]) -> None:
+        """Add the results of a part, and save."""
         self.figures[part] = {name: tuple(numbers) for name, numbers in figures.items()}
-        self.write()
+        self.save()
 
-    def write(self, **conclusions: Any) -> None:  # noqa: ANN401 - JSON values
-        """Write the file, with what follows from the figures beside them."""
+    def save(self, **conclusions: Any) -> None:  # noqa: ANN401 - JSON values
+        """Write the file, with conclusions from the results beside them."""
         if self.path is None:
             return
-        told = {"identity": self.identity, "figures": self.figures, **conclusions}
+        record = {"identity": self.identity, "figures": self.figures, **conclusions}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         partial.replace(self.path)

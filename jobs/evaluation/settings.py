@@ -1,4 +1,4 @@
-"""Settings of evaluation, latency and efficiency measurements."""
+"""Settings of evaluations, and of latency and efficiency measurements."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _NAME = r"^[A-Za-z0-9_.+-]+$"
 
 
 class Contender(Settings):
-    """A model and a sampler.
+    """A model and a sampler to evaluate.
 
     Attributes:
-        name: of its line, and of its table unless `table` says another.
-        model: a source that `snapfusion.models.load` accepts, or (for the job) "run:" and a place in the run,
-            such as a student's model, raw or best; None is the recipe's.
+        name: of its curve, and of its table unless `table` gives another.
+        model: source of the model, or "run:" and a path in the run, such as a student's model, raw or best;
+            null takes the recipe's.
         sampler: solver and steps.
-        decoder: the folder of a half-width decoder, or (for the job) likewise; None takes the model's own.
-        table: the table of its pictures, where evaluations share one.
+        decoder: folder of a half-width decoder, or "run:" and a path in the run; null takes the model's own.
+        table: table of its images, for evaluations that share one.
     """
 
     name: str = Field(pattern=_NAME)
@@ -36,13 +36,13 @@ class Contender(Settings):
 
 
 class PromptSettings(Settings):
-    """Which captions are drawn.
+    """Settings of the evaluation captions.
 
     Attributes:
-        name: a short name; units are named after it.
-        url: a caption list; None takes the captions of the miniature's held-out scenes.
-        reading: which columns of the list.
-        limit: how many, from the first on; by default each of the miniature's captions once.
+        name: short name of the set; units are named after it.
+        url: caption list; null takes the captions of the miniature's held-out scenes.
+        reading: columns of the list.
+        limit: number of captions from the start; by default each of the miniature's captions once.
     """
 
     name: str = Field("scenes", pattern=_NAME)
@@ -52,7 +52,7 @@ class PromptSettings(Settings):
 
 
 class FidGap(Settings):
-    """How much of the way from few steps to many a student goes: names of contenders, and a guidance."""
+    """Share of the FID gap from few steps to many that a student closes: three contenders and a guidance."""
 
     student: str
     few: str
@@ -61,18 +61,18 @@ class FidGap(Settings):
 
 
 class EvaluationSettings(Settings):
-    """Who is compared, and how.
+    """Settings of an evaluation.
 
     Attributes:
-        contenders: models and samplers, all of the same captions from the same noise.
-        baseline: the contender that the others are held against.
-        also_against: further contenders that all others are held against.
-        guidance: scales w of SnapFusion Eq. 3, rising.
+        contenders: models and samplers; all generate the same captions from the same noise.
+        baseline: contender that the others are compared with.
+        also_against: further contenders that all others are compared with.
+        guidance: scales w of SnapFusion Eq. 3, increasing.
         prompts: captions.
-        references: real pictures.
-        samples: how pictures are drawn and judged.
-        groups: neighbourhoods of captions that intervals leave out, one at a time.
-        gaps: shares of a FID gap to be read.
+        references: real images.
+        samples: sampling and scoring.
+        groups: caption groups of the jackknife intervals.
+        gaps: FID gaps to report.
     """
 
     contenders: tuple[Contender, ...] = tuple(
@@ -90,33 +90,33 @@ class EvaluationSettings(Settings):
     gaps: tuple[FidGap, ...] = ()
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> EvaluationSettings:
+    def _is_consistent(self) -> EvaluationSettings:
         names = [contender.name for contender in self.contenders]
         if len(set(names)) < len(names):
             raise ValueError(f"names of contenders repeat: {', '.join(names)}")
-        asked = {
+        used = {
             self.baseline,
             *self.also_against,
             *(name for gap in self.gaps for name in (gap.student, gap.few, gap.many)),
         }
-        if unknown := sorted(asked - set(names)):
+        if unknown := sorted(used - set(names)):
             raise ValueError(f"there is no contender {unknown[0]!r}; there are {', '.join(names)}")
         if list(self.guidance) != sorted(set(self.guidance)) or not self.guidance:
-            raise ValueError(f"guidance must rise, with one scale at least: {list(self.guidance)}")
+            raise ValueError(f"guidance must be one or more increasing scales: {list(self.guidance)}")
         return self
 
 
 class TimingSettings(Settings):
-    """How times are taken.
+    """Settings of a latency measurement.
 
     Attributes:
-        runtime: what computes.
+        runtime: that executes the networks.
         precision: of the networks.
-        device: where.
-        threads: of the CPU.
-        batch: latents at once; 2 is one that is guided.
-        tokens: of an encoded caption; null takes as many as the model's tokenizer gives.
-        turns: of each thing that is timed.
+        device: of the networks.
+        threads: CPU threads.
+        batch: latents per pass; 2 is one guided image.
+        tokens: tokens of an encoded caption; null takes the tokenizer's maximum.
+        turns: measurements of each network, in turns with the others.
     """
 
     runtime: Runtime = "torch"
@@ -129,7 +129,7 @@ class TimingSettings(Settings):
 
     @property
     def name(self) -> str:
-        """Of the file of what was measured."""
+        """File name of the results, without suffix."""
         return f"{self.runtime}-{self.precision}-{self.device}"
 
     def tokens_of(self, tokenizer: Any) -> int:  # noqa: ANN401 - a tokenizer of transformers
@@ -137,17 +137,17 @@ class TimingSettings(Settings):
         return self.tokens or int(tokenizer.model_max_length)
 
 
+class LatencySettings(TimingSettings):
+    """Settings of a latency table."""
+
+
 class EfficiencySettings(TimingSettings):
-    """How the networks are compared.
+    """Settings of an efficiency comparison.
 
     Attributes:
-        batch: latents at once; guidance asks for each twice, so 2 is one picture.
-        loop: whether 50 steps of one and 8 of the other are executed; if not, steps times the median is told.
+        batch: latents per pass; guidance evaluates each latent twice, so 2 is one image.
+        loop: execute 50 steps of one UNet and 8 of the other; otherwise report steps times the median.
     """
 
     batch: int = Field(2, ge=2, multiple_of=2)
     loop: bool = True
-
-
-class LatencySettings(TimingSettings):
-    """How the table is measured."""

@@ -1,27 +1,66 @@
-"""Which UNets are timed, in what, and where: what the jobs that take times have in common."""
+"""Timed networks and their inputs, the measuring machine, and the UNets that are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from jobs.evaluation.settings import TimingSettings
 from snapfusion.evolution.latency import LatencyError, MeasurementSetup
 from snapfusion.evolution.runtimes import make_benchmark, make_runner
 from snapfusion.models.architecture import Architecture, ArchitectureError, efficient_architecture
+from snapfusion.models.load import load
+from snapfusion.models.unet import architecture_of, build_unet
+from snapfusion.schedule import PredictionType, Schedule
 
 ORIGIN, TABLE_3 = "origin", "table-3"
-"""The model's own UNet, and Table 3's of it."""
+"""Names of the model's own UNet, and of Table 3's."""
+
+_LAST_TIMESTEP = 999.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredModel:
+    """The parts of a Stable Diffusion that are measured.
+
+    Attributes:
+        architecture: of its UNet.
+        vae: its VAE.
+        schedule: of the sampling loop.
+        prediction_type: of its UNet.
+        tokens: of an encoded caption.
+    """
+
+    architecture: Architecture
+    vae: AutoencoderKL
+    schedule: Schedule
+    prediction_type: PredictionType
+    tokens: int
+
+
+def load_measured_model(source: str, *, settings: TimingSettings) -> MeasuredModel:
+    """Load the parts of a model that are measured; its own UNet is not kept in memory beside them."""
+    bundle = load(source)
+    return MeasuredModel(
+        architecture=architecture_of(bundle.unet),
+        vae=bundle.vae,
+        schedule=bundle.schedule,
+        prediction_type=bundle.prediction_type,
+        tokens=settings.tokens_of(bundle.tokenizer),
+    )
 
 
 def setting_of(settings: TimingSettings) -> MeasurementSetup:
-    """Where and how this machine measures.
+    """Device, runtime, precision and threads of a measurement on this machine.
 
     Raises:
-        LatencyError: if it has not the device.
+        LatencyError: if the device is missing.
     """
     on_cpu = settings.device == "cpu"
     if not on_cpu and not torch.cuda.is_available():
@@ -35,56 +74,55 @@ def setting_of(settings: TimingSettings) -> MeasurementSetup:
 
 
 def _processor() -> str:
-    """What the machine calls its CPU."""
+    """The CPU's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, f"CPU, {torch.backends.cpu.get_cpu_capability()}")
-
-
-def architectures_of(origin: Architecture) -> dict[str, Architecture]:
-    """A model's architecture, and Table 3's of it where it has the levels for one."""
-    try:
-        return {ORIGIN: origin, TABLE_3: efficient_architecture(origin)}
-    except ArchitectureError:
-        return {ORIGIN: origin}
-
-
-_LAST_TIMESTEP = 999.0
-
-
-def benchmark_of(
-    settings: TimingSettings, network: nn.Module, inputs: Sequence[Tensor]
-) -> Callable[[], None]:
-    """A function that runs `network` once on `inputs`; see `snapfusion.evolution.runtimes.make_benchmark`."""
-    return make_benchmark(
-        network,
-        inputs,
-        runtime=settings.runtime,
-        precision=settings.precision,
-        device=torch.device(settings.device),
-    )
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, f"CPU, {torch.backends.cpu.get_cpu_capability()}")
 
 
 def runner_of(
     settings: TimingSettings, network: nn.Module, inputs: Sequence[Tensor]
 ) -> Callable[..., Tensor]:
-    """`network` as a function of tensors; see `snapfusion.evolution.runtimes.make_runner`."""
-    return make_runner(
-        network,
-        inputs,
-        runtime=settings.runtime,
-        precision=settings.precision,
-        device=torch.device(settings.device),
-    )
+    """`network` as a function (see `snapfusion.evolution.runtimes.make_runner`)."""
+    return make_runner(network, inputs, **_runtime(settings))
 
 
-def unet_inputs(
+def benchmark_of(
+    settings: TimingSettings, network: nn.Module, inputs: Sequence[Tensor]
+) -> Callable[[], None]:
+    """A function that runs `network` once (see `snapfusion.evolution.runtimes.make_benchmark`)."""
+    return make_benchmark(network, inputs, **_runtime(settings))
+
+
+def unet_benchmark(
     settings: TimingSettings, architecture: Architecture, *, tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs of a UNet in the shapes that it has in use, float32 on the CPU."""
+) -> Callable[[], None]:
+    """A function that runs a UNet of random weights once."""
+    inputs = unet_inputs(settings, architecture, tokens=tokens)
+    return benchmark_of(settings, build_unet(architecture).eval(), inputs)
+
+
+def _runtime(settings: TimingSettings) -> dict[str, Any]:
+    return {
+        "runtime": settings.runtime,
+        "precision": settings.precision,
+        "device": torch.device(settings.device),
+    }
+
+
+def unet_inputs(settings: TimingSettings, architecture: Architecture, *, tokens: int) -> tuple[Tensor, ...]:
+    """Random inputs z_t, t and c of a UNet, float32 on the CPU."""
     side = architecture.sample_size
     return (
         torch.randn(settings.batch, architecture.in_channels, side, side),
         torch.full((settings.batch,), _LAST_TIMESTEP),
         torch.randn(settings.batch, tokens, architecture.context),
     )
+
+
+def architectures_of(origin: Architecture) -> dict[str, Architecture]:
+    """A model's architecture, and Table 3's of it if it has enough levels."""
+    try:
+        return {ORIGIN: origin, TABLE_3: efficient_architecture(origin)}
+    except ArchitectureError:
+        return {ORIGIN: origin}

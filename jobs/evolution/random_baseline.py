@@ -1,7 +1,7 @@
-"""Whether an evolved architecture is better than chance: others of its latency, trained and judged as it is.
+"""Compares an evolved architecture with random ones of its latency, trained and scored in the same way.
 
-Every architecture begins with the robust model's weights and takes the same training, without blocks left
-out; so nothing differs but which blocks there are.
+Every architecture starts from the robust model's weights and has the same training, without block skipping:
+only the choice of blocks differs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from jobs.evaluation.evaluation import StartTable, evaluate
 from jobs.evaluation.settings import Contender, EvaluationSettings
-from jobs.evaluation.timing import benchmark_of, unet_inputs
+from jobs.evaluation.timing import unet_benchmark
 from jobs.evolution.settings import RandomBaselineSettings
 from jobs.training.initial_weights import own_architecture, with_architecture
 from jobs.training.progress_channel import OnReport
@@ -25,21 +25,23 @@ from snapfusion.evolution.latency import LatencyTable
 from snapfusion.evolution.random_architectures import random_architecture
 from snapfusion.evolution.stopwatch import Timing, time_in_turns
 from snapfusion.models.architecture import Architecture
-from snapfusion.models.unet import build_unet
 
 EVOLVED = "evolved"
+
+COMPARED_METRICS = {"clip": 1.0, "fid": -1.0, "all_attributes": 1.0}
+"""Metrics that are compared, with the sign by which larger is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomBaseline:
-    """An evolved architecture and those it is compared with.
+    """The random baseline of an evolved architecture, in the folder `out`.
 
     Attributes:
-        settings: how.
-        model: the source of the robust model.
-        evolved: the architecture.
-        table: by which time is told.
-        latents_url: of the table that training reads.
+        settings: of the baseline.
+        model: source of the robust model.
+        evolved: architecture.
+        table: latency table.
+        latents_url: URL of LATENTS for training.
         out: folder or URL.
     """
 
@@ -51,36 +53,36 @@ class RandomBaseline:
     out: str
 
     def architectures(self) -> dict[str, Architecture]:
-        """The evolved one, and those by chance, by name.
+        """The evolved architecture and the random ones, by name.
 
         Raises:
-            ValueError: if chance gives none of that time.
+            ValueError: if no random architecture of that latency is found.
         """
         origin, ms = own_architecture(self.model), self.table.predict_ms(self.evolved)
         slack = ms * self.settings.slack
         by_name = {
-            f"chance-{number}": random_architecture(
+            f"chance-{index}": random_architecture(
                 origin,
                 table=self.table,
                 low_ms=ms - slack,
                 high_ms=ms + slack,
-                seed=self.settings.seed + number,
+                seed=self.settings.seed + index,
             )
-            for number in range(self.settings.count)
+            for index in range(self.settings.count)
         }
         return {EVOLVED: self.evolved, **by_name}
 
     def compare(self, *, start: StartTable, run: Runner, on_report: OnReport) -> dict[str, Any]:
-        """Train, judge and time them; what is trained or drawn already is not done again.
+        """Train, score and time all architectures, unless that is done already.
 
         Args:
-            start: told of each table that is about to be made.
-            run: what sends units through the stages.
-            on_report: told of the progress of training.
+            start: called for each table before it is filled.
+            run: executes stages.
+            on_report: receives progress reports of trainings.
 
         Returns:
-            What was done ("settings"), each architecture's figures ("architectures"), and at each guidance
-            the evolved one's beside the median of the others ("readings"), as JSON values.
+            JSON values: the "settings", the metrics of each architecture ("architectures"), and at each
+            guidance the evolved one's beside the median of the others ("readings").
         """
         architectures = self.architectures()
         trained = {
@@ -91,7 +93,7 @@ class RandomBaseline:
             self._evaluation(architectures), model=self.model, out=self.out, start=start, run=run
         )
         times = self._times(architectures)
-        told = {
+        records = {
             name: {
                 "architecture": architecture.to_values(),
                 "predicted_ms": self.table.predict_ms(architecture),
@@ -102,12 +104,12 @@ class RandomBaseline:
             for name, architecture in architectures.items()
         }
         return {
-            "settings": self.settings.training.deciding(),
+            "settings": self.settings.training.identity(),
             "latency": {"setting": self.table.setup.to_values(), "date": self.table.date},
             "protocol": results["protocol"],
-            "architectures": told,
+            "architectures": records,
             "differences": results["differences"],
-            "readings": [_reading(told, number) for number in range(len(self.settings.evaluation.guidance))],
+            "readings": [_reading(records, index) for index in range(len(self.settings.evaluation.guidance))],
         }
 
     def _train(self, name: str, architecture: Architecture, *, on_report: OnReport) -> dict[str, Any]:
@@ -134,31 +136,27 @@ class RandomBaseline:
         torch.set_num_threads(timing.threads)
         tokens = self.table.dimensions.tokens
         runs = {
-            name: benchmark_of(timing, build_unet(one).eval(), unet_inputs(timing, one, tokens=tokens))
-            for name, one in architectures.items()
+            name: unet_benchmark(timing, architecture, tokens=tokens)
+            for name, architecture in architectures.items()
         }
         return time_in_turns(runs, turns=timing.turns)
 
 
-COMPARED_METRICS = {"clip": 1.0, "fid": -1.0, "all_attributes": 1.0}
-"""What is compared, by its name in an evaluation, and whether more of it is better."""
-
-
-def _reading(told: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """At one guidance: the evolved one's figures, the others' median, and how many of them are worse."""
-    points = {name: one["points"][number] for name, one in told.items()}
-    others = [name for name in told if name != EVOLVED]
-    found: dict[str, Any] = {"w": points[EVOLVED]["w"]}
-    for figure, sign in COMPARED_METRICS.items():
-        if figure in points[EVOLVED]:
-            mine = points[EVOLVED][figure][0]
-            theirs = [points[name][figure][0] for name in others]
-            found[figure] = {
-                "evolved": mine,
-                "median": statistics.median(theirs),
-                "best": max(theirs, key=lambda value: sign * value),
-                "worse": sum(sign * value < sign * mine for value in theirs),
+def _reading(records: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The comparison at one guidance: evolved, median and best of the others, and how many are worse."""
+    points = {name: record["points"][index] for name, record in records.items()}
+    others = [name for name in records if name != EVOLVED]
+    reading: dict[str, Any] = {"w": points[EVOLVED]["w"]}
+    for metric, sign in COMPARED_METRICS.items():
+        if metric in points[EVOLVED]:
+            evolved = points[EVOLVED][metric][0]
+            values = [points[name][metric][0] for name in others]
+            reading[metric] = {
+                "evolved": evolved,
+                "median": statistics.median(values),
+                "best": max(values, key=lambda value: sign * value),
+                "worse": sum(sign * value < sign * evolved for value in values),
             }
-    losses = [told[name]["loss"] for name in others]
-    found["loss"] = {"evolved": told[EVOLVED]["loss"], "median": statistics.median(losses)}
-    return found
+    losses = [records[name]["loss"] for name in others]
+    reading["loss"] = {"evolved": records[EVOLVED]["loss"], "median": statistics.median(losses)}
+    return reading

@@ -1,11 +1,11 @@
-"""Architecture evolving, round by round: score every block, remove or copy some, train robustly. Alg. 1.
+"""Architecture evolution in rounds: score every block, remove or copy some, train. SnapFusion Alg. 1.
 
-OUT/begun.json              what it was begun with; something else is refused here
-OUT/round-00/scores/        what was drawn with all blocks and without each, a table SAMPLES
-OUT/round-00/decision.json  the scores, and what was decided by them; what is here is not done again
-OUT/round-01/first/         the changed model at its first weights
+OUT/begun.json              identity that the evolution was begun with
+OUT/round-00/scores/        samples of the whole UNet and without each block, a table SAMPLES
+OUT/round-00/decision.json  scores and decision of a finished round
+OUT/round-01/first/         the changed model with its initial weights
 OUT/round-01/trained/       the same after robust training; then as in round 0
-OUT/architecture.json       what it came to
+OUT/architecture.json       the final architecture
 OUT/history.json            all rounds; written last
 """
 
@@ -13,30 +13,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from jobs.evaluation.evaluation import StartTable, captions_of
+from jobs.evaluation.evaluation import StartTable, absolute_source, captions_of
 from jobs.evolution.settings import EvolutionSettings
+from jobs.runtime.progress import format_duration
 from jobs.training.initial_weights import own_architecture, with_architecture
 from jobs.training.progress_channel import OnReport
 from jobs.training.run_folder import check_identity
-from jobs.training.student import absolute_source
-from jobs.training.velocity import check_training_rows, finetune_vpred
-from pipelines.datasets.samples import Scores, generate_samples, read_scores
+from jobs.training.velocity import check_training, finetune_vpred
+from pipelines.datasets.samples import Scores, generate_samples, read_scores, source_name
 from pipelines.ray_data.execution import Runner
 from pipelines.sources.captions import captions_digest
 from pipelines.storage.objects import exists, read_bytes, replace_object, write_once
+from pipelines.tables.schemas import from_png
 from pipelines.tables.table import Snapshot, TableError, open_table
 from snapfusion.evolution.latency import LatencyError, LatencyTable
 from snapfusion.evolution.search import BlockScore, Decision, EvolutionError, decide, next_action
 from snapfusion.metrics.intervals import Interval, mean
 from snapfusion.models.architecture import Architecture, Block
 from snapfusion.models.load import load
-from snapfusion.settings import digest
+from snapfusion.settings import Settings, digest
 
 HISTORY = "history.json"
 ARCHITECTURE = "architecture.json"
@@ -45,19 +46,18 @@ _STARTED = "begun.json"
 _MIN_CAPTIONS = 2
 
 ACTION_HOURS = 2.5
-"""What the paper took to score one action, in hours of an A100 (Sec. 3.1)."""
+"""Time to score one action in the paper, in hours of an A100 (Sec. 3.1)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvolutionRound:
-    """A round that is over.
+class EvolutionRound(Settings):
+    """A finished round, as decision.json holds it.
 
     Attributes:
         number: from 0.
-        clip: mean score of the whole model, with its interval; None in a round that scored nothing.
+        clip: mean CLIP score of the whole model with its interval; null in a round that scored nothing.
         scores: of each block.
-        decision: what was decided.
-        action_seconds: that one action's scoring took, on average; None likewise.
+        decision: of the round.
+        action_seconds: mean time to score one action; null likewise.
     """
 
     number: int
@@ -66,32 +66,22 @@ class EvolutionRound:
     decision: Decision
     action_seconds: float | None
 
-    def to_values(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            "number": self.number,
-            "clip": self.clip,
-            "scores": [score.to_values() for score in self.scores],
-            "decision": self.decision.to_values(),
-            "action_seconds": self.action_seconds,
-        }
-
 
 @dataclass(frozen=True, kw_only=True)
 class Evolution:
-    """An evolution: what it begins with and where it is.
+    """An evolution in the folder `out`.
 
     Attributes:
-        settings: how; `latency_ms` is set.
-        objective_ms: S.
-        model: the source of the robust model.
-        latents_url: of the table that robust training reads.
-        table: T.
+        settings: of the evolution.
+        objective_ms: latency objective S.
+        model: source of the robust model.
+        latents_url: URL of LATENTS for robust training.
+        table: latency table T.
         out: folder or URL.
-        start: told of each table that is about to be made.
-        run: what sends units through the stages.
-        on_report: told of the progress of training.
-        on_round: told of each round that is over.
+        start: called for each table before it is filled.
+        run: executes stages.
+        on_report: receives progress reports of trainings.
+        on_round: receives each finished round.
     """
 
     settings: EvolutionSettings
@@ -106,33 +96,34 @@ class Evolution:
     on_round: Callable[[EvolutionRound], None]
 
     def evolve(self) -> dict[str, Any]:
-        """Go on until the objective is met and growth is over; returns what history.json holds.
+        """Run rounds until the objective is met and growth is over; returns the content of history.json.
 
-        Killed at any moment and called again, it goes on where it stood, and scores no block twice.
+        Killed at any moment and called again, it resumes, and scores no block twice.
 
         Raises:
-            EvolutionError: if no architecture meets the objective, a judge gave no number, or `rounds` are
-                over before it is met.
+            EvolutionError: if no architecture meets the objective, a score is not finite, or the rounds end
+                before the objective is met.
             LatencyError: if the table is of other shapes.
             TableError: if LATENTS do not fit the model.
-            TrainingError: if another evolution was begun here, or none of the rows is held out.
+            TrainingError: if another evolution was begun here, or no row is held out.
         """
         self._begin()
         rounds = list(self._rounds())
         last = rounds[-1].decision
         if last.action != "stop":
             raise EvolutionError(
-                f"after {len(rounds)} rounds a pass takes {last.after_ms:.4g} ms, and {self.objective_ms:g} "
-                "are wanted or growth is left; raise evolution.rounds or evolution.pace.removed"
+                f"after {len(rounds)} rounds a pass takes {last.after_ms:.4g} ms, and the objective of "
+                f"{self.objective_ms:g} ms is not met, or growths are left: raise evolution.rounds or "
+                "evolution.pace.removed"
             )
         history = {
             "objective_ms": self.objective_ms,
             "latency": {"setting": self.table.setup.to_values(), "date": self.table.date},
-            "settings": self.settings.deciding(),
+            "settings": self.settings.identity(),
             "model": load(self.model).fingerprint(),
             "captions": self.settings.prompts.limit,
             "origin": own_architecture(self.model).to_values(),
-            "rounds": [one.to_values() for one in rounds],
+            "rounds": [finished.to_values() for finished in rounds],
         }
         replace_object(f"{self.out}/{ARCHITECTURE}", last.architecture.to_json().encode())
         text = json.dumps(history, indent=1)
@@ -141,76 +132,65 @@ class Evolution:
 
     def _begin(self) -> None:
         bundle, latents = load(self.model), open_table(self.latents_url, kind="latents")
-        check_training_rows(self.settings.training, bundle=bundle, latents=latents)
+        check_training(self.settings.training, bundle=bundle, latents=latents)
         tokens = int(bundle.tokenizer.model_max_length)
         if self.table.dimensions.tokens != tokens:
             raise LatencyError(
-                f"the latency table is of something else: tokens is {self.table.dimensions.tokens} there, "
+                f"the latency table is of other shapes: tokens is {self.table.dimensions.tokens} there, "
                 f"{tokens} here"
             )
         identity = {
-            "settings": self.settings.deciding(),
+            "settings": self.settings.identity(),
             "captions": captions_digest(captions_of(self.settings.prompts)),
             "model": bundle.describe(),
             "table": digest(self.table.to_values()),
         }
-        place = f"{self.out}/{_STARTED}"
-        write_once(place, json.dumps({"identity": identity}).encode())
-        found = json.loads(read_bytes(place))["identity"]
+        url = f"{self.out}/{_STARTED}"
+        write_once(url, json.dumps({"identity": identity}).encode())
+        found = json.loads(read_bytes(url))["identity"]
         check_identity(found, identity, url=self.out, kind="evolution")
 
     def _rounds(self) -> Iterator[EvolutionRound]:
         architecture, model, growths = own_architecture(self.model), self.model, 0
         for number in range(self.settings.rounds):
-            found = self._known(number) or self._round(
+            finished = self._read_round(number) or self._run_round(
                 number, model=model, architecture=architecture, growths=growths
             )
-            self.on_round(found)
-            yield found
-            if found.decision.action == "stop":
+            self.on_round(finished)
+            yield finished
+            if finished.decision.action == "stop":
                 return
-            growths += found.decision.action == "copy"
-            architecture = found.decision.architecture
+            growths += finished.decision.action == "copy"
+            architecture = finished.decision.architecture
             if number + 1 < self.settings.rounds:
-                model = self._trained(number + 1, model=model, architecture=architecture)
+                model = self._train(number + 1, model=model, architecture=architecture)
 
-    def _known(self, number: int) -> EvolutionRound | None:
-        place = self._place(number, _DECISION)
-        if not exists(place):
-            return None
-        told = json.loads(read_bytes(place))
-        return EvolutionRound(
-            number=number,
-            clip=told["clip"],
-            scores=tuple(BlockScore.parse(score) for score in told["scores"]),
-            decision=Decision.parse(told["decision"]),
-            action_seconds=told["action_seconds"],
-        )
+    def _read_round(self, number: int) -> EvolutionRound | None:
+        url = self._url(number, _DECISION)
+        return EvolutionRound.parse(json.loads(read_bytes(url))) if exists(url) else None
 
-    def _round(self, number: int, *, model: str, architecture: Architecture, growths: int) -> EvolutionRound:
+    def _run_round(
+        self, number: int, *, model: str, architecture: Architecture, growths: int
+    ) -> EvolutionRound:
         limits = self.settings.pace
         action = next_action(
             architecture, table=self.table, objective_ms=self.objective_ms, limits=limits, growths=growths
         )
         clip, scores, seconds = None, tuple[BlockScore, ...](), None
         if action != "stop":
-            drawn = self._draw(number, model=model, architecture=architecture)
-            clip, scores = self._scored(drawn, architecture)
-            seconds = _action_seconds(drawn)
+            samples = self._sample(number, model=model, architecture=architecture)
+            clip, scores = self._score_blocks(samples, architecture)
+            seconds = _action_seconds(samples)
         decision = decide(
             action, architecture, scores, table=self.table, objective_ms=self.objective_ms, limits=limits
         )
-        told = EvolutionRound(
-            number=number,
-            clip=clip,
-            scores=scores,
-            decision=decision,
-            action_seconds=seconds,
+        finished = EvolutionRound(
+            number=number, clip=clip, scores=scores, decision=decision, action_seconds=seconds
         )
-        write_once(self._place(number, _DECISION), json.dumps(told.to_values(), indent=1).encode())
-        return told
+        write_once(self._url(number, _DECISION), json.dumps(finished.to_values(), indent=1).encode())
+        return finished
 
-    def _draw(self, number: int, *, model: str, architecture: Architecture) -> Snapshot:
+    def _sample(self, number: int, *, model: str, architecture: Architecture) -> Snapshot:
         settings = self.settings
         origin, on_progress = self.start(f"round {number}", {"model": model, "table": self.table.date})
         return generate_samples(
@@ -220,31 +200,34 @@ class Evolution:
             guidance=(settings.guidance,),
             captions=captions_of(settings.prompts),
             source=settings.prompts.name,
-            url=self._place(number, "scores"),
+            url=self._url(number, "scores"),
             cuts={cut_name(block): (block.name,) for block in architecture.blocks},
             origin=origin,
             run=self.run,
             on_progress=on_progress,
         )
 
-    def _scored(self, drawn: Snapshot, architecture: Architecture) -> tuple[Interval, tuple[BlockScore, ...]]:
-        whole = self._judged(drawn, cut="")
+    def _score_blocks(
+        self, samples: Snapshot, architecture: Architecture
+    ) -> tuple[Interval, tuple[BlockScore, ...]]:
+        whole = self._read_scores(samples, cut="")
         if whole is None:
-            raise EvolutionError("the whole UNet draws nothing that is a picture; train it first")
+            raise EvolutionError("the whole UNet generates no finite image; train it first")
         return mean(whole.clip), tuple(
-            self._score(block, whole=whole, drawn=drawn, architecture=architecture)
+            self._score_block(block, whole=whole, samples=samples, architecture=architecture)
             for block in architecture.blocks
         )
 
-    def _score(
-        self, block: Block, *, whole: Scores, drawn: Snapshot, architecture: Architecture
+    def _score_block(
+        self, block: Block, *, whole: Scores, samples: Snapshot, architecture: Architecture
     ) -> BlockScore:
-        left = self._judged(drawn, cut=cut_name(block))
-        shared = [] if left is None else [id_ for id_ in left.ids if id_ in set(whole.ids)]
+        without = self._read_scores(samples, cut=cut_name(block))
+        # Without the block some images may be lost: the difference is over captions that have both.
+        shared = [] if without is None else [id_ for id_ in without.ids if id_ in set(whole.ids)]
         clip, delta = None, None
-        if left is not None and len(shared) >= _MIN_CAPTIONS:
-            clip = float(left.clip.mean(dtype=np.float64))
-            delta = mean(_clip_scores(whole, shared) - _clip_scores(left, shared))
+        if without is not None and len(shared) >= _MIN_CAPTIONS:
+            clip = float(without.clip.mean(dtype=np.float64))
+            delta = mean(_clip_scores(whole, shared) - _clip_scores(without, shared))
         return BlockScore(
             block=block.name,
             kind=block.kind,
@@ -254,54 +237,96 @@ class Evolution:
             captions=len(shared),
         )
 
-    def _judged(self, drawn: Snapshot, *, cut: str) -> Scores | None:
-        """What was said of a cut's pictures; None if none of them is one."""
+    def _read_scores(self, samples: Snapshot, *, cut: str) -> Scores | None:
+        """The scores of the UNet without some blocks; None if it generated no finite image."""
         settings = self.settings
         try:
-            found = read_scores(drawn, source=settings.prompts.name, w=settings.guidance, cut=cut)
+            scores = read_scores(samples, source=settings.prompts.name, w=settings.guidance, cut=cut)
         except TableError:
             return None
-        if not np.isfinite(found.clip).all():
+        if not np.isfinite(scores.clip).all():
             caption = next(
-                id_ for id_, clip in zip(found.ids, found.clip, strict=True) if not math.isfinite(clip)
+                id_ for id_, clip in zip(scores.ids, scores.clip, strict=True) if not math.isfinite(clip)
             )
             raise EvolutionError(
-                f"the scorer gave no number for caption {caption} "
-                f"{'without ' + cut if cut else 'with all blocks'}; no block can be valued by it: check "
-                f"evolution.samples.judging, and remove {drawn.url}"
+                f"the score of caption {caption} {'without ' + cut if cut else 'with all blocks'} is not "
+                f"finite: check evolution.samples.judging, and remove {samples.url}"
             )
-        return found
+        return scores
 
-    def _trained(self, number: int, *, model: str, architecture: Architecture) -> str:
-        first = with_architecture(model, architecture, url=self._place(number, "first"))
-        out = self._place(number, "trained")
+    def _train(self, number: int, *, model: str, architecture: Architecture) -> str:
+        """Train the changed model robustly; returns its source."""
+        url = self._url(number, "trained")
         finetune_vpred(
             self.settings.training,
-            model=first,
+            model=with_architecture(model, architecture, url=self._url(number, "first")),
             latents_url=self.latents_url,
-            out_url=out,
+            out_url=url,
             further=True,
             on_report=self.on_report,
         )
-        return f"{out}/model"
+        return f"{url}/model"
 
-    def _place(self, number: int, name: str) -> str:
+    def _url(self, number: int, name: str) -> str:
         return f"{self.out}/round-{number:02d}/{name}"
 
 
+def describe_round(finished: EvolutionRound) -> str:
+    """One line about a finished round."""
+    decision = finished.decision
+    if decision.action == "stop":
+        return f"round {finished.number}: {decision.after_ms:.4g} ms, objective met"
+    clip = "" if finished.clip is None else f"CLIP {finished.clip[0]:.4f}; "
+    verb = {"remove": "removed", "copy": "copied"}[decision.action]
+    return (
+        f"round {finished.number}: {clip}{verb} {', '.join(decision.blocks)}: {decision.before_ms:.4g} to "
+        f"{decision.after_ms:.4g} ms"
+    )
+
+
+def describe_cost(settings: EvolutionSettings) -> str:
+    """Describe the cost of scoring an action, beside the paper's."""
+    captions, steps = settings.prompts.limit, settings.sampler.steps
+    paper_ms = 3.6e6 * ACTION_HOURS / (2_000 * 50)
+    hours = captions * steps * paper_ms / 3.6e6
+    return (
+        f"each action: {captions:,} captions of {steps} steps at guidance {settings.guidance:g}; the paper's "
+        f"2,000 captions of 50 steps took {ACTION_HOURS} A100 hours, {paper_ms:.0f} ms a guided step of "
+        f"SD-v1.5, at which rate this takes {format_duration(3600 * hours)}"
+    )
+
+
+def round_images(
+    settings: EvolutionSettings, history: Mapping[str, Any], *, out: str, limit: int
+) -> tuple[list[str], dict[str, list[np.ndarray]]]:
+    """The first captions, and images of them by the whole UNet of each scored round, if images were kept."""
+    captions, images = list[str](), dict[str, list[np.ndarray]]()
+    if not settings.samples.drawing.images:
+        return captions, images
+    prefix = f"{source_name(settings.prompts.name, settings.guidance)}-"
+    for finished in history["rounds"]:
+        if finished["clip"] is not None:
+            table = open_table(f"{out}/round-{finished['number']:02d}/scores")
+            unit = next(file for file in table.units if file.unit.startswith(prefix))
+            rows = table.read_unit(unit, ["caption", "image"]).slice(0, limit).to_pylist()
+            captions = [row["caption"] for row in rows]
+            images[f"round {finished['number']}"] = [from_png(row["image"]) for row in rows]
+    return captions, images
+
+
 def cut_name(block: Block) -> str:
-    """What pictures drawn without a block are named after; copies have a plus sign, which names must not."""
+    """Name of the samples without a block: names must not have the plus sign of a copied block."""
     return block.name.replace("+", "copy")
 
 
-def _clip_scores(found: Scores, ids: Sequence[str]) -> np.ndarray:
-    place = {id_: number for number, id_ in enumerate(found.ids)}
-    clip: np.ndarray = found.clip.astype(np.float64)[[place[id_] for id_ in ids]]
+def _clip_scores(scores: Scores, ids: Sequence[str]) -> np.ndarray:
+    index_of = {id_: index for index, id_ in enumerate(scores.ids)}
+    clip: np.ndarray = scores.clip.astype(np.float64)[[index_of[id_] for id_ in ids]]
     return clip
 
 
-def _action_seconds(drawn: Snapshot) -> float:
-    """Seconds that one UNet's pictures took to be drawn and judged: of each action, and of the whole."""
-    records = drawn.unit_records()
-    ways = {record["unit"].rpartition("-w")[0] for record in records}
-    return sum(record["seconds"] or 0.0 for record in records) / len(ways)
+def _action_seconds(samples: Snapshot) -> float:
+    """Mean seconds to generate and score one UNet's samples, over the whole UNet and each action."""
+    records = samples.unit_records()
+    unets = {record["unit"].rpartition("-w")[0] for record in records}
+    return sum(record["seconds"] or 0.0 for record in records) / len(unets)

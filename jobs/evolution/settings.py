@@ -16,16 +16,16 @@ from snapfusion.settings import Settings
 
 
 class RandomBaselineSettings(Settings):
-    """Against how many, and how all of them are trained, judged and timed.
+    """Settings of the random baseline of an evolved architecture.
 
     Attributes:
-        count: architectures by chance.
-        slack: by how much their time may differ from the evolved one's by the table, as a share of it.
-        seed: of the draws.
-        training: of each, from the robust model's weights.
+        count: number of random architectures.
+        slack: relative difference from the evolved one's latency, by the table, that is accepted.
+        seed: of the random architectures.
+        training: of each architecture, from the robust model's weights.
         sampler: solver and steps.
-        evaluation: guidance, captions, real pictures and judges; the contenders are these architectures.
-        timing: how their UNets are timed, in turns.
+        evaluation: guidance, captions, real images and metrics; the contenders are the architectures.
+        timing: latency measurement of their UNets.
     """
 
     count: PositiveInt = 10
@@ -38,21 +38,21 @@ class RandomBaselineSettings(Settings):
 
 
 class EvolutionSettings(Settings):
-    """How an architecture is evolved.
+    """Settings of an architecture evolution.
 
     Attributes:
-        latency_ms: S, milliseconds of a guided step that the UNet may take, by the table; null must be set.
-        begin: the source of the robust model; in a job also "run:" and a place in the run.
-        table: the latency table's file, as `jobs.measure_latency` writes it or as a device's owner did; in a
-            job also "run:" and a place in the run. Null takes the run's own of this machine.
-        device: what the table must call its device; null takes any, or this machine where `table` is null.
-        precision: of the networks in the table; null takes any, or `latency.precision` likewise.
-        pace: how far a round goes.
+        latency_ms: objective S, milliseconds of a guided step by the latency table; must be set.
+        begin: source of the robust model, or "run:" and a path in the run.
+        table: latency table file, as `jobs.measure_latency` writes it, or "run:" and a path in the run; null
+            takes the run's own, measured on this machine.
+        device: required device of the table; null accepts any, or this machine if `table` is null.
+        precision: required precision of the table; null accepts any, or `latency.precision` likewise.
+        pace: limits of a round.
         rounds: at most.
-        prompts: the fixed captions that blocks are scored by.
+        prompts: fixed captions by which blocks are scored.
         sampler: solver and steps.
         guidance: w.
-        samples: how pictures are drawn and judged.
+        samples: sampling and scoring.
         training: robust training after each change.
     """
 
@@ -69,8 +69,8 @@ class EvolutionSettings(Settings):
     samples: SamplesSettings = SamplesSettings()
     training: RobustTrainingSettings = RobustTrainingSettings()
 
-    def deciding(self) -> dict[str, Any]:
-        """The settings that decide the outcome, as JSON values; not where anything lies or runs."""
+    def identity(self) -> dict[str, Any]:
+        """The settings that determine the result, as JSON values; URLs and hardware are left out."""
         samples = self.samples
         return {
             "latency_ms": self.latency_ms,
@@ -80,5 +80,5 @@ class EvolutionSettings(Settings):
             "drawing": samples.drawing.to_values(),
             "judging": samples.judging.to_values(),
             "dtype": samples.device.dtype,
-            "training": self.training.deciding(),
+            "training": self.training.identity(),
         }

@@ -148,7 +148,7 @@ class Workload:
     def efficient(self) -> Architecture:
         """The architecture of the efficient UNet."""
         name = self.job.resolve(self.job.recipe.efficient.architecture)
-        return named_architecture(name, of=self.sizes.architecture)
+        return named_architecture(name, own=self.sizes.architecture)
 
     @cached_property
     def _students(self) -> dict[str, str]:

@@ -133,7 +133,7 @@ def vpred(*, micro_batch: int) -> VpredSettings:
         evaluation_rows=_EVALUATION_ROWS,
         gradient_checkpointing=True,
         trainer=_trainer(micro_batch),
-        watch=_watch(micro_batch),
+        validation=_validation(micro_batch),
     )
 
 
@@ -176,7 +176,7 @@ def distill(*, micro_batch: int) -> DistillSettings:
         evaluation_rows=_EVALUATION_ROWS,
         gradient_checkpointing=True,
         trainer=_trainer(micro_batch),
-        watch=_watch(micro_batch),
+        validation=_validation(micro_batch),
     )
 
 
@@ -237,8 +237,8 @@ def _trainer(micro_batch: int) -> TrainerSettings:
     )
 
 
-def _watch(batch_size: int) -> ValidationSettings:
-    """What a watch judges by, once `every` is set: one worker draws while the others wait."""
+def _validation(batch_size: int) -> ValidationSettings:
+    """Used once `every` is set: one worker samples while the others wait."""
     return ValidationSettings(
         prompts=PromptSettings(name=_COCO, url=_CAPTIONS, limit=512),
         guidance=(7.5,),

@@ -1,4 +1,4 @@
-"""What is kept and told of a training's steps: its curve, its logs, its checkpoints, its progress."""
+"""What happens after each training step: curve, logs, validation, checkpoint, progress report."""
 
 from __future__ import annotations
 
@@ -27,63 +27,63 @@ _SECONDS_BETWEEN_REPORTS = 2.0
 def save_with_retries(
     store: CheckpointStore, step: int, *, tensors: TensorGroups, values: Mapping[str, Any]
 ) -> None:
-    """Save a checkpoint, waiting for a store that fails for a moment: to start workers again takes longer."""
+    """Save a checkpoint, retrying transient errors of the store: restarting the workers takes longer."""
     with_retries(store.url, lambda: store.save(step, tensors=tensors, values=values))
 
 
 def open_loggers(
     training: Training, *, store: CheckpointStore, done: int, settings: TrainerSettings, rank: int
 ) -> AbstractContextManager[Loggers | None]:
-    """What the first worker writes the training's course to; the others write none."""
+    """The loggers of rank 0; None on the other ranks."""
     if rank != 0:
         return nullcontext()
-    run, _, name = store.url.rpartition("/")
+    run_url, _, name = store.url.rpartition("/")
     return Loggers(
         settings.log_to,
-        url=f"{run}/logs/{name}",
+        url=f"{run_url}/logs/{name}",
+        # Resumed runs find their logs by this id: its keys must not change.
         run=digest({"place": store.url, "identity": training.identity})[:16],
-        name=f"{run.rpartition('/')[2].removesuffix('.training')}/{name}",
+        name=f"{run_url.rpartition('/')[2].removesuffix('.training')}/{name}",
         done=done,
         settings=training.identity,
     )
 
 
 class _Throughput:
-    """How fast steps were since it was last asked."""
+    """Steps per second, and the share of time spent waiting for data, since the last `reset`."""
 
     def __init__(self) -> None:
         self._seconds, self._data_seconds, self._steps = 0.0, 0.0, 0
 
     def add(self, step: StepResult) -> None:
-        """Count a step in."""
         self._seconds += step.seconds
         self._data_seconds += step.data_seconds
         self._steps += 1
 
-    def take(self) -> dict[str, float]:
-        """The figures, from which counting then begins anew."""
-        figures = {
+    def reset(self) -> dict[str, float]:
+        """Return the values, and begin anew."""
+        values = {
             "steps_per_second": self._steps / self._seconds,
             "data_wait": self._data_seconds / self._seconds,
         }
         self._seconds, self._data_seconds, self._steps = 0.0, 0.0, 0
-        return figures
+        return values
 
 
 class TrainingCallback:
-    """After each step: the curve and logs, a checkpoint, and word of the progress, where they are due.
+    """Called after each step, on every rank; rank 0 writes what there is one of.
 
     Args:
-        training: whose steps they are.
-        state: of it, on this worker.
+        training: that runs.
+        state: of the training, on this worker.
         store: of its checkpoints.
-        settings: how often what is due.
-        rank: of this worker; the first writes what there is one of.
-        world: how many workers there are.
-        mailbox: an actor that takes figures (see `jobs.training.progress_channel`).
-        report: tells Ray of a checkpoint's figures; called on every rank.
-        logbook: of the training; None on the others.
-        meter: counts this worker's seconds.
+        settings: how often each action is due.
+        rank: of this worker.
+        world: number of workers.
+        queue: actor that takes reports (see `jobs.training.progress_channel`).
+        report: passes figures to Ray Train; must be called on every rank.
+        loggers: on rank 0; None on the others.
+        meter: Prometheus metrics of this worker.
     """
 
     def __init__(
@@ -95,17 +95,17 @@ class TrainingCallback:
         settings: TrainerSettings,
         rank: int,
         world: int,
-        mailbox: Any,  # noqa: ANN401 - an actor handle
+        queue: Any,  # noqa: ANN401 - an actor handle
         report: Callable[[dict[str, Any]], None],
-        logbook: Loggers | None,
+        loggers: Loggers | None,
         meter: TrainingMeter,
     ) -> None:
         self._training, self._state, self._store = training, state, store
-        self._settings, self._mailbox, self._logbook = settings, mailbox, logbook
-        self._report, self._first, self._world = report, rank == 0, world
+        self._settings, self._queue, self._loggers = settings, queue, loggers
+        self._report, self._is_first, self._world = report, rank == 0, world
         self._logged, self._reported = _Throughput(), _Throughput()
         self._meter = meter
-        self._told = 0.0
+        self._last_report = 0.0
 
     def __call__(self, step: StepResult) -> None:
         """Called on every rank."""
@@ -114,63 +114,71 @@ class TrainingCallback:
         self._meter.add(seconds=step.seconds, data_seconds=step.data_seconds)
         last = step.step == self._training.settings.num_steps
         if last or step.step % self._settings.curve_every == 0:
-            self._note(step)
-        watch = self._training.watch
-        if watch is not None and (last or step.step % watch.every == 0):
+            self._log(step)
+        validation = self._training.validation
+        if validation is not None and (last or step.step % validation.every == 0):
+            # Gathers sharded weights, so every rank must call it.
             weights = self._state.final_weights()
-            if self._first:
-                self._look(watch, weights, step=step.step)
-        saved = last or step.step % self._settings.checkpoint_every == 0
-        if saved and self._logbook is not None:
-            # Before the checkpoint: what was said up to it must be there when it is gone on from.
-            self._logbook.flush()
-        if saved:
-            tensors = self._state.tensors()
-            values = {"state": self._state.values(), "identity": self._training.identity}
-            if self._first:
-                save_with_retries(self._store, step.step, tensors=tensors, values=values)
-        due = last or time.monotonic() - self._told > _SECONDS_BETWEEN_REPORTS
-        if not (saved or (self._first and due)):
+            if self._is_first:
+                self._validate(validation, weights, step=step.step)
+        save = last or step.step % self._settings.checkpoint_every == 0
+        if save:
+            self._save(step.step)
+        due = last or time.monotonic() - self._last_report > _SECONDS_BETWEEN_REPORTS
+        if not (save or (self._is_first and due)):
             return
-        figures = self._figures(step)
-        if self._first:
-            self._mailbox.put.remote(figures)
-            self._told = time.monotonic()
-        if saved:
+        report = self._progress(step)
+        if self._is_first:
+            self._queue.put.remote(report)
+            self._last_report = time.monotonic()
+        if save:
             # Ray collects reports every two seconds, and a worker waits for that: so not at every step.
-            self._report(figures)
+            self._report(report)
 
-    def _note(self, step: StepResult) -> None:
-        """A point of the curve."""
-        point = {"loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate}
-        told = {**point, **step.metrics}
-        self._state.curve.append({"step": step.step, **told})
-        if self._logbook is not None:
-            self._logbook.scalars({**told, **self._logged.take()}, step=step.step)
+    def _log(self, step: StepResult) -> None:
+        """Add a point to the curve and to the logs."""
+        point = {
+            "loss": step.loss,
+            "grad_norm": step.grad_norm,
+            "learning_rate": step.learning_rate,
+            **step.metrics,
+        }
+        self._state.curve.append({"step": step.step, **point})
+        if self._loggers is not None:
+            self._loggers.scalars({**point, **self._logged.reset()}, step=step.step)
 
-    def _look(self, watch: Validation, weights: Mapping[str, torch.Tensor], *, step: int) -> None:
-        """What the weights are worth, and whether they are the best."""
-        look = watch(weights)
-        self._state.validations.append({"step": step, **look.values})
+    def _validate(self, validation: Validation, weights: Mapping[str, torch.Tensor], *, step: int) -> None:
+        result = validation(weights)
+        self._state.validations.append({"step": step, **result.record})
         best = self._state.best
-        if look.score is not None and (best is None or look.score < best.score):
-            kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
-            self._state.best = BestWeights(step=step, score=look.score, weights=kept)
-        run, _, _ = self._store.url.rpartition("/")
-        replace_object(f"{run}/watch/step-{step:08d}.png", to_png(look.picture))
-        if self._logbook is not None:
-            self._logbook.scalars(look.figures, step=step)
-            self._logbook.picture("watch/pictures", look.picture, step=step)
+        if result.score is not None and (best is None or result.score < best.score):
+            # A copy: training goes on in these tensors.
+            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+            self._state.best = BestWeights(step=step, score=result.score, weights=copies)
+        run_url, _, _ = self._store.url.rpartition("/")
+        replace_object(f"{run_url}/watch/step-{step:08d}.png", to_png(result.image))
+        if self._loggers is not None:
+            self._loggers.scalars(result.scalars, step=step)
+            self._loggers.image("watch/pictures", result.image, step=step)
 
-    def _figures(self, step: StepResult) -> dict[str, Any]:
-        """The figures since the last report."""
-        pace, num_steps = self._reported.take(), self._training.settings.num_steps
+    def _save(self, step: int) -> None:
+        if self._loggers is not None:
+            # Before the checkpoint: a run that resumes from it must find all earlier steps in the logs.
+            self._loggers.flush()
+        tensors = self._state.tensors()
+        values = {"state": self._state.values(), "identity": self._training.identity}
+        if self._is_first:
+            save_with_retries(self._store, step, tensors=tensors, values=values)
+
+    def _progress(self, step: StepResult) -> dict[str, Any]:
+        """The report since the last one."""
+        throughput, num_steps = self._reported.reset(), self._training.settings.num_steps
         return {
             "training": self._training.name,
             "step": step.step,
             "num_steps": num_steps,
             "workers": self._world,
             "loss": step.loss,
-            "seconds_left": (num_steps - step.step) / pace["steps_per_second"],
-            **pace,
+            "seconds_left": (num_steps - step.step) / throughput["steps_per_second"],
+            **throughput,
         }

@@ -1,4 +1,4 @@
-"""Distillation of the half-width decoder under Ray Train. SnapFusion Sec. 3.2."""
+"""Distillation of the half-width decoder under Ray Train. SnapFusion Sec. 3.2 and B.2."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from jobs.evaluation.evaluation import absolute_source
 from jobs.training.progress_channel import OnReport
 from jobs.training.run_folder import RunFolder
 from jobs.training.settings import DecoderSettings
-from jobs.training.spec import Training, TrainingError
+from jobs.training.spec import Training
+from jobs.training.student import check_held_out
 from jobs.training.trainer import TrainingResult, run_trainings
 from pipelines.loading.loader import BatchLoader, count_trainable
 from pipelines.storage.objects import absolute_url
@@ -39,43 +40,39 @@ def distill_decoder(
     pairs_version: int | None = None,
     on_report: OnReport = lambda figures: None,
 ) -> dict[str, Any]:
-    """Train the decoder and publish its folder at `out_url`, whole or not at all.
+    """Train the decoder and publish its folder at `out_url`, all or nothing.
 
-    A run that was killed goes on where it stood, with the version of PAIRS that it began with; a folder that
-    is published is left as it is.
+    A run that was killed resumes, with the version of PAIRS that it began with; a published folder is left as
+    it is.
 
     Args:
-        settings: how.
-        pairs_url: of the table PAIRS.
-        out_url: of the folder to make.
-        teacher: a source that `snapfusion.models.load` accepts; PAIRS must have been made with it.
-        pairs_version: of the table; None takes what the run began with, or else the newest.
-        on_report: told of the training's progress.
+        settings: of the distillation.
+        pairs_url: URL of PAIRS.
+        out_url: folder to publish.
+        teacher: source of the teacher, which PAIRS were made with.
+        pairs_version: of PAIRS; None continues with the version that the run began with, else the newest.
+        on_report: receives progress reports.
 
     Returns:
         The metrics, as in metrics.json.
 
     Raises:
-        TrainingError: if `out_url` holds, or has begun, a decoder of other settings; or training cannot end.
-        TableError: if PAIRS do not fit the teacher.
-        LoaderError: if the rows lack what the settings ask for.
+        TrainingError: if `out_url` holds or has begun a decoder of other settings, no row is held out, or
+            training cannot end.
+        TableError: if PAIRS do not fit the teacher, or store no images where the settings need them.
         TrainingFailed: if workers keep failing.
     """
-    began = time.monotonic()
-    # Workers stand in another folder, where a relative path means another place.
-    out_url, teacher = (
-        absolute_url(out_url),
-        str(Path(teacher).absolute()) if Path(teacher).is_dir() else teacher,
-    )
-    result, bundle = RunFolder(url=out_url, kind="decoder"), load(teacher)
-    pinned = result.pinned_version("pairs") if pairs_version is None else pairs_version
-    pairs = open_table(pairs_url, version=pinned, kind="pairs")
+    began, folder = time.monotonic(), RunFolder(url=absolute_url(out_url), kind="decoder")
+    # Workers have another working directory.
+    teacher = absolute_source(teacher)
+    bundle = load(teacher)
+    version = folder.pinned_version("pairs") if pairs_version is None else pairs_version
+    pairs = open_table(pairs_url, version=version, kind="pairs")
     identity = _identity(settings, pairs=pairs, bundle=bundle)
-    finished = result.finished(identity)
-    if finished is not None:
+    if (finished := folder.finished(identity)) is not None:
         return finished
     counts = _count_rows(settings, pairs=pairs)
-    result.begin(identity)
+    folder.begin(identity)
     arguments = {
         "settings": settings,
         "teacher": teacher,
@@ -84,25 +81,26 @@ def distill_decoder(
         "counts": counts,
         "identity": identity,
     }
-    with read_lease(pairs.url, version=pairs.version, purpose=f"the training {result.url}"):
+    with read_lease(pairs.url, version=pairs.version, purpose=f"the training {folder.url}"):
         trained = run_trainings(
-            assemble, arguments, store_url=result.store_url, settings=settings.trainer, on_report=on_report
+            assemble, arguments, store_url=folder.store_url, settings=settings.trainer, on_report=on_report
         )
-    metrics = {
-        **_metrics(trained, settings=settings, bundle=bundle),
-        "identity": identity,
-        "settings": settings.to_values(),
-        "settings_hash": digest(identity),
-        "parents": {
-            "pairs": pairs.lineage(),
-            "teacher": {"source": teacher, "weights": bundle.fingerprint()},
-        },
-        "rows": {"pairs": pairs.num_rows, "trained_on": sum(counts)},
-        "seconds": round(time.monotonic() - began, 1),
-    }
     decoder = HalfDecoder(DecoderConfig.half_of(bundle.vae))
     decoder.load_state_dict(trained[_STUDENT].weights)
-    return result.publish(lambda folder: {**metrics, "files": decoder.save(str(folder))})
+    return folder.publish(
+        identity,
+        fill=lambda path: {
+            "files": decoder.save(str(path)),
+            "settings": settings.to_values(),
+            "parents": {
+                "pairs": pairs.lineage(),
+                "teacher": {"source": teacher, "weights": bundle.fingerprint()},
+            },
+            "rows": {"pairs": pairs.num_rows, "trained_on": sum(counts)},
+            "seconds": round(time.monotonic() - began, 1),
+            **_metrics(trained, bundle=bundle),
+        },
+    )
 
 
 def assemble(
@@ -115,12 +113,12 @@ def assemble(
     identity: Mapping[str, Any],
     device: torch.device,
 ) -> Iterator[Training]:
-    """The trainings, in a worker: the student's, and that of the one to compare it with."""
+    """Assemble the trainings, in a worker: the student's, and one from random weights to compare it with."""
     bundle = load(teacher, device=str(device))
     images = stored_images if settings.target == "stored" else decoded_images(bundle.decode)
     loader = BatchLoader(
         open_table(pairs_url, version=pairs_version),
-        columns=_columns(settings),
+        columns=["latent", "image"] if settings.target == "stored" else ["latent"],
         global_batch=settings.loop.global_batch,
         seed=settings.loop.seed,
         settings=settings.loader,
@@ -152,7 +150,7 @@ def _evaluate(
     settings: DecoderSettings,
     with_times: bool,
 ) -> dict[str, Any]:
-    """Fidelity on the held-out rows and, `with_times`, the time of both decoders."""
+    """Fidelity on held-out rows and, `with_times`, the latency of both decoders."""
     student.eval()
     rows = loader.held_out(rows=settings.trainer.micro_batch, limit=settings.evaluation_rows)
     batches = [batch.to(bundle.device) for batch in rows]
@@ -169,11 +167,8 @@ def _evaluate(
     return values
 
 
-def _metrics(
-    trained: Mapping[str, TrainingResult], *, settings: DecoderSettings, bundle: Bundle
-) -> dict[str, Any]:
-    """How good the decoder is."""
-    student, other = trained[_STUDENT], trained.get(_RANDOM)
+def _metrics(trained: Mapping[str, TrainingResult], *, bundle: Bundle) -> dict[str, Any]:
+    student, random = trained[_STUDENT], trained.get(_RANDOM)
     full = sum(
         parameter.numel()
         for part in (bundle.vae.decoder, bundle.vae.post_quant_conv)
@@ -181,72 +176,57 @@ def _metrics(
         for parameter in part.parameters()
     )
     half = HalfDecoder.from_vae(bundle.vae).num_parameters
-    compared = other and {
-        "psnr_db": other.evaluation["psnr_db"],
-        "gain_db": student.evaluation["psnr_db"] - other.evaluation["psnr_db"],
-        "curve": other.curve,
-    }
     return {
-        "kind": "decoder",
         "psnr_db": student.evaluation["psnr_db"],
         "held_out_rows": student.evaluation["rows"],
         "parameters": {"teacher": full, "student": half, "ratio": full / half},
         "times": student.evaluation["times"],
         "curve": student.curve,
-        "random_init": compared,
+        "random_init": random
+        and {
+            "psnr_db": random.evaluation["psnr_db"],
+            "gain_db": student.evaluation["psnr_db"] - random.evaluation["psnr_db"],
+            "curve": random.curve,
+        },
         "environment": student.environment,
     }
 
 
 def _identity(settings: DecoderSettings, *, pairs: Snapshot, bundle: Bundle) -> dict[str, Any]:
-    """Everything that decides the decoder's weights, float sums apart.
+    """Everything that determines the decoder's weights, float sums apart.
 
     Raises:
         TableError: if PAIRS were made with another VAE.
     """
-    model = bundle.describe()
-    for part, mine, theirs in (
-        ("VAE", model["weights"]["vae"], pairs.identity["model"]["weights"]["vae"]),
-        ("scaling factor", model["scaling_factor"], pairs.identity["model"]["scaling_factor"]),
+    model, other = bundle.describe(), pairs.identity["model"]
+    for part, expected, found in (
+        ("VAE", model["weights"]["vae"], other["weights"]["vae"]),
+        ("scaling factor", model["scaling_factor"], other["scaling_factor"]),
     ):
-        if mine != theirs:
+        if expected != found:
             raise TableError(
-                f"{pairs.url} was made with another {part} ({str(theirs)[:12]}) than the teacher's "
-                f"({str(mine)[:12]}); give the teacher that drew it, or draw new PAIRS"
+                f"{pairs.url} was made with another {part} ({str(found)[:12]}) than the teacher's "
+                f"({str(expected)[:12]}): name the teacher that generated it, or generate new PAIRS"
             )
-    chosen = {name: value for name, value in settings.to_values().items() if name != "trainer"}
     return {
-        "settings": chosen,
+        "settings": {name: value for name, value in settings.to_values().items() if name != "trainer"},
         "teacher": model["weights"]["vae"],
         "pairs": {"identity": digest(pairs.identity), "version": pairs.version},
     }
 
 
 def _count_rows(settings: DecoderSettings, *, pairs: Snapshot) -> list[int]:
-    """The rows of each unit to train on; a row that lacks what is asked for is found before workers start."""
-    counts = count_trainable(pairs, held_out=settings.loader.held_out)
-    loader = BatchLoader(
-        pairs,
-        columns=_columns(settings),
-        global_batch=settings.loop.global_batch,
-        seed=settings.loop.seed,
-        settings=settings.loader,
-        counts=counts,
-    )
-    if next(loader.held_out(rows=1, limit=1), None) is None:
-        raise TrainingError(
-            f"of {pairs.num_rows} rows none is held out for evaluation; raise loader.held_out "
-            f"(now {settings.loader.held_out}), or draw more PAIRS"
-        )
+    """The training rows of each unit of PAIRS that have what the settings need."""
+    if settings.target == "stored" and not pairs.identity["generation"]["images"]:
+        raise TableError(f"{pairs.url} stores no images: set decoder.target=online, or generate new PAIRS")
+    held_out = settings.loader.held_out
+    counts = count_trainable(pairs, held_out=held_out)
+    check_held_out(pairs, held_out=held_out, num_rows=pairs.num_rows - sum(counts))
     return counts
 
 
-def _columns(settings: DecoderSettings) -> list[str]:
-    return ["latent", "image"] if settings.target == "stored" else ["latent"]
-
-
 def summary(metrics: Mapping[str, Any]) -> list[str]:
-    """The figures that matter, in words."""
+    """Lines with the decoder's fidelity, size and latency."""
     parameters = metrics["parameters"]
     lines = [
         f"decoder: {metrics['psnr_db']:.2f} dB to the teacher's on {metrics['held_out_rows']} held-out rows, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,28 +10,23 @@ import torch
 from torch import nn
 
 from jobs.training.progress_channel import OnReport
-from jobs.training.run_folder import RunFolder
 from jobs.training.settings import DistillSettings
 from jobs.training.spec import Training, TrainingError
 from jobs.training.student import (
     DTYPES,
-    STUDENT_KIND,
-    UNET,
-    absolute_source,
-    check_held_out,
-    make_validator,
-    table_identity,
-    train_student,
-    trainable_unet,
+    EVALUATION_STEP,
+    StudentInputs,
+    StudentTraining,
+    TrainingTable,
+    make_training,
+    prepare_unet,
 )
-from jobs.training.validation import check_validation
-from pipelines.datasets.latents import check_latents, image_size_of, without_size
+from pipelines.datasets.latents import check_latents, without_size
 from pipelines.datasets.targets import check_targets
 from pipelines.loading.branches import BranchLoader
-from pipelines.loading.buckets import BucketLoader, RowCount, count_training_rows, make_loader
+from pipelines.loading.buckets import BucketLoader, make_loader
 from pipelines.loading.loader import BatchLoader
-from pipelines.storage.objects import absolute_url
-from pipelines.tables.table import Snapshot, open_table
+from pipelines.tables.table import Snapshot
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.guidance_embedding import has_guidance_embedding, with_guidance_embedding
 from snapfusion.models.load import load
@@ -45,9 +40,7 @@ from snapfusion.training.step_distillation import BRANCHES, StepDistillationObje
 
 _COLUMNS = ("latent", "token_ids")
 
-
-_EVALUATION_STEP = -1
-"""The step whose draws the evaluation takes: none that training takes."""
+_Loader = BatchLoader | BucketLoader | BranchLoader
 
 
 def distill_steps(
@@ -60,105 +53,55 @@ def distill_steps(
     data_version: int | None = None,
     on_report: OnReport = lambda figures: None,
 ) -> dict[str, Any]:
-    """Distil the student and publish it at `out_url`, whole or not at all (`jobs.training.student` shows its files).
-
-    A run that was killed goes on where it stood, with the version of the table that it began with; a folder
-    that is published is left as it is.
+    """Distil a student and publish it at `out_url` (see `StudentTraining.run`).
 
     Args:
-        settings: how; where its models and its folder lie is said by the other arguments.
-        teacher: a source that `snapfusion.models.load` accepts; it may predict eps or v.
-        data_url: of LATENTS where the targets are online, else of TARGETS.
-        out_url: of the folder to make.
-        student: the source of the first weights, which predict v; None takes the teacher's.
-        data_version: of the table; None takes what the run began with, or else the newest.
-        on_report: told of the training's progress.
+        settings: of the distillation; its sources and its table are given by the other arguments.
+        teacher: source of the teacher, which predicts eps or v.
+        data_url: URL of LATENTS if the targets are online, else of TARGETS.
+        out_url: folder to publish.
+        student: source of the initial weights, which predict v; None takes the teacher's.
+        data_version: of the table; None continues with the version that the run began with, else the newest.
+        on_report: receives progress reports.
 
     Returns:
         The metrics, as in metrics.json.
 
     Raises:
-        TrainingError: if teacher and student do not go together, the student does not predict v, `out_url`
-            holds or has begun something else, or training cannot end.
+        TrainingError: if teacher and student do not go together, or the student does not predict v; or as in
+            `StudentTraining.run`.
         TableError: if the table does not fit teacher or student.
         TrainingFailed: if workers keep failing.
     """
-    result, teacher = RunFolder(url=absolute_url(out_url), kind=STUDENT_KIND), absolute_source(teacher)
-    student = teacher if student is None else absolute_source(student)
-    pinned = result.pinned_version("data") if data_version is None else data_version
-    kind = "latents" if settings.targets == "online" else "targets"
-    table = open_table(data_url, version=pinned, kind=kind)
-    bundle = load(teacher)
-    models = {"teacher": bundle, "student": bundle if student == teacher else load(student)}
-    _check_models(**models)
-    if has_guidance_embedding(models["student"].unet) and not settings.steps.w_conditioned:
-        raise TrainingError(
-            f"the student {student} is told w, so it has no guidance of its own: set steps.w_conditioned"
-        )
-    _check_time_grid(settings.steps, teacher=models["teacher"])
-    _check_table(settings, table=table, **models)
-    size = image_size_of(table.identity, bundle=models["student"])
-    check_validation(settings.watch, size=size)
-    identity = {
-        "objective": "steps",
-        "settings": settings.deciding(without=("name", "teacher", "student", "table")),
-        **{role: bundle.describe() for role, bundle in models.items()},
-        "data": table_identity(table),
-    }
-    finished = result.finished(identity)
-    if finished is not None:
-        return finished
-    counts = count_training_rows(table, held_out=settings.loader.held_out)
-    for guided in _trained_branches(settings.steps):
-        found = next(
-            _held_out_batches(_loader(settings, table=table, counts=counts), guided=guided, rows=1, limit=1),
-            None,
-        )
-        check_held_out(found, settings=settings, table=table)
-    weights = {role: bundle.fingerprint() for role, bundle in models.items()}
-    distillation = _sampling_record(settings.steps, bundle=models["student"])
-    del bundle, models  # a worker beside this process needs the memory
-    return train_student(
-        settings,
-        result=result,
-        program=assemble,
-        arguments={
-            "teacher": teacher,
-            "student": student,
-            "data_url": table.url,
-            "data_version": table.version,
-            "counts": counts,
-        },
-        identity=identity,
-        parents={
-            "data": table.lineage(),
-            "teacher": {"source": teacher, "weights": weights["teacher"]},
-            "student": {"source": student, "weights": weights["student"]},
-        },
-        student=student,
-        size=size,
-        distillation=distillation,
-        on_report=on_report,
-    )
+    online = settings.targets == "online"
+    return StudentTraining(
+        settings=settings,
+        objective="steps",
+        factory=assemble,
+        sources={"teacher": teacher, "student": student or teacher},
+        role="student",
+        table=TrainingTable(
+            role="data",
+            kind="latents" if online else "targets",
+            url=data_url,
+            version=data_version,
+            branches=() if online else _trained_branches(settings.steps),
+        ),
+        check=partial(_check, settings),
+    ).run(out_url, on_report=on_report)
 
 
-def assemble(
-    *,
-    settings: DistillSettings,
-    teacher: str,
-    student: str,
-    data_url: str,
-    data_version: int,
-    counts: Sequence[RowCount],
-    identity: Mapping[str, Any],
-    device: torch.device,
-) -> Iterator[Training]:
-    """The training, in a worker."""
-    bundle = _initial_student(settings, student=student, device=device)
-    unet, captions = trainable_unet(bundle, settings=settings), CaptionEncoder(bundle)
-    targets = _target_source(settings, teacher=teacher, captions=captions, bundle=bundle)
+def assemble(inputs: StudentInputs[DistillSettings], *, device: torch.device) -> Iterator[Training]:
+    """Assemble the training, in a worker."""
+    settings = inputs.settings
+    bundle = _initial_student(inputs, device=device)
+    unet, captions = prepare_unet(bundle, settings=settings), CaptionEncoder(bundle)
+    targets = _target_source(inputs, captions=captions, bundle=bundle)
+    loader = _loader(inputs)
 
-    def objective_of(steps: StepDistillationSettings, *, across_ranks: bool) -> StepDistillationObjective:
+    def make_objective(
+        steps: StepDistillationSettings, *, across_ranks: bool = True
+    ) -> StepDistillationObjective:
         return StepDistillationObjective(
             steps,
             targets=targets,
@@ -168,76 +111,61 @@ def assemble(
             across_ranks=across_ranks,
         )
 
-    table = open_table(data_url, version=data_version)
-    loader = _loader(settings, table=table, counts=counts)
-
-    def figures(model: nn.Module) -> dict[str, Any]:
+    def evaluate_branches(model: nn.Module) -> dict[str, Any]:
         return {
             BRANCHES[guided]: _evaluate(
                 model,
-                objective=objective_of(_single_branch(settings.steps, guided=guided), across_ranks=False),
-                batches=_held_out_batches(
-                    loader,
-                    guided=guided,
-                    rows=settings.trainer.micro_batch,
-                    limit=settings.evaluation_rows,
-                ),
+                # Only rank 0 evaluates: averages across ranks would wait for the others for ever.
+                objective=make_objective(_single_branch(settings.steps, guided=guided), across_ranks=False),
+                batches=_held_out_batches(loader, settings=settings, guided=guided),
                 device=device,
             )
             for guided in _trained_branches(settings.steps)
         }
 
     def evaluate() -> dict[str, Any]:
-        before = figures(_initial_student(settings, student=student, device=device).unet)
-        return {"before": before, "after": figures(unet)}
+        before = evaluate_branches(_initial_student(inputs, device=device).unet)
+        return {"before": before, "after": evaluate_branches(unet)}
 
-    yield Training(
-        name=UNET,
-        model=unet,
-        objective=objective_of(settings.steps, across_ranks=True),
+    yield make_training(
+        inputs,
+        role="student",
+        bundle=bundle,
+        objective=make_objective(settings.steps),
         loader=loader,
-        settings=settings.loop,
-        identity=dict(identity),
         evaluate=evaluate,
-        watch=make_validator(
-            settings,
-            student=student,
-            size=image_size_of(table.identity, bundle=bundle),
-            steps=settings.steps.student_steps,
-            device=device,
-        ),
+        steps=settings.steps.student_steps,
     )
 
 
-def _initial_student(settings: DistillSettings, *, student: str, device: torch.device) -> Bundle:
-    """The student at its first weights."""
-    bundle = load(student, device=str(device))
-    if settings.steps.w_conditioned:
+def _initial_student(inputs: StudentInputs[DistillSettings], *, device: torch.device) -> Bundle:
+    bundle = load(inputs.sources["student"], device=str(device))
+    if inputs.settings.steps.w_conditioned:
         bundle.unet = with_guidance_embedding(bundle.unet)
     return bundle
 
 
 def _target_source(
-    settings: DistillSettings, *, teacher: str, captions: CaptionEncoder, bundle: Bundle
+    inputs: StudentInputs[DistillSettings], *, captions: CaptionEncoder, bundle: Bundle
 ) -> TargetSource:
+    settings = inputs.settings
     if settings.targets == "table":
         return StoredTargets(captions=captions, schedule=bundle.schedule)
     return OnlineTargets(
-        load(teacher, device=str(bundle.device), dtype=DTYPES[settings.teacher_dtype]),
+        load(inputs.sources["teacher"], device=str(bundle.device), dtype=DTYPES[settings.teacher_dtype]),
         captions=captions,
         settings=settings.steps,
         seed=settings.loop.seed,
     )
 
 
-def _loader(
-    settings: DistillSettings, *, table: Snapshot, counts: Sequence[RowCount]
-) -> BatchLoader | BucketLoader | BranchLoader:
+def _loader(inputs: StudentInputs[DistillSettings]) -> _Loader:
+    settings, table = inputs.settings, inputs.open_table()
     shared: dict[str, Any] = {
         "global_batch": settings.loop.global_batch,
         "seed": settings.loop.seed,
         "settings": settings.loader,
-        "counts": counts,
+        "counts": inputs.counts,
     }
     if settings.targets == "online":
         return make_loader(table, columns=_COLUMNS, **shared)
@@ -248,22 +176,20 @@ def _is_guided(settings: DistillSettings, step: int) -> bool:
     return is_guided_step(settings.loop.seed, step, settings.steps.cfg_probability)
 
 
-def _held_out_batches(
-    loader: BatchLoader | BucketLoader | BranchLoader, *, guided: bool, rows: int, limit: int
-) -> Iterator[Batch]:
+def _held_out_batches(loader: _Loader, *, settings: DistillSettings, guided: bool) -> Iterator[Batch]:
+    limits = {"rows": settings.trainer.micro_batch, "limit": settings.evaluation_rows}
     if isinstance(loader, BranchLoader):
-        return loader.held_out(guided=guided, rows=rows, limit=limit)
-    return loader.held_out(rows=rows, limit=limit)
+        return loader.held_out(guided=guided, **limits)
+    return loader.held_out(**limits)
 
 
 def _trained_branches(steps: StepDistillationSettings) -> list[bool]:
-    """The branches that training takes."""
     p = steps.cfg_probability
-    return [guided for guided, taken in ((False, p < 1.0), (True, p > 0.0)) if taken]
+    return [guided for guided, trained in ((False, p < 1.0), (True, p > 0.0)) if trained]
 
 
 def _single_branch(steps: StepDistillationSettings, *, guided: bool) -> StepDistillationSettings:
-    """One branch, without the original loss."""
+    """The settings of one branch alone, without L_ori."""
     return steps.model_copy(update={"cfg_probability": float(guided), "gamma": 0.0})
 
 
@@ -271,51 +197,58 @@ def _single_branch(steps: StepDistillationSettings, *, guided: bool) -> StepDist
 def _evaluate(
     unet: nn.Module, *, objective: StepDistillationObjective, batches: Iterator[Batch], device: torch.device
 ) -> dict[str, float]:
-    """The figures of one branch on the held-out rows (see `StepDistillationObjective.end_step`)."""
+    """Losses of one branch on held-out rows (see `StepDistillationObjective.end_step`)."""
     unet.eval()
     for batch in batches:
-        objective(unet, batch.to(device), step=_EVALUATION_STEP)
+        objective(unet, batch.to(device), step=EVALUATION_STEP)
     return {
         name.partition("/")[2]: value for name, value in objective.end_step().items() if "gamma" not in name
     }
 
 
-def _sampling_record(steps: StepDistillationSettings, *, bundle: Bundle) -> dict[str, Any]:
-    """What a student's folder says of how it is to be sampled."""
-    times = time_grid(steps.student_steps, schedule_steps=bundle.schedule.num_steps)
-    guided = {"cfg_range": steps.cfg_range.to_values()} if steps.cfg_probability else {}
-    return {
+def _check(settings: DistillSettings, table: Snapshot, models: Mapping[str, Bundle]) -> dict[str, Any]:
+    """Refuse models and a table that do not go together; returns the student's distillation record."""
+    teacher, student, steps = models["teacher"], models["student"], settings.steps
+    _check_models(teacher=teacher, student=student)
+    if has_guidance_embedding(student.unet) and not steps.w_conditioned:
+        raise TrainingError(
+            f"the student {student.source} is w-conditioned, so its guidance is an input and not computed: "
+            "set steps.w_conditioned=true"
+        )
+    _check_time_grid(steps, teacher=teacher)
+    check_table(settings, table=table, teacher=teacher, student=student)
+    record = {
         "steps": steps.student_steps,
-        "timesteps": list(times[:-1]),
+        "timesteps": list(time_grid(steps.student_steps, schedule_steps=student.schedule.num_steps)[:-1]),
         "teacher_steps": steps.k * steps.student_steps,
         "cfg_probability": steps.cfg_probability,
         "w_conditioned": steps.w_conditioned,
-        **guided,
     }
+    return record | ({"cfg_range": steps.cfg_range.to_values()} if steps.cfg_probability else {})
 
 
 def _check_models(*, teacher: Bundle, student: Bundle) -> None:
-    """Refuse a student that predicts eps, or reads other latents, times or captions than its teacher."""
     if student.prediction_type != "v_prediction":
         raise TrainingError(
-            f"the student {student.source} predicts eps, and step distillation needs v: make it a v model "
-            "with jobs.finetune_vpred, or name another student"
+            f"the student {student.source} predicts eps, and step distillation needs v: fine-tune it with "
+            "jobs.finetune_vpred, or name another student"
         )
     if teacher.fingerprint()["text_encoder"] != student.fingerprint()["text_encoder"]:
         raise TrainingError(
-            f"{teacher.source} cannot teach {student.source}: its text encoder is another, so a caption "
-            "reaches the two as different embeddings, which made SD-v2 a bad teacher of SD-v1.5 (App. D); "
-            "take a teacher with the student's text encoder"
+            f"{teacher.source} cannot teach {student.source}: its text encoder differs, so a caption has "
+            "another embedding for each of them, which made SD-v2 a bad teacher of SD-v1.5 (App. D); name a "
+            "teacher with the student's text encoder"
         )
     differing = list(differences(_shared_parts(teacher), _shared_parts(student)))
     if differing:
         raise TrainingError(
-            f"{teacher.source} cannot teach {student.source}, with which it must share VAE, scale and "
-            f"schedule: {'; '.join(differing[:3])} (there: the teacher, here: the student)"
+            f"{teacher.source} cannot teach {student.source}: VAE, scaling factor and schedule must agree: "
+            f"{'; '.join(differing[:3])} (there: the teacher, here: the student)"
         )
 
 
 def _shared_parts(bundle: Bundle) -> dict[str, Any]:
+    """What teacher and student must have in common beside the text encoder."""
     model = without_size(bundle.describe())
     shared = {name: model[name] for name in ("scaling_factor", "latent_shape", "schedule")}
     return {"weights": {"vae": model["weights"]["vae"]}, **shared}
@@ -327,32 +260,27 @@ def _check_time_grid(steps: StepDistillationSettings, *, teacher: Bundle) -> Non
     except ValueError:
         raise TrainingError(
             f"steps.k {steps.k} times steps.student_steps {steps.student_steps} is more than the schedule's "
-            f"{teacher.schedule.num_steps} steps"
+            f"{teacher.schedule.num_steps} steps: lower one of them"
         ) from None
 
 
-def _check_table(settings: DistillSettings, *, table: Snapshot, teacher: Bundle, student: Bundle) -> None:
+def check_table(settings: DistillSettings, *, table: Snapshot, teacher: Bundle, student: Bundle) -> None:
+    """Refuse LATENTS of other models, or TARGETS of other models or steps.
+
+    Raises:
+        TableError: naming what differs.
+    """
     if settings.targets == "online":
         check_latents(table, bundle=student)
-        return
-    steps = settings.steps
-    check_targets(
-        table,
-        teacher=teacher.describe(),
-        student=student.describe(),
-        student_steps=steps.student_steps,
-        k=steps.k,
-        cfg_range=steps.cfg_range,
-        cfg_probability=steps.cfg_probability,
-        caption_dropout=steps.caption_dropout,
-    )
+    else:
+        check_targets(table, teacher=teacher.describe(), student=student.describe(), steps=settings.steps)
 
 
 def summary(metrics: Mapping[str, Any]) -> list[str]:
-    """The figures that matter, in words."""
+    """Lines with the held-out losses, before and after."""
     before, after = metrics["evaluation"]["before"], metrics["evaluation"]["after"]
     return [
         f"{metrics['distillation']['steps']} steps, {branch}: held-out distillation loss "
-        f"{before[branch]['loss']:.5f} at first, {after[branch]['loss']:.5f} at last"
+        f"{before[branch]['loss']:.5f} before, {after[branch]['loss']:.5f} after"
         for branch in after
     ]

@@ -1,7 +1,7 @@
-"""What a training says of itself as it goes, written for TensorBoard, Weights & Biases or MLflow.
+"""Experiment loggers: TensorBoard, Weights & Biases, MLflow.
 
-A run that was killed goes on from its last checkpoint and says some steps again. Each writer sees to it that
-they are not there twice, and `Loggers.flush`, called before a checkpoint is saved, that none is missing.
+A run that was killed resumes from its last checkpoint and logs some steps again. Each logger makes sure that
+no step appears twice; `Loggers.flush`, called before a checkpoint is saved, that none is missing.
 """
 
 from __future__ import annotations
@@ -27,42 +27,41 @@ _MLFLOW_URI = "MLFLOW_TRACKING_URI"
 
 
 class LoggerError(ValueError):
-    """A logbook that cannot be kept here; the message says what is missing."""
+    """A logger that cannot be used here; the message says what is missing."""
 
 
 class Logger(Protocol):
-    """One place that figures are written to."""
+    """One destination of scalars and images."""
 
-    def scalars(self, figures: Mapping[str, float], *, step: int) -> None:
-        """Write the figures of a step, which is counted from 1."""
+    def scalars(self, values: Mapping[str, float], *, step: int) -> None:
+        """Log scalars of a step, counted from 1."""
         ...
 
-    def picture(self, name: str, pixels: np.ndarray, *, step: int) -> None:
-        """Write a picture, uint8 [H,W,3]."""
+    def image(self, name: str, pixels: np.ndarray, *, step: int) -> None:
+        """Log an image, uint8 [H,W,3]."""
         ...
 
     def flush(self) -> None:
-        """See that what was written outlives this process."""
+        """Make everything logged so far outlive this process."""
         ...
 
     def close(self) -> None:
-        """Write no more."""
+        """End the logger."""
         ...
 
 
 class Loggers:
-    """The writers of one training, and the folder that they may keep files in.
+    """The loggers of one training, and the folder for their files.
 
-    On a disk that is `url` itself; what belongs into an object store is written to a folder of this machine,
-    and put there by `flush`.
+    If `url` is in an object store, files are written to a local folder and uploaded by `flush`.
 
     Args:
-        kinds: which writers.
-        url: a folder of its own for this training.
-        run: names this training for writers that keep all of them in one place; the same when it goes on.
-        name: what people call it.
-        done: steps that are done already; what was said of later ones is void.
-        settings: kept beside the figures, where there is a place for them.
+        kinds: loggers to use.
+        url: folder of this training alone.
+        run: id of this training for loggers that keep all runs in one place; the same when it resumes.
+        name: display name.
+        done: steps done already; anything logged for later steps is superseded.
+        settings: logged as parameters where the logger has them.
     """
 
     def __init__(
@@ -82,14 +81,12 @@ class Loggers:
             self._scratch = tempfile.TemporaryDirectory()
             self._folder = Path(self._scratch.name)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._writers: list[Logger] = []
-        for kind in kinds:
-            if kind == "tensorboard":
-                self._writers.append(TensorBoardLogger(self._folder, done=done))
-            elif kind == "wandb":
-                self._writers.append(WandbLogger(self._folder, run=run, name=name, settings=settings))
-            else:
-                self._writers.append(MlflowLogger(run=run, name=name, settings=settings))
+        makers = {
+            "tensorboard": lambda: TensorBoardLogger(self._folder, done=done),
+            "wandb": lambda: WandbLogger(self._folder, run=run, name=name, settings=settings),
+            "mlflow": lambda: MlflowLogger(run=run, name=name, settings=settings),
+        }
+        self._loggers: list[Logger] = [makers[kind]() for kind in kinds]
 
     def __enter__(self) -> Self:
         return self
@@ -97,29 +94,29 @@ class Loggers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for writer in self._writers:
-            writer.close()
-        self._put()
+        for logger in self._loggers:
+            logger.close()
+        self._upload()
         if self._scratch is not None:
             self._scratch.cleanup()
 
-    def scalars(self, figures: Mapping[str, float], *, step: int) -> None:
-        """Write the figures of a step, which is counted from 1."""
-        for writer in self._writers:
-            writer.scalars(figures, step=step)
+    def scalars(self, values: Mapping[str, float], *, step: int) -> None:
+        """Log scalars of a step, counted from 1."""
+        for logger in self._loggers:
+            logger.scalars(values, step=step)
 
-    def picture(self, name: str, pixels: np.ndarray, *, step: int) -> None:
-        """Write a picture, uint8 [H,W,3]."""
-        for writer in self._writers:
-            writer.picture(name, pixels, step=step)
+    def image(self, name: str, pixels: np.ndarray, *, step: int) -> None:
+        """Log an image, uint8 [H,W,3]."""
+        for logger in self._loggers:
+            logger.image(name, pixels, step=step)
 
     def flush(self) -> None:
-        """See that what was written outlives this process."""
-        for writer in self._writers:
-            writer.flush()
-        self._put()
+        """Make everything logged so far outlive this process."""
+        for logger in self._loggers:
+            logger.flush()
+        self._upload()
 
-    def _put(self) -> None:
+    def _upload(self) -> None:
         if self._scratch is None:
             return
         filesystem, root = fsspec.core.url_to_fs(self._url)
@@ -129,19 +126,20 @@ class Loggers:
 
 
 class TensorBoardLogger:
-    """Event files in a folder; readers drop from older ones what a newer one begins with."""
+    """Event files in a folder. Readers skip steps after `done` from older files: they are logged again."""
 
     def __init__(self, folder: Path, *, done: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second to import, which only a worker needs
+        # Takes a second to import, and only workers need it.
+        from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=done + 1)
 
-    def scalars(self, figures: Mapping[str, float], *, step: int) -> None:
+    def scalars(self, values: Mapping[str, float], *, step: int) -> None:
         """See `Logger`."""
-        for name, value in figures.items():
+        for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def picture(self, name: str, pixels: np.ndarray, *, step: int) -> None:
+    def image(self, name: str, pixels: np.ndarray, *, step: int) -> None:
         """See `Logger`."""
         self._writer.add_image(name, pixels, step, dataformats="HWC")
 
@@ -155,9 +153,10 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A run of Weights & Biases, which refuses steps below those that it has. Its own variables configure it.
+    """A run of Weights & Biases, which ignores steps below its last one.
 
-    WANDB_PROJECT (by default "snapfusion"), WANDB_MODE, WANDB_API_KEY; WANDB_DIR, by default the folder.
+    Configured by WANDB_PROJECT (default "snapfusion"), WANDB_MODE, WANDB_API_KEY and WANDB_DIR (default the
+    training's folder).
     """
 
     def __init__(self, folder: Path, *, run: str, name: str, settings: Mapping[str, Any]) -> None:
@@ -174,16 +173,16 @@ class WandbLogger:
             settings=wandb.Settings(silent=True, console="off"),
         )
 
-    def scalars(self, figures: Mapping[str, float], *, step: int) -> None:
+    def scalars(self, values: Mapping[str, float], *, step: int) -> None:
         """See `Logger`."""
-        self._run.log(dict(figures), step=step)
+        self._run.log(dict(values), step=step)
 
-    def picture(self, name: str, pixels: np.ndarray, *, step: int) -> None:
+    def image(self, name: str, pixels: np.ndarray, *, step: int) -> None:
         """See `Logger`."""
         self._run.log({name: self._image(pixels)}, step=step)
 
     def flush(self) -> None:
-        """Nothing to do: another process writes, and outlives this one."""
+        """Nothing to do: wandb writes from a process of its own, which outlives this one."""
 
     def close(self) -> None:
         """See `Logger`."""
@@ -191,9 +190,9 @@ class WandbLogger:
 
 
 class MlflowLogger:
-    """A run of the MLflow server that MLFLOW_TRACKING_URI names, where equal steps stand beside each other.
+    """A run of the MLflow server at MLFLOW_TRACKING_URI; MLFLOW_EXPERIMENT_NAME is by default "snapfusion".
 
-    So it writes no step that is there already. MLFLOW_EXPERIMENT_NAME is by default "snapfusion".
+    MLflow keeps equal steps side by side, so a resumed run leaves out steps that are logged already.
     """
 
     _TAG = "snapfusion.run"
@@ -205,41 +204,44 @@ class MlflowLogger:
         self._metric, self._client = Metric, MlflowClient()
         experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT))
         found = self._client.search_runs([experiment], filter_string=f"tags.`{self._TAG}` = '{run}'")
-        self._continued, self._there = bool(found), dict[str, int]()
+        self._resumed, self._last_steps = bool(found), dict[str, int]()
         if found:
             self._id = found[0].info.run_id
         else:
-            made = self._client.create_run(experiment, run_name=name, tags={self._TAG: run})
-            self._id = made.info.run_id
+            created = self._client.create_run(experiment, run_name=name, tags={self._TAG: run})
+            self._id = created.info.run_id
             params = [Param(key, str(value)[:500]) for key, value in _flatten(settings)]
-            for start in range(0, len(params), 100):  # as many as a server takes at once
+            # A server accepts at most 100 parameters per request.
+            for start in range(0, len(params), 100):
                 self._client.log_batch(self._id, params=params[start : start + 100])
 
-    def scalars(self, figures: Mapping[str, float], *, step: int) -> None:
+    def scalars(self, values: Mapping[str, float], *, step: int) -> None:
         """See `Logger`."""
         now = int(time.time() * 1000)
-        new = {name: float(value) for name, value in figures.items() if step > self._last(name)}
-        self._client.log_batch(
-            self._id, metrics=[self._metric(name, value, now, step) for name, value in new.items()]
-        )
+        metrics = [
+            self._metric(name, float(value), now, step)
+            for name, value in values.items()
+            if step > self._last_step(name)
+        ]
+        self._client.log_batch(self._id, metrics=metrics)
 
-    def picture(self, name: str, pixels: np.ndarray, *, step: int) -> None:
+    def image(self, name: str, pixels: np.ndarray, *, step: int) -> None:
         """See `Logger`."""
         self._client.log_image(self._id, pixels, artifact_file=f"{name}/step-{step:08d}.png")
 
     def flush(self) -> None:
-        """Nothing to do: the server has what it answered for."""
+        """Nothing to do: the server has stored what it has answered."""
 
     def close(self) -> None:
         """See `Logger`."""
         self._client.set_terminated(self._id)
 
-    def _last(self, name: str) -> int:
-        """The last step that was there of a figure when this process began; 0 if none was."""
-        if self._continued and name not in self._there:
+    def _last_step(self, name: str) -> int:
+        """The last step of a metric that an earlier process logged; 0 if there is none."""
+        if self._resumed and name not in self._last_steps:
             history = self._client.get_metric_history(self._id, name)
-            self._there[name] = max((metric.step for metric in history), default=0)
-        return self._there.get(name, 0)
+            self._last_steps[name] = max((metric.step for metric in history), default=0)
+        return self._last_steps.get(name, 0)
 
     def _experiment(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)
@@ -255,10 +257,10 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def check_loggers(kinds: Sequence[LoggerKind]) -> None:
-    """See that all `kinds` can be written, before any work begins.
+    """Check that all loggers can be used, before any work begins.
 
     Raises:
-        LogbookError: if a package is not installed, or MLflow's place is not said.
+        LoggerError: if a package is not installed, or MLflow's server is not set.
     """
     for kind in _OPTIONAL:
         if kind in kinds and find_spec(kind) is None:

@@ -1,4 +1,4 @@
-"""Reports of a training on their way to whoever started it, whose hands are full with waiting for its end."""
+"""Progress reports from the workers of a training to the driver, which is blocked until training ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jobs.runtime.progress import StatusLine, format_duration
 from pipelines.ray_data.execution import on_driver_node
 
 OnReport = Callable[[Mapping[str, Any]], None]
-"""Takes a report's figures.
+"""Receives a report.
 
 training, step, num_steps, workers, loss, steps_per_second, seconds_left, data_wait
 """
@@ -23,65 +23,66 @@ _POLL_SECONDS = 0.5
 
 
 class _ReportQueue:
-    """The actor that reports wait in."""
+    """Actor that holds reports until the driver fetches them."""
 
     def __init__(self) -> None:
-        self._figures: list[dict[str, Any]] = []
+        self._reports: list[dict[str, Any]] = []
 
-    def put(self, figures: dict[str, Any]) -> None:
-        self._figures.append(figures)
+    def put(self, report: dict[str, Any]) -> None:
+        self._reports.append(report)
 
     def take(self) -> list[dict[str, Any]]:
-        figures, self._figures = self._figures, []
-        return figures
+        reports, self._reports = self._reports, []
+        return reports
 
 
 @contextmanager
 def progress_channel(on_report: OnReport) -> Iterator[Any]:
-    """An actor with a method `put(figures)`, which a thread of this process empties into `on_report`."""
-    mailbox = on_driver_node(_ReportQueue).remote()
+    """An actor with a method `put(report)`; a thread of this process passes each report to `on_report`."""
+    queue = on_driver_node(_ReportQueue).remote()
     ended = threading.Event()
 
-    def empty() -> None:
-        over = False
-        while not over:
-            over = ended.wait(_POLL_SECONDS)
-            for figures in ray.get(mailbox.take.remote()):
-                on_report(figures)
+    def poll() -> None:
+        last = False
+        while not last:
+            # Once more after the end, for reports that came since the last poll.
+            last = ended.wait(_POLL_SECONDS)
+            for report in ray.get(queue.take.remote()):
+                on_report(report)
 
-    thread = threading.Thread(target=empty, name="reports", daemon=True)
+    thread = threading.Thread(target=poll, name="reports", daemon=True)
     thread.start()
     try:
-        yield mailbox
+        yield queue
     finally:
         ended.set()
         thread.join()
 
 
 def show_reports() -> OnReport:
-    """Shows reports on one line for each training."""
+    """A callback that prints one status line for each training."""
     line = StatusLine()
 
-    def on_report(figures: Mapping[str, Any]) -> None:
-        line.show(report_line(figures), last=figures["step"] >= figures["num_steps"])
+    def on_report(report: Mapping[str, Any]) -> None:
+        line.show(report_line(report), last=report["step"] >= report["num_steps"])
 
     return on_report
 
 
-def report_line(figures: Mapping[str, Any]) -> str:
-    """A report in words."""
-    workers = f"{figures['workers']} worker{'s' if figures['workers'] != 1 else ''}"
+def report_line(report: Mapping[str, Any]) -> str:
+    """A report as one line of text."""
+    workers = f"{report['workers']} worker{'s' if report['workers'] != 1 else ''}"
     return (
-        f"{figures['training']} {figures['step']}/{figures['num_steps']} steps, loss {figures['loss']:.5f}, "
-        f"{figures['steps_per_second']:.1f} steps/s by {workers}, {format_duration(figures['seconds_left'])} left, "
-        f"{figures['data_wait']:.0%} waiting for data"
+        f"{report['training']} {report['step']}/{report['num_steps']} steps, loss {report['loss']:.5f}, "
+        f"{report['steps_per_second']:.1f} steps/s by {workers}, "
+        f"{format_duration(report['seconds_left'])} left, {report['data_wait']:.0%} waiting for data"
     )
 
 
 def seconds_per_step(reports: Sequence[Mapping[str, Any]]) -> float:
-    """Mean over two or more reports of a training; the first's steps are left out, which set libraries up."""
-    pairs = [
-        (later["step"] - earlier["step"], later["steps_per_second"])
-        for earlier, later in itertools.pairwise(reports)
+    """Mean over two or more reports, without the steps of the first one, which include warm-up."""
+    intervals = [
+        (report["step"] - previous["step"], report["steps_per_second"])
+        for previous, report in itertools.pairwise(reports)
     ]
-    return sum(steps / pace for steps, pace in pairs) / sum(steps for steps, _ in pairs)
+    return sum(steps / rate for steps, rate in intervals) / sum(steps for steps, _ in intervals)

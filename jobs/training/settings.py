@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
@@ -20,34 +20,32 @@ from snapfusion.training.settings import (
 )
 
 LoggerKind = Literal["tensorboard", "wandb", "mlflow"]
-
-
 Sharding = Literal["none", "fsdp"]
 
 
 class TrainerSettings(Settings):
-    """How and where a training runs. None of it changes what is trained, beyond the order of float sums.
+    """Settings of the workers. None of them changes what is learnt, beyond the order of float sums.
 
     Attributes:
-        num_workers: processes, each of which takes its share of every global batch.
-        min_workers: with how many of them it goes on while nodes are missing; None: with all or not at all.
-            The batches stay the same, the order in which gradients are added does not: the weights then
-            agree to rounding, no longer to the bit.
-        resize_seconds: how often it is looked whether there is room for more workers.
-        use_gpu: whether each has an accelerator; they then speak NCCL, else gloo.
-        cpus_per_worker: logical CPUs that Ray sets aside for each.
-        threads_per_worker: CPU threads of each.
-        sharding: "none" keeps the whole training on each worker (DDP). "fsdp" spreads gradients, the
-            optimizer's moments, the average and the weights over all, so that each keeps the whole network
-            but once, at its first weights. The global batch is then a multiple of `num_workers`.
-        micro_batch: rows of one forward pass; a larger share is accumulated.
+        num_workers: data-parallel processes; each takes its share of every global batch.
+        min_workers: workers with which training continues while nodes are missing; null needs all of them.
+            Batches stay the same, but gradients are summed in another order: weights then agree to rounding,
+            no longer to the bit.
+        resize_seconds: interval between checks for room for more workers.
+        use_gpu: one accelerator per worker and NCCL; otherwise CPUs and gloo.
+        cpus_per_worker: logical CPUs that Ray reserves for each worker.
+        threads_per_worker: CPU threads of each worker.
+        sharding: "none" replicates the training on each worker (DDP). "fsdp" shards gradients, optimizer
+            moments, EMA and weights; each worker still holds one whole copy of the initial weights. The
+            global batch must then be a multiple of `num_workers`.
+        micro_batch: rows of one forward pass; gradients of a larger share are accumulated.
         checkpoint_every: steps between checkpoints; the last step always has one.
-        keep_checkpoints: how many of the newest stay while training runs.
-        curve_every: steps between points of the curve that is kept, and of the logs.
-        log_to: where the course of training is written for others to draw (see `jobs.training.loggers`).
-        max_failures: how often the workers are started again after one of them died.
-        labels: what a node must be labelled for workers to run there, as in {"role": "trainer"}: in a cluster
-            that also has spot nodes, those that are not (see `pipelines.ray_data.settings.Pool`).
+        keep_checkpoints: newest checkpoints kept while training runs.
+        curve_every: steps between points of the training curve and of the logs.
+        log_to: experiment loggers (see `jobs.training.loggers`).
+        max_failures: restarts of the workers after one of them died.
+        labels: node labels that workers require, as in {"role": "trainer"}: keeps workers off spot nodes in
+            a mixed cluster (see `pipelines.ray_data.settings.Pool`).
     """
 
     num_workers: PositiveInt = 1
@@ -67,56 +65,29 @@ class TrainerSettings(Settings):
 
     @field_validator("min_workers")
     @classmethod
-    def _fewer_are_fewer(cls, fewer: int | None, known: ValidationInfo) -> int | None:
-        most = known.data.get("num_workers")
-        if fewer is not None and most is not None and fewer > most:
-            raise ValueError(f"at most num_workers ({most}) are accepted")
-        return fewer
-
-
-class DecoderSettings(Settings):
-    """How the decoder is distilled. The defaults are the miniature's.
-
-    Attributes:
-        init: what the student starts from (see `HalfDecoder.from_vae`).
-        target: the teacher's images as PAIRS store them, or decoded in the trainer, "online".
-        loop: the optimizer's settings.
-        loader: how rows are chosen and shuffled, and how many are held out.
-        compare_random_init: whether a student from random weights is trained for as long, to compare.
-        evaluation_rows: held-out rows that are evaluated, at most.
-        timing_batches: sizes of batch at which both decoders are timed.
-        timing_repeats: measurements of each.
-        trainer: how and where training runs; the one part that may change between two starts of a run.
-    """
-
-    init: Initialization = "leading"
-    target: Literal["stored", "online"] = "stored"
-    loop: LoopSettings = LoopSettings(
-        num_steps=800, global_batch=16, learning_rate=4e-3, warmup_steps=20, ema_decay=0.98
-    )
-    loader: LoaderSettings = LoaderSettings(held_out=0.1)
-    compare_random_init: bool = True
-    evaluation_rows: PositiveInt = 256
-    timing_batches: tuple[PositiveInt, ...] = (1, 64)
-    timing_repeats: Annotated[int, Field(ge=1)] = 15
-    trainer: TrainerSettings = TrainerSettings(num_workers=2)
+    def _at_most_num_workers(cls, min_workers: int | None, info: ValidationInfo) -> int | None:
+        num_workers = info.data.get("num_workers")
+        if min_workers is not None and num_workers is not None and min_workers > num_workers:
+            raise ValueError(f"at most num_workers ({num_workers}) are accepted")
+        return min_workers
 
 
 class ValidationSettings(Settings):
-    """How a model is watched. None of it changes what is trained.
+    """Settings of the validation during training. None of them changes what is learnt.
 
     Attributes:
-        every: steps between looks, of which the last step always has one; null does not watch.
-        prompts: captions; they should be none that are trained on.
-        guidance: scales w of Eq. 3; the first decides which weights are best.
-        steps: of DDIM; null takes the student's, or 50 where there is none.
-        best: what decides: the lowest "fid", or the highest "clip".
-        pictures: how many are shown, of the first captions.
-        drawing: batch and noise; the same noise at every look. Its size null is that which is trained.
-        judging: what FID and CLIP are measured with.
-        references: a table REFERENCES that FID is taken to (in a job also "run:" and a place in the run);
-            null takes held-out scenes of the miniature.
-        dtype: of the networks that draw.
+        every: steps between validations; the last step always has one; null turns validation off.
+        prompts: captions, which should not be training captions.
+        guidance: scales w of Eq. 3; the first one selects the best weights.
+        steps: DDIM steps; null takes the student's, or 50 for a model that is not distilled.
+        best: criterion of the best weights: lowest "fid" or highest "clip".
+        pictures: images shown, of the first captions.
+        drawing: batch size, noise and image size; null size takes the size that is trained. Every validation
+            uses the same noise.
+        judging: networks of FID and CLIP.
+        references: a table REFERENCES for FID, or "run:" and a path in the run; null takes held-out scenes
+            of the miniature.
+        dtype: of the sampling networks.
     """
 
     every: PositiveInt | None = None
@@ -131,24 +102,22 @@ class ValidationSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-_NOT_IN_IDENTITY = ("trainer", "gradient_checkpointing", "watch")
-"""Settings that may change between two starts of a run."""
-
-
 class UNetTrainingSettings(Settings):
-    """How a UNet is trained.
+    """Settings that every training of a UNet has.
 
     Attributes:
-        loop: the optimizer's settings.
-        loader: how rows are chosen and shuffled, and how many are held out.
-        evaluation_rows: held-out rows that are evaluated, at most.
-        saved_as: dtype of the folders' weights. As float32 the text encoder and the VAE stay those that
-            tables were made with, to the bit.
-        gradient_checkpointing: whether the UNet computes its activations again in the backward pass, which
-            takes time and spares memory.
-        trainer: how and where training runs.
-        watch: how the student is looked at on the way.
+        loop: optimizer and schedule.
+        loader: choice and shuffling of rows, and the held-out fraction.
+        evaluation_rows: held-out rows evaluated, at most.
+        saved_as: dtype of the published weights. As float32 the text encoder and the VAE stay bit for bit
+            those that tables were made with.
+        gradient_checkpointing: recompute the UNet's activations in the backward pass: slower, less memory.
+        trainer: the workers.
+        validation: sampling and scoring during training.
     """
+
+    not_in_identity: ClassVar[tuple[str, ...]] = ("trainer", "gradient_checkpointing", "validation")
+    """Settings that may differ when a run is resumed."""
 
     loop: LoopSettings
     loader: LoaderSettings = LoaderSettings(held_out=0.05)
@@ -156,29 +125,30 @@ class UNetTrainingSettings(Settings):
     saved_as: Literal["float32", "float16"] = "float32"
     gradient_checkpointing: bool = False
     trainer: TrainerSettings = TrainerSettings()
-    watch: ValidationSettings = ValidationSettings()
+    validation: ValidationSettings = ValidationSettings()
 
-    def deciding(self, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-        """The settings that decide the weights, as JSON values; not those named in `without`."""
-        left_out = (*_NOT_IN_IDENTITY, *without)
-        return {name: value for name, value in self.to_values().items() if name not in left_out}
+    def identity(self) -> dict[str, Any]:
+        """The settings that determine the weights, as JSON values."""
+        return {name: value for name, value in self.to_values().items() if name not in self.not_in_identity}
 
 
 class DistillSettings(UNetTrainingSettings):
-    """How a student is distilled. The defaults are the miniature's.
+    """Settings of a step distillation. The defaults are the miniature's.
 
     Attributes:
-        name: of the student's folder in the run.
-        teacher: its source, or "run:" and a place in the run; null takes the run's v model, or else the
-            recipe's model.
-        student: the source of its first weights, likewise; null takes the teacher's.
-        table: URL of the table that rows are read from, or "run:" and a place in the run; null takes the
-            run's `latents`, or `targets`.
-        targets: "online", from the teacher in the trainer, or from the "table" TARGETS.
-        teacher_dtype: of the teacher in the trainer.
-        steps: what is learnt.
-        loop: the optimizer's settings.
+        name: folder of the student in the run.
+        teacher: source of the teacher, or "run:" and a path in the run; null takes the run's v model if
+            there is one, else the recipe's model.
+        student: source of the initial weights, likewise; null takes the teacher's.
+        table: URL of the training table, or "run:" and a path in the run; null takes the run's `latents` or
+            `targets`.
+        targets: "online" has the trainer run the teacher on LATENTS; "table" reads TARGETS.
+        teacher_dtype: dtype of an online teacher.
+        steps: step distillation objective.
+        loop: optimizer and schedule.
     """
+
+    not_in_identity = (*UNetTrainingSettings.not_in_identity, "name", "teacher", "student", "table")
 
     name: str = Field("student-8", pattern=r"^[A-Za-z0-9_.-]+$")
     teacher: str | None = None
@@ -193,12 +163,12 @@ class DistillSettings(UNetTrainingSettings):
 
 
 class VpredSettings(UNetTrainingSettings):
-    """How a v model is made. The defaults are the miniature's.
+    """Settings of a training by the velocity loss (Eq. 6). The defaults are the miniature's.
 
     Attributes:
-        velocity: what the loss draws.
-        skip: how often blocks are left out (Eq. 5, robust training); null for never.
-        loop: the optimizer's settings.
+        velocity: velocity loss.
+        skip: block skip probabilities of robust training (Eq. 5); null skips none.
+        loop: optimizer and schedule.
     """
 
     velocity: VelocitySettings = VelocitySettings()
@@ -208,15 +178,36 @@ class VpredSettings(UNetTrainingSettings):
     )
 
 
-class EfficientSettings(Settings):
-    """Which model, which architecture, and how it is trained.
+class RobustTrainingSettings(VpredSettings):
+    """Settings of a training with stochastic block skipping.
 
     Attributes:
-        begin: the source of the model that gives the first weights; it predicts v. In a job also "run:" and a
-            place in the run.
-        architecture: "table-3", "own", or the URL of an architecture's file, as `jobs.evolve_unet` leaves
-            one; in a job also "run:" and a place in the run.
-        training: L_ori (Eq. 6), the loss that the paper trains its UNet by before its steps are distilled.
+        skip: block skip probabilities.
+    """
+
+    skip: SkipSettings = SkipSettings()
+
+
+class RobustSettings(Settings):
+    """Settings of the run's robust model.
+
+    Attributes:
+        begin: source of the initial weights, which predict v, or "run:" and a path in the run.
+        training: robust training.
+    """
+
+    begin: str = VPRED_MODEL
+    training: RobustTrainingSettings = RobustTrainingSettings()
+
+
+class EfficientSettings(Settings):
+    """Settings of the run's efficient model.
+
+    Attributes:
+        begin: source of the initial weights, which predict v, or "run:" and a path in the run.
+        architecture: "table-3", "own", or the URL of an architecture file as `jobs.evolve_unet` writes it, or
+            "run:" and its path in the run.
+        training: training by L_ori (Eq. 6), before the steps are distilled.
     """
 
     begin: str = VPRED_MODEL
@@ -224,23 +215,29 @@ class EfficientSettings(Settings):
     training: VpredSettings = VpredSettings()
 
 
-class RobustTrainingSettings(VpredSettings):
-    """How a model is trained with blocks left out.
+class DecoderSettings(Settings):
+    """Settings of the decoder distillation. The defaults are the miniature's.
 
     Attributes:
-        skip: how often.
+        init: initial weights of the student (see `HalfDecoder.from_vae`).
+        target: teacher images as PAIRS "stored" them, or decoded "online" in the trainer.
+        loop: optimizer and schedule.
+        loader: choice and shuffling of rows, and the held-out fraction.
+        compare_random_init: also train a student from random weights for as many steps, for comparison.
+        evaluation_rows: held-out rows evaluated, at most.
+        timing_batches: batch sizes at which both decoders are timed.
+        timing_repeats: repetitions of each measurement.
+        trainer: the workers; the only part that may differ when a run is resumed.
     """
 
-    skip: SkipSettings = SkipSettings()
-
-
-class RobustSettings(Settings):
-    """Which model, and how.
-
-    Attributes:
-        begin: the source of the first weights, which predict v; in a job also "run:" and a place in the run.
-        training: how it is trained.
-    """
-
-    begin: str = VPRED_MODEL
-    training: RobustTrainingSettings = RobustTrainingSettings()
+    init: Initialization = "leading"
+    target: Literal["stored", "online"] = "stored"
+    loop: LoopSettings = LoopSettings(
+        num_steps=800, global_batch=16, learning_rate=4e-3, warmup_steps=20, ema_decay=0.98
+    )
+    loader: LoaderSettings = LoaderSettings(held_out=0.1)
+    compare_random_init: bool = True
+    evaluation_rows: PositiveInt = 256
+    timing_batches: tuple[PositiveInt, ...] = (1, 64)
+    timing_repeats: Annotated[int, Field(ge=1)] = 15
+    trainer: TrainerSettings = TrainerSettings(num_workers=2)

@@ -1,4 +1,4 @@
-"""What a training is: what is trained, on what, by which workers. `jobs.training.trainer` runs it."""
+"""Defines a training: model, objective, loader, evaluation. `jobs.training.trainer` runs it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from snapfusion.training.settings import LoopSettings
 
 
 class TrainingError(ValueError):
-    """A training that cannot begin, go on or end with these settings and rows; the message says why."""
+    """A training that cannot begin, resume or end with these settings and rows; the message says why."""
 
 
 class Batches(Iterator[Batch], Protocol):
     """This worker's share of successive global batches, without end."""
 
     def close(self) -> None:
-        """End the threads that read ahead."""
+        """End the prefetching threads."""
         ...
 
 
 class Loader(Protocol):
-    """What a training reads (`pipelines.loading.loader.BatchLoader`, `pipelines.loading.branches.BranchLoader`)."""
+    """Source of batches, such as `pipelines.loading.loader.BatchLoader`."""
 
     def batches(self, start: int, *, rank: int = 0, world: int = 1) -> Batches:
         """The share of `rank` in global batch `start`, `start` + 1, ..."""
@@ -37,28 +37,28 @@ class Loader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationResult:
-    """What a model is worth in the middle of its training.
+    """Result of a validation.
 
     Attributes:
-        values: to be kept, JSON values.
-        figures: to be logged.
-        score: what decides which weights are the best, the lower the better; None decides nothing.
-        picture: to be looked at, uint8 [H,W,3].
+        record: JSON values for the checkpoint and metrics.json.
+        scalars: values for the loggers.
+        score: criterion of the best weights, lower is better; None if there is no finite value.
+        image: sample grid, uint8 [H,W,3].
     """
 
-    values: dict[str, Any]
-    figures: dict[str, float]
+    record: dict[str, Any]
+    scalars: dict[str, float]
     score: float | None
-    picture: np.ndarray
+    image: np.ndarray
 
 
 class Validation(Protocol):
-    """Looks at a model every so many steps, and at the last; on the first worker."""
+    """Validates weights during training, on rank 0."""
 
     every: int
 
     def __call__(self, weights: Mapping[str, torch.Tensor]) -> ValidationResult:
-        """What those weights are worth; neither the weights nor any generator of numbers are changed."""
+        """Validate; changes neither the weights nor the state of any random generator."""
         ...
 
 
@@ -67,16 +67,15 @@ class Training:
     """One training, as each worker assembles it for itself.
 
     Attributes:
-        name: names its checkpoints; a run under the same name continues.
-        model: at its first weights, the same on every worker; on the worker's device.
-        objective: what is minimised; called on the model's device.
-        loader: gives the batches.
-        settings: the loop's.
-        identity: everything that decides the result, as JSON values; a checkpoint of another is refused.
-        evaluate: called on the first worker with the final weights in `model`; gives JSON values.
-        watch: called on the first worker as training goes on with the weights of then, averaged where
-            that is done; the best are kept.
-        leaves_out: whether a step may leave parts of the model out, which then have no gradient.
+        name: of its checkpoint store; a run under the same name resumes.
+        model: with the same initial weights on every worker, on the worker's device.
+        objective: loss, called on the model's device.
+        loader: of batches.
+        settings: of the training loop.
+        identity: JSON values that determine the result; a checkpoint of another identity is refused.
+        evaluate: called on rank 0 with the final weights in `model`; returns JSON values.
+        validation: called on rank 0 with the current weights, averaged if an average is kept; None for none.
+        skips_blocks: whether a step may leave parts of the model without a gradient.
     """
 
     name: str
@@ -86,12 +85,12 @@ class Training:
     settings: LoopSettings
     identity: dict[str, Any]
     evaluate: Callable[[], dict[str, Any]] = field(default=dict)
-    watch: Validation | None = None
-    leaves_out: bool = False
+    validation: Validation | None = None
+    skips_blocks: bool = False
 
 
 TrainingFactory = Callable[..., Iterable[Training]]
-"""Assembles trainings for the torch device it is given as `device`; called in each worker.
+"""Assembles trainings, which run one after the other, for the torch device given as `device`.
 
-They run one after the other. It stands in an importable module, as workers import it.
+Called in each worker, so it must be importable there.
 """

@@ -1,13 +1,14 @@
-"""A model looked at while it is trained: the same captions drawn and judged again, the best weights kept.
+"""Validation during training: the same captions sampled and scored again, the best weights kept.
 
-OUT/watch/step-00000100.png   a row of pictures for each guidance, by the weights after so many steps
-OUT/best/                     the weights with the best figure, as a diffusers folder
+OUT/watch/step-00000100.png   a row of images for each guidance scale, by the weights after so many steps
+OUT/best/                     the weights with the best score, as a diffusers folder
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from pipelines.datasets.references import moments_of
 from pipelines.sources.captions import Caption
 from pipelines.stages.reference import SCENE_PREFIX, ExtractFeatures
 from pipelines.stages.sample import SampleAndScore
-from pipelines.stages.settings import Device, ImageBounds, MetricSettings, Sampler
+from pipelines.stages.settings import Device, ImageBounds, Sampler
 from pipelines.tables.table import open_table
 from snapfusion.metrics.frechet import frechet_distance
 from snapfusion.metrics.moments import Moments
@@ -29,26 +30,22 @@ from snapfusion.models.guidance_embedding import WEIGHT_NAME, with_guidance_embe
 from snapfusion.noise import noise_key
 from snapfusion.settings import differences
 
-if TYPE_CHECKING:
-    pass
-
-
 _DEFAULT_STEPS = 50
 _NUM_SCENES = 2 * NUM_CAPTIONS
 """As many as `jobs.evaluate` takes: each caption twice."""
 
 
 class Validator:
-    """Looks at weights, on the first worker. It loads its networks at the first look.
+    """Validates weights on rank 0. Loads its networks at the first call.
 
     Args:
-        settings: how.
-        every: steps between looks.
-        model: the source of all but the weights that are watched.
-        size: of the pictures that are drawn, in pixels, where `settings.drawing` says none.
-        steps: the student's, or None where there is none.
-        device: the worker's.
-        threads: the worker's.
+        settings: of the validation.
+        every: steps between validations.
+        model: source of all but the weights that are validated.
+        size: of the images in pixels, unless `settings.drawing` gives one.
+        steps: of the student; None if it is not distilled.
+        device: of the worker.
+        threads: of the worker.
     """
 
     def __init__(
@@ -64,111 +61,105 @@ class Validator:
     ) -> None:
         self.every = every
         self._settings, self._model = settings, model
-        self._drawing = settings.drawing.model_copy(update={"size": settings.drawing.size or size})
+        self._sampling = settings.drawing.model_copy(update={"size": settings.drawing.size or size})
         self._sampler = Sampler(steps=settings.steps or steps or _DEFAULT_STEPS)
         self._device = Device(
             kind="cuda" if device.type == "cuda" else "cpu", dtype=settings.dtype, threads=threads
         )
-        self._artist: SampleAndScore | None = None
-        self._reference: Moments | None = None
 
     def __call__(self, weights: Mapping[str, Tensor]) -> ValidationResult:
-        """What weights of a v model are worth; the same for the same weights."""
-        artist = self._load(weights)
+        """Validate weights of a v model; the same weights have the same result."""
+        self._load_weights(weights)
         captions = [row for row in captions_of(self._settings.prompts) if isinstance(row, Caption)]
-        drawn = [self._draw(artist, captions, w=w) for w in self._settings.guidance]
-        points = [point for point, _ in drawn]
-        first, criterion = points[0], self._settings.best
-        decisive = first[criterion]
+        results = [self._score(captions, w=w) for w in self._settings.guidance]
+        points = [point for point, _ in results]
+        score = points[0][self._settings.best]
         return ValidationResult(
-            values={"points": points},
-            figures={
+            record={"points": points},
+            scalars={
                 f"watch/w{point['w']:g}/{name}": value
                 for point in points
                 for name, value in point.items()
                 if name != "w" and value is not None
             },
-            score=-decisive if criterion == "clip" and decisive is not None else decisive,
-            picture=np.concatenate([row for _, row in drawn]),
+            score=-score if self._settings.best == "clip" and score is not None else score,
+            image=np.concatenate([row for _, row in results]),
         )
 
-    def _load(self, weights: Mapping[str, Tensor]) -> SampleAndScore:
-        if self._artist is None:
-            self._artist = SampleAndScore(
-                model=self._model,
-                sampler=self._sampler,
-                drawing=self._drawing,
-                judging=self._settings.judging,
-                device=self._device,
-            )
-            self._artist.bundle.prediction_type = "v_prediction"
-            if WEIGHT_NAME in weights:
-                self._artist.bundle.unet = with_guidance_embedding(self._artist.bundle.unet)
-        self._artist.bundle.unet.load_state_dict(weights)
-        return self._artist
+    @cached_property
+    def _networks(self) -> SampleAndScore:
+        networks = SampleAndScore(
+            model=self._model,
+            sampler=self._sampler,
+            drawing=self._sampling,
+            judging=self._settings.judging,
+            device=self._device,
+        )
+        networks.bundle.prediction_type = "v_prediction"
+        return networks
 
-    def _draw(
-        self, artist: SampleAndScore, captions: list[Caption], *, w: float
-    ) -> tuple[dict[str, Any], np.ndarray]:
-        """The figures at a guidance; and the first pictures side by side, uint8 [H,W,3]."""
-        drawing, size = self._drawing, self._drawing.batch_size
-        keys = [noise_key("evaluation", drawing.seed, caption.id) for caption in captions]
+    @cached_property
+    def _references(self) -> Moments:
+        """Feature moments of the reference images."""
+        settings = self._settings
+        if settings.references is not None:
+            return moments_of(open_table(settings.references, kind="references"))
+        extract = ExtractFeatures(
+            features=settings.judging.features, images=ImageBounds(), size=1, device=self._device
+        )
+        scenes = [extract.picture(f"{SCENE_PREFIX}{index}") for index in range(_NUM_SCENES)]
+        return Moments.of(torch.from_numpy(extract.describe(scenes)))
+
+    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        bundle = self._networks.bundle
+        if WEIGHT_NAME in weights:
+            bundle.unet = with_guidance_embedding(bundle.unet)
+        bundle.unet.load_state_dict(weights)
+
+    def _score(self, captions: Sequence[Caption], *, w: float) -> tuple[dict[str, Any], np.ndarray]:
+        """The metrics at a guidance scale, and the first images side by side, uint8 [H,W,3]."""
+        size = self._sampling.batch_size
+        keys = [noise_key("evaluation", self._sampling.seed, caption.id) for caption in captions]
         texts = [caption.text for caption in captions]
         spans = [slice(start, start + size) for start in range(0, len(keys), size)]
-        batches = [artist.draw_and_judge(texts[span], keys[span], w=w) for span in spans]
+        batches = [self._networks.draw_and_judge(texts[span], keys[span], w=w) for span in spans]
         columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         row = np.concatenate(list(columns["image"][: self._settings.pictures]), axis=1)
         finite = columns["finite"]
         point: dict[str, Any] = {"w": w, "pictures": int(finite.sum()), "fid": None, "clip": None}
+        # A covariance needs two images; a diverged student may have none that is finite.
         if finite.sum() < 2:
             return point, row
         moments = Moments.of(torch.from_numpy(columns["features"][finite]))
-        point["fid"] = frechet_distance(moments, self._references())
+        point["fid"] = frechet_distance(moments, self._references)
         point["clip"] = float(columns["clip"][finite].mean(dtype=np.float64))
         if self._settings.judging.attribute_count:
             point["attributes"] = float(columns["right"][finite].mean(dtype=np.float64))
         return point, row
 
-    def _references(self) -> Moments:
-        if self._reference is None:
-            url, judging = self._settings.references, self._settings.judging
-            self._reference = (
-                moments_of(open_table(url, kind="references"))
-                if url
-                else _scene_moments(judging, self._device)
-            )
-        return self._reference
-
-
-def _scene_moments(judging: MetricSettings, device: Device) -> Moments:
-    describe = ExtractFeatures(features=judging.features, images=ImageBounds(), size=1, device=device)
-    pictures = [describe.picture(f"{SCENE_PREFIX}{number}") for number in range(_NUM_SCENES)]
-    return Moments.of(torch.from_numpy(describe.describe(pictures)))
-
 
 def check_validation(settings: ValidationSettings, *, size: int) -> None:
-    """Refuse what could not be measured of pictures of `size` pixels, before training begins.
+    """Refuse a validation that is not possible for images of `size` pixels, before training begins.
 
     Raises:
-        TrainingError: if the judges cannot read the model's pictures, or the table of references has other
-            features than theirs; names what differs.
-        TableError: if there is no such table.
+        TrainingError: if the metric networks cannot read images of that size, or the references have features
+            of another network; names what differs.
+        TableError: if there is no table of references.
     """
     if settings.every is None:
         return
-    judging = settings.judging
     size = settings.drawing.size or size
-    if judging.side not in (None, size):
+    if settings.judging.side not in (None, size):
         raise TrainingError(
-            f"the miniature's oracle reads pictures of {judging.side} px, and the model draws {size} px: "
-            "set watch.judging, or watch.every=null"
+            f"the miniature's oracle reads images of {settings.judging.side} px, and the model generates "
+            f"{size} px: set validation.judging, or validation.every=null"
         )
     if settings.references is None:
         return
-    there = open_table(settings.references, kind="references").identity["features"]
-    differing = list(differences(there, judging.describe_features()))
+    features = open_table(settings.references, kind="references").identity["features"]
+    differing = list(differences(features, settings.judging.describe_features()))
     if differing:
         raise TrainingError(
-            f"watch.references {settings.references} has other features than watch.judging: "
+            f"validation.references {settings.references} has other features than validation.judging: "
             f"{'; '.join(differing[:3])}"
         )

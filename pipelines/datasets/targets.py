@@ -36,7 +36,7 @@ from snapfusion.models.load import load
 from snapfusion.noise import noise_key, uniform
 from snapfusion.sampling import time_grid
 from snapfusion.settings import SettingsError, differences, digest
-from snapfusion.training.settings import CfgRange
+from snapfusion.training.settings import StepDistillationSettings
 from snapfusion.training.step_distillation import BRANCHES
 
 _UNIT_FIELDS = ("source", "start", "stop", "final", "source_digest")
@@ -175,11 +175,7 @@ def check_targets(
     *,
     teacher: Mapping[str, Any],
     student: Mapping[str, Any],
-    student_steps: int,
-    k: int,
-    cfg_range: CfgRange,
-    cfg_probability: float,
-    caption_dropout: float,
+    steps: StepDistillationSettings,
 ) -> None:
     """Refuse a table of TARGETS that does not serve a training.
 
@@ -187,11 +183,7 @@ def check_targets(
         table: TARGETS.
         teacher: what identifies the teacher that the training names (`Bundle.describe`).
         student: what identifies the student at its first weights.
-        student_steps: the student's steps.
-        k: the teacher's steps for one of the student's.
-        cfg_range: of w; only looked at if guided steps are taken.
-        cfg_probability: p of SnapFusion Eq. 11: which branches are needed.
-        caption_dropout: of vanilla rows; only looked at if vanilla steps are taken.
+        steps: of the training. `cfg_range` only matters to guided steps, `caption_dropout` to vanilla ones.
 
     Raises:
         TableError: naming the first differences.
@@ -201,12 +193,12 @@ def check_targets(
         raise TableError(f"{table.url} holds {found['kind']}; targets are needed")
     wanted = {
         "teacher": dict(teacher),
-        "student_steps": student_steps,
-        "k": k,
-        "cfg_range": cfg_range.to_values(),
-        "caption_dropout": caption_dropout,
+        "student_steps": steps.student_steps,
+        "k": steps.k,
+        "cfg_range": steps.cfg_range.to_values(),
+        "caption_dropout": steps.caption_dropout,
     }
-    guided, vanilla = cfg_probability > 0.0, cfg_probability < 1.0
+    guided, vanilla = steps.cfg_probability > 0.0, steps.cfg_probability < 1.0
     if not guided:
         del wanted["cfg_range"]
     if not vanilla:
@@ -224,9 +216,9 @@ def check_targets(
     for branch, needed in ((True, guided), (False, vanilla)):
         if needed and not count_branch_rows(table, guided=branch):
             raise TableError(
-                f"{table.url} has no {BRANCHES[branch]} rows, and a CFG probability of {cfg_probability} "
-                "needs some; compute more draws, or a new table with targets.cfg_probability "
-                + ("above 0" if branch else "below 1")
+                f"{table.url} has no {BRANCHES[branch]} rows, and a CFG probability of "
+                f"{steps.cfg_probability} needs some; compute more draws, or a new table with "
+                "targets.cfg_probability " + ("above 0" if branch else "below 1")
             )
 
 

@@ -12,7 +12,7 @@ import scipy.stats
 from conftest import tiny_bundle
 
 import snapfusion.export.variants
-from jobs.compile_mobile import publish_bundle
+from jobs.training.mobile_bundle import publish_bundle
 from snapfusion.export.bundle import LICENCE, MANIFEST, MODULES, SAFETY_CHECKER, SAMPLER, TOKENIZER, VECTORS
 from snapfusion.export.coreml import TIMESTEP
 from snapfusion.export.loop import to_uint8_image

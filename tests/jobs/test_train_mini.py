@@ -70,7 +70,7 @@ def test_a_second_measurement_adds_what_is_missing(measured, capsys):
 
 def test_figures_of_other_scenes_are_not_mixed_in(measured, capsys):
     assert measure_mini.main(["--out", str(measured), *FEW, "--set", "seed=1"]) == 2
-    assert "give another file" in capsys.readouterr().err
+    assert "name another" in capsys.readouterr().err
 
 
 def test_dry_run_shows_the_settings_and_writes_nothing(tmp_path, capsys):
@@ -100,7 +100,7 @@ def test_a_file_that_holds_no_figures_is_named(tmp_path, capsys):
     place = tmp_path / "figures.json"
     place.write_text('{"x')
     assert measure_mini.main(["--out", str(place), *FEW]) == 2
-    assert f"--out: {place} is no file of figures" in capsys.readouterr().err
+    assert f"--out: {place} is no file of results" in capsys.readouterr().err
     assert place.read_text() == '{"x'
 
 

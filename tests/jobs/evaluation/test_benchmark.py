@@ -1,4 +1,4 @@
-"""The benchmark verb: each module by each runtime in a process of its own, shown as the paper's tables."""
+"""Tests of the benchmark verb."""
 
 import json
 import shutil
@@ -7,9 +7,9 @@ import pytest
 from conftest import tiny_bundle
 
 from jobs import benchmark
-from jobs.evaluation import module_benchmark as alone
+from jobs.evaluation import bundle_benchmark
 from jobs.evaluation.memory import FootprintError
-from jobs.evaluation.module_benchmark import ModuleRun, TorchRuntime, benchmark_module
+from jobs.evaluation.module_benchmark import ModuleBenchmark, ModuleRun, TorchRuntime, benchmark_module
 from pipelines.storage.objects import StorageError
 from snapfusion.export.bundle import open_bundle
 
@@ -24,20 +24,20 @@ def folder(tmp_path_factory, mobile_bundle):
     for name in [name for name in manifest["variants"] if name != "executorch"]:
         del manifest["variants"][name]
         shutil.rmtree(folder / name)
-    manifest["files"] = {name: told for name, told in manifest["files"].items() if (folder / name).exists()}
+    manifest["files"] = {name: file for name, file in manifest["files"].items() if (folder / name).exists()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    """For the processes that are started, too."""
+    """In subprocesses too."""
     monkeypatch.setenv("CXX", "/nowhere/c++")
 
 
 @pytest.fixture
 def altered(folder, tmp_path):
-    """A copy of the bundle whose manifest is changed by a function; nothing else vouches for that file."""
+    """A copy of the bundle whose manifest is changed by a function; the manifest has no hash of itself."""
 
     def make(change):
         copy = tmp_path / "mobile"
@@ -51,41 +51,41 @@ def altered(folder, tmp_path):
 
 
 def figures(**changed):
-    told = {"load_s": 0.5, "median_ms": 2.0, "p95_ms": 3.0, "repeats": 20}
-    return alone.ModuleBenchmark.parse(
-        told | {"before_mb": 300.0, "loading_mb": 12.0, "running_mb": 8.0} | changed
+    values = {"load_s": 0.5, "median_ms": 2.0, "p95_ms": 3.0, "repeats": 20}
+    return ModuleBenchmark.parse(
+        values | {"before_mb": 300.0, "loading_mb": 12.0, "running_mb": 8.0} | changed
     )
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Nothing is run: each measurement takes the next of these figures, or raises it."""
-    asked = []
+    """Nothing is run: each benchmark returns or raises what a function of the runtime and the run gives."""
+    calls = []
 
-    def plan(answer=lambda runtime, work: figures()):
-        def take(runtime, work):
-            asked.append((runtime, work))
-            found = answer(runtime, work)
-            if isinstance(found, Exception):
-                raise found
-            return found
+    def replace(result_of=lambda runtime, run: figures()):
+        def fake(runtime, run):
+            calls.append((runtime, run))
+            result = result_of(runtime, run)
+            if isinstance(result, Exception):
+                raise result
+            return result
 
-        monkeypatch.setattr(alone, "benchmark_module", take)
-        return asked
+        monkeypatch.setattr(bundle_benchmark, "benchmark_module", fake)
+        return calls
 
-    return plan
+    return replace
 
 
-def told_by(folder, tmp_path, *options):
-    place = tmp_path / "told.json"
-    assert benchmark.main([str(folder), "--json", str(place), *options]) == 0
-    return json.loads(place.read_text())
+def results_of(folder, tmp_path, *options):
+    path = tmp_path / "results.json"
+    assert benchmark.main([str(folder), "--json", str(path), *options]) == 0
+    return json.loads(path.read_text())
 
 
 @pytest.mark.usefixtures("no_compiler")
 def test_every_runtime_that_is_here_is_measured(folder, tmp_path, capsys):
-    told = told_by(folder, tmp_path, "--repeats", "20")
-    rows = {row["name"]: row for row in told["rows"]}
+    results = results_of(folder, tmp_path, "--repeats", "20")
+    rows = {row["name"]: row for row in results["rows"]}
     assert list(rows) == ["torch eager", "torch compiled", "executorch"]
     for name in ("torch eager", "executorch"):
         assert list(rows[name]["modules"]) == list(MODULES)
@@ -101,25 +101,25 @@ def test_every_runtime_that_is_here_is_measured(folder, tmp_path, capsys):
     compiled = rows["torch compiled"]
     assert (compiled["modules"], compiled["overall_s"]) == ({}, None)
     assert "not compiled here: torch.compile needs a working C++ compiler" in compiled["notes"][0]
-    assert (told["threads"], told["steps"], told["calls"]) == (
+    assert (results["threads"], results["steps"], results["calls"]) == (
         1,
         3,
         {"text_encoder": 2, "unet": 3, "decoder": 1},
     )
-    assert {"torch", "executorch"} <= set(told["versions"])
+    assert {"torch", "executorch"} <= set(results["versions"])
     shown = capsys.readouterr().out
     assert compiled["notes"][0] in shown
     assert f"{rows['executorch']['overall_s']:,.4g}" in shown
-    assert told["device"] in shown
+    assert results["device"] in shown
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_a_compiled_module_counts_its_compilation_as_loading(folder, mobile_model):
     inputs = open_bundle(folder).vectors.arrays["token_ids"][1:]
-    work = ModuleRun(module="text_encoder", inputs=(inputs,), threads=1, repeats=20)
+    run = ModuleRun(module="text_encoder", inputs=(inputs,), threads=1, repeats=20)
     eager, compiled = (
-        benchmark_module(TorchRuntime(model=mobile_model, decoder=None, compiled=compiled), work)
+        benchmark_module(TorchRuntime(model=mobile_model, decoder=None, compiled=compiled), run)
         for compiled in (False, True)
     )
     # A C++ compiler takes seconds, of which the second run and all after it take none.
@@ -129,8 +129,8 @@ def test_a_compiled_module_counts_its_compilation_as_loading(folder, mobile_mode
 
 def test_the_table_is_the_papers(folder, measured, capsys):
     measured(
-        lambda runtime, work: figures(
-            median_ms={"text_encoder": 4.0, "unet": 230.0, "decoder": 116.0}[work.module]
+        lambda runtime, run: figures(
+            median_ms={"text_encoder": 4.0, "unet": 230.0, "decoder": 116.0}[run.module]
         )
     )
     assert benchmark.main([str(folder)]) == 0
@@ -150,33 +150,33 @@ def test_the_table_is_the_papers(folder, measured, capsys):
 
 
 def test_two_calls_of_the_unet_a_step_are_counted(altered, measured, tmp_path):
-    asked = measured()
-    told = told_by(altered(lambda manifest: manifest.update(conditions=1)), tmp_path)
-    assert told["calls"]["unet"] == 6
-    assert told["rows"][0]["overall_s"] == pytest.approx((2 + 6 + 1) * 0.002)
-    assert {work.inputs[2].shape[0] for _, work in asked if work.module == "unet"} == {1}
+    calls = measured()
+    results = results_of(altered(lambda manifest: manifest.update(conditions=1)), tmp_path)
+    assert results["calls"]["unet"] == 6
+    assert results["rows"][0]["overall_s"] == pytest.approx((2 + 6 + 1) * 0.002)
+    assert {run.inputs[2].shape[0] for _, run in calls if run.module == "unet"} == {1}
 
 
-def test_only_the_variants_that_are_asked_for(altered, measured, tmp_path):
+def test_only_given_variants_are_measured(altered, measured, tmp_path):
     def add(manifest):
         manifest["variants"]["another"] = manifest["variants"]["executorch"]
 
-    asked, copy = measured(), altered(add)
-    assert [row["name"] for row in told_by(copy, tmp_path)["rows"]][2:] == ["executorch", "another"]
-    asked.clear()
-    told = told_by(copy, tmp_path, "--variant", "another", "--threads", "2", "--repeats", "33")
-    assert [row["name"] for row in told["rows"]] == ["torch eager", "torch compiled", "another"]
-    assert {(work.threads, work.repeats) for _, work in asked} == {(2, 33)}
+    calls, copy = measured(), altered(add)
+    assert [row["name"] for row in results_of(copy, tmp_path)["rows"]][2:] == ["executorch", "another"]
+    calls.clear()
+    results = results_of(copy, tmp_path, "--variant", "another", "--threads", "2", "--repeats", "33")
+    assert [row["name"] for row in results["rows"]] == ["torch eager", "torch compiled", "another"]
+    assert {(run.threads, run.repeats) for _, run in calls} == {(2, 33)}
 
 
-def test_core_ml_is_a_line_without_figures_elsewhere(altered, measured, monkeypatch, tmp_path, capsys):
+def test_core_ml_has_no_figures_elsewhere(altered, measured, monkeypatch, tmp_path, capsys):
     def lower(manifest):
         manifest["variants"]["coreml"] = manifest["variants"]["executorch"] | {"runtime": "Core ML"}
 
     copy = altered(lower)
-    monkeypatch.setattr(benchmark.sys, "platform", "linux")
+    monkeypatch.setattr(bundle_benchmark.sys, "platform", "linux")
     measured()
-    row = told_by(copy, tmp_path)["rows"][-1]
+    row = results_of(copy, tmp_path)["rows"][-1]
     assert (row["name"], row["modules"]) == ("coreml", {})
     assert "coreml: not executed here: Core ML runs on Apple's systems only" in capsys.readouterr().out
 
@@ -184,44 +184,44 @@ def test_core_ml_is_a_line_without_figures_elsewhere(altered, measured, monkeypa
 def test_without_its_model_the_programs_are_measured_alone(altered, measured, tmp_path, capsys):
     copy = altered(lambda manifest: manifest["identity"]["parents"]["model"].update(source="run:gone/raw"))
     measured()
-    told = told_by(copy, tmp_path)
-    assert [list(row["modules"]) for row in told["rows"]] == [[], [], list(MODULES)]
+    results = results_of(copy, tmp_path)
+    assert [list(row["modules"]) for row in results["rows"]] == [[], [], list(MODULES)]
     assert f"not run: the bundle's model {tmp_path}/gone/raw: there is no model" in capsys.readouterr().out
 
 
 def test_a_model_in_the_run_lies_beside_the_bundle(altered, measured, mobile_model, tmp_path):
     shutil.copytree(mobile_model, tmp_path / "student")
     copy = altered(lambda manifest: manifest["identity"]["parents"]["model"].update(source="run:student"))
-    asked = measured()
-    assert told_by(copy, tmp_path)["rows"][0]["notes"] == []
-    assert asked[0][0].model == str(tmp_path / "student")
+    calls = measured()
+    assert results_of(copy, tmp_path)["rows"][0]["notes"] == []
+    assert calls[0][0].model == str(tmp_path / "student")
 
 
-def test_other_weights_are_told(folder, measured, tmp_path):
+def test_other_weights_are_noted(folder, measured, tmp_path):
     from snapfusion.models.save import save
 
     other = tmp_path / "other"
     save(tiny_bundle(seed=1), other)
     measured()
-    rows = told_by(folder, tmp_path, "--model", str(other))["rows"]
+    rows = results_of(folder, tmp_path, "--model", str(other))["rows"]
     assert rows[0]["notes"] == [f"not the bundle's weights: the model {other}"]
     assert rows[2]["notes"] == []
 
 
-def test_a_process_that_is_killed_leaves_a_hole(folder, measured, tmp_path, capsys):
-    def answer(runtime, work):
-        return FootprintError("its process did not finish") if work.module == "unet" else figures()
+def test_a_killed_process_leaves_a_gap(folder, measured, tmp_path, capsys):
+    def answer(runtime, run):
+        return FootprintError("its process did not finish") if run.module == "unet" else figures()
 
     measured(answer)
-    row = told_by(folder, tmp_path)["rows"][0]
+    row = results_of(folder, tmp_path)["rows"][0]
     assert (list(row["modules"]), row["overall_s"]) == (["text_encoder", "decoder"], None)
     assert "torch eager: unet: its process did not finish" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
-        (["--repeats", "19"], "--repeats 19: at least 20 is accepted"),
+        (["--repeats", "19"], "--repeats 19: at least 20"),
         (["--repeats", "many"], "--repeats: invalid int value"),
         (["--threads", "0"], "--threads 0: at least 1 is accepted"),
         (["--variant", "executorch", "int4"], "--variant int4: the bundle has executorch"),
@@ -232,15 +232,15 @@ def test_a_process_that_is_killed_leaves_a_hole(folder, measured, tmp_path, caps
         (["--device", "cuda"], "unrecognized arguments: --device"),
     ],
 )
-def test_a_mistake_is_one_line_with_the_options_name(folder, measured, capsys, options, told):
-    asked = measured()
+def test_a_wrong_option_is_one_line(folder, measured, capsys, options, message):
+    calls = measured()
     assert benchmark.main([str(folder), *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"benchmark: {told}")
-    assert asked == []
+    assert line.startswith(f"benchmark: {message}")
+    assert calls == []
 
 
-def test_what_is_no_bundle_is_refused(tmp_path, capsys):
+def test_a_folder_without_manifest_is_refused(tmp_path, capsys):
     assert benchmark.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
         f"benchmark: BUNDLE {tmp_path} has no manifest.json: it is not a mobile bundle\n"
@@ -250,19 +250,17 @@ def test_what_is_no_bundle_is_refused(tmp_path, capsys):
 
 
 def test_an_altered_program_is_not_run(altered, measured, capsys):
-    copy, asked = altered(lambda manifest: None), measured()
+    copy, calls = altered(lambda manifest: None), measured()
     program = copy / "executorch" / "unet.pte"
     data = bytearray(program.read_bytes())
     data[-1] ^= 1
     program.write_bytes(data)
     assert benchmark.main([str(copy)]) == 2
     assert "executorch/unet.pte was altered" in capsys.readouterr().err
-    assert asked == []
+    assert calls == []
 
 
-def test_figures_that_cannot_be_written_are_shown_and_leave_no_file(
-    folder, measured, tmp_path, capsys, monkeypatch
-):
+def test_unwritable_results_are_still_shown(folder, measured, tmp_path, capsys, monkeypatch):
     import pipelines.storage.objects
 
     def full(url, data):
@@ -270,8 +268,8 @@ def test_figures_that_cannot_be_written_are_shown_and_leave_no_file(
 
     measured()
     monkeypatch.setattr(pipelines.storage.objects, "replace_object", full)
-    assert benchmark.main([str(folder), "--json", str(tmp_path / "told.json")]) == 2
-    said = capsys.readouterr()
-    assert "Latency, median" in said.out
-    assert said.err.startswith("benchmark: --json ")
+    assert benchmark.main([str(folder), "--json", str(tmp_path / "results.json")]) == 2
+    printed = capsys.readouterr()
+    assert "Latency, median" in printed.out
+    assert printed.err.startswith("benchmark: --json ")
     assert list(tmp_path.iterdir()) == []

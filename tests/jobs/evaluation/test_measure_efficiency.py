@@ -1,4 +1,4 @@
-"""The efficiency job: Table 3's UNet and the half-width decoder beside the model's own, measured once."""
+"""Tests of the efficiency job."""
 
 import json
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from jobs import measure_efficiency as job
-from jobs.evaluation import memory as footprint
-from jobs.evaluation.efficiency import PAPER_RATIOS
+from jobs.evaluation import memory
+from jobs.evaluation.efficiency import PAPER_RATIOS, summary
 from snapfusion.models.architecture import efficient_architecture
 from snapfusion.models.cost import costs_of
 from snapfusion.models.decoder import HalfDecoder
@@ -29,12 +29,12 @@ def made(tmp_path_factory):
     return out
 
 
-def told(out, name="torch-float32-cpu"):
+def record_of(out, name="torch-float32-cpu"):
     return json.loads((out / "efficiency" / f"{name}.json").read_text())
 
 
 def test_both_unets_are_measured_and_counted(made):
-    found, origin = told(made), architecture_of(load("mini").unet)
+    found, origin = record_of(made), architecture_of(load("mini").unet)
     assert (found["recipe"], found["model"], found["tokens"]) == ("mini", "mini", 24)
     assert found["setting"]["runtime"] == "torch"
     assert {"torch", "snapfusion-ray"} <= set(found["versions"])
@@ -50,17 +50,17 @@ def test_both_unets_are_measured_and_counted(made):
 
 
 def test_memory_is_that_of_the_unet_alone(made):
-    for unet in told(made)["unets"].values():
-        memory, weights_mb = unet["memory"], 4 * unet["parameters"] / 1e6
-        assert memory["at_rest_mb"] - memory["before_mb"] > 0.9 * weights_mb
-        assert memory["highest_mb"] > memory["at_rest_mb"]
-        assert memory["unet_mb"] == pytest.approx(memory["highest_mb"] - memory["before_mb"])
+    for unet in record_of(made)["unets"].values():
+        used, weights_mb = unet["memory"], 4 * unet["parameters"] / 1e6
+        assert used["at_rest_mb"] - used["before_mb"] > 0.9 * weights_mb
+        assert used["highest_mb"] > used["at_rest_mb"]
+        assert used["unet_mb"] == pytest.approx(used["highest_mb"] - used["before_mb"])
         # Python and its libraries take more than that, and are no part of it.
-        assert weights_mb < memory["unet_mb"] < memory["before_mb"] / 2
+        assert weights_mb < used["unet_mb"] < used["before_mb"] / 2
 
 
 def test_the_half_width_decoder_stands_beside_the_original(made):
-    decoders, vae = told(made)["decoders"], load("mini").vae
+    decoders, vae = record_of(made)["decoders"], load("mini").vae
     assert decoders["half-width"]["parameters"] == HalfDecoder.from_vae(vae).num_parameters
     # The encoder's half of the VAE is not counted.
     full = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
@@ -69,7 +69,7 @@ def test_the_half_width_decoder_stands_beside_the_original(made):
 
 
 def test_ratios_are_of_what_was_measured(made):
-    found = told(made)
+    found = record_of(made)
     (origin, efficient), ratios = found["unets"].values(), found["ratios"]
     assert set(ratios) == {*PAPER_RATIOS, "macs"}
     assert ratios["step"] == pytest.approx(origin["step"]["median_ms"] / efficient["step"]["median_ms"])
@@ -81,7 +81,7 @@ def test_ratios_are_of_what_was_measured(made):
 
 
 def test_the_table_has_the_papers_figures_beside(made):
-    head, *rows, note = job.summary(told(made))
+    head, *rows, note = summary(record_of(made))
     assert head.split() == ["original", "efficient", "times", "less", "the", "paper"]
     last = {row.rpartition("  ")[0].strip().split("  ")[0]: row.split()[-1] for row in rows}
     assert last["a step, ms"] == "1.95"
@@ -93,29 +93,31 @@ def test_the_table_has_the_papers_figures_beside(made):
 
 def test_in_bfloat16_and_without_the_loops(tmp_path):
     options = ["efficiency.turns=2", "efficiency.loop=false", "efficiency.precision=bfloat16"]
-    asked = [word for one in options for word in ("--set", one)]
-    assert job.main(["--out", str(tmp_path), *asked]) == 0
-    for unet in told(tmp_path, "torch-bfloat16-cpu")["unets"].values():
+    assignments = [word for assignment in options for word in ("--set", assignment)]
+    assert job.main(["--out", str(tmp_path), *assignments]) == 0
+    for unet in record_of(tmp_path, "torch-bfloat16-cpu")["unets"].values():
         assert unet["loop"]["executed"] is False
         assert unet["loop"]["ms"] == pytest.approx(unet["loop"]["steps"] * unet["step"]["median_ms"])
 
 
-def test_what_is_measured_is_not_measured_again(made, capsys, monkeypatch):
+def test_an_existing_measurement_is_kept(made, capsys, monkeypatch):
     monkeypatch.setattr(job, "measure_efficiency", lambda *_, **__: pytest.fail("measured again"))
     assert job.main(["--out", str(made)]) == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
 
 
 def test_a_dry_run_says_what_would_be_measured(tmp_path, capsys):
     assert job.main(["--dry-run", "--out", str(tmp_path), "--recipe", "sd15"]) == 0
-    said = capsys.readouterr().out
-    assert "20 turns of a step of stable-diffusion-v1-5/stable-diffusion-v1-5's UNet and of Table 3's" in said
-    assert "execute 50 steps of one, 8 of the other" in said
-    assert "efficiency/torch-float32-cuda.json (which is not there yet)" in said
+    printed = capsys.readouterr().out
+    assert (
+        "20 turns of a step of stable-diffusion-v1-5/stable-diffusion-v1-5's UNet and of Table 3's" in printed
+    )
+    assert "execute 50 steps of one, 8 of the other" in printed
+    assert "efficiency/torch-float32-cuda.json (does not exist yet)" in printed
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "printed"),
     [
         (
             ["efficiency.runtime=executorch-xnnpack", "efficiency.precision=bfloat16"],
@@ -130,22 +132,22 @@ def test_a_dry_run_says_what_would_be_measured(tmp_path, capsys):
         ),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(options, said, tmp_path, capsys):
-    asked = [word for one in options for word in ("--set", one)]
-    assert job.main(["--out", str(tmp_path), *asked]) == 2
+def test_what_cannot_be_measured_is_one_line(options, printed, tmp_path, capsys):
+    assignments = [word for assignment in options for word in ("--set", assignment)]
+    assert job.main(["--out", str(tmp_path), *assignments]) == 2
     errors = capsys.readouterr().err.strip()
-    assert said in errors
+    assert printed in errors
     assert "\n" not in errors
 
 
-def test_a_unet_that_table_3_does_not_fit_is_refused(tiny_teacher, tmp_path, capsys):
+def test_a_unet_of_too_few_levels_is_refused(tiny_teacher, tmp_path, capsys):
     assert job.main(["--out", str(tmp_path), "--set", f"model={tiny_teacher}"]) == 2
     assert "Table 3 has at least three levels of channels; this UNet has 2" in capsys.readouterr().err
 
 
-def test_a_process_that_does_not_finish_is_told_of(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(footprint, "_TIMEOUT_SECONDS", 0.01)
+def test_a_process_that_does_not_finish_is_reported(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "_TIMEOUT_SECONDS", 0.01)
     assert job.main(["--out", str(tmp_path)]) == 1
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "a process with one UNet alone did not finish (timed_out: 1 tries of 0.01 s)" in said
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "a process with one UNet did not finish (timed_out: 1 tries of 0.01 s)" in printed
     assert not (tmp_path / "efficiency").exists()

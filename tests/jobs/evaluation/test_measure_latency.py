@@ -1,4 +1,4 @@
-"""The latency job: a table that is measured once, and what it says of whole UNets."""
+"""Tests of the latency job."""
 
 import json
 
@@ -36,15 +36,15 @@ def made(tmp_path_factory):
     return out
 
 
-def told(out):
+def record_of(out):
     return json.loads((out / "latency" / "torch-float32-cpu.json").read_text())
 
 
 def test_a_table_opens_by_itself_and_predicts(made, origin):
-    table = LatencyTable.parse(told(made)["table"])
+    table = LatencyTable.parse(record_of(made)["table"])
     table.check_setup(setting_of(LatencySettings()))
     for name, architecture in architectures_of(origin).items():
-        unet = told(made)["unets"][name]
+        unet = record_of(made)["unets"][name]
         assert unet["predicted_ms"] == pytest.approx(table.predict_ms(architecture))
         assert unet["error"] == pytest.approx(unet["predicted_ms"] / unet["measured"]["median_ms"] - 1.0)
         # At this size what stands between the parts counts too, and the machine may be busy.
@@ -55,36 +55,36 @@ def test_a_table_opens_by_itself_and_predicts(made, origin):
     assert set(architectures_of(origin)) == {"origin", "table-3"}
 
 
-def test_every_smaller_unet_can_be_asked_for(made, origin):
-    table = LatencyTable.parse(told(made)["table"])
+def test_the_table_predicts_every_smaller_unet(made, origin):
+    table = LatencyTable.parse(record_of(made)["table"])
     rest = efficient_architecture(origin)
     for block in rest.blocks:
         rest = rest.without(block.name)
     assert 0.0 < table.predict_ms(rest) < table.predict_ms(efficient_architecture(origin))
 
 
-def test_what_is_measured_is_not_measured_again(made, capsys, monkeypatch):
+def test_an_existing_table_is_kept(made, capsys, monkeypatch):
     monkeypatch.setattr(job, "measure_latency", lambda *_, **__: pytest.fail("measured again"))
     assert job.main(["--out", str(made)]) == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
 
 
 def test_a_dry_run_says_what_would_be_measured(tmp_path, capsys):
     assert job.main(["--dry-run", "--out", str(tmp_path), "--recipe", "sd15"]) == 0
-    said = capsys.readouterr().out
-    assert "20 turns of each part of stable-diffusion-v1-5/stable-diffusion-v1-5's UNet" in said
-    assert "latency/torch-float16-cuda.json (which is not there yet)" in said
+    printed = capsys.readouterr().out
+    assert "20 turns of each part of stable-diffusion-v1-5/stable-diffusion-v1-5's UNet" in printed
+    assert "latency/torch-float16-cuda.json (does not exist yet)" in printed
 
 
-def test_a_runtime_that_cannot_is_one_line(tmp_path, capsys):
-    asked = ["latency.runtime=executorch-xnnpack", "latency.precision=float16"]
-    options = [word for one in asked for word in ("--set", one)]
+def test_an_unsupported_precision_is_one_line(tmp_path, capsys):
+    assignments = ["latency.runtime=executorch-xnnpack", "latency.precision=float16"]
+    options = [word for assignment in assignments for word in ("--set", assignment)]
     assert job.main(["--out", str(tmp_path), *options]) == 2
     assert "runs here in float32 on the CPU, not in float16 on cpu" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
-def test_a_device_that_is_not_here_is_one_line(tmp_path, capsys):
+def test_a_missing_device_is_one_line(tmp_path, capsys):
     assert job.main(["--out", str(tmp_path), "--set", "latency.device=cuda"]) == 2
     assert "the device is cuda, of which torch finds none here; cpu is accepted" in capsys.readouterr().err
 
@@ -97,11 +97,11 @@ def test_fig_2_is_drawn_beside_the_table(made):
             assert words in text
 
 
-def test_what_the_blocks_take_is_read_from_the_file(made, origin):
-    found = breakdown_of(told(made))
+def test_the_breakdown_is_read_from_the_file(made, origin):
+    found = breakdown_of(record_of(made))
     assert found.how == "torch, float32, 1 thread"
     assert [unet.name for unet in found.unets] == ["origin", "table-3"]
-    assert found.unets[0].parameters == told(made)["unets"]["origin"]["parameters"]
+    assert found.unets[0].parameters == record_of(made)["unets"]["origin"]["parameters"]
     assert found.rows == tuple(block_count_table(origin, efficient_architecture(origin)))
     latency, parameters = found.charts
     assert list(latency.categories) == ["Down-1", "Down-2", "Mid", "Up-1", "Up-2"]
@@ -111,7 +111,7 @@ def test_what_the_blocks_take_is_read_from_the_file(made, origin):
     assert of["cross-attention, origin"].faint
     assert not of["cross-attention, table-3"].faint
     assert {bars.color for bars in latency.bars} == {1, 2}
-    only = {**told(made), "unets": {"origin": told(made)["unets"]["origin"]}}
+    only = {**record_of(made), "unets": {"origin": record_of(made)["unets"]["origin"]}}
     assert [bars.faint for bars in breakdown_of(only).charts[0].bars] == [False, False]
 
 

@@ -24,7 +24,7 @@ def _threads():
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """A copy of the bundled model, at a place of this machine."""
+    """A copy of the bundled model, by a path of this machine."""
     folder = tmp_path_factory.mktemp("models") / "copy"
     shutil.copytree(BUNDLED["mini-v"], folder)
     return folder
@@ -37,7 +37,7 @@ def measured(tmp_path_factory, elsewhere):
     return folder
 
 
-def test_a_model_held_against_itself_loses_the_same(measured):
+def test_a_model_compared_with_itself_loses_the_same(measured):
     summary = json.loads((measured / "robustness.json").read_text())["summary"]
     for figure in ("attributes", "detail"):
         lost = summary[figure]["lost_on_average"]
@@ -49,19 +49,19 @@ def test_a_model_held_against_itself_loses_the_same(measured):
     assert summary["detail"]["lost"]["resnet up"]["ratio"] == [1, 1, 1]
 
 
-def test_files_tell_weights_and_no_places(measured, elsewhere):
+def test_files_have_hashes_and_no_paths(measured, elsewhere):
     text = (measured / "robustness.json").read_text()
-    told = json.loads(text)
+    record = json.loads(text)
     fingerprint = load("mini-v").fingerprint()
-    assert told["identity"]["models"] == {"plain": fingerprint, "robust": fingerprint}
-    assert told["models"] == {"plain": f"UNet {fingerprint['unet'][:12]}", "robust": "mini-v"}
+    assert record["identity"]["models"] == {"plain": fingerprint, "robust": fingerprint}
+    assert record["models"] == {"plain": f"UNet {fingerprint['unet'][:12]}", "robust": "mini-v"}
     page = (measured / "robustness.html").read_text()
     for shown in (text, page):
         assert str(elsewhere.parent) not in shown
         assert str(measured) not in shown
 
 
-def test_pictures_are_those_of_both_models_and_all_groups(measured):
+def test_images_of_both_models_and_all_groups(measured):
     with Image.open(measured / "robustness.png") as sheet:
         assert sheet.width > 8 * 96
     page = (measured / "robustness.html").read_text()
@@ -73,41 +73,41 @@ def test_pictures_are_those_of_both_models_and_all_groups(measured):
 def test_a_second_run_measures_nothing_and_leaves_the_same(measured, capsys):
     names = ("robustness.json", "robustness.html", "robustness.png")
     before = {name: (measured / name).read_bytes() for name in names}
-    # From another place, which is no part of what was measured.
+    # From another path, which is no part of the identity.
     assert measure_robustness.main(["mini-v", "mini-v", "--out", str(measured), *FEW]) == 0
-    said = capsys.readouterr().out
-    assert "parts" not in said
-    assert "mean over groups" in said
+    printed = capsys.readouterr().out
+    assert "parts" not in printed
+    assert "mean over groups" in printed
     after = json.loads((measured / "robustness.json").read_text())
     assert after["figures"] == json.loads(before["robustness.json"])["figures"]
     assert (measured / "robustness.png").read_bytes() == before["robustness.png"]
 
 
-def test_a_run_that_was_stopped_goes_on(measured, tmp_path, capsys):
-    told = json.loads((measured / "robustness.json").read_text())
-    whole = dict(told["figures"])
-    del told["figures"]["robust 0 resnet up"], told["summary"], told["models"]
-    (tmp_path / "robustness.json").write_text(json.dumps(told))
+def test_a_stopped_run_resumes(measured, tmp_path, capsys):
+    record = json.loads((measured / "robustness.json").read_text())
+    whole = dict(record["figures"])
+    del record["figures"]["robust 0 resnet up"], record["summary"], record["models"]
+    (tmp_path / "robustness.json").write_text(json.dumps(record))
     assert measure_robustness.main(["mini-v", "mini-v", "--out", str(tmp_path), *FEW]) == 0
     assert capsys.readouterr().out.count("14 of 14 parts") == 1
     assert json.loads((tmp_path / "robustness.json").read_text())["figures"] == whole
 
 
-def test_figures_of_another_request_are_not_mixed_in(measured, capsys):
+def test_results_of_other_settings_are_refused(measured, capsys):
     refused = ["mini-v", "mini-v", "--out", str(measured), *FEW, "--set", "steps=2"]
     assert measure_robustness.main(refused) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "settings.steps is 1 there, 2 here" in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "settings.steps is 1 there, 2 here" in printed
 
 
 def refused(arguments, tmp_path, capsys) -> str:
     out = tmp_path / "run"
     assert measure_robustness.main([*arguments, "--out", str(out)]) == 2
     assert not out.exists()
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    return printed
 
 
 @pytest.mark.parametrize(
@@ -128,5 +128,5 @@ def test_a_model_of_other_blocks_is_one_line_and_exit_code_2(tmp_path, capsys):
     inherit_weights(unet, bundle.unet)
     bundle.unet = unet
     save(bundle, tmp_path / "evolved")
-    said = refused(["mini-v", str(tmp_path / "evolved")], tmp_path, capsys)
-    assert "plain has the block mid_block.attentions.0, robust has not" in said
+    printed = refused(["mini-v", str(tmp_path / "evolved")], tmp_path, capsys)
+    assert "plain has the block mid_block.attentions.0, robust has not" in printed

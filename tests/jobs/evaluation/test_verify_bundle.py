@@ -1,4 +1,4 @@
-"""A bundle can be checked, and drawn with, wherever it lies; whatever was done to it is said."""
+"""A bundle can be checked, and drawn with, wherever it lies; whatever was done to it is message."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ def copied(mobile_bundle, tmp_path):
 
 
 def refused(folder, capsys):
-    """The one line that is said of the bundle, which must be refused."""
+    """The one line that is message of the bundle, which must be refused."""
     assert verify_bundle.main([str(folder)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("verify_bundle: ")
@@ -31,7 +31,7 @@ def refused(folder, capsys):
 
 
 def rehash(folder, name):
-    """Let the manifest say of a changed file what it says of a sound one."""
+    """Record the size and hash of a changed file in the manifest."""
     manifest = json.loads((folder / "manifest.json").read_text())
     data = (folder / name).read_bytes()
     manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -40,15 +40,15 @@ def rehash(folder, name):
 
 def test_a_sound_bundle_is_checked_part_by_part(mobile_bundle, capsys):
     assert command.main(["verify-bundle", str(mobile_bundle)]) == 0
-    said = capsys.readouterr().out
-    assert "as the manifest says" in said
-    assert "3 steps land where they should" in said
-    assert "3 captions have the ids they should have" in said
+    message = capsys.readouterr().out
+    assert "as in the manifest" in message
+    assert "3 steps land where they should" in message
+    assert "3 captions have the ids they should have" in message
     for variant in ("executorch", "executorch-int8"):
         for part in ("/text_encoder: ", "/unet: ", "/decoder: ", ", the image: "):
-            assert f"  {variant}{part}" in said
+            assert f"  {variant}{part}" in message
     if sys.platform != "darwin":
-        assert "coreml: not executed, Core ML is not here" in said
+        assert "coreml: not executed, Core ML is not available here" in message
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_missing_and_an_added_file_are_named(copied, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('{"format": 1}', "of format 1; format 2 is accepted"),
         ("{}", "of format None; format 2 is accepted"),
@@ -79,16 +79,16 @@ def test_a_missing_and_an_added_file_are_named(copied, capsys):
         ("{", "is not JSON"),
     ],
 )
-def test_a_bundle_of_another_version_is_refused(text, said, copied, capsys):
+def test_a_bundle_of_another_version_is_refused(text, message, copied, capsys):
     (copied / "manifest.json").write_text(text)
-    assert said in refused(copied, capsys)
+    assert message in refused(copied, capsys)
 
 
-def test_what_is_no_bundle_is_refused(tmp_path, capsys):
+def test_a_folder_without_bundle_is_refused(tmp_path, capsys):
     assert "has no manifest.json: it is not a mobile bundle" in refused(tmp_path, capsys)
 
 
-def test_a_coefficient_that_was_changed_with_its_hash_is_found(copied, capsys):
+def test_a_changed_coefficient_is_found(copied, capsys):
     values = json.loads((copied / "sampler.json").read_text())
     values["steps"][1]["from_output"] *= 1.001
     (copied / "sampler.json").write_text(json.dumps(values))
@@ -96,7 +96,7 @@ def test_a_coefficient_that_was_changed_with_its_hash_is_found(copied, capsys):
     assert "step 1 (t = 666): from_output is" in refused(copied, capsys)
 
 
-def test_a_sound_sampler_of_another_prediction_is_found_by_the_vectors(copied, capsys):
+def test_a_sampler_of_another_prediction_is_found(copied, capsys):
     values = json.loads((copied / "sampler.json").read_text())
     for step in values["steps"]:
         step["from_z"] = step["alpha_next"] / step["alpha"]
@@ -106,14 +106,14 @@ def test_a_sound_sampler_of_another_prediction_is_found_by_the_vectors(copied, c
     assert "of the largest value away from the test vectors" in refused(copied, capsys)
 
 
-def test_vectors_that_do_not_follow_from_each_other_are_found(copied, capsys):
+def test_inconsistent_vectors_are_found(copied, capsys):
     outputs = np.fromfile(copied / "vectors/output-0.f32", "<f4")
     (outputs + 1.0).tofile(copied / "vectors/output-0.f32")
     rehash(copied, "vectors/output-0.f32")
     assert "step 0 (t = 999) lands" in refused(copied, capsys)
 
 
-def test_a_program_of_other_weights_with_its_hash_is_found(copied, capsys):
+def test_a_program_of_other_weights_is_found(copied, capsys):
     from snapfusion.export.executorch import compile_executorch
     from snapfusion.export.modules import unet_module
 
@@ -125,61 +125,61 @@ def test_a_program_of_other_weights_with_its_hash_is_found(copied, capsys):
 
 def test_a_tokenizer_of_another_model_is_found(copied, capsys):
     path = copied / "tokenizer/tokenizer.json"
-    told = json.loads(path.read_text())
-    vocab = told["model"]["vocab"]
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
     vocab["r"], vocab["e"] = vocab["e"], vocab["r"]
     vocab["red</w>"], vocab["d</w>"] = vocab["d</w>"], vocab["red</w>"]
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(tokenizer))
     rehash(copied, "tokenizer/tokenizer.json")
     assert "tokenizer gives other ids than the test vectors for 'red'" in refused(copied, capsys)
 
 
-# --- drawing
+# --- generating
 
 
-def test_a_bundle_draws_what_the_model_draws(mobile_bundle, mobile_model, tmp_path, capsys):
-    place = tmp_path / "picture.png"
-    options = ["a red thing", "--bundle", str(mobile_bundle), "--seed", "5", "-n", "2", "--out", str(place)]
+def test_a_bundle_generates_what_the_model_generates(mobile_bundle, mobile_model, tmp_path, capsys):
+    path = tmp_path / "picture.png"
+    options = ["a red thing", "--bundle", str(mobile_bundle), "--seed", "5", "-n", "2", "--out", str(path)]
     assert command.main(["generate", *options]) == 0
-    said = capsys.readouterr()
-    assert "3 steps of executorch" in said.out
-    assert "6/6" in said.err  # the progress bar
-    wanted = generate_images(load(mobile_model), ["a red thing"], steps=3, guidance=2.0, seed=5, count=2)
-    drawn = np.asarray(Image.open(place))[::16, ::16].astype(int)
-    assert np.abs(drawn - np.concatenate(wanted, axis=1).astype(int)).max() <= 1
+    message = capsys.readouterr()
+    assert "3 steps of executorch" in message.out
+    assert "6/6" in message.err  # the progress bar
+    expected = generate_images(load(mobile_model), ["a red thing"], steps=3, guidance=2.0, seed=5, count=2)
+    generated = np.asarray(Image.open(path))[::16, ::16].astype(int)
+    assert np.abs(generated - np.concatenate(expected, axis=1).astype(int)).max() <= 1
 
 
-def test_a_bundle_draws_without_the_model_and_without_torch_models(mobile_bundle, tmp_path):
+def test_a_bundle_needs_no_model(mobile_bundle, tmp_path):
     """Nothing of the model's folder is read, and no diffusers network is built."""
-    place = tmp_path / "alone.png"
+    path = tmp_path / "alone.png"
     code = (
         "import sys; from unittest import mock; import snapfusion.models.load as load;"
         "load.load = lambda *_, **__: sys.exit('the model was loaded');"
         "from jobs import generate; sys.exit(generate.main(sys.argv[1:]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "red", "--bundle", str(mobile_bundle), "--out", str(place)],
+        [sys.executable, "-c", code, "red", "--bundle", str(mobile_bundle), "--out", str(path)],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert place.exists()
+    assert path.exists()
 
 
-def test_guidance_changes_what_a_bundle_draws(mobile_bundle, tmp_path):
+def test_guidance_changes_the_image(mobile_bundle, tmp_path):
     pictures = []
     for w in ("1.0", "6.0"):
-        place = tmp_path / f"{w}.png"
+        path = tmp_path / f"{w}.png"
         assert (
-            generate.main(["red", "--bundle", str(mobile_bundle), "--guidance", w, "--out", str(place)]) == 0
+            generate.main(["red", "--bundle", str(mobile_bundle), "--guidance", w, "--out", str(path)]) == 0
         )
-        pictures.append(np.asarray(Image.open(place)))
+        pictures.append(np.asarray(Image.open(path)))
     assert (pictures[0] != pictures[1]).any()
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--variant", "coreml"], "has no ExecuTorch programs called coreml"),
         (
@@ -192,14 +192,14 @@ def test_guidance_changes_what_a_bundle_draws(mobile_bundle, tmp_path):
         (["--out", "/dev/null/x.png"], "--out /dev/null/x.png: "),
     ],
 )
-def test_a_mistake_is_one_line(options, said, mobile_bundle, capsys):
+def test_a_mistake_is_one_line(options, message, mobile_bundle, capsys):
     assert generate.main(["red", "--bundle", str(mobile_bundle), *options]) == 2
     err = capsys.readouterr().err
-    assert said in err
+    assert message in err
     assert "Traceback" not in err
 
 
-def test_a_damaged_bundle_draws_nothing(copied, tmp_path, capsys):
+def test_a_damaged_bundle_generates_nothing(copied, tmp_path, capsys):
     (copied / "executorch/unet.pte").write_bytes(b"nothing")
     options = ["red", "--bundle", str(copied), "--out", str(tmp_path / "p.png")]
     assert generate.main(options) == 2
@@ -212,7 +212,7 @@ def test_a_variant_without_a_bundle_is_refused(capsys):
     assert "--variant executorch: only a --bundle has variants" in capsys.readouterr().err
 
 
-def test_vectors_tell_the_whole_walk(mobile_bundle):
+def test_vectors_hold_the_whole_trajectory(mobile_bundle):
     bundle = open_bundle(mobile_bundle)
     vectors = bundle.vectors
     assert vectors.steps == 3

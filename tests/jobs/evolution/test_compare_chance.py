@@ -1,4 +1,4 @@
-"""The evolved architecture beside others of its latency: which are drawn, and that all are treated alike."""
+"""Tests of the random baseline of an evolved architecture."""
 
 import json
 
@@ -48,28 +48,28 @@ def comparison(out, *, settings=SETTINGS, latents=""):
     )
 
 
-def test_chance_draws_architectures_of_the_evolved_ones_time(tmp_path):
+def test_random_architectures_have_the_evolved_latency(tmp_path):
     found = comparison(tmp_path, settings=SETTINGS.model_copy(update={"count": 5})).architectures()
     assert list(found) == ["evolved", *(f"chance-{number}" for number in range(5))]
     assert found["evolved"] == EVOLVED
-    wanted = TABLE.predict_ms(EVOLVED)
+    latency_ms = TABLE.predict_ms(EVOLVED)
     for architecture in found.values():
-        assert TABLE.predict_ms(architecture) == pytest.approx(wanted, rel=SETTINGS.slack)
+        assert TABLE.predict_ms(architecture) == pytest.approx(latency_ms, rel=SETTINGS.slack)
     assert len({one.digest() for one in found.values()}) == 6
 
 
 @pytest.fixture(scope="module")
 def compared(ray_cluster, tmp_path_factory):
     out = tmp_path_factory.mktemp("chance")
-    told = comparison(out, latents=encode_scenes(out)).compare(
+    results = comparison(out, latents=encode_scenes(out)).compare(
         start=lambda name, parents: ({}, None), run=in_process, on_report=lambda figures: None
     )
-    return out, told
+    return out, results
 
 
-def test_all_are_trained_from_the_same_weights_judged_and_timed(compared):
-    out, told = compared
-    for name, one in told["architectures"].items():
+def test_all_start_from_the_same_weights(compared):
+    out, results = compared
+    for name, one in results["architectures"].items():
         trained = load(str(out / "trained" / name))
         assert architecture_of(trained.unet).to_values() == one["architecture"]
         assert trained.fingerprint()["vae"] == load("mini-v").fingerprint()["vae"]
@@ -77,15 +77,15 @@ def test_all_are_trained_from_the_same_weights_judged_and_timed(compared):
         assert one["points"][0]["w"] == 2.0
     weights = {
         name: json.loads((out / "first" / name / "made_of.json").read_text())["weights"]
-        for name in told["architectures"]
+        for name in results["architectures"]
     }
     assert weights["evolved"] == weights["chance-0"] == load("mini-v").fingerprint()
 
 
-def test_a_reading_holds_the_evolved_one_against_the_median_of_the_others(compared):
-    _, told = compared
-    (reading,) = told["readings"]
-    points = {name: one["points"][0] for name, one in told["architectures"].items()}
+def test_a_reading_compares_with_the_median(compared):
+    _, results = compared
+    (reading,) = results["readings"]
+    points = {name: one["points"][0] for name, one in results["architectures"].items()}
     assert reading["clip"]["evolved"] == points["evolved"]["clip"][0]
     assert reading["clip"]["median"] == reading["clip"]["best"] == points["chance-0"]["clip"][0]
     # Of CLIP more is better, of FID less.
@@ -93,6 +93,6 @@ def test_a_reading_holds_the_evolved_one_against_the_median_of_the_others(compar
     assert reading["fid"]["worse"] == int(points["chance-0"]["fid"][0] > points["evolved"]["fid"][0])
 
 
-def test_a_run_without_an_evolution_is_told_so(tmp_path, capsys):
+def test_a_run_without_an_evolution_is_refused(tmp_path, capsys):
     assert job.main(["--out", str(tmp_path), "--set", "evolution.begin=mini-v"]) == 2
     assert "architecture.json is no architecture" in capsys.readouterr().err

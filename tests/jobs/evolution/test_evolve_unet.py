@@ -1,8 +1,7 @@
-"""Alg. 1 on the miniature: rounds of scoring, removing, copying and training; killed, resumed, refused."""
+"""Tests of architecture evolution on the miniature."""
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -87,10 +86,10 @@ def evolved(ray_cluster, latents, tmp_path_factory):
 
 
 def decisions(history):
-    return [told["decision"] for told in history["rounds"]]
+    return [finished["decision"] for finished in history["rounds"]]
 
 
-def test_it_removes_until_the_objective_is_met_and_stops(evolved):
+def test_it_removes_until_the_objective_is_met(evolved):
     out, history = evolved
     assert [decision["action"] for decision in decisions(history)] == ["remove", "stop"]
     assert decisions(history)[0]["before_ms"] == TABLE.predict_ms(ORIGIN)
@@ -100,7 +99,7 @@ def test_it_removes_until_the_objective_is_met_and_stops(evolved):
     assert history == json.loads((out / "history.json").read_text())
 
 
-def test_where_the_objective_is_met_it_copies_and_the_copy_gets_its_origins_weights(latents, tmp_path):
+def test_a_copied_block_has_its_originals_weights(latents, tmp_path):
     growing = SETTINGS.model_copy(update={"pace": RoundLimits(growths=1)})
     with_growth = evolution(tmp_path, latents=latents, objective_ms=1e3, settings=growing)
     over = next(iter(with_growth._rounds()))
@@ -114,7 +113,7 @@ def test_where_the_objective_is_met_it_copies_and_the_copy_gets_its_origins_weig
         assert torch.equal(copied[key], tensor)
 
 
-def test_the_blocks_that_go_are_those_that_lose_least_clip_a_millisecond(evolved):
+def test_blocks_of_least_clip_per_millisecond_are_removed(evolved):
     first = evolved[1]["rounds"][0]
     values = {score["block"]: score["delta_clip"][0] / score["delta_ms"] for score in first["scores"]}
     assert set(values) == {block.name for block in ORIGIN.blocks}
@@ -123,7 +122,7 @@ def test_the_blocks_that_go_are_those_that_lose_least_clip_a_millisecond(evolved
     assert all(score["captions"] == CAPTIONS for score in first["scores"])
 
 
-def test_a_score_is_the_mean_loss_of_the_same_captions_and_noise(evolved):
+def test_scores_compare_equal_captions_and_noise(evolved):
     first = evolved[1]["rounds"][0]
     # By hand, without a table.
     captions = captions_of(SETTINGS.prompts)
@@ -144,7 +143,7 @@ def test_a_score_is_the_mean_loss_of_the_same_captions_and_noise(evolved):
     assert score["clip"] == pytest.approx(float(left.mean()), abs=1e-6)
 
 
-def test_each_round_trains_what_the_one_before_decided(evolved):
+def test_each_round_trains_the_decided_architecture(evolved):
     out, history = evolved
     for number, decision in enumerate(decisions(history)[:-1], start=1):
         wanted = Architecture.parse(decision["architecture"])
@@ -158,7 +157,7 @@ def test_each_round_trains_what_the_one_before_decided(evolved):
         assert trained.fingerprint()["unet"] != first.fingerprint()["unet"]
 
 
-def test_a_finished_evolution_does_nothing_again(evolved, latents):
+def test_a_finished_evolution_is_left_as_it_is(evolved, latents):
     out, history = evolved
 
     def nothing(items, stages):
@@ -178,7 +177,7 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-def test_killed_while_it_scores_it_scores_nothing_twice_and_decides_the_same(evolved, latents, tmp_path):
+def test_a_killed_round_resumes_to_the_same_decision(evolved, latents, tmp_path):
     drawn, rounds = [], []
 
     def noted(items, stages, *, until=math.inf):
@@ -213,7 +212,7 @@ def test_killed_while_it_scores_it_scores_nothing_twice_and_decides_the_same(evo
     assert rounds[0].decision.to_values() == first["decision"]
 
 
-def test_a_scorer_that_gives_no_number_stops_it_by_name(latents, tmp_path, monkeypatch):
+def test_a_score_that_is_not_finite_is_refused(latents, tmp_path, monkeypatch):
     clip = MetricNetworks.clip
 
     def poisoned(self, images, texts):
@@ -222,11 +221,11 @@ def test_a_scorer_that_gives_no_number_stops_it_by_name(latents, tmp_path, monke
         return scores
 
     monkeypatch.setattr(MetricNetworks, "clip", poisoned)
-    with pytest.raises(EvolutionError, match="gave no number for caption scene-1 with all blocks"):
+    with pytest.raises(EvolutionError, match="caption scene-1 with all blocks is not finite"):
         evolution(tmp_path, latents=latents, objective_ms=OBJECTIVE_MS).evolve()
 
 
-def test_a_block_without_which_nothing_is_drawn_has_no_score(latents, tmp_path, monkeypatch):
+def test_an_indispensable_block_has_no_score(latents, tmp_path, monkeypatch):
     draw, lost = SampleAndScore.draw, "mid_block.attentions.0"
 
     def broken(self, texts, keys, *, w):
@@ -243,7 +242,7 @@ def test_a_block_without_which_nothing_is_drawn_has_no_score(latents, tmp_path, 
     assert lost not in rounds[0].decision.blocks
 
 
-def test_a_table_of_other_shapes_or_an_objective_out_of_reach_is_refused(latents, tmp_path):
+def test_other_shapes_or_unreachable_objectives_are_refused(latents, tmp_path):
     with pytest.raises(LatencyError, match=r"frame\.tokens is 7 there, 24 here"):
         evolution(tmp_path, latents=latents, objective_ms=9.0, table=known_table(ORIGIN, tokens=7)).evolve()
     wider = known_table(ORIGIN.changed(channels=(48, 64, 64), groups=8))
@@ -253,10 +252,10 @@ def test_a_table_of_other_shapes_or_an_objective_out_of_reach_is_refused(latents
         evolution(tmp_path / "fast", latents=latents, objective_ms=1.0).evolve()
 
 
-def test_rows_that_training_could_not_use_are_refused_before_anything_is_drawn(latents, tmp_path):
+def test_unusable_latents_are_refused_before_sampling(latents, tmp_path):
     none = SETTINGS.training.model_copy(update={"loader": LoaderSettings(held_out=1e-6)})
     settings = SETTINGS.model_copy(update={"training": none})
-    with pytest.raises(TrainingError, match="of 16 rows none is held out"):
+    with pytest.raises(TrainingError, match="none of the 16 rows"):
         evolution(tmp_path, latents=latents, objective_ms=OBJECTIVE_MS, settings=settings).evolve()
 
 
@@ -264,52 +263,52 @@ def test_the_page_shows_rounds_scores_and_architectures(evolved):
     history = evolved[1]
     page = render_evolution(history, captions=(), pictures={})
     assert page.count("<svg") == 2
-    for told in history["rounds"]:
-        for block in told["decision"]["blocks"]:
+    for decision in decisions(history):
+        for block in decision["blocks"]:
             assert block in page
     assert "without any" not in page
 
 
 def options(out, *assignments):
-    return ["--out", str(out), *(word for one in assignments for word in ("--set", one))]
+    return ["--out", str(out), *(word for assignment in assignments for word in ("--set", assignment))]
 
 
-def test_what_a_user_gets_wrong_is_one_line(tmp_path, capsys):
+def test_a_wrong_setting_is_one_line(tmp_path, capsys):
     assert job.main(options(tmp_path)) == 2
     assert "--set evolution.latency_ms: it is null" in capsys.readouterr().err
     phone = tmp_path / "phone.json"
     phone.write_text(json.dumps(known_table(ORIGIN, device="iPhone 14 Pro").to_values()))
-    asked = ["evolution.latency_ms=9", f"evolution.table={phone}", 'evolution.device="iPhone 12"']
-    assert job.main(options(tmp_path, *asked)) == 2
-    said = capsys.readouterr().err
-    assert "is of device 'iPhone 14 Pro', and evolution.device asks for 'iPhone 12'" in said
-    exact = [*asked[:2], "evolution.precision=float16"]
+    assignments = ["evolution.latency_ms=9", f"evolution.table={phone}", 'evolution.device="iPhone 12"']
+    assert job.main(options(tmp_path, *assignments)) == 2
+    printed = capsys.readouterr().err
+    assert "is of device 'iPhone 14 Pro', and evolution.device is 'iPhone 12'" in printed
+    exact = [*assignments[:2], "evolution.precision=float16"]
     assert job.main(options(tmp_path, *exact)) == 2
-    said = capsys.readouterr().err
-    assert "is of precision 'float32', and evolution.precision asks for 'float16'" in said
+    printed = capsys.readouterr().err
+    assert "is of precision 'float32', and evolution.precision is 'float16'" in printed
     phone.write_text('{"parts": 3}')
-    assert job.main(options(tmp_path, *asked)) == 2
+    assert job.main(options(tmp_path, *assignments)) == 2
     assert "phone.json is no latency table" in capsys.readouterr().err
 
 
-def test_a_table_of_this_run_that_was_measured_elsewhere_is_refused(tmp_path, capsys):
-    place = Path(tmp_path) / "latency" / "torch-float32-cpu.json"
-    place.parent.mkdir()
-    place.write_text(json.dumps({"table": known_table(ORIGIN, device="another machine").to_values()}))
+def test_a_run_table_of_another_machine_is_refused(tmp_path, capsys):
+    path = tmp_path / "latency" / "torch-float32-cpu.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"table": known_table(ORIGIN, device="another machine").to_values()}))
     assert job.main(options(tmp_path, "evolution.latency_ms=9")) == 2
     assert 'device is "another machine" there' in capsys.readouterr().err
 
 
-def test_what_a_watch_reads_in_the_run_is_found_there():
+def test_validation_references_of_the_run_are_resolved():
     recipe = recipe_named("sd15")
     here = Job(verb="evolve_unet", recipe=recipe, out="s3://bucket/run")
-    placed = resolve_training(recipe.evolution.training, here)
-    assert placed.watch.references == "s3://bucket/run/evaluation/references"
-    assert placed.skip == recipe.evolution.training.skip
+    resolved = resolve_training(recipe.evolution.training, here)
+    assert resolved.validation.references == "s3://bucket/run/evaluation/references"
+    assert resolved.skip == recipe.evolution.training.skip
 
 
 def test_a_dry_run_says_what_an_action_costs(capsys):
     assert job.main(["--dry-run", "--recipe", "sd15", "--out", "nowhere"]) == 0
-    said = capsys.readouterr().out
-    assert "2,000 captions of 50 steps at guidance 7.5" in said
-    assert "so many at that pace take 2 h 30 min" in said
+    printed = capsys.readouterr().out
+    assert "2,000 captions of 50 steps at guidance 7.5" in printed
+    assert "2 h 30 min" in printed

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.ablate import ablate, preview, students_of
+from jobs.ablate import ablate, preview
+from jobs.cli.ablation import students_of
 from jobs.cli.job import Job
 from jobs.evaluation.settings import EvaluationSettings, PromptSettings
 from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant, table_name
@@ -268,15 +269,15 @@ def test_what_is_there_is_not_made_again(made, monkeypatch, capsys):
         raise AssertionError("trained or drawn again")
 
     for name in ("distill_steps", "finetune_vpred"):
-        monkeypatch.setattr(f"jobs.ablate.{name}", refuse)
+        monkeypatch.setattr(f"jobs.cli.ablation.{name}", refuse)
     before = Path(f"{made.out}/ablation/small.json").read_text()
     monkeypatch.setattr(
-        "jobs.ablate.runner", lambda cluster: lambda items, stages: iter(list(items) and refuse())
+        "jobs.cli.ablation.runner", lambda cluster: lambda items, stages: iter(list(items) and refuse())
     )
     ablate(made)
     assert Path(f"{made.out}/ablation/small.json").read_text() == before
     assert preview(made) == [
-        "small: would train 3 students (3 are there) and draw 4 lines at 3 guidance scales"
+        "small: would train 3 students (3 exist) and sample 4 lines at 3 guidance scales"
     ]
 
 

@@ -12,9 +12,9 @@ LOADER = LoaderSettings(held_out=0.3)
 TRAINER = TrainerSettings(
     num_workers=2, cpus_per_worker=0.5, micro_batch=2, checkpoint_every=2, curve_every=1
 )
-WATCH = ValidationSettings(every=2, prompts=PromptSettings(limit=6), guidance=(2.0, 1.0), pictures=3)
+VALIDATION = ValidationSettings(every=2, prompts=PromptSettings(limit=6), guidance=(2.0, 1.0), pictures=3)
 VPRED = VpredSettings(
-    loop=LOOP, loader=LOADER, trainer=TRAINER.model_copy(update={"num_workers": 1}), watch=WATCH
+    loop=LOOP, loader=LOADER, trainer=TRAINER.model_copy(update={"num_workers": 1}), validation=VALIDATION
 )
 DISTILL = DistillSettings(
     steps=StepDistillationSettings(
@@ -23,5 +23,5 @@ DISTILL = DistillSettings(
     loop=LOOP,
     loader=LOADER,
     trainer=TRAINER,
-    watch=WATCH,
+    validation=VALIDATION,
 )

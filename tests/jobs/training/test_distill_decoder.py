@@ -1,6 +1,5 @@
-"""The decoder's distillation from end to end, on a tiny teacher: made once, then left alone or refused."""
+"""Tests of the decoder distillation from end to end, with a tiny teacher."""
 
-import functools
 import json
 import os
 import shutil
@@ -9,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_bundle
+from in_process import in_process
 
 from jobs.training.decoder import assemble, distill_decoder, summary
 from jobs.training.settings import DecoderSettings, TrainerSettings
 from jobs.training.spec import TrainingError
 from pipelines.datasets.pairs import generate_pairs
 from pipelines.datasets.settings import PairsSettings
-from pipelines.loading.loader import LoaderError, count_trainable
+from pipelines.loading.loader import count_trainable
 from pipelines.loading.settings import LoaderSettings
 from pipelines.sources.captions import Caption
 from pipelines.stages.settings import Generation
@@ -37,12 +37,7 @@ def changed(**changes):
     return SETTINGS.model_copy(update=changes)
 
 
-def in_process(items, stages):
-    works = [stage.build(**stage.arguments) for stage in stages]
-    return (functools.reduce(lambda given, work: work(given), works, item) for item in items)
-
-
-def draw(url, teacher, *, images=True, draws=1):
+def make_pairs(url, teacher, *, images=True, draws=1):
     captions = [Caption(id=f"c{number}", ordinal=number, text="a red thing") for number in range(16)]
     generation = Generation(steps=1, guidance=1.0, batch_size=8, images=images)
     settings = PairsSettings(generation=generation, draws=draws, rows_per_unit=8)
@@ -53,17 +48,17 @@ def draw(url, teacher, *, images=True, draws=1):
 
 @pytest.fixture(scope="module")
 def pairs(tiny_teacher, tmp_path_factory):
-    return draw(tmp_path_factory.mktemp("run") / "pairs", tiny_teacher)
+    return make_pairs(tmp_path_factory.mktemp("run") / "pairs", tiny_teacher)
 
 
 @pytest.fixture(scope="module")
 def made(ray_cluster, pairs, tiny_teacher):
-    """A decoder that is distilled once, by the one start of Ray in this file: its folder and its metrics."""
+    """The folder, the metrics and the progress reports of a distilled decoder."""
     reports, out = [], Path(pairs.url).with_name("decoder")
     metrics = distill_decoder(
         SETTINGS,
         pairs_url=pairs.url,
-        out_url=os.path.relpath(out),  # a worker stands in another folder
+        out_url=os.path.relpath(out),  # workers have another working directory
         teacher=os.path.relpath(tiny_teacher),
         on_report=reports.append,
     )
@@ -71,7 +66,7 @@ def made(ray_cluster, pairs, tiny_teacher):
 
 
 @pytest.mark.ray
-def test_publishes_a_decoder_with_its_figures(made, pairs):
+def test_publishes_a_decoder_with_its_metrics(made, pairs):
     out, metrics, reports = made
     decoder = load_decoder(str(out))
     assert decoder.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16)
@@ -104,7 +99,7 @@ def test_a_published_decoder_is_left_as_it_is(made, pairs, tiny_teacher, tmp_pat
     shutil.copytree(pairs.url, grown)
     for sibling in ("rejects", "units"):
         shutil.copytree(f"{pairs.url}.{sibling}", f"{grown}.{sibling}")
-    draw(grown, tiny_teacher, draws=2)
+    make_pairs(grown, tiny_teacher, draws=2)
     assert open_table(str(grown)).version > pairs.version
     again = distill_decoder(SETTINGS, pairs_url=str(grown), out_url=str(out), teacher=tiny_teacher)
     assert again == metrics
@@ -119,7 +114,7 @@ def test_another_setting_is_refused_and_named(made, pairs, tiny_teacher):
     assert json.loads((out / "metrics.json").read_text()) == metrics
 
 
-def test_one_that_was_begun_with_other_settings_is_refused(pairs, tiny_teacher, tmp_path):
+def test_a_training_of_other_settings_is_refused(pairs, tiny_teacher, tmp_path):
     out = tmp_path / "decoder"
     begun = tmp_path / "decoder.training" / "begun.json"
     begun.parent.mkdir()
@@ -129,7 +124,7 @@ def test_one_that_was_begun_with_other_settings_is_refused(pairs, tiny_teacher, 
     assert not out.exists()
 
 
-def test_decoding_in_the_trainer_gives_the_images_that_pairs_store(pairs, tiny_teacher):
+def test_online_targets_equal_stored_images(pairs, tiny_teacher):
     images = {}
     for target in ("stored", "online"):
         training = next(
@@ -164,13 +159,13 @@ def test_pairs_of_another_teacher_are_refused(pairs, tmp_path):
         )
 
 
-def test_pairs_without_images_ask_for_the_online_target(tiny_teacher, tmp_path):
-    bare = draw(tmp_path / "pairs", tiny_teacher, images=False)
-    with pytest.raises(LoaderError, match="has no image"):
+def test_pairs_without_images_are_refused(tiny_teacher, tmp_path):
+    bare = make_pairs(tmp_path / "pairs", tiny_teacher, images=False)
+    with pytest.raises(TableError, match=r"decoder\.target=online"):
         distill_decoder(SETTINGS, pairs_url=bare.url, out_url=str(tmp_path / "decoder"), teacher=tiny_teacher)
 
 
-def test_a_table_without_held_out_rows_is_refused(pairs, tiny_teacher, tmp_path):
+def test_pairs_without_held_out_rows_are_refused(pairs, tiny_teacher, tmp_path):
     none = changed(loader=LoaderSettings(held_out=0.0))
-    with pytest.raises(TrainingError, match=r"none is held out .* raise loader\.held_out"):
+    with pytest.raises(TrainingError, match=r"loader\.held_out \(now 0\.0\)"):
         distill_decoder(none, pairs_url=pairs.url, out_url=str(tmp_path / "decoder"), teacher=tiny_teacher)

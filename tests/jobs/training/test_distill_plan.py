@@ -222,7 +222,7 @@ def test_dry_run_names_every_stage_and_what_it_learns(capsys):
     assert distill_plan.main(["--recipe", "sd2", "--dry-run", "--set", "plan=w-conditioned"]) == 0
     said = capsys.readouterr().out
     assert "would fine-tune" not in said
-    assert "w-conditioned-8 (p = 1, told w): would distil 16 steps of" in said
+    assert "w-conditioned-8 (p = 1, w-conditioned): would distil 16 steps of" in said
 
 
 def test_the_last_stage_fine_tunes_on_the_users_own_images(capsys, tmp_path):
@@ -255,7 +255,7 @@ def test_settings_that_do_not_go_with_a_stage_are_refused(capsys):
 
 def test_a_recipe_without_a_plan_says_so(capsys):
     assert distill_plan.main(["--dry-run", "--set", "plan=null"]) == 0
-    assert "nothing: this recipe has no plan" in capsys.readouterr().out
+    assert "nothing: this recipe has no schedule" in capsys.readouterr().out
 
 
 def test_a_stage_needs_a_teacher_and_a_student():
@@ -273,7 +273,7 @@ def test_the_plans_of_two_models_name_both():
 def test_a_watch_of_the_papers_models_judges_as_their_evaluation_does(name):
     recipe = RECIPES[name]()
     for settings in (recipe.vpred, recipe.distill):
-        assert settings.watch.every is None
-        assert settings.watch.judging == recipe.evaluation.samples.judging
-        assert settings.watch.prompts.url == recipe.evaluation.prompts.url
-        assert settings.watch.references == "run:evaluation/references"
+        assert settings.validation.every is None
+        assert settings.validation.judging == recipe.evaluation.samples.judging
+        assert settings.validation.prompts.url == recipe.evaluation.prompts.url
+        assert settings.validation.references == "run:evaluation/references"

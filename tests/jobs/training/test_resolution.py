@@ -1,4 +1,4 @@
-"""The same recipe at other sizes, and in aspect buckets: encoded, taught, trained, saved and drawn."""
+"""Tests of other image sizes and of aspect buckets, from encoding to sampling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from student_inputs import DISTILL, VPRED
 from jobs import generate
 from jobs.training import distillation, velocity
 from jobs.training.spec import TrainingError
-from jobs.training.student import save_student
+from jobs.training.student import StudentInputs, save_student
 from jobs.training.trainer import TrainingResult
 from jobs.training.validation import Validator, check_validation
 from pipelines.datasets.latents import encode_latents
@@ -101,31 +101,25 @@ def trained(training, *, settings):
     return state, shapes
 
 
-def finetuning(table, *, model: str, settings=VPRED):
-    [training] = velocity.assemble(
+def assembled(assemble, table, settings, sources):
+    inputs = StudentInputs(
         settings=settings,
-        model=model,
-        latents_url=table.url,
-        latents_version=table.version,
+        sources=sources,
+        table_url=table.url,
+        table_version=table.version,
         counts=count_training_rows(table, held_out=settings.loader.held_out),
         identity={},
-        device=CPU,
     )
+    [training] = assemble(inputs, device=CPU)
     return training
+
+
+def finetuning(table, *, model: str, settings=VPRED):
+    return assembled(velocity.assemble, table, settings, {"model": model})
 
 
 def distillation_training(table, *, teacher: str, student: str, settings=DISTILL):
-    [training] = distillation.assemble(
-        settings=settings,
-        teacher=teacher,
-        student=student,
-        data_url=table.url,
-        data_version=table.version,
-        counts=count_training_rows(table, held_out=settings.loader.held_out),
-        identity={},
-        device=CPU,
-    )
-    return training
+    return assembled(distillation.assemble, table, settings, {"teacher": teacher, "student": student})
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +173,9 @@ def test_the_same_recipe_at_256_512_and_768(sd_like, tmp_path, size):
         values = array_type(rows.schema.field(column)).unpack(rows[column].to_pylist())
         assert values.shape == (2, 4, side, side)
     alone = ["targets=table", "steps.cfg_probability=0.0", "steps.gamma=0.0", "loader.held_out=0.0"]
-    settings = DISTILL.with_values([*alone, "loop.num_steps=1", "loop.global_batch=1", "watch.every=null"])
+    settings = DISTILL.with_values(
+        [*alone, "loop.num_steps=1", "loop.global_batch=1", "validation.every=null"]
+    )
     training = distillation_training(targets, teacher=sd_like, student=sd_like, settings=settings)
     _, shapes = trained(training, settings=settings)
     assert shapes == {(4, side, side)}
@@ -200,9 +196,9 @@ def test_a_published_model_takes_multiples_of_64(name):
 
 
 @pytest.mark.parametrize("size", [8, 16, 24])
-def test_a_v_model_of_another_size_is_saved_as_such_and_teaches(v_teacher, tmp_path, size):
+def test_a_v_model_of_another_size_can_teach(v_teacher, tmp_path, size):
     latents = encode(tmp_path, model=v_teacher, side=20, size=size)
-    settings = VPRED.with_values(["watch.every=null"])
+    settings = VPRED.with_values(["validation.every=null"])
     training = finetuning(latents, model=v_teacher, settings=settings)
     assert isinstance(training.loader, BatchLoader)
     state, shapes = trained(training, settings=settings)
@@ -220,17 +216,17 @@ def test_a_v_model_of_another_size_is_saved_as_such_and_teaches(v_teacher, tmp_p
     made = load(str(tmp_path / "student" / "model"))
     assert (made.image_size, made.latent_shape) == (size, (4, size // 2, size // 2))
     # A model of one size teaches one of another, and both read the LATENTS.
-    settings = DISTILL.with_values(["watch.every=null"])
+    settings = DISTILL.with_values(["validation.every=null"])
     training = distillation_training(latents, teacher=v_teacher, student=made.source, settings=settings)
     assert trained(training, settings=settings)[1] == shapes
     distillation._check_models(teacher=load(v_teacher), student=made)
-    distillation._check_table(settings, table=latents, teacher=load(v_teacher), student=made)
+    distillation.check_table(settings, table=latents, teacher=load(v_teacher), student=made)
 
 
 @pytest.mark.parametrize("targets", ["online", "table"])
-def test_a_student_learns_from_pictures_of_several_shapes(v_teacher, tmp_path, targets):
+def test_a_student_learns_from_several_shapes(v_teacher, tmp_path, targets):
     table = encode(tmp_path, model=v_teacher, side=20, rows=24, buckets=Buckets(max_aspect=3.0))
-    settings = VPRED.with_values(["loop.num_steps=8", "watch.every=null"])
+    settings = VPRED.with_values(["loop.num_steps=8", "validation.every=null"])
     training = finetuning(table, model=v_teacher, settings=settings)
     assert isinstance(training.loader, BucketLoader)
     shapes = {(4, 8, 8), (4, 6, 10), (4, 10, 6)}
@@ -240,8 +236,8 @@ def test_a_student_learns_from_pictures_of_several_shapes(v_teacher, tmp_path, t
         table = compute_targets(
             TARGETS, teacher=v_teacher, latents=table, url=str(tmp_path / "targets"), run=in_process
         )
-    settings = DISTILL.with_values(["loop.num_steps=12", f"targets={targets}", "watch.every=null"])
-    distillation._check_table(settings, table=table, teacher=load(v_teacher), student=load(v_teacher))
+    settings = DISTILL.with_values(["loop.num_steps=12", f"targets={targets}", "validation.every=null"])
+    distillation.check_table(settings, table=table, teacher=load(v_teacher), student=load(v_teacher))
     training = distillation_training(table, teacher=v_teacher, student=v_teacher, settings=settings)
     state, seen = trained(training, settings=settings)
     assert seen == shapes
@@ -250,13 +246,13 @@ def test_a_student_learns_from_pictures_of_several_shapes(v_teacher, tmp_path, t
     assert state.step == 12
 
 
-def test_robust_training_in_buckets_goes_on_where_it_stood(v_teacher, tmp_path):
+def test_robust_training_in_buckets_resumes(v_teacher, tmp_path):
     table = encode(tmp_path, model=v_teacher, side=20, rows=24, buckets=Buckets(max_aspect=3.0))
     settings = VPRED.with_values(
         [
             "loop.num_steps=6",
             "loop.decay=constant",
-            "watch.every=null",
+            "validation.every=null",
             'skip={"attention": 0.5, "resnet": 0.5}',
         ]
     )
@@ -274,19 +270,18 @@ def test_robust_training_in_buckets_goes_on_where_it_stood(v_teacher, tmp_path):
         assert torch.equal(tensor, state.final_weights()[name]), name
 
 
-def test_a_watch_looks_at_pictures_of_the_size_that_is_trained():
-    check_validation(DISTILL.watch, size=32)
-    with pytest.raises(TrainingError, match="reads pictures of 32 px, and the model draws 48 px"):
-        check_validation(DISTILL.watch, size=48)
-    settings = DISTILL.watch.model_copy(update={"drawing": SamplingSettings(size=32)})
+def test_validation_uses_the_trained_size():
+    check_validation(DISTILL.validation, size=32)
+    with pytest.raises(TrainingError, match=r"32 px.* 48 px"):
+        check_validation(DISTILL.validation, size=48)
+    settings = DISTILL.validation.model_copy(update={"drawing": SamplingSettings(size=32)})
     check_validation(settings, size=48)
-    asked = {"every": 1, "model": "mini-v", "steps": 2, "device": CPU, "threads": 1}
-    for given, size in ((DISTILL.watch, 48), (settings, 32)):
-        weights = load("mini-v").unet.state_dict()
-        assert Validator(given, size=48, **asked)._load(weights).bundle.image_size == size
+    common = {"every": 1, "model": "mini-v", "steps": 2, "device": CPU, "threads": 1}
+    for given, size in ((DISTILL.validation, 48), (settings, 32)):
+        assert Validator(given, size=48, **common)._networks.bundle.image_size == size
 
 
-def test_a_unet_that_is_data_keeps_its_size_when_saved(tmp_path):
+def test_a_block_unet_keeps_its_size_when_saved(tmp_path):
     bundle = tiny_student()
     assert isinstance(bundle.unet, BlockUNet)
     before = bundle.fingerprint()
@@ -316,7 +311,7 @@ def test_pairs_and_samples_of_another_size(v_teacher, tmp_path, size):
     assert (found.exact, found.faults) == (1, ())
 
 
-def test_sizes_that_a_model_cannot_draw_are_refused_by_their_options(v_teacher, tmp_path):
+def test_sizes_that_a_model_cannot_generate_are_refused(v_teacher, tmp_path):
     asked = {"captions": CAPTIONS, "source": "captions", "url": str(tmp_path / "x"), "run": in_process}
     with pytest.raises(SettingsError, match=r"^pairs\.generation\.size is 18; multiples of 4"):
         generate_pairs(PairsSettings(generation=Generation(size=18)), teacher=v_teacher, **asked)
@@ -328,7 +323,7 @@ def test_sizes_that_a_model_cannot_draw_are_refused_by_their_options(v_teacher, 
         generate_samples(samples, model=v_teacher, sampler=Sampler(steps=2), guidance=[1.0], **asked)
 
 
-def test_a_caption_is_drawn_at_another_size(tmp_path, capsys):
+def test_an_image_of_another_size(tmp_path, capsys):
     place = tmp_path / "picture.png"
     words = ["a red circle", "--steps", "1", "--out", str(place)]
     assert generate.main([*words, "--size", "48"]) == 0
@@ -339,7 +334,7 @@ def test_a_caption_is_drawn_at_another_size(tmp_path, capsys):
     assert "--size is 40; multiples of 16 are accepted" in capsys.readouterr().err
 
 
-def test_another_size_is_drawn_from_a_bundle_never(tmp_path, capsys):
+def test_a_bundle_accepts_no_size(tmp_path, capsys):
     assert generate.main(["a", "--bundle", str(tmp_path), "--size", "48"]) == 2
     assert "--size 48: a --bundle has its own" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Fine-tuning to v, and step distillation, from end to end on a tiny teacher: made once, left or refused."""
+"""Tests of fine-tuning and step distillation from end to end, with a tiny teacher."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from PIL import Image
 from student_inputs import DISTILL, LOOP, VPRED
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jobs.cli.in_run import resolve_validation
+from jobs.cli.in_run import resolve_training
 from jobs.cli.job import Job
 from jobs.recipes.miniature import mini
 from jobs.training.distillation import assemble, distill_steps, summary
 from jobs.training.spec import TrainingError
-from jobs.training.student import save_student
+from jobs.training.student import StudentInputs, save_student
 from jobs.training.trainer import TrainingResult, check_batch_split, run_trainings
 from jobs.training.validation import Validator, check_validation
 from jobs.training.velocity import finetune_vpred
@@ -52,7 +52,7 @@ from snapfusion.training.loop import new_state, train
 from snapfusion.training.settings import CfgRange
 
 bundle_of = partial(tiny_bundle, image_size=32)
-"""A model whose pictures the miniature's judges can look at."""
+"""A model whose images the miniature's metric networks can read."""
 
 
 def picture(number: int) -> ShardRow:
@@ -83,7 +83,7 @@ def latents(eps_teacher, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def v_teacher(tmp_path_factory):
-    """The tiny teacher's other half: the same text encoder and VAE, a UNet that is taken to predict v."""
+    """The tiny teacher with a UNet that is declared to predict v."""
     folder = tmp_path_factory.mktemp("models") / "tiny-v"
     bundle = bundle_of()
     bundle.prediction_type = "v_prediction"
@@ -96,7 +96,7 @@ def vpred(ray_cluster, latents, eps_teacher):
     out = Path(latents.url).with_name("vpred")
     metrics = finetune_vpred(
         VPRED,
-        model=os.path.relpath(eps_teacher),  # a worker stands in another folder
+        model=os.path.relpath(eps_teacher),  # workers have another working directory
         latents_url=latents.url,
         out_url=os.path.relpath(out),
     )
@@ -154,7 +154,7 @@ def environment(pid):
         return b""
 
 
-def assert_as_if_never_killed(out, whole, *, metrics):
+def assert_same_result(out, whole, *, metrics):
     made = json.loads((out / "metrics.json").read_text())
     for figure in ("identity", "weights", "evaluation", "watch", "best", "curve"):
         assert made[figure] == metrics[figure]
@@ -171,8 +171,8 @@ def logged_steps(out):
 
 
 def in_one_process(training, *, settings=LOOP):
-    """The same training without Ray, all of each batch at once; its state, and what each step said."""
-    state, told = new_state(training.model, settings=settings), []
+    """The same training without Ray, with whole batches; its state, and the result of each step."""
+    state, steps = new_state(training.model, settings=settings), []
     batches = training.loader.batches(0)
     train(
         state,
@@ -180,31 +180,34 @@ def in_one_process(training, *, settings=LOOP):
         batches=batches,
         settings=settings,
         micro_batch=6,
-        after_step=told.append,
+        after_step=steps.append,
     )
     batches.close()
-    return state, told
+    return state, steps
 
 
-def assembled(latents, *, teacher, settings=DISTILL):
-    return next(
-        iter(
-            assemble(
-                settings=settings,
-                teacher=teacher,
-                student=teacher,
-                data_url=latents.url,
-                data_version=latents.version,
-                counts=count_trainable(latents, held_out=0.3),
-                identity={},
-                device=torch.device("cpu"),
-            )
-        )
+def inputs_of(table, *, teacher, student=None, settings=DISTILL):
+    return StudentInputs(
+        settings=settings,
+        sources={"teacher": teacher, "student": student or teacher},
+        table_url=table.url,
+        table_version=table.version,
+        counts=count_trainable(table, held_out=settings.loader.held_out),
+        identity={},
     )
+
+
+def distill(table, folder, settings=DISTILL, **sources):
+    return distill_steps(settings, data_url=table.url, out_url=str(folder / "student"), **sources)
+
+
+def assembled(table, **inputs):
+    [training] = assemble(inputs_of(table, **inputs), device=torch.device("cpu"))
+    return training
 
 
 @pytest.mark.ray
-def test_an_eps_model_becomes_a_v_model_that_opens_by_itself(vpred, latents, eps_teacher):
+def test_an_eps_model_becomes_a_v_model(vpred, latents, eps_teacher):
     out, metrics = vpred
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert [point["step"] for point in metrics["curve"]] == [1, 2, 3, 4]
@@ -223,59 +226,46 @@ def test_an_eps_model_becomes_a_v_model_that_opens_by_itself(vpred, latents, eps
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_fine_tuning_whose_driver_was_killed_ends_as_if_it_had_not_been(
-    vpred, latents, eps_teacher, mark, tmp_path
-):
+def test_a_killed_fine_tuning_resumes_to_the_same_result(vpred, latents, eps_teacher, mark, tmp_path):
     out = tmp_path / "vpred"
     begin_and_die("vpred", model=eps_teacher, latents=latents, out=out, mark=mark)
     finetune_vpred(VPRED, model=eps_teacher, latents_url=latents.url, out_url=str(out))
-    assert_as_if_never_killed(out, vpred[0], metrics=vpred[1])
+    assert_same_result(out, vpred[0], metrics=vpred[1])
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_distillation_whose_driver_was_killed_ends_as_if_it_had_not_been(
-    student, vpred, latents, mark, tmp_path
-):
+def test_a_killed_distillation_resumes_to_the_same_result(student, vpred, latents, mark, tmp_path):
     out, teacher = tmp_path / "student", str(vpred[0] / "model")
     begin_and_die("student", model=teacher, latents=latents, out=out, mark=mark)
     distill_steps(DISTILL, teacher=teacher, data_url=latents.url, out_url=str(out))
-    assert_as_if_never_killed(out, student[0], metrics=student[1])
+    assert_same_result(out, student[0], metrics=student[1])
 
 
-def spread_and_continued(asked, store_url, device):
-    """A training, and one more from the first one's checkpoint in the middle."""
-    yield replace(next(iter(assemble(**asked, device=device))), name="whole")
+def sharded_and_resumed(inputs, store_url, device):
+    """A training, and another one that resumes from a checkpoint in its middle."""
+    yield replace(next(assemble(inputs, device=device)), name="whole")
     if dist.get_rank() == 0:
         shutil.copytree(f"{store_url}/whole/step-00000002", f"{store_url}/continued/step-00000002")
-    yield replace(next(iter(assemble(**asked, device=device))), name="continued")
+    yield replace(next(assemble(inputs, device=device)), name="continued")
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_student_that_is_spread_over_workers_becomes_the_same(student, vpred, latents, tmp_path):
+def test_a_sharded_student_becomes_the_same(student, vpred, latents, tmp_path):
     out, metrics, _ = student
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     settings = DISTILL.with_values(["trainer.sharding=fsdp"])
-    teacher = str(vpred[0] / "model")
-    asked = {
-        "settings": settings,
-        "teacher": teacher,
-        "student": teacher,
-        "data_url": latents.url,
-        "data_version": latents.version,
-        "counts": count_trainable(latents, held_out=settings.loader.held_out),
-        "identity": {},
-    }
+    inputs = inputs_of(latents, teacher=str(vpred[0] / "model"), settings=settings)
     url = str(tmp_path / "checkpoints")
-    ends = run_trainings(
-        spread_and_continued,
-        {"asked": asked, "store_url": url},
+    results = run_trainings(
+        sharded_and_resumed,
+        {"inputs": inputs, "store_url": url},
         store_url=url,
         settings=settings.trainer,
         on_report=lambda figures: None,
     )
-    whole, continued = ends["whole"], ends["continued"]
+    whole, continued = results["whole"], results["continued"]
     assert (whole.curve, whole.evaluation) == (continued.curve, continued.evaluation)
     for group, named in CheckpointStore(f"{url}/whole").load(4).tensors.items():
         other = CheckpointStore(f"{url}/continued").load(4).tensors[group]
@@ -293,17 +283,17 @@ def test_a_student_that_is_spread_over_workers_becomes_the_same(student, vpred, 
             torch.testing.assert_close(made[name], tensor, rtol=0, atol=1e-5)
 
 
-def test_shares_that_workers_cannot_have_are_refused():
+def test_a_batch_must_split_over_the_workers():
     check_batch_split(6, world=4, sharding="none")
     check_batch_split(6, world=3, sharding="fsdp")
-    with pytest.raises(TrainingError, match="7 workers cannot share a global batch of 6 rows"):
+    with pytest.raises(TrainingError, match=r"7 workers .* 6 rows"):
         check_batch_split(6, world=7, sharding="none")
-    with pytest.raises(TrainingError, match="of 6 rows evenly, which sharding=fsdp needs"):
+    with pytest.raises(TrainingError, match=r"4 workers .* 6 rows evenly"):
         check_batch_split(6, world=4, sharding="fsdp")
 
 
 @pytest.mark.ray
-def test_a_student_is_watched_and_its_best_weights_are_kept(student):
+def test_validation_keeps_the_best_weights(student):
     out, metrics, _ = student
     assert [seen["step"] for seen in metrics["watch"]] == [2, 4]
     for seen in metrics["watch"]:
@@ -316,8 +306,8 @@ def test_a_student_is_watched_and_its_best_weights_are_kept(student):
     }
     best = load(str(out / "best"))
     assert best.fingerprint()["unet"] == metrics["weights"]["best"]
-    look = Validator(
-        DISTILL.watch,
+    result = Validator(
+        DISTILL.validation,
         every=2,
         model=str(out / "raw"),
         size=32,
@@ -325,7 +315,7 @@ def test_a_student_is_watched_and_its_best_weights_are_kept(student):
         device=torch.device("cpu"),
         threads=1,
     )(best.unet.state_dict())
-    assert look.values["points"] == metrics["best"]["points"]
+    assert result.record["points"] == metrics["best"]["points"]
     with Image.open(out / "watch" / "step-00000004.png") as grid:
         assert grid.size == (3 * 32, 2 * 32)
 
@@ -335,12 +325,12 @@ def test_two_workers_distil_what_one_process_does(student, vpred, latents):
     """Branches, draws and gamma are the same: what differs is the order of float32 sums."""
     out, metrics, reports = student
     training = assembled(latents, teacher=str(vpred[0] / "model"))
-    state, told = in_one_process(training)
+    state, steps = in_one_process(training)
     assert [point["loss"] for point in metrics["curve"]] == pytest.approx(
-        [step.loss for step in told], rel=1e-3
+        [step.loss for step in steps], rel=1e-3
     )
-    figures = {name: metrics["curve"][-1][name] for name in told[-1].metrics}
-    assert figures == pytest.approx(dict(told[-1].metrics), rel=1e-2)
+    figures = {name: metrics["curve"][-1][name] for name in steps[-1].metrics}
+    assert figures == pytest.approx(dict(steps[-1].metrics), rel=1e-2)
     assert {name.partition("/")[0] for name in figures} == {"vanilla", "guided"}
     made = load(str(out / "model")).unet.state_dict()
     for name, tensor in state.final_weights().items():
@@ -349,13 +339,13 @@ def test_two_workers_distil_what_one_process_does(student, vpred, latents):
 
 
 @pytest.mark.ray
-def test_a_student_says_how_it_is_to_be_sampled_and_how_it_learnt(student):
+def test_a_student_records_its_sampler_and_evaluation(student):
     out, metrics, _ = student
-    told = json.loads((out / "model" / "distillation.json").read_text())
-    assert told == metrics["distillation"]
-    assert (told["steps"], told["teacher_steps"]) == (4, 8)
-    assert told["timesteps"] == list(time_grid(4)[:-1])
-    assert told["cfg_range"] == {"low": 1.0, "high": 6.0}
+    record = json.loads((out / "model" / "distillation.json").read_text())
+    assert record == metrics["distillation"]
+    assert (record["steps"], record["teacher_steps"]) == (4, 8)
+    assert record["timesteps"] == list(time_grid(4)[:-1])
+    assert record["cfg_range"] == {"low": 1.0, "high": 6.0}
     assert load(str(out / "model")).prediction_type == "v_prediction"
     assert len(summary(metrics)) == 2
     assert set(metrics["evaluation"]) == {"before", "after"}
@@ -365,10 +355,10 @@ def test_a_student_says_how_it_is_to_be_sampled_and_how_it_learnt(student):
 @pytest.mark.ray
 def test_a_finished_student_is_left_and_another_setting_refused(student, vpred, latents):
     out, metrics, _ = student
-    asked = {"teacher": str(vpred[0] / "model"), "data_url": latents.url, "out_url": str(out)}
-    assert distill_steps(DISTILL.with_values(["trainer.num_workers=7", "name=other"]), **asked) == metrics
+    teacher, elsewhere = str(vpred[0] / "model"), DISTILL.with_values(["trainer.num_workers=7", "name=other"])
+    assert distill(latents, out.parent, elsewhere, teacher=teacher) == metrics
     with pytest.raises(TrainingError, match=r"settings\.steps\.gamma is 0\.2 there, 1\.0 here"):
-        distill_steps(DISTILL.with_values(["steps.gamma=1.0"]), **asked)
+        distill(latents, out.parent, DISTILL.with_values(["steps.gamma=1.0"]), teacher=teacher)
 
 
 def test_a_student_learns_from_a_table_that_fits(latents, v_teacher, tmp_path):
@@ -382,109 +372,78 @@ def test_a_student_learns_from_a_table_that_fits(latents, v_teacher, tmp_path):
     )
     settings = DISTILL.with_values(["targets=table", "loop.num_steps=30", "steps.cfg_probability=0.0"])
     training = assembled(targets, teacher=v_teacher, settings=settings)
-    _, told = in_one_process(training, settings=settings.loop)
-    losses = [step.metrics["vanilla/loss"] for step in told]
+    _, steps = in_one_process(training, settings=settings.loop)
+    losses = [step.metrics["vanilla/loss"] for step in steps]
     assert losses[-1] < losses[0]
-    asked = {"teacher": v_teacher, "data_url": targets.url, "out_url": str(tmp_path / "student")}
     with pytest.raises(TableError, match=r"student_steps is 4 there, 8 here"):
-        distill_steps(settings.with_values(["steps.student_steps=8"]), **asked)
+        distill(targets, tmp_path, settings.with_values(["steps.student_steps=8"]), teacher=v_teacher)
     with pytest.raises(TableError, match="holds latents; targets"):
-        distill_steps(settings, **{**asked, "data_url": latents.url})
+        distill(latents, tmp_path, settings, teacher=v_teacher)
 
 
 def test_checkpointed_activations_give_the_same_gradient(latents, v_teacher):
     norms = []
     for checkpointing in ("false", "true"):
         settings = DISTILL.with_values([f"gradient_checkpointing={checkpointing}"])
-        _, told = in_one_process(assembled(latents, teacher=v_teacher, settings=settings))
-        norms.append([step.grad_norm for step in told])
+        _, steps = in_one_process(assembled(latents, teacher=v_teacher, settings=settings))
+        norms.append([step.grad_norm for step in steps])
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 def test_an_eps_student_is_refused(latents, eps_teacher, tmp_path):
     with pytest.raises(TrainingError, match="predicts eps, and step distillation needs v"):
-        distill_steps(DISTILL, teacher=eps_teacher, data_url=latents.url, out_url=str(tmp_path / "student"))
+        distill(latents, tmp_path, teacher=eps_teacher)
 
 
 def test_an_eps_teacher_teaches_a_v_student(latents, eps_teacher, v_teacher):
-    training = next(
-        iter(
-            assemble(
-                settings=DISTILL,
-                teacher=eps_teacher,
-                student=v_teacher,
-                data_url=latents.url,
-                data_version=latents.version,
-                counts=count_trainable(latents, held_out=0.3),
-                identity={},
-                device=torch.device("cpu"),
-            )
-        )
-    )
+    training = assembled(latents, teacher=eps_teacher, student=v_teacher)
     batches = training.loader.batches(0)
     assert training.objective(training.model, next(batches), step=0).isfinite().all()
     batches.close()
 
 
-def test_a_teacher_with_another_text_encoder_is_refused_by_name(latents, v_teacher, tmp_path):
-    other = bundle_of()
+@pytest.mark.parametrize(
+    ("part", "error", "message"),
+    [
+        ("text_encoder", TrainingError, r"other cannot teach .*: its text encoder .*App\. D"),
+        ("vae", TableError, r"another VAE .*weights\.vae is"),
+        ("tokenizer", TableError, "token ids of another tokenizer"),
+    ],
+)
+def test_models_and_tables_of_another_kind_are_refused(part, error, message, latents, v_teacher, tmp_path):
+    other = bundle_of(seed=5 if part == "vae" else 0)
     other.prediction_type = "v_prediction"
-    other.text_encoder = bundle_of(seed=9).text_encoder
+    if part == "text_encoder":
+        other.text_encoder = bundle_of(seed=9).text_encoder
+    elif part == "tokenizer":
+        other.tokenizer.pad_token = other.tokenizer.bos_token
     save(other, tmp_path / "other")
-    with pytest.raises(TrainingError, match=r"other cannot teach .*: its text encoder is another.*App\. D"):
-        distill_steps(
-            DISTILL,
-            teacher=str(tmp_path / "other"),
-            student=v_teacher,
-            data_url=latents.url,
-            out_url=str(tmp_path / "student"),
-        )
+    student = v_teacher if part == "text_encoder" else None
+    with pytest.raises(error, match=message):
+        distill(latents, tmp_path, teacher=str(tmp_path / "other"), student=student)
 
 
-def test_latents_of_another_vae_are_refused(latents, tmp_path):
-    other = bundle_of(seed=5)
-    other.prediction_type = "v_prediction"
-    save(other, tmp_path / "other")
-    with pytest.raises(TableError, match=r"another VAE .*weights\.vae is"):
-        distill_steps(
-            DISTILL, teacher=str(tmp_path / "other"), data_url=latents.url, out_url=str(tmp_path / "student")
-        )
-
-
-def test_latents_of_another_tokenizer_are_refused(latents, tmp_path):
-    other = bundle_of()
-    other.prediction_type = "v_prediction"
-    other.tokenizer.pad_token = other.tokenizer.bos_token
-    save(other, tmp_path / "other")
-    with pytest.raises(TableError, match="token ids of another tokenizer"):
-        distill_steps(
-            DISTILL, teacher=str(tmp_path / "other"), data_url=latents.url, out_url=str(tmp_path / "student")
-        )
-
-
-def test_what_the_watch_cannot_measure_is_refused(latents, v_teacher, tmp_path):
-    small = tiny_bundle()
-    small.prediction_type = "v_prediction"
-    with pytest.raises(TrainingError, match=r"reads pictures of 32 px, and the model draws 16 px"):
-        check_validation(DISTILL.watch, size=small.image_size)
-    asked = {"teacher": v_teacher, "data_url": latents.url, "out_url": str(tmp_path / "student")}
+def test_an_impossible_validation_is_refused(latents, v_teacher, tmp_path):
+    with pytest.raises(TrainingError, match=r"32 px.* 16 px.*validation\.judging"):
+        check_validation(DISTILL.validation, size=16)
+    settings = DISTILL.with_values([f"validation.references={latents.url}"])
     with pytest.raises(TableError, match="holds latents; references"):
-        distill_steps(DISTILL.with_values([f"watch.references={latents.url}"]), **asked)
+        distill(latents, tmp_path, settings, teacher=v_teacher)
 
 
-def test_a_watch_decides_no_weights_and_is_found_in_the_run(tmp_path):
-    assert "watch" not in DISTILL.deciding()
-    assert "watch" not in VPRED.deciding()
+def test_validation_is_no_part_of_the_identity(tmp_path):
+    assert "validation" not in DISTILL.identity()
+    assert "validation" not in VPRED.identity()
     job = Job(verb="distill_steps", recipe=mini(), out=str(tmp_path))
-    settings = DISTILL.watch.model_copy(update={"references": "run:evaluation/references"})
-    assert resolve_validation(settings, job).references == f"{tmp_path}/evaluation/references"
-    assert resolve_validation(DISTILL.watch, job) == DISTILL.watch
+    settings = DISTILL.with_values(["validation.references=run:evaluation/references"])
+    assert resolve_training(settings, job).validation.references == f"{tmp_path}/evaluation/references"
+    assert resolve_training(DISTILL, job) == DISTILL
 
 
-def test_a_grid_that_the_schedule_has_not_is_refused(latents, v_teacher, tmp_path):
+def test_more_steps_than_the_schedule_has_are_refused(latents, v_teacher, tmp_path):
     settings = DISTILL.with_values(["steps.student_steps=500", "steps.k=4"])
     with pytest.raises(TrainingError, match=r"steps\.k 4 times steps\.student_steps 500"):
-        distill_steps(settings, teacher=v_teacher, data_url=latents.url, out_url=str(tmp_path / "student"))
+        distill(latents, tmp_path, settings, teacher=v_teacher)
 
 
 def test_a_w_conditioned_student_is_trained_and_saved(latents, v_teacher, tmp_path):
@@ -502,10 +461,5 @@ def test_a_w_conditioned_student_is_trained_and_saved(latents, v_teacher, tmp_pa
     made = load(str(tmp_path / "model"))
     assert has_guidance_embedding(made.unet)
     assert made.fingerprint()["unet"] == hashes["model"] != hashes["raw"]
-    with pytest.raises(TrainingError, match=r"is told w, .*: set steps\.w_conditioned"):
-        distill_steps(
-            DISTILL,
-            teacher=str(tmp_path / "model"),
-            data_url=latents.url,
-            out_url=str(tmp_path / "student"),
-        )
+    with pytest.raises(TrainingError, match=r"set steps\.w_conditioned"):
+        distill(latents, tmp_path, teacher=str(tmp_path / "model"))

@@ -77,13 +77,13 @@ def test_what_is_there_is_left(run, capsys):
 def test_an_architecture_comes_from_a_file_or_is_refused_by_name(tmp_path):
     place = tmp_path / "architecture.json"
     place.write_text(EFFICIENT.to_json())
-    assert named_architecture(str(place), of=ORIGIN) == EFFICIENT
-    assert named_architecture("own", of=ORIGIN) == ORIGIN
+    assert named_architecture(str(place), own=ORIGIN) == EFFICIENT
+    assert named_architecture("own", own=ORIGIN) == ORIGIN
     place.write_text('{"channels": "wide"}')
     with pytest.raises(ArchitectureError, match=r"architecture\.json is no architecture \(.*own, table-3"):
-        named_architecture(str(place), of=ORIGIN)
+        named_architecture(str(place), own=ORIGIN)
     with pytest.raises(ArchitectureError, match="table-4 is no architecture"):
-        named_architecture("table-4", of=ORIGIN)
+        named_architecture("table-4", own=ORIGIN)
 
 
 def test_weights_whose_blocks_do_not_match_are_refused_by_the_block(tmp_path):

@@ -48,7 +48,7 @@ from snapfusion.solvers import ddim_step
 from snapfusion.training.captions import CaptionEncoder, draw_caption_dropout
 from snapfusion.training.distillation_batch import OnlineTargets, StoredTargets
 from snapfusion.training.draws import draw_guidance, draw_intervals, row_key
-from snapfusion.training.settings import CfgRange, TargetSettings
+from snapfusion.training.settings import CfgRange, StepDistillationSettings, TargetSettings
 
 
 def compute(url: Path, teacher: str, latents, *, settings=SETTINGS, run=in_process):
@@ -462,18 +462,15 @@ def test_verification_wants_the_teacher_and_the_latents(targets, latents, tiny_t
         recomputer(targets, teacher=tiny_teacher, latents=other)
 
 
-def fit(table, **changed):
-    described = table.identity["model"]
-    wanted = {
-        "teacher": described,
-        "student": described,
-        "student_steps": 4,
-        "k": 2,
-        "cfg_range": CfgRange(low=1.0, high=6.0),
-        "cfg_probability": 0.5,
-        "caption_dropout": 0.3,
-    }
-    check_targets(table, **{**wanted, **changed})
+STEPS = StepDistillationSettings(
+    student_steps=4, k=2, cfg_range=CfgRange(low=1.0, high=6.0), cfg_probability=0.5, caption_dropout=0.3
+)
+
+
+def fit(table, *, teacher=None, student=None, **changed):
+    model = table.identity["model"]
+    steps = STEPS.model_copy(update=changed)
+    check_targets(table, teacher=teacher or model, student=student or model, steps=steps)
 
 
 def test_a_table_that_fits_is_accepted(targets):

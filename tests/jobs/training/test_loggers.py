@@ -1,4 +1,4 @@
-"""The course of training as others draw it: no step twice after a kill, none missing, none refused late."""
+"""Tests of the experiment loggers: after a kill no step is logged twice, and none is missing."""
 
 import fsspec
 import numpy as np
@@ -10,7 +10,7 @@ from jobs.training.loggers import LoggerError, Loggers, check_loggers
 PIXELS = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 
 
-def logbook(kind, url, *, done=0):
+def loggers(kind, url, *, done=0):
     return Loggers(
         [kind], url=str(url), run="0123abcd", name="student/unet", done=done, settings={"a": {"b": 1}}
     )
@@ -23,15 +23,15 @@ def scalars(folder, name):
 
 
 def killed_and_continued(kind, url):
-    """Steps 1 to 5 are said, of which 4 and 5 are lost with the checkpoint; then 4 to 6 are said again."""
-    killed = logbook(kind, url)
+    """Log steps 1 to 5, of which 4 and 5 are lost with the checkpoint; then 4 to 6 again."""
+    killed = loggers(kind, url)
     for step in range(1, 6):
         killed.scalars({"loss": float(step), "vanilla/loss/0": 0.5}, step=step)
     killed.flush()
-    with logbook(kind, url, done=3) as continued:
+    with loggers(kind, url, done=3) as continued:
         for step in range(4, 7):
             continued.scalars({"loss": float(step), "vanilla/loss/0": 0.5}, step=step)
-        continued.picture("watch/pictures", PIXELS, step=6)
+        continued.image("watch/pictures", PIXELS, step=6)
     return killed
 
 
@@ -44,12 +44,12 @@ def test_tensorboard_reads_each_step_once(tmp_path):
     assert (image.step, image.height, image.width) == (6, 4, 6)
 
 
-def test_logs_of_an_object_store_are_put_there_when_flushed(tmp_path):
+def test_flush_uploads_logs_to_an_object_store(tmp_path):
     url = f"memory://{tmp_path.name}/logs"
-    with logbook("tensorboard", url) as book:
-        book.scalars({"loss": 1.0}, step=1)
-        book.flush()
-        book.scalars({"loss": 2.0}, step=2)
+    with loggers("tensorboard", url) as opened:
+        opened.scalars({"loss": 1.0}, step=1)
+        opened.flush()
+        opened.scalars({"loss": 2.0}, step=2)
         fsspec.filesystem("memory").get(url, str(tmp_path / "flushed"), recursive=True)
     fsspec.filesystem("memory").get(url, str(tmp_path / "closed"), recursive=True)
     assert scalars(tmp_path / "flushed", "loss") == [(1, 1.0)]
@@ -57,13 +57,13 @@ def test_logs_of_an_object_store_are_put_there_when_flushed(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["wandb", "mlflow"])
-def test_a_package_that_is_not_installed_is_named_with_its_extra(kind, monkeypatch):
+def test_a_missing_package_is_named_with_its_extra(kind, monkeypatch):
     monkeypatch.setattr("jobs.training.loggers.find_spec", lambda name: None)
     with pytest.raises(LoggerError, match=rf"{kind}, which is not installed: pip install .*\[{kind}\]"):
         check_loggers(("tensorboard", kind))
 
 
-def test_mlflow_needs_a_place(monkeypatch):
+def test_mlflow_needs_a_server(monkeypatch):
     monkeypatch.setattr("jobs.training.loggers.find_spec", lambda name: object())
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(LoggerError, match="set MLFLOW_TRACKING_URI"):
@@ -79,25 +79,19 @@ def test_mlflow_has_each_step_once(tmp_path, monkeypatch):
     client = tracking.MlflowClient()
     [run] = client.search_runs([client.get_experiment_by_name("snapfusion").experiment_id])
     for name in ("loss", "vanilla/loss/0"):
-        assert [metric.step for metric in client.get_metric_history(run.info.run_id, name)] == [
-            1,
-            2,
-            3,
-            4,
-            5,
-            6,
-        ]
+        history = client.get_metric_history(run.info.run_id, name)
+        assert [metric.step for metric in history] == list(range(1, 7))
     assert run.data.params == {"a.b": "1"}
     assert [file.path for file in client.list_artifacts(run.info.run_id, "watch/pictures")] == [
         "watch/pictures/step-00000006.png"
     ]
 
 
-def test_wandb_writes_a_run_that_can_be_sent_later(tmp_path, monkeypatch):
+def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    with logbook("wandb", tmp_path) as book:
-        book.scalars({"loss": 1.0}, step=1)
-        book.picture("watch/pictures", PIXELS, step=1)
-    [kept] = tmp_path.glob("wandb/offline-run-*/run-0123abcd.wandb")
-    assert b"loss" in kept.read_bytes()
+    with loggers("wandb", tmp_path) as opened:
+        opened.scalars({"loss": 1.0}, step=1)
+        opened.image("watch/pictures", PIXELS, step=1)
+    [file] = tmp_path.glob("wandb/offline-run-*/run-0123abcd.wandb")
+    assert b"loss" in file.read_bytes()

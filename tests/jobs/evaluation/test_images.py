@@ -1,4 +1,4 @@
-"""Captions to pictures: every model, sampler and number of steps of README's table, and a student's own."""
+"""Tests of image generation: README's table of samplers, and distilled students."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from PIL import Image
 
 from jobs import command
 from jobs.evaluation.images import distillation_mismatch, distilled_steps, generate_images
-from jobs.generate import SAMPLERS
 from snapfusion.mini.oracle import load_oracle
 from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
 from snapfusion.mini.vocabulary import ATTRIBUTES
@@ -25,11 +24,11 @@ from snapfusion.solver_names import SOLVERS
 README = (Path(__file__).parents[3] / "docs" / "samplers.md").read_text()
 CAPTIONS = 10
 SLACK = 2
-"""Attributes of fifty that another version of torch may read otherwise."""
+"""Attributes of fifty that may differ with another version of torch."""
 
 
 def readme_table() -> dict[tuple[str, int, str], int]:
-    """(model, steps, sampler) -> attributes right of fifty, as README has them."""
+    """(model, steps, sampler) -> correct attributes of fifty, in README."""
     block = README.split("# Samplers and numbers of steps")[1].split("\n## ")[0]
     header, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -49,9 +48,9 @@ def models() -> dict[str, Bundle]:
     return {name: load(name) for name in ("mini", "mini-v")}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["guided", "told w"])
+@pytest.fixture(scope="module", params=[False, True], ids=["guided", "w-conditioned"])
 def student(request, tmp_path_factory) -> str:
-    """The folder of a training of 4 steps, of either kind, with its model inside."""
+    """The folder of a student of 4 steps, guided or w-conditioned."""
     folder = tmp_path_factory.mktemp("run") / "student"
     bundle = tiny_bundle()
     bundle.prediction_type = "v_prediction"
@@ -64,15 +63,15 @@ def student(request, tmp_path_factory) -> str:
     return str(folder)
 
 
-def check_pictures(pictures: list[np.ndarray], *, size: int) -> None:
-    for picture in pictures:
-        assert picture.dtype == np.uint8
-        assert picture.shape == (size, size, 3)
-        assert len(np.unique(picture)) > 10
+def check_images(images: list[np.ndarray], *, size: int) -> None:
+    for image in images:
+        assert image.dtype == np.uint8
+        assert image.shape == (size, size, 3)
+        assert len(np.unique(image)) > 10
 
 
 def test_the_table_has_every_sampler():
-    assert {sampler for _, _, sampler in readme_table()} == set(SOLVERS) == set(SAMPLERS)
+    assert {sampler for _, _, sampler in readme_table()} == set(SOLVERS)
     assert {model for model, _, _ in readme_table()} == {"mini", "mini-v"}
     assert f"{CAPTIONS} held-out captions" in README
 
@@ -80,10 +79,10 @@ def test_the_table_has_every_sampler():
 @pytest.mark.parametrize(("model", "steps", "sampler"), readme_table())
 def test_a_cell_of_the_table(model, steps, sampler, models):
     scenes = [scene_of(HELD_OUT + number) for number in range(CAPTIONS)]
-    asked = {"steps": steps, "guidance": 4.0, "seed": 0, "count": 1, "solver": sampler}
-    pictures = generate_images(models[model], [caption_of(scene) for scene in scenes], **asked)
-    check_pictures(pictures, size=32)
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    sampling = {"steps": steps, "guidance": 4.0, "seed": 0, "count": 1, "solver": sampler}
+    images = generate_images(models[model], [caption_of(scene) for scene in scenes], **sampling)
+    check_images(images, size=32)
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     right = int(load_oracle().score(images, scenes).sum())
     assert CAPTIONS * len(ATTRIBUTES) == 50
     assert right == pytest.approx(readme_table()[model, steps, sampler], abs=SLACK)
@@ -91,21 +90,21 @@ def test_a_cell_of_the_table(model, steps, sampler, models):
 
 @pytest.mark.parametrize("sampler", SOLVERS)
 @pytest.mark.parametrize("steps", [8, 4, 2])
-def test_a_student_draws_by_any_sampler(student, steps, sampler):
-    asked = {"steps": steps, "guidance": 2.0, "seed": 0, "count": 2, "solver": sampler}
-    check_pictures(generate_images(load(student), ["red"], **asked), size=16)
+def test_a_student_accepts_any_sampler(student, steps, sampler):
+    sampling = {"steps": steps, "guidance": 2.0, "seed": 0, "count": 2, "solver": sampler}
+    check_images(generate_images(load(student), ["red"], **sampling), size=16)
 
 
-def test_without_being_told_a_student_takes_its_own_steps(student, tmp_path, capsys):
-    place = tmp_path / "a.png"
-    assert command.main(["generate", "red", "--model", student, "--out", str(place)]) == 0
+def test_a_student_takes_its_own_steps_by_default(student, tmp_path, capsys):
+    path = tmp_path / "a.png"
+    assert command.main(["generate", "red", "--model", student, "--out", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     assert "4 steps of ddim" in lines[0]
-    first = np.asarray(Image.open(place))
-    asked = ["--model", f"{student}/model", "--steps", "4", "--out", str(place)]
-    assert command.main(["generate", "red", *asked]) == 0
-    np.testing.assert_array_equal(np.asarray(Image.open(place)), first)
+    first = np.asarray(Image.open(path))
+    arguments = ["--model", f"{student}/model", "--steps", "4", "--out", str(path)]
+    assert command.main(["generate", "red", *arguments]) == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), first)
 
 
 @pytest.mark.parametrize(
@@ -116,27 +115,27 @@ def test_without_being_told_a_student_takes_its_own_steps(student, tmp_path, cap
         (["--guidance", "7"], "4 of ddim at guidance 7"),
     ],
 )
-def test_one_line_says_what_a_student_was_not_distilled_for(student, options, this, tmp_path, capsys):
-    asked = ["--model", student, "--out", str(tmp_path / "a.png"), *options]
-    assert command.main(["generate", "red", *asked]) == 0
-    said, _ = capsys.readouterr().out.splitlines()
-    assert said == f"{student}: distilled for 4 steps of ddim at guidance 1 to 6; this is {this}"
+def test_a_mismatch_with_the_distillation_is_noted(student, options, this, tmp_path, capsys):
+    arguments = ["--model", student, "--out", str(tmp_path / "a.png"), *options]
+    assert command.main(["generate", "red", *arguments]) == 0
+    line, _ = capsys.readouterr().out.splitlines()
+    assert line == f"{student}: distilled for 4 steps of ddim at guidance 1 to 6; this is {this}"
 
 
-def test_a_model_that_was_not_distilled_takes_50_steps_and_departs_from_nothing(models):
+def test_an_undistilled_model_takes_50_steps(models):
     assert distilled_steps(models["mini"]) == 50
     assert distillation_mismatch(models["mini"], steps=8, solver="dpm++", guidance=9.0) is None
 
 
-def test_a_student_of_vanilla_steps_departs_by_its_steps_alone(models):
+def test_a_vanilla_student_has_no_guidance_range(models):
     vanilla = load("mini-v")
     vanilla.distillation = {"steps": 8}
     assert distillation_mismatch(vanilla, steps=8, solver="ddim", guidance=9.0) is None
-    said = distillation_mismatch(vanilla, steps=4, solver="ddim", guidance=9.0)
-    assert said == "distilled for 8 steps of ddim; this is 4 of ddim at guidance 9"
+    line = distillation_mismatch(vanilla, steps=4, solver="ddim", guidance=9.0)
+    assert line == "distilled for 8 steps of ddim; this is 4 of ddim at guidance 9"
 
 
-def test_guidance_changes_what_a_student_that_is_told_w_draws(student):
+def test_guidance_changes_a_w_conditioned_image(student):
     bundle = load(student)
     low, high = (
         generate_images(bundle, ["red"], steps=4, guidance=w, seed=0, count=1, solver="ddim")[0]

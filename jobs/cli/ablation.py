@@ -1,0 +1,158 @@
+"""Trains the students of an ablation in the run, and evaluates its panels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jobs.cli.in_run import table_starter
+from jobs.cli.job import Job
+from jobs.evaluation.evaluation import evaluate
+from jobs.evaluation.settings import Contender, EvaluationSettings, FidGap
+from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant, contender_name, table_name
+from jobs.runtime.cluster import runner
+from jobs.training.distillation import distill_steps, summary
+from jobs.training.progress_channel import show_reports
+from jobs.training.run_folder import METRICS
+from jobs.training.settings import VpredSettings
+from jobs.training.velocity import finetune_vpred
+from pipelines.storage.objects import exists
+from snapfusion.metrics.intervals import Interval
+
+
+def students_of(settings: AblationSettings, panel: Panel) -> list[tuple[StudentVariant, int]]:
+    """The students of a panel by seed, each after those that it starts from."""
+    names = [line.variant for line in panel.lines if line.variant is not None]
+    students = {
+        (variant.name, seed): (variant, seed)
+        for seed in settings.seeds_of(panel)
+        for name in names
+        for variant in settings.lineage(name)
+    }
+    return list(students.values())
+
+
+def lines_of(settings: AblationSettings, panel: Panel) -> list[tuple[Line, int]]:
+    """The lines of a panel by seed; a line without a student has one seed."""
+    return [
+        (line, seed)
+        for line in panel.lines
+        for seed in (settings.seeds_of(panel) if line.variant is not None else range(1))
+    ]
+
+
+def student_url(job: Job, name: str, *, seed: int) -> str:
+    """URL of a student's folder."""
+    return job.url(f"students/{name}-seed{seed}")
+
+
+def is_trained(job: Job, name: str, *, seed: int) -> bool:
+    """Whether a student is published."""
+    return exists(f"{student_url(job, name, seed=seed)}/{METRICS}")
+
+
+def model_of(job: Job, line: Line, *, seed: int) -> str | None:
+    """Source of the model of a line's student; None if it has none."""
+    return None if line.variant is None else f"{student_url(job, line.variant, seed=seed)}/model"
+
+
+def train_student(job: Job, variant: StudentVariant, *, seed: int) -> None:
+    """Train a student, unless it is published already."""
+    if is_trained(job, variant.name, seed=seed):
+        return
+    print(f"[{variant.name}, seed {seed}]", flush=True)
+    distill, initial = job.recipe.distill, job.recipe.ablation.model
+    if variant.after is not None:
+        initial = f"{student_url(job, variant.after, seed=seed)}/model"
+    loop = distill.loop.model_copy(update={"seed": seed})
+    shared: dict[str, Any] = {
+        "out_url": student_url(job, variant.name, seed=seed),
+        "on_report": show_reports(),
+    }
+    if variant.steps is None:
+        # The control: trained for as long by L_ori alone.
+        control = VpredSettings(
+            loop=loop,
+            loader=distill.loader,
+            evaluation_rows=distill.evaluation_rows,
+            trainer=distill.trainer,
+        )
+        finetune_vpred(control, model=initial, latents_url=job.url("latents"), further=True, **shared)
+        return
+    settings = distill.model_copy(update={"name": variant.name, "loop": loop, "steps": variant.steps})
+    metrics = distill_steps(settings, teacher=initial, data_url=job.url("latents"), **shared)
+    for line in summary(metrics):
+        print(f"  {line}")
+
+
+def evaluate_panel(job: Job, panel: Panel) -> dict[str, Any]:
+    """Sample and score the lines of a panel; returns its record as JSON values."""
+    settings = job.recipe.ablation
+    results = evaluate(
+        panel_evaluation(job, panel),
+        model=settings.model,
+        out=job.url("evaluation"),
+        start=table_starter(job),
+        run=runner(job.recipe.cluster),
+    )
+    seeds = settings.seeds_of(panel)
+    return {
+        "panel": panel.to_values(),
+        "seeds": list(seeds),
+        "command": f"python -m jobs.ablate --recipe {job.recipe.name}",
+        "settings": job.recipe.digest(),
+        "training": job.recipe.distill.loop.to_values(),
+        "over_seeds": list(_over_seeds(panel, seeds=seeds, results=results)),
+        "evaluation": results,
+    }
+
+
+def panel_evaluation(job: Job, panel: Panel) -> EvaluationSettings:
+    """The evaluation of a panel, whose contenders are its lines by seed."""
+    lines = lines_of(job.recipe.ablation, panel)
+    contenders = tuple(
+        Contender(
+            name=contender_name(line, seed),
+            model=model_of(job, line, seed=seed),
+            sampler=line.sampler,
+            table=table_name(line, seed),
+        )
+        for line, seed in lines
+    )
+    gaps = tuple(
+        FidGap(student=contender_name(line, seed), few=panel.baseline, many=panel.many, w=w)
+        for line, seed in lines
+        if line.variant is not None
+        for w in panel.gap_at
+    )
+    controls = (contender_name(line, seed) for line, seed in lines if line.name == panel.control)
+    values = {
+        "contenders": contenders,
+        "baseline": panel.baseline,
+        "also_against": (panel.many, *controls),
+        "gaps": gaps,
+    }
+    return job.recipe.evaluation.model_copy(update=values)
+
+
+def _over_seeds(panel: Panel, *, seeds: range, results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Mean, minimum and maximum over training seeds of each metric of each line."""
+    for line in panel.lines:
+        names = [contender_name(line, seed) for seed in (seeds if line.variant is not None else seeds[:1])]
+        curves = [results["curves"][name]["points"] for name in names]
+        points = []
+        for points_at_w in zip(*curves, strict=True):
+            first = points_at_w[0]
+            metrics = [name for name, value in first.items() if isinstance(value, Interval)]
+            values = {name: _spread([point[name][0] for point in points_at_w]) for name in metrics}
+            points.append({"w": first["w"], "evaluations": first["evaluations"], **values})
+        yield {
+            "name": line.name,
+            "student": line.variant is not None,
+            "contenders": names,
+            "points": points,
+        }
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+    return sum(values) / len(values), min(values), max(values)

@@ -1,0 +1,63 @@
+"""Generates images of a caption by the programs of a mobile bundle alone."""
+
+from __future__ import annotations
+
+import numpy as np
+from tqdm import tqdm
+
+from snapfusion.export.bundle import EXECUTORCH, BundleError, MobileBundle
+from snapfusion.export.loop import CompiledModel, encode_text, sampling_steps, to_uint8_image
+from snapfusion.models.tokenizer import tokenize
+from snapfusion.noise import gaussian, noise_key
+
+
+def default_variant(bundle: MobileBundle) -> str:
+    """The first variant whose programs run here.
+
+    Raises:
+        BundleError: if there is none.
+    """
+    runnable = bundle.variants(runtime=EXECUTORCH)
+    if not runnable:
+        raise BundleError(
+            f"{bundle.folder} has no ExecuTorch programs that run here; compile one with XNNPACK"
+        )
+    return runnable[0]
+
+
+def generate_bundle_images(
+    bundle: MobileBundle,
+    programs: CompiledModel,
+    caption: str,
+    *,
+    guidance: float | None,
+    seed: int,
+    count: int,
+) -> list[np.ndarray]:
+    """Generate `count` images of a caption, uint8 [H,W,3]; black if the safety checker marks one.
+
+    Args:
+        bundle: with the sampler and the tokenizer.
+        programs: of one of its variants.
+        caption: to generate.
+        guidance: w of Eq. 3; None takes the bundle's.
+        seed: of the noise.
+        count: number of images.
+    """
+    steps, checker = bundle.steps, bundle.safety_checker()
+    w = guidance or steps.guidance
+    ids = tokenize(bundle.tokenizer, ["", caption]).numpy().astype(np.int32)
+    c = encode_text(programs, ids=ids)
+    images = []
+    with tqdm(total=count * len(steps.steps), unit="step") as bar:
+        for index in range(count):
+            latent = gaussian(noise_key(seed, caption, index), bundle.latent_shape)[None].numpy()
+            for step in sampling_steps(programs, c=c, noise=latent, steps=steps, w=w):
+                latent = step.z_next
+                bar.update()
+            image = programs.decoder([latent])
+            if checker is not None and float(checker([image]).ravel()[0]) > 0.0:
+                print(f"image {index} is not shown: the bundle's safety checker marks it")
+                image = np.zeros_like(image)
+            images.append(to_uint8_image(image))
+    return images

@@ -1,0 +1,187 @@
+"""Compiles a model into a mobile bundle and publishes it, all or nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jobs.evaluation.images import distilled_steps
+from jobs.runtime.progress import format_duration
+from jobs.runtime.versions import versions
+from jobs.training.run_folder import METRICS
+from pipelines.storage.folders import publish_folder
+from pipelines.storage.objects import StorageError, absolute_url, exists, is_local, read_bytes
+from snapfusion.export.build import build_bundle, hash_files
+from snapfusion.export.bundle import CARD, FORMAT_VERSION, LICENCE, MANIFEST, BundleError
+from snapfusion.export.card import model_card
+from snapfusion.export.settings import LicenceError, MobileSettings
+from snapfusion.models.bundle import Bundle, weight_hash
+from snapfusion.models.decoder import HalfDecoder
+from snapfusion.models.load import MODEL_FOLDER
+from snapfusion.settings import differences, digest
+
+_DESCRIBED_ELSEWHERE = ("model", "decoder", "licence")
+"""Settings that the identity holds under keys of their own."""
+
+
+def parent_record(url: str, *, source: str) -> dict[str, Any]:
+    """The manifest's record of a model or decoder: its source as given, and the settings of its training."""
+    metrics = f"{url.removesuffix(f'/{MODEL_FOLDER}')}/{METRICS}"
+    trained = json.loads(read_bytes(metrics)) if "/" in url and exists(metrics) else {}
+    return {"source": source, "settings_hash": trained.get("settings_hash")}
+
+
+def publish_bundle(
+    settings: MobileSettings,
+    *,
+    bundle: Bundle,
+    decoder: HalfDecoder | None,
+    parents: Mapping[str, Any],
+    out_url: str,
+) -> dict[str, Any]:
+    """Publish the mobile bundle of a model; nothing at all if a part of it does not agree with torch.
+
+    Args:
+        settings: of the bundle.
+        bundle: the model, float32 on the CPU.
+        decoder: its half-width decoder; None for the model's own.
+        parents: records of the models that it is made from.
+        out_url: folder to publish, on disk or in an object store.
+
+    Returns:
+        The manifest; that of the published bundle, if it was made from the same.
+
+    Raises:
+        ParityError: if a part does not agree with torch.
+        LicenceError: if the licence is not stated.
+        BundleError: if `out_url` holds a bundle made from something else, or the parts do not fit together.
+        StorageError: if the bundle, or the scratch folder beside it, cannot be written.
+    """
+    settings.licence.check()
+    check_parts(bundle, decoder)
+    num_steps = settings.steps or distilled_steps(bundle)
+    values = settings.to_values()
+    identity = {
+        "settings": {key: value for key, value in values.items() if key not in _DESCRIBED_ELSEWHERE},
+        "licence": values["licence"],
+        "steps": num_steps,
+        "model": bundle.describe(),
+        "decoder": None if decoder is None else weight_hash(decoder),
+        "parents": dict(parents),
+    }
+    if exists(f"{out_url}/{MANIFEST}"):
+        return _published_manifest(out_url, identity=json.loads(json.dumps(identity)))
+    with _scratch_folder(out_url) as scratch:
+        folder = scratch / "bundle"
+        folder.mkdir()
+        manifest = build_bundle(
+            folder,
+            bundle=bundle,
+            decoder=decoder,
+            settings=settings,
+            number_of_steps=num_steps,
+            scratch=scratch,
+            say=_ElapsedPrinter(),
+        )
+        manifest |= {"format": FORMAT_VERSION, "identity": identity, "versions": versions()}
+        manifest["settings_hash"] = digest(identity)
+        _write_terms(folder, manifest=manifest, settings=settings)
+        manifest["files"] = hash_files(folder)
+        text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
+        (folder / MANIFEST).write_text(text)
+        publish_folder(folder, out_url, last=MANIFEST)
+    # As a later reader finds it: tuples are lists.
+    return dict(json.loads(text))
+
+
+def check_parts(bundle: Bundle, decoder: HalfDecoder | None) -> None:
+    """Refuse parts that do not fit together, before anything is computed.
+
+    Raises:
+        BundleError: naming the two that do not fit.
+    """
+    width, config = bundle.text_encoder.config.hidden_size, bundle.unet.config
+    context = config["architecture"]["context"] if "architecture" in config else config["cross_attention_dim"]
+    if width != context:
+        raise BundleError(f"the text encoder has {width} features per token, the UNet takes {context}")
+    if decoder is None:
+        return
+    channels = bundle.latent_shape[0]
+    if decoder.config.latent_channels != channels:
+        raise BundleError(
+            f"the decoder takes {decoder.config.latent_channels} channels, the UNet has {channels}"
+        )
+    if decoder.config.scaling_factor != bundle.scaling_factor:
+        raise BundleError(
+            f"the decoder was made for latents scaled by {decoder.config.scaling_factor}, the model's are "
+            f"scaled by {bundle.scaling_factor}: it is the decoder of another model"
+        )
+
+
+class _ElapsedPrinter:
+    """Prints progress lines with the time since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        print(f"  {format_duration(time.monotonic() - self._began)}: {line}", flush=True)
+
+
+@contextmanager
+def _scratch_folder(url: str) -> Iterator[Path]:
+    """A temporary folder beside the bundle, where there is room for it; in the system's for object stores."""
+    beside = Path(absolute_url(url)).parent if is_local(url) else Path(tempfile.gettempdir())
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".mobile-", dir=beside))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(f"the bundle cannot be written below {beside}: {error}") from error
+
+
+def _published_manifest(url: str, *, identity: dict[str, Any]) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads(read_bytes(f"{url}/{MANIFEST}"))
+    if manifest.get("settings_hash") == digest(identity):
+        return manifest
+    differing = ", ".join(differences(manifest.get("identity", {}), identity))
+    raise BundleError(
+        f"{url} holds a bundle made otherwise ({differing}); a bundle is never changed: choose another "
+        "--out, or remove it"
+    )
+
+
+def _write_terms(folder: Path, *, manifest: Mapping[str, Any], settings: MobileSettings) -> None:
+    """Write the licence text, if there is one, and the model card."""
+    if settings.licence.text:
+        try:
+            (folder / LICENCE).write_bytes(read_bytes(settings.licence.text))
+        except (StorageError, FileNotFoundError) as error:
+            raise LicenceError(f"--set mobile.licence.text={settings.licence.text}: {error}") from None
+    (folder / CARD).write_text(model_card(manifest, licence=settings.licence))
+
+
+def summary(manifest: Mapping[str, Any]) -> list[str]:
+    """One line for each variant: size, weights and parity of its images."""
+    lines = []
+    for name, variant in manifest["variants"].items():
+        size = sum(module["bytes"] for module in variant["modules"].values()) / 2**20
+        parity = _describe_parity(variant["images"])
+        lines.append(f"{name}: {size:.1f} MiB, {variant['weights']}, {parity}")
+    return lines
+
+
+def _describe_parity(parity: Mapping[str, Any]) -> str:
+    if parity["psnr_db"] is None:
+        return "images bit for bit as torch's"
+    override = f", accepted below the limit: {parity['override']}" if parity["override"] else ""
+    return f"images {parity['psnr_db']:.1f} dB to torch's{override}"
