@@ -8,7 +8,6 @@ DIR/report.html    training curves and images
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,34 +15,25 @@ import torch
 from jobs.reports.mini_page import write_page
 from jobs.runtime.arguments import OneLineParser
 from jobs.runtime.exit_codes import exit_process, run_guarded
-from jobs.runtime.progress import format_duration
+from jobs.runtime.progress import StatusLine, format_duration
 from snapfusion.mini.training.recipe import train
 from snapfusion.mini.training.settings import MiniTraining
 
-_SECONDS_BETWEEN_LINES = 10.0
 
+class _Progress:
+    """Prints a stage's step, loss, rate and time left."""
 
-@dataclass
-class _ProgressLines:
-    """Prints a stage's step, loss, rate and time left every ten seconds, and at its end."""
-
-    stage: str = ""
-    started: float = 0.0
-    first: int = 0
-    printed: float = 0.0
+    def __init__(self) -> None:
+        self._line, self._stage = StatusLine(), ""
 
     def __call__(self, stage: str, step: int, steps: int, loss: float) -> None:
-        now = time.monotonic()
-        if stage != self.stage:
-            self.stage, self.started, self.first, self.printed = stage, now, step, now
-        elif now - self.printed >= _SECONDS_BETWEEN_LINES or step == steps:
-            rate = (step - self.first) / (now - self.started)
-            left = format_duration((steps - step) / rate)
-            print(
-                f"  {stage}: step {step}/{steps}, loss {loss:.4f}, {rate:.1f} steps/s, {left} left",
-                flush=True,
-            )
-            self.printed = now
+        if stage != self._stage:
+            self._stage, self._started, self._first = stage, time.monotonic(), step
+            return
+        rate = (step - self._first) / (time.monotonic() - self._started)
+        left = format_duration((steps - step) / rate)
+        text = f"{stage}: step {step}/{steps}, loss {loss:.4f}, {rate:.1f} steps/s, {left} left"
+        self._line.show(text, last=step == steps)
 
 
 def _check_device(name: str) -> None:
@@ -72,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             return
         _check_device(options.device)
         torch.set_num_threads(1)
-        train(settings, folder=options.out, device=options.device, on_progress=_ProgressLines())
+        train(settings, folder=options.out, device=options.device, on_progress=_Progress())
         weights = options.out / "weights"
         page = write_page(weights, options.out / "report.html", figures={})
         print(f"train_mini: weights in {weights}, their curves and pictures in {page}")

@@ -23,30 +23,26 @@ from snapfusion.training.settings import StepDistillationSettings
 
 
 def stage_job(job: Job, stage: DistillationStage) -> Job:
-    """The job that makes a stage's student: the recipe's `distill`, with what the stage says of it."""
-    distill = job.recipe.distill
-    told = {
-        "name": stage.name,
-        "teacher": stage.teacher,
-        "student": stage.student,
-        "table": stage.table or distill.table,
-        "steps": _stage_steps(distill.steps, stage=stage),
-    }
-    recipe = job.recipe.model_copy(update={"distill": distill.model_copy(update=told)})
-    return replace(job, verb="distill_steps", recipe=recipe)
-
-
-def _stage_steps(steps: StepDistillationSettings, *, stage: DistillationStage) -> StepDistillationSettings:
-    """What a stage's student learns.
+    """The job that makes a stage's student: the recipe's `distill`, changed as the stage says.
 
     Raises:
         SettingsError: if the recipe's settings do not go with the stage's.
     """
-    said = {"cfg_probability": stage.cfg_probability, "w_conditioned": stage.w_conditioned}
-    told = {name: value for name, value in said.items() if value is not None}
-    return StepDistillationSettings.parse(
-        {**steps.to_values(), "student_steps": stage.student_steps, "k": stage.k, **told}
-    )
+    distill, values = job.recipe.distill, stage.to_values()
+    steps = {
+        name: values[name]
+        for name in ("student_steps", "k", "cfg_probability", "w_conditioned")
+        if values[name] is not None
+    }
+    changes = {
+        "name": stage.name,
+        "teacher": stage.teacher,
+        "student": stage.student,
+        "table": stage.table or distill.table,
+        "steps": StepDistillationSettings.parse(distill.steps.to_values() | steps),
+    }
+    recipe = job.recipe.model_copy(update={"distill": distill.model_copy(update=changes)})
+    return replace(job, verb="distill_steps", recipe=recipe)
 
 
 SettingsT = TypeVar("SettingsT", bound=UNetTrainingSettings)
@@ -55,7 +51,7 @@ SettingsT = TypeVar("SettingsT", bound=UNetTrainingSettings)
 def train_in_run(
     job: Job, settings: VpredSettings, *, model: str, url: str, further: bool = False
 ) -> dict[str, Any]:
-    """`finetune_vpred` on the LATENTS of the job's run; Ray is there only if there is something to train."""
+    """`finetune_vpred` on the LATENTS of the run; connects to Ray only if there is something to train."""
     if not exists(f"{url}/{METRICS}"):
         connect(job.recipe.cluster)
     return finetune_vpred(

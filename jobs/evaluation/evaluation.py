@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,10 @@ def evaluate(
         )
     ids = _shared_ids(settings, tables, captions)
     reference = moments_of(references)
-    curves = {name: _curve(settings, table, ids=ids, reference=reference) for name, table in tables.items()}
+    curves = {
+        name: Curve(points=tuple(_points(settings, table, ids=ids)), reference=reference)
+        for name, table in tables.items()
+    }
     return {
         "protocol": _protocol(settings, captions, ids=ids, reference=reference, references=references),
         "tables": {name: table.lineage() for name, table in tables.items()},
@@ -126,10 +128,6 @@ def _shared_ids(
             f"{settings.groups} groups: raise evaluation.prompts.limit or lower evaluation.groups"
         )
     return ids
-
-
-def _curve(settings: EvaluationSettings, table: Snapshot, *, ids: Sequence[str], reference: Moments) -> Curve:
-    return Curve(points=tuple(_points(settings, table, ids=ids)), reference=reference)
 
 
 def _points(settings: EvaluationSettings, table: Snapshot, *, ids: Sequence[str]) -> Iterator[CurvePoint]:
@@ -203,10 +201,7 @@ def _comparisons(
         "baseline": settings.baseline,
         **_compared_with(settings, curves, baseline=settings.baseline),
         "against": {name: _compared_with(settings, curves, baseline=name) for name in settings.also_against},
-        "gaps": [
-            {**gap.to_values(), **_reading_or_reason(partial(_gap_closed, gap, curves))}
-            for gap in settings.gaps
-        ],
+        "gaps": [{**gap.to_values(), **_gap_closed(gap, curves)} for gap in settings.gaps],
     }
 
 
@@ -214,30 +209,28 @@ def _compared_with(
     settings: EvaluationSettings, curves: Mapping[str, Curve], *, baseline: str
 ) -> dict[str, Any]:
     """The comparison of all other contenders with one."""
+    base = curves[baseline]
     others = {name: curve for name, curve in curves.items() if name != baseline}
     return {
         "differences": {
-            name: [{"w": w, **paired_differences(curve, curves[baseline], w=w)} for w in settings.guidance]
+            name: [{"w": w, **paired_differences(curve, base, w=w)} for w in settings.guidance]
             for name, curve in others.items()
         },
         "equal_fid": {
-            name: _reading_or_reason(partial(_equal_fid, curve, curves[baseline]))
+            name: _or_reason(lambda curve=curve: asdict(clip_at_equal_fid(curve, base)))
             for name, curve in others.items()
         },
     }
 
 
-def _equal_fid(curve: Curve, baseline: Curve) -> dict[str, Any]:
-    return asdict(clip_at_equal_fid(curve, baseline))
-
-
 def _gap_closed(gap: FidGap, curves: Mapping[str, Curve]) -> dict[str, Any]:
     student, few, many = (curves[name] for name in (gap.student, gap.few, gap.many))
-    return {"closed": gap_closed(student, few=few, many=many, w=gap.w)}
+    return _or_reason(lambda: {"closed": gap_closed(student, few=few, many=many, w=gap.w)})
 
 
-def _reading_or_reason(reading: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _or_reason(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A comparison, or the reason why the curves cannot be compared."""
     try:
-        return reading()
+        return compute()
     except IncomparableCurvesError as reason:
         return {"no_reading": str(reason)}

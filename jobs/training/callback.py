@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,31 +50,34 @@ def open_loggers(
     )
 
 
+@dataclass
 class _Throughput:
     """Steps per second, and the share of time spent waiting for data, since the last `reset`."""
 
-    def __init__(self) -> None:
-        self._seconds, self._data_seconds, self._steps = 0.0, 0.0, 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    steps: int = 0
 
     def add(self, step: StepResult) -> None:
-        self._seconds += step.seconds
-        self._data_seconds += step.data_seconds
-        self._steps += 1
+        self.seconds += step.seconds
+        self.data_seconds += step.data_seconds
+        self.steps += 1
 
     def reset(self) -> dict[str, float]:
         """Return the values, and begin anew."""
         values = {
-            "steps_per_second": self._steps / self._seconds,
-            "data_wait": self._data_seconds / self._seconds,
+            "steps_per_second": self.steps / self.seconds,
+            "data_wait": self.data_seconds / self.seconds,
         }
-        self._seconds, self._data_seconds, self._steps = 0.0, 0.0, 0
+        self.seconds, self.data_seconds, self.steps = 0.0, 0.0, 0
         return values
 
 
+@dataclass(kw_only=True)
 class TrainingCallback:
     """Called after each step, on every rank; rank 0 writes what there is one of.
 
-    Args:
+    Attributes:
         training: that runs.
         state: of the training, on this worker.
         store: of its checkpoints.
@@ -86,54 +90,47 @@ class TrainingCallback:
         meter: Prometheus metrics of this worker.
     """
 
-    def __init__(
-        self,
-        training: Training,
-        *,
-        state: TrainState,
-        store: CheckpointStore,
-        settings: TrainerSettings,
-        rank: int,
-        world: int,
-        queue: Any,  # noqa: ANN401 - an actor handle
-        report: Callable[[dict[str, Any]], None],
-        loggers: Loggers | None,
-        meter: TrainingMeter,
-    ) -> None:
-        self._training, self._state, self._store = training, state, store
-        self._settings, self._queue, self._loggers = settings, queue, loggers
-        self._report, self._is_first, self._world = report, rank == 0, world
-        self._logged, self._reported = _Throughput(), _Throughput()
-        self._meter = meter
-        self._last_report = 0.0
+    training: Training
+    state: TrainState
+    store: CheckpointStore
+    settings: TrainerSettings
+    rank: int
+    world: int
+    queue: Any
+    report: Callable[[dict[str, Any]], None]
+    loggers: Loggers | None
+    meter: TrainingMeter
+    _logged: _Throughput = field(default_factory=_Throughput, init=False)
+    _reported: _Throughput = field(default_factory=_Throughput, init=False)
+    _last_report: float = field(default=0.0, init=False)
 
     def __call__(self, step: StepResult) -> None:
         """Called on every rank."""
         self._logged.add(step)
         self._reported.add(step)
-        self._meter.add(seconds=step.seconds, data_seconds=step.data_seconds)
-        last = step.step == self._training.settings.num_steps
-        if last or step.step % self._settings.curve_every == 0:
+        self.meter.add(seconds=step.seconds, data_seconds=step.data_seconds)
+        last = step.step == self.training.settings.num_steps
+        if last or step.step % self.settings.curve_every == 0:
             self._log(step)
-        validation = self._training.validation
+        validation = self.training.validation
         if validation is not None and (last or step.step % validation.every == 0):
             # Gathers sharded weights, so every rank must call it.
-            weights = self._state.final_weights()
-            if self._is_first:
+            weights = self.state.final_weights()
+            if self.rank == 0:
                 self._validate(validation, weights, step=step.step)
-        save = last or step.step % self._settings.checkpoint_every == 0
+        save = last or step.step % self.settings.checkpoint_every == 0
         if save:
             self._save(step.step)
         due = last or time.monotonic() - self._last_report > _SECONDS_BETWEEN_REPORTS
-        if not (save or (self._is_first and due)):
+        if not (save or (self.rank == 0 and due)):
             return
         report = self._progress(step)
-        if self._is_first:
-            self._queue.put.remote(report)
+        if self.rank == 0:
+            self.queue.put.remote(report)
             self._last_report = time.monotonic()
         if save:
             # Ray collects reports every two seconds, and a worker waits for that: so not at every step.
-            self._report(report)
+            self.report(report)
 
     def _log(self, step: StepResult) -> None:
         """Add a point to the curve and to the logs."""
@@ -143,41 +140,41 @@ class TrainingCallback:
             "learning_rate": step.learning_rate,
             **step.metrics,
         }
-        self._state.curve.append({"step": step.step, **point})
-        if self._loggers is not None:
-            self._loggers.scalars({**point, **self._logged.reset()}, step=step.step)
+        self.state.curve.append({"step": step.step, **point})
+        if self.loggers is not None:
+            self.loggers.scalars({**point, **self._logged.reset()}, step=step.step)
 
     def _validate(self, validation: Validation, weights: Mapping[str, torch.Tensor], *, step: int) -> None:
         result = validation(weights)
-        self._state.validations.append({"step": step, **result.record})
-        best = self._state.best
+        self.state.validations.append({"step": step, **result.record})
+        best = self.state.best
         if result.score is not None and (best is None or result.score < best.score):
             # A copy: training goes on in these tensors.
             copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
-            self._state.best = BestWeights(step=step, score=result.score, weights=copies)
-        run_url, _, _ = self._store.url.rpartition("/")
+            self.state.best = BestWeights(step=step, score=result.score, weights=copies)
+        run_url, _, _ = self.store.url.rpartition("/")
         replace_object(f"{run_url}/watch/step-{step:08d}.png", to_png(result.image))
-        if self._loggers is not None:
-            self._loggers.scalars(result.scalars, step=step)
-            self._loggers.image("watch/pictures", result.image, step=step)
+        if self.loggers is not None:
+            self.loggers.scalars(result.scalars, step=step)
+            self.loggers.image("watch/pictures", result.image, step=step)
 
     def _save(self, step: int) -> None:
-        if self._loggers is not None:
+        if self.loggers is not None:
             # Before the checkpoint: a run that resumes from it must find all earlier steps in the logs.
-            self._loggers.flush()
-        tensors = self._state.tensors()
-        values = {"state": self._state.values(), "identity": self._training.identity}
-        if self._is_first:
-            save_with_retries(self._store, step, tensors=tensors, values=values)
+            self.loggers.flush()
+        tensors = self.state.tensors()
+        values = {"state": self.state.values(), "identity": self.training.identity}
+        if self.rank == 0:
+            save_with_retries(self.store, step, tensors=tensors, values=values)
 
     def _progress(self, step: StepResult) -> dict[str, Any]:
         """The report since the last one."""
-        throughput, num_steps = self._reported.reset(), self._training.settings.num_steps
+        throughput, num_steps = self._reported.reset(), self.training.settings.num_steps
         return {
-            "training": self._training.name,
+            "training": self.training.name,
             "step": step.step,
             "num_steps": num_steps,
-            "workers": self._world,
+            "workers": self.world,
             "loss": step.loss,
             "seconds_left": (num_steps - step.step) / throughput["steps_per_second"],
             **throughput,

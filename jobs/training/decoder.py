@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from jobs.evaluation.evaluation import absolute_source
 from jobs.training.progress_channel import OnReport
-from jobs.training.run_folder import RunFolder
 from jobs.training.settings import DecoderSettings
 from jobs.training.spec import Training
-from jobs.training.student import check_held_out
-from jobs.training.trainer import TrainingResult, run_trainings
-from pipelines.loading.loader import BatchLoader, count_trainable
-from pipelines.storage.objects import absolute_url
-from pipelines.tables.leases import read_lease
-from pipelines.tables.table import Snapshot, TableError, open_table
+from jobs.training.table_training import TableTraining, TrainingInputs, TrainingTable
+from jobs.training.trainer import TrainingResult
+from pipelines.loading.buckets import total_rows
+from pipelines.loading.loader import BatchLoader
+from pipelines.tables.table import Snapshot, TableError
 from snapfusion.metrics.decoder import decode_times, fidelity
 from snapfusion.models.bundle import Bundle
-from snapfusion.models.decoder import DecoderConfig, HalfDecoder
+from snapfusion.models.decoder import HalfDecoder
 from snapfusion.models.load import load
-from snapfusion.settings import digest
 from snapfusion.training.decoder import DecoderObjective, TeacherImages, decoded_images, stored_images
 
 _STUDENT, _RANDOM = "decoder", "decoder-from-random"
@@ -62,67 +58,29 @@ def distill_decoder(
         TableError: if PAIRS do not fit the teacher, or store no images where the settings need them.
         TrainingFailed: if workers keep failing.
     """
-    began, folder = time.monotonic(), RunFolder(url=absolute_url(out_url), kind="decoder")
-    # Workers have another working directory.
-    teacher = absolute_source(teacher)
-    bundle = load(teacher)
-    version = folder.pinned_version("pairs") if pairs_version is None else pairs_version
-    pairs = open_table(pairs_url, version=version, kind="pairs")
-    identity = _identity(settings, pairs=pairs, bundle=bundle)
-    if (finished := folder.finished(identity)) is not None:
-        return finished
-    counts = _count_rows(settings, pairs=pairs)
-    folder.begin(identity)
-    arguments = {
-        "settings": settings,
-        "teacher": teacher,
-        "pairs_url": pairs.url,
-        "pairs_version": pairs.version,
-        "counts": counts,
-        "identity": identity,
-    }
-    with read_lease(pairs.url, version=pairs.version, purpose=f"the training {folder.url}"):
-        trained = run_trainings(
-            assemble, arguments, store_url=folder.store_url, settings=settings.trainer, on_report=on_report
-        )
-    decoder = HalfDecoder(DecoderConfig.half_of(bundle.vae))
-    decoder.load_state_dict(trained[_STUDENT].weights)
-    return folder.publish(
-        identity,
-        fill=lambda path: {
-            "files": decoder.save(str(path)),
-            "settings": settings.to_values(),
-            "parents": {
-                "pairs": pairs.lineage(),
-                "teacher": {"source": teacher, "weights": bundle.fingerprint()},
-            },
-            "rows": {"pairs": pairs.num_rows, "trained_on": sum(counts)},
-            "seconds": round(time.monotonic() - began, 1),
-            **_metrics(trained, bundle=bundle),
-        },
-    )
+    return TableTraining(
+        kind="decoder",
+        settings=settings,
+        sources={"teacher": teacher},
+        table=TrainingTable(role="pairs", kind="pairs", url=pairs_url, version=pairs_version),
+        factory=assemble,
+        check=partial(_check, settings),
+        identity=lambda models: {"teacher": models["teacher"].describe()["weights"]["vae"]},
+        publish=_publish,
+    ).run(out_url, on_report=on_report)
 
 
-def assemble(
-    *,
-    settings: DecoderSettings,
-    teacher: str,
-    pairs_url: str,
-    pairs_version: int,
-    counts: Sequence[int],
-    identity: Mapping[str, Any],
-    device: torch.device,
-) -> Iterator[Training]:
+def assemble(inputs: TrainingInputs[DecoderSettings], *, device: torch.device) -> Iterator[Training]:
     """Assemble the trainings, in a worker: the student's, and one from random weights to compare it with."""
-    bundle = load(teacher, device=str(device))
+    settings, bundle = inputs.settings, load(inputs.sources["teacher"], device=str(device))
     images = stored_images if settings.target == "stored" else decoded_images(bundle.decode)
     loader = BatchLoader(
-        open_table(pairs_url, version=pairs_version),
+        inputs.open_table(),
         columns=["latent", "image"] if settings.target == "stored" else ["latent"],
         global_batch=settings.loop.global_batch,
         seed=settings.loop.seed,
         settings=settings.loader,
-        counts=counts,
+        counts=inputs.counts,
     )
     inits = {_STUDENT: settings.init}
     if settings.compare_random_init:
@@ -136,7 +94,7 @@ def assemble(
             objective=DecoderObjective(images),
             loader=loader,
             settings=settings.loop,
-            identity={**identity, "init": init},
+            identity={**inputs.identity, "init": init},
             evaluate=partial(evaluate, with_times=name == _STUDENT),
         )
 
@@ -167,19 +125,46 @@ def _evaluate(
     return values
 
 
-def _metrics(trained: Mapping[str, TrainingResult], *, bundle: Bundle) -> dict[str, Any]:
-    student, random = trained[_STUDENT], trained.get(_RANDOM)
-    full = sum(
-        parameter.numel()
-        for part in (bundle.vae.decoder, bundle.vae.post_quant_conv)
-        if part is not None
-        for parameter in part.parameters()
-    )
-    half = HalfDecoder.from_vae(bundle.vae).num_parameters
+def _check(settings: DecoderSettings, pairs: Snapshot, models: Mapping[str, Bundle]) -> None:
+    """Refuse PAIRS of another VAE, or without the images that the settings need.
+
+    Raises:
+        TableError: naming what does not fit.
+    """
+    model, other = models["teacher"].describe(), pairs.identity["model"]
+    for part, expected, found in (
+        ("VAE", model["weights"]["vae"], other["weights"]["vae"]),
+        ("scaling factor", model["scaling_factor"], other["scaling_factor"]),
+    ):
+        if expected != found:
+            raise TableError(
+                f"{pairs.url} was made with another {part} ({str(found)[:12]}) than the teacher's "
+                f"({str(expected)[:12]}): name the teacher that generated it, or generate new PAIRS"
+            )
+    if settings.target == "stored" and not pairs.identity["generation"]["images"]:
+        raise TableError(f"{pairs.url} stores no images: set decoder.target=online, or generate new PAIRS")
+
+
+def _publish(
+    path: Path,
+    results: Mapping[str, TrainingResult],
+    inputs: TrainingInputs[DecoderSettings],
+    _checked: None,
+) -> dict[str, Any]:
+    """Write the decoder; returns its metrics."""
+    student, random = results[_STUDENT], results.get(_RANDOM)
+    vae, pairs = load(inputs.sources["teacher"]).vae, inputs.open_table()
+    decoder = HalfDecoder.from_vae(vae)
+    decoder.load_state_dict(student.weights)
+    parts = [part for part in (vae.decoder, vae.post_quant_conv) if part is not None]
+    full = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    half = decoder.num_parameters
     return {
+        "files": decoder.save(str(path)),
         "psnr_db": student.evaluation["psnr_db"],
         "held_out_rows": student.evaluation["rows"],
         "parameters": {"teacher": full, "student": half, "ratio": full / half},
+        "rows": {"pairs": pairs.num_rows, "trained_on": sum(map(total_rows, inputs.counts))},
         "times": student.evaluation["times"],
         "curve": student.curve,
         "random_init": random
@@ -190,39 +175,6 @@ def _metrics(trained: Mapping[str, TrainingResult], *, bundle: Bundle) -> dict[s
         },
         "environment": student.environment,
     }
-
-
-def _identity(settings: DecoderSettings, *, pairs: Snapshot, bundle: Bundle) -> dict[str, Any]:
-    """Everything that determines the decoder's weights, float sums apart.
-
-    Raises:
-        TableError: if PAIRS were made with another VAE.
-    """
-    model, other = bundle.describe(), pairs.identity["model"]
-    for part, expected, found in (
-        ("VAE", model["weights"]["vae"], other["weights"]["vae"]),
-        ("scaling factor", model["scaling_factor"], other["scaling_factor"]),
-    ):
-        if expected != found:
-            raise TableError(
-                f"{pairs.url} was made with another {part} ({str(found)[:12]}) than the teacher's "
-                f"({str(expected)[:12]}): name the teacher that generated it, or generate new PAIRS"
-            )
-    return {
-        "settings": {name: value for name, value in settings.to_values().items() if name != "trainer"},
-        "teacher": model["weights"]["vae"],
-        "pairs": {"identity": digest(pairs.identity), "version": pairs.version},
-    }
-
-
-def _count_rows(settings: DecoderSettings, *, pairs: Snapshot) -> list[int]:
-    """The training rows of each unit of PAIRS that have what the settings need."""
-    if settings.target == "stored" and not pairs.identity["generation"]["images"]:
-        raise TableError(f"{pairs.url} stores no images: set decoder.target=online, or generate new PAIRS")
-    held_out = settings.loader.held_out
-    counts = count_trainable(pairs, held_out=held_out)
-    check_held_out(pairs, held_out=held_out, num_rows=pairs.num_rows - sum(counts))
-    return counts
 
 
 def summary(metrics: Mapping[str, Any]) -> list[str]:

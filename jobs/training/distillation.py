@@ -12,15 +12,8 @@ from torch import nn
 from jobs.training.progress_channel import OnReport
 from jobs.training.settings import DistillSettings
 from jobs.training.spec import Training, TrainingError
-from jobs.training.student import (
-    DTYPES,
-    EVALUATION_STEP,
-    StudentInputs,
-    StudentTraining,
-    TrainingTable,
-    make_training,
-    prepare_unet,
-)
+from jobs.training.student import DTYPES, EVALUATION_STEP, make_training, prepare_unet, train_unet
+from jobs.training.table_training import TrainingInputs, TrainingTable
 from pipelines.datasets.latents import check_latents, without_size
 from pipelines.datasets.targets import check_targets
 from pipelines.loading.branches import BranchLoader
@@ -53,7 +46,7 @@ def distill_steps(
     data_version: int | None = None,
     on_report: OnReport = lambda figures: None,
 ) -> dict[str, Any]:
-    """Distil a student and publish it at `out_url` (see `StudentTraining.run`).
+    """Distil a student and publish it at `out_url` (see `TableTraining.run`).
 
     Args:
         settings: of the distillation; its sources and its table are given by the other arguments.
@@ -69,15 +62,14 @@ def distill_steps(
 
     Raises:
         TrainingError: if teacher and student do not go together, or the student does not predict v; or as in
-            `StudentTraining.run`.
+            `TableTraining.run`.
         TableError: if the table does not fit teacher or student.
         TrainingFailed: if workers keep failing.
     """
     online = settings.targets == "online"
-    return StudentTraining(
-        settings=settings,
+    return train_unet(
+        settings,
         objective="steps",
-        factory=assemble,
         sources={"teacher": teacher, "student": student or teacher},
         role="student",
         table=TrainingTable(
@@ -87,11 +79,14 @@ def distill_steps(
             version=data_version,
             branches=() if online else _trained_branches(settings.steps),
         ),
+        factory=assemble,
         check=partial(_check, settings),
-    ).run(out_url, on_report=on_report)
+        out_url=out_url,
+        on_report=on_report,
+    )
 
 
-def assemble(inputs: StudentInputs[DistillSettings], *, device: torch.device) -> Iterator[Training]:
+def assemble(inputs: TrainingInputs[DistillSettings], *, device: torch.device) -> Iterator[Training]:
     """Assemble the training, in a worker."""
     settings = inputs.settings
     bundle = _initial_student(inputs, device=device)
@@ -138,7 +133,7 @@ def assemble(inputs: StudentInputs[DistillSettings], *, device: torch.device) ->
     )
 
 
-def _initial_student(inputs: StudentInputs[DistillSettings], *, device: torch.device) -> Bundle:
+def _initial_student(inputs: TrainingInputs[DistillSettings], *, device: torch.device) -> Bundle:
     bundle = load(inputs.sources["student"], device=str(device))
     if inputs.settings.steps.w_conditioned:
         bundle.unet = with_guidance_embedding(bundle.unet)
@@ -146,7 +141,7 @@ def _initial_student(inputs: StudentInputs[DistillSettings], *, device: torch.de
 
 
 def _target_source(
-    inputs: StudentInputs[DistillSettings], *, captions: CaptionEncoder, bundle: Bundle
+    inputs: TrainingInputs[DistillSettings], *, captions: CaptionEncoder, bundle: Bundle
 ) -> TargetSource:
     settings = inputs.settings
     if settings.targets == "table":
@@ -159,7 +154,7 @@ def _target_source(
     )
 
 
-def _loader(inputs: StudentInputs[DistillSettings]) -> _Loader:
+def _loader(inputs: TrainingInputs[DistillSettings]) -> _Loader:
     settings, table = inputs.settings, inputs.open_table()
     shared: dict[str, Any] = {
         "global_batch": settings.loop.global_batch,

@@ -102,34 +102,47 @@ class ValidationSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-class UNetTrainingSettings(Settings):
-    """Settings that every training of a UNet has.
+class TableTrainingSettings(Settings):
+    """Settings that every training on a table has.
 
     Attributes:
         loop: optimizer and schedule.
         loader: choice and shuffling of rows, and the held-out fraction.
         evaluation_rows: held-out rows evaluated, at most.
-        saved_as: dtype of the published weights. As float32 the text encoder and the VAE stay bit for bit
-            those that tables were made with.
-        gradient_checkpointing: recompute the UNet's activations in the backward pass: slower, less memory.
         trainer: the workers.
-        validation: sampling and scoring during training.
     """
 
-    not_in_identity: ClassVar[tuple[str, ...]] = ("trainer", "gradient_checkpointing", "validation")
+    not_in_identity: ClassVar[tuple[str, ...]] = ("trainer",)
     """Settings that may differ when a run is resumed."""
 
     loop: LoopSettings
+    loader: LoaderSettings
+    evaluation_rows: PositiveInt
+    trainer: TrainerSettings
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that determine the weights, as JSON values."""
+        return {name: value for name, value in self.to_values().items() if name not in self.not_in_identity}
+
+
+class UNetTrainingSettings(TableTrainingSettings):
+    """Settings that every training of a UNet has.
+
+    Attributes:
+        saved_as: dtype of the published weights. As float32 the text encoder and the VAE stay bit for bit
+            those that tables were made with.
+        gradient_checkpointing: recompute the UNet's activations in the backward pass: slower, less memory.
+        validation: sampling and scoring during training.
+    """
+
+    not_in_identity = ("trainer", "gradient_checkpointing", "validation")
+
     loader: LoaderSettings = LoaderSettings(held_out=0.05)
     evaluation_rows: PositiveInt = 128
     saved_as: Literal["float32", "float16"] = "float32"
     gradient_checkpointing: bool = False
     trainer: TrainerSettings = TrainerSettings()
     validation: ValidationSettings = ValidationSettings()
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that determine the weights, as JSON values."""
-        return {name: value for name, value in self.to_values().items() if name not in self.not_in_identity}
 
 
 class DistillSettings(UNetTrainingSettings):
@@ -215,19 +228,15 @@ class EfficientSettings(Settings):
     training: VpredSettings = VpredSettings()
 
 
-class DecoderSettings(Settings):
+class DecoderSettings(TableTrainingSettings):
     """Settings of the decoder distillation. The defaults are the miniature's.
 
     Attributes:
         init: initial weights of the student (see `HalfDecoder.from_vae`).
         target: teacher images as PAIRS "stored" them, or decoded "online" in the trainer.
-        loop: optimizer and schedule.
-        loader: choice and shuffling of rows, and the held-out fraction.
         compare_random_init: also train a student from random weights for as many steps, for comparison.
-        evaluation_rows: held-out rows evaluated, at most.
         timing_batches: batch sizes at which both decoders are timed.
         timing_repeats: repetitions of each measurement.
-        trainer: the workers; the only part that may differ when a run is resumed.
     """
 
     init: Initialization = "leading"

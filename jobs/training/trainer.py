@@ -243,7 +243,7 @@ def _run_training(
             micro_batch=settings.micro_batch,
             wrapped=_wrap_ddp(training, model) if world > 1 and not sharded else None,
             after_step=TrainingCallback(
-                training,
+                training=training,
                 state=state,
                 store=store,
                 settings=settings,

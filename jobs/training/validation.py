@@ -7,6 +7,7 @@ OUT/best/                     the weights with the best score, as a diffusers fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -35,45 +36,35 @@ _NUM_SCENES = 2 * NUM_CAPTIONS
 """As many as `jobs.evaluate` takes: each caption twice."""
 
 
+@dataclass(kw_only=True)
 class Validator:
     """Validates weights on rank 0. Loads its networks at the first call.
 
-    Args:
+    Attributes:
         settings: of the validation.
         every: steps between validations.
         model: source of all but the weights that are validated.
-        size: of the images in pixels, unless `settings.drawing` gives one.
+        size: of the images in pixels, unless the settings give one.
         steps: of the student; None if it is not distilled.
         device: of the worker.
         threads: of the worker.
     """
 
-    def __init__(
-        self,
-        settings: ValidationSettings,
-        *,
-        every: int,
-        model: str,
-        size: int,
-        steps: int | None,
-        device: torch.device,
-        threads: int,
-    ) -> None:
-        self.every = every
-        self._settings, self._model = settings, model
-        self._sampling = settings.drawing.model_copy(update={"size": settings.drawing.size or size})
-        self._sampler = Sampler(steps=settings.steps or steps or _DEFAULT_STEPS)
-        self._device = Device(
-            kind="cuda" if device.type == "cuda" else "cpu", dtype=settings.dtype, threads=threads
-        )
+    settings: ValidationSettings
+    every: int
+    model: str
+    size: int
+    steps: int | None
+    device: torch.device
+    threads: int
 
     def __call__(self, weights: Mapping[str, Tensor]) -> ValidationResult:
         """Validate weights of a v model; the same weights have the same result."""
         self._load_weights(weights)
-        captions = [row for row in captions_of(self._settings.prompts) if isinstance(row, Caption)]
-        results = [self._score(captions, w=w) for w in self._settings.guidance]
+        captions = [row for row in captions_of(self.settings.prompts) if isinstance(row, Caption)]
+        results = [self._score(captions, w=w) for w in self.settings.guidance]
         points = [point for point, _ in results]
-        score = points[0][self._settings.best]
+        score = points[0][self.settings.best]
         return ValidationResult(
             record={"points": points},
             scalars={
@@ -82,17 +73,23 @@ class Validator:
                 for name, value in point.items()
                 if name != "w" and value is not None
             },
-            score=-score if self._settings.best == "clip" and score is not None else score,
+            score=-score if self.settings.best == "clip" and score is not None else score,
             image=np.concatenate([row for _, row in results]),
         )
 
     @cached_property
+    def _device(self) -> Device:
+        kind = "cuda" if self.device.type == "cuda" else "cpu"
+        return Device(kind=kind, dtype=self.settings.dtype, threads=self.threads)
+
+    @cached_property
     def _networks(self) -> SampleAndScore:
+        sampling = self.settings.drawing
         networks = SampleAndScore(
-            model=self._model,
-            sampler=self._sampler,
-            drawing=self._sampling,
-            judging=self._settings.judging,
+            model=self.model,
+            sampler=Sampler(steps=self.settings.steps or self.steps or _DEFAULT_STEPS),
+            drawing=sampling.model_copy(update={"size": sampling.size or self.size}),
+            judging=self.settings.judging,
             device=self._device,
         )
         networks.bundle.prediction_type = "v_prediction"
@@ -101,7 +98,7 @@ class Validator:
     @cached_property
     def _references(self) -> Moments:
         """Feature moments of the reference images."""
-        settings = self._settings
+        settings = self.settings
         if settings.references is not None:
             return moments_of(open_table(settings.references, kind="references"))
         extract = ExtractFeatures(
@@ -118,13 +115,13 @@ class Validator:
 
     def _score(self, captions: Sequence[Caption], *, w: float) -> tuple[dict[str, Any], np.ndarray]:
         """The metrics at a guidance scale, and the first images side by side, uint8 [H,W,3]."""
-        size = self._sampling.batch_size
-        keys = [noise_key("evaluation", self._sampling.seed, caption.id) for caption in captions]
+        sampling, size = self.settings.drawing, self.settings.drawing.batch_size
+        keys = [noise_key("evaluation", sampling.seed, caption.id) for caption in captions]
         texts = [caption.text for caption in captions]
         spans = [slice(start, start + size) for start in range(0, len(keys), size)]
         batches = [self._networks.draw_and_judge(texts[span], keys[span], w=w) for span in spans]
         columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-        row = np.concatenate(list(columns["image"][: self._settings.pictures]), axis=1)
+        row = np.concatenate(list(columns["image"][: self.settings.pictures]), axis=1)
         finite = columns["finite"]
         point: dict[str, Any] = {"w": w, "pictures": int(finite.sum()), "fid": None, "clip": None}
         # A covariance needs two images; a diverged student may have none that is finite.
@@ -133,7 +130,7 @@ class Validator:
         moments = Moments.of(torch.from_numpy(columns["features"][finite]))
         point["fid"] = frechet_distance(moments, self._references)
         point["clip"] = float(columns["clip"][finite].mean(dtype=np.float64))
-        if self._settings.judging.attribute_count:
+        if self.settings.judging.attribute_count:
             point["attributes"] = float(columns["right"][finite].mean(dtype=np.float64))
         return point, row
 

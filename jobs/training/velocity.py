@@ -11,15 +11,8 @@ import torch
 from jobs.training.progress_channel import OnReport
 from jobs.training.settings import VpredSettings
 from jobs.training.spec import Training, TrainingError
-from jobs.training.student import (
-    EVALUATION_STEP,
-    StudentInputs,
-    StudentTraining,
-    TrainingTable,
-    count_rows,
-    make_training,
-    prepare_unet,
-)
+from jobs.training.student import EVALUATION_STEP, make_training, prepare_unet, train_unet
+from jobs.training.table_training import TrainingInputs, TrainingTable, count_rows
 from jobs.training.validation import check_validation
 from pipelines.datasets.latents import check_latents, image_size_of
 from pipelines.loading.buckets import make_loader
@@ -50,7 +43,7 @@ def finetune_vpred(
     further: bool = False,
     on_report: OnReport = lambda figures: None,
 ) -> dict[str, Any]:
-    """Train a model by L_ori and publish it at `out_url` (see `StudentTraining.run`).
+    """Train a model by L_ori and publish it at `out_url` (see `TableTraining.run`).
 
     Args:
         settings: of the training.
@@ -66,7 +59,7 @@ def finetune_vpred(
 
     Raises:
         TrainingError: if the model predicts v already and `further` is not set; or as in
-            `StudentTraining.run`.
+            `TableTraining.run`.
         TableError: if LATENTS do not fit the model.
         TrainingFailed: if workers keep failing.
     """
@@ -76,15 +69,17 @@ def finetune_vpred(
             raise TrainingError(f"{model} predicts v already; there is nothing to fine-tune")
         check_latents(latents, bundle=models["model"])
 
-    return StudentTraining(
-        settings=settings,
+    return train_unet(
+        settings,
         objective="velocity",
-        factory=assemble,
         sources={"model": model},
         role="model",
         table=TrainingTable(role="latents", kind="latents", url=latents_url, version=latents_version),
+        factory=assemble,
         check=check,
-    ).run(out_url, on_report=on_report)
+        out_url=out_url,
+        on_report=on_report,
+    )
 
 
 def check_training(settings: VpredSettings, *, bundle: Bundle, latents: Snapshot) -> None:
@@ -99,7 +94,7 @@ def check_training(settings: VpredSettings, *, bundle: Bundle, latents: Snapshot
     count_rows(latents, held_out=settings.loader.held_out)
 
 
-def assemble(inputs: StudentInputs[VpredSettings], *, device: torch.device) -> Iterator[Training]:
+def assemble(inputs: TrainingInputs[VpredSettings], *, device: torch.device) -> Iterator[Training]:
     """Assemble the training, in a worker."""
     settings = inputs.settings
     bundle = load(inputs.sources["model"], device=str(device))

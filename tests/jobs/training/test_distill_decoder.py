@@ -13,6 +13,7 @@ from in_process import in_process
 from jobs.training.decoder import assemble, distill_decoder, summary
 from jobs.training.settings import DecoderSettings, TrainerSettings
 from jobs.training.spec import TrainingError
+from jobs.training.table_training import TrainingInputs
 from pipelines.datasets.pairs import generate_pairs
 from pipelines.datasets.settings import PairsSettings
 from pipelines.loading.loader import count_trainable
@@ -127,17 +128,15 @@ def test_a_training_of_other_settings_is_refused(pairs, tiny_teacher, tmp_path):
 def test_online_targets_equal_stored_images(pairs, tiny_teacher):
     images = {}
     for target in ("stored", "online"):
-        training = next(
-            assemble(
-                settings=changed(target=target),
-                teacher=tiny_teacher,
-                pairs_url=pairs.url,
-                pairs_version=pairs.version,
-                counts=count_trainable(pairs, held_out=0.3),
-                identity={},
-                device=torch.device("cpu"),
-            )
+        inputs = TrainingInputs(
+            settings=changed(target=target),
+            sources={"teacher": tiny_teacher},
+            table_url=pairs.url,
+            table_version=pairs.version,
+            counts=count_trainable(pairs, held_out=0.3),
+            identity={},
         )
+        training = next(assemble(inputs, device=torch.device("cpu")))
         batches = training.loader.batches(0)
         batch = next(batches)
         batches.close()

@@ -15,7 +15,8 @@ from student_inputs import DISTILL, VPRED
 from jobs import generate
 from jobs.training import distillation, velocity
 from jobs.training.spec import TrainingError
-from jobs.training.student import StudentInputs, save_student
+from jobs.training.student import save_student
+from jobs.training.table_training import TrainingInputs
 from jobs.training.trainer import TrainingResult
 from jobs.training.validation import Validator, check_validation
 from pipelines.datasets.latents import encode_latents
@@ -102,7 +103,7 @@ def trained(training, *, settings):
 
 
 def assembled(assemble, table, settings, sources):
-    inputs = StudentInputs(
+    inputs = TrainingInputs(
         settings=settings,
         sources=sources,
         table_url=table.url,

@@ -30,7 +30,8 @@ from jobs.cli.job import Job
 from jobs.recipes.miniature import mini
 from jobs.training.distillation import assemble, distill_steps, summary
 from jobs.training.spec import TrainingError
-from jobs.training.student import StudentInputs, save_student
+from jobs.training.student import save_student
+from jobs.training.table_training import TrainingInputs
 from jobs.training.trainer import TrainingResult, check_batch_split, run_trainings
 from jobs.training.validation import Validator, check_validation
 from jobs.training.velocity import finetune_vpred
@@ -187,7 +188,7 @@ def in_one_process(training, *, settings=LOOP):
 
 
 def inputs_of(table, *, teacher, student=None, settings=DISTILL):
-    return StudentInputs(
+    return TrainingInputs(
         settings=settings,
         sources={"teacher": teacher, "student": student or teacher},
         table_url=table.url,

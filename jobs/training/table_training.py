@@ -1,0 +1,179 @@
+"""Trains on a table and publishes a folder: the frame of UNet trainings and of the decoder's distillation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from jobs.evaluation.evaluation import absolute_source
+from jobs.training.progress_channel import OnReport
+from jobs.training.run_folder import RunFolder
+from jobs.training.settings import TableTrainingSettings
+from jobs.training.spec import TrainingError, TrainingFactory
+from jobs.training.trainer import TrainingResult, run_trainings
+from pipelines.loading.branches import is_guided_unit
+from pipelines.loading.buckets import RowCount, count_training_rows, total_rows
+from pipelines.loading.loader import count_trainable
+from pipelines.storage.objects import absolute_url
+from pipelines.tables.leases import read_leases
+from pipelines.tables.table import Snapshot, open_table
+from snapfusion.models.bundle import Bundle
+from snapfusion.models.load import load
+from snapfusion.settings import digest
+
+SettingsT = TypeVar("SettingsT", bound=TableTrainingSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingTable:
+    """The table that a training reads.
+
+    Attributes:
+        role: its key in identities and lineage ("data", "latents", "pairs").
+        kind: of its rows.
+        url: of the table.
+        version: to read; None continues with the version that the run began with, else the newest.
+        branches: of TARGETS that training reads (`BRANCHES`); empty for a table without branches.
+    """
+
+    role: str
+    kind: Literal["latents", "targets", "pairs"]
+    url: str
+    version: int | None = None
+    branches: Sequence[bool] = ()
+
+    def open(self, folder: RunFolder) -> Snapshot:
+        """The table at its version."""
+        version = folder.pinned_version(self.role) if self.version is None else self.version
+        return open_table(self.url, version=version, kind=self.kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingInputs(Generic[SettingsT]):
+    """All that a worker needs to assemble its trainings.
+
+    Attributes:
+        settings: of the training.
+        sources: model sources by role.
+        table_url: of the table.
+        table_version: the pinned version.
+        counts: training rows of each unit.
+        identity: of the training.
+    """
+
+    settings: SettingsT
+    sources: Mapping[str, str]
+    table_url: str
+    table_version: int
+    counts: Sequence[RowCount]
+    identity: Mapping[str, Any]
+
+    def open_table(self) -> Snapshot:
+        """The pinned table."""
+        return open_table(self.table_url, version=self.table_version)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableTraining(Generic[SettingsT]):
+    """A training on a table, from its parents to the published folder.
+
+    Attributes:
+        kind: of the folder.
+        settings: of the training.
+        sources: model sources by role.
+        table: to train on.
+        factory: assembles trainings from `inputs: TrainingInputs` and `device`.
+        check: refuses a table and models that do not go together; its result is passed to `publish`.
+        identity: of models and objective; settings and table are added to it.
+        publish: writes the files from the results by name, and returns metrics.
+    """
+
+    kind: str
+    settings: SettingsT
+    sources: Mapping[str, str]
+    table: TrainingTable
+    factory: TrainingFactory
+    check: Callable[[Snapshot, Mapping[str, Bundle]], Any]
+    identity: Callable[[Mapping[str, Bundle]], Mapping[str, Any]]
+    publish: Callable[[Path, Mapping[str, TrainingResult], TrainingInputs[SettingsT], Any], Mapping[str, Any]]
+
+    def run(self, out_url: str, *, on_report: OnReport) -> dict[str, Any]:
+        """Train, and publish the folder at `out_url`, all or nothing; returns the metrics of metrics.json.
+
+        A run that was killed resumes, with the version of the table that it began with. A published folder
+        is left as it is.
+
+        Raises:
+            TrainingError: if `out_url` holds or has begun something else, no row is held out, or training
+                cannot end.
+            TrainingFailed: if workers keep failing.
+        """
+        began, folder = time.monotonic(), RunFolder(url=absolute_url(out_url), kind=self.kind)
+        sources = {role: absolute_source(source) for role, source in self.sources.items()}
+        table = self.table.open(folder)
+        bundles = {source: load(source) for source in dict.fromkeys(sources.values())}
+        models = {role: bundles[source] for role, source in sources.items()}
+        checked = self.check(table, models)
+        identity = {
+            **self.identity(models),
+            "settings": self.settings.identity(),
+            self.table.role: {"identity": digest(table.identity), "version": table.version},
+        }
+        if (finished := folder.finished(identity)) is not None:
+            return finished
+        inputs = TrainingInputs(
+            settings=self.settings,
+            sources=sources,
+            table_url=table.url,
+            table_version=table.version,
+            counts=count_rows(table, held_out=self.settings.loader.held_out, branches=self.table.branches),
+            identity=identity,
+        )
+        parents = {self.table.role: table.lineage()} | {
+            role: {"source": sources[role], "weights": model.fingerprint()} for role, model in models.items()
+        }
+        # A worker on this node needs the memory.
+        del bundles, models
+        folder.begin(identity)
+        with read_leases(parents.values(), purpose=f"the training {folder.url}"):
+            results = run_trainings(
+                self.factory,
+                {"inputs": inputs},
+                store_url=folder.store_url,
+                settings=self.settings.trainer,
+                on_report=on_report,
+            )
+        return folder.publish(
+            identity,
+            fill=lambda path: {
+                **self.publish(path, results, inputs, checked),
+                "settings": self.settings.to_values(),
+                "parents": parents,
+                "seconds": round(time.monotonic() - began, 1),
+            },
+        )
+
+
+def count_rows(table: Snapshot, *, held_out: float, branches: Sequence[bool] = ()) -> Sequence[RowCount]:
+    """The training rows of each unit of a table.
+
+    Raises:
+        TrainingError: if no row is held out for evaluation, of one of the `branches` if there are any.
+    """
+    count = count_trainable if table.identity["kind"] == "pairs" else count_training_rows
+    counts = count(table, held_out=held_out)
+    units = list(zip(table.units, counts, strict=True))
+    for guided in branches or (None,):
+        if not sum(
+            unit.rows - total_rows(rows)
+            for unit, rows in units
+            if guided is None or is_guided_unit(unit.unit) == guided
+        ):
+            raise TrainingError(
+                f"none of the {table.num_rows} rows of {table.url} is held out for evaluation: raise "
+                f"loader.held_out (now {held_out}), or add rows"
+            )
+    return counts
