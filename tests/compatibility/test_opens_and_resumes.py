@@ -16,6 +16,7 @@ from in_process import in_process
 from jobs.evaluation.settings import PromptSettings
 from jobs.training.distillation import assemble, distill_steps
 from jobs.training.settings import DistillSettings, TrainerSettings, ValidationSettings
+from jobs.training.table_training import TrainingInputs
 from jobs.training.trainer import resume
 from jobs.verify_bundle import verify
 from pipelines.datasets.latents import encode_latents
@@ -50,7 +51,7 @@ DISTILL = DistillSettings(
     trainer=TrainerSettings(
         num_workers=1, cpus_per_worker=0.5, micro_batch=2, checkpoint_every=2, curve_every=1
     ),
-    watch=ValidationSettings(every=2, prompts=PromptSettings(limit=6), guidance=(2.0, 1.0), pictures=2),
+    validation=ValidationSettings(every=2, prompts=PromptSettings(limit=6), guidance=(2.0, 1.0), pictures=2),
 )
 
 DECODERS = {
@@ -132,16 +133,15 @@ def assert_same_weights(found: dict[str, torch.Tensor], student: Path) -> None:
 def test_a_checkpoint_is_resumed_in_one_process(run: Path) -> None:
     identity = json.loads((run / "student.training/begun.json").read_text())["identity"]
     table = open_table(f"{run}/latents")
-    (training,) = assemble(
+    inputs = TrainingInputs(
         settings=DISTILL,
-        teacher=f"{run}/model",
-        student=f"{run}/model",
-        data_url=table.url,
-        data_version=table.version,
+        sources={"teacher": f"{run}/model", "student": f"{run}/model"},
+        table_url=table.url,
+        table_version=table.version,
         counts=count_training_rows(table, held_out=DISTILL.loader.held_out),
         identity=identity,
-        device=torch.device("cpu"),
     )
+    (training,) = assemble(inputs, device=torch.device("cpu"))
     state = new_state(training.model, settings=DISTILL.loop)
     resume(state, store=CheckpointStore(f"{run}/student.training/unet"), identity=training.identity, rank=0)
     assert state.step == 2
