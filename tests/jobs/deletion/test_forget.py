@@ -129,7 +129,7 @@ def test_an_old_version_that_was_erased_says_so(run, lists):
     before = run.table("latents")
     carried_out(run, *lists, "--erase")
     pinned = open_table(before.url, version=before.version)
-    with pytest.raises(TableError, match=r"is gone, which version \d+ reads: rows of it were forgotten"):
+    with pytest.raises(TableError, match=r"of version \d+ is gone: rows of it were forgotten"):
         pinned.read(["id"])
 
 
@@ -270,7 +270,7 @@ def test_a_dry_run_counts_and_writes_nothing(run, lists, capsys):
     [
         ([], "--url, --hash, --id: at least one of them is needed"),
         (["--url", "none.txt"], "--url none.txt: No such file"),
-        (["--hash", "{bad}"], "--hash {bad}, line 1 is no hash"),
+        (["--hash", "{bad}"], "--hash {bad}, line 1 is not a hash"),
     ],
 )
 def test_a_mistake_is_one_line_that_begins_with_the_option(run, tmp_path, capsys, words, said):
