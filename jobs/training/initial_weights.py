@@ -21,24 +21,11 @@ from snapfusion.models.architecture import Architecture, ArchitectureError, effi
 from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.models.unet import architecture_of, build_unet, inherit_weights
-from snapfusion.settings import Settings
 
 PROVENANCE = "made_of.json"
 
 OWN_ARCHITECTURE = "own"
 """Name of the architecture that a model has already."""
-
-
-class _Provenance(Settings):
-    """Content of the provenance file.
-
-    Attributes:
-        weights: SHA-256 of each network of the model that the weights are taken from.
-        architecture: of the UNet.
-    """
-
-    weights: dict[str, str]
-    architecture: Architecture
 
 
 def with_architecture(model: str, architecture: Architecture, *, url: str) -> str:
@@ -55,7 +42,7 @@ def with_architecture(model: str, architecture: Architecture, *, url: str) -> st
         StorageError: if it cannot be written.
     """
     bundle = load(model)
-    provenance = _Provenance(weights=bundle.fingerprint(), architecture=architecture).to_values()
+    provenance = {"weights": bundle.fingerprint(), "architecture": architecture.to_values()}
     if exists(f"{url}/{PROVENANCE}"):
         found = json.loads(read_bytes(f"{url}/{PROVENANCE}"))
         check_identity(found, provenance, url=url, kind="model")

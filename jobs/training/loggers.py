@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import fsspec
 import numpy as np
@@ -30,24 +31,23 @@ class LoggerError(ValueError):
     """A logger that cannot be used here; the message says what is missing."""
 
 
-class Logger(Protocol):
+class Logger(ABC):
     """One destination of scalars and images."""
 
+    @abstractmethod
     def scalars(self, values: Mapping[str, float], *, step: int) -> None:
         """Log scalars of a step, counted from 1."""
-        ...
 
+    @abstractmethod
     def image(self, name: str, pixels: np.ndarray, *, step: int) -> None:
         """Log an image, uint8 [H,W,3]."""
-        ...
 
-    def flush(self) -> None:
-        """Make everything logged so far outlive this process."""
-        ...
-
+    @abstractmethod
     def close(self) -> None:
         """End the logger."""
-        ...
+
+    def flush(self) -> None:
+        """Make everything logged so far outlive this process, as it does if a server or a daemon has it."""
 
 
 class Loggers:
@@ -125,7 +125,7 @@ class Loggers:
                 filesystem.put_file(str(path), f"{root}/{path.relative_to(self._folder).as_posix()}")
 
 
-class TensorBoardLogger:
+class TensorBoardLogger(Logger):
     """Event files in a folder. Readers skip steps after `done` from older files: they are logged again."""
 
     def __init__(self, folder: Path, *, done: int) -> None:
@@ -152,7 +152,7 @@ class TensorBoardLogger:
         self._writer.close()
 
 
-class WandbLogger:
+class WandbLogger(Logger):
     """A run of Weights & Biases, which ignores steps below its last one.
 
     Configured by WANDB_PROJECT (default "snapfusion"), WANDB_MODE, WANDB_API_KEY and WANDB_DIR (default the
@@ -181,15 +181,12 @@ class WandbLogger:
         """See `Logger`."""
         self._run.log({name: self._image(pixels)}, step=step)
 
-    def flush(self) -> None:
-        """Nothing to do: wandb writes from a process of its own, which outlives this one."""
-
     def close(self) -> None:
         """See `Logger`."""
         self._run.finish()
 
 
-class MlflowLogger:
+class MlflowLogger(Logger):
     """A run of the MLflow server at MLFLOW_TRACKING_URI; MLFLOW_EXPERIMENT_NAME is by default "snapfusion".
 
     MLflow keeps equal steps side by side, so a resumed run leaves out steps that are logged already.
@@ -228,9 +225,6 @@ class MlflowLogger:
     def image(self, name: str, pixels: np.ndarray, *, step: int) -> None:
         """See `Logger`."""
         self._client.log_image(self._id, pixels, artifact_file=f"{name}/step-{step:08d}.png")
-
-    def flush(self) -> None:
-        """Nothing to do: the server has stored what it has answered."""
 
     def close(self) -> None:
         """See `Logger`."""

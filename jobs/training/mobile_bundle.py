@@ -61,7 +61,7 @@ def publish_bundle(
         ParityError: if a part does not agree with torch.
         LicenceError: if the licence is not stated.
         BundleError: if `out_url` holds a bundle made from something else, or the parts do not fit together.
-        StorageError: if the bundle, or the scratch folder beside it, cannot be written.
+        StorageError: if it cannot be written.
     """
     settings.licence.check()
     check_parts(bundle, decoder)
@@ -96,7 +96,6 @@ def publish_bundle(
         text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
         (folder / MANIFEST).write_text(text)
         publish_folder(folder, out_url, last=MANIFEST)
-    # As a later reader finds it: tuples are lists.
     return dict(json.loads(text))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -81,29 +82,6 @@ def train_unet(
         check_validation(settings.validation, size=size)
         return {"size": size, "distillation": distillation}
 
-    def publish(
-        path: Path,
-        results: Mapping[str, TrainingResult],
-        inputs: TrainingInputs[SettingsT],
-        saved: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        trained = results[UNET]
-        best = trained.best and {
-            **next(point for point in trained.validations if point["step"] == trained.best.step),
-            "by": settings.validation.best,
-        }
-        return {
-            "weights": save_student(
-                trained, student=inputs.sources[role], folder=path, settings=settings, **saved
-            ),
-            "distillation": saved["distillation"],
-            "evaluation": trained.evaluation,
-            "watch": trained.validations,
-            "best": best,
-            "curve": trained.curve,
-            "environment": trained.environment,
-        }
-
     return TableTraining(
         kind=STUDENT_KIND,
         settings=settings,
@@ -115,8 +93,34 @@ def train_unet(
             "objective": objective,
             **{name: model.describe() for name, model in models.items()},
         },
-        publish=publish,
+        publish=partial(_publish, role),
     ).run(out_url, on_report=on_report)
+
+
+def _publish(
+    role: str,
+    path: Path,
+    results: Mapping[str, TrainingResult],
+    inputs: TrainingInputs[SettingsT],
+    saved: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the student's folders; returns its metrics."""
+    trained, settings = results[UNET], inputs.settings
+    best = trained.best and {
+        **next(point for point in trained.validations if point["step"] == trained.best.step),
+        "by": settings.validation.best,
+    }
+    return {
+        "weights": save_student(
+            trained, student=inputs.sources[role], folder=path, settings=settings, **saved
+        ),
+        "distillation": saved["distillation"],
+        "evaluation": trained.evaluation,
+        "watch": trained.validations,
+        "best": best,
+        "curve": trained.curve,
+        "environment": trained.environment,
+    }
 
 
 def make_training(
