@@ -20,7 +20,7 @@ def _threads():
     torch.set_num_threads(threads)
 
 
-def test_a_short_run_ends_in_weights_that_can_be_measured(tmp_path, capsys):
+def test_a_short_run_writes_weights_and_report(tmp_path, capsys):
     assert train_mini.main(["--out", str(tmp_path), *TINY]) == 0
     out = capsys.readouterr().out
     assert "denoiser: step 2/2" in out
@@ -43,14 +43,14 @@ def measured(tmp_path_factory):
 
 
 def test_figures_are_kept_with_intervals_and_shown(measured):
-    told = json.loads(measured.read_text())
+    results = json.loads(measured.read_text())
     parts = {"vae", "scorer", "oracle", "floor", "sd-v blocks", "sd-v ddim 1 w=2", "sd-v ddim 2 w=2"}
-    assert set(told["figures"]) == parts
+    assert set(results["figures"]) == parts
     for part in parts:
-        for value, low, high in told["figures"][part].values():
+        for value, low, high in results["figures"][part].values():
             assert low <= value <= high
-    drawn = told["figures"]["sd-v ddim 1 w=2"]
-    assert set(drawn) >= {"all", "clip", "fid", "shape"}
+    metrics = results["figures"]["sd-v ddim 1 w=2"]
+    assert set(metrics) >= {"all", "clip", "fid", "shape"}
     page = measured.with_suffix(".html").read_text()
     assert "sd-v ddim 2 w=2" in page
     assert "one_attribute" in page
@@ -68,7 +68,7 @@ def test_a_second_measurement_adds_what_is_missing(measured, capsys):
     assert {part: after[part] for part in before} == before
 
 
-def test_figures_of_other_scenes_are_not_mixed_in(measured, capsys):
+def test_results_of_other_scenes_are_refused(measured, capsys):
     assert measure_mini.main(["--out", str(measured), *FEW, "--set", "seed=1"]) == 2
     assert "name another" in capsys.readouterr().err
 
@@ -88,30 +88,30 @@ def test_dry_run_shows_the_settings_and_writes_nothing(tmp_path, capsys):
         ("seed=x", "valid integer"),
     ],
 )
-def test_wrong_settings_are_one_line_and_exit_code_2(tmp_path, capsys, assignment, words):
+def test_wrong_settings_are_one_line(tmp_path, capsys, assignment, words):
     assert train_mini.main(["--out", str(tmp_path / "run"), "--set", assignment]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert words in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert words in printed
     assert not (tmp_path / "run").exists()
 
 
-def test_a_file_that_holds_no_figures_is_named(tmp_path, capsys):
-    place = tmp_path / "figures.json"
-    place.write_text('{"x')
-    assert measure_mini.main(["--out", str(place), *FEW]) == 2
-    assert f"--out: {place} is no file of results" in capsys.readouterr().err
-    assert place.read_text() == '{"x'
+def test_a_malformed_results_file_is_named(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    path.write_text('{"x')
+    assert measure_mini.main(["--out", str(path), *FEW]) == 2
+    assert f"--out: {path} is no file of results" in capsys.readouterr().err
+    assert path.read_text() == '{"x'
 
 
 @pytest.mark.parametrize("device", ["cuda:77", "nonsense"])
-def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(tmp_path, capsys, device):
+def test_a_missing_device_is_one_line(tmp_path, capsys, device):
     assert train_mini.main(["--out", str(tmp_path / "run"), "--device", device]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert f"--device: '{device}' cannot be used" in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert f"--device: '{device}' cannot be used" in printed
 
 
-def test_no_weights_is_one_line_and_exit_code_2(tmp_path, capsys):
+def test_missing_weights_are_one_line(tmp_path, capsys):
     assert measure_mini.main(["--weights", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

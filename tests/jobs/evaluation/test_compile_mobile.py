@@ -1,4 +1,4 @@
-"""A bundle is published whole, once, and only if every part of it agrees with torch."""
+"""Tests of mobile bundles: published whole, once, and only if every part agrees with torch."""
 
 import dataclasses
 import hashlib
@@ -60,9 +60,9 @@ def settings(**changes):
     return MobileSettings(**({"licence": OPEN} | FAST | changes))
 
 
-def publish(place, asked, *, model=None, decoder=None):
+def publish(path, requested, *, model=None, decoder=None):
     model = model or tiny_student(seed=3)
-    return publish_bundle(asked, bundle=model, decoder=decoder, parents=PARENTS, out_url=str(place))
+    return publish_bundle(requested, bundle=model, decoder=decoder, parents=PARENTS, out_url=str(path))
 
 
 def assert_nothing_left(folder):
@@ -75,12 +75,12 @@ def assert_nothing_left(folder):
 def test_a_bundle_holds_all_that_an_application_needs(mobile_bundle):
     manifest = open_bundle(mobile_bundle).manifest
     assert list(manifest["variants"]) == ["executorch", "executorch-int8", "coreml", "coreml-6bit"]
-    for name, told in manifest["variants"].items():
-        assert set(told["modules"]) == {"text_encoder", "unet", "decoder"}
-        assert told["images"]["samples"] == 2
+    for name, variant in manifest["variants"].items():
+        assert set(variant["modules"]) == {"text_encoder", "unet", "decoder"}
+        assert variant["images"]["samples"] == 2
         exact = name in ("coreml", "executorch")
-        assert told["images"]["psnr_db"] > (35 if exact else 20)
-        for module in told["modules"].values():
+        assert variant["images"]["psnr_db"] > (35 if exact else 20)
+        for module in variant["modules"].values():
             assert module["parity"]["psnr_db"] > (35 if exact else 15)
     unet = manifest["variants"]["executorch"]["modules"]["unet"]
     assert [(name, port["position"], port["shape"]) for name, port in unet["inputs"].items()] == [
@@ -107,22 +107,22 @@ def test_the_manifest_has_every_files_size_and_hash(mobile_bundle):
     assert found.keys() >= {"MODEL_CARD.md", "sampler.json", "tokenizer/tokenizer.json"}
 
 
-def test_the_card_states_both_licences_and_that_nothing_looks_at_the_pictures(mobile_bundle):
+def test_the_card_states_both_licences(mobile_bundle):
     card = (mobile_bundle / "MODEL_CARD.md").read_text()
     assert "- Weights: Apache-2.0 (the miniature of this repository)" in card
     assert "- Data: Apache-2.0 (scenes drawn by this repository)" in card
     assert "No safety checker is part of this bundle" in card
 
 
-def test_the_pictures_are_those_of_torch(mobile_bundle):
+def test_images_equal_those_of_torch(mobile_bundle):
     manifest = open_bundle(mobile_bundle).manifest
     for number in range(2):
         torchs = np.asarray(Image.open(mobile_bundle / f"pictures/torch-{number}.png")).astype(int)
         for name in manifest["variants"]:
-            drawn = np.asarray(Image.open(mobile_bundle / f"pictures/{name}-{number}.png")).astype(int)
+            image = np.asarray(Image.open(mobile_bundle / f"pictures/{name}-{number}.png")).astype(int)
             # Of float programs a gray level apart at most, where both lie at the same edge of rounding.
-            assert np.abs(drawn - torchs).max() <= (1 if name in ("executorch", "coreml") else 25)
-            assert drawn.std() > 0
+            assert np.abs(image - torchs).max() <= (1 if name in ("executorch", "coreml") else 25)
+            assert image.std() > 0
 
 
 def test_the_same_again_is_not_compiled_again(mobile_bundle, mobile_model, monkeypatch, capsys):
@@ -134,7 +134,7 @@ def test_the_same_again_is_not_compiled_again(mobile_bundle, mobile_model, monke
     assert (mobile_bundle / "manifest.json").stat() == before
 
 
-def test_another_bundle_at_the_same_place_is_refused_with_what_differs(mobile_bundle, mobile_model, capsys):
+def test_a_bundle_of_other_settings_is_refused(mobile_bundle, mobile_model, capsys):
     options = [word for setting in (*MOBILE, "mobile.seed=1") for word in ("--set", setting)]
     assert compile_mobile.main([mobile_model, "--out", str(mobile_bundle.parent), *options]) == 2
     assert "made otherwise (settings.seed is 0 there, 1 here)" in capsys.readouterr().err
@@ -142,13 +142,15 @@ def test_another_bundle_at_the_same_place_is_refused_with_what_differs(mobile_bu
 
 def test_a_dry_run_says_what_would_be_compiled(mobile_model, tmp_path, capsys):
     assert compile_mobile.main([mobile_model, "--out", str(tmp_path), "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert f"would compile {mobile_model} with the decoder {tmp_path}/decoder into {tmp_path}/mobile" in said
-    assert "ExecuTorch float32, ExecuTorch int8, Core ML float16, Core ML palette-6" in said
+    printed = capsys.readouterr().out
+    assert (
+        f"would compile {mobile_model} with the decoder {tmp_path}/decoder into {tmp_path}/mobile" in printed
+    )
+    assert "ExecuTorch float32, ExecuTorch int8, Core ML float16, Core ML palette-6" in printed
     assert_nothing_left(tmp_path)
 
 
-def test_two_calls_in_place_of_one_draw_the_same(tmp_path):
+def test_two_unet_calls_per_step_give_the_same_image(tmp_path):
     one = publish(tmp_path / "one", settings(conditions=1))
     two = publish(tmp_path / "two", settings(conditions=2))
     shapes = [
@@ -162,11 +164,11 @@ def test_the_miniatures_captions_are_of_scenes_that_it_knows():
     assert all(parse_caption(caption) for caption in recipe_named("mini").mobile.captions)
 
 
-def test_programs_for_core_mls_delegate_are_held_to_torch_and_not_run(tmp_path, capsys):
+def test_core_ml_delegate_programs_are_compared_with_torch(tmp_path, capsys):
     made = publish(tmp_path / "bundle", settings(executorch=("coreml",)))
-    told = made["variants"]["executorch-coreml"]
-    assert told["runtime"] == "ExecuTorch on Core ML"
-    assert 50 < told["images"]["psnr_db"] < 100
+    variant = made["variants"]["executorch-coreml"]
+    assert variant["runtime"] == "ExecuTorch on Core ML"
+    assert 50 < variant["images"]["psnr_db"] < 100
     assert generate.main(["red", "--bundle", str(tmp_path / "bundle")]) == 2
     assert "has no ExecuTorch programs that run here" in capsys.readouterr().err
 
@@ -200,14 +202,14 @@ def test_a_program_with_a_perturbed_weight_is_refused(name, tmp_path, monkeypatc
 
 def test_a_package_with_a_perturbed_weight_is_refused(tmp_path, monkeypatch):
     real = variants.compile_coreml
-    monkeypatch.setattr(variants, "compile_coreml", lambda module, place: real(perturbed(module), place))
+    monkeypatch.setattr(variants, "compile_coreml", lambda module, path: real(perturbed(module), path))
     with pytest.raises(ParityError, match=r"lacks the network's weight|does not agree with torch"):
         publish(tmp_path / "bundle", settings(executorch=(), coreml=("float16",)))
     assert_nothing_left(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"float32_results": ("conv_3",)}, "computes 1 things in float32 .* for example conv_3"),
         ({"float32_weights": ("kernel_1",)}, "for example kernel_1"),
@@ -215,11 +217,11 @@ def test_a_package_with_a_perturbed_weight_is_refused(tmp_path, monkeypatch):
         ({"inputs": ()}, r"state latent as None among their inputs; it is \(1, 4, 8, 8\)"),
     ],
 )
-def test_a_package_that_says_something_else_is_refused(change, said, mobile_bundle):
+def test_a_package_that_says_something_else_is_refused(change, message, mobile_bundle):
     module = decoder_module(tiny_student().vae, latent_shape=(4, 8, 8))
     described = describe_package(mobile_bundle / "coreml/decoder.mlpackage")
     variants.check_descriptions(module, [described])
-    with pytest.raises(ParityError, match=said):
+    with pytest.raises(ParityError, match=message):
         variants.check_descriptions(module, [dataclasses.replace(described, **change)])
 
 
@@ -239,7 +241,7 @@ def test_a_swapped_coefficient_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["another grid", "another prediction"])
-def test_a_sampler_that_is_sound_but_not_the_models_is_refused(wrong, tmp_path, monkeypatch):
+def test_the_sampler_of_another_model_is_refused(wrong, tmp_path, monkeypatch):
     real = SamplerCoefficients.of
 
     def other(schedule, *, grid, prediction_type, guidance):
@@ -259,7 +261,7 @@ def test_a_wrong_tokenizer_is_refused(tmp_path, monkeypatch):
     other = build_tokenizer([("e", "d</w>")], max_length=16)
     model = tiny_student(seed=3)
     real = type(model.tokenizer).save_pretrained
-    monkeypatch.setattr(type(model.tokenizer), "save_pretrained", lambda _, place: real(other, place))
+    monkeypatch.setattr(type(model.tokenizer), "save_pretrained", lambda _, path: real(other, path))
     with pytest.raises(ParityError, match="tokenizer gives other ids than the model's own for 'red'"):
         publish(tmp_path / "bundle", settings())
     assert_nothing_left(tmp_path)
@@ -274,15 +276,15 @@ def test_a_model_that_gives_nan_is_refused(tmp_path):
     assert_nothing_left(tmp_path)
 
 
-def test_below_the_limit_only_with_a_reason_which_is_recorded(tmp_path):
+def test_an_override_below_the_limit_is_recorded(tmp_path):
     strict = {"parity_limit_db": 500.0}
     with pytest.raises(ParityError, match="500 dB is the limit"):
         publish(tmp_path / "bundle", settings(**strict))
     assert_nothing_left(tmp_path)
     reason = "nobody reaches 500 dB"
     made = publish(tmp_path / "bundle", settings(**strict, override={"executorch": reason}))
-    told = made["variants"]["executorch"]
-    assert told["images"]["override"] == told["modules"]["unet"]["parity"]["override"] == reason
+    variant = made["variants"]["executorch"]
+    assert variant["images"]["override"] == variant["modules"]["unet"]["parity"]["override"] == reason
     assert f"limit 500 dB. Reason given: {reason}" in (tmp_path / "bundle/MODEL_CARD.md").read_text()
 
 
@@ -301,7 +303,7 @@ def test_an_override_for_no_variant_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({}, "mobile.licence.weights is not stated"),
         ({"weights": "MIT"}, "mobile.licence.data is not stated"),
@@ -309,19 +311,19 @@ def test_an_override_for_no_variant_is_refused(tmp_path):
         ({"weights": "CreativeML OpenRAIL-M", "data": "MIT"}, "asks that its text goes with them"),
     ],
 )
-def test_without_a_licence_nothing_is_exported(given, said, tmp_path):
-    with pytest.raises(LicenceError, match=said):
+def test_without_a_licence_nothing_is_exported(given, message, tmp_path):
+    with pytest.raises(LicenceError, match=message):
         publish(tmp_path / "bundle", settings(licence=Licence(**given)))
     assert_nothing_left(tmp_path)
 
 
-def test_on_the_command_line_a_missing_licence_begins_with_the_option(mobile_model, tmp_path, capsys):
+def test_a_missing_licence_names_the_option(mobile_model, tmp_path, capsys):
     options = ["--out", str(tmp_path / "run"), "--set", "mobile.licence.data=null"]
     assert compile_mobile.main([mobile_model, *options]) == 2
     assert capsys.readouterr().err.startswith("compile_mobile: --set mobile.licence.data is not stated")
 
 
-def test_a_licence_that_asks_for_it_goes_into_the_bundle(tmp_path):
+def test_a_licence_text_is_part_of_the_bundle(tmp_path):
     text = tmp_path / "rail.txt"
     text.write_text("You agree not to use the Model for ...")
     rail = Licence(weights="CreativeML OpenRAIL-M", data="MIT", text=str(text))
@@ -330,14 +332,14 @@ def test_a_licence_that_asks_for_it_goes_into_the_bundle(tmp_path):
     assert "(its text is in `LICENCE`)" in (tmp_path / "out/bundle/MODEL_CARD.md").read_text()
 
 
-def test_a_licence_text_that_is_not_there_is_one_clear_message(tmp_path):
+def test_a_missing_licence_text_is_named(tmp_path):
     rail = Licence(weights="OpenRAIL-M", data="MIT", text=str(tmp_path / "none.txt"))
     with pytest.raises(LicenceError, match=r"--set mobile\.licence\.text=.*none\.txt"):
         publish(tmp_path / "bundle", settings(licence=rail))
     assert_nothing_left(tmp_path)
 
 
-# --- the safety checker's place
+# --- the safety checker's path
 
 
 class Brightness(nn.Module):
@@ -351,38 +353,40 @@ class Brightness(nn.Module):
         return image.mean(dim=(1, 2, 3)) - self.bound
 
 
-def checker(place, *, bound, side=16):
+def checker(path, *, bound, side=16):
     module = FixedModule(
         name="safety_checker",
         network=Brightness(bound).eval(),
         inputs=(Port(name="image", shape=(1, 3, side, side)),),
         outputs=(Port(name="score", shape=(1,)),),
     )
-    place.write_bytes(compile_executorch(module))
-    return str(place)
+    path.write_bytes(compile_executorch(module))
+    return str(path)
 
 
-def test_a_safety_checker_is_part_of_the_bundle_and_hides_what_it_marks(tmp_path, capsys):
-    asked = settings(safety_checker=checker(tmp_path / "any.pte", bound=-1.0))
-    made = publish(tmp_path / "out" / "bundle", asked)
+def test_a_safety_checker_hides_images(tmp_path, capsys):
+    requested = settings(safety_checker=checker(tmp_path / "any.pte", bound=-1.0))
+    made = publish(tmp_path / "out" / "bundle", requested)
     assert made["safety_checker"] == "safety_checker.pte"
-    place = tmp_path / "picture.png"
-    options = ["red", "--bundle", str(tmp_path / "out/bundle"), "--out", str(place)]
+    path = tmp_path / "picture.png"
+    options = ["red", "--bundle", str(tmp_path / "out/bundle"), "--out", str(path)]
     assert generate.main(options) == 0
     assert "image 0 is not shown" in capsys.readouterr().out
-    assert np.asarray(Image.open(place)).max() == 0
+    assert np.asarray(Image.open(path)).max() == 0
 
 
-@pytest.mark.parametrize(("side", "said"), [(32, "a .pte that takes the image"), (None, "not an ExecuTorch")])
-def test_what_is_no_safety_checker_is_refused(side, said, tmp_path):
-    place = tmp_path / "other.pte"
+@pytest.mark.parametrize(
+    ("side", "message"), [(32, "a .pte that takes the image"), (None, "not an ExecuTorch")]
+)
+def test_what_is_no_safety_checker_is_refused(side, message, tmp_path):
+    path = tmp_path / "other.pte"
     if side:
-        checker(place, bound=0.0, side=side)
+        checker(path, bound=0.0, side=side)
     else:
-        place.write_bytes(b"not a program")
+        path.write_bytes(b"not a program")
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match=said):
-        publish(tmp_path / "out" / "bundle", settings(safety_checker=str(place)))
+    with pytest.raises(ValueError, match=message):
+        publish(tmp_path / "out" / "bundle", settings(safety_checker=str(path)))
     assert_nothing_left(tmp_path / "out")
 
 
@@ -402,19 +406,19 @@ def test_the_decoder_of_another_model_is_refused():
         check_parts(tiny_bundle(), other)
 
 
-def test_a_checkpoint_that_does_not_fit_its_architecture_is_one_line(mobile_model, tmp_path, capsys):
+def test_an_inconsistent_checkpoint_is_one_line(mobile_model, tmp_path, capsys):
     import shutil
 
-    place = tmp_path / "model"
-    shutil.copytree(mobile_model, place)
-    (place / "SHA256SUMS").unlink()
-    config = json.loads((place / "unet/config.json").read_text())
+    path = tmp_path / "model"
+    shutil.copytree(mobile_model, path)
+    (path / "SHA256SUMS").unlink()
+    config = json.loads((path / "unet/config.json").read_text())
     config["architecture"]["channels"] = [16]
-    (place / "unet/config.json").write_text(json.dumps(config))
-    assert compile_mobile.main([str(place), "--out", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err
-    assert "unet" in said
-    assert len(said.strip().splitlines()) == 1
+    (path / "unet/config.json").write_text(json.dumps(config))
+    assert compile_mobile.main([str(path), "--out", str(tmp_path / "run")]) == 2
+    printed = capsys.readouterr().err
+    assert "unet" in printed
+    assert len(printed.strip().splitlines()) == 1
     assert not (tmp_path / "run" / "mobile").exists()
 
 
@@ -442,7 +446,7 @@ def test_a_disk_that_fills_leaves_nothing_behind(mobile_model, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings"]
 
 
-def test_a_bundle_in_an_object_store_is_whole_once_its_manifest_is_there(bucket):
+def test_a_bundle_in_an_object_store_is_complete(bucket):
     publish(f"{bucket}/phones/bundle", settings())
     import fsspec
 
@@ -451,7 +455,7 @@ def test_a_bundle_in_an_object_store_is_whole_once_its_manifest_is_there(bucket)
     assert len(files) == len(manifest["files"]) + 1
 
 
-def test_the_gate_has_no_reference_of_its_own_making():
+def test_references_use_no_exported_modules():
     """What programs are held to is computed without the modules they were compiled from."""
     source = Path(building.__file__).with_name("reference.py").read_text()
     assert "export.modules" not in source

@@ -60,7 +60,7 @@ def made(tmp_path_factory):
     return out, *run(SETTINGS, out)
 
 
-def test_every_contender_is_drawn_at_every_guidance_and_held_against_the_baseline(made):
+def test_every_contender_is_compared_with_the_baseline(made):
     out, results, begun = made
     assert begun == ["references", "many", "few", "dpm++"]
     assert open_table(str(out / "few")).num_rows == 36
@@ -78,13 +78,13 @@ def test_every_contender_is_drawn_at_every_guidance_and_held_against_the_baselin
 
 def test_a_figure_is_quoted_with_what_it_depends_on(made):
     _, results, _ = made
-    told = results["protocol"]
-    assert told["captions"]["listed"] == told["captions"]["compared"] == 12
-    assert told["reference"]["compared"] == 200
-    assert told["reference"]["prepared"] == "as drawn"
-    assert told["features"]["network"] == "oracle"
-    assert len(told["features"]["sha256"]) == len(told["scorer"]["sha256"]) == 64
-    [note] = told["notes"]
+    protocol = results["protocol"]
+    assert protocol["captions"]["listed"] == protocol["captions"]["compared"] == 12
+    assert protocol["reference"]["compared"] == 200
+    assert protocol["reference"]["prepared"] == "as drawn"
+    assert protocol["features"]["network"] == "oracle"
+    assert len(protocol["features"]["sha256"]) == len(protocol["scorer"]["sha256"]) == 64
+    [note] = protocol["notes"]
     assert note.startswith("drawn: 12 feature vectors of 128 numbers")
 
 
@@ -154,7 +154,7 @@ def test_captions_come_from_a_list_too(tmp_path):
     }
 
 
-def test_a_student_that_is_told_the_guidance_is_asked_once_a_step(tmp_path):
+def test_a_w_conditioned_student_is_evaluated_once_per_step(tmp_path):
     bundle = load("mini")
     bundle.unet = with_guidance_embedding(bundle.unet)
     save(bundle, tmp_path / "student")
@@ -175,24 +175,24 @@ def test_settings_that_contradict_themselves_are_refused():
         SETTINGS.with_values(['contenders=[{"name":"many"},{"name":"many"}]'])
 
 
-def test_too_few_captions_for_the_groups_are_said(tmp_path):
+def test_too_few_captions_for_the_groups_are_refused(tmp_path):
     with pytest.raises(ValueError, match="12 captions; 20 are needed"):
         run(SETTINGS.with_values(["groups=10"]), tmp_path / "evaluation")
 
 
 def test_the_papers_protocol_is_in_its_recipe():
-    wanted = sd15().evaluation
-    assert wanted.guidance[0] == 1.0  # Fig. 4
-    assert wanted.guidance[-1] == 10.0
-    assert wanted.prompts.limit == wanted.references.count == 30_000
-    assert wanted.samples.judging.scorer.network == "ViT-g-14"
-    assert wanted.samples.judging.features.network == "inception"
-    samplers = {(line.sampler.solver, line.sampler.steps) for line in wanted.contenders}
+    settings = sd15().evaluation
+    assert settings.guidance[0] == 1.0  # Fig. 4
+    assert settings.guidance[-1] == 10.0
+    assert settings.prompts.limit == settings.references.count == 30_000
+    assert settings.samples.judging.scorer.network == "ViT-g-14"
+    assert settings.samples.judging.features.network == "inception"
+    samplers = {(line.sampler.solver, line.sampler.steps) for line in settings.contenders}
     assert samplers == {(solver, n) for solver in ("ddim", "dpm", "dpm++") for n in (4, 8, 16, 50)}
     assert mini().evaluation.samples.judging.features.network == "oracle"
 
 
-def test_the_readmes_smaller_protocols_are_settings_of_the_recipe():
+def test_the_documented_protocols_are_settings():
     readme = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
     section = readme.split("## The paper's protocol")[1].split("\n## ")[0]
     blocks = [re.findall(r"--set (\S+)", block) for block in section.split("```")[1::2]]
@@ -203,7 +203,7 @@ def test_the_readmes_smaller_protocols_are_settings_of_the_recipe():
     assert all("2017" in url for url in (other.prompts.url, other.references.url))
 
 
-def test_a_dry_run_says_how_much_would_be_drawn(capsys):
+def test_a_dry_run_counts_unet_evaluations(capsys):
     assert job.main(["--dry-run", "--set", "evaluation.guidance=[1.0,2.0]"]) == 0
     # 1200 captions, of each (1 + 2) times 3 (50 + 16 + 8 + 4) steps.
     assert "842,400 UNet evaluations" in capsys.readouterr().out

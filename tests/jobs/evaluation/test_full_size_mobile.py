@@ -43,11 +43,11 @@ def make_model(folder: Path) -> None:
 @pytest.mark.timeout(3 * 3600)
 @pytest.mark.parametrize("runtime", CASES)
 def test_the_efficient_model_compiles_at_full_size(runtime, tmp_path, capsys):
-    asked, needed = CASES[runtime]
+    settings, needed = CASES[runtime]
     if available_gib() < needed:
         pytest.skip(f"{available_gib():.1f} GiB of memory are free, {needed} are needed")
     make_model(tmp_path)
-    options = [word for setting in (*SETTINGS, *asked) for word in ("--set", setting)]
+    options = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
     with MemoryMeter() as meter, capsys.disabled():
         print()
         arguments = [str(tmp_path / "model"), "--recipe", "sd15", "--out", str(tmp_path), *options]
@@ -55,7 +55,7 @@ def test_the_efficient_model_compiles_at_full_size(runtime, tmp_path, capsys):
     variants = open_bundle(tmp_path / "mobile").manifest["variants"]
     with capsys.disabled():
         print(f"  {meter.seconds:.0f} s, {meter.peak_gib:.1f} GiB")
-        print(json.dumps({name: figures_of(told) for name, told in variants.items()}, indent=2))
+        print(json.dumps({name: figures_of(variant) for name, variant in variants.items()}, indent=2))
     if runtime == "executorch":
         assert list(variants) == ["executorch", "executorch-int8"]
         return
@@ -65,10 +65,10 @@ def test_the_efficient_model_compiles_at_full_size(runtime, tmp_path, capsys):
     assert len(variants["coreml-6bit"]["modules"]["unet"]["files"]) == 2
 
 
-def figures_of(told):
+def figures_of(variant):
     """What is told of a variant in the documents."""
     modules = {
         name: {"bytes": module["bytes"], "psnr_db": module["parity"]["psnr_db"]}
-        for name, module in told["modules"].items()
+        for name, module in variant["modules"].items()
     }
-    return modules | {"images": told["images"]["psnr_db"]}
+    return modules | {"images": variant["images"]["psnr_db"]}

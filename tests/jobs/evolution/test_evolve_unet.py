@@ -146,11 +146,11 @@ def test_scores_compare_equal_captions_and_noise(evolved):
 def test_each_round_trains_the_decided_architecture(evolved):
     out, history = evolved
     for number, decision in enumerate(decisions(history)[:-1], start=1):
-        wanted = Architecture.parse(decision["architecture"])
+        expected = Architecture.parse(decision["architecture"])
         trained = load(str(out / f"round-{number:02d}" / "trained"))
-        assert architecture_of(trained.unet) == wanted
+        assert architecture_of(trained.unet) == expected
         first = load(str(out / f"round-{number:02d}" / "first"))
-        kept = next(block for block in wanted.blocks if "+" not in block.name)
+        kept = next(block for block in expected.blocks if "+" not in block.name)
         before = load("mini-v" if number == 1 else str(out / f"round-{number - 1:02d}" / "trained"))
         for name, tensor in first.unet.get_submodule(kept.name).state_dict().items():
             assert torch.equal(tensor, before.unet.get_submodule(kept.name).state_dict()[name])
@@ -178,13 +178,13 @@ class Killed(Exception):
 
 
 def test_a_killed_round_resumes_to_the_same_decision(evolved, latents, tmp_path):
-    drawn, rounds = [], []
+    units, rounds = [], []
 
     def noted(items, stages, *, until=math.inf):
         for finished in in_process(items, stages):
-            if len(drawn) >= until:
+            if len(units) >= until:
                 raise Killed
-            drawn.append(finished.manifest.unit)
+            units.append(finished.manifest.unit)
             yield finished
 
     def mortal(items, stages):
@@ -198,15 +198,15 @@ def test_a_killed_round_resumes_to_the_same_decision(evolved, latents, tmp_path)
         evolution(
             tmp_path, latents=latents, objective_ms=OBJECTIVE_MS, run=mortal, settings=settings
         ).evolve()
-    assert len(drawn) == 11
+    assert len(units) == 11
     gone_on = evolution(
         tmp_path, latents=latents, objective_ms=OBJECTIVE_MS, run=noted, settings=settings, rounds=rounds
     )
     # Only the first round: training is killed and resumed in its own tests.
     next(iter(gone_on._rounds()))
-    assert sorted(drawn) == sorted(set(drawn))
+    assert sorted(units) == sorted(set(units))
     # The file of the unit that was under way was there, and was adopted.
-    assert len(drawn) == len(ORIGIN.blocks)
+    assert len(units) == len(ORIGIN.blocks)
     assert len(open_table(f"{tmp_path}/round-00/scores").units) == 1 + len(ORIGIN.blocks)
     first = evolved[1]["rounds"][0]
     assert rounds[0].decision.to_values() == first["decision"]

@@ -1,4 +1,4 @@
-"""The plans of Sec. 4.1, 5 and App. D against the paper's words, and how a stage becomes a job."""
+"""Tests of the distillation schedules against the paper (Sec. 4.1, 5, App. D), and of their stages."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ SETTINGS = {
     "Fig. 7: CFG probability 0.1": ("steps.cfg_probability", 0.1),
     "Fig. 7(b): dynamic gamma": ("steps.gamma_rule", "dynamic"),
     "Fig. 7(b): of 0.2": ("steps.gamma", 0.2),
-    "Fig. 6(b): the student is guided, not told w": ("steps.w_conditioned", False),
+    "Fig. 6(b): the student is guided, not w-conditioned": ("steps.w_conditioned", False),
 }
 # name: teacher's steps, student's steps, teacher, first weights.
 SD15 = {
@@ -81,15 +81,15 @@ def value(settings, dotted):
     return settings
 
 
-@pytest.mark.parametrize(("name", "said"), [("sd15", SD15), ("sd2", SD2)])
-def test_the_stages_are_the_papers_in_its_order(name, said, capsys):
-    assert described(resolved(name, capsys)) == list(said.values())
+@pytest.mark.parametrize(("name", "expected"), [("sd15", SD15), ("sd2", SD2)])
+def test_the_stages_are_the_papers_in_its_order(name, expected, capsys):
+    assert described(resolved(name, capsys)) == list(expected.values())
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2"])
-@pytest.mark.parametrize("said", SETTINGS)
-def test_each_stage_has_the_papers_settings(said, name, capsys):
-    dotted, expected = SETTINGS[said]
+@pytest.mark.parametrize("claim", SETTINGS)
+def test_each_stage_has_the_papers_settings(claim, name, capsys):
+    dotted, expected = SETTINGS[claim]
     for settings in stages(resolved(name, capsys)).values():
         assert value(settings.to_values(), dotted) == expected
 
@@ -106,12 +106,12 @@ def test_the_optimizer_is_adamw(name, capsys):
 @pytest.mark.parametrize("name", ["sd15", "sd2"])
 def test_the_teacher_takes_ddim_steps(name, capsys, monkeypatch):
     """Sec. 5: two of them for each of the student's, which come one after the other on its grid."""
-    asked = []
+    calls = []
     plainly = distill.ddim_step
-    monkeypatch.setattr(distill, "ddim_step", lambda *a, **k: asked.append(a) or plainly(*a, **k))
+    monkeypatch.setattr(distill, "ddim_step", lambda *a, **k: calls.append(a) or plainly(*a, **k))
     z = torch.zeros(1, 4, 2, 2)
     for settings in stages(resolved(name, capsys)).values():
-        asked.clear()
+        calls.clear()
         distill.teacher_target(
             lambda z_t, t: Estimate(x=z_t, eps=z_t),
             z,
@@ -120,16 +120,16 @@ def test_the_teacher_takes_ddim_steps(name, capsys, monkeypatch):
             k=settings.steps.k,
             schedule=Schedule(),
         )
-        assert len(asked) == 2
+        assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
-    ("plan", "said"), [("staged-self", SELF), ("staged-plain", PLAIN), ("staged-vanilla", VANILLA)]
+    ("plan", "expected"), [("staged-self", SELF), ("staged-plain", PLAIN), ("staged-vanilla", VANILLA)]
 )
-def test_another_teacher_is_chosen_by_name(plan, said, capsys):
-    """App. D. The student's 16 steps are made as ever; the teacher that is not asked is not made."""
+def test_another_teacher_is_chosen_by_name(plan, expected, capsys):
+    """App. D. The student's 16 steps are made as ever; a teacher without a student is not made."""
     found = described(resolved("sd15", capsys, f"plan={plan}"))
-    assert found == [SD15["Sec. 4.1: the efficient UNet by the same strategy"], *said.values()]
+    assert found == [SD15["Sec. 4.1: the efficient UNet by the same strategy"], *expected.values()]
 
 
 def test_the_vanilla_student_alone_leaves_the_guided_loss_out(capsys):
@@ -138,8 +138,10 @@ def test_the_vanilla_student_alone_leaves_the_guided_loss_out(capsys):
 
 
 @pytest.mark.parametrize("name", ["mini", "sd15", "sd2"])
-@pytest.mark.parametrize(("plan", "p", "told"), [("progressive", 0.0, False), ("w-conditioned", 1.0, True)])
-def test_the_rivals_halve_the_steps_from_64(name, plan, p, told, capsys):
+@pytest.mark.parametrize(
+    ("plan", "p", "w_conditioned"), [("progressive", 0.0, False), ("w-conditioned", 1.0, True)]
+)
+def test_the_rivals_halve_the_steps_from_64(name, plan, p, w_conditioned, capsys):
     """Fig. 6(a), (b): progressive distillation by the vanilla loss, and the w-conditioned student."""
     job = resolved(name, capsys, f"plan={plan}")
     found = described(job)
@@ -147,7 +149,7 @@ def test_the_rivals_halve_the_steps_from_64(name, plan, p, told, capsys):
     assert [stage[3] for stage in found[1:]] == [stage[0] for stage in found[:-1]]
     assert all(teacher == student for *_, teacher, student in found)
     for settings in stages(job).values():
-        assert (settings.steps.cfg_probability, settings.steps.w_conditioned) == (p, told)
+        assert (settings.steps.cfg_probability, settings.steps.w_conditioned) == (p, w_conditioned)
 
 
 @pytest.mark.parametrize("name", ["mini", "sd15", "sd2"])
@@ -189,7 +191,7 @@ def test_all_else_is_as_the_recipe_says():
         assert settings.steps.cfg_probability == recipe.distill.steps.cfg_probability
 
 
-def test_only_a_plan_that_begins_with_a_model_makes_it():
+def test_only_needed_initial_models_are_made():
     def made(name, *options):
         recipe = recipe_named(name).with_values(options)
         return [
@@ -203,7 +205,7 @@ def test_only_a_plan_that_begins_with_a_model_makes_it():
     assert made("mini", "plan=staged") == ["efficient"]
 
 
-def test_sd2_is_distilled_from_the_model_that_the_recipe_names():
+def test_sd2_is_distilled_from_the_recipes_model():
     recipe = recipe_named("sd2").with_values(["model=s3://bucket/sd2"])
     job = Job(verb="distill_plan", recipe=recipe, out="runs/x")
     first = in_run.stage_job(job, job.recipe.stages[0])
@@ -212,20 +214,20 @@ def test_sd2_is_distilled_from_the_model_that_the_recipe_names():
 
 def test_dry_run_names_every_stage_and_what_it_learns(capsys):
     assert distill_plan.main(["--recipe", "sd15", "--dry-run", "--set", "plan=staged"]) == 0
-    said = capsys.readouterr().out
-    assert "would fine-tune" in said
-    assert "would give runs/demo/vpred/model the architecture table-3" in said
+    printed = capsys.readouterr().out
+    assert "would fine-tune" in printed
+    assert "would give runs/demo/vpred/model the architecture table-3" in printed
     assert (
         "staged-8 (p = 0.1): would distil 16 steps of runs/demo/teacher-16/model into 8 of "
-        "runs/demo/small-16/model" in said
+        "runs/demo/small-16/model" in printed
     )
     assert distill_plan.main(["--recipe", "sd2", "--dry-run", "--set", "plan=w-conditioned"]) == 0
-    said = capsys.readouterr().out
-    assert "would fine-tune" not in said
-    assert "w-conditioned-8 (p = 1, w-conditioned): would distil 16 steps of" in said
+    printed = capsys.readouterr().out
+    assert "would fine-tune" not in printed
+    assert "w-conditioned-8 (p = 1, w-conditioned): would distil 16 steps of" in printed
 
 
-def test_the_last_stage_fine_tunes_on_the_users_own_images(capsys, tmp_path):
+def test_the_last_stage_can_use_own_images(capsys, tmp_path):
     """Sec. 5: an internal set of high resolution, for more pleasing pictures."""
     job = resolved("sd15", capsys, "plan=staged-own")
     assert described(job)[:3] == list(SD15.values())
@@ -234,18 +236,18 @@ def test_the_last_stage_fine_tunes_on_the_users_own_images(capsys, tmp_path):
     assert tables == [*["runs/x/latents"] * 3, "runs/x/own"]
     mine = ShardRow(image=to_png(np.zeros((40, 40, 3), np.uint8)), caption="mine")
     write_shard(str(tmp_path), [mine], index=0, extension="png")
-    asked = ["--dry-run", "--set", "source.table=own", "--set", f"source.url={tmp_path}"]
-    assert encode_latents.main(asked) == 0
+    options = ["--dry-run", "--set", "source.table=own", "--set", f"source.url={tmp_path}"]
+    assert encode_latents.main(options) == 0
     assert f"would encode {tmp_path} into runs/demo/own" in capsys.readouterr().out
 
 
-def test_an_unknown_plan_is_refused_and_the_known_are_named(capsys):
+def test_an_unknown_schedule_is_refused(capsys):
     assert distill_plan.main(["--recipe", "sd2", "--dry-run", "--set", "plan=staged-self"]) == 2
     assert "direct, staged, staged-plain, progressive, w-conditioned are accepted" in capsys.readouterr().err
 
 
-def test_settings_that_do_not_go_with_a_stage_are_refused(capsys):
-    """L_ori on the grid needs an unguided pass, which a student that is told w does not make."""
+def test_settings_that_contradict_a_stage_are_refused(capsys):
+    """L_ori on the grid needs an unguided pass, which a w-conditioned student does not make."""
     arguments = ["plan=w-conditioned", "distill.steps.original_times=grid"]
     job = resolved("mini", capsys, "distill.steps.original_times=grid")
     job = replace(job, recipe=job.recipe.with_values(arguments))
@@ -270,7 +272,7 @@ def test_the_plans_of_two_models_name_both():
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2"])
-def test_a_watch_of_the_papers_models_judges_as_their_evaluation_does(name):
+def test_validation_uses_the_evaluations_metrics(name):
     recipe = RECIPES[name]()
     for settings in (recipe.vpred, recipe.distill):
         assert settings.validation.every is None

@@ -313,23 +313,23 @@ def test_pairs_and_samples_of_another_size(v_teacher, tmp_path, size):
 
 
 def test_sizes_that_a_model_cannot_generate_are_refused(v_teacher, tmp_path):
-    asked = {"captions": CAPTIONS, "source": "captions", "url": str(tmp_path / "x"), "run": in_process}
+    common = {"captions": CAPTIONS, "source": "captions", "url": str(tmp_path / "x"), "run": in_process}
     with pytest.raises(SettingsError, match=r"^pairs\.generation\.size is 18; multiples of 4"):
-        generate_pairs(PairsSettings(generation=Generation(size=18)), teacher=v_teacher, **asked)
+        generate_pairs(PairsSettings(generation=Generation(size=18)), teacher=v_teacher, **common)
     samples = SamplesSettings(drawing=SamplingSettings(size=18))
     with pytest.raises(SettingsError, match=r"^samples\.drawing\.size is 18; multiples of 4"):
-        generate_samples(samples, model=v_teacher, sampler=Sampler(steps=2), guidance=[1.0], **asked)
+        generate_samples(samples, model=v_teacher, sampler=Sampler(steps=2), guidance=[1.0], **common)
     samples = SamplesSettings(drawing=SamplingSettings(size=24))
     with pytest.raises(SettingsError, match=r"^samples\.drawing\.size is 24; .* reads pictures of 32 px"):
-        generate_samples(samples, model=v_teacher, sampler=Sampler(steps=2), guidance=[1.0], **asked)
+        generate_samples(samples, model=v_teacher, sampler=Sampler(steps=2), guidance=[1.0], **common)
 
 
 def test_an_image_of_another_size(tmp_path, capsys):
-    place = tmp_path / "picture.png"
-    words = ["a red circle", "--steps", "1", "--out", str(place)]
+    path = tmp_path / "picture.png"
+    words = ["a red circle", "--steps", "1", "--out", str(path)]
     assert generate.main([*words, "--size", "48"]) == 0
     assert "1 of 48 px" in capsys.readouterr().out
-    with Image.open(place) as image:
+    with Image.open(path) as image:
         assert image.size == (240, 240)
     assert generate.main([*words, "--size", "40"]) == 2
     assert "--size is 40; multiples of 16 are accepted" in capsys.readouterr().err

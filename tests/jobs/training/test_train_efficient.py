@@ -28,7 +28,7 @@ TINY = {
 
 def options(out, stage, *more):
     settings = [f"{stage}.training.{key}={value}" for key, value in TINY.items()]
-    return ["--out", str(out), *(word for one in (*settings, *more) for word in ("--set", one))]
+    return ["--out", str(out), *(word for assignment in (*settings, *more) for word in ("--set", assignment))]
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,13 @@ def metrics(folder):
 
 
 def test_robust_training_is_recorded_with_its_probabilities(run):
-    told = metrics(run / "robust")
-    assert told["identity"]["settings"]["skip"] == {"attention": 0.2, "resnet": 0.2}
+    record = metrics(run / "robust")
+    assert record["identity"]["settings"]["skip"] == {"attention": 0.2, "resnet": 0.2}
     assert architecture_of(load(str(run / "robust")).unet) == ORIGIN
     assert load(str(run / "robust")).fingerprint()["unet"] != load("mini-v").fingerprint()["unet"]
 
 
-def test_the_efficient_model_has_table_3s_architecture_and_began_with_its_blocks_own_weights(run):
+def test_the_efficient_model_inherits_block_weights(run):
     trained, first = load(str(run / "efficient")), load(str(run / "efficient-first"))
     assert architecture_of(trained.unet) == architecture_of(first.unet) == EFFICIENT
     robust = load(str(run / "robust")).unet
@@ -65,7 +65,7 @@ def test_the_efficient_model_has_table_3s_architecture_and_began_with_its_blocks
     assert trained.prediction_type == "v_prediction"
 
 
-def test_what_is_there_is_left(run, capsys):
+def test_an_existing_model_is_left_as_it_is(run, capsys):
     before = metrics(run / "efficient")
     assert train_efficient.main(options(run, "efficient", "efficient.begin=run:robust/model")) == 0
     assert metrics(run / "efficient") == before
@@ -74,19 +74,19 @@ def test_what_is_there_is_left(run, capsys):
     assert "holds a model of other settings: architecture." in capsys.readouterr().err
 
 
-def test_an_architecture_comes_from_a_file_or_is_refused_by_name(tmp_path):
-    place = tmp_path / "architecture.json"
-    place.write_text(EFFICIENT.to_json())
-    assert named_architecture(str(place), own=ORIGIN) == EFFICIENT
+def test_an_architecture_is_read_from_a_file(tmp_path):
+    path = tmp_path / "architecture.json"
+    path.write_text(EFFICIENT.to_json())
+    assert named_architecture(str(path), own=ORIGIN) == EFFICIENT
     assert named_architecture("own", own=ORIGIN) == ORIGIN
-    place.write_text('{"channels": "wide"}')
+    path.write_text('{"channels": "wide"}')
     with pytest.raises(ArchitectureError, match=r"architecture\.json is no architecture \(.*own, table-3"):
-        named_architecture(str(place), own=ORIGIN)
+        named_architecture(str(path), own=ORIGIN)
     with pytest.raises(ArchitectureError, match="table-4 is no architecture"):
         named_architecture("table-4", own=ORIGIN)
 
 
-def test_weights_whose_blocks_do_not_match_are_refused_by_the_block(tmp_path):
+def test_weights_of_other_blocks_are_refused(tmp_path):
     twin = with_architecture("mini-v", EFFICIENT, url=str(tmp_path / "twin"))
     with pytest.raises(UNetError, match=r"there is no down_blocks\.0\.attentions\.0\."):
         with_architecture(twin, ORIGIN, url=str(tmp_path / "back"))
@@ -97,10 +97,10 @@ def test_weights_whose_blocks_do_not_match_are_refused_by_the_block(tmp_path):
         with_architecture("mini-v", ORIGIN, url=twin)
 
 
-def test_a_dry_run_says_what_is_trained_from_what(capsys):
+def test_a_dry_run_describes_the_training(capsys):
     assert train_robust.main(["--dry-run", "--recipe", "sd15"]) == 0
-    said = capsys.readouterr().out
-    assert "would train runs/demo/vpred/model on runs/demo/latents" in said
-    assert "each without a cross-attention block with probability 0.2 and a ResNet block with 0.2" in said
+    printed = capsys.readouterr().out
+    assert "would train runs/demo/vpred/model on runs/demo/latents" in printed
+    assert "each without a cross-attention block with probability 0.2 and a ResNet block with 0.2" in printed
     assert train_efficient.main(["--dry-run", "--recipe", "sd2"]) == 0
     assert "would give stabilityai/stable-diffusion-2-1 the architecture table-3" in capsys.readouterr().out

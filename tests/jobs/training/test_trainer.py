@@ -93,7 +93,7 @@ def weights_of_one_process():
 
 
 @pytest.mark.ray
-def test_two_workers_killed_and_continued_end_with_the_same_weights(ray_cluster, tmp_path, monkeypatch):
+def test_two_killed_workers_resume_to_the_same_weights(ray_cluster, tmp_path, monkeypatch):
     """One start of Ray Train for three trainings: one is killed, one is not, and one meets a NaN."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -140,7 +140,7 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
         resume(state, store=store, identity={"settings": {"num_steps": 8, "seed": 1}}, rank=0)
 
 
-def test_a_checkpoint_is_saved_in_a_store_that_fails_for_a_moment(monkeypatch):
+def test_a_checkpoint_survives_transient_store_errors(monkeypatch):
     store = CheckpointStore("memory://moments/unet")
     state = new_state(training().model, settings=SETTINGS)
     put, failures = store._fs.put_file, [OSError("SlowDown"), ConnectionResetError()]
@@ -157,13 +157,13 @@ def test_a_checkpoint_is_saved_in_a_store_that_fails_for_a_moment(monkeypatch):
     assert store.newest().step == 3
 
 
-def test_fewer_workers_are_not_more():
+def test_min_workers_are_at_most_all():
     assert TrainerSettings(num_workers=2, min_workers=2).min_workers == 2
     with pytest.raises(ValueError, match=r"at most num_workers \(2\) are accepted"):
         TrainerSettings(num_workers=2, min_workers=3)
 
 
-def test_a_report_is_said_in_one_line():
+def test_a_report_is_one_line():
     figures = {
         "training": "decoder",
         "step": 40,
