@@ -149,7 +149,7 @@ def make_training(
     settings, validator = inputs.settings, None
     if settings.validation.every is not None:
         validator = Validator(
-            settings.validation,
+            settings=settings.validation,
             every=settings.validation.every,
             model=inputs.sources[role],
             size=image_size_of(inputs.open_table().identity, bundle=bundle),

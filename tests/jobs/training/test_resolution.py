@@ -279,7 +279,7 @@ def test_validation_uses_the_trained_size():
     check_validation(settings, size=48)
     common = {"every": 1, "model": "mini-v", "steps": 2, "device": CPU, "threads": 1}
     for given, size in ((DISTILL.validation, 48), (settings, 32)):
-        assert Validator(given, size=48, **common)._networks.bundle.image_size == size
+        assert Validator(settings=given, size=48, **common)._networks.bundle.image_size == size
 
 
 def test_a_block_unet_keeps_its_size_when_saved(tmp_path):

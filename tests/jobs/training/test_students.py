@@ -308,7 +308,7 @@ def test_validation_keeps_the_best_weights(student):
     best = load(str(out / "best"))
     assert best.fingerprint()["unet"] == metrics["weights"]["best"]
     result = Validator(
-        DISTILL.validation,
+        settings=DISTILL.validation,
         every=2,
         model=str(out / "raw"),
         size=32,
