@@ -99,7 +99,7 @@ def _generate_with_bundle(options: argparse.Namespace) -> None:
     try:
         bundle = open_bundle(Path(options.bundle))
         variant = options.variant or default_variant(bundle)
-        programs, num_steps = bundle.programs(variant), len(bundle.steps.steps)
+        programs, num_steps = bundle.programs(variant), len(bundle.sampler.steps)
     except BundleError as error:
         raise SettingsError(f"--bundle {error}") from None
     began = time.monotonic()

@@ -45,14 +45,14 @@ def verify(folder: Path) -> None:
 
 def _verify_variant(bundle: MobileBundle, variant: str, *, runtime: str) -> None:
     from snapfusion.export.bundle import COREML, EXECUTORCH
-    from snapfusion.export.coreml import open_packages
+    from snapfusion.export.coreml_package import open_packages
     from snapfusion.export.loop import CompiledModel
     from snapfusion.export.verification import check_variant
 
     if runtime == EXECUTORCH:
-        opened = bundle.programs(variant)
+        model = bundle.programs(variant)
     elif runtime == COREML and sys.platform == "darwin":
-        opened = CompiledModel(
+        model = CompiledModel(
             text_encoder=open_packages(bundle.files(variant, "text_encoder")),
             unet=open_packages(bundle.files(variant, "unet")),
             decoder=open_packages(bundle.files(variant, "decoder")),
@@ -61,6 +61,6 @@ def _verify_variant(bundle: MobileBundle, variant: str, *, runtime: str) -> None
     else:
         print(f"  {variant}: not executed, {runtime} is not available here; its files match the manifest")
         return
-    for checked in check_variant(bundle, variant, opened=opened):
+    for checked in check_variant(bundle, variant, model=model):
         latency = "" if checked.milliseconds is None else f", {checked.milliseconds:.1f} ms per call"
         print(f"  {checked.what}: {checked.found}{latency}")

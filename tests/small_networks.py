@@ -1,4 +1,4 @@
-"""Modules of a few thousand weights, of the three kinds that are compiled for phones, and inputs of them."""
+"""Small modules of the three kinds that are compiled for phones, and inputs for them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from snapfusion.models.decoder import HalfDecoder
 LATENT = (4, 8, 8)
 SCALING = 0.4
 LENGTH, WIDTH = 6, 16
-"""Of a caption in tokens, and of what it is encoded to."""
+"""Tokens of a caption, and width of its encoding."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def small_vae(seed: int = 0) -> AutoencoderKL:
-    """Two levels of one layer, an attention in the middle."""
+    """A VAE of two levels with one layer each, with attention in the middle."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -34,7 +34,7 @@ def small_vae(seed: int = 0) -> AutoencoderKL:
         scaling_factor=SCALING,
         sample_size=16,
     )
-    return _used(vae)
+    return _perturbed(vae)
 
 
 def small_decoder() -> FixedModule:
@@ -42,8 +42,8 @@ def small_decoder() -> FixedModule:
     return decoder_module(HalfDecoder.from_vae(small_vae()), latent_shape=LATENT)
 
 
-def small_unet(*, form: AttentionLayout = "channels-first") -> FixedModule:
-    """Two levels of one layer; one of them and the middle have cross-attention of two heads."""
+def small_unet(*, layout: AttentionLayout = "channels-first") -> FixedModule:
+    """A UNet of two levels; one of them and the middle have cross-attention with two heads."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=LATENT[1],
@@ -55,11 +55,11 @@ def small_unet(*, form: AttentionLayout = "channels-first") -> FixedModule:
         cross_attention_dim=WIDTH,
         attention_head_dim=2,
     )
-    return unet_module(_used(unet), condition_shape=(LENGTH, WIDTH), conditions=2, form=form)
+    return unet_module(_perturbed(unet), condition_shape=(LENGTH, WIDTH), conditions=2, layout=layout)
 
 
 def small_text_encoder(*, vocabulary: int = 50) -> FixedModule:
-    """Two layers of two heads."""
+    """A text encoder of two layers with two heads."""
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=vocabulary,
@@ -71,11 +71,11 @@ def small_text_encoder(*, vocabulary: int = 50) -> FixedModule:
         bos_token_id=0,
         eos_token_id=1,
     )
-    return text_encoder_module(_used(CLIPTextModel(config)), length=LENGTH)
+    return text_encoder_module(_perturbed(CLIPTextModel(config)), length=LENGTH)
 
 
 def inputs_of(module: FixedModule, *, seed: int = 0) -> list[np.ndarray]:
-    """Normal numbers; token ids below 50; a time that float16 holds only to half a unit."""
+    """Normal numbers; token ids below 50; a time that float16 rounds."""
     random = np.random.default_rng(seed)
     inputs = []
     for port in module.inputs:
@@ -88,7 +88,7 @@ def inputs_of(module: FixedModule, *, seed: int = 0) -> list[np.ndarray]:
     return inputs
 
 
-def _used(network: Network) -> Network:
+def _perturbed(network: Network) -> Network:
     # Fresh networks have unit GroupNorms and zero biases, which a converter may fold away.
     for parameter in network.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)

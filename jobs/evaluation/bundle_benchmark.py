@@ -160,7 +160,7 @@ class BundleBenchmark:
             "repeats": self.repeats,
             "warm_ups": WARM_UPS,
             "versions": versions(),
-            "steps": len(bundle.steps.steps),
+            "steps": len(bundle.sampler.steps),
             "calls": self._calls(),
             "conditions": bundle.manifest["conditions"],
             "tokens": bundle.vectors.arrays["token_ids"].shape[1],
@@ -170,12 +170,12 @@ class BundleBenchmark:
 
     def _calls(self) -> dict[str, int]:
         """Runs of each module per image: the empty caption and the caption, the steps, the image."""
-        steps, conditions = len(self.bundle.steps.steps), self.bundle.manifest["conditions"]
+        steps, conditions = len(self.bundle.sampler.steps), self.bundle.manifest["conditions"]
         return {"text_encoder": 2, "unet": steps * 2 // conditions, "decoder": 1}
 
     def _inputs(self) -> dict[str, tuple[np.ndarray, ...]]:
         """Inputs of each module from the test vectors: the caption, the first step, the last latent."""
-        vectors, steps = self.bundle.vectors, self.bundle.steps.steps
+        vectors, steps = self.bundle.vectors, self.bundle.sampler.steps
         conditions = self.bundle.manifest["conditions"]
         t = np.array([steps[0].t], np.float32)
         return {

@@ -44,15 +44,15 @@ def generate_bundle_images(
         seed: of the noise.
         count: number of images.
     """
-    steps, checker = bundle.steps, bundle.safety_checker()
-    w = guidance or steps.guidance
+    sampler, checker = bundle.sampler, bundle.safety_checker()
+    w = guidance or sampler.guidance
     ids = tokenize(bundle.tokenizer, ["", caption]).numpy().astype(np.int32)
     c = encode_text(programs, ids=ids)
     images = []
-    with tqdm(total=count * len(steps.steps), unit="step") as bar:
+    with tqdm(total=count * len(sampler.steps), unit="step") as bar:
         for index in range(count):
             latent = gaussian(noise_key(seed, caption, index), bundle.latent_shape)[None].numpy()
-            for step in sampling_steps(programs, c=c, noise=latent, steps=steps, w=w):
+            for step in sampling_steps(programs, c=c, noise=latent, sampler=sampler, w=w):
                 latent = step.z_next
                 bar.update()
             image = programs.decoder([latent])

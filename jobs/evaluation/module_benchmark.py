@@ -18,7 +18,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from jobs.evaluation.memory import FootprintError, ResidentMemory
 from pipelines.rejections import Rejected
 from pipelines.stages.isolation import Isolation
-from snapfusion.export.coreml import describe_package
+from snapfusion.export.coreml_package import describe_package
 from snapfusion.export.executorch import ExecuTorchProgram, describe_program, set_num_threads
 from snapfusion.export.modules import FixedModule, decoder_module, text_encoder_module, unet_module
 from snapfusion.models.decoder import load_decoder
@@ -231,7 +231,7 @@ class CoreMLRuntime:
 
     def open(self, run: ModuleRun) -> Callable[[], object]:
         """Load the packages, which Core ML compiles for the device."""
-        from snapfusion.export.coreml import open_packages
+        from snapfusion.export.coreml_package import open_packages
 
         model = open_packages(self.packages)
         return lambda: model(run.inputs)

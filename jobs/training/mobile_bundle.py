@@ -85,9 +85,9 @@ def publish_bundle(
             bundle=bundle,
             decoder=decoder,
             settings=settings,
-            number_of_steps=num_steps,
+            num_steps=num_steps,
             scratch=scratch,
-            say=_ElapsedPrinter(),
+            log=_ElapsedPrinter(),
         )
         manifest |= {"format": FORMAT_VERSION, "identity": identity, "versions": versions()}
         manifest["settings_hash"] = digest(identity)

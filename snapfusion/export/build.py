@@ -1,18 +1,20 @@
-"""A mobile bundle, made of a model in a folder of its own; the gate is passed or nothing comes of it."""
+"""Builds a mobile bundle in a folder; raises if any part of it does not agree with torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import CLIPTokenizer
 
 from snapfusion.export.bundle import (
+    EXECUTORCH,
     IMAGES,
     MODULES,
     SAFETY_CHECKER,
@@ -22,13 +24,13 @@ from snapfusion.export.bundle import (
     read_sampler,
 )
 from snapfusion.export.executorch import ExecuTorchProgram
-from snapfusion.export.loop import CompiledModel, generate, to_uint8_image
+from snapfusion.export.loop import CompiledModel, RunModule, generate, to_uint8_image
 from snapfusion.export.modules import FixedModule, decoder_module, text_encoder_module, unet_module
 from snapfusion.export.parity import ParityError, check_parity
 from snapfusion.export.reference import Reference, generate_reference, samples_of
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
-from snapfusion.export.settings import MobileSettings
-from snapfusion.export.variants import BundleVariant, CompiledModule, total_bytes, variants_of
+from snapfusion.export.settings import AttentionLayout, MobileSettings
+from snapfusion.export.variants import BundleVariant, compile_module, total_bytes, variants_of
 from snapfusion.export.vectors import write_vectors
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.checksums import file_hash
@@ -45,7 +47,7 @@ _TOKENIZER_EDGE_CASES = (
     "一只猫 😀 ﬁ Ａ",
     "word " * 200,
 )
-"""Texts on which tokenizers that are nearly the same differ."""
+"""Texts on which similar tokenizers differ."""
 
 
 def build_bundle(
@@ -54,81 +56,78 @@ def build_bundle(
     bundle: Bundle,
     decoder: HalfDecoder | None,
     settings: MobileSettings,
-    number_of_steps: int,
+    num_steps: int,
     scratch: Path,
-    say: Log = lambda _: None,
+    log: Log = lambda _: None,
 ) -> dict[str, Any]:
-    """Fill the empty `folder` with everything but the manifest and the card, each part held to torch.
+    """Fill the empty `folder` with everything but manifest and card, and compare each part with torch.
 
     Args:
         folder: of the bundle.
         bundle: the model, float32 on the CPU.
         decoder: its half-width decoder; None for the model's own.
-        settings: what is asked for.
-        number_of_steps: of the sampler.
-        scratch: an empty folder on the same disk, for what is compressed further.
-        say: is told what is being done.
+        settings: variants, limits and reference captions.
+        num_steps: of the sampler.
+        scratch: an empty folder on the same disk, for packages before compression.
+        log: called with a line about each stage of the build.
 
     Returns:
-        What the manifest says of it, as plain JSON values.
+        Entries of the manifest, as plain JSON values.
 
     Raises:
         ParityError: if a part does not agree with torch.
-        ValueError: if the model cannot be compiled, or the safety checker is none.
+        ValueError: if the model cannot be compiled, or the safety checker is not a program for its images.
     """
-    variants = variants_of(settings, scratch=scratch)
+    variants = variants_of(settings)
     _check_override(settings, variants)
-    say(f"drawing {len(settings.captions)} captions by torch in {number_of_steps} steps")
-    references = [
-        generate_reference(
-            bundle,
-            decode=bundle.decode if decoder is None else decoder,
-            caption=caption,
-            number_of_steps=number_of_steps,
-            w=settings.guidance,
-            seed=settings.seed,
-        )
-        for caption in settings.captions
-    ]
-    _write_sampler(folder, bundle=bundle, number_of_steps=number_of_steps, guidance=settings.guidance)
+    log(f"generating {len(settings.captions)} captions by torch in {num_steps} steps")
+    decode = bundle.decode if decoder is None else decoder
+    options = {"decode": decode, "num_steps": num_steps, "w": settings.guidance, "seed": settings.seed}
+    references = [generate_reference(bundle, caption=caption, **options) for caption in settings.captions]
+    sampler = SamplerCoefficients.of(
+        bundle.schedule,
+        grid=time_grid(num_steps, schedule_steps=bundle.schedule.num_steps),
+        prediction_type=bundle.prediction_type,
+        guidance=settings.guidance,
+    )
+    (folder / SAMPLER).write_text(json.dumps(sampler.to_values(), indent=2) + "\n")
     bundle.tokenizer.save_pretrained(folder / TOKENIZER)
     check_tokenizer(folder, bundle=bundle, captions=settings.captions)
     write_vectors(folder / VECTORS, references, guidance=settings.guidance)
     _write_images(folder, name="torch", images=[reference.image for reference in references])
-    gate = ParityGate(folder=folder, references=references, settings=settings, say=say)
-    modules = _Modules(bundle=bundle, decoder=decoder, conditions=settings.conditions)
+    builder = _Builder(
+        folder=folder,
+        bundle=bundle,
+        decoder=decoder,
+        settings=settings,
+        references=references,
+        scratch=scratch,
+        log=log,
+    )
     return {
         "latent_shape": list(bundle.latent_shape),
         "image_size": bundle.image_size,
         "conditions": settings.conditions,
-        "parameters": modules.parameters(),
+        "parameters": builder.num_parameters(),
         "captions": list(settings.captions),
-        "variants": {variant.name: gate.hold(variant, modules=modules) for variant in variants},
-        "safety_checker": _add_safety_checker(folder, settings=settings, references=references),
+        "variants": {variant.name: builder.build(variant) for variant in variants},
+        "safety_checker": _add_safety_checker(
+            folder, path=settings.safety_checker, image=references[0].image
+        ),
     }
 
 
 def _check_override(settings: MobileSettings, variants: Sequence[BundleVariant]) -> None:
     names = [variant.name for variant in variants]
     if unknown := [name for name in settings.override if name not in names]:
-        raise ValueError(f"mobile.override names {unknown[0]}; {', '.join(names)} are asked for")
-
-
-def _write_sampler(folder: Path, *, bundle: Bundle, number_of_steps: int, guidance: float) -> None:
-    steps = SamplerCoefficients.of(
-        bundle.schedule,
-        grid=time_grid(number_of_steps, schedule_steps=bundle.schedule.num_steps),
-        prediction_type=bundle.prediction_type,
-        guidance=guidance,
-    )
-    (folder / SAMPLER).write_text(json.dumps(steps.to_values(), indent=2) + "\n")
+        raise ValueError(f"mobile.override names {unknown[0]}; the variants are {', '.join(names)}")
 
 
 def check_tokenizer(folder: Path, *, bundle: Bundle, captions: Sequence[str]) -> None:
-    """Hold the tokenizer on the disk to the model's.
+    """Compare the tokenizer on disk with the model's.
 
     Raises:
-        ParityError: naming the first text that it reads otherwise.
+        ParityError: naming the first text with other token ids.
     """
     written = CLIPTokenizer.from_pretrained(folder / TOKENIZER)
     for text in (*captions, *_TOKENIZER_EDGE_CASES):
@@ -136,119 +135,100 @@ def check_tokenizer(folder: Path, *, bundle: Bundle, captions: Sequence[str]) ->
             raise ParityError(f"{TOKENIZER} gives other ids than the model's own for {text[:60]!r}")
 
 
-@dataclass(kw_only=True)
-class _Modules:
-    """The model's modules, made when they are asked for: at full size one holds gigabytes."""
-
-    bundle: Bundle
-    decoder: HalfDecoder | None
-    conditions: Literal[1, 2]
-
-    def make(self, name: str, *, variant: BundleVariant) -> FixedModule:
-        """The module of that name, with attention in the variant's form."""
-        text = self.bundle.text_encoder.config
-        length = self.bundle.tokenizer.model_max_length
-        if name == "text_encoder":
-            return text_encoder_module(self.bundle.text_encoder, length=length)
-        if name == "unet":
-            return unet_module(
-                self.bundle.unet,
-                condition_shape=(length, text.hidden_size),
-                conditions=self.conditions,
-                form=variant.form,
-            )
-        return decoder_module(self.decoder or self.bundle.vae, latent_shape=self.bundle.latent_shape)
-
-    def parameters(self) -> dict[str, int]:
-        """How many each has; of the model's own VAE the decoding half counts."""
-        decoder = self.decoder or self.bundle.vae.decoder
-        networks = {"text_encoder": self.bundle.text_encoder, "unet": self.bundle.unet, "decoder": decoder}
-        return {
-            name: sum(parameter.numel() for parameter in network.parameters())
-            for name, network in networks.items()
-        }
-
-
-@dataclass(kw_only=True)
-class ParityGate:
-    """Holds variants to what torch drew.
-
-    Attributes:
-        folder: of the bundle.
-        references: what torch drew.
-        settings: the limits.
-        say: is told what is being done.
-    """
+@dataclass(frozen=True, kw_only=True)
+class _Builder:
+    """Compiles variants and compares them with the references; arguments as of `build_bundle`."""
 
     folder: Path
-    references: Sequence[Reference]
+    bundle: Bundle
+    decoder: HalfDecoder | None
     settings: MobileSettings
-    say: Log = field(default=lambda _: None)
+    references: Sequence[Reference]
+    scratch: Path
+    log: Log
 
-    def hold(self, variant: BundleVariant, *, modules: _Modules) -> dict[str, Any]:
-        """Compile the variant's modules and compare each, then the images that they draw together.
+    def num_parameters(self) -> dict[str, int]:
+        """Of each module; of the model's own VAE only the decoder counts."""
+        decoder = self.decoder or self.bundle.vae.decoder
+        networks = {"text_encoder": self.bundle.text_encoder, "unet": self.bundle.unet, "decoder": decoder}
+        return {name: sum(map(torch.numel, network.parameters())) for name, network in networks.items()}
+
+    def build(self, variant: BundleVariant) -> dict[str, Any]:
+        """Compile and compare the variant's modules, then the images that they generate together.
+
+        Returns:
+            The variant's entry of the manifest.
 
         Raises:
-            ParityError: if one is below its limit and no override says why it may be.
+            ParityError: if one is below its limit and has no override.
         """
         (self.folder / variant.name).mkdir()
-        told, made = {}, {}
+        layout = "diffusers" if variant.runtime == EXECUTORCH else self.settings.attention
+        runs, records = {}, {}
         for name in MODULES:
-            self.say(f"{variant.name}: compiling {name}")
-            made[name], told[name] = self._module(modules.make(name, variant=variant), variant=variant)
-        self.say(f"{variant.name}: drawing {len(self.references)} captions")
+            self.log(f"{variant.name}: compiling {name}")
+            # Created one at a time: at full size a module takes gigabytes.
+            runs[name], records[name] = self._compile(self._module(name, layout=layout), variant=variant)
+        self.log(f"{variant.name}: generating {len(self.references)} captions")
+        model = CompiledModel(**runs, conditions=self.settings.conditions)
         return {
             "runtime": variant.runtime,
             "weights": variant.weights,
-            "attention": variant.form,
+            "attention": layout,
             "measured": variant.measured,
-            "modules": told,
-            "images": self._images(made, variant=variant),
+            "modules": records,
+            "images": self._check_images(model, variant=variant),
         }
 
-    def _module(
-        self, module: FixedModule, *, variant: BundleVariant
-    ) -> tuple[CompiledModule, dict[str, Any]]:
-        samples = samples_of(self.references, module=module.name, conditions=self.settings.conditions)
-        made = variant.compile(module, self.folder)
-        told = {
-            "files": list(made.files),
-            "bytes": sum(total_bytes(self.folder / file) for file in made.files),
-            **made.told,
-        }
+    def _module(self, name: str, *, layout: AttentionLayout) -> FixedModule:
+        bundle, length = self.bundle, self.bundle.tokenizer.model_max_length
+        if name == "text_encoder":
+            return text_encoder_module(bundle.text_encoder, length=length)
+        if name == "unet":
+            shape = (length, bundle.text_encoder.config.hidden_size)
+            conditions = self.settings.conditions
+            return unet_module(bundle.unet, condition_shape=shape, conditions=conditions, layout=layout)
+        return decoder_module(self.decoder or bundle.vae, latent_shape=bundle.latent_shape)
+
+    def _compile(self, module: FixedModule, *, variant: BundleVariant) -> tuple[RunModule, dict[str, Any]]:
+        settings = self.settings
+        samples = samples_of(self.references, module=module.name, conditions=settings.conditions)
+        compiled = compile_module(
+            variant, module, self.folder, scratch=self.scratch, chunk_bytes=settings.chunk_bytes
+        )
         parity = check_parity(
             artifact=f"{variant.name}/{module.name}",
-            outputs=[made.run(inputs) for inputs, _ in samples],
+            outputs=[compiled.run(inputs) for inputs, _ in samples],
             references=[output for _, output in samples],
-            # Compressed weights are judged by the image; what is not finite is refused here too.
-            limit_db=self.settings.parity_limit_db if variant.exact else 0.0,
-            override=self.settings.override.get(variant.name),
+            # Compressed weights are compared by their images; here only non-finite outputs are refused.
+            limit_db=settings.parity_limit_db if variant.exact else 0.0,
+            override=settings.override.get(variant.name),
         )
-        return made, told | {"parity": parity.to_values(), **made.after()}
+        return compiled.run, {
+            "files": list(compiled.files),
+            "bytes": sum(total_bytes(self.folder / file) for file in compiled.files),
+            **compiled.record,
+            "parity": parity.to_values(),
+            **compiled.record_after(),
+        }
 
-    def _images(self, made: Mapping[str, CompiledModule], *, variant: BundleVariant) -> dict[str, Any]:
-        runs = {name: each.run for name, each in made.items()}
-        programs = CompiledModel(**runs, conditions=self.settings.conditions)
-        # From the disk, as an application finds them.
-        steps = read_sampler(self.folder)
+    def _check_images(self, model: CompiledModel, *, variant: BundleVariant) -> dict[str, Any]:
+        settings = self.settings
+        # Read from disk, as an application does, so that an error in either file shows in the images.
+        sampler = read_sampler(self.folder)
         tokenizer = CLIPTokenizer.from_pretrained(self.folder / TOKENIZER)
-        images = [
-            generate(
-                programs,
-                ids=tokenize(tokenizer, ["", reference.caption]).numpy().astype(np.int32),
-                noise=reference.noise,
-                steps=steps,
-                w=self.settings.guidance,
+        images = []
+        for reference in self.references:
+            ids = tokenize(tokenizer, ["", reference.caption]).numpy().astype(np.int32)
+            images.append(
+                generate(model, ids=ids, noise=reference.noise, sampler=sampler, w=settings.guidance)
             )
-            for reference in self.references
-        ]
-        limit = self.settings.parity_limit_db if variant.exact else self.settings.quantized_limit_db
         parity = check_parity(
             artifact=f"the images of {variant.name}",
             outputs=images,
             references=[reference.image for reference in self.references],
-            limit_db=limit,
-            override=self.settings.override.get(variant.name),
+            limit_db=settings.parity_limit_db if variant.exact else settings.quantized_limit_db,
+            override=settings.override.get(variant.name),
         )
         _write_images(self.folder, name=variant.name, images=images)
         return parity.to_values()
@@ -256,28 +236,25 @@ class ParityGate:
 
 def _write_images(folder: Path, *, name: str, images: Sequence[np.ndarray]) -> None:
     (folder / IMAGES).mkdir(exist_ok=True)
-    for number, image in enumerate(images):
-        Image.fromarray(to_uint8_image(image)).save(folder / IMAGES / f"{name}-{number}.png")
+    for index, image in enumerate(images):
+        Image.fromarray(to_uint8_image(image)).save(folder / IMAGES / f"{name}-{index}.png")
 
 
-def _add_safety_checker(
-    folder: Path, *, settings: MobileSettings, references: Sequence[Reference]
-) -> str | None:
-    if settings.safety_checker is None:
+def _add_safety_checker(folder: Path, *, path: str | None, image: np.ndarray) -> str | None:
+    """Copy the safety checker into the bundle and run it once; its file name, or None."""
+    if path is None:
         return None
-    place = folder / SAFETY_CHECKER
+    target = folder / SAFETY_CHECKER
     try:
-        place.write_bytes(Path(settings.safety_checker).read_bytes())
-        verdict = ExecuTorchProgram(place)([references[0].image])
+        target.write_bytes(Path(path).read_bytes())
+        score = ExecuTorchProgram(target)([image])
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"mobile.safety_checker {settings.safety_checker}: {error}; a .pte that takes the image "
-            f"{list(references[0].image.shape)} is accepted"
+            f"mobile.safety_checker {path}: {error}; a .pte that takes the image {list(image.shape)} is "
+            "accepted"
         ) from None
-    if verdict.size != 1:
-        raise ValueError(
-            f"mobile.safety_checker {settings.safety_checker} gives {verdict.size} numbers; one is accepted"
-        )
+    if score.size != 1:
+        raise ValueError(f"mobile.safety_checker {path} gives {score.size} numbers; one is accepted")
     return SAFETY_CHECKER
 
 

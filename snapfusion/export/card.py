@@ -1,4 +1,4 @@
-"""The model card of a mobile bundle: what it is, what it draws by, and who may use it how."""
+"""The model card of a mobile bundle: contents, licences and limits."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from snapfusion.export.settings import Licence
 
 
 def model_card(manifest: Mapping[str, Any], *, licence: Licence) -> str:
-    """The card of the bundle that `manifest` describes, in Markdown."""
+    """The card in Markdown of the bundle that `manifest` describes."""
     identity = manifest["identity"]
     size, steps = manifest["image_size"], identity["steps"]
     parts = [
         f"# {identity['parents']['model']['source']}, compiled for phones",
         f"Text to image, {size} x {size} pixels, in {steps} steps at guidance "
         f"{identity['settings']['guidance']:g}. Made by the open implementation of SnapFusion "
-        "(Li et al., 2023) that `manifest.json` names with its version.",
-        "## What is here",
+        "(Li et al., 2023) whose version is in `manifest.json`.",
+        "## Contents",
         _table(manifest),
-        "PSNR is of the worst caption's image to torch's in float32, peak = max |reference|. The manifest "
-        "has the captions, and the figures of each module and how they were found.",
-        f"`{SAMPLER}` has the steps as numbers, `{TOKENIZER}/` the tokenizer, `{VECTORS}/` what an "
-        "application can hold its own loop to.",
+        "PSNR is that of the worst caption's image against torch in float32, peak = max |reference|. The "
+        "manifest has the captions, and the figures of each module.",
+        f"`{SAMPLER}` has the coefficients of the steps, `{TOKENIZER}/` the tokenizer, and `{VECTORS}/` test "
+        "vectors for an application's own sampling loop.",
         "## Licences",
         f"- Weights: {licence.weights}" + (f" (its text is in `{LICENCE}`)" if licence.text else ""),
         f"- Data: {licence.data}",
-        "What was distilled from a model remains under that model's licence. One of the RAIL family "
-        "restricts what the model may be used for, and these restrictions must be handed on with it.",
+        "A model that was distilled from another remains under that model's licence. Licences of the RAIL "
+        "family restrict the use of the model, and these restrictions must be passed on with it.",
         "## Limits",
         _safety(manifest),
-        "It draws what its teacher draws, with the teacher's biases, and in fewer steps with less detail. "
-        "Agreement with torch was measured on the captions in `manifest.json` and no others.",
+        "The model has its teacher's biases and, with fewer steps, less detail. Agreement with torch was "
+        "measured on the captions in `manifest.json` only.",
     ]
     if overridden := _overridden(manifest):
         parts += ["## Accepted below the limit", *overridden]
@@ -41,33 +41,35 @@ def model_card(manifest: Mapping[str, Any], *, licence: Licence) -> str:
 
 def _table(manifest: Mapping[str, Any]) -> str:
     lines = ["| variant | weights | bytes | images, PSNR |", "|---|---|---|---|"]
-    for name, told in manifest["variants"].items():
-        size = sum(module["bytes"] for module in told["modules"].values())
-        lines.append(f"| `{name}` | {told['weights']} | {size:,} | {_decibels(told['images'])} |")
+    for name, variant in manifest["variants"].items():
+        size = sum(module["bytes"] for module in variant["modules"].values())
+        psnr_db = variant["images"]["psnr_db"]
+        agreement = "equal" if psnr_db is None else f"{psnr_db:.1f} dB"
+        lines.append(f"| `{name}` | {variant['weights']} | {size:,} | {agreement} |")
     return "\n".join(lines)
-
-
-def _decibels(parity: Mapping[str, Any]) -> str:
-    return "equal" if parity["psnr_db"] is None else f"{parity['psnr_db']:.1f} dB"
 
 
 def _safety(manifest: Mapping[str, Any]) -> str:
     if name := manifest["safety_checker"]:
-        return f"`{name}` takes the image and gives one number: above 0 it is not to be shown."
+        return f"`{name}` takes the image and returns one number: an image above 0 must not be shown."
     return (
-        "No safety checker is part of this bundle: nothing looks at what was drawn. An application that "
-        "shows pictures to others needs one."
+        "No safety checker is part of this bundle: generated images are not checked. An application that "
+        "shows images to others needs one."
     )
 
 
 def _overridden(manifest: Mapping[str, Any]) -> list[str]:
+    parities = [
+        (name, what, parity)
+        for name, variant in manifest["variants"].items()
+        for what, parity in (
+            *((module, each["parity"]) for module, each in variant["modules"].items()),
+            ("images", variant["images"]),
+        )
+    ]
     return [
         f"- `{name}`, {what}: {parity['psnr_db']:.1f} dB, limit {parity['limit_db']:g} dB. Reason given: "
         f"{parity['override']}"
-        for name, told in manifest["variants"].items()
-        for what, parity in (
-            *((module, each["parity"]) for module, each in told["modules"].items()),
-            ("images", told["images"]),
-        )
+        for name, what, parity in parities
         if parity["override"]
     ]

@@ -1,4 +1,4 @@
-"""Text to image by compiled programs alone: what an application does, in NumPy."""
+"""Text to image with compiled programs alone, in NumPy, as an application does it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ RunModule = Callable[[Sequence[np.ndarray]], np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledModel:
-    """The three programs of a model, whatever runs them.
+    """The three programs of a model, for any runtime.
 
     Attributes:
         text_encoder: token_ids [1,L] int32 -> c [1,L,D].
         unet: z_t [1,4,h,w], t [1], c [n,L,D] -> output [n,4,h,w].
         decoder: latent [1,4,h,w] -> image [1,3,H,W] in 0 .. 1.
-        conditions: n, the conditions that the UNet takes at a time: 2, or 1 and it is called twice.
+        conditions: n, the conditions per call of the UNet: 2, or 1 and it is called twice.
     """
 
     text_encoder: RunModule
@@ -32,12 +32,12 @@ class CompiledModel:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingStep:
-    """One step of a loop: what the UNet was given, its guided halves, and where the step landed.
+    """One step of the sampling loop.
 
     Attributes:
         t: the time.
         z_t: [1,4,h,w] float32, before.
-        outputs: [2,4,h,w] float32, of the empty caption and of the caption.
+        outputs: [2,4,h,w] float32, of the UNet for the empty caption and for the caption.
         z_next: [1,4,h,w] float32, after.
     """
 
@@ -47,28 +47,28 @@ class SamplingStep:
     z_next: np.ndarray
 
 
-def encode_text(programs: CompiledModel, *, ids: np.ndarray) -> np.ndarray:
+def encode_text(model: CompiledModel, *, ids: np.ndarray) -> np.ndarray:
     """c of each row of token ids, [B,L] int32 to [B,L,D] float32."""
-    return np.concatenate([programs.text_encoder([row[None]]) for row in ids])
+    return np.concatenate([model.text_encoder([row[None]]) for row in ids])
 
 
 def sampling_steps(
-    programs: CompiledModel, *, c: np.ndarray, noise: np.ndarray, steps: SamplerCoefficients, w: float
+    model: CompiledModel, *, c: np.ndarray, noise: np.ndarray, sampler: SamplerCoefficients, w: float
 ) -> Iterator[SamplingStep]:
-    """The steps from noise to the clean end. SnapFusion Eq. 2, 3.
+    """The steps from noise to the clean latent. SnapFusion Eq. 2, 3.
 
     Args:
-        programs: what computes.
+        model: compiled programs.
         c: [2,L,D] float32, of the empty caption and of the caption.
         noise: [1,4,h,w] float32.
-        steps: the sampler's numbers.
+        sampler: the coefficients of its steps.
         w: the guidance scale.
     """
     z_t: np.ndarray = noise.astype(np.float32)
-    for step in steps.steps:
+    parts = [c] if model.conditions == len(c) else np.split(c, len(c))
+    for step in sampler.steps:
         t = np.array([step.t], np.float32)
-        parts = [c] if programs.conditions == len(c) else np.split(c, len(c))
-        outputs = np.concatenate([programs.unet([z_t, t, part]) for part in parts])
+        outputs = np.concatenate([model.unet([z_t, t, part]) for part in parts])
         uncond, cond = outputs[:1], outputs[1:]
         output = np.float32(w) * cond - np.float32(w - 1.0) * uncond
         z_next = np.float32(step.from_z) * z_t + np.float32(step.from_output) * output
@@ -77,13 +77,13 @@ def sampling_steps(
 
 
 def generate(
-    programs: CompiledModel, *, ids: np.ndarray, noise: np.ndarray, steps: SamplerCoefficients, w: float
+    model: CompiledModel, *, ids: np.ndarray, noise: np.ndarray, sampler: SamplerCoefficients, w: float
 ) -> np.ndarray:
     """The image [1,3,H,W] float32 in 0 .. 1 of token ids [2,L] (the empty caption's, the caption's)."""
     latent = noise
-    for moment in sampling_steps(programs, c=encode_text(programs, ids=ids), noise=noise, steps=steps, w=w):
-        latent = moment.z_next
-    return programs.decoder([latent])
+    for step in sampling_steps(model, c=encode_text(model, ids=ids), noise=noise, sampler=sampler, w=w):
+        latent = step.z_next
+    return model.decoder([latent])
 
 
 def to_uint8_image(image: np.ndarray) -> np.ndarray:

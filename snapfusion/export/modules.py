@@ -1,13 +1,13 @@
-"""What is compiled for a phone: networks with fixed shapes and named inputs and outputs.
+"""The networks that are compiled for phones, with fixed shapes and named inputs and outputs.
 
 text_encoder   token_ids [1,L] int32 -> c [1,L,D]
 unet           z_t [1,4,h,w], t [1], c [1,L,D] -> output [1,4,h,w], which is eps or v
                guided in one call: z_t [1,4,h,w], t [1], c [2,L,D] of "" and the caption -> output [2,4,h,w]
 decoder        latent [1,4,h,w], scaled as our tables store it -> image [1,3,H,W] in 0 .. 1
 
-All but token ids are floating point. The division by the VAE's scaling factor, the change of range and the
-clamp are part of the decoder's program, so that an application needs no constant of ours and cannot forget
-one; so is the causal mask of the text encoder, and the doubling of z_t.
+All but token ids are floating point. The decoder's program includes the division by the VAE's scaling factor,
+the change of range and the clamp, so that an application needs no constant of ours; likewise the text
+encoder's includes the causal mask, and the UNet's the doubling of z_t.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from snapfusion.models.guidance_embedding import has_guidance_embedding
 from snapfusion.models.unet import BlockUNet, UNetError
 
 MASK_VALUE = -1e4
-"""Added to a later word's logit: its softmax is 0 in float16 too, and unlike -inf it can be compressed."""
+"""Added to a later token's logit: its softmax is 0 in float16 too, and unlike -inf it can be palettized."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Port:
-    """An input or an output of a program: its name, its fixed shape, and what kind of numbers it holds."""
+    """An input or output of a program: its name, fixed shape and kind of numbers."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,13 +43,13 @@ class Port:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In torch."""
+        """The dtype of torch's tensors."""
         return torch.int32 if self.kind == "int32" else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixedModule:
-    """A network with its ports: the torch side of a compiled program, and the reference it is held to."""
+    """A network with its ports: source of a compiled program, and the reference for its outputs."""
 
     name: str
     network: nn.Module
@@ -57,7 +57,7 @@ class FixedModule:
     outputs: tuple[Port, ...]
 
     def example(self) -> tuple[Tensor, ...]:
-        """Inputs of the right shapes and kinds, all zeros, for tracing."""
+        """Zeros of the inputs' shapes and kinds, for tracing."""
         return tuple(torch.zeros(port.shape, dtype=port.dtype) for port in self.inputs)
 
     def trace(self) -> torch.export.ExportedProgram:
@@ -67,33 +67,30 @@ class FixedModule:
 
     @torch.inference_mode()
     def reference(self, inputs: Sequence[np.ndarray]) -> np.ndarray:
-        """What torch makes of one set of inputs in float32: the first output.
+        """The first output that torch computes in float32.
 
         Raises:
             ValueError: if a shape is not the port's.
         """
-        check_inputs(inputs, ports=self.inputs)
-        given = (
-            torch.from_numpy(array).to(port.dtype) for array, port in zip(inputs, self.inputs, strict=True)
-        )
-        output: Tensor = self.network(*given)
+        check_shapes(inputs, accepted=[port.shape for port in self.inputs])
+        ports = zip(inputs, self.inputs, strict=True)
+        output: Tensor = self.network(*(torch.from_numpy(array).to(port.dtype) for array, port in ports))
         return output.numpy()
 
 
-def check_inputs(inputs: Sequence[np.ndarray], *, ports: Sequence[Port]) -> None:
-    """Compare arrays with the ports they are meant for.
+def check_shapes(inputs: Sequence[np.ndarray], *, accepted: Sequence[tuple[int, ...]]) -> None:
+    """Check the number and shapes of inputs.
 
     Raises:
         ValueError: if their number or a shape differs.
     """
     given = [array.shape for array in inputs]
-    accepted = [port.shape for port in ports]
-    if given != accepted:
-        raise ValueError(f"inputs of shapes {given} given; {accepted} is accepted: shapes are fixed")
+    if given != list(accepted):
+        raise ValueError(f"inputs of shapes {given} given; {list(accepted)} is accepted: shapes are fixed")
 
 
 class TextProgram(nn.Module):
-    """Token ids -> the condition c: CLIP's text tower, whose causal mask is a constant."""
+    """Token ids -> the condition c: CLIP's text encoder with the causal mask as a constant."""
 
     def __init__(self, text_encoder: CLIPTextModel, *, length: int) -> None:
         super().__init__()
@@ -113,7 +110,7 @@ class TextProgram(nn.Module):
 
 
 class UNetProgram(nn.Module):
-    """What the UNet predicts of z_t at t, for each of the conditions it is given."""
+    """The UNet's prediction for z_t at t, for each condition."""
 
     def __init__(self, unet: UNet2DConditionModel | BlockUNet) -> None:
         super().__init__()
@@ -127,7 +124,7 @@ class UNetProgram(nn.Module):
 
 
 class DecoderProgram(nn.Module):
-    """Scaled latent -> image in 0 .. 1, from either decoder."""
+    """Scaled latent -> image in 0 .. 1, for the half-width or the full decoder."""
 
     def __init__(self, decoder: HalfDecoder | AutoencoderKL) -> None:
         super().__init__()
@@ -140,7 +137,7 @@ class DecoderProgram(nn.Module):
 
 
 class _FullDecoder(nn.Module):
-    """The decoding half of an AutoencoderKL alone, so that the encoder is not compiled with it."""
+    """The decoding half of an AutoencoderKL, so that the encoder is not compiled with it."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -168,26 +165,26 @@ def unet_module(
     *,
     condition_shape: tuple[int, int],
     conditions: Literal[1, 2],
-    form: AttentionLayout = "diffusers",
+    layout: AttentionLayout = "diffusers",
 ) -> FixedModule:
-    """The UNet for `conditions` at a time, each of `condition_shape` = (L, D).
+    """The UNet for `conditions` per call, each of `condition_shape` = (L, D).
 
     Args:
-        unet: left as it is.
+        unet: not modified.
         condition_shape: of c, without its batch.
         conditions: 2 computes both halves of the guidance (Eq. 3) in one call; 1 needs two calls.
-        form: of its attention.
+        layout: of its attention.
 
     Raises:
-        UNetError: if the UNet takes the guidance scale as an input, which no program here hands over.
+        UNetError: if the UNet has a guidance embedding, whose input the programs do not have.
     """
     if has_guidance_embedding(unet):
         raise UNetError(
-            "the UNet is told the guidance scale (Meng et al.); programs for phones have no port for it"
+            "the UNet has a guidance embedding (Meng et al.); programs for phones have no input for the "
+            "guidance scale"
         )
-    # Shares the weights: only modules that `set_attention_layout` puts in another place are copied.
     network = _copy_sharing_weights(unet)
-    set_attention_layout(network, form=form)
+    set_attention_layout(network, layout=layout)
     size = int(unet.config["sample_size"])
     shape = (1, int(unet.config["in_channels"]), size, size)
     return FixedModule(
@@ -203,7 +200,7 @@ def unet_module(
 
 
 def _copy_sharing_weights(network: nn.Module) -> nn.Module:
-    """A copy of the modules with the very same tensors, of which a full-size UNet has gigabytes."""
+    """A copy of the modules with the same tensors: a full-size UNet's weights take gigabytes."""
     tensors = [*network.parameters(), *network.buffers()]
     return deepcopy(network, memo={id(tensor): tensor for tensor in tensors})
 

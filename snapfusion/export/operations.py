@@ -1,7 +1,7 @@
-"""What each kind of operation in a Core ML program computes, in torch.
+"""Torch implementations of the operations of Core ML programs.
 
-Each rule takes the operation's arguments by name, as Apple's reference of the MIL operators calls them:
-tensors for values, floats, whole numbers, strings and lists for what is stated beside them.
+Each rule takes the operation's arguments by their names in Apple's reference of the MIL operators: tensors
+for values; floats, integers, strings and lists for attributes.
 """
 
 from __future__ import annotations
@@ -18,164 +18,151 @@ Rule = Callable[[Mapping[str, Any]], Tensor | tuple[Tensor, ...]]
 
 
 class UnknownOperationError(ValueError):
-    """An operation, or a way of it, that this file does not define."""
+    """An operation, or a mode of it, that is not implemented here."""
 
 
 def rule_of(kind: str) -> Rule:
-    """How that kind is computed.
+    """The implementation of that kind of operation.
 
     Raises:
-        UnknownOperationError: if it is not defined here.
+        UnknownOperationError: if there is none.
     """
     if kind not in _RULES:
         known = ", ".join(sorted(_RULES))
-        raise UnknownOperationError(f"operation {kind!r} is not defined here; {known} are")
+        raise UnknownOperationError(f"operation {kind!r} is not implemented; {known} are")
     return _RULES[kind]
 
 
-def _accept(given: Mapping[str, Any], argument: str, *accepted: object) -> Any:  # noqa: ANN401 - as given
-    """The argument, if it is one of those defined here."""
-    value = given.get(argument, accepted[0])
+def _accept(args: Mapping[str, Any], argument: str, *accepted: object) -> Any:  # noqa: ANN401 - as given
+    """The argument, by default the first accepted value; any other value is refused."""
+    value = args.get(argument, accepted[0])
     if value not in accepted:
-        raise UnknownOperationError(f"{argument}={value!r} is not defined here; {accepted} are")
+        raise UnknownOperationError(f"{argument}={value!r} is not implemented; {accepted} are")
     return value
 
 
-def _conv(given: Mapping[str, Any]) -> Tensor:
-    custom = _accept(given, "pad_type", "valid", "custom") == "custom"
-    top, bottom, left, right = given["pad"] if custom else (0, 0, 0, 0)
-    return functional.conv2d(
-        functional.pad(given["x"], (left, right, top, bottom)),
-        given["weight"],
-        given.get("bias"),
-        stride=given["strides"],
-        dilation=given["dilations"],
-        groups=given["groups"],
-    )
+def _conv(args: Mapping[str, Any]) -> Tensor:
+    custom = _accept(args, "pad_type", "valid", "custom") == "custom"
+    top, bottom, left, right = args["pad"] if custom else (0, 0, 0, 0)
+    padded = functional.pad(args["x"], (left, right, top, bottom))
+    options = {"stride": args["strides"], "dilation": args["dilations"], "groups": args["groups"]}
+    return functional.conv2d(padded, args["weight"], args.get("bias"), **options)
 
 
-def _batch_norm(given: Mapping[str, Any]) -> Tensor:
-    # What a GroupNorm's own weight and bias become: the moments are constants here, usually 0 and 1.
-    x, mean, variance = given["x"], given["mean"], given["variance"]
-    return functional.batch_norm(
-        x, mean, variance, weight=given.get("gamma"), bias=given.get("beta"), eps=given["epsilon"]
-    )
+def _batch_norm(args: Mapping[str, Any]) -> Tensor:
+    # coremltools turns a GroupNorm's weight and bias into this; the moments are constants, usually 0 and 1.
+    moments, affine = (args["mean"], args["variance"]), (args.get("gamma"), args.get("beta"))
+    return functional.batch_norm(args["x"], *moments, *affine, eps=args["epsilon"])
 
 
-def _layer_norm(given: Mapping[str, Any]) -> Tensor:
-    x = given["x"]
-    axes = sorted(axis % x.ndim for axis in given["axes"])
+def _layer_norm(args: Mapping[str, Any]) -> Tensor:
+    x = args["x"]
+    axes = sorted(axis % x.ndim for axis in args["axes"])
     centred = x - x.mean(axes, keepdim=True)
-    normed = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + given["epsilon"])
+    normed = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + args["epsilon"])
     shape = [size if axis in axes else 1 for axis, size in enumerate(x.shape)]
-    if given.get("gamma") is not None:
-        normed = normed * given["gamma"].reshape(shape)
-    return normed if given.get("beta") is None else normed + given["beta"].reshape(shape)
+    if args.get("gamma") is not None:
+        normed = normed * args["gamma"].reshape(shape)
+    return normed if args.get("beta") is None else normed + args["beta"].reshape(shape)
 
 
-def _upsample(given: Mapping[str, Any]) -> Tensor:
-    factors = (float(given["scale_factor_height"]), float(given["scale_factor_width"]))
-    return functional.interpolate(given["x"], scale_factor=factors, mode="nearest")
+def _upsample(args: Mapping[str, Any]) -> Tensor:
+    factors = (float(args["scale_factor_height"]), float(args["scale_factor_width"]))
+    return functional.interpolate(args["x"], scale_factor=factors, mode="nearest")
 
 
-def _matmul(given: Mapping[str, Any]) -> Tensor:
-    x, y = given["x"], given["y"]
-    x = x.transpose(-1, -2) if given.get("transpose_x") else x
-    return x @ (y.transpose(-1, -2) if given.get("transpose_y") else y)
+def _matmul(args: Mapping[str, Any]) -> Tensor:
+    x, y = args["x"], args["y"]
+    x = x.transpose(-1, -2) if args.get("transpose_x") else x
+    return x @ (y.transpose(-1, -2) if args.get("transpose_y") else y)
 
 
-def _gelu(given: Mapping[str, Any]) -> Tensor:
-    mode = _accept(given, "mode", "EXACT", "TANH_APPROXIMATION")
-    return functional.gelu(given["x"], approximate="none" if mode == "EXACT" else "tanh")
+def _gelu(args: Mapping[str, Any]) -> Tensor:
+    mode = _accept(args, "mode", "EXACT", "TANH_APPROXIMATION")
+    return functional.gelu(args["x"], approximate="none" if mode == "EXACT" else "tanh")
 
 
-def _gather(given: Mapping[str, Any]) -> Tensor:
-    _accept(given, "batch_dims", 0)
-    x, indices, axis = given["x"], given["indices"], given["axis"]
+def _gather(args: Mapping[str, Any]) -> Tensor:
+    _accept(args, "batch_dims", 0)
+    x, indices, axis = args["x"], args["indices"], args["axis"]
     axis %= x.ndim
     shape = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
     return x.index_select(axis, indices.flatten()).reshape(shape)
 
 
-def _slice(given: Mapping[str, Any]) -> Tensor:
-    x = given["x"]
+def _slice(args: Mapping[str, Any]) -> Tensor:
+    x = args["x"]
     none = [False] * x.ndim
-    _accept(given, "squeeze_mask", none)
-    from_start, to_end = given.get("begin_mask", none), given.get("end_mask", none)
-    strides = given.get("stride", [1] * x.ndim)
-    return x[
-        tuple(
-            slice(None if first else begin, None if last else end, stride)
-            for begin, end, stride, first, last in zip(
-                given["begin"], given["end"], strides, from_start, to_end, strict=True
-            )
-        )
-    ]
+    _accept(args, "squeeze_mask", none)
+    # A masked index means the dimension's own start or end.
+    begins = zip(args["begin"], args.get("begin_mask", none), strict=True)
+    ends = zip(args["end"], args.get("end_mask", none), strict=True)
+    begin, end = ([None if masked else index for index, masked in pairs] for pairs in (begins, ends))
+    return x[tuple(map(slice, begin, end, args.get("stride", [1] * x.ndim)))]
 
 
-def _concat(given: Mapping[str, Any]) -> Tensor:
-    _accept(given, "interleave", False)
-    return torch.cat(given["values"], dim=given["axis"])
+def _concat(args: Mapping[str, Any]) -> Tensor:
+    _accept(args, "interleave", False)
+    return torch.cat(args["values"], dim=args["axis"])
 
 
-def _expand_dims(given: Mapping[str, Any]) -> Tensor:
-    x = given["x"]
-    rank = x.ndim + len(given["axes"])
-    for axis in sorted(axis % rank for axis in given["axes"]):
+def _expand_dims(args: Mapping[str, Any]) -> Tensor:
+    x = args["x"]
+    rank = x.ndim + len(args["axes"])
+    for axis in sorted(axis % rank for axis in args["axes"]):
         x = x.unsqueeze(axis)
     return x
 
 
-def _lut_to_dense(given: Mapping[str, Any]) -> Tensor:
-    """Indices of as many bits as the table needs, the lowest bit first, without gaps between bytes."""
-    table, shape = given["lut"], given["shape"]
+def _lut_to_dense(args: Mapping[str, Any]) -> Tensor:
+    """Look up packed indices of as many bits as the table needs, lowest bit first, across byte borders."""
+    table, shape = args["lut"], args["shape"]
     bits, count = len(table).bit_length() - 1, int(np.prod(shape))
-    unpacked = np.unpackbits(given["indices"].numpy(), bitorder="little")[: count * bits]
+    unpacked = np.unpackbits(args["indices"].numpy(), bitorder="little")[: count * bits]
     indices = np.packbits(unpacked.reshape(count, bits), axis=1, bitorder="little")[:, 0]
     return table[torch.from_numpy(indices).int()].reshape(shape)
 
 
-def _affine_dequantize(given: Mapping[str, Any]) -> Tensor:
-    quantized, axis = given["quantized_data"], given["axis"]
-    shape = [-1 if place == axis % quantized.ndim else 1 for place in range(quantized.ndim)]
-    scale, zero = (
-        torch.as_tensor(given[argument]).float().reshape(shape) for argument in ("scale", "zero_point")
-    )
+def _affine_dequantize(args: Mapping[str, Any]) -> Tensor:
+    quantized, axis = args["quantized_data"], args["axis"]
+    shape = [1] * quantized.ndim
+    shape[axis] = -1
+    scale, zero = (torch.as_tensor(args[name]).float().reshape(shape) for name in ("scale", "zero_point"))
     return (quantized.float() - zero) * scale
 
 
 _RULES: dict[str, Rule] = {
-    "add": lambda given: given["x"] + given["y"],
+    "add": lambda args: args["x"] + args["y"],
     "batch_norm": _batch_norm,
-    "cast": lambda given: given["x"],
-    "clip": lambda given: given["x"].clamp(given["alpha"], given["beta"]),
+    "cast": lambda args: args["x"],
+    "clip": lambda args: args["x"].clamp(args["alpha"], args["beta"]),
     "concat": _concat,
     "constexpr_affine_dequantize": _affine_dequantize,
     "constexpr_lut_to_dense": _lut_to_dense,
     "conv": _conv,
-    "cos": lambda given: given["x"].cos(),
+    "cos": lambda args: args["x"].cos(),
     "expand_dims": _expand_dims,
     "gather": _gather,
     "gelu": _gelu,
-    "greater_equal": lambda given: given["x"] >= given["y"],
+    "greater_equal": lambda args: args["x"] >= args["y"],
     "layer_norm": _layer_norm,
-    "linear": lambda given: functional.linear(given["x"], given["weight"], given.get("bias")),
+    "linear": lambda args: functional.linear(args["x"], args["weight"], args.get("bias")),
     "matmul": _matmul,
-    "mul": lambda given: given["x"] * given["y"],
-    "real_div": lambda given: given["x"] / given["y"],
-    "reduce_mean": lambda given: given["x"].mean(given["axes"], keepdim=given["keep_dims"]),
-    "reshape": lambda given: given["x"].reshape(given["shape"]),
-    "select": lambda given: torch.where(given["cond"], given["a"], given["b"]),
-    "sigmoid": lambda given: given["x"].sigmoid(),
-    "silu": lambda given: functional.silu(given["x"]),
-    "sin": lambda given: given["x"].sin(),
+    "mul": lambda args: args["x"] * args["y"],
+    "real_div": lambda args: args["x"] / args["y"],
+    "reduce_mean": lambda args: args["x"].mean(args["axes"], keepdim=args["keep_dims"]),
+    "reshape": lambda args: args["x"].reshape(args["shape"]),
+    "select": lambda args: torch.where(args["cond"], args["a"], args["b"]),
+    "sigmoid": lambda args: args["x"].sigmoid(),
+    "silu": lambda args: functional.silu(args["x"]),
+    "sin": lambda args: args["x"].sin(),
     "slice_by_index": _slice,
-    "softmax": lambda given: given["x"].softmax(given["axis"]),
-    "split": lambda given: given["x"].split(given["split_sizes"], dim=given["axis"]),
-    "sqrt": lambda given: given["x"].sqrt(),
-    "square": lambda given: given["x"].square(),
-    "sub": lambda given: given["x"] - given["y"],
-    "tile": lambda given: given["x"].tile(given["reps"]),
-    "transpose": lambda given: given["x"].permute(given["perm"]),
+    "softmax": lambda args: args["x"].softmax(args["axis"]),
+    "split": lambda args: args["x"].split(args["split_sizes"], dim=args["axis"]),
+    "sqrt": lambda args: args["x"].sqrt(),
+    "square": lambda args: args["x"].square(),
+    "sub": lambda args: args["x"] - args["y"],
+    "tile": lambda args: args["x"].tile(args["reps"]),
+    "transpose": lambda args: args["x"].permute(args["perm"]),
     "upsample_nearest_neighbor": _upsample,
 }

@@ -1,4 +1,4 @@
-"""The gate: an artifact that does not agree with torch is not published."""
+"""Parity check: an artifact whose outputs differ from torch's is not published."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from snapfusion.export.settings import PSNR_LIMIT_DB
 
 
 class ParityError(ValueError):
-    """An artifact whose outputs are not the reference's; the message names it, the figure and the limit."""
+    """An artifact whose outputs are not the reference's; names the artifact, the PSNR and the limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How well an artifact agrees with torch, over `samples` inputs.
+    """Agreement of an artifact with torch over `samples` inputs.
 
     Attributes:
         artifact: what was compared, for example "decoder.pte".
-        samples: how many inputs.
+        samples: number of inputs.
         peak: max |reference| over all samples.
-        psnr_db: of the worst sample, in decibels to that peak; None if every bit agrees.
+        psnr_db: of the worst sample, in decibels relative to that peak; None if every bit agrees.
         mean_psnr_db: of the squared error over all samples; None if every bit agrees.
         max_abs_error: the largest difference of any value.
-        limit_db: what `psnr_db` was held to.
-        override: why it is accepted although it is below; None where it is not.
+        limit_db: the minimum required of `psnr_db`.
+        override: why an artifact below the limit is accepted; None for one above it.
     """
 
     artifact: str
@@ -60,14 +60,14 @@ def check_parity(
     limit_db: float = PSNR_LIMIT_DB,
     override: str | None = None,
 ) -> Parity:
-    """Hold an artifact's outputs to torch's, sample by sample; the worst decides.
+    """Compare an artifact's outputs with torch's sample by sample; the worst sample decides.
 
     Args:
         artifact: its name, for the message and the manifest.
-        outputs: one array a sample, from the artifact.
-        references: as many, of the same shapes, from torch in float32.
-        limit_db: the lowest PSNR that is accepted, with peak = max |reference|.
-        override: why an artifact below the limit is to be accepted all the same; what is not finite never is.
+        outputs: of the artifact, one array per sample.
+        references: of torch in float32, of the same shapes.
+        limit_db: minimum PSNR, with peak = max |reference|.
+        override: why an artifact below the limit is accepted; non-finite outputs never are.
 
     Raises:
         ParityError: for a PSNR below the limit, a shape that differs, or an output that is not finite.
@@ -75,23 +75,21 @@ def check_parity(
     """
     peak = _peak(references, artifact=artifact)
     _check_outputs(outputs, references=references, artifact=artifact)
-    figures = [psnr(*pair, peak=peak) for pair in zip(outputs, references, strict=True)]
-    worst = min(figures)
+    psnrs = [psnr(*pair, peak=peak) for pair in zip(outputs, references, strict=True)]
+    worst = min(psnrs)
     if worst < limit_db and not override:
         raise ParityError(
-            f"{artifact} does not agree with torch: PSNR {worst:.2f} dB on sample {figures.index(worst)} of "
-            f"{len(figures)}, and {limit_db:g} dB is the limit (peak {peak:.4g}); it is not published"
+            f"{artifact} does not agree with torch: PSNR {worst:.2f} dB on sample {psnrs.index(worst)} of "
+            f"{len(psnrs)}, and {limit_db:g} dB is the limit (peak {peak:.4g}); it is not published"
         )
-    differences = [
-        np.abs(output - reference).max() for output, reference in zip(outputs, references, strict=True)
-    ]
+    pairs = zip(outputs, references, strict=True)
     return Parity(
         artifact=artifact,
-        samples=len(figures),
+        samples=len(psnrs),
         peak=peak,
         psnr_db=_finite(worst),
         mean_psnr_db=_finite(psnr(np.stack(outputs), np.stack(references), peak=peak)),
-        max_abs_error=float(max(differences)),
+        max_abs_error=max(float(np.abs(output - reference).max()) for output, reference in pairs),
         limit_db=limit_db,
         override=override if worst < limit_db else None,
     )
@@ -99,7 +97,7 @@ def check_parity(
 
 def _peak(references: Sequence[np.ndarray], *, artifact: str) -> float:
     if not references:
-        raise ValueError(f"{artifact}: no samples to compare on; give at least one")
+        raise ValueError(f"{artifact}: no samples to compare; give at least one")
     peak = float(np.abs(np.stack(references)).max())
     if not math.isfinite(peak) or peak == 0.0:
         raise ValueError(f"{artifact}: torch's own output peaks at {peak}; its weights are not usable")
@@ -107,16 +105,16 @@ def _peak(references: Sequence[np.ndarray], *, artifact: str) -> float:
 
 
 def _check_outputs(outputs: Sequence[np.ndarray], *, references: Sequence[np.ndarray], artifact: str) -> None:
-    given = [output.shape for output in outputs]
-    if given != [reference.shape for reference in references]:
-        raise ParityError(f"{artifact} gives shapes {given[:3]}, torch {[r.shape for r in references[:3]]}")
+    shapes, expected = ([array.shape for array in arrays] for arrays in (outputs, references))
+    if shapes != expected:
+        raise ParityError(f"{artifact} gives shapes {shapes[:3]}, torch {expected[:3]}")
     for sample, output in enumerate(outputs):
-        if not np.isfinite(output).all():
-            bad = int((~np.isfinite(output)).sum())
+        if num_bad := int((~np.isfinite(output)).sum()):
             raise ParityError(
-                f"{artifact} gives {bad} values that are not finite on sample {sample}; it is not published"
+                f"{artifact} gives {num_bad} values that are not finite on sample {sample}; it is not "
+                "published"
             )
 
 
-def _finite(figure: float) -> float | None:
-    return figure if math.isfinite(figure) else None
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

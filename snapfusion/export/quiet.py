@@ -1,4 +1,4 @@
-"""Compilers write pages of progress to the error stream; here it is kept, and shown only if they fail."""
+"""Hides the progress that compilers write to the error stream, unless they fail."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _STDERR = 2
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back what this process writes to its error stream, native code included; replay it on an error."""
-    with tempfile.TemporaryFile("w+") as held:
+    """Capture this process's error stream, native code included; replay it on an error."""
+    with tempfile.TemporaryFile("w+") as captured:
         try:
-            with _redirected(held.fileno()), contextlib.redirect_stderr(held):
+            with _redirected(captured.fileno()), contextlib.redirect_stderr(captured):
                 yield
         except BaseException:
-            held.seek(0)
-            sys.stderr.write(held.read())
+            captured.seek(0)
+            sys.stderr.write(captured.read())
             raise
 
 
 @contextlib.contextmanager
 def _redirected(target: int) -> Iterator[None]:
-    # sys.stderr is only Python's view: the runtimes' own messages go to the file descriptor.
+    # sys.stderr is Python's view only: the runtimes' own messages go to the file descriptor.
     saved = os.dup(_STDERR)
     os.dup2(target, _STDERR)
     try:

@@ -1,6 +1,7 @@
-"""What torch draws: the pictures, and everything on the way, that compiled programs are held to.
+"""Reference images and activations computed by torch, which compiled programs are compared with.
 
-Computed by the model's own modules, schedule and guidance, and by none of this package's.
+Uses the model's own modules, schedule and guidance, and none of this package's, so that an error in either
+cannot cancel out.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ from snapfusion.solvers import ddim_step
 Decode = Callable[[Tensor], Tensor]
 """Latents [B,4,h,w] to images [B,3,H,W] in -1 .. 1."""
 
+Sample = tuple[list[np.ndarray], np.ndarray]
+"""Inputs of a module, and the expected output."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """One caption, drawn by torch in float32.
+    """One caption's image and intermediate values, by torch in float32.
 
     Attributes:
         caption: the text.
         ids: int32 [2,L], of the empty caption and of the caption.
         c: float32 [2,L,D].
         noise: float32 [1,4,h,w].
-        moments: the steps.
+        steps: of the sampling loop.
         image: float32 [1,3,H,W] in 0 .. 1.
     """
 
@@ -40,71 +44,65 @@ class Reference:
     ids: np.ndarray
     c: np.ndarray
     noise: np.ndarray
-    moments: tuple[SamplingStep, ...]
+    steps: tuple[SamplingStep, ...]
     image: np.ndarray
 
     @property
     def latent(self) -> np.ndarray:
-        """Where the steps ended, float32 [1,4,h,w]."""
-        return self.moments[-1].z_next
-
-
-Sample = tuple[list[np.ndarray], np.ndarray]
-"""Inputs of a module, and the output that is right."""
+        """The clean latent, float32 [1,4,h,w]."""
+        return self.steps[-1].z_next
 
 
 def samples_of(references: Sequence[Reference], *, module: str, conditions: int) -> list[Sample]:
-    """Real activations of the module of that name: what it was given, and what it made of it.
+    """Real activations of one module: its inputs and outputs during the generation of `references`.
 
     Raises:
-        ValueError: if there is no such module.
+        ValueError: if there is no module of that name.
     """
     if module not in _SAMPLES:
-        raise ValueError(f"there is no module {module!r}; {', '.join(_SAMPLES)} are")
+        raise ValueError(f"there is no module {module!r}; {', '.join(_SAMPLES)} are accepted")
     return [sample for reference in references for sample in _SAMPLES[module](reference, conditions)]
 
 
-def _of_text_encoder(reference: Reference, _: int) -> Iterator[Sample]:
+def _text_encoder_samples(reference: Reference, _: int) -> Iterator[Sample]:
     for ids, c in zip(reference.ids, reference.c, strict=True):
         yield [ids[None]], c[None]
 
 
-def _of_unet(reference: Reference, conditions: int) -> Iterator[Sample]:
-    for moment in reference.moments:
-        t = np.array([moment.t], np.float32)
+def _unet_samples(reference: Reference, conditions: int) -> Iterator[Sample]:
+    for step in reference.steps:
+        t = np.array([step.t], np.float32)
         for first in range(0, 2, conditions):
-            half = slice(first, first + conditions)
-            yield [moment.z_t, t, reference.c[half]], moment.outputs[half]
+            rows = slice(first, first + conditions)
+            yield [step.z_t, t, reference.c[rows]], step.outputs[rows]
 
 
-def _of_decoder(reference: Reference, _: int) -> Iterator[Sample]:
+def _decoder_samples(reference: Reference, _: int) -> Iterator[Sample]:
     yield [reference.latent], reference.image
 
 
-_SAMPLES = {"text_encoder": _of_text_encoder, "unet": _of_unet, "decoder": _of_decoder}
+_SAMPLES = {"text_encoder": _text_encoder_samples, "unet": _unet_samples, "decoder": _decoder_samples}
 
 
 @torch.inference_mode()
 def generate_reference(
-    bundle: Bundle, *, decode: Decode, caption: str, number_of_steps: int, w: float, seed: int
+    bundle: Bundle, *, decode: Decode, caption: str, num_steps: int, w: float, seed: int
 ) -> Reference:
-    """Draw one caption; its noise is that of `snapfusion generate --seed`."""
+    """Generate one caption's image from the noise that `snapfusion generate --seed` uses."""
     ids = bundle.tokenize(["", caption])
     c = bundle.encode_text(ids)
     noise = gaussian(noise_key(seed, caption, 0), bundle.latent_shape)[None]
-    grid = time_grid(number_of_steps, schedule_steps=bundle.schedule.num_steps)
-    moments, z_t = [], noise
-    for t, t_next in pairwise(grid):
-        moment = _step(bundle, z_t=z_t, c=c, t=t, t_next=t_next, w=w)
-        moments.append(moment)
-        z_t = torch.from_numpy(moment.z_next)
+    steps, z_t = [], noise
+    for t, t_next in pairwise(time_grid(num_steps, schedule_steps=bundle.schedule.num_steps)):
+        steps.append(_step(bundle, z_t=z_t, c=c, t=t, t_next=t_next, w=w))
+        z_t = torch.from_numpy(steps[-1].z_next)
     image = decode(z_t).float().clamp(-1.0, 1.0) * 0.5 + 0.5
     return Reference(
         caption=caption,
         ids=ids.numpy().astype(np.int32),
         c=c.numpy(),
         noise=noise.numpy(),
-        moments=tuple(moments),
+        steps=tuple(steps),
         image=image.numpy(),
     )
 

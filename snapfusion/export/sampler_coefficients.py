@@ -1,4 +1,4 @@
-"""A sampler as numbers: what an application multiplies by, so that it needs no schedule of its own.
+"""A sampler as coefficients, so that an application needs no noise schedule of its own.
 
 A DDIM step (SnapFusion Eq. 2) is linear in z_t and in the network's guided output (Eq. 3, 10):
 
@@ -25,12 +25,12 @@ _TOLERANCE = 1e-12
 
 
 class SamplerError(ValueError):
-    """A sampler's numbers that cannot be read, or do not follow from each other; says which."""
+    """Sampler coefficients that cannot be read or contradict each other; names the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCoefficients:
-    """From t to t_next. All but the two times are float64."""
+    """One step from t to t_next; all but the two times are float64."""
 
     t: int
     t_next: int
@@ -46,14 +46,15 @@ class StepCoefficients:
         """The step of `schedule` for a network that predicts eps or v."""
         alpha, sigma = schedule.coefficients(t)
         alpha_next, sigma_next = schedule.coefficients(t_next)
-        strengths = {"alpha": alpha, "sigma": sigma, "alpha_next": alpha_next, "sigma_next": sigma_next}
-        from_z, from_output = _coefficients(**strengths, prediction_type=prediction_type)
-        return cls(t=t, t_next=t_next, **strengths, from_z=from_z, from_output=from_output)
+        levels = {"alpha": alpha, "sigma": sigma, "alpha_next": alpha_next, "sigma_next": sigma_next}
+        from_z, from_output = _coefficients(**levels, prediction_type=prediction_type)
+        return cls(t=t, t_next=t_next, **levels, from_z=from_z, from_output=from_output)
 
 
 def _coefficients(
     *, alpha: float, sigma: float, alpha_next: float, sigma_next: float, prediction_type: PredictionType
 ) -> tuple[float, float]:
+    """(from_z, from_output) of the module docstring."""
     if prediction_type == "v_prediction":
         return alpha_next * alpha + sigma_next * sigma, sigma_next * alpha - alpha_next * sigma
     return alpha_next / alpha, sigma_next - alpha_next * sigma / alpha
@@ -61,12 +62,12 @@ def _coefficients(
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerCoefficients:
-    """A whole walk from noise to the clean end.
+    """All steps from noise to the clean latent.
 
     Attributes:
-        steps: in their order.
-        prediction_type: what the network's output is.
-        guidance: the w that the model was made for; another may be asked for.
+        steps: in sampling order.
+        prediction_type: of the network's output.
+        guidance: the w that the model was made for; an application may use another.
     """
 
     steps: tuple[StepCoefficients, ...]
@@ -77,7 +78,7 @@ class SamplerCoefficients:
     def of(
         cls, schedule: Schedule, *, grid: Sequence[int], prediction_type: PredictionType, guidance: float
     ) -> Self:
-        """The walk down `grid`, as `snapfusion.sampling.time_grid` gives it."""
+        """The steps down `grid`, as returned by `snapfusion.sampling.time_grid`."""
         steps = tuple(
             StepCoefficients.between(t, t_next, schedule=schedule, prediction_type=prediction_type)
             for t, t_next in pairwise(grid)
@@ -90,47 +91,42 @@ class SamplerCoefficients:
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
-        """What `to_values` gave, checked: every coefficient has to follow from its alphas and sigmas.
+        """Read the values of `to_values` and check each coefficient against its alphas and sigmas.
 
         Raises:
-            StepsError: naming what is missing, or the step whose numbers do not belong together.
+            SamplerError: naming what is missing, or the step whose coefficients are inconsistent.
         """
         try:
-            steps = tuple(_parse_step(given) for given in values["steps"])
-            made = cls(
-                steps=steps,
-                prediction_type=values["prediction_type"],
-                guidance=float(values["guidance"]),
-            )
+            steps = tuple(_parse_step(step) for step in values["steps"])
+            prediction_type, guidance = values["prediction_type"], float(values["guidance"])
         except (KeyError, TypeError, ValueError) as error:
-            raise SamplerError(f"the sampler's numbers cannot be read: {error!r}") from None
-        if made.prediction_type not in PREDICTION_TYPES or not steps:
-            raise SamplerError(f"the sampler has {len(steps)} steps of {made.prediction_type!r}")
-        made._check()
-        return made
+            raise SamplerError(f"the sampler's coefficients cannot be read: {error!r}") from None
+        if prediction_type not in PREDICTION_TYPES or not steps:
+            raise SamplerError(f"the sampler has {len(steps)} steps of {prediction_type!r}")
+        sampler = cls(steps=steps, prediction_type=prediction_type, guidance=guidance)
+        sampler._check()
+        return sampler
 
     def _check(self) -> None:
-        for number, step in enumerate(self.steps):
-            strengths = {name: getattr(step, name) for name in _STRENGTHS}
-            wanted = _coefficients(**strengths, prediction_type=self.prediction_type)
-            for name, value in zip(("from_z", "from_output"), wanted, strict=True):
+        for index, step in enumerate(self.steps):
+            levels = {name: getattr(step, name) for name in ("alpha", "sigma", "alpha_next", "sigma_next")}
+            expected = _coefficients(**levels, prediction_type=self.prediction_type)
+            for name, value in zip(("from_z", "from_output"), expected, strict=True):
                 if not math.isclose(getattr(step, name), value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
                     raise SamplerError(
-                        f"step {number} (t = {step.t}): {name} is {getattr(step, name)}, but its alphas and "
+                        f"step {index} (t = {step.t}): {name} is {getattr(step, name)}, but its alphas and "
                         f"sigmas make it {value}"
                     )
-        for number, (step, following) in enumerate(pairwise(self.steps)):
+        for index, (step, following) in enumerate(pairwise(self.steps)):
             if step.t_next != following.t:
                 raise SamplerError(
-                    f"step {number} lands at t = {step.t_next}, the next begins at {following.t}"
+                    f"step {index} ends at t = {step.t_next}, the next begins at {following.t}"
                 )
 
 
-_STRENGTHS = ("alpha", "sigma", "alpha_next", "sigma_next")
-
-
-def _parse_step(given: Mapping[str, Any]) -> StepCoefficients:
-    strengths = {
-        field.name: float(given[field.name]) for field in fields(StepCoefficients) if field.type == "float"
+def _parse_step(values: Mapping[str, Any]) -> StepCoefficients:
+    numbers = {
+        field.name: (int if field.type == "int" else float)(values[field.name])
+        for field in fields(StepCoefficients)
     }
-    return StepCoefficients(t=int(given["t"]), t_next=int(given["t_next"]), **strengths)
+    return StepCoefficients(**numbers)

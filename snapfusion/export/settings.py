@@ -1,4 +1,4 @@
-"""What is asked of a mobile bundle: which variants, held to what, under which licences."""
+"""Settings of a mobile bundle: its variants, parity limits and licences."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from snapfusion.settings import Settings
 
 AttentionLayout = Literal["diffusers", "channels-first", "split-heads"]
-"""How attention is laid out: as in diffusers; as here; or as here with one head after the other."""
-
-
-PSNR_LIMIT_DB = 35.0
-"""Where float artifacts are refused; rounding to float16 alone stays far above it."""
-
+"""[B,S,C] as in diffusers; [B,C,1,S]; or [B,C,1,S] with one head computed after the other."""
 
 ExecuTorchKind = Literal["float32", "int8", "coreml"]
 CoreMLKind = Literal["float16", "palette-6", "palette-8", "int8"]
+"""Weights in float16, by a palette of 6 or 8 bits, or as integers of 8 bits."""
+
+PSNR_LIMIT_DB = 35.0
+"""Minimum PSNR of float artifacts; rounding to float16 alone stays far above it."""
 
 QUANTIZED_LIMIT_DB = 20.0
-"""Where images of compressed weights are refused: at 20 dB the mean error is a tenth of the range."""
+"""Minimum PSNR of images from compressed weights: at 20 dB the RMS error is a tenth of the range."""
+
+_LICENCE_SUBJECTS = {"weights": "teacher's weights", "data": "training data"}
 
 
 class LicenceError(ValueError):
-    """A bundle for which nobody has said under what licence it may be handed on."""
+    """A bundle whose licence terms are not stated."""
 
 
 class Licence(Settings):
-    """Under what terms a bundle may be handed on.
+    """Terms under which a bundle may be redistributed.
 
     Attributes:
-        weights: of the teacher's weights, which pass to what is distilled from them.
-        data: of the pictures and captions it was trained on.
-        text: a file with the licence's text, to go into the bundle; needed where the weights' licence asks
-            for it, as those of the RAIL family do.
+        weights: licence of the teacher's weights; it applies to models distilled from them.
+        data: licence of the training images and captions.
+        text: path of the licence's text, which is copied into the bundle; required for RAIL licences.
     """
 
     weights: str | None = None
@@ -42,48 +42,45 @@ class Licence(Settings):
     text: str | None = None
 
     def check(self) -> None:
-        """Refuse to export what nobody may use.
+        """Check that both licences are stated.
 
         Raises:
             LicenceError: naming the setting that is missing.
         """
-        for name in ("weights", "data"):
+        for name, subject in _LICENCE_SUBJECTS.items():
             if not (getattr(self, name) or "").strip():
                 raise LicenceError(
-                    f"mobile.licence.{name} is not stated; give the licence of the {_LICENCE_SUBJECTS[name]}, "
+                    f"mobile.licence.{name} is not stated; give the licence of the {subject}, "
                     f'as in --set mobile.licence.{name}="CreativeML OpenRAIL-M"'
                 )
         if "rail" in (self.weights or "").lower() and not self.text:
             raise LicenceError(
-                f"mobile.licence.weights is {self.weights}, which asks that its text goes with them; "
-                "give the file with --set mobile.licence.text=FILE"
+                f"mobile.licence.weights is {self.weights}, which requires a copy of the licence text; "
+                "give its file with --set mobile.licence.text=FILE"
             )
 
 
-_LICENCE_SUBJECTS = {"weights": "teacher's weights", "data": "training data"}
-
-
 class MobileSettings(Settings):
-    """What is compiled, and how it is held to torch.
+    """Settings of `compile_mobile`.
 
     Attributes:
-        model: whose programs; after "run:" a place in the run. An argument of the job takes its place.
-        decoder: the half-width decoder's folder, likewise; null for the model's own.
-        executorch: variants of ExecuTorch programs: XNNPACK in float32, in 8 bits, or lowered to Core ML.
-        coreml: variants of Core ML packages: float16; weights of 6 or 8 bits by a palette, or linear in 8.
-        attention: how Core ML's programs lay it out; XNNPACK's are fastest as diffusers has it.
+        model: model to compile; after "run:" a folder of the run. The job's MODEL argument overrides it.
+        decoder: folder of the half-width decoder, likewise; null for the model's own.
+        executorch: ExecuTorch variants: XNNPACK in float32 or with 8-bit weights, or the Core ML delegate.
+        coreml: Core ML variants, by their weights.
+        attention: layout of attention in Core ML programs; XNNPACK programs always use diffusers' layout.
         conditions: 2 computes both halves of the guidance in one call of the UNet; 1 needs two calls.
-        chunk_bytes: a UNet whose package is larger becomes two packages.
+        chunk_bytes: a UNet whose package is larger is split into two packages.
         steps: of the sampler; null for those that the model was distilled for, else 50.
         guidance: w of Eq. 3.
-        captions: drawn by every variant and compared.
+        captions: generated by every variant and compared with torch.
         seed: of their noise.
-        parity_limit_db: the lowest PSNR, peak = max |reference|, of each float module and of its images.
-        quantized_limit_db: likewise, of the final images of compressed weights.
-        override: variants to be accepted below these limits, with the reason, which the manifest records.
-        licence: under which it may be handed on.
-        safety_checker: a .pte file that takes the image and gives one number, above 0 for a picture that is
-            not to be shown; null leaves the place empty, and the manifest says so.
+        parity_limit_db: minimum PSNR, peak = max |reference|, of each float module and of its images.
+        quantized_limit_db: minimum PSNR of the final images of compressed weights.
+        override: variants accepted below these limits, each with the reason, which the manifest records.
+        licence: terms of redistribution.
+        safety_checker: a .pte file that takes the image and returns one number, above 0 for an image that
+            must not be shown; null for none, which the manifest states.
     """
 
     model: str | None = None

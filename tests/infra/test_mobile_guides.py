@@ -140,7 +140,7 @@ def check_steps(text, *, vectors, sampler):
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_each_step_lands_on_the_test_vectors(source, vectors, sampler):
-    assert vectors.steps == STEPS == len(sampler["steps"])
+    assert vectors.num_steps == STEPS == len(sampler["steps"])
     check_steps(source.read_text(), vectors=vectors, sampler=sampler)
 
 
@@ -365,12 +365,12 @@ def test_the_guides_table_names_what_is_in_the_files(guide, folder):
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.parent.name)
-def test_files_and_variants_that_a_guide_names_exist(guide, folder, tmp_path):
+def test_files_and_variants_that_a_guide_names_exist(guide, folder):
     text = guide.read_text()
     every = MobileSettings(
         executorch=("float32", "int8", "coreml"), coreml=("float16", "palette-6", "palette-8", "int8")
     )
-    variants = {variant.name for variant in variants_of(every, scratch=tmp_path)}
+    variants = {variant.name for variant in variants_of(every)}
     named = set(re.findall(r"`((?:executorch|coreml)[\w-]*)/?`", text))
     assert named
     assert named <= variants

@@ -1,4 +1,4 @@
-"""Attention with channels before positions computes what diffusers computes, and moves nothing."""
+"""Channels-first attention computes what diffusers computes, without copies."""
 
 from copy import deepcopy
 
@@ -7,21 +7,24 @@ import torch
 from conftest import tiny_bundle, tiny_student
 
 from snapfusion.export.attention import ChannelsFirstTransformer, set_attention_layout
-from snapfusion.export.coreml import compile_coreml, describe_package
+from snapfusion.export.coreml import compile_coreml
+from snapfusion.export.coreml_package import describe_package
 from snapfusion.export.modules import TextProgram, unet_module
 from snapfusion.models.guidance_embedding import with_guidance_embedding
 from snapfusion.models.unet import UNetError
 
-FORMS = ("diffusers", "channels-first", "split-heads")
+LAYOUTS = ("diffusers", "channels-first", "split-heads")
+SHAPES = {"condition_shape": (16, 16), "conditions": 2}
 
 
-def given(seed=0):
-    torch.manual_seed(seed)
+@pytest.fixture
+def inputs():
+    torch.manual_seed(0)
     return torch.randn(2, 4, 8, 8), torch.tensor([437.0]), torch.randn(2, 16, 16)
 
 
-def spread(unet):
-    """Norms whose weights and biases are not 1 and 0, as training leaves them."""
+def trained(unet):
+    """Norms whose weights and biases are not 1 and 0."""
     with torch.no_grad():
         for parameter in unet.parameters():
             if parameter.ndim == 1:
@@ -29,62 +32,60 @@ def spread(unet):
     return unet
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", [tiny_bundle, tiny_student])
 @torch.inference_mode()
-def test_every_form_computes_what_diffusers_computes(form, model):
-    unet = spread(model().unet)
-    z_t, t, c = given()
-    module = unet_module(unet, condition_shape=(16, 16), conditions=2, form=form)
-    both = torch.cat([z_t[:1]] * 2)
-    wanted = unet(both, t, encoder_hidden_states=c).sample
-    torch.testing.assert_close(module.network(z_t[:1], t, c), wanted, rtol=1e-4, atol=1e-5)
+def test_every_layout_computes_diffusers_output(layout, model, inputs):
+    unet = trained(model().unet)
+    z_t, t, c = inputs
+    module = unet_module(unet, **SHAPES, layout=layout)
+    expected = unet(torch.cat([z_t[:1]] * 2), t, encoder_hidden_states=c).sample
+    torch.testing.assert_close(module.network(z_t[:1], t, c), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
-def test_linear_projections_of_stable_diffusion_2_too():
+def test_linear_projections_of_stable_diffusion_2(inputs):
     config = dict(tiny_bundle().unet.config) | {"use_linear_projection": True}
-    unet = spread(type(tiny_bundle().unet).from_config(config))
-    z_t, t, c = given()
+    unet = trained(type(tiny_bundle().unet).from_config(config))
+    z_t, t, c = inputs
     other = deepcopy(unet)
-    set_attention_layout(other, form="channels-first")
-    wanted = unet(z_t, t, encoder_hidden_states=c).sample
-    torch.testing.assert_close(other(z_t, t, encoder_hidden_states=c).sample, wanted, rtol=1e-4, atol=1e-5)
+    set_attention_layout(other, layout="channels-first")
+    expected = unet(z_t, t, encoder_hidden_states=c).sample
+    torch.testing.assert_close(other(z_t, t, encoder_hidden_states=c).sample, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_model_is_left_as_it_is_and_shares_its_weights():
+def test_the_model_is_unchanged_and_shares_its_weights():
     unet = tiny_student().unet
-    before = {name: tensor.data_ptr() for name, tensor in unet.state_dict().items()}
-    module = unet_module(unet, condition_shape=(16, 16), conditions=2, form="channels-first")
+    before = {tensor.data_ptr() for tensor in unet.state_dict().values()}
+    network = unet_module(unet, **SHAPES, layout="channels-first").network
     assert not any(isinstance(part, ChannelsFirstTransformer) for part in unet.modules())
-    assert sum(isinstance(part, ChannelsFirstTransformer) for part in module.network.modules()) == 2
-    assert {tensor.data_ptr() for tensor in module.network.state_dict().values()} == set(before.values())
+    assert sum(isinstance(part, ChannelsFirstTransformer) for part in network.modules()) == 2
+    assert {tensor.data_ptr() for tensor in network.state_dict().values()} == before
 
 
-def test_a_program_with_channels_first_moves_the_caption_alone(tmp_path):
-    moved = {}
-    for form in FORMS:
-        unet = unet_module(tiny_student().unet, condition_shape=(16, 16), conditions=2, form=form)
-        compile_coreml(unet, tmp_path / f"{form}.mlpackage")
-        moved[form] = describe_package(tmp_path / f"{form}.mlpackage").operations.get("transpose", 0)
-    assert moved["channels-first"] == moved["split-heads"] == 1
-    assert moved["diffusers"] >= 20
+def test_channels_first_transposes_the_condition_only(tmp_path):
+    transposes = {}
+    for layout in LAYOUTS:
+        package = tmp_path / f"{layout}.mlpackage"
+        compile_coreml(unet_module(tiny_student().unet, **SHAPES, layout=layout), package)
+        transposes[layout] = describe_package(package).operations.get("transpose", 0)
+    assert transposes["channels-first"] == transposes["split-heads"] == 1
+    assert transposes["diffusers"] >= 20
 
 
-def test_a_unet_that_is_told_the_guidance_is_refused():
-    with pytest.raises(UNetError, match="the UNet is told the guidance scale"):
-        unet_module(with_guidance_embedding(tiny_student().unet), condition_shape=(16, 16), conditions=2)
+def test_a_guidance_embedding_is_refused():
+    with pytest.raises(UNetError, match="guidance"):
+        unet_module(with_guidance_embedding(tiny_student().unet), **SHAPES)
 
 
 @torch.inference_mode()
-def test_the_text_programs_mask_lets_no_word_see_a_later_one():
+def test_text_program_has_a_causal_mask():
     bundle = tiny_bundle()
     program = TextProgram(bundle.text_encoder, length=16).eval()
     ids = bundle.tokenize(["red", "a red thing"]).int()
     for row in ids:
-        torch.testing.assert_close(
-            program(row[None]), bundle.encode_text(row[None].long()), rtol=1e-5, atol=1e-6
-        )
+        expected = bundle.encode_text(row[None].long())
+        torch.testing.assert_close(program(row[None]), expected, rtol=1e-5, atol=1e-6)
     changed = ids[:1].clone()
     changed[0, 9:] = 3
     torch.testing.assert_close(program(changed)[:, :9], program(ids[:1])[:, :9])

@@ -1,0 +1,102 @@
+"""Sampler coefficients equal the schedule's own steps, and altered ones are refused."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from snapfusion.export.loop import CompiledModel, generate, sampling_steps
+from snapfusion.export.sampler_coefficients import SamplerCoefficients, SamplerError
+from snapfusion.sampling import guide, sample, time_grid
+from snapfusion.schedule import Schedule
+
+SCHEDULE = Schedule()
+
+
+def sampler_of(count, kind="v_prediction"):
+    return SamplerCoefficients.of(SCHEDULE, grid=time_grid(count), prediction_type=kind, guidance=4.0)
+
+
+@pytest.fixture
+def values():
+    return sampler_of(8).to_values()
+
+
+def network(z_t, t, c):
+    """A nonlinear function of all inputs."""
+    return torch.tanh(z_t * c.mean(dim=(1, 2))[:, None, None, None] + t.reshape(-1, 1, 1, 1) / 1000.0)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("count", [1, 3, 8, 16, 50])
+@pytest.mark.parametrize("conditions", [1, 2])
+def test_loop_equals_the_samplers_own(kind, count, conditions):
+    torch.manual_seed(0)
+    noise, c, w = torch.randn(1, 4, 8, 8), torch.rand(2, 3, 5), 2.5
+
+    def denoise(z_t, t):
+        uncond, cond = network(z_t, t, c[:1]), network(z_t, t, c[1:])
+        output = guide(cond=cond, uncond=uncond, w=w)
+        return SCHEDULE.estimate(output, z_t=z_t, t=t, prediction_type=kind)
+
+    expected = sample(denoise, noise, grid=time_grid(count), schedule=SCHEDULE)
+    model = CompiledModel(
+        text_encoder=lambda inputs: c.numpy()[inputs[0].ravel()],
+        unet=lambda inputs: network(*map(torch.from_numpy, inputs)).numpy(),
+        decoder=lambda inputs: inputs[0],
+        conditions=conditions,
+    )
+    ids = np.array([[0], [1]], np.int32)
+    image = generate(model, ids=ids, noise=noise.numpy(), sampler=sampler_of(count, kind), w=w)
+    np.testing.assert_allclose(image, expected.numpy(), rtol=2e-5, atol=2e-5)
+
+
+def test_consecutive_steps_share_their_latent():
+    model = CompiledModel(
+        text_encoder=None, unet=lambda inputs: inputs[2] * 0 + 1, decoder=None, conditions=2
+    )
+    c = np.zeros((2, 4, 8, 8), np.float32)
+    steps = list(sampling_steps(model, c=c, noise=np.ones((1, 4, 8, 8)), sampler=sampler_of(8), w=1.0))
+    assert [step.t for step in steps] == list(time_grid(8)[:-1])
+    for step, following in pairwise(steps):
+        np.testing.assert_array_equal(step.z_next, following.z_t)
+
+
+def test_coefficients_survive_json(values):
+    assert SamplerCoefficients.parse(json.loads(json.dumps(values))) == sampler_of(8)
+
+
+@pytest.mark.parametrize("name", ["from_z", "from_output", "alpha", "sigma", "alpha_next", "sigma_next"])
+def test_an_altered_number_is_named(values, name):
+    values["steps"][3][name] += 1e-6
+    with pytest.raises(SamplerError, match="step 3 "):
+        SamplerCoefficients.parse(values)
+
+
+def test_swapped_coefficients_are_refused(values):
+    first, second = values["steps"][1:3]
+    first["from_z"], second["from_z"] = second["from_z"], first["from_z"]
+    with pytest.raises(SamplerError, match=r"step 1 \(t = 874\): from_z is"):
+        SamplerCoefficients.parse(values)
+
+
+def test_swapped_steps_are_refused(values):
+    values["steps"][1:3] = values["steps"][2:0:-1]
+    with pytest.raises(SamplerError, match=r"step 0 .*874.*749"):
+        SamplerCoefficients.parse(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": []}, "0 steps"),
+        ({"prediction_type": "sample"}, "'sample'"),
+        ({"guidance": None}, "cannot be read"),
+        ({"steps": [{"t": 999}]}, "cannot be read"),
+    ],
+)
+def test_malformed_samplers_are_refused(values, change, message):
+    with pytest.raises(SamplerError, match=message):
+        SamplerCoefficients.parse(values | change)
