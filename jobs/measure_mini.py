@@ -52,12 +52,12 @@ def main(argv: list[str] | None = None) -> int:
         results = ResumableResults(identity=identity, path=options.out)
         results.read()
 
-        def gather(part: str, figures: MetricIntervals) -> None:
+        def on_result(part: str, figures: MetricIntervals) -> None:
             rounded = {name: [_rounded(x) for x in ends] for name, ends in figures.items()}
             print(json.dumps({part: rounded}), flush=True)
             results.add(part, figures)
 
-        measure_mini(settings, folder=options.weights, gather=gather, known=results.figures)
+        measure_mini(settings, folder=options.weights, on_result=on_result, known=results.figures)
         if options.out is not None:
             figures = {
                 part: {name: Interval(*ends) for name, ends in intervals.items()}

@@ -77,11 +77,11 @@ def measure(settings: RobustnessSettings, *, models: Mapping[str, Bundle], folde
     results.read()
     progress = _Progress(total=len(robustness_parts(settings, models)), done=len(results.figures))
 
-    def gather(part: RobustnessPart, metrics: PartMetrics) -> None:
+    def on_result(part: RobustnessPart, metrics: PartMetrics) -> None:
         results.add(str(part), {str(metric): means for metric, means in metrics.items()})
         progress.show(len(results.figures))
 
-    measure_robustness(settings, models=models, oracle=oracle, gather=gather, known=results.figures)
+    measure_robustness(settings, models=models, oracle=oracle, on_result=on_result, known=results.figures)
     readings = RobustnessResults(
         of={
             part: {metric: figures[metric] for metric in METRIC_NAMES}

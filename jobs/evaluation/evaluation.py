@@ -27,7 +27,7 @@ from pipelines.tables.table import Snapshot
 from snapfusion.metrics.curves import (
     Curve,
     CurvePoint,
-    IncomparableCurvesError,
+    CurveError,
     clip_at_equal_fid,
     gap_closed,
     metrics_at,
@@ -157,7 +157,7 @@ def _protocol(
     smallest = Moments(count=len(ids), mean=reference.mean, scatter=reference.scatter)
     notes = [
         f"{side}: {note}"
-        for side, note in (("drawn", smallest.shortfall()), ("reference", reference.shortfall()))
+        for side, note in (("drawn", smallest.rank_warning()), ("reference", reference.rank_warning()))
         if note is not None
     ]
     return {
@@ -232,5 +232,5 @@ def _or_reason(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A comparison, or the reason why the curves cannot be compared."""
     try:
         return compute()
-    except IncomparableCurvesError as reason:
+    except CurveError as reason:
         return {"no_reading": str(reason)}

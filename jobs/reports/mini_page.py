@@ -18,7 +18,7 @@ from snapfusion.mini.weights import read_manifest
 from snapfusion.models.load import load
 
 _NUM_IMAGES = 16
-_DRAWING = SamplerConfig(solver="ddim", steps=50, w=2.0)
+_SAMPLER = SamplerConfig(solver="ddim", steps=50, w=2.0)
 
 _STAGES = {
     "autoencoder": "VAE, both halves",
@@ -56,13 +56,13 @@ def write_page(weights: Path, place: Path, *, figures: Mapping[str, Mapping[str,
     galleries = []
     for name in ("sd", "sd-v"):
         images = (
-            generate_images(load(str(weights / name)), indexes, drawing=_DRAWING, seed=0)
+            generate_images(load(str(weights / name)), indexes, sampler=_SAMPLER, seed=0)
             .permute(0, 2, 3, 1)
             .numpy()
         )
         captions = [caption_of(scene_of(index)) for index in indexes]
         galleries.append(
-            Gallery(title=f"{name}: {_DRAWING}", pictures=list(zip(images, captions, strict=True)))
+            Gallery(title=f"{name}: {_SAMPLER}", pictures=list(zip(images, captions, strict=True)))
         )
     text = render_miniature(manifest=read_manifest(weights), galleries=galleries, figures=figures)
     place.write_text(text, encoding="utf-8")

@@ -103,7 +103,7 @@ def _images(
 ) -> dict[Metric, np.ndarray]:
     """uint8 [B,H,W,3] of a model without the blocks named, for either figure."""
     with skipping_blocks(model.unet, names):
-        drawn = generate_images(model, scenes.indexes, drawing=sampler_of(settings), seed=settings.seeds[0])
+        drawn = generate_images(model, scenes.indexes, sampler=sampler_of(settings), seed=settings.seeds[0])
         return {"attributes": _arrays(drawn), "detail": _arrays(denoise(model, scenes, settings=settings))}
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
-from snapfusion.metrics.settings import FEATURES, SIDE, Resize
+from snapfusion.metrics.settings import INCEPTION_FEATURES, INCEPTION_SIZE, Resize
 from snapfusion.mini.vocabulary import ATTRIBUTES, IMAGE_SIZE, ORACLE_FEATURES
 from snapfusion.mini.weights import WEIGHTS
 from snapfusion.settings import Settings
@@ -227,7 +227,7 @@ class MetricSettings(Settings):
     @property
     def feature_count(self) -> int:
         """Numbers in a feature vector."""
-        return ORACLE_FEATURES if self.features.network == "oracle" else FEATURES
+        return ORACLE_FEATURES if self.features.network == "oracle" else INCEPTION_FEATURES
 
     @property
     def attribute_count(self) -> int:
@@ -241,7 +241,7 @@ class MetricSettings(Settings):
 
     def describe_features(self) -> dict[str, Any]:
         """What identifies the features: the network, the SHA-256 of its weights, the kernel."""
-        from snapfusion.metrics.pinned import file_hash
+        from snapfusion.models.checksums import file_hash
 
         if self.features.network == "oracle":
             return {"network": "oracle", "sha256": file_hash(WEIGHTS / "oracle" / "model.safetensors")}
@@ -249,12 +249,12 @@ class MetricSettings(Settings):
             "network": "inception",
             "sha256": file_hash(_file(self.features)),
             "resize": self.features.resize,
-            "side": SIDE,
+            "side": INCEPTION_SIZE,
         }
 
     def describe_scorer(self) -> dict[str, Any]:
         """What identifies the CLIP score: the network, and the SHA-256 of its weights."""
-        from snapfusion.metrics.pinned import file_hash
+        from snapfusion.models.checksums import file_hash
 
         bundled = self.scorer.network == "mini"
         weights = WEIGHTS / "scorer" / "model.safetensors" if bundled else _file(self.scorer)

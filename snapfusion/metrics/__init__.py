@@ -1,1 +1,1 @@
-"""Figures of merit."""
+"""Evaluation metrics: FID, CLIP score, decoder fidelity, and their confidence intervals."""

@@ -1,8 +1,8 @@
-"""CLIP score: the cosine between picture and caption, by any model that open_clip can build.
+"""CLIP score: the cosine between image and caption, by any model that open_clip can build.
 
 A scorer folder holds open_clip_config.json (`model_cfg` and `preprocess_cfg`, as on the hub),
-model.safetensors and, unless the tokens are CLIP's own, tokenizer/. The miniature's scorer is one; the real
-ones, such as ViT-g-14 (SnapFusion Sec. 5), are named models of open_clip with a file of weights.
+model.safetensors and tokenizer/. The miniature's scorer is one; the scorers of full-size models, such as
+ViT-g-14 (SnapFusion Sec. 5), are open_clip models by name with a file of weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTokenizer
 
+from snapfusion.metrics.images import resize_images
+from snapfusion.metrics.pinned import check_safetensors
 from snapfusion.models.tokenizer import tokenize
 
 CONFIG = "open_clip_config.json"
@@ -32,7 +34,7 @@ Tokenize = Callable[[Sequence[str]], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ClipScorer:
-    """An open_clip model with what stands before it.
+    """An open_clip model with its preprocessing.
 
     Attributes:
         model: its `encode_image` and `encode_text` are used.
@@ -54,14 +56,9 @@ class ClipScorer:
         Raises:
             ValueError: unless the images are uint8 [B,3,H,H].
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; uint8 [B,3,H,H] is accepted")
-        if images.shape[2] != images.shape[3]:
-            raise ValueError(f"images are {tuple(images.shape[2:])} pixels; crop them to a square first")
-        pixels = images.float() / 255.0
-        if images.shape[2] != self.image_size:
-            side = (self.image_size, self.image_size)
-            pixels = functional.interpolate(pixels, size=side, mode="bicubic", antialias=True).clamp(0.0, 1.0)
+        if images.shape[-2] != images.shape[-1]:
+            raise ValueError(f"images are {tuple(images.shape[-2:])} pixels; crop them to a square first")
+        pixels = resize_images(images, size=self.image_size)
         mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
@@ -77,25 +74,25 @@ class ClipScorer:
         return functional.normalize(self.model.encode_text(tokens).float(), dim=1)
 
     def score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """The cosine of each picture, uint8 [B,3,H,H], with its own caption: float32 [B] in [-1, 1].
+        """The cosine of each image, uint8 [B,3,H,H], with its own caption: float32 [B] in [-1, 1].
 
         Raises:
-            ValueError: if there are not as many captions as pictures.
+            ValueError: if the numbers of captions and images differ.
         """
         if len(images) != len(captions):
-            raise ValueError(f"{len(images)} pictures and {len(captions)} captions; give one for each")
+            raise ValueError(f"{len(images)} images and {len(captions)} captions; give one for each")
         return (self.encode_images(images) * self.encode_captions(captions)).sum(dim=1)
 
 
 def build_scorer(config: dict[str, Any], *, tokenizer: CLIPTokenizer) -> ClipScorer:
     """An untrained scorer of an open_clip configuration (`model_cfg`, `preprocess_cfg`)."""
-    model = open_clip.CLIP(**config["model_cfg"])
+    model_config, preprocess = config["model_cfg"], config["preprocess_cfg"]
     return ClipScorer(
-        model=model,
+        model=open_clip.CLIP(**model_config),
         tokenize=lambda captions: tokenize(tokenizer, captions),
-        image_size=config["model_cfg"]["vision_cfg"]["image_size"],
-        mean=tuple(config["preprocess_cfg"]["mean"]),
-        std=tuple(config["preprocess_cfg"]["std"]),
+        image_size=model_config["vision_cfg"]["image_size"],
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
     )
 
 
@@ -112,7 +109,7 @@ def save_scorer(model: nn.Module, folder: Path, *, config: dict[str, Any], token
 
 
 def load_scorer(folder: Path) -> ClipScorer:
-    """The scorer in a folder that `save_scorer` wrote, in float32.
+    """Load a folder of `save_scorer`, in float32.
 
     Raises:
         ValueError: if the folder lacks its configuration or its weights.
@@ -128,15 +125,14 @@ def load_scorer(folder: Path) -> ClipScorer:
 
 
 def open_clip_scorer(name: str, *, weights: Path) -> ClipScorer:
-    """A model that open_clip knows by name, such as "ViT-g-14", with weights from a file of safetensors.
+    """An open_clip model by name, such as "ViT-g-14", with weights from a file of safetensors.
 
     Raises:
         ValueError: if open_clip has no such model, or `weights` is not a .safetensors file.
     """
     if name not in open_clip.list_models():
         raise ValueError(f"open_clip has no model {name!r}; open_clip.list_models() names those it has")
-    if weights.suffix != ".safetensors" or not weights.is_file():
-        raise ValueError(f"{weights} is not a .safetensors file; pickled weights are never opened")
+    check_safetensors(weights)
     model = open_clip.create_model(name)
     model.load_state_dict(load_file(weights))
     model.eval().requires_grad_(requires_grad=False)

@@ -1,4 +1,4 @@
-"""How close a student decoder comes to its teacher, and how much faster it is. SnapFusion Sec. 3.2, B.2."""
+"""Fidelity and speed of a student decoder relative to its teacher. SnapFusion Sec. 3.2, B.2."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Decode = Callable[[Tensor], Tensor]
 """Scaled latent [B,4,h,w] -> image [B,3,H,W] in -1 .. 1."""
 
 PEAK = 2.0
-"""Images span -1 .. 1, so a decibel here is one of 8-bit images."""
+"""Images span -1 .. 1; the PSNR equals that of 8-bit images with peak 255."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """The student's images against the teacher's.
+    """Agreement of the student's images with the teacher's.
 
     Attributes:
         psnr_db: 10 log10(PEAK^2 / mean squared error), the error pooled over all rows and pixels.
-        rows: how many.
+        rows: number of images.
     """
 
     psnr_db: float
@@ -36,13 +36,13 @@ class Fidelity:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeTimes:
-    """Wall time of one image in a batch, the median over repeats.
+    """Median wall time per image at one batch size.
 
     Attributes:
-        batch: latents decoded at a time.
-        repeats: measurements of each decoder, taken in turns.
-        teacher_ms: milliseconds an image.
-        student_ms: milliseconds an image.
+        batch: latents per call.
+        repeats: measurements of each decoder, taken alternately.
+        teacher_ms: milliseconds per image.
+        student_ms: milliseconds per image.
     """
 
     batch: int
@@ -52,7 +52,7 @@ class DecodeTimes:
 
     @property
     def ratio(self) -> float:
-        """How many times faster the student is."""
+        """Speed-up of the student."""
         return self.teacher_ms / self.student_ms
 
 
@@ -79,24 +79,22 @@ def fidelity(student: Decode, batches: Iterable[Batch], *, teacher_images: Teach
 def decode_times(
     *, teacher: Decode, student: Decode, latents: Tensor, batches: Sequence[int], repeats: int
 ) -> list[DecodeTimes]:
-    """Time both decoders on `latents` [N,4,h,w], repeated to each size of batch; they take turns.
-
-    Taking turns, both meet the same other load of the machine. The first turn of each size is not counted.
-    """
+    """Time both decoders alternately on `latents` [N,4,h,w], repeated to each batch size."""
     times = []
     for size in batches:
         batch = latents.repeat(-(-size // len(latents)), 1, 1, 1)[:size]
-        turns = [(_seconds(teacher, batch), _seconds(student, batch)) for _ in range(repeats + 1)][1:]
+        # Alternating exposes both to the same other load of the machine; the first round is a warm-up.
+        rounds = [(_seconds(teacher, batch), _seconds(student, batch)) for _ in range(repeats + 1)][1:]
         teacher_ms, student_ms = (
-            1000.0 * statistics.median(column) / size for column in zip(*turns, strict=True)
+            1000.0 * statistics.median(seconds) / size for seconds in zip(*rounds, strict=True)
         )
         times.append(DecodeTimes(batch=size, repeats=repeats, teacher_ms=teacher_ms, student_ms=student_ms))
     return times
 
 
 def _seconds(decode: Decode, batch: Tensor) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     decode(batch)
     if batch.device.type == "cuda":
         torch.cuda.synchronize(batch.device)
-    return time.perf_counter() - began
+    return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of features: FID where these are Inception's. SnapFusion Sec. 5."""
+"""The Frechet distance between two sets of features: FID where they are Inception's. SnapFusion Sec. 5."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ from snapfusion.metrics.moments import Moments
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), not negative (Heusel et al. 2017).
 
-    The trace of the root is computed as the sum of the singular values of C_a^(1/2) C_b^(1/2), which is the
-    same number, real for covariances of any rank, and exact to float64 rounding where the usual Schur root
-    of C_a C_b needs an offset on the diagonal.
-
-    `Moments.shortfall` says where a set is too small for its distances to be compared with others.
+    `Moments.rank_warning` reports sets that are too small for a meaningful distance.
 
     Raises:
         ValueError: if the features' lengths differ, or a set has fewer than two vectors.
@@ -22,7 +18,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     if a.dimension != b.dimension:
         raise ValueError(f"features of {a.dimension} and of {b.dimension} numbers have no distance")
     covariance_a, covariance_b = a.covariance(), b.covariance()
-    product = a.covariance_root @ b.covariance_root
-    overlap = torch.linalg.svdvals(product).sum()
+    # tr((C_a C_b)^(1/2)) is the sum of the singular values of C_a^(1/2) C_b^(1/2). That is real for
+    # covariances of any rank and exact to float64 rounding; the usual Schur root of C_a C_b needs an offset
+    # on the diagonal.
+    overlap = torch.linalg.svdvals(a.covariance_root @ b.covariance_root).sum()
     spread = covariance_a.trace() + covariance_b.trace() - 2.0 * overlap
     return max(0.0, float((a.mean - b.mean).square().sum() + spread))

@@ -1,22 +1,23 @@
-"""The features that FID is measured in: Inception v3 as it was first published for it. SnapFusion Sec. 5.
+"""The features of FID: Inception v3 as first published for it. SnapFusion Sec. 5.
 
 Its weights are those of "pt_inception-2015-12-05", saved as safetensors under the same names; the network
-differs from torchvision's own in its classes and in the pools of nine blocks. A FID depends on the resize
-kernel too, so the kernel is a choice that is recorded with every number.
+differs from torchvision's in its number of classes and in the pooling of nine blocks. FID depends on the
+resize kernel too, so the kernel is a setting that is recorded with every number.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import Inception3
 from torchvision.models.inception import InceptionA, InceptionC, InceptionE
 
-from snapfusion.metrics.settings import SIDE, Resize
+from snapfusion.metrics.images import resize_images
+from snapfusion.metrics.pinned import check_safetensors
+from snapfusion.metrics.settings import INCEPTION_SIZE, Resize
 
 
 class Inception(nn.Module):
@@ -44,15 +45,7 @@ class Inception(nn.Module):
         Raises:
             ValueError: unless the images are uint8 [B,3,H,W].
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; uint8 [B,3,H,W] is accepted")
-        pixels = images.float() / 255.0
-        side = (SIDE, SIDE)
-        if self.resize == "bicubic":
-            pixels = functional.interpolate(pixels, size=side, mode="bicubic", antialias=True).clamp(0.0, 1.0)
-        else:
-            pixels = functional.interpolate(pixels, size=side, mode="bilinear", align_corners=False)
-        return 2.0 * pixels - 1.0
+        return 2.0 * resize_images(images, size=INCEPTION_SIZE, resize=self.resize) - 1.0
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B,2048] of uint8 [B,3,H,W]."""
@@ -64,10 +57,9 @@ def load_inception(weights: Path, *, resize: Resize = "bicubic") -> Inception:
     """The network with weights from a file of safetensors.
 
     Raises:
-        ValueError: if the file is not one, or lacks or adds tensors.
+        ValueError: if the file is in another format, or has missing or unexpected tensors.
     """
-    if weights.suffix != ".safetensors" or not weights.is_file():
-        raise ValueError(f"{weights} is not a .safetensors file; pickled weights are never opened")
+    check_safetensors(weights)
     inception = Inception(resize=resize)
     tensors = {name: value for name, value in load_file(weights).items() if not name.startswith("fc.")}
     try:
@@ -81,7 +73,7 @@ def load_inception(weights: Path, *, resize: Resize = "bicubic") -> Inception:
 
 
 class _UnpaddedAverage:
-    """A block whose average pool counts pixels alone, and not the zeros round the picture."""
+    """A block whose average pooling leaves out the zeros of the padding."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         pooled = functional.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
@@ -101,7 +93,7 @@ class _BlockE(_UnpaddedAverage, InceptionE):
 
 
 class _LastBlock(InceptionE):
-    """The last block pools by the maximum: a quirk of the published network that its numbers depend on."""
+    """The last block uses maximum pooling: a quirk of the published network that its FID values depend on."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         pooled = functional.max_pool2d(x, kernel_size=3, stride=1, padding=1)

@@ -1,4 +1,4 @@
-"""Count, mean and covariance of feature vectors, in float64, which can be gathered in parts and merged."""
+"""Mergeable count, mean and covariance of feature vectors, in float64."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Moments:
-    """What a Frechet distance needs to know of a set of feature vectors.
+    """The moments of a set of feature vectors, as needed for a Frechet distance.
 
-    Sums of squares are kept about the mean, never about zero: features whose mean is large beside their
-    spread lose no digits, and parts merge as in Chan et al. 1983.
+    Sums of squares are about the mean, not about zero: features whose mean is large relative to their spread
+    lose no digits, and parts merge as in Chan et al. 1983.
 
     Attributes:
         count: N, the number of vectors.
@@ -29,13 +29,12 @@ class Moments:
 
     def __post_init__(self) -> None:
         dimension = len(self.mean)
-        if self.mean.shape != (dimension,) or self.scatter.shape != (dimension, dimension):
-            raise ValueError(
-                f"mean is {tuple(self.mean.shape)} and scatter {tuple(self.scatter.shape)}; [D] and [D,D] "
-                "are accepted"
-            )
-        if self.mean.dtype != torch.float64 or self.scatter.dtype != torch.float64:
-            raise ValueError(f"mean is {self.mean.dtype}, scatter {self.scatter.dtype}; float64 is accepted")
+        for name, shape in (("mean", (dimension,)), ("scatter", (dimension, dimension))):
+            tensor = getattr(self, name)
+            if tensor.shape != shape or tensor.dtype != torch.float64:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}; float64 {shape} is accepted"
+                )
 
     @classmethod
     def of(cls, features: Tensor) -> Self:
@@ -48,9 +47,8 @@ class Moments:
             raise ValueError(
                 f"features are {features.dtype} {tuple(features.shape)}; floats [N,D] are accepted"
             )
-        if not bool(features.isfinite().all()):
-            bad = int((~features.isfinite().all(dim=1)).sum())
-            raise ValueError(f"{bad} of {len(features)} feature vectors are not finite; leave them out")
+        if num_bad := int((~features.isfinite().all(dim=1)).sum()):
+            raise ValueError(f"{num_bad} of {len(features)} feature vectors are not finite; leave them out")
         vectors = features.detach().to(device="cpu", dtype=torch.float64)
         mean = vectors.mean(dim=0) if len(vectors) else vectors.new_zeros(vectors.shape[1])
         centred = vectors - mean
@@ -64,7 +62,7 @@ class Moments:
     def merge(self, other: Self) -> Self:
         """The moments of both sets together (Chan et al. 1983).
 
-        Equal to `of` on all rows at once up to float64 rounding: merge in one fixed order where bits matter.
+        Equal to `of` on all rows at once up to float64 rounding; merge in a fixed order for identical bits.
 
         Raises:
             ValueError: if the vectors have different lengths.
@@ -74,11 +72,11 @@ class Moments:
         count = self.count + other.count
         if count == 0:
             return self
-        apart = other.mean - self.mean
-        between = torch.outer(apart, apart) * (self.count * other.count / count)
+        shift = other.mean - self.mean
+        between = torch.outer(shift, shift) * (self.count * other.count / count)
         return type(self)(
             count=count,
-            mean=self.mean + apart * (other.count / count),
+            mean=self.mean + shift * (other.count / count),
             scatter=self.scatter + other.scatter + between,
         )
 
@@ -94,20 +92,18 @@ class Moments:
 
     @cached_property
     def covariance_root(self) -> Tensor:
-        """The symmetric square root of the covariance, [D,D] float64; what is zero up to rounding is zero.
-
-        Kept once computed: a reference is compared with many sets.
-        """
+        """The symmetric square root of the covariance, [D,D] float64; cached, as references are reused."""
         values, vectors = torch.linalg.eigh(self.covariance())
+        # Eigenvalues that are zero up to rounding may come out negative.
         rounding = float(values.max()) * len(values) * torch.finfo(values.dtype).eps
         roots = torch.where(values > rounding, values, 0.0).sqrt()
         return (vectors * roots) @ vectors.T
 
-    def shortfall(self) -> str | None:
-        """In words, that N vectors of D numbers do not span their space, or None where they can.
+    def rank_warning(self) -> str | None:
+        """A warning that N vectors of D numbers do not span their space; None if they can.
 
-        A covariance of N vectors has rank N - 1 at most. Below full rank a Frechet distance can still be
-        computed, but says more about N than about the pictures.
+        A covariance of N vectors has rank N - 1 at most. Below full rank a Frechet distance can be computed,
+        but says more about N than about the images.
         """
         if self.count > self.dimension:
             return None

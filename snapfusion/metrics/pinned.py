@@ -1,4 +1,4 @@
-"""A file of weights from wherever it lies, held to its hash: a figure is only as good as what measured it."""
+"""Files of weights from disk, object storage or the hub, checked against their SHA-256."""
 
 from __future__ import annotations
 
@@ -8,56 +8,60 @@ from pathlib import Path
 
 import fsspec
 
-_CHUNK_BYTES = 1 << 22
+from snapfusion.models.checksums import file_hash
 
 
 class PinnedFileError(ValueError):
-    """A file of weights that is missing, or is not the one that was named."""
+    """A file of weights that is missing, or whose SHA-256 is not the expected one."""
 
 
-def pinned_file(place: str, *, sha256: str | None = None) -> Path:
-    """The file at `place`, on this machine.
+def pinned_file(source: str, *, sha256: str | None = None) -> Path:
+    """The local path of a file, downloaded if it is not on this machine.
 
     Args:
-        place: a path; a URL that fsspec can read; or a file on the hub, as "owner/name/file.safetensors".
-        sha256: what its SHA-256 must be, 64 hexadecimal digits; None accepts any.
+        source: a path; a URL that fsspec can read; or a file on the hub, as "owner/name/file.safetensors".
+        sha256: expected SHA-256, 64 hexadecimal digits; None accepts any.
 
     Raises:
-        PinnedFileError: if it is not there, or its hash is another.
+        PinnedFileError: if it cannot be read, or its hash is another.
     """
-    path = _locate(place)
-    found = file_hash(path) if sha256 is not None else None
-    if found != sha256:
-        raise PinnedFileError(f"{place} has SHA-256 {found}, {sha256} was asked for; give the file it names")
+    path = _locate(source)
+    actual = file_hash(path) if sha256 is not None else None
+    if actual != sha256:
+        raise PinnedFileError(f"{source} has SHA-256 {actual}, {sha256} is expected; give the file it names")
     return path
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            sha.update(chunk)
-    return sha.hexdigest()
+def check_safetensors(weights: Path) -> None:
+    """Refuse weights in other formats: unpickling a file can run code.
+
+    Raises:
+        ValueError: if `weights` is not a .safetensors file.
+    """
+    if weights.suffix != ".safetensors" or not weights.is_file():
+        raise ValueError(f"{weights} is not a .safetensors file; pickled weights are never opened")
 
 
-def _locate(place: str) -> Path:
-    if "://" in place:
-        return _fetch(place)
-    path = Path(place)
+def _locate(source: str) -> Path:
+    if "://" in source:
+        return _fetch(source)
+    path = Path(source)
     if path.is_file():
         return path
-    if path.is_absolute() or place.startswith(".") or place.count("/") < 2:
-        raise PinnedFileError(f"there is no file {place!r}; give a path, a URL or owner/name/file on the hub")
-    return _download(place)
+    if path.is_absolute() or source.startswith(".") or source.count("/") < 2:
+        raise PinnedFileError(
+            f"there is no file {source!r}; give a path, a URL or owner/name/file on the hub"
+        )
+    return _download(source)
 
 
 def _fetch(url: str) -> Path:
-    """Copy a file from object storage once; a half-made copy is never taken for a whole one."""
+    """Copy a file from object storage into the cache, once."""
     root = Path(os.environ.get("SNAPFUSION_CACHE") or Path.home() / ".cache" / "snapfusion")
     target = root / "weights" / hashlib.sha256(url.encode()).hexdigest()[:16] / url.rsplit("/", 1)[1]
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed when complete, so that an interrupted copy is never used; each process has its own.
         partial = target.with_name(f".{target.name}.{os.getpid()}")
         filesystem, path = fsspec.core.url_to_fs(url)
         try:
@@ -68,15 +72,15 @@ def _fetch(url: str) -> Path:
     return target
 
 
-def _download(place: str) -> Path:
+def _download(source: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    owner, name, file = place.split("/", 2)
+    owner, name, file = source.split("/", 2)
     try:
         return Path(hf_hub_download(f"{owner}/{name}", file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise PinnedFileError(
-            f"{place!r} is neither a file here nor one that the hub gave ({type(error).__name__}); give a "
+            f"{source!r} is neither a local file nor available from the hub ({type(error).__name__}); give a "
             "path, a URL, or owner/name/file on a hub that this machine can reach"
         ) from None

@@ -1,16 +1,15 @@
-"""Constants of the metrics that settings refer to."""
+"""Constants of metric networks that settings refer to."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-FEATURES = 2048
+INCEPTION_FEATURES = 2048
+"""Length of Inception's feature vector."""
 
-
-SIDE = 299
-"""Pixels a side of the network's input."""
-
+INCEPTION_SIZE = 299
+"""Side of Inception's input in pixels."""
 
 Resize = Literal["bicubic", "bilinear"]
-"""bicubic: widened when shrinking, so that nothing aliases (Parmar et al. 2022). bilinear: of two by two
-pixels, as pytorch-fid does it, which aliases when it shrinks by more than two."""
+"""bicubic: antialiased, with a kernel that widens when shrinking (Parmar et al. 2022). bilinear: of two by
+two pixels, as pytorch-fid does it, which aliases when it shrinks by more than two."""

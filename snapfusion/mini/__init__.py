@@ -1,1 +1,1 @@
-"""The miniature: a small Stable Diffusion of procedural scenes, with its training recipe and its weights."""
+"""The miniature: a small Stable Diffusion of procedural scenes, with its training recipe and weights."""

@@ -1,4 +1,4 @@
-"""The miniature's architectures: stock classes of diffusers, transformers and open_clip, made small.
+"""The miniature's architectures: small configurations of diffusers', transformers' and open_clip's classes.
 
 text encoder   CLIPTextModel, width 64, 2 layers                        token ids [B,24] -> c [B,24,64]
 VAE            AutoencoderKL, 3 levels, so f = 4                        image [B,3,32,32] <-> latent [B,4,8,8]
@@ -26,11 +26,11 @@ LATENT_CHANNELS = 4
 LATENT_SIZE = IMAGE_SIZE // 4
 
 _QUIET_LOGVAR = -6.0
-"""Where the posterior's log variance starts: quiet enough that the decoder sees the picture from step one."""
+"""Initial log variance of the posterior, low enough that the decoder sees the image from the first step."""
 
 
 def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """An untrained text encoder that fits `tokenizer`."""
+    """An untrained text encoder for `tokenizer`."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -47,7 +47,7 @@ def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def autoencoder() -> AutoencoderKL:
-    """An untrained VAE; its scaling factor is set after training, from the spread of its latents."""
+    """An untrained VAE; its scaling factor is set after training, from its latents' standard deviation."""
     widths = (24, 48, 64)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -63,12 +63,13 @@ def autoencoder() -> AutoencoderKL:
 
 
 def unet() -> UNet2DConditionModel:
-    """An untrained UNet: SD-v1.5's without its second stage, the one that Table 3 leaves as it is.
+    """An untrained UNet: SD-v1.5's without its second stage, the one that Table 3 does not change.
 
-    Of the 8x8 latent a fourth level would leave one pixel, on which self-attention says nothing; measured,
-    such a middle was worth nothing at all. So every kind of block that Table 3 takes away or adds is here:
-    cross-attention at the full size, ResNets below it and in the middle, cross-attention on the way up.
+    It has every kind of block that Table 3 removes or adds: cross-attention at the full resolution, ResNets
+    below it and in the middle, cross-attention on the way up.
     """
+    # A fourth level would leave one pixel of the 8x8 latent, where self-attention has no effect: in a
+    # measurement such a middle block contributed nothing.
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
@@ -98,7 +99,7 @@ def scheduler(schedule: Schedule) -> DDIMScheduler:
 
 
 def scorer_config(vocabulary: int) -> dict[str, Any]:
-    """The scorer as an open_clip model, in the two parts that open_clip's own config files have."""
+    """The scorer's open_clip configuration, in the two sections of open_clip's config files."""
     return {
         "model_cfg": {
             "embed_dim": 64,

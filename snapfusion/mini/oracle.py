@@ -1,6 +1,6 @@
-"""The oracle: a small CNN that reads the five attributes of a scene off a picture.
+"""The oracle: a small CNN that classifies the five attributes of a scene from its image.
 
-Its 128 features, before the last nonlinearity, also serve a Frechet distance; that distance is not comparable
+Its 128 features, before the last nonlinearity, are also used for a Frechet distance, which is not comparable
 with one on Inception's features.
 """
 
@@ -43,35 +43,33 @@ class Oracle(nn.Module):
         return self.trunk(to_signed(images))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits [B, number of words] of each attribute."""
+        """Logits [B, number of values] of each attribute."""
         hidden = functional.silu(self.features(images))
         return {name: head(hidden) for name, head in self.heads.items()}
 
     @torch.inference_mode()
     def labels(self, images: Tensor) -> Tensor:
-        """The likeliest word of each attribute: int64 [B,5], in the order of `ATTRIBUTES`."""
+        """The most likely value of each attribute: int64 [B,5], in the order of `ATTRIBUTES`."""
         return torch.stack([logits.argmax(dim=1) for logits in self(images).values()], dim=1)
 
     def read(self, images: Tensor) -> list[Scene]:
-        """What each of the images uint8 [B,3,32,32] shows."""
+        """The scenes that images uint8 [B,3,32,32] show."""
         return [scene_from_labels(row) for row in self.labels(images).tolist()]
 
     def score(self, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
-        """Which attributes are as `scenes` say: bool [B,5], in the order of `ATTRIBUTES`."""
+        """Whether each attribute matches `scenes`: bool [B,5], in the order of `ATTRIBUTES`."""
         return self.labels(images) == scene_labels(scenes)
 
 
 def scene_labels(scenes: Sequence[Scene]) -> Tensor:
-    """The attributes of scenes as numbers: int64 [B,5]."""
+    """The attributes of scenes as labels: int64 [B,5]."""
     return torch.tensor([scene.labels() for scene in scenes], dtype=torch.int64)
 
 
 def attribute_loss(logits: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Cross-entropy, the mean over attributes and batch; labels int64 [B,5]."""
-    losses = [
-        functional.cross_entropy(values, labels[:, column]) for column, values in enumerate(logits.values())
-    ]
-    return torch.stack(losses).mean()
+    pairs = zip(logits.values(), labels.T, strict=True)
+    return torch.stack([functional.cross_entropy(values, column) for values, column in pairs]).mean()
 
 
 def save_oracle(oracle: Oracle, folder: Path) -> None:
@@ -81,7 +79,7 @@ def save_oracle(oracle: Oracle, folder: Path) -> None:
 
 
 def load_oracle(folder: Path | None = None) -> Oracle:
-    """The oracle that `save_oracle` wrote, in float32; without a folder, the bundled one."""
+    """Load the oracle of `save_oracle` in float32; without a folder, the bundled one."""
     oracle = Oracle()
     oracle.load_state_dict(load_file((folder or WEIGHTS / "oracle") / _WEIGHTS))
     return oracle.eval().requires_grad_(requires_grad=False)

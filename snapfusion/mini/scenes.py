@@ -1,15 +1,15 @@
-"""Captioned scenes of one object, drawn by formula: picture and caption are pure functions of an index.
+"""Procedural captioned scenes of one object: image and caption are pure functions of an index.
 
-1200 captions (2 sizes x 6 colors x 5 shapes x 5 places x 4 backgrounds), and for each one as many pictures as
-there are indexes: position, size, rotation and color vary a little from one to the next, and the background
-has a slight slope. Indexes below `HELD_OUT` are for training, those from `HELD_OUT` on for measuring. The
-captions of the two are the same 1200; what is held out is the drawing.
+There are 1200 captions (2 sizes x 6 colors x 5 shapes x 5 places x 4 backgrounds), each with many images:
+position, size, rotation and color vary slightly with the index, and the background has a slight gradient.
+Indexes below `HELD_OUT` are for training, those from `HELD_OUT` on for evaluation. Both have the same 1200
+captions; only the images are held out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import torch
@@ -27,10 +27,10 @@ from snapfusion.mini.vocabulary import (
 from snapfusion.noise import noise_key, uniform
 
 HELD_OUT = 2**32
-"""The first index that is not for training."""
+"""The first index for evaluation."""
 
 _DRAWS = 12
-"""Uniform numbers that one picture takes."""
+"""Uniform numbers per image."""
 
 
 def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -42,7 +42,7 @@ def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    sloped = 0.866 * np.abs(x) - 0.5 * y  # the point is at the top: y grows downwards
+    sloped = 0.866 * np.abs(x) - 0.5 * y  # the apex is at the top: y grows downwards
     return np.maximum(sloped, y) - 0.56
 
 
@@ -62,12 +62,12 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "cross": _cross,
     "ring": _ring,
 }
-"""Signed distance (about) to each outline, negative inside, in units of half the object's width."""
+"""Approximate signed distance to each outline, negative inside, in units of half the object's width."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says, one word of `ATTRIBUTES` each."""
+    """The attributes of a caption, each a value of `ATTRIBUTES`."""
 
     size: str
     color: str
@@ -76,17 +76,17 @@ class Scene:
     background: str
 
     def labels(self) -> tuple[int, ...]:
-        """Each attribute's number within `ATTRIBUTES`, in the order of the fields."""
+        """The index of each attribute's value within `ATTRIBUTES`, in the order of the fields."""
         words = astuple(self)
         return tuple(ATTRIBUTES[name].index(word) for name, word in zip(ATTRIBUTES, words, strict=True))
 
 
 _STRIDE = 457
-"""Without a common divisor with 1200, so that neighbours differ in most attributes and none is left out."""
+"""Coprime with 1200, so that neighbours differ in most attributes and every caption occurs."""
 
 
 def scene_of(index: int) -> Scene:
-    """The scene at `index` >= 0; any 1200 neighbours are all different.
+    """The scene at `index` >= 0; any 1200 consecutive scenes are different.
 
     Raises:
         ValueError: for a negative index.
@@ -111,7 +111,7 @@ def caption_of(scene: Scene) -> str:
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene that `caption_of` described.
+    """The scene with this caption; the inverse of `caption_of`.
 
     Raises:
         ValueError: if the caption is not one of the 1200.
@@ -127,25 +127,25 @@ def parse_caption(caption: str) -> Scene:
 
 
 def change_one_attribute(scene: Scene, *, draw: float) -> Scene:
-    """`scene` with another word for one attribute: of all such changes, the one at `draw` in [0, 1)."""
+    """`scene` with another value of one attribute: of all such changes, the one at `draw` in [0, 1)."""
     changes = [
-        (field.name, word)
-        for field in fields(Scene)
-        for word in ATTRIBUTES[field.name]
-        if word != getattr(scene, field.name)
+        {name: value}
+        for name, values in ATTRIBUTES.items()
+        for value in values
+        if value != getattr(scene, name)
     ]
-    name, word = changes[int(draw * len(changes))]
-    return Scene(**{**{field.name: getattr(scene, field.name) for field in fields(Scene)}, name: word})
+    return replace(scene, **changes[int(draw * len(changes))])
 
 
 def render(scene: Scene, *, key: int, size: int = IMAGE_SIZE) -> np.ndarray:
-    """The picture: uint8 [size, size, 3], RGB, anti-aliased.
+    """The image: uint8 [size, size, 3], RGB, anti-aliased.
 
     Args:
-        scene: what to draw.
-        key: what the variation follows from, see `snapfusion.noise.noise_key`.
-        size: pixels a side.
+        scene: what to render.
+        key: determines the variation; see `snapfusion.noise.noise_key`.
+        size: side in pixels.
     """
+    # The number and order of the draws are part of the bundled weights' recipe: a change alters every image.
     draw = 2.0 * uniform(key, _DRAWS) - 1.0
     centers = (np.arange(size) + 0.5) / size
     left, top = PLACES[scene.place]
@@ -159,20 +159,20 @@ def render(scene: Scene, *, key: int, size: int = IMAGE_SIZE) -> np.ndarray:
     slope = 8.0 * (draw[4] * centers[None, :] + draw[5] * centers[:, None])[..., None]
     ground = np.array(BACKGROUNDS[scene.background]) + 6.0 * draw[6] + slope
     color = np.array(COLORS[scene.color]) * (1.0 + 0.06 * draw[7]) + 8.0 * draw[8:11]
-    picture = cover * color + (1.0 - cover) * ground
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    image = cover * color + (1.0 - cover) * ground
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
 def captioned_image(index: int, *, seed: int = 0) -> tuple[np.ndarray, str]:
-    """Picture, uint8 [32, 32, 3], and caption at `index`: a function of the arguments and nothing else."""
+    """Image, uint8 [32, 32, 3], and caption at `index`: a pure function of its arguments."""
     scene = scene_of(index)
     return render(scene, key=noise_key("scene", seed, index)), caption_of(scene)
 
 
 def image_batch(indexes: Sequence[int], *, seed: int = 0) -> Tensor:
-    """The pictures at `indexes`: uint8 [B, 3, 32, 32]."""
-    pictures = np.stack([captioned_image(index, seed=seed)[0] for index in indexes])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+    """The images at `indexes`: uint8 [B, 3, 32, 32]."""
+    images = np.stack([captioned_image(index, seed=seed)[0] for index in indexes])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def to_signed(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Settings of the miniature's measurements."""
+"""Settings of the miniature's evaluations."""
 
 from __future__ import annotations
 
@@ -7,38 +7,36 @@ from pydantic import Field, NonNegativeInt, field_validator
 from snapfusion.settings import Settings
 from snapfusion.solver_names import Solver
 
-_BATCH = 100
-"""Pictures at a time; how many captions the scorer tells apart; and what an interval of a Frechet distance
-leaves out at once."""
+BATCH = 100
+"""Images per batch; the captions that the scorer chooses from; the size of a jackknife group."""
+
+ROBUSTNESS_BATCH = 25
+"""Scenes per batch, and the size of a jackknife group."""
 
 
 class MiniMeasurementSettings(Settings):
-    """What is measured."""
+    """Settings of `snapfusion.mini.measure`."""
 
-    seed: int = Field(default=0, ge=0, description="of the noise that pictures are generated from")
-    scenes: int = Field(default=2000, ge=2 * _BATCH, multiple_of=_BATCH, description="held-out scenes")
-    models: tuple[str, ...] = Field(default=("sd", "sd-v"), description="folders of models that draw them")
+    seed: int = Field(default=0, ge=0, description="of the noise that images are generated from")
+    scenes: int = Field(default=2000, ge=2 * BATCH, multiple_of=BATCH, description="held-out scenes")
+    models: tuple[str, ...] = Field(default=("sd", "sd-v"), description="folders of the measured models")
     solvers: tuple[Solver, ...] = Field(default=("ddim",), min_length=1)
     steps: tuple[int, ...] = Field(default=(50,), min_length=1, description="network evaluations of a solver")
     guidance: tuple[float, ...] = Field(default=(1.0, 2.0, 3.0), min_length=1)
 
 
-BATCH = 25
-"""Scenes at a time, and what an interval leaves out at once."""
-
-
 class RobustnessSettings(Settings):
-    """How two models are measured.
+    """Settings of `snapfusion.mini.robustness`.
 
     Attributes:
-        scenes: held-out scenes of a seed.
+        scenes: held-out scenes per seed.
         seeds: each has noise and scenes of its own.
-        steps: of DDIM, from pure noise to a picture.
-        guidance: w, with which pictures are drawn.
-        noised_to: t, from which details are brought back.
+        steps: of DDIM, from pure noise to an image.
+        guidance: w of the generated images.
+        noised_to: t, from which details are restored.
     """
 
-    scenes: int = Field(default=300, ge=2 * BATCH, multiple_of=BATCH)
+    scenes: int = Field(default=300, ge=2 * ROBUSTNESS_BATCH, multiple_of=ROBUSTNESS_BATCH)
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
     steps: int = Field(default=16, ge=1, le=1000)
     guidance: float = Field(default=2.0, ge=1)

@@ -1,8 +1,8 @@
 """The miniature's tokenizer: CLIP's byte-level BPE with a small vocabulary, as a stock `CLIPTokenizer`.
 
-256 byte symbols, each also with the end-of-word mark, so that any text can be said; merges that join the
+256 byte symbols, each also with the end-of-word mark, so that any text can be encoded; merges that join the
 words of the scenes; then `<|startoftext|>` and `<|endoftext|>`. The last has the highest id, because CLIP's
-text model pools at the highest id of a row; it also pads, as in SD-v1.5.
+text model pools at the highest id of a row; it is also the padding, as in SD-v1.5.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.models.tokenizer import build_tokenizer
 
 MAX_LENGTH = 24
-"""Tokens a row, the two marks included; a scene's caption takes 13."""
+"""Tokens per row, with start and end; a scene's caption has 13."""
 
 _WORD_END = "</w>"
 
@@ -32,10 +32,10 @@ def scene_words() -> list[str]:
 def train_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     """The merges, in rank order, after which every one of `words` is one token (Sennrich et al. 2016).
 
-    They are trained rather than written down word by word, left to right: ranks made by hand clash where
-    words share letters ("small" and "square"), and words then stay split. Of equally frequent pairs the first
-    in the alphabet is merged; the trainer of `tokenizers` takes any, and so numbers tokens anew in every run.
+    Of equally frequent pairs the first in the alphabet is merged.
     """
+    # Trained, because hand-written ranks conflict where words share letters ("small" and "square"), and words
+    # then stay split. Not by the trainer of `tokenizers`, which breaks ties differently in every run.
     split = [[*word[:-1], word[-1] + _WORD_END] for word in words]
     merges: list[tuple[str, str]] = []
     while counts := Counter(pair for symbols in split for pair in pairwise(symbols)):
@@ -56,11 +56,11 @@ def _merge(symbols: Sequence[str], pair: tuple[str, str]) -> list[str]:
 
 
 def mini_tokenizer() -> CLIPTokenizer:
-    """The tokenizer: 605 tokens, at most 24 a text."""
+    """The tokenizer: 605 tokens, at most 24 per text."""
     return build_tokenizer(train_merges(scene_words()), max_length=MAX_LENGTH)
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write it as transformers does, with CLIP's classic vocab.json and merges.txt beside."""
+    """Write transformers' files, and CLIP's classic vocab.json and merges.txt."""
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.model.save(str(folder))

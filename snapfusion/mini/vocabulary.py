@@ -1,14 +1,14 @@
-"""Vocabulary of the miniature's captions: sizes, colors, shapes, positions and backgrounds, with their geometry and RGB values."""
+"""Vocabulary of the miniature's captions, with the geometry and colors that it stands for."""
 
 from __future__ import annotations
 
 import math
 
 IMAGE_SIZE = 32
-"""Pixels a side."""
+"""Side in pixels."""
 
 SIZES = {"small": 0.17, "large": 0.27}
-"""Half the object's width, as a part of the picture's."""
+"""Half the object's width, relative to the image's."""
 
 COLORS = {
     "red": (220, 30, 40),
@@ -18,6 +18,7 @@ COLORS = {
     "blue": (35, 75, 220),
     "purple": (135, 40, 170),
 }
+"""RGB, likewise the backgrounds'."""
 
 PLACES = {
     "at the top": (0.5, 0.28),
@@ -26,7 +27,7 @@ PLACES = {
     "on the right": (0.72, 0.5),
     "in the center": (0.5, 0.5),
 }
-"""Where the object's center is: from the left and from the top, as parts of the picture's width."""
+"""The object's center, from the left and from the top, relative to the image's width."""
 
 BACKGROUNDS = {
     "white": (243, 243, 243),
@@ -44,10 +45,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "place": tuple(PLACES),
     "background": tuple(BACKGROUNDS),
 }
-"""The words of each attribute, in the order of the fields of `Scene`."""
+"""The values of each attribute, in the order of the fields of `Scene`."""
 
-NUM_CAPTIONS = math.prod(len(words) for words in ATTRIBUTES.values())
-"""How many different captions there are: 1200."""
+NUM_CAPTIONS = math.prod(map(len, ATTRIBUTES.values()))
+"""Number of different captions: 1200."""
 
 ORACLE_FEATURES = 128
-"""Numbers in the oracle's feature vector, of which the miniature's FID is made."""
+"""Length of the oracle's feature vector, which the miniature's FID is computed from."""

@@ -1,1 +1,1 @@
-"""How the miniature is trained: stages in order, each resumable by itself."""
+"""Training of the miniature: consecutive stages, each resumable by itself."""

@@ -1,8 +1,9 @@
-"""The VAE's two stages: encoder and decoder together, then the decoder alone behind the fixed encoder."""
+"""The VAE's two stages: encoder and decoder together, then the decoder alone with the encoder fixed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -14,7 +15,7 @@ from snapfusion.mini.training.stage import device_of, step_generator, training_i
 
 _SQUARED_WEIGHT = 2.0
 _KL_WEIGHT = 5e-3
-"""Against the mean over the latent's 256 numbers; the other terms are means over the picture's."""
+"""The KL divergence is a mean over the latent's 256 numbers, the other terms over the image's."""
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -23,33 +24,26 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     return difference.abs().mean() + _SQUARED_WEIGHT * difference.square().mean()
 
 
-def joint_loss(vae: AutoencoderKL, *, seed: int, settings: StageSettings) -> Callable[[int], Tensor]:
-    """The loss of encoder and decoder: reconstruction from a sampled latent, and the KL divergence."""
+def autoencoder_loss(
+    vae: AutoencoderKL, *, stage: Literal["autoencoder", "decoder"], seed: int, settings: StageSettings
+) -> Callable[[int], Tensor]:
+    """Reconstruction loss from a sampled latent; in the first stage plus the posterior's KL divergence."""
+    joint = stage == "autoencoder"
 
     def loss(step: int) -> Tensor:
-        generator = step_generator(seed=seed, stage="autoencoder", step=step)
+        generator = step_generator(seed=seed, stage=stage, step=step)
         images = to_signed(image_batch(training_indexes(settings.batch, generator)).to(device_of(vae)))
-        posterior = vae.encode(images).latent_dist
-        output = vae.decode(posterior.sample(generator)).sample
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return reconstruction_loss(output, images) + _KL_WEIGHT * kl
-
-    return loss
-
-
-def decoder_loss(vae: AutoencoderKL, *, seed: int, settings: StageSettings) -> Callable[[int], Tensor]:
-    """The decoder's loss: reconstruction from a latent that the fixed encoder's posterior yields."""
-
-    def loss(step: int) -> Tensor:
-        generator = step_generator(seed=seed, stage="decoder", step=step)
-        images = to_signed(image_batch(training_indexes(settings.batch, generator)).to(device_of(vae)))
-        with torch.no_grad():
-            latents = vae.encode(images).latent_dist.sample(generator)
-        return reconstruction_loss(vae.decode(latents).sample, images)
+        with torch.set_grad_enabled(joint):
+            posterior = vae.encode(images).latent_dist
+            latents = posterior.sample(generator)
+        reconstruction = reconstruction_loss(vae.decode(latents).sample, images)
+        if not joint:
+            return reconstruction
+        return reconstruction + _KL_WEIGHT * (posterior.kl().mean() / posterior.mean[0].numel())
 
     return loss
 
 
 def decoder_parts(vae: AutoencoderKL) -> nn.Module:
-    """What the second stage trains: the decoder with the convolution in front of it."""
+    """The modules that the second stage trains: the decoder with the convolution before it."""
     return nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})

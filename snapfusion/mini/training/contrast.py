@@ -1,13 +1,13 @@
-"""Contrastive training of caption and picture (Radford et al. 2021), with captions that are nearly right.
+"""Contrastive training of captions and images (Radford et al. 2021) with hard negative captions.
 
-Each picture has to pick its own caption out of those of the batch and three more in which one attribute is
-changed. The conditioning text encoder is trained so against an image tower that is then thrown away, and the
-scorer from another seed.
+Each image is matched with its own caption among those of the batch and three more in which one attribute is
+changed. The conditioning text encoder is trained in this way against an image tower that is then discarded,
+and so is the scorer, from another seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +16,19 @@ from transformers import CLIPTextModel
 
 from snapfusion.mini.models import TEXT_WIDTH
 from snapfusion.mini.oracle import Oracle
-from snapfusion.mini.scenes import caption_of, change_one_attribute, image_batch, scene_of, to_signed
-from snapfusion.mini.training.settings import StageSettings
-from snapfusion.mini.training.stage import step_generator, training_indexes
+from snapfusion.mini.scenes import caption_of, change_one_attribute, scene_of, to_signed
 from snapfusion.mini.vocabulary import ORACLE_FEATURES
 
 NEGATIVES = 3
-"""Captions that are wrong by one attribute, for each picture."""
+"""Captions with one wrong attribute, for each image."""
 
 _LOG_TEMPERATURE = 2.66
-"""Where the learned factor on the cosine starts, as its logarithm: CLIP's own 1/0.07."""
+"""Initial logarithm of the learned factor on the cosine: CLIP's 1/0.07."""
 _MAX_LOG_TEMPERATURE = 4.6
-
-Tokenize = Callable[[Sequence[str]], Tensor]
 
 
 class TextTower(nn.Module):
-    """A CLIP text model, the projections and the image tower that it is trained against."""
+    """A CLIP text model with projections and the image tower that it is trained against."""
 
     def __init__(self, text_encoder: CLIPTextModel) -> None:
         super().__init__()
@@ -80,16 +76,3 @@ def draw_captions(indexes: Sequence[int], generator: torch.Generator) -> list[st
         for draw in row
     ]
     return [caption_of(scene) for scene in [*scenes, *altered]]
-
-
-def contrast_batches(
-    *, tokenize: Tokenize, seed: int, stage: str, settings: StageSettings, device: torch.device
-) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """step -> (images uint8 [B,3,32,32], token ids int64 [(1 + NEGATIVES) B, L]), on `device`."""
-
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        generator = step_generator(seed=seed, stage=stage, step=step)
-        indexes = training_indexes(settings.batch, generator)
-        return image_batch(indexes).to(device), tokenize(draw_captions(indexes, generator)).to(device)
-
-    return batch

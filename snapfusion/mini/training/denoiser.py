@@ -1,4 +1,4 @@
-"""The UNets' stages, on latents computed once: the error of the predicted noise, then of the velocity."""
+"""The UNets' stages on precomputed latents: noise prediction, then velocity prediction."""
 
 from __future__ import annotations
 
@@ -25,15 +25,12 @@ _ENCODE_BATCH = 100
 
 @torch.inference_mode()
 def latents_of(vae: AutoencoderKL, *, count: int, path: Path) -> Tensor:
-    """Posterior means float32 [count, 4, 8, 8] of the first training scenes, kept at `path` once computed."""
+    """Posterior means float32 [count, 4, 8, 8] of the first training scenes, cached at `path`."""
     if not path.exists():
-        batches = [
-            range(start, min(start + _ENCODE_BATCH, count)) for start in range(0, count, _ENCODE_BATCH)
-        ]
-        device = device_of(vae)
-        means = [
-            vae.encode(to_signed(image_batch(batch).to(device))).latent_dist.mean.cpu() for batch in batches
-        ]
+        device, means = device_of(vae), []
+        for start in range(0, count, _ENCODE_BATCH):
+            images = image_batch(range(start, min(start + _ENCODE_BATCH, count))).to(device)
+            means.append(vae.encode(to_signed(images)).latent_dist.mean.cpu())
         partial = path.with_suffix(".partial")
         save_file({"means": torch.cat(means).contiguous()}, partial)
         partial.replace(path)
@@ -42,10 +39,10 @@ def latents_of(vae: AutoencoderKL, *, count: int, path: Path) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedScenes:
-    """What the UNet is trained on.
+    """Training data of the UNets.
 
     Attributes:
-        latents: float32 [S,4,8,8], scaled to unit spread; row i is of scene i.
+        latents: float32 [S,4,8,8], scaled to unit standard deviation; row i is of scene i.
         conditions: float32 [1200,L,D], row i is of the caption of scene i, so also of scene i + 1200.
         null: float32 [L,D], of the empty string.
     """
@@ -64,17 +61,14 @@ def denoiser_loss(
     prediction_type: PredictionType,
     settings: MiniTraining,
 ) -> Callable[[int], Tensor]:
-    """Mean squared error of eps (Ho et al. 2020) or of v (SnapFusion Eq. 6), with some captions left out.
-
-    The timesteps of a batch are spread evenly over the schedule, one in each of B equal parts: the same
-    expectation as drawing each from all of it, with less noise.
+    """Mean squared error of eps (Ho et al. 2020) or of v (SnapFusion Eq. 6), with some captions dropped.
 
     Args:
-        unet: what is trained.
+        unet: to train.
         encoded: latents and conditions.
         schedule: of alpha_t and sigma_t.
-        stage: "denoiser" or "velocity": whose settings and draws.
-        prediction_type: what the UNet's output means.
+        stage: "denoiser" or "velocity": name of the settings, and part of the random numbers' seed.
+        prediction_type: of the UNet's output.
         settings: of the whole training.
     """
     own: DenoiserSettings = getattr(settings, stage)
@@ -83,6 +77,8 @@ def denoiser_loss(
     def loss(step: int) -> Tensor:
         generator = step_generator(seed=settings.seed, stage=stage, step=step)
         rows = torch.randint(len(encoded.latents), (batch,), generator=generator)
+        # One timestep in each of B equal parts of the schedule: the same expectation as uniform timesteps,
+        # with less variance.
         parts = torch.arange(batch) + torch.rand(batch, generator=generator)
         t = (parts * (schedule.num_steps / batch)).long().clamp(max=schedule.num_steps - 1)
         x = encoded.latents[rows]
@@ -103,7 +99,7 @@ def denoiser_loss(
 def skipped_blocks(
     unet: UNet2DConditionModel, *, step: int, generator: torch.Generator, settings: DenoiserSettings
 ) -> list[str]:
-    """The cross-attention blocks that a step goes without: those above a depth, which is 0 for none."""
+    """The cross-attention blocks that a step skips: those above a depth, which is 0 for none."""
     attention = [block for block in blocks_of(unet) if block.kind == "attention"]
     deepest = max(block.depth for block in attention)
     draws = torch.rand(2, generator=generator).tolist()

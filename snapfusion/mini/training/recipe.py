@@ -1,4 +1,4 @@
-"""The stages in their order, and the folder of weights that they end in."""
+"""The training's stages in order, and the folder of weights that they produce."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from snapfusion.metrics.clip import ClipScorer, build_scorer, save_scorer
 from snapfusion.mini import models
-from snapfusion.mini.oracle import Oracle, save_oracle
-from snapfusion.mini.scenes import caption_of, scene_of
+from snapfusion.mini.oracle import Oracle, attribute_loss, save_oracle, scene_labels
+from snapfusion.mini.scenes import caption_of, image_batch, scene_of
 from snapfusion.mini.tokenizer import mini_tokenizer, save_tokenizer
-from snapfusion.mini.training.attributes import oracle_loss
-from snapfusion.mini.training.autoencoder import decoder_loss, decoder_parts, joint_loss
-from snapfusion.mini.training.contrast import TextTower, contrast_batches, contrastive_loss
+from snapfusion.mini.training.autoencoder import autoencoder_loss, decoder_parts
+from snapfusion.mini.training.contrast import TextTower, contrastive_loss, draw_captions
 from snapfusion.mini.training.denoiser import EncodedScenes, denoiser_loss, latents_of
 from snapfusion.mini.training.settings import MiniTraining, StageSettings
-from snapfusion.mini.training.stage import Progress, TrainingStage, run_stage
+from snapfusion.mini.training.stage import (
+    Progress,
+    TrainingStage,
+    run_stage,
+    step_generator,
+    training_indexes,
+)
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.mini.weights import write_manifest
 from snapfusion.models.bundle import Bundle
@@ -36,20 +41,22 @@ from snapfusion.schedule import PredictionType, Schedule
 from snapfusion.settings import digest
 
 LossCurve = list[tuple[int, float]]
+Loss = Callable[[int], Tensor]
+"""step -> scalar loss."""
 
 _Built = TypeVar("_Built")
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Trains the stages one by one; each goes on from its checkpoint in `folder`, or is skipped if done.
+    """Trains the stages one by one; each resumes from its checkpoint in `folder`, or is skipped if complete.
 
     Attributes:
-        settings: the recipe.
+        settings: of the whole training.
         folder: of the checkpoints.
-        device: where the networks are trained.
-        on_progress: told of every step.
-        curves: the loss of each stage that has run so far.
+        device: of the networks.
+        on_progress: called after every step.
+        curves: the loss curves of the stages that have run so far.
     """
 
     settings: MiniTraining
@@ -61,92 +68,81 @@ class Trainer:
     schedule: Schedule = field(default_factory=Schedule, init=False)
 
     def autoencoder(self) -> AutoencoderKL:
-        """The VAE: both halves, then the decoder alone; scaling factor not yet set."""
-        vae = self._seeded("autoencoder", models.autoencoder).to(self.device)
-        seed, settings = self.settings.seed, self.settings
-        loss = joint_loss(vae, seed=seed, settings=settings.autoencoder)
-        self._run("autoencoder", settings.autoencoder, module=vae, loss=loss)
-        loss = decoder_loss(vae, seed=seed, settings=settings.decoder)
+        """The VAE: both halves, then the decoder alone; its scaling factor is not yet set."""
+        vae, settings = self._seeded("autoencoder", models.autoencoder).to(self.device), self.settings
+        loss = autoencoder_loss(vae, stage="autoencoder", seed=settings.seed, settings=settings.autoencoder)
+        self._run("autoencoder", module=vae, loss=loss)
+        loss = autoencoder_loss(vae, stage="decoder", seed=settings.seed, settings=settings.decoder)
         parents = {"autoencoder": settings.autoencoder.to_values()}
-        self._run("decoder", settings.decoder, module=decoder_parts(vae), loss=loss, parents=parents)
+        self._run("decoder", module=decoder_parts(vae), loss=loss, parents=parents)
         return vae
 
     def text_encoder(self) -> CLIPTextModel:
-        """The conditioning text encoder; the tower it is trained against is thrown away."""
+        """The conditioning text encoder; the image tower that it is trained against is discarded."""
         tower = self._seeded("text", lambda: TextTower(models.text_encoder(self.tokenizer))).to(self.device)
-        batches = contrast_batches(
-            tokenize=self._tokenize,
-            seed=self.settings.seed,
-            stage="text",
-            settings=self.settings.text,
-            device=torch.device(self.device),
-        )
 
         def loss(step: int) -> Tensor:
-            images, ids = batches(step)
+            images, ids = self._contrast_batch("text", step)
             return contrastive_loss(
                 images=tower.encode_image(images),
                 texts=tower.encode_text(ids),
                 log_temperature=tower.log_temperature,
             )
 
-        self._run("text", self.settings.text, module=tower, loss=loss)
+        self._run("text", module=tower, loss=loss)
         return tower.text_encoder
 
     def scorer(self) -> ClipScorer:
-        """The CLIP scorer, which shares nothing with the conditioning text encoder but the data."""
+        """The CLIP scorer, which shares only the data with the conditioning text encoder."""
         config = models.scorer_config(len(self.tokenizer))
         scorer = self._seeded("scorer", lambda: build_scorer(config, tokenizer=self.tokenizer))
         scorer.model.to(self.device)
-        batches = contrast_batches(
-            tokenize=self._tokenize,
-            seed=self.settings.seed,
-            stage="scorer",
-            settings=self.settings.scorer,
-            device=torch.device(self.device),
-        )
 
         def loss(step: int) -> Tensor:
-            images, ids = batches(step)
+            images, ids = self._contrast_batch("scorer", step)
             return contrastive_loss(
                 images=scorer.model.encode_image(scorer.prepare(images)),
                 texts=scorer.model.encode_text(ids),
                 log_temperature=scorer.model.logit_scale,
             )
 
-        self._run("scorer", self.settings.scorer, module=scorer.model, loss=loss)
+        self._run("scorer", module=scorer.model, loss=loss)
         return scorer
 
     def oracle(self) -> Oracle:
         """The attribute oracle."""
         oracle = self._seeded("oracle", Oracle).to(self.device)
-        loss = oracle_loss(oracle, seed=self.settings.seed, settings=self.settings.oracle)
-        self._run("oracle", self.settings.oracle, module=oracle, loss=loss)
+
+        def loss(step: int) -> Tensor:
+            generator = step_generator(seed=self.settings.seed, stage="oracle", step=step)
+            indexes = training_indexes(self.settings.oracle.batch, generator)
+            labels = scene_labels([scene_of(index) for index in indexes])
+            return attribute_loss(oracle(image_batch(indexes).to(self.device)), labels.to(self.device))
+
+        self._run("oracle", module=oracle, loss=loss)
         return oracle
 
     def encoded(self, *, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> EncodedScenes:
-        """What the UNets are trained on. Sets the VAE's scaling factor from the spread of its latents."""
-        settings = self.settings
-        means = latents_of(
-            vae, count=settings.scenes, path=self.folder / f"latents-{settings.scenes}.safetensors"
-        )
+        """The UNets' training data. Sets the VAE's scaling factor from its latents' standard deviation."""
+        count = self.settings.scenes
+        means = latents_of(vae, count=count, path=self.folder / f"latents-{count}.safetensors")
         scaling_factor = round(1.0 / float(means.std()), 5)
         vae.register_to_config(scaling_factor=scaling_factor)
         captions = [caption_of(scene_of(index)) for index in range(NUM_CAPTIONS)]
         with torch.inference_mode():
             hidden = text_encoder(self._tokenize([*captions, ""]).to(self.device)).last_hidden_state.cpu()
-        # Cloned, because a tensor made in inference mode cannot take part in training.
+        # Cloned, because tensors created in inference mode cannot take part in training.
         return EncodedScenes(
             latents=means.clone() * scaling_factor, conditions=hidden[:-1].clone(), null=hidden[-1].clone()
         )
 
     def denoiser(self, encoded: EncodedScenes) -> UNet2DConditionModel:
-        """The UNet that predicts eps: the running average of its training."""
+        """The UNet that predicts eps: the moving average of its training."""
         unet = self._seeded("denoiser", models.unet).to(self.device)
         return self._unet(unet, encoded, stage="denoiser", prediction_type="epsilon", parents={})
 
     def velocity(self, denoiser: UNet2DConditionModel, encoded: EncodedScenes) -> UNet2DConditionModel:
-        """The UNet that predicts v, trained on from the weights of `denoiser`. SnapFusion Eq. 6."""
+        """The UNet that predicts v, initialized with the weights of `denoiser`. SnapFusion Eq. 6."""
         unet = copy.deepcopy(denoiser).requires_grad_(requires_grad=True)
         parents = {"denoiser": self.settings.denoiser.to_values()}
         return self._unet(unet, encoded, stage="velocity", prediction_type="v_prediction", parents=parents)
@@ -170,7 +166,7 @@ class Trainer:
             prediction_type=prediction_type,
             settings=settings,
         )
-        told = {
+        parents = {
             "autoencoder": settings.autoencoder.to_values(),
             "text": settings.text.to_values(),
             "scenes": settings.scenes,
@@ -178,15 +174,22 @@ class Trainer:
             "architecture": {name: value for name, value in unet.config.items() if not name.startswith("_")},
             **parents,
         }
-        own: StageSettings = getattr(settings, stage)
-        self._run(stage, own, module=unet, loss=loss, parents=told, average=average)
+        self._run(stage, module=unet, loss=loss, parents=parents, average=average)
         return average
 
     def _tokenize(self, captions: Sequence[str]) -> Tensor:
         return tokenize(self.tokenizer, captions)
 
+    def _contrast_batch(self, stage: str, step: int) -> tuple[Tensor, Tensor]:
+        """Images uint8 [B,3,32,32] and token ids int64 [(1 + NEGATIVES) B, L]."""
+        settings: StageSettings = getattr(self.settings, stage)
+        generator = step_generator(seed=self.settings.seed, stage=stage, step=step)
+        indexes = training_indexes(settings.batch, generator)
+        ids = self._tokenize(draw_captions(indexes, generator))
+        return image_batch(indexes).to(self.device), ids.to(self.device)
+
     def _seeded(self, stage: str, build: Callable[[], _Built]) -> _Built:
-        """A network with its first weights, which follow from the seed and the stage's name alone."""
+        """A network whose initial weights depend on the seed and the stage's name only."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(noise_key("mini weights", self.settings.seed, stage))
             return build()
@@ -194,21 +197,22 @@ class Trainer:
     def _run(
         self,
         name: str,
-        settings: StageSettings,
         *,
         module: nn.Module,
-        loss: Callable[[int], Tensor],
+        loss: Loss,
         parents: Mapping[str, object] | None = None,
         average: nn.Module | None = None,
     ) -> None:
-        told = {
+        settings: StageSettings = getattr(self.settings, name)
+        # A checkpoint resumes only for the same identity.
+        identity = {
             "stage": name,
             "seed": self.settings.seed,
             "settings": settings.to_values(),
             "parents": parents,
         }
         stage = TrainingStage(
-            name=name, identity=digest(told), settings=settings, module=module, loss=loss, average=average
+            name=name, identity=digest(identity), settings=settings, module=module, loss=loss, average=average
         )
         self.curves[name] = run_stage(
             stage,
@@ -221,7 +225,7 @@ class Trainer:
 def train(
     settings: MiniTraining, *, folder: Path, device: str = "cpu", on_progress: Progress | None = None
 ) -> None:
-    """Train everything on `device` and write `folder`/weights; checkpoints lie in `folder`/checkpoints.
+    """Run all stages on `device` and write `folder`/weights; checkpoints are in `folder`/checkpoints.
 
     Raises:
         ValueError: if the checkpoints are of other settings.
@@ -236,8 +240,11 @@ def train(
     encoded = trainer.encoded(vae=vae, text_encoder=text_encoder)
     denoiser = trainer.denoiser(encoded)
     velocity = trainer.velocity(denoiser, encoded)
-    teachers: dict[PredictionType, UNet2DConditionModel] = {"epsilon": denoiser, "v_prediction": velocity}
-    for prediction_type, unet in teachers.items():
+    teachers: list[tuple[str, PredictionType, UNet2DConditionModel]] = [
+        ("sd", "epsilon", denoiser),
+        ("sd-v", "v_prediction", velocity),
+    ]
+    for name, prediction_type, unet in teachers:
         bundle = Bundle(
             tokenizer=trainer.tokenizer,
             text_encoder=text_encoder,
@@ -247,7 +254,7 @@ def train(
             prediction_type=prediction_type,
             source=str(folder),
         )
-        _save_model(bundle, weights / ("sd" if prediction_type == "epsilon" else "sd-v"))
+        _save_model(bundle, weights / name)
     config = models.scorer_config(len(trainer.tokenizer))
     save_scorer(scorer.model, weights / "scorer", config=config, tokenizer=trainer.tokenizer)
     save_oracle(oracle, weights / "oracle")
@@ -255,7 +262,7 @@ def train(
 
 
 def _save_model(bundle: Bundle, folder: Path) -> None:
-    """The diffusers folder, with CLIP's classic tokenizer files; the eps model's scheduler is SD-v1.5's."""
+    """Write a diffusers folder with CLIP's classic tokenizer files; the eps model has SD-v1.5's scheduler."""
     save(bundle, folder)
     if bundle.prediction_type == "epsilon":
         models.scheduler(bundle.schedule).save_pretrained(folder / "scheduler")

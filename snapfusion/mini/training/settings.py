@@ -1,4 +1,4 @@
-"""The settings of the miniature's training."""
+"""Settings of the miniature's training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from snapfusion.settings import Settings
 
 
 class StageSettings(Settings):
-    """One stage: AdamW with a warm-up and a cosine decay to zero."""
+    """Settings of one stage, which uses AdamW with a warm-up and a cosine decay to zero."""
 
-    samples: int = Field(gt=0, description="pictures seen; rounded up to whole batches")
-    batch: int = Field(gt=0, le=NUM_CAPTIONS, description="pictures a step, all of different captions")
+    samples: int = Field(gt=0, description="images of the training; rounded up to whole batches")
+    batch: int = Field(gt=0, le=NUM_CAPTIONS, description="images per step, all of different captions")
     lr: float = Field(gt=0, description="the highest learning rate")
 
     @property
@@ -22,25 +22,24 @@ class StageSettings(Settings):
 
 
 class DenoiserSettings(StageSettings):
-    """A stage of the UNet, which learns to read the caption in its depth before it may read it elsewhere.
+    """Settings of a UNet's stage, in which shallow cross-attention is skipped at times.
 
-    Trained plainly, the miniature reads captions at 8x8 alone and its middle stays idle: its pictures are
-    simple enough. SD-v1.5's are not, and evolving an architecture (SnapFusion Sec. 3.1) needs blocks that
-    matter.
+    With plain training the miniature uses captions at 8x8 only and its middle stays idle, because its images
+    are simple. Evolving an architecture (SnapFusion Sec. 3.1) needs blocks that matter, as SD-v1.5's do.
     """
 
     deep_first: float = Field(
-        ge=0, le=1, description="share of the steps, at the start, in which only the middle reads the caption"
+        ge=0, le=1, description="fraction of the steps, at the start, with cross-attention in the middle only"
     )
     shallow_skip: float = Field(
-        ge=0, le=1, description="afterwards, how often cross-attention above a random depth is left out"
+        ge=0, le=1, description="probability afterwards that cross-attention above a random depth is skipped"
     )
 
 
 class MiniTraining(Settings):
-    """The whole recipe. The defaults take a little over an hour on one core."""
+    """Settings of the whole training. The defaults take a little over an hour on one core."""
 
-    seed: int = Field(default=0, ge=0, description="what every random choice of the training follows from")
+    seed: int = Field(default=0, ge=0, description="of all random choices")
     checkpoint_every: int = Field(default=200, gt=0, description="steps between two checkpoints of a stage")
     autoencoder: StageSettings = StageSettings(samples=60_000, batch=16, lr=2e-3)
     decoder: StageSettings = StageSettings(samples=40_000, batch=16, lr=1e-3)
@@ -55,5 +54,5 @@ class MiniTraining(Settings):
     )
     scenes: int = Field(default=60_000, gt=0, description="scenes whose latents the UNets are trained on")
     caption_dropout: float = Field(
-        default=0.1, ge=0, le=1, description="how often a UNet sees the empty caption instead"
+        default=0.1, ge=0, le=1, description="probability that a UNet is given the empty caption instead"
     )

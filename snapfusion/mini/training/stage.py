@@ -1,7 +1,7 @@
-"""One stage of training: a loss that is a function of the step, AdamW, and a checkpoint to go on from.
+"""One stage of training: a loss as a function of the step, AdamW, and a checkpoint to resume from.
 
-Whatever a step draws follows from (seed, stage, step), so a stage that was killed and is run again ends with
-the weights that it would have ended with (on the same machine with the same number of threads).
+All random numbers of a step depend on (seed, stage, step), so a stage that is killed and resumed ends with
+the same weights as one that is not (on the same machine with the same number of threads).
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _CURVE_POINTS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStage:
-    """What `run_stage` trains.
+    """A stage for `run_stage`.
 
     Attributes:
         name: of the stage, and of its checkpoint.
-        identity: hash of all that its weights follow from; a checkpoint of another is refused.
-        settings: how long, how many at a time, how fast.
+        identity: hash of everything that determines its weights; a checkpoint with another is refused.
+        settings: samples, batch size and learning rate.
         module: whose parameters are trained, in place.
-        average: a copy of `module` that follows it slowly; or None.
         loss: step -> scalar loss, with its graph.
+        average: a copy of `module` that holds its exponential moving average; or None.
     """
 
     name: str
@@ -53,26 +53,27 @@ class TrainingStage:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where `module` is trained. What a step draws is drawn on the CPU, and so the same everywhere."""
+    """The device of `module`. Random numbers are drawn on the CPU, so that they do not depend on it."""
     return next(module.parameters()).device
 
 
 def step_generator(*, seed: int, stage: str, step: int) -> torch.Generator:
-    """The source of everything that is drawn in one step."""
+    """The generator of all random numbers of one step."""
     return torch.Generator().manual_seed(noise_key("mini training", seed, stage, step))
 
 
 def training_indexes(count: int, generator: torch.Generator) -> list[int]:
     """`count` scene indexes below `HELD_OUT`, all of different captions."""
     captions = torch.randperm(NUM_CAPTIONS, generator=generator)[:count]
-    pictures = torch.randint(HELD_OUT // NUM_CAPTIONS, (count,), generator=generator)
-    return [int(index) for index in pictures * NUM_CAPTIONS + captions]
+    images = torch.randint(HELD_OUT // NUM_CAPTIONS, (count,), generator=generator)
+    return [int(index) for index in images * NUM_CAPTIONS + captions]
 
 
 def learning_rate(step: int, settings: StageSettings) -> float:
-    """A linear warm-up over the first twentieth (at most 200 steps), then half a cosine down to zero."""
-    warm = max(1, min(200, settings.steps // 20))
-    return settings.lr * min(1.0, (step + 1) / warm) * 0.5 * (1.0 + math.cos(math.pi * step / settings.steps))
+    """Linear warm-up over the first twentieth (at most 200 steps), times a cosine decay to zero."""
+    warmup = max(1, min(200, settings.steps // 20))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * step / settings.steps))
+    return settings.lr * min(1.0, (step + 1) / warmup) * cosine
 
 
 def run_stage(
@@ -81,10 +82,10 @@ def run_stage(
     """Train `stage` to its end, from its checkpoint in `folder` if there is one.
 
     Returns:
-        The curve: (step, mean loss since the point before).
+        The loss curve: (step, mean loss since the previous point).
 
     Raises:
-        ValueError: if the checkpoint is of a stage with another identity.
+        ValueError: if the checkpoint has another identity.
     """
     optimizer = torch.optim.AdamW(
         stage.module.parameters(), lr=stage.settings.lr, weight_decay=_WEIGHT_DECAY, fused=True
@@ -117,18 +118,17 @@ def _train_step(stage: TrainingStage, *, step: int, optimizer: torch.optim.Optim
     torch.nn.utils.clip_grad_norm_(stage.module.parameters(), _CLIP_NORM)
     optimizer.step()
     if stage.average is not None:
-        _update_average(stage.average, stage.module, decay=min(_AVERAGE_DECAY, (step + 1) / (step + 10)))
+        # The decay starts low, so that the average soon forgets the initial weights.
+        decay = min(_AVERAGE_DECAY, (step + 1) / (step + 10))
+        with torch.no_grad():
+            parameters = list(stage.average.parameters()), list(stage.module.parameters())
+            torch._foreach_lerp_(*parameters, 1.0 - decay)
     return loss.item()
-
-
-@torch.no_grad()
-def _update_average(average: nn.Module, module: nn.Module, *, decay: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1.0 - decay)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Checkpoint:
-    """Module, average and optimizer in one file of safetensors; step, identity and curve in its header."""
+    """Module, average and optimizer in one safetensors file; step, identity and curve in its metadata."""
 
     path: Path
     stage: TrainingStage
@@ -142,6 +142,7 @@ class _Checkpoint:
             tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
         header = {"step": str(step), "identity": self.stage.identity, "curve": json.dumps(curve)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed when complete, so that an interrupted write leaves the previous checkpoint intact.
         partial = self.path.with_suffix(".partial")
         save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata=header)
         partial.replace(self.path)
@@ -151,7 +152,7 @@ class _Checkpoint:
             header = file.metadata()
             if header["identity"] != self.stage.identity:
                 raise ValueError(
-                    f"{self.path} was trained with other settings; give another folder, or the same settings"
+                    f"{self.path} was trained with other settings; give another folder or the same settings"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         self.stage.module.load_state_dict(_with_prefix(tensors, "module"))

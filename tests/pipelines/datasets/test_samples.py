@@ -222,7 +222,7 @@ def test_inceptions_features_are_named_by_weights_and_kernel(tmp_path):
     assert table.identity["features"]["resize"] == "bicubic"
     moments = moments_of(table)
     assert moments.dimension == 2048
-    assert "at least 2049 are needed" in moments.shortfall()
+    assert "at least 2049 are needed" in moments.rank_warning()
     bilinear = MetricSettings(features=features.model_copy(update={"resize": "bilinear"}))
     with pytest.raises(TableError, match=r'features\.resize is "bicubic" there'):
         describe(tmp_path / "references", ReferencesSettings(count=2), bilinear)

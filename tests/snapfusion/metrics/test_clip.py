@@ -1,3 +1,5 @@
+"""CLIP scores of the miniature's scorer and of open_clip's named models."""
+
 import json
 
 import open_clip
@@ -19,49 +21,47 @@ def folder(tmp_path_factory):
     config = scorer_config(len(tokenizer))
     path = tmp_path_factory.mktemp("scorer")
     torch.manual_seed(0)
-    scorer = build_scorer(config, tokenizer=tokenizer)
-    save_scorer(scorer.model, path, config=config, tokenizer=tokenizer)
+    save_scorer(build_scorer(config, tokenizer=tokenizer).model, path, config=config, tokenizer=tokenizer)
     return path
 
 
-def test_score_is_the_cosine_of_its_own_caption(folder):
+def test_score_is_the_cosine_with_its_caption(folder):
     scorer = load_scorer(folder)
     cosines = scorer.encode_images(IMAGES) @ scorer.encode_captions(CAPTIONS).T
     scores = scorer.score(IMAGES, CAPTIONS)
-    assert scores.shape == (2,)
-    assert scores.dtype == torch.float32
+    assert (scores.shape, scores.dtype) == ((2,), torch.float32)
     torch.testing.assert_close(scores, cosines.diagonal())
     assert (scores.abs() <= 1.0 + 1e-6).all()
 
 
-def test_pictures_are_normalized_as_open_clip_does(folder):
+def test_images_are_resized_and_normalized(folder):
     scorer = load_scorer(folder)
-    gray = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
-    torch.testing.assert_close(scorer.prepare(gray), torch.ones(1, 3, 64, 64))
+    white = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
+    torch.testing.assert_close(scorer.prepare(white), torch.ones(1, 3, 64, 64))
     assert scorer.prepare(IMAGES).shape == (2, 3, 64, 64)
 
 
 @pytest.mark.parametrize(
-    ("images", "words"),
+    ("images", "message"),
     [
         (IMAGES.float(), "uint8"),
         (IMAGES[:, 0], "uint8"),
         (IMAGES[:, :, :16], "crop them to a square"),
-        (IMAGES[:1], "1 pictures and 2 captions"),
+        (IMAGES[:1], "1 images and 2 captions"),
     ],
 )
-def test_wrong_pictures_are_refused(folder, images, words):
-    with pytest.raises(ValueError, match=words):
+def test_wrong_images_are_refused(folder, images, message):
+    with pytest.raises(ValueError, match=message):
         load_scorer(folder).score(images, CAPTIONS)
 
 
-def test_folder_without_weights_is_refused(folder, tmp_path):
+def test_a_folder_without_weights_is_refused(folder, tmp_path):
     (tmp_path / "open_clip_config.json").write_text((folder / "open_clip_config.json").read_text())
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
         load_scorer(tmp_path)
 
 
-def test_a_named_model_is_another_setting_of_the_same_code(tmp_path):
+def test_open_clip_models_are_loaded_by_name(tmp_path):
     config = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 48, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
@@ -72,14 +72,15 @@ def test_a_named_model_is_another_setting_of_the_same_code(tmp_path):
     weights = tmp_path / "weights.safetensors"
     save_file(open_clip.create_model("tiny-for-this-test").state_dict(), weights)
     scorer = open_clip_scorer("tiny-for-this-test", weights=weights)
-    assert scorer.image_size == 48
-    assert scorer.mean == tuple(open_clip.OPENAI_DATASET_MEAN)
+    assert (scorer.image_size, scorer.mean) == (48, tuple(open_clip.OPENAI_DATASET_MEAN))
     assert scorer.score(IMAGES, CAPTIONS).shape == (2,)
 
 
-def test_unknown_names_and_pickles_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="open_clip has no model"):
-        open_clip_scorer("ViT-none", weights=tmp_path / "weights.safetensors")
-    (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"not a \.safetensors file"):
-        open_clip_scorer("ViT-g-14", weights=tmp_path / "weights.bin")
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [("ViT-none", "weights.safetensors", "no model"), ("ViT-g-14", "weights.bin", r"\.safetensors")],
+)
+def test_unknown_names_and_pickles_are_refused(tmp_path, name, file, message):
+    (tmp_path / file).write_bytes(b"")
+    with pytest.raises(ValueError, match=message):
+        open_clip_scorer(name, weights=tmp_path / file)

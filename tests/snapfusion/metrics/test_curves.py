@@ -1,4 +1,4 @@
-"""Readings of FID-CLIP curves, on curves whose answer is known."""
+"""Comparisons of synthetic FID-CLIP curves with known results."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 
 from snapfusion.metrics.curves import (
     Curve,
+    CurveError,
     CurvePoint,
-    IncomparableCurvesError,
     clip_at_equal_fid,
     gap_closed,
     metrics_at,
@@ -21,45 +21,41 @@ REAL = Moments.of(torch.randn(2000, 3, generator=torch.Generator().manual_seed(9
 
 
 def point(w, *, shift, clip, seed=0, right=None):
-    """Pictures whose features are as the real ones, moved by `shift`: their FID is about shift^2."""
+    """Images with the real ones' features shifted by `shift`: their FID is about shift^2."""
     random = np.random.default_rng(seed)
     features = random.standard_normal((ROWS, 3)).astype(np.float32)
     features[:, 0] += shift
-    spread = 0.05 * np.random.default_rng(1).standard_normal(
-        ROWS
-    )  # the captions' own, the same for all models
-    noise = 0.002 * random.standard_normal(ROWS)
-    return CurvePoint.of(w=w, features=features, clip=clip + spread + noise, right=right, groups=GROUPS)
+    # The captions' own spread is the same for all models.
+    spread = 0.05 * np.random.default_rng(1).standard_normal(ROWS)
+    scores = clip + spread + 0.002 * random.standard_normal(ROWS)
+    return CurvePoint.of(w=w, features=features, clip=scores, right=right, groups=GROUPS)
 
 
 def curve(shifts, clips, *, seed=0):
-    points = (
-        point(1.0 + n, shift=shift, clip=clip, seed=seed + n)
-        for n, (shift, clip) in enumerate(zip(shifts, clips, strict=True))
-    )
+    pairs = enumerate(zip(shifts, clips, strict=True))
+    points = (point(1.0 + n, shift=shift, clip=clip, seed=seed + n) for n, (shift, clip) in pairs)
     return Curve(points=tuple(points), reference=REAL)
 
 
-def test_figures_are_those_of_all_pictures():
+def test_metrics_are_of_all_images():
     right = np.array([[1, 1], [1, 0]] * (ROWS // 2), dtype=np.uint8)
     single = Curve(points=(point(2.0, shift=1.0, clip=0.3, seed=1, right=right),), reference=REAL)
     features = np.random.default_rng(1).standard_normal((ROWS, 3)).astype(np.float32)
     features[:, 0] += 1.0
-    told = metrics_at(single, 2.0)
-    assert told["fid"].value == pytest.approx(
-        frechet_distance(Moments.of(torch.from_numpy(features)), REAL), rel=1e-9
-    )
-    drawn_from = Moments(
+    metrics = metrics_at(single, 2.0)
+    fid = frechet_distance(Moments.of(torch.from_numpy(features)), REAL)
+    assert metrics["fid"].value == pytest.approx(fid, rel=1e-9)
+    distribution = Moments(
         count=2, mean=torch.tensor([1.0, 0, 0]).double(), scatter=torch.eye(3, dtype=torch.float64)
     )
-    assert told["fid"].low < frechet_distance(drawn_from, REAL) < told["fid"].high
-    assert told["clip"].value == pytest.approx(single.points[0].clip.mean())
-    assert told["attributes"].value == pytest.approx(0.75)
-    assert told["all_attributes"].value == pytest.approx(0.5)
+    assert metrics["fid"].low < frechet_distance(distribution, REAL) < metrics["fid"].high
+    assert metrics["clip"].value == pytest.approx(single.points[0].clip.mean())
+    assert metrics["attributes"].value == pytest.approx(0.75)
+    assert metrics["all_attributes"].value == pytest.approx(0.5)
 
 
-def test_a_difference_is_paired_by_caption():
-    """Captions differ by 0.05, the models by 0.01: unpaired, the interval would hide it."""
+def test_differences_are_paired_by_caption():
+    """Captions differ by 0.05 and models by 0.01, which an unpaired interval would hide."""
     ours, theirs = curve([1.0], [0.31], seed=5), curve([1.0], [0.30], seed=50)
     difference = paired_differences(ours, theirs, w=1.0)["clip"]
     assert difference.value == pytest.approx(0.01, abs=0.001)
@@ -70,49 +66,48 @@ def test_a_difference_is_paired_by_caption():
 
 def test_a_model_does_not_differ_from_itself():
     same = curve([1.0, 2.0], [0.2, 0.3])
-    for told in paired_differences(same, same, w=2.0).values():
-        assert told == (0.0, 0.0, 0.0)
+    assert set(paired_differences(same, same, w=2.0).values()) == {(0.0, 0.0, 0.0)}
     assert clip_at_equal_fid(same, same).clip == (0.0, 0.0, 0.0)
 
 
-def test_clip_at_equal_fid_is_read_where_both_rise():
-    """FID falls to its least value at w = 2 and rises from there; ours has 0.02 more CLIP at any FID."""
+def test_clip_at_equal_fid_uses_the_rising_branch():
+    """FID has its minimum at w = 2; `ours` has 0.02 more CLIP at any FID."""
     shifts, clips = [1.5, 0.5, 1.0, 2.0, 3.0], np.array([0.10, 0.20, 0.24, 0.32, 0.40])
-    reading = clip_at_equal_fid(curve(shifts, clips + 0.02), curve(shifts, clips))
-    assert reading.clip.value == pytest.approx(0.02, abs=0.002)
-    assert reading.clip.low > 0.015
-    assert reading.fid_low == pytest.approx(0.25, abs=0.15)
-    assert reading.fid_high == pytest.approx(9.0, rel=0.1)
+    comparison = clip_at_equal_fid(curve(shifts, clips + 0.02), curve(shifts, clips))
+    assert comparison.clip.value == pytest.approx(0.02, abs=0.002)
+    assert comparison.clip.low > 0.015
+    assert comparison.fid_low == pytest.approx(0.25, abs=0.15)
+    assert comparison.fid_high == pytest.approx(9.0, rel=0.1)
 
 
-def test_a_shift_along_the_same_curve_is_no_difference():
-    """Two ranges on one line of CLIP over FID: figures at equal guidance differ, the reading does not."""
+def test_two_ranges_of_one_curve_are_equal():
+    """They differ at equal guidance, but not at equal FID."""
     base = np.array([0.5, 1.0, 1.5, 2.0])
     ours, theirs = (curve(np.sqrt(fid), 0.1 + 0.05 * fid) for fid in ((base * 1.2) ** 2, base**2))
     assert paired_differences(ours, theirs, w=4.0)["clip"].value > 0.05
     assert abs(clip_at_equal_fid(ours, theirs).clip.value) < 0.01
 
 
-def test_curves_without_a_common_fid_have_no_reading():
+def test_curves_without_a_common_fid_are_refused():
     near, far = curve([0.5, 1.0], [0.1, 0.2]), curve([3.0, 4.0], [0.1, 0.2])
-    with pytest.raises(IncomparableCurvesError, match="no FID in common"):
+    with pytest.raises(CurveError, match="no FID in common"):
         clip_at_equal_fid(near, far)
     falling = curve([2.0, 1.0], [0.1, 0.2])
-    with pytest.raises(IncomparableCurvesError, match="does not rise"):
+    with pytest.raises(CurveError, match="does not rise"):
         clip_at_equal_fid(falling, near)
 
 
-def test_the_share_of_a_gap():
+def test_gap_closed_is_a_ratio_of_fids():
     few, student, many = (curve([shift], [0.3], seed=3) for shift in (2.0, 1.0, 0.0))
     closed = gap_closed(student, few=few, many=many, w=1.0)
     assert closed.value == pytest.approx(0.75, abs=0.05)
     assert 0.5 < closed.low < closed.value < closed.high < 1.0
-    with pytest.raises(IncomparableCurvesError, match="no gap to close"):
+    with pytest.raises(CurveError, match="no gap to close"):
         gap_closed(student, few=many, many=few, w=1.0)
 
 
-def test_guidance_that_was_not_drawn_is_named():
-    with pytest.raises(IncomparableCurvesError, match="guidance 7 was not drawn; 1, 2 were"):
+def test_missing_and_unsorted_guidance_is_refused():
+    with pytest.raises(CurveError, match="guidance 7; 1, 2"):
         metrics_at(curve([1.0, 2.0], [0.2, 0.3]), 7.0)
-    with pytest.raises(ValueError, match="guidance must rise"):
+    with pytest.raises(ValueError, match="guidance must increase"):
         Curve(points=tuple(reversed(curve([1.0, 2.0], [0.2, 0.3]).points)), reference=REAL)

@@ -1,12 +1,12 @@
-"""PSNR against arithmetic by hand, and decoders timed in turns."""
+"""PSNR against closed forms, and alternating timing of decoders."""
 
 import math
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from snapfusion.metrics.decoder import decode_times, fidelity
+from snapfusion.metrics import decoder as metrics
 from snapfusion.training.batch import Batch
 
 
@@ -16,7 +16,7 @@ def batch_of(rows):
 
 def test_psnr_of_a_known_error():
     batches = [batch_of(2), batch_of(3)]
-    measured = fidelity(
+    measured = metrics.fidelity(
         lambda latent: torch.full((len(latent), 3, 4, 4), 0.02),
         batches,
         teacher_images=lambda batch: torch.zeros(len(batch), 3, 4, 4),
@@ -25,30 +25,25 @@ def test_psnr_of_a_known_error():
     assert measured.psnr_db == pytest.approx(20 * math.log10(2 / 0.02))
 
 
-def test_psnr_of_equal_images_is_infinite_and_of_none_an_error():
-    def image(latent):
-        return latent[:, :3]
-
-    def teacher(batch):
-        return batch["latent"][:, :3]
-
-    assert fidelity(image, [batch_of(2)], teacher_images=teacher).psnr_db == math.inf
+def test_psnr_of_equal_images_and_of_none():
+    images = {"student": lambda latent: latent[:, :3], "teacher_images": lambda batch: batch["latent"][:, :3]}
+    assert metrics.fidelity(batches=[batch_of(2)], **images).psnr_db == math.inf
     with pytest.raises(ValueError, match="no held-out row"):
-        fidelity(image, [], teacher_images=teacher)
+        metrics.fidelity(batches=[], **images)
 
 
-def test_decoders_are_timed_in_turns():
-    calls = []
+def test_decoders_are_timed_alternately(monkeypatch):
+    calls, clock = [], [0.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def decoder(name, seconds):
         def decode(latent):
             calls.append((name, len(latent)))
-            time.sleep(seconds)
-            return latent
+            clock[0] += seconds
 
         return decode
 
-    small, large = decode_times(
+    small, large = metrics.decode_times(
         teacher=decoder("teacher", 0.02),
         student=decoder("student", 0.005),
         latents=torch.zeros(3, 4, 2, 2),
@@ -56,5 +51,5 @@ def test_decoders_are_timed_in_turns():
         repeats=2,
     )
     assert calls == [("teacher", 1), ("student", 1)] * 3 + [("teacher", 8), ("student", 8)] * 3
-    assert 2.0 < small.ratio < 5.0
-    assert small.teacher_ms == pytest.approx(8 * large.teacher_ms, rel=0.5)
+    assert small.ratio == pytest.approx(4.0)
+    assert (small.teacher_ms, large.teacher_ms) == pytest.approx((20.0, 2.5))

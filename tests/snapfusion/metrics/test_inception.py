@@ -1,4 +1,6 @@
-"""Inception's pools, input and weights file; the numbers themselves need the published weights."""
+"""Inception's pooling, input and weights file; its features need the published weights."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,10 +9,10 @@ from torch.nn import functional
 from torchvision.models.inception import InceptionA
 
 from snapfusion.metrics.inception import Inception, _BlockA, _LastBlock, load_inception
-from snapfusion.metrics.settings import FEATURES
+from snapfusion.metrics.settings import INCEPTION_FEATURES
 
 
-def test_features_of_pictures_of_any_size(tmp_path):
+def test_features_of_images_of_any_size(tmp_path):
     torch.manual_seed(0)
     inception = Inception()
     tensors = {**inception.network.state_dict(), "fc.weight": torch.zeros(1008, 2048)}
@@ -19,12 +21,12 @@ def test_features_of_pictures_of_any_size(tmp_path):
     images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
     with torch.inference_mode():
         features = loaded(images)
-    assert features.shape == (2, FEATURES)
+    assert features.shape == (2, INCEPTION_FEATURES)
     assert torch.equal(features, inception(images).detach())
 
 
-def test_an_average_counts_no_zeros_round_the_picture():
-    """Where all pixels are one, the pool of a border pixel is one too: torchvision's own would say 4/9."""
+def test_average_pooling_ignores_the_padding():
+    """Of ones, border averages are one; torchvision's are 4/9."""
     torch.manual_seed(0)
     block = _BlockA(8, pool_features=4).eval()
     plain = InceptionA(8, pool_features=4).eval()
@@ -35,7 +37,7 @@ def test_an_average_counts_no_zeros_round_the_picture():
     assert torch.equal(plain(x)[:, :-4], block(x)[:, :-4])
 
 
-def test_the_last_block_pools_by_the_maximum():
+def test_the_last_block_uses_maximum_pooling():
     torch.manual_seed(0)
     block, x = _LastBlock(16).eval(), torch.randn(1, 16, 4, 4)
     expected = block.branch_pool(functional.max_pool2d(x, 3, stride=1, padding=1))
@@ -43,9 +45,9 @@ def test_the_last_block_pools_by_the_maximum():
 
 
 @pytest.mark.parametrize("resize", ["bicubic", "bilinear"])
-def test_the_input_spans_minus_one_to_one(resize):
+def test_input_spans_minus_one_to_one(resize):
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 512, 512)
-    prepared = Inception.prepare(type("Settings", (), {"resize": resize}), images)
+    prepared = Inception.prepare(SimpleNamespace(resize=resize), images)
     assert prepared.shape == (2, 3, 299, 299)
     assert (prepared[0] == -1).all()
     torch.testing.assert_close(prepared[1], torch.ones(3, 299, 299))

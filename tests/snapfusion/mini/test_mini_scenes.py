@@ -27,43 +27,42 @@ def test_caption_and_labels_parse_back(index):
 
 
 @given(indexes)
-def test_picture_is_a_function_of_index_and_seed(index):
+def test_image_is_a_function_of_index_and_seed(index):
     image, caption = captioned_image(index, seed=3)
     again, _ = captioned_image(index, seed=3)
     other, other_caption = captioned_image(index, seed=4)
-    assert image.shape == (32, 32, 3)
-    assert image.dtype == np.uint8
+    assert (image.shape, image.dtype) == ((32, 32, 3), np.uint8)
     assert np.array_equal(image, again)
     assert not np.array_equal(image, other)
     assert caption == other_caption
 
 
-def test_pictures_are_the_same_on_every_machine():
-    """The renderer is part of the recipe of the bundled weights. A cosine's last bit may turn a rounding."""
+def test_images_are_equal_on_every_machine():
+    """The bundled weights depend on the renderer. A cosine's last bit may change a rounding."""
     assert int(image_batch(range(8)).sum()) == pytest.approx(3587815, abs=8)
 
 
 @pytest.mark.parametrize("start", [0, 17, HELD_OUT])
-def test_any_1200_neighbours_are_all_captions(start):
+def test_1200_consecutive_scenes_have_all_captions(start):
     scenes = {scene_of(index) for index in range(start, start + NUM_CAPTIONS)}
     assert len(scenes) == NUM_CAPTIONS == 1200
 
 
 @given(indexes, st.floats(min_value=0, max_value=1, exclude_max=True))
-def test_change_one_changes_one(index, draw):
+def test_one_attribute_is_changed(index, draw):
     scene = scene_of(index)
     changed = change_one_attribute(scene, draw=draw)
     different = [name for name in ATTRIBUTES if getattr(scene, name) != getattr(changed, name)]
     assert len(different) == 1
 
 
-def test_changes_reach_every_other_word():
+def test_changes_include_every_other_value():
     scene = scene_of(5)
     changes = {change_one_attribute(scene, draw=draw) for draw in np.arange(0, 1, 0.001)}
     assert len(changes) == sum(len(words) - 1 for words in ATTRIBUTES.values())
 
 
-def test_colors_and_backgrounds_can_be_told_apart():
+def test_colors_and_backgrounds_are_distinguishable():
     every = np.array([*COLORS.values(), *BACKGROUNDS.values()], dtype=float)
     distances = np.linalg.norm(every[:, None] - every[None], axis=-1)
     np.fill_diagonal(distances, np.inf)
@@ -78,7 +77,7 @@ def test_large_covers_more_than_small():
 
 
 @pytest.mark.parametrize("size", [16, 64])
-def test_other_sizes_show_the_same_picture(size):
+def test_other_sizes_show_the_same_image(size):
     scene = scene_of(1)
     image, reference = render(scene, key=9, size=size), render(scene, key=9, size=32)
     assert image.shape == (size, size, 3)

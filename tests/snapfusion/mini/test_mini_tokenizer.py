@@ -17,7 +17,7 @@ def tokenizer(tmp_path_factory):
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def test_the_end_has_the_highest_id_and_pads(tokenizer):
+def test_the_end_token_has_the_highest_id(tokenizer):
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == len(tokenizer) - 1
     assert tokenizer.bos_token_id == len(tokenizer) - 2
     assert tokenizer.model_max_length == MAX_LENGTH
@@ -28,7 +28,7 @@ def test_every_scene_word_is_one_token(tokenizer):
     assert split == []
 
 
-def test_captions_come_back(tokenizer):
+def test_captions_are_decoded(tokenizer):
     for index in range(0, NUM_CAPTIONS, 7):
         caption = caption_of(scene_of(index))
         ids = tokenizer(caption).input_ids
@@ -37,21 +37,21 @@ def test_captions_come_back(tokenizer):
 
 
 @pytest.mark.parametrize("text", ["photograph", "naïve", "漢字", "🎉", "\x00", "1234"])
-def test_any_text_is_said_without_the_unknown_token(tokenizer, text):
+def test_any_text_is_encoded_without_unknown_tokens(tokenizer, text):
     ids = tokenizer(text).input_ids[1:-1]
     assert ids
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids).replace(" ", "") == text  # CLIP splits digits into words of their own
 
 
-def test_rows_are_padded_and_cut(tokenizer):
+def test_rows_are_padded_and_truncated(tokenizer):
     ids = tokenize(tokenizer, ["", "word " * 100])
     assert ids.shape == (2, MAX_LENGTH)
     assert ids[0].tolist() == [tokenizer.bos_token_id] + [tokenizer.eos_token_id] * (MAX_LENGTH - 1)
     assert ids[1, -1] == tokenizer.eos_token_id
 
 
-def test_classic_files_agree_with_the_fast_one(tokenizer, tmp_path):
+def test_classic_files_agree_with_the_fast_tokenizer(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     vocabulary = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
     merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
@@ -62,10 +62,10 @@ def test_classic_files_agree_with_the_fast_one(tokenizer, tmp_path):
     assert classic(caption).input_ids == tokenizer(caption).input_ids
 
 
-def test_tokens_are_numbered_alike_in_every_run():
-    """A text encoder is worth nothing with another numbering."""
-    told = json.dumps(train_merges(scene_words()))
-    assert hashlib.sha256(told.encode()).hexdigest()[:16] == "8be0d180ca587287"
+def test_token_ids_are_reproducible():
+    """Trained text encoders depend on them."""
+    merges = json.dumps(train_merges(scene_words()))
+    assert hashlib.sha256(merges.encode()).hexdigest()[:16] == "8be0d180ca587287"
 
 
 def test_merges_follow_frequency_then_the_alphabet():

@@ -1,4 +1,4 @@
-"""What a model loses without groups of its blocks: the groups, the way back from noise, the comparison."""
+"""Losses without groups of blocks: the groups, denoising, and the comparison of two models."""
 
 import copy
 
@@ -14,7 +14,6 @@ from snapfusion.mini.robustness import (
     METRIC_NAMES,
     WHOLE,
     RobustnessError,
-    RobustnessPart,
     RobustnessResults,
     check_comparable,
     denoise,
@@ -25,14 +24,14 @@ from snapfusion.mini.robustness import (
     robustness_parts,
 )
 from snapfusion.mini.scenes import HELD_OUT
-from snapfusion.mini.settings import BATCH, RobustnessSettings
+from snapfusion.mini.settings import ROBUSTNESS_BATCH, RobustnessSettings
 from snapfusion.models.blocks import blocks_of
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.load import load
 from snapfusion.models.unet import architecture_of, build_unet, inherit_weights
 from snapfusion.settings import SettingsError
 
-FEW = RobustnessSettings(scenes=2 * BATCH, seeds=(0,), steps=1)
+FEW = RobustnessSettings(scenes=2 * ROBUSTNESS_BATCH, seeds=(0,), steps=1)
 IDLE = "resnet down"
 
 
@@ -42,20 +41,23 @@ def plain():
 
 
 def changed(bundle, unet) -> Bundle:
-    return Bundle(
-        tokenizer=bundle.tokenizer,
-        text_encoder=bundle.text_encoder,
-        unet=unet,
-        vae=bundle.vae,
-        schedule=bundle.schedule,
-        prediction_type=bundle.prediction_type,
-        source="changed",
-    )
+    """The bundle with another UNet."""
+    other = copy.copy(bundle)
+    other.unet, other.source = unet, "changed"
+    other.__post_init__()
+    return other
+
+
+def pruned(bundle, block) -> Bundle:
+    """The bundle without one block."""
+    unet = build_unet(architecture_of(bundle.unet).without(block))
+    inherit_weights(unet, bundle.unet)
+    return changed(bundle, unet)
 
 
 @pytest.fixture(scope="module")
 def idle(plain):
-    """The model with one group of blocks that add nothing to what they are given."""
+    """The model with one group of blocks that add zero to their input."""
     unet = copy.deepcopy(plain.unet)
     for name in groups_of(plain)[IDLE]:
         block = unet.get_submodule(name)
@@ -66,15 +68,20 @@ def idle(plain):
 
 
 @pytest.fixture(scope="module")
-def readings(plain, idle):
-    found = {}
-    measure_robustness(
-        FEW,
-        models={"plain": plain, "robust": idle},
-        oracle=load_oracle(),
-        gather=lambda part, reading: found.update({str(part): reading}),
-    )
-    return RobustnessResults(of=found, groups=tuple(groups_of(plain)), seeds=FEW.seeds)
+def results(plain, idle):
+    parts = measured({"plain": plain, "robust": idle})
+    return RobustnessResults(of=parts, groups=tuple(groups_of(plain)), seeds=FEW.seeds)
+
+
+def measured(models, **options):
+    """The metrics of each part by its name."""
+    parts = {}
+
+    def on_result(part, metrics):
+        parts[str(part)] = metrics
+
+    measure_robustness(FEW, models=models, oracle=load_oracle(), on_result=on_result, **options)
+    return parts
 
 
 def test_every_block_is_in_one_group(plain):
@@ -88,134 +95,115 @@ def test_every_block_is_in_one_group(plain):
     assert all(name.startswith("up_blocks.") and ".resnets." in name for name in groups["resnet up"])
 
 
-def test_a_group_that_a_unet_has_not_is_left_out(plain):
-    unet = build_unet(architecture_of(plain.unet).without("mid_block.attentions.0"))
-    inherit_weights(unet, plain.unet)
-    assert list(groups_of(changed(plain, unet))) == [
-        group for group in groups_of(plain) if group != "attention middle"
-    ]
+def test_empty_groups_are_left_out(plain):
+    groups = groups_of(pruned(plain, "mid_block.attentions.0"))
+    assert list(groups) == [group for group in groups_of(plain) if group != "attention middle"]
 
 
-def test_the_way_back_begins_at_t_and_keeps_to_the_grid():
-    assert denoising_times(249, steps=16, schedule_steps=1000) == (249, 187, 124, 61, -1)
-    assert denoising_times(249, steps=8, schedule_steps=1000) == (249, 124, -1)
-    assert denoising_times(200, steps=8, schedule_steps=1000) == (200, 124, -1)
-    assert denoising_times(50, steps=8, schedule_steps=1000) == (50, -1)
+@pytest.mark.parametrize(
+    ("noised_to", "steps", "times"),
+    [
+        (249, 16, (249, 187, 124, 61, -1)),
+        (249, 8, (249, 124, -1)),
+        (200, 8, (200, 124, -1)),
+        (50, 8, (50, -1)),
+    ],
+)
+def test_denoising_begins_at_t_and_follows_the_grid(noised_to, steps, times):
+    assert denoising_times(noised_to, steps=steps, schedule_steps=1000) == times
 
 
-def test_what_a_group_that_does_nothing_is_worth_is_nothing(readings):
-    """And to be without the group is to have it idle: to the bit, drawn and brought back."""
-    for figure in METRIC_NAMES:
-        lost = readings.lost(figure, group=IDLE)
-        assert lost.robust == (0, 0, 0)
-        without_it = readings.of[str(RobustnessPart(model="plain", seed=0, group=IDLE))][figure]
-        assert readings.of[str(RobustnessPart(model="robust", seed=0, group=WHOLE))][figure] == without_it
-    assert readings.lost("detail", group=IDLE).plain.value > 3
+def test_an_idle_group_equals_a_skipped_one(results):
+    """To the bit, in generated and in denoised images."""
+    for metric in METRIC_NAMES:
+        assert results.lost(metric, group=IDLE).robust == (0, 0, 0)
+        assert results.of[f"robust 0 {WHOLE}"][metric] == results.of[f"plain 0 {IDLE}"][metric]
+    assert results.lost("detail", group=IDLE).plain.value > 3
 
 
-def test_blocks_of_the_miniature_carry_both_figures(readings):
-    """The middle alone reads captions at one step; what comes up through the ResNet blocks is the picture."""
-    assert readings.value("attributes", model="plain", group=WHOLE).value > 0.8
-    assert readings.value("detail", model="plain", group=WHOLE).value > 30
-    assert readings.lost("attributes", group="attention middle").plain.low > 0.2
-    assert readings.lost("detail", group="resnet up").plain.low > 10
+def test_the_miniatures_blocks_matter_for_both_metrics(results):
+    """At one step only the middle reads captions; the upper ResNet blocks carry the image."""
+    assert results.value("attributes", model="plain", group=WHOLE).value > 0.8
+    assert results.value("detail", model="plain", group=WHOLE).value > 30
+    assert results.lost("attributes", group="attention middle").plain.low > 0.2
+    assert results.lost("detail", group="resnet up").plain.low > 10
 
 
-def test_nothing_is_measured_twice(readings, plain, idle):
-    models = {"plain": plain, "robust": idle}
-    assert set(readings.of) == {str(part) for part in robustness_parts(FEW, models)}
-    again = []
-    missing = str(RobustnessPart(model="robust", seed=0, group="attention up"))
-    measure_robustness(
-        FEW,
-        models=models,
-        oracle=load_oracle(),
-        gather=lambda part, reading: again.append((str(part), reading)),
-        known=set(readings.of) - {missing},
-    )
-    assert again == [(missing, readings.of[missing])]
+def test_known_parts_are_not_measured_again(results, plain, idle):
+    models, missing = {"plain": plain, "robust": idle}, "robust 0 attention up"
+    assert set(results.of) == {str(part) for part in robustness_parts(FEW, models)}
+    assert measured(models, known=set(results.of) - {missing}) == {missing: results.of[missing]}
 
 
-def test_a_seed_has_scenes_and_noise_of_its_own(plain):
+def test_each_seed_has_its_own_scenes_and_noise(plain):
     first, second = (next(noised_batches(plain, FEW, seed=seed)) for seed in (0, 1))
-    assert first.indexes == range(HELD_OUT, HELD_OUT + BATCH)
+    assert first.indexes == range(HELD_OUT, HELD_OUT + ROBUSTNESS_BATCH)
     assert second.indexes.start == HELD_OUT + FEW.scenes
     same = next(noised_batches(plain, FEW, seed=0))
     assert torch.equal(same.z_t, first.z_t)
-    eps, other = (
-        (scenes.z_t - alpha * plain.encode_images(scenes.decoded))
-        for scenes in (first, second)
-        for alpha in [plain.schedule.alpha(torch.tensor(FEW.noised_to))]
-    )
+    alpha = plain.schedule.alpha(torch.tensor(FEW.noised_to))
+    eps, other = (batch.z_t - alpha * plain.encode_images(batch.decoded) for batch in (first, second))
     assert not torch.allclose(eps, other, atol=0.1)
 
 
-def test_less_noise_hides_less(plain):
+def test_less_noise_hides_less_detail(plain):
     means = []
     for t in (61, 249, 749):
         settings = FEW.model_copy(update={"noised_to": t, "steps": 8})
-        scenes = next(noised_batches(plain, settings, seed=0))
-        means.append(float(image_psnr(denoise(plain, scenes, settings=settings), scenes.decoded).mean()))
+        batch = next(noised_batches(plain, settings, seed=0))
+        means.append(float(image_psnr(denoise(plain, batch, settings=settings), batch.decoded).mean()))
     assert means[0] > means[1] + 3 > means[2] + 6
 
 
 def synthetic() -> RobustnessResults:
     """Two batches: plain loses 2 and 4 without `a`, 0 and 2 without `b`; robust half of that."""
-    of = {}
-    for model, a, b in (
-        ("plain", (8.0, 16.0), (10.0, 18.0)),
-        ("robust", (9.0, 18.0), (10.0, 19.0)),
-    ):
-        for group, means in ((WHOLE, (10.0, 20.0)), ("a", a), ("b", b)):
-            reading = {"attributes": means, "detail": means}
-            of[str(RobustnessPart(model=model, seed=0, group=group))] = reading
-            of[str(RobustnessPart(model=model, seed=5, group=group))] = reading
+    plain = {WHOLE: (10.0, 20.0), "a": (8.0, 16.0), "b": (10.0, 18.0)}
+    robust = {WHOLE: (10.0, 20.0), "a": (9.0, 18.0), "b": (10.0, 19.0)}
+    of = {
+        f"{model} {seed} {group}": {"attributes": means, "detail": means}
+        for model, groups in (("plain", plain), ("robust", robust))
+        for group, means in groups.items()
+        for seed in (0, 5)
+    }
     return RobustnessResults(of=of, groups=("a", "b"), seeds=(0, 5))
 
 
-def test_losses_are_means_over_groups_and_their_ratio_is_paired():
+def test_mean_losses_have_a_paired_ratio():
     lost = synthetic().lost_on_average("detail")
     assert lost.plain.value == 2.0
     assert lost.robust.value == 1.0
-    # Robust loses half of plain's loss in every batch, so nothing is uncertain about the ratio.
+    # Robust loses half of plain's loss in every batch, so the ratio is certain.
     assert lost.ratio == pytest.approx((0.5, 0.5, 0.5))
     assert lost.plain.low < 2.0 < lost.plain.high
     by_group = synthetic().lost("attributes", group="a")
     assert (by_group.plain.value, by_group.robust.value) == (3.0, 1.5)
 
 
-def test_what_robust_training_takes_from_the_whole_can_be_counted_in():
-    readings = synthetic()
-    for seed in (0, 5):
-        for group in (WHOLE, "a", "b"):
-            part = str(RobustnessPart(model="robust", seed=seed, group=group))
-            lower = tuple(mean - 1.0 for mean in readings.of[part]["detail"])
-            readings.of[part] = {**readings.of[part], "detail": lower}
-    assert readings.lost_on_average("detail").robust.value == 1.0
-    assert readings.below_plain("detail").plain.value == 2.0
-    assert readings.below_plain("detail").robust.value == 2.0
-    assert readings.below_plain("attributes").ratio == pytest.approx((0.5, 0.5, 0.5))
+def test_the_cost_of_robust_training_can_be_included():
+    results = synthetic()
+    for part, metrics in results.of.items():
+        if part.startswith("robust"):
+            results.of[part] = {**metrics, "detail": tuple(mean - 1.0 for mean in metrics["detail"])}
+    assert results.lost_on_average("detail").robust.value == 1.0
+    below = results.below_plain("detail")
+    assert (below.plain.value, below.robust.value) == (2.0, 2.0)
+    assert results.below_plain("attributes").ratio == pytest.approx((0.5, 0.5, 0.5))
 
 
-def test_a_loss_that_may_be_none_has_no_ratio():
+def test_an_insignificant_loss_has_no_ratio():
     assert synthetic().lost("attributes", group="b").ratio is None
 
 
-def test_models_of_other_blocks_are_named(plain):
-    unet = build_unet(architecture_of(plain.unet).without("up_blocks.1.attentions.2"))
-    inherit_weights(unet, plain.unet)
-    other = changed(plain, unet)
-    with pytest.raises(
-        RobustnessError, match=r"plain has the block up_blocks\.1\.attentions\.2, robust has not"
-    ):
+def test_models_with_different_blocks_are_refused(plain):
+    block = "up_blocks.1.attentions.2"
+    other = pruned(plain, block)
+    with pytest.raises(RobustnessError, match=rf"plain has the block {block}, robust has not"):
         check_comparable({"plain": plain, "robust": other})
-    with pytest.raises(
-        RobustnessError, match=r"robust has the block up_blocks\.1\.attentions\.2, plain has not"
-    ):
+    with pytest.raises(RobustnessError, match=rf"robust has the block {block}, plain has not"):
         check_comparable({"plain": other, "robust": plain})
 
 
-def test_models_of_other_decoders_are_named(plain):
+def test_models_with_different_vaes_are_refused(plain):
     other = changed(plain, plain.unet)
     other.vae = copy.deepcopy(plain.vae)
     nn.init.zeros_(other.vae.decoder.conv_out.bias)
@@ -223,24 +211,21 @@ def test_models_of_other_decoders_are_named(plain):
         check_comparable({"plain": plain, "robust": other})
 
 
-def test_what_is_no_miniature_is_named():
+def test_models_of_another_size_are_refused():
     tiny = tiny_bundle()
-    with pytest.raises(RobustnessError, match=r"plain: .* draws pictures of 16 px"):
+    with pytest.raises(RobustnessError, match=r"plain: .* 16 px"):
         check_comparable({"plain": tiny, "robust": tiny})
 
 
-def test_weights_that_give_no_numbers_are_named(plain):
+def test_non_finite_weights_are_refused(plain):
     unet = copy.deepcopy(plain.unet)
     nn.init.constant_(unet.conv_out.bias, torch.nan)
-    broken = changed(plain, unet)
-    with pytest.raises(RobustnessError, match="changed gives latents that are no numbers"):
-        measure_robustness(
-            FEW, models={"plain": broken, "robust": plain}, oracle=load_oracle(), gather=lambda *_: None
-        )
+    with pytest.raises(RobustnessError, match="changed gives latents that are not finite"):
+        measured({"plain": changed(plain, unet), "robust": plain})
 
 
 @pytest.mark.parametrize(
-    ("assignment", "words"),
+    ("assignment", "message"),
     [
         ("scenes=60", "multiple of 25"),
         ("scenes=25", "greater than or equal to 50"),
@@ -249,6 +234,6 @@ def test_weights_that_give_no_numbers_are_named(plain):
         ("noised_to=1000", "less than or equal to 999"),
     ],
 )
-def test_settings_that_cannot_be_measured_are_refused(assignment, words):
-    with pytest.raises(SettingsError, match=words):
+def test_settings_out_of_range_are_refused(assignment, message):
+    with pytest.raises(SettingsError, match=message):
         RobustnessSettings().with_values([assignment])
