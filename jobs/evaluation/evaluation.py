@@ -26,8 +26,8 @@ from pipelines.tables.committer import OnProgress
 from pipelines.tables.table import Snapshot
 from snapfusion.metrics.curves import (
     Curve,
-    CurvePoint,
     CurveError,
+    CurvePoint,
     clip_at_equal_fid,
     gap_closed,
     metrics_at,
