@@ -31,7 +31,7 @@ def download(job: Job) -> None:
     summary = download_shards(
         _with_absolute_python(recipe.download),
         selection=recipe.latents.selection,
-        vetoes=link_filters(job),
+        filters=link_filters(job),
         url=place,
         run=runner(recipe.cluster),
         on_progress=show_progress(job.verb),
@@ -62,7 +62,7 @@ def preview(job: Job) -> list[str]:
 
 
 def _remaining(planned: ShardRanges, known: Mapping[str, ShardReceipt]) -> list[str]:
-    parts = list(planned.parts({}))
+    parts = list(planned.tasks({}))
     left = [part for part in parts if part.name not in known]
     rows = sum(part.stop - part.start for part in left)
     lines = [

@@ -1,4 +1,4 @@
-"""A web of one server on this machine: pictures, and every kind of answer that is none."""
+"""A local web server of images and of every kind of failing response."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from PIL import Image
 Reply = Callable[["Visit"], None]
 
 
-def picture(number: int = 0, *, side: int = 48, kind: str = "JPEG") -> bytes:
-    """A small picture; another for each number."""
+def image(number: int = 0, *, side: int = 48, kind: str = "JPEG") -> bytes:
+    """A small image; another for each number."""
     gradient = Image.linear_gradient("L").resize((side, side * 3 // 2))
-    image = Image.merge("RGB", [gradient.point(lambda v, k=k: (v + number * k * 7) % 256) for k in (1, 2, 3)])
+    bands = [gradient.point(lambda v, k=k: (v + number * k * 7) % 256) for k in (1, 2, 3)]
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    Image.merge("RGB", bands).save(buffer, kind)
     return buffer.getvalue()
 
 
 def photograph(side: int) -> bytes:
-    """A JPEG of as many bytes as a photograph has: shorter side `side`, the other half as long again."""
+    """A JPEG with as many bytes as a photograph: shorter side `side`, longer side half as long again."""
     noise = Image.effect_noise((side * 3 // 16, side // 8), 60).resize((side * 3 // 2, side))
     buffer = io.BytesIO()
     Image.merge("RGB", [noise, noise.rotate(180), noise.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]).save(
@@ -47,8 +47,8 @@ def photograph(side: int) -> bytes:
     return buffer.getvalue()
 
 
-def announcing_png(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header announces that size."""
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header announces this size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -65,7 +65,7 @@ class Visit(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        self.web.asked[self.path] += 1
+        self.web.requests[self.path] += 1
         self.web.headers = dict(self.headers)
         reply = self.web.replies.get(path)
         with contextlib.suppress(OSError):
@@ -77,9 +77,9 @@ class Visit(BaseHTTPRequestHandler):
 
     def say(self, status: int = 200, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
-        said = {name.replace("_", "-"): value for name, value in headers.items()}
-        for name, value in {"Content-Length": str(len(body)), **said}.items():
-            self.send_header(name, value)
+        defaults = {"Content_Length": str(len(body))}
+        for name, value in (defaults | headers).items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -103,18 +103,18 @@ class _Server(ThreadingHTTPServer):
 
 @dataclass
 class Web:
-    """The server: what it replies by path, and what it was asked for."""
+    """The server: its replies by path, and the number of requests by path."""
 
     port: int = 0
     replies: dict[str, Reply] = field(default_factory=dict)
-    asked: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
     headers: dict[str, str] = field(default_factory=dict)
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
 
     def serve(self, path: str, body: bytes, status: int = 200, **headers: str) -> str:
-        """Reply with this body; returns the URL."""
+        """Reply to `path` with this body; returns the URL."""
         self.replies[path] = lambda visit: visit.say(status, body, **headers)
         return self.url(path)
 
@@ -126,10 +126,10 @@ class Web:
         return self.answer(path, lambda visit: visit.say(status, Location=to))
 
     def fails_first(self, path: str, body: bytes, *, times: int = 1, status: int = 500) -> str:
-        """The first answers fail, the later ones are the body."""
+        """Fail `times` times, then reply with this body."""
 
         def reply(visit: Visit) -> None:
-            if self.asked[path] <= times:
+            if self.requests[path] <= times:
                 visit.say(status)
             else:
                 visit.say(200, body)
@@ -139,7 +139,7 @@ class Web:
 
 @contextmanager
 def local_web(certificate: Path | None = None) -> Iterator[Web]:
-    """The server, which speaks TLS if it has a certificate (a PEM file with its key)."""
+    """The server; with a certificate (a PEM file with its key) it speaks TLS."""
     web = Web()
     visit = type("BoundVisit", (Visit,), {"web": web})
     server = _Server(("127.0.0.1", 0), visit)
@@ -159,14 +159,14 @@ def local_web(certificate: Path | None = None) -> Iterator[Web]:
 
 
 def reset(visit: Visit) -> None:
-    """The connection is reset in the middle of the body."""
+    """Reset the connection in the middle of the body."""
     visit.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\nabc")
     visit.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     visit.connection.close()
 
 
 def write_certificate(folder: Path, *, name: str) -> Path:
-    """A certificate for `name` that signs itself, and its key, in one PEM file."""
+    """A self-signed certificate for `name` and its key, in one PEM file."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
@@ -178,11 +178,11 @@ def write_certificate(folder: Path, *, name: str) -> Path:
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
-    place = folder / f"{name}.pem"
+    file = folder / f"{name}.pem"
     form = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     encoding = serialization.Encoding.PEM
-    place.write_bytes(certificate.public_bytes(encoding) + key.private_bytes(encoding, *form))
-    return place
+    file.write_bytes(certificate.public_bytes(encoding) + key.private_bytes(encoding, *form))
+    return file
 
 
 def gzip_bomb() -> bytes:

@@ -1,1 +1,1 @@
-"""URL lists to img2dataset shards."""
+"""Downloads URL lists into img2dataset shards."""

@@ -1,9 +1,9 @@
-"""URL lists become shards: planned once, downloaded range by range, what failed tried again in rounds.
+"""Downloads URL lists into shards: each list is divided into ranges, and transient failures are retried.
 
-URL lists ─ plan: ranges of rows, repeated URLs ─ select, fetch ─ shard and receipt ─ retries ─ shards
+URL lists ─ ranges of rows, repeated URLs ─ select, fetch ─ shard and receipt ─ retries ─ shards
 
-A range is one shard. The plan and the receipts lie beside the shards, so a run that was ended anywhere goes
-on where it was, and one that is complete does nothing.
+One range becomes one shard. The plan and the receipts are stored beside the shards, so an interrupted run
+continues where it was, and a complete one does nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _BATCH_ROWS = 1024
 
 
 class TooManyFailedError(RuntimeError):
-    """More rows failed than the bound allows: the network is more likely at fault than the rows."""
+    """More rows failed than the bound allows: more likely a fault of the network than of the rows."""
 
 
 _IN_IDENTITY = (
@@ -59,16 +59,16 @@ _IN_IDENTITY = (
     "user_agent_token",
     "respected",
 )
-"""The settings of `Fetching` that determine shards; the others say from where and with how much patience."""
+"""The settings of `FetchSettings` that determine shards; the others bound time and resources."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRanges:
-    """Which ranges of which lists become shards.
+    """The ranges of URL lists that become shards.
 
     Attributes:
         lists: of links, in order.
-        rows: of each.
+        rows: of each list.
         rows_per_shard: a list's last shard may have fewer.
     """
 
@@ -81,7 +81,7 @@ class ShardRanges:
         """Rows of all lists."""
         return sum(self.rows)
 
-    def parts(self, repeated: Mapping[int, tuple[int, ...]]) -> Iterator[DownloadTask]:
+    def tasks(self, repeated: Mapping[int, tuple[int, ...]]) -> Iterator[DownloadTask]:
         """The ranges, numbered over all lists; `repeated` are the ordinals of repeated rows by number."""
         number = 0
         for links, rows in zip(self.lists, self.rows, strict=True):
@@ -94,10 +94,10 @@ class ShardRanges:
 
 
 def find_ranges(settings: DownloadSettings) -> ShardRanges:
-    """The ranges, by the lists' footers.
+    """The ranges, by the footers of the lists.
 
     Raises:
-        SourceError: if there are no lists, or one is not readable.
+        SourceError: if there are no lists, or one is unreadable.
     """
     if settings.links is None:
         raise SourceError(
@@ -109,39 +109,39 @@ def find_ranges(settings: DownloadSettings) -> ShardRanges:
 
 
 def download_identity(
-    planned: ShardRanges,
+    ranges: ShardRanges,
     settings: DownloadSettings,
     *,
     selection: Selection,
-    vetoes: Sequence[LinkFilter] = (),
+    filters: Sequence[LinkFilter] = (),
 ) -> dict[str, Any]:
-    """Everything that determines which rows become which shard; the web's answers apart."""
+    """Everything that determines which rows become which shard, apart from the servers' responses."""
     fetching = settings.fetching.to_values()
-    told = {name: value for veto in vetoes for name, value in veto.describe().items()}
-    lists = zip(planned.lists, planned.rows, strict=True)
+    described = {name: value for row_filter in filters for name, value in row_filter.describe().items()}
+    lists = zip(ranges.lists, ranges.rows, strict=True)
     return {
         "lists": {links.name: {"size": links.size, "rows": rows} for links, rows in lists},
         "rows_per_shard": settings.rows_per_shard,
         "columns": settings.columns.to_values(),
         "selection": selection.to_values(),
         **{name: fetching[name] for name in _IN_IDENTITY},
-        **told,
+        **described,
     }
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadSummary:
-    """What became of all rows. Rows = refused + downloaded + failed, where every shard has its receipt.
+    """Totals over all rows. rows = refused + downloaded + failed, where every shard has its receipt.
 
     Attributes:
         complete: whether every range has become a shard.
         rows: of the lists, as far as they were read.
-        refused: rows that were not asked for, by reason.
+        refused: rows that were not requested, by reason.
         downloaded: rows in tars.
-        failed: rows that were not had in the last round that asked for them, by cause.
-        shards: how many, those of retries included.
+        failed: rows that failed in the last round that requested them, by cause.
+        shards: their number, those of retries included.
         size: bytes of their tars.
-        retried: rows of each round of retries, and how many of them were had.
+        retried: rows of each round of retries, and how many of them were downloaded.
         identity: what determines the shards.
     """
 
@@ -157,7 +157,7 @@ class DownloadSummary:
 
     @property
     def transient(self) -> int:
-        """Rows that another round might still have."""
+        """Rows that another round might download."""
         return sum(count for cause, count in self.failed.items() if cause in TRANSIENT)
 
 
@@ -166,31 +166,31 @@ def download_shards(
     *,
     selection: Selection,
     url: str,
-    vetoes: Sequence[LinkFilter] = (),
+    filters: Sequence[LinkFilter] = (),
     run: Runner = run_on_ray,
     on_progress: OnProgress | None = None,
 ) -> DownloadSummary:
-    """Bring the shards at `url` to hold what the lists' rows lead to; returns what became of the rows.
+    """Download the shards at `url` that are missing; returns the totals over all rows.
 
     Args:
-        settings: how.
-        selection: which rows are asked for at all.
+        settings: of the download.
+        selection: which rows are requested.
         url: folder of the shards; nothing else may lie there.
-        vetoes: what refuses rows beside the selection.
-        run: what sends ranges through the stage.
+        filters: refuse rows in addition to the selection.
+        run: sends tasks through the stage.
         on_progress: called after each shard.
 
     Raises:
-        SourceError: if there are no lists, or the shards at `url` were planned otherwise.
-        StorageError: if the place cannot be read or written.
-        TooManyFailed: when the fraction of rows that failed is above its bound.
+        SourceError: if there are no lists, or the shards at `url` have another identity.
+        StorageError: if `url` cannot be read or written.
+        TooManyFailedError: when the fraction of failed rows is above its bound.
     """
     url = absolute_url(url)
-    planned = find_ranges(settings)
-    identity = download_identity(planned, settings, selection=selection, vetoes=vetoes)
-    _settle_plan(url, identity)
-    known = read_receipts(url)
-    for receipt in known.values():
+    ranges = find_ranges(settings)
+    identity = download_identity(ranges, settings, selection=selection, filters=filters)
+    _check_identity(url, identity)
+    receipts = read_receipts(url)
+    for receipt in receipts.values():
         finish_publishing(receipt, url=url)
     stage = PipelineStage(
         build=DownloadShard,
@@ -199,75 +199,79 @@ def download_shards(
             "rows_per_shard": settings.rows_per_shard,
             "columns": settings.columns,
             "selection": selection,
-            "vetoes": tuple(vetoes),
+            "filters": tuple(filters),
             "fetching": settings.fetching,
         },
         pool=settings.pool,
     )
-    parts: list[ShardTask] = [
-        part for part in planned.parts(_repeated(url, planned, settings.columns)) if part.name not in known
-    ]
-    waiting = sum(_rows_of(part, known) for part in parts)
-    fresh: list[ShardReceipt] = []
-    for receipt in _take_in(run(parts, [stage]), known, total=waiting, tell=on_progress):
-        fresh.append(receipt)
-        _judge(fresh, settings, url=url)
+
+    def download(tasks: Sequence[ShardTask]) -> Iterator[ShardReceipt]:
+        total = sum(_num_rows(task, receipts) for task in tasks)
+        return _collect(run(tasks, [stage]), receipts, total=total, on_progress=on_progress)
+
+    repeated = _repeated_rows(url, ranges, settings.columns)
+    new: list[ShardReceipt] = []
+    for receipt in download([task for task in ranges.tasks(repeated) if task.name not in receipts]):
+        new.append(receipt)
+        _check_failures(new, settings, url=url)
     for retry in range(1, settings.retry_rounds + 1):
-        parts = [
-            part
-            for receipt in list(known.values())
+        retries = [
+            RetryTask(number=receipt.number, retry=retry)
+            for receipt in receipts.values()
             if receipt.retry == retry - 1 and receipt.transient
-            if (part := RetryTask(number=receipt.number, retry=retry)).name not in known
         ]
-        waiting = sum(_rows_of(part, known) for part in parts)
-        deque(_take_in(run(parts, [stage]), known, total=waiting, tell=on_progress), maxlen=0)
-    summary = summarise(known, planned=planned, identity=identity)
+        deque(download([task for task in retries if task.name not in receipts]), maxlen=0)
+    summary = summarise(receipts, ranges=ranges, identity=identity)
     replace_object(f"{url}/_receipt.json", json.dumps(asdict(summary), indent=2).encode())
     remove_staging(url)
     return summary
 
 
 def summarise(
-    known: Mapping[str, ShardReceipt], *, planned: ShardRanges, identity: dict[str, Any]
+    receipts: Mapping[str, ShardReceipt], *, ranges: ShardRanges, identity: dict[str, Any]
 ) -> DownloadSummary:
-    """What the receipts say together. A row that was tried again counts where it was tried last."""
-    first = [receipt for receipt in known.values() if not receipt.retry]
-    again = {(receipt.number, receipt.retry) for receipt in known.values() if receipt.retry}
+    """The totals of the receipts. A row that was retried counts in its last round."""
+    first = [receipt for receipt in receipts.values() if not receipt.retry]
+    retries = {(receipt.number, receipt.retry) for receipt in receipts.values() if receipt.retry}
     failed = [
         {
             cause: count
             for cause, count in receipt.failed.items()
-            if cause not in TRANSIENT or (receipt.number, receipt.retry + 1) not in again
+            if cause not in TRANSIENT or (receipt.number, receipt.retry + 1) not in retries
         }
-        for receipt in known.values()
+        for receipt in receipts.values()
     ]
-    rounds = groupby(sorted(known.values(), key=lambda receipt: receipt.retry), key=lambda r: r.retry)
+    rounds = groupby(sorted(receipts.values(), key=lambda receipt: receipt.retry), key=lambda r: r.retry)
     retried = [
         {"rows": sum(r.rows for r in group), "downloaded": sum(r.downloaded for r in group)}
         for retry, group in ((retry, list(group)) for retry, group in rounds)
         if retry
     ]
     return DownloadSummary(
-        complete=len(first) == sum(1 for _ in planned.parts({})),
+        complete=len(first) == sum(1 for _ in ranges.tasks({})),
         rows=sum(receipt.rows for receipt in first),
-        refused=sum_counts(receipt.refused for receipt in known.values()),
-        downloaded=sum(receipt.downloaded for receipt in known.values()),
+        refused=sum_counts(receipt.refused for receipt in receipts.values()),
+        downloaded=sum(receipt.downloaded for receipt in receipts.values()),
         failed=sum_counts(failed),
-        shards=sum(bool(receipt.asked) for receipt in known.values()),
-        size=sum(receipt.size for receipt in known.values()),
+        shards=sum(bool(receipt.requested) for receipt in receipts.values()),
+        size=sum(receipt.size for receipt in receipts.values()),
         retried=retried,
         identity=identity,
     )
 
 
-def _take_in(
-    finished: Iterator[ShardReceipt], known: dict[str, ShardReceipt], *, total: int, tell: OnProgress | None
+def _collect(
+    finished: Iterator[ShardReceipt],
+    receipts: dict[str, ShardReceipt],
+    *,
+    total: int,
+    on_progress: OnProgress | None,
 ) -> Iterator[ShardReceipt]:
-    """The receipts as they arrive, put to those that are known."""
+    """The receipts as they arrive; each is added to `receipts`."""
     progress = CommitProgress(rows=0, total=total, rejected=0, units=0, first_rows=0, steady_seconds=0.0)
     first = time.monotonic()
     for receipt in finished:
-        known[receipt.name] = receipt
+        receipts[receipt.name] = receipt
         now = time.monotonic()
         first = first if progress.units else now
         progress = CommitProgress(
@@ -278,74 +282,75 @@ def _take_in(
             first_rows=progress.first_rows if progress.units else receipt.rows,
             steady_seconds=now - first,
         )
-        if tell:
-            tell(progress)
+        if on_progress:
+            on_progress(progress)
         yield receipt
 
 
-def _judge(fresh: Sequence[ShardReceipt], settings: DownloadSettings, *, url: str) -> None:
-    """Hold what this run had so far to the bound."""
-    asked = sum(receipt.asked for receipt in fresh)
-    failed = sum(receipt.asked - receipt.downloaded for receipt in fresh)
-    if asked >= settings.judged_after and failed > settings.max_failed * asked:
-        causes = ", ".join(f"{count} {cause}" for cause, count in sum_counts(r.failed for r in fresh).items())
+def _check_failures(receipts: Sequence[ShardReceipt], settings: DownloadSettings, *, url: str) -> None:
+    """Hold this run's shards to the bound on failed rows."""
+    requested = sum(receipt.requested for receipt in receipts)
+    failed = requested - sum(receipt.downloaded for receipt in receipts)
+    if requested >= settings.judged_after and failed > settings.max_failed * requested:
+        causes = sum_counts(receipt.failed for receipt in receipts)
+        counted = ", ".join(f"{count} {cause}" for cause, count in causes.items())
         raise TooManyFailedError(
-            f"{failed} of {asked} rows failed ({causes}), more than the bound of {settings.max_failed:.0%}; "
-            f"look at {url}/_receipts, then mend the network, or raise download.max_failed. What may pass is "
-            "tried again by download.retry_rounds"
+            f"{failed} of {requested} rows failed ({counted}), more than the bound of "
+            f"{settings.max_failed:.0%}; see {url}/_receipts, then repair the network or raise "
+            "download.max_failed. download.retry_rounds retries transient causes"
         )
 
 
-def _rows_of(part: ShardTask, known: Mapping[str, ShardReceipt]) -> int:
-    return known[part.parent].transient if isinstance(part, RetryTask) else part.stop - part.start
+def _num_rows(task: ShardTask, receipts: Mapping[str, ShardReceipt]) -> int:
+    return receipts[task.parent].transient if isinstance(task, RetryTask) else task.stop - task.start
 
 
-def _settle_plan(url: str, identity: dict[str, Any]) -> None:
-    """Write down what the shards at `url` are made of, or find it there.
+def _check_identity(url: str, identity: dict[str, Any]) -> None:
+    """Record the identity of the shards at `url`, or compare it with the recorded one.
 
     Raises:
-        SourceError: if it is something else.
+        SourceError: if it is another.
     """
-    place = f"{url}/_plan.json"
-    if not exists(place) and exists(url) and list_files(url, endings=(".tar",)):
-        raise SourceError(f"{url} holds shards that came from elsewhere; give another download.place")
-    if write_once(place, json.dumps(identity, indent=2).encode()):
+    plan = f"{url}/_plan.json"
+    if not exists(plan) and exists(url) and list_files(url, endings=(".tar",)):
+        raise SourceError(f"{url} holds shards of another origin; give another download.place")
+    if write_once(plan, json.dumps(identity, indent=2).encode()):
         return
-    there = json.loads(read_bytes(place))
-    differing = list(differences(there, json.loads(json.dumps(identity))))
+    recorded = json.loads(read_bytes(plan))
+    differing = list(differences(recorded, json.loads(json.dumps(identity))))
     if differing:
         raise SourceError(
-            f"the shards at {url} were planned otherwise: {'; '.join(differing[:3])}; "
+            f"the shards at {url} were downloaded otherwise: {'; '.join(differing[:3])}; "
             "give another download.place"
         )
 
 
-def _repeated(url: str, planned: ShardRanges, columns: LinkSettings) -> dict[int, tuple[int, ...]]:
-    """The ordinals of rows whose URL came before, by the number of their range; found once and kept."""
-    place = f"{url}/_repeated.parquet"
-    if not exists(place):
+def _repeated_rows(url: str, ranges: ShardRanges, columns: LinkSettings) -> dict[int, tuple[int, ...]]:
+    """The ordinals of rows with a repeated URL, by the number of their range; computed once and stored."""
+    stored = f"{url}/_repeated.parquet"
+    if not exists(stored):
         buffer = io.BytesIO()
-        rows = find_repeated_urls(_urls(planned, columns))
+        rows = find_repeated_urls(_urls(ranges, columns))
         pq.write_table(pa.table({"row": pa.array(rows, pa.int64())}), buffer, compression="zstd")
-        write_once(place, buffer.getvalue())
-    rows = pq.read_table(pa.BufferReader(read_bytes(place))).column("row").to_numpy()
-    found: dict[int, tuple[int, ...]] = {}
+        write_once(stored, buffer.getvalue())
+    rows = pq.read_table(pa.BufferReader(read_bytes(stored))).column("row").to_numpy()
+    repeated: dict[int, tuple[int, ...]] = {}
     before = 0
-    for part in planned.parts({}):
-        low, high = np.searchsorted(rows, [before, before + part.stop - part.start])
+    for task in ranges.tasks({}):
+        low, high = np.searchsorted(rows, [before, before + task.stop - task.start])
         if high > low:
-            found[part.number] = tuple((rows[low:high] - before + part.start).tolist())
-        before += part.stop - part.start
-    return found
+            repeated[task.number] = tuple((rows[low:high] - before + task.start).tolist())
+        before += task.stop - task.start
+    return repeated
 
 
-def _urls(planned: ShardRanges, columns: LinkSettings) -> Iterator[str | bytes | None]:
+def _urls(ranges: ShardRanges, columns: LinkSettings) -> Iterator[str | bytes | None]:
     """The URL of every row of every list; None where it cannot be read."""
-    for links in planned.lists:
+    for links in ranges.lists:
         name = read_header(links, columns).url_column
         with open_parquet(links.url) as rows:
-            for batch in rows.batches([name], batch_rows=_BATCH_ROWS):
-                if isinstance(batch, RowBatch):
-                    yield from batch.values(name)
+            for part in rows.batches([name], batch_rows=_BATCH_ROWS):
+                if isinstance(part, RowBatch):
+                    yield from part.values(name)
                 else:
-                    yield from [None] * (batch.stop - batch.start)
+                    yield from [None] * (part.stop - part.start)

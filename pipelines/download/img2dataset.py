@@ -1,8 +1,8 @@
-"""img2dataset kept at arm's length: a process of its own for each shard, in its own environment, watched.
+"""Runs img2dataset isolated: a supervised process of its own environment for each shard.
 
-What it fetches comes from anybody, and what it decodes with is C. So the process is given no credentials,
-knows no place but a temporary folder, and may die: the picture that ended it is known, and the shard is tried
-again without it. What still fails has its rows accounted as failed. No row is lost.
+It fetches content from anybody and decodes it in C, so the process gets no credentials, sees only a temporary
+folder, and may crash: the image that crashed it is identified, and the shard is retried without it. Rows that
+still fail are recorded as failed. No row is lost.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from pipelines.fetching.causes import FetchError, cause_of
 from pipelines.fetching.guard import RequestLimits
 from pipelines.fetching.program import ROWS, VERSIONS, ShardRequest, read_progress
 
-# Tries that end with no picture to blame, and pictures that a shard is tried again without.
-_TRIES: Final = 3
+# Attempts that end without an image to blame, and images that a shard may be retried without.
+_MAX_ATTEMPTS: Final = 3
 _MAX_CRASHED: Final = 10
-_LOOK_SECONDS: Final = 0.2
-# A name server that does not answer holds a thread beyond the picture's own seconds.
+_POLL_SECONDS: Final = 0.2
+# A name server that does not answer blocks a thread beyond the image's own seconds.
 _LOOKUP_SECONDS: Final = 30.0
 _START_SECONDS: Final = 120.0
-# What the process may know of this one.
-_PASSED_ON: Final = ("PATH", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "LD_LIBRARY_PATH")
+# The environment variables that the process inherits.
+_INHERITED: Final = ("PATH", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "LD_LIBRARY_PATH")
 _LOG_CHARS: Final = 500
+_RESIZING: Final = ("image_size", "resize_mode", "resize_only_if_bigger", "encode_quality")
 
 
 class DownloadError(RuntimeError):
@@ -52,9 +53,9 @@ class FetchedShard:
     """A shard on the local disk.
 
     Attributes:
-        files: ending -> place, for each of `SHARD_SUFFIXES`.
-        downloaded: pictures in the tar.
-        failed: cause -> rows.
+        files: path by suffix, for each of `SHARD_SUFFIXES`.
+        downloaded: images in the tar.
+        failed: rows by cause.
         versions: of the packages that made it; empty if none did.
     """
 
@@ -65,77 +66,68 @@ class FetchedShard:
 
 
 class ShardFetcher:
-    """Rows in, a shard out."""
+    """Makes a shard from rows of URLs and captions."""
 
     def __init__(self, settings: FetchSettings, *, rows_per_shard: int) -> None:
         self._settings = settings
         self._rows_per_shard = rows_per_shard
-        # No `resolve`: a virtual environment's interpreter is a link.
+        # Not `resolve`: a virtual environment's interpreter is a link, and works only by that name.
         self._python = Path(settings.python).absolute()
 
     def __call__(self, rows: pa.Table, *, number: int, folder: Path) -> FetchedShard:
-        """Fetch the pictures of `rows`, in the empty folder `folder`, which holds the shard afterwards.
+        """Fetch the images of `rows` into the empty folder `folder`, which contains the shard afterwards.
 
         Args:
-            rows: url, caption and whatever else is to be kept; values that JSON knows.
+            rows: url, caption and metadata, with values that JSON can hold.
             number: of the shard, the first five digits of its keys.
             folder: on a local disk.
 
         Raises:
-            DownloadError: if there is no such interpreter, or img2dataset does not start in it.
+            DownloadError: if the interpreter does not exist, or img2dataset does not start in it.
         """
         if not os.access(self._python, os.X_OK):
             raise DownloadError(
-                f"img2dataset's interpreter {self._python} is not there: `make downloader`, or set "
-                "download.fetching.python to where it is on the machines that download"
+                f"img2dataset's interpreter {self._python} does not exist: run `make downloader`, or set "
+                "download.fetching.python to its path on the machines that download"
             )
-        request = self._request(number, tuple(rows.column_names))
-        work, tried = folder / "work", 0
+        # img2dataset pads the row's index in a key to this width.
+        digits = len(str(self._rows_per_shard - 1)) if self._rows_per_shard > 1 else 0
+        keys = [f"{number:05d}{row:0{digits}d}" for row in range(rows.num_rows)]
+        request = self._request(number, rows.column_names)
+        work, attempts = folder / "work", 0
         while True:
-            fault = self._try(rows, request, work)
+            fault = self._attempt(rows, request, work)
             if not fault:
-                return _settle(rows, work, number=number, digits=_digits(self._rows_per_shard))
-            steps, picture = read_progress(work)
+                return _complete_shard(rows, work, number=number, keys=keys)
+            steps, image = read_progress(work)
             shutil.rmtree(work, ignore_errors=True)
             if not steps:
                 raise DownloadError(
-                    f"img2dataset does not start with {self._python} ({fault}): make its environment again"
+                    f"img2dataset does not start with {self._python} ({fault}): install its environment again"
                 )
-            if picture:
-                request = replace(request, crashed=(*request.crashed, picture))
+            if image:
+                request = replace(request, crashed=(*request.crashed, image))
             else:
-                tried += 1
-            if tried == _TRIES or len(request.crashed) > _MAX_CRASHED:
-                digits = _digits(self._rows_per_shard)
-                return _give_up(rows, folder, number=number, digits=digits, fault=fault)
+                attempts += 1
+            if attempts == _MAX_ATTEMPTS or len(request.crashed) > _MAX_CRASHED:
+                return _failed_shard(rows, folder, number=number, keys=keys, fault=fault)
 
-    def _request(self, number: int, columns: tuple[str, ...]) -> ShardRequest:
-        settings, limits = self._settings, self._settings.limits
+    def _request(self, number: int, columns: list[str]) -> ShardRequest:
+        settings = self._settings
         return ShardRequest(
             number=number,
             columns=columns,
             rows_per_shard=self._rows_per_shard,
-            image_size=settings.image_size,
-            resize_mode=settings.resize_mode,
-            resize_only_if_bigger=settings.resize_only_if_bigger,
-            encode_quality=settings.encode_quality,
+            resizing={name: getattr(settings, name) for name in _RESIZING},
             threads=settings.threads,
-            limits=RequestLimits(
-                max_bytes=limits.max_bytes,
-                max_pixels=limits.max_pixels,
-                max_redirects=limits.max_redirects,
-                seconds=limits.seconds,
-                tries=limits.tries,
-                pause=limits.pause,
-            ),
+            limits=RequestLimits(**settings.limits.to_values()),
             agent=settings.user_agent_token,
             directives=settings.respected,
             private_networks=settings.private_networks,
-            decode_seconds=limits.decode_seconds,
         )
 
-    def _try(self, rows: pa.Table, request: ShardRequest, folder: Path) -> str:
-        """Run the program once; returns what went wrong, empty if nothing did."""
+    def _attempt(self, rows: pa.Table, request: ShardRequest, folder: Path) -> str:
+        """Run the program once; returns its error, empty if there was none."""
         folder.mkdir()
         request.write(folder)
         with pa.ipc.new_file(folder / ROWS, rows.schema) as file:
@@ -143,7 +135,7 @@ class ShardFetcher:
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
                 [self._python, "-s", "-m", "pipelines.fetching.program", str(folder)],
-                # Its end tells the program that this process died.
+                # The program exits when this pipe closes, that is, when this process dies.
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -151,7 +143,7 @@ class ShardFetcher:
                 env=self._environment(folder),
             )
             try:
-                stood_still = self._watch(process, folder)
+                stalled = self._is_stalled(process, folder)
             finally:
                 process.kill()
                 code = process.wait()
@@ -159,67 +151,66 @@ class ShardFetcher:
                     process.stdin.close()
         if code == 0 and (folder / VERSIONS).exists():
             return ""
-        said = (folder / "log").read_text(errors="replace").strip()[-_LOG_CHARS:]
-        return "stood still" if stood_still else f"exit status {code}: {said}"
+        output = (folder / "log").read_text(errors="replace").strip()[-_LOG_CHARS:]
+        return "stood still" if stalled else f"exit status {code}: {output}"
 
-    def _watch(self, process: subprocess.Popen[bytes], folder: Path) -> bool:
-        """Wait for the end; returns whether there was none because nothing went on any more."""
+    def _is_stalled(self, process: subprocess.Popen[bytes], folder: Path) -> bool:
+        """Wait for the process to exit; True if instead it makes no progress for longer than a row may take."""
         limits = self._settings.limits
         pauses = limits.pause * (2 ** (limits.tries - 1) - 1)
         row_seconds = limits.tries * (limits.seconds + _LOOKUP_SECONDS) + pauses + limits.decode_seconds
-        steps, moved = 0, time.monotonic()
+        steps, last_step = 0, time.monotonic()
         while True:
             try:
-                process.wait(_LOOK_SECONDS)
+                process.wait(_POLL_SECONDS)
             except subprocess.TimeoutExpired:
                 now = time.monotonic()
-                seen, _ = read_progress(folder)
-                if seen != steps:
-                    steps, moved = seen, now
-                # Ending is one more step that may take its time.
-                if now - moved > row_seconds + (_START_SECONDS if steps == 0 else 0):
+                new_steps, _ = read_progress(folder)
+                if new_steps != steps:
+                    steps, last_step = new_steps, now
+                # Starting, with its imports, takes longer than any row.
+                if now - last_step > row_seconds + (_START_SECONDS if steps == 0 else 0):
                     return True
             else:
                 return False
 
     def _environment(self, folder: Path) -> dict[str, str]:
-        """The program's variables, with a copy of its code: nothing else of ours is on its path."""
+        """The program's variables, with a copy of its code: nothing else of this project is on its path."""
         code = folder / "code" / "pipelines"
         shutil.copytree(
             Path(fetching.__file__).parent, code / "fetching", ignore=shutil.ignore_patterns("__pycache__")
         )
         (code / "__init__.py").touch()
         return {
-            **{name: os.environ[name] for name in _PASSED_ON if name in os.environ},
+            **{name: os.environ[name] for name in _INHERITED if name in os.environ},
             "HOME": str(folder),
             "TMPDIR": str(folder),
             "PYTHONPATH": str(code.parent),
             "PYTHONDONTWRITEBYTECODE": "1",
-            # albumentations would look on the network for a newer one of itself.
+            # albumentations would look for a newer version of itself on the network.
             "NO_ALBUMENTATIONS_UPDATE": "1",
             "OPENCV_IO_MAX_IMAGE_PIXELS": str(self._settings.limits.max_pixels),
-            # For the C library's look-ups, which no deadline of Python's reaches.
+            # For the C library's resolver, which ignores every deadline set in Python.
             "RES_OPTIONS": "timeout:5 attempts:2",
         }
 
 
-def _settle(rows: pa.Table, work: Path, *, number: int, digits: int) -> FetchedShard:
-    """The finished shard, every row of it in the sidecar."""
-    files = {ending: work / f"{number:05d}{ending}" for ending in SHARD_SUFFIXES}
+def _complete_shard(rows: pa.Table, work: Path, *, number: int, keys: list[str]) -> FetchedShard:
+    """The finished shard, with every row in its sidecar."""
+    files = _shard_files(work, number)
     with tarfile.open(files[".tar"]) as archive:
         arrived = {name.partition(".")[0] for name in archive.getnames()}
     sidecar = pq.read_table(files[".parquet"])
-    told = zip(sidecar.column("key").to_pylist(), sidecar.column("status").to_pylist(), strict=True)
-    true = [status != "success" or key in arrived for key, status in told]
-    sidecar = sidecar.filter(pa.array(true, pa.bool_()))
-    keys = [f"{number:05d}{row:0{digits}d}" for row in range(rows.num_rows)]
-    # img2dataset prints what went wrong with a row that it could not write down, and goes on.
+    listed = zip(sidecar.column("key").to_pylist(), sidecar.column("status").to_pylist(), strict=True)
+    is_true = [status != "success" or key in arrived for key, status in listed]
+    sidecar = sidecar.filter(pa.array(is_true, pa.bool_()))
+    # img2dataset only prints an error about a row that it cannot serialise, and drops it.
     known = {*sidecar.column("key").to_pylist(), *arrived}
     lost = [row for row, key in enumerate(keys) if key not in known]
-    if lost or not all(true):
-        fault = str(FetchError("interrupted", "img2dataset lost the row"))
-        unwritten = _failed(rows.take(pa.array(lost, pa.int64())), [keys[row] for row in lost], fault)
-        sidecar = pa.concat_tables([sidecar, unwritten], promote_options="default")
+    if lost or not all(is_true):
+        message = str(FetchError("interrupted", "img2dataset lost the row"))
+        missing = _failed_rows(rows.take(pa.array(lost, pa.int64())), [keys[row] for row in lost], message)
+        sidecar = pa.concat_tables([sidecar, missing], promote_options="default")
         pq.write_table(sidecar, files[".parquet"])
     failed = sidecar.filter(pc.not_equal(sidecar.column("status"), "success"))
     causes = Counter(cause_of(message) for message in failed.column("error_message").to_pylist())
@@ -231,12 +222,11 @@ def _settle(rows: pa.Table, work: Path, *, number: int, digits: int) -> FetchedS
     )
 
 
-def _give_up(rows: pa.Table, folder: Path, *, number: int, digits: int, fault: str) -> FetchedShard:
-    """A shard without pictures, whose sidecar says of every row that it was not had."""
-    files = {ending: folder / f"{number:05d}{ending}" for ending in SHARD_SUFFIXES}
-    keys = [f"{number:05d}{row:0{digits}d}" for row in range(rows.num_rows)]
+def _failed_shard(rows: pa.Table, folder: Path, *, number: int, keys: list[str], fault: str) -> FetchedShard:
+    """A shard without images, whose sidecar lists every row as failed."""
+    files = _shard_files(folder, number)
     message = str(FetchError("interrupted", fault))
-    pq.write_table(_failed(rows, keys, message), files[".parquet"])
+    pq.write_table(_failed_rows(rows, keys, message), files[".parquet"])
     stats: dict[str, Any] = {
         "count": rows.num_rows,
         "successes": 0,
@@ -251,8 +241,12 @@ def _give_up(rows: pa.Table, folder: Path, *, number: int, digits: int, fault: s
     return FetchedShard(files=files, downloaded=0, failed={"interrupted": rows.num_rows}, versions={})
 
 
-def _failed(rows: pa.Table, keys: list[str], message: str) -> pa.Table:
-    """Rows as img2dataset's sidecar has those that failed."""
+def _shard_files(folder: Path, number: int) -> dict[str, Path]:
+    return {suffix: folder / f"{number:05d}{suffix}" for suffix in SHARD_SUFFIXES}
+
+
+def _failed_rows(rows: pa.Table, keys: list[str], message: str) -> pa.Table:
+    """Rows in the form that img2dataset's sidecar gives to failed ones."""
     texts = {
         "key": keys,
         "status": ["failed_to_download"] * len(keys),
@@ -263,8 +257,3 @@ def _failed(rows: pa.Table, keys: list[str], message: str) -> pa.Table:
     for name in ("width", "height", "original_width", "original_height"):
         rows = rows.append_column(name, pa.nulls(len(keys), pa.int32()))
     return rows.append_column("sha256", pa.nulls(len(keys), pa.string()))
-
-
-def _digits(rows_per_shard: int) -> int:
-    """Of a row's place in its key, as img2dataset counts them."""
-    return len(str(rows_per_shard - 1)) if rows_per_shard > 1 else 0

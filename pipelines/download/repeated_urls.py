@@ -1,7 +1,7 @@
-"""Rows of URL lists whose URL stands further up: found exactly, whatever the lists' size, in bounded memory.
+"""Finds rows of URL lists whose URL occurred before: exactly, for lists of any size, in bounded memory.
 
-Of each URL a digest of 16 bytes goes to one of 256 files on the local disk, with the row's number: 24 bytes a
-row. Equal URLs meet in the same file, and the files are sorted one by one.
+A 16-byte digest of each URL goes to one of 256 files on the local disk, with the row's index: 24 bytes per
+row. Equal URLs fall into the same file, and the files are sorted one by one.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _RECORD: Final = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<i8")])
 
 
 def find_repeated_urls(urls: Iterable[str | bytes | None]) -> np.ndarray:
-    """The places, from 0, of the URLs that came before: int64 [n], ascending. None is no URL.
+    """The indices, from 0, of URLs that occurred before: int64 [n], ascending. None is no URL.
 
-    Equal means: the same characters, white space at the ends left out.
+    URLs are equal if their characters are, apart from white space at the ends.
     """
     with tempfile.TemporaryDirectory(prefix="urls-") as folder:
         for records in _records(urls):
             _scatter(records, Path(folder))
-        found = [_repeats_in(Path(folder) / str(bucket)) for bucket in range(_BUCKETS)]
+        found = [_repeated_in(Path(folder) / str(bucket)) for bucket in range(_BUCKETS)]
     return np.sort(np.concatenate(found))
 
 
@@ -63,7 +63,7 @@ def _scatter(records: np.ndarray, folder: Path) -> None:
                 file.write(part.tobytes())
 
 
-def _repeats_in(file: Path) -> np.ndarray:
+def _repeated_in(file: Path) -> np.ndarray:
     if not file.exists():
         return np.empty(0, np.int64)
     records = np.fromfile(file, _RECORD)

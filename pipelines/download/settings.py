@@ -1,4 +1,4 @@
-"""Settings of downloads by img2dataset."""
+"""Settings of downloads with img2dataset."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Directive = Literal["noai", "noimageai", "noindex", "noimageindex", "tdm-reserva
 
 
 class FetchLimits(Settings):
-    """What one picture may cost.
+    """Bounds on one image.
 
     Attributes:
-        seconds: of one try, from the look-up of the name to the last byte, redirections included.
-        tries: of one picture at a time; only what may pass, such as a busy server, is tried again.
-        pause: seconds before the second try; twice as long before each further one.
-        max_bytes: of a picture's file.
-        max_pixels: that a picture's header may announce; decoding takes up to 72 bytes for each.
+        seconds: of one attempt, from the name's look-up to the last byte, redirects included.
+        tries: attempts in one round; only transient causes, such as a busy server, are retried.
+        pause: seconds before the second attempt, doubled before each further one.
+        max_bytes: of an image file.
+        max_pixels: that an image's header may announce; decoding takes up to 72 bytes for each.
         max_redirects: that are followed.
-        decode_seconds: for decoding, resizing and encoding; a process that needs longer is ended.
+        decode_seconds: for decoding, resizing and encoding; a process that takes longer is killed.
     """
 
     seconds: float = Field(20.0, gt=0)
@@ -37,21 +37,21 @@ class FetchLimits(Settings):
 
 
 class FetchSettings(Settings):
-    """How a shard's pictures are fetched and stored.
+    """How the images of a shard are fetched and stored.
 
     Attributes:
         python: the interpreter of img2dataset's environment, on the machines that download.
-        image_size: pixels; which side it is of is `resize_mode`'s matter.
-        resize_mode: img2dataset's; "keep_ratio" makes the shorter side `image_size`.
-        resize_only_if_bigger: whether smaller pictures stay as they are.
+        image_size: pixels of the side that `resize_mode` determines.
+        resize_mode: img2dataset's; "keep_ratio" resizes the shorter side to `image_size`.
+        resize_only_if_bigger: whether smaller images keep their size.
         encode_quality: of the JPEGs that are written.
-        threads: pictures that are fetched at a time, by one process.
-        limits: of each picture.
-        user_agent_token: the name that servers are given, and by which they may ask us to stay away.
-        respected: requests in a server's headers that are respected: directives of X-Robots-Tag, and
+        threads: concurrent requests of one process.
+        limits: of each image.
+        user_agent_token: the user agent's name, which opt-outs may address.
+        respected: opt-outs in response headers that are respected: directives of X-Robots-Tag, and
             "tdm-reservation" for TDM-Reservation. () respects none, and is recorded in each receipt.
-        private_networks: addresses that may be fetched from although they are not of the open internet, such
-            as 10.20.0.0/16.
+        private_networks: networks that may be reached although they are not on the open internet, such as
+            10.20.0.0/16.
     """
 
     python: str = ".venv-img2dataset/bin/python"
@@ -67,24 +67,24 @@ class FetchSettings(Settings):
 
     @field_validator("private_networks")
     @classmethod
-    def _are_networks(cls, given: tuple[str, ...]) -> tuple[str, ...]:
-        parse_networks(given)
-        return given
+    def _are_networks(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        parse_networks(texts)
+        return texts
 
 
 class DownloadSettings(Settings):
-    """How URL lists become shards.
+    """How URL lists are downloaded.
 
     Attributes:
         links: Parquet lists of URLs and captions: one file, a folder of them or a glob.
-        place: where in the run the shards go.
-        columns: what is read of the lists.
-        rows_per_shard: rows of a list that one shard is made of; what is refused of them leaves it smaller.
-        fetching: how pictures are fetched and stored.
-        retry_rounds: how often rows that failed for a cause that may pass are tried again, after all others.
-            A run with more rounds than the last one tries again what is left.
-        max_failed: fraction of the rows asked for that may fail in a first try. Old lists lose half.
-        judged_after: rows asked for before the fraction is judged.
+        place: the folder of the shards in the run.
+        columns: the columns of the lists.
+        rows_per_shard: rows of a list per shard; rows that are refused make the shard smaller.
+        fetching: how images are fetched and stored.
+        retry_rounds: how often rows that failed for a transient cause are retried, after all others. A run
+            with more rounds than the last one retries what is left.
+        max_failed: fraction of the requested rows that may fail in the first attempt. Old lists lose half.
+        judged_after: requested rows before that fraction is checked.
         pool: the actors that download; each runs one process of `fetching.threads` threads.
     """
 

@@ -1,4 +1,4 @@
-"""A range of a URL list to a shard: read, select, fetch, publish. Or a shard's failed rows to another."""
+"""Downloads one shard: a range of a URL list, or the transient failures of an earlier shard."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.download.img2dataset import ShardFetcher
-from pipelines.download.receipts import ShardReceipt, finish_publishing, publish_shard, read_receipt
+from pipelines.download.receipts import (
+    ShardReceipt,
+    finish_publishing,
+    publish_shard,
+    read_receipt,
+    receipt_url,
+)
 from pipelines.download.settings import FetchSettings
 from pipelines.fetching.causes import TRANSIENT, cause_of
 from pipelines.rejections import Rejected, Rejection
@@ -27,26 +33,26 @@ from pipelines.stages.select import check
 from pipelines.stages.settings import Selection
 from pipelines.storage.objects import exists, read_bytes
 
-# What img2dataset gives its own meaning, and what is ours below.
+_REQUIRED: Final = ("url", "caption", "link_id")
+# Columns that img2dataset or this stage writes; a list's own columns of these names are dropped.
 _RESERVED: Final = frozenset(
     [
-        *("url", "caption", "key", "status", "error_message", "exif", "md5", "sha256", "sha512"),
-        *("width", "height", "original_width", "original_height", "link_id", "retry_of"),
+        *(*_REQUIRED, "key", "status", "error_message", "exif", "md5", "sha256", "sha512"),
+        *("width", "height", "original_width", "original_height", "retry_of"),
     ]
 )
-_KEPT: Final = ("url", "caption", "link_id")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadTask:
-    """What becomes one shard: ordinals [start, stop) of a list.
+    """Ordinals [start, stop) of a list, to become one shard.
 
     Attributes:
         number: of the shard, over all lists.
         links: the list.
         start: first ordinal.
         stop: ordinal after the last.
-        repeated: ordinals of rows whose URL stands further up in the lists.
+        repeated: ordinals of rows whose URL occurred before in the lists.
     """
 
     number: int
@@ -60,19 +66,14 @@ class DownloadTask:
         """Of the shard."""
         return shard_name(self.number, retry=0)
 
-    @property
-    def retry(self) -> int:
-        """The round of retries: none."""
-        return 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class RetryTask:
-    """What becomes one shard: the rows of another that failed for a cause that may pass.
+    """The rows of a shard that failed for a transient cause, to become another shard.
 
     Attributes:
-        number: of the shard whose list's rows these are.
-        retry: which round of retries this is, from 1; the rows are those that failed in the one before.
+        number: of the shard of the first attempt.
+        retry: the round of retries, from 1; the rows are those that failed in the round before.
     """
 
     number: int
@@ -93,12 +94,12 @@ ShardTask = DownloadTask | RetryTask
 
 
 def shard_name(number: int, *, retry: int) -> str:
-    """The name of a shard, after that of the first try."""
+    """The name of a shard in a round of retries; 0 is the first attempt."""
     return f"{number:05d}-r{retry}" if retry else f"{number:05d}"
 
 
 class DownloadShard:
-    """`ShardTask` in, `ShardReceipt` out; the shard is at `url` when the receipt is."""
+    """A pipeline stage from `ShardTask` to `ShardReceipt`; the shard is published with its receipt."""
 
     def __init__(
         self,
@@ -107,33 +108,36 @@ class DownloadShard:
         rows_per_shard: int,
         columns: LinkSettings,
         selection: Selection,
-        vetoes: Sequence[LinkFilter],
+        filters: Sequence[LinkFilter],
         fetching: FetchSettings,
     ) -> None:
         self.url = url
         self.columns = columns
         self.selection = selection
-        self.vetoes = tuple(vetoes)
+        self.filters = tuple(filters)
         self.fetching = fetching
-        self.make = ShardFetcher(fetching, rows_per_shard=rows_per_shard)
+        self.fetch = ShardFetcher(fetching, rows_per_shard=rows_per_shard)
 
-    def __call__(self, part: ShardTask) -> ShardReceipt:
+    def __call__(self, task: ShardTask) -> ShardReceipt:
         """Make the shard, unless it has its receipt already.
 
         Raises:
-            DownloadError: if img2dataset is not installed where it should be.
+            DownloadError: if img2dataset is not installed.
         """
-        if exists(f"{self.url}/_receipts/{part.name}.json"):
-            receipt = read_receipt(self.url, part.name)
+        if exists(receipt_url(self.url, task.name)):
+            receipt = read_receipt(self.url, task.name)
             finish_publishing(receipt, url=self.url)
             return receipt
         began = time.monotonic()
-        rows, refused = self._rows(part)
-        source, start, stop = self._origin(part, rows.num_rows + sum(refused.values()))
-        told: dict[str, Any] = {
-            "name": part.name,
-            "number": part.number,
-            "retry": part.retry,
+        rows, refused = self._rows(task)
+        if isinstance(task, RetryTask):
+            source, start, stop = task.parent, 0, rows.num_rows + sum(refused.values())
+        else:
+            source, start, stop = task.links.name, task.start, task.stop
+        entry: dict[str, Any] = {
+            "name": task.name,
+            "number": task.number,
+            "retry": task.retry if isinstance(task, RetryTask) else 0,
             "source": source,
             "start": start,
             "stop": stop,
@@ -142,51 +146,51 @@ class DownloadShard:
             "settings": self.fetching.to_values(),
         }
         if not rows.num_rows:
-            return publish_shard(ShardReceipt(**told), {}, url=self.url)
-        with tempfile.TemporaryDirectory(prefix=f"img2dataset-{part.name}-") as folder:
-            made = self.make(rows, number=part.number, folder=Path(folder))
+            return publish_shard(ShardReceipt(**entry), {}, url=self.url)
+        with tempfile.TemporaryDirectory(prefix=f"img2dataset-{task.name}-") as folder:
+            shard = self.fetch(rows, number=task.number, folder=Path(folder))
             receipt = ShardReceipt(
-                **told,
-                downloaded=made.downloaded,
-                failed=made.failed,
-                size=made.files[".tar"].stat().st_size,
+                **entry,
+                downloaded=shard.downloaded,
+                failed=shard.failed,
+                size=shard.files[".tar"].stat().st_size,
                 seconds=round(time.monotonic() - began, 2),
-                versions=made.versions,
+                versions=shard.versions,
             )
-            return publish_shard(receipt, made.files, url=self.url)
+            return publish_shard(receipt, shard.files, url=self.url)
 
-    def _rows(self, part: ShardTask) -> tuple[pa.Table, dict[str, int]]:
-        """The rows to be asked for, and how many are not, by reason."""
-        if isinstance(part, RetryTask):
-            return self._again(transient_failures(self.url, part.parent))
-        kept: list[Link] = []
+    def _rows(self, task: ShardTask) -> tuple[pa.Table, dict[str, int]]:
+        """The rows to request, and the number of refused ones by reason."""
+        if isinstance(task, RetryTask):
+            return self._retried_rows(transient_failures(self.url, task.parent))
+        accepted: list[Link] = []
         refused: Counter[str] = Counter()
-        for row in self._judged(part):
+        for row in self._filtered_links(task):
             if isinstance(row, Rejection):
                 refused[row.reason] += 1
             else:
-                kept.append(row)
-        return to_table(kept), dict(sorted(refused.items()))
+                accepted.append(row)
+        return links_to_table(accepted), dict(sorted(refused.items()))
 
-    def _again(self, rows: pa.Table) -> tuple[pa.Table, dict[str, int]]:
-        """Of rows that failed, those that may still be asked for: one may have to be forgotten by now."""
+    def _retried_rows(self, rows: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+        """Likewise of failed rows, which are filtered again: a deletion request may have come since."""
         refused: Counter[str] = Counter()
-        kept: list[int] = []
-        for place, row in enumerate(rows.to_pylist()):
-            url, caption, id_ = (row.pop(name) for name in _KEPT)
+        accepted: list[int] = []
+        for index, row in enumerate(rows.to_pylist()):
+            url, caption, id_ = (row.pop(name) for name in _REQUIRED)
             try:
-                self._veto(
-                    Link(id=id_, ordinal=place, url=url, caption=caption, metadata=clean_metadata(row))
+                self._filter(
+                    Link(id=id_, ordinal=index, url=url, caption=caption, metadata=clean_metadata(row))
                 )
-            except Rejected as verdict:
-                refused[verdict.reason] += 1
+            except Rejected as rejected:
+                refused[rejected.reason] += 1
             else:
-                kept.append(place)
-        return rows.take(pa.array(kept, pa.int64())), dict(sorted(refused.items()))
+                accepted.append(index)
+        return rows.take(pa.array(accepted, pa.int64())), dict(sorted(refused.items()))
 
-    def _judged(self, part: DownloadTask) -> Iterator[Link | Rejection]:
-        repeated = frozenset(part.repeated)
-        for row in read_links(part.links, self.columns, start=part.start, stop=part.stop):
+    def _filtered_links(self, task: DownloadTask) -> Iterator[Link | Rejection]:
+        repeated = frozenset(task.repeated)
+        for row in read_links(task.links, self.columns, start=task.start, stop=task.stop):
             if isinstance(row, Rejection):
                 yield row
                 continue
@@ -194,45 +198,40 @@ class DownloadShard:
                 if row.ordinal in repeated:
                     raise Rejected("repeated_url")
                 check(row.metadata, caption=row.caption, selection=self.selection)
-                self._veto(row)
-            except Rejected as verdict:
-                yield verdict.record(id=row.id, source=part.links.name, ordinal=row.ordinal)
+                self._filter(row)
+            except Rejected as rejected:
+                yield rejected.record(id=row.id, source=task.links.name, ordinal=row.ordinal)
             else:
                 yield row
 
-    def _veto(self, row: Link) -> None:
-        for veto in self.vetoes:
-            veto.check_link(row)
-
-    def _origin(self, part: ShardTask, rows: int) -> tuple[str, int, int]:
-        if isinstance(part, RetryTask):
-            return part.parent, 0, rows
-        return part.links.name, part.start, part.stop
+    def _filter(self, row: Link) -> None:
+        for row_filter in self.filters:
+            row_filter.check_link(row)
 
 
 def transient_failures(url: str, shard: str) -> pa.Table:
-    """The rows of a shard that failed for a cause that may pass, as img2dataset is to be given them again.
+    """The rows of a shard that failed for a transient cause, as input of img2dataset.
 
-    `retry_of` says which row of which shard each was.
+    `retry_of` identifies each row by shard and key.
 
     Raises:
         StorageError: if the shard's sidecar cannot be read.
     """
     sidecar = pq.read_table(pa.BufferReader(read_bytes(f"{url}/{shard}.parquet")))
-    told = zip(sidecar.column("status").to_pylist(), sidecar.column("error_message").to_pylist(), strict=True)
-    again = [status != "success" and cause_of(message) in TRANSIENT for status, message in told]
-    rows = sidecar.filter(pa.array(again, pa.bool_()))
+    outcomes = zip(
+        sidecar.column("status").to_pylist(), sidecar.column("error_message").to_pylist(), strict=True
+    )
+    is_transient = [status != "success" and cause_of(message) in TRANSIENT for status, message in outcomes]
+    rows = sidecar.filter(pa.array(is_transient, pa.bool_()))
     parents = pa.array([f"{shard}/{key}" for key in rows.column("key").to_pylist()], pa.string())
-    kept = [
-        name for name in rows.column_names if name not in _RESERVED or name in ("url", "caption", "link_id")
-    ]
-    return rows.select(kept).append_column("retry_of", parents)
+    columns = [name for name in rows.column_names if name in _REQUIRED or name not in _RESERVED]
+    return rows.select(columns).append_column("retry_of", parents)
 
 
-def to_table(links: list[Link]) -> pa.Table:
-    """The rows as img2dataset is given them: URL, caption, the link's id, and every column that is not taken.
+def links_to_table(links: list[Link]) -> pa.Table:
+    """The rows as input of img2dataset: URL, caption, the link's id, and all columns that are not reserved.
 
-    img2dataset loses a row whose values JSON does not know, so others become text.
+    img2dataset drops rows with values that JSON cannot hold, so such columns are converted to text.
     """
     columns: dict[str, pa.Array] = {
         "url": pa.array([link.url for link in links], pa.string()),
@@ -241,11 +240,11 @@ def to_table(links: list[Link]) -> pa.Table:
     }
     for name in dict.fromkeys(name for link in links for name in link.metadata):
         if name not in _RESERVED:
-            columns[name] = _column([link.metadata.get(name) for link in links])
+            columns[name] = _json_column([link.metadata.get(name) for link in links])
     return pa.table(columns)
 
 
-def _column(values: list[Any]) -> pa.Array:
+def _json_column(values: list[Any]) -> pa.Array:
     try:
         column = pa.array(values)
         json.dumps(column.to_pylist())

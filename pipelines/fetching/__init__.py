@@ -1,4 +1,4 @@
-"""Pictures fetched from the open web by img2dataset, in the environment that it has for itself.
+"""Fetches images from the open web with img2dataset, inside img2dataset's own environment.
 
-What is here runs there: it imports the standard library, img2dataset, and nothing else of ours.
+These modules run there, so they import the standard library, img2dataset, and nothing else of this project.
 """

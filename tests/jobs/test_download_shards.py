@@ -17,7 +17,7 @@ PYTHON = Path(__file__).parent.parent.parent / ".venv-img2dataset/bin/python"
 @pytest.mark.skipif(not PYTHON.exists(), reason="img2dataset is not installed: `make downloader`")
 def test_shards_are_downloaded_on_ray_and_not_again(ray_cluster, tmp_path, capsys):
     with pages.local_web() as web:
-        urls = [web.serve(f"/{number}.jpg", pages.picture(number)) for number in range(5)]
+        urls = [web.serve(f"/{number}.jpg", pages.image(number)) for number in range(5)]
         rows = {"url": [*urls, web.url("/none"), urls[0]], "text": [f"picture {row}" for row in range(7)]}
         pq.write_table(pa.table(rows), tmp_path / "coyo.parquet")
         settings = {
@@ -34,5 +34,5 @@ def test_shards_are_downloaded_on_ray_and_not_again(ray_cluster, tmp_path, capsy
             assert "7 rows: 5 pictures in 2 shards" in said
             assert "refused: 1 repeated_url" in said
             assert "failed: 1 gone" in said
-        assert web.asked.total() == 6
+        assert web.requests.total() == 6
     assert [shard.name for shard in list_shards(str(tmp_path / "run/shards"))] == ["00000", "00001"]

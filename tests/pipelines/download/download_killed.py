@@ -1,4 +1,4 @@
-"""Downloads a list in this process, so that a test can kill it: links, place, interpreter."""
+"""Downloads a list in this process, so that a test can kill it. Arguments: list, shards, interpreter."""
 
 import sys
 
@@ -8,7 +8,7 @@ from pipelines.download.downloads import download_shards
 from pipelines.download.settings import DownloadSettings, FetchLimits, FetchSettings
 from pipelines.stages.settings import Selection
 
-links, place, python = sys.argv[1:]
+links, url, python = sys.argv[1:]
 fetching = FetchSettings(
     python=python,
     image_size=32,
@@ -17,4 +17,4 @@ fetching = FetchSettings(
     limits=FetchLimits(seconds=2.0, tries=1, max_bytes=100_000, max_pixels=1 << 20),
 )
 settings = DownloadSettings(links=links, rows_per_shard=4, fetching=fetching)
-download_shards(settings, selection=Selection(min_caption_chars=4), url=place, run=in_process)
+download_shards(settings, selection=Selection(min_caption_chars=4), url=url, run=in_process)

@@ -1,8 +1,7 @@
-"""What the first bytes of a picture say of it: its format and its size, before any decoder sees it.
+"""Checks an image's format, size and completeness by its bytes, before any decoder sees it.
 
-A decoder allocates what a header announces, and each format that it knows is one more program to attack: so
-what the web shows comes through, and nothing else. A picture that breaks off is told here, because some
-decoders paint the rest grey.
+A decoder allocates what a header announces, and each format it knows is one more attack surface, so only the
+formats of the web pass. Truncated images are rejected here, because some decoders fill the rest with grey.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ _AVIF_HEADER: Final = 1 << 16
 
 
 def check_image(data: bytes, *, max_pixels: int) -> None:
-    """Let a picture pass that a decoder may be given.
+    """Check that an image may be given to a decoder.
 
     Raises:
-        Unfetched: `empty`, `not_an_image`, `broken_image` or `too_many_pixels`.
+        FetchError: `empty`, `not_an_image`, `broken_image` or `too_many_pixels`.
     """
     if not data:
         raise FetchError("empty")
-    size_of = next((reader for begins, reader in _READERS if begins(data)), None)
-    if size_of is None:
+    read_size = next((reader for matches, reader in _READERS if matches(data)), None)
+    if read_size is None:
         raise FetchError("not_an_image", f"begins with {data[:12]!r}")
     try:
-        width, height = size_of(data)
+        width, height = read_size(data)
     except (struct.error, IndexError):
         raise FetchError("broken_image", "the header breaks off") from None
     if width < 1 or height < 1:
@@ -43,13 +42,13 @@ def check_image(data: bytes, *, max_pixels: int) -> None:
 _Size = tuple[int, int]
 
 
-def _jpeg(data: bytes) -> _Size:
+def _jpeg_size(data: bytes) -> _Size:
     size: _Size | None = None
     position = 2
     while True:
         position += 1
         marker = data[position]
-        if data[position - 1] != 0xFF or marker in (0x00, 0xFF):  # padding, or bytes that decoders pass over
+        if data[position - 1] != 0xFF or marker in (0x00, 0xFF):  # padding, or bytes that decoders skip
             continue
         position += 1
         if marker in _JPEG_ALONE:
@@ -61,7 +60,7 @@ def _jpeg(data: bytes) -> _Size:
         position += max(length, 2)
         if marker == _JPEG_SCAN:
             break
-    # Within a scan FF is always followed by something else.
+    # Within a scan FF D9 cannot occur: a data byte FF is followed by 00.
     if data.find(b"\xff\xd9", position) < 0:
         raise FetchError("broken_image", "a JPEG without its end")
     if size is None:
@@ -69,7 +68,7 @@ def _jpeg(data: bytes) -> _Size:
     return size
 
 
-def _png(data: bytes) -> _Size:
+def _png_size(data: bytes) -> _Size:
     if data[12:16] != b"IHDR":
         raise FetchError("broken_image", "a PNG without its header")
     width, height = struct.unpack_from(">II", data, 16)
@@ -78,12 +77,12 @@ def _png(data: bytes) -> _Size:
     return width, height
 
 
-def _gif(data: bytes) -> _Size:
+def _gif_size(data: bytes) -> _Size:
     width, height = struct.unpack_from("<HH", data, 6)
     return width, height
 
 
-def _bmp(data: bytes) -> _Size:
+def _bmp_size(data: bytes) -> _Size:
     (header,) = struct.unpack_from("<I", data, 14)
     if header == 12:
         width, height = struct.unpack_from("<HH", data, 18)
@@ -92,7 +91,7 @@ def _bmp(data: bytes) -> _Size:
     return abs(width), abs(height)
 
 
-def _webp(data: bytes) -> _Size:
+def _webp_size(data: bytes) -> _Size:
     (length,) = struct.unpack_from("<I", data, 4)
     if len(data) < length + 8:
         raise FetchError("broken_image", "a WebP without its end")
@@ -106,8 +105,8 @@ def _webp(data: bytes) -> _Size:
     return width & 0x3FFF, height & 0x3FFF
 
 
-def _avif(data: bytes) -> _Size:
-    """The largest of the sizes that its items announce: a grid's tiles are smaller than the picture."""
+def _avif_size(data: bytes) -> _Size:
+    """The largest size that its items announce: the tiles of a grid are smaller than the image."""
     largest, position = (0, 0), data.find(b"ispe", 0, _AVIF_HEADER)
     while position >= 0:
         width, height = struct.unpack_from(">II", data, position + 8)
@@ -117,10 +116,10 @@ def _avif(data: bytes) -> _Size:
 
 
 _READERS: Final[tuple[tuple[Callable[[bytes], bool], Callable[[bytes], _Size]], ...]] = (
-    (lambda data: data.startswith(b"\xff\xd8\xff"), _jpeg),
-    (lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), _png),
-    (lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP", _webp),
-    (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _gif),
-    (lambda data: data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"), _avif),
-    (lambda data: data.startswith(b"BM") and len(data) > 26, _bmp),
+    (lambda data: data.startswith(b"\xff\xd8\xff"), _jpeg_size),
+    (lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), _png_size),
+    (lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP", _webp_size),
+    (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _gif_size),
+    (lambda data: data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"), _avif_size),
+    (lambda data: data.startswith(b"BM") and len(data) > 26, _bmp_size),
 )

@@ -1,0 +1,75 @@
+"""Bounds a connection in time and bytes, as far as `http.client` uses sockets."""
+
+from __future__ import annotations
+
+import io
+import socket
+import time
+from typing import Any, Final
+
+from pipelines.fetching.causes import FetchError
+
+BUFFER_BYTES: Final = 1 << 16
+
+
+def seconds_left(deadline: float) -> float:
+    """Seconds until `deadline`, by `time.monotonic`.
+
+    Raises:
+        TimeoutError: if it has passed.
+    """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+class BoundedSocket:
+    """A connected socket with a deadline and a budget of bytes to receive."""
+
+    def __init__(self, connected: socket.socket, *, deadline: float, budget: int) -> None:
+        self._socket = connected
+        self._deadline = deadline
+        self._budget = budget
+
+    def sendall(self, data: bytes) -> None:
+        """As of a socket."""
+        self._socket.settimeout(seconds_left(self._deadline))
+        self._socket.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """As of a socket, for reading."""
+        del mode
+        return io.BufferedReader(_SocketReader(self), BUFFER_BYTES)
+
+    def receive(self, buffer: bytearray | memoryview) -> int:
+        """Read into `buffer`; returns the number of bytes.
+
+        Raises:
+            TimeoutError: at the deadline. A socket's own timeout starts anew at every byte.
+            FetchError: `too_large` when the budget is used up.
+        """
+        self._socket.settimeout(seconds_left(self._deadline))
+        count = self._socket.recv_into(buffer)
+        self._budget -= count
+        if self._budget < 0:
+            raise FetchError("too_large", "with its headers")
+        return count
+
+    def close(self) -> None:
+        """Does nothing: `http.client` closes as soon as a response begins, before its body is read."""
+
+    def disconnect(self) -> None:
+        """Close the connection."""
+        self._socket.close()
+
+
+class _SocketReader(io.RawIOBase):
+    def __init__(self, source: BoundedSocket) -> None:
+        self._source = source
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:  # noqa: ANN401 - any buffer
+        return self._source.receive(buffer)
