@@ -27,6 +27,7 @@ def students_of(settings: AblationSettings, panel: Panel) -> list[tuple[StudentV
         (variant.name, seed): (variant, seed)
         for seed in settings.seeds_of(panel)
         for name in names
+        # A student that starts from another one needs that of the same seed.
         for variant in settings.lineage(name)
     }
     return list(students.values())

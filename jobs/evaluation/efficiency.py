@@ -154,6 +154,7 @@ class _TimedUNet:
         noise, grid = z_t[: len(z_t) // 2].float(), time_grid(steps, schedule_steps=schedule.num_steps)
         # torch.compile may compile once more for the sampler's tensors.
         sample(denoiser, noise, grid=grid[:2], schedule=schedule)
+        # CUDA runs asynchronously: without it the clock would start during the warm-up.
         self._wait()
         began = time.perf_counter()
         sample(denoiser, noise, grid=grid, schedule=schedule)

@@ -154,6 +154,7 @@ def _protocol(
 ) -> dict[str, Any]:
     """Everything that a published metric must be quoted with."""
     judging = settings.samples.judging
+    # A covariance of fewer images than features is singular, which makes FID too large: noted.
     smallest = Moments(count=len(ids), mean=reference.mean, scatter=reference.scatter)
     notes = [
         f"{side}: {note}"

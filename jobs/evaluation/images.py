@@ -40,6 +40,7 @@ def generate_images(
     """
     if bundle.device.type == "cpu" and bundle.image_size <= _SINGLE_THREAD_MAX_SIDE:
         torch.set_num_threads(1)
+    # Not of the batch: an image is the same whatever else is generated beside it.
     keys = [noise_key(seed, caption, index) for caption in captions for index in range(count)]
     c = bundle.encode_text(bundle.tokenize([caption for caption in captions for _ in range(count)]))
     z_t = gaussian_batch(keys, bundle.latent_shape).to(bundle.device)

@@ -110,6 +110,7 @@ def _measure(arguments: tuple[ModuleRuntime, ModuleRun]) -> ModuleBenchmark:
     torch.set_num_threads(run.threads)
     runtime.prepare(run)
     meter = ResidentMemory()
+    # Importing a runtime takes memory of its own, which must not count as the module's peak.
     meter.reset_peak()
     before = meter.now_mb()
     began = time.perf_counter()

@@ -59,6 +59,7 @@ class ResumableResults:
             return
         record = {"identity": self.identity, "figures": self.figures, **conclusions}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Replaced atomically: a run that is killed while writing keeps its earlier results.
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         partial.replace(self.path)

@@ -139,6 +139,7 @@ class RandomBaseline:
             name: unet_benchmark(timing, architecture, tokens=tokens)
             for name, architecture in architectures.items()
         }
+        # In turns, so that other load of the machine slows all of them alike.
         return time_in_turns(runs, turns=timing.turns)
 
 

@@ -147,6 +147,7 @@ class Evolution:
         }
         url = f"{self.out}/{_STARTED}"
         write_once(url, json.dumps({"identity": identity}).encode())
+        # Read back: of two drivers that begin at once, the file is that of the first.
         found = json.loads(read_bytes(url))["identity"]
         check_identity(found, identity, url=self.out, kind="evolution")
 
@@ -162,6 +163,7 @@ class Evolution:
                 return
             growths += finished.decision.action == "copy"
             architecture = finished.decision.architecture
+            # The last round's model would be trained for nothing.
             if number + 1 < self.settings.rounds:
                 model = self._train(number + 1, model=model, architecture=architecture)
 
@@ -187,6 +189,7 @@ class Evolution:
         finished = EvolutionRound(
             number=number, clip=clip, scores=scores, decision=decision, action_seconds=seconds
         )
+        # The commit point of a round: what follows is derived from the decision, so it is written once.
         write_once(self._url(number, _DECISION), json.dumps(finished.to_values(), indent=1).encode())
         return finished
 

@@ -163,6 +163,7 @@ def _loader(inputs: TrainingInputs[DistillSettings]) -> _Loader:
         "counts": inputs.counts,
     }
     if settings.targets == "online":
+        # Both branches read the same rows: the teacher computes either target from a latent.
         return make_loader(table, columns=_COLUMNS, **shared)
     return BranchLoader(table, guided=partial(_is_guided, settings), **shared)
 
@@ -185,6 +186,7 @@ def _trained_branches(steps: StepDistillationSettings) -> list[bool]:
 
 def _single_branch(steps: StepDistillationSettings, *, guided: bool) -> StepDistillationSettings:
     """The settings of one branch alone, without L_ori."""
+    # L_ori would depend on moving averages of earlier steps, which an evaluation has not.
     return steps.model_copy(update={"cfg_probability": float(guided), "gamma": 0.0})
 
 

@@ -167,7 +167,7 @@ class WandbLogger(Logger):
             dir=os.environ.get("WANDB_DIR", str(folder)),
             id=run,
             name=name,
-            resume="allow",
+            resume="allow",  # the same id continues the run
             config=dict(settings),
             settings=wandb.Settings(silent=True, console="off"),
         )

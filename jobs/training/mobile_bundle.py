@@ -76,7 +76,9 @@ def publish_bundle(
         "parents": dict(parents),
     }
     if exists(f"{out_url}/{MANIFEST}"):
+        # Through JSON, as the published one: tuples become lists.
         return _published_manifest(out_url, identity=json.loads(json.dumps(identity)))
+    # Built aside and published in one step: an interrupted or refused bundle leaves nothing behind.
     with _scratch_folder(out_url) as scratch:
         folder = scratch / "bundle"
         folder.mkdir()

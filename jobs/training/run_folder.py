@@ -71,6 +71,7 @@ class RunFolder:
         """
         url = f"{self.store_url}/{_STARTED}"
         write_once(url, json.dumps({"identity": identity}).encode())
+        # Read back: of two drivers that begin at once, the file is that of the first.
         self._read(url, identity)
 
     def publish(
@@ -92,6 +93,7 @@ class RunFolder:
             (folder / METRICS).write_text(text)
             self._copy_logs(folder)
             publish_folder(folder, self.url, last=METRICS)
+        # Only once the folder is complete: a driver that is killed before resumes from the checkpoints.
         CheckpointStore(self.store_url).delete()
         return dict(json.loads(text))
 

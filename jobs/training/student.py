@@ -200,6 +200,7 @@ def save_student(
             bundle.unet = with_guidance_embedding(bundle.unet)
         bundle.unet.load_state_dict(weights)
         bundle.resize(size)
+        # Of the weights as trained, before they are saved in another dtype.
         hashes[name] = weight_hash(bundle.unet)
         save(bundle, folder / name, dtype=DTYPES[settings.saved_as], distillation=distillation)
         # Only one bundle at a time fits beside the checkpoint.

@@ -114,6 +114,7 @@ class TableTraining(Generic[SettingsT]):
         began, folder = time.monotonic(), RunFolder(url=absolute_url(out_url), kind=self.kind)
         sources = {role: absolute_source(source) for role, source in self.sources.items()}
         table = self.table.open(folder)
+        # A model that has two roles, as in self-distillation, is loaded once.
         bundles = {source: load(source) for source in dict.fromkeys(sources.values())}
         models = {role: bundles[source] for role, source in sources.items()}
         checked = self.check(table, models)
@@ -138,6 +139,7 @@ class TableTraining(Generic[SettingsT]):
         # A worker on this node needs the memory.
         del bundles, models
         folder.begin(identity)
+        # Training lasts for days: meanwhile no vacuum may remove the files of the pinned version.
         with read_leases(parents.values(), purpose=f"the training {folder.url}"):
             results = run_trainings(
                 self.factory,
@@ -163,6 +165,7 @@ def count_rows(table: Snapshot, *, held_out: float, branches: Sequence[bool] = (
     Raises:
         TrainingError: if no row is held out for evaluation, of one of the `branches` if there are any.
     """
+    # PAIRS have one shape, and no image settings in their identity to tell buckets by.
     count = count_trainable if table.identity["kind"] == "pairs" else count_training_rows
     counts = count(table, held_out=held_out)
     units = list(zip(table.units, counts, strict=True))

@@ -193,6 +193,7 @@ class _WorkerResult:
 def _worker_loop(config: dict[str, Any]) -> _WorkerResult:
     """Run all trainings, in a worker."""
     settings: TrainerSettings = config["settings"]
+    # Float sums depend on the number of threads, so it must be that of the run that is resumed.
     torch.set_num_threads(settings.threads_per_worker)
     result = _WorkerResult()
     try:
@@ -227,6 +228,7 @@ def _run_training(
     sharded = settings.sharding == "fsdp" and world > 1
     # A copy is sharded: the evaluation runs on one worker, with the whole network.
     model = shard(copy.deepcopy(training.model), device=device) if sharded else training.model
+    # The optimizer must be made of the sharded parameters, so only after sharding.
     state = new_state(model, settings=training.settings)
     resume(state, store=store, identity=training.identity, rank=rank)
     batches = training.loader.batches(state.step, rank=rank, world=world)
@@ -255,6 +257,7 @@ def _run_training(
                 meter=meter,
             ),
         )
+    # Gathers sharded weights, so every rank must call it.
     evaluation, weights = {}, state.final_weights()
     if rank == 0:
         # Twice the model's size, which the evaluation may need.
@@ -288,6 +291,7 @@ def resume(state: TrainState, *, store: CheckpointStore, identity: dict[str, Any
     Raises:
         TrainingError: if that checkpoint is of another training; names what differs.
     """
+    # Rank 0 decides for all: listing the store at different moments could give different checkpoints.
     newest = with_retries(store.url, store.newest) if rank == 0 else None
     step = [newest.step if newest else None]
     if dist.is_initialized():
@@ -329,6 +333,7 @@ def _environment(settings: TrainerSettings, *, device: torch.device) -> dict[str
 
 def _cause(error: TrainingFailedError) -> str:
     """The first worker's error as one line."""
+    # Absent if not a worker failed but the controller.
     failures = getattr(error, "worker_failures", {})
     causes = [str(failures[rank]).strip() for rank in sorted(failures)]
     return next((cause.splitlines()[-1] for cause in causes if cause), str(error).strip().splitlines()[0])

@@ -92,6 +92,7 @@ class Validator:
             judging=self.settings.judging,
             device=self._device,
         )
+        # The source may be an eps model whose UNet is being fine-tuned to v.
         networks.bundle.prediction_type = "v_prediction"
         return networks
 

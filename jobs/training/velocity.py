@@ -138,6 +138,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     """L_ori of the whole UNet on held-out rows."""
     unet.eval()
+    # The last training step may have left blocks skipped.
     set_skipped_blocks(unet, ())
     losses = torch.cat([objective(unet, batch.to(device), step=EVALUATION_STEP) for batch in batches])
     return {"rows": len(losses), "loss": float(losses.mean())}
