@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         train(settings, folder=options.out, device=options.device, on_progress=_Progress())
         weights = options.out / "weights"
         page = write_page(weights, options.out / "report.html", figures={})
-        print(f"train_mini: weights in {weights}, their curves and pictures in {page}")
+        print(f"train_mini: weights in {weights}, their curves and images in {page}")
 
     return run_guarded("train_mini", work)
 

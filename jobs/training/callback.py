@@ -1,4 +1,4 @@
-"""What happens after each training step: curve, logs, validation, checkpoint, progress report."""
+"""Records each training step: curve, logs, validation, checkpoint, progress report."""
 
 from __future__ import annotations
 

@@ -245,7 +245,7 @@ def _check_models(*, teacher: Bundle, student: Bundle) -> None:
 
 
 def _shared_parts(bundle: Bundle) -> dict[str, Any]:
-    """What teacher and student must have in common beside the text encoder."""
+    """Parts that teacher and student must have in common, beside the text encoder."""
     model = without_size(bundle.describe())
     shared = {name: model[name] for name in ("scaling_factor", "latent_shape", "schedule")}
     return {"weights": {"vae": model["weights"]["vae"]}, **shared}

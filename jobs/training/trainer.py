@@ -184,7 +184,7 @@ class _FinishedTraining:
 
 @dataclass(kw_only=True)
 class _WorkerResult:
-    """What a worker returns: its finished trainings, or a failure that a restart cannot mend."""
+    """Result of a worker: its finished trainings, or a failure that a restart cannot mend."""
 
     finished: dict[str, _FinishedTraining] = field(default_factory=dict)
     failure: str | None = None
