@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from jobs.cli.inputs import teacher_and_student
 from jobs.cli.job import Job, run
+from jobs.evaluation.evaluation import absolute_source
 from jobs.runtime.cluster import runner
 from jobs.runtime.exit_codes import exit_process
 from jobs.runtime.progress import show_progress
-from jobs.training.student import absolute_source
 from pipelines.datasets.targets import compute_targets
 from pipelines.loading.branches import count_branch_rows
 from pipelines.tables.table import is_table, open_table
