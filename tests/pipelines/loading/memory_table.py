@@ -1,0 +1,42 @@
+"""A table in memory for loaders, and what a loader yields."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+
+
+class MemoryTable:
+    """Units by name; remembers which were read."""
+
+    def __init__(self, tables: Mapping[str, pa.Table]) -> None:
+        self.tables = dict(sorted(tables.items()))
+        self.units = [
+            SimpleNamespace(unit=name, path=f"{name}.parquet", rows=rows.num_rows)
+            for name, rows in self.tables.items()
+        ]
+        self.read: list[str] = []
+
+    def read_unit(self, unit: Any, columns: list[str] | None = None) -> pa.Table:
+        if columns != ["id"]:
+            self.read.append(unit.unit)
+        rows = self.tables[unit.unit]
+        return rows if columns is None else rows.select(columns)
+
+
+def take(loader: Any, *, start: int = 0, count: int = 20, rank: int = 0, world: int = 1) -> list[Any]:
+    """Some batches of a loader."""
+    batches = loader.batches(start, rank=rank, world=world)
+    try:
+        return list(itertools.islice(batches, count))
+    finally:
+        batches.close()
+
+
+def ids(loader: Any, **options: int) -> list[tuple[str, ...]]:
+    """The ids of some batches of a loader."""
+    return [batch.ids for batch in take(loader, **options)]
