@@ -42,6 +42,14 @@ def denoiser(prediction_type, w=None):
     return denoiser_of(prediction_type, lambda z_t, t: output_of(z_t, t, w))
 
 
+def target_of(teacher, z_t, *, student_steps, k, interval=None):
+    """Of every interval, unless some are given."""
+    interval = torch.arange(student_steps) if interval is None else torch.tensor(interval)
+    return teacher_target(
+        teacher, z_t, interval=interval, student_steps=student_steps, k=k, schedule=SCHEDULE
+    )
+
+
 def velocity_of(x, z_t, t):
     """The v that gives x: a student's output that meets the target."""
     return (SCHEDULE.alpha(t) * z_t - x) / SCHEDULE.sigma(t)
@@ -63,17 +71,9 @@ def oracle(z_t, *, interval, student_steps, k, prediction_type, w):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("guided", [False, True])
 def test_target_matches_the_oracle(student_steps, k, prediction_type, guided):
-    interval = torch.arange(student_steps)
     w = torch.linspace(1.0, 14.0, student_steps).view(-1, 1, 1, 1) if guided else None
     z_t = randn(student_steps + k, student_steps)
-    target = teacher_target(
-        denoiser(prediction_type, w),
-        z_t,
-        interval=interval,
-        student_steps=student_steps,
-        k=k,
-        schedule=SCHEDULE,
-    )
+    target = target_of(denoiser(prediction_type, w), z_t, student_steps=student_steps, k=k)
     assert target.dtype == torch.float32
     t, t2 = ends(student_steps)
     landed = ddim_step(
@@ -96,11 +96,9 @@ def test_target_matches_the_oracle(student_steps, k, prediction_type, guided):
 
 
 def test_student_on_target_has_no_loss():
-    interval, z_t = torch.arange(8), randn(0, 8)
+    z_t = randn(0, 8)
     t, _ = ends(8)
-    target = teacher_target(
-        denoiser("v_prediction"), z_t, interval=interval, student_steps=8, k=2, schedule=SCHEDULE
-    )
+    target = target_of(denoiser("v_prediction"), z_t, student_steps=8, k=2)
     assert distillation_loss(target, x_target=target, t=t, schedule=SCHEDULE).tolist() == [0.0] * 8
     x_hat = SCHEDULE.from_v(v=velocity_of(target, z_t, t), z_t=z_t, t=t).x
     assert distillation_loss(x_hat, x_target=target, t=t, schedule=SCHEDULE).max() < 1e-9
@@ -108,19 +106,15 @@ def test_student_on_target_has_no_loss():
 
 def test_target_of_an_exact_teacher_is_x():
     x, eps = randn(1, 8), randn(2, 8)
-    interval = torch.arange(8)
     t, _ = ends(8)
     z_t = SCHEDULE.diffuse(x=x, eps=eps, t=t)
-    found = teacher_target(
-        lambda z, t: Estimate(x=x, eps=eps), z_t, interval=interval, student_steps=8, k=4, schedule=SCHEDULE
-    )
+    found = target_of(lambda z, t: Estimate(x=x, eps=eps), z_t, student_steps=8, k=4)
     torch.testing.assert_close(found, x, rtol=0, atol=2e-5)
 
 
 @settings(deadline=None, max_examples=50)
 @given(student_steps=st.integers(1, 64), k=st.integers(1, 8), seed=st.integers(0, 999))
 def test_target_is_a_weighted_mean_of_x(student_steps, k, seed):
-    interval = torch.arange(student_steps)
     calls = []
 
     def recording(z_t, t):
@@ -128,9 +122,7 @@ def test_target_is_a_weighted_mean_of_x(student_steps, k, seed):
         return calls[-1][0]
 
     z_t = randn(seed, student_steps)
-    found = teacher_target(
-        recording, z_t, interval=interval, student_steps=student_steps, k=k, schedule=SCHEDULE
-    )
+    found = target_of(recording, z_t, student_steps=student_steps, k=k)
     low = torch.stack([estimate.x for estimate, _ in calls]).amin(dim=0)
     high = torch.stack([estimate.x for estimate, _ in calls]).amax(dim=0)
     assert bool(((found >= low - 1e-3) & (found <= high + 1e-3)).all())
@@ -151,9 +143,7 @@ def test_target_has_no_gradient():
     def teacher(z_t, t):
         return SCHEDULE.from_v(v=weight * z_t, z_t=z_t, t=t)
 
-    found = teacher_target(
-        teacher, randn(0, 2), interval=torch.tensor([0, 3]), student_steps=4, k=2, schedule=SCHEDULE
-    )
+    found = target_of(teacher, randn(0, 2), interval=[0, 3], student_steps=4, k=2)
     assert not found.requires_grad
 
 
@@ -177,11 +167,6 @@ def test_x_target_inverts_a_ddim_step():
 )
 def test_intervals_off_the_grid_fail(interval, student_steps, k, message):
     with pytest.raises(ValueError, match=message):
-        teacher_target(
-            denoiser("epsilon"),
-            randn(0, len(interval)),
-            interval=torch.tensor(interval),
-            student_steps=student_steps,
-            k=k,
-            schedule=SCHEDULE,
+        target_of(
+            denoiser("epsilon"), randn(0, len(interval)), interval=interval, student_steps=student_steps, k=k
         )

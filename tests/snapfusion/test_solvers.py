@@ -44,9 +44,17 @@ def gaussian_data(mean, spread):
     return denoise, flow
 
 
-def library_latents(scheduler, prediction_type, start):
-    """Each latent of a diffusers scheduler, from the same noise."""
-    latent = start
+def steps_of(solver, prediction_type, num_steps):
+    grid = time_grid(num_steps)
+    return list(trajectory(denoiser(prediction_type), randn(0), solver=solver, grid=grid, schedule=SCHEDULE))
+
+
+def dpm_latents(prediction_type, num_steps, **options):
+    """Each latent of diffusers' scheduler, from the same noise."""
+    scheduler = DPMSolverMultistepScheduler(**SD, prediction_type=prediction_type, **options)
+    scheduler.set_timesteps(num_steps)
+    assert scheduler.timesteps.tolist() == list(time_grid(num_steps)[:-1])
+    latent = randn(0)
     for t in scheduler.timesteps:
         latent = scheduler.step(network(latent, t.repeat(len(latent))), t, latent).prev_sample
         yield latent
@@ -55,16 +63,8 @@ def library_latents(scheduler, prediction_type, start):
 @PREDICTIONS
 @STEPS
 def test_dpm_plus_plus_matches_diffusers(prediction_type, num_steps):
-    scheduler = DPMSolverMultistepScheduler(
-        **SD, prediction_type=prediction_type, algorithm_type="dpmsolver++"
-    )
-    scheduler.set_timesteps(num_steps)
-    assert scheduler.timesteps.tolist() == list(time_grid(num_steps)[:-1])
-    ours = trajectory(
-        denoiser(prediction_type), randn(0), solver="dpm++", grid=time_grid(num_steps), schedule=SCHEDULE
-    )
-    theirs = library_latents(scheduler, prediction_type, randn(0))
-    for (_, latent, _), expected in zip(ours, theirs, strict=True):
+    theirs = dpm_latents(prediction_type, num_steps, algorithm_type="dpmsolver++")
+    for (_, latent, _), expected in zip(steps_of("dpm++", prediction_type, num_steps), theirs, strict=True):
         np.testing.assert_allclose(latent.numpy(), expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
@@ -73,19 +73,11 @@ def test_dpm_plus_plus_matches_diffusers(prediction_type, num_steps):
 @STEPS
 def test_dpm_matches_diffusers_before_its_last_step(prediction_type, num_steps):
     """diffusers ends this solver at t = 0, where some noise is left; ours at the clean end."""
-    scheduler = DPMSolverMultistepScheduler(
-        **SD, prediction_type=prediction_type, algorithm_type="dpmsolver", final_sigmas_type="sigma_min"
-    )
-    scheduler.set_timesteps(num_steps)
-    ours = list(
-        trajectory(
-            denoiser(prediction_type), randn(0), solver="dpm", grid=time_grid(num_steps), schedule=SCHEDULE
-        )
-    )
-    theirs = list(library_latents(scheduler, prediction_type, randn(0)))
-    for (_, latent, _), expected in zip(ours[:-1], theirs[:-1], strict=True):
-        np.testing.assert_allclose(latent.numpy(), expected.numpy(), rtol=1e-4, atol=1e-4)
-    _, latent, estimate = ours[-1]
+    *ours, (_, latent, estimate) = steps_of("dpm", prediction_type, num_steps)
+    options = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+    theirs = list(dpm_latents(prediction_type, num_steps, **options))
+    for (_, mine, _), expected in zip(ours, theirs[:-1], strict=True):
+        np.testing.assert_allclose(mine.numpy(), expected.numpy(), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(latent.numpy(), estimate.x.numpy())
 
 
@@ -94,11 +86,8 @@ def test_dpm_matches_diffusers_before_its_last_step(prediction_type, num_steps):
 def test_euler_matches_diffusers(prediction_type, num_steps):
     scheduler = EulerDiscreteScheduler(**SD, prediction_type=prediction_type)
     scheduler.set_timesteps(num_steps)
-    alpha = float(SCHEDULE.alpha(torch.tensor([999])))
-    theirs = randn(0) / alpha  # diffusers samples z / alpha
-    ours = trajectory(
-        denoiser(prediction_type), randn(0), solver="euler", grid=time_grid(num_steps), schedule=SCHEDULE
-    )
+    theirs = randn(0) / float(SCHEDULE.alpha(torch.tensor([999])))  # diffusers samples z / alpha
+    ours = steps_of("euler", prediction_type, num_steps)
     for t, (t_next, latent, _) in zip(scheduler.timesteps, ours, strict=True):
         output = network(scheduler.scale_model_input(theirs, t), t.long().repeat(2))
         theirs = scheduler.step(output, t, theirs).prev_sample
@@ -108,13 +97,8 @@ def test_euler_matches_diffusers(prediction_type, num_steps):
 
 @pytest.mark.parametrize("num_steps", [1, 4, 7, 16, 50])
 def test_euler_lands_where_ddim_lands(num_steps):
-    ddim, euler = (
-        sample(
-            denoiser("v_prediction"), randn(0), solver=solver, grid=time_grid(num_steps), schedule=SCHEDULE
-        )
-        for solver in ("ddim", "euler")
-    )
-    np.testing.assert_allclose(euler.numpy(), ddim.numpy(), rtol=1e-5, atol=1e-5)
+    ddim, euler = (steps_of(solver, "v_prediction", num_steps)[-1][1].numpy() for solver in ("ddim", "euler"))
+    np.testing.assert_allclose(euler, ddim, rtol=1e-5, atol=1e-5)
 
 
 def test_euler_step_matches_float64():

@@ -1,4 +1,4 @@
-"""The published architectures: counted by hand, put together without memory, and by name or not at all."""
+"""The published architectures at full size, on the meta device."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from snapfusion.models.tokenizer import clip_tokenizer, tokenize
 
 @pytest.fixture(scope="module", params=MODEL_CONFIGS)
 def bundle(request):
-    """One of the architectures on torch's meta device: shapes without numbers."""
+    """Each model, without weights."""
     with torch.device("meta"):
         return random_bundle(request.param)
 
@@ -21,23 +21,23 @@ def count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def transformer(*, width: int, inner: int, layers: int, tokens: int = 49_408, places: int = 77) -> int:
+def transformer(*, width: int, inner: int, layers: int, tokens: int = 49_408, positions: int = 77) -> int:
     """Parameters of CLIP's text model."""
     attention = 4 * (width * width + width)
     feed_forward = width * inner + inner + inner * width + width
     norm = 2 * width
-    return (tokens + places) * width + layers * (attention + feed_forward + 2 * norm) + norm
+    return (tokens + positions) * width + layers * (attention + feed_forward + 2 * norm) + norm
 
 
-def test_sd15_has_the_published_number_of_parameters():
+def test_sd15_parameters():
     with torch.device("meta"):
         bundle = random_bundle("sd15")
     assert count(bundle.unet) == sd15.UNET_PARAMETERS == 859_520_964
     assert count(bundle.text_encoder) == transformer(width=768, inner=3072, layers=12) == 123_060_480
 
 
-def test_sd2_has_sd15s_parameters_and_wider_keys_and_values():
-    """Each of the 16 cross-attentions has two matrices that are given 1024 numbers a token, not 768."""
+def test_sd2_parameters():
+    """The keys and values of 16 cross-attentions are of captions of width 1024, not 768."""
     with torch.device("meta"):
         bundle = random_bundle("sd2")
     cross_attentions = 5 * [320] + 5 * [640] + 6 * [1280]  # two on the way in, three out; one in the middle
@@ -46,22 +46,18 @@ def test_sd2_has_sd15s_parameters_and_wider_keys_and_values():
     assert count(bundle.text_encoder) == transformer(width=1024, inner=4096, layers=23) == 340_387_840
 
 
-def test_each_head_of_sd2_is_64_wide():
+def test_sd2_heads_are_64_wide():
     with torch.device("meta"):
         unet = random_bundle("sd2").unet
-    found = {block.attn2.inner_dim / block.attn2.heads for block in blocks(unet)}
-    assert found == {64.0}
+    blocks = [module for module in unet.modules() if hasattr(module, "attn2")]
+    assert {block.attn2.inner_dim / block.attn2.heads for block in blocks} == {64.0}
     assert all(
         isinstance(module.proj_in, nn.Linear) for module in unet.modules() if hasattr(module, "proj_in")
     )
 
 
-def blocks(unet):
-    return [module for module in unet.modules() if hasattr(module, "attn2")]
-
-
 @torch.inference_mode()
-def test_the_parts_fit_together(bundle):
+def test_networks_fit_together(bundle):
     side = bundle.image_size // 8
     assert bundle.latent_shape == (4, side, side)
     with torch.device("meta"):
@@ -73,45 +69,45 @@ def test_the_parts_fit_together(bundle):
     assert output.shape == latent.shape == (1, *bundle.latent_shape)
 
 
-def test_sd2_is_the_one_of_768_pixels_that_predicts_v():
+def test_sd2_has_768_pixels_and_predicts_v():
     with torch.device("meta"):
         first, second = random_bundle("sd15"), random_bundle("sd2")
     assert (first.image_size, first.prediction_type) == (512, "epsilon")
     assert (second.image_size, second.prediction_type) == (768, "v_prediction")
 
 
-def test_sd2_pads_with_an_exclamation_mark(tmp_path):
-    """As its own files have it: token 0, which "!" in a caption then becomes too."""
+def test_sd2_padding(tmp_path):
+    """As in its published files: token 0, which "!" in a caption becomes too."""
     tokenizer = clip_tokenizer(padding=sd2.PADDING)
-    told = {
+    expected = {
         "a red circle": [49406, 320, 736, 7117, 49407],
         "wow! a dog!!": [49406, 2781, 0, 320, 1929, 0, 0, 49407],
     }
     tokenizer.save_pretrained(tmp_path)
-    for made in (tokenizer, type(tokenizer).from_pretrained(tmp_path)):
-        for text, ids in told.items():
-            assert tokenize(made, [text])[0].tolist() == ids + [0] * (77 - len(ids))
+    for loaded in (tokenizer, type(tokenizer).from_pretrained(tmp_path)):
+        for text, ids in expected.items():
+            assert tokenize(loaded, [text])[0].tolist() == ids + [0] * (77 - len(ids))
 
 
-def test_a_random_model_is_loaded_by_name(monkeypatch):
-    """With the tiny topology in place of the published one, which takes gigabytes."""
+def test_random_model_loads_by_name(monkeypatch):
+    """With a tiny model instead of one of gigabytes."""
     from conftest import tiny_bundle
 
     monkeypatch.setattr("snapfusion.models.load.random_bundle", lambda name: tiny_bundle(seed=len(name)))
-    made = load("random:sd2", dtype=torch.bfloat16)
-    assert made.unet.dtype == torch.bfloat16
-    assert made.fingerprint() == tiny_bundle(seed=3).fingerprint()
+    bundle = load("random:sd2", dtype=torch.bfloat16)
+    assert bundle.unet.dtype == torch.bfloat16
+    assert bundle.fingerprint() == tiny_bundle(seed=3).fingerprint()
 
 
-def test_an_unknown_architecture_is_named():
+def test_unknown_architecture_fails():
     with pytest.raises(
         ModelError, match=r"random:sd3: there is no such .*random:sd15, random:sd15-v, random:sd2 are"
     ):
         load("random:sd3")
 
 
-def test_two_seeds_give_two_models(monkeypatch):
-    """And the same seed the same, whatever was drawn before."""
+def test_weights_follow_the_seed(monkeypatch):
+    """Whatever was drawn before."""
     small = random_weights.ModelConfig(
         text_encoder={
             **sd15.TEXT_ENCODER,

@@ -1,4 +1,4 @@
-"""What is saved opens in stock diffusers, by one line, and draws there what our own sampler draws."""
+"""Saved models load in stock diffusers, and generate the same images there."""
 
 import json
 
@@ -16,13 +16,13 @@ from snapfusion.sampling import sample, time_grid
 
 CAPTIONS = ["a large red circle at the top on a white background", "blue"]
 LATENT_TOLERANCE = 1e-4
-"""float32 sums in another order, over all steps; 5e-5 at most was seen."""
+"""For float32 sums in another order over all steps; the maximum seen is 5e-5."""
 
 
-def tiny(prediction_type, *, is_told=False):
+def tiny(prediction_type, *, w_conditioned=False):
     bundle = tiny_bundle()
     bundle.prediction_type = prediction_type
-    if is_told:
+    if w_conditioned:
         bundle.unet = with_guidance_embedding(bundle.unet)
         torch.nn.init.normal_(bundle.unet.time_embedding.cond_proj.weight, std=0.5)
     return bundle
@@ -31,21 +31,21 @@ def tiny(prediction_type, *, is_told=False):
 MODELS = {
     "eps": lambda: tiny("epsilon"),
     "v": lambda: tiny("v_prediction"),
-    "told w": lambda: tiny("v_prediction", is_told=True),
+    "w-conditioned": lambda: tiny("v_prediction", w_conditioned=True),
     "miniature": lambda: load("mini-v"),
 }
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def folder(request, tmp_path_factory):
-    place = tmp_path_factory.mktemp("saved")
-    save(MODELS[request.param](), place, dtype=torch.float32, distillation={"steps": 8})
-    return str(place)
+    path = tmp_path_factory.mktemp("saved")
+    save(MODELS[request.param](), path, dtype=torch.float32, distillation={"steps": 8})
+    return str(path)
 
 
 @torch.inference_mode()
 def ours(folder, *, steps, w):
-    """Latents and pictures, uint8."""
+    """Latents and uint8 images."""
     bundle = load(folder)
     z_t = gaussian_batch([1, 2], bundle.latent_shape)
     c = bundle.encode_text(bundle.tokenize(CAPTIONS))
@@ -54,12 +54,12 @@ def ours(folder, *, steps, w):
 
 
 def stock(folder, *, steps, w):
-    """The same by diffusers alone, from the captions on; only the noise is ours."""
+    """The same by diffusers alone, but for the noise."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     shape = (pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
 
-    def drawn(kind):
+    def generate(kind):
         return pipeline(
             CAPTIONS,
             latents=gaussian_batch([1, 2], shape),
@@ -68,7 +68,7 @@ def stock(folder, *, steps, w):
             output_type=kind,
         ).images
 
-    return drawn("latent"), to_uint8(drawn("pt") * 2 - 1)
+    return generate("latent"), to_uint8(generate("pt") * 2 - 1)
 
 
 def difference(a, b):
@@ -77,25 +77,25 @@ def difference(a, b):
 
 @pytest.mark.parametrize("w", [1.0, 4.0])
 @pytest.mark.parametrize("steps", [8, 4])
-def test_stock_diffusers_draws_the_same(folder, steps, w):
-    (latents, pictures), (their_latents, their_pictures) = (
-        draw(folder, steps=steps, w=w) for draw in (ours, stock)
+def test_stock_diffusers_generates_the_same(folder, steps, w):
+    (latents, images), (their_latents, their_images) = (
+        generate(folder, steps=steps, w=w) for generate in (ours, stock)
     )
     assert difference(latents, their_latents) <= LATENT_TOLERANCE
-    assert difference(pictures, their_pictures) <= 1
-    assert pictures.float().std() > 1
+    assert difference(images, their_images) <= 1
+    assert images.float().std() > 1
 
 
-def test_at_16_steps_stock_diffusers_lands_beside_the_grid(folder):
-    """At 8 of 15 landings it is one timestep off (ARCHITECTURE, "Time grid"), which 2 gray levels show."""
-    (latents, pictures), (their_latents, their_pictures) = (
-        draw(folder, steps=16, w=4.0) for draw in (ours, stock)
+def test_stock_diffusers_leaves_the_grid_at_16_steps(folder):
+    """8 of 15 steps end one timestep off the grid (ARCHITECTURE.md): images change by 2 gray levels."""
+    (latents, images), (their_latents, their_images) = (
+        generate(folder, steps=16, w=4.0) for generate in (ours, stock)
     )
     assert difference(latents, their_latents) > LATENT_TOLERANCE
-    assert difference(pictures, their_pictures) <= 3
+    assert difference(images, their_images) <= 3
 
 
-def test_the_scheduler_is_the_one_that_the_student_was_distilled_for(folder):
+def test_saved_scheduler(folder):
     scheduler = StableDiffusionPipeline.from_pretrained(folder).scheduler
     assert isinstance(scheduler, DDIMScheduler)
     config = scheduler.config
@@ -115,7 +115,7 @@ def test_the_scheduler_is_the_one_that_the_student_was_distilled_for(folder):
         assert scheduler.timesteps.tolist() == list(time_grid(steps)[:-1])
 
 
-def test_no_safety_checker_is_asked_for(folder):
+def test_no_safety_checker(folder):
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     assert pipeline.safety_checker is None
     assert pipeline.config["requires_safety_checker"] is False

@@ -1,4 +1,4 @@
-"""A network spread over two processes: trained, saved and gone on from as one that is whole on each."""
+"""FSDP over two processes: training, saving and resuming as without sharding."""
 
 import itertools
 
@@ -19,17 +19,17 @@ from snapfusion.training.settings import LoopSettings
 
 SETTINGS = LoopSettings(num_steps=4, global_batch=8, learning_rate=1e-3, ema_decay=0.9, clip_norm=0.01)
 SHARES = (slice(0, 4), slice(4, 8))
-RUNS = {  # whether it is spread, and whose checkpoint in the middle it goes on from
-    "whole": (False, None),
-    "spread": (True, None),
-    "spread, then spread": (True, "spread"),
-    "spread, then whole": (False, "spread"),
-    "whole, then spread": (True, "whole"),
+RUNS = {  # whether it is sharded, and the run whose checkpoint at step 2 it resumes
+    "full": (False, None),
+    "sharded": (True, None),
+    "sharded, then sharded": (True, "sharded"),
+    "sharded, then full": (False, "sharded"),
+    "full, then sharded": (True, "full"),
 }
 
 
 class Network(nn.Module):
-    """With a list of blocks, as those that are spread block by block have it."""
+    """With a list of blocks, each of which becomes an FSDP unit."""
 
     def __init__(self):
         super().__init__()
@@ -54,11 +54,11 @@ def batches(start, *, rank):
 
 
 def run(folder, *, name, rank):
-    spread, given = RUNS[name]
-    network = shard(Network(), device=torch.device("cpu")) if spread else Network()
+    sharded, origin = RUNS[name]
+    network = shard(Network(), device=torch.device("cpu")) if sharded else Network()
     state, store = new_state(network, settings=SETTINGS), CheckpointStore(f"{folder}/{name}")
-    if given:
-        middle = CheckpointStore(f"{folder}/{given}").load(2)
+    if origin:
+        middle = CheckpointStore(f"{folder}/{origin}").load(2)
         state.restore(middle.tensors, middle.values)
 
     def save(step):
@@ -73,10 +73,10 @@ def run(folder, *, name, rank):
         batches=batches(state.step, rank=rank),
         settings=SETTINGS,
         micro_batch=3,
-        wrapped=None if spread else DistributedDataParallel(network, find_unused_parameters=True),
+        wrapped=None if sharded else DistributedDataParallel(network, find_unused_parameters=True),
         after_step=save,
     )
-    dist.barrier()  # what the first saved is there for all
+    dist.barrier()  # rank 0 has saved
 
 
 def run_all(rank, folder):
@@ -96,7 +96,7 @@ def ends(tmp_path_factory):
 
 
 def difference(first, second):
-    """The largest of all elements of all tensors."""
+    """Largest absolute difference of all tensors."""
     assert {group: named.keys() for group, named in first.tensors.items()} == {
         group: named.keys() for group, named in second.tensors.items()
     }
@@ -107,20 +107,20 @@ def difference(first, second):
     )
 
 
-def test_a_network_that_is_spread_is_trained_as_a_whole_one(ends):
-    whole, spread = ends["whole"], ends["spread"]
-    assert set(spread.tensors) == {"model", "optimizer", "ema"}
-    assert difference(whole, spread) < 1e-6
-    for point, expected in zip(spread.values["curve"], whole.values["curve"], strict=True):
+def test_sharded_training_matches_full(ends):
+    full, sharded = ends["full"], ends["sharded"]
+    assert set(sharded.tensors) == {"model", "optimizer", "ema"}
+    assert difference(full, sharded) < 1e-6
+    for point, expected in zip(sharded.values["curve"], full.values["curve"], strict=True):
         assert point == pytest.approx(expected, rel=1e-5)
         assert point["grad_norm"] > SETTINGS.clip_norm
 
 
-def test_its_checkpoint_is_gone_on_from_with_the_same_bits(ends):
-    assert difference(ends["spread"], ends["spread, then spread"]) == 0
-    assert ends["spread"].values == ends["spread, then spread"].values
+def test_sharded_training_resumes_bit_for_bit(ends):
+    assert difference(ends["sharded"], ends["sharded, then sharded"]) == 0
+    assert ends["sharded"].values == ends["sharded, then sharded"].values
 
 
-@pytest.mark.parametrize("name", ["spread, then whole", "whole, then spread"])
-def test_a_checkpoint_is_whole_whether_its_network_was_spread_or_not(ends, name):
-    assert difference(ends["whole"], ends[name]) < 1e-6
+@pytest.mark.parametrize("name", ["sharded, then full", "full, then sharded"])
+def test_checkpoints_are_full(ends, name):
+    assert difference(ends["full"], ends[name]) < 1e-6

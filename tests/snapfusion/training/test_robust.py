@@ -1,4 +1,4 @@
-"""Robust training: which blocks a step goes without, and what that does to its gradient. SnapFusion Eq. 5."""
+"""Robust training: the skipped blocks of a step, and their effect on its gradient. SnapFusion Eq. 5."""
 
 import copy
 
@@ -48,32 +48,32 @@ def gradients(unet, objective, batch, *, step):
     return {name: parameter.grad for name, parameter in unet.named_parameters()}
 
 
-def test_each_kind_is_left_out_as_often_as_it_is_said(unet):
+def test_skip_frequency_of_each_kind(unet):
     blocks = blocks_of(unet)
-    drawn = [draw_skipped_blocks(blocks, settings=OFTEN, seed=0, step=step) for step in range(2000)]
+    draws = [draw_skipped_blocks(blocks, settings=OFTEN, seed=0, step=step) for step in range(2000)]
     for kind, probability in (("attention", 0.4), ("resnet", 0.3)):
         names = [block.name for block in blocks if block.kind == kind]
         for name in names:
-            share = sum(name in skipped for skipped in drawn) / len(drawn)
+            share = sum(name in skipped for skipped in draws) / len(draws)
             assert share == pytest.approx(probability, abs=4 * 0.5 / 2000**0.5), name
-    first, second = ([names[i] in skipped for skipped in drawn] for i in (0, 1))
-    both = sum(a and b for a, b in zip(first, second, strict=True)) / len(drawn)
-    assert both == pytest.approx(0.3**2, abs=0.03)  # one block's fate tells nothing of another's
-    assert draw_skipped_blocks(blocks, settings=OFTEN, seed=0, step=7) == drawn[7]
-    assert draw_skipped_blocks(blocks, settings=OFTEN, seed=1, step=7) != drawn[7]
+    first, second = ([names[i] in skipped for skipped in draws] for i in (0, 1))
+    both = sum(a and b for a, b in zip(first, second, strict=True)) / len(draws)
+    assert both == pytest.approx(0.3**2, abs=0.03)  # blocks are independent
+    assert draw_skipped_blocks(blocks, settings=OFTEN, seed=0, step=7) == draws[7]
+    assert draw_skipped_blocks(blocks, settings=OFTEN, seed=1, step=7) != draws[7]
 
 
-def test_other_blocks_change_nothing_for_a_block(unet):
+def test_draws_of_a_block_ignore_other_blocks(unet):
     origin = architecture_of(unet)
     more = origin.with_copy("mid_block.attentions.0").without("up_blocks.1.attentions.0")
-    there = {block.name for block in more.blocks}
+    names = {block.name for block in more.blocks}
     for step in range(50):
-        drawn = draw_skipped_blocks(origin.blocks, settings=OFTEN, seed=0, step=step)
+        draws = draw_skipped_blocks(origin.blocks, settings=OFTEN, seed=0, step=step)
         again = draw_skipped_blocks(more.blocks, settings=OFTEN, seed=0, step=step)
-        assert [name for name in drawn if name in there] == [name for name in again if "+" not in name]
+        assert [name for name in draws if name in names] == [name for name in again if "+" not in name]
 
 
-def test_the_loss_is_that_of_the_unet_without_those_blocks(unet, plain, batch):
+def test_loss_is_that_without_the_blocks(unet, plain, batch):
     robust = RobustObjective(plain, settings=OFTEN, seed=0)
     for step in range(5):
         names = draw_skipped_blocks(blocks_of(unet), settings=OFTEN, seed=0, step=step)
@@ -84,33 +84,28 @@ def test_the_loss_is_that_of_the_unet_without_those_blocks(unet, plain, batch):
         assert not torch.equal(losses, plain(unet, batch, step=step))
 
 
-def test_a_block_that_is_left_out_has_no_gradient_and_is_not_moved(unet, plain, batch):
+def test_skipped_blocks_are_not_trained(unet, plain, batch):
     robust = RobustObjective(plain, settings=OFTEN, seed=0)
     names = draw_skipped_blocks(blocks_of(unet), settings=OFTEN, seed=0, step=0)
     assert names
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    state = new_state(unet, settings=LoopSettings(num_steps=1, global_batch=6, learning_rate=1e-3))
-    train(
-        state,
-        objective=robust,
-        batches=iter([batch]),
-        settings=LoopSettings(num_steps=1, global_batch=6, learning_rate=1e-3),
-        micro_batch=2,
-    )
-    still = {name for name, tensor in unet.state_dict().items() if torch.equal(tensor, before[name])}
-    # What is left of a ResNet block that changes channels is its shortcut, and that learns.
-    left_out = {
+    settings = LoopSettings(num_steps=1, global_batch=6, learning_rate=1e-3)
+    state = new_state(unet, settings=settings)
+    train(state, objective=robust, batches=iter([batch]), settings=settings, micro_batch=2)
+    unchanged = {name for name, tensor in unet.state_dict().items() if torch.equal(tensor, before[name])}
+    # The shortcut of a ResNet block that changes channels remains, and learns.
+    skipped = {
         name
         for name in before
         if name.startswith(tuple(f"{block}." for block in names)) and "conv_shortcut" not in name
     }
-    assert left_out
-    assert left_out <= still
-    assert not {name for name in still - left_out if not before[name].eq(0).all()}
+    assert skipped
+    assert skipped <= unchanged
+    assert not {name for name in unchanged - skipped if not before[name].eq(0).all()}
 
 
 @pytest.mark.parametrize("own_class", [False, True])
-def test_activations_that_are_computed_again_lack_the_same_blocks(own_class, unet, plain, batch):
+def test_gradient_checkpointing_skips_the_same_blocks(own_class, unet, plain, batch):
     if own_class:
         evolved = architecture_of(unet).with_copy("mid_block.attentions.0")
         whole, unet = unet, build_unet(evolved.without("down_blocks.0.attentions.0"))
@@ -127,12 +122,12 @@ def test_activations_that_are_computed_again_lack_the_same_blocks(own_class, une
             assert gradient is None or torch.allclose(gradient, again[name], atol=1e-6), name
 
 
-def test_never_is_the_plain_objective(unet, plain, batch):
+def test_probability_zero_is_the_plain_objective(unet, plain, batch):
     never = RobustObjective(plain, settings=SkipSettings(attention=0.0, resnet=0.0), seed=0)
     assert torch.equal(never(unet, batch, step=0), plain(unet, batch, step=0))
 
 
-def test_skipping_lasts_until_the_next_word(unet, plain, batch):
+def test_skipping_lasts_until_the_next_call(unet, plain, batch):
     whole = plain(unet, batch, step=0)
     names = [block.name for block in blocks_of(unet)]
     set_skipped_blocks(unet, names[:3])

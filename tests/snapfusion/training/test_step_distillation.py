@@ -1,4 +1,4 @@
-"""Eq. 6 and Eq. 11 as objectives: what is drawn, what is weighed, where the gradient goes, what resumes."""
+"""The objectives of Eq. 6 and Eq. 11: draws, weights, gradients, resumption."""
 
 import itertools
 
@@ -26,101 +26,102 @@ LOOP = LoopSettings(num_steps=6, global_batch=8, learning_rate=1e-3, ema_decay=0
 RANGE = CfgRange(low=1.0, high=6.0)
 
 
-@pytest.fixture(scope="module")
-def teacher():
-    bundle = tiny_bundle()
-    bundle.prediction_type = "v_prediction"
-    return bundle
-
-
-@pytest.fixture(scope="module")
-def captions(teacher):
-    return CaptionEncoder(teacher)
+TEACHER = tiny_bundle()
+TEACHER.prediction_type = "v_prediction"
+CAPTIONS = CaptionEncoder(TEACHER)
 
 
 def student(seed=3):
     return tiny_bundle(seed).unet.requires_grad_(requires_grad=True).train()
 
 
-def batch_of(step, *, teacher, rows=8):
+def batch_of(step, *, rows=8):
     ids = tuple(f"{step}-{row}" for row in range(rows))
     latent = gaussian_batch([noise_key(row) for row in ids], (4, 8, 8))
     return Batch(
-        ids=ids, columns={"latent": latent, "token_ids": teacher.tokenize(["red", "re"] * (rows // 2))}
+        ids=ids, columns={"latent": latent, "token_ids": TEACHER.tokenize(["red", "re"] * (rows // 2))}
     )
 
 
-def online(teacher, captions, settings):
-    return OnlineTargets(
-        teacher,
-        captions=captions,
-        settings=settings,
+def settings_of(**changes):
+    return StepDistillationSettings(**{"student_steps": 4, "cfg_range": RANGE, **changes})
+
+
+def online(**changes):
+    return OnlineTargets(TEACHER, captions=CAPTIONS, settings=settings_of(**changes), seed=0)
+
+
+def objective_of(*, targets=None, **changes):
+    return StepDistillationObjective(
+        settings_of(**changes),
+        targets=targets or online(**changes),
+        captions=CAPTIONS,
+        schedule=TEACHER.schedule,
         seed=0,
     )
 
 
-def objective_of(teacher, captions, *, lessons=None, **changes):
-    settings = StepDistillationSettings(**{"student_steps": 4, "cfg_range": RANGE, **changes})
-    lessons = lessons or online(teacher, captions, settings)
-    return StepDistillationObjective(
-        settings, targets=lessons, captions=captions, schedule=teacher.schedule, seed=0
-    )
+def velocity_objective():
+    return VelocityObjective(VelocitySettings(), captions=CAPTIONS, schedule=TEACHER.schedule, seed=0)
 
 
-def gradients(model, loss):
-    return torch.autograd.grad(loss, list(model.parameters()))
+def x_of(v, rows):
+    return TEACHER.schedule.from_v(v=v, z_t=rows.z_t, t=rows.t).x
 
 
-def test_branches_follow_from_seed_and_step_in_the_asked_proportion():
-    drawn = [is_guided_step(0, step, 0.1) for step in range(4000)]
-    assert sum(drawn) / 4000 == pytest.approx(0.1, abs=0.015)
-    assert drawn == [is_guided_step(0, step, 0.1) for step in range(4000)]
-    assert drawn != [is_guided_step(1, step, 0.1) for step in range(4000)]
+def loss_of(v, rows):
+    """Eq. 9 of the student's v."""
+    return distillation_loss(x_of(v, rows), x_target=rows.x_target, t=rows.t, schedule=TEACHER.schedule)
+
+
+def gradient(model, loss):
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def test_guided_steps_follow_seed_and_probability():
+    draws = [is_guided_step(0, step, 0.1) for step in range(4000)]
+    assert sum(draws) / 4000 == pytest.approx(0.1, abs=0.015)
+    assert draws == [is_guided_step(0, step, 0.1) for step in range(4000)]
+    assert draws != [is_guided_step(1, step, 0.1) for step in range(4000)]
     assert not any(is_guided_step(0, step, 0.0) for step in range(100))
     assert all(is_guided_step(0, step, 1.0) for step in range(100))
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
-def test_the_loss_and_its_gradient_are_those_of_the_formula_through_every_pass(teacher, captions, p):
-    batch, unet = batch_of(0, teacher=teacher), student()
-    settings = StepDistillationSettings(student_steps=4, cfg_range=RANGE, gamma=0.0, cfg_probability=p)
-    objective = objective_of(teacher, captions, gamma=0.0, cfg_probability=p)
-    lesson = online(teacher, captions, settings)(batch, guided=p == 1.0, step=0)
-    assert (lesson.w is None) == (p == 0.0)
+def test_loss_and_gradient_match_the_formula(p):
+    batch, unet = batch_of(0), student()
+    objective = objective_of(gamma=0.0, cfg_probability=p)
+    rows = online()(batch, guided=p == 1.0, step=0)
+    assert (rows.w is None) == (p == 0.0)
 
-    def formula(uncond_passes_gradient):
-        cond = unet(lesson.z_t, lesson.t, encoder_hidden_states=lesson.c).sample
-        v = cond
-        if lesson.w is not None:
-            null = captions.null.expand_as(lesson.c)
-            uncond = unet(lesson.z_t, lesson.t, encoder_hidden_states=null).sample
-            v = guide(cond=cond, uncond=uncond if uncond_passes_gradient else uncond.detach(), w=lesson.w)
-        x_hat = teacher.schedule.from_v(v=v, z_t=lesson.z_t, t=lesson.t).x
-        return distillation_loss(x_hat, x_target=lesson.x_target, t=lesson.t, schedule=teacher.schedule)
+    def formula(through_uncond):
+        cond, uncond = (
+            unet(rows.z_t, rows.t, encoder_hidden_states=c.expand_as(rows.c)).sample
+            for c in (rows.c, CAPTIONS.null)
+        )
+        uncond = uncond if through_uncond else uncond.detach()
+        return loss_of(cond if rows.w is None else guide(cond=cond, uncond=uncond, w=rows.w), rows)
 
-    expected = formula(uncond_passes_gradient=True)
+    expected = formula(through_uncond=True)
     loss = objective(unet, batch, step=0)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
-    found, wanted = gradients(unet, loss.sum()), gradients(unet, expected.sum())
-    scale = max(float(gradient.abs().max()) for gradient in wanted)
-    for mine, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4 * scale)
+    found, correct = gradient(unet, loss.sum()), gradient(unet, expected.sum())
+    scale = float(correct.abs().max())
+    torch.testing.assert_close(found, correct, rtol=0, atol=1e-4 * scale)
     if p == 1.0:
-        partial = gradients(unet, formula(uncond_passes_gradient=False).sum())
-        assert max(
-            float((mine - theirs).abs().max()) for mine, theirs in zip(found, partial, strict=True)
-        ) > (0.01 * scale)
+        partial = gradient(unet, formula(through_uncond=False).sum())
+        assert (found - partial).abs().max() > 0.01 * scale
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
-def test_a_student_that_is_the_teacher_with_k_1_has_no_distillation_loss(teacher, captions, p):
-    objective = objective_of(teacher, captions, gamma=0.0, cfg_probability=p, k=1)
-    loss = objective(teacher.unet, batch_of(0, teacher=teacher), step=0)
+def test_teacher_as_student_with_k_1_has_no_loss(p):
+    objective = objective_of(gamma=0.0, cfg_probability=p, k=1)
+    loss = objective(TEACHER.unet, batch_of(0), step=0)
     assert loss.max() < 1e-7
 
 
 class Constant(nn.Module):
-    """Says the same velocity whatever it is asked."""
+    """Predicts the same velocity for any input."""
 
     def __init__(self):
         super().__init__()
@@ -132,25 +133,22 @@ class Constant(nn.Module):
 
 
 @pytest.mark.parametrize(("original_times", "micro_batch"), [("schedule", 4), ("schedule", 8), ("grid", 8)])
-def test_the_original_losss_share_follows_gamma_whatever_the_accumulation(
-    teacher, captions, original_times, micro_batch
-):
-    taught, settings = {}, StepDistillationSettings(student_steps=4, cfg_range=RANGE)
-    lessons = online(teacher, captions, settings)
+def test_share_of_the_original_loss_is_gamma(original_times, micro_batch):
+    cache, online_targets = {}, online()
 
-    def once(batch, *, guided, step):
-        return taught.setdefault(batch.ids, lessons(batch, guided=guided, step=step))
+    def cached(batch, *, guided, step):
+        return cache.setdefault(batch.ids, online_targets(batch, guided=guided, step=step))
 
     def of_gamma(gamma):
         changes = {"gamma": gamma, "cfg_probability": 0.5, "ratio_decay": 0.9}
-        return objective_of(teacher, captions, lessons=once, original_times=original_times, **changes)
+        return objective_of(targets=cached, original_times=original_times, **changes)
 
     model, shares, gammas = Constant(), {True: [], False: []}, []
     objective, alone = of_gamma(0.2), of_gamma(0.0)
     for step in range(30):
         guided = objective.guided(step)
         gammas.append(objective.gamma(guided=guided))
-        parts = list(batch_of(step, teacher=teacher).split(micro_batch))
+        parts = list(batch_of(step).split(micro_batch))
         total, distillation = (
             float(torch.cat([loss(model, part, step=step) for part in parts]).detach().mean())
             for loss in (objective, alone)
@@ -158,113 +156,98 @@ def test_the_original_losss_share_follows_gamma_whatever_the_accumulation(
         shares[guided].append((total - distillation) / distillation)
         objective.end_step()
     for branch in shares.values():
-        assert branch[0] == pytest.approx(0.0, abs=1e-6)  # nothing is known in the first step
-        # A ratio of means against a mean of ratios, over few rows: a fifth of it.
+        assert branch[0] == pytest.approx(0.0, abs=1e-6)  # no averages in the first step
+        # The ratio of means differs from the mean of ratios, over few rows by a fifth.
         assert sum(branch[3:]) / len(branch[3:]) == pytest.approx(0.2, rel=0.3)
     assert len(set(gammas)) > 20
 
 
-def test_gamma_is_the_same_whatever_the_accumulation(teacher, captions):
+def test_gamma_does_not_depend_on_accumulation():
     ends = []
     for micro_batch in (2, 3, 8):
-        objective = objective_of(teacher, captions)
+        objective = objective_of()
         for step in range(3):
-            for part in batch_of(step, teacher=teacher).split(micro_batch):
-                objective(teacher.unet, part, step=step)
+            for part in batch_of(step).split(micro_batch):
+                objective(TEACHER.unet, part, step=step)
             objective.end_step()
         ends.append(objective.gamma(guided=False))
     assert ends[1:] == pytest.approx(ends[:1] * 2, rel=1e-5)
 
 
-def test_constant_gamma_is_itself(teacher, captions):
-    objective = objective_of(teacher, captions, gamma=0.7, gamma_rule="constant")
+def test_constant_gamma():
+    objective = objective_of(gamma=0.7, gamma_rule="constant")
     assert objective.gamma(guided=True) == 0.7
 
 
-def test_figures_are_those_of_each_interval_and_the_gradient_norm_is_autograds(teacher, captions):
-    settings = StepDistillationSettings(
-        student_steps=4, cfg_range=RANGE, cfg_probability=1.0, caption_dropout=0.0
-    )
-    batch = batch_of(0, teacher=teacher, rows=16)
-    lesson = online(teacher, captions, settings)(batch, guided=True, step=0)
-    objective = objective_of(teacher, captions, cfg_probability=1.0, caption_dropout=0.0)
-    objective(teacher.unet, batch, step=0)
-    figures = objective.end_step()
+def test_metrics_of_intervals_and_gradient_norm():
+    batch = batch_of(0, rows=16)
+    rows = online(caption_dropout=0.0)(batch, guided=True, step=0)
+    objective = objective_of(cfg_probability=1.0, caption_dropout=0.0)
+    objective(TEACHER.unet, batch, step=0)
+    metrics = objective.end_step()
 
-    both = [torch.zeros_like(lesson.z_t).requires_grad_() for _ in range(2)]
+    both = [torch.zeros_like(rows.z_t).requires_grad_() for _ in range(2)]
     with torch.no_grad():
-        for said, c in zip(both, (lesson.c, captions.null.expand_as(lesson.c)), strict=True):
-            said.copy_(teacher.unet(lesson.z_t, lesson.t, encoder_hidden_states=c).sample)
-    x_hat = teacher.schedule.from_v(
-        v=guide(cond=both[0], uncond=both[1], w=lesson.w), z_t=lesson.z_t, t=lesson.t
-    ).x
-    loss = distillation_loss(x_hat, x_target=lesson.x_target, t=lesson.t, schedule=teacher.schedule)
+        for output, c in zip(both, (rows.c, CAPTIONS.null.expand_as(rows.c)), strict=True):
+            output.copy_(TEACHER.unet(rows.z_t, rows.t, encoder_hidden_states=c).sample)
+    v = guide(cond=both[0], uncond=both[1], w=rows.w)
+    loss = loss_of(v, rows)
     norms = torch.stack(torch.autograd.grad(loss.sum(), both)).square().sum(dim=(0, 2, 3, 4)).sqrt()
-    errors = (x_hat - lesson.x_target).square().mean(dim=(1, 2, 3))
-    assert set(lesson.interval.tolist()) == set(range(4))
-    for part in range(4):
-        here = lesson.interval == part
-        assert figures[f"guided/loss/{part}"] == pytest.approx(float(loss[here].detach().mean()), rel=1e-3)
-        assert figures[f"guided/error/{part}"] == pytest.approx(float(errors[here].detach().mean()), rel=1e-3)
-        assert figures[f"guided/grad_norm/{part}"] == pytest.approx(float(norms[here].mean()), rel=1e-3)
-    assert figures["guided/loss"] == pytest.approx(float(loss.detach().mean()), rel=1e-3)
-    assert figures["guided/ratio"] == pytest.approx(figures["guided/loss"] / figures["guided/original"])
-    assert figures["guided/gamma"] == pytest.approx(0.2 * figures["guided/ratio"])
-    assert not any(name.startswith("vanilla") for name in figures)
+    errors = (x_of(v, rows) - rows.x_target).square().mean(dim=(1, 2, 3))
+    assert set(rows.interval.tolist()) == set(range(4))
+    for interval in range(4):
+        here = rows.interval == interval
+        for name, values in (("loss", loss), ("error", errors), ("grad_norm", norms)):
+            expected = float(values[here].detach().mean())
+            assert metrics[f"guided/{name}/{interval}"] == pytest.approx(expected, rel=1e-3)
+    assert metrics["guided/loss"] == pytest.approx(float(loss.detach().mean()), rel=1e-3)
+    assert metrics["guided/ratio"] == pytest.approx(metrics["guided/loss"] / metrics["guided/original"])
+    assert metrics["guided/gamma"] == pytest.approx(0.2 * metrics["guided/ratio"])
+    assert not any(name.startswith("vanilla") for name in metrics)
 
 
-def test_a_stored_lesson_is_the_online_one_after_the_cast(teacher, captions):
-    settings = StepDistillationSettings(student_steps=4, cfg_range=RANGE, caption_dropout=0.0)
-    batch, lessons = batch_of(0, teacher=teacher), online(teacher, captions, settings)
+@pytest.mark.parametrize("guided", [False, True])
+def test_stored_targets_match_online_targets(guided):
+    batch = batch_of(0)
     keys = [noise_key("row", row) for row in batch.ids]
-    for guided in (False, True):
-        made = lessons.compute(batch, keys, guided=guided)
-        columns = {
-            **batch.columns,
-            "noise_key": torch.tensor(keys),
-            "interval": made.interval.int(),
-            "t": made.t.int(),
-            "x_target": made.x_target.half().float(),
-        }
-        if guided:
-            columns["w"] = made.w.flatten()
-        stored = StoredTargets(captions=captions, schedule=teacher.schedule)
-        read = stored(Batch(ids=batch.ids, columns=columns), guided=guided, step=7)
-        for name in ("x", "eps", "z_t", "interval", "t", "c"):
-            assert torch.equal(getattr(read, name), getattr(made, name)), name
-        assert (read.w is None) == (made.w is None)
-        assert made.w is None or torch.equal(read.w, made.w)
-        assert torch.equal(read.x_target, made.x_target.half().float())
+    computed = online(caption_dropout=0.0).compute(batch, keys, guided=guided)
+    columns = {
+        **batch.columns,
+        "noise_key": torch.tensor(keys),
+        "interval": computed.interval.int(),
+        "t": computed.t.int(),
+        "x_target": computed.x_target.half().float(),
+        **({"w": computed.w.flatten()} if guided else {}),
+    }
+    stored = StoredTargets(captions=CAPTIONS, schedule=TEACHER.schedule)
+    read = stored(Batch(ids=batch.ids, columns=columns), guided=guided, step=7)
+    for name in ("x", "eps", "z_t", "interval", "t", "c"):
+        assert torch.equal(getattr(read, name), getattr(computed, name)), name
+    assert (read.w is None) == (computed.w is None) == (not guided)
+    assert not guided or torch.equal(read.w, computed.w)
+    assert torch.equal(read.x_target, computed.x_target.half().float())
 
 
-def test_a_rows_lesson_does_not_depend_on_its_batch(teacher, captions):
-    settings = StepDistillationSettings(student_steps=4, cfg_range=RANGE)
-    batch, lessons = batch_of(0, teacher=teacher), online(teacher, captions, settings)
-    whole = lessons(batch, guided=True, step=5)
-    first, second = (lessons(part, guided=True, step=5) for part in batch.split(4))
+def test_targets_of_a_row_ignore_its_batch():
+    batch, targets = batch_of(0), online()
+    whole = targets(batch, guided=True, step=5)
+    first, second = (targets(part, guided=True, step=5) for part in batch.split(4))
     for name in ("eps", "interval", "w", "c", "z_t"):
         parts = torch.cat([getattr(first, name), getattr(second, name)])
         torch.testing.assert_close(parts, getattr(whole, name))
-    assert not torch.equal(lessons(batch, guided=True, step=6).eps, whole.eps)
+    assert not torch.equal(targets(batch, guided=True, step=6).eps, whole.eps)
 
 
-def run(state, objective, *, teacher, micro_batch=8, after_step=lambda step: None, settings=LOOP):
-    batches = (batch_of(step, teacher=teacher) for step in itertools.count(state.step))
-    train(
-        state,
-        objective=objective,
-        batches=batches,
-        settings=settings,
-        micro_batch=micro_batch,
-        after_step=after_step,
-    )
+def run(state, objective, *, settings=LOOP, batches=None, **options):
+    batches = batches or (batch_of(step) for step in itertools.count(state.step))
+    train(state, objective=objective, batches=batches, settings=settings, micro_batch=8, **options)
 
 
-def test_killed_and_resumed_it_ends_with_the_same_bits_and_averages(teacher, captions, tmp_path):
+def test_killed_and_resumed_training_is_identical(tmp_path):
     whole = new_state(student(), settings=LOOP)
-    told = []
-    run(whole, objective_of(teacher, captions, cfg_probability=0.5), teacher=teacher, after_step=told.append)
-    assert {name.split("/")[0] for name in told[-1].metrics} == {"vanilla", "guided"}
+    results = []
+    run(whole, objective_of(cfg_probability=0.5), after_step=results.append)
+    assert {name.split("/")[0] for name in results[-1].metrics} == {"vanilla", "guided"}
 
     store, killed = CheckpointStore(str(tmp_path)), new_state(student(), settings=LOOP)
 
@@ -274,61 +257,47 @@ def test_killed_and_resumed_it_ends_with_the_same_bits_and_averages(teacher, cap
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(
-            killed,
-            objective_of(teacher, captions, cfg_probability=0.5),
-            teacher=teacher,
-            after_step=save_and_die,
-        )
+        run(killed, objective_of(cfg_probability=0.5), after_step=save_and_die)
     resumed = new_state(student(seed=4), settings=LOOP)
     found = store.newest()
     resumed.restore(found.tensors, found.values)
-    run(resumed, objective_of(teacher, captions, cfg_probability=0.5), teacher=teacher)
+    run(resumed, objective_of(cfg_probability=0.5))
     assert resumed.objective_state == whole.objective_state
     for group, named in whole.tensors().items():
         assert all(torch.equal(tensor, resumed.tensors()[group][name]) for name, tensor in named.items())
 
 
-def test_a_loss_above_its_limit_stops_and_names_the_rows(teacher, captions):
+def test_loss_above_the_limit_names_the_rows():
     state = new_state(student(), settings=LOOP)
     limited = LOOP.model_copy(update={"max_loss": 1e-6})
-    with pytest.raises(
-        DivergedError, match=r"step 0 is .*, above max_loss 1e-06; the batch is rows 0-0"
-    ) as told:
-        run(state, objective_of(teacher, captions), teacher=teacher, settings=limited)
-    assert told.value.rows == [f"0-{row}" for row in range(8)]
+    with pytest.raises(DivergedError, match=r"above max_loss 1e-06; the batch is rows 0-0") as caught:
+        run(state, objective_of(), settings=limited)
+    assert caught.value.rows == [f"0-{row}" for row in range(8)]
     assert state.step == 0
 
 
-def test_velocity_objective_is_eq_6_at_draws_of_each_row(teacher, captions):
-    objective = VelocityObjective(VelocitySettings(), captions=captions, schedule=teacher.schedule, seed=0)
-    batch = batch_of(0, teacher=teacher)
-    loss = objective(teacher.unet, batch, step=2)
-    parts = torch.cat([objective(teacher.unet, part, step=2) for part in batch.split(3)])
+def test_velocity_loss_of_a_row_ignores_its_batch():
+    objective = velocity_objective()
+    batch = batch_of(0)
+    loss = objective(TEACHER.unet, batch, step=2)
+    parts = torch.cat([objective(TEACHER.unet, part, step=2) for part in batch.split(3)])
     torch.testing.assert_close(parts, loss, rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(objective(teacher.unet, batch, step=3), loss)
+    assert not torch.allclose(objective(TEACHER.unet, batch, step=3), loss)
 
 
-def test_a_student_learns_the_velocity(teacher, captions):
-    objective = VelocityObjective(VelocitySettings(), captions=captions, schedule=teacher.schedule, seed=0)
+def test_student_learns_the_velocity():
+    objective = velocity_objective()
     settings = LOOP.model_copy(update={"num_steps": 30, "learning_rate": 5e-3})
-    state, losses = new_state(student(), settings=settings), []
-    batch = batch_of(0, teacher=teacher)
+    state, results, batch = new_state(student(), settings=settings), [], batch_of(0)
     black = Batch(ids=batch.ids, columns={**batch.columns, "latent": torch.zeros(8, 4, 8, 8)})
-    train(
-        state,
-        objective=objective,
-        batches=itertools.repeat(black),
-        settings=settings,
-        micro_batch=8,
-        after_step=lambda step: losses.append(step.loss),
-    )
+    run(state, objective, settings=settings, batches=itertools.repeat(black), after_step=results.append)
+    losses = [result.loss for result in results]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-def test_times_cover_the_schedule_and_captions_are_dropped_in_the_asked_proportion(teacher):
+def test_timesteps_and_caption_dropout_are_distributed():
     keys = range(4000)
-    times = draw_timesteps(keys, schedule=teacher.schedule)
+    times = draw_timesteps(keys, schedule=TEACHER.schedule)
     assert 0 <= int(times.min()) < 5
     assert 994 < int(times.max()) <= 999
     assert float(times.float().mean()) == pytest.approx(499.5, abs=15)
@@ -336,20 +305,20 @@ def test_times_cover_the_schedule_and_captions_are_dropped_in_the_asked_proporti
     assert not draw_caption_dropout(keys, fraction=0.0).any()
 
 
-def test_a_dropped_caption_is_the_empty_one(teacher, captions):
-    c = captions.encode(teacher.tokenize(["red", "red"]), dropped=torch.tensor([True, False]))
-    assert torch.equal(c[:1], captions.null)
-    assert torch.equal(c[1:], captions.encode(teacher.tokenize(["red"])))
+def test_dropped_caption_is_the_empty_one():
+    c = CAPTIONS.encode(TEACHER.tokenize(["red", "red"]), dropped=torch.tensor([True, False]))
+    assert torch.equal(c[:1], CAPTIONS.null)
+    assert torch.equal(c[1:], CAPTIONS.encode(TEACHER.tokenize(["red"])))
 
 
-def test_times_belong_to_the_interval_they_lie_in(teacher, captions):
-    objective = objective_of(teacher, captions)
+def test_interval_of_a_timestep():
+    objective = objective_of()
     grid = time_grid(4)
     assert objective._interval_at(torch.tensor(grid[:-1])).tolist() == [0, 1, 2, 3]
     assert objective._interval_at(torch.tensor([grid[1] + 1, grid[1], 0])).tolist() == [0, 1, 3]
 
 
-def test_moving_means_are_plain_means_first_and_keep_parts_apart():
+def test_moving_averages_start_as_means_per_group():
     means = MovingAverages(["a", "b"], groups=2, decay=0.75)
     assert means.get("a") is None
     for value in (1.0, 3.0):
@@ -369,28 +338,21 @@ def test_moving_means_are_plain_means_first_and_keep_parts_apart():
         MovingAverages(["a"], groups=2, decay=0.75).load_state_dict(means.state_dict())
 
 
-def test_a_w_conditioned_student_is_told_w_and_answers_once(teacher, captions):
+def test_w_conditioned_student_takes_one_pass():
     torch.manual_seed(5)
     unet = with_guidance_embedding(tiny_bundle(3).unet).requires_grad_(requires_grad=True)
     nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.1)
-    rows = []
-    unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    sizes = []
+    unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     changes = {"cfg_probability": 1.0, "w_conditioned": True}
-    settings = StepDistillationSettings(student_steps=4, cfg_range=RANGE)
-    batch = batch_of(0, teacher=teacher)
-    lesson = online(teacher, captions, settings)(batch, guided=True, step=0)
-    loss = objective_of(teacher, captions, gamma=0.0, **changes)(unet, batch, step=0)
-    v = unet(
-        lesson.z_t,
-        lesson.t,
-        encoder_hidden_states=lesson.c,
-        timestep_cond=guidance_embedding(lesson.w.flatten()),
-    ).sample
-    x_hat = teacher.schedule.from_v(v=v, z_t=lesson.z_t, t=lesson.t).x
-    expected = distillation_loss(x_hat, x_target=lesson.x_target, t=lesson.t, schedule=teacher.schedule)
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
-    objective_of(teacher, captions, **changes)(unet, batch, step=0).sum().backward()
-    assert rows == [8, 8, 16]
+    batch = batch_of(0)
+    rows = online()(batch, guided=True, step=0)
+    loss = objective_of(gamma=0.0, **changes)(unet, batch, step=0)
+    w = guidance_embedding(rows.w.flatten())
+    v = unet(rows.z_t, rows.t, encoder_hidden_states=rows.c, timestep_cond=w).sample
+    torch.testing.assert_close(loss, loss_of(v, rows), rtol=1e-4, atol=1e-6)
+    objective_of(**changes)(unet, batch, step=0).sum().backward()
+    assert sizes == [8, 8, 16]
     assert unet.time_embedding.cond_proj.weight.grad.abs().max() > 0
     with pytest.raises(SettingsError, match="no unguided pass"):
         StepDistillationSettings.parse({"w_conditioned": True, "original_times": "grid"})

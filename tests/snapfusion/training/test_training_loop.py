@@ -1,4 +1,4 @@
-"""The training loop: what resumes, what accumulates, what stops it; and the decoder's objective."""
+"""The training loop: resumption, accumulation, errors; EMA, learning rate, the decoder's objective."""
 
 import copy
 import itertools
@@ -58,7 +58,7 @@ def assert_equal(first, second):
             assert torch.equal(tensor, second.tensors()[group][name]), (group, name)
 
 
-def test_loss_falls_and_every_step_is_told():
+def test_loss_falls_and_steps_are_reported():
     state = new_state(network(), settings=SETTINGS)
     steps = run(state)
     assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6]
@@ -67,14 +67,14 @@ def test_loss_falls_and_every_step_is_told():
     assert state.step == 6
 
 
-def test_a_finished_state_is_left_alone():
+def test_finished_state_is_unchanged():
     state = new_state(network(), settings=SETTINGS)
     state.step = 6
     assert run(state, source=iter(())) == []
 
 
 @pytest.mark.parametrize("killed_after", [1, 3, 5])
-def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, killed_after):
+def test_killed_and_resumed_run_is_identical(tmp_path, killed_after):
     whole = new_state(network(), settings=SETTINGS)
     run(whole)
 
@@ -89,7 +89,7 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, killed_after):
 
     with pytest.raises(KeyboardInterrupt):
         run(killed, after_step=save_and_die)
-    resumed = new_state(network(seed=1), settings=SETTINGS)  # its first weights must not matter
+    resumed = new_state(network(seed=1), settings=SETTINGS)  # its initial weights must not matter
     found = store.newest()
     resumed.restore(found.tensors, found.values)
     assert (resumed.step, len(resumed.curve)) == (killed_after, killed_after)
@@ -98,18 +98,18 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, killed_after):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4])
-def test_accumulation_gives_the_weights_of_the_whole_batch(micro_batch):
+def test_accumulation_matches_the_whole_batch(micro_batch):
     whole, pieces = (new_state(network(), settings=SETTINGS) for _ in range(2))
     steps = run(whole)
     more = run(pieces, micro_batch=micro_batch)
     for step, other in zip(steps, more, strict=True):
         assert other.loss == pytest.approx(step.loss, rel=1e-5)
-    # Sums in another order: float32 rounding, which Adam's division passes on while moments are small.
+    # float32 sums in another order, which Adam's division amplifies while moments are small.
     for name, tensor in whole.final_weights().items():
         torch.testing.assert_close(pieces.final_weights()[name], tensor, rtol=0, atol=1e-5)
 
 
-def test_nan_loss_names_its_rows_and_leaves_the_weights():
+def test_nan_loss_names_its_rows():
     state = new_state(network(), settings=SETTINGS)
     broken = batch_of(0)
     broken["latent"][3] = float("nan")
@@ -121,7 +121,7 @@ def test_nan_loss_names_its_rows_and_leaves_the_weights():
     assert state.step == 0
 
 
-def test_gradient_that_is_not_finite_names_its_batch():
+def test_nan_gradient_names_its_batch():
     def objective(model, batch, *, step):
         return (model(batch["latent"]).square().mean(dim=(1, 2, 3)) * 0.0).sqrt()
 
@@ -129,12 +129,12 @@ def test_gradient_that_is_not_finite_names_its_batch():
         run(new_state(network(), settings=SETTINGS), objective=objective)
 
 
-def test_refuses_a_batch_of_another_size():
+def test_batch_of_another_size_fails():
     with pytest.raises(ValueError, match="step 0 got 5 rows; the global batch is 8"):
         run(new_state(network(), settings=SETTINGS), source=iter([batch_of(0, rows=5)]))
 
 
-def test_refuses_a_loss_that_is_not_one_number_a_row():
+def test_loss_that_is_not_per_row_fails():
     with pytest.raises(ValueError, match=r"float32 \[8\], the loss of each row"):
         run(
             new_state(network(), settings=SETTINGS),
@@ -142,21 +142,21 @@ def test_refuses_a_loss_that_is_not_one_number_a_row():
         )
 
 
-def test_bfloat16_forward_keeps_losses_and_weights_in_float32():
-    seen = []
+def test_bfloat16_keeps_losses_and_weights_in_float32():
+    dtypes = []
 
     def objective(model, batch, *, step):
-        seen.append(model(batch["latent"]).dtype)
+        dtypes.append(model(batch["latent"]).dtype)
         return OBJECTIVE(model, batch, step=step)
 
     state = new_state(network(), settings=SETTINGS)
     settings = SETTINGS.model_copy(update={"precision": "bfloat16", "num_steps": 1})
     run(state, settings=settings, objective=objective)
-    assert seen == [torch.bfloat16]
+    assert dtypes == [torch.bfloat16]
     assert {parameter.dtype for parameter in state.model.parameters()} == {torch.float32}
 
 
-def test_state_of_another_model_is_refused():
+def test_state_of_another_model_fails():
     state = new_state(network(), settings=SETTINGS)
     run(state)
     other = new_state(nn.Sequential(nn.Conv2d(4, 3, 1)), settings=SETTINGS)
@@ -167,7 +167,7 @@ def test_state_of_another_model_is_refused():
         bare.restore(state.tensors(), state.values())
 
 
-def test_average_follows_its_formula():
+def test_ema_follows_its_formula():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     ema = Ema(model, decay=0.5)
@@ -179,7 +179,7 @@ def test_average_follows_its_formula():
         Ema(model, decay=1.0)
 
 
-def test_learning_rate_rises_and_falls():
+def test_learning_rate_schedule():
     def rate(step, decay="cosine"):
         settings = LoopSettings(num_steps=12, global_batch=1, learning_rate=1.0, warmup_steps=4, decay=decay)
         return learning_rate(step, settings=settings)
@@ -191,7 +191,7 @@ def test_learning_rate_rises_and_falls():
     assert rate(11, "constant") == 1.0
 
 
-def test_a_perfect_student_has_loss_zero_offline_and_online():
+def test_perfect_decoder_has_no_loss():
     batch = batch_of(0)
     target = stored_images(batch)
     assert float(target.min()) >= -1.0
@@ -207,14 +207,14 @@ def test_a_perfect_student_has_loss_zero_offline_and_online():
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_the_loss_is_the_mean_squared_error_of_each_row():
+def test_decoder_loss_is_per_row_mse():
     batch = batch_of(0)
     student = stored_images(batch) + torch.arange(8.0).view(8, 1, 1, 1)
     losses = OBJECTIVE(lambda latent: student, batch, step=0)
     torch.testing.assert_close(losses, torch.arange(8.0).square(), rtol=1e-6, atol=0)
 
 
-def test_batch_checks_its_rows():
+def test_batch_validates_its_columns():
     with pytest.raises(ValueError, match="'x' has 2 rows for 1 ids"):
         Batch(ids=("a",), columns={"x": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"no column 'image'; it has \['latent'\]"):
