@@ -35,6 +35,7 @@ def noise_key(*parts: str | int) -> int:
 def uniform(key: int, count: int) -> np.ndarray:
     """Draw `count` numbers from the open interval (0, 1): float64 [count], the same on every machine."""
     bits = np.random.Philox(key=key).random_raw(count)
+    # 53 bits fill the mantissa of a float64; the half keeps 0 and 1 out, whose Gaussians are infinite.
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 

@@ -85,7 +85,7 @@ class Schedule:
             raise ValueError(
                 f"t spans {int(t.min())} .. {int(t.max())}; -1 .. {self.num_steps - 1} is accepted"
             )
-        values: Tensor = getattr(self, table)
+        values: Tensor = getattr(self, table)  # index 0 is t = -1, the clean end
         return values.to(device=t.device, dtype=torch.float32)[t + 1].view(-1, 1, 1, 1)
 
     def diffuse(self, *, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:

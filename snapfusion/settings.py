@@ -30,6 +30,7 @@ class Settings(BaseModel):
             SettingsError: for the first unknown key or invalid value.
         """
         try:
+            # By way of JSON, in which strict mode accepts a list for a tuple.
             return cls.model_validate_json(json.dumps(values))
         except ValidationError as error:
             raise SettingsError(_explain(error, cls)) from None

@@ -342,7 +342,7 @@ class TeacherSettings(TargetSettings):
         student_steps: N_S, the steps of the student's grid.
         k: the teacher's steps for one of the student's, on the grid of k * N_S steps; 2 in SnapFusion.
         cfg_range: of w in guided rows.
-        caption_dropout: fraction of vanilla rows that go without their caption (ours, see `draw_dropped`);
+        caption_dropout: fraction of vanilla rows that go without their caption (ours, see `draw_caption_dropout`);
             their `token_ids` are the empty caption's, so teacher and student are told the same.
         batch_size: rows the teacher is asked about at once (twice that with guidance); fixed, because bits
             depend on it.

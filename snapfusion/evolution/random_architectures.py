@@ -41,6 +41,7 @@ def _without_random_blocks(
     origin: Architecture, *, table: LatencyTable, high_ms: float, seed: int, attempt: int
 ) -> Architecture:
     names = [block.name for block in origin.blocks]
+    # "chance" is part of the key, so it stays as it was in published runs.
     draws = uniform(noise_key("chance", seed, attempt), len(names))
     architecture = origin
     for _, name in sorted(zip(draws.tolist(), names, strict=True)):

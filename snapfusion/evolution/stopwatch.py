@@ -50,6 +50,7 @@ def time_in_turns(
         raise ValueError(f"turns is {turns}; at least 2 are needed for quartiles")
     repeats = {name: _repeats(run) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    # In turns, so that a change of clock speed or load during the measurement affects all candidates.
     for turn in range(turns):
         for name, run in runs.items():
             start = time.perf_counter()

@@ -35,6 +35,7 @@ def skipping_blocks(unet: UNet2DConditionModel | BlockUNet, names: Collection[st
     """
     modules = _modules(unet, names)
     for module in modules:
+        # An attribute of the instance hides the method of the class; hooks and state dict are unaffected.
         module.forward = _pass_through(module)
     try:
         yield

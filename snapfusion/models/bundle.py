@@ -96,7 +96,7 @@ class Bundle:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move the networks; the fingerprint stays that of the weights as loaded."""
-        self.fingerprint()
+        self.fingerprint()  # before a cast changes the values
         for network in self.networks.values():
             # diffusers' own `to` warns about modules to keep in float32, which these networks do not have.
             nn.Module.to(network, device=device, dtype=dtype)
@@ -148,6 +148,7 @@ class Bundle:
             if unguided:
                 output = self.predict(z_t, t, c, w=w)
             else:
+                # The unconditional half first, as in diffusers.
                 both = torch.cat([c_null.expand_as(c), c])  # type: ignore[union-attr]
                 uncond, cond = self.predict(z_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
                 output = guide(cond=cond, uncond=uncond, w=w)
@@ -159,6 +160,7 @@ class Bundle:
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode uint8 images [B,3,H,W] to latents float32 [B,4,h,w]: posterior mean times scaling factor."""
         pixels = images.to(device=self.device, dtype=torch.float32) / 127.5 - 1.0
+        # The mean, not a sample of the posterior: a latent is then a function of its image.
         mean = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean
         return mean.float() * self.scaling_factor
 
@@ -191,6 +193,7 @@ def to_uint8(images: Tensor) -> Tensor:
 def weight_hash(network: nn.Module) -> str:
     """SHA-256 over the names, shapes and float32 values of a network's tensors."""
     sha = hashlib.sha256()
+    # Sorted and in float32, so that neither the order in the file nor its dtype matters.
     for name, tensor in sorted(network.state_dict().items()):
         sha.update(f"{name}{tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().data)

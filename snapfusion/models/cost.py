@@ -85,6 +85,7 @@ def costs_of(architecture: Architecture, *, tokens: int = NUM_TOKENS) -> Costs:
     flops[""] = sum(counter.get_flop_counts()["Global"].values())
 
     def cost(path: str) -> Cost:
+        # torch counts a multiply-accumulate as two operations.
         return Cost(parameters=_parameters(unet.get_submodule(path)), macs=flops.get(path, 0) // 2)
 
     blocks = {block.name: cost(block.name) for block in architecture.blocks}

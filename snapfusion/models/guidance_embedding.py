@@ -42,6 +42,7 @@ def with_guidance_embedding(unet: UNet2DConditionModel | BlockUNet) -> UNet2DCon
 
 def guidance_embedding(w: Tensor, *, size: int = EMBEDDING_SIZE) -> Tensor:
     """Embed w, float32 [B], as float32 [B,size]; `size` is even."""
+    # diffusers embeds w - 1, so that no guidance is zero, with these frequencies.
     half = size // 2
     steps = torch.arange(half, dtype=torch.float32, device=w.device)
     angles = ((w - 1.0) * 1000.0).view(-1, 1) * torch.exp(steps * (-math.log(10000.0) / (half - 1)))

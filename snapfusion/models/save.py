@@ -56,7 +56,7 @@ def save(
         beta_start=bundle.schedule.beta_start,
         beta_end=bundle.schedule.beta_end,
         prediction_type=bundle.prediction_type,
-        timestep_spacing="trailing",
+        timestep_spacing="trailing",  # the time grid of distillation
         steps_offset=1,  # unused with trailing spacing, but diffusers warns of any other value
         set_alpha_to_one=True,
         clip_sample=False,

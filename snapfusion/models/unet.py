@@ -169,6 +169,7 @@ class StageModules(nn.Module):
         return hidden, tuple(outputs)
 
     def _resnet(self, block: nn.Module, hidden: Tensor, time: Tensor) -> Tensor:
+        # Attention is not checkpointed here, because Transformer2DModel checkpoints its own blocks.
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, hidden, time)  # type: ignore[operator]
         return block(hidden, time)
@@ -245,6 +246,7 @@ class BlockUNet(ModelMixin, ConfigMixin):
             timestep_cond: the guidance embedding, of a w-conditioned UNet.
             return_dict: whether to return an output class or a tuple.
         """
+        # Stock pipelines pass a number or a scalar tensor.
         times = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
         time = self.time_embedding(self.time_proj(times).to(sample.dtype), timestep_cond)
         hidden = self.conv_in(sample)
@@ -349,6 +351,7 @@ def stock_config(architecture: Architecture) -> dict[str, Any] | None:
         "upcast_attention": architecture.upcast_attention,
         "time_cond_proj_dim": architecture.guidance_embedding,
     }
+    # The config cannot express every architecture: it is used only if it leads back to this one.
     return config if _stock_architecture(config) == architecture else None
 
 

@@ -82,6 +82,7 @@ class CheckpointStore:
         self._remove_manifest(folder)
         files = {f"{group}.safetensors": self._put(folder, group, named) for group, named in tensors.items()}
         manifest: dict[str, Any] = {"step": step, "values": dict(values), "files": files}
+        # Also of the manifest: its values (step, averages) matter as much as the tensors.
         manifest["sha256"] = digest(manifest)
         # The commit point: only now is the folder a checkpoint.
         self._fs.pipe_file(f"{folder}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
@@ -110,7 +111,7 @@ class CheckpointStore:
             try:
                 return self.load(step)
             except CheckpointError:
-                continue
+                continue  # an older one costs some repeated steps, a wrong one the whole training
         return None
 
     def delete(self) -> None:
@@ -123,6 +124,7 @@ class CheckpointStore:
 
     def _steps(self) -> list[int]:
         """List the steps that have a folder, complete or not, newest first."""
+        # fsspec caches listings, and another process may have written or deleted checkpoints.
         self._fs.invalidate_cache()
         if not self._fs.exists(self._root):
             return []
@@ -141,6 +143,7 @@ class CheckpointStore:
         return entry
 
     def _get(self, path: str, *, sha256: str) -> dict[str, Tensor]:
+        # One read for hash and tensors, so that exactly what was verified is loaded.
         try:
             content = self._fs.cat_file(path)
         except FileNotFoundError:

@@ -75,6 +75,8 @@ class OnlineTargets:
         elif settings.caption_dropout:
             dropped = draw_caption_dropout(keys, fraction=settings.caption_dropout).to(x.device)
         c = self._captions.encode(batch["token_ids"], dropped=dropped)
+        # The teacher keeps its own dtype under the trainer's autocast, so that a target is the same bits
+        # whether it is computed here or for the table.
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x_target = teacher_target(
                 self._teacher.denoiser(c, w=1.0 if w is None else w, c_null=self._captions.null),

@@ -28,6 +28,7 @@ class Ema:
         if not 0.0 < decay < 1.0:
             raise ValueError(f"decay is {decay}; a number between 0 and 1 is needed")
         self.decay = decay
+        # float32 whatever the model's dtype: with d near 1 a step is below the resolution of bfloat16.
         self.averages: dict[str, Tensor] = {
             name: tensor.detach().float().clone() if tensor.is_floating_point() else tensor.detach().clone()
             for name, tensor in model.state_dict().items()

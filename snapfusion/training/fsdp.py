@@ -21,6 +21,7 @@ def shard(model: nn.Module, *, device: torch.device) -> nn.Module:
     Each block of its lists of blocks is one FSDP unit, and the rest of the network another.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # One unit per block: its parameters are gathered for its own forward pass, and freed after it.
     for part in model.children():
         for block in part if isinstance(part, nn.ModuleList) else ():
             fully_shard(block, mesh=mesh)
@@ -61,6 +62,7 @@ def distribute_like(tensor: Tensor, reference: Tensor) -> Tensor:
     if not isinstance(reference, DTensor):
         return tensor
     local = tensor.to(reference.device)
+    # No broadcast from a source rank: every rank has read the same tensor.
     return distribute_tensor(local, reference.device_mesh, reference.placements, src_data_rank=None)
 
 

@@ -136,6 +136,7 @@ def train(
         ValueError: if the shares of a step do not add up to `settings.global_batch` rows.
     """
     state.model.train()
+    # The state holds the bare network, so that names of tensors do not depend on the number of ranks.
     model = wrapped or state.model
     stateful = objective if isinstance(objective, StatefulObjective) else None
     if stateful is not None and state.objective_state:
@@ -174,6 +175,7 @@ def _accumulate(
     """Accumulate the gradient of the mean loss over the global batch; return that mean."""
     device = next(state.model.parameters()).device
     state.optimizer.zero_grad(set_to_none=True)
+    # Summed in float64, so that the reported mean hardly depends on how rows are split.
     total = torch.zeros((), dtype=torch.float64, device=device)
     unusable = list[str]()
     pieces = list(batch.split(micro_batch))
@@ -185,6 +187,7 @@ def _accumulate(
             # DDP and FSDP average gradients over ranks: scaled by their number, it is the mean over all rows.
             (losses.sum() * (_world_size() / settings.global_batch)).backward()
         total += losses.detach().double().sum()
+        # Collected over all pieces before an error is raised, so that it names every bad row of the batch.
         finite = losses.detach().isfinite().tolist()
         unusable += [row for row, good in zip(piece.ids, finite, strict=True) if not good]
     return _mean_over_ranks(total, unusable, batch=batch, step=state.step, settings=settings)

@@ -36,6 +36,7 @@ class MovingAverages:
         """Add rows of the current step: values [B], and the group of each, int64 [B]."""
         if self._sums is None:
             self._sums = torch.zeros(2, *self._means.shape, dtype=torch.float64, device=values.device)
+        # The sums stay on the device until the end of the step: reading them would synchronize every pass.
         values = values.detach().double()
         sums = self._sums[:, self._rows[name]]
         sums[0].index_add_(0, group, values)

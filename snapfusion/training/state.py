@@ -101,6 +101,7 @@ class TrainState:
             self._load_moments(tensors["optimizer"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise StateError(f"the saved state does not fit this training: {error}") from error
+        # Checkpoints of earlier versions lack the keys that are read with a default.
         self.step = int(values["step"])
         self.curve = [dict(point) for point in values["curve"]]
         self.objective_state = dict(values.get("carried", {}))
@@ -116,6 +117,7 @@ class TrainState:
         return full_tensors(self.ema.averages if self.ema is not None else self.model.state_dict())
 
     def _moments(self) -> dict[str, Tensor]:
+        # torch numbers the parameters; saved by name, the moments do not depend on their order.
         states = self.optimizer.state_dict()["state"]
         names = [name for name, _ in self.model.named_parameters()]
         return {

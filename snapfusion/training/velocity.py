@@ -46,6 +46,7 @@ class NoiseSampler:
 
     def __call__(self, batch: Batch, *, step: int) -> NoisyBatch:
         """Noise the rows of `batch`, which has columns latent and token_ids, on its device."""
+        # The word keeps these draws independent of those of the distillation loss on the same row.
         keys = [noise_key("original", self._seed, row, step) for row in batch.ids]
         x = batch["latent"]
         eps = gaussian_batch(keys, x.shape[1:]).to(x.device)

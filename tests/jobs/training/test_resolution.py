@@ -192,7 +192,7 @@ def test_a_published_model_takes_multiples_of_64(name):
         (4, 64, 64),
         (4, 96, 96),
     }
-    with pytest.raises(ValueError, match=r"size 500 given; .* draws multiples of 64"):
+    with pytest.raises(ValueError, match=r"size is 500; .* multiple of 64"):
         bundle.resize(500)
 
 
