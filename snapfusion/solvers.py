@@ -63,6 +63,6 @@ def extrapolate_x(
 
 
 def extrapolation_factor(*, t_previous: Tensor, t: Tensor, t_next: Tensor, schedule: Schedule) -> Tensor:
-    """h / (2 h_previous) as [B,1,1,1] float32, with lambda = log(SNR) / 2."""
+    """h / (2 h_previous) as [B,1,1,1] float32, with lambda = log(SNR) / 2 (Lu et al. 2022)."""
     before, now, after = (schedule.snr(time).log() for time in (t_previous, t, t_next))
     return (after - now) / (2.0 * (now - before))

@@ -21,8 +21,9 @@ PACKAGES = ("snapfusion", "pipelines", "jobs")
 LAYERS = (
     {"settings", "solver_names"},
     {"schedule", "noise"},
+    {"solvers"},
     {"sampling"},
-    {"distill", "solvers"},
+    {"distill"},
     {"losses"},
     {"models"},
     {"training", "export"},
