@@ -1,11 +1,11 @@
-"""Say what a run will take, before it is begun; and afterwards, how that compares with what it took.
+"""Forecast a run before it starts, and compare the forecast with the run afterwards.
 
-Rows, bytes, worker-hours, wall time by nodes, cost by a price list, peak memory, storage requests; and when
-the teacher's targets pay beforehand. Times follow from rates, which a probe measures here in a minute or two,
-or which are given.
+It states rows, bytes, worker-hours, wall time by nodes, cost by a price list, peak memory, storage requests,
+and from how many uses on precomputed teacher targets pay. Times follow from rates, given or measured here in a
+minute or two.
 
-OUT/plan.json    all of it, for programs
-OUT/rates.json   what a probe measured; it is taken again by the next plan in OUT
+OUT/plan.json    the plan, for programs
+OUT/rates.json   the measured rates, which the next plan in OUT uses again
 """
 
 from __future__ import annotations
@@ -15,59 +15,43 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from jobs.cli.job import Job, prepare_stores
+from jobs.cli.job import Job, prepare_stores, recipe_parser, resolve_recipe
 from jobs.planning.actuals import compare
-from jobs.planning.format import assumptions, comparison, format_plan
-from jobs.planning.plan import counts_of, node_of, plan_run, to_values
+from jobs.planning.format import assumptions, format_comparison, format_plan
+from jobs.planning.plan import counts_of, node_of, plan_run
 from jobs.planning.prices import price_list
 from jobs.planning.probe import probe
 from jobs.planning.rates import Rates, given_rates
 from jobs.planning.settings import PlanSettings
-from jobs.planning.sizes import ModelSizes, model_sizes
 from jobs.planning.workload import Workload
-from jobs.recipes.registry import RECIPES, recipe_named
-from jobs.runtime.arguments import OneLineParser
 from jobs.runtime.exit_codes import exit_process, run_guarded
-from jobs.runtime.secrets import without_secret
 from pipelines.storage.objects import exists, read_bytes, replace_object
+from snapfusion.models.network_sizes import NetworkSizes, network_sizes
 from snapfusion.settings import SettingsError
 
-_MINE = "plan."
+_PREFIX = "plan."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m jobs.plan`."""
-    return run_guarded("plan", lambda: _plan(_options(argv)))
-
-
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog="python -m jobs.plan", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--recipe", default="mini", help=f"one of {', '.join(RECIPES)} (default: mini)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a setting of the recipe or, as in plan.rows=1000000, of the plan",
+    parser = recipe_parser(
+        "plan",
+        about=__doc__,
+        set_help="change a setting of the recipe or, as in plan.rows=1000000, of the planner",
     )
-    parser.add_argument("--out", default="runs/demo", help="folder or URL of the run (default: runs/demo)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the settings, and neither probe nor plan"
+        "--dry-run", action="store_true", help="print the planner's settings, and neither probe nor plan"
     )
-    return parser.options(argv)
+    return run_guarded("plan", lambda: _plan(parser.options(argv)))
 
 
 def _plan(options: argparse.Namespace) -> None:
-    mine = [one.removeprefix(_MINE) for one in options.set if one.startswith(_MINE)]
-    others = [one for one in options.set if not one.startswith(_MINE)]
+    own = [one.removeprefix(_PREFIX) for one in options.set if one.startswith(_PREFIX)]
     try:
-        settings = PlanSettings().with_values(mine)
+        settings = PlanSettings().with_values(own)
     except SettingsError as error:
-        raise SettingsError(f"--set {_MINE}{error}") from None
-    try:
-        recipe = recipe_named(options.recipe).with_values(others)
-    except SettingsError as error:
-        raise SettingsError(_as_option(error)) from None
+        raise SettingsError(f"--set {_PREFIX}{error}") from None
+    recipe = resolve_recipe(options.recipe, [one for one in options.set if not one.startswith(_PREFIX)])
     job = Job(verb="plan", recipe=recipe, out=options.out.rstrip("/"))
     prepare_stores(job)
     if options.dry_run:
@@ -75,40 +59,35 @@ def _plan(options: argparse.Namespace) -> None:
         return
     if settings.rates is not None and settings.node is None:
         raise SettingsError(
-            "--set plan.node: given rates are of no machine here; name a node of the price list "
+            "--set plan.node: given rates belong to no machine here; name a node of the price list "
             f"{settings.prices}"
         )
-    # Before a minute is spent.
+    # Refuse mistakes before a minute is spent on a probe.
     counts_of(job, settings)
     node_of(settings, prices=price_list(settings.prices))
-    sizes = model_sizes(recipe.model)
+    sizes = network_sizes(recipe.model)
     rates = given_rates(settings.rates) if settings.rates else _probed(job, settings, sizes=sizes)
     plan = plan_run(job, settings, rates=rates, sizes=sizes)
-    compared = compare(job, plan.stages)
     print("\n".join(format_plan(plan)))
-    if any(one.measured is not None for one in compared):
-        print("\n".join(["", f"beside the run in {job.out}", "", *comparison(compared)]))
+    comparisons = compare(job, plan.stages)
+    if any(one.measured is not None for one in comparisons):
+        print("\n".join(["", f"beside the run in {job.out}", "", *format_comparison(comparisons)]))
     values = {
-        **to_values(plan),
+        **plan.to_values(),
         "assumptions": assumptions(plan),
-        "compared": [{**asdict(one), "ratio": one.ratio} for one in compared],
+        "compared": [{**asdict(one), "ratio": one.ratio} for one in comparisons],
     }
     text = json.dumps(values, indent=1, allow_nan=False)
     replace_object(job.url("plan.json"), f"{text}\n".encode())
     print(f"\n{job.url('plan.json')}")
 
 
-def _as_option(error: SettingsError) -> str:
-    text = without_secret(error)
-    return text if text.startswith("--") else f"--set {text}"
-
-
-def _probed(job: Job, settings: PlanSettings, *, sizes: ModelSizes) -> Rates:
-    """What a probe measured in this run's folder, or measures now."""
-    place = job.url("rates.json")
-    if exists(place):
+def _probed(job: Job, settings: PlanSettings, *, sizes: NetworkSizes) -> Rates:
+    """The rates that an earlier probe measured in this run's folder, or those measured now."""
+    url = job.url("rates.json")
+    if exists(url):
         try:
-            return Rates.parse(json.loads(read_bytes(place)))
+            return Rates.parse(json.loads(read_bytes(url)))
         except (ValueError, AttributeError) as error:
             raise SettingsError(f"--out {job.out}: rates.json holds no rates ({error}); remove it") from None
     workload = Workload(
@@ -120,7 +99,7 @@ def _probed(job: Job, settings: PlanSettings, *, sizes: ModelSizes) -> Rates:
         efficient=workload.efficient,
         on_part=lambda part: print(f"  measuring {part}", flush=True),
     )
-    replace_object(place, f"{rates.to_json()}\n".encode())
+    replace_object(url, f"{rates.to_json()}\n".encode())
     return rates
 
 

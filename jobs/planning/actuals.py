@@ -1,4 +1,4 @@
-"""What a run took, stage by stage: by its records of steps, its tables of units, its trainings' metrics."""
+"""Reads what a run's stages took: from its step records, tables of units and training metrics."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import fsspec
 
 from jobs.cli.job import Job
-from jobs.planning.forecast import PlannedStage, StageForecast
+from jobs.planning.forecast import StageForecast
 from jobs.training.run_folder import METRICS
+from pipelines.costs.stage import StageCost
 from pipelines.storage.objects import exists, read_bytes
 from pipelines.tables.table import is_table, open_table
 
-STEPS = "steps"
 _TABLES = {"encode_latents": "latents", "compute_targets": "targets", "generate_pairs": "pairs"}
 _TRAININGS = {
     "finetune_vpred": "vpred",
@@ -25,22 +25,15 @@ _TRAININGS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Actual:
-    """What a stage took.
+class ForecastComparison:
+    """A stage's forecast and its measured time.
 
     Attributes:
-        seconds: of it.
-        what: which seconds they are: of the "step" from its first to its last, of the "training" likewise, or
-            those that a table's network was at "work", to be held against the forecast's work alone.
+        name: of the stage.
+        forecast: in seconds.
+        measured: in seconds; None if the run has no record.
+        what: which time both are: of the whole "step" or "training", or the network's "work" alone.
     """
-
-    seconds: float
-    what: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForecastComparison:
-    """A stage's forecast beside what it took, in seconds; `actual_of` is None where nothing is recorded."""
 
     name: str
     forecast: float
@@ -49,56 +42,50 @@ class ForecastComparison:
 
     @property
     def ratio(self) -> float | None:
-        """Forecast over measured."""
+        """Forecast divided by measured."""
         return self.forecast / self.measured if self.measured else None
 
 
 def compare(job: Job, forecasts: Sequence[StageForecast]) -> list[ForecastComparison]:
-    """Each stage's forecast beside what the run at `job.out` took."""
-    steps = recorded_steps(job)
-    return [_compared(one, actual_of(job, one.stage, steps=steps)) for one in forecasts]
+    """Compare each stage's forecast with what the run at `job.out` took."""
+    steps, comparisons = recorded_steps(job), list[ForecastComparison]()
+    for one in forecasts:
+        measured, what = _actual(job, one.stage, steps=steps)
+        seconds = one.network_seconds if what == "work" else one.seconds
+        comparisons.append(
+            ForecastComparison(name=one.stage.name, forecast=seconds, measured=measured, what=what)
+        )
+    return comparisons
 
 
-def _compared(one: StageForecast, found: Actual | None) -> ForecastComparison:
-    work_alone = found is not None and found.what == "work"
-    return ForecastComparison(
-        name=one.stage.name,
-        forecast=one.network_seconds if work_alone else one.seconds,
-        measured=None if found is None else found.seconds,
-        what="" if found is None else found.what,
-    )
-
-
-def actual_of(job: Job, stage: PlannedStage, *, steps: Mapping[str, float]) -> Actual | None:
-    """What a stage took; None if the run says nothing of it."""
-    if stage.verb in steps and stage.name == stage.verb:
-        return Actual(seconds=steps[stage.verb], what="step")
-    if stage.verb == "distill_steps" and stage.name == job.recipe.distill.name and stage.verb in steps:
-        return Actual(seconds=steps[stage.verb], what="step")
-    place = job.url(_TRAININGS.get(stage.verb, stage.name))
-    if stage.verb in (*_TRAININGS, "distill_steps") and exists(f"{place}/{METRICS}"):
-        seconds = json.loads(read_bytes(f"{place}/{METRICS}")).get("seconds")
-        return None if seconds is None else Actual(seconds=float(seconds), what="training")
-    table = job.url(_TABLES.get(stage.verb, ""))
-    if stage.verb in _TABLES and is_table(table):
-        seconds = [record["seconds"] for record in open_table(table).unit_records()]
-        if seconds and None not in seconds:
-            return Actual(seconds=sum(seconds), what="work")
-    return None
+def _actual(job: Job, stage: StageCost, *, steps: Mapping[str, float]) -> tuple[float | None, str]:
+    # A step record covers a stage only if the job made that stage alone.
+    alone = stage.name in (stage.verb, job.recipe.distill.name)
+    if stage.verb in steps and alone:
+        return steps[stage.verb], "step"
+    if stage.verb in (*_TRAININGS, "distill_steps"):
+        metrics = job.url(f"{_TRAININGS.get(stage.verb, stage.name)}/{METRICS}")
+        if exists(metrics) and (seconds := json.loads(read_bytes(metrics)).get("seconds")) is not None:
+            return float(seconds), "training"
+    if stage.verb in _TABLES and is_table(table := job.url(_TABLES[stage.verb])):
+        units = [record["seconds"] for record in open_table(table).unit_records()]
+        if units and None not in units:
+            return sum(units), "work"
+    return None, ""
 
 
 def recorded_steps(job: Job) -> dict[str, float]:
-    """The longest record of each step of `jobs.run_pipeline`: the others found it done.
+    """The longest record of each step of `jobs.run_pipeline`; shorter ones found it done.
 
-    Whatever settings they were made with: those that change no row have another hash too.
+    Settings are not compared: those that change no row have another hash too.
     """
-    place = job.url(STEPS)
-    if not exists(place):
+    url = job.url("steps")
+    if not exists(url):
         return {}
-    filesystem, path = fsspec.core.url_to_fs(place)
+    filesystem, folder = fsspec.core.url_to_fs(url)
     longest: dict[str, float] = {}
-    for entry in filesystem.ls(path, detail=False):
-        if entry.endswith(".json"):
-            told = json.loads(filesystem.cat_file(entry))
-            longest[told["verb"]] = max(longest.get(told["verb"], 0.0), float(told["seconds"]))
+    for path in filesystem.ls(folder, detail=False):
+        if path.endswith(".json"):
+            record = json.loads(filesystem.cat_file(path))
+            longest[record["verb"]] = max(longest.get(record["verb"], 0.0), float(record["seconds"]))
     return longest

@@ -1,4 +1,4 @@
-"""When it pays to compute a teacher's targets beforehand (TARGETS), and when to ask it in the trainer."""
+"""Computes from how many uses on precomputed teacher targets (TARGETS) are cheaper than online ones."""
 
 from __future__ import annotations
 
@@ -6,40 +6,38 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jobs.planning.passes import student_passes, teacher_passes
-from jobs.planning.rates import Rates
-from jobs.planning.sizes import NetworkSize
+from snapfusion.training.passes import student_passes, teacher_passes
 from snapfusion.training.settings import StepDistillationSettings
 from snapfusion.training.step_distillation import BRANCHES
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitPrices:
-    """What a second of one worker costs, and a row that is stored.
+    """Prices of one worker's second and of one stored row.
 
     Attributes:
-        making: of a worker that computes targets.
-        training: of a trainer.
-        stored: of one row of TARGETS, for as long as they are kept.
+        tables: of a second of a worker that computes TARGETS.
+        training: of a second of a trainer.
+        stored: of a row of TARGETS, for as long as it is stored.
     """
 
-    making: float
+    tables: float
     training: float
     stored: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class BreakEven:
-    """Offline against online targets, for one student.
+    """Precomputed against online targets, for one student.
 
     Attributes:
         student: its name.
-        teacher_seconds: of the teacher a row, on one worker, both branches as they are mixed.
-        student_seconds: of the student a row, forward and backward, likewise.
-        saved: share of a step's time that a table spares, by branch, and as they are mixed.
+        teacher_seconds: of the teacher for a row, on one worker, averaged over both branches.
+        student_seconds: of the student's forward and backward passes for a row, likewise.
+        saved: fraction of a step's time that a table saves, by branch and "mixed".
         stored_bytes: of a row of TARGETS.
-        pays_from: how often each target must be used before the table is cheaper; infinite if never.
-        used: how often this training would use each.
+        pays_from: uses of each target from which the table is cheaper; infinite if it never is.
+        used: uses of each target by this training.
     """
 
     student: str
@@ -52,7 +50,7 @@ class BreakEven:
 
     @property
     def pays(self) -> bool:
-        """Whether this training alone makes it worth while."""
+        """Whether the table is cheaper for this training alone."""
         return self.used >= self.pays_from
 
 
@@ -60,55 +58,51 @@ def break_even(
     name: str,
     steps: StepDistillationSettings,
     *,
-    student: NetworkSize,
-    teacher: NetworkSize,
-    rates: Rates,
+    student_seconds: float,
+    teacher_seconds: float,
     prices: UnitPrices,
     stored_bytes: float,
     used: float,
-    again: bool = False,
-    told: bool = False,
+    w_conditioned_teacher: bool = False,
 ) -> BreakEven:
-    """What a table of targets would spare a student's training, and from how many uses on it pays.
+    """Compare precomputed with online targets for one student.
 
-    Making a target takes the teacher as long as asking it in the trainer does, so a table that is used once
-    spares nothing but a difference in price: it pays where targets are used again, or made on cheaper nodes.
+    Computing a target takes the teacher as long in a table as in the trainer. So a table that is used once
+    saves only a difference in price: it pays where targets are used again, or computed on cheaper nodes.
 
     Args:
         name: of the student.
-        steps: what it learns.
-        student: its UNet.
-        teacher: the teacher's.
-        rates: of the workers.
-        prices: of their seconds.
+        steps: its distillation settings.
+        student_seconds: of a forward and backward pass of one row.
+        teacher_seconds: of a forward pass of one row.
+        prices: of workers and storage.
         stored_bytes: of a row of TARGETS.
-        used: how often the training would use each.
-        again: whether the student's activations are computed again, which its rate does not hold.
-        told: whether the teacher is told w.
+        used: uses of each target by the training.
+        w_conditioned_teacher: whether one pass of the teacher gives a guided prediction.
     """
-    trained, asked = rates.seconds("train", student.gmacs), rates.seconds("pass", teacher.gmacs)
-    if again:
-        trained += rates.seconds("pass", student.gmacs)
-    taught = {branch: teacher_passes(steps, guided=branch, told=told) * asked for branch in BRANCHES}
-    learnt = {branch: student_passes(steps, guided=branch) * trained for branch in BRANCHES}
     p = steps.cfg_probability
-    mixed = {branch: (p if branch else 1.0 - p) for branch in BRANCHES}
-    teacher_seconds = sum(taught[branch] * share for branch, share in mixed.items())
-    student_seconds = sum(learnt[branch] * share for branch, share in mixed.items())
-    saved = {
-        word: taught[branch] / (taught[branch] + learnt[branch])
-        for branch, word in BRANCHES.items()
-        if mixed[branch]
+    shares = {branch: p if branch else 1.0 - p for branch in BRANCHES}
+    teacher = {
+        branch: teacher_passes(steps, guided=branch, w_conditioned=w_conditioned_teacher) * teacher_seconds
+        for branch in BRANCHES
     }
-    saved["mixed"] = teacher_seconds / (teacher_seconds + student_seconds)
-    spared = teacher_seconds * prices.training
-    made = teacher_seconds * prices.making + prices.stored
+    student = {branch: student_passes(steps, guided=branch) * student_seconds for branch in BRANCHES}
+    mixed_teacher, mixed_student = (
+        sum(seconds[branch] * share for branch, share in shares.items()) for seconds in (teacher, student)
+    )
+    saved = {
+        name: teacher[branch] / (teacher[branch] + student[branch])
+        for branch, name in BRANCHES.items()
+        if shares[branch]
+    }
+    online = mixed_teacher * prices.training
+    table = mixed_teacher * prices.tables + prices.stored
     return BreakEven(
         student=name,
-        teacher_seconds=teacher_seconds,
-        student_seconds=student_seconds,
-        saved=saved,
+        teacher_seconds=mixed_teacher,
+        student_seconds=mixed_student,
+        saved={**saved, "mixed": mixed_teacher / (mixed_teacher + mixed_student)},
         stored_bytes=stored_bytes,
-        pays_from=made / spared if spared else math.inf,
+        pays_from=table / online if online else math.inf,
         used=used,
     )

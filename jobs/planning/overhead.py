@@ -1,7 +1,4 @@
-"""What surrounds work on a cluster: what passes before it and after it, and what full cores take from it.
-
-Measured on the miniature, through Ray: its teacher draws a few pictures, and its decoder is trained on them.
-"""
+"""Measures fixed time around a job's work, and contention of workers on all cores, on the miniature."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ from snapfusion.training.settings import LoopSettings
 _MODEL, _SOURCE = "mini", "probe"
 _ROWS = 32
 _UNITS = 6
-"""Of each worker; the miniature draws one in half a second."""
+"""Per worker; the miniature generates one in half a second."""
 _STEP_ROWS = 8
 _STEPS, _FEW_STEPS = 200, 2
 _LOOP = LoopSettings(num_steps=_FEW_STEPS, global_batch=_STEP_ROWS, learning_rate=1e-4, ema_decay=0.9)
@@ -38,36 +35,38 @@ _LOOP = LoopSettings(num_steps=_FEW_STEPS, global_batch=_STEP_ROWS, learning_rat
 
 @dataclass(frozen=True, kw_only=True)
 class Overhead:
-    """What was measured round work.
+    """Time that a job takes beyond its work.
 
     Attributes:
-        job_seconds: that a data job takes but for its work.
-        training_seconds: that a training takes but for its steps.
-        crowding: what workers on every core take, over what one alone takes.
+        job_seconds: of a data job.
+        training_seconds: of a training.
+        contention: slowdown of workers on every core against one worker alone.
     """
 
     job_seconds: float
     training_seconds: float
-    crowding: Contention
+    contention: Contention
 
 
-def measure_overhead(*, place: str, workers: int) -> Overhead:
-    """Draw a few pictures and train a decoder on them, on the cluster that this process is connected to.
+def measure_overhead(*, url: str, workers: int) -> Overhead:
+    """Generate a few PAIRS and train a decoder on them, on the connected Ray cluster.
 
     Args:
-        place: an empty folder.
-        workers: of the data job and of the training: as many as fill all cores; 1 if none ever do.
+        url: an empty folder.
+        workers: of the data job and of the training: as many as fill all cores; 1 if a run never does.
     """
-    job_seconds, tables = _data_job(f"{place}/pairs", workers=workers)
-    training_seconds, trainings = _training(f"{place}/decoder", pairs_url=f"{place}/pairs", workers=workers)
-    crowding = (
-        Contention(tables=max(1.0, tables), trainings=max(1.0, trainings)) if workers > 1 else Contention()
+    job_seconds, tables = _data_job(f"{url}/pairs", workers=workers)
+    training_seconds, trainings = _training(f"{url}/decoder", pairs_url=f"{url}/pairs", workers=workers)
+    contention = Contention(tables=max(1.0, tables), trainings=max(1.0, trainings))
+    return Overhead(
+        job_seconds=job_seconds,
+        training_seconds=training_seconds,
+        contention=contention if workers > 1 else Contention(),
     )
-    return Overhead(job_seconds=job_seconds, training_seconds=training_seconds, crowding=crowding)
 
 
 def _data_job(url: str, *, workers: int) -> tuple[float, float]:
-    """Seconds round the work of a data job; and of a unit's work, over what it takes alone."""
+    """Seconds around the work of a data job, and a unit's slowdown against one worker alone."""
     settings = PairsSettings(
         generation=Generation(steps=6, guidance=2.5, batch_size=_ROWS),
         rows_per_unit=_ROWS,
@@ -83,13 +82,13 @@ def _data_job(url: str, *, workers: int) -> tuple[float, float]:
     alone = statistics.median(stage(unit).seconds for unit in units)
     began = time.monotonic()
     generate_pairs(settings, teacher=_MODEL, captions=captions, source=_SOURCE, url=url)
-    took = time.monotonic() - began
-    worked = [record["seconds"] for record in open_table(url).unit_records()]
-    return took - sum(worked) / workers, statistics.median(worked) / alone
+    seconds = time.monotonic() - began
+    work = [record["seconds"] for record in open_table(url).unit_records()]
+    return seconds - sum(work) / workers, statistics.median(work) / alone
 
 
 def _training(url: str, *, pairs_url: str, workers: int) -> tuple[float, float]:
-    """Seconds round the steps of a training; and of a step, over what its rows take one worker alone."""
+    """Seconds around the steps of a training, and a step's slowdown against one worker alone."""
     alone = decoder_step(load(_MODEL), loop=_LOOP, rows=_STEP_ROWS)
     steps = _STEPS if workers > 1 else _FEW_STEPS
     settings = DecoderSettings(
@@ -102,6 +101,6 @@ def _training(url: str, *, pairs_url: str, workers: int) -> tuple[float, float]:
     reports = list[Mapping[str, Any]]()
     began = time.monotonic()
     distill_decoder(settings, pairs_url=pairs_url, out_url=url, teacher=_MODEL, on_report=reports.append)
-    took = time.monotonic() - began
+    seconds = time.monotonic() - began
     step = seconds_per_step(reports)
-    return took - steps * step, step / alone
+    return seconds - steps * step, step / alone

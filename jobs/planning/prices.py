@@ -1,24 +1,28 @@
-"""What nodes and storage cost, by a list that the user gives: this repository knows no prices."""
+"""Prices of nodes and storage, from a list that the user gives: this repository knows no prices."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from jobs.planning.builtin_lists import read_list
-from jobs.planning.settings import Market
+from pipelines.costs.requests import Requests
 from snapfusion.settings import Settings
+
+Market = Literal["on_demand", "spot"]
 
 
 class NodeType(Settings):
-    """A kind of node.
+    """A type of node.
 
     Attributes:
-        accelerator: what its accelerators are; empty where it has none.
-        accelerators: how many.
+        accelerator: name of its accelerators; empty without any.
+        accelerators: number of them.
         cores: of its CPUs.
-        memory_gib: of one accelerator; of the whole node where it has none.
+        memory_gib: of one accelerator; of the whole node without any.
         on_demand: price of an hour.
-        spot: the same on the spot market; null where there is none.
+        spot: the same on the spot market; null if there is none.
     """
 
     accelerator: str = ""
@@ -29,15 +33,15 @@ class NodeType(Settings):
     spot: NonNegativeFloat | None = None
 
     def price(self, market: Market) -> float:
-        """Of an hour; on demand where there is no spot market."""
+        """Price of an hour; on demand if there is no spot market."""
         return self.spot if market == "spot" and self.spot is not None else self.on_demand
 
 
 class StoragePrices(Settings):
-    """Of an object store.
+    """Prices of an object store.
 
     Attributes:
-        gb_month: 10^9 bytes kept for a month.
+        gb_month: 10^9 bytes stored for a month.
         put_1000: a thousand PUT, POST or LIST requests.
         get_1000: a thousand GET or HEAD requests.
     """
@@ -46,14 +50,18 @@ class StoragePrices(Settings):
     put_1000: NonNegativeFloat
     get_1000: NonNegativeFloat
 
+    def request_cost(self, requests: Requests) -> float:
+        """Price of requests."""
+        return ((requests.put + requests.list) * self.put_1000 + requests.get * self.get_1000) / 1000.0
+
 
 class PriceList(Settings):
     """Prices of one provider on one day.
 
     Attributes:
-        name: by which every cost is told.
-        date: on which they held, as the list's author says.
-        about: where they are from, in a line.
+        name: stated beside every cost.
+        date: on which they were valid, according to the list's author.
+        about: their origin, in a line.
         currency: of all of them.
         nodes: by name.
         storage: of the object store.
@@ -68,9 +76,9 @@ class PriceList(Settings):
 
 
 def price_list(name: str) -> PriceList:
-    """A list that is shipped, by name, or the user's own, by path or URL.
+    """A built-in price list by name, or the user's own by path or URL.
 
     Raises:
-        SettingsError: if there is none, or it is no price list; says which.
+        SettingsError: if there is no such file, or it holds no price list.
     """
     return read_list(PriceList, name, kind="prices")

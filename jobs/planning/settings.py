@@ -1,4 +1,4 @@
-"""What the planner is asked: it changes no row and no weight, so it is no part of a recipe."""
+"""Settings of the planner, which are no part of a recipe: they change no row and no weight."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ Market = Literal["on_demand", "spot"]
 
 
 class PlanSettings(Settings):
-    """How a run is planned: `--set plan.KEY=VALUE`.
+    """Settings of the planner: `--set plan.KEY=VALUE`.
 
     Attributes:
-        rows: of the source; null takes the recipe's scenes, or what the shards' sidecars count.
+        rows: of the source; null takes the recipe's scenes, or the counts in the shards' sidecars.
         kept: fraction of them that is usable.
-        captions: that the teacher draws; null takes `captions.limit`, or those of LATENTS.
-        steps: jobs to plan, in their order; null takes what `jobs.run_pipeline` would do or, where it makes
-            no student, the recipe's plan of distillation with what that reads, PAIRS, decoder and evaluation.
-        rates: shipped rates by name, or a file's path or URL; null takes the probe in OUT/rates.json,
-            and makes it first if it is not there.
-        prices: a shipped price list by name, or a file's path or URL.
+        captions: from which the teacher generates; null takes `captions.limit`, or those of LATENTS.
+        steps: jobs to plan, in order; null takes those of `jobs.run_pipeline` or, if the recipe makes no
+            student there, the recipe's schedule with what it reads, PAIRS, decoder and evaluation.
+        rates: built-in rates by name, or a file's path or URL; null takes the probe in OUT/rates.json,
+            and measures it first if it is missing.
+        prices: a built-in price list by name, or a file's path or URL.
         node: a node type of that list; null is this machine, free of charge.
-        nodes: how many nodes; wall time and cost are told for each number, all else for the last.
-        tables_on: the market of the nodes that make tables, whose lost units are made again.
-        trainings_on: the market of the nodes that train.
-        months: that tables are kept.
-        moment_bytes: of the optimizer's moments, a parameter: 8 for AdamW, as built here. 2 plans with one
-            of 8 bits, which is not built here.
+        nodes: numbers of nodes; wall time and cost are given for each, everything else for the last.
+        tables_on: market of the nodes that write tables, whose lost units are computed again.
+        trainings_on: market of the nodes that train.
+        months: for which tables are stored.
+        moment_bytes: of the optimizer's moments, per parameter: 8 for AdamW, as implemented. 2 plans with an
+            8-bit optimizer, which is not implemented.
     """
 
     rows: PositiveInt | None = None

@@ -30,6 +30,11 @@ class Cost:
     parameters: int
     macs: int
 
+    @property
+    def gmacs(self) -> float:
+        """10^9 multiply-accumulates."""
+        return self.macs / 1e9
+
     def __add__(self, other: Cost) -> Cost:
         return Cost(parameters=self.parameters + other.parameters, macs=self.macs + other.macs)
 

@@ -1,0 +1,33 @@
+"""Cost of an evolution of the UNet's architecture, as an upper bound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jobs.evolution.settings import EvolutionSettings
+from jobs.training.costs import TrainingCosts
+from pipelines.costs.stage import StageCost, Work, unet_passes, vae_decodes
+from snapfusion.models.network_sizes import NetworkSizes
+
+
+def evolution_cost(
+    settings: EvolutionSettings, *, trainings: TrainingCosts, sizes: NetworkSizes
+) -> StageCost:
+    """Cost of an evolution in which every round scores every block, and trains."""
+    unet, rounds = sizes.architecture, settings.rounds
+    images = rounds * (len(unet.blocks) + 1) * settings.prompts.limit
+    training = trainings.velocity("evolve_unet", settings.training, unet=unet)
+    (trainers,) = training.groups
+    works = (
+        unet_passes(images * settings.sampler.evaluations(settings.guidance), unet, sizes=sizes),
+        vae_decodes(images, sizes=sizes),
+        Work(kind="judge", units=images),
+        *(replace(work, units=work.units * rounds) for work in trainers.works),
+    )
+    return replace(
+        training,
+        rows=training.rows * rounds,
+        groups=(replace(trainers, name="models, then trainers", works=works),),
+        output_bytes=training.output_bytes * rounds,
+        reads=None,
+    )

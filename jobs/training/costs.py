@@ -1,0 +1,242 @@
+"""Costs of trainings: passes of student and teacher, checkpoints, reads and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from jobs.training.settings import (
+    DecoderSettings,
+    DistillSettings,
+    TrainerSettings,
+    UNetTrainingSettings,
+    VpredSettings,
+)
+from pipelines.costs.requests import TrainingReads
+from pipelines.costs.stage import (
+    ALLOCATOR_SLACK,
+    DTYPE_BYTES,
+    WEIGHT_BYTES,
+    PeakMemory,
+    StageCost,
+    Work,
+    WorkerGroup,
+    ceil_div,
+    unet_passes,
+    vae_decodes,
+)
+from snapfusion.models.architecture import Architecture
+from snapfusion.models.cost import Cost
+from snapfusion.models.network_sizes import NetworkSizes
+from snapfusion.training.passes import guided_steps, student_passes, teacher_passes
+from snapfusion.training.settings import LoopSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCosts:
+    """Costs of the trainings on one table of LATENTS.
+
+    Attributes:
+        sizes: of the model's networks.
+        rows: of LATENTS.
+        unit_rows: rows of its data files.
+        row_bytes: of its rows.
+        moment_bytes: of the optimizer's moments, per parameter.
+        checkpointed: whether the rate of `train` includes gradient checkpointing.
+    """
+
+    sizes: NetworkSizes
+    rows: int
+    unit_rows: int
+    row_bytes: int
+    moment_bytes: float
+    checkpointed: bool
+
+    def velocity(self, verb: str, settings: VpredSettings, *, unet: Architecture) -> StageCost:
+        """Cost of a training by L_ori alone. Eq. 5, 6."""
+        rows = settings.loop.num_steps * settings.loop.global_batch
+        works = (
+            Work(kind="train", units=rows, gmacs=self.sizes.of(unet).gmacs),
+            unet_passes(self._evaluated(settings), unet, sizes=self.sizes, replicated=True),
+        )
+        return self._student(verb, settings, unet=unet, works=works)
+
+    def distillation(
+        self,
+        settings: DistillSettings,
+        *,
+        teacher: Architecture,
+        student: Architecture,
+        w_conditioned_teacher: bool,
+        targets_row_bytes: int,
+    ) -> StageCost:
+        """Cost of a step distillation. Eq. 11."""
+        steps, loop, sizes, online = settings.steps, settings.loop, self.sizes, settings.targets == "online"
+        guided = guided_steps(loop.num_steps, seed=loop.seed, p=steps.cfg_probability)
+        counts = {False: loop.num_steps - guided, True: guided}
+        counts = {branch: count for branch, count in counts.items() if count}
+        passes = {branch: student_passes(steps, guided=branch) for branch in counts}
+        trained = loop.global_batch * sum(count * passes[branch] for branch, count in counts.items())
+        # The held-out rows of each branch are evaluated before and after the training, without L_ori.
+        evaluated = 2 * self._evaluated(settings) * sum(2 if branch else 1 for branch in counts)
+        works = [
+            Work(kind="train", units=trained, gmacs=sizes.of(student).gmacs),
+            unet_passes(evaluated, student, sizes=sizes, replicated=True),
+        ]
+        if online:
+            taught = loop.global_batch * sum(
+                count * teacher_passes(steps, guided=branch, w_conditioned=w_conditioned_teacher)
+                for branch, count in counts.items()
+            )
+            works.append(unet_passes(taught, teacher, sizes=sizes))
+            works.append(unet_passes(evaluated * steps.k, teacher, sizes=sizes, replicated=True))
+        teacher_bytes = (sizes.of(teacher).parameters + sizes.frozen) * DTYPE_BYTES[settings.teacher_dtype]
+        stage = self._student(
+            "distill_steps",
+            settings,
+            unet=student,
+            works=tuple(works),
+            passes=max(passes.values()),
+            teacher_bytes=teacher_bytes if online else 0,
+            row_bytes=self.row_bytes if online else targets_row_bytes,
+        )
+        return replace(stage, name=settings.name)
+
+    def decoder(self, settings: DecoderSettings, *, row_bytes: float, unit_rows: int) -> StageCost:
+        """Cost of the half-width decoder's training on PAIRS, against stored or decoded images."""
+        loop, sizes, online = settings.loop, self.sizes, settings.target == "online"
+        trainings = 2 if settings.compare_random_init else 1
+        rows = trainings * loop.num_steps * loop.global_batch
+        train = Work(kind="train_decoder", units=rows, gmacs=sizes.half.gmacs)
+        return self._training(
+            "distill_decoder",
+            settings,
+            network=sizes.half,
+            works=(train, vae_decodes(rows, sizes=sizes)) if online else (train,),
+            activations=sizes.half_bytes + (2 * sizes.vae_bytes if online else 0),
+            frozen_bytes=(sizes.unet.parameters + sizes.frozen) * WEIGHT_BYTES,
+            output_bytes=sizes.half.parameters * WEIGHT_BYTES,
+            row_bytes=row_bytes,
+            unit_rows=unit_rows,
+            trainings=trainings,
+        )
+
+    def _student(
+        self,
+        verb: str,
+        settings: UNetTrainingSettings,
+        *,
+        unet: Architecture,
+        works: tuple[Work, ...],
+        passes: int = 1,
+        teacher_bytes: int = 0,
+        row_bytes: int | None = None,
+    ) -> StageCost:
+        network, checkpointing = self.sizes.of(unet), settings.gradient_checkpointing
+        if checkpointing and not self.checkpointed:
+            # Checkpointing repeats the forward pass of every trained row.
+            repeated = sum(work.units for work in works if work.kind == "train")
+            works = (*works, unet_passes(repeated, unet, sizes=self.sizes))
+        # The folder has `model` and, if an average is kept, `raw`.
+        models = 1 if settings.loop.ema_decay is None else 2
+        return self._training(
+            verb,
+            settings,
+            network=network,
+            works=works,
+            activations=passes * self.sizes.unet_bytes(unet, trained=True, checkpointing=checkpointing),
+            frozen_bytes=self.sizes.frozen * WEIGHT_BYTES + teacher_bytes,
+            output_bytes=(network.parameters + self.sizes.frozen) * WEIGHT_BYTES * models,
+            row_bytes=row_bytes or self.row_bytes,
+            unit_rows=self.unit_rows,
+        )
+
+    def _training(
+        self,
+        verb: str,
+        settings: UNetTrainingSettings | DecoderSettings,
+        *,
+        network: Cost,
+        works: tuple[Work, ...],
+        activations: int,
+        frozen_bytes: int,
+        output_bytes: float,
+        row_bytes: float,
+        unit_rows: int,
+        trainings: int = 1,
+    ) -> StageCost:
+        loop, trainer, weights = settings.loop, settings.trainer, network.parameters * WEIGHT_BYTES
+        steps = trainings * loop.num_steps
+        update = Work(kind="update", units=steps * network.parameters / 1e6, replicated=True)
+        return StageCost(
+            name=verb,
+            verb=verb,
+            rows=steps * loop.global_batch,
+            groups=(
+                WorkerGroup(
+                    name="trainers",
+                    works=(*works, update),
+                    workers=trainer.num_workers,
+                    on="accelerator",
+                    max_workers=loop.global_batch,
+                ),
+            ),
+            startup="training",
+            output_bytes=output_bytes,
+            reads=TrainingReads(
+                steps=steps,
+                global_batch=loop.global_batch,
+                window_units=settings.loader.window_units,
+                unit_rows=unit_rows,
+                row_bytes=row_bytes,
+                checkpoints=ceil_div(loop.num_steps, trainer.checkpoint_every) * trainings,
+                # Weights, AdamW's two moments, and the moving average.
+                checkpoint_bytes=(weights, 2 * weights, *((weights,) if loop.ema_decay is not None else ())),
+            ),
+            memory=training_memory(
+                parameters=network.parameters,
+                loop=loop,
+                trainer=trainer,
+                row_bytes=activations,
+                frozen_bytes=frozen_bytes,
+                moment_bytes=self.moment_bytes,
+            ),
+        )
+
+    def _evaluated(self, settings: UNetTrainingSettings) -> float:
+        """Held-out rows that an evaluation takes."""
+        return min(settings.evaluation_rows, self.rows * settings.loader.held_out)
+
+
+def training_memory(
+    *,
+    parameters: int,
+    loop: LoopSettings,
+    trainer: TrainerSettings,
+    row_bytes: int,
+    frozen_bytes: int,
+    moment_bytes: float,
+) -> PeakMemory:
+    """Peak memory of one worker of a training.
+
+    Args:
+        parameters: of the trained network, in float32: weights, gradients and the moving average if any.
+        loop: precision, global batch and moving average.
+        trainer: workers that exchange gradients through buckets as large as these (DDP), or that shard
+            weights, gradients, moments and average, each keeping the initial weights whole (FSDP).
+        row_bytes: activation bytes of one row in a step, two a number.
+        frozen_bytes: of networks that are not trained.
+        moment_bytes: of the optimizer's moments, per parameter.
+    """
+    workers, sharded = trainer.num_workers, trainer.sharding == "fsdp"
+    state_bytes = 2 * WEIGHT_BYTES + moment_bytes + (WEIGHT_BYTES if loop.ema_decay is not None else 0)
+    if sharded and workers > 1:
+        networks = parameters * (state_bytes / workers + WEIGHT_BYTES)
+    else:
+        networks = parameters * (state_bytes + (WEIGHT_BYTES if workers > 1 else 0))
+    autocast = loop.precision != "float32"
+    casts = parameters * DTYPE_BYTES[loop.precision] if autocast else 0
+    rows = min(trainer.micro_batch, loop.global_batch)
+    activations = casts + rows * row_bytes * (1 if autocast else 2) * ALLOCATOR_SLACK
+    # AdamW updates all parameters at once and copies them once more; activations are freed by then.
+    updating = parameters * WEIGHT_BYTES / (workers if sharded else 1)
+    return PeakMemory(networks=networks + frozen_bytes, activations=max(activations, updating))

@@ -1,0 +1,1 @@
+"""Costs of the stages of a run: work, bytes, memory and storage requests."""

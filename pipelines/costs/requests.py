@@ -1,0 +1,127 @@
+"""Counts the storage requests of committing a table and of training on it.
+
+The counts are those of an S3 server (`test_plan_requests.py` counts them again). They leave out startup,
+restarts, reading of source shards and checks for results that exist already.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+CHECKPOINT_COMMITS = 100
+"""Commits after which Delta Lake writes a checkpoint of its log; older entries are not read again."""
+_LOADS_PER_COMMIT = 2
+"""Loads of the log for each commit: to look up the unit, and by the writer."""
+_GETS_PER_ENTRY = 2
+_GETS_PER_COMMIT = 3
+_LISTS_PER_COMMIT = 3
+_GETS_PER_CHECKPOINT = 11
+"""For the parts of the log's checkpoint, at each load."""
+_GETS_PER_UNIT = 3
+"""One HEAD, the footer, and the columns with everything between them."""
+_PART_BYTES = 50 * 2**20
+"""Size of one part of a multipart upload."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """Numbers of storage requests.
+
+    Attributes:
+        put: PUT and POST.
+        get: GET and HEAD.
+        list: LIST, which is priced as PUT.
+    """
+
+    put: float = 0.0
+    get: float = 0.0
+    list: float = 0.0
+
+    def __add__(self, other: Requests) -> Requests:
+        return Requests(put=self.put + other.put, get=self.get + other.get, list=self.list + other.list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableWrites:
+    """Commits of a table.
+
+    Attributes:
+        units: data files.
+        commit_seconds: units that arrive within this time share a commit.
+        rejects: whether commits include rejected rows.
+    """
+
+    units: int
+    commit_seconds: float
+    rejects: bool = False
+
+    def commits(self, seconds: float) -> int:
+        """Number of commits in so many seconds."""
+        return min(self.units, 1 + int(seconds / self.commit_seconds) if self.commit_seconds else self.units)
+
+    def requests(self, seconds: float) -> Requests:
+        """Requests for the data files, and for the logs of the table, of `.units` and of `.rejects`."""
+        commits = self.commits(seconds)
+        siblings = 2 if self.rejects else 1
+        logs = 1 + siblings
+        return Requests(
+            put=self.units + commits * (logs + siblings),
+            get=logs * _gets_of_log(commits),
+            list=logs * commits * _LISTS_PER_COMMIT,
+        )
+
+
+def _gets_of_log(commits: int) -> float:
+    """GETs of one log in so many commits, each of which reads all entries since the last checkpoint."""
+    checkpoints, rest = divmod(commits, CHECKPOINT_COMMITS)
+    entries = (checkpoints * CHECKPOINT_COMMITS * (CHECKPOINT_COMMITS + 1) + rest * (rest + 1)) / 2
+    with_checkpoint = max(0, commits - CHECKPOINT_COMMITS)
+    loaded = _GETS_PER_ENTRY * entries + _GETS_PER_CHECKPOINT * with_checkpoint
+    return _LOADS_PER_COMMIT * loaded + _GETS_PER_COMMIT * commits
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingReads:
+    """Reads of a table by a training, and its checkpoints.
+
+    Attributes:
+        steps: of the optimizer.
+        global_batch: rows of a step.
+        window_units: units whose rows are shuffled together.
+        unit_rows: rows of one unit.
+        row_bytes: of all columns of a row.
+        checkpoints: saved.
+        checkpoint_bytes: of one checkpoint, by file.
+    """
+
+    steps: int
+    global_batch: int
+    window_units: int
+    unit_rows: int
+    row_bytes: float
+    checkpoints: int = 0
+    checkpoint_bytes: tuple[float, ...] = ()
+
+    def units(self, *, workers: int) -> float:
+        """Number of units that all workers together read (`pipelines.order.deal`).
+
+        A batch, or a window if that is larger, is cut into runs of files. Two runs that meet within a file
+        both read it, and where the cut lies differs a little from one batch of a window to the next.
+        """
+        window = self.window_units * self.unit_rows
+        units = max(self.window_units, self.global_batch / self.unit_rows)
+        shared = (self.global_batch / workers - 1) * units / self.global_batch + 1
+        if self.global_batch < window:
+            shared += units / (2 * math.sqrt(self.global_batch))
+        windows = max(1.0, self.steps * self.global_batch / max(self.global_batch, window))
+        return windows * (units if workers == 1 else workers * min(units, shared))
+
+    def read_bytes(self, *, workers: int) -> float:
+        """Bytes that all workers read from the store."""
+        return self.units(workers=workers) * self.unit_rows * self.row_bytes
+
+    def requests(self, *, workers: int) -> Requests:
+        """Requests of all workers for rows, and of the first one for checkpoints."""
+        parts = sum(math.ceil(size / _PART_BYTES) + 2 for size in self.checkpoint_bytes)
+        return Requests(put=self.checkpoints * (parts + 1), get=self.units(workers=workers) * _GETS_PER_UNIT)

@@ -1,0 +1,170 @@
+"""Costs of the stages that write tables: work of each worker group, bytes, commits and memory."""
+
+from __future__ import annotations
+
+from pipelines.costs.requests import TableWrites
+from pipelines.costs.stage import (
+    StageCost,
+    Work,
+    WorkerGroup,
+    ceil_div,
+    network_memory,
+    pool_group,
+    unet_passes,
+    vae_decodes,
+)
+from pipelines.datasets.settings import LatentsSettings, PairsSettings, SamplesSettings, TargetsSettings
+from pipelines.stages.settings import Sampler
+from snapfusion.models.architecture import Architecture
+from snapfusion.models.network_sizes import NetworkSizes
+
+TEXT_BYTES = 150
+"""Compressed bytes of a row's ids, caption and token ids, measured on LATENTS of any size."""
+_DRAW_BYTES = 40
+"""Compressed bytes of the random draws of a row of TARGETS."""
+_FEATURE_BYTES = 4
+
+
+def latents_row_bytes(sizes: NetworkSizes) -> int:
+    """Bytes of a row of LATENTS."""
+    return sizes.latent_bytes + TEXT_BYTES
+
+
+def targets_row_bytes(settings: TargetsSettings, sizes: NetworkSizes) -> int:
+    """Bytes of a row of TARGETS, which stores a latent and the teacher's prediction of x."""
+    x = {"float16": 1, "float32": 2}[settings.teaching.x_dtype]
+    return sizes.latent_bytes * (1 + x) + TEXT_BYTES + _DRAW_BYTES
+
+
+def latents_cost(settings: LatentsSettings, *, source_rows: int, rows: int, sizes: NetworkSizes) -> StageCost:
+    """Cost of LATENTS, for which `rows` of `source_rows` are usable."""
+    encode = Work(kind="encode", units=rows, gmacs=sizes.encoder_gmacs)
+    return _table_cost(
+        "encode_latents",
+        settings,
+        rows=source_rows,
+        groups=(
+            pool_group("readers", settings.readers, Work(kind="read", units=source_rows)),
+            pool_group("encoders", settings.encoders, encode, network=True),
+            pool_group("writers", settings.writers, Work(kind="write", units=rows)),
+        ),
+        output_bytes=rows * latents_row_bytes(sizes),
+        units=ceil_div(source_rows, settings.rows_per_unit),
+        rejects=rows < source_rows,
+        sizes=sizes,
+        batch_bytes=settings.encoding.batch_size * sizes.vae_bytes,
+    )
+
+
+def targets_cost(
+    settings: TargetsSettings, *, rows: int, unit_rows: int, teacher: Architecture, sizes: NetworkSizes
+) -> StageCost:
+    """Cost of TARGETS of `rows` rows of LATENTS, whose units have `unit_rows`."""
+    targets, teaching = rows * settings.draws, settings.teaching
+    passes = targets * teaching.k * (1.0 + settings.cfg_probability)
+    return _table_cost(
+        "compute_targets",
+        settings,
+        rows=rows,
+        groups=(
+            pool_group(
+                "teachers", settings.teachers, unet_passes(passes, teacher, sizes=sizes), network=True
+            ),
+            pool_group("writers", settings.writers, Work(kind="write", units=targets)),
+        ),
+        output_bytes=targets * targets_row_bytes(settings, sizes),
+        units=ceil_div(rows, unit_rows) * settings.draws,
+        sizes=sizes,
+        unet=teacher,
+        batch_bytes=2 * teaching.batch_size * sizes.unet_bytes(teacher, trained=False),
+    )
+
+
+def pairs_cost(settings: PairsSettings, *, captions: int, png_bytes: float, sizes: NetworkSizes) -> StageCost:
+    """Cost of PAIRS of so many captions, whose images take `png_bytes` each."""
+    generation, rows, unet = settings.generation, captions * settings.draws, sizes.architecture
+    sampler = Sampler(steps=generation.steps)
+    works = [unet_passes(rows * sampler.evaluations(generation.guidance), unet, sizes=sizes)]
+    writes = [Work(kind="write", units=rows)]
+    if generation.images:
+        works.append(vae_decodes(rows, sizes=sizes))
+        writes.append(Work(kind="write_image", units=rows))
+    return _table_cost(
+        "generate_pairs",
+        settings,
+        rows=captions,
+        groups=(
+            pool_group("teachers", settings.teachers, *works, network=True),
+            pool_group("writers", settings.writers, *writes),
+        ),
+        output_bytes=rows * (latents_row_bytes(sizes) + png_bytes * generation.images),
+        units=ceil_div(captions, settings.rows_per_unit) * settings.draws,
+        sizes=sizes,
+        batch_bytes=generation.batch_size
+        * max(2 * sizes.unet_bytes(unet, trained=False), sizes.vae_bytes * generation.images),
+    )
+
+
+def samples_cost(
+    settings: SamplesSettings,
+    *,
+    passes: tuple[Work, ...],
+    units: int,
+    images: int,
+    judged: int,
+    sizes: NetworkSizes,
+) -> StageCost:
+    """Cost of SAMPLES of several models.
+
+    Args:
+        settings: of the tables.
+        passes: of each model's UNet.
+        units: data files of all tables.
+        images: generated.
+        judged: images that the metric networks see, references included.
+        sizes: of the recipe's model.
+    """
+    works = (*passes, vae_decodes(images, sizes=sizes), Work(kind="judge", units=judged))
+    return _table_cost(
+        "evaluate",
+        settings,
+        rows=images,
+        groups=(
+            pool_group("models", settings.models, *works, network=True),
+            pool_group("writers", settings.writers, Work(kind="write", units=images)),
+        ),
+        output_bytes=images * (settings.judging.feature_count * _FEATURE_BYTES + TEXT_BYTES),
+        units=units,
+        sizes=sizes,
+        batch_bytes=settings.drawing.batch_size
+        * max(2 * sizes.unet_bytes(sizes.architecture, trained=False), sizes.vae_bytes),
+    )
+
+
+def _table_cost(
+    verb: str,
+    settings: LatentsSettings | TargetsSettings | PairsSettings | SamplesSettings,
+    *,
+    rows: int,
+    groups: tuple[WorkerGroup, ...],
+    output_bytes: float,
+    units: int,
+    sizes: NetworkSizes,
+    batch_bytes: int,
+    unet: Architecture | None = None,
+    rejects: bool = False,
+) -> StageCost:
+    return StageCost(
+        name=verb,
+        verb=verb,
+        rows=rows,
+        groups=groups,
+        startup="job",
+        output_bytes=output_bytes,
+        writes=TableWrites(units=units, commit_seconds=settings.bounds.commit_seconds, rejects=rejects),
+        memory=network_memory(
+            parameters=sizes.of(unet or sizes.architecture).parameters + sizes.frozen,
+            dtype=settings.device.dtype,
+            batch_bytes=batch_bytes,
+        ),
+    )

@@ -1,0 +1,145 @@
+"""Counts parameters, multiply-accumulates and activation bytes of a model, on shapes alone."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from snapfusion.models.activation_memory import peak_bytes, unet_bytes
+from snapfusion.models.architecture import Architecture
+from snapfusion.models.bundle import Bundle
+from snapfusion.models.cost import Cost, costs_of
+from snapfusion.models.decoder import DecoderConfig, HalfDecoder
+from snapfusion.models.load import load
+from snapfusion.models.random_weights import random_bundle
+from snapfusion.models.unet import architecture_of
+
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-2-1": "sd2",
+    "random:sd15": "sd15",
+    "random:sd15-v": "sd15",
+    "random:sd2": "sd2",
+}
+"""Models whose shapes are known by name, so that planning with them downloads nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NetworkSizes:
+    """Sizes of a model's networks.
+
+    Attributes:
+        bundle: the model on torch's meta device, shapes without numbers.
+        architecture: of its UNet.
+        frozen: parameters of the text encoder and the VAE.
+        encoder_gmacs: 10^9 multiply-accumulates of the VAE's encoder for one image.
+        decoder_gmacs: of its decoder for one latent.
+        half: cost of the half-width decoder for one latent.
+    """
+
+    bundle: Bundle
+    architecture: Architecture
+    frozen: int
+    encoder_gmacs: float
+    decoder_gmacs: float
+    half: Cost
+
+    @property
+    def latent_bytes(self) -> int:
+        """Bytes of a stored latent, in float16."""
+        return 2 * math.prod(self.bundle.latent_shape)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an encoded caption."""
+        return int(self.bundle.tokenizer.model_max_length)
+
+    @property
+    def unet(self) -> Cost:
+        """Cost of the model's own UNet for one latent."""
+        return self.of(self.architecture)
+
+    def of(self, architecture: Architecture) -> Cost:
+        """Cost of a UNet of another architecture."""
+        return _unet_cost(architecture, tokens=self.tokens)
+
+    def unet_bytes(self, architecture: Architecture, *, trained: bool, checkpointing: bool = False) -> int:
+        """Activation bytes of a UNet for one latent (`snapfusion.models.activation_memory`)."""
+        return unet_bytes(architecture, tokens=self.tokens, trained=trained, checkpointing=checkpointing)
+
+    @cached_property
+    def vae_bytes(self) -> int:
+        """Activation bytes, two a number, for one image through the VAE's encoder or decoder."""
+        side = self.bundle.image_size
+        with torch.device("meta"):
+            vae = self.bundle.vae.to(torch.bfloat16)
+            image = torch.empty(1, 3, side, side, dtype=torch.bfloat16)
+            latent = torch.empty(1, *self.bundle.latent_shape, dtype=torch.bfloat16)
+        return max(
+            peak_bytes(vae, lambda: vae.encode(image).latent_dist.mean, trained=False),
+            peak_bytes(vae, lambda: vae.decode(latent).sample, trained=False),
+        )
+
+    @cached_property
+    def half_bytes(self) -> int:
+        """Activation bytes, two a number, for one latent through the half-width decoder and back."""
+        with torch.device("meta"):
+            decoder = _half_decoder(self.bundle).to(torch.bfloat16)
+            latent = torch.empty(1, *self.bundle.latent_shape, dtype=torch.bfloat16)
+        return peak_bytes(decoder, lambda: decoder(latent), trained=True)
+
+
+def network_sizes(model: str) -> NetworkSizes:
+    """Sizes of a model by its source (`snapfusion.models.load`); published ones are not opened."""
+    return _published(PUBLISHED[model]) if model in PUBLISHED else _sizes(_on_meta(load(model)))
+
+
+@functools.lru_cache
+def _published(name: str) -> NetworkSizes:
+    with torch.device("meta"):
+        return _sizes(random_bundle(name))
+
+
+def _sizes(bundle: Bundle) -> NetworkSizes:
+    side, half = bundle.image_size, _half_decoder(bundle)
+    latent = torch.empty(1, *bundle.latent_shape, device="meta")
+    image = torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta")
+    return NetworkSizes(
+        bundle=bundle,
+        architecture=architecture_of(bundle.unet),
+        frozen=sum(p.numel() for network in (bundle.text_encoder, bundle.vae) for p in network.parameters()),
+        encoder_gmacs=_macs(lambda: bundle.encode_images(image)) / 1e9,
+        decoder_gmacs=_macs(lambda: bundle.decode(latent)) / 1e9,
+        half=Cost(
+            parameters=sum(p.numel() for p in half.parameters()), macs=_macs(lambda: half.decode(latent))
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _unet_cost(architecture: Architecture, *, tokens: int) -> Cost:
+    return costs_of(architecture, tokens=tokens).total
+
+
+def _half_decoder(bundle: Bundle) -> HalfDecoder:
+    with torch.device("meta"):
+        return HalfDecoder(DecoderConfig.half_of(bundle.vae))
+
+
+def _on_meta(bundle: Bundle) -> Bundle:
+    for name, network in list(bundle.networks.items()):
+        setattr(bundle, name, copy.deepcopy(network).to("meta"))
+    return bundle
+
+
+def _macs(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return int(sum(counter.get_flop_counts()["Global"].values())) // 2

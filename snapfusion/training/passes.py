@@ -1,0 +1,25 @@
+"""Counts the passes of student and teacher in a step of step distillation. SnapFusion Eq. 9-11."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from snapfusion.training.settings import StepDistillationSettings
+from snapfusion.training.step_distillation import is_guided_step
+
+
+@lru_cache
+def guided_steps(steps: int, *, seed: int, p: float) -> int:
+    """Number of a training's guided steps, which follow from its seed."""
+    return sum(is_guided_step(seed, step, p) for step in range(steps))
+
+
+def student_passes(steps: StepDistillationSettings, *, guided: bool) -> int:
+    """Passes of the student for a row of a step; L_ori takes one more at times of its own. Eq. 11."""
+    passes = 2 if guided and not steps.w_conditioned else 1
+    return passes + (1 if steps.gamma and steps.original_times == "schedule" else 0)
+
+
+def teacher_passes(steps: StepDistillationSettings, *, guided: bool, w_conditioned: bool = False) -> int:
+    """Passes of the teacher for a row's target; a w-conditioned one needs one a step. Eq. 9, 10."""
+    return steps.k * (2 if guided and not w_conditioned else 1)
