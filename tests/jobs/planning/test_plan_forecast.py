@@ -1,17 +1,18 @@
-"""The planner's arithmetic, by numbers that can be checked in the head."""
+"""Arithmetic of the planner, with numbers that can be checked by hand."""
 
 import pytest
 
 from jobs.planning.break_even import UnitPrices, break_even
 from jobs.planning.builtin_lists import list_names
-from jobs.planning.forecast import Cluster, PeakMemory, PlannedStage, Work, WorkerGroup, forecast
-from jobs.planning.memory import network_memory, training_memory
+from jobs.planning.forecast import Cluster, forecast
 from jobs.planning.prices import NodeType, StoragePrices, price_list
 from jobs.planning.rates import Contention, Rate, RateError, Rates, StartupSeconds, given_rates
-from jobs.planning.requests import TableWrites
-from jobs.planning.sizes import NetworkSize
+from jobs.training.costs import training_memory
+from jobs.training.settings import TrainerSettings
+from pipelines.costs.requests import TableWrites
+from pipelines.costs.stage import PeakMemory, StageCost, Work, WorkerGroup, network_memory
 from snapfusion.settings import SettingsError
-from snapfusion.training.settings import StepDistillationSettings
+from snapfusion.training.settings import LoopSettings, StepDistillationSettings
 
 STORAGE = StoragePrices(gb_month=0.02, put_1000=5.0, get_1000=0.5)
 GPUS = NodeType(accelerator="A", accelerators=4, cores=8, memory_gib=40.0, on_demand=8.0, spot=2.0)
@@ -35,15 +36,21 @@ def rates(**changed) -> Rates:
     return Rates(**values | changed)
 
 
-def stage(*parts: WorkerGroup, start="job", **more) -> PlannedStage:
-    return PlannedStage(name="s", verb="s", rows=1, parts=parts, start=start, **more)
+def stage(*groups: WorkerGroup, startup="job", **more) -> StageCost:
+    return StageCost(name="s", verb="s", rows=1, groups=groups, startup=startup, **more)
 
 
-def network(*works: Work, workers=1, most=None) -> WorkerGroup:
-    return WorkerGroup(name="network", works=works, workers=workers, on="accelerator", most=most)
+def network(*works: Work, workers=1, max_workers=None) -> WorkerGroup:
+    return WorkerGroup(
+        name="network", works=works, workers=workers, on="accelerator", max_workers=max_workers
+    )
 
 
-def told(*stages: PlannedStage, node=GPUS, nodes=1, given=None, market="spot"):
+def cores(name: str, *, units: int) -> WorkerGroup:
+    return WorkerGroup(name=name, works=(Work(kind="read", units=units),), workers=1)
+
+
+def forecasts(*stages: StageCost, node=GPUS, nodes=1, given=None, market="spot"):
     return forecast(
         stages,
         cluster=Cluster(name="n", node=node, nodes=nodes),
@@ -53,47 +60,49 @@ def told(*stages: PlannedStage, node=GPUS, nodes=1, given=None, market="spot"):
     )
 
 
-def test_workers_share_what_is_shared_and_each_do_what_each_does():
-    work = network(Work(kind="pass", units=80), Work(kind="update", units=8, each=True))
-    (one,) = told(stage(work, start="none"), nodes=2)
+def test_workers_share_work_unless_it_is_replicated():
+    work = network(Work(kind="pass", units=80), Work(kind="update", units=8, replicated=True))
+    (one,) = forecasts(stage(work, startup="none"), nodes=2)
     assert one.workers == 8
     assert one.work_seconds == 80 / 8 + 8 * 0.25
     assert one.worker_hours == pytest.approx(8 * 12 / 3600)
     assert one.cost == pytest.approx(12 / 3600 * 2 * 2.0)
 
 
-def test_a_stage_waits_for_its_slowest_part():
-    readers = WorkerGroup(name="readers", works=(Work(kind="read", units=800),), workers=1, on="core")
-    (one,) = told(stage(network(Work(kind="pass", units=40)), readers))
+def test_a_stage_waits_for_its_slowest_group():
+    (one,) = forecasts(stage(network(Work(kind="pass", units=40)), cores("readers", units=800)))
     assert (one.slowest, one.work_seconds) == ("readers", 800 * 0.5 / 8)
     assert one.worker_hours == pytest.approx(40 / 3600), "accelerators wait, they do not work"
 
 
-def test_ray_starts_once_and_local_steps_without_it():
-    local = PlannedStage(name="l", verb="l", rows=0, parts=(network(Work(kind="pass", units=1)),), local=True)
+def test_ray_starts_once():
+    local = StageCost(name="l", verb="l", rows=0, groups=(network(Work(kind="pass", units=1)),), local=True)
     work = network(Work(kind="pass", units=1))
     starts = [
-        one.start_seconds for one in told(local, stage(work), stage(work), stage(work, start="training"))
+        one.start_seconds
+        for one in forecasts(local, stage(work), stage(work), stage(work, startup="training"))
     ]
     assert starts == [0.0, 5.0 + 7.0, 5.0, 20.0]
 
 
-def test_no_more_workers_than_there_is_work_for():
-    (one,) = told(stage(network(Work(kind="pass", units=6), most=3)), nodes=9)
+def test_workers_are_limited_by_the_work():
+    (one,) = forecasts(stage(network(Work(kind="pass", units=6), max_workers=3)), nodes=9)
     assert (one.workers, one.work_seconds) == (3, 2.0)
 
 
 def test_trainings_stay_on_demand():
     work = network(Work(kind="pass", units=3600 * 4))
-    table, training = told(stage(work), stage(work, start="training"), given=rates(starts=StartupSeconds()))
+    table, training = forecasts(
+        stage(work), stage(work, startup="training"), given=rates(starts=StartupSeconds())
+    )
     assert (table.cost, training.cost) == pytest.approx((2.0, 8.0))
 
 
-def test_on_cores_the_recipes_workers_crowd_each_other():
+def test_workers_on_all_cores_contend():
     def found(workers: int):
         part = network(Work(kind="pass", units=12), workers=workers)
         given = rates(crowding=Contention(tables=1.5, trainings=2.0), starts=StartupSeconds())
-        return told(stage(part), stage(part, start="training"), node=CORES, given=given)
+        return forecasts(stage(part), stage(part, startup="training"), node=CORES, given=given)
 
     (alone, _), (table, training) = found(1), found(2)
     assert alone.work_seconds == 12.0
@@ -102,14 +111,13 @@ def test_on_cores_the_recipes_workers_crowd_each_other():
     assert training.work_seconds == 6.0 * 2.0
 
 
-def test_parts_that_share_the_cores_take_at_least_what_they_take_together():
-    readers = WorkerGroup(name="readers", works=(Work(kind="read", units=20),), workers=1, on="core")
-    writers = WorkerGroup(name="writers", works=(Work(kind="read", units=20),), workers=1, on="core")
-    (one,) = told(stage(network(Work(kind="pass", units=10)), readers, writers, start="none"), node=CORES)
+def test_groups_share_the_cores():
+    groups = [cores(name, units=20) for name in ("readers", "writers")]
+    (one,) = forecasts(stage(network(Work(kind="pass", units=10)), *groups, startup="none"), node=CORES)
     assert one.work_seconds == 30 / 2
 
 
-def test_another_networks_time_is_in_proportion_to_the_nearest_in_size():
+def test_time_scales_from_the_nearest_network_size():
     given = rates()
     assert given.seconds("train", 20.0) == 6.0
     assert given.seconds("train", 3.0) == 1.5
@@ -118,117 +126,103 @@ def test_another_networks_time_is_in_proportion_to_the_nearest_in_size():
         given.seconds("decode", 1.0)
 
 
-def test_of_two_rates_each_states_its_size():
-    with pytest.raises(ValueError, match="each states its network's gmacs"):
+def test_several_rates_must_state_their_size():
+    with pytest.raises(ValueError, match="gmacs"):
         rates(rates={"pass": (Rate(seconds=1.0), Rate(seconds=2.0, gmacs=1.0))})
 
 
-def test_requests_cost_what_the_list_says():
-    writing = TableWrites(units=1000, commit_seconds=0.0, rejects=False)
-    (one,) = told(stage(network(Work(kind="pass", units=1)), writing=writing))
-    asked = one.requests
-    assert asked.put == 1000 + 1000 * 3
-    assert one.request_cost == pytest.approx((asked.put + asked.list) * 0.005 + asked.get * 0.0005)
+def test_request_cost():
+    writes = TableWrites(units=1000, commit_seconds=0.0)
+    (one,) = forecasts(stage(network(Work(kind="pass", units=1)), writes=writes))
+    requests = one.requests
+    assert requests.put == 1000 + 1000 * 3
+    assert one.request_cost == pytest.approx((requests.put + requests.list) * 0.005 + requests.get * 0.0005)
 
 
 @pytest.mark.parametrize("kind", ["rates", "prices"])
-def test_what_is_shipped_can_be_read(kind):
+def test_builtin_lists_can_be_read(kind):
     assert list_names(kind)
     for name in list_names(kind):
         found = price_list(name) if kind == "prices" else given_rates(name)
         assert found.name == name
-        assert "ASSUM" in found.about.upper(), "nothing here is a quotation or a measurement of ours"
+        assert "ASSUM" in found.about.upper()
 
 
-def test_a_list_of_ones_own_is_read_by_its_path(tmp_path):
+def test_own_list_is_read_by_path(tmp_path):
     own = price_list("example").model_copy(update={"name": "mine"})
     (tmp_path / "mine.json").write_text(own.to_json())
     assert price_list(str(tmp_path / "mine.json")) == own
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
-        (None, "there is no such file; a path, a URL or example is accepted"),
-        ("[1]", "it is no object of JSON"),
-        ("{", "it is no JSON"),
+        (None, "there is no such file"),
+        ("[1]", "not a JSON object"),
+        ("{", "not JSON"),
         ('{"name": "x"}', "date: Field required"),
     ],
 )
-def test_a_list_that_is_none_is_named(tmp_path, content, said):
-    place = tmp_path / "list.json"
+def test_unusable_list_is_named(tmp_path, content, message):
+    path = tmp_path / "list.json"
     if content is not None:
-        place.write_text(content)
-    with pytest.raises(SettingsError, match=f"^--set plan.prices={place}: .*{said}"):
-        price_list(str(place))
+        path.write_text(content)
+    with pytest.raises(SettingsError, match=f"^--set plan.prices={path}: .*{message}"):
+        price_list(str(path))
 
 
-def test_targets_pay_when_they_are_used_again_or_made_on_cheaper_nodes():
+def break_even_of(steps: StepDistillationSettings, **prices):
+    return break_even(
+        "s",
+        steps,
+        student_seconds=3.0,
+        teacher_seconds=1.0,
+        prices=UnitPrices(**{"tables": 1.0, "training": 1.0, "stored": 0.0} | prices),
+        stored_bytes=1.0,
+        used=1.0,
+    )
+
+
+def test_targets_pay_if_reused_or_cheaper():
     steps = StepDistillationSettings(cfg_probability=0.5, gamma=0.0)
-
-    def found(**prices):
-        return break_even(
-            "s",
-            steps,
-            student=NetworkSize(parameters=1, gmacs=10.0),
-            teacher=NetworkSize(parameters=1, gmacs=10.0),
-            rates=rates(),
-            prices=UnitPrices(**{"making": 1.0, "training": 1.0, "stored": 0.0} | prices),
-            stored_bytes=1.0,
-            used=1.0,
-        )
-
-    same = found()
+    same = break_even_of(steps)
     # Vanilla: 2 passes of the teacher, and 3 of the student; guided: twice as many of both.
     assert same.saved == pytest.approx({"vanilla": 0.4, "guided": 0.4, "mixed": 0.4})
     assert same.teacher_seconds == 0.5 * 2 + 0.5 * 4
     assert (same.pays_from, same.pays) == (1.0, True)
-    assert found(making=0.25).pays_from == 0.25
-    dear = found(stored=6.0)
-    assert (dear.pays_from, dear.pays) == (3.0, False)
+    assert break_even_of(steps, tables=0.25).pays_from == 0.25
+    stored = break_even_of(steps, stored=6.0)
+    assert (stored.pays_from, stored.pays) == (3.0, False)
 
 
-def test_l_ori_makes_the_teachers_share_smaller():
-    found = break_even(
-        "s",
-        StepDistillationSettings(cfg_probability=0.0, gamma=0.2),
-        student=NetworkSize(parameters=1, gmacs=10.0),
-        teacher=NetworkSize(parameters=1, gmacs=10.0),
-        rates=rates(),
-        prices=UnitPrices(making=1.0, training=1.0, stored=0.0),
-        stored_bytes=1.0,
-        used=1.0,
-    )
+def test_l_ori_reduces_the_teachers_share():
+    found = break_even_of(StepDistillationSettings(cfg_probability=0.0, gamma=0.2))
     assert found.saved == pytest.approx({"vanilla": 0.25, "mixed": 0.25})
 
 
-def memory(**changed) -> PeakMemory:
-    values = {
-        "parameters": 100,
-        "frozen": 10,
-        "frozen_bytes": 7,
-        "row_bytes": 50,
-        "rows": 4,
-        "precision": "bfloat16",
-        "moment_bytes": 8.0,
-        "averaged": True,
-        "workers": 1,
-        "spread": False,
-    }
-    return training_memory(**values | changed)
+def memory(
+    *, precision="bfloat16", ema=0.9, workers=1, rows=4, sharding="none", moment_bytes=8.0
+) -> PeakMemory:
+    return training_memory(
+        parameters=100,
+        loop=LoopSettings(num_steps=1, global_batch=8, learning_rate=1.0, precision=precision, ema_decay=ema),
+        trainer=TrainerSettings(num_workers=workers, micro_batch=rows, sharding=sharding),
+        row_bytes=50,
+        frozen_bytes=47,
+        moment_bytes=moment_bytes,
+    )
 
 
-def test_a_trainer_holds_weights_gradients_moments_average_and_what_passes():
-    assert memory().networks == 100 * (4 + 4 + 8 + 4) + 10 * 4 + 7
-    assert memory(averaged=False, moment_bytes=2.0).networks == 100 * (4 + 4 + 2) + 47
+def test_memory_of_a_trainer():
+    assert memory().networks == 100 * (4 + 4 + 8 + 4) + 47
+    assert memory(ema=None, moment_bytes=2.0).networks == 100 * (4 + 4 + 2) + 47
     assert memory(workers=2).networks == memory().networks + 400, "buckets for the exchange"
-    assert memory(workers=4, spread=True).networks == 100 * (20 / 4 + 4) + 47
+    assert memory(workers=4, sharding="fsdp").networks == 100 * (20 / 4 + 4) + 47
     # Two-byte copies of the weights beside the activations, or the optimizer's copy, whichever is more.
     assert memory().activations == 100 * 2 + 4 * 50 * 1.2
     assert memory(precision="float32").activations == 4 * 50 * 2 * 1.2
     assert memory(rows=1).activations == 400
 
 
-def test_a_network_that_is_only_asked_holds_its_weights_and_one_batch():
-    found = network_memory(parameters=100, dtype="float32", row_bytes=50, rows=3)
-    assert found.peak == 400 + 3 * 50 * 2 * 1.2
+def test_memory_of_forward_passes_alone():
+    assert network_memory(parameters=100, dtype="float32", batch_bytes=3 * 50).peak == 400 + 3 * 50 * 2 * 1.2

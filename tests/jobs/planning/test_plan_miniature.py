@@ -1,4 +1,4 @@
-"""The miniature's run, forecast by a probe and then measured, in one sitting."""
+"""The miniature's run, forecast by a probe and then measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def run(job: str, *, out: Path) -> str:
-    """What a job prints, run as a user runs it: each starts its own Ray, as is forecast."""
+    """Output of a job run as a command, which starts its own Ray, as the forecast assumes."""
     command = [sys.executable, "-m", f"jobs.{job}", "--recipe", "mini", "--out", str(out)]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
@@ -21,12 +21,12 @@ def run(job: str, *, out: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(3600)
-def test_the_miniatures_run_takes_what_was_forecast(tmp_path, capsys):
+def test_miniature_run_matches_its_forecast(tmp_path, capsys):
     run("plan", out=tmp_path)
     run("run_pipeline", out=tmp_path)
-    told = run("plan", out=tmp_path)
+    output = run("plan", out=tmp_path)
     with capsys.disabled():
-        print("\n" + told)
+        print("\n" + output)
     compared = json.loads((tmp_path / "plan.json").read_text())["compared"]
     assert all(row["measured"] for row in compared)
     forecast, measured = (sum(row[name] for row in compared) for name in ("forecast", "measured"))

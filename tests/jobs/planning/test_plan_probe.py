@@ -1,4 +1,4 @@
-"""The probe's measurements, on a model too small to wait for."""
+"""Measurements of the probe, on a tiny model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ import pytest
 
 from jobs.cli.job import Job
 from jobs.planning import probe
-from jobs.planning.probe import _decoder_trained, _Found, _rows, _teacher, _timed, _trained
-from jobs.planning.sizes import model_sizes
+from jobs.planning.probe import (
+    _measure_decoder_training,
+    _measure_rows,
+    _measure_teacher,
+    _measure_training,
+    _Measurements,
+    _timed,
+)
 from jobs.planning.step_probe import step_seconds
 from jobs.recipes.miniature import mini
 from jobs.recipes.stable_diffusion import sd15
@@ -18,6 +24,7 @@ from pipelines.ray_data.execution import PipelineStage
 from pipelines.ray_data.settings import Pool
 from snapfusion.models.architecture import efficient_architecture
 from snapfusion.models.load import load
+from snapfusion.models.network_sizes import network_sizes
 from snapfusion.settings import SettingsError
 
 
@@ -37,10 +44,10 @@ def job(tiny_teacher: str, tmp_path, monkeypatch) -> Job:
     return Job(verb="plan", recipe=recipe, out=str(tmp_path))
 
 
-def test_rows_and_passes_are_measured_by_the_recipes_stages(job, capsys):
-    found, sizes = _Found(), model_sizes(job.recipe.model)
-    _rows(job, sizes=sizes, found=found)
-    share = _teacher(job, sizes=sizes, found=found)
+def test_rows_and_passes_are_measured(job, capsys):
+    found, sizes = _Measurements(), network_sizes(job.recipe.model)
+    _measure_rows(job, sizes=sizes, measured=found)
+    share = _measure_teacher(job, sizes=sizes, measured=found)
     assert set(found.rates) == {"render", "read", "encode", "write", "pass", "decode", "write_image"}
     assert all(rate.seconds > 0 for rates in found.rates.values() for rate in rates)
     assert found.rates["pass"][0].gmacs == sizes.unet.gmacs
@@ -48,15 +55,15 @@ def test_rows_and_passes_are_measured_by_the_recipes_stages(job, capsys):
     capsys.readouterr()
 
 
-def test_training_steps_are_measured_of_both_unets(job):
-    found, sizes = _Found(), model_sizes("mini")
+def test_training_steps_of_both_unets_are_measured(job):
+    found, sizes = _Measurements(), network_sizes("mini")
     bundle = load("mini")
     for architecture in (sizes.architecture, efficient_architecture(sizes.architecture)):
-        _trained(job, bundle, architecture, sizes=sizes, found=found)
+        _measure_training(job, bundle, architecture, sizes=sizes, measured=found)
     own, small = found.rates["train"]
     assert own.gmacs == sizes.unet.gmacs > small.gmacs
     assert len(found.rates["update"]) == 1
-    _decoder_trained(job, bundle, sizes=sizes, found=found)
+    _measure_decoder_training(job, bundle, sizes=sizes, measured=found)
     assert found.rates["train_decoder"][0].gmacs == sizes.half.gmacs
 
 
@@ -79,13 +86,13 @@ def test_stages_are_timed_by_name():
     assert min(itertools.chain(*times.values())) >= 0
 
 
-def test_a_recipe_for_accelerators_is_not_probed_without_one(monkeypatch):
+def test_probe_needs_the_recipes_accelerator(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(SettingsError, match=r"^--set plan.rates: recipe sd15 asks for an accelerator"):
+    with pytest.raises(SettingsError, match=r"^--set plan.rates: recipe sd15 "):
         probe._check_device(Job(verb="plan", recipe=sd15(), out="nowhere"))
 
 
-def test_a_steps_update_is_part_of_it(job):
+def test_update_is_part_of_a_step(job):
     import torch
     from torch import nn
 
@@ -113,13 +120,13 @@ def test_a_steps_update_is_part_of_it(job):
         (4, ["efficient.training.trainer.num_workers=8"], 4),
     ],
 )
-def test_cores_are_crowded_if_any_stage_fills_them(cores, settings, workers, monkeypatch):
+def test_any_stage_can_fill_the_cores(cores, settings, workers, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     recipe = mini().with_values(settings)
-    assert probe._crowd(Job(verb="plan", recipe=recipe, out="nowhere")) == workers
+    assert probe._contending_workers(Job(verb="plan", recipe=recipe, out="nowhere")) == workers
 
 
-def test_a_training_is_timed_from_its_second_report_on():
+def test_step_time_skips_the_first_report():
     reports = [{"step": step, "steps_per_second": pace} for step, pace in ((1, 0.1), (11, 5.0), (12, 0.5))]
     assert seconds_per_step(reports) == (10 / 5.0 + 1 / 0.5) / 11

@@ -1,4 +1,4 @@
-"""Requests to a store, counted by a server of S3's protocol and by the real loader."""
+"""Counts of storage requests, compared with an S3 server and the real loader."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 import s3fs
 from conftest import _await_answer
 
-from jobs.planning.requests import NO_REQUESTS, Requests, TableWrites, TrainingReads
+from pipelines.costs.requests import Requests, TableWrites, TrainingReads
 from pipelines.loading.loader import BatchLoader
 from pipelines.loading.settings import LoaderSettings
 from pipelines.rejections import Rejection
@@ -35,13 +35,13 @@ _COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Server:
-    """An S3 server that writes down what it is asked."""
+    """An S3 server that logs its requests."""
 
     def __init__(self, log: Path) -> None:
         self.log, self.read = log, 0
 
-    def asked(self) -> Requests:
-        """Since it was last asked this."""
+    def requests(self) -> Requests:
+        """Requests since the last call."""
         time.sleep(0.2)
         text = self.log.read_text()[self.read :]
         self.read += len(text)
@@ -59,11 +59,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with log.open("w") as told, pytest.MonkeyPatch.context() as patch:
+    with log.open("w") as output, pytest.MonkeyPatch.context() as patch:
         running = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-            stderr=told,
-            stdout=told,
+            stderr=output,
+            stdout=output,
         )
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
@@ -83,7 +83,7 @@ SCHEMA = latents_schema(latent_shape=(4, 2, 2), num_tokens=4)
 
 
 def written(url: str, *, units: int) -> list[WrittenUnit]:
-    """Units of one row and one rejected row, in their places and not yet committed."""
+    """Units of one row and one rejected row, written but not committed."""
     table = create_table(url, schema=SCHEMA, identity={"kind": "latents"})
     writer = WriteUnit(url=table.url, schema=SCHEMA, settings=digest(table.identity))
     return [writer(finished(number)) for number in range(units)]
@@ -107,32 +107,32 @@ def finished(number: int) -> FinishedRows:
     )
 
 
-def test_commits_ask_what_is_forecast(server):
+def test_commits_request_as_forecast(server):
     """Six commits of two units, all with rejected rows."""
     files = written("s3://bucket/latents", units=12)
-    server.asked()
+    server.requests()
     for start in range(0, len(files), 2):
         commit_units("s3://bucket/latents", files[start : start + 2])
-    found = server.asked()
-    wanted = TableWrites(units=12, commit_seconds=1.0, rejects=True).requests(5.5)
-    assert (found.put + len(files), found.list) == (wanted.put, wanted.list)
-    assert found.get == pytest.approx(wanted.get, rel=0.05)
+    found = server.requests()
+    expected = TableWrites(units=12, commit_seconds=1.0, rejects=True).requests(5.5)
+    assert (found.put + len(files), found.list) == (expected.put, expected.list)
+    assert found.get == pytest.approx(expected.get, rel=0.05)
 
 
 def test_a_training_reads_a_unit_in_three_requests(server):
-    """Of a unit as large as those of 512 px are in a recipe's hands."""
-    place, rows = "s3://bucket/unit.parquet", 64
+    """A unit as large as those of 512 px in a recipe."""
+    url, rows = "s3://bucket/unit.parquet", 64
     schema = pa.schema([("id", pa.string()), ArrayType(shape=(4, 32, 32), dtype="<f2").field("latent")])
     latents = np.zeros((rows, 4, 32, 32), np.float16)
     data = pa.table(
         [pa.array(map(str, range(rows))), pa.array([one.tobytes() for one in latents])], schema=schema
     )
-    with fsspec.open(place, "wb") as file:
+    with fsspec.open(url, "wb") as file:
         pq.write_table(data, file, compression="none", use_dictionary=False)
-    server.asked()
-    unit = UnitFile(unit="unit", path=place, rows=rows, size=0)
+    server.requests()
+    unit = UnitFile(unit="unit", path=url, rows=rows, size=0)
     read = open_table("s3://bucket/latents")
-    server.asked()
+    server.requests()
     assert read.read_unit(unit, ["id", "latent"]).num_rows == rows
     one = TrainingReads(
         steps=1,
@@ -140,10 +140,8 @@ def test_a_training_reads_a_unit_in_three_requests(server):
         window_units=1,
         unit_rows=rows,
         row_bytes=1.0,
-        checkpoints=0,
-        checkpoint_bytes=(),
     )
-    assert server.asked().get == one.requests(workers=1).get == 3
+    assert server.requests().get == one.requests(workers=1).get == 3
 
 
 class CountingTable:
@@ -181,13 +179,11 @@ def test_workers_read_units_as_forecast(workers, global_batch):
         window_units=4,
         unit_rows=8,
         row_bytes=1.0,
-        checkpoints=0,
-        checkpoint_bytes=(),
     )
     assert read == pytest.approx(reading.units(workers=workers), rel=0.2)
 
 
-def test_what_workers_read_is_told_in_bytes():
+def test_bytes_read_by_workers():
     reading = TrainingReads(
         steps=10,
         global_batch=64,
@@ -203,13 +199,7 @@ def test_what_workers_read_is_told_in_bytes():
     assert reading.requests(workers=1).put == 2 * (20 + 2 + 1 + 2 + 1)
 
 
-def test_the_log_is_read_since_it_was_last_summed_up():
-    once, twice = (
-        TableWrites(units=n, commit_seconds=0.0, rejects=False).requests(0.0).get for n in (100, 200)
-    )
+def test_log_is_read_since_its_checkpoint():
+    once, twice = (TableWrites(units=n, commit_seconds=0.0).requests(0.0).get for n in (100, 200))
     assert once == 2 * (2 * 2 * 5050 + 300)
     assert twice == 2 * once + 2 * 2 * 11 * 100
-
-
-def test_requests_add_up():
-    assert NO_REQUESTS + Requests(put=1, get=2, list=3) == Requests(put=1, get=2, list=3)

@@ -1,4 +1,4 @@
-"""What the planner counts, held to the code that does it."""
+"""Counts of the planner, compared with the code that does the work."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from conftest import tiny_bundle
 from torch import nn
 
 from jobs.cli.job import Job
-from jobs.planning.forecast import PlannedStage
-from jobs.planning.memory import _Fused, _fused_attention, _peak_bytes, unet_bytes
-from jobs.planning.passes import student_passes, teacher_passes
 from jobs.planning.settings import PlanSettings
-from jobs.planning.sizes import model_sizes, unet_size
-from jobs.planning.workload import TEXT_BYTES, Counts, Workload
+from jobs.planning.workload import Counts, Workload
 from jobs.recipes.registry import recipe_named
-from pipelines.rejections import Rejection
+from pipelines.costs.stage import StageCost
+from pipelines.datasets.costs import TEXT_BYTES
 from pipelines.stages.write import pack
 from pipelines.tables.manifest import UnitManifest, to_parquet
 from pipelines.tables.schemas import latents_schema, targets_schema
 from pipelines.tables.units import FinishedRows, Unit
+from snapfusion.models.activation_memory import _fused_attention, peak_bytes
 from snapfusion.models.architecture import efficient_architecture
+from snapfusion.models.network_sizes import network_sizes
 from snapfusion.models.unet import BlockUNet, architecture_of
 from snapfusion.settings import SettingsError
 from snapfusion.training.batch import Batch
 from snapfusion.training.captions import CaptionEncoder
 from snapfusion.training.distillation_batch import OnlineTargets
+from snapfusion.training.passes import student_passes, teacher_passes
 from snapfusion.training.settings import StepDistillationSettings
 from snapfusion.training.step_distillation import StepDistillationObjective
 
@@ -38,67 +38,55 @@ def workload(recipe: str, *, rows: int, captions: int, settings=(), plan=()) -> 
     return Workload(
         job=job,
         settings=PlanSettings().with_values(plan),
-        sizes=model_sizes(job.recipe.model),
+        sizes=network_sizes(job.recipe.model),
         counts=Counts(source=rows, latents=rows, captions=captions),
         png_share=0.5,
     )
 
 
 @pytest.fixture(scope="module")
-def mini() -> dict[str, PlannedStage]:
+def mini() -> dict[str, StageCost]:
     return {stage.name: stage for stage in workload("mini", rows=512, captions=512).stages()}
 
 
-def units(stage: PlannedStage, kind: str, *, each: bool | None = None) -> float:
+def units(stage: StageCost, kind: str, *, replicated: bool | None = None) -> float:
     return sum(
         work.units
-        for part in stage.parts
-        for work in part.works
-        if work.kind == kind and each in (None, work.each)
+        for group in stage.groups
+        for work in group.works
+        if work.kind == kind and replicated in (None, work.replicated)
     )
 
 
-class Asked(nn.Module):
-    """A UNet that counts the rows it is asked about."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet, self.rows = unet, 0
-
-    def forward(self, z, *arguments, **named):
-        self.rows += len(z)
-        return self.unet(z, *arguments, **named)
+def count_rows(unet: nn.Module) -> list[int]:
+    """Rows of every call of a UNet from now on."""
+    rows: list[int] = []
+    unet.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    return rows
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["vanilla", "guided"])
 @pytest.mark.parametrize("changed", [{}, {"gamma": 0.0}, {"original_times": "grid"}, {"k": 4}], ids=str)
-def test_passes_of_a_step_are_those_that_the_objective_asks(guided, changed):
+def test_passes_are_those_of_the_objective(guided, changed):
     student, teacher = tiny_bundle(seed=0), tiny_bundle(seed=1)
     student.prediction_type = "v_prediction"
     steps = StepDistillationSettings(student_steps=4, cfg_probability=float(guided), **changed)
     captions = CaptionEncoder(student)
-    taught = 0
-
-    def count(_module, inputs, _output):
-        nonlocal taught
-        taught += len(inputs[0])
-
-    teacher.unet.register_forward_hook(count)
+    student_rows, teacher_rows = count_rows(student.unet), count_rows(teacher.unet)
     targets = OnlineTargets(teacher, captions=captions, settings=steps, seed=0)
     objective = StepDistillationObjective(
         steps, targets=targets, captions=captions, schedule=student.schedule, seed=0, across_ranks=False
     )
-    model = Asked(student.unet)
     batch = Batch(
         ids=tuple(map(str, range(ROWS))),
         columns={"latent": torch.randn(ROWS, 4, 8, 8), "token_ids": student.tokenize(["red"] * ROWS)},
     )
-    objective(model, batch, step=0)
-    assert model.rows == ROWS * student_passes(steps, guided=guided)
-    assert taught == ROWS * teacher_passes(steps, guided=guided)
+    objective(student.unet, batch, step=0)
+    assert sum(student_rows) == ROWS * student_passes(steps, guided=guided)
+    assert sum(teacher_rows) == ROWS * teacher_passes(steps, guided=guided)
 
 
-def test_the_miniatures_stages_are_those_of_its_run(mini):
+def test_stages_of_the_miniature(mini):
     assert list(mini) == [
         "render_scenes",
         "encode_latents",
@@ -110,7 +98,7 @@ def test_the_miniatures_stages_are_those_of_its_run(mini):
     ]
 
 
-def test_what_the_miniatures_stages_ask(mini):
+def test_work_of_the_miniatures_stages(mini):
     assert units(mini["encode_latents"], "read") == units(mini["encode_latents"], "encode") == 512
     assert units(mini["train_efficient"], "train") == 300 * 64
     assert units(mini["generate_pairs"], "pass") == 512 * 50 * 2
@@ -120,16 +108,13 @@ def test_what_the_miniatures_stages_ask(mini):
     student = mini["student"]
     # With p = 1/2 of 200 steps about a half is guided: 3 rows forward and backward then, else 2.
     assert units(student, "train") == pytest.approx(200 * 32 * 2.5, rel=0.1)
-    assert units(student, "pass", each=False) == pytest.approx(200 * 32 * 2 * 1.5, rel=0.1)
+    assert units(student, "pass", replicated=False) == pytest.approx(200 * 32 * 2 * 1.5, rel=0.1)
 
 
 def test_the_efficient_unet_is_table_3s(stages, sd15):
-    (train,) = (work for work in stages["train_efficient"].parts[0].works if work.kind == "train")
-    assert (
-        train.gmacs
-        == unet_size(efficient_architecture(sd15.sizes.architecture), tokens=77).gmacs
-        < sd15.sizes.unet.gmacs
-    )
+    (train,) = (work for work in stages["train_efficient"].groups[0].works if work.kind == "train")
+    efficient = sd15.sizes.of(efficient_architecture(sd15.sizes.architecture))
+    assert train.gmacs == efficient.gmacs < sd15.sizes.unet.gmacs
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +123,11 @@ def sd15() -> Workload:
 
 
 @pytest.fixture(scope="module")
-def stages(sd15: Workload) -> dict[str, PlannedStage]:
+def stages(sd15: Workload) -> dict[str, StageCost]:
     return {stage.name: stage for stage in sd15.stages()}
 
 
-def test_the_papers_plan_is_planned_without_its_weights(sd15, stages):
+def test_stages_of_sd15_need_no_weights(sd15, stages):
     assert list(stages) == [
         "encode_latents",
         "finetune_vpred",
@@ -163,19 +148,19 @@ def test_students_and_teachers_have_their_architectures(sd15):
     assert sd15.architecture("run:small-16/model") == sd15.architecture("run:staged-8/model") == small
 
 
-def test_an_evaluation_asks_as_its_preview_says(stages):
+def test_evaluation_passes_of_all_contenders(stages):
     stage = stages["evaluate"]
     # 12 contenders of 234 steps in all, 19 scales, of which w = 1 is not guided; 30,000 captions.
     assert units(stage, "pass") == 30_000 * 234 * (1 + 18 * 2)
     assert stage.rows == 12 * 19 * 30_000
 
 
-def test_gradient_checkpointing_is_one_more_pass_a_row(stages):
+def test_gradient_checkpointing_adds_a_pass_per_row(stages):
     stage = stages["finetune_vpred"]
-    assert units(stage, "pass", each=False) == units(stage, "train") == 20_000 * 2_048
+    assert units(stage, "pass", replicated=False) == units(stage, "train") == 20_000 * 2_048
 
 
-def test_a_table_of_targets_is_planned_where_the_recipe_reads_one():
+def test_targets_table_replaces_the_online_teacher():
     found = workload(
         "sd15",
         rows=1_000,
@@ -185,11 +170,13 @@ def test_a_table_of_targets_is_planned_where_the_recipe_reads_one():
     ).stages()
     table, student = found[0], found[-1]
     assert units(table, "pass") == pytest.approx(3 * 1_000 * 2 * 1.1)
-    assert units(student, "pass", each=False) == units(student, "train"), "checkpointing alone: no teacher"
+    assert units(student, "pass", replicated=False) == units(student, "train"), (
+        "checkpointing alone: no teacher"
+    )
 
 
-def test_a_teacher_that_is_told_w_is_asked_once():
-    """Meng et al.'s way: every student but the first is taught by one that is told w."""
+def test_w_conditioned_teacher_needs_one_pass():
+    """Meng et al.: every student but the first has a w-conditioned teacher."""
     found = workload(
         "sd15",
         rows=1_000,
@@ -197,27 +184,27 @@ def test_a_teacher_that_is_told_w_is_asked_once():
         settings=["plan=w-conditioned", "distill.gradient_checkpointing=false"],
         plan=['steps=["distill_plan"]'],
     ).stages()
-    passes = [units(stage, "pass", each=False) / stage.rows for stage in found[1:]]
+    passes = [units(stage, "pass", replicated=False) / stage.rows for stage in found[1:]]
     assert passes == [2 * 2, 2, 2]
 
 
-def test_an_evolution_scores_every_block_in_every_round():
+def test_evolution_scores_every_block_every_round():
     (found,) = workload("sd15", rows=1_000, captions=10, plan=['steps=["evolve_unet"]']).stages()
     blocks = 22 + 16
     checkpointing, held_out = 20 * 20_000 * 2_048, 20 * 1_000 * 0.0001
-    drawn = 20 * (blocks + 1) * 2_000 * 50 * 2
-    assert units(found, "pass") == pytest.approx(drawn + checkpointing + held_out)
+    scored = 20 * (blocks + 1) * 2_000 * 50 * 2
+    assert units(found, "pass") == pytest.approx(scored + checkpointing + held_out)
     assert units(found, "judge") == 20 * (blocks + 1) * 2_000
 
 
-def test_an_unknown_step_is_named():
-    with pytest.raises(SettingsError, match=r"^--set plan.steps: 'dance' is not planned; render_scenes, "):
+def test_unknown_step_is_refused():
+    with pytest.raises(SettingsError, match=r"^--set plan.steps: 'dance' .*render_scenes, "):
         workload("mini", rows=1, captions=1, plan=['steps=["dance"]']).stages()
 
 
 def parquet_bytes(columns: dict, schema, *, rows: int) -> int:
     unit = Unit(name="u", source="laion", start=0, stop=rows, final=True, source_digest="d")
-    table = pack(FinishedRows(unit=unit, columns=columns, rejections=list[Rejection]()), schema)
+    table = pack(FinishedRows(unit=unit, columns=columns, rejections=[]), schema)
     account = UnitManifest(
         unit="u",
         source="laion",
@@ -233,7 +220,7 @@ def parquet_bytes(columns: dict, schema, *, rows: int) -> int:
     return len(to_parquet(table, account))
 
 
-def test_a_tables_bytes_are_as_forecast(sd15, stages):
+def test_table_bytes_match_written_units(sd15, stages):
     """A unit of 128 rows of 512 px, as the recipe writes it."""
     rows, draw = 128, np.random.default_rng(0)
     latents = draw.standard_normal((rows, 4, 64, 64)).astype(np.float16)
@@ -249,7 +236,7 @@ def test_a_tables_bytes_are_as_forecast(sd15, stages):
         latents_schema(latent_shape=(4, 64, 64), num_tokens=77),
         rows=rows,
     )
-    assert made == pytest.approx(stages["encode_latents"].leaves / 1_000_000 * rows, rel=0.005)
+    assert made == pytest.approx(stages["encode_latents"].output_bytes / 1_000_000 * rows, rel=0.005)
     numbers = {name: [1] * rows for name in ("draw", "noise_key", "interval", "t", "t2", "k")}
     made = parquet_bytes(
         {**text, **numbers, "w": [2.0] * rows, "latent": latents, "x_target": latents},
@@ -270,10 +257,10 @@ def counted(bundle, *, rows: int, device: str, checkpointing: bool = False) -> i
         c = torch.randn(rows, 16, 16)
     if checkpointing:
         unet.enable_gradient_checkpointing()
-    return _peak_bytes(unet, lambda: unet(*inputs, encoder_hidden_states=c).sample, trained=True)
+    return peak_bytes(unet, lambda: unet(*inputs, encoder_hidden_states=c).sample, trained=True)
 
 
-def test_tensors_counted_on_shapes_are_those_of_a_real_training_step():
+def test_meta_tensors_count_as_real_ones():
     bundle = tiny_bundle()
     for rows in (1, 8):
         real, shapes = (counted(bundle, rows=rows, device=device) for device in ("cpu", "meta"))
@@ -287,7 +274,7 @@ def test_memory_grows_with_rows_and_shrinks_with_checkpointing():
     assert counted(bundle, rows=64, device="meta", checkpointing=True) < eight
 
 
-def test_sd15s_trainer_holds_what_was_measured_at_full_size():
+def test_sd15_trainer_memory_matches_the_measurement():
     """docs/full_size.md: 17.2 GiB of all processes, for two steps of one guided row without an average."""
     found = workload(
         "sd15",
@@ -308,7 +295,7 @@ def test_sd15s_trainer_holds_what_was_measured_at_full_size():
     assert 14.0 < memory.peak / 2**30 < 17.2
 
 
-def test_attention_is_counted_as_the_fused_kind():
+def test_attention_counts_as_fused():
     with torch.device("meta"):
         q = torch.empty(1, 2, 64, 8, requires_grad=True)
         with _fused_attention():
@@ -316,10 +303,3 @@ def test_attention_is_counted_as_the_fused_kind():
     assert out.shape == q.shape
     out.sum().backward()
     assert q.grad is not None
-    assert torch.nn.functional.scaled_dot_product_attention is not _Fused
-
-
-def test_the_same_count_twice_is_made_once():
-    architecture = architecture_of(tiny_bundle().unet)
-    counts = [unet_bytes(architecture, tokens=16, trained=False) for _ in range(2)]
-    assert counts[0] == counts[1] > 0
