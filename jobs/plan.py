@@ -1,8 +1,6 @@
 """Forecast a run before it starts, and compare the forecast with the run afterwards.
 
-It states rows, bytes, worker-hours, wall time by nodes, cost by a price list, peak memory, storage requests,
-and from how many uses on precomputed teacher targets pay. Times follow from rates, given or measured here in a
-minute or two.
+Times follow from rates, which are given or measured here in a minute or two.
 
 OUT/plan.json    the plan, for programs
 OUT/rates.json   the measured rates, which the next plan in OUT uses again
