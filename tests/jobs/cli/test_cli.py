@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from jobs import command, encode_latents, generate_pairs, render_scenes, run_pipeline, verify_table
-from jobs.cli import job as cli
 from jobs.recipes.registry import RECIPES, recipe_named
+from jobs.recipes.verbs import pipeline_verbs
 from jobs.runtime.exit_codes import run_guarded
 from jobs.runtime.progress import StatusLine, format_duration, format_progress
 from pipelines.ray_data.execution import CrashedTooOften
@@ -81,18 +81,16 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(job, capsys, tmp_pat
     assert not out.exists()
 
 
-def test_the_pipeline_has_the_steps_that_the_recipe_has_something_for():
+def test_pipeline_steps_follow_the_recipe():
     def verbs(name, *settings):
-        job = cli.Job(verb="run_pipeline", recipe=recipe_named(name).with_values(settings), out="runs/x")
-        return [verb for verb, _, _ in run_pipeline.steps_of(job)]
+        return pipeline_verbs(recipe_named(name).with_values(settings))
 
-    assert verbs("mini", "deduplication.use=true") == [verb for verb, _, _ in run_pipeline.STEPS]
+    assert verbs("mini", "deduplication.use=true") == list(run_pipeline.STEPS)
     assert set(verbs("mini", "deduplication.use=true")) - set(verbs("mini")) == {"find_duplicates"}
     students = {"measure_latency", "train_efficient", "distill_steps"}
     assert verbs("mini", "distill.teacher=null") == [verb for verb in verbs("mini") if verb not in students]
-    plainly = verbs("mini", "distill.student=null")
-    assert students & set(plainly) == {"distill_steps"}
-    # Its shards are there already, and its students are made by `jobs.distill_plan`.
+    assert students & set(verbs("mini", "distill.student=null")) == {"distill_steps"}
+    # Its shards exist, and its students are distilled by `jobs.distill_plan`.
     assert not {"render_scenes", "distill_steps"} & set(verbs("sd15"))
 
 

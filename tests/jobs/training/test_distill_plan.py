@@ -13,6 +13,7 @@ from jobs.cli import in_run, inputs
 from jobs.cli.job import Job
 from jobs.recipes.recipe import Recipe
 from jobs.recipes.registry import RECIPES, recipe_named
+from jobs.recipes.verbs import initial_verbs
 from jobs.recipes.stages import DistillationStage, paper_schedules
 from jobs.training.sources import RECIPE_MODEL, VPRED_MODEL
 from pipelines.sources.shards import ShardRow, write_shard
@@ -192,17 +193,13 @@ def test_all_else_is_as_the_recipe_says():
 
 
 def test_only_needed_initial_models_are_made():
-    def made(name, *options):
-        recipe = recipe_named(name).with_values(options)
-        return [
-            verb for verb, *_ in distill_plan.initial_models(Job(verb="plan", recipe=recipe, out="runs/x"))
-        ]
+    def verbs(name, *options):
+        return initial_verbs(recipe_named(name).with_values(options))
 
-    assert made("sd15") == ["vpred", "efficient"]
-    assert made("sd15", "plan=direct") == ["vpred"]
-    assert made("sd2") == []
-    assert made("mini") == []
-    assert made("mini", "plan=staged") == ["efficient"]
+    assert verbs("sd15") == ["finetune_vpred", "train_efficient"]
+    assert verbs("sd15", "plan=direct") == ["finetune_vpred"]
+    assert verbs("sd2") == verbs("mini") == []
+    assert verbs("mini", "plan=staged") == ["train_efficient"]
 
 
 def test_sd2_is_distilled_from_the_recipes_model():
