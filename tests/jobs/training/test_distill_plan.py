@@ -13,8 +13,8 @@ from jobs.cli import in_run, inputs
 from jobs.cli.job import Job
 from jobs.recipes.recipe import Recipe
 from jobs.recipes.registry import RECIPES, recipe_named
-from jobs.recipes.verbs import initial_verbs
 from jobs.recipes.stages import DistillationStage, paper_schedules
+from jobs.recipes.verbs import initial_verbs
 from jobs.training.sources import RECIPE_MODEL, VPRED_MODEL
 from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.tables.schemas import to_png
