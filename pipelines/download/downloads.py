@@ -268,7 +268,7 @@ def _collect(
     on_progress: OnProgress | None,
 ) -> Iterator[ShardReceipt]:
     """The receipts as they arrive; each is added to `receipts`."""
-    progress = CommitProgress(rows=0, total=total, rejected=0, units=0, first_rows=0, steady_seconds=0.0)
+    progress = CommitProgress(total=total)
     first = time.monotonic()
     for receipt in finished:
         receipts[receipt.name] = receipt

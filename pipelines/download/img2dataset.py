@@ -28,7 +28,7 @@ from pipelines import fetching
 from pipelines.download.receipts import SHARD_SUFFIXES
 from pipelines.download.settings import FetchSettings
 from pipelines.fetching.causes import FetchError, cause_of
-from pipelines.fetching.guard import RequestLimits
+from pipelines.fetching.guard import RequestRules
 from pipelines.fetching.program import ROWS, VERSIONS, ShardRequest, read_progress
 
 # Attempts that end without an image to blame, and images that a shard may be retried without.
@@ -120,10 +120,12 @@ class ShardFetcher:
             rows_per_shard=self._rows_per_shard,
             resizing={name: getattr(settings, name) for name in _RESIZING},
             threads=settings.threads,
-            limits=RequestLimits(**settings.limits.to_values()),
-            agent=settings.user_agent_token,
-            directives=settings.respected,
-            private_networks=settings.private_networks,
+            rules=RequestRules(
+                **settings.limits.to_values(),
+                agent=settings.user_agent_token,
+                directives=settings.respected,
+                private_networks=settings.private_networks,
+            ),
         )
 
     def _attempt(self, rows: pa.Table, request: ShardRequest, folder: Path) -> str:
@@ -155,7 +157,7 @@ class ShardFetcher:
         return "stood still" if stalled else f"exit status {code}: {output}"
 
     def _is_stalled(self, process: subprocess.Popen[bytes], folder: Path) -> bool:
-        """Wait for the process to exit; True if instead it makes no progress for longer than a row may take."""
+        """Wait for the process to exit; True if it makes no progress for longer than a row may take."""
         limits = self._settings.limits
         pauses = limits.pause * (2 ** (limits.tries - 1) - 1)
         row_seconds = limits.tries * (limits.seconds + _LOOKUP_SECONDS) + pauses + limits.decode_seconds

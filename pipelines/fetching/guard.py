@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import ipaddress
 import socket
 import ssl
@@ -20,8 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from pipelines.fetching.addresses import may_connect, parse_networks
 from pipelines.fetching.causes import FetchError
@@ -40,8 +40,8 @@ Resolver = Callable[..., list[tuple[Any, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestLimits:
-    """Bounds on one image.
+class RequestRules:
+    """How images are requested, and the bounds on each.
 
     Attributes:
         max_bytes: of a body.
@@ -51,6 +51,9 @@ class RequestLimits:
         tries: attempts; only transient causes are retried.
         pause: seconds before the second attempt, doubled before each further one.
         decode_seconds: for decoding, resizing and encoding.
+        agent: the user agent's name, which opt-outs may address.
+        directives: the opt-outs that are respected.
+        private_networks: networks that may be reached although they are not on the open internet.
     """
 
     max_bytes: int
@@ -60,32 +63,31 @@ class RequestLimits:
     tries: int
     pause: float
     decode_seconds: float
+    agent: str
+    directives: Sequence[str]
+    private_networks: Sequence[str] = ()
 
 
 class GuardedOpener:
     """An opener for `urllib.request`: returns complete images or raises `FetchError`.
 
     Args:
-        limits: of each image.
-        agent: the user agent's name, which opt-outs may address.
-        directives: the opt-outs that are respected.
-        private_networks: networks that may be reached although they are not on the open internet.
+        rules: of each request.
+        on_response: called after each request, successful or not.
         resolver: resolves names to addresses.
     """
 
     def __init__(
         self,
+        rules: RequestRules,
         *,
-        limits: RequestLimits,
-        agent: str,
-        directives: Sequence[str],
-        private_networks: Sequence[str] = (),
+        on_response: Callable[[], None] = lambda: None,
         resolver: Resolver = socket.getaddrinfo,
     ) -> None:
-        self.limits = limits
-        self._agent = agent.lower()
-        self._directives = frozenset(directive.lower() for directive in directives)
-        self._networks = parse_networks(private_networks)
+        self._rules = rules
+        self._directives = frozenset(directive.lower() for directive in rules.directives)
+        self._networks = parse_networks(rules.private_networks)
+        self._on_response = on_response
         self._resolver = resolver
         self._tls = ssl.create_default_context()
 
@@ -95,28 +97,31 @@ class GuardedOpener:
         Args:
             request: only its URL and its `User-agent` are used.
             data: ignored; nothing is ever sent.
-            timeout: ignored; it would bound each wait, but `RequestLimits.seconds` bounds their sum.
+            timeout: ignored; it would bound each wait, but `RequestRules.seconds` bounds their sum.
 
         Raises:
             FetchError: if it cannot be fetched.
         """
         del data, timeout
-        agent = request.get_header("User-agent") or self._agent
-        pause = self.limits.pause
-        for _ in range(self.limits.tries - 1):
-            try:
-                return self._attempt(request.full_url, agent)
-            except FetchError as error:
-                if not error.is_transient:
-                    raise
-            time.sleep(pause)
-            pause *= 2
-        return self._attempt(request.full_url, agent)
+        agent = request.get_header("User-agent") or self._rules.agent
+        pause = self._rules.pause
+        try:
+            for _ in range(self._rules.tries - 1):
+                try:
+                    return self._attempt(request.full_url, agent)
+                except FetchError as error:
+                    if not error.is_transient:
+                        raise
+                time.sleep(pause)
+                pause *= 2
+            return self._attempt(request.full_url, agent)
+        finally:
+            self._on_response()
 
     def _attempt(self, url: str, agent: str) -> Response:
-        deadline = time.monotonic() + self.limits.seconds
+        deadline = time.monotonic() + self._rules.seconds
         seen: set[str] = set()
-        while len(seen) <= self.limits.max_redirects:
+        while len(seen) <= self._rules.max_redirects:
             if url in seen:
                 raise FetchError("bad_redirect", "in a circle")
             seen.add(url)
@@ -124,14 +129,14 @@ class GuardedOpener:
             with _as_fetch_errors():
                 response = self._request(target, agent, deadline)
             if isinstance(response, Response):
-                check_image(response.body, max_pixels=self.limits.max_pixels)
+                check_image(response.getvalue(), max_pixels=self._rules.max_pixels)
                 return response
             url = follow_redirect(url, response)
-        raise FetchError("bad_redirect", f"more than {self.limits.max_redirects}")
+        raise FetchError("bad_redirect", f"more than {self._rules.max_redirects}")
 
     def _request(self, target: RequestTarget, agent: str, deadline: float) -> Response | str:
         """The complete response, or the location of a redirect."""
-        budget = self.limits.max_bytes + _FRAMING_BYTES
+        budget = self._rules.max_bytes + _FRAMING_BYTES
         connected = BoundedSocket(self._connect(target, deadline), deadline=deadline, budget=budget)
         connection = http.client.HTTPConnection(target.host)
         connection.sock = connected
@@ -145,7 +150,7 @@ class GuardedOpener:
             connected.disconnect()
 
     def _read(self, response: http.client.HTTPResponse) -> Response | str:
-        opt_out = find_opt_out(response.headers, agent=self._agent, directives=self._directives)
+        opt_out = find_opt_out(response.headers, agent=self._rules.agent.lower(), directives=self._directives)
         if opt_out:
             raise FetchError("opted_out", opt_out)
         if response.status in _REDIRECTS:
@@ -157,10 +162,10 @@ class GuardedOpener:
         if coding != "identity":
             # The request accepts none, and a small compressed body may unpack to any size.
             raise FetchError("bad_answer", f"content encoding {coding}")
-        return Response(headers=response.headers, body=self._body(response))
+        return Response(self._body(response), headers=response.headers)
 
     def _body(self, response: http.client.HTTPResponse) -> bytes:
-        max_bytes, announced = self.limits.max_bytes, response.length
+        max_bytes, announced = self._rules.max_bytes, response.length
         if announced is not None:
             if announced > max_bytes:
                 raise FetchError("too_large", f"{announced} bytes announced, {max_bytes} are allowed")
@@ -219,29 +224,12 @@ class GuardedOpener:
         return [(family, kind, protocol, address) for family, kind, protocol, _, address in found]
 
 
-class Response:
-    """A complete response, with what img2dataset uses of one: headers, and a body to be read once.
+class Response(io.BytesIO):
+    """The body of a complete response, with its `headers`: what img2dataset uses of one."""
 
-    Attributes:
-        headers: of the last response.
-        body: the image.
-    """
-
-    def __init__(self, *, headers: Message, body: bytes) -> None:
+    def __init__(self, body: bytes, *, headers: Message) -> None:
+        super().__init__(body)
         self.headers = headers
-        self.body = body
-
-    def read(self) -> bytes:
-        """The body."""
-        return self.body
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
 
 @contextmanager

@@ -3,7 +3,7 @@
     python -m pipelines.fetching.program FOLDER
 
 FOLDER contains `rows.arrow` and `request.json`. The program writes the shard's three files, `progress`, and
-at the very end `versions.json` beside them. It uses only the parts of img2dataset that make one shard: planning,
+at the very end `versions.json` beside them. Of img2dataset it uses only what makes one shard: planning,
 retries and logs across shards are this project's own.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from pipelines.fetching.causes import FetchError
-from pipelines.fetching.guard import GuardedOpener, RequestLimits, Response
+from pipelines.fetching.guard import GuardedOpener, RequestRules
 
 REQUEST: Final = "request.json"
 ROWS: Final = "rows.arrow"
@@ -50,10 +50,7 @@ class ShardRequest:
         rows_per_shard: determines the number of digits of a key.
         resizing: arguments of img2dataset's `Resizer`.
         threads: img2dataset's `thread_count`.
-        limits: of each image.
-        agent: see `GuardedOpener`.
-        directives: likewise.
-        private_networks: likewise.
+        rules: of the requests.
         crashed: SHA-256 of images that crashed an earlier attempt; they are not decoded again.
     """
 
@@ -62,10 +59,7 @@ class ShardRequest:
     rows_per_shard: int
     resizing: dict[str, Any]
     threads: int
-    limits: RequestLimits
-    agent: str
-    directives: Sequence[str]
-    private_networks: Sequence[str]
+    rules: RequestRules
     crashed: Sequence[str] = ()
 
     def write(self, folder: Path) -> None:
@@ -76,7 +70,7 @@ class ShardRequest:
     def read(cls, folder: Path) -> ShardRequest:
         """The request in `folder`."""
         values = json.loads((folder / REQUEST).read_text())
-        return cls(**{**values, "limits": RequestLimits(**values["limits"])})
+        return cls(**{**values, "rules": RequestRules(**values["rules"])})
 
 
 class ProgressFile:
@@ -111,21 +105,6 @@ def read_progress(folder: Path) -> tuple[int, str]:
     except (OSError, struct.error):
         return 0, ""
     return steps, "" if digest == _NO_IMAGE else digest.hex()
-
-
-class ProgressOpener:
-    """A `GuardedOpener` that counts a step per response, good or bad."""
-
-    def __init__(self, opener: GuardedOpener, progress: ProgressFile) -> None:
-        self._opener = opener
-        self._progress = progress
-
-    def open(self, request: urllib.request.Request, data: object = None, timeout: object = None) -> Response:
-        """As `GuardedOpener.open`."""
-        try:
-            return self._opener.open(request, data, timeout)
-        finally:
-            self._progress.step()
 
 
 class MonitoredResizer:
@@ -172,20 +151,15 @@ def make_shard(folder: Path) -> None:
 
     # The first step: errors after it are no fault of the installation.
     progress = ProgressFile(folder)
-    opener = GuardedOpener(
-        limits=request.limits,
-        agent=request.agent,
-        directives=request.directives,
-        private_networks=request.private_networks,
-    )
-    urllib.request.install_opener(ProgressOpener(opener, progress))  # type: ignore[arg-type]
+    opener = GuardedOpener(request.rules, on_response=progress.step)
+    urllib.request.install_opener(opener)  # type: ignore[arg-type]
     downloader = Downloader(
         sample_writer_class=WebDatasetSampleWriter,
         resizer=MonitoredResizer(
             Resizer(**request.resizing),
             progress,
             crashed=request.crashed,
-            seconds=request.limits.decode_seconds,
+            seconds=request.rules.decode_seconds,
         ),
         thread_count=request.threads,
         save_caption=True,
@@ -193,14 +167,14 @@ def make_shard(folder: Path) -> None:
         extract_exif=False,
         output_folder=str(folder),
         column_list=list(request.columns),
-        timeout=None,  # the opener's limits bound an image, not a wait
+        timeout=None,  # the opener's rules bound an image, not a wait
         number_sample_per_shard=request.rows_per_shard,
         oom_shard_count=5,
         compute_hash="sha256",
         verify_hash_type=None,
         encode_format="jpg",
         retries=0,  # the opener retries transient causes only
-        user_agent_token=request.agent,
+        user_agent_token=request.rules.agent,
         disallowed_header_directives=None,  # the opener checks them on every redirect too
     )
     downloader.download_shard((request.number, str(folder / ROWS)))

@@ -198,19 +198,14 @@ def values_of(metadata: Mapping[str, Any], meaning: Meaning) -> list[Any]:
     return [value for value in values if value is not None]
 
 
-def numbers_of(metadata: Mapping[str, Any], meaning: Meaning) -> list[float]:
-    """The finite numbers among `values_of`."""
-    numbers = (as_finite(value) for value in values_of(metadata, meaning))
-    return [number for number in numbers if number is not None]
-
-
 def number_of(metadata: Mapping[str, Any], meaning: Meaning) -> float | None:
     """The most trusted finite number; None if there is none.
 
     Of widths and heights only positive ones count, because data sets write 0 for an unknown size. Of unsafe
     scores the highest counts.
     """
-    numbers = numbers_of(metadata, meaning)
+    values = (_finite(value) for value in values_of(metadata, meaning))
+    numbers = [number for number in values if number is not None]
     if meaning in ("width", "height"):
         return next((number for number in numbers if number > 0), None)
     if meaning == "unsafe":
@@ -229,8 +224,7 @@ def text_of(metadata: Mapping[str, Any], meaning: Meaning) -> str | None:
     return next(iter(texts_of(metadata, meaning)), None)
 
 
-def as_finite(value: object) -> float | None:
-    """A finite number as a float; None for anything else, booleans included."""
+def _finite(value: object) -> float | None:
     if not isinstance(value, Real) or isinstance(value, bool):
         return None
     try:

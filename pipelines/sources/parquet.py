@@ -98,7 +98,15 @@ class ParquetRows:
     ) -> Iterator[RowBatch | TornRows]:
         position = first
         try:
-            for record in self._records(group, columns, batch_rows=batch_rows):
+            with self._distinguish_errors():
+                records = self._parquet.iter_batches(
+                    batch_size=batch_rows, row_groups=[group], columns=list(columns), use_threads=False
+                )
+            while True:
+                with self._distinguish_errors():
+                    record = next(records, None)
+                if record is None:
+                    break
                 yield RowBatch(start=position, record=record)
                 position += record.num_rows
         except CorruptParquetError as error:
@@ -106,18 +114,6 @@ class ParquetRows:
             return
         if position < last:
             yield TornRows(start=position, stop=last, detail=f"row group {group} ends early")
-
-    def _records(self, group: int, columns: Sequence[str], *, batch_rows: int) -> Iterator[pa.RecordBatch]:
-        with self._distinguish_errors():
-            records = self._parquet.iter_batches(
-                batch_size=batch_rows, row_groups=[group], columns=list(columns), use_threads=False
-            )
-        while True:
-            with self._distinguish_errors():
-                record = next(records, None)
-            if record is None:
-                return
-            yield record
 
     @contextmanager
     def _distinguish_errors(self) -> Iterator[None]:

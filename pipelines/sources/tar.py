@@ -13,15 +13,10 @@ from pipelines.rejections import Rejected
 _READ_BYTES = 1 << 20
 _MAX_NAME_CHARS = 1024
 # Headers that carry names and attributes, whose bodies the tarfile module reads into memory whole.
-_ATTRIBUTES = frozenset(
-    [
-        tarfile.XHDTYPE,
-        tarfile.XGLTYPE,
-        tarfile.SOLARIS_XHDTYPE,
-        tarfile.GNUTYPE_LONGNAME,
-        tarfile.GNUTYPE_LONGLINK,
-    ]
-)
+_ATTRIBUTES = {
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+}
 _MAX_ATTRIBUTE_BYTES = 1 << 20
 
 

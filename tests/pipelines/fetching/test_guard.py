@@ -8,10 +8,11 @@ import local_web as pages
 import pytest
 
 from pipelines.fetching.causes import FetchError
-from pipelines.fetching.guard import GuardedOpener, RequestLimits
+from pipelines.fetching.guard import GuardedOpener, RequestRules
 
 DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex", "tdm-reservation")
 LIMITS = {"max_bytes": 200_000, "max_pixels": 1 << 24, "max_redirects": 3, "seconds": 5.0, "tries": 1}
+LIMITS |= {"pause": 0.01, "decode_seconds": 1.0}
 SHORT = 0.4
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -24,13 +25,8 @@ def web():
 
 
 def opener(*, private=("127.0.0.1/32",), resolver=socket.getaddrinfo, directives=DIRECTIVES, **limits):
-    return GuardedOpener(
-        limits=RequestLimits(**LIMITS | {"pause": 0.01, "decode_seconds": 1.0} | limits),
-        agent="img2dataset",
-        directives=directives,
-        private_networks=private,
-        resolver=resolver,
-    )
+    named = {"agent": "img2dataset", "directives": directives, "private_networks": private}
+    return GuardedOpener(RequestRules(**LIMITS | named | limits), resolver=resolver)
 
 
 def fetch(url, **options):
