@@ -108,6 +108,14 @@ def tiny_student(seed: int = 0) -> Bundle:
     return bundle
 
 
+@pytest.fixture
+def keep_threads() -> Iterator[None]:
+    """Restore the number of torch's threads, which jobs set for their process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A diffusers folder with the tiny bundle, sealed."""

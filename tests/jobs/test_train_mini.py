@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import torch
 
 from jobs import measure_mini, train_mini
 
@@ -13,11 +12,7 @@ TINY = [
 FEW = ["--set", "scenes=200", "--set", 'models=["sd-v"]', "--set", "steps=[1,2]", "--set", "guidance=[2.0]"]
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("keep_threads")
 
 
 def test_a_short_run_writes_weights_and_report(tmp_path, capsys):

@@ -149,7 +149,7 @@ def test_the_table_is_the_papers(folder, measured, capsys):
     assert memory.endswith("12.0 / 8.0")
 
 
-def test_two_calls_of_the_unet_a_step_are_counted(altered, measured, tmp_path):
+def test_two_unet_calls_per_step_are_counted(altered, measured, tmp_path):
     calls = measured()
     results = results_of(altered(lambda manifest: manifest.update(conditions=1)), tmp_path)
     assert results["calls"]["unet"] == 6
@@ -189,7 +189,7 @@ def test_without_its_model_the_programs_are_measured_alone(altered, measured, tm
     assert f"not run: the bundle's model {tmp_path}/gone/raw: there is no model" in capsys.readouterr().out
 
 
-def test_a_model_in_the_run_lies_beside_the_bundle(altered, measured, mobile_model, tmp_path):
+def test_a_model_of_the_run_is_found(altered, measured, mobile_model, tmp_path):
     shutil.copytree(mobile_model, tmp_path / "student")
     copy = altered(lambda manifest: manifest["identity"]["parents"]["model"].update(source="run:student"))
     calls = measured()

@@ -150,7 +150,7 @@ def test_a_dry_run_says_what_would_be_compiled(mobile_model, tmp_path, capsys):
     assert_nothing_left(tmp_path)
 
 
-def test_two_unet_calls_per_step_give_the_same_image(tmp_path):
+def test_two_unet_calls_give_the_same_image(tmp_path):
     one = publish(tmp_path / "one", settings(conditions=1))
     two = publish(tmp_path / "two", settings(conditions=2))
     shapes = [
@@ -160,7 +160,7 @@ def test_two_unet_calls_per_step_give_the_same_image(tmp_path):
     assert all(made["variants"]["executorch"]["images"]["psnr_db"] > 80 for made in (one, two))
 
 
-def test_the_miniatures_captions_are_of_scenes_that_it_knows():
+def test_the_miniatures_captions_describe_scenes():
     assert all(parse_caption(caption) for caption in recipe_named("mini").mobile.captions)
 
 
@@ -288,7 +288,7 @@ def test_an_override_below_the_limit_is_recorded(tmp_path):
     assert f"limit 500 dB. Reason given: {reason}" in (tmp_path / "bundle/MODEL_CARD.md").read_text()
 
 
-def test_a_reason_is_not_recorded_where_none_was_needed(tmp_path):
+def test_an_unneeded_override_is_not_recorded(tmp_path):
     made = publish(tmp_path / "bundle", settings(override={"executorch": "just in case"}))
     assert made["variants"]["executorch"]["images"]["override"] is None
     assert "just in case" not in (tmp_path / "bundle/MODEL_CARD.md").read_text()

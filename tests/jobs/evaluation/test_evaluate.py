@@ -76,7 +76,7 @@ def test_every_contender_is_compared_with_the_baseline(made):
     assert ("closed" in gap) != ("no_reading" in gap)
 
 
-def test_a_figure_is_quoted_with_what_it_depends_on(made):
+def test_the_protocol_has_what_metrics_depend_on(made):
     _, results, _ = made
     protocol = results["protocol"]
     assert protocol["captions"]["listed"] == protocol["captions"]["compared"] == 12
@@ -88,7 +88,7 @@ def test_a_figure_is_quoted_with_what_it_depends_on(made):
     assert note.startswith("drawn: 12 feature vectors of 128 numbers")
 
 
-def test_a_second_run_draws_nothing_and_finds_the_same(made, monkeypatch):
+def test_a_second_run_samples_nothing(made, monkeypatch):
     out, results, _ = made
 
     def refuse(*_):
@@ -99,7 +99,7 @@ def test_a_second_run_draws_nothing_and_finds_the_same(made, monkeypatch):
     assert again == results
 
 
-def test_a_caption_that_one_contender_lost_is_compared_in_none(tmp_path, monkeypatch):
+def test_a_lost_caption_is_left_out_everywhere(tmp_path, monkeypatch):
     draw = SampleAndScore.draw
 
     def poisoned(self, texts, keys, *, w):
@@ -154,7 +154,7 @@ def test_captions_come_from_a_list_too(tmp_path):
     }
 
 
-def test_a_w_conditioned_student_is_evaluated_once_per_step(tmp_path):
+def test_w_conditioned_students_are_evaluated_once_per_step(tmp_path):
     bundle = load("mini")
     bundle.unet = with_guidance_embedding(bundle.unet)
     save(bundle, tmp_path / "student")

@@ -14,12 +14,7 @@ from snapfusion.models.decoder import HalfDecoder
 from snapfusion.models.load import load
 from snapfusion.models.unet import architecture_of
 
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("keep_threads")
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,7 @@ from snapfusion.models.cost import block_count_table
 from snapfusion.models.load import load
 from snapfusion.models.unet import architecture_of
 
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("keep_threads")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +110,7 @@ def test_the_breakdown_is_read_from_the_file(made, origin):
     assert [bars.faint for bars in breakdown_of(only).charts[0].bars] == [False, False]
 
 
-def test_the_model_itself_is_timed_where_table_3_has_no_levels(origin):
+def test_a_model_of_few_levels_is_timed_alone(origin):
     shallow = origin.changed(
         channels=(24, 64),
         heads=(4, 4),

@@ -1,10 +1,9 @@
-"""The job that holds a robust training to a plain one: what it leaves, that it goes on, what it refuses."""
+"""Tests of the comparison of a robust with a plain miniature."""
 
 import json
 import shutil
 
 import pytest
-import torch
 from PIL import Image
 
 from jobs import measure_robustness
@@ -15,11 +14,7 @@ from snapfusion.models.unet import architecture_of, build_unet, inherit_weights
 FEW = ["--set", "scenes=50", "--set", "seeds=[0]", "--set", "steps=1"]
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("keep_threads")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +65,7 @@ def test_images_of_both_models_and_all_groups(measured):
         assert words in page
 
 
-def test_a_second_run_measures_nothing_and_leaves_the_same(measured, capsys):
+def test_a_second_run_measures_nothing(measured, capsys):
     names = ("robustness.json", "robustness.html", "robustness.png")
     before = {name: (measured / name).read_bytes() for name in names}
     # From another path, which is no part of the identity.
@@ -118,11 +113,11 @@ def refused(arguments, tmp_path, capsys) -> str:
         (["mini-v", "mini-v", "--set", "pictures=5"], "no setting 'pictures'"),
     ],
 )
-def test_what_cannot_be_compared_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, words):
+def test_what_cannot_be_compared_is_one_line(tmp_path, capsys, arguments, words):
     assert words in refused(arguments, tmp_path, capsys)
 
 
-def test_a_model_of_other_blocks_is_one_line_and_exit_code_2(tmp_path, capsys):
+def test_a_model_of_other_blocks_is_refused(tmp_path, capsys):
     bundle = load("mini-v")
     unet = build_unet(architecture_of(bundle.unet).without("mid_block.attentions.0"))
     inherit_weights(unet, bundle.unet)

@@ -1,4 +1,4 @@
-"""Ablations: what is trained and compared, once; and the panels that come of it."""
+"""Tests of the ablations: their students, panels and page."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def steps_of(panel):
     return [VARIANTS[line.variant].steps for line in PANELS[panel].lines if line.variant is not None]
 
 
-def test_the_panels_are_those_of_the_papers_figures():
+def test_the_panels_are_the_papers():
     assert set(PANELS) == {"6a", "6b", "6c", "6d", "7a", "7b", "7c", "8-steps"}
     assert {name for name, panel in PANELS.items() if panel.seeds == 3} == {"6c", "6d", "7b"}
     # Fig. 6(c): vanilla, mixed, CFG-aware; and the control on L_ori alone, which the paper has not.
@@ -49,7 +49,7 @@ def test_the_panels_are_those_of_the_papers_figures():
     assert {steps.cfg_probability for steps in steps_of("7c")} == {0.0}
 
 
-def test_the_seven_settings_of_fig_6d_are_ordered_by_the_share_and_reach_of_the_cfg_loss():
+def test_the_settings_of_fig_6d_are_ordered():
     settings = [(steps.cfg_probability, steps.cfg_range.high) for steps in steps_of("6d")]
     assert len(settings) == 7
     assert settings[0][0] == 0.0
@@ -57,14 +57,14 @@ def test_the_seven_settings_of_fig_6d_are_ordered_by_the_share_and_reach_of_the_
     assert settings[1:] == sorted(settings[1:])
 
 
-def test_progressive_and_told_students_halve_the_steps_from_student_to_student():
+def test_rival_students_halve_the_steps():
     for panel, last in (("6a", "progressive-4"), ("6b", "told-4")):
         lineage = [variant.steps for variant in ABLATION.lineage(last)]
         assert [(steps.student_steps, steps.k) for steps in lineage] == [(16, 2), (8, 2), (4, 2)]
         assert {steps.w_conditioned for steps in lineage} == {panel == "6b"}
 
 
-def test_the_readmes_figures_are_those_of_the_panel():
+def test_quoted_figures_are_the_panels():
     """A figure is written twice, so that it can be quoted; not two figures."""
     panel = json.loads((ROOT / "docs" / "ablation" / "6c.json").read_text())
     assert panel["seeds"] == [0, 1, 2]
@@ -77,10 +77,10 @@ def test_the_readmes_figures_are_those_of_the_panel():
     assert len(rows) == 6
     for name, _, *figures in rows:
         at = points[name.split("`")[1]]
-        told = [f"{at[w]['fid'][0]:.2f}" for w in (2.0, 4.0, 6.0)] + [
+        quoted = [f"{at[w]['fid'][0]:.2f}" for w in (2.0, 4.0, 6.0)] + [
             f"{at[w]['clip'][0]:.3f}" for w in (4.0, 6.0)
         ]
-        assert figures == told
+        assert figures == quoted
     closed = {(gap["student"], gap["w"]): gap["closed"] for gap in panel["evaluation"]["gaps"]}
     for w, low, high, begins in ((2.0, 0.21, 0.65, None), (4.0, 0.93, 1.0, 0.84), (6.0, 0.88, 0.9, 0.76)):
         of_cfg = [closed[f"cfg-seed{seed}", w] for seed in range(3)]
@@ -94,8 +94,8 @@ def test_the_readmes_figures_are_those_of_the_panel():
             assert min(gap[1] for gap in of_cfg) > begins
 
 
-def told(interval, *, digits):
-    """A figure as the document writes it: the mean over the seeds, and the least and largest of several."""
+def formatted(interval, *, digits):
+    """A metric as the document has it: mean over the seeds, and the range if they differ."""
     mean, least, largest = (f"{value:.{digits}f}" for value in interval)
     return mean if least == largest else f"{mean} ({least}–{largest})"
 
@@ -104,7 +104,7 @@ def told(interval, *, digits):
 def test_the_documents_table_is_that_of_the_panel(name):
     folder = ROOT / "docs" / "ablation"
     text = (folder / f"{name}.json").read_text()
-    assert '"/' not in text, "a place on somebody's machine"
+    assert '"/' not in text, "a local path"
     panel = json.loads(text)
     assert panel["panel"] == PANELS[name].to_values(), "the recipe's panel is another now: make it again"
     assert panel["training"] == RECIPES["ablation"]().distill.loop.to_values()
@@ -114,14 +114,14 @@ def test_the_documents_table_is_that_of_the_panel(name):
     for row, line, figures in zip(rows, panel["panel"]["lines"], panel["over_seeds"], strict=True):
         at = {point["w"]: point for point in figures["points"]}
         cells = [f"`{line['name']}`", str(line["steps"])]
-        cells += [told(at[w]["fid"], digits=2) for w in (1.0, 2.0, 4.0, 6.0)]
-        cells += [told(at[w]["clip"], digits=3) for w in (4.0, 6.0)]
+        cells += [formatted(at[w]["fid"], digits=2) for w in (1.0, 2.0, 4.0, 6.0)]
+        cells += [formatted(at[w]["clip"], digits=3) for w in (4.0, 6.0)]
         assert [cell.strip() for cell in row.split("|")[1:-1]] == cells
     assert f"({name}-fid.svg)" in section
     assert (folder / f"{name}-fid.svg").read_text().startswith("<svg")
 
 
-def test_students_come_after_those_they_learn_from():
+def test_students_follow_their_initial_students():
     names = [variant.name for variant, _ in students_of(ABLATION, PANELS["6a"])]
     assert names.index("progressive-16") < names.index("progressive-8") < names.index("progressive-4")
     seeds = [seed for variant, seed in students_of(ABLATION, PANELS["6c"]) if variant.name == "cfg"]
@@ -130,16 +130,16 @@ def test_students_come_after_those_they_learn_from():
     assert {seed for _, seed in students_of(fewer, PANELS["6c"])} == {0}
 
 
-def test_panels_share_what_the_same_student_drew_in_as_many_steps():
+def test_panels_share_samples_of_equal_students():
     lines = [line for panel in PANELS.values() for line in panel.lines]
-    drawn = {(line.variant, line.steps): table_name(line, 0) for line in lines}
-    assert len(set(drawn.values())) == len(drawn) < len({line.name for line in lines})
-    assert all(table_name(line, 0) == drawn[line.variant, line.steps] for line in lines)
+    tables = {(line.variant, line.steps): table_name(line, 0) for line in lines}
+    assert len(set(tables.values())) == len(tables) < len({line.name for line in lines})
+    assert all(table_name(line, 0) == tables[line.variant, line.steps] for line in lines)
     assert table_name(lines[-1], 0) != table_name(lines[-1], 1)
 
 
 @pytest.mark.parametrize(
-    ("assignment", "said"),
+    ("assignment", "message"),
     [
         ('ablation.only=["6z"]', "there is no panel '6z'; there are 6c"),
         (
@@ -149,12 +149,12 @@ def test_panels_share_what_the_same_student_drew_in_as_many_steps():
         ("ablation.variants=[]", "there is no variant"),
     ],
 )
-def test_what_is_not_there_is_refused_by_name(assignment, said):
-    with pytest.raises(SettingsError, match=said):
+def test_unknown_names_are_refused(assignment, message):
+    with pytest.raises(SettingsError, match=message):
         recipe_named("ablation").with_values([assignment])
 
 
-def test_a_recipe_without_ablation_says_which_has_one(tmp_path):
+def test_a_recipe_without_ablation_is_refused(tmp_path):
     job = Job(verb="ablate", recipe=mini(), out=str(tmp_path))
     with pytest.raises(ValueError, match="--recipe mini: it has no ablation; the recipe ablation has"):
         ablate(job)
@@ -224,7 +224,7 @@ def made(recipe, ray_cluster, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_panel_holds_the_figures_of_every_line_and_seed(made):
+def test_a_panel_has_every_line_and_seed(made):
     text = Path(f"{made.out}/ablation/small.json").read_text()
     assert made.out not in text
     assert '"run:students/cfg-1-seed0/model"' in text
@@ -244,29 +244,30 @@ def test_a_panel_holds_the_figures_of_every_line_and_seed(made):
     assert list(panel["evaluation"]["against"]) == ["teacher-4", "control-seed0"]
     # Each student's own training, and that it was the one that the panel says.
     for name, steps, teacher in (("control", None, None), ("cfg", 2, 4), ("cfg-1", 1, 2)):
-        told = json.loads(Path(f"{made.out}/students/{name}-seed0/metrics.json").read_text())["distillation"]
-        assert (told and (told["steps"], told["teacher_steps"])) == (steps and (steps, teacher))
+        metrics = json.loads(Path(f"{made.out}/students/{name}-seed0/metrics.json").read_text())
+        record = metrics["distillation"]
+        assert (record and (record["steps"], record["teacher_steps"])) == (steps and (steps, teacher))
 
 
 @pytest.mark.slow
 def test_the_page_shows_every_line(made):
     page = Path(f"{made.out}/ablation/page.html").read_text()
-    for said in (
+    for text in (
         "A small panel",
         "Share of the FID gap from undistilled-1 to teacher-4",
         '<td>cfg-seed0</td><td data-label="against">control-seed0</td>',
         "CLIP above teacher-4 at equal FID",
         "L_dstl of guided steps",
     ):
-        assert said in page
+        assert text in page
     assert page.count("data:image/png") == 4 * 8
     assert Path(f"{made.out}/ablation/small-fid.svg").read_text().startswith("<svg xmlns")
 
 
 @pytest.mark.slow
-def test_what_is_there_is_not_made_again(made, monkeypatch, capsys):
+def test_existing_students_and_samples_are_kept(made, monkeypatch, capsys):
     def refuse(*_, **__):
-        raise AssertionError("trained or drawn again")
+        raise AssertionError("trained or sampled again")
 
     for name in ("distill_steps", "finetune_vpred"):
         monkeypatch.setattr(f"jobs.cli.ablation.{name}", refuse)
@@ -307,7 +308,7 @@ def panel_of(lines):
     }
 
 
-def test_nine_lines_have_nine_colors_and_their_names_stand_beside_the_axes():
+def test_nine_lines_have_nine_colors():
     panel = panel_of([line_of(f"line-{n}", evaluations=8) for n in range(9)])
     charts = ablation_charts(panel)
     assert list(charts) == ["clip-over-fid", "fid", "clip"]
@@ -318,7 +319,7 @@ def test_nine_lines_have_nine_colors_and_their_names_stand_beside_the_axes():
         chart_svg(one_more)
 
 
-def test_students_of_different_cost_are_also_drawn_over_it():
+def test_students_of_different_cost_have_a_cost_chart():
     own = [line_of(name, evaluations=n) for name, n in (("many", 100), ("few", 8))]
     lines = own + [line_of(name, evaluations=n, student=True) for name, n in (("a", 4), ("b", 8))]
     assert "cost" not in ablation_charts(panel_of(lines[:3]))
@@ -337,7 +338,7 @@ def test_the_page_gives_the_spread_over_seeds():
     assert "<img" not in page
 
 
-def test_loss_curves_leave_out_the_branch_that_a_student_never_took():
+def test_loss_curves_leave_out_untrained_branches():
     curve = [{"step": 10, "vanilla/loss": 0.5}, {"step": 20, "vanilla/loss": 0.4}]
     [chart] = loss_charts({"vanilla": curve, "control": [{"step": 10}]})
     assert chart.series[0].x == [10, 20]

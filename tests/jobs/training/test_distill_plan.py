@@ -133,7 +133,7 @@ def test_another_teacher_is_chosen_by_name(plan, expected, capsys):
     assert found == [SD15["Sec. 4.1: the efficient UNet by the same strategy"], *expected.values()]
 
 
-def test_the_vanilla_student_alone_leaves_the_guided_loss_out(capsys):
+def test_the_vanilla_student_has_no_guided_loss(capsys):
     found = stages(resolved("sd15", capsys, "plan=staged-vanilla"))
     assert [settings.steps.cfg_probability for settings in found.values()] == [0.1, 0.0]
 
@@ -162,7 +162,7 @@ def test_direct_distillation_takes_one_stage(name, capsys):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_stage_takes_only_what_was_made_before_it(name):
+def test_a_stage_uses_only_earlier_models(name):
     recipe = recipe_named(name)
     assert recipe.stages == recipe.plans[recipe.plan]
     for plan in recipe.plans.values():
@@ -209,7 +209,7 @@ def test_sd2_is_distilled_from_the_recipes_model():
     assert inputs.teacher_and_student(first) == ("s3://bucket/sd2", "s3://bucket/sd2")
 
 
-def test_dry_run_names_every_stage_and_what_it_learns(capsys):
+def test_a_dry_run_describes_every_stage(capsys):
     assert distill_plan.main(["--recipe", "sd15", "--dry-run", "--set", "plan=staged"]) == 0
     printed = capsys.readouterr().out
     assert "would fine-tune" in printed

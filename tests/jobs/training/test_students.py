@@ -227,7 +227,7 @@ def test_an_eps_model_becomes_a_v_model(vpred, latents, eps_teacher):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_killed_fine_tuning_resumes_to_the_same_result(vpred, latents, eps_teacher, mark, tmp_path):
+def test_killed_fine_tuning_resumes_to_the_same_result(vpred, latents, eps_teacher, mark, tmp_path):
     out = tmp_path / "vpred"
     begin_and_die("vpred", model=eps_teacher, latents=latents, out=out, mark=mark)
     finetune_vpred(VPRED, model=eps_teacher, latents_url=latents.url, out_url=str(out))
@@ -354,7 +354,7 @@ def test_a_student_records_its_sampler_and_evaluation(student):
 
 
 @pytest.mark.ray
-def test_a_finished_student_is_left_and_another_setting_refused(student, vpred, latents):
+def test_a_finished_student_is_left_as_it_is(student, vpred, latents):
     out, metrics, _ = student
     teacher, elsewhere = str(vpred[0] / "model"), DISTILL.with_values(["trainer.num_workers=7", "name=other"])
     assert distill(latents, out.parent, elsewhere, teacher=teacher) == metrics
