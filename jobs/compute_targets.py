@@ -1,7 +1,7 @@
-"""Compute what the student should predict, with the teacher, into the table TARGETS. SnapFusion Sec. 4.2.
+"""Compute the targets of step distillation with the teacher into the table TARGETS. SnapFusion Sec. 4.2.
 
-Reads LATENTS of the same run, and asks the teacher of `distill_steps`, which reads the table or else asks
-that teacher while it trains.
+Reads LATENTS of the same run. The teacher is that of `distill_steps`, which reads this table, or else
+computes the targets while it trains.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 from jobs.cli.inputs import teacher_and_student
 from jobs.cli.job import Job, run
+from jobs.cli.state import state_of
 from jobs.evaluation.evaluation import absolute_source
 from jobs.runtime.cluster import runner
 from jobs.runtime.exit_codes import exit_process
 from jobs.runtime.progress import show_progress
 from pipelines.datasets.targets import compute_targets
 from pipelines.loading.branches import count_branch_rows
-from pipelines.tables.table import is_table, open_table
+from pipelines.tables.table import open_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compute(job: Job) -> None:
-    """Bring TARGETS up to the recipe; what is committed already is not made again."""
+    """Bring TARGETS up to date with the recipe; committed units are not made again."""
     recipe = job.recipe
     teacher, _ = teacher_and_student(job)
     latents = open_table(job.url("latents"), kind="latents")
@@ -38,22 +39,19 @@ def compute(job: Job) -> None:
         run=runner(recipe.cluster),
         on_progress=show_progress(job.verb),
     )
-    counted = (
-        f"{table.num_rows} rows ({count_branch_rows(table, guided=True)} guided) in {len(table.units)} units"
-    )
-    print(f"  TARGETS version {table.version}: {counted}")
+    rows = f"{table.num_rows} rows ({count_branch_rows(table, guided=True)} guided)"
+    print(f"  TARGETS version {table.version}: {rows} in {len(table.units)} units")
 
 
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
-    place, targets = job.url("targets"), job.recipe.targets
-    held = f"{open_table(place).num_rows} rows are committed" if is_table(place) else "a new table"
+    url, targets = job.url("targets"), job.recipe.targets
     teaching, w = targets.teaching, targets.teaching.cfg_range
     teacher, _ = teacher_and_student(job)
     steps = f"{teaching.k * teaching.student_steps} steps of {teacher} for {teaching.student_steps}"
     return [
-        f"would give each latent of {job.url('latents')} {targets.draws} targets, of {steps}, "
-        f"{targets.cfg_probability:.0%} of them guided at {w.low} to {w.high}, into {place} ({held})"
+        f"would compute {targets.draws} targets for each latent of {job.url('latents')}, of {steps}, "
+        f"{targets.cfg_probability:.0%} of them guided at {w.low} to {w.high}, into {url} ({state_of(url)})"
     ]
 
 

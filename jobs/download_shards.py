@@ -1,6 +1,6 @@
-"""Download the pictures of URL lists, by img2dataset, into shards that `encode_latents` reads.
+"""Download the images of URL lists with img2dataset into shards that `encode_latents` reads.
 
-Reads the recipe's `download.links`; the recipe's selection and blocklists are applied first.
+Reads the recipe's `download.links`; the recipe's selection and blocklists are applied before the download.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from jobs.cli.job import Job, run
 from jobs.runtime.cluster import runner
 from jobs.runtime.exit_codes import exit_process
 from jobs.runtime.progress import show_progress
-from pipelines.download.downloads import ShardRanges, download_shards, find_ranges
-from pipelines.download.receipts import ShardReceipt, read_receipts
+from pipelines.download.downloads import download_shards, find_ranges
+from pipelines.download.receipts import read_receipts
 from pipelines.download.settings import DownloadSettings
 from pipelines.stages.row_filter import LinkFilter
 
@@ -25,65 +25,63 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def download(job: Job) -> None:
-    """Bring the shards up to the recipe; what has its receipt already is not asked for again."""
+    """Bring the shards up to date with the recipe; rows with a receipt are not requested again."""
     recipe = job.recipe
-    place = job.url(recipe.download.place)
+    url = job.url(recipe.download.place)
     summary = download_shards(
         _with_absolute_python(recipe.download),
         selection=recipe.latents.selection,
         filters=link_filters(job),
-        url=place,
+        url=url,
         run=runner(recipe.cluster),
         on_progress=show_progress(job.verb),
     )
-    print(f"  {summary.rows} rows: {summary.downloaded} pictures in {summary.shards} shards at {place}")
-    print(f"  refused: {_counts(summary.refused)}")
+    print(f"  {summary.rows} rows: {summary.downloaded} images in {summary.shards} shards at {url}")
+    print(f"  rejected: {_counts(summary.refused)}")
     print(f"  failed: {_counts(summary.failed)}")
     if summary.transient:
-        more = recipe.download.retry_rounds + 1
-        print(f"  {summary.transient} may be had later: --set download.retry_rounds={more} tries them again")
+        rounds = recipe.download.retry_rounds + 1
+        print(
+            f"  {summary.transient} failures may be transient: --set download.retry_rounds={rounds} retries"
+        )
 
 
 def link_filters(job: Job) -> list[LinkFilter]:
-    """The vetoes of the run that can judge a row before its picture is there."""
-    return [veto for veto in row_filters(job) if isinstance(veto, LinkFilter)]
+    """The run's filters that need no image."""
+    return [row_filter for row_filter in row_filters(job) if isinstance(row_filter, LinkFilter)]
 
 
 def preview(job: Job) -> list[str]:
     """What would be read and downloaded."""
     settings = job.recipe.download
-    planned = find_ranges(settings)
-    place = job.url(settings.place)
-    known = read_receipts(place)
-    return [
-        f"would download the pictures of {planned.total} rows in {len(planned.lists)} lists to {place}",
-        *_remaining(planned, known),
-    ]
-
-
-def _remaining(planned: ShardRanges, known: Mapping[str, ShardReceipt]) -> list[str]:
-    parts = list(planned.tasks({}))
+    ranges = find_ranges(settings)
+    url = job.url(settings.place)
+    known = read_receipts(url)
+    parts = list(ranges.tasks({}))
     left = [part for part in parts if part.name not in known]
     rows = sum(part.stop - part.start for part in left)
-    lines = [
-        f"{len(parts)} shards, of which {len(parts) - len(left)} have their receipt; {rows} rows are left"
-    ]
     done = sum(receipt.rows for receipt in known.values())
     if done:
-        size = sum(receipt.size for receipt in known.values())
-        lines.append(f"about {size / done * rows / 1e9:.1f} GB, at {size / done / 1e3:.1f} kB a row so far")
+        size = sum(receipt.size for receipt in known.values()) / done
+        bytes_left = f"about {size * rows / 1e9:.1f} GB, at {size / 1e3:.1f} kB per row so far"
     else:
-        lines.append("how many bytes is known when the first shard is there")
-    again = sum(
+        bytes_left = "the number of bytes is known after the first shard"
+    # A receipt of the next retry round has taken over what failed in this one.
+    transient = sum(
         receipt.transient
         for receipt in known.values()
         if f"{receipt.number:05d}-r{receipt.retry + 1}" not in known
     )
-    return [*lines, *([f"{again} rows failed for a cause that may pass"] if again else [])]
+    return [
+        f"would download the images of {ranges.total} rows in {len(ranges.lists)} lists to {url}",
+        f"{len(parts)} shards, {len(parts) - len(left)} of them with a receipt; {rows} rows are left",
+        bytes_left,
+        *([f"{transient} rows failed for a transient cause"] if transient else []),
+    ]
 
 
 def _with_absolute_python(settings: DownloadSettings) -> DownloadSettings:
-    """The settings with the interpreter's place absolute, where it is here: workers stand elsewhere."""
+    """The settings with an absolute path of the interpreter, if it exists: workers run in another folder."""
     python = Path(settings.fetching.python).absolute()
     if not python.exists():
         return settings

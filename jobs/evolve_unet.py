@@ -57,7 +57,7 @@ def evolve_unet(job: Job) -> None:
         on_round=lambda finished: print(f"  {describe_round(finished)}", flush=True),
     ).evolve()
     captions, images = round_images(settings, history, out=job.url("evolution"), limit=_NUM_SHOWN_CAPTIONS)
-    page = render_evolution(history, captions=captions, pictures=images)
+    page = render_evolution(history, captions=captions, images=images)
     replace_object(job.url("evolution/page.html"), page.encode())
     for number, chart in enumerate(evolution_charts(history), start=1):
         replace_object(job.url(f"evolution/chart-{number}.svg"), standalone_svg(chart))

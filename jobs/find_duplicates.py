@@ -1,7 +1,7 @@
-"""Judge which rows of the shards copy an earlier one, or what a model will be judged by.
+"""Find the rows of the shards that copy an earlier row, or an image or caption of an evaluation.
 
 Reads the shards as `encode_latents` does, and the lists, folders and shards of `deduplication.evaluation`.
-With `deduplication.use` LATENTS refuse what is found.
+With `deduplication.use` LATENTS reject the copies.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from jobs.cli.inputs import row_filters, shards_url
 from jobs.cli.job import Job, run
+from jobs.cli.state import rejected_text, state_of
 from jobs.runtime.cluster import reader, runner
 from jobs.runtime.exit_codes import exit_process
 from jobs.runtime.progress import show_progress
@@ -18,7 +19,7 @@ from pipelines.dedup.duplicates import count_verdicts, find_duplicates
 from pipelines.dedup.fingerprints import fingerprint_shards
 from pipelines.sources.webdataset import list_shards
 from pipelines.tables.manifest import total_rejected
-from pipelines.tables.table import Snapshot, is_table, open_table
+from pipelines.tables.table import Snapshot, open_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find(job: Job) -> None:
-    """Bring FINGERPRINTS up to the shards, and judge as one round what is not judged yet."""
+    """Bring FINGERPRINTS up to date with the shards, and compare all new rows in one round."""
     recipe, settings = job.recipe, job.recipe.deduplication
     table = fingerprint_shards(
         settings.fingerprints,
@@ -40,7 +41,7 @@ def find(job: Job) -> None:
         run=runner(recipe.cluster),
         on_progress=show_progress(job.verb),
     )
-    print(f"  FINGERPRINTS version {table.version}: {_counted(table)}")
+    print(f"  FINGERPRINTS version {table.version}: {_counts(table)}")
     evaluation = _evaluation(job)
     against = [open_table(url, kind="fingerprints") for url in settings.against]
     parents = {
@@ -48,7 +49,7 @@ def find(job: Job) -> None:
         "evaluation": evaluation and evaluation.lineage(),
         "against": [other.lineage() for other in against],
     }
-    judged = find_duplicates(
+    duplicates = find_duplicates(
         settings,
         fingerprints=table,
         url=job.url(settings.table),
@@ -57,22 +58,26 @@ def find(job: Job) -> None:
         origin=job.origin(parents),
         read=reader(recipe.cluster),
     )
-    _report(judged)
+    verdicts, rows = count_verdicts(duplicates), duplicates.num_rows
+    print(f"  DUPLICATES version {duplicates.version}: {rows} rows, {rejected_text(verdicts)}")
+    if rows:
+        unique = rows - sum(verdicts.values())
+        print(f"  {unique} of them, {unique / rows:.1%}, are no copies")
 
 
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
     settings = job.recipe.deduplication
-    place = job.url(settings.fingerprints.table)
-    held = f"{open_table(place).num_rows} rows are there" if is_table(place) else "a new table"
-    if job.recipe.source.url is not None:  # or another step of the run makes them
+    if job.recipe.source.url is not None:
+        # Shards of the run itself need not exist yet, others must.
         list_shards(job.recipe.source.url)
-    lines = [f"would read the pictures of {shards_url(job)} into {place} ({held})"]
-    lines += [f"would read {what} of the evaluation" for what in settings.evaluation.places]
-    lines += [f"would compare with {other}, whose rows come first" for other in settings.against]
-    place = job.url(settings.table)
-    held = f"{open_table(place).num_rows} rows are judged" if is_table(place) else "a new table"
-    return [*lines, f"would judge rows into {place} ({held})"]
+    fingerprints, duplicates = job.url(settings.fingerprints.table), job.url(settings.table)
+    return [
+        f"would read the images of {shards_url(job)} into {fingerprints} ({state_of(fingerprints)})",
+        *(f"would read {source} of the evaluation" for source in settings.evaluation.places),
+        *(f"would compare with {other}, whose rows come first" for other in settings.against),
+        f"would write verdicts on rows into {duplicates} ({state_of(duplicates)})",
+    ]
 
 
 def _evaluation(job: Job) -> Snapshot | None:
@@ -87,26 +92,13 @@ def _evaluation(job: Job) -> Snapshot | None:
         origin=job.origin({"evaluation": list(settings.evaluation.places)}),
         run=runner(job.recipe.cluster),
     )
-    print(f"  the evaluation: {_counted(table)}")
+    print(f"  evaluation: {_counts(table)}")
     return table
 
 
-def _counted(table: Snapshot) -> str:
-    rejected = total_rejected(list(table.manifests().values()))
-    return f"{table.num_rows} rows, {_counts(rejected)} rejected"
-
-
-def _report(table: Snapshot) -> None:
-    counts = count_verdicts(table)
-    copies = sum(counts.values())
-    print(f"  DUPLICATES version {table.version}: {table.num_rows} rows, {_counts(counts)} refused")
-    if table.num_rows:
-        print(f"  {table.num_rows - copies} of them, {1 - copies / table.num_rows:.1%}, copy nothing")
-
-
-def _counts(counts: dict[str, int]) -> str:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-    return f"{sum(counts.values())} ({reasons})" if counts else "none"
+def _counts(table: Snapshot) -> str:
+    rejected = total_rejected(table.manifests().values())
+    return f"{table.num_rows} rows, {rejected_text(rejected)}"
 
 
 if __name__ == "__main__":

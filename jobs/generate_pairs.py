@@ -1,4 +1,4 @@
-"""Draw the captions with the teacher, into the table PAIRS. SnapFusion Sec. 3.2.
+"""Generate images of captions with the teacher into the table PAIRS. SnapFusion Sec. 3.2.
 
 Reads the recipe's `captions.url`, or the captions of LATENTS in the same run.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from jobs.cli.inputs import deletion_list_of
 from jobs.cli.job import Job, run
+from jobs.cli.state import state_of
 from jobs.runtime.cluster import runner
 from jobs.runtime.exit_codes import exit_process
 from jobs.runtime.progress import show_progress
@@ -18,7 +19,7 @@ from pipelines.datasets.pairs import captions_of, generate_pairs, withhold_delet
 from pipelines.rejections import Rejection
 from pipelines.sources.captions import Caption, read_captions
 from pipelines.sources.settings import CaptionSettings
-from pipelines.tables.table import is_table, open_table
+from pipelines.tables.table import open_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate(job: Job) -> None:
-    """Bring PAIRS up to the recipe; what is committed already is not made again."""
+    """Bring PAIRS up to date with the recipe; committed units are not made again."""
     recipe = job.recipe
     captions, parent = captions_for(job)
     table = generate_pairs(
@@ -46,24 +47,23 @@ def generate(job: Job) -> None:
 def captions_for(job: Job) -> tuple[list[Caption | Rejection], dict[str, Any]]:
     """The recipe's caption list, or else the captions of LATENTS; and what identifies them.
 
-    What the run was asked to forget is withheld.
+    Captions on the run's deletion list are withheld.
     """
-    wanted, forgotten = job.recipe.captions, deletion_list_of(job).read()
-    if wanted.url is None:
+    settings, deleted = job.recipe.captions, deletion_list_of(job).read()
+    if settings.url is None:
         table = open_table(job.url("latents"), kind="latents")
-        return withhold_deleted(captions_of(table, limit=wanted.limit), forgotten), table.lineage()
-    listed = islice(read_captions(wanted.url, CaptionSettings()), wanted.limit)
-    return withhold_deleted(listed, forgotten), {"list": wanted.url}
+        return withhold_deleted(captions_of(table, limit=settings.limit), deleted), table.lineage()
+    listed = islice(read_captions(settings.url, CaptionSettings()), settings.limit)
+    return withhold_deleted(listed, deleted), {"list": settings.url}
 
 
 def preview(job: Job) -> list[str]:
     """What would be read and written."""
-    place, wanted = job.url("pairs"), job.recipe.captions
-    held = f"{open_table(place).num_rows} rows are committed" if is_table(place) else "a new table"
-    generation = job.recipe.pairs.generation
+    url, pairs = job.url("pairs"), job.recipe.pairs
+    captions = job.recipe.captions.url or job.url("latents")
     return [
-        f"would draw the captions of {wanted.url or job.url('latents')} {job.recipe.pairs.draws} times, "
-        f"{generation.steps} steps at guidance {generation.guidance}, into {place} ({held})"
+        f"would generate {pairs.draws} images of each caption of {captions}, {pairs.generation.steps} steps "
+        f"at guidance {pairs.generation.guidance}, into {url} ({state_of(url)})"
     ]
 
 

@@ -1,7 +1,7 @@
-"""Write the run's report: one page with pictures, curves, figures and lineage, and metrics.json beside it.
+"""Write the run's report: a page with images, curves, measurements and lineage, and metrics.json beside it.
 
-Reads what the other jobs committed, and changes none of it. With a floor in the recipe, pictures that the
-oracle cannot read make the job fail after the page is written.
+Reads what the other jobs committed and changes none of it. If the recipe has a floor, images that the oracle
+cannot read make the job fail after the page is written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipelines.storage.objects import replace_object
 
 
 class BelowFloor(RuntimeError):
-    """Pictures that do not show what their captions say."""
+    """Images that do not show their captions."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,18 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(job: Job) -> None:
-    """Write the page and the figures, then hold the pictures to the floor."""
+    """Write the page and the metrics, then compare the images with the floor."""
     content, metrics = collect(job)
-    page, figures = job.url("report/index.html"), job.url("metrics.json")
+    page, numbers = job.url("report/index.html"), job.url("metrics.json")
     replace_object(page, render_report(content).encode())
-    replace_object(figures, (json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+    replace_object(numbers, (json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
     print(f"  open {page}")
-    print(f"  and  {figures}")
-    floor, oracle = job.recipe.oracle_floor, metrics.get("oracle")
+    print(f"  and  {numbers}")
+    floor, oracle = job.recipe.oracle_floor, metrics["oracle"]
     if floor is not None and oracle and oracle["mean_attributes_right"] < floor:
         raise BelowFloor(
             f"the oracle finds {oracle['mean_attributes_right']:.0%} of the captions' attributes in "
-            f"{oracle['images']} pictures of the teacher, and the recipe's oracle_floor is {floor:.0%}: the "
+            f"{oracle['images']} images of the teacher, below the recipe's oracle_floor of {floor:.0%}: the "
             "model or its sampling is broken"
         )
 

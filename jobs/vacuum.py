@@ -1,7 +1,7 @@
 """List the files of a run's tables that nobody reads any more; with --delete, delete them.
 
-Read are the newest version of each table, every version that a training or another reader holds a lease on,
-and every version that a training which has not ended is pinned to. Files younger than `vacuum.hours` stay.
+Kept are the newest version of each table, every version that a training or another reader holds a lease on,
+every version that an unfinished training is pinned to, and files younger than `vacuum.hours`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jobs.deletion.lineage import RunFiles, pinned_versions
 from jobs.runtime.exit_codes import exit_process
 from pipelines.deletion.vacuum import UnreadFile, delete_files, unread_files
 from pipelines.tables.leases import active_readers, remove_expired
-from pipelines.tables.table import Snapshot, open_table
+from pipelines.tables.table import open_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,12 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Whether to do it."""
-    parser.add_argument("--delete", action="store_true", help="delete what is listed")
+    """Add --delete."""
+    parser.add_argument("--delete", action="store_true", help="delete the listed files")
 
 
 def vacuum(job: Job) -> None:
-    """List, table by table; delete if that is asked."""
+    """List the files table by table, and delete them with --delete."""
     for line in _lines(job, deletes=job.options["delete"]):
         print(line)
 
@@ -41,29 +41,22 @@ def preview(job: Job) -> list[str]:
 
 def _lines(job: Job, *, deletes: bool) -> list[str]:
     files = RunFiles(job.out)
-    tables = {place: open_table(f"{files.url}/{place}") for place in files.tables}
+    tables = {path: open_table(f"{files.url}/{path}") for path in files.tables}
     pinned = pinned_versions(files, tables)
     lines = [f"{files.url} holds no tables"] if not tables else []
-    for place, table in tables.items():
+    for path, table in tables.items():
         leases = {
             lease.version: lease.holder for lease in active_readers(table.url) if lease.version is not None
         }
-        held = {**pinned.get(place, {}), **leases}
+        held = {**pinned.get(path, {}), **leases}
         unread = unread_files(table, held=held, hours=job.recipe.vacuum.hours)
-        lines += [f"{place}, version {table.version}: {_summary(unread)}", *_holders(table, held)]
+        lines.append(f"{path}, version {table.version}: {_summary(unread)}")
+        older = sorted(version for version in held if version < table.version)
+        lines += [f"  version {version} is kept for {held[version]}" for version in older]
         if deletes:
             delete_files(unread)
             remove_expired(table.url)
-    lines.append("deleted" if deletes else "nothing was deleted; --delete does it")
-    return lines
-
-
-def _holders(table: Snapshot, held: dict[int, str]) -> list[str]:
-    return [
-        f"  version {version} is kept for {held[version]}"
-        for version in sorted(held)
-        if version < table.version
-    ]
+    return [*lines, "deleted" if deletes else "nothing was deleted; --delete does it"]
 
 
 def _summary(unread: Sequence[UnreadFile]) -> str:

@@ -1,7 +1,7 @@
-"""Verify a table: recount it, compare files and log, and compute sampled units again from their keys.
+"""Verify a table: count rows again, compare files and log, and recompute sampled units.
 
 Give the table's URL. LATENTS need their shards: the recipe's `source.url`, or `shards` beside the table.
-TARGETS need `latents` beside the table. SAMPLES and REFERENCES need `evaluation` to be as their run had it.
+TARGETS need `latents` beside the table. SAMPLES and REFERENCES need the `evaluation` settings of their run.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.table import Snapshot, open_table
 from pipelines.tables.verification import CannotRecompute, Recompute, verify_table
 
+_MAX_FAULTS = 20
+"""Faults that are listed."""
+
 
 class VerificationFailed(RuntimeError):
-    """A table that is not what it says it is."""
+    """A table with faults."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,65 +37,72 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def verify(job: Job) -> None:
-    """Print what was counted; raise if anything is wrong."""
-    table = open_table(job.target)
-    wanted = job.recipe.verification
-    found = verify_table(table, recompute=remake_for(job, table), units=wanted.units, seed=wanted.seed)
-    counted = f"{found.units} units, {found.rows} rows, {found.rejected} rejected"
-    print(f"{table.url}, version {table.version}: {counted}")
-    print(f"  {found.recomputed} units made again, {found.exact} of them bit for bit")
-    for note in found.notes:
+    """Print what was verified; raise if there are faults."""
+    table, settings = open_table(job.target), job.recipe.verification
+    result = verify_table(
+        table, recompute=recompute_for(job, table), units=settings.units, seed=settings.seed
+    )
+    rows = f"{result.units} units, {result.rows} rows, {result.rejected} rejected"
+    print(f"{table.url}, version {table.version}: {rows}")
+    print(f"  {result.recomputed} units recomputed, {result.exact} of them bit for bit")
+    for note in result.notes:
         print(f"  {note}")
-    if found.faults:
-        shown = "\n".join(f"  {fault}" for fault in found.faults[:20])
-        raise VerificationFailed(f"{len(found.faults)} faults in {table.url}\n{shown}")
+    if result.faults:
+        faults = "\n".join(f"  {fault}" for fault in result.faults[:_MAX_FAULTS])
+        raise VerificationFailed(f"{len(result.faults)} faults in {table.url}\n{faults}")
     print("  no fault found")
 
 
-def remake_for(job: Job, table: Snapshot) -> Recompute:
-    """How units of this kind of table are made again."""
-    recipe = job.recipe
-    if table.identity["kind"] == "pairs":
-        return pairs.recomputer(table, teacher=recipe.model)
-    beside = job.target.rpartition("/")[0]
-    if table.identity["kind"] == "targets":
-        parents = open_table(f"{beside}/latents", kind="latents")
-        teacher, _ = teacher_and_student(replace(job, out=beside))
-        return targets.recomputer(table, teacher=teacher, latents=parents)
-    if table.identity["kind"] == "samples":
-        # As `jobs.evaluate` leaves it, at OUT/evaluation/NAME.
-        there, name = replace(job, out=beside.rpartition("/")[0]), job.target.rpartition("/")[2]
-        drew = {one.name: one for one in recipe.evaluation.contenders}.get(name, Contender(name=name))
-        return samples.recomputer(
-            table,
-            settings=recipe.evaluation.samples,
-            model=there.resolve(drew.model or recipe.model),
-            decoder=drew.decoder and there.resolve(drew.decoder),
-        )
-    if table.identity["kind"] == "references":
-        wanted = recipe.evaluation
-        return references.recomputer(table, settings=wanted.references, judging=wanted.samples.judging)
-    if table.identity["kind"] == "duplicates":
-        return _made_in_rounds
-    shards = list_shards(recipe.source.url or f"{beside}/shards")
-    there, source = replace(job, out=beside), recipe.source.name
-    if table.identity["kind"] == "fingerprints":
-        return fingerprints.recomputer(table, shards=shards, source=source, vetoes=row_filters(there))
+def recompute_for(job: Job, table: Snapshot) -> Recompute:
+    """The function that recomputes units of this kind of table."""
+    recipe, kind = job.recipe, table.identity["kind"]
+    parent, _, name = job.target.rpartition("/")
+    run_job, source = replace(job, out=parent), recipe.source.name
+    match kind:
+        case "pairs":
+            return pairs.recomputer(table, teacher=recipe.model)
+        case "targets":
+            teacher, _ = teacher_and_student(run_job)
+            return targets.recomputer(
+                table, teacher=teacher, latents=open_table(f"{parent}/latents", kind="latents")
+            )
+        case "samples":
+            # `jobs.evaluate` writes them to OUT/evaluation/NAME.
+            run_job = replace(job, out=parent.rpartition("/")[0])
+            contenders = {contender.name: contender for contender in recipe.evaluation.contenders}
+            contender = contenders.get(name, Contender(name=name))
+            return samples.recomputer(
+                table,
+                settings=recipe.evaluation.samples,
+                model=run_job.resolve(contender.model or recipe.model),
+                decoder=contender.decoder and run_job.resolve(contender.decoder),
+            )
+        case "references":
+            settings = recipe.evaluation
+            return references.recomputer(
+                table, settings=settings.references, judging=settings.samples.judging
+            )
+        case "duplicates":
+            return _cannot_recompute
+    shards = list_shards(recipe.source.url or f"{parent}/shards")
+    if kind == "fingerprints":
+        return fingerprints.recomputer(table, shards=shards, source=source, vetoes=row_filters(run_job))
     return latents.recomputer(
-        table, model=recipe.model, shards=shards, source=source, vetoes=latents_row_filters(there)
+        table, model=recipe.model, shards=shards, source=source, vetoes=latents_row_filters(run_job)
     )
 
 
-def _made_in_rounds(account: UnitManifest, _rows: pa.Table) -> NoReturn:
-    raise CannotRecompute(f"its round is made as a whole, and {account.unit} is a part of it")
+def _cannot_recompute(manifest: UnitManifest, _rows: pa.Table) -> NoReturn:
+    raise CannotRecompute(f"its round is made as a whole, and {manifest.unit} is a part of it")
 
 
 def preview(job: Job) -> list[str]:
-    """What would be looked at."""
+    """What would be read and recomputed."""
     table = open_table(job.target)
-    again = min(job.recipe.verification.units, len(table.units))
+    units = min(job.recipe.verification.units, len(table.units))
     return [
-        f"would read {len(table.units)} units of {table.url}, version {table.version}, and make {again} again"
+        f"would read {len(table.units)} units of {table.url}, version {table.version}, and recompute {units} "
+        "of them"
     ]
 
 

@@ -1,10 +1,10 @@
-"""What was made of a run's tables: trainings pinned to a version, models that learned from it, bundles."""
+"""Finds what was made of a run's tables: trainings pinned to a version, their models, samples and bundles."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,13 +17,13 @@ from pipelines.tables.table import Snapshot, TableError, open_table
 from snapfusion.export.bundle import MANIFEST
 from snapfusion.settings import digest
 
-_BEGUN = ".training/begun.json"
+_STARTED = ".training/begun.json"
 _LOG = "/_delta_log/"
 _SIBLINGS = (".rejects", ".units")
 
 
 class RunFiles:
-    """The files of a run by their places in it, as they were when it was listed.
+    """The files of a run, by path relative to it, as of the time of listing.
 
     Args:
         url: of the run.
@@ -32,41 +32,45 @@ class RunFiles:
     def __init__(self, url: str) -> None:
         self.url = absolute_url(url)
         filesystem, root = fsspec.core.url_to_fs(self.url)
+        # fsspec keeps listings, which would hide what other processes have written since.
         filesystem.invalidate_cache()
-        found = filesystem.find(root) if filesystem.exists(root) else []
-        prefix = f"{root.rstrip('/')}/"
-        self.places: list[str] = sorted(path.removeprefix(prefix) for path in found)
+        files = filesystem.find(root) if filesystem.exists(root) else []
+        self.paths: list[str] = sorted(path.removeprefix(f"{root.rstrip('/')}/") for path in files)
 
     @cached_property
     def tables(self) -> list[str]:
-        """The places of tables; what lies beside a table is none of its own."""
-        roots = {place.partition(_LOG)[0] for place in self.places if _LOG in place}
+        """Paths of the tables, without their sibling tables of rejects and units."""
+        roots = {path.partition(_LOG)[0] for path in self.paths if _LOG in path}
         return sorted(root for root in roots if not root.endswith(_SIBLINGS))
 
-    def ending(self, *endings: str) -> list[str]:
-        """The places whose names end so."""
-        return [place for place in self.places if place.endswith(endings)]
+    def ending(self, suffix: str) -> list[str]:
+        """The paths with this suffix."""
+        return [path for path in self.paths if path.endswith(suffix)]
 
-    def read(self, place: str) -> Any:  # noqa: ANN401 - JSON values
-        """A JSON file; None if it is none, or gone by now."""
+    def folders_with(self, suffix: str) -> list[str]:
+        """The paths with this suffix, without it."""
+        return [path.removesuffix(suffix) for path in self.ending(suffix)]
+
+    def read(self, path: str) -> Any:  # noqa: ANN401 - JSON values
+        """A JSON file; None if it is not JSON, or was deleted since."""
         try:
-            return json.loads(read_bytes(f"{self.url}/{place}"))
+            return json.loads(read_bytes(f"{self.url}/{path}"))
         except ValueError:
             return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PinnedTraining:
-    """A training that reads a version of a table which still has rows that the newest has not.
+    """A training that reads a table version with rows that the newest version no longer has.
 
     Attributes:
-        place: of its folder in the run.
-        table: the place of the table.
-        version: it is pinned to.
-        finished: whether it is done, so that nobody reads the version for it any more.
+        path: of its folder in the run.
+        table: path of the table.
+        version: the pinned one.
+        finished: whether it is done, so that it no longer reads the version.
     """
 
-    place: str
+    path: str
     table: str
     version: int
     finished: bool
@@ -74,163 +78,158 @@ class PinnedTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
-    """Places in the run, each a list that may be empty.
+    """What was made of older versions of tables, as paths in the run.
 
     Attributes:
-        trainings: pinned to a version with rows that are gone.
-        models: finished trainings among them, and models that began with one or were taught by one.
-        bundles: for phones, made of those.
-        drawn: tables of pictures drawn by those.
-        pages: that may show captions or pictures; nobody knows whose.
+        trainings: pinned to a version with deleted rows.
+        models: those of these trainings that are finished, and models initialised from or taught by one.
+        bundles: for phones, made of these models.
+        samples: tables of images that these models generated.
+        pages: HTML files, which may show captions or images of any row.
     """
 
     trainings: list[PinnedTraining] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
     bundles: list[str] = field(default_factory=list)
-    drawn: list[str] = field(default_factory=list)
+    samples: list[str] = field(default_factory=list)
     pages: list[str] = field(default_factory=list)
+
+    @property
+    def unfinished(self) -> list[PinnedTraining]:
+        """The trainings that still read old files."""
+        return [training for training in self.trainings if not training.finished]
 
 
 def lineage_of(files: RunFiles, tables: Mapping[str, Snapshot]) -> Lineage:
-    """What was made of older versions of tables whose rows were taken out.
+    """What was made of older versions of tables that rows were deleted from.
 
     Args:
         files: of the run.
-        tables: all tables of the run at their newest versions, by place.
+        tables: all tables of the run at their newest versions, by path.
     """
-    results = [
-        _Result(place=place.removesuffix(f"/{METRICS}"), told=told, finished=True)
-        for place in files.ending(f"/{METRICS}")
-        if isinstance(told := files.read(place), dict) and "identity" in told
-    ]
-    finished = {result.place for result in results}
-    results += [
-        _Result(place=place.removesuffix(_BEGUN), told=told, finished=False)
-        for place in files.ending(_BEGUN)
-        if place.removesuffix(_BEGUN) not in finished and isinstance(told := files.read(place), dict)
-    ]
-    pinned = [pin for result in results for pin in _pins(result, tables)]
-    models = _models(results, {pin.place for pin in pinned if pin.finished})
-    weights = {value for result in models for value in result.weights}
+    finished = _training_records(files, f"/{METRICS}", finished=True)
+    started = _training_records(files, _STARTED, finished=False)
+    trainings = [*finished.values(), *(started[path] for path in started.keys() - finished.keys())]
+    pinned = [pin for training in trainings for pin in _pins(training, tables)]
+    models = _with_descendants(trainings, {pin.path for pin in pinned if pin.finished})
+    weights = {value for model in models for value in model.weights}
+    hashes = {str(model.record["settings_hash"]) for model in models if model.record.get("settings_hash")}
     return Lineage(
-        trainings=sorted(pinned, key=lambda pin: (pin.place, pin.table)),
-        models=sorted(result.place for result in models),
-        bundles=_bundles(files, {result.told.get("settings_hash") for result in models}),
-        drawn=sorted(
-            place
-            for place, table in tables.items()
-            if table.identity["kind"] == "samples" and _unet(table.identity["model"]) in weights
+        trainings=sorted(pinned, key=lambda pin: (pin.path, pin.table)),
+        models=sorted(model.path for model in models),
+        bundles=[
+            path
+            for path in files.folders_with(f"/{MANIFEST}")
+            if hashes & _parent_hashes(files.read(f"{path}/{MANIFEST}"))
+        ],
+        samples=sorted(
+            path
+            for path, table in tables.items()
+            if table.identity["kind"] == "samples" and _unet_hash(table.identity["model"]) in weights
         ),
         pages=files.ending(".html"),
     )
 
 
 def pinned_versions(files: RunFiles, tables: Mapping[str, Snapshot]) -> dict[str, dict[int, str]]:
-    """By the place of a table: the versions that trainings which have not ended are pinned to, and which."""
-    found: dict[str, dict[int, str]] = defaultdict(dict)
-    finished = {place.removesuffix(f"/{METRICS}") for place in files.ending(f"/{METRICS}")}
-    for begun in files.ending(_BEGUN):
-        training = begun.removesuffix(_BEGUN)
-        if training in finished:
-            continue
-        for identity, version, url in _versions(files.read(begun)):
-            same = {place: table for place, table in tables.items() if digest(table.identity) == identity}
-            told = {place: table for place, table in same.items() if table.url == url}
-            for place in told or same:
-                found[place][version] = f"the training {training}, which has not ended"
-    return found
+    """Versions that unfinished trainings read, by table path, each with a description of its reader."""
+    pinned: dict[str, dict[int, str]] = defaultdict(dict)
+    finished = set(files.folders_with(f"/{METRICS}"))
+    for training in (path for path in files.folders_with(_STARTED) if path not in finished):
+        for identity, version, url in _versions(files.read(f"{training}{_STARTED}")):
+            for path in _tables_read(tables, identity, {url}):
+                pinned[path][version] = f"the training {training}, which has not finished"
+    return pinned
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Result:
-    """What a training's folder says of itself, at its end or when it was begun."""
+@dataclass(frozen=True)
+class _TrainingRecord:
+    """What a training's folder records when it starts, or when it is finished."""
 
-    place: str
-    told: dict[str, Any]
+    path: str
+    record: dict[str, Any]
     finished: bool
 
     @property
     def weights(self) -> set[str]:
-        """Hashes of the networks that came out of it."""
-        told = self.told.get("weights")
-        return set(told.values()) if isinstance(told, dict) else set()
+        """Hashes of the networks that it made."""
+        weights = self.record.get("weights")
+        return set(weights.values()) if isinstance(weights, dict) else set()
 
     @property
     def parents(self) -> set[str]:
         """Hashes of the UNets that it was made from."""
-        parents = self.told.get("parents") or {}
-        return {_unet(parent) for parent in parents.values() if isinstance(parent, dict)} - {""}
+        parents = self.record.get("parents") or {}
+        return {_unet_hash(parent) for parent in parents.values() if isinstance(parent, dict)} - {""}
 
 
-def _unet(told: Mapping[str, Any]) -> str:
-    weights = told.get("weights")
+def _training_records(files: RunFiles, suffix: str, *, finished: bool) -> dict[str, _TrainingRecord]:
+    """By path, the trainings whose folder has a record of this name."""
+    records = {path: files.read(f"{path}{suffix}") for path in files.folders_with(suffix)}
+    return {
+        path: _TrainingRecord(path, record, finished=finished)
+        for path, record in records.items()
+        if isinstance(record, dict) and "identity" in record
+    }
+
+
+def _unet_hash(model: Mapping[str, Any]) -> str:
+    weights = model.get("weights")
     return str(weights.get("unet", "")) if isinstance(weights, dict) else ""
 
 
-def _pins(result: _Result, tables: Mapping[str, Snapshot]) -> Iterator[PinnedTraining]:
+def _pins(training: _TrainingRecord, tables: Mapping[str, Snapshot]) -> Iterator[PinnedTraining]:
     """The versions that a training is pinned to, of tables that have lost rows since."""
-    read: dict[tuple[str, int], set[str]] = defaultdict(set)
-    for identity, version, url in _versions(result.told):
-        read[identity, version].add(url)
-    digests = {place: digest(table.identity) for place, table in tables.items()}
-    for (identity, version), urls in read.items():
-        same = [place for place in tables if digests[place] == identity]
-        # Two tables may be made alike; where the training says which it read, that one is meant.
-        told = [place for place in same if any(f"/{url}".endswith(f"/{place}") for url in urls)]
-        for place in told or same:
-            if _has_lost(tables[place], version):
+    urls: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for identity, version, url in _versions(training.record):
+        urls[identity, version].add(url)
+    for (identity, version), named in urls.items():
+        for path in _tables_read(tables, identity, named):
+            if _has_lost_rows(tables[path], version):
                 yield PinnedTraining(
-                    place=result.place, table=place, version=version, finished=result.finished
+                    path=training.path, table=path, version=version, finished=training.finished
                 )
 
 
-def _versions(told: object) -> Iterator[tuple[str, int, str]]:
-    """Each mention of a table at a version: digest of its identity, version, and URL if it is told."""
-    if isinstance(told, dict):
-        identity, version = told.get("identity"), told.get("version")
+def _tables_read(tables: Mapping[str, Snapshot], identity: str, urls: set[str]) -> list[str]:
+    """Paths of the tables of an identity, which two tables may share: those at `urls` if any of them is."""
+    same = [path for path, table in tables.items() if digest(table.identity) == identity]
+    return [path for path in same if any(f"/{url}".endswith(f"/{path}") for url in urls)] or same
+
+
+def _versions(record: object) -> Iterator[tuple[str, int, str]]:
+    """Each mention of a table version in nested JSON: digest of the identity, version, and URL or ""."""
+    if isinstance(record, dict):
+        identity, version = record.get("identity"), record.get("version")
         if isinstance(identity, str) and isinstance(version, int):
-            yield identity, version, str(told.get("table", ""))
-        for value in told.values():
+            yield identity, version, str(record.get("table", ""))
+        for value in record.values():
             yield from _versions(value)
 
 
-def _has_lost(table: Snapshot, version: int) -> bool:
-    """Whether a version reads a file in whose place the newest reads another."""
-    live = {file.path for file in table.units}
+def _has_lost_rows(table: Snapshot, version: int) -> bool:
+    """Whether a version reads a file that the newest version has replaced."""
+    current = {file.path for file in table.units}
     try:
-        return any(file.path not in live for file in open_table(table.url, version=version).units)
+        return any(file.path not in current for file in open_table(table.url, version=version).units)
     except TableError:
         return False
 
 
-def _models(results: Sequence[_Result], first: set[str]) -> list[_Result]:
-    """The results at these places, and all that were made from them."""
-    found = [result for result in results if result.place in first]
+def _with_descendants(trainings: Sequence[_TrainingRecord], paths: set[str]) -> list[_TrainingRecord]:
+    """The trainings at these paths and all finished ones that were made from them, directly or not."""
+    models = [training for training in trainings if training.path in paths]
     while True:
-        weights = {value for result in found for value in result.weights}
-        more = [
-            result
-            for result in results
-            if result not in found and result.finished and weights & result.parents
-        ]
+        weights = {value for model in models for value in model.weights}
+        more = [one for one in trainings if one not in models and one.finished and weights & one.parents]
         if not more:
-            return found
-        found += more
-
-
-def _bundles(files: RunFiles, hashes: Iterable[str | None]) -> list[str]:
-    wanted = {value for value in hashes if value}
-    manifests = files.ending(f"/{MANIFEST}")
-    return [
-        place.removesuffix(f"/{MANIFEST}")
-        for place in manifests
-        if wanted & _parent_hashes(files.read(place))
-    ]
+            return models
+        models += more
 
 
 def _parent_hashes(manifest: object) -> set[str]:
-    """The settings' hashes of the trainings whose model and decoder are in a bundle."""
+    """Settings hashes of the trainings whose model and decoder are in a bundle."""
     identity = manifest.get("identity") if isinstance(manifest, dict) else None
     parents = identity.get("parents") if isinstance(identity, dict) else None
-    told = parents.values() if isinstance(parents, dict) else ()
-    return {str(parent.get("settings_hash")) for parent in told if isinstance(parent, dict)}
+    records = parents.values() if isinstance(parents, dict) else ()
+    return {str(parent.get("settings_hash")) for parent in records if isinstance(parent, dict)}

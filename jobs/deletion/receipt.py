@@ -1,4 +1,4 @@
-"""The receipt of a request to forget: what was asked for, by hash; what was done; what still holds it."""
+"""Receipt of a deletion request: its entries by hash, what was deleted, and what still holds it."""
 
 from __future__ import annotations
 
@@ -11,38 +11,29 @@ from datetime import UTC, datetime
 from typing import Any
 
 from jobs.deletion.lineage import Lineage
+from jobs.deletion.request import RequestFile
+from pipelines.deletion.lookup import LookupResult
 from pipelines.deletion.rewrite import Removal
-from pipelines.tables.deletion_list import ENTRY_KINDS, Entry, EntryKind
+from pipelines.tables.deletion_list import ENTRY_KINDS, EntryKind
 
-_SHOWN = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestFile:
-    """One file of things to forget.
-
-    Attributes:
-        kind: of its entries.
-        name: of the file, without its folder.
-        entries: keys, each with the first line that has it.
-    """
-
-    kind: EntryKind
-    name: str
-    entries: Mapping[bytes, int]
+_MAX_SHOWN = 10
+_MAX_CHARACTERS = 200
+_LOOKUP_COUNTS = ("columns", "read", "skipped")
+_DISK_NAMES = {"path": "place", "samples": "drawn"}
+"""Names of fields in receipts, where they differ: receipts of earlier releases have them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOutcome:
-    """What became of the entries of one file.
+    """What became of the entries of one request file.
 
     Attributes:
         kind: of the entries.
         name: of the file.
-        known: keys of those that were on the list before this request.
-        matched: of the others, those that named a row of a table or a shard.
-        unmatched: those that named nothing.
-        lines: of the unmatched ones, as in "3, 7-9".
+        known: keys that were on the deletion list before this request.
+        matched: other keys that name a row of a table or a shard.
+        unmatched: keys that name nothing.
+        lines: line numbers of the unmatched ones, as in "3, 7-9".
     """
 
     kind: EntryKind
@@ -53,18 +44,17 @@ class RequestOutcome:
     lines: str
 
 
-def outcome_of(asked: RequestFile, *, matched: set[Entry], known: frozenset[bytes]) -> RequestOutcome:
-    """What became of a file's entries, by what was found and what was on the list before."""
-    before = {key for key in asked.entries if key in known}
-    hit = {key for key in asked.entries if key not in before and (asked.kind, key) in matched}
-    rest = asked.entries.keys() - hit - before
+def outcome_of(file: RequestFile, matched: set[bytes], known: frozenset[bytes]) -> RequestOutcome:
+    """The outcome of a file, from the keys that matched and those on the list before."""
+    keys = set(file.entries)
+    unmatched = keys - matched - known
     return RequestOutcome(
-        kind=asked.kind,
-        name=asked.name,
-        known=_hex_keys(before),
-        matched=_hex_keys(hit),
-        unmatched=_hex_keys(rest),
-        lines=format_ranges(sorted(asked.entries[key] for key in rest)),
+        kind=file.kind,
+        name=file.name,
+        known=_hex_keys(keys & known),
+        matched=_hex_keys((keys & matched) - known),
+        unmatched=_hex_keys(unmatched),
+        lines=format_ranges(sorted(file.entries[key] for key in unmatched)),
     )
 
 
@@ -73,7 +63,7 @@ def _hex_keys(keys: set[bytes]) -> list[str]:
 
 
 def format_ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers in few words: "1, 4-6"."""
+    """Ascending numbers as ranges: "1, 4-6"."""
     spans: list[tuple[int, int]] = []
     for number in numbers:
         if spans and spans[-1][1] == number - 1:
@@ -85,31 +75,31 @@ def format_ranges(numbers: Sequence[int]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class DeletionReceipt:
-    """Everything that is said of one request.
+    """The record of one deletion request.
 
     Attributes:
         settings: digest of the recipe.
-        asked: the files of the request.
-        added: entries that the list did not have, the ids of rows that were found included.
-        looked_up: how addresses and hashes were looked up in shards.
-        tables: what was taken out, by place.
-        forgotten: rows that each table has lost so far, by this request and earlier ones.
-        kept: rows that the list names in tables that rows are not taken out of, by place.
-        shards: that rows which are forgotten were read from.
-        descendants: what was made of older versions.
-        old_files: that still hold what is forgotten.
-        erased: that did.
+        outcomes: of the files of the request.
+        added: entries that are new on the list, including the ids of matched rows.
+        lookup: how addresses and hashes were looked up in shards.
+        tables: what was deleted, by path.
+        deleted_rows: rows that each table has lost so far, by this request and earlier ones, by URL.
+        kept: rows on the list in tables that rows are not deleted from, by path.
+        shards: that deleted rows were read from.
+        lineage: what was made of older versions.
+        old_files: that still hold deleted rows.
+        erased: files that held them and were erased.
     """
 
     settings: str
-    asked: Sequence[RequestOutcome]
+    outcomes: Sequence[RequestOutcome]
     added: int
-    looked_up: Mapping[str, int]
+    lookup: LookupResult
     tables: Mapping[str, Removal]
-    forgotten: Mapping[str, int]
+    deleted_rows: Mapping[str, int]
     kept: Mapping[str, int]
     shards: Sequence[str]
-    descendants: Lineage
+    lineage: Lineage
     old_files: Sequence[str]
     erased: Sequence[str]
 
@@ -118,102 +108,104 @@ class DeletionReceipt:
         return {
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "settings": self.settings,
-            "asked": [asdict(fate) for fate in self.asked],
+            "asked": [asdict(outcome) for outcome in self.outcomes],
             "added_to_list": self.added,
-            "looked_up_in_shards": dict(self.looked_up),
-            "tables": {
-                place: _table_record(removal, self.forgotten) for place, removal in self.tables.items()
-            },
+            "looked_up_in_shards": {name: getattr(self.lookup, name) for name in _LOOKUP_COUNTS},
+            "tables": {path: self._table_record(removal) for path, removal in self.tables.items()},
             "kept": {"rows_named_in": dict(self.kept), "shards": list(self.shards)},
-            "descendants": asdict(self.descendants),
+            "descendants": asdict(self.lineage, dict_factory=_with_disk_names),
             "old_files": list(self.old_files),
             "erased": list(self.erased),
         }
 
+    def _table_record(self, removal: Removal) -> dict[str, Any]:
+        return {
+            "kind": removal.kind,
+            "before": removal.before,
+            "after": removal.after,
+            "rows": removal.rows,
+            "rejections": dict(sorted(removal.rejections.items())),
+            "units": sorted(removal.units),
+            "rows_forgotten_so_far": self.deleted_rows[removal.url],
+            "notes": removal.notes,
+        }
+
     def lines(self) -> Iterator[str]:
-        """The same in words, short."""
+        """A summary for the terminal."""
         for kind in ENTRY_KINDS:
-            fates = [fate for fate in self.asked if fate.kind == kind]
-            if fates:
-                yield _request_line(kind, fates)
+            outcomes = [outcome for outcome in self.outcomes if outcome.kind == kind]
+            if outcomes:
+                yield _request_line(kind, outcomes)
         yield from _table_lines(self.tables)
         for removal in self.tables.values():
             yield from removal.notes
-        for place, rows in self.kept.items():
-            yield f"{place}: {rows} rows are named, and stay: figures are measured with them"
-        yield from self._trainings()
+        for path, rows in self.kept.items():
+            yield f"{path}: {rows} rows match and stay, because metrics are computed from them"
+        yield from self._lineage_lines()
         if self.shards:
-            yield f"the pictures are still in the shards: {_shortened(self.shards)}"
-        if self.descendants.pages:
-            yield f"pages that may show captions or pictures: {_shortened(self.descendants.pages)}"
+            yield f"the images are still in the shards: {_shortened(self.shards)}"
+        if self.lineage.pages:
+            yield f"pages that may show captions or images: {_shortened(self.lineage.pages)}"
         if self.erased:
             yield f"{len(self.erased)} old files erased: older versions can no longer be read"
         if self.old_files:
-            yield f"{len(self.old_files)} old files still hold it, for older versions; --erase deletes them"
+            yield f"{len(self.old_files)} old files still hold deleted rows; --erase deletes them"
 
-    def _trainings(self) -> Iterator[str]:
+    def _lineage_lines(self) -> Iterator[str]:
         pinned: dict[tuple[str, int, bool], list[str]] = defaultdict(list)
-        for pin in self.descendants.trainings:
-            pinned[pin.table, pin.version, pin.finished].append(pin.place)
-        for (table, version, finished), places in pinned.items():
+        for pin in self.lineage.trainings:
+            pinned[pin.table, pin.version, pin.finished].append(pin.path)
+        for (table, version, finished), paths in pinned.items():
             state = "finished" if finished else "not finished"
-            yield f"pinned to {table} version {version}, {state}: {_shortened(places)}"
-        for said, places in (
-            ("weights that learned from it, and keep what they learned", self.descendants.models),
-            ("bundles for phones made of those", self.descendants.bundles),
-            ("pictures drawn by those", self.descendants.drawn),
+            yield f"pinned to {table} version {version}, {state}: {_shortened(paths)}"
+        for what, paths in (
+            ("weights trained on deleted rows, which are not changed", self.lineage.models),
+            ("mobile bundles of these weights", self.lineage.bundles),
+            ("images generated with these weights", self.lineage.samples),
         ):
-            if places:
-                yield f"{said}: {_shortened(places)}"
+            if paths:
+                yield f"{what}: {_shortened(paths)}"
 
 
-def _table_record(removal: Removal, forgotten: Mapping[str, int]) -> dict[str, Any]:
-    return {
-        "kind": removal.kind,
-        "before": removal.before,
-        "after": removal.after,
-        "rows": removal.rows,
-        "rejections": dict(sorted(removal.rejections.items())),
-        "units": sorted(removal.units),
-        "rows_forgotten_so_far": forgotten[removal.url],
-        "notes": removal.notes,
-    }
+def _with_disk_names(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    return {_DISK_NAMES.get(name, name): value for name, value in fields}
 
 
-def _request_line(kind: str, fates: Sequence[RequestOutcome]) -> str:
-    matched, known, unmatched = (
-        sum(len(getattr(fate, name)) for fate in fates) for name in ("matched", "known", "unmatched")
+def _request_line(kind: EntryKind, outcomes: Sequence[RequestOutcome]) -> str:
+    known, matched, unmatched = (
+        sum(len(getattr(outcome, name)) for outcome in outcomes) for name in ("known", "matched", "unmatched")
     )
-    said = f"--{kind}: {matched} of {matched + known + unmatched} entries name something"
+    line = f"--{kind}: {matched} of {matched + known + unmatched} entries match"
     if known:
-        said += f", {known} were on the list already"
+        line += f", {known} were on the list already"
     if unmatched:
-        lines = "; ".join(f"{fate.name} line {fate.lines}" for fate in fates if fate.lines)
-        said += f", {unmatched} name nothing ({lines if len(lines) < 200 else f'{lines[:200]} ...'})"
-    return said
+        lines = "; ".join(f"{outcome.name} line {outcome.lines}" for outcome in outcomes if outcome.lines)
+        cut = "" if len(lines) < _MAX_CHARACTERS else " ..."
+        line += f", {unmatched} match nothing ({lines[:_MAX_CHARACTERS]}{cut})"
+    return line
 
 
 def _table_lines(tables: Mapping[str, Removal]) -> Iterator[str]:
-    width = max((len(place) for place in tables), default=0)
-    for place, removal in tables.items():
+    width = max((len(path) for path in tables), default=0)
+    for path, removal in tables.items():
         version = f"{removal.before} -> {removal.after}" if removal.units else str(removal.before)
         yield (
-            f"{place:<{width}}  version {version:<10} {removal.rows:>7} rows and "
-            f"{removal.rejections.total():>4} rejections out of {len(removal.units)} units"
+            f"{path:<{width}}  version {version:<10} {removal.rows:>7} rows and "
+            f"{removal.rejections.total():>4} rejections deleted from {len(removal.units)} units"
         )
 
 
-def _shortened(places: Sequence[str]) -> str:
-    more = len(places) - _SHOWN
-    return ", ".join(places[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _shortened(paths: Sequence[str]) -> str:
+    more = len(paths) - _MAX_SHOWN
+    return ", ".join(paths[:_MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def receipt_name(text: str) -> str:
-    """`<time>-<hash>.json`: receipts sort by time, and two of a second do not meet."""
+    """`<time>-<hash>.json`: receipts sort by time, and two of the same second differ."""
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     return f"{now}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
 
-def receipt_text(receipt: Mapping[str, Any]) -> str:
-    """A receipt as its file has it."""
-    return json.dumps(receipt, indent=2, sort_keys=True) + "\n"
+def receipt_text(receipt: DeletionReceipt) -> str:
+    """The content of a receipt's file."""
+    return json.dumps(receipt.to_json(), indent=2, sort_keys=True) + "\n"

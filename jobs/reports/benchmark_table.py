@@ -1,6 +1,6 @@
-"""A benchmark's figures as the paper's tables: a line for each runtime, a column for each module.
+"""Formats a benchmark as the paper's tables: a line for each runtime, a column for each module.
 
-SnapFusion Table 1 (what runs, and how often) and Table 4 (how long it takes).
+SnapFusion Table 1 (modules, their sizes and calls) and Table 4 (latency).
 """
 
 from __future__ import annotations
@@ -13,78 +13,64 @@ _WIDTH = 16
 _MISSING = "-"
 
 
-def benchmark_lines(told: Mapping[str, Any]) -> Iterator[str]:
-    """Lines that show what `jobs.benchmark` measured."""
-    yield from _setting(told)
-    names = [f"{row['name']} ({row['weights']})" for row in told["rows"]]
-    width = max(len(name) for name in [*names, _calls_name(told)]) + 2
+def benchmark_lines(record: Mapping[str, Any]) -> Iterator[str]:
+    """The tables of a record of `jobs.benchmark`, line by line."""
+    yield from _setting(record)
+    names = [f"{row['name']} ({row['weights']})" for row in record["rows"]]
+    model = _model(record)
+    width = max(len(name) for name in [*names, *model]) + 2
 
     def line(name: str, cells: Sequence[str]) -> str:
         return f"{name:{width}}{''.join(f'{cell:>{_WIDTH}}' for cell in cells)}".rstrip()
 
     yield line("", [*_COLUMNS.values(), "Overall"])
-    for name, cells in _model(told):
+    for name, cells in model.items():
         yield line(name, cells)
-    for title, unit, cells_of in _BLOCKS:
+    for title, unit, cell_of in _BLOCKS:
         yield ""
         yield line(title, ["", "", "", unit])
-        for name, row in zip(names, told["rows"], strict=True):
-            yield line(
-                name, [*(cells_of(row["modules"].get(module)) for module in _COLUMNS), _last(unit, row)]
-            )
-    yield from _notes(told)
+        for name, row in zip(names, record["rows"], strict=True):
+            cells = [cell_of(row["modules"].get(module)) for module in _COLUMNS]
+            # Only medians are added up: percentiles and memory of a whole image were not measured.
+            overall = _number(row, "overall_s") if unit else ""
+            yield line(name, [*cells, overall])
+    notes = [f"{row['name']}: {note}" for row in record["rows"] for note in row["notes"]]
+    yield from ["", *notes] if notes else ()
 
 
-def _setting(told: Mapping[str, Any]) -> Iterator[str]:
-    threads = "1 thread" if told["threads"] == 1 else f"{told['threads']} threads"
-    versions = ", ".join(f"{name} {told['versions'][name]}" for name in ("torch", "executorch"))
-    yield f"{told['bundle']} on {told['device']}, {threads}; {versions}"
+def _setting(record: Mapping[str, Any]) -> Iterator[str]:
+    threads = "1 thread" if record["threads"] == 1 else f"{record['threads']} threads"
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "executorch"))
+    yield f"{record['bundle']} on {record['device']}, {threads}; {versions}"
     yield (
-        f"{told['repeats']} runs of each module after {told['warm_ups'] + 1}, in a process of its own; "
-        "memory is resident, beyond that of the process without the module"
+        f"{record['repeats']} runs of each module after {record['warm_ups'] + 1} warm-up runs, each in its "
+        "own process; memory is resident memory beyond that of the process without the module"
     )
     yield ""
 
 
-def _calls_name(told: Mapping[str, Any]) -> str:
-    return f"Calls a picture, {told['steps']} steps"
-
-
-def _model(told: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def _model(record: Mapping[str, Any]) -> dict[str, list[str]]:
     """The upper lines of Table 1."""
-    _, height, width = told["latent_shape"]
-    yield "Input", [f"{told['tokens']} tokens", f"{height} x {width}", f"{height} x {width}"]
-    yield "Parameters (M)", [f"{told['parameters'][module] / 1e6:,.3g}" for module in _COLUMNS]
-    yield _calls_name(told), [f"{told['calls'][module]}" for module in _COLUMNS]
+    _, height, width = record["latent_shape"]
+    side = f"{height} x {width}"
+    return {
+        "Input": [f"{record['tokens']} tokens", side, side],
+        "Parameters (M)": [f"{record['parameters'][module] / 1e6:,.3g}" for module in _COLUMNS],
+        f"Calls per image, {record['steps']} steps": [f"{record['calls'][module]}" for module in _COLUMNS],
+    }
 
 
-def _number(name: str, module: Mapping[str, Any] | None) -> str:
-    return _MISSING if module is None else f"{module[name]:,.4g}"
+def _number(values: Mapping[str, Any] | None, name: str) -> str:
+    return _MISSING if values is None or values[name] is None else f"{values[name]:,.4g}"
 
 
 def _memory(module: Mapping[str, Any] | None) -> str:
     return _MISSING if module is None else f"{module['loading_mb']:,.1f} / {module['running_mb']:,.1f}"
 
 
-def _last(unit: str, row: Mapping[str, Any]) -> str:
-    """Only medians are added up: the rest of a whole picture was not measured."""
-    if not unit:
-        return ""
-    return _MISSING if row["overall_s"] is None else f"{row['overall_s']:,.4g}"
-
-
 _BLOCKS = (
-    ("Latency, median (ms)", "(s)", lambda module: _number("median_ms", module)),
-    ("Latency, 95th percentile (ms)", "", lambda module: _number("p95_ms", module)),
-    ("Load to the first output (s)", "", lambda module: _number("load_s", module)),
-    ("Highest memory, loading / running (MB)", "", _memory),
+    ("Latency, median (ms)", "(s)", lambda module: _number(module, "median_ms")),
+    ("Latency, 95th percentile (ms)", "", lambda module: _number(module, "p95_ms")),
+    ("Load to the first output (s)", "", lambda module: _number(module, "load_s")),
+    ("Peak memory, loading / running (MB)", "", _memory),
 )
-
-
-def _notes(told: Mapping[str, Any]) -> Iterator[str]:
-    """Why a line is empty, or not what it seems."""
-    noted = [(row["name"], note) for row in told["rows"] for note in row["notes"]]
-    if noted:
-        yield ""
-    for name, note in noted:
-        yield f"{name}: {note}"

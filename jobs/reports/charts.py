@@ -1,4 +1,4 @@
-"""Curves and bars as SVG for a page: no pixels, no date, the same bytes for the same numbers."""
+"""Renders line and bar charts as SVG for a page: no pixels, no date, the same bytes for the same numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
     EngFormatter,
@@ -21,20 +22,21 @@ from matplotlib.ticker import (
 
 _WIDTH_INCHES, _HEIGHT_INCHES = 5.2, 3.0
 _LEGEND_INCHES = 1.3
-# Drawn in colours that nothing else has, then handed to the page's style sheet, which knows light from dark.
+# matplotlib draws in these placeholder colours, which are replaced by variables of the page's style sheet:
+# only the page knows whether it is light or dark.
 _ROLES = {"#010101": "var(--ink)", "#020202": "var(--muted)", "#030303": "var(--rule)"}
 _SERIES = {f"#0{n:x}0{n:x}0{n:x}": f"var(--series-{n - 3})" for n in range(4, 13)}
-_INSIDE = 6
-"""More lines than these are named beside the axes."""
-_NEAR = 100
-"""A logarithmic y that spans less is marked three times a decade."""
-_FILLED = 0.84
-"""Of a category's width, by its bars."""
-_FAINT = 0.4
-_MARKED = 12
-"""Up to so many values of a logarithmic x are marked each."""
+_MAX_INSIDE = 6
+"""With more lines than this the legend stands beside the axes."""
+_NARROW_SPAN = 100
+"""A logarithmic y axis that spans a smaller factor has three ticks per decade."""
+_BARS_WIDTH = 0.84
+"""Share of a category's width that its bars fill."""
+_FAINT_ALPHA = 0.4
+_MAX_TICKS = 12
+"""A logarithmic x axis with at most this many values has a tick at each."""
 
-# The page's colours, for a chart that stands alone.
+# The colours of the light page, for a chart in a file of its own.
 _COLORS = {
     "--ink": "#1f1d1a",
     "--muted": "#6d675e",
@@ -51,8 +53,9 @@ _COLORS = {
 }
 
 _INK, _MUTED, _RULE = _ROLES
+_LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": _INK, "fontsize": 10}
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text, in the page's own letters
+    "svg.fonttype": "none",  # text stays text, in the page's font
     "font.size": 10.5,
     "axes.edgecolor": _RULE,
     "axes.labelcolor": _MUTED,
@@ -73,7 +76,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line: its name, and as many x as y."""
+    """One line of a chart; x and y have the same length."""
 
     name: str
     x: Sequence[float]
@@ -85,14 +88,14 @@ class Chart:
     """Up to nine lines on common axes.
 
     Attributes:
-        title: said above the picture.
+        title: shown above the chart.
         x_label: with its unit.
         y_label: with its unit.
-        series: at least one; each named at its end if there are several.
-        log_x: whether x is drawn by its logarithm; a few values are marked each.
-        log_y: whether y is drawn by its logarithm.
-        limit: a level to be reached, drawn as a dashed line; None for none.
-        limit_name: what it is called there.
+        series: at least one; several are named in a legend.
+        log_x: whether the x axis is logarithmic.
+        log_y: whether the y axis is logarithmic.
+        limit: level of a dashed line; None for no line.
+        limit_name: its label.
     """
 
     title: str
@@ -107,13 +110,13 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class Bars:
-    """A bar in each category.
+    """One bar in each category.
 
     Attributes:
-        name: said in the legend.
-        values: one a category.
-        color: which of the page's nine.
-        faint: whether it is paler than others of its colour.
+        name: in the legend.
+        values: one per category.
+        color: index from 1 of the page's nine colours.
+        faint: whether it is paler than the others of its colour.
     """
 
     name: str
@@ -124,10 +127,10 @@ class Bars:
 
 @dataclass(frozen=True, kw_only=True)
 class BarChart:
-    """Categories from left to right, in each a bar of each kind side by side.
+    """Categories from left to right, each with its bars side by side.
 
     Attributes:
-        title: said above the picture.
+        title: shown above the chart.
         y_label: with its unit.
         categories: their names.
         bars: at least one.
@@ -144,25 +147,29 @@ def chart_svg(chart: Chart | BarChart) -> str:
 
     Raises:
         ValueError: if there are no series, more than nine, or one whose x and y differ in length; likewise
-            of bars and categories.
+            for bars and categories.
     """
     _check(chart)
+    many = isinstance(chart, Chart) and len(chart.series) > _MAX_INSIDE
+    size = (_WIDTH_INCHES + (_LEGEND_INCHES if many else 0.0), _HEIGHT_INCHES)
     with mpl.rc_context({**_STYLE, "svg.hashsalt": chart.title}):
-        beside = _LEGEND_INCHES if isinstance(chart, Chart) and len(chart.series) > _INSIDE else 0.0
-        figure = Figure(figsize=(_WIDTH_INCHES + beside, _HEIGHT_INCHES), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_visible(False)
+        axes = figure.add_subplot()
+        axes.patch.set_visible(False)
+        axes.grid(axis="y")
         if isinstance(chart, BarChart):
-            _draw_bars(figure, chart)
+            _draw_bars(figure, axes, chart)
         else:
-            _draw(figure, chart)
+            _draw_lines(figure, axes, chart)
         buffer = io.StringIO()
-        # Without these entries matplotlib writes when and by what it was drawn.
+        # Without these entries matplotlib writes its version and the date, which differ between runs.
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return _for_page(buffer.getvalue())
 
 
 def standalone_svg(chart: Chart | BarChart) -> bytes:
-    """The chart as a file of its own: black on nothing, in the colours of the page by daylight."""
+    """The chart as an SVG file of its own, transparent, in the colours of the light page."""
     style = ";".join(f"{name}:{value}" for name, value in _COLORS.items())
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" style="{style}" font-family="sans-serif" '
     return chart_svg(chart).replace("<svg ", opening, 1).encode()
@@ -170,7 +177,18 @@ def standalone_svg(chart: Chart | BarChart) -> bytes:
 
 def _check(chart: Chart | BarChart) -> None:
     if isinstance(chart, BarChart):
-        _check_bars(chart)
+        if not chart.bars or not chart.categories:
+            raise ValueError(
+                f"chart {chart.title!r} has {len(chart.bars)} bars in each of {len(chart.categories)} "
+                "categories; at least one of both is needed"
+            )
+        for bars in chart.bars:
+            if len(bars.values) != len(chart.categories) or not 1 <= bars.color <= len(_SERIES):
+                raise ValueError(
+                    f"bars {bars.name!r} have {len(bars.values)} values for {len(chart.categories)} "
+                    f"categories and colour {bars.color}; one value per category and a colour from 1 to "
+                    f"{len(_SERIES)} are accepted"
+                )
         return
     if not 1 <= len(chart.series) <= len(_SERIES):
         raise ValueError(
@@ -179,116 +197,94 @@ def _check(chart: Chart | BarChart) -> None:
     for series in chart.series:
         if len(series.x) != len(series.y) or len(series.x) == 0:
             raise ValueError(
-                f"series {series.name!r} has {len(series.x)} x and {len(series.y)} y; "
-                "as many of both are needed, and at least one"
+                f"series {series.name!r} has {len(series.x)} x and {len(series.y)} y; the same number of "
+                "both, and at least one, is needed"
             )
 
 
-def _check_bars(chart: BarChart) -> None:
-    if not chart.bars or not chart.categories:
-        raise ValueError(
-            f"chart {chart.title!r} has {len(chart.bars)} bars in each of {len(chart.categories)} "
-            "categories; at least one of both is needed"
-        )
-    for bars in chart.bars:
-        if len(bars.values) != len(chart.categories) or not 1 <= bars.color <= len(_SERIES):
-            raise ValueError(
-                f"bars {bars.name!r} have {len(bars.values)} values for {len(chart.categories)} categories "
-                f"and colour {bars.color}; as many, and a colour from 1 to {len(_SERIES)}, are needed"
-            )
-
-
-def _draw_bars(figure: Figure, chart: BarChart) -> None:
-    axes = figure.add_subplot()
-    axes.patch.set_visible(False)
-    colors, width = list(_SERIES), _FILLED / len(chart.bars)
-    for number, bars in enumerate(chart.bars):
-        left = width * (number - (len(chart.bars) - 1) / 2)
+def _draw_bars(figure: Figure, axes: Axes, chart: BarChart) -> None:
+    colors, width = list(_SERIES), _BARS_WIDTH / len(chart.bars)
+    for index, bars in enumerate(chart.bars):
+        offset = width * (index - (len(chart.bars) - 1) / 2)
         axes.bar(
-            [place + left for place in range(len(chart.categories))],
+            [category + offset for category in range(len(chart.categories))],
             bars.values,
             width=0.9 * width,
             color=colors[bars.color - 1],
-            alpha=_FAINT if bars.faint else 1.0,
+            alpha=_FAINT_ALPHA if bars.faint else 1.0,
             label=_plain(bars.name),
         )
     axes.set_xticks(range(len(chart.categories)), [_plain(name) for name in chart.categories])
     axes.set_xlim(-0.5, len(chart.categories) - 0.5)
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.set_ylabel(_plain(chart.y_label))
     if len(chart.bars) > 1:
-        figure.legend(
-            frameon=False, labelcolor=_INK, fontsize=10, handlelength=1.0, loc="outside upper left", ncols=2
-        )
+        figure.legend(**_LEGEND, handlelength=1.0, loc="outside upper left", ncols=2)
 
 
-def _draw(figure: Figure, chart: Chart) -> None:
-    axes = figure.add_subplot()
-    axes.patch.set_visible(False)
+def _draw_lines(figure: Figure, axes: Axes, chart: Chart) -> None:
     for color, series in zip(_SERIES, chart.series, strict=False):
-        marker = "o" if len(series.x) < 30 else None
-        axes.plot(
-            series.x,
-            series.y,
-            color=color,
-            linewidth=1.6,
-            marker=marker,
-            markersize=3.5,
-            label=_plain(series.name),
-        )
+        marker, name = "o" if len(series.x) < 30 else None, _plain(series.name)
+        axes.plot(series.x, series.y, color=color, linewidth=1.6, marker=marker, markersize=3.5, label=name)
     if chart.limit is not None:
-        axes.axhline(chart.limit, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f"{chart.limit_name} {chart.limit:g}",
-            (0, chart.limit),
-            xycoords=("axes fraction", "data"),
-            color=_MUTED,
-            ha="left",
-            va="bottom",
-            xytext=(3, 2),
-            textcoords="offset points",
-            fontsize=9.5,
-        )
+        _draw_limit(axes, chart.limit, name=chart.limit_name)
+    _set_scales(axes, chart)
+    axes.set_xlabel(_plain(chart.x_label))
+    axes.set_ylabel(_plain(chart.y_label))
+    if len(chart.series) > _MAX_INSIDE:
+        figure.legend(**_LEGEND, handlelength=1.4, loc="outside right upper")
+    elif len(chart.series) > 1:
+        axes.legend(**_LEGEND, handlelength=1.4)
+
+
+def _draw_limit(axes: Axes, limit: float, *, name: str) -> None:
+    axes.axhline(limit, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        f"{name} {limit:g}",
+        (0, limit),
+        xycoords=("axes fraction", "data"),
+        xytext=(3, 2),
+        textcoords="offset points",
+        ha="left",
+        va="bottom",
+        color=_MUTED,
+        fontsize=9.5,
+    )
+
+
+def _set_scales(axes: Axes, chart: Chart) -> None:
     if chart.log_y:
         axes.set_yscale("log")
         values = [y for series in chart.series for y in series.y if y > 0]
-        near = bool(values) and max(values) < _NEAR * min(values)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,)))
+        narrow = bool(values) and max(values) < _NARROW_SPAN * min(values)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     if chart.log_x:
         axes.set_xscale("log")
-        values = sorted({x for series in chart.series for x in series.x})
-        few = len(values) <= _MARKED
-        axes.xaxis.set_major_locator(FixedLocator(values) if few else LogLocator(subs=(1, 2, 5)))
+        ticks = sorted({x for series in chart.series for x in series.x})
+        few = len(ticks) <= _MAX_TICKS
+        axes.xaxis.set_major_locator(FixedLocator(ticks) if few else LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(axis="y")
     axes.tick_params(which="minor", length=0)
-    axes.set_xlabel(_plain(chart.x_label))
-    axes.set_ylabel(_plain(chart.y_label))
-    if len(chart.series) > 1:
-        inside: dict[str, Any] = {} if len(chart.series) <= _INSIDE else {"loc": "outside right upper"}
-        owner = figure if inside else axes
-        owner.legend(frameon=False, labelcolor=_INK, fontsize=10, handlelength=1.4, **inside)
 
 
 def _plain(text: str) -> str:
-    # Between dollar signs matplotlib reads TeX.
+    # matplotlib reads text between dollar signs as TeX.
     return text.replace("$", r"\$")
 
 
 def _for_page(svg: str) -> str:
-    """Strip what only a file of its own needs, and hand the colours to the page."""
+    """Remove what only a separate file needs, and replace placeholder colours by variables of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # two charts on a page would share these names
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # two charts on a page would share these identifiers
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg width="[^"]*" height="[^"]*"', '<svg role="img"', svg)
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)

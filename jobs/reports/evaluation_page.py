@@ -1,4 +1,4 @@
-"""What an evaluation found, as charts and as a page."""
+"""Renders the results of an evaluation as charts and as a page."""
 
 from __future__ import annotations
 
@@ -9,47 +9,32 @@ from jobs.reports.charts import Chart, Series
 from jobs.reports.page import render_page
 
 _MAX_OTHERS = 5
-"""Lines beside the baseline's on one chart."""
+"""Contenders beside the baseline on one chart."""
 
 
 def render_evaluation(results: Mapping[str, Any]) -> str:
     """The page as text, from what `jobs.evaluation.evaluation.evaluate` returns."""
-    return render_page("evaluation.html.j2", results=results, charts=evaluation_charts(results))
+    return render_page("evaluation.html.j2", results=results, charts=list(evaluation_charts(results)))
 
 
-def evaluation_charts(results: Mapping[str, Any]) -> list[Chart]:
-    """CLIP over FID along guidance, and FID over guidance; each with the baseline and up to five others."""
-    charts = []
-    for number, names in enumerate(_name_groups(results)):
-        part = f" ({number + 1})" if number else ""
-        charts.append(
-            Chart(
-                title=f"CLIP over FID, along guidance{part}",
-                x_label="FID",
-                y_label="CLIP",
-                series=tuple(_series(results, name, x="fid", y="clip") for name in names),
-            )
-        )
-        charts.append(
-            Chart(
-                title=f"FID over guidance{part}",
-                x_label="guidance w",
-                y_label="FID",
-                series=tuple(_series(results, name, x="w", y="fid") for name in names),
-            )
-        )
-    return charts
-
-
-def _name_groups(results: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+def evaluation_charts(results: Mapping[str, Any]) -> Iterator[Chart]:
+    """CLIP over FID and FID over guidance, each with the baseline and up to five other contenders."""
     baseline = results["baseline"]
     others = [name for name in results["curves"] if name != baseline]
-    for start in range(0, max(len(others), 1), _MAX_OTHERS):
-        yield [baseline, *others[start : start + _MAX_OTHERS]]
+    for number, start in enumerate(range(0, max(len(others), 1), _MAX_OTHERS)):
+        names = [baseline, *others[start : start + _MAX_OTHERS]]
+        part = f" ({number + 1})" if number else ""
+        for title, x, y, x_label, y_label in (
+            ("CLIP over FID, along guidance", "fid", "clip", "FID", "CLIP"),
+            ("FID over guidance", "w", "fid", "guidance w", "FID"),
+        ):
+            curves = {name: results["curves"][name]["points"] for name in names}
+            series = tuple(point_series(name, points, x=x, y=y) for name, points in curves.items())
+            yield Chart(title=f"{title}{part}", x_label=x_label, y_label=y_label, series=series)
 
 
-def _series(results: Mapping[str, Any], name: str, *, x: str, y: str) -> Series:
-    points = results["curves"][name]["points"]
+def point_series(name: str, points: Sequence[Mapping[str, Any]], *, x: str, y: str) -> Series:
+    """A line through points: "w" is a number, each metric a value with the ends of its interval."""
 
     def values(key: str) -> list[float]:
         return [point[key] if key == "w" else point[key][0] for point in points]

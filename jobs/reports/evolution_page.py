@@ -1,8 +1,8 @@
-"""What an evolution did, as a page: its course, what blocks were worth, the architecture after each round."""
+"""Renders an evolution as a page: progress, value of each block, architecture after each round."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,83 +15,82 @@ from snapfusion.models.cost import block_count_table
 
 
 def render_evolution(
-    history: Mapping[str, Any], *, captions: Sequence[str] = (), pictures: Mapping[str, Sequence[np.ndarray]]
+    history: Mapping[str, Any], *, captions: Sequence[str] = (), images: Mapping[str, Sequence[np.ndarray]]
 ) -> str:
     """The page as text.
 
     Args:
         history: what `jobs.evolution.search.Evolution.evolve` returns.
-        captions: of the pictures.
-        pictures: by each round's whole UNet, uint8 [H,W,3], one a caption; none are shown if it is empty.
+        captions: of the images.
+        images: of each round's UNet, by round, uint8 [H,W,3], one per caption; empty shows none.
     """
+    architectures = architectures_by_round(history)
     return render_page(
         "evolution.html.j2",
         history=history,
         charts=evolution_charts(history),
-        rounds=[_round_row(told) for told in history["rounds"]],
-        architectures=architectures_by_round(history),
-        table=block_count_table(*architectures_by_round(history).values()),
+        rounds=[_round_row(record) for record in history["rounds"]],
+        architectures=architectures,
+        table=block_count_table(*architectures.values()),
         captions=captions,
-        pictures=pictures,
+        images=images,
     )
 
 
 def evolution_charts(history: Mapping[str, Any]) -> list[Chart]:
-    """CLIP over what a pass takes, round by round; and the values of the first round's blocks."""
-    scored = [told for told in history["rounds"] if told["clip"] is not None]
+    """CLIP over the latency of a pass, and that latency after each round."""
+    rounds = history["rounds"]
+    scored = [record for record in rounds if record["clip"] is not None]
+    clip = Series(
+        name="evolution",
+        x=[record["decision"]["before_ms"] for record in scored],
+        y=[record["clip"][0] for record in scored],
+    )
+    latency = Series(
+        name="by the table",
+        x=[record["number"] for record in rounds],
+        y=[record["decision"]["after_ms"] for record in rounds],
+    )
     return [
         Chart(
-            title="CLIP over the time of a pass, round by round",
+            title="CLIP over latency, round by round",
             x_label="ms of a guided step, by the table",
             y_label="CLIP",
-            series=(
-                Series(
-                    name="evolution",
-                    x=[told["decision"]["before_ms"] for told in scored],
-                    y=[told["clip"][0] for told in scored],
-                ),
-            ),
+            series=(clip,),
         ),
         Chart(
-            title="Time of a pass after each round",
+            title="Latency after each round",
             x_label="round",
             y_label="ms",
-            series=(
-                Series(
-                    name="by the table",
-                    x=[told["number"] for told in history["rounds"]],
-                    y=[told["decision"]["after_ms"] for told in history["rounds"]],
-                ),
-            ),
+            series=(latency,),
             limit=history["objective_ms"],
-            limit_name="at most",
+            limit_name="objective",
         ),
     ]
 
 
 def architectures_by_round(history: Mapping[str, Any]) -> dict[str, Architecture]:
-    """The first architecture, and that after each round that changed it, by the round's name."""
+    """The original architecture, and the one after each round that changed it, by name of the round."""
     changed = {
-        f"round {told['number']}": Architecture.parse(told["decision"]["architecture"])
-        for told in history["rounds"]
-        if told["decision"]["action"] != "stop"
+        f"round {record['number']}": Architecture.parse(record["decision"]["architecture"])
+        for record in history["rounds"]
+        if record["decision"]["action"] != "stop"
     }
     return {"origin": Architecture.parse(history["origin"]), **changed}
 
 
-def _round_row(told: Mapping[str, Any]) -> dict[str, Any]:
-    chosen = set(told["decision"]["blocks"])
-    return {**told, "scores": list(_scores(told, chosen=chosen))}
-
-
-def _scores(told: Mapping[str, Any], *, chosen: set[str]) -> Iterator[dict[str, Any]]:
-    """The scores in the order of their values, the least first."""
-    scores = sorted((BlockScore.parse(score) for score in told["scores"]), key=lambda score: score.value)
-    for score in scores:
-        yield {
+def _round_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A round with its scores in ascending order of value."""
+    chosen = set(record["decision"]["blocks"])
+    scores = sorted((BlockScore.parse(score) for score in record["scores"]), key=lambda score: score.value)
+    rows = [
+        {
             "block": score.block,
             "delta_clip": score.delta_clip,
             "delta_ms": score.delta_ms,
             "value": score.value,
             "chosen": score.block in chosen,
         }
+        for score in scores
+    ]
+    return {**record, "scores": rows}

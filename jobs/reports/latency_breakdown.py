@@ -1,4 +1,4 @@
-"""What a UNet's blocks take: SnapFusion Fig. 2 and Table 3, of a file of `jobs.measure_latency`."""
+"""Latency of a UNet by kind of block (SnapFusion Fig. 2, Table 3), from a file of `jobs.measure_latency`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _MEASURES = {"ms": ("latency", "ms", 1.0), "parameters": ("parameters", "million
 
 @dataclass(frozen=True, kw_only=True)
 class WholeUNet:
-    """A UNet as a whole.
+    """Latency and size of a whole UNet.
 
     Attributes:
         name: "origin" or "table-3".
-        measured_ms: of a pass.
-        predicted_ms: the sum of its parts.
-        error: of the prediction, as a share of what was measured.
-        parameters: numbers that are learned.
+        measured_ms: median time of a pass.
+        predicted_ms: sum of the times of its parts.
+        error: of the prediction, as a share of the measured time.
+        parameters: their number.
         macs: multiply-accumulates of a pass for one latent.
-        turns: behind the measurement.
+        turns: number of measurements.
     """
 
     name: str
@@ -40,20 +40,20 @@ class WholeUNet:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyBreakdown:
-    """What one latency file says.
+    """The content of one latency file.
 
     Attributes:
         device: the machine's own name.
-        how: runtime, precision and threads, in words.
-        date: when.
+        runtime: runtime, precision and threads, in words.
+        date: of the measurement.
         batch: latents in a pass.
-        unets: measured as a whole, the origin first.
+        unets: measured as a whole, the original first.
         charts: Fig. 2.
-        rows: of Table 3: stage, side, kind, channels, blocks of each UNet.
+        rows: of Table 3: stage, side, kind, channels, number of blocks in each UNet.
     """
 
     device: str
-    how: str
+    runtime: str
     date: str
     batch: int
     unets: tuple[WholeUNet, ...]
@@ -61,57 +61,54 @@ class LatencyBreakdown:
     rows: tuple[tuple[Any, ...], ...]
 
 
-def breakdown_of(told: Mapping[str, Any]) -> LatencyBreakdown:
-    """The content of a latency file, as a page shows it."""
-    table = LatencyTable.parse(told["table"])
+def breakdown_of(record: Mapping[str, Any]) -> LatencyBreakdown:
+    """The breakdown of a latency file's content."""
+    table = LatencyTable.parse(record["table"])
     setup = table.setup
     threads = f", {setup.threads} thread{'s' * (setup.threads > 1)}" if setup.threads else ""
     return LatencyBreakdown(
         device=setup.device,
-        how=f"{setup.runtime}, {setup.precision}{threads}",
+        runtime=f"{setup.runtime}, {setup.precision}{threads}",
         date=table.date,
         batch=table.dimensions.batch,
         unets=tuple(
             WholeUNet(
                 name=name,
                 measured_ms=unet["measured"]["median_ms"],
-                predicted_ms=unet["predicted_ms"],
-                error=unet["error"],
-                parameters=unet["parameters"],
-                macs=unet["macs"],
                 turns=unet["measured"]["turns"],
+                **{key: unet[key] for key in ("predicted_ms", "error", "parameters", "macs")},
             )
-            for name, unet in told["unets"].items()
+            for name, unet in record["unets"].items()
         ),
-        charts=tuple(breakdown_charts(told).values()),
-        rows=tuple(block_count_table(*_architectures(told).values())),
+        charts=tuple(breakdown_charts(record).values()),
+        rows=tuple(block_count_table(*_architectures(record).values())),
     )
 
 
-def breakdown_charts(told: Mapping[str, Any]) -> dict[str, BarChart]:
-    """SnapFusion Fig. 2: latency and parameters of both kinds of block; the origin paler than the other."""
-    table = LatencyTable.parse(told["table"])
-    rows = {name: latency_by_kind(table, shape) for name, shape in _architectures(told).items()}
+def breakdown_charts(record: Mapping[str, Any]) -> dict[str, BarChart]:
+    """SnapFusion Fig. 2: latency and parameters of both kinds of block; all UNets but the last are paler."""
+    table = LatencyTable.parse(record["table"])
+    rows = {name: latency_by_kind(table, shape) for name, shape in _architectures(record).items()}
     stages = list(dict.fromkeys(row["stage"] for row in next(iter(rows.values()))))
     setup = table.setup
+    # A page may show several runtimes: the title distinguishes their charts.
+    where = f"{setup.runtime} in {setup.precision} on {setup.device}"
     charts = {}
     for key, (measure, unit, scale) in _MEASURES.items():
         bars = tuple(
             Bars(
-                name=f"{words}, {name}",
+                name=f"{kind_name}, {name}",
                 values=[row[key] / scale for row in rows[name] if row["kind"] == kind],
-                color=1 + number,
+                color=color,
                 faint=name != list(rows)[-1],
             )
-            for number, (kind, words) in enumerate(_KINDS.items())
+            for color, (kind, kind_name) in enumerate(_KINDS.items(), start=1)
             for name in rows
         )
-        # Two runtimes on one page have each their chart, told apart by its title.
-        where = f"{setup.runtime} in {setup.precision} on {setup.device}"
         title = f"{measure.capitalize()} of the blocks, {where}"
         charts[key] = BarChart(title=title, y_label=f"{measure} ({unit})", categories=stages, bars=bars)
     return charts
 
 
-def _architectures(told: Mapping[str, Any]) -> dict[str, Architecture]:
-    return {name: Architecture.parse(unet["architecture"]) for name, unet in told["unets"].items()}
+def _architectures(record: Mapping[str, Any]) -> dict[str, Architecture]:
+    return {name: Architecture.parse(unet["architecture"]) for name, unet in record["unets"].items()}

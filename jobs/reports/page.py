@@ -1,7 +1,7 @@
-"""The pages of the reports: one static HTML file each, its pictures inside, asking nothing of the network.
+"""Renders report pages: static HTML files with their images inside, which load nothing from the network.
 
-Captions, file names and reasons come from other people's data. Whatever a page shows of them is stripped of
-control characters, shortened, and escaped by the template.
+Captions, file names and reasons come from other people's data. Every string is stripped of control
+characters, shortened, and escaped by the template engine.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from PIL import Image
 from jobs.reports.charts import chart_svg
 from pipelines.tables.schemas import to_png
 
-_LONGEST_TEXT = 400
-_LARGEST_SIDE = 256
-_SMALL_SIDE = 128
+_MAX_CHARACTERS = 400
+_MAX_SIDE = 256
+_MAX_PIXELATED_SIDE = 128
 
 
 def render_page(template: str, **values: object) -> str:
-    """A template of this folder with `values` in it; the same text for the same values."""
+    """Render a template of this folder; the same values give the same text."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -35,7 +35,7 @@ def render_page(template: str, **values: object) -> str:
         finalize=lambda value: _sanitized(value) if isinstance(value, str) else value,
     )
     environment.filters |= {
-        "picture": _image,
+        "image": _image,
         "chart": lambda chart: Markup(chart_svg(chart)),
         "count": lambda number: f"{number:,}",
         "decibels": _decibels,
@@ -52,32 +52,33 @@ def render_page(template: str, **values: object) -> str:
 
 
 def _sanitized(text: str) -> str:
-    """Text of others as the page can bear it: without control or direction characters, and not endless."""
+    """Text without control and direction characters, shortened; markup is returned unchanged."""
     if isinstance(text, Markup):
         return text
-    head = text[: _LONGEST_TEXT + 1]
-    clean = "".join(letter if unicodedata.category(letter)[0] != "C" else " " for letter in head)
-    return clean if len(text) <= _LONGEST_TEXT else f"{clean[:_LONGEST_TEXT]}…"
+    clean = "".join(
+        " " if unicodedata.category(letter)[0] == "C" else letter for letter in text[:_MAX_CHARACTERS]
+    )
+    return clean if len(text) <= _MAX_CHARACTERS else f"{clean}…"
 
 
 def _image(image: np.ndarray, label: str) -> Markup:
-    """An `<img>` with the pixels inside; larger ones are shrunk, small ones are shown as squares."""
+    """An `<img>` with the pixels inside; large images are reduced, small ones have visible pixels."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image is {image.dtype} {image.shape}; uint8 [H,W,3] is accepted")
-    if max(image.shape[:2]) > _LARGEST_SIDE:
-        shrunk = Image.fromarray(image)
-        shrunk.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE), Image.Resampling.LANCZOS)
-        image = np.asarray(shrunk)
+    if max(image.shape[:2]) > _MAX_SIDE:
+        reduced = Image.fromarray(image)
+        reduced.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
+        image = np.asarray(reduced)
     height, width = image.shape[:2]
-    kind = "pixels" if max(height, width) <= _SMALL_SIDE else "photo"
+    kind = "pixels" if max(height, width) <= _MAX_PIXELATED_SIDE else "photo"
     data = base64.b64encode(to_png(image)).decode()
     return Markup('<img class="{}" width="{}" height="{}" alt="{}" src="data:image/png;base64,{}">').format(
         kind, width, height, _sanitized(label), data
     )
 
 
-def _decibels(figure: float | None) -> str:
-    return "every bit agrees" if figure is None or math.isinf(figure) else f"{figure:.1f} dB"
+def _decibels(value: float | None) -> str:
+    return "every bit agrees" if value is None or math.isinf(value) else f"{value:.1f} dB"
 
 
 def _duration(seconds: float) -> str:

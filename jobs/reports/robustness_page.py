@@ -1,4 +1,4 @@
-"""Pictures and page of what a miniature loses without groups of its blocks. SnapFusion Fig. 5."""
+"""Renders what a miniature loses without groups of its blocks, as images and as a page. SnapFusion Fig. 5."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ from snapfusion.models.blocks import skipping_blocks
 from snapfusion.models.bundle import Bundle
 
 _NUM_SCENES = 3
-"""Scenes on the sheet."""
-
 _SCALE = 3
 _GAP = 6
 _MARGIN = 90
 _LINE = 14
 _INK, _PAPER = (31, 29, 26), (251, 250, 247)
 
-TITLES: dict[Metric, str] = {"attributes": "Drawn from the caption", "detail": "Brought back from noise"}
-"""What is done for each figure."""
+TITLES: dict[Metric, str] = {
+    "attributes": "Sampled from the caption",
+    "detail": "Denoised from a noised image",
+}
+"""How the images behind each metric are made."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RobustnessExample:
-    """One scene, as every model shows it.
+    """One scene by every model.
 
     Attributes:
-        figure: what it is an example of.
+        figure: the metric that it is an example of.
         caption: of the scene.
         rows: by model, uint8 [H,W,3] for each column of the sheet.
     """
@@ -59,11 +60,11 @@ class RobustnessExample:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSheet:
-    """Pictures of both models, whole and without each group.
+    """Images by both models, whole and without each group of blocks.
 
     Attributes:
-        columns: their titles; the first is the held-out picture itself, through the VAE.
-        examples: those of drawing, then those of bringing back.
+        columns: their titles; the first is the held-out image itself, through the VAE.
+        examples: all of the first metric, then all of the second.
     """
 
     columns: tuple[str, ...]
@@ -71,40 +72,37 @@ class ImageSheet:
 
 
 def sample_sheet(settings: RobustnessSettings, *, models: Mapping[str, Bundle]) -> ImageSheet:
-    """The first scenes of the first seed, by every model, whole and without every group."""
+    """The first scenes of the first seed, by every model, whole and without each group."""
     first = next(iter(models.values()))
     groups = {WHOLE: (), **groups_of(first)}
-    seed = settings.seeds[0]
-    scenes = next(noised_batches(first, settings, seed=seed, count=_NUM_SCENES))
-    columns = {
+    scenes = next(noised_batches(first, settings, seed=settings.seeds[0], count=_NUM_SCENES))
+    images = {
         name: [_images(model, names, scenes=scenes, settings=settings) for names in groups.values()]
         for name, model in models.items()
     }
     held_out = _arrays(scenes.decoded)
-    return ImageSheet(
-        columns=("held out", *groups),
-        examples=tuple(
-            RobustnessExample(
-                figure=figure,
-                caption=caption_of(scene_of(index)),
-                rows={
-                    name: (held_out[number], *(of_group[figure][number] for of_group in by_group))
-                    for name, by_group in columns.items()
-                },
-            )
-            for figure in METRIC_NAMES
-            for number, index in enumerate(scenes.indexes)
-        ),
+    examples = tuple(
+        RobustnessExample(
+            figure=metric,
+            caption=caption_of(scene_of(scene)),
+            rows={
+                name: (held_out[number], *(group[metric][number] for group in by_group))
+                for name, by_group in images.items()
+            },
+        )
+        for metric in METRIC_NAMES
+        for number, scene in enumerate(scenes.indexes)
     )
+    return ImageSheet(columns=("held out", *groups), examples=examples)
 
 
 def _images(
     model: Bundle, names: Sequence[str], *, scenes: NoisedBatch, settings: RobustnessSettings
 ) -> dict[Metric, np.ndarray]:
-    """uint8 [B,H,W,3] of a model without the blocks named, for either figure."""
+    """uint8 [B,H,W,3] by a model without the named blocks, for each metric."""
     with skipping_blocks(model.unet, names):
-        drawn = generate_images(model, scenes.indexes, sampler=sampler_of(settings), seed=settings.seeds[0])
-        return {"attributes": _arrays(drawn), "detail": _arrays(denoise(model, scenes, settings=settings))}
+        sampled = generate_images(model, scenes.indexes, sampler=sampler_of(settings), seed=settings.seeds[0])
+        return {"attributes": _arrays(sampled), "detail": _arrays(denoise(model, scenes, settings=settings))}
 
 
 def _arrays(images: Tensor) -> np.ndarray:
@@ -113,26 +111,27 @@ def _arrays(images: Tensor) -> np.ndarray:
 
 
 def sheet_image(sheet: ImageSheet) -> Image.Image:
-    """The sheet as one picture, each pixel of its pictures a square."""
+    """The sheet as one image, enlarged so that every pixel is a square."""
     side = _SCALE * len(next(iter(sheet.examples[0].rows.values()))[0])
-    width = _MARGIN + len(sheet.columns) * (side + _GAP)
-    example = 2 * _LINE + len(sheet.examples[0].rows) * (side + _GAP)
-    image = Image.new("RGB", (width, 2 * _LINE + len(sheet.examples) * example), _PAPER)
-    pen = ImageDraw.Draw(image)
+    cell = side + _GAP
+    height = 2 * _LINE + len(sheet.examples[0].rows) * cell
+    size = (_MARGIN + len(sheet.columns) * cell, 2 * _LINE + len(sheet.examples) * height)
+    sheet_pixels = Image.new("RGB", size, _PAPER)
+    pen = ImageDraw.Draw(sheet_pixels)
     for column, title in enumerate(sheet.columns):
-        kind, _, side_of_unet = title.partition(" ")
-        for line, words in enumerate((kind, side_of_unet)):
-            pen.text((_MARGIN + column * (side + _GAP), line * _LINE), words, fill=_INK)
-    for number, told in enumerate(sheet.examples):
-        top = 2 * _LINE + number * example
-        pen.text((_MARGIN, top + _LINE // 2), f"{TITLES[told.figure]}: {told.caption}", fill=_INK)
-        for row, (model, pictures) in enumerate(told.rows.items()):
-            y = top + 2 * _LINE + row * (side + _GAP)
+        kind, _, unet_side = title.partition(" ")
+        for line, text in enumerate((kind, unet_side)):
+            pen.text((_MARGIN + column * cell, line * _LINE), text, fill=_INK)
+    for number, example in enumerate(sheet.examples):
+        top = 2 * _LINE + number * height
+        pen.text((_MARGIN, top + _LINE // 2), f"{TITLES[example.figure]}: {example.caption}", fill=_INK)
+        for row, (model, images) in enumerate(example.rows.items()):
+            y = top + 2 * _LINE + row * cell
             pen.text((_GAP, y + side // 2), model, fill=_INK)
-            for column, picture in enumerate(pictures):
-                shown = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
-                image.paste(shown, (_MARGIN + column * (side + _GAP), y))
-    return image
+            for column, image in enumerate(images):
+                enlarged = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+                sheet_pixels.paste(enlarged, (_MARGIN + column * cell, y))
+    return sheet_pixels
 
 
 def render_robustness(
@@ -146,31 +145,27 @@ def render_robustness(
 
     Args:
         settings: of the measurement.
-        sources: what the models are called.
-        readings: all of them.
-        sheet: of pictures.
+        sources: names of the models.
+        readings: all results.
+        sheet: of images.
     """
+    tables = [_table(readings, metric) for metric in METRIC_NAMES]
     return render_page(
-        "robustness.html.j2",
-        settings=settings,
-        sources=sources,
-        tables=[_table(readings, figure) for figure in METRIC_NAMES],
-        sheet=sheet,
-        titles=TITLES,
+        "robustness.html.j2", settings=settings, sources=sources, tables=tables, sheet=sheet, titles=TITLES
     )
 
 
-def _table(readings: RobustnessResults, figure: Metric) -> dict[str, Any]:
-    """A figure's rows: without each group, on average, and by seed."""
+def _table(readings: RobustnessResults, metric: Metric) -> dict[str, Any]:
+    """The rows of a metric: without each group, on average, and by seed."""
 
     def values(group: str) -> dict[str, Interval]:
-        return {model: readings.value(figure, model=model, group=group) for model in ("plain", "robust")}
+        return {model: readings.value(metric, model=model, group=group) for model in ("plain", "robust")}
 
     return {
-        "figure": figure,
+        "figure": metric,
         "whole": values(WHOLE),
-        "groups": {group: (values(group), readings.lost(figure, group=group)) for group in readings.groups},
-        "average": readings.lost_on_average(figure),
-        "below_plain": readings.below_plain(figure),
-        "seeds": {seed: readings.lost_on_average(figure, seeds=[seed]) for seed in readings.seeds},
+        "groups": {group: (values(group), readings.lost(metric, group=group)) for group in readings.groups},
+        "average": readings.lost_on_average(metric),
+        "below_plain": readings.below_plain(metric),
+        "seeds": {seed: readings.lost_on_average(metric, seeds=[seed]) for seed in readings.seeds},
     }

@@ -1,4 +1,4 @@
-"""What the report of a run says, and its page."""
+"""Content and page of the report of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jobs.reports.page import render_page
 from snapfusion.export.parity import psnr
 
 DIFFERENCE_FACTOR = 8
-"""How much difference pictures are amplified."""
+"""Amplification of difference images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class CaptionedImage:
     Attributes:
         image: uint8 [H,W,3].
         caption: what it should show.
-        note: a second, smaller line, for example what the oracle reads in it.
+        note: a second, smaller line, such as the oracle's score of it.
     """
 
     image: np.ndarray
@@ -35,12 +35,12 @@ class CaptionedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedImage:
-    """A picture held against another, both uint8 [H,W,3].
+    """An image compared with a reference, both uint8 [H,W,3].
 
     Attributes:
-        name: of what drew it.
-        image: what it drew.
-        reference: what it should have drawn.
+        name: of the model or program that made it.
+        image: its output.
+        reference: the expected output.
     """
 
     name: str
@@ -49,44 +49,44 @@ class ComparedImage:
 
     @cached_property
     def difference(self) -> np.ndarray:
-        """|image - reference|, `DIFFERENCE_FACTOR` times, uint8 [H,W,3]."""
+        """|image - reference| times `DIFFERENCE_FACTOR`, uint8 [H,W,3]."""
         distance = np.abs(self.image.astype(np.int32) - self.reference.astype(np.int32))
         return np.clip(distance * DIFFERENCE_FACTOR, 0, 255).astype(np.uint8)
 
     @property
     def psnr_db(self) -> float:
-        """To the reference, on these 8-bit images, peak 255."""
+        """PSNR relative to the reference, of these 8-bit images, peak 255."""
         return psnr(self.image, self.reference, peak=255.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageComparison:
-    """One caption drawn in several ways, of which the first is the one to be met.
+    """One caption by a reference and by others.
 
     Attributes:
         caption: the text.
         name: of the reference.
         reference: uint8 [H,W,3].
-        held: the others.
+        compared: the others.
     """
 
     caption: str
     name: str
     reference: np.ndarray
-    held: tuple[ComparedImage, ...]
+    compared: tuple[ComparedImage, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelMetrics:
-    """One way to draw, and its figures over all captions.
+    """Metrics of one model's images over all captions.
 
     Attributes:
         name: "teacher", "undistilled" or "student".
-        steps: it takes.
+        steps: of its sampler.
         attributes_right: share of the captions' attributes that the oracle finds.
-        all_attributes_right: share of the pictures in which it finds all.
-        clip: mean score of picture and caption.
-        distance: of its pixels to the teacher's, root mean square, in gray levels of 255.
+        all_attributes_right: share of the images in which it finds every attribute.
+        clip: mean score of image and caption.
+        distance: root mean square distance of pixels to the teacher's, in gray levels of 255.
     """
 
     name: str
@@ -99,41 +99,41 @@ class ModelMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRow:
-    """One caption from one noise; a picture for each way, whose caption says which."""
+    """One caption and noise; an image by each model, which its own caption names."""
 
     caption: str
-    pictures: tuple[CaptionedImage, ...]
+    images: tuple[CaptionedImage, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepComparison:
-    """A student beside its teacher, and beside itself before it was distilled.
+    """A student beside its teacher and beside its own initial weights.
 
     Attributes:
-        guidance: w of all pictures.
-        count: captions behind the figures.
-        ways: teacher, undistilled, student.
-        strips: some of the captions.
+        guidance: w of all images.
+        num_captions: captions behind the metrics.
+        models: teacher, undistilled, student.
+        rows: some of the captions.
     """
 
     guidance: float
-    count: int
-    ways: tuple[ModelMetrics, ...]
-    strips: tuple[SampleRow, ...]
+    num_captions: int
+    models: tuple[ModelMetrics, ...]
+    rows: tuple[SampleRow, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """A number with what it takes to trust it.
+    """A number with what is needed to trust it.
 
     Attributes:
-        name: what is measured.
+        name: of the quantity.
         value: the number.
         unit: "dB", "ms"; empty for a plain number.
-        count: of how many things it is the mean or total.
-        counted: what those are, for example "held-out pairs".
-        seed: behind their choice; None where chance plays no part.
-        note: how it was measured, or what it is held to.
+        count: number of things that it is the mean or total of.
+        counted: what those are, such as "held-out pairs".
+        seed: of their choice; None if nothing is random.
+        note: how it was measured, or the value to compare with.
     """
 
     name: str
@@ -147,17 +147,17 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class MobileVariant:
-    """A variant of the programs for phones.
+    """One variant of the programs for phones.
 
     Attributes:
         name: of the variant.
-        kind: its format and arithmetic.
-        bytes: its size.
-        psnr_db: of each module, by name, and of the "images"; None for what agrees bit for bit.
-        limit_db: of the images, below which it would not be here.
-        override: why it is here although it is below; empty where it is not.
-        samples: how many captions were drawn.
-        how: by what means it was compared.
+        kind: its runtime and the precision of its weights.
+        bytes: size of all its modules.
+        psnr_db: of each module, by name, and of the "images"; None if every bit agrees.
+        limit_db: least PSNR of the images for a variant to be published.
+        override: why it was published below the limit; empty if it is not below.
+        samples: number of captions.
+        method: how outputs were compared.
     """
 
     name: str
@@ -167,31 +167,31 @@ class MobileVariant:
     limit_db: float
     override: str
     samples: int
-    how: str
+    method: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class LineageNode:
-    """Something immutable that a run has made, or began from.
+    """An immutable commit that a run made or was started from.
 
     Attributes:
         name: for example "LATENTS"; what `parents` refers to.
         kind: "table", "checkpoint", "model", "bundle" or "shards".
-        place: its URL.
-        identity: what it is, as a hash.
-        version: of a table; None for what has none.
-        parents: names of commits it was made from.
-        rows_read: rows that were offered, or None where rows are not counted.
-        rows_written: rows that are in it.
-        rejected: rows set aside, by reason.
+        url: of the commit.
+        identity: its hash.
+        version: of a table; None for other kinds.
+        parents: names of the commits that it was made from.
+        rows_read: rows of its sources; None if rows are not counted.
+        rows_written: rows in it.
+        rejected: rejected rows, by reason.
 
     Raises:
-        ValueError: if rows read are not rows written plus rows set aside.
+        ValueError: if rows read are not rows written plus rows rejected.
     """
 
     name: str
     kind: str
-    place: str
+    url: str
     identity: str
     version: int | None = None
     parents: tuple[str, ...] = ()
@@ -205,14 +205,13 @@ class LineageNode:
         accounted = (self.rows_written or 0) + sum(self.rejected.values())
         if accounted != self.rows_read:
             raise ValueError(
-                f"{self.name}: {self.rows_read} rows were read, and {accounted} were written or set aside; "
-                "every row read must be one or the other"
+                f"{self.name}: {self.rows_read} rows were read, but {accounted} were written or rejected"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RejectionExample:
-    """One row that was set aside, as its source names it, and what was wrong in words."""
+    """One rejected row: its id, and the detail of the rejection."""
 
     id: str
     detail: str
@@ -220,7 +219,7 @@ class RejectionExample:
 
 @dataclass(frozen=True, kw_only=True)
 class RejectionSummary:
-    """All rows of a table that were set aside for one reason, a few of them as examples."""
+    """All rows of a table that were rejected for one reason, with a few examples."""
 
     table: str
     reason: str
@@ -230,13 +229,13 @@ class RejectionSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTiming:
-    """A step of the run.
+    """Duration of one step of the run.
 
     Attributes:
         step: its name.
-        seconds: it took; 0 if it was skipped.
-        rows: it made, or None.
-        skipped: because its result was committed before.
+        seconds: of wall time; 0 if it was skipped.
+        rows: that it made, or None.
+        skipped: whether its result was committed before.
     """
 
     step: str
@@ -247,7 +246,7 @@ class StepTiming:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportContent:
-    """All that the page shows. A section without content says so, or is left out where nothing was asked.
+    """Everything that the page shows; a section without content says so.
 
     Attributes:
         recipe: its name.
@@ -255,19 +254,19 @@ class ReportContent:
         settings_json: the resolved settings.
         versions: of the software, by name.
         totals: the run in a few numbers, each a value and what it counts.
-        scenes: samples of the shards that came in.
+        scenes: samples of the input shards.
         teacher_images: samples of PAIRS.
-        fewer_steps: the student beside its teacher.
-        comparisons: held-out latents through two decoders.
-        charts: the training's curves.
-        measurements: the figures.
-        anatomies: what the UNet's blocks take, one for each way it was measured.
-        phone: what torch and the programs for phones drew.
-        artifacts: these programs.
+        step_comparison: the student beside its teacher.
+        decoder_comparisons: held-out latents through both decoders.
+        charts: loss curves of the trainings.
+        measurements: all measured numbers.
+        latencies: of the UNet's blocks, one for each way of measuring; without any the section is left out.
+        mobile_comparisons: images by torch and by the programs for phones.
+        mobile_variants: these programs.
         lineage: every commit, parents before children.
-        rejections: what was set aside.
+        rejections: rejected rows.
         timings: of the steps, in order.
-        finished: when, in words; left out of the page if empty, which then depends on the content alone.
+        finished: date in words; empty leaves it out, so that the page depends on the content alone.
     """
 
     recipe: str
@@ -277,13 +276,13 @@ class ReportContent:
     totals: tuple[tuple[str, str], ...] = ()
     scenes: tuple[CaptionedImage, ...] = ()
     teacher_images: tuple[CaptionedImage, ...] = ()
-    fewer_steps: StepComparison | None = None
-    comparisons: tuple[ImageComparison, ...] = ()
+    step_comparison: StepComparison | None = None
+    decoder_comparisons: tuple[ImageComparison, ...] = ()
     charts: tuple[Chart, ...] = ()
     measurements: tuple[Measurement, ...] = ()
-    anatomies: tuple[LatencyBreakdown, ...] = ()
-    phone: tuple[ImageComparison, ...] = ()
-    artifacts: tuple[MobileVariant, ...] = ()
+    latencies: tuple[LatencyBreakdown, ...] = ()
+    mobile_comparisons: tuple[ImageComparison, ...] = ()
+    mobile_variants: tuple[MobileVariant, ...] = ()
     lineage: tuple[LineageNode, ...] = ()
     rejections: tuple[RejectionSummary, ...] = ()
     timings: tuple[StepTiming, ...] = ()
@@ -291,10 +290,10 @@ class ReportContent:
 
 
 def render_report(content: ReportContent) -> str:
-    """The page as text; the same text for the same content.
+    """The page as text; the same content gives the same text.
 
     Raises:
-        ValueError: if a commit names a parent that does not come before it, or a chart has nothing to draw.
+        ValueError: if a commit names a parent that does not come before it, or a chart has no series.
     """
     return render_page(
         "report.html.j2",
@@ -307,37 +306,39 @@ def render_report(content: ReportContent) -> str:
 
 def mobile_variants_of(manifest: Mapping[str, Any]) -> tuple[MobileVariant, ...]:
     """The variants that the manifest of a mobile bundle describes."""
-    return tuple(_mobile_variant(name, told) for name, told in manifest["variants"].items())
+    return tuple(_mobile_variant(name, record) for name, record in manifest["variants"].items())
 
 
-def _mobile_variant(name: str, told: Mapping[str, Any]) -> MobileVariant:
-    modules, images = told["modules"], told["images"]
-    figures = {module: each["parity"] for module, each in modules.items()} | {"images": images}
+def _mobile_variant(name: str, record: Mapping[str, Any]) -> MobileVariant:
+    modules, images = record["modules"], record["images"]
     return MobileVariant(
         name=name,
-        kind=f"{told['runtime']}: {told['weights']}",
+        kind=f"{record['runtime']}: {record['weights']}",
         bytes=sum(module["bytes"] for module in modules.values()),
-        psnr_db={part: parity["psnr_db"] for part, parity in figures.items()},
+        psnr_db={
+            **{module: each["parity"]["psnr_db"] for module, each in modules.items()},
+            "images": images["psnr_db"],
+        },
         limit_db=images["limit_db"],
         override=images["override"] or "",
         samples=images["samples"],
-        how=told["measured"],
+        method=record["measured"],
     )
 
 
 def _layers(lineage: tuple[LineageNode, ...]) -> list[list[LineageNode]]:
-    """Commits by how many steps they are from the beginning."""
+    """The commits by depth: the length of the longest path from a commit without parents."""
     depth: dict[str, int] = {}
     layers: list[list[LineageNode]] = []
-    for commit in lineage:
-        unknown = [parent for parent in commit.parents if parent not in depth]
+    for node in lineage:
+        unknown = [parent for parent in node.parents if parent not in depth]
         if unknown:
             raise ValueError(
-                f"lineage: {commit.name} names parent {unknown[0]!r}, which does not come before it; "
+                f"lineage: {node.name} names parent {unknown[0]!r}, which does not come before it; "
                 f"before it are {', '.join(depth) or 'none'}"
             )
-        depth[commit.name] = 1 + max((depth[parent] for parent in commit.parents), default=-1)
-        while len(layers) <= depth[commit.name]:
+        depth[node.name] = 1 + max((depth[parent] for parent in node.parents), default=-1)
+        while len(layers) <= depth[node.name]:
             layers.append([])
-        layers[depth[commit.name]].append(commit)
+        layers[depth[node.name]].append(node)
     return layers

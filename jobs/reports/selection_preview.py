@@ -1,4 +1,4 @@
-"""What a selection would keep of a sample, as a plain table: to choose bounds by before the work begins."""
+"""Formats what a selection would keep of a sample of shards or URL lists, as a plain table of 100 columns."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from pipelines.sources.links import list_links
 from pipelines.sources.webdataset import Shard
 from pipelines.stages.crop import SIZE_SETTING, check_size
 from pipelines.stages.row_filter import LinkFilter
-from pipelines.stages.select import BOUNDS, MEASURES, Measure, silent_bounds
+from pipelines.stages.select import BOUNDS, MEASURES, silent_bounds
 from pipelines.stages.settings import Selection
 from snapfusion.models.load import ModelError, load_sizes
 
 WIDTH: Final = 100
-_QUANTILES: Final = (0.05, 0.25, 0.5, 0.75, 0.95)
-_WORDS_SHOWN: Final = 5
+_QUANTILES: Final = {"5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95}
+_NUM_WORDS: Final = 5
 
 
 def shard_preview_lines(job: Job, shards: Sequence[Shard]) -> list[str]:
-    """The preview of shards, at most 100 columns wide."""
+    """The preview of shards."""
     recipe = job.recipe
-    looked = preview_shards(
+    preview = preview_shards(
         shards,
         rows=recipe.source.sample_rows,
         source=recipe.source.name,
@@ -44,138 +44,119 @@ def shard_preview_lines(job: Job, shards: Sequence[Shard]) -> list[str]:
         pictures=recipe.latents.images,
         vetoes=row_filters(job),
     )
-    known, unknown = count_shard_rows(shards)
-    whole = None if unknown else known
-    return [
-        *_table(looked, recipe.latents.selection, whole=whole, places=len(shards), what="shards"),
-        *_outlook(looked, whole=whole, without=unknown),
-        *_size(looked, job, whole=whole),
-    ]
+    counted, uncounted = count_shard_rows(shards)
+    total = None if uncounted else counted
+    lines = [*_table(preview, recipe.latents.selection, total=total, sources=f"{len(shards):,} shards"), ""]
+    if total is None:
+        return [*lines, f"the number of rows is unknown: {uncounted:,} shards have no sidecar"]
+    return [*lines, _kept_line(preview, total), *_size(preview, job, total=total)]
 
 
 def link_preview_lines(job: Job) -> list[str]:
-    """The preview of the URL lists of `download.links`, at most 100 columns wide."""
+    """The preview of the URL lists of `download.links`."""
     recipe = job.recipe
     lists = list_links(recipe.download.links or "")
-    looked = preview_links(
+    preview = preview_links(
         lists,
         rows=recipe.source.sample_rows,
         columns=recipe.download.columns,
         selection=recipe.latents.selection,
-        vetoes=[veto for veto in row_filters(job) if isinstance(veto, LinkFilter)],
+        vetoes=[row_filter for row_filter in row_filters(job) if isinstance(row_filter, LinkFilter)],
     )
-    whole = count_link_rows(lists, recipe.download.columns)
-    return [
-        *_table(looked, recipe.latents.selection, whole=whole, places=len(lists), what="lists"),
-        *_outlook(looked, whole=whole, without=0),
-    ]
+    total = count_link_rows(lists, recipe.download.columns)
+    table = _table(preview, recipe.latents.selection, total=total, sources=f"{len(lists):,} lists")
+    return [*table, "", _kept_line(preview, total)]
 
 
 def unused_bound_lines(selection: Selection, columns: Iterable[str]) -> list[str]:
-    """What is said of each bound that is set and finds no column; none of them refuses a row."""
+    """A line for each bound that is set but has no column to check, so that it rejects nothing."""
     meanings = {bound.setting: bound.looks_at for bound in BOUNDS}
     lines = []
     for setting in silent_bounds(selection, columns):
-        names = " and none ".join(", ".join(SPELLINGS[meaning]) for meaning in meanings[setting])
-        lines.append(f"latents.selection.{setting} refuses nothing here: there is no column {names}")
-    return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ")]
+        names = " and no ".join(", ".join(SPELLINGS[meaning]) for meaning in meanings[setting])
+        line = f"latents.selection.{setting} rejects nothing here: there is no column {names}"
+        lines += textwrap.wrap(line, WIDTH, subsequent_indent="  ")
+    return lines
 
 
-def _table(
-    looked: Preview, selection: Selection, *, whole: int | None, places: int, what: str
-) -> Iterator[str]:
-    of = "" if whole is None else f" of {whole:,}"
-    yield f"looked at {looked.rows:,} rows{of}, in {looked.places} of {places:,} {what}"
-    yield f"layout: {looked.layout}"
+def _table(preview: Preview, selection: Selection, *, total: int | None, sources: str) -> Iterator[str]:
+    of_total = "" if total is None else f" of {total:,}"
+    yield f"sampled {preview.rows:,} rows{of_total}, from {preview.places} of {sources}"
+    yield f"layout: {preview.layout}"
     yield ""
-    yield from _reasons(looked)
+    yield from _reasons(preview)
     yield ""
-    yield from _measures(looked)
-    yield from _classes(looked)
-    silent = unused_bound_lines(selection, looked.columns) if looked.rows else []
-    if silent:
-        yield ""
-        yield from silent
+    yield from _measures(preview)
+    yield from _categories(preview)
+    if preview.rows and (unused := unused_bound_lines(selection, preview.columns)):
+        yield from ("", *unused)
 
 
-def _reasons(looked: Preview) -> Iterator[str]:
+def _reasons(preview: Preview) -> Iterator[str]:
     yield f"{'':<18}{'rows':>7}{'share':>8}  for example"
-    yield f"{'kept':<18}{looked.kept:>7}{looked.share:>8.1%}".rstrip()
-    for reason, refused in sorted(looked.refused.items(), key=lambda item: (-item[1].rows, item[0])):
-        share = refused.rows / looked.rows
-        yield _cut(f"{reason:<18}{refused.rows:>7}{share:>8.1%}  {refused.example}").rstrip()
+    yield f"{'kept':<18}{preview.kept:>7}{preview.share:>8.1%}".rstrip()
+    for reason, rejected in sorted(preview.refused.items(), key=lambda item: (-item[1].rows, item[0])):
+        share = rejected.rows / preview.rows
+        yield _cut(f"{reason:<18}{rejected.rows:>7}{share:>8.1%}  {rejected.example}").rstrip()
 
 
-def _measures(looked: Preview) -> Iterator[str]:
-    head = "".join(f"{_percent(quantile):>8}" for quantile in _QUANTILES)
-    yield f"{'':<24}{'rows':>7}{head}  bound by"
+def _measures(preview: Preview) -> Iterator[str]:
+    yield f"{'':<24}{'rows':>7}{''.join(f'{name:>8}' for name in _QUANTILES)}  bound by"
     for measure in MEASURES:
-        values = looked.measures[measure.what]
+        values = preview.measures[measure.what]
         if values:
-            numbers = "".join(f"{_short(value):>8}" for value in np.quantile(values, _QUANTILES))
-            yield f"{measure.what:<24}{len(values):>7}{numbers}  {_bounding(measure)}"
+            quantiles = np.quantile(values, list(_QUANTILES.values()))
+            numbers = "".join(f"{_short(value):>8}" for value in quantiles)
+            settings = [bound.setting for bound in BOUNDS if bound.measure is measure]
+            # "min max_side": settings of one measure differ in their first four letters alone.
+            names = " ".join([*(setting[:4] for setting in settings[:-1]), settings[-1]])
+            yield f"{measure.what:<24}{len(values):>7}{numbers}  {names}"
 
 
-def _bounding(measure: Measure) -> str:
-    """The settings that bound it; of two that differ in `min` and `max` the rest is said once."""
-    settings = [bound.setting for bound in BOUNDS if bound.measure is measure]
-    return " ".join([*(setting[:4] for setting in settings[:-1]), settings[-1]])
-
-
-def _classes(looked: Preview) -> Iterator[str]:
+def _categories(preview: Preview) -> Iterator[str]:
     for meaning in CATEGORIES:
-        words = looked.classes[meaning]
+        words = preview.classes[meaning]
         if words:
-            shown = ", ".join(f"{word} {rows}" for word, rows in words.most_common(_WORDS_SHOWN))
-            more = f", {len(words) - _WORDS_SHOWN} more" if len(words) > _WORDS_SHOWN else ""
-            settings = [bound.setting for bound in BOUNDS if meaning in bound.looks_at]
-            yield _cut(f"{meaning:<24}{words.total():>7}  {shown}{more}; bound by {', '.join(settings)}")
+            common = ", ".join(f"{word} {rows}" for word, rows in words.most_common(_NUM_WORDS))
+            more = f", {len(words) - _NUM_WORDS} more" if len(words) > _NUM_WORDS else ""
+            settings = ", ".join(bound.setting for bound in BOUNDS if meaning in bound.looks_at)
+            yield _cut(f"{meaning:<24}{words.total():>7}  {common}{more}; bound by {settings}")
 
 
-def _outlook(looked: Preview, *, whole: int | None, without: int) -> Iterator[str]:
-    yield ""
-    if whole is None:
-        yield f"how many rows there are is not known: {without:,} shards have no sidecar"
-    else:
-        yield f"of {whole:,} rows about {_rounded(looked.share * whole):,} would be kept"
+def _kept_line(preview: Preview, total: int) -> str:
+    kept = int(float(f"{preview.share * total:.3g}"))  # a sample gives no more than three digits
+    return f"of {total:,} rows about {kept:,} would be kept"
 
 
-def _size(looked: Preview, job: Job, *, whole: int | None) -> Iterator[str]:
-    if whole is None or not looked.kept:
+def _size(preview: Preview, job: Job, *, total: int) -> Iterator[str]:
+    """The size of LATENTS, extrapolated from the sample."""
+    if not preview.kept:
         return
     try:
         model = load_sizes(job.recipe.model)
     except ModelError as error:
-        yield _cut(f"their size is not known: {error}")
+        yield _cut(f"their size is unknown: {error}")
         return
-    side = job.recipe.latents.images.size or model.side
+    images = job.recipe.latents.images
+    side = images.size or model.side
     check_size(side, step=model.granularity, option=SIZE_SETTING)
     latent = model.channels * (side // model.cell) ** 2 * np.dtype(np.float16).itemsize
-    row = latent + looked.text_bytes / looked.kept
-    at_most = " at most" if job.recipe.latents.images.buckets else ""
-    total = _bytes(row * looked.share * whole)
-    yield f"in LATENTS{at_most} about {total}: {_bytes(row)} a row, pictures of {side} px"
-
-
-def _percent(quantile: float) -> str:
-    return "median" if quantile == 0.5 else f"{quantile:.0%}"
+    row = latent + preview.text_bytes / preview.kept
+    at_most = " at most" if images.buckets else ""
+    size = _bytes(row * preview.share * total)
+    yield f"in LATENTS{at_most} about {size}: {_bytes(row)} per row, images of {side} px"
 
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _rounded(rows: float) -> int:
-    """To three digits: a sample says no more."""
-    return int(float(f"{rows:.3g}"))
-
-
 def _bytes(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            break
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} {unit}"
+    return f"{count:.3g} TB"
 
 
 def _cut(line: str) -> str:

@@ -137,7 +137,7 @@ def test_the_table_is_the_papers(folder, measured, capsys):
     lines = capsys.readouterr().out.splitlines()
     head = next(line for line in lines if "Text Encoder" in line)
     assert head.split("  ")[-1].strip() == "Overall"
-    assert [*next(line for line in lines if line.startswith("Calls a picture, 3 steps")).split()][-3:] == [
+    assert [*next(line for line in lines if line.startswith("Calls per image, 3 steps")).split()][-3:] == [
         "2",
         "3",
         "1",
@@ -145,7 +145,7 @@ def test_the_table_is_the_papers(folder, measured, capsys):
     medians = lines[next(n for n, line in enumerate(lines) if line.startswith("Latency, median")) + 1 :]
     assert medians[0].split() == ["torch", "eager", "(float32)", "4", "230", "116", "0.814"]
     assert medians[2].split()[-4:] == ["4", "230", "116", "0.814"]
-    memory = lines[next(n for n, line in enumerate(lines) if line.startswith("Highest memory")) + 1]
+    memory = lines[next(n for n, line in enumerate(lines) if line.startswith("Peak memory")) + 1]
     assert memory.endswith("12.0 / 8.0")
 
 

@@ -94,7 +94,7 @@ def test_fig_2_is_drawn_beside_the_table(made):
 
 def test_the_breakdown_is_read_from_the_file(made, origin):
     found = breakdown_of(record_of(made))
-    assert found.how == "torch, float32, 1 thread"
+    assert found.runtime == "torch, float32, 1 thread"
     assert [unet.name for unet in found.unets] == ["origin", "table-3"]
     assert found.unets[0].parameters == record_of(made)["unets"]["origin"]["parameters"]
     assert found.rows == tuple(block_count_table(origin, efficient_architecture(origin)))

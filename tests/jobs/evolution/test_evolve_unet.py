@@ -261,7 +261,7 @@ def test_unusable_latents_are_refused_before_sampling(latents, tmp_path):
 
 def test_the_page_shows_rounds_scores_and_architectures(evolved):
     history = evolved[1]
-    page = render_evolution(history, captions=(), pictures={})
+    page = render_evolution(history, captions=(), images={})
     assert page.count("<svg") == 2
     for decision in decisions(history):
         for block in decision["blocks"]:

@@ -255,7 +255,7 @@ def test_the_page_shows_every_line(made):
     for text in (
         "A small panel",
         "Share of the FID gap from undistilled-1 to teacher-4",
-        '<td>cfg-seed0</td><td data-label="against">control-seed0</td>',
+        '<td>cfg-seed0</td><td data-label="compared with">control-seed0</td>',
         "CLIP above teacher-4 at equal FID",
         "L_dstl of guided steps",
     ):
@@ -342,4 +342,4 @@ def test_loss_curves_leave_out_untrained_branches():
     curve = [{"step": 10, "vanilla/loss": 0.5}, {"step": 20, "vanilla/loss": 0.4}]
     [chart] = loss_charts({"vanilla": curve, "control": [{"step": 10}]})
     assert chart.series[0].x == [10, 20]
-    assert LineImages(name="a", pictures=[]).pictures == []
+    assert LineImages(name="a", images=[]).images == []

@@ -1,0 +1,112 @@
+"""Reads what a run has committed: its tables, the records of its trainings and its bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, TypedDict
+
+import fsspec
+
+from jobs.cli.job import Job
+from jobs.reports.latency_breakdown import LatencyBreakdown, breakdown_of
+from jobs.training.run_folder import METRICS
+from pipelines.storage.objects import exists, read_bytes
+from pipelines.tables.table import Snapshot, is_table, open_table
+from snapfusion.export.bundle import FORMAT_VERSION, MANIFEST
+
+Curve = list[dict[str, float]]
+"""Points of a training, each with "step" and the losses at it."""
+
+
+class StudentMetrics(TypedDict):
+    """The part of a student's metrics.json that the report shows."""
+
+    distillation: dict[str, Any]
+    parents: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+    settings_hash: str
+    curve: Curve
+
+
+class DecoderMetrics(TypedDict):
+    """The part of a decoder's metrics.json that the report shows."""
+
+    psnr_db: float
+    held_out_rows: int
+    parameters: dict[str, float]
+    times: list[dict[str, float]]
+    random_init: dict[str, Any] | None
+    parents: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+    settings_hash: str
+    curve: Curve
+
+
+class RunMetrics(TypedDict):
+    """The run's metrics.json: the numbers of the report as plain values."""
+
+    recipe: str
+    settings_hash: str
+    versions: dict[str, str]
+    tables: dict[str, dict[str, Any]]
+    student: dict[str, Any] | None
+    fewer_steps: dict[str, Any] | None
+    decoder: DecoderMetrics | None
+    mobile: Mapping[str, Any] | None
+    oracle: dict[str, float] | None
+    latency: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommittedRun:
+    """The committed parts of a run; None or empty where a part does not exist yet.
+
+    Attributes:
+        job: the report's.
+        tables: LATENTS and PAIRS, by lower-case name.
+        student: metrics of the step-distilled student.
+        decoder: metrics of the half-width decoder.
+        mobile: the bundle's manifest.
+        latencies: one of each latency file with whole UNets.
+    """
+
+    job: Job
+    tables: Mapping[str, Snapshot]
+    student: StudentMetrics | None
+    decoder: DecoderMetrics | None
+    mobile: Mapping[str, Any] | None
+    latencies: tuple[LatencyBreakdown, ...]
+
+    @classmethod
+    def read(cls, job: Job) -> CommittedRun:
+        """Open the tables and read the records of the run."""
+        mobile = read_json(job.url(f"mobile/{MANIFEST}"))
+        # Bundles of version 1 hold the decoder alone and have no variants to show.
+        current = mobile is not None and mobile.get("format") == FORMAT_VERSION
+        return cls(
+            job=job,
+            tables={
+                name: open_table(job.url(name)) for name in ("latents", "pairs") if is_table(job.url(name))
+            },
+            student=read_json(f"{job.url(job.recipe.distill.name)}/{METRICS}"),
+            decoder=read_json(job.url(f"decoder/{METRICS}")),
+            mobile=mobile if current else None,
+            latencies=_latencies(job),
+        )
+
+
+def read_json(url: str) -> Any:  # noqa: ANN401 - JSON values
+    """The content of a JSON file, or None if there is no such file."""
+    return json.loads(read_bytes(url)) if exists(url) else None
+
+
+def _latencies(job: Job) -> tuple[LatencyBreakdown, ...]:
+    """One of each latency file with whole UNets; a bare table, such as a phone's, has none."""
+    filesystem, folder = fsspec.core.url_to_fs(job.url("latency"))
+    names = sorted(PurePosixPath(path).name for path in filesystem.glob(f"{folder}/*.json"))
+    records = [json.loads(read_bytes(job.url(f"latency/{name}"))) for name in names]
+    return tuple(breakdown_of(record) for record in records if record.get("unets"))
