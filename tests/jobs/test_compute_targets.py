@@ -1,4 +1,4 @@
-"""TARGETS as a job: in both recipes, made from the run's LATENTS, and verified from them."""
+"""`jobs.compute_targets`: makes TARGETS from the run's LATENTS, which verify them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def made(tiny_teacher, tmp_path_factory):
     return out
 
 
-def test_every_latent_of_the_run_has_its_targets(made):
+def test_every_latent_has_its_targets(made):
     table = open_table(f"{made}/targets", kind="targets")
     assert (table.num_rows, len(table.units)) == (16, 4)
     rows = table.read(["id", "w"])
@@ -50,27 +50,27 @@ def test_units_state_the_version_of_latents(made):
         assert f'"version": {latents.version}' in record["made_by"]
 
 
-def test_the_table_is_verified_from_the_latents_beside_it(made, tiny_teacher, capsys):
+def test_the_table_is_verified_from_its_latents(made, tiny_teacher, capsys):
     arguments = options(tiny_teacher, made)[2:]
     assert verify_table.main([*arguments, "--set", "verification.units=4", f"{made}/targets"]) == 0
-    assert "4 units made again, 4 of them bit for bit" in capsys.readouterr().out
+    assert "4 units recomputed, 4 of them bit for bit" in capsys.readouterr().out
 
 
-def test_another_grid_is_refused_in_one_line(made, tiny_teacher, capsys):
+def test_another_grid_is_refused(made, tiny_teacher, capsys):
     arguments = [*options(tiny_teacher, made), "--set", "targets.teaching.k=4"]
     assert compute_targets.main(arguments) == 2
     assert "teaching.k is 2 there, 4 here; give a new table" in capsys.readouterr().err
 
 
-def test_without_latents_it_says_so(capsys, tmp_path):
+def test_without_latents_it_is_refused(capsys, tmp_path):
     assert compute_targets.main(["--out", str(tmp_path)]) == 2
     assert "latents holds no table" in capsys.readouterr().err
 
 
-def test_a_dry_run_says_what_it_would_do(capsys, tmp_path):
+def test_a_dry_run_shows_steps_and_guidance(capsys, tmp_path):
     assert compute_targets.main(["--dry-run", "--out", str(tmp_path / "run")]) == 0
     text = capsys.readouterr().out
-    assert "10 targets, of 8 steps of mini-v for 4, 50% of them guided at 1.0 to 6.0" in text
+    assert "of 8 steps of mini-v for 4, 50% of them guided at 1.0 to 6.0" in text
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""The job that downloads, on Ray."""
+"""`jobs.download_shards` on Ray."""
 
 from pathlib import Path
 
@@ -30,9 +30,8 @@ def test_shards_are_downloaded_on_ray_and_not_again(ray_cluster, tmp_path, capsy
         options = [word for key, value in settings.items() for word in ("--set", f"download.{key}={value}")]
         for _ in range(2):
             assert download_shards.main([*options, "--out", str(tmp_path / "run")]) == 0
-            said = capsys.readouterr().out
-            assert "7 rows: 5 pictures in 2 shards" in said
-            assert "refused: 1 repeated_url" in said
-            assert "failed: 1 gone" in said
+            output = capsys.readouterr().out
+            for line in ("7 rows: 5 images in 2 shards", "rejected: 1 repeated_url", "failed: 1 gone"):
+                assert line in output
         assert web.requests.total() == 6
     assert [shard.name for shard in list_shards(str(tmp_path / "run/shards"))] == ["00000", "00001"]

@@ -1,4 +1,4 @@
-"""From shards with copies to LATENTS without: the jobs, by their command lines."""
+"""Jobs from shards with copies to LATENTS without them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.tables.table import open_table
 
 @pytest.fixture
 def out(tmp_path, monkeypatch) -> Path:
-    """A run of two shards; a picture of the second is in the evaluation, and two copy the first."""
+    """A run of two shards; one image of the second is in the evaluation, and two copy the first shard."""
     for job in (encode_latents, find_duplicates):
         monkeypatch.setattr(job, "runner", lambda _cluster: in_process)
     monkeypatch.setattr(find_duplicates, "reader", lambda _cluster: read_shuffled(0))
@@ -26,23 +26,23 @@ def out(tmp_path, monkeypatch) -> Path:
     return tmp_path / "run"
 
 
-def words(out: Path, model: str, *settings: str) -> list[str]:
+def options(out: Path, model: str, *settings: str) -> list[str]:
     named = (f"model={model}", "latents.images.min_side=8", *settings)
     return ["--out", str(out), *(word for setting in named for word in ("--set", setting))]
 
 
-def test_copies_and_evaluated_pictures_are_counted_refused_and_verified(out, tiny_teacher, capsys):
-    judged_by = f'deduplication.evaluation.pictures=["{out.parent}/val2014"]'
-    settings = words(out, tiny_teacher, "deduplication.use=true", judged_by)
+def test_copies_are_counted_rejected_and_verified(out, tiny_teacher, capsys):
+    evaluation = f'deduplication.evaluation.pictures=["{out.parent}/val2014"]'
+    settings = options(out, tiny_teacher, "deduplication.use=true", evaluation)
     assert find_duplicates.main([*settings, "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert f"would read {out.parent}/val2014 of the evaluation" in told
-    assert f"would judge rows into {out}/duplicates (a new table)" in told
+    output = capsys.readouterr().out
+    assert f"would read {out.parent}/val2014 of the evaluation" in output
+    assert f"into {out}/duplicates (does not exist yet)" in output
     assert find_duplicates.main(settings) == 0
-    told = capsys.readouterr().out
-    assert "the evaluation: 2 rows, none rejected" in told
-    assert "6 rows, 3 (1 evaluation_image, 1 duplicate_image, 1 near_duplicate_image) refused" in told
-    assert "3 of them, 50.0%, copy nothing" in told
+    output = capsys.readouterr().out
+    assert "evaluation: 2 rows, none rejected" in output
+    assert "6 rows, 3 rejected (1 evaluation_image, 1 duplicate_image, 1 near_duplicate_image)" in output
+    assert "3 of them, 50.0%" in output
     assert encode_latents.main(settings) == 0
     assert open_table(str(out / "latents")).num_rows == 3
     assert {one["id"][-3:]: one["reason"] for one in open_table(str(out / "latents")).rejected_rows()} == {
@@ -55,23 +55,23 @@ def test_copies_and_evaluated_pictures_are_counted_refused_and_verified(out, tin
     assert "its round is made as a whole" in capsys.readouterr().out
 
 
-def test_latents_that_refuse_copies_want_verdicts_on_the_same_rows(out, tiny_teacher, capsys):
-    use = words(out, tiny_teacher, "deduplication.use=true")
+def test_latents_need_verdicts_on_the_same_rows(out, tiny_teacher, capsys):
+    use = options(out, tiny_teacher, "deduplication.use=true")
     assert encode_latents.main(use) == 2
     assert "run jobs.find_duplicates first" in capsys.readouterr().err
     assert find_duplicates.main(use) == 0
-    other = words(out, tiny_teacher, "deduplication.use=true", "latents.selection.min_caption_chars=3")
+    other = options(out, tiny_teacher, "deduplication.use=true", "latents.selection.min_caption_chars=3")
     assert encode_latents.main(other) == 2
     assert "selection.min_caption_chars is null there, 3 here" in capsys.readouterr().err
-    for differing, told in (
+    for differing, message in (
         ('deduplication.evaluation.captions=["list.txt"]', "evaluation is null there"),
         ('deduplication.against=["/elsewhere"]', 'against is [] there, ["/elsewhere"] here'),
         ("deduplication.max_hamming=null", "max_hamming is 4 there, null here"),
         ("deduplication.table=others", "others is not there"),
     ):
         assert encode_latents.main([*use, "--set", differing]) == 2
-        assert told in capsys.readouterr().err
-    assert encode_latents.main(words(out, tiny_teacher)) == 0
+        assert message in capsys.readouterr().err
+    assert encode_latents.main(options(out, tiny_teacher)) == 0
     assert open_table(str(out / "latents")).num_rows == 6
     assert encode_latents.main(use) == 2
     assert "latents was made with other settings: duplicates is null there" in capsys.readouterr().err

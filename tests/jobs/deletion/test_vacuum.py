@@ -1,4 +1,4 @@
-"""Cleaning up: what nobody reads goes; what somebody reads, or may commit, stays."""
+"""`jobs.vacuum`: deletes files that nobody reads, keeps those that are read or may be committed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.tables.table import open_table
 
 
 def age(folder: Path) -> None:
-    """Make every file look two hours old."""
+    """Set the modification time of every file to two hours ago."""
     then = time.time() - 7200
     for path in folder.rglob("*"):
         if path.is_file():
@@ -35,7 +35,7 @@ def cleaned(run: Path, *options: str) -> int:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run with a table of which a file was replaced, and one is torn."""
+    """A run with a table with one replaced and one torn file."""
     url = str(tmp_path / "latents")
     synthetic_units.run(url)
     assert replace_units(url, [without_first_row(open_table(url).units[0])])
@@ -44,24 +44,23 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_nothing_goes_unless_it_is_asked_and_then_what_nobody_reads(run: Path, capsys):
+def test_only_delete_removes_the_unread_files(run: Path, capsys):
     before, rows = data_files(run), open_table(str(run / "latents")).read()
     assert cleaned(run) == 0
-    said = capsys.readouterr().out
-    assert "4 files to delete" in said
-    assert "(1 replaced, 2 sibling, 1 torn)" in said
-    assert "nothing was deleted; --delete does it" in said
+    output = capsys.readouterr().out
+    assert "4 files to delete" in output
+    assert "(1 replaced, 2 sibling, 1 torn)" in output
+    assert "nothing was deleted" in output
     assert data_files(run) == before
     assert cleaned(run, "--delete") == 0
     assert before - data_files(run) == {"s-000000-000004.parquet", ".s-000099.parquet.abc"}
     assert open_table(str(run / "latents")).read().equals(rows)
     capsys.readouterr()
     assert cleaned(run) == 0
-    assert "latents, version" in (said := capsys.readouterr().out)
-    assert "nothing to delete" in said
+    assert "nothing to delete" in capsys.readouterr().out
 
 
-def test_a_version_that_a_lease_is_held_on_stays_whole(run: Path, capsys):
+def test_a_leased_version_stays_whole(run: Path, capsys):
     table = open_table(str(run / "latents"))
     older = open_table(table.url, version=table.version - 1)
     rows = older.read()
@@ -74,24 +73,24 @@ def test_a_version_that_a_lease_is_held_on_stays_whole(run: Path, capsys):
     assert "s-000000-000004.parquet" not in data_files(run)
 
 
-def test_a_training_that_was_killed_finds_its_version(run: Path, capsys):
+def test_the_version_of_a_killed_training_stays(run: Path, capsys):
     table = open_table(str(run / "latents"))
     older = open_table(table.url, version=table.version - 1)
     begun = {"identity": {"latents": {"identity": older.lineage()["identity"], "version": older.version}}}
     (run / "student.training").mkdir()
     (run / "student.training" / "begun.json").write_text(json.dumps(begun))
     assert cleaned(run, "--delete") == 0
-    assert "kept for the training student, which has not ended" in capsys.readouterr().out
+    assert "kept for the training student, which has not finished" in capsys.readouterr().out
     assert "s-000000-000004.parquet" in data_files(run)
-    # What has ended reads no more.
+    # A finished training reads no more.
     (run / "student").mkdir()
     (run / "student" / "metrics.json").write_text(json.dumps(begun))
     assert cleaned(run, "--delete") == 0
     assert "s-000000-000004.parquet" not in data_files(run)
 
 
-def test_what_may_still_be_committed_stays(run: Path):
-    # Young files, and whole files of units that a killed job did not come to commit.
+def test_files_that_may_be_committed_stay(run: Path):
+    # Young files, and whole files of units that a killed job had not yet committed.
     fresh = run / "latents" / ".s-000200.parquet.def"
     fresh.write_bytes(b"being written")
     waiting = run / "latents" / "s-000022-000026.parquet"
@@ -101,7 +100,7 @@ def test_what_may_still_be_committed_stays(run: Path):
     assert {fresh.name, waiting.name} <= data_files(run)
 
 
-def test_what_a_version_that_cannot_be_opened_needs_is_not_guessed(run: Path, capsys):
+def test_a_leased_version_that_cannot_be_opened_is_an_error(run: Path, capsys):
     before, table = data_files(run), open_table(str(run / "latents"))
     with read_lease(table.url, version=table.version + 5, purpose="a training"):
         assert cleaned(run, "--delete") != 0

@@ -1,4 +1,4 @@
-"""`jobs.encode_latents --dry-run` on a sample, and what encoding says of bounds, in its own words."""
+"""Preview of a selection by `jobs.encode_latents --dry-run`, compared with what encoding finds."""
 
 import io
 from pathlib import Path
@@ -30,7 +30,7 @@ def jpeg(shade: int, *, width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-def picture(number: int) -> ShardRow:
+def shard_row(number: int) -> ShardRow:
     """Widths 40, 44, ...; scores 4.0, 4.1, ...; every tenth row was not downloaded, every 25th is broken."""
     metadata = {"aesthetic": 4.0 + number % 40 / 10, "NSFW": "UNLIKELY" if number % 4 else "UNSURE"}
     url = f"https://{'bad' if number % 20 == 3 else 'good'}.example/{number}.jpg"
@@ -52,12 +52,12 @@ def picture(number: int) -> ShardRow:
 def write_shards(folder: Path, *, shards: int, rows: int) -> None:
     for index in range(shards):
         numbers = range(index * rows, (index + 1) * rows)
-        write_shard(str(folder), map(picture, numbers), index=index, rows_per_shard=rows)
+        write_shard(str(folder), map(shard_row, numbers), index=index, rows_per_shard=rows)
 
 
 def preview(capsys: pytest.CaptureFixture[str], out: Path, *settings: str) -> list[str]:
-    words = [word for setting in settings for word in ("--set", setting)]
-    assert encode_latents.main(["--dry-run", "--out", str(out), *words]) == 0
+    options = [option for setting in settings for option in ("--set", setting)]
+    assert encode_latents.main(["--dry-run", "--out", str(out), *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     return lines[next(n for n, line in enumerate(lines) if line.startswith("would encode")) :]
 
@@ -91,43 +91,41 @@ def test_a_preview_of_all_rows_is_a_table(tmp_path: Path, capsys: pytest.Capture
     assert max(map(len, lines[1:])) <= 100
     counted = {line.split()[0]: int(line.split()[1]) for line in lines[6 : 6 + len(OUTCOMES)]}
     assert counted == OUTCOMES
-    # The document shows this very table; of a broken picture Pillow says what its version says.
-    shown = [line for line in lines[2:] if not line.startswith("broken_image")]
-    told = [line for line in DOCUMENT.read_text().splitlines() if not line.startswith("broken_image")]
-    place = told.index(shown[0])
-    assert told[place : place + len(shown)] == shown
+    # The document shows this table; only the message for a broken image depends on Pillow's version.
+    table = [line for line in lines[2:] if not line.startswith("broken_image")]
+    document = [line for line in DOCUMENT.read_text().splitlines() if not line.startswith("broken_image")]
+    start = document.index(table[0])
+    assert document[start : start + len(table)] == table
     assert sorted(path.name for path in tmp_path.iterdir()) == ["domains.txt", "shards"]
 
 
-def test_encoding_finds_what_the_preview_told(
+def test_encoding_finds_what_the_preview_showed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shards(tmp_path / "shards", shards=2, rows=100)
     domains = tmp_path / "domains.txt"
     domains.write_text("# comment\nbad.example\n")
     settings = (*BOUNDED, f"source.blocklists.domains={domains}", "latents.bounds.max_rejected=0.9")
-    told = preview(capsys, tmp_path, *settings)[-1]
+    size = preview(capsys, tmp_path, *settings)[-1]
     monkeypatch.setattr(encode_latents, "runner", lambda cluster: in_process)
-    words = [word for setting in settings for word in ("--set", setting)]
-    assert encode_latents.main(["--out", str(tmp_path), *words]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert [line.strip() for line in said if "refuses nothing" in line] == [
-        "latents.selection.max_watermark refuses nothing here: there is no column pwatermark, watermark_score"
-    ]
+    options = [option for setting in settings for option in ("--set", setting)]
+    assert encode_latents.main(["--out", str(tmp_path), *options]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "max_watermark rejects" in line]
+    assert "pwatermark, watermark_score" in line
     table = open_table(str(tmp_path / "latents"))
     assert {"kept": table.num_rows, **total_rejected(list(table.manifests().values()))} == OUTCOMES
     groups = [pq.read_metadata(file.path).row_group(0) for file in table.units]
     columns = sum(group.column(n).total_compressed_size for group in groups for n in range(group.num_columns))
-    assert float(told.split()[3]) * 1000 == pytest.approx(columns, rel=0.15)
-    # Another list makes other rows, and the table says so; the same list in other words does not.
+    assert float(size.split()[3]) * 1000 == pytest.approx(columns, rel=0.15)
+    # The same list in another form is accepted; another list would make other rows.
     domains.write_text("*.BAD.example.\n")
-    assert encode_latents.main(["--out", str(tmp_path), *words]) == 0
+    assert encode_latents.main(["--out", str(tmp_path), *options]) == 0
     domains.write_text("bad.example\nworse.example\n")
-    assert encode_latents.main(["--out", str(tmp_path), *words]) == 2
+    assert encode_latents.main(["--out", str(tmp_path), *options]) == 2
     assert "blocklists.domains is" in capsys.readouterr().err
 
 
-def look(shards: Path, *, rows: int, selection: Selection) -> Any:
+def sampled(shards: Path, *, rows: int, selection: Selection) -> Any:
     return preview_shards(
         list_shards(str(shards)),
         rows=rows,
@@ -138,32 +136,32 @@ def look(shards: Path, *, rows: int, selection: Selection) -> Any:
     )
 
 
-def test_a_sample_is_spread_over_shards_and_holds_its_share_of_failed_rows(tmp_path: Path) -> None:
+def test_a_sample_is_spread_over_shards(tmp_path: Path) -> None:
     write_shards(tmp_path, shards=20, rows=50)
-    looked = look(tmp_path, rows=200, selection=Selection())
-    assert (looked.rows, looked.places) == (200, 8)
+    sample = sampled(tmp_path, rows=200, selection=Selection())
+    assert (sample.rows, sample.places) == (200, 8)
     # Every tenth row failed, and every 25th of the others is broken.
-    assert 16 <= looked.refused["download_failed"].rows <= 24
-    assert looked.kept + sum(refused.rows for refused in looked.refused.values()) == 200
-    assert look(tmp_path, rows=3, selection=Selection()).places == 3
-    assert look(tmp_path, rows=10_000, selection=Selection()).rows == 400
+    assert 16 <= sample.refused["download_failed"].rows <= 24
+    assert sample.kept + sum(refused.rows for refused in sample.refused.values()) == 200
+    assert sampled(tmp_path, rows=3, selection=Selection()).places == 3
+    assert sampled(tmp_path, rows=10_000, selection=Selection()).rows == 400
 
 
-def test_of_how_many_rows_is_not_known_without_sidecars(
+def test_the_number_of_rows_is_unknown_without_sidecars(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_shards(tmp_path / "shards", shards=3, rows=10)
     (tmp_path / "shards" / "00001.parquet").unlink()
     lines = preview(capsys, tmp_path)
-    assert "looked at 30 rows, in 3 of 3 shards" not in lines
-    assert lines[2] == "looked at 29 rows, in 3 of 3 shards"
-    assert lines[-1] == "how many rows there are is not known: 1 shards have no sidecar"
+    assert lines[2] == "sampled 29 rows, from 3 of 3 shards"
+    assert lines[-1] == "the number of rows is unknown: 1 shards have no sidecar"
 
 
 def test_an_unknown_model_leaves_the_size_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(tmp_path / "shards", shards=1, rows=5)
     lines = preview(capsys, tmp_path, "model=/no/such/folder")
-    assert lines[-1].startswith("their size is not known: there is no model folder '/no/such/folder'")
+    assert lines[-1].startswith("their size is unknown: ")
+    assert "/no/such/folder" in lines[-1]
 
 
 def test_url_lists_are_previewed_while_there_are_no_shards(
@@ -174,7 +172,7 @@ def test_url_lists_are_previewed_while_there_are_no_shards(
     settings = (f"download.links={tmp_path}/lists", "latents.selection.min_width=250")
     lines = preview(capsys, tmp_path, *settings)
     assert lines[2:10] == [
-        "looked at 12 rows of 12, in 1 of 1 lists",
+        "sampled 12 rows of 12, from 1 of 1 lists",
         "layout: LAION-Aesthetics V2, read by URL and TEXT",
         "",
         "                     rows   share  for example",
@@ -194,17 +192,17 @@ def test_a_sample_of_links_is_spread_over_each_list(tmp_path: Path) -> None:
         {"URL": [f"http://a/{n}" for n in range(rows)], "TEXT": ["x"] * rows, "WIDTH": range(1, rows + 1)}
     )
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=10_000)
-    looked = preview_links(
+    sample = preview_links(
         list_links(str(tmp_path)), rows=80, columns=LinkSettings(), selection=Selection(min_width=50_001)
     )
-    assert (looked.rows, looked.kept) == (80, 40)
-    assert sorted(looked.measures["width"])[::10] == [*range(1, rows, 12_500)]
+    assert (sample.rows, sample.kept) == (80, 40)
+    assert sorted(sample.measures["width"])[::10] == [*range(1, rows, 12_500)]
 
 
-def test_nothing_to_look_at_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert preview(capsys, tmp_path / "run")[-1] == (
-        f"there is nothing to look at yet: no shards at {tmp_path}/run/shards, and download.links is not set"
-    )
+def test_without_shards_and_lists_nothing_is_sampled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"no shards at {tmp_path}/run/shards" in preview(capsys, tmp_path / "run")[-1]
     assert encode_latents.main(["--dry-run", "--set", f"source.url={tmp_path}/none"]) == 2
     assert "no shards at" in capsys.readouterr().err
 
@@ -234,7 +232,7 @@ def test_a_size_that_the_model_cannot_take_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_shards(tmp_path / "shards", shards=1, rows=10)
-    words = ["--dry-run", "--out", str(tmp_path), "--set", "latents.images.size=30"]
-    assert encode_latents.main(words) == 2
+    options = ["--dry-run", "--out", str(tmp_path), "--set", "latents.images.size=30"]
+    assert encode_latents.main(options) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("encode_latents: latents.images.size is 30; multiples of 16 are accepted")
