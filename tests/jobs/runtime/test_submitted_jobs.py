@@ -279,7 +279,7 @@ SUBMISSIONS = (
         'download.fetching.private_networks=["127.0.0.1"]',
         "download.fetching.threads=2",
         leaves=("downloaded/00000.tar",),
-        says="5 pictures in 2 shards",
+        says="5 images in 2 shards",
     ),
     job(
         "top_up",
