@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare_chance(job: Job) -> None:
     """Train and score the architectures, unless that is done, and write the metrics."""
     model = job.resolve(job.recipe.evolution.begin)
-    settings = job.recipe.chance
+    settings = job.recipe.random_baseline
     training = resolve_training(settings.training, job)
     baseline = RandomBaseline(
         settings=settings.model_copy(update={"training": training}),
@@ -62,7 +62,7 @@ def describe_reading(values: Mapping[str, float]) -> str:
 
 def preview(job: Job) -> list[str]:
     """Describe what would be trained and sampled."""
-    settings = job.recipe.chance
+    settings = job.recipe.random_baseline
     loop, evaluation = settings.training.loop, settings.evaluation
     return [
         f"would train {settings.count} random architectures and that of {job.url('evolution')} for "

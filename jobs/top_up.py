@@ -1,4 +1,4 @@
-"""Append to LATENTS, PAIRS or TARGETS what is not done yet, within an allowance: for a schedule.
+"""Append to LATENTS, PAIRS or TARGETS within a quota, as a scheduled job.
 
 Give the job: encode_latents, generate_pairs or compute_targets. What it has not done are shards that came,
 captions, or draws, as its own settings ask for. It has the table's turn while it works: if that is another's,
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def top_up(job: Job) -> None:
-    """Take the turn, and let the step work within the allowance."""
+    """Take the turn, and run the step within the quota."""
     step, table = _step(job), table_of(job)
     before = open_table(table).num_rows if is_table(table) else 0
     try:
@@ -60,10 +60,10 @@ def top_up(job: Job) -> None:
 
 
 def within_quota(job: Job) -> Job:
-    """The same job, its step bound by the recipe's allowance."""
+    """The same job, with its step bounded by the recipe's quota."""
     setting = _step(job).setting
     settings = getattr(job.recipe, setting)
-    bounded = settings.model_copy(update={"bounds": job.recipe.allowance.bound(settings.bounds)})
+    bounded = settings.model_copy(update={"bounds": job.recipe.quota.bound(settings.bounds)})
     return replace(job, verb=job.target, recipe=job.recipe.model_copy(update={setting: bounded}))
 
 
@@ -75,9 +75,9 @@ def table_of(job: Job) -> str:
 
 def preview(job: Job) -> list[str]:
     """What the step would do, and how far."""
-    allowance = job.recipe.allowance
-    bounds = [f"{allowance.rows} rows"] if allowance.rows is not None else []
-    bounds += [format_duration(allowance.seconds)] if allowance.seconds is not None else []
+    quota = job.recipe.quota
+    bounds = [f"{quota.rows} rows"] if quota.rows is not None else []
+    bounds += [format_duration(quota.seconds)] if quota.seconds is not None else []
     return [*_step(job).preview(job), f"in this run at most {' or '.join(bounds) or 'all of it'}"]
 
 

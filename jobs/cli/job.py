@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.recipes.recipe import Recipe
 from jobs.recipes.registry import RECIPES, recipe_named
+from jobs.recipes.renamed import refuse_renamed
 from jobs.runtime.arguments import OneLineParser
 from jobs.runtime.credentials import apply_storage
 from jobs.runtime.exit_codes import run_guarded
@@ -131,6 +132,7 @@ def resolve_recipe(name: str, assignments: Sequence[str]) -> Recipe:
     """
     recipe = recipe_named(name)
     try:
+        refuse_renamed(assignments)
         return recipe.with_values(assignments)
     except SettingsError as error:
         raise SettingsError(f"--set {without_secret(error)}") from None

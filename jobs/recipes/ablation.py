@@ -1,4 +1,4 @@
-"""What `jobs.ablate` compares: students, and panels of lines that they are drawn in. SnapFusion Fig. 6, 7.
+"""Settings of the ablations: students, and panels of lines that compare them. SnapFusion Fig. 6, 7.
 
 The paper's students take 8 steps and learn from 16. On the miniature 8 steps are hardly worse than 50
 (docs/miniature/sweep.json), so most panels halve the steps once more: 4 from 8.
@@ -19,12 +19,12 @@ Guidance = Annotated[float, Field(ge=1.0)]
 
 
 class StudentVariant(Settings):
-    """A student, trained once for each seed; what is not said here is as `Recipe.distill` says.
+    """A student, trained once for each seed; everything else is as in `Recipe.distill`.
 
     Attributes:
         name: of its folders.
-        steps: what it learns; null for the control, which is trained as long on L_ori alone (Eq. 6).
-        after: the variant that is its teacher and its first weights; null takes the model for both.
+        steps: its distillation; null for the control, which is trained as long on L_ori alone (Eq. 6).
+        after: the variant that is its teacher and gives its initial weights; null takes the model for both.
     """
 
     name: str = Field(pattern=_NAME)
@@ -37,7 +37,7 @@ class Line(Settings):
 
     Attributes:
         name: in the legend.
-        variant: the student that draws it, one line for each seed; null for the model as it is.
+        variant: the student, one line for each seed; null for the undistilled model.
         steps: DDIM steps.
     """
 
@@ -47,7 +47,7 @@ class Line(Settings):
 
     @property
     def sampler(self) -> Sampler:
-        """DDIM, at the line's steps."""
+        """DDIM with the line's steps."""
         return Sampler(solver="ddim", steps=self.steps)
 
 
@@ -56,13 +56,13 @@ class Panel(Settings):
 
     Attributes:
         name: of its files, by the paper's figure.
-        title: what it shows.
+        title: of the chart.
         lines: in order of the legend.
-        baseline: the line of few steps without distillation, which the others are held against.
-        many: the line of many steps, to which the gap is closed, and which CLIP is read against at equal FID.
-        control: the line of a control, against which students are held too; null for none.
+        baseline: the undistilled line of few steps, with which the others are compared.
+        many: the undistilled line of many steps, at the far end of the gap and the reference at equal FID.
+        control: the line of a control, with which students are compared too; null for none.
         seeds: of training; lines without a student have none.
-        gap_at: guidance scales at which the gap is read.
+        gap_at: guidance scales at which the gap is measured.
     """
 
     name: str = Field(pattern=_NAME)
@@ -76,15 +76,15 @@ class Panel(Settings):
 
 
 class AblationSettings(Settings):
-    """All students and panels.
+    """Settings of all students and panels.
 
     Attributes:
-        model: the source that students are made from, which predicts v.
-        variants: students; each comes after the one it learns from.
-        panels: what is drawn, in this order.
-        only: names of the panels to draw now; empty for all.
-        most_seeds: fewer seeds than panels ask for, for a first look.
-        pictures_at: guidance of the pictures that are shown.
+        model: source of the v-prediction model that students start from.
+        variants: students, each after the one it starts from.
+        panels: in order of the page.
+        only: names of the panels to make now; empty for all.
+        most_seeds: upper bound on the seeds of every panel, for a first look.
+        pictures_at: guidance of the images that are shown.
     """
 
     model: str = "mini-v"
@@ -99,9 +99,7 @@ class AblationSettings(Settings):
         known: set[str] = set()
         for variant in self.variants:
             if variant.after is not None and variant.after not in known:
-                raise ValueError(
-                    f"variant {variant.name} comes after {variant.after!r}, which is not before it"
-                )
+                raise ValueError(f"variant {variant.name}: after={variant.after!r} is no earlier variant")
             known.add(variant.name)
         for panel in self.panels:
             for line in panel.lines:
@@ -112,33 +110,33 @@ class AblationSettings(Settings):
                 raise ValueError(f"panel {panel.name}: there is no line {panel.control!r}")
             for name in (panel.baseline, panel.many):
                 if name not in lines or lines[name].variant is not None:
-                    raise ValueError(f"panel {panel.name}: {name!r} is not a line of the model as it is")
+                    raise ValueError(f"panel {panel.name}: {name!r} is not a line of the undistilled model")
         if unknown := sorted(set(self.only) - {panel.name for panel in self.panels}):
             names = ", ".join(panel.name for panel in self.panels)
-            raise ValueError(f"there is no panel {unknown[0]!r}; there are {names}")
+            raise ValueError(f"only: there is no panel {unknown[0]!r}; accepted are {names}")
         return self
 
     @property
     def chosen(self) -> tuple[Panel, ...]:
-        """The panels to draw now."""
+        """Panels to make now."""
         return tuple(panel for panel in self.panels if not self.only or panel.name in self.only)
 
     def seeds_of(self, panel: Panel) -> range:
-        """The training seeds of a panel."""
+        """Training seeds of a panel."""
         return range(min(panel.seeds, self.most_seeds or panel.seeds))
 
     def lineage(self, name: str) -> list[StudentVariant]:
-        """A variant and those that it comes after, the first of them first."""
+        """A variant and all that it starts from, the earliest first."""
         variant = next(variant for variant in self.variants if variant.name == name)
         return [*(self.lineage(variant.after) if variant.after is not None else []), variant]
 
 
 def contender_name(line: Line, seed: int) -> str:
-    """What a line of one seed is called; without a student there is one line for all seeds."""
+    """Name of a line of one seed; the undistilled model has one line for all seeds."""
     return line.name if line.variant is None else f"{line.name}-seed{seed}"
 
 
 def table_name(line: Line, seed: int) -> str:
-    """The table that a line of one seed is drawn into; panels whose lines differ by name only share it."""
+    """Table of the samples of a line of one seed, shared by lines that differ in name only."""
     student = "undistilled" if line.variant is None else f"{line.variant}-seed{seed}"
     return f"{student}-{line.steps}"

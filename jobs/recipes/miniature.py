@@ -36,16 +36,12 @@ from snapfusion.export.settings import Licence, MobileSettings
 from snapfusion.training.settings import CfgRange, LoopSettings, SkipSettings, StepDistillationSettings
 
 _FEW_STEPS, _MANY_STEPS = 4, 50
-
-
 _WIDE = CfgRange(low=1.0, high=6.0)
-
-
 _NARROW = CfgRange(low=1.0, high=4.0)
 
 
 def miniature_ablation() -> AblationSettings:
-    """Fig. 6(a-d) and 7(a-c) for the miniature, whose useful range of w is [1, 6] in place of [2, 14]."""
+    """Fig. 6(a-d) and 7(a-c) for the miniature, whose useful range of w is [1, 6] instead of [2, 14]."""
     return AblationSettings(
         variants=(
             StudentVariant(name="control"),
@@ -69,9 +65,9 @@ def miniature_ablation() -> AblationSettings:
             _variant("progressive-16", p=0.0, student_steps=16),
             _variant("progressive-8", p=0.0, student_steps=8, after="progressive-16"),
             _variant("progressive-4", p=0.0, after="progressive-8"),
-            _variant("told-16", p=1.0, student_steps=16, told=True),
-            _variant("told-8", p=1.0, student_steps=8, told=True, after="told-16"),
-            _variant("told-4", p=1.0, told=True, after="told-8"),
+            _variant("w-cond-16", p=1.0, student_steps=16, w_conditioned=True),
+            _variant("w-cond-8", p=1.0, student_steps=8, w_conditioned=True, after="w-cond-16"),
+            _variant("w-cond-4", p=1.0, w_conditioned=True, after="w-cond-8"),
         ),
         panels=(
             Panel(
@@ -158,11 +154,11 @@ def miniature_ablation() -> AblationSettings:
             ),
             Panel(
                 name="6b",
-                title="Told w, and guided",
+                title="w-conditioned and guided",
                 lines=_lines(
-                    Line(name="told-16", variant="told-16", steps=16),
-                    Line(name="told-8", variant="told-8", steps=8),
-                    Line(name="told-4", variant="told-4", steps=_FEW_STEPS),
+                    Line(name="w-cond-16", variant="w-cond-16", steps=16),
+                    Line(name="w-cond-8", variant="w-cond-8", steps=8),
+                    Line(name="w-cond-4", variant="w-cond-4", steps=_FEW_STEPS),
                     Line(name="mixed", variant="mixed", steps=_FEW_STEPS),
                 ),
                 baseline="undistilled-4",
@@ -180,7 +176,7 @@ def _variant(
     constant: bool = False,
     student_steps: int = _FEW_STEPS,
     k: int = 2,
-    told: bool = False,
+    w_conditioned: bool = False,
     after: str | None = None,
 ) -> StudentVariant:
     return StudentVariant(
@@ -193,7 +189,7 @@ def _variant(
             cfg_range=cfg_range,
             gamma=gamma,
             gamma_rule="constant" if constant else "dynamic",
-            w_conditioned=told,
+            w_conditioned=w_conditioned,
         ),
     )
 
@@ -203,7 +199,7 @@ def _line(name: str, *, steps: int = _FEW_STEPS) -> Line:
 
 
 def _lines(*students: Line) -> tuple[Line, ...]:
-    """The model's many and few steps, and then these."""
+    """Lines of the undistilled model with many and few steps, followed by `students`."""
     return (
         Line(name="teacher-50", steps=_MANY_STEPS),
         Line(name="undistilled-4", steps=_FEW_STEPS),
@@ -212,7 +208,7 @@ def _lines(*students: Line) -> tuple[Line, ...]:
 
 
 def mini() -> Recipe:
-    """The bundled miniature, every stage real, on two cores in minutes."""
+    """Every stage on the bundled miniature, on two cores in minutes."""
     return Recipe(
         name="mini",
         model="mini",
@@ -230,14 +226,12 @@ def mini() -> Recipe:
         ),
         targets=TargetsSettings(
             # The miniature's useful range of w is narrower than SD-v1.5's.
-            teaching=TeacherSettings(
-                student_steps=4, k=2, cfg_range=CfgRange(low=1.0, high=6.0), batch_size=32
-            ),
+            teaching=TeacherSettings(student_steps=4, k=2, cfg_range=_WIDE, batch_size=32),
             draws=10,
             cfg_probability=0.5,
             teachers=Pool(actors=2, cpus=0.5),
         ),
-        # With 0.2 the loss of a whole group of blocks costs a third of what it costs a model trained plainly
+        # With 0.2, removing a group of blocks costs a third of what it costs without robust training
         # (docs/efficient_unet.md).
         robust=RobustSettings(
             begin="mini-v",
@@ -265,7 +259,7 @@ def mini() -> Recipe:
                 trainer=TrainerSettings(micro_batch=64),
             ),
         ),
-        chance=RandomBaselineSettings(
+        random_baseline=RandomBaselineSettings(
             training=VpredSettings(
                 loop=_fine_tuning_loop(num_steps=400), trainer=TrainerSettings(micro_batch=64)
             ),
@@ -275,22 +269,20 @@ def mini() -> Recipe:
                 references=ReferencesSettings(count=4_000),
             ),
         ),
-        # At 8 steps the miniature is hardly worse than at 50; at 4 there is something to learn.
+        # With 8 steps the miniature is hardly worse than with 50; with 4 there is something to distil.
         distill=DistillSettings(
             name="student",
             teacher="mini-v",
             student=EFFICIENT_MODEL,
-            steps=StepDistillationSettings(
-                student_steps=4, k=2, cfg_probability=0.5, cfg_range=CfgRange(low=1.0, high=6.0)
-            ),
+            steps=StepDistillationSettings(student_steps=4, k=2, cfg_probability=0.5, cfg_range=_WIDE),
             loop=LoopSettings(
                 num_steps=200, global_batch=32, learning_rate=3e-4, warmup_steps=20, ema_decay=0.98
             ),
             trainer=TrainerSettings(micro_batch=32, curve_every=5),
         ),
-        # Half the steps at a time, from the bundled model that predicts v: 8 are hardly worse than 50.
-        plan="halving",
-        plans={
+        # From the bundled v-prediction model, whose 8 steps are hardly worse than 50.
+        schedule="halving",
+        schedules={
             "halving": (
                 DistillationStage(name="student-8", teacher="mini-v", student="mini-v", student_steps=8),
                 DistillationStage(
@@ -316,20 +308,20 @@ def mini() -> Recipe:
                 data="Apache-2.0 (scenes drawn by this repository)",
             ),
         ),
-        # 1.00 on the 512 pictures of the demo (metrics.json, "oracle").
+        # Measured 1.00 on the 512 images of the demo (metrics.json, "oracle").
         oracle_floor=0.95,
     )
 
 
 def _fine_tuning_loop(*, num_steps: int) -> LoopSettings:
-    """The optimizer's settings for a miniature that is trained on."""
+    """Loop settings for further training of a miniature."""
     return LoopSettings(
         num_steps=num_steps, global_batch=64, learning_rate=5e-4, warmup_steps=50, ema_decay=0.99
     )
 
 
 def ablation() -> Recipe:
-    """The ablations of Fig. 6 and 7 on the miniature: hours of two cores, in as many sittings as wanted."""
+    """The ablations of Fig. 6 and 7 on the miniature: hours of two cores, which can be interrupted."""
     base = mini()
     latents = base.latents.model_copy(update={"rows_per_unit": 128})
     distill = base.distill.model_copy(
@@ -358,17 +350,17 @@ def ablation() -> Recipe:
 
 
 def mini_efficient() -> Recipe:
-    """Table 3's twin of the miniature: its students of fewer steps (Fig. 4), by both decoders (Fig. 8)."""
+    """The miniature with Table 3's UNet: students of fewer steps (Fig. 4), with both decoders (Fig. 8)."""
     base = ablation()
 
-    def of(name: str, *, steps: int, made: str = "", decoder: str | None = None) -> Contender:
+    def contender(name: str, *, steps: int, folder: str = "", decoder: str | None = None) -> Contender:
         return Contender(
-            name=name, model=f"run:{made or name}/model", sampler=Sampler(steps=steps), decoder=decoder
+            name=name, model=f"run:{folder or name}/model", sampler=Sampler(steps=steps), decoder=decoder
         )
 
     return base.model_copy(
         update={
-            "name": "twin",
+            "name": "mini-efficient",
             "efficient": EfficientSettings(
                 begin="mini-v",
                 training=VpredSettings(
@@ -376,13 +368,13 @@ def mini_efficient() -> Recipe:
                 ),
             ),
             "captions": CaptionsSettings(limit=512),
-            "plan": "staged",
+            "schedule": "staged",
             "evaluation": EvaluationSettings(
                 contenders=(
-                    of("twin-8", steps=8, made="efficient"),
-                    of("twin-16", steps=16, made="efficient"),
-                    *(of(f"{plan}-8", steps=8) for plan in ("vanilla", "self", "plain", "staged")),
-                    of("staged-8-half", steps=8, made="staged-8", decoder="run:decoder"),
+                    contender("twin-8", steps=8, folder="efficient"),
+                    contender("twin-16", steps=16, folder="efficient"),
+                    *(contender(f"{name}-8", steps=8) for name in ("vanilla", "self", "plain", "staged")),
+                    contender("staged-8-half", steps=8, folder="staged-8", decoder="run:decoder"),
                 ),
                 baseline="twin-8",
                 also_against=("staged-8",),

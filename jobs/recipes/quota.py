@@ -1,4 +1,4 @@
-"""What one scheduled run may do: rows, minutes, or what they cost."""
+"""Quota of one scheduled run: rows, minutes, or their cost."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from snapfusion.settings import Settings
 
 
 class Quota(Settings):
-    """Bounds of one run of `jobs.top_up`; the first that is met ends it. None: no bound.
+    """Bounds of one run of `jobs.top_up`, which ends at the first one reached; None is no bound.
 
     Attributes:
-        rows: to be read, rounded up to whole units.
-        minutes: of work, from when the cluster is asked for it.
+        rows: to read, rounded up to whole units.
+        minutes: of work, from its submission to the cluster.
         budget: in the currency of `price_per_hour`.
-        price_per_hour: of everything that runs meanwhile; it turns the budget into minutes.
+        price_per_hour: of everything that runs meanwhile; converts the budget into minutes.
     """
 
     rows: int | None = Field(None, ge=1)
@@ -28,19 +28,17 @@ class Quota(Settings):
     @model_validator(mode="after")
     def _budget_has_a_price(self) -> Self:
         if (self.budget is None) != (self.price_per_hour is None):
-            raise ValueError("budget and price_per_hour are given together, or neither is")
+            raise ValueError("budget and price_per_hour must be given together")
         return self
 
     @property
     def seconds(self) -> float | None:
-        """The shorter of what `minutes` and the budget allow."""
-        allowed = []
-        if self.minutes is not None:
-            allowed.append(60 * self.minutes)
+        """The shorter of `minutes` and the time that the budget pays, in seconds."""
+        limits = [60 * self.minutes] if self.minutes is not None else []
         if self.budget is not None and self.price_per_hour is not None:
-            allowed.append(3600 * self.budget / self.price_per_hour)
-        return min(allowed, default=None)
+            limits.append(3600 * self.budget / self.price_per_hour)
+        return min(limits, default=None)
 
     def bound(self, bounds: Bounds) -> Bounds:
-        """A table's bounds, and these."""
+        """A table's bounds, with these."""
         return bounds.model_copy(update={"max_rows": self.rows, "max_seconds": self.seconds})

@@ -1,4 +1,4 @@
-"""Recipes: complete runs as typed settings. A variant is a recipe with `--set`."""
+"""Settings of a complete run; a variant is a recipe with `--set`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jobs.evaluation.settings import EfficiencySettings, EvaluationSettings, Lat
 from jobs.evolution.settings import EvolutionSettings, RandomBaselineSettings
 from jobs.recipes.ablation import AblationSettings
 from jobs.recipes.quota import Quota
-from jobs.recipes.stages import Schedule
+from jobs.recipes.stages import NAME, Schedule
 from jobs.runtime.settings import ClusterSettings, StorageSettings
 from jobs.training.settings import (
     DecoderSettings,
@@ -20,68 +20,66 @@ from jobs.training.settings import (
 from pipelines.datasets.settings import LatentsSettings, PairsSettings, TargetsSettings
 from pipelines.dedup.settings import Deduplication
 from pipelines.download.settings import DownloadSettings
-from pipelines.stages.settings import (
-    Blocklists,
-)
+from pipelines.stages.settings import Blocklists
 from snapfusion.export.settings import MobileSettings
 from snapfusion.settings import Settings
 
 
 class SourceSettings(Settings):
-    """Where images come from.
+    """Settings of the source of images.
 
     Attributes:
-        name: a short name; units and rows are named after it.
-        url: img2dataset shards: a tar or Parquet with pictures, a folder of them or a glob. None renders
+        name: a short name, which begins the names of units and rows.
+        url: of img2dataset shards: a tar or Parquet with images, a folder of them or a glob. None renders
             scenes into the run.
-        blocklists: domains, hashes and terms that are refused.
-        sample_rows: how many rows a preview looks at.
-        scenes: how many scenes to render if `url` is None.
+        blocklists: refused domains, hashes and terms.
+        sample_rows: rows that a preview reads.
+        scenes: to render if `url` is None.
         scenes_per_shard: of one tar.
         seed: of the scenes.
-        table: the place in the run of the LATENTS that they become; another for images of one's own.
+        table: name of their LATENTS in the run; another for one's own images.
     """
 
-    name: str = Field("scenes", pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field("scenes", pattern=NAME)
     url: str | None = None
     blocklists: Blocklists = Blocklists()
     sample_rows: int = Field(1_000, ge=1)
     scenes: int = Field(512, ge=1)
     scenes_per_shard: int = Field(128, ge=1)
     seed: int = Field(0, ge=0)
-    table: str = Field("latents", pattern=r"^[A-Za-z0-9_.-]+$")
+    table: str = Field("latents", pattern=NAME)
 
 
 class CaptionsSettings(Settings):
-    """Which captions the teacher draws.
+    """Settings of the captions from which the teacher generates.
 
     Attributes:
-        name: a short name; units are named after it.
-        url: a caption list (txt, tsv, csv, jsonl, Parquet); None takes the captions of LATENTS.
-        limit: how many of them at most.
+        name: a short name, which begins the names of units.
+        url: of a caption list (txt, tsv, csv, jsonl, Parquet); None takes the captions of LATENTS.
+        limit: on their number.
     """
 
-    name: str = Field("captions", pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field("captions", pattern=NAME)
     url: str | None = None
     limit: int | None = Field(None, ge=1)
 
 
 class VacuumSettings(Settings):
-    """What `jobs.vacuum` leaves alone.
+    """Settings of `jobs.vacuum`.
 
     Attributes:
-        hours: younger files may be about to be committed by a job.
+        hours: younger files are kept, as a running job may be about to commit them.
     """
 
     hours: float = Field(72.0, ge=0.0)
 
 
 class VerificationSettings(Settings):
-    """How a table is verified.
+    """Settings of the verification of a table.
 
     Attributes:
-        units: how many units are computed again.
-        seed: which ones.
+        units: number of units that are computed again.
+        seed: of their choice.
     """
 
     units: int = Field(2, ge=0)
@@ -89,39 +87,39 @@ class VerificationSettings(Settings):
 
 
 class Recipe(Settings):
-    """A whole run.
+    """Settings of a complete run.
 
     Attributes:
-        name: of the recipe it began as.
-        model: the teacher, as `snapfusion.models.load` accepts it.
-        download: how URL lists become shards.
-        source: images.
-        latents: how LATENTS are made.
-        deduplication: which of their rows count as copies, and whether these are refused.
-        captions: what the teacher draws.
-        pairs: how PAIRS are made.
-        targets: how TARGETS are made.
-        vpred: how a model that predicts eps becomes one that predicts v.
-        robust: how it learns to bear the loss of blocks.
-        efficient: which architecture it gets for the phone, and how that is trained.
-        distill: how a student of fewer steps is distilled.
-        plans: students to be made one after the other, by the plan's name.
-        plan: the name of the one that `jobs.distill_plan` follows; null for none.
-        decoder: how the half-width decoder is distilled.
-        mobile: how it is compiled.
-        evaluation: which models and samplers are compared, and by what.
-        ablation: which students `jobs.ablate` trains and compares.
-        latency: how the UNet's parts are timed.
-        efficiency: how Table 3's UNet and the half-width decoder are held against the model's own.
-        evolution: how its architecture is evolved.
-        chance: how what evolved is compared with chance.
-        oracle_floor: least mean attribute accuracy of the demo's pictures, by the miniature's oracle; None
-            for models whose pictures it cannot read.
-        verification: how tables are verified.
-        vacuum: which files `jobs.vacuum` leaves alone.
-        allowance: what one run of `jobs.top_up` may do.
-        cluster: where to run.
-        storage: how object stores are reached, and where a node has its credentials.
+        name: of the recipe.
+        model: the teacher's source, as `snapfusion.models.load` accepts it.
+        download: of URL lists into shards.
+        source: of images.
+        latents: the table LATENTS.
+        deduplication: which of its rows count as copies, and whether they are refused.
+        captions: from which the teacher generates.
+        pairs: the table PAIRS.
+        targets: the table TARGETS.
+        vpred: fine-tuning of an eps-prediction model to v-prediction.
+        robust: robust training, which drops blocks at random.
+        efficient: architecture of the efficient UNet, and its training.
+        distill: step distillation of one student.
+        schedules: students distilled one after the other, by the schedule's name.
+        schedule: name of the one that `jobs.distill_plan` follows; null for none.
+        decoder: distillation of the half-width decoder.
+        mobile: compilation for phones.
+        evaluation: compared models and samplers, and the metrics.
+        ablation: students that `jobs.ablate` trains and compares.
+        latency: timing of the UNet's parts.
+        efficiency: comparison of the efficient UNet and the half-width decoder with the model's own.
+        evolution: architecture search.
+        random_baseline: comparison of the evolved architecture with random ones.
+        oracle_floor: least mean attribute accuracy of the demo's images, by the miniature's oracle; None
+            for models whose images it cannot read.
+        verification: of tables.
+        vacuum: which files `jobs.vacuum` keeps.
+        quota: bounds of one run of `jobs.top_up`.
+        cluster: Ray.
+        storage: object stores and the file of credentials.
     """
 
     name: str
@@ -137,8 +135,8 @@ class Recipe(Settings):
     robust: RobustSettings = RobustSettings()
     efficient: EfficientSettings = EfficientSettings()
     distill: DistillSettings = DistillSettings()
-    plans: dict[str, Schedule] = Field(default_factory=dict)
-    plan: str | None = None
+    schedules: dict[str, Schedule] = Field(default_factory=dict)
+    schedule: str | None = None
     decoder: DecoderSettings = DecoderSettings()
     mobile: MobileSettings = MobileSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -146,23 +144,23 @@ class Recipe(Settings):
     latency: LatencySettings = LatencySettings()
     efficiency: EfficiencySettings = EfficiencySettings()
     evolution: EvolutionSettings = EvolutionSettings()
-    chance: RandomBaselineSettings = RandomBaselineSettings()
+    random_baseline: RandomBaselineSettings = RandomBaselineSettings()
     oracle_floor: float | None = Field(None, ge=0.0, le=1.0)
     verification: VerificationSettings = VerificationSettings()
     vacuum: VacuumSettings = VacuumSettings()
-    allowance: Quota = Quota()
+    quota: Quota = Quota()
     cluster: ClusterSettings = ClusterSettings()
     storage: StorageSettings = StorageSettings()
 
-    @field_validator("plan")
+    @field_validator("schedule")
     @classmethod
-    def _plan_is_there(cls, plan: str | None, known: ValidationInfo) -> str | None:
-        plans = known.data.get("plans", {})
-        if plan is not None and plan not in plans:
-            raise ValueError(f"there is no such plan; {', '.join(plans)} are accepted")
-        return plan
+    def _schedule_exists(cls, schedule: str | None, info: ValidationInfo) -> str | None:
+        schedules = info.data.get("schedules", {})
+        if schedule is not None and schedule not in schedules:
+            raise ValueError(f"there is no such schedule; accepted are {', '.join(schedules)}")
+        return schedule
 
     @property
     def stages(self) -> Schedule:
-        """The stages of the plan."""
-        return self.plans[self.plan] if self.plan is not None else ()
+        """Stages of the recipe's schedule."""
+        return self.schedules[self.schedule] if self.schedule is not None else ()

@@ -1,6 +1,6 @@
-"""What the recipes of published Stable Diffusions share: SnapFusion's settings, an accelerator an actor.
+"""Recipes of the published Stable Diffusions, with an accelerator per actor.
 
-The paper takes the hyper-parameters of SD-v1.5 for SD-v2 (Sec. 5.2, Fig. 7d), so they stand here once.
+The paper takes the hyper-parameters of SD-v1.5 for SD-v2 (Sec. 5.2, Fig. 7d), so one function makes both.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from jobs.evaluation.settings import EfficiencySettings, EvaluationSettings, LatencySettings, PromptSettings
 from jobs.evolution.settings import EvolutionSettings
 from jobs.recipes.recipe import Recipe, SourceSettings
-from jobs.recipes.stages import paper_schedules
+from jobs.recipes.stages import Schedule, paper_schedules
 from jobs.training.settings import (
     DecoderSettings,
     DistillSettings,
@@ -51,11 +51,11 @@ _NETWORK = Pool(cpus=1.0, gpus=1.0)
 _WRITERS = Pool(actors=2, cpus=1.0)
 
 # Sec. 4.1: two steps of 32 for one of 16; w from [2, 14], p = 0.1 (Fig. 7).
-_STEPS, _TEACHER_STEPS = 16, 2
+_STEPS, _K = 16, 2
 _CFG_RANGE, _CFG_PROBABILITY = CfgRange(low=2.0, high=14.0), 0.1
 
 # Sec. 4.1 and 5: AdamW, weight decay 0.01, batches of 2,048. The paper gives neither learning rate nor
-# steps: these are ours, untried at this size.
+# steps: these are ours, untested at this size.
 _LOOP = LoopSettings(
     num_steps=20_000,
     global_batch=2_048,
@@ -69,7 +69,7 @@ _LOOP = LoopSettings(
 _HELD_OUT = LoaderSettings(held_out=0.0001)
 
 _COCO, _CAPTIONS = "coco2014", "s3://bucket/coco/captions-val2014.tsv"
-_JUDGING = MetricSettings(
+_METRICS = MetricSettings(
     features=FeatureSettings(
         network="inception", weights="s3://bucket/weights/inception-2015-12-05.safetensors"
     ),
@@ -81,10 +81,91 @@ _JUDGING = MetricSettings(
 _EVALUATION_ROWS = 2_048
 
 
-def latents(*, side: int, rows_per_unit: int) -> LatentsSettings:
-    """LATENTS of pictures of at least `side` pixels, by the bounds of LAION's own aesthetic subset."""
+def sd15() -> Recipe:
+    """SD-v1.5 as in the paper: 512 px, 50 DDIM steps, guidance 7.5."""
+    return _stable_diffusion(
+        "sd15",
+        model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        side=512,
+        micro_batch=8,
+        v_model=VPRED_MODEL,
+        # The efficient UNet's first teacher is SD-v1.5 ("the same strategy", the paper says no more).
+        schedules=paper_schedules(VPRED_MODEL, small=EFFICIENT_MODEL),
+    )
+
+
+def sd2() -> Recipe:
+    """SD-v2 by SD-v1.5's hyper-parameters (Fig. 7d). SD-v2.1 of 768 px predicts v already."""
+    return _stable_diffusion(
+        "sd2",
+        model="stabilityai/stable-diffusion-2-1",
+        side=768,
+        # An image has 2.25 times the pixels of one of 512 px, so a unit and a batch have half the rows.
+        micro_batch=4,
+        v_model=RECIPE_MODEL,
+        schedules=paper_schedules(RECIPE_MODEL),
+    )
+
+
+def _stable_diffusion(
+    name: str, *, model: str, side: int, micro_batch: int, v_model: str, schedules: dict[str, Schedule]
+) -> Recipe:
+    """A recipe of one image size; `v_model` is the source of its v-prediction model."""
+    vpred = _velocity(micro_batch)
+    robust = RobustTrainingSettings(**dict(vpred) | {"skip": SkipSettings(attention=0.2, resnet=0.2)})
+    samples = SamplesSettings(
+        drawing=SamplingSettings(batch_size=2 * micro_batch),
+        judging=_METRICS,
+        rows_per_unit=16 * micro_batch,
+        device=_ON_GPU,
+        models=_NETWORK,
+    )
+    return Recipe(
+        name=name,
+        model=model,
+        download=DownloadSettings(fetching=FetchSettings(image_size=side)),
+        source=SourceSettings(name="laion", url="s3://bucket/laion/*.tar"),
+        latents=_latents(side=side, rows_per_unit=16 * micro_batch),
+        pairs=PairsSettings(
+            generation=Generation(steps=50, guidance=7.5, batch_size=16),
+            rows_per_unit=16 * micro_batch,
+            device=_ON_GPU,
+            teachers=_NETWORK,
+            writers=_WRITERS,
+        ),
+        targets=_targets(),
+        vpred=vpred,
+        # Eq. 5. The paper gives neither probabilities nor steps; these are the miniature's, and ours.
+        robust=RobustSettings(begin=v_model, training=robust),
+        efficient=EfficientSettings(begin=v_model, training=vpred),
+        # Sec. 3.1: 2,000 captions of MS-COCO's validation set, 50 steps, guidance 7.5, CLIP by ViT-g/14.
+        evolution=EvolutionSettings(
+            prompts=PromptSettings(name=_COCO, url=_CAPTIONS, limit=2_000),
+            sampler=Sampler(steps=50),
+            guidance=7.5,
+            samples=samples,
+            training=robust,
+        ),
+        distill=_distill(micro_batch),
+        schedule="staged",
+        schedules=schedules,
+        decoder=_decoder(micro_batch),
+        # The weights' licence is Stable Diffusion's; its text and the data's licence must be given.
+        mobile=MobileSettings(
+            model="run:staged-8/model",
+            decoder="run:decoder",
+            licence=Licence(weights="CreativeML OpenRAIL-M"),
+        ),
+        latency=LatencySettings(device="cuda", precision="float16"),
+        efficiency=EfficiencySettings(device="cuda"),
+        evaluation=_evaluation(samples),
+    )
+
+
+def _latents(*, side: int, rows_per_unit: int) -> LatentsSettings:
+    """LATENTS of images of at least `side` pixels, within the bounds of LAION's own aesthetic subset."""
     return LatentsSettings(
-        # A row that lacks a score is kept.
+        # A row without a score is kept.
         selection=Selection(
             min_width=side,
             min_height=side,
@@ -102,21 +183,10 @@ def latents(*, side: int, rows_per_unit: int) -> LatentsSettings:
     )
 
 
-def pairs(*, rows_per_unit: int) -> PairsSettings:
-    """PAIRS of 50 DDIM steps at guidance 7.5."""
-    return PairsSettings(
-        generation=Generation(steps=50, guidance=7.5, batch_size=16),
-        rows_per_unit=rows_per_unit,
-        device=_ON_GPU,
-        teachers=_NETWORK,
-        writers=_WRITERS,
-    )
-
-
-def targets() -> TargetsSettings:
+def _targets() -> TargetsSettings:
     """TARGETS of the first stage of distillation."""
     return TargetsSettings(
-        teaching=TeacherSettings(student_steps=_STEPS, k=_TEACHER_STEPS, cfg_range=_CFG_RANGE, batch_size=32),
+        teaching=TeacherSettings(student_steps=_STEPS, k=_K, cfg_range=_CFG_RANGE, batch_size=32),
         cfg_probability=_CFG_PROBABILITY,
         device=_ON_GPU,
         readers=Pool(cpus=1.0),
@@ -125,7 +195,7 @@ def targets() -> TargetsSettings:
     )
 
 
-def vpred(*, micro_batch: int) -> VpredSettings:
+def _velocity(micro_batch: int) -> VpredSettings:
     """Eq. 6."""
     return VpredSettings(
         loop=_LOOP,
@@ -137,34 +207,13 @@ def vpred(*, micro_batch: int) -> VpredSettings:
     )
 
 
-def robust(*, begin: str, micro_batch: int) -> RobustSettings:
-    """Eq. 5. The paper gives neither probabilities nor steps; these are the miniature's, and ours."""
-    return RobustSettings(begin=begin, training=_robustly(micro_batch))
-
-
-def efficient(*, begin: str, micro_batch: int) -> EfficientSettings:
-    """Table 3's UNet, trained by L_ori before its steps are distilled."""
-    return EfficientSettings(begin=begin, training=vpred(micro_batch=micro_batch))
-
-
-def evolution(*, micro_batch: int, batch_size: int, rows_per_unit: int) -> EvolutionSettings:
-    """Sec. 3.1: 2,000 captions of MS-COCO's validation set, 50 steps, guidance 7.5, CLIP by ViT-g/14."""
-    return EvolutionSettings(
-        prompts=PromptSettings(name=_COCO, url=_CAPTIONS, limit=2_000),
-        sampler=Sampler(steps=50),
-        guidance=7.5,
-        samples=_samples(batch_size=batch_size, rows_per_unit=rows_per_unit),
-        training=_robustly(micro_batch),
-    )
-
-
-def distill(*, micro_batch: int) -> DistillSettings:
+def _distill(micro_batch: int) -> DistillSettings:
     """Eq. 11 with p = 0.1 and dynamic gamma 0.2 (Fig. 7)."""
     return DistillSettings(
         name="student-16",
         steps=StepDistillationSettings(
             student_steps=_STEPS,
-            k=_TEACHER_STEPS,
+            k=_K,
             cfg_probability=_CFG_PROBABILITY,
             cfg_range=_CFG_RANGE,
             gamma=0.2,
@@ -180,8 +229,8 @@ def distill(*, micro_batch: int) -> DistillSettings:
     )
 
 
-def decoder(*, micro_batch: int) -> DecoderSettings:
-    """Sec. 3.2. Steps and batch are ours, for want of the paper's, and untried at this size."""
+def _decoder(micro_batch: int) -> DecoderSettings:
+    """Sec. 3.2. The paper gives neither steps nor batch: these are ours, untested at this size."""
     return DecoderSettings(
         target="online",
         loop=LoopSettings(
@@ -198,7 +247,7 @@ def decoder(*, micro_batch: int) -> DecoderSettings:
     )
 
 
-def evaluation(*, batch_size: int, rows_per_unit: int) -> EvaluationSettings:
+def _evaluation(samples: SamplesSettings) -> EvaluationSettings:
     """Sec. 5: MS-COCO 2014's validation captions, CLIP by ViT-g/14. The paper names no kernel for FID."""
     return EvaluationSettings(
         guidance=tuple(1.0 + 0.5 * step for step in range(19)),
@@ -210,103 +259,24 @@ def evaluation(*, batch_size: int, rows_per_unit: int) -> EvaluationSettings:
             device=_ON_GPU,
             describers=_NETWORK,
         ),
-        samples=_samples(batch_size=batch_size, rows_per_unit=rows_per_unit),
-    )
-
-
-def _samples(*, batch_size: int, rows_per_unit: int) -> SamplesSettings:
-    return SamplesSettings(
-        drawing=SamplingSettings(batch_size=batch_size),
-        judging=_JUDGING,
-        rows_per_unit=rows_per_unit,
-        device=_ON_GPU,
-        models=_NETWORK,
-    )
-
-
-def _robustly(micro_batch: int) -> RobustTrainingSettings:
-    return RobustTrainingSettings(
-        **dict(vpred(micro_batch=micro_batch)) | {"skip": SkipSettings(attention=0.2, resnet=0.2)}
+        samples=samples,
     )
 
 
 def _trainer(micro_batch: int) -> TrainerSettings:
-    # Of so many, more than the usual two are lost in the days that it takes.
+    # More of 64 workers are lost in days of training than the default of two restarts allows.
     return TrainerSettings(
         num_workers=64, use_gpu=True, micro_batch=micro_batch, checkpoint_every=500, max_failures=20
     )
 
 
 def _validation(batch_size: int) -> ValidationSettings:
-    """Used once `every` is set: one worker samples while the others wait."""
+    """Settings that apply once `every` is set: one worker samples while the others wait."""
     return ValidationSettings(
         prompts=PromptSettings(name=_COCO, url=_CAPTIONS, limit=512),
         guidance=(7.5,),
         drawing=SamplingSettings(batch_size=batch_size),
-        judging=_JUDGING,
+        judging=_METRICS,
         references="run:evaluation/references",
         dtype="bfloat16",
-    )
-
-
-def mobile(*, model: str) -> MobileSettings:
-    """Programs of the last student with the half-width decoder.
-
-    The weights' licence is that of Stable Diffusion, whose text and the data's licence are to be given.
-    """
-    return MobileSettings(
-        model=model,
-        decoder="run:decoder",
-        licence=Licence(weights="CreativeML OpenRAIL-M"),
-    )
-
-
-def sd15() -> Recipe:
-    """SD-v1.5 as in the paper: 512 px, 50 DDIM steps, guidance 7.5; one accelerator an actor."""
-    return Recipe(
-        name="sd15",
-        model="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        source=SourceSettings(name="laion", url="s3://bucket/laion/*.tar"),
-        latents=latents(side=512, rows_per_unit=128),
-        pairs=pairs(rows_per_unit=128),
-        targets=targets(),
-        vpred=vpred(micro_batch=8),
-        robust=robust(begin=VPRED_MODEL, micro_batch=8),
-        efficient=efficient(begin=VPRED_MODEL, micro_batch=8),
-        evolution=evolution(micro_batch=8, batch_size=16, rows_per_unit=128),
-        distill=distill(micro_batch=8),
-        plan="staged",
-        # The efficient UNet's first teacher is SD-v1.5 ("the same strategy", no more is said).
-        plans=paper_schedules(VPRED_MODEL, small=EFFICIENT_MODEL),
-        decoder=decoder(micro_batch=8),
-        mobile=mobile(model="run:staged-8/model"),
-        latency=LatencySettings(device="cuda", precision="float16"),
-        efficiency=EfficiencySettings(device="cuda"),
-        evaluation=evaluation(batch_size=16, rows_per_unit=128),
-    )
-
-
-def sd2() -> Recipe:
-    """SD-v2 by SD-v1.5's hyper-parameters (Fig. 7d). SD-v2.1 of 768 px predicts v as it is."""
-    return Recipe(
-        name="sd2",
-        model="stabilityai/stable-diffusion-2-1",
-        download=DownloadSettings(fetching=FetchSettings(image_size=768)),
-        source=SourceSettings(name="laion", url="s3://bucket/laion/*.tar"),
-        # A picture has 2.25 times the pixels of one of 512 px, so a unit and a batch have half the rows.
-        latents=latents(side=768, rows_per_unit=64),
-        pairs=pairs(rows_per_unit=64),
-        targets=targets(),
-        vpred=vpred(micro_batch=4),
-        robust=robust(begin=RECIPE_MODEL, micro_batch=4),
-        efficient=efficient(begin=RECIPE_MODEL, micro_batch=4),
-        evolution=evolution(micro_batch=4, batch_size=8, rows_per_unit=64),
-        distill=distill(micro_batch=4),
-        plan="staged",
-        plans=paper_schedules(RECIPE_MODEL),
-        decoder=decoder(micro_batch=4),
-        mobile=mobile(model="run:staged-8/model"),
-        latency=LatencySettings(device="cuda", precision="float16"),
-        efficiency=EfficiencySettings(device="cuda"),
-        evaluation=evaluation(batch_size=8, rows_per_unit=64),
     )

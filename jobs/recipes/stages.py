@@ -1,4 +1,4 @@
-"""Plans: students that are made one after the other, as SnapFusion Sec. 4.1 makes them, and its rivals."""
+"""Distillation schedules: students distilled one after the other. SnapFusion Sec. 4.1 and its ablations."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from pydantic import Field
 from jobs.training.sources import OWN_IMAGES_TABLE
 from snapfusion.settings import Settings
 
+NAME = r"^[A-Za-z0-9_.-]+$"
+"""Pattern of names that become part of a path."""
+
 
 class DistillationStage(Settings):
-    """One stage of step distillation; what is not said here is as `Recipe.distill` says.
+    """Settings of one stage of step distillation; everything else is as in `Recipe.distill`.
 
     Attributes:
         name: of the student's folder in the run.
-        teacher: its source; or "run:" and a place in the run, or "recipe:model".
-        student: the source of its first weights, likewise.
+        teacher: its source, "run:" and a path in the run, or "recipe:model".
+        student: the source of its initial weights, likewise.
         student_steps: N_S, the steps that the student takes.
-        k: the teacher's steps for one of the student's.
-        cfg_probability: p of Eq. 11; null leaves it as it is.
-        w_conditioned: whether the student is told w; null leaves it as it is.
-        table: URL of the LATENTS that it is trained on, or "run:" and a place in the run; null leaves it.
+        k: steps of the teacher for one of the student.
+        cfg_probability: p of Eq. 11; null takes that of `distill`.
+        w_conditioned: whether the student is w-conditioned; null takes that of `distill`.
+        table: URL of the training LATENTS, or "run:" and a path in the run; null takes that of `distill`.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(pattern=NAME)
     teacher: str
     student: str
     student_steps: int = Field(ge=1)
@@ -38,7 +41,7 @@ Schedule = tuple[DistillationStage, ...]
 
 
 def paper_schedules(model: str, *, small: str | None = None) -> dict[str, Schedule]:
-    """The plans that the paper compares, by name.
+    """Schedules that the paper compares, by name.
 
     staged          Sec. 4.1: 32 to 16 steps for teacher and student, then 16 to 8; the last teacher has been
                     distilled with CFG, App. D's best
@@ -48,20 +51,20 @@ def paper_schedules(model: str, *, small: str | None = None) -> dict[str, Schedu
     staged-vanilla  Fig. 4: as `staged-self`, the last student by the vanilla loss alone
     direct          Fig. 6(a): 16 to 8 at once
     progressive     Fig. 6(a) and Sec. 5.1: 64 to 32, 16 and 8, by the vanilla loss
-    w-conditioned   Fig. 6(b): the same way, by students that are told w (Meng et al. 2023)
+    w-conditioned   Fig. 6(b): the same way, by w-conditioned students (Meng et al. 2023)
 
-    Students of one name are the same in all of them, so plans can share a run.
+    Students of one name are the same in all schedules, so schedules can share a run.
 
     Args:
-        model: the source of the model, which predicts v.
-        small: the source of another model that is to be distilled with the first as its teacher; None
-            distils the first. Then its model of 16 steps is its own teacher, so `staged-self` is `staged`.
+        model: source of the v-prediction model.
+        small: source of a smaller model to distil with the first as its teacher; None distils the first.
+            Its model of 16 steps is then its own teacher, so `staged-self` is `staged`.
     """
     teacher = _stage("teacher-16", 16, teacher=model)
-    found: dict[str, Schedule] = {"direct": (_stage("direct-8", 8, teacher=model),)}
+    schedules: dict[str, Schedule] = {"direct": (_stage("direct-8", 8, teacher=model),)}
     if small is None:
         made = _model_of(teacher)
-        found |= {
+        schedules |= {
             "staged": (teacher, _stage("staged-8", 8, teacher=made)),
             "staged-plain": (teacher, _stage("plain-8", 8, teacher=model, student=made)),
         }
@@ -69,23 +72,23 @@ def paper_schedules(model: str, *, small: str | None = None) -> dict[str, Schedu
         own = _stage("small-16", 16, teacher=model, student=small)
         staged = _stage("staged-8", 8, teacher=_model_of(teacher), student=_model_of(own))
         last = _stage("own-8", 8, teacher=_model_of(teacher), student=_model_of(staged))
-        found |= {
+        schedules |= {
             "staged": (teacher, own, staged),
             "staged-own": (teacher, own, staged, last.model_copy(update={"table": OWN_IMAGES_TABLE})),
             "staged-self": (own, _stage("self-8", 8, teacher=_model_of(own))),
             "staged-plain": (own, _stage("plain-8", 8, teacher=model, student=_model_of(own))),
             "staged-vanilla": (own, _vanilla(_stage("vanilla-8", 8, teacher=_model_of(own)))),
         }
-    # L_ori stays as `distill` has it. The published ones go without: `--set distill.steps.gamma=0`.
-    return found | {
+    # These keep the L_ori of `distill`; the published ones have none: `--set distill.steps.gamma=0`.
+    return schedules | {
         "progressive": _halving("progressive", model=model, cfg_probability=0.0),
         "w-conditioned": _halving("w-conditioned", model=model, cfg_probability=1.0, w_conditioned=True),
     }
 
 
-def starts_from(plan: Sequence[DistillationStage], source: str) -> bool:
-    """Whether a stage begins with the model of `source`."""
-    return any(source in (stage.teacher, stage.student) for stage in plan)
+def starts_from(schedule: Sequence[DistillationStage], source: str) -> bool:
+    """Whether a stage starts from the model of `source`."""
+    return any(source in (stage.teacher, stage.student) for stage in schedule)
 
 
 def _stage(name: str, steps: int, *, teacher: str, student: str | None = None) -> DistillationStage:
@@ -97,7 +100,7 @@ def _vanilla(stage: DistillationStage) -> DistillationStage:
 
 
 def _halving(name: str, *, model: str, cfg_probability: float, w_conditioned: bool | None = None) -> Schedule:
-    """64 steps to 32, 16 and 8, each student the teacher of the next."""
+    """From 64 steps to 32, 16 and 8, each student the teacher of the next."""
     stages = list[DistillationStage]()
     for steps in (32, 16, 8):
         source = _model_of(stages[-1]) if stages else model
@@ -115,5 +118,5 @@ def _halving(name: str, *, model: str, cfg_probability: float, w_conditioned: bo
 
 
 def _model_of(stage: DistillationStage) -> str:
-    """The source of the model that a stage leaves."""
+    """Source of the student of a stage."""
     return f"run:{stage.name}/model"

@@ -51,20 +51,20 @@ def out(tmp_path: Path) -> Path:
 
 def test_nightly_runs_append_a_part_each_until_nothing_is_left(out: Path, capsys):
     for rows in (20, 40, 40):
-        assert topped_up(out, "encode_latents", "allowance.rows=20") == 0
+        assert topped_up(out, "encode_latents", "quota.rows=20") == 0
         assert rows_in(out / "latents") == rows
     for rows in (16, 32, 40, 40):
-        assert topped_up(out, "generate_pairs", "allowance.rows=9") == 0
+        assert topped_up(out, "generate_pairs", "quota.rows=9") == 0
         assert rows_in(out / "pairs") == rows
     assert "  0 rows more" in capsys.readouterr().out
     # Another draw is more work of the same kind.
-    assert topped_up(out, "generate_pairs", "pairs.draws=2", "allowance.rows=8") == 0
+    assert topped_up(out, "generate_pairs", "pairs.draws=2", "quota.rows=8") == 0
     assert rows_in(out / "pairs") == 48
 
 
 def test_in_parts_the_bytes_are_those_of_one_run(out: Path):
     for _ in range(4):
-        assert topped_up(out, "encode_latents", "allowance.rows=1") == 0
+        assert topped_up(out, "encode_latents", "quota.rows=1") == 0
     parts = {path.name: path.read_bytes() for path in (out / "latents").glob("*.parquet")}
     assert topped_up(out, "encode_latents", "source.table=whole") == 0
     assert parts == {path.name: path.read_bytes() for path in (out / "whole").glob("*.parquet")}
@@ -86,11 +86,11 @@ def test_time_and_budget_end_a_run_with_what_it_has(out: Path, monkeypatch: pyte
             yield result
 
     monkeypatch.setattr(encode_latents, "runner", lambda _: slowly)
-    assert topped_up(out, "encode_latents", "allowance.minutes=0.005") == 0
+    assert topped_up(out, "encode_latents", "quota.minutes=0.005") == 0
     assert 10 <= rows_in(out / "latents") < 40
     before = rows_in(out / "latents")
     # A hundredth of a cent, at 1 an hour, is 0.36 s.
-    assert topped_up(out, "encode_latents", "allowance.budget=0.0001", "allowance.price_per_hour=1.0") == 0
+    assert topped_up(out, "encode_latents", "quota.budget=0.0001", "quota.price_per_hour=1.0") == 0
     assert before < rows_in(out / "latents")
     assert topped_up(out, "encode_latents") == 0
     assert rows_in(out / "latents") == 40
@@ -100,9 +100,9 @@ def test_time_and_budget_end_a_run_with_what_it_has(out: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("step", "assignment", "said"),
     [
-        ("finetune_vpred", "allowance.rows=1", "STEP finetune_vpred: encode_latents, generate_pairs"),
-        ("encode_latents", "allowance.budget=5.0", "budget and price_per_hour are given together"),
-        ("encode_latents", "allowance.rows=0", "allowance.rows"),
+        ("finetune_vpred", "quota.rows=1", "STEP finetune_vpred: encode_latents, generate_pairs"),
+        ("encode_latents", "quota.budget=5.0", "budget and price_per_hour are given together"),
+        ("encode_latents", "quota.rows=0", "quota.rows"),
     ],
 )
 def test_what_cannot_be_asked_for_is_one_line(tmp_path: Path, capsys, step: str, assignment: str, said: str):
@@ -112,5 +112,5 @@ def test_what_cannot_be_asked_for_is_one_line(tmp_path: Path, capsys, step: str,
 
 
 def test_the_preview_says_how_far(out: Path, capsys):
-    assert top_up.main(["encode_latents", "--dry-run", "--out", str(out), *words("allowance.rows=7")]) == 0
+    assert top_up.main(["encode_latents", "--dry-run", "--out", str(out), *words("quota.rows=7")]) == 0
     assert "in this run at most 7 rows" in capsys.readouterr().out

@@ -181,7 +181,7 @@ def test_w_conditioned_teacher_needs_one_pass():
         "sd15",
         rows=1_000,
         captions=10,
-        settings=["plan=w-conditioned", "distill.gradient_checkpointing=false"],
+        settings=["schedule=w-conditioned", "distill.gradient_checkpointing=false"],
         plan=['steps=["distill_plan"]'],
     ).stages()
     passes = [units(stage, "pass", replicated=False) / stage.rows for stage in found[1:]]

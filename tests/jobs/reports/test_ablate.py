@@ -58,7 +58,7 @@ def test_the_settings_of_fig_6d_are_ordered():
 
 
 def test_rival_students_halve_the_steps():
-    for panel, last in (("6a", "progressive-4"), ("6b", "told-4")):
+    for panel, last in (("6a", "progressive-4"), ("6b", "w-cond-4")):
         lineage = [variant.steps for variant in ABLATION.lineage(last)]
         assert [(steps.student_steps, steps.k) for steps in lineage] == [(16, 2), (8, 2), (4, 2)]
         assert {steps.w_conditioned for steps in lineage} == {panel == "6b"}

@@ -129,12 +129,12 @@ def test_the_teacher_takes_ddim_steps(name, capsys, monkeypatch):
 )
 def test_another_teacher_is_chosen_by_name(plan, expected, capsys):
     """App. D. The student's 16 steps are made as ever; a teacher without a student is not made."""
-    found = described(resolved("sd15", capsys, f"plan={plan}"))
+    found = described(resolved("sd15", capsys, f"schedule={plan}"))
     assert found == [SD15["Sec. 4.1: the efficient UNet by the same strategy"], *expected.values()]
 
 
 def test_the_vanilla_student_has_no_guided_loss(capsys):
-    found = stages(resolved("sd15", capsys, "plan=staged-vanilla"))
+    found = stages(resolved("sd15", capsys, "schedule=staged-vanilla"))
     assert [settings.steps.cfg_probability for settings in found.values()] == [0.1, 0.0]
 
 
@@ -144,7 +144,7 @@ def test_the_vanilla_student_has_no_guided_loss(capsys):
 )
 def test_the_rivals_halve_the_steps_from_64(name, plan, p, w_conditioned, capsys):
     """Fig. 6(a), (b): progressive distillation by the vanilla loss, and the w-conditioned student."""
-    job = resolved(name, capsys, f"plan={plan}")
+    job = resolved(name, capsys, f"schedule={plan}")
     found = described(job)
     assert [(teacher, student) for _, teacher, student, *_ in found] == list(HALVINGS)
     assert [stage[3] for stage in found[1:]] == [stage[0] for stage in found[:-1]]
@@ -156,7 +156,7 @@ def test_the_rivals_halve_the_steps_from_64(name, plan, p, w_conditioned, capsys
 @pytest.mark.parametrize("name", ["mini", "sd15", "sd2"])
 def test_direct_distillation_takes_one_stage(name, capsys):
     """Fig. 6(a): the teacher distills only once, 16 to 8."""
-    ((_, teacher_steps, student_steps, teacher, student),) = described(resolved(name, capsys, "plan=direct"))
+    ((_, teacher_steps, student_steps, teacher, student),) = described(resolved(name, capsys, "schedule=direct"))
     assert (teacher_steps, student_steps) == (16, 8)
     assert teacher == student
 
@@ -164,8 +164,8 @@ def test_direct_distillation_takes_one_stage(name, capsys):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_stage_uses_only_earlier_models(name):
     recipe = recipe_named(name)
-    assert recipe.stages == recipe.plans[recipe.plan]
-    for plan in recipe.plans.values():
+    assert recipe.stages == recipe.schedules[recipe.schedule]
+    for plan in recipe.schedules.values():
         made = {"vpred", "efficient"}
         for stage in plan:
             for source in (stage.teacher, stage.student):
@@ -178,7 +178,7 @@ def test_a_stage_uses_only_earlier_models(name):
 def test_plans_can_share_a_run(name):
     """A student's name says everything of it: in whichever plan, it is the same."""
     found: dict[str, DistillationStage] = {}
-    for plan in recipe_named(name).plans.values():
+    for plan in recipe_named(name).schedules.values():
         for stage in plan:
             assert found.setdefault(stage.name, stage) == stage
 
@@ -197,9 +197,9 @@ def test_only_needed_initial_models_are_made():
         return initial_verbs(recipe_named(name).with_values(options))
 
     assert verbs("sd15") == ["finetune_vpred", "train_efficient"]
-    assert verbs("sd15", "plan=direct") == ["finetune_vpred"]
+    assert verbs("sd15", "schedule=direct") == ["finetune_vpred"]
     assert verbs("sd2") == verbs("mini") == []
-    assert verbs("mini", "plan=staged") == ["train_efficient"]
+    assert verbs("mini", "schedule=staged") == ["train_efficient"]
 
 
 def test_sd2_is_distilled_from_the_recipes_model():
@@ -210,7 +210,7 @@ def test_sd2_is_distilled_from_the_recipes_model():
 
 
 def test_a_dry_run_describes_every_stage(capsys):
-    assert distill_plan.main(["--recipe", "sd15", "--dry-run", "--set", "plan=staged"]) == 0
+    assert distill_plan.main(["--recipe", "sd15", "--dry-run", "--set", "schedule=staged"]) == 0
     printed = capsys.readouterr().out
     assert "would fine-tune" in printed
     assert "would give runs/demo/vpred/model the architecture table-3" in printed
@@ -218,7 +218,7 @@ def test_a_dry_run_describes_every_stage(capsys):
         "staged-8 (p = 0.1): would distil 16 steps of runs/demo/teacher-16/model into 8 of "
         "runs/demo/small-16/model" in printed
     )
-    assert distill_plan.main(["--recipe", "sd2", "--dry-run", "--set", "plan=w-conditioned"]) == 0
+    assert distill_plan.main(["--recipe", "sd2", "--dry-run", "--set", "schedule=w-conditioned"]) == 0
     printed = capsys.readouterr().out
     assert "would fine-tune" not in printed
     assert "w-conditioned-8 (p = 1, w-conditioned): would distil 16 steps of" in printed
@@ -226,7 +226,7 @@ def test_a_dry_run_describes_every_stage(capsys):
 
 def test_the_last_stage_can_use_own_images(capsys, tmp_path):
     """Sec. 5: an internal set of high resolution, for more pleasing pictures."""
-    job = resolved("sd15", capsys, "plan=staged-own")
+    job = resolved("sd15", capsys, "schedule=staged-own")
     assert described(job)[:3] == list(SD15.values())
     assert described(job)[3] == ("own-8", 16, 8, "teacher-16", "staged-8")
     tables = [inputs.distillation_table_url(in_run.stage_job(job, stage)) for stage in job.recipe.stages]
@@ -239,13 +239,13 @@ def test_the_last_stage_can_use_own_images(capsys, tmp_path):
 
 
 def test_an_unknown_schedule_is_refused(capsys):
-    assert distill_plan.main(["--recipe", "sd2", "--dry-run", "--set", "plan=staged-self"]) == 2
+    assert distill_plan.main(["--recipe", "sd2", "--dry-run", "--set", "schedule=staged-self"]) == 2
     assert "direct, staged, staged-plain, progressive, w-conditioned are accepted" in capsys.readouterr().err
 
 
 def test_settings_that_contradict_a_stage_are_refused(capsys):
     """L_ori on the grid needs an unguided pass, which a w-conditioned student does not make."""
-    arguments = ["plan=w-conditioned", "distill.steps.original_times=grid"]
+    arguments = ["schedule=w-conditioned", "distill.steps.original_times=grid"]
     job = resolved("mini", capsys, "distill.steps.original_times=grid")
     job = replace(job, recipe=job.recipe.with_values(arguments))
     with pytest.raises(SettingsError, match="no unguided pass on the grid"):
@@ -253,7 +253,7 @@ def test_settings_that_contradict_a_stage_are_refused(capsys):
 
 
 def test_a_recipe_without_a_plan_says_so(capsys):
-    assert distill_plan.main(["--dry-run", "--set", "plan=null"]) == 0
+    assert distill_plan.main(["--dry-run", "--set", "schedule=null"]) == 0
     assert "nothing: this recipe has no schedule" in capsys.readouterr().out
 
 
