@@ -82,8 +82,17 @@ def build_bundle(
     _check_override(settings, variants)
     log(f"generating {len(settings.captions)} captions by torch in {num_steps} steps")
     decode = bundle.decode if decoder is None else decoder
-    options = {"decode": decode, "num_steps": num_steps, "w": settings.guidance, "seed": settings.seed}
-    references = [generate_reference(bundle, caption=caption, **options) for caption in settings.captions]
+    references = [
+        generate_reference(
+            bundle,
+            decode=decode,
+            caption=caption,
+            num_steps=num_steps,
+            w=settings.guidance,
+            seed=settings.seed,
+        )
+        for caption in settings.captions
+    ]
     sampler = SamplerCoefficients.of(
         bundle.schedule,
         grid=time_grid(num_steps, schedule_steps=bundle.schedule.num_steps),
@@ -163,7 +172,7 @@ class _Builder:
             ParityError: if one is below its limit and has no override.
         """
         (self.folder / variant.name).mkdir()
-        layout = "diffusers" if variant.runtime == EXECUTORCH else self.settings.attention
+        layout: AttentionLayout = "diffusers" if variant.runtime == EXECUTORCH else self.settings.attention
         runs, records = {}, {}
         for name in MODULES:
             self.log(f"{variant.name}: compiling {name}")

@@ -115,7 +115,9 @@ def compile_module(
     if variant.runtime != COREML:
         file = folder / variant.name / f"{module.name}.pte"
         file.write_bytes(compile_executorch(module, kind=cast(ExecuTorchKind, variant.kind)))
-        run = ExecuTorchProgram(file) if variant.runtime == EXECUTORCH else _evaluate_delegated(file)
+        run: RunModule = (
+            ExecuTorchProgram(file) if variant.runtime == EXECUTORCH else _evaluate_delegated(file)
+        )
         return CompiledModule(files=(f"{variant.name}/{file.name}",), run=run, record=ports)
     packages = _packages(module, scratch=scratch, chunk_bytes=chunk_bytes)
     paths = [folder / variant.name / package.name for package in packages]

@@ -14,7 +14,7 @@ import numpy as np
 
 from snapfusion.export.bundle import MODULES, MobileBundle
 from snapfusion.export.loop import CompiledModel, RunModule, generate
-from snapfusion.export.parity import Parity, ParityError, check_parity
+from snapfusion.export.parity import ParityError, check_parity
 from snapfusion.export.reference import Sample, samples_of
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.vectors import Vectors
@@ -88,23 +88,14 @@ def check_variant(bundle: MobileBundle, variant: str, *, model: CompiledModel) -
     for module in MODULES:
         samples = samples_of([reference], module=module, conditions=model.conditions)
         outputs, median_ms = _run_timed(getattr(model, module), samples)
-        parity = check_parity(
-            artifact=f"{variant}/{module}",
-            outputs=outputs,
-            references=[output for _, output in samples],
-            **_limits(entry["modules"][module]["parity"]),
-        )
-        yield CheckResult(what=f"{variant}/{module}", found=_format_parity(parity), milliseconds=median_ms)
+        expected, what = [output for _, output in samples], f"{variant}/{module}"
+        found = _compare(what, outputs, expected, stated=entry["modules"][module]["parity"])
+        yield CheckResult(what=what, found=found, milliseconds=median_ms)
     image = generate(
         model, ids=reference.ids, noise=reference.noise, sampler=bundle.sampler, w=vectors.guidance
     )
-    parity = check_parity(
-        artifact=f"the image of {variant}",
-        outputs=[image],
-        references=[reference.image],
-        **_limits(entry["images"]),
-    )
-    yield CheckResult(what=f"{variant}, the image", found=_format_parity(parity))
+    found = _compare(f"the image of {variant}", [image], [reference.image], stated=entry["images"])
+    yield CheckResult(what=f"{variant}, the image", found=found)
 
 
 def _run_timed(run: RunModule, samples: Sequence[Sample]) -> tuple[list[np.ndarray], float]:
@@ -117,11 +108,12 @@ def _run_timed(run: RunModule, samples: Sequence[Sample]) -> tuple[list[np.ndarr
     return outputs, float(np.median(seconds)) * 1e3
 
 
-def _limits(parity: Mapping[str, Any]) -> dict[str, Any]:
-    return {"limit_db": parity["limit_db"], "override": parity["override"]}
-
-
-def _format_parity(parity: Parity) -> str:
+def _compare(
+    artifact: str, outputs: list[np.ndarray], references: list[np.ndarray], *, stated: Mapping[str, Any]
+) -> str:
+    """The parity in words, at the limit that the manifest states."""
+    limits: dict[str, Any] = {"limit_db": stated["limit_db"], "override": stated["override"]}
+    parity = check_parity(artifact=artifact, outputs=outputs, references=references, **limits)
     if parity.psnr_db is None:
         return "bit-identical to torch"
     below = f", accepted below the limit: {parity.override}" if parity.override else ""

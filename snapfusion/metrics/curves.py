@@ -66,6 +66,14 @@ class CurvePoint:
         moments = tuple(Moments.of(torch.from_numpy(features[part])) for part in parts)
         return cls(w=w, moments=moments, clip=clip.astype(np.float64), right=right, groups=parts)
 
+    @property
+    def scores(self) -> dict[str, np.ndarray]:
+        """Of each image, float64 [n]: CLIP, and with an oracle the matching attributes (mean, and all)."""
+        if self.right is None:
+            return {"clip": self.clip}
+        all_right = self.right.all(axis=1).astype(float)
+        return {"clip": self.clip, "attributes": self.right.mean(axis=1), "all_attributes": all_right}
+
     def mean_clip(self, groups: GroupIndices) -> float:
         """Mean cosine over the captions of these groups."""
         return float(np.concatenate([self.clip[self.groups[group]] for group in groups]).mean())
@@ -118,33 +126,25 @@ class Curve:
 def metrics_at(curve: Curve, w: float) -> dict[str, Interval]:
     """FID, CLIP and, with an oracle, the proportion of matching attributes (single, and all of an image)."""
     index = curve.index(w)
-    point = curve.points[index]
-    metrics = {
-        "fid": intervals.jackknife(curve.groups, lambda groups: curve.fid(index, groups)),
-        "clip": intervals.mean(point.clip),
-    }
-    if point.right is not None:
-        metrics["attributes"] = intervals.mean(point.right.mean(axis=1))
-        all_right = int(point.right.all(axis=1).sum())
-        metrics["all_attributes"] = intervals.proportion(all_right, n=len(point.right))
+    scores = curve.points[index].scores
+    metrics = {"fid": intervals.jackknife(curve.groups, lambda groups: curve.fid(index, groups))}
+    metrics |= {name: intervals.mean(values) for name, values in scores.items()}
+    if "all_attributes" in scores:
+        successes = scores["all_attributes"]
+        metrics["all_attributes"] = intervals.proportion(int(successes.sum()), n=len(successes))
     return metrics
 
 
 def paired_differences(curve: Curve, baseline: Curve, *, w: float) -> dict[str, Interval]:
     """Each metric of `metrics_at` at the same guidance, `curve` minus `baseline`, paired by caption."""
     a, b = curve.index(w), baseline.index(w)
-    ours, theirs = curve.points[a], baseline.points[b]
-    metrics = {
-        "fid": intervals.jackknife(
-            curve.groups, lambda groups: curve.fid(a, groups) - baseline.fid(b, groups)
-        ),
-        "clip": intervals.mean(ours.clip - theirs.clip),
-    }
-    if ours.right is not None and theirs.right is not None:
-        metrics["attributes"] = intervals.mean(ours.right.mean(axis=1) - theirs.right.mean(axis=1))
-        all_right = ours.right.all(axis=1).astype(float) - theirs.right.all(axis=1)
-        metrics["all_attributes"] = intervals.mean(all_right)
-    return metrics
+    ours, theirs = curve.points[a].scores, baseline.points[b].scores
+
+    def difference(groups: GroupIndices) -> float:
+        return curve.fid(a, groups) - baseline.fid(b, groups)
+
+    metrics = {"fid": intervals.jackknife(curve.groups, difference)}
+    return metrics | {name: intervals.mean(ours[name] - theirs[name]) for name in ours if name in theirs}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -73,8 +73,8 @@ class Trainer:
         loss = autoencoder_loss(vae, stage="autoencoder", seed=settings.seed, settings=settings.autoencoder)
         self._run("autoencoder", module=vae, loss=loss)
         loss = autoencoder_loss(vae, stage="decoder", seed=settings.seed, settings=settings.decoder)
-        parents = {"autoencoder": settings.autoencoder.to_values()}
-        self._run("decoder", module=decoder_parts(vae), loss=loss, parents=parents)
+        parent = settings.autoencoder.to_values()
+        self._run("decoder", module=decoder_parts(vae), loss=loss, autoencoder=parent)
         return vae
 
     def text_encoder(self) -> CLIPTextModel:
@@ -139,25 +139,24 @@ class Trainer:
     def denoiser(self, encoded: EncodedScenes) -> UNet2DConditionModel:
         """The UNet that predicts eps: the moving average of its training."""
         unet = self._seeded("denoiser", models.unet).to(self.device)
-        return self._unet(unet, encoded, stage="denoiser", prediction_type="epsilon", parents={})
+        return self._unet("denoiser", unet, encoded, prediction_type="epsilon")
 
     def velocity(self, denoiser: UNet2DConditionModel, encoded: EncodedScenes) -> UNet2DConditionModel:
         """The UNet that predicts v, initialized with the weights of `denoiser`. SnapFusion Eq. 6."""
         unet = copy.deepcopy(denoiser).requires_grad_(requires_grad=True)
         parents = {"denoiser": self.settings.denoiser.to_values()}
-        return self._unet(unet, encoded, stage="velocity", prediction_type="v_prediction", parents=parents)
+        return self._unet("velocity", unet, encoded, prediction_type="v_prediction", **parents)
 
     def _unet(
         self,
+        stage: str,
         unet: UNet2DConditionModel,
         encoded: EncodedScenes,
         *,
-        stage: str,
         prediction_type: PredictionType,
-        parents: Mapping[str, object],
+        **parents: object,
     ) -> UNet2DConditionModel:
-        average = copy.deepcopy(unet).requires_grad_(requires_grad=False)
-        settings = self.settings
+        average, settings = copy.deepcopy(unet).requires_grad_(requires_grad=False), self.settings
         loss = denoiser_loss(
             unet,
             encoded,
@@ -166,15 +165,19 @@ class Trainer:
             prediction_type=prediction_type,
             settings=settings,
         )
-        parents = {
-            "autoencoder": settings.autoencoder.to_values(),
-            "text": settings.text.to_values(),
-            "scenes": settings.scenes,
-            "caption_dropout": settings.caption_dropout,
-            "architecture": {name: value for name, value in unet.config.items() if not name.startswith("_")},
+        architecture = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+        self._run(
+            stage,
+            module=unet,
+            loss=loss,
+            average=average,
+            autoencoder=settings.autoencoder.to_values(),
+            text=settings.text.to_values(),
+            scenes=settings.scenes,
+            caption_dropout=settings.caption_dropout,
+            architecture=architecture,
             **parents,
-        }
-        self._run(stage, module=unet, loss=loss, parents=parents, average=average)
+        )
         return average
 
     def _tokenize(self, captions: Sequence[str]) -> Tensor:
@@ -195,30 +198,19 @@ class Trainer:
             return build()
 
     def _run(
-        self,
-        name: str,
-        *,
-        module: nn.Module,
-        loss: Loss,
-        parents: Mapping[str, object] | None = None,
-        average: nn.Module | None = None,
+        self, name: str, *, module: nn.Module, loss: Loss, average: nn.Module | None = None, **parents: object
     ) -> None:
+        """Train a stage; `parents` are the settings of other stages that its weights depend on."""
         settings: StageSettings = getattr(self.settings, name)
-        # A checkpoint resumes only for the same identity.
-        identity = {
-            "stage": name,
-            "seed": self.settings.seed,
-            "settings": settings.to_values(),
-            "parents": parents,
-        }
+        seed = self.settings.seed
+        # A checkpoint is resumed only with the same identity.
+        identity = {"stage": name, "seed": seed, "settings": settings.to_values(), "parents": parents or None}
         stage = TrainingStage(
             name=name, identity=digest(identity), settings=settings, module=module, loss=loss, average=average
         )
+        interval, on_progress = self.settings.checkpoint_every, self.on_progress
         self.curves[name] = run_stage(
-            stage,
-            folder=self.folder,
-            checkpoint_every=self.settings.checkpoint_every,
-            on_progress=self.on_progress,
+            stage, folder=self.folder, checkpoint_every=interval, on_progress=on_progress
         )
 
 
