@@ -17,11 +17,12 @@ from jobs.runtime.versions import versions
 from jobs.training.run_folder import METRICS
 from pipelines.storage.folders import publish_folder
 from pipelines.storage.objects import StorageError, absolute_url, exists, is_local, read_bytes
-from snapfusion.export.build import build_bundle, hash_files
+from snapfusion.export.build import build_bundle
 from snapfusion.export.bundle import CARD, FORMAT_VERSION, LICENCE, MANIFEST, BundleError
 from snapfusion.export.card import model_card
 from snapfusion.export.settings import LicenceError, MobileSettings
 from snapfusion.models.bundle import Bundle, weight_hash
+from snapfusion.models.checksums import file_records
 from snapfusion.models.decoder import HalfDecoder
 from snapfusion.models.load import MODEL_FOLDER
 from snapfusion.settings import differences, digest
@@ -94,7 +95,7 @@ def publish_bundle(
         manifest |= {"format": FORMAT_VERSION, "identity": identity, "versions": versions()}
         manifest["settings_hash"] = digest(identity)
         _write_terms(folder, manifest=manifest, settings=settings)
-        manifest["files"] = hash_files(folder)
+        manifest["files"] = file_records(folder)
         text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
         (folder / MANIFEST).write_text(text)
         publish_folder(folder, out_url, last=MANIFEST)

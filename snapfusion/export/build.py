@@ -33,7 +33,6 @@ from snapfusion.export.settings import AttentionLayout, MobileSettings
 from snapfusion.export.variants import BundleVariant, compile_module, total_bytes, variants_of
 from snapfusion.export.vectors import write_vectors
 from snapfusion.models.bundle import Bundle
-from snapfusion.models.checksums import file_hash
 from snapfusion.models.decoder import HalfDecoder
 from snapfusion.models.tokenizer import tokenize
 from snapfusion.sampling import time_grid
@@ -265,12 +264,3 @@ def _add_safety_checker(folder: Path, *, path: str | None, image: np.ndarray) ->
     if score.size != 1:
         raise ValueError(f"mobile.safety_checker {path} gives {score.size} numbers; one is accepted")
     return SAFETY_CHECKER
-
-
-def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file below `folder`, for the manifest."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-        for path in paths
-    }

@@ -25,7 +25,7 @@ from snapfusion.export.executorch import ExecuTorchProgram
 from snapfusion.export.loop import CompiledModel
 from snapfusion.export.sampler_coefficients import SamplerCoefficients, SamplerError
 from snapfusion.export.vectors import Vectors, read_vectors
-from snapfusion.models.checksums import file_hash
+from snapfusion.models.checksums import file_records
 
 FORMAT_VERSION = 2
 MANIFEST, CARD, LICENCE, SAMPLER = "manifest.json", "MODEL_CARD.md", "LICENCE", "sampler.json"
@@ -132,19 +132,14 @@ def open_bundle(folder: Path) -> MobileBundle:
         BundleError: if it is no bundle, of another version, or a file is missing, altered or added.
     """
     manifest = _read_manifest(folder)
-    stated = manifest["files"]
-    files = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    stated, files = manifest["files"], file_records(folder)
     del files[MANIFEST]
     for name in sorted(stated.keys() | files.keys()):
         if name not in files:
             raise BundleError(f"{folder}: {name} is missing; copy the bundle again")
         if name not in stated:
             raise BundleError(f"{folder}: {name} is not in the manifest: it was added to the bundle")
-        # The size first: it spares hashing a file that was cut short.
-        size, sha256 = stated[name]["bytes"], stated[name]["sha256"]
-        if files[name].stat().st_size != size or file_hash(files[name]) != sha256:
+        if files[name] != stated[name]:
             raise BundleError(f"{folder}: {name} was altered: its size or SHA-256 is not the manifest's")
     return MobileBundle(folder=folder, manifest=manifest)
 

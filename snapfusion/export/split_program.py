@@ -62,7 +62,7 @@ def _split_index(operations: Sequence[Message]) -> int:
             crossing |= {value.name: value for value in operation.outputs}
         crossing = {name: value for name, value in crossing.items() if last_use.get(name, -1) > index}
         # Ports must be float16: the timestep's float32 values may not cross.
-        if crossing and all(_dtype(value) == _FLOAT16 for value in crossing.values()):
+        if crossing and all(value.type.tensorType.dataType == _FLOAT16 for value in crossing.values()):
             imbalance = abs(before / max(total, 1) - 0.5)
             candidates.append((imbalance, sum(_num_elements(value) for value in crossing.values()), index))
     if not candidates:
@@ -106,7 +106,3 @@ def _num_weights(operation: Message) -> int:
 
 def _num_elements(value: Message) -> int:
     return math.prod(int(dimension.constant.size) for dimension in value.type.tensorType.dimensions)
-
-
-def _dtype(value: Message) -> int:
-    return int(value.type.tensorType.dataType)

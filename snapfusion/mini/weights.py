@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from snapfusion.models.checksums import file_hash
+from snapfusion.models.checksums import file_records
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Contains sd/ and sd-v/ (diffusers folders), scorer/, oracle/, manifest.json and MODEL_CARD.md."""
@@ -16,11 +16,8 @@ MANIFEST = "manifest.json"
 
 def write_manifest(folder: Path, *, recipe: dict[str, Any], curves: dict[str, Any]) -> None:
     """Write the size and SHA-256 of each file below `folder`, the recipe and the loss curves."""
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (MANIFEST, "MODEL_CARD.md")
-    }
+    own = (MANIFEST, "MODEL_CARD.md")
+    files = {name: record for name, record in file_records(folder).items() if name not in own}
     manifest = {"files": files, "recipe": recipe, "curves": curves}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -1,5 +1,3 @@
-import hashlib
-
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -15,6 +13,7 @@ from snapfusion.mini.training.settings import DenoiserSettings, MiniTraining, St
 from snapfusion.mini.training.stage import learning_rate, step_generator, training_indexes
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.mini.weights import read_manifest
+from snapfusion.models.checksums import file_records
 from snapfusion.models.load import load
 
 STAGES = ("autoencoder", "decoder", "text", "scorer", "oracle", "denoiser", "velocity")
@@ -64,12 +63,9 @@ def test_manifest_records_files_recipe_and_curves(trained):
     manifest = read_manifest(weights)
     assert manifest["recipe"] == TINY.to_values()
     assert set(manifest["curves"]) == set(STAGES)
-    files = {path.relative_to(weights).as_posix(): path for path in weights.rglob("*") if path.is_file()}
+    files = file_records(weights)
     del files["manifest.json"]
-    assert manifest["files"] == {
-        name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for name, path in files.items()
-    }
+    assert manifest["files"] == files
 
 
 def test_a_complete_training_is_not_repeated(trained):
