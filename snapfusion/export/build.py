@@ -80,29 +80,11 @@ def build_bundle(
     variants = variants_of(settings)
     _check_override(settings, variants)
     log(f"generating {len(settings.captions)} captions by torch in {num_steps} steps")
-    decode = bundle.decode if decoder is None else decoder
     references = [
-        generate_reference(
-            bundle,
-            decode=decode,
-            caption=caption,
-            num_steps=num_steps,
-            w=settings.guidance,
-            seed=settings.seed,
-        )
+        _reference(bundle, decoder, caption=caption, settings=settings, num_steps=num_steps)
         for caption in settings.captions
     ]
-    sampler = SamplerCoefficients.of(
-        bundle.schedule,
-        grid=time_grid(num_steps, schedule_steps=bundle.schedule.num_steps),
-        prediction_type=bundle.prediction_type,
-        guidance=settings.guidance,
-    )
-    (folder / SAMPLER).write_text(json.dumps(sampler.to_values(), indent=2) + "\n")
-    bundle.tokenizer.save_pretrained(folder / TOKENIZER)
-    check_tokenizer(folder, bundle=bundle, captions=settings.captions)
-    write_vectors(folder / VECTORS, references, guidance=settings.guidance)
-    _write_images(folder, name="torch", images=[reference.image for reference in references])
+    _write_shared_files(folder, bundle=bundle, settings=settings, num_steps=num_steps, references=references)
     builder = _Builder(
         folder=folder,
         bundle=bundle,
@@ -123,6 +105,36 @@ def build_bundle(
             folder, path=settings.safety_checker, image=references[0].image
         ),
     }
+
+
+def _reference(
+    bundle: Bundle, decoder: HalfDecoder | None, *, caption: str, settings: MobileSettings, num_steps: int
+) -> Reference:
+    decode = bundle.decode if decoder is None else decoder
+    w, seed = settings.guidance, settings.seed
+    return generate_reference(bundle, decode=decode, caption=caption, num_steps=num_steps, w=w, seed=seed)
+
+
+def _write_shared_files(
+    folder: Path,
+    *,
+    bundle: Bundle,
+    settings: MobileSettings,
+    num_steps: int,
+    references: Sequence[Reference],
+) -> None:
+    """Write what all variants share: sampler, tokenizer, test vectors and torch's images."""
+    sampler = SamplerCoefficients.of(
+        bundle.schedule,
+        grid=time_grid(num_steps, schedule_steps=bundle.schedule.num_steps),
+        prediction_type=bundle.prediction_type,
+        guidance=settings.guidance,
+    )
+    (folder / SAMPLER).write_text(json.dumps(sampler.to_values(), indent=2) + "\n")
+    bundle.tokenizer.save_pretrained(folder / TOKENIZER)
+    check_tokenizer(folder, bundle=bundle, captions=settings.captions)
+    write_vectors(folder / VECTORS, references, guidance=settings.guidance)
+    _write_images(folder, name="torch", images=[reference.image for reference in references])
 
 
 def _check_override(settings: MobileSettings, variants: Sequence[BundleVariant]) -> None:

@@ -111,7 +111,7 @@ def test_8_bit_convolutions_are_lowered_correctly():
     assert set(describe_program(quantized).delegates) == {"XnnpackBackend"}
 
 
-def test_8_bit_weights_take_a_third_of_the_size(words, samples, compiled):
+def test_8_bit_programs_are_a_third_in_size(words, samples, compiled):
     quantized = compile_executorch(words, kind="int8")
     program, description = ExecuTorchProgram(quantized), describe_program(compiled)
     assert (program.inputs, program.outputs) == (description.inputs, description.outputs)
@@ -139,7 +139,7 @@ def test_attention_leaves_nothing_to_slow_kernels():
     assert set(description.kernels) == {"aten::embedding", "aten::native_layer_norm"}
 
 
-def test_a_core_ml_program_is_described_but_not_opened(for_core_ml):
+def test_core_ml_programs_are_described_only(for_core_ml):
     description = describe_program(for_core_ml)
     assert (description.delegates, description.kernels) == ({"CoreMLBackend": 1}, {})
     assert [port.dtype for port in description.inputs] == ["int32", "float32"]
