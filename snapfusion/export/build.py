@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +228,7 @@ class _Builder:
             "files": list(compiled.files),
             "bytes": sum(total_bytes(self.folder / file) for file in compiled.files),
             **compiled.record,
-            "parity": parity.to_values(),
+            "parity": asdict(parity),
             **compiled.record_after(),
         }
 
@@ -251,7 +251,7 @@ class _Builder:
             override=settings.override.get(variant.name),
         )
         _write_images(self.folder, name=variant.name, images=images)
-        return parity.to_values()
+        return asdict(parity)
 
 
 def _write_images(folder: Path, *, name: str, images: Sequence[np.ndarray]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,6 @@ class CoreMLDescription:
     weight_bytes: int
     float32_weights: tuple[str, ...]
     float32_results: tuple[str, ...]
-
-    def to_values(self) -> dict[str, Any]:
-        """Plain JSON values, for a manifest."""
-        return asdict(self)
 
 
 def describe_package(package: Path) -> CoreMLDescription:

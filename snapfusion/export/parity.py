@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -39,10 +38,6 @@ class Parity:
     max_abs_error: float
     limit_db: float
     override: str | None = None
-
-    def to_values(self) -> dict[str, Any]:
-        """Plain JSON values, for a manifest."""
-        return asdict(self)
 
 
 def psnr(output: np.ndarray, reference: np.ndarray, *, peak: float) -> float:

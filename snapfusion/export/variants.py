@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -126,7 +126,7 @@ def compile_module(
     programs = [read_program(path) for path in paths]
     descriptions = [describe_package(path) for path in paths]
     check_descriptions(module, descriptions)
-    record: dict[str, Any] = {**ports, "packages": [description.to_values() for description in descriptions]}
+    record: dict[str, Any] = {**ports, "packages": [asdict(description) for description in descriptions]}
     if variant.exact:
         record["max_weight_error"] = check_weights(programs, module.network.state_dict())
     observer = MaxAbsObserver()
