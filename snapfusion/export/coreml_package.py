@@ -146,6 +146,7 @@ def check_weights(programs: MilProgram | Sequence[MilProgram], parameters: Mappi
             continue
         expected = tensor.detach().cpu().numpy().ravel()
         error = _least_error(weights[expected.size], expected=expected)
+        # Negated, so that NaN is refused too.
         if not error <= WEIGHT_ERROR_LIMIT:
             raise ParityError(
                 f"the Core ML program lacks the network's weight {name}: the nearest differs by {error:.3g} "

@@ -93,6 +93,7 @@ def _quantized(traced: ExportedProgram, example: tuple[Tensor, ...]) -> Exported
     )
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+    # Per channel, because XNNPACK takes no operation with dynamic inputs and one scale per tensor.
     config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
     quantizer = XNNPACKQuantizer().set_global(config).set_filter_function(_is_only_reader)
     observed = prepare_pt2e(traced.module(), quantizer)

@@ -70,6 +70,7 @@ def sampling_steps(
         t = np.array([step.t], np.float32)
         outputs = np.concatenate([model.unet([z_t, t, part]) for part in parts])
         uncond, cond = outputs[:1], outputs[1:]
+        # In float32, as an application computes it.
         output = np.float32(w) * cond - np.float32(w - 1.0) * uncond
         z_next = np.float32(step.from_z) * z_t + np.float32(step.from_output) * output
         yield SamplingStep(t=step.t, z_t=z_t, outputs=outputs, z_next=z_next)

@@ -81,6 +81,7 @@ def _half(
     needed = _input_names(operations)
     inputs = [*(port for port in function.inputs if port.name in needed), *ports]
     fields = ((function.inputs, inputs), (block.operations, operations), (block.outputs, outputs))
+    # Repeated fields of protobuf cannot be assigned, only changed in place.
     for field, values in fields:
         del field[:]
         field.extend(values)

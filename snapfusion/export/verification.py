@@ -68,11 +68,13 @@ def _check_steps(vectors: Vectors, sampler: SamplerCoefficients) -> str:
         expected = vectors.arrays[f"z-{index}"]
         z_next = np.float32(step.from_z) * z_t + np.float32(step.from_output) * output
         error = float(np.abs(z_next - expected).max() / np.abs(expected).max())
+        # Negated, so that NaN is refused too.
         if not error <= _STEP_TOLERANCE:
             raise ParityError(
                 f"sampler.json: step {index} (t = {step.t}) differs from the test vectors by {error:.2g} of "
                 "the largest value"
             )
+        # From the stored latent, so that rounding does not accumulate over the steps.
         worst, z_t = max(worst, error), expected
     return f"{num_steps} steps agree with the test vectors within {worst:.1g} of the largest value"
 

@@ -119,6 +119,7 @@ def load_scorer(folder: Path) -> ClipScorer:
             raise ValueError(f"{folder} is no scorer folder: it has no {name}")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     scorer = build_scorer(config, tokenizer=CLIPTokenizer.from_pretrained(folder / TOKENIZER))
+    # Stored in float16; the parameters are float32, so loading converts them.
     scorer.model.load_state_dict(load_file(folder / WEIGHTS))
     scorer.model.float().eval().requires_grad_(requires_grad=False)
     return scorer

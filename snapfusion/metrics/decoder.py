@@ -65,6 +65,7 @@ def fidelity(student: Decode, batches: Iterable[Batch], *, teacher_images: Teach
     """
     squares, count, rows = 0.0, 0, 0
     for batch in batches:
+        # In float64, because the sum runs over the pixels of all rows.
         error = student(batch["latent"]).double() - teacher_images(batch).double()
         squares += float(error.square().sum())
         count += error.numel()

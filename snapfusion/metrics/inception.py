@@ -61,6 +61,7 @@ def load_inception(weights: Path, *, resize: Resize = "bicubic") -> Inception:
     """
     check_safetensors(weights)
     inception = Inception(resize=resize)
+    # The published file includes the classifier, which FID does not use.
     tensors = {name: value for name, value in load_file(weights).items() if not name.startswith("fc.")}
     try:
         inception.network.load_state_dict(tensors)

@@ -128,6 +128,7 @@ def measure_scorer(scorer: ClipScorer, *, count: int) -> MetricIntervals:
         true, wrong = (
             scorer.encode_captions([caption_of(scene) for scene in each]) for each in (scenes, altered)
         )
+        # A batch has 100 different captions, so its diagonal has the true ones.
         cosines = images @ true.T
         own = cosines.diagonal()
         recalled.append(cosines.argmax(dim=1) == torch.arange(len(indexes)))

@@ -52,12 +52,13 @@ def contrastive_loss(*, images: Tensor, texts: Tensor, log_temperature: Tensor) 
 
     Args:
         images: [B,D].
-        texts: [(1 + NEGATIVES) B, D], the true captions first, then the altered ones of each picture in turn.
+        texts: [(1 + NEGATIVES) B, D], the true captions first, then the altered ones of each image in turn.
         log_temperature: scalar, the logarithm of the factor on the cosine.
     """
     images, texts = functional.normalize(images, dim=1), functional.normalize(texts, dim=1)
     batch = len(images)
     true, altered = texts[:batch], texts[batch:].view(batch, NEGATIVES, -1)
+    # Clamped at about 100, as CLIP does, because larger factors make the training unstable.
     factor = log_temperature.clamp(max=_MAX_LOG_TEMPERATURE).exp()
     among_batch = factor * images @ true.T
     among_altered = factor * torch.einsum("bd,bnd->bn", images, altered)
