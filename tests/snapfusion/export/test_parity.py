@@ -17,9 +17,8 @@ def latent():
 
 
 def check(*outputs, reference=ONES, **limit):
-    return check_parity(
-        artifact="a", outputs=list(outputs), references=[reference] * max(1, len(outputs)), **limit
-    )
+    references = [reference] * len(outputs)
+    return check_parity(artifact="a", outputs=outputs, references=references, **limit)
 
 
 def test_full_decoder_takes_a_scaled_latent(latent):

@@ -86,9 +86,8 @@ def measured(models, **options):
 
 def test_every_block_is_in_one_group(plain):
     groups = groups_of(plain)
-    assert list(groups) == [
-        f"{kind} {side}" for kind in ("attention", "resnet") for side in ("down", "middle", "up")
-    ]
+    sides = ("down", "middle", "up")
+    assert list(groups) == [f"{kind} {side}" for kind in ("attention", "resnet") for side in sides]
     names = [name for group in groups.values() for name in group]
     assert sorted(names) == sorted(block.name for block in blocks_of(plain.unet))
     assert groups["attention middle"] == ("mid_block.attentions.0",)
