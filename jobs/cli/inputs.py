@@ -1,4 +1,4 @@
-"""What refuses rows of LATENTS beside the selection, by the recipe and by what lies in the run."""
+"""Inputs of a job in its run: row filters, sources of models, URLs of tables and shards."""
 
 from __future__ import annotations
 
@@ -18,70 +18,70 @@ from snapfusion.settings import differences
 
 
 def row_filters(job: Job) -> list[RowFilter]:
-    """What refuses a row whatever other rows there are: before it is downloaded, hashed and encoded."""
+    """Filters that refuse a row by itself, before it is downloaded, hashed or encoded."""
     return [DeletionFilter(deletion_list_of(job)), load_blocklist(job.recipe.source.blocklists)]
 
 
 def deletion_list_of(job: Job) -> DeletionList:
-    """What this run was asked to forget, which need not be anything."""
+    """The deletion list of this run, which may not exist."""
     return DeletionList(job.url("forgotten"))
 
 
 def latents_row_filters(job: Job) -> list[RowFilter]:
-    """The vetoes under which this run encodes, and verifies what it encoded: copies are refused too.
+    """Filters of the rows that this run encodes and verifies, which refuse copies too.
 
     Raises:
-        TableError: if copies are to be refused and no verdicts are there, or verdicts on other rows.
+        TableError: if copies are refused and there are no verdicts, or verdicts with other settings.
     """
-    vetoes = row_filters(job)
+    filters = row_filters(job)
     settings = job.recipe.deduplication
     if not settings.use:
-        return vetoes
-    place = job.url(settings.table)
-    if not is_table(place):
+        return filters
+    url = job.url(settings.table)
+    if not is_table(url):
         raise TableError(
-            f"{place} is not there, and deduplication.use is set: run jobs.find_duplicates first"
+            f"{url} does not exist, and deduplication.use is set: run jobs.find_duplicates first"
         )
-    table = open_table(place, kind="duplicates")
-    wanted = {
+    table = open_table(url, kind="duplicates")
+    fingerprints = identity_of(settings.fingerprints, latents=job.recipe.latents, vetoes=filters)
+    expected = {
         **{name: getattr(settings, name) for name in ("url", "image", "caption", "max_hamming")},
-        "fingerprints": {
-            **identity_of(settings.fingerprints, latents=job.recipe.latents, vetoes=vetoes),
-            "schema_version": SCHEMA_VERSION,
-        },
+        "fingerprints": {**fingerprints, "schema_version": SCHEMA_VERSION},
+        "evaluation": describe_evaluation(settings.evaluation) if settings.evaluation.places else None,
+        "against": [absolute_url(against) for against in settings.against],
     }
-    told = {name: table.identity[name] for name in wanted}
-    judged_by = table.identity["evaluation"]
-    told["evaluation"] = judged_by and judged_by["of"]
-    wanted["evaluation"] = describe_evaluation(settings.evaluation) if settings.evaluation.places else None
-    told["against"] = [one["table"] for one in table.identity["against"]]
-    wanted["against"] = [absolute_url(url) for url in settings.against]
-    if differing := list(differences(told, wanted)):
-        raise TableError(f"{place} was made otherwise: {'; '.join(differing[:3])}; run jobs.find_duplicates")
-    return [*vetoes, DuplicateFilter(url=table.url, version=table.version, source=job.recipe.source.name)]
+    # The table also records the versions of what it was compared with, which may be older than today's.
+    evaluation = table.identity["evaluation"]
+    recorded = {
+        **{name: table.identity[name] for name in expected},
+        "evaluation": evaluation and evaluation["of"],
+        "against": [one["table"] for one in table.identity["against"]],
+    }
+    if differing := list(differences(recorded, expected)):
+        raise TableError(f"{url} has other settings: {'; '.join(differing[:3])}; run jobs.find_duplicates")
+    return [*filters, DuplicateFilter(url=table.url, version=table.version, source=job.recipe.source.name)]
 
 
 def teacher_and_student(job: Job) -> tuple[str, str]:
-    """Where the teacher and the student's first weights are."""
+    """Sources of the teacher and of the student's initial weights."""
     settings = job.recipe.distill
-    made = exists(job.url(f"vpred/{METRICS}"))
-    default = "run:vpred/model" if made else job.recipe.model
+    default = "run:vpred/model" if exists(job.url(f"vpred/{METRICS}")) else job.recipe.model
     teacher = settings.teacher or default
     return job.resolve(teacher), job.resolve(settings.student or teacher)
 
 
 def distillation_table_url(job: Job) -> str:
-    """The table that the student is taught from."""
+    """URL of the table that the student is distilled on."""
     if job.recipe.distill.table is not None:
         return job.resolve(job.recipe.distill.table)
     return job.url("latents" if job.recipe.distill.targets == "online" else "targets")
 
 
 def shards_url(job: Job) -> str:
-    """The recipe's shards, or else those rendered into the run."""
+    """URL of the recipe's shards, or of those rendered into the run."""
     return job.recipe.source.url or job.url("shards")
 
 
 def latency_table_url(job: Job) -> str:
-    """The file of the run's table."""
+    """URL of the run's latency table."""
     return job.url(f"latency/{job.recipe.latency.name}.json")

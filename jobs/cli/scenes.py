@@ -1,4 +1,4 @@
-"""Rendering of the miniature's scenes as img2dataset shards."""
+"""Renders the miniature's scenes as img2dataset shards."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from snapfusion.mini.scenes import HELD_OUT, captioned_image
 
 
 def render_scenes(job: Job) -> None:
-    """Write the recipe's scenes as shards; those that are there already are left alone."""
+    """Write the recipe's scenes as shards, except those that exist already."""
     source = job.recipe.source
     for index, start in enumerate(range(0, source.scenes, source.scenes_per_shard)):
         stop = min(start + source.scenes_per_shard, source.scenes)
-        pictures = _images(start, stop, seed=source.seed)
         write_shard(
             job.url("shards"),
-            pictures,
+            _images(start, stop, seed=source.seed),
             index=index,
             extension="png",
             rows_per_shard=source.scenes_per_shard,
@@ -34,5 +33,5 @@ def _images(start: int, stop: int, *, seed: int) -> Iterator[ShardRow]:
 
 
 def preview(job: Job) -> list[str]:
-    """What would be written."""
+    """Describe what would be written."""
     return [f"would render {job.recipe.source.scenes} scenes to {job.url('shards')}"]

@@ -11,6 +11,7 @@ from jobs.planning.break_even import BreakEven
 from jobs.planning.forecast import StageForecast
 from jobs.planning.plan import Plan
 from jobs.runtime.progress import format_duration
+from pipelines.costs.requests import Requests
 from pipelines.costs.stage import ALLOCATOR_SLACK
 
 _GIB = 2**30
@@ -116,38 +117,34 @@ def _comparison_row(name: str, forecast: float, measured: float | None, what: st
 
 def _stage_table(stages: Sequence[StageForecast], *, worker: str) -> list[str]:
     head = ("stage", "rows", "waits for", f"{worker}-h", "wall time", "cost", "leaves", "GiB", "put", "get")
-    return _align(head, *map(_stage_row, stages), _total_row(stages))
+    rows = [
+        (
+            one.stage.name,
+            _short(one.stage.rows) if one.stage.rows else "",
+            one.slowest,
+            *_sums([one], zero=""),
+            f"{one.stage.memory.peak / _GIB:.1f}" if one.stage.memory else "",
+            *_requests([one], zero=""),
+        )
+        for one in stages
+    ]
+    return _align(head, *rows, ("all", "", "", *_sums(stages), "", *_requests(stages)))
 
 
-def _stage_row(one: StageForecast) -> tuple[str, ...]:
-    stage, requests = one.stage, one.requests
+def _sums(stages: Sequence[StageForecast], *, zero: str = "0B") -> tuple[str, ...]:
+    output = sum(one.stage.output_bytes for one in stages)
     return (
-        stage.name,
-        _short(stage.rows) if stage.rows else "",
-        one.slowest,
-        _hours(one.worker_hours),
-        _time(one.seconds),
-        _money(one.cost),
-        f"{_short(stage.output_bytes)}B" if stage.output_bytes else "",
-        f"{stage.memory.peak / _GIB:.1f}" if stage.memory else "",
-        _short(requests.put + requests.list) if requests.put else "",
-        _short(requests.get) if requests.get else "",
-    )
-
-
-def _total_row(stages: Sequence[StageForecast]) -> tuple[str, ...]:
-    return (
-        "all",
-        "",
-        "",
         _hours(sum(one.worker_hours for one in stages)),
         _time(sum(one.seconds for one in stages)),
         _money(sum(one.cost for one in stages)),
-        f"{_short(sum(one.stage.output_bytes for one in stages))}B",
-        "",
-        _short(sum(one.requests.put + one.requests.list for one in stages)),
-        _short(sum(one.requests.get for one in stages)),
+        f"{_short(output)}B" if output else zero,
     )
+
+
+def _requests(stages: Sequence[StageForecast], *, zero: str = "0") -> tuple[str, ...]:
+    total = sum((one.requests for one in stages), Requests())
+    counts = (total.put + total.list, total.get)
+    return tuple(_short(count) if count else zero for count in counts)
 
 
 def _break_even_table(students: Sequence[BreakEven]) -> list[str]:
