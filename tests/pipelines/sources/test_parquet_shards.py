@@ -1,6 +1,5 @@
 """img2dataset's Parquet output is read as its tars are."""
 
-import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from layout_fixtures import LIST_LAYOUTS
-from picture_files import write_pictures
-from PIL import Image
+from shard_files import (
+    assert_ranges_agree,
+    encoded,
+    failed,
+    outcomes,
+    read,
+    shard_rows,
+    write_parquet_shard,
+)
 
 from pipelines.rejections import Rejection
 from pipelines.sources import SourceError
@@ -20,64 +26,28 @@ from pipelines.sources.settings import ShardSettings
 from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.sources.webdataset import Sample, Shard, count_rows, list_shards, read_shard
 
-SETTINGS = ShardSettings()
-
-
-def encoded(shade: int = 0, *, kind: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 30), (shade % 256, 80, 160)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def pictures(count: int, *, kind: str = "JPEG") -> list[ShardRow]:
-    return [
-        ShardRow(
-            image=encoded(i, kind=kind),
-            caption=f"picture {i}",
-            metadata={"similarity": i / 10},
-            url=f"http://here/{i}.jpg",
-        )
-        for i in range(count)
-    ]
-
-
-def failed(status: str, message: str) -> ShardRow:
-    return ShardRow(
-        image=None, caption="a", metadata={"similarity": None}, status=status, error_message=message
-    )
-
 
 def only(folder: Path) -> Shard:
     (shard,) = list_shards(str(folder))
     return shard
 
 
-def read(shard: Shard, settings: ShardSettings = SETTINGS) -> list[Sample | Rejection]:
-    rows = list(read_shard(shard, settings))
-    assert [row.ordinal for row in rows] == list(range(len(rows)))
-    return rows
-
-
-def outcomes(rows: list[Sample | Rejection]) -> list[str]:
-    return [row.reason if isinstance(row, Rejection) else "ok" for row in rows]
-
-
 @pytest.mark.parametrize(("extension", "kind"), [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
-def test_a_parquet_shard_holds_the_samples_of_the_tar(tmp_path: Path, extension: str, kind: str) -> None:
-    rows = pictures(5, kind=kind)
+def test_parquet_holds_the_samples_of_the_tar(tmp_path: Path, extension: str, kind: str) -> None:
+    rows = shard_rows(5, kind=kind)
     tar = write_shard(str(tmp_path / "tar"), rows, index=3, extension=extension)
     (tmp_path / "parquet").mkdir()
-    write_pictures(tmp_path / "parquet", rows, index=3, extension=extension)
+    write_parquet_shard(tmp_path / "parquet", rows, index=3, extension=extension)
     shard = only(tmp_path / "parquet")
     assert (shard.name, count_rows(shard)) == ("00003", 5)
     assert read(shard) == read(tar)
 
 
-def test_failed_rows_stand_in_their_places(tmp_path: Path) -> None:
-    rows = pictures(5)
+def test_failed_rows_keep_their_positions(tmp_path: Path) -> None:
+    rows = shard_rows(5)
     rows[1] = failed("failed_to_download", "HTTP Error 404: File not found")
     rows[3] = failed("failed_to_resize", "Image decoding error")
-    write_pictures(tmp_path, rows)
+    write_parquet_shard(tmp_path, rows)
     found = read(only(tmp_path))
     assert outcomes(found) == ["ok", "download_failed", "ok", "resize_failed", "ok"]
     assert isinstance(found[1], Rejection)
@@ -85,22 +55,17 @@ def test_failed_rows_stand_in_their_places(tmp_path: Path) -> None:
     assert found[1].detail == "HTTP Error 404: File not found"
 
 
-def test_any_range_is_that_part_of_the_whole(tmp_path: Path) -> None:
-    rows = pictures(11)
+def test_ranges_are_parts_of_the_whole(tmp_path: Path) -> None:
+    rows = shard_rows(11)
     rows[4] = failed("failed_to_download", "gone")
-    path = write_pictures(tmp_path, rows, rows_per_group=4)
-    table = pq.read_table(path)
-    keys = table.column("key").to_pylist()
-    # The same key in another row group: found however the range begins.
+    path = write_parquet_shard(tmp_path, rows, rows_per_group=4)
+    # The same key in another row group is noticed wherever the range begins.
+    keys = pq.read_table(path).column("key").to_pylist()
     keys[9] = keys[1]
-    table = table.set_column(table.schema.get_field_index("key"), "key", pa.array(keys))
-    pq.write_table(table, path, row_group_size=4)
+    change(path, key=pa.array(keys), rows_per_group=4)
     shard = only(tmp_path)
-    whole = read(shard)
-    assert outcomes(whole)[9] == "duplicate_key"
-    for start in range(13):
-        for stop in [*range(start, 14), None]:
-            assert list(read_shard(shard, SETTINGS, start=start, stop=stop)) == whole[start:stop]
+    assert outcomes(read(shard))[9] == "duplicate_key"
+    assert_ranges_agree(shard)
 
 
 def corrupt(path: Path, *, group: int, column: str, skip: int = 0) -> None:
@@ -116,8 +81,8 @@ def corrupt(path: Path, *, group: int, column: str, skip: int = 0) -> None:
 
 
 @pytest.mark.parametrize("column", ["jpg", "caption"])
-def test_a_corrupt_row_group_costs_its_own_rows_which_keep_their_names(tmp_path: Path, column: str) -> None:
-    path = write_pictures(tmp_path, pictures(10), rows_per_group=4)
+def test_a_corrupt_group_costs_its_rows(tmp_path: Path, column: str) -> None:
+    path = write_parquet_shard(tmp_path, shard_rows(10), rows_per_group=4)
     shard = only(tmp_path)
     whole = read(shard)
     corrupt(path, group=1, column=column)
@@ -128,8 +93,8 @@ def test_a_corrupt_row_group_costs_its_own_rows_which_keep_their_names(tmp_path:
     assert [row.id for row in rows] == [row.id for row in whole]
 
 
-def test_where_keys_are_lost_rows_are_named_by_their_places(tmp_path: Path) -> None:
-    path = write_pictures(tmp_path, pictures(6), rows_per_group=3)
+def test_ordinals_replace_lost_keys(tmp_path: Path) -> None:
+    path = write_parquet_shard(tmp_path, shard_rows(6), rows_per_group=3)
     corrupt(path, group=0, column="key")
     rows = read(only(tmp_path))
     assert outcomes(rows) == ["torn_shard"] * 3 + ["ok"] * 3
@@ -139,24 +104,23 @@ def test_where_keys_are_lost_rows_are_named_by_their_places(tmp_path: Path) -> N
 def test_pages_before_a_corrupt_one_are_read(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).bytes
     rows = [
-        ShardRow(image=encoded(i) + noise(200_000), caption=f"picture {i}", url=f"http://here/{i}")
+        ShardRow(image=encoded(i) + noise(200_000), caption=f"image {i}", url=f"http://here/{i}")
         for i in range(24)
     ]
-    path = write_pictures(tmp_path, rows, small_pages=True)
+    path = write_parquet_shard(tmp_path, rows, small_pages=True)
     shard = only(tmp_path)
     whole = read(shard)
     corrupt(path, group=0, column="jpg", skip=4_000_000)
     found = read(shard)
-    kept = outcomes(found).count("ok")
-    assert 0 < kept < 24
-    assert found[:kept] == whole[:kept]
-    assert outcomes(found[kept:]) == ["torn_shard"] * (24 - kept)
+    num_read = outcomes(found).count("ok")
+    assert 0 < num_read < 24
+    assert found[:num_read] == whole[:num_read]
+    assert outcomes(found[num_read:]) == ["torn_shard"] * (24 - num_read)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1PAR1", b"<html>" * 100])
-def test_a_damaged_file_is_listed_and_is_one_rejection(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "00000.parquet"
-    path.write_bytes(content)
+def test_a_damaged_file_is_one_rejection(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "00000.parquet").write_bytes(content)
     shard = only(tmp_path)
     (row,) = read(shard)
     assert isinstance(row, Rejection)
@@ -164,39 +128,36 @@ def test_a_damaged_file_is_listed_and_is_one_rejection(tmp_path: Path, content: 
     assert count_rows(shard) is None
 
 
-def test_a_file_cut_short_has_lost_its_footer(tmp_path: Path) -> None:
-    path = write_pictures(tmp_path, pictures(3))
+def test_a_truncated_file_is_one_rejection(tmp_path: Path) -> None:
+    path = write_parquet_shard(tmp_path, shard_rows(3))
     path.write_bytes(path.read_bytes()[:-100])
     assert outcomes(read(only(tmp_path))) == ["torn_shard"]
 
 
-def test_a_tar_s_sidecar_and_a_url_list_are_no_shards(tmp_path: Path) -> None:
-    write_shard(str(tmp_path), pictures(2), index=0)
-    write_pictures(tmp_path, pictures(2), index=1)
-    table = pa.table({"URL": ["http://a/1"], "TEXT": ["x"]})
-    pq.write_table(table, tmp_path / "input_urls.parquet")
-    assert [shard.url.rpartition("/")[2] for shard in list_shards(str(tmp_path))] == [
-        "00000.tar",
-        "00001.parquet",
-    ]
-    # A glob that matches sidecars alone finds them out too.
+def test_sidecars_and_url_lists_are_no_shards(tmp_path: Path) -> None:
+    write_shard(str(tmp_path), shard_rows(2), index=0)
+    write_parquet_shard(tmp_path, shard_rows(2), index=1)
+    pq.write_table(pa.table({"URL": ["http://a/1"], "TEXT": ["x"]}), tmp_path / "input_urls.parquet")
+    files = [shard.url.rpartition("/")[2] for shard in list_shards(str(tmp_path))]
+    assert files == ["00000.tar", "00001.parquet"]
+    # Sidecars are told by their columns where a glob leaves the tars out.
     assert [shard.name for shard in list_shards(f"{tmp_path}/*.parquet")] == ["00001"]
     with pytest.raises(SourceError, match="1 Parquet files there have no images"):
         list_shards(f"{tmp_path}/input_urls.parquet")
 
 
-def test_a_picture_column_of_text_is_none(tmp_path: Path) -> None:
+def test_an_image_column_of_text_is_none(tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": ["0"], "jpg": ["http://a/1"]}), tmp_path / "00000.parquet")
     with pytest.raises(SourceError, match="have no images"):
         list_shards(str(tmp_path))
 
 
-def change(path: Path, **columns: pa.Array) -> None:
+def change(path: Path, *, rows_per_group: int = 100, **columns: pa.Array) -> None:
     table = pq.read_table(path)
     for name, values in columns.items():
-        place = table.schema.get_field_index(name)
-        table = table.append_column(name, values) if place < 0 else table.set_column(place, name, values)
-    pq.write_table(table, path)
+        index = table.schema.get_field_index(name)
+        table = table.append_column(name, values) if index < 0 else table.set_column(index, name, values)
+    pq.write_table(table, path, row_group_size=rows_per_group)
 
 
 def text(*values: bytes | None) -> pa.Array:
@@ -204,8 +165,8 @@ def text(*values: bytes | None) -> pa.Array:
     return pa.Array.from_buffers(pa.string(), len(data), data.buffers())
 
 
-def test_what_is_odd_about_a_row_is_told_by_the_tar_s_reasons(tmp_path: Path) -> None:
-    path = write_pictures(tmp_path, pictures(6))
+def test_rows_are_rejected_as_in_tars(tmp_path: Path) -> None:
+    path = write_parquet_shard(tmp_path, shard_rows(6))
     images = pq.read_table(path).column("jpg").to_pylist()
     images[0], images[1] = None, b"x" * 5000
     change(
@@ -215,49 +176,43 @@ def test_what_is_odd_about_a_row_is_told_by_the_tar_s_reasons(tmp_path: Path) ->
         key=pa.array(["k0", "k1", "k2", "k3", "k4", None]),
         exif=text(b"{}", b"{}", b"{}", b"{}", b"{}", b"\xff"),
     )
-    rows = read(only(tmp_path), ShardSettings(max_image_bytes=4000))
+    *rows, last = read(only(tmp_path), ShardSettings(max_image_bytes=4000))
     assert outcomes(rows) == [
-        "missing_image",
-        "oversized_member",
-        "bad_encoding",
-        "missing_caption",
-        "empty_caption",
-        "ok",
+        *("missing_image", "oversized_member", "bad_encoding", "missing_caption", "empty_caption")
     ]
-    last = rows[5]
     assert isinstance(last, Sample)
     assert last.id == "00000/000000005"
     assert "exif" not in last.metadata
 
 
-def test_a_column_txt_counts_before_the_caption(tmp_path: Path) -> None:
-    path = write_pictures(tmp_path, pictures(2))
+def test_the_txt_column_precedes_the_caption(tmp_path: Path) -> None:
+    path = write_parquet_shard(tmp_path, shard_rows(2))
     change(path, txt=pa.array(["from txt", None]))
     rows = read(only(tmp_path))
-    assert [row.caption for row in rows if isinstance(row, Sample)] == ["from txt", "picture 1"]
+    assert [row.caption for row in rows if isinstance(row, Sample)] == ["from txt", "image 1"]
 
 
 @pytest.mark.parametrize("layout", LIST_LAYOUTS, ids=lambda layout: layout.name)
-def test_additional_columns_of_every_layout_become_metadata(tmp_path: Path, layout: Any) -> None:
-    """Rows in 3, rows out 3; the second has nulls, and NaN where the column is a float."""
-    types = {
-        name: kinds[-1]
-        for name, kinds in layout.columns.items()
-        if name not in ("URL", "TEXT", "url", "text", "width", "height")
-    }
-    values: dict[str, list[Any]] = {}
-    for name, kind in types.items():
+def test_columns_of_every_layout_become_metadata(tmp_path: Path, layout: Any) -> None:
+    """The second of three rows has nulls, and NaN where the column is a float."""
+    own = ("URL", "TEXT", "url", "text", "width", "height")
+    types = {name: kinds[-1] for name, kinds in layout.columns.items() if name not in own}
+
+    def values(kind: pa.DataType) -> list[Any]:
         if pa.types.is_list(kind):
-            values[name] = [[], None, []]
-        elif pa.types.is_string(kind):
-            values[name] = ["a", None, "c"]
-        else:
-            values[name] = [1, float("nan") if pa.types.is_floating(kind) else None, 3]
+            return [[], None, []]
+        if pa.types.is_string(kind):
+            return ["a", None, "c"]
+        return [1, float("nan") if pa.types.is_floating(kind) else None, 3]
+
+    columns = {name: values(kind) for name, kind in types.items()}
     rows = [
-        ShardRow(image=encoded(i), caption="x", metadata={name: column[i] for name, column in values.items()})
+        ShardRow(
+            image=encoded(i), caption="x", metadata={name: column[i] for name, column in columns.items()}
+        )
         for i in range(3)
     ]
-    write_pictures(tmp_path, rows, types=types)
+    write_parquet_shard(tmp_path, rows, types=types)
     found = read(only(tmp_path))
     assert Counter(outcomes(found)) == {"ok": 3}
     metadata = [row.metadata for row in found if isinstance(row, Sample)]
@@ -266,8 +221,8 @@ def test_additional_columns_of_every_layout_become_metadata(tmp_path: Path, layo
 
 
 def test_shards_lie_on_any_store(tmp_path: Path) -> None:
-    memory = fsspec.filesystem("memory")
-    memory.pipe_file("/shards/00000.parquet", write_pictures(tmp_path, pictures(3)).read_bytes())
+    content = write_parquet_shard(tmp_path, shard_rows(3)).read_bytes()
+    fsspec.filesystem("memory").pipe_file("/shards/00000.parquet", content)
     (shard,) = list_shards("memory://shards")
     assert outcomes(read(shard)) == ["ok"] * 3
 
@@ -276,11 +231,11 @@ def test_shards_lie_on_any_store(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_shard(tmp_path: Path, rows_per_group: int, small_pages: bool) -> None:
     noise = np.random.default_rng(0).bytes
     rows = [ShardRow(image=noise(400_000), caption="x", url=f"http://here/{i}") for i in range(150)]
-    path = write_pictures(tmp_path, rows, rows_per_group=rows_per_group, small_pages=small_pages)
+    path = write_parquet_shard(tmp_path, rows, rows_per_group=rows_per_group, small_pages=small_pages)
     assert path.stat().st_size > 50 << 20
     del rows
     pool = pa.default_memory_pool()
     before = pool.bytes_allocated()
-    held = [pool.bytes_allocated() - before for _ in read_shard(only(tmp_path), SETTINGS)]
-    assert len(held) == 150
-    assert max(held) < 16 << 20
+    allocated = [pool.bytes_allocated() - before for _ in read_shard(only(tmp_path), ShardSettings())]
+    assert len(allocated) == 150
+    assert max(allocated) < 16 << 20

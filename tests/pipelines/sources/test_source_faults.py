@@ -11,7 +11,7 @@ import fsspec
 import pytest
 from faulty_store import faults_in, faulty
 from layout_fixtures import LIST_LAYOUTS, ROWS, write_list
-from picture_files import write_pictures
+from shard_files import write_parquet_shard
 
 from pipelines.rejections import Rejection
 from pipelines.sources.captions import read_captions
@@ -46,7 +46,7 @@ def fill(bucket: str, folder: Path) -> None:
     whole = read_bytes(f"{bucket}/shards/00002.tar")
     filesystem.pipe_file(f"{bucket}/shards/00002.tar", whole[: len(whole) // 2])
     for index in (3, 4):
-        file = write_pictures(
+        file = write_parquet_shard(
             folder, [*pictures(10, size=3_000), FAILED], index=index, rows_per_group=4, small_pages=True
         )
         filesystem.put_file(str(file), f"{bucket}/shards/{file.name}")

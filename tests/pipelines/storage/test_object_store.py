@@ -9,7 +9,7 @@ import pytest
 import s3fs
 import synthetic_units
 from layout_fixtures import LIST_LAYOUTS, ROWS, write_list
-from picture_files import write_pictures
+from shard_files import write_parquet_shard
 
 from pipelines.download.receipts import ShardReceipt, publish_shard, read_receipts
 from pipelines.rejections import Rejection
@@ -54,7 +54,7 @@ def test_shards_are_written_listed_and_streamed(bucket: str) -> None:
 
 def test_parquet_shards_and_url_lists_are_listed_and_streamed(bucket: str, tmp_path: Path) -> None:
     pictures = [ShardRow(image=bytes([index]) * 3_000_000, caption=f"c{index}") for index in range(6)]
-    path = write_pictures(tmp_path, [*pictures, FAILED], rows_per_group=4)
+    path = write_parquet_shard(tmp_path, [*pictures, FAILED], rows_per_group=4)
     fsspec.filesystem("s3").put_file(str(path), f"{bucket}/parquet/00000.parquet")
     (shard,) = list_shards(f"{bucket}/parquet")
     *samples, last = read_shard(shard, ShardSettings(), start=1)

@@ -1,0 +1,101 @@
+"""Shards for tests: rows, tars of any members, and img2dataset's Parquet output; and how they are read."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipelines.rejections import Rejection
+from pipelines.sources.settings import ShardSettings
+from pipelines.sources.shards import ShardRow, write_shard
+from pipelines.sources.webdataset import Sample, Shard, list_shards, read_shard
+
+Rows = list[Sample | Rejection]
+
+
+def encoded(shade: int = 0, *, kind: str = "JPEG") -> bytes:
+    """An image of 40 x 30 pixels."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), (shade % 256, 80, 160)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def shard_rows(count: int, *, kind: str = "JPEG") -> list[ShardRow]:
+    """Rows of images, with one column of metadata."""
+    return [
+        ShardRow(
+            image=encoded(row, kind=kind),
+            caption=f"image {row}",
+            metadata={"similarity": row / 10},
+            url=f"http://here/{row}.jpg",
+        )
+        for row in range(count)
+    ]
+
+
+def failed(status: str, message: str) -> ShardRow:
+    """A row that img2dataset could not fetch or resize."""
+    metadata = {"similarity": None}
+    return ShardRow(image=None, caption="a", metadata=metadata, status=status, error_message=message)
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Shard:
+    """A tar of any members, well-formed or not, without a sidecar."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+    return list_shards(str(path))[0]
+
+
+def write_parquet_shard(
+    folder: Path,
+    rows: Sequence[ShardRow],
+    *,
+    index: int = 0,
+    extension: str = "jpg",
+    types: Mapping[str, pa.DataType] | None = None,
+    rows_per_group: int = 100,
+    small_pages: bool = False,
+) -> Path:
+    """The shard as img2dataset 1.47 writes it with `output_format=parquet`; `types` are those of metadata."""
+    with tempfile.TemporaryDirectory() as sidecar:
+        write_shard(sidecar, rows, index=index)
+        table = pq.read_table(f"{sidecar}/{index:05d}.parquet")
+    for name, kind in (types or {}).items():
+        values = pa.array([row.metadata[name] for row in rows], kind)
+        table = table.set_column(table.schema.get_field_index(name), name, values)
+    table = table.append_column(extension, pa.array([row.image for row in rows], pa.binary()))
+    path = folder / f"{index:05d}.parquet"
+    # By default Arrow writes the images of a row group into one page.
+    pages = {"use_dictionary": False, "write_batch_size": 2} if small_pages else {}
+    pq.write_table(table, path, row_group_size=rows_per_group, **pages)
+    return path
+
+
+def read(shard: Shard, settings: ShardSettings = ShardSettings()) -> Rows:  # noqa: B008 - frozen
+    """All rows, whose ordinals are consecutive."""
+    rows = list(read_shard(shard, settings))
+    assert [row.ordinal for row in rows] == list(range(len(rows)))
+    return rows
+
+
+def outcomes(rows: Rows) -> list[str]:
+    """The reason of each rejection, and "ok" of each sample."""
+    return [row.reason if isinstance(row, Rejection) else "ok" for row in rows]
+
+
+def assert_ranges_agree(shard: Shard) -> None:
+    """Every range of a shard holds that part of the whole."""
+    whole = read(shard)
+    for start in range(len(whole) + 2):
+        for stop in [*range(start, len(whole) + 3), None]:
+            assert list(read_shard(shard, ShardSettings(), start=start, stop=stop)) == whole[start:stop]
