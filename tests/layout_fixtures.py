@@ -1,4 +1,4 @@
-"""A list of links in each public layout, with the Arrow types of its publisher and the flaws of real ones."""
+"""A URL list in each public layout, with the Arrow types of its publisher and the flaws of real lists."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SHARD_LAYOUTS = tuple(layout for layout in LAYOUTS if layout.name.startswith("im
 LIST_LAYOUTS = tuple(layout for layout in LAYOUTS if layout not in SHARD_LAYOUTS)
 
 ROWS = 12
-# What is wrong with rows of every fixture, and what must become of them.
+# The flawed rows of every fixture, and the reason of their rejection.
 BROKEN = {3: "missing_url", 4: "missing_caption", 5: "bad_url", 6: "empty_caption"}
-# Rows in which all that may be missing is: they are links none the less.
+# Rows without any optional value, which are links nevertheless.
 BARE = (7, 8)
 
 
@@ -27,7 +27,7 @@ def schema_of(layout: Layout, *, copy: bool = False) -> pa.Schema:
 
 
 def table_of(layout: Layout, *, copy: bool = False, rows: int = ROWS) -> pa.Table:
-    """Rows of which `BROKEN` are flawed and `BARE` are empty but for URL and caption."""
+    """Rows of which `BROKEN` are flawed and `BARE` have only URL and caption."""
     schema = schema_of(layout, copy=copy)
     columns = {field.name: [_value(field, row, copy=copy) for row in range(rows)] for field in schema}
     return pa.table(
@@ -50,7 +50,7 @@ def _value(field: pa.Field, row: int, *, copy: bool) -> Any:
     if name in ("caption", "TEXT", "text"):
         return {4: None, 6: " \u200b\n"}.get(row, f"a picture of number {row}")
     if row in BARE:
-        # pandas writes what is missing as NaN.
+        # pandas writes NaN for a missing value.
         return math.nan if copy and pa.types.is_floating(kind) else None
     if pa.types.is_list(kind):
         return [f"caption {row}", "another"] if pa.types.is_string(kind.value_type) else [0.5, 0.25]

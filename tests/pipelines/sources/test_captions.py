@@ -70,7 +70,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, write: Writer) -> None
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_list_of_none_has_no_rows(tmp_path: Path, write: Writer) -> None:
+def test_an_empty_list_has_no_rows(tmp_path: Path, write: Writer) -> None:
     path = write(tmp_path, [])
     if path.suffix == ".txt":
         path.write_bytes(b"")
@@ -88,13 +88,13 @@ def test_empty_and_very_long_captions(tmp_path: Path, write: Writer) -> None:
 
 
 @pytest.mark.parametrize("write", [write_txt, write_tsv, write_csv, write_jsonl])
-def test_a_row_that_is_no_utf8_is_rejected_alone(tmp_path: Path, write: Writer) -> None:
+def test_invalid_utf8_costs_one_row(tmp_path: Path, write: Writer) -> None:
     path = write(tmp_path, ["one", "caf?", "three"])
     path.write_bytes(path.read_bytes().replace(b"caf?", b"caf\xe9"))
     assert outcomes(path) == ["one", "bad_encoding", "three"]
 
 
-def test_a_parquet_string_that_is_no_utf8_is_rejected_alone(tmp_path: Path) -> None:
+def test_invalid_utf8_in_parquet_costs_one_row(tmp_path: Path) -> None:
     words = pa.array([b"one", b"caf\xe9", b"three"], pa.binary())
     texts = pa.Array.from_buffers(pa.string(), 3, words.buffers())
     pq.write_table(pa.table({"caption": texts}), tmp_path / "list.parquet")
@@ -114,7 +114,7 @@ def test_given_ids_are_kept(tmp_path: Path, write: Writer) -> None:
     assert [row.id for row in read(write(tmp_path, GOOD), WITH_IDS)] == ["0", "1", "2"]
 
 
-def test_a_repeated_or_missing_id_is_rejected_in_every_range(tmp_path: Path) -> None:
+def test_repeated_ids_are_rejected_in_every_range(tmp_path: Path) -> None:
     ids = ["7", 7, None, "", True, 8.0, "x" * 300, "y"]
     path = tmp_path / "list.jsonl"
     path.write_text("".join(json.dumps({"id": name, "caption": "a"}) + "\n" for name in ids))
@@ -127,7 +127,7 @@ def test_a_repeated_or_missing_id_is_rejected_in_every_range(tmp_path: Path) -> 
             assert list(read_captions(str(path), WITH_IDS, start=start, stop=stop)) == rows[start:stop]
 
 
-def test_rows_that_lack_their_form(tmp_path: Path) -> None:
+def test_malformed_rows_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "list.jsonl"
     lines = [
         '{"caption": "ok"}', "{", "[1]", '"text"', '{"caption": 3}', "{}", "", '{"caption": "\\ud800"}',
@@ -143,7 +143,7 @@ def test_rows_that_lack_their_form(tmp_path: Path) -> None:
     assert outcomes(path) == ["missing_caption", "two", "missing_caption"]
 
 
-def test_csv_quotes_and_a_field_above_the_parser_s_limit(tmp_path: Path) -> None:
+def test_csv_quotes_and_oversized_fields(tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     path.write_text('id,caption\n1,"two\nlines, ""quoted"""\n2,' + "x" * 200_000 + "\n3,after\n")
     assert outcomes(path) == ['two lines, "quoted"', "bad_row", "after"]
@@ -163,14 +163,14 @@ def test_windows_files(tmp_path: Path) -> None:
     assert read(tmp_path / "list.tsv", WITH_IDS) == [Caption(id="1", ordinal=0, text="one")]
 
 
-def test_a_line_without_an_end_takes_bounded_memory(tmp_path: Path) -> None:
+def test_endless_lines_are_truncated(tmp_path: Path) -> None:
     with (tmp_path / "list.txt").open("wb") as file:
         file.write(b"first\n" + b"x" * 10_000_000 + b"\nlast")
     assert outcomes(tmp_path / "list.txt") == ["first", "x" * 2000, "last"]
 
 
 @pytest.mark.parametrize("write", [write_tsv, write_csv, write_parquet])
-def test_a_missing_column_is_an_error_that_names_the_columns(tmp_path: Path, write: Writer) -> None:
+def test_a_missing_column_is_named(tmp_path: Path, write: Writer) -> None:
     path = write(tmp_path, GOOD)
     with pytest.raises(SourceError, match=r"list\.\w+: no column 'text'; it has .*'caption'"):
         read(path, CaptionSettings(caption_column="text"))
@@ -184,7 +184,7 @@ def test_a_missing_column_is_an_error_that_names_the_columns(tmp_path: Path, wri
         ("list.parquet", b"PAR1", "not readable as Parquet"),
     ],
 )
-def test_a_list_that_cannot_be_read_is_an_error(
+def test_unreadable_lists_are_an_error(
     tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     if content is not None:
@@ -203,7 +203,7 @@ def test_other_misuse_is_an_error(tmp_path: Path) -> None:
         list(read_captions(str(tmp_path / "list.txt"), SETTINGS, start=-1))
 
 
-def test_the_fingerprint_follows_ids_texts_and_rejections(tmp_path: Path) -> None:
+def test_the_digest_covers_ids_texts_and_rejections(tmp_path: Path) -> None:
     def of(captions: list[str], settings: CaptionSettings = SETTINGS) -> str:
         return captions_digest(read(write_csv(tmp_path, captions), settings))
 

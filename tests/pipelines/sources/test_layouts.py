@@ -36,18 +36,18 @@ def test_a_layout_is_recognised_by_its_columns(layout: Layout) -> None:
     assert recognise_layout(sorted(layout.columns)) == recognise_layout(sorted(layout.columns, reverse=True))
 
 
-def test_only_laion_s_first_two_look_alike() -> None:
+def test_only_two_layouts_share_their_columns() -> None:
     names = {layout.name: recognise_layout(layout.columns) for layout in LAYOUTS}
     assert names.pop("LAION-400M") == "LAION-400M or LAION-5B"
     assert all(name == recognised for name, recognised in names.items())
 
 
 @pytest.mark.parametrize("columns", [[], ["URL", "TEXT"], ["a"], ["url", "caption", "width", "height"]])
-def test_what_fits_no_layout_is_unknown(columns: list[str]) -> None:
+def test_other_columns_are_unknown(columns: list[str]) -> None:
     assert recognise_layout(columns) == UNKNOWN
 
 
-def test_every_meaning_has_its_columns_and_no_column_two_meanings() -> None:
+def test_each_column_has_one_meaning() -> None:
     assert set(SPELLINGS) == set(get_args(Meaning))
     names = [name for spellings in SPELLINGS.values() for name in spellings]
     assert len(names) == len(set(names))
@@ -61,14 +61,14 @@ def test_every_layout_has_url_and_size(layout: Layout) -> None:
 
 @pytest.mark.parametrize("copy", [False, True], ids=["published", "copy"])
 @pytest.mark.parametrize("layout", LIST_LAYOUTS, ids=lambda layout: layout.name)
-def test_a_fixture_keeps_its_types_in_parquet(tmp_path: Path, layout: Layout, copy: bool) -> None:
+def test_fixtures_keep_their_types_in_parquet(tmp_path: Path, layout: Layout, copy: bool) -> None:
     schema = schema_of(layout, copy=copy)
     assert pq.read_schema(write_list(tmp_path, layout, copy=copy)).equals(schema)
     for name, types in layout.columns.items():
         assert schema.field(name).type in types
 
 
-def test_pictures_are_bytes_in_a_column_of_img2dataset_s_names() -> None:
+def test_images_are_bytes_in_known_columns() -> None:
     schema = pa.schema([("key", pa.string()), ("webp", pa.binary())])
     assert image_column(schema) == "webp"
     assert image_column(pa.schema([("jpg", pa.large_binary())])) == "jpg"
@@ -76,7 +76,7 @@ def test_pictures_are_bytes_in_a_column_of_img2dataset_s_names() -> None:
     assert image_column(pa.schema([("picture", pa.binary())])) is None
 
 
-def test_what_is_known_of_a_row() -> None:
+def test_metadata_drops_nulls_and_restores_integers() -> None:
     nan = float("nan")
     row = {"SAMPLE_ID": 12.0, "WIDTH": 640.0, "HEIGHT": nan, "hash": -3.0, "similarity": 1.0, "TEXT": b"\xff"}
     assert clean_metadata({**row, "NSFW": None, "pwatermark": float("inf")}) == {
@@ -90,7 +90,7 @@ def test_what_is_known_of_a_row() -> None:
     assert clean_metadata({"WIDTH": 640.5}) == {"WIDTH": 640.5}
 
 
-def test_the_most_trusted_value_that_is_usable_counts() -> None:
+def test_the_most_trusted_usable_value_counts() -> None:
     assert number_of({"original_width": 0, "WIDTH": 640, "width": 512}, "width") == 640
     assert number_of({"nsfw_score_opennsfw2": 0.1, "nsfw_score_gantman": 0.9}, "unsafe") == 0.9
     assert number_of({"aesthetic": None, "AESTHETIC_SCORE": "6", "aesthetic_score": 5}, "aesthetic") == 5
@@ -100,7 +100,7 @@ def test_the_most_trusted_value_that_is_usable_counts() -> None:
 
 # Selection from each layout: rows in and rows out, by reason.
 
-WANTED = Selection(
+SELECTION = Selection(
     min_width=250,
     min_height=250,
     min_aesthetic=4.6,
@@ -114,19 +114,19 @@ WANTED = Selection(
 # scores of 1/6, an aesthetic score of 4.5 and the tag NSFW; 9, 10 and 11 have scores of 3/4, 5/6 and 11/12,
 # 11 the tag NSFW, and only 9 is English.
 EXPECTED = {
-    "LAION-400M": {"low_resolution": 2, "unsafe": 2, "wanted": 4},
-    "LAION-5B": {"low_resolution": 2, "unsafe": 2, "other_language": 1, "wanted": 3},
+    "LAION-400M": {"low_resolution": 2, "unsafe": 2, "accepted": 4},
+    "LAION-5B": {"low_resolution": 2, "unsafe": 2, "other_language": 1, "accepted": 3},
     "laion2B-en-joined": {
-        "low_resolution": 2, "watermarked": 1, "unsafe": 1, "low_similarity": 1, "wanted": 3,
+        "low_resolution": 2, "watermarked": 1, "unsafe": 1, "low_similarity": 1, "accepted": 3,
     },
     "laion2B-en-aesthetic": {
-        "low_resolution": 2, "low_aesthetic": 1, "watermarked": 1, "unsafe": 1, "wanted": 3,
+        "low_resolution": 2, "low_aesthetic": 1, "watermarked": 1, "unsafe": 1, "accepted": 3,
     },
     "LAION-Aesthetics V2": {
-        "low_resolution": 2, "low_aesthetic": 1, "watermarked": 1, "unsafe": 1, "wanted": 3,
+        "low_resolution": 2, "low_aesthetic": 1, "watermarked": 1, "unsafe": 1, "accepted": 3,
     },
-    "laion-coco": {"low_resolution": 2, "watermarked": 1, "unsafe": 1, "low_similarity": 1, "wanted": 3},
-    "COYO-700M": {"low_resolution": 2, "low_aesthetic": 1, "watermarked": 1, "unsafe": 1, "wanted": 3},
+    "laion-coco": {"low_resolution": 2, "watermarked": 1, "unsafe": 1, "low_similarity": 1, "accepted": 3},
+    "COYO-700M": {"low_resolution": 2, "low_aesthetic": 1, "watermarked": 1, "unsafe": 1, "accepted": 3},
 }  # fmt: skip
 SILENT = {
     "LAION-400M": ["min_aesthetic", "max_watermark", "max_unsafe", "languages"],
@@ -141,21 +141,21 @@ SILENT = {
 
 @pytest.mark.parametrize("copy", [False, True], ids=["published", "copy"])
 @pytest.mark.parametrize("layout", LIST_LAYOUTS, ids=lambda layout: layout.name)
-def test_rows_in_and_rows_out_by_reason(tmp_path: Path, layout: Layout, copy: bool) -> None:
+def test_each_layout_is_selected_by_reason(tmp_path: Path, layout: Layout, copy: bool) -> None:
     (links,) = list_links(str(write_list(tmp_path, layout, copy=copy)))
     outcomes: Counter[str] = Counter()
     for row in read_links(links, LinkSettings()):
         try:
             if isinstance(row, Rejection):
                 raise Rejected(row.reason, row.detail)
-            check(row.metadata, caption=row.caption, selection=WANTED)
-            outcomes["wanted"] += 1
-        except Rejected as verdict:
-            outcomes[verdict.reason] += 1
+            check(row.metadata, caption=row.caption, selection=SELECTION)
+            outcomes["accepted"] += 1
+        except Rejected as rejected:
+            outcomes[rejected.reason] += 1
     assert outcomes == Counter(BROKEN.values()) + Counter(EXPECTED[layout.name])
     assert sum(outcomes.values()) == ROWS == table_of(layout).num_rows
 
 
 @pytest.mark.parametrize("layout", LIST_LAYOUTS, ids=lambda layout: layout.name)
-def test_bounds_that_find_no_column_are_named(layout: Layout) -> None:
-    assert silent_bounds(WANTED, layout.columns) == SILENT[layout.name]
+def test_bounds_without_a_column_are_named(layout: Layout) -> None:
+    assert silent_bounds(SELECTION, layout.columns) == SILENT[layout.name]

@@ -1,4 +1,4 @@
-"""Shards and lists read from a store that answers 503, breaks connections, stalls and sends halves."""
+"""Shards and lists from a store that answers 503, breaks connections, stalls and truncates responses."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ CAPTIONS = {
 }
 
 
-def pictures(count: int, *, size: int) -> list[ShardRow]:
+def shard_rows(count: int, *, size: int) -> list[ShardRow]:
     return [ShardRow(image=bytes([index]) * size, caption=f"c{index}") for index in range(count)]
 
 
 def fill(bucket: str, folder: Path) -> None:
     """Tars, one of them above the read-ahead and one cut in half; Parquet shards; lists."""
     filesystem = fsspec.filesystem("s3")
-    write_shard(f"{bucket}/shards", [*pictures(20, size=3_000), FAILED], index=0)
-    write_shard(f"{bucket}/shards", pictures(3, size=4_000_000), index=1)
-    write_shard(f"{bucket}/shards", pictures(8, size=3_000), index=2)
+    write_shard(f"{bucket}/shards", [*shard_rows(20, size=3_000), FAILED], index=0)
+    write_shard(f"{bucket}/shards", shard_rows(3, size=4_000_000), index=1)
+    write_shard(f"{bucket}/shards", shard_rows(8, size=3_000), index=2)
     whole = read_bytes(f"{bucket}/shards/00002.tar")
     filesystem.pipe_file(f"{bucket}/shards/00002.tar", whole[: len(whole) // 2])
     for index in (3, 4):
         file = write_parquet_shard(
-            folder, [*pictures(10, size=3_000), FAILED], index=index, rows_per_group=4, small_pages=True
+            folder, [*shard_rows(10, size=3_000), FAILED], index=index, rows_per_group=4, small_pages=True
         )
         filesystem.put_file(str(file), f"{bucket}/shards/{file.name}")
     filesystem.put_file(str(write_list(folder / "list", LIST_LAYOUTS[0])), f"{bucket}/lists/part-0.parquet")
@@ -57,7 +57,7 @@ def fill(bucket: str, folder: Path) -> None:
 
 
 def everything(bucket: str) -> dict[str, list[object]]:
-    """All rows of all sources, by what they were read from."""
+    """All rows of all sources, by source."""
     rows: dict[str, list[object]] = {}
     for shard in list_shards(f"{bucket}/shards"):
         rows[shard.url] = [*read_shard(shard, ShardSettings())]
@@ -69,7 +69,7 @@ def everything(bucket: str) -> dict[str, list[object]]:
     return rows
 
 
-def test_what_is_read_through_faults_is_what_is_there(bucket: str, tmp_path: Path) -> None:
+def test_faults_of_the_store_change_no_row(bucket: str, tmp_path: Path) -> None:
     fill(bucket, tmp_path)
     quiet = everything(bucket)
     torn = quiet[f"{bucket}/shards/00002.tar"]
@@ -90,8 +90,8 @@ def test_what_is_read_through_faults_is_what_is_there(bucket: str, tmp_path: Pat
     assert faults_in(log) == {(one, kind): 2 for one in ("GET", "LIST") for kind in fault_proxy.KINDS}
 
 
-class Halves(io.BytesIO):
-    """A file whose answers are cut: by an error, or, as after a proxy that hides it, without one."""
+class TornResponses(io.BytesIO):
+    """A file whose reads are cut short: by an error, or silently, as by a proxy that hides the error."""
 
     size = 1000
 
@@ -109,15 +109,15 @@ class Halves(io.BytesIO):
         return data[: len(data) // 2]
 
 
-def opened(monkeypatch: pytest.MonkeyPatch, file: Halves) -> None:
+def opened(monkeypatch: pytest.MonkeyPatch, file: TornResponses) -> None:
     monkeypatch.setattr("pipelines.storage.retry.BACKOFF_SECONDS", (0.0, 0.0, 0.0))
     memory = fsspec.filesystem("memory")
     monkeypatch.setattr(type(memory), "open", lambda *_, **__: file)
 
 
 @pytest.mark.parametrize("error", [None, ConnectionResetError("reset")])
-def test_a_torn_answer_is_asked_for_again(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = Halves(failures=2, error=error)
+def test_torn_responses_are_requested_again(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = TornResponses(failures=2, error=error)
     opened(monkeypatch, file)
     with open_object("memory://x", ahead=1) as reader:
         pieces = [*iter(lambda: reader.read(300), b"")]
@@ -126,9 +126,7 @@ def test_a_torn_answer_is_asked_for_again(error: Exception | None, monkeypatch: 
 
 
 @pytest.mark.parametrize("error", [None, ConnectionResetError("reset")])
-def test_a_store_that_keeps_tearing_is_a_failure_of_the_store(
-    error: Exception | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened(monkeypatch, Halves(failures=99, error=error))
+def test_a_store_that_keeps_failing_raises(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(monkeypatch, TornResponses(failures=99, error=error))
     with open_object("memory://x", ahead=1) as reader, pytest.raises(StoreFailure, match="memory://x: "):
         reader.read(300)

@@ -44,11 +44,11 @@ def meaning_table() -> Iterator[str]:
 def bound_table() -> Iterator[str]:
     yield "| setting of `latents.selection` | asks for | reason |"
     yield "|---|---|---|"
-    asked = dict(
+    descriptions = dict(
         re.findall(r"^        (\w+): (.+?)(?=^        \w+: |^    \Z|\Z)", _attributes(), re.M | re.S)
     )
     for bound in BOUNDS:
-        yield f"| `{bound.setting}` | {' '.join(asked[bound.setting].split())} | `{bound.reason}` |"
+        yield f"| `{bound.setting}` | {' '.join(descriptions[bound.setting].split())} | `{bound.reason}` |"
 
 
 def _attributes() -> str:
@@ -63,14 +63,14 @@ def reason_table() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("table", [layout_table, meaning_table, bound_table, reason_table])
-def test_a_table_is_the_code_s(table) -> None:
+def test_tables_agree_with_the_code(table) -> None:
     lines = list(table())
     missing = [line for line in lines if line not in DOCUMENT.splitlines()]
     assert not missing, "docs/sources.md lacks:\n" + "\n".join(missing)
     assert "\n".join(lines) in DOCUMENT, "docs/sources.md has its lines in another order, or more of them"
 
 
-def test_every_setting_that_the_document_names_is_there() -> None:
+def test_named_settings_exist() -> None:
     for name in re.findall(r"latents\.selection\.(\w+)", DOCUMENT):
         assert name in Selection.model_fields
     named = re.findall(r"source\.blocklists\.(\w+)", DOCUMENT)
