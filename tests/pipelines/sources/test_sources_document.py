@@ -42,7 +42,7 @@ def meaning_table() -> Iterator[str]:
 
 
 def bound_table() -> Iterator[str]:
-    yield "| setting of `latents.selection` | asks for | reason |"
+    yield "| setting of `latents.selection` | condition | reason |"
     yield "|---|---|---|"
     descriptions = dict(
         re.findall(r"^        (\w+): (.+?)(?=^        \w+: |^    \Z|\Z)", _attributes(), re.M | re.S)
