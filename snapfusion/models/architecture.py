@@ -204,7 +204,7 @@ class Architecture(Settings):
             ArchitectureError: if there is no such block.
         """
         block = self._block(name)
-        removed = {"whole": False} if self._changes_channels(block) else {"resnet": None}
+        removed: dict[str, Any] = {"whole": False} if self._changes_channels(block) else {"resnet": None}
 
         def change(layer: Layer) -> list[Layer]:
             if block.kind == "attention":

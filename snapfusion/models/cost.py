@@ -95,7 +95,7 @@ def costs_of(architecture: Architecture, *, tokens: int = NUM_TOKENS) -> Costs:
 
     blocks = {block.name: cost(block.name) for block in architecture.blocks}
     stages = {stage: cost(stage) for stage in architecture.stages}
-    rest = {stage: stages[stage] for stage in stages}
+    rest = dict(stages)
     for block in architecture.blocks:
         rest[block.stage] -= blocks[block.name]
     rest[ENDS] = cost("") - sum(stages.values(), ZERO_COST)
@@ -115,7 +115,7 @@ def block_count_table(*architectures: Architecture) -> list[tuple[Any, ...]]:
     "Mid" is all that is at the deepest resolution. All UNets have the levels of the first.
     """
     first, counts = architectures[0], [architecture.counts() for architecture in architectures]
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for name, stages in paper_stages(first).items():
         level = first.level(stages[0])
         for kind, label in _KINDS.items():

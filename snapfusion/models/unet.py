@@ -332,18 +332,15 @@ def build_unet(architecture: Architecture) -> UNet2DConditionModel | BlockUNet:
 def stock_config(architecture: Architecture) -> dict[str, Any] | None:
     """Return the config of `UNet2DConditionModel` for this architecture, or None if there is none."""
     has_attention = [any(layer.attentions for layer in stage) for stage in architecture.down]
+    down, up = ({attention: kind for kind, attention in kinds.items()} for kinds in (_DOWN, _UP))
     config = {
         "sample_size": architecture.sample_size,
         "in_channels": architecture.in_channels,
         "out_channels": architecture.out_channels,
         "block_out_channels": architecture.channels,
         "layers_per_block": tuple(len(stage) for stage in architecture.down),
-        "down_block_types": tuple(
-            "CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in has_attention
-        ),
-        "up_block_types": tuple(
-            "CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(has_attention)
-        ),
+        "down_block_types": tuple(down[attention] for attention in has_attention),
+        "up_block_types": tuple(up[attention] for attention in reversed(has_attention)),
         "cross_attention_dim": architecture.context,
         "attention_head_dim": architecture.heads,
         "norm_num_groups": architecture.groups,

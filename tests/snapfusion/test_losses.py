@@ -40,7 +40,7 @@ def test_distillation_weight_is_at_least_one():
     assert weight[0] > 1000
 
 
-def test_distillation_loss_is_the_larger_error_of_x_and_eps():
+def test_distillation_loss_is_the_larger_error():
     z_t, t = OTHER, torch.tensor([10, 500, 999])
     loss = distillation_loss(X, x_target=EPS, t=t, schedule=SCHEDULE)
     alpha, sigma = SCHEDULE.alpha(t).double(), SCHEDULE.sigma(t).double()

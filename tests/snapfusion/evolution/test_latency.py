@@ -113,7 +113,7 @@ def test_stages_add_up_to_the_total():
     assert sum(row["share"] for row in stages) == pytest.approx(1.0)
 
 
-def test_latency_by_kind_has_the_bars_of_fig_2():
+def test_latency_by_kind_gives_fig_2():
     cost = {"attention": 5.0, "resnet": 3.0}
     table = known_table(ORIGIN, ms=lambda part: cost.get(part.kind, 100.0))
     rows = latency_by_kind(table, EFFICIENT)

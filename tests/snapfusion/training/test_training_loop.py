@@ -39,16 +39,14 @@ def batches(start=0):
 OBJECTIVE = DecoderObjective(stored_images)
 
 
+def state_of(**changes):
+    return new_state(network(**changes), settings=SETTINGS)
+
+
 def run(state, *, settings=SETTINGS, micro_batch=8, objective=OBJECTIVE, source=None, after_step=None):
-    steps = []
-    train(
-        state,
-        objective=objective,
-        batches=source or batches(state.step),
-        settings=settings,
-        micro_batch=micro_batch,
-        after_step=after_step or steps.append,
-    )
+    steps, source = [], source or batches(state.step)
+    options = {"micro_batch": micro_batch, "after_step": after_step or steps.append}
+    train(state, objective=objective, batches=source, settings=settings, **options)
     return steps
 
 
@@ -59,7 +57,7 @@ def assert_equal(first, second):
 
 
 def test_loss_falls_and_steps_are_reported():
-    state = new_state(network(), settings=SETTINGS)
+    state = state_of()
     steps = run(state)
     assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6]
     assert steps[-1].loss < steps[0].loss
@@ -68,18 +66,18 @@ def test_loss_falls_and_steps_are_reported():
 
 
 def test_finished_state_is_unchanged():
-    state = new_state(network(), settings=SETTINGS)
+    state = state_of()
     state.step = 6
     assert run(state, source=iter(())) == []
 
 
 @pytest.mark.parametrize("killed_after", [1, 3, 5])
 def test_killed_and_resumed_run_is_identical(tmp_path, killed_after):
-    whole = new_state(network(), settings=SETTINGS)
+    whole = state_of()
     run(whole)
 
     store = CheckpointStore(str(tmp_path))
-    killed = new_state(network(), settings=SETTINGS)
+    killed = state_of()
 
     def save_and_die(step):
         killed.curve.append({"step": step.step, "loss": step.loss})
@@ -89,7 +87,7 @@ def test_killed_and_resumed_run_is_identical(tmp_path, killed_after):
 
     with pytest.raises(KeyboardInterrupt):
         run(killed, after_step=save_and_die)
-    resumed = new_state(network(seed=1), settings=SETTINGS)  # its initial weights must not matter
+    resumed = state_of(seed=1)  # its initial weights must not matter
     found = store.newest()
     resumed.restore(found.tensors, found.values)
     assert (resumed.step, len(resumed.curve)) == (killed_after, killed_after)
@@ -99,7 +97,7 @@ def test_killed_and_resumed_run_is_identical(tmp_path, killed_after):
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4])
 def test_accumulation_matches_the_whole_batch(micro_batch):
-    whole, pieces = (new_state(network(), settings=SETTINGS) for _ in range(2))
+    whole, pieces = (state_of() for _ in range(2))
     steps = run(whole)
     more = run(pieces, micro_batch=micro_batch)
     for step, other in zip(steps, more, strict=True):
@@ -110,7 +108,7 @@ def test_accumulation_matches_the_whole_batch(micro_batch):
 
 
 def test_nan_loss_names_its_rows():
-    state = new_state(network(), settings=SETTINGS)
+    state = state_of()
     broken = batch_of(0)
     broken["latent"][3] = float("nan")
     broken["latent"][6, 0, 0, 0] = float("inf")
@@ -126,20 +124,17 @@ def test_nan_gradient_names_its_batch():
         return (model(batch["latent"]).square().mean(dim=(1, 2, 3)) * 0.0).sqrt()
 
     with pytest.raises(NonFiniteLossError, match=r"gradient of step 0 is nan; the batch is rows 0-0, 0-1"):
-        run(new_state(network(), settings=SETTINGS), objective=objective)
+        run(state_of(), objective=objective)
 
 
 def test_batch_of_another_size_fails():
     with pytest.raises(ValueError, match="step 0 got 5 rows; the global batch is 8"):
-        run(new_state(network(), settings=SETTINGS), source=iter([batch_of(0, rows=5)]))
+        run(state_of(), source=iter([batch_of(0, rows=5)]))
 
 
 def test_loss_that_is_not_per_row_fails():
     with pytest.raises(ValueError, match=r"float32 \[8\], the loss of each row"):
-        run(
-            new_state(network(), settings=SETTINGS),
-            objective=lambda model, batch, step: model(batch["latent"]).mean(),
-        )
+        run(state_of(), objective=lambda model, batch, step: model(batch["latent"]).mean())
 
 
 def test_bfloat16_keeps_losses_and_weights_in_float32():
@@ -149,7 +144,7 @@ def test_bfloat16_keeps_losses_and_weights_in_float32():
         dtypes.append(model(batch["latent"]).dtype)
         return OBJECTIVE(model, batch, step=step)
 
-    state = new_state(network(), settings=SETTINGS)
+    state = state_of()
     settings = SETTINGS.model_copy(update={"precision": "bfloat16", "num_steps": 1})
     run(state, settings=settings, objective=objective)
     assert dtypes == [torch.bfloat16]
@@ -157,7 +152,7 @@ def test_bfloat16_keeps_losses_and_weights_in_float32():
 
 
 def test_state_of_another_model_fails():
-    state = new_state(network(), settings=SETTINGS)
+    state = state_of()
     run(state)
     other = new_state(nn.Sequential(nn.Conv2d(4, 3, 1)), settings=SETTINGS)
     with pytest.raises(StateError, match="does not fit"):
