@@ -110,18 +110,18 @@ def test_timestep_outside_the_schedule_fails(t):
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("name", "value"),
     [
-        {"num_steps": 0},
-        {"beta_start": 0.0},
-        {"beta_end": 1.0},
-        {"beta_start": 0.02},
-        {"beta_start": math.nan},
+        ("num_steps", 0),
+        ("beta_start", 0.0),
+        ("beta_end", 1.0),
+        ("beta_start", 0.02),
+        ("beta_start", math.nan),
     ],
 )
-def test_invalid_betas_fail(values):
-    with pytest.raises(ValueError, match=next(iter(values))):
-        Schedule(**values)
+def test_invalid_betas_fail(name, value):
+    with pytest.raises(ValueError, match=name):
+        Schedule(**{name: value})
 
 
 def test_schedules_are_equal_by_value():
