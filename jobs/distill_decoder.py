@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jobs.cli.in_run import connect_unless_published, describe_training
 from jobs.cli.job import Job, run
-from jobs.cli.state import state_of
-from jobs.runtime.cluster import connect
 from jobs.runtime.exit_codes import exit_process
 from jobs.training.decoder import distill_decoder, summary
 from jobs.training.progress_channel import show_reports
-from jobs.training.run_folder import METRICS
-from pipelines.storage.objects import exists
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def distill(job: Job) -> None:
     """Make the run's decoder, unless it is published already."""
     url = job.url("decoder")
-    if not exists(f"{url}/{METRICS}"):
-        connect(job.recipe.cluster)
+    connect_unless_published(job, url)
     metrics = distill_decoder(
         job.recipe.decoder,
         pairs_url=job.url("pairs"),
@@ -41,11 +37,8 @@ def distill(job: Job) -> None:
 
 def preview(job: Job) -> list[str]:
     """Describe what would be read and written."""
-    loop, url = job.recipe.decoder.loop, job.url("decoder")
-    return [
-        f"would train a half-width decoder on {job.url('pairs')} for {loop.num_steps} steps of "
-        f"{loop.global_batch} rows, into {url} ({state_of(url, last=METRICS)})"
-    ]
+    training = describe_training(job.url("pairs"), job.recipe.decoder.loop, url=job.url("decoder"))
+    return [f"would train a half-width decoder {training}"]
 
 
 if __name__ == "__main__":

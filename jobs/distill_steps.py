@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs.cli.in_run import resolve_training
+from jobs.cli.in_run import connect_unless_published, describe_training, resolve_training
 from jobs.cli.inputs import distillation_table_url, teacher_and_student
 from jobs.cli.job import Job, run
-from jobs.cli.state import state_of
-from jobs.runtime.cluster import connect
 from jobs.runtime.exit_codes import exit_process
 from jobs.training.distillation import distill_steps, summary
 from jobs.training.progress_channel import show_reports
-from jobs.training.run_folder import METRICS
-from pipelines.storage.objects import exists
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,8 +24,7 @@ def distill(job: Job) -> None:
     """Make the run's student, unless it is published already."""
     settings = job.recipe.distill
     url = job.url(settings.name)
-    if not exists(f"{url}/{METRICS}"):
-        connect(job.recipe.cluster)
+    connect_unless_published(job, url)
     teacher, student = teacher_and_student(job)
     metrics = distill_steps(
         resolve_training(settings, job),
@@ -45,13 +40,12 @@ def distill(job: Job) -> None:
 
 def preview(job: Job) -> list[str]:
     """Describe what would be read and written."""
-    settings, url = job.recipe.distill, job.url(job.recipe.distill.name)
+    settings, steps = job.recipe.distill, job.recipe.distill.steps
     teacher, student = teacher_and_student(job)
-    steps, loop = settings.steps, settings.loop
+    training = describe_training(distillation_table_url(job), settings.loop, url=job.url(settings.name))
     return [
         f"would distil {steps.k * steps.student_steps} steps of {teacher} into {steps.student_steps} of "
-        f"{student} on {distillation_table_url(job)} for {loop.num_steps} steps of {loop.global_batch} rows, "
-        f"into {url} ({state_of(url, last=METRICS)})"
+        f"{student} {training}"
     ]
 
 

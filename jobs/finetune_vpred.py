@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs.cli.in_run import train_in_run
+from jobs.cli.in_run import describe_training, train_in_run
 from jobs.cli.job import Job, run
-from jobs.cli.state import state_of
 from jobs.runtime.exit_codes import exit_process
-from jobs.training.run_folder import METRICS
 from snapfusion.models.load import load
 
 
@@ -22,20 +20,13 @@ def finetune(job: Job) -> None:
     if load(job.recipe.model).prediction_type == "v_prediction":
         print(f"  {job.recipe.model} predicts v already")
         return
-    url = job.url("vpred")
-    metrics = train_in_run(job, job.recipe.vpred, model=job.recipe.model, url=url)
-    evaluation = metrics["evaluation"]
-    print(f"  {url}/model: L_ori {evaluation['loss']:.5f} on {evaluation['rows']} held-out rows")
+    train_in_run(job, job.recipe.vpred, model=job.recipe.model, url=job.url("vpred"))
 
 
 def preview(job: Job) -> list[str]:
     """Describe what would be read and written."""
-    loop, url = job.recipe.vpred.loop, job.url("vpred")
-    return [
-        f"would fine-tune {job.recipe.model} to predict v on {job.url('latents')} for {loop.num_steps} "
-        f"steps of {loop.global_batch} rows, into {url} ({state_of(url, last=METRICS)}); nothing if it "
-        "predicts v already"
-    ]
+    training = describe_training(job.url("latents"), job.recipe.vpred.loop, url=job.url("vpred"))
+    return [f"would fine-tune {job.recipe.model} to predict v {training}; nothing if it predicts v already"]
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs.cli.in_run import train_in_run
+from jobs.cli.in_run import describe_training, train_in_run
 from jobs.cli.job import Job, run
-from jobs.cli.state import state_of
 from jobs.runtime.exit_codes import exit_process
 from jobs.training.initial_weights import named_architecture, own_architecture, with_architecture
-from jobs.training.run_folder import METRICS
 from snapfusion.models.cost import costs_of
 
 
@@ -29,22 +27,18 @@ def train_efficient(job: Job) -> None:
     origin = own_architecture(begin)
     architecture = named_architecture(job.resolve(settings.architecture), own=origin)
     first = with_architecture(begin, architecture, url=job.url("efficient-first"))
-    metrics = train_in_run(job, settings.training, model=first, url=url, further=True)
     sizes = [costs_of(one).total.parameters for one in (origin, architecture)]
-    print(
-        f"  {url}/model: {sizes[1]:,} parameters of {sizes[0]:,}, L_ori "
-        f"{metrics['evaluation']['loss']:.5f} on {metrics['evaluation']['rows']} held-out rows"
-    )
+    print(f"  {url}: {sizes[1]:,} parameters of {sizes[0]:,}")
+    train_in_run(job, settings.training, model=first, url=url, further=True)
 
 
 def preview(job: Job) -> list[str]:
     """Describe what would be read and written."""
-    settings, url = job.recipe.efficient, job.url("efficient")
-    loop = settings.training.loop
+    settings = job.recipe.efficient
+    training = describe_training(job.url("latents"), settings.training.loop, url=job.url("efficient"))
     return [
         f"would give {job.resolve(settings.begin)} the architecture {job.resolve(settings.architecture)} and "
-        f"train it on {job.url('latents')} for {loop.num_steps} steps of {loop.global_batch} rows, into "
-        f"{url} ({state_of(url, last=METRICS)})"
+        f"train it {training}"
     ]
 
 

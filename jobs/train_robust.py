@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs.cli.in_run import train_in_run
+from jobs.cli.in_run import describe_training, train_in_run
 from jobs.cli.job import Job, run
-from jobs.cli.state import state_of
 from jobs.runtime.exit_codes import exit_process
-from jobs.training.run_folder import METRICS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,21 +19,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_robust(job: Job) -> None:
     """Make the run's robust model, unless it is published already."""
-    settings, url = job.recipe.robust, job.url("robust")
+    settings = job.recipe.robust
     model = job.resolve(settings.begin)
-    metrics = train_in_run(job, settings.training, model=model, url=url, further=True)
-    evaluation = metrics["evaluation"]
-    print(f"  {url}/model: L_ori {evaluation['loss']:.5f} on {evaluation['rows']} held-out rows, all blocks")
+    train_in_run(job, settings.training, model=model, url=job.url("robust"), further=True)
 
 
 def preview(job: Job) -> list[str]:
     """Describe what would be read and written."""
-    settings, url = job.recipe.robust, job.url("robust")
-    loop, skip = settings.training.loop, settings.training.skip
+    settings, skip = job.recipe.robust, job.recipe.robust.training.skip
+    training = describe_training(job.url("latents"), settings.training.loop, url=job.url("robust"))
     return [
-        f"would train {job.resolve(settings.begin)} on {job.url('latents')} for {loop.num_steps} steps of "
-        f"{loop.global_batch} rows, each without a cross-attention block with probability {skip.attention:g} "
-        f"and a ResNet block with {skip.resnet:g}, into {url} ({state_of(url, last=METRICS)})"
+        f"would train {job.resolve(settings.begin)} {training}, skipping each cross-attention block with "
+        f"probability {skip.attention:g} and each ResNet block with {skip.resnet:g}"
     ]
 
 

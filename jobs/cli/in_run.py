@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from jobs.cli.job import Job
+from jobs.cli.state import state_of
 from jobs.evaluation.evaluation import StartTable
 from jobs.recipes.stages import DistillationStage
 from jobs.runtime.cluster import connect
@@ -19,7 +20,7 @@ from jobs.training.velocity import finetune_vpred
 from pipelines.storage.objects import exists, replace_object
 from pipelines.tables.commits import Origin
 from pipelines.tables.committer import OnProgress
-from snapfusion.training.settings import StepDistillationSettings
+from snapfusion.training.settings import LoopSettings, StepDistillationSettings
 
 
 def stage_job(job: Job, stage: DistillationStage) -> Job:
@@ -48,13 +49,10 @@ def stage_job(job: Job, stage: DistillationStage) -> Job:
 SettingsT = TypeVar("SettingsT", bound=UNetTrainingSettings)
 
 
-def train_in_run(
-    job: Job, settings: VpredSettings, *, model: str, url: str, further: bool = False
-) -> dict[str, Any]:
-    """`finetune_vpred` on the LATENTS of the run; connects to Ray only if there is something to train."""
-    if not exists(f"{url}/{METRICS}"):
-        connect(job.recipe.cluster)
-    return finetune_vpred(
+def train_in_run(job: Job, settings: VpredSettings, *, model: str, url: str, further: bool = False) -> None:
+    """Train on the LATENTS of the run by L_ori, and print the held-out loss."""
+    connect_unless_published(job, url)
+    metrics = finetune_vpred(
         resolve_training(settings, job),
         model=model,
         latents_url=job.url("latents"),
@@ -62,6 +60,20 @@ def train_in_run(
         further=further,
         on_report=show_reports(),
     )
+    evaluation = metrics["evaluation"]
+    print(f"  {url}/model: L_ori {evaluation['loss']:.5f} on {evaluation['rows']} held-out rows")
+
+
+def connect_unless_published(job: Job, url: str) -> None:
+    """Connect to Ray if there is something to train."""
+    if not exists(f"{url}/{METRICS}"):
+        connect(job.recipe.cluster)
+
+
+def describe_training(table_url: str, loop: LoopSettings, *, url: str) -> str:
+    """The part of a preview that is common to all trainings."""
+    state = state_of(url, last=METRICS)
+    return f"on {table_url} for {loop.num_steps} steps of {loop.global_batch} rows, into {url} ({state})"
 
 
 def resolve_training(settings: SettingsT, job: Job) -> SettingsT:

@@ -33,7 +33,6 @@ def distill_decoder(
     pairs_url: str,
     out_url: str,
     teacher: str,
-    pairs_version: int | None = None,
     on_report: OnReport = lambda figures: None,
 ) -> dict[str, Any]:
     """Train the decoder and publish its folder at `out_url`, all or nothing.
@@ -46,7 +45,6 @@ def distill_decoder(
         pairs_url: URL of PAIRS.
         out_url: folder to publish.
         teacher: source of the teacher, which PAIRS were made with.
-        pairs_version: of PAIRS; None continues with the version that the run began with, else the newest.
         on_report: receives progress reports.
 
     Returns:
@@ -62,7 +60,7 @@ def distill_decoder(
         kind="decoder",
         settings=settings,
         sources={"teacher": teacher},
-        table=TrainingTable(role="pairs", kind="pairs", url=pairs_url, version=pairs_version),
+        table=TrainingTable(role="pairs", kind="pairs", url=pairs_url),
         factory=assemble,
         check=partial(_check, settings),
         identity=lambda models: {"teacher": models["teacher"].describe()["weights"]["vae"]},

@@ -43,7 +43,6 @@ def distill_steps(
     data_url: str,
     out_url: str,
     student: str | None = None,
-    data_version: int | None = None,
     on_report: OnReport = lambda figures: None,
 ) -> dict[str, Any]:
     """Distil a student and publish it at `out_url` (see `TableTraining.run`).
@@ -54,7 +53,6 @@ def distill_steps(
         data_url: URL of LATENTS if the targets are online, else of TARGETS.
         out_url: folder to publish.
         student: source of the initial weights, which predict v; None takes the teacher's.
-        data_version: of the table; None continues with the version that the run began with, else the newest.
         on_report: receives progress reports.
 
     Returns:
@@ -76,7 +74,6 @@ def distill_steps(
             role="data",
             kind="latents" if online else "targets",
             url=data_url,
-            version=data_version,
             branches=() if online else _trained_branches(settings.steps),
         ),
         factory=assemble,

@@ -35,20 +35,17 @@ class TrainingTable:
         role: its key in identities and lineage ("data", "latents", "pairs").
         kind: of its rows.
         url: of the table.
-        version: to read; None continues with the version that the run began with, else the newest.
         branches: of TARGETS that training reads (`BRANCHES`); empty for a table without branches.
     """
 
     role: str
     kind: Literal["latents", "targets", "pairs"]
     url: str
-    version: int | None = None
     branches: Sequence[bool] = ()
 
     def open(self, folder: RunFolder) -> Snapshot:
-        """The table at its version."""
-        version = folder.pinned_version(self.role) if self.version is None else self.version
-        return open_table(self.url, version=version, kind=self.kind)
+        """The table at the version that the folder was begun with, else the newest."""
+        return open_table(self.url, version=folder.pinned_version(self.role), kind=self.kind)
 
 
 @dataclass(frozen=True, kw_only=True)

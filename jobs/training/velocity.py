@@ -39,7 +39,6 @@ def finetune_vpred(
     model: str,
     latents_url: str,
     out_url: str,
-    latents_version: int | None = None,
     further: bool = False,
     on_report: OnReport = lambda figures: None,
 ) -> dict[str, Any]:
@@ -50,7 +49,6 @@ def finetune_vpred(
         model: source of the initial weights, which predict eps.
         latents_url: URL of LATENTS.
         out_url: folder to publish.
-        latents_version: of LATENTS; None continues with the version that the run began with, else the newest.
         further: also accept a model that predicts v already.
         on_report: receives progress reports.
 
@@ -74,7 +72,7 @@ def finetune_vpred(
         objective="velocity",
         sources={"model": model},
         role="model",
-        table=TrainingTable(role="latents", kind="latents", url=latents_url, version=latents_version),
+        table=TrainingTable(role="latents", kind="latents", url=latents_url),
         factory=assemble,
         check=check,
         out_url=out_url,

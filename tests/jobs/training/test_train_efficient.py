@@ -101,6 +101,6 @@ def test_a_dry_run_describes_the_training(capsys):
     assert train_robust.main(["--dry-run", "--recipe", "sd15"]) == 0
     printed = capsys.readouterr().out
     assert "would train runs/demo/vpred/model on runs/demo/latents" in printed
-    assert "each without a cross-attention block with probability 0.2 and a ResNet block with 0.2" in printed
+    assert "cross-attention block with probability 0.2 and each ResNet block with 0.2" in printed
     assert train_efficient.main(["--dry-run", "--recipe", "sd2"]) == 0
     assert "would give stabilityai/stable-diffusion-2-1 the architecture table-3" in capsys.readouterr().out
