@@ -43,7 +43,7 @@ def _rename_into_place(folder: Path, target: Path) -> None:
 def _upload(folder: Path, url: str, *, last: str) -> None:
     filesystem, root = fsspec.core.url_to_fs(url)
     if filesystem.exists(f"{root}/{last}"):
-        raise FileExistsError(f"{last} is there already")
+        raise FileExistsError(f"{last} exists already")
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     for name in sorted(names, key=lambda name: name == last):
         filesystem.pipe_file(f"{root}/{name}", (folder / name).read_bytes())

@@ -10,8 +10,8 @@ from pathlib import Path
 import fsspec
 import pyarrow as pa
 import pytest
+from deletion_run import TABLES, Run, caption_of, id_of, image, make_run, make_shards, url_of
 from deltalake import DeltaTable, write_deltalake
-from forgetful_run import TABLES, Run, caption_of, id_of, make_run, make_shards, picture, url_of
 
 from jobs import forget
 from jobs.cli.inputs import row_filters
@@ -46,7 +46,7 @@ def lists(tmp_path) -> list[str]:
     """Options for one row by its address, one by its hash, one by its id, and some that do not exist."""
     contents = {
         "url": f"# by mail\nhttps://ORIGIN.example/0/secret-1.png\n{url_of(7, 7)}\n{url_of(7, 8)}\n",
-        "hash": f"{hashlib.sha256(picture(102)).hexdigest()}\n-12345\n",
+        "hash": f"{hashlib.sha256(image(102)).hexdigest()}\n-12345\n",
         "id": f"{id_of(0, 9)}\n",
     }
     for kind, text in contents.items():
@@ -174,8 +174,8 @@ def test_tables_grow_after_their_siblings_logs_are_pruned(run, lists):
     make_shards(run.out / "shards", shards=3)
     assert run.encode().num_rows == 15 + 9
     assert len(run.table("latents").manifests()) == len(run.table("latents").units)
-    assert run.teach().num_rows == 2 * 24
-    assert run.draw().num_rows == 24
+    assert run.compute_targets().num_rows == 2 * 24
+    assert run.generate_pairs().num_rows == 24
 
 
 def plant_trainings(run: Run) -> None:

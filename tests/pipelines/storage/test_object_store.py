@@ -1,4 +1,4 @@
-"""Sources and tables in S3, spoken to a real server of its protocol."""
+"""Sources and tables in S3, on a real server of its protocol."""
 
 import re
 import sys
@@ -72,7 +72,7 @@ def test_parquet_shards_and_url_lists_are_listed_and_streamed(bucket: str, tmp_p
     assert [row.ordinal for row in rows] == list(range(5, ROWS))
 
 
-def test_of_two_attempts_at_a_shard_one_is_published_whole(bucket: str, tmp_path: Path) -> None:
+def test_one_of_two_attempts_publishes_a_shard(bucket: str, tmp_path: Path) -> None:
     values = {"name": "00000", "number": 0, "retry": 0, "source": "a", "start": 0, "stop": 1, "rows": 1}
     receipt = ShardReceipt(**values, refused={}, downloaded=1)
     url = f"{bucket}/downloads"
@@ -96,15 +96,15 @@ def test_caption_lists_are_read(bucket: str) -> None:
     assert [row.text for row in rows if isinstance(row, Caption)] == ["one", "two"]
 
 
-@pytest.mark.parametrize("place", ["s3://bucket/none", "s3://bucket/none.tar", "s3://no-such-bucket/none"])
-def test_nothing_there_is_an_error_that_says_so(bucket: str, place: str) -> None:
+@pytest.mark.parametrize("url", ["s3://bucket/none", "s3://bucket/none.tar", "s3://no-such-bucket/none"])
+def test_missing_source_is_named(bucket: str, url: str) -> None:
     with pytest.raises(SourceError, match="no shards at"):
-        list_shards(place)
+        list_shards(url)
     with pytest.raises(SourceError, match="no such file"):
-        list(read_captions(f"{place}.txt", CaptionSettings()))
+        list(read_captions(f"{url}.txt", CaptionSettings()))
 
 
-def test_a_store_that_lets_nobody_in_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_store_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
@@ -120,28 +120,28 @@ def test_a_store_that_lets_nobody_in_is_an_error_that_says_so(monkeypatch: pytes
         s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_a_table_in_a_bucket_has_the_bytes_of_one_on_a_disk(bucket: str, tmp_path: Path) -> None:
-    there, here = f"{bucket}/tables/latents", str(tmp_path / "latents")
-    for url in (there, here):
+def test_table_in_a_bucket_equals_one_on_disk(bucket: str, tmp_path: Path) -> None:
+    remote, local = f"{bucket}/tables/latents", str(tmp_path / "latents")
+    for url in (remote, local):
         synthetic_units.run(url)
-    names = [unit.unit for unit in open_table(here).units]
-    assert [unit.unit for unit in open_table(there).units] == names
+    names = [unit.unit for unit in open_table(local).units]
+    assert [unit.unit for unit in open_table(remote).units] == names
     for name in names:
-        assert read_bytes(f"{there}/{name}.parquet") == read_bytes(f"{here}/{name}.parquet")
-    assert open_table(there).read(["id"]).equals(open_table(here).read(["id"]))
-    assert open_table(there).rejected_rows() == open_table(here).rejected_rows()
-    version = open_table(there).version
-    synthetic_units.run(there)
-    assert open_table(there).version == version
+        assert read_bytes(f"{remote}/{name}.parquet") == read_bytes(f"{local}/{name}.parquet")
+    assert open_table(remote).read(["id"]).equals(open_table(local).read(["id"]))
+    assert open_table(remote).rejected_rows() == open_table(local).rejected_rows()
+    version = open_table(remote).version
+    synthetic_units.run(remote)
+    assert open_table(remote).version == version
 
 
-def test_of_two_writers_of_one_object_one_is_told(bucket: str) -> None:
+def test_second_writer_of_an_object_is_refused(bucket: str) -> None:
     assert write_once(f"{bucket}/object", b"first")
     assert not write_once(f"{bucket}/object", b"second")
     assert read_bytes(f"{bucket}/object") == b"first"
 
 
-def test_what_others_wrote_since_a_folder_was_listed_is_there(bucket: str) -> None:
+def test_objects_written_since_a_listing_are_seen(bucket: str) -> None:
     write_once(f"{bucket}/listed/first", b"")
     assert list_names(f"{bucket}/listed") == ["first"]
     other = s3fs.S3FileSystem(skip_instance_cache=True)
@@ -154,7 +154,7 @@ def test_what_others_wrote_since_a_folder_was_listed_is_there(bucket: str) -> No
     assert not exists(f"{bucket}/listed/first")
 
 
-def test_an_orphan_in_a_bucket_is_adopted(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orphans_in_a_bucket_are_committed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"{bucket}/killed/latents"
     with monkeypatch.context() as patch:
         patch.setattr("pipelines.tables.committer.commit_units", lambda *_, **__: [])
@@ -164,7 +164,7 @@ def test_an_orphan_in_a_bucket_is_adopted(bucket: str, monkeypatch: pytest.Monke
     assert open_table(url).num_rows == 17
 
 
-def test_a_store_that_knows_nobody_here_is_a_failure_that_says_so(
+def test_missing_credentials_are_a_store_failure(
     bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -182,7 +182,7 @@ def test_a_store_that_knows_nobody_here_is_a_failure_that_says_so(
 
 
 @pytest.mark.parametrize(
-    ("url", "line"),
+    ("url", "message"),
     [
         (
             "gs://bucket/run",
@@ -195,15 +195,13 @@ def test_a_store_that_knows_nobody_here_is_a_failure_that_says_so(
         ("s4://bucket/run", "s4://bucket/run: s4:// is no store that fsspec knows; s3://, gs://, abfs://"),
     ],
 )
-def test_a_store_without_its_package_is_told_with_the_package(
-    url: str, line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_client_names_its_package(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("gcsfs", "adlfs"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(StorageError, match=re.escape(line)):
+    with pytest.raises(StorageError, match=re.escape(message)):
         check_client(url)
 
 
-def test_places_that_can_be_reached_are_not_refused(tmp_path: Path) -> None:
+def test_urls_with_a_client_are_accepted(tmp_path: Path) -> None:
     for url in (str(tmp_path), f"file://{tmp_path}", "s3://bucket/run", "memory://run"):
         check_client(url)

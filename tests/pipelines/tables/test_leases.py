@@ -1,4 +1,4 @@
-"""Leases: one has the turn, who died blocks nobody for long, and who reads is known."""
+"""Leases: one process appends, a dead one blocks nobody for long, and readers are known."""
 
 from __future__ import annotations
 
@@ -12,53 +12,55 @@ from pipelines.tables import leases
 from pipelines.tables.leases import TableBusy, active_readers, append_lease, read_lease, remove_expired
 
 
-def test_one_has_the_turn_and_the_next_gets_it_afterwards(tmp_path: Path):
-    url = str(tmp_path / "table")
-    said = r"the first on .*, process \d+ is appending; its lease expires in \d+ s"
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return str(tmp_path / "table")
+
+
+def test_append_lease_passes_to_the_next(url):
+    first = r"the first on .*, process \d+ is appending; its lease expires in \d+ s"
     with (
         append_lease(url, purpose="the first"),
-        pytest.raises(TableBusy, match=said),
+        pytest.raises(TableBusy, match=first),
         append_lease(url, purpose="the second"),
     ):
         pass
     with append_lease(url, purpose="the second"):
         pass
     assert remove_expired(url) == 1
-    assert [path.name for path in tmp_path.glob("table.leases/*")] == ["turn-00000002.json"]
+    assert [path.name for path in Path(f"{url}.leases").iterdir()] == ["turn-00000002.json"]
 
 
-def test_of_many_that_ask_at_once_one_gets_it(tmp_path: Path):
-    url, had, refused = str(tmp_path / "table"), [], []
-    go, done = threading.Barrier(8), threading.Barrier(8)
+def test_one_of_many_gets_the_lease(url):
+    held, refused = [], []
+    begin, end = threading.Barrier(8), threading.Barrier(8)
 
-    def ask(number: int) -> None:
-        go.wait()
+    def acquire(number: int) -> None:
+        begin.wait()
         try:
             with append_lease(url, purpose=str(number)):
-                had.append(number)
-                done.wait()
+                held.append(number)
+                end.wait()
         except TableBusy:
             refused.append(number)
-            done.wait()
+            end.wait()
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    threads = [threading.Thread(target=acquire, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (len(had), len(refused)) == (1, 7)
+    assert (len(held), len(refused)) == (1, 7)
 
 
-def test_a_turn_is_renewed_while_it_lasts(tmp_path: Path):
-    url = str(tmp_path / "table")
+def test_held_lease_is_renewed(url):
     with append_lease(url, purpose="long", seconds=0.4):
         time.sleep(1.0)
         with pytest.raises(TableBusy), append_lease(url, purpose="other", seconds=0.4):
             pass
 
 
-def test_who_died_blocks_nobody_for_longer_than_the_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    url = str(tmp_path / "table")
+def test_lease_of_a_dead_process_expires(url, monkeypatch):
     with monkeypatch.context() as patch:
         # As if the process were killed: nothing is renewed, and nothing ended.
         patch.setattr(leases, "replace_object", lambda *_: None)
@@ -71,21 +73,18 @@ def test_who_died_blocks_nobody_for_longer_than_the_lease(tmp_path: Path, monkey
         pass
 
 
-def test_a_failure_ends_the_turn_with_it(tmp_path: Path):
-    url = str(tmp_path / "table")
+def test_failure_ends_the_lease(url):
     with pytest.raises(ZeroDivisionError), append_lease(url, purpose="fails"):
         raise ZeroDivisionError
     with append_lease(url, purpose="next"):
         pass
 
 
-def test_who_reads_is_known_until_it_ends(tmp_path: Path, bucket: str):
-    for url in (str(tmp_path / "table"), f"{bucket}/table"):
-        with read_lease(url, version=7, purpose="student"), read_lease(url, version=3, purpose="decoder"):
-            assert [(lease.version, lease.holder.split()[0]) for lease in active_readers(url)] == [
-                (3, "decoder"),
-                (7, "student"),
-            ]
-            assert remove_expired(url) == 0
-        assert active_readers(url) == []
-        assert remove_expired(url) == 2
+def test_readers_are_known_until_they_end(url, bucket):
+    for table in (url, f"{bucket}/table"):
+        with read_lease(table, version=7, purpose="student"), read_lease(table, version=3, purpose="decoder"):
+            readers = [(lease.version, lease.holder.split()[0]) for lease in active_readers(table)]
+            assert readers == [(3, "decoder"), (7, "student")]
+            assert remove_expired(table) == 0
+        assert active_readers(table) == []
+        assert remove_expired(table) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -34,19 +35,19 @@ ROWS = 10
 TABLES = ("latents", "targets", "pairs")
 
 
-def picture(number: int) -> bytes:
-    """A picture that no other number has, as PNG."""
+def image(number: int) -> bytes:
+    """An image that no other number has, as PNG."""
     pixels = np.random.Generator(np.random.Philox(number)).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     return to_png(pixels)
 
 
 def url_of(shard: int, row: int) -> str:
-    """Where a planted picture came from."""
+    """The URL of a planted image."""
     return f"http://origin.example/{shard}/secret-{row}.png"
 
 
 def caption_of(shard: int, row: int) -> str:
-    """A caption that nothing else has."""
+    """A caption that no other row has."""
     return f"whisper {shard}x{row} unheard"
 
 
@@ -56,17 +57,17 @@ def id_of(shard: int, row: int) -> str:
 
 
 def make_shards(folder: Path, *, shards: int = 2) -> None:
-    """Shards of ten rows, the fourth of which is no picture."""
+    """Shards of ten rows, the fourth of which is no image."""
     for index in range(shards):
-        pictures = [
+        rows = [
             ShardRow(
-                image=b"this is text" if row == 3 else picture(100 * index + row),
+                image=b"this is text" if row == 3 else image(100 * index + row),
                 caption=caption_of(index, row),
                 url=url_of(index, row),
             )
             for row in range(ROWS)
         ]
-        write_shard(str(folder), pictures, index=index, extension="png", rows_per_shard=100)
+        write_shard(str(folder), rows, index=index, extension="png", rows_per_shard=100)
 
 
 class Run:
@@ -79,7 +80,7 @@ class Run:
 
     @property
     def urls(self) -> list[str]:
-        """Of the tables."""
+        """The URLs of the tables."""
         return [str(self.out / name) for name in TABLES]
 
     def table(self, name: str) -> Snapshot:
@@ -98,7 +99,7 @@ class Run:
             run=in_process,
         )
 
-    def teach(self, *, draws: int = 2) -> Snapshot:
+    def compute_targets(self, *, draws: int = 2) -> Snapshot:
         """As `jobs.compute_targets`."""
         return compute_targets(
             TARGETS.with_values([f"draws={draws}"]),
@@ -108,7 +109,7 @@ class Run:
             run=in_process,
         )
 
-    def draw(self, *, draws: int = 1) -> Snapshot:
+    def generate_pairs(self, *, draws: int = 1) -> Snapshot:
         """As `jobs.generate_pairs`, of the captions of LATENTS."""
         return generate_pairs(
             PAIRS.with_values([f"draws={draws}"]),
@@ -130,13 +131,17 @@ def make_run(out: Path, *, teacher: str) -> Run:
     run = Run(out, teacher=teacher)
     make_shards(out / "shards")
     run.encode()
-    run.teach()
-    run.draw()
+    run.compute_targets()
+    run.generate_pairs()
     return run
 
 
-def naming(*, urls: tuple[str, ...] = (), ids: tuple[str, ...] = ()) -> DeletionKeys:
-    """A request."""
+def keys_of(
+    *, urls: Iterable[str] = (), ids: Iterable[str] = (), hashes: Iterable[object] = ()
+) -> DeletionKeys:
+    """The keys of a request."""
     return DeletionKeys(
-        urls=frozenset(sha256_key(normalize_url(url)) for url in urls), ids=frozenset(map(sha256_key, ids))
+        urls=frozenset(sha256_key(normalize_url(url)) for url in urls),
+        ids=frozenset(map(sha256_key, ids)),
+        hashes=frozenset(sha256_key(str(value)) for value in hashes),
     )

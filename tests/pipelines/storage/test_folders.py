@@ -1,4 +1,4 @@
-"""Folders appear whole: at once on a disk, the named file last in a store."""
+"""Folders appear whole: renamed into place on a disk, with a given file last in a store."""
 
 import fsspec
 import pytest
@@ -16,13 +16,13 @@ def folder(tmp_path):
     return folder
 
 
-def test_a_folder_moves_into_place_and_leaves_nothing_beside_it(folder, tmp_path):
+def test_folder_is_published_alone(folder, tmp_path):
     publish_folder(folder, str(tmp_path / "out" / "bundle"), last="manifest.json")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bundle"]
     assert (tmp_path / "out" / "bundle" / "sub" / "z.bin").read_text() == "sub/z.bin"
 
 
-def test_a_taken_place_is_left_as_it_is(folder, tmp_path):
+def test_existing_folder_is_left_alone(folder, tmp_path):
     target = tmp_path / "bundle"
     target.mkdir()
     (target / "mine").write_text("kept")
@@ -32,20 +32,17 @@ def test_a_taken_place_is_left_as_it_is(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "made"]
 
 
-def test_a_store_gets_the_named_file_last(folder, monkeypatch):
+def test_store_gets_the_named_file_last(folder, monkeypatch):
     store = fsspec.filesystem("memory")
-    put = []
-    original = store.pipe_file
+    written, pipe_file = [], type(store).pipe_file
 
-    def record(path, data, **options):
-        put.append(path.rsplit("/published/", 1)[-1])
-        return original(path, data, **options)
+    def recording(self, path, data, **options):
+        written.append(path.rsplit("/published/", 1)[-1])
+        return pipe_file(self, path, data, **options)
 
-    monkeypatch.setattr(
-        type(store), "pipe_file", lambda self, path, data, **options: record(path, data, **options)
-    )
+    monkeypatch.setattr(type(store), "pipe_file", recording)
     publish_folder(folder, "memory://published", last="manifest.json")
-    assert put == ["a.bin", "sub/z.bin", "manifest.json"]
-    with pytest.raises(StorageError, match="there already"):
+    assert written == ["a.bin", "sub/z.bin", "manifest.json"]
+    with pytest.raises(StorageError, match="exists already"):
         publish_folder(folder, "memory://published", last="manifest.json")
     store.rm("/published", recursive=True)
