@@ -56,7 +56,7 @@ def publish_bundle(
         out_url: folder to publish, on disk or in an object store.
 
     Returns:
-        The manifest; that of the published bundle, if it was made from the same.
+        The manifest, as it is published.
 
     Raises:
         ParityError: if a part does not agree with torch.
@@ -77,9 +77,7 @@ def publish_bundle(
         "parents": dict(parents),
     }
     if exists(f"{out_url}/{MANIFEST}"):
-        # Through JSON, as the published one: tuples become lists.
-        return _published_manifest(out_url, identity=json.loads(json.dumps(identity)))
-    # Built aside and published in one step: an interrupted or refused bundle leaves nothing behind.
+        return _published_manifest(out_url, identity=identity)
     with _scratch_folder(out_url) as scratch:
         folder = scratch / "bundle"
         folder.mkdir()
@@ -139,6 +137,7 @@ class _ElapsedPrinter:
 @contextmanager
 def _scratch_folder(url: str) -> Iterator[Path]:
     """A temporary folder beside the bundle, where there is room for it; in the system's for object stores."""
+    # Built aside and published in one step: an interrupted or refused bundle leaves nothing behind.
     beside = Path(absolute_url(url)).parent if is_local(url) else Path(tempfile.gettempdir())
     try:
         beside.mkdir(parents=True, exist_ok=True)
@@ -151,8 +150,10 @@ def _scratch_folder(url: str) -> Iterator[Path]:
         raise StorageError(f"the bundle cannot be written below {beside}: {error}") from error
 
 
-def _published_manifest(url: str, *, identity: dict[str, Any]) -> dict[str, Any]:
+def _published_manifest(url: str, *, identity: Mapping[str, Any]) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(read_bytes(f"{url}/{MANIFEST}"))
+    # Through JSON, as the published one: tuples become lists.
+    identity = json.loads(json.dumps(identity))
     if manifest.get("settings_hash") == digest(identity):
         return manifest
     differing = ", ".join(differences(manifest.get("identity", {}), identity))
