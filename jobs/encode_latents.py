@@ -18,7 +18,7 @@ from jobs.runtime.exit_codes import exit_process
 from jobs.runtime.progress import show_progress
 from pipelines.datasets.latents import encode_latents
 from pipelines.sources.webdataset import Shard, list_shards, metadata_columns
-from pipelines.stages.select import set_bounds
+from pipelines.stages.select import active_bounds
 from pipelines.storage.objects import exists
 from pipelines.tables.manifest import total_rejected
 
@@ -39,7 +39,7 @@ def encode(job: Job) -> None:
         shards=shards,
         source=recipe.source.name,
         url=job.url(recipe.source.table),
-        vetoes=latents_row_filters(job),
+        filters=latents_row_filters(job),
         origin=job.origin({"shards": shards_url(job), "model": recipe.model}),
         run=runner(recipe.cluster),
         on_progress=show_progress(job.verb),
@@ -68,7 +68,7 @@ def sampled_preview(job: Job) -> list[str]:
 def _print_unused_bounds(job: Job, shard: Shard) -> None:
     """Print which bounds reject nothing, because the shards have no column for them."""
     settings = job.recipe.latents
-    if any(set_bounds(settings.selection)):
+    if any(active_bounds(settings.selection)):
         for line in unused_bound_lines(settings.selection, metadata_columns(shard, settings.shards)):
             print(f"  {line}")
 

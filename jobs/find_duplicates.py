@@ -36,7 +36,7 @@ def find(job: Job) -> None:
         shards=list_shards(shards_url(job)),
         source=recipe.source.name,
         url=job.url(settings.fingerprints.table),
-        vetoes=row_filters(job),
+        filters=row_filters(job),
         origin=job.origin({"shards": shards_url(job)}),
         run=runner(recipe.cluster),
         on_progress=show_progress(job.verb),
@@ -74,7 +74,7 @@ def preview(job: Job) -> list[str]:
     fingerprints, duplicates = job.url(settings.fingerprints.table), job.url(settings.table)
     return [
         f"would read the images of {shards_url(job)} into {fingerprints} ({state_of(fingerprints)})",
-        *(f"would read {source} of the evaluation" for source in settings.evaluation.places),
+        *(f"would read {source} of the evaluation" for source in settings.evaluation.urls),
         *(f"would compare with {other}, whose rows come first" for other in settings.against),
         f"would write verdicts on rows into {duplicates} ({state_of(duplicates)})",
     ]
@@ -82,14 +82,14 @@ def preview(job: Job) -> list[str]:
 
 def _evaluation(job: Job) -> Snapshot | None:
     settings = job.recipe.deduplication
-    if not settings.evaluation.places:
+    if not settings.evaluation.urls:
         return None
     table = fingerprint_evaluation(
         settings.fingerprints,
         latents=job.recipe.latents,
         evaluation=settings.evaluation,
         url=job.url(f"{settings.table}-evaluation"),
-        origin=job.origin({"evaluation": list(settings.evaluation.places)}),
+        origin=job.origin({"evaluation": list(settings.evaluation.urls)}),
         run=runner(job.recipe.cluster),
     )
     print(f"  evaluation: {_counts(table)}")

@@ -80,15 +80,15 @@ def recompute_for(job: Job, table: Snapshot) -> Recompute:
         case "references":
             settings = recipe.evaluation
             return references.recomputer(
-                table, settings=settings.references, judging=settings.samples.judging
+                table, settings=settings.references, metrics=settings.samples.judging
             )
         case "duplicates":
             return _cannot_recompute
     shards = list_shards(recipe.source.url or f"{parent}/shards")
     if kind == "fingerprints":
-        return fingerprints.recomputer(table, shards=shards, source=source, vetoes=row_filters(run_job))
+        return fingerprints.recomputer(table, shards=shards, source=source, filters=row_filters(run_job))
     return latents.recomputer(
-        table, model=recipe.model, shards=shards, source=source, vetoes=latents_row_filters(run_job)
+        table, model=recipe.model, shards=shards, source=source, filters=latents_row_filters(run_job)
     )
 
 

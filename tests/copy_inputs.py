@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from in_process import in_process
 from PIL import Image, ImageEnhance
 
 from pipelines.datasets.settings import LatentsSettings
+from pipelines.dedup.decontamination import fingerprint_evaluation
 from pipelines.dedup.fingerprints import fingerprint_shards
-from pipelines.dedup.settings import FingerprintsSettings
+from pipelines.dedup.settings import EvaluationSet, FingerprintsSettings
 from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.sources.webdataset import list_shards
 from pipelines.stages.settings import ImageSettings
@@ -60,7 +62,12 @@ def write_shards(folder: Path, shards: Sequence[Sequence[ShardRow]], *, first: i
         write_shard(str(folder), rows, index=index, rows_per_shard=100)
 
 
-def fingerprinted(folder: Path, url: Path, *, run: object, **more: object) -> Snapshot:
-    given = {"latents": LATENTS, "source": "web", **more}
-    shards = list_shards(str(folder))
-    return fingerprint_shards(SETTINGS, shards=shards, url=str(url), run=run, **given)
+def fingerprinted(folder: Path, url: Path, **options: object) -> Snapshot:
+    options = {"latents": LATENTS, "source": "web", "run": in_process, **options}
+    return fingerprint_shards(SETTINGS, shards=list_shards(str(folder)), url=str(url), **options)
+
+
+def evaluated(evaluation: EvaluationSet, url: Path) -> Snapshot:
+    return fingerprint_evaluation(
+        SETTINGS, latents=LATENTS, evaluation=evaluation, url=str(url), run=in_process
+    )

@@ -95,7 +95,7 @@ class Run:
             shards=list_shards(str(self.out / "shards")),
             source="web",
             url=str(self.out / name),
-            vetoes=[DeletionFilter(self.list)],
+            filters=[DeletionFilter(self.list)],
             run=in_process,
         )
 

@@ -8,7 +8,7 @@ from pipelines.dedup.decontamination import describe_evaluation
 from pipelines.dedup.fingerprints import identity_of
 from pipelines.stages.blocklist import load_blocklist
 from pipelines.stages.deletion_filter import DeletionFilter
-from pipelines.stages.duplicates import DuplicateFilter
+from pipelines.stages.duplicate_filter import DuplicateFilter
 from pipelines.stages.row_filter import RowFilter
 from pipelines.storage.objects import absolute_url, exists
 from pipelines.tables.deletion_list import DeletionList
@@ -43,11 +43,11 @@ def latents_row_filters(job: Job) -> list[RowFilter]:
             f"{url} does not exist, and deduplication.use is set: run jobs.find_duplicates first"
         )
     table = open_table(url, kind="duplicates")
-    fingerprints = identity_of(settings.fingerprints, latents=job.recipe.latents, vetoes=filters)
+    fingerprints = identity_of(settings.fingerprints, latents=job.recipe.latents, filters=filters)
     expected = {
         **{name: getattr(settings, name) for name in ("url", "image", "caption", "max_hamming")},
         "fingerprints": {**fingerprints, "schema_version": SCHEMA_VERSION},
-        "evaluation": describe_evaluation(settings.evaluation) if settings.evaluation.places else None,
+        "evaluation": describe_evaluation(settings.evaluation) if settings.evaluation.urls else None,
         "against": [absolute_url(against) for against in settings.against],
     }
     # The table also records the versions of what it was compared with, which may be older than today's.

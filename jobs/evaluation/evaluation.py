@@ -20,6 +20,7 @@ from pipelines.datasets.samples import generate_samples, read_scores, sampled_id
 from pipelines.ray_data.execution import Runner
 from pipelines.rejections import Rejection
 from pipelines.sources.captions import Caption, captions_digest, read_captions
+from pipelines.stages.metric_networks import describe_features, describe_scorer
 from pipelines.storage.objects import absolute_url
 from pipelines.tables.commits import Origin
 from pipelines.tables.committer import OnProgress
@@ -61,7 +62,7 @@ def evaluate(
     origin, on_progress = start("references", {"pictures": settings.references.url or "scenes"})
     references = compute_references(
         settings.references,
-        judging=settings.samples.judging,
+        metrics=settings.samples.judging,
         url=f"{out}/references",
         origin=origin,
         run=run,
@@ -170,8 +171,8 @@ def _protocol(
             "compared": len(ids),
         },
         "reference": {**references.lineage(), **references.identity, "compared": reference.count},
-        "features": judging.describe_features(),
-        "scorer": judging.describe_scorer(),
+        "features": describe_features(judging.features),
+        "scorer": describe_scorer(judging.scorer),
         "drawing": settings.samples.drawing.to_values(),
         "dtype": settings.samples.device.dtype,
         "intervals": f"95 %: normal for means over captions, else a jackknife over {settings.groups} groups",
@@ -190,7 +191,7 @@ def _comparisons(
                     {
                         "w": w,
                         "evaluations": contender.sampler.evaluations(
-                            w, told=tables[contender.name].identity["told_w"]
+                            w, w_conditioned=tables[contender.name].identity["told_w"]
                         ),
                         **metrics_at(curves[contender.name], w),
                     }

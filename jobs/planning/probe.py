@@ -249,7 +249,7 @@ def _batch_of_pairs(job: Job, *, steps: int, images: bool) -> Callable[[], Any]:
     stage = GeneratePairs(teacher=job.recipe.model, settings=settings, device=pairs.device)
     ids = stage.bundle.tokenize([_CAPTION] * settings.batch_size)
     keys = [noise_key("probe", row) for row in range(settings.batch_size)]
-    return lambda: stage.draw(ids, keys)
+    return lambda: stage.generate_batch(ids, keys)
 
 
 def _median(run: Callable[[], object]) -> float:

@@ -41,8 +41,8 @@ def shard_preview_lines(job: Job, shards: Sequence[Shard]) -> list[str]:
         source=recipe.source.name,
         reading=recipe.latents.shards,
         selection=recipe.latents.selection,
-        pictures=recipe.latents.images,
-        vetoes=row_filters(job),
+        images=recipe.latents.images,
+        filters=row_filters(job),
     )
     counted, uncounted = count_shard_rows(shards)
     total = None if uncounted else counted
@@ -61,7 +61,7 @@ def link_preview_lines(job: Job) -> list[str]:
         rows=recipe.source.sample_rows,
         columns=recipe.download.columns,
         selection=recipe.latents.selection,
-        vetoes=[row_filter for row_filter in row_filters(job) if isinstance(row_filter, LinkFilter)],
+        filters=[row_filter for row_filter in row_filters(job) if isinstance(row_filter, LinkFilter)],
     )
     total = count_link_rows(lists, recipe.download.columns)
     table = _table(preview, recipe.latents.selection, total=total, sources=f"{len(lists):,} lists")
@@ -70,7 +70,7 @@ def link_preview_lines(job: Job) -> list[str]:
 
 def unused_bound_lines(selection: Selection, columns: Iterable[str]) -> list[str]:
     """A line for each bound that is set but has no column to check, so that it rejects nothing."""
-    meanings = {bound.setting: bound.looks_at for bound in BOUNDS}
+    meanings = {bound.setting: bound.columns for bound in BOUNDS}
     lines = []
     for setting in silent_bounds(selection, columns):
         names = " and no ".join(", ".join(SPELLINGS[meaning]) for meaning in meanings[setting])
@@ -81,7 +81,7 @@ def unused_bound_lines(selection: Selection, columns: Iterable[str]) -> list[str
 
 def _table(preview: Preview, selection: Selection, *, total: int | None, sources: str) -> Iterator[str]:
     of_total = "" if total is None else f" of {total:,}"
-    yield f"sampled {preview.rows:,} rows{of_total}, from {preview.places} of {sources}"
+    yield f"sampled {preview.rows:,} rows{of_total}, from {preview.num_sources} of {sources}"
     yield f"layout: {preview.layout}"
     yield ""
     yield from _reasons(preview)
@@ -94,8 +94,8 @@ def _table(preview: Preview, selection: Selection, *, total: int | None, sources
 
 def _reasons(preview: Preview) -> Iterator[str]:
     yield f"{'':<18}{'rows':>7}{'share':>8}  for example"
-    yield f"{'kept':<18}{preview.kept:>7}{preview.share:>8.1%}".rstrip()
-    for reason, rejected in sorted(preview.refused.items(), key=lambda item: (-item[1].rows, item[0])):
+    yield f"{'kept':<18}{preview.accepted:>7}{preview.accepted_share:>8.1%}".rstrip()
+    for reason, rejected in sorted(preview.rejected.items(), key=lambda item: (-item[1].rows, item[0])):
         share = rejected.rows / preview.rows
         yield _cut(f"{reason:<18}{rejected.rows:>7}{share:>8.1%}  {rejected.example}").rstrip()
 
@@ -103,34 +103,34 @@ def _reasons(preview: Preview) -> Iterator[str]:
 def _measures(preview: Preview) -> Iterator[str]:
     yield f"{'':<24}{'rows':>7}{''.join(f'{name:>8}' for name in _QUANTILES)}  bound by"
     for measure in MEASURES:
-        values = preview.measures[measure.what]
+        values = preview.measures[measure.name]
         if values:
             quantiles = np.quantile(values, list(_QUANTILES.values()))
             numbers = "".join(f"{_short(value):>8}" for value in quantiles)
             settings = [bound.setting for bound in BOUNDS if bound.measure is measure]
             # "min max_side": settings of one measure differ in their first four letters alone.
             names = " ".join([*(setting[:4] for setting in settings[:-1]), settings[-1]])
-            yield f"{measure.what:<24}{len(values):>7}{numbers}  {names}"
+            yield f"{measure.name:<24}{len(values):>7}{numbers}  {names}"
 
 
 def _categories(preview: Preview) -> Iterator[str]:
     for meaning in CATEGORIES:
-        words = preview.classes[meaning]
+        words = preview.categories[meaning]
         if words:
             common = ", ".join(f"{word} {rows}" for word, rows in words.most_common(_NUM_WORDS))
             more = f", {len(words) - _NUM_WORDS} more" if len(words) > _NUM_WORDS else ""
-            settings = ", ".join(bound.setting for bound in BOUNDS if meaning in bound.looks_at)
+            settings = ", ".join(bound.setting for bound in BOUNDS if meaning in bound.columns)
             yield _cut(f"{meaning:<24}{words.total():>7}  {common}{more}; bound by {settings}")
 
 
 def _kept_line(preview: Preview, total: int) -> str:
-    kept = int(float(f"{preview.share * total:.3g}"))  # a sample gives no more than three digits
+    kept = int(float(f"{preview.accepted_share * total:.3g}"))  # a sample gives no more than three digits
     return f"of {total:,} rows about {kept:,} would be kept"
 
 
 def _size(preview: Preview, job: Job, *, total: int) -> Iterator[str]:
     """The size of LATENTS, extrapolated from the sample."""
-    if not preview.kept:
+    if not preview.accepted:
         return
     try:
         model = load_sizes(job.recipe.model)
@@ -141,9 +141,9 @@ def _size(preview: Preview, job: Job, *, total: int) -> Iterator[str]:
     side = images.size or model.side
     check_size(side, step=model.granularity, option=SIZE_SETTING)
     latent = model.channels * (side // model.cell) ** 2 * np.dtype(np.float16).itemsize
-    row = latent + preview.text_bytes / preview.kept
+    row = latent + preview.text_bytes / preview.accepted
     at_most = " at most" if images.buckets else ""
-    size = _bytes(row * preview.share * total)
+    size = _bytes(row * preview.accepted_share * total)
     yield f"in LATENTS{at_most} about {size}: {_bytes(row)} per row, images of {side} px"
 
 

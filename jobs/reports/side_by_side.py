@@ -51,11 +51,11 @@ def sample_side_by_side(student: StudentMetrics, *, url: str) -> tuple[StepCompa
         stage = SampleAndScore(
             model=model,
             sampler=Sampler(steps=num_steps),
-            drawing=_SAMPLING,
-            judging=MetricSettings(),
+            sampling=_SAMPLING,
+            metrics=MetricSettings(),
             device=Device(),
         )
-        scores[name] = stage.draw_and_judge([caption.text for caption in captions], keys, w=GUIDANCE)
+        scores[name] = stage.sample_and_score([caption.text for caption in captions], keys, w=GUIDANCE)
     metrics = {
         name: ModelMetrics(name=name, steps=num_steps, **_metrics(scores[name], teacher=scores["teacher"]))
         for name, (_, num_steps) in models.items()

@@ -20,6 +20,7 @@ from jobs.training.settings import ValidationSettings
 from jobs.training.spec import TrainingError, ValidationResult
 from pipelines.datasets.references import moments_of
 from pipelines.sources.captions import Caption
+from pipelines.stages.metric_networks import describe_features
 from pipelines.stages.reference import SCENE_PREFIX, ExtractFeatures
 from pipelines.stages.sample import SampleAndScore
 from pipelines.stages.settings import Device, ImageBounds, Sampler
@@ -88,8 +89,8 @@ class Validator:
         networks = SampleAndScore(
             model=self.model,
             sampler=Sampler(steps=self.settings.steps or self.steps or _DEFAULT_STEPS),
-            drawing=sampling.model_copy(update={"size": sampling.size or self.size}),
-            judging=self.settings.judging,
+            sampling=sampling.model_copy(update={"size": sampling.size or self.size}),
+            metrics=self.settings.judging,
             device=self._device,
         )
         # The source may be an eps model whose UNet is being fine-tuned to v.
@@ -105,8 +106,8 @@ class Validator:
         extract = ExtractFeatures(
             features=settings.judging.features, images=ImageBounds(), size=1, device=self._device
         )
-        scenes = [extract.picture(f"{SCENE_PREFIX}{index}") for index in range(_NUM_SCENES)]
-        return Moments.of(torch.from_numpy(extract.describe(scenes)))
+        scenes = [extract.read_image(f"{SCENE_PREFIX}{index}") for index in range(_NUM_SCENES)]
+        return Moments.of(torch.from_numpy(extract.extract(scenes)))
 
     def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
         bundle = self._networks.bundle
@@ -120,7 +121,7 @@ class Validator:
         keys = [noise_key("evaluation", sampling.seed, caption.id) for caption in captions]
         texts = [caption.text for caption in captions]
         spans = [slice(start, start + size) for start in range(0, len(keys), size)]
-        batches = [self._networks.draw_and_judge(texts[span], keys[span], w=w) for span in spans]
+        batches = [self._networks.sample_and_score(texts[span], keys[span], w=w) for span in spans]
         columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         row = np.concatenate(list(columns["image"][: self.settings.pictures]), axis=1)
         finite = columns["finite"]
@@ -155,7 +156,7 @@ def check_validation(settings: ValidationSettings, *, size: int) -> None:
     if settings.references is None:
         return
     features = open_table(settings.references, kind="references").identity["features"]
-    differing = list(differences(features, settings.judging.describe_features()))
+    differing = list(differences(features, describe_features(settings.judging.features)))
     if differing:
         raise TrainingError(
             f"validation.references {settings.references} has other features than validation.judging: "

@@ -1,53 +1,47 @@
-"""REFERENCES: the features of real pictures, which a Frechet distance is taken to. SnapFusion Sec. 5.
+"""REFERENCES: features of real images, the other side of the Frechet distance. SnapFusion Sec. 5.
 
-picture names ─ units ─ features ─ data file ─ commit
+image names ─ units ─ features ─ data file ─ commit
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from functools import reduce
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial, reduce
+from typing import Any, Unpack
 
 import fsspec
 import pyarrow as pa
 import torch
 
+from pipelines.datasets.build import BuildOptions, build_table, check_same, device_of, list_units, packed
 from pipelines.datasets.settings import ReferencesSettings
-from pipelines.ray_data.execution import PipelineStage, Runner, run_on_ray
+from pipelines.ray_data.execution import PipelineStage
 from pipelines.sources import SourceError
 from pipelines.stages.image import FORMATS
+from pipelines.stages.metric_networks import describe_features
 from pipelines.stages.reference import SCENE_PREFIX, ExtractFeatures
 from pipelines.stages.settings import Device, MetricSettings
-from pipelines.stages.write import WriteUnit, pack
 from pipelines.storage.objects import absolute_url
-from pipelines.tables.commits import Origin
-from pipelines.tables.committer import OnProgress, commit_stream, recover
 from pipelines.tables.manifest import UnitManifest
-from pipelines.tables.schemas import array_type, references_schema
-from pipelines.tables.table import Snapshot, TableError, create_table
-from pipelines.tables.units import ImageNameRows, Unit, committed_ranges, uncovered_ranges
+from pipelines.tables.schemas import read_array, references_schema
+from pipelines.tables.table import Snapshot, TableError
+from pipelines.tables.units import FinishedRows, ImageNameRows, Unit
 from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.metrics.moments import Moments
-from snapfusion.settings import differences, digest
 
 _SUFFIXES = (".jpg", ".jpeg", *(f".{name.lower()}" for name in FORMATS))
 
 
-_UNIT_FIELDS = ("source", "start", "stop", "final", "source_digest")
-
-
-def identity_of(settings: ReferencesSettings, *, judging: MetricSettings) -> dict[str, Any]:
-    """Everything that determines the rows of REFERENCES, the pictures apart (each unit states its own)."""
-    scenes = settings.url is None
+def identity_of(settings: ReferencesSettings, *, metrics: MetricSettings) -> dict[str, Any]:
+    """Everything that determines the rows of REFERENCES but the images, which each unit records."""
+    crop = {"crop": "middle square", "size": settings.size, "kernel": "lanczos"}
     return {
         "kind": "references",
         "pictures": settings.name,
-        "features": judging.describe_features(),
-        "prepared": "as drawn"
-        if scenes
-        else {"crop": "middle square", "size": settings.size, "kernel": "lanczos"},
+        "features": describe_features(metrics.features),
+        "prepared": "as drawn" if settings.url is None else crop,
         "images": settings.images.to_values(),
         "rows_per_unit": settings.rows_per_unit,
         "dtype": "float32",
@@ -55,115 +49,85 @@ def identity_of(settings: ReferencesSettings, *, judging: MetricSettings) -> dic
 
 
 def image_names(settings: ReferencesSettings) -> list[str]:
-    """The first `count` pictures by name.
+    """The first `count` images by name.
 
     Raises:
         SourceError: if the folder holds fewer.
     """
     if settings.url is None:
         return [f"{SCENE_PREFIX}{number}" for number in range(settings.count)]
-    place = absolute_url(settings.url)
-    filesystem, path = fsspec.core.url_to_fs(place)
+    filesystem, path = fsspec.core.url_to_fs(absolute_url(settings.url))
     names = sorted(entry for entry in filesystem.find(path) if entry.lower().endswith(_SUFFIXES))
     if len(names) < settings.count:
-        raise SourceError(f"{settings.url} holds {len(names)} pictures, {settings.count} are asked for")
+        raise SourceError(f"{settings.url} holds {len(names)} images; {settings.count} are needed")
     return [filesystem.unstrip_protocol(name) for name in names[: settings.count]]
 
 
 def compute_references(
-    settings: ReferencesSettings,
-    *,
-    judging: MetricSettings,
-    url: str,
-    origin: Origin | None = None,
-    run: Runner = run_on_ray,
-    on_progress: OnProgress | None = None,
+    settings: ReferencesSettings, *, metrics: MetricSettings, url: str, **options: Unpack[BuildOptions]
 ) -> Snapshot:
-    """Bring the table at `url` to all pictures; returns its newest version. It is described once and kept.
+    """Bring the table at `url` to the features of all images; returns its newest version.
 
     Raises:
-        SourceError: if there are not as many pictures.
-        TableError: if the table was made with other settings, another network or other pictures.
-        TooManyRejected: when the rejected fraction is above its bound.
+        SourceError: if there are not as many images.
+        TableError: if the table was made with other settings, another network or other images.
+        TooManyRejected: when the rejected fraction exceeds its bound.
     """
     names = image_names(settings)
-    schema = references_schema(features=judging.feature_count)
-    table = create_table(url, schema=schema, identity=identity_of(settings, judging=judging))
-    table = recover(table, origin=origin)
-    items = pending_units(settings, names=names, accounts=list(table.manifests().values()))
-    arguments = {
-        "features": judging.features,
-        "images": settings.images,
-        "size": settings.size,
-        "device": settings.device,
-    }
-    written = {"url": table.url, "schema": schema, "settings": digest(table.identity)}
-    stages = [
-        PipelineStage(build=ExtractFeatures, arguments=arguments, pool=settings.describers),
-        PipelineStage(build=WriteUnit, arguments=written, pool=settings.writers),
-    ]
-    total = sum(item.unit.rows_read for item in items)
-    finished = run(items, stages)
-    return commit_stream(
-        table, finished, bounds=settings.bounds, total=total, origin=origin, on_progress=on_progress
+    arguments = _stage_arguments(settings, metrics=metrics, device=settings.device)
+    return build_table(
+        url,
+        settings,
+        schema=references_schema(features=metrics.feature_count),
+        identity=identity_of(settings, metrics=metrics),
+        pending=partial(pending_units, settings, names=names),
+        stages=[PipelineStage(build=ExtractFeatures, arguments=arguments, pool=settings.describers)],
+        **options,
     )
 
 
 def pending_units(
-    settings: ReferencesSettings, *, names: list[str], accounts: list[UnitManifest]
-) -> list[ImageNameRows]:
-    """The units that no committed one covers.
+    settings: ReferencesSettings, manifests: Sequence[UnitManifest], *, names: Sequence[str]
+) -> Iterator[ImageNameRows]:
+    """The units that are not committed.
 
     Raises:
-        TableError: if a committed unit was made of other pictures than those given.
+        TableError: if a committed unit was made from other images than those given.
     """
-    for account in accounts:
-        if _names_digest(names[account.start : account.stop]) != account.source_digest:
-            raise TableError(
-                f"unit {account.unit} was made of other pictures than {account.start} .. {account.stop} of "
-                "those given; give the same folder (it may grow at its end), or a new table"
-            )
-    committed = committed_ranges(accounts, settings.name)
-    return [
-        ImageNameRows(
-            unit=Unit(
-                name=f"{settings.name}-{gap.start:09d}-{gap.stop:09d}",
-                source=settings.name,
-                start=gap.start,
-                stop=gap.stop,
-                final=gap.final,
-                source_digest=_names_digest(names[gap.start : gap.stop]),
-            ),
-            names=names[gap.start : gap.stop],
-        )
-        for gap in uncovered_ranges(len(names), committed=committed, rows_per_unit=settings.rows_per_unit)
-    ]
+    rows_per_unit = settings.rows_per_unit
+    units = list_units(
+        names, manifests, source=settings.name, rows_per_unit=rows_per_unit, digest=_names_digest
+    )
+    return (ImageNameRows(unit=unit, names=list(part)) for unit, part in units)
 
 
-def recomputer(table: Snapshot, *, settings: ReferencesSettings, judging: MetricSettings) -> Recompute:
-    """What `verify_table` needs to make units of REFERENCES again, from the pictures that their rows name.
+def recomputer(table: Snapshot, *, settings: ReferencesSettings, metrics: MetricSettings) -> Recompute:
+    """Recomputes units of REFERENCES for `verify_table`, from the images that their rows name.
 
     Raises:
-        TableError: if the table was made by another network or with other settings.
+        TableError: if the table was made with another network or other settings.
     """
-    wanted = identity_of(settings, judging=judging)
-    told = {name: table.identity[name] for name in wanted}
-    if differing := list(differences(told, wanted)):
-        raise TableError(f"{table.url} was made otherwise: {'; '.join(differing[:3])}")
-    schema = references_schema(features=judging.feature_count)
+    check_same(table, identity_of(settings, metrics=metrics), "network or other settings")
 
-    def make(account: UnitManifest, rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
-        if account.rejected():
-            raise CannotRecompute("pictures that could not be read are not in it, and batches depend on them")
-        unit = Unit(**{name: getattr(account, name) for name in _UNIT_FIELDS}, name=account.unit)
-        device = Device(threads=account.environment["threads"])
-        stage = ExtractFeatures(
-            features=judging.features, images=settings.images, size=settings.size, device=device
-        )
-        finished = stage(ImageNameRows(unit=unit, names=rows.column("id").to_pylist()))
-        return pack(finished, schema), finished.environment
+    def recompute(manifest: UnitManifest, rows: pa.Table) -> FinishedRows:
+        if manifest.rejected():
+            raise CannotRecompute("images that could not be read are not in it, and batches depend on them")
+        device = device_of(table, manifest)
+        stage = ExtractFeatures(**_stage_arguments(settings, metrics=metrics, device=device))
+        return stage(ImageNameRows(unit=Unit.of(manifest), names=rows.column("id").to_pylist()))
 
-    return make
+    return packed(references_schema(features=metrics.feature_count), recompute)
+
+
+def _stage_arguments(
+    settings: ReferencesSettings, *, metrics: MetricSettings, device: Device
+) -> dict[str, Any]:
+    return {
+        "features": metrics.features,
+        "images": settings.images,
+        "size": settings.size,
+        "device": device,
+    }
 
 
 def moments_of(table: Snapshot) -> Moments:
@@ -172,17 +136,14 @@ def moments_of(table: Snapshot) -> Moments:
     Raises:
         TableError: if there are no rows.
     """
-    parts = [_moments(table.read_unit(unit, ["features"])) for unit in table.units]
+    features = (read_array(table.read_unit(unit, ["features"]), "features") for unit in table.units)
+    # A copy, because Arrow's memory is read-only.
+    parts = [Moments.of(torch.from_numpy(part.copy())) for part in features]
     if not parts:
         raise TableError(f"{table.url} has no committed rows at version {table.version}")
     return reduce(Moments.merge, parts)
 
 
-def _moments(rows: pa.Table) -> Moments:
-    features = array_type(rows.schema.field("features")).unpack(rows.column("features").to_pylist())
-    return Moments.of(torch.from_numpy(features.copy()))
-
-
-def _names_digest(names: list[str]) -> str:
-    # A folder may be moved: what a picture is called in it says which one it is.
+def _names_digest(names: Sequence[str]) -> str:
+    # Of the last parts alone, so that the folder may be moved.
     return hashlib.sha256(json.dumps([name.rpartition("/")[2] for name in names]).encode()).hexdigest()

@@ -1,45 +1,45 @@
-"""SAMPLES: what a model draws of each caption at each guidance, as the judges see it. SnapFusion Sec. 5.
+"""SAMPLES: a model's images for each caption at each guidance, and their scores. SnapFusion Sec. 5.
 
-captions ─ units of (caption range, guidance) ─ model and solver ─ judges ─ data file ─ commit
+captions ─ units of (caption range, guidance) ─ model and solver ─ metric networks ─ data file ─ commit
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pyarrow as pa
 
+from pipelines.datasets.build import BuildOptions, build_table, check_same, device_of, packed
 from pipelines.datasets.pairs import caption_units
 from pipelines.datasets.settings import SamplesSettings
-from pipelines.ray_data.execution import PipelineStage, Runner, run_on_ray
+from pipelines.ray_data.execution import PipelineStage
 from pipelines.rejections import Rejection
 from pipelines.sources.captions import Caption
 from pipelines.stages.crop import check_size
+from pipelines.stages.metric_networks import describe_features, describe_scorer
 from pipelines.stages.sample import SampleAndScore
 from pipelines.stages.settings import Device, Sampler
-from pipelines.stages.write import WriteUnit, pack
-from pipelines.tables.commits import Origin
-from pipelines.tables.committer import OnProgress, commit_stream, recover
 from pipelines.tables.manifest import UnitManifest
-from pipelines.tables.schemas import array_type, samples_schema
-from pipelines.tables.table import Snapshot, TableError, create_table
-from pipelines.tables.units import PromptRows, Unit
+from pipelines.tables.schemas import read_array, samples_schema
+from pipelines.tables.table import Snapshot, TableError, UnitFile
+from pipelines.tables.units import FinishedRows, PromptRows, Unit
 from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.decoder import load_decoder
 from snapfusion.models.guidance_embedding import has_guidance_embedding
 from snapfusion.models.load import load
-from snapfusion.settings import SettingsError, differences, digest
+from snapfusion.settings import SettingsError
 
 Cuts = Mapping[str, tuple[str, ...]]
-"""What a UNet goes without: names of blocks, by a short name of the whole."""
+"""Blocks that the UNet skips, by a short name for the set of them."""
 
-_SIZE = "samples.drawing.size"
-_UNIT_FIELDS = ("source", "start", "stop", "final", "source_digest")
+_SIZE_SETTING = "samples.drawing.size"
+_WITHOUT = ".without."
 
 
 def identity_of(
@@ -50,25 +50,27 @@ def identity_of(
     cuts: Cuts | None = None,
     decoder: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that determines the rows of SAMPLES, captions and guidance apart (each unit has its own)."""
-    cut = {"cuts": {name: list(blocks) for name, blocks in cuts.items()}} if cuts else {}
-    other = {} if decoder is None else {"decoder": weight_hash(load_decoder(decoder))}
+    """Everything that determines the rows of SAMPLES but captions and guidance, which each unit records."""
+    optional: dict[str, Any] = {}
+    if cuts:
+        optional["cuts"] = {name: list(blocks) for name, blocks in cuts.items()}
+    if decoder is not None:
+        optional["decoder"] = weight_hash(load_decoder(decoder))
     return {
-        **cut,
-        **other,
+        **optional,
         "kind": "samples",
         "model": bundle.describe(),
         "told_w": has_guidance_embedding(bundle.unet),
         "sampler": sampler.to_values(),
         "drawing": settings.drawing.to_values(),
-        "features": settings.judging.describe_features(),
-        "scorer": settings.judging.describe_scorer(),
+        "features": describe_features(settings.judging.features),
+        "scorer": describe_scorer(settings.judging.scorer),
         "rows_per_unit": settings.rows_per_unit,
         "dtype": settings.device.dtype,
     }
 
 
-def generate_samples(  # noqa: PLR0913 - what, by whom, of what, where to; all by name
+def generate_samples(
     settings: SamplesSettings,
     *,
     model: str,
@@ -79,159 +81,129 @@ def generate_samples(  # noqa: PLR0913 - what, by whom, of what, where to; all b
     url: str,
     cuts: Cuts | None = None,
     decoder: str | None = None,
-    origin: Origin | None = None,
-    run: Runner = run_on_ray,
-    on_progress: OnProgress | None = None,
+    **options: Unpack[BuildOptions],
 ) -> Snapshot:
     """Bring the table at `url` to all captions at every guidance; returns its newest version.
 
-    A guidance or caption that is added later adds units, and changes none.
+    A guidance or caption that is added later adds units and changes none.
 
     Args:
-        settings: how.
+        settings: of the table.
         model: a source that `snapfusion.models.load` accepts.
         sampler: solver and steps.
         guidance: scales w, each at least 1.
-        captions: in order; a list that grew at its end is gone on with.
+        captions: in order; the list may have grown at its end.
         source: a short name of the list; units are named after it and the guidance.
         url: of the table.
-        cuts: which blocks the UNet goes without, in turn, after it was whole; None for the whole UNet alone.
+        cuts: sets of blocks that the UNet skips, one after the other, after the whole UNet.
         decoder: the folder of a half-width decoder; None takes the model's own.
-        origin: who makes the new units, and from what.
-        run: what sends units through the stages.
-        on_progress: called after each unit.
+        options: see `build_table`.
 
     Raises:
         TableError: if the table was made with other settings, another model or other captions.
-        SettingsError: if the model cannot draw pictures of that size, or the judges not look at them.
-        TooManyRejected: when the rejected fraction is above its bound.
+        SettingsError: if the model cannot generate images of that size, or the oracle not read them.
+        TooManyRejected: when the rejected fraction exceeds its bound.
     """
-    schema = samples_schema(
-        features=settings.judging.feature_count, attributes=settings.judging.attribute_count
-    )
     bundle = load(model)
     _check_size(settings, bundle=bundle)
     identity = identity_of(settings, sampler=sampler, bundle=bundle, cuts=cuts, decoder=decoder)
     del bundle  # workers beside this process need the memory
-    table = create_table(url, schema=schema, identity=identity)
-    table = recover(table, origin=origin)
-    known = table.manifests().values()
-    items = list(
-        pending_units(
-            settings, guidance=guidance, captions=captions, source=source, accounts=known, cuts=cuts
-        )
+    arguments = _stage_arguments(
+        settings, model=model, sampler=sampler, device=settings.device, decoder=decoder
     )
-    arguments = {
-        "model": model,
-        "sampler": sampler,
-        "drawing": settings.drawing,
-        "judging": settings.judging,
-        "device": settings.device,
-        "decoder": decoder,
-    }
-    written = {"url": table.url, "schema": schema, "settings": digest(table.identity)}
-    stages = [
-        PipelineStage(build=SampleAndScore, arguments=arguments, pool=settings.models),
-        PipelineStage(build=WriteUnit, arguments=written, pool=settings.writers),
-    ]
-    total = sum(item.unit.rows_read for item in items)
-    finished = run(items, stages)
-    return commit_stream(
-        table, finished, bounds=settings.bounds, total=total, origin=origin, on_progress=on_progress
+    return build_table(
+        url,
+        settings,
+        schema=_schema(settings),
+        identity=identity,
+        pending=partial(
+            pending_units, settings, guidance=guidance, captions=captions, source=source, cuts=cuts
+        ),
+        stages=[PipelineStage(build=SampleAndScore, arguments=arguments, pool=settings.models)],
+        **options,
     )
 
 
 def pending_units(
     settings: SamplesSettings,
+    manifests: Sequence[UnitManifest],
     *,
     guidance: Sequence[float],
     captions: Sequence[Caption | Rejection],
     source: str,
-    accounts: Iterable[UnitManifest],
     cuts: Cuts | None = None,
 ) -> Iterator[PromptRows]:
-    """The units that no committed one covers, cut by cut and guidance by guidance.
+    """The units that are not committed, cut by cut and guidance by guidance.
 
     Raises:
-        TableError: if a committed unit was drawn from other captions than those given.
+        TableError: if a committed unit was made from other captions than those given.
     """
-    known = list(accounts)
     for (cut, blocks), w in product({"": (), **(cuts or {})}.items(), guidance):
         name = source_name(source, w, cut=cut)
-        for unit, rows in caption_units(
-            captions, name=name, accounts=known, rows_per_unit=settings.rows_per_unit
+        for unit, accepted, rejections in caption_units(
+            captions, manifests, source=name, rows_per_unit=settings.rows_per_unit
         ):
-            drawn = PromptRows(
-                unit=unit,
-                w=w,
-                captions=[row for row in rows if isinstance(row, Caption)],
-                rejections=[],
-                cut=cut,
-                without=tuple(blocks),
-            )
-            rejections = [
-                replace(row, id=drawn.row_id(row.id), source=name)
-                for row in rows
-                if isinstance(row, Rejection)
-            ]
-            yield replace(drawn, rejections=rejections)
+            rows = PromptRows(unit=unit, w=w, captions=accepted, cut=cut, without=tuple(blocks))
+            renamed = [replace(row, id=rows.row_id(row.id), source=name) for row in rejections]
+            yield replace(rows, rejections=renamed)
 
 
 def recomputer(
     table: Snapshot, *, settings: SamplesSettings, model: str, decoder: str | None = None
 ) -> Recompute:
-    """What `verify_table` needs to make units of SAMPLES again, from the captions and guidance in their rows.
+    """Recomputes units of SAMPLES for `verify_table`, from the captions and guidance in their rows.
 
     Raises:
-        TableError: if the table was made by another model, decoder, other judges or other settings.
+        TableError: if the table was made with another model, decoder, metric or other settings.
     """
     sampler = Sampler.parse(table.identity["sampler"])
     cuts = table.identity.get("cuts", {})
-    wanted = identity_of(settings, sampler=sampler, bundle=load(model), cuts=cuts, decoder=decoder)
-    told = {name: table.identity.get(name) for name in {*wanted, "decoder"}}
-    if differing := list(differences(told, wanted)):
-        raise TableError(f"{table.url} was made otherwise: {'; '.join(differing[:3])}")
-    schema = samples_schema(
-        features=settings.judging.feature_count, attributes=settings.judging.attribute_count
-    )
+    identity = identity_of(settings, sampler=sampler, bundle=load(model), cuts=cuts, decoder=decoder)
+    check_same(table, {"decoder": None, **identity}, "model or other settings")
 
-    def make(account: UnitManifest, rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
-        if "not_finite" in account.rejected():
-            raise CannotRecompute("rows that the model lost are not in it, and batches depend on them")
+    def recompute(manifest: UnitManifest, rows: pa.Table) -> FinishedRows:
+        if "not_finite" in manifest.rejected():
+            raise CannotRecompute("rows that the model failed on are not in it, and batches depend on them")
         captions = [
             Caption(id=row["source_id"], ordinal=0, text=row["caption"])
             for row in rows.select(["source_id", "caption"]).to_pylist()
         ]
-        unit = Unit(**{name: getattr(account, name) for name in _UNIT_FIELDS}, name=account.unit)
+        device = device_of(table, manifest)
         stage = SampleAndScore(
-            model=model,
-            sampler=sampler,
-            drawing=settings.drawing,
-            judging=settings.judging,
-            device=Device(dtype=settings.device.dtype, threads=account.environment["threads"]),
-            decoder=decoder,
+            **_stage_arguments(settings, model=model, sampler=sampler, device=device, decoder=decoder)
         )
-        w, cut = _parse_source_name(account.source)
-        finished = stage(
-            PromptRows(
-                unit=unit, w=w, captions=captions, rejections=[], cut=cut, without=tuple(cuts.get(cut, ()))
-            )
-        )
-        return pack(finished, schema), finished.environment
+        w, cut = _parse_source_name(manifest.source)
+        blocks = tuple(cuts.get(cut, ()))
+        return stage(PromptRows(unit=Unit.of(manifest), w=w, captions=captions, cut=cut, without=blocks))
 
-    return make
+    return packed(_schema(settings), recompute)
 
 
-_WITHOUT = ".without."
+def _stage_arguments(
+    settings: SamplesSettings, *, model: str, sampler: Sampler, device: Device, decoder: str | None
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "sampler": sampler,
+        "sampling": settings.drawing,
+        "metrics": settings.judging,
+        "device": device,
+        "decoder": decoder,
+    }
+
+
+def _schema(settings: SamplesSettings) -> pa.Schema:
+    metrics = settings.judging
+    return samples_schema(features=metrics.feature_count, attributes=metrics.attribute_count)
 
 
 def source_name(source: str, w: float, *, cut: str = "") -> str:
-    """What units of a list at guidance `w` are named after; names sort as the guidance does.
+    """The name of a caption list at guidance `w`; names sort by guidance.
 
     Args:
         source: name of the list.
         w: guidance.
-        cut: the name of what the UNet goes without; empty if it is whole.
+        cut: name of the blocks that the UNet skips; empty for the whole UNet.
 
     Raises:
         ValueError: unless 1 <= w < 1000, in steps of 0.001.
@@ -241,31 +213,31 @@ def source_name(source: str, w: float, *, cut: str = "") -> str:
     return f"{source}{_WITHOUT}{cut}-w{w:07.3f}" if cut else f"{source}-w{w:07.3f}"
 
 
-def _check_size(settings: SamplesSettings, *, bundle: Bundle) -> None:
-    size, judged = settings.drawing.size or bundle.image_size, settings.judging.side
-    check_size(size, step=bundle.granularity, option=_SIZE)
-    if judged not in (None, size):
-        raise SettingsError(
-            f"{_SIZE} is {size}; the miniature's oracle reads pictures of {judged} px: draw such, or set "
-            "samples.judging"
-        )
-
-
 def _parse_source_name(name: str) -> tuple[float, str]:
     """The guidance and the cut in a source's name."""
     rest, _, w = name.rpartition("-w")
     return float(w), rest.partition(_WITHOUT)[2]
 
 
+def _check_size(settings: SamplesSettings, *, bundle: Bundle) -> None:
+    size, oracle_size = settings.drawing.size or bundle.image_size, settings.judging.side
+    check_size(size, step=bundle.granularity, option=_SIZE_SETTING)
+    if oracle_size not in (None, size):
+        raise SettingsError(
+            f"{_SIZE_SETTING} is {size}; the miniature's oracle reads images of {oracle_size} px: give that "
+            "size, or set samples.judging"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What was said of one model's pictures at one guidance, in order of the captions.
+    """Features and scores of one model's images at one guidance, in order of the captions.
 
     Attributes:
         ids: of the captions.
         features: float32 [n,D].
         clip: float32 [n].
-        right: 0 or 1 [n,5] uint8; None where no oracle read them.
+        right: whether each attribute is as the caption says, uint8 [n,5]; None without the oracle.
     """
 
     ids: list[str]
@@ -275,32 +247,31 @@ class Scores:
 
 
 def read_scores(table: Snapshot, *, source: str, w: float, cut: str = "") -> Scores:
-    """The rows of one caption list at one guidance by the UNet with one cut, in order of the list.
+    """The scores of one caption list at one guidance and cut, in order of the list.
 
     Raises:
         TableError: if the table has none.
     """
-    prefix = f"{source_name(source, w, cut=cut)}-"
-    # Their names sort as the captions do.
-    units = [file for file in table.units if file.unit.startswith(prefix)]
+    units = _units_of(table, source=source, w=w, cut=cut)
     if sum(file.rows for file in units) == 0:
         raise TableError(f"{table.url} has no rows of {source} at guidance {w:g}{cut and ' without '}{cut}")
     rows = pa.concat_tables([table.read_unit(file) for file in units])
     return Scores(
         ids=rows.column("source_id").to_pylist(),
-        features=_array(rows, "features"),
+        features=read_array(rows, "features"),
         clip=rows.column("clip").to_numpy(),
-        right=_array(rows, "right") if "right" in rows.column_names else None,
+        right=read_array(rows, "right") if "right" in rows.column_names else None,
     )
 
 
 def sampled_ids(table: Snapshot, *, source: str, w: float) -> list[str]:
-    """The ids of the captions that were drawn at one guidance, in order of the list."""
-    prefix = f"{source_name(source, w)}-"
-    units = [file for file in table.units if file.unit.startswith(prefix)]
+    """The ids of the captions that were sampled at one guidance, in order of the list."""
+    units = _units_of(table, source=source, w=w)
     columns = [table.read_unit(file, ["source_id"]).column("source_id") for file in units]
     return [id_ for column in columns for id_ in column.to_pylist()]
 
 
-def _array(rows: pa.Table, name: str) -> np.ndarray:
-    return array_type(rows.schema.field(name)).unpack(rows.column(name).to_pylist())
+def _units_of(table: Snapshot, *, source: str, w: float, cut: str = "") -> list[UnitFile]:
+    # Unit names sort as the captions do, and so do a snapshot's units.
+    prefix = f"{source_name(source, w, cut=cut)}-"
+    return [file for file in table.units if file.unit.startswith(prefix)]

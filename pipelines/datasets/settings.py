@@ -1,4 +1,4 @@
-"""Settings of LATENTS, PAIRS, TARGETS, SAMPLES and REFERENCES."""
+"""Settings of the tables LATENTS, PAIRS, TARGETS, SAMPLES and REFERENCES."""
 
 from __future__ import annotations
 
@@ -22,20 +22,30 @@ from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.settings import Settings
 
 
-class LatentsSettings(Settings):
-    """How LATENTS are made.
+class BuildSettings(Settings):
+    """Settings that all tables share; neither changes a row.
+
+    Attributes:
+        writers: the actor pool that packs and writes.
+        bounds: when to commit and when to stop.
+    """
+
+    writers: Pool = Pool(cpus=0.25)
+    bounds: Bounds = Bounds()
+
+
+class LatentsSettings(BuildSettings):
+    """Settings of LATENTS.
 
     Attributes:
         shards: bounds on what is read.
-        selection: which rows are wanted.
-        images: which pictures are used, and what of them.
-        encoding: what the encoder does.
+        selection: bounds on metadata and captions.
+        images: bounds on images, and how they are cropped and resized.
+        encoding: of the VAE encoder.
         rows_per_unit: rows of one data file.
         device: of the encoder.
         readers: the actor pool that streams, selects and decodes.
         encoders: the actor pool of the VAE.
-        writers: the actor pool that packs and writes.
-        bounds: when to commit and when to stop.
     """
 
     shards: ShardSettings = ShardSettings()
@@ -46,21 +56,17 @@ class LatentsSettings(Settings):
     device: Device = Device()
     readers: Pool = Pool()
     encoders: Pool = Pool()
-    writers: Pool = Pool(cpus=0.25)
-    bounds: Bounds = Bounds()
 
 
-class PairsSettings(Settings):
-    """How PAIRS are made.
+class PairsSettings(BuildSettings):
+    """Settings of PAIRS.
 
     Attributes:
-        generation: what the teacher does.
-        draws: noises a caption; more of them later adds units, and changes none.
+        generation: of the teacher's sampling.
+        draws: noises per caption; increasing it adds units and changes none.
         rows_per_unit: rows of one data file.
         device: of the teacher.
         teachers: the actor pool of the teacher.
-        writers: the actor pool that packs and writes.
-        bounds: when to commit and when to stop.
     """
 
     generation: Generation = Generation()
@@ -69,25 +75,22 @@ class PairsSettings(Settings):
     device: Device = Device()
     teachers: Pool = Pool()
     writers: Pool = Pool()
-    bounds: Bounds = Bounds()
 
 
-class ReferencesSettings(Settings):
-    """Which real pictures, and how they are described.
+class ReferencesSettings(BuildSettings):
+    """Settings of REFERENCES: which real images, and how they are prepared.
 
     Attributes:
-        name: a short name; units are named after it.
-        url: a folder of pictures; None takes the miniature's held-out scenes.
-        count: how many, by order of their names, by default each of the miniature's captions twice; a picture
-            that cannot be read is set aside, not replaced.
-        size: side in pixels of the middle square that a picture is made before it is described; scenes are
-            drawn at the miniature's size.
-        images: bounds on pictures.
+        name: a short name; prefix of the names of units.
+        url: a folder of images; None takes the miniature's held-out scenes.
+        count: how many, in order of their names; by default two for each of the miniature's captions. An
+            image that cannot be read is rejected, not replaced.
+        size: pixels a side of the center square that images are cropped and resized to; scenes keep the
+            miniature's size.
+        images: bounds on images.
         rows_per_unit: rows of one data file.
         device: of the network.
         describers: the actor pool of the network.
-        writers: the actor pool that packs and writes.
-        bounds: when to commit and when to stop.
     """
 
     name: str = Field("scenes", pattern=r"^[A-Za-z0-9_.-]+$")
@@ -98,21 +101,17 @@ class ReferencesSettings(Settings):
     rows_per_unit: int = Field(500, ge=1)
     device: Device = Device()
     describers: Pool = Pool()
-    writers: Pool = Pool(cpus=0.25)
-    bounds: Bounds = Bounds()
 
 
-class SamplesSettings(Settings):
-    """How SAMPLES are made, whatever the model.
+class SamplesSettings(BuildSettings):
+    """Settings of SAMPLES that all compared models share.
 
     Attributes:
-        drawing: what all models have in common: noise, batch, whether pictures are stored.
-        judging: what their pictures are judged by.
+        drawing: noise, batch, and whether images are stored.
+        judging: the networks that score images.
         rows_per_unit: rows of one data file.
-        device: of the model and the judges.
-        models: the actor pool of the model and the judges.
-        writers: the actor pool that packs and writes.
-        bounds: when to commit and when to stop.
+        device: of the model and the metric networks.
+        models: the actor pool of the model and the metric networks.
     """
 
     drawing: SamplingSettings = SamplingSettings()
@@ -120,22 +119,18 @@ class SamplesSettings(Settings):
     rows_per_unit: int = Field(100, ge=1)
     device: Device = Device()
     models: Pool = Pool()
-    writers: Pool = Pool(cpus=0.25)
-    bounds: Bounds = Bounds()
 
 
-class TargetsSettings(Settings):
-    """How TARGETS are made.
+class TargetsSettings(BuildSettings):
+    """Settings of TARGETS.
 
     Attributes:
-        teaching: what the teacher computes.
-        draws: noises a latent; more of them later adds units, and changes none.
+        teaching: of the teacher's targets.
+        draws: noises per latent; increasing it adds units and changes none.
         cfg_probability: fraction of the draws that is guided, p of SnapFusion Eq. 11.
         device: of the teacher.
         readers: the actor pool that reads LATENTS.
         teachers: the actor pool of the teacher.
-        writers: the actor pool that packs and writes.
-        bounds: when to commit and when to stop.
     """
 
     teaching: TeacherSettings = TeacherSettings()
@@ -144,5 +139,3 @@ class TargetsSettings(Settings):
     device: Device = Device()
     readers: Pool = Pool(cpus=0.25)
     teachers: Pool = Pool()
-    writers: Pool = Pool(cpus=0.25)
-    bounds: Bounds = Bounds()

@@ -1,11 +1,12 @@
-"""DUPLICATES: which rows of FINGERPRINTS copy an earlier one, judged in rounds.
+"""DUPLICATES: verdicts on rows of FINGERPRINTS that duplicate an earlier row, found in rounds.
 
 fingerprints ─ keys ─ grouped by key ─ first of each group ─ matches ─ grouped by unit ─ data file ─ commit
 
-A round judges the units that no earlier round has, against all earlier ones and each other. What is judged
-stays judged, so a table that grows by rounds refuses the same rows to whoever reads it first and last. All
-rows stand in one order: the evaluation's, other tables', those of earlier rounds, those of this one; within
-each by unit name, so by source and place. A row is refused if any earlier one matches, be that kept or not.
+A round checks the units that are new since the last one, against all earlier rows and each other. A verdict
+never changes, so a reader that follows a growing table rejects the same rows as one that reads it at the end.
+All rows have one order: the evaluation's, other tables', those of earlier rounds, those of this round; within
+each by unit name, so by source and ordinal. A row is a duplicate if it matches any earlier row, be that a
+duplicate itself or not.
 """
 
 from __future__ import annotations
@@ -51,50 +52,53 @@ def find_duplicates(
     origin: Origin | None = None,
     read: Read = read_on_ray,
 ) -> Snapshot:
-    """Judge what is not judged yet, as one round and in one commit; returns the newest version.
+    """Check the units that have no verdicts, as one round and in one commit; returns the newest version.
 
-    A round that is killed and made again writes the same bytes. One that was killed and is made again of
-    other rows writes other files; those of the dead one are never committed.
+    A killed round that is repeated writes the same bytes; if its inputs have changed, it writes other files,
+    and those of the killed round are never committed.
 
     Args:
-        settings: what counts.
-        fingerprints: whose rows are judged, at this version.
+        settings: what counts as a duplicate.
+        fingerprints: of the rows to check, at this version.
         url: of the table.
-        evaluation: fingerprints of what a model will be judged by.
-        against: fingerprints whose rows come before.
-        origin: who makes the round, and from what.
-        read: what brings rows together.
+        evaluation: fingerprints of the evaluation set.
+        against: fingerprints whose rows precede.
+        origin: what makes the round, and from what.
+        read: reads and groups rows.
 
     Raises:
         TableError: if the table was made with other settings, another evaluation or other fingerprints; if
-            fingerprints were made otherwise and cannot be compared; or if another run judged meanwhile.
+            fingerprints of different methods are compared; or if another run has committed a round meanwhile.
     """
     identity = identity_of(settings, fingerprints=fingerprints, evaluation=evaluation, against=against)
     table = create_table(url, schema=DUPLICATES, identity=identity)
     table = restore_manifests(table)
-    number = 1 + max((round_of(file.unit) for file in table.units), default=0)
-    before = [file for other in ([evaluation] if evaluation else []) for file in other.units]
-    judged_by = sum(file.rows for file in before)
-    before += [file for other in against for file in other.units]
-    judged, new = _known_and_new(table, fingerprints)
+    known, new = _known_and_new(table, fingerprints)
     if not new:
-        return open_table(url)
-    segments = _segments([*before, *judged], new, fingerprints.manifests())
-    order = RankBounds(judged_by=judged_by, new=segments[len(segments) - len(new)].begin)
-    writing = VerdictWriter(
+        return table
+    evaluated = [] if evaluation is None else evaluation.units
+    before = [*evaluated, *(file for other in against for file in other.units), *known]
+    segments = _segments(before, new, fingerprints.manifests())
+    bounds = RankBounds(
+        evaluation_end=sum(file.rows for file in evaluated), new_begin=segments[len(before)].begin
+    )
+    number = 1 + max((round_of(file.unit) for file in table.units), default=0)
+    writer = VerdictWriter(
         url=table.url,
         number=number,
         settings=digest(table.identity),
-        state=_round_digest(segments),
+        inputs=_round_digest(segments),
         segments=segments,
     )
-    matches = _matches(settings, segments, order=order, read=read)
-    named = matches.map(writing.with_segment).grouped(writing.named, by="segment")
-    asked = [place for place, segment in enumerate(segments) if segment.asked]
-    files = named.union(read(asked, writing.placeholder)).grouped(writing.written, by="unit").tables()
-    written = [pickle.loads(file) for some in files for file in some.column("written").to_pylist()]
+    matches = _matches(settings, segments, bounds=bounds, read=read)
+    named = matches.map(writer.with_segment).grouped(writer.named, by="segment")
+    placeholders = read(range(len(before), len(segments)), writer.placeholder)
+    tables = named.union(placeholders).grouped(writer.written, by="unit").tables()
+    written = [pickle.loads(file) for rows in tables for file in rows.column("written").to_pylist()]
     if not commit_round(url, sorted(written, key=lambda file: file.path), number=number, origin=origin):
-        raise TableError(f"another run has judged rows of {url} meanwhile; run again to judge what is left")
+        raise TableError(
+            f"another run has committed round {number} of {url} meanwhile; run again for the rest"
+        )
     return open_table(url)
 
 
@@ -105,16 +109,14 @@ def identity_of(
     evaluation: Snapshot | None,
     against: Sequence[Snapshot],
 ) -> dict[str, Any]:
-    """Everything that determines verdicts but the rows that are judged, and in which rounds.
+    """Everything that determines verdicts but the rows, and in which rounds they are checked.
 
     Raises:
-        TableError: if fingerprints were made by another method.
+        TableError: if fingerprints of another method are among the tables.
     """
     for table in (fingerprints, *against, *([evaluation] if evaluation else [])):
         if table.identity.get("method") != METHOD:
-            raise TableError(
-                f"{table.url} holds fingerprints of another kind; make them again to compare them"
-            )
+            raise TableError(f"{table.url} holds fingerprints of another method; make a new table of them")
     return {
         "kind": "duplicates",
         "url": settings.url,
@@ -129,14 +131,14 @@ def identity_of(
 
 
 def content_digest(table: Snapshot) -> str:
-    """SHA-256 of what a table holds: of its units and their files' hashes, wherever it lies."""
-    held = {file.unit for file in table.units}
+    """SHA-256 of a table's units and the hashes of their files, independent of its URL and later versions."""
+    units = {file.unit for file in table.units}
     records = table.unit_records()
-    return digest([[one["unit"], one["sha256"]] for one in records if one["unit"] in held])
+    return digest([[record["unit"], record["sha256"]] for record in records if record["unit"] in units])
 
 
 def count_verdicts(table: Snapshot) -> dict[str, int]:
-    """Rows refused, by reason."""
+    """The number of duplicates by reason."""
     counts: Counter[str] = Counter()
     for file in table.units:
         for pair in pc.value_counts(table.read_unit(file, ["verdict"]).column("verdict")).to_pylist():
@@ -145,20 +147,20 @@ def count_verdicts(table: Snapshot) -> dict[str, int]:
 
 
 def round_of(unit: str) -> int:
-    """The round that a unit of DUPLICATES was judged in."""
+    """The round of a unit of DUPLICATES."""
     return int(unit.partition("-")[0][1:])
 
 
 def _known_and_new(table: Snapshot, fingerprints: Snapshot) -> tuple[list[UnitFile], list[UnitFile]]:
-    """The units of FINGERPRINTS: those that have verdicts, by round, and those that have none, by name."""
-    place = {file.unit.partition("-")[2]: number for number, file in enumerate(table.units)}
-    judged = [file for file in fingerprints.units if file.unit in place]
-    new = [file for file in fingerprints.units if file.unit not in place]
-    return sorted(judged, key=lambda file: place[file.unit]), new
+    """The units of FINGERPRINTS that have verdicts, by round, and those that have none, by name."""
+    indices = {file.unit.partition("-")[2]: index for index, file in enumerate(table.units)}
+    known = [file for file in fingerprints.units if file.unit in indices]
+    new = [file for file in fingerprints.units if file.unit not in indices]
+    return sorted(known, key=lambda file: indices[file.unit]), new
 
 
 def _segments(
-    before: Sequence[UnitFile], new: Sequence[UnitFile], known: Mapping[str, UnitManifest]
+    before: Sequence[UnitFile], new: Sequence[UnitFile], manifests: Mapping[str, UnitManifest]
 ) -> list[Segment]:
     files = [*before, *new]
     begins = accumulate((file.rows for file in files), initial=0)
@@ -167,46 +169,35 @@ def _segments(
             path=file.path,
             begin=begin,
             rows=file.rows,
-            asked=_unit(known[file.unit]) if place >= len(before) else None,
+            new_unit=Unit.of(manifests[file.unit]) if index >= len(before) else None,
         )
-        for place, (file, begin) in enumerate(zip(files, begins, strict=False))
+        for index, (file, begin) in enumerate(zip(files, begins, strict=False))
     ]
-
-
-def _unit(account: UnitManifest) -> Unit:
-    return Unit(
-        name=account.unit,
-        source=account.source,
-        start=account.start,
-        stop=account.stop,
-        final=account.final,
-        source_digest=account.source_digest,
-    )
 
 
 def _round_digest(segments: Sequence[Segment]) -> str:
-    """What a round was made from, as a hash of 16 digits."""
-    told = [
-        [segment.path.rpartition("/")[2], segment.rows, segment.asked is not None] for segment in segments
+    """The inputs of a round as a hash of 16 digits."""
+    inputs = [
+        [segment.path.rpartition("/")[2], segment.rows, segment.new_unit is not None] for segment in segments
     ]
-    return digest(told)[:16]
+    return digest(inputs)[:16]
 
 
-def _matches(settings: Deduplication, segments: Sequence[Segment], *, order: RankBounds, read: Read) -> Rows:
-    """`MATCHES` of all rows asked for, several of a row that has several reasons."""
+def _matches(settings: Deduplication, segments: Sequence[Segment], *, bounds: RankBounds, read: Read) -> Rows:
+    """`MATCHES` of all new rows; a row with several reasons has several."""
     rows = sum(segment.rows for segment in segments)
 
-    def parts(each: int) -> int:
-        return max(1, math.ceil(rows * each / settings.rows_at_once))
+    def num_parts(keys_per_row: int) -> int:
+        return max(1, math.ceil(rows * keys_per_row / settings.rows_at_once))
 
-    keys = read(segments, partial(keys_of, parts=parts(3)))
-    found = keys.grouped(partial(exact_matches, order=order, kinds=settings.kinds), by="part")
+    keys = read(segments, partial(keys_of, parts=num_parts(3)))
+    matches = keys.grouped(partial(exact_matches, bounds=bounds, kinds=settings.kinds), by="part")
     if settings.max_hamming is None:
-        return found
+        return matches
     index = BlockIndex.for_rows(rows, max_hamming=settings.max_hamming)
-    many = parts(len(index))
-    seen = read(segments, partial(phashes_of, parts=many))
+    parts = num_parts(len(index))
+    phashes = read(segments, partial(phashes_of, parts=parts))
     if settings.max_hamming > 0:
-        blocks = seen.grouped(partial(phash_blocks, index=index, parts=many), by="part")
-        seen = seen.union(blocks.grouped(partial(near_phashes, index=index, parts=many), by="part"))
-    return found.union(seen.grouped(partial(near_matches, order=order), by="part"))
+        blocks = phashes.grouped(partial(phash_blocks, index=index, parts=parts), by="part")
+        phashes = phashes.union(blocks.grouped(partial(near_phashes, index=index, parts=parts), by="part"))
+    return matches.union(phashes.grouped(partial(near_matches, bounds=bounds), by="part"))

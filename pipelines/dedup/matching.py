@@ -1,6 +1,6 @@
-"""Which rows copy an earlier one: functions of tables, each of which sees all rows of its groups at once.
+"""Finds duplicates: functions of Arrow tables, each of which sees all rows of its groups at once.
 
-A row goes by its rank, its place in one order of all rows, so "earlier" is "of lower rank". Nothing here
+A row is identified by its rank in one order of all rows, so "earlier" means "of lower rank". Nothing here
 depends on the order in which rows or groups arrive.
 """
 
@@ -17,10 +17,10 @@ import pyarrow as pa
 from pipelines.dedup.settings import CAPTION, IMAGE, URL
 
 EXACT_KEYS = pa.schema([("part", pa.int32()), ("kind", pa.int8()), ("key", pa.int64()), ("rank", pa.int64())])
-"""Keys of rows. `part` is the group: rows of one key are of one part."""
+"""Exact keys of rows. `part` is the group; rows with one key are in one part."""
 
 PHASHES = pa.schema([("part", pa.int32()), ("phash", pa.int64()), ("rank", pa.int64()), ("near", pa.bool_())])
-"""A row's perceptual hash and its rank; or, where `near`, of another hash near it the first rank."""
+"""A row's perceptual hash and rank; where `near`, the first rank of a hash within `max_hamming` bits."""
 
 BLOCKS = pa.schema(
     [
@@ -31,10 +31,10 @@ BLOCKS = pa.schema(
         ("rank", pa.int64()),
     ]
 )
-"""Perceptual hashes by the bits of some of their blocks, with their first rank."""
+"""Perceptual hashes with their first rank, by the bits of a choice of their blocks."""
 
 MATCHES = pa.schema([("rank", pa.int64()), ("reason", pa.int8()), ("of", pa.int64())])
-"""That the row `rank` copies the row `of`, and the place of the reason in `REASON_ORDER`."""
+"""The row `rank` duplicates the row `of`, for the reason at an index of `REASON_ORDER`."""
 
 REASON_ORDER: Final = (
     "evaluation_image",
@@ -44,7 +44,7 @@ REASON_ORDER: Final = (
     "near_duplicate_image",
     "duplicate_caption",
 )
-"""The reasons for which a copy is refused; of several the first is given."""
+"""The reasons for which a row is a duplicate; the first of several is recorded."""
 
 _NEAR: Final = REASON_ORDER.index("near_duplicate_image")
 _DUPLICATE_REASONS: Final = {URL: "duplicate_url", IMAGE: "duplicate_image", CAPTION: "duplicate_caption"}
@@ -54,31 +54,31 @@ _EVALUATION_REASONS: Final = {
     CAPTION: "evaluation_caption",
 }
 _BITS: Final = 64
-# To compare two hashes takes nanoseconds, to move one to its group a hundred times as long.
+# Comparing two hashes takes nanoseconds, moving one to its group a hundred times as long.
 _FULL_GROUP: Final = 256
-# The finalizer of SplitMix64: every bit of the key moves every bit of what comes out.
+# The finalizer of SplitMix64: every bit of the key changes every bit of the result.
 _SPLITMIX: Final = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankBounds:
-    """Where in the order of all rows what begins.
+    """Ranks that divide the order of all rows.
 
     Attributes:
-        judged_by: ranks below are captions and pictures of an evaluation.
-        new: ranks from here on are asked for; those before were judged, or are another table's.
+        evaluation_end: ranks below are rows of the evaluation set.
+        new_begin: ranks from here on are checked in this round; others were, or belong to other tables.
     """
 
-    judged_by: int
-    new: int
+    evaluation_end: int
+    new_begin: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockIndex:
-    """Finds hashes within `max_hamming` bits of each other without comparing all. Manku et al. 2007, Sec. 3.
+    """Finds hashes within `max_hamming` bits without comparing all pairs. Manku et al. 2007, Sec. 3.
 
-    Of `blocks` blocks of bits, two hashes that differ in d bits have at least `blocks` - d in common: so they
-    share the bits of one of the choices of `blocks` - d blocks, and only those that do are compared.
+    Two hashes that differ in d bits have at least `blocks` - d of their blocks in common: so they agree on
+    one of the choices of `blocks` - d blocks, and only hashes that do are compared.
     """
 
     max_hamming: int
@@ -93,7 +93,7 @@ class BlockIndex:
 
     @classmethod
     def for_rows(cls, rows: int, *, max_hamming: int) -> BlockIndex:
-        """The one of fewest keys a hash whose groups, were hashes spread evenly, would be small."""
+        """The index of fewest keys per hash whose groups would be small if hashes were uniform."""
         blocks = max_hamming + 1
         while (
             rows > _FULL_GROUP << (_BITS * (blocks - max_hamming) // blocks) and blocks < 2 * max_hamming + 2
@@ -106,31 +106,31 @@ class BlockIndex:
 
 
 def partition_of(keys: np.ndarray, *, parts: int) -> np.ndarray:
-    """Which of `parts` groups each key int64 [n] is of: int32 [n], the same on every machine."""
+    """The group, of `parts`, of each key int64 [n]: int32 [n], the same on every machine."""
     mixed = keys.astype(np.int64).view(np.uint64)
     for shift, factor in _SPLITMIX:
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return (mixed % np.uint64(parts)).astype(np.int32)
 
 
-def exact_matches(table: pa.Table, *, order: RankBounds, kinds: frozenset[int]) -> pa.Table:
-    """`EXACT_KEYS` in, `MATCHES` out: each new row with the first row of its key, if that is another one.
+def exact_matches(table: pa.Table, *, bounds: RankBounds, kinds: frozenset[int]) -> pa.Table:
+    """`EXACT_KEYS` to `MATCHES`: each new row with the first row of its key, if that is another one.
 
-    A key that an evaluation has counts whatever its kind; another only if its kind is among `kinds`.
+    A key of the evaluation set counts whatever its kind; another one only if its kind is among `kinds`.
     """
     kind, key, rank = (table.column(name).to_numpy() for name in ("kind", "key", "rank"))
     by = np.lexsort((rank, key, kind))
     kind, key, rank = kind[by], key[by], rank[by]
     first = rank[_run_starts(kind, key)]
-    judged = first < order.judged_by
-    wanted = judged | np.isin(kind, sorted(kinds))
-    found = (rank >= order.new) & (first < rank) & wanted
-    codes = np.where(judged, _codes(_EVALUATION_REASONS)[kind], _codes(_DUPLICATE_REASONS)[kind])
-    return _matches(rank[found], codes[found], first[found])
+    in_evaluation = first < bounds.evaluation_end
+    counts = in_evaluation | np.isin(kind, sorted(kinds))
+    matched = (rank >= bounds.new_begin) & (first < rank) & counts
+    codes = np.where(in_evaluation, _codes(_EVALUATION_REASONS)[kind], _codes(_DUPLICATE_REASONS)[kind])
+    return _matches(rank[matched], codes[matched], first[matched])
 
 
 def phash_blocks(table: pa.Table, *, index: BlockIndex, parts: int) -> pa.Table:
-    """`PHASHES` in, `BLOCKS` out: each hash once, with its first rank, under each choice of its blocks."""
+    """`PHASHES` to `BLOCKS`: each hash once, with its first rank, under each choice of its blocks."""
     phash, rank = table.column("phash").to_numpy(), table.column("rank").to_numpy()
     by = np.lexsort((rank, phash))
     phash, rank = phash[by], rank[by]
@@ -145,30 +145,30 @@ def phash_blocks(table: pa.Table, *, index: BlockIndex, parts: int) -> pa.Table:
 
 
 def near_phashes(table: pa.Table, *, index: BlockIndex, parts: int) -> pa.Table:
-    """`BLOCKS` in, `PHASHES` out: each hash with the first rank of those near it, if that is before its own."""
+    """`BLOCKS` to `PHASHES`: each hash with the first rank of those near it, if that is before its own."""
     choice, bits, phash, rank = (table.column(name).to_numpy() for name in BLOCKS.names[1:])
     by = np.lexsort((rank, phash, bits, choice))
     choice, bits, phash, rank = choice[by], bits[by], phash[by], rank[by]
     nearest = _nearest(_run_starts(choice, bits), phash.view(np.uint64), rank, max_hamming=index.max_hamming)
-    found = nearest < rank
-    phash, nearest = phash[found], nearest[found]
+    earlier = nearest < rank
+    phash, nearest = phash[earlier], nearest[earlier]
     near = np.ones(len(phash), bool)
     return phash_table(phash, nearest, near=near, parts=parts)
 
 
-def near_matches(table: pa.Table, *, order: RankBounds) -> pa.Table:
-    """`PHASHES` of both sorts in, `MATCHES` out: each new row with the first row that looks like it."""
+def near_matches(table: pa.Table, *, bounds: RankBounds) -> pa.Table:
+    """`PHASHES` of both kinds to `MATCHES`: each new row with the first row that looks like it."""
     phash, rank, near = (table.column(name).to_numpy() for name in ("phash", "rank", "near"))
     by = np.lexsort((rank, phash))
     phash, rank, near = phash[by], rank[by], near[by]
     first = rank[_run_starts(phash)]
-    found = ~near & (rank >= order.new) & (first < rank)
-    codes = np.where(first < order.judged_by, REASON_ORDER.index("evaluation_image"), _NEAR)
-    return _matches(rank[found], codes[found], first[found])
+    matched = ~near & (rank >= bounds.new_begin) & (first < rank)
+    codes = np.where(first < bounds.evaluation_end, REASON_ORDER.index("evaluation_image"), _NEAR)
+    return _matches(rank[matched], codes[matched], first[matched])
 
 
 def first_reasons(table: pa.Table) -> pa.Table:
-    """`MATCHES` in, `MATCHES` out: one a row, of its first reason the earliest row, ordered by rank."""
+    """`MATCHES` to one match per row, ordered by rank: of its first reason the earliest row."""
     rank, reason, of = (table.column(name).to_numpy() for name in MATCHES.names)
     by = np.lexsort((of, reason, rank))
     rank, reason, of = rank[by], reason[by], of[by]
@@ -194,10 +194,10 @@ def _blocks_of_choice(phash: np.ndarray, rank: np.ndarray, *, choice: int, mask:
 
 
 def _nearest(begins: np.ndarray, phash: np.ndarray, rank: np.ndarray, *, max_hamming: int) -> np.ndarray:
-    """The least rank among the members of its group that each hash is near, itself among them: int64 [n].
+    """The least rank among each hash and those of its group that are near it: int64 [n].
 
-    All groups at once: each hash is compared with that one place on, two places on, and so forth, as long as
-    a group is that long. So memory does not grow with the square of a group.
+    Each hash is compared with the next one, the one after it, and so on to the end of its group, in all
+    groups at once, so that memory does not grow with the square of a group.
     """
     nearest = rank.copy()
     here = np.arange(len(rank))
@@ -207,14 +207,14 @@ def _nearest(begins: np.ndarray, phash: np.ndarray, rank: np.ndarray, *, max_ham
         here = here[here + step < len(rank)]
         here = here[begins[here + step] == begins[here]]
         near = here[np.bitwise_count(phash[here] ^ phash[here + step]) <= max_hamming]
-        # Neither side has a place twice, so plain assignment is enough.
+        # No index occurs twice on either side, so plain assignment is enough.
         nearest[near] = np.minimum(nearest[near], rank[near + step])
         nearest[near + step] = np.minimum(nearest[near + step], rank[near])
     return nearest
 
 
 def _run_starts(*columns: np.ndarray) -> np.ndarray:
-    """Of rows sorted by these columns, where the run of equal ones begins that each is in: int64 [n]."""
+    """Of rows sorted by these columns, the index at which each row's run of equal ones begins: int64 [n]."""
     size = len(columns[0])
     new = np.zeros(size, bool)
     new[:1] = True

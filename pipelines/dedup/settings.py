@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from pipelines.datasets.settings import BuildSettings
 from pipelines.ray_data.settings import Pool
 from pipelines.sources.settings import CaptionSettings
-from pipelines.tables.settings import Bounds
 from snapfusion.settings import Settings
+
+URL, IMAGE, CAPTION = 0, 1, 2
+"""Kinds of exact keys: rows with one key of a kind may be duplicates."""
 
 
 class EvaluationSet(Settings):
-    """What a model will be judged by, and so must not have seen.
+    """The evaluation set that training data must not contain.
 
-    Each list, folder and set of shards goes by the last part of its URL, so no two may be called alike.
+    Each list, folder and set of shards is named by the last part of its URL, so these must differ.
 
     Attributes:
         captions: caption lists (txt, tsv, csv, jsonl, Parquet).
-        reading: which column of them holds the caption.
-        pictures: folders or globs of pictures.
-        shards: tars, folders or globs of img2dataset shards; their captions and addresses count too.
+        reading: which of their columns holds the caption.
+        pictures: folders or globs of images.
+        shards: tars, folders or globs of img2dataset shards; their captions and URLs count too.
     """
 
     captions: tuple[str, ...] = ()
@@ -28,50 +31,43 @@ class EvaluationSet(Settings):
     shards: tuple[str, ...] = ()
 
     @property
-    def places(self) -> tuple[str, ...]:
-        """All of it."""
+    def urls(self) -> tuple[str, ...]:
+        """The URLs of all its parts."""
         return (*self.captions, *self.pictures, *self.shards)
 
 
-URL, IMAGE, CAPTION = 0, 1, 2
-"""Kinds of keys of which two equal ones make a copy."""
-
-
-class FingerprintsSettings(Settings):
-    """How FINGERPRINTS are made; which rows are usable is for the settings of LATENTS to say.
+class FingerprintsSettings(BuildSettings):
+    """Settings of FINGERPRINTS; the settings of LATENTS decide which rows are usable.
 
     Attributes:
-        table: the place of FINGERPRINTS in the run; another where rows are selected otherwise.
+        table: name of the table in the run; give another one for another selection.
         rows_per_unit: rows of one data file.
         readers: the actor pool that streams, decodes and hashes.
-        writers: the actor pool that packs and writes.
-        bounds: when to commit and when to stop.
     """
 
     table: str = Field("fingerprints", pattern=r"^[A-Za-z0-9_.-]+$")
     rows_per_unit: int = Field(10_000, ge=1)
     readers: Pool = Pool(actors=2)
-    writers: Pool = Pool(cpus=0.25)
-    bounds: Bounds = Bounds()
 
 
 class Deduplication(Settings):
-    """What counts as a copy, and of what.
+    """Settings of deduplication: what counts as a duplicate, and of which rows.
 
     Attributes:
-        use: whether LATENTS refuse copies; `jobs.find_duplicates` must have judged their shards.
-        table: the place of the verdicts in the run; another for other settings or another evaluation.
-        url: whether two rows of one address are copies.
-        image: whether two rows of the same bytes of a picture are.
-        caption: whether two rows of one caption are, apart from case and punctuation. Off, because on the web
-            many pictures of one thing have one name.
-        max_hamming: in how many of 64 bits the perceptual hashes of two pictures that look alike may differ;
-            null compares none. Hashes of pictures with any detail have 32 ones, so differences are even.
-        against: FINGERPRINTS of other runs, by their URLs: their rows come before all of this run's.
-        evaluation: what a model will be judged by. Its captions count whatever `caption` is, and its pictures
-            whatever `image` is.
-        fingerprints: how FINGERPRINTS are made.
-        rows_at_once: how many rows a worker holds of a group of many; about 100 bytes each.
+        use: whether LATENTS reject duplicates; `jobs.find_duplicates` must have run on their shards.
+        table: name of the table of verdicts in the run; give another one for other settings or another
+            evaluation.
+        url: whether rows with one URL are duplicates.
+        image: whether rows with the same bytes of an image are.
+        caption: whether rows with one caption are, apart from case and punctuation. Off, because on the web
+            many images of one thing have one caption.
+        max_hamming: in how many of 64 bits the perceptual hashes of near-duplicate images may differ; null
+            compares none. Hashes of images with any detail have 32 ones, so differences are even.
+        against: URLs of FINGERPRINTS of other runs, whose rows precede all rows of this run.
+        evaluation: the evaluation set. Its captions count whatever `caption` is, and its images whatever
+            `image` is.
+        fingerprints: of FINGERPRINTS.
+        rows_at_once: how many rows a worker holds of a large group; about 100 bytes each.
     """
 
     use: bool = False
@@ -87,6 +83,6 @@ class Deduplication(Settings):
 
     @property
     def kinds(self) -> frozenset[int]:
-        """The kinds of keys that make copies."""
-        asked = {URL: self.url, IMAGE: self.image, CAPTION: self.caption}
-        return frozenset(kind for kind, wanted in asked.items() if wanted)
+        """The kinds of keys that make duplicates."""
+        used = {URL: self.url, IMAGE: self.image, CAPTION: self.caption}
+        return frozenset(kind for kind, is_used in used.items() if is_used)

@@ -1,7 +1,7 @@
-"""What is refused by name: domains, hashes and terms, each listed in a text file of one entry a line.
+"""Rejects rows by blocklists of domains, hashes and terms: text files with one entry a line.
 
-The lists are read once, where the job begins, and travel with the stage. What stands in them is part of the
-table's identity; how they are ordered, spelled and commented, and where they lie, is not.
+The driver reads the lists once and sends them to the workers with the stage. The set of entries is part of
+the table's identity; their order, spelling and comments, and the URLs of the lists, are not.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pipelines.storage.objects import StorageError, absolute_url, read_bytes
 _HEXADECIMAL: Final = re.compile("[0-9a-f]+")
 _INTEGER: Final = re.compile("-?[0-9]{1,19}")
 _BY_LENGTH: Final = {64: "sha256", 32: "md5", 16: "phash"}
-# Scripts that put no space between words (Thai, Lao, Burmese, Khmer, Kana, Han), so that a term of theirs is
-# looked for inside runs of letters.
+# Scripts without spaces between words (Thai, Lao, Burmese, Khmer, Kana, Han): a term in one of them is
+# searched inside runs of letters.
 _UNSPACED: Final = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff]"
@@ -38,9 +38,7 @@ _UNSPACED: Final = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Blocklist:
-    """The entries in the one spelling in which they are compared; None for a list that is not asked for.
-
-    It is a `Veto`, and judges links before their download as well.
+    """Normalized entries, None for a list that is not set; a `RowFilter` and a `LinkFilter`.
 
     Attributes:
         domains: as `canonical_host` spells them.
@@ -55,11 +53,11 @@ class Blocklist:
     def describe(self) -> Mapping[str, Any]:
         """SHA-256 of each list's entries, sorted."""
         lists = {"domains": self.domains, "hashes": self.hashes, "terms": self.terms}
-        told = {name: _digest(entries) for name, entries in lists.items() if entries is not None}
-        return {"blocklists": told} if told else {}
+        digests = {name: _digest(entries) for name, entries in lists.items() if entries is not None}
+        return {"blocklists": digests} if digests else {}
 
-    def on(self, shard: Shard) -> RowCheck:
-        """The check of a shard's samples, the same for all."""
+    def for_shard(self, shard: Shard) -> RowCheck:
+        """The check of a shard's samples, the same for all shards."""
         del shard
         return lambda sample, _id: self.check_sample(sample)
 
@@ -67,14 +65,14 @@ class Blocklist:
         """Let a link pass, or raise.
 
         Raises:
-            Rejected: `blocked_domain`, `blocked_hash` or `blocked_term`; the first in this order.
+            Rejected: `blocked_domain`, `blocked_hash` or `blocked_term`, the first that applies.
         """
         self._check_domains([link.url, *texts_of(link.metadata, "url")])
         self._check_hashes(_metadata_hashes(link.metadata))
         self._check_terms(link.caption)
 
     def check_sample(self, sample: Sample) -> None:
-        """Let a sample pass, or raise as `check_link` does. The bytes of its picture are hashed too."""
+        """Let a sample pass, or raise as `check_link` does; the bytes of its image are hashed too."""
         self._check_domains(texts_of(sample.metadata, "url"))
         self._check_hashes(_metadata_hashes(sample.metadata))
         self._check_hashes(f"{kind}:{hashlib.new(kind, sample.image).hexdigest()}" for kind in self._computed)
@@ -82,13 +80,13 @@ class Blocklist:
 
     @cached_property
     def _computed(self) -> tuple[str, ...]:
-        """The kinds of hashes that are worth the time to compute."""
+        """The kinds of hashes to compute: those that the list has."""
         kinds = {entry.partition(":")[0] for entry in self.hashes or ()}
         return tuple(kind for kind in ("sha256", "md5") if kind in kinds)
 
     @cached_property
     def _lengths(self) -> tuple[int, ...]:
-        """How many words the terms have: it is a caption's phrases that are looked up, however many terms."""
+        """The numbers of words of the terms: every phrase of a caption is looked up in the set of terms."""
         return tuple(sorted({term.count(" ") + 1 for term in self.terms or ()}))
 
     @cached_property
@@ -124,22 +122,18 @@ class Blocklist:
 
 
 def load_blocklist(settings: Blocklists) -> Blocklist:
-    """Read the lists that are asked for.
+    """Read the lists that are set.
 
     Raises:
         SourceError: if one cannot be read, or a line is no entry of its kind; the message names the line.
     """
-    return Blocklist(
-        domains=_load("domains", settings.domains, _domain),
-        hashes=_load("hashes", settings.hashes, _hash),
-        terms=_load("terms", settings.terms, _term),
-    )
+    return Blocklist(**{kind: _load(kind, getattr(settings, kind)) for kind in _PARSERS})
 
 
 def words_of(text: str) -> list[str]:
-    """Words as terms are compared: runs of letters, marks and digits; case folded, compatible characters one.
+    """Normalized words: runs of letters, marks and digits, case folded, compatible characters unified (NFKC).
 
-    Characters that are not seen, such as a zero-width space, do not part words.
+    Invisible characters, such as a zero-width space, do not separate words.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     kinds = ((letter, unicodedata.category(letter)) for letter in folded)
@@ -153,9 +147,10 @@ def _metadata_hashes(metadata: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"hash:{value}" for value in values_of(metadata, "url_text_hash"))
 
 
-def _load(kind: str, url: str | None, parse: Callable[[str], Iterable[str]]) -> frozenset[str] | None:
+def _load(kind: str, url: str | None) -> frozenset[str] | None:
     if url is None:
         return None
+    parse, expected = _PARSERS[kind]
     try:
         lines = read_bytes(absolute_url(url)).decode("utf-8-sig").splitlines()
     except StorageError as error:
@@ -166,16 +161,16 @@ def _load(kind: str, url: str | None, parse: Callable[[str], Iterable[str]]) -> 
     for number, line in enumerate(lines, start=1):
         text = line.strip()
         if text and not text.startswith("#"):
-            found = tuple(parse(text))
-            if not found:
-                raise SourceError(f"blocklist {url}, line {number}: {text!r} is {_EXPECTED[parse]}")
-            entries.update(found)
+            parsed = tuple(parse(text))
+            if not parsed:
+                raise SourceError(f"blocklist {url}, line {number}: {text!r} is {expected}")
+            entries.update(parsed)
     return frozenset(entries)
 
 
 def _domain(text: str) -> Iterator[str]:
     name = canonical_host(text.removeprefix("*").removeprefix(".").removeprefix("[").removesuffix("]"))
-    # An address of version 6 is the only host with a colon; elsewhere it is before a port.
+    # The only hosts with a colon are IPv6 addresses; elsewhere a colon precedes a port.
     if (
         name
         and not re.search(r"[\s/@?#*\\]", name)
@@ -198,11 +193,12 @@ def _term(text: str) -> Iterator[str]:
         yield words
 
 
-_EXPECTED: Final[Mapping[Callable[[str], Iterable[str]], str]] = {
-    _domain: "no host: give example.org, without scheme, port or path",
-    _hash: "no hash: give 64, 32 or 16 hexadecimal digits, or an integer",
-    _term: "no term: give a letter or a digit at least",
+_PARSERS: Final[Mapping[str, tuple[Callable[[str], Iterable[str]], str]]] = {
+    "domains": (_domain, "no host: give example.org, without scheme, port or path"),
+    "hashes": (_hash, "no hash: give 64, 32 or 16 hexadecimal digits, or an integer"),
+    "terms": (_term, "no term: give at least one letter or digit"),
 }
+"""Of each kind of list, what makes entries of a line, and what the message says of a line without one."""
 
 
 def _digest(entries: frozenset[str]) -> str:

@@ -1,7 +1,7 @@
-"""Which part of a picture is kept, and how large it becomes: sizes, aspect buckets, crops.
+"""Chooses sizes, aspect buckets and crops of images.
 
-A picture is scaled until it covers its frame, and what hangs over is cut off. The frame is a square, or the
-one of a list of rectangles whose aspect is nearest to the picture's.
+An image is scaled until it covers its bucket, and cropped to it. The bucket is a square, or the rectangle of
+a list whose aspect is nearest to the image's.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ _BUCKETS_SETTING = "latents.images.buckets"
 
 
 def buckets_of(settings: Buckets, *, size: int, step: int) -> tuple[Shape, ...]:
-    """The rectangles whose sides are multiples of `step` and whose area is at most that of the square.
+    """The rectangles, sides multiples of `step` and area at most the square's, from tall to wide.
 
-    Of each width from `size` on there is one: as high as fits into `size` * `size` pixels, so no bucket takes
-    more memory than the square. Each of them stands there upright too. Ordered from tall to wide.
+    One for each width from `size` on, as high as fits into `size` * `size` pixels, so that no bucket needs
+    more memory than the square; and the same turned upright.
 
     Raises:
-        SettingsError: if the bounds leave no room for the square.
+        SettingsError: if the bounds exclude the square.
     """
     if settings.min_side is not None and settings.min_side > size:
         raise SettingsError(
-            f"{_BUCKETS_SETTING}.min_side is {settings.min_side}; up to the size, {size}, is accepted"
+            f"{_BUCKETS_SETTING}.min_side is {settings.min_side}; at most the size, {size}, is accepted"
         )
     if settings.max_side is not None and settings.max_side < size:
         raise SettingsError(
-            f"{_BUCKETS_SETTING}.max_side is {settings.max_side}; the size, {size}, and more is accepted"
+            f"{_BUCKETS_SETTING}.max_side is {settings.max_side}; at least the size, {size}, is accepted"
         )
     wide = []
     for width in range(size, size * size // step + 1, step):
         height = size * size // width // step * step
         if width > settings.max_aspect * height:
-            break  # wider ones are no higher
+            break  # wider ones are lower still
         if (settings.max_side or width) >= width and (settings.min_side or height) <= height:
             wide.append((height, width))
     tall = [(width, height) for height, width in reversed(wide) if height != width]
@@ -50,10 +50,10 @@ def buckets_of(settings: Buckets, *, size: int, step: int) -> tuple[Shape, ...]:
 
 
 def check_size(size: int, *, step: int, option: str) -> None:
-    """Refuse a side that a model cannot halve evenly: one that is no multiple of its granularity `step`.
+    """Refuse a side that is no multiple of `step`, the model's granularity: its levels could not halve it.
 
     Raises:
-        SettingsError: which begins with the option.
+        SettingsError: with a message that begins with `option`.
     """
     if size < step or size % step:
         near = sorted({max(size // step, 1) * step, (size // step + 1) * step})
@@ -64,23 +64,21 @@ def check_size(size: int, *, step: int, option: str) -> None:
 
 
 def shapes_of(buckets: Buckets | None, *, size: int, step: int) -> tuple[Shape, ...]:
-    """What a picture may become: the square of `size`, or that and the other buckets.
+    """The shapes that images may be cropped to: the square of `size`, or all buckets.
 
     Raises:
-        SettingsError: if the size is no multiple of `step`, or the bounds leave no room for the square.
+        SettingsError: if the size is no multiple of `step`, or the bounds exclude the square.
     """
     check_size(size, step=step, option=SIZE_SETTING)
     return ((size, size),) if buckets is None else buckets_of(buckets, size=size, step=step)
 
 
 def bucket_for(shapes: Sequence[Shape], *, height: int, width: int) -> Shape:
-    """The shape whose aspect is nearest to the picture's by ratio; of two as near, the first.
-
-    Computed in whole numbers, so that every machine chooses alike.
-    """
+    """The shape whose aspect is nearest to the image's by ratio; the first of two equally near ones."""
     if len(shapes) == 1:
         return shapes[0]
 
+    # In whole numbers: rounding must not make two machines choose differently.
     def ratio(shape: Shape) -> Fraction:
         one, other = width * shape[0], height * shape[1]
         return Fraction(max(one, other), min(one, other))
@@ -91,25 +89,24 @@ def bucket_for(shapes: Sequence[Shape], *, height: int, width: int) -> Shape:
 def crop_box(
     shape: Shape, *, height: int, width: int, crop: Crop, at: float
 ) -> tuple[float, float, float, float]:
-    """The largest part of a picture that has the shape's aspect: left, top, right, bottom, in its pixels.
+    """The largest part of an image that has the shape's aspect: left, top, right, bottom in pixels.
 
-    It begins at a whole pixel; its length may be a fraction, so that nothing is stretched.
+    It begins at a whole pixel; its length may be fractional, so that nothing is stretched.
 
     Args:
-        shape: the frame.
-        height: of the picture.
-        width: of the picture.
-        crop: "center" leaves out as much on both sides; "top" of what is too tall the lower end, where
-            portraits have no faces, and of what is too wide both sides; "random" what `at` says.
-        at: in [0, 1): where a random crop begins, from the first to the last possible pixel.
+        shape: of the crop.
+        height: of the image.
+        width: of the image.
+        crop: "center" leaves out as much on both sides; "top" keeps the upper end of a tall image, where
+            portraits have faces, and the center of a wide one; "random" begins at `at`.
+        at: in [0, 1), from the first to the last possible pixel; used by "random" alone.
     """
-    # A square of the shorter side comes out in whole numbers, exactly.
-    kept_height = min(float(height), width * shape[0] / shape[1])
-    kept_width = min(float(width), height * shape[1] / shape[0])
-    left = _offset(width - kept_width, crop="center" if crop == "top" else crop, at=at)
-    top = _offset(height - kept_height, crop=crop, at=at)
-    # Rounding must not put the end outside.
-    return left, top, min(left + kept_width, width), min(top + kept_height, height)
+    crop_height = min(float(height), width * shape[0] / shape[1])
+    crop_width = min(float(width), height * shape[1] / shape[0])
+    left = _offset(width - crop_width, crop="center" if crop == "top" else crop, at=at)
+    top = _offset(height - crop_height, crop=crop, at=at)
+    # Rounding must not put the end outside of the image.
+    return left, top, min(left + crop_width, width), min(top + crop_height, height)
 
 
 def _offset(slack: float, *, crop: Crop, at: float) -> float:

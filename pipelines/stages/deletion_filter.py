@@ -1,4 +1,4 @@
-"""Vetoes on rows that a run is asked to forget: they are not read in, be it for the first time or again."""
+"""Rejects rows that a deletion request covers, when shards are first read and when units are recomputed."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ HASH_COLUMNS: Final = ("sha256", "md5", "hash")
 
 
 class DeletionFilter:
-    """Refuses what is on the list, by id, by address, and by any hash that is known of the picture.
+    """Rejects rows on the deletion list by id, by URL and by any known hash of the image.
 
-    It is no part of a table's identity: what is forgotten must go without making a table another one.
+    No part of a table's identity: a deletion must not turn a table into another one.
     """
 
-    def __init__(self, forgotten: DeletionList) -> None:
-        self.list = forgotten
+    def __init__(self, deletions: DeletionList) -> None:
+        self.list = deletions
 
-    def on(self, shard: Shard) -> RowCheck:
-        """The check of a shard's samples, by the list as it is when the shard is begun."""
+    def for_shard(self, shard: Shard) -> RowCheck:
+        """The check of a shard's samples by the list as it is when the shard is begun."""
         del shard
-        forgotten = self.list.read()
+        deleted = self.list.read()
 
-        def check(sample: Sample, id_: str) -> None:
-            names = identifiers_of(sample) if forgotten.hashes else {"urls": [sample.source_id]}
-            if forgotten.find(ids=[id_], **names):
+        def check(sample: Sample, row_id: str) -> None:
+            # Hashing every image costs time, so it is done only if the list has hashes.
+            keys = identifiers_of(sample) if deleted.hashes else {"urls": [sample.source_id]}
+            if deleted.find(ids=[row_id], **keys):
                 raise Rejected("withheld")
 
         return check
 
     def check_link(self, link: Link) -> None:
-        """Refuse what is on the list before its picture is downloaded."""
-        told = [link.metadata[name] for name in HASH_COLUMNS if name in link.metadata]
-        if self._at_first.find(ids=[link.id], urls=[link.url], hashes=told):
+        """Reject a link on the list before its image is downloaded."""
+        hashes = [link.metadata[name] for name in HASH_COLUMNS if name in link.metadata]
+        if self._deleted.find(ids=[link.id], urls=[link.url], hashes=hashes):
             raise Rejected("withheld")
 
     @cached_property
-    def _at_first(self) -> DeletionKeys:
-        """The list as it was when the first link was asked about: links come by the million."""
+    def _deleted(self) -> DeletionKeys:
+        """The list as it was at the first link; links come by the million, so it is read once a worker."""
         return self.list.read()
 
     def __getstate__(self) -> dict[str, object]:
@@ -58,7 +59,7 @@ class DeletionFilter:
 
 
 class RecordedDeletionFilter:
-    """Refuses the rows that were withheld when a unit was made, so that it can be made again as it was.
+    """Rejects the rows that were withheld when a unit was made, so that recomputing it gives the same bits.
 
     Args:
         ids: of those rows.
@@ -67,13 +68,12 @@ class RecordedDeletionFilter:
     def __init__(self, ids: Iterable[str]) -> None:
         self.ids = frozenset(ids)
 
-    def on(self, shard: Shard) -> RowCheck:
+    def for_shard(self, shard: Shard) -> RowCheck:
         """The check of any shard's samples."""
         del shard
 
-        def check(sample: Sample, id_: str) -> None:
-            del sample
-            if id_ in self.ids:
+        def check(_sample: Sample, row_id: str) -> None:
+            if row_id in self.ids:
                 raise Rejected("withheld")
 
         return check
@@ -84,8 +84,8 @@ class RecordedDeletionFilter:
 
 
 def identifiers_of(sample: Sample) -> dict[str, list[Any]]:
-    """The addresses and hashes that a sample goes by, for `DeletionKeys.find`."""
-    told = [sample.metadata[name] for name in HASH_COLUMNS if name in sample.metadata]
-    # Of the bytes in the shard, which img2dataset may have encoded anew.
+    """The URLs and hashes that identify a sample, as arguments of `DeletionKeys.find`."""
+    recorded = [sample.metadata[name] for name in HASH_COLUMNS if name in sample.metadata]
+    # Of the bytes in the shard too: img2dataset may have re-encoded the download.
     own = [hashlib.sha256(sample.image), hashlib.md5(sample.image, usedforsecurity=False)]
-    return {"urls": [sample.source_id], "hashes": [*told, *(state.hexdigest() for state in own)]}
+    return {"urls": [sample.source_id], "hashes": [*recorded, *(state.hexdigest() for state in own)]}

@@ -1,83 +1,67 @@
-"""Captions to latents and images, by the teacher after many guided DDIM steps. SnapFusion Sec. 3.2."""
+"""Generates latents and images from captions by many DDIM steps of the teacher. SnapFusion Sec. 3.2."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.stages.device import NetworkStage
 from pipelines.stages.settings import Device, Generation
-from pipelines.tables.units import CaptionRows, FinishedRows, finish_unit, finite_rows
+from pipelines.tables.units import CaptionRows, finite_rows
 from snapfusion.models.bundle import Bundle, to_uint8
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import sample, time_grid
 
 
-class GeneratePairs:
-    """A teacher in an actor: `CaptionRows` in, `FinishedRows` of PAIRS out."""
+class GeneratePairs(NetworkStage[CaptionRows]):
+    """Turns `CaptionRows` into `FinishedRows` of PAIRS by the teacher."""
 
     def __init__(self, *, teacher: str, settings: Generation, device: Device) -> None:
+        super().__init__(device)
         self.settings = settings
-        self.bundle = load(teacher, device=device.prepare(), dtype=device.torch_dtype)
+        self.bundle = load(teacher, device=self.torch_device, dtype=self.dtype)
         self.bundle.resize(settings.size or self.bundle.image_size)
         self.c_null = self.bundle.null_condition()
         self.grid = time_grid(settings.steps, schedule_steps=self.bundle.schedule.num_steps)
-        self.environment = device.environment()
 
-    def __call__(self, rows: CaptionRows) -> FinishedRows:
-        """Draw all rows of a unit, in batches that depend on the unit alone."""
-        began = time.monotonic()
-        source_ids = [caption.id for caption in rows.captions]
-        ids = [f"{source_id}#{rows.draw}" for source_id in source_ids]
-        keys = [noise_key(self.settings.seed, source_id, rows.draw) for source_id in source_ids]
+    def columns(self, rows: CaptionRows) -> tuple[dict[str, Any], list[bool]]:
+        """Generate all rows of a unit."""
         texts = [caption.text for caption in rows.captions]
+        noise_keys = [noise_key(self.settings.seed, caption.id, rows.draw) for caption in rows.captions]
         token_ids = self.bundle.tokenize(texts) if texts else torch.empty(0, 0)
-        latents, images = self.draw_all(token_ids, keys)
-        finite = finite_rows(latents)
-        columns: dict[str, Any] = {
-            "id": ids,
-            "source_id": source_ids,
+        latents, images = self.generate(token_ids, noise_keys)
+        columns = {
+            "id": [id_ for id_, _ in rows.row_keys()],
+            "source_id": [caption.id for caption in rows.captions],
             "caption": texts,
             "token_ids": token_ids.numpy(),
-            "noise_key": keys,
-            "draw": [rows.draw] * len(ids),
+            "noise_key": noise_keys,
+            "draw": [rows.draw] * len(texts),
             "latent": latents,
             "image": images,
         }
-        return finish_unit(
-            columns,
-            unit=rows.unit,
-            rows=((id_, caption.ordinal) for id_, caption in zip(ids, rows.captions, strict=True)),
-            finite=finite,
-            rejections=rows.rejections,
-            environment=self.environment,
-            seconds=time.monotonic() - began,
-        )
+        return columns, finite_rows(latents)
 
-    def draw_all(self, token_ids: Tensor, keys: list[int]) -> tuple[np.ndarray, list[np.ndarray | None]]:
+    def generate(self, token_ids: Tensor, keys: list[int]) -> tuple[np.ndarray, list[np.ndarray | None]]:
         """Latents float16 [n,4,h,w] and n images uint8 [H,W,3] (None if left out), batch by batch."""
         size = self.settings.batch_size
         spans = [slice(start, start + size) for start in range(0, len(keys), size)]
-        drawn = [self.draw(token_ids[span], keys[span]) for span in spans]
-        latents = [latent.numpy() for latent, _ in drawn]
-        images = (
-            [image for _, batch in drawn for image in batch] if self.settings.images else [None] * len(keys)
-        )
-        return np.concatenate(latents) if latents else np.empty(
-            (0, *self.bundle.latent_shape), np.float16
-        ), images
+        batches = [self.generate_batch(token_ids[span], keys[span]) for span in spans]
+        latents = [
+            np.empty((0, *self.bundle.latent_shape), np.float16),
+            *(batch.numpy() for batch, _ in batches),
+        ]
+        if not self.settings.images:
+            return np.concatenate(latents), [None] * len(keys)
+        return np.concatenate(latents), [image for _, images in batches for image in images]
 
     @torch.inference_mode()
-    def draw(self, token_ids: Tensor, keys: list[int]) -> tuple[Tensor, np.ndarray]:
-        """Latents float16 [B,4,h,w] on the CPU, and images uint8 [B,H,W,3] (empty if left out).
-
-        The image is decoded from the latent as it is stored, so that a decoder which reads the table sees
-        the very input its teacher had.
-        """
+    def generate_batch(self, token_ids: Tensor, keys: list[int]) -> tuple[Tensor, np.ndarray]:
+        """Latents float16 [B,4,h,w] on the CPU, and images uint8 [B,H,W,3] (empty if left out)."""
         bundle = self.bundle
         eps = gaussian_batch(keys, bundle.latent_shape).to(bundle.device)
         denoiser = bundle.denoiser(
@@ -86,10 +70,11 @@ class GeneratePairs:
         latents = sample(denoiser, eps, grid=self.grid, schedule=bundle.schedule).half()
         if not self.settings.images:
             return latents.cpu(), np.empty(0)
+        # Decoded after the cast to float16: a decoder trained on the table reads what its teacher read.
         return latents.cpu(), teacher_images(bundle, latents)
 
 
 @torch.inference_mode()
 def teacher_images(bundle: Bundle, latents: Tensor) -> np.ndarray:
-    """The teacher's decode of latents [B,4,h,w] as uint8 [B,H,W,3] on the CPU."""
+    """The teacher's decode of latents [B,4,h,w], uint8 [B,H,W,3] on the CPU."""
     return to_uint8(bundle.decode(latents.float())).permute(0, 2, 3, 1).cpu().numpy()

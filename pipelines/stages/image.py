@@ -1,4 +1,4 @@
-"""From the bytes of a picture to the RGB image of a given size that the autoencoder reads."""
+"""Decodes the bytes of an image into RGB pixels of the size that the autoencoder reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.stages.crop import Shape, bucket_for, crop_box
 from pipelines.stages.settings import Crop, ImageBounds, ImageSettings
 from snapfusion.noise import noise_key, uniform
 
-# What img2dataset writes and the web shows. Left out are formats that start other programs, such as EPS.
+# Those that img2dataset writes and browsers show; none that starts another program, such as EPS.
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _ORIENTATION: Final = 0x0112
 _UPRIGHT: Final = {
@@ -30,20 +30,20 @@ _UPRIGHT: Final = {
 
 
 class EncodedImage(bytes):
-    """The bytes of a picture, which know the id of their row: a random crop follows from it."""
+    """The bytes of an image with the id of their row, which seeds a random crop."""
 
     row: str
 
     def __new__(cls, data: bytes, *, row: str = "") -> Self:
-        """Those bytes."""
-        made = super().__new__(cls, data)
-        made.row = row
-        return made
+        """The bytes, with the id beside them."""
+        encoded = super().__new__(cls, data)
+        encoded.row = row
+        return encoded
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropImage:
-    """`EncodedImage` in, the picture in the one of `shapes` that fits it out: uint8 [H,W,3], RGB.
+    """Decodes an `EncodedImage` and crops it to the best of `shapes`: uint8 [H,W,3], RGB.
 
     Raises:
         Rejected: as `decode_image`.
@@ -52,20 +52,20 @@ class CropImage:
     settings: ImageSettings
     shapes: tuple[Shape, ...]
 
-    def __call__(self, picture: EncodedImage) -> np.ndarray:
-        """Decode and frame."""
+    def __call__(self, image: EncodedImage) -> np.ndarray:
+        """Decode and crop."""
         settings, at = self.settings, 0.0
         if settings.crop == "random":
-            at = float(uniform(noise_key("crop", settings.crop_seed, picture.row), 1)[0])
-        return _decode(picture, shapes=self.shapes, bounds=settings, crop=settings.crop, at=at)
+            at = float(uniform(noise_key("crop", settings.crop_seed, image.row), 1)[0])
+        return _decode(image, shapes=self.shapes, bounds=settings, crop=settings.crop, at=at)
 
 
 def decode_image(data: bytes, *, size: int, settings: ImageBounds) -> np.ndarray:
-    """The centre square of a picture, its shorter side made `size`: uint8 [size, size, 3], RGB.
+    """The center square of an image, its shorter side resized to `size`: uint8 [size, size, 3], RGB.
 
-    The first frame of an animation; upright by its EXIF tag; transparency over white; 16-bit grey scaled to
-    8 bits. Colour profiles are not applied. The kernel is Lanczos, widened when shrinking so that nothing
-    aliases: the default of diffusers' image processor, so a picture enters the autoencoder as it does there.
+    Takes the first frame of an animation, turns by the EXIF tag, puts transparency over white and scales
+    16-bit gray to 8 bits. Color profiles are not applied. The kernel is Lanczos, widened when shrinking so
+    that nothing aliases: the default of diffusers' image processor.
 
     Raises:
         Rejected: `empty_image`, `not_an_image`, `too_many_pixels`, `too_small`, `broken_image` or
@@ -77,11 +77,16 @@ def decode_image(data: bytes, *, size: int, settings: ImageBounds) -> np.ndarray
 def _decode(
     data: bytes, *, shapes: Sequence[Shape], bounds: ImageBounds, crop: Crop, at: float
 ) -> np.ndarray:
-    return np.array(_crop(open_image(data, bounds=bounds), shapes=shapes, crop=crop, at=at))
+    image = open_image(data, bounds=bounds)
+    width, height = image.size
+    shape = bucket_for(shapes, height=height, width=width)
+    box = crop_box(shape, height=height, width=width, crop=crop, at=at)
+    # One resampling of the cropped part: equal to scaling first and cropping second, and less work.
+    return np.array(image.resize((shape[1], shape[0]), Image.Resampling.LANCZOS, box=box))
 
 
 def open_image(data: bytes, *, bounds: ImageBounds) -> Image.Image:
-    """The whole picture, decoded and RGB; see `decode_image`.
+    """The whole image, decoded to RGB; see `decode_image`.
 
     Raises:
         Rejected: as `decode_image`.
@@ -116,17 +121,17 @@ def _check_size(image: Image.Image, settings: ImageBounds) -> None:
 
 
 def _load(image: Image.Image) -> None:
-    """Decode every pixel, here and not lazily, so that all that can go wrong goes wrong here."""
+    """Decode every pixel now, so that a broken image is rejected here and not where pixels are first used."""
     try:
         image.load()
     except MemoryError:
-        raise  # the machine's fault and not the row's: sizes are bounded
+        raise  # not the row's fault: sizes are bounded
     except Exception as error:  # noqa: BLE001 - hostile bytes make format plugins raise whatever they meet
         raise Rejected("broken_image", f"{type(error).__name__}: {error}") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # After the load: a TIFF is turned by its loader, which then drops the tag.
+    # After loading: Pillow turns a TIFF while loading it, and then drops the tag.
     try:
         turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # noqa: BLE001 - a torn EXIF block says nothing about the pixels
@@ -149,14 +154,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _high_bytes(image: Image.Image) -> np.ndarray:
-    """16-bit grey as uint8 [H, W]: 65535 becomes 255, and the rest is rounded in proportion."""
+    """16-bit gray as uint8 [H, W], scaled by 255 / 65535 and rounded."""
     wide = np.asarray(image).astype(np.uint32)
     return ((wide * 255 + 32767) // 65535).astype(np.uint8)
-
-
-def _crop(image: Image.Image, *, shapes: Sequence[Shape], crop: Crop, at: float) -> Image.Image:
-    # One resampling of the part that is kept: the same as scaling first and cropping second, and less work.
-    width, height = image.size
-    shape = bucket_for(shapes, height=height, width=width)
-    box = crop_box(shape, height=height, width=width, crop=crop, at=at)
-    return image.resize((shape[1], shape[0]), Image.Resampling.LANCZOS, box=box)

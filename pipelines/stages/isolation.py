@@ -1,8 +1,8 @@
-"""Runs a function on one item at a time in a child process, so that an item may kill or hang only that.
+"""Runs a function in a child process, so that an item that kills or hangs its process is rejected alone.
 
 The child is a fresh interpreter and no fork: a fork of a process with threads, as every Ray worker is, may
-hold locks that nobody will release. It stays for many items and is replaced when it dies. Items and results
-travel as pickles over pipes.
+inherit locks that nobody releases. It serves many items and is replaced when it dies. Items and results are
+sent as pickles over pipes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Generic, Self, TypeVar
 
 from pipelines.rejections import Rejected
@@ -38,68 +37,68 @@ class IsolationError(RuntimeError):
 
 
 class Isolation(Generic[Item, Result]):
-    """`function` behind a process boundary; close it, or use it in a `with` statement.
+    """Calls `function` in a child process; close it, or use it in a `with` statement.
 
     Args:
         function: anything that pickles by name: a module's function, or `functools.partial` of one.
         timeout: seconds that one try may take.
-        tries: how often an item may end or outlast a child before it is rejected.
+        tries: how often an item may kill or outlast a child before it is rejected.
     """
 
     def __init__(self, function: Callable[[Item], Result], *, timeout: float = 60.0, tries: int = 3) -> None:
         if timeout <= 0 or tries < 1:
-            raise ValueError(f"timeout {timeout} and tries {tries} given; above 0 and at least 1 is accepted")
+            raise ValueError(f"timeout is {timeout} and tries {tries}; above 0 and at least 1 is accepted")
         self._function = function
         self._timeout = timeout
         self._tries = tries
         self._child: _Child | None = None
 
     def __call__(self, item: Item) -> Result:
-        """`function(item)`, or the exception that it raised.
+        """The result of `function(item)`; raises the exception that it raised.
 
         Raises:
             Rejected: `crashed` or `timed_out`, as the last try ended.
             IsolationError: if no child can be started.
         """
-        verdict = Rejected("crashed")
+        rejected = Rejected("crashed")
         for _ in range(self._tries):
             child = self._child = self._child or _Child(self._function, timeout=self._timeout)
             try:
-                succeeded, value = child.ask(item, seconds=self._timeout)
+                succeeded, value = child.call(item, seconds=self._timeout)
             except TimeoutError:
-                verdict = Rejected("timed_out", f"{self._tries} tries of {self._timeout:g} s")
+                rejected = Rejected("timed_out", f"{self._tries} tries of {self._timeout:g} s")
             except EOFError:
-                verdict = Rejected("crashed", f"{self._tries} tries, the last ended by {child.ending()}")
+                rejected = Rejected(
+                    "crashed", f"{self._tries} tries, the last ended by {child.exit_reason()}"
+                )
             except BaseException:
-                self.close()  # or its answer would be taken for the next item's
+                self.close()  # its answer may still arrive, and would pass for the next item's
                 raise
             else:
                 if succeeded:
                     return value
                 raise value
             self.close()
-        raise verdict
+        raise rejected
 
     def close(self) -> None:
-        """End the child; the next call starts another."""
+        """Kill the child; the next call starts another."""
         if self._child is not None:
-            self._child.end()
+            self._child.kill()
             self._child = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class _Child:
-    """A child process that is ready to be asked."""
+    """A child process that has loaded the function."""
 
     def __init__(self, function: Callable[..., Any], *, timeout: float) -> None:
-        # The child looks for modules where this process does, and the parent's standard input stays its own.
+        # The child imports modules from where this process does.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         }
@@ -111,26 +110,24 @@ class _Child:
             bufsize=0,
         )
         try:
-            started, fault = self.ask((function, timeout), seconds=_START_SECONDS)
-        except (EOFError, TimeoutError):
-            self.end()
-            raise IsolationError(f"the child did not start: {self.ending()}") from None
-        except BaseException:
-            self.end()
+            started, error = self.call((function, timeout), seconds=_START_SECONDS)
+            if not started:
+                raise IsolationError(f"the function cannot be loaded in a child process: {error}")
+        except BaseException as failure:
+            self.kill()
+            if isinstance(failure, EOFError | TimeoutError):
+                raise IsolationError(f"the child did not start: {self.exit_reason()}") from None
             raise
-        if not started:
-            self.end()
-            raise IsolationError(f"the function cannot be loaded in a child process: {fault}")
 
-    def ask(self, item: object, *, seconds: float) -> tuple[bool, Any]:
-        """Whether it succeeded, and the result or the exception.
+    def call(self, item: object, *, seconds: float) -> tuple[bool, Any]:
+        """Whether the call succeeded, and its result or exception.
 
         Raises:
             EOFError: if the child died.
             TimeoutError: if it did not answer in time.
         """
         assert self._process.stdin is not None  # noqa: S101 - for the type checker
-        with contextlib.suppress(BrokenPipeError):  # its death shows when the answer is read
+        with contextlib.suppress(BrokenPipeError):  # a dead child is noticed when its answer is read
             _send(self._process.stdin, item)
         deadline = time.monotonic() + seconds
         (length,) = _LENGTH.unpack(self._receive(_LENGTH.size, deadline=deadline))
@@ -147,7 +144,7 @@ class _Child:
                 if left <= 0:
                     raise TimeoutError
                 if not selector.select(min(left, _POLL_SECONDS)):
-                    # A process that the function left behind can hold the pipe open after the child's death.
+                    # No end of file: a process that the function started may hold the pipe open.
                     if self._process.poll() is not None:
                         raise EOFError
                     continue
@@ -157,15 +154,15 @@ class _Child:
                 received += piece
         return bytes(received)
 
-    def ending(self) -> str:
-        """How the child ended, in words."""
+    def exit_reason(self) -> str:
+        """The signal or the status that the child ended with."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_EXIT_SECONDS)
         self._process.kill()  # if it only closed its pipe
         code = self._process.wait()
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """Kill the child and close its pipes."""
         self._process.kill()
         self._process.wait()
@@ -182,11 +179,11 @@ def _send(pipe: IO[bytes], value: object) -> None:
 
 
 def _serve() -> None:
-    """The child's life: the function first, then items until the parent closes the pipe."""
+    """Main loop of the child: reads the function, then items until the parent closes the pipe."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
-    # Whatever the function or a C library prints must not mix with the answers.
+    # Output that the function or a C library prints must not mix with the answers.
     os.dup2(2, 1)
-    # Ctrl-C is for the parent, which closes the pipe or kills the child.
+    # Ctrl-C reaches the whole process group; only the parent handles it, and ends the child.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         function, timeout = _read(requests)
@@ -196,7 +193,7 @@ def _serve() -> None:
         _answer(answers, succeeded=False, value=error)
         return
     _answer(answers, succeeded=True, value=None)
-    # A child that hangs when its parent was killed is ended by the kernel, even inside C code.
+    # If the parent was killed while the child hangs, even in C code, the kernel ends it by this alarm.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     while True:
         try:

@@ -1,22 +1,53 @@
-"""What pictures are judged by: features for FID, a CLIP scorer, and the miniature's oracle of attributes."""
+"""Networks that score images: features for FID, a CLIP scorer, and the miniature's oracle of attributes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipelines.stages.settings import FeatureSettings, MetricSettings, _file
+from pipelines.stages.settings import FeatureSettings, MetricSettings, ScorerSettings
 from snapfusion.metrics.clip import load_scorer, open_clip_scorer
 from snapfusion.metrics.inception import load_inception
+from snapfusion.metrics.pinned import pinned_file
+from snapfusion.metrics.settings import INCEPTION_SIZE
 from snapfusion.mini.oracle import load_oracle, scene_labels
 from snapfusion.mini.scenes import parse_caption
 from snapfusion.mini.weights import WEIGHTS
+from snapfusion.models.checksums import file_hash
+
+
+def describe_features(settings: FeatureSettings) -> dict[str, Any]:
+    """The identity of the features: the network, the SHA-256 of its weights, the resize kernel."""
+    identity = _describe(settings, bundled="oracle")
+    return (
+        identity
+        if settings.weights is None
+        else identity | {"resize": settings.resize, "side": INCEPTION_SIZE}
+    )
+
+
+def describe_scorer(settings: ScorerSettings) -> dict[str, Any]:
+    """The identity of the CLIP score: the network and the SHA-256 of its weights."""
+    return _describe(settings, bundled="scorer")
+
+
+def _describe(settings: FeatureSettings | ScorerSettings, *, bundled: str) -> dict[str, Any]:
+    weights = WEIGHTS / bundled / "model.safetensors" if settings.weights is None else _weights(settings)
+    return {"network": settings.network, "sha256": file_hash(weights)}
+
+
+def _weights(settings: FeatureSettings | ScorerSettings) -> Path:
+    if settings.weights is None:
+        raise ValueError(f"{settings.network} needs a file of weights")
+    return pinned_file(settings.weights, sha256=settings.sha256)
 
 
 class FeatureReader:
-    """The network whose features FID is measured in."""
+    """The network that extracts the features for FID."""
 
     def __init__(self, settings: FeatureSettings, *, device: str) -> None:
         self.device = device
@@ -24,7 +55,7 @@ class FeatureReader:
             self._network = load_oracle().to(device)
             self._features = self._network.features
         else:
-            self._features = load_inception(_file(settings), resize=settings.resize).to(device)
+            self._features = load_inception(_weights(settings), resize=settings.resize).to(device)
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
@@ -33,7 +64,7 @@ class FeatureReader:
 
 
 class MetricNetworks:
-    """All that pictures are judged by, on one device."""
+    """All networks that score images, on one device."""
 
     def __init__(self, settings: MetricSettings, *, device: str) -> None:
         self.device = device
@@ -42,7 +73,7 @@ class MetricNetworks:
         if settings.scorer.network == "mini":
             self._scorer = load_scorer(WEIGHTS / "scorer")
         else:
-            self._scorer = open_clip_scorer(settings.scorer.network, weights=_file(settings.scorer))
+            self._scorer = open_clip_scorer(settings.scorer.network, weights=_weights(settings.scorer))
         self._scorer.model.to(device)
 
     def features(self, images: Tensor) -> Tensor:
@@ -50,16 +81,16 @@ class MetricNetworks:
         return self._reader.features(images)
 
     def clip(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Cosine of each picture, uint8 [B,3,H,W], with its caption: float32 [B] on the CPU."""
+        """Cosine of each image, uint8 [B,3,H,W], with its caption: float32 [B] on the CPU."""
         return self._scorer.score(images.to(self.device), captions).cpu()
 
     def attributes(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Which attributes of a picture are as its caption says, uint8 [B,5]; [B,0] without the oracle.
+        """Whether each attribute of an image is as its caption says, uint8 [B,5]; [B,0] without the oracle.
 
         Raises:
             ValueError: if the oracle cannot read a caption.
         """
         if self._oracle is None:
             return torch.empty(len(images), 0, dtype=torch.uint8)
-        said = scene_labels([parse_caption(caption) for caption in captions])
-        return (self._oracle.labels(images.to(self.device)).cpu() == said).to(torch.uint8)
+        expected = scene_labels([parse_caption(caption) for caption in captions])
+        return (self._oracle.labels(images.to(self.device)).cpu() == expected).to(torch.uint8)

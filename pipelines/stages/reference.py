@@ -1,4 +1,4 @@
-"""Pictures that generated ones are held against: a name to a picture, a picture to its features."""
+"""Extracts features of the real images that generated ones are compared with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pipelines.rejections import Rejected, Rejection
+from pipelines.stages.device import environment_of, prepare
 from pipelines.stages.image import decode_image
 from pipelines.stages.metric_networks import FeatureReader
 from pipelines.stages.settings import Device, FeatureSettings, ImageBounds
@@ -16,48 +17,47 @@ from pipelines.tables.units import FinishedRows, ImageNameRows
 from snapfusion.mini.scenes import HELD_OUT, captioned_image
 
 SCENE_PREFIX = "scene:"
-"""Before the number of a held-out scene, which is drawn by formula; other names are URLs."""
+"""Before the number of a held-out scene, which is rendered; other names are URLs."""
 
 _BATCH_SIZE = 64
 
 
 class ExtractFeatures:
-    """`ImageNameRows` in, `FinishedRows` of REFERENCES out.
+    """Turns `ImageNameRows` into `FinishedRows` of REFERENCES; runs in an actor.
 
     Args:
-        features: which network.
-        images: bounds on pictures.
-        size: the side of the middle square that each picture is made, in pixels (see `decode_image`).
+        features: the network.
+        images: bounds on images.
+        size: pixels a side of the center square that each image is cropped and resized to.
         device: of the network.
     """
 
     def __init__(self, *, features: FeatureSettings, images: ImageBounds, size: int, device: Device) -> None:
         self.images = images
         self.size = size
-        self.reader = FeatureReader(features, device=device.prepare())
-        self.environment = device.environment()
+        self.reader = FeatureReader(features, device=prepare(device))
+        self.environment = environment_of(device)
 
     def __call__(self, rows: ImageNameRows) -> FinishedRows:
-        """Read and describe all pictures of a unit, in batches that depend on the unit alone."""
+        """Read all images of a unit and extract features, in batches that depend on the unit alone."""
         began = time.monotonic()
-        pictures: dict[str, np.ndarray] = {}
+        images: dict[str, np.ndarray] = {}
         rejections: list[Rejection] = []
-        for position, name in enumerate(rows.names):
+        for name, ordinal in rows.row_keys():
             try:
-                pictures[name] = self.picture(name)
-            except Rejected as verdict:
-                ordinal = rows.unit.start + position
-                rejections.append(verdict.record(id=name, source=rows.unit.source, ordinal=ordinal))
+                images[name] = self.read_image(name)
+            except Rejected as rejected:
+                rejections.append(rejected.record(id=name, source=rows.unit.source, ordinal=ordinal))
         return FinishedRows(
             unit=rows.unit,
-            columns={"id": list(pictures), "features": self.describe(list(pictures.values()))},
+            columns={"id": list(images), "features": self.extract(list(images.values()))},
             rejections=rejections,
             environment=self.environment,
             seconds=time.monotonic() - began,
         )
 
-    def picture(self, name: str) -> np.ndarray:
-        """The picture of that name, uint8 [S,S,3].
+    def read_image(self, name: str) -> np.ndarray:
+        """The image of that name, uint8 [S,S,3].
 
         Raises:
             Rejected: if it cannot be decoded.
@@ -67,11 +67,11 @@ class ExtractFeatures:
             return image
         return decode_image(read_bytes(name), size=self.size, settings=self.images)
 
-    def describe(self, pictures: list[np.ndarray]) -> np.ndarray:
-        """Features float32 [n,D] of pictures uint8 [S,S,3]."""
-        batches = [pictures[start : start + _BATCH_SIZE] for start in range(0, len(pictures), _BATCH_SIZE)]
-        described = [
+    def extract(self, images: list[np.ndarray]) -> np.ndarray:
+        """Features float32 [n,D] of images uint8 [S,S,3]."""
+        batches = [images[start : start + _BATCH_SIZE] for start in range(0, len(images), _BATCH_SIZE)]
+        features = [
             self.reader.features(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous()).numpy()
             for batch in batches
         ]
-        return np.concatenate(described) if described else np.empty((0, 0), np.float32)
+        return np.concatenate(features) if features else np.empty((0, 0), np.float32)

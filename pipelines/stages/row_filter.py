@@ -1,37 +1,42 @@
-"""What may refuse a row beside the selection: blocked things, earlier copies, requests to forget."""
+"""Defines filters that reject rows beside the selection: blocklists, duplicates, deletion requests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from pipelines.sources.links import Link
 from pipelines.sources.webdataset import Sample, Shard
 
 RowCheck = Callable[[Sample, str], None]
-"""Lets a sample pass, or raises `Rejected`; the second argument is its row's id, `<source>/<sample.id>`."""
+"""Raises `Rejected` or lets a sample pass; the second argument is the row's id, `<source>/<sample.id>`."""
 
 
 class RowFilter(Protocol):
-    """Refuses rows; pickled into the workers that read shards."""
+    """Rejects rows of shards; pickled into the workers that read shards."""
 
-    def on(self, shard: Shard) -> RowCheck:
-        """The check of this shard's samples; what it needs of a table is read here, once a shard."""
+    def for_shard(self, shard: Shard) -> RowCheck:
+        """The check of this shard's samples; tables are read here, once a shard."""
         ...
 
     def describe(self) -> Mapping[str, Any]:
-        """What of it determines rows: part of the identity of the table made under it. Empty for none."""
+        """The part of a table's identity that this filter determines; may be empty."""
         ...
 
 
 @runtime_checkable
 class LinkFilter(Protocol):
-    """A veto that can judge a row before its picture is downloaded; pickled into those who download."""
+    """Rejects rows of URL lists before their download; pickled into the workers that download."""
 
     def check_link(self, link: Link) -> None:
-        """Let a link pass, or raise `Rejected`."""
+        """Raise `Rejected` or let a link pass."""
         ...
 
     def describe(self) -> Mapping[str, Any]:
-        """As a `RowFilter` does."""
+        """As `RowFilter.describe`."""
         ...
+
+
+def describe_filters(filters: Iterable[RowFilter | LinkFilter]) -> dict[str, Any]:
+    """The parts of a table's identity that all of these filters determine."""
+    return {name: value for row_filter in filters for name, value in row_filter.describe().items()}

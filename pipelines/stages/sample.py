@@ -1,17 +1,17 @@
-"""Captions to pictures by a model and a solver, and pictures to what the judges say of them."""
+"""Samples images from captions by a model and a solver, and scores them."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.stages.device import NetworkStage
 from pipelines.stages.metric_networks import MetricNetworks
 from pipelines.stages.settings import Device, MetricSettings, Sampler, SamplingSettings
-from pipelines.tables.units import FinishedRows, PromptRows, finish_unit, finite_rows
+from pipelines.tables.units import PromptRows, finite_rows
 from snapfusion.models.blocks import skipping_blocks
 from snapfusion.models.bundle import to_uint8
 from snapfusion.models.decoder import load_decoder
@@ -20,10 +20,10 @@ from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import sample, time_grid
 
 
-class SampleAndScore:
-    """A model and its judges in an actor: `PromptRows` in, `FinishedRows` of SAMPLES out.
+class SampleAndScore(NetworkStage[PromptRows]):
+    """Turns `PromptRows` into `FinishedRows` of SAMPLES.
 
-    Latents become pictures by the model's own decoder, or by the half-width one in the folder `decoder`.
+    Latents are decoded by the model's own decoder, or by the half-width one in the folder `decoder`.
     """
 
     def __init__(
@@ -31,69 +31,58 @@ class SampleAndScore:
         *,
         model: str,
         sampler: Sampler,
-        drawing: SamplingSettings,
-        judging: MetricSettings,
+        sampling: SamplingSettings,
+        metrics: MetricSettings,
         device: Device,
         decoder: str | None = None,
     ) -> None:
-        place = device.prepare()
+        super().__init__(device)
         self.sampler = sampler
-        self.drawing = drawing
-        self.bundle = load(model, device=place, dtype=device.torch_dtype)
-        self.bundle.resize(drawing.size or self.bundle.image_size)
-        self.decoder = None if decoder is None else load_decoder(decoder).to(place, device.torch_dtype)
+        self.sampling = sampling
+        self.bundle = load(model, device=self.torch_device, dtype=self.dtype)
+        self.bundle.resize(sampling.size or self.bundle.image_size)
+        self.decoder = None if decoder is None else load_decoder(decoder).to(self.torch_device, self.dtype)
         self.c_null = self.bundle.null_condition()
         self.grid = time_grid(sampler.steps, schedule_steps=self.bundle.schedule.num_steps)
-        self.judge = MetricNetworks(judging, device=place)
-        self.environment = device.environment()
+        self.networks = MetricNetworks(metrics, device=self.torch_device)
 
-    def __call__(self, rows: PromptRows) -> FinishedRows:
-        """Draw and judge all rows of a unit, in batches that depend on the unit alone."""
-        began = time.monotonic()
+    def columns(self, rows: PromptRows) -> tuple[dict[str, Any], list[bool]]:
+        """Sample and score all rows of a unit."""
         texts = [caption.text for caption in rows.captions]
-        source_ids = [caption.id for caption in rows.captions]
-        ids = [rows.row_id(source_id) for source_id in source_ids]
-        keys = [noise_key("evaluation", self.drawing.seed, source_id) for source_id in source_ids]
-        size = self.drawing.batch_size
+        keys = [noise_key("evaluation", self.sampling.seed, caption.id) for caption in rows.captions]
+        size = self.sampling.batch_size
         spans = [slice(start, start + size) for start in range(0, len(keys), size)]
         with skipping_blocks(self.bundle.unet, rows.without):
-            batches = [self.draw_and_judge(texts[span], keys[span], w=rows.w) for span in spans]
+            batches = [self.sample_and_score(texts[span], keys[span], w=rows.w) for span in spans]
         columns: dict[str, Any] = {
-            "id": ids,
-            "source_id": source_ids,
+            "id": [id_ for id_, _ in rows.row_keys()],
+            "source_id": [caption.id for caption in rows.captions],
             "caption": texts,
-            "w": [rows.w] * len(ids),
+            "w": [rows.w] * len(texts),
             "noise_key": keys,
         }
         for name in ("features", "clip", "right", "image", "finite"):
             parts = [batch[name] for batch in batches]
             columns[name] = np.concatenate(parts) if parts else np.empty((0,))
         finite = columns.pop("finite").tolist()
-        if not self.drawing.images:
-            columns["image"] = [None] * len(ids)
-        return finish_unit(
-            columns,
-            unit=rows.unit,
-            rows=((id_, caption.ordinal) for id_, caption in zip(ids, rows.captions, strict=True)),
-            finite=finite,
-            rejections=rows.rejections,
-            environment=self.environment,
-            seconds=time.monotonic() - began,
-        )
+        if not self.sampling.images:
+            columns["image"] = [None] * len(texts)
+        return columns, finite
 
     @torch.inference_mode()
-    def draw_and_judge(self, texts: list[str], keys: list[int], *, w: float) -> dict[str, np.ndarray]:
-        """What SAMPLES holds of a batch, by column, and which rows are `finite`; images uint8 [B,H,W,3]."""
-        latents = self.draw(texts, keys, w=w)
+    def sample_and_score(self, texts: list[str], keys: list[int], *, w: float) -> dict[str, np.ndarray]:
+        """The computed columns of SAMPLES for a batch, and which rows are `finite`; image uint8 [B,H,W,3]."""
+        latents = self.sample(texts, keys, w=w)
         finite = finite_rows(latents.cpu().numpy())
+        # Rows that are not finite are rejected later; here they must not poison the batch's other images.
         images = to_uint8(self.decode(latents.nan_to_num(0.0, 0.0, 0.0)))
-        told = {
-            "features": self.judge.features(images),
-            "clip": self.judge.clip(images, texts),
-            "right": self.judge.attributes(images, texts),
+        columns = {
+            "features": self.networks.features(images),
+            "clip": self.networks.clip(images, texts),
+            "right": self.networks.attributes(images, texts),
             "image": images.permute(0, 2, 3, 1).cpu(),
         }
-        return {name: values.numpy() for name, values in told.items()} | {"finite": np.array(finite)}
+        return {name: values.numpy() for name, values in columns.items()} | {"finite": np.array(finite)}
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1], float32 [B,3,H,W]."""
@@ -101,7 +90,7 @@ class SampleAndScore:
             return self.bundle.decode(latents)
         return self.decoder.decode(latents.to(self.bundle.unet.dtype)).float()
 
-    def draw(self, texts: list[str], keys: list[int], *, w: float) -> Tensor:
+    def sample(self, texts: list[str], keys: list[int], *, w: float) -> Tensor:
         """Latents float32 [B,4,h,w] of captions, from the noise of their keys."""
         bundle = self.bundle
         c = bundle.encode_text(bundle.tokenize(texts))

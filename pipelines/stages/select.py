@@ -1,7 +1,7 @@
-"""Which rows are wanted, by what their metadata and captions say, in any of the public spellings.
+"""Selects rows by bounds on metadata and captions, in the column names of all public data sets.
 
-A row is a link before its download or a sample after it: both have metadata and a caption, so the bounds that
-choose what is downloaded are those that choose what is encoded.
+A row is a link before its download and a sample after it; the same bounds choose what is downloaded and what
+is encoded.
 """
 
 from __future__ import annotations
@@ -19,58 +19,57 @@ from pipelines.stages.settings import Selection
 
 @dataclass(frozen=True)
 class CandidateRow:
-    """What a bound looks at."""
+    """The part of a row that bounds are checked against."""
 
     metadata: Mapping[str, Any]
     caption: str
 
     def number(self, meaning: Meaning) -> float | None:
-        """As `pipelines.sources.layouts.number_of` says."""
+        """The number in the columns of this meaning; None where it is missing, null or NaN."""
         return number_of(self.metadata, meaning)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that a row has: what it is, and how it is found; None where it is not known."""
+    """A number that a row has, by name; `of` returns None where it is not known."""
 
-    what: str
+    name: str
     of: Callable[[CandidateRow], float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """One setting of `Selection`, and how a row is held to it.
+    """The check of one setting of `Selection`.
 
     Attributes:
         setting: its name.
-        reason: under which a row is refused.
-        looks_at: the meanings of the columns that it needs; none for the caption, which every row has.
-        measure: the number that it bounds; None where it bounds none.
-        refuses: of a row and the limit, what speaks against the row, or nothing.
+        reason: of the rejection.
+        columns: the meanings of the columns that it reads; none for the caption, which every row has.
+        measure: the number that it bounds, if any.
+        violation: of a row and the limit, how the row violates it; empty if it does not.
     """
 
     setting: str
     reason: str
-    looks_at: tuple[Meaning, ...] = ()
+    columns: tuple[Meaning, ...] = ()
     measure: Measure | None = None
-    refuses: Callable[[CandidateRow, Any], str]
+    violation: Callable[[CandidateRow, Any], str]
 
 
 def check(metadata: Mapping[str, Any], *, caption: str, selection: Selection) -> None:
-    """Let a row pass, or say why it is not wanted. What is missing, null or NaN never speaks against a row.
+    """Let a row pass, or raise. A value that is missing, null or NaN violates no bound.
 
     Raises:
-        Rejected: with the reason of the first of `BOUNDS`, in their order, that refuses it.
+        Rejected: with the reason of the first of `BOUNDS` that the row violates.
     """
     row = CandidateRow(metadata, caption)
-    for bound, limit in set_bounds(selection):
-        detail = bound.refuses(row, limit)
-        if detail:
+    for bound, limit in active_bounds(selection):
+        if detail := bound.violation(row, limit):
             raise Rejected(bound.reason, detail)
 
 
-def set_bounds(selection: Selection) -> Iterator[tuple[Bound, Any]]:
-    """The bounds that are set, in the order in which they are checked, each with its limit."""
+def active_bounds(selection: Selection) -> Iterator[tuple[Bound, Any]]:
+    """The bounds that are set, in the order of their checks, each with its limit."""
     for bound in BOUNDS:
         limit = getattr(selection, bound.setting)
         if limit is not None and limit != ():
@@ -78,17 +77,17 @@ def set_bounds(selection: Selection) -> Iterator[tuple[Bound, Any]]:
 
 
 def silent_bounds(selection: Selection, columns: Iterable[str]) -> list[str]:
-    """The bounds that are set and refuse nothing, because none of these columns says what they look at."""
-    there = set(columns)
+    """The bounds that are set and reject nothing, because a column that they read is not among these."""
+    present = set(columns)
     return [
         bound.setting
-        for bound, _ in set_bounds(selection)
-        if not all(there.intersection(SPELLINGS[meaning]) for meaning in bound.looks_at)
+        for bound, _ in active_bounds(selection)
+        if not all(present.intersection(SPELLINGS[meaning]) for meaning in bound.columns)
     ]
 
 
 def latin_share(caption: str) -> float | None:
-    """Latin letters among the letters of a caption, 0 to 1; None where it has no letter."""
+    """The share of Latin letters among a caption's letters, 0 to 1; None where it has no letter."""
     letters = [character for character in caption if character.isalpha()]
     return sum(map(_is_latin, letters)) / len(letters) if letters else None
 
@@ -111,32 +110,16 @@ def _sides(row: CandidateRow) -> tuple[float | None, float | None]:
     return row.number("width"), row.number("height")
 
 
-def _least(measure: Measure) -> Callable[[CandidateRow, Any], str]:
-    def refuses(row: CandidateRow, limit: float) -> str:
-        value = measure.of(row)
-        return f"{measure.what} {value:g} is below {limit:g}" if value is not None and value < limit else ""
-
-    return refuses
-
-
-def _most(measure: Measure) -> Callable[[CandidateRow, Any], str]:
-    def refuses(row: CandidateRow, limit: float) -> str:
-        value = measure.of(row)
-        return f"{measure.what} {value:g} is above {limit:g}" if value is not None and value > limit else ""
-
-    return refuses
-
-
 def _refused_tag(row: CandidateRow, refused: tuple[str, ...]) -> str:
     tags = (tag for tag in texts_of(row.metadata, "nsfw_tag") if tag.upper() in refused)
     return next((f"tagged {tag}" for tag in tags), "")
 
 
-def _other_language(row: CandidateRow, wanted: tuple[str, ...]) -> str:
+def _other_language(row: CandidateRow, accepted: tuple[str, ...]) -> str:
     language = text_of(row.metadata, "language")
-    if language is None or language.casefold() in {word.casefold() for word in wanted}:
+    if language is None or language.casefold() in {word.casefold() for word in accepted}:
         return ""
-    return f"language {language} is not among {', '.join(wanted)}"
+    return f"language {language} is not among {', '.join(accepted)}"
 
 
 _WIDTH: Final = Measure("width", lambda row: row.number("width"))
@@ -151,96 +134,41 @@ _CHARS: Final = Measure("caption characters", lambda row: len(row.caption))
 _WORDS: Final = Measure("caption words", lambda row: len(row.caption.split()))
 _LATIN: Final = Measure("share of Latin letters", lambda row: latin_share(row.caption))
 
-_SIZES: Final[tuple[Meaning, ...]] = ("width", "height")
 
+def _min(setting: str, reason: str, measure: Measure, *columns: Meaning) -> Bound:
+    def violation(row: CandidateRow, limit: float) -> str:
+        value = measure.of(row)
+        return f"{measure.name} {value:g} is below {limit:g}" if value is not None and value < limit else ""
+
+    return Bound(setting=setting, reason=reason, columns=columns, measure=measure, violation=violation)
+
+
+def _max(setting: str, reason: str, measure: Measure, *columns: Meaning) -> Bound:
+    def violation(row: CandidateRow, limit: float) -> str:
+        value = measure.of(row)
+        return f"{measure.name} {value:g} is above {limit:g}" if value is not None and value > limit else ""
+
+    return Bound(setting=setting, reason=reason, columns=columns, measure=measure, violation=violation)
+
+
+# Checked in this order, and the first violation names the reason: the image's size, then its scores, then the
+# caption. Reasons are stored, so the order is part of what a table holds.
 BOUNDS: Final = (
-    Bound(
-        setting="min_width",
-        reason="low_resolution",
-        looks_at=("width",),
-        measure=_WIDTH,
-        refuses=_least(_WIDTH),
-    ),
-    Bound(
-        setting="min_height",
-        reason="low_resolution",
-        looks_at=("height",),
-        measure=_HEIGHT,
-        refuses=_least(_HEIGHT),
-    ),
-    Bound(
-        setting="min_side",
-        reason="short_side",
-        looks_at=_SIZES,
-        measure=_SIDE,
-        refuses=_least(_SIDE),
-    ),
-    Bound(
-        setting="max_aspect",
-        reason="extreme_aspect",
-        looks_at=_SIZES,
-        measure=_ASPECT,
-        refuses=_most(_ASPECT),
-    ),
-    Bound(
-        setting="min_aesthetic",
-        reason="low_aesthetic",
-        looks_at=("aesthetic",),
-        measure=_AESTHETIC,
-        refuses=_least(_AESTHETIC),
-    ),
-    Bound(
-        setting="max_watermark",
-        reason="watermarked",
-        looks_at=("watermark",),
-        measure=_WATERMARK,
-        refuses=_most(_WATERMARK),
-    ),
-    Bound(
-        setting="max_unsafe",
-        reason="unsafe",
-        looks_at=("unsafe",),
-        measure=_UNSAFE,
-        refuses=_most(_UNSAFE),
-    ),
-    Bound(setting="refused_tags", reason="unsafe", looks_at=("nsfw_tag",), refuses=_refused_tag),
-    Bound(
-        setting="min_similarity",
-        reason="low_similarity",
-        looks_at=("similarity",),
-        measure=_SIMILARITY,
-        refuses=_least(_SIMILARITY),
-    ),
-    Bound(setting="languages", reason="other_language", looks_at=("language",), refuses=_other_language),
-    Bound(
-        setting="min_caption_chars",
-        reason="short_caption",
-        measure=_CHARS,
-        refuses=_least(_CHARS),
-    ),
-    Bound(
-        setting="max_caption_chars",
-        reason="long_caption",
-        measure=_CHARS,
-        refuses=_most(_CHARS),
-    ),
-    Bound(
-        setting="min_caption_words",
-        reason="few_words",
-        measure=_WORDS,
-        refuses=_least(_WORDS),
-    ),
-    Bound(
-        setting="min_latin_share",
-        reason="other_script",
-        measure=_LATIN,
-        refuses=_least(_LATIN),
-    ),
+    _min("min_width", "low_resolution", _WIDTH, "width"),
+    _min("min_height", "low_resolution", _HEIGHT, "height"),
+    _min("min_side", "short_side", _SIDE, "width", "height"),
+    _max("max_aspect", "extreme_aspect", _ASPECT, "width", "height"),
+    _min("min_aesthetic", "low_aesthetic", _AESTHETIC, "aesthetic"),
+    _max("max_watermark", "watermarked", _WATERMARK, "watermark"),
+    _max("max_unsafe", "unsafe", _UNSAFE, "unsafe"),
+    Bound(setting="refused_tags", reason="unsafe", columns=("nsfw_tag",), violation=_refused_tag),
+    _min("min_similarity", "low_similarity", _SIMILARITY, "similarity"),
+    Bound(setting="languages", reason="other_language", columns=("language",), violation=_other_language),
+    _min("min_caption_chars", "short_caption", _CHARS),
+    _max("max_caption_chars", "long_caption", _CHARS),
+    _min("min_caption_words", "few_words", _WORDS),
+    _min("min_latin_share", "other_script", _LATIN),
 )
-"""Every bound of `Selection`, in the order of the checks; the first that refuses a row names the reason.
-
-What is cheap to know of a picture comes before what is said of it, and that before the caption.
-"""
 
 MEASURES: Final = tuple(dict.fromkeys(bound.measure for bound in BOUNDS if bound.measure is not None))
-"""What bounds look at, each once."""
+"""The measures of all bounds, each once."""

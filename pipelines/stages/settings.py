@@ -1,31 +1,26 @@
-"""Settings of the stages."""
+"""Settings of the stages: which rows are used, and how images, latents and scores are computed."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from snapfusion.metrics.settings import INCEPTION_FEATURES, INCEPTION_SIZE, Resize
+from snapfusion.metrics.settings import INCEPTION_FEATURES, Resize
 from snapfusion.mini.vocabulary import ATTRIBUTES, IMAGE_SIZE, ORACLE_FEATURES
-from snapfusion.mini.weights import WEIGHTS
 from snapfusion.settings import Settings
 from snapfusion.solver_names import Solver
 from snapfusion.training.settings import TargetSettings
 
-if TYPE_CHECKING:
-    import torch
-
 
 class Blocklists(Settings):
-    """Text files (UTF-8) of one entry a line, local or on any store; lines that begin with # are comments.
+    """URLs of blocklists: UTF-8 text files with one entry a line; lines that begin with # are comments.
 
     Attributes:
-        domains: hosts; each blocks the domains below it too. `*.example.org` is the same as `example.org`.
-        hashes: SHA-256 or MD5 of a picture's bytes, COYO's `image_phash` (16 hexadecimal digits), or LAION's
+        domains: hosts; each blocks its subdomains too. `*.example.org` is the same as `example.org`.
+        hashes: SHA-256 or MD5 of an image's bytes, COYO's `image_phash` (16 hexadecimal digits), or LAION's
             `hash` (an integer).
-        terms: words or phrases that a caption must not hold, in any case of letters.
+        terms: words or phrases, in any case, that a caption must not contain.
     """
 
     domains: str | None = None
@@ -34,21 +29,21 @@ class Blocklists(Settings):
 
 
 class Encoding(Settings):
-    """How images are encoded; every field changes the rows.
+    """Settings of the VAE encoder; every field changes the rows.
 
     Attributes:
-        batch_size: images the encoder sees at once; fixed, because bits depend on it.
+        batch_size: images in a forward pass; fixed, because bits depend on it.
     """
 
     batch_size: int = Field(16, ge=1)
 
 
 class Device(Settings):
-    """Where a stage's network runs.
+    """Device of a stage's network.
 
     Attributes:
-        kind: "auto" takes the accelerator if there is one.
-        dtype: of the network; arithmetic round it is float32.
+        kind: "auto" takes the GPU if there is one.
+        dtype: of the network; arithmetic outside of it is float32.
         threads: CPU threads of one actor.
     """
 
@@ -56,45 +51,17 @@ class Device(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int = 1
 
-    def prepare(self) -> str:
-        """Set the number of threads; the torch device to use."""
-        import torch
-
-        torch.set_num_threads(self.threads)
-        return ("cuda" if torch.cuda.is_available() else "cpu") if self.kind == "auto" else self.kind
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The network's dtype."""
-        import torch
-
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
-
-    def environment(self) -> dict[str, Any]:
-        """What the account of a unit records: bits are promised to be the same within equal environments."""
-        import torch
-
-        device = self.prepare()
-        kind = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
-        return {
-            "device": f"{device} {kind}",
-            "dtype": self.dtype,
-            "threads": self.threads,
-            "torch": torch.__version__,
-        }
-
 
 Crop = Literal["center", "top", "random"]
 
 
 class Buckets(Settings):
-    """Bounds on the rectangles that pictures may become; see `buckets_of`.
+    """Bounds on the aspect buckets that images are cropped to; see `buckets_of`.
 
     Attributes:
-        max_aspect: longer side by shorter side, at most.
-        min_side: pixels of the shorter side, at least; null for no bound.
-        max_side: pixels of the longer side, at most; null for no bound.
+        max_aspect: largest ratio of the longer to the shorter side.
+        min_side: least pixels of the shorter side; null for no bound.
+        max_side: most pixels of the longer side; null for no bound.
     """
 
     max_aspect: float = Field(2.0, ge=1.0)
@@ -103,15 +70,15 @@ class Buckets(Settings):
 
 
 class Generation(Settings):
-    """How the teacher draws; every field changes the rows.
+    """Settings of the teacher's sampling; every field changes the rows.
 
     Attributes:
         steps: DDIM steps (50 in SnapFusion Sec. 3.2).
         guidance: w of SnapFusion Eq. 3.
-        batch_size: rows the UNet sees at once (twice that with guidance); fixed, because bits depend on it.
+        batch_size: rows in a forward pass (twice that with guidance); fixed, because bits depend on it.
         images: whether the teacher's decoded image is stored beside the latent.
         seed: of the noise keys.
-        size: side of the pictures in pixels; null takes the teacher's own.
+        size: pixels a side of the images; null takes the teacher's own size.
     """
 
     steps: int = Field(50, ge=1, le=1000)
@@ -122,17 +89,16 @@ class Generation(Settings):
     size: int | None = Field(None, ge=1)
 
 
-# Pillow gives up by itself at twice this number, so that a higher bound of ours would not hold.
+# Pillow itself fails at twice this number, so a higher bound would have no effect.
 _PILLOW_MAX_PIXELS: Final = 89_478_485
 
 
 class ImageBounds(Settings):
-    """Bounds on pictures.
+    """Bounds on images.
 
     Attributes:
-        min_side: shorter sides below this many pixels are rejected; between it and the size that they are
-            to have they are enlarged.
-        max_pixels: width times height above which a picture is rejected by its header, undecoded.
+        min_side: least pixels of the shorter side; an image between this and the target size is enlarged.
+        max_pixels: largest width times height; an image above it is rejected by its header, undecoded.
     """
 
     min_side: int = Field(16, ge=2)
@@ -140,15 +106,15 @@ class ImageBounds(Settings):
 
 
 class ImageSettings(ImageBounds):
-    """Which pictures are used, and what of them.
+    """Bounds on images, and how they are cropped and resized.
 
     Attributes:
-        size: side of the square that they become, in pixels; null takes the model's own. A multiple of the
-            model's granularity, 64 for Stable Diffusion.
-        buckets: rectangles of that area at most, of which a picture becomes the one nearest to its aspect;
-            null for the square alone.
-        crop: what is kept of a picture that is too long for its frame: its "center"; the center of a wide and
-            the "top" of a tall one; or a "random" part, which follows from the seed and the row's id.
+        size: pixels a side of the square they are cropped to; null takes the model's own size. A multiple of
+            the model's granularity, 64 for Stable Diffusion.
+        buckets: rectangles of at most that area; an image is cropped to the one nearest to its aspect. Null
+            for the square alone.
+        crop: the part that is kept: the "center"; the "top" of a tall and the center of a wide image; or a
+            "random" part, which follows from the seed and the row's id.
         crop_seed: of random crops.
     """
 
@@ -158,67 +124,54 @@ class ImageSettings(ImageBounds):
     crop_seed: int = Field(0, ge=0)
 
 
-_SHA256 = r"^[0-9a-f]{64}$"
+class _NetworkSettings(Settings):
+    """Settings of a network that is bundled, or read from a file of weights."""
 
-
-class FeatureSettings(Settings):
-    """Where the features of FID come from.
-
-    Attributes:
-        network: the miniature's oracle, or Inception v3.
-        weights: of Inception, as `pinned_file` accepts it; the oracle is bundled.
-        sha256: of that file.
-        resize: the kernel from the picture's size to Inception's 299 pixels.
-    """
-
-    network: Literal["oracle", "inception"] = "oracle"
+    network: str
     weights: str | None = None
-    sha256: str | None = Field(None, pattern=_SHA256)
-    resize: Resize = "bicubic"
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
 
     @model_validator(mode="after")
-    def _has_weights(self) -> FeatureSettings:
-        if (self.network == "inception") != (self.weights is not None):
-            raise ValueError("weights are a file for inception, and null for the oracle, which is bundled")
-        return self
-
-
-class ScorerSettings(Settings):
-    """Which CLIP scores.
-
-    Attributes:
-        network: "mini" is the bundled scorer; any other name is a model of open_clip, such as "ViT-g-14".
-        weights: of the latter, as `pinned_file` accepts it.
-        sha256: of that file.
-    """
-
-    network: str = "mini"
-    weights: str | None = None
-    sha256: str | None = Field(None, pattern=_SHA256)
-
-    @model_validator(mode="after")
-    def _has_weights(self) -> ScorerSettings:
-        if (self.network != "mini") != (self.weights is not None):
+    def _has_weights(self) -> Self:
+        if (self.network in ("oracle", "mini")) == (self.weights is not None):
             raise ValueError(
-                "weights are a file for a model of open_clip, and null for mini, which is bundled"
+                "weights must be a file for inception and open_clip, and null for bundled networks"
             )
         return self
 
 
-def _file(settings: FeatureSettings | ScorerSettings) -> Path:
-    if settings.weights is None:
-        raise ValueError(f"{settings.network} needs a file of weights")
-    from snapfusion.metrics.pinned import pinned_file
+class FeatureSettings(_NetworkSettings):
+    """Settings of the network whose features FID compares.
 
-    return pinned_file(settings.weights, sha256=settings.sha256)
+    Attributes:
+        network: the miniature's oracle, or Inception v3.
+        weights: file of Inception, as `pinned_file` accepts it; the oracle is bundled.
+        sha256: of that file.
+        resize: kernel that resizes images to Inception's 299 pixels.
+    """
+
+    network: Literal["oracle", "inception"] = "oracle"
+    resize: Resize = "bicubic"
+
+
+class ScorerSettings(_NetworkSettings):
+    """Settings of the CLIP scorer.
+
+    Attributes:
+        network: "mini" for the bundled scorer, or a model of open_clip, such as "ViT-g-14".
+        weights: file of the latter, as `pinned_file` accepts it.
+        sha256: of that file.
+    """
+
+    network: str = "mini"
 
 
 class MetricSettings(Settings):
-    """What pictures are judged by. The defaults are the miniature's.
+    """Networks that images are scored by; the defaults are the miniature's.
 
     Attributes:
         features: for FID.
-        scorer: for CLIP.
+        scorer: for the CLIP score.
     """
 
     features: FeatureSettings = FeatureSettings()
@@ -226,66 +179,45 @@ class MetricSettings(Settings):
 
     @property
     def feature_count(self) -> int:
-        """Numbers in a feature vector."""
+        """Length of a feature vector."""
         return ORACLE_FEATURES if self.features.network == "oracle" else INCEPTION_FEATURES
 
     @property
     def attribute_count(self) -> int:
-        """Attributes that the oracle reads; 0 without the oracle."""
+        """Number of attributes that the oracle reads; 0 without the oracle."""
         return len(ATTRIBUTES) if self.features.network == "oracle" else 0
 
     @property
     def side(self) -> int | None:
-        """Pixels of the side of the pictures that can be judged; None where they are resized."""
+        """Pixels a side of images that the oracle reads; None without it, because Inception resizes."""
         return IMAGE_SIZE if self.features.network == "oracle" else None
-
-    def describe_features(self) -> dict[str, Any]:
-        """What identifies the features: the network, the SHA-256 of its weights, the kernel."""
-        from snapfusion.models.checksums import file_hash
-
-        if self.features.network == "oracle":
-            return {"network": "oracle", "sha256": file_hash(WEIGHTS / "oracle" / "model.safetensors")}
-        return {
-            "network": "inception",
-            "sha256": file_hash(_file(self.features)),
-            "resize": self.features.resize,
-            "side": INCEPTION_SIZE,
-        }
-
-    def describe_scorer(self) -> dict[str, Any]:
-        """What identifies the CLIP score: the network, and the SHA-256 of its weights."""
-        from snapfusion.models.checksums import file_hash
-
-        bundled = self.scorer.network == "mini"
-        weights = WEIGHTS / "scorer" / "model.safetensors" if bundled else _file(self.scorer)
-        return {"network": self.scorer.network, "sha256": file_hash(weights)}
 
 
 class Sampler(Settings):
-    """How a latent is reached from noise.
+    """Settings of the sampler, from noise to a latent.
 
     Attributes:
         solver: one of `snapfusion.solver_names.SOLVERS`.
-        steps: of the trailing grid; the network is asked once a step, with guidance twice unless told w.
+        steps: of the trailing grid.
     """
 
     solver: Solver = "ddim"
     steps: int = Field(50, ge=1, le=1000)
 
-    def evaluations(self, w: float, *, told: bool = False) -> int:
-        """How often the UNet is evaluated for one picture at guidance `w`; once a step if it is told w."""
-        return self.steps * (1 if told or w == 1.0 else 2)
+    def evaluations(self, w: float, *, w_conditioned: bool = False) -> int:
+        """Evaluations of the UNet for one image at guidance `w`: two a step, one if w is 1 or an input."""
+        return self.steps * (1 if w_conditioned or w == 1.0 else 2)
 
 
 class SamplingSettings(Settings):
-    """How pictures are drawn, whatever the model; every field changes the rows.
+    """Settings of sampling that all compared models share; every field changes the rows.
 
     Attributes:
-        batch_size: rows the UNet sees at once (twice that with guidance); fixed, because bits depend on it.
-        seed: of the noise keys. A caption's noise follows from this and its id, so every model, solver and
-            guidance draws it from the same noise.
-        images: whether the picture is stored.
-        size: side of the pictures in pixels; null takes the model's own.
+        batch_size: rows in a forward pass (twice that with guidance); fixed, because bits depend on it.
+        seed: of the noise keys. A caption's noise follows from this and its id, so that every model, solver
+            and guidance starts from the same noise.
+        images: whether the image is stored.
+        size: pixels a side of the images; null takes the model's own size.
     """
 
     batch_size: int = Field(50, ge=1)
@@ -295,28 +227,28 @@ class SamplingSettings(Settings):
 
 
 class Selection(Settings):
-    """Bounds; None and () ask for nothing. A value equal to its bound is wanted.
+    """Bounds on metadata and captions; None and () set none. A value equal to its bound is accepted.
 
-    What is missing, null or NaN never speaks against a row. Which columns a bound looks at is in
-    `pipelines.sources.layouts.SPELLINGS`, under the meaning that `BOUNDS` gives it.
+    A value that is missing, null or NaN violates no bound. The columns that a bound reads are in
+    `pipelines.sources.layouts.SPELLINGS`, under the meanings that `BOUNDS` gives it.
 
     Attributes:
-        min_width: pixels of the original picture.
-        min_height: pixels of the original picture.
-        min_side: pixels of its shorter side, whichever that is.
-        max_aspect: longer side over shorter side; 1 wants squares alone. COYO was cut at 3.
+        min_width: pixels of the original image.
+        min_height: pixels of the original image.
+        min_side: pixels of its shorter side.
+        max_aspect: longer side over shorter side; 1 accepts squares alone. COYO was cut at 3.
         min_aesthetic: LAION's aesthetic score, about 1 to 10.
         max_watermark: probability of a watermark, 0 to 1.
-        max_unsafe: probability of unsafe content, 0 to 1; of several detectors the highest counts.
-        refused_tags: values of LAION's NSFW column that are refused, in any case of letters.
-        min_similarity: cosine of CLIP's picture and text features, -1 to 1. Which CLIP is the data set's
-            affair: COYO's mean is 0.29 by ViT-B/32 and 0.25 by ViT-L/14, and LAION-400M was cut at 0.3.
-        languages: values of the LANGUAGE column that are wanted, as they are spelled there ("en"), in any
-            case of letters. Of the layouts only LAION-5B's parts multi and nolang have the column.
-        min_caption_chars: characters of the caption, white space made one space.
+        max_unsafe: probability of unsafe content, 0 to 1; the highest of several detectors counts.
+        refused_tags: values of LAION's NSFW column to reject, in any case.
+        min_similarity: cosine of CLIP's image and text features, -1 to 1. The CLIP model depends on the data
+            set: COYO's mean is 0.29 by ViT-B/32 and 0.25 by ViT-L/14, and LAION-400M was cut at 0.3.
+        languages: values of the LANGUAGE column to accept, as they are spelled there ("en"), in any case.
+            Only LAION-5B's parts multi and nolang have the column.
+        min_caption_chars: characters of the caption, runs of white space counted as one.
         max_caption_chars: likewise; the text encoder itself reads 77 tokens of any caption.
-        min_caption_words: words of the caption: what white space parts.
-        min_latin_share: Latin letters among its letters, 0 to 1; a caption without letters is wanted.
+        min_caption_words: words of the caption, separated by white space.
+        min_latin_share: share of Latin letters among its letters, 0 to 1; a caption without any is accepted.
     """
 
     min_width: int | None = Field(None, ge=1)
@@ -336,17 +268,16 @@ class Selection(Settings):
 
 
 class TeacherSettings(TargetSettings):
-    """What the teacher computes; every field changes the rows.
+    """Settings of the teacher's targets; every field changes the rows.
 
     Attributes:
         student_steps: N_S, the steps of the student's grid.
         k: the teacher's steps for one of the student's, on the grid of k * N_S steps; 2 in SnapFusion.
         cfg_range: of w in guided rows.
-        caption_dropout: fraction of vanilla rows that go without their caption (ours, see `draw_caption_dropout`);
-            their `token_ids` are the empty caption's, so teacher and student are told the same.
-        batch_size: rows the teacher is asked about at once (twice that with guidance); fixed, because bits
-            depend on it.
-        x_dtype: of the stored target. It is computed in float32.
+        caption_dropout: fraction of vanilla rows without their caption (ours, see `draw_caption_dropout`);
+            their `token_ids` are the empty caption's, so that teacher and student have the same condition.
+        batch_size: rows in a forward pass (twice that with guidance); fixed, because bits depend on it.
+        x_dtype: of the stored target, which is computed in float32.
         seed: of the noise keys.
     """
 

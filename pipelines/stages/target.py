@@ -1,18 +1,16 @@
-"""Latents to what the student should predict, by k DDIM steps of the teacher. SnapFusion Eq. 7-10."""
+"""Computes the student's targets for latents, by k DDIM steps of the teacher. SnapFusion Eq. 7-10."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import time
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipelines.stages.device import DTYPES
+from pipelines.stages.device import DTYPES, NetworkStage
 from pipelines.stages.settings import Device, TeacherSettings
-from pipelines.tables.units import FinishedRows, LatentRows, finish_unit, finite_rows, group_by_shape
+from pipelines.tables.units import LatentRows, finite_rows, shape_batches
 from snapfusion.models.load import load
 from snapfusion.training.batch import Batch
 from snapfusion.training.captions import CaptionEncoder, draw_caption_dropout
@@ -20,25 +18,24 @@ from snapfusion.training.distillation_batch import OnlineTargets
 from snapfusion.training.draws import interval_ends, row_key
 
 
-class ComputeTargets:
-    """A teacher in an actor: `LatentRows` in, `FinishedRows` of TARGETS out."""
+class ComputeTargets(NetworkStage[LatentRows]):
+    """Turns `LatentRows` into `FinishedRows` of TARGETS by the teacher."""
 
     def __init__(self, *, teacher: str, settings: TeacherSettings, device: Device) -> None:
+        super().__init__(device)
         self.settings = settings
-        self.bundle = load(teacher, device=device.prepare(), dtype=device.torch_dtype)
-        # What teaches while training: a target is the same, whichever way it comes.
+        self.bundle = load(teacher, device=self.torch_device, dtype=self.dtype)
+        # The class that also computes targets while training, so that both ways give equal targets.
         self.targets = OnlineTargets(
             self.bundle,
             captions=CaptionEncoder(self.bundle),
             settings=settings,
             seed=settings.seed,
         )
-        self.environment = device.environment()
 
-    def __call__(self, rows: LatentRows) -> FinishedRows:
-        """Targets of all rows of a unit, in batches that depend on the unit alone."""
-        began = time.monotonic()
-        ids = [f"{id_}#{rows.draw}" for id_ in rows.ids]
+    def columns(self, rows: LatentRows) -> tuple[dict[str, Any], list[bool]]:
+        """Compute the targets of all rows of a unit."""
+        ids = [id_ for id_, _ in rows.row_keys()]
         columns: dict[str, Any] = {
             "id": ids,
             "source_id": rows.source_ids,
@@ -46,68 +43,48 @@ class ComputeTargets:
             "latent": rows.latents,
             "height": [latent.shape[1] * self.bundle.cell for latent in rows.latents],
             "width": [latent.shape[2] * self.bundle.cell for latent in rows.latents],
-            **self.taught(rows),
+            **self.compute(rows),
         }
         if not rows.guided:
             columns["w"] = [None] * len(ids)
-        finite = finite_rows(columns["x_target"])
-        return finish_unit(
-            columns,
-            unit=rows.unit,
-            rows=((id_, ordinal) for ordinal, id_ in enumerate(ids)),
-            finite=finite,
-            environment=self.environment,
-            seconds=time.monotonic() - began,
-        )
+        return columns, finite_rows(columns["x_target"])
 
-    def taught(self, rows: LatentRows) -> dict[str, list[Any]]:
-        """The columns that are drawn and computed, in the rows' order; `w` is NaN in vanilla ones.
-
-        A batch holds rows of one shape.
-        """
+    def compute(self, rows: LatentRows) -> dict[str, list[Any]]:
+        """The columns that are drawn or computed, in the rows' order; `w` is NaN in vanilla ones."""
         columns: dict[str, dict[int, Any]] = {}
-        for places in group_by_shape(rows.latents):
-            whole = Batch(
-                ids=tuple(rows.ids[place] for place in places),
+        for indices in shape_batches(rows.latents, self.settings.batch_size):
+            latents = np.stack([rows.latents[index] for index in indices]).astype(np.float32)
+            batch = Batch(
+                ids=tuple(rows.ids[index] for index in indices),
                 columns={
-                    "latent": torch.from_numpy(
-                        np.stack([rows.latents[place] for place in places]).astype(np.float32)
-                    ),
-                    "token_ids": torch.from_numpy(rows.token_ids[places].astype(np.int64)),
+                    "latent": torch.from_numpy(latents),
+                    "token_ids": torch.from_numpy(rows.token_ids[indices].astype(np.int64)),
                 },
             )
-            parts = [
-                self.teach(part, draw=rows.draw, guided=rows.guided)
-                for part in whole.split(self.settings.batch_size)
-            ]
-            for name in parts[0]:
-                values = itertools.chain(*(part[name] for part in parts))
-                columns.setdefault(name, {}).update(zip(places, values, strict=True))
-        return {name: [values[place] for place in sorted(values)] for name, values in columns.items()}
+            computed = self.compute_batch(batch, draw=rows.draw, guided=rows.guided)
+            for name, values in computed.items():
+                columns.setdefault(name, {}).update(zip(indices, values, strict=True))
+        return {name: [values[index] for index in sorted(values)] for name, values in columns.items()}
 
     @torch.inference_mode()
-    def teach(self, batch: Batch, *, draw: int, guided: bool) -> dict[str, np.ndarray]:
-        """The columns of one batch. SnapFusion Eq. 7-9, in guided batches with Eq. 10.
-
-        A vanilla batch asks the teacher for no unconditional half.
-        """
+    def compute_batch(self, batch: Batch, *, draw: int, guided: bool) -> dict[str, np.ndarray]:
+        """The columns of one batch. SnapFusion Eq. 7-9, in guided batches with Eq. 10."""
         settings, n = self.settings, len(batch)
         keys = [row_key(settings.seed, id_, draw) for id_ in batch.ids]
-        lesson = self.targets.compute(batch.to(self.bundle.device), keys, guided=guided)
+        targets = self.targets.compute(batch.to(self.bundle.device), keys, guided=guided)
         _, t2 = interval_ends(
-            lesson.interval, student_steps=settings.student_steps, schedule=self.bundle.schedule
+            targets.interval, student_steps=settings.student_steps, schedule=self.bundle.schedule
         )
         dropped = draw_caption_dropout(keys, fraction=0.0 if guided else settings.caption_dropout)
         no_caption = self.bundle.tokenize([""])
-        w = torch.full((n,), math.nan) if lesson.w is None else lesson.w.flatten()
         columns = {
             "token_ids": torch.where(dropped.view(-1, 1), no_caption, batch["token_ids"]),
             "noise_key": torch.tensor(keys),
-            "interval": lesson.interval,
-            "t": lesson.t,
+            "interval": targets.interval,
+            "t": targets.t,
             "t2": t2,
             "k": torch.full((n,), settings.k),
-            "w": w,
-            "x_target": lesson.x_target.to(DTYPES[settings.x_dtype]),
+            "w": torch.full((n,), math.nan) if targets.w is None else targets.w.flatten(),
+            "x_target": targets.x_target.to(DTYPES[settings.x_dtype]),
         }
         return {name: column.cpu().numpy() for name, column in columns.items()}

@@ -1,4 +1,4 @@
-"""A finished unit to its data file: one Parquet object, written once."""
+"""Writes a finished unit as one Parquet file, exactly once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from pipelines.tables.units import FinishedRows
 
 
 class WriteUnit:
-    """`FinishedRows` in, `WrittenUnit` out; the file's name is the unit's name and nothing else."""
+    """Turns `FinishedRows` into a `WrittenUnit`.
+
+    The file is named after the unit alone, so that two workers on one unit write one file.
+    """
 
     def __init__(self, *, url: str, schema: pa.Schema, settings: str) -> None:
         self.url = url
@@ -24,27 +27,27 @@ class WriteUnit:
         self.settings = settings
 
     def __call__(self, rows: FinishedRows) -> WrittenUnit:
-        """Pack, account and write. A file that is already there is read back and stands."""
+        """Pack the rows and write them with their manifest; a file that is there already stays."""
         table = pack(rows, self.schema)
-        account = UnitManifest(
-            unit=rows.unit.name,
-            source=rows.unit.source,
-            start=rows.unit.start,
-            stop=rows.unit.stop,
-            final=rows.unit.final,
-            source_digest=rows.unit.source_digest,
+        manifest = rows.unit.manifest(
             settings=self.settings,
             environment=rows.environment,
             rows_read=rows.unit.rows_read,
             rows_written=table.num_rows,
-            rejections=tuple(rows.rejections),
+            rejections=rows.rejections,
         )
-        data = to_parquet(table, account)
-        path = f"{self.url}/{rows.unit.name}.parquet"
-        if not write_once(path, data):
-            return read_written_unit(path, seconds=rows.seconds)
-        sha256 = hashlib.sha256(data).hexdigest()
-        return WrittenUnit(manifest=account, path=path, size=len(data), sha256=sha256, seconds=rows.seconds)
+        return write_unit(table, manifest, path=f"{self.url}/{rows.unit.name}.parquet", seconds=rows.seconds)
+
+
+def write_unit(
+    table: pa.Table, manifest: UnitManifest, *, path: str, seconds: float | None = None
+) -> WrittenUnit:
+    """Write a unit's data file unless it is there; returns the file that is there afterwards."""
+    data = to_parquet(table, manifest)
+    if not write_once(path, data):
+        return read_written_unit(path, seconds=seconds)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return WrittenUnit(manifest=manifest, path=path, size=len(data), sha256=sha256, seconds=seconds)
 
 
 def pack(rows: FinishedRows, schema: pa.Schema) -> pa.Table:

@@ -142,6 +142,11 @@ def array_type(field: pa.Field) -> ArrayType:
     return ArrayType(shape=shape, dtype=metadata[b"dtype"].decode(), cell=cell)
 
 
+def read_array(rows: pa.Table, name: str) -> np.ndarray:
+    """The values of a binary column whose rows have one shape."""
+    return array_type(rows.schema.field(name)).unpack(rows[name].to_pylist())
+
+
 def read_arrays(rows: pa.Table, name: str) -> list[np.ndarray]:
     """The values of a binary column, each in its row's shape.
 

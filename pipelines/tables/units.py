@@ -33,73 +33,170 @@ class Unit:
 
     @property
     def rows_read(self) -> int:
-        """Rows of the source that the unit covers."""
+        """Number of rows of the source that the unit covers."""
         return self.stop - self.start
+
+    @classmethod
+    def of(cls, manifest: UnitManifest) -> Unit:
+        """The unit that a committed manifest describes."""
+        return cls(
+            name=manifest.unit,
+            source=manifest.source,
+            start=manifest.start,
+            stop=manifest.stop,
+            final=manifest.final,
+            source_digest=manifest.source_digest,
+        )
+
+    def manifest(
+        self,
+        *,
+        settings: str,
+        environment: dict[str, Any],
+        rows_read: int,
+        rows_written: int,
+        rejections: Iterable[Rejection] = (),
+    ) -> UnitManifest:
+        """The manifest of the unit once its rows are made; see `UnitManifest`."""
+        return UnitManifest(
+            unit=self.name,
+            source=self.source,
+            start=self.start,
+            stop=self.stop,
+            final=self.final,
+            source_digest=self.source_digest,
+            settings=settings,
+            environment=environment,
+            rows_read=rows_read,
+            rows_written=rows_written,
+            rejections=tuple(rejections),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageRows:
-    """A unit's n decoded images, uint8 [H,W,3] each, with their ids, source ids and captions."""
+class UnitRows:
+    """The rows of a unit on their way through the stages, and those that were rejected before."""
 
     unit: Unit
+    rejections: list[Rejection] = field(default_factory=list)
+
+    def row_keys(self) -> list[tuple[str, int]]:
+        """The id in the table and the ordinal of each row."""
+        raise NotImplementedError
+
+    def finish(
+        self,
+        columns: Mapping[str, Any],
+        *,
+        finite: list[bool],
+        environment: dict[str, Any],
+        seconds: float,
+    ) -> FinishedRows:
+        """The rows whose numbers are finite; each other row is rejected as `not_finite`.
+
+        Args:
+            columns: of all rows.
+            finite: one flag a row.
+            environment: of the model.
+            seconds: spent by the model.
+        """
+        return FinishedRows(
+            unit=self.unit,
+            columns={name: keep_where(finite, values) for name, values in columns.items()},
+            rejections=[*self.rejections, *self._rejected(Rejected("not_finite"), finite)],
+            environment=environment,
+            seconds=seconds,
+        )
+
+    def reject_all(self, columns: Iterable[str]) -> FinishedRows:
+        """An empty unit with these columns: every row is rejected as `crashed`, and still counted."""
+        crashed = Rejected("crashed", "the worker died at every attempt")
+        rejections = [*self.rejections, *self._rejected(crashed, [False] * len(self.row_keys()))]
+        return FinishedRows(unit=self.unit, columns={name: [] for name in columns}, rejections=rejections)
+
+    def _rejected(self, reason: Rejected, accepted: list[bool]) -> list[Rejection]:
+        return [
+            reason.record(id=id_, source=self.unit.source, ordinal=ordinal)
+            for (id_, ordinal), good in zip(self.row_keys(), accepted, strict=True)
+            if not good
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRows(UnitRows):
+    """n decoded images, uint8 [H,W,3] each, with their ids, source ids and captions."""
+
     ids: list[str]
     source_ids: list[str]
     captions: list[str]
     images: list[np.ndarray]
-    rejections: list[Rejection]
+
+    def row_keys(self) -> list[tuple[str, int]]:
+        """Ids, and the ordinal of the unit's first row: the decoder does not pass ordinals on."""
+        return [(id_, self.unit.start) for id_ in self.ids]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionRows:
-    """A unit's captions, to be generated from the noise of number `draw`, and its rejected rows."""
+class CaptionRows(UnitRows):
+    """Captions, to be sampled from the noise number `draw`."""
 
-    unit: Unit
     draw: int
     captions: list[Caption]
-    rejections: list[Rejection]
+
+    def row_keys(self) -> list[tuple[str, int]]:
+        """Ids of the draw's rows and ordinals of their captions."""
+        return [(f"{caption.id}#{self.draw}", caption.ordinal) for caption in self.captions]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptRows:
-    """A unit's captions, to be generated at guidance `w` and scored, and its rejected rows.
+class PromptRows(UnitRows):
+    """Captions, to be sampled at guidance `w` and scored.
 
-    `without` are the blocks left out of the UNet and `cut` names them; both are empty for the whole UNet.
+    `cut` names the list `without` of blocks that the UNet skips; both are empty for the whole UNet.
     """
 
-    unit: Unit
     w: float
     captions: list[Caption]
-    rejections: list[Rejection]
     cut: str = ""
     without: tuple[str, ...] = ()
 
     def row_id(self, caption_id: str) -> str:
-        """The id of a caption's row, one for each guidance and cut."""
+        """The id of a caption's row: one for each guidance and cut."""
         return f"{caption_id}@{self.w:g}-{self.cut}" if self.cut else f"{caption_id}@{self.w:g}"
 
+    def row_keys(self) -> list[tuple[str, int]]:
+        """Row ids and ordinals of the captions."""
+        return [(self.row_id(caption.id), caption.ordinal) for caption in self.captions]
+
 
 @dataclass(frozen=True, kw_only=True)
-class ImageNameRows:
-    """A unit of images that are named by path or URL."""
+class ImageNameRows(UnitRows):
+    """Images by name: a URL, or the number of a scene."""
 
-    unit: Unit
     names: list[str]
 
+    def row_keys(self) -> list[tuple[str, int]]:
+        """Names and ordinals."""
+        return [(name, self.unit.start + index) for index, name in enumerate(self.names)]
+
 
 @dataclass(frozen=True, kw_only=True)
-class LatentRows:
-    """A unit's n latents, float16 [4,h,w] each, and token ids int32 [n,L], to be given targets.
+class LatentRows(UnitRows):
+    """n latents, float16 [4,h,w] each, and token ids int32 [n,L], for which targets are to be computed.
 
     `draw` is the number of their noise, `guided` the branch of SnapFusion Eq. 11 that all of them belong to.
     """
 
-    unit: Unit
     draw: int
     guided: bool
     ids: list[str]
     source_ids: list[str]
     token_ids: np.ndarray
     latents: list[np.ndarray]
+
+    def row_keys(self) -> list[tuple[str, int]]:
+        """Ids of the draw's rows and ordinals within the unit of LATENTS."""
+        return [(f"{id_}#{self.draw}", ordinal) for ordinal, id_ in enumerate(self.ids)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,41 +208,6 @@ class FinishedRows:
     rejections: list[Rejection]
     environment: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-
-
-def finish_unit(
-    columns: Mapping[str, Any],
-    *,
-    unit: Unit,
-    rows: Iterable[tuple[str, int]],
-    finite: list[bool],
-    rejections: Iterable[Rejection] = (),
-    environment: dict[str, Any],
-    seconds: float,
-) -> FinishedRows:
-    """The rows with finite values, ready to be written; the others are rejected as `not_finite`.
-
-    Args:
-        columns: of all rows.
-        unit: the rows' unit.
-        rows: id and ordinal of each row.
-        finite: whether each row is finite.
-        rejections: of the unit so far.
-        environment: of the model.
-        seconds: spent on the unit.
-    """
-    not_finite = [
-        Rejected("not_finite").record(id=id_, source=unit.source, ordinal=ordinal)
-        for (id_, ordinal), is_finite in zip(rows, finite, strict=True)
-        if not is_finite
-    ]
-    return FinishedRows(
-        unit=unit,
-        columns={name: keep_where(finite, values) for name, values in columns.items()},
-        rejections=[*rejections, *not_finite],
-        environment=environment,
-        seconds=seconds,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,16 +245,17 @@ def committed_ranges(manifests: Iterable[UnitManifest], source: str) -> list[tup
     return sorted((manifest.start, manifest.stop) for manifest in manifests if manifest.source == source)
 
 
-def group_by_shape(rows: Sequence[np.ndarray]) -> list[list[int]]:
-    """The indices of the rows of each shape, in their order; smaller shapes first.
+def shape_batches(rows: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
+    """Indices of at most `batch_size` rows of one shape each, in order; smaller shapes first.
 
-    A network's batch has one shape. Grouping within the unit keeps batches, and so bits, independent of
-    whatever else is processed.
+    Bits depend on a network's batch, and the batches follow from the unit alone.
     """
     indices: dict[tuple[int, ...], list[int]] = {}
     for index, row in enumerate(rows):
         indices.setdefault(row.shape, []).append(index)
-    return [indices[shape] for shape in sorted(indices)]
+    for shape in sorted(indices):
+        for start in range(0, len(indices[shape]), batch_size):
+            yield indices[shape][start : start + batch_size]
 
 
 def finite_rows(values: Iterable[np.ndarray]) -> list[bool]:

@@ -100,7 +100,7 @@ def test_a_second_run_samples_nothing(made, monkeypatch):
 
 
 def test_a_lost_caption_is_left_out_everywhere(tmp_path, monkeypatch):
-    draw = SampleAndScore.draw
+    draw = SampleAndScore.sample
 
     def poisoned(self, texts, keys, *, w):
         latents = draw(self, texts, keys, w=w)
@@ -108,7 +108,7 @@ def test_a_lost_caption_is_left_out_everywhere(tmp_path, monkeypatch):
             latents[0] = float("nan")
         return latents
 
-    monkeypatch.setattr(SampleAndScore, "draw", poisoned)
+    monkeypatch.setattr(SampleAndScore, "sample", poisoned)
     settings = SETTINGS.with_values(["guidance=[1.0,2.0]", "groups=2"])
     results, _ = run(settings, tmp_path / "evaluation")
     assert results["protocol"]["captions"]["compared"] == 10  # two batches, one row of each

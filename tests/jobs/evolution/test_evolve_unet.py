@@ -129,16 +129,16 @@ def test_scores_compare_equal_captions_and_noise(evolved):
     artist = SampleAndScore(
         model="mini-v",
         sampler=SETTINGS.sampler,
-        drawing=SETTINGS.samples.drawing,
-        judging=SETTINGS.samples.judging,
+        sampling=SETTINGS.samples.drawing,
+        metrics=SETTINGS.samples.judging,
         device=SETTINGS.samples.device,
     )
     keys = [noise_key("evaluation", 0, caption.id) for caption in captions]
     texts = [caption.text for caption in captions]
     score = first["scores"][5]
-    whole = artist.draw_and_judge(texts, keys, w=2.0)["clip"]
+    whole = artist.sample_and_score(texts, keys, w=2.0)["clip"]
     with skipping_blocks(artist.bundle.unet, [score["block"]]):
-        left = artist.draw_and_judge(texts, keys, w=2.0)["clip"]
+        left = artist.sample_and_score(texts, keys, w=2.0)["clip"]
     assert score["delta_clip"][0] == pytest.approx(float((whole - left).mean()), abs=1e-6)
     assert score["clip"] == pytest.approx(float(left.mean()), abs=1e-6)
 
@@ -226,14 +226,14 @@ def test_a_score_that_is_not_finite_is_refused(latents, tmp_path, monkeypatch):
 
 
 def test_an_indispensable_block_has_no_score(latents, tmp_path, monkeypatch):
-    draw, lost = SampleAndScore.draw, "mid_block.attentions.0"
+    draw, lost = SampleAndScore.sample, "mid_block.attentions.0"
 
     def broken(self, texts, keys, *, w):
         latents = draw(self, texts, keys, w=w)
         gone = "forward" in vars(self.bundle.unet.get_submodule(lost))
         return latents * float("nan") if gone else latents
 
-    monkeypatch.setattr(SampleAndScore, "draw", broken)
+    monkeypatch.setattr(SampleAndScore, "sample", broken)
     rounds = []
     next(iter(evolution(tmp_path, latents=latents, objective_ms=OBJECTIVE_MS, rounds=rounds)._rounds()))
     score = next(score for score in rounds[0].scores if score.block == lost)

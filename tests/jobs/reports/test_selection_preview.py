@@ -132,18 +132,18 @@ def sampled(shards: Path, *, rows: int, selection: Selection) -> Any:
         source="laion",
         reading=ShardSettings(),
         selection=selection,
-        pictures=ImageBounds(),
+        images=ImageBounds(),
     )
 
 
 def test_a_sample_is_spread_over_shards(tmp_path: Path) -> None:
     write_shards(tmp_path, shards=20, rows=50)
     sample = sampled(tmp_path, rows=200, selection=Selection())
-    assert (sample.rows, sample.places) == (200, 8)
+    assert (sample.rows, sample.num_sources) == (200, 8)
     # Every tenth row failed, and every 25th of the others is broken.
-    assert 16 <= sample.refused["download_failed"].rows <= 24
-    assert sample.kept + sum(refused.rows for refused in sample.refused.values()) == 200
-    assert sampled(tmp_path, rows=3, selection=Selection()).places == 3
+    assert 16 <= sample.rejected["download_failed"].rows <= 24
+    assert sample.accepted + sum(refused.rows for refused in sample.rejected.values()) == 200
+    assert sampled(tmp_path, rows=3, selection=Selection()).num_sources == 3
     assert sampled(tmp_path, rows=10_000, selection=Selection()).rows == 400
 
 
@@ -195,7 +195,7 @@ def test_a_sample_of_links_is_spread_over_each_list(tmp_path: Path) -> None:
     sample = preview_links(
         list_links(str(tmp_path)), rows=80, columns=LinkSettings(), selection=Selection(min_width=50_001)
     )
-    assert (sample.rows, sample.kept) == (80, 40)
+    assert (sample.rows, sample.accepted) == (80, 40)
     assert sorted(sample.measures["width"])[::10] == [*range(1, rows, 12_500)]
 
 

@@ -106,7 +106,7 @@ def seconds_of(read: Callable[[Shard], int], shard: Shard) -> float:
 
 
 @pytest.mark.slow
-def test_select_decode_and_resize_cost_at_most_a_quarter_more_than_the_libraries_alone(tmp_path, capsys):
+def test_reading_costs_little_more_than_the_libraries(tmp_path, capsys):
     shard = shard_of(tmp_path, index=0, rows=256, size=(720, 960))
     seconds_of(read_ours, shard), seconds_of(read_bare, shard)
     turns = [(seconds_of(read_ours, shard), seconds_of(read_bare, shard)) for _ in range(5)]
@@ -139,7 +139,7 @@ def rate_on_ray(shards: list[Shard], *, readers: int) -> float:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_two_readers_read_nearly_twice_as_fast_as_one(ray_cluster, tmp_path: Path, capsys):
+def test_two_readers_are_nearly_twice_as_fast(ray_cluster, tmp_path: Path, capsys):
     shards = [shard_of(tmp_path, index=index, rows=320, size=(720, 960)) for index in range(6)]
     rate_on_ray(shards[:2], readers=2)
     one, two, again = (rate_on_ray(shards, readers=readers) for readers in (1, 2, 1))
@@ -166,7 +166,7 @@ def peak_mib(shard: Shard) -> float:
     return float(found.stdout)
 
 
-def test_a_reader_needs_no_more_memory_for_a_shard_ten_times_as_large(tmp_path: Path):
+def test_memory_does_not_grow_with_the_shard(tmp_path: Path):
     small = shard_of(tmp_path, index=0, rows=300, size=(64, 64))
     large = shard_of(tmp_path, index=1, rows=3_000, size=(64, 64))
     assert large.size > 9.9 * small.size

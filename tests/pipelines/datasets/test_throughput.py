@@ -43,7 +43,7 @@ def bare_rate(units: int) -> float:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_generation_is_at_least_nine_tenths_as_fast_as_the_bare_teacher(ray_cluster, tmp_path: Path, capsys):
+def test_generation_is_nearly_as_fast_as_the_teacher(ray_cluster, tmp_path: Path, capsys):
     seen = []
     before = bare_rate(3)
     generate_pairs(

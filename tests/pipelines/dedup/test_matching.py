@@ -53,34 +53,36 @@ def whole(rows: ShuffledRows) -> pa.Table:
 
 @settings(deadline=None)
 @given(seeds)
-def test_a_copy_is_found_for_its_first_reason(seed):
+def test_duplicate_has_its_first_reason(seed):
     draw = generator(seed)
     count = int(draw.integers(1, 60))
     # Few values, so that there are copies; -1 stands for a key that is not there.
     keys = {kind: draw.integers(-1, 12, count) for kind in (URL, IMAGE, CAPTION)}
-    order = RankBounds(judged_by=int(draw.integers(0, count + 1)), new=int(draw.integers(0, count + 1)))
+    bounds = RankBounds(
+        evaluation_end=int(draw.integers(0, count + 1)), new_begin=int(draw.integers(0, count + 1))
+    )
     wanted = frozenset(kind for kind in keys if draw.random() < 0.6)
     tables = [
         exact_key_table(kind, value[value >= 0].astype(np.int64), np.flatnonzero(value >= 0), parts=PARTS)
         for kind, value in keys.items()
     ]
     rows = ShuffledRows(tables, seed=seed)
-    found = rows.grouped(partial(exact_matches, order=order, kinds=wanted), by="part")
-    assert as_rows(first_reasons(whole(found))) == by_comparing(keys, order, wanted)
+    found = rows.grouped(partial(exact_matches, bounds=bounds, kinds=wanted), by="part")
+    assert as_rows(first_reasons(whole(found))) == by_comparing(keys, bounds, wanted)
 
 
-def by_comparing(keys, order: RankBounds, wanted) -> dict[int, tuple[str, int]]:
+def by_comparing(keys, bounds: RankBounds, wanted) -> dict[int, tuple[str, int]]:
     names = {
         URL: ("evaluation_image", "duplicate_url"),
         IMAGE: ("evaluation_image", "duplicate_image"),
         CAPTION: ("evaluation_caption", "duplicate_caption"),
     }
     found = {}
-    for rank in range(order.new, len(keys[URL])):
+    for rank in range(bounds.new_begin, len(keys[URL])):
         reasons = []
         for kind, values in keys.items():
             same = [of for of in range(rank) if values[rank] >= 0 and values[of] == values[rank]]
-            if same and same[0] < order.judged_by:
+            if same and same[0] < bounds.evaluation_end:
                 reasons.append((REASON_ORDER.index(names[kind][0]), same[0]))
             elif same and kind in wanted:
                 reasons.append((REASON_ORDER.index(names[kind][1]), same[0]))
@@ -91,16 +93,21 @@ def by_comparing(keys, order: RankBounds, wanted) -> dict[int, tuple[str, int]]:
 
 
 @pytest.mark.parametrize("step", [1, 2**20, 2**52])
-def test_keys_are_spread_over_groups_whichever_of_their_bits_differ(step):
+def test_keys_are_spread_over_groups(step):
     keys = np.arange(4096).astype(np.uint64) * np.uint64(step)
     sizes = np.bincount(partition_of(keys.view(np.int64), parts=8), minlength=8)
     assert sizes.min() > 400
     assert partition_of(np.array([0, 1, -1]), parts=1000).tolist() == [0, 789, 67]
 
 
-def test_a_table_of_no_rows_has_no_copies():
+def test_empty_table_has_no_duplicates():
     nothing = EXACT_KEYS.empty_table()
-    assert exact_matches(nothing, order=RankBounds(judged_by=0, new=0), kinds=frozenset([URL])).num_rows == 0
+    assert (
+        exact_matches(
+            nothing, bounds=RankBounds(evaluation_end=0, new_begin=0), kinds=frozenset([URL])
+        ).num_rows
+        == 0
+    )
 
 
 # ---- perceptual hashes
@@ -121,7 +128,7 @@ def planted(draw: np.random.Generator, *, count: int) -> np.ndarray:
 
 
 def found_near(
-    hashes: np.ndarray, index: BlockIndex, order: RankBounds, *, seed: int
+    hashes: np.ndarray, index: BlockIndex, bounds: RankBounds, *, seed: int
 ) -> dict[int, tuple[str, int]]:
     """The three groupings, on shuffled rows."""
     ranks = np.arange(len(hashes))
@@ -130,50 +137,50 @@ def found_near(
     if index.max_hamming:
         blocks = rows.grouped(partial(phash_blocks, index=index, parts=PARTS), by="part")
         rows = rows.union(blocks.grouped(partial(near_phashes, index=index, parts=PARTS), by="part"))
-    return as_rows(whole(rows.grouped(partial(near_matches, order=order), by="part")))
+    return as_rows(whole(rows.grouped(partial(near_matches, bounds=bounds), by="part")))
 
 
-def near_by_comparing(hashes: np.ndarray, max_hamming: int, order: RankBounds) -> dict[int, tuple[str, int]]:
+def near_by_comparing(hashes: np.ndarray, max_hamming: int, bounds: RankBounds) -> dict[int, tuple[str, int]]:
     bits = hashes.view(np.uint64)
     found = {}
-    for rank in range(order.new, len(bits)):
+    for rank in range(bounds.new_begin, len(bits)):
         near = np.flatnonzero(np.bitwise_count(bits[:rank] ^ bits[rank]) <= max_hamming)
         if len(near):
-            judged = near[0] < order.judged_by
+            judged = near[0] < bounds.evaluation_end
             found[rank] = ("evaluation_image" if judged else "near_duplicate_image", int(near[0]))
     return found
 
 
 @settings(max_examples=60, deadline=None)
 @given(seeds, st.integers(0, 8), st.integers(1, 3))
-def test_the_block_index_finds_what_comparing_all_finds(seed, max_hamming, more):
+def test_block_index_equals_comparing_all_pairs(seed, max_hamming, more):
     draw = generator(seed)
     hashes = planted(draw, count=int(draw.integers(1, 80)))
-    order = RankBounds(judged_by=int(draw.integers(0, 10)), new=int(draw.integers(0, 40)))
+    bounds = RankBounds(evaluation_end=int(draw.integers(0, 10)), new_begin=int(draw.integers(0, 40)))
     index = BlockIndex(max_hamming=max_hamming, blocks=max_hamming + more)
-    found = found_near(hashes, index, order, seed=seed)
-    assert found == near_by_comparing(hashes, max_hamming, order)
+    found = found_near(hashes, index, bounds, seed=seed)
+    assert found == near_by_comparing(hashes, max_hamming, bounds)
 
 
 @pytest.mark.parametrize("blocks", [5, 6])
-def test_the_block_index_finds_what_comparing_all_finds_among_thousands(blocks):
+def test_block_index_equals_comparing_thousands(blocks):
     hashes = planted(generator(5), count=4000)
-    order = RankBounds(judged_by=50, new=1000)
+    bounds = RankBounds(evaluation_end=50, new_begin=1000)
     index = BlockIndex(max_hamming=4, blocks=blocks)
-    assert found_near(hashes, index, order, seed=1) == near_by_comparing(hashes, 4, order)
+    assert found_near(hashes, index, bounds, seed=1) == near_by_comparing(hashes, 4, bounds)
 
 
-def test_a_group_of_thousands_of_pictures_that_look_alike_is_no_trouble():
+def test_group_of_thousands_is_searched():
     # All in the same blocks but one: the worst that pictures can do to an index.
     hashes = np.arange(3000, dtype=np.int64)
     index = BlockIndex(max_hamming=2, blocks=4)
-    order = RankBounds(judged_by=0, new=0)
-    assert found_near(hashes, index, order, seed=2) == near_by_comparing(hashes, 2, order)
+    bounds = RankBounds(evaluation_end=0, new_begin=0)
+    assert found_near(hashes, index, bounds, seed=2) == near_by_comparing(hashes, 2, bounds)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 10**11), st.integers(0, 8))
-def test_an_index_has_as_many_choices_as_it_says_and_each_as_many_bits(rows, max_hamming):
+def test_index_has_the_choices_and_bits(rows, max_hamming):
     index = BlockIndex.for_rows(rows, max_hamming=max_hamming)
     assert len(index.masks) == len(index) == len(set(index.masks))
     kept = index.blocks - max_hamming

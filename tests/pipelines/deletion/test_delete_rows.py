@@ -171,7 +171,7 @@ def verify(run: Run, name: str):
     if name == "latents":
         shards, deletion_filter = list_shards(str(run.out / "shards")), DeletionFilter(run.list)
         recompute = latents.recomputer(
-            table, model=run.teacher, shards=shards, source="web", vetoes=[deletion_filter]
+            table, model=run.teacher, shards=shards, source="web", filters=[deletion_filter]
         )
     elif name == "targets":
         recompute = targets.recomputer(table, teacher=run.teacher, latents=run.table("latents"))

@@ -80,9 +80,9 @@ def test_laions_row_number_is_a_hash(shards):
 )
 def test_filter_finds_a_row_by_any_key(shards, deletion_filter, keys):
     sample = sample_of(shards[0], 1)
-    deletion_filter.on(shards[0])(sample, id_of(0, 1))
+    deletion_filter.for_shard(shards[0])(sample, id_of(0, 1))
     deletion_filter.list.add(keys)
-    check = deletion_filter.on(shards[0])
+    check = deletion_filter.for_shard(shards[0])
     check(sample_of(shards[0], 2), id_of(0, 2))
     with pytest.raises(Rejected, match="withheld"):
         check(sample, id_of(0, 1))
@@ -103,7 +103,7 @@ def test_link_is_refused_before_its_download(deletion_filter):
 
 def test_recorded_deletions_are_repeated(shards):
     recorded = RecordedDeletionFilter([id_of(0, 1)])
-    check = recorded.on(shards[0])
+    check = recorded.for_shard(shards[0])
     check(sample_of(shards[0], 2), id_of(0, 2))
     with pytest.raises(Rejected, match="withheld"):
         check(sample_of(shards[0], 1), id_of(0, 1))

@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 from in_process import in_process
+from latent_inputs import SETTINGS as LATENTS
+from latent_inputs import data_files, encode, make_shards, picture
 from pair_inputs import CAPTIONS
 from pair_inputs import SETTINGS as PAIRS
 from poison import CrashingStage, PoisonedReader, poison_of, set_aside
 from synthetic_units import IDENTITY, SCHEMA
-from test_latents import SETTINGS as LATENTS
-from test_latents import encode, make_shards, picture
-from test_pairs import data_files
 
 from pipelines.datasets.pairs import generate_pairs
 from pipelines.ray_data.execution import PipelineStage, run_on_ray

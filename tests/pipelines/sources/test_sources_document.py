@@ -37,7 +37,7 @@ def meaning_table() -> Iterator[str]:
     yield "|---|---|---|"
     for meaning, names in SPELLINGS.items():
         columns = ", ".join(f"`{name}`" for name in names)
-        bounds = ", ".join(f"`{bound.setting}`" for bound in BOUNDS if meaning in bound.looks_at)
+        bounds = ", ".join(f"`{bound.setting}`" for bound in BOUNDS if meaning in bound.columns)
         yield f"| {meaning.replace('_', ' ')} | {columns} | {bounds} |"
 
 

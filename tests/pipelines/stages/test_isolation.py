@@ -77,15 +77,13 @@ def isolated() -> Isolation:
         ("leave a process behind", "exit status 1"),
     ],
 )
-def test_an_item_that_kills_its_process_is_rejected_and_the_next_goes_through(
-    isolated: Isolation, order: str, ending: str
-) -> None:
+def test_item_that_kills_its_process_is_rejected(isolated: Isolation, order: str, ending: str) -> None:
     with pytest.raises(Rejected, match=f"crashed: 2 tries, the last ended by {ending}"):
         isolated(order)
     assert isolated("good") == "done good"
 
 
-def test_an_item_that_hangs_is_rejected() -> None:
+def test_item_that_hangs_is_rejected() -> None:
     with Isolation(act, timeout=1.0, tries=2) as isolation:
         started = time.monotonic()
         with pytest.raises(Rejected, match="timed_out: 2 tries of 1 s"):
@@ -94,16 +92,16 @@ def test_an_item_that_hangs_is_rejected() -> None:
         assert isolation("good") == "done good"
 
 
-def test_a_child_that_closes_its_pipe_counts_as_crashed() -> None:
+def test_closed_pipe_counts_as_crash() -> None:
     with Isolation(act, timeout=20, tries=1) as isolation, pytest.raises(Rejected, match="crashed"):
         isolation("close and hang")
 
 
-def test_an_item_that_dies_once_is_tried_again(isolated: Isolation, tmp_path: Path) -> None:
+def test_item_that_kills_once_is_tried_again(isolated: Isolation, tmp_path: Path) -> None:
     assert isolated(f"once:{tmp_path}/mark").startswith("done")
 
 
-def test_exceptions_cross_the_boundary(isolated: Isolation) -> None:
+def test_exceptions_are_raised_in_the_parent(isolated: Isolation) -> None:
     with pytest.raises(Rejected) as caught:
         isolated("reject")
     assert (caught.value.reason, caught.value.detail) == ("too_small", "1 x 1")
@@ -116,11 +114,11 @@ def test_exceptions_cross_the_boundary(isolated: Isolation) -> None:
     assert isolated("good") == "done good"
 
 
-def test_what_the_function_prints_is_no_answer(isolated: Isolation) -> None:
+def test_output_of_the_function_is_no_answer(isolated: Isolation) -> None:
     assert isolated("print") == "done print"
 
 
-def test_one_child_serves_many_items_and_ends_with_its_owner() -> None:
+def test_child_serves_many_items() -> None:
     with Isolation(process) as isolation:
         pids = {isolation(index) for index in range(5)}
         (pid,) = pids
@@ -131,7 +129,7 @@ def test_one_child_serves_many_items_and_ends_with_its_owner() -> None:
         os.kill(pid, 0)
 
 
-def test_large_items_and_results_and_partial_functions() -> None:
+def test_large_items_and_partial_functions_work() -> None:
     data = bytes(range(256)) * 50_000
     decode = partial(decode_image, size=32, settings=ImageSettings())
     with Isolation(decode) as isolation, pytest.raises(Rejected, match="not_an_image"):
@@ -140,7 +138,7 @@ def test_large_items_and_results_and_partial_functions() -> None:
         assert echo(data) == data
 
 
-def test_a_function_that_cannot_be_loaded_is_no_fault_of_an_item(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_function_that_cannot_be_loaded_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((pickle.PicklingError, AttributeError)), Isolation(lambda item: item) as isolation:
         isolation(1)
     hidden = type("Hidden", (), {"__call__": lambda self, item: item, "__module__": __name__})
@@ -149,7 +147,7 @@ def test_a_function_that_cannot_be_loaded_is_no_fault_of_an_item(monkeypatch: py
         isolation(1)
 
 
-def test_bounds_that_are_none_are_refused() -> None:
+def test_impossible_bounds_are_refused() -> None:
     with pytest.raises(ValueError, match="above 0 and at least 1"):
         Isolation(act, timeout=0)
     with pytest.raises(ValueError, match="above 0 and at least 1"):

@@ -26,8 +26,8 @@ def reason_of(
 ) -> str | None:
     try:
         check(metadata, caption=caption, selection=selection)
-    except Rejected as verdict:
-        return verdict.reason
+    except Rejected as rejected:
+        return rejected.reason
     return None
 
 
@@ -56,7 +56,7 @@ def reason_of(
         ("clip_similarity_vitl14", 0.28, 0.27, "low_similarity"),
     ],
 )
-def test_each_bound_in_each_spelling(name: str, good: object, bad: object, reason: str) -> None:
+def test_bounds_in_all_column_names(name: str, good: object, bad: object, reason: str) -> None:
     assert reason_of({name: good}) is None
     assert reason_of({name: bad}) == reason
     assert reason_of({name: bad}, selection=Selection()) is None
@@ -65,73 +65,77 @@ def test_each_bound_in_each_spelling(name: str, good: object, bad: object, reaso
 @pytest.mark.parametrize(
     "value", [None, math.nan, np.float32("nan"), math.inf, -math.inf, "", "255", True, [], 10**400]
 )
-def test_what_is_null_nan_or_no_number_never_rejects(value: object) -> None:
+def test_values_that_are_no_number_never_reject(value: object) -> None:
     names = [
         "WIDTH", "HEIGHT", "width", "height", "original_width", "original_height", "aesthetic",
         "AESTHETIC_SCORE", "pwatermark", "punsafe", "similarity", "NSFW",
     ]  # fmt: skip
     assert reason_of(dict.fromkeys(names, value)) is None
-
-
-def test_what_is_missing_never_rejects() -> None:
     assert reason_of({}) is None
 
 
-def test_a_size_of_zero_is_not_known() -> None:
+def test_size_of_zero_is_unknown() -> None:
     assert reason_of({"WIDTH": 0, "HEIGHT": -1}) is None
     assert reason_of({"original_width": 0, "WIDTH": 100}) == "low_resolution"
 
 
-def test_the_measured_original_counts_before_the_claim_and_the_shard_s_copy() -> None:
+def test_measured_original_size_counts_first() -> None:
     assert reason_of({"original_width": 1024, "WIDTH": 100, "width": 100}) is None
     assert reason_of({"original_width": math.nan, "WIDTH": 1024, "width": 100}) is None
     assert reason_of({"original_width": None, "WIDTH": None, "width": 100}) == "low_resolution"
 
 
-def test_of_several_unsafe_detectors_the_highest_counts() -> None:
+def test_highest_unsafe_probability_counts() -> None:
     assert reason_of({"nsfw_score_opennsfw2": 0.01, "nsfw_score_gantman": 0.9}) == "unsafe"
 
 
-def test_captions_and_the_order_of_reasons() -> None:
+def test_size_is_checked_before_the_caption() -> None:
     assert reason_of({}, caption="abcd") == "short_caption"
     assert reason_of({"punsafe": 0.9, "WIDTH": 10}, caption="") == "low_resolution"
 
 
-def test_the_detail_names_value_and_bound() -> None:
+def test_detail_has_value_and_bound() -> None:
     with pytest.raises(Rejected, match=r"watermarked: watermark probability 0\.75 is above 0\.5"):
         check({"pwatermark": 0.75}, caption="a", selection=STRICT)
 
 
-def test_unknown_tags_are_refused_as_settings() -> None:
+def test_unknown_tags_are_refused() -> None:
     assert Selection.parse({"refused_tags": ["NSFW"]}).refused_tags == ("NSFW",)
     with pytest.raises(SettingsError, match="refused_tags"):
         Selection.parse({"refused_tags": ["BAD"]})
 
 
-# Bounds on the shape.
+SHAPE = Selection(min_side=200, max_aspect=3.0)
+CAPTION = Selection(min_caption_chars=6, max_caption_chars=20, min_caption_words=3, min_latin_share=0.8)
+LANGUAGE = Selection(languages=("en", "De"))
 
 
 @pytest.mark.parametrize(
-    ("metadata", "reason"),
+    ("selection", "metadata", "reason"),
     [
-        ({"WIDTH": 300, "HEIGHT": 200}, None),
-        ({"WIDTH": 200, "HEIGHT": 600}, None),
-        ({"WIDTH": 199, "HEIGHT": 400}, "short_side"),
-        ({"WIDTH": 400, "HEIGHT": 199.0}, "short_side"),
-        ({"HEIGHT": 199}, "short_side"),
-        ({"WIDTH": 601, "HEIGHT": 200}, "extreme_aspect"),
-        ({"WIDTH": 200, "HEIGHT": 601}, "extreme_aspect"),
-        ({"WIDTH": 6000}, None),
-        ({"WIDTH": 6000, "HEIGHT": 0}, None),
-        ({}, None),
+        (SHAPE, {"WIDTH": 300, "HEIGHT": 200}, None),
+        (SHAPE, {"WIDTH": 200, "HEIGHT": 600}, None),
+        (SHAPE, {"WIDTH": 199, "HEIGHT": 400}, "short_side"),
+        (SHAPE, {"WIDTH": 400, "HEIGHT": 199.0}, "short_side"),
+        (SHAPE, {"HEIGHT": 199}, "short_side"),
+        (SHAPE, {"WIDTH": 601, "HEIGHT": 200}, "extreme_aspect"),
+        (SHAPE, {"WIDTH": 200, "HEIGHT": 601}, "extreme_aspect"),
+        (SHAPE, {"WIDTH": 6000}, None),
+        (SHAPE, {"WIDTH": 6000, "HEIGHT": 0}, None),
+        (SHAPE, {}, None),
+        (LANGUAGE, {"LANGUAGE": "en"}, None),
+        (LANGUAGE, {"LANGUAGE": "EN"}, None),
+        (LANGUAGE, {"LANGUAGE": " de "}, None),
+        (LANGUAGE, {"LANGUAGE": "vi"}, "other_language"),
+        (LANGUAGE, {"LANGUAGE": None}, None),
+        (LANGUAGE, {"LANGUAGE": ""}, None),
+        (LANGUAGE, {"LANGUAGE": 7}, None),
     ],
 )
-def test_shorter_side_and_aspect(metadata: dict[str, Any], reason: str | None) -> None:
-    wanted = Selection(min_side=200, max_aspect=3.0)
-    assert reason_of(metadata, selection=wanted) == reason
-
-
-# Bounds on the caption.
+def test_bounds_on_shape_and_language(
+    selection: Selection, metadata: dict[str, Any], reason: str | None
+) -> None:
+    assert reason_of(metadata, selection=selection) == reason
 
 
 @pytest.mark.parametrize(
@@ -149,32 +153,14 @@ def test_shorter_side_and_aspect(metadata: dict[str, Any], reason: str | None) -
         ("mix mix д", None),
     ],
 )
-def test_length_words_and_script_of_a_caption(caption: str, reason: str | None) -> None:
-    wanted = Selection(min_caption_chars=6, max_caption_chars=20, min_caption_words=3, min_latin_share=0.8)
-    assert reason_of({}, caption=caption, selection=wanted) == reason
-
-
-@pytest.mark.parametrize(
-    ("language", "reason"),
-    [
-        ("en", None),
-        ("EN", None),
-        (" de ", None),
-        ("vi", "other_language"),
-        (None, None),
-        ("", None),
-        (7, None),
-    ],
-)
-def test_languages_as_they_are_spelled_in_the_column(language: object, reason: str | None) -> None:
-    wanted = Selection(languages=("en", "De"))
-    assert reason_of({"LANGUAGE": language}, selection=wanted) == reason
+def test_bounds_on_captions(caption: str, reason: str | None) -> None:
+    assert reason_of({}, caption=caption, selection=CAPTION) == reason
 
 
 # The order of the checks.
 
 
-def test_every_setting_is_a_bound_with_a_reason_and_they_stand_in_a_fixed_order() -> None:
+def test_every_setting_has_one_bound_in_order() -> None:
     assert [bound.setting for bound in BOUNDS] == [
         "min_width", "min_height", "min_side", "max_aspect", "min_aesthetic", "max_watermark", "max_unsafe",
         "refused_tags", "min_similarity", "languages", "min_caption_chars", "max_caption_chars",
@@ -184,7 +170,7 @@ def test_every_setting_is_a_bound_with_a_reason_and_they_stand_in_a_fixed_order(
     assert {bound.reason for bound in BOUNDS} <= set(REASONS)
 
 
-def test_a_row_is_refused_for_the_first_bound_that_it_breaks() -> None:
+def test_first_violated_bound_gives_the_reason() -> None:
     everything = Selection(
         min_width=256, min_height=256, min_side=300, max_aspect=2.0, min_aesthetic=5.0, max_watermark=0.5,
         max_unsafe=0.1, refused_tags=("NSFW",), min_similarity=0.28, languages=("en",), min_caption_chars=5,
@@ -212,8 +198,8 @@ def test_a_row_is_refused_for_the_first_bound_that_it_breaks() -> None:
     ]  # fmt: skip
 
 
-def test_bounds_that_look_at_captions_are_never_silent() -> None:
-    wanted = Selection(min_caption_chars=5, min_latin_share=0.5, min_side=1, max_aspect=2, max_unsafe=0.5)
-    assert silent_bounds(wanted, []) == ["min_side", "max_aspect", "max_unsafe"]
-    assert silent_bounds(wanted, ["WIDTH", "height", "nsfw_score_gantman"]) == []
+def test_caption_bounds_are_never_silent() -> None:
+    selection = Selection(min_caption_chars=5, min_latin_share=0.5, min_side=1, max_aspect=2, max_unsafe=0.5)
+    assert silent_bounds(selection, []) == ["min_side", "max_aspect", "max_unsafe"]
+    assert silent_bounds(selection, ["WIDTH", "height", "nsfw_score_gantman"]) == []
     assert silent_bounds(Selection(), []) == []

@@ -1,4 +1,4 @@
-"""A committed unit of LATENTS to its rows."""
+"""Reads the rows of a committed unit of LATENTS."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.storage.objects import read_bytes
-from pipelines.tables.schemas import array_type, read_arrays
+from pipelines.tables.schemas import read_array, read_arrays
 from pipelines.tables.table import TableError
 from pipelines.tables.units import LatentRows, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentFile:
-    """A data file of LATENTS, to be read for a draw of the branch that `guided` names.
+    """A data file of LATENTS from which a unit of TARGETS is to be made.
 
-    `unit` is the unit to make of it; its `source_digest` is the SHA-256 of the file.
+    `unit` is that unit of TARGETS; its `source_digest` is the SHA-256 of the file.
     """
 
     unit: Unit
@@ -28,13 +28,13 @@ class LatentFile:
 
 
 class ReadLatents:
-    """`LatentFile` in, `LatentRows` out."""
+    """Turns a `LatentFile` into `LatentRows`."""
 
     def __call__(self, file: LatentFile) -> LatentRows:
-        """Read the file whole.
+        """Read the whole file.
 
         Raises:
-            TableError: if it is not the file that was committed.
+            TableError: if its SHA-256 is not that of the committed file.
         """
         data = read_bytes(file.path)
         if hashlib.sha256(data).hexdigest() != file.unit.source_digest:
@@ -46,6 +46,6 @@ class ReadLatents:
             guided=file.guided,
             ids=rows["id"].to_pylist(),
             source_ids=rows["source_id"].to_pylist(),
-            token_ids=array_type(rows.schema.field("token_ids")).unpack(rows["token_ids"].to_pylist()),
+            token_ids=read_array(rows, "token_ids"),
             latents=read_arrays(rows, "latent"),
         )

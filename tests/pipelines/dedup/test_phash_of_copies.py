@@ -81,7 +81,7 @@ def given_pictures() -> list[bytes]:
 
 
 @pytest.mark.slow
-def test_most_copies_keep_their_looks_and_no_other_picture_has_them(capsys):
+def test_copies_keep_their_phash(capsys):
     pictures = given_pictures()
     images = [open_image(data, bounds=BOUNDS) for data in pictures]
     began = time.process_time()

@@ -41,7 +41,7 @@ def frame(data: bytes, *, row: str = "web/0/0", shapes=((32, 32),), **values) ->
 # Sizes and buckets.
 
 
-def test_the_buckets_of_512():
+def test_buckets_of_512():
     assert buckets_of(Buckets(), size=512, step=64) == (
         (640, 384),
         (576, 448),
@@ -70,12 +70,12 @@ def test_buckets_keep_their_bounds(step, steps, max_aspect, least, more):
 
 
 @pytest.mark.parametrize("size", [1, 32, 63, 65, 500, 513])
-def test_a_size_that_the_model_cannot_halve_evenly_is_refused(size):
+def test_size_off_the_granularity_is_refused(size):
     with pytest.raises(SettingsError, match=rf"^latents\.images\.size is {size}; multiples of 64"):
         shapes_of(None, size=size, step=64)
 
 
-def test_what_is_said_of_a_size_between_two():
+def test_refusal_names_the_nearest_sizes():
     with pytest.raises(SettingsError, match="such as 256 and 320"):
         shapes_of(None, size=300, step=64)
     assert shapes_of(None, size=768, step=64) == ((768, 768),)
@@ -84,18 +84,18 @@ def test_what_is_said_of_a_size_between_two():
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        ({"min_side": 576}, r"^latents\.images\.buckets\.min_side is 576; up to the size, 512"),
-        ({"max_side": 448}, r"^latents\.images\.buckets\.max_side is 448; the size, 512, and more"),
+        ({"min_side": 576}, r"^latents\.images\.buckets\.min_side is 576; at most the size, 512"),
+        ({"max_side": 448}, r"^latents\.images\.buckets\.max_side is 448; at least the size, 512"),
     ],
 )
-def test_bounds_without_room_for_the_square_are_refused(bounds, message):
+def test_bounds_that_exclude_the_square_are_refused(bounds, message):
     with pytest.raises(SettingsError, match=message):
         shapes_of(Buckets(**bounds), size=512, step=64)
 
 
 @settings(max_examples=300, deadline=None)
 @given(SIDES, SIDES, st.floats(1, 6))
-def test_a_picture_gets_the_bucket_nearest_to_its_aspect(height, width, max_aspect):
+def test_image_gets_the_bucket_nearest_in_aspect(height, width, max_aspect):
     shapes = buckets_of(Buckets(max_aspect=max_aspect), size=512, step=64)
     chosen = bucket_for(shapes, height=height, width=width)
 
@@ -106,7 +106,7 @@ def test_a_picture_gets_the_bucket_nearest_to_its_aspect(height, width, max_aspe
     assert bucket_for(shapes, height=height * 3, width=width * 3) == chosen
 
 
-def test_of_two_buckets_as_near_the_taller():
+def test_taller_of_two_equally_near_buckets_wins():
     shapes = ((128, 64), (64, 64), (64, 128))
     # 1 : sqrt(2) is no ratio of whole numbers; 1 : 1 stands as near to 2 : 1 as to 1 : 2.
     assert bucket_for((shapes[0], shapes[2]), height=77, width=77) == (128, 64)
@@ -114,7 +114,7 @@ def test_of_two_buckets_as_near_the_taller():
 
 
 @pytest.mark.parametrize("shape", buckets_of(Buckets(max_aspect=4.0), size=512, step=64))
-def test_a_picture_of_exactly_a_bucket_gets_it_untouched(shape):
+def test_image_of_a_buckets_size_is_unchanged(shape):
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
@@ -134,7 +134,7 @@ def test_a_picture_of_exactly_a_bucket_gets_it_untouched(shape):
     st.sampled_from(["center", "top", "random"]),
     st.floats(0, 1, exclude_max=True),
 )
-def test_what_is_kept_lies_inside_the_picture_and_has_the_frames_aspect(h, w, height, width, crop, at):
+def test_crop_lies_inside_and_has_the_aspect(h, w, height, width, crop, at):
     left, top, right, bottom = crop_box((h, w), height=height, width=width, crop=crop, at=at)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
@@ -150,7 +150,7 @@ def test_what_is_kept_lies_inside_the_picture_and_has_the_frames_aspect(h, w, he
     st.sampled_from([(32, 32), (48, 16), (16, 64)]),
     st.sampled_from(["center", "top", "random"]),
 )
-def test_the_result_has_exactly_the_frames_size(height, width, shape, crop):
+def test_result_has_the_size_of_its_shape(height, width, shape, crop):
     made = frame(png(height, width), shapes=(shape,), crop=crop)
     assert made.shape == (*shape, 3)
     assert (made.dtype, made.flags.c_contiguous, made.flags.writeable) == (np.uint8, True, True)
@@ -158,7 +158,7 @@ def test_the_result_has_exactly_the_frames_size(height, width, shape, crop):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 90), st.integers(2, 90), st.sampled_from([8, 16, 33]))
-def test_the_centre_square_is_what_it_was_before_there_were_frames(height, width, size):
+def test_center_square_is_one_resampling(height, width, size):
     """One resampling of the middle square, in whole pixels."""
     data = png(height, width)
     side = min(height, width)
@@ -173,14 +173,14 @@ def test_the_centre_square_is_what_it_was_before_there_were_frames(height, width
 @pytest.mark.parametrize(
     ("crop", "tall", "wide"), [("center", (63, 191), (63, 191)), ("top", (0, 127), (63, 191))]
 )
-def test_a_crop_keeps_the_center_or_the_top(crop, tall, wide):
+def test_crop_keeps_center_or_top(crop, tall, wide):
     high = frame(png(256, 128), shapes=((64, 64),), crop=crop)[:, :, 0].astype(int)
     assert (high.min(), high.max()) == pytest.approx(tall, abs=3)
     broad = frame(png(128, 256), shapes=((64, 64),), crop=crop)[:, :, 1].astype(int)
     assert (broad.min(), broad.max()) == pytest.approx(wide, abs=3)
 
 
-def test_a_random_crop_follows_from_seed_and_row_alone():
+def test_random_crop_follows_from_seed_and_row():
     data = png(400, 40)
     rows = [f"web/00000/{number:07d}" for number in range(40)]
     made = {row: frame(data, row=row, crop="random", crop_seed=1) for row in rows}
@@ -194,7 +194,7 @@ def test_a_random_crop_follows_from_seed_and_row_alone():
     assert not np.array_equal(other, made[rows[0]])
 
 
-def test_a_random_crop_can_be_any_part():
+def test_random_crop_can_begin_anywhere():
     boxes = [
         crop_box((1, 1), height=1, width=4, crop="random", at=at) for at in (0.0, 0.24, 0.25, 0.75, 0.9999)
     ]
@@ -202,13 +202,13 @@ def test_a_random_crop_can_be_any_part():
 
 
 @pytest.mark.parametrize("sides", [(1_000, 100), (100, 1_000), (2, 3_000), (3_000, 2)])
-def test_a_sliver_goes_to_the_outermost_bucket(sides):
+def test_sliver_gets_the_outermost_bucket(sides):
     shapes = buckets_of(Buckets(), size=32, step=4)
     made = frame(png(*sides), shapes=shapes)
     assert made.shape[:2] == shapes[0 if sides[0] > sides[1] else -1]
 
 
-def test_a_bucket_is_chosen_by_the_upright_picture():
+def test_bucket_is_chosen_by_the_upright_image():
     turned = Image.Exif()
     turned[0x0112] = 6
     shapes = ((48, 16), (16, 48))
@@ -220,7 +220,7 @@ def test_a_bucket_is_chosen_by_the_upright_picture():
     assert upright[-1, 8, 1] > 235
 
 
-def test_a_large_picture_is_framed_without_aliasing():
+def test_large_image_is_cropped_without_aliasing():
     stripes = np.zeros((600, 1_800, 3), np.uint8)
     stripes[:, ::2] = 255
     buffer = io.BytesIO()
@@ -230,13 +230,13 @@ def test_a_large_picture_is_framed_without_aliasing():
     assert np.abs(made[:, 1:-1] - 127).max() <= 1
 
 
-def test_a_picture_that_travels_to_a_child_process_keeps_its_row():
+def test_pickled_image_keeps_its_row():
     sent = pickle.loads(pickle.dumps(EncodedImage(b"bytes", row="web/0/7"), protocol=pickle.HIGHEST_PROTOCOL))
     assert (sent, sent.row) == (b"bytes", "web/0/7")
 
 
 @pytest.mark.parametrize("size", [256, 512, 768])
-def test_the_document_lists_the_buckets_that_there_are(size):
+def test_document_lists_the_buckets(size):
     text = (Path(__file__).parents[3] / "docs/resolution.md").read_text()
     (row,) = re.findall(rf"^\| {size} \| (.*) \|$", text, re.MULTILINE)
     shapes = buckets_of(Buckets(), size=size, step=64)

@@ -1,0 +1,171 @@
+"""Builds tables: sends the units that are missing through stages and commits them as they finish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypedDict, TypeVar
+
+import pyarrow as pa
+
+from pipelines.datasets.settings import BuildSettings
+from pipelines.ray_data.execution import PipelineStage, Runner, run_on_ray
+from pipelines.ray_data.settings import Pool
+from pipelines.stages.settings import Device
+from pipelines.stages.write import WriteUnit, pack
+from pipelines.tables.commits import Origin
+from pipelines.tables.committer import OnProgress, commit_stream, recover, take_rows
+from pipelines.tables.manifest import UnitManifest
+from pipelines.tables.table import Snapshot, TableError, create_table
+from pipelines.tables.units import FinishedRows, Unit, UnitRows, committed_ranges, uncovered_ranges
+from pipelines.tables.verification import Recompute
+from snapfusion.settings import differences, digest
+
+Item = TypeVar("Item")
+Row = TypeVar("Row")
+CountRows = Callable[[Sequence[Any]], int | None]
+"""Rows that items will give; None if unknown."""
+
+
+class BuildOptions(TypedDict, total=False):
+    """Keyword arguments common to all builds; see `build_table`."""
+
+    origin: Origin | None
+    run: Runner
+    on_progress: OnProgress | None
+
+
+def build_table(
+    url: str,
+    settings: BuildSettings,
+    *,
+    schema: pa.Schema,
+    identity: dict[str, Any],
+    pending: Callable[[list[UnitManifest]], Iterable[Item]],
+    stages: Sequence[PipelineStage],
+    count_rows: CountRows | None = None,
+    origin: Origin | None = None,
+    run: Runner = run_on_ray,
+    on_progress: OnProgress | None = None,
+) -> Snapshot:
+    """Create the table at `url` or complete it; returns its newest version.
+
+    A run may be killed at any time: the next one commits the files that it wrote and makes the others.
+
+    Args:
+        url: of the table.
+        settings: the writers, and bounds on the run.
+        schema: of the table.
+        identity: everything that determines the rows.
+        pending: of the manifests of all committed units, the items to send through the stages.
+        stages: from an item to `FinishedRows`.
+        count_rows: rows that items will give, None if unknown; by default the rows of their units.
+        origin: what builds the table, and from what; recorded with each unit.
+        run: sends items through stages.
+        on_progress: called after each unit.
+
+    Raises:
+        TableError: if the table was made with another identity.
+        TooManyRejected: when the rejected fraction exceeds its bound.
+    """
+    count_rows = count_rows or _rows_in_units
+    table = recover(create_table(url, schema=schema, identity=identity), origin=origin)
+    manifests = list(table.manifests().values())
+    items = take_rows(pending(manifests), bounds=settings.bounds, rows=lambda item: count_rows([item]))
+    arguments = {"url": table.url, "schema": schema, "settings": digest(table.identity)}
+    write = PipelineStage(build=WriteUnit, arguments=arguments, pool=settings.writers)
+    return commit_stream(
+        table,
+        run(items, [*stages, write]),
+        bounds=settings.bounds,
+        # Counting may cost a round trip to the store for each shard.
+        total=count_rows(items) if on_progress else None,
+        origin=origin,
+        on_progress=on_progress,
+    )
+
+
+def model_stage(
+    build: Callable[..., Any], arguments: dict[str, Any], *, pool: Pool, schema: pa.Schema
+) -> PipelineStage:
+    """A stage with a model; a unit that kills every worker that tries it is rejected as a whole."""
+    return PipelineStage(
+        build=build, arguments=arguments, pool=pool, give_up=partial(_reject_all, columns=schema.names)
+    )
+
+
+def list_units(
+    rows: Sequence[Row],
+    manifests: Sequence[UnitManifest],
+    *,
+    source: str,
+    rows_per_unit: int,
+    digest: Callable[[Sequence[Row]], str],
+) -> Iterator[tuple[Unit, Sequence[Row]]]:
+    """The units of a list that are not committed, each with its rows.
+
+    Args:
+        rows: the list; it may have grown at its end since units of it were committed.
+        manifests: of all committed units.
+        source: name of the list.
+        rows_per_unit: of one unit.
+        digest: of some rows of the list.
+
+    Raises:
+        TableError: if a committed unit was made from other rows than those in the list.
+    """
+    for manifest in manifests:
+        if (
+            manifest.source == source
+            and digest(rows[manifest.start : manifest.stop]) != manifest.source_digest
+        ):
+            raise TableError(
+                f"unit {manifest.unit} was made from other rows than {manifest.start} .. {manifest.stop} of "
+                "the list given; give the same list (it may grow at its end), or a new table"
+            )
+    committed = committed_ranges(manifests, source)
+    for span in uncovered_ranges(len(rows), committed=committed, rows_per_unit=rows_per_unit):
+        part = rows[span.start : span.stop]
+        unit = Unit(
+            name=f"{source}-{span.start:09d}-{span.stop:09d}",
+            source=source,
+            start=span.start,
+            stop=span.stop,
+            final=span.final,
+            source_digest=digest(part),
+        )
+        yield unit, part
+
+
+def packed(schema: pa.Schema, recompute: Callable[[UnitManifest, pa.Table], FinishedRows]) -> Recompute:
+    """A function for `verify_table` that recomputes a unit and packs it as it was written."""
+
+    def recompute_table(manifest: UnitManifest, rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+        finished = recompute(manifest, rows)
+        return pack(finished, schema), finished.environment
+
+    return recompute_table
+
+
+def device_of(table: Snapshot, manifest: UnitManifest) -> Device:
+    """The device settings that a unit was made with, on whatever device there is."""
+    return Device(dtype=table.identity["dtype"], threads=manifest.environment["threads"])
+
+
+def check_same(table: Snapshot, expected: Mapping[str, Any], what: str) -> None:
+    """Refuse to recompute a table with other inputs than those it was made with.
+
+    Raises:
+        TableError: naming the first differences from the expected part of the identity.
+    """
+    recorded = {name: table.identity.get(name) for name in expected}
+    if differing := list(differences(recorded, dict(expected))):
+        raise TableError(f"{table.url} was made with another {what}: {'; '.join(differing[:3])}")
+
+
+def _rows_in_units(items: Sequence[Any]) -> int:
+    return sum(item.unit.rows_read for item in items)
+
+
+def _reject_all(rows: UnitRows, *, columns: Sequence[str]) -> FinishedRows:
+    return rows.reject_all(columns)
