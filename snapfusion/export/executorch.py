@@ -169,18 +169,12 @@ class ProgramDescription:
     """Contents of a `.pte`, whether or not this machine can execute it.
 
     Attributes:
-        inputs: as stated.
-        outputs: as stated.
         delegates: number of calls of each delegate, such as XnnpackBackend.
         kernels: number of calls of each of ExecuTorch's own kernels, which run what no delegate took.
-        planned_bytes: memory for values between those calls; delegates allocate more of their own.
     """
 
-    inputs: tuple[ProgramPort, ...]
-    outputs: tuple[ProgramPort, ...]
     delegates: dict[str, int]
     kernels: dict[str, int]
-    planned_bytes: int
 
 
 class ExecuTorchProgram:
@@ -242,23 +236,17 @@ def describe_program(source: bytes | Path) -> ProgramDescription:
         ValueError: if it is no ExecuTorch program.
     """
     with quiet():
-        inputs, outputs = _ports(_load(source))
+        # Loaded, because the runtime verifies the file: the plan's reader does not.
+        _load(source)
         plan = _execution_plan(source)
-    delegates: Counter[str] = Counter()
-    kernels: Counter[str] = Counter()
+    delegates, kernels = Counter[str](), Counter[str]()
     for instruction in (instruction for chain in plan.chains for instruction in chain.instructions):
         call = instruction.instr_args
         if hasattr(call, "delegate_index"):
             delegates[plan.delegates[call.delegate_index].id] += 1
         elif hasattr(call, "op_index"):
             kernels[plan.operators[call.op_index].name] += 1
-    return ProgramDescription(
-        inputs=inputs,
-        outputs=outputs,
-        delegates=dict(delegates),
-        kernels=dict(kernels),
-        planned_bytes=sum(plan.non_const_buffer_sizes),
-    )
+    return ProgramDescription(delegates=dict(delegates), kernels=dict(kernels))
 
 
 def extract_package(source: bytes | Path, package: Path) -> None:

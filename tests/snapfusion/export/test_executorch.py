@@ -113,8 +113,8 @@ def test_8_bit_convolutions_are_lowered_correctly():
 
 def test_8_bit_programs_are_a_third_in_size(words, samples, compiled):
     quantized = compile_executorch(words, kind="int8")
-    program, description = ExecuTorchProgram(quantized), describe_program(compiled)
-    assert (program.inputs, program.outputs) == (description.inputs, description.outputs)
+    program, whole = ExecuTorchProgram(quantized), ExecuTorchProgram(compiled)
+    assert (program.inputs, program.outputs) == (whole.inputs, whole.outputs)
     assert psnr_of(program, words, samples) > 40
     assert 3 * len(quantized) < len(compiled)
 
@@ -143,7 +143,6 @@ def test_attention_leaves_nothing_to_slow_kernels():
 def test_core_ml_programs_are_described_only(for_core_ml):
     description = describe_program(for_core_ml)
     assert (description.delegates, description.kernels) == ({"CoreMLBackend": 1}, {})
-    assert [port.dtype for port in description.inputs] == ["int32", "float32"]
     with pytest.raises(ValueError, match=r"lowered for CoreMLBackend, but ExecuTorch has .*XnnpackBackend"):
         ExecuTorchProgram(for_core_ml)
 
@@ -177,7 +176,6 @@ def test_a_description_counts_delegated_and_other_calls(compiled, path):
     assert set(description.delegates) == {"XnnpackBackend"}
     assert description.kernels["aten::embedding"] == 1
     assert not any("convolution" in kernel or "addmm" in kernel for kernel in description.kernels)
-    assert description.planned_bytes > 8 * 128 * 4
 
 
 def test_a_file_is_memory_mapped(path, samples, compiled):
