@@ -1,6 +1,7 @@
 """Losses without groups of blocks: the groups, denoising, and the comparison of two models."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -42,10 +43,7 @@ def plain():
 
 def changed(bundle, unet) -> Bundle:
     """The bundle with another UNet."""
-    other = copy.copy(bundle)
-    other.unet, other.source = unet, "changed"
-    other.__post_init__()
-    return other
+    return dataclasses.replace(bundle, unet=unet, source="changed")
 
 
 def pruned(bundle, block) -> Bundle:
