@@ -78,7 +78,7 @@ def _data_job(url: str, *, workers: int) -> tuple[float, float]:
         for row in range(_ROWS * _UNITS * workers)
     ]
     stage = GeneratePairs(teacher=_MODEL, settings=settings.generation, device=settings.device)
-    units = itertools.islice(pending_units(settings, captions=captions, source=_SOURCE, accounts=()), _UNITS)
+    units = itertools.islice(pending_units(settings, (), captions=captions, source=_SOURCE), _UNITS)
     alone = statistics.median(stage(unit).seconds for unit in units)
     began = time.monotonic()
     generate_pairs(settings, teacher=_MODEL, captions=captions, source=_SOURCE, url=url)

@@ -1,6 +1,5 @@
-"""Ray Train round the loop: killed and continued under the same name, and any number of workers."""
+"""Tests of training under Ray Train."""
 
-import itertools
 import json
 import os
 import signal
@@ -177,9 +176,3 @@ def test_a_report_is_one_line():
     assert report_line(figures) == (
         "decoder 40/400 steps, loss 0.01235, 8.0 steps/s by 2 workers, 1 min 15 s left, 3% waiting for data"
     )
-
-
-def test_double_reads_like_a_table():
-    batches = training().loader.batches(0)
-    assert len(set(itertools.chain(*(next(batches).ids for _ in range(4))))) == 32
-    batches.close()
