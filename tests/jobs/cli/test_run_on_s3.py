@@ -1,4 +1,4 @@
-"""Runs whose every place is in an object store, with credentials that nobody may read there."""
+"""Runs with all URLs in an object store, and credentials that must not appear anywhere."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from in_process import in_process
 from ray_nodes import ray_head
+from set_options import set_options
 
 from jobs import compute_targets, encode_latents, render_scenes
 from pipelines.storage.objects import list_parquet, read_bytes
@@ -48,7 +49,7 @@ SMALL = (
 
 @pytest.fixture
 def sessions() -> Iterator[Path]:
-    """Where Ray keeps its sessions; the name is short, as those of sockets must be."""
+    """Folder of Ray's sessions, with a name short enough for sockets."""
     folder = Path(tempfile.mkdtemp(prefix="s3-", dir="/tmp"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -56,7 +57,7 @@ def sessions() -> Iterator[Path]:
 
 @pytest.fixture
 def credentials(tmp_path: Path) -> Path:
-    """As a Kubernetes Secret is mounted."""
+    """A file like a mounted Kubernetes Secret."""
     file = tmp_path / "credentials"
     file.touch(mode=0o600)
     file.write_text(f"AWS_ACCESS_KEY_ID={KEY}\nAWS_SECRET_ACCESS_KEY={SECRET}\nAWS_SESSION_TOKEN={TOKEN}\n")
@@ -64,33 +65,33 @@ def credentials(tmp_path: Path) -> Path:
 
 
 def run(*words: str, sessions: Path) -> str:
-    """What a command prints, in an environment that says nothing of any store."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    there = {
+    """Output of a command, in an environment without variables of stores."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    own = {
         "RAY_TMPDIR": str(sessions),
         "SNAPFUSION_CACHE": str(sessions / "cache"),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    ended = subprocess.run(
+    result = subprocess.run(
         [sys.executable, *words],
         cwd=sessions,
-        env=kept | there,
+        env=inherited | own,
         check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert ended.returncode == 0, ended.stdout[-6000:]
-    return ended.stdout
+    assert result.returncode == 0, result.stdout[-6000:]
+    return result.stdout
 
 
 def options(out: str, settings: tuple[str, ...]) -> list[str]:
-    return ["--out", out, *(word for setting in settings for word in ("--set", setting))]
+    return ["--out", out, *set_options(settings)]
 
 
 def on_s3(credentials: Path) -> tuple[str, ...]:
-    """The section of the recipe, with all that the environment would say otherwise."""
+    """Storage settings that replace the environment's variables."""
     endpoint = os.environ["AWS_ENDPOINT_URL"]
     return (
         f"storage.endpoint={endpoint}",
@@ -100,7 +101,7 @@ def on_s3(credentials: Path) -> tuple[str, ...]:
 
 
 def contents(bucket: str, sessions: Path) -> Iterator[tuple[str, bytes]]:
-    """Every object of the bucket and every file that Ray left; of Parquet what is in it as well."""
+    """Every object of the bucket and every file of Ray; of Parquet its schema and rows too."""
     filesystem = fsspec.filesystem("s3")
     filesystem.invalidate_cache()
     for name in filesystem.find(bucket):
@@ -120,15 +121,15 @@ def spellings(secret: str) -> list[bytes]:
     return [plain, *(text.rstrip(b"=") for text in encoded)]
 
 
-def assert_kept(bucket: str, *, sessions: Path, printed: str, credentials: Path) -> None:
-    """Nobody but the clients was told the secrets; where they lie, which is not secret, was found."""
-    found = [("what was printed", printed.encode()), *contents(bucket, sessions)]
+def assert_secrets_hidden(bucket: str, *, sessions: Path, printed: str, credentials: Path) -> None:
+    """The secrets appear nowhere; the path of their file, which is not secret, does."""
+    found = [("output", printed.encode()), *contents(bucket, sessions)]
     for secret in (KEY, SECRET, TOKEN):
-        told = [name for name, data in found if any(text in data for text in spellings(secret))]
-        assert told == []
-    told = [name for name, data in found if str(credentials).encode() in data]
-    assert "what was printed" in told
-    assert any("/settings/" in name for name in told)
+        leaks = [name for name, data in found if any(text in data for text in spellings(secret))]
+        assert leaks == []
+    shown = [name for name, data in found if str(credentials).encode() in data]
+    assert "output" in shown
+    assert any("/settings/" in name for name in shown)
     assert any("/logs/" in name and name.startswith(str(sessions)) for name, _ in found)
 
 
@@ -137,20 +138,20 @@ def data_files(url: str) -> dict[str, bytes]:
 
 
 @pytest.mark.ray
-def test_shards_to_a_student_in_a_bucket_without_a_word_of_the_secrets(
+def test_run_in_a_bucket_hides_its_secrets(
     bucket: str, credentials: Path, sessions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, here = f"{bucket}/small", str(tmp_path / "here")
+    out, local = f"{bucket}/small", str(tmp_path / "here")
     jobs = ["in-process", "render_scenes", "encode_latents", "compute_targets", "distill_steps"]
     jobs += [f"verify_table,{out}/targets", "vacuum"]
     printed = run(SCRIPT, *jobs, "--", *options(out, (*SMALL, *on_s3(credentials))), sessions=sessions)
-    assert_kept(bucket, sessions=sessions, printed=printed, credentials=credentials)
+    assert_secrets_hidden(bucket, sessions=sessions, printed=printed, credentials=credentials)
     for job in (encode_latents, compute_targets):
         monkeypatch.setattr(job, "runner", lambda _: in_process)
     for job in (render_scenes, encode_latents, compute_targets):
-        assert job.main(options(here, SMALL)) == 0
+        assert job.main(options(local, SMALL)) == 0
     for table in ("latents", "targets"):
-        assert data_files(f"{out}/{table}") == data_files(f"{here}/{table}")
+        assert data_files(f"{out}/{table}") == data_files(f"{local}/{table}")
     assert open_table(f"{out}/targets").num_rows == 48
     names = {name.removeprefix("bucket/small/") for name in fsspec.filesystem("s3").find(out)}
     assert {"student/metrics.json", "student/model/model_index.json"} <= names
@@ -188,7 +189,7 @@ FULL = (
     "evaluation.groups=2",
     "oracle_floor=null",
 )
-# Nothing of these follows from times that were measured.
+# None of these depends on measured times.
 WEIGHTS = (
     "efficient/model/unet/diffusion_pytorch_model.safetensors",
     "student/model/unet/diffusion_pytorch_model.safetensors",
@@ -200,12 +201,12 @@ WEIGHTS = (
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1500)
-def test_the_whole_pipeline_in_a_bucket_gives_what_it_gives_on_a_disk(
+def test_pipeline_in_a_bucket_equals_one_on_disk(
     bucket: str, credentials: Path, sessions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, here = f"{bucket}/full", str(tmp_path / "here")
+    out, local = f"{bucket}/full", str(tmp_path / "here")
     words = ["--recipe", "mini", *options(out, (*FULL, *on_s3(credentials)))]
-    # Shards that lie in a bucket already, as in a run at full size.
+    # Shards are in the bucket already, as in a run at full size.
     printed = run("-m", "jobs.render_scenes", *words, sessions=sessions)
     words += ["--set", f"source.url={out}/shards"]
     printed += run("-m", "jobs.run_pipeline", *words, sessions=sessions)
@@ -213,14 +214,14 @@ def test_the_whole_pipeline_in_a_bucket_gives_what_it_gives_on_a_disk(
     after = [*(f"verify_table,{table}" for table in tables), "evaluate", "vacuum", "report"]
     printed += run(SCRIPT, *after, "--", *words, sessions=sessions)
     assert printed.count("no fault found") == 2
-    assert_kept(bucket, sessions=sessions, printed=printed, credentials=credentials)
+    assert_secrets_hidden(bucket, sessions=sessions, printed=printed, credentials=credentials)
     jobs = ["render_scenes", "encode_latents", "train_efficient", "distill_steps"]
     jobs += ["generate_pairs", "distill_decoder"]
-    run(SCRIPT, *jobs, "--", "--recipe", "mini", *options(here, FULL), sessions=sessions)
+    run(SCRIPT, *jobs, "--", "--recipe", "mini", *options(local, FULL), sessions=sessions)
     for name in ("latents", "pairs"):
-        assert data_files(f"{out}/{name}") == data_files(f"{here}/{name}")
+        assert data_files(f"{out}/{name}") == data_files(f"{local}/{name}")
     for name in WEIGHTS:
-        assert read_bytes(f"{out}/{name}") == read_bytes(f"{here}/{name}"), name
+        assert read_bytes(f"{out}/{name}") == read_bytes(f"{local}/{name}"), name
     names = {name.removeprefix("bucket/full/") for name in fsspec.filesystem("s3").find(out)}
     assert {"mobile/manifest.json", "report/index.html", "metrics.json", "evaluation/results.json"} <= names
     for folder in ("student/logs/", "student/watch/", "student/best/"):
@@ -232,9 +233,7 @@ def test_the_whole_pipeline_in_a_bucket_gives_what_it_gives_on_a_disk(
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_workers_of_a_running_cluster_read_the_file_on_their_own_node(
-    bucket: str, credentials: Path, sessions: Path
-) -> None:
+def test_workers_read_credentials_on_their_node(bucket: str, credentials: Path, sessions: Path) -> None:
     words = options(f"{bucket}/joined", (*SMALL, *on_s3(credentials)))
     printed = run("-m", "jobs.render_scenes", *words, sessions=sessions)
     with pytest.MonkeyPatch.context() as patch:
@@ -242,9 +241,9 @@ def test_workers_of_a_running_cluster_read_the_file_on_their_own_node(
             patch.delenv(name)
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         with ray_head(sessions) as head:
-            code, told = head.submit("encode", "jobs.encode_latents", *words)
-            assert code == 0, told
+            code, output = head.submit("encode", "jobs.encode_latents", *words)
+            assert code == 0, output
             listed = subprocess.run(head.job("list"), env=head.environment, capture_output=True, check=True)
     assert open_table(f"{bucket}/joined/latents").num_rows == 24
-    printed += told + listed.stdout.decode() + listed.stderr.decode()
-    assert_kept(bucket, sessions=sessions, printed=printed, credentials=credentials)
+    printed += output + listed.stdout.decode() + listed.stderr.decode()
+    assert_secrets_hidden(bucket, sessions=sessions, printed=printed, credentials=credentials)

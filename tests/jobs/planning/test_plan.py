@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from set_options import set_options
 
 from jobs import plan
 from jobs.planning.rates import Rates, given_rates
@@ -77,8 +78,7 @@ def test_plan_json(tmp_path, capsys):
     ids=str,
 )
 def test_a_mistake_names_the_option(settings, message, tmp_path, capsys):
-    arguments = [word for setting in settings for word in ("--set", setting)]
-    assert plan.main(["--out", str(tmp_path), *arguments]) == 2
+    assert plan.main(["--out", str(tmp_path), *set_options(settings)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"plan: {message}"), error
     assert error.count("\n") == 1
@@ -94,7 +94,7 @@ def test_rows_are_counted_from_sidecars(tmp_path, capsys):
     pictures = [ShardRow(image=b"x", caption="c") for _ in range(7)]
     write_shard(str(tmp_path / "shards"), pictures, index=0)
     settings = [f"source.url={tmp_path / 'shards'}", 'plan.steps=["encode_latents"]', "plan.kept=0.5"]
-    arguments = [word for setting in settings for word in ("--set", setting)]
+    arguments = set_options(settings)
     assert plan.main(["--out", str(tmp_path), *GIVEN, *arguments]) == 0
     assert "7 rows read, 4 encoded" in capsys.readouterr().out
     (tmp_path / "shards" / "00000.parquet").unlink()

@@ -1,4 +1,4 @@
-"""Credentials from a file that lies on every node, and secrets that are refused where they would be told."""
+"""Credentials from a file on every node, and secrets refused where they would be shown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PUBLIC = ("SNAPFUSION_CREDENTIALS", "AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP", "AWS_D
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a credential, and put back afterwards, whatever a test puts in."""
+    """An environment without credentials, restored after the test."""
     for name in (*CREDENTIAL_VARIABLES, *PUBLIC):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -43,7 +43,7 @@ def written(folder: Path, text: str, *, mode: int = 0o600) -> Path:
     return file
 
 
-def test_a_file_becomes_variables_and_only_its_place_is_for_all_to_see(tmp_path: Path) -> None:
+def test_only_the_path_of_credentials_is_public(tmp_path: Path) -> None:
     file = written(
         tmp_path, f"# of the teachers\n\nAWS_ACCESS_KEY_ID = AKIA\nAWS_SECRET_ACCESS_KEY={SECRET}\n"
     )
@@ -67,16 +67,14 @@ def test_a_file_becomes_variables_and_only_its_place_is_for_all_to_see(tmp_path:
     assert shown["worker_process_setup_hook"] == "jobs.runtime.credentials.apply_storage_in_worker"
 
 
-def test_without_a_file_the_environment_stays_as_it_is() -> None:
+def test_without_a_file_the_environment_is_unchanged() -> None:
     before = dict(os.environ)
     apply_storage(StorageSettings())
     assert dict(os.environ) == before
     assert worker_runtime_env({"A": "b"}) == {"env_vars": {"A": "b"}}
 
 
-def test_a_worker_reads_the_file_on_its_own_node_or_says_that_it_cannot(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_worker_reads_its_nodes_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     apply_storage_in_worker()
     os.environ["SNAPFUSION_CREDENTIALS"] = str(written(tmp_path, f"AWS_SECRET_ACCESS_KEY={SECRET}\n"))
     apply_storage_in_worker()
@@ -107,18 +105,15 @@ def test_a_worker_reads_the_file_on_its_own_node_or_says_that_it_cannot(
         ("#" * 70_000, "more than 65536 bytes"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_told_by_its_line_and_not_repeated(
-    text: str, line: str, tmp_path: Path
-) -> None:
+def test_an_unusable_file_is_named_not_repeated(text: str, line: str, tmp_path: Path) -> None:
     with pytest.raises(CredentialsError) as raised:
         read_credentials(written(tmp_path, text))
     assert line in str(raised.value)
-    assert SECRET not in str(raised.value)
-    assert ANOTHER not in str(raised.value)
-    assert "\n" not in str(raised.value)
+    for hidden in (SECRET, ANOTHER, "\n"):
+        assert hidden not in str(raised.value)
 
 
-def test_a_file_that_is_not_there_or_everybodys_is_refused(tmp_path: Path) -> None:
+def test_missing_or_world_readable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CredentialsError, match="No such file"):
         read_credentials(tmp_path / "none")
     with pytest.raises(CredentialsError, match="directory"):
@@ -128,13 +123,13 @@ def test_a_file_that_is_not_there_or_everybodys_is_refused(tmp_path: Path) -> No
     assert read_credentials(written(tmp_path, f"AWS_SECRET_ACCESS_KEY={SECRET}\n", mode=0o440))
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    """All that was printed: one line, without the secret."""
-    told = capsys.readouterr()
-    assert SECRET not in told.out + told.err
-    assert ANOTHER not in told.out + told.err
-    assert told.err.count("\n") == 1, told.err
-    return told.err
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr; no secret is printed."""
+    output = capsys.readouterr()
+    for secret in (SECRET, ANOTHER):
+        assert secret not in output.out + output.err
+    assert output.err.count("\n") == 1, output.err
+    return output.err
 
 
 @pytest.mark.parametrize(
@@ -149,18 +144,18 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )
 @pytest.mark.parametrize("option", ["out", "set", "out=", "set="])
-def test_a_secret_in_an_option_is_refused_and_not_repeated(
+def test_a_secret_in_an_option_is_refused(
     url: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     word = f"source.url={url}" if option.startswith("set") else url
     words = [f"--{option}{word}"] if option.endswith("=") else [f"--{option}", word]
-    place = [] if option.startswith("out") else ["--out", str(tmp_path / "run")]
-    assert encode_latents.main([*words, *place, "--dry-run"]) == 2
-    line = said(capsys)
+    out = [] if option.startswith("out") else ["--out", str(tmp_path / "run")]
+    assert encode_latents.main([*words, *out, "--dry-run"]) == 2
+    line = error_line(capsys)
     assert line.startswith(f"encode_latents: --{option.strip('=')}")
     assert "is a secret, and is not repeated here" in line
-    assert encode_latents.main([*words, *place]) == 2
-    said(capsys)
+    assert encode_latents.main([*words, *out]) == 2
+    error_line(capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -169,17 +164,15 @@ def test_every_command_refuses_secrets(verb: str, capsys: pytest.CaptureFixture[
     secret = f"s3://AKIA:{SECRET}@bucket/x"
     for words in ([secret], ["--out", secret], ["--set", f"model={secret}"]):
         assert command.main([verb, *words]) == 2
-        assert "is a secret" in said(capsys)
+        assert "is a secret" in error_line(capsys)
 
 
 @pytest.mark.parametrize("verb", command.VERBS)
-def test_every_command_tells_a_wrong_option_in_one_line(
-    verb: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_reports_a_wrong_option(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([verb, "--set"]) == 2
     assert re.fullmatch(
         r"[a-z_]+: (--set: expected one argument|[^\n]*required[^\n]*|[^\n]*unrecognized[^\n]*)\n",
-        said(capsys),
+        error_line(capsys),
     )
 
 
@@ -192,7 +185,7 @@ def test_a_secret_in_a_recipe_is_refused(
     )
     monkeypatch.setitem(RECIPES, "mini", lambda: careless)
     assert encode_latents.main(["--out", str(tmp_path / "run")]) == 2
-    assert "captions.url: a user and a password before the @ of a URL is a secret" in said(capsys)
+    assert "captions.url: a user and a password before the @ of a URL is a secret" in error_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -207,11 +200,11 @@ def test_a_secret_in_a_recipe_is_refused(
         f"storage.endpoint=https://{ANOTHER}@host",
     ],
 )
-def test_a_secret_in_place_of_a_public_value_is_not_repeated(
+def test_a_secret_as_a_public_value_is_hidden(
     setting: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert encode_latents.main(["--out", str(tmp_path / "run"), "--set", setting]) == 2
-    assert said(capsys).startswith("encode_latents: --set storage")
+    assert error_line(capsys).startswith("encode_latents: --set storage")
 
 
 @pytest.mark.parametrize(
@@ -226,21 +219,23 @@ def test_a_secret_in_place_of_a_public_value_is_not_repeated(
         "/data/a@b:c",
     ],
 )
-def test_what_is_no_secret_is_accepted(url: str) -> None:
+def test_urls_without_secrets_are_accepted(url: str) -> None:
     refuse_secrets_in_options(["--out", url, "--set", f"captions.url={url}", f"--set=model={url}", url])
     refuse_secrets(recipe_named("mini").with_values([f"captions.url={url}"]))
 
 
-def test_a_store_without_its_package_is_refused_before_any_work(
+def test_a_store_without_its_package_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     assert encode_latents.main(["--out", "gs://bucket/run"]) == 2
-    assert said(capsys).startswith(
+    assert error_line(capsys).startswith(
         "encode_latents: --out gs://bucket/run: no client for gs:// is installed; pip"
     )
     assert encode_latents.main(["--out", "runs/x", "--set", "source.url=gs://bucket/shards"]) == 2
-    assert said(capsys).startswith("encode_latents: source.url gs://bucket/shards: gs:// cannot be reached")
+    assert error_line(capsys).startswith(
+        "encode_latents: source.url gs://bucket/shards: gs:// cannot be reached"
+    )
     assert not Path("runs/x").exists()
 
 

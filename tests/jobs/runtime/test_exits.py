@@ -1,4 +1,4 @@
-"""What ends a command from outside: Ctrl-C and SIGTERM, once and twice, with one line and a code."""
+"""Signals: Ctrl-C and SIGTERM, once and twice, end a command with one line and an exit code."""
 
 from __future__ import annotations
 
@@ -22,12 +22,9 @@ exit_process(run_guarded("verb", work))
 """
 
 
-def started(*, unwinding: float = 0.0) -> subprocess.Popen[str]:
+def started(script: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", WORK.format(unwinding=unwinding)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "working\n"
     return process
@@ -36,16 +33,16 @@ def started(*, unwinding: float = 0.0) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("number", "code", "how"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
-def test_a_signal_unwinds_the_work_and_is_told_in_one_line(number, code, how):
-    process = started()
+def test_a_signal_unwinds_the_work(number, code, how):
+    process = started(WORK.format(unwinding=0.0))
     process.send_signal(number)
-    said, told = process.communicate(timeout=30)
+    output, error = process.communicate(timeout=30)
     assert process.returncode == code
-    assert said == "unwinding\n"
-    assert told == f"verb: {how}; run the same command again to go on\n"
+    assert output == "unwinding\n"
+    assert error == f"verb: {how}; run the same command again to go on\n"
 
 
-def test_after_the_line_of_a_stopped_command_nobody_says_more():
+def test_nothing_is_printed_after_the_last_line():
     noisy = """
 import os, signal, sys, types
 from jobs.runtime.exit_codes import exit_process, run_guarded
@@ -57,13 +54,13 @@ class Actors:
     def __del__(self):
         complain()
 def work():
-    held = Actors()
+    actors = Actors()
     print("working", flush=True)
     if sys.argv[1] == "stop":
         os.kill(os.getpid(), signal.SIGTERM)
 exit_process(run_guarded("verb", work))
 """
-    said = {
+    outputs = {
         how: subprocess.run(
             [sys.executable, "-c", noisy, how],
             check=False,
@@ -73,13 +70,13 @@ exit_process(run_guarded("verb", work))
         ).stdout
         for how in ("stop", "end")
     }
-    assert said["stop"] == "working\nverb: terminated; run the same command again to go on\n"
-    assert said["end"] == "working\n" + 2 * "(raylet) an actor is dead\ndead, too\n"
+    assert outputs["stop"] == "working\nverb: terminated; run the same command again to go on\n"
+    assert outputs["end"] == "working\n" + 2 * "(raylet) an actor is dead\ndead, too\n"
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_where_it_stands(second):
-    process = started(unwinding=60.0)
+def test_a_second_signal_ends_the_process(second):
+    process = started(WORK.format(unwinding=60.0))
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "unwinding\n"
     process.send_signal(second)
@@ -87,7 +84,7 @@ def test_a_second_signal_ends_it_where_it_stands(second):
     assert process.returncode == -second
 
 
-def test_an_interrupt_that_is_lost_ends_the_work_all_the_same():
+def test_a_lost_interrupt_still_ends_the_process():
     lost = """
 import signal, time
 import jobs.runtime.exit_codes as exit_codes
@@ -100,34 +97,25 @@ def work():
         time.sleep(60)
 exit_codes.exit_process(exit_codes.run_guarded("verb", work))
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", lost], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "working\n"
+    process = started(lost)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=30)
     assert process.returncode == 143
-    assert told == "verb: terminated; run the same command again to go on\n"
+    assert error == "verb: terminated; run the same command again to go on\n"
 
 
-def test_what_ignores_ctrl_c_still_hears_sigterm():
-    """As a shell starts what runs in its background."""
+def test_sigterm_ends_what_ignores_ctrl_c():
+    """A shell starts background jobs like this."""
     ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {WORK.strip()}"
-    process = subprocess.Popen(
-        [sys.executable, "-c", ignoring.format(unwinding=0.0)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "working\n"
+    process = started(ignoring.format(unwinding=0.0))
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=30)
     assert process.returncode == 143
-    assert told.startswith("verb: terminated;")
+    assert error.startswith("verb: terminated;")
 
 
-def test_signals_are_the_callers_again_afterwards():
+def test_signal_handlers_are_restored():
     script = """
 import signal
 from jobs.runtime.exit_codes import run_guarded

@@ -1,7 +1,7 @@
-"""The kill matrix: who is killed, when and how often; what is left is what an undisturbed run leaves.
+"""Kills a worker, a node or the driver at each point of a run, and compares with an undisturbed run.
 
-A head without CPUs carries the drivers, two nodes the work; a node that is taken away is replaced, as a cloud
-does. Part of `make bench`, which prints how much longer each run took than one that nothing happened to.
+A head without CPUs runs the drivers, two nodes the work; a killed node is replaced, as a cloud does. Part of
+`make bench`, which prints how much longer each run took than an undisturbed one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 from in_process import in_process
 from ray_nodes import Head, kill_node, ray_head, ray_worker
+from set_options import set_options
 
 from jobs import render_scenes
 from jobs.cli.job import Job
@@ -48,25 +49,25 @@ VPRED = (
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """A head that carries drivers and no work."""
+    """A head that runs drivers alone."""
     with ray_head(tmp_path_factory.mktemp("head"), cpus=0) as head:
         yield head
 
 
 @dataclass
 class Nodes:
-    """Two nodes that do the work."""
+    """Two nodes that run the work."""
 
     head: Head
     stack: ExitStack
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    begun: int = 0
+    started: int = 0
 
     def add(self) -> None:
-        self.begun += 1
-        self.running.append(self.stack.enter_context(ray_worker(self.head, f"node-{self.begun}", cpus=2)))
+        self.started += 1
+        self.running.append(self.stack.enter_context(ray_worker(self.head, f"node-{self.started}", cpus=2)))
 
-    def take_away(self) -> None:
+    def kill_oldest(self) -> None:
         kill_node(self.running.pop(0))
 
 
@@ -98,7 +99,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Driver:
-    """A job's driver beside the head, started again when it was killed."""
+    """A job's driver on the head, restarted when it is killed."""
 
     head: Head
     command: tuple[str, ...]
@@ -110,7 +111,7 @@ class Driver:
 
     def start(self) -> None:
         self.process = self.head.drive(*self.command)
-        # Read all the time: a driver whose line is full would stand still.
+        # Read continuously: a driver blocks when its pipe is full.
         self.reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self.reader.start()
 
@@ -124,8 +125,8 @@ class Driver:
         self.process.wait()
         self.start()
 
-    def until(self, happened: Callable[[], bool]) -> None:
-        """Wait for something, as long as the driver is there."""
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        """Wait for a condition while the driver runs."""
         deadline = time.monotonic() + 240
         while not happened():
             assert self.process.poll() is None, "".join(self.printed)
@@ -133,7 +134,7 @@ class Driver:
             time.sleep(0.01)
 
     def end(self) -> float:
-        """Seconds since the first start, when it has ended well."""
+        """Seconds from the first start to a successful end."""
         try:
             code = self.process.wait(timeout=400)
         finally:
@@ -143,28 +144,24 @@ class Driver:
         return time.monotonic() - self.began
 
 
-def settings(assignments: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(word for assignment in assignments for word in ("--set", assignment))
-
-
 def workers(title: str) -> list[int]:
-    """Processes of Ray that have such an actor in them."""
+    """Ray processes of an actor class."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if (folder / "cmdline").read_bytes().decode(errors="replace").startswith(title):
                 found.append(int(folder.name))
-        except OSError:  # it ended meanwhile
+        except OSError:  # The process has ended.
             continue
     return sorted(found)
 
 
 def strike(who: str, *, driver: Driver, nodes: Nodes, actors: str) -> None:
-    """SIGKILL for the driver, one worker, or all of a node."""
+    """Send SIGKILL to the driver, one worker, or a whole node."""
     if who == "driver":
         driver.kill()
     elif who == "node":
-        nodes.take_away()
+        nodes.kill_oldest()
         nodes.add()
     else:
         os.kill(workers(actors)[0], signal.SIGKILL)
@@ -174,8 +171,7 @@ def units_in(url: Path) -> int:
     return len(open_table(str(url)).units) if is_table(str(url)) else 0
 
 
-def uncommitted(url: Path) -> bool:
-    """Whether there is a data file that no commit names."""
+def has_uncommitted_file(url: Path) -> bool:
     return is_table(str(url)) and len([*url.glob("*.parquet")]) > units_in(url)
 
 
@@ -184,8 +180,8 @@ def data_files(table: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def drawn(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The data files of PAIRS, made in one process."""
+def expected_pairs(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Data files of PAIRS generated in one process."""
     recipe = recipe_named("mini").with_values(list(PAIRS))
     out = tmp_path_factory.mktemp("alone") / "pairs"
     generate_pairs(
@@ -205,13 +201,13 @@ TRAINERS = "ray::RayTrainWorker"
 
 @pytest.fixture(scope="module")
 def quiet_pairs(head: Head, nodes: Nodes, run: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Seconds of a generation that nothing happens to."""
+    """Seconds of an undisturbed generation."""
     out = tmp_path_factory.mktemp("quiet") / "run"
     shutil.copytree(run, out)
-    return Driver(head, ("jobs.generate_pairs", "--out", str(out), *settings(PAIRS))).end()
+    return Driver(head, ("jobs.generate_pairs", "--out", str(out), *set_options(PAIRS))).end()
 
 
-def said(capsys: pytest.CaptureFixture[str], line: str) -> None:
+def show(capsys: pytest.CaptureFixture[str], line: str) -> None:
     with capsys.disabled():
         print(f"\n{line}", flush=True)
 
@@ -230,35 +226,38 @@ def test_generation(
     head: Head,
     nodes: Nodes,
     run: Path,
-    drawn: dict[str, bytes],
+    expected_pairs: dict[str, bytes],
     quiet_pairs: float,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(run, out)
-    pairs, driver = out / "pairs", Driver(head, ("jobs.generate_pairs", "--out", str(out), *settings(PAIRS)))
+    pairs, driver = (
+        out / "pairs",
+        Driver(head, ("jobs.generate_pairs", "--out", str(out), *set_options(PAIRS))),
+    )
     for struck in range(times):
         if when == "before the first unit":
-            driver.until(lambda: bool(workers(TEACHERS)))
+            driver.wait_until(lambda: bool(workers(TEACHERS)))
         elif when == "between units":
-            driver.until(lambda struck=struck: units_in(pairs) > 2 * struck and bool(workers(TEACHERS)))
+            driver.wait_until(lambda struck=struck: units_in(pairs) > 2 * struck and bool(workers(TEACHERS)))
         else:
-            driver.until(lambda: uncommitted(pairs))
+            driver.wait_until(lambda: has_uncommitted_file(pairs))
         strike(who, driver=driver, nodes=nodes, actors=TEACHERS)
     lost = driver.end() - quiet_pairs
-    said(capsys, f"generation | {who} | {when} | {times} | {lost:.1f} s of {quiet_pairs:.1f} s")
-    assert data_files(pairs) == drawn
-    assert sum(account.rows_read for account in open_table(str(pairs)).manifests().values()) == 96
+    show(capsys, f"generation | {who} | {when} | {times} | {lost:.1f} s of {quiet_pairs:.1f} s")
+    assert data_files(pairs) == expected_pairs
+    assert sum(manifest.rows_read for manifest in open_table(str(pairs)).manifests().values()) == 96
 
 
-def checkpoints(out: Path, *, whole: bool = True) -> list[int]:
-    """Steps of which there is a checkpoint; or a folder of one that is being written."""
+def checkpoints(out: Path, *, complete: bool = True) -> list[int]:
+    """Steps of complete checkpoints, or of those being written."""
     folders = [*(out / "vpred.training").glob("*/step-*")]
     return [
         int(folder.name.rpartition("-")[2])
         for folder in folders
-        if (folder / "manifest.json").exists() == whole
+        if (folder / "manifest.json").exists() == complete
     ]
 
 
@@ -270,10 +269,10 @@ def weights(out: Path) -> bytes:
 def quiet_training(
     head: Head, nodes: Nodes, run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[bytes, float]:
-    """The weights and the seconds of a training that nothing happens to."""
+    """Weights and seconds of an undisturbed training."""
     out = tmp_path_factory.mktemp("quiet") / "run"
     shutil.copytree(run, out)
-    seconds = Driver(head, ("jobs.finetune_vpred", "--out", str(out), *settings(VPRED))).end()
+    seconds = Driver(head, ("jobs.finetune_vpred", "--out", str(out), *set_options(VPRED))).end()
     return weights(out), seconds
 
 
@@ -297,21 +296,21 @@ def test_training(
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(run, out)
-    driver = Driver(head, ("jobs.finetune_vpred", "--out", str(out), *settings(VPRED)))
+    driver = Driver(head, ("jobs.finetune_vpred", "--out", str(out), *set_options(VPRED)))
     for struck in range(times):
         if when == "between checkpoints":
             beyond = 20 + 60 * struck
-            driver.until(lambda beyond=beyond: max(checkpoints(out), default=0) >= beyond)
+            driver.wait_until(lambda beyond=beyond: max(checkpoints(out), default=0) >= beyond)
         else:
-            driver.until(lambda: bool(checkpoints(out, whole=False)))
+            driver.wait_until(lambda: bool(checkpoints(out, complete=False)))
         strike(who, driver=driver, nodes=nodes, actors=TRAINERS)
-    wanted, quiet = quiet_training
+    expected, quiet = quiet_training
     lost = driver.end() - quiet
-    said(capsys, f"training | {who} | {when} | {times} | {lost:.1f} s of {quiet:.1f} s")
-    assert weights(out) == wanted
+    show(capsys, f"training | {who} | {when} | {times} | {lost:.1f} s of {quiet:.1f} s")
+    assert weights(out) == expected
 
 
-def test_elastic_training_goes_on_with_fewer_workers_and_comes_back(
+def test_elastic_training_shrinks_and_grows_again(
     head: Head, nodes: Nodes, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -322,14 +321,14 @@ def test_elastic_training_goes_on_with_fewer_workers_and_comes_back(
         "vpred.trainer.resize_seconds=5",
         "vpred.loop.num_steps=600",
     )
-    driver = Driver(head, ("jobs.finetune_vpred", "--out", str(out), *settings((*VPRED, *elastic))))
-    driver.until(lambda: max(checkpoints(out), default=0) >= 40)
-    nodes.take_away()
-    struck, stood = time.monotonic(), max(checkpoints(out))
-    driver.until(lambda: max(checkpoints(out)) > stood)
-    paused = time.monotonic() - struck
+    driver = Driver(head, ("jobs.finetune_vpred", "--out", str(out), *set_options((*VPRED, *elastic))))
+    driver.wait_until(lambda: max(checkpoints(out), default=0) >= 40)
+    nodes.kill_oldest()
+    killed, step = time.monotonic(), max(checkpoints(out))
+    driver.wait_until(lambda: max(checkpoints(out)) > step)
+    paused = time.monotonic() - killed
     nodes.add()
     driver.end()
-    said(capsys, f"elastic training | node | {paused:.1f} s to the next checkpoint, by one worker")
+    show(capsys, f"elastic training | node | {paused:.1f} s to the next checkpoint, by one worker")
     by = re.findall(r"steps/s by (\d) worker", "".join(driver.printed))
     assert [count for count, _ in itertools.groupby(by)] == ["2", "1", "2"], "".join(driver.printed)

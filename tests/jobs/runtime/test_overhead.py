@@ -1,7 +1,7 @@
-"""What Ray and our own code add to a teacher that takes a fixed time; part of `make bench`.
+"""Measures what Ray and our own code add to a teacher of a fixed time; part of `make bench`.
 
-The teacher is simulated: it sleeps. So two cores carry four workers of it, and what is measured is the
-scheduling, the reading, the writing and the exchange of gradients, not a network.
+The teacher sleeps, so two cores run four workers, and the test measures scheduling, reading, writing and the
+exchange of gradients instead of a network.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from scene_latents import encode_scenes
+from set_options import set_options
 from sleeping import SECONDS_A_ROW, SHARE, SleepingObjective, SleepingTeacher, student, trainings
 
 from jobs.training.progress_channel import seconds_per_step
@@ -50,7 +51,7 @@ def pairs_settings(workers: int) -> PairsSettings:
 
 
 def asleep(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[Any]:
-    """`run_on_ray`, the teacher being a sleeping one."""
+    """`run_on_ray` with a sleeping teacher."""
     yield from run_on_ray(items, [replace(stages[0], build=SleepingTeacher), *stages[1:]])
 
 
@@ -59,7 +60,7 @@ def captions(count: int) -> list[Caption]:
 
 
 def bare_unit_seconds() -> float:
-    """Of the sleeping teacher alone, in a loop, on a unit."""
+    """Seconds of a unit by the sleeping teacher alone, in a loop."""
     settings = pairs_settings(1)
     teacher = SleepingTeacher(teacher="mini", settings=settings.generation, device=settings.device)
     unit = Unit(name="u", source="s", start=0, stop=ROWS, final=True, source_digest="")
@@ -108,7 +109,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def bare_step_seconds(url: str) -> float:
-    """Of a plain PyTorch loop over rows that are in memory, with the same sleeping teacher."""
+    """Seconds of a step of a plain PyTorch loop over rows in memory, with the same sleeping teacher."""
     table = open_table(url)
     rows = to_batch(table.read_unit(table.units[0], ["id", "latent"]).slice(0, SHARE))
     model, objective = student(256), SleepingObjective()
@@ -157,11 +158,11 @@ def test_training(ray_cluster, latents: str, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A command with nothing left to do, one that says what it would do, and one that draws one row."""
+    """A command with nothing to do, a dry run, and one that generates one row."""
     (tmp_path / "captions.txt").write_text("a red circle\n")
     words = [f"captions.url={tmp_path}/captions.txt", "pairs.generation.steps=1"]
     command = [sys.executable, "-m", "jobs.generate_pairs", "--out", str(tmp_path / "run")]
-    command += [word for setting in words for word in ("--set", setting)]
+    command += set_options(words)
     seconds = {}
     for name, more in (("dry run", ["--dry-run"]), ("one row", []), ("nothing to do", [])):
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Drivers that are asked to stop, or killed, here and on a head: what stays, and that the next goes on."""
+"""Stops or kills drivers, local and submitted; the next run of the command continues."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 from in_process import in_process
 from ray_nodes import REPOSITORY, Head, ray_head
 from scene_latents import encode_scenes
+from set_options import set_options
 
 from jobs.recipes.registry import recipe_named
 from pipelines.datasets.pairs import captions_of, generate_pairs
@@ -35,11 +36,7 @@ TRAINING = (
 
 
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""They look for a head that was killed for about a minute, and hold nothing."""
-
-
-def settings(assignments: tuple[str, ...]) -> list[str]:
-    return [word for assignment in assignments for word in ("--set", assignment)]
+"""They look for a killed head for about a minute, and hold no resources."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +47,7 @@ def head(tmp_path_factory) -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory) -> Path:
-    """A run with LATENTS; not to be changed."""
+    """A run with LATENTS, read only."""
     out = tmp_path_factory.mktemp("latents")
     encode_scenes(out, count=ROWS)
     return out
@@ -62,7 +59,7 @@ def run(latents: Path, tmp_path: Path) -> Path:
 
 
 def local(command: list[str]) -> subprocess.Popen[str]:
-    """A driver with a cluster of its own; everything it starts has a mark in its environment."""
+    """A driver with its own cluster; all its processes have a mark in their environment."""
     return subprocess.Popen(
         [sys.executable, "-m", *command],
         cwd=REPOSITORY,
@@ -73,41 +70,41 @@ def local(command: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def ended(process: subprocess.Popen[str], number: int, *, run: Path) -> tuple[str, float]:
-    """What a local driver said until the signal ended it, and in how many seconds; nobody of its is left."""
+def end_by_signal(process: subprocess.Popen[str], number: int, *, run: Path) -> tuple[str, float]:
+    """Output of a local driver that a signal ends, and seconds until then; checks that no process is left."""
     began = time.monotonic()
     process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
-    took = time.monotonic() - began
+    seconds = time.monotonic() - began
     deadline = time.monotonic() + 60
     while left := [words for words in marked(run) if not words.startswith(AGENTS)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
-    return printed, took
+    return printed, seconds
 
 
 def marked(run: Path) -> Iterator[str]:
-    """Living processes of a local driver of this run."""
+    """Command lines of the processes of a local driver of this run."""
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # The process has ended.
             if f"TEST_MARK={run}".encode() in (folder / "environ").read_bytes():
                 yield (folder / "cmdline").read_text()
 
 
 def kill_submitted(verb: str, *, run: Path) -> None:
-    """SIGKILL for the driver that the head runs."""
+    """Send SIGKILL to the driver that the head runs."""
     (driver,) = (pid for pid, words in processes() if words[1:3] == ["-m", verb] and str(run) in words)
     os.kill(driver, signal.SIGKILL)
 
 
 def processes() -> Iterator[tuple[int, list[str]]]:
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # The process has ended.
             yield int(folder.name), (folder / "cmdline").read_text().split("\0")
 
 
 def await_progress(done: Callable[[], int], process: subprocess.Popen[str]) -> int:
-    """Wait until more is done than now; how much."""
+    """Wait until more is done than now; returns how much."""
     before, deadline = done(), time.monotonic() + 200
     while (now := done()) <= before:
         assert process.poll() is None, process.communicate()[0]
@@ -124,8 +121,8 @@ def files_of(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "pairs").glob("*.parquet")}
 
 
-def assert_as_if_nobody_had_stopped_it(run: Path, alone: Path) -> None:
-    """PAIRS hold what one process makes, bytes and rows."""
+def assert_equals_undisturbed(run: Path, alone: Path) -> None:
+    """PAIRS equal those that one process generates, in bytes and rows."""
     recipe = recipe_named("mini").with_values([*PAIRS])
     generate_pairs(
         recipe.pairs,
@@ -137,18 +134,19 @@ def assert_as_if_nobody_had_stopped_it(run: Path, alone: Path) -> None:
     )
     assert files_of(run) == files_of(alone)
     assert (
-        sum(account.rows_read for account in open_table(str(run / "pairs")).manifests().values()) == 2 * ROWS
+        sum(manifest.rows_read for manifest in open_table(str(run / "pairs")).manifests().values())
+        == 2 * ROWS
     )
 
 
-def test_generation_that_is_asked_to_stop_says_so_and_goes_on(head: Head, run: Path, tmp_path: Path, capsys):
+def test_stopped_generation_continues(head: Head, run: Path, tmp_path: Path, capsys):
     alone = Path(shutil.copytree(run, tmp_path / "alone"))
-    command = ["jobs.generate_pairs", "--out", str(run), *settings(PAIRS)]
+    command = ["jobs.generate_pairs", "--out", str(run), *set_options(PAIRS)]
     submitted = head.start("stopped", *command)
     await_progress(lambda: units(run), submitted)
     subprocess.run(head.job("stop", "stopped"), env=head.environment, check=True, capture_output=True)
     printed, _ = submitted.communicate(timeout=60)
-    # Ray's own: whoever followed it has 0. A script asks for the status, and looks for "succeeded".
+    # Ray returns 0 to a command that follows a stopped job; scripts check the status for "succeeded".
     assert submitted.returncode == 0
     assert "Job 'stopped' was stopped" in printed
     assert "generate_pairs: terminated; run the same command again to go on" in printed
@@ -159,29 +157,27 @@ def test_generation_that_is_asked_to_stop_says_so_and_goes_on(head: Head, run: P
     for number, code, how in ((signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")):
         driver = local(command)
         stood = await_progress(lambda: units(run), driver)
-        printed, took = ended(driver, number, run=run)
+        printed, seconds = end_by_signal(driver, number, run=run)
         with capsys.disabled():
-            print(f"\ngeneration, {how}: over after {took:.1f} s with {stood} of {UNITS} units")
+            print(f"\ngeneration, {how}: over after {seconds:.1f} s with {stood} of {UNITS} units")
         assert driver.returncode == code
         assert printed.splitlines()[-1] == f"generate_pairs: {how}; run the same command again to go on"
         assert "Traceback" not in printed
-        assert "SIGTERM" not in printed  # as Ray's core says, with a stack of its own
+        assert "SIGTERM" not in printed  # Ray's core prints it with a stack.
 
     assert stood <= units(run) < UNITS
     code, printed = head.submit("resumed", *command)
     assert code == 0, printed
     assert "succeeded" in status(head, "resumed")
-    assert_as_if_nobody_had_stopped_it(run, alone)
+    assert_equals_undisturbed(run, alone)
 
 
-def test_generation_whose_driver_is_killed_goes_on_under_another_id(
-    head: Head, run: Path, tmp_path: Path, capsys
-):
+def test_killed_generation_continues_under_another_id(head: Head, run: Path, tmp_path: Path, capsys):
     alone = Path(shutil.copytree(run, tmp_path / "alone"))
-    command = ["jobs.generate_pairs", "--out", str(run), *settings(PAIRS)]
+    command = ["jobs.generate_pairs", "--out", str(run), *set_options(PAIRS)]
     driver = local(command)
     await_progress(lambda: units(run), driver)
-    ended(driver, signal.SIGKILL, run=run)
+    end_by_signal(driver, signal.SIGKILL, run=run)
     assert driver.returncode == -signal.SIGKILL
 
     submitted = head.start("killed", *command)
@@ -191,7 +187,7 @@ def test_generation_whose_driver_is_killed_goes_on_under_another_id(
     printed, _ = submitted.communicate(timeout=60)
     assert submitted.returncode == 1
     assert "Job 'killed' failed" in printed
-    told = time.monotonic() - killed
+    noticed = time.monotonic() - killed
 
     resubmitted = head.start("killed-again", *command)
     await_progress(lambda: units(run), resubmitted)
@@ -199,40 +195,38 @@ def test_generation_whose_driver_is_killed_goes_on_under_another_id(
     printed, _ = resubmitted.communicate(timeout=300)
     with capsys.disabled():
         print(
-            f"\ngeneration, driver killed with {stood} of {UNITS} units: told after {told:.1f} s; submitted "
-            f"again, its first unit came {lost:.1f} s after the kill"
+            f"\ngeneration, driver killed with {stood} of {UNITS} units: reported after {noticed:.1f} s; "
+            f"submitted again, its first unit came {lost:.1f} s after the kill"
         )
     assert resubmitted.returncode == 0, printed
     assert stood < UNITS
-    assert_as_if_nobody_had_stopped_it(run, alone)
+    assert_equals_undisturbed(run, alone)
 
 
 def status(head: Head, name: str) -> str:
-    """What `ray job status` says."""
-    asked = subprocess.run(
+    """Output of `ray job status`."""
+    result = subprocess.run(
         head.job("status", name), env=head.environment, check=True, capture_output=True, text=True
     )
-    return asked.stdout + asked.stderr
+    return result.stdout + result.stderr
 
 
 def step(run: Path) -> int:
-    """Of the newest checkpoint that is whole."""
+    """Step of the newest complete checkpoint."""
     newest = CheckpointStore(str(run / "vpred.training/unet")).newest()
     return newest.step if newest else 0
 
 
-def test_training_that_is_stopped_or_killed_goes_on_to_the_same_weights(
-    head: Head, run: Path, tmp_path: Path, capsys
-):
+def test_stopped_or_killed_training_gives_equal_weights(head: Head, run: Path, tmp_path: Path, capsys):
     alone = Path(shutil.copytree(run, tmp_path / "alone"))
-    command = ["jobs.finetune_vpred", "--out", str(run), *settings(TRAINING)]
+    command = ["jobs.finetune_vpred", "--out", str(run), *set_options(TRAINING)]
     undisturbed = head.start("undisturbed", *(word.replace(str(run), str(alone)) for word in command))
     for number, code, how in ((signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")):
         driver = local(command)
         stood = await_progress(lambda: step(run), driver)
-        printed, took = ended(driver, number, run=run)
+        printed, seconds = end_by_signal(driver, number, run=run)
         with capsys.disabled():
-            print(f"\ntraining, {how}: over after {took:.1f} s at step {stood}")
+            print(f"\ntraining, {how}: over after {seconds:.1f} s at step {stood}")
         assert driver.returncode == code
         assert printed.splitlines()[-1] == f"finetune_vpred: {how}; run the same command again to go on"
         assert "Traceback" not in printed
@@ -261,6 +255,6 @@ def test_training_that_is_stopped_or_killed_goes_on_to_the_same_weights(
 
     printed, _ = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, printed
-    made, whole = (json.loads((one / "vpred/metrics.json").read_text()) for one in (run, alone))
+    stopped, expected = (json.loads((one / "vpred/metrics.json").read_text()) for one in (run, alone))
     for figure in ("weights", "evaluation", "curve"):
-        assert made[figure] == whole[figure]
+        assert stopped[figure] == expected[figure]

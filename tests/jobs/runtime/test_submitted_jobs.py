@@ -1,6 +1,6 @@
-"""Every command there is, submitted to a head as on a cluster: it ends with 0 and leaves what it promises.
+"""Submits every command to a head, and checks exit code and output.
 
-The settings are the least that is still real: all steps of a job, few rows, few steps of a training.
+The settings are minimal: all steps of a job, few rows, few training steps.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pytest
 from conftest import MOBILE
 from latency_inputs import known_table
 from ray_nodes import REPOSITORY, Head, ray_head
+from set_options import set_options
 
 from jobs import command
 from jobs.training.initial_weights import own_architecture
@@ -28,22 +29,22 @@ DOWNLOADER = REPOSITORY / ".venv-img2dataset/bin/python"
 ORIGIN = own_architecture("mini-v")
 TABLE = known_table(ORIGIN)
 LANES = 2
-"""Jobs that are submitted at once; those after them wait for what they read."""
+"""Jobs that run at once; others wait for their inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """A command as it is submitted.
+    """A submitted command.
 
     Attributes:
         name: the submission id.
-        verb: the module of jobs, or what `snapfusion` calls it.
+        verb: a module of jobs, or a verb of `snapfusion`.
         words: its arguments; {run} is the run's folder, {beside} that of other runs, {inputs} one of the
             test's, {model} a tiny model's.
-        settings: each behind a --set.
-        after: names of submissions whose outcome it reads.
-        leaves: what is there afterwards, in the run.
-        says: what it prints.
+        settings: assignments of --set.
+        after: names of submissions whose output it reads.
+        outputs: files and folders in the run afterwards.
+        prints: part of its output.
     """
 
     name: str
@@ -51,25 +52,23 @@ class Submission:
     words: tuple[str, ...] = ("--out", "{run}")
     settings: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
-    leaves: tuple[str, ...] = ()
-    says: str = ""
+    outputs: tuple[str, ...] = ()
+    prints: str = ""
 
-    def command(self, **places: str) -> list[str]:
-        """What stands behind `python -m`."""
-        module = ["jobs.command", self.verb] if self.verb in LOOKS else [f"jobs.{self.verb}"]
-        given = [word for setting in self.settings for word in ("--set", setting)]
-        return [*module, *(placed(word, places) for word in (*self.words, *given))]
+    def command(self, **paths: str) -> list[str]:
+        """Arguments of `python -m`."""
+        module = ["jobs.command", self.verb] if self.verb in COMMANDS else [f"jobs.{self.verb}"]
+        return [*module, *(fill(word, paths) for word in (*self.words, *set_options(self.settings)))]
 
 
-def placed(word: str, places: dict[str, str]) -> str:
-    """A word with its places filled in."""
-    for name, place in places.items():
-        word = word.replace(f"{{{name}}}", place)
+def fill(word: str, paths: dict[str, str]) -> str:
+    for name, path in paths.items():
+        word = word.replace(f"{{{name}}}", path)
     return word
 
 
-LOOKS = ("generate", "verify_bundle", "benchmark")
-"""What only `snapfusion` runs."""
+COMMANDS = ("generate", "verify_bundle", "benchmark")
+"""Verbs of `snapfusion` alone."""
 
 
 def job(verb: str, *settings: str, after: str = "", **more: object) -> Submission:
@@ -91,7 +90,7 @@ def short(prefix: str, *, steps: int = 2) -> tuple[str, ...]:
 
 
 SCENES = ("source.scenes=96", "source.scenes_per_shard=48")
-JUDGED = ("prompts.limit=8", "references.count=8", "groups=4", "guidance=[2.0]")
+EVALUATED = ("prompts.limit=8", "references.count=8", "groups=4", "guidance=[2.0]")
 PARTS = ("autoencoder", "decoder", "text", "scorer", "oracle", "denoiser", "velocity")
 EVALUATION = {
     "contenders": [
@@ -125,48 +124,48 @@ ABLATION = {
 }
 
 SUBMISSIONS = (
-    job("render_scenes", *SCENES, leaves=("shards/00001.tar",)),
+    job("render_scenes", *SCENES, outputs=("shards/00001.tar",)),
     job(
         "compile_mobile",
         *MOBILE,
         'mobile.executorch=["float32"]',
         'mobile.coreml=["float16"]',
         words=("{model}", "--out", "{beside}/tiny"),
-        leaves=("../tiny/mobile/manifest.json",),
+        outputs=("../tiny/mobile/manifest.json",),
     ),
     job(
         "train_mini",
         *(f"{part}.{size}" for part in PARTS for size in ("samples=12", "batch=6")),
         "scenes=12",
         words=("--out", "{beside}/mini"),
-        leaves=("../mini/weights/manifest.json", "../mini/report.html"),
+        outputs=("../mini/weights/manifest.json", "../mini/report.html"),
     ),
-    job("encode_latents", *SCENES, after="render_scenes", leaves=("latents/_delta_log",), says="96 rows"),
+    job("encode_latents", *SCENES, after="render_scenes", outputs=("latents/_delta_log",), prints="96 rows"),
     job(
         "finetune_vpred",
         *short("vpred"),
         after="encode_latents",
-        leaves=("vpred/model", "vpred/metrics.json"),
+        outputs=("vpred/model", "vpred/metrics.json"),
     ),
     job(
         "find_duplicates",
         *SCENES,
         after="render_scenes",
-        leaves=("fingerprints/_delta_log", "duplicates/_delta_log"),
+        outputs=("fingerprints/_delta_log", "duplicates/_delta_log"),
     ),
     job(
         "generate_pairs",
         "captions.limit=48",
         "pairs.generation.steps=10",
         after="encode_latents",
-        leaves=("pairs/_delta_log",),
-        says="48 rows",
+        outputs=("pairs/_delta_log",),
+        prints="48 rows",
     ),
     job(
         "train_robust",
         *short("robust.training"),
         after="encode_latents",
-        leaves=("robust/model", "robust/metrics.json"),
+        outputs=("robust/model", "robust/metrics.json"),
     ),
     job(
         "evolve_unet",
@@ -178,11 +177,11 @@ SUBMISSIONS = (
         "evolution.prompts.limit=4",
         "evolution.sampler.steps=1",
         after="train_robust",
-        leaves=("evolution/architecture.json", "evolution/page.html"),
+        outputs=("evolution/architecture.json", "evolution/page.html"),
     ),
-    job("measure_efficiency", "efficiency.turns=2", leaves=("efficiency/torch-float32-cpu.json",)),
-    job("compute_targets", "targets.draws=2", after="encode_latents", leaves=("targets/_delta_log",)),
-    job("measure_latency", "latency.turns=2", leaves=("latency/torch-float32-cpu.json",)),
+    job("measure_efficiency", "efficiency.turns=2", outputs=("efficiency/torch-float32-cpu.json",)),
+    job("compute_targets", "targets.draws=2", after="encode_latents", outputs=("targets/_delta_log",)),
+    job("measure_latency", "latency.turns=2", outputs=("latency/torch-float32-cpu.json",)),
     job(
         "benchmark",
         words=(
@@ -190,34 +189,34 @@ SUBMISSIONS = (
             *("--repeats", "20", "--json", "{run}/benchmark.json"),
         ),
         after="compile_mobile",
-        leaves=("benchmark.json",),
+        outputs=("benchmark.json",),
     ),
     job("verify_bundle", words=("{beside}/tiny/mobile",), after="compile_mobile"),
     job(
         "train_efficient",
         *short("efficient.training"),
         after="encode_latents",
-        leaves=("efficient/model", "efficient/metrics.json"),
+        outputs=("efficient/model", "efficient/metrics.json"),
     ),
     job(
         "distill_plan",
         *short("distill"),
         "schedule=direct",
         after="encode_latents",
-        leaves=("direct-8/model", "direct-8/metrics.json"),
+        outputs=("direct-8/model", "direct-8/metrics.json"),
     ),
     job(
         "distill_decoder",
         *short("decoder"),
         "decoder.timing_repeats=2",
         after="generate_pairs",
-        leaves=("decoder/metrics.json",),
+        outputs=("decoder/metrics.json",),
     ),
     job(
         "distill_steps",
         *short("distill"),
         after="train_efficient",
-        leaves=("student/model", "student/metrics.json"),
+        outputs=("student/model", "student/metrics.json"),
     ),
     job(
         "generate",
@@ -226,49 +225,49 @@ SUBMISSIONS = (
             *("--model", "{run}/student/model", "--out", "{run}/picture.png"),
         ),
         after="distill_steps",
-        leaves=("picture.png",),
+        outputs=("picture.png",),
     ),
     job(
         "evaluate",
         f"evaluation={json.dumps(EVALUATION)}",
         after="distill_steps",
-        leaves=("evaluation/results.json", "evaluation/page.html"),
+        outputs=("evaluation/results.json", "evaluation/page.html"),
     ),
     job(
         "measure_robustness",
         *("scenes=50", "seeds=[0]", "steps=1"),
         words=("mini-v", "{run}/robust/model", "--out", "{run}/robustness"),
         after="train_robust",
-        leaves=("robustness/robustness.json", "robustness/robustness.html"),
+        outputs=("robustness/robustness.json", "robustness/robustness.html"),
     ),
     job(
         "measure_mini",
         *("scenes=200", 'models=["sd-v"]', "steps=[1]", "guidance=[2.0]"),
         words=("--out", "{run}/measured.json"),
-        leaves=("measured.json", "measured.html"),
+        outputs=("measured.json", "measured.html"),
     ),
     job(
         "compare_chance",
         *short("random_baseline.training", steps=1),
-        *(f"random_baseline.evaluation.{one}" for one in JUDGED),
+        *(f"random_baseline.evaluation.{one}" for one in EVALUATED),
         "random_baseline.count=1",
         "random_baseline.sampler.steps=1",
         "random_baseline.timing.turns=2",
         "evolution.table={inputs}/latency.json",
         after="evolve_unet",
-        leaves=("chance/chance.json",),
+        outputs=("chance/chance.json",),
     ),
     job(
         "plan",
         "plan.rates=a100-published-high",
         "plan.node=a100-40gb-x8",
         'plan.steps=["encode_latents","generate_pairs"]',
-        leaves=("plan.json",),
+        outputs=("plan.json",),
     ),
     job(
         "report",
         after="generate_pairs distill_decoder distill_steps",
-        leaves=("report/index.html", "metrics.json"),
+        outputs=("report/index.html", "metrics.json"),
     ),
     job(
         "download_shards",
@@ -278,38 +277,38 @@ SUBMISSIONS = (
         f"download.fetching.python={DOWNLOADER}",
         'download.fetching.private_networks=["127.0.0.1"]',
         "download.fetching.threads=2",
-        leaves=("downloaded/00000.tar",),
-        says="5 images in 2 shards",
+        outputs=("downloaded/00000.tar",),
+        prints="5 images in 2 shards",
     ),
     job(
         "top_up",
         *("captions.limit=48", "pairs.generation.steps=10", "pairs.draws=2", "quota.rows=32"),
         words=("generate_pairs", "--out", "{run}"),
         after="report",
-        says="32 rows more",
+        prints="32 rows more",
     ),
     job(
         "verify_table",
         words=("{run}/pairs",),
         settings=("pairs.generation.steps=10",),
         after="top_up",
-        says="no fault found",
+        prints="no fault found",
     ),
     job(
         "forget",
         words=("--out", "{run}", "--url", "{inputs}/forget.txt"),
         after="verify_table compute_targets compare_chance distill_plan finetune_vpred",
-        leaves=("forgotten/receipts",),
+        outputs=("forgotten/receipts",),
     ),
-    job("vacuum", "vacuum.hours=0", words=("--out", "{run}", "--delete"), after="forget", says="deleted"),
+    job("vacuum", "vacuum.hours=0", words=("--out", "{run}", "--delete"), after="forget", prints="deleted"),
     job(
         "ablate",
         *SCENES,
         *short("distill"),
-        *(f"evaluation.{one}" for one in JUDGED),
+        *(f"evaluation.{one}" for one in EVALUATED),
         f"ablation={json.dumps(ABLATION)}",
         words=("--recipe", "ablation", "--out", "{beside}/ablated"),
-        leaves=("../ablated/ablation/page.html",),
+        outputs=("../ablated/ablation/page.html",),
     ),
     job(
         "run_pipeline",
@@ -319,7 +318,7 @@ SUBMISSIONS = (
         'mobile.executorch=["float32"]',
         "mobile.coreml=[]",
         words=("--out", "{beside}/pipeline"),
-        leaves=(
+        outputs=(
             "../pipeline/report/index.html",
             "../pipeline/mobile/manifest.json",
             "../pipeline/metrics.json",
@@ -329,7 +328,7 @@ SUBMISSIONS = (
 
 
 def commands() -> set[str]:
-    """What can be run: every module with an entry, and what `snapfusion` offers beside them."""
+    """Every module with an entry point, and the other verbs of `snapfusion`."""
     entries = (
         path
         for path in (REPOSITORY / "jobs").rglob("*.py")
@@ -343,8 +342,8 @@ def test_every_command_is_submitted():
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
-    """How a submission went: exit code of `ray job submit`, all it printed, and how long it took."""
+class Result:
+    """Result of a submission: exit code of `ray job submit`, output and time."""
 
     code: int
     printed: str
@@ -357,33 +356,33 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ended(request, run: Path, tmp_path_factory, mobile_model: str) -> Iterator[dict[str, Future[Ended]]]:
-    """What tests of this session ask for, and what that needs, submitted in order; those under way."""
-    asked = {item.callspec.params["one"] for item in request.session.items if "ended" in item.fixturenames}
+def results(request, run: Path, tmp_path_factory, mobile_model: str) -> Iterator[dict[str, Future[Result]]]:
+    """Submissions that this session's tests need, by name, submitted in order."""
+    needed = {item.callspec.params["one"] for item in request.session.items if "results" in item.fixturenames}
     for one in reversed(SUBMISSIONS):
-        asked |= {other for other in SUBMISSIONS if one in asked and other.name in one.after}
-    inputs, going = run.with_name("inputs"), dict[str, Future[Ended]]()
-    folder = tmp_path_factory.mktemp("head")  # a longer name is none for Ray's sockets
+        needed |= {other for other in SUBMISSIONS if one in needed and other.name in one.after}
+    inputs, futures = run.with_name("inputs"), dict[str, Future[Result]]()
+    folder = tmp_path_factory.mktemp("head")  # Longer names are too long for Ray's sockets.
     lanes = ThreadPoolExecutor(LANES)
     with local_web.local_web() as web, ray_head(folder, cpus=8) as head:
         write_inputs(inputs, web)
         for one in SUBMISSIONS:
-            if one in asked:
-                before = [going[name] for name in one.after]
-                places = {
+            if one in needed:
+                before = [futures[name] for name in one.after]
+                paths = {
                     "run": str(run),
                     "beside": str(run.parent),
                     "inputs": str(inputs),
                     "model": mobile_model,
                 }
-                words = one.command(**places)
-                going[one.name] = lanes.submit(carried_out, head, one.name, words, before=before)
-        yield going
+                words = one.command(**paths)
+                futures[one.name] = lanes.submit(run_submission, head, one.name, words, before=before)
+        yield futures
         lanes.shutdown(wait=False, cancel_futures=True)
 
 
 def write_inputs(folder: Path, web: local_web.Web) -> None:
-    """A latency table, a list of URLs, and one of addresses to forget."""
+    """Write a latency table, a list of URLs, and a list of URLs to forget."""
     folder.mkdir()
     (folder / "latency.json").write_text(json.dumps(TABLE.to_values()))
     (folder / "forget.txt").write_text("scene:0/5\n")
@@ -392,28 +391,28 @@ def write_inputs(folder: Path, web: local_web.Web) -> None:
     pq.write_table(pa.table(rows), folder / "links.parquet")
 
 
-def carried_out(head: Head, name: str, words: list[str], *, before: list[Future[Ended]]) -> Ended:
-    """Submitted as soon as what it reads is there; a job that failed is told by its own test alone."""
+def run_submission(head: Head, name: str, words: list[str], *, before: list[Future[Result]]) -> Result:
+    """Submit a command after its inputs exist; only the test of a failed job itself reports it."""
     for other in before:
         if other.result().code != 0:
-            return Ended(code=-1, printed="what it reads was not made", seconds=0.0)
+            return Result(code=-1, printed="an input is missing", seconds=0.0)
     began = time.monotonic()
     process = head.start(name, *words)
     printed, _ = process.communicate(timeout=900)
-    return Ended(code=process.returncode, printed=printed, seconds=time.monotonic() - began)
+    return Result(code=process.returncode, printed=printed, seconds=time.monotonic() - began)
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("one", SUBMISSIONS, ids=lambda one: one.name)
-def test_a_submitted_command_ends_well_and_leaves_what_it_promises(one: Submission, ended, run: Path, capsys):
+def test_submitted_command(one: Submission, results, run: Path, capsys):
     if one.verb == "download_shards" and not DOWNLOADER.exists():
         pytest.skip("img2dataset is not installed: `make downloader`")
-    how = ended[one.name].result()
+    result = results[one.name].result()
     with capsys.disabled():
-        print(f"{one.name}: {how.seconds:.1f} s")
-    assert how.code == 0, how.printed
-    assert f"Job '{one.name}' succeeded" in how.printed
-    assert one.says in how.printed
-    assert [place for place in one.leaves if not (run / place).exists()] == []
+        print(f"{one.name}: {result.seconds:.1f} s")
+    assert result.code == 0, result.printed
+    assert f"Job '{one.name}' succeeded" in result.printed
+    assert one.prints in result.printed
+    assert [path for path in one.outputs if not (run / path).exists()] == []
