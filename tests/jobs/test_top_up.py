@@ -101,7 +101,7 @@ def test_time_and_budget_end_a_run_with_what_it_has(out: Path, monkeypatch: pyte
     ("step", "assignment", "said"),
     [
         ("finetune_vpred", "quota.rows=1", "STEP finetune_vpred: encode_latents, generate_pairs"),
-        ("encode_latents", "quota.budget=5.0", "budget and price_per_hour are given together"),
+        ("encode_latents", "quota.budget=5.0", "budget and price_per_hour"),
         ("encode_latents", "quota.rows=0", "quota.rows"),
     ],
 )

@@ -141,10 +141,10 @@ def test_panels_share_samples_of_equal_students():
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ('ablation.only=["6z"]', "there is no panel '6z'; there are 6c"),
+        ('ablation.only=["6z"]', "there is no panel '6z'; accepted are 6c"),
         (
             'ablation.variants=[{"name": "a", "after": "b"}]',
-            "variant a comes after 'b', which is not before it",
+            "variant a: after='b'",
         ),
         ("ablation.variants=[]", "there is no variant"),
     ],

@@ -240,7 +240,7 @@ def test_the_last_stage_can_use_own_images(capsys, tmp_path):
 
 def test_an_unknown_schedule_is_refused(capsys):
     assert distill_plan.main(["--recipe", "sd2", "--dry-run", "--set", "schedule=staged-self"]) == 2
-    assert "direct, staged, staged-plain, progressive, w-conditioned are accepted" in capsys.readouterr().err
+    assert "accepted are direct, staged, staged-plain, progressive, w-conditioned" in capsys.readouterr().err
 
 
 def test_settings_that_contradict_a_stage_are_refused(capsys):
