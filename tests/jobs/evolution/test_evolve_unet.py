@@ -243,7 +243,7 @@ def test_an_indispensable_block_has_no_score(latents, tmp_path, monkeypatch):
 
 
 def test_other_shapes_or_unreachable_objectives_are_refused(latents, tmp_path):
-    with pytest.raises(LatencyError, match=r"frame\.tokens is 7 there, 24 here"):
+    with pytest.raises(LatencyError, match="tokens is 7 there, 24 here"):
         evolution(tmp_path, latents=latents, objective_ms=9.0, table=known_table(ORIGIN, tokens=7)).evolve()
     wider = known_table(ORIGIN.changed(channels=(48, 64, 64), groups=8))
     with pytest.raises(LatencyError, match=r"embedding is 192 there, 96 here"):
