@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipelines.rejections import Rejection
-from pipelines.stages import write
 from pipelines.stages.write import WriteUnit
 from pipelines.tables import commits, committer
 from pipelines.tables.commits import WrittenUnit, read_written_unit
@@ -29,7 +28,7 @@ SCHEMA = latents_schema(latent_shape=(4, 2, 2), num_tokens=4)
 IDENTITY = {"kind": "latents", "model": {"weights": {"vae": "abc"}}, "rows_per_unit": 4}
 TOTAL = 22
 POINTS = {
-    "before_file": (write, "write_once"),
+    "before_file": (commits, "write_once"),
     "file_to_commit": (committer, "commit_units"),
     "rejects_to_rows": (commits, "_commit_rows"),
     "rows_to_manifests": (commits, "_commit_manifests"),

@@ -24,8 +24,7 @@ from pipelines.dedup.matching import (
     phash_table,
 )
 from pipelines.dedup.settings import CAPTION, IMAGE, URL
-from pipelines.stages.write import write_unit
-from pipelines.tables.commits import WrittenUnit
+from pipelines.tables.commits import WrittenUnit, write_unit
 from pipelines.tables.schemas import DUPLICATES
 from pipelines.tables.table import revised_name
 from pipelines.tables.units import Unit

@@ -19,11 +19,17 @@ from pipelines.datasets.pairs import withhold_deleted
 from pipelines.deletion.table_matches import DELETION_ORDER, Match, base_id, find_matches, is_derived
 from pipelines.rejections import Rejection
 from pipelines.sources.captions import Caption, captions_digest
-from pipelines.storage.objects import read_bytes, write_once
-from pipelines.tables.commits import WrittenUnit, read_written_unit, replace_units, restore_manifests
+from pipelines.storage.objects import read_bytes
+from pipelines.tables.commits import (
+    WrittenUnit,
+    read_written_unit,
+    replace_units,
+    restore_manifests,
+    write_unit,
+)
 from pipelines.tables.committer import recover
 from pipelines.tables.deletion_list import DeletionKeys, redacted_id
-from pipelines.tables.manifest import UnitManifest, to_parquet
+from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.table import Snapshot, TableError, UnitFile, open_table, revised_name
 
 _MODEL_REASONS = ("not_finite", "crashed")
@@ -152,8 +158,7 @@ def _rewrite(table: Snapshot, match: Match, *, source_digest: str | None = None)
     path = f"{table.url}/{revised_name(match.file.unit, manifest.to_json())}"
     removed = set(match.rows)
     mask = pa.array([index not in removed for index in range(rows.num_rows)], pa.bool_())
-    write_once(path, to_parquet(rows.filter(mask), manifest))
-    return _Change(old=match.file, new=read_written_unit(path), match=match)
+    return _Change(old=match.file, new=write_unit(rows.filter(mask), manifest, path=path), match=match)
 
 
 def _redact(id_: str, *, derived: bool) -> str:

@@ -72,7 +72,7 @@ class BranchLoader:
 
     Args:
         table: a pinned snapshot of TARGETS.
-        guided: whether a step takes the guided branch (`snapfusion.training.step_distillation.is_guided_step`).
+        guided: whether a step is guided (`snapfusion.training.step_distillation.is_guided_step`).
         global_batch: rows of a step, over all ranks.
         seed: of the order.
         settings: the choice and order of rows. A held-out row is a held-out draw: its latent may be trained

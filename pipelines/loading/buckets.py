@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -88,14 +88,10 @@ def make_loader(
     Raises:
         ValueError: if there are no rows to train on.
     """
-    by_shape = [count for count in counts if not isinstance(count, int)]
-    if by_shape:
-        return BucketLoader(
-            table, columns=columns, global_batch=global_batch, seed=seed, settings=settings, counts=by_shape
-        )
-    whole = [count for count in counts if isinstance(count, int)]
-    return BatchLoader(
-        table, columns=columns, global_batch=global_batch, seed=seed, settings=settings, counts=whole
+    by_shape = any(not isinstance(count, int) for count in counts)
+    loader: Callable[..., BatchLoader | BucketLoader] = BucketLoader if by_shape else BatchLoader
+    return loader(
+        table, columns=columns, global_batch=global_batch, seed=seed, settings=settings, counts=counts
     )
 
 

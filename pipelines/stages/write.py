@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from pipelines.storage.objects import write_once
-from pipelines.tables.commits import WrittenUnit, read_written_unit
-from pipelines.tables.manifest import UnitManifest, to_parquet
+from pipelines.tables.commits import WrittenUnit, write_unit
 from pipelines.tables.schemas import array_type, to_png
 from pipelines.tables.units import FinishedRows
 
@@ -37,17 +34,6 @@ class WriteUnit:
             rejections=rows.rejections,
         )
         return write_unit(table, manifest, path=f"{self.url}/{rows.unit.name}.parquet", seconds=rows.seconds)
-
-
-def write_unit(
-    table: pa.Table, manifest: UnitManifest, *, path: str, seconds: float | None = None
-) -> WrittenUnit:
-    """Write a unit's data file unless it is there; returns the file that is there afterwards."""
-    data = to_parquet(table, manifest)
-    if not write_once(path, data):
-        return read_written_unit(path, seconds=seconds)
-    sha256 = hashlib.sha256(data).hexdigest()
-    return WrittenUnit(manifest=manifest, path=path, size=len(data), sha256=sha256, seconds=seconds)
 
 
 def pack(rows: FinishedRows, schema: pa.Schema) -> pa.Table:

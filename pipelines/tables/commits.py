@@ -22,7 +22,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from pipelines.storage.objects import read_bytes, write_once
 from pipelines.storage.retry import is_transient, sleep_with_jitter
-from pipelines.tables.manifest import UnitManifest, read_manifest
+from pipelines.tables.manifest import UnitManifest, read_manifest, to_parquet
 from pipelines.tables.schemas import REJECTS, UNITS
 from pipelines.tables.table import Snapshot, TableError, UnitFile, open_delta, open_table
 
@@ -131,6 +131,20 @@ def restore_manifests(table: Snapshot) -> Snapshot:
     return open_table(table.url)
 
 
+def write_unit(
+    rows: pa.Table, manifest: UnitManifest, *, path: str, seconds: float | None = None
+) -> WrittenUnit:
+    """Write a unit's data file; if it exists already, it is read back and stays as it is.
+
+    Raises:
+        TableError: if no unit of work wrote the existing file.
+    """
+    data = to_parquet(rows, manifest)
+    if not write_once(path, data):
+        return read_written_unit(path, seconds=seconds)
+    return _written_unit(path, data, manifest, seconds=seconds)
+
+
 def read_written_unit(path: str, *, seconds: float | None = None) -> WrittenUnit:
     """A written unit, read back from its data file.
 
@@ -142,6 +156,10 @@ def read_written_unit(path: str, *, seconds: float | None = None) -> WrittenUnit
         manifest = read_manifest(data)
     except ValueError as error:
         raise TableError(f"{path} has the name of a unit's data file, but is {error}; remove it") from None
+    return _written_unit(path, data, manifest, seconds=seconds)
+
+
+def _written_unit(path: str, data: bytes, manifest: UnitManifest, *, seconds: float | None) -> WrittenUnit:
     sha256 = hashlib.sha256(data).hexdigest()
     return WrittenUnit(manifest=manifest, path=path, size=len(data), sha256=sha256, seconds=seconds)
 

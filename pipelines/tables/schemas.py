@@ -20,15 +20,7 @@ SCHEMA_VERSION = 1
 SIDE_COLUMNS = ("height", "width")
 """Columns of tables in buckets, whose rows differ in shape: the sides of the row's image, int32 pixels."""
 
-REJECTS = pa.schema(
-    [
-        ("unit", pa.string()),
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-    ]
-)
+REJECTS = pa.schema([(name, pa.string()) for name in ("unit", "id", "source", "reason", "detail")])
 """Rejected rows; they count if `unit` is committed in the main table."""
 
 UNITS = pa.schema(

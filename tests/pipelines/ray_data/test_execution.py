@@ -1,4 +1,4 @@
-"""Stages under a real Ray cluster: the same bytes, and no process whose death loses or doubles a row."""
+"""Stages on a Ray cluster: the same bytes, and no death of a process loses or doubles a row."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def generate(url: Path, teacher: str, *, run: Any):
 
 
 def with_first(build: Any, **more: Any) -> Any:
-    """`run_on_ray`, the first stage exchanged for one that misbehaves."""
+    """`run_on_ray` with another first stage."""
 
     def run(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[Any]:
         first = replace(stages[0], build=build, arguments={**stages[0].arguments, **more})
@@ -47,15 +47,13 @@ def with_first(build: Any, **more: Any) -> Any:
     return run
 
 
-def test_ray_writes_the_bytes_that_one_process_writes(ray_cluster, tiny_teacher, tmp_path):
+def test_ray_writes_the_bytes_of_one_process(ray_cluster, tiny_teacher, tmp_path):
     alone = generate(tmp_path / "alone", tiny_teacher, run=in_process)
     by_ray = generate(tmp_path / "ray", tiny_teacher, run=run_on_ray)
     assert data_files(Path(by_ray.url)) == data_files(Path(alone.url))
 
 
-def test_a_sample_that_kills_its_worker_is_set_aside_and_no_other_is_lost(
-    ray_cluster, tiny_teacher, tmp_path
-):
+def test_row_that_kills_its_worker_is_rejected(ray_cluster, tiny_teacher, tmp_path):
     make_shards(tmp_path / "shards", shards=1)
     run = with_first(PoisonedReader, poison=poison_of(picture(5)))
     table = encode(tmp_path / "latents", tmp_path / "shards", tiny_teacher, settings=LATENTS, run=run)
@@ -64,7 +62,7 @@ def test_a_sample_that_kills_its_worker_is_set_aside_and_no_other_is_lost(
     assert table.num_rows == 8
 
 
-def test_a_unit_that_kills_every_worker_is_set_aside_after_three_tries(ray_cluster, tmp_path):
+def test_unit_that_kills_three_workers_is_rejected(ray_cluster, tmp_path):
     url, marks = str(tmp_path / "latents"), tmp_path / "marks"
     table = create_table(url, schema=SCHEMA, identity=IDENTITY)
     writer = {"url": table.url, "schema": SCHEMA, "settings": digest(table.identity)}
@@ -73,12 +71,12 @@ def test_a_unit_that_kills_every_worker_is_set_aside_after_three_tries(ray_clust
         PipelineStage(build=WriteUnit, arguments=writer, pool=Pool()),
     ]
     commit_stream(table, run_on_ray([0, 4, 8], stages), bounds=Bounds(), total=12)
-    by_unit = {account.start: account.rejected() for account in open_table(url).manifests().values()}
+    by_unit = {manifest.start: manifest.rejected() for manifest in open_table(url).manifests().values()}
     assert by_unit == {0: {"broken_image": 1}, 4: {"crashed": 4}, 8: {"broken_image": 1}}
     assert marks.read_text() == "xxx"
 
 
-def test_a_driver_killed_and_started_again_ends_with_the_same_bytes(tiny_teacher, tmp_path):
+def test_killed_driver_continues_to_the_same_bytes(tiny_teacher, tmp_path):
     alone = generate(tmp_path / "alone", tiny_teacher, run=in_process)
     url = tmp_path / "killed"
     script = Path(__file__).with_name("generate_slowly.py")

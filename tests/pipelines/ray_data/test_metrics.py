@@ -1,7 +1,6 @@
-"""What is counted for Prometheus, without a cluster; tests/infra/test_cluster_run.py scrapes one."""
+"""The Prometheus metrics, without a cluster; tests/infra/test_cluster_run.py scrapes one."""
 
 from collections import Counter as Count
-from dataclasses import replace
 
 import pytest
 
@@ -9,12 +8,10 @@ from pipelines.ray_data import metrics
 from pipelines.ray_data.metrics import RowMeter, StageClock, TrainingMeter
 from pipelines.tables.committer import CommitProgress
 
-START = CommitProgress(rows=0, total=None, rejected=0, units=0, first_rows=0, steady_seconds=0.0)
-
 
 @pytest.fixture
 def counted(monkeypatch):
-    """(metric, values of its tags) -> what was counted; the keys of all tags must be declared."""
+    """(metric, values of its tags) -> total; the keys of all tags must be declared."""
     totals = Count()
 
     class Counter:
@@ -39,54 +36,46 @@ def counted(monkeypatch):
     return totals
 
 
-def test_rows_are_counted_once_by_what_became_of_them(counted):
+def test_rows_are_counted_once_by_outcome(counted):
     meter = RowMeter("encode_latents")
-    first = replace(START, rows=10, rejected=2, reasons={"unsafe": 2})
-    for progress in (
-        first,
-        first,
-        replace(START, rows=30, rejected=5, reasons={"unsafe": 2, "torn_shard": 3}),
-    ):
+    first = CommitProgress(rows=10, rejected=2, reasons={"unsafe": 2})
+    second = CommitProgress(rows=30, rejected=5, reasons={"unsafe": 2, "torn_shard": 3})
+    for progress in (first, first, second):
         meter(progress)
-    assert counted == {
-        (metrics.ROWS, "encode_latents", "written"): 25,
-        (metrics.ROWS, "encode_latents", "unsafe"): 2,
-        (metrics.ROWS, "encode_latents", "torn_shard"): 3,
-    }
+    rows = (metrics.ROWS, "encode_latents")
+    assert counted == {(*rows, "written"): 25, (*rows, "unsafe"): 2, (*rows, "torn_shard"): 3}
 
 
-def test_a_stages_seconds_are_counted_while_nothing_comes_and_while_it_works(counted, monkeypatch):
+def test_stage_seconds_are_counted_idle_and_busy(counted, monkeypatch):
     now = 100.0
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
     monkeypatch.setattr(metrics.threading.Thread, "start", lambda thread: None)
-    clock = StageClock("DrawPairs")
+    clock = StageClock("GeneratePairs")
+    seconds = (metrics.STAGE_SECONDS, "GeneratePairs")
     tick = lambda: clock._count(None)  # noqa: E731
     now += 7
     clock.wait()
     now += 20
     tick()
-    assert counted == {
-        (metrics.STAGE_SECONDS, "DrawPairs", "starting"): 7,
-        (metrics.STAGE_SECONDS, "DrawPairs", "waiting"): 20,
-    }
+    assert counted == {(*seconds, "starting"): 7, (*seconds, "waiting"): 20}
     with clock.busy():
         now += 3
         tick()
-        assert counted[metrics.STAGE_SECONDS, "DrawPairs", "busy"] == 3
+        assert counted[*seconds, "busy"] == 3
         now += 2
     tick()
-    assert counted[metrics.STAGE_SECONDS, "DrawPairs", "busy"] == 5
+    assert counted[*seconds, "busy"] == 5
     assert counted.total() == 32
 
 
-def test_a_stage_that_fails_is_not_busy_for_ever(counted):
-    clock = StageClock("DrawPairs")
+def test_failed_stage_is_not_busy(counted):
+    clock = StageClock("GeneratePairs")
     with pytest.raises(ZeroDivisionError), clock.busy():
         raise ZeroDivisionError
     assert clock._state == "waiting"
 
 
-def test_a_steps_seconds_are_waiting_or_computing_while_the_training_runs(counted):
+def test_step_seconds_are_waiting_or_computing(counted):
     with TrainingMeter("vpred") as meter:
         meter.add(seconds=2.0, data_seconds=0.5)
         meter.add(seconds=1.0, data_seconds=0.0)
