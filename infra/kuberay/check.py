@@ -1,12 +1,12 @@
-"""Hold the manifests here to KubeRay's own definitions: python infra/kuberay/check.py FOLDER...
+"""Validate the manifests here against KubeRay's own definitions: python infra/kuberay/check.py FOLDER...
 
-Each FOLDER is named after a release of KubeRay and holds its custom resource definitions, ray.io_*.yaml:
-those of `ray-operator/config/crd/bases` in its repository, or what `kubectl get crd rayjobs.ray.io -o yaml`
-says. They are not kept here. A cluster drops keys that it does not know without a word; here they are errors.
-That this is so is tried on every manifest, with each of its keys misspelled and each of its numbers made a
-list.
+Each FOLDER is named after a release of KubeRay and contains its custom resource definitions, ray.io_*.yaml:
+those of `ray-operator/config/crd/bases` in its repository, or the output of `kubectl get crd rayjobs.ray.io
+-o yaml`. They are not stored here. A cluster silently drops unknown keys; here they are errors. To show that
+the validation is effective, every manifest is also validated with each key misspelled and each number
+replaced by a list.
 
-What was checked is written to checked.json, by hash; a test refuses manifests that were changed since.
+The hashes of what was checked are written to checked.json; a test refuses manifests that have changed since.
 """
 
 from __future__ import annotations
@@ -24,6 +24,17 @@ import yaml
 
 HERE = Path(__file__).parent
 CHECKED = HERE / "checked.json"
+_COPIED = ("type", "enum", "required", "minimum", "maximum", "pattern")
+# Below these keys users choose the names.
+_FREE_NAMES = {
+    "metadata",
+    "labels",
+    "rayStartParams",
+    "nodeSelector",
+    "requests",
+    "limits",
+    "clusterSelector",
+}
 
 
 def manifests() -> list[Path]:
@@ -31,24 +42,19 @@ def manifests() -> list[Path]:
     return sorted(HERE.glob("*.yaml"))
 
 
-def strict(schema: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema of an `openAPIV3Schema`, which refuses the keys that a cluster would drop."""
-    if schema.get("x-kubernetes-int-or-string"):
+def strict_schema(definition: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of an `openAPIV3Schema`, with unknown keys refused."""
+    if definition.get("x-kubernetes-int-or-string"):
         return {"anyOf": [{"type": "integer"}, {"type": "string"}]}
-    made = {
-        key: schema[key]
-        for key in ("type", "enum", "required", "minimum", "maximum", "pattern")
-        if key in schema
-    }
-    if "properties" in schema:
-        made["properties"] = {name: strict(inner) for name, inner in schema["properties"].items()}
-        if not schema.get("x-kubernetes-preserve-unknown-fields"):
-            made["additionalProperties"] = False
-    if isinstance(schema.get("additionalProperties"), dict):
-        made["additionalProperties"] = strict(schema["additionalProperties"])
-    if "items" in schema:
-        made["items"] = strict(schema["items"])
-    return made
+    schema: dict[str, Any] = {key: definition[key] for key in _COPIED if key in definition}
+    if "properties" in definition:
+        schema["properties"] = {name: strict_schema(each) for name, each in definition["properties"].items()}
+        if not definition.get("x-kubernetes-preserve-unknown-fields"):
+            schema["additionalProperties"] = False
+    for key in ("additionalProperties", "items"):
+        if isinstance(definition.get(key), dict):
+            schema[key] = strict_schema(definition[key])
+    return schema
 
 
 def schema_of(manifest: dict[str, Any], definitions: Path) -> dict[str, Any]:
@@ -60,72 +66,66 @@ def schema_of(manifest: dict[str, Any], definitions: Path) -> dict[str, Any]:
     group, _, version = manifest["apiVersion"].partition("/")
     for path in definitions.glob("*.yaml"):
         spec = yaml.safe_load(path.read_text())["spec"]
-        if (spec["group"], spec["names"]["kind"]) != (group, manifest["kind"]):
-            continue
-        (found,) = (
-            entry["schema"]["openAPIV3Schema"] for entry in spec["versions"] if entry["name"] == version
-        )
-        made = strict(found)
-        # Every object has metadata, which a definition does not describe.
-        made["properties"]["metadata"] = {"type": "object"}
-        return made
+        if (spec["group"], spec["names"]["kind"]) == (group, manifest["kind"]):
+            (definition,) = (each for each in spec["versions"] if each["name"] == version)
+            schema = strict_schema(definition["schema"]["openAPIV3Schema"])
+            # Every object has metadata, which a definition does not describe.
+            schema["properties"]["metadata"] = {"type": "object"}
+            return schema
     raise ValueError(f"{definitions} does not define {manifest['kind']} of {manifest['apiVersion']}")
 
 
-def spoiled(value: Any) -> Iterator[Any]:  # noqa: ANN401 - any JSON value
-    """Copies of a manifest, each with one mistake: a key misspelled, or a number that is a list."""
+def with_mistakes(value: Any) -> Iterator[Any]:  # noqa: ANN401 - any JSON value
+    """Copies of a manifest, each with one mistake: a misspelled key, or a list in place of a number."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            # The keys below these are names that anybody may choose.
-            free = key in {"metadata", "labels", "rayStartParams", "nodeSelector", "requests", "limits"}
             yield {name + "x" * (name == key): each for name, each in value.items()}
-            if not (free or key == "clusterSelector"):
-                yield from ({**value, key: wrong} for wrong in spoiled(inner))
+            if key not in _FREE_NAMES:
+                yield from ({**value, key: wrong} for wrong in with_mistakes(inner))
     elif isinstance(value, list):
-        for place, inner in enumerate(value):
-            for wrong in spoiled(inner):
+        for index, inner in enumerate(value):
+            for wrong in with_mistakes(inner):
                 changed = copy.copy(value)
-                changed[place] = wrong
+                changed[index] = wrong
                 yield changed
     elif isinstance(value, int):
         yield [value]
 
 
 def check(manifest: dict[str, Any], definitions: Path) -> int:
-    """Hold one manifest to the definitions of a release; returns how many mistakes were tried and refused.
+    """Validate one manifest against a release; returns how many mistakes were tried and refused.
 
     Raises:
-        jsonschema.ValidationError: if it does not fit.
+        jsonschema.ValidationError: if it is invalid.
         ValueError: if a mistake was not noticed.
     """
     validator = jsonschema.Draft202012Validator(schema_of(manifest, definitions))
     validator.validate(manifest)
-    tried = 0
-    for wrong in spoiled(manifest):
-        tried += 1
+    count = 0
+    for wrong in with_mistakes(manifest):
+        count += 1
         if validator.is_valid(wrong):
             raise ValueError(f"a mistake is not noticed in {json.dumps(wrong)}")
-    return tried
+    return count
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """The hash of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def main() -> None:
-    """Check every manifest against every folder, and write down what was checked."""
+    """Check every manifest against every folder, and record what was checked."""
     folders = [Path(argument) for argument in sys.argv[1:]]
     if not folders:
         raise SystemExit(__doc__)
     checked: dict[str, Any] = {"manifests": {path.name: sha256(path) for path in manifests()}, "releases": {}}
     for folder in folders:
         for path in manifests():
-            tried = check(yaml.safe_load(path.read_text()), folder)
-            print(f"{path.name} fits KubeRay {folder.name}; {tried} mistakes in it were refused")  # noqa: T201 - what it is run for
-        checked["releases"][folder.name] = {
-            path.name: sha256(path) for path in sorted(folder.glob("ray.io_*.yaml"))
-        }
+            count = check(yaml.safe_load(path.read_text()), folder)
+            print(f"{path.name} is valid for KubeRay {folder.name}; {count} mistakes in it were refused")  # noqa: T201
+        definitions = sorted(folder.glob("ray.io_*.yaml"))
+        checked["releases"][folder.name] = {path.name: sha256(path) for path in definitions}
     CHECKED.write_text(json.dumps(checked, indent=2) + "\n")
 
 

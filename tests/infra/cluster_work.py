@@ -1,4 +1,4 @@
-"""What is done on a cluster of labelled nodes by test_cluster_run: rows by two stages, and a training."""
+"""The work of test_cluster_run on a cluster of labelled nodes: rows by two stages, and a training."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from snapfusion.settings import digest
 
 
 def role() -> str:
-    """Of the node that this runs on."""
+    """The role of the node that this runs on."""
     return str(ray.get_runtime_context().get_node_labels()["role"])
 
 
 class Draw:
-    """Rows whose unit states the role of the node that they were made on."""
+    """Makes rows whose unit states the role of its node."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -46,7 +46,7 @@ class Draw:
 
 
 class Slowly(Regression):
-    """Steps that take long enough to be seen to run."""
+    """Takes long enough for a step to be observed."""
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], *, step: int) -> torch.Tensor:
         time.sleep(1.0)
@@ -59,7 +59,7 @@ def program(device: torch.device) -> Iterator[Training]:
 
 
 def work(address: str, out: str, rows: int) -> None:
-    """Fill a table and train, each on nodes of its own; the training's node is printed."""
+    """Fill a table and train, each on nodes of its own, and print the role of the training's node."""
     connect(ClusterSettings(address=address))
     table = create_table(f"{out}/table", schema=SCHEMA, identity=IDENTITY)
     teachers = Pool(labels={"role": "teacher"})

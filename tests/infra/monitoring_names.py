@@ -1,4 +1,4 @@
-"""Which metrics the alerts and the dashboard read, and by which labels."""
+"""The metrics that alerts and dashboard read, and the labels that they select or group by."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def panels() -> list[dict[str, Any]]:
 
 
 def expressions() -> dict[str, str]:
-    """Whose expression it is -> the expression, of rules and panels."""
+    """The expressions of rules and panels, by name."""
     found = {
         rule.get("alert") or f"{rule['record']}{rule.get('labels', '')}": rule["expr"] for rule in rules()
     }
     for panel in panels():
         for target in panel["targets"]:
-            # Grafana puts the time shown in its place.
+            # Grafana replaces it with the displayed time span.
             found[f"{panel['title']} {target['refId']}"] = target["expr"].replace("$__range", "3h")
     return found
 
@@ -42,7 +42,7 @@ def selected(expression: str) -> Iterator[tuple[str, set[str]]]:
     """Each metric that an expression reads, with the labels that it selects by.
 
     Raises:
-        ValueError: if it is no PromQL.
+        ValueError: if it is not PromQL.
     """
     found: list[tuple[str, set[str]]] = []
 
@@ -80,7 +80,7 @@ def recorded() -> set[str]:
 
 
 def scraped() -> dict[str, set[str]]:
-    """Each metric that nodes must serve -> the labels by which it is selected or grouped."""
+    """The labels by which each metric that nodes must serve is selected or grouped, by metric."""
     found: dict[str, set[str]] = {}
     for expression in expressions().values():
         metrics = dict(selected(expression))

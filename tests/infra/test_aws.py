@@ -1,4 +1,4 @@
-"""The files for AWS, on a simulated one that checks who may do what; never tried on a live account."""
+"""The files for AWS on a simulated account that enforces permissions; never tried on a live one."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ AWS = ROOT / "infra/aws"
 CLUSTER = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
 REGION = CLUSTER["provider"]["region"]
 ACCOUNT = "123456789012"
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 def document(name: str) -> str:
@@ -36,7 +37,7 @@ def document(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def account(bucket: str) -> Iterator[str]:
-    """The simulated account with what docs/cluster.md has one make; gives its endpoint."""
+    """The endpoint of a simulated account, set up as docs/cluster.md describes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_DEFAULT_REGION", REGION)
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -56,32 +57,32 @@ def account(bucket: str) -> Iterator[str]:
 
 
 def client(service: str) -> Any:
-    """With the key of the environment as it is now."""
+    """A client with the current credentials of the environment."""
     return boto3.Session().client(service)
 
 
 @contextmanager
 def acting(endpoint: str, name: str, policies: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Within it the account asks for rights, and the environment's key has those of these policies only."""
+    """Within it the account enforces permissions, and the environment's key has these policies only."""
     iam = client("iam")
     iam.create_user(UserName=name)
     for policy, text in policies.items():
         iam.put_user_policy(UserName=name, PolicyName=policy, PolicyDocument=text)
-    made = iam.create_access_key(UserName=name)["AccessKey"]
-    key = {"AWS_ACCESS_KEY_ID": made["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": made["SecretAccessKey"]}
+    created = iam.create_access_key(UserName=name)["AccessKey"]
+    key = {"AWS_ACCESS_KEY_ID": created["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": created["SecretAccessKey"]}
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in key.items():
             patch.setenv(variable, value)
         s3fs.S3FileSystem.clear_instance_cache()
-        _ask_for_rights(endpoint, after=0)
+        _enforce_permissions(endpoint, after=0)
         try:
             yield key
         finally:
-            _ask_for_rights(endpoint, after=10**9)
+            _enforce_permissions(endpoint, after=10**9)
             s3fs.S3FileSystem.clear_instance_cache()
 
 
-def _ask_for_rights(endpoint: str, *, after: int) -> None:
+def _enforce_permissions(endpoint: str, *, after: int) -> None:
     request = urllib.request.Request(
         f"{endpoint}/moto-api/reset-auth", data=str(after).encode(), headers={"Content-Type": "text/plain"}
     )
@@ -96,11 +97,13 @@ def refused(call: Any, **arguments: Any) -> bool:
     return False
 
 
-def test_a_nodes_rights_suffice_for_a_table_and_for_nothing_else(account, bucket):
+def test_a_node_may_only_fill_tables(account, bucket):
     with acting(account, "node", {"bucket": document("bucket.json")}):
         table = f"{bucket}/snapfusion/run/table"
-        filling = [sys.executable, str(ROOT / "tests/synthetic_units.py"), table, "none"]
-        subprocess.run(filling, check=True)
+        fill = "import sys, synthetic_units as units; units.run(sys.argv[1])"
+        subprocess.run(
+            [sys.executable, "-c", fill, table], check=True, env=os.environ | {"PYTHONPATH": PATHS}
+        )
         assert sum(account.rows_read for account in open_table(table).manifests().values()) == 22
         s3 = client("s3")
         assert s3.get_object(Bucket="bucket", Key="shards/00000.tar")["Body"].read() == b"shard"
@@ -123,7 +126,7 @@ def lifecycle() -> dict[str, Any]:
     return json.loads((AWS / "lifecycle.json").read_text())
 
 
-def test_the_store_takes_the_lifecycle_rules_and_refuses_others(account):
+def test_the_store_accepts_the_lifecycle_rules(account):
     s3 = client("s3")
     s3.put_bucket_lifecycle_configuration(Bucket="bucket", LifecycleConfiguration=lifecycle())
     kept = s3.get_bucket_lifecycle_configuration(Bucket="bucket")["Rules"]
@@ -156,7 +159,7 @@ def launched(account, tmp_path_factory) -> dict[str, Any]:
         return _bootstrap_config(config, no_config_cache=True)
 
 
-def test_rays_bootstrap_makes_of_the_cluster_file_what_it_says(launched):
+def test_rays_bootstrap_accepts_the_cluster_file(launched):
     types = launched["available_node_types"]
     assert {name: kind["labels"] for name, kind in types.items()} == {name: {"role": name} for name in types}
     assert types["head"]["resources"] == {"CPU": 0}
@@ -168,7 +171,7 @@ def test_rays_bootstrap_makes_of_the_cluster_file_what_it_says(launched):
         assert kind["node_config"]["SecurityGroupIds"]
 
 
-def test_the_heads_rights_suffice_for_starting_and_ending_nodes(account, launched):
+def test_the_head_may_start_and_end_nodes(account, launched):
     policy = json.loads(document("head.json"))
     for statement in policy["Statement"]:
         # The simulation knows no resources and no conditions of EC2: what narrows these rights is not tried.
@@ -195,7 +198,7 @@ def test_the_heads_rights_suffice_for_starting_and_ending_nodes(account, launche
     assert markets == {"g6e.2xlarge": "spot", "p4d.24xlarge": "on demand"}
 
 
-def test_the_heads_rights_are_for_this_cluster_in_its_region():
+def test_the_heads_rights_are_limited_to_its_cluster():
     head = {statement["Sid"]: statement for statement in json.loads(document("head.json"))["Statement"]}
     region = head["StartNodes"]["Condition"]["StringEquals"]["aws:RequestedRegion"]
     cluster = head["EndAndNameNodesOfThisClusterOnly"]["Condition"]["StringEquals"]

@@ -1,4 +1,4 @@
-"""docs/cluster.md: what it has one type is there."""
+"""docs/cluster.md agrees with the code and the files that it names."""
 
 import itertools
 import json
@@ -37,30 +37,30 @@ def test_a_job_and_its_settings_exist(line):
     assert recipe.name == values.get("--recipe", "mini")
 
 
-def test_roles_that_jobs_ask_for_are_in_the_cluster_file():
+def test_roles_of_jobs_are_in_the_cluster_file():
     types = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())["available_node_types"]
-    asked = {role for line in JOBS for role in re.findall(r'"role": "(\w+)"', line)}
-    assert asked == {"decode", "teacher", "trainer"} == types.keys() - {"head"}
+    roles = {role for line in JOBS for role in re.findall(r'"role": "(\w+)"', line)}
+    assert roles == {"decode", "teacher", "trainer"} == types.keys() - {"head"}
 
 
-def test_files_that_it_names_are_there():
+def test_named_files_exist():
     for name in re.findall(r"(?<![\w/.])(?:infra|docs|pipelines)/[\w./-]+\w", GUIDE):
         assert (ROOT / name).exists(), name
     for target in re.findall(r"\]\((?!http)([\w./-]+)", GUIDE):
         assert (ROOT / "docs" / target).exists(), target
 
 
-def test_every_policy_is_used_and_nothing_else_is_asked_for():
+def test_every_policy_is_used():
     used = set(re.findall(r"infra/aws/(\w+\.json)", "\n".join(COMMANDS)))
     assert used == {path.name for path in (ROOT / "infra/aws").glob("*.json")}
 
 
-def test_what_it_says_of_the_lifecycle_rules_is_in_them():
+def test_lifecycle_rules_are_as_described():
     rules = {
         rule["ID"]: rule for rule in json.loads((ROOT / "infra/aws/lifecycle.json").read_text())["Rules"]
     }
-    said = GUIDE.split("The lifecycle rules end")[1].split("snapfusion/")[0]
-    days = [int(number) for number in re.findall(r"\((\d+) days", said)]
+    sentence = GUIDE.split("The lifecycle rules")[1].split("snapfusion/")[0]
+    days = [int(number) for number in re.findall(r"\b(\d+) days", sentence)]
     assert days == [
         rules["uploads-that-nobody-finished"]["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"],
         rules["versions-that-were-replaced-or-deleted"]["NoncurrentVersionExpiration"]["NoncurrentDays"],
@@ -68,13 +68,13 @@ def test_what_it_says_of_the_lifecycle_rules_is_in_them():
     ]
 
 
-def test_its_table_of_metrics_is_that_of_the_code():
-    told = set(re.findall(r"^\| `(ray_\w+)` \|", GUIDE, re.MULTILINE))
+def test_the_table_of_metrics_is_complete():
+    documented = set(re.findall(r"^\| `(ray_\w+)` \|", GUIDE, re.MULTILINE))
     counters = (metrics.ROWS, metrics.STAGE_SECONDS, metrics.TRAINING_STEPS, metrics.TRAINING_SECONDS)
-    assert told == {*(f"ray_{name}_total" for name in counters), f"ray_{metrics.TRAINING_RUNS}"}
+    assert documented == {*(f"ray_{name}_total" for name in counters), f"ray_{metrics.TRAINING_RUNS}"}
 
 
-def test_releases_of_kuberay_are_those_that_were_checked():
+def test_the_named_releases_were_checked():
     checked = json.loads((ROOT / "infra/kuberay/checked.json").read_text())["releases"]
     for release in checked:
         assert release.removeprefix("v") in GUIDE

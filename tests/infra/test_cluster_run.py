@@ -1,7 +1,7 @@
-"""The node types of ray_cluster.yaml under Ray's own autoscaler, as processes of this machine.
+"""The node types of ray_cluster.yaml under Ray's autoscaler, as processes of this machine.
 
-Pools and trainers ask for labels, and the autoscaler starts nodes that have them; while they work, the nodes
-are scraped as Prometheus would, by the list that Ray keeps for it.
+Pools and trainers request labels, and the autoscaler starts nodes that have them. Meanwhile the nodes are
+scraped as Prometheus would, by Ray's service discovery file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeP
 
 
 def configuration(address: str) -> dict[str, Any]:
-    """ray_cluster.yaml, but a node is two CPUs of this machine."""
+    """ray_cluster.yaml with nodes of two CPUs of this machine."""
     config = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
     config["provider"] = {
         "type": "external",
@@ -66,14 +66,14 @@ def configuration(address: str) -> dict[str, Any]:
 
 @dataclass
 class Outcome:
-    """What was seen of the run."""
+    """The output and the metrics of the run."""
 
     printed: str
     table: str
     labels: dict[str, set[str]] = field(default_factory=dict)
-    """Each metric, and all labels that it was seen with."""
+    """All labels of each metric, by metric."""
     counted: dict[str, float] = field(default_factory=dict)
-    """Rows by outcome, at last."""
+    """Final number of rows by outcome."""
     node_types: set[str] = field(default_factory=set)
 
 
@@ -82,10 +82,10 @@ def outcome(tmp_path_factory) -> Iterator[Outcome]:
     folder = tmp_path_factory.mktemp("c")
     address = f"{get_node_ip_address()}:{_free_port()}"
     (folder / "config.json").write_text(json.dumps(configuration(address)))
-    places = [str(ROOT / "tests" / name) for name in ("", "infra", "pipelines", "jobs")]
+    paths = [str(ROOT / "tests" / name) for name in ("", "infra", "pipelines", "jobs")]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *places]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *paths]),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0123456789abcdef" * 2,
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -113,10 +113,10 @@ def outcome(tmp_path_factory) -> Iterator[Outcome]:
         )
     try:
         _await(lambda: "--block" in (folder / "head.log").read_text(), head)
-        yield _worked(folder, address, environment)
+        yield _run_work(folder, address, environment)
     finally:
-        # Whatever has this cluster's folder in its command line: the autoscaler's nodes are in no group of
-        # the head's. Never `ray stop`, which ends every Ray of the machine.
+        # The autoscaler's nodes are not in the head's process group, so they are found by this cluster's
+        # folder in their command lines. `ray stop` would end every Ray of the machine.
         head.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             head.wait(3)
@@ -126,8 +126,8 @@ def outcome(tmp_path_factory) -> Iterator[Outcome]:
         head.wait()
 
 
-def _worked(folder: Path, address: str, environment: dict[str, str]) -> Outcome:
-    """Let the work be done, and look at all nodes' metrics meanwhile."""
+def _run_work(folder: Path, address: str, environment: dict[str, str]) -> Outcome:
+    """Run the work, and scrape all nodes meanwhile."""
     command = [
         sys.executable,
         str(Path(__file__).with_name("cluster_work.py")),
@@ -169,7 +169,7 @@ def _note(answer: str, outcome: Outcome) -> None:
                 outcome.node_types.add(sample.labels["node_type"])
 
 
-def test_pools_and_trainers_run_on_nodes_that_were_started_for_their_labels(outcome):
+def test_labels_start_nodes_for_pools_and_trainers(outcome):
     states = open_table(outcome.table).manifests().values()
     assert sum(account.rows_read for account in states) == ROWS
     assert {account.environment["role"] for account in states} == {"teacher"}
@@ -177,14 +177,14 @@ def test_pools_and_trainers_run_on_nodes_that_were_started_for_their_labels(outc
     assert outcome.node_types == {FAKE_HEAD_NODE_TYPE, "teacher", "trainer"}
 
 
-def test_every_metric_of_dashboard_and_alerts_is_served_with_its_labels(outcome):
-    wanted = monitoring_names.scraped()
-    assert wanted.keys() <= outcome.labels.keys()
-    for name, labels in wanted.items():
+def test_every_metric_is_served_with_its_labels(outcome):
+    expected = monitoring_names.scraped()
+    assert expected.keys() <= outcome.labels.keys()
+    for name, labels in expected.items():
         assert labels <= outcome.labels[name], name
 
 
-def test_rows_are_counted_by_what_became_of_them(outcome):
+def test_rows_are_counted_by_outcome(outcome):
     assert outcome.counted == {"written": ROWS * 4 / 5, "broken_image": ROWS / 5}
 
 

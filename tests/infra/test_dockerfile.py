@@ -1,4 +1,4 @@
-"""What the image of the nodes holds; it was never built here, where there is no container engine."""
+"""The image of the nodes contains what a job needs. It was never built here, without a container engine."""
 
 import re
 import shutil
@@ -13,17 +13,17 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "infra/Dockerfile").read_text()
 
 
-def test_what_is_copied_is_enough_to_run_a_job_from(tmp_path):
+def test_copied_files_suffice_for_a_job(tmp_path):
     copied = re.findall(r"^COPY --chown=ray:users (.*) (\S+)$", DOCKERFILE, re.MULTILINE)
     assert copied
     for sources, target in copied:
         for source in sources.split():
-            place = tmp_path / target
+            path = tmp_path / target
             if (ROOT / source).is_dir():
-                shutil.copytree(ROOT / source, place, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(ROOT / source, path, ignore=shutil.ignore_patterns("__pycache__"))
             else:
-                place.mkdir(exist_ok=True)
-                shutil.copy(ROOT / source, place)
+                path.mkdir(exist_ok=True)
+                shutil.copy(ROOT / source, path)
     program = (
         "import jobs, runpy; print(jobs.__file__); runpy.run_module('jobs.run_pipeline', run_name='__main__')"
     )
@@ -32,13 +32,13 @@ def test_what_is_copied_is_enough_to_run_a_job_from(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(tmp_path))
     project = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]
-    for named in (project["readme"], *project["license-files"]):
-        assert (tmp_path / named).exists()
+    for name in (project["readme"], *project["license-files"]):
+        assert (tmp_path / name).exists()
     assert "-c infra/constraints.txt" in DOCKERFILE
     assert (tmp_path / "infra/constraints.txt").exists()
 
 
-def test_the_images_python_is_one_that_is_accepted():
+def test_the_images_python_is_accepted():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     major, minor = re.search(r"^FROM \S+-py(\d)(\d+)$", DOCKERFILE, re.MULTILINE).groups()
     assert SpecifierSet(project["requires-python"]).contains(f"{major}.{minor}")

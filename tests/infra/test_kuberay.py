@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: what was held to KubeRay's definitions, and that they agree with the rest."""
+"""The Kubernetes manifests were validated against KubeRay's definitions and agree with the rest."""
 
 import importlib.util
 import json
@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "infra/kuberay"
 AWS = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
 
-found = importlib.util.spec_from_file_location("kuberay_check", KUBERAY / "check.py")
-check = importlib.util.module_from_spec(found)
-found.loader.exec_module(check)
+spec = importlib.util.spec_from_file_location("kuberay_check", KUBERAY / "check.py")
+check = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(check)
 
 DEFINITION = """
 spec:
@@ -68,7 +68,7 @@ def definitions(tmp_path):
     return tmp_path
 
 
-def test_a_manifest_is_held_to_the_definition_of_its_kind_and_version(definitions):
+def test_manifests_are_validated_by_kind_and_version(definitions):
     # Each key but those that anybody may choose, and the size.
     assert check.check(TOY, definitions) == 10
     with pytest.raises(ValueError, match="does not define Other"):
@@ -76,7 +76,7 @@ def test_a_manifest_is_held_to_the_definition_of_its_kind_and_version(definition
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ({"size": 2, "sise": 2}, "'sise' was unexpected"),
         ({"size": "2"}, "is not of type 'integer'"),
@@ -87,17 +87,17 @@ def test_a_manifest_is_held_to_the_definition_of_its_kind_and_version(definition
         ({"size": 2, "limits": {"cpu": 0.5}}, "is not valid under any"),
     ],
 )
-def test_what_a_cluster_would_drop_or_refuse_is_refused(definitions, spec, said):
-    with pytest.raises(jsonschema.ValidationError, match=said):
+def test_invalid_manifests_are_refused(definitions, spec, message):
+    with pytest.raises(jsonschema.ValidationError, match=message):
         check.check({**TOY, "spec": spec}, definitions)
 
 
-def test_where_a_definition_takes_anything_a_mistake_cannot_be_seen_and_that_is_said(definitions):
+def test_unnoticed_mistakes_are_an_error(definitions):
     with pytest.raises(ValueError, match="a mistake is not noticed"):
         check.check({**TOY, "spec": {"size": 1, "anything": {"free": "to say"}}}, definitions)
 
 
-def test_the_manifests_are_those_that_were_held_to_kuberays_definitions():
+def test_the_manifests_are_the_validated_ones():
     checked = json.loads((KUBERAY / "checked.json").read_text())
     now = {path.name: check.sha256(path) for path in check.manifests()}
     assert now == checked["manifests"], "a manifest was changed: run infra/kuberay/check.py again"
@@ -116,7 +116,7 @@ CLUSTER = manifest("cluster.yaml")["spec"]
 NIGHTLY = manifest("cronjob.yaml")["spec"]["jobTemplate"]
 
 
-def test_the_nightly_cluster_is_the_cluster_without_trainers():
+def test_the_nightly_cluster_has_no_trainers():
     own = NIGHTLY["rayClusterSpec"]
     apart = {"workerGroupSpecs"}
     assert {k: v for k, v in own.items() if k not in apart} == {
@@ -125,7 +125,7 @@ def test_the_nightly_cluster_is_the_cluster_without_trainers():
     assert groups(own) == {name: group for name, group in groups(CLUSTER).items() if name != "trainer"}
 
 
-def test_nodes_have_the_same_roles_on_kubernetes_and_aws():
+def test_kubernetes_and_aws_have_the_same_roles():
     aws = {name: kind for name, kind in AWS["available_node_types"].items() if name != "head"}
     for name, group in groups(CLUSTER).items():
         assert group["labels"] == aws[name]["labels"] == {"role": name}
@@ -141,7 +141,7 @@ def test_nodes_have_the_same_roles_on_kubernetes_and_aws():
 
 
 @pytest.mark.parametrize("job", [manifest("job.yaml")["spec"], NIGHTLY], ids=["job", "nightly"])
-def test_what_a_manifest_runs_is_a_job_with_settings_that_exist(job):
+def test_manifests_run_jobs_with_existing_settings(job):
     python, dash_m, module, *options = shlex.split(job["entrypoint"])
     assert (python, dash_m) == ("python", "-m")
     assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
@@ -159,7 +159,7 @@ def test_the_job_runs_on_the_cluster():
     assert manifest("job.yaml")["spec"]["clusterSelector"] == {"ray.io/cluster": name}
 
 
-def test_retries_are_asked_for_where_kuberay_allows_them():
+def test_only_the_nightly_job_is_retried():
     # It refuses retries of a job on a cluster that is not its own.
     assert "backoffLimit" not in manifest("job.yaml")["spec"]
     assert NIGHTLY["backoffLimit"] > 0

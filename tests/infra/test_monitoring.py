@@ -1,4 +1,4 @@
-"""Prometheus rules and the dashboard, as far as no cluster is needed; test_cluster_run.py has one."""
+"""Prometheus rules and the dashboard without a cluster; test_cluster_run.py has one."""
 
 import inspect
 import itertools
@@ -39,23 +39,23 @@ RAYS = {
 
 
 @pytest.mark.parametrize("expression", names.expressions().values(), ids=names.expressions())
-def test_an_expression_is_promql_over_metrics_that_there_are(expression):
+def test_expressions_read_existing_metrics(expression):
     read = {name for name, _ in names.selected(expression)}
     assert read <= OURS | RAYS | names.recorded()
     # None was overlooked in it.
     assert read == set(re.findall(r"\b(?:ray_|snapfusion:)\w+", expression))
 
 
-def test_what_is_no_promql_is_refused():
+def test_invalid_promql_is_refused():
     with pytest.raises(ValueError, match="parenthesis"):
         list(names.selected("sum(rate(ray_snapfusion_rows_total[5m])"))
 
 
-def test_every_metric_that_we_count_is_looked_at():
+def test_every_metric_is_used():
     assert names.scraped().keys() == OURS | RAYS
 
 
-def test_stages_and_outcomes_that_expressions_name_exist():
+def test_stages_and_outcomes_in_expressions_exist():
     classes = {
         name
         for path in Path(stages.__file__).parent.glob("*.py")
@@ -87,7 +87,7 @@ def test_every_type_of_node_has_a_price():
     assert sorted(priced) == sorted(aws.keys() | groups | {"headgroup"})
 
 
-def test_an_alert_says_what_is_the_matter_and_what_to_do():
+def test_alerts_have_a_summary_and_an_action():
     alerts = [rule for rule in names.rules() if "alert" in rule]
     assert len(alerts) == 10
     for alert in alerts:
@@ -101,12 +101,12 @@ def test_an_alert_says_what_is_the_matter_and_what_to_do():
     assert recipe["latents"]["bounds"]["max_rejected"] == 0.5
 
 
-def test_the_dashboard_shows_what_is_asked_of_it():
+def test_the_dashboard_has_its_panels():
     dashboard = json.loads((names.MONITORING / "dashboard.json").read_text())
     panels = dashboard["panels"]
     titles = [panel["title"] for panel in panels]
-    for asked in ("Rows a second", "Rejected share", "Teachers' idle share", "Step time", "Data-wait share"):
-        assert asked in titles
+    for title in ("Rows a second", "Rejected share", "Teachers' idle share", "Step time", "Data-wait share"):
+        assert title in titles
     assert "Cost so far" in titles
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert dashboard["templating"]["list"][0]["name"] == "datasource"
@@ -131,28 +131,28 @@ def test_the_dashboard_shows_what_is_asked_of_it():
 @pytest.mark.parametrize(
     "words", [("check", "config", "prometheus.yaml"), ("test", "rules", "rules_test.yaml")]
 )
-def test_prometheus_accepts_the_rules_and_makes_of_series_what_it_should(words):
+def test_prometheus_accepts_the_rules(words):
     done = subprocess.run(
         ["promtool", *words], cwd=names.MONITORING, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_made_up_series_have_a_word_for_every_rule():
+def test_every_rule_has_made_up_series():
     made_up = (names.MONITORING / "rules_test.yaml").read_text()
     derived = {rule.get("alert") or rule["record"] for rule in names.rules()}
     assert {name for name in derived if name not in made_up} == {"snapfusion:price_dollars_per_hour"}
 
 
 class Prometheus(BaseHTTPRequestHandler):
-    """Answers every range query with one series, and notes what was asked."""
+    """Answers every range query with one series, and records the queries."""
 
-    asked: ClassVar[list[str]] = []
+    queries: ClassVar[list[str]] = []
 
     def do_GET(self):
-        asked = {key: value for key, (value,) in parse_qs(urlparse(self.path).query).items()}
-        self.asked.append(asked["query"])
-        values = [[float(asked["end"]) - 60 * ago, str(ago)] for ago in range(3)]
+        parameters = {key: value for key, (value,) in parse_qs(urlparse(self.path).query).items()}
+        self.queries.append(parameters["query"])
+        values = [[float(parameters["end"]) - 60 * ago, str(ago)] for ago in range(3)]
         series = {"metric": {"verb": "encode_latents"}, "values": values}
         self.send_response(200)
         self.end_headers()
@@ -162,14 +162,19 @@ class Prometheus(BaseHTTPRequestHandler):
         pass
 
 
-def test_the_dashboard_can_be_drawn_without_grafana(tmp_path):
+def test_the_dashboard_renders_without_grafana(tmp_path):
     server = HTTPServer(("127.0.0.1", 0), Prometheus)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    command = [sys.executable, str(names.MONITORING / "picture.py"), str(tmp_path / "dashboard.png"), "30"]
+    command = [
+        sys.executable,
+        str(names.MONITORING / "dashboard_image.py"),
+        str(tmp_path / "dashboard.png"),
+        "30",
+    ]
     environment = {**os.environ, "PROMETHEUS_URL": f"http://127.0.0.1:{server.server_port}"}
     subprocess.run(command, env=environment, check=True)
     server.shutdown()
     server.server_close()
     assert (tmp_path / "dashboard.png").read_bytes().startswith(b"\x89PNG")
     shown = [target["expr"] for panel in names.panels() for target in panel["targets"]]
-    assert Prometheus.asked == [expression.replace("$__range", "1800s") for expression in shown]
+    assert Prometheus.queries == [expression.replace("$__range", "1800s") for expression in shown]

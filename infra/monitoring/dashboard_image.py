@@ -1,8 +1,8 @@
-"""The dashboard as a picture, where there is no Grafana.
+"""Renders the dashboard as an image, without Grafana.
 
-python infra/monitoring/picture.py OUT.png [MINUTES] asks the Prometheus of PROMETHEUS_URL (unless it is set,
-http://127.0.0.1:9090) for every panel's expressions over the last minutes, an hour unless given, and draws
-the answers where the panels stand.
+python infra/monitoring/dashboard_image.py OUT.png [MINUTES] queries the Prometheus at PROMETHEUS_URL (by
+default http://127.0.0.1:9090) for every panel's expressions over the last minutes (by default 60), and plots
+the results in the panels' positions.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ COLUMNS = 24
 UNITS = {"percentunit": "%", "s": "seconds", "currencyUSD": "dollars", "short": ""}
 
 
-def ask(expression: str, *, minutes: float) -> list[dict[str, Any]]:
-    """What Prometheus answers to a range query: a metric and [time, value] pairs, for each series."""
+def query_range(expression: str, *, minutes: float) -> list[dict[str, Any]]:
+    """The series of a range query, each with its metric and [time, value] pairs."""
     now = time.time()
     query = expression.replace("$__range", f"{round(minutes * 60)}s")
-    words = {"query": query, "start": now - 60 * minutes, "end": now, "step": STEP_SECONDS}
+    parameters = {"query": query, "start": now - 60 * minutes, "end": now, "step": STEP_SECONDS}
     url = os.environ.get("PROMETHEUS_URL", "http://127.0.0.1:9090")
-    with urllib.request.urlopen(f"{url}/api/v1/query_range?{urllib.parse.urlencode(words)}") as answer:
-        return list(json.load(answer)["data"]["result"])
+    with urllib.request.urlopen(f"{url}/api/v1/query_range?{urllib.parse.urlencode(parameters)}") as response:
+        return list(json.load(response)["data"]["result"])
 
 
 def legend(pattern: str, metric: dict[str, str]) -> str:
@@ -42,12 +42,12 @@ def legend(pattern: str, metric: dict[str, str]) -> str:
     return pattern
 
 
-def draw_panel(axes: Axes, panel: dict[str, Any], *, minutes: float) -> None:
-    """One panel: its series, or the last value where it shows one number."""
+def plot_panel(axes: Axes, panel: dict[str, Any], *, minutes: float) -> None:
+    """Plot one panel: its series, or the last value if it shows a single number."""
     axes.set_title(panel["title"], fontsize=10, loc="left")
     percent = panel["fieldConfig"]["defaults"]["unit"] == "percentunit"
     for target in panel["targets"]:
-        for series in ask(target["expr"], minutes=minutes):
+        for series in query_range(target["expr"], minutes=minutes):
             times = [(float(at) - time.time()) / 60 for at, _ in series["values"]]
             values = [float(value) * (100 if percent else 1) for _, value in series["values"]]
             if panel["type"] == "stat":
@@ -69,16 +69,16 @@ def draw_panel(axes: Axes, panel: dict[str, Any], *, minutes: float) -> None:
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color="gray")
 
 
-def draw(path: str, *, minutes: float) -> None:
-    """All panels, into a PNG."""
+def render(path: str, *, minutes: float) -> None:
+    """Render all panels into a PNG."""
     panels = json.loads(DASHBOARD.read_text())["panels"]
-    places = [panel["gridPos"] for panel in panels]
-    rows = max(place["y"] + place["h"] for place in places)
+    rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
     figure = Figure(figsize=(16, rows / 2.4), layout="constrained")
     grid = figure.add_gridspec(rows, COLUMNS)
-    for panel, place in zip(panels, places, strict=True):
-        spot = grid[place["y"] : place["y"] + place["h"], place["x"] : place["x"] + place["w"]]
-        draw_panel(figure.add_subplot(spot), panel, minutes=minutes)
+    for panel in panels:
+        x, y, width, height = (panel["gridPos"][name] for name in ("x", "y", "w", "h"))
+        axes = figure.add_subplot(grid[y : y + height, x : x + width])
+        plot_panel(axes, panel, minutes=minutes)
     figure.supxlabel("minutes before now", fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -86,4 +86,4 @@ def draw(path: str, *, minutes: float) -> None:
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         raise SystemExit(__doc__)
-    draw(sys.argv[1], minutes=float(sys.argv[2]) if len(sys.argv) == 3 else 60)
+    render(sys.argv[1], minutes=float(sys.argv[2]) if len(sys.argv) == 3 else 60)
