@@ -91,12 +91,7 @@ def _probed(job: Job, settings: PlanSettings, *, sizes: NetworkSizes) -> Rates:
     workload = Workload(
         job=job, settings=settings, sizes=sizes, counts=counts_of(job, settings), png_share=1.0
     )
-    rates = probe(
-        job,
-        sizes=sizes,
-        efficient=workload.efficient,
-        on_part=lambda part: print(f"  measuring {part}", flush=True),
-    )
+    rates = probe(job, sizes=sizes, efficient=workload.efficient)
     replace_object(url, f"{rates.to_json()}\n".encode())
     return rates
 

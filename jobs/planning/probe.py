@@ -82,20 +82,13 @@ class _Measurements:
         self.rates[kind].append(Rate(seconds=max(seconds, 1e-9), gmacs=gmacs))
 
 
-def probe(
-    job: Job,
-    *,
-    sizes: NetworkSizes,
-    efficient: Architecture,
-    on_part: Callable[[str], None] = lambda part: None,
-) -> Rates:
-    """Measure this machine for a recipe.
+def probe(job: Job, *, sizes: NetworkSizes, efficient: Architecture) -> Rates:
+    """Measure this machine for a recipe, and print what is measured next.
 
     Args:
         job: the recipe.
         sizes: of the model's networks.
         efficient: architecture of the efficient UNet.
-        on_part: called with what is measured next.
 
     Raises:
         SettingsError: if the recipe needs a device that this machine lacks.
@@ -105,33 +98,31 @@ def probe(
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            return _probe(replace(job, out=scratch), sizes=sizes, efficient=efficient, on_part=on_part)
+            return _probe(replace(job, out=scratch), sizes=sizes, efficient=efficient)
     finally:
         torch.set_num_threads(threads)
 
 
-def _probe(
-    job: Job, *, sizes: NetworkSizes, efficient: Architecture, on_part: Callable[[str], None]
-) -> Rates:
+def _probe(job: Job, *, sizes: NetworkSizes, efficient: Architecture) -> Rates:
     measured, device = _Measurements(), _device()
-    on_part("the start of Ray")
+    _announce("the start of Ray")
     began = time.monotonic()
     connect(job.recipe.cluster)
     ray_seconds = time.monotonic() - began
-    on_part("rows: read, encoded, written")
+    _announce("rows: read, encoded, written")
     _measure_rows(job, sizes=sizes, measured=measured)
-    on_part("the teacher's passes")
+    _announce("the teacher's passes")
     png_share = _measure_teacher(job, sizes=sizes, measured=measured)
-    on_part("training steps")
+    _announce("training steps")
     bundle = load(job.recipe.model, device=str(device))
     for architecture in dict.fromkeys((sizes.architecture, efficient)):
         _measure_training(job, bundle, architecture, sizes=sizes, measured=measured)
     _measure_decoder_training(job, bundle, sizes=sizes, measured=measured)
-    on_part("a UNet's export")
+    _announce("a UNet's export")
     if device.type == "cpu":
         measured.add("compile", COMPILE_PER_EXPORT * _export_seconds(bundle, tokens=sizes.tokens))
     del bundle
-    on_part("a data job and a training through Ray")
+    _announce("a data job and a training through Ray")
     overhead = measure_overhead(url=job.url("overhead"), workers=_contending_workers(job))
     setting = setting_of(TimingSettings(device=device.type))  # type: ignore[arg-type] # cpu or cuda
     return Rates(
@@ -145,6 +136,10 @@ def _probe(
         starts=StartupSeconds(ray=ray_seconds, job=overhead.job_seconds, training=overhead.training_seconds),
         png_share=png_share,
     )
+
+
+def _announce(part: str) -> None:
+    print(f"  measuring {part}", flush=True)
 
 
 def _contending_workers(job: Job) -> int:

@@ -70,16 +70,20 @@ class Workload:
         Raises:
             SettingsError: if `plan.steps` names a job that cannot be planned.
         """
-        if unknown := [verb for verb in self.settings.steps or () if verb not in self._costs]:
+        if unknown := [verb for verb in self.settings.steps or () if verb not in self._planned]:
             raise SettingsError(
-                f"--set plan.steps: {unknown[0]!r} cannot be planned; accepted are {', '.join(self._costs)}"
+                f"--set plan.steps: {unknown[0]!r} cannot be planned; accepted are {', '.join(self._planned)}"
             )
-        return [stage for verb in self.verbs if verb in self._costs for stage in self._costs[verb]()]
+        return [stage for verb in self.verbs if verb in self._planned for stage in self._stages_of(verb)]
+
+    @property
+    def _planned(self) -> tuple[str, ...]:
+        return (*self._costs, "distill_plan")
 
     @property
     def unplanned(self) -> list[str]:
         """Jobs of the run that have no rate."""
-        return [verb for verb in self.verbs if verb not in self._costs]
+        return [verb for verb in self.verbs if verb not in self._planned]
 
     @property
     def verbs(self) -> tuple[str, ...]:
@@ -92,53 +96,52 @@ class Workload:
         targets = ("compute_targets",) if distill.targets == "table" else ()
         return ("encode_latents", *targets, "distill_plan", "generate_pairs", "distill_decoder", "evaluate")
 
+    def _stages_of(self, verb: str) -> list[StageCost]:
+        if verb != "distill_plan":
+            return [self._costs[verb]()]
+        # The models that the schedule starts from, then its students.
+        initial = [self._costs[verb]() for verb in initial_verbs(self.job.recipe)]
+        return [*initial, *map(self._distillation, self._scheduled)]
+
     @cached_property
-    def _costs(self) -> dict[str, Callable[[], list[StageCost]]]:
+    def _costs(self) -> dict[str, Callable[[], StageCost]]:
         recipe, sizes, counts = self.job.recipe, self.sizes, self.counts
         scenes, png = recipe.source.scenes, 3 * sizes.bundle.image_size**2 * self.png_share
-        pair_bytes = latents_row_bytes(sizes)
-        if recipe.pairs.generation.images and recipe.decoder.target == "stored":
-            pair_bytes += png
-        trainings, own = self._trainings, sizes.architecture
+        render, compiling = Work(kind="render", units=scenes), Work(kind="compile", units=1)
+        stored = recipe.pairs.generation.images and recipe.decoder.target == "stored"
+        pair_bytes = latents_row_bytes(sizes) + (png if stored else 0.0)
+        velocity, own = self._trainings.velocity, sizes.architecture
         return {
-            "render_scenes": lambda: [
-                driver_cost(
-                    "render_scenes",
-                    Work(kind="render", units=scenes),
-                    rows=scenes,
-                    output_bytes=scenes * png,
-                )
-            ],
-            "encode_latents": lambda: [
-                latents_cost(recipe.latents, source_rows=counts.source, rows=counts.latents, sizes=sizes)
-            ],
-            "finetune_vpred": lambda: [trainings.velocity("finetune_vpred", recipe.vpred, unet=own)],
-            "train_robust": lambda: [trainings.velocity("train_robust", recipe.robust.training, unet=own)],
-            "evolve_unet": lambda: [evolution_cost(recipe.evolution, trainings=trainings, sizes=sizes)],
-            "train_efficient": lambda: [
-                trainings.velocity("train_efficient", recipe.efficient.training, unet=self.efficient)
-            ],
-            "compute_targets": lambda: [
-                targets_cost(
-                    recipe.targets,
-                    rows=counts.latents,
-                    unit_rows=recipe.latents.rows_per_unit,
-                    teacher=self.architecture(recipe.distill.teacher),
-                    sizes=sizes,
-                )
-            ],
-            "distill_steps": lambda: [self._distillation(recipe.distill)],
-            "distill_plan": self._schedule,
-            "generate_pairs": lambda: [
-                pairs_cost(recipe.pairs, captions=counts.captions, png_bytes=png, sizes=sizes)
-            ],
-            "distill_decoder": lambda: [
-                trainings.decoder(recipe.decoder, row_bytes=pair_bytes, unit_rows=recipe.pairs.rows_per_unit)
-            ],
-            "compile_mobile": lambda: [driver_cost("compile_mobile", Work(kind="compile", units=1))],
-            "evaluate": lambda: [
-                evaluation_cost(recipe.evaluation, architecture=self.architecture, sizes=sizes)
-            ],
+            "render_scenes": lambda: driver_cost(
+                "render_scenes", render, rows=scenes, output_bytes=scenes * png
+            ),
+            "encode_latents": lambda: latents_cost(
+                recipe.latents, source_rows=counts.source, rows=counts.latents, sizes=sizes
+            ),
+            "finetune_vpred": lambda: velocity("finetune_vpred", recipe.vpred, unet=own),
+            "train_robust": lambda: velocity("train_robust", recipe.robust.training, unet=own),
+            "evolve_unet": lambda: evolution_cost(recipe.evolution, trainings=self._trainings, sizes=sizes),
+            "train_efficient": lambda: velocity(
+                "train_efficient", recipe.efficient.training, unet=self.efficient
+            ),
+            "compute_targets": lambda: targets_cost(
+                recipe.targets,
+                rows=counts.latents,
+                unit_rows=recipe.latents.rows_per_unit,
+                teacher=self.architecture(recipe.distill.teacher),
+                sizes=sizes,
+            ),
+            "distill_steps": lambda: self._distillation(recipe.distill),
+            "generate_pairs": lambda: pairs_cost(
+                recipe.pairs, captions=counts.captions, png_bytes=png, sizes=sizes
+            ),
+            "distill_decoder": lambda: self._trainings.decoder(
+                recipe.decoder, row_bytes=pair_bytes, unit_rows=recipe.pairs.rows_per_unit
+            ),
+            "compile_mobile": lambda: driver_cost("compile_mobile", compiling),
+            "evaluate": lambda: evaluation_cost(
+                recipe.evaluation, architecture=self.architecture, sizes=sizes
+            ),
         }
 
     @cached_property
@@ -165,13 +168,6 @@ class Workload:
             w_conditioned_teacher=self.is_w_conditioned(settings.teacher),
             targets_row_bytes=self.target_bytes,
         )
-
-    def _schedule(self) -> list[StageCost]:
-        """Costs of the models that a schedule starts from, and of its students."""
-        return [
-            *(stage for verb in initial_verbs(self.job.recipe) for stage in self._costs[verb]()),
-            *map(self._distillation, self._scheduled),
-        ]
 
     @property
     def _scheduled(self) -> list[DistillSettings]:

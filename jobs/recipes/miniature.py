@@ -38,6 +38,7 @@ from snapfusion.training.settings import CfgRange, LoopSettings, SkipSettings, S
 _FEW_STEPS, _MANY_STEPS = 4, 50
 _WIDE = CfgRange(low=1.0, high=6.0)
 _NARROW = CfgRange(low=1.0, high=4.0)
+_PROMPTS, _REFERENCES = PromptSettings(limit=500), ReferencesSettings(count=4_000)
 
 
 def miniature_ablation() -> AblationSettings:
@@ -70,14 +71,11 @@ def miniature_ablation() -> AblationSettings:
             _variant("w-cond-4", p=1.0, w_conditioned=True, after="w-cond-8"),
         ),
         panels=(
-            Panel(
-                name="6c",
-                title="Vanilla, CFG-aware and mixed: 4 steps from 8",
-                lines=_lines(
-                    Line(name="teacher-8", steps=8),
-                    *(_line(name) for name in ("vanilla", "mixed", "cfg", "control")),
-                ),
-                baseline="undistilled-4",
+            _panel(
+                "6c",
+                "Vanilla, CFG-aware and mixed: 4 steps from 8",
+                Line(name="teacher-8", steps=8),
+                *(_line(name) for name in ("vanilla", "mixed", "cfg", "control")),
                 control="control",
                 seeds=3,
             ),
@@ -89,79 +87,53 @@ def miniature_ablation() -> AblationSettings:
                     Line(name="undistilled-8", steps=8),
                     Line(name="teacher-16", steps=16),
                     *(_line(name, steps=8) for name in ("vanilla-8", "mixed-8", "cfg-8")),
-                    Line(name="control-8", variant="control", steps=8),
+                    _line("control-8", of="control", steps=8),
                 ),
                 baseline="undistilled-8",
                 control="control-8",
             ),
-            Panel(
-                name="7b",
-                title="Weight of the original loss",
-                lines=_lines(
-                    _line("gamma0.01"),
-                    Line(name="gamma0.2", variant="mixed", steps=_FEW_STEPS),
-                    _line("gamma1"),
-                    _line("constant0"),
-                    _line("constant1"),
-                ),
-                baseline="undistilled-4",
+            _panel(
+                "7b",
+                "Weight of the original loss",
+                _line("gamma0.01"),
+                _line("gamma0.2", of="mixed"),
+                *(_line(name) for name in ("gamma1", "constant0", "constant1")),
                 seeds=3,
             ),
-            Panel(
-                name="7a",
-                title="With and without the original loss",
-                lines=_lines(
-                    Line(name="with-original", variant="mixed", steps=_FEW_STEPS),
-                    Line(name="without-original", variant="constant0", steps=_FEW_STEPS),
-                ),
-                baseline="undistilled-4",
+            _panel(
+                "7a",
+                "With and without the original loss",
+                _line("with-original", of="mixed"),
+                _line("without-original", of="constant0"),
             ),
-            Panel(
-                name="6d",
-                title="CFG probability and range",
-                lines=_lines(
-                    Line(name="p0", variant="vanilla", steps=_FEW_STEPS),
-                    _line("p0.1-w1to4"),
-                    _line("p0.1-w1to6"),
-                    _line("p0.3-w1to4"),
-                    Line(name="p0.3-w1to6", variant="mixed", steps=_FEW_STEPS),
-                    _line("p0.5-w1to6"),
-                    Line(name="p1-w1to6", variant="cfg", steps=_FEW_STEPS),
-                ),
-                baseline="undistilled-4",
+            _panel(
+                "6d",
+                "CFG probability and range",
+                _line("p0", of="vanilla"),
+                *(_line(name) for name in ("p0.1-w1to4", "p0.1-w1to6", "p0.3-w1to4")),
+                _line("p0.3-w1to6", of="mixed"),
+                _line("p0.5-w1to6"),
+                _line("p1-w1to6", of="cfg"),
                 seeds=3,
             ),
-            Panel(
-                name="7c",
-                title="Steps of the teacher, vanilla loss",
-                lines=_lines(
-                    Line(name="from-8", variant="vanilla", steps=_FEW_STEPS),
-                    *(
-                        Line(name=f"from-{steps}", variant=f"vanilla-from-{steps}", steps=_FEW_STEPS)
-                        for steps in (16, 32, 64)
-                    ),
-                ),
-                baseline="undistilled-4",
+            _panel(
+                "7c",
+                "Steps of the teacher, vanilla loss",
+                _line("from-8", of="vanilla"),
+                *(_line(f"from-{steps}", of=f"vanilla-from-{steps}") for steps in (16, 32, 64)),
             ),
-            Panel(
-                name="6a",
-                title="Direct and progressive, vanilla loss",
-                lines=_lines(
-                    Line(name="direct", variant="vanilla", steps=_FEW_STEPS),
-                    Line(name="progressive", variant="progressive-4", steps=_FEW_STEPS),
-                ),
-                baseline="undistilled-4",
+            _panel(
+                "6a",
+                "Direct and progressive, vanilla loss",
+                _line("direct", of="vanilla"),
+                _line("progressive", of="progressive-4"),
             ),
-            Panel(
-                name="6b",
-                title="w-conditioned and guided",
-                lines=_lines(
-                    Line(name="w-cond-16", variant="w-cond-16", steps=16),
-                    Line(name="w-cond-8", variant="w-cond-8", steps=8),
-                    Line(name="w-cond-4", variant="w-cond-4", steps=_FEW_STEPS),
-                    Line(name="mixed", variant="mixed", steps=_FEW_STEPS),
-                ),
-                baseline="undistilled-4",
+            _panel(
+                "6b",
+                "w-conditioned and guided",
+                _line("w-cond-16", steps=16),
+                _line("w-cond-8", steps=8),
+                *(_line(name) for name in ("w-cond-4", "mixed")),
             ),
         ),
     )
@@ -194,16 +166,21 @@ def _variant(
     )
 
 
-def _line(name: str, *, steps: int = _FEW_STEPS) -> Line:
-    return Line(name=name, variant=name, steps=steps)
+def _line(name: str, *, of: str | None = None, steps: int = _FEW_STEPS) -> Line:
+    """A line of the student `of`, or of the one with the line's name."""
+    return Line(name=name, variant=of or name, steps=steps)
 
 
-def _lines(*students: Line) -> tuple[Line, ...]:
-    """Lines of the undistilled model with many and few steps, followed by `students`."""
-    return (
-        Line(name="teacher-50", steps=_MANY_STEPS),
-        Line(name="undistilled-4", steps=_FEW_STEPS),
-        *students,
+def _panel(name: str, title: str, *lines: Line, control: str | None = None, seeds: int = 1) -> Panel:
+    """A panel of students beside the undistilled model with many and few steps."""
+    undistilled = Line(name="teacher-50", steps=_MANY_STEPS), Line(name="undistilled-4", steps=_FEW_STEPS)
+    return Panel(
+        name=name,
+        title=title,
+        lines=(*undistilled, *lines),
+        baseline="undistilled-4",
+        control=control,
+        seeds=seeds,
     )
 
 
@@ -235,17 +212,11 @@ def mini() -> Recipe:
         # (docs/efficient_unet.md).
         robust=RobustSettings(
             begin="mini-v",
-            training=RobustTrainingSettings(
-                skip=SkipSettings(attention=0.2, resnet=0.2),
-                loop=_fine_tuning_loop(num_steps=1_500),
-                trainer=TrainerSettings(micro_batch=64),
-            ),
+            training=_robust(1_500),
         ),
         efficient=EfficientSettings(
             begin="mini-v",
-            training=VpredSettings(
-                loop=_fine_tuning_loop(num_steps=300), trainer=TrainerSettings(micro_batch=64)
-            ),
+            training=_velocity(300),
         ),
         evolution=EvolutionSettings(
             guidance=3.0,
@@ -253,20 +224,14 @@ def mini() -> Recipe:
             samples=SamplesSettings(
                 drawing=SamplingSettings(batch_size=100, images=True), models=Pool(actors=2, cpus=0.5)
             ),
-            training=RobustTrainingSettings(
-                skip=SkipSettings(attention=0.2, resnet=0.2),
-                loop=_fine_tuning_loop(num_steps=200),
-                trainer=TrainerSettings(micro_batch=64),
-            ),
+            training=_robust(200),
         ),
         random_baseline=RandomBaselineSettings(
-            training=VpredSettings(
-                loop=_fine_tuning_loop(num_steps=400), trainer=TrainerSettings(micro_batch=64)
-            ),
+            training=_velocity(400),
             evaluation=EvaluationSettings(
                 guidance=(2.0, 4.0),
-                prompts=PromptSettings(limit=500),
-                references=ReferencesSettings(count=4_000),
+                prompts=_PROMPTS,
+                references=_REFERENCES,
             ),
         ),
         # With 8 steps the miniature is hardly worse than with 50; with 4 there is something to distil.
@@ -313,7 +278,19 @@ def mini() -> Recipe:
     )
 
 
-def _fine_tuning_loop(*, num_steps: int) -> LoopSettings:
+def _velocity(num_steps: int) -> VpredSettings:
+    return VpredSettings(loop=_loop(num_steps), trainer=TrainerSettings(micro_batch=64))
+
+
+def _robust(num_steps: int) -> RobustTrainingSettings:
+    return RobustTrainingSettings(
+        skip=SkipSettings(attention=0.2, resnet=0.2),
+        loop=_loop(num_steps),
+        trainer=TrainerSettings(micro_batch=64),
+    )
+
+
+def _loop(num_steps: int) -> LoopSettings:
     """Loop settings for further training of a miniature."""
     return LoopSettings(
         num_steps=num_steps, global_batch=64, learning_rate=5e-4, warmup_steps=50, ema_decay=0.99
@@ -341,8 +318,8 @@ def ablation() -> Recipe:
             "distill": distill,
             "evaluation": EvaluationSettings(
                 guidance=tuple(1.0 + 0.5 * step for step in range(13)),
-                prompts=PromptSettings(limit=500),
-                references=ReferencesSettings(count=4_000),
+                prompts=_PROMPTS,
+                references=_REFERENCES,
             ),
             "ablation": miniature_ablation(),
         }
@@ -363,9 +340,7 @@ def mini_efficient() -> Recipe:
             "name": "mini-efficient",
             "efficient": EfficientSettings(
                 begin="mini-v",
-                training=VpredSettings(
-                    loop=_fine_tuning_loop(num_steps=1_500), trainer=TrainerSettings(micro_batch=64)
-                ),
+                training=_velocity(1_500),
             ),
             "captions": CaptionsSettings(limit=512),
             "schedule": "staged",
@@ -379,8 +354,8 @@ def mini_efficient() -> Recipe:
                 baseline="twin-8",
                 also_against=("staged-8",),
                 guidance=(1.0, 2.0, 3.0, 4.0, 6.0),
-                prompts=PromptSettings(limit=500),
-                references=ReferencesSettings(count=4_000),
+                prompts=_PROMPTS,
+                references=_REFERENCES,
             ),
         }
     )
