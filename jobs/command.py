@@ -1,4 +1,4 @@
-"""The `snapfusion` command: one picture from a caption, a look at a mobile bundle, or any of the jobs."""
+"""The `snapfusion` command, which runs any job by its verb."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse(arguments: Sequence[str]) -> None:
     parser = OneLineParser(
         prog="snapfusion",
-        description="Draw a caption, look at a mobile bundle, or run a job.",
-        epilog="Each has its own --help.",
+        description="Generate an image, check or time a mobile bundle, or run a job.",
+        epilog="Every verb has its own --help.",
     )
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help=", ".join(VERBS))
     parser.options(arguments)
 
 
 def entry() -> None:
-    """What the installed command calls."""
+    """Entry point of the installed command."""
     exit_process(main())
 
 
