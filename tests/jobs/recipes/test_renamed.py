@@ -1,0 +1,36 @@
+"""Keys and recipes of version 0.1 are refused with their new names."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.cli.job import resolve_recipe
+from jobs.recipes.registry import recipe_named
+from jobs.recipes.renamed import new_key
+from snapfusion.settings import SettingsError
+
+CHANGELOG = Path(__file__).parents[3] / "CHANGELOG.md"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("plan", "schedule"),
+        ("plans.direct", "schedules.direct"),
+        ("allowance.rows", "quota.rows"),
+        ("chance.count", "random_baseline.count"),
+        ("distill.watch.every", "distill.validation.every"),
+        ("robust.training.watch.steps", "robust.training.validation.steps"),
+        ("chance.training.watch.every", "random_baseline.training.validation.every"),
+    ],
+)
+def test_old_keys_are_refused_with_new(old: str, new: str) -> None:
+    with pytest.raises(SettingsError, match=f"{old} .*{new}"):
+        resolve_recipe("mini", [f"{old}=1"])
+    assert new_key(new) == new
+    assert f"`{old.split('.')[0]}" in CHANGELOG.read_text()
+
+
+def test_old_recipes_are_refused_with_new() -> None:
+    with pytest.raises(SettingsError, match="mini-efficient"):
+        recipe_named("twin")
