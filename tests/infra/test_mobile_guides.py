@@ -1,4 +1,4 @@
-"""What the guides for phones show is true of a bundle: its arithmetic, and every name in it."""
+"""The guides for phones agree with a bundle: their arithmetic, and every name in them."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from snapfusion.export.variants import variants_of
 from snapfusion.export.vectors import INDEX, read_vectors
 
 INFRA = Path(__file__).parents[2] / "infra"
-SWIFT, KOTLIN = INFRA / "ios/Draw.swift", INFRA / "android/Draw.kt"
+SWIFT, KOTLIN = INFRA / "ios/TextToImage.swift", INFRA / "android/TextToImage.kt"
 SOURCES = (SWIFT, KOTLIN)
 GUIDES = (INFRA / "ios/README.md", INFRA / "android/README.md")
 CAPTIONS = ("red", "a red square, it's large")
@@ -47,14 +47,14 @@ def published(tmp_path_factory):
         steps=STEPS,
         licence=Licence(weights="Apache-2.0", data="made here"),
     )
-    place = tmp_path_factory.mktemp("mobile") / "bundle"
+    path = tmp_path_factory.mktemp("mobile") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapfusion.export.variants, "compile_executorch", compile_executorch)
         patch.setattr(
             snapfusion.export.variants, "ExecuTorchProgram", lambda path: networks[path.stem].reference
         )
-        publish_bundle(settings, bundle=tiny_bundle(), decoder=None, parents=PARENTS, out_url=str(place))
-    return place, networks
+        publish_bundle(settings, bundle=tiny_bundle(), decoder=None, parents=PARENTS, out_url=str(path))
+    return path, networks
 
 
 PARENTS = {"model": {"source": "tiny", "settings_hash": None}, "decoder": None}
@@ -67,7 +67,7 @@ def folder(published):
 
 @pytest.fixture(scope="module")
 def inputs(published):
-    """Of each module, the names of its inputs in the order that a program takes them."""
+    """The names of each module's inputs, in the order that a program takes them."""
     return {name: [port.name for port in module.inputs] for name, module in published[1].items()}
 
 
@@ -87,14 +87,14 @@ def sampler(folder):
 
 
 def block(text, name):
-    """The lines between the markers of `name`, each made Python; an AssertionError if they are not there."""
-    found = re.findall(rf"^ *// begin {name}\b.*\n((?:.*\n)+?) *// end {name}$", text, re.MULTILINE)
-    assert len(found) == 1, name
-    return [python(line.strip()) for line in found[0].splitlines()]
+    """The lines between the markers of `name`, each translated to Python."""
+    blocks = re.findall(rf"^ *// begin {name}\b.*\n((?:.*\n)+?) *// end {name}$", text, re.MULTILINE)
+    assert len(blocks) == 1, name
+    return [python(line.strip()) for line in blocks[0].splitlines()]
 
 
 def python(line):
-    """A statement of Swift or Kotlin, out of the few forms that the marked lines have."""
+    """A Swift or Kotlin statement in Python, for the few forms that the marked lines have."""
     line = re.sub(r"^(let|val) ", "", line)
     line = re.sub(r"^(\w+ = )if \((.+?)\) (.+?) else if \((.+?)\) (.+?) else (.+)$", TERNARY, line)
     line = re.sub(r"^(\w+ = )(.+?) \? (.+?) : (.+?) \? (.+?) : (.+)$", TERNARY, line)
@@ -111,7 +111,7 @@ TERNARY = r"\1\3 if \2 else \5 if \4 else \6"
 
 
 def compute(text, name, **given):
-    """The variables after the marked lines were executed, in NumPy's arithmetic."""
+    """The variables after executing the marked lines in NumPy's arithmetic."""
     known = {"max": np.maximum, "min": np.minimum, "rint": np.rint, "UInt8": np.uint8, "len": len}
     known |= {"sqrt": np.sqrt, "log": np.log, "cos": np.cos, "pi": pi}
     values = {"__builtins__": {}, **known, **given}
@@ -120,26 +120,26 @@ def compute(text, name, **given):
     return values
 
 
-def land(text, *, z, outputs, w, step):
-    """z, outputs as vectors: an index of the text is all indices at once."""
-    told = SimpleNamespace(fromZ=np.float32(step["from_z"]), fromOutput=np.float32(step["from_output"]))
+def advance(text, *, z, outputs, w, step):
+    """The latent after a step; `i` in the source stands for all indices at once."""
+    values = SimpleNamespace(fromZ=np.float32(step["from_z"]), fromOutput=np.float32(step["from_output"]))
     indices = np.arange(z.size)
-    made = compute(text, "land", z=z, outputs=outputs, w=np.float32(w), step=told, i=indices)["landed"]
-    assert made.dtype == np.float32
-    return made
+    latent = compute(text, "advance", z=z, outputs=outputs, w=np.float32(w), step=values, i=indices)["next"]
+    assert latent.dtype == np.float32
+    return latent
 
 
 def check_steps(text, *, vectors, sampler):
     z = vectors.arrays["noise"].ravel()
     for number, step in enumerate(sampler["steps"]):
         outputs = vectors.arrays[f"output-{number}"].ravel()
-        wanted = vectors.arrays[f"z-{number}"].ravel()
-        z = land(text, z=z, outputs=outputs, w=sampler["guidance"], step=step)
-        np.testing.assert_allclose(z, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+        expected = vectors.arrays[f"z-{number}"].ravel()
+        z = advance(text, z=z, outputs=outputs, w=sampler["guidance"], step=step)
+        np.testing.assert_allclose(z, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_each_step_lands_on_the_test_vectors(source, vectors, sampler):
+def test_each_step_reproduces_the_vectors(source, vectors, sampler):
     assert vectors.num_steps == STEPS == len(sampler["steps"])
     check_steps(source.read_text(), vectors=vectors, sampler=sampler)
 
@@ -154,10 +154,10 @@ def test_each_step_lands_on_the_test_vectors(source, vectors, sampler):
         ("step.fromZ * z[i] + step.fromOutput * output", "step.fromOutput * z[i] + step.fromZ * output"),
         ("step.fromZ * z[i] + step.fromOutput * output", "step.fromZ * z[i] - step.fromOutput * output"),
         ("step.fromZ * z[i]", "z[i]"),
-        ("// begin land", "//"),
+        ("// begin advance", "//"),
     ],
 )
-def test_a_step_with_an_error_is_found(source, right, wrong, vectors, sampler):
+def test_wrong_steps_are_noticed(source, right, wrong, vectors, sampler):
     text = source.read_text()
     assert right in text
     with pytest.raises(AssertionError):
@@ -171,7 +171,7 @@ def swapped_rows(text):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_rows_in_the_wrong_order_are_found(source, vectors, sampler):
+def test_swapped_rows_are_noticed(source, vectors, sampler):
     with pytest.raises(AssertionError):
         check_steps(swapped_rows(source.read_text()), vectors=vectors, sampler=sampler)
 
@@ -233,15 +233,15 @@ def test_a_picture_with_an_error_is_found(source, right, wrong):
         )
 
 
-def fitted(text, *, ids, empty):
+def fit_tokens(text, *, ids, empty):
     last = len(empty) - 1
     known = {"ids": ids, "empty": empty, "last": last, "end": empty[1], "padding": empty[last]}
-    return [compute(text, "fitted", **known, i=i)["id"] for i in range(len(empty))]
+    return [compute(text, "fitTokens", **known, i=i)["id"] for i in range(len(empty))]
 
 
 @pytest.mark.parametrize("padding", ["<|endoftext|>", "!"], ids=["SD-v1.5", "SD-v2"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_token_ids_are_fitted_as_the_model_has_them(source, padding):
+def test_token_ids_are_fitted(source, padding):
     text, bundle = source.read_text(), tiny_bundle()
     bundle.tokenizer.pad_token = padding
     captions = ("", *CAPTIONS, LONG)
@@ -249,7 +249,7 @@ def test_token_ids_are_fitted_as_the_model_has_them(source, padding):
     for caption, row in zip(captions, rows, strict=True):
         plain = bundle.tokenizer(caption, padding=False, truncation=False)["input_ids"]
         # From a tokenizer that neither cuts nor pads, and from one that does both.
-        assert fitted(text, ids=plain, empty=empty) == fitted(text, ids=row, empty=empty) == row
+        assert fit_tokens(text, ids=plain, empty=empty) == fit_tokens(text, ids=row, empty=empty) == row
     assert len(plain) > len(empty)
     opening = [re.search(rf"{name} = (empty.*)", text)[1] for name in ("last", "end", "padding")]
     assert [line.replace("count", "size") for line in opening] == [
@@ -261,11 +261,11 @@ def test_token_ids_are_fitted_as_the_model_has_them(source, padding):
 
 @pytest.mark.parametrize("conditions", [1, 2])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_conditions_are_handed_over_in_parts_of_the_unets_port(source, conditions, manifest):
+def test_conditions_are_split_for_the_unet(source, conditions, manifest):
     _, length, width = manifest["variants"]["executorch"]["modules"]["unet"]["inputs"]["c"]["shape"]
-    told = SimpleNamespace(conditions=conditions)
+    bundle = SimpleNamespace(conditions=conditions)
     (line,) = block(source.read_text(), "part")
-    values = {"c": [0.0] * (2 * length * width), "manifest": told, "bundle": told, "len": len}
+    values = {"c": [0.0] * (2 * length * width), "manifest": bundle, "bundle": bundle, "len": len}
     exec(line.replace("/", "//"), values)
     assert values["part"] == conditions * length * width
 
@@ -277,7 +277,7 @@ def test_swifts_noise_is_unit_gaussian():
 
 
 def quoted(source):
-    """Every string in the code, comments left out."""
+    """Every string in the code, without comments."""
     code = re.sub(r"//.*|/\*[\s\S]*?\*/", "", source.read_text())
     return set(re.findall(r'"([^"]*)"', code))
 
@@ -292,7 +292,7 @@ def keys_of(value):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_no_name_is_in_the_source_that_is_not_in_the_bundle(source, folder, inputs, manifest, sampler):
+def test_names_in_the_source_are_the_bundles(source, folder, inputs, manifest, sampler):
     known = {MANIFEST, SAMPLER, *MODULES, *keys_of(manifest), *keys_of(sampler)} | {"mlmodelc"}
     assert quoted(source) <= known
     used = {name for names in inputs.values() for name in names}
@@ -301,7 +301,7 @@ def test_no_name_is_in_the_source_that_is_not_in_the_bundle(source, folder, inpu
     assert (folder / SAMPLER).exists()
 
 
-def test_kotlin_hands_over_inputs_in_the_programs_order(inputs):
+def test_kotlin_passes_inputs_in_order(inputs):
     text = KOTLIN.read_text()
     assert inputs == {"text_encoder": ["token_ids"], "unet": ["z_t", "t", "c"], "decoder": ["latent"]}
     assert "unet.compute(zT, t, it)" in text
@@ -311,7 +311,7 @@ def test_kotlin_hands_over_inputs_in_the_programs_order(inputs):
         )
 
 
-def test_swift_gives_every_port_by_its_name(inputs):
+def test_swift_passes_inputs_by_name(inputs):
     text = SWIFT.read_text()
     given = [re.findall(r'"(\w+)":', names) for names in re.findall(r"\.run\(\[(.*)\]\)", text)]
     assert given == list(inputs.values())
@@ -319,11 +319,11 @@ def test_swift_gives_every_port_by_its_name(inputs):
     assert re.search(rf"let {TIMESTEP} = MLFeatureValue\(shapedArray: MLShapedArray<Float>\(", text)
 
 
-def test_what_swift_decodes_is_there(manifest, sampler):
-    """A `Decodable` fails on a key that is missing, so each is looked for where it is read."""
+def test_swift_decodes_existing_fields(manifest, sampler):
+    """A `Decodable` fails on a missing key, so every field must exist in the JSON that it decodes."""
     text = SWIFT.read_text()
     module = manifest["variants"]["executorch"]["modules"]["unet"]
-    places = {
+    values = {
         "Step": sampler["steps"][0],
         "Sampler": sampler,
         "Port": module["inputs"]["c"],
@@ -332,17 +332,17 @@ def test_what_swift_decodes_is_there(manifest, sampler):
         "Manifest": manifest,
     }
     renamed = dict(re.findall(r'case (\w+) = "(\w+)"', text))
-    for name, there in places.items():
+    for name, json_values in values.items():
         indent, body = re.search(
             rf"^( *)struct {name}: Decodable {{\n([\s\S]*?)\n\1}}", text, re.MULTILINE
         ).groups()
         fields = re.findall(rf"^{indent}    let (\w+):", body, re.MULTILINE)
         assert fields
-        assert {renamed.get(field, field) for field in fields} <= there.keys(), name
+        assert {renamed.get(field, field) for field in fields} <= json_values.keys(), name
 
 
-def place_of(path, *, values):
-    """Whether `a.b[].c` leads somewhere in JSON values; NAME stands for any key."""
+def leads_to_value(path, *, values):
+    """Whether the path `a.b[].c` exists in JSON values; NAME stands for any key."""
     for part in path.split("."):
         key = part.removesuffix("[]")
         if key == "NAME":
@@ -357,15 +357,15 @@ def place_of(path, *, values):
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.parent.name)
-def test_the_guides_table_names_what_is_in_the_files(guide, folder):
+def test_tables_of_guides_name_existing_keys(guide, folder):
     rows = re.findall(r"^\| `([\w./]+\.json)` \| `([^`]+)` \|", guide.read_text(), re.MULTILINE)
     assert len(rows) > 8
     for file, path in rows:
-        assert place_of(path, values=json.loads((folder / file).read_text())), (file, path)
+        assert leads_to_value(path, values=json.loads((folder / file).read_text())), (file, path)
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.parent.name)
-def test_files_and_variants_that_a_guide_names_exist(guide, folder):
+def test_files_and_variants_of_guides_exist(guide, folder):
     text = guide.read_text()
     every = MobileSettings(
         executorch=("float32", "int8", "coreml"), coreml=("float16", "palette-6", "palette-8", "int8")
@@ -382,29 +382,31 @@ def test_files_and_variants_that_a_guide_names_exist(guide, folder):
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.parent.name)
-def test_a_guide_states_the_step_that_its_source_computes(guide):
+def test_guides_state_the_step_of_their_source(guide):
     source = SOURCES[GUIDES.index(guide)].read_text()
     stated = dict(re.findall(r"^(output|z) += (.*)$", guide.read_text(), re.MULTILINE))
     assert f"output = {stated['output']}\n" in source
-    landed = re.search(r"landed = (.*)", source)[1]
-    spelt = (
-        landed.replace("step.fromZ", "from_z").replace("step.fromOutput", "from_output").replace("z[i]", "z")
+    statement = re.search(r"next = (.*)", source)[1]
+    formula = (
+        statement.replace("step.fromZ", "from_z")
+        .replace("step.fromOutput", "from_output")
+        .replace("z[i]", "z")
     )
-    assert spelt == stated["z"]
+    assert formula == stated["z"]
 
 
 @pytest.mark.parametrize(("guide", "source"), list(zip(GUIDES, SOURCES, strict=True)), ids=["ios", "android"])
-def test_functions_that_a_guide_calls_are_in_its_source(guide, source):
+def test_guides_call_functions_of_their_source(guide, source):
     defined = set(re.findall(r"\bfunc? (?:<T> )?(?:Module\.)?(\w+)", source.read_text()))
     text = guide.read_text()
-    for call in ("fitted", "gaussian", "draw"):
+    for call in ("fitTokens", "gaussian", "generate"):
         assert call in defined
         assert re.search(rf"\b{call}\(", text)
 
 
-def test_files_of_the_vectors_are_raw_numbers_as_the_guides_say(folder):
+def test_vectors_are_raw_numbers(folder):
     index = json.loads((folder / VECTORS / INDEX).read_text())
-    for told in index["arrays"].values():
-        path = folder / VECTORS / told["file"]
+    for entry in index["arrays"].values():
+        path = folder / VECTORS / entry["file"]
         assert path.suffix in {".f32", ".i32"}
-        assert path.stat().st_size == 4 * np.prod(told["shape"])
+        assert path.stat().st_size == 4 * np.prod(entry["shape"])

@@ -1,5 +1,5 @@
-// Text to image by the ExecuTorch programs of a bundle. README.md explains it.
-// A test of the repository evaluates the arithmetic between `// begin` and `// end` against test vectors.
+// Text to image with the ExecuTorch programs of a bundle. README.md explains it.
+// A test of the repository evaluates the arithmetic between `// begin` and `// end` on test vectors.
 
 import java.io.File
 import java.util.Random
@@ -10,26 +10,26 @@ import org.pytorch.executorch.EValue
 import org.pytorch.executorch.Module
 import org.pytorch.executorch.Tensor
 
-/** A step of sampler.json, of which an application needs this much. */
+/** A step of sampler.json, with the fields that an application needs. */
 class Step(val t: Int, val fromZ: Float, val fromOutput: Float)
 
 class Sampler(val steps: List<Step>, val guidance: Float)
 
-/** A bundle in a folder of the application's files. */
+/** A bundle in a folder of the application. */
 class MobileBundle(private val folder: File, variant: String = "executorch") {
     private val manifest = JSONObject(File(folder, "manifest.json").readText())
     private val modules = manifest.getJSONObject("variants").getJSONObject(variant).getJSONObject("modules")
 
     val conditions = manifest.getInt("conditions")
 
-    /** The program that judges pictures; null where the bundle has none. */
+    /** The program that checks images; null if the bundle has none. */
     val safetyChecker: File? =
         if (manifest.isNull("safety_checker")) null else File(folder, manifest.getString("safety_checker"))
 
     val sampler: Sampler
         get() {
-            val told = JSONObject(File(folder, "sampler.json").readText())
-            val steps = told.getJSONArray("steps")
+            val sampler = JSONObject(File(folder, "sampler.json").readText())
+            val steps = sampler.getJSONArray("steps")
             return Sampler(
                 List(steps.length()) { number ->
                     val step = steps.getJSONObject(number)
@@ -39,7 +39,7 @@ class MobileBundle(private val folder: File, variant: String = "executorch") {
                         step.getDouble("from_output").toFloat(),
                     )
                 },
-                told.getDouble("guidance").toFloat(),
+                sampler.getDouble("guidance").toFloat(),
             )
         }
 
@@ -51,13 +51,13 @@ class MobileBundle(private val folder: File, variant: String = "executorch") {
         get() = shape(modules.getJSONObject("decoder").getJSONObject("outputs"), "image")
 
     private fun shape(ports: JSONObject, port: String): LongArray {
-        val told = ports.getJSONObject(port).getJSONArray("shape")
-        return LongArray(told.length()) { told.getLong(it) }
+        val shape = ports.getJSONObject(port).getJSONArray("shape")
+        return LongArray(shape.length()) { shape.getLong(it) }
     }
 }
 
-/** Opens a program, uses it and gives its memory back. */
-fun <T> opened(file: File, use: (Module) -> T): T {
+/** Opens a program, uses it and frees its memory. */
+fun <T> withModule(file: File, use: (Module) -> T): T {
     val module = Module.load(file.path, Module.LOAD_MODE_MMAP)
     try {
         return use(module)
@@ -66,47 +66,47 @@ fun <T> opened(file: File, use: (Module) -> T): T {
     }
 }
 
-/** The first output. A program has no names for its inputs: their order counts. */
+/** The first output. A program has no names for its inputs: they are matched by order. */
 fun Module.compute(vararg inputs: Tensor): FloatArray {
     val values = Array(inputs.size) { EValue.from(inputs[it]) }
     return forward(*values)[0].toTensor().dataAsFloatArray
 }
 
 /**
- * The caption's token ids as the text encoder takes them. `empty` are those of the empty caption in
- * vectors.json: start, end, then padding. `ids` are the tokenizer's, whether it cuts and pads or not.
+ * The caption's token ids, padded or truncated for the text encoder. `empty` are the ids of the empty caption in
+ * vectors.json: start, end, then padding. `ids` come from the tokenizer, whether it truncates and pads or not.
  */
-fun fitted(ids: IntArray, empty: IntArray): IntArray {
+fun fitTokens(ids: IntArray, empty: IntArray): IntArray {
     val last = empty.size - 1
     val end = empty[1]
     val padding = empty[last]
     return IntArray(empty.size) { i ->
-        // begin fitted
+        // begin fitTokens
         val id = if (i >= ids.size) padding else if (i == last && ids.size > empty.size) end else ids[i]
-        // end fitted
+        // end fitTokens
         id
     }
 }
 
-/** Unit Gaussian noise; the same seed gives the same picture. */
+/** Unit Gaussian noise; the same seed gives the same image. */
 fun gaussian(count: Int, seed: Long): FloatArray {
     val random = Random(seed)
     return FloatArray(count) { random.nextGaussian().toFloat() }
 }
 
-/** Where a step lands (SnapFusion Eq. 2, 3). `outputs` are the UNet's of the empty caption, then of the caption. */
-fun land(z: FloatArray, outputs: FloatArray, w: Float, step: Step): FloatArray =
+/** The latent after a step (SnapFusion Eq. 2, 3). `outputs` are the UNet's for the empty caption, then the caption. */
+fun advance(z: FloatArray, outputs: FloatArray, w: Float, step: Step): FloatArray =
     FloatArray(z.size) { i ->
-        // begin land
+        // begin advance
         val uncond = outputs[i]
         val cond = outputs[z.size + i]
         val output = w * cond - (w - 1) * uncond
-        val landed = step.fromZ * z[i] + step.fromOutput * output
-        // end land
-        landed
+        val next = step.fromZ * z[i] + step.fromOutput * output
+        // end advance
+        next
     }
 
-/** An image [1,3,H,W] in 0 .. 1 as colours 0xAARRGGBB, row by row. */
+/** An image [1,3,H,W] in 0 .. 1 as colors 0xAARRGGBB, row by row. */
 fun colors(image: FloatArray): IntArray {
     val size = image.size / 3
     return IntArray(size) { i ->
@@ -128,18 +128,18 @@ fun level(value: Float): Int {
     return level
 }
 
-/** c of the empty caption, then of the caption. */
+/** The condition c of the empty caption, then of the caption. */
 fun encode(bundle: MobileBundle, rows: List<IntArray>): FloatArray =
-    opened(bundle.file("text_encoder")) { textEncoder ->
+    withModule(bundle.file("text_encoder")) { textEncoder ->
         val shape = bundle.inputShape("text_encoder", "token_ids")
         rows.map { row -> textEncoder.compute(Tensor.fromBlob(row, shape)) }.reduce { uncond, cond -> uncond + cond }
     }
 
-/** The steps from noise to the latent. */
-fun walk(bundle: MobileBundle, c: FloatArray, noise: FloatArray): FloatArray =
-    opened(bundle.file("unet")) { unet ->
+/** All steps, from noise to the latent. */
+fun denoise(bundle: MobileBundle, c: FloatArray, noise: FloatArray): FloatArray =
+    withModule(bundle.file("unet")) { unet ->
         val sampler = bundle.sampler
-        // begin part: one call with both conditions, or one for each
+        // begin part: one call with both conditions, or one call for each
         val part = c.size / 2 * bundle.conditions
         // end part
         val conditions =
@@ -151,17 +151,17 @@ fun walk(bundle: MobileBundle, c: FloatArray, noise: FloatArray): FloatArray =
             val zT = Tensor.fromBlob(z, bundle.inputShape("unet", "z_t"))
             val t = Tensor.fromBlob(floatArrayOf(step.t.toFloat()), bundle.inputShape("unet", "t"))
             val outputs = conditions.map { unet.compute(zT, t, it) }.reduce { uncond, cond -> uncond + cond }
-            z = land(z, outputs, sampler.guidance, step)
+            z = advance(z, outputs, sampler.guidance, step)
         }
         z
     }
 
-/** The image of token ids (the empty caption's, the caption's), or null if it is not to be shown. */
-fun draw(bundle: MobileBundle, ids: List<IntArray>, noise: FloatArray): FloatArray? {
+/** The image for token ids (the empty caption's, the caption's), or null if it must not be shown. */
+fun generate(bundle: MobileBundle, ids: List<IntArray>, noise: FloatArray): FloatArray? {
     val c = encode(bundle, ids)
-    val latent = Tensor.fromBlob(walk(bundle, c, noise), bundle.inputShape("decoder", "latent"))
-    val image = opened(bundle.file("decoder")) { it.compute(latent) }
+    val latent = Tensor.fromBlob(denoise(bundle, c, noise), bundle.inputShape("decoder", "latent"))
+    val image = withModule(bundle.file("decoder")) { it.compute(latent) }
     val checker = bundle.safetyChecker ?: return image
-    val verdict = opened(checker) { it.compute(Tensor.fromBlob(image, bundle.imageShape)) }
-    return if (verdict[0] > 0) null else image
+    val score = withModule(checker) { it.compute(Tensor.fromBlob(image, bundle.imageShape)) }
+    return if (score[0] > 0) null else image
 }

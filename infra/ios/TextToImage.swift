@@ -1,11 +1,11 @@
-// Text to image by the Core ML packages of a bundle, in iOS 17 or later. README.md explains it.
-// A test of the repository evaluates the arithmetic between `// begin` and `// end` against test vectors.
+// Text to image with the Core ML packages of a bundle, for iOS 17 or later. README.md explains it.
+// A test of the repository evaluates the arithmetic between `// begin` and `// end` on test vectors.
 
 import CoreGraphics
 import CoreML
 import Foundation
 
-/// sampler.json, of which an application needs this much.
+/// sampler.json, with the fields that an application needs.
 struct Sampler: Decodable {
     struct Step: Decodable {
         let t: Int
@@ -43,12 +43,12 @@ struct Manifest: Decodable {
     let variants: [String: Variant]
 }
 
-/// A module: one package, or two of which the second takes by name what the first gives.
+/// A module: one package, or two, of which the second takes the outputs of the first by name.
 struct Program {
     let module: Manifest.Module
     let models: [MLModel]
 
-    /// Opens the compiled packages, `.mlmodelc` in the place of `.mlpackage`.
+    /// Opens the compiled packages, `.mlmodelc` instead of `.mlpackage`.
     init(_ module: Manifest.Module, in bundle: URL) async throws {
         let configuration = MLModelConfiguration()
         configuration.computeUnits = .cpuAndNeuralEngine
@@ -67,10 +67,10 @@ struct Program {
         var values = inputs
         for model in models {
             let names = model.modelDescription.inputDescriptionsByName.keys
-            let taken = values.filter { names.contains($0.key) }
-            let given = try model.prediction(from: MLDictionaryFeatureProvider(dictionary: taken))
-            for name in given.featureNames {
-                values[name] = given.featureValue(for: name)
+            let packageInputs = values.filter { names.contains($0.key) }
+            let outputs = try model.prediction(from: MLDictionaryFeatureProvider(dictionary: packageInputs))
+            for name in outputs.featureNames {
+                values[name] = outputs.featureValue(for: name)
             }
         }
         guard let name = module.outputs.keys.first, let output = values[name]?.multiArrayValue else {
@@ -79,28 +79,28 @@ struct Program {
         return MLShapedArray<Float>(converting: output).scalars
     }
 
-    /// Numbers for a port of floating point other than `t`.
+    /// Values for a floating-point port other than `t`.
     func half(_ numbers: [Float], port: String) -> MLFeatureValue {
         let shape = module.inputs[port]!.shape
         return MLFeatureValue(shapedArray: MLShapedArray<Float16>(scalars: numbers.map { Float16($0) }, shape: shape))
     }
 }
 
-/// The caption's token ids as the text encoder takes them. `empty` are those of the empty caption in
-/// vectors.json: start, end, then padding. `ids` are the tokenizer's, whether it cuts and pads or not.
-func fitted(_ ids: [Int32], empty: [Int32]) -> [Int32] {
+/// The caption's token ids, padded or truncated for the text encoder. `empty` are the ids of the empty caption in
+/// vectors.json: start, end, then padding. `ids` come from the tokenizer, whether it truncates and pads or not.
+func fitTokens(_ ids: [Int32], empty: [Int32]) -> [Int32] {
     let last = empty.count - 1
     let end = empty[1]
     let padding = empty[last]
     return empty.indices.map { i -> Int32 in
-        // begin fitted
+        // begin fitTokens
         let id = i >= ids.count ? padding : i == last && ids.count > empty.count ? end : ids[i]
-        // end fitted
+        // end fitTokens
         return id
     }
 }
 
-/// Unit Gaussian noise. A generator with a seed makes pictures that can be drawn again.
+/// Unit Gaussian noise. A seeded generator makes images reproducible.
 func gaussian(_ count: Int, using generator: inout some RandomNumberGenerator) -> [Float] {
     (0..<count).map { _ -> Float in
         let u = 1 - Double.random(in: 0..<1, using: &generator)
@@ -112,16 +112,16 @@ func gaussian(_ count: Int, using generator: inout some RandomNumberGenerator) -
     }
 }
 
-/// Where a step lands (SnapFusion Eq. 2, 3). `outputs` are the UNet's of the empty caption, then of the caption.
-func land(_ z: [Float], outputs: [Float], w: Float, step: Sampler.Step) -> [Float] {
+/// The latent after a step (SnapFusion Eq. 2, 3). `outputs` are the UNet's for the empty caption, then the caption.
+func advance(_ z: [Float], outputs: [Float], w: Float, step: Sampler.Step) -> [Float] {
     z.indices.map { i -> Float in
-        // begin land
+        // begin advance
         let uncond = outputs[i]
         let cond = outputs[z.count + i]
         let output = w * cond - (w - 1) * uncond
-        let landed = step.fromZ * z[i] + step.fromOutput * output
-        // end land
-        return landed
+        let next = step.fromZ * z[i] + step.fromOutput * output
+        // end advance
+        return next
     }
 }
 
@@ -140,7 +140,7 @@ func rgba(_ image: [Float]) -> [UInt8] {
     return bytes
 }
 
-/// c of the empty caption, then of the caption. The text encoder is closed when this returns.
+/// The condition c of the empty caption, then of the caption. The text encoder is closed when this returns.
 func encode(_ rows: [[Int32]], variant: Manifest.Variant, in bundle: URL) async throws -> [Float] {
     let textEncoder = try await Program(variant.modules["text_encoder"]!, in: bundle)
     let shape = textEncoder.module.inputs["token_ids"]!.shape
@@ -150,12 +150,12 @@ func encode(_ rows: [[Int32]], variant: Manifest.Variant, in bundle: URL) async 
     }
 }
 
-/// The steps from noise to the latent. The UNet is closed when this returns.
-func walk(
+/// All steps, from noise to the latent. The UNet is closed when this returns.
+func denoise(
     from noise: [Float], c: [Float], sampler: Sampler, manifest: Manifest, variant: Manifest.Variant, in bundle: URL
 ) async throws -> [Float] {
     let unet = try await Program(variant.modules["unet"]!, in: bundle)
-    // begin part: one call with both conditions, or one for each
+    // begin part: one call with both conditions, or one call for each
     let part = c.count / 2 * manifest.conditions
     // end part
     var z = noise
@@ -165,35 +165,35 @@ func walk(
             let condition = unet.half(Array(c[first..<first + part]), port: "c")
             return try unet.run(["z_t": unet.half(z, port: "z_t"), "t": t, "c": condition])
         }
-        z = land(z, outputs: outputs, w: sampler.guidance, step: step)
+        z = advance(z, outputs: outputs, w: sampler.guidance, step: step)
     }
     return z
 }
 
-/// The image of a caption, [1,3,H,W] in 0 ... 1.
+/// The image for a caption, [1,3,H,W] in 0 ... 1.
 ///
 /// - Parameters:
-///   - ids: of the empty caption and of the caption, each fitted.
-///   - noise: unit Gaussian, as many numbers as the UNet's `z_t` has.
+///   - ids: of the empty caption and of the caption, each from `fitTokens`.
+///   - noise: unit Gaussian, as many values as the UNet's `z_t` has.
 ///   - name: of the variant, such as "coreml".
 ///   - bundle: its folder, with the packages compiled.
-func draw(ids: [[Int32]], noise: [Float], variant name: String, in bundle: URL) async throws -> [Float] {
-    let manifest = try parsed(Manifest.self, "manifest.json", in: bundle)
-    let sampler = try parsed(Sampler.self, "sampler.json", in: bundle)
+func generate(ids: [[Int32]], noise: [Float], variant name: String, in bundle: URL) async throws -> [Float] {
+    let manifest = try decode(Manifest.self, "manifest.json", in: bundle)
+    let sampler = try decode(Sampler.self, "sampler.json", in: bundle)
     let variant = manifest.variants[name]!
     let c = try await encode(ids, variant: variant, in: bundle)
-    let latent = try await walk(
+    let latent = try await denoise(
         from: noise, c: c, sampler: sampler, manifest: manifest, variant: variant, in: bundle)
     let decoder = try await Program(variant.modules["decoder"]!, in: bundle)
     return try decoder.run(["latent": decoder.half(latent, port: "latent")])
 }
 
-func parsed<Value: Decodable>(_ type: Value.Type, _ name: String, in bundle: URL) throws -> Value {
+func decode<Value: Decodable>(_ type: Value.Type, _ name: String, in bundle: URL) throws -> Value {
     try JSONDecoder().decode(type, from: Data(contentsOf: bundle.appendingPathComponent(name)))
 }
 
-/// A picture to show, of the bytes of `rgba`.
-func picture(_ bytes: [UInt8], width: Int, height: Int) -> CGImage? {
+/// The bytes of `rgba` as an image to show.
+func cgImage(_ bytes: [UInt8], width: Int, height: Int) -> CGImage? {
     guard let space = CGColorSpace(name: CGColorSpace.sRGB), let provider = CGDataProvider(data: Data(bytes) as CFData)
     else { return nil }
     return CGImage(
