@@ -1,15 +1,15 @@
-"""A proxy before an S3 server that does to requests what networks and stores do at 3 a.m., on a seeded plan.
+"""A proxy before an S3 server that injects faults of networks and stores, by a seeded schedule.
 
 `python tests/fault_proxy.py UPSTREAM_PORT LOG SEED RATE MOST` prints its port; each fault is a line of LOG:
 
-- 503         the store answers SlowDown, and does nothing
+- 503         the store responds with SlowDown, and does nothing
 - reset       the connection breaks before the request arrives
-- lost        the store does what was asked, and the connection breaks before the answer
+- lost        the store carries out the request, and the connection breaks before the response
 - stall       nothing comes for a while, then the connection breaks
-- truncation  half of the answer arrives, or half of what is sent, and the connection breaks
+- truncation  half of the response or of the request body arrives, and the connection breaks
 
 Every operation (data PUT, log PUT, GET, LIST) gets every fault in turn. At most two requests in a row for the
-same object are hit: a client is given a chance, as a real store gives it one.
+same object are hit, so that retries can succeed.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ _ONE_HOP = {"connection", "keep-alive", "transfer-encoding", "proxy-connection",
 
 
 def operation_of(method: str, path: str) -> str | None:
-    """Which of the operations a request is; None for others, such as HEAD and DELETE."""
-    place, _, query = path.partition("?")
+    """The operation of a request; None for others, such as HEAD and DELETE."""
+    path, _, query = path.partition("?")
     if method == "PUT":
-        return "log PUT" if "/_delta_log/" in place else "data PUT"
+        return "log PUT" if "/_delta_log/" in path else "data PUT"
     if method == "GET":
         return "LIST" if "list-type=2" in query or "prefix=" in query else "GET"
     return None
 
 
-class Plan:
-    """Which requests are hit by what: a fraction `rate`, until there were `most` of each operation."""
+class FaultSchedule:
+    """Hits a fraction `rate` of the requests, until there were `most` of each operation."""
 
     def __init__(self, *, seed: int, rate: float, most: int, log: Path) -> None:
         self._random = random.Random(seed)
@@ -57,18 +57,19 @@ class Plan:
         self._lock = threading.Lock()
 
     def fault(self, method: str, path: str) -> str | None:
-        """What happens to this request; None: it is let through."""
+        """The fault of this request, or None."""
         operation = operation_of(method, path)
         if operation is None:
             return None
         with self._lock:
-            place = path.partition("?")[0]
-            drawn = self._random.random() < self._rate
-            hit = drawn and self._left[operation] > 0 and self._in_a_row[place] < 2
+            name = path.partition("?")[0]
+            hit = (
+                self._random.random() < self._rate and self._left[operation] > 0 and self._in_a_row[name] < 2
+            )
             if not hit:
-                self._in_a_row[place] = 0
+                self._in_a_row[name] = 0
                 return None
-            self._in_a_row[place] += 1
+            self._in_a_row[name] += 1
             self._left[operation] -= 1
             kind = next(self._next[operation])
             with self._log.open("a") as file:
@@ -80,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection of a client."""
 
     protocol_version = "HTTP/1.1"
-    plan: Plan
+    schedule: FaultSchedule
     upstream: int
 
     def do_GET(self) -> None:
@@ -89,10 +90,10 @@ class Handler(BaseHTTPRequestHandler):
     do_PUT = do_POST = do_DELETE = do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def _handle(self) -> None:
-        fault = self.plan.fault(self.command, self.path)
+        fault = self.schedule.fault(self.command, self.path)
         if fault == "truncation" and self.command == "PUT":
             self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
             return self._reset()
@@ -100,14 +101,14 @@ class Handler(BaseHTTPRequestHandler):
             return self._reset()
         body = self._body()
         if fault == "503":
-            return self._answer(503, [("Content-Type", "application/xml")], _SLOW_DOWN)
+            return self._respond(503, [("Content-Type", "application/xml")], _SLOW_DOWN)
         if fault == "stall":
             time.sleep(STALL_SECONDS)
             return self._reset()
         status, headers, content = self._forward(body)
         if fault == "lost":
             return self._reset()
-        return self._answer(status, headers, content, cut=fault == "truncation")
+        return self._respond(status, headers, content, cut=fault == "truncation")
 
     def _body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -129,14 +130,13 @@ class Handler(BaseHTTPRequestHandler):
             headers = [(name, value) for name, value in answer.getheaders() if name.lower() not in _ONE_HOP]
             return answer.status, headers, answer.read()
 
-    def _answer(
+    def _respond(
         self, status: int, headers: list[tuple[str, str]], content: bytes, *, cut: bool = False
     ) -> None:
         self.send_response_only(status)
-        told = {name.lower() for name, _ in headers}
         for name, value in headers:
             self.send_header(name, value)
-        if "content-length" not in told:
+        if "content-length" not in {name.lower() for name, _ in headers}:
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
@@ -146,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
             self._reset()
 
     def _reset(self) -> None:
-        """End the connection with RST, as a middlebox does."""
+        """Close the connection with RST, as a middlebox does."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.close()
@@ -161,13 +161,13 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, *_: object) -> None:
-        """A client that went away is no event."""
+        """Ignore clients that went away."""
 
 
 def main() -> None:
     upstream, log, seed, rate, most = sys.argv[1:]
     Handler.upstream = int(upstream)
-    Handler.plan = Plan(seed=int(seed), rate=float(rate), most=int(most), log=Path(log))
+    Handler.schedule = FaultSchedule(seed=int(seed), rate=float(rate), most=int(most), log=Path(log))
     server = Server(("127.0.0.1", 0), Handler)
     print(server.server_address[1], flush=True)
     server.serve_forever()

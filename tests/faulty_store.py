@@ -18,15 +18,14 @@ import s3fs
 
 @contextmanager
 def faulty(log: Path, *, seed: int, rate: float, most: int) -> Iterator[None]:
-    """All that is asked of the store goes through the proxy; a process of its own, as the server is."""
-    there = os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]
-    words = [fault_proxy.__file__, there, str(log), str(seed), str(rate), str(most)]
-    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as proxy:
+    """Route all requests to the store through the proxy, a process of its own like the server."""
+    port = os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]
+    arguments = [fault_proxy.__file__, port, str(log), str(seed), str(rate), str(most)]
+    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True) as proxy:
         try:
             assert proxy.stdout is not None
-            port = int(proxy.stdout.readline())
             with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+                patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{int(proxy.stdout.readline())}")
                 s3fs.S3FileSystem.clear_instance_cache()
                 yield
         finally:
@@ -35,5 +34,5 @@ def faulty(log: Path, *, seed: int, rate: float, most: int) -> Iterator[None]:
 
 
 def faults_in(log: Path) -> Counter[tuple[str, str]]:
-    """How often each operation met each kind of fault."""
+    """The number of faults by operation and kind."""
     return Counter(tuple(json.loads(line)) for line in log.read_text().splitlines())

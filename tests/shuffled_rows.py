@@ -1,4 +1,4 @@
-"""`Rows` in this process, their tables cut and shuffled at random: what Ray does, without Ray."""
+"""`Rows` in this process, cut and shuffled at random as Ray does."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ShuffledRows:
     def __init__(self, tables: list[pa.Table], *, seed: int) -> None:
         self.random = random.Random(seed)
         self.seed = seed
-        self.held = [self._shuffled(part) for table in tables for part in self._cut(table)]
-        self.random.shuffle(self.held)
+        self.parts = [self._shuffled(part) for table in tables for part in self._cut(table)]
+        self.random.shuffle(self.parts)
 
     def _cut(self, table: pa.Table) -> list[pa.Table]:
         edges = sorted({0, table.num_rows, *(self.random.randint(0, table.num_rows) for _ in range(2))})
@@ -30,24 +30,24 @@ class ShuffledRows:
         return table.take(pa.array(order, pa.int64()))
 
     def map(self, function: Callable[[pa.Table], pa.Table]) -> ShuffledRows:
-        made = [function(table) if table.num_rows else table for table in self.held]
-        return ShuffledRows([table for table in made if table.num_rows] or made[:1], seed=self.seed + 1)
+        results = [function(table) if table.num_rows else table for table in self.parts]
+        return ShuffledRows([table for table in results if table.num_rows] or results[:1], seed=self.seed + 1)
 
     def grouped(self, function: Callable[[pa.Table], pa.Table], *, by: str) -> ShuffledRows:
-        whole = pa.concat_tables([table for table in self.held if table.num_rows] or self.held[:1])
+        whole = pa.concat_tables([table for table in self.parts if table.num_rows] or self.parts[:1])
         if not whole.num_rows:
             return self
         numbers = whole.column(by).to_numpy()
         groups = [self._shuffled(whole.filter(pa.array(numbers == number))) for number in np.unique(numbers)]
-        made = [function(group) for group in groups]
-        return ShuffledRows(made, seed=self.seed + 1)
+        results = [function(group) for group in groups]
+        return ShuffledRows(results, seed=self.seed + 1)
 
     def union(self, other: ShuffledRows) -> ShuffledRows:
-        tables = [table for table in (*self.held, *other.held) if table.num_rows]
-        return ShuffledRows(tables or self.held[:1], seed=self.seed + 1)
+        tables = [table for table in (*self.parts, *other.parts) if table.num_rows]
+        return ShuffledRows(tables or self.parts[:1], seed=self.seed + 1)
 
     def tables(self) -> Iterator[pa.Table]:
-        yield from (table for table in self.held if table.num_rows)
+        yield from (table for table in self.parts if table.num_rows)
 
 
 def read_shuffled(seed: int):

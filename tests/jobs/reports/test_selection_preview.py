@@ -113,7 +113,7 @@ def test_encoding_finds_what_the_preview_showed(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "max_watermark rejects" in line]
     assert "pwatermark, watermark_score" in line
     table = open_table(str(tmp_path / "latents"))
-    assert {"kept": table.num_rows, **total_rejected(list(table.manifests().values()))} == OUTCOMES
+    assert {"kept": table.num_rows, **total_rejected(table.manifests().values())} == OUTCOMES
     groups = [pq.read_metadata(file.path).row_group(0) for file in table.units]
     columns = sum(group.column(n).total_compressed_size for group in groups for n in range(group.num_columns))
     assert float(size.split()[3]) * 1000 == pytest.approx(columns, rel=0.15)

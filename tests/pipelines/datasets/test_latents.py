@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_bundle
+from delta_opens import record_opens
 from latent_inputs import SETTINGS, encode, first_units, make_shards, picture
 from PIL import Image
 from poison import KilledBy, poison_of
@@ -19,6 +20,7 @@ from pipelines.sources.webdataset import Shard, list_shards
 from pipelines.stages.image import decode_image
 from pipelines.stages.read import ReadShard, ShardWork
 from pipelines.stages.settings import ImageSettings
+from pipelines.tables.manifest import total_rejected
 from pipelines.tables.schemas import read_array
 from pipelines.tables.table import TableError, open_table
 from pipelines.tables.verification import verify_table
@@ -79,6 +81,12 @@ def test_progress_total_comes_from_sidecars(shards, tiny_teacher, tmp_path):
 def test_complete_table_has_nothing_pending(latents, shards):
     manifests = latents.manifests().values()
     assert list(pending_shards(list_shards(str(shards)), manifests, source="web")) == []
+
+
+def test_complete_run_opens_two_delta_tables(latents, shards, tiny_teacher, monkeypatch):
+    opened = record_opens(monkeypatch)
+    total_rejected(encode(latents.url, shards, tiny_teacher).manifests().values())
+    assert opened == [latents.url, f"{latents.url}.units"]
 
 
 def test_new_shards_are_appended(tiny_teacher, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import synthetic_units
+from delta_opens import record_opens
 from deltalake import DeltaTable
 from synthetic_units import IDENTITY, POINTS, SCHEMA, TOTAL, finished
 
@@ -77,14 +78,7 @@ def test_second_run_commits_nothing(unkilled):
 
 
 def test_second_run_opens_two_delta_tables(unkilled, monkeypatch):
-    opened = []
-    real = DeltaTable.__init__
-
-    def counting(self, url, **options):
-        opened.append(url)
-        real(self, url, **options)
-
-    monkeypatch.setattr(DeltaTable, "__init__", counting)
+    opened = record_opens(monkeypatch)
     synthetic_units.run(unkilled)
     assert opened == [unkilled, f"{unkilled}.units"]
 
