@@ -1,4 +1,4 @@
-"""Tests of image generation: README's table of samplers, and distilled students."""
+"""Tests of image generation: docs/samplers.md, and distilled students."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.solver_names import SOLVERS
 
-README = (Path(__file__).parents[3] / "docs" / "samplers.md").read_text()
+DOCUMENT = (Path(__file__).parents[3] / "docs" / "samplers.md").read_text()
 CAPTIONS = 10
 SLACK = 2
 """Attributes of fifty that may differ with another version of torch."""
 
 
-def readme_table() -> dict[tuple[str, int, str], int]:
-    """(model, steps, sampler) -> correct attributes of fifty, in README."""
-    block = README.split("# Samplers and numbers of steps")[1].split("\n## ")[0]
+def documented_table() -> dict[tuple[str, int, str], int]:
+    """(model, steps, sampler) -> correct attributes of fifty, in the document."""
+    block = DOCUMENT.split("# Samplers and numbers of steps")[1].split("\n## ")[0]
     header, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in block.splitlines()
@@ -71,12 +71,12 @@ def check_images(images: list[np.ndarray], *, size: int) -> None:
 
 
 def test_the_table_has_every_sampler():
-    assert {sampler for _, _, sampler in readme_table()} == set(SOLVERS)
-    assert {model for model, _, _ in readme_table()} == {"mini", "mini-v"}
-    assert f"{CAPTIONS} held-out captions" in README
+    assert {sampler for _, _, sampler in documented_table()} == set(SOLVERS)
+    assert {model for model, _, _ in documented_table()} == {"mini", "mini-v"}
+    assert f"{CAPTIONS} held-out captions" in DOCUMENT
 
 
-@pytest.mark.parametrize(("model", "steps", "sampler"), readme_table())
+@pytest.mark.parametrize(("model", "steps", "sampler"), documented_table())
 def test_a_cell_of_the_table(model, steps, sampler, models):
     scenes = [scene_of(HELD_OUT + number) for number in range(CAPTIONS)]
     sampling = {"steps": steps, "guidance": 4.0, "seed": 0, "count": 1, "solver": sampler}
@@ -85,7 +85,7 @@ def test_a_cell_of_the_table(model, steps, sampler, models):
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     right = int(load_oracle().score(images, scenes).sum())
     assert CAPTIONS * len(ATTRIBUTES) == 50
-    assert right == pytest.approx(readme_table()[model, steps, sampler], abs=SLACK)
+    assert right == pytest.approx(documented_table()[model, steps, sampler], abs=SLACK)
 
 
 @pytest.mark.parametrize("sampler", SOLVERS)

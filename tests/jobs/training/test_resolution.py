@@ -62,13 +62,13 @@ TARGETS = TargetsSettings(
 def shards_of(folder, *, side: int, rows: int = 12) -> list:
     """Pictures of three aspects."""
 
-    def picture(number: int) -> ShardRow:
+    def shard_row(number: int) -> ShardRow:
         height, width = ((side, side), (side, 2 * side), (2 * side, side))[number % 3]
         coarse = np.random.Generator(np.random.Philox(number)).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         image = np.asarray(Image.fromarray(coarse).resize((width, height)))
         return ShardRow(image=to_png(image), caption="a red thing", url=f"http://origin/{number}")
 
-    write_shard(str(folder), map(picture, range(rows)), index=0, extension="png", rows_per_shard=100)
+    write_shard(str(folder), map(shard_row, range(rows)), index=0, extension="png", rows_per_shard=100)
     return list_shards(str(folder))
 
 

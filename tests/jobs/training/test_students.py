@@ -56,7 +56,7 @@ bundle_of = partial(tiny_bundle, image_size=32)
 """A model whose images the miniature's metric networks can read."""
 
 
-def picture(number: int) -> ShardRow:
+def shard_row(number: int) -> ShardRow:
     pixels = np.random.Generator(np.random.Philox(number)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     return ShardRow(image=to_png(pixels), caption="a red thing", url=f"http://origin/{number}")
 
@@ -71,7 +71,7 @@ def eps_teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def latents(eps_teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    write_shard(str(folder / "shards"), map(picture, range(24)), index=0, extension="png", rows_per_shard=100)
+    write_shard(str(folder / "shards"), map(shard_row, range(24)), index=0, extension="png", rows_per_shard=100)
     return encode_latents(
         LatentsSettings(rows_per_unit=6, images=ImageSettings(min_side=8)),
         model=eps_teacher,
@@ -380,6 +380,8 @@ def test_a_student_learns_from_a_table_that_fits(latents, v_teacher, tmp_path):
         distill(targets, tmp_path, settings.with_values(["steps.student_steps=8"]), teacher=v_teacher)
     with pytest.raises(TableError, match="holds latents; targets"):
         distill(latents, tmp_path, settings, teacher=v_teacher)
+    with pytest.raises(TrainingError, match=r"loader\.held_out"):
+        distill(targets, tmp_path, settings.with_values(["loader.held_out=1e-6"]), teacher=v_teacher)
 
 
 def test_checkpointed_activations_give_the_same_gradient(latents, v_teacher):
