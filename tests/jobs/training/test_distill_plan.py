@@ -156,7 +156,9 @@ def test_the_rivals_halve_the_steps_from_64(name, plan, p, w_conditioned, capsys
 @pytest.mark.parametrize("name", ["mini", "sd15", "sd2"])
 def test_direct_distillation_takes_one_stage(name, capsys):
     """Fig. 6(a): the teacher distills only once, 16 to 8."""
-    ((_, teacher_steps, student_steps, teacher, student),) = described(resolved(name, capsys, "schedule=direct"))
+    ((_, teacher_steps, student_steps, teacher, student),) = described(
+        resolved(name, capsys, "schedule=direct")
+    )
     assert (teacher_steps, student_steps) == (16, 8)
     assert teacher == student
 

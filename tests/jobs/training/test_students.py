@@ -71,7 +71,9 @@ def eps_teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def latents(eps_teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    write_shard(str(folder / "shards"), map(shard_row, range(24)), index=0, extension="png", rows_per_shard=100)
+    write_shard(
+        str(folder / "shards"), map(shard_row, range(24)), index=0, extension="png", rows_per_shard=100
+    )
     return encode_latents(
         LatentsSettings(rows_per_unit=6, images=ImageSettings(min_side=8)),
         model=eps_teacher,
