@@ -46,7 +46,7 @@ def full_size():
 
 def read(name):
     text = (DOCS / "efficiency" / f"{name}.json").read_text()
-    assert '"/' not in text, "a place on somebody's machine"
+    assert '"/' not in text, "a local path"
     return json.loads(text)
 
 
@@ -55,8 +55,8 @@ def latency(name):
 
 
 def test_table_3_is_the_architectures(full_size):
-    told = [[str(cell) for cell in row] for row in block_count_table(*full_size.values())]
-    assert rows("Architecture")[1:15] == told
+    shown = [[str(cell) for cell in row] for row in block_count_table(*full_size.values())]
+    assert rows("Architecture")[1:15] == shown
 
 
 def test_counts_are_counted_again(full_size):
@@ -65,10 +65,10 @@ def test_counts_are_counted_again(full_size):
     outermost = [block.name for block in origin.blocks if block.kind == "attention" and block.depth == 0]
     for name in outermost:
         shallow = shallow.without(name)
-    told = {row[0]: row[1:3] for row in rows("Architecture")[16:]}
-    named = zip(told, (origin, efficient, shallow), strict=True)
+    shown = {row[0]: row[1:3] for row in rows("Architecture")[16:]}
+    named = zip(shown, (origin, efficient, shallow), strict=True)
     whole = {name: costs_of(architecture).total for name, architecture in named}
-    assert told == {
+    assert shown == {
         name: [f"{cost.parameters:,}", f"{cost.macs / 1e9:.1f} billion"] for name, cost in whole.items()
     }
 
@@ -76,15 +76,15 @@ def test_counts_are_counted_again(full_size):
         costs = costs_of(architecture).blocks
         return sum(costs[block.name].parameters for block in architecture.blocks if block.kind == kind)
 
-    taken = parameters(origin, "resnet") - parameters(efficient, "resnet")
+    removed = parameters(origin, "resnet") - parameters(efficient, "resnet")
     of_outermost = sum(costs_of(origin).blocks[name].parameters for name in outermost)
     added = parameters(efficient, "attention") - parameters(origin, "attention") + of_outermost
-    for count in (taken, added, of_outermost):
+    for count in (removed, added, of_outermost):
         assert f"{count / 1e6:.1f} million" in FLOWING
 
 
 def test_the_latency_table_is_that_of_the_files(full_size):
-    told = rows("Latency table")[1:]
+    shown = rows("Latency table")[1:]
     expected = []
     for name in FILES:
         found = latency(name)
@@ -97,7 +97,7 @@ def test_the_latency_table_is_that_of_the_files(full_size):
             digits = 0 if name == "sd15" else 1
             median, low, high, predicted = (f"{ms:,.{digits}f}" for ms in (*times, unet["predicted_ms"]))
             expected.append([f"{median} ({low}–{high})", predicted, f"{100 * unet['error']:+.1f} %"])
-    assert [row[1:] for row in told] == expected
+    assert [row[1:] for row in shown] == expected
     kept = {name: Architecture.parse(unet["architecture"]) for name, unet in latency("sd15")["unets"].items()}
     assert kept == full_size
     mini = architectures_of(architecture_of(load("mini").unet))
@@ -106,11 +106,11 @@ def test_the_latency_table_is_that_of_the_files(full_size):
     ]
 
 
-def test_at_full_size_the_prediction_is_within_ten_percent():
+def test_full_size_predictions_are_within_ten_percent():
     assert all(abs(unet["error"]) < 0.1 for unet in latency("sd15")["unets"].values())
 
 
-def test_the_share_of_the_outermost_attention_is_that_of_the_file(full_size):
+def test_the_share_of_outermost_attention_is_measured(full_size):
     table, origin = LatencyTable.parse(latency("sd15")["table"]), full_size["origin"]
     bars = [
         row
@@ -123,13 +123,13 @@ def test_the_share_of_the_outermost_attention_is_that_of_the_file(full_size):
     assert f"{100 * weights:.1f} %" in section("Latency table")
 
 
-def test_the_pictures_are_there():
+def test_the_images_exist():
     for kind in ("ms", "parameters"):
         assert f"(efficiency/latency-sd15-cpu-{kind}.svg)" in TEXT
         assert (DOCS / "efficiency" / f"latency-sd15-cpu-{kind}.svg").read_text().startswith("<svg xmlns")
 
 
-def said(interval):
+def formatted(interval):
     value, low, high = interval
     return f"{value:.2f} ({low:.2f}–{high:.2f})"
 
@@ -137,11 +137,11 @@ def said(interval):
 def cells_of(lost, digits, *, spread):
     """Plain's loss, robust's, and the ratio, as the table has them."""
     ratio = lost["ratio"]
-    told = "–" if ratio is None else said(ratio) if spread else f"{ratio[0]:.2f}"
-    return [f"{lost[name][0]:z.{digits}f}" for name in ("plain", "robust")] + [told]
+    shown = "–" if ratio is None else formatted(ratio) if spread else f"{ratio[0]:.2f}"
+    return [f"{lost[name][0]:z.{digits}f}" for name in ("plain", "robust")] + [shown]
 
 
-def test_the_table_of_robust_training_is_that_of_the_file():
+def test_the_robustness_table_is_that_of_the_file():
     found = read("robustness")["summary"]
     attributes, detail = found["attributes"], found["detail"]
     expected = []
@@ -160,24 +160,24 @@ def test_the_table_of_robust_training_is_that_of_the_file():
     assert rows("Robust training")[1:] == expected
     whole = {name: detail["value"][name]["whole"][0] for name in ("robust", "plain")}
     assert all(f"{value:.1f} dB" in section("Robust training") for value in whole.values())
-    strict = [said(one["below_plain_on_average"]["ratio"]) for one in (detail, attributes)]
+    strict = [formatted(one["below_plain_on_average"]["ratio"]) for one in (detail, attributes)]
     assert all(ratio in section("Robust training") for ratio in strict)
 
 
-def test_robust_training_loses_at_most_half_of_what_plain_training_loses_with_every_seed():
+def test_robust_training_halves_the_loss_for_every_seed():
     for what in read("robustness")["summary"].values():
         for seed in what["lost_on_average_by_seed"].values():
             assert seed["ratio"][2] < 0.5
 
 
-def test_the_rounds_of_evolution_are_those_of_the_file():
+def test_evolution_rounds_are_those_of_the_file():
     found = read("evolution")
     expected = []
-    for told in found["rounds"]:
-        decision, clip, seconds = told["decision"], told["clip"], told["action_seconds"]
+    for finished in found["rounds"]:
+        decision, clip, seconds = finished["decision"], finished["clip"], finished["action_seconds"]
         expected.append(
             [
-                str(told["number"]),
+                str(finished["number"]),
                 "–" if clip is None else "{:.4f} ({:.4f}–{:.4f})".format(*clip),
                 decision["action"],
                 ", ".join(f"`{block}`" for block in decision["blocks"]) or "–",
@@ -202,12 +202,12 @@ def test_the_rounds_of_evolution_are_those_of_the_file():
     assert f"({low:.3f} to {high:.3f})" in section("Evolution")
 
 
-def test_each_round_of_the_file_did_what_algorithm_1_decides_by_its_scores():
+def test_each_round_follows_algorithm_1():
     found = read("evolution")
     architecture = Architecture.parse(found["origin"])
-    for told in found["rounds"]:
-        decision = told["decision"]
-        scores = {score["block"]: BlockScore.parse(score) for score in told["scores"]}
+    for finished in found["rounds"]:
+        decision = finished["decision"]
+        scores = {score["block"]: BlockScore.parse(score) for score in finished["scores"]}
         order = sorted(scores, key=lambda name: scores[name].value, reverse=decision["action"] == "copy")
         able = [name for name in order if decision["action"] == "remove" or architecture.can_copy(name)]
         assert decision["blocks"] == able[: len(decision["blocks"])]
@@ -220,7 +220,7 @@ def test_each_round_of_the_file_did_what_algorithm_1_decides_by_its_scores():
 FIGURES = {"clip": 4, "fid": 2, "all_attributes": 3}
 
 
-def test_the_evolved_architecture_beats_the_median_of_ten_that_chance_made():
+def test_the_evolved_architecture_beats_the_random_median():
     found = read("chance")
     others = [one for name, one in found["architectures"].items() if name != "evolved"]
     evolved = found["architectures"]["evolved"]
@@ -241,19 +241,20 @@ def test_the_evolved_architecture_beats_the_median_of_ten_that_chance_made():
     for one in others:
         assert one["predicted_ms"] == pytest.approx(evolved["predicted_ms"], rel=0.03)
     times = [one["measured"]["median_ms"] for one in others]
-    said_of_times = (
+    times_text = (
         f"{min(times):.1f} to {max(times):.1f} ms, the evolved one {evolved['measured']['median_ms']:.1f}"
     )
-    assert said_of_times in FLOWING
+    assert times_text in FLOWING
     losses = (evolved["loss"], statistics.median(one["loss"] for one in others))
     assert "rows is {:.4f}, and {:.4f} the median of the ten".format(*losses) in FLOWING
 
 
-def test_the_twins_table_is_that_of_the_file_and_its_teachers_are_in_the_papers_order():
+def test_the_students_table_is_that_of_the_file():
     curves = read("twin")["curves"]
-    told = {row[0].split("`")[1]: row[1:] for row in rows("The efficient miniature: fewer steps and the half-width decoder")[1:]}
-    assert set(told) == set(curves)
-    for name, cells in told.items():
+    cells_of = rows("The efficient miniature: fewer steps and the half-width decoder")[1:]
+    shown = {row[0].split("`")[1]: row[1:] for row in cells_of}
+    assert set(shown) == set(curves)
+    for name, cells in shown.items():
         points = curves[name]["points"]
         fid, clip = ([point[key][0] for point in points] for key in ("fid", "clip"))
         steps = str(curves[name]["sampler"]["steps"])
@@ -265,7 +266,7 @@ def test_the_twins_table_is_that_of_the_file_and_its_teachers_are_in_the_papers_
             assert fid == sorted(fid, reverse=True)
 
 
-def test_what_is_said_of_the_twins_differences_is_in_the_file():
+def test_quoted_differences_are_in_the_file():
     found = read("twin")
 
     def at(differences, name, w):
@@ -284,7 +285,7 @@ def test_what_is_said_of_the_twins_differences_is_in_the_file():
     assert "costs {:.4f} of CLIP at w = 3 and {:.4f} at w = 6".format(*costs) in FLOWING
 
 
-def test_step_time_and_memory_are_those_of_the_file(full_size):
+def test_step_times_and_memory_are_measured(full_size):
     found = read("efficiency-sd15-cpu")
     unets, decoders = found["unets"].values(), found["decoders"].values()
     assert (found["model"], found["settings"]["loop"]) == ("random:sd15", True)
@@ -306,7 +307,7 @@ def test_step_time_and_memory_are_those_of_the_file(full_size):
     ]
 
 
-def test_the_half_width_decoder_is_three_times_faster_on_one_thread():
+def test_the_half_width_decoder_is_three_times_faster():
     found = read("efficiency-sd15-cpu-one-thread")
     assert (found["model"], found["setting"]["threads"]) == ("random:sd15", 1)
     step, decoder = (found["ratios"][name] for name in ("step", "decoder"))
