@@ -16,13 +16,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Test files have unique names, so each of their folders can be on the path: of this process, of the scripts that
-# tests start and of Ray's workers. The checkout comes first, or an installed copy would be tested.
-TESTS = Path(__file__).parent
-_FOLDERS = [str(folder) for folder in (TESTS.parent, *sorted({file.parent for file in TESTS.rglob("*.py")}))]
-sys.path[:0] = [folder for folder in _FOLDERS if folder not in sys.path]
-os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
-
 import fsspec
 import pytest
 import s3fs
@@ -37,6 +30,13 @@ from snapfusion.models.save import save
 from snapfusion.models.tokenizer import build_tokenizer
 from snapfusion.models.unet import build_unet
 from snapfusion.schedule import Schedule
+
+# Test files have unique names, so all their folders can be on the path of this process, of scripts that tests
+# start and of Ray's workers. The checkout comes first, or an installed copy would be tested.
+TESTS = Path(__file__).parent
+_FOLDERS = [str(folder) for folder in (TESTS.parent, *sorted({file.parent for file in TESTS.rglob("*.py")}))]
+sys.path[:0] = [folder for folder in _FOLDERS if folder not in sys.path]
+os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def tiny_bundle(seed: int = 0, *, image_size: int = 16) -> Bundle:

@@ -61,7 +61,7 @@ class RequestMatches:
         return {key for entry_kind, key in self.entries if entry_kind == kind}
 
 
-def read_request(paths: Mapping[EntryKind, Sequence[str]]) -> list[RequestFile]:
+def read_request(paths: Mapping[str, Sequence[str]]) -> list[RequestFile]:
     """The files of a request, by the kind of their entries.
 
     Raises:

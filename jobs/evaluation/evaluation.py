@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -218,11 +219,12 @@ def _compared_with(
             name: [{"w": w, **paired_differences(curve, base, w=w)} for w in settings.guidance]
             for name, curve in others.items()
         },
-        "equal_fid": {
-            name: _or_reason(lambda curve=curve: asdict(clip_at_equal_fid(curve, base)))
-            for name, curve in others.items()
-        },
+        "equal_fid": {name: _or_reason(partial(_equal_fid, curve, base)) for name, curve in others.items()},
     }
+
+
+def _equal_fid(curve: Curve, base: Curve) -> dict[str, Any]:
+    return asdict(clip_at_equal_fid(curve, base))
 
 
 def _gap_closed(gap: FidGap, curves: Mapping[str, Curve]) -> dict[str, Any]:

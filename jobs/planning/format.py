@@ -99,7 +99,9 @@ def _heaviest_reads(plan: Plan) -> list[str]:
 
 def format_comparison(found: Sequence[ForecastComparison]) -> list[str]:
     """A table of forecast and measured times."""
-    rows = [("stage", "forecast", "measured", "forecast / measured", "measured is the")]
+    rows: list[tuple[str, ...]] = [
+        ("stage", "forecast", "measured", "forecast / measured", "measured is the")
+    ]
     rows += [_comparison_row(one.name, one.forecast, one.measured, one.what) for one in found]
     known = [one for one in found if one.measured is not None]
     if known:

@@ -87,7 +87,9 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
         fewer_steps=side_by_side,
         decoder=run.decoder,
         mobile=run.mobile,
-        oracle=oracle and {key: value for key, value in asdict(oracle).items() if key != "notes"},
+        oracle=None
+        if oracle is None
+        else {key: value for key, value in asdict(oracle).items() if key != "notes"},
         latency=[
             {
                 "device": latency.device,

@@ -78,7 +78,7 @@ def assemble(inputs: TrainingInputs[DecoderSettings], *, device: torch.device) -
         global_batch=settings.loop.global_batch,
         seed=settings.loop.seed,
         settings=settings.loader,
-        counts=inputs.counts,
+        counts=[total_rows(count) for count in inputs.counts],
     )
     inits = {_STUDENT: settings.init}
     if settings.compare_random_init:

@@ -161,7 +161,13 @@ class DistillSettings(UNetTrainingSettings):
         loop: optimizer and schedule.
     """
 
-    not_in_identity = (*UNetTrainingSettings.not_in_identity, "name", "teacher", "student", "table")
+    not_in_identity: ClassVar[tuple[str, ...]] = (
+        *UNetTrainingSettings.not_in_identity,
+        "name",
+        "teacher",
+        "student",
+        "table",
+    )
 
     name: str = Field("student-8", pattern=r"^[A-Za-z0-9_.-]+$")
     teacher: str | None = None

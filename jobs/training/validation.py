@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class Validator:
 
     @cached_property
     def _device(self) -> Device:
-        kind = "cuda" if self.device.type == "cuda" else "cpu"
+        kind: Literal["cuda", "cpu"] = "cuda" if self.device.type == "cuda" else "cpu"
         return Device(kind=kind, dtype=self.settings.dtype, threads=self.threads)
 
     @cached_property

@@ -133,8 +133,8 @@ class _StageActor:
             yield self.stage.give_up(item)
             return
         # A stage that can isolate its rows, at some cost, does so once the item has killed a worker.
-        isolated = attempt > 1 and hasattr(self.work, "isolated")
-        result = self.work.isolated(item) if isolated else self.work(item)
+        work = getattr(self.work, "isolated", self.work) if attempt > 1 else self.work
+        result = work(item)
         if isinstance(result, Iterator):
             yield from result
         else:

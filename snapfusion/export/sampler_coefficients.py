@@ -125,7 +125,7 @@ class SamplerCoefficients:
 
 
 def _parse_step(values: Mapping[str, Any]) -> StepCoefficients:
-    numbers = {
+    numbers: dict[str, Any] = {
         field.name: (int if field.type == "int" else float)(values[field.name])
         for field in fields(StepCoefficients)
     }
