@@ -135,7 +135,7 @@ class UNetTrainingSettings(TableTrainingSettings):
         validation: sampling and scoring during training.
     """
 
-    not_in_identity = ("trainer", "gradient_checkpointing", "validation")
+    not_in_identity: ClassVar[tuple[str, ...]] = ("trainer", "gradient_checkpointing", "validation")
 
     loader: LoaderSettings = LoaderSettings(held_out=0.05)
     evaluation_rows: PositiveInt = 128
