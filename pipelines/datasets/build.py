@@ -69,10 +69,13 @@ def build_table(
         TooManyRejected: when the rejected fraction exceeds its bound.
     """
     count_rows = count_rows or _rows_in_units
+    # Before looking for pending units: files that a killed run finished are not made a second time.
     table = recover(create_table(url, schema=schema, identity=identity), origin=origin)
     manifests = list(table.manifests().values())
     items = take_rows(pending(manifests), bounds=settings.bounds, rows=lambda item: count_rows([item]))
+    # The digest goes into every file, so that `recover` refuses files of another identity.
     arguments = {"url": table.url, "schema": schema, "settings": digest(table.identity)}
+    # A pool of its own: packing and PNG compression need a CPU, not the model's device.
     write = PipelineStage(build=WriteUnit, arguments=arguments, pool=settings.writers)
     return commit_stream(
         table,
@@ -124,6 +127,7 @@ def list_units(
                 "the list given; give the same list (it may grow at its end), or a new table"
             )
     committed = committed_ranges(manifests, source)
+    # Units are cut at fixed ordinals: a list that grows at its end leaves its earlier units as they are.
     for span in uncovered_ranges(len(rows), committed=committed, rows_per_unit=rows_per_unit):
         part = rows[span.start : span.stop]
         unit = Unit(

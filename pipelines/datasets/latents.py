@@ -94,6 +94,7 @@ def check_latents(latents: Snapshot, *, bundle: Bundle) -> None:
     first = next((file for file in latents.units if file.rows), None)
     if first is None:
         raise TableError(f"{latents.url} has no committed rows at version {latents.version}")
+    # The identity does not name the tokenizer, so some captions are tokenized again and compared.
     rows = latents.read_unit(first, ["caption", "token_ids"]).slice(0, 8).to_pydict()
     ids = bundle.tokenize(rows["caption"]).numpy().astype("<i4")
     if [row.tobytes() for row in ids] != rows["token_ids"]:
@@ -205,6 +206,7 @@ def recomputer(
         encoder = EncodeLatents(model=model, settings=settings.encoding, device=device)
         finished = encoder(next(reader(work, isolate=isolate)))
         deleted = {row.id for row in manifest.rejections if row.reason == "forgotten"}
+        # Deleted rows are still in the shard unless it was rewritten; a shorter unit has other batches.
         if not deleted <= set(map(redacted_id, finished.columns["id"])):
             raise CannotRecompute("its shard has lost rows that were deleted, and batches depend on them")
         return finished
@@ -267,6 +269,7 @@ def rows_left(items: Sequence[ShardWork]) -> int | None:
     if None in counts:
         return None
     rows = sum(count for count in counts if count is not None)
+    # By bytes, because shards of one set may differ much in rows.
     share = sum(work.shard.size for work in items) / max(sum(work.shard.size for work in counted), 1)
     committed = sum(stop - start for work in items for start, stop in work.committed)
     return max(round(rows * share) - committed, 0)

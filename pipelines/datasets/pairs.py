@@ -101,6 +101,7 @@ def pending_units(
     Raises:
         TableError: if a committed unit was made from other captions than those given.
     """
+    # The draw is part of a unit's name and of no other unit, so that more draws only add units.
     for draw in range(settings.draws):
         for unit, accepted, rejections in caption_units(
             captions, manifests, source=f"{source}-d{draw:04d}", rows_per_unit=settings.rows_per_unit
@@ -145,6 +146,7 @@ def captions_of(table: Snapshot, *, limit: int | None = None) -> list[Caption | 
 def _captions_in(table: Snapshot, unit: UnitFile) -> list[Caption | Rejection]:
     rows = table.read_unit(unit, ["id", "caption"]).to_pylist()
     ordinals, deleted = list(range(len(rows))), []
+    # Only a file that was rewritten by a deletion lacks rows of its manifest.
     if unit.revision:
         manifest = read_manifest(read_bytes(unit.path))
         deleted = [rejection for rejection in manifest.rejections if rejection.reason == "forgotten"]

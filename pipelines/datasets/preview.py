@@ -223,6 +223,7 @@ def _sample_rows(
     shard: Shard, reading: ShardSettings, *, share: int
 ) -> Iterator[Sample | Rejection | Rejected]:
     total, failures = count_rows(shard), sidecar_failures(shard)
+    # Whoever reads the whole tar reads its failures too, in their place.
     if total is None or share >= total:
         failures = []
     num_failures = round(share * len(failures) / total) if total else 0

@@ -57,6 +57,7 @@ def image_names(settings: ReferencesSettings) -> list[str]:
     if settings.url is None:
         return [f"{SCENE_PREFIX}{number}" for number in range(settings.count)]
     filesystem, path = fsspec.core.url_to_fs(absolute_url(settings.url))
+    # Sorted: stores list in different orders, and units are ranges of this list.
     names = sorted(entry for entry in filesystem.find(path) if entry.lower().endswith(_SUFFIXES))
     if len(names) < settings.count:
         raise SourceError(f"{settings.url} holds {len(names)} images; {settings.count} are needed")

@@ -52,6 +52,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """Everything that determines the rows of SAMPLES but captions and guidance, which each unit records."""
     optional: dict[str, Any] = {}
+    # Absent unless given, so that tables made before these options existed keep their identity.
     if cuts:
         optional["cuts"] = {name: list(blocks) for name, blocks in cuts.items()}
     if decoder is not None:
@@ -210,6 +211,7 @@ def source_name(source: str, w: float, *, cut: str = "") -> str:
     """
     if not 1.0 <= w < 1000.0 or round(w, 3) != w:
         raise ValueError(f"guidance is {w}; 1 to 999.999, in steps of 0.001, is accepted")
+    # Zero-padded, because units are read in order of their names.
     return f"{source}{_WITHOUT}{cut}-w{w:07.3f}" if cut else f"{source}-w{w:07.3f}"
 
 

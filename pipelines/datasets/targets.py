@@ -114,6 +114,7 @@ def pending_units(
                 continue
             # A unit whose manifest is missing, because its job was killed, is hashed here.
             sha256 = hashes[file.unit] if file.unit in hashes else read_written_unit(file.path).sha256
+            # One branch a unit: a training step takes one branch, and reads no row of the other.
             guided = is_guided_draw(settings, parent=file.unit, draw=draw)
             name = unit_name(file.unit, draw=draw, guided=guided)
             if name not in digests:
@@ -162,6 +163,7 @@ def check_targets(
         raise TableError(f"{table.url} holds {identity['kind']}; targets are needed")
     p = steps.cfg_probability
     guided, vanilla = p > 0.0, p < 1.0
+    # Settings of a branch that the training never takes change nothing for it.
     names = ["student_steps", "k"]
     if guided:
         names.append("cfg_range")

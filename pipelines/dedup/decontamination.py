@@ -60,6 +60,7 @@ def fingerprint_evaluation(
         TableError: if the table was made with other settings, or of other captions, images or shards.
         TooManyRejected: when the rejected fraction exceeds its bound.
     """
+    # What a model is scored by must be excluded whatever the training selects.
     unselected = latents.model_copy(update={"selection": Selection()})
     identity = {**identity_of(settings, latents=unselected), "evaluation": describe_evaluation(evaluation)}
     images = {"images": image_bounds(latents)}

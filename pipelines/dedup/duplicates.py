@@ -92,9 +92,11 @@ def find_duplicates(
     )
     matches = _matches(settings, segments, bounds=bounds, read=read)
     named = matches.map(writer.with_segment).grouped(writer.named, by="segment")
+    # A unit without duplicates has no match, and must be written all the same to count as checked.
     placeholders = read(range(len(before), len(segments)), writer.placeholder)
     tables = named.union(placeholders).grouped(writer.written, by="unit").tables()
     written = [pickle.loads(file) for rows in tables for file in rows.column("written").to_pylist()]
+    # Sorted, so that a repeated round writes the same log entry.
     if not commit_round(url, sorted(written, key=lambda file: file.path), number=number, origin=origin):
         raise TableError(
             f"another run has committed round {number} of {url} meanwhile; run again for the rest"
@@ -190,6 +192,7 @@ def _matches(settings: Deduplication, segments: Sequence[Segment], *, bounds: Ra
     def num_parts(keys_per_row: int) -> int:
         return max(1, math.ceil(rows * keys_per_row / settings.rows_at_once))
 
+    # Up to three exact keys a row.
     keys = read(segments, partial(keys_of, parts=num_parts(3)))
     matches = keys.grouped(partial(exact_matches, bounds=bounds, kinds=settings.kinds), by="part")
     if settings.max_hamming is None:

@@ -183,6 +183,7 @@ def phash_table(phash: np.ndarray, rank: np.ndarray, *, near: np.ndarray, parts:
 
 def exact_key_table(kind: int, key: np.ndarray, rank: np.ndarray, *, parts: int) -> pa.Table:
     """`EXACT_KEYS` of keys int64 [n] of one kind and ranks int64 [n]."""
+    # The kind is mixed in, or equal keys of different kinds would crowd one part.
     part = partition_of(key ^ np.int64(kind), parts=parts)
     return pa.table([part, np.full(len(key), kind, np.int8), key, rank], schema=EXACT_KEYS)
 

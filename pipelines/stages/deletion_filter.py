@@ -87,5 +87,6 @@ def identifiers_of(sample: Sample) -> dict[str, list[Any]]:
     """The URLs and hashes that identify a sample, as arguments of `DeletionKeys.find`."""
     recorded = [sample.metadata[name] for name in HASH_COLUMNS if name in sample.metadata]
     # Of the bytes in the shard too: img2dataset may have re-encoded the download.
+    # md5 is what other data sets list; it protects nothing here.
     own = [hashlib.sha256(sample.image), hashlib.md5(sample.image, usedforsecurity=False)]
     return {"urls": [sample.source_id], "hashes": [*recorded, *(state.hexdigest() for state in own)]}

@@ -17,6 +17,7 @@ Rows = TypeVar("Rows", bound=UnitRows)
 
 def prepare(device: Device) -> str:
     """Set the number of threads of this process; returns the torch device to use."""
+    # Sums are split over threads, so the number of threads decides the last bits.
     torch.set_num_threads(device.threads)
     return ("cuda" if torch.cuda.is_available() else "cpu") if device.kind == "auto" else device.kind
 

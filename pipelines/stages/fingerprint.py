@@ -152,6 +152,7 @@ def _columns(rows: Iterable[tuple[Any, ...]]) -> dict[str, list[Any]]:
 
 
 def _phash(image: Image.Image) -> int:
+    # Signed, because Delta Lake has no unsigned integers.
     bits = np.packbits(imagehash.phash(image).hash.flatten())
     return int.from_bytes(bits.tobytes(), "big", signed=True)
 

@@ -114,6 +114,7 @@ def _open(data: bytes) -> Image.Image:
 
 def _check_size(image: Image.Image, settings: ImageBounds) -> None:
     width, height = image.size
+    # By the header alone: a decompression bomb must not be decoded to be found.
     if width * height > settings.max_pixels:
         raise Rejected("too_many_pixels", f"{width} x {height}, {settings.max_pixels} pixels are allowed")
     if min(width, height) < settings.min_side:

@@ -103,6 +103,7 @@ class _Child:
             "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         }
         self._process = subprocess.Popen(
+            # -P: the current folder must not shadow modules.
             [sys.executable, "-P", "-c", _CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -219,6 +220,7 @@ def _read(pipe: IO[bytes]) -> Any:  # noqa: ANN401 - any item
 
 def _answer(pipe: IO[bytes], *, succeeded: bool, value: object) -> None:
     try:
+        # Loaded as well: an exception may pickle and still fail to load, which would confuse the parent.
         pickle.loads(pickle.dumps(value))
     except Exception as error:  # noqa: BLE001 - any object may fail to pickle in any way
         succeeded, value = False, RuntimeError(f"{value!r} cannot be sent to the parent: {error}")

@@ -60,6 +60,7 @@ class FeatureReader:
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
         """float32 [B,D] on the CPU, of uint8 [B,3,H,W]."""
+        # float32 whatever the network's dtype: moments are sums over tens of thousands of rows.
         return self._features(images.to(self.device)).float().cpu()
 
 

@@ -136,8 +136,10 @@ class ShardReader(Generic[Decoded, Output]):
 
     def _outputs(self, work: ShardWork, decode: Decode[Decoded]) -> Iterator[Output]:
         samples = (row for row in read_shard(work.shard, self.shards) if not work.holds(row.ordinal))
+        # Per shard, because a filter may read a table of verdicts, of which it holds this shard's part.
         checks = [row_filter.for_shard(work.shard) for row_filter in self.filters]
         waiting: tuple[Unit, list[tuple[Any, ...]], list[Rejection]] | None = None
+        # Units are ranges of ordinals, not of usable rows: selection and filters do not move their borders.
         for _, group in groupby(samples, key=lambda row: row.ordinal // self.rows_per_unit):
             # One unit behind, because only the end of the shard tells which unit is the final one.
             if waiting is not None:
@@ -167,6 +169,7 @@ class ShardReader(Generic[Decoded, Output]):
         try:
             if isinstance(sample, Rejection):
                 raise Rejected(sample.reason, sample.detail)
+            # Cheap checks first: decoding takes most of the time.
             check(sample.metadata, caption=sample.caption, selection=self.selection)
             for check_row in checks:
                 check_row(sample, id_)

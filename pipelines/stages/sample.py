@@ -49,6 +49,7 @@ class SampleAndScore(NetworkStage[PromptRows]):
     def columns(self, rows: PromptRows) -> tuple[dict[str, Any], list[bool]]:
         """Sample and score all rows of a unit."""
         texts = [caption.text for caption in rows.captions]
+        # No model, solver or guidance in the key: all start from the same noise.
         keys = [noise_key("evaluation", self.sampling.seed, caption.id) for caption in rows.captions]
         size = self.sampling.batch_size
         spans = [slice(start, start + size) for start in range(0, len(keys), size)]
