@@ -249,13 +249,10 @@ def _shard_files(folder: Path, number: int) -> dict[str, Path]:
 
 def _failed_rows(rows: pa.Table, keys: list[str], message: str) -> pa.Table:
     """Rows in the form that img2dataset's sidecar gives to failed ones."""
-    texts = {
-        "key": keys,
-        "status": ["failed_to_download"] * len(keys),
-        "error_message": [message] * len(keys),
-    }
-    for name, values in texts.items():
-        rows = rows.append_column(name, pa.array(values, pa.string()))
-    for name in ("width", "height", "original_width", "original_height"):
-        rows = rows.append_column(name, pa.nulls(len(keys), pa.int32()))
-    return rows.append_column("sha256", pa.nulls(len(keys), pa.string()))
+    count = len(keys)
+    texts = {"key": keys, "status": ["failed_to_download"] * count, "error_message": [message] * count}
+    sizes = ("width", "height", "original_width", "original_height")
+    columns = dict(zip(rows.column_names, rows.columns, strict=True))
+    columns |= {name: pa.array(values, pa.string()) for name, values in texts.items()}
+    columns |= dict.fromkeys(sizes, pa.nulls(count, pa.int32()))
+    return pa.table({**columns, "sha256": pa.nulls(count, pa.string())})

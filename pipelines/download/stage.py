@@ -161,52 +161,35 @@ class DownloadShard:
 
     def _rows(self, task: ShardTask) -> tuple[pa.Table, dict[str, int]]:
         """The rows to request, and the number of refused ones by reason."""
+        refused: Counter[str] = Counter()
         if isinstance(task, RetryTask):
-            return self._retried_rows(transient_failures(self.url, task.parent))
-        accepted: list[Link] = []
-        refused: Counter[str] = Counter()
-        for row in self._filtered_links(task):
-            if isinstance(row, Rejection):
-                refused[row.reason] += 1
-            else:
-                accepted.append(row)
-        return links_to_table(accepted), dict(sorted(refused.items()))
+            failed = transient_failures(self.url, task.parent)
+            # Filtered again, because a deletion request may have come since; selected rows stay selected.
+            accepted = [n for n, link in enumerate(_table_to_links(failed)) if self._accepts(link, refused)]
+            rows = failed.take(pa.array(accepted, pa.int64()))
+        else:
+            repeated, links = frozenset(task.repeated), []
+            for row in read_links(task.links, self.columns, start=task.start, stop=task.stop):
+                if isinstance(row, Rejection):
+                    refused[row.reason] += 1
+                elif row.ordinal in repeated:
+                    refused["repeated_url"] += 1
+                elif self._accepts(row, refused, selection=self.selection):
+                    links.append(row)
+            rows = links_to_table(links)
+        return rows, dict(sorted(refused.items()))
 
-    def _retried_rows(self, rows: pa.Table) -> tuple[pa.Table, dict[str, int]]:
-        """Likewise of failed rows, which are filtered again: a deletion request may have come since."""
-        refused: Counter[str] = Counter()
-        accepted: list[int] = []
-        for index, row in enumerate(rows.to_pylist()):
-            url, caption, id_ = (row.pop(name) for name in _REQUIRED)
-            try:
-                self._filter(
-                    Link(id=id_, ordinal=index, url=url, caption=caption, metadata=clean_metadata(row))
-                )
-            except Rejected as rejected:
-                refused[rejected.reason] += 1
-            else:
-                accepted.append(index)
-        return rows.take(pa.array(accepted, pa.int64())), dict(sorted(refused.items()))
-
-    def _filtered_links(self, task: DownloadTask) -> Iterator[Link | Rejection]:
-        repeated = frozenset(task.repeated)
-        for row in read_links(task.links, self.columns, start=task.start, stop=task.stop):
-            if isinstance(row, Rejection):
-                yield row
-                continue
-            try:
-                if row.ordinal in repeated:
-                    raise Rejected("repeated_url")
-                check(row.metadata, caption=row.caption, selection=self.selection)
-                self._filter(row)
-            except Rejected as rejected:
-                yield rejected.record(id=row.id, source=task.links.name, ordinal=row.ordinal)
-            else:
-                yield row
-
-    def _filter(self, row: Link) -> None:
-        for row_filter in self.filters:
-            row_filter.check_link(row)
+    def _accepts(self, link: Link, refused: Counter[str], *, selection: Selection | None = None) -> bool:
+        """Whether selection and filters accept a link; a refusal is counted in `refused`."""
+        try:
+            if selection is not None:
+                check(link.metadata, caption=link.caption, selection=selection)
+            for row_filter in self.filters:
+                row_filter.check_link(link)
+        except Rejected as rejected:
+            refused[rejected.reason] += 1
+            return False
+        return True
 
 
 def transient_failures(url: str, shard: str) -> pa.Table:
@@ -226,6 +209,12 @@ def transient_failures(url: str, shard: str) -> pa.Table:
     parents = pa.array([f"{shard}/{key}" for key in rows.column("key").to_pylist()], pa.string())
     columns = [name for name in rows.column_names if name in _REQUIRED or name not in _RESERVED]
     return rows.select(columns).append_column("retry_of", parents)
+
+
+def _table_to_links(rows: pa.Table) -> Iterator[Link]:
+    for ordinal, row in enumerate(rows.to_pylist()):
+        url, caption, id_ = (row.pop(name) for name in _REQUIRED)
+        yield Link(id=id_, ordinal=ordinal, url=url, caption=caption, metadata=clean_metadata(row))
 
 
 def links_to_table(links: list[Link]) -> pa.Table:
