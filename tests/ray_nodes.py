@@ -1,4 +1,4 @@
-"""Ray nodes of one's own on this machine: a head with a token, and workers that join it and can be killed.
+"""Starts Ray nodes on this machine: a head with a token, and workers that join it and can be killed.
 
 Nothing here calls `ray stop`, which ends every Ray process of the machine.
 """
@@ -26,10 +26,10 @@ class Head:
     """A Ray head.
 
     Attributes:
-        cluster: where nodes and drivers join.
-        dashboard: where jobs are submitted.
-        environment: with which they may.
-        folder: of its logs and sessions.
+        cluster: address that nodes and drivers join.
+        dashboard: URL that jobs are submitted to.
+        environment: variables with the token.
+        folder: of logs and sessions.
     """
 
     cluster: str
@@ -44,26 +44,26 @@ class Head:
     def start(
         self, name: str, *words: str, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """`ray job submit` of a module of jobs, from the repository's root."""
-        carried = ["--working-dir", str(REPOSITORY), "--submission-id", name]
-        command = self.job("submit", *carried, "--", "python", "-m", *words)
+        """Start `ray job submit` of a module of jobs, from the repository's root."""
+        options = ["--working-dir", str(REPOSITORY), "--submission-id", name]
+        command = self.job("submit", *options, "--", "python", "-m", *words)
         return _started(command, environment or self.environment)
 
     def submit(self, name: str, *words: str, environment: Mapping[str, str] | None = None) -> tuple[int, str]:
-        """The exit code of `ray job submit`, and all it printed."""
+        """Exit code and output of `ray job submit`."""
         process = self.start(name, *words, environment=environment)
         printed, _ = process.communicate(timeout=300)
         return process.returncode, printed
 
     def drive(self, *words: str) -> subprocess.Popen[str]:
-        """A driver beside the cluster: `python -m` these words."""
+        """Start a driver on the cluster: `python -m` these words."""
         command = [sys.executable, "-m", *words]
         return _started(command, self.environment | {"RAY_ADDRESS": self.cluster})
 
 
 @contextmanager
 def ray_head(folder: Path, *, cpus: int = 4) -> Iterator[Head]:
-    """A head with its dashboard, for as long as the context lasts."""
+    """Run a head with its dashboard."""
     token = folder / "token"
     token.write_text("0123456789abcdef" * 2)
     environment = {
@@ -72,7 +72,7 @@ def ray_head(folder: Path, *, cpus: int = 4) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "PYTHONPATH": "",
-        # A node that is gone is missed within seconds, not half a minute.
+        # Ray notices a lost node within seconds instead of half a minute.
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_timeout_ms": "1000",
         "RAY_health_check_failure_threshold": "3",
@@ -92,9 +92,9 @@ def ray_head(folder: Path, *, cpus: int = 4) -> Iterator[Head]:
 
 @contextmanager
 def ray_worker(head: Head, name: str, *, cpus: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A node that has joined; `kill_node` kills it.
+    """Run a node of a head's cluster; `kill_node` kills it.
 
-    Two that start at the same moment on one machine choose the same sockets, and one of them gives up.
+    Two nodes that start at the same moment on one machine choose the same sockets, and one of them fails.
     """
     folder = head.folder / name
     folder.mkdir()
@@ -105,7 +105,7 @@ def ray_worker(head: Head, name: str, *, cpus: int) -> Iterator[subprocess.Popen
 
 
 def kill_node(node: subprocess.Popen[bytes]) -> None:
-    """As when a spot instance is taken away: all its processes at once, by SIGKILL."""
+    """Send SIGKILL to all processes of a node at once, like a preempted spot instance."""
     for process in [node.pid, *_descendants(node.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)

@@ -29,7 +29,7 @@ def format_plan(plan: Plan) -> list[str]:
     currency = plan.prices.currency
     return [
         f"recipe {plan.job.recipe.name} on {cluster.nodes} {nodes} of {cluster.name}: {hardware}",
-        f"{counts.source:,} rows read, {counts.latents:,} encoded, {counts.captions:,} captions drawn",
+        f"{counts.source:,} rows read, {counts.latents:,} encoded, {counts.captions:,} captions for PAIRS",
         "",
         *_stage_table(plan.stages, worker="GPU" if node.accelerators else "core"),
         "",

@@ -20,24 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from in_process import in_process
 from ray_nodes import Head, kill_node, ray_head, ray_worker
+from scene_latents import data_files, encode_scenes, pairs_of
 from set_options import set_options
 
-from jobs import render_scenes
-from jobs.cli.job import Job
-from jobs.recipes.registry import recipe_named
-from pipelines.datasets.latents import encode_latents
-from pipelines.datasets.pairs import captions_of, generate_pairs
-from pipelines.sources.webdataset import list_shards
 from pipelines.tables.table import is_table, open_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-SCENES = ("source.scenes=96", "source.scenes_per_shard=48")
-PAIRS = (*SCENES, "pairs.rows_per_unit=8", "pairs.bounds.commit_seconds=0.5")
+PAIRS = ("pairs.rows_per_unit=8", "pairs.bounds.commit_seconds=0.5")
 VPRED = (
-    *SCENES,
     "vpred.loop.num_steps=160",
     "vpred.loop.global_batch=32",
     "vpred.trainer.num_workers=2",
@@ -84,16 +76,7 @@ def nodes(head: Head) -> Iterator[Nodes]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with LATENTS."""
     out = tmp_path_factory.mktemp("run")
-    recipe = recipe_named("mini").with_values(list(SCENES))
-    render_scenes.render_scenes(Job(verb="render_scenes", recipe=recipe, out=str(out)))
-    encode_latents(
-        recipe.latents,
-        model="mini",
-        shards=list_shards(f"{out}/shards"),
-        source="scenes",
-        url=f"{out}/latents",
-        run=in_process,
-    )
+    encode_scenes(out, count=96)
     return out
 
 
@@ -175,24 +158,10 @@ def has_uncommitted_file(url: Path) -> bool:
     return is_table(str(url)) and len([*url.glob("*.parquet")]) > units_in(url)
 
 
-def data_files(table: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in table.glob("*.parquet")}
-
-
 @pytest.fixture(scope="module")
 def expected_pairs(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Data files of PAIRS generated in one process."""
-    recipe = recipe_named("mini").with_values(list(PAIRS))
-    out = tmp_path_factory.mktemp("alone") / "pairs"
-    generate_pairs(
-        recipe.pairs,
-        teacher="mini",
-        captions=[*captions_of(open_table(f"{run}/latents"))],
-        source=recipe.captions.name,
-        url=str(out),
-        run=in_process,
-    )
-    return data_files(out)
+    return pairs_of(run / "latents", tmp_path_factory.mktemp("alone") / "pairs", PAIRS)
 
 
 TEACHERS = "ray::MapWorker"

@@ -14,13 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from in_process import in_process
 from ray_nodes import REPOSITORY, Head, ray_head
-from scene_latents import encode_scenes
+from scene_latents import data_files, encode_scenes, pairs_of
 from set_options import set_options
 
-from jobs.recipes.registry import recipe_named
-from pipelines.datasets.pairs import captions_of, generate_pairs
 from pipelines.tables.table import is_table, open_table
 from snapfusion.training.checkpoint import CheckpointStore
 
@@ -117,26 +114,11 @@ def units(run: Path) -> int:
     return len(open_table(str(run / "pairs")).units) if is_table(str(run / "pairs")) else 0
 
 
-def files_of(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (run / "pairs").glob("*.parquet")}
-
-
 def assert_equals_undisturbed(run: Path, alone: Path) -> None:
     """PAIRS equal those that one process generates, in bytes and rows."""
-    recipe = recipe_named("mini").with_values([*PAIRS])
-    generate_pairs(
-        recipe.pairs,
-        teacher="mini",
-        captions=[*captions_of(open_table(str(alone / "latents")))],
-        source=recipe.captions.name,
-        url=str(alone / "pairs"),
-        run=in_process,
-    )
-    assert files_of(run) == files_of(alone)
-    assert (
-        sum(manifest.rows_read for manifest in open_table(str(run / "pairs")).manifests().values())
-        == 2 * ROWS
-    )
+    assert data_files(run / "pairs") == pairs_of(alone / "latents", alone / "pairs", PAIRS)
+    manifests = open_table(str(run / "pairs")).manifests()
+    assert sum(manifest.rows_read for manifest in manifests.values()) == 2 * ROWS
 
 
 def test_stopped_generation_continues(head: Head, run: Path, tmp_path: Path, capsys):
