@@ -135,18 +135,15 @@ _WORDS: Final = Measure("caption words", lambda row: len(row.caption.split()))
 _LATIN: Final = Measure("share of Latin letters", lambda row: latin_share(row.caption))
 
 
-def _min(setting: str, reason: str, measure: Measure, *columns: Meaning) -> Bound:
+def _bound(setting: str, reason: str, measure: Measure, *columns: Meaning) -> Bound:
+    """The check of a number, from below for `min_...` and from above for `max_...`."""
+    is_minimum = setting.startswith("min_")
+
     def violation(row: CandidateRow, limit: float) -> str:
         value = measure.of(row)
-        return f"{measure.name} {value:g} is below {limit:g}" if value is not None and value < limit else ""
-
-    return Bound(setting=setting, reason=reason, columns=columns, measure=measure, violation=violation)
-
-
-def _max(setting: str, reason: str, measure: Measure, *columns: Meaning) -> Bound:
-    def violation(row: CandidateRow, limit: float) -> str:
-        value = measure.of(row)
-        return f"{measure.name} {value:g} is above {limit:g}" if value is not None and value > limit else ""
+        if value is None or (value >= limit if is_minimum else value <= limit):
+            return ""
+        return f"{measure.name} {value:g} is {'below' if is_minimum else 'above'} {limit:g}"
 
     return Bound(setting=setting, reason=reason, columns=columns, measure=measure, violation=violation)
 
@@ -154,20 +151,20 @@ def _max(setting: str, reason: str, measure: Measure, *columns: Meaning) -> Boun
 # Checked in this order, and the first violation names the reason: the image's size, then its scores, then the
 # caption. Reasons are stored, so the order is part of what a table holds.
 BOUNDS: Final = (
-    _min("min_width", "low_resolution", _WIDTH, "width"),
-    _min("min_height", "low_resolution", _HEIGHT, "height"),
-    _min("min_side", "short_side", _SIDE, "width", "height"),
-    _max("max_aspect", "extreme_aspect", _ASPECT, "width", "height"),
-    _min("min_aesthetic", "low_aesthetic", _AESTHETIC, "aesthetic"),
-    _max("max_watermark", "watermarked", _WATERMARK, "watermark"),
-    _max("max_unsafe", "unsafe", _UNSAFE, "unsafe"),
+    _bound("min_width", "low_resolution", _WIDTH, "width"),
+    _bound("min_height", "low_resolution", _HEIGHT, "height"),
+    _bound("min_side", "short_side", _SIDE, "width", "height"),
+    _bound("max_aspect", "extreme_aspect", _ASPECT, "width", "height"),
+    _bound("min_aesthetic", "low_aesthetic", _AESTHETIC, "aesthetic"),
+    _bound("max_watermark", "watermarked", _WATERMARK, "watermark"),
+    _bound("max_unsafe", "unsafe", _UNSAFE, "unsafe"),
     Bound(setting="refused_tags", reason="unsafe", columns=("nsfw_tag",), violation=_refused_tag),
-    _min("min_similarity", "low_similarity", _SIMILARITY, "similarity"),
+    _bound("min_similarity", "low_similarity", _SIMILARITY, "similarity"),
     Bound(setting="languages", reason="other_language", columns=("language",), violation=_other_language),
-    _min("min_caption_chars", "short_caption", _CHARS),
-    _max("max_caption_chars", "long_caption", _CHARS),
-    _min("min_caption_words", "few_words", _WORDS),
-    _min("min_latin_share", "other_script", _LATIN),
+    _bound("min_caption_chars", "short_caption", _CHARS),
+    _bound("max_caption_chars", "long_caption", _CHARS),
+    _bound("min_caption_words", "few_words", _WORDS),
+    _bound("min_latin_share", "other_script", _LATIN),
 )
 
 MEASURES: Final = tuple(dict.fromkeys(bound.measure for bound in BOUNDS if bound.measure is not None))

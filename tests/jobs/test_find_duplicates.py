@@ -67,7 +67,7 @@ def test_latents_need_verdicts_on_the_same_rows(out, tiny_teacher, capsys):
         ('deduplication.evaluation.captions=["list.txt"]', "evaluation is null there"),
         ('deduplication.against=["/elsewhere"]', 'against is [] there, ["/elsewhere"] here'),
         ("deduplication.max_hamming=null", "max_hamming is 4 there, null here"),
-        ("deduplication.table=others", "others is not there"),
+        ("deduplication.table=others", "others does not exist"),
     ):
         assert encode_latents.main([*use, "--set", differing]) == 2
         assert message in capsys.readouterr().err

@@ -132,9 +132,9 @@ def rate_on_ray(shards: list[Shard], *, readers: int) -> float:
         PipelineStage(build=ReadShard, arguments=READER, pool=Pool(actors=readers, cpus=1.0)),
         PipelineStage(build=CountRows, arguments={}, pool=Pool(cpus=0.1)),
     ]
-    seen = sorted(run_on_ray([work_on(shard) for shard in shards], stages))
-    (first, in_first), (last, _) = seen[0], seen[-1]
-    return (sum(rows for _, rows in seen) - in_first) / (last - first)
+    results = sorted(run_on_ray([work_on(shard) for shard in shards], stages))
+    (first, in_first), (last, _) = results[0], results[-1]
+    return (sum(rows for _, rows in results) - in_first) / (last - first)
 
 
 @pytest.mark.slow

@@ -61,17 +61,17 @@ def test_duplicate_has_its_first_reason(seed):
     bounds = RankBounds(
         evaluation_end=int(draw.integers(0, count + 1)), new_begin=int(draw.integers(0, count + 1))
     )
-    wanted = frozenset(kind for kind in keys if draw.random() < 0.6)
+    kinds = frozenset(kind for kind in keys if draw.random() < 0.6)
     tables = [
         exact_key_table(kind, value[value >= 0].astype(np.int64), np.flatnonzero(value >= 0), parts=PARTS)
         for kind, value in keys.items()
     ]
     rows = ShuffledRows(tables, seed=seed)
-    found = rows.grouped(partial(exact_matches, bounds=bounds, kinds=wanted), by="part")
-    assert as_rows(first_reasons(whole(found))) == by_comparing(keys, bounds, wanted)
+    found = rows.grouped(partial(exact_matches, bounds=bounds, kinds=kinds), by="part")
+    assert as_rows(first_reasons(whole(found))) == by_comparing(keys, bounds, kinds)
 
 
-def by_comparing(keys, bounds: RankBounds, wanted) -> dict[int, tuple[str, int]]:
+def by_comparing(keys, bounds: RankBounds, kinds) -> dict[int, tuple[str, int]]:
     names = {
         URL: ("evaluation_image", "duplicate_url"),
         IMAGE: ("evaluation_image", "duplicate_image"),
@@ -84,7 +84,7 @@ def by_comparing(keys, bounds: RankBounds, wanted) -> dict[int, tuple[str, int]]
             same = [of for of in range(rank) if values[rank] >= 0 and values[of] == values[rank]]
             if same and same[0] < bounds.evaluation_end:
                 reasons.append((REASON_ORDER.index(names[kind][0]), same[0]))
-            elif same and kind in wanted:
+            elif same and kind in kinds:
                 reasons.append((REASON_ORDER.index(names[kind][1]), same[0]))
         if reasons:
             reason, of = min(reasons)

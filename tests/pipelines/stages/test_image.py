@@ -187,8 +187,8 @@ def test_altered_bytes_decode_or_are_rejected(kind: str) -> None:
     random = np.random.default_rng(1)
     for _ in range(60):
         altered = bytearray(data)
-        for place in random.integers(0, len(data), 8):
-            altered[place] = random.integers(0, 256)
+        for index in random.integers(0, len(data), 8):
+            altered[index] = random.integers(0, 256)
         try:
             decode(bytes(altered))
         except Rejected:
