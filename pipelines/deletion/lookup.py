@@ -91,18 +91,13 @@ def _by_columns(shard: Shard, keys: DeletionKeys) -> _Matches:
         if "key" not in rows.schema.names or not (hashes if keys.hashes else urls):
             raise CorruptParquetError("no column of keys, URLs or hashes")
         for batch in rows.batches(["key", *urls, *hashes], batch_rows=_BATCH_ROWS):
-            if isinstance(batch, RowBatch):
-                yield from _in_batch(batch, keys, shard=shard, urls=urls, hashes=hashes)
-
-
-def _in_batch(
-    batch: RowBatch, keys: DeletionKeys, *, shard: Shard, urls: Sequence[str], hashes: Sequence[str]
-) -> _Matches:
-    columns = {name: batch.values(name) for name in ("key", *urls, *hashes)}
-    for row, key in enumerate(columns["key"]):
-        row_urls = [value for name in urls if isinstance(value := columns[name][row], str)]
-        row_hashes = [value for name in hashes if (value := columns[name][row]) is not None]
-        yield printable(f"{shard.name}/{key}"), keys.find(urls=row_urls, hashes=row_hashes)
+            if not isinstance(batch, RowBatch):
+                continue  # torn rows have no values to compare
+            columns = {name: batch.values(name) for name in ("key", *urls, *hashes)}
+            for row, key in enumerate(columns["key"]):
+                row_urls = [value for name in urls if isinstance(value := columns[name][row], str)]
+                row_hashes = [value for name in hashes if (value := columns[name][row]) is not None]
+                yield printable(f"{shard.name}/{key}"), keys.find(urls=row_urls, hashes=row_hashes)
 
 
 def _by_images(shard: Shard, keys: DeletionKeys) -> _Matches:

@@ -87,6 +87,7 @@ def delete_rows(urls: Sequence[str], keys: DeletionKeys) -> list[Removal]:
         # Files of a round of DUPLICATES that was never committed must not be committed one by one.
         table = restore_manifests(table) if kind == "duplicates" else recover(table)
         removals[url] = Removal(url=table.url, kind=kind, before=table.version, after=table.version)
+    # A round ends at the first lost commit; its files are written again under the same names.
     for _ in range(_MAX_ROUNDS):
         if not _round(removals, keys):
             return list(removals.values())

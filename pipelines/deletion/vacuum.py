@@ -64,6 +64,7 @@ def delete_files(files: Collection[UnreadFile]) -> None:
     """Delete files; one that is missing by now is no error."""
     for file in files:
         filesystem, path = fsspec.core.url_to_fs(file.path)
+        # A retry whose first response was lost finds the file deleted.
         with suppress(FileNotFoundError):
             with_retries(file.path, partial(filesystem.rm_file, path))
 

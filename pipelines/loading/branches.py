@@ -106,6 +106,7 @@ class BranchLoader:
                     _BranchUnits(table=table, units=[table.units[index] for index in indices]),
                     columns=(*COLUMNS, "w") if branch else COLUMNS,
                     global_batch=global_batch,
+                    # Of its own, or both branches would read their units in the same order.
                     seed=noise_key(name, seed),
                     settings=settings,
                     counts=branch_counts,
@@ -113,6 +114,7 @@ class BranchLoader:
 
     def batches(self, start: int, *, rank: int = 0, world: int = 1, depth: int = 2) -> BranchBatches:
         """This rank's share of global batches `start`, `start` + 1, ... without end; the caller closes it."""
+        # Counted from the first step: the guided steps follow from the seed and need not be regular.
         guided_before = sum(self._guided(step) for step in range(start))
         starts = {True: guided_before, False: start - guided_before}
         cursors = {

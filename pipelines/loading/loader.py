@@ -46,6 +46,7 @@ class UnitReader(Protocol):
 
 def is_held_out(row_id: str, *, fraction: float) -> bool:
     """Whether a row is kept for evaluation: its id hashes into the last `fraction`, whatever the seed."""
+    # The last part of the range, so a larger fraction keeps all rows of a smaller one.
     return noise_key("held out", row_id) >= (1.0 - fraction) * 2.0**63
 
 
@@ -165,6 +166,7 @@ class _Share:
             tables.append(self.files[file].result())
             offsets[file] = offset
             offset += tables[-1].num_rows
+        # Joined in file order, then taken in batch order: one copy of the rows of the share.
         rows = [offsets[window, turn] + row for window, turn, _, row in self.indices.tolist()]
         return pa.concat_tables(tables).take(pa.array(rows, pa.int64()))
 

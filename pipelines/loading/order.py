@@ -99,6 +99,7 @@ class RowOrder:
                 pending = pending[rows:]
 
     def _epoch(self, epoch: int) -> Iterator[Window]:
+        # Units are shuffled as well as rows: neighbours in a source tend to be alike.
         units = permutation(noise_key("units", self._seed, epoch), len(self._rows))
         start = epoch * self.rows_per_epoch
         for number, first in enumerate(range(0, len(units), self._window_units)):

@@ -52,6 +52,7 @@ def run_on_ray(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[An
 
     Memory is bounded by Ray Data's backpressure: a stage waits while the next one is full.
     """
+    # Pickled here: Ray Data would turn dataclasses and arrays into Arrow columns.
     rows = [{"item": pickle.dumps(item), "key": str(number)} for number, item in enumerate(items)]
     if not rows:
         return

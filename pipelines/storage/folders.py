@@ -45,5 +45,6 @@ def _upload(folder: Path, url: str, *, last: str) -> None:
     if filesystem.exists(f"{root}/{last}"):
         raise FileExistsError(f"{last} exists already")
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    # False sorts before True, so `last` is written at the end.
     for name in sorted(names, key=lambda name: name == last):
         filesystem.pipe_file(f"{root}/{name}", (folder / name).read_bytes())

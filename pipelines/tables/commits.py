@@ -105,6 +105,7 @@ def replace_units(url: str, units: Sequence[tuple[UnitFile, WrittenUnit]]) -> bo
         return False
     new = [unit for _, unit in units]
     removals = [_remove(_file_name(old.path)) for old, _ in units]
+    # In one commit, so no version lacks a unit or has it twice.
     if not _try_commit(delta, [*removals, *map(_add_unit, new)], _next_transactions(delta, new)):
         return False
     _rewrite_siblings(url, new)
@@ -120,6 +121,7 @@ def restore_manifests(table: Snapshot) -> Snapshot:
     missing = [file for file in table.units if file.unit not in complete]
     if not missing:
         return table
+    # The origin is lost: it is in no data file.
     for file in missing:
         if not file.revision:
             restored = [read_written_unit(file.path)]

@@ -65,6 +65,7 @@ def take_rows(items: Iterable[Item], *, bounds: Bounds, rows: Callable[[Item], i
     chosen: list[Item] = []
     left = bounds.max_rows
     for item in items:
+        # Checked first, so that no item is drawn from a lazy source once there are enough.
         if left is not None and left <= 0:
             break
         chosen.append(item)
@@ -121,12 +122,14 @@ def commit_stream(
     for unit in finished:
         now = time.monotonic()
         first = first if progress.units else now
+        # Grouped, since each commit is three log entries, and a reader replays the log to open the table.
         pending.append(unit)
         progress = _advance(progress, unit, steady_seconds=now - first)
         if now - committed >= bounds.commit_seconds:
             commit_units(table.url, pending, origin=origin)
             pending, committed = [], now
         if _exceeds_rejected(progress, bounds):
+            # Committed before the job stops: the rejected rows are the evidence of what is wrong.
             commit_units(table.url, pending, origin=origin)
             raise TooManyRejected(
                 f"{progress.rejected} of {progress.rows} rows were rejected, more than the bound of "

@@ -157,6 +157,7 @@ class DeletionList:
         new = request - self.read()
         if new:
             data = _serialize(new)
+            # Named by its content, so two runs that add the same request write one file.
             write_once(f"{self.url}/{hashlib.sha256(data).hexdigest()[:16]}.parquet", data)
         return new
 

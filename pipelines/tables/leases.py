@@ -91,6 +91,7 @@ def read_lease(url: str, *, version: int, purpose: str, seconds: float = LEASE_S
     Where nothing can be written beside the table there is no lease: whoever can only read it has no vacuum.
     """
     mine = Lease(holder=holder_name(purpose), version=version, until=time.time() + seconds)
+    # Named by holder and time: unlike appenders, any number of readers may hold the same version.
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", mine.holder)
     path = f"{_folder(url)}/reader-{name}-{time.time_ns()}.json"
     with suppress(StorageError):

@@ -78,6 +78,7 @@ class UnitManifest:
 
     def to_json(self) -> str:
         """The manifest as canonical JSON: equal manifests give equal text."""
+        # Names of revised files are hashes of this text, so its form must never change.
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     @classmethod

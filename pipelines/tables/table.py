@@ -98,6 +98,7 @@ class Snapshot:
         self.version: int = delta.version()
         self.identity: dict[str, Any] = json.loads(delta.metadata().configuration.get(_IDENTITY, "{}"))
         self.columns: list[str] = [field.name for field in delta.schema().fields]
+        # Copied, so that the snapshot stays as it is whatever becomes of the log.
         self._actions = pa.table(delta.get_add_actions(flatten=True))
 
     @cached_property
@@ -225,11 +226,13 @@ def create_table(url: str, *, schema: pa.Schema, identity: dict[str, Any]) -> Sn
     identity = {**identity, "schema_version": SCHEMA_VERSION}
     configuration = {**_KEEP_LOG, _IDENTITY: json.dumps(identity, sort_keys=True)}
     try:
+        # Each is checked on its own: a run that was killed may have created only the first.
         _create(location, schema, configuration)
         _create(f"{location}.rejects", REJECTS, {**_KEEP_LOG, **_NO_STATISTICS})
         _create(f"{location}.units", UNITS, {**_KEEP_LOG, **_NO_STATISTICS})
     except (DeltaError, OSError) as error:
         raise TableError(f"{url} cannot be created: {_first_line(error)}") from None
+    # Compared after the creation: of two runs that race, the second finds the identity of the first.
     snapshot = open_table(location)
     differing = list(differences(snapshot.identity, identity))
     if differing:

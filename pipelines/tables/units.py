@@ -233,6 +233,7 @@ def uncovered_ranges(
         if position in stops:
             position = stops[position]
             continue
+        # Boundaries are multiples from the source's start, whatever is committed: names of units are stable.
         boundary = (position // rows_per_unit + 1) * rows_per_unit
         next_start = next((start for start in starts if start > position), total)
         stop = min(boundary, next_start, total)

@@ -146,6 +146,7 @@ class _Verifier:
         except CannotRecompute as error:
             self.notes.append(f"unit {manifest.unit} was not recomputed: {error}")
             return
+        # Only the same device class, dtype and threads give the same bits.
         exact = manifest.environment == environment
         recomputed = _without_deleted_rows(recomputed, manifest)
         self.counts["recomputed"] += 1
