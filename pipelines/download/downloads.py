@@ -192,18 +192,7 @@ def download_shards(
     receipts = read_receipts(url)
     for receipt in receipts.values():
         finish_publishing(receipt, url=url)
-    stage = PipelineStage(
-        build=DownloadShard,
-        arguments={
-            "url": url,
-            "rows_per_shard": settings.rows_per_shard,
-            "columns": settings.columns,
-            "selection": selection,
-            "filters": tuple(filters),
-            "fetching": settings.fetching,
-        },
-        pool=settings.pool,
-    )
+    stage = _stage(settings, selection=selection, url=url, filters=filters)
 
     def download(tasks: Sequence[ShardTask]) -> Iterator[ShardReceipt]:
         total = sum(_num_rows(task, receipts) for task in tasks)
@@ -225,6 +214,20 @@ def download_shards(
     replace_object(f"{url}/_receipt.json", json.dumps(asdict(summary), indent=2).encode())
     remove_staging(url)
     return summary
+
+
+def _stage(
+    settings: DownloadSettings, *, selection: Selection, url: str, filters: Sequence[LinkFilter]
+) -> PipelineStage:
+    arguments = {
+        "url": url,
+        "rows_per_shard": settings.rows_per_shard,
+        "columns": settings.columns,
+        "selection": selection,
+        "filters": tuple(filters),
+        "fetching": settings.fetching,
+    }
+    return PipelineStage(build=DownloadShard, arguments=arguments, pool=settings.pool)
 
 
 def summarise(

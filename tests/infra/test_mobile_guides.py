@@ -180,8 +180,8 @@ def test_the_empty_caption_is_the_first_row(vectors):
     assert vectors.arrays["token_ids"].tolist() == [vectors.token_ids[""], vectors.token_ids[CAPTIONS[0]]]
 
 
-def drawn(source, image, *, text=None):
-    """What the source makes of an image [1,3,H,W], as [H,W,3]."""
+def pixels(source, image, *, text=None):
+    """The pixels [H,W,3] that the source computes from an image [1,3,H,W]."""
     text, (height, width) = text or source.read_text(), image.shape[2:]
     size, flat = height * width, image.ravel()
     indices = np.arange(size)
@@ -193,22 +193,22 @@ def drawn(source, image, *, text=None):
         colors = compute(text, "colors", image=flat, size=size, i=indices, level=level)["color"]
         assert (colors >> 24 == 255).all()
         return np.stack([colors >> shift & 255 for shift in (16, 8, 0)], axis=-1).reshape(height, width, 3)
-    pixels = np.full(4 * size, 255, np.uint8)
+    rgba = np.full(4 * size, 255, np.uint8)
     for channel in range(3):
-        compute(text, "rgba", image=flat, size=size, i=indices, channel=channel, bytes=pixels)
-    pixels = pixels.reshape(height, width, 4)
-    assert (pixels[..., 3] == 255).all()
-    return pixels[..., :3]
+        compute(text, "rgba", image=flat, size=size, i=indices, channel=channel, bytes=rgba)
+    rgba = rgba.reshape(height, width, 4)
+    assert (rgba[..., 3] == 255).all()
+    return rgba[..., :3]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_pixels_are_those_that_the_bundles_pictures_have(source, vectors):
+def test_pixels_are_those_of_the_bundle(source, vectors):
     image = vectors.arrays["image"]
-    np.testing.assert_array_equal(drawn(source, image), to_uint8_image(image))
+    np.testing.assert_array_equal(pixels(source, image), to_uint8_image(image))
     # Halves round to even, and what rounding in float16 pushes out of the range is put back.
     edges = np.array([0, 1, 0.5 / 255, 1.5 / 255, 2.5 / 255, -0.001, 1.001, 0.5] * 6, np.float32)
     np.testing.assert_array_equal(
-        drawn(source, edges.reshape(1, 3, 4, 4)), to_uint8_image(edges.reshape(1, 3, 4, 4))
+        pixels(source, edges.reshape(1, 3, 4, 4)), to_uint8_image(edges.reshape(1, 3, 4, 4))
     )
 
 
@@ -223,13 +223,13 @@ def test_pixels_are_those_that_the_bundles_pictures_have(source, vectors):
         (KOTLIN, "Math.rint((255 * value).toDouble())", "(255 * value).toDouble()"),
     ],
 )
-def test_a_picture_with_an_error_is_found(source, right, wrong):
+def test_wrong_pixels_are_noticed(source, right, wrong):
     text = source.read_text()
     assert right in text
     image = np.random.default_rng(0).random((1, 3, 8, 8), np.float32)
     with pytest.raises((AssertionError, IndexError)):
         np.testing.assert_array_equal(
-            drawn(source, image, text=text.replace(right, wrong)), to_uint8_image(image)
+            pixels(source, image, text=text.replace(right, wrong)), to_uint8_image(image)
         )
 
 
