@@ -1,6 +1,6 @@
 """Render the miniature's captioned scenes into img2dataset shards.
 
-The demo's stand-in for LAION: the same files, so every later step is the one that reads the real thing.
+They replace LAION in the demo: the files have the same form, so all later steps read them like real data.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Append to LATENTS, PAIRS or TARGETS within a quota, as a scheduled job.
+"""Append pending work to LATENTS, PAIRS or TARGETS within a quota, for scheduled runs.
 
-Give the job: encode_latents, generate_pairs or compute_targets. What it has not done are shards that came,
-captions, or draws, as its own settings ask for. It has the table's turn while it works: if that is another's,
-because the last run is still at work, this one says so and ends well.
+Give the job: encode_latents, generate_pairs or compute_targets. Its pending work is new shards, captions or
+draws, according to its own settings. A lease on appending to the table is held meanwhile: if another run
+holds it, nothing is done and the exit code is 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from jobs import compute_targets, encode_latents, generate_pairs
 from jobs.cli.job import Body, Job, Preview, run
@@ -18,27 +18,12 @@ from pipelines.tables.leases import TableBusy, append_lease
 from pipelines.tables.table import is_table, open_table
 from snapfusion.settings import SettingsError
 
-
-@dataclass(frozen=True, kw_only=True)
-class _AppendJob:
-    """A job that appends: the setting that it reads, what it does, and what it would."""
-
-    setting: str
-    body: Body
-    preview: Preview
-
-
-STEPS = {
-    "encode_latents": _AppendJob(
-        setting="latents", body=encode_latents.encode, preview=encode_latents.preview
-    ),
-    "generate_pairs": _AppendJob(
-        setting="pairs", body=generate_pairs.generate, preview=generate_pairs.preview
-    ),
-    "compute_targets": _AppendJob(
-        setting="targets", body=compute_targets.compute, preview=compute_targets.preview
-    ),
+STEPS: dict[str, tuple[str, Body, Preview]] = {
+    "encode_latents": ("latents", encode_latents.encode, encode_latents.preview),
+    "generate_pairs": ("pairs", generate_pairs.generate, generate_pairs.preview),
+    "compute_targets": ("targets", compute_targets.compute, compute_targets.preview),
 }
+"""The jobs that append: the recipe's setting that each reads, its body and its preview."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,41 +32,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def top_up(job: Job) -> None:
-    """Take the turn, and run the step within the quota."""
-    step, table = _step(job), table_of(job)
-    before = open_table(table).num_rows if is_table(table) else 0
+    """Carry out the step within the quota, holding the lease on its table."""
+    setting, body, _ = _step(job)
+    url = job.url(job.recipe.source.table if setting == "latents" else setting)
+    before = open_table(url).num_rows if is_table(url) else 0
     try:
-        with append_lease(table, purpose=f"top_up of {job.target}"):
-            step.body(within_quota(job))
+        with append_lease(url, purpose=f"top_up of {job.target}"):
+            body(_within_quota(job, setting))
     except TableBusy as error:
         print(f"  {error}; nothing was done")
         return
-    print(f"  {open_table(table).num_rows - before} rows more")
+    print(f"  {open_table(url).num_rows - before} rows more")
 
 
-def within_quota(job: Job) -> Job:
-    """The same job, with its step bounded by the recipe's quota."""
-    setting = _step(job).setting
+def _within_quota(job: Job, setting: str) -> Job:
+    """The step's own job, with the bounds of its table set to the recipe's quota."""
     settings = getattr(job.recipe, setting)
     bounded = settings.model_copy(update={"bounds": job.recipe.quota.bound(settings.bounds)})
     return replace(job, verb=job.target, recipe=job.recipe.model_copy(update={setting: bounded}))
 
 
-def table_of(job: Job) -> str:
-    """The table that the step appends to."""
-    setting = _step(job).setting
-    return job.url(job.recipe.source.table if setting == "latents" else setting)
-
-
 def preview(job: Job) -> list[str]:
-    """What the step would do, and how far."""
-    quota = job.recipe.quota
+    """The preview of the step, and its quota."""
+    quota, (_, _, step_preview) = job.recipe.quota, _step(job)
     bounds = [f"{quota.rows} rows"] if quota.rows is not None else []
     bounds += [format_duration(quota.seconds)] if quota.seconds is not None else []
-    return [*_step(job).preview(job), f"in this run at most {' or '.join(bounds) or 'all of it'}"]
+    return [*step_preview(job), f"in this run at most {' or '.join(bounds) or 'all of it'}"]
 
 
-def _step(job: Job) -> _AppendJob:
+def _step(job: Job) -> tuple[str, Body, Preview]:
     if job.target not in STEPS:
         raise SettingsError(f"STEP {job.target or 'is missing'}: {', '.join(STEPS)} are accepted")
     return STEPS[job.target]

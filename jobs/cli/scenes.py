@@ -11,27 +11,22 @@ from snapfusion.mini.scenes import HELD_OUT, captioned_image
 
 
 def render_scenes(job: Job) -> None:
-    """Write the recipe's scenes as shards, except those that exist already."""
-    source = job.recipe.source
-    for index, start in enumerate(range(0, source.scenes, source.scenes_per_shard)):
-        stop = min(start + source.scenes_per_shard, source.scenes)
-        write_shard(
-            job.url("shards"),
-            _images(start, stop, seed=source.seed),
-            index=index,
-            extension="png",
-            rows_per_shard=source.scenes_per_shard,
-        )
-    print(f"  {source.scenes} scenes in {job.url('shards')}")
+    """Write the recipe's scenes as shards; existing shards are not written again."""
+    source, url = job.recipe.source, job.url("shards")
+    size = source.scenes_per_shard
+    for index, start in enumerate(range(0, source.scenes, size)):
+        rows = _rows(start, min(start + size, source.scenes), seed=source.seed)
+        write_shard(url, rows, index=index, extension="png", rows_per_shard=size)
+    print(f"  {source.scenes} scenes in {url}")
 
 
-def _images(start: int, stop: int, *, seed: int) -> Iterator[ShardRow]:
+def _rows(start: int, stop: int, *, seed: int) -> Iterator[ShardRow]:
     for index in range(start, stop):
-        # Scenes that the miniature was not trained on.
+        # Held-out scenes: the bundled miniature was trained on the others.
         image, caption = captioned_image(HELD_OUT + index, seed=seed)
         yield ShardRow(image=to_png(image), caption=caption, url=f"scene:{seed}/{index}")
 
 
 def preview(job: Job) -> list[str]:
-    """Describe what would be written."""
+    """What would be written."""
     return [f"would render {job.recipe.source.scenes} scenes to {job.url('shards')}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,14 +26,6 @@ _AXES = {
     "fid": ("FID over guidance", "w", "fid", "guidance w", "FID"),
     "clip": ("CLIP over guidance", "w", "clip", "guidance w", "CLIP"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class LineImages:
-    """Images of one line of the ablation: uint8 [H,W,3], one per caption."""
-
-    name: str
-    images: Sequence[np.ndarray]
 
 
 def ablation_charts(panel: Mapping[str, Any]) -> dict[str, Chart]:
@@ -72,15 +63,13 @@ def _cost_chart(title: str, lines: Sequence[Mapping[str, Any]]) -> Chart:
     )
 
 
-def sample_image_rows(lines: Mapping[str, tuple[str, int]], *, w: float) -> list[LineImages]:
-    """Images of the same captions and noise by each line's model source, in its DDIM steps."""
-    return [
-        LineImages(
-            name=name,
-            images=generate_images(load(source), sample_captions(), steps=steps, guidance=w, seed=0, count=1),
-        )
+def sample_image_rows(lines: Mapping[str, tuple[str, int]], *, w: float) -> dict[str, list[np.ndarray]]:
+    """Images of the same captions and noise by each line's model source in its DDIM steps, uint8 [H,W,3]."""
+    captions = sample_captions()
+    return {
+        name: generate_images(load(source), captions, steps=steps, guidance=w, seed=0, count=1)
         for name, (source, steps) in lines.items()
-    ]
+    }
 
 
 def sample_captions() -> list[str]:
@@ -111,7 +100,7 @@ def render_ablation(
     panels: Sequence[Mapping[str, Any]],
     *,
     curves: Mapping[str, Sequence[Mapping[str, float]]],
-    rows: Sequence[LineImages],
+    rows: Mapping[str, Sequence[np.ndarray]],
     w: float,
 ) -> str:
     """The page as text.
@@ -119,7 +108,7 @@ def render_ablation(
     Args:
         panels: as `jobs.ablate` writes them.
         curves: of students' training, by name.
-        rows: images of each line.
+        rows: images of each line, by its name, uint8 [H,W,3], one per caption.
         w: their guidance scale.
     """
     return render_page(

@@ -56,7 +56,7 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
         step_comparison, side_by_side = sample_side_by_side(student, url=job.url(recipe.distill.name))
     if pairs and recipe.oracle_floor:
         oracle = score_with_oracle(pairs)
-    counts = {name: _counts(table) for name, table in run.tables.items()}
+    tables = {name: _table_metrics(table) for name, table in run.tables.items()}
     timings = tuple(_timings(run))
     content = ReportContent(
         recipe=recipe.name,
@@ -73,7 +73,7 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
         latencies=run.latencies,
         mobile_comparisons=mobile_comparisons(run),
         mobile_variants=mobile_variants_of(run.mobile) if run.mobile else (),
-        lineage=lineage_nodes(run, counts),
+        lineage=lineage_nodes(run, tables),
         rejections=tuple(summary for table in run.tables.values() for summary in _rejections(table)),
         timings=timings,
     )
@@ -81,7 +81,7 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
         recipe=content.recipe,
         settings_hash=content.settings_hash,
         versions=dict(content.versions),
-        tables={name: {**_table_metrics(table), **counts[name]} for name, table in run.tables.items()},
+        tables=tables,
         # The curve stays in the student's own metrics.json.
         student=student and {key: value for key, value in student.items() if key != "curve"},
         fewer_steps=side_by_side,
@@ -115,22 +115,17 @@ def _totals(run: CommittedRun) -> Iterator[tuple[str, str]]:
         yield f"{run.decoder['parameters']['ratio']:.2f}x", "fewer parameters"
 
 
-def _counts(table: Snapshot) -> dict[str, Any]:
-    manifests = list(table.manifests().values())
-    return {
-        "rows_read": sum(manifest.rows_read for manifest in manifests),
-        "rows_written": table.num_rows,
-        "rejected": total_rejected(manifests),
-    }
-
-
 def _table_metrics(table: Snapshot) -> dict[str, Any]:
+    manifests = list(table.manifests().values())
     return {
         "url": table.url,
         "version": table.version,
         "identity": digest(table.identity),
         "units": len(table.units),
         "bytes": sum(unit.size for unit in table.units),
+        "rows_read": sum(manifest.rows_read for manifest in manifests),
+        "rows_written": table.num_rows,
+        "rejected": total_rejected(manifests),
     }
 
 

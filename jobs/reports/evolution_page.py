@@ -29,7 +29,7 @@ def render_evolution(
         "evolution.html.j2",
         history=history,
         charts=evolution_charts(history),
-        rounds=[_round_row(record) for record in history["rounds"]],
+        rounds=[{**record, "scores": _ascending(record["scores"])} for record in history["rounds"]],
         architectures=architectures,
         table=block_count_table(*architectures.values()),
         captions=captions,
@@ -79,18 +79,5 @@ def architectures_by_round(history: Mapping[str, Any]) -> dict[str, Architecture
     return {"origin": Architecture.parse(history["origin"]), **changed}
 
 
-def _round_row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A round with its scores in ascending order of value."""
-    chosen = set(record["decision"]["blocks"])
-    scores = sorted((BlockScore.parse(score) for score in record["scores"]), key=lambda score: score.value)
-    rows = [
-        {
-            "block": score.block,
-            "delta_clip": score.delta_clip,
-            "delta_ms": score.delta_ms,
-            "value": score.value,
-            "chosen": score.block in chosen,
-        }
-        for score in scores
-    ]
-    return {**record, "scores": rows}
+def _ascending(scores: Sequence[Mapping[str, Any]]) -> list[BlockScore]:
+    return sorted((BlockScore.parse(score) for score in scores), key=lambda score: score.value)

@@ -14,16 +14,17 @@ from snapfusion.models.load import load
 from snapfusion.settings import digest
 
 _PARENTS = {"latents": ("SHARDS", "TEACHER"), "pairs": ("LATENTS", "TEACHER")}
+_TABLE_FIELDS = ("url", "identity", "version", "rows_read", "rows_written", "rejected")
 
 
-def lineage_nodes(run: CommittedRun, counts: Mapping[str, Mapping[str, Any]]) -> tuple[LineageNode, ...]:
+def lineage_nodes(run: CommittedRun, tables: Mapping[str, Mapping[str, Any]]) -> tuple[LineageNode, ...]:
     """All commits of a run.
 
     Args:
         run: its committed parts.
-        counts: rows read, written and rejected, by table.
+        tables: metrics of its tables.
     """
-    return tuple(_Lineage(run).nodes(counts))
+    return tuple(_Lineage(run).nodes(tables))
 
 
 class _Lineage:
@@ -33,21 +34,15 @@ class _Lineage:
         self._run = run
         self._nodes: list[LineageNode] = []
 
-    def nodes(self, counts: Mapping[str, Mapping[str, Any]]) -> list[LineageNode]:
+    def nodes(self, tables: Mapping[str, Mapping[str, Any]]) -> list[LineageNode]:
         run, job = self._run, self._run.job
         self._add("SHARDS", "shards", url=shards_url(job), identity=digest(job.recipe.source.to_values()))
         weights = digest(load(job.recipe.model).fingerprint())
         self._add("TEACHER", "model", url=job.recipe.model, identity=weights)
-        for name, table in run.tables.items():
-            self._add(
-                name.upper(),
-                "table",
-                url=table.url,
-                identity=digest(table.identity),
-                version=table.version,
-                parents=self._existing(*_PARENTS[name]),
-                **counts[name],
-            )
+        for name, metrics in tables.items():
+            fields = {key: metrics[key] for key in _TABLE_FIELDS}
+            parents = self._existing(*_PARENTS[name])
+            self._add(name.upper(), "table", parents=parents, **fields)
         self._add_efficient()
         if run.student:
             self._add_student(run.student)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +30,6 @@ _STAGES = {
 _METRICS = {"fid": "Fréchet distance, oracle features", "clip": "CLIP score"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gallery:
-    """Images of one model.
-
-    Attributes:
-        title: the model and its sampler.
-        images: (uint8 [H,W,3], caption) each.
-    """
-
-    title: str
-    images: Sequence[tuple[np.ndarray, str]]
-
-
 def write_page(weights: Path, path: Path, *, figures: Mapping[str, MetricIntervals]) -> Path:
     """Sample sixteen images with each model of `weights` and write the page to `path`, which is returned.
 
@@ -55,13 +41,11 @@ def write_page(weights: Path, path: Path, *, figures: Mapping[str, MetricInterva
     # Steps of 77 spread the scenes over shapes, colours and sizes.
     indexes = [HELD_OUT + number * 77 for number in range(_NUM_IMAGES)]
     captions = [caption_of(scene_of(index)) for index in indexes]
-    galleries = []
+    galleries = {}
     for name in ("sd", "sd-v"):
         images = generate_images(load(str(weights / name)), indexes, sampler=_SAMPLER, seed=0)
         pixels = images.permute(0, 2, 3, 1).numpy()
-        galleries.append(
-            Gallery(title=f"{name}: {_SAMPLER}", images=list(zip(pixels, captions, strict=True)))
-        )
+        galleries[f"{name}: {_SAMPLER}"] = list(zip(pixels, captions, strict=True))
     text = render_miniature(manifest=read_manifest(weights), galleries=galleries, figures=figures)
     path.write_text(text, encoding="utf-8")
     return path
@@ -70,14 +54,14 @@ def write_page(weights: Path, path: Path, *, figures: Mapping[str, MetricInterva
 def render_miniature(
     *,
     manifest: Mapping[str, Any],
-    galleries: Sequence[Gallery],
+    galleries: Mapping[str, Sequence[tuple[np.ndarray, str]]],
     figures: Mapping[str, MetricIntervals],
 ) -> str:
     """The page as text.
 
     Args:
         manifest: of the weights, with their recipe and loss curves.
-        galleries: images of the models.
+        galleries: (uint8 [H,W,3], caption) of each model, by its name and sampler.
         figures: metrics by part, from `jobs.measure_mini`; may be empty.
     """
     sampling = {part: metrics for part, metrics in figures.items() if "fid" in metrics}

@@ -266,7 +266,6 @@ class ReportContent:
         lineage: every commit, parents before children.
         rejections: rejected rows.
         timings: of the steps, in order.
-        finished: date in words; empty leaves it out, so that the page depends on the content alone.
     """
 
     recipe: str
@@ -286,7 +285,6 @@ class ReportContent:
     lineage: tuple[LineageNode, ...] = ()
     rejections: tuple[RejectionSummary, ...] = ()
     timings: tuple[StepTiming, ...] = ()
-    finished: str = ""
 
 
 def render_report(content: ReportContent) -> str:

@@ -249,7 +249,6 @@ def hostile_content():
         given,
         recipe=HOSTILE,
         settings_json=HOSTILE,
-        finished=HOSTILE,
         versions={HOSTILE: HOSTILE},
         totals=((HOSTILE, HOSTILE),),
         scenes=(image,),
