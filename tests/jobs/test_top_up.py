@@ -1,4 +1,4 @@
-"""Scheduled runs: each appends a part, two do not overlap, and the parts are the whole."""
+"""`jobs.top_up`: scheduled runs append parts, do not overlap, and together make the whole table."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SETTINGS = (
 )
 
 
-def words(*assignments: str) -> list[str]:
+def options(*assignments: str) -> list[str]:
     return [word for assignment in (*SETTINGS, *assignments) for word in ("--set", assignment)]
 
 
 def topped_up(out: Path, step: str, *assignments: str) -> int:
-    return top_up.main([step, "--out", str(out), *words(*assignments)])
+    return top_up.main([step, "--out", str(out), *options(*assignments)])
 
 
 def rows_in(table: Path) -> int:
@@ -45,11 +45,11 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    assert render_scenes.main(["--out", str(tmp_path), *words()]) == 0
+    assert render_scenes.main(["--out", str(tmp_path), *options()]) == 0
     return tmp_path
 
 
-def test_nightly_runs_append_a_part_each_until_nothing_is_left(out: Path, capsys):
+def test_nightly_runs_append_until_nothing_is_left(out: Path, capsys):
     for rows in (20, 40, 40):
         assert topped_up(out, "encode_latents", "quota.rows=20") == 0
         assert rows_in(out / "latents") == rows
@@ -62,7 +62,7 @@ def test_nightly_runs_append_a_part_each_until_nothing_is_left(out: Path, capsys
     assert rows_in(out / "pairs") == 48
 
 
-def test_in_parts_the_bytes_are_those_of_one_run(out: Path):
+def test_parts_have_the_bytes_of_one_run(out: Path):
     for _ in range(4):
         assert topped_up(out, "encode_latents", "quota.rows=1") == 0
     parts = {path.name: path.read_bytes() for path in (out / "latents").glob("*.parquet")}
@@ -70,7 +70,7 @@ def test_in_parts_the_bytes_are_those_of_one_run(out: Path):
     assert parts == {path.name: path.read_bytes() for path in (out / "whole").glob("*.parquet")}
 
 
-def test_a_run_that_overlaps_another_does_nothing_and_ends_well(out: Path, capsys):
+def test_an_overlapping_run_does_nothing(out: Path, capsys):
     with append_lease(str(out / "latents"), purpose="last night's"):
         assert topped_up(out, "encode_latents") == 0
     assert not (out / "latents").exists()
@@ -79,7 +79,7 @@ def test_a_run_that_overlaps_another_does_nothing_and_ends_well(out: Path, capsy
     assert rows_in(out / "latents") == 40
 
 
-def test_time_and_budget_end_a_run_with_what_it_has(out: Path, monkeypatch: pytest.MonkeyPatch):
+def test_time_and_budget_end_a_run(out: Path, monkeypatch: pytest.MonkeyPatch):
     def slowly(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[Any]:
         for result in in_process(items, stages):
             time.sleep(0.2)
@@ -94,23 +94,23 @@ def test_time_and_budget_end_a_run_with_what_it_has(out: Path, monkeypatch: pyte
     assert before < rows_in(out / "latents")
     assert topped_up(out, "encode_latents") == 0
     assert rows_in(out / "latents") == 40
-    assert sum(account.rows_read for account in open_table(str(out / "latents")).manifests().values()) == 40
+    assert sum(one.rows_read for one in open_table(str(out / "latents")).manifests().values()) == 40
 
 
 @pytest.mark.parametrize(
-    ("step", "assignment", "said"),
+    ("step", "assignment", "message"),
     [
         ("finetune_vpred", "quota.rows=1", "STEP finetune_vpred: encode_latents, generate_pairs"),
-        ("encode_latents", "quota.budget=5.0", "budget and price_per_hour"),
+        ("encode_latents", "quota.budget=5.0", "price_per_hour"),
         ("encode_latents", "quota.rows=0", "quota.rows"),
     ],
 )
-def test_what_cannot_be_asked_for_is_one_line(tmp_path: Path, capsys, step: str, assignment: str, said: str):
+def test_errors_are_one_line(tmp_path: Path, capsys, step: str, assignment: str, message: str):
     assert top_up.main([step, "--out", str(tmp_path), "--set", assignment]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
+    assert message in line
 
 
-def test_the_preview_says_how_far(out: Path, capsys):
-    assert top_up.main(["encode_latents", "--dry-run", "--out", str(out), *words("quota.rows=7")]) == 0
+def test_the_preview_has_the_quota(out: Path, capsys):
+    assert top_up.main(["encode_latents", "--dry-run", "--out", str(out), *options("quota.rows=7")]) == 0
     assert "in this run at most 7 rows" in capsys.readouterr().out
