@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jobs.cli.inputs import row_filters
+from jobs.cli.inputs import link_filters
 from jobs.cli.job import Job, run
 from jobs.runtime.cluster import runner
 from jobs.runtime.exit_codes import exit_process
@@ -16,7 +16,6 @@ from jobs.runtime.progress import show_progress
 from pipelines.download.downloads import download_shards, find_ranges
 from pipelines.download.receipts import read_receipts
 from pipelines.download.settings import DownloadSettings
-from pipelines.stages.row_filter import LinkFilter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,11 +43,6 @@ def download(job: Job) -> None:
         print(
             f"  {summary.transient} failures may be transient: --set download.retry_rounds={rounds} retries"
         )
-
-
-def link_filters(job: Job) -> list[LinkFilter]:
-    """The run's filters that need no image."""
-    return [row_filter for row_filter in row_filters(job) if isinstance(row_filter, LinkFilter)]
 
 
 def preview(job: Job) -> list[str]:

@@ -63,6 +63,7 @@ def forget(job: Job) -> None:
     for line in receipt.lines():
         print(f"  {line}")
     print(f"  receipt: {url}")
+    # After the receipt: the rows are deleted in any case, only the erasure of old files is refused.
     unfinished = receipt.lineage.unfinished
     if unfinished and job.options["erase"] and not job.options["erase_pinned"]:
         named = ", ".join(f"{pin.path} (at {pin.table} version {pin.version})" for pin in unfinished)

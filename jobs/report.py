@@ -29,6 +29,7 @@ def report(job: Job) -> None:
     """Write the page and the metrics, then compare the images with the floor."""
     content, metrics = collect(job)
     page, numbers = job.url("report/index.html"), job.url("metrics.json")
+    # The page comes first and is written even if the floor is missed: it shows what went wrong.
     replace_object(page, render_report(content).encode())
     replace_object(numbers, (json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
     print(f"  open {page}")

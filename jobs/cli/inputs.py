@@ -9,7 +9,7 @@ from pipelines.dedup.fingerprints import identity_of
 from pipelines.stages.blocklist import load_blocklist
 from pipelines.stages.deletion_filter import DeletionFilter
 from pipelines.stages.duplicate_filter import DuplicateFilter
-from pipelines.stages.row_filter import RowFilter
+from pipelines.stages.row_filter import LinkFilter, RowFilter
 from pipelines.storage.objects import absolute_url, exists
 from pipelines.tables.deletion_list import DeletionList
 from pipelines.tables.schemas import SCHEMA_VERSION
@@ -20,6 +20,11 @@ from snapfusion.settings import differences
 def row_filters(job: Job) -> list[RowFilter]:
     """Filters that refuse a row by itself, before it is downloaded, hashed or encoded."""
     return [DeletionFilter(deletion_list_of(job)), load_blocklist(job.recipe.source.blocklists)]
+
+
+def link_filters(job: Job) -> list[LinkFilter]:
+    """The row filters that need no image, so that they apply before a download."""
+    return [row_filter for row_filter in row_filters(job) if isinstance(row_filter, LinkFilter)]
 
 
 def deletion_list_of(job: Job) -> DeletionList:

@@ -213,12 +213,13 @@ def _has_lost_rows(table: Snapshot, version: int) -> bool:
     try:
         return any(file.path not in current for file in open_table(table.url, version=version).units)
     except TableError:
-        return False
+        return False  # nobody can read a version that cannot be opened
 
 
 def _with_descendants(trainings: Sequence[_TrainingRecord], paths: set[str]) -> list[_TrainingRecord]:
     """The trainings at these paths and all finished ones that were made from them, directly or not."""
     models = [training for training in trainings if training.path in paths]
+    # Until nothing is added: a student may be the teacher or the initial weights of another.
     while True:
         weights = {value for model in models for value in model.weights}
         more = [one for one in trainings if one not in models and one.finished and weights & one.parents]

@@ -58,6 +58,7 @@ def outcome_of(file: RequestFile, matched: set[bytes], known: frozenset[bytes]) 
     )
 
 
+# Only hashes are written: the receipt may be shown to others than the person who made the request.
 def _hex_keys(keys: set[bytes]) -> list[str]:
     return sorted(key.hex() for key in keys)
 

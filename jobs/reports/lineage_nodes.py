@@ -96,6 +96,7 @@ class _Lineage:
     def _model(self, name: str, source: str, weights: Mapping[str, str]) -> str:
         """The name of the node with these weights, which is added as `name` if there is none."""
         identity = digest(weights)
+        # A model may have several roles, as the teacher that is the recipe's own model too.
         for node in reversed(self._nodes):
             if node.identity == identity:
                 return node.name

@@ -86,6 +86,7 @@ def _speedups(run: CommittedRun, student: StudentMetrics) -> Iterator[Measuremen
     steps, parameters = student["distillation"]["steps"], _num_parameters(student)
     for latency in run.latencies:
         origin = next((unet for unet in latency.unets if unet.name == ORIGIN), None)
+        # A latency file names architectures and no students: the student's is found by its size.
         own = next((unet for unet in latency.unets if unet.parameters == parameters), None)
         if origin is None or own is None:
             continue

@@ -95,7 +95,7 @@ def _step_charts(sampling: Mapping[str, MetricIntervals], *, name: str) -> Itera
                 name=w.replace("=", " = "), x=[x for x, _ in sorted(points)], y=[y for _, y in sorted(points)]
             )
             for w, points in by_w.items()
-            if len(points) > 1
+            if len(points) > 1  # a single number of steps is no curve
         )
         if series:
             label = _METRICS[name]

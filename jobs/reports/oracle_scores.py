@@ -37,6 +37,7 @@ def score_with_oracle(pairs: Snapshot) -> OracleScores | None:
     shares: list[float] = []
     notes: dict[str, str] = {}
     for unit in pairs.units:
+        # Unit by unit: all images of a table need not fit in memory.
         rows = pairs.read_unit(unit, ["id", "caption", "image"]).to_pylist()
         scenes = [(row, scene) for row in rows if row["image"] and (scene := _scene(row["caption"]))]
         if scenes:

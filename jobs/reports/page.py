@@ -29,9 +29,10 @@ def render_page(template: str, **values: object) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=StrictUndefined,  # a misspelt field is an error, not an empty cell
         trim_blocks=True,
         lstrip_blocks=True,
+        # Sees every value that a template prints, so that no field escapes sanitizing.
         finalize=lambda value: _sanitized(value) if isinstance(value, str) else value,
     )
     environment.filters |= {

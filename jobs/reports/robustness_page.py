@@ -80,6 +80,7 @@ def sample_sheet(settings: RobustnessSettings, *, models: Mapping[str, Bundle]) 
         name: [_images(model, names, scenes=scenes, settings=settings) for names in groups.values()]
         for name, model in models.items()
     }
+    # Through the VAE as well: its loss is none of the UNet's blocks.
     held_out = _arrays(scenes.decoded)
     examples = tuple(
         RobustnessExample(

@@ -50,6 +50,7 @@ class ComparedImage:
     @cached_property
     def difference(self) -> np.ndarray:
         """|image - reference| times `DIFFERENCE_FACTOR`, uint8 [H,W,3]."""
+        # Differences of uint8 would wrap around below zero.
         distance = np.abs(self.image.astype(np.int32) - self.reference.astype(np.int32))
         return np.clip(distance * DIFFERENCE_FACTOR, 0, 255).astype(np.uint8)
 

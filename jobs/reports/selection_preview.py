@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from jobs.cli.inputs import row_filters
+from jobs.cli.inputs import link_filters, row_filters
 from jobs.cli.job import Job
 from pipelines.datasets.preview import (
     CATEGORIES,
@@ -22,7 +22,6 @@ from pipelines.sources.layouts import SPELLINGS
 from pipelines.sources.links import list_links
 from pipelines.sources.webdataset import Shard
 from pipelines.stages.crop import SIZE_SETTING, check_size
-from pipelines.stages.row_filter import LinkFilter
 from pipelines.stages.select import BOUNDS, MEASURES, silent_bounds
 from pipelines.stages.settings import Selection
 from snapfusion.models.load import ModelError, load_sizes
@@ -61,7 +60,7 @@ def link_preview_lines(job: Job) -> list[str]:
         rows=recipe.source.sample_rows,
         columns=recipe.download.columns,
         selection=recipe.latents.selection,
-        filters=[row_filter for row_filter in row_filters(job) if isinstance(row_filter, LinkFilter)],
+        filters=link_filters(job),
     )
     total = count_link_rows(lists, recipe.download.columns)
     table = _table(preview, recipe.latents.selection, total=total, sources=f"{len(lists):,} lists")

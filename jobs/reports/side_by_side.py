@@ -45,6 +45,7 @@ def sample_side_by_side(student: StudentMetrics, *, url: str) -> tuple[StepCompa
         "student": (f"{url}/model", steps),
     }
     captions = [row for row in captions_of(PromptSettings(limit=NUM_CAPTIONS)) if isinstance(row, Caption)]
+    # The keys of `jobs.evaluate`: equal captions have equal noise in the report and in an evaluation.
     keys = [noise_key("evaluation", _SAMPLING.seed, caption.id) for caption in captions]
     scores = {}
     for name, (model, num_steps) in models.items():
