@@ -38,7 +38,6 @@ def write_page(weights: Path, path: Path, *, figures: Mapping[str, MetricInterva
         path: of the HTML file.
         figures: metrics by part, from `jobs.measure_mini`; may be empty.
     """
-    # Steps of 77 spread the scenes over shapes, colours and sizes.
     indexes = [HELD_OUT + number * 77 for number in range(_NUM_IMAGES)]
     captions = [caption_of(scene_of(index)) for index in indexes]
     galleries = {}
