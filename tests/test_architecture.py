@@ -44,7 +44,7 @@ PIPELINES = (
     {"sources"},
     {"tables"},
     {"stages", "ray_data"},
-    {"loading"},
+    {"loading", "costs"},
     {"datasets"},
     {"dedup", "deletion", "download"},
 )
