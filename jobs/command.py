@@ -26,7 +26,7 @@ VERBS = (
     "compare_chance",
     "train_efficient",
     "distill_steps",
-    "distill_plan",
+    "distill_schedule",
     "distill_decoder",
     "compile_mobile",
     "evaluate",

@@ -58,7 +58,14 @@ JOBS = (
     {"reports"},
     {"planning"},
 )
-ENTRY_POINTS_THAT_RUN_OTHERS = {"jobs.run_pipeline", "jobs.distill_plan", "jobs.top_up", "jobs.ablate"}
+ENTRY_POINTS_THAT_RUN_OTHERS = {
+    "jobs.run_pipeline",
+    "jobs.distill_schedule",
+    "jobs.top_up",
+    "jobs.ablate",
+    "jobs.evolve_unet",  # measures the latency table that it lacks
+    "jobs.compare_chance",  # likewise
+}
 HEAVY = {
     "torch",
     "ray",
@@ -181,7 +188,7 @@ def test_no_module_imports_itself_through_others():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the modules of a circle
 
 
-def test_entry_points_are_thin_and_imported_by_none_but_four():
+def test_entry_points_are_thin_and_rarely_imported():
     entries = {module.name for module in modules("jobs") if module.name.count(".") == 1}
     for module in modules(*PACKAGES):
         if module.name not in ENTRY_POINTS_THAT_RUN_OTHERS:

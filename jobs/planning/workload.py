@@ -78,7 +78,7 @@ class Workload:
 
     @property
     def _planned(self) -> tuple[str, ...]:
-        return (*self._costs, "distill_plan")
+        return (*self._costs, "distill_schedule")
 
     @property
     def unplanned(self) -> list[str]:
@@ -94,10 +94,17 @@ class Workload:
         if distill.teacher is not None:
             return tuple(pipeline_verbs(self.job.recipe))
         targets = ("compute_targets",) if distill.targets == "table" else ()
-        return ("encode_latents", *targets, "distill_plan", "generate_pairs", "distill_decoder", "evaluate")
+        return (
+            "encode_latents",
+            *targets,
+            "distill_schedule",
+            "generate_pairs",
+            "distill_decoder",
+            "evaluate",
+        )
 
     def _stages_of(self, verb: str) -> list[StageCost]:
-        if verb != "distill_plan":
+        if verb != "distill_schedule":
             return [self._costs[verb]()]
         # The models that the schedule starts from, then its students.
         initial = [self._costs[verb]() for verb in initial_verbs(self.job.recipe)]
@@ -176,7 +183,7 @@ class Workload:
     def students(self) -> list[DistillSettings]:
         """Settings of the students that the planned jobs distil."""
         own = [self.job.recipe.distill] if "distill_steps" in self.verbs else []
-        return [*own, *(self._scheduled if "distill_plan" in self.verbs else [])]
+        return [*own, *(self._scheduled if "distill_schedule" in self.verbs else [])]
 
     @cached_property
     def efficient(self) -> Architecture:

@@ -104,7 +104,7 @@ class Recipe(Settings):
         efficient: architecture of the efficient UNet, and its training.
         distill: step distillation of one student.
         schedules: students distilled one after the other, by the schedule's name.
-        schedule: name of the one that `jobs.distill_plan` follows; null for none.
+        schedule: name of the one that `jobs.distill_schedule` follows; null for none.
         decoder: distillation of the half-width decoder.
         mobile: compilation for phones.
         evaluation: compared models and samplers, and the metrics.

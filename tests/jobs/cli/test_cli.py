@@ -94,7 +94,7 @@ def test_pipeline_steps_follow_the_recipe():
     students = {"measure_latency", "train_efficient", "distill_steps"}
     assert verbs("mini", "distill.teacher=null") == [verb for verb in verbs("mini") if verb not in students]
     assert students & set(verbs("mini", "distill.student=null")) == {"distill_steps"}
-    # Its shards exist, and its students are distilled by `jobs.distill_plan`.
+    # Its shards exist, and its students are distilled by `jobs.distill_schedule`.
     assert not {"render_scenes", "distill_steps"} & set(verbs("sd15"))
 
 

@@ -166,7 +166,7 @@ def test_targets_table_replaces_the_online_teacher():
         rows=1_000,
         captions=10,
         settings=["distill.targets=table", "targets.draws=3"],
-        plan=['steps=["compute_targets","distill_plan"]'],
+        plan=['steps=["compute_targets","distill_schedule"]'],
     ).stages()
     table, student = found[0], found[-1]
     assert units(table, "pass") == pytest.approx(3 * 1_000 * 2 * 1.1)
@@ -182,7 +182,7 @@ def test_w_conditioned_teacher_needs_one_pass():
         rows=1_000,
         captions=10,
         settings=["schedule=w-conditioned", "distill.gradient_checkpointing=false"],
-        plan=['steps=["distill_plan"]'],
+        plan=['steps=["distill_schedule"]'],
     ).stages()
     passes = [units(stage, "pass", replicated=False) / stage.rows for stage in found[1:]]
     assert passes == [2 * 2, 2, 2]

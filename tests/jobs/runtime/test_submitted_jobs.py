@@ -199,7 +199,7 @@ SUBMISSIONS = (
         outputs=("efficient/model", "efficient/metrics.json"),
     ),
     job(
-        "distill_plan",
+        "distill_schedule",
         *short("distill"),
         "schedule=direct",
         after="encode_latents",
@@ -297,7 +297,7 @@ SUBMISSIONS = (
     job(
         "forget",
         words=("--out", "{run}", "--url", "{inputs}/forget.txt"),
-        after="verify_table compute_targets compare_chance distill_plan finetune_vpred",
+        after="verify_table compute_targets compare_chance distill_schedule finetune_vpred",
         outputs=("forgotten/receipts",),
     ),
     job("vacuum", "vacuum.hours=0", words=("--out", "{run}", "--delete"), after="forget", prints="deleted"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from jobs import distill_plan, encode_latents
+from jobs import distill_schedule, encode_latents
 from jobs.cli import in_run, inputs
 from jobs.cli.job import Job
 from jobs.recipes.recipe import Recipe
@@ -57,9 +57,9 @@ HALVINGS = ((64, 32), (32, 16), (16, 8))
 def resolved(name, capsys, *options) -> Job:
     """The job as `--dry-run` prints it."""
     arguments = [word for option in options for word in ("--set", option)]
-    assert distill_plan.main(["--recipe", name, "--dry-run", *arguments]) == 0
+    assert distill_schedule.main(["--recipe", name, "--dry-run", *arguments]) == 0
     printed = capsys.readouterr().out.split("\nsettings ")[0]
-    return Job(verb="distill_plan", recipe=Recipe.parse(json.loads(printed)), out="runs/x")
+    return Job(verb="distill_schedule", recipe=Recipe.parse(json.loads(printed)), out="runs/x")
 
 
 def stages(job: Job) -> dict:
@@ -187,7 +187,7 @@ def test_plans_can_share_a_run(name):
 
 def test_all_else_is_as_the_recipe_says():
     recipe = recipe_named("mini").with_values(["distill.loop.num_steps=7", "distill.steps.gamma=0.5"])
-    job = Job(verb="distill_plan", recipe=recipe, out="runs/x")
+    job = Job(verb="distill_schedule", recipe=recipe, out="runs/x")
     for settings in stages(job).values():
         assert settings.loop == recipe.distill.loop
         assert settings.steps.gamma == 0.5
@@ -206,13 +206,13 @@ def test_only_needed_initial_models_are_made():
 
 def test_sd2_is_distilled_from_the_recipes_model():
     recipe = recipe_named("sd2").with_values(["model=s3://bucket/sd2"])
-    job = Job(verb="distill_plan", recipe=recipe, out="runs/x")
+    job = Job(verb="distill_schedule", recipe=recipe, out="runs/x")
     first = in_run.stage_job(job, job.recipe.stages[0])
     assert inputs.teacher_and_student(first) == ("s3://bucket/sd2", "s3://bucket/sd2")
 
 
 def test_a_dry_run_describes_every_stage(capsys):
-    assert distill_plan.main(["--recipe", "sd15", "--dry-run", "--set", "schedule=staged"]) == 0
+    assert distill_schedule.main(["--recipe", "sd15", "--dry-run", "--set", "schedule=staged"]) == 0
     printed = capsys.readouterr().out
     assert "would fine-tune" in printed
     assert "would give runs/demo/vpred/model the architecture table-3" in printed
@@ -220,7 +220,7 @@ def test_a_dry_run_describes_every_stage(capsys):
         "staged-8 (p = 0.1): would distil 16 steps of runs/demo/teacher-16/model into 8 of "
         "runs/demo/small-16/model" in printed
     )
-    assert distill_plan.main(["--recipe", "sd2", "--dry-run", "--set", "schedule=w-conditioned"]) == 0
+    assert distill_schedule.main(["--recipe", "sd2", "--dry-run", "--set", "schedule=w-conditioned"]) == 0
     printed = capsys.readouterr().out
     assert "would fine-tune" not in printed
     assert "w-conditioned-8 (p = 1, w-conditioned): would distil 16 steps of" in printed
@@ -241,7 +241,7 @@ def test_the_last_stage_can_use_own_images(capsys, tmp_path):
 
 
 def test_an_unknown_schedule_is_refused(capsys):
-    assert distill_plan.main(["--recipe", "sd2", "--dry-run", "--set", "schedule=staged-self"]) == 2
+    assert distill_schedule.main(["--recipe", "sd2", "--dry-run", "--set", "schedule=staged-self"]) == 2
     assert "accepted are direct, staged, staged-plain, progressive, w-conditioned" in capsys.readouterr().err
 
 
@@ -251,11 +251,11 @@ def test_settings_that_contradict_a_stage_are_refused(capsys):
     job = resolved("mini", capsys, "distill.steps.original_times=grid")
     job = replace(job, recipe=job.recipe.with_values(arguments))
     with pytest.raises(SettingsError, match="no unguided pass on the grid"):
-        distill_plan.preview(job)
+        distill_schedule.preview(job)
 
 
 def test_a_recipe_without_a_plan_says_so(capsys):
-    assert distill_plan.main(["--dry-run", "--set", "schedule=null"]) == 0
+    assert distill_schedule.main(["--dry-run", "--set", "schedule=null"]) == 0
     assert "nothing: this recipe has no schedule" in capsys.readouterr().out
 
 

@@ -12,11 +12,11 @@ from jobs.runtime.exit_codes import exit_process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.distill_plan`."""
-    return run("distill_plan", distill_plan, preview=preview, about=__doc__, argv=argv)
+    """Entry point of `python -m jobs.distill_schedule`."""
+    return run("distill_schedule", distill_schedule, preview=preview, about=__doc__, argv=argv)
 
 
-def distill_plan(job: Job) -> None:
+def distill_schedule(job: Job) -> None:
     """Train the models that the schedule starts from, then each stage's student; skip those that exist."""
     for verb in initial_verbs(job.recipe):
         name, body, _ = _INITIAL[verb]
