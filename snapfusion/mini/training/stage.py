@@ -121,7 +121,8 @@ def _train_step(stage: TrainingStage, *, step: int, optimizer: torch.optim.Optim
         # The decay starts low, so that the average soon forgets the initial weights.
         decay = min(_AVERAGE_DECAY, (step + 1) / (step + 10))
         with torch.no_grad():
-            averages, parameters = list(stage.average.parameters()), list(stage.module.parameters())
+            averages: list[Tensor] = list(stage.average.parameters())
+            parameters: list[Tensor] = list(stage.module.parameters())
             torch._foreach_lerp_(averages, parameters, 1.0 - decay)
     return loss.item()
 
