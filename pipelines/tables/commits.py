@@ -136,11 +136,7 @@ def restore_manifests(table: Snapshot) -> Snapshot:
 def write_unit(
     rows: pa.Table, manifest: UnitManifest, *, path: str, seconds: float | None = None
 ) -> WrittenUnit:
-    """Write a unit's data file; if it exists already, it is read back and stays as it is.
-
-    Raises:
-        TableError: if no unit of work wrote the existing file.
-    """
+    """Write a unit's data file; if it exists already, it is read back and stays as it is."""
     data = to_parquet(rows, manifest)
     if not write_once(path, data):
         return read_written_unit(path, seconds=seconds)
@@ -240,7 +236,10 @@ def _rewrite_rows(
     names = {unit.manifest.unit for unit in units}
     for _ in range(_MAX_TRIES):
         delta = open_delta(location)
-        contents = {name: _read_rows(f"{location}/{name}") for name in live_names(delta)}
+        contents = {
+            name: pq.read_table(pa.BufferReader(read_bytes(f"{location}/{name}"))).to_pylist()
+            for name in live_names(delta)
+        }
         affected = {
             name: rows for name, rows in contents.items() if not names.isdisjoint(row["unit"] for row in rows)
         }
@@ -259,11 +258,6 @@ def _rewrite_rows(
         if _try_commit(delta, actions, _next_transactions(delta, units)):
             return
     raise _too_many_conflicts(location)
-
-
-def _read_rows(path: str) -> _Rows:
-    rows: _Rows = pq.read_table(pa.BufferReader(read_bytes(path))).to_pylist()
-    return rows
 
 
 def _canonical(rows: _Rows) -> list[str]:
