@@ -1,4 +1,4 @@
-"""What version 0.1 left opens, and is continued to what version 0.1 made of it itself."""
+"""Artefacts of version 0.1 open, and continue to the results that version 0.1 recorded."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ DECODERS = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The folder that version 0.1 wrote; `finished` in it is what it made of the rest."""
+    """The folder that version 0.1 wrote; `finished` in it has the results of its continuation."""
     with tarfile.open(Path(__file__).with_name("v0_1.tar.xz")) as archive:
         archive.extractall(tmp_path, filter="data")
     return tmp_path / "v0_1"
 
 
 def assert_same_files(table: Path, expected: Path) -> None:
-    """Every data file of `expected` is in `table`; numbers may differ by what processors do."""
+    """Every data file of `expected` is in `table`, up to rounding differences between processors."""
     for path in sorted(expected.glob("*.parquet")):
         found, other = pq.read_table(table / path.name), pq.read_table(path)
         assert found.schema.equals(other.schema)
@@ -87,7 +87,7 @@ def assert_same_files(table: Path, expected: Path) -> None:
 
 
 def manifest_of(table: pa.Table) -> dict:
-    """What the file says of its unit, apart from the machine."""
+    """The unit's manifest in the file, without the machine's environment."""
     (manifest,) = table.schema.metadata.values()
     return json.loads(manifest) | {"environment": None}
 
