@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jobs.deletion.lineage import lineage_of
 from jobs.deletion.receipt import DeletionReceipt, outcome_of
 from jobs.deletion.request import DeletionTarget, RequestFile, id_keys, request_keys
 from pipelines.deletion.erasure import erase_files, old_files, old_sibling_files
-from pipelines.deletion.rewrite import delete_rows
+from pipelines.deletion.rewrite import Removal, delete_rows
 from pipelines.deletion.table_matches import count_matches
 from pipelines.tables.deletion_list import DeletionList
+from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.table import open_table
 
 _DELETED_REASONS = {"forgotten", "withheld"}
@@ -65,16 +66,23 @@ def delete_request(
             for url, units in manifests.items()
         },
         kept={path: count for path, count in kept.items() if count},
-        shards=sorted(
-            {
-                manifest.source
-                for removal in removals
-                if removal.kind == "latents"
-                for manifest in manifests[removal.url]
-                if _DELETED_REASONS & manifest.rejected().keys()
-            }
-        ),
+        shards=_deleted_shards(removals, manifests),
         lineage=lineage,
         old_files=[] if erases else old_paths,
         erased=old_paths if erases else [],
+    )
+
+
+def _deleted_shards(
+    removals: Sequence[Removal], manifests: Mapping[str, Sequence[UnitManifest]]
+) -> list[str]:
+    """The shards that deleted rows of LATENTS were read from."""
+    latents = [removal.url for removal in removals if removal.kind == "latents"]
+    return sorted(
+        {
+            manifest.source
+            for url in latents
+            for manifest in manifests[url]
+            if _DELETED_REASONS & manifest.rejected().keys()
+        }
     )
