@@ -215,7 +215,7 @@ def test_a_variant_without_a_bundle_is_refused(capsys):
 def test_vectors_hold_the_whole_trajectory(mobile_bundle):
     bundle = open_bundle(mobile_bundle)
     vectors = bundle.vectors
-    assert vectors.steps == 3
+    assert vectors.num_steps == 3
     assert vectors.arrays["c"].shape == (2, 16, 16)
     assert vectors.arrays["image"].shape == (1, 3, 16, 16)
     assert set(vectors.token_ids) == {"", "red", "a red thing"}
