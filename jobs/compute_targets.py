@@ -44,7 +44,7 @@ def compute(job: Job) -> None:
 
 
 def preview(job: Job) -> list[str]:
-    """What would be read and written."""
+    """Describe the inputs and the output."""
     url, targets = job.url("targets"), job.recipe.targets
     teaching, w = targets.teaching, targets.teaching.cfg_range
     teacher, _ = teacher_and_student(job)

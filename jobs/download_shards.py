@@ -46,7 +46,7 @@ def download(job: Job) -> None:
 
 
 def preview(job: Job) -> list[str]:
-    """What would be read and downloaded."""
+    """Describe the lists and the remaining downloads."""
     settings = job.recipe.download
     ranges = find_ranges(settings)
     url = job.url(settings.place)

@@ -49,7 +49,7 @@ def encode(job: Job) -> None:
 
 
 def preview(job: Job) -> list[str]:
-    """What would be read and written."""
+    """Describe the inputs and the output."""
     url = job.url(job.recipe.source.table)
     return [f"would encode {shards_url(job)} into {url} ({state_of(url)})"]
 

@@ -66,7 +66,7 @@ def find(job: Job) -> None:
 
 
 def preview(job: Job) -> list[str]:
-    """What would be read and written."""
+    """Describe the inputs and the output."""
     settings = job.recipe.deduplication
     if job.recipe.source.url is not None:
         # Shards of the run itself need not exist yet, others must.

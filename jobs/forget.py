@@ -78,7 +78,7 @@ def _target(job: Job) -> DeletionTarget:
 
 
 def preview(job: Job) -> list[str]:
-    """What would be deleted."""
+    """Describe the rows that would be deleted."""
     request, target = read_request(job.options), _target(job)
     matches = target.find(request_keys(request))
     entries = {(file.kind, key) for file in request for key in file.entries}

@@ -58,7 +58,7 @@ def captions_for(job: Job) -> tuple[list[Caption | Rejection], dict[str, Any]]:
 
 
 def preview(job: Job) -> list[str]:
-    """What would be read and written."""
+    """Describe the inputs and the output."""
     url, pairs = job.url("pairs"), job.recipe.pairs
     captions = job.recipe.captions.url or job.url("latents")
     return [

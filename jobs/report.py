@@ -44,7 +44,7 @@ def report(job: Job) -> None:
 
 
 def preview(job: Job) -> list[str]:
-    """What would be written."""
+    """Describe the output."""
     return [f"would write {job.url('report/index.html')} and {job.url('metrics.json')}"]
 
 

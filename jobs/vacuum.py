@@ -35,7 +35,7 @@ def vacuum(job: Job) -> None:
 
 
 def preview(job: Job) -> list[str]:
-    """What would be deleted."""
+    """List the files that would be deleted."""
     return list(_lines(job, deletes=False))
 
 

@@ -97,7 +97,7 @@ def _cannot_recompute(manifest: UnitManifest, _rows: pa.Table) -> NoReturn:
 
 
 def preview(job: Job) -> list[str]:
-    """What would be read and recomputed."""
+    """Describe the table and the units that would be recomputed."""
     table = open_table(job.target)
     units = min(job.recipe.verification.units, len(table.units))
     return [

@@ -28,5 +28,5 @@ def _rows(start: int, stop: int, *, seed: int) -> Iterator[ShardRow]:
 
 
 def preview(job: Job) -> list[str]:
-    """What would be written."""
+    """Describe the output."""
     return [f"would render {job.recipe.source.scenes} scenes to {job.url('shards')}"]

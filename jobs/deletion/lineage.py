@@ -78,7 +78,7 @@ class PinnedTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
-    """What was made of older versions of tables, as paths in the run.
+    """Results made from older versions of tables, as paths in the run.
 
     Attributes:
         trainings: pinned to a version with deleted rows.
@@ -101,7 +101,7 @@ class Lineage:
 
 
 def lineage_of(files: RunFiles, tables: Mapping[str, Snapshot]) -> Lineage:
-    """What was made of older versions of tables that rows were deleted from.
+    """Find results made from older versions of tables that rows were deleted from.
 
     Args:
         files: of the run.
@@ -144,7 +144,7 @@ def pinned_versions(files: RunFiles, tables: Mapping[str, Snapshot]) -> dict[str
 
 @dataclass(frozen=True)
 class _TrainingRecord:
-    """What a training's folder records when it starts, or when it is finished."""
+    """Record in a training's folder of its start or its end."""
 
     path: str
     record: dict[str, Any]

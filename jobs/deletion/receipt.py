@@ -25,7 +25,7 @@ _DISK_NAMES = {"path": "place", "samples": "drawn"}
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOutcome:
-    """What became of the entries of one request file.
+    """Outcome of the entries of one request file.
 
     Attributes:
         kind: of the entries.

@@ -42,7 +42,7 @@ class RequestFile:
 
 @dataclass(kw_only=True)
 class RequestMatches:
-    """What a request names in a run.
+    """Rows of a run that match a request.
 
     Attributes:
         lookup: what was found in shards.
@@ -138,7 +138,7 @@ class DeletionTarget:
         )
 
     def find(self, keys: DeletionKeys) -> RequestMatches:
-        """What `keys` name in the shards, if they exist, and in the tables."""
+        """Find the matches of `keys` in the shards, if they exist, and in the tables."""
         lookup = self._look_up(keys)
         matches = RequestMatches(lookup=lookup, ids=set(lookup.ids), entries=set(lookup.entries))
         # LATENTS know addresses, derived tables ids alone: ids that one pass finds are sought by the next.

@@ -1,1 +1,1 @@
-"""What a run will take: rows, bytes, hours, money, memory and requests, before it is begun."""
+"""Forecast of a run: rows, bytes, hours, cost, memory and requests."""

@@ -39,7 +39,7 @@ SHARD_SUFFIXES: Final = (".parquet", "_stats.json", ".tar")
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReceipt:
-    """Where the rows of one shard went. rows = refused + downloaded + failed, always.
+    """Outcome of the rows of one shard: rows = refused + downloaded + failed, always.
 
     Attributes:
         name: of the shard, `00012`, or `00012-r1` in the first round of retries.
@@ -129,7 +129,7 @@ def finish_publishing(receipt: ShardReceipt, *, url: str) -> None:
 
 
 def receipt_url(url: str, name: str) -> str:
-    """Where the receipt of a shard is stored."""
+    """URL of the receipt of a shard."""
     return f"{url}/_receipts/{name}.json"
 
 

@@ -37,7 +37,7 @@ class FetchLimits(Settings):
 
 
 class FetchSettings(Settings):
-    """How the images of a shard are fetched and stored.
+    """Settings of fetching and storing the images of a shard.
 
     Attributes:
         python: the interpreter of img2dataset's environment, on the machines that download.
@@ -73,7 +73,7 @@ class FetchSettings(Settings):
 
 
 class DownloadSettings(Settings):
-    """How URL lists are downloaded.
+    """Settings of downloading URL lists.
 
     Attributes:
         links: Parquet lists of URLs and captions: one file, a folder of them or a glob.

@@ -41,7 +41,7 @@ Resolver = Callable[..., list[tuple[Any, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class RequestRules:
-    """How images are requested, and the bounds on each.
+    """Headers of image requests, and bounds on each.
 
     Attributes:
         max_bytes: of a body.

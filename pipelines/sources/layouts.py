@@ -84,7 +84,7 @@ class Layout:
     optional: frozenset[str] = frozenset()
 
     def fits(self, names: Iterable[str]) -> int | None:
-        """How many of `names` the layout explains; None if a required column is missing."""
+        """Number of `names` that the layout explains; None if a required column is missing."""
         given = set(names)
         if not self.columns.keys() - self.optional <= given:
             return None

@@ -167,7 +167,7 @@ class Snapshot:
         )
 
     def lineage(self) -> dict[str, Any]:
-        """What a table or model made from this snapshot records of it."""
+        """Record of this snapshot in a table or model made from it."""
         return {"table": self.url, "version": self.version, "identity": digest(self.identity)}
 
     @cached_property

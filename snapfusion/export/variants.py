@@ -55,7 +55,7 @@ class BundleVariant:
 
     @property
     def measured(self) -> str:
-        """How the outputs of its files are computed here, in words."""
+        """Description of how the outputs of its files are computed on this machine."""
         return "executed in ExecuTorch's runtime" if self.runtime == EXECUTORCH else _EVALUATED
 
 

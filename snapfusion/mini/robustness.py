@@ -85,7 +85,7 @@ class NoisedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class LossComparison:
-    """What either model loses without blocks, in the metric's own unit.
+    """Loss of either model without blocks, in the metric's unit.
 
     Attributes:
         plain: whole minus without, of the model with plain training.
