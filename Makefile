@@ -17,7 +17,7 @@ setup: $(INSTALLED) ## make .venv and install everything into it (3.5 GB to down
 
 downloader: $(DOWNLOADER) ## make the environment of img2dataset (190 MB to download, once), which has pins of its own
 
-demo: setup ## run recipe mini, from shards to a student and the mobile decoder, into runs/demo
+demo: setup ## run recipe mini, from shards to a student and its phone bundle, into runs/demo
 	@$(BIN)/python -m jobs.run_pipeline --recipe mini --out runs/demo
 
 test: setup downloader ## run the tests, two files at a time

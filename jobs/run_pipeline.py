@@ -1,4 +1,4 @@
-"""Run all steps in order: shards, LATENTS, efficient UNet, student, PAIRS, decoder, mobile program, report.
+"""Run all steps in order: shards, LATENTS, latency, efficient UNet, student, PAIRS, decoder, bundle, report.
 
 Committed output is not computed again, so a stopped run continues where it was.
 """

@@ -27,7 +27,7 @@ from pipelines.tables.schemas import REJECTS, UNITS
 from pipelines.tables.table import Snapshot, TableError, UnitFile, open_delta, open_table
 
 REWRITTEN_PREFIX = "restated-"
-"""Prefix of the names of files that replace others in `.units` and `.rejects`."""
+"""Prefix of the names of files that replace others in `.units` and `.rejects`; it is on disk and stays."""
 
 _ROUND_TRANSACTION = "round"
 _MAX_TRIES = 20
@@ -200,7 +200,7 @@ def _unit_row(unit: WrittenUnit) -> dict[str, Any]:
     return {
         "unit": unit.manifest.unit,
         "source": unit.manifest.source,
-        "account": unit.manifest.to_json(),
+        "account": unit.manifest.to_json(),  # the column has the name of version 0.1
         "rows_read": unit.manifest.rows_read,
         "rows_written": unit.manifest.rows_written,
         "rows_rejected": len(unit.manifest.rejections),
@@ -358,7 +358,9 @@ def _next_transactions(delta: DeltaTable, units: Sequence[WrittenUnit]) -> list[
 
 
 def _too_many_conflicts(location: str) -> TableError:
-    return TableError(f"{location}: {_MAX_TRIES} commits in a row lost against other writers; run again")
+    return TableError(
+        f"{location}: {_MAX_TRIES} commits in a row failed, by other writers or the store; run again"
+    )
 
 
 def _app_id(unit: WrittenUnit) -> str:
