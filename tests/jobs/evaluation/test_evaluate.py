@@ -117,9 +117,9 @@ def test_a_lost_caption_is_left_out_everywhere(tmp_path, monkeypatch):
 def test_the_page_and_the_charts(made):
     _, results, _ = made
     page = render_evaluation(results)
-    assert "against" in page.lower()
+    assert "compared with" in page.lower()
     assert all(name in page for name in ("many", "few", "dpm++"))
-    charts = evaluation_charts(results)
+    charts = list(evaluation_charts(results))
     assert len(charts) == 2
     for chart in charts:
         root = ET.fromstring(standalone_svg(chart))
@@ -130,7 +130,7 @@ def test_many_contenders_are_shown_on_several_charts(made):
     _, results, _ = made
     few = results["curves"]["few"]
     crowd = {**results["curves"], **{f"few-{number}": few for number in range(6)}}
-    charts = evaluation_charts({**results, "curves": crowd})
+    charts = list(evaluation_charts({**results, "curves": crowd}))
     assert len(charts) == 4
     assert all(len(chart.series) <= 6 and chart.series[0].name == "many" for chart in charts)
 
