@@ -2,9 +2,8 @@
 
 The clients below this project repeat a request that is refused or breaks off before its response begins. They
 do not always repeat one whose response breaks off halfway, or one that a busy store refuses for longer. So
-idempotent requests to a remote store go through `with_retries`: reads, listings, deletions, and the creation of
-objects that must not exist yet. A commit is not idempotent; `pipelines.tables.commits` looks it up before it is
-repeated.
+idempotent requests to a remote store go through `with_retries`: reads, listings, deletions, and the creation
+of objects that must not exist yet. A commit is not idempotent: `pipelines.tables.commits` looks it up first.
 """
 
 from __future__ import annotations
