@@ -110,7 +110,7 @@ def test_a_published_decoder_is_left_as_it_is(made, pairs, tiny_teacher, tmp_pat
 def test_another_setting_is_refused_and_named(made, pairs, tiny_teacher):
     out, metrics, _ = made
     other = changed(init="random")
-    with pytest.raises(TrainingError, match=r'settings\.init is "leading" there, "random" here; give'):
+    with pytest.raises(TrainingError, match=r'settings\.init is "leading" there, "random" here'):
         distill_decoder(other, pairs_url=pairs.url, out_url=str(out), teacher=tiny_teacher)
     assert json.loads((out / "metrics.json").read_text()) == metrics
 
