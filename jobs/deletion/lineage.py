@@ -137,7 +137,9 @@ def pinned_versions(files: RunFiles, tables: Mapping[str, Snapshot]) -> dict[str
     finished = set(files.folders_with(f"/{METRICS}"))
     for training in (path for path in files.folders_with(_STARTED) if path not in finished):
         for identity, version, url in _versions(files.read(f"{training}{_STARTED}")):
-            for path in _tables_read(tables, identity, {url}):
+            same = [path for path, table in tables.items() if digest(table.identity) == identity]
+            # Files are deleted by this: only an exact URL narrows it; a doubtful version stays pinned.
+            for path in [path for path in same if tables[path].url == url] or same:
                 pinned[path][version] = f"the training {training}, which has not finished"
     return pinned
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,22 +31,22 @@ class LoggerError(ValueError):
     """A logger that cannot be used here; the message says what is missing."""
 
 
-class Logger:
+class Logger(ABC):
     """One destination of scalars and images."""
 
+    @abstractmethod
     def scalars(self, values: Mapping[str, float], *, step: int) -> None:
         """Log scalars of a step, counted from 1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def image(self, name: str, pixels: np.ndarray, *, step: int) -> None:
         """Log an image, uint8 [H,W,3]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """End the logger."""
-        raise NotImplementedError
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027 - most loggers have nothing to do
         """Make everything logged so far outlive this process; unnecessary if a server or a daemon has it."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -34,7 +35,7 @@ def environment_of(device: Device) -> dict[str, Any]:
     }
 
 
-class NetworkStage(Generic[Rows]):
+class NetworkStage(ABC, Generic[Rows]):
     """Base of the stages that run a network on all rows of a unit; each lives in an actor."""
 
     def __init__(self, device: Device) -> None:
@@ -42,12 +43,12 @@ class NetworkStage(Generic[Rows]):
         self.dtype = DTYPES[device.dtype]
         self.environment = environment_of(device)
 
+    @abstractmethod
     def columns(self, rows: Rows) -> tuple[dict[str, Any], list[bool]]:
         """The table's columns for all rows, and whether each row is finite.
 
         Batches must depend on the unit alone: recomputing it must give the same bits.
         """
-        raise NotImplementedError
 
     def __call__(self, rows: Rows) -> FinishedRows:
         """The finished unit; rows that are not finite are rejected."""

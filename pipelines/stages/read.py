@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -81,7 +82,7 @@ class ReadOptions(TypedDict):
     filters: NotRequired[Sequence[RowFilter]]
 
 
-class ShardReader(Generic[Decoded, Output]):
+class ShardReader(ABC, Generic[Decoded, Output]):
     """Base of the stages that stream a shard: selects and decodes rows, and emits one output per unit.
 
     Args:
@@ -107,13 +108,13 @@ class ShardReader(Generic[Decoded, Output]):
         self.decode = decode
         self.filters = tuple(filters)
 
+    @abstractmethod
     def row(self, id_: str, sample: Sample, decoded: Decoded) -> tuple[Any, ...]:
         """The values kept of a usable row; not the sample, because it holds the encoded image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def output(self, unit: Unit, rows: list[tuple[Any, ...]], rejections: list[Rejection]) -> Output:
         """The output of a unit, made of its usable and rejected rows."""
-        raise NotImplementedError
 
     def __call__(self, work: ShardWork, *, isolate: bool = False) -> Iterator[Output]:
         """Stream the shard once; memory holds one unit.

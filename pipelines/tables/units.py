@@ -6,6 +6,7 @@ bounded by `rows_per_unit`, so that its decoded pixels fit one Ray block (128 Mi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,15 +75,15 @@ class Unit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitRows:
+class UnitRows(ABC):
     """The rows of a unit on their way through the stages, and those that were rejected before."""
 
     unit: Unit
     rejections: list[Rejection] = field(default_factory=list)
 
+    @abstractmethod
     def row_keys(self) -> list[tuple[str, int]]:
         """The id in the table and the ordinal of each row."""
-        raise NotImplementedError
 
     def finish(
         self,
