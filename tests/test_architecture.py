@@ -145,7 +145,7 @@ def named(package: str):
 
 
 @named("snapfusion")
-def test_the_method_knows_neither_ray_nor_tables_nor_the_packages_above(module):
+def test_method_imports_no_ray_tables_or_upper_packages(module):
     assert module.imports_any("ray", "pyarrow", "deltalake", "argparse", "pipelines", "jobs") == []
 
 
@@ -220,7 +220,7 @@ def test_stages_and_sources_reach_no_ray(package):
             assert module.imports_any("ray") == [], f"{stage.name} reaches {module.name}"
 
 
-def test_what_runs_beside_img2dataset_imports_nothing_else_of_ours():
+def test_fetching_imports_nothing_else_of_the_project():
     for module in modules("pipelines.fetching"):
         others = {name for name in module.imports if not name.startswith("pipelines.fetching")}
         assert {name.split(".")[0] for name in others} - {*sys.stdlib_module_names, "img2dataset"} == set()
@@ -236,7 +236,7 @@ def test_ray_train_is_used_in_one_file():
     assert users <= {"jobs.training.trainer"}
 
 
-def test_ray_is_put_round_a_stage_in_one_file_and_brings_rows_together_in_another():
+def test_ray_data_is_used_in_two_files():
     assert [module.name for module in modules(*PACKAGES) if module.calls("map_batches")] == [
         "pipelines.ray_data.execution",
         "pipelines.ray_data.shuffle",
@@ -247,7 +247,7 @@ def test_ray_is_put_round_a_stage_in_one_file_and_brings_rows_together_in_anothe
 
 
 @pytest.mark.parametrize(("library", "owners"), OWN_FILE_ONLY.items())
-def test_compilers_are_imported_in_their_own_file_when_called(library, owners):
+def test_compilers_are_imported_lazily_in_one_file(library, owners):
     for module in modules(*PACKAGES):
         if module.name not in owners:
             assert module.imports_any(library) == [], module.name
@@ -291,7 +291,7 @@ def test_importing_the_method_leaves_ray_out():
 
 
 @pytest.mark.parametrize("module", modules(*PACKAGES), ids=lambda module: module.name)
-def test_a_file_has_a_telling_name_and_says_what_it_holds(module):
+def test_files_have_specific_names_and_docstrings(module):
     assert module.name.rsplit(".", 1)[-1] not in EMPTY_NAMES
     assert ast.get_docstring(module.tree)
 
@@ -336,7 +336,7 @@ def is_module(parts: list[str]) -> bool:
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
-def test_the_equation_table_lists_every_function_of_the_method():
+def test_equation_table_lists_every_function_with_equation():
     listed = {name for _, name in equation_table()}
     for module in modules("snapfusion"):
         if module.name in METHOD:

@@ -30,7 +30,7 @@ def constraints() -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
-def test_every_direct_dependency_is_pinned_within_what_is_accepted():
+def test_direct_dependencies_are_pinned_in_accepted_range():
     pinned = constraints()
     for name, requirement in direct_dependencies().items():
         assert pinned[name] in requirement.specifier
@@ -64,7 +64,7 @@ def test_make_help_lists_every_target():
 
 
 @pytest.mark.parametrize("script", [".ci/run", "infra/setup.sh"])
-def test_scripts_are_executable_and_stop_at_the_first_error(script):
+def test_scripts_are_executable_and_stop_at_errors(script):
     path = ROOT / script
     assert path.stat().st_mode & 0o111
     assert "set -euo pipefail" in path.read_text()
@@ -75,20 +75,20 @@ def test_the_cluster_file_fits_rays_own_schema():
     jsonschema.validate(CLUSTER, json.loads(schema.read_text()))
 
 
-def test_the_cluster_keeps_trainers_off_spot_and_tasks_off_the_head():
+def test_trainers_avoid_spot_and_tasks_avoid_head():
     on_spot = {name for name, kind in NODE_TYPES.items() if "InstanceMarketOptions" in kind["node_config"]}
     assert on_spot == {"decode", "teacher"}
     assert NODE_TYPES[CLUSTER["head_node_type"]]["resources"] == {"CPU": 0}
 
 
-def test_every_node_has_the_rights_and_the_label_of_its_role():
+def test_nodes_have_rights_and_labels_of_role():
     for name, kind in NODE_TYPES.items():
         assert kind["labels"]["role"] == name
         profile = "snapfusion-head" if name == "head" else "snapfusion-node"
         assert kind["node_config"]["IamInstanceProfile"] == {"Name": profile}
 
 
-def test_the_cluster_has_room_for_every_worker_type_at_its_largest():
+def test_cluster_has_room_for_every_worker_type():
     assert CLUSTER["max_workers"] == sum(kind.get("max_workers", 0) for kind in NODE_TYPES.values())
 
 

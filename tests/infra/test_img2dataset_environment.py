@@ -35,7 +35,8 @@ def test_the_script_stops_at_errors():
 
 @pytest.mark.skipif(not (ROOT / FetchSettings().python).exists(), reason="not installed: `make downloader`")
 def test_installed_packages_are_the_pinned_ones():
-    pip = [ROOT / ".venv-img2dataset/bin/python", "-m", "pip", "--disable-pip-version-check"]
+    # Isolated: the checkout on PYTHONPATH would be listed as a package.
+    pip = [ROOT / ".venv-img2dataset/bin/python", "-I", "-m", "pip", "--disable-pip-version-check"]
     listed = subprocess.run([*pip, "freeze"], capture_output=True, text=True, check=True).stdout.split()
     installed = {canonicalize_name(name): version for name, version in (line.split("==") for line in listed)}
     assert installed == {canonicalize_name(name): version for name, version in pins().items()}

@@ -75,7 +75,7 @@ def test_a_dry_run_shows_steps_and_guidance(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipes_table_is_the_one_its_student_reads(name):
+def test_recipe_table_is_what_its_student_reads(name):
     recipe = recipe_named(name)
     taught, learnt = recipe.targets.teaching.to_values(), recipe.distill.steps.to_values()
     shared = ("student_steps", "k", "cfg_range", "caption_dropout")

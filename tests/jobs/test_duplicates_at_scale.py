@@ -73,7 +73,7 @@ def fingerprints(url: str, *, units: int) -> Snapshot:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("rows", [int(os.environ.get("ROWS", "200000"))])
-def test_a_round_finds_what_was_planted_in_bounded_memory(rows, tmp_path: Path, capsys):
+def test_planted_duplicates_are_found_in_bounded_memory(rows, tmp_path: Path, capsys):
     units = rows // ROWS_PER_UNIT
     table = fingerprints(str(tmp_path / "fingerprints"), units=units)
     with MemoryMeter() as meter:

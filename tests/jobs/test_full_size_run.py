@@ -69,13 +69,13 @@ def test_a_recipe_runs_at_full_size(name, ray_cluster, tmp_path, capsys):
         pytest.skip(f"{available_gib():.1f} GiB of memory are free, {needed} are needed")
     pictures = (picture(number, side=8 * side) for number in range(ROWS))
     write_shard(str(tmp_path / "shards"), pictures, index=0, extension="png", rows_per_shard=ROWS)
-    told = []
+    lines = []
     for job in (encode_latents, compute_targets, distill_steps):
         with MemoryMeter() as meter:
             assert job.main(arguments(name, tmp_path)) == 0
-        told.append(f"{job.__name__} {meter.seconds:.0f} s, {meter.peak_gib:.1f} GiB")
+        lines.append(f"{job.__name__} {meter.seconds:.0f} s, {meter.peak_gib:.1f} GiB")
         with capsys.disabled():
-            print(f"\n{name}: {told[-1]}")
+            print(f"\n{name}: {lines[-1]}")
     for kind in ("latents", "targets"):
         table = open_table(str(tmp_path / kind), kind=kind)
         assert (len(table.units), table.num_rows) == (1, ROWS)

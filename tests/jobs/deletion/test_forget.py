@@ -238,7 +238,7 @@ def test_an_unfinished_training_prevents_erasure(run, lists, capsys):
     assert disclosing(run) == []
 
 
-def test_a_training_of_the_newest_version_is_not_named(run, lists):
+def test_training_of_newest_version_is_not_named(run, lists):
     forgotten(run, *lists)
     plant_trainings(run)
     forgotten(run, *lists)

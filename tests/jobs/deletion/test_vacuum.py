@@ -100,7 +100,7 @@ def test_files_that_may_be_committed_stay(run: Path):
     assert {fresh.name, waiting.name} <= data_files(run)
 
 
-def test_a_leased_version_that_cannot_be_opened_is_an_error(run: Path, capsys):
+def test_unopenable_leased_version_is_an_error(run: Path, capsys):
     before, table = data_files(run), open_table(str(run / "latents"))
     with read_lease(table.url, version=table.version + 5, purpose="a training"):
         assert cleaned(run, "--delete") != 0

@@ -158,12 +158,12 @@ def test_w_conditioned_students_are_evaluated_once_per_step(tmp_path):
     bundle = load("mini")
     bundle.unet = with_guidance_embedding(bundle.unet)
     save(bundle, tmp_path / "student")
-    student = Contender(name="told", model=str(tmp_path / "student"), sampler=Sampler(steps=2))
+    student = Contender(name="distilled", model=str(tmp_path / "student"), sampler=Sampler(steps=2))
     settings = SETTINGS.model_copy(
-        update={"contenders": (student,), "baseline": "told", "gaps": (), "guidance": (1.0, 2.0)}
+        update={"contenders": (student,), "baseline": "distilled", "gaps": (), "guidance": (1.0, 2.0)}
     )
     results, _ = run(settings, tmp_path / "evaluation")
-    assert [point["evaluations"] for point in results["curves"]["told"]["points"]] == [2, 2]
+    assert [point["evaluations"] for point in results["curves"]["distilled"]["points"]] == [2, 2]
 
 
 def test_settings_that_contradict_themselves_are_refused():

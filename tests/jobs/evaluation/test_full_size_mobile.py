@@ -66,7 +66,7 @@ def test_the_efficient_model_compiles_at_full_size(runtime, tmp_path, capsys):
 
 
 def figures_of(variant):
-    """What is told of a variant in the documents."""
+    """The line of the documents for a variant."""
     modules = {
         name: {"bytes": module["bytes"], "psnr_db": module["parity"]["psnr_db"]}
         for name, module in variant["modules"].items()

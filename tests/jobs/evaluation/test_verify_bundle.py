@@ -1,4 +1,4 @@
-"""A bundle can be checked, and drawn with, wherever it lies; whatever was done to it is message."""
+"""A bundle can be verified, and images sampled from it, in any folder; any change of a file is reported."""
 
 import hashlib
 import json

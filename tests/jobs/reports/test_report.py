@@ -77,7 +77,7 @@ def make_student(out: Path, *, initial: str = "mini-v") -> None:
     (out / "student" / "metrics.json").write_text(json.dumps(metrics))
 
 
-def test_a_student_is_compared_with_teacher_and_initial_weights(tmp_path, monkeypatch):
+def test_student_is_compared_with_teacher_and_initialization(tmp_path, monkeypatch):
     monkeypatch.setattr(side_by_side, "NUM_CAPTIONS", 6)
     make_student(tmp_path)
     page, metrics = reported(tmp_path)

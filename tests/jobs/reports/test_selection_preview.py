@@ -164,7 +164,7 @@ def test_an_unknown_model_leaves_the_size_unknown(tmp_path: Path, capsys: pytest
     assert "/no/such/folder" in lines[-1]
 
 
-def test_url_lists_are_previewed_while_there_are_no_shards(
+def test_url_lists_are_previewed_before_download(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layout = next(layout for layout in LIST_LAYOUTS if layout.name == "LAION-Aesthetics V2")
@@ -186,7 +186,7 @@ def test_url_lists_are_previewed_while_there_are_no_shards(
     assert "shards" in preview(capsys, tmp_path, *settings)[2]
 
 
-def test_a_sample_of_links_is_spread_over_each_list(tmp_path: Path) -> None:
+def test_link_sample_is_spread_over_each_list(tmp_path: Path) -> None:
     rows = 100_000
     table = pa.table(
         {"URL": [f"http://a/{n}" for n in range(rows)], "TEXT": ["x"] * rows, "WIDTH": range(1, rows + 1)}
@@ -228,7 +228,7 @@ def test_sizes_are_read_from_a_store(tmp_path: Path) -> None:
         load_sizes("memory://elsewhere")
 
 
-def test_a_size_that_the_model_cannot_take_is_refused(
+def test_unsupported_image_size_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_shards(tmp_path / "shards", shards=1, rows=10)

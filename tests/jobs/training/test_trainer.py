@@ -42,7 +42,7 @@ class Numbers:
 
 
 class Regression:
-    """A linear map is to find the sum of its noise; dies once, or meets a NaN, where it is told to."""
+    """A linear map is to find the sum of its noise; dies once, or meets a NaN, where it is configured to."""
 
     def __init__(self, *, die_at=None, marker=None, nan_at=None):
         self.die_at, self.marker, self.nan_at = die_at, marker, nan_at

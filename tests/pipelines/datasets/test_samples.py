@@ -95,7 +95,7 @@ def stage():
     )
 
 
-def test_image_is_the_solvers_and_scored_by_its_caption(samples):
+def test_image_equals_solvers_and_is_scored(samples):
     bundle, texts = load("mini"), TEXTS[:3]
     with torch.inference_mode():
         latents = sample(

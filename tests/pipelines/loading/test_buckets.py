@@ -89,9 +89,9 @@ def test_each_bucket_yields_rows_once_an_epoch():
 
 def test_buckets_are_drawn_in_proportion_to_rows():
     made = loader()
-    drawn = Counter(made.bucket_at(step) for step in range(4_000))
+    counts = Counter(made.bucket_at(step) for step in range(4_000))
     for shape, rows in Counter(map(shape_of, range(ROWS))).items():
-        assert drawn[shape] / 4_000 == pytest.approx(rows / ROWS, abs=0.03)
+        assert counts[shape] / 4_000 == pytest.approx(rows / ROWS, abs=0.03)
 
 
 def test_bucket_smaller_than_a_batch_repeats_rows():
@@ -104,7 +104,7 @@ def test_bucket_smaller_than_a_batch_repeats_rows():
     assert set(Counter(batch).values()) == {2, 3}
 
 
-def test_held_out_rows_are_evaluated_and_not_trained_on():
+def test_held_out_rows_are_only_evaluated():
     made = loader(held_out=0.3)
     trained = set(itertools.chain(*ids(made, count=150)))
     batches = [batch.ids for batch in made.held_out(rows=2)]

@@ -95,7 +95,7 @@ def test_batches_span_windows_and_epochs():
     assert set(Counter(large).values()) == {2}
 
 
-def test_held_out_rows_are_evaluated_and_not_trained_on():
+def test_held_out_rows_are_only_evaluated():
     made = loader(held_out=0.25)
     trained = set(itertools.chain(*ids(made, count=30)))
     evaluated = [row_id for batch in made.held_out(rows=4) for row_id in batch.ids]

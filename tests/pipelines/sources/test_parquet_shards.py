@@ -140,7 +140,7 @@ def test_sidecars_and_url_lists_are_no_shards(tmp_path: Path) -> None:
     pq.write_table(pa.table({"URL": ["http://a/1"], "TEXT": ["x"]}), tmp_path / "input_urls.parquet")
     files = [shard.url.rpartition("/")[2] for shard in list_shards(str(tmp_path))]
     assert files == ["00000.tar", "00001.parquet"]
-    # Sidecars are told by their columns where a glob leaves the tars out.
+    # Sidecars are recognized by their columns where a glob leaves the tars out.
     assert [shard.name for shard in list_shards(f"{tmp_path}/*.parquet")] == ["00001"]
     with pytest.raises(SourceError, match="1 Parquet files there have no images"):
         list_shards(f"{tmp_path}/input_urls.parquet")

@@ -215,7 +215,7 @@ def test_bucket_is_chosen_by_the_upright_image():
     assert frame(png(20, 60), shapes=shapes).shape == (16, 48, 3)
     upright = frame(png(20, 60, exif=turned.tobytes()), shapes=shapes)
     assert upright.shape == (48, 16, 3)
-    # Turned by a quarter, what told the columns tells the rows.
+    # After a quarter turn the columns' values stand in the rows.
     assert upright[0, 8, 1] < 20
     assert upright[-1, 8, 1] > 235
 

@@ -52,7 +52,7 @@ def test_shards_are_written_listed_and_streamed(bucket: str) -> None:
     assert [shard.name for shard in list_shards(f"{bucket}/shards")] == ["00000", "00001"]
 
 
-def test_parquet_shards_and_url_lists_are_listed_and_streamed(bucket: str, tmp_path: Path) -> None:
+def test_shards_and_url_lists_are_streamed(bucket: str, tmp_path: Path) -> None:
     pictures = [ShardRow(image=bytes([index]) * 3_000_000, caption=f"c{index}") for index in range(6)]
     path = write_parquet_shard(tmp_path, [*pictures, FAILED], rows_per_group=4)
     fsspec.filesystem("s3").put_file(str(path), f"{bucket}/parquet/00000.parquet")
