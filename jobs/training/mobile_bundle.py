@@ -17,7 +17,7 @@ from jobs.runtime.versions import versions
 from jobs.training.run_folder import METRICS
 from pipelines.storage.folders import publish_folder
 from pipelines.storage.objects import StorageError, absolute_url, exists, is_local, read_bytes
-from snapfusion.export.build import build_bundle
+from snapfusion.export.build import BundleBuilder
 from snapfusion.export.bundle import CARD, FORMAT_VERSION, LICENCE, MANIFEST, BundleError
 from snapfusion.export.card import model_card
 from snapfusion.export.settings import LicenceError, MobileSettings
@@ -81,8 +81,8 @@ def publish_bundle(
     with _scratch_folder(out_url) as scratch:
         folder = scratch / "bundle"
         folder.mkdir()
-        manifest = build_bundle(
-            folder,
+        builder = BundleBuilder(
+            folder=folder,
             bundle=bundle,
             decoder=decoder,
             settings=settings,
@@ -90,6 +90,7 @@ def publish_bundle(
             scratch=scratch,
             log=_ElapsedPrinter(),
         )
+        manifest = builder.build()
         manifest |= {"format": FORMAT_VERSION, "identity": identity, "versions": versions()}
         manifest["settings_hash"] = digest(identity)
         _write_terms(folder, manifest=manifest, settings=settings)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -33,11 +33,10 @@ from snapfusion.export.settings import AttentionLayout, MobileSettings
 from snapfusion.export.variants import BundleVariant, compile_module, total_bytes, variants_of
 from snapfusion.export.vectors import write_vectors
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.cost import count_parameters
 from snapfusion.models.decoder import HalfDecoder
 from snapfusion.models.tokenizer import tokenize
 from snapfusion.sampling import time_grid
-
-Log = Callable[[str], None]
 
 _TOKENIZER_EDGE_CASES = (
     "",
@@ -49,19 +48,11 @@ _TOKENIZER_EDGE_CASES = (
 """Texts on which similar tokenizers differ."""
 
 
-def build_bundle(
-    folder: Path,
-    *,
-    bundle: Bundle,
-    decoder: HalfDecoder | None,
-    settings: MobileSettings,
-    num_steps: int,
-    scratch: Path,
-    log: Log = lambda _: None,
-) -> dict[str, Any]:
-    """Fill the empty `folder` with everything but manifest and card, and compare each part with torch.
+@dataclass(frozen=True, kw_only=True)
+class BundleBuilder:
+    """Fills the empty folder of a bundle with everything but manifest and card.
 
-    Args:
+    Attributes:
         folder: of the bundle.
         bundle: the model, float32 on the CPU.
         decoder: its half-width decoder; None for the model's own.
@@ -69,111 +60,81 @@ def build_bundle(
         num_steps: of the sampler.
         scratch: an empty folder on the same disk, for packages before compression.
         log: called with a line about each stage of the build.
-
-    Returns:
-        Entries of the manifest, as plain JSON values.
-
-    Raises:
-        ParityError: if a part does not agree with torch.
-        ValueError: if the model cannot be compiled, or the safety checker is not a program for its images.
     """
-    variants = variants_of(settings)
-    _check_override(settings, variants)
-    log(f"generating {len(settings.captions)} captions by torch in {num_steps} steps")
-    references = [
-        _reference(bundle, decoder, caption=caption, settings=settings, num_steps=num_steps)
-        for caption in settings.captions
-    ]
-    _write_shared_files(folder, bundle=bundle, settings=settings, num_steps=num_steps, references=references)
-    builder = _Builder(
-        folder=folder,
-        bundle=bundle,
-        decoder=decoder,
-        settings=settings,
-        references=references,
-        scratch=scratch,
-        log=log,
-    )
-    return {
-        "latent_shape": list(bundle.latent_shape),
-        "image_size": bundle.image_size,
-        "conditions": settings.conditions,
-        "parameters": builder.num_parameters(),
-        "captions": list(settings.captions),
-        "variants": {variant.name: builder.build(variant) for variant in variants},
-        "safety_checker": _add_safety_checker(
-            folder, path=settings.safety_checker, image=references[0].image
-        ),
-    }
-
-
-def _reference(
-    bundle: Bundle, decoder: HalfDecoder | None, *, caption: str, settings: MobileSettings, num_steps: int
-) -> Reference:
-    decode = bundle.decode if decoder is None else decoder
-    w, seed = settings.guidance, settings.seed
-    return generate_reference(bundle, decode=decode, caption=caption, num_steps=num_steps, w=w, seed=seed)
-
-
-def _write_shared_files(
-    folder: Path,
-    *,
-    bundle: Bundle,
-    settings: MobileSettings,
-    num_steps: int,
-    references: Sequence[Reference],
-) -> None:
-    """Write what all variants share: sampler, tokenizer, test vectors and torch's images."""
-    sampler = SamplerCoefficients.of(
-        bundle.schedule,
-        grid=time_grid(num_steps, schedule_steps=bundle.schedule.num_steps),
-        prediction_type=bundle.prediction_type,
-        guidance=settings.guidance,
-    )
-    (folder / SAMPLER).write_text(json.dumps(sampler.to_values(), indent=2) + "\n")
-    bundle.tokenizer.save_pretrained(folder / TOKENIZER)
-    check_tokenizer(folder, bundle=bundle, captions=settings.captions)
-    write_vectors(folder / VECTORS, references, guidance=settings.guidance)
-    _write_images(folder, name="torch", images=[reference.image for reference in references])
-
-
-def _check_override(settings: MobileSettings, variants: Sequence[BundleVariant]) -> None:
-    names = [variant.name for variant in variants]
-    if unknown := [name for name in settings.override if name not in names]:
-        raise ValueError(f"mobile.override names {unknown[0]}; the variants are {', '.join(names)}")
-
-
-def check_tokenizer(folder: Path, *, bundle: Bundle, captions: Sequence[str]) -> None:
-    """Compare the tokenizer on disk with the model's.
-
-    Raises:
-        ParityError: naming the first text with other token ids.
-    """
-    written = CLIPTokenizer.from_pretrained(folder / TOKENIZER)
-    for text in (*captions, *_TOKENIZER_EDGE_CASES):
-        if tokenize(written, [text]).tolist() != bundle.tokenize([text]).tolist():
-            raise ParityError(f"{TOKENIZER} gives other ids than the model's own for {text[:60]!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Builder:
-    """Compiles variants and compares them with the references; arguments as of `build_bundle`."""
 
     folder: Path
     bundle: Bundle
     decoder: HalfDecoder | None
     settings: MobileSettings
-    references: Sequence[Reference]
+    num_steps: int
     scratch: Path
-    log: Log
+    log: Callable[[str], None]
 
-    def num_parameters(self) -> dict[str, int]:
+    def build(self) -> dict[str, Any]:
+        """Compile every variant, and compare each part with torch.
+
+        Returns:
+            Entries of the manifest, as plain JSON values.
+
+        Raises:
+            ParityError: if a part does not agree with torch.
+            ValueError: if the model cannot be compiled, or the safety checker does not take its images.
+        """
+        settings, variants = self.settings, variants_of(self.settings)
+        names = [variant.name for variant in variants]
+        if unknown := [name for name in settings.override if name not in names]:
+            raise ValueError(f"mobile.override names {unknown[0]}; the variants are {', '.join(names)}")
+        self.log(f"generating {len(settings.captions)} captions by torch in {self.num_steps} steps")
+        self._write_shared_files()
+        return {
+            "latent_shape": list(self.bundle.latent_shape),
+            "image_size": self.bundle.image_size,
+            "conditions": settings.conditions,
+            "parameters": self._num_parameters(),
+            "captions": list(settings.captions),
+            "variants": {variant.name: self._build_variant(variant) for variant in variants},
+            "safety_checker": self._add_safety_checker(),
+        }
+
+    @cached_property
+    def references(self) -> list[Reference]:
+        """What torch computes for each caption."""
+        decode, settings = self.decoder or self.bundle.decode, self.settings
+        options: dict[str, Any] = {"num_steps": self.num_steps, "w": settings.guidance, "seed": settings.seed}
+        return [
+            generate_reference(self.bundle, decode=decode, caption=caption, **options)
+            for caption in settings.captions
+        ]
+
+    def _write_shared_files(self) -> None:
+        """Write what all variants share: sampler, tokenizer, test vectors and torch's images."""
+        folder, bundle, guidance = self.folder, self.bundle, self.settings.guidance
+        sampler = SamplerCoefficients.of(
+            bundle.schedule,
+            grid=time_grid(self.num_steps, schedule_steps=bundle.schedule.num_steps),
+            prediction_type=bundle.prediction_type,
+            guidance=guidance,
+        )
+        (folder / SAMPLER).write_text(json.dumps(sampler.to_values(), indent=2) + "\n")
+        bundle.tokenizer.save_pretrained(folder / TOKENIZER)
+        self._check_tokenizer()
+        write_vectors(folder / VECTORS, self.references, guidance=guidance)
+        self._write_images("torch", [reference.image for reference in self.references])
+
+    def _check_tokenizer(self) -> None:
+        """Compare the tokenizer on disk with the model's, also on texts on which similar ones differ."""
+        written = CLIPTokenizer.from_pretrained(self.folder / TOKENIZER)
+        for text in (*self.settings.captions, *_TOKENIZER_EDGE_CASES):
+            if tokenize(written, [text]).tolist() != self.bundle.tokenize([text]).tolist():
+                raise ParityError(f"{TOKENIZER} gives other ids than the model's own for {text[:60]!r}")
+
+    def _num_parameters(self) -> dict[str, int]:
         """Of each module; of the model's own VAE only the decoder counts."""
         decoder = self.decoder or self.bundle.vae.decoder
         networks = {"text_encoder": self.bundle.text_encoder, "unet": self.bundle.unet, "decoder": decoder}
-        return {name: sum(map(torch.numel, network.parameters())) for name, network in networks.items()}
+        return {name: count_parameters(network) for name, network in networks.items()}
 
-    def build(self, variant: BundleVariant) -> dict[str, Any]:
+    def _build_variant(self, variant: BundleVariant) -> dict[str, Any]:
         """Compile and compare the variant's modules, then the images that they generate together.
 
         Returns:
@@ -233,16 +194,14 @@ class _Builder:
         }
 
     def _check_images(self, model: CompiledModel, *, variant: BundleVariant) -> dict[str, Any]:
-        settings = self.settings
+        settings, w = self.settings, self.settings.guidance
         # Read from disk, as an application does, so that an error in either file shows in the images.
         sampler = read_sampler(self.folder)
         tokenizer = CLIPTokenizer.from_pretrained(self.folder / TOKENIZER)
         images = []
         for reference in self.references:
             ids = tokenize(tokenizer, ["", reference.caption]).numpy().astype(np.int32)
-            images.append(
-                generate(model, ids=ids, noise=reference.noise, sampler=sampler, w=settings.guidance)
-            )
+            images.append(generate(model, ids=ids, noise=reference.noise, sampler=sampler, w=w))
         parity = check_parity(
             artifact=f"the images of {variant.name}",
             outputs=images,
@@ -250,29 +209,28 @@ class _Builder:
             limit_db=settings.parity_limit_db if variant.exact else settings.quantized_limit_db,
             override=settings.override.get(variant.name),
         )
-        _write_images(self.folder, name=variant.name, images=images)
+        self._write_images(variant.name, images)
         return asdict(parity)
 
+    def _write_images(self, name: str, images: Sequence[np.ndarray]) -> None:
+        folder = self.folder / IMAGES
+        folder.mkdir(exist_ok=True)
+        for index, image in enumerate(images):
+            Image.fromarray(to_uint8_image(image)).save(folder / f"{name}-{index}.png")
 
-def _write_images(folder: Path, *, name: str, images: Sequence[np.ndarray]) -> None:
-    (folder / IMAGES).mkdir(exist_ok=True)
-    for index, image in enumerate(images):
-        Image.fromarray(to_uint8_image(image)).save(folder / IMAGES / f"{name}-{index}.png")
-
-
-def _add_safety_checker(folder: Path, *, path: str | None, image: np.ndarray) -> str | None:
-    """Copy the safety checker into the bundle and run it once; its file name, or None."""
-    if path is None:
-        return None
-    target = folder / SAFETY_CHECKER
-    try:
-        target.write_bytes(Path(path).read_bytes())
-        score = ExecuTorchProgram(target)([image])
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"mobile.safety_checker {path}: {error}; a .pte that takes the image {list(image.shape)} is "
-            "accepted"
-        ) from None
-    if score.size != 1:
-        raise ValueError(f"mobile.safety_checker {path} gives {score.size} numbers; one is accepted")
-    return SAFETY_CHECKER
+    def _add_safety_checker(self) -> str | None:
+        """Copy the safety checker into the bundle and run it once; its file name, or None."""
+        if (path := self.settings.safety_checker) is None:
+            return None
+        target, image = self.folder / SAFETY_CHECKER, self.references[0].image
+        try:
+            target.write_bytes(Path(path).read_bytes())
+            score = ExecuTorchProgram(target)([image])
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"mobile.safety_checker {path}: {error}; a .pte that takes the image {list(image.shape)} is "
+                "accepted"
+            ) from None
+        if score.size != 1:
+            raise ValueError(f"mobile.safety_checker {path} gives {score.size} numbers; one is accepted")
+        return SAFETY_CHECKER

@@ -91,7 +91,7 @@ def costs_of(architecture: Architecture, *, tokens: int = NUM_TOKENS) -> Costs:
 
     def cost(path: str) -> Cost:
         # torch counts a multiply-accumulate as two operations.
-        return Cost(parameters=_parameters(unet.get_submodule(path)), macs=flops.get(path, 0) // 2)
+        return Cost(parameters=count_parameters(unet.get_submodule(path)), macs=flops.get(path, 0) // 2)
 
     blocks = {block.name: cost(block.name) for block in architecture.blocks}
     stages = {stage: cost(stage) for stage in architecture.stages}
@@ -102,7 +102,8 @@ def costs_of(architecture: Architecture, *, tokens: int = NUM_TOKENS) -> Costs:
     return Costs(blocks=blocks, rest=rest)
 
 
-def _parameters(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
+    """Count the learned parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from snapfusion.models.activation_memory import peak_bytes, unet_bytes
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.bundle import Bundle
-from snapfusion.models.cost import Cost, costs_of
+from snapfusion.models.cost import Cost, costs_of, count_parameters
 from snapfusion.models.decoder import DecoderConfig, HalfDecoder
 from snapfusion.models.load import load
 from snapfusion.models.random_weights import random_bundle
@@ -98,7 +97,12 @@ class NetworkSizes:
 
 def network_sizes(model: str) -> NetworkSizes:
     """Sizes of a model by its source (`snapfusion.models.load`); published ones are not opened."""
-    return _published(PUBLISHED[model]) if model in PUBLISHED else _sizes(_on_meta(load(model)))
+    if model in PUBLISHED:
+        return _published(PUBLISHED[model])
+    bundle = load(model)
+    for network in bundle.networks.values():
+        network.to("meta")
+    return _sizes(bundle)
 
 
 @functools.lru_cache
@@ -114,12 +118,10 @@ def _sizes(bundle: Bundle) -> NetworkSizes:
     return NetworkSizes(
         bundle=bundle,
         architecture=architecture_of(bundle.unet),
-        frozen=sum(p.numel() for network in (bundle.text_encoder, bundle.vae) for p in network.parameters()),
+        frozen=count_parameters(bundle.text_encoder) + count_parameters(bundle.vae),
         encoder_gmacs=_macs(lambda: bundle.encode_images(image)) / 1e9,
         decoder_gmacs=_macs(lambda: bundle.decode(latent)) / 1e9,
-        half=Cost(
-            parameters=sum(p.numel() for p in half.parameters()), macs=_macs(lambda: half.decode(latent))
-        ),
+        half=Cost(parameters=half.num_parameters, macs=_macs(lambda: half.decode(latent))),
     )
 
 
@@ -131,12 +133,6 @@ def _unet_cost(architecture: Architecture, *, tokens: int) -> Cost:
 def _half_decoder(bundle: Bundle) -> HalfDecoder:
     with torch.device("meta"):
         return HalfDecoder(DecoderConfig.half_of(bundle.vae))
-
-
-def _on_meta(bundle: Bundle) -> Bundle:
-    for name, network in list(bundle.networks.items()):
-        setattr(bundle, name, copy.deepcopy(network).to("meta"))
-    return bundle
 
 
 def _macs(run: Callable[[], object]) -> int:
