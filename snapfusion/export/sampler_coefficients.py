@@ -15,21 +15,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from snapfusion.schedule import PREDICTION_TYPES, PredictionType, Schedule
+from pydantic import Field
+
+from snapfusion.schedule import PredictionType, Schedule
+from snapfusion.settings import Settings, SettingsError
 
 _TOLERANCE = 1e-12
 
 
-class SamplerError(ValueError):
-    """Sampler coefficients that cannot be read or contradict each other; names the step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepCoefficients:
+class StepCoefficients(Settings):
     """One step from t to t_next; all but the two times are float64."""
 
     t: int
@@ -60,8 +57,7 @@ def _coefficients(
     return alpha_next / alpha, sigma_next - alpha_next * sigma / alpha
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplerCoefficients:
+class SamplerCoefficients(Settings):
     """All steps from noise to the clean latent.
 
     Attributes:
@@ -70,7 +66,7 @@ class SamplerCoefficients:
         guidance: the w that the model was made for; an application may use another.
     """
 
-    steps: tuple[StepCoefficients, ...]
+    steps: Annotated[tuple[StepCoefficients, ...], Field(min_length=1)]
     prediction_type: PredictionType
     guidance: float
 
@@ -85,48 +81,27 @@ class SamplerCoefficients:
         )
         return cls(steps=steps, prediction_type=prediction_type, guidance=guidance)
 
-    def to_values(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self) | {"steps": [asdict(step) for step in self.steps]}
-
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
-        """Read the values of `to_values` and check each coefficient against its alphas and sigmas.
+        """Validate plain JSON values, and check each coefficient against its alphas and sigmas.
 
         Raises:
-            SamplerError: naming what is missing, or the step whose coefficients are inconsistent.
+            SettingsError: naming what is missing, or the step whose coefficients are inconsistent.
         """
-        try:
-            steps = tuple(_parse_step(step) for step in values["steps"])
-            prediction_type, guidance = values["prediction_type"], float(values["guidance"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise SamplerError(f"the sampler's coefficients cannot be read: {error!r}") from None
-        if prediction_type not in PREDICTION_TYPES or not steps:
-            raise SamplerError(f"the sampler has {len(steps)} steps of {prediction_type!r}")
-        sampler = cls(steps=steps, prediction_type=prediction_type, guidance=guidance)
+        sampler = super().parse(values)
         sampler._check()
         return sampler
 
     def _check(self) -> None:
         for index, step in enumerate(self.steps):
-            levels = {name: getattr(step, name) for name in ("alpha", "sigma", "alpha_next", "sigma_next")}
+            levels = step.model_dump(include={"alpha", "sigma", "alpha_next", "sigma_next"})
             expected = _coefficients(**levels, prediction_type=self.prediction_type)
             for name, value in zip(("from_z", "from_output"), expected, strict=True):
                 if not math.isclose(getattr(step, name), value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
-                    raise SamplerError(
+                    raise SettingsError(
                         f"step {index} (t = {step.t}): {name} is {getattr(step, name)}, but its alphas and "
                         f"sigmas make it {value}"
                     )
         for index, (step, following) in enumerate(pairwise(self.steps)):
             if step.t_next != following.t:
-                raise SamplerError(
-                    f"step {index} ends at t = {step.t_next}, the next begins at {following.t}"
-                )
-
-
-def _parse_step(values: Mapping[str, Any]) -> StepCoefficients:
-    numbers: dict[str, Any] = {
-        field.name: (int if field.type == "int" else float)(values[field.name])
-        for field in fields(StepCoefficients)
-    }
-    return StepCoefficients(**numbers)
+                raise SettingsError(f"step {index} ends at {step.t_next}, the next begins at {following.t}")
