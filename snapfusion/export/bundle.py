@@ -23,9 +23,9 @@ from transformers import CLIPTokenizer
 
 from snapfusion.export.executorch import ExecuTorchProgram
 from snapfusion.export.loop import CompiledModel
-from snapfusion.export.sampler_coefficients import SamplerCoefficients, SamplerError
+from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.vectors import Vectors, read_vectors
-from snapfusion.models.checksums import file_records
+from snapfusion.models.checksums import ChecksumError, compare_files, file_records
 
 FORMAT_VERSION = 2
 MANIFEST, CARD, LICENCE, SAMPLER = "manifest.json", "MODEL_CARD.md", "LICENCE", "sampler.json"
@@ -119,10 +119,8 @@ def read_sampler(folder: Path) -> SamplerCoefficients:
     """
     try:
         return SamplerCoefficients.parse(json.loads((folder / SAMPLER).read_text()))
-    except SamplerError as error:
-        raise BundleError(f"{folder / SAMPLER}: {error}") from None
     except (OSError, ValueError) as error:
-        raise BundleError(f"{folder / SAMPLER}: cannot be read: {error}") from None
+        raise BundleError(f"{folder / SAMPLER}: {error}") from None
 
 
 def open_bundle(folder: Path) -> MobileBundle:
@@ -132,15 +130,11 @@ def open_bundle(folder: Path) -> MobileBundle:
         BundleError: if it is no bundle, of another version, or a file is missing, altered or added.
     """
     manifest = _read_manifest(folder)
-    stated, files = manifest["files"], file_records(folder)
-    del files[MANIFEST]
-    for name in sorted(stated.keys() | files.keys()):
-        if name not in files:
-            raise BundleError(f"{folder}: {name} is missing; copy the bundle again")
-        if name not in stated:
-            raise BundleError(f"{folder}: {name} is not in the manifest: it was added to the bundle")
-        if files[name] != stated[name]:
-            raise BundleError(f"{folder}: {name} was altered: its size or SHA-256 is not the manifest's")
+    files = {name: record for name, record in file_records(folder).items() if name != MANIFEST}
+    try:
+        compare_files(folder, expected=manifest["files"], actual=files, record="the manifest")
+    except ChecksumError as error:
+        raise BundleError(str(error)) from None
     return MobileBundle(folder=folder, manifest=manifest)
 
 

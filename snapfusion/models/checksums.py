@@ -15,7 +15,7 @@ class ChecksumError(ValueError):
 
 def write_checksums(folder: Path) -> None:
     """Write the checksums of every file below `folder`; call it after the last change to the folder."""
-    lines = [f"{file_hash(folder / name)}  {name}\n" for name in _files(folder)]
+    lines = [f"{checksum}  {name}\n" for name, checksum in _checksums(folder).items()]
     (folder / CHECKSUMS_FILE).write_text("".join(lines))
 
 
@@ -27,18 +27,25 @@ def verify_checksums(folder: Path) -> bool:
     """
     if not (folder / CHECKSUMS_FILE).is_file():
         return False
-    expected: dict[str, str] = {}
-    for line in (folder / CHECKSUMS_FILE).read_text().splitlines():
-        checksum, name = line.split("  ", 1)
-        expected[name] = checksum
-    for name in sorted(expected.keys() | set(_files(folder))):
-        if name not in expected:
-            raise ChecksumError(f"{folder}: {name} was added after {CHECKSUMS_FILE} was written")
-        if not (folder / name).is_file():
-            raise ChecksumError(f"{folder}: {name} is missing; copy the folder again")
-        if file_hash(folder / name) != expected[name]:
-            raise ChecksumError(f"{folder}: {name} was altered: {CHECKSUMS_FILE} has another SHA-256")
+    lines = [line.split("  ", 1) for line in (folder / CHECKSUMS_FILE).read_text().splitlines()]
+    expected = {name: checksum for checksum, name in lines}
+    compare_files(folder, expected=expected, actual=_checksums(folder), record=CHECKSUMS_FILE)
     return True
+
+
+def compare_files(folder: Path, *, expected: dict[str, Any], actual: dict[str, Any], record: str) -> None:
+    """Compare the files of a folder, each with its checksum or the like, with what `record` says of them.
+
+    Raises:
+        ChecksumError: naming the first file that is missing, altered or added.
+    """
+    for name in sorted(expected.keys() | actual.keys()):
+        if name not in actual:
+            raise ChecksumError(f"{folder}: {name} is missing; copy the folder again")
+        if name not in expected:
+            raise ChecksumError(f"{folder}: {name} is not in {record}: it was added")
+        if actual[name] != expected[name]:
+            raise ChecksumError(f"{folder}: {name} was altered: {record} has another SHA-256")
 
 
 def file_hash(path: Path) -> str:
@@ -56,6 +63,6 @@ def file_records(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _files(folder: Path) -> list[str]:
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if name != CHECKSUMS_FILE)
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the checksums themselves."""
+    return {name: file["sha256"] for name, file in file_records(folder).items() if name != CHECKSUMS_FILE}
