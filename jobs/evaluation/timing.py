@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jobs.evaluation.settings import TimingSettings
 from snapfusion.evolution.latency import LatencyError, MeasurementSetup
-from snapfusion.evolution.runtimes import make_benchmark, make_runner
+from snapfusion.evolution.runtimes import Backend
 from snapfusion.models.architecture import Architecture, ArchitectureError, efficient_architecture
 from snapfusion.models.load import load
 from snapfusion.models.unet import architecture_of, build_unet
@@ -83,15 +83,15 @@ def _processor() -> str:
 def runner_of(
     settings: TimingSettings, network: nn.Module, inputs: Sequence[Tensor]
 ) -> Callable[..., Tensor]:
-    """`network` as a function (see `snapfusion.evolution.runtimes.make_runner`)."""
-    return make_runner(network, inputs, **_runtime(settings))
+    """`network` as a function (see `snapfusion.evolution.runtimes.Backend.runner`)."""
+    return Backend(**_runtime(settings)).runner(network, inputs)
 
 
 def benchmark_of(
     settings: TimingSettings, network: nn.Module, inputs: Sequence[Tensor]
 ) -> Callable[[], None]:
-    """A function that runs `network` once (see `snapfusion.evolution.runtimes.make_benchmark`)."""
-    return make_benchmark(network, inputs, **_runtime(settings))
+    """A function that runs `network` once (see `snapfusion.evolution.runtimes.Backend.benchmark`)."""
+    return Backend(**_runtime(settings)).benchmark(network, inputs)
 
 
 def unet_benchmark(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,82 +14,78 @@ from snapfusion.export.executorch import ExecuTorchProgram, compile_executorch, 
 from snapfusion.export.modules import FixedModule, Port
 
 
-def make_runner(
-    network: nn.Module,
-    inputs: Sequence[Tensor],
-    *,
-    runtime: Runtime,
-    precision: Precision,
-    device: torch.device,
-) -> Callable[..., Tensor]:
-    """Return `network` as a function of tensors shaped like `inputs`, which returns its first output.
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """How networks are run.
 
-    The output is on `device` in `precision`; on an accelerator its computation may still be in progress.
-
-    Args:
-        network: moved to `device` and `precision`, in place.
-        inputs: float32 on the CPU.
-        runtime: the backend.
-        precision: of the network, to which its inputs are converted.
-        device: of the network; ExecuTorch runs on the CPU.
-
-    Raises:
-        LatencyError: if the runtime does not support the precision or the device.
+    Attributes:
+        runtime: what computes them.
+        precision: of the networks, to which their inputs are converted.
+        device: of the networks; ExecuTorch runs on the CPU.
     """
-    if runtime == "executorch-xnnpack":
-        return _executorch(network, inputs, precision=precision, device=device)
-    dtype: torch.dtype = getattr(torch, precision)
-    nn.Module.to(network, device=device, dtype=dtype)
-    run = torch.compile(network, dynamic=False) if runtime == "torch-compiled" else network
 
-    @torch.inference_mode()
-    def call(*arguments: Tensor) -> Tensor:
-        return _first(run(*(tensor.to(device=device, dtype=dtype) for tensor in arguments)))
+    runtime: Runtime
+    precision: Precision
+    device: torch.device
 
-    return call
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of torch's tensors."""
+        return getattr(torch, self.precision)
 
+    def runner(self, network: nn.Module, inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
+        """Return `network` as a function of tensors shaped like `inputs`, which returns its first output.
 
-def make_benchmark(
-    network: nn.Module,
-    inputs: Sequence[Tensor],
-    *,
-    runtime: Runtime,
-    precision: Precision,
-    device: torch.device,
-) -> Callable[[], None]:
-    """Return a function that runs `network` once on `inputs` and waits for the result.
+        The output is on the device in the precision; on an accelerator its computation may be in progress.
 
-    Args and errors as of `make_runner`.
-    """
-    call = make_runner(network, inputs, runtime=runtime, precision=precision, device=device)
-    dtype: torch.dtype = getattr(torch, precision)
-    arguments = [tensor.to(device=device, dtype=dtype) for tensor in inputs]
+        Args:
+            network: moved to the device and precision, in place.
+            inputs: float32 on the CPU.
 
-    def run() -> None:
-        call(*arguments)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        Raises:
+            LatencyError: if the runtime does not support the precision or the device.
+        """
+        if self.runtime == "executorch-xnnpack":
+            return self._executorch(network, inputs)
+        nn.Module.to(network, device=self.device, dtype=self.dtype)
+        run = torch.compile(network, dynamic=False) if self.runtime == "torch-compiled" else network
 
-    return run
+        @torch.inference_mode()
+        def call(*arguments: Tensor) -> Tensor:
+            return _first(run(*(tensor.to(device=self.device, dtype=self.dtype) for tensor in arguments)))
 
+        return call
 
-def _executorch(
-    network: nn.Module, inputs: Sequence[Tensor], *, precision: Precision, device: torch.device
-) -> Callable[..., Tensor]:
-    if precision != "float32" or device.type != "cpu":
-        raise LatencyError(
-            f"ExecuTorch's XNNPACK runs here in float32 on the CPU, not in {precision} on {device.type}"
-        )
-    ports = (Port(name=f"input{number}", shape=tuple(tensor.shape)) for number, tensor in enumerate(inputs))
-    module = FixedModule(name="part", network=_FirstOutput(network), inputs=tuple(ports), outputs=())
-    # ExecuTorch's thread pool ignores torch's setting and would use every core.
-    set_num_threads(torch.get_num_threads())
-    program = ExecuTorchProgram(compile_executorch(module))
+    def benchmark(self, network: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], None]:
+        """Return a function that runs `network` once on `inputs` and waits for the result.
 
-    def call(*arguments: Tensor) -> Tensor:
-        return torch.from_numpy(program([tensor.numpy() for tensor in arguments]))
+        Args and errors as of `runner`.
+        """
+        call = self.runner(network, inputs)
+        # Converted once, so that the conversion is not timed.
+        arguments = [tensor.to(device=self.device, dtype=self.dtype) for tensor in inputs]
 
-    return call
+        def run() -> None:
+            call(*arguments)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+        return run
+
+    def _executorch(self, network: nn.Module, inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
+        if self.precision != "float32" or self.device.type != "cpu":
+            given = f"{self.precision} on {self.device.type}"
+            raise LatencyError(f"ExecuTorch's XNNPACK runs here in float32 on the CPU, not in {given}")
+        ports = (Port(name=f"input{index}", shape=tuple(tensor.shape)) for index, tensor in enumerate(inputs))
+        module = FixedModule(name="part", network=_FirstOutput(network), inputs=tuple(ports), outputs=())
+        # ExecuTorch's thread pool ignores torch's setting and would use every core.
+        set_num_threads(torch.get_num_threads())
+        program = ExecuTorchProgram(compile_executorch(module))
+
+        def call(*arguments: Tensor) -> Tensor:
+            return torch.from_numpy(program([tensor.numpy() for tensor in arguments]))
+
+        return call
 
 
 class _FirstOutput(nn.Module):

@@ -16,7 +16,7 @@ from snapfusion.evolution.latency import (
     reachable_parts,
 )
 from snapfusion.evolution.parts import Part, dimensions_of, inputs_of, module_of, parts_of
-from snapfusion.evolution.runtimes import make_benchmark
+from snapfusion.evolution.runtimes import Backend
 from snapfusion.evolution.stopwatch import time_in_turns
 from snapfusion.mini import models
 from snapfusion.models import sd15
@@ -30,13 +30,7 @@ DIMENSIONS = dimensions_of(ORIGIN, batch=2, tokens=24)
 UNET_INPUTS = (torch.randn(1, 4, 8, 8), torch.tensor([999.0]), torch.randn(1, 24, 64))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other beside a busy process can take a hundred times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parameters(architecture):
@@ -50,8 +44,8 @@ def module_and_inputs(part):
 
 
 def benchmark(module, inputs, *, runtime="executorch-xnnpack", precision="float32"):
-    device = torch.device("cpu")
-    return make_benchmark(module, inputs, runtime=runtime, precision=precision, device=device)
+    backend = Backend(runtime=runtime, precision=precision, device=torch.device("cpu"))
+    return backend.benchmark(module, inputs)
 
 
 def test_parts_have_all_parameters():

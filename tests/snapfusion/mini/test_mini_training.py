@@ -31,16 +31,11 @@ class Killed(Exception):
     """Simulates a process that ends during a stage."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(one_thread, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mini")
     train(TINY, folder=folder)
     return folder
