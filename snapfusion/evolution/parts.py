@@ -19,7 +19,7 @@ from diffusers.models.upsampling import Upsample2D
 from pydantic import ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
-from snapfusion.models.architecture import Architecture
+from snapfusion.models.architecture import ATTENTION_FIELDS, Architecture
 from snapfusion.models.unet import NORM_EPS, Shortcut, attention_block, resnet_block
 from snapfusion.settings import Settings
 
@@ -78,12 +78,9 @@ def dimensions_of(architecture: Architecture, *, batch: int, tokens: int) -> UNe
     return UNetDimensions(
         batch=batch,
         tokens=tokens,
-        context=architecture.context,
         embedding=4 * architecture.channels[0],
-        groups=architecture.groups,
         latent=architecture.in_channels,
-        linear_projection=architecture.linear_projection,
-        upcast_attention=architecture.upcast_attention,
+        **architecture.model_dump(include=ATTENTION_FIELDS),
     )
 
 
@@ -165,16 +162,8 @@ def module_of(part: Part, *, dimensions: UNetDimensions) -> nn.Module:
             part.in_channels, part.out_channels, embedding=dimensions.embedding, groups=dimensions.groups
         )
     elif part.kind == "attention":
-        module = Attention(
-            attention_block(
-                part.out_channels,
-                heads=part.heads,
-                context=dimensions.context,
-                groups=dimensions.groups,
-                linear_projection=dimensions.linear_projection,
-                upcast_attention=dimensions.upcast_attention,
-            )
-        )
+        options = dimensions.model_dump(include=ATTENTION_FIELDS)
+        module = Attention(attention_block(part.out_channels, heads=part.heads, **options))
     elif part.kind == "shortcut":
         module = Shortcut(part.in_channels, part.out_channels)
     elif part.kind == "join":

@@ -24,6 +24,10 @@ BlockKind = Literal["attention", "resnet"]
 BlockKey = Annotated[str, Field(pattern=r"^[0-9]+(\+[0-9]+)?$")]
 
 
+ATTENTION_FIELDS = {"context", "groups", "linear_projection", "upcast_attention"}
+"""Names of the values that all cross-attention blocks of a UNet share."""
+
+
 class ArchitectureError(ValueError):
     """A change that an architecture does not allow."""
 
@@ -116,10 +120,8 @@ class Architecture(Settings):
             given = 1 + sum(layer.skip for layer in self.down[level])
             used = sum(layer.skip for layer in self.up[up])
             if given != used:
-                raise ValueError(
-                    f"down_blocks.{level} has {given} skip connections, its input included; "
-                    f"up_blocks.{up} uses {used}"
-                )
+                outputs = f"{given} skip connections, its input included"
+                raise ValueError(f"down_blocks.{level} has {outputs}; up_blocks.{up} uses {used}")
         for stage in self.stages:
             self._check_stage(stage)
         return self
@@ -132,12 +134,10 @@ class Architecture(Settings):
         ):
             if repeated := [key for key, count in Counter(keys).items() if count > 1]:
                 raise ValueError(f"{stage}.{kind}.{repeated[0]} is in the stage more than once")
-        for layer, in_channels, out_channels in self.layer_channels(stage):
-            if layer.resnet is None and in_channels != out_channels:
-                raise ValueError(
-                    f"{stage}: a layer without a ResNet block has {in_channels} channels, not {out_channels}"
-                )
-            if layer.resnet is not None and not layer.whole and in_channels == out_channels:
+        for layer, given, expected in self.layer_channels(stage):
+            if layer.resnet is None and given != expected:
+                raise ValueError(f"{stage}: a layer without a ResNet has {given} channels, not {expected}")
+            if layer.resnet is not None and not layer.whole and given == expected:
                 raise ValueError(f"{stage}.resnets.{layer.resnet} keeps its channels: no shortcut remains")
 
     @property
@@ -177,19 +177,16 @@ class Architecture(Settings):
 
         Those before include the channels of a concatenated skip connection.
         """
-        is_up, level = stage.startswith("up"), self.level(stage)
+        side, level = stage.partition("_")[0], self.level(stage)
         out_channels = self.channels[level]
         outer = self.channels[max(level - 1, 0)]
-        in_channels = out_channels
-        if stage.startswith("down"):
-            in_channels = outer
-        elif is_up:
-            in_channels = self.channels[min(level + 1, len(self.channels) - 1)]
+        deeper = self.channels[min(level + 1, len(self.channels) - 1)]
+        in_channels = {"down": outer, "up": deeper}.get(side, out_channels)
         # Skip connections are used in reverse: those of the level's own layers first, its input last.
         skips = [out_channels] * (sum(layer.skip for layer in self.stages[stage]) - 1) + [outer]
         found = []
         for layer in self.stages[stage]:
-            extra = skips.pop(0) if is_up and layer.skip else 0
+            extra = skips.pop(0) if side == "up" and layer.skip else 0
             found.append((layer, in_channels + extra, out_channels))
             in_channels = out_channels
         return found
@@ -224,10 +221,8 @@ class Architecture(Settings):
         block = self._block(name)
         if self._changes_channels(block):
             raise ArchitectureError(f"{name} changes the number of channels: a copy does not fit after it")
-        layers = self.stages[block.stage]
-        resnets = {layer.resnet for layer in layers if layer.resnet is not None}
-        attentions = {key for layer in layers for key in layer.attentions}
-        copy = _next_copy(block.key, existing=attentions if block.kind == "attention" else resnets)
+        alike = [other for other in self.blocks if (other.stage, other.kind) == (block.stage, block.kind)]
+        copy = _next_copy(block.key, existing={other.key for other in alike})
 
         def change(layer: Layer) -> list[Layer]:
             if block.kind == "attention":
@@ -237,9 +232,10 @@ class Architecture(Settings):
                 return [layer]
             # The skip connection is the output of a down layer, but part of the input of an up layer.
             down = block.stage.startswith("down")
-            first = Layer(resnet=block.key, skip=layer.skip and not down)
-            second = Layer(resnet=copy, attentions=layer.attentions, skip=layer.skip and down)
-            return [first, second]
+            return [
+                Layer(resnet=block.key, skip=layer.skip and not down),
+                Layer(resnet=copy, attentions=layer.attentions, skip=layer.skip and down),
+            ]
 
         return self._with_stage(block.stage, change)
 
@@ -255,8 +251,7 @@ class Architecture(Settings):
 
     def changed(self, **fields: Any) -> Self:  # noqa: ANN401 - of the fields' own types
         """Return a validated copy with other values."""
-        values = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self)(**{**values, **fields})
+        return type(self)(**{**dict(self), **fields})
 
     def _block(self, name: str) -> Block:
         found = next((block for block in self.blocks if block.name == name), None)
@@ -308,8 +303,7 @@ def efficient_architecture(origin: Architecture) -> Architecture:
     up[1] = _in_fewer_layers(up[1])
     down[deepest] = down[deepest][:1]
     up[0] = up[0][1:]
-    middle = (origin.middle[0],)
-    return origin.changed(down=tuple(down), middle=middle, up=tuple(up))
+    return origin.changed(down=tuple(down), middle=origin.middle[:1], up=tuple(up))
 
 
 def _without_attention(stage: StageLayers) -> StageLayers:

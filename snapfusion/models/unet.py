@@ -6,6 +6,7 @@ Tensor names are those of `UNet2DConditionModel`, so weights are interchangeable
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -19,44 +20,27 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from snapfusion.models.architecture import Architecture, Layer, StageLayers, origin_of
+from snapfusion.models.architecture import ATTENTION_FIELDS, Architecture, Layer, StageLayers, origin_of
 
 NORM_EPS = 1e-5
 
-# The config of any stock UNet that an `Architecture` can describe.
-_REQUIRED_CONFIG = {
-    "act_fn": "silu",
-    "addition_embed_type": None,
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "cross_attention_norm": None,
-    "downsample_padding": 1,
-    "dropout": 0.0,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "norm_eps": NORM_EPS,
-    "num_attention_heads": None,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
-    "time_embedding_act_fn": None,
-    "time_embedding_dim": None,
-    "time_embedding_type": "positional",
-    "timestep_post_act": None,
-    "transformer_layers_per_block": 1,
-}
 # Stock stages, and whether they have attention.
 _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 _MIDDLE = (Layer(resnet="0", attentions=("0",)), Layer(resnet="1"))
+# Fields of an `Architecture` that a stock config has too, by their names there.
+_CONFIG_NAMES = {
+    "context": "cross_attention_dim",
+    "groups": "norm_num_groups",
+    "sample_size": "sample_size",
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "linear_projection": "use_linear_projection",
+    "upcast_attention": "upcast_attention",
+    "guidance_embedding": "time_cond_proj_dim",
+}
+# Fields of a stock config that hold the stages.
+_STAGE_NAMES = ("block_out_channels", "layers_per_block", "down_block_types", "up_block_types")
 
 
 class UNetError(ValueError):
@@ -111,29 +95,17 @@ class StageModules(nn.Module):
         self.gradient_checkpointing = False
         level = architecture.level(name)
         width = architecture.channels[level]
+        sizes = {"embedding": 4 * architecture.channels[0], "groups": architecture.groups}
         self.resnets = nn.ModuleDict()
         self.attentions = nn.ModuleDict()
         for layer, in_channels, out_channels in architecture.layer_channels(name):
-            if layer.resnet is not None:
-                self.resnets[layer.resnet] = (
-                    resnet_block(
-                        in_channels,
-                        out_channels,
-                        embedding=4 * architecture.channels[0],
-                        groups=architecture.groups,
-                    )
-                    if layer.whole
-                    else Shortcut(in_channels, out_channels)
-                )
+            if layer.resnet is not None and layer.whole:
+                self.resnets[layer.resnet] = resnet_block(in_channels, out_channels, **sizes)
+            elif layer.resnet is not None:
+                self.resnets[layer.resnet] = Shortcut(in_channels, out_channels)
             for key in layer.attentions:
-                self.attentions[key] = attention_block(
-                    width,
-                    heads=architecture.heads[level],
-                    context=architecture.context,
-                    groups=architecture.groups,
-                    linear_projection=architecture.linear_projection,
-                    upcast_attention=architecture.upcast_attention,
-                )
+                options = architecture.model_dump(include=ATTENTION_FIELDS)
+                self.attentions[key] = attention_block(width, heads=architecture.heads[level], **options)
         if name.startswith("down") and level < len(architecture.down) - 1:
             self.downsamplers = nn.ModuleList([Downsample2D(width, use_conv=True, padding=1, name="op")])
         elif name.startswith("up") and level > 0:
@@ -200,12 +172,10 @@ class BlockUNet(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         layout = Architecture.parse(architecture)
-        outermost = layout.channels[0]
-        self.conv_in = nn.Conv2d(layout.in_channels, outermost, kernel_size=3, padding=1)
-        self.time_proj = Timesteps(outermost, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(
-            outermost, 4 * outermost, cond_proj_dim=layout.guidance_embedding
-        )
+        width = layout.channels[0]
+        self.conv_in = nn.Conv2d(layout.in_channels, width, kernel_size=3, padding=1)
+        self.time_proj = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(width, 4 * width, cond_proj_dim=layout.guidance_embedding)
         self.down_blocks = nn.ModuleList(
             StageModules(layout, f"down_blocks.{level}") for level in range(len(layout.down))
         )
@@ -214,9 +184,9 @@ class BlockUNet(ModelMixin, ConfigMixin):
             StageModules(layout, f"up_blocks.{number}") for number in range(len(layout.up))
         )
         self._num_skips = [sum(layer.skip for layer in stage) for stage in layout.up]
-        self.conv_norm_out = nn.GroupNorm(layout.groups, outermost, eps=NORM_EPS)
+        self.conv_norm_out = nn.GroupNorm(layout.groups, width, eps=NORM_EPS)
         self.conv_act = nn.SiLU()
-        self.conv_out = nn.Conv2d(outermost, layout.out_channels, kernel_size=3, padding=1)
+        self.conv_out = nn.Conv2d(width, layout.out_channels, kernel_size=3, padding=1)
 
     @classmethod
     def of(cls, architecture: Architecture) -> BlockUNet:
@@ -272,9 +242,11 @@ def architecture_of(unet: UNet2DConditionModel | BlockUNet) -> Architecture:
     config = unet.config
     if isinstance(unet, BlockUNet):
         return Architecture.parse(config["architecture"])
-    for name, value in _REQUIRED_CONFIG.items():
-        if config[name] != value:
-            raise UNetError(f"the UNet has {name} = {config[name]!r}; {value!r} is accepted")
+    described = ("self", "attention_head_dim", *_STAGE_NAMES, *_CONFIG_NAMES.values())
+    for name, parameter in signature(UNet2DConditionModel.__init__).parameters.items():
+        # What an `Architecture` does not describe is as by default in Stable Diffusion v1 and v2.
+        if name not in described and config[name] != parameter.default:
+            raise UNetError(f"the UNet has {name} = {config[name]!r}; {parameter.default!r} is accepted")
     for name, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
         if unknown := [kind for kind in config[name] if kind not in known]:
             raise UNetError(f"the UNet has a stage {unknown[0]}; {', '.join(known)} are accepted")
@@ -297,14 +269,7 @@ def _stock_architecture(config: Mapping[str, Any]) -> Architecture:
             _stock_stage(num_layers + 1, attention=_UP[kind])
             for kind, num_layers in zip(config["up_block_types"], reversed(layers), strict=True)
         ),
-        context=config["cross_attention_dim"],
-        groups=config["norm_num_groups"],
-        sample_size=config["sample_size"],
-        in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
-        linear_projection=config["use_linear_projection"],
-        upcast_attention=config["upcast_attention"],
-        guidance_embedding=config["time_cond_proj_dim"],
+        **{field: config[name] for field, name in _CONFIG_NAMES.items()},
     )
 
 
@@ -334,19 +299,12 @@ def stock_config(architecture: Architecture) -> dict[str, Any] | None:
     has_attention = [any(layer.attentions for layer in stage) for stage in architecture.down]
     down, up = ({attention: kind for kind, attention in kinds.items()} for kinds in (_DOWN, _UP))
     config = {
-        "sample_size": architecture.sample_size,
-        "in_channels": architecture.in_channels,
-        "out_channels": architecture.out_channels,
+        **{name: getattr(architecture, field) for field, name in _CONFIG_NAMES.items()},
         "block_out_channels": architecture.channels,
         "layers_per_block": tuple(len(stage) for stage in architecture.down),
         "down_block_types": tuple(down[attention] for attention in has_attention),
         "up_block_types": tuple(up[attention] for attention in reversed(has_attention)),
-        "cross_attention_dim": architecture.context,
         "attention_head_dim": architecture.heads,
-        "norm_num_groups": architecture.groups,
-        "use_linear_projection": architecture.linear_projection,
-        "upcast_attention": architecture.upcast_attention,
-        "time_cond_proj_dim": architecture.guidance_embedding,
     }
     # The config cannot express every architecture: it is used only if it leads back to this one.
     return config if _stock_architecture(config) == architecture else None
@@ -366,11 +324,9 @@ def inherit_weights(unet: nn.Module, source: nn.Module) -> list[str]:
         origin = name if name in available else _name_in_origin(name)
         if origin not in available:
             raise UNetError(f"the weights do not fit: there is no {origin}")
-        if available[origin].shape != tensor.shape:
-            raise UNetError(
-                f"the weights do not fit: {origin} is {tuple(available[origin].shape)} there, "
-                f"{tuple(tensor.shape)} here"
-            )
+        theirs, ours = tuple(available[origin].shape), tuple(tensor.shape)
+        if theirs != ours:
+            raise UNetError(f"the weights do not fit: {origin} is {theirs} there, {ours} here")
         if origin != name:
             block, _, rest = name.partition("+")
             copied.add(f"{block}+{rest.partition('.')[0]}")
