@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,8 +42,7 @@ def uniform(key: int, count: int) -> np.ndarray:
 
 def gaussian(key: int, shape: Sequence[int]) -> Tensor:
     """Draw unit Gaussian noise for one row: float32 of `shape`, on the CPU."""
-    count = int(np.prod(shape))
-    draws = torch.special.ndtri(torch.from_numpy(uniform(key, count)))
+    draws = torch.special.ndtri(torch.from_numpy(uniform(key, math.prod(shape))))
     return draws.to(torch.float32).reshape(tuple(shape))
 
 

@@ -49,9 +49,7 @@ class Schedule:
         if self.num_steps < 1:
             raise ValueError(f"num_steps is {self.num_steps}; it must be at least 1")
         if not 0.0 < self.beta_start <= self.beta_end < 1.0:
-            raise ValueError(
-                f"beta_start {self.beta_start} and beta_end {self.beta_end} must satisfy 0 < start <= end < 1"
-            )
+            raise ValueError(f"0 < beta_start {self.beta_start} <= beta_end {self.beta_end} < 1 is needed")
         # Pinned to the CPU: a schedule needs values even under `torch.device("meta")`.
         exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
         roots = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_steps, **exact)
@@ -124,6 +122,5 @@ class Schedule:
             return self.from_eps(eps=output, z_t=z_t, t=t)
         if prediction_type == "v_prediction":
             return self.from_v(v=output, z_t=z_t, t=t)
-        raise ValueError(
-            f"prediction_type is {prediction_type!r}; {' or '.join(PREDICTION_TYPES)} is accepted"
-        )
+        accepted = " or ".join(PREDICTION_TYPES)
+        raise ValueError(f"prediction_type is {prediction_type!r}; {accepted} is accepted")

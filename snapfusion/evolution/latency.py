@@ -149,16 +149,14 @@ def latency_by_kind(table: LatencyTable, architecture: Architecture) -> list[dic
     rows = []
     for name, stages in paper_stages(architecture).items():
         for kind in ("attention", "resnet"):
-            blocks = [
-                block.name for block in architecture.blocks if block.stage in stages and block.kind == kind
-            ]
+            blocks = [block for block in architecture.blocks if block.stage in stages and block.kind == kind]
             rows.append(
                 {
                     "stage": name,
                     "kind": kind,
                     "blocks": len(blocks),
                     "ms": sum(ms.get((stage, kind), 0.0) for stage in stages),
-                    "parameters": sum(costs[block].parameters for block in blocks),
+                    "parameters": sum(costs[block.name].parameters for block in blocks),
                 }
             )
     return rows

@@ -7,6 +7,7 @@ decides; scores are its input.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Literal
 
 from pydantic import NonNegativeInt
@@ -119,7 +120,7 @@ def decide(
     chosen: list[str] = []
     after = architecture
     if action == "remove":
-        removable = _least_valued(scores, limits=limits)
+        removable = _ranked(scores)[: limits.removed]
         if not removable:
             raise EvolutionError(
                 f"a pass takes {table.predict_ms(architecture):.4g} ms, more than {objective_ms:g}, and no "
@@ -132,7 +133,8 @@ def decide(
             after = after.without(name)
             chosen.append(name)
     elif action == "copy":
-        chosen = _most_valued(architecture, scores, limits=limits)
+        ranked = _ranked(scores, reverse=True)
+        chosen = [name for name in ranked if architecture.can_copy(name)][: limits.copied]
         for name in chosen:
             after = after.with_copy(name)
     return Decision(
@@ -170,16 +172,7 @@ def min_latency_ms(architecture: Architecture, *, table: LatencyTable) -> float:
     return table.predict_ms(architecture)
 
 
-def _least_valued(scores: Sequence[BlockScore], *, limits: RoundLimits) -> list[str]:
-    removable = [score for score in scores if score.value < float("inf")]
-    return [score.block for score in sorted(removable, key=lambda score: score.value)[: limits.removed]]
-
-
-def _most_valued(
-    architecture: Architecture, scores: Sequence[BlockScore], *, limits: RoundLimits
-) -> list[str]:
-    copyable = [
-        score for score in scores if score.value < float("inf") and architecture.can_copy(score.block)
-    ]
-    best = sorted(copyable, key=lambda score: score.value, reverse=True)
-    return [score.block for score in best[: limits.copied]]
+def _ranked(scores: Sequence[BlockScore], *, reverse: bool = False) -> list[str]:
+    """The blocks by their value, lowest first, without those that must stay."""
+    finite = [score for score in scores if score.value < float("inf")]
+    return [score.block for score in sorted(finite, key=attrgetter("value"), reverse=reverse)]

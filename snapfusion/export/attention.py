@@ -48,9 +48,8 @@ class ChannelsFirstTransformer(nn.Module):
         self.norm = block.norm
         self.proj_in, self.proj_out = _as_conv(block.proj_in), _as_conv(block.proj_out)
         self.norm1, self.norm2, self.norm3 = map(ChannelLayerNorm, (inner.norm1, inner.norm2, inner.norm3))
-        self.attn1, self.attn2 = (
-            ChannelsFirstAttention(part, split=split) for part in (inner.attn1, inner.attn2)
-        )
+        self.attn1 = ChannelsFirstAttention(inner.attn1, split=split)
+        self.attn2 = ChannelsFirstAttention(inner.attn2, split=split)
         self.gate, self.feed = _as_conv(inner.ff.net[0].proj), _as_conv(inner.ff.net[2])
 
     def forward(self, hidden: Tensor, encoder_hidden_states: Tensor, **_: object) -> tuple[Tensor]:
@@ -109,8 +108,7 @@ class ChannelsFirstAttention(nn.Module):
 
 def _attention(*, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B,heads,d,S] of queries to [B,heads,d,L] of keys and values."""
-    weights = (k.transpose(2, 3) @ q).softmax(dim=2)
-    return v @ weights
+    return v @ (k.transpose(2, 3) @ q).softmax(dim=2)
 
 
 def _as_conv(layer: nn.Module) -> nn.Conv2d:

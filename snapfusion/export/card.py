@@ -59,17 +59,11 @@ def _safety(manifest: Mapping[str, Any]) -> str:
 
 
 def _overridden(manifest: Mapping[str, Any]) -> list[str]:
-    parities = [
-        (name, what, parity)
-        for name, variant in manifest["variants"].items()
-        for what, parity in (
-            *((module, each["parity"]) for module, each in variant["modules"].items()),
-            ("images", variant["images"]),
-        )
-    ]
-    return [
-        f"- `{name}`, {what}: {parity['psnr_db']:.1f} dB, limit {parity['limit_db']:g} dB. Reason given: "
-        f"{parity['override']}"
-        for name, what, parity in parities
-        if parity["override"]
-    ]
+    lines = []
+    for name, variant in manifest["variants"].items():
+        parities = {module: record["parity"] for module, record in variant["modules"].items()}
+        for what, parity in {**parities, "images": variant["images"]}.items():
+            if reason := parity["override"]:
+                psnr = f"{parity['psnr_db']:.1f} dB, limit {parity['limit_db']:g} dB"
+                lines.append(f"- `{name}`, {what}: {psnr}. Reason given: {reason}")
+    return lines

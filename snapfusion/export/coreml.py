@@ -33,7 +33,7 @@ MIN_COMPRESSED_SIZE = 2048
 """Tensors of no more elements are not compressed: their palettes would be as large."""
 
 # Identifiers for tools that trace a program back to its source; a phone has no use for them.
-_DEBUG_FILES = ("executorch_debug_handle_mapping.json",)
+_DEBUG_FILE = "executorch_debug_handle_mapping.json"
 _CONVERSION_DATE = "com.github.apple.coremltools.conversion_date"
 
 
@@ -49,7 +49,7 @@ def compile_coreml(module: FixedModule, package: Path) -> None:
     Raises:
         ValueError: if `package` exists, or a weight is beyond float16.
     """
-    _check_absent(package)
+    check_absent(package)
     _check_range(module)
     with quiet():
         import coremltools
@@ -81,7 +81,7 @@ def compress_package(package: Path, target: Path, *, weights: CoreMLKind) -> Non
     Raises:
         ValueError: if `target` exists, or the package cannot be read.
     """
-    _check_absent(target)
+    check_absent(target)
     model = open_package(package)
     if weights == "float16":
         shutil.copytree(package, target)
@@ -119,7 +119,7 @@ def split_package(package: Path, folder: Path, *, names: tuple[str, str]) -> tup
     """
     first, second = (folder / f"{name}.mlpackage" for name in names)
     for target in (first, second):
-        _check_absent(target)
+        check_absent(target)
     model = open_package(package)
     for target, specification in zip((first, second), split_program(model.get_spec()), strict=True):
         with quiet():
@@ -145,8 +145,7 @@ def _save(model: CoreMLObject, package: Path) -> None:
     with tempfile.TemporaryDirectory(dir=package.parent) as scratch:
         partial_package = Path(scratch) / package.name
         model.save(str(partial_package))
-        for name in _DEBUG_FILES:
-            (partial_package / name).unlink(missing_ok=True)
+        (partial_package / _DEBUG_FILE).unlink(missing_ok=True)
         _fix_identifiers(partial_package / "Manifest.json")
         partial_package.rename(package)
 
@@ -160,7 +159,12 @@ def _fix_identifiers(manifest: Path) -> None:
     manifest.write_text(json.dumps(json.loads(text), indent=4, sort_keys=True) + "\n")
 
 
-def _check_absent(package: Path) -> None:
+def check_absent(package: Path) -> None:
+    """Check that there is no such package yet, and make the folder that it is to be in.
+
+    Raises:
+        ValueError: if `package` exists.
+    """
     if package.exists():
         raise ValueError(f"{package} exists; packages are not overwritten: remove it, or give another path")
     package.parent.mkdir(parents=True, exist_ok=True)
@@ -179,9 +183,8 @@ def _check_range(module: FixedModule) -> None:
 def _tensor_type(port: Port) -> CoreMLObject:
     import coremltools
 
-    floating = np.float32 if port.name == TIMESTEP else np.float16
-    dtype = np.int32 if port.kind == "int32" else floating
-    return coremltools.TensorType(name=port.name, shape=port.shape, dtype=dtype)
+    dtypes = {"int32": np.int32, "float": np.float32 if port.name == TIMESTEP else np.float16}
+    return coremltools.TensorType(name=port.name, shape=port.shape, dtype=dtypes[port.kind])
 
 
 def _fits_float16(op: CoreMLObject) -> bool:

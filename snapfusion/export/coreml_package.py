@@ -65,7 +65,9 @@ def describe_package(package: Path) -> CoreMLDescription:
     program = read_program(package)
     specification = open_package(package).get_spec()
     _check_target(program, version=int(specification.specificationVersion))
-    _check_finite(program)
+    for name, array in program.weights().items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"weight {name} of the package, of shape {array.shape}, is not finite")
     exact = program.before(SINUSOIDS)
     wide_weights = {name for name, array in program.weights().items() if array.dtype != np.float16}
     wide_results = {value.name for value in program.results() if value.dtype == "float32"}
@@ -92,12 +94,6 @@ def _check_target(program: MilProgram, *, version: int) -> None:
         raise ValueError(f"the package needs a later system than iOS 17: {what}; compile it for iOS 17")
 
 
-def _check_finite(program: MilProgram) -> None:
-    for name, array in program.weights().items():
-        if not np.isfinite(array).all():
-            raise ValueError(f"weight {name} of the package, of shape {array.shape}, is not finite")
-
-
 def read_program(package: Path) -> MilProgram:
     """Read the package's program as data: every operation and constant, from the files on disk.
 
@@ -111,11 +107,12 @@ def read_program(package: Path) -> MilProgram:
         except Exception as error:
             raise ValueError(f"{package} is not a readable Core ML package: {error}") from error
     function = loaded.functions["main"]
-    constants = {op.outputs[0].name: op.outputs[0].val for op in function.operations if op.op_type == "const"}
     return MilProgram(
-        inputs=tuple(_value(var) for var in function.inputs.values()),
-        outputs=tuple(_value(var) for var in function.outputs),
-        constants=constants,
+        inputs=tuple(map(_value, function.inputs.values())),
+        outputs=tuple(map(_value, function.outputs)),
+        constants={
+            op.outputs[0].name: op.outputs[0].val for op in function.operations if op.op_type == "const"
+        },
         operations=tuple(_operation(op) for op in function.operations if op.op_type != "const"),
     )
 
@@ -136,10 +133,10 @@ def check_weights(programs: MilProgram | Sequence[MilProgram], parameters: Mappi
     Raises:
         ParityError: naming the first tensor that is not found.
     """
-    parts = [programs] if isinstance(programs, MilProgram) else programs
     weights = defaultdict(list)
-    for weight in (weight for part in parts for weight in part.weights().values()):
-        weights[weight.size].append(weight.ravel())
+    for part in [programs] if isinstance(programs, MilProgram) else programs:
+        for weight in part.weights().values():
+            weights[weight.size].append(weight.ravel())
     worst = 0.0
     for name, tensor in parameters.items():
         if tensor.ndim < 2 or not tensor.is_floating_point():
@@ -225,18 +222,16 @@ def load_specification(specification: CoreMLObject, *, weights: str) -> CoreMLOb
 def _read_ports(features: CoreMLObject) -> tuple[Value, ...]:
     from coremltools.proto import FeatureTypes_pb2
 
-    name_of = FeatureTypes_pb2.ArrayFeatureType.ArrayDataType.Name
+    dtype_name = FeatureTypes_pb2.ArrayFeatureType.ArrayDataType.Name
     arrays = [(feature.name, feature.type.multiArrayType) for feature in features]
-    return tuple(
-        Value(name=name, shape=tuple(array.shape), dtype=name_of(array.dataType)) for name, array in arrays
-    )
+    return tuple(Value(name=name, shape=tuple(a.shape), dtype=dtype_name(a.dataType)) for name, a in arrays)
 
 
 def _operation(op: CoreMLObject) -> Operation:
     return Operation(
         kind=op.op_type,
         inputs={argument: _names(value) for argument, value in op.inputs.items() if value is not None},
-        outputs=tuple(_value(output) for output in op.outputs),
+        outputs=tuple(map(_value, op.outputs)),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from snapfusion.export.coreml import float16_on_ios17
+from snapfusion.export.coreml import check_absent, float16_on_ios17
 from snapfusion.export.modules import FixedModule, check_shapes
 from snapfusion.export.quiet import quiet
 from snapfusion.export.settings import ExecuTorchKind
@@ -54,8 +54,7 @@ def compile_executorch(module: FixedModule, *, kind: ExecuTorchKind = "float32")
         if kind == "int8":
             traced = _quantized(traced, module.example())
         partitioners = [_coreml_partitioner()] if kind == "coreml" else _xnnpack_partitioners(kind)
-        lowered = to_edge_transform_and_lower(traced, partitioner=partitioners)
-        return bytes(lowered.to_executorch().buffer)
+        return bytes(to_edge_transform_and_lower(traced, partitioner=partitioners).to_executorch().buffer)
 
 
 def decomposed_attention(
@@ -141,8 +140,7 @@ def _coreml_partitioner() -> CoreMLPartitioner:
     from executorch.backends.apple.coreml.compiler import CoreMLBackend
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner
 
-    specs = CoreMLBackend.generate_compile_specs(**float16_on_ios17())
-    return CoreMLPartitioner(compile_specs=specs)
+    return CoreMLPartitioner(compile_specs=CoreMLBackend.generate_compile_specs(**float16_on_ios17()))
 
 
 def set_num_threads(num_threads: int) -> None:
@@ -192,7 +190,9 @@ class ExecuTorchProgram:
         with quiet():
             # Kept, because it owns the bytes that its method reads from.
             self._program = _load(source)
-            self.inputs, self.outputs = _ports(self._program)
+            meta = self._program.metadata(_METHOD)
+            self.inputs = _ports(map(meta.input_tensor_meta, range(meta.num_inputs())))
+            self.outputs = _ports(map(meta.output_tensor_meta, range(meta.num_outputs())))
             try:
                 self._method: Method = self._program.load_method(_METHOD)
             except RuntimeError as error:
@@ -240,8 +240,7 @@ def describe_program(source: bytes | Path) -> ProgramDescription:
         _load(source)
         plan = _execution_plan(source)
     delegates, kernels = Counter[str](), Counter[str]()
-    for instruction in (instruction for chain in plan.chains for instruction in chain.instructions):
-        call = instruction.instr_args
+    for call in (instruction.instr_args for chain in plan.chains for instruction in chain.instructions):
         if hasattr(call, "delegate_index"):
             delegates[plan.delegates[call.delegate_index].id] += 1
         elif hasattr(call, "op_index"):
@@ -254,7 +253,7 @@ def extract_package(source: bytes | Path, package: Path) -> None:
 
     Args:
         source: a program that is computed entirely by Core ML's delegate.
-        package: an `.mlpackage` folder, in a folder that exists.
+        package: an `.mlpackage` folder.
 
     Raises:
         ValueError: if `source` is no such program, or `package` exists.
@@ -262,8 +261,7 @@ def extract_package(source: bytes | Path, package: Path) -> None:
     delegates = describe_program(source).delegates
     if delegates != {_CORE_ML: 1}:
         raise ValueError(f"{_describe_source(source)} calls {delegates}; one call of {_CORE_ML} is accepted")
-    if package.exists():
-        raise ValueError(f"{package} exists; packages are not overwritten: remove it, or give another path")
+    check_absent(package)
     with quiet(), tempfile.TemporaryDirectory(dir=package.parent) as scratch:
         from executorch.backends.apple.coreml import executorchcoreml
         from executorch.exir._serialize._program import _extract_delegate_payload
@@ -286,16 +284,11 @@ def _load(source: bytes | Path) -> Program:
         raise ValueError(f"not an ExecuTorch program: {_describe_source(source)}: {error}") from error
 
 
-def _ports(program: Program) -> tuple[tuple[ProgramPort, ...], tuple[ProgramPort, ...]]:
-    """Inputs and outputs."""
-    meta = program.metadata(_METHOD)
-    inputs = (_port(meta.input_tensor_meta(index)) for index in range(meta.num_inputs()))
-    outputs = (_port(meta.output_tensor_meta(index)) for index in range(meta.num_outputs()))
-    return tuple(inputs), tuple(outputs)
-
-
-def _port(info: TensorInfo) -> ProgramPort:
-    return ProgramPort(shape=tuple(info.sizes()), dtype=_DTYPES.get(info.dtype(), f"type {info.dtype()}"))
+def _ports(infos: Iterable[TensorInfo]) -> tuple[ProgramPort, ...]:
+    return tuple(
+        ProgramPort(shape=tuple(info.sizes()), dtype=_DTYPES.get(info.dtype(), f"type {info.dtype()}"))
+        for info in infos
+    )
 
 
 def _execution_plan(source: bytes | Path) -> ExecutionPlan:

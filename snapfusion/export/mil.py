@@ -201,8 +201,7 @@ def _round_to(dtype: str, result: Tensor) -> Tensor:
         return result.half().float()
     if dtype == "uint16":
         return result.long() & 0xFFFF
-    kept: torch.dtype = getattr(torch, dtype)
-    narrow = result.to(kept)
+    narrow = result.to(getattr(torch, dtype))
     return narrow if dtype in ("float32", "bool") else narrow.long()
 
 

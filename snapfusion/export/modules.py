@@ -74,8 +74,7 @@ class FixedModule:
         """
         check_shapes(inputs, accepted=[port.shape for port in self.inputs])
         ports = zip(inputs, self.inputs, strict=True)
-        output: Tensor = self.network(*(torch.from_numpy(array).to(port.dtype) for array, port in ports))
-        return output.numpy()
+        return self.network(*(torch.from_numpy(array).to(port.dtype) for array, port in ports)).numpy()
 
 
 def check_shapes(inputs: Sequence[np.ndarray], *, accepted: Sequence[tuple[int, ...]]) -> None:
@@ -105,8 +104,7 @@ class TextProgram(nn.Module):
         hidden = self.embeddings.token_embedding(token_ids) + positions
         for layer in self.encoder.layers:
             hidden = layer(hidden, attention_mask=self.mask)
-        normed: Tensor = self.final_layer_norm(hidden)
-        return normed
+        return self.final_layer_norm(hidden)
 
 
 class UNetProgram(nn.Module):
@@ -119,8 +117,7 @@ class UNetProgram(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """[1,4,h,w], [1] and [B,L,D] to [B,4,h,w]."""
         each = z_t if c.shape[0] == 1 else torch.cat([z_t] * c.shape[0])
-        output: Tensor = self.unet(each, t, encoder_hidden_states=c, return_dict=False)[0]
-        return output
+        return self.unet(each, t, encoder_hidden_states=c, return_dict=False)[0]
 
 
 class DecoderProgram(nn.Module):
@@ -132,8 +129,7 @@ class DecoderProgram(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         """[1,4,h,w] -> [1,3,H,W]."""
-        image: Tensor = self.decode(latent)
-        return (image * 0.5 + 0.5).clamp(0.0, 1.0)
+        return (self.decode(latent) * 0.5 + 0.5).clamp(0.0, 1.0)
 
 
 class _FullDecoder(nn.Module):
@@ -146,8 +142,7 @@ class _FullDecoder(nn.Module):
         self.decoder = vae.decoder
 
     def forward(self, latent: Tensor) -> Tensor:
-        image: Tensor = self.decoder(self.post_quant_conv(latent / self.scaling_factor))
-        return image
+        return self.decoder(self.post_quant_conv(latent / self.scaling_factor))
 
 
 def text_encoder_module(text_encoder: CLIPTextModel, *, length: int) -> FixedModule:
@@ -179,10 +174,7 @@ def unet_module(
         UNetError: if the UNet has a guidance embedding, whose input the programs do not have.
     """
     if has_guidance_embedding(unet):
-        raise UNetError(
-            "the UNet has a guidance embedding (Meng et al.); programs for phones have no input for the "
-            "guidance scale"
-        )
+        raise UNetError("the UNet has a guidance embedding, for which programs for phones have no input")
     network = _copy_sharing_weights(unet)
     set_attention_layout(network, layout=layout)
     size = int(unet.config["sample_size"])

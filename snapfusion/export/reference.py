@@ -54,13 +54,7 @@ class Reference:
 
 
 def samples_of(references: Sequence[Reference], *, module: str, conditions: int) -> list[Sample]:
-    """Real activations of one module: its inputs and outputs during the generation of `references`.
-
-    Raises:
-        ValueError: if there is no module of that name.
-    """
-    if module not in _SAMPLES:
-        raise ValueError(f"there is no module {module!r}; {', '.join(_SAMPLES)} are accepted")
+    """Real activations of one module: its inputs and outputs during the generation of `references`."""
     return [sample for reference in references for sample in _SAMPLES[module](reference, conditions)]
 
 
@@ -94,8 +88,15 @@ def generate_reference(
     noise = gaussian(noise_key(seed, caption, 0), bundle.latent_shape)[None]
     steps, z_t = [], noise
     for t, t_next in pairwise(time_grid(num_steps, schedule_steps=bundle.schedule.num_steps)):
-        steps.append(_step(bundle, z_t=z_t, c=c, t=t, t_next=t_next, w=w))
-        z_t = torch.from_numpy(steps[-1].z_next)
+        time = torch.tensor([t])
+        outputs = bundle.predict(z_t.repeat(2, 1, 1, 1), time.repeat(2), c)
+        uncond, cond = outputs.chunk(2)
+        estimate = bundle.schedule.estimate(
+            guide(cond=cond, uncond=uncond, w=w), z_t=z_t, t=time, prediction_type=bundle.prediction_type
+        )
+        z_next = ddim_step(estimate, t_next=torch.tensor([t_next]), schedule=bundle.schedule)
+        steps.append(SamplingStep(t=t, z_t=z_t.numpy(), outputs=outputs.numpy(), z_next=z_next.numpy()))
+        z_t = z_next
     image = decode(z_t).float().clamp(-1.0, 1.0) * 0.5 + 0.5
     return Reference(
         caption=caption,
@@ -105,14 +106,3 @@ def generate_reference(
         steps=tuple(steps),
         image=image.numpy(),
     )
-
-
-def _step(bundle: Bundle, *, z_t: Tensor, c: Tensor, t: int, t_next: int, w: float) -> SamplingStep:
-    time, next_time = torch.tensor([t]), torch.tensor([t_next])
-    outputs = bundle.predict(z_t.repeat(2, 1, 1, 1), time.repeat(2), c)
-    uncond, cond = outputs.chunk(2)
-    estimate = bundle.schedule.estimate(
-        guide(cond=cond, uncond=uncond, w=w), z_t=z_t, t=time, prediction_type=bundle.prediction_type
-    )
-    z_next = ddim_step(estimate, t_next=next_time, schedule=bundle.schedule)
-    return SamplingStep(t=t, z_t=z_t.numpy(), outputs=outputs.numpy(), z_next=z_next.numpy())

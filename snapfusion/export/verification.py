@@ -61,21 +61,20 @@ def _check_steps(vectors: Vectors, sampler: SamplerCoefficients) -> str:
     if num_steps != vectors.num_steps:
         raise ParityError(f"sampler.json has {num_steps} steps, the test vectors {vectors.num_steps}")
     w, worst = np.float32(vectors.guidance), 0.0
-    z_t = vectors.arrays["noise"]
-    for index, step in enumerate(sampler.steps):
-        uncond, cond = np.split(vectors.arrays[f"output-{index}"], 2)
+    stored_steps = vectors.reference([step.t for step in sampler.steps]).steps
+    for index, (step, stored) in enumerate(zip(sampler.steps, stored_steps, strict=True)):
+        uncond, cond = np.split(stored.outputs, 2)
         output = w * cond - (w - np.float32(1.0)) * uncond
-        expected = vectors.arrays[f"z-{index}"]
-        z_next = np.float32(step.from_z) * z_t + np.float32(step.from_output) * output
-        error = float(np.abs(z_next - expected).max() / np.abs(expected).max())
+        # From the stored latent, so that rounding does not accumulate over the steps.
+        z_next = np.float32(step.from_z) * stored.z_t + np.float32(step.from_output) * output
+        error = float(np.abs(z_next - stored.z_next).max() / np.abs(stored.z_next).max())
         # Negated, so that NaN is refused too.
         if not error <= _STEP_TOLERANCE:
             raise ParityError(
                 f"sampler.json: step {index} (t = {step.t}) differs from the test vectors by {error:.2g} of "
                 "the largest value"
             )
-        # From the stored latent, so that rounding does not accumulate over the steps.
-        worst, z_t = max(worst, error), expected
+        worst = max(worst, error)
     return f"{num_steps} steps agree with the test vectors within {worst:.1g} of the largest value"
 
 
@@ -85,17 +84,15 @@ def check_variant(bundle: MobileBundle, variant: str, *, model: CompiledModel) -
     Raises:
         ParityError: if a module or the image is below its limit.
     """
-    vectors, entry = bundle.vectors, bundle.manifest["variants"][variant]
-    reference = vectors.reference([step.t for step in bundle.sampler.steps])
+    vectors, sampler, entry = bundle.vectors, bundle.sampler, bundle.manifest["variants"][variant]
+    reference = vectors.reference([step.t for step in sampler.steps])
     for module in MODULES:
         samples = samples_of([reference], module=module, conditions=model.conditions)
         outputs, median_ms = _run_timed(getattr(model, module), samples)
         expected, what = [output for _, output in samples], f"{variant}/{module}"
         found = _compare(what, outputs, expected, stated=entry["modules"][module]["parity"])
         yield CheckResult(what=what, found=found, milliseconds=median_ms)
-    image = generate(
-        model, ids=reference.ids, noise=reference.noise, sampler=bundle.sampler, w=vectors.guidance
-    )
+    image = generate(model, ids=reference.ids, noise=reference.noise, sampler=sampler, w=vectors.guidance)
     found = _compare(f"the image of {variant}", [image], [reference.image], stated=entry["images"])
     yield CheckResult(what=f"{variant}, the image", found=found)
 

@@ -59,9 +59,7 @@ class CurvePoint:
             ValueError: unless there are two groups or more, and two images or more for each.
         """
         if groups < 2 or len(clip) < 2 * groups:
-            raise ValueError(
-                f"{len(clip)} images in {groups} groups; at least 2 groups of 2 images are needed"
-            )
+            raise ValueError(f"{len(clip)} images in {groups} groups; at least 2 groups of 2 are needed")
         parts = tuple(np.array_split(np.arange(len(clip)), groups))
         moments = tuple(Moments.of(torch.from_numpy(features[part])) for part in parts)
         return cls(w=w, moments=moments, clip=clip.astype(np.float64), right=right, groups=parts)
@@ -175,9 +173,7 @@ def clip_at_equal_fid(curve: Curve, baseline: Curve) -> EqualFidComparison:
     low = max(float(fids[0]) for fids, _ in branches)
     high = min(float(fids[-1]) for fids, _ in branches)
     if any(len(fids) < 2 for fids, _ in branches):
-        raise CurveError(
-            "FID does not rise with guidance: its minimum is at the highest scale; add higher ones"
-        )
+        raise CurveError("FID does not rise with guidance: it is lowest at the highest; add higher scales")
     if low >= high:
         raise CurveError(f"no FID in common: one curve begins at {low:.4g}, the other ends at {high:.4g}")
     levels = np.linspace(low, high, _NUM_LEVELS)

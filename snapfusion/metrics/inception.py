@@ -49,8 +49,7 @@ class Inception(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B,2048] of uint8 [B,3,H,W]."""
-        features: Tensor = self.network(self.prepare(images))
-        return features
+        return self.network(self.prepare(images))
 
 
 def load_inception(weights: Path, *, resize: Resize = "bicubic") -> Inception:
@@ -66,9 +65,8 @@ def load_inception(weights: Path, *, resize: Resize = "bicubic") -> Inception:
     try:
         inception.network.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(
-            f"{weights} does not hold this Inception: {str(error).splitlines()[1].strip()}"
-        ) from None
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"{weights} does not hold this Inception: {reason}") from None
     inception.requires_grad_(requires_grad=False)
     return inception
 

@@ -32,9 +32,7 @@ class Moments:
         for name, shape in (("mean", (dimension,)), ("scatter", (dimension, dimension))):
             tensor = getattr(self, name)
             if tensor.shape != shape or tensor.dtype != torch.float64:
-                raise ValueError(
-                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}; float64 {shape} is accepted"
-                )
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; float64 {shape} is needed")
 
     @classmethod
     def of(cls, features: Tensor) -> Self:
@@ -44,9 +42,7 @@ class Moments:
             ValueError: unless there are N rows of D finite floats.
         """
         if features.ndim != 2 or not features.is_floating_point():
-            raise ValueError(
-                f"features are {features.dtype} {tuple(features.shape)}; floats [N,D] are accepted"
-            )
+            raise ValueError(f"features are {features.dtype} {[*features.shape]}; floats [N,D] are needed")
         if num_bad := int((~features.isfinite().all(dim=1)).sum()):
             raise ValueError(f"{num_bad} of {len(features)} feature vectors are not finite; leave them out")
         vectors = features.detach().to(device="cpu", dtype=torch.float64)

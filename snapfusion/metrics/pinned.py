@@ -49,9 +49,7 @@ def _locate(source: str) -> Path:
     if path.is_file():
         return path
     if path.is_absolute() or source.startswith(".") or source.count("/") < 2:
-        raise PinnedFileError(
-            f"there is no file {source!r}; give a path, a URL or owner/name/file on the hub"
-        )
+        raise PinnedFileError(f"there is no file {source!r}; give a path, a URL or owner/name/file on a hub")
     return _download(source)
 
 
@@ -74,12 +72,11 @@ def _fetch(url: str) -> Path:
 
 def _download(source: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     owner, name, file = source.split("/", 2)
     try:
         return Path(hf_hub_download(f"{owner}/{name}", file))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:  # also the hub's own errors, which are derived from it
         raise PinnedFileError(
             f"{source!r} is neither a local file nor available from the hub ({type(error).__name__}); give a "
             "path, a URL, or owner/name/file on a hub that this machine can reach"

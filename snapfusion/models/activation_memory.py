@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -77,14 +77,12 @@ class _FusedAttention(torch.autograd.Function):
 @contextmanager
 def _fused_attention() -> Iterator[None]:
     # On the meta device torch decomposes attention into its score matrix, which no accelerator does.
-    original = torch.nn.functional.scaled_dot_product_attention
-    torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: _FusedAttention.apply(
-        q, k, v
-    )
+    original = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: _FusedAttention.apply(q, k, v)
     try:
         yield
     finally:
-        torch.nn.functional.scaled_dot_product_attention = original
+        functional.scaled_dot_product_attention = original
 
 
 def peak_bytes(network: nn.Module, run: Callable[[], Tensor], *, trained: bool) -> int:

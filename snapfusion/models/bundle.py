@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import torch
@@ -115,8 +115,7 @@ class Bundle:
     @torch.inference_mode()
     def encode_text(self, ids: Tensor) -> Tensor:
         """Encode token ids, int64 [B,L], to the condition c, float32 [B,L,D]."""
-        hidden = self.text_encoder(ids.to(self.device)).last_hidden_state
-        return hidden.float()
+        return self.text_encoder(ids.to(self.device)).last_hidden_state.float()
 
     def null_condition(self) -> Tensor:
         """Encode the empty caption, float32 [1,L,D]: the unconditional input of SnapFusion Eq. 3."""
@@ -129,10 +128,8 @@ class Bundle:
             scale = torch.as_tensor(w, dtype=torch.float32, device=z_t.device).flatten().expand(len(z_t))
             size = int(self.unet.config["time_cond_proj_dim"])
             timestep_cond = guidance_embedding(scale, size=size).to(dtype)
-        output: Tensor = self.unet(
-            z_t.to(dtype), t, encoder_hidden_states=c.to(dtype), timestep_cond=timestep_cond
-        ).sample
-        return output.float()
+        condition = {"encoder_hidden_states": c.to(dtype), "timestep_cond": timestep_cond}
+        return self.unet(z_t.to(dtype), t, **condition).sample.float()
 
     def denoiser(self, c: Tensor, *, w: Tensor | float = 1.0, c_null: Tensor | None = None) -> Denoiser:
         """Bind caption and guidance to the UNet. SnapFusion Eq. 3 (Eq. 10 for v).
@@ -167,8 +164,7 @@ class Bundle:
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents float32 [B,4,h,w] to images float32 [B,3,H,W], clamped to [-1, 1]."""
         unscaled = latents.to(self.device) / self.scaling_factor
-        images: Tensor = self.vae.decode(unscaled.to(self.vae.dtype)).sample
-        return images.float().clamp(-1.0, 1.0)
+        return self.vae.decode(unscaled.to(self.vae.dtype)).sample.float().clamp(-1.0, 1.0)
 
     def describe(self) -> dict[str, Any]:
         """Identify the model in tables and checkpoints that were made with it."""
@@ -177,11 +173,7 @@ class Bundle:
             "prediction_type": self.prediction_type,
             "scaling_factor": self.scaling_factor,
             "latent_shape": list(self.latent_shape),
-            "schedule": {
-                "num_steps": self.schedule.num_steps,
-                "beta_start": self.schedule.beta_start,
-                "beta_end": self.schedule.beta_end,
-            },
+            "schedule": asdict(self.schedule),
         }
 
 

@@ -74,16 +74,11 @@ class DecoderConfig(Settings):
         counts = [*full.block_out_channels, full.norm_num_groups]
         if any(count % 2 for count in counts):
             raise ValueError(f"widths and groups are {counts}; they must be even to be halved")
-        return cls(
-            latent_channels=full.latent_channels,
-            out_channels=full.out_channels,
-            block_out_channels=tuple(width // 2 for width in full.block_out_channels),
-            layers_per_block=full.layers_per_block,
-            norm_num_groups=full.norm_num_groups // 2,
-            mid_block_add_attention=full.mid_block_add_attention,
-            use_post_quant_conv=full.use_post_quant_conv,
-            scaling_factor=full.scaling_factor,
-        )
+        halved = {
+            "block_out_channels": tuple(width // 2 for width in full.block_out_channels),
+            "norm_num_groups": full.norm_num_groups // 2,
+        }
+        return cls(**{name: full[name] for name in cls.model_fields} | halved)
 
 
 class HalfDecoder(nn.Module):
@@ -99,12 +94,8 @@ class HalfDecoder(nn.Module):
         )
         self.decoder = Decoder(
             in_channels=channels,
-            out_channels=config.out_channels,
             up_block_types=("UpDecoderBlock2D",) * len(config.block_out_channels),
-            block_out_channels=config.block_out_channels,
-            layers_per_block=config.layers_per_block,
-            norm_num_groups=config.norm_num_groups,
-            mid_block_add_attention=config.mid_block_add_attention,
+            **config.model_dump(exclude={"latent_channels", "use_post_quant_conv", "scaling_factor"}),
         )
 
     @classmethod
@@ -137,8 +128,7 @@ class HalfDecoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         """Decode a scaled latent [B,4,h,w] to an image [B,3,H,W], about -1 .. 1 but not clamped."""
-        image: Tensor = self.decoder(self.post_quant_conv(latent / self.config.scaling_factor))
-        return image
+        return self.decoder(self.post_quant_conv(latent / self.config.scaling_factor))
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -174,8 +164,9 @@ def load_decoder(url: str) -> HalfDecoder:
         DecoderError: if the folder holds pickles, a file is missing or altered, or the weights do not fit.
     """
     fs, root = fsspec.core.url_to_fs(url)
+    needed = f"a folder with {CONFIG} and {WEIGHTS} is needed"
     if not fs.exists(root):
-        raise DecoderError(f"{url} does not exist; a folder with {CONFIG} and {WEIGHTS} is needed")
+        raise DecoderError(f"{url} does not exist; {needed}")
     paths = [PurePosixPath(path) for path in fs.ls(root, detail=False)]
     if pickles := sorted(path.name for path in paths if path.suffix.lower() in PICKLE_SUFFIXES):
         raise DecoderError(
@@ -187,14 +178,11 @@ def load_decoder(url: str) -> HalfDecoder:
         try:
             contents[name] = fs.cat_file(f"{root}/{name}")
         except FileNotFoundError:
-            message = f"{url} has no {name}; a folder with {CONFIG} and {WEIGHTS} is needed"
-            raise DecoderError(message) from None
+            raise DecoderError(f"{url} has no {name}; {needed}") from None
     values, weights = _parse_config(contents[CONFIG], url=url), contents[WEIGHTS]
     expected, actual = values.pop("weights_sha256", None), hashlib.sha256(weights).hexdigest()
     if expected != actual:
-        raise DecoderError(
-            f"{url}/{WEIGHTS} was altered: its SHA-256 is {actual}, {CONFIG} says {expected}; copy it again"
-        )
+        raise DecoderError(f"{url}/{WEIGHTS} was altered: SHA-256 {actual}, not {expected}; copy it again")
     try:
         decoder = HalfDecoder(DecoderConfig.parse(values))
         decoder.load_state_dict(load_safetensors(weights))

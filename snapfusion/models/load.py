@@ -40,12 +40,6 @@ BUNDLED = {"mini": _WEIGHTS / "sd", "mini-v": _WEIGHTS / "sd-v"}
 NetworkName = Literal["text_encoder", "unet", "vae"]
 """A network of a model, by its folder."""
 _NETWORKS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
-# Without `accelerate` diffusers ignores low_cpu_mem_usage, with a warning unless it is off.
-_LOAD_OPTIONS = {
-    "text_encoder": {},
-    "unet": {"low_cpu_mem_usage": False},
-    "vae": {"low_cpu_mem_usage": False},
-}
 _INDEX = "model_index.json"
 _CONFIGS = ("unet/config.json", "vae/config.json")
 _HUB_PATTERNS = (_INDEX, DISTILLATION_FILE, "*/*.json", "*/*.txt", "*/*.safetensors")
@@ -98,8 +92,7 @@ def load_network(source: str, *, part: NetworkName) -> nn.Module:
     """
     if source.startswith(RANDOM_PREFIX):
         return load(source).networks[part]
-    network: nn.Module = _read_network(_locate(source) / part, source=source)
-    return network.float().eval()
+    return _read_network(_locate(source) / part, source=source).float().eval()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,31 +120,28 @@ def load_sizes(source: str) -> ModelDimensions:
     """
     unet, vae = _configs(source)
     cell = 2 ** (len(vae["block_out_channels"]) - 1)
-    levels = len(unet["block_out_channels"])
     return ModelDimensions(
         side=unet["sample_size"] * cell,
         cell=cell,
-        granularity=cell * 2 ** (levels - 1),
+        granularity=cell * 2 ** (len(unet["block_out_channels"]) - 1),
         channels=unet["in_channels"],
     )
 
 
-def _configs(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _configs(source: str) -> list[dict[str, Any]]:
     """Read the configurations of UNet and VAE."""
     name = source.removeprefix(RANDOM_PREFIX)
     if source.startswith(RANDOM_PREFIX) and name in MODEL_CONFIGS:
-        return MODEL_CONFIGS[name].unet, MODEL_CONFIGS[name].vae
+        return [MODEL_CONFIGS[name].unet, MODEL_CONFIGS[name].vae]
     if "://" in source:
         fs, path = fsspec.core.url_to_fs(source)
         root = path if fs.exists(f"{path}/{_INDEX}") else f"{path}/{MODEL_FOLDER}"
         try:
-            unet, vae = (json.loads(fs.cat_file(f"{root}/{name}")) for name in _CONFIGS)
+            return [json.loads(fs.cat_file(f"{root}/{name}")) for name in _CONFIGS]
         except (OSError, ValueError) as error:
             raise ModelError(f"{source}: its configurations cannot be read: {error}") from None
-        return unet, vae
     folder = _locate(source, patterns=_CONFIGS)
-    unet, vae = (_read_json(folder / name, source=source) for name in _CONFIGS)
-    return unet, vae
+    return [_read_json(folder / name, source=source) for name in _CONFIGS]
 
 
 def _locate(source: str, *, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
@@ -201,11 +191,10 @@ def _version(info: Mapping[str, Any]) -> object:
 
 def _download(hub_id: str, *, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:  # also the hub's own errors, which are derived from it
         raise ModelError(
             f"{hub_id!r} is neither a folder here nor a model the hub gave ({type(error).__name__}); "
             "give a diffusers folder, a URL of one, or a hub id that this machine can reach"
@@ -244,17 +233,15 @@ def _read_network(folder: Path, *, source: str) -> Any:  # noqa: ANN401 - one of
     config = _read_json(folder / "config.json", source=source)
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
-        if pickles:
-            raise ModelError(
-                f"{source}: {folder.name} has only pickled weights ({', '.join(pickles)}), which are never "
-                "opened; save it as safetensors"
-            )
-        raise ModelError(f"{source}: {folder.name} has no weights (a .safetensors file)")
+        found = f"only pickled weights ({', '.join(pickles)}), never opened" if pickles else "no weights"
+        raise ModelError(f"{source}: {folder.name} has {found}; save it as safetensors")
     cls = BlockUNet if config.get("_class_name") == BlockUNet.__name__ else _NETWORKS[folder.name]
+    options = {"use_safetensors": True, "output_loading_info": True}
+    if cls is not CLIPTextModel:
+        # Without `accelerate` diffusers ignores low_cpu_mem_usage, with a warning unless it is off.
+        options["low_cpu_mem_usage"] = False
     try:
-        network, info = cls.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **_LOAD_OPTIONS[folder.name]
-        )
+        network, info = cls.from_pretrained(folder, **options)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{source}: {folder.name}'s weights cannot be read: {reason}") from None
@@ -268,12 +255,11 @@ def _read_network(folder: Path, *, source: str) -> Any:  # noqa: ANN401 - one of
 
 def _read_json(path: Path, *, source: str) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except OSError:
         raise ModelError(f"{source}: {path.parent.name}/{path.name} is missing") from None
     except ValueError as error:
         raise ModelError(f"{source}: {path.parent.name}/{path.name} is not JSON: {error}") from None
-    return values
 
 
 def _schedule(scheduler: Mapping[str, Any], *, source: str) -> Schedule:
@@ -281,9 +267,7 @@ def _schedule(scheduler: Mapping[str, Any], *, source: str) -> Schedule:
     if kind != "scaled_linear":
         raise ModelError(f"{source}: beta_schedule is {kind!r}; 'scaled_linear' is accepted")
     if scheduler.get("rescale_betas_zero_snr"):
-        raise ModelError(
-            f"{source}: rescaled betas (zero terminal SNR) are not accepted: x is undefined at t=999"
-        )
+        raise ModelError(f"{source}: rescaled betas (zero terminal SNR) are refused: x is undefined at t=999")
     return Schedule(
         num_steps=scheduler.get("num_train_timesteps", 1000),
         beta_start=scheduler.get("beta_start", 0.0001),
@@ -294,7 +278,6 @@ def _schedule(scheduler: Mapping[str, Any], *, source: str) -> Schedule:
 def _prediction_type(scheduler: Mapping[str, Any], *, source: str) -> Any:  # noqa: ANN401 - checked literal
     kind = scheduler.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
-        raise ModelError(
-            f"{source}: prediction_type is {kind!r}; {' or '.join(PREDICTION_TYPES)} is accepted"
-        )
+        accepted = " or ".join(PREDICTION_TYPES)
+        raise ModelError(f"{source}: prediction_type is {kind!r}; {accepted} is accepted")
     return kind

@@ -50,18 +50,12 @@ def build_tokenizer(
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     """Tokenize captions to int64 [B,L], L the tokenizer's maximum: start, truncated text, end, padding."""
-    encoded = tokenizer(
-        list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length
-    )
+    encoded = tokenizer(list(captions), padding="max_length", truncation=True)
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
 def _byte_letters() -> list[str]:
     """Return one printable letter per byte in GPT-2's order: printable bytes first, then the others."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # ! to ~, ¡ to ¬, ® to ÿ
     others = [byte for byte in range(256) if byte not in printable]
     return [*map(chr, printable), *(chr(256 + index) for index in range(len(others)))]
