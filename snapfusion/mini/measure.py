@@ -22,10 +22,11 @@ from snapfusion.mini.scenes import HELD_OUT, caption_of, change_one_attribute, i
 from snapfusion.mini.settings import BATCH, MiniMeasurementSettings
 from snapfusion.mini.vocabulary import ATTRIBUTES, NUM_CAPTIONS
 from snapfusion.mini.weights import WEIGHTS
-from snapfusion.models.architecture import Block
-from snapfusion.models.blocks import blocks_of, skipping_blocks
+from snapfusion.models.blocks import skipping_blocks
 from snapfusion.models.bundle import Bundle, to_uint8
+from snapfusion.models.cost import paper_stages
 from snapfusion.models.load import load
+from snapfusion.models.unet import architecture_of
 from snapfusion.noise import gaussian_batch, noise_key, uniform
 from snapfusion.sampling import sample, time_grid
 from snapfusion.solver_names import Solver
@@ -105,11 +106,8 @@ def measure_mini(
 @torch.inference_mode()
 def measure_vae(teacher: Bundle, *, count: int) -> MetricIntervals:
     """PSNR in dB (mean over images, peak 255) of encoding to the mean and decoding."""
-    psnrs = []
-    for indexes in held_out_batches(count):
-        images = image_batch(indexes)
-        psnrs.append(image_psnr(_reconstruct(teacher, images), images))
-    return {"psnr_db": _mean(psnrs)}
+    batches = map(image_batch, held_out_batches(count))
+    return {"psnr_db": _mean([image_psnr(_reconstruct(teacher, images), images) for images in batches])}
 
 
 def measure_scorer(scorer: ClipScorer, *, count: int) -> MetricIntervals:
@@ -168,10 +166,11 @@ def measure_blocks(model: Bundle, *, count: int, seed: int) -> MetricIntervals:
     The error is that of the velocity (SnapFusion Eq. 6) at ten times spread over the schedule, each for a
     tenth of the scenes of a batch. 1 means that the blocks have no effect.
     """
+    architecture = architecture_of(model.unet)
+    row_of = {stage: row for row, stages in paper_stages(architecture).items() for stage in stages}
     groups: dict[str, list[str]] = {}
-    deepest = len(model.unet.down_blocks) - 1
-    for block in blocks_of(model.unet):
-        groups.setdefault(f"{_table3_row(block, deepest=deepest)} {block.kind}", []).append(block.name)
+    for block in architecture.blocks:
+        groups.setdefault(f"{row_of[block.stage]} {block.kind}", []).append(block.name)
     whole = _velocity_errors(model, (), count=count, seed=seed)
     ratios = {}
     for group, names in groups.items():
@@ -196,14 +195,6 @@ def _velocity_errors(model: Bundle, names: Sequence[str], *, count: int, seed: i
         v_hat = schedule.velocity(x=estimate.x, eps=estimate.eps, t=t)
         errors.append(float(velocity_loss(v_hat, x=x, eps=eps, t=t, schedule=schedule).mean()))
     return errors
-
-
-def _table3_row(block: Block, *, deepest: int) -> str:
-    """The stage's name in Table 3, whose "Mid" is everything at the smallest resolution."""
-    side, number = [*block.stage.split("."), "0"][:2]
-    if block.depth == deepest:
-        return "Mid"
-    return f"Down-{int(number) + 1}" if side == "down_blocks" else f"Up-{int(number)}"
 
 
 def _ratio_of_sums(pairs: Sequence[tuple[float, float]]) -> float:

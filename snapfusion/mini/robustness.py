@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from statistics import fmean
 from typing import Literal, get_args
 
@@ -38,6 +39,7 @@ METRIC_NAMES: tuple[Metric, ...] = get_args(Metric)
 PartMetrics = dict[Metric, tuple[float, ...]]
 """The mean of each batch of scenes: the proportion of correct attributes, and the PSNR in dB of details."""
 
+_MODELS = ("plain", "robust")
 _SIDES = {"down_blocks": "down", "mid_block": "middle", "up_blocks": "up"}
 
 
@@ -102,9 +104,8 @@ class LossComparison:
         """From the losses of the batches of plain, and of robust."""
         plain, robust = (intervals.jackknife(each, fmean) for each in losses)
         pairs = list(zip(*losses, strict=True))
-        return cls(
-            plain=plain, robust=robust, ratio=intervals.jackknife(pairs, _ratio) if plain.low > 0 else None
-        )
+        ratio = intervals.jackknife(pairs, _ratio) if plain.low > 0 else None
+        return cls(plain=plain, robust=robust, ratio=ratio)
 
 
 def _ratio(pairs: Sequence[tuple[float, ...]]) -> float:
@@ -134,25 +135,19 @@ def check_comparable(models: Mapping[str, Bundle]) -> None:
                 f"{name}: {model.source} generates images of {model.image_size} px; the oracle reads a "
                 f"miniature's, of {IMAGE_SIZE}"
             )
-    (name, first), *others = models.items()
-    for other, model in others:
-        _check_blocks({name: first, other: model})
-        for part in ("vae", "text_encoder"):
-            if first.fingerprint()[part] != model.fingerprint()[part]:
-                raise RobustnessError(
-                    f"{name} and {other} have different weights in {part}, so their losses would not be "
-                    "due to their UNets alone; give two trainings of one model"
-                )
-
-
-def _check_blocks(models: Mapping[str, Bundle]) -> None:
     blocks = {name: {block.name for block in blocks_of(model.unet)} for name, model in models.items()}
-    for name, other in (tuple(blocks), tuple(blocks)[::-1]):
+    for name, other in permutations(models, 2):
         if missing := sorted(blocks[name] - blocks[other]):
             raise RobustnessError(
                 f"{name} has the block {missing[0]}, {other} has not ({len(missing)} such); models of the "
                 "same blocks are accepted"
             )
+        for part in ("vae", "text_encoder"):
+            if models[name].fingerprint()[part] != models[other].fingerprint()[part]:
+                raise RobustnessError(
+                    f"{name} and {other} have different weights in {part}, so their losses would not be "
+                    "due to their UNets alone; give two trainings of one model"
+                )
 
 
 def robustness_parts(settings: RobustnessSettings, models: Mapping[str, Bundle]) -> list[RobustnessPart]:
@@ -249,9 +244,7 @@ def _measure_part(
             detail.append(float(psnrs.double().mean()))
             attributes.append(float(right.double().mean()))
     if torch.tensor(detail).isinf().any():
-        raise RobustnessError(
-            f"{part}: an image is restored exactly from noised_to={settings.noised_to}; give a later time"
-        )
+        raise RobustnessError(f"{part}: an image is restored exactly; give a later noised_to")
     return {"attributes": tuple(attributes), "detail": tuple(detail)}
 
 
@@ -275,30 +268,21 @@ class RobustnessResults:
 
     def lost(self, metric: Metric, *, group: str) -> LossComparison:
         """The losses without one group, over all seeds."""
-        return LossComparison.of(
-            [self._losses(metric, model, group, self.seeds) for model in ("plain", "robust")]
-        )
+        return LossComparison.of([self._losses(metric, model, group, self.seeds) for model in _MODELS])
 
     def lost_on_average(self, metric: Metric, *, seeds: Sequence[int] | None = None) -> LossComparison:
         """The mean over groups of the losses without each; over the given seeds, or all."""
-        return LossComparison.of(
-            [self._mean_losses(metric, model, seeds or self.seeds) for model in ("plain", "robust")]
-        )
+        return LossComparison.of([self._mean_losses(metric, model, seeds or self.seeds) for model in _MODELS])
 
     def below_plain(self, metric: Metric) -> LossComparison:
         """As `lost_on_average` over all seeds, but both relative to the whole plain model.
 
         Thus what robust training itself costs the whole model counts as a loss.
         """
-        plain, robust = (self._batches(metric, model, WHOLE, self.seeds) for model in ("plain", "robust"))
-        losses = self._mean_losses(metric, "robust", self.seeds)
-        costs = zip(losses, plain, robust, strict=True)
-        return LossComparison.of(
-            [
-                self._mean_losses(metric, "plain", self.seeds),
-                [lost + (before - after) for lost, before, after in costs],
-            ]
-        )
+        plain, robust = (self._batches(metric, model, WHOLE, self.seeds) for model in _MODELS)
+        plain_losses, robust_losses = (self._mean_losses(metric, model, self.seeds) for model in _MODELS)
+        costs = zip(robust_losses, plain, robust, strict=True)
+        return LossComparison.of([plain_losses, [lost + (before - after) for lost, before, after in costs]])
 
     def _mean_losses(self, metric: Metric, model: str, seeds: Sequence[int]) -> list[float]:
         by_group = [self._losses(metric, model, group, seeds) for group in self.groups]

@@ -8,6 +8,7 @@ captions; only the images are held out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 
@@ -77,8 +78,8 @@ class Scene:
 
     def labels(self) -> tuple[int, ...]:
         """The index of each attribute's value within `ATTRIBUTES`, in the order of the fields."""
-        words = astuple(self)
-        return tuple(ATTRIBUTES[name].index(word) for name, word in zip(ATTRIBUTES, words, strict=True))
+        pairs = zip(ATTRIBUTES.values(), astuple(self), strict=True)
+        return tuple(words.index(word) for words, word in pairs)
 
 
 _STRIDE = 457
@@ -93,11 +94,11 @@ def scene_of(index: int) -> Scene:
     """
     if index < 0:
         raise ValueError(f"scene index is {index}; 0 or more is accepted")
-    rest, words = index * _STRIDE % NUM_CAPTIONS, []
-    for choices in ATTRIBUTES.values():
-        rest, label = divmod(rest, len(choices))
-        words.append(choices[label])
-    return Scene(*words)
+    rest, labels = index * _STRIDE % NUM_CAPTIONS, []
+    for words in ATTRIBUTES.values():
+        rest, label = divmod(rest, len(words))
+        labels.append(label)
+    return scene_from_labels(labels)
 
 
 def scene_from_labels(labels: Sequence[int]) -> Scene:
@@ -116,24 +117,21 @@ def parse_caption(caption: str) -> Scene:
     Raises:
         ValueError: if the caption is not one of the 1200.
     """
-    words = caption.split()
-    if len(words) == 11:
-        size, color, shape, place, background = words[1], words[2], words[3], " ".join(words[4:7]), words[9]
-        scene = Scene(size, color, shape, place, background)
-        known = all(word in ATTRIBUTES[name] for name, word in zip(ATTRIBUTES, astuple(scene), strict=True))
-        if known and caption_of(scene) == caption:
-            return scene
-    raise ValueError(f"{caption!r} describes no scene; an example that does is {caption_of(scene_of(0))!r}")
+    scenes = _scenes_by_caption()
+    if caption not in scenes:
+        raise ValueError(f"{caption!r} describes no scene; an example that does is {next(iter(scenes))!r}")
+    return scenes[caption]
+
+
+@functools.cache
+def _scenes_by_caption() -> dict[str, Scene]:
+    return {caption_of(scene): scene for scene in map(scene_of, range(NUM_CAPTIONS))}
 
 
 def change_one_attribute(scene: Scene, *, draw: float) -> Scene:
     """`scene` with another value of one attribute: of all such changes, the one at `draw` in [0, 1)."""
-    changes = [
-        {name: value}
-        for name, values in ATTRIBUTES.items()
-        for value in values
-        if value != getattr(scene, name)
-    ]
+    every = [(name, word) for name, words in ATTRIBUTES.items() for word in words]
+    changes = [{name: word} for name, word in every if word != getattr(scene, name)]
     return replace(scene, **changes[int(draw * len(changes))])
 
 

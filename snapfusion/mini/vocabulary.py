@@ -36,12 +36,10 @@ BACKGROUNDS = {
     "pink": (250, 180, 205),
 }
 
-SHAPE_NAMES = ("circle", "square", "triangle", "cross", "ring")
-
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "size": tuple(SIZES),
     "color": tuple(COLORS),
-    "shape": SHAPE_NAMES,
+    "shape": ("circle", "square", "triangle", "cross", "ring"),
     "place": tuple(PLACES),
     "background": tuple(BACKGROUNDS),
 }

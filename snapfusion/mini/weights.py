@@ -31,5 +31,4 @@ def read_manifest(folder: Path = WEIGHTS) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"there is no miniature in {folder}: it has no {MANIFEST}; give a folder of weights")
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return manifest
+    return json.loads(path.read_text(encoding="utf-8"))

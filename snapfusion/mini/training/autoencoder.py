@@ -31,6 +31,7 @@ def autoencoder_loss(
     joint = stage == "autoencoder"
 
     def loss(step: int) -> Tensor:
+        """Draw a batch by the step, and compute its loss."""
         generator = step_generator(seed=seed, stage=stage, step=step)
         images = to_signed(image_batch(training_indexes(settings.batch, generator)).to(device_of(vae)))
         with torch.set_grad_enabled(joint):

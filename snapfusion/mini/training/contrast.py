@@ -71,9 +71,6 @@ def draw_captions(indexes: Sequence[int], generator: torch.Generator) -> list[st
     """The captions of scenes, then `NEGATIVES` altered ones of each in turn."""
     scenes = [scene_of(index) for index in indexes]
     draws = torch.rand((len(scenes), NEGATIVES), generator=generator, dtype=torch.float64).tolist()
-    altered = [
-        change_one_attribute(scene, draw=draw)
-        for scene, row in zip(scenes, draws, strict=True)
-        for draw in row
-    ]
+    pairs = zip(scenes, draws, strict=True)
+    altered = [change_one_attribute(scene, draw=draw) for scene, row in pairs for draw in row]
     return [caption_of(scene) for scene in [*scenes, *altered]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -18,7 +19,10 @@ from snapfusion.mini.training.settings import DenoiserSettings, MiniTraining
 from snapfusion.mini.training.stage import device_of, step_generator
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.models.blocks import blocks_of, skipping_blocks
-from snapfusion.schedule import PredictionType, Schedule
+from snapfusion.schedule import Schedule
+
+UNetStage = Literal["denoiser", "velocity"]
+"""The stage of the UNet that predicts eps, and of the one that predicts v."""
 
 _ENCODE_BATCH = 100
 
@@ -57,8 +61,7 @@ def denoiser_loss(
     encoded: EncodedScenes,
     *,
     schedule: Schedule,
-    stage: str,
-    prediction_type: PredictionType,
+    stage: UNetStage,
     settings: MiniTraining,
 ) -> Callable[[int], Tensor]:
     """Mean squared error of eps (Ho et al. 2020) or of v (SnapFusion Eq. 6), with some captions dropped.
@@ -67,14 +70,14 @@ def denoiser_loss(
         unet: to train.
         encoded: latents and conditions.
         schedule: of alpha_t and sigma_t.
-        stage: "denoiser" or "velocity": name of the settings, and part of the random numbers' seed.
-        prediction_type: of the UNet's output.
+        stage: the name of its settings, and part of the random numbers' seed.
         settings: of the whole training.
     """
     own: DenoiserSettings = getattr(settings, stage)
     batch = own.batch
 
     def loss(step: int) -> Tensor:
+        """Draw a batch by the step, and compute its loss."""
         generator = step_generator(seed=settings.seed, stage=stage, step=step)
         rows = torch.randint(len(encoded.latents), (batch,), generator=generator)
         # One timestep in each of B equal parts of the schedule: the same expectation as uniform timesteps,
@@ -89,7 +92,7 @@ def denoiser_loss(
         z_t = schedule.diffuse(x=x, eps=eps, t=t)
         with skipping_blocks(unet, skipped_blocks(unet, step=step, generator=generator, settings=own)):
             output = unet(z_t, t, encoder_hidden_states=c).sample
-        if prediction_type == "v_prediction":
+        if stage == "velocity":
             return velocity_loss(output, x=x, eps=eps, t=t, schedule=schedule).mean()
         return functional.mse_loss(output, eps)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from open_clip import CLIP
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -21,7 +22,7 @@ from snapfusion.mini.scenes import caption_of, image_batch, scene_of
 from snapfusion.mini.tokenizer import mini_tokenizer, save_tokenizer
 from snapfusion.mini.training.autoencoder import autoencoder_loss, decoder_parts
 from snapfusion.mini.training.contrast import TextTower, contrastive_loss, draw_captions
-from snapfusion.mini.training.denoiser import EncodedScenes, denoiser_loss, latents_of
+from snapfusion.mini.training.denoiser import EncodedScenes, UNetStage, denoiser_loss, latents_of
 from snapfusion.mini.training.settings import MiniTraining, StageSettings
 from snapfusion.mini.training.stage import (
     Progress,
@@ -37,7 +38,7 @@ from snapfusion.models.checksums import write_checksums
 from snapfusion.models.save import save
 from snapfusion.models.tokenizer import tokenize
 from snapfusion.noise import noise_key
-from snapfusion.schedule import PredictionType, Schedule
+from snapfusion.schedule import Schedule
 from snapfusion.settings import digest
 
 LossCurve = list[tuple[int, float]]
@@ -80,33 +81,19 @@ class Trainer:
     def text_encoder(self) -> CLIPTextModel:
         """The conditioning text encoder; the image tower that it is trained against is discarded."""
         tower = self._seeded("text", lambda: TextTower(models.text_encoder(self.tokenizer))).to(self.device)
-
-        def loss(step: int) -> Tensor:
-            images, ids = self._contrast_batch("text", step)
-            return contrastive_loss(
-                images=tower.encode_image(images),
-                texts=tower.encode_text(ids),
-                log_temperature=tower.log_temperature,
-            )
-
-        self._run("text", module=tower, loss=loss)
+        self._run_contrast("text", tower, encode_image=tower.encode_image, factor=tower.log_temperature)
         return tower.text_encoder
 
     def scorer(self) -> ClipScorer:
         """The CLIP scorer, which shares only the data with the conditioning text encoder."""
         config = models.scorer_config(len(self.tokenizer))
         scorer = self._seeded("scorer", lambda: build_scorer(config, tokenizer=self.tokenizer))
-        scorer.model.to(self.device)
+        model = scorer.model.to(self.device)
 
-        def loss(step: int) -> Tensor:
-            images, ids = self._contrast_batch("scorer", step)
-            return contrastive_loss(
-                images=scorer.model.encode_image(scorer.prepare(images)),
-                texts=scorer.model.encode_text(ids),
-                log_temperature=scorer.model.logit_scale,
-            )
+        def encode_image(images: Tensor) -> Tensor:
+            return model.encode_image(scorer.prepare(images))
 
-        self._run("scorer", module=scorer.model, loss=loss)
+        self._run_contrast("scorer", model, encode_image=encode_image, factor=model.logit_scale)
         return scorer
 
     def oracle(self) -> Oracle:
@@ -129,8 +116,9 @@ class Trainer:
         scaling_factor = round(1.0 / float(means.std()), 5)
         vae.register_to_config(scaling_factor=scaling_factor)
         captions = [caption_of(scene_of(index)) for index in range(NUM_CAPTIONS)]
+        ids = tokenize(self.tokenizer, [*captions, ""])
         with torch.inference_mode():
-            hidden = text_encoder(self._tokenize([*captions, ""]).to(self.device)).last_hidden_state.cpu()
+            hidden = text_encoder(ids.to(self.device)).last_hidden_state.cpu()
         # Cloned, because tensors created in inference mode cannot take part in training.
         return EncodedScenes(
             latents=means.clone() * scaling_factor, conditions=hidden[:-1].clone(), null=hidden[-1].clone()
@@ -139,32 +127,18 @@ class Trainer:
     def denoiser(self, encoded: EncodedScenes) -> UNet2DConditionModel:
         """The UNet that predicts eps: the moving average of its training."""
         unet = self._seeded("denoiser", models.unet).to(self.device)
-        return self._unet("denoiser", unet, encoded, prediction_type="epsilon")
+        return self._unet("denoiser", unet, encoded)
 
     def velocity(self, denoiser: UNet2DConditionModel, encoded: EncodedScenes) -> UNet2DConditionModel:
         """The UNet that predicts v, initialized with the weights of `denoiser`. SnapFusion Eq. 6."""
         unet = copy.deepcopy(denoiser).requires_grad_(requires_grad=True)
-        parents = {"denoiser": self.settings.denoiser.to_values()}
-        return self._unet("velocity", unet, encoded, prediction_type="v_prediction", **parents)
+        return self._unet("velocity", unet, encoded, denoiser=self.settings.denoiser.to_values())
 
     def _unet(
-        self,
-        stage: str,
-        unet: UNet2DConditionModel,
-        encoded: EncodedScenes,
-        *,
-        prediction_type: PredictionType,
-        **parents: object,
+        self, stage: UNetStage, unet: UNet2DConditionModel, encoded: EncodedScenes, **parents: object
     ) -> UNet2DConditionModel:
         average, settings = copy.deepcopy(unet).requires_grad_(requires_grad=False), self.settings
-        loss = denoiser_loss(
-            unet,
-            encoded,
-            schedule=self.schedule,
-            stage=stage,
-            prediction_type=prediction_type,
-            settings=settings,
-        )
+        loss = denoiser_loss(unet, encoded, schedule=self.schedule, stage=stage, settings=settings)
         architecture = {name: value for name, value in unet.config.items() if not name.startswith("_")}
         self._run(
             stage,
@@ -180,16 +154,23 @@ class Trainer:
         )
         return average
 
-    def _tokenize(self, captions: Sequence[str]) -> Tensor:
-        return tokenize(self.tokenizer, captions)
-
-    def _contrast_batch(self, stage: str, step: int) -> tuple[Tensor, Tensor]:
-        """Images uint8 [B,3,32,32] and token ids int64 [(1 + NEGATIVES) B, L]."""
+    def _run_contrast(
+        self, stage: str, model: TextTower | CLIP, *, encode_image: Callable[[Tensor], Tensor], factor: Tensor
+    ) -> None:
+        """Train a text model against images; `factor` is the logarithm of that on the cosines."""
         settings: StageSettings = getattr(self.settings, stage)
-        generator = step_generator(seed=self.settings.seed, stage=stage, step=step)
-        indexes = training_indexes(settings.batch, generator)
-        ids = self._tokenize(draw_captions(indexes, generator))
-        return image_batch(indexes).to(self.device), ids.to(self.device)
+
+        def loss(step: int) -> Tensor:
+            generator = step_generator(seed=self.settings.seed, stage=stage, step=step)
+            indexes = training_indexes(settings.batch, generator)
+            ids = tokenize(self.tokenizer, draw_captions(indexes, generator))
+            return contrastive_loss(
+                images=encode_image(image_batch(indexes).to(self.device)),
+                texts=model.encode_text(ids.to(self.device)),
+                log_temperature=factor,
+            )
+
+        self._run(stage, module=model, loss=loss)
 
     def _seeded(self, stage: str, build: Callable[[], _Built]) -> _Built:
         """A network whose initial weights depend on the seed and the stage's name only."""
@@ -208,10 +189,8 @@ class Trainer:
         stage = TrainingStage(
             name=name, identity=digest(identity), settings=settings, module=module, loss=loss, average=average
         )
-        interval, on_progress = self.settings.checkpoint_every, self.on_progress
-        self.curves[name] = run_stage(
-            stage, folder=self.folder, checkpoint_every=interval, on_progress=on_progress
-        )
+        every, progress = self.settings.checkpoint_every, self.on_progress
+        self.curves[name] = run_stage(stage, folder=self.folder, checkpoint_every=every, on_progress=progress)
 
 
 def train(
@@ -232,21 +211,17 @@ def train(
     encoded = trainer.encoded(vae=vae, text_encoder=text_encoder)
     denoiser = trainer.denoiser(encoded)
     velocity = trainer.velocity(denoiser, encoded)
-    teachers: list[tuple[str, PredictionType, UNet2DConditionModel]] = [
-        ("sd", "epsilon", denoiser),
-        ("sd-v", "v_prediction", velocity),
-    ]
-    for name, prediction_type, unet in teachers:
-        bundle = Bundle(
-            tokenizer=trainer.tokenizer,
-            text_encoder=text_encoder,
-            unet=unet,
-            vae=vae,
-            schedule=trainer.schedule,
-            prediction_type=prediction_type,
-            source=str(folder),
-        )
-        _save_model(bundle, weights / name)
+    bundle = Bundle(
+        tokenizer=trainer.tokenizer,
+        text_encoder=text_encoder,
+        unet=denoiser,
+        vae=vae,
+        schedule=trainer.schedule,
+        prediction_type="epsilon",
+        source=str(folder),
+    )
+    _save_model(bundle, weights / "sd")
+    _save_model(replace(bundle, unet=velocity, prediction_type="v_prediction"), weights / "sd-v")
     config = models.scorer_config(len(trainer.tokenizer))
     save_scorer(scorer.model, weights / "scorer", config=config, tokenizer=trainer.tokenizer)
     save_oracle(oracle, weights / "oracle")

@@ -136,6 +136,7 @@ class _Checkpoint:
     optimizer: torch.optim.Optimizer
 
     def save(self, step: int, curve: Sequence[tuple[int, float]]) -> None:
+        """Write the state after `step` steps, with the loss curve so far."""
         tensors = {f"module.{name}": value for name, value in self.stage.module.state_dict().items()}
         if self.stage.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.stage.average.state_dict().items()}
@@ -149,26 +150,27 @@ class _Checkpoint:
         partial.replace(self.path)
 
     def restore(self) -> tuple[int, list[tuple[int, float]]]:
+        """Load the state; return the steps done and the loss curve.
+
+        Raises:
+            ValueError: if it has another identity.
+        """
         with safe_open(self.path, framework="pt") as file:
             header = file.metadata()
             if header["identity"] != self.stage.identity:
-                raise ValueError(
-                    f"{self.path} was trained with other settings; give another folder or the same settings"
-                )
+                raise ValueError(f"{self.path} was trained with other settings; give those or another folder")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        self.stage.module.load_state_dict(_with_prefix(tensors, "module"))
+        self.stage.module.load_state_dict(_with_prefix(tensors, "module."))
         if self.stage.average is not None:
-            self.stage.average.load_state_dict(_with_prefix(tensors, "average"))
+            self.stage.average.load_state_dict(_with_prefix(tensors, "average."))
         groups = self.optimizer.state_dict()["param_groups"]
         state: dict[int, dict[str, Tensor]] = {}
-        for path, value in _with_prefix(tensors, "optimizer").items():
+        for path, value in _with_prefix(tensors, "optimizer.").items():
             number, name = path.split(".")
             state.setdefault(int(number), {})[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         return int(header["step"]), [(step, loss) for step, loss in json.loads(header["curve"])]
 
 
-def _with_prefix(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {
-        key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")
-    }
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
