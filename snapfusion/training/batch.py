@@ -46,9 +46,8 @@ class Batch:
         """Yield the batch in pieces of at most `rows` rows, in order."""
         for start in range(0, len(self), rows):
             part = slice(start, start + rows)
-            yield Batch(
-                ids=self.ids[part], columns={name: column[part] for name, column in self.columns.items()}
-            )
+            columns = {name: column[part] for name, column in self.columns.items()}
+            yield Batch(ids=self.ids[part], columns=columns)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on `device`."""

@@ -40,7 +40,6 @@ class TargetSource(Protocol):
 
     def __call__(self, batch: Batch, *, guided: bool, step: int) -> DistillationBatch:
         """Return the noised rows and targets of a batch at a step, on the batch's device."""
-        ...
 
 
 class OnlineTargets:

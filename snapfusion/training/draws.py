@@ -7,7 +7,6 @@ three are independent whatever the shape of the latent. Stored and online target
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -29,8 +28,7 @@ def draw_intervals(keys: Sequence[int], *, student_steps: int) -> Tensor:
 
     On the student's grid this is the paper's t ~ U[0, 1] (Eq. 6).
     """
-    draws = [int(_uniforms(key)[0] * student_steps) for key in keys]
-    return torch.tensor(draws, dtype=torch.int64)
+    return torch.tensor([int(_uniforms(key)[0] * student_steps) for key in keys], dtype=torch.int64)
 
 
 def draw_guidance(keys: Sequence[int], *, cfg_range: CfgRange) -> Tensor:
@@ -42,11 +40,9 @@ def draw_guidance(keys: Sequence[int], *, cfg_range: CfgRange) -> Tensor:
 
 def interval_ends(interval: Tensor, *, student_steps: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """Return t and t'' of each row, the first and last timestep of its interval: int64 [B] each."""
-    ends = torch.tensor(
-        list(pairwise(time_grid(student_steps, schedule_steps=schedule.num_steps))), device=interval.device
-    )
-    t, t2 = ends[interval].unbind(dim=1)
-    return t, t2
+    grid = time_grid(student_steps, schedule_steps=schedule.num_steps)
+    times = torch.tensor(grid, device=interval.device)
+    return times[interval], times[interval + 1]
 
 
 def _uniforms(key: int) -> np.ndarray:

@@ -35,7 +35,6 @@ class Objective(Protocol):
 
     def __call__(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
         """Return the loss of each row, float32 [B]. `model` must be called as a module, once."""
-        ...
 
 
 @runtime_checkable
@@ -44,15 +43,12 @@ class StatefulObjective(Objective, Protocol):
 
     def end_step(self) -> Mapping[str, float]:
         """Update the state, on all ranks, after the weights; return metrics, the same on all ranks."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state between two steps, as JSON values."""
-        ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

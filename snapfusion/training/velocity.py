@@ -72,8 +72,7 @@ def predict_velocity(
 ) -> Tensor:
     """Run the UNet: float32 [B,4,h,w]; `w`, float32 [B], is for a w-conditioned UNet."""
     condition = {} if w is None else {"timestep_cond": guidance_embedding(w)}
-    output: Tensor = model(z_t, t, encoder_hidden_states=c, return_dict=False, **condition)[0]
-    return output.float()
+    return model(z_t, t, encoder_hidden_states=c, return_dict=False, **condition)[0].float()
 
 
 class VelocityObjective:
