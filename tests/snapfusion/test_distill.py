@@ -42,12 +42,10 @@ def denoiser(prediction_type, w=None):
     return denoiser_of(prediction_type, lambda z_t, t: output_of(z_t, t, w))
 
 
-def target_of(teacher, z_t, *, student_steps, k, interval=None):
+def target_of(model, z_t, *, student_steps, k, interval=None):
     """Of every interval, unless some are given."""
     interval = torch.arange(student_steps) if interval is None else torch.tensor(interval)
-    return teacher_target(
-        teacher, z_t, interval=interval, student_steps=student_steps, k=k, schedule=SCHEDULE
-    )
+    return teacher_target(model, z_t, interval=interval, student_steps=student_steps, k=k, schedule=SCHEDULE)
 
 
 def velocity_of(x, z_t, t):
@@ -76,17 +74,12 @@ def test_target_matches_the_oracle(student_steps, k, prediction_type, guided):
     target = target_of(denoiser(prediction_type, w), z_t, student_steps=student_steps, k=k)
     assert target.dtype == torch.float32
     t, t2 = ends(student_steps)
-    landed = ddim_step(
-        SCHEDULE.from_v(v=velocity_of(target, z_t, t), z_t=z_t, t=t), t_next=t2, schedule=SCHEDULE
-    )
+    estimate = SCHEDULE.from_v(v=velocity_of(target, z_t, t), z_t=z_t, t=t)
+    landed = ddim_step(estimate, t_next=t2, schedule=SCHEDULE)
     for row in range(student_steps):
+        options = {"prediction_type": prediction_type, "w": None if w is None else w[row]}
         expected_landing, expected = oracle(
-            z_t[row],
-            interval=row,
-            student_steps=student_steps,
-            k=k,
-            prediction_type=prediction_type,
-            w=None if w is None else w[row],
+            z_t[row], interval=row, student_steps=student_steps, k=k, **options
         )
         # float32 rounds to 6e-8, and the result is divided by as little as 0.03 (first of 16 steps).
         (a, s), (a2, s2) = alpha_sigma(int(t[row])), alpha_sigma(int(t2[row]))
@@ -131,9 +124,8 @@ def test_target_is_a_weighted_mean_of_x(student_steps, k, seed):
         ends = [calls[j][1][0] for j in range(k)] + [calls[0][1][1]]
         snr = torch.stack([SCHEDULE.snr(t.view(1)).flatten().double().sqrt() for t in ends]).flatten()
         weights = snr.diff() / (snr[-1] - snr[0])
-        mean = sum(
-            weight * estimate.x[0].double() for weight, (estimate, _) in zip(weights, calls, strict=True)
-        )
+        pairs = zip(weights, calls, strict=True)
+        mean = sum(weight * estimate.x[0].double() for weight, (estimate, _) in pairs)
         torch.testing.assert_close(found[0].double(), mean, rtol=0, atol=1e-3)
 
 
@@ -166,7 +158,6 @@ def test_x_target_inverts_a_ddim_step():
     ],
 )
 def test_intervals_off_the_grid_fail(interval, student_steps, k, message):
+    z_t = randn(0, len(interval))
     with pytest.raises(ValueError, match=message):
-        target_of(
-            denoiser("epsilon"), randn(0, len(interval)), interval=interval, student_steps=student_steps, k=k
-        )
+        target_of(denoiser("epsilon"), z_t, interval=interval, student_steps=student_steps, k=k)

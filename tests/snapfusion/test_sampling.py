@@ -119,9 +119,8 @@ def test_trajectory_matches_the_oracle(prediction_type, num_steps):
 
 
 def test_trajectory_ends_at_the_last_x():
-    *_, (t, latent, estimate) = trajectory(
-        denoiser("epsilon"), randn(0), grid=time_grid(8), schedule=SCHEDULE
-    )
+    steps = trajectory(denoiser("epsilon"), randn(0), grid=time_grid(8), schedule=SCHEDULE)
+    *_, (t, latent, estimate) = steps
     assert t == CLEAN
     assert torch.equal(latent, estimate.x)
 
@@ -130,10 +129,10 @@ def test_rows_of_a_step_may_differ_in_time():
     estimate = Estimate(x=randn(0), eps=randn(1))
     together = ddim_step(estimate, t_next=torch.tensor([499, -1]), schedule=SCHEDULE)
     for row, t_next in enumerate([499, -1]):
-        alone = Estimate(x=estimate.x[row : row + 1], eps=estimate.eps[row : row + 1])
-        assert torch.equal(
-            together[row : row + 1], ddim_step(alone, t_next=torch.tensor([t_next]), schedule=SCHEDULE)
-        )
+        one = slice(row, row + 1)
+        alone = Estimate(x=estimate.x[one], eps=estimate.eps[one])
+        found = ddim_step(alone, t_next=torch.tensor([t_next]), schedule=SCHEDULE)
+        assert torch.equal(together[one], found)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

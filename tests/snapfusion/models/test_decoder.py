@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from damaged_files import flip_byte
 from diffusers import AutoencoderKL
 from safetensors.torch import save
 
@@ -135,16 +136,10 @@ def weights(content):
     return change
 
 
-def alter_weights(folder):
-    content = bytearray((folder / "decoder.safetensors").read_bytes())
-    content[-1] ^= 1
-    (folder / "decoder.safetensors").write_bytes(content)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (alter_weights, "was altered"),
+        (lambda folder: flip_byte(folder / "decoder.safetensors"), "was altered"),
         (lambda folder: (folder / "decoder.safetensors").unlink(), "has no decoder.safetensors"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "config.json").write_text('{"_class_name": '), "is not JSON"),

@@ -1,5 +1,7 @@
 """The published architectures at full size, on the meta device."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -10,11 +12,11 @@ from snapfusion.models.random_weights import MODEL_CONFIGS, random_bundle
 from snapfusion.models.tokenizer import clip_tokenizer, tokenize
 
 
-@pytest.fixture(scope="module", params=MODEL_CONFIGS)
-def bundle(request):
-    """Each model, without weights."""
+@functools.cache
+def on_meta(name):
+    """A model without weights."""
     with torch.device("meta"):
-        return random_bundle(request.param)
+        return random_bundle(name)
 
 
 def count(network: nn.Module) -> int:
@@ -30,16 +32,14 @@ def transformer(*, width: int, inner: int, layers: int, tokens: int = 49_408, po
 
 
 def test_sd15_parameters():
-    with torch.device("meta"):
-        bundle = random_bundle("sd15")
+    bundle = on_meta("sd15")
     assert count(bundle.unet) == sd15.UNET_PARAMETERS == 859_520_964
     assert count(bundle.text_encoder) == transformer(width=768, inner=3072, layers=12) == 123_060_480
 
 
 def test_sd2_parameters():
     """The keys and values of 16 cross-attentions are of captions of width 1024, not 768."""
-    with torch.device("meta"):
-        bundle = random_bundle("sd2")
+    bundle = on_meta("sd2")
     cross_attentions = 5 * [320] + 5 * [640] + 6 * [1280]  # two on the way in, three out; one in the middle
     wider = sum(2 * width * (1024 - 768) for width in cross_attentions)
     assert count(bundle.unet) == sd15.UNET_PARAMETERS + wider == sd2.UNET_PARAMETERS == 865_910_724
@@ -47,31 +47,27 @@ def test_sd2_parameters():
 
 
 def test_sd2_heads_are_64_wide():
-    with torch.device("meta"):
-        unet = random_bundle("sd2").unet
+    unet = on_meta("sd2").unet
     blocks = [module for module in unet.modules() if hasattr(module, "attn2")]
     assert {block.attn2.inner_dim / block.attn2.heads for block in blocks} == {64.0}
-    assert all(
-        isinstance(module.proj_in, nn.Linear) for module in unet.modules() if hasattr(module, "proj_in")
-    )
+    assert {type(part.proj_in) for part in unet.modules() if hasattr(part, "proj_in")} == {nn.Linear}
 
 
+@pytest.mark.parametrize("name", MODEL_CONFIGS)
 @torch.inference_mode()
-def test_networks_fit_together(bundle):
-    side = bundle.image_size // 8
+def test_networks_fit_together(name):
+    bundle, size = on_meta(name), on_meta(name).image_size
+    side = size // 8
     assert bundle.latent_shape == (4, side, side)
     with torch.device("meta"):
         c = bundle.encode_text(bundle.tokenize(["a red circle"]).to("meta"))
-        latent = bundle.encode_images(
-            torch.zeros(1, 3, bundle.image_size, bundle.image_size, dtype=torch.uint8)
-        )
+        latent = bundle.encode_images(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         output = bundle.predict(latent, torch.zeros(1), c)
     assert output.shape == latent.shape == (1, *bundle.latent_shape)
 
 
 def test_sd2_has_768_pixels_and_predicts_v():
-    with torch.device("meta"):
-        first, second = random_bundle("sd15"), random_bundle("sd2")
+    first, second = on_meta("sd15"), on_meta("sd2")
     assert (first.image_size, first.prediction_type) == (512, "epsilon")
     assert (second.image_size, second.prediction_type) == (768, "v_prediction")
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damaged_files import flip_byte
 
 from snapfusion.training.checkpoint import CheckpointError, CheckpointStore
 
@@ -27,12 +28,6 @@ def store(tmp_path):
 @pytest.fixture
 def files(tmp_path):
     return lambda step: tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
-
-
-def flip_byte(path):
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
 
 
 def truncate(path):

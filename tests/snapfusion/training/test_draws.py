@@ -39,14 +39,9 @@ def test_guidance_is_uniform_in_its_range():
 
 
 def test_draws_and_noise_are_uncorrelated():
-    values = np.stack(
-        [
-            draw_intervals(KEYS, student_steps=8).numpy(),
-            draw_guidance(KEYS, cfg_range=CfgRange()).numpy(),
-            [float(gaussian(key, (1,))) for key in KEYS],
-        ]
-    )
-    off_diagonal = np.corrcoef(values)[np.triu_indices(3, 1)]
+    intervals, guidance = draw_intervals(KEYS, student_steps=8), draw_guidance(KEYS, cfg_range=CfgRange())
+    noise = torch.cat([gaussian(key, (1,)) for key in KEYS])
+    off_diagonal = np.corrcoef(torch.stack([intervals, guidance, noise]))[np.triu_indices(3, 1)]
     assert np.abs(off_diagonal).max() < 4 / len(KEYS) ** 0.5
 
 

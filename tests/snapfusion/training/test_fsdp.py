@@ -8,9 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from training_batches import pairs_of
 
-from snapfusion.noise import gaussian_batch, noise_key
-from snapfusion.training.batch import Batch
 from snapfusion.training.checkpoint import CheckpointStore
 from snapfusion.training.decoder import DecoderObjective, stored_images
 from snapfusion.training.fsdp import shard
@@ -46,11 +45,7 @@ class Network(nn.Module):
 
 
 def batches(start, *, rank):
-    for step in itertools.count(start):
-        ids = tuple(f"{step}-{row}" for row in range(8))[SHARES[rank]]
-        latent = gaussian_batch([noise_key(row) for row in ids], (4, 6, 6))
-        image = (127.5 + 40.0 * latent[:, :3]).clamp(0, 255).to(torch.uint8)
-        yield Batch(ids=ids, columns={"latent": latent, "image": image})
+    return (pairs_of(step, rows=SHARES[rank]) for step in itertools.count(start))
 
 
 def run(folder, *, name, rank):

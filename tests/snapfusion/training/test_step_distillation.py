@@ -38,9 +38,8 @@ def student(seed=3):
 def batch_of(step, *, rows=8):
     ids = tuple(f"{step}-{row}" for row in range(rows))
     latent = gaussian_batch([noise_key(row) for row in ids], (4, 8, 8))
-    return Batch(
-        ids=ids, columns={"latent": latent, "token_ids": TEACHER.tokenize(["red", "re"] * (rows // 2))}
-    )
+    token_ids = TEACHER.tokenize(["red", "re"] * (rows // 2))
+    return Batch(ids=ids, columns={"latent": latent, "token_ids": token_ids})
 
 
 def settings_of(**changes):
@@ -116,8 +115,7 @@ def test_loss_and_gradient_match_the_formula(p):
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_teacher_as_student_has_no_loss(p):
     objective = objective_of(gamma=0.0, cfg_probability=p, k=1)
-    loss = objective(TEACHER.unet, batch_of(0), step=0)
-    assert loss.max() < 1e-7
+    assert objective(TEACHER.unet, batch_of(0), step=0).max() < 1e-7
 
 
 class Constant(nn.Module):
@@ -175,8 +173,7 @@ def test_gamma_does_not_depend_on_accumulation():
 
 
 def test_constant_gamma():
-    objective = objective_of(gamma=0.7, gamma_rule="constant")
-    assert objective.gamma(guided=True) == 0.7
+    assert objective_of(gamma=0.7, gamma_rule="constant").gamma(guided=True) == 0.7
 
 
 def test_metrics_of_intervals_and_gradient_norm():

@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from training_batches import pairs_of
 
-from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.training.batch import Batch
 from snapfusion.training.checkpoint import CheckpointStore
 from snapfusion.training.decoder import DecoderObjective, decoded_images, stored_images
@@ -25,17 +25,6 @@ def network(seed=0):
     return nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 3, 1))
 
 
-def batch_of(step, *, rows=8):
-    ids = tuple(f"{step}-{row}" for row in range(rows))
-    latent = gaussian_batch([noise_key(row) for row in ids], (4, 6, 6))
-    image = (127.5 + 40.0 * latent[:, :3]).clamp(0, 255).to(torch.uint8)
-    return Batch(ids=ids, columns={"latent": latent, "image": image})
-
-
-def batches(start=0):
-    return (batch_of(step) for step in itertools.count(start))
-
-
 OBJECTIVE = DecoderObjective(stored_images)
 
 
@@ -44,7 +33,7 @@ def state_of(**changes):
 
 
 def run(state, *, settings=SETTINGS, micro_batch=8, objective=OBJECTIVE, source=None, after_step=None):
-    steps, source = [], source or batches(state.step)
+    steps, source = [], source or map(pairs_of, itertools.count(state.step))
     options = {"micro_batch": micro_batch, "after_step": after_step or steps.append}
     train(state, objective=objective, batches=source, settings=settings, **options)
     return steps
@@ -109,7 +98,7 @@ def test_accumulation_matches_the_whole_batch(micro_batch):
 
 def test_nan_loss_names_its_rows():
     state = state_of()
-    broken = batch_of(0)
+    broken = pairs_of(0)
     broken["latent"][3] = float("nan")
     broken["latent"][6, 0, 0, 0] = float("inf")
     before = copy.deepcopy(state.model.state_dict())
@@ -129,7 +118,7 @@ def test_nan_gradient_names_its_batch():
 
 def test_batch_of_another_size_fails():
     with pytest.raises(ValueError, match="step 0 got 5 rows; the global batch is 8"):
-        run(state_of(), source=iter([batch_of(0, rows=5)]))
+        run(state_of(), source=iter([pairs_of(0, rows=slice(5))]))
 
 
 def test_loss_that_is_not_per_row_fails():
@@ -187,7 +176,7 @@ def test_learning_rate_schedule():
 
 
 def test_perfect_decoder_has_no_loss():
-    batch = batch_of(0)
+    batch = pairs_of(0)
     target = stored_images(batch)
     assert float(target.min()) >= -1.0
     assert float(target.max()) <= 1.0
@@ -203,7 +192,7 @@ def test_perfect_decoder_has_no_loss():
 
 
 def test_decoder_loss_is_per_row_mse():
-    batch = batch_of(0)
+    batch = pairs_of(0)
     student = stored_images(batch) + torch.arange(8.0).view(8, 1, 1, 1)
     losses = OBJECTIVE(lambda latent: student, batch, step=0)
     torch.testing.assert_close(losses, torch.arange(8.0).square(), rtol=1e-6, atol=0)
