@@ -167,9 +167,9 @@ def captioned_image(index: int, *, seed: int = 0) -> tuple[np.ndarray, str]:
     return render(scene, key=noise_key("scene", seed, index)), caption_of(scene)
 
 
-def image_batch(indexes: Sequence[int], *, seed: int = 0) -> Tensor:
+def image_batch(indexes: Sequence[int]) -> Tensor:
     """The images at `indexes`: uint8 [B, 3, 32, 32]."""
-    images = np.stack([captioned_image(index, seed=seed)[0] for index in indexes])
+    images = np.stack([captioned_image(index)[0] for index in indexes])
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 

@@ -164,9 +164,7 @@ def test_an_unknown_model_leaves_the_size_unknown(tmp_path: Path, capsys: pytest
     assert "/no/such/folder" in lines[-1]
 
 
-def test_url_lists_are_previewed_before_download(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_url_lists_are_previewed_before_download(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layout = next(layout for layout in LIST_LAYOUTS if layout.name == "LAION-Aesthetics V2")
     write_list(tmp_path / "lists", layout, copy=True)
     settings = (f"download.links={tmp_path}/lists", "latents.selection.min_width=250")
@@ -228,9 +226,7 @@ def test_sizes_are_read_from_a_store(tmp_path: Path) -> None:
         load_sizes("memory://elsewhere")
 
 
-def test_unsupported_image_size_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unsupported_image_size_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(tmp_path / "shards", shards=1, rows=10)
     options = ["--dry-run", "--out", str(tmp_path), "--set", "latents.images.size=30"]
     assert encode_latents.main(options) == 2
