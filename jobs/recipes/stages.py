@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import Field
 
@@ -71,18 +72,23 @@ def paper_schedules(model: str, *, small: str | None = None) -> dict[str, Schedu
     else:
         own = _stage("small-16", 16, teacher=model, student=small)
         staged = _stage("staged-8", 8, teacher=_model_of(teacher), student=_model_of(own))
-        last = _stage("own-8", 8, teacher=_model_of(teacher), student=_model_of(staged))
+        last = _stage(
+            "own-8", 8, teacher=_model_of(teacher), student=_model_of(staged), table=OWN_IMAGES_TABLE
+        )
         schedules |= {
             "staged": (teacher, own, staged),
-            "staged-own": (teacher, own, staged, last.model_copy(update={"table": OWN_IMAGES_TABLE})),
+            "staged-own": (teacher, own, staged, last),
             "staged-self": (own, _stage("self-8", 8, teacher=_model_of(own))),
             "staged-plain": (own, _stage("plain-8", 8, teacher=model, student=_model_of(own))),
-            "staged-vanilla": (own, _vanilla(_stage("vanilla-8", 8, teacher=_model_of(own)))),
+            "staged-vanilla": (own, _stage("vanilla-8", 8, teacher=_model_of(own), cfg_probability=0.0)),
         }
+    halved = (32, 16, 8)
     # These keep the L_ori of `distill`; the published ones have none: `--set distill.steps.gamma=0`.
     return schedules | {
-        "progressive": _halving("progressive", model=model, cfg_probability=0.0),
-        "w-conditioned": _halving("w-conditioned", model=model, cfg_probability=1.0, w_conditioned=True),
+        "progressive": halving("progressive", *halved, model=model, cfg_probability=0.0),
+        "w-conditioned": halving(
+            "w-conditioned", *halved, model=model, cfg_probability=1.0, w_conditioned=True
+        ),
     }
 
 
@@ -91,29 +97,19 @@ def starts_from(schedule: Sequence[DistillationStage], source: str) -> bool:
     return any(source in (stage.teacher, stage.student) for stage in schedule)
 
 
-def _stage(name: str, steps: int, *, teacher: str, student: str | None = None) -> DistillationStage:
-    return DistillationStage(name=name, teacher=teacher, student=student or teacher, student_steps=steps)
+def _stage(name: str, steps: int, *, teacher: str, student: str = "", **changes: Any) -> DistillationStage:  # noqa: ANN401
+    """A stage of a schedule; a student without initial weights of its own takes its teacher's."""
+    return DistillationStage(
+        name=name, teacher=teacher, student=student or teacher, student_steps=steps, **changes
+    )
 
 
-def _vanilla(stage: DistillationStage) -> DistillationStage:
-    return stage.model_copy(update={"cfg_probability": 0.0})
-
-
-def _halving(name: str, *, model: str, cfg_probability: float, w_conditioned: bool | None = None) -> Schedule:
-    """From 64 steps to 32, 16 and 8, each student the teacher of the next."""
+def halving(name: str, *steps: int, model: str, **changes: Any) -> Schedule:  # noqa: ANN401 - settings
+    """From `model` to fewer and fewer steps, each student the teacher of the next."""
     stages = list[DistillationStage]()
-    for steps in (32, 16, 8):
+    for count in steps:
         source = _model_of(stages[-1]) if stages else model
-        stages.append(
-            DistillationStage(
-                name=f"{name}-{steps}",
-                teacher=source,
-                student=source,
-                student_steps=steps,
-                cfg_probability=cfg_probability,
-                w_conditioned=w_conditioned,
-            )
-        )
+        stages.append(_stage(f"{name}-{count}", count, teacher=source, **changes))
     return tuple(stages)
 
 
