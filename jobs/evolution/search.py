@@ -24,7 +24,7 @@ from jobs.evolution.settings import EvolutionSettings
 from jobs.runtime.progress import format_duration
 from jobs.training.initial_weights import own_architecture, with_architecture
 from jobs.training.progress_channel import OnReport
-from jobs.training.run_folder import check_identity
+from jobs.training.run_folder import begin
 from jobs.training.velocity import check_training, finetune_vpred
 from pipelines.datasets.samples import Scores, generate_samples, read_scores, source_name
 from pipelines.ray_data.execution import Runner
@@ -42,7 +42,6 @@ from snapfusion.settings import Settings, digest
 HISTORY = "history.json"
 ARCHITECTURE = "architecture.json"
 _DECISION = "decision.json"
-_STARTED = "begun.json"
 _MIN_CAPTIONS = 2
 
 ACTION_HOURS = 2.5
@@ -145,11 +144,7 @@ class Evolution:
             "model": bundle.describe(),
             "table": digest(self.table.to_values()),
         }
-        url = f"{self.out}/{_STARTED}"
-        write_once(url, json.dumps({"identity": identity}).encode())
-        # Read back: of two drivers that begin at once, the file is that of the first.
-        found = json.loads(read_bytes(url))["identity"]
-        check_identity(found, identity, url=self.out, kind="evolution")
+        begin(self.out, identity, kind="evolution")
 
     def _rounds(self) -> Iterator[EvolutionRound]:
         architecture, model, growths = own_architecture(self.model), self.model, 0

@@ -39,7 +39,7 @@ _FEW_STEPS = 4
 # The miniature's useful range of w is narrower than SD-v1.5's.
 _WIDE, _NARROW = CfgRange(low=1.0, high=6.0), CfgRange(low=1.0, high=4.0)
 _MIXED = StepDistillationSettings(student_steps=_FEW_STEPS, cfg_probability=0.3, cfg_range=_WIDE)
-_W_CONDITIONED = {"cfg_probability": 1.0, "w_conditioned": True}
+_W_CONDITIONED: dict[str, Any] = {"cfg_probability": 1.0, "w_conditioned": True}
 _SCORING: dict[str, Any] = {
     "prompts": PromptSettings(limit=500),
     "references": ReferencesSettings(count=4_000),

@@ -72,17 +72,9 @@ def assemble(inputs: TrainingInputs[DecoderSettings], *, device: torch.device) -
     """Assemble the trainings, in a worker: the student's, and one from random weights to compare it with."""
     settings, bundle = inputs.settings, load(inputs.sources["teacher"], device=str(device))
     images = stored_images if settings.target == "stored" else decoded_images(bundle.decode)
-    loader = BatchLoader(
-        inputs.open_table(),
-        columns=["latent", "image"] if settings.target == "stored" else ["latent"],
-        global_batch=settings.loop.global_batch,
-        seed=settings.loop.seed,
-        settings=settings.loader,
-        counts=[total_rows(count) for count in inputs.counts],
-    )
-    inits = {_STUDENT: settings.init}
-    if settings.compare_random_init:
-        inits[_RANDOM] = "random"
+    columns = ["latent", "image"] if settings.target == "stored" else ["latent"]
+    loader = BatchLoader(columns=columns, **inputs.loading())
+    inits = {_STUDENT: settings.init} | ({_RANDOM: "random"} if settings.compare_random_init else {})
     for name, init in inits.items():
         student = HalfDecoder.from_vae(bundle.vae, init=init, seed=settings.loop.seed)
         evaluate = partial(_evaluate, student, bundle=bundle, loader=loader, images=images, settings=settings)

@@ -12,13 +12,14 @@ from torch import nn
 from jobs.training.progress_channel import OnReport
 from jobs.training.settings import DistillSettings
 from jobs.training.spec import Training, TrainingError
-from jobs.training.student import DTYPES, EVALUATION_STEP, make_training, prepare_unet, train_unet
+from jobs.training.student import EVALUATION_STEP, LATENT_COLUMNS, make_training, train_unet
 from jobs.training.table_training import TrainingInputs, TrainingTable
 from pipelines.datasets.latents import check_latents, without_size
 from pipelines.datasets.targets import check_targets
 from pipelines.loading.branches import BranchLoader
 from pipelines.loading.buckets import BucketLoader, make_loader
 from pipelines.loading.loader import BatchLoader
+from pipelines.stages.device import DTYPES
 from pipelines.tables.table import Snapshot
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.guidance_embedding import has_guidance_embedding, with_guidance_embedding
@@ -30,8 +31,6 @@ from snapfusion.training.captions import CaptionEncoder
 from snapfusion.training.distillation_batch import OnlineTargets, StoredTargets, TargetSource
 from snapfusion.training.settings import StepDistillationSettings
 from snapfusion.training.step_distillation import BRANCHES, StepDistillationObjective, is_guided_step
-
-_COLUMNS = ("latent", "token_ids")
 
 _Loader = BatchLoader | BucketLoader | BranchLoader
 
@@ -87,7 +86,7 @@ def assemble(inputs: TrainingInputs[DistillSettings], *, device: torch.device) -
     """Assemble the training, in a worker."""
     settings = inputs.settings
     bundle = _initial_student(inputs, device=device)
-    unet, captions = prepare_unet(bundle, settings=settings), CaptionEncoder(bundle)
+    captions = CaptionEncoder(bundle)
     targets = _target_source(inputs, captions=captions, bundle=bundle)
     loader = _loader(inputs)
 
@@ -104,20 +103,23 @@ def assemble(inputs: TrainingInputs[DistillSettings], *, device: torch.device) -
         )
 
     def evaluate_branches(model: nn.Module) -> dict[str, Any]:
-        return {
-            BRANCHES[guided]: _evaluate(
+        losses = {}
+        for guided in _trained_branches(settings.steps):
+            # One branch alone, and without L_ori: that would depend on moving averages of earlier steps,
+            # which an evaluation has not.
+            steps = settings.steps.model_copy(update={"cfg_probability": float(guided), "gamma": 0.0})
+            losses[BRANCHES[guided]] = _evaluate(
                 model,
                 # Only rank 0 evaluates: averages across ranks would wait for the others for ever.
-                objective=make_objective(_single_branch(settings.steps, guided=guided), across_ranks=False),
+                objective=make_objective(steps, across_ranks=False),
                 batches=_held_out_batches(loader, settings=settings, guided=guided),
                 device=device,
             )
-            for guided in _trained_branches(settings.steps)
-        }
+        return losses
 
     def evaluate() -> dict[str, Any]:
         before = evaluate_branches(_initial_student(inputs, device=device).unet)
-        return {"before": before, "after": evaluate_branches(unet)}
+        return {"before": before, "after": evaluate_branches(bundle.unet)}
 
     yield make_training(
         inputs,
@@ -152,21 +154,12 @@ def _target_source(
 
 
 def _loader(inputs: TrainingInputs[DistillSettings]) -> _Loader:
-    settings, table = inputs.settings, inputs.open_table()
-    shared: dict[str, Any] = {
-        "global_batch": settings.loop.global_batch,
-        "seed": settings.loop.seed,
-        "settings": settings.loader,
-        "counts": inputs.counts,
-    }
-    if settings.targets == "online":
+    seed, steps = inputs.settings.loop.seed, inputs.settings.steps
+    if inputs.settings.targets == "online":
         # Both branches read the same rows: the teacher computes either target from a latent.
-        return make_loader(table, columns=_COLUMNS, **shared)
-    return BranchLoader(table, guided=partial(_is_guided, settings), **shared)
-
-
-def _is_guided(settings: DistillSettings, step: int) -> bool:
-    return is_guided_step(settings.loop.seed, step, settings.steps.cfg_probability)
+        return make_loader(columns=LATENT_COLUMNS, **inputs.loading())
+    guided = partial(is_guided_step, seed, p=steps.cfg_probability)
+    return BranchLoader(guided=guided, **inputs.loading())
 
 
 def _held_out_batches(loader: _Loader, *, settings: DistillSettings, guided: bool) -> Iterator[Batch]:
@@ -179,12 +172,6 @@ def _held_out_batches(loader: _Loader, *, settings: DistillSettings, guided: boo
 def _trained_branches(steps: StepDistillationSettings) -> list[bool]:
     p = steps.cfg_probability
     return [guided for guided, trained in ((False, p < 1.0), (True, p > 0.0)) if trained]
-
-
-def _single_branch(steps: StepDistillationSettings, *, guided: bool) -> StepDistillationSettings:
-    """The settings of one branch alone, without L_ori."""
-    # L_ori would depend on moving averages of earlier steps, which an evaluation has not.
-    return steps.model_copy(update={"cfg_probability": float(guided), "gamma": 0.0})
 
 
 @torch.no_grad()
@@ -209,7 +196,11 @@ def _check(settings: DistillSettings, table: Snapshot, models: Mapping[str, Bund
             f"the student {student.source} is w-conditioned, so its guidance is an input and not computed: "
             "set steps.w_conditioned=true"
         )
-    _check_time_grid(steps, teacher=teacher)
+    if steps.k * steps.student_steps > teacher.schedule.num_steps:
+        raise TrainingError(
+            f"steps.k {steps.k} times steps.student_steps {steps.student_steps} is more than the schedule's "
+            f"{teacher.schedule.num_steps} steps: lower one of them"
+        )
     check_table(settings, table=table, teacher=teacher, student=student)
     record = {
         "steps": steps.student_steps,
@@ -246,16 +237,6 @@ def _shared_parts(bundle: Bundle) -> dict[str, Any]:
     model = without_size(bundle.describe())
     shared = {name: model[name] for name in ("scaling_factor", "latent_shape", "schedule")}
     return {"weights": {"vae": model["weights"]["vae"]}, **shared}
-
-
-def _check_time_grid(steps: StepDistillationSettings, *, teacher: Bundle) -> None:
-    try:
-        time_grid(steps.k * steps.student_steps, schedule_steps=teacher.schedule.num_steps)
-    except ValueError:
-        raise TrainingError(
-            f"steps.k {steps.k} times steps.student_steps {steps.student_steps} is more than the schedule's "
-            f"{teacher.schedule.num_steps} steps: lower one of them"
-        ) from None
 
 
 def check_table(settings: DistillSettings, *, table: Snapshot, teacher: Bundle, student: Bundle) -> None:

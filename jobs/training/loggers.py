@@ -11,10 +11,10 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -50,7 +50,7 @@ class Logger(ABC):
         """Make everything logged so far outlive this process; unnecessary if a server or a daemon has it."""
 
 
-class Loggers:
+class Loggers(AbstractContextManager["Loggers"]):
     """The loggers of one training, and the folder for their files.
 
     If `url` is in an object store, files are written to a local folder and uploaded by `flush`.
@@ -88,12 +88,7 @@ class Loggers:
         }
         self._loggers: list[Logger] = [makers[kind]() for kind in kinds]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for logger in self._loggers:
             logger.close()
         self._upload()

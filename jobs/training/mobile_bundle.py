@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -78,6 +77,11 @@ def publish_bundle(
     }
     if exists(f"{out_url}/{MANIFEST}"):
         return _published_manifest(out_url, identity=identity)
+    began = time.monotonic()
+
+    def log(line: str) -> None:
+        print(f"  {format_duration(time.monotonic() - began)}: {line}", flush=True)
+
     with _scratch_folder(out_url) as scratch:
         folder = scratch / "bundle"
         folder.mkdir()
@@ -88,7 +92,7 @@ def publish_bundle(
             settings=settings,
             num_steps=num_steps,
             scratch=scratch,
-            log=_ElapsedPrinter(),
+            log=log,
         )
         manifest = builder.build()
         manifest |= {"format": FORMAT_VERSION, "identity": identity, "versions": versions()}
@@ -125,16 +129,6 @@ def check_parts(bundle: Bundle, decoder: HalfDecoder | None) -> None:
         )
 
 
-class _ElapsedPrinter:
-    """Prints progress lines with the time since it was made."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        print(f"  {format_duration(time.monotonic() - self._began)}: {line}", flush=True)
-
-
 @contextmanager
 def _scratch_folder(url: str) -> Iterator[Path]:
     """A temporary folder beside the bundle, where there is room for it; in the system's for object stores."""
@@ -142,11 +136,8 @@ def _scratch_folder(url: str) -> Iterator[Path]:
     beside = Path(absolute_url(url)).parent if is_local(url) else Path(tempfile.gettempdir())
     try:
         beside.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".mobile-", dir=beside))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".mobile-", dir=beside, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
     except OSError as error:
         raise StorageError(f"the bundle cannot be written below {beside}: {error}") from error
 

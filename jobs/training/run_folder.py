@@ -61,18 +61,11 @@ class RunFolder:
             TrainingError: if it has another identity; names what differs.
         """
         url = f"{self.url}/{METRICS}"
-        return self._read(url, identity) if exists(url) else None
-
-    def begin(self, identity: Mapping[str, Any]) -> None:
-        """Record the identity of a training that begins, or check that of one that resumes.
-
-        Raises:
-            TrainingError: if a training of another identity was begun; names what differs.
-        """
-        url = f"{self.store_url}/{_STARTED}"
-        write_once(url, json.dumps({"identity": identity}).encode())
-        # Read back: of two drivers that begin at once, the file is that of the first.
-        self._read(url, identity)
+        if not exists(url):
+            return None
+        record: dict[str, Any] = json.loads(read_bytes(url))
+        check_identity(record["identity"], identity, url=self.url, kind=self.kind)
+        return record
 
     def publish(
         self, identity: Mapping[str, Any], *, fill: Callable[[Path], Mapping[str, Any]]
@@ -103,10 +96,17 @@ class RunFolder:
             if filesystem.exists(f"{root}/{name}"):
                 filesystem.get(f"{root}/{name}", str(folder / name), recursive=True)
 
-    def _read(self, url: str, identity: Mapping[str, Any]) -> dict[str, Any]:
-        record: dict[str, Any] = json.loads(read_bytes(url))
-        check_identity(record["identity"], identity, url=url.rpartition("/")[0], kind=self.kind)
-        return record
+
+def begin(url: str, identity: Mapping[str, Any], *, kind: str) -> None:
+    """Record in the folder `url` the identity of what begins there, or check that of what resumes.
+
+    Raises:
+        TrainingError: if something of another identity was begun; names what differs.
+    """
+    write_once(f"{url}/{_STARTED}", json.dumps({"identity": identity}).encode())
+    # Read back: of two drivers that begin at once, the file is that of the first.
+    found = json.loads(read_bytes(f"{url}/{_STARTED}"))["identity"]
+    check_identity(found, identity, url=url, kind=kind)
 
 
 def check_identity(found: Any, expected: Mapping[str, Any], *, url: str, kind: str) -> None:  # noqa: ANN401 - JSON

@@ -24,7 +24,6 @@ class Batches(Iterator[Batch], Protocol):
 
     def close(self) -> None:
         """End the prefetching threads."""
-        ...
 
 
 class Loader(Protocol):
@@ -32,7 +31,6 @@ class Loader(Protocol):
 
     def batches(self, start: int, *, rank: int = 0, world: int = 1) -> Batches:
         """The share of `rank` in global batch `start`, `start` + 1, ..."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,6 @@ class Validation(Protocol):
 
     def __call__(self, weights: Mapping[str, torch.Tensor]) -> ValidationResult:
         """Validate; changes neither the weights nor the state of any random generator."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

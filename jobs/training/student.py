@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,30 +23,25 @@ from jobs.training.settings import UNetTrainingSettings
 from jobs.training.spec import Loader, Training, TrainingFactory
 from jobs.training.table_training import TableTraining, TrainingInputs, TrainingTable
 from jobs.training.trainer import TrainingResult
-from jobs.training.validation import Validator, check_validation
+from jobs.training.validation import Validator, check_validation, load_weights
 from pipelines.datasets.latents import image_size_of
+from pipelines.stages.device import DTYPES
 from pipelines.tables.table import Snapshot
 from snapfusion.models.bundle import Bundle, weight_hash
-from snapfusion.models.guidance_embedding import WEIGHT_NAME, with_guidance_embedding
 from snapfusion.models.load import load
 from snapfusion.models.save import save
-from snapfusion.models.unet import BlockUNet
 from snapfusion.training.loop import Objective
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
 
 UNET = "unet"
 """Name of the training, and so of its checkpoint store."""
-
-STUDENT_KIND = "student"
 
 EVALUATION_STEP = -1
 """Step number of the evaluation's random draws: one that training never takes."""
 
 SettingsT = TypeVar("SettingsT", bound=UNetTrainingSettings)
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LATENT_COLUMNS = ("latent", "token_ids")
+"""Columns of LATENTS that a training reads."""
 
 
 def train_unet(
@@ -83,7 +78,7 @@ def train_unet(
         return {"size": size, "distillation": distillation}
 
     return TableTraining(
-        kind=STUDENT_KIND,
+        kind="student",
         settings=settings,
         sources=sources,
         table=table,
@@ -147,6 +142,10 @@ def make_training(
         skips_blocks: whether a step may leave blocks of the UNet without a gradient.
     """
     settings, validator = inputs.settings, None
+    # A loaded bundle's networks are frozen.
+    bundle.unet.requires_grad_(requires_grad=True)
+    if settings.gradient_checkpointing:
+        bundle.unet.enable_gradient_checkpointing()
     if settings.validation.every is not None:
         validator = Validator(
             settings=settings.validation,
@@ -170,14 +169,6 @@ def make_training(
     )
 
 
-def prepare_unet(bundle: Bundle, *, settings: UNetTrainingSettings) -> UNet2DConditionModel | BlockUNet:
-    """Make the UNet of `bundle` trainable, and return it."""
-    unet = bundle.unet.requires_grad_(requires_grad=True)
-    if settings.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet
-
-
 def save_student(
     trained: TrainingResult,
     *,
@@ -196,9 +187,7 @@ def save_student(
     hashes = {}
     for name, weights in weights_by_name.items():
         bundle = dataclasses.replace(load(student), prediction_type="v_prediction")
-        if WEIGHT_NAME in weights:
-            bundle.unet = with_guidance_embedding(bundle.unet)
-        bundle.unet.load_state_dict(weights)
+        load_weights(bundle, weights)
         bundle.resize(size)
         # Of the weights as trained, before they are saved in another dtype.
         hashes[name] = weight_hash(bundle.unet)

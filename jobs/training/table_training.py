@@ -10,7 +10,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from jobs.evaluation.evaluation import absolute_source
 from jobs.training.progress_channel import OnReport
-from jobs.training.run_folder import RunFolder
+from jobs.training.run_folder import RunFolder, begin
 from jobs.training.settings import TableTrainingSettings
 from jobs.training.spec import TrainingError, TrainingFactory
 from jobs.training.trainer import TrainingResult, run_trainings
@@ -43,10 +43,6 @@ class TrainingTable:
     url: str
     branches: Sequence[bool] = ()
 
-    def open(self, folder: RunFolder) -> Snapshot:
-        """The table at the version that the folder was begun with, else the newest."""
-        return open_table(self.url, version=folder.pinned_version(self.role), kind=self.kind)
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingInputs(Generic[SettingsT]):
@@ -71,6 +67,16 @@ class TrainingInputs(Generic[SettingsT]):
     def open_table(self) -> Snapshot:
         """The pinned table."""
         return open_table(self.table_url, version=self.table_version)
+
+    def loading(self) -> dict[str, Any]:
+        """Arguments that every loader of the pinned table takes."""
+        return {
+            "table": self.open_table(),
+            "global_batch": self.settings.loop.global_batch,
+            "seed": self.settings.loop.seed,
+            "settings": self.settings.loader,
+            "counts": self.counts,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +116,9 @@ class TableTraining(Generic[SettingsT]):
         """
         began, folder = time.monotonic(), RunFolder(url=absolute_url(out_url), kind=self.kind)
         sources = {role: absolute_source(source) for role, source in self.sources.items()}
-        table = self.table.open(folder)
+        # At the version that the folder was begun with, else the newest.
+        version = folder.pinned_version(self.table.role)
+        table = open_table(self.table.url, version=version, kind=self.table.kind)
         # A model that has two roles, as in self-distillation, is loaded once.
         bundles = {source: load(source) for source in dict.fromkeys(sources.values())}
         models = {role: bundles[source] for role, source in sources.items()}
@@ -135,7 +143,7 @@ class TableTraining(Generic[SettingsT]):
         }
         # A worker on this node needs the memory.
         del bundles, models
-        folder.begin(identity)
+        begin(folder.store_url, identity, kind=self.kind)
         # Training lasts for days: meanwhile no vacuum may remove the files of the pinned version.
         with read_leases(parents.values(), purpose=f"the training {folder.url}"):
             results = run_trainings(

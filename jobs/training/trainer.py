@@ -13,7 +13,7 @@ import tempfile
 import uuid
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray.train
@@ -130,25 +130,26 @@ def run_trainings(
             result: _WorkerResult = _trainer(config, settings=settings, scratch=scratch).fit().return_value  # type: ignore[attr-defined]
         except TrainingFailedError as error:
             raise TrainingFailed(f"training failed: {_cause(error)}") from None
-    if result.failure is not None:
-        raise TrainingError(result.failure)
+    if isinstance(result, TrainingError):
+        raise result
     return {
         name: TrainingResult(
             checkpoint=CheckpointStore(f"{store_url}/{name}").load(training.step, without=("optimizer",)),
             evaluation=training.evaluation,
             environment=training.environment,
         )
-        for name, training in result.finished.items()
+        for name, training in result.items()
     }
 
 
 def _trainer(config: dict[str, Any], *, settings: TrainerSettings, scratch: str) -> TorchTrainer:
+    most, fewest = settings.num_workers, settings.min_workers
     return _TrainerWithoutSigint(
         _worker_loop,  # type: ignore[arg-type] # its result is passed on, which the annotation does not know
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
         scaling_config=ScalingConfig(  # type: ignore[call-arg] # mypy sees the class of Train V1
-            num_workers=_num_workers(settings),  # type: ignore[arg-type] # likewise
+            num_workers=most if fewest is None else (fewest, most),  # type: ignore[arg-type] # likewise
             elastic_resize_monitor_interval_s=settings.resize_seconds,
             use_gpu=settings.use_gpu,
             resources_per_worker={"CPU": settings.cpus_per_worker}
@@ -182,12 +183,8 @@ class _FinishedTraining:
     environment: dict[str, Any]
 
 
-@dataclass(kw_only=True)
-class _WorkerResult:
-    """Result of a worker: its finished trainings, or a failure that a restart cannot mend."""
-
-    finished: dict[str, _FinishedTraining] = field(default_factory=dict)
-    failure: str | None = None
+_WorkerResult = dict[str, _FinishedTraining] | TrainingError
+"""Result of a worker: its finished trainings by name, or an error that a restart cannot mend."""
 
 
 def _worker_loop(config: dict[str, Any]) -> _WorkerResult:
@@ -195,11 +192,11 @@ def _worker_loop(config: dict[str, Any]) -> _WorkerResult:
     settings: TrainerSettings = config["settings"]
     # Float sums depend on the number of threads, so it must be that of the run that is resumed.
     torch.set_num_threads(settings.threads_per_worker)
-    result = _WorkerResult()
+    finished = {}
     try:
         for training in config["factory"](**config["arguments"], device=get_device()):
             store = CheckpointStore(f"{config['store_url']}/{training.name}", keep=settings.keep_checkpoints)
-            result.finished[training.name] = _run_training(
+            finished[training.name] = _run_training(
                 training, store=store, settings=settings, queue=config["queue"]
             )
     except UnusableStepError as error:
@@ -207,11 +204,11 @@ def _worker_loop(config: dict[str, Any]) -> _WorkerResult:
         if ray.train.get_context().get_world_rank() == 0:
             record = {"step": error.step, "reason": str(error), "rows": error.rows}
             replace_object(url, json.dumps(record, indent=1).encode())
-        result.failure = f"{error}; all their ids are in {url}"
+        return TrainingError(f"{error}; all their ids are in {url}")
     except TrainingError as error:
         # All workers found the same error. If it were raised, Ray would restart them in vain.
-        result.failure = str(error)
-    return result
+        return TrainingError(str(error))
+    return finished
 
 
 def _run_training(
@@ -313,12 +310,6 @@ def _wrap_ddp(training: Training, model: nn.Module) -> nn.Module:
     # The search for unused parameters keeps DDP from rebuilding its buckets after the first step. Three or
     # more CPU workers sum in an order that depends on the buckets, and a resumed run must use the same.
     return DistributedDataParallel(model, find_unused_parameters=on_cpu or training.skips_blocks)
-
-
-def _num_workers(settings: TrainerSettings) -> int | tuple[int, int]:
-    return (
-        settings.num_workers if settings.min_workers is None else (settings.min_workers, settings.num_workers)
-    )
 
 
 def _environment(settings: TrainerSettings, *, device: torch.device) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from pipelines.tables.table import open_table
 from snapfusion.metrics.frechet import frechet_distance
 from snapfusion.metrics.moments import Moments
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
+from snapfusion.models.bundle import Bundle
 from snapfusion.models.guidance_embedding import WEIGHT_NAME, with_guidance_embedding
 from snapfusion.noise import noise_key
 from snapfusion.settings import differences
@@ -61,7 +62,7 @@ class Validator:
 
     def __call__(self, weights: Mapping[str, Tensor]) -> ValidationResult:
         """Validate weights of a v model; the same weights have the same result."""
-        self._load_weights(weights)
+        load_weights(self._networks.bundle, weights)
         captions = [row for row in captions_of(self.settings.prompts) if isinstance(row, Caption)]
         results = [self._score(captions, w=w) for w in self.settings.guidance]
         points = [point for point, _ in results]
@@ -109,12 +110,6 @@ class Validator:
         scenes = [extract.read_image(f"{SCENE_PREFIX}{index}") for index in range(_NUM_SCENES)]
         return Moments.of(torch.from_numpy(extract.extract(scenes)))
 
-    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        bundle = self._networks.bundle
-        if WEIGHT_NAME in weights:
-            bundle.unet = with_guidance_embedding(bundle.unet)
-        bundle.unet.load_state_dict(weights)
-
     def _score(self, captions: Sequence[Caption], *, w: float) -> tuple[dict[str, Any], np.ndarray]:
         """The metrics at a guidance scale, and the first images side by side, uint8 [H,W,3]."""
         sampling, size = self.settings.drawing, self.settings.drawing.batch_size
@@ -135,6 +130,13 @@ class Validator:
         if self.settings.judging.attribute_count:
             point["attributes"] = float(columns["right"][finite].mean(dtype=np.float64))
         return point, row
+
+
+def load_weights(bundle: Bundle, weights: Mapping[str, Tensor]) -> None:
+    """Give a bundle's UNet these weights, and the guidance input that they may be of."""
+    if WEIGHT_NAME in weights:
+        bundle.unet = with_guidance_embedding(bundle.unet)
+    bundle.unet.load_state_dict(weights)
 
 
 def check_validation(settings: ValidationSettings, *, size: int) -> None:

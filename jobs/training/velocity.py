@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from jobs.training.progress_channel import OnReport
 from jobs.training.settings import VpredSettings
 from jobs.training.spec import Training, TrainingError
-from jobs.training.student import EVALUATION_STEP, make_training, prepare_unet, train_unet
+from jobs.training.student import EVALUATION_STEP, LATENT_COLUMNS, make_training, train_unet
 from jobs.training.table_training import TrainingInputs, TrainingTable, count_rows
 from jobs.training.validation import check_validation
 from pipelines.datasets.latents import check_latents, image_size_of
@@ -20,17 +20,11 @@ from pipelines.tables.table import Snapshot
 from snapfusion.models.blocks import set_skipped_blocks
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.load import load
-from snapfusion.models.unet import BlockUNet
 from snapfusion.training.batch import Batch
 from snapfusion.training.captions import CaptionEncoder
 from snapfusion.training.loop import Objective
 from snapfusion.training.robust import RobustObjective
 from snapfusion.training.velocity import VelocityObjective
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
-
-_COLUMNS = ("latent", "token_ids")
 
 
 def finetune_vpred(
@@ -96,7 +90,6 @@ def assemble(inputs: TrainingInputs[VpredSettings], *, device: torch.device) -> 
     """Assemble the training, in a worker."""
     settings = inputs.settings
     bundle = load(inputs.sources["model"], device=str(device))
-    unet = prepare_unet(bundle, settings=settings)
     velocity = VelocityObjective(
         settings.velocity,
         captions=CaptionEncoder(bundle),
@@ -106,14 +99,7 @@ def assemble(inputs: TrainingInputs[VpredSettings], *, device: torch.device) -> 
     objective: Objective = velocity
     if settings.skip is not None:
         objective = RobustObjective(velocity, settings=settings.skip, seed=settings.loop.seed)
-    loader = make_loader(
-        inputs.open_table(),
-        columns=_COLUMNS,
-        global_batch=settings.loop.global_batch,
-        seed=settings.loop.seed,
-        settings=settings.loader,
-        counts=inputs.counts,
-    )
+    loader = make_loader(columns=LATENT_COLUMNS, **inputs.loading())
     held_out = partial(loader.held_out, rows=settings.trainer.micro_batch, limit=settings.evaluation_rows)
     yield make_training(
         inputs,
@@ -121,22 +107,16 @@ def assemble(inputs: TrainingInputs[VpredSettings], *, device: torch.device) -> 
         bundle=bundle,
         objective=objective,
         loader=loader,
-        evaluate=lambda: _evaluate(unet, objective=velocity, batches=held_out(), device=device),
+        evaluate=lambda: _evaluate(bundle, objective=velocity, batches=held_out()),
         skips_blocks=settings.skip is not None,
     )
 
 
 @torch.no_grad()
-def _evaluate(
-    unet: UNet2DConditionModel | BlockUNet,
-    *,
-    objective: VelocityObjective,
-    batches: Iterator[Batch],
-    device: torch.device,
-) -> dict[str, Any]:
+def _evaluate(bundle: Bundle, *, objective: VelocityObjective, batches: Iterator[Batch]) -> dict[str, Any]:
     """L_ori of the whole UNet on held-out rows."""
-    unet.eval()
+    unet = bundle.unet.eval()
     # The last training step may have left blocks skipped.
     set_skipped_blocks(unet, ())
-    losses = torch.cat([objective(unet, batch.to(device), step=EVALUATION_STEP) for batch in batches])
+    losses = torch.cat([objective(unet, batch.to(bundle.device), step=EVALUATION_STEP) for batch in batches])
     return {"rows": len(losses), "loss": float(losses.mean())}
