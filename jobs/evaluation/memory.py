@@ -7,8 +7,10 @@ torch has allocated there.
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from pydantic import NonNegativeFloat
@@ -19,6 +21,9 @@ from pipelines.rejections import Rejected
 from pipelines.stages.isolation import Isolation
 from snapfusion.models.architecture import Architecture
 from snapfusion.settings import Settings
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _NUM_STEPS = 2
 """The first step allocates what stays, such as buffers."""
@@ -59,18 +64,27 @@ def measure_footprint(architecture: Architecture, *, settings: TimingSettings, t
         LatencyError: if the runtime cannot run in that precision or on that device.
         FootprintError: if the process does not finish, most likely because memory runs out.
     """
-    step = partial(_measure_isolated, settings=settings, tokens=tokens)
-    with Isolation(step, timeout=_TIMEOUT_SECONDS, tries=1) as isolated:
+    measure = partial(_measure, settings=settings, tokens=tokens)
+    return run_alone(measure, architecture, what="a process with one UNet")
+
+
+def run_alone(function: Callable[[Item], Result], item: Item, *, what: str) -> Result:
+    """`function(item)` in a process of its own, which ends afterwards; `what` names it in an error.
+
+    Raises:
+        FootprintError: if the process does not finish, most likely because memory runs out.
+    """
+    with Isolation(function, timeout=_TIMEOUT_SECONDS, tries=1) as isolated:
         try:
-            return isolated(architecture)
+            return isolated(item)
         except Rejected as error:
             raise FootprintError(
-                f"a process with one UNet did not finish ({error.reason}: {error.detail}); it may need more "
-                "memory than there is"
+                f"{what} did not finish ({error.reason}: {error.detail}); it may need more memory than there "
+                "is"
             ) from None
 
 
-def _measure_isolated(architecture: Architecture, *, settings: TimingSettings, tokens: int) -> Footprint:
+def _measure(architecture: Architecture, *, settings: TimingSettings, tokens: int) -> Footprint:
     torch.set_num_threads(settings.threads)
     meter = ResidentMemory() if settings.device == "cpu" else _CudaMemory()
     before = meter.now_mb()

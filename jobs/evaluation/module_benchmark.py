@@ -15,9 +15,7 @@ import numpy as np
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 
-from jobs.evaluation.memory import FootprintError, ResidentMemory
-from pipelines.rejections import Rejected
-from pipelines.stages.isolation import Isolation
+from jobs.evaluation.memory import ResidentMemory, run_alone
 from snapfusion.export.coreml_package import describe_package
 from snapfusion.export.executorch import ExecuTorchProgram, describe_program, set_num_threads
 from snapfusion.export.modules import FixedModule, decoder_module, text_encoder_module, unet_module
@@ -27,7 +25,6 @@ from snapfusion.settings import Settings
 
 WARM_UPS = 3
 """Runs that are not counted, after the first one, which is part of loading."""
-_TIMEOUT_SECONDS = 7200.0
 
 
 class RuntimeUnavailableError(ValueError):
@@ -95,14 +92,7 @@ def benchmark_module(runtime: ModuleRuntime, run: ModuleRun) -> ModuleBenchmark:
         FootprintError: if the process does not finish, most likely because memory runs out.
         ValueError: if the model, the decoder or the program cannot be loaded.
     """
-    with Isolation(_measure, timeout=_TIMEOUT_SECONDS, tries=1) as isolated:
-        try:
-            return isolated((runtime, run))
-        except Rejected as error:
-            raise FootprintError(
-                f"its process did not finish ({error.reason}: {error.detail}); it may need more memory than "
-                "there is"
-            ) from None
+    return run_alone(_measure, (runtime, run), what="its process")
 
 
 def _measure(arguments: tuple[ModuleRuntime, ModuleRun]) -> ModuleBenchmark:

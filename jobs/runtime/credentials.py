@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -103,10 +103,12 @@ def read_credentials(file: Path) -> dict[str, str]:
     if len(data) > _MAX_BYTES:
         raise CredentialsError(f"storage.credentials {file} has more than {_MAX_BYTES} bytes")
     values: dict[str, str] = {}
-    for number, fault, name, value in _lines(data):
-        if fault or name in values:
-            what = fault or "sets a variable for the second time"
-            raise CredentialsError(f"storage.credentials {file}, line {number}: {what}")
+    for number, line in enumerate(data.decode("utf-8", "replace").removeprefix("\ufeff").splitlines(), 1):
+        if not line.strip() or line.strip().startswith("#"):
+            continue
+        name, _, value = (part.strip() for part in line.partition("="))
+        if fault := _fault(name, value, values):
+            raise CredentialsError(f"storage.credentials {file}, line {number}: {fault}")
         values[name] = value
     if not values:
         raise CredentialsError(
@@ -115,26 +117,15 @@ def read_credentials(file: Path) -> dict[str, str]:
     return values
 
 
-def _lines(data: bytes) -> Iterator[tuple[int, str, str, str]]:
-    """Number, fault, name and value of each line that is not skipped."""
-    for number, line in enumerate(data.decode("utf-8", "replace").removeprefix("\ufeff").splitlines(), 1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        name, equals, value = (part.strip() for part in text.partition("="))
-        if not equals or not value:
-            yield number, "is not of the form NAME=VALUE", "", ""
-        elif name not in CREDENTIAL_VARIABLES:
-            yield (
-                number,
-                f"sets no variable that is read here; accepted are {', '.join(CREDENTIAL_VARIABLES)}",
-                "",
-                "",
-            )
-        elif not value.isascii() or not value.isprintable() or value[0] in "'\"":
-            yield number, "has a value in quotes, or one that is not plain text", "", ""
-        else:
-            yield number, "", name, value
+def _fault(name: str, value: str, known: Collection[str]) -> str | None:
+    """What is wrong with a line, without repeating it; None if nothing is."""
+    if not value:
+        return "is not of the form NAME=VALUE"
+    if name not in CREDENTIAL_VARIABLES:
+        return f"sets no variable that is read here; accepted are {', '.join(CREDENTIAL_VARIABLES)}"
+    if not value.isascii() or not value.isprintable() or value[0] in "'\"":
+        return "has a value in quotes, or one that is not plain text"
+    return "sets a variable for the second time" if name in known else None
 
 
 def _export(values: Mapping[str, str]) -> None:

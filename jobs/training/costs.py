@@ -47,7 +47,7 @@ class TrainingCosts:
     sizes: NetworkSizes
     rows: int
     unit_rows: int
-    row_bytes: int
+    row_bytes: float
     moment_bytes: float
     checkpointed: bool
 
@@ -90,14 +90,14 @@ class TrainingCosts:
             works.append(unet_passes(taught, teacher, sizes=sizes))
             works.append(unet_passes(evaluated * steps.k, teacher, sizes=sizes, replicated=True))
         teacher_bytes = (sizes.of(teacher).parameters + sizes.frozen) * DTYPE_BYTES[settings.teacher_dtype]
-        stage = self._student(
+        costs = self if online else replace(self, row_bytes=targets_row_bytes)
+        stage = costs._student(
             "distill_steps",
             settings,
             unet=student,
             works=tuple(works),
             passes=max(passes.values()),
             teacher_bytes=teacher_bytes if online else 0,
-            row_bytes=self.row_bytes if online else targets_row_bytes,
         )
         return replace(stage, name=settings.name)
 
@@ -107,7 +107,7 @@ class TrainingCosts:
         trainings = 2 if settings.compare_random_init else 1
         rows = trainings * loop.num_steps * loop.global_batch
         train = Work(kind="train_decoder", units=rows, gmacs=sizes.half.gmacs)
-        return self._training(
+        return replace(self, row_bytes=row_bytes, unit_rows=unit_rows)._training(
             "distill_decoder",
             settings,
             network=sizes.half,
@@ -115,8 +115,6 @@ class TrainingCosts:
             activations=sizes.half_bytes + (2 * sizes.vae_bytes if online else 0),
             frozen_bytes=(sizes.unet.parameters + sizes.frozen) * WEIGHT_BYTES,
             output_bytes=sizes.half.parameters * WEIGHT_BYTES,
-            row_bytes=row_bytes,
-            unit_rows=unit_rows,
             trainings=trainings,
         )
 
@@ -129,7 +127,6 @@ class TrainingCosts:
         works: tuple[Work, ...],
         passes: int = 1,
         teacher_bytes: int = 0,
-        row_bytes: int | None = None,
     ) -> StageCost:
         network, checkpointing = self.sizes.of(unet), settings.gradient_checkpointing
         if checkpointing and not self.checkpointed:
@@ -146,8 +143,6 @@ class TrainingCosts:
             activations=passes * self.sizes.unet_bytes(unet, trained=True, checkpointing=checkpointing),
             frozen_bytes=self.sizes.frozen * WEIGHT_BYTES + teacher_bytes,
             output_bytes=(network.parameters + self.sizes.frozen) * WEIGHT_BYTES * models,
-            row_bytes=row_bytes or self.row_bytes,
-            unit_rows=self.unit_rows,
         )
 
     def _training(
@@ -160,8 +155,6 @@ class TrainingCosts:
         activations: int,
         frozen_bytes: int,
         output_bytes: float,
-        row_bytes: float,
-        unit_rows: int,
         trainings: int = 1,
     ) -> StageCost:
         loop, trainer, weights = settings.loop, settings.trainer, network.parameters * WEIGHT_BYTES
@@ -186,8 +179,8 @@ class TrainingCosts:
                 steps=steps,
                 global_batch=loop.global_batch,
                 window_units=settings.loader.window_units,
-                unit_rows=unit_rows,
-                row_bytes=row_bytes,
+                unit_rows=self.unit_rows,
+                row_bytes=self.row_bytes,
                 checkpoints=ceil_div(loop.num_steps, trainer.checkpoint_every) * trainings,
                 # Weights, AdamW's two moments, and the moving average.
                 checkpoint_bytes=(weights, 2 * weights, *((weights,) if loop.ema_decay is not None else ())),
