@@ -71,117 +71,91 @@ COMMANDS = ("generate", "verify_bundle", "benchmark")
 """Verbs of `snapfusion` alone."""
 
 
-def job(verb: str, *settings: str, after: str = "", **more: object) -> Submission:
-    """A job under its own name."""
-    return Submission(
-        **{"name": verb, "verb": verb, "settings": settings, "after": tuple(after.split())} | more
-    )
+def job(verb: str, *settings: str, after: str = "", outputs: str = "", **more: object) -> Submission:
+    """A job under its own name; several names are separated by spaces."""
+    lists = {"settings": settings, "after": tuple(after.split()), "outputs": tuple(outputs.split())}
+    return Submission(**{"name": verb, "verb": verb} | lists | more)
 
 
 def short(prefix: str, *, steps: int = 2) -> tuple[str, ...]:
     """A training of few steps of few rows."""
-    loop = f"{prefix}.loop"
-    return (
-        f"{loop}.num_steps={steps}",
-        f"{loop}.global_batch=8",
-        f"{loop}.warmup_steps=0",
-        f"{prefix}.loader.held_out=0.2",
-    )
+    loop = (f"num_steps={steps}", "global_batch=8", "warmup_steps=0")
+    return (*(f"{prefix}.loop.{setting}" for setting in loop), f"{prefix}.loader.held_out=0.2")
 
 
 SCENES = ("source.scenes=96", "source.scenes_per_shard=48")
-EVALUATED = ("prompts.limit=8", "references.count=8", "groups=4", "guidance=[2.0]")
+FEW_PAIRS = ("captions.limit=48", "pairs.generation.steps=10")
 PARTS = ("autoencoder", "decoder", "text", "scorer", "oracle", "denoiser", "velocity")
-EVALUATION = {
-    "contenders": [
-        {"name": "ddim-2", "sampler": {"steps": 2}},
-        {"name": "student", "model": "run:student/model", "sampler": {"steps": 4}},
+CONTENDERS = [
+    {"name": "ddim-2", "sampler": {"steps": 2}},
+    {"name": "student", "model": "run:student/model", "sampler": {"steps": 4}},
+]
+PANEL = {
+    "name": "small",
+    "title": "A small panel",
+    "lines": [
+        {"name": "teacher-2", "steps": 2},
+        {"name": "undistilled-1", "steps": 1},
+        {"name": "control", "variant": "control", "steps": 1},
     ],
-    "baseline": "ddim-2",
-    "guidance": [2.0],
-    "prompts": {"limit": 8},
-    "references": {"count": 8},
-    "groups": 4,
-}
-ABLATION = {
-    "variants": [{"name": "control"}],
-    "panels": [
-        {
-            "name": "small",
-            "title": "A small panel",
-            "lines": [
-                {"name": "teacher-2", "steps": 2},
-                {"name": "undistilled-1", "steps": 1},
-                {"name": "control", "variant": "control", "steps": 1},
-            ],
-            "baseline": "undistilled-1",
-            "control": "control",
-            "many": "teacher-2",
-            "gap_at": [2.0],
-        }
-    ],
-    "pictures_at": 2.0,
+    "baseline": "undistilled-1",
+    "control": "control",
+    "many": "teacher-2",
+    "gap_at": [2.0],
 }
 
+
+def evaluated(prefix: str) -> list[str]:
+    """An evaluation of few captions and images."""
+    return [
+        f"{prefix}.{one}" for one in ("prompts.limit=8", "references.count=8", "groups=4", "guidance=[2.0]")
+    ]
+
+
 SUBMISSIONS = (
-    job("render_scenes", *SCENES, outputs=("shards/00001.tar",)),
+    job("render_scenes", *SCENES, outputs="shards/00001.tar"),
     job(
         "compile_mobile",
         *MOBILE,
-        'mobile.executorch=["float32"]',
-        'mobile.coreml=["float16"]',
+        *('mobile.executorch=["float32"]', 'mobile.coreml=["float16"]'),
         words=("{model}", "--out", "{beside}/tiny"),
-        outputs=("../tiny/mobile/manifest.json",),
+        outputs="../tiny/mobile/manifest.json",
     ),
     job(
         "train_mini",
         *(f"{part}.{size}" for part in PARTS for size in ("samples=12", "batch=6")),
         "scenes=12",
         words=("--out", "{beside}/mini"),
-        outputs=("../mini/weights/manifest.json", "../mini/report.html"),
+        outputs="../mini/weights/manifest.json ../mini/report.html",
     ),
-    job("encode_latents", *SCENES, after="render_scenes", outputs=("latents/_delta_log",), prints="96 rows"),
-    job(
-        "finetune_vpred",
-        *short("vpred"),
-        after="encode_latents",
-        outputs=("vpred/model", "vpred/metrics.json"),
-    ),
+    job("encode_latents", *SCENES, after="render_scenes", outputs="latents/_delta_log", prints="96 rows"),
+    job("finetune_vpred", *short("vpred"), after="encode_latents", outputs="vpred/model vpred/metrics.json"),
     job(
         "find_duplicates",
         *SCENES,
         after="render_scenes",
-        outputs=("fingerprints/_delta_log", "duplicates/_delta_log"),
+        outputs="fingerprints/_delta_log duplicates/_delta_log",
     ),
-    job(
-        "generate_pairs",
-        "captions.limit=48",
-        "pairs.generation.steps=10",
-        after="encode_latents",
-        outputs=("pairs/_delta_log",),
-        prints="48 rows",
-    ),
+    job("generate_pairs", *FEW_PAIRS, after="encode_latents", outputs="pairs/_delta_log", prints="48 rows"),
     job(
         "train_robust",
         *short("robust.training"),
         after="encode_latents",
-        outputs=("robust/model", "robust/metrics.json"),
+        outputs="robust/model robust/metrics.json",
     ),
     job(
         "evolve_unet",
         *short("evolution.training"),
         "evolution.table={inputs}/latency.json",
         f"evolution.latency_ms={TABLE.predict_ms(ORIGIN) - 1.0}",
-        "evolution.pace.removed=3",
-        "evolution.pace.growths=0",
-        "evolution.prompts.limit=4",
-        "evolution.sampler.steps=1",
+        *("evolution.pace.removed=3", "evolution.pace.growths=0"),
+        *("evolution.prompts.limit=4", "evolution.sampler.steps=1"),
         after="train_robust",
-        outputs=("evolution/architecture.json", "evolution/page.html"),
+        outputs="evolution/architecture.json evolution/page.html",
     ),
-    job("measure_efficiency", "efficiency.turns=2", outputs=("efficiency/torch-float32-cpu.json",)),
-    job("compute_targets", "targets.draws=2", after="encode_latents", outputs=("targets/_delta_log",)),
-    job("measure_latency", "latency.turns=2", outputs=("latency/torch-float32-cpu.json",)),
+    job("measure_efficiency", "efficiency.turns=2", outputs="efficiency/torch-float32-cpu.json"),
+    job("compute_targets", "targets.draws=2", after="encode_latents", outputs="targets/_delta_log"),
+    job("measure_latency", "latency.turns=2", outputs="latency/torch-float32-cpu.json"),
     job(
         "benchmark",
         words=(
@@ -189,34 +163,32 @@ SUBMISSIONS = (
             *("--repeats", "20", "--json", "{run}/benchmark.json"),
         ),
         after="compile_mobile",
-        outputs=("benchmark.json",),
+        outputs="benchmark.json",
     ),
     job("verify_bundle", words=("{beside}/tiny/mobile",), after="compile_mobile"),
     job(
         "train_efficient",
         *short("efficient.training"),
         after="encode_latents",
-        outputs=("efficient/model", "efficient/metrics.json"),
+        outputs="efficient/model efficient/metrics.json",
     ),
     job(
         "distill_schedule",
-        *short("distill"),
-        "schedule=direct",
+        *(*short("distill"), "schedule=direct"),
         after="encode_latents",
-        outputs=("direct-8/model", "direct-8/metrics.json"),
+        outputs="direct-8/model direct-8/metrics.json",
     ),
     job(
         "distill_decoder",
-        *short("decoder"),
-        "decoder.timing_repeats=2",
+        *(*short("decoder"), "decoder.timing_repeats=2"),
         after="generate_pairs",
-        outputs=("decoder/metrics.json",),
+        outputs="decoder/metrics.json",
     ),
     job(
         "distill_steps",
         *short("distill"),
         after="train_efficient",
-        outputs=("student/model", "student/metrics.json"),
+        outputs="student/model student/metrics.json",
     ),
     job(
         "generate",
@@ -225,72 +197,69 @@ SUBMISSIONS = (
             *("--model", "{run}/student/model", "--out", "{run}/picture.png"),
         ),
         after="distill_steps",
-        outputs=("picture.png",),
+        outputs="picture.png",
     ),
     job(
         "evaluate",
-        f"evaluation={json.dumps(EVALUATION)}",
+        *evaluated("evaluation"),
+        f"evaluation.contenders={json.dumps(CONTENDERS)}",
+        "evaluation.baseline=ddim-2",
         after="distill_steps",
-        outputs=("evaluation/results.json", "evaluation/page.html"),
+        outputs="evaluation/results.json evaluation/page.html",
     ),
     job(
         "measure_robustness",
         *("scenes=50", "seeds=[0]", "steps=1"),
         words=("mini-v", "{run}/robust/model", "--out", "{run}/robustness"),
         after="train_robust",
-        outputs=("robustness/robustness.json", "robustness/robustness.html"),
+        outputs="robustness/robustness.json robustness/robustness.html",
     ),
     job(
         "measure_mini",
         *("scenes=200", 'models=["sd-v"]', "steps=[1]", "guidance=[2.0]"),
         words=("--out", "{run}/measured.json"),
-        outputs=("measured.json", "measured.html"),
+        outputs="measured.json measured.html",
     ),
     job(
         "compare_chance",
         *short("random_baseline.training", steps=1),
-        *(f"random_baseline.evaluation.{one}" for one in EVALUATED),
-        "random_baseline.count=1",
-        "random_baseline.sampler.steps=1",
-        "random_baseline.timing.turns=2",
+        *evaluated("random_baseline.evaluation"),
+        *("random_baseline.count=1", "random_baseline.sampler.steps=1", "random_baseline.timing.turns=2"),
         "evolution.table={inputs}/latency.json",
         after="evolve_unet",
-        outputs=("chance/chance.json",),
+        outputs="chance/chance.json",
     ),
     job(
         "plan",
-        "plan.rates=a100-published-high",
-        "plan.node=a100-40gb-x8",
+        *("plan.rates=a100-published-high", "plan.node=a100-40gb-x8"),
         'plan.steps=["encode_latents","generate_pairs"]',
-        outputs=("plan.json",),
+        outputs="plan.json",
     ),
     job(
         "report",
         after="generate_pairs distill_decoder distill_steps",
-        outputs=("report/index.html", "metrics.json"),
+        outputs="report/index.html metrics.json",
     ),
     job(
         "download_shards",
-        "download.links={inputs}/links.parquet",
-        "download.rows_per_shard=4",
-        "download.place=downloaded",
+        *("download.links={inputs}/links.parquet", "download.rows_per_shard=4"),
+        *("download.place=downloaded", "download.fetching.threads=2"),
         f"download.fetching.python={DOWNLOADER}",
         'download.fetching.private_networks=["127.0.0.1"]',
-        "download.fetching.threads=2",
-        outputs=("downloaded/00000.tar",),
+        outputs="downloaded/00000.tar",
         prints="5 images in 2 shards",
     ),
     job(
         "top_up",
-        *("captions.limit=48", "pairs.generation.steps=10", "pairs.draws=2", "quota.rows=32"),
+        *(*FEW_PAIRS, "pairs.draws=2", "quota.rows=32"),
         words=("generate_pairs", "--out", "{run}"),
         after="report",
         prints="32 rows more",
     ),
     job(
         "verify_table",
+        "pairs.generation.steps=10",
         words=("{run}/pairs",),
-        settings=("pairs.generation.steps=10",),
         after="top_up",
         prints="no fault found",
     ),
@@ -298,30 +267,24 @@ SUBMISSIONS = (
         "forget",
         words=("--out", "{run}", "--url", "{inputs}/forget.txt"),
         after="verify_table compute_targets compare_chance distill_schedule finetune_vpred",
-        outputs=("forgotten/receipts",),
+        outputs="forgotten/receipts",
     ),
     job("vacuum", "vacuum.hours=0", words=("--out", "{run}", "--delete"), after="forget", prints="deleted"),
     job(
         "ablate",
-        *SCENES,
-        *short("distill"),
-        *(f"evaluation.{one}" for one in EVALUATED),
-        f"ablation={json.dumps(ABLATION)}",
+        *(*SCENES, *short("distill"), *evaluated("evaluation")),
+        f"ablation={json.dumps({'variants': [{'name': 'control'}], 'panels': [PANEL], 'pictures_at': 2.0})}",
         words=("--recipe", "ablation", "--out", "{beside}/ablated"),
-        outputs=("../ablated/ablation/page.html",),
+        outputs="../ablated/ablation/page.html",
     ),
     job(
         "run_pipeline",
-        *SCENES,
-        *("captions.limit=48", "pairs.generation.steps=10", "latency.turns=2"),
+        *(*SCENES, *FEW_PAIRS, "latency.turns=2"),
         *(setting for one in ("efficient.training", "distill", "decoder") for setting in short(one)),
-        'mobile.executorch=["float32"]',
-        "mobile.coreml=[]",
+        *('mobile.executorch=["float32"]', "mobile.coreml=[]"),
         words=("--out", "{beside}/pipeline"),
-        outputs=(
-            "../pipeline/report/index.html",
-            "../pipeline/mobile/manifest.json",
-            "../pipeline/metrics.json",
+        outputs=" ".join(
+            f"../pipeline/{file}" for file in ("report/index.html", "mobile/manifest.json", "metrics.json")
         ),
     ),
 )
@@ -369,13 +332,8 @@ def results(request, run: Path, tmp_path_factory, mobile_model: str) -> Iterator
         for one in SUBMISSIONS:
             if one in needed:
                 before = [futures[name] for name in one.after]
-                paths = {
-                    "run": str(run),
-                    "beside": str(run.parent),
-                    "inputs": str(inputs),
-                    "model": mobile_model,
-                }
-                words = one.command(**paths)
+                places = {"run": run, "beside": run.parent, "inputs": inputs, "model": mobile_model}
+                words = one.command(**{name: str(place) for name, place in places.items()})
                 futures[one.name] = lanes.submit(run_submission, head, one.name, words, before=before)
         yield futures
         lanes.shutdown(wait=False, cancel_futures=True)
