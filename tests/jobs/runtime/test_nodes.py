@@ -30,12 +30,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 PAIRS = ("pairs.rows_per_unit=8", "pairs.bounds.commit_seconds=0.5")
 VPRED = (
-    "vpred.loop.num_steps=160",
-    "vpred.loop.global_batch=32",
-    "vpred.trainer.num_workers=2",
-    "vpred.trainer.micro_batch=16",
-    "vpred.trainer.checkpoint_every=20",
-    "vpred.trainer.max_failures=5",
+    *("vpred.loop.num_steps=160", "vpred.loop.global_batch=32", "vpred.trainer.num_workers=2"),
+    *("vpred.trainer.micro_batch=16", "vpred.trainer.checkpoint_every=20", "vpred.trainer.max_failures=5"),
 )
 
 
@@ -158,25 +154,38 @@ def has_uncommitted_file(url: Path) -> bool:
     return is_table(str(url)) and len([*url.glob("*.parquet")]) > units_in(url)
 
 
+def generate(head: Head, out: Path) -> Driver:
+    return Driver(head, ("jobs.generate_pairs", "--out", str(out), *set_options(PAIRS)))
+
+
+def finetune(head: Head, out: Path, *more: str) -> Driver:
+    return Driver(head, ("jobs.finetune_vpred", "--out", str(out), *set_options((*VPRED, *more))))
+
+
+@pytest.fixture
+def out(run, tmp_path) -> Path:
+    """A copy of the run, to be written into."""
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
 @pytest.fixture(scope="module")
-def expected_pairs(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def expected_pairs(run, tmp_path_factory) -> dict[str, bytes]:
     """Data files of PAIRS generated in one process."""
     return pairs_of(run / "latents", tmp_path_factory.mktemp("alone") / "pairs", PAIRS)
 
 
 TEACHERS = "ray::MapWorker"
 TRAINERS = "ray::RayTrainWorker"
+VICTIMS = ("worker", "node", "driver")
 
 
 @pytest.fixture(scope="module")
-def quiet_pairs(head: Head, nodes: Nodes, run: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+def quiet_pairs(head, nodes, run, tmp_path_factory) -> float:
     """Seconds of an undisturbed generation."""
-    out = tmp_path_factory.mktemp("quiet") / "run"
-    shutil.copytree(run, out)
-    return Driver(head, ("jobs.generate_pairs", "--out", str(out), *set_options(PAIRS))).end()
+    return generate(head, shutil.copytree(run, tmp_path_factory.mktemp("quiet") / "run")).end()
 
 
-def show(capsys: pytest.CaptureFixture[str], line: str) -> None:
+def show(capsys, line: str) -> None:
     with capsys.disabled():
         print(f"\n{line}", flush=True)
 
@@ -184,28 +193,12 @@ def show(capsys: pytest.CaptureFixture[str], line: str) -> None:
 @pytest.mark.parametrize(
     ("who", "when", "times"),
     [
-        *itertools.product(("worker", "node", "driver"), ("before the first unit", "file to commit"), (1,)),
-        *itertools.product(("worker", "node", "driver"), ("between units",), (3,)),
+        *itertools.product(VICTIMS, ("before the first unit", "file to commit"), (1,)),
+        *itertools.product(VICTIMS, ("between units",), (3,)),
     ],
 )
-def test_generation(
-    who: str,
-    when: str,
-    times: int,
-    head: Head,
-    nodes: Nodes,
-    run: Path,
-    expected_pairs: dict[str, bytes],
-    quiet_pairs: float,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
-    pairs, driver = (
-        out / "pairs",
-        Driver(head, ("jobs.generate_pairs", "--out", str(out), *set_options(PAIRS))),
-    )
+def test_generation(who, when, times, head, nodes, out, expected_pairs, quiet_pairs, capsys):
+    pairs, driver = out / "pairs", generate(head, out)
     for struck in range(times):
         if when == "before the first unit":
             driver.wait_until(lambda: bool(workers(TEACHERS)))
@@ -222,10 +215,9 @@ def test_generation(
 
 def checkpoints(out: Path, *, complete: bool = True) -> list[int]:
     """Steps of complete checkpoints, or of those being written."""
-    folders = [*(out / "vpred.training").glob("*/step-*")]
     return [
         int(folder.name.rpartition("-")[2])
-        for folder in folders
+        for folder in (out / "vpred.training").glob("*/step-*")
         if (folder / "manifest.json").exists() == complete
     ]
 
@@ -235,37 +227,22 @@ def weights(out: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def quiet_training(
-    head: Head, nodes: Nodes, run: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[bytes, float]:
+def quiet_training(head, nodes, run, tmp_path_factory) -> tuple[bytes, float]:
     """Weights and seconds of an undisturbed training."""
-    out = tmp_path_factory.mktemp("quiet") / "run"
-    shutil.copytree(run, out)
-    seconds = Driver(head, ("jobs.finetune_vpred", "--out", str(out), *set_options(VPRED))).end()
+    out = shutil.copytree(run, tmp_path_factory.mktemp("quiet") / "run")
+    seconds = finetune(head, out).end()
     return weights(out), seconds
 
 
 @pytest.mark.parametrize(
     ("who", "when", "times"),
     [
-        *itertools.product(("worker", "node", "driver"), ("checkpoint being written",), (1,)),
-        *itertools.product(("worker", "node", "driver"), ("between checkpoints",), (2,)),
+        *itertools.product(VICTIMS, ("checkpoint being written",), (1,)),
+        *itertools.product(VICTIMS, ("between checkpoints",), (2,)),
     ],
 )
-def test_training(
-    who: str,
-    when: str,
-    times: int,
-    head: Head,
-    nodes: Nodes,
-    run: Path,
-    quiet_training: tuple[bytes, float],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
-    driver = Driver(head, ("jobs.finetune_vpred", "--out", str(out), *set_options(VPRED)))
+def test_training(who, when, times, head, nodes, out, quiet_training, capsys):
+    driver = finetune(head, out)
     for struck in range(times):
         if when == "between checkpoints":
             beyond = 20 + 60 * struck
@@ -279,18 +256,9 @@ def test_training(
     assert weights(out) == expected
 
 
-def test_elastic_training_shrinks_and_grows_again(
-    head: Head, nodes: Nodes, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
-    elastic = (
-        "vpred.trainer.min_workers=1",
-        "vpred.trainer.cpus_per_worker=2",
-        "vpred.trainer.resize_seconds=5",
-        "vpred.loop.num_steps=600",
-    )
-    driver = Driver(head, ("jobs.finetune_vpred", "--out", str(out), *set_options((*VPRED, *elastic))))
+def test_elastic_training_shrinks_and_grows_again(head, nodes, out, capsys):
+    elastic = ("trainer.min_workers=1", "trainer.cpus_per_worker=2", "trainer.resize_seconds=5")
+    driver = finetune(head, out, *(f"vpred.{one}" for one in (*elastic, "loop.num_steps=600")))
     driver.wait_until(lambda: max(checkpoints(out), default=0) >= 40)
     nodes.kill_oldest()
     killed, step = time.monotonic(), max(checkpoints(out))

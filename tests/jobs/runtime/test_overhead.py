@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 WORKERS = (1, 2, 4)
 ROWS = 16
 """Rows of a unit: the simulated teacher takes 0.4 s for them."""
+
+
+def shown(title: str, *, rows: int, bare: float, capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """A function that prints a line at once; the first line says what is measured."""
+
+    def show(line: str) -> None:
+        with capsys.disabled():
+            print(line, flush=True)
+
+    show(f"\n{title}: the teacher sleeps {SECONDS_A_ROW * rows:.3f} s, {bare=:.3f} s")
+    return show
 
 
 def pairs_settings(workers: int) -> PairsSettings:
@@ -73,11 +84,8 @@ def bare_unit_seconds() -> float:
 
 
 def test_generation(ray_cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bare = bare_unit_seconds()
-    lines = [
-        f"generation, a unit of {ROWS} rows: the teacher sleeps {SECONDS_A_ROW * ROWS:.3f} s, {bare=:.3f} s"
-    ]
-    ratios = []
+    bare, ratios = bare_unit_seconds(), []
+    show = shown(f"generation, a unit of {ROWS} rows", rows=ROWS, bare=bare, capsys=capsys)
     for workers in WORKERS:
         arrived, url = [time.monotonic()], str(tmp_path / f"pairs-{workers}")
         generate_pairs(
@@ -93,12 +101,10 @@ def test_generation(ray_cluster, tmp_path: Path, capsys: pytest.CaptureFixture[s
         skipped = len(woke) // 4  # until all have begun
         steady = (woke[-1] - woke[skipped]) / (len(woke) - 1 - skipped)
         ratios.append(steady * workers / bare)
-        lines.append(
+        show(
             f"{workers} workers: {steady * workers:.3f} s a unit and worker, ratio {ratios[-1]:.3f}; "
             f"the first unit after {arrived[1] - arrived[0]:.1f} s"
         )
-    with capsys.disabled():
-        print("\n" + "\n".join(lines))
     assert max(ratios) < 1.1
 
 
@@ -126,34 +132,24 @@ def bare_step_seconds(url: str) -> float:
 
 def test_training(ray_cluster, latents: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_num_threads(1)
-    bare = bare_step_seconds(latents)
-    lines = [
-        f"training, {SHARE} rows a worker: the teacher sleeps {SECONDS_A_ROW * SHARE:.3f} s, {bare=:.3f} s"
-    ]
-    ratios = []
+    bare, ratios = bare_step_seconds(latents), []
+    show = shown(f"training, {SHARE} rows a worker", rows=SHARE, bare=bare, capsys=capsys)
     for workers in WORKERS:
         reports: list[dict[str, Any]] = []
-        arrived: list[float] = [time.monotonic()]
-
-        def note(figures: Any, reports: list[Any] = reports, arrived: list[float] = arrived) -> None:
-            reports.append(dict(figures))
-            arrived.append(time.monotonic())
-
+        began = time.monotonic()
         run_trainings(
             trainings,
             {"workers": workers, "steps": 120, "url": latents},
             store_url=str(tmp_path / f"checkpoints-{workers}"),
             settings=TrainerSettings(num_workers=workers, cpus_per_worker=0.25, checkpoint_every=1_000),
-            on_report=note,
+            on_report=lambda report, to=reports: to.append({**report, "arrived": time.monotonic()}),
         )
         seconds = seconds_per_step(reports)  # without the first, and without the time of reporting
         ratios.append(seconds / bare)
-        lines.append(
+        show(
             f"{workers} workers: {seconds:.3f} s a step, ratio {ratios[-1]:.3f}; "
-            f"the first step after {arrived[1] - arrived[0]:.1f} s"
+            f"the first step after {reports[0]['arrived'] - began:.1f} s"
         )
-    with capsys.disabled():
-        print("\n" + "\n".join(lines))
     assert max(ratios) < 1.2
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -88,12 +89,6 @@ def marked(run: Path) -> Iterator[str]:
                 yield (folder / "cmdline").read_text()
 
 
-def kill_submitted(verb: str, *, run: Path) -> None:
-    """Send SIGKILL to the driver that the head runs."""
-    (driver,) = (pid for pid, words in processes() if words[1:3] == ["-m", verb] and str(run) in words)
-    os.kill(driver, signal.SIGKILL)
-
-
 def processes() -> Iterator[tuple[int, list[str]]]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # The process has ended.
@@ -121,6 +116,72 @@ def assert_equals_undisturbed(run: Path, alone: Path) -> None:
     assert sum(manifest.rows_read for manifest in manifests.values()) == 2 * ROWS
 
 
+@dataclass
+class Interruptions:
+    """A job that is ended in several ways, and the progress that it makes.
+
+    Attributes:
+        command: the job.
+        done: how much of it is done.
+        head: that runs the submitted ones.
+        run: its run.
+        capsys: for what is measured.
+    """
+
+    command: list[str]
+    done: Callable[[], int]
+    head: Head
+    run: Path
+    capsys: pytest.CaptureFixture[str]
+
+    def show(self, line: str) -> None:
+        with self.capsys.disabled():
+            print(f"\n{line}")
+
+    def signal_drivers(self) -> int:
+        """End two local drivers by SIGTERM and Ctrl-C; returns what was done before the second."""
+        verb = self.command[0].removeprefix("jobs.")
+        for number, code, how in ((signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")):
+            driver = local(self.command)
+            stood = await_progress(self.done, driver)
+            printed, seconds = end_by_signal(driver, number, run=self.run)
+            self.show(f"{verb}, {how}: over after {seconds:.1f} s with {stood} done")
+            assert driver.returncode == code
+            assert printed.splitlines()[-1] == f"{verb}: {how}; run the same command again to go on"
+            assert "Traceback" not in printed
+            assert "SIGTERM" not in printed  # Ray's core prints it with a stack.
+            assert self.done() >= stood
+        return stood
+
+    def kill_and_resubmit(self, name: str) -> int:
+        """Kill a submitted driver, and submit the job again to its end; returns what the killed one did."""
+        submitted = self.head.start(name, *self.command)
+        stood = await_progress(self.done, submitted)
+        killed = time.monotonic()
+        (driver,) = (
+            pid
+            for pid, words in processes()
+            if words[1:3] == ["-m", self.command[0]] and str(self.run) in words
+        )
+        os.kill(driver, signal.SIGKILL)
+        printed, _ = submitted.communicate(timeout=60)
+        assert submitted.returncode == 1
+        assert f"Job '{name}' failed" in printed
+        noticed, left = time.monotonic() - killed, self.done()
+        assert stood <= left
+
+        resubmitted = self.head.start(f"{name}-again", *self.command)
+        await_progress(self.done, resubmitted)
+        lost = time.monotonic() - killed
+        printed, _ = resubmitted.communicate(timeout=300)
+        assert resubmitted.returncode == 0, printed
+        self.show(
+            f"{self.command[0]}, driver killed with {stood} done: reported after {noticed:.1f} s; submitted "
+            f"again, it went on {lost:.1f} s after the kill"
+        )
+        return left
+
+
 def test_stopped_generation_continues(head: Head, run: Path, tmp_path: Path, capsys):
     alone = Path(shutil.copytree(run, tmp_path / "alone"))
     command = ["jobs.generate_pairs", "--out", str(run), *set_options(PAIRS)]
@@ -136,17 +197,7 @@ def test_stopped_generation_continues(head: Head, run: Path, tmp_path: Path, cap
     assert "was stopped" in status(head, "stopped")
     assert "succeeded" not in status(head, "stopped")
 
-    for number, code, how in ((signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")):
-        driver = local(command)
-        stood = await_progress(lambda: units(run), driver)
-        printed, seconds = end_by_signal(driver, number, run=run)
-        with capsys.disabled():
-            print(f"\ngeneration, {how}: over after {seconds:.1f} s with {stood} of {UNITS} units")
-        assert driver.returncode == code
-        assert printed.splitlines()[-1] == f"generate_pairs: {how}; run the same command again to go on"
-        assert "Traceback" not in printed
-        assert "SIGTERM" not in printed  # Ray's core prints it with a stack.
-
+    stood = Interruptions(command, lambda: units(run), head, run, capsys).signal_drivers()
     assert stood <= units(run) < UNITS
     code, printed = head.submit("resumed", *command)
     assert code == 0, printed
@@ -161,27 +212,8 @@ def test_killed_generation_continues_under_another_id(head: Head, run: Path, tmp
     await_progress(lambda: units(run), driver)
     end_by_signal(driver, signal.SIGKILL, run=run)
     assert driver.returncode == -signal.SIGKILL
-
-    submitted = head.start("killed", *command)
-    stood = await_progress(lambda: units(run), submitted)
-    killed = time.monotonic()
-    kill_submitted("jobs.generate_pairs", run=run)
-    printed, _ = submitted.communicate(timeout=60)
-    assert submitted.returncode == 1
-    assert "Job 'killed' failed" in printed
-    noticed = time.monotonic() - killed
-
-    resubmitted = head.start("killed-again", *command)
-    await_progress(lambda: units(run), resubmitted)
-    lost = time.monotonic() - killed
-    printed, _ = resubmitted.communicate(timeout=300)
-    with capsys.disabled():
-        print(
-            f"\ngeneration, driver killed with {stood} of {UNITS} units: reported after {noticed:.1f} s; "
-            f"submitted again, its first unit came {lost:.1f} s after the kill"
-        )
-    assert resubmitted.returncode == 0, printed
-    assert stood < UNITS
+    job = Interruptions(command, lambda: units(run), head, run, capsys)
+    assert job.kill_and_resubmit("killed") < UNITS
     assert_equals_undisturbed(run, alone)
 
 
@@ -203,38 +235,9 @@ def test_stopped_or_killed_training_gives_equal_weights(head: Head, run: Path, t
     alone = Path(shutil.copytree(run, tmp_path / "alone"))
     command = ["jobs.finetune_vpred", "--out", str(run), *set_options(TRAINING)]
     undisturbed = head.start("undisturbed", *(word.replace(str(run), str(alone)) for word in command))
-    for number, code, how in ((signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")):
-        driver = local(command)
-        stood = await_progress(lambda: step(run), driver)
-        printed, seconds = end_by_signal(driver, number, run=run)
-        with capsys.disabled():
-            print(f"\ntraining, {how}: over after {seconds:.1f} s at step {stood}")
-        assert driver.returncode == code
-        assert printed.splitlines()[-1] == f"finetune_vpred: {how}; run the same command again to go on"
-        assert "Traceback" not in printed
-        assert "SIGTERM" not in printed
-        assert step(run) >= stood
-
-    submitted = head.start("training", *command)
-    stood = await_progress(lambda: step(run), submitted)
-    killed = time.monotonic()
-    kill_submitted("jobs.finetune_vpred", run=run)
-    printed, _ = submitted.communicate(timeout=60)
-    assert submitted.returncode == 1
-    assert "Job 'training' failed" in printed
-
-    assert stood <= step(run) < 160
-    resubmitted = head.start("training-again", *command)
-    await_progress(lambda: step(run), resubmitted)
-    lost = time.monotonic() - killed
-    printed, _ = resubmitted.communicate(timeout=300)
-    assert resubmitted.returncode == 0, printed
-    with capsys.disabled():
-        print(
-            f"\ntraining, driver killed at step {stood}: submitted again, its next checkpoint came "
-            f"{lost:.1f} s after the kill"
-        )
-
+    job = Interruptions(command, lambda: step(run), head, run, capsys)
+    job.signal_drivers()
+    assert job.kill_and_resubmit("training") < 160
     printed, _ = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, printed
     stopped, expected = (json.loads((one / "vpred/metrics.json").read_text()) for one in (run, alone))
