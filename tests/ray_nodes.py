@@ -106,7 +106,7 @@ def ray_worker(head: Head, name: str, *, cpus: int) -> Iterator[subprocess.Popen
 
 def kill_node(node: subprocess.Popen[bytes]) -> None:
     """Send SIGKILL to all processes of a node at once, like a preempted spot instance."""
-    for process in [node.pid, *_descendants(node.pid)]:
+    for process in [node.pid, *descendants(node.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     node.wait()
@@ -158,7 +158,8 @@ def _answers(port: int) -> bool:
         return False
 
 
-def _descendants(root: int) -> list[int]:
+def descendants(root: int) -> list[int]:
+    """The processes that come from one, without it."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Self
 
+from ray_nodes import descendants
+
 _GIB = 2**30
 _SECONDS = 2.0
 
@@ -34,24 +36,14 @@ class MemoryMeter:
 
     def _follow(self) -> None:
         while not self._ended.wait(_SECONDS):
-            self.peak_gib = max(self.peak_gib, sum(map(_bytes, _family(os.getpid()))) / _GIB)
+            family = [os.getpid(), *descendants(os.getpid())]
+            self.peak_gib = max(self.peak_gib, sum(map(_bytes, family)) / _GIB)
 
 
 def available_gib() -> float:
     """What the machine can still give."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 / _GIB
-
-
-def _family(root: int) -> list[int]:
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    found = [root]
-    for parent in found:
-        found += [child for child, its in parents.items() if its == parent]
-    return found
 
 
 def _bytes(process: int) -> int:

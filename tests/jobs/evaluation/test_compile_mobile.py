@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import MOBILE, tiny_bundle, tiny_student
 from PIL import Image
+from set_options import set_options
 from torch import nn
 
 import snapfusion.export.build as building
@@ -128,14 +129,14 @@ def test_images_equal_those_of_torch(mobile_bundle):
 def test_the_same_again_is_not_compiled_again(mobile_bundle, mobile_model, monkeypatch, capsys):
     monkeypatch.delattr(variants, "compile_executorch")
     before = (mobile_bundle / "manifest.json").stat()
-    options = [word for setting in MOBILE for word in ("--set", setting)]
+    options = set_options(MOBILE)
     assert compile_mobile.main([mobile_model, "--out", str(mobile_bundle.parent), *options]) == 0
     assert "executorch: " in capsys.readouterr().out
     assert (mobile_bundle / "manifest.json").stat() == before
 
 
 def test_a_bundle_of_other_settings_is_refused(mobile_bundle, mobile_model, capsys):
-    options = [word for setting in (*MOBILE, "mobile.seed=1") for word in ("--set", setting)]
+    options = set_options([*MOBILE, "mobile.seed=1"])
     assert compile_mobile.main([mobile_model, "--out", str(mobile_bundle.parent), *options]) == 2
     assert "made otherwise (settings.seed is 0 there, 1 here)" in capsys.readouterr().err
 
@@ -432,8 +433,7 @@ sys.exit(compile_mobile.main(sys.argv[1:]))
 
 def test_a_disk_that_fills_leaves_nothing_behind(mobile_model, tmp_path):
     """No file may grow beyond 40 kB, as on a disk with no more room; the programs are larger."""
-    options = ["--set", "mobile.coreml=[]", "--set", 'mobile.executorch=["float32"]']
-    options += [word for setting in MOBILE for word in ("--set", setting)]
+    options = set_options(["mobile.coreml=[]", 'mobile.executorch=["float32"]', *MOBILE])
     done = subprocess.run(
         [sys.executable, "-c", FULL, mobile_model, "--out", str(tmp_path / "run"), *options],
         capture_output=True,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from in_process import in_process
+from set_options import set_options
 
 from jobs import evaluate as job
 from jobs.evaluation.evaluation import evaluate
@@ -217,16 +218,12 @@ def test_the_job_leaves_figures_charts_and_a_page(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(job, "runner", lambda _: as_on_ray)
     save(load("mini"), tmp_path / "student" / "raw")
     raw = '{"name":"raw","model":"run:student/raw","sampler":{"steps":1}}'
-    options = [
-        "evaluation.guidance=[1.0]",
-        "evaluation.prompts.limit=8",
-        "evaluation.references.count=8",
-        "evaluation.groups=2",
-        f'evaluation.contenders=[{{"name":"one","sampler":{{"steps":1}}}},{raw}]',
-        "evaluation.baseline=one",
+    settings = [
+        *("guidance=[1.0]", "prompts.limit=8", "references.count=8", "groups=2", "baseline=one"),
+        f'contenders=[{{"name":"one","sampler":{{"steps":1}}}},{raw}]',
     ]
-    arguments = [part for option in options for part in ("--set", option)]
-    assert job.main(["--out", str(tmp_path), *arguments]) == 0
+    options = set_options(f"evaluation.{setting}" for setting in settings)
+    assert job.main(["--out", str(tmp_path), *options]) == 0
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert set(results["curves"]) == {"one", "raw"}
     # It is read where the run is not.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from memory_meter import MemoryMeter, available_gib
+from set_options import set_options
 
 from jobs import compile_mobile
 from snapfusion.export.bundle import open_bundle
@@ -47,7 +48,7 @@ def test_the_efficient_model_compiles_at_full_size(runtime, tmp_path, capsys):
     if available_gib() < needed:
         pytest.skip(f"{available_gib():.1f} GiB of memory are free, {needed} are needed")
     make_model(tmp_path)
-    options = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
+    options = set_options([*SETTINGS, *settings])
     with MemoryMeter() as meter, capsys.disabled():
         print()
         arguments = [str(tmp_path / "model"), "--recipe", "sd15", "--out", str(tmp_path), *options]

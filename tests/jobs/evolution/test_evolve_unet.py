@@ -2,12 +2,14 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from in_process import in_process
 from latency_inputs import known_table
 from scene_latents import encode_scenes
+from set_options import set_options
 
 from jobs import evolve_unet as job
 from jobs.cli.in_run import resolve_training
@@ -61,7 +63,12 @@ def latents(tmp_path_factory):
     return encode_scenes(tmp_path_factory.mktemp("run"))
 
 
-def evolution(out, *, latents, objective_ms, table=TABLE, run=in_process, rounds=None, settings=SETTINGS):
+OBJECTIVE_MS = TABLE.predict_ms(ORIGIN) - 7.0
+
+
+def evolution(
+    out, latents, *, objective_ms=OBJECTIVE_MS, table=TABLE, run=in_process, rounds=None, settings=SETTINGS
+):
     return Evolution(
         settings=settings,
         objective_ms=objective_ms,
@@ -76,13 +83,14 @@ def evolution(out, *, latents, objective_ms, table=TABLE, run=in_process, rounds
     )
 
 
-OBJECTIVE_MS = TABLE.predict_ms(ORIGIN) - 7.0
-
-
 @pytest.fixture(scope="module")
 def evolved(ray_cluster, latents, tmp_path_factory):
     out = tmp_path_factory.mktemp("evolved")
-    return out, evolution(out, latents=latents, objective_ms=OBJECTIVE_MS).evolve()
+    return out, evolution(out, latents).evolve()
+
+
+def first_round(evolution):
+    return next(iter(evolution._rounds()))
 
 
 def decisions(history):
@@ -101,8 +109,7 @@ def test_it_removes_until_the_objective_is_met(evolved):
 
 def test_a_copied_block_has_its_originals_weights(latents, tmp_path):
     growing = SETTINGS.model_copy(update={"pace": RoundLimits(growths=1)})
-    with_growth = evolution(tmp_path, latents=latents, objective_ms=1e3, settings=growing)
-    over = next(iter(with_growth._rounds()))
+    over = first_round(evolution(tmp_path, latents, objective_ms=1e3, settings=growing))
     assert over.decision.action == "copy"
     (name,) = over.decision.blocks
     able = [score for score in over.scores if ORIGIN.can_copy(score.block)]
@@ -163,14 +170,10 @@ def test_a_finished_evolution_is_left_as_it_is(evolved, latents):
     def nothing(items, stages):
         pytest.fail("drawn again")
 
-    assert evolution(out, latents=latents, objective_ms=OBJECTIVE_MS, run=nothing).evolve() == history
+    assert evolution(out, latents, run=nothing).evolve() == history
+    other = SETTINGS.model_copy(update={"guidance": 3.0})
     with pytest.raises(TrainingError, match=r"of other settings: .*guidance is 2\.0 there, 3\.0 here"):
-        evolution(
-            out,
-            latents=latents,
-            objective_ms=OBJECTIVE_MS,
-            settings=SETTINGS.model_copy(update={"guidance": 3.0}),
-        ).evolve()
+        evolution(out, latents, settings=other).evolve()
 
 
 class Killed(Exception):
@@ -178,7 +181,7 @@ class Killed(Exception):
 
 
 def test_a_killed_round_resumes_to_the_same_decision(evolved, latents, tmp_path):
-    units, rounds = [], []
+    units = []
 
     def noted(items, stages, *, until=math.inf):
         for finished in in_process(items, stages):
@@ -187,29 +190,20 @@ def test_a_killed_round_resumes_to_the_same_decision(evolved, latents, tmp_path)
             units.append(finished.manifest.unit)
             yield finished
 
-    def mortal(items, stages):
-        yield from noted(items, stages, until=11)
-
     # Each unit is committed as it comes.
     at_once = SETTINGS.samples.model_copy(update={"bounds": Bounds(commit_seconds=0.0)})
     settings = SETTINGS.model_copy(update={"samples": at_once})
 
     with pytest.raises(Killed):
-        evolution(
-            tmp_path, latents=latents, objective_ms=OBJECTIVE_MS, run=mortal, settings=settings
-        ).evolve()
+        evolution(tmp_path, latents, run=partial(noted, until=11), settings=settings).evolve()
     assert len(units) == 11
-    gone_on = evolution(
-        tmp_path, latents=latents, objective_ms=OBJECTIVE_MS, run=noted, settings=settings, rounds=rounds
-    )
     # Only the first round: training is killed and resumed in its own tests.
-    next(iter(gone_on._rounds()))
+    resumed = first_round(evolution(tmp_path, latents, run=noted, settings=settings))
     assert sorted(units) == sorted(set(units))
     # The file of the unit that was under way was there, and was adopted.
     assert len(units) == len(ORIGIN.blocks)
     assert len(open_table(f"{tmp_path}/round-00/scores").units) == 1 + len(ORIGIN.blocks)
-    first = evolved[1]["rounds"][0]
-    assert rounds[0].decision.to_values() == first["decision"]
+    assert resumed.decision.to_values() == decisions(evolved[1])[0]
 
 
 def test_a_score_that_is_not_finite_is_refused(latents, tmp_path, monkeypatch):
@@ -222,7 +216,7 @@ def test_a_score_that_is_not_finite_is_refused(latents, tmp_path, monkeypatch):
 
     monkeypatch.setattr(MetricNetworks, "clip", poisoned)
     with pytest.raises(EvolutionError, match="caption scene-1 with all blocks is not finite"):
-        evolution(tmp_path, latents=latents, objective_ms=OBJECTIVE_MS).evolve()
+        evolution(tmp_path, latents).evolve()
 
 
 def test_an_indispensable_block_has_no_score(latents, tmp_path, monkeypatch):
@@ -235,28 +229,29 @@ def test_an_indispensable_block_has_no_score(latents, tmp_path, monkeypatch):
 
     monkeypatch.setattr(SampleAndScore, "sample", broken)
     rounds = []
-    next(iter(evolution(tmp_path, latents=latents, objective_ms=OBJECTIVE_MS, rounds=rounds)._rounds()))
-    score = next(score for score in rounds[0].scores if score.block == lost)
+    first = first_round(evolution(tmp_path, latents, rounds=rounds))
+    assert rounds == [first]
+    score = next(score for score in first.scores if score.block == lost)
     assert (score.delta_clip, score.clip, score.captions) == (None, None, 0)
     assert math.isinf(score.value)
-    assert lost not in rounds[0].decision.blocks
+    assert lost not in first.decision.blocks
 
 
 def test_other_shapes_or_unreachable_objectives_are_refused(latents, tmp_path):
     with pytest.raises(LatencyError, match="tokens is 7 there, 24 here"):
-        evolution(tmp_path, latents=latents, objective_ms=9.0, table=known_table(ORIGIN, tokens=7)).evolve()
+        evolution(tmp_path, latents, objective_ms=9.0, table=known_table(ORIGIN, tokens=7)).evolve()
     wider = known_table(ORIGIN.changed(channels=(48, 64, 64), groups=8))
     with pytest.raises(LatencyError, match=r"embedding is 192 there, 96 here"):
-        evolution(tmp_path / "wider", latents=latents, objective_ms=9.0, table=wider).evolve()
+        evolution(tmp_path / "wider", latents, objective_ms=9.0, table=wider).evolve()
     with pytest.raises(EvolutionError, match="no architecture takes 1 ms on a test: without any block"):
-        evolution(tmp_path / "fast", latents=latents, objective_ms=1.0).evolve()
+        evolution(tmp_path / "fast", latents, objective_ms=1.0).evolve()
 
 
 def test_unusable_latents_are_refused_before_sampling(latents, tmp_path):
     none = SETTINGS.training.model_copy(update={"loader": LoaderSettings(held_out=1e-6)})
     settings = SETTINGS.model_copy(update={"training": none})
     with pytest.raises(TrainingError, match="none of the 16 rows"):
-        evolution(tmp_path, latents=latents, objective_ms=OBJECTIVE_MS, settings=settings).evolve()
+        evolution(tmp_path, latents, settings=settings).evolve()
 
 
 def test_the_page_shows_rounds_scores_and_architectures(evolved):
@@ -269,34 +264,30 @@ def test_the_page_shows_rounds_scores_and_architectures(evolved):
     assert "without any" not in page
 
 
-def options(out, *assignments):
-    return ["--out", str(out), *(word for assignment in assignments for word in ("--set", assignment))]
+def refused(out, capsys, *assignments) -> str:
+    """What the job prints when it refuses its settings."""
+    assert job.main(["--out", str(out), *set_options(assignments)]) == 2
+    return capsys.readouterr().err
 
 
 def test_a_wrong_setting_is_one_line(tmp_path, capsys):
-    assert job.main(options(tmp_path)) == 2
-    assert "--set evolution.latency_ms: it is null" in capsys.readouterr().err
+    assert "--set evolution.latency_ms: it is null" in refused(tmp_path, capsys)
     phone = tmp_path / "phone.json"
     phone.write_text(json.dumps(known_table(ORIGIN, device="iPhone 14 Pro").to_values()))
-    assignments = ["evolution.latency_ms=9", f"evolution.table={phone}", 'evolution.device="iPhone 12"']
-    assert job.main(options(tmp_path, *assignments)) == 2
-    printed = capsys.readouterr().err
+    given = ("evolution.latency_ms=9", f"evolution.table={phone}")
+    printed = refused(tmp_path, capsys, *given, 'evolution.device="iPhone 12"')
     assert "is of device 'iPhone 14 Pro', and evolution.device is 'iPhone 12'" in printed
-    exact = [*assignments[:2], "evolution.precision=float16"]
-    assert job.main(options(tmp_path, *exact)) == 2
-    printed = capsys.readouterr().err
+    printed = refused(tmp_path, capsys, *given, "evolution.precision=float16")
     assert "is of precision 'float32', and evolution.precision is 'float16'" in printed
     phone.write_text('{"parts": 3}')
-    assert job.main(options(tmp_path, *assignments)) == 2
-    assert "phone.json is no latency table" in capsys.readouterr().err
+    assert "phone.json is no latency table" in refused(tmp_path, capsys, *given)
 
 
 def test_a_run_table_of_another_machine_is_refused(tmp_path, capsys):
     path = tmp_path / "latency" / "torch-float32-cpu.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"table": known_table(ORIGIN, device="another machine").to_values()}))
-    assert job.main(options(tmp_path, "evolution.latency_ms=9")) == 2
-    assert 'device is "another machine" there' in capsys.readouterr().err
+    assert 'device is "another machine" there' in refused(tmp_path, capsys, "evolution.latency_ms=9")
 
 
 def test_validation_references_of_the_run_are_resolved():

@@ -1,10 +1,20 @@
-"""The settings of the tiny students: each with a checkpoint, and a look, in the middle."""
+"""Tiny students, each with a checkpoint and a validation in the middle, and their trainings without Ray."""
 
 from __future__ import annotations
 
+from contextlib import closing
+
+import torch
+
 from jobs.evaluation.settings import PromptSettings
 from jobs.training.settings import DistillSettings, TrainerSettings, ValidationSettings, VpredSettings
+from jobs.training.student import save_student
+from jobs.training.table_training import TrainingInputs
+from jobs.training.trainer import TrainingResult
+from pipelines.loading.buckets import count_training_rows
 from pipelines.loading.settings import LoaderSettings
+from snapfusion.training.checkpoint import Checkpoint
+from snapfusion.training.loop import new_state, train
 from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillationSettings
 
 LOOP = LoopSettings(num_steps=4, global_batch=6, learning_rate=1e-3, ema_decay=0.9)
@@ -25,3 +35,56 @@ DISTILL = DistillSettings(
     trainer=TRAINER,
     validation=VALIDATION,
 )
+
+
+def inputs_of(table, settings, *, count=count_training_rows, **sources):
+    """What a worker is given for a training on a table."""
+    return TrainingInputs(
+        settings=settings,
+        sources=sources,
+        table_url=table.url,
+        table_version=table.version,
+        counts=count(table, held_out=settings.loader.held_out),
+        identity={},
+    )
+
+
+def assembled(assemble, table, settings, **sources):
+    [training] = assemble(inputs_of(table, settings, **sources), device=torch.device("cpu"))
+    return training
+
+
+def first_batch(training):
+    with closing(training.loader.batches(0)) as batches:
+        return next(batches)
+
+
+def train_alone(training, loop, *, micro_batch=6, state=None):
+    """A training without Ray: its state, the result of each step, and the shapes of its latents."""
+    state, steps, shapes = state or new_state(training.model, settings=loop), [], set()
+
+    def seen(batches):
+        for batch in batches:
+            shapes.add(tuple(batch["latent"].shape[1:]))
+            yield batch
+
+    with closing(training.loader.batches(state.step)) as batches:
+        train(
+            state,
+            objective=training.objective,
+            batches=seen(batches),
+            settings=loop,
+            micro_batch=micro_batch,
+            after_step=steps.append,
+        )
+    assert all(tensor.isfinite().all() for tensor in state.final_weights().values())
+    return state, steps, shapes
+
+
+def save_trained(state, *, student, size, folder, settings):
+    """The folders of a student that was trained alone; the hashes of its UNets."""
+    checkpoint = Checkpoint(step=state.step, tensors=state.tensors(), values={"state": state.values()})
+    trained = TrainingResult(checkpoint=checkpoint, evaluation={}, environment={})
+    return save_student(
+        trained, student=student, size=size, folder=folder, settings=settings, distillation=None
+    )

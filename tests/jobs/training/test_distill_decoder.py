@@ -9,18 +9,18 @@ import pytest
 import torch
 from conftest import tiny_bundle
 from in_process import in_process
+from student_inputs import first_batch, inputs_of
 
 from jobs.training.decoder import assemble, distill_decoder, summary
 from jobs.training.settings import DecoderSettings, TrainerSettings
 from jobs.training.spec import TrainingError
-from jobs.training.table_training import TrainingInputs
 from pipelines.datasets.pairs import generate_pairs
 from pipelines.datasets.settings import PairsSettings
 from pipelines.loading.loader import count_trainable
 from pipelines.loading.settings import LoaderSettings
 from pipelines.sources.captions import Caption
 from pipelines.stages.settings import Generation
-from pipelines.tables.table import TableError, open_table
+from pipelines.tables.table import TableError
 from snapfusion.models.decoder import load_decoder
 from snapfusion.models.save import save
 from snapfusion.training.settings import LoopSettings
@@ -45,6 +45,10 @@ def make_pairs(url, teacher, *, images=True, draws=1):
     return generate_pairs(
         settings, teacher=teacher, captions=captions, source="list", url=str(url), run=in_process
     )
+
+
+def distill(pairs, folder, settings=SETTINGS, *, teacher):
+    return distill_decoder(settings, pairs_url=pairs.url, out_url=str(folder / "decoder"), teacher=teacher)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +76,7 @@ def test_publishes_a_decoder_with_its_metrics(made, pairs):
     decoder = load_decoder(str(out))
     assert decoder.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16)
     assert json.loads((out / "metrics.json").read_text()) == metrics
-    assert sorted(path.name for path in out.parent.iterdir() if path.name.startswith("decoder")) == [
-        "decoder"
-    ]
+    assert [path.name for path in out.parent.glob("decoder*")] == ["decoder"]
     held_out = metrics["held_out_rows"]
     assert metrics["rows"] == {"pairs": 16, "trained_on": 16 - held_out}
     assert metrics["parents"]["pairs"] == pairs.lineage()
@@ -93,17 +95,15 @@ def test_publishes_a_decoder_with_its_metrics(made, pairs):
 def test_a_published_decoder_is_left_as_it_is(made, pairs, tiny_teacher, tmp_path):
     out, metrics, _ = made
     elsewhere = changed(trainer=TrainerSettings(num_workers=7))
-    again = distill_decoder(elsewhere, pairs_url=pairs.url, out_url=str(out), teacher=tiny_teacher)
-    assert again == metrics
+    assert distill(pairs, out.parent, elsewhere, teacher=tiny_teacher) == metrics
 
     grown = tmp_path / "pairs"
     shutil.copytree(pairs.url, grown)
     for sibling in ("rejects", "units"):
         shutil.copytree(f"{pairs.url}.{sibling}", f"{grown}.{sibling}")
-    make_pairs(grown, tiny_teacher, draws=2)
-    assert open_table(str(grown)).version > pairs.version
-    again = distill_decoder(SETTINGS, pairs_url=str(grown), out_url=str(out), teacher=tiny_teacher)
-    assert again == metrics
+    newer = make_pairs(grown, tiny_teacher, draws=2)
+    assert newer.version > pairs.version
+    assert distill(newer, out.parent, teacher=tiny_teacher) == metrics
 
 
 @pytest.mark.ray
@@ -111,35 +111,25 @@ def test_another_setting_is_refused_and_named(made, pairs, tiny_teacher):
     out, metrics, _ = made
     other = changed(init="random")
     with pytest.raises(TrainingError, match=r'settings\.init is "leading" there, "random" here'):
-        distill_decoder(other, pairs_url=pairs.url, out_url=str(out), teacher=tiny_teacher)
+        distill(pairs, out.parent, other, teacher=tiny_teacher)
     assert json.loads((out / "metrics.json").read_text()) == metrics
 
 
 def test_a_training_of_other_settings_is_refused(pairs, tiny_teacher, tmp_path):
-    out = tmp_path / "decoder"
     begun = tmp_path / "decoder.training" / "begun.json"
     begun.parent.mkdir()
     begun.write_text(json.dumps({"identity": {"pairs": {"version": pairs.version}}}))
     with pytest.raises(TrainingError, match="holds a decoder of other settings"):
-        distill_decoder(SETTINGS, pairs_url=pairs.url, out_url=str(out), teacher=tiny_teacher)
-    assert not out.exists()
+        distill(pairs, tmp_path, teacher=tiny_teacher)
+    assert not (tmp_path / "decoder").exists()
 
 
 def test_online_targets_equal_stored_images(pairs, tiny_teacher):
     images = {}
     for target in ("stored", "online"):
-        inputs = TrainingInputs(
-            settings=changed(target=target),
-            sources={"teacher": tiny_teacher},
-            table_url=pairs.url,
-            table_version=pairs.version,
-            counts=count_trainable(pairs, held_out=0.3),
-            identity={},
-        )
+        inputs = inputs_of(pairs, changed(target=target), count=count_trainable, teacher=tiny_teacher)
         training = next(assemble(inputs, device=torch.device("cpu")))
-        batches = training.loader.batches(0)
-        batch = next(batches)
-        batches.close()
+        batch = first_batch(training)
         images[target] = training.objective.teacher_images(batch)
         assert training.objective(training.model, batch, step=0).shape == (4,)
         assert sorted(batch.columns) == (["image", "latent"] if target == "stored" else ["latent"])
@@ -150,21 +140,16 @@ def test_online_targets_equal_stored_images(pairs, tiny_teacher):
 def test_pairs_of_another_teacher_are_refused(pairs, tmp_path):
     save(tiny_bundle(seed=5), tmp_path / "other")
     with pytest.raises(TableError, match="made with another VAE"):
-        distill_decoder(
-            SETTINGS,
-            pairs_url=pairs.url,
-            out_url=str(tmp_path / "decoder"),
-            teacher=str(tmp_path / "other"),
-        )
+        distill(pairs, tmp_path, teacher=str(tmp_path / "other"))
 
 
 def test_pairs_without_images_are_refused(tiny_teacher, tmp_path):
     bare = make_pairs(tmp_path / "pairs", tiny_teacher, images=False)
     with pytest.raises(TableError, match=r"decoder\.target=online"):
-        distill_decoder(SETTINGS, pairs_url=bare.url, out_url=str(tmp_path / "decoder"), teacher=tiny_teacher)
+        distill(bare, tmp_path, teacher=tiny_teacher)
 
 
 def test_pairs_without_held_out_rows_are_refused(pairs, tiny_teacher, tmp_path):
     none = changed(loader=LoaderSettings(held_out=0.0))
     with pytest.raises(TrainingError, match=r"loader\.held_out \(now 0\.0\)"):
-        distill_decoder(none, pairs_url=pairs.url, out_url=str(tmp_path / "decoder"), teacher=tiny_teacher)
+        distill(pairs, tmp_path, none, teacher=tiny_teacher)

@@ -10,14 +10,11 @@ import torch
 from conftest import tiny_bundle, tiny_student
 from in_process import in_process
 from PIL import Image
-from student_inputs import DISTILL, VPRED
+from student_inputs import DISTILL, VPRED, assembled, save_trained, train_alone
 
 from jobs import generate
 from jobs.training import distillation, velocity
 from jobs.training.spec import TrainingError
-from jobs.training.student import save_student
-from jobs.training.table_training import TrainingInputs
-from jobs.training.trainer import TrainingResult
 from jobs.training.validation import Validator, check_validation
 from pipelines.datasets.latents import encode_latents
 from pipelines.datasets.pairs import generate_pairs
@@ -25,7 +22,7 @@ from pipelines.datasets.pairs import recomputer as remake_pairs
 from pipelines.datasets.samples import generate_samples
 from pipelines.datasets.settings import LatentsSettings, PairsSettings, SamplesSettings, TargetsSettings
 from pipelines.datasets.targets import compute_targets
-from pipelines.loading.buckets import BucketLoader, count_training_rows
+from pipelines.loading.buckets import BucketLoader
 from pipelines.loading.loader import BatchLoader
 from pipelines.rejections import Rejection
 from pipelines.sources.captions import Caption
@@ -46,8 +43,7 @@ from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.models.unet import BlockUNet
 from snapfusion.settings import SettingsError
-from snapfusion.training.checkpoint import Checkpoint
-from snapfusion.training.loop import new_state, train
+from snapfusion.training.loop import new_state
 
 CPU = torch.device("cpu")
 TARGETS = TargetsSettings(
@@ -84,43 +80,18 @@ def encode(folder, *, model: str, side: int, rows: int = 12, **images):
     )
 
 
-def trained(training, *, settings):
-    """Run a training to its end in this process."""
-    state = new_state(training.model, settings=settings.loop)
-    batches, shapes = training.loader.batches(0), set()
-
-    def seen():
-        for batch in batches:
-            shapes.add(tuple(batch["latent"].shape[1:]))
-            yield batch
-
-    try:
-        train(state, objective=training.objective, batches=seen(), settings=settings.loop, micro_batch=4)
-    finally:
-        batches.close()
-    assert all(tensor.isfinite().all() for tensor in state.final_weights().values())
+def trained(training, *, settings, **more):
+    """The state at the end of a training, and the shapes of its latents."""
+    state, _, shapes = train_alone(training, settings.loop, micro_batch=4, **more)
     return state, shapes
 
 
-def assembled(assemble, table, settings, sources):
-    inputs = TrainingInputs(
-        settings=settings,
-        sources=sources,
-        table_url=table.url,
-        table_version=table.version,
-        counts=count_training_rows(table, held_out=settings.loader.held_out),
-        identity={},
-    )
-    [training] = assemble(inputs, device=CPU)
-    return training
+def finetuning(table, *, model: str, settings):
+    return assembled(velocity.assemble, table, settings, model=model)
 
 
-def finetuning(table, *, model: str, settings=VPRED):
-    return assembled(velocity.assemble, table, settings, {"model": model})
-
-
-def distillation_training(table, *, teacher: str, student: str, settings=DISTILL):
-    return assembled(distillation.assemble, table, settings, {"teacher": teacher, "student": student})
+def distillation_training(table, *, settings, **models: str):
+    return assembled(distillation.assemble, table, settings, **models)
 
 
 @pytest.fixture(scope="module")
@@ -135,22 +106,12 @@ def v_teacher(tmp_path_factory):
 @pytest.fixture
 def sd_like(monkeypatch):
     """A source whose networks have SD-v1.5's levels, so its granularity, and a few channels."""
+    width = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    heads = {"attention_head_dim": 1, "cross_attention_dim": 16}
+    few = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 2, "layers_per_block": 1}
     small = random_weights.ModelConfig(
-        text_encoder={
-            **sd15.TEXT_ENCODER,
-            "num_hidden_layers": 1,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_attention_heads": 2,
-        },
-        unet={
-            **sd15.UNET,
-            "block_out_channels": (4, 4, 4, 4),
-            "norm_num_groups": 2,
-            "attention_head_dim": 1,
-            "cross_attention_dim": 16,
-            "layers_per_block": 1,
-        },
+        text_encoder={**sd15.TEXT_ENCODER, "num_hidden_layers": 1, **width},
+        unet={**sd15.UNET, **few, **heads},
         vae={**sd15.VAE, "block_out_channels": (2, 2, 2, 2), "norm_num_groups": 1, "layers_per_block": 1},
         padding="!",
         prediction_type="v_prediction",
@@ -173,10 +134,8 @@ def test_the_same_recipe_at_256_512_and_768(sd_like, tmp_path, size):
         rows = table.read()
         values = array_type(rows.schema.field(column)).unpack(rows[column].to_pylist())
         assert values.shape == (2, 4, side, side)
-    alone = ["targets=table", "steps.cfg_probability=0.0", "steps.gamma=0.0", "loader.held_out=0.0"]
-    settings = DISTILL.with_values(
-        [*alone, "loop.num_steps=1", "loop.global_batch=1", "validation.every=null"]
-    )
+    steps = ["steps.cfg_probability=0.0", "steps.gamma=0.0", "loop.num_steps=1", "loop.global_batch=1"]
+    settings = DISTILL.with_values([*steps, "targets=table", "loader.held_out=0.0", "validation.every=null"])
     training = distillation_training(targets, teacher=sd_like, student=sd_like, settings=settings)
     _, shapes = trained(training, settings=settings)
     assert shapes == {(4, side, side)}
@@ -187,11 +146,8 @@ def test_a_published_model_takes_multiples_of_64(name):
     with torch.device("meta"):
         bundle = random_weights.random_bundle(name)
     assert bundle.granularity == 64
-    assert {bundle.resize(size).latent_shape for size in (256, 512, 768)} == {
-        (4, 32, 32),
-        (4, 64, 64),
-        (4, 96, 96),
-    }
+    shapes = [bundle.resize(size).latent_shape for size in (256, 512, 768)]
+    assert shapes == [(4, 32, 32), (4, 64, 64), (4, 96, 96)]
     with pytest.raises(ValueError, match=r"size is 500; .* multiple of 64"):
         bundle.resize(500)
 
@@ -205,15 +161,7 @@ def test_a_v_model_of_another_size_can_teach(v_teacher, tmp_path, size):
     state, shapes = trained(training, settings=settings)
     assert shapes == {(4, size // 2, size // 2)}
     assert training.evaluate()["rows"] > 0
-    checkpoint = Checkpoint(step=4, tensors=state.tensors(), values={"state": state.values()})
-    save_student(
-        TrainingResult(checkpoint=checkpoint, evaluation={}, environment={}),
-        student=v_teacher,
-        size=size,
-        folder=tmp_path / "student",
-        settings=settings,
-        distillation=None,
-    )
+    save_trained(state, student=v_teacher, size=size, folder=tmp_path / "student", settings=settings)
     made = load(str(tmp_path / "student" / "model"))
     assert (made.image_size, made.latent_shape) == (size, (4, size // 2, size // 2))
     # A model of one size teaches one of another, and both read the LATENTS.
@@ -249,14 +197,8 @@ def test_a_student_learns_from_several_shapes(v_teacher, tmp_path, targets):
 
 def test_robust_training_in_buckets_resumes(v_teacher, tmp_path):
     table = encode(tmp_path, model=v_teacher, side=20, rows=24, buckets=Buckets(max_aspect=3.0))
-    settings = VPRED.with_values(
-        [
-            "loop.num_steps=6",
-            "loop.decay=constant",
-            "validation.every=null",
-            'skip={"attention": 0.5, "resnet": 0.5}',
-        ]
-    )
+    constant = ["loop.num_steps=6", "loop.decay=constant", "validation.every=null"]
+    settings = VPRED.with_values([*constant, 'skip={"attention": 0.5, "resnet": 0.5}'])
     whole, shapes = trained(finetuning(table, model=v_teacher, settings=settings), settings=settings)
     assert len(shapes) > 1
     half = settings.with_values(["loop.num_steps=3"])
@@ -264,9 +206,7 @@ def test_robust_training_in_buckets_resumes(v_teacher, tmp_path):
     again = finetuning(table, model=v_teacher, settings=settings)
     state = new_state(again.model, settings=settings.loop)
     state.restore(left.tensors(), left.values())
-    batches = again.loader.batches(3)
-    train(state, objective=again.objective, batches=batches, settings=settings.loop, micro_batch=4)
-    batches.close()
+    trained(again, settings=settings, state=state)
     for name, tensor in whole.final_weights().items():
         assert torch.equal(tensor, state.final_weights()[name]), name
 
@@ -316,12 +256,10 @@ def test_sizes_that_a_model_cannot_generate_are_refused(v_teacher, tmp_path):
     common = {"captions": CAPTIONS, "source": "captions", "url": str(tmp_path / "x"), "run": in_process}
     with pytest.raises(SettingsError, match=r"^pairs\.generation\.size is 18; multiples of 4"):
         generate_pairs(PairsSettings(generation=Generation(size=18)), teacher=v_teacher, **common)
-    samples = SamplesSettings(drawing=SamplingSettings(size=18))
-    with pytest.raises(SettingsError, match=r"^samples\.drawing\.size is 18; multiples of 4"):
-        generate_samples(samples, model=v_teacher, sampler=Sampler(steps=2), guidance=[1.0], **common)
-    samples = SamplesSettings(drawing=SamplingSettings(size=24))
-    with pytest.raises(SettingsError, match=r"^samples\.drawing\.size is 24; .*32 px"):
-        generate_samples(samples, model=v_teacher, sampler=Sampler(steps=2), guidance=[1.0], **common)
+    for size, reason in ((18, "multiples of 4"), (24, ".*32 px")):
+        samples = SamplesSettings(drawing=SamplingSettings(size=size))
+        with pytest.raises(SettingsError, match=rf"^samples\.drawing\.size is {size}; {reason}"):
+            generate_samples(samples, model=v_teacher, sampler=Sampler(steps=2), guidance=[1.0], **common)
 
 
 def test_an_image_of_another_size(tmp_path, capsys):

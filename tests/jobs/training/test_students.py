@@ -22,7 +22,16 @@ import torch.distributed as dist
 from conftest import tiny_bundle
 from in_process import in_process
 from PIL import Image
-from student_inputs import DISTILL, LOOP, VPRED
+from student_inputs import (
+    DISTILL,
+    LOOP,
+    VPRED,
+    assembled,
+    first_batch,
+    inputs_of,
+    save_trained,
+    train_alone,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs.cli.in_run import resolve_training
@@ -30,15 +39,12 @@ from jobs.cli.job import Job
 from jobs.recipes.miniature import mini
 from jobs.training.distillation import assemble, distill_steps, summary
 from jobs.training.spec import TrainingError
-from jobs.training.student import save_student
-from jobs.training.table_training import TrainingInputs
-from jobs.training.trainer import TrainingResult, check_batch_split, run_trainings
+from jobs.training.trainer import check_batch_split, run_trainings
 from jobs.training.validation import Validator, check_validation
 from jobs.training.velocity import finetune_vpred
 from pipelines.datasets.latents import encode_latents
 from pipelines.datasets.settings import LatentsSettings, TargetsSettings
 from pipelines.datasets.targets import compute_targets
-from pipelines.loading.loader import count_trainable
 from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.sources.webdataset import list_shards
 from pipelines.stages.settings import ImageSettings, TeacherSettings
@@ -48,8 +54,7 @@ from snapfusion.models.guidance_embedding import has_guidance_embedding
 from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.sampling import time_grid
-from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
-from snapfusion.training.loop import new_state, train
+from snapfusion.training.checkpoint import CheckpointStore
 from snapfusion.training.settings import CfgRange
 
 bundle_of = partial(tiny_bundle, image_size=32)
@@ -173,40 +178,12 @@ def logged_steps(out):
     return [event.step for event in events.Scalars("loss")]
 
 
-def in_one_process(training, *, settings=LOOP):
-    """The same training without Ray, with whole batches; its state, and the result of each step."""
-    state, steps = new_state(training.model, settings=settings), []
-    batches = training.loader.batches(0)
-    train(
-        state,
-        objective=training.objective,
-        batches=batches,
-        settings=settings,
-        micro_batch=6,
-        after_step=steps.append,
-    )
-    batches.close()
-    return state, steps
-
-
-def inputs_of(table, *, teacher, student=None, settings=DISTILL):
-    return TrainingInputs(
-        settings=settings,
-        sources={"teacher": teacher, "student": student or teacher},
-        table_url=table.url,
-        table_version=table.version,
-        counts=count_trainable(table, held_out=settings.loader.held_out),
-        identity={},
-    )
-
-
 def distill(table, folder, settings=DISTILL, **sources):
     return distill_steps(settings, data_url=table.url, out_url=str(folder / "student"), **sources)
 
 
-def assembled(table, **inputs):
-    [training] = assemble(inputs_of(table, **inputs), device=torch.device("cpu"))
-    return training
+def training_on(table, *, teacher, student=None, settings=DISTILL):
+    return assembled(assemble, table, settings, teacher=teacher, student=student or teacher)
 
 
 @pytest.mark.ray
@@ -259,7 +236,8 @@ def test_a_sharded_student_becomes_the_same(student, vpred, latents, tmp_path):
     out, metrics, _ = student
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     settings = DISTILL.with_values(["trainer.sharding=fsdp"])
-    inputs = inputs_of(latents, teacher=str(vpred[0] / "model"), settings=settings)
+    teacher = str(vpred[0] / "model")
+    inputs = inputs_of(latents, settings, teacher=teacher, student=teacher)
     url = str(tmp_path / "checkpoints")
     results = run_trainings(
         sharded_and_resumed,
@@ -302,22 +280,13 @@ def test_validation_keeps_the_best_weights(student):
     for seen in metrics["watch"]:
         assert [point["w"] for point in seen["points"]] == [2.0, 1.0]
         assert all(point["pictures"] == 6 and 0 <= point["attributes"] <= 1 for point in seen["points"])
-    assert metrics["best"]["by"] == "fid"
-    assert metrics["best"] == {
-        "by": "fid",
-        **min(metrics["watch"], key=lambda seen: seen["points"][0]["fid"]),
-    }
+    lowest = min(metrics["watch"], key=lambda seen: seen["points"][0]["fid"])
+    assert metrics["best"] == {"by": "fid", **lowest}
     best = load(str(out / "best"))
     assert best.fingerprint()["unet"] == metrics["weights"]["best"]
-    result = Validator(
-        settings=DISTILL.validation,
-        every=2,
-        model=str(out / "raw"),
-        size=32,
-        steps=4,
-        device=torch.device("cpu"),
-        threads=1,
-    )(best.unet.state_dict())
+    sampling = {"size": 32, "steps": 4, "device": torch.device("cpu"), "threads": 1}
+    validator = Validator(settings=DISTILL.validation, every=2, model=str(out / "raw"), **sampling)
+    result = validator(best.unet.state_dict())
     assert result.record["points"] == metrics["best"]["points"]
     with Image.open(out / "watch" / "step-00000004.png") as grid:
         assert grid.size == (3 * 32, 2 * 32)
@@ -327,11 +296,10 @@ def test_validation_keeps_the_best_weights(student):
 def test_two_workers_distil_what_one_process_does(student, vpred, latents):
     """Branches, draws and gamma are the same: what differs is the order of float32 sums."""
     out, metrics, reports = student
-    training = assembled(latents, teacher=str(vpred[0] / "model"))
-    state, steps = in_one_process(training)
-    assert [point["loss"] for point in metrics["curve"]] == pytest.approx(
-        [step.loss for step in steps], rel=1e-3
-    )
+    # With whole batches.
+    state, steps, _ = train_alone(training_on(latents, teacher=str(vpred[0] / "model")), LOOP)
+    losses = [point["loss"] for point in metrics["curve"]]
+    assert losses == pytest.approx([step.loss for step in steps], rel=1e-3)
     figures = {name: metrics["curve"][-1][name] for name in steps[-1].metrics}
     assert figures == pytest.approx(dict(steps[-1].metrics), rel=1e-2)
     assert {name.partition("/")[0] for name in figures} == {"vanilla", "guided"}
@@ -374,8 +342,8 @@ def test_a_student_learns_from_a_table_that_fits(latents, v_teacher, tmp_path):
         run=in_process,
     )
     settings = DISTILL.with_values(["targets=table", "loop.num_steps=30", "steps.cfg_probability=0.0"])
-    training = assembled(targets, teacher=v_teacher, settings=settings)
-    _, steps = in_one_process(training, settings=settings.loop)
+    training = training_on(targets, teacher=v_teacher, settings=settings)
+    _, steps, _ = train_alone(training, settings.loop)
     losses = [step.metrics["vanilla/loss"] for step in steps]
     assert losses[-1] < losses[0]
     with pytest.raises(TableError, match=r"student_steps is 4 there, 8 here"):
@@ -390,7 +358,7 @@ def test_checkpointed_activations_give_the_same_gradient(latents, v_teacher):
     norms = []
     for checkpointing in ("false", "true"):
         settings = DISTILL.with_values([f"gradient_checkpointing={checkpointing}"])
-        _, steps = in_one_process(assembled(latents, teacher=v_teacher, settings=settings))
+        _, steps, _ = train_alone(training_on(latents, teacher=v_teacher, settings=settings), LOOP)
         norms.append([step.grad_norm for step in steps])
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
@@ -401,10 +369,8 @@ def test_an_eps_student_is_refused(latents, eps_teacher, tmp_path):
 
 
 def test_an_eps_teacher_teaches_a_v_student(latents, eps_teacher, v_teacher):
-    training = assembled(latents, teacher=eps_teacher, student=v_teacher)
-    batches = training.loader.batches(0)
-    assert training.objective(training.model, next(batches), step=0).isfinite().all()
-    batches.close()
+    training = training_on(latents, teacher=eps_teacher, student=v_teacher)
+    assert training.objective(training.model, first_batch(training), step=0).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -453,16 +419,8 @@ def test_more_steps_than_the_schedule_has_are_refused(latents, v_teacher, tmp_pa
 
 def test_a_w_conditioned_student_is_trained_and_saved(latents, v_teacher, tmp_path):
     settings = DISTILL.with_values(["steps.w_conditioned=true", "steps.cfg_probability=1.0"])
-    state, _ = in_one_process(assembled(latents, teacher=v_teacher, settings=settings))
-    checkpoint = Checkpoint(step=4, tensors=state.tensors(), values={"state": state.values()})
-    hashes = save_student(
-        TrainingResult(checkpoint=checkpoint, evaluation={}, environment={}),
-        student=v_teacher,
-        size=32,
-        folder=tmp_path,
-        settings=settings,
-        distillation=None,
-    )
+    state, _, _ = train_alone(training_on(latents, teacher=v_teacher, settings=settings), LOOP)
+    hashes = save_trained(state, student=v_teacher, size=32, folder=tmp_path, settings=settings)
     made = load(str(tmp_path / "model"))
     assert has_guidance_embedding(made.unet)
     assert made.fingerprint()["unet"] == hashes["model"] != hashes["raw"]

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from scene_latents import encode_scenes
+from set_options import set_options
 
 from jobs import train_efficient, train_robust
 from jobs.training.initial_weights import named_architecture, own_architecture, with_architecture
@@ -15,20 +16,14 @@ from snapfusion.models.unet import UNetError, architecture_of
 
 ORIGIN = own_architecture("mini-v")
 EFFICIENT = efficient_architecture(ORIGIN)
-TINY = {
-    "loop.num_steps": 1,
-    "loop.global_batch": 4,
-    "loop.warmup_steps": 0,
-    "loader.held_out": 0.3,
-    "trainer.micro_batch": 4,
-    "trainer.cpus_per_worker": 0.5,
-    "trainer.log_to": "[]",
-}
+TINY = (
+    *("loop.num_steps=1", "loop.global_batch=4", "loop.warmup_steps=0", "loader.held_out=0.3"),
+    *("trainer.micro_batch=4", "trainer.cpus_per_worker=0.5", "trainer.log_to=[]"),
+)
 
 
 def options(out, stage, *more):
-    settings = [f"{stage}.training.{key}={value}" for key, value in TINY.items()]
-    return ["--out", str(out), *(word for assignment in (*settings, *more) for word in ("--set", assignment))]
+    return ["--out", str(out), *set_options([*(f"{stage}.training.{one}" for one in TINY), *more])]
 
 
 @pytest.fixture(scope="module")
