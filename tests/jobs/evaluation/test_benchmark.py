@@ -20,13 +20,27 @@ MODULES = ("text_encoder", "unet", "decoder")
 def folder(tmp_path_factory, mobile_bundle):
     """The tiny model's bundle with its float32 programs alone."""
     folder = shutil.copytree(mobile_bundle, tmp_path_factory.mktemp("run") / "mobile")
+
+    def reduce(manifest):
+        for name in manifest["variants"].keys() - {"executorch"}:
+            del manifest["variants"][name]
+            shutil.rmtree(folder / name)
+        for name in [name for name in manifest["files"] if not (folder / name).exists()]:
+            del manifest["files"][name]
+
+    return with_manifest(folder, reduce)
+
+
+def with_manifest(folder, change):
+    """The bundle with a changed manifest, which has no hash of itself."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    for name in [name for name in manifest["variants"] if name != "executorch"]:
-        del manifest["variants"][name]
-        shutil.rmtree(folder / name)
-    manifest["files"] = {name: file for name, file in manifest["files"].items() if (folder / name).exists()}
+    change(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def copy_variant(manifest, name, **changes):
+    manifest["variants"][name] = manifest["variants"]["executorch"] | changes
 
 
 @pytest.fixture
@@ -37,17 +51,8 @@ def no_compiler(monkeypatch):
 
 @pytest.fixture
 def altered(folder, tmp_path):
-    """A copy of the bundle whose manifest is changed by a function; the manifest has no hash of itself."""
-
-    def make(change):
-        copy = tmp_path / "mobile"
-        shutil.copytree(folder, copy)
-        manifest = json.loads((copy / "manifest.json").read_text())
-        change(manifest)
-        (copy / "manifest.json").write_text(json.dumps(manifest))
-        return copy
-
-    return make
+    """A copy of the bundle whose manifest is changed by a function."""
+    return lambda change: with_manifest(shutil.copytree(folder, tmp_path / "mobile"), change)
 
 
 def figures(**changed):
@@ -101,11 +106,8 @@ def test_every_runtime_that_is_here_is_measured(folder, tmp_path, capsys):
     compiled = rows["torch compiled"]
     assert (compiled["modules"], compiled["overall_s"]) == ({}, None)
     assert "not compiled here: torch.compile needs a working C++ compiler" in compiled["notes"][0]
-    assert (results["threads"], results["steps"], results["calls"]) == (
-        1,
-        3,
-        {"text_encoder": 2, "unet": 3, "decoder": 1},
-    )
+    assert (results["threads"], results["steps"]) == (1, 3)
+    assert results["calls"] == {"text_encoder": 2, "unet": 3, "decoder": 1}
     assert {"torch", "executorch"} <= set(results["versions"])
     shown = capsys.readouterr().out
     assert compiled["notes"][0] in shown
@@ -128,25 +130,21 @@ def test_a_compiled_module_counts_its_compilation_as_loading(folder, mobile_mode
 
 
 def test_the_table_is_the_papers(folder, measured, capsys):
-    measured(
-        lambda runtime, run: figures(
-            median_ms={"text_encoder": 4.0, "unet": 230.0, "decoder": 116.0}[run.module]
-        )
-    )
+    medians = {"text_encoder": 4.0, "unet": 230.0, "decoder": 116.0}
+    measured(lambda runtime, run: figures(median_ms=medians[run.module]))
     assert benchmark.main([str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
+
+    def after(start):
+        return lines[next(n for n, line in enumerate(lines) if line.startswith(start)) :]
+
     head = next(line for line in lines if "Text Encoder" in line)
     assert head.split("  ")[-1].strip() == "Overall"
-    assert [*next(line for line in lines if line.startswith("Calls per image, 3 steps")).split()][-3:] == [
-        "2",
-        "3",
-        "1",
-    ]
-    medians = lines[next(n for n, line in enumerate(lines) if line.startswith("Latency, median")) + 1 :]
-    assert medians[0].split() == ["torch", "eager", "(float32)", "4", "230", "116", "0.814"]
-    assert medians[2].split()[-4:] == ["4", "230", "116", "0.814"]
-    memory = lines[next(n for n, line in enumerate(lines) if line.startswith("Peak memory")) + 1]
-    assert memory.endswith("12.0 / 8.0")
+    assert after("Calls per image, 3 steps")[0].split()[-3:] == ["2", "3", "1"]
+    _, eager, _, executorch, *_ = after("Latency, median")
+    assert eager.split() == ["torch", "eager", "(float32)", "4", "230", "116", "0.814"]
+    assert executorch.split()[-4:] == ["4", "230", "116", "0.814"]
+    assert after("Peak memory")[1].endswith("12.0 / 8.0")
 
 
 def test_two_unet_calls_per_step_are_counted(altered, measured, tmp_path):
@@ -158,10 +156,7 @@ def test_two_unet_calls_per_step_are_counted(altered, measured, tmp_path):
 
 
 def test_only_given_variants_are_measured(altered, measured, tmp_path):
-    def add(manifest):
-        manifest["variants"]["another"] = manifest["variants"]["executorch"]
-
-    calls, copy = measured(), altered(add)
+    calls, copy = measured(), altered(lambda manifest: copy_variant(manifest, "another"))
     assert [row["name"] for row in results_of(copy, tmp_path)["rows"]][2:] == ["executorch", "another"]
     calls.clear()
     results = results_of(copy, tmp_path, "--variant", "another", "--threads", "2", "--repeats", "33")
@@ -170,10 +165,7 @@ def test_only_given_variants_are_measured(altered, measured, tmp_path):
 
 
 def test_core_ml_has_no_figures_elsewhere(altered, measured, monkeypatch, tmp_path, capsys):
-    def lower(manifest):
-        manifest["variants"]["coreml"] = manifest["variants"]["executorch"] | {"runtime": "Core ML"}
-
-    copy = altered(lower)
+    copy = altered(lambda manifest: copy_variant(manifest, "coreml", runtime="Core ML"))
     monkeypatch.setattr(bundle_benchmark.sys, "platform", "linux")
     measured()
     row = results_of(copy, tmp_path)["rows"][-1]
@@ -209,10 +201,8 @@ def test_other_weights_are_noted(folder, measured, tmp_path):
 
 
 def test_a_killed_process_leaves_a_gap(folder, measured, tmp_path, capsys):
-    def answer(runtime, run):
-        return FootprintError("its process did not finish") if run.module == "unet" else figures()
-
-    measured(answer)
+    lost = FootprintError("its process did not finish")
+    measured(lambda runtime, run: lost if run.module == "unet" else figures())
     row = results_of(folder, tmp_path)["rows"][0]
     assert (list(row["modules"]), row["overall_s"]) == (["text_encoder", "decoder"], None)
     assert "torch eager: unet: its process did not finish" in capsys.readouterr().out

@@ -66,7 +66,10 @@ def publish(path, requested, *, model=None, decoder=None):
     return publish_bundle(requested, bundle=model, decoder=decoder, parents=PARENTS, out_url=str(path))
 
 
-def assert_nothing_left(folder):
+def assert_refused(error, message, folder, requested, **model):
+    """Nothing is left of a bundle that is refused."""
+    with pytest.raises(error, match=message):
+        publish(folder / "bundle", requested, **model)
     assert [path.name for path in folder.iterdir()] == []
 
 
@@ -84,11 +87,8 @@ def test_a_bundle_holds_all_that_an_application_needs(mobile_bundle):
         for module in variant["modules"].values():
             assert module["parity"]["psnr_db"] > (35 if exact else 15)
     unet = manifest["variants"]["executorch"]["modules"]["unet"]
-    assert [(name, port["position"], port["shape"]) for name, port in unet["inputs"].items()] == [
-        ("z_t", 0, [1, 4, 8, 8]),
-        ("t", 1, [1]),
-        ("c", 2, [2, 16, 16]),
-    ]
+    ports = [(name, port["position"], port["shape"]) for name, port in unet["inputs"].items()]
+    assert ports == [("z_t", 0, [1, 4, 8, 8]), ("t", 1, [1]), ("c", 2, [2, 16, 16])]
     assert set(manifest["versions"]) >= {"torch", "executorch", "coremltools", "snapfusion-ray"}
     assert manifest["safety_checker"] is None
     assert manifest["identity"]["steps"] == 3
@@ -144,21 +144,19 @@ def test_a_bundle_of_other_settings_is_refused(mobile_bundle, mobile_model, caps
 def test_a_dry_run_says_what_would_be_compiled(mobile_model, tmp_path, capsys):
     assert compile_mobile.main([mobile_model, "--out", str(tmp_path), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert (
-        f"would compile {mobile_model} with the decoder {tmp_path}/decoder into {tmp_path}/mobile" in printed
-    )
+    assert f"would compile {mobile_model} with the decoder {tmp_path}/decoder" in printed
+    assert f"into {tmp_path}/mobile" in printed
     assert "ExecuTorch float32, ExecuTorch int8, Core ML float16, Core ML palette-6" in printed
-    assert_nothing_left(tmp_path)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_two_unet_calls_give_the_same_image(tmp_path):
     one = publish(tmp_path / "one", settings(conditions=1))
     two = publish(tmp_path / "two", settings(conditions=2))
-    shapes = [
-        made["variants"]["executorch"]["modules"]["unet"]["inputs"]["c"]["shape"] for made in (one, two)
-    ]
-    assert shapes == [[1, 16, 16], [2, 16, 16]]
-    assert all(made["variants"]["executorch"]["images"]["psnr_db"] > 80 for made in (one, two))
+    for made, conditions in ((one, 1), (two, 2)):
+        variant = made["variants"]["executorch"]
+        assert variant["modules"]["unet"]["inputs"]["c"]["shape"] == [conditions, 16, 16]
+        assert variant["images"]["psnr_db"] > 80
 
 
 def test_the_miniatures_captions_describe_scenes():
@@ -189,24 +187,20 @@ def perturbed(module):
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "decoder"])
 def test_a_program_with_a_perturbed_weight_is_refused(name, tmp_path, monkeypatch):
     real = variants.compile_executorch
-    monkeypatch.setattr(
-        variants,
-        "compile_executorch",
-        lambda module, **how: real(perturbed(module) if module.name == name else module, **how),
-    )
-    with pytest.raises(
-        ParityError, match=rf"executorch/{name} does not agree with torch: .* 35 dB is the limit"
-    ):
-        publish(tmp_path / "bundle", settings())
-    assert_nothing_left(tmp_path)
+
+    def compiled(module, **how):
+        return real(perturbed(module) if module.name == name else module, **how)
+
+    monkeypatch.setattr(variants, "compile_executorch", compiled)
+    message = rf"executorch/{name} does not agree with torch: .* 35 dB is the limit"
+    assert_refused(ParityError, message, tmp_path, settings())
 
 
 def test_a_package_with_a_perturbed_weight_is_refused(tmp_path, monkeypatch):
     real = variants.compile_coreml
     monkeypatch.setattr(variants, "compile_coreml", lambda module, path: real(perturbed(module), path))
-    with pytest.raises(ParityError, match=r"lacks the network's weight|does not agree with torch"):
-        publish(tmp_path / "bundle", settings(executorch=(), coreml=("float16",)))
-    assert_nothing_left(tmp_path)
+    message = r"lacks the network's weight|does not agree with torch"
+    assert_refused(ParityError, message, tmp_path, settings(executorch=(), coreml=("float16",)))
 
 
 @pytest.mark.parametrize(
@@ -236,26 +230,16 @@ def test_a_swapped_coefficient_is_refused(tmp_path, monkeypatch):
         return values
 
     monkeypatch.setattr(SamplerCoefficients, "to_values", swapped)
-    with pytest.raises(BundleError, match=r"sampler\.json: step 0 \(t = 999\): from_output is"):
-        publish(tmp_path / "bundle", settings())
-    assert_nothing_left(tmp_path)
+    message = r"sampler\.json: step 0 \(t = 999\): from_output is"
+    assert_refused(BundleError, message, tmp_path, settings())
 
 
-@pytest.mark.parametrize("wrong", ["another grid", "another prediction"])
+@pytest.mark.parametrize("wrong", [{"grid": time_grid(5)}, {"prediction_type": "epsilon"}])
 def test_the_sampler_of_another_model_is_refused(wrong, tmp_path, monkeypatch):
     real = SamplerCoefficients.of
-
-    def other(schedule, *, grid, prediction_type, guidance):
-        if wrong == "another grid":
-            grid = time_grid(5)
-        else:
-            prediction_type = "epsilon"
-        return real(schedule, grid=grid, prediction_type=prediction_type, guidance=guidance)
-
-    monkeypatch.setattr(SamplerCoefficients, "of", other)
-    with pytest.raises(ParityError, match=r"the images of executorch does not agree with torch|not finite"):
-        publish(tmp_path / "bundle", settings())
-    assert_nothing_left(tmp_path)
+    monkeypatch.setattr(SamplerCoefficients, "of", lambda schedule, **how: real(schedule, **how | wrong))
+    message = r"the images of executorch does not agree with torch|not finite"
+    assert_refused(ParityError, message, tmp_path, settings())
 
 
 def test_a_wrong_tokenizer_is_refused(tmp_path, monkeypatch):
@@ -263,25 +247,20 @@ def test_a_wrong_tokenizer_is_refused(tmp_path, monkeypatch):
     model = tiny_student(seed=3)
     real = type(model.tokenizer).save_pretrained
     monkeypatch.setattr(type(model.tokenizer), "save_pretrained", lambda _, path: real(other, path))
-    with pytest.raises(ParityError, match="tokenizer gives other ids than the model's own for 'red'"):
-        publish(tmp_path / "bundle", settings())
-    assert_nothing_left(tmp_path)
+    message = "tokenizer gives other ids than the model's own for 'red'"
+    assert_refused(ParityError, message, tmp_path, settings())
 
 
 def test_a_model_that_gives_nan_is_refused(tmp_path):
     model = tiny_student()
     with torch.no_grad():
         model.unet.conv_out.bias[0] = torch.nan
-    with pytest.raises(ValueError, match="its weights are not usable"):
-        publish(tmp_path / "bundle", settings(), model=model)
-    assert_nothing_left(tmp_path)
+    assert_refused(ValueError, "its weights are not usable", tmp_path, settings(), model=model)
 
 
 def test_an_override_below_the_limit_is_recorded(tmp_path):
     strict = {"parity_limit_db": 500.0}
-    with pytest.raises(ParityError, match="500 dB is the limit"):
-        publish(tmp_path / "bundle", settings(**strict))
-    assert_nothing_left(tmp_path)
+    assert_refused(ParityError, "500 dB is the limit", tmp_path, settings(**strict))
     reason = "nobody reaches 500 dB"
     made = publish(tmp_path / "bundle", settings(**strict, override={"executorch": reason}))
     variant = made["variants"]["executorch"]
@@ -296,8 +275,8 @@ def test_an_unneeded_override_is_not_recorded(tmp_path):
 
 
 def test_an_override_for_no_variant_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"mobile\.override names executorhc; the variants are executorch"):
-        publish(tmp_path / "bundle", settings(override={"executorhc": "a slip"}))
+    message = r"mobile\.override names executorhc; the variants are executorch"
+    assert_refused(ValueError, message, tmp_path, settings(override={"executorhc": "a slip"}))
 
 
 # --- licences
@@ -313,9 +292,7 @@ def test_an_override_for_no_variant_is_refused(tmp_path):
     ],
 )
 def test_without_a_licence_nothing_is_exported(given, message, tmp_path):
-    with pytest.raises(LicenceError, match=message):
-        publish(tmp_path / "bundle", settings(licence=Licence(**given)))
-    assert_nothing_left(tmp_path)
+    assert_refused(LicenceError, message, tmp_path, settings(licence=Licence(**given)))
 
 
 def test_a_missing_licence_names_the_option(mobile_model, tmp_path, capsys):
@@ -335,9 +312,8 @@ def test_a_licence_text_is_part_of_the_bundle(tmp_path):
 
 def test_a_missing_licence_text_is_named(tmp_path):
     rail = Licence(weights="OpenRAIL-M", data="MIT", text=str(tmp_path / "none.txt"))
-    with pytest.raises(LicenceError, match=r"--set mobile\.licence\.text=.*none\.txt"):
-        publish(tmp_path / "bundle", settings(licence=rail))
-    assert_nothing_left(tmp_path)
+    message = r"--set mobile\.licence\.text=.*none\.txt"
+    assert_refused(LicenceError, message, tmp_path, settings(licence=rail))
 
 
 # --- the safety checker's path
@@ -386,9 +362,7 @@ def test_what_is_no_safety_checker_is_refused(side, message, tmp_path):
     else:
         path.write_bytes(b"not a program")
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match=message):
-        publish(tmp_path / "out" / "bundle", settings(safety_checker=str(path)))
-    assert_nothing_left(tmp_path / "out")
+    assert_refused(ValueError, message, tmp_path / "out", settings(safety_checker=str(path)))
 
 
 # --- what does not fit, and what breaks
@@ -397,8 +371,7 @@ def test_what_is_no_safety_checker_is_refused(side, message, tmp_path):
 def test_a_text_encoder_of_another_width_is_refused(tmp_path):
     model = tiny_bundle()
     model.unet = load("mini-v").unet
-    with pytest.raises(BundleError, match=r"text encoder .*16 .*UNet .*64"):
-        publish(tmp_path / "bundle", settings(), model=model)
+    assert_refused(BundleError, r"text encoder .*16 .*UNet .*64", tmp_path, settings(), model=model)
 
 
 def test_the_decoder_of_another_model_is_refused():

@@ -146,13 +146,9 @@ def test_captions_come_from_a_list_too(tmp_path):
         update={"prompts": prompts, "contenders": SETTINGS.contenders[:2], "gaps": (), "groups": 2}
     )
     results, _ = run(settings, tmp_path / "evaluation")
-    assert results["protocol"]["captions"] == {
-        "name": "list",
-        "url": prompts.url,
-        "sha256": results["protocol"]["captions"]["sha256"],
-        "listed": 8,
-        "compared": 8,
-    }
+    captions = results["protocol"]["captions"]
+    assert captions.keys() == {"name", "url", "sha256", "listed", "compared"}
+    assert captions.items() >= {"name": "list", "url": prompts.url, "listed": 8, "compared": 8}.items()
 
 
 def test_w_conditioned_students_are_evaluated_once_per_step(tmp_path):

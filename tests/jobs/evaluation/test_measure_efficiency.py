@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from set_options import set_options
 
 from jobs import measure_efficiency as job
 from jobs.evaluation import memory
@@ -67,9 +68,8 @@ def test_ratios_are_of_what_was_measured(made):
     found = record_of(made)
     (origin, efficient), ratios = found["unets"].values(), found["ratios"]
     assert set(ratios) == {*PAPER_RATIOS, "macs"}
-    assert ratios["step"] == pytest.approx(origin["step"]["median_ms"] / efficient["step"]["median_ms"])
-    assert ratios["loop"] == pytest.approx(origin["loop"]["ms"] / efficient["loop"]["ms"])
-    assert ratios["memory"] == pytest.approx(origin["memory"]["unet_mb"] / efficient["memory"]["unet_mb"])
+    for part, value in (("step", "median_ms"), ("loop", "ms"), ("memory", "unet_mb")):
+        assert ratios[part] == pytest.approx(origin[part][value] / efficient[part][value])
     full, half = found["decoders"].values()
     assert ratios["decoder"] == pytest.approx(full["time"]["median_ms"] / half["time"]["median_ms"])
     assert ratios["decoder_parameters"] == pytest.approx(full["parameters"] / half["parameters"])
@@ -79,17 +79,15 @@ def test_the_table_has_the_papers_figures_beside(made):
     head, *rows, note = summary(record_of(made))
     assert head.split() == ["original", "efficient", "times", "less", "the", "paper"]
     last = {row.rpartition("  ")[0].strip().split("  ")[0]: row.split()[-1] for row in rows}
-    assert last["a step, ms"] == "1.95"
-    assert last["50 and 8 steps, s"] == "12.2"
+    papers = {"a step, ms": "1.95", "50 and 8 steps, s": "12.2", "decoder, ms": "3.2"}
+    assert papers.items() <= last.items()
     assert last["highest memory, MB"] == "1.87"  # 6,634 to 3,549
-    assert last["decoder, ms"] == "3.2"
     assert "848M" in note
 
 
 def test_in_bfloat16_and_without_the_loops(tmp_path):
-    options = ["efficiency.turns=2", "efficiency.loop=false", "efficiency.precision=bfloat16"]
-    assignments = [word for assignment in options for word in ("--set", assignment)]
-    assert job.main(["--out", str(tmp_path), *assignments]) == 0
+    options = set_options(f"efficiency.{one}" for one in ("turns=2", "loop=false", "precision=bfloat16"))
+    assert job.main(["--out", str(tmp_path), *options]) == 0
     for unet in record_of(tmp_path, "torch-bfloat16-cpu")["unets"].values():
         assert unet["loop"]["executed"] is False
         assert unet["loop"]["ms"] == pytest.approx(unet["loop"]["steps"] * unet["step"]["median_ms"])
@@ -104,32 +102,31 @@ def test_an_existing_measurement_is_kept(made, capsys, monkeypatch):
 def test_a_dry_run_says_what_would_be_measured(tmp_path, capsys):
     assert job.main(["--dry-run", "--out", str(tmp_path), "--recipe", "sd15"]) == 0
     printed = capsys.readouterr().out
-    assert (
-        "20 turns of a step of stable-diffusion-v1-5/stable-diffusion-v1-5's UNet and of Table 3's" in printed
-    )
+    assert "20 turns of a step of stable-diffusion-v1-5/stable-diffusion-v1-5's UNet" in printed
+    assert "and of Table 3's" in printed
     assert "execute 50 steps of one, 8 of the other" in printed
     assert "efficiency/torch-float32-cuda.json (does not exist yet)" in printed
 
 
 @pytest.mark.parametrize(
-    ("options", "printed"),
+    ("settings", "printed"),
     [
         (
-            ["efficiency.runtime=executorch-xnnpack", "efficiency.precision=bfloat16"],
-            "runs here in float32 on the CPU, not in bfloat16 on cpu",
+            ("runtime=executorch-xnnpack", "precision=bfloat16"),
+            "in float32 on the CPU, not in bfloat16 on cpu",
         ),
-        (["efficiency.batch=3"], "multiple of 2, given 3"),
-        (["efficiency.precision=float8"], "efficiency.precision"),
+        (("batch=3",), "multiple of 2, given 3"),
+        (("precision=float8",), "efficiency.precision"),
         pytest.param(
-            ["efficiency.device=cuda"],
+            ("device=cuda",),
             "the device is cuda, of which torch finds none here",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here"),
         ),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(options, printed, tmp_path, capsys):
-    assignments = [word for assignment in options for word in ("--set", assignment)]
-    assert job.main(["--out", str(tmp_path), *assignments]) == 2
+def test_what_cannot_be_measured_is_one_line(settings, printed, tmp_path, capsys):
+    options = set_options(f"efficiency.{setting}" for setting in settings)
+    assert job.main(["--out", str(tmp_path), *options]) == 2
     errors = capsys.readouterr().err.strip()
     assert printed in errors
     assert "\n" not in errors

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from set_options import set_options
 
 from jobs import measure_latency as job
 from jobs.evaluation.latency import measure_latency
@@ -72,8 +73,7 @@ def test_a_dry_run_says_what_would_be_measured(tmp_path, capsys):
 
 
 def test_an_unsupported_precision_is_one_line(tmp_path, capsys):
-    assignments = ["latency.runtime=executorch-xnnpack", "latency.precision=float16"]
-    options = [word for assignment in assignments for word in ("--set", assignment)]
+    options = set_options(["latency.runtime=executorch-xnnpack", "latency.precision=float16"])
     assert job.main(["--out", str(tmp_path), *options]) == 2
     assert "runs here in float32 on the CPU, not in float16 on cpu" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -36,6 +37,15 @@ def rehash(folder, name):
     data = (folder / name).read_bytes()
     manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@contextmanager
+def changed_json(folder, name):
+    """Values of a JSON file of the bundle, which are written back with their hash."""
+    values = json.loads((folder / name).read_text())
+    yield values
+    (folder / name).write_text(json.dumps(values))
+    rehash(folder, name)
 
 
 def test_a_sound_bundle_is_checked_part_by_part(mobile_bundle, capsys):
@@ -89,20 +99,17 @@ def test_a_folder_without_bundle_is_refused(tmp_path, capsys):
 
 
 def test_a_changed_coefficient_is_found(copied, capsys):
-    values = json.loads((copied / "sampler.json").read_text())
-    values["steps"][1]["from_output"] *= 1.001
-    (copied / "sampler.json").write_text(json.dumps(values))
-    rehash(copied, "sampler.json")
+    with changed_json(copied, "sampler.json") as values:
+        values["steps"][1]["from_output"] *= 1.001
     assert "step 1 (t = 666): from_output is" in refused(copied, capsys)
 
 
 def test_a_sampler_of_another_prediction_is_found(copied, capsys):
-    values = json.loads((copied / "sampler.json").read_text())
-    for step in values["steps"]:
-        step["from_z"] = step["alpha_next"] / step["alpha"]
-        step["from_output"] = step["sigma_next"] - step["alpha_next"] * step["sigma"] / step["alpha"]
-    (copied / "sampler.json").write_text(json.dumps(values | {"prediction_type": "epsilon"}))
-    rehash(copied, "sampler.json")
+    with changed_json(copied, "sampler.json") as values:
+        for step in values["steps"]:
+            step["from_z"] = step["alpha_next"] / step["alpha"]
+            step["from_output"] = step["sigma_next"] - step["alpha_next"] * step["sigma"] / step["alpha"]
+        values["prediction_type"] = "epsilon"
     assert "differs from the test vectors" in refused(copied, capsys)
 
 
@@ -124,13 +131,10 @@ def test_a_program_of_other_weights_is_found(copied, capsys):
 
 
 def test_a_tokenizer_of_another_model_is_found(copied, capsys):
-    path = copied / "tokenizer/tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    vocab = tokenizer["model"]["vocab"]
-    vocab["r"], vocab["e"] = vocab["e"], vocab["r"]
-    vocab["red</w>"], vocab["d</w>"] = vocab["d</w>"], vocab["red</w>"]
-    path.write_text(json.dumps(tokenizer))
-    rehash(copied, "tokenizer/tokenizer.json")
+    with changed_json(copied, "tokenizer/tokenizer.json") as tokenizer:
+        vocab = tokenizer["model"]["vocab"]
+        vocab["r"], vocab["e"] = vocab["e"], vocab["r"]
+        vocab["red</w>"], vocab["d</w>"] = vocab["d</w>"], vocab["red</w>"]
     assert "tokenizer gives other ids than the test vectors for 'red'" in refused(copied, capsys)
 
 
@@ -171,9 +175,8 @@ def test_guidance_changes_the_image(mobile_bundle, tmp_path):
     pictures = []
     for w in ("1.0", "6.0"):
         path = tmp_path / f"{w}.png"
-        assert (
-            generate.main(["red", "--bundle", str(mobile_bundle), "--guidance", w, "--out", str(path)]) == 0
-        )
+        options = ["--bundle", str(mobile_bundle), "--guidance", w, "--out", str(path)]
+        assert generate.main(["red", *options]) == 0
         pictures.append(np.asarray(Image.open(path)))
     assert (pictures[0] != pictures[1]).any()
 

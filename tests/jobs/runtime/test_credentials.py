@@ -25,11 +25,12 @@ from snapfusion.settings import SettingsError
 
 SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
 ANOTHER = "another-secret-of-nobody"
+KEY = "AWS_SECRET_ACCESS_KEY"
 PUBLIC = ("SNAPFUSION_CREDENTIALS", "AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP", "AWS_DEFAULT_REGION", "AWS_REGION")
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(monkeypatch):
     """An environment without credentials, restored after the test."""
     for name in (*CREDENTIAL_VARIABLES, *PUBLIC):
         monkeypatch.setenv(name, "")
@@ -43,10 +44,9 @@ def written(folder: Path, text: str, *, mode: int = 0o600) -> Path:
     return file
 
 
-def test_only_the_path_of_credentials_is_public(tmp_path: Path) -> None:
-    file = written(
-        tmp_path, f"# of the teachers\n\nAWS_ACCESS_KEY_ID = AKIA\nAWS_SECRET_ACCESS_KEY={SECRET}\n"
-    )
+def test_only_the_path_of_credentials_is_public(tmp_path):
+    text = f"# of the teachers\n\nAWS_ACCESS_KEY_ID = AKIA\nAWS_SECRET_ACCESS_KEY={SECRET}\n"
+    file = written(tmp_path, text)
     os.environ["AWS_SESSION_TOKEN"] = "of somebody else"
     os.environ["AZURE_STORAGE_ACCOUNT_NAME"] = "another store's"
     apply_storage(StorageSettings(endpoint="http://127.0.0.1:9/", region="eu-west-1", credentials=str(file)))
@@ -67,14 +67,14 @@ def test_only_the_path_of_credentials_is_public(tmp_path: Path) -> None:
     assert shown["worker_process_setup_hook"] == "jobs.runtime.credentials.apply_storage_in_worker"
 
 
-def test_without_a_file_the_environment_is_unchanged() -> None:
+def test_without_a_file_the_environment_is_unchanged():
     before = dict(os.environ)
     apply_storage(StorageSettings())
     assert dict(os.environ) == before
     assert worker_runtime_env({"A": "b"}) == {"env_vars": {"A": "b"}}
 
 
-def test_a_worker_reads_its_nodes_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_reads_its_nodes_file(tmp_path, capfd):
     apply_storage_in_worker()
     os.environ["SNAPFUSION_CREDENTIALS"] = str(written(tmp_path, f"AWS_SECRET_ACCESS_KEY={SECRET}\n"))
     apply_storage_in_worker()
@@ -89,23 +89,17 @@ def test_a_worker_reads_its_nodes_file(tmp_path: Path, capfd: pytest.CaptureFixt
     [
         (f"AWS_ACCESS_KEY_ID=AKIA\n{SECRET}\n", "line 2: is not of the form NAME=VALUE"),
         (f"{SECRET}=\n", "line 1: is not of the form NAME=VALUE"),
-        (
-            f"\n{SECRET}={ANOTHER}\n",
-            "line 2: sets no variable that is read here; accepted are AWS_ACCESS_KEY_ID",
-        ),
+        (f"\n{SECRET}={ANOTHER}\n", "line 2: sets no variable that is read here; accepted are AWS_"),
         (f"AWS_PROFILE={SECRET}\n", "line 1: sets no variable"),
-        (f"export AWS_SECRET_ACCESS_KEY={SECRET}\n", "line 1: sets no variable"),
-        (f'AWS_SECRET_ACCESS_KEY="{SECRET}"\n', "line 1: has a value in quotes"),
-        (f"AWS_SECRET_ACCESS_KEY={SECRET}\0\n", "line 1: has a value in quotes, or one that is not plain"),
-        (
-            f"AWS_SECRET_ACCESS_KEY={SECRET}\nAWS_SECRET_ACCESS_KEY={ANOTHER}\n",
-            "line 2: sets a variable for the second time",
-        ),
+        (f"export {KEY}={SECRET}\n", "line 1: sets no variable"),
+        (f'{KEY}="{SECRET}"\n', "line 1: has a value in quotes"),
+        (f"{KEY}={SECRET}\0\n", "line 1: has a value in quotes, or one that is not plain"),
+        (f"{KEY}={SECRET}\n{KEY}={ANOTHER}\n", "line 2: sets a variable for the second time"),
         ("# nothing\n", "sets no variable; accepted are"),
         ("#" * 70_000, "more than 65536 bytes"),
     ],
 )
-def test_an_unusable_file_is_named_not_repeated(text: str, line: str, tmp_path: Path) -> None:
+def test_an_unusable_file_is_named_not_repeated(text, line, tmp_path):
     with pytest.raises(CredentialsError) as raised:
         read_credentials(written(tmp_path, text))
     assert line in str(raised.value)
@@ -113,7 +107,7 @@ def test_an_unusable_file_is_named_not_repeated(text: str, line: str, tmp_path: 
         assert hidden not in str(raised.value)
 
 
-def test_missing_or_world_readable_files_are_refused(tmp_path: Path) -> None:
+def test_missing_or_world_readable_files_are_refused(tmp_path):
     with pytest.raises(CredentialsError, match="No such file"):
         read_credentials(tmp_path / "none")
     with pytest.raises(CredentialsError, match="directory"):
@@ -123,7 +117,7 @@ def test_missing_or_world_readable_files_are_refused(tmp_path: Path) -> None:
     assert read_credentials(written(tmp_path, f"AWS_SECRET_ACCESS_KEY={SECRET}\n", mode=0o440))
 
 
-def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+def error_line(capsys) -> str:
     """The one line on stderr; no secret is printed."""
     output = capsys.readouterr()
     for secret in (SECRET, ANOTHER):
@@ -144,9 +138,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )
 @pytest.mark.parametrize("option", ["out", "set", "out=", "set="])
-def test_a_secret_in_an_option_is_refused(
-    url: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_secret_in_an_option_is_refused(url, option, tmp_path, capsys):
     word = f"source.url={url}" if option.startswith("set") else url
     words = [f"--{option}{word}"] if option.endswith("=") else [f"--{option}", word]
     out = [] if option.startswith("out") else ["--out", str(tmp_path / "run")]
@@ -160,7 +152,7 @@ def test_a_secret_in_an_option_is_refused(
 
 
 @pytest.mark.parametrize("verb", [*command.VERBS, "nothing-that-there-is"])
-def test_every_command_refuses_secrets(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_refuses_secrets(verb, capsys):
     secret = f"s3://AKIA:{SECRET}@bucket/x"
     for words in ([secret], ["--out", secret], ["--set", f"model={secret}"]):
         assert command.main([verb, *words]) == 2
@@ -168,7 +160,7 @@ def test_every_command_refuses_secrets(verb: str, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("verb", command.VERBS)
-def test_every_command_reports_a_wrong_option(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_reports_a_wrong_option(verb, capsys):
     assert command.main([verb, "--set"]) == 2
     assert re.fullmatch(
         r"[a-z_]+: (--set: expected one argument|[^\n]*required[^\n]*|[^\n]*unrecognized[^\n]*)\n",
@@ -176,13 +168,8 @@ def test_every_command_reports_a_wrong_option(verb: str, capsys: pytest.CaptureF
     )
 
 
-def test_a_secret_in_a_recipe_is_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    base = recipe_named("mini")
-    careless = base.model_copy(
-        update={"captions": base.captions.model_copy(update={"url": f"s3://AKIA:{SECRET}@bucket/list.txt"})}
-    )
+def test_a_secret_in_a_recipe_is_refused(capsys, monkeypatch, tmp_path):
+    careless = recipe_named("mini").with_values([f"captions.url=s3://AKIA:{SECRET}@bucket/list.txt"])
     monkeypatch.setitem(RECIPES, "mini", lambda: careless)
     assert encode_latents.main(["--out", str(tmp_path / "run")]) == 2
     assert "captions.url: a user and a password before the @ of a URL is a secret" in error_line(capsys)
@@ -200,9 +187,7 @@ def test_a_secret_in_a_recipe_is_refused(
         f"storage.endpoint=https://{ANOTHER}@host",
     ],
 )
-def test_a_secret_as_a_public_value_is_hidden(
-    setting: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_secret_as_a_public_value_is_hidden(setting, capsys, tmp_path):
     assert encode_latents.main(["--out", str(tmp_path / "run"), "--set", setting]) == 2
     assert error_line(capsys).startswith("encode_latents: --set storage")
 
@@ -219,14 +204,12 @@ def test_a_secret_as_a_public_value_is_hidden(
         "/data/a@b:c",
     ],
 )
-def test_urls_without_secrets_are_accepted(url: str) -> None:
+def test_urls_without_secrets_are_accepted(url):
     refuse_secrets_in_options(["--out", url, "--set", f"captions.url={url}", f"--set=model={url}", url])
     refuse_secrets(recipe_named("mini").with_values([f"captions.url={url}"]))
 
 
-def test_a_store_without_its_package_is_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_without_its_package_is_refused(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     assert encode_latents.main(["--out", "gs://bucket/run"]) == 2
     assert "--out gs://bucket/run" in error_line(capsys)
@@ -235,7 +218,7 @@ def test_a_store_without_its_package_is_refused(
     assert not Path("runs/x").exists()
 
 
-def test_every_recipe_leaves_credentials_to_the_environment() -> None:
+def test_every_recipe_leaves_credentials_to_the_environment():
     for name in RECIPES:
         assert recipe_named(name).storage == StorageSettings()
     with pytest.raises(SettingsError, match=r"storage\.credentials: .*the absolute path of a file"):

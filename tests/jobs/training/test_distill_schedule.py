@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from set_options import set_options
 from torch import nn
 
 from jobs import distill_schedule, encode_latents
@@ -37,27 +38,22 @@ SETTINGS = {
 SD15 = {
     "Sec. 4.1: SD-v1.5 directly to 16 steps": ("teacher-16", 32, 16, "vpred", "vpred"),
     "Sec. 4.1: the efficient UNet by the same strategy": ("small-16", 32, 16, "vpred", "efficient"),
-    "Sec. 4.1: then to 8 from its own 16-step weights; App. D: by a teacher distilled with CFG": (
-        *("staged-8", 16, 8),
-        *("teacher-16", "small-16"),
-    ),
+    # App. D: by a teacher distilled with CFG.
+    "Sec. 4.1: then to 8 from its own weights of 16": ("staged-8", 16, 8, "teacher-16", "small-16"),
 }
 SD2 = {
     "Fig. 7(d): the student is SD-v2": ("teacher-16", 32, 16, "model", "model"),
     "Fig. 7(d): with 8 steps": ("staged-8", 16, 8, "teacher-16", "teacher-16"),
 }
-SELF = {
-    "App. D: self-distillation from our 16-step efficient UNet": ("self-8", 16, 8, "small-16", "small-16")
-}
+SELF = {"App. D: self-distillation from our 16-step UNet": ("self-8", 16, 8, "small-16", "small-16")}
 PLAIN = {"App. D: from the 16-step SD-v1.5 baseline": ("plain-8", 16, 8, "vpred", "small-16")}
 VANILLA = {"Fig. 4: 8 steps by the vanilla loss": ("vanilla-8", 16, 8, "small-16", "small-16")}
 HALVINGS = ((64, 32), (32, 16), (16, 8))
 
 
-def resolved(name, capsys, *options) -> Job:
+def resolved(name, capsys, *settings) -> Job:
     """The job as `--dry-run` prints it."""
-    arguments = [word for option in options for word in ("--set", option)]
-    assert distill_schedule.main(["--recipe", name, "--dry-run", *arguments]) == 0
+    assert distill_schedule.main(["--recipe", name, "--dry-run", *set_options(settings)]) == 0
     printed = capsys.readouterr().out.split("\nsettings ")[0]
     return Job(verb="distill_schedule", recipe=Recipe.parse(json.loads(printed)), out="runs/x")
 
@@ -156,10 +152,8 @@ def test_the_rivals_halve_the_steps_from_64(name, plan, p, w_conditioned, capsys
 @pytest.mark.parametrize("name", ["mini", "sd15", "sd2"])
 def test_direct_distillation_takes_one_stage(name, capsys):
     """Fig. 6(a): the teacher distills only once, 16 to 8."""
-    ((_, teacher_steps, student_steps, teacher, student),) = described(
-        resolved(name, capsys, "schedule=direct")
-    )
-    assert (teacher_steps, student_steps) == (16, 8)
+    [(_, *steps, teacher, student)] = described(resolved(name, capsys, "schedule=direct"))
+    assert steps == [16, 8]
     assert teacher == student
 
 
@@ -216,10 +210,8 @@ def test_a_dry_run_describes_every_stage(capsys):
     printed = capsys.readouterr().out
     assert "would fine-tune" in printed
     assert "would give runs/demo/vpred/model the architecture table-3" in printed
-    assert (
-        "staged-8 (p = 0.1): would distil 16 steps of runs/demo/teacher-16/model into 8 of "
-        "runs/demo/small-16/model" in printed
-    )
+    assert "staged-8 (p = 0.1): would distil 16 steps of runs/demo/teacher-16/model into 8" in printed
+    assert "of runs/demo/small-16/model" in printed
     assert distill_schedule.main(["--recipe", "sd2", "--dry-run", "--set", "schedule=w-conditioned"]) == 0
     printed = capsys.readouterr().out
     assert "would fine-tune" not in printed

@@ -76,9 +76,8 @@ def eps_teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def latents(eps_teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    write_shard(
-        str(folder / "shards"), map(shard_row, range(24)), index=0, extension="png", rows_per_shard=100
-    )
+    rows = map(shard_row, range(24))
+    write_shard(str(folder / "shards"), rows, index=0, extension="png", rows_per_shard=100)
     return encode_latents(
         LatentsSettings(rows_per_unit=6, images=ImageSettings(min_side=8)),
         model=eps_teacher,
@@ -253,9 +252,8 @@ def test_a_sharded_student_becomes_the_same(student, vpred, latents, tmp_path):
         assert all(torch.equal(tensor, other[name]) for name, tensor in named.items())
     for point, expected in zip(whole.curve, metrics["curve"], strict=True):
         assert point == pytest.approx(expected, rel=1e-5)
-    assert whole.evaluation["after"]["guided"] == pytest.approx(
-        metrics["evaluation"]["after"]["guided"], rel=1e-4
-    )
+    guided = metrics["evaluation"]["after"]["guided"]
+    assert whole.evaluation["after"]["guided"] == pytest.approx(guided, rel=1e-4)
     assert [seen["step"] for seen in whole.validations] == [2, 4]
     for weights, folder in ((whole.weights, "model"), (whole.raw_weights, "raw")):
         made = load(str(out / folder)).unet.state_dict()
