@@ -36,8 +36,7 @@ def compare(job: Job) -> None:
         start=table_starter(job, prefix=f"{job.verb} "),
         run=runner(job.recipe.cluster),
     )
-    results["settings"] = job.recipe.digest()
-    text = job.with_run_prefix(json.dumps(results, indent=1))
+    text = job.with_run_prefix(json.dumps({**results, "settings": job.recipe.digest()}, indent=1))
     replace_object(job.url("evaluation/results.json"), text.encode())
     results = json.loads(text)
     for number, chart in enumerate(evaluation_charts(results), start=1):

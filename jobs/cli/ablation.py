@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict
 
 from jobs.cli.in_run import table_starter
 from jobs.cli.job import Job
 from jobs.evaluation.evaluation import evaluate
+from jobs.evaluation.results import EvaluationResults
 from jobs.evaluation.settings import Contender, EvaluationSettings, FidGap
 from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant, contender_name, table_name
 from jobs.runtime.cluster import runner
@@ -18,6 +19,28 @@ from jobs.training.settings import VpredSettings
 from jobs.training.velocity import finetune_vpred
 from pipelines.storage.objects import exists
 from snapfusion.metrics.intervals import Interval
+
+
+class PanelResults(TypedDict):
+    """The results of a panel, whose keys are those of its file.
+
+    Attributes:
+        panel: its settings.
+        seeds: of training.
+        command: that made it.
+        settings: digest of the recipe.
+        training: settings of the training loop.
+        over_seeds: mean, minimum and maximum over seeds of each metric of each line.
+        evaluation: the results by line and seed.
+    """
+
+    panel: dict[str, Any]
+    seeds: list[int]
+    command: str
+    settings: str
+    training: dict[str, Any]
+    over_seeds: list[dict[str, Any]]
+    evaluation: EvaluationResults
 
 
 def students_of(settings: AblationSettings, panel: Panel) -> list[tuple[StudentVariant, int]]:
@@ -86,8 +109,8 @@ def train_student(job: Job, variant: StudentVariant, *, seed: int) -> None:
         print(f"  {line}")
 
 
-def evaluate_panel(job: Job, panel: Panel) -> dict[str, Any]:
-    """Sample and score the lines of a panel; returns its record as JSON values."""
+def evaluate_panel(job: Job, panel: Panel) -> PanelResults:
+    """Sample and score the lines of a panel."""
     settings = job.recipe.ablation
     results = evaluate(
         panel_evaluation(job, panel),
@@ -136,7 +159,7 @@ def panel_evaluation(job: Job, panel: Panel) -> EvaluationSettings:
     return job.recipe.evaluation.model_copy(update=values)
 
 
-def _over_seeds(panel: Panel, *, seeds: range, results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _over_seeds(panel: Panel, *, seeds: range, results: EvaluationResults) -> Iterator[dict[str, Any]]:
     """Mean, minimum and maximum over training seeds of each metric of each line."""
     for line in panel.lines:
         names = [contender_name(line, seed) for seed in (seeds if line.variant is not None else seeds[:1])]

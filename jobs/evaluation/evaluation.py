@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jobs.evaluation.results import Comparison, EvaluationResults
 from jobs.evaluation.settings import EvaluationSettings, FidGap, PromptSettings
 from pipelines.datasets.references import compute_references, moments_of
 from pipelines.datasets.samples import generate_samples, read_scores, sampled_ids
@@ -44,7 +44,7 @@ StartTable = Callable[[str, Any], tuple[Origin, OnProgress]]
 
 def evaluate(
     settings: EvaluationSettings, *, model: str, out: str, start: StartTable, run: Runner
-) -> dict[str, Any]:
+) -> EvaluationResults:
     """Generate the missing samples and compute the metrics.
 
     Args:
@@ -53,11 +53,6 @@ def evaluate(
         out: folder or URL of the tables: `references`, and one for each contender.
         start: called for each table before it is filled.
         run: executes stages.
-
-    Returns:
-        JSON values: what was compared and how ("protocol"), the metrics of each contender ("curves"), its
-        differences from the baseline ("differences", "equal_fid") and from others ("against"), and "gaps"; an
-        interval is an `Interval`.
     """
     captions = captions_of(settings.prompts)
     origin, on_progress = start("references", {"pictures": settings.references.url or "scenes"})
@@ -95,7 +90,11 @@ def evaluate(
     return {
         "protocol": _protocol(settings, captions, ids=ids, reference=reference, references=references),
         "tables": {name: table.lineage() for name, table in tables.items()},
-        **_comparisons(settings, curves, tables),
+        "curves": _curve_records(settings, curves, tables),
+        "baseline": settings.baseline,
+        **_compared_with(settings.baseline, curves),
+        "against": {name: _compared_with(name, curves) for name in settings.also_against},
+        "gaps": [{**gap.to_values(), **_or_reason(_gap_closed, gap, curves)} for gap in settings.gaps],
     }
 
 
@@ -181,45 +180,34 @@ def _protocol(
     }
 
 
-def _comparisons(
+def _curve_records(
     settings: EvaluationSettings, curves: Mapping[str, Curve], tables: Mapping[str, Snapshot]
-) -> dict[str, Any]:
-    return {
-        "curves": {
-            contender.name: {
-                **contender.to_values(),
-                "points": [
-                    {
-                        "w": w,
-                        "evaluations": contender.sampler.evaluations(
-                            w, w_conditioned=tables[contender.name].identity["told_w"]
-                        ),
-                        **metrics_at(curves[contender.name], w),
-                    }
-                    for w in settings.guidance
-                ],
+) -> dict[str, dict[str, Any]]:
+    records = {}
+    for contender in settings.contenders:
+        curve, w_conditioned = curves[contender.name], tables[contender.name].identity["told_w"]
+        points = [
+            {
+                "w": w,
+                "evaluations": contender.sampler.evaluations(w, w_conditioned=w_conditioned),
+                **metrics_at(curve, w),
             }
-            for contender in settings.contenders
-        },
-        "baseline": settings.baseline,
-        **_compared_with(settings, curves, baseline=settings.baseline),
-        "against": {name: _compared_with(settings, curves, baseline=name) for name in settings.also_against},
-        "gaps": [{**gap.to_values(), **_gap_closed(gap, curves)} for gap in settings.gaps],
-    }
+            for w in settings.guidance
+        ]
+        records[contender.name] = {**contender.to_values(), "points": points}
+    return records
 
 
-def _compared_with(
-    settings: EvaluationSettings, curves: Mapping[str, Curve], *, baseline: str
-) -> dict[str, Any]:
+def _compared_with(baseline: str, curves: Mapping[str, Curve]) -> Comparison:
     """The comparison of all other contenders with one."""
     base = curves[baseline]
     others = {name: curve for name, curve in curves.items() if name != baseline}
     return {
         "differences": {
-            name: [{"w": w, **paired_differences(curve, base, w=w)} for w in settings.guidance]
+            name: [{"w": point.w, **paired_differences(curve, base, w=point.w)} for point in curve.points]
             for name, curve in others.items()
         },
-        "equal_fid": {name: _or_reason(partial(_equal_fid, curve, base)) for name, curve in others.items()},
+        "equal_fid": {name: _or_reason(_equal_fid, curve, base) for name, curve in others.items()},
     }
 
 
@@ -229,12 +217,12 @@ def _equal_fid(curve: Curve, base: Curve) -> dict[str, Any]:
 
 def _gap_closed(gap: FidGap, curves: Mapping[str, Curve]) -> dict[str, Any]:
     student, few, many = (curves[name] for name in (gap.student, gap.few, gap.many))
-    return _or_reason(lambda: {"closed": gap_closed(student, few=few, many=many, w=gap.w)})
+    return {"closed": gap_closed(student, few=few, many=many, w=gap.w)}
 
 
-def _or_reason(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _or_reason(compute: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - curves
     """A comparison, or the reason why the curves cannot be compared."""
     try:
-        return compute()
+        return compute(*arguments)
     except CurveError as reason:
         return {"no_reading": str(reason)}

@@ -16,8 +16,10 @@ import torch
 from jobs.evaluation.evaluation import StartTable, evaluate
 from jobs.evaluation.settings import Contender, EvaluationSettings
 from jobs.evaluation.timing import unet_benchmark
+from jobs.evolution.search import TableOrigin
 from jobs.evolution.settings import RandomBaselineSettings
 from jobs.training.initial_weights import own_architecture, with_architecture
+from jobs.training.metrics import StudentMetrics
 from jobs.training.progress_channel import OnReport
 from jobs.training.velocity import finetune_vpred
 from pipelines.ray_data.execution import Runner
@@ -105,14 +107,14 @@ class RandomBaseline:
         }
         return {
             "settings": self.settings.training.identity(),
-            "latency": {"setting": self.table.setup.to_values(), "date": self.table.date},
+            "latency": TableOrigin.of(self.table).to_values(),
             "protocol": results["protocol"],
             "architectures": records,
             "differences": results["differences"],
             "readings": [_reading(records, index) for index in range(len(self.settings.evaluation.guidance))],
         }
 
-    def _train(self, name: str, architecture: Architecture, *, on_report: OnReport) -> dict[str, Any]:
+    def _train(self, name: str, architecture: Architecture, *, on_report: OnReport) -> StudentMetrics:
         first = with_architecture(self.model, architecture, url=f"{self.out}/first/{name}")
         return finetune_vpred(
             self.settings.training,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from pipelines.sources.captions import captions_digest
 from pipelines.storage.objects import exists, read_bytes, replace_object, write_once
 from pipelines.tables.schemas import from_png
 from pipelines.tables.table import Snapshot, TableError, open_table
-from snapfusion.evolution.latency import LatencyError, LatencyTable
+from snapfusion.evolution.latency import LatencyError, LatencyTable, MeasurementSetup
 from snapfusion.evolution.search import BlockScore, Decision, EvolutionError, decide, next_action
 from snapfusion.metrics.intervals import Interval, mean
 from snapfusion.models.architecture import Architecture, Block
@@ -66,6 +66,40 @@ class EvolutionRound(Settings):
     action_seconds: float | None
 
 
+class TableOrigin(Settings):
+    """Where and when a latency table was measured."""
+
+    setting: MeasurementSetup
+    date: str
+
+    @classmethod
+    def of(cls, table: LatencyTable) -> TableOrigin:
+        """The origin of a table."""
+        return cls(setting=table.setup, date=table.date)
+
+
+class EvolutionHistory(Settings):
+    """A finished evolution, as history.json holds it.
+
+    Attributes:
+        objective_ms: latency objective S.
+        latency: origin of the latency table.
+        settings: that determine the result.
+        model: hashes of the robust model's weights.
+        captions: number of captions by which blocks are scored.
+        origin: architecture before the first round.
+        rounds: in order.
+    """
+
+    objective_ms: float
+    latency: TableOrigin
+    settings: dict[str, Any]
+    model: dict[str, str]
+    captions: int
+    origin: Architecture
+    rounds: tuple[EvolutionRound, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evolution:
     """An evolution in the folder `out`.
@@ -94,8 +128,8 @@ class Evolution:
     on_report: OnReport
     on_round: Callable[[EvolutionRound], None]
 
-    def evolve(self) -> dict[str, Any]:
-        """Run rounds until the objective is met and growth is over; returns the content of history.json.
+    def evolve(self) -> EvolutionHistory:
+        """Run rounds until the objective is met and growth is over.
 
         Killed at any moment and called again, it resumes, and scores no block twice.
 
@@ -115,19 +149,18 @@ class Evolution:
                 f"{self.objective_ms:g} ms is not met, or growths are left: raise evolution.rounds or "
                 "evolution.pace.removed"
             )
-        history = {
-            "objective_ms": self.objective_ms,
-            "latency": {"setting": self.table.setup.to_values(), "date": self.table.date},
-            "settings": self.settings.identity(),
-            "model": load(self.model).fingerprint(),
-            "captions": self.settings.prompts.limit,
-            "origin": own_architecture(self.model).to_values(),
-            "rounds": [finished.to_values() for finished in rounds],
-        }
+        history = EvolutionHistory(
+            objective_ms=self.objective_ms,
+            latency=TableOrigin.of(self.table),
+            settings=self.settings.identity(),
+            model=load(self.model).fingerprint(),
+            captions=self.settings.prompts.limit,
+            origin=own_architecture(self.model),
+            rounds=tuple(rounds),
+        )
         replace_object(f"{self.out}/{ARCHITECTURE}", last.architecture.to_json().encode())
-        text = json.dumps(history, indent=1)
-        replace_object(f"{self.out}/{HISTORY}", text.encode())
-        return dict(json.loads(text))
+        replace_object(f"{self.out}/{HISTORY}", json.dumps(history.to_values(), indent=1).encode())
+        return history
 
     def _begin(self) -> None:
         bundle, latents = load(self.model), open_table(self.latents_url, kind="latents")
@@ -169,18 +202,18 @@ class Evolution:
     def _run_round(
         self, number: int, *, model: str, architecture: Architecture, growths: int
     ) -> EvolutionRound:
-        limits = self.settings.pace
-        action = next_action(
-            architecture, table=self.table, objective_ms=self.objective_ms, limits=limits, growths=growths
-        )
+        rules: dict[str, Any] = {
+            "table": self.table,
+            "objective_ms": self.objective_ms,
+            "limits": self.settings.pace,
+        }
+        action = next_action(architecture, growths=growths, **rules)
         clip, scores, seconds = None, tuple[BlockScore, ...](), None
         if action != "stop":
             samples = self._sample(number, model=model, architecture=architecture)
             clip, scores = self._score_blocks(samples, architecture)
             seconds = _action_seconds(samples)
-        decision = decide(
-            action, architecture, scores, table=self.table, objective_ms=self.objective_ms, limits=limits
-        )
+        decision = decide(action, architecture, scores, **rules)
         finished = EvolutionRound(
             number=number, clip=clip, scores=scores, decision=decision, action_seconds=seconds
         )
@@ -295,20 +328,20 @@ def describe_cost(settings: EvolutionSettings) -> str:
 
 
 def round_images(
-    settings: EvolutionSettings, history: Mapping[str, Any], *, out: str, limit: int
+    settings: EvolutionSettings, history: EvolutionHistory, *, out: str, limit: int
 ) -> tuple[list[str], dict[str, list[np.ndarray]]]:
     """The first captions, and images of them by the whole UNet of each scored round, if images were kept."""
     captions, images = list[str](), dict[str, list[np.ndarray]]()
     if not settings.samples.drawing.images:
         return captions, images
     prefix = f"{source_name(settings.prompts.name, settings.guidance)}-"
-    for finished in history["rounds"]:
-        if finished["clip"] is not None:
-            table = open_table(f"{out}/round-{finished['number']:02d}/scores")
+    for finished in history.rounds:
+        if finished.clip is not None:
+            table = open_table(f"{out}/round-{finished.number:02d}/scores")
             unit = next(file for file in table.units if file.unit.startswith(prefix))
             rows = table.read_unit(unit, ["caption", "image"]).slice(0, limit).to_pylist()
             captions = [row["caption"] for row in rows]
-            images[f"round {finished['number']}"] = [from_png(row["image"]) for row in rows]
+            images[f"round {finished.number}"] = [from_png(row["image"]) for row in rows]
     return captions, images
 
 

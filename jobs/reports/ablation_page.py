@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from jobs.cli.ablation import PanelResults
 from jobs.evaluation.images import generate_images
+from jobs.evaluation.results import Comparison
 from jobs.reports.charts import Chart, Series
 from jobs.reports.evaluation_page import point_series
 from jobs.reports.page import render_page
@@ -28,7 +30,7 @@ _AXES = {
 }
 
 
-def ablation_charts(panel: Mapping[str, Any]) -> dict[str, Chart]:
+def ablation_charts(panel: PanelResults) -> dict[str, Chart]:
     """The charts of a panel by kind; each line is the mean over training seeds."""
     title, lines = panel["panel"]["title"], panel["over_seeds"]
     charts = {
@@ -97,7 +99,7 @@ def loss_charts(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Cha
 
 
 def render_ablation(
-    panels: Sequence[Mapping[str, Any]],
+    panels: Sequence[PanelResults],
     *,
     curves: Mapping[str, Sequence[Mapping[str, float]]],
     rows: Mapping[str, Sequence[np.ndarray]],
@@ -131,7 +133,7 @@ def render_ablation(
     )
 
 
-def _table(panel: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _table(panel: PanelResults) -> Iterator[dict[str, Any]]:
     """The metrics of each line at the guidance scales of the tables."""
     for line in panel["over_seeds"]:
         points = _at_table_scales(line["points"])
@@ -144,14 +146,14 @@ def _gap_rows(gaps: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"student": student, "at": [gap for gap in gaps if gap["student"] == student]}
 
 
-def _paired_differences(panel: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _paired_differences(panel: PanelResults) -> Iterator[dict[str, Any]]:
     """CLIP of each student above that of the baseline, and above that of the control of its seed."""
     evaluation, labels = panel["evaluation"], panel["panel"]
     contenders = {line["name"]: line["contenders"] for line in panel["over_seeds"]}
     controls: Sequence[str] = contenders.get(labels["control"], ())
     for line in panel["over_seeds"]:
         for seed, name in enumerate(line["contenders"] if line["student"] else []):
-            compared = {labels["baseline"]: evaluation}
+            compared: dict[str, Comparison] = {labels["baseline"]: evaluation}
             if controls and name not in controls:
                 compared[controls[seed]] = evaluation["against"][controls[seed]]
             for reference, readings in compared.items():
@@ -163,8 +165,9 @@ def _at_table_scales(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, A
     return [point for w in _TABLE_SCALES for point in points if point["w"] == w]
 
 
-def _equal_fid(panel: Mapping[str, Any]) -> dict[str, Any]:
+def _equal_fid(panel: PanelResults) -> dict[str, Any]:
     """CLIP of each student above that of many steps at equal FID. SnapFusion Fig. 4."""
-    against = panel["evaluation"]["against"].get(panel["panel"]["many"], {"equal_fid": {}})
+    against = panel["evaluation"]["against"].get(panel["panel"]["many"])
+    readings = against["equal_fid"] if against else {}
     students = {name for line in panel["over_seeds"] if line["student"] for name in line["contenders"]}
-    return {name: reading for name, reading in against["equal_fid"].items() if name in students}
+    return {name: reading for name, reading in readings.items() if name in students}

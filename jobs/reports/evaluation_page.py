@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jobs.evaluation.results import EvaluationResults
 from jobs.reports.charts import Chart, Series
 from jobs.reports.page import render_page
 
@@ -12,12 +13,12 @@ _MAX_OTHERS = 5
 """Contenders beside the baseline on one chart."""
 
 
-def render_evaluation(results: Mapping[str, Any]) -> str:
+def render_evaluation(results: EvaluationResults) -> str:
     """The page as text, from what `jobs.evaluation.evaluation.evaluate` returns."""
     return render_page("evaluation.html.j2", results=results, charts=list(evaluation_charts(results)))
 
 
-def evaluation_charts(results: Mapping[str, Any]) -> Iterator[Chart]:
+def evaluation_charts(results: EvaluationResults) -> Iterator[Chart]:
     """CLIP over FID and FID over guidance, each with the baseline and up to five other contenders."""
     baseline = results["baseline"]
     others = [name for name in results["curves"] if name != baseline]

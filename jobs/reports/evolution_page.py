@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from jobs.evolution.search import EvolutionHistory
 from jobs.reports.charts import Chart, Series
 from jobs.reports.page import render_page
-from snapfusion.evolution.search import BlockScore
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.cost import block_count_table
 
 
 def render_evolution(
-    history: Mapping[str, Any], *, captions: Sequence[str] = (), images: Mapping[str, Sequence[np.ndarray]]
+    history: EvolutionHistory, *, captions: Sequence[str] = (), images: Mapping[str, Sequence[np.ndarray]]
 ) -> str:
     """The page as text.
 
     Args:
-        history: what `jobs.evolution.search.Evolution.evolve` returns.
+        history: of the evolution.
         captions: of the images.
         images: of each round's UNet, by round, uint8 [H,W,3], one per caption; empty shows none.
     """
@@ -29,7 +28,10 @@ def render_evolution(
         "evolution.html.j2",
         history=history,
         charts=evolution_charts(history),
-        rounds=[{**record, "scores": _ascending(record["scores"])} for record in history["rounds"]],
+        rounds=[
+            {**dict(record), "scores": sorted(record.scores, key=lambda score: score.value)}
+            for record in history.rounds
+        ],
         architectures=architectures,
         table=block_count_table(*architectures.values()),
         captions=captions,
@@ -37,19 +39,14 @@ def render_evolution(
     )
 
 
-def evolution_charts(history: Mapping[str, Any]) -> list[Chart]:
+def evolution_charts(history: EvolutionHistory) -> list[Chart]:
     """CLIP over the latency of a pass, and that latency after each round."""
-    rounds = history["rounds"]
-    scored = [record for record in rounds if record["clip"] is not None]
-    clip = Series(
-        name="evolution",
-        x=[record["decision"]["before_ms"] for record in scored],
-        y=[record["clip"][0] for record in scored],
-    )
+    scored = [(record.decision.before_ms, record.clip[0]) for record in history.rounds if record.clip]
+    clip = Series(name="evolution", x=[ms for ms, _ in scored], y=[score for _, score in scored])
     latency = Series(
         name="by the table",
-        x=[record["number"] for record in rounds],
-        y=[record["decision"]["after_ms"] for record in rounds],
+        x=[record.number for record in history.rounds],
+        y=[record.decision.after_ms for record in history.rounds],
     )
     return [
         Chart(
@@ -63,21 +60,17 @@ def evolution_charts(history: Mapping[str, Any]) -> list[Chart]:
             x_label="round",
             y_label="ms",
             series=(latency,),
-            limit=history["objective_ms"],
+            limit=history.objective_ms,
             limit_name="objective",
         ),
     ]
 
 
-def architectures_by_round(history: Mapping[str, Any]) -> dict[str, Architecture]:
+def architectures_by_round(history: EvolutionHistory) -> dict[str, Architecture]:
     """The original architecture, and the one after each round that changed it, by name of the round."""
     changed = {
-        f"round {record['number']}": Architecture.parse(record["decision"]["architecture"])
-        for record in history["rounds"]
-        if record["decision"]["action"] != "stop"
+        f"round {record.number}": record.decision.architecture
+        for record in history.rounds
+        if record.decision.action != "stop"
     }
-    return {"origin": Architecture.parse(history["origin"]), **changed}
-
-
-def _ascending(scores: Sequence[Mapping[str, Any]]) -> list[BlockScore]:
-    return sorted((BlockScore.parse(score) for score in scores), key=lambda score: score.value)
+    return {"origin": history.origin, **changed}

@@ -7,8 +7,9 @@ from typing import Any
 
 from jobs.cli.inputs import shards_url
 from jobs.reports.run_page import LineageNode
-from jobs.reports.run_records import CommittedRun, StudentMetrics, read_json
+from jobs.reports.run_records import CommittedRun, read_json
 from jobs.training.initial_weights import PROVENANCE
+from jobs.training.metrics import StudentMetrics
 from jobs.training.run_folder import METRICS
 from snapfusion.models.load import load
 from snapfusion.settings import digest

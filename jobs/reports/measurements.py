@@ -10,8 +10,9 @@ from jobs.evaluation.timing import ORIGIN
 from jobs.reports.charts import Chart, Series
 from jobs.reports.oracle_scores import OracleScores
 from jobs.reports.run_page import Measurement
-from jobs.reports.run_records import CommittedRun, Curve, DecoderMetrics, StudentMetrics
+from jobs.reports.run_records import CommittedRun
 from jobs.reports.side_by_side import TEACHER_STEPS
+from jobs.training.metrics import Curve, DecoderMetrics, StudentMetrics
 from snapfusion.models.load import ModelError, load
 from snapfusion.training.step_distillation import BRANCHES
 

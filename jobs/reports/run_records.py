@@ -12,37 +12,11 @@ import fsspec
 
 from jobs.cli.job import Job
 from jobs.reports.latency_breakdown import LatencyBreakdown, breakdown_of
+from jobs.training.metrics import DecoderMetrics, StudentMetrics
 from jobs.training.run_folder import METRICS
 from pipelines.storage.objects import exists, read_bytes
 from pipelines.tables.table import Snapshot, is_table, open_table
 from snapfusion.export.bundle import FORMAT_VERSION, MANIFEST
-
-Curve = list[dict[str, float]]
-"""Points of a training, each with "step" and the losses at it."""
-
-
-class StudentMetrics(TypedDict):
-    """The part of a student's metrics.json that the report shows."""
-
-    distillation: dict[str, Any]
-    parents: dict[str, dict[str, Any]]
-    settings: dict[str, Any]
-    settings_hash: str
-    curve: Curve
-
-
-class DecoderMetrics(TypedDict):
-    """The part of a decoder's metrics.json that the report shows."""
-
-    psnr_db: float
-    held_out_rows: int
-    parameters: dict[str, float]
-    times: list[dict[str, float]]
-    random_init: dict[str, Any] | None
-    parents: dict[str, dict[str, Any]]
-    settings: dict[str, Any]
-    settings_hash: str
-    curve: Curve
 
 
 class RunMetrics(TypedDict):

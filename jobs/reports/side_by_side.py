@@ -14,7 +14,7 @@ import numpy as np
 from jobs.evaluation.evaluation import captions_of
 from jobs.evaluation.settings import PromptSettings
 from jobs.reports.run_page import CaptionedImage, ModelMetrics, SampleRow, StepComparison
-from jobs.reports.run_records import StudentMetrics
+from jobs.training.metrics import StudentMetrics
 from pipelines.sources.captions import Caption
 from pipelines.stages.sample import SampleAndScore
 from pipelines.stages.settings import Device, MetricSettings, Sampler, SamplingSettings

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from jobs.training.metrics import DecoderMetrics
 from jobs.training.progress_channel import OnReport
 from jobs.training.settings import DecoderSettings
 from jobs.training.spec import Training
@@ -34,7 +35,7 @@ def distill_decoder(
     out_url: str,
     teacher: str,
     on_report: OnReport = lambda figures: None,
-) -> dict[str, Any]:
+) -> DecoderMetrics:
     """Train the decoder and publish its folder at `out_url`, all or nothing.
 
     A run that was killed resumes, with the version of PAIRS that it began with; a published folder is left as
@@ -56,7 +57,7 @@ def distill_decoder(
         TableError: if PAIRS do not fit the teacher, or store no images where the settings need them.
         TrainingFailed: if workers keep failing.
     """
-    return TableTraining(
+    metrics: DecoderMetrics = TableTraining(
         kind="decoder",
         settings=settings,
         sources={"teacher": teacher},
@@ -66,6 +67,7 @@ def distill_decoder(
         identity=lambda models: {"teacher": models["teacher"].describe()["weights"]["vae"]},
         publish=_publish,
     ).run(out_url, on_report=on_report)
+    return metrics
 
 
 def assemble(inputs: TrainingInputs[DecoderSettings], *, device: torch.device) -> Iterator[Training]:
@@ -167,7 +169,7 @@ def _publish(
     }
 
 
-def summary(metrics: Mapping[str, Any]) -> list[str]:
+def summary(metrics: DecoderMetrics) -> list[str]:
     """Lines with the decoder's fidelity, size and latency."""
     parameters = metrics["parameters"]
     lines = [

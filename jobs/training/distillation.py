@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from jobs.training.metrics import StudentMetrics
 from jobs.training.progress_channel import OnReport
 from jobs.training.settings import DistillSettings
 from jobs.training.spec import Training, TrainingError
@@ -43,7 +44,7 @@ def distill_steps(
     out_url: str,
     student: str | None = None,
     on_report: OnReport = lambda figures: None,
-) -> dict[str, Any]:
+) -> StudentMetrics:
     """Distil a student and publish it at `out_url` (see `TableTraining.run`).
 
     Args:
@@ -251,7 +252,7 @@ def check_table(settings: DistillSettings, *, table: Snapshot, teacher: Bundle, 
         check_targets(table, teacher=teacher.describe(), student=student.describe(), steps=settings.steps)
 
 
-def summary(metrics: Mapping[str, Any]) -> list[str]:
+def summary(metrics: StudentMetrics) -> list[str]:
     """Lines with the held-out losses, before and after."""
     before, after = metrics["evaluation"]["before"], metrics["evaluation"]["after"]
     return [

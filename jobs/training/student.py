@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from jobs.training.metrics import StudentMetrics
 from jobs.training.progress_channel import OnReport
 from jobs.training.settings import UNetTrainingSettings
 from jobs.training.spec import Loader, Training, TrainingFactory
@@ -55,7 +56,7 @@ def train_unet(
     check: Callable[[Snapshot, Mapping[str, Bundle]], Mapping[str, Any] | None],
     out_url: str,
     on_report: OnReport,
-) -> dict[str, Any]:
+) -> StudentMetrics:
     """Train a UNet to predict v and publish it (see `TableTraining.run`).
 
     Args:
@@ -77,7 +78,7 @@ def train_unet(
         check_validation(settings.validation, size=size)
         return {"size": size, "distillation": distillation}
 
-    return TableTraining(
+    metrics: StudentMetrics = TableTraining(
         kind="student",
         settings=settings,
         sources=sources,
@@ -90,6 +91,7 @@ def train_unet(
         },
         publish=partial(_publish, role),
     ).run(out_url, on_report=on_report)
+    return metrics
 
 
 def _publish(

@@ -103,7 +103,7 @@ class TableTraining(Generic[SettingsT]):
     identity: Callable[[Mapping[str, Bundle]], Mapping[str, Any]]
     publish: Callable[[Path, Mapping[str, TrainingResult], TrainingInputs[SettingsT], Any], Mapping[str, Any]]
 
-    def run(self, out_url: str, *, on_report: OnReport) -> dict[str, Any]:
+    def run(self, out_url: str, *, on_report: OnReport) -> Any:  # noqa: ANN401 - `TrainingMetrics` of its kind
         """Train, and publish the folder at `out_url`, all or nothing; returns the metrics of metrics.json.
 
         A run that was killed resumes, with the version of the table that it began with. A published folder

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from jobs.training.metrics import StudentMetrics
 from jobs.training.progress_channel import OnReport
 from jobs.training.settings import VpredSettings
 from jobs.training.spec import Training, TrainingError
@@ -35,7 +36,7 @@ def finetune_vpred(
     out_url: str,
     further: bool = False,
     on_report: OnReport = lambda figures: None,
-) -> dict[str, Any]:
+) -> StudentMetrics:
     """Train a model by L_ori and publish it at `out_url` (see `TableTraining.run`).
 
     Args:

@@ -94,17 +94,17 @@ def first_round(evolution):
 
 
 def decisions(history):
-    return [finished["decision"] for finished in history["rounds"]]
+    return [finished.decision for finished in history.rounds]
 
 
 def test_it_removes_until_the_objective_is_met(evolved):
     out, history = evolved
-    assert [decision["action"] for decision in decisions(history)] == ["remove", "stop"]
-    assert decisions(history)[0]["before_ms"] == TABLE.predict_ms(ORIGIN)
-    assert decisions(history)[1]["before_ms"] <= OBJECTIVE_MS
+    assert [decision.action for decision in decisions(history)] == ["remove", "stop"]
+    assert decisions(history)[0].before_ms == TABLE.predict_ms(ORIGIN)
+    assert decisions(history)[1].before_ms <= OBJECTIVE_MS
     final = Architecture.parse(json.loads((out / "architecture.json").read_text()))
-    assert TABLE.predict_ms(final) == decisions(history)[1]["after_ms"]
-    assert history == json.loads((out / "history.json").read_text())
+    assert TABLE.predict_ms(final) == decisions(history)[1].after_ms
+    assert history.to_values() == json.loads((out / "history.json").read_text())
 
 
 def test_a_copied_block_has_its_originals_weights(latents, tmp_path):
@@ -121,16 +121,16 @@ def test_a_copied_block_has_its_originals_weights(latents, tmp_path):
 
 
 def test_blocks_of_least_clip_per_millisecond_are_removed(evolved):
-    first = evolved[1]["rounds"][0]
-    values = {score["block"]: score["delta_clip"][0] / score["delta_ms"] for score in first["scores"]}
+    first = evolved[1].rounds[0]
+    values = {score.block: score.delta_clip[0] / score.delta_ms for score in first.scores}
     assert set(values) == {block.name for block in ORIGIN.blocks}
-    least = sorted(values, key=values.get)[: len(first["decision"]["blocks"])]
-    assert first["decision"]["blocks"] == least
-    assert all(score["captions"] == CAPTIONS for score in first["scores"])
+    blocks = first.decision.blocks
+    assert list(blocks) == sorted(values, key=values.get)[: len(blocks)]
+    assert all(score.captions == CAPTIONS for score in first.scores)
 
 
 def test_scores_compare_equal_captions_and_noise(evolved):
-    first = evolved[1]["rounds"][0]
+    first = evolved[1].rounds[0]
     # By hand, without a table.
     captions = captions_of(SETTINGS.prompts)
     artist = SampleAndScore(
@@ -142,18 +142,18 @@ def test_scores_compare_equal_captions_and_noise(evolved):
     )
     keys = [noise_key("evaluation", 0, caption.id) for caption in captions]
     texts = [caption.text for caption in captions]
-    score = first["scores"][5]
+    score = first.scores[5]
     whole = artist.sample_and_score(texts, keys, w=2.0)["clip"]
-    with skipping_blocks(artist.bundle.unet, [score["block"]]):
+    with skipping_blocks(artist.bundle.unet, [score.block]):
         left = artist.sample_and_score(texts, keys, w=2.0)["clip"]
-    assert score["delta_clip"][0] == pytest.approx(float((whole - left).mean()), abs=1e-6)
-    assert score["clip"] == pytest.approx(float(left.mean()), abs=1e-6)
+    assert score.delta_clip[0] == pytest.approx(float((whole - left).mean()), abs=1e-6)
+    assert score.clip == pytest.approx(float(left.mean()), abs=1e-6)
 
 
 def test_each_round_trains_the_decided_architecture(evolved):
     out, history = evolved
     for number, decision in enumerate(decisions(history)[:-1], start=1):
-        expected = Architecture.parse(decision["architecture"])
+        expected = decision.architecture
         trained = load(str(out / f"round-{number:02d}" / "trained"))
         assert architecture_of(trained.unet) == expected
         first = load(str(out / f"round-{number:02d}" / "first"))
@@ -203,7 +203,7 @@ def test_a_killed_round_resumes_to_the_same_decision(evolved, latents, tmp_path)
     # The file of the unit that was under way was there, and was adopted.
     assert len(units) == len(ORIGIN.blocks)
     assert len(open_table(f"{tmp_path}/round-00/scores").units) == 1 + len(ORIGIN.blocks)
-    assert resumed.decision.to_values() == decisions(evolved[1])[0]
+    assert resumed.decision == decisions(evolved[1])[0]
 
 
 def test_a_score_that_is_not_finite_is_refused(latents, tmp_path, monkeypatch):
@@ -259,7 +259,7 @@ def test_the_page_shows_rounds_scores_and_architectures(evolved):
     page = render_evolution(history, captions=(), images={})
     assert page.count("<svg") == 2
     for decision in decisions(history):
-        for block in decision["blocks"]:
+        for block in decision.blocks:
             assert block in page
     assert "without any" not in page
 

@@ -1,0 +1,32 @@
+"""Types of the results of an evaluation, whose keys are those of results.json."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class Comparison(TypedDict):
+    """All other contenders beside one: differences of metrics at every guidance, and of CLIP at equal FID."""
+
+    differences: dict[str, list[dict[str, Any]]]
+    equal_fid: dict[str, dict[str, Any]]
+
+
+class EvaluationResults(Comparison):
+    """The results of an evaluation; an interval is an `Interval`, and a list of three numbers in the file.
+
+    Attributes:
+        protocol: what was compared and how.
+        tables: lineage of each contender's samples.
+        curves: each contender with its metrics at every guidance ("points").
+        baseline: contender of the comparison.
+        against: the comparison with each further contender.
+        gaps: shares of FID gaps that students close.
+    """
+
+    protocol: dict[str, Any]
+    tables: dict[str, dict[str, Any]]
+    curves: dict[str, dict[str, Any]]
+    baseline: str
+    against: dict[str, Comparison]
+    gaps: list[dict[str, Any]]

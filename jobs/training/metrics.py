@@ -1,0 +1,43 @@
+"""Types of the records of trainings, whose keys are those of metrics.json."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+Curve = list[dict[str, float]]
+"""Points of a training, each with "step" and the losses at it."""
+
+
+class TrainingMetrics(TypedDict):
+    """The record of any training; `identity` determines the weights, `settings` also have where it ran."""
+
+    kind: str
+    identity: dict[str, Any]
+    settings: dict[str, Any]
+    settings_hash: str
+    parents: dict[str, dict[str, Any]]
+    curve: Curve
+    environment: dict[str, Any]
+    seconds: float
+
+
+class StudentMetrics(TrainingMetrics):
+    """The record of a UNet's training; `distillation` is empty unless steps were distilled."""
+
+    weights: dict[str, str]
+    distillation: dict[str, Any]
+    evaluation: dict[str, Any]
+    watch: list[dict[str, Any]]
+    best: dict[str, Any] | None
+
+
+class DecoderMetrics(TrainingMetrics):
+    """The record of the half-width decoder's distillation."""
+
+    files: dict[str, Any]
+    psnr_db: float
+    held_out_rows: int
+    parameters: dict[str, float]
+    rows: dict[str, int]
+    times: list[dict[str, float]]
+    random_init: dict[str, Any] | None
