@@ -74,17 +74,16 @@ class BundleBenchmark:
         parents = self.bundle.manifest["identity"]["parents"]
         model = self.model or self._parent_url(parents["model"])
         decoder = self.decoder or (self._parent_url(parents["decoder"]) if parents["decoder"] else None)
-        note, missing = None, None
+        modules: tuple[str, ...] = MODULES
         try:
             note = self._weight_mismatch(model, decoder)
         except _UnusableModelError as error:
             if getattr(self, error.option):
                 raise SettingsError(f"--{error.option} {error}") from None
-            missing = f"not run: the bundle's {error.option} {error}; give --{error.option}"
+            note, modules = f"not run: the bundle's {error.option} {error}; give --{error.option}", ()
         for name, compiled in (("torch eager", False), ("torch compiled", True)):
             runtime = TorchRuntime(model=model, decoder=decoder, compiled=compiled)
-            runtimes = {} if missing else dict.fromkeys(MODULES, runtime)
-            yield _Row(name=name, weights="float32", runtimes=runtimes, note=missing or note)
+            yield _Row(name=name, weights="float32", runtimes=dict.fromkeys(modules, runtime), note=note)
 
     def _parent_url(self, parent: Mapping[str, Any]) -> str:
         """URL of a model of the manifest; "run:" is the folder that the bundle lies in."""
@@ -107,11 +106,8 @@ class BundleBenchmark:
             raise _UnusableModelError("model", f"{model}: {reason}") from None
         length, width = self.bundle.vectors.arrays["c"].shape[1:]
         expected = (length, width, latent_shape)
-        found = (
-            loaded.tokenizer.model_max_length,
-            loaded.text_encoder.config.hidden_size,
-            loaded.latent_shape,
-        )
+        text_width = loaded.text_encoder.config.hidden_size
+        found = (loaded.tokenizer.model_max_length, text_width, loaded.latent_shape)
         if found != expected:
             raise _UnusableModelError(
                 "model",

@@ -18,20 +18,9 @@ from jobs.training.settings import (
     VpredSettings,
 )
 from jobs.training.sources import EFFICIENT_MODEL
-from pipelines.datasets.settings import (
-    LatentsSettings,
-    PairsSettings,
-    ReferencesSettings,
-    SamplesSettings,
-)
+from pipelines.datasets.settings import LatentsSettings, PairsSettings, ReferencesSettings, SamplesSettings
 from pipelines.ray_data.settings import Pool
-from pipelines.stages.settings import (
-    Encoding,
-    Generation,
-    ImageSettings,
-    Sampler,
-    SamplingSettings,
-)
+from pipelines.stages.settings import Encoding, Generation, ImageSettings, Sampler, SamplingSettings
 from snapfusion.export.settings import Licence, MobileSettings
 from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillationSettings
 
@@ -244,11 +233,7 @@ def _velocity(num_steps: int) -> VpredSettings:
 
 def _distillation_loop(num_steps: int, *, learning_rate: float) -> LoopSettings:
     return LoopSettings(
-        num_steps=num_steps,
-        global_batch=32,
-        learning_rate=learning_rate,
-        warmup_steps=20,
-        ema_decay=0.98,
+        num_steps=num_steps, global_batch=32, learning_rate=learning_rate, warmup_steps=20, ema_decay=0.98
     )
 
 

@@ -67,20 +67,16 @@ def connect(cluster: ClusterSettings) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     cpus = cluster.cpus or max(os.cpu_count() or 1, _MIN_CPUS)
     with _preserve_sigterm():
-        _init(address, cpus=cpus, worker_logs=cluster.worker_logs)
-
-
-def _init(address: str | None, *, cpus: int, worker_logs: bool) -> None:
-    ray.init(
-        # Without "local" Ray would join any cluster that runs on this machine.
-        address=address or "local",
-        num_cpus=None if address else cpus,
-        include_dashboard=None if address else False,
-        logging_level=logging.ERROR,
-        log_to_driver=worker_logs,
-        # The workers of a local cluster inherit this process's environment.
-        runtime_env=worker_runtime_env(_QUIET_VARIABLES) if address else None,
-    )
+        ray.init(
+            # Without "local" Ray would join any cluster that runs on this machine.
+            address=address or "local",
+            num_cpus=None if address else cpus,
+            include_dashboard=None if address else False,
+            logging_level=logging.ERROR,
+            log_to_driver=cluster.worker_logs,
+            # The workers of a local cluster inherit this process's environment.
+            runtime_env=worker_runtime_env(_QUIET_VARIABLES) if address else None,
+        )
 
 
 @contextmanager

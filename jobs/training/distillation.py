@@ -12,7 +12,7 @@ from torch import nn
 from jobs.training.metrics import StudentMetrics
 from jobs.training.progress_channel import OnReport
 from jobs.training.settings import DistillSettings
-from jobs.training.spec import Training, TrainingError
+from jobs.training.spec import Training, TrainingError, first_differences
 from jobs.training.student import EVALUATION_STEP, LATENT_COLUMNS, make_training, train_unet
 from jobs.training.table_training import TrainingInputs, TrainingTable
 from pipelines.datasets.latents import check_latents, without_size
@@ -26,7 +26,6 @@ from snapfusion.models.bundle import Bundle
 from snapfusion.models.guidance_embedding import has_guidance_embedding, with_guidance_embedding
 from snapfusion.models.load import load
 from snapfusion.sampling import time_grid
-from snapfusion.settings import differences
 from snapfusion.training.batch import Batch
 from snapfusion.training.captions import CaptionEncoder
 from snapfusion.training.distillation_batch import OnlineTargets, StoredTargets, TargetSource
@@ -225,11 +224,10 @@ def _check_models(*, teacher: Bundle, student: Bundle) -> None:
             "another embedding for each of them, which made SD-v2 a bad teacher of SD-v1.5 (App. D); name a "
             "teacher with the student's text encoder"
         )
-    differing = list(differences(_shared_parts(teacher), _shared_parts(student)))
-    if differing:
+    if differing := first_differences(_shared_parts(teacher), _shared_parts(student)):
         raise TrainingError(
             f"{teacher.source} cannot teach {student.source}: VAE, scaling factor and schedule must agree: "
-            f"{'; '.join(differing[:3])} (there: the teacher, here: the student)"
+            f"{differing} (there: the teacher, here: the student)"
         )
 
 

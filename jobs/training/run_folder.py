@@ -18,10 +18,10 @@ from typing import Any
 
 import fsspec
 
-from jobs.training.spec import TrainingError
+from jobs.training.spec import TrainingError, first_differences
 from pipelines.storage.folders import publish_folder
 from pipelines.storage.objects import exists, read_bytes, write_once
-from snapfusion.settings import differences, digest
+from snapfusion.settings import digest
 from snapfusion.training.checkpoint import CheckpointStore
 
 METRICS = "metrics.json"
@@ -115,9 +115,7 @@ def check_identity(found: Any, expected: Mapping[str, Any], *, url: str, kind: s
     Raises:
         TrainingError: names what differs.
     """
-    differing = list(differences(found, dict(expected)))
-    if differing:
+    if differing := first_differences(found, dict(expected)):
         raise TrainingError(
-            f"{url} holds a {kind} of other settings: {'; '.join(differing[:3])}; choose another --out, or "
-            "remove it"
+            f"{url} holds a {kind} of other settings: {differing}; choose another --out, or remove it"
         )

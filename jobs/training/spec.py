@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
+from snapfusion.settings import differences
 from snapfusion.training.batch import Batch
 from snapfusion.training.loop import Objective
 from snapfusion.training.settings import LoopSettings
@@ -17,6 +19,11 @@ from snapfusion.training.settings import LoopSettings
 
 class TrainingError(ValueError):
     """A training that cannot begin, resume or end with these settings and rows; the message says why."""
+
+
+def first_differences(stored: Any, current: Any) -> str:  # noqa: ANN401 - JSON values
+    """What differs first between a stored identity and the present one, for an error; empty if nothing."""
+    return "; ".join(islice(differences(stored, current), 3))
 
 
 class Batches(Iterator[Batch], Protocol):

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ray.train
@@ -29,11 +30,10 @@ from jobs.training.callback import TrainingCallback, open_loggers
 from jobs.training.loggers import check_loggers
 from jobs.training.progress_channel import OnReport, progress_channel
 from jobs.training.settings import Sharding, TrainerSettings
-from jobs.training.spec import Training, TrainingError, TrainingFactory
+from jobs.training.spec import Training, TrainingError, TrainingFactory, first_differences
 from pipelines.ray_data.metrics import TrainingMeter
 from pipelines.storage.objects import absolute_url, replace_object
 from pipelines.storage.retry import with_retries
-from snapfusion.settings import differences
 from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
 from snapfusion.training.fsdp import shard
 from snapfusion.training.loop import UnusableStepError, new_state, train
@@ -49,14 +49,21 @@ class TrainingResult:
     """Result of a training.
 
     Attributes:
-        checkpoint: the last one, verified, without the optimizer.
+        store_url: of its checkpoints.
+        step: of the last one.
         evaluation: result of `Training.evaluate`.
         environment: workers, threads, device and versions.
     """
 
-    checkpoint: Checkpoint
+    store_url: str
+    step: int
     evaluation: dict[str, Any]
     environment: dict[str, Any]
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The last checkpoint, verified, without the optimizer."""
+        return CheckpointStore(self.store_url).load(self.step, without=("optimizer",))
 
     @property
     def curve(self) -> list[dict[str, float]]:
@@ -132,14 +139,7 @@ def run_trainings(
             raise TrainingFailed(f"training failed: {_cause(error)}") from None
     if isinstance(result, TrainingError):
         raise result
-    return {
-        name: TrainingResult(
-            checkpoint=CheckpointStore(f"{store_url}/{name}").load(training.step, without=("optimizer",)),
-            evaluation=training.evaluation,
-            environment=training.environment,
-        )
-        for name, training in result.items()
-    }
+    return result
 
 
 def _trainer(config: dict[str, Any], *, settings: TrainerSettings, scratch: str) -> TorchTrainer:
@@ -166,6 +166,10 @@ def _trainer(config: dict[str, Any], *, settings: TrainerSettings, scratch: str)
     )
 
 
+_WorkerResult = dict[str, TrainingResult] | TrainingError
+"""Result of a worker: its trainings by name, or an error that a restart cannot mend."""
+
+
 class _TrainerWithoutSigint(TorchTrainer):
     """Ray's trainer without its handler of Ctrl-C, which is handled by the command.
 
@@ -174,17 +178,6 @@ class _TrainerWithoutSigint(TorchTrainer):
 
     def _register_sigint_handler(self, controller: object) -> None:
         """Called by `fit`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _FinishedTraining:
-    step: int
-    evaluation: dict[str, Any]
-    environment: dict[str, Any]
-
-
-_WorkerResult = dict[str, _FinishedTraining] | TrainingError
-"""Result of a worker: its finished trainings by name, or an error that a restart cannot mend."""
 
 
 def _worker_loop(config: dict[str, Any]) -> _WorkerResult:
@@ -217,7 +210,7 @@ def _run_training(
     store: CheckpointStore,
     settings: TrainerSettings,
     queue: Any,  # noqa: ANN401 - an actor handle
-) -> _FinishedTraining:
+) -> TrainingResult:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     check_batch_split(training.settings.global_batch, world=world, sharding=settings.sharding)
@@ -261,8 +254,11 @@ def _run_training(
         state.optimizer.state.clear()
         training.model.load_state_dict(weights)
         evaluation = training.evaluate()
-    return _FinishedTraining(
-        step=state.step, evaluation=evaluation, environment=_environment(settings, device=device)
+    return TrainingResult(
+        store_url=store.url,
+        step=state.step,
+        evaluation=evaluation,
+        environment=_environment(settings, device=device),
     )
 
 
@@ -296,11 +292,10 @@ def resume(state: TrainState, *, store: CheckpointStore, identity: dict[str, Any
     if (last := step[0]) is None:
         return
     checkpoint = newest or with_retries(store.url, lambda: store.load(last))
-    differing = list(differences(checkpoint.values["identity"], identity))
-    if differing:
+    if differing := first_differences(checkpoint.values["identity"], identity):
         raise TrainingError(
-            f"the checkpoints in {store.url} are of another training: {'; '.join(differing[:3])}; "
-            "finish it with its own settings, or remove them"
+            f"the checkpoints in {store.url} are of another training: {differing}; finish it with its own "
+            "settings, or remove them"
         )
     state.restore(checkpoint.tensors, checkpoint.values["state"])
 

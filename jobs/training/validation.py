@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jobs.evaluation.evaluation import captions_of
 from jobs.training.settings import ValidationSettings
-from jobs.training.spec import TrainingError, ValidationResult
+from jobs.training.spec import TrainingError, ValidationResult, first_differences
 from pipelines.datasets.references import moments_of
 from pipelines.sources.captions import Caption
 from pipelines.stages.metric_networks import describe_features
@@ -31,7 +31,6 @@ from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.guidance_embedding import WEIGHT_NAME, with_guidance_embedding
 from snapfusion.noise import noise_key
-from snapfusion.settings import differences
 
 _DEFAULT_STEPS = 50
 _NUM_SCENES = 2 * NUM_CAPTIONS
@@ -158,9 +157,8 @@ def check_validation(settings: ValidationSettings, *, size: int) -> None:
     if settings.references is None:
         return
     features = open_table(settings.references, kind="references").identity["features"]
-    differing = list(differences(features, describe_features(settings.judging.features)))
-    if differing:
+    if differing := first_differences(features, describe_features(settings.judging.features)):
         raise TrainingError(
             f"validation.references {settings.references} has other features than validation.judging: "
-            f"{'; '.join(differing[:3])}"
+            f"{differing}"
         )

@@ -92,10 +92,7 @@ def assemble(inputs: TrainingInputs[VpredSettings], *, device: torch.device) -> 
     settings = inputs.settings
     bundle = load(inputs.sources["model"], device=str(device))
     velocity = VelocityObjective(
-        settings.velocity,
-        captions=CaptionEncoder(bundle),
-        schedule=bundle.schedule,
-        seed=settings.loop.seed,
+        settings.velocity, captions=CaptionEncoder(bundle), schedule=bundle.schedule, seed=settings.loop.seed
     )
     objective: Objective = velocity
     if settings.skip is not None:

@@ -13,7 +13,7 @@ from jobs.training.table_training import TrainingInputs
 from jobs.training.trainer import TrainingResult
 from pipelines.loading.buckets import count_training_rows
 from pipelines.loading.settings import LoaderSettings
-from snapfusion.training.checkpoint import Checkpoint
+from snapfusion.training.checkpoint import CheckpointStore
 from snapfusion.training.loop import new_state, train
 from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillationSettings
 
@@ -83,8 +83,9 @@ def train_alone(training, loop, *, micro_batch=6, state=None):
 
 def save_trained(state, *, student, size, folder, settings):
     """The folders of a student that was trained alone; the hashes of its UNets."""
-    checkpoint = Checkpoint(step=state.step, tensors=state.tensors(), values={"state": state.values()})
-    trained = TrainingResult(checkpoint=checkpoint, evaluation={}, environment={})
+    store = CheckpointStore(f"{folder}.training")
+    store.save(state.step, tensors=state.tensors(), values={"state": state.values()})
+    trained = TrainingResult(store_url=store.url, step=state.step, evaluation={}, environment={})
     return save_student(
         trained, student=student, size=size, folder=folder, settings=settings, distillation=None
     )

@@ -22,16 +22,7 @@ import torch.distributed as dist
 from conftest import tiny_bundle
 from in_process import in_process
 from PIL import Image
-from student_inputs import (
-    DISTILL,
-    LOOP,
-    VPRED,
-    assembled,
-    first_batch,
-    inputs_of,
-    save_trained,
-    train_alone,
-)
+from student_inputs import DISTILL, LOOP, VPRED, assembled, first_batch, inputs_of, save_trained, train_alone
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs.cli.in_run import resolve_training
