@@ -30,16 +30,21 @@ def started(script: str) -> subprocess.Popen[str]:
     return process
 
 
+def ended(process, *signals) -> tuple[int, str, str]:
+    """Exit code and output of a process that is sent signals."""
+    for number in signals:
+        process.send_signal(number)
+    output, error = process.communicate(timeout=30)
+    return process.returncode, output, error
+
+
 @pytest.mark.parametrize(
     ("number", "code", "how"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
 def test_a_signal_unwinds_the_work(number, code, how):
     process = started(WORK.format(unwinding=0.0))
-    process.send_signal(number)
-    output, error = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert output == "unwinding\n"
-    assert error == f"verb: {how}; run the same command again to go on\n"
+    last = f"verb: {how}; run the same command again to go on\n"
+    assert ended(process, number) == (code, "unwinding\n", last)
 
 
 def test_nothing_is_printed_after_the_last_line():
@@ -60,18 +65,13 @@ def work():
         os.kill(os.getpid(), signal.SIGTERM)
 exit_process(run_guarded("verb", work))
 """
-    outputs = {
-        how: subprocess.run(
-            [sys.executable, "-c", noisy, how],
-            check=False,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ).stdout
-        for how in ("stop", "end")
-    }
-    assert outputs["stop"] == "working\nverb: terminated; run the same command again to go on\n"
-    assert outputs["end"] == "working\n" + 2 * "(raylet) an actor is dead\ndead, too\n"
+    for how, last in (
+        ("stop", "verb: terminated; run the same command again to go on\n"),
+        ("end", 2 * "(raylet) an actor is dead\ndead, too\n"),
+    ):
+        command, merged = [sys.executable, "-c", noisy, how], subprocess.STDOUT
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=merged, text=True)
+        assert done.stdout == f"working\n{last}"
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
@@ -79,9 +79,7 @@ def test_a_second_signal_ends_the_process(second):
     process = started(WORK.format(unwinding=60.0))
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "unwinding\n"
-    process.send_signal(second)
-    process.communicate(timeout=30)
-    assert process.returncode == -second
+    assert ended(process, second)[0] == -second
 
 
 def test_a_lost_interrupt_still_ends_the_process():
@@ -97,21 +95,15 @@ def work():
         time.sleep(60)
 exit_codes.exit_process(exit_codes.run_guarded("verb", work))
 """
-    process = started(lost)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == 143
-    assert error == "verb: terminated; run the same command again to go on\n"
+    code, _, error = ended(started(lost), signal.SIGTERM)
+    assert (code, error) == (143, "verb: terminated; run the same command again to go on\n")
 
 
 def test_sigterm_ends_what_ignores_ctrl_c():
     """A shell starts background jobs like this."""
     ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {WORK.strip()}"
-    process = started(ignoring.format(unwinding=0.0))
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == 143
+    code, _, error = ended(started(ignoring.format(unwinding=0.0)), signal.SIGINT, signal.SIGTERM)
+    assert code == 143
     assert error.startswith("verb: terminated;")
 
 

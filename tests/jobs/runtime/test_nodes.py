@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from ray_nodes import Head, kill_node, ray_head, ray_worker
+from ray_nodes import Head, kill_node, processes, ray_head, ray_worker
 from scene_latents import data_files, encode_scenes, pairs_of
 from set_options import set_options
 
@@ -125,14 +125,7 @@ class Driver:
 
 def workers(title: str) -> list[int]:
     """Ray processes of an actor class."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "cmdline").read_bytes().decode(errors="replace").startswith(title):
-                found.append(int(folder.name))
-        except OSError:  # The process has ended.
-            continue
-    return sorted(found)
+    return sorted(pid for pid, words in processes() if words[0].startswith(title))
 
 
 def strike(who: str, *, driver: Driver, nodes: Nodes, actors: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from ray_nodes import REPOSITORY, Head, ray_head
+from ray_nodes import REPOSITORY, Head, processes, ray_head
 from scene_latents import data_files, encode_scenes, pairs_of
 from set_options import set_options
 
@@ -75,24 +74,11 @@ def end_by_signal(process: subprocess.Popen[str], number: int, *, run: Path) -> 
     printed, _ = process.communicate(timeout=60)
     seconds = time.monotonic() - began
     deadline = time.monotonic() + 60
-    while left := [words for words in marked(run) if not words.startswith(AGENTS)]:
+    marked = f"TEST_MARK={run}"
+    while left := [words for _, words in processes(marked) if not words[0].startswith(AGENTS)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
     return printed, seconds
-
-
-def marked(run: Path) -> Iterator[str]:
-    """Command lines of the processes of a local driver of this run."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # The process has ended.
-            if f"TEST_MARK={run}".encode() in (folder / "environ").read_bytes():
-                yield (folder / "cmdline").read_text()
-
-
-def processes() -> Iterator[tuple[int, list[str]]]:
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # The process has ended.
-            yield int(folder.name), (folder / "cmdline").read_text().split("\0")
 
 
 def await_progress(done: Callable[[], int], process: subprocess.Popen[str]) -> int:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from conftest import tiny_bundle
 from in_process import in_process
 from PIL import Image
+from ray_nodes import processes
 from student_inputs import DISTILL, LOOP, VPRED, assembled, first_batch, inputs_of, save_trained, train_alone
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -140,16 +141,9 @@ def begin_and_die(name, *, model, latents, out, mark):
 def assert_none_are_left(mark):
     """Of all that a killed driver had started, whose environment is its own; Ray's reaper takes a moment."""
     deadline = time.monotonic() + 150  # Ray's agents take a minute and more to notice
-    while left := [pid for pid in Path("/proc").glob("[0-9]*") if mark.encode() in environment(pid)]:
-        assert time.monotonic() < deadline, [(pid / "cmdline").read_bytes() for pid in left]
+    while left := [words for _, words in processes(mark)]:
+        assert time.monotonic() < deadline, left
         time.sleep(0.2)
-
-
-def environment(pid):
-    try:
-        return (pid / "environ").read_bytes()
-    except OSError:  # ended meanwhile, or another user's
-        return b""
 
 
 def assert_same_result(out, whole, *, metrics):
