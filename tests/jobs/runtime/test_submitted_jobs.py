@@ -83,6 +83,14 @@ def short(prefix: str, *, steps: int = 2) -> tuple[str, ...]:
     return (*(f"{prefix}.loop.{setting}" for setting in loop), f"{prefix}.loader.held_out=0.2")
 
 
+def training(
+    verb: str, prefix: str, *settings: str, folder: str, after: str = "encode_latents"
+) -> Submission:
+    """A short training that publishes a model."""
+    outputs = f"{folder}/model {folder}/metrics.json"
+    return job(verb, *short(prefix), *settings, after=after, outputs=outputs)
+
+
 SCENES = ("source.scenes=96", "source.scenes_per_shard=48")
 FEW_PAIRS = ("captions.limit=48", "pairs.generation.steps=10")
 PARTS = ("autoencoder", "decoder", "text", "scorer", "oracle", "denoiser", "velocity")
@@ -129,7 +137,7 @@ SUBMISSIONS = (
         outputs="../mini/weights/manifest.json ../mini/report.html",
     ),
     job("encode_latents", *SCENES, after="render_scenes", outputs="latents/_delta_log", prints="96 rows"),
-    job("finetune_vpred", *short("vpred"), after="encode_latents", outputs="vpred/model vpred/metrics.json"),
+    training("finetune_vpred", "vpred", folder="vpred"),
     job(
         "find_duplicates",
         *SCENES,
@@ -137,12 +145,7 @@ SUBMISSIONS = (
         outputs="fingerprints/_delta_log duplicates/_delta_log",
     ),
     job("generate_pairs", *FEW_PAIRS, after="encode_latents", outputs="pairs/_delta_log", prints="48 rows"),
-    job(
-        "train_robust",
-        *short("robust.training"),
-        after="encode_latents",
-        outputs="robust/model robust/metrics.json",
-    ),
+    training("train_robust", "robust.training", folder="robust"),
     job(
         "evolve_unet",
         *short("evolution.training"),
@@ -166,30 +169,15 @@ SUBMISSIONS = (
         outputs="benchmark.json",
     ),
     job("verify_bundle", words=("{beside}/tiny/mobile",), after="compile_mobile"),
-    job(
-        "train_efficient",
-        *short("efficient.training"),
-        after="encode_latents",
-        outputs="efficient/model efficient/metrics.json",
-    ),
-    job(
-        "distill_schedule",
-        *(*short("distill"), "schedule=direct"),
-        after="encode_latents",
-        outputs="direct-8/model direct-8/metrics.json",
-    ),
+    training("train_efficient", "efficient.training", folder="efficient"),
+    training("distill_schedule", "distill", "schedule=direct", folder="direct-8"),
     job(
         "distill_decoder",
         *(*short("decoder"), "decoder.timing_repeats=2"),
         after="generate_pairs",
         outputs="decoder/metrics.json",
     ),
-    job(
-        "distill_steps",
-        *short("distill"),
-        after="train_efficient",
-        outputs="student/model student/metrics.json",
-    ),
+    training("distill_steps", "distill", folder="student", after="train_efficient"),
     job(
         "generate",
         words=(
