@@ -13,6 +13,7 @@ from jobs.training.table_training import TrainingInputs
 from jobs.training.trainer import TrainingResult
 from pipelines.loading.buckets import count_training_rows
 from pipelines.loading.settings import LoaderSettings
+from snapfusion.models.save import save
 from snapfusion.training.checkpoint import CheckpointStore
 from snapfusion.training.loop import new_state, train
 from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillationSettings
@@ -35,6 +36,13 @@ DISTILL = DistillSettings(
     trainer=TRAINER,
     validation=VALIDATION,
 )
+
+
+def save_v_model(bundle, folder, **how) -> str:
+    """The folder of a bundle with a UNet that is declared to predict v."""
+    bundle.prediction_type = "v_prediction"
+    save(bundle, folder, **how)
+    return str(folder)
 
 
 def inputs_of(table, settings, *, count=count_training_rows, **sources):

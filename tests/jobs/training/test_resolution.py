@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_bundle, tiny_student
 from in_process import in_process
 from PIL import Image
-from student_inputs import DISTILL, VPRED, assembled, save_trained, train_alone
+from student_inputs import DISTILL, VPRED, assembled, save_trained, save_v_model, train_alone
 
 from jobs import generate
 from jobs.training import distillation, velocity
@@ -97,10 +97,7 @@ def distillation_training(table, *, settings, **models: str):
 @pytest.fixture(scope="module")
 def v_teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny-v"
-    bundle = tiny_bundle()
-    bundle.prediction_type = "v_prediction"
-    save(bundle, folder, dtype=torch.float32)
-    return str(folder)
+    return save_v_model(tiny_bundle(), folder, dtype=torch.float32)
 
 
 @pytest.fixture

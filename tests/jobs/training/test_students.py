@@ -23,7 +23,17 @@ from conftest import tiny_bundle
 from in_process import in_process
 from PIL import Image
 from ray_nodes import processes
-from student_inputs import DISTILL, LOOP, VPRED, assembled, first_batch, inputs_of, save_trained, train_alone
+from student_inputs import (
+    DISTILL,
+    LOOP,
+    VPRED,
+    assembled,
+    first_batch,
+    inputs_of,
+    save_trained,
+    save_v_model,
+    train_alone,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs.cli.in_run import resolve_training
@@ -82,12 +92,7 @@ def latents(eps_teacher, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def v_teacher(tmp_path_factory):
-    """The tiny teacher with a UNet that is declared to predict v."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-v"
-    bundle = bundle_of()
-    bundle.prediction_type = "v_prediction"
-    save(bundle, folder)
-    return str(folder)
+    return save_v_model(bundle_of(), tmp_path_factory.mktemp("models") / "tiny-v")
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +110,8 @@ def vpred(ray_cluster, latents, eps_teacher):
 @pytest.fixture(scope="module")
 def student(vpred, latents):
     out, reports = Path(latents.url).with_name("student"), []
-    metrics = distill_steps(
-        DISTILL,
-        teacher=str(vpred[0] / "model"),
-        data_url=latents.url,
-        out_url=str(out),
-        on_report=reports.append,
-    )
-    return out, metrics, reports
+    teacher = str(vpred[0] / "model")
+    return out, distill(latents, out.parent, teacher=teacher, on_report=reports.append), reports
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +119,11 @@ def mark():
     """In the environment of drivers that die and of all that they start; at the end none of that is left."""
     mark = uuid.uuid4().hex
     yield mark
-    assert_none_are_left(f"KILLED_DRIVER={mark}")
+    # Ray's reaper takes a moment, and its agents take a minute and more to notice.
+    deadline = time.monotonic() + 150
+    while left := [words for _, words in processes(f"KILLED_DRIVER={mark}")]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
 def begin_and_die(name, *, model, latents, out, mark):
@@ -136,14 +139,6 @@ def begin_and_die(name, *, model, latents, out, mark):
     assert driver.returncode == -signal.SIGKILL, driver.stderr.decode()
     assert (Path(f"{out}.training") / "unet" / "step-00000002" / "manifest.json").exists()
     assert not out.exists()
-
-
-def assert_none_are_left(mark):
-    """Of all that a killed driver had started, whose environment is its own; Ray's reaper takes a moment."""
-    deadline = time.monotonic() + 150  # Ray's agents take a minute and more to notice
-    while left := [words for _, words in processes(mark)]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
 
 
 def assert_same_result(out, whole, *, metrics):
@@ -202,7 +197,7 @@ def test_killed_fine_tuning_resumes_to_the_same_result(vpred, latents, eps_teach
 def test_a_killed_distillation_resumes_to_the_same_result(student, vpred, latents, mark, tmp_path):
     out, teacher = tmp_path / "student", str(vpred[0] / "model")
     begin_and_die("student", model=teacher, latents=latents, out=out, mark=mark)
-    distill_steps(DISTILL, teacher=teacher, data_url=latents.url, out_url=str(out))
+    distill(latents, tmp_path, teacher=teacher)
     assert_same_result(out, student[0], metrics=student[1])
 
 
@@ -366,15 +361,13 @@ def test_an_eps_teacher_teaches_a_v_student(latents, eps_teacher, v_teacher):
 )
 def test_models_and_tables_of_another_kind_are_refused(part, error, message, latents, v_teacher, tmp_path):
     other = bundle_of(seed=5 if part == "vae" else 0)
-    other.prediction_type = "v_prediction"
     if part == "text_encoder":
         other.text_encoder = bundle_of(seed=9).text_encoder
     elif part == "tokenizer":
         other.tokenizer.pad_token = other.tokenizer.bos_token
-    save(other, tmp_path / "other")
-    student = v_teacher if part == "text_encoder" else None
+    teacher, student = save_v_model(other, tmp_path / "other"), v_teacher if part == "text_encoder" else None
     with pytest.raises(error, match=message):
-        distill(latents, tmp_path, teacher=str(tmp_path / "other"), student=student)
+        distill(latents, tmp_path, teacher=teacher, student=student)
 
 
 def test_an_impossible_validation_is_refused(latents, v_teacher, tmp_path):
