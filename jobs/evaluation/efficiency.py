@@ -13,15 +13,7 @@ from torch import Tensor
 
 from jobs.evaluation.memory import measure_footprint
 from jobs.evaluation.settings import EfficiencySettings
-from jobs.evaluation.timing import (
-    ORIGIN,
-    TABLE_3,
-    MeasuredModel,
-    benchmark_of,
-    runner_of,
-    setting_of,
-    unet_inputs,
-)
+from jobs.evaluation.timing import ORIGIN, TABLE_3, MeasuredModel, backend_of, setting_of, unet_inputs
 from snapfusion.evolution.stopwatch import time_in_turns
 from snapfusion.export.modules import DecoderProgram
 from snapfusion.models.architecture import Architecture, efficient_architecture
@@ -89,9 +81,10 @@ def measure_efficiency(
     decoders = {FULL: DecoderProgram(model.vae), HALF: DecoderProgram(HalfDecoder.from_vae(model.vae))}
     parameters = {name: sum(p.numel() for p in decoder.parameters()) for name, decoder in decoders.items()}
     latent = torch.randn(1, origin.in_channels, origin.sample_size, origin.sample_size)
+    backend = backend_of(settings)
     times = time_in_turns(
         {name: unet.step for name, unet in unets.items()}
-        | {name: benchmark_of(settings, decoder.eval(), (latent,)) for name, decoder in decoders.items()},
+        | {name: backend.benchmark(decoder.eval(), (latent,)) for name, decoder in decoders.items()},
         turns=settings.turns,
         on_turn=lambda turn: log(f"{turn} of {settings.turns} turns"),
     )
@@ -128,12 +121,12 @@ class _TimedUNet:
     """A UNet of random weights in the runtime."""
 
     def __init__(self, architecture: Architecture, *, settings: EfficiencySettings, tokens: int) -> None:
-        self._device = torch.device(settings.device)
+        backend = backend_of(settings)
+        self._device = backend.device
         inputs = unet_inputs(settings, architecture, tokens=tokens)
-        self._call = runner_of(settings, build_unet(architecture).eval(), inputs)
+        self._call = backend.runner(build_unet(architecture).eval(), inputs)
         # On the network's device and in its dtype, as a sampler keeps them: the copy is not part of a step.
-        dtype: torch.dtype = getattr(torch, settings.precision)
-        self._inputs = [tensor.to(device=self._device, dtype=dtype) for tensor in inputs]
+        self._inputs = [tensor.to(device=backend.device, dtype=backend.dtype) for tensor in inputs]
 
     def step(self) -> None:
         """Run one pass to its end."""

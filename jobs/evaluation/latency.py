@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from jobs.evaluation.settings import LatencySettings
-from jobs.evaluation.timing import benchmark_of, setting_of, unet_benchmark
+from jobs.evaluation.timing import backend_of, setting_of, unet_benchmark
 from snapfusion.evolution.latency import LatencyTable, PartLatency, latency_by_stage, reachable_parts
 from snapfusion.evolution.parts import dimensions_of, inputs_of, module_of
 from snapfusion.evolution.stopwatch import Timing, time_in_turns
@@ -43,9 +43,10 @@ def measure_latency(
     torch.set_num_threads(settings.threads)
     dimensions = dimensions_of(next(iter(architectures.values())), batch=settings.batch, tokens=tokens)
     parts = {str(part): part for part in reachable_parts(*architectures.values())}
+    backend = backend_of(settings)
     runs = {
-        name: benchmark_of(
-            settings, module_of(part, dimensions=dimensions), inputs_of(part, dimensions=dimensions)
+        name: backend.benchmark(
+            module_of(part, dimensions=dimensions), inputs_of(part, dimensions=dimensions)
         )
         for name, part in parts.items()
     }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
 from jobs.evaluation.settings import TimingSettings
 from snapfusion.evolution.latency import LatencyError, MeasurementSetup
@@ -80,34 +79,18 @@ def _processor() -> str:
     return next(names, f"CPU, {torch.backends.cpu.get_cpu_capability()}")
 
 
-def runner_of(
-    settings: TimingSettings, network: nn.Module, inputs: Sequence[Tensor]
-) -> Callable[..., Tensor]:
-    """`network` as a function (see `snapfusion.evolution.runtimes.Backend.runner`)."""
-    return Backend(**_runtime(settings)).runner(network, inputs)
-
-
-def benchmark_of(
-    settings: TimingSettings, network: nn.Module, inputs: Sequence[Tensor]
-) -> Callable[[], None]:
-    """A function that runs `network` once (see `snapfusion.evolution.runtimes.Backend.benchmark`)."""
-    return Backend(**_runtime(settings)).benchmark(network, inputs)
-
-
 def unet_benchmark(
     settings: TimingSettings, architecture: Architecture, *, tokens: int
 ) -> Callable[[], None]:
     """A function that runs a UNet of random weights once."""
     inputs = unet_inputs(settings, architecture, tokens=tokens)
-    return benchmark_of(settings, build_unet(architecture).eval(), inputs)
+    return backend_of(settings).benchmark(build_unet(architecture).eval(), inputs)
 
 
-def _runtime(settings: TimingSettings) -> dict[str, Any]:
-    return {
-        "runtime": settings.runtime,
-        "precision": settings.precision,
-        "device": torch.device(settings.device),
-    }
+def backend_of(settings: TimingSettings) -> Backend:
+    """The backend that runs the networks."""
+    device = torch.device(settings.device)
+    return Backend(runtime=settings.runtime, precision=settings.precision, device=device)
 
 
 def unet_inputs(settings: TimingSettings, architecture: Architecture, *, tokens: int) -> tuple[Tensor, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field, ValidationInfo, field_validator
+from typing import Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from jobs.evaluation.settings import EfficiencySettings, EvaluationSettings, LatencySettings
 from jobs.evolution.settings import EvolutionSettings, RandomBaselineSettings
 from jobs.recipes.ablation import AblationSettings
-from jobs.recipes.quota import Quota
 from jobs.recipes.stages import NAME, Schedule
 from jobs.runtime.settings import ClusterSettings, StorageSettings
 from jobs.training.settings import (
@@ -21,6 +22,7 @@ from pipelines.datasets.settings import LatentsSettings, PairsSettings, TargetsS
 from pipelines.dedup.settings import Deduplication
 from pipelines.download.settings import DownloadSettings
 from pipelines.stages.settings import Blocklists
+from pipelines.tables.settings import Bounds
 from snapfusion.export.settings import MobileSettings
 from snapfusion.settings import Settings
 
@@ -84,6 +86,40 @@ class VerificationSettings(Settings):
 
     units: int = Field(2, ge=0)
     seed: int = Field(0, ge=0)
+
+
+class Quota(Settings):
+    """Bounds of one run of `jobs.top_up`, which ends at the first one reached; None is no bound.
+
+    Attributes:
+        rows: to read, rounded up to whole units.
+        minutes: of work, from its submission to the cluster.
+        budget: in the currency of `price_per_hour`.
+        price_per_hour: of everything that runs meanwhile; converts the budget into minutes.
+    """
+
+    rows: int | None = Field(None, ge=1)
+    minutes: float | None = Field(None, gt=0.0)
+    budget: float | None = Field(None, gt=0.0)
+    price_per_hour: float | None = Field(None, gt=0.0)
+
+    @model_validator(mode="after")
+    def _budget_has_a_price(self) -> Self:
+        if (self.budget is None) != (self.price_per_hour is None):
+            raise ValueError("budget and price_per_hour must be given together")
+        return self
+
+    @property
+    def seconds(self) -> float | None:
+        """The shorter of `minutes` and the time that the budget pays, in seconds."""
+        limits = [60 * self.minutes] if self.minutes is not None else []
+        if self.budget is not None and self.price_per_hour is not None:
+            limits.append(3600 * self.budget / self.price_per_hour)
+        return min(limits, default=None)
+
+    def bound(self, bounds: Bounds) -> Bounds:
+        """A table's bounds, with these."""
+        return bounds.model_copy(update={"max_rows": self.rows, "max_seconds": self.seconds})
 
 
 class Recipe(Settings):
