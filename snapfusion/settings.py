@@ -64,6 +64,15 @@ class Settings(BaseModel):
         return digest(self.to_values())
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value of a tree of settings with its dotted key, such as ``loop.seed``."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def digest(values: Any) -> str:  # noqa: ANN401 - any JSON value
     """SHA-256 of a JSON value in canonical form, 64 hexadecimal digits."""
     # Tables and checkpoints store these digests: changing the form would orphan every committed run.

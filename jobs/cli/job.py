@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from jobs.runtime.exit_codes import run_guarded
 from jobs.runtime.secrets import refuse_secrets, string_values, without_secret
 from jobs.training.sources import RECIPE_MODEL
 from pipelines.storage.objects import StorageError, absolute_url, check_client, write_once
-from snapfusion.settings import SettingsError
+from snapfusion.settings import SettingsError, flatten
 
 RUN_PREFIX = "run:"
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
@@ -165,13 +165,5 @@ def _save_settings(job: Job) -> None:
     except StorageError as error:
         raise StorageError(f"--out {error}") from None
     print(f"{job.verb}: recipe {job.recipe.name}, settings {digest}, saved as {url}")
-    for key, value in _flatten(job.recipe.to_values()):
+    for key, value in flatten(job.recipe.to_values()):
         print(f"  {key} = {value}")
-
-
-def _flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 
 from jobs.training.settings import LoggerKind
 from pipelines.storage.objects import absolute_url, is_local
+from snapfusion.settings import flatten
 
 _PROJECT = "snapfusion"
 _OPTIONAL: tuple[LoggerKind, ...] = ("wandb", "mlflow")
@@ -202,7 +203,7 @@ class MlflowLogger(Logger):
         else:
             created = self._client.create_run(experiment, run_name=name, tags={self._TAG: run})
             self._id = created.info.run_id
-            params = [Param(key, str(value)[:500]) for key, value in _flatten(settings)]
+            params = [Param(key, str(value)[:500]) for key, value in flatten(settings)]
             # A server accepts at most 100 parameters per request.
             for start in range(0, len(params), 100):
                 self._client.log_batch(self._id, params=params[start : start + 100])
@@ -235,14 +236,6 @@ class MlflowLogger(Logger):
     def _experiment(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)
         return found.experiment_id if found else self._client.create_experiment(name)
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def check_loggers(kinds: Sequence[LoggerKind]) -> None:
