@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 
 import numpy as np
 import pytest
@@ -72,12 +74,6 @@ def described(job: Job) -> list[tuple]:
     ]
 
 
-def value(settings, dotted):
-    for key in dotted.split("."):
-        settings = settings[key]
-    return settings
-
-
 @pytest.mark.parametrize(("name", "expected"), [("sd15", SD15), ("sd2", SD2)])
 def test_the_stages_are_the_papers_in_its_order(name, expected, capsys):
     assert described(resolved(name, capsys)) == list(expected.values())
@@ -88,7 +84,7 @@ def test_the_stages_are_the_papers_in_its_order(name, expected, capsys):
 def test_each_stage_has_the_papers_settings(claim, name, capsys):
     dotted, expected = SETTINGS[claim]
     for settings in stages(resolved(name, capsys)).values():
-        assert value(settings.to_values(), dotted) == expected
+        assert reduce(getitem, dotted.split("."), settings.to_values()) == expected
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2"])
@@ -106,16 +102,12 @@ def test_the_teacher_takes_ddim_steps(name, capsys, monkeypatch):
     calls = []
     plainly = distill.ddim_step
     monkeypatch.setattr(distill, "ddim_step", lambda *a, **k: calls.append(a) or plainly(*a, **k))
-    z = torch.zeros(1, 4, 2, 2)
+    start = {"interval": torch.tensor([0]), "schedule": Schedule()}
     for settings in stages(resolved(name, capsys)).values():
         calls.clear()
+        steps = {"student_steps": settings.steps.student_steps, "k": settings.steps.k}
         distill.teacher_target(
-            lambda z_t, t: Estimate(x=z_t, eps=z_t),
-            z,
-            interval=torch.tensor([0]),
-            student_steps=settings.steps.student_steps,
-            k=settings.steps.k,
-            schedule=Schedule(),
+            lambda z_t, t: Estimate(x=z_t, eps=z_t), torch.zeros(1, 4, 2, 2), **start, **steps
         )
         assert len(calls) == 2
 
@@ -164,9 +156,8 @@ def test_a_stage_uses_only_earlier_models(name):
     for plan in recipe.schedules.values():
         made = {"vpred", "efficient"}
         for stage in plan:
-            for source in (stage.teacher, stage.student):
-                if source.startswith("run:"):
-                    assert source.removeprefix("run:").split("/")[0] in made
+            needed = [source for source in (stage.teacher, stage.student) if source.startswith("run:")]
+            assert {source.removeprefix("run:").split("/")[0] for source in needed} <= made
             made.add(stage.name)
 
 

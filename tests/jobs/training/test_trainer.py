@@ -4,12 +4,14 @@ import json
 import os
 import signal
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import ray
 import torch
+from student_inputs import TRAINER
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -85,9 +87,8 @@ def program(marker, device):
 def weights_of_one_process():
     made = training()
     state = new_state(made.model, settings=SETTINGS)
-    batches = made.loader.batches(0)
-    train(state, objective=made.objective, batches=batches, settings=SETTINGS, micro_batch=8)
-    batches.close()
+    with closing(made.loader.batches(0)) as batches:
+        train(state, objective=made.objective, batches=batches, settings=SETTINGS, micro_batch=8)
     return state.final_weights()
 
 
@@ -96,21 +97,17 @@ def test_two_killed_workers_resume_to_the_same_weights(ray_cluster, tmp_path, mo
     """One start of Ray Train for three trainings: one is killed, one is not, and one meets a NaN."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    settings = TrainerSettings(
-        num_workers=2, cpus_per_worker=0.5, micro_batch=3, checkpoint_every=2, curve_every=1
-    )
+    settings = TRAINER.model_copy(update={"micro_batch": 3})
     url, marker, reports = str(tmp_path / "checkpoints"), tmp_path / "died", []
+    how = {"store_url": url, "settings": settings, "on_report": reports.append}
     with pytest.raises(TrainingError, match=r"loss of step 3 is not finite in rows r\d+, r\d+"):
-        run_trainings(
-            program, {"marker": str(marker)}, store_url=url, settings=settings, on_report=reports.append
-        )
+        run_trainings(program, {"marker": str(marker)}, **how)
     assert marker.exists()
     stopped = json.loads((tmp_path / "checkpoints" / "broken.stopped.json").read_text())
     assert stopped["step"] == 3
     assert len(set(stopped["rows"])) == SETTINGS.global_batch
-    killed, whole, broken = (
-        CheckpointStore(f"{url}/{name}").newest() for name in ("killed", "whole", "broken")
-    )
+    names = ("killed", "whole", "broken")
+    killed, whole, broken = (CheckpointStore(f"{url}/{name}").newest() for name in names)
     assert (killed.step, whole.step, broken.step) == (6, 6, 2)
     assert killed.values == whole.values
     for group, named in whole.tensors.items():
@@ -120,9 +117,8 @@ def test_two_killed_workers_resume_to_the_same_weights(ray_cluster, tmp_path, mo
         torch.testing.assert_close(killed.tensors["ema"][name], tensor, rtol=0, atol=1e-5)
     events = EventAccumulator(f"{url}/logs/killed")
     events.Reload()
-    assert {"loss", "grad_norm", "learning_rate", "steps_per_second", "data_wait"} <= set(
-        events.Tags()["scalars"]
-    )
+    names = set(events.Tags()["scalars"])
+    assert {"loss", "grad_norm", "learning_rate", "steps_per_second", "data_wait"} <= names
     logged = [(event.step, event.value) for event in events.Scalars("loss")]
     curve = killed.values["state"]["curve"]
     assert logged == [(point["step"], pytest.approx(point["loss"])) for point in curve]
@@ -163,16 +159,8 @@ def test_min_workers_are_at_most_all():
 
 
 def test_a_report_is_one_line():
-    figures = {
-        "training": "decoder",
-        "step": 40,
-        "num_steps": 400,
-        "workers": 2,
-        "loss": 0.01234567,
-        "steps_per_second": 8.04,
-        "seconds_left": 74.6,
-        "data_wait": 0.026,
-    }
-    assert report_line(figures) == (
+    progress = {"training": "decoder", "step": 40, "num_steps": 400, "workers": 2, "loss": 0.01234567}
+    speed = {"steps_per_second": 8.04, "seconds_left": 74.6, "data_wait": 0.026}
+    assert report_line(progress | speed) == (
         "decoder 40/400 steps, loss 0.01235, 8.0 steps/s by 2 workers, 1 min 15 s left, 3% waiting for data"
     )
