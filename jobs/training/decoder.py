@@ -23,7 +23,7 @@ from snapfusion.metrics.decoder import decode_times, fidelity
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.decoder import HalfDecoder
 from snapfusion.models.load import load
-from snapfusion.training.decoder import DecoderObjective, TeacherImages, decoded_images, stored_images
+from snapfusion.training.decoder import DecoderObjective, decoded_images, stored_images
 
 _STUDENT, _RANDOM = "decoder", "decoder-from-random"
 
@@ -76,10 +76,27 @@ def assemble(inputs: TrainingInputs[DecoderSettings], *, device: torch.device) -
     images = stored_images if settings.target == "stored" else decoded_images(bundle.decode)
     columns = ["latent", "image"] if settings.target == "stored" else ["latent"]
     loader = BatchLoader(columns=columns, **inputs.loading())
+
+    def evaluate(student: HalfDecoder, *, with_times: bool) -> dict[str, Any]:
+        """Fidelity on held-out rows and, `with_times`, the latency of both decoders."""
+        student.eval()
+        rows = loader.held_out(rows=settings.trainer.micro_batch, limit=settings.evaluation_rows)
+        batches = [batch.to(bundle.device) for batch in rows]
+        values = asdict(fidelity(student.decode, batches, teacher_images=images))
+        if with_times:
+            times = decode_times(
+                teacher=bundle.decode,
+                student=student.decode,
+                latents=batches[0]["latent"],
+                batches=settings.timing_batches,
+                repeats=settings.timing_repeats,
+            )
+            values["times"] = [{**asdict(timed), "ratio": timed.ratio} for timed in times]
+        return values
+
     inits = {_STUDENT: settings.init} | ({_RANDOM: "random"} if settings.compare_random_init else {})
     for name, init in inits.items():
         student = HalfDecoder.from_vae(bundle.vae, init=init, seed=settings.loop.seed)
-        evaluate = partial(_evaluate, student, bundle=bundle, loader=loader, images=images, settings=settings)
         yield Training(
             name=name,
             model=student,
@@ -87,34 +104,8 @@ def assemble(inputs: TrainingInputs[DecoderSettings], *, device: torch.device) -
             loader=loader,
             settings=settings.loop,
             identity={**inputs.identity, "init": init},
-            evaluate=partial(evaluate, with_times=name == _STUDENT),
+            evaluate=partial(evaluate, student, with_times=name == _STUDENT),
         )
-
-
-def _evaluate(
-    student: HalfDecoder,
-    *,
-    bundle: Bundle,
-    loader: BatchLoader,
-    images: TeacherImages,
-    settings: DecoderSettings,
-    with_times: bool,
-) -> dict[str, Any]:
-    """Fidelity on held-out rows and, `with_times`, the latency of both decoders."""
-    student.eval()
-    rows = loader.held_out(rows=settings.trainer.micro_batch, limit=settings.evaluation_rows)
-    batches = [batch.to(bundle.device) for batch in rows]
-    values = asdict(fidelity(student.decode, batches, teacher_images=images))
-    if with_times:
-        times = decode_times(
-            teacher=bundle.decode,
-            student=student.decode,
-            latents=batches[0]["latent"],
-            batches=settings.timing_batches,
-            repeats=settings.timing_repeats,
-        )
-        values["times"] = [{**asdict(timed), "ratio": timed.ratio} for timed in times]
-    return values
 
 
 def _check(settings: DecoderSettings, pairs: Snapshot, models: Mapping[str, Bundle]) -> None:
