@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from contextlib import closing
 
+import numpy as np
 import torch
+from in_process import in_process
+from PIL import Image
 
 from jobs.evaluation.settings import PromptSettings
 from jobs.training.settings import DistillSettings, TrainerSettings, ValidationSettings, VpredSettings
 from jobs.training.student import save_student
 from jobs.training.table_training import TrainingInputs
 from jobs.training.trainer import TrainingResult
+from pipelines.datasets.latents import encode_latents
+from pipelines.datasets.settings import LatentsSettings
 from pipelines.loading.buckets import count_training_rows
 from pipelines.loading.settings import LoaderSettings
+from pipelines.sources.shards import ShardRow, write_shard
+from pipelines.sources.webdataset import list_shards
+from pipelines.stages.settings import ImageSettings
+from pipelines.tables.schemas import to_png
 from snapfusion.models.save import save
 from snapfusion.training.checkpoint import CheckpointStore
 from snapfusion.training.loop import new_state, train
@@ -36,6 +45,28 @@ DISTILL = DistillSettings(
     trainer=TRAINER,
     validation=VALIDATION,
 )
+
+
+def encode(folder, *, model, side, rows=12, detail=4, wide=2, **images):
+    """LATENTS of pictures of three aspects, as many times as high or as wide as `wide` says."""
+
+    def shard_row(number: int) -> ShardRow:
+        height, width = ((side, side), (side, wide * side), (wide * side, side))[number % 3]
+        noise = np.random.Generator(np.random.Philox(number))
+        coarse = noise.integers(0, 256, (detail, detail, 3), dtype=np.uint8)
+        image = np.asarray(Image.fromarray(coarse).resize((width, height)))
+        return ShardRow(image=to_png(image), caption="a red thing", url=f"http://origin/{number}")
+
+    shards = str(folder / "shards")
+    write_shard(shards, map(shard_row, range(rows)), index=0, extension="png", rows_per_shard=100)
+    return encode_latents(
+        LatentsSettings(rows_per_unit=6, images=ImageSettings(min_side=8, **images)),
+        model=model,
+        shards=list_shards(shards),
+        source="web",
+        url=str(folder / "latents"),
+        run=in_process,
+    )
 
 
 def save_v_model(bundle, folder, **how) -> str:

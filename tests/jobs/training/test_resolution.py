@@ -4,39 +4,34 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from conftest import tiny_bundle, tiny_student
 from in_process import in_process
 from PIL import Image
-from student_inputs import DISTILL, VPRED, assembled, save_trained, save_v_model, train_alone
+from student_inputs import DISTILL, VPRED, assembled, encode, save_trained, save_v_model, train_alone
 
 from jobs import generate
 from jobs.training import distillation, velocity
 from jobs.training.spec import TrainingError
 from jobs.training.validation import Validator, check_validation
-from pipelines.datasets.latents import encode_latents
 from pipelines.datasets.pairs import generate_pairs
 from pipelines.datasets.pairs import recomputer as remake_pairs
 from pipelines.datasets.samples import generate_samples
-from pipelines.datasets.settings import LatentsSettings, PairsSettings, SamplesSettings, TargetsSettings
+from pipelines.datasets.settings import PairsSettings, SamplesSettings, TargetsSettings
 from pipelines.datasets.targets import compute_targets
 from pipelines.loading.buckets import BucketLoader
 from pipelines.loading.loader import BatchLoader
 from pipelines.rejections import Rejection
 from pipelines.sources.captions import Caption
-from pipelines.sources.shards import ShardRow, write_shard
-from pipelines.sources.webdataset import list_shards
 from pipelines.stages.settings import (
     Buckets,
     Generation,
-    ImageSettings,
     Sampler,
     SamplingSettings,
     TeacherSettings,
 )
-from pipelines.tables.schemas import array_type, from_png, to_png
+from pipelines.tables.schemas import array_type, from_png
 from pipelines.tables.verification import verify_table
 from snapfusion.models import random_weights, sd15
 from snapfusion.models.load import load
@@ -53,31 +48,6 @@ TARGETS = TargetsSettings(
     draws=2,
     cfg_probability=0.5,
 )
-
-
-def shards_of(folder, *, side: int, rows: int = 12) -> list:
-    """Pictures of three aspects."""
-
-    def shard_row(number: int) -> ShardRow:
-        height, width = ((side, side), (side, 2 * side), (2 * side, side))[number % 3]
-        coarse = np.random.Generator(np.random.Philox(number)).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        image = np.asarray(Image.fromarray(coarse).resize((width, height)))
-        return ShardRow(image=to_png(image), caption="a red thing", url=f"http://origin/{number}")
-
-    write_shard(str(folder), map(shard_row, range(rows)), index=0, extension="png", rows_per_shard=100)
-    return list_shards(str(folder))
-
-
-def encode(folder, *, model: str, side: int, rows: int = 12, **images):
-    """LATENTS of such pictures."""
-    return encode_latents(
-        LatentsSettings(rows_per_unit=6, images=ImageSettings(min_side=8, **images)),
-        model=model,
-        shards=shards_of(folder / "shards", side=side, rows=rows),
-        source="web",
-        url=str(folder / "latents"),
-        run=in_process,
-    )
 
 
 def trained(training, *, settings, **more):

@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import ray
 import torch
@@ -28,6 +27,7 @@ from student_inputs import (
     LOOP,
     VPRED,
     assembled,
+    encode,
     first_batch,
     inputs_of,
     save_trained,
@@ -44,13 +44,9 @@ from jobs.training.spec import TrainingError
 from jobs.training.trainer import check_batch_split, run_trainings
 from jobs.training.validation import Validator, check_validation
 from jobs.training.velocity import finetune_vpred
-from pipelines.datasets.latents import encode_latents
-from pipelines.datasets.settings import LatentsSettings, TargetsSettings
+from pipelines.datasets.settings import TargetsSettings
 from pipelines.datasets.targets import compute_targets
-from pipelines.sources.shards import ShardRow, write_shard
-from pipelines.sources.webdataset import list_shards
-from pipelines.stages.settings import ImageSettings, TeacherSettings
-from pipelines.tables.schemas import to_png
+from pipelines.stages.settings import TeacherSettings
 from pipelines.tables.table import TableError
 from snapfusion.models.guidance_embedding import has_guidance_embedding
 from snapfusion.models.load import load
@@ -63,11 +59,6 @@ bundle_of = partial(tiny_bundle, image_size=32)
 """A model whose images the miniature's metric networks can read."""
 
 
-def shard_row(number: int) -> ShardRow:
-    pixels = np.random.Generator(np.random.Philox(number)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    return ShardRow(image=to_png(pixels), caption="a red thing", url=f"http://origin/{number}")
-
-
 @pytest.fixture(scope="module")
 def eps_teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -78,16 +69,7 @@ def eps_teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def latents(eps_teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    rows = map(shard_row, range(24))
-    write_shard(str(folder / "shards"), rows, index=0, extension="png", rows_per_shard=100)
-    return encode_latents(
-        LatentsSettings(rows_per_unit=6, images=ImageSettings(min_side=8)),
-        model=eps_teacher,
-        shards=list_shards(str(folder / "shards")),
-        source="web",
-        url=str(folder / "latents"),
-        run=in_process,
-    )
+    return encode(folder, model=eps_teacher, side=16, rows=24, detail=16, wide=1)
 
 
 @pytest.fixture(scope="module")
