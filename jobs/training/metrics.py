@@ -22,7 +22,7 @@ class TrainingMetrics(TypedDict):
 
 
 class StudentMetrics(TrainingMetrics):
-    """The record of a UNet's training; `distillation` is empty unless steps were distilled."""
+    """The record of a UNet's training; `distillation` is null unless steps were distilled."""
 
     weights: dict[str, str]
     distillation: dict[str, Any]
