@@ -2,7 +2,7 @@
 
 The child is a fresh interpreter and no fork: a fork of a process with threads, as every Ray worker is, may
 inherit locks that nobody releases. It serves many items and is replaced when it dies. Items and results are
-sent as pickles over pipes.
+sent as pickles over a pair of sockets.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import selectors
 import signal
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import IO, Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from pipelines.rejections import Rejected
 
@@ -26,7 +25,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _START_SECONDS = 120.0
-_LENGTH = struct.Struct("<Q")
 _EXIT_SECONDS = 2.0
 _POLL_SECONDS = 0.2
 _CHILD = "import sys; from pipelines.stages.isolation import _serve; _serve()"
@@ -68,9 +66,8 @@ class Isolation(Generic[Item, Result]):
             except TimeoutError:
                 rejected = Rejected("timed_out", f"{self._tries} tries of {self._timeout:g} s")
             except EOFError:
-                rejected = Rejected(
-                    "crashed", f"{self._tries} tries, the last ended by {child.exit_reason()}"
-                )
+                reason = child.exit_reason()
+                rejected = Rejected("crashed", f"{self._tries} tries, the last ended by {reason}")
             except BaseException:
                 self.close()  # its answer may still arrive, and would pass for the next item's
                 raise
@@ -99,17 +96,13 @@ class _Child:
 
     def __init__(self, function: Callable[..., Any], *, timeout: float) -> None:
         # The child imports modules from where this process does.
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-        }
-        self._process = subprocess.Popen(
-            # -P: the current folder must not shadow modules.
-            [sys.executable, "-P", "-c", _CHILD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            bufsize=0,
-        )
+        paths = (path or str(Path.cwd()) for path in sys.path)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        self._connection, inherited = Pipe()
+        # -P: the current folder must not shadow modules. The child's output goes to standard error.
+        command = [sys.executable, "-P", "-c", _CHILD]
+        with inherited:
+            self._process = subprocess.Popen(command, stdin=inherited.fileno(), stdout=2, env=environment)
         try:
             started, error = self.call((function, timeout), seconds=_START_SECONDS)
             if not started:
@@ -127,101 +120,70 @@ class _Child:
             EOFError: if the child died.
             TimeoutError: if it did not answer in time.
         """
-        assert self._process.stdin is not None  # noqa: S101 - for the type checker
-        with contextlib.suppress(BrokenPipeError):  # a dead child is noticed when its answer is read
-            _send(self._process.stdin, item)
+        request = pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL)
+        with contextlib.suppress(ConnectionError):  # a dead child is noticed when its answer is read
+            self._connection.send_bytes(request)
         deadline = time.monotonic() + seconds
-        (length,) = _LENGTH.unpack(self._receive(_LENGTH.size, deadline=deadline))
-        answer: tuple[bool, Any] = pickle.loads(self._receive(length, deadline=deadline))
+        while not self._connection.poll(_POLL_SECONDS):
+            # No end of file: a process that the function started may hold the connection open.
+            if self._process.poll() is not None and not self._connection.poll():
+                raise EOFError
+            if time.monotonic() >= deadline:
+                raise TimeoutError
+        try:
+            answer: tuple[bool, Any] = pickle.loads(self._connection.recv_bytes())
+        except OSError:  # it died in the middle of its answer, or without reading the item
+            raise EOFError from None
         return answer
-
-    def _receive(self, count: int, *, deadline: float) -> bytes:
-        assert self._process.stdout is not None  # noqa: S101 - for the type checker
-        received = bytearray()
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while len(received) < count:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError
-                if not selector.select(min(left, _POLL_SECONDS)):
-                    # No end of file: a process that the function started may hold the pipe open.
-                    if self._process.poll() is not None:
-                        raise EOFError
-                    continue
-                piece = os.read(self._process.stdout.fileno(), count - len(received))
-                if not piece:
-                    raise EOFError
-                received += piece
-        return bytes(received)
 
     def exit_reason(self) -> str:
         """The signal or the status that the child ended with."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_EXIT_SECONDS)
-        self._process.kill()  # if it only closed its pipe
+        self._process.kill()  # if it only closed its end
         code = self._process.wait()
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
     def kill(self) -> None:
-        """Kill the child and close its pipes."""
+        """Kill the child and close the connection to it."""
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-
-
-def _send(pipe: IO[bytes], value: object) -> None:
-    data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
-    view = memoryview(_LENGTH.pack(len(data)) + data)
-    while view:
-        view = view[pipe.write(view) :]
+        self._connection.close()
 
 
 def _serve() -> None:
-    """Main loop of the child: reads the function, then items until the parent closes the pipe."""
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
-    # Output that the function or a C library prints must not mix with the answers.
-    os.dup2(2, 1)
+    """Main loop of the child: reads the function, then items until the parent closes the connection."""
+    parent = Connection(os.dup(0))
+    # The function must not read from the connection, nor a process that it starts hold it open.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     # Ctrl-C reaches the whole process group; only the parent handles it, and ends the child.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        function, timeout = _read(requests)
-    except EOFError:
-        return
-    except Exception as error:  # noqa: BLE001 - unpickling imports modules, which may raise anything
-        _answer(answers, succeeded=False, value=error)
-        return
-    _answer(answers, succeeded=True, value=None)
-    # If the parent was killed while the child hangs, even in C code, the kernel ends it by this alarm.
+    # If the parent was killed while the child hangs, even in C code, the kernel ends it by an alarm.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    while True:
+    with contextlib.suppress(EOFError, ConnectionError):
+        request = parent.recv_bytes()
         try:
-            item = _read(requests)
-        except EOFError:
+            function, timeout = pickle.loads(request)
+        except Exception as error:  # noqa: BLE001 - unpickling imports modules, which may raise anything
+            _answer(parent, succeeded=False, value=error)
             return
-        signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)
-        try:
-            result = function(item)
-        except Exception as error:  # noqa: BLE001 - the parent raises it again
-            _answer(answers, succeeded=False, value=error)
-        else:
-            _answer(answers, succeeded=True, value=result)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _answer(parent, succeeded=True, value=None)
+        while True:
+            item = pickle.loads(parent.recv_bytes())
+            signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)
+            try:
+                result = function(item)
+            except Exception as error:  # noqa: BLE001 - the parent raises it again
+                _answer(parent, succeeded=False, value=error)
+            else:
+                _answer(parent, succeeded=True, value=result)
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _read(pipe: IO[bytes]) -> Any:  # noqa: ANN401 - any item
-    header = pipe.read(_LENGTH.size)
-    if len(header) < _LENGTH.size:
-        raise EOFError
-    return pickle.loads(pipe.read(*_LENGTH.unpack(header)))
-
-
-def _answer(pipe: IO[bytes], *, succeeded: bool, value: object) -> None:
+def _answer(parent: Connection, *, succeeded: bool, value: object) -> None:
     try:
         # Loaded as well: an exception may pickle and still fail to load, which would confuse the parent.
         pickle.loads(pickle.dumps(value))
     except Exception as error:  # noqa: BLE001 - any object may fail to pickle in any way
         succeeded, value = False, RuntimeError(f"{value!r} cannot be sent to the parent: {error}")
-    _send(pipe, (succeeded, value))
+    parent.send_bytes(pickle.dumps((succeeded, value), protocol=pickle.HIGHEST_PROTOCOL))
