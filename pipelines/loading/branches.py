@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final
 
-import pyarrow as pa
-
-from pipelines.loading.buckets import BucketLoader, RowCount, make_loader, total_rows
-from pipelines.loading.loader import BatchLoader, LoaderError, UnitReader, count_trainable
-from pipelines.loading.prefetch import Prefetcher
+from pipelines.loading.buckets import RowCount, TableLoader, make_loader, total_rows
+from pipelines.loading.loader import InterleavedLoader, LoaderError, UnitReader, UnitSubset, count_trainable
 from pipelines.loading.settings import LoaderSettings
-from pipelines.tables.table import UnitFile
 from snapfusion.noise import noise_key
 from snapfusion.training.batch import Batch
 from snapfusion.training.step_distillation import BRANCHES
@@ -56,18 +51,7 @@ def count_branch_rows(table: UnitReader, *, guided: bool) -> int:
     return sum(file.rows for file in table.units if is_guided_unit(file.unit) == guided)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _BranchUnits:
-    """The units of one branch, as a table."""
-
-    table: UnitReader
-    units: list[UnitFile]
-
-    def read_unit(self, unit: UnitFile, columns: Sequence[str] | None = None) -> pa.Table:
-        return self.table.read_unit(unit, columns)
-
-
-class BranchLoader:
+class BranchLoader(InterleavedLoader[str]):
     """The batches of one step distillation.
 
     Args:
@@ -97,13 +81,13 @@ class BranchLoader:
         counts = counts or count_trainable(table, held_out=settings.held_out)
         if not any(map(total_rows, counts)):
             raise ValueError("there are no rows to train on; the table is empty, or all of it is held out")
-        self._loaders: dict[bool, BatchLoader | BucketLoader] = {}
+        self.loaders: dict[str, TableLoader] = {}
         for branch, name in BRANCHES.items():
             indices = [index for index, file in enumerate(table.units) if is_guided_unit(file.unit) == branch]
             branch_counts = [counts[index] for index in indices]
             if any(map(total_rows, branch_counts)):
-                self._loaders[branch] = make_loader(
-                    _BranchUnits(table=table, units=[table.units[index] for index in indices]),
+                self.loaders[name] = make_loader(
+                    UnitSubset(table=table, units=[table.units[index] for index in indices]),
                     columns=(*COLUMNS, "w") if branch else COLUMNS,
                     global_batch=global_batch,
                     # Of its own, or both branches would read their units in the same order.
@@ -112,50 +96,11 @@ class BranchLoader:
                     counts=branch_counts,
                 )
 
-    def batches(self, start: int, *, rank: int = 0, world: int = 1, depth: int = 2) -> BranchBatches:
-        """This rank's share of global batches `start`, `start` + 1, ... without end; the caller closes it."""
-        # Counted from the first step: the guided steps follow from the seed and need not be regular.
-        guided_before = sum(self._guided(step) for step in range(start))
-        starts = {True: guided_before, False: start - guided_before}
-        cursors = {
-            branch: loader.batches(starts[branch], rank=rank, world=world, depth=depth)
-            for branch, loader in self._loaders.items()
-        }
-        return BranchBatches(cursors, guided=self._guided, start=start)
+    def key_at(self, step: int) -> str:
+        """The branch of a step."""
+        return BRANCHES[self._guided(step)]
 
     def held_out(self, *, guided: bool, rows: int, limit: int | None = None) -> Iterator[Batch]:
         """The held-out rows of one branch in the table's order, in batches of `rows`, at most `limit`."""
-        if guided in self._loaders:
-            yield from self._loaders[guided].held_out(rows=rows, limit=limit)
-
-
-class BranchBatches:
-    """The batches of successive steps, each from the cursor of its branch."""
-
-    def __init__(
-        self, cursors: dict[bool, Prefetcher[Batch]], *, guided: Callable[[int], bool], start: int
-    ) -> None:
-        self._cursors, self._guided, self._step = cursors, guided, start
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        """The next step's batch.
-
-        Raises:
-            LoaderError: if the table has no row of the branch that the step takes.
-        """
-        branch = self._guided(self._step)
-        if branch not in self._cursors:
-            raise LoaderError(
-                f"step {self._step} needs {BRANCHES[branch]} rows, and the table has none to train on"
-            )
-        batch = next(self._cursors[branch])
-        self._step += 1
-        return batch
-
-    def close(self) -> None:
-        """End the cursors' threads."""
-        for cursor in self._cursors.values():
-            cursor.close()
+        if loader := self.loaders.get(BRANCHES[guided]):
+            yield from loader.held_out(rows=rows, limit=limit)

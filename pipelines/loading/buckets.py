@@ -14,21 +14,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.loading.loader import (
     BatchLoader,
+    InterleavedLoader,
+    LoaderOptions,
     UnitReader,
+    UnitSubset,
     count_trainable,
     held_out_rows,
     is_held_out,
     to_batch,
 )
-from pipelines.loading.prefetch import Prefetcher
-from pipelines.loading.settings import LoaderSettings
 from pipelines.stages.crop import Shape
 from pipelines.storage.objects import IO_THREADS
 from pipelines.tables.schemas import SIDE_COLUMNS, array_type
@@ -58,12 +59,12 @@ def count_by_shape(table: UnitReader, *, held_out: float) -> list[Mapping[Shape,
 
     def count(unit: UnitFile) -> Mapping[Shape, int]:
         rows = table.read_unit(unit, ["id", *SIDE_COLUMNS])
-        ids, heights, widths = (rows[name].to_pylist() for name in ("id", *SIDE_COLUMNS))
-        return Counter(
-            (height, width)
-            for row_id, height, width in zip(ids, heights, widths, strict=True)
-            if not held_out or not is_held_out(row_id, fraction=held_out)
-        )
+        ids, *sides = (rows[name].to_pylist() for name in ("id", *SIDE_COLUMNS))
+        shapes = zip(*sides, strict=True)
+        if not held_out:
+            return Counter(shapes)
+        kept = (not is_held_out(row_id, fraction=held_out) for row_id in ids)
+        return Counter(itertools.compress(shapes, kept))
 
     with ThreadPoolExecutor(IO_THREADS) as readers:
         return list(readers.map(count, table.units))
@@ -75,41 +76,30 @@ def total_rows(count: RowCount) -> int:
 
 
 def make_loader(
-    table: UnitReader,
-    *,
-    columns: Sequence[str],
-    global_batch: int,
-    seed: int,
-    settings: LoaderSettings,
-    counts: Sequence[RowCount],
-) -> BatchLoader | BucketLoader:
+    table: UnitReader, *, seed: int, counts: Sequence[RowCount], **options: Unpack[LoaderOptions]
+) -> TableLoader:
     """The loader of a table: by bucket, if `counts` (see `count_training_rows`) are by shape.
 
     Raises:
         ValueError: if there are no rows to train on.
     """
     by_shape = any(not isinstance(count, int) for count in counts)
-    loader: Callable[..., BatchLoader | BucketLoader] = BucketLoader if by_shape else BatchLoader
-    return loader(
-        table, columns=columns, global_batch=global_batch, seed=seed, settings=settings, counts=counts
-    )
+    loader: Callable[..., TableLoader] = BucketLoader if by_shape else BatchLoader
+    return loader(table, seed=seed, counts=counts, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bucket:
+class Bucket(UnitSubset):
     """The rows of one shape, as a table. Its units are those of `table` that have such rows."""
 
-    table: UnitReader
     shape: Shape
-    units: list[UnitFile]
 
     def read_unit(self, unit: UnitFile, columns: Sequence[str] | None = None) -> pa.Table:
         """The unit's rows of this shape, with that shape in their fields."""
         with_sides = None if columns is None else list(dict.fromkeys([*columns, *SIDE_COLUMNS]))
         rows = self.table.read_unit(unit, with_sides)
-        height, width = (
-            pc.equal(rows[name], side) for name, side in zip(SIDE_COLUMNS, self.shape, strict=True)
-        )
+        sides = zip(SIDE_COLUMNS, self.shape, strict=True)
+        height, width = (pc.equal(rows[name], side) for name, side in sides)
         rows = with_shape(rows.filter(pc.and_(height, width)), shape=self.shape)
         return rows if columns is None else rows.select(columns)
 
@@ -126,18 +116,16 @@ def with_shape(rows: pa.Table, *, shape: Shape) -> pa.Table:
     return rows.cast(pa.schema(fields))
 
 
-class BucketLoader:
+class BucketLoader(InterleavedLoader[Shape]):
     """The batches of one training, each of one shape; otherwise as `BatchLoader`.
 
     A cursor reads a unit for the rows of its own shape, so a unit is read once an epoch for each shape in it.
 
     Args:
         table: a pinned snapshot.
-        columns: those a batch has as tensors (see `to_batch`).
-        global_batch: rows of a step, over all ranks.
         seed: of the order, and of the bucket of each step.
-        settings: the choice and order of rows; windows are of units that have rows of the bucket.
         counts: the result of `count_by_shape`.
+        options: as of `BatchLoader`; windows are of units that have rows of the bucket.
 
     Raises:
         ValueError: if there are no rows to train on.
@@ -147,47 +135,33 @@ class BucketLoader:
         self,
         table: UnitReader,
         *,
-        columns: Sequence[str],
-        global_batch: int,
         seed: int,
-        settings: LoaderSettings,
         counts: Sequence[Mapping[Shape, int]],
+        **options: Unpack[LoaderOptions],
     ) -> None:
         self._table, self._seed = table, seed
-        self._columns, self._held_out = columns, settings.held_out
-        rows: Counter[Shape] = Counter()
-        for count in counts:
-            rows.update(count)
-        self._shapes = sorted(shape for shape, number in rows.items() if number)
+        self._columns, self._held_out = options["columns"], options["settings"].held_out
+        # A sum of counters leaves out shapes of which no row is trained on.
+        rows: Counter[Shape] = sum(map(Counter, counts), Counter())
+        self._shapes = sorted(rows)
         self._ends = list(itertools.accumulate(rows[shape] for shape in self._shapes))
         if not self._shapes:
             raise ValueError("there are no rows to train on; the table is empty, or all of it is held out")
-        self._loaders: dict[Shape, BatchLoader] = {}
+        self.loaders: dict[Shape, BatchLoader] = {}
         for shape in self._shapes:
             indices = [index for index, count in enumerate(counts) if count.get(shape)]
-            self._loaders[shape] = BatchLoader(
+            self.loaders[shape] = BatchLoader(
                 Bucket(table=table, shape=shape, units=[table.units[index] for index in indices]),
-                columns=columns,
-                global_batch=global_batch,
                 seed=noise_key("bucket", seed, *shape),
-                settings=settings,
                 counts=[counts[index][shape] for index in indices],
+                **options,
             )
 
-    @property
-    def rows_per_epoch(self) -> int:
-        """Rows to train on, over all buckets."""
-        return self._ends[-1]
-
-    def bucket_at(self, step: int) -> Shape:
+    def key_at(self, step: int) -> Shape:
         """The height and width of all images of a step."""
-        # A draw of its own for each step, of which no state remains: any step can be computed on its own.
+        # A draw of its own for each step, of which no state remains.
         draw = float(uniform(noise_key("bucket", self._seed, step), 1)[0])
         return self._shapes[bisect.bisect_right(self._ends, int(draw * self._ends[-1]))]
-
-    def batches(self, start: int, *, rank: int = 0, world: int = 1, depth: int = 2) -> Prefetcher[Batch]:
-        """This rank's share of global batches `start`, `start` + 1, ... without end; the caller closes it."""
-        return Prefetcher(self._stream(start, rank=rank, world=world), depth=depth)
 
     def held_out(self, *, rows: int, limit: int | None = None) -> Iterator[Batch]:
         """The held-out rows in batches of at most `rows` and of one shape, at most `limit` of them.
@@ -199,16 +173,9 @@ class BucketLoader:
             sides = list(zip(*(unit[name].to_pylist() for name in SIDE_COLUMNS), strict=True))
             for shape in sorted(set(sides)):
                 of_shape = unit.filter(pa.array([side == shape for side in sides]))
-                yield from to_batch(with_shape(of_shape, shape=shape).select(["id", *self._columns])).split(
-                    rows
-                )
+                batch = to_batch(with_shape(of_shape, shape=shape).select(["id", *self._columns]))
+                yield from batch.split(rows)
 
-    def _stream(self, start: int, *, rank: int, world: int) -> Iterator[Batch]:
-        before = Counter(self.bucket_at(step) for step in range(start))
-        # Created on first use: each cursor has a thread and two windows of files in memory.
-        cursors: dict[Shape, Iterator[Batch]] = {}
-        for step in itertools.count(start):
-            shape = self.bucket_at(step)
-            if shape not in cursors:
-                cursors[shape] = self._loaders[shape].stream(before[shape], rank=rank, world=world)
-            yield next(cursors[shape])
+
+TableLoader = BatchLoader | BucketLoader
+"""The loader of a table whose rows have one shape, or several."""

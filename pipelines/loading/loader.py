@@ -6,11 +6,13 @@ Each rank reads the files of its share of a batch and decodes its own rows.
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+from abc import ABC, abstractmethod
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypedDict, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -37,11 +39,21 @@ class UnitReader(Protocol):
     @property
     def units(self) -> list[UnitFile]:
         """The files, ordered by unit."""
-        ...
 
     def read_unit(self, unit: UnitFile, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of one unit."""
-        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitSubset:
+    """Some units of a table, as a table."""
+
+    table: UnitReader
+    units: list[UnitFile]
+
+    def read_unit(self, unit: UnitFile, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of one unit."""
+        return self.table.read_unit(unit, columns)
 
 
 def is_held_out(row_id: str, *, fraction: float) -> bool:
@@ -75,7 +87,27 @@ def held_out_rows(
                 return
 
 
-class BatchLoader:
+class LoaderOptions(TypedDict):
+    """Keyword arguments of the loaders of a table and of a bucket; see `BatchLoader`."""
+
+    columns: Sequence[str]
+    global_batch: int
+    settings: LoaderSettings
+
+
+class PrefetchingLoader(ABC):
+    """Base of the loaders: their batches are decoded in a thread."""
+
+    @abstractmethod
+    def stream(self, start: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """This rank's share of global batches `start`, `start` + 1, ... without end, decoded on demand."""
+
+    def batches(self, start: int, *, rank: int = 0, world: int = 1, depth: int = 2) -> Prefetcher[Batch]:
+        """As `stream`, but a thread decodes up to `depth` batches ahead; the caller closes it."""
+        return Prefetcher(self.stream(start, rank=rank, world=world), depth=depth)
+
+
+class BatchLoader(PrefetchingLoader):
     """The batches of one training.
 
     Args:
@@ -106,31 +138,19 @@ class BatchLoader:
         self._counts = list(counts or count_trainable(table, held_out=settings.held_out))
         self._order = RowOrder(self._counts, window_units=settings.window_units, seed=seed)
 
-    @property
-    def rows_per_epoch(self) -> int:
-        """Rows to train on in an epoch."""
-        return self._order.rows_per_epoch
-
-    def batches(self, start: int, *, rank: int = 0, world: int = 1, depth: int = 2) -> Prefetcher[Batch]:
-        """This rank's share of global batches `start`, `start` + 1, ... without end; the caller closes it.
-
-        A thread reads one window and decodes `depth` batches ahead.
-        """
-        return Prefetcher(self.stream(start, rank=rank, world=world), depth=depth)
-
     def held_out(self, *, rows: int, limit: int | None = None) -> Iterator[Batch]:
         """The held-out rows in the table's order, in batches of `rows`, at most `limit` of them."""
         for unit in held_out_rows(self._table, self._columns, fraction=self._held_out, limit=limit):
             yield from to_batch(unit).split(rows)
 
     def stream(self, start: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """As `batches`, but each batch is decoded on demand."""
+        """As in `PrefetchingLoader`."""
         batches = self._order.batches(start * self._global_batch, rows=self._global_batch)
         shares = (rank_share(batch, rank=rank, world=world) for batch in batches)
         # One reader is enough: it stays a window ahead, and each read fetches a whole file.
         with ThreadPoolExecutor(1) as reader:
-            for share in _read_ahead(shares, read=lambda unit: reader.submit(self._read, unit)):
-                yield to_batch(share.rows())
+            for indices, files in _read_ahead(shares, read=lambda unit: reader.submit(self._read, unit)):
+                yield to_batch(_rows_of(indices, files))
 
     def _read(self, index: int) -> pa.Table:
         """The rows of a unit to train on."""
@@ -148,33 +168,64 @@ class BatchLoader:
         return rows
 
 
+Key = TypeVar("Key")
+
+
+class InterleavedLoader(PrefetchingLoader, Generic[Key]):
+    """Base of loaders that take each step's batch from one of several loaders, with a cursor for each.
+
+    Attributes:
+        loaders: by key.
+    """
+
+    loaders: Mapping[Key, PrefetchingLoader]
+
+    @abstractmethod
+    def key_at(self, step: int) -> Key:
+        """The loader of a step; it follows from the step alone, so any step can be computed on its own."""
+
+    def stream(self, start: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """As in `PrefetchingLoader`.
+
+        Raises:
+            LoaderError: if the table has no row for a step.
+        """
+        # Counted from the first step: the keys need not be regular.
+        before = Counter(self.key_at(step) for step in range(start))
+        # Created on first use: each cursor reads in a thread and holds two windows of files in memory.
+        cursors: dict[Key, Iterator[Batch]] = {}
+        for step in itertools.count(start):
+            key = self.key_at(step)
+            if key not in self.loaders:
+                raise LoaderError(f"step {step} needs {key} rows, and the table has none to train on")
+            if key not in cursors:
+                cursors[key] = self.loaders[key].stream(before[key], rank=rank, world=world)
+            yield next(cursors[key])
+
+
 WindowFile = tuple[int, int]
 """A window and the turn of one of its units: each epoch reads a unit anew."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Share:
-    """A rank's share of a batch: int64 [rows, 4] as in `RowOrder.batches`, and its files, being read."""
-
-    indices: np.ndarray
-    files: Mapping[WindowFile, Future[pa.Table]]
-
-    def rows(self) -> pa.Table:
-        """The rows in their order, once their files have been read."""
-        tables, offset, offsets = [], 0, {}
-        for file in _files_in(self.indices):
-            tables.append(self.files[file].result())
-            offsets[file] = offset
-            offset += tables[-1].num_rows
-        # Joined in file order, then taken in batch order: one copy of the rows of the share.
-        rows = [offsets[window, turn] + row for window, turn, _, row in self.indices.tolist()]
-        return pa.concat_tables(tables).take(pa.array(rows, pa.int64()))
+def _rows_of(indices: np.ndarray, files: Mapping[WindowFile, Future[pa.Table]]) -> pa.Table:
+    """The rows of a share in their order, once their files have been read."""
+    tables, offset, offsets = [], 0, {}
+    for file in _files_in(indices):
+        tables.append(files[file].result())
+        offsets[file] = offset
+        offset += tables[-1].num_rows
+    # Joined in file order, then taken in batch order: one copy of the rows of the share.
+    rows = [offsets[window, turn] + row for window, turn, _, row in indices.tolist()]
+    return pa.concat_tables(tables).take(pa.array(rows, pa.int64()))
 
 
-def _read_ahead(shares: Iterator[np.ndarray], *, read: Callable[[int], Future[pa.Table]]) -> Iterator[_Share]:
+def _read_ahead(
+    shares: Iterator[np.ndarray], *, read: Callable[[int], Future[pa.Table]]
+) -> Iterator[tuple[np.ndarray, dict[WindowFile, Future[pa.Table]]]]:
     """Each share with its files, while those of the window after it are being read.
 
-    In memory are the files of the windows that the share lies in, and of the one after them.
+    A share is a rank's part of a batch: int64 [rows, 4] as in `RowOrder.batches`. In memory are the files of
+    the windows that it lies in, and of the one after them.
     """
     upcoming, unread = deque([next(shares)]), deque[tuple[WindowFile, int]]()
     unread.extend(_files_in(upcoming[0]).items())
@@ -192,7 +243,7 @@ def _read_ahead(shares: Iterator[np.ndarray], *, read: Callable[[int], Future[pa
             file, unit = unread.popleft()
             if file not in files:
                 files[file] = read(unit)
-        yield _Share(indices=share, files=files)
+        yield share, files
         # Windows only advance, so files before the next share's first window are never needed again.
         needed = int(upcoming[0][:, 0].min())
         files = {file: rows for file, rows in files.items() if file[0] >= needed}
@@ -215,18 +266,14 @@ def to_batch(rows: pa.Table) -> Batch:
         LoaderError: if a row lacks a column, or a value has another form or cannot be decoded.
     """
     ids = tuple(rows["id"].to_pylist())
-    columns = {
-        field.name: _decode(rows[field.name], field, ids=ids) for field in rows.schema if field.name != "id"
-    }
-    return Batch(ids=ids, columns=columns)
+    fields = [field for field in rows.schema if field.name != "id"]
+    return Batch(ids=ids, columns={field.name: _decode(rows[field.name], field, ids=ids) for field in fields})
 
 
 def _decode(column: pa.ChunkedArray, field: pa.Field, *, ids: Sequence[str]) -> Tensor:
     if column.null_count:
         missing = ids[column.is_null().index(True).as_py()]
-        raise LoaderError(
-            f"row {missing} has no {field.name}: the table was made without, and the recipe needs it"
-        )
+        raise LoaderError(f"row {missing} has no {field.name}, which this training needs")
     try:
         if (field.metadata or {}).get(b"format") == b"png":
             images = [torch.from_numpy(from_png(data).copy()) for data in column.to_pylist()]

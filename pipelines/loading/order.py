@@ -59,12 +59,10 @@ class RowOrder:
         seed: of all shuffles.
 
     Raises:
-        ValueError: if there are no rows, or `window_units` is below 1.
+        ValueError: if there are no rows.
     """
 
     def __init__(self, rows: Sequence[int], *, window_units: int, seed: int) -> None:
-        if window_units < 1:
-            raise ValueError(f"window_units is {window_units}; at least 1 is needed")
         if sum(rows) < 1:
             raise ValueError("there are no rows to train on; the table is empty, or all of it is held out")
         self._rows = np.asarray(rows, dtype=np.int64)

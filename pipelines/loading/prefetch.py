@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
@@ -22,41 +22,23 @@ class Prefetcher(Generic[T]):
 
     def __init__(self, source: Iterator[T], *, depth: int) -> None:
         self._source = source
-        self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
-        self._thread.start()
+        # One thread: an iterator computes its items one after the other, and in order.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        # One more than are to be ready is being computed.
+        self._items = deque(self._thread.submit(next, source) for _ in range(depth + 1))
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> T:
-        if self._closed.is_set():
+        if not self._items:
             raise StopIteration
-        item, error = self._ready.get()
-        if error is not None:
-            self._closed.set()
-            raise error
-        return item  # type: ignore[return-value]
+        item = self._items.popleft()
+        self._items.append(self._thread.submit(next, self._source))
+        return item.result()
 
     def close(self) -> None:
         """End the thread; items that are ready are dropped."""
-        self._closed.set()
-        # The thread may be blocked on a full queue, and only then sees that it is to end.
-        while self._thread.is_alive():
-            try:
-                self._ready.get(timeout=0.05)
-            except queue.Empty:
-                continue
-
-    def _fill(self) -> None:
-        try:
-            for item in self._source:
-                self._ready.put((item, None))
-                if self._closed.is_set():
-                    return
-            self._ready.put((None, StopIteration()))
-        except BaseException as error:  # noqa: BLE001 - any error belongs to the consumer
-            self._ready.put((None, error))
-        finally:
-            self._source = iter(())  # dropping a generator closes its files and thread pools
+        self._items.clear()
+        self._thread.shutdown(cancel_futures=True)
+        self._source = iter(())  # dropping a generator closes its files and thread pools

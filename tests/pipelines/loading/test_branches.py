@@ -55,13 +55,8 @@ def third(step: int) -> bool:
 
 
 def loader(table=None, *, guided=third, seed=0, **settings):
-    return BranchLoader(
-        table or table_of(),
-        guided=guided,
-        global_batch=6,
-        seed=seed,
-        settings=LoaderSettings(**{"window_units": 2, **settings}),
-    )
+    settings = LoaderSettings(**{"window_units": 2, **settings})
+    return BranchLoader(table or table_of(), guided=guided, global_batch=6, seed=seed, settings=settings)
 
 
 def draw_of(row_id: str) -> int:

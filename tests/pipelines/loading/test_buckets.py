@@ -44,34 +44,29 @@ def row(number: int) -> dict:
 
 
 def loader(*, global_batch=4, seed=0, held_out=0.0):
-    numbers = itertools.count()
-    table = MemoryTable(
-        {
-            f"u{unit}": pa.Table.from_pylist([row(next(numbers)) for _ in range(size)], schema=SCHEMA)
-            for unit, size in enumerate(SIZES)
-        }
+    rows = map(row, itertools.count())
+    units = [list(itertools.islice(rows, size)) for size in SIZES]
+    tables = (pa.Table.from_pylist(unit, schema=SCHEMA) for unit in units)
+    table = MemoryTable({f"u{index}": rows for index, rows in enumerate(tables)})
+    settings, counts = (
+        LoaderSettings(window_units=2, held_out=held_out),
+        count_by_shape(table, held_out=held_out),
     )
-    return BucketLoader(
-        table,
-        columns=("latent", "token_ids"),
-        global_batch=global_batch,
-        seed=seed,
-        settings=LoaderSettings(window_units=2, held_out=held_out),
-        counts=count_by_shape(table, held_out=held_out),
-    )
+    options = {"columns": ("latent", "token_ids"), "global_batch": global_batch, "settings": settings}
+    return BucketLoader(table, seed=seed, counts=counts, **options)
 
 
 def test_all_rows_of_a_step_have_one_shape():
     made = loader()
     for step, batch in enumerate(take(made, count=60)):
-        height, width = made.bucket_at(step)
+        height, width = made.key_at(step)
         assert batch["latent"].shape == (4, 4, height // 2, width // 2)
         for row_id, latent, tokens in zip(batch.ids, batch["latent"], batch["token_ids"], strict=True):
             number = number_of(row_id)
             assert shape_of(number) == (height, width)
             assert (latent == number / 8).all()
             assert (tokens == number).all()
-    assert {made.bucket_at(step) for step in range(60)} == {SQUARE, WIDE, TALL}
+    assert {made.key_at(step) for step in range(60)} == {SQUARE, WIDE, TALL}
 
 
 def test_each_bucket_yields_rows_once_an_epoch():
@@ -79,24 +74,23 @@ def test_each_bucket_yields_rows_once_an_epoch():
     batches = ids(made, count=300)
     for shape, rows in Counter(map(shape_of, range(ROWS))).items():
         seen = list(
-            itertools.chain(*(batch for step, batch in enumerate(batches) if made.bucket_at(step) == shape))
+            itertools.chain(*(batch for step, batch in enumerate(batches) if made.key_at(step) == shape))
         )
         epochs = [seen[start : start + rows] for start in range(0, 3 * rows, rows)]
         assert all(len(set(epoch)) == rows for epoch in epochs)
         assert set(map(number_of, epochs[0])) == {n for n in range(ROWS) if shape_of(n) == shape}
-    assert made.rows_per_epoch == ROWS
 
 
 def test_buckets_are_drawn_in_proportion_to_rows():
     made = loader()
-    counts = Counter(made.bucket_at(step) for step in range(4_000))
+    counts = Counter(made.key_at(step) for step in range(4_000))
     for shape, rows in Counter(map(shape_of, range(ROWS))).items():
         assert counts[shape] / 4_000 == pytest.approx(rows / ROWS, abs=0.03)
 
 
 def test_bucket_smaller_than_a_batch_repeats_rows():
     made = loader(global_batch=8)
-    step = next(step for step in range(200) if made.bucket_at(step) == TALL)
+    step = next(step for step in range(200) if made.key_at(step) == TALL)
     (batch,) = ids(made, start=step, count=1)
     tall = [number for number in range(ROWS) if shape_of(number) == TALL]
     assert len(tall) == 3

@@ -37,20 +37,14 @@ def row(row_id):
 def table_of(sizes=SIZES):
     ends = itertools.accumulate(sizes)
     units = [[row(f"r-{n}") for n in range(end - size, end)] for size, end in zip(sizes, ends, strict=True)]
-    return MemoryTable(
-        {f"u{i:03d}": pa.Table.from_pylist(rows, schema=SCHEMA) for i, rows in enumerate(units)}
-    )
+    tables = (pa.Table.from_pylist(rows, schema=SCHEMA) for rows in units)
+    return MemoryTable({f"u{index:03d}": table for index, table in enumerate(tables)})
 
 
-def loader(table=None, *, global_batch=6, seed=0, columns=("noise_key",), counts=None, **settings):
-    return BatchLoader(
-        table or table_of(),
-        columns=columns,
-        global_batch=global_batch,
-        seed=seed,
-        settings=LoaderSettings(**{"window_units": 3, **settings}),
-        counts=counts,
-    )
+def loader(table=None, *, window_units=3, held_out=0.0, **options):
+    options = {"global_batch": 6, "seed": 0, "columns": ("noise_key",), **options}
+    settings = LoaderSettings(window_units=window_units, held_out=held_out)
+    return BatchLoader(table or table_of(), settings=settings, **options)
 
 
 @pytest.mark.parametrize(("window_units", "most"), [(4, 50), (16, 120)])
@@ -80,7 +74,7 @@ def test_restart_reads_nothing_before_its_position():
 @pytest.mark.parametrize("held_out", [0.0, 0.3])
 def test_every_row_comes_once_an_epoch(held_out):
     made = loader(global_batch=1, held_out=held_out)
-    rows = made.rows_per_epoch
+    rows = sum(count_trainable(table_of(), held_out=held_out))
     seen = [batch for (batch,) in ids(made, count=3 * rows)]
     epochs = [seen[:rows], seen[rows : 2 * rows], seen[2 * rows :]]
     expected = {f"r-{number}" for number in range(40) if not is_held_out(f"r-{number}", fraction=held_out)}
@@ -198,7 +192,11 @@ def test_prefetcher_passes_items_errors_and_end():
 
 
 def test_closed_prefetcher_ends_its_thread():
+    before = set(threading.enumerate())
     items = Prefetcher(itertools.count(), depth=3)
     next(items)
+    assert {thread.name for thread in set(threading.enumerate()) - before} == {"prefetch_0"}
     items.close()
-    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+    assert set(threading.enumerate()) <= before
+    with pytest.raises(StopIteration):
+        next(items)
