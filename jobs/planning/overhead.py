@@ -77,7 +77,7 @@ def _data_job(url: str, *, workers: int) -> tuple[float, float]:
         Caption(id=f"{row:09d}", ordinal=row, text="a picture of something")
         for row in range(_ROWS * _UNITS * workers)
     ]
-    stage = GeneratePairs(teacher=_MODEL, settings=settings.generation, device=settings.device)
+    stage = GeneratePairs(model=_MODEL, settings=settings.generation, device=settings.device)
     units = itertools.islice(pending_units(settings, (), captions=captions, source=_SOURCE), _UNITS)
     alone = statistics.median(stage(unit).seconds for unit in units)
     began = time.monotonic()

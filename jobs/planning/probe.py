@@ -241,7 +241,7 @@ def _batch_of_pairs(job: Job, *, steps: int, images: bool) -> Callable[[], Any]:
     """A call that generates one batch of PAIRS: latents and images."""
     pairs = job.recipe.pairs
     settings = pairs.generation.model_copy(update={"steps": steps, "images": images})
-    stage = GeneratePairs(teacher=job.recipe.model, settings=settings, device=pairs.device)
+    stage = GeneratePairs(model=job.recipe.model, settings=settings, device=pairs.device)
     ids = stage.bundle.tokenize([_CAPTION] * settings.batch_size)
     keys = [noise_key("probe", row) for row in range(settings.batch_size)]
     return lambda: stage.generate_batch(ids, keys)

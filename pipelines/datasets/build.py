@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from operator import methodcaller
 from typing import Any, TypedDict, TypeVar
 
 import pyarrow as pa
@@ -11,18 +12,19 @@ import pyarrow as pa
 from pipelines.datasets.settings import BuildSettings
 from pipelines.ray_data.execution import PipelineStage, Runner, run_on_ray
 from pipelines.ray_data.settings import Pool
-from pipelines.stages.settings import Device
-from pipelines.stages.write import WriteUnit, pack
+from pipelines.stages.write import WriteUnit
 from pipelines.tables.commits import Origin
 from pipelines.tables.committer import OnProgress, commit_stream, recover, take_rows
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.table import Snapshot, TableError, create_table
-from pipelines.tables.units import FinishedRows, Unit, UnitRows, committed_ranges, uncovered_ranges
-from pipelines.tables.verification import Recompute
-from snapfusion.settings import differences, digest
+from pipelines.tables.units import Unit, committed_ranges, uncovered_ranges
+from snapfusion.settings import digest
 
-Item = TypeVar("Item")
 Row = TypeVar("Row")
+Identity = dict[str, Any]
+"""Everything that determines the rows of a table, as JSON values; see `create_table`."""
+Pending = Callable[[list[UnitManifest]], Iterable[Any]]
+"""Of the manifests of all committed units, the items to send through the stages."""
 CountRows = Callable[[Sequence[Any]], int | None]
 """Rows that items will give; None if unknown."""
 
@@ -40,8 +42,8 @@ def build_table(
     settings: BuildSettings,
     *,
     schema: pa.Schema,
-    identity: dict[str, Any],
-    pending: Callable[[list[UnitManifest]], Iterable[Item]],
+    identity: Identity,
+    pending: Pending,
     stages: Sequence[PipelineStage],
     count_rows: CountRows | None = None,
     origin: Origin | None = None,
@@ -57,7 +59,7 @@ def build_table(
         settings: the writers, and bounds on the run.
         schema: of the table.
         identity: everything that determines the rows.
-        pending: of the manifests of all committed units, the items to send through the stages.
+        pending: gives what is to be made.
         stages: from an item to `FinishedRows`.
         count_rows: rows that items will give, None if unknown; by default the rows of their units.
         origin: what builds the table, and from what; recorded with each unit.
@@ -92,9 +94,8 @@ def model_stage(
     build: Callable[..., Any], arguments: dict[str, Any], *, pool: Pool, schema: pa.Schema
 ) -> PipelineStage:
     """A stage with a model; a unit that kills every worker that tries it is rejected as a whole."""
-    return PipelineStage(
-        build=build, arguments=arguments, pool=pool, give_up=partial(_reject_all, columns=schema.names)
-    )
+    reject_all = methodcaller("reject_all", schema.names)
+    return PipelineStage(build=build, arguments=arguments, pool=pool, give_up=reject_all)
 
 
 def list_units(
@@ -130,46 +131,9 @@ def list_units(
     # Units are cut at fixed ordinals: a list that grows at its end leaves its earlier units as they are.
     for span in uncovered_ranges(len(rows), committed=committed, rows_per_unit=rows_per_unit):
         part = rows[span.start : span.stop]
-        unit = Unit(
-            name=f"{source}-{span.start:09d}-{span.stop:09d}",
-            source=source,
-            start=span.start,
-            stop=span.stop,
-            final=span.final,
-            source_digest=digest(part),
-        )
-        yield unit, part
-
-
-def packed(schema: pa.Schema, recompute: Callable[[UnitManifest, pa.Table], FinishedRows]) -> Recompute:
-    """A function for `verify_table` that recomputes a unit and packs it as it was written."""
-
-    def recompute_table(manifest: UnitManifest, rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
-        finished = recompute(manifest, rows)
-        return pack(finished, schema), finished.environment
-
-    return recompute_table
-
-
-def device_of(table: Snapshot, manifest: UnitManifest) -> Device:
-    """The device settings that a unit was made with, on whatever device there is."""
-    return Device(dtype=table.identity["dtype"], threads=manifest.environment["threads"])
-
-
-def check_same(table: Snapshot, expected: Mapping[str, Any], what: str) -> None:
-    """Refuse to recompute a table with other inputs than those it was made with.
-
-    Raises:
-        TableError: naming the first differences from the expected part of the identity.
-    """
-    recorded = {name: table.identity.get(name) for name in expected}
-    if differing := list(differences(recorded, dict(expected))):
-        raise TableError(f"{table.url} was made with another {what}: {'; '.join(differing[:3])}")
+        name = f"{source}-{span.start:09d}-{span.stop:09d}"
+        yield Unit(name=name, source=source, source_digest=digest(part), **asdict(span)), part
 
 
 def _rows_in_units(items: Sequence[Any]) -> int:
     return sum(item.unit.rows_read for item in items)
-
-
-def _reject_all(rows: UnitRows, *, columns: Sequence[str]) -> FinishedRows:
-    return rows.reject_all(columns)

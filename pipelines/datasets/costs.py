@@ -61,15 +61,13 @@ def targets_cost(
 ) -> StageCost:
     """Cost of TARGETS of `rows` rows of LATENTS, whose units have `unit_rows`."""
     targets, teaching = rows * settings.draws, settings.teaching
-    passes = targets * teaching.k * (1.0 + settings.cfg_probability)
+    passes = unet_passes(targets * teaching.k * (1.0 + settings.cfg_probability), teacher, sizes=sizes)
     return _table_cost(
         "compute_targets",
         settings,
         rows=rows,
         groups=(
-            pool_group(
-                "teachers", settings.teachers, unet_passes(passes, teacher, sizes=sizes), network=True
-            ),
+            pool_group("teachers", settings.teachers, passes, network=True),
             pool_group("writers", settings.writers, Work(kind="write", units=targets)),
         ),
         output_bytes=targets * targets_row_bytes(settings, sizes),

@@ -14,7 +14,8 @@ from typing import Any, Unpack
 
 import pyarrow as pa
 
-from pipelines.datasets.build import BuildOptions, build_table, check_same, device_of, model_stage, packed
+from pipelines.datasets.build import BuildOptions, Identity, build_table, model_stage
+from pipelines.datasets.recompute import check_same, device_of, packed
 from pipelines.datasets.settings import LatentsSettings
 from pipelines.ray_data.execution import PipelineStage
 from pipelines.sources.webdataset import Shard, count_rows
@@ -24,6 +25,7 @@ from pipelines.stages.encode import EncodeLatents
 from pipelines.stages.read import ReadShard, ShardWork, shard_digest
 from pipelines.stages.row_filter import RowFilter, describe_filters
 from pipelines.storage.objects import IO_THREADS
+from pipelines.tables.commits import read_written_unit
 from pipelines.tables.deletion_list import redacted_id
 from pipelines.tables.manifest import UnitManifest, covers_source
 from pipelines.tables.schemas import latents_schema
@@ -41,9 +43,7 @@ _IDENTITY_SETTINGS = ("shards", "selection", "images", "encoding", "rows_per_uni
 """The settings that determine rows; the others say where and how fast they are made."""
 
 
-def identity_of(
-    settings: LatentsSettings, *, model: dict[str, Any], filters: Sequence[RowFilter] = ()
-) -> dict[str, Any]:
+def identity_of(settings: LatentsSettings, *, model: Identity, filters: Sequence[RowFilter] = ()) -> Identity:
     """Everything that determines the rows of LATENTS but the shards, which each unit records."""
     values = settings.to_values()
     return {
@@ -57,9 +57,8 @@ def identity_of(
 
 def _vae_identity(model: dict[str, Any]) -> dict[str, Any]:
     """The part of a model's identity that LATENTS depend on: models with one VAE share them."""
-    vae = {**model, "weights": {"vae": model["weights"]["vae"]}}
-    vae.pop("prediction_type")
-    return vae
+    vae = {name: value for name, value in model.items() if name != "prediction_type"}
+    return {**vae, "weights": {"vae": model["weights"]["vae"]}}
 
 
 def without_size(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,6 +136,7 @@ def encode_latents(
     schema = _schema(settings, bundle=bundle)
     identity = identity_of(settings, model=bundle.describe(), filters=filters)
     del bundle  # workers beside this process need the memory
+    arguments = {"model": model, "settings": settings.encoding, "device": settings.device}
     return build_table(
         url,
         settings,
@@ -144,21 +144,18 @@ def encode_latents(
         identity=identity,
         pending=partial(pending_shards, shards, source=source),
         stages=[
-            PipelineStage(
-                build=ReadShard,
-                arguments={**_reader_arguments(settings, shapes=shapes), "filters": tuple(filters)},
-                pool=settings.readers,
-            ),
-            model_stage(
-                EncodeLatents,
-                {"model": model, "settings": settings.encoding, "device": settings.device},
-                pool=settings.encoders,
-                schema=schema,
-            ),
+            _read_stage(settings, shapes=shapes, filters=filters),
+            model_stage(EncodeLatents, arguments, pool=settings.encoders, schema=schema),
         ],
         count_rows=rows_left,
         **options,
     )
+
+
+def file_hashes(latents: Snapshot) -> dict[str, str]:
+    """The SHA-256 of each unit's file; one whose manifest is missing, because its job was killed, is read."""
+    hashes = {record["unit"]: record["sha256"] for record in latents.unit_records()}
+    return {file.unit: hashes.get(file.unit) or read_written_unit(file.path).sha256 for file in latents.units}
 
 
 def pending_shards(
@@ -200,11 +197,12 @@ def recomputer(
     sources = {f"{source}/{shard.name}": shard for shard in shards}
 
     def recompute(manifest: UnitManifest, _rows: pa.Table) -> FinishedRows:
+        """Compute the rows of one unit again; see `Recompute`."""
         work, recorded, isolate = replayed_shard(manifest, shards=sources, filters=filters)
-        reader = ReadShard(**_reader_arguments(settings, shapes=shapes), filters=recorded)
+        read = _read_stage(settings, shapes=shapes, filters=recorded).create()
         device = device_of(table, manifest)
-        encoder = EncodeLatents(model=model, settings=settings.encoding, device=device)
-        finished = encoder(next(reader(work, isolate=isolate)))
+        encode = EncodeLatents(model=model, settings=settings.encoding, device=device)
+        finished = encode(next(read(work, isolate=isolate)))
         deleted = {row.id for row in manifest.rejections if row.reason == "forgotten"}
         # Deleted rows are still in the shard unless it was rewritten; a shorter unit has other batches.
         if not deleted <= set(map(redacted_id, finished.columns["id"])):
@@ -240,21 +238,17 @@ def _shapes(settings: LatentsSettings, *, bundle: Bundle) -> tuple[Shape, ...]:
 
 def _schema(settings: LatentsSettings, *, bundle: Bundle) -> pa.Schema:
     side = (settings.images.size or bundle.image_size) // bundle.cell
-    return latents_schema(
-        latent_shape=(bundle.latent_shape[0], side, side),
-        num_tokens=bundle.tokenizer.model_max_length,
-        cell=None if settings.images.buckets is None else bundle.cell,
-    )
+    shape, cell = (bundle.latent_shape[0], side, side), bundle.cell if settings.images.buckets else None
+    return latents_schema(latent_shape=shape, num_tokens=bundle.tokenizer.model_max_length, cell=cell)
 
 
-def _reader_arguments(settings: LatentsSettings, *, shapes: tuple[Shape, ...]) -> dict[str, Any]:
-    return {
-        "shapes": shapes,
-        "rows_per_unit": settings.rows_per_unit,
-        "shards": settings.shards,
-        "images": settings.images,
-        "selection": settings.selection,
-    }
+def _read_stage(
+    settings: LatentsSettings, *, shapes: tuple[Shape, ...], filters: Sequence[RowFilter]
+) -> PipelineStage:
+    names = ("rows_per_unit", "shards", "images", "selection")
+    arguments = {name: getattr(settings, name) for name in names}
+    arguments |= {"shapes": shapes, "filters": tuple(filters)}
+    return PipelineStage(build=ReadShard, arguments=arguments, pool=settings.readers)
 
 
 def rows_left(items: Sequence[ShardWork]) -> int | None:

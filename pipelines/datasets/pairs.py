@@ -5,25 +5,19 @@ captions ─ units of (caption range, draw) ─ teacher, many DDIM steps ─ dat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Unpack
+from typing import Unpack
 
 import pyarrow as pa
 
-from pipelines.datasets.build import (
-    BuildOptions,
-    build_table,
-    check_same,
-    device_of,
-    list_units,
-    model_stage,
-    packed,
-)
+from pipelines.datasets.build import BuildOptions, Identity, build_table, list_units, model_stage
+from pipelines.datasets.recompute import check_same, device_of, packed
 from pipelines.datasets.settings import PairsSettings
 from pipelines.rejections import Rejected, Rejection
-from pipelines.sources.captions import Caption, captions_digest
+from pipelines.sources.captions import Caption, CaptionRow, captions_digest
 from pipelines.stages.crop import check_size
 from pipelines.stages.generate import GeneratePairs
 from pipelines.stages.settings import Generation
@@ -38,7 +32,7 @@ from snapfusion.models.bundle import Bundle
 from snapfusion.models.load import load
 
 
-def identity_of(settings: PairsSettings, *, model: dict[str, Any]) -> dict[str, Any]:
+def identity_of(settings: PairsSettings, *, model: Identity) -> Identity:
     """Everything that determines the rows of PAIRS but the captions, which each unit records."""
     return {
         "kind": "pairs",
@@ -53,7 +47,7 @@ def generate_pairs(
     settings: PairsSettings,
     *,
     teacher: str,
-    captions: Sequence[Caption | Rejection],
+    captions: Sequence[CaptionRow],
     source: str,
     url: str,
     **options: Unpack[BuildOptions],
@@ -77,24 +71,16 @@ def generate_pairs(
     schema = _schema(settings.generation, bundle=bundle)
     identity = identity_of(settings, model=bundle.describe())
     del bundle  # workers beside this process need the memory
-    arguments = {"teacher": teacher, "settings": settings.generation, "device": settings.device}
+    arguments = {"model": teacher, "settings": settings.generation, "device": settings.device}
+    stages = [model_stage(GeneratePairs, arguments, pool=settings.teachers, schema=schema)]
+    pending = partial(pending_units, settings, captions=captions, source=source)
     return build_table(
-        url,
-        settings,
-        schema=schema,
-        identity=identity,
-        pending=partial(pending_units, settings, captions=captions, source=source),
-        stages=[model_stage(GeneratePairs, arguments, pool=settings.teachers, schema=schema)],
-        **options,
+        url, settings, schema=schema, identity=identity, pending=pending, stages=stages, **options
     )
 
 
 def pending_units(
-    settings: PairsSettings,
-    manifests: Sequence[UnitManifest],
-    *,
-    captions: Sequence[Caption | Rejection],
-    source: str,
+    settings: PairsSettings, manifests: Sequence[UnitManifest], *, captions: Sequence[CaptionRow], source: str
 ) -> Iterator[CaptionRows]:
     """The units that are not committed, draw by draw.
 
@@ -111,11 +97,7 @@ def pending_units(
 
 
 def caption_units(
-    captions: Sequence[Caption | Rejection],
-    manifests: Sequence[UnitManifest],
-    *,
-    source: str,
-    rows_per_unit: int,
+    captions: Sequence[CaptionRow], manifests: Sequence[UnitManifest], *, source: str, rows_per_unit: int
 ) -> Iterator[tuple[Unit, list[Caption], list[Rejection]]]:
     """The units of a caption list that are not committed, each with its captions and rejected rows.
 
@@ -129,52 +111,43 @@ def caption_units(
         yield unit, accepted, [row for row in rows if isinstance(row, Rejection)]
 
 
-def captions_of(table: Snapshot, *, limit: int | None = None) -> list[Caption | Rejection]:
+def captions_of(table: Snapshot, *, limit: int | None = None) -> list[CaptionRow]:
     """The captions of LATENTS in order of its units, under the ids of their rows.
 
     A deleted row stays as a rejection, so that all others keep their ordinals.
     """
-    captions: list[Caption | Rejection] = []
-    for unit in table.units:
-        for row in _captions_in(table, unit):
-            if len(captions) == limit:
-                return captions
-            captions.append(replace(row, ordinal=len(captions)))
-    return captions
+    rows = itertools.chain.from_iterable(_unit_captions(table, unit) for unit in table.units)
+    return [replace(row, ordinal=ordinal) for ordinal, row in enumerate(itertools.islice(rows, limit))]
 
 
-def _captions_in(table: Snapshot, unit: UnitFile) -> list[Caption | Rejection]:
-    rows = table.read_unit(unit, ["id", "caption"]).to_pylist()
-    ordinals, deleted = list(range(len(rows))), []
+def _unit_captions(table: Snapshot, unit: UnitFile) -> list[CaptionRow]:
+    rows = table.read_unit(unit, ["id", "caption"])
     # Only a file that was rewritten by a deletion lacks rows of its manifest.
-    if unit.revision:
-        manifest = read_manifest(read_bytes(unit.path))
-        deleted = [rejection for rejection in manifest.rejections if rejection.reason == "forgotten"]
-        ordinals = manifest.ordinals()
-    captions: list[Caption | Rejection] = [
-        Caption(id=row["id"], ordinal=ordinal, text=row["caption"])
-        for ordinal, row in zip(ordinals, rows, strict=True)
-    ]
-    captions += [_withheld(rejection.id, ordinal=rejection.ordinal) for rejection in deleted]
-    return sorted(captions, key=lambda caption: caption.ordinal)
+    if not unit.revision:
+        return [*captions_in(rows, range(rows.num_rows), id_column="id")]
+    manifest = read_manifest(read_bytes(unit.path))
+    captions = captions_in(rows, manifest.ordinals(), id_column="id")
+    deleted = [_withheld(row.id, row.ordinal) for row in manifest.rejections if row.reason == "forgotten"]
+    return sorted([*captions, *deleted], key=lambda caption: caption.ordinal)
 
 
-def withhold_deleted(
-    captions: Iterable[Caption | Rejection], deleted: DeletionKeys
-) -> list[Caption | Rejection]:
+def captions_in(rows: pa.Table, ordinals: Iterable[int], *, id_column: str = "source_id") -> list[Caption]:
+    """The captions of a table's rows under their ids in `id_column` and under these ordinals."""
+    values = zip(rows[id_column].to_pylist(), ordinals, rows["caption"].to_pylist(), strict=True)
+    return [Caption(id=id_, ordinal=ordinal, text=text) for id_, ordinal, text in values]
+
+
+def withhold_deleted(captions: Iterable[CaptionRow], deleted: DeletionKeys) -> list[CaptionRow]:
     """The list with deleted captions rejected in place, and without their ids."""
-
-    def redact(row: Caption | Rejection) -> Caption | Rejection:
-        if not deleted.has_id(row.id):
-            return row
-        if isinstance(row, Caption):
-            return _withheld(redacted_id(row.id), ordinal=row.ordinal)
-        return replace(row, id=redacted_id(row.id), detail="")
-
-    return [redact(row) for row in captions]
+    return [_redacted(row) if deleted.has_id(row.id) else row for row in captions]
 
 
-def _withheld(id_: str, *, ordinal: int) -> Rejection:
+def _redacted(row: CaptionRow) -> Rejection:
+    id_ = redacted_id(row.id)
+    return _withheld(id_, row.ordinal) if isinstance(row, Caption) else replace(row, id=id_, detail="")
+
+
+def _withheld(id_: str, ordinal: int) -> Rejection:
     return Rejected("withheld").record(id=id_, source="", ordinal=ordinal)
 
 
@@ -189,13 +162,10 @@ def recomputer(table: Snapshot, *, teacher: str) -> Recompute:
     check_same(table, {"model": bundle.describe()}, "teacher")
 
     def recompute(manifest: UnitManifest, rows: pa.Table) -> FinishedRows:
+        """Compute the rows of one unit again; see `Recompute`."""
         if {"not_finite", "crashed"} & manifest.rejected().keys():
             raise CannotRecompute("rows that the teacher failed on are not in it, and batches depend on them")
-        records = rows.select(["source_id", "caption"]).to_pylist()
-        captions = [
-            Caption(id=row["source_id"], ordinal=ordinal, text=row["caption"])
-            for ordinal, row in zip(manifest.ordinals(), records, strict=True)
-        ]
+        captions = captions_in(rows, manifest.ordinals())
         # Any text does for deleted rows: bits depend on a row's place in the batch, not on the other rows.
         captions += [
             Caption(id=rejection.id.rpartition("#")[0], ordinal=rejection.ordinal, text="")
@@ -203,8 +173,8 @@ def recomputer(table: Snapshot, *, teacher: str) -> Recompute:
             if rejection.reason == "forgotten"
         ]
         captions.sort(key=lambda caption: caption.ordinal)
-        draw = int(rows["draw"][0].as_py()) if records else 0
-        stage = GeneratePairs(teacher=teacher, settings=generation, device=device_of(table, manifest))
+        draw = int(rows["draw"][0].as_py()) if rows.num_rows else 0
+        stage = GeneratePairs(model=teacher, settings=generation, device=device_of(table, manifest))
         return stage(CaptionRows(unit=Unit.of(manifest), draw=draw, captions=captions))
 
     return packed(_schema(generation, bundle=bundle), recompute)
@@ -213,7 +183,5 @@ def recomputer(table: Snapshot, *, teacher: str) -> Recompute:
 def _schema(generation: Generation, *, bundle: Bundle) -> pa.Schema:
     size = generation.size or bundle.image_size
     check_size(size, step=bundle.granularity, option="pairs.generation.size")
-    return pairs_schema(
-        latent_shape=(bundle.latent_shape[0], size // bundle.cell, size // bundle.cell),
-        num_tokens=bundle.tokenizer.model_max_length,
-    )
+    shape = (bundle.latent_shape[0], size // bundle.cell, size // bundle.cell)
+    return pairs_schema(latent_shape=shape, num_tokens=bundle.tokenizer.model_max_length)

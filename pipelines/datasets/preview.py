@@ -7,7 +7,7 @@ evenly spread over all of them; it represents the whole as far as rows are in ra
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -67,12 +67,8 @@ class Preview:
     rows: int = 0
     accepted: int = 0
     rejected: dict[str, RejectedRows] = field(default_factory=dict)
-    measures: dict[str, list[float]] = field(
-        default_factory=lambda: {measure.name: [] for measure in MEASURES}
-    )
-    categories: dict[Meaning, Counter[str]] = field(
-        default_factory=lambda: {meaning: Counter() for meaning in CATEGORIES}
-    )
+    measures: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    categories: dict[Meaning, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     columns: set[str] = field(default_factory=set)
     layout: str = ""
     text_bytes: int = 0
@@ -110,12 +106,10 @@ class Preview:
         row = CandidateRow(metadata, caption)
         self.columns.update(metadata)
         for measure in MEASURES:
-            value = measure.of(row)
-            if value is not None:
+            if (value := measure.of(row)) is not None:
                 self.measures[measure.name].append(value)
         for meaning in CATEGORIES:
-            word = text_of(metadata, meaning)
-            if word is not None:
+            if (word := text_of(metadata, meaning)) is not None:
                 self.categories[meaning][word] += 1
 
 
@@ -148,7 +142,7 @@ def preview_shards(
             open_image(row.image, bounds=images)
             return id_, row.source_id, row.caption
 
-        for row in _sample_rows(shard, reading, share=share):
+        for row in _rows_of(shard, reading, share=share):
             preview.add(row, selection=selection, check_row=check_row)
     preview.layout = recognise_layout(metadata_columns(shards[0], reading)) if shards else UNKNOWN
     return preview
@@ -219,9 +213,7 @@ def _ranges(rows: int, share: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + (share + number) // count, rows)
 
 
-def _sample_rows(
-    shard: Shard, reading: ShardSettings, *, share: int
-) -> Iterator[Sample | Rejection | Rejected]:
+def _rows_of(shard: Shard, reading: ShardSettings, *, share: int) -> Iterator[Sample | Rejection | Rejected]:
     total, failures = count_rows(shard), sidecar_failures(shard)
     # Whoever reads the whole tar reads its failures too, in their place.
     if total is None or share >= total:

@@ -9,13 +9,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial, reduce
-from typing import Any, Unpack
+from typing import Unpack
 
 import fsspec
 import pyarrow as pa
 import torch
 
-from pipelines.datasets.build import BuildOptions, build_table, check_same, device_of, list_units, packed
+from pipelines.datasets.build import BuildOptions, Identity, build_table, list_units
+from pipelines.datasets.recompute import check_same, device_of, packed
 from pipelines.datasets.settings import ReferencesSettings
 from pipelines.ray_data.execution import PipelineStage
 from pipelines.sources import SourceError
@@ -34,7 +35,7 @@ from snapfusion.metrics.moments import Moments
 _SUFFIXES = (".jpg", ".jpeg", *(f".{name.lower()}" for name in FORMATS))
 
 
-def identity_of(settings: ReferencesSettings, *, metrics: MetricSettings) -> dict[str, Any]:
+def identity_of(settings: ReferencesSettings, *, metrics: MetricSettings) -> Identity:
     """Everything that determines the rows of REFERENCES but the images, which each unit records."""
     crop = {"crop": "middle square", "size": settings.size, "kernel": "lanczos"}
     return {
@@ -74,16 +75,12 @@ def compute_references(
         TableError: if the table was made with other settings, another network or other images.
         TooManyRejected: when the rejected fraction exceeds its bound.
     """
-    names = image_names(settings)
-    arguments = _stage_arguments(settings, metrics=metrics, device=settings.device)
+    schema = references_schema(features=metrics.feature_count)
+    identity = identity_of(settings, metrics=metrics)
+    stages = [_stage(settings, metrics=metrics, device=settings.device)]
+    pending = partial(pending_units, settings, names=image_names(settings))
     return build_table(
-        url,
-        settings,
-        schema=references_schema(features=metrics.feature_count),
-        identity=identity_of(settings, metrics=metrics),
-        pending=partial(pending_units, settings, names=names),
-        stages=[PipelineStage(build=ExtractFeatures, arguments=arguments, pool=settings.describers)],
-        **options,
+        url, settings, schema=schema, identity=identity, pending=pending, stages=stages, **options
     )
 
 
@@ -95,10 +92,8 @@ def pending_units(
     Raises:
         TableError: if a committed unit was made from other images than those given.
     """
-    rows_per_unit = settings.rows_per_unit
-    units = list_units(
-        names, manifests, source=settings.name, rows_per_unit=rows_per_unit, digest=_names_digest
-    )
+    name, rows = settings.name, settings.rows_per_unit
+    units = list_units(names, manifests, source=name, rows_per_unit=rows, digest=_names_digest)
     return (ImageNameRows(unit=unit, names=list(part)) for unit, part in units)
 
 
@@ -111,24 +106,19 @@ def recomputer(table: Snapshot, *, settings: ReferencesSettings, metrics: Metric
     check_same(table, identity_of(settings, metrics=metrics), "network or other settings")
 
     def recompute(manifest: UnitManifest, rows: pa.Table) -> FinishedRows:
+        """Compute the rows of one unit again; see `Recompute`."""
         if manifest.rejected():
             raise CannotRecompute("images that could not be read are not in it, and batches depend on them")
-        device = device_of(table, manifest)
-        stage = ExtractFeatures(**_stage_arguments(settings, metrics=metrics, device=device))
-        return stage(ImageNameRows(unit=Unit.of(manifest), names=rows.column("id").to_pylist()))
+        stage = _stage(settings, metrics=metrics, device=device_of(table, manifest))
+        return stage.create()(ImageNameRows(unit=Unit.of(manifest), names=rows.column("id").to_pylist()))
 
     return packed(references_schema(features=metrics.feature_count), recompute)
 
 
-def _stage_arguments(
-    settings: ReferencesSettings, *, metrics: MetricSettings, device: Device
-) -> dict[str, Any]:
-    return {
-        "features": metrics.features,
-        "images": settings.images,
-        "size": settings.size,
-        "device": device,
-    }
+def _stage(settings: ReferencesSettings, *, metrics: MetricSettings, device: Device) -> PipelineStage:
+    cropped = {"images": settings.images, "size": settings.size}
+    arguments = {"features": metrics.features, "device": device, **cropped}
+    return PipelineStage(build=ExtractFeatures, arguments=arguments, pool=settings.describers)
 
 
 def moments_of(table: Snapshot) -> Moments:

@@ -14,12 +14,12 @@ from typing import Any, Unpack
 import numpy as np
 import pyarrow as pa
 
-from pipelines.datasets.build import BuildOptions, build_table, check_same, device_of, packed
-from pipelines.datasets.pairs import caption_units
+from pipelines.datasets.build import BuildOptions, Identity, build_table
+from pipelines.datasets.pairs import caption_units, captions_in
+from pipelines.datasets.recompute import check_same, device_of, packed
 from pipelines.datasets.settings import SamplesSettings
 from pipelines.ray_data.execution import PipelineStage
-from pipelines.rejections import Rejection
-from pipelines.sources.captions import Caption
+from pipelines.sources.captions import CaptionRow
 from pipelines.stages.crop import check_size
 from pipelines.stages.metric_networks import describe_features, describe_scorer
 from pipelines.stages.sample import SampleAndScore
@@ -49,7 +49,7 @@ def identity_of(
     bundle: Bundle,
     cuts: Cuts | None = None,
     decoder: str | None = None,
-) -> dict[str, Any]:
+) -> Identity:
     """Everything that determines the rows of SAMPLES but captions and guidance, which each unit records."""
     optional: dict[str, Any] = {}
     # Absent unless given, so that tables made before these options existed keep their identity.
@@ -77,7 +77,7 @@ def generate_samples(
     model: str,
     sampler: Sampler,
     guidance: Sequence[float],
-    captions: Sequence[Caption | Rejection],
+    captions: Sequence[CaptionRow],
     source: str,
     url: str,
     cuts: Cuts | None = None,
@@ -109,19 +109,10 @@ def generate_samples(
     _check_size(settings, bundle=bundle)
     identity = identity_of(settings, sampler=sampler, bundle=bundle, cuts=cuts, decoder=decoder)
     del bundle  # workers beside this process need the memory
-    arguments = _stage_arguments(
-        settings, model=model, sampler=sampler, device=settings.device, decoder=decoder
-    )
+    pending = partial(pending_units, settings, guidance=guidance, captions=captions, source=source, cuts=cuts)
+    stage = _stage(settings, model=model, sampler=sampler, device=settings.device, decoder=decoder)
     return build_table(
-        url,
-        settings,
-        schema=_schema(settings),
-        identity=identity,
-        pending=partial(
-            pending_units, settings, guidance=guidance, captions=captions, source=source, cuts=cuts
-        ),
-        stages=[PipelineStage(build=SampleAndScore, arguments=arguments, pool=settings.models)],
-        **options,
+        url, settings, schema=_schema(settings), identity=identity, pending=pending, stages=[stage], **options
     )
 
 
@@ -130,7 +121,7 @@ def pending_units(
     manifests: Sequence[UnitManifest],
     *,
     guidance: Sequence[float],
-    captions: Sequence[Caption | Rejection],
+    captions: Sequence[CaptionRow],
     source: str,
     cuts: Cuts | None = None,
 ) -> Iterator[PromptRows]:
@@ -163,34 +154,26 @@ def recomputer(
     check_same(table, {"decoder": None, **identity}, "model or other settings")
 
     def recompute(manifest: UnitManifest, rows: pa.Table) -> FinishedRows:
+        """Compute the rows of one unit again; see `Recompute`."""
         if "not_finite" in manifest.rejected():
             raise CannotRecompute("rows that the model failed on are not in it, and batches depend on them")
-        captions = [
-            Caption(id=row["source_id"], ordinal=0, text=row["caption"])
-            for row in rows.select(["source_id", "caption"]).to_pylist()
-        ]
+        captions = captions_in(rows, [0] * rows.num_rows)
         device = device_of(table, manifest)
-        stage = SampleAndScore(
-            **_stage_arguments(settings, model=model, sampler=sampler, device=device, decoder=decoder)
-        )
+        stage = _stage(settings, model=model, sampler=sampler, device=device, decoder=decoder)
         w, cut = _parse_source_name(manifest.source)
         blocks = tuple(cuts.get(cut, ()))
-        return stage(PromptRows(unit=Unit.of(manifest), w=w, captions=captions, cut=cut, without=blocks))
+        rows = PromptRows(unit=Unit.of(manifest), w=w, captions=captions, cut=cut, without=blocks)
+        return stage.create()(rows)
 
     return packed(_schema(settings), recompute)
 
 
-def _stage_arguments(
+def _stage(
     settings: SamplesSettings, *, model: str, sampler: Sampler, device: Device, decoder: str | None
-) -> dict[str, Any]:
-    return {
-        "model": model,
-        "sampler": sampler,
-        "sampling": settings.drawing,
-        "metrics": settings.judging,
-        "device": device,
-        "decoder": decoder,
-    }
+) -> PipelineStage:
+    arguments = {"model": model, "sampler": sampler, "device": device, "decoder": decoder}
+    scoring = {"sampling": settings.drawing, "metrics": settings.judging}
+    return PipelineStage(build=SampleAndScore, arguments=arguments | scoring, pool=settings.models)
 
 
 def _schema(settings: SamplesSettings) -> pa.Schema:

@@ -5,6 +5,7 @@ LATENTS ─ units of (LATENTS unit, draw, branch) ─ teacher, k DDIM steps ─ 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -14,8 +15,9 @@ from typing import Any, Unpack
 import numpy as np
 import pyarrow as pa
 
-from pipelines.datasets.build import BuildOptions, build_table, check_same, device_of, model_stage, packed
-from pipelines.datasets.latents import check_latents, image_size_of, without_size
+from pipelines.datasets.build import BuildOptions, Identity, build_table, model_stage
+from pipelines.datasets.latents import check_latents, file_hashes, image_size_of, without_size
+from pipelines.datasets.recompute import check_same, device_of, packed
 from pipelines.datasets.settings import TargetsSettings
 from pipelines.loading.branches import branch_and_draw, count_branch_rows, unit_name
 from pipelines.loading.buckets import is_bucketed
@@ -23,7 +25,6 @@ from pipelines.ray_data.execution import PipelineStage
 from pipelines.stages.read_latents import LatentFile, ReadLatents
 from pipelines.stages.settings import TeacherSettings
 from pipelines.stages.target import ComputeTargets
-from pipelines.tables.commits import read_written_unit
 from pipelines.tables.deletion_list import REDACTED_PREFIX
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.schemas import targets_schema
@@ -39,9 +40,7 @@ from snapfusion.training.settings import StepDistillationSettings
 from snapfusion.training.step_distillation import BRANCHES
 
 
-def identity_of(
-    settings: TargetsSettings, *, model: dict[str, Any], latents: Mapping[str, Any]
-) -> dict[str, Any]:
+def identity_of(settings: TargetsSettings, *, model: Identity, latents: Identity) -> Identity:
     """Everything that determines the rows of TARGETS but the LATENTS' files, which each unit records.
 
     Args:
@@ -52,7 +51,7 @@ def identity_of(
     return {
         "kind": "targets",
         "model": model,
-        "latents": dict(latents),
+        "latents": latents,
         "teaching": settings.teaching.to_values(),
         "cfg_probability": settings.cfg_probability,
         "dtype": settings.device.dtype,
@@ -83,18 +82,14 @@ def compute_targets(
     identity = identity_of(settings, model=bundle.describe(), latents=latents.identity)
     schema = _schema(settings.teaching, bundle=bundle, latents=latents.identity)
     del bundle  # workers beside this process need the memory
-    arguments = {"teacher": teacher, "settings": settings.teaching, "device": settings.device}
+    arguments = {"model": teacher, "settings": settings.teaching, "device": settings.device}
+    stages = [
+        PipelineStage(build=ReadLatents, arguments={}, pool=settings.readers),
+        model_stage(ComputeTargets, arguments, pool=settings.teachers, schema=schema),
+    ]
+    pending = partial(pending_units, settings, latents=latents)
     return build_table(
-        url,
-        settings,
-        schema=schema,
-        identity=identity,
-        pending=partial(pending_units, settings, latents=latents),
-        stages=[
-            PipelineStage(build=ReadLatents, arguments={}, pool=settings.readers),
-            model_stage(ComputeTargets, arguments, pool=settings.teachers, schema=schema),
-        ],
-        **options,
+        url, settings, schema=schema, identity=identity, pending=pending, stages=stages, **options
     )
 
 
@@ -107,26 +102,22 @@ def pending_units(
         TableError: if a committed unit was made from another file than the one in `latents`.
     """
     digests = {manifest.unit: manifest.source_digest for manifest in manifests}
-    hashes = {record["unit"]: record["sha256"] for record in latents.unit_records()}
-    for draw in range(settings.draws):
-        for file in latents.units:
-            if not file.rows:
-                continue
-            # A unit whose manifest is missing, because its job was killed, is hashed here.
-            sha256 = hashes[file.unit] if file.unit in hashes else read_written_unit(file.path).sha256
-            # One branch a unit: a training step takes one branch, and reads no row of the other.
-            guided = is_guided_draw(settings, parent=file.unit, draw=draw)
-            name = unit_name(file.unit, draw=draw, guided=guided)
-            if name not in digests:
-                unit = Unit(
-                    name=name, source=file.unit, start=0, stop=file.rows, final=True, source_digest=sha256
-                )
-                yield LatentFile(unit=unit, draw=draw, guided=guided, path=file.path)
-            elif digests[name] != sha256:
-                raise TableError(
-                    f"unit {name} was made from another file than {file.path}; give the LATENTS that it "
-                    "was made from, or a new table; if jobs.forget was stopped, run it again first"
-                )
+    hashes = file_hashes(latents)
+    files = [file for file in latents.units if file.rows]
+    for draw, file in itertools.product(range(settings.draws), files):
+        # One branch a unit: a training step takes one branch, and reads no row of the other.
+        guided = is_guided_draw(settings, parent=file.unit, draw=draw)
+        name, digest = unit_name(file.unit, draw=draw, guided=guided), hashes[file.unit]
+        if name not in digests:
+            unit = Unit(
+                name=name, source=file.unit, start=0, stop=file.rows, final=True, source_digest=digest
+            )
+            yield LatentFile(unit=unit, draw=draw, guided=guided, path=file.path)
+        elif digests[name] != digest:
+            raise TableError(
+                f"unit {name} was made from another file than {file.path}; give the LATENTS that it was made "
+                "from, or a new table; if jobs.forget was stopped, run it again first"
+            )
 
 
 def is_guided_draw(settings: TargetsSettings, *, parent: str, draw: int) -> bool:
@@ -141,11 +132,7 @@ def is_guided_draw(settings: TargetsSettings, *, parent: str, draw: int) -> bool
 
 
 def check_targets(
-    table: Snapshot,
-    *,
-    teacher: Mapping[str, Any],
-    student: Mapping[str, Any],
-    steps: StepDistillationSettings,
+    table: Snapshot, *, teacher: Identity, student: Identity, steps: StepDistillationSettings
 ) -> None:
     """Refuse TARGETS that do not fit a training.
 
@@ -172,7 +159,7 @@ def check_targets(
     settings = steps.to_values()
     recorded = {"teacher": identity["model"], **{name: identity["teaching"][name] for name in names}}
     differing = [
-        *differences(recorded, {"teacher": dict(teacher), **{name: settings[name] for name in names}}),
+        *differences(recorded, {"teacher": teacher, **{name: settings[name] for name in names}}),
         *differences(_shared_with_student(identity["model"]), _shared_with_student(student), "student"),
     ]
     if differing:
@@ -202,12 +189,13 @@ def recomputer(table: Snapshot, *, teacher: str, latents: Snapshot) -> Recompute
     paths = {file.unit: file.path for file in latents.units}
 
     def recompute(manifest: UnitManifest, _rows: pa.Table) -> FinishedRows:
+        """Compute the rows of one unit again; see `Recompute`."""
         if "crashed" in manifest.rejected():
             raise CannotRecompute("its rows killed every worker that tried them")
         if manifest.source not in paths:
             raise CannotRecompute(f"its LATENTS unit {manifest.source} is not in {latents.url}")
         guided, draw = branch_and_draw(manifest.unit)
-        stage = ComputeTargets(teacher=teacher, settings=teaching, device=device_of(table, manifest))
+        stage = ComputeTargets(model=teacher, settings=teaching, device=device_of(table, manifest))
         path = paths[manifest.source]
         rows = ReadLatents()(LatentFile(unit=Unit.of(manifest), draw=draw, guided=guided, path=path))
         return stage(_original_rows(rows, manifest, table=table))
@@ -228,28 +216,23 @@ def _original_rows(rows: LatentRows, manifest: UnitManifest, *, table: Snapshot)
     if is_bucketed(table.identity):
         raise CannotRecompute("rows of it were deleted, and their shapes with them, on which batches depend")
     if len(rows.ids) + len(deleted) != manifest.rows_read:
-        raise CannotRecompute(
-            "rows are missing from its LATENTS unit that were not deleted; run jobs.forget again"
-        )
+        raise CannotRecompute("undeleted rows are missing from its LATENTS unit; run jobs.forget again")
     ids, source_ids, latents = list(rows.ids), list(rows.source_ids), list(rows.latents)
-    token_ids = list(rows.token_ids)
+    token_ids = rows.token_ids
     for row in sorted(deleted, key=lambda row: row.ordinal):
         id_ = row.id.rpartition("#")[0]
         ids.insert(row.ordinal, id_)
         source_ids.insert(row.ordinal, id_)
         latents.insert(row.ordinal, np.zeros_like(rows.latents[0]))
-        token_ids.insert(row.ordinal, np.zeros_like(rows.token_ids[0]))
-    return replace(rows, ids=ids, source_ids=source_ids, latents=latents, token_ids=np.stack(token_ids))
+        token_ids = np.insert(token_ids, row.ordinal, 0, axis=0)
+    return replace(rows, ids=ids, source_ids=source_ids, latents=latents, token_ids=token_ids)
 
 
 def _schema(teaching: TeacherSettings, *, bundle: Bundle, latents: Mapping[str, Any]) -> pa.Schema:
     side = image_size_of(latents, bundle=bundle) // bundle.cell
-    return targets_schema(
-        latent_shape=(bundle.latent_shape[0], side, side),
-        num_tokens=bundle.tokenizer.model_max_length,
-        x_dtype=teaching.x_dtype,
-        cell=bundle.cell if is_bucketed(latents) else None,
-    )
+    shape, cell = (bundle.latent_shape[0], side, side), bundle.cell if is_bucketed(latents) else None
+    tokens = bundle.tokenizer.model_max_length
+    return targets_schema(latent_shape=shape, num_tokens=tokens, x_dtype=teaching.x_dtype, cell=cell)
 
 
 def _shared_with_student(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,11 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Unpack
 
-from pipelines.datasets.build import BuildOptions, build_table, list_units
+from pipelines.datasets.build import BuildOptions, Pending, build_table, list_units
 from pipelines.datasets.latents import pending_shards
 from pipelines.datasets.pairs import caption_units
 from pipelines.datasets.settings import LatentsSettings
@@ -64,39 +64,29 @@ def fingerprint_evaluation(
     unselected = latents.model_copy(update={"selection": Selection()})
     identity = {**identity_of(settings, latents=unselected), "evaluation": describe_evaluation(evaluation)}
     images = {"images": image_bounds(latents)}
-    builds: tuple[tuple[Callable[[list[UnitManifest]], Iterable[Any]], PipelineStage], ...] = (
-        (
-            partial(_captions, evaluation, settings),
-            PipelineStage(build=FingerprintCaptions, arguments={}, pool=settings.readers),
-        ),
-        (
-            partial(_images, evaluation, settings),
-            PipelineStage(build=FingerprintImages, arguments=images, pool=settings.readers),
-        ),
+    stage = partial(PipelineStage, pool=settings.readers)
+    builds: tuple[tuple[Pending, PipelineStage], ...] = (
+        (partial(_captions, evaluation, settings), stage(build=FingerprintCaptions, arguments={})),
+        (partial(_images, evaluation, settings), stage(build=FingerprintImages, arguments=images)),
         (
             partial(_images, evaluation, settings, prefix=_CENTER_CROP),
-            PipelineStage(
-                build=FingerprintImages, arguments={**images, "middle": True}, pool=settings.readers
-            ),
+            stage(build=FingerprintImages, arguments={**images, "middle": True}),
         ),
         (partial(_shards, evaluation), read_stage(settings, latents=unselected)),
     )
-    for pending, stage in builds:
+    for pending, reader in builds:
         table = build_table(
             url,
             settings,
             schema=FINGERPRINTS,
             identity=identity,
             pending=pending,
-            stages=[stage],
-            count_rows=_unknown,
+            stages=[reader],
+            # The parts are read one after the other, and their total is not known before.
+            count_rows=lambda _: None,
             **options,
         )
     return table
-
-
-def _unknown(_items: Sequence[Any]) -> None:
-    """No count: the parts are read one after the other, and their total is not known before."""
 
 
 def describe_evaluation(evaluation: EvaluationSet) -> dict[str, Any]:

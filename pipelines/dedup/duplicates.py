@@ -19,17 +19,8 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-import pyarrow.compute as pc
-
-from pipelines.dedup.matching import (
-    REASON_ORDER,
-    BlockIndex,
-    RankBounds,
-    exact_matches,
-    near_matches,
-    near_phashes,
-    phash_blocks,
-)
+from pipelines.dedup import matching
+from pipelines.dedup.matching import REASON_ORDER, BlockIndex, RankBounds
 from pipelines.dedup.settings import Deduplication
 from pipelines.dedup.workers import Segment, VerdictWriter, keys_of, phashes_of
 from pipelines.ray_data.shuffle import Read, Rows, read_on_ray
@@ -71,24 +62,19 @@ def find_duplicates(
             fingerprints of different methods are compared; or if another run has committed a round meanwhile.
     """
     identity = identity_of(settings, fingerprints=fingerprints, evaluation=evaluation, against=against)
-    table = create_table(url, schema=DUPLICATES, identity=identity)
-    table = restore_manifests(table)
+    table = restore_manifests(create_table(url, schema=DUPLICATES, identity=identity))
     known, new = _known_and_new(table, fingerprints)
     if not new:
         return table
     evaluated = [] if evaluation is None else evaluation.units
     before = [*evaluated, *(file for other in against for file in other.units), *known]
     segments = _segments(before, new, fingerprints.manifests())
-    bounds = RankBounds(
-        evaluation_end=sum(file.rows for file in evaluated), new_begin=segments[len(before)].begin
-    )
+    evaluation_end = sum(file.rows for file in evaluated)
+    bounds = RankBounds(evaluation_end=evaluation_end, new_begin=segments[len(before)].begin)
     number = 1 + max((round_of(file.unit) for file in table.units), default=0)
+    settings_digest, inputs = digest(table.identity), _round_digest(segments)
     writer = VerdictWriter(
-        url=table.url,
-        number=number,
-        settings=digest(table.identity),
-        inputs=_round_digest(segments),
-        segments=segments,
+        url=table.url, number=number, settings=settings_digest, inputs=inputs, segments=segments
     )
     matches = _matches(settings, segments, bounds=bounds, read=read)
     named = matches.map(writer.with_segment).grouped(writer.named, by="segment")
@@ -98,9 +84,7 @@ def find_duplicates(
     written = [pickle.loads(file) for rows in tables for file in rows.column("written").to_pylist()]
     # Sorted, so that a repeated round writes the same log entry.
     if not commit_round(url, sorted(written, key=lambda file: file.path), number=number, origin=origin):
-        raise TableError(
-            f"another run has committed round {number} of {url} meanwhile; run again for the rest"
-        )
+        raise TableError(f"another run has committed round {number} of {url}; run again for the rest")
     return open_table(url)
 
 
@@ -121,10 +105,7 @@ def identity_of(
             raise TableError(f"{table.url} holds fingerprints of another method; make a new table of them")
     return {
         "kind": "duplicates",
-        "url": settings.url,
-        "image": settings.image,
-        "caption": settings.caption,
-        "max_hamming": settings.max_hamming,
+        **settings.model_dump(include={"url", "image", "caption", "max_hamming"}),
         "fingerprints": fingerprints.identity,
         "evaluation": evaluation
         and {"of": evaluation.identity["evaluation"], "content": content_digest(evaluation)},
@@ -134,17 +115,14 @@ def identity_of(
 
 def content_digest(table: Snapshot) -> str:
     """SHA-256 of a table's units and the hashes of their files, independent of its URL and later versions."""
-    units = {file.unit for file in table.units}
-    records = table.unit_records()
-    return digest([[record["unit"], record["sha256"]] for record in records if record["unit"] in units])
+    return digest([[record["unit"], record["sha256"]] for record in table.unit_records()])
 
 
 def count_verdicts(table: Snapshot) -> dict[str, int]:
     """The number of duplicates by reason."""
-    counts: Counter[str] = Counter()
+    counts: Counter[str | None] = Counter()
     for file in table.units:
-        for pair in pc.value_counts(table.read_unit(file, ["verdict"]).column("verdict")).to_pylist():
-            counts[pair["values"]] += pair["counts"]
+        counts.update(table.read_unit(file, ["verdict"]).column("verdict").to_pylist())
     return {reason: counts[reason] for reason in REASON_ORDER if counts[reason]}
 
 
@@ -166,22 +144,16 @@ def _segments(
 ) -> list[Segment]:
     files = [*before, *new]
     begins = accumulate((file.rows for file in files), initial=0)
+    units = [*[None] * len(before), *(Unit.of(manifests[file.unit]) for file in new)]
     return [
-        Segment(
-            path=file.path,
-            begin=begin,
-            rows=file.rows,
-            new_unit=Unit.of(manifests[file.unit]) if index >= len(before) else None,
-        )
-        for index, (file, begin) in enumerate(zip(files, begins, strict=False))
+        Segment(path=file.path, begin=begin, rows=file.rows, new_unit=unit)
+        for file, begin, unit in zip(files, begins, units, strict=False)
     ]
 
 
 def _round_digest(segments: Sequence[Segment]) -> str:
     """The inputs of a round as a hash of 16 digits."""
-    inputs = [
-        [segment.path.rpartition("/")[2], segment.rows, segment.new_unit is not None] for segment in segments
-    ]
+    inputs = [[one.path.rpartition("/")[2], one.rows, one.new_unit is not None] for one in segments]
     return digest(inputs)[:16]
 
 
@@ -194,13 +166,14 @@ def _matches(settings: Deduplication, segments: Sequence[Segment], *, bounds: Ra
 
     # Up to three exact keys a row.
     keys = read(segments, partial(keys_of, parts=num_parts(3)))
-    matches = keys.grouped(partial(exact_matches, bounds=bounds, kinds=settings.kinds), by="part")
+    matches = keys.grouped(partial(matching.exact_matches, bounds=bounds, kinds=settings.kinds), by="part")
     if settings.max_hamming is None:
         return matches
     index = BlockIndex.for_rows(rows, max_hamming=settings.max_hamming)
     parts = num_parts(len(index))
     phashes = read(segments, partial(phashes_of, parts=parts))
     if settings.max_hamming > 0:
-        blocks = phashes.grouped(partial(phash_blocks, index=index, parts=parts), by="part")
-        phashes = phashes.union(blocks.grouped(partial(near_phashes, index=index, parts=parts), by="part"))
-    return matches.union(phashes.grouped(partial(near_matches, bounds=bounds), by="part"))
+        blocks = phashes.grouped(partial(matching.phash_blocks, index=index, parts=parts), by="part")
+        near = blocks.grouped(partial(matching.near_phashes, index=index, parts=parts), by="part")
+        phashes = phashes.union(near)
+    return matches.union(phashes.grouped(partial(matching.near_matches, bounds=bounds), by="part"))

@@ -11,8 +11,9 @@ from typing import Any, Unpack
 
 import pyarrow as pa
 
-from pipelines.datasets.build import BuildOptions, build_table, packed
+from pipelines.datasets.build import BuildOptions, build_table
 from pipelines.datasets.latents import pending_shards, replayed_shard, rows_left
+from pipelines.datasets.recompute import packed
 from pipelines.datasets.settings import LatentsSettings
 from pipelines.dedup.settings import FingerprintsSettings
 from pipelines.ray_data.execution import PipelineStage
@@ -85,15 +86,15 @@ def recomputer(
 ) -> Recompute:
     """Recomputes units of FINGERPRINTS for `verify_table`: reads their shards again and hashes them."""
     settings = FingerprintsSettings(rows_per_unit=table.identity["rows_per_unit"])
-    latents = LatentsSettings.parse(
-        {name: table.identity[name] for name in ("shards", "selection", "images")}
-    )
+    latents = LatentsSettings.parse({key: table.identity[key] for key in ("shards", "selection", "images")})
     sources = {f"{source}/{shard.name}": shard for shard in shards}
 
     def recompute(manifest: UnitManifest, _rows: pa.Table) -> FinishedRows:
+        """Compute the rows of one unit again; see `Recompute`."""
         work, recorded, isolate = replayed_shard(manifest, shards=sources, filters=filters)
-        reader = FingerprintShard(**_reader_arguments(settings, latents, recorded))
-        return next(reader(work, isolate=isolate))
+        read = read_stage(settings, latents=latents, filters=recorded).create()
+        finished: FinishedRows = next(read(work, isolate=isolate))
+        return finished
 
     return packed(FINGERPRINTS, recompute)
 
@@ -102,22 +103,16 @@ def read_stage(
     settings: FingerprintsSettings, *, latents: LatentsSettings, filters: Sequence[RowFilter] = ()
 ) -> PipelineStage:
     """The stage that reads and hashes shards."""
-    arguments = _reader_arguments(settings, latents, filters)
-    return PipelineStage(build=FingerprintShard, arguments=arguments, pool=settings.readers)
-
-
-def image_bounds(latents: LatentsSettings) -> ImageBounds:
-    """The settings of LATENTS that decide which images are usable; cropping is no part of them."""
-    return ImageBounds(min_side=latents.images.min_side, max_pixels=latents.images.max_pixels)
-
-
-def _reader_arguments(
-    settings: FingerprintsSettings, latents: LatentsSettings, filters: Sequence[RowFilter]
-) -> dict[str, Any]:
-    return {
+    arguments = {
         "rows_per_unit": settings.rows_per_unit,
         "shards": latents.shards,
         "images": image_bounds(latents),
         "selection": latents.selection,
         "filters": tuple(filters),
     }
+    return PipelineStage(build=FingerprintShard, arguments=arguments, pool=settings.readers)
+
+
+def image_bounds(latents: LatentsSettings) -> ImageBounds:
+    """The settings of LATENTS that decide which images are usable; cropping is no part of them."""
+    return ImageBounds(min_side=latents.images.min_side, max_pixels=latents.images.max_pixels)

@@ -23,13 +23,7 @@ PHASHES = pa.schema([("part", pa.int32()), ("phash", pa.int64()), ("rank", pa.in
 """A row's perceptual hash and rank; where `near`, the first rank of a hash within `max_hamming` bits."""
 
 BLOCKS = pa.schema(
-    [
-        ("part", pa.int32()),
-        ("choice", pa.int16()),
-        ("bits", pa.int64()),
-        ("phash", pa.int64()),
-        ("rank", pa.int64()),
-    ]
+    {"part": pa.int32(), "choice": pa.int16(), "bits": pa.int64(), "phash": pa.int64(), "rank": pa.int64()}
 )
 """Perceptual hashes with their first rank, by the bits of a choice of their blocks."""
 
@@ -48,11 +42,7 @@ REASON_ORDER: Final = (
 
 _NEAR: Final = REASON_ORDER.index("near_duplicate_image")
 _DUPLICATE_REASONS: Final = {URL: "duplicate_url", IMAGE: "duplicate_image", CAPTION: "duplicate_caption"}
-_EVALUATION_REASONS: Final = {
-    URL: "evaluation_image",
-    IMAGE: "evaluation_image",
-    CAPTION: "evaluation_caption",
-}
+_EVAL_REASONS: Final = {URL: "evaluation_image", IMAGE: "evaluation_image", CAPTION: "evaluation_caption"}
 _BITS: Final = 64
 # Comparing two hashes takes nanoseconds, moving one to its group a hundred times as long.
 _FULL_GROUP: Final = 256
@@ -118,49 +108,38 @@ def exact_matches(table: pa.Table, *, bounds: RankBounds, kinds: frozenset[int])
 
     A key of the evaluation set counts whatever its kind; another one only if its kind is among `kinds`.
     """
-    kind, key, rank = (table.column(name).to_numpy() for name in ("kind", "key", "rank"))
-    by = np.lexsort((rank, key, kind))
-    kind, key, rank = kind[by], key[by], rank[by]
+    kind, key, rank = _sorted_columns(table, "kind", "key", "rank")
     first = rank[_run_starts(kind, key)]
     in_evaluation = first < bounds.evaluation_end
     counts = in_evaluation | np.isin(kind, sorted(kinds))
     matched = (rank >= bounds.new_begin) & (first < rank) & counts
-    codes = np.where(in_evaluation, _codes(_EVALUATION_REASONS)[kind], _codes(_DUPLICATE_REASONS)[kind])
+    codes = np.where(in_evaluation, _codes(_EVAL_REASONS)[kind], _codes(_DUPLICATE_REASONS)[kind])
     return _matches(rank[matched], codes[matched], first[matched])
 
 
 def phash_blocks(table: pa.Table, *, index: BlockIndex, parts: int) -> pa.Table:
     """`PHASHES` to `BLOCKS`: each hash once, with its first rank, under each choice of its blocks."""
-    phash, rank = table.column("phash").to_numpy(), table.column("rank").to_numpy()
-    by = np.lexsort((rank, phash))
-    phash, rank = phash[by], rank[by]
+    phash, rank = _sorted_columns(table, "phash", "rank")
     firsts = np.unique(_run_starts(phash))
     phash, rank = phash[firsts], rank[firsts]
     return pa.concat_tables(
-        [
-            _blocks_of_choice(phash, rank, choice=choice, mask=mask, parts=parts)
-            for choice, mask in enumerate(index.masks)
-        ]
+        _blocks_of_choice(phash, rank, choice=choice, mask=mask, parts=parts)
+        for choice, mask in enumerate(index.masks)
     )
 
 
 def near_phashes(table: pa.Table, *, index: BlockIndex, parts: int) -> pa.Table:
     """`BLOCKS` to `PHASHES`: each hash with the first rank of those near it, if that is before its own."""
-    choice, bits, phash, rank = (table.column(name).to_numpy() for name in BLOCKS.names[1:])
-    by = np.lexsort((rank, phash, bits, choice))
-    choice, bits, phash, rank = choice[by], bits[by], phash[by], rank[by]
+    choice, bits, phash, rank = _sorted_columns(table, "choice", "bits", "phash", "rank")
     nearest = _nearest(_run_starts(choice, bits), phash.view(np.uint64), rank, max_hamming=index.max_hamming)
     earlier = nearest < rank
-    phash, nearest = phash[earlier], nearest[earlier]
-    near = np.ones(len(phash), bool)
-    return phash_table(phash, nearest, near=near, parts=parts)
+    near = np.ones(np.count_nonzero(earlier), bool)
+    return phash_table(phash[earlier], nearest[earlier], near=near, parts=parts)
 
 
 def near_matches(table: pa.Table, *, bounds: RankBounds) -> pa.Table:
     """`PHASHES` of both kinds to `MATCHES`: each new row with the first row that looks like it."""
-    phash, rank, near = (table.column(name).to_numpy() for name in ("phash", "rank", "near"))
-    by = np.lexsort((rank, phash))
-    phash, rank, near = phash[by], rank[by], near[by]
+    phash, rank, near = _sorted_columns(table, "phash", "rank", "near")
     first = rank[_run_starts(phash)]
     matched = ~near & (rank >= bounds.new_begin) & (first < rank)
     codes = np.where(first < bounds.evaluation_end, REASON_ORDER.index("evaluation_image"), _NEAR)
@@ -169,9 +148,7 @@ def near_matches(table: pa.Table, *, bounds: RankBounds) -> pa.Table:
 
 def first_reasons(table: pa.Table) -> pa.Table:
     """`MATCHES` to one match per row, ordered by rank: of its first reason the earliest row."""
-    rank, reason, of = (table.column(name).to_numpy() for name in MATCHES.names)
-    by = np.lexsort((of, reason, rank))
-    rank, reason, of = rank[by], reason[by], of[by]
+    rank, reason, of = _sorted_columns(table, "rank", "reason", "of")
     firsts = np.unique(_run_starts(rank))
     return _matches(rank[firsts], reason[firsts], of[firsts])
 
@@ -212,6 +189,13 @@ def _nearest(begins: np.ndarray, phash: np.ndarray, rank: np.ndarray, *, max_ham
         nearest[near] = np.minimum(nearest[near], rank[near + step])
         nearest[near + step] = np.minimum(nearest[near + step], rank[near])
     return nearest
+
+
+def _sorted_columns(table: pa.Table, *names: str) -> list[np.ndarray]:
+    """The columns of these names, with the rows sorted by all of them, the first one foremost."""
+    columns = [table.column(name).to_numpy() for name in names]
+    by = np.lexsort(columns[::-1])
+    return [column[by] for column in columns]
 
 
 def _run_starts(*columns: np.ndarray) -> np.ndarray:

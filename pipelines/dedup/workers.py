@@ -14,15 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.dedup.matching import (
-    EXACT_KEYS,
-    MATCHES,
-    PHASHES,
-    REASON_ORDER,
-    exact_key_table,
-    first_reasons,
-    phash_table,
-)
+from pipelines.dedup.matching import MATCHES, REASON_ORDER, exact_key_table, first_reasons, phash_table
 from pipelines.dedup.settings import CAPTION, IMAGE, URL
 from pipelines.tables.commits import WrittenUnit, write_unit
 from pipelines.tables.schemas import DUPLICATES
@@ -60,18 +52,15 @@ def keys_of(segment: Segment, *, parts: int) -> pa.Table:
         IMAGE: pa.array(map(_leading_bits, rows.column("image_sha256").to_pylist()), pa.int64()),
         CAPTION: rows.column("caption_key"),
     }
-    tables = [
+    return pa.concat_tables(
         exact_key_table(kind, *_ranked(column, segment), parts=parts) for kind, column in columns.items()
-    ]
-    return pa.concat_tables([EXACT_KEYS.empty_table(), *tables])
+    )
 
 
 def phashes_of(segment: Segment, *, parts: int) -> pa.Table:
     """The perceptual hashes of a unit's rows."""
     phash, rank = _ranked(_columns(segment, ["phash"]).column("phash"), segment)
-    return pa.concat_tables(
-        [PHASHES.empty_table(), phash_table(phash, rank, near=np.zeros(len(phash), bool), parts=parts)]
-    )
+    return phash_table(phash, rank, near=np.zeros(len(phash), bool), parts=parts)
 
 
 def _ranked(column: pa.Array | pa.ChunkedArray, segment: Segment) -> tuple[np.ndarray, np.ndarray]:

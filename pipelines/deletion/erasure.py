@@ -52,12 +52,9 @@ def old_sibling_files(url: str) -> list[str]:
     for name in SIBLINGS:
         location = f"{url}.{name}"
         live, logged = set(live_names(open_delta(location))), _logged_names(location)
+        old = (file for file in list_parquet(location) if file not in live)
         # A file that is neither in the log nor named as a rewrite is about to be committed by another job.
-        paths += [
-            f"{location}/{file}"
-            for file in list_parquet(location)
-            if file not in live and (file in logged or file.startswith(REWRITTEN_PREFIX))
-        ]
+        paths += [f"{location}/{file}" for file in old if file in logged or file.startswith(REWRITTEN_PREFIX)]
     return paths
 
 

@@ -90,13 +90,13 @@ def _by_columns(shard: Shard, keys: DeletionKeys) -> _Matches:
         hashes = [name for name in HASH_COLUMNS if name in rows.schema.names]
         if "key" not in rows.schema.names or not (hashes if keys.hashes else urls):
             raise CorruptParquetError("no column of keys, URLs or hashes")
-        for batch in rows.batches(["key", *urls, *hashes], batch_rows=_BATCH_ROWS):
+        names = ["key", *urls, *hashes]
+        for batch in rows.batches(names, batch_rows=_BATCH_ROWS):
             if not isinstance(batch, RowBatch):
                 continue  # torn rows have no values to compare
-            columns = {name: batch.values(name) for name in ("key", *urls, *hashes)}
-            for row, key in enumerate(columns["key"]):
-                row_urls = [value for name in urls if isinstance(value := columns[name][row], str)]
-                row_hashes = [value for name in hashes if (value := columns[name][row]) is not None]
+            for key, *values in zip(*map(batch.values, names), strict=True):
+                row_urls = [url for url in values[: len(urls)] if isinstance(url, str)]
+                row_hashes = [value for value in values[len(urls) :] if value is not None]
                 yield printable(f"{shard.name}/{key}"), keys.find(urls=row_urls, hashes=row_hashes)
 
 

@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.datasets.pairs import withhold_deleted
+from pipelines.datasets.latents import file_hashes
+from pipelines.datasets.pairs import captions_in, withhold_deleted
 from pipelines.deletion.table_matches import DELETION_ORDER, Match, base_id, find_matches, is_derived
-from pipelines.rejections import Rejection
-from pipelines.sources.captions import Caption, captions_digest
+from pipelines.rejections import Rejected
+from pipelines.sources.captions import Caption, CaptionRow, captions_digest
 from pipelines.storage.objects import read_bytes
 from pipelines.tables.commits import (
     WrittenUnit,
@@ -91,17 +93,13 @@ def delete_rows(urls: Sequence[str], keys: DeletionKeys) -> list[Removal]:
     for _ in range(_MAX_ROUNDS):
         if not _round(removals, keys):
             return list(removals.values())
-    raise TableError(
-        f"after {_MAX_ROUNDS} rounds other jobs still add deleted rows; run again when they have ended"
-    )
+    raise TableError(f"after {_MAX_ROUNDS} rounds other jobs still add deleted rows; run again after them")
 
 
 def _round(removals: Mapping[str, Removal], keys: DeletionKeys) -> bool:
     """Write new files for all tables, then commit them; whether there was anything to do."""
     tables = {url: open_table(url) for url in removals}
-    by_kind = {
-        kind: [url for url, removal in removals.items() if removal.kind == kind] for kind in DELETION_ORDER
-    }
+    by_kind = {kind: [url for url, one in removals.items() if one.kind == kind] for kind in DELETION_ORDER}
     changes: dict[str, list[_Change]] = {}
     for url in (*by_kind["latents"], *by_kind["duplicates"], *by_kind["fingerprints"]):
         changes[url] = [_rewrite(tables[url], match) for match in find_matches(tables[url], keys)]
@@ -132,28 +130,20 @@ def _commit(removal: Removal, changes: Sequence[_Change]) -> bool:
 
 def _rewrite(table: Snapshot, match: Match, *, source_digest: str | None = None) -> _Change:
     """Write the unit's file without the matches; nothing is committed yet."""
-    manifest, rows = match.manifest, _read(match.file)
+    manifest, rows = match.manifest, _read(match.file.path)
     ids, ordinals = rows["id"].to_pylist(), manifest.ordinals()
-    deleted = [
-        Rejection(
-            id=_redact(ids[index], derived=is_derived(table)),
-            source=manifest.source,
-            reason="forgotten",
-            detail="",
-            ordinal=ordinals[index],
-        )
+    redact = partial(_redact, derived=is_derived(table))
+    forgotten, rejections = Rejected("forgotten"), list(manifest.rejections)
+    for index in match.rejections:
+        rejections[index] = replace(rejections[index], id=redact(rejections[index].id), detail="")
+    rejections += [
+        forgotten.record(id=redact(ids[index]), source=manifest.source, ordinal=ordinals[index])
         for index in match.rows
-    ]
-    earlier = [
-        replace(rejection, id=_redact(rejection.id, derived=is_derived(table)), detail="")
-        if index in match.rejections
-        else rejection
-        for index, rejection in enumerate(manifest.rejections)
     ]
     manifest = replace(
         manifest,
-        rows_written=manifest.rows_written - len(deleted),
-        rejections=(*earlier, *deleted),
+        rows_written=manifest.rows_written - len(match.rows),
+        rejections=tuple(rejections),
         source_digest=source_digest or manifest.source_digest,
     )
     path = f"{table.url}/{revised_name(match.file.unit, manifest.to_json())}"
@@ -168,8 +158,8 @@ def _redact(id_: str, *, derived: bool) -> str:
     return f"{redacted_id(base)}{mark}{draw}"
 
 
-def _read(file: UnitFile) -> pa.Table:
-    return pq.read_table(pa.BufferReader(read_bytes(file.path)))
+def _read(path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    return pq.read_table(pa.BufferReader(read_bytes(path)), columns=columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,13 +198,9 @@ class _PlannedLatents:
 
 
 def _planned_files(table: Snapshot, changes: Sequence[_Change]) -> dict[str, _PlannedFile]:
-    hashes = {record["unit"]: record["sha256"] for record in table.unit_records()}
+    hashes = file_hashes(table)
     files = {
-        file.unit: _PlannedFile(
-            path=file.path,
-            sha256=hashes.get(file.unit) or read_written_unit(file.path).sha256,
-            replaced=bool(file.revision),
-        )
+        file.unit: _PlannedFile(path=file.path, sha256=hashes[file.unit], replaced=bool(file.revision))
         for file in table.units
     }
     for change in changes:
@@ -228,40 +214,32 @@ def _plan_targets(table: Snapshot, keys: DeletionKeys, *, latents: _PlannedLaten
     manifests = table.manifests()
     for file in table.units:
         manifest = manifests.get(file.unit) or read_written_unit(file.path).manifest
-        match = matches.get(file.unit)
-        source_digest = _new_source_digest(file, match, manifest, latents.candidates(table, manifest))
-        if match is not None or source_digest is not None:
-            match = match or Match(file=file, manifest=manifest)
+        match = matches.get(file.unit) or Match(file=file, manifest=manifest)
+        source_digest = _new_source_digest(match, latents.candidates(table, manifest))
+        if match or source_digest is not None:
             yield _rewrite(table, match, source_digest=source_digest)
 
 
-def _new_source_digest(
-    file: UnitFile, match: Match | None, manifest: UnitManifest, candidates: Sequence[_PlannedFile]
-) -> str | None:
+def _new_source_digest(match: Match, candidates: Sequence[_PlannedFile]) -> str | None:
     """The hash of the replacing LATENTS file, for a unit of TARGETS that states that of a replaced one.
 
     Without it the next job would refuse the unit, as made from other LATENTS.
     """
-    if manifest.source_digest in {candidate.sha256 for candidate in candidates}:
-        return None
-    fitting = (
-        candidate
-        for candidate in candidates
-        if candidate.replaced and _has_same_latents(file, match, candidate)
-    )
-    return next((candidate.sha256 for candidate in fitting), None)
+    if match.manifest.source_digest not in {candidate.sha256 for candidate in candidates}:
+        for candidate in candidates:
+            if candidate.replaced and _has_same_latents(match, candidate):
+                return candidate.sha256
+    return None
 
 
-def _has_same_latents(file: UnitFile, match: Match | None, candidate: _PlannedFile) -> bool:
+def _has_same_latents(match: Match, candidate: _PlannedFile) -> bool:
     """Whether the remaining rows of a unit of TARGETS have the latents of a file of LATENTS."""
-    rows = _read(file).select(["id", "latent"]).to_pydict()
-    removed = set(match.rows) if match else set()
-    source = pq.read_table(pa.BufferReader(read_bytes(candidate.path)), columns=["id", "latent"]).to_pydict()
+    rows, source = (_read(path, ["id", "latent"]).to_pydict() for path in (match.file.path, candidate.path))
     latents = dict(zip(source["id"], source["latent"], strict=True))
     return all(
         latents.get(base_id(id_)) == latent
         for index, (id_, latent) in enumerate(zip(rows["id"], rows["latent"], strict=True))
-        if index not in removed
+        if index not in match.rows
     )
 
 
@@ -272,7 +250,7 @@ def _plan_pairs(
     for match in find_matches(table, keys):
         manifest = match.manifest
         lost = {base_id(one.id) for one in manifest.rejections if one.reason in _MODEL_REASONS}
-        captions = _captions_of(manifest, _read(match.file), texts=latents.captions(lost))
+        captions = _captions_of(manifest, _read(match.file.path), texts=latents.captions(lost))
         source_digest = None
         if captions_digest(captions) == manifest.source_digest:
             source_digest = captions_digest(withhold_deleted(captions, keys))
@@ -284,22 +262,14 @@ def _plan_pairs(
         yield _rewrite(table, match, source_digest=source_digest)
 
 
-def _captions_of(
-    manifest: UnitManifest, rows: pa.Table, *, texts: Mapping[str, str]
-) -> list[Caption | Rejection]:
+def _captions_of(manifest: UnitManifest, rows: pa.Table, *, texts: Mapping[str, str]) -> list[CaptionRow]:
     """The part of the caption list from which a unit of PAIRS was generated, reconstructed."""
-    captions: list[Caption | Rejection] = [
-        Caption(id=row["source_id"], ordinal=ordinal, text=row["caption"])
-        for ordinal, row in zip(
-            manifest.ordinals(), rows.select(["source_id", "caption"]).to_pylist(), strict=True
-        )
-    ]
+    captions: list[CaptionRow] = [*captions_in(rows, manifest.ordinals())]
     for rejection in manifest.rejections:
         base = base_id(rejection.id)
         if base in texts:
             captions.append(Caption(id=base, ordinal=rejection.ordinal, text=texts[base]))
-        elif rejection.reason in ("forgotten", *_MODEL_REASONS):
-            captions.append(replace(rejection, id=base, reason="withheld"))
         else:
-            captions.append(replace(rejection, id=base))
+            is_lost = rejection.reason in ("forgotten", *_MODEL_REASONS)
+            captions.append(replace(rejection, id=base, reason="withheld" if is_lost else rejection.reason))
     return sorted(captions, key=lambda caption: caption.ordinal)

@@ -84,16 +84,14 @@ def find_matches(table: Snapshot, keys: DeletionKeys) -> list[Match]:
     """
     if not supports_deletion(table):
         kind = table.identity["kind"]
-        raise TableError(
-            f"{table.url} holds {kind}; rows are deleted from {', '.join(DELETION_ORDER)} of a run"
-        )
+        raise TableError(f"{table.url} holds {kind}; rows are deleted from {', '.join(DELETION_ORDER)}")
     manifests = table.manifests()
 
     def match(file: UnitFile) -> Match:
         # A unit whose manifest is not restored yet has it in its own file.
         manifest = manifests.get(file.unit) or read_written_unit(file.path).manifest
-        rows = table.read_unit(file, _COLUMNS[table.identity["kind"]])
-        return _match(file, manifest, rows.to_pydict(), keys, derived=is_derived(table))
+        kind = table.identity["kind"]
+        return _match(kind, file, manifest, table.read_unit(file, _COLUMNS[kind]), keys)
 
     with ThreadPoolExecutor(IO_THREADS) as readers:
         return [found for found in readers.map(match, table.units) if found]
@@ -114,48 +112,31 @@ def count_matches(table: Snapshot, keys: DeletionKeys) -> int:
 def file_matches(table: Snapshot, rows: pa.Table, manifest: UnitManifest, keys: DeletionKeys) -> bool:
     """Whether a file of such a table, even of an old version, has something on the list."""
     file = UnitFile(unit=manifest.unit, path="", rows=rows.num_rows, size=0)
-    columns = rows.select(_COLUMNS[table.identity["kind"]]).to_pydict()
-    return bool(_match(file, manifest, columns, keys, derived=is_derived(table)))
+    return bool(_match(table.identity["kind"], file, manifest, rows, keys))
 
 
-def _match(
-    file: UnitFile,
-    manifest: UnitManifest,
-    rows: Mapping[str, list[Any]],
-    keys: DeletionKeys,
-    *,
-    derived: bool,
-) -> Match:
-    empty = [None] * len(rows["id"])
-    names_of_rows = zip(
-        rows["id"], rows.get("source_id", empty), rows.get("image_sha256", empty), strict=True
-    )
-    matched_rows = {
-        index: entries
-        for index, names in enumerate(names_of_rows)
-        if (entries := _entries_of_row(keys, *names, derived=derived))
-    }
-    matched_rejections = {
-        index: entries
-        for index, rejection in enumerate(manifest.rejections)
-        if (entries := _entries_of_rejection(keys, rejection, derived=derived))
-    }
-    ids = [rows["id"][index] for index in matched_rows]
-    ids += [manifest.rejections[index].id for index in matched_rejections]
+def _match(kind: str, file: UnitFile, manifest: UnitManifest, rows: pa.Table, keys: DeletionKeys) -> Match:
+    derived, records = kind in _DERIVED, rows.select(_COLUMNS[kind]).to_pylist()
+    of_rows = [_entries_of_row(keys, row, derived=derived) for row in records]
+    of_rejections = [_entries_of_rejection(keys, row, derived=derived) for row in manifest.rejections]
+    rows_found = tuple(index for index, entries in enumerate(of_rows) if entries)
+    rejections_found = tuple(index for index, entries in enumerate(of_rejections) if entries)
+    ids = [records[index]["id"] for index in rows_found]
+    ids += [manifest.rejections[index].id for index in rejections_found]
     return Match(
         file=file,
         manifest=manifest,
-        rows=tuple(matched_rows),
-        rejections=tuple(matched_rejections),
+        rows=rows_found,
+        rejections=rejections_found,
         ids=frozenset(base_id(id_) if derived else id_ for id_ in ids),
-        entries=frozenset().union(*matched_rows.values(), *matched_rejections.values()),
+        entries=frozenset().union(*of_rows, *of_rejections),
     )
 
 
-def _entries_of_row(
-    keys: DeletionKeys, id_: str, source_id: str | None, sha256: str | None, *, derived: bool
-) -> set[Entry]:
-    ids = {id_, source_id or id_, base_id(id_) if derived else id_}
+def _entries_of_row(keys: DeletionKeys, row: Mapping[str, Any], *, derived: bool) -> set[Entry]:
+    """The entries that name a row of `_COLUMNS`, of which no kind of table has all."""
+    id_, sha256 = row["id"], row.get("image_sha256")
+    ids = {id_, row.get("source_id") or id_, base_id(id_) if derived else id_}
     # Ids are compared as URLs too: some caption lists have URLs for ids.
     return keys.find(ids=ids, urls=ids, hashes=() if sha256 is None else (sha256,))
 
@@ -165,4 +146,4 @@ def _entries_of_rejection(keys: DeletionKeys, rejection: Rejection, *, derived: 
     if rejection.id.startswith(REDACTED_PREFIX) or rejection.reason == "withheld":
         return set()
     urls = [word for word in rejection.detail.split() if "://" in word]
-    return _entries_of_row(keys, rejection.id, None, None, derived=derived) | keys.find(urls=urls)
+    return _entries_of_row(keys, {"id": rejection.id}, derived=derived) | keys.find(urls=urls)

@@ -90,11 +90,8 @@ def _list_files(location: str) -> list[tuple[str, int, float]]:
     filesystem, path = fsspec.core.url_to_fs(location)
     filesystem.invalidate_cache()
     entries = with_retries(location, lambda: filesystem.ls(path, detail=True))
-    return sorted(
-        (entry["name"].rpartition("/")[2], int(entry["size"]), _modified(entry))
-        for entry in entries
-        if entry["type"] == "file"
-    )
+    files = [entry for entry in entries if entry["type"] == "file"]
+    return sorted((file["name"].rpartition("/")[2], int(file["size"]), _modified(file)) for file in files)
 
 
 def _modified(entry: dict[str, Any]) -> float:

@@ -38,6 +38,10 @@ class PipelineStage:
     pool: Pool
     give_up: Callable[[Any], Any] | None = None
 
+    def create(self) -> Callable[..., Any]:
+        """The stage itself, in this process."""
+        return self.build(**self.arguments)
+
 
 Runner = Callable[[Iterable[Any], list[PipelineStage]], Iterator[Any]]
 """Sends items through stages and yields the results; jobs use `run_on_ray`."""
@@ -107,14 +111,14 @@ class _StageActor:
         self.stage = stage
         self.attempts = attempts
         self.clock = StageClock(stage.build.__name__)
-        self.work = stage.build(**stage.arguments)
+        self.work = stage.create()
         self.clock.wait()
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
         key = str(batch["key"][0])
         # Counted before the work: Ray repeats the task of a worker that died; only this count survives it.
         attempt = ray.get(self.attempts.begin.remote(self.number, key))
-        results = self._pickled(batch["item"][0], attempt)
+        results = map(pickle.dumps, self._results(batch["item"][0], attempt))
         for index in itertools.count():
             # Between two results the next stage's backpressure may suspend the actor: that is not busy time.
             with self.clock.busy():
@@ -123,10 +127,8 @@ class _StageActor:
                 return
             yield {"item": [result], "key": [f"{key}.{index}"]}
 
-    def _pickled(self, item: bytes, attempt: int) -> Iterator[bytes]:
-        yield from map(pickle.dumps, self._results(pickle.loads(item), attempt))
-
-    def _results(self, item: Any, attempt: int) -> Iterator[Any]:  # noqa: ANN401
+    def _results(self, pickled: bytes, attempt: int) -> Iterator[Any]:
+        item = pickle.loads(pickled)
         if attempt > MAX_ATTEMPTS:
             if self.stage.give_up is None:
                 name = type(self.work).__name__
@@ -136,7 +138,4 @@ class _StageActor:
         # A stage that can isolate its rows, at some cost, does so once the item has killed a worker.
         work = getattr(self.work, "isolated", self.work) if attempt > 1 else self.work
         result = work(item)
-        if isinstance(result, Iterator):
-            yield from result
-        else:
-            yield result
+        yield from result if isinstance(result, Iterator) else [result]

@@ -13,11 +13,7 @@ from typing import Any, Protocol, Self
 import pyarrow as pa
 import ray
 from ray.data import DataContext
-from ray.data.context import (
-    DEFAULT_TARGET_MAX_BLOCK_SIZE,
-    DEFAULT_TARGET_MIN_BLOCK_SIZE,
-    ShuffleStrategy,
-)
+from ray.data.context import DEFAULT_TARGET_MAX_BLOCK_SIZE, DEFAULT_TARGET_MIN_BLOCK_SIZE, ShuffleStrategy
 
 TableFunction = Callable[[pa.Table], pa.Table]
 
@@ -29,19 +25,15 @@ class Rows(Protocol):
 
     def map(self, function: TableFunction) -> Self:
         """Apply `function` to each table."""
-        ...
 
     def grouped(self, function: TableFunction, *, by: str) -> Self:
         """Apply `function` to each group: all rows with the same number in column `by`."""
-        ...
 
     def union(self, other: Self) -> Self:
         """These rows and those."""
-        ...
 
     def tables(self) -> Iterator[pa.Table]:
         """All tables, in this process; for small results."""
-        ...
 
 
 Read = Callable[[Sequence[Any], Callable[[Any], pa.Table]], Rows]

@@ -49,6 +49,10 @@ class Caption:
     text: str
 
 
+CaptionRow = Caption | Rejection
+"""A row of a caption list: usable, or rejected."""
+
+
 @dataclass(frozen=True)
 class _RawRow:
     """An unchecked row: the format's own values, or why it cannot be parsed."""

@@ -116,8 +116,7 @@ class Blocklist:
                 term = " ".join(words[start : start + length])
                 if term in self.terms:
                     raise Rejected("blocked_term", term)
-        found = self._unspaced and self._unspaced.search(" ".join(words))
-        if found:
+        if found := self._unspaced and self._unspaced.search(" ".join(words)):
             raise Rejected("blocked_term", found[0])
 
 

@@ -30,20 +30,17 @@ def buckets_of(settings: Buckets, *, size: int, step: int) -> tuple[Shape, ...]:
     Raises:
         SettingsError: if the bounds exclude the square.
     """
-    if settings.min_side is not None and settings.min_side > size:
-        raise SettingsError(
-            f"{_BUCKETS_SETTING}.min_side is {settings.min_side}; at most the size, {size}, is accepted"
-        )
-    if settings.max_side is not None and settings.max_side < size:
-        raise SettingsError(
-            f"{_BUCKETS_SETTING}.max_side is {settings.max_side}; at least the size, {size}, is accepted"
-        )
+    least, most = settings.min_side, settings.max_side
+    if least is not None and least > size:
+        raise SettingsError(f"{_BUCKETS_SETTING}.min_side is {least}; at most the size, {size}, is accepted")
+    if most is not None and most < size:
+        raise SettingsError(f"{_BUCKETS_SETTING}.max_side is {most}; at least the size, {size}, is accepted")
     wide = []
     for width in range(size, size * size // step + 1, step):
         height = size * size // width // step * step
         if width > settings.max_aspect * height:
             break  # wider ones are lower still
-        if (settings.max_side or width) >= width and (settings.min_side or height) <= height:
+        if (most or width) >= width and (least or height) <= height:
             wide.append((height, width))
     tall = [(width, height) for height, width in reversed(wide) if height != width]
     return (*tall, *wide)

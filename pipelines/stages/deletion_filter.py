@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Final
 
 from pipelines.rejections import Rejected
 from pipelines.sources.links import Link
 from pipelines.sources.webdataset import Sample, Shard
-from pipelines.stages.row_filter import RowCheck
+from pipelines.stages.row_filter import RowCheck, RowFilter
 from pipelines.tables.deletion_list import DeletionKeys, DeletionList
 
 HASH_COLUMNS: Final = ("sha256", "md5", "hash")
 """Columns of hashes: img2dataset's of the downloaded bytes, and LAION's own number."""
 
 
-class DeletionFilter:
+class DeletionFilter(RowFilter):
     """Rejects rows on the deletion list by id, by URL and by any known hash of the image.
 
     No part of a table's identity: a deletion must not turn a table into another one.
@@ -53,12 +53,8 @@ class DeletionFilter:
     def __getstate__(self) -> dict[str, object]:
         return {"list": self.list}
 
-    def describe(self) -> Mapping[str, Any]:
-        """Nothing."""
-        return {}
 
-
-class RecordedDeletionFilter:
+class RecordedDeletionFilter(RowFilter):
     """Rejects the rows that were withheld when a unit was made, so that recomputing it gives the same bits.
 
     Args:
@@ -77,10 +73,6 @@ class RecordedDeletionFilter:
                 raise Rejected("withheld")
 
         return check
-
-    def describe(self) -> Mapping[str, Any]:
-        """Nothing."""
-        return {}
 
 
 def identifiers_of(sample: Sample) -> dict[str, list[Any]]:

@@ -10,10 +10,13 @@ import torch
 
 from pipelines.stages.settings import Device
 from pipelines.tables.units import FinishedRows, UnitRows
+from snapfusion.models.load import load
+from snapfusion.settings import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Rows = TypeVar("Rows", bound=UnitRows)
+StageSettings = TypeVar("StageSettings", bound=Settings)
 
 
 def prepare(device: Device) -> str:
@@ -25,23 +28,32 @@ def prepare(device: Device) -> str:
 
 def environment_of(device: Device) -> dict[str, Any]:
     """The environment recorded in a unit's manifest; within equal environments rows have equal bits."""
-    name = prepare(device)
-    kind = torch.cuda.get_device_name() if name == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {
-        "device": f"{name} {kind}",
-        "dtype": device.dtype,
-        "threads": device.threads,
-        "torch": torch.__version__,
-    }
+    kind = prepare(device)
+    model = torch.cuda.get_device_name() if kind == "cuda" else torch.backends.cpu.get_cpu_capability()
+    name = f"{kind} {model}"
+    return {"device": name, "dtype": device.dtype, "threads": device.threads, "torch": torch.__version__}
 
 
-class NetworkStage(ABC, Generic[Rows]):
-    """Base of the stages that run a network on all rows of a unit; each lives in an actor."""
+def batch_slices(rows: int, size: int) -> list[slice]:
+    """The batches of so many rows, in order; the last one may be smaller."""
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
-    def __init__(self, device: Device) -> None:
+
+class NetworkStage(ABC, Generic[Rows, StageSettings]):
+    """Base of the stages that run a model on all rows of a unit; each lives in an actor.
+
+    Args:
+        model: a source that `snapfusion.models.load` accepts.
+        settings: of the stage.
+        device: of the model.
+    """
+
+    def __init__(self, *, model: str, settings: StageSettings, device: Device) -> None:
+        self.settings = settings
         self.torch_device = prepare(device)
         self.dtype = DTYPES[device.dtype]
         self.environment = environment_of(device)
+        self.bundle = load(model, device=self.torch_device, dtype=self.dtype)
 
     @abstractmethod
     def columns(self, rows: Rows) -> tuple[dict[str, Any], list[bool]]:

@@ -40,9 +40,7 @@ class DuplicateFilter:
         """
         units = self._units[f"{self.source}/{shard.name}"]
         if not covers_source(manifest for manifest, _ in units):
-            raise TableError(
-                f"{self.url} has no verdicts on all rows of {shard.url}: run jobs.find_duplicates first"
-            )
+            raise TableError(f"{self.url} lacks verdicts on rows of {shard.url}: run jobs.find_duplicates")
         if any(manifest.source_digest != shard_digest(shard) for manifest, _ in units):
             raise TableError(f"{self.url} has verdicts on another shard of the name {shard.name}")
         duplicates: dict[str, tuple[str, str]] = {}
@@ -60,9 +58,7 @@ class DuplicateFilter:
 
     def describe(self) -> Mapping[str, Any]:
         """The rules for duplicates; not the version, because a verdict once given never changes."""
-        rules = {
-            name: value for name, value in self.identity.items() if name not in ("kind", "schema_version")
-        }
+        rules = {name: rule for name, rule in self.identity.items() if name not in ("kind", "schema_version")}
         return {"duplicates": rules}
 
     @cached_property

@@ -9,18 +9,12 @@ import numpy as np
 import torch
 
 from pipelines.stages.device import NetworkStage
-from pipelines.stages.settings import Device, Encoding
+from pipelines.stages.settings import Encoding
 from pipelines.tables.units import ImageRows, finite_rows, shape_batches
-from snapfusion.models.load import load
 
 
-class EncodeLatents(NetworkStage[ImageRows]):
+class EncodeLatents(NetworkStage[ImageRows, Encoding]):
     """Turns `ImageRows` into `FinishedRows` of LATENTS."""
-
-    def __init__(self, *, model: str, settings: Encoding, device: Device) -> None:
-        super().__init__(device)
-        self.settings = settings
-        self.bundle = load(model, device=self.torch_device, dtype=self.dtype)
 
     def columns(self, rows: ImageRows) -> tuple[dict[str, Any], list[bool]]:
         """Encode all rows of a unit."""

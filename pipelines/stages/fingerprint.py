@@ -6,9 +6,9 @@ import hashlib
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final, Unpack
+from typing import Any, Final
 
 import imagehash
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 from pipelines.rejections import Rejected, Rejection
 from pipelines.sources.webdataset import Sample
 from pipelines.stages.image import open_image
-from pipelines.stages.read import ReadOptions, ShardReader, ShardWork
+from pipelines.stages.read import ShardReader, ShardWork
 from pipelines.stages.settings import ImageBounds
 from pipelines.storage.objects import read_bytes
 from pipelines.tables.deletion_list import normalize_url
@@ -69,11 +69,14 @@ def image_hashes(data: bytes, *, images: ImageBounds) -> ImageHashes:
     return hashlib.sha256(data).hexdigest(), phash(data, images=images)
 
 
+@dataclass(kw_only=True)
 class FingerprintShard(ShardReader[ImageHashes, FinishedRows]):
     """Turns `ShardWork` into `FinishedRows` of FINGERPRINTS, a row for each usable row of the shard."""
 
-    def __init__(self, *, images: ImageBounds, **options: Unpack[ReadOptions]) -> None:
-        super().__init__(decode=partial(image_hashes, images=images), **options)
+    images: ImageBounds
+
+    def __post_init__(self) -> None:
+        self.decode = partial(image_hashes, images=self.images)
 
     def __call__(self, work: ShardWork, *, isolate: bool = False) -> Iterator[FinishedRows]:
         """Stream the shard once; memory holds one image and the keys of one unit."""
@@ -117,12 +120,8 @@ class FingerprintImages:
                 fingerprints.append((id_, name, None, None, *self._hashes(read_bytes(name))))
             except Rejected as rejected:
                 rejections.append(rejected.record(id=id_, source=rows.unit.source, ordinal=ordinal))
-        return FinishedRows(
-            unit=rows.unit,
-            columns=_columns(fingerprints),
-            rejections=rejections,
-            seconds=time.monotonic() - began,
-        )
+        columns, seconds = _columns(fingerprints), time.monotonic() - began
+        return FinishedRows(unit=rows.unit, columns=columns, rejections=rejections, seconds=seconds)
 
     def _hashes(self, data: bytes) -> tuple[str | None, int]:
         if not self.middle:
@@ -138,11 +137,8 @@ class FingerprintCaptions:
 
     def __call__(self, rows: CaptionRows) -> FinishedRows:
         """The keys of a unit's captions."""
-        ids = (f"{rows.unit.source}/{caption.id}" for caption in rows.captions)
-        fingerprints = [
-            (id_, id_, None, caption_key(caption.text), None, None)
-            for id_, caption in zip(ids, rows.captions, strict=True)
-        ]
+        texts = [(f"{rows.unit.source}/{caption.id}", caption.text) for caption in rows.captions]
+        fingerprints = [(id_, id_, None, caption_key(text), None, None) for id_, text in texts]
         return FinishedRows(unit=rows.unit, columns=_columns(fingerprints), rejections=rows.rejections)
 
 

@@ -8,22 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.stages.device import NetworkStage
+from pipelines.stages.device import NetworkStage, batch_slices
 from pipelines.stages.settings import Device, Generation
 from pipelines.tables.units import CaptionRows, finite_rows
 from snapfusion.models.bundle import Bundle, to_uint8
-from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import sample, time_grid
 
 
-class GeneratePairs(NetworkStage[CaptionRows]):
+class GeneratePairs(NetworkStage[CaptionRows, Generation]):
     """Turns `CaptionRows` into `FinishedRows` of PAIRS by the teacher."""
 
-    def __init__(self, *, teacher: str, settings: Generation, device: Device) -> None:
-        super().__init__(device)
-        self.settings = settings
-        self.bundle = load(teacher, device=self.torch_device, dtype=self.dtype)
+    def __init__(self, *, model: str, settings: Generation, device: Device) -> None:
+        super().__init__(model=model, settings=settings, device=device)
         self.bundle.resize(settings.size or self.bundle.image_size)
         self.c_null = self.bundle.null_condition()
         self.grid = time_grid(settings.steps, schedule_steps=self.bundle.schedule.num_steps)
@@ -49,25 +46,21 @@ class GeneratePairs(NetworkStage[CaptionRows]):
 
     def generate(self, token_ids: Tensor, keys: list[int]) -> tuple[np.ndarray, list[np.ndarray | None]]:
         """Latents float16 [n,4,h,w] and n images uint8 [H,W,3] (None if left out), batch by batch."""
-        size = self.settings.batch_size
-        spans = [slice(start, start + size) for start in range(0, len(keys), size)]
+        spans = batch_slices(len(keys), self.settings.batch_size)
         batches = [self.generate_batch(token_ids[span], keys[span]) for span in spans]
-        latents = [
-            np.empty((0, *self.bundle.latent_shape), np.float16),
-            *(batch.numpy() for batch, _ in batches),
-        ]
+        empty = np.empty((0, *self.bundle.latent_shape), np.float16)
+        latents = np.concatenate([empty, *(batch.numpy() for batch, _ in batches)])
         if not self.settings.images:
-            return np.concatenate(latents), [None] * len(keys)
-        return np.concatenate(latents), [image for _, images in batches for image in images]
+            return latents, [None] * len(keys)
+        return latents, [image for _, images in batches for image in images]
 
     @torch.inference_mode()
     def generate_batch(self, token_ids: Tensor, keys: list[int]) -> tuple[Tensor, np.ndarray]:
         """Latents float16 [B,4,h,w] on the CPU, and images uint8 [B,H,W,3] (empty if left out)."""
         bundle = self.bundle
         eps = gaussian_batch(keys, bundle.latent_shape).to(bundle.device)
-        denoiser = bundle.denoiser(
-            bundle.encode_text(token_ids), w=self.settings.guidance, c_null=self.c_null
-        )
+        c = bundle.encode_text(token_ids)
+        denoiser = bundle.denoiser(c, w=self.settings.guidance, c_null=self.c_null)
         latents = sample(denoiser, eps, grid=self.grid, schedule=bundle.schedule).half()
         if not self.settings.images:
             return latents.cpu(), np.empty(0)

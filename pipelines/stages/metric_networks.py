@@ -22,12 +22,8 @@ from snapfusion.models.checksums import file_hash
 
 def describe_features(settings: FeatureSettings) -> dict[str, Any]:
     """The identity of the features: the network, the SHA-256 of its weights, the resize kernel."""
-    identity = _describe(settings, bundled="oracle")
-    return (
-        identity
-        if settings.weights is None
-        else identity | {"resize": settings.resize, "side": INCEPTION_SIZE}
-    )
+    prepared = {} if settings.weights is None else {"resize": settings.resize, "side": INCEPTION_SIZE}
+    return _describe(settings, bundled="oracle") | prepared
 
 
 def describe_scorer(settings: ScorerSettings) -> dict[str, Any]:
@@ -36,13 +32,13 @@ def describe_scorer(settings: ScorerSettings) -> dict[str, Any]:
 
 
 def _describe(settings: FeatureSettings | ScorerSettings, *, bundled: str) -> dict[str, Any]:
-    weights = WEIGHTS / bundled / "model.safetensors" if settings.weights is None else _weights(settings)
-    return {"network": settings.network, "sha256": file_hash(weights)}
+    return {"network": settings.network, "sha256": file_hash(_weights(settings, bundled=bundled))}
 
 
-def _weights(settings: FeatureSettings | ScorerSettings) -> Path:
+def _weights(settings: FeatureSettings | ScorerSettings, *, bundled: str) -> Path:
+    """The file that the settings name, or that of a bundled network, which has none."""
     if settings.weights is None:
-        raise ValueError(f"{settings.network} needs a file of weights")
+        return WEIGHTS / bundled / "model.safetensors"
     return pinned_file(settings.weights, sha256=settings.sha256)
 
 
@@ -55,7 +51,8 @@ class FeatureReader:
             self._network = load_oracle().to(device)
             self._features = self._network.features
         else:
-            self._features = load_inception(_weights(settings), resize=settings.resize).to(device)
+            weights = _weights(settings, bundled="oracle")
+            self._features = load_inception(weights, resize=settings.resize).to(device)
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
@@ -64,22 +61,18 @@ class FeatureReader:
         return self._features(images.to(self.device)).float().cpu()
 
 
-class MetricNetworks:
+class MetricNetworks(FeatureReader):
     """All networks that score images, on one device."""
 
     def __init__(self, settings: MetricSettings, *, device: str) -> None:
-        self.device = device
-        self._reader = FeatureReader(settings.features, device=device)
+        super().__init__(settings.features, device=device)
         self._oracle = load_oracle().to(device) if settings.attribute_count else None
         if settings.scorer.network == "mini":
             self._scorer = load_scorer(WEIGHTS / "scorer")
         else:
-            self._scorer = open_clip_scorer(settings.scorer.network, weights=_weights(settings.scorer))
+            weights = _weights(settings.scorer, bundled="scorer")
+            self._scorer = open_clip_scorer(settings.scorer.network, weights=weights)
         self._scorer.model.to(device)
-
-    def features(self, images: Tensor) -> Tensor:
-        """float32 [B,D] on the CPU, of uint8 [B,3,H,W]."""
-        return self._reader.features(images)
 
     def clip(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Cosine of each image, uint8 [B,3,H,W], with its caption: float32 [B] on the CPU."""

@@ -6,9 +6,9 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, Generic, NotRequired, TypedDict, TypeVar, Unpack
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -73,40 +73,23 @@ def shard_digest(shard: Shard) -> str:
     return hashlib.sha256(f"{shard.name}\x1f{shard.size}".encode()).hexdigest()
 
 
-class ReadOptions(TypedDict):
-    """Keyword arguments that all readers of shards share; see `ShardReader`."""
+@dataclass(kw_only=True)
+class ShardReader(ABC, Generic[Decoded, Output]):
+    """Base of the stages that stream a shard: selects and decodes rows, and emits one output per unit.
+
+    Attributes:
+        rows_per_unit: ordinals of one unit.
+        shards: bounds on what is read.
+        selection: bounds on metadata and captions.
+        filters: reject rows beside the selection.
+        decode: of the encoded image; set by the subclass.
+    """
 
     rows_per_unit: int
     shards: ShardSettings
     selection: Selection
-    filters: NotRequired[Sequence[RowFilter]]
-
-
-class ShardReader(ABC, Generic[Decoded, Output]):
-    """Base of the stages that stream a shard: selects and decodes rows, and emits one output per unit.
-
-    Args:
-        rows_per_unit: ordinals of one unit.
-        shards: bounds on what is read.
-        selection: bounds on metadata and captions.
-        decode: of the encoded image.
-        filters: reject rows beside the selection.
-    """
-
-    def __init__(
-        self,
-        *,
-        rows_per_unit: int,
-        shards: ShardSettings,
-        selection: Selection,
-        decode: Decode[Decoded],
-        filters: Sequence[RowFilter] = (),
-    ) -> None:
-        self.rows_per_unit = rows_per_unit
-        self.shards = shards
-        self.selection = selection
-        self.decode = decode
-        self.filters = tuple(filters)
+    filters: Sequence[RowFilter] = ()
+    decode: Decode[Decoded] = field(init=False)
 
     @abstractmethod
     def row(self, id_: str, sample: Sample, decoded: Decoded) -> tuple[Any, ...]:
@@ -145,17 +128,10 @@ class ShardReader(ABC, Generic[Decoded, Output]):
             # One unit behind, because only the end of the shard tells which unit is the final one.
             if waiting is not None:
                 yield self.output(*waiting)
-            rows: list[tuple[Any, ...]] = []
-            rejections: list[Rejection] = []
-            ordinals = []
-            for sample in group:
-                ordinals.append(sample.ordinal)
-                row = self._read_row(work, sample, decode, checks)
-                if isinstance(row, Rejection):
-                    rejections.append(row)
-                else:
-                    rows.append(row)
-            waiting = work.unit(start=ordinals[0], stop=ordinals[-1] + 1), rows, rejections
+            read = [(sample.ordinal, self._read_row(work, sample, decode, checks)) for sample in group]
+            rows = [row for _, row in read if not isinstance(row, Rejection)]
+            rejections = [row for _, row in read if isinstance(row, Rejection)]
+            waiting = work.unit(start=read[0][0], stop=read[-1][0] + 1), rows, rejections
         if waiting is None and not work.committed:
             # A shard without rows is one empty unit, so that it counts as read.
             waiting = work.unit(start=0, stop=0), [], []
@@ -179,19 +155,20 @@ class ShardReader(ABC, Generic[Decoded, Output]):
             return rejected.record(id=id_, source=work.source, ordinal=sample.ordinal)
 
 
+@dataclass(kw_only=True)
 class ReadShard(ShardReader[np.ndarray, ImageRows]):
     """Turns `ShardWork` into `ImageRows`, one for each unit that is not committed yet.
 
-    Args:
+    Attributes:
         shapes: the (height, width) that images are cropped to, each to the one nearest to its aspect.
         images: bounds on images, and how they are cropped.
-        options: see `ShardReader`.
     """
 
-    def __init__(
-        self, *, shapes: Sequence[Shape], images: ImageSettings, **options: Unpack[ReadOptions]
-    ) -> None:
-        super().__init__(decode=CropImage(settings=images, shapes=tuple(shapes)), **options)
+    shapes: Sequence[Shape]
+    images: ImageSettings
+
+    def __post_init__(self) -> None:
+        self.decode = CropImage(settings=self.images, shapes=tuple(self.shapes))
 
     def row(self, id_: str, sample: Sample, decoded: np.ndarray) -> tuple[Any, ...]:
         """Id, source id, caption and image."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pipelines.rejections import Rejected, Rejection
-from pipelines.stages.device import environment_of, prepare
+from pipelines.stages.device import batch_slices, environment_of, prepare
 from pipelines.stages.image import decode_image
 from pipelines.stages.metric_networks import FeatureReader
 from pipelines.stages.settings import Device, FeatureSettings, ImageBounds
@@ -69,9 +69,6 @@ class ExtractFeatures:
 
     def extract(self, images: list[np.ndarray]) -> np.ndarray:
         """Features float32 [n,D] of images uint8 [S,S,3]."""
-        batches = [images[start : start + _BATCH_SIZE] for start in range(0, len(images), _BATCH_SIZE)]
-        features = [
-            self.reader.features(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous()).numpy()
-            for batch in batches
-        ]
+        pixels = (torch.from_numpy(np.stack(images[span])) for span in batch_slices(len(images), _BATCH_SIZE))
+        features = [self.reader.features(batch.permute(0, 3, 1, 2).contiguous()).numpy() for batch in pixels]
         return np.concatenate(features) if features else np.empty((0, 0), np.float32)

@@ -17,11 +17,10 @@ class RowFilter(Protocol):
 
     def for_shard(self, shard: Shard) -> RowCheck:
         """The check of this shard's samples; tables are read here, once a shard."""
-        ...
 
     def describe(self) -> Mapping[str, Any]:
-        """The part of a table's identity that this filter determines; may be empty."""
-        ...
+        """The part of a table's identity that this filter determines; nothing by default."""
+        return {}
 
 
 @runtime_checkable
@@ -30,11 +29,9 @@ class LinkFilter(Protocol):
 
     def check_link(self, link: Link) -> None:
         """Raise `Rejected` or let a link pass."""
-        ...
 
     def describe(self) -> Mapping[str, Any]:
         """As `RowFilter.describe`."""
-        ...
 
 
 def describe_filters(filters: Iterable[RowFilter | LinkFilter]) -> dict[str, Any]:

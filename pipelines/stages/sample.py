@@ -8,19 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.stages.device import NetworkStage
+from pipelines.stages.device import NetworkStage, batch_slices
 from pipelines.stages.metric_networks import MetricNetworks
 from pipelines.stages.settings import Device, MetricSettings, Sampler, SamplingSettings
 from pipelines.tables.units import PromptRows, finite_rows
 from snapfusion.models.blocks import skipping_blocks
 from snapfusion.models.bundle import to_uint8
 from snapfusion.models.decoder import load_decoder
-from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import sample, time_grid
 
 
-class SampleAndScore(NetworkStage[PromptRows]):
+class SampleAndScore(NetworkStage[PromptRows, SamplingSettings]):
     """Turns `PromptRows` into `FinishedRows` of SAMPLES.
 
     Latents are decoded by the model's own decoder, or by the half-width one in the folder `decoder`.
@@ -36,10 +35,8 @@ class SampleAndScore(NetworkStage[PromptRows]):
         device: Device,
         decoder: str | None = None,
     ) -> None:
-        super().__init__(device)
+        super().__init__(model=model, settings=sampling, device=device)
         self.sampler = sampler
-        self.sampling = sampling
-        self.bundle = load(model, device=self.torch_device, dtype=self.dtype)
         self.bundle.resize(sampling.size or self.bundle.image_size)
         self.decoder = None if decoder is None else load_decoder(decoder).to(self.torch_device, self.dtype)
         self.c_null = self.bundle.null_condition()
@@ -50,9 +47,8 @@ class SampleAndScore(NetworkStage[PromptRows]):
         """Sample and score all rows of a unit."""
         texts = [caption.text for caption in rows.captions]
         # No model, solver or guidance in the key: all start from the same noise.
-        keys = [noise_key("evaluation", self.sampling.seed, caption.id) for caption in rows.captions]
-        size = self.sampling.batch_size
-        spans = [slice(start, start + size) for start in range(0, len(keys), size)]
+        keys = [noise_key("evaluation", self.settings.seed, caption.id) for caption in rows.captions]
+        spans = batch_slices(len(keys), self.settings.batch_size)
         with skipping_blocks(self.bundle.unet, rows.without):
             batches = [self.sample_and_score(texts[span], keys[span], w=rows.w) for span in spans]
         columns: dict[str, Any] = {
@@ -66,7 +62,7 @@ class SampleAndScore(NetworkStage[PromptRows]):
             parts = [batch[name] for batch in batches]
             columns[name] = np.concatenate(parts) if parts else np.empty((0,))
         finite = columns.pop("finite").tolist()
-        if not self.sampling.images:
+        if not self.settings.images:
             columns["image"] = [None] * len(texts)
         return columns, finite
 

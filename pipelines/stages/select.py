@@ -98,16 +98,17 @@ def _is_latin(letter: str) -> bool:
 
 
 def _short_side(row: CandidateRow) -> float | None:
-    return min((side for side in _sides(row) if side is not None), default=None)
+    return min(_sides(row), default=None)
 
 
 def _aspect(row: CandidateRow) -> float | None:
-    width, height = _sides(row)
-    return None if width is None or height is None else max(width, height) / min(width, height)
+    sides = _sides(row)
+    return max(sides) / min(sides) if len(sides) == 2 else None
 
 
-def _sides(row: CandidateRow) -> tuple[float | None, float | None]:
-    return row.number("width"), row.number("height")
+def _sides(row: CandidateRow) -> list[float]:
+    """Width and height, as far as they are known."""
+    return [side for side in (row.number("width"), row.number("height")) if side is not None]
 
 
 def _refused_tag(row: CandidateRow, refused: tuple[str, ...]) -> str:

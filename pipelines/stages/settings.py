@@ -134,9 +134,7 @@ class _NetworkSettings(Settings):
     @model_validator(mode="after")
     def _has_weights(self) -> Self:
         if (self.network in ("oracle", "mini")) == (self.weights is not None):
-            raise ValueError(
-                "weights must be a file for inception and open_clip, and null for bundled networks"
-            )
+            raise ValueError("weights must be a file for inception and open_clip, null for bundled networks")
         return self
 
 

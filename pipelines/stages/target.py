@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -11,27 +12,20 @@ import torch
 from pipelines.stages.device import DTYPES, NetworkStage
 from pipelines.stages.settings import Device, TeacherSettings
 from pipelines.tables.units import LatentRows, finite_rows, shape_batches
-from snapfusion.models.load import load
 from snapfusion.training.batch import Batch
 from snapfusion.training.captions import CaptionEncoder, draw_caption_dropout
 from snapfusion.training.distillation_batch import OnlineTargets
 from snapfusion.training.draws import interval_ends, row_key
 
 
-class ComputeTargets(NetworkStage[LatentRows]):
+class ComputeTargets(NetworkStage[LatentRows, TeacherSettings]):
     """Turns `LatentRows` into `FinishedRows` of TARGETS by the teacher."""
 
-    def __init__(self, *, teacher: str, settings: TeacherSettings, device: Device) -> None:
-        super().__init__(device)
-        self.settings = settings
-        self.bundle = load(teacher, device=self.torch_device, dtype=self.dtype)
+    def __init__(self, *, model: str, settings: TeacherSettings, device: Device) -> None:
+        super().__init__(model=model, settings=settings, device=device)
+        captions = CaptionEncoder(self.bundle)
         # The class that also computes targets while training, so that both ways give equal targets.
-        self.targets = OnlineTargets(
-            self.bundle,
-            captions=CaptionEncoder(self.bundle),
-            settings=settings,
-            seed=settings.seed,
-        )
+        self.targets = OnlineTargets(self.bundle, captions=captions, settings=settings, seed=settings.seed)
 
     def columns(self, rows: LatentRows) -> tuple[dict[str, Any], list[bool]]:
         """Compute the targets of all rows of a unit."""
@@ -51,19 +45,14 @@ class ComputeTargets(NetworkStage[LatentRows]):
 
     def compute(self, rows: LatentRows) -> dict[str, list[Any]]:
         """The columns that are drawn or computed, in the rows' order; `w` is NaN in vanilla ones."""
-        columns: dict[str, dict[int, Any]] = {}
+        columns: dict[str, dict[int, Any]] = defaultdict(dict)
         for indices in shape_batches(rows.latents, self.settings.batch_size):
             latents = np.stack([rows.latents[index] for index in indices]).astype(np.float32)
-            batch = Batch(
-                ids=tuple(rows.ids[index] for index in indices),
-                columns={
-                    "latent": torch.from_numpy(latents),
-                    "token_ids": torch.from_numpy(rows.token_ids[indices].astype(np.int64)),
-                },
-            )
-            computed = self.compute_batch(batch, draw=rows.draw, guided=rows.guided)
-            for name, values in computed.items():
-                columns.setdefault(name, {}).update(zip(indices, values, strict=True))
+            token_ids = torch.from_numpy(rows.token_ids[indices].astype(np.int64))
+            ids = tuple(rows.ids[index] for index in indices)
+            batch = Batch(ids=ids, columns={"latent": torch.from_numpy(latents), "token_ids": token_ids})
+            for name, values in self.compute_batch(batch, draw=rows.draw, guided=rows.guided).items():
+                columns[name].update(zip(indices, values, strict=True))
         return {name: [values[index] for index in sorted(values)] for name, values in columns.items()}
 
     @torch.inference_mode()
@@ -72,9 +61,8 @@ class ComputeTargets(NetworkStage[LatentRows]):
         settings, n = self.settings, len(batch)
         keys = [row_key(settings.seed, id_, draw) for id_ in batch.ids]
         targets = self.targets.compute(batch.to(self.bundle.device), keys, guided=guided)
-        _, t2 = interval_ends(
-            targets.interval, student_steps=settings.student_steps, schedule=self.bundle.schedule
-        )
+        steps, schedule = settings.student_steps, self.bundle.schedule
+        _, t2 = interval_ends(targets.interval, student_steps=steps, schedule=schedule)
         dropped = draw_caption_dropout(keys, fraction=0.0 if guided else settings.caption_dropout)
         no_caption = self.bundle.tokenize([""])
         columns = {
