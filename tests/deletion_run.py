@@ -6,39 +6,23 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from in_process import in_process
+from latent_inputs import SETTINGS as LATENTS
+from latent_inputs import picture as image
+from pair_inputs import SETTINGS as PAIRS
+from target_inputs import SETTINGS as TARGETS
 
 from pipelines.datasets.latents import encode_latents
 from pipelines.datasets.pairs import captions_of, generate_pairs, withhold_deleted
-from pipelines.datasets.settings import LatentsSettings, PairsSettings, TargetsSettings
 from pipelines.datasets.targets import compute_targets
 from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.sources.webdataset import list_shards
 from pipelines.stages.deletion_filter import DeletionFilter
-from pipelines.stages.settings import Generation, ImageSettings, TeacherSettings
 from pipelines.tables.deletion_list import DeletionKeys, DeletionList, normalize_url, sha256_key
-from pipelines.tables.schemas import to_png
 from pipelines.tables.table import Snapshot, open_table
-from snapfusion.training.settings import CfgRange
 
-LATENTS = LatentsSettings(rows_per_unit=4, images=ImageSettings(min_side=8))
-TARGETS = TargetsSettings(
-    teaching=TeacherSettings(
-        student_steps=4, k=2, cfg_range=CfgRange(low=1.0, high=6.0), caption_dropout=0.3, batch_size=3, seed=7
-    ),
-    draws=2,
-    cfg_probability=0.5,
-)
-PAIRS = PairsSettings(generation=Generation(steps=4, guidance=2.0, batch_size=3, seed=7), rows_per_unit=4)
 ROWS = 10
 TABLES = ("latents", "targets", "pairs")
-
-
-def image(number: int) -> bytes:
-    """An image that no other number has, as PNG."""
-    pixels = np.random.Generator(np.random.Philox(number)).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    return to_png(pixels)
 
 
 def url_of(shard: int, row: int) -> str:

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from in_process import in_process
 
 from pipelines.datasets.latents import encode_latents
@@ -13,7 +15,9 @@ from pipelines.datasets.settings import LatentsSettings
 from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.sources.webdataset import list_shards
 from pipelines.stages.settings import ImageSettings
+from pipelines.tables.manifest import read_manifest, to_parquet
 from pipelines.tables.schemas import to_png
+from pipelines.tables.verification import verify_table
 
 SETTINGS = LatentsSettings(rows_per_unit=4, images=ImageSettings(min_side=8))
 
@@ -53,6 +57,24 @@ def first_units(count: int):
 
 def data_files(url: Path | str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(Path(url).glob("*.parquet"))}
+
+
+def verify(table, recompute, *, units: int = 99):
+    return verify_table(table, recompute=recompute, units=units, seed=0)
+
+
+def with_column(rows: pa.Table, name: str, values: list) -> pa.Table:
+    index = rows.schema.get_field_index(name)
+    field = rows.schema.field(index)
+    return rows.set_column(index, field, pa.array(values, field.type))
+
+
+def forge(path: Path, *, column: str, values: list | None = None) -> None:
+    """Give a column other values, or swap its first two: a well-formed file with a true manifest."""
+    manifest, rows = read_manifest(path.read_bytes()), pq.read_table(path)
+    first, second, *others = rows[column].to_pylist()
+    forged = with_column(rows, column, values or [second, first, *others])
+    path.write_bytes(to_parquet(forged, manifest))
 
 
 def copy_table(table, url: Path) -> Path:

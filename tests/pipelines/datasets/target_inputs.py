@@ -11,7 +11,10 @@ from pipelines.datasets.settings import TargetsSettings
 from pipelines.stages.settings import TeacherSettings
 from pipelines.stages.target import ComputeTargets
 from pipelines.tables.units import FinishedRows, LatentRows
-from snapfusion.training.settings import CfgRange
+from snapfusion.models.load import load
+from snapfusion.training.captions import CaptionEncoder
+from snapfusion.training.distillation_batch import OnlineTargets
+from snapfusion.training.settings import CfgRange, TargetSettings
 
 SETTINGS = TargetsSettings(
     teaching=TeacherSettings(
@@ -21,6 +24,13 @@ SETTINGS = TargetsSettings(
     cfg_probability=0.5,
 )
 """Each unit of LATENTS once vanilla and once guided."""
+
+
+def online_targets(teacher: str, settings: TargetSettings) -> OnlineTargets:
+    """The targets that a training computes, of the draws of `SETTINGS`."""
+    bundle = load(teacher)
+    seed = SETTINGS.teaching.seed
+    return OnlineTargets(bundle, captions=CaptionEncoder(bundle), settings=settings, seed=seed)
 
 
 class DyingTeacher(ComputeTargets):

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import itertools
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from in_process import in_process
+from latent_inputs import encode, verify
 from memory_table import ids, take
 from target_inputs import SETTINGS as TARGETS
+from target_inputs import online_targets
 
-from pipelines.datasets.latents import encode_latents, recomputer
+from pipelines.datasets.latents import recomputer
 from pipelines.datasets.settings import LatentsSettings
 from pipelines.datasets.targets import compute_targets
 from pipelines.datasets.targets import recomputer as targets_recomputer
 from pipelines.loading.branches import BranchLoader, branch_and_draw
-from pipelines.loading.buckets import (
-    BucketLoader,
-    count_training_rows,
-    is_bucketed,
-    make_loader,
-)
+from pipelines.loading.buckets import BucketLoader, count_training_rows, is_bucketed, make_loader
 from pipelines.loading.loader import BatchLoader, to_batch
 from pipelines.loading.settings import LoaderSettings
 from pipelines.sources.shards import ShardRow, write_shard
@@ -33,7 +30,6 @@ from pipelines.stages.settings import Buckets, Encoding, ImageSettings
 from pipelines.tables.schemas import array_type, read_arrays, to_png
 from pipelines.tables.table import TableError
 from pipelines.tables.units import finite_rows, keep_where
-from pipelines.tables.verification import verify_table
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian
 from snapfusion.settings import SettingsError
@@ -55,27 +51,17 @@ def image(number: int) -> bytes:
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     for index in range(2):
+        images = [b"no picture" if n == 5 else image(n + index) for n in range(12)]
         rows = [
-            ShardRow(
-                image=b"no picture" if n == 5 else image(n + index),
-                caption=f"number {n}",
-                url=f"http://o/{n}",
-            )
-            for n in range(12)
+            ShardRow(image=data, caption=f"number {n}", url=f"http://o/{n}") for n, data in enumerate(images)
         ]
         write_shard(str(folder), rows, index=index, extension="png", rows_per_shard=100)
     return str(folder)
 
 
-def encode(url, shards, model, settings=SETTINGS):
-    return encode_latents(
-        settings, model=model, shards=list_shards(shards), source="web", url=str(url), run=in_process
-    )
-
-
 @pytest.fixture(scope="module")
 def latents(shards, tiny_teacher, tmp_path_factory):
-    return encode(tmp_path_factory.mktemp("latents") / "latents", shards, tiny_teacher)
+    return encode(tmp_path_factory.mktemp("latents") / "latents", shards, tiny_teacher, settings=SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +79,8 @@ def test_unit_of_several_shapes_is_one_file(latents):
     for account in latents.manifests().values():
         assert account.rows_read == account.rows_written + len(account.rejections)
     rows = latents.read()
-    assert rows["id"].to_pylist() == [
-        f"web/{s:05d}/{s:05d}{n:02d}" for s in (0, 1) for n in range(12) if n != 5
-    ]
+    expected = [f"web/{s:05d}/{s:05d}{n:02d}" for s in (0, 1) for n in range(12) if n != 5]
+    assert rows["id"].to_pylist() == expected
     assert rows.schema.field("latent").metadata == {b"shape": b"4,*,*", b"dtype": b"<f2", b"cell": b"2"}
     assert {rows.schema.field(side).type for side in ("height", "width")} == {pa.int32()}
 
@@ -120,40 +105,43 @@ def test_latent_is_that_of_the_cropped_image(latents, tiny_teacher):
 
 
 def test_table_without_buckets_has_no_sides(shards, tiny_teacher, tmp_path):
-    plain = encode(tmp_path / "plain", shards, tiny_teacher, SETTINGS.with_values(["images.buckets=null"]))
+    settings = SETTINGS.with_values(["images.buckets=null"])
+    plain = encode(tmp_path / "plain", shards, tiny_teacher, settings=settings)
     rows = plain.read()
     assert rows.schema.names == ["id", "source_id", "caption", "token_ids", "latent"]
     assert rows.schema.field("latent").metadata == {b"shape": b"4,8,8", b"dtype": b"<f2"}
     assert not is_bucketed(plain.identity)
     with pytest.raises(TableError, match=r"images\.buckets\.?\w* is"):
-        encode(plain.url, shards, tiny_teacher)
+        encode(plain.url, shards, tiny_teacher, settings=SETTINGS)
 
 
 @pytest.mark.parametrize("size", [8, 24])
 def test_images_may_have_another_size(shards, tiny_teacher, tmp_path, size):
     settings = SETTINGS.with_values(["images.buckets=null", f"images.size={size}"])
-    table = encode(tmp_path / "sized", shards, tiny_teacher, settings)
+    table = encode(tmp_path / "sized", shards, tiny_teacher, settings=settings)
     kind = array_type(table.read().schema.field("latent"))
     assert kind.shape == (4, size // 2, size // 2)
-    recompute = recomputer(table, model=tiny_teacher, shards=list_shards(shards), source="web")
-    report = verify_table(table, recompute=recompute, units=9, seed=0)
+    report = verify(table, recomputer(table, model=tiny_teacher, shards=list_shards(shards), source="web"))
     assert (report.recomputed, report.exact, report.faults) == (4, 4, ())
 
 
-@pytest.mark.parametrize("size", [18, 2])
-def test_size_must_be_a_multiple_of_granularity(shards, tiny_teacher, tmp_path, size):
-    with pytest.raises(SettingsError, match=rf"^latents\.images\.size is {size}; multiples of 4"):
-        encode(tmp_path / "x", shards, tiny_teacher, SETTINGS.with_values([f"images.size={size}"]))
-
-
-def test_largest_bucket_bounds_rows_per_unit(shards, tiny_teacher, tmp_path):
-    with pytest.raises(SettingsError, match=r"^latents\.rows_per_unit is 180000; images of 16 px"):
-        encode(tmp_path / "x", shards, tiny_teacher, SETTINGS.with_values(["rows_per_unit=180000"]))
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        ("images.size=18", r"images\.size is 18; multiples of 4"),
+        ("images.size=2", r"images\.size is 2; multiples of 4"),
+        # The largest bucket's pixels bound the rows.
+        ("rows_per_unit=180000", "rows_per_unit is 180000; images of 16 px"),
+    ],
+)
+def test_unfit_size_or_unit_is_refused(shards, tiny_teacher, tmp_path, change, refusal):
+    with pytest.raises(SettingsError, match=rf"^latents\.{refusal}"):
+        encode(tmp_path / "x", shards, tiny_teacher, settings=SETTINGS.with_values([change]))
 
 
 def test_bucketed_latents_are_recomputed_exactly(latents, shards, tiny_teacher):
     recompute = recomputer(latents, model=tiny_teacher, shards=list_shards(shards), source="web")
-    report = verify_table(latents, recompute=recompute, units=9, seed=0)
+    report = verify(latents, recompute)
     assert (report.recomputed, report.exact, report.faults, report.notes) == (4, 4, (), ())
 
 
@@ -185,49 +173,31 @@ def test_targets_have_the_shapes_of_latents(targets, latents, tiny_teacher):
     assert rows.num_rows == 2 * latents.num_rows
     for row, x_target in zip(rows.to_pylist(), read_arrays(rows, "x_target"), strict=True):
         parent = known[row["id"].rpartition("#")[0]]
-        assert [row[name] for name in ("latent", "height", "width", "source_id")] == [
-            parent[name] for name in ("latent", "height", "width", "source_id")
-        ]
+        for name in ("latent", "height", "width", "source_id"):
+            assert row[name] == parent[name]
         assert x_target.shape == (4, row["height"] // 2, row["width"] // 2)
         assert row["noise_key"] == row_key(7, parent["id"], row["draw"])
 
 
 def test_target_is_independent_of_other_shapes(targets, latents, tiny_teacher):
-    """Each of its own shape and noise, held to the teacher asked by itself."""
-    from snapfusion.training.captions import CaptionEncoder
-    from snapfusion.training.distillation_batch import OnlineTargets
-
-    bundle, teaching = load(tiny_teacher), TARGETS.teaching
-    lessons = OnlineTargets(
-        bundle,
-        captions=CaptionEncoder(bundle),
-        settings=teaching,
-        seed=teaching.seed,
-    )
-    parent = latents.units[1]
+    """Each has its own shape and noise, and is as if it were computed alone."""
+    online, parent = online_targets(tiny_teacher, TARGETS.teaching), latents.units[1]
     rows = latents.read_unit(parent)
     unit = next(file for file in targets.units if file.unit.endswith(parent.unit))
     guided, draw = branch_and_draw(unit.unit)
     stored = read_arrays(targets.read_unit(unit), "x_target")
     for number, latent in enumerate(read_arrays(rows, "latent")):
-        one = replace(
-            to_batch(rows.slice(number, 1).select(["id", "token_ids"])),
-            columns={
-                "latent": torch.from_numpy(latent.astype(np.float32))[None],
-                "token_ids": torch.from_numpy(
-                    np.frombuffer(rows["token_ids"][number].as_py(), "<i4").astype(np.int64)
-                )[None],
-            },
-        )
+        one = to_batch(rows.slice(number, 1).select(["id", "token_ids"]))
+        one.columns["latent"] = torch.from_numpy(latent.astype(np.float32))[None]
         key = row_key(7, rows["id"][number].as_py(), draw)
-        lesson = lessons.compute(one, [key], guided=guided)
-        assert torch.equal(lesson.eps[0], gaussian(key, latent.shape))
-        np.testing.assert_allclose(stored[number], lesson.x_target[0].numpy(), rtol=2e-2, atol=2e-2)
+        computed = online.compute(one, [key], guided=guided)
+        assert torch.equal(computed.eps[0], gaussian(key, latent.shape))
+        np.testing.assert_allclose(stored[number], computed.x_target[0].numpy(), rtol=2e-2, atol=2e-2)
 
 
 def test_bucketed_targets_are_recomputed_exactly(targets, latents, tiny_teacher):
     recompute = targets_recomputer(targets, teacher=tiny_teacher, latents=latents)
-    report = verify_table(targets, recompute=recompute, units=4, seed=1)
+    report = verify(targets, recompute, units=4)
     assert (report.recomputed, report.exact, report.faults) == (4, 4, ())
 
 
@@ -249,14 +219,9 @@ def test_bucketed_targets_load_in_one_shape_each(targets):
         return step % 3 == 1
 
     def made():
-        return BranchLoader(
-            targets,
-            guided=guided,
-            global_batch=4,
-            seed=0,
-            settings=LoaderSettings(window_units=2, held_out=0.2),
-            counts=count_training_rows(targets, held_out=0.2),
-        )
+        counts = count_training_rows(targets, held_out=0.2)
+        settings = LoaderSettings(window_units=2, held_out=0.2)
+        return BranchLoader(targets, guided=guided, global_batch=4, seed=0, settings=settings, counts=counts)
 
     whole = take(made(), count=24)
     whole_ids = [batch.ids for batch in whole]
@@ -273,6 +238,4 @@ def test_bucketed_targets_load_in_one_shape_each(targets):
     for branch in (True, False):
         kept = list(made().held_out(guided=branch, rows=3))
         assert all(("w" in batch.columns) == branch for batch in kept)
-        assert not {row for batch in kept for row in batch.ids} & {
-            row for batch in whole for row in batch.ids
-        }
+        assert not set(itertools.chain(*whole_ids)) & {row for batch in kept for row in batch.ids}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_bundle
 from delta_opens import record_opens
-from latent_inputs import SETTINGS, encode, first_units, make_shards, picture
+from latent_inputs import SETTINGS, encode, first_units, make_shards, picture, verify
 from PIL import Image
 from poison import KilledBy, poison_of
 
@@ -23,7 +23,6 @@ from pipelines.stages.settings import ImageSettings
 from pipelines.tables.manifest import total_rejected
 from pipelines.tables.schemas import read_array
 from pipelines.tables.table import TableError, open_table
-from pipelines.tables.verification import verify_table
 from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.settings import SettingsError
@@ -41,16 +40,12 @@ def latents(shards, tiny_teacher, tmp_path_factory):
 
 def test_every_row_is_written_or_rejected(latents):
     assert latents.num_rows == 18
-    assert [(row["id"], row["reason"]) for row in latents.rejected_rows()] == [
-        ("web/00000/0000003", "not_an_image"),
-        ("web/00001/0000103", "not_an_image"),
-    ]
+    reasons = {row["id"]: row["reason"] for row in latents.rejected_rows()}
+    assert reasons == {"web/00000/0000003": "not_an_image", "web/00001/0000103": "not_an_image"}
     manifests = latents.manifests().values()
     assert sum(manifest.rows_read for manifest in manifests) == 20
-    assert sorted(manifest.unit for manifest in manifests if manifest.final) == [
-        "web-00000-000008-000010",
-        "web-00001-000008-000010",
-    ]
+    final = {manifest.unit for manifest in manifests if manifest.final}
+    assert final == {"web-00000-000008-000010", "web-00001-000008-000010"}
 
 
 def test_latent_is_scaled_posterior_mean(latents, tiny_teacher):
@@ -126,24 +121,17 @@ def test_torn_shard_keeps_rows_before_the_tear(tiny_teacher, tmp_path):
 
 
 def test_similar_shard_names_give_different_units():
-    names = [
-        ShardWork(shard=Shard(url="", name=name, size=1), source=f"web/{name}", committed=())
-        .unit(start=0, stop=1)
-        .name
-        for name in ("a b", "a_b", "a/b", "a-b")
-    ]
-    assert len(set(names)) == 4
+    names = set()
+    for name in ("a b", "a_b", "a/b", "a-b"):
+        work = ShardWork(shard=Shard(url="", name=name, size=1), source=f"web/{name}", committed=())
+        names.add(work.unit(start=0, stop=1).name)
+    assert len(names) == 4
     assert all("/" not in name and " " not in name for name in names)
 
 
 def test_image_that_kills_its_process_is_rejected_alone(shards):
-    stage = ReadShard(
-        shapes=((16, 16),),
-        rows_per_unit=4,
-        shards=SETTINGS.shards,
-        images=SETTINGS.images,
-        selection=SETTINGS.selection,
-    )
+    names = ("rows_per_unit", "shards", "images", "selection")
+    stage = ReadShard(shapes=((16, 16),), **{name: getattr(SETTINGS, name) for name in names})
     stage.decode = KilledBy(poison_of(picture(1)), size=16)
     [work, *_] = pending_shards(list_shards(str(shards)), [], source="web")
     units = list(stage.isolated(work))
@@ -159,17 +147,16 @@ def test_too_large_unit_is_refused(shards, tiny_teacher, tmp_path):
 
 
 def test_units_are_recomputed_from_shards(latents, shards, tiny_teacher, tmp_path):
-    def verify(model: str, folder):
-        recompute = recomputer(latents, model=model, shards=list_shards(str(folder)), source="web")
-        return verify_table(latents, recompute=recompute, units=99, seed=0)
+    def recompute(model: str, folder):
+        return recomputer(latents, model=model, shards=list_shards(str(folder)), source="web")
 
-    found = verify(tiny_teacher, shards)
+    found = verify(latents, recompute(tiny_teacher, shards))
     assert (found.recomputed, found.exact, found.faults, found.notes) == (6, 6, (), ())
-    part = verify(tiny_teacher, make_shards(tmp_path / "one", shards=1))
+    part = verify(latents, recompute(tiny_teacher, make_shards(tmp_path / "one", shards=1)))
     assert (part.recomputed, len(part.notes)) == (3, 3)
     save(tiny_bundle(seed=3), tmp_path / "other")
     with pytest.raises(TableError, match="another VAE"):
-        verify(str(tmp_path / "other"), shards)
+        recompute(str(tmp_path / "other"), shards)
 
 
 def test_images_of_all_modes_are_encoded(tiny_teacher, tmp_path):
@@ -186,8 +173,7 @@ def test_images_of_all_modes_are_encoded(tiny_teacher, tmp_path):
 class RejectsOneRow:
     """A `RowFilter` that rejects one row."""
 
-    def __init__(self, row_id: str) -> None:
-        self.row_id = row_id
+    row_id = "web/00001/0000105"
 
     def for_shard(self, shard):
         def check(_sample, row_id: str) -> None:
@@ -201,13 +187,12 @@ class RejectsOneRow:
 
 
 def test_filter_rejects_and_is_part_of_identity(shards, tiny_teacher, tmp_path):
-    row_filter = RejectsOneRow("web/00001/0000105")
+    row_filter = RejectsOneRow()
     table = encode(tmp_path / "latents", shards, tiny_teacher, filters=[row_filter])
     assert table.num_rows == 17
     (row,) = [row for row in table.rejected_rows() if row["reason"] == "unsafe"]
     assert (row["id"], row["detail"]) == (row_filter.row_id, "of 00001")
     inputs = {"model": tiny_teacher, "shards": list_shards(str(shards)), "source": "web"}
-    recompute = recomputer(table, filters=[row_filter], **inputs)
-    assert not verify_table(table, recompute=recompute, units=6, seed=0).faults
+    assert not verify(table, recomputer(table, filters=[row_filter], **inputs)).faults
     with pytest.raises(TableError, match="refuses"):
         encode(tmp_path / "latents", shards, tiny_teacher)

@@ -29,13 +29,8 @@ from pipelines.stages.settings import ImageSettings, Selection
 
 SIDE = 512
 SELECTION = Selection(min_width=256, min_aesthetic=5.0, max_watermark=0.8, max_unsafe=0.5)
-READER = {
-    "shapes": ((SIDE, SIDE),),
-    "rows_per_unit": 64,
-    "shards": ShardSettings(),
-    "images": ImageSettings(),
-    "selection": SELECTION,
-}
+BOUNDS = {"shards": ShardSettings(), "images": ImageSettings(), "selection": SELECTION}
+READER = {"shapes": ((SIDE, SIDE),), "rows_per_unit": 64, **BOUNDS}
 
 
 def photograph(n: int, *, size: tuple[int, int]) -> bytes:

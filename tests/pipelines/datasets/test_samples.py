@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from in_process import in_process
-from latent_inputs import data_files
+from latent_inputs import data_files, verify
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -28,7 +28,6 @@ from pipelines.stages.settings import (
 )
 from pipelines.tables.schemas import from_png
 from pipelines.tables.table import TableError
-from pipelines.tables.verification import verify_table
 from snapfusion.metrics.clip import load_scorer
 from snapfusion.metrics.inception import Inception
 from snapfusion.metrics.moments import Moments
@@ -51,23 +50,15 @@ SAMPLER = Sampler(solver="dpm++", steps=3)
 CUTS = {"attention": ("mid_block.attentions.0",), "two": ("down_blocks.0.resnets.1", "up_blocks.2.resnets.1")}
 
 
-def generate(url, *, sampler=SAMPLER, guidance=(2.0,), captions=CAPTIONS, **more):
+def generate(url, **inputs):
+    defaults = {"sampler": SAMPLER, "guidance": (2.0,), "captions": CAPTIONS}
     return generate_samples(
-        SETTINGS,
-        model="mini",
-        sampler=sampler,
-        guidance=guidance,
-        captions=captions,
-        source="list",
-        url=str(url),
-        run=in_process,
-        **more,
+        SETTINGS, model="mini", source="list", url=str(url), run=in_process, **defaults | inputs
     )
 
 
-def verify(table, units: int, **inputs):
-    recompute = recomputer(table, settings=SETTINGS, model="mini", **inputs)
-    found = verify_table(table, recompute=recompute, units=units, seed=0)
+def verified(table, units: int, **inputs):
+    found = verify(table, recomputer(table, settings=SETTINGS, model="mini", **inputs), units=units)
     return found.faults, found.recomputed, found.exact
 
 
@@ -86,25 +77,16 @@ def samples(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stage():
-    return SampleAndScore(
-        model="mini",
-        sampler=SAMPLER,
-        sampling=SETTINGS.drawing,
-        metrics=SETTINGS.judging,
-        device=SETTINGS.device,
-    )
+    inputs = {"sampling": SETTINGS.drawing, "metrics": SETTINGS.judging, "device": SETTINGS.device}
+    return SampleAndScore(model="mini", sampler=SAMPLER, **inputs)
 
 
 def test_image_equals_solvers_and_is_scored(samples):
     bundle, texts = load("mini"), TEXTS[:3]
     with torch.inference_mode():
-        latents = sample(
-            bundle.denoiser(bundle.encode_text(bundle.tokenize(texts)), w=2.5),
-            gaussian_batch(KEYS[:3], bundle.latent_shape),
-            solver="dpm++",
-            grid=time_grid(3),
-            schedule=bundle.schedule,
-        )
+        denoiser = bundle.denoiser(bundle.encode_text(bundle.tokenize(texts)), w=2.5)
+        eps = gaussian_batch(KEYS[:3], bundle.latent_shape)
+        latents = sample(denoiser, eps, solver="dpm++", grid=time_grid(3), schedule=bundle.schedule)
         images = to_uint8(bundle.decode(latents))
         oracle = load_oracle()
         features = oracle.features(images)
@@ -222,11 +204,11 @@ def test_missing_weights_file_is_refused():
 
 
 def test_units_are_recomputed_bit_for_bit(samples, tmp_path):
-    assert verify(samples, 2) == ((), 2, 2)
+    assert verified(samples, 2) == ((), 2, 2)
     settings = ReferencesSettings(count=6, rows_per_unit=4)
     table = compute(tmp_path / "references", settings)
     recompute = references.recomputer(table, settings=settings, metrics=MetricSettings())
-    found = verify_table(table, recompute=recompute, units=2, seed=0)
+    found = verify(table, recompute, units=2)
     assert (found.faults, found.recomputed, found.exact) == ((), 2, 2)
     with pytest.raises(TableError, match=r"drawing\.seed is 0 there, 1 here"):
         recomputer(samples, settings=SETTINGS.with_values(["drawing.seed=1"]), model="mini")
@@ -266,7 +248,7 @@ def test_cut_unet_samples_from_the_same_noise(cut_samples, stage, tmp_path):
 
 
 def test_cuts_are_part_of_identity_and_recomputed(cut_samples, tmp_path):
-    assert verify(cut_samples, 6) == ((), 6, 6)
+    assert verified(cut_samples, 6) == ((), 6, 6)
     with pytest.raises(TableError, match="cuts"):
         generate(cut_samples.url, cuts={"attention": ("down_blocks.1.attentions.0",)})
     with pytest.raises(ValueError, match=r"mid_block\.attentions\.7"):
@@ -281,7 +263,7 @@ def test_half_width_decoder_decodes_samples(stage, tmp_path):
         latents = stage.sample(TEXTS[:3], KEYS[:3], w=2.0)
         images = to_uint8(load_decoder(decoder).decode(latents)).permute(0, 2, 3, 1)
     np.testing.assert_array_equal(images_of(table.read_unit(table.units[0]).slice(0, 3)), images)
-    for refused in (lambda: generate(tmp_path / "samples"), lambda: verify(table, 2)):
+    for refused in (lambda: generate(tmp_path / "samples"), lambda: verified(table, 2)):
         with pytest.raises(TableError, match="decoder is"):
             refused()
-    assert verify(table, 2, decoder=decoder)[::2] == ((), 2)
+    assert verified(table, 2, decoder=decoder)[::2] == ((), 2)

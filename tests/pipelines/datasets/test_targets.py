@@ -11,14 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import tiny_bundle
 from in_process import in_process
-from latent_inputs import copy_table, data_files, encode, first_units, make_shards
-from target_inputs import SETTINGS, DyingTeacher
+from latent_inputs import copy_table, data_files, encode, first_units, forge, make_shards, verify, with_column
+from target_inputs import SETTINGS, DyingTeacher, online_targets
 
 from pipelines.datasets.targets import (
     check_targets,
@@ -31,10 +29,8 @@ from pipelines.loading.branches import branch_and_draw, unit_name
 from pipelines.loading.loader import to_batch
 from pipelines.ray_data.execution import run_on_ray
 from pipelines.stages.read_latents import ReadLatents
-from pipelines.tables.manifest import read_manifest, to_parquet
 from pipelines.tables.schemas import array_type, read_array
 from pipelines.tables.table import TableError, open_table
-from pipelines.tables.verification import verify_table
 from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.noise import gaussian_batch
@@ -43,7 +39,7 @@ from snapfusion.schedule import Estimate
 from snapfusion.settings import SettingsError
 from snapfusion.solvers import ddim_step
 from snapfusion.training.captions import CaptionEncoder, draw_caption_dropout
-from snapfusion.training.distillation_batch import OnlineTargets, StoredTargets
+from snapfusion.training.distillation_batch import StoredTargets
 from snapfusion.training.draws import draw_guidance, draw_intervals, row_key
 from snapfusion.training.settings import CfgRange, StepDistillationSettings
 
@@ -125,19 +121,9 @@ def test_random_draws_follow_from_the_key(targets):
     assert {row["interval"] for row in rows} == {0, 1, 2, 3}
 
 
-def online_targets(teacher: str) -> OnlineTargets:
-    bundle = load(teacher)
-    return OnlineTargets(
-        bundle,
-        captions=CaptionEncoder(bundle),
-        settings=STEPS,
-        seed=7,
-    )
-
-
 @pytest.mark.parametrize("guided", [False, True])
 def test_stored_targets_equal_online_targets(targets, latents, tiny_teacher, guided):
-    bundle, online = load(tiny_teacher), online_targets(tiny_teacher)
+    bundle, online = load(tiny_teacher), online_targets(tiny_teacher, STEPS)
     stored = StoredTargets(captions=CaptionEncoder(bundle), schedule=bundle.schedule)
     for parent in latents.units:
         draw = next(n for n in (0, 1) if is_guided_draw(SETTINGS, parent=parent.unit, draw=n) == guided)
@@ -147,9 +133,8 @@ def test_stored_targets_equal_online_targets(targets, latents, tiny_teacher, gui
         batches = to_batch(latents.read_unit(parent, ["id", "latent", "token_ids"])).split(3)
         for stored_batch, batch in zip(stored_batches, batches, strict=True):
             read = stored(stored_batch, guided=guided, step=0)
-            computed = online.compute(
-                batch, [row_key(7, row_id, draw) for row_id in batch.ids], guided=guided
-            )
+            keys = [row_key(7, row_id, draw) for row_id in batch.ids]
+            computed = online.compute(batch, keys, guided=guided)
             assert torch.equal(read.x_target, computed.x_target.half().float())
             for field in ("x", "eps", "z_t", "interval", "t"):
                 assert torch.equal(getattr(read, field), getattr(computed, field)), field
@@ -341,17 +326,14 @@ def test_other_unet_needs_other_targets_and_not_latents(targets, latents, tmp_pa
     assert compute(tmp_path / "targets", other, latents).num_rows == 36
 
 
-def test_latents_of_other_vae_are_refused(latents, tmp_path):
-    other = other_teacher(tmp_path / "other", vae=tiny_bundle(seed=3).vae)
-    with pytest.raises(TableError, match=r"another VAE than that of .*: weights\.vae is"):
-        compute(tmp_path / "targets", other, latents)
-
-
-def test_latents_of_other_tokenizer_are_refused(latents, tmp_path):
-    bundle = tiny_bundle()
+@pytest.mark.parametrize(
+    ("part", "difference"), [("vae", r"VAE than that of .*: weights\.vae is"), ("tokenizer", "tokenizer")]
+)
+def test_latents_of_another_vae_or_tokenizer_are_refused(latents, tmp_path, part, difference):
+    bundle = tiny_bundle(seed=3)
     bundle.tokenizer.pad_token = bundle.tokenizer.bos_token
-    other = other_teacher(tmp_path / "other", tokenizer=bundle.tokenizer)
-    with pytest.raises(TableError, match="another tokenizer"):
+    other = other_teacher(tmp_path / "other", **{part: getattr(bundle, part)})
+    with pytest.raises(TableError, match=f"another {difference}"):
         compute(tmp_path / "targets", other, latents)
 
 
@@ -361,13 +343,8 @@ def test_grid_finer_than_the_schedule_is_refused(latents, tiny_teacher, tmp_path
         compute(tmp_path / "targets", tiny_teacher, latents, settings=settings)
 
 
-def verify(table, teacher: str, latents, *, units: int = 99):
-    recompute = recomputer(table, teacher=teacher, latents=latents)
-    return verify_table(table, recompute=recompute, units=units, seed=0)
-
-
 def test_units_are_recomputed_bit_for_bit(targets, latents, tiny_teacher):
-    found = verify(targets, tiny_teacher, latents)
+    found = verify(targets, recomputer(targets, teacher=tiny_teacher, latents=latents))
     assert found.faults == ()
     assert found.recomputed == found.exact == found.units == len(targets.units)
 
@@ -378,45 +355,34 @@ def test_tolerance_in_other_environments_is_relative(exact, latents, tiny_teache
 
     def elsewhere(manifest, rows):
         again, environment = recompute(manifest, rows)
-        index = again.schema.get_field_index("x_target")
-        field = again.schema.field(index)
-        values = array_type(field).pack(read_array(again, "x_target") * np.float32(factor))
-        changed = again.set_column(index, field, pa.array(values, field.type))
-        return changed, {**environment, "torch": "other"}
+        kind = array_type(again.schema.field("x_target"))
+        values = kind.pack(read_array(again, "x_target") * np.float32(factor))
+        return with_column(again, "x_target", values), {**environment, "torch": "other"}
 
-    found = verify_table(exact, recompute=elsewhere, units=1, seed=0)
+    found = verify(exact, elsewhere, units=1)
     assert (found.recomputed, found.exact, found.faults == ()) == (1, 0, sound)
 
 
 @pytest.mark.parametrize("column", ["x_target", "latent", "noise_key", "w", "t2"])
 def test_forged_row_is_found(targets, latents, tiny_teacher, tmp_path, column):
     table = open_table(str(copy_table(targets, tmp_path / "targets")))
-    path = Path(unit_of(table, guided=True).path)
-    manifest, rows = read_manifest(path.read_bytes()), pq.read_table(path)
-    values = rows[column].to_pylist()
-    values[:2] = reversed(values[:2])
-    if column == "t2":
-        values = [999] * len(values)
-    index = rows.schema.get_field_index(column)
-    field = rows.schema.field(index)
-    forged = rows.set_column(index, field, pa.array(values, field.type))
-    path.write_bytes(to_parquet(forged, manifest))
-    assert any(f"column {column}" in fault for fault in verify(table, tiny_teacher, latents).faults)
+    file = unit_of(table, guided=True)
+    forge(Path(file.path), column=column, values=[999] * file.rows if column == "t2" else None)
+    found = verify(table, recomputer(table, teacher=tiny_teacher, latents=latents))
+    assert any(f"column {column}" in fault for fault in found.faults)
 
 
 def test_recomputing_needs_the_teacher_and_latents(targets, latents, tiny_teacher, tmp_path):
     with pytest.raises(TableError, match="another teacher"):
-        verify(targets, other_teacher(tmp_path / "other"), latents)
+        recomputer(targets, teacher=other_teacher(tmp_path / "other"), latents=latents)
     other = SimpleNamespace(url=latents.url, identity={**latents.identity, "rows_per_unit": 5})
     with pytest.raises(TableError, match=r"latents\.rows_per_unit is 4 there, 5 here"):
         recomputer(targets, teacher=tiny_teacher, latents=other)
 
 
 def check(table, *, teacher=None, student=None, **steps):
-    model = table.identity["model"]
-    check_targets(
-        table, teacher=teacher or model, student=student or model, steps=STEPS.model_copy(update=steps)
-    )
+    model, steps = table.identity["model"], STEPS.model_copy(update=steps)
+    check_targets(table, teacher=teacher or model, student=student or model, steps=steps)
 
 
 def test_fitting_targets_are_accepted(targets):

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from copy_inputs import (
-    LATENTS,
-    SETTINGS,
-    encoded,
-    evaluated,
-    fingerprinted,
-    near_copies,
-    photograph,
-    row,
-    write_shards,
-)
-from in_process import in_process
-from latent_inputs import data_files
+from copy_inputs import LATENTS, encoded, evaluated, fingerprinted, near_copies, photograph, row, write_shards
+from latent_inputs import data_files, encode
 from ray.data import DataContext
 from shuffled_rows import read_shuffled
 
-from pipelines.datasets.latents import encode_latents
 from pipelines.dedup import duplicates
 from pipelines.dedup.duplicates import count_verdicts, find_duplicates
-from pipelines.dedup.fingerprints import fingerprint_shards
 from pipelines.dedup.settings import Deduplication, EvaluationSet
 from pipelines.ray_data.shuffle import read_on_ray
 from pipelines.sources.webdataset import list_shards
@@ -82,12 +71,8 @@ def test_duplicates_of_each_kind_are_found(folder):
     assert verdicts(find(folder)) == VERDICTS
     table = find(folder, settings=EVERYTHING, name="all")
     assert verdicts(table) == VERDICTS | CAPTION_VERDICTS
-    assert count_verdicts(table) == {
-        "duplicate_url": 1,
-        "duplicate_image": 1,
-        "near_duplicate_image": 4,
-        "duplicate_caption": 1,
-    }
+    counts = {"duplicate_url": 1, "duplicate_image": 1, "near_duplicate_image": 4, "duplicate_caption": 1}
+    assert count_verdicts(table) == counts
 
 
 @pytest.mark.parametrize(
@@ -143,15 +128,11 @@ def test_later_rounds_change_no_verdict(tmp_path):
     write_shards(tmp_path / "shards", [[row(7), row(8, image=encoded(photograph(0))), row(7)]])
     second = find(tmp_path)
     assert verdicts(second) == {"001": ("duplicate_image", "500"), "002": ("duplicate_url", "000")}
-    assert [record["of"] for record in second.read().to_pylist() if record["of"]] == [
-        "web/00005/0000500",
-        "web/00000/0000000",
-    ]
+    earlier = [record["of"] for record in second.read().to_pylist() if record["of"]]
+    assert earlier == ["web/00005/0000500", "web/00000/0000000"]
     assert data_files(second.url).items() >= before.items()
-    assert [file.unit for file in second.units] == [
-        "r000001-web-00005-000000-000002",
-        "r000002-web-00000-000000-000003",
-    ]
+    units = [file.unit for file in second.units]
+    assert units == ["r000001-web-00005-000000-000002", "r000002-web-00000-000000-000003"]
 
 
 def test_round_without_new_units_does_nothing(folder):
@@ -162,45 +143,40 @@ class Killed(BaseException):
     pass
 
 
-def killed(*_args, **_kwargs):
-    raise Killed
+@contextmanager
+def killed_at(module, function):
+    """As if the process were killed where it would call this function."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, function, Mock(side_effect=Killed))
+        with pytest.raises(Killed):
+            yield
 
 
-def test_round_killed_before_commit_is_repeated(folder, monkeypatch):
+def test_round_killed_before_commit_is_repeated(folder):
     expected = data_files(find(folder, name="whole").url)
-    monkeypatch.setattr(duplicates, "commit_round", killed)
-    with pytest.raises(Killed):
+    with killed_at(duplicates, "commit_round"):
         find(folder)
     assert data_files(folder / "duplicates") == expected
     assert open_table(str(folder / "duplicates")).units == []
-    monkeypatch.undo()
     table = find(folder, read=read_shuffled(9))
     assert (verdicts(table), data_files(folder / "duplicates")) == (VERDICTS, expected)
 
 
-def test_killed_round_of_other_rows_never_counts(tmp_path, monkeypatch):
+def test_killed_round_of_other_rows_never_counts(tmp_path):
     write_shards(tmp_path / "shards", [[row(0)]], first=5)
-    monkeypatch.setattr(duplicates, "commit_round", killed)
-    with pytest.raises(Killed):
+    with killed_at(duplicates, "commit_round"):
         find(tmp_path)
-    monkeypatch.undo()
     # The same round now has two shards, and the row that had no earlier copy has one.
     write_shards(tmp_path / "shards", [[row(0)]])
-    assert [(record["id"], record["verdict"]) for record in find(tmp_path).read().to_pylist()] == [
-        ("web/00000/0000000", None),
-        ("web/00005/0000500", "duplicate_url"),
-    ]
+    found = {record["id"]: record["verdict"] for record in find(tmp_path).read().to_pylist()}
+    assert found == {"web/00000/0000000": None, "web/00005/0000500": "duplicate_url"}
     assert len(data_files(tmp_path / "duplicates")) == 3
 
 
-def test_manifests_of_a_killed_commit_are_restored(folder, monkeypatch):
-    def read_and_arrange(*given):
-        monkeypatch.setattr(commits, "_commit_manifests", killed)
-        return read_shuffled(0)(*given)
-
-    with pytest.raises(Killed):
-        find(folder, read=read_and_arrange)
-    monkeypatch.undo()
+def test_manifests_of_a_killed_commit_are_restored(folder):
+    fingerprinted(folder / "shards", folder / "fingerprints")
+    with killed_at(commits, "_commit_manifests"):
+        find(folder)
     assert open_table(str(folder / "duplicates")).manifests() == {}
     table = find(folder)
     assert verdicts(table) == VERDICTS
@@ -232,14 +208,7 @@ def test_rounds_are_committed_in_order(folder):
 def test_rows_of_other_tables_come_first(folder, tmp_path):
     other = tmp_path / "other"
     write_shards(other / "shards", [[row(3), row(106, url="")]])
-    earlier = fingerprint_shards(
-        SETTINGS,
-        latents=LATENTS,
-        shards=list_shards(str(other / "shards")),
-        source="older",
-        url=str(other / "fingerprints"),
-        run=in_process,
-    )
+    earlier = fingerprinted(other / "shards", other / "fingerprints", source="older")
     others = {"003": ("duplicate_url", "000"), "106": ("duplicate_image", "001")}
     assert verdicts(find(folder, against=[earlier])) == VERDICTS | others
     with pytest.raises(TableError, match="against is"):
@@ -301,10 +270,8 @@ def test_center_square_of_evaluation_image_counts(folder):
     write_shards(folder / "shards", [[row(200, image=square), row(201, image=encoded(wide))]], first=2)
     evaluation = evaluated(EvaluationSet(pictures=(str(folder / "val"),)), folder / "evaluation")
     records = find(folder, evaluation=evaluation).read().to_pylist()
-    assert [record["of"] for record in records if record["verdict"] == "evaluation_image"] == [
-        "middle-of-evaluation-val/a.jpg",
-        "evaluation-val/a.jpg",
-    ]
+    found = [record["of"] for record in records if record["verdict"] == "evaluation_image"]
+    assert found == ["middle-of-evaluation-val/a.jpg", "evaluation-val/a.jpg"]
 
 
 def test_other_evaluation_is_refused(folder, evaluation):
@@ -316,16 +283,9 @@ def test_other_evaluation_is_refused(folder, evaluation):
 # ---- LATENTS
 
 
-def encode(folder: Path, model: str, duplicate_filter: DuplicateFilter) -> Snapshot:
-    return encode_latents(
-        LATENTS,
-        model=model,
-        shards=list_shards(str(folder / "shards")),
-        source="web",
-        url=str(folder / "latents"),
-        run=in_process,
-        filters=[duplicate_filter],
-    )
+def encode_unique(folder: Path, model: str, duplicate_filter: DuplicateFilter) -> Snapshot:
+    filters = [duplicate_filter]
+    return encode(folder / "latents", folder / "shards", model, settings=LATENTS, filters=filters)
 
 
 def filter_of(table: Snapshot) -> DuplicateFilter:
@@ -334,32 +294,31 @@ def filter_of(table: Snapshot) -> DuplicateFilter:
 
 def test_duplicates_never_reach_latents(folder, evaluation, tiny_teacher):
     table = find(folder, settings=EVERYTHING, evaluation=evaluation)
-    latents = encode(folder, tiny_teacher, filter_of(table))
+    latents = encode_unique(folder, tiny_teacher, filter_of(table))
     assert {id_[-3:] for id_ in latents.read(["id"]).column("id").to_pylist()} == {"000", "001", "002", "003"}
     rejected = {record["id"][-3:]: record for record in latents.rejected_rows()}
     expected = VERDICTS | CAPTION_VERDICTS | EVALUATION_VERDICTS
-    assert {id_: record["reason"] for id_, record in rejected.items()} == {
-        id_: reason for id_, (reason, _) in expected.items()
-    }
+    assert rejected.keys() == expected.keys()
+    assert all(rejected[id_]["reason"] == reason for id_, (reason, _) in expected.items())
     assert rejected["101"]["detail"] == "of web/00000/0000001"
     assert sum(manifest.rows_read for manifest in latents.manifests().values()) == 14
 
 
 def test_latents_grow_with_rounds(folder, tiny_teacher):
-    first = encode(folder, tiny_teacher, filter_of(find(folder)))
+    first = encode_unique(folder, tiny_teacher, filter_of(find(folder)))
     write_shards(folder / "shards", [[row(0), row(300)]], first=2)
-    second = encode(folder, tiny_teacher, filter_of(find(folder)))
+    second = encode_unique(folder, tiny_teacher, filter_of(find(folder)))
     assert (first.num_rows, second.num_rows) == (8, 9)
     other = find(folder, settings=EVERYTHING, name="other")
     with pytest.raises(TableError, match=r"duplicates\.caption is false there, true here"):
-        encode(folder, tiny_teacher, filter_of(other))
+        encode_unique(folder, tiny_teacher, filter_of(other))
 
 
 def test_shard_without_verdicts_is_refused(folder, tiny_teacher):
     duplicate_filter = filter_of(find(folder))
     write_shards(folder / "shards", [[row(300)]], first=2)
     with pytest.raises(TableError, match=r"00002.tar: run jobs.find_duplicates"):
-        encode(folder, tiny_teacher, duplicate_filter)
+        encode_unique(folder, tiny_teacher, duplicate_filter)
 
 
 def test_verdicts_on_other_shard_are_refused(folder, tmp_path):

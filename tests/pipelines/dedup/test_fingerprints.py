@@ -9,6 +9,7 @@ import imagehash
 import pytest
 from copy_inputs import LATENTS, encoded, evaluated, fingerprinted, near_copies, photograph, row, write_shards
 from in_process import in_process
+from latent_inputs import verify
 from PIL import Image
 from poison import LooksKilledBy, poison_of
 
@@ -21,7 +22,6 @@ from pipelines.sources.webdataset import list_shards
 from pipelines.stages.fingerprint import FingerprintShard, caption_key, phash, url_key
 from pipelines.stages.settings import ImageBounds
 from pipelines.tables.table import TableError
-from pipelines.tables.verification import verify_table
 from snapfusion.settings import SettingsError
 
 BOUNDS = ImageBounds(min_side=8)
@@ -32,15 +32,10 @@ URLS = ["http://h/a", "http://h/A", "http://h/a?b", "http://h/a?b=2", "http://[h
 @pytest.mark.parametrize(
     ("key", "one", "other"),
     [
-        *(
-            (caption_key, "a cat on the mat", other)
-            for other in (
-                "A cat, on the MAT!",
-                "  a cat on\tthe mat ",
-                "Ａ ｃａｔ — on “the” mat…",
-                "a cat_on_the_mat",
-            )
-        ),
+        (caption_key, "a cat on the mat", "A cat, on the MAT!"),
+        (caption_key, "a cat on the mat", "  a cat on\tthe mat "),
+        (caption_key, "a cat on the mat", "Ａ ｃａｔ — on “the” mat…"),
+        (caption_key, "a cat on the mat", "a cat_on_the_mat"),
         (caption_key, "STRASSE", "straße"),
         (url_key, "http://host.org/a.jpg?b=1", "https://Host.org/a.jpg?b=1"),
         (url_key, "http://host.org/a.jpg?b=1", "http://host.org/a.jpg?b=1#top"),
@@ -102,11 +97,8 @@ def folder(tmp_path):
 def test_every_row_is_fingerprinted_or_rejected(folder, tmp_path):
     table = fingerprinted(folder, tmp_path / "f")
     rows = table.read().to_pylist()
-    assert [fingerprint["id"] for fingerprint in rows] == [
-        *(f"web/00000/00000{n:02d}" for n in (0, 1, 2, 4, 5, 6)),
-        "web/00001/0000100",
-        "web/00001/0000101",
-    ]
+    first = [f"web/00000/00000{n:02d}" for n in (0, 1, 2, 4, 5, 6)]
+    assert [row["id"] for row in rows] == [*first, "web/00001/0000100", "web/00001/0000101"]
     image = encoded(photograph(0))
     assert rows[0] == {
         "id": "web/00000/0000000",
@@ -149,21 +141,17 @@ def test_stopped_run_is_completed_and_shards_appended(folder, tmp_path):
 
 def test_image_that_kills_its_process_is_rejected_alone(folder):
     [work, *_] = pending_shards(list_shards(str(folder)), [], source="web")
-    stage = FingerprintShard(
-        rows_per_unit=100, shards=LATENTS.shards, images=BOUNDS, selection=LATENTS.selection
-    )
+    options = {"shards": LATENTS.shards, "selection": LATENTS.selection}
+    stage = FingerprintShard(rows_per_unit=100, images=BOUNDS, **options)
     stage.decode = LooksKilledBy(poison_of(encoded(photograph(1))), size=16)
     (unit,) = stage.isolated(work)
-    assert [(rejection.id, rejection.reason) for rejection in unit.rejections] == [
-        ("web/00000/0000001", "crashed"),
-        ("web/00000/0000003", "not_an_image"),
-    ]
+    reasons = {rejection.id: rejection.reason for rejection in unit.rejections}
+    assert reasons == {"web/00000/0000001": "crashed", "web/00000/0000003": "not_an_image"}
 
 
 def test_units_are_recomputed_from_shards(folder, tmp_path):
     table = fingerprinted(folder, tmp_path / "f")
-    recompute = recomputer(table, shards=list_shards(str(folder)), source="web")
-    found = verify_table(table, recompute=recompute, units=99, seed=0)
+    found = verify(table, recomputer(table, shards=list_shards(str(folder)), source="web"))
     assert (found.recomputed, found.exact, found.faults, found.notes) == (3, 3, (), ())
 
 

@@ -11,21 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shuffled_rows import ShuffledRows
 
-from pipelines.dedup.matching import (
-    EXACT_KEYS,
-    MATCHES,
-    REASON_ORDER,
-    BlockIndex,
-    RankBounds,
-    exact_key_table,
-    exact_matches,
-    first_reasons,
-    near_matches,
-    near_phashes,
-    partition_of,
-    phash_blocks,
-    phash_table,
-)
+from pipelines.dedup import matching
+from pipelines.dedup.matching import REASON_ORDER, BlockIndex, RankBounds
 from pipelines.dedup.settings import CAPTION, IMAGE, URL
 
 PARTS = 3
@@ -45,7 +32,7 @@ def as_rows(table: pa.Table) -> dict[int, tuple[str, int]]:
 
 
 def whole(rows: ShuffledRows) -> pa.Table:
-    return pa.concat_tables([MATCHES.empty_table(), *rows.tables()])
+    return pa.concat_tables([matching.MATCHES.empty_table(), *rows.tables()])
 
 
 # ---- exact keys
@@ -63,12 +50,14 @@ def test_duplicate_has_its_first_reason(seed):
     )
     kinds = frozenset(kind for kind in keys if draw.random() < 0.6)
     tables = [
-        exact_key_table(kind, value[value >= 0].astype(np.int64), np.flatnonzero(value >= 0), parts=PARTS)
+        matching.exact_key_table(
+            kind, value[value >= 0].astype(np.int64), np.flatnonzero(value >= 0), parts=PARTS
+        )
         for kind, value in keys.items()
     ]
     rows = ShuffledRows(tables, seed=seed)
-    found = rows.grouped(partial(exact_matches, bounds=bounds, kinds=kinds), by="part")
-    assert as_rows(first_reasons(whole(found))) == by_comparing(keys, bounds, kinds)
+    found = rows.grouped(partial(matching.exact_matches, bounds=bounds, kinds=kinds), by="part")
+    assert as_rows(matching.first_reasons(whole(found))) == by_comparing(keys, bounds, kinds)
 
 
 def by_comparing(keys, bounds: RankBounds, kinds) -> dict[int, tuple[str, int]]:
@@ -95,19 +84,14 @@ def by_comparing(keys, bounds: RankBounds, kinds) -> dict[int, tuple[str, int]]:
 @pytest.mark.parametrize("step", [1, 2**20, 2**52])
 def test_keys_are_spread_over_groups(step):
     keys = np.arange(4096).astype(np.uint64) * np.uint64(step)
-    sizes = np.bincount(partition_of(keys.view(np.int64), parts=8), minlength=8)
+    sizes = np.bincount(matching.partition_of(keys.view(np.int64), parts=8), minlength=8)
     assert sizes.min() > 400
-    assert partition_of(np.array([0, 1, -1]), parts=1000).tolist() == [0, 789, 67]
+    assert matching.partition_of(np.array([0, 1, -1]), parts=1000).tolist() == [0, 789, 67]
 
 
 def test_empty_table_has_no_duplicates():
-    nothing = EXACT_KEYS.empty_table()
-    assert (
-        exact_matches(
-            nothing, bounds=RankBounds(evaluation_end=0, new_begin=0), kinds=frozenset([URL])
-        ).num_rows
-        == 0
-    )
+    nothing, bounds = matching.EXACT_KEYS.empty_table(), RankBounds(evaluation_end=0, new_begin=0)
+    assert matching.exact_matches(nothing, bounds=bounds, kinds=frozenset([URL])).num_rows == 0
 
 
 # ---- perceptual hashes
@@ -116,14 +100,14 @@ def test_empty_table_has_no_duplicates():
 def planted(draw: np.random.Generator, *, count: int) -> np.ndarray:
     """Random hashes, and hashes a few bits beside them, in chains too: int64 [count]."""
     hashes = [int(draw.integers(0, 2**64, dtype=np.uint64))]
-    for _ in range(count - 1):
-        base = hashes[int(draw.integers(len(hashes)))] if draw.random() < 0.6 else None
-        if base is None:
-            hashes.append(int(draw.integers(0, 2**64, dtype=np.uint64)))
-        else:
+    while len(hashes) < count:
+        if draw.random() < 0.6:
+            near = hashes[int(draw.integers(len(hashes)))]
             for bit in draw.integers(0, 64, int(draw.integers(0, 6))):
-                base ^= 1 << int(bit)
-            hashes.append(base)
+                near ^= 1 << int(bit)
+            hashes.append(near)
+        else:
+            hashes.append(int(draw.integers(0, 2**64, dtype=np.uint64)))
     return np.array(hashes, np.uint64).view(np.int64)
 
 
@@ -132,12 +116,12 @@ def found_near(
 ) -> dict[int, tuple[str, int]]:
     """The three groupings, on shuffled rows."""
     ranks = np.arange(len(hashes))
-    table = phash_table(hashes, ranks, near=np.zeros(len(hashes), bool), parts=PARTS)
+    table = matching.phash_table(hashes, ranks, near=np.zeros(len(hashes), bool), parts=PARTS)
     rows = ShuffledRows([table], seed=seed)
     if index.max_hamming:
-        blocks = rows.grouped(partial(phash_blocks, index=index, parts=PARTS), by="part")
-        rows = rows.union(blocks.grouped(partial(near_phashes, index=index, parts=PARTS), by="part"))
-    return as_rows(whole(rows.grouped(partial(near_matches, bounds=bounds), by="part")))
+        blocks = rows.grouped(partial(matching.phash_blocks, index=index, parts=PARTS), by="part")
+        rows = rows.union(blocks.grouped(partial(matching.near_phashes, index=index, parts=PARTS), by="part"))
+    return as_rows(whole(rows.grouped(partial(matching.near_matches, bounds=bounds), by="part")))
 
 
 def near_by_comparing(hashes: np.ndarray, max_hamming: int, bounds: RankBounds) -> dict[int, tuple[str, int]]:
@@ -146,8 +130,8 @@ def near_by_comparing(hashes: np.ndarray, max_hamming: int, bounds: RankBounds) 
     for rank in range(bounds.new_begin, len(bits)):
         near = np.flatnonzero(np.bitwise_count(bits[:rank] ^ bits[rank]) <= max_hamming)
         if len(near):
-            judged = near[0] < bounds.evaluation_end
-            found[rank] = ("evaluation_image" if judged else "near_duplicate_image", int(near[0]))
+            reason = "evaluation_image" if near[0] < bounds.evaluation_end else "near_duplicate_image"
+            found[rank] = (reason, int(near[0]))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import copy_inputs as copies
@@ -9,6 +10,7 @@ import pytest
 from deletion_run import PAIRS, TABLES, Run, caption_of, id_of, keys_of, make_run, make_shards, url_of
 from deltalake import DeltaTable
 from in_process import in_process
+from latent_inputs import verify
 from shuffled_rows import read_shuffled
 
 from pipelines.datasets import latents, pairs, targets
@@ -24,7 +26,6 @@ from pipelines.stages.deletion_filter import DeletionFilter
 from pipelines.tables import commits
 from pipelines.tables.table import open_table
 from pipelines.tables.units import finite_rows
-from pipelines.tables.verification import verify_table
 
 DELETED = [(0, 1), (0, 8), (0, 9), (1, 0)]
 """One of a unit's three rows, both of a final unit, one of another shard."""
@@ -62,12 +63,8 @@ def live_files(run: Run) -> list[Path]:
 
 def files_with_texts(run: Run) -> list[str]:
     """The live files that have a URL or caption of a deleted row."""
-    texts = [
-        text for row in DELETED for text in (url_of(*row), caption_of(*row), url_of(*row).partition("/")[2])
-    ]
-    return [
-        path.name for path in live_files(run) if any(text.encode() in path.read_bytes() for text in texts)
-    ]
+    texts = [text.encode() for row in DELETED for text in (url_of(*row).partition("/")[2], caption_of(*row))]
+    return [path.name for path in live_files(run) if any(text in path.read_bytes() for text in texts)]
 
 
 def delete(run: Run, keys=KEYS):
@@ -90,16 +87,11 @@ def test_deleted_rows_leave_and_others_stay(run, whole):
     removals = delete(run)
     deleted = {id_of(*row) for row in DELETED}
     for name, draws in (("latents", 1), ("targets", 2), ("pairs", 1)):
-        expected = {
-            id_: row for id_, row in rows_of(whole, name).items() if id_.partition("#")[0] not in deleted
-        }
-        assert rows_of(run, name) == expected
+        rows = rows_of(whole, name).items()
+        assert rows_of(run, name) == {id_: row for id_, row in rows if id_.partition("#")[0] not in deleted}
         removal, before = removals[name], whole.table(name)
-        assert (removal.rows, removal.before, removal.after) == (
-            len(DELETED) * draws,
-            before.version,
-            before.version + 1,
-        )
+        assert (removal.before, removal.after) == (before.version, before.version + 1)
+        assert removal.rows == len(DELETED) * draws
         assert [file.unit for file in run.table(name).units] == [file.unit for file in before.units]
     assert files_with_texts(run) == []
 
@@ -166,24 +158,22 @@ def test_second_request_to_the_same_units(run, whole):
     make_all(run, draws=1)
 
 
-def verify(run: Run, name: str):
+def verified(run: Run, name: str):
     table = run.table(name)
     if name == "latents":
-        shards, deletion_filter = list_shards(str(run.out / "shards")), DeletionFilter(run.list)
-        recompute = latents.recomputer(
-            table, model=run.teacher, shards=shards, source="web", filters=[deletion_filter]
-        )
+        inputs = {"shards": list_shards(str(run.out / "shards")), "filters": [DeletionFilter(run.list)]}
+        recompute = latents.recomputer(table, model=run.teacher, source="web", **inputs)
     elif name == "targets":
         recompute = targets.recomputer(table, teacher=run.teacher, latents=run.table("latents"))
     else:
         recompute = pairs.recomputer(table, teacher=run.teacher)
-    return verify_table(table, recompute=recompute, units=99, seed=0)
+    return verify(table, recompute)
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_remaining_rows_are_recomputed_exactly(run, name):
     delete(run)
-    report = verify(run, name)
+    report = verified(run, name)
     assert report.faults == ()
     assert report.recomputed == report.exact
     assert report.recomputed + len(report.notes) == report.units
@@ -195,7 +185,7 @@ def test_withheld_and_deleted_rows_verify(run):
     make_shards(run.out / "shards", shards=3)
     run.encode()
     delete(run, KEYS | keys_of(urls=[url_of(2, 6)]))
-    report = verify(run, "latents")
+    report = verified(run, "latents")
     assert report.faults == ()
     assert report.recomputed == report.exact == report.units
 
@@ -209,7 +199,7 @@ def test_rejected_row_loses_id_and_detail(run):
     assert removals["latents"].rows == 0
     run.compute_targets()
     run.generate_pairs()
-    assert verify(run, "latents").faults == verify(run, "targets").faults == ()
+    assert verified(run, "latents").faults == verified(run, "targets").faults == ()
 
 
 class Killed(BaseException):
@@ -217,12 +207,10 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, module, function: str, *, after: int) -> None:
-    real, calls = getattr(module, function), 0
+    real, calls = getattr(module, function), itertools.count(1)
 
     def killing(*arguments, **options):
-        nonlocal calls
-        calls += 1
-        if calls == after:
+        if next(calls) == after:
             raise Killed
         return real(*arguments, **options)
 
@@ -252,9 +240,8 @@ def test_killed_deletion_ends_like_an_unkilled_one(run, whole, monkeypatch, modu
         assert rows_of(run, name) == rows_of(once, name)
         assert table.manifests() == expected.manifests()
         assert table.rejected_rows() == expected.rejected_rows()
-        assert [Path(file.path).name for file in table.units] == [
-            Path(file.path).name for file in expected.units
-        ]
+        names, expected_names = ({Path(file.path).name for file in one.units} for one in (table, expected))
+        assert names == expected_names
     run.compute_targets()
     run.generate_pairs()
 
@@ -297,21 +284,14 @@ def test_pinned_version_still_has_deleted_rows(run, whole):
 
 
 def test_pairs_whose_caption_ids_are_urls(run):
-    captions = [
-        Caption(id=f"http://list.example/{n}", ordinal=n, text=f"caption number {n}") for n in range(6)
-    ]
+    captions = [Caption(id=f"http://list.example/{n}", ordinal=n, text=f"caption {n}") for n in range(6)]
     captions[2] = Rejected("empty_caption").record(id="http://list.example/2", source="list", ordinal=2)
     url = str(run.out / "listed")
 
     def generate(draws: int = 1):
-        return generate_pairs(
-            PAIRS.with_values([f"draws={draws}"]),
-            teacher=run.teacher,
-            captions=withhold_deleted(captions, run.list.read()),
-            source="list",
-            url=url,
-            run=in_process,
-        )
+        settings, left = PAIRS.with_values([f"draws={draws}"]), withhold_deleted(captions, run.list.read())
+        inputs = {"teacher": run.teacher, "captions": left, "source": "list", "url": url}
+        return generate_pairs(settings, run=in_process, **inputs)
 
     rows = generate().num_rows
     run.list.add(keys_of(urls=["https://list.example/1", "https://list.example/2"]))
@@ -324,8 +304,7 @@ def test_pairs_whose_caption_ids_are_urls(run):
         assert b"list.example/1" not in Path(file).read_bytes()
         assert b"list.example/2" not in Path(file).read_bytes()
     table = open_table(url)
-    recompute = pairs.recomputer(table, teacher=run.teacher)
-    report = verify_table(table, recompute=recompute, units=99, seed=0)
+    report = verify(table, pairs.recomputer(table, teacher=run.teacher))
     assert report.faults == ()
     assert report.exact == report.units
 
@@ -334,9 +313,7 @@ def make_infinite(monkeypatch, stage: str, *, row: int) -> None:
     """Let a network give infinity for one row of each unit."""
 
     def flags(values):
-        finite = finite_rows(values)
-        finite[row : row + 1] = [False] * len(finite[row : row + 1])
-        return finite
+        return [finite and index != row for index, finite in enumerate(finite_rows(values))]
 
     monkeypatch.setattr(f"pipelines.stages.{stage}.finite_rows", flags)
 

@@ -26,20 +26,16 @@ def listed(folder: Path, **lists: str | bytes) -> Blocklist:
     return load_blocklist(Blocklists(**{name: str(folder / f"{name}.txt") for name in lists}))
 
 
+def sample_of(*, image: bytes = b"bytes", caption: str = "c", metadata: dict[str, Any]) -> Sample:
+    return Sample(id="a", ordinal=0, key="a", image=image, caption=caption, metadata=metadata, source_id="a")
+
+
 def verdict(blocked: Blocklist, **given: Any) -> str | None:
     """The reason by which a link is rejected, which must be that of its sample."""
     url, caption = given.get("url", "http://good.example/a.jpg"), given.get("caption", "a caption")
     metadata = given.get("metadata", {})
     link = Link(id="a/0", ordinal=0, url=url, caption=caption, metadata=metadata)
-    sample = Sample(
-        id="a/0",
-        ordinal=0,
-        key="0",
-        image=b"bytes",
-        caption=caption,
-        metadata={**metadata, "url": url},
-        source_id=url,
-    )
+    sample = sample_of(caption=caption, metadata={**metadata, "url": url})
     reasons = []
     for check in (lambda: blocked.check_link(link), lambda: blocked.for_shard(SHARD)(sample, "laion/a/0")):
         try:
@@ -124,11 +120,9 @@ def test_any_text_has_hosts_or_none(text: str) -> None:
 def test_hashes_in_metadata_are_blocked(tmp_path: Path) -> None:
     sha, md5 = hashlib.sha256(b"1").hexdigest(), hashlib.md5(b"2").hexdigest()
     blocked = listed(tmp_path, hashes=f"{sha.upper()}\n{md5}\n# phash\n949D1fe559e2cc90\n-4012\n77\n")
-    assert verdict(blocked, metadata={"sha256": sha}) == "blocked_hash"
-    assert verdict(blocked, metadata={"md5": md5.upper()}) == "blocked_hash"
-    assert verdict(blocked, metadata={"image_phash": "949d1fe559e2cc90"}) == "blocked_hash"
-    assert verdict(blocked, metadata={"hash": -4012}) == "blocked_hash"
-    assert verdict(blocked, metadata={"hash": 77}) == "blocked_hash"
+    hashes = {"sha256": [sha], "md5": [md5.upper()], "image_phash": ["949d1fe559e2cc90"], "hash": [-4012, 77]}
+    for name, value in ((name, value) for name, values in hashes.items() for value in values):
+        assert verdict(blocked, metadata={name: value}) == "blocked_hash"
     assert verdict(blocked, metadata={"hash": 78, "sha256": md5, "md5": sha, "image_phash": "77"}) is None
     assert verdict(blocked, metadata={"hash": None, "image_phash": 3}) is None
 
@@ -142,12 +136,10 @@ def test_sixteen_digits_may_be_either_kind(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["sha256", "md5"])
 def test_image_bytes_are_hashed(tmp_path: Path, kind: str) -> None:
     blocked = listed(tmp_path, hashes=hashlib.new(kind, b"bad bytes").hexdigest())
-    good = Sample(id="a", ordinal=0, key="a", image=b"bytes", caption="c", metadata={}, source_id="a")
-    bad = Sample(id="a", ordinal=0, key="a", image=b"bad bytes", caption="c", metadata={}, source_id="a")
     check = blocked.for_shard(SHARD)
-    check(good, "a")
+    check(sample_of(metadata={}), "a")
     with pytest.raises(Rejected, match=f"blocked_hash: {kind}:"):
-        check(bad, "a")
+        check(sample_of(image=b"bad bytes", metadata={}), "a")
 
 
 # Terms.

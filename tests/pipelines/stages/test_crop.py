@@ -17,10 +17,12 @@ from PIL import Image
 from pipelines.stages.crop import bucket_for, buckets_of, crop_box, shapes_of
 from pipelines.stages.image import CropImage, EncodedImage, decode_image
 from pipelines.stages.settings import Buckets, ImageSettings
+from pipelines.tables.schemas import to_png
 from snapfusion.settings import SettingsError
 
-SIDES = st.integers(1, 6_000)
+SIDES, SMALL_SIDES = st.integers(1, 6_000), st.integers(2, 90)
 STEPS = st.sampled_from([4, 16, 64])
+CROPS = st.sampled_from(["center", "top", "random"])
 
 
 def png(height: int, width: int, *, exif: bytes | None = None) -> bytes:
@@ -42,13 +44,8 @@ def frame(data: bytes, *, row: str = "web/0/0", shapes=((32, 32),), **values) ->
 
 
 def test_buckets_of_512():
-    assert buckets_of(Buckets(), size=512, step=64) == (
-        (640, 384),
-        (576, 448),
-        (512, 512),
-        (448, 576),
-        (384, 640),
-    )
+    expected = ((640, 384), (576, 448), (512, 512), (448, 576), (384, 640))
+    assert buckets_of(Buckets(), size=512, step=64) == expected
 
 
 @settings(max_examples=200, deadline=None)
@@ -82,15 +79,12 @@ def test_refusal_names_the_nearest_sizes():
 
 
 @pytest.mark.parametrize(
-    ("bounds", "message"),
-    [
-        ({"min_side": 576}, r"^latents\.images\.buckets\.min_side is 576; at most the size, 512"),
-        ({"max_side": 448}, r"^latents\.images\.buckets\.max_side is 448; at least the size, 512"),
-    ],
+    ("name", "side", "accepted"), [("min_side", 576, "at most"), ("max_side", 448, "at least")]
 )
-def test_bounds_that_exclude_the_square_are_refused(bounds, message):
+def test_bounds_that_exclude_the_square_are_refused(name, side, accepted):
+    message = rf"^latents\.images\.buckets\.{name} is {side}; {accepted} the size, 512"
     with pytest.raises(SettingsError, match=message):
-        shapes_of(Buckets(**bounds), size=512, step=64)
+        shapes_of(Buckets(**{name: side}), size=512, step=64)
 
 
 @settings(max_examples=300, deadline=None)
@@ -116,24 +110,15 @@ def test_taller_of_two_equally_near_buckets_wins():
 @pytest.mark.parametrize("shape", buckets_of(Buckets(max_aspect=4.0), size=512, step=64))
 def test_image_of_a_buckets_size_is_unchanged(shape):
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
     shapes = buckets_of(Buckets(max_aspect=4.0), size=512, step=64)
-    assert np.array_equal(frame(buffer.getvalue(), shapes=shapes), pixels)
+    assert np.array_equal(frame(to_png(pixels), shapes=shapes), pixels)
 
 
 # Crops.
 
 
 @settings(max_examples=500, deadline=None)
-@given(
-    SIDES,
-    SIDES,
-    SIDES,
-    SIDES,
-    st.sampled_from(["center", "top", "random"]),
-    st.floats(0, 1, exclude_max=True),
-)
+@given(SIDES, SIDES, SIDES, SIDES, CROPS, st.floats(0, 1, exclude_max=True))
 def test_crop_lies_inside_and_has_the_aspect(h, w, height, width, crop, at):
     left, top, right, bottom = crop_box((h, w), height=height, width=width, crop=crop, at=at)
     assert 0 <= left < right <= width
@@ -144,12 +129,7 @@ def test_crop_lies_inside_and_has_the_aspect(h, w, height, width, crop, at):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(2, 90),
-    st.integers(2, 90),
-    st.sampled_from([(32, 32), (48, 16), (16, 64)]),
-    st.sampled_from(["center", "top", "random"]),
-)
+@given(SMALL_SIDES, SMALL_SIDES, st.sampled_from([(32, 32), (48, 16), (16, 64)]), CROPS)
 def test_result_has_the_size_of_its_shape(height, width, shape, crop):
     made = frame(png(height, width), shapes=(shape,), crop=crop)
     assert made.shape == (*shape, 3)
@@ -157,7 +137,7 @@ def test_result_has_the_size_of_its_shape(height, width, shape, crop):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 90), st.integers(2, 90), st.sampled_from([8, 16, 33]))
+@given(SMALL_SIDES, SMALL_SIDES, st.sampled_from([8, 16, 33]))
 def test_center_square_is_one_resampling(height, width, size):
     """One resampling of the middle square, in whole pixels."""
     data = png(height, width)
@@ -195,10 +175,9 @@ def test_random_crop_follows_from_seed_and_row():
 
 
 def test_random_crop_can_begin_anywhere():
-    boxes = [
-        crop_box((1, 1), height=1, width=4, crop="random", at=at) for at in (0.0, 0.24, 0.25, 0.75, 0.9999)
-    ]
-    assert [left for left, *_ in boxes] == [0, 0, 1, 3, 3]
+    for at, expected in ((0.0, 0), (0.24, 0), (0.25, 1), (0.75, 3), (0.9999, 3)):
+        left, *_ = crop_box((1, 1), height=1, width=4, crop="random", at=at)
+        assert left == expected
 
 
 @pytest.mark.parametrize("sides", [(1_000, 100), (100, 1_000), (2, 3_000), (3_000, 2)])
@@ -223,9 +202,7 @@ def test_bucket_is_chosen_by_the_upright_image():
 def test_large_image_is_cropped_without_aliasing():
     stripes = np.zeros((600, 1_800, 3), np.uint8)
     stripes[:, ::2] = 255
-    buffer = io.BytesIO()
-    Image.fromarray(stripes).save(buffer, "PNG")
-    made = frame(buffer.getvalue(), shapes=((16, 48), (32, 32))).astype(int)
+    made = frame(to_png(stripes), shapes=((16, 48), (32, 32))).astype(int)
     assert made.shape == (16, 48, 3)
     assert np.abs(made[:, 1:-1] - 127).max() <= 1
 

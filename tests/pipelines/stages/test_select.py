@@ -10,19 +10,13 @@ from pipelines.stages.settings import Selection
 from snapfusion.settings import SettingsError
 
 STRICT = Selection(
-    min_width=256,
-    min_height=256,
-    min_aesthetic=5.0,
-    max_watermark=0.5,
-    max_unsafe=0.1,
-    min_similarity=0.28,
-    min_caption_chars=5,
-    refused_tags=("NSFW", "UNSURE"),
-)
+    min_width=256, min_height=256, min_aesthetic=5.0, max_watermark=0.5, max_unsafe=0.1, min_similarity=0.28,
+    min_caption_chars=5, refused_tags=("NSFW", "UNSURE"),
+)  # fmt: skip
 
 
 def reason_of(
-    metadata: dict[str, Any], *, caption: str = "a caption", selection: Selection = STRICT
+    metadata: dict[str, Any], *, caption: str = "a text", selection: Selection = STRICT
 ) -> str | None:
     try:
         check(metadata, caption=caption, selection=selection)
@@ -132,9 +126,7 @@ LANGUAGE = Selection(languages=("en", "De"))
         (LANGUAGE, {"LANGUAGE": 7}, None),
     ],
 )
-def test_bounds_on_shape_and_language(
-    selection: Selection, metadata: dict[str, Any], reason: str | None
-) -> None:
+def test_bounds_on_shape_and_language(selection: Selection, metadata: dict, reason: str | None) -> None:
     assert reason_of(metadata, selection=selection) == reason
 
 
@@ -184,14 +176,11 @@ def test_first_violated_bound_gives_the_reason() -> None:
         {"width": 260, "height": 270}, {"width": 1000, "height": 400}, {"height": 1000}, {"aesthetic": 6},
         {"pwatermark": 0}, {"punsafe": 0}, {"NSFW": "UNLIKELY"}, {"similarity": 1}, {"LANGUAGE": "en"},
     ]  # fmt: skip
+    steps = [*(("дddd", change) for change in [{}, *better]), ("ддddддд", {}), ("ддddд", {}), ("дд ddд", {})]
     found = []
-    for step in [{}, *better]:
-        metadata.update(step)
-        found.append(reason_of(metadata, caption="дddd", selection=everything))
-    found += [
-        reason_of(metadata, caption=caption, selection=everything)
-        for caption in ("ддddддд", "ддddд", "дд ddд")
-    ]
+    for caption, change in steps:
+        metadata.update(change)
+        found.append(reason_of(metadata, caption=caption, selection=everything))
     assert found == [
         "low_resolution", "short_side", "extreme_aspect", "low_aesthetic", "watermarked", "unsafe", "unsafe",
         "low_similarity", "other_language", "short_caption", "long_caption", "few_words", "other_script",
