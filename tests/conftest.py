@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch and Ray are imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,12 +26,15 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from filelock import FileLock
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import snapfusion.export.variants as variants
+from snapfusion.export.modules import FixedModule
 from snapfusion.models.architecture import Architecture, Layer
-from snapfusion.models.bundle import Bundle
+from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.save import save
 from snapfusion.models.tokenizer import build_tokenizer
 from snapfusion.models.unet import build_unet
 from snapfusion.schedule import Schedule
+from snapfusion.settings import digest
 
 # Test files have unique names, so all their folders can be on the path of this process, of scripts that tests
 # start and of Ray's workers. The checkout comes first, or an installed copy would be tested.
@@ -37,6 +42,13 @@ TESTS = Path(__file__).parent
 _FOLDERS = [str(folder) for folder in (TESTS.parent, *sorted({file.parent for file in TESTS.rglob("*.py")}))]
 sys.path[:0] = [folder for folder in _FOLDERS if folder not in sys.path]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from traversing the imported libraries, as long as the tests run."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def tiny_bundle(seed: int = 0, *, image_size: int = 16) -> Bundle:
@@ -160,7 +172,26 @@ MOBILE = (
 
 
 @pytest.fixture(scope="session")
-def mobile_bundle(shared: Path, mobile_model: str) -> Path:
+def compiled_once(shared: Path) -> Iterator[None]:
+    """Compile a module's program once in this run of the tests: lowering takes most of a bundle's time."""
+    real = variants.compile_executorch
+
+    def compiled(module: FixedModule, **options: Any) -> bytes:
+        shapes = [port.shape for port in module.inputs]
+        key = digest({"weights": weight_hash(module.network), "shapes": shapes, "options": options})
+        path = shared / f"{module.name}-{key}.pte"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                path.write_bytes(real(module, **options))
+            return path.read_bytes()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "compile_executorch", compiled)
+        yield
+
+
+@pytest.fixture(scope="session")
+def mobile_bundle(shared: Path, mobile_model: str, compiled_once: None) -> Path:
     """The tiny model's bundle, with every variant that can be computed here; not to be changed.
 
     The first who asks makes it, which takes a minute or two.

@@ -29,7 +29,6 @@ from snapfusion.export.parity import ParityError
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.settings import Licence, LicenceError, MobileSettings
 from snapfusion.mini.scenes import parse_caption
-from snapfusion.models.bundle import weight_hash
 from snapfusion.models.decoder import HalfDecoder
 from snapfusion.models.load import load
 from snapfusion.models.tokenizer import build_tokenizer
@@ -40,21 +39,7 @@ FAST = {"coreml": (), "executorch": ("float32",), "guidance": 2.0, "steps": 2, "
 PARENTS = {"model": {"source": "tiny", "settings_hash": None}, "decoder": None}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once():
-    """A compiler that gives a module's program again if it made it before: lowering takes most time."""
-    real, made = variants.compile_executorch, {}
-
-    def compiled(module, **how):
-        shapes = [port.shape for port in module.inputs]
-        key = f"{weight_hash(module.network)} {shapes} {how.get('kind')}"
-        if key not in made:
-            made[key] = real(module, **how)
-        return made[key]
-
-    variants.compile_executorch = compiled
-    yield
-    variants.compile_executorch = real
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def settings(**changes):
