@@ -14,12 +14,13 @@ import uuid
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import ray.train
 import torch
 import torch.distributed as dist
+from ray import cloudpickle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -127,8 +128,8 @@ def run_trainings(
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     with tempfile.TemporaryDirectory() as scratch, progress_channel(on_report) as queue:
         config = {
-            "factory": factory,
-            "arguments": dict(arguments),
+            # Bytes: else the controller would unpickle it, and import all that the workers need.
+            "factory": cloudpickle.dumps(partial(factory, **arguments)),
             "store_url": absolute_url(store_url),  # workers have another working directory
             "settings": settings,
             "queue": queue,
@@ -187,7 +188,7 @@ def _worker_loop(config: dict[str, Any]) -> _WorkerResult:
     torch.set_num_threads(settings.threads_per_worker)
     finished = {}
     try:
-        for training in config["factory"](**config["arguments"], device=get_device()):
+        for training in cloudpickle.loads(config["factory"])(device=get_device()):
             store = CheckpointStore(f"{config['store_url']}/{training.name}", keep=settings.keep_checkpoints)
             finished[training.name] = _run_training(
                 training, store=store, settings=settings, queue=config["queue"]
