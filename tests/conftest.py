@@ -51,6 +51,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
+def pytest_unconfigure() -> None:
+    """Let libraries that look for leaks at the end find none."""
+    gc.unfreeze()
+
+
 def tiny_bundle(seed: int = 0, *, image_size: int = 16) -> Bundle:
     """Random weights in SD-v1.5's topology, 4x8x8 latents, well below a second to sample.
 

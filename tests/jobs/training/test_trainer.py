@@ -78,7 +78,18 @@ def training(*, name="sums", **behaviour):
     )
 
 
-def program(marker, device):
+class UnpickledIn:
+    """Leaves a file for each process that unpickles it, named by the process's rank in the training."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        (self.folder / f"rank-{os.environ.get('RANK')}").touch()
+
+
+def program(marker, unpickled_in, device):
     yield training(name="killed", die_at=3, marker=marker)
     yield training(name="whole")
     yield training(name="broken", nan_at=3)
@@ -101,8 +112,10 @@ def test_two_killed_workers_resume_to_the_same_weights(ray_cluster, tmp_path, mo
     url, marker, reports = str(tmp_path / "checkpoints"), tmp_path / "died", []
     how = {"store_url": url, "settings": settings, "on_report": reports.append}
     with pytest.raises(TrainingError, match=r"loss of step 3 is not finite in rows r\d+, r\d+"):
-        run_trainings(program, {"marker": str(marker)}, **how)
+        run_trainings(program, {"marker": str(marker), "unpickled_in": UnpickledIn(tmp_path)}, **how)
     assert marker.exists()
+    # Not in Ray's controller, which would import all that the workers import.
+    assert {path.name for path in tmp_path.glob("rank-*")} == {"rank-0", "rank-1"}
     stopped = json.loads((tmp_path / "checkpoints" / "broken.stopped.json").read_text())
     assert stopped["step"] == 3
     assert len(set(stopped["rows"])) == SETTINGS.global_batch
