@@ -13,7 +13,7 @@ A published student or a committed sample is not made again, so the job can be s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from functools import partial
 
 from jobs import encode_latents
 from jobs.cli.ablation import (
@@ -27,18 +27,14 @@ from jobs.cli.ablation import (
 )
 from jobs.cli.job import Job, run
 from jobs.cli.scenes import render_scenes
+from jobs.cli.state import read_json
 from jobs.recipes.ablation import Panel
 from jobs.reports.ablation_page import ablation_charts, render_ablation, sample_image_rows
 from jobs.reports.charts import standalone_svg
 from jobs.runtime.cluster import connect
 from jobs.runtime.exit_codes import exit_process
 from jobs.training.run_folder import METRICS
-from pipelines.storage.objects import exists, read_bytes, replace_object
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.ablate`."""
-    return run("ablate", ablate, preview=preview, about=__doc__, argv=argv)
+from pipelines.storage.objects import replace_object
 
 
 def ablate(job: Job) -> None:
@@ -77,7 +73,7 @@ def _panel_url(job: Job, panel: Panel) -> str:
 def write_page(job: Job) -> None:
     """Write the page of all finished panels, with curves and images of the first one."""
     settings = job.recipe.ablation
-    urls = [_panel_url(job, panel) for panel in settings.panels]
+    panels = [read_json(_panel_url(job, panel)) for panel in settings.panels]
     lines = settings.panels[0].lines
     trained = [name for line in lines if (name := line.variant) and is_trained(job, name, seed=0)]
     images = {
@@ -86,11 +82,8 @@ def write_page(job: Job) -> None:
         if line.variant is None or line.variant in trained
     }
     page = render_ablation(
-        [json.loads(read_bytes(url)) for url in urls if exists(url)],
-        curves={
-            name: json.loads(read_bytes(f"{student_url(job, name, seed=0)}/{METRICS}"))["curve"]
-            for name in trained
-        },
+        [panel for panel in panels if panel is not None],
+        curves={name: read_json(f"{student_url(job, name, seed=0)}/{METRICS}")["curve"] for name in trained},
         rows=sample_image_rows(images, w=settings.pictures_at),
         w=settings.pictures_at,
     )
@@ -110,6 +103,8 @@ def preview(job: Job) -> list[str]:
         )
     return lines or ["nothing: this recipe has no ablation"]
 
+
+main = partial(run, "ablate", ablate, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

@@ -3,46 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import sys
 from collections.abc import Sequence
 
+import jobs
 from jobs.runtime.arguments import OneLineParser
 from jobs.runtime.exit_codes import exit_process, run_guarded
 
-VERBS = (
-    "generate",
-    "verify_bundle",
-    "benchmark",
-    "run_pipeline",
-    "render_scenes",
-    "download_shards",
-    "find_duplicates",
-    "encode_latents",
-    "generate_pairs",
-    "compute_targets",
-    "finetune_vpred",
-    "train_robust",
-    "evolve_unet",
-    "compare_chance",
-    "train_efficient",
-    "distill_steps",
-    "distill_schedule",
-    "distill_decoder",
-    "compile_mobile",
-    "evaluate",
-    "ablate",
-    "report",
-    "plan",
-    "top_up",
-    "vacuum",
-    "verify_table",
-    "forget",
-    "measure_latency",
-    "measure_efficiency",
-    "train_mini",
-    "measure_mini",
-    "measure_robustness",
-)
+VERBS = sorted(module.name for module in pkgutil.iter_modules(jobs.__path__) if not module.ispkg)
+VERBS.remove("command")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ OUT/chance/first/, trained/   initial and trained models, with a table of sample
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from functools import partial
 
 from jobs.cli.in_run import resolve_training, table_starter
 from jobs.cli.job import Job, run
@@ -20,15 +20,9 @@ from jobs.training.progress_channel import show_reports
 from pipelines.storage.objects import replace_object
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.compare_chance`."""
-    return run("compare_chance", compare_chance, preview=preview, about=__doc__, argv=argv)
-
-
 def compare_chance(job: Job) -> None:
     """Train and score the architectures, unless that is done, and write the metrics."""
-    model = job.resolve(job.recipe.evolution.begin)
-    settings = job.recipe.random_baseline
+    model, settings = job.resolve(job.recipe.evolution.begin), job.recipe.random_baseline
     training = resolve_training(settings.training, job)
     baseline = RandomBaseline(
         settings=settings.model_copy(update={"training": training}),
@@ -48,16 +42,9 @@ def compare_chance(job: Job) -> None:
     for reading in results["readings"]:
         for metric in COMPARED_METRICS:
             if metric in reading:
-                print(f"  w = {reading['w']:g}, {metric}: {describe_reading(reading[metric])}")
+                line = "{evolved:.4g} evolved; random {median:.4g} median, {best:.4g} best, {worse} worse"
+                print(f"  w = {reading['w']:g}, {metric}: {line.format_map(reading[metric])}")
     print(f"  {url}")
-
-
-def describe_reading(values: Mapping[str, float]) -> str:
-    """One line about a metric of the evolved architecture and the random ones."""
-    return (
-        f"{values['evolved']:.4g} evolved; random {values['median']:.4g} median, {values['best']:.4g} best, "
-        f"{values['worse']} worse"
-    )
 
 
 def preview(job: Job) -> list[str]:
@@ -70,6 +57,8 @@ def preview(job: Job) -> list[str]:
         f"captions at {len(evaluation.guidance)} guidance scales with each, into {job.url('chance')}"
     ]
 
+
+main = partial(run, "compare_chance", compare_chance, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

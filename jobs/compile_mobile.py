@@ -6,7 +6,7 @@ MODEL is a diffusers folder, the folder of a training, a URL or a hub id; by def
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from jobs.cli.job import Job, run
 from jobs.cli.state import state_of
@@ -16,11 +16,6 @@ from snapfusion.export.bundle import MANIFEST
 from snapfusion.export.settings import LicenceError
 from snapfusion.models.decoder import load_decoder
 from snapfusion.models.load import load
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.compile_mobile`."""
-    return run("compile_mobile", compile_mobile, preview=preview, about=__doc__, argv=argv, target="MODEL")
 
 
 def compile_mobile(job: Job) -> None:
@@ -66,6 +61,8 @@ def preview(job: Job) -> list[str]:
         f"  {', '.join(variants)}; {len(settings.captions)} captions at guidance {settings.guidance:g}",
     ]
 
+
+main = partial(run, "compile_mobile", compile_mobile, preview=preview, about=__doc__, target="MODEL")
 
 if __name__ == "__main__":
     exit_process(main())

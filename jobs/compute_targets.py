@@ -6,7 +6,7 @@ computes the targets while it trains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from jobs.cli.inputs import teacher_and_student
 from jobs.cli.job import Job, run
@@ -18,11 +18,6 @@ from jobs.runtime.progress import show_progress
 from pipelines.datasets.targets import compute_targets
 from pipelines.loading.branches import count_branch_rows
 from pipelines.tables.table import open_table
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.compute_targets`."""
-    return run("compute_targets", compute, preview=preview, about=__doc__, argv=argv)
 
 
 def compute(job: Job) -> None:
@@ -54,6 +49,8 @@ def preview(job: Job) -> list[str]:
         f"{targets.cfg_probability:.0%} of them guided at {w.low} to {w.high}, into {url} ({state_of(url)})"
     ]
 
+
+main = partial(run, "compute_targets", compute, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

@@ -6,18 +6,13 @@ OUT/decoder/metrics.json                       parents, settings, training curve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from jobs.cli.in_run import connect_unless_published, describe_training
 from jobs.cli.job import Job, run
 from jobs.runtime.exit_codes import exit_process
 from jobs.training.decoder import distill_decoder, summary
 from jobs.training.progress_channel import show_reports
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.distill_decoder`."""
-    return run("distill_decoder", distill, preview=preview, about=__doc__, argv=argv)
 
 
 def distill(job: Job) -> None:
@@ -40,6 +35,8 @@ def preview(job: Job) -> list[str]:
     training = describe_training(job.url("pairs"), job.recipe.decoder.loop, url=job.url("decoder"))
     return [f"would train a half-width decoder {training}"]
 
+
+main = partial(run, "distill_decoder", distill, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from jobs import distill_steps, finetune_vpred, train_efficient
 from jobs.cli.in_run import stage_job
 from jobs.cli.job import Body, Job, Preview, run
 from jobs.recipes.verbs import initial_verbs
 from jobs.runtime.exit_codes import exit_process
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.distill_schedule`."""
-    return run("distill_schedule", distill_schedule, preview=preview, about=__doc__, argv=argv)
 
 
 def distill_schedule(job: Job) -> None:
@@ -43,6 +38,8 @@ def preview(job: Job) -> list[str]:
         lines += [f"{stage.name} ({settings}): {line}" for line in distill_steps.preview(student)]
     return lines or ["nothing: this recipe has no schedule"]
 
+
+main = partial(run, "distill_schedule", distill_schedule, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

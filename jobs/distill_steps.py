@@ -5,7 +5,7 @@ Targets come from the teacher in the trainer (on LATENTS), or from the table TAR
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from jobs.cli.in_run import connect_unless_published, describe_training, resolve_training
 from jobs.cli.inputs import distillation_table_url, teacher_and_student
@@ -13,11 +13,6 @@ from jobs.cli.job import Job, run
 from jobs.runtime.exit_codes import exit_process
 from jobs.training.distillation import distill_steps, summary
 from jobs.training.progress_channel import show_reports
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.distill_steps`."""
-    return run("distill_steps", distill, preview=preview, about=__doc__, argv=argv)
 
 
 def distill(job: Job) -> None:
@@ -48,6 +43,8 @@ def preview(job: Job) -> list[str]:
         f"{student} {training}"
     ]
 
+
+main = partial(run, "distill_steps", distill, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

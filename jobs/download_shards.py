@@ -5,7 +5,8 @@ Reads the recipe's `download.links`; the recipe's selection and blocklists are a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from jobs.cli.inputs import link_filters
@@ -16,11 +17,6 @@ from jobs.runtime.progress import show_progress
 from pipelines.download.downloads import download_shards, find_ranges
 from pipelines.download.receipts import read_receipts
 from pipelines.download.settings import DownloadSettings
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.download_shards`."""
-    return run("download_shards", download, preview=preview, about=__doc__, argv=argv)
 
 
 def download(job: Job) -> None:
@@ -48,18 +44,15 @@ def download(job: Job) -> None:
 def preview(job: Job) -> list[str]:
     """Describe the lists and the remaining downloads."""
     settings = job.recipe.download
-    ranges = find_ranges(settings)
-    url = job.url(settings.place)
-    known = read_receipts(url)
-    parts = list(ranges.tasks({}))
+    ranges, url = find_ranges(settings), job.url(settings.place)
+    known, parts = read_receipts(url), list(ranges.tasks({}))
     left = [part for part in parts if part.name not in known]
     rows = sum(part.stop - part.start for part in left)
     done = sum(receipt.rows for receipt in known.values())
+    bytes_left = "the number of bytes is known after the first shard"
     if done:
         size = sum(receipt.size for receipt in known.values()) / done
         bytes_left = f"about {size * rows / 1e9:.1f} GB, at {size / 1e3:.1f} kB per row so far"
-    else:
-        bytes_left = "the number of bytes is known after the first shard"
     # A receipt of the next retry round has taken over what failed in this one.
     transient = sum(
         receipt.transient
@@ -86,6 +79,8 @@ def _with_absolute_python(settings: DownloadSettings) -> DownloadSettings:
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
 
+
+main = partial(run, "download_shards", download, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

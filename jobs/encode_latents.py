@@ -7,7 +7,7 @@ kept and why.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from jobs.cli.inputs import latents_row_filters, shards_url
 from jobs.cli.job import Job, run
@@ -21,11 +21,6 @@ from pipelines.sources.webdataset import Shard, list_shards, metadata_columns
 from pipelines.stages.select import active_bounds
 from pipelines.storage.objects import exists
 from pipelines.tables.manifest import total_rejected
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.encode_latents`."""
-    return run("encode_latents", encode, preview=sampled_preview, about=__doc__, argv=argv)
 
 
 def encode(job: Job) -> None:
@@ -72,6 +67,8 @@ def _print_unused_bounds(job: Job, shard: Shard) -> None:
         for line in unused_bound_lines(settings.selection, metadata_columns(shard, settings.shards)):
             print(f"  {line}")
 
+
+main = partial(run, "encode_latents", encode, preview=sampled_preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

@@ -8,7 +8,7 @@ OUT/evaluation/page.html, chart-1.svg, ...               the same as a page
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from jobs.cli.in_run import table_starter
@@ -20,11 +20,6 @@ from jobs.reports.evaluation_page import evaluation_charts, render_evaluation
 from jobs.runtime.cluster import runner
 from jobs.runtime.exit_codes import exit_process
 from pipelines.storage.objects import replace_object
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.evaluate`."""
-    return run("evaluate", compare, preview=preview, about=__doc__, argv=argv)
 
 
 def compare(job: Job) -> None:
@@ -86,6 +81,8 @@ def preview(job: Job) -> list[str]:
         f"{evaluations:,} UNet evaluations of one row, into {job.url('evaluation')}"
     ]
 
+
+main = partial(run, "evaluate", compare, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

@@ -6,7 +6,7 @@ OUT/evolution/   files of `jobs.evolution.search`, and page.html with its charts
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from functools import partial
 
 from jobs import measure_latency
 from jobs.cli.in_run import resolve_training, table_starter
@@ -25,11 +25,6 @@ from snapfusion.settings import SettingsError
 
 _NUM_SHOWN_CAPTIONS = 10
 """Captions on the page."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.evolve_unet`."""
-    return run("evolve_unet", evolve_unet, preview=preview, about=__doc__, argv=argv)
 
 
 def evolve_unet(job: Job) -> None:
@@ -104,6 +99,8 @@ def preview(job: Job) -> list[str]:
         f"{settings.training.loop.global_batch} rows; {steps:,} guided steps per action",
     ]
 
+
+main = partial(run, "evolve_unet", evolve_unet, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

@@ -6,11 +6,11 @@ With `deduplication.use` LATENTS reject the copies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from jobs.cli.inputs import row_filters, shards_url
 from jobs.cli.job import Job, run
-from jobs.cli.state import rejected_text, state_of
+from jobs.cli.state import rejected_text, state_of, table_text
 from jobs.runtime.cluster import reader, runner
 from jobs.runtime.exit_codes import exit_process
 from jobs.runtime.progress import show_progress
@@ -18,13 +18,7 @@ from pipelines.dedup.decontamination import fingerprint_evaluation
 from pipelines.dedup.duplicates import count_verdicts, find_duplicates
 from pipelines.dedup.fingerprints import fingerprint_shards
 from pipelines.sources.webdataset import list_shards
-from pipelines.tables.manifest import total_rejected
 from pipelines.tables.table import Snapshot, open_table
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.find_duplicates`."""
-    return run("find_duplicates", find, preview=preview, about=__doc__, argv=argv)
 
 
 def find(job: Job) -> None:
@@ -41,7 +35,7 @@ def find(job: Job) -> None:
         run=runner(recipe.cluster),
         on_progress=show_progress(job.verb),
     )
-    print(f"  FINGERPRINTS version {table.version}: {_counts(table)}")
+    print(f"  FINGERPRINTS version {table.version}: {table_text(table)}")
     evaluation = _evaluation(job)
     against = [open_table(url, kind="fingerprints") for url in settings.against]
     parents = {
@@ -92,14 +86,11 @@ def _evaluation(job: Job) -> Snapshot | None:
         origin=job.origin({"evaluation": list(settings.evaluation.urls)}),
         run=runner(job.recipe.cluster),
     )
-    print(f"  evaluation: {_counts(table)}")
+    print(f"  evaluation: {table_text(table)}")
     return table
 
 
-def _counts(table: Snapshot) -> str:
-    rejected = total_rejected(table.manifests().values())
-    return f"{table.num_rows} rows, {rejected_text(rejected)}"
-
+main = partial(run, "find_duplicates", find, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

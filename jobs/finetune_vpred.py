@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from jobs.cli.in_run import describe_training, train_in_run
 from jobs.cli.job import Job, run
 from jobs.runtime.exit_codes import exit_process
 from snapfusion.models.load import load
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.finetune_vpred`."""
-    return run("finetune_vpred", finetune, preview=preview, about=__doc__, argv=argv)
 
 
 def finetune(job: Job) -> None:
@@ -28,6 +23,8 @@ def preview(job: Job) -> list[str]:
     training = describe_training(job.url("latents"), job.recipe.vpred.loop, url=job.url("vpred"))
     return [f"would fine-tune {job.recipe.model} to predict v {training}; nothing if it predicts v already"]
 
+
+main = partial(run, "finetune_vpred", finetune, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

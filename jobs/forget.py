@@ -9,7 +9,7 @@ that list are never read in again. Older versions stay readable until their file
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from functools import partial
 
 from jobs.cli.inputs import deletion_list_of, shards_url
 from jobs.cli.job import Job, run
@@ -22,11 +22,6 @@ from pipelines.storage.objects import write_once
 
 class FilesInUse(RuntimeError):
     """Old files that an unfinished training still reads."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.forget`."""
-    return run("forget", forget, preview=preview, about=__doc__, argv=argv, writes=False, options=add_options)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +87,8 @@ def preview(job: Job) -> list[str]:
         ),
     ]
 
+
+main = partial(run, "forget", forget, preview=preview, about=__doc__, writes=False, options=add_options)
 
 if __name__ == "__main__":
     exit_process(main())

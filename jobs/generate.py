@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,20 @@ def _parser() -> OneLineParser:
 
 def _generate(options: argparse.Namespace) -> None:
     _check(options)
-    if options.bundle is None:
-        _generate_with_model(options)
-    else:
-        _generate_with_bundle(options)
+    generate, by = _by_model(options) if options.bundle is None else _by_bundle(options)
+    began = time.monotonic()
+    images = generate(seed=options.seed, count=options.n)
+    seconds = time.monotonic() - began
+    # Imported here, so that --help and mistakes are answered at once.
+    from jobs.evaluation.images import save_images
+
+    try:
+        factor = save_images(images, Path(options.out))
+    except OSError as error:
+        raise SettingsError(f"--out {options.out}: {error.strerror or error}") from None
+    enlarged = f", shown {factor} times larger" if factor > 1 else ""
+    size = images[0].shape[0]
+    print(f"{options.out}: {options.n} of {size} px{enlarged}, {by}, {seconds:.1f} s after loading")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -64,8 +75,8 @@ def _check(options: argparse.Namespace) -> None:
                 raise SettingsError(f"--{name} {value}: a --bundle has its own, compiled into it")
 
 
-def _generate_with_model(options: argparse.Namespace) -> None:
-    # Imported here, so that --help and mistakes are answered at once.
+def _by_model(options: argparse.Namespace) -> tuple[Callable[..., Sequence[Any]], str]:
+    """Load the model; a function that generates its images, and a description of it."""
     from jobs.evaluation.images import distillation_mismatch, distilled_steps, generate_images
     from pipelines.stages.crop import check_size
     from snapfusion.models.load import load
@@ -84,15 +95,14 @@ def _generate_with_model(options: argparse.Namespace) -> None:
         bundle.resize(options.size)
     if note := distillation_mismatch(bundle, steps=steps, solver=solver, guidance=guidance):
         print(f"{source}: {note}")
-    began = time.monotonic()
-    noise = {"seed": options.seed, "count": options.n}
-    images = generate_images(
-        bundle, [options.caption], steps=steps, solver=solver, guidance=guidance, **noise
+    generate = partial(
+        generate_images, bundle, [options.caption], steps=steps, solver=solver, guidance=guidance
     )
-    _save(images, options, by=f"{steps} steps of {solver}", seconds=time.monotonic() - began)
+    return generate, f"{steps} steps of {solver}"
 
 
-def _generate_with_bundle(options: argparse.Namespace) -> None:
+def _by_bundle(options: argparse.Namespace) -> tuple[Callable[..., Sequence[Any]], str]:
+    """The same of a mobile bundle's programs."""
     from jobs.evaluation.bundle_images import default_variant, generate_bundle_images
     from snapfusion.export.bundle import BundleError, open_bundle
 
@@ -102,19 +112,5 @@ def _generate_with_bundle(options: argparse.Namespace) -> None:
         programs, num_steps = bundle.programs(variant), len(bundle.sampler.steps)
     except BundleError as error:
         raise SettingsError(f"--bundle {error}") from None
-    began = time.monotonic()
-    noise = {"seed": options.seed, "count": options.n}
-    images = generate_bundle_images(bundle, programs, options.caption, guidance=options.guidance, **noise)
-    _save(images, options, by=f"{num_steps} steps of {variant}", seconds=time.monotonic() - began)
-
-
-def _save(images: Sequence[Any], options: argparse.Namespace, *, by: str, seconds: float) -> None:
-    from jobs.evaluation.images import save_images
-
-    try:
-        factor = save_images(images, Path(options.out))
-    except OSError as error:
-        raise SettingsError(f"--out {options.out}: {error.strerror or error}") from None
-    enlarged = f", shown {factor} times larger" if factor > 1 else ""
-    size = images[0].shape[0]
-    print(f"{options.out}: {options.n} of {size} px{enlarged}, {by}, {seconds:.1f} s after loading")
+    generate = partial(generate_bundle_images, bundle, programs, options.caption, guidance=options.guidance)
+    return generate, f"{num_steps} steps of {variant}"

@@ -5,7 +5,7 @@ Reads the recipe's `captions.url`, or the captions of LATENTS in the same run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,11 +20,6 @@ from pipelines.rejections import Rejection
 from pipelines.sources.captions import Caption, read_captions
 from pipelines.sources.settings import CaptionSettings
 from pipelines.tables.table import open_table
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.generate_pairs`."""
-    return run("generate_pairs", generate, preview=preview, about=__doc__, argv=argv)
 
 
 def generate(job: Job) -> None:
@@ -66,6 +61,8 @@ def preview(job: Job) -> list[str]:
         f"at guidance {pairs.generation.guidance}, into {url} ({state_of(url)})"
     ]
 
+
+main = partial(run, "generate_pairs", generate, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

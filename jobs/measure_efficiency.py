@@ -8,8 +8,8 @@ is executed once; memory is that of a process with one UNet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from jobs.cli.in_run import measure_in_run
@@ -19,11 +19,6 @@ from jobs.evaluation.efficiency import LOOP_STEPS, measure_efficiency, summary
 from jobs.evaluation.timing import load_measured_model
 from jobs.runtime.exit_codes import exit_process
 from jobs.runtime.versions import versions
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.measure_efficiency`."""
-    return run("measure_efficiency", measure, preview=preview, about=__doc__, argv=argv)
 
 
 def measure(job: Job) -> None:
@@ -58,6 +53,8 @@ def preview(job: Job) -> list[str]:
         f"{settings.device}, into {url} ({state_of(url)})"
     ]
 
+
+main = partial(run, "measure_efficiency", measure, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

@@ -9,7 +9,8 @@ phone, has the same form.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from jobs.cli.in_run import measure_in_run
@@ -22,11 +23,6 @@ from jobs.reports.charts import standalone_svg
 from jobs.reports.latency_breakdown import breakdown_charts
 from jobs.runtime.exit_codes import exit_process
 from pipelines.storage.objects import replace_object
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.measure_latency`."""
-    return run("measure_latency", measure, preview=preview, about=__doc__, argv=argv)
 
 
 def measure(job: Job) -> None:
@@ -64,6 +60,8 @@ def preview(job: Job) -> list[str]:
         f"in {settings.precision} on {settings.device}, into {url} ({state_of(url)})"
     ]
 
+
+main = partial(run, "measure_latency", measure, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

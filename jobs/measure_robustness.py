@@ -11,60 +11,40 @@ A second run adds what is missing.
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from jobs.cli.job import run_with_settings
 from jobs.evaluation.resumable_results import ResumableResults
 from jobs.evaluation.robustness import source_label, summary_of, table_lines
 from jobs.reports.robustness_page import render_robustness, sample_sheet, sheet_image
-from jobs.runtime.arguments import OneLineParser
-from jobs.runtime.exit_codes import exit_process, run_guarded
+from jobs.runtime.exit_codes import exit_process
 from jobs.runtime.progress import StatusLine, format_duration
+from snapfusion.mini import robustness
 from snapfusion.mini.oracle import load_oracle
-from snapfusion.mini.robustness import (
-    METRIC_NAMES,
-    PartMetrics,
-    RobustnessPart,
-    RobustnessResults,
-    check_comparable,
-    groups_of,
-    measure_robustness,
-    robustness_parts,
-)
 from snapfusion.mini.settings import RobustnessSettings
-from snapfusion.models.bundle import Bundle, weight_hash
+from snapfusion.models.bundle import weight_hash
 from snapfusion.models.load import load
 
 _NAME = "robustness"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.measure_robustness`."""
-    about = (__doc__ or "").split("\n\n")[0]
-    parser = OneLineParser(prog="python -m jobs.measure_robustness", description=about)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the two models and the folder of the results."""
     parser.add_argument("plain", help="a miniature without robust training: a folder, a URL, mini or mini-v")
     parser.add_argument("robust", help="one of the same blocks, trained robustly for as long")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
-
-    def work() -> None:
-        options = parser.options(argv)
-        settings = RobustnessSettings().with_values(options.set)
-        print(settings.to_json())
-        torch.set_num_threads(1)
-        sources = {"plain": options.plain, "robust": options.robust}
-        models = {name: load(source) for name, source in sources.items()}
-        check_comparable(models)
-        measure(settings, models=models, folder=options.out)
-
-    return run_guarded("measure_robustness", work)
 
 
-def measure(settings: RobustnessSettings, *, models: Mapping[str, Bundle], folder: Path) -> None:
-    """Measure what `folder` lacks, and write its summary, image and page."""
+def measure(settings: RobustnessSettings, options: argparse.Namespace) -> None:
+    """Measure what the folder lacks, and write its summary, image and page."""
+    torch.set_num_threads(1)
+    models, folder = {"plain": load(options.plain), "robust": load(options.robust)}, options.out
+    robustness.check_comparable(models)
     oracle = load_oracle()
     results = ResumableResults(
         identity={
@@ -75,19 +55,21 @@ def measure(settings: RobustnessSettings, *, models: Mapping[str, Bundle], folde
         path=folder / f"{_NAME}.json",
     )
     results.read()
-    progress = _Progress(total=len(robustness_parts(settings, models)), done=len(results.figures))
+    progress = _Progress(total=len(robustness.robustness_parts(settings, models)), done=len(results.figures))
 
-    def on_result(part: RobustnessPart, metrics: PartMetrics) -> None:
+    def on_result(part: robustness.RobustnessPart, metrics: robustness.PartMetrics) -> None:
         results.add(str(part), {str(metric): means for metric, means in metrics.items()})
         progress.show(len(results.figures))
 
-    measure_robustness(settings, models=models, oracle=oracle, on_result=on_result, known=results.figures)
-    readings = RobustnessResults(
+    robustness.measure_robustness(
+        settings, models=models, oracle=oracle, on_result=on_result, known=results.figures
+    )
+    readings = robustness.RobustnessResults(
         of={
-            part: {metric: figures[metric] for metric in METRIC_NAMES}
+            part: {metric: figures[metric] for metric in robustness.METRIC_NAMES}
             for part, figures in results.figures.items()
         },
-        groups=tuple(groups_of(models["plain"])),
+        groups=tuple(robustness.groups_of(models["plain"])),
         seeds=settings.seeds,
     )
     labels = {name: source_label(model) for name, model in models.items()}
@@ -113,6 +95,10 @@ class _Progress:
         left = format_duration((self._total - done) * seconds)
         self._line.show(f"{done} of {self._total} parts, {left} left", last=done == self._total)
 
+
+main = partial(
+    run_with_settings, "measure_robustness", RobustnessSettings(), measure, about=__doc__, options=add_options
+)
 
 if __name__ == "__main__":
     exit_process(main())

@@ -14,16 +14,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from jobs.cli.job import Job, prepare_stores, recipe_parser, resolve_recipe
+from jobs.cli.state import read_json
 from jobs.planning.actuals import compare
 from jobs.planning.format import assumptions, format_comparison, format_plan
 from jobs.planning.plan import counts_of, node_of, plan_run
-from jobs.planning.prices import price_list
+from jobs.planning.prices import PriceList
 from jobs.planning.probe import probe
-from jobs.planning.rates import Rates, given_rates
+from jobs.planning.rates import Rates
 from jobs.planning.settings import PlanSettings
 from jobs.planning.workload import Workload
 from jobs.runtime.exit_codes import exit_process, run_guarded
-from pipelines.storage.objects import exists, read_bytes, replace_object
+from pipelines.storage.objects import replace_object
 from snapfusion.models.network_sizes import NetworkSizes, network_sizes
 from snapfusion.settings import SettingsError
 
@@ -60,12 +61,13 @@ def _plan(options: argparse.Namespace) -> None:
             "--set plan.node: given rates belong to no machine here; name a node of the price list "
             f"{settings.prices}"
         )
-    # Refuse mistakes before a minute is spent on a probe.
-    counts_of(job, settings)
-    node_of(settings, prices=price_list(settings.prices))
+    # Mistakes are refused before a minute is spent on a probe.
+    counts, prices = counts_of(job, settings), PriceList.read(settings.prices)
+    node = node_of(settings, prices=prices)
     sizes = network_sizes(recipe.model)
-    rates = given_rates(settings.rates) if settings.rates else _probed(job, settings, sizes=sizes)
-    plan = plan_run(job, settings, rates=rates, sizes=sizes)
+    rates = Rates.read(settings.rates) if settings.rates else _probed(job, sizes=sizes)
+    workload = Workload(job=job, settings=settings, sizes=sizes, counts=counts, rates=rates)
+    plan = plan_run(workload, prices=prices, node=node)
     print("\n".join(format_plan(plan)))
     comparisons = compare(job, plan.stages)
     if any(one.measured is not None for one in comparisons):
@@ -80,18 +82,15 @@ def _plan(options: argparse.Namespace) -> None:
     print(f"\n{job.url('plan.json')}")
 
 
-def _probed(job: Job, settings: PlanSettings, *, sizes: NetworkSizes) -> Rates:
+def _probed(job: Job, *, sizes: NetworkSizes) -> Rates:
     """The rates that an earlier probe measured in this run's folder, or those measured now."""
     url = job.url("rates.json")
-    if exists(url):
-        try:
-            return Rates.parse(json.loads(read_bytes(url)))
-        except (ValueError, AttributeError) as error:
-            raise SettingsError(f"--out {job.out}: rates.json holds no rates ({error}); remove it") from None
-    workload = Workload(
-        job=job, settings=settings, sizes=sizes, counts=counts_of(job, settings), png_share=1.0
-    )
-    rates = probe(job, sizes=sizes, efficient=workload.efficient)
+    try:
+        if (values := read_json(url)) is not None:
+            return Rates.parse(values)
+    except ValueError as error:
+        raise SettingsError(f"--out {job.out}: rates.json holds no rates ({error}); remove it") from None
+    rates = probe(job, sizes=sizes)
     replace_object(url, f"{rates.to_json()}\n".encode())
     return rates
 

@@ -7,7 +7,7 @@ cannot read make the job fail after the page is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from functools import partial
 
 from jobs.cli.job import Job, run
 from jobs.reports.collect import collect
@@ -18,11 +18,6 @@ from pipelines.storage.objects import replace_object
 
 class BelowFloor(RuntimeError):
     """Images that do not show their captions."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.report`."""
-    return run("report", report, preview=preview, about=__doc__, argv=argv)
 
 
 def report(job: Job) -> None:
@@ -47,6 +42,8 @@ def preview(job: Job) -> list[str]:
     """Describe the output."""
     return [f"would write {job.url('report/index.html')} and {job.url('metrics.json')}"]
 
+
+main = partial(run, "report", report, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

@@ -6,8 +6,8 @@ Committed output is not computed again, so a stopped run continues where it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from jobs import (
     compile_mobile,
@@ -40,11 +40,6 @@ STEPS: dict[str, tuple[Body, Preview]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.run_pipeline`."""
-    return run("run_pipeline", run_pipeline, preview=preview, about=__doc__, argv=argv)
-
-
 def run_pipeline(job: Job) -> None:
     """Carry out the steps that are not committed, then write the report."""
     began = time.monotonic()
@@ -63,6 +58,8 @@ def preview(job: Job) -> list[str]:
     """Preview of each step."""
     return [f"{verb}: {line}" for verb in pipeline_verbs(job.recipe) for line in STEPS[verb][1](job)]
 
+
+main = partial(run, "run_pipeline", run_pipeline, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

@@ -7,8 +7,8 @@ holds it, nothing is done and the exit code is 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from jobs import compute_targets, encode_latents, generate_pairs
 from jobs.cli.job import Body, Job, Preview, run
@@ -24,11 +24,6 @@ STEPS: dict[str, tuple[str, Body, Preview]] = {
     "compute_targets": ("targets", compute_targets.compute, compute_targets.preview),
 }
 """The jobs that append: the recipe's setting that each reads, its body and its preview."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.top_up`."""
-    return run("top_up", top_up, preview=preview, about=__doc__, argv=argv, target="STEP")
 
 
 def top_up(job: Job) -> None:
@@ -65,6 +60,8 @@ def _step(job: Job) -> tuple[str, Body, Preview]:
         raise SettingsError(f"STEP {job.target or 'is missing'}: {', '.join(STEPS)} are accepted")
     return STEPS[job.target]
 
+
+main = partial(run, "top_up", top_up, preview=preview, about=__doc__, target="STEP")
 
 if __name__ == "__main__":
     exit_process(main())

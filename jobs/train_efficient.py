@@ -6,18 +6,13 @@ OUT/efficient/         the trained model, in the layout of `jobs.training.studen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from jobs.cli.in_run import describe_training, train_in_run
 from jobs.cli.job import Job, run
 from jobs.runtime.exit_codes import exit_process
 from jobs.training.initial_weights import named_architecture, own_architecture, with_architecture
 from snapfusion.models.cost import costs_of
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.train_efficient`."""
-    return run("train_efficient", train_efficient, preview=preview, about=__doc__, argv=argv)
 
 
 def train_efficient(job: Job) -> None:
@@ -41,6 +36,8 @@ def preview(job: Job) -> list[str]:
         f"train it {training}"
     ]
 
+
+main = partial(run, "train_efficient", train_efficient, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

@@ -7,14 +7,16 @@ DIR/report.html    training curves and images
 
 from __future__ import annotations
 
+import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from jobs.cli.job import run_with_settings
 from jobs.reports.mini_page import write_page
-from jobs.runtime.arguments import OneLineParser
-from jobs.runtime.exit_codes import exit_process, run_guarded
+from jobs.runtime.exit_codes import exit_process
 from jobs.runtime.progress import StatusLine, format_duration
 from snapfusion.mini.training.recipe import train
 from snapfusion.mini.training.settings import MiniTraining
@@ -45,30 +47,28 @@ def _check_device(name: str) -> None:
         raise ValueError(f"--device: {name!r} cannot be used ({reason}); cpu always can") from None
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of `python -m jobs.train_mini`."""
-    about = (__doc__ or "").split("\n\n")[0]
-    parser = OneLineParser(prog="python -m jobs.train_mini", description=about)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the folder, the device and --dry-run."""
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints/ and weights/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--dry-run", action="store_true", help="print the settings, and do nothing")
 
-    def work() -> None:
-        options = parser.options(argv)
-        settings = MiniTraining().with_values(options.set)
-        print(settings.to_json())
-        if options.dry_run:
-            return
-        _check_device(options.device)
-        torch.set_num_threads(1)
-        train(settings, folder=options.out, device=options.device, on_progress=_Progress())
-        weights = options.out / "weights"
-        page = write_page(weights, options.out / "report.html", figures={})
-        print(f"train_mini: weights in {weights}, their curves and images in {page}")
 
-    return run_guarded("train_mini", work)
+def train_miniature(settings: MiniTraining, options: argparse.Namespace) -> None:
+    """Train all networks, and write the page."""
+    if options.dry_run:
+        return
+    _check_device(options.device)
+    torch.set_num_threads(1)
+    train(settings, folder=options.out, device=options.device, on_progress=_Progress())
+    weights = options.out / "weights"
+    page = write_page(weights, options.out / "report.html", figures={})
+    print(f"train_mini: weights in {weights}, their curves and images in {page}")
 
+
+main = partial(
+    run_with_settings, "train_mini", MiniTraining(), train_miniature, about=__doc__, options=add_options
+)
 
 if __name__ == "__main__":
     exit_process(main())

@@ -5,16 +5,11 @@ OUT/robust/   the model, in the layout of `jobs.training.student`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from jobs.cli.in_run import describe_training, train_in_run
 from jobs.cli.job import Job, run
 from jobs.runtime.exit_codes import exit_process
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.train_robust`."""
-    return run("train_robust", train_robust, preview=preview, about=__doc__, argv=argv)
 
 
 def train_robust(job: Job) -> None:
@@ -33,6 +28,8 @@ def preview(job: Job) -> list[str]:
         f"probability {skip.attention:g} and each ResNet block with {skip.resnet:g}"
     ]
 
+
+main = partial(run, "train_robust", train_robust, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     exit_process(main())

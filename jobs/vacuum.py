@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 from jobs.cli.job import Job, run
 from jobs.deletion.lineage import RunFiles, pinned_versions
@@ -16,11 +17,6 @@ from jobs.runtime.exit_codes import exit_process
 from pipelines.deletion.vacuum import UnreadFile, delete_files, unread_files
 from pipelines.tables.leases import active_readers, remove_expired
 from pipelines.tables.table import open_table
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.vacuum`."""
-    return run("vacuum", vacuum, preview=preview, about=__doc__, argv=argv, writes=False, options=add_options)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +62,8 @@ def _summary(unread: Sequence[UnreadFile]) -> str:
     reasons = ", ".join(f"{count} {why}" for why, count in sorted(counts.items()))
     return f"{len(unread)} files to delete, {sum(file.size for file in unread) / 1e6:.1f} MB ({reasons})"
 
+
+main = partial(run, "vacuum", vacuum, preview=preview, about=__doc__, writes=False, options=add_options)
 
 if __name__ == "__main__":
     exit_process(main())

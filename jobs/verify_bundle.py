@@ -52,12 +52,9 @@ def _verify_variant(bundle: MobileBundle, variant: str, *, runtime: str) -> None
     if runtime == EXECUTORCH:
         model = bundle.programs(variant)
     elif runtime == COREML and sys.platform == "darwin":
-        model = CompiledModel(
-            text_encoder=open_packages(bundle.files(variant, "text_encoder")),
-            unet=open_packages(bundle.files(variant, "unet")),
-            decoder=open_packages(bundle.files(variant, "decoder")),
-            conditions=bundle.manifest["conditions"],
-        )
+        parts = ("text_encoder", "unet", "decoder")
+        packages = {part: open_packages(bundle.files(variant, part)) for part in parts}
+        model = CompiledModel(**packages, conditions=bundle.manifest["conditions"])
     else:
         print(f"  {variant}: not executed, {runtime} is not available here; its files match the manifest")
         return

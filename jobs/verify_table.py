@@ -6,8 +6,8 @@ TARGETS need `latents` beside the table. SAMPLES and REFERENCES need the `evalua
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NoReturn
 
 import pyarrow as pa
@@ -29,11 +29,6 @@ _MAX_FAULTS = 20
 
 class VerificationFailed(RuntimeError):
     """A table with faults."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.verify_table`."""
-    return run("verify_table", verify, preview=preview, about=__doc__, argv=argv, target="URL", writes=False)
 
 
 def verify(job: Job) -> None:
@@ -105,6 +100,8 @@ def preview(job: Job) -> list[str]:
         "of them"
     ]
 
+
+main = partial(run, "verify_table", verify, preview=preview, about=__doc__, target="URL", writes=False)
 
 if __name__ == "__main__":
     exit_process(main())

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 # Before torch and Ray are imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,6 +35,9 @@ from snapfusion.models.tokenizer import build_tokenizer
 from snapfusion.models.unet import build_unet
 from snapfusion.schedule import Schedule
 from snapfusion.settings import digest
+
+if TYPE_CHECKING:
+    from deletion_run import Run
 
 # Test files have unique names, so all their folders can be on the path of this process, of scripts that tests
 # start and of Ray's workers. The checkout comes first, or an installed copy would be tested.
@@ -151,6 +154,20 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: str) -> Run:
+    """A run with LATENTS, TARGETS and PAIRS of a few planted rows; not to be changed."""
+    from deletion_run import make_run
+
+    return make_run(tmp_path_factory.mktemp("whole") / "run", teacher=tiny_teacher)
+
+
+@pytest.fixture
+def run(whole_run: Run, tmp_path: Path) -> Run:
+    """A copy of it."""
+    return whole_run.copy(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of this run of the tests: of all processes of pytest-xdist, whose own folders lie in it."""
     own = tmp_path_factory.getbasetemp()
@@ -227,13 +244,19 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """A bucket on an S3 server of this test's own."""
+    with s3_server(subprocess.DEVNULL):
+        yield "s3://bucket"
+
+
+@contextlib.contextmanager
+def s3_server(output: int | IO[str]) -> Iterator[None]:
+    """An S3 server with an empty bucket `s3://bucket`, which writes a line for each request to `output`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # In a process of its own: deltalake holds the GIL while it waits for an answer.
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=output, stderr=output)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
@@ -243,7 +266,7 @@ def bucket() -> Iterator[str]:
         s3fs.S3FileSystem.clear_instance_cache()
         _await_answer(port)
         fsspec.filesystem("s3").mkdir("s3://bucket")
-        yield "s3://bucket"
+        yield
         s3fs.S3FileSystem.clear_instance_cache()
     server.terminate()
     server.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 from jobs.cli.in_run import table_starter
@@ -58,11 +58,8 @@ def students_of(settings: AblationSettings, panel: Panel) -> list[tuple[StudentV
 
 def lines_of(settings: AblationSettings, panel: Panel) -> list[tuple[Line, int]]:
     """The lines of a panel by seed; a line without a student has one seed."""
-    return [
-        (line, seed)
-        for line in panel.lines
-        for seed in (settings.seeds_of(panel) if line.variant is not None else range(1))
-    ]
+    seeds = settings.seeds_of(panel)
+    return [(line, seed) for line in panel.lines for seed in (range(1) if line.variant is None else seeds)]
 
 
 def student_url(job: Job, name: str, *, seed: int) -> str:
@@ -96,10 +93,7 @@ def train_student(job: Job, variant: StudentVariant, *, seed: int) -> None:
     if variant.steps is None:
         # The control: trained for as long by L_ori alone.
         control = VpredSettings(
-            loop=loop,
-            loader=distill.loader,
-            evaluation_rows=distill.evaluation_rows,
-            trainer=distill.trainer,
+            loop=loop, loader=distill.loader, evaluation_rows=distill.evaluation_rows, trainer=distill.trainer
         )
         finetune_vpred(control, model=initial, latents_url=job.url("latents"), further=True, **shared)
         return
@@ -150,13 +144,8 @@ def panel_evaluation(job: Job, panel: Panel) -> EvaluationSettings:
         for w in panel.gap_at
     )
     controls = (contender_name(line, seed) for line, seed in lines if line.name == panel.control)
-    values = {
-        "contenders": contenders,
-        "baseline": panel.baseline,
-        "also_against": (panel.many, *controls),
-        "gaps": gaps,
-    }
-    return job.recipe.evaluation.model_copy(update=values)
+    against = {"baseline": panel.baseline, "also_against": (panel.many, *controls), "gaps": gaps}
+    return job.recipe.evaluation.model_copy(update={"contenders": contenders, **against})
 
 
 def _over_seeds(panel: Panel, *, seeds: range, results: EvaluationResults) -> Iterator[dict[str, Any]]:
@@ -164,19 +153,15 @@ def _over_seeds(panel: Panel, *, seeds: range, results: EvaluationResults) -> It
     for line in panel.lines:
         names = [contender_name(line, seed) for seed in (seeds if line.variant is not None else seeds[:1])]
         curves = [results["curves"][name]["points"] for name in names]
-        points = []
-        for points_at_w in zip(*curves, strict=True):
-            first = points_at_w[0]
-            metrics = [name for name, value in first.items() if isinstance(value, Interval)]
-            values = {name: _spread([point[name][0] for point in points_at_w]) for name in metrics}
-            points.append({"w": first["w"], "evaluations": first["evaluations"], **values})
-        yield {
-            "name": line.name,
-            "student": line.variant is not None,
-            "contenders": names,
-            "points": points,
-        }
+        points = [_spread(points_at_w) for points_at_w in zip(*curves, strict=True)]
+        yield {"name": line.name, "student": line.variant is not None, "contenders": names, "points": points}
 
 
-def _spread(values: Sequence[float]) -> tuple[float, float, float]:
-    return sum(values) / len(values), min(values), max(values)
+def _spread(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A point with mean, minimum and maximum of each metric over the seeds."""
+    spread = {"w": points[0]["w"], "evaluations": points[0]["evaluations"]}
+    for name, value in points[0].items():
+        if isinstance(value, Interval):
+            values = [point[name].value for point in points]
+            spread[name] = (sum(values) / len(values), min(values), max(values))
+    return spread

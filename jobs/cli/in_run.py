@@ -29,12 +29,9 @@ def stage_job(job: Job, stage: DistillationStage) -> Job:
     Raises:
         SettingsError: if the recipe's settings do not go with the stage's.
     """
-    distill, values = job.recipe.distill, stage.to_values()
-    steps = {
-        name: values[name]
-        for name in ("student_steps", "k", "cfg_probability", "w_conditioned")
-        if values[name] is not None
-    }
+    distill = job.recipe.distill
+    own = {"student_steps", "k", "cfg_probability", "w_conditioned"}
+    steps = stage.model_dump(mode="json", include=own, exclude_none=True)
     changes = {
         "name": stage.name,
         "teacher": stage.teacher,

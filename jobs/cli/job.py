@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from jobs.recipes.recipe import Recipe
 from jobs.recipes.registry import RECIPES, recipe_named
@@ -17,7 +17,7 @@ from jobs.runtime.exit_codes import run_guarded
 from jobs.runtime.secrets import refuse_secrets, string_values, without_secret
 from jobs.training.sources import RECIPE_MODEL
 from pipelines.storage.objects import StorageError, absolute_url, check_client, write_once
-from snapfusion.settings import SettingsError, flatten
+from snapfusion.settings import Settings, SettingsError, flatten
 
 RUN_PREFIX = "run:"
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
@@ -60,6 +60,7 @@ class Job:
         return text.replace(f'"{absolute_url(self.out)}/', f'"{RUN_PREFIX}')
 
 
+SettingsT = TypeVar("SettingsT", bound=Settings)
 Body = Callable[[Job], None]
 Preview = Callable[[Job], list[str]]
 
@@ -67,10 +68,10 @@ Preview = Callable[[Job], list[str]]
 def run(
     verb: str,
     body: Body,
+    argv: Sequence[str] | None = None,
     *,
     preview: Preview,
     about: str | None,
-    argv: Sequence[str] | None,
     target: str | None = None,
     writes: bool = True,
     options: Callable[[argparse.ArgumentParser], None] | None = None,
@@ -80,9 +81,9 @@ def run(
     Args:
         verb: name of the job.
         body: the work.
+        argv: arguments; None takes the process's own.
         preview: lines that describe it.
         about: the module's docstring, whose first paragraph is the help text.
-        argv: arguments; None takes the process's own.
         target: name of a positional argument, required unless the job `writes`; None for none.
         writes: whether the job writes into the run, so that its settings are saved there.
         options: adds options of the job's own, which `Job.options` then has.
@@ -115,12 +116,48 @@ def run(
     return run_guarded(verb, work)
 
 
+def run_with_settings(
+    verb: str,
+    settings: SettingsT,
+    body: Callable[[SettingsT, argparse.Namespace], None],
+    argv: Sequence[str] | None = None,
+    *,
+    about: str | None,
+    options: Callable[[argparse.ArgumentParser], None],
+) -> int:
+    """Run a job that has settings of its own instead of a recipe, print them, and return the exit code.
+
+    Args:
+        verb: name of the job.
+        settings: that --set changes.
+        body: the work, from the changed settings and the parsed command line.
+        argv: arguments; None takes the process's own.
+        about: the module's docstring, whose first paragraph is the help text.
+        options: adds the options beside --set.
+    """
+    parser = _settings_parser(verb, about=about, set_help="change a setting")
+    options(parser)
+
+    def work() -> None:
+        given = parser.options(argv)
+        changed = settings.with_values(given.set)
+        print(changed.to_json())
+        body(changed, given)
+
+    return run_guarded(verb, work)
+
+
 def recipe_parser(verb: str, *, about: str | None, set_help: str) -> OneLineParser:
     """A parser with the options --recipe, --set and --out."""
-    parser = OneLineParser(prog=f"python -m jobs.{verb}", description=(about or "").split("\n\n")[0])
+    parser = _settings_parser(verb, about=about, set_help=set_help)
     parser.add_argument("--recipe", default="mini", help=f"one of {', '.join(RECIPES)} (default: mini)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
     parser.add_argument("--out", default="runs/demo", help="folder or URL of the run (default: runs/demo)")
+    return parser
+
+
+def _settings_parser(verb: str, *, about: str | None, set_help: str) -> OneLineParser:
+    parser = OneLineParser(prog=f"python -m jobs.{verb}", description=(about or "").split("\n\n")[0])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
     return parser
 
 

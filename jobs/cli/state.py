@@ -1,11 +1,14 @@
-"""States what exists at the URL of a job's output."""
+"""States what exists at the URL of a job's output, and reads the records there."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
-from pipelines.storage.objects import exists
-from pipelines.tables.table import is_table, open_table
+from pipelines.storage.objects import exists, list_names, read_bytes
+from pipelines.tables.manifest import total_rejected
+from pipelines.tables.table import Snapshot, is_table, open_table
 
 
 def state_of(url: str, *, last: str = "") -> str:
@@ -18,6 +21,22 @@ def state_of(url: str, *, last: str = "") -> str:
     if is_table(url):
         return f"{open_table(url).num_rows} rows are committed"
     return "exists already" if exists(f"{url}/{last}" if last else url) else "does not exist yet"
+
+
+def read_json(url: str) -> Any:  # noqa: ANN401 - JSON values
+    """The content of a JSON file, or None if there is no such file."""
+    return json.loads(read_bytes(url)) if exists(url) else None
+
+
+def read_json_files(url: str) -> list[Any]:
+    """The contents of a folder's JSON files in order of their names; none if there is no such folder."""
+    names = [name for name in list_names(url) if name.endswith(".json")]
+    return [json.loads(read_bytes(f"{url}/{name}")) for name in names]
+
+
+def table_text(table: Snapshot) -> str:
+    """Rows of a table and its rejected rows by reason, in words."""
+    return f"{table.num_rows} rows, {rejected_text(total_rejected(table.manifests().values()))}"
 
 
 def rejected_text(counts: Mapping[str, int]) -> str:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from jobs.cli.job import Job
-from pipelines.storage.objects import exists, read_bytes, write_once
+from jobs.cli.state import read_json
+from pipelines.storage.objects import write_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,8 @@ def record_step(job: Job, verb: str) -> Iterator[None]:
 
 def read_step(job: Job, verb: str) -> StepTime | None:
     """The record of a step, or None if it has not been carried out with these settings."""
-    url = _step_url(job, verb)
-    return StepTime(**json.loads(read_bytes(url))) if exists(url) else None
+    record = read_json(_step_url(job, verb))
+    return record and StepTime(**record)
 
 
 def _step_url(job: Job, verb: str) -> str:

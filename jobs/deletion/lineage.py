@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -43,13 +43,9 @@ class RunFiles:
         roots = {path.partition(_LOG)[0] for path in self.paths if _LOG in path}
         return sorted(root for root in roots if not root.endswith(_SIBLINGS))
 
-    def ending(self, suffix: str) -> list[str]:
-        """The paths with this suffix."""
-        return [path for path in self.paths if path.endswith(suffix)]
-
     def folders_with(self, suffix: str) -> list[str]:
         """The paths with this suffix, without it."""
-        return [path.removesuffix(suffix) for path in self.ending(suffix)]
+        return [path.removesuffix(suffix) for path in self.paths if path.endswith(suffix)]
 
     def read(self, path: str) -> Any:  # noqa: ANN401 - JSON values
         """A JSON file; None if it is not JSON, or was deleted since."""
@@ -107,9 +103,8 @@ def lineage_of(files: RunFiles, tables: Mapping[str, Snapshot]) -> Lineage:
         files: of the run.
         tables: all tables of the run at their newest versions, by path.
     """
-    finished = _training_records(files, f"/{METRICS}", finished=True)
-    started = _training_records(files, _STARTED, finished=False)
-    trainings = [*finished.values(), *(started[path] for path in started.keys() - finished.keys())]
+    # Of a training with both records that of its end counts.
+    trainings = list((_training_records(files, _STARTED) | _training_records(files, f"/{METRICS}")).values())
     pinned = [pin for training in trainings for pin in _pins(training, tables)]
     models = _with_descendants(trainings, {pin.path for pin in pinned if pin.finished})
     weights = {value for model in models for value in model.weights}
@@ -127,7 +122,7 @@ def lineage_of(files: RunFiles, tables: Mapping[str, Snapshot]) -> Lineage:
             for path, table in tables.items()
             if table.identity["kind"] == "samples" and _unet_hash(table.identity["model"]) in weights
         ),
-        pages=files.ending(".html"),
+        pages=[path for path in files.paths if path.endswith(".html")],
     )
 
 
@@ -155,29 +150,31 @@ class _TrainingRecord:
     @property
     def weights(self) -> set[str]:
         """Hashes of the networks that it made."""
-        weights = self.record.get("weights")
-        return set(weights.values()) if isinstance(weights, dict) else set()
+        return set(_object(self.record.get("weights")).values())
 
     @property
     def parents(self) -> set[str]:
         """Hashes of the UNets that it was made from."""
-        parents = self.record.get("parents") or {}
-        return {_unet_hash(parent) for parent in parents.values() if isinstance(parent, dict)} - {""}
+        return {_unet_hash(parent) for parent in _object(self.record.get("parents")).values()} - {""}
 
 
-def _training_records(files: RunFiles, suffix: str, *, finished: bool) -> dict[str, _TrainingRecord]:
+def _training_records(files: RunFiles, suffix: str) -> dict[str, _TrainingRecord]:
     """By path, the trainings whose folder has a record of this name."""
     records = {path: files.read(f"{path}{suffix}") for path in files.folders_with(suffix)}
     return {
-        path: _TrainingRecord(path, record, finished=finished)
+        path: _TrainingRecord(path, record, finished=suffix != _STARTED)
         for path, record in records.items()
-        if isinstance(record, dict) and "identity" in record
+        if "identity" in _object(record)
     }
 
 
-def _unet_hash(model: Mapping[str, Any]) -> str:
-    weights = model.get("weights")
-    return str(weights.get("unet", "")) if isinstance(weights, dict) else ""
+def _object(value: object) -> dict[str, Any]:
+    """A JSON object, or an empty one for anything else: records may be of another program or release."""
+    return value if isinstance(value, dict) else {}
+
+
+def _unet_hash(model: object) -> str:
+    return str(_object(_object(model).get("weights")).get("unet", ""))
 
 
 def _pins(training: _TrainingRecord, tables: Mapping[str, Snapshot]) -> Iterator[PinnedTraining]:
@@ -201,12 +198,12 @@ def _tables_read(tables: Mapping[str, Snapshot], identity: str, urls: set[str]) 
 
 def _versions(record: object) -> Iterator[tuple[str, int, str]]:
     """Each mention of a table version in nested JSON: digest of the identity, version, and URL or ""."""
-    if isinstance(record, dict):
-        identity, version = record.get("identity"), record.get("version")
-        if isinstance(identity, str) and isinstance(version, int):
-            yield identity, version, str(record.get("table", ""))
-        for value in record.values():
-            yield from _versions(value)
+    values = _object(record)
+    identity, version = values.get("identity"), values.get("version")
+    if isinstance(identity, str) and isinstance(version, int):
+        yield identity, version, str(values.get("table", ""))
+    for value in values.values():
+        yield from _versions(value)
 
 
 def _has_lost_rows(table: Snapshot, version: int) -> bool:
@@ -218,7 +215,7 @@ def _has_lost_rows(table: Snapshot, version: int) -> bool:
         return False  # nobody can read a version that cannot be opened
 
 
-def _with_descendants(trainings: Sequence[_TrainingRecord], paths: set[str]) -> list[_TrainingRecord]:
+def _with_descendants(trainings: list[_TrainingRecord], paths: set[str]) -> list[_TrainingRecord]:
     """The trainings at these paths and all finished ones that were made from them, directly or not."""
     models = [training for training in trainings if training.path in paths]
     # Until nothing is added: a student may be the teacher or the initial weights of another.
@@ -232,7 +229,5 @@ def _with_descendants(trainings: Sequence[_TrainingRecord], paths: set[str]) -> 
 
 def _parent_hashes(manifest: object) -> set[str]:
     """Settings hashes of the trainings whose model and decoder are in a bundle."""
-    identity = manifest.get("identity") if isinstance(manifest, dict) else None
-    parents = identity.get("parents") if isinstance(identity, dict) else None
-    records = parents.values() if isinstance(parents, dict) else ()
-    return {str(parent.get("settings_hash")) for parent in records if isinstance(parent, dict)}
+    parents = _object(_object(_object(manifest).get("identity")).get("parents"))
+    return {str(_object(parent).get("settings_hash")) for parent in parents.values()}

@@ -120,16 +120,12 @@ class DeletionReceipt:
         }
 
     def _table_record(self, removal: Removal) -> dict[str, Any]:
-        return {
-            "kind": removal.kind,
-            "before": removal.before,
-            "after": removal.after,
-            "rows": removal.rows,
-            "rejections": dict(sorted(removal.rejections.items())),
+        record = vars(removal) | {
             "units": sorted(removal.units),
             "rows_forgotten_so_far": self.deleted_rows[removal.url],
-            "notes": removal.notes,
         }
+        del record["url"]
+        return record
 
     def lines(self) -> Iterator[str]:
         """A summary for the terminal."""
@@ -143,10 +139,8 @@ class DeletionReceipt:
         for path, rows in self.kept.items():
             yield f"{path}: {rows} rows match and stay, because metrics are computed from them"
         yield from self._lineage_lines()
-        if self.shards:
-            yield f"the images are still in the shards: {_shortened(self.shards)}"
-        if self.lineage.pages:
-            yield f"pages that may show captions or images: {_shortened(self.lineage.pages)}"
+        yield from _named("the images are still in the shards", self.shards)
+        yield from _named("pages that may show captions or images", self.lineage.pages)
         if self.erased:
             yield f"{len(self.erased)} old files erased: older versions can no longer be read"
         if self.old_files:
@@ -158,14 +152,10 @@ class DeletionReceipt:
             pinned[pin.table, pin.version, pin.finished].append(pin.path)
         for (table, version, finished), paths in pinned.items():
             state = "finished" if finished else "not finished"
-            yield f"pinned to {table} version {version}, {state}: {_shortened(paths)}"
-        for what, paths in (
-            ("weights trained on deleted rows, which are not changed", self.lineage.models),
-            ("mobile bundles of these weights", self.lineage.bundles),
-            ("images generated with these weights", self.lineage.samples),
-        ):
-            if paths:
-                yield f"{what}: {_shortened(paths)}"
+            yield from _named(f"pinned to {table} version {version}, {state}", paths)
+        yield from _named("weights trained on deleted rows, which are not changed", self.lineage.models)
+        yield from _named("mobile bundles of these weights", self.lineage.bundles)
+        yield from _named("images generated with these weights", self.lineage.samples)
 
 
 def _with_disk_names(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -196,9 +186,11 @@ def _table_lines(tables: Mapping[str, Removal]) -> Iterator[str]:
         )
 
 
-def _shortened(paths: Sequence[str]) -> str:
-    more = len(paths) - _MAX_SHOWN
-    return ", ".join(paths[:_MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _named(what: str, paths: Sequence[str]) -> Iterator[str]:
+    """A line with the first of the paths, if there are any."""
+    if paths:
+        more = len(paths) - _MAX_SHOWN
+        yield f"{what}: {', '.join(paths[:_MAX_SHOWN])}{f' and {more} more' if more > 0 else ''}"
 
 
 def receipt_name(text: str) -> str:

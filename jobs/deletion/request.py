@@ -84,8 +84,7 @@ def read_request(paths: Mapping[str, Sequence[str]]) -> list[RequestFile]:
 def request_keys(files: Sequence[RequestFile]) -> DeletionKeys:
     """The keys of all files."""
     urls, hashes, ids = (
-        frozenset(key for file in files if file.kind == kind for key in file.entries)
-        for kind in ("url", "hash", "id")
+        frozenset(key for file in files if file.kind == kind for key in file.entries) for kind in ENTRY_KINDS
     )
     return DeletionKeys(urls=urls, hashes=hashes, ids=ids)
 
@@ -148,14 +147,10 @@ class DeletionTarget:
             named = keys | id_keys(matches.ids)
             for path, table in self.tables.items():
                 units = find_matches(table, named)
-                rows, rejections = (
-                    sum(len(one.rows) for one in units),
-                    sum(len(one.rejections) for one in units),
-                )
-                matches.rows[path] = (rows, rejections)
-                for unit in units:
-                    matches.ids |= unit.ids
-                    matches.entries |= unit.entries
+                rows = sum(len(unit.rows) for unit in units)
+                matches.rows[path] = (rows, sum(len(unit.rejections) for unit in units))
+                matches.ids.update(*(unit.ids for unit in units))
+                matches.entries.update(*(unit.entries for unit in units))
         return matches
 
     def _look_up(self, keys: DeletionKeys) -> LookupResult:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import fsspec
-
 from jobs.cli.job import Job
+from jobs.cli.state import read_json, read_json_files
 from jobs.planning.forecast import StageForecast
 from jobs.training.run_folder import METRICS
 from pipelines.costs.stage import StageCost
-from pipelines.storage.objects import exists, read_bytes
 from pipelines.tables.table import is_table, open_table
 
 _TABLES = {"encode_latents": "latents", "compute_targets": "targets", "generate_pairs": "pairs"}
@@ -48,14 +45,14 @@ class ForecastComparison:
 
 def compare(job: Job, forecasts: Sequence[StageForecast]) -> list[ForecastComparison]:
     """Compare each stage's forecast with what the run at `job.out` took."""
-    steps, comparisons = recorded_steps(job), list[ForecastComparison]()
-    for one in forecasts:
-        measured, what = _actual(job, one.stage, steps=steps)
-        seconds = one.network_seconds if what == "work" else one.seconds
-        comparisons.append(
-            ForecastComparison(name=one.stage.name, forecast=seconds, measured=measured, what=what)
-        )
-    return comparisons
+    steps = recorded_steps(job)
+    return [_compare(job, one, steps=steps) for one in forecasts]
+
+
+def _compare(job: Job, one: StageForecast, *, steps: Mapping[str, float]) -> ForecastComparison:
+    measured, what = _actual(job, one.stage, steps=steps)
+    seconds = one.network_seconds if what == "work" else one.seconds
+    return ForecastComparison(name=one.stage.name, forecast=seconds, measured=measured, what=what)
 
 
 def _actual(job: Job, stage: StageCost, *, steps: Mapping[str, float]) -> tuple[float | None, str]:
@@ -64,8 +61,8 @@ def _actual(job: Job, stage: StageCost, *, steps: Mapping[str, float]) -> tuple[
     if stage.verb in steps and alone:
         return steps[stage.verb], "step"
     if stage.verb in (*_TRAININGS, "distill_steps"):
-        metrics = job.url(f"{_TRAININGS.get(stage.verb, stage.name)}/{METRICS}")
-        if exists(metrics) and (seconds := json.loads(read_bytes(metrics)).get("seconds")) is not None:
+        metrics = read_json(job.url(f"{_TRAININGS.get(stage.verb, stage.name)}/{METRICS}")) or {}
+        if (seconds := metrics.get("seconds")) is not None:
             return float(seconds), "training"
     if stage.verb in _TABLES and is_table(table := job.url(_TABLES[stage.verb])):
         units = [record["seconds"] for record in open_table(table).unit_records()]
@@ -79,13 +76,6 @@ def recorded_steps(job: Job) -> dict[str, float]:
 
     Settings are not compared: those that change no row have another hash too.
     """
-    url = job.url("steps")
-    if not exists(url):
-        return {}
-    filesystem, folder = fsspec.core.url_to_fs(url)
-    longest: dict[str, float] = {}
-    for path in filesystem.ls(folder, detail=False):
-        if path.endswith(".json"):
-            record = json.loads(filesystem.cat_file(path))
-            longest[record["verb"]] = max(longest.get(record["verb"], 0.0), float(record["seconds"]))
-    return longest
+    records = sorted(read_json_files(job.url("steps")), key=lambda record: float(record["seconds"]))
+    # The last record of a verb is the one that stays.
+    return {record["verb"]: float(record["seconds"]) for record in records}

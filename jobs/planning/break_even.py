@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jobs.planning.prices import NodeType, StoragePrices
+from jobs.planning.workload import Workload
+from jobs.training.settings import DistillSettings
 from snapfusion.training.passes import student_passes, teacher_passes
-from snapfusion.training.settings import StepDistillationSettings
 from snapfusion.training.step_distillation import BRANCHES
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnitPrices:
-    """Prices of one worker's second and of one stored row.
-
-    Attributes:
-        tables: of a second of a worker that computes TARGETS.
-        training: of a second of a trainer.
-        stored: of a row of TARGETS, for as long as it is stored.
-    """
-
-    tables: float
-    training: float
-    stored: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +22,7 @@ class BreakEven:
         student_seconds: of the student's forward and backward passes for a row, likewise.
         saved: fraction of a step's time that a table saves, by branch and "mixed".
         stored_bytes: of a row of TARGETS.
-        pays_from: uses of each target from which the table is cheaper; infinite if it never is.
+        pays_from: uses of each target from which the table is cheaper; None if it never is.
         used: uses of each target by this training.
     """
 
@@ -45,25 +31,17 @@ class BreakEven:
     student_seconds: float
     saved: Mapping[str, float]
     stored_bytes: float
-    pays_from: float
+    pays_from: float | None
     used: float
 
     @property
     def pays(self) -> bool:
         """Whether the table is cheaper for this training alone."""
-        return self.used >= self.pays_from
+        return self.pays_from is not None and self.used >= self.pays_from
 
 
 def break_even(
-    name: str,
-    steps: StepDistillationSettings,
-    *,
-    student_seconds: float,
-    teacher_seconds: float,
-    prices: UnitPrices,
-    stored_bytes: float,
-    used: float,
-    w_conditioned_teacher: bool = False,
+    workload: Workload, student: DistillSettings, *, node: NodeType, storage: StoragePrices
 ) -> BreakEven:
     """Compare precomputed with online targets for one student.
 
@@ -71,38 +49,45 @@ def break_even(
     saves only a difference in price: it pays where targets are used again, or computed on cheaper nodes.
 
     Args:
-        name: of the student.
-        steps: its distillation settings.
-        student_seconds: of a forward and backward pass of one row.
-        teacher_seconds: of a forward pass of one row.
-        prices: of workers and storage.
-        stored_bytes: of a row of TARGETS.
-        used: uses of each target by the training.
-        w_conditioned_teacher: whether one pass of the teacher gives a guided prediction.
+        workload: of the run.
+        student: one of its distillations.
+        node: whose workers compute targets and train.
+        storage: prices of the store that keeps TARGETS.
     """
-    p = steps.cfg_probability
-    shares = {branch: p if branch else 1.0 - p for branch in BRANCHES}
-    teacher = {
-        branch: teacher_passes(steps, guided=branch, w_conditioned=w_conditioned_teacher) * teacher_seconds
-        for branch in BRANCHES
-    }
-    student = {branch: student_passes(steps, guided=branch) * student_seconds for branch in BRANCHES}
-    mixed_teacher, mixed_student = (
-        sum(seconds[branch] * share for branch, share in shares.items()) for seconds in (teacher, student)
+    settings, rates, steps = workload.settings, workload.rates, student.steps
+    teacher_gmacs, student_gmacs = (
+        workload.sizes.of(workload.architecture(model)).gmacs
+        for model in (student.teacher, student.student or student.teacher)
     )
-    saved = {
-        name: teacher[branch] / (teacher[branch] + student[branch])
-        for branch, name in BRANCHES.items()
-        if shares[branch]
-    }
-    online = mixed_teacher * prices.training
-    table = mixed_teacher * prices.tables + prices.stored
+    trained = rates.seconds("train", student_gmacs)
+    if student.gradient_checkpointing and not rates.checkpointed:
+        trained += rates.seconds("pass", student_gmacs)
+    saved, teacher_mean, student_mean = dict[str, float](), 0.0, 0.0
+    for guided, share in ((False, 1.0 - steps.cfg_probability), (True, steps.cfg_probability)):
+        passes = teacher_passes(
+            steps, guided=guided, w_conditioned=workload.is_w_conditioned(student.teacher)
+        )
+        teacher_seconds = passes * rates.seconds("pass", teacher_gmacs)
+        student_seconds = student_passes(steps, guided=guided) * trained
+        teacher_mean += share * teacher_seconds
+        student_mean += share * student_seconds
+        if share:
+            saved[BRANCHES[guided]] = teacher_seconds / (teacher_seconds + student_seconds)
+    # Where nothing has a price, a second is worth a second on either side.
+    tables_price, training_price, stored_price = 1.0, 1.0, 0.0
+    if node.on_demand:
+        worker_seconds = (node.accelerators or node.cores) * 3600.0
+        tables_price = node.price(settings.tables_on) / worker_seconds
+        training_price = node.price(settings.trainings_on) / worker_seconds
+        stored_price = workload.target_bytes / 1e9 * storage.gb_month * settings.months
+    online = teacher_mean * training_price
+    targets = workload.counts.latents * workload.job.recipe.targets.draws
     return BreakEven(
-        student=name,
-        teacher_seconds=mixed_teacher,
-        student_seconds=mixed_student,
-        saved={**saved, "mixed": mixed_teacher / (mixed_teacher + mixed_student)},
-        stored_bytes=stored_bytes,
-        pays_from=table / online if online else math.inf,
-        used=used,
+        student=student.name,
+        teacher_seconds=teacher_mean,
+        student_seconds=student_mean,
+        saved={**saved, "mixed": teacher_mean / (teacher_mean + student_mean)},
+        stored_bytes=workload.target_bytes,
+        pays_from=(teacher_mean * tables_price + stored_price) / online if online else None,
+        used=student.loop.num_steps * student.loop.global_batch / targets,
     )

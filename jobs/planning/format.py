@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import astuple
 
 from jobs.planning.actuals import ForecastComparison
 from jobs.planning.break_even import BreakEven
@@ -22,34 +22,38 @@ _MANY_BYTES = 1e12
 
 def format_plan(plan: Plan) -> list[str]:
     """The plan in lines of at most 100 columns."""
-    counts, cluster, node = plan.counts, plan.cluster, plan.cluster.node
+    workload, cluster, node = plan.workload, plan.cluster, plan.cluster.node
     hardware = f"{node.accelerators} x {node.accelerator}" if node.accelerators else f"{node.cores} cores"
     nodes = "node" if cluster.nodes == 1 else "nodes"
     stored = sum(one.stage.output_bytes for one in plan.stages) / 1e9
     currency = plan.prices.currency
     return [
-        f"recipe {plan.job.recipe.name} on {cluster.nodes} {nodes} of {cluster.name}: {hardware}",
-        f"{counts.source:,} rows read, {counts.latents:,} encoded, {counts.captions:,} captions for PAIRS",
+        f"recipe {workload.job.recipe.name} on {cluster.nodes} {nodes} of {cluster.name}: {hardware}",
+        "{:,} rows read, {:,} encoded, {:,} captions for PAIRS".format(*astuple(workload.counts)),
         "",
         *_stage_table(plan.stages, worker="GPU" if node.accelerators else "core"),
         "",
         *_align(
-            ("nodes", *(str(nodes) for nodes, _, _ in plan.by_nodes)),
-            ("wall time", *(_time(seconds) for _, seconds, _ in plan.by_nodes)),
-            ("cost", *(_money(cost) for _, _, cost in plan.by_nodes)),
+            ("nodes", *(str(totals.nodes) for totals in plan.by_nodes)),
+            ("wall time", *(_time(totals.seconds) for totals in plan.by_nodes)),
+            ("cost", *(_money(totals.cost) for totals in plan.by_nodes)),
         ),
         "",
-        f"storage: {stored:,.1f} GB kept {plan.settings.months:g} months {_money(plan.stored_cost)} "
+        f"storage: {stored:,.1f} GB kept {workload.settings.months:g} months {_money(plan.stored_cost)} "
         f"{currency}, requests {_money(plan.request_cost)} {currency}",
         *(["", *_break_even_table(plan.break_even)] if plan.break_even else []),
         "",
-        *(part for line in assumptions(plan) for part in _wrap(line)),
+        *(
+            part
+            for line in assumptions(plan)
+            for part in textwrap.wrap(line, width=100, initial_indent="- ", subsequent_indent="  ")
+        ),
     ]
 
 
 def assumptions(plan: Plan) -> list[str]:
     """The assumptions behind the figures."""
-    settings, node, rates = plan.settings, plan.cluster.node, plan.rates
+    settings, node, rates = plan.workload.settings, plan.cluster.node, plan.workload.rates
     lines = [
         f"times by {rates.name}, {rates.date}: {rates.about}",
         f"prices by {plan.prices.name}, {plan.prices.date}: {plan.prices.about}",
@@ -69,8 +73,8 @@ def assumptions(plan: Plan) -> list[str]:
                 "a smaller micro_batch or batch_size, or sharding=fsdp"
             )
     lines += _heaviest_reads(plan)
-    if plan.unplanned:
-        lines.append(f"not included: {', '.join(plan.unplanned)}")
+    if unplanned := plan.workload.unplanned:
+        lines.append(f"not included: {', '.join(unplanned)}")
     if settings.moment_bytes != 8.0:
         lines.append(
             f"an optimizer of {settings.moment_bytes:g} bytes per parameter is not implemented: arithmetic"
@@ -98,87 +102,66 @@ def _heaviest_reads(plan: Plan) -> list[str]:
 
 
 def format_comparison(found: Sequence[ForecastComparison]) -> list[str]:
-    """A table of forecast and measured times."""
-    rows: list[tuple[str, ...]] = [
-        ("stage", "forecast", "measured", "forecast / measured", "measured is the")
-    ]
-    rows += [_comparison_row(one.name, one.forecast, one.measured, one.what) for one in found]
+    """A table of forecast and measured times, at least one of which is measured."""
     known = [one for one in found if one.measured is not None]
-    if known:
-        forecast, measured = sum(one.forecast for one in known), sum(one.measured or 0.0 for one in known)
-        what = f"{len(known)} of {len(found)} stages"
-        rows.append(_comparison_row("all that is measured", forecast, measured, what))
+    total = ForecastComparison(
+        name="all that is measured",
+        forecast=sum(one.forecast for one in known),
+        measured=sum(one.measured or 0.0 for one in known),
+        what=f"{len(known)} of {len(found)} stages",
+    )
+    rows = [("stage", "forecast", "measured", "forecast / measured", "measured is the")]
+    for one in (*found, total):
+        measured = "" if one.measured is None else f"{one.measured:.1f} s"
+        ratio = "" if one.ratio is None else f"{one.ratio:.2f}"
+        rows.append((one.name, f"{one.forecast:.1f} s", measured, ratio, one.what))
     return _align(*rows)
-
-
-def _comparison_row(name: str, forecast: float, measured: float | None, what: str) -> tuple[str, ...]:
-    seconds = "" if measured is None else f"{measured:.1f} s"
-    ratio = f"{forecast / measured:.2f}" if measured else ""
-    return name, f"{forecast:.1f} s", seconds, ratio, what
 
 
 def _stage_table(stages: Sequence[StageForecast], *, worker: str) -> list[str]:
     head = ("stage", "rows", "waits for", f"{worker}-h", "wall time", "cost", "leaves", "GiB", "put", "get")
-    rows = [
-        (
-            one.stage.name,
-            _short(one.stage.rows) if one.stage.rows else "",
-            one.slowest,
-            *_sums([one], zero=""),
-            f"{one.stage.memory.peak / _GIB:.1f}" if one.stage.memory else "",
-            *_requests([one], zero=""),
-        )
-        for one in stages
-    ]
-    return _align(head, *rows, ("all", "", "", *_sums(stages), "", *_requests(stages)))
+    rows = []
+    for one in stages:
+        count = _short(one.stage.rows) if one.stage.rows else ""
+        peak = f"{one.stage.memory.peak / _GIB:.1f}" if one.stage.memory else ""
+        rows.append(_stage_row([one], one.stage.name, count, one.slowest, peak=peak))
+    return _align(head, *rows, _stage_row(stages, "all", "", "", zeros=True))
 
 
-def _sums(stages: Sequence[StageForecast], *, zero: str = "0B") -> tuple[str, ...]:
+def _stage_row(
+    stages: Sequence[StageForecast], *labels: str, peak: str = "", zeros: bool = False
+) -> tuple[str, ...]:
     output = sum(one.stage.output_bytes for one in stages)
+    requests = sum((one.requests for one in stages), Requests())
     return (
+        *labels,
         _hours(sum(one.worker_hours for one in stages)),
         _time(sum(one.seconds for one in stages)),
         _money(sum(one.cost for one in stages)),
-        f"{_short(output)}B" if output else zero,
+        f"{_short(output)}B" if output or zeros else "",
+        peak,
+        *(_short(count) if count or zeros else "" for count in (requests.put + requests.list, requests.get)),
     )
-
-
-def _requests(stages: Sequence[StageForecast], *, zero: str = "0") -> tuple[str, ...]:
-    total = sum((one.requests for one in stages), Requests())
-    counts = (total.put + total.list, total.get)
-    return tuple(_short(count) if count else zero for count in counts)
 
 
 def _break_even_table(students: Sequence[BreakEven]) -> list[str]:
-    head = ("targets beforehand", "vanilla", "guided", "as mixed", "row", "pays from", "used here", "so")
-    return _align(head, *map(_break_even_row, students))
-
-
-def _break_even_row(one: BreakEven) -> tuple[str, ...]:
-    saved = {branch: f"-{100 * share:.0f} %" for branch, share in one.saved.items()}
-    return (
-        one.student,
-        *(saved.get(branch, "") for branch in ("vanilla", "guided", "mixed")),
-        f"{_short(one.stored_bytes)}B",
-        "never" if math.isinf(one.pays_from) else f"{one.pays_from:.2f} uses",
-        f"{one.used:.2f}",
-        "table" if one.pays else "online",
-    )
+    rows = [("targets beforehand", "vanilla", "guided", "as mixed", "row", "pays from", "used here", "so")]
+    for one in students:
+        shares = {branch: f"-{100 * share:.0f} %" for branch, share in one.saved.items()}
+        vanilla, guided, mixed = (shares.get(branch, "") for branch in ("vanilla", "guided", "mixed"))
+        row = f"{_short(one.stored_bytes)}B"
+        pays_from = "never" if one.pays_from is None else f"{one.pays_from:.2f} uses"
+        choice = "table" if one.pays else "online"
+        rows.append((one.student, vanilla, guided, mixed, row, pays_from, f"{one.used:.2f}", choice))
+    return _align(*rows)
 
 
 def _align(*rows: Sequence[str]) -> list[str]:
     """Rows as columns, the first one flush left and the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])],
-        ).rstrip()
-        for row in rows
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
     ]
-
-
-def _wrap(line: str) -> list[str]:
-    return textwrap.wrap(line, width=100, initial_indent="- ", subsequent_indent="  ")
 
 
 def _time(seconds: float) -> str:

@@ -6,10 +6,9 @@ import itertools
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from jobs.planning.rates import Contention
+from jobs.planning.rates import Contention, StartupSeconds
 from jobs.planning.step_probe import decoder_step
 from jobs.training.decoder import distill_decoder
 from jobs.training.progress_channel import seconds_per_step
@@ -33,36 +32,20 @@ _STEPS, _FEW_STEPS = 200, 2
 _LOOP = LoopSettings(num_steps=_FEW_STEPS, global_batch=_STEP_ROWS, learning_rate=1e-4, ema_decay=0.9)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Overhead:
-    """Time that a job takes beyond its work.
-
-    Attributes:
-        job_seconds: of a data job.
-        training_seconds: of a training.
-        contention: slowdown of workers on every core against one worker alone.
-    """
-
-    job_seconds: float
-    training_seconds: float
-    contention: Contention
-
-
-def measure_overhead(*, url: str, workers: int) -> Overhead:
+def measure_overhead(*, url: str, workers: int, ray_seconds: float) -> tuple[StartupSeconds, Contention]:
     """Generate a few PAIRS and train a decoder on them, on the connected Ray cluster.
 
     Args:
         url: an empty folder.
         workers: of the data job and of the training: as many as fill all cores; 1 if a run never does.
+        ray_seconds: that the cluster took to start.
     """
-    job_seconds, tables = _data_job(f"{url}/pairs", workers=workers)
-    training_seconds, trainings = _training(f"{url}/decoder", pairs_url=f"{url}/pairs", workers=workers)
-    contention = Contention(tables=max(1.0, tables), trainings=max(1.0, trainings))
-    return Overhead(
-        job_seconds=job_seconds,
-        training_seconds=training_seconds,
-        contention=contention if workers > 1 else Contention(),
-    )
+    job, tables = _data_job(f"{url}/pairs", workers=workers)
+    training, trainings = _training(f"{url}/decoder", pairs_url=f"{url}/pairs", workers=workers)
+    starts = StartupSeconds(ray=ray_seconds, job=job, training=training)
+    if workers == 1:
+        return starts, Contention()
+    return starts, Contention(tables=max(1.0, tables), trainings=max(1.0, trainings))
 
 
 def _data_job(url: str, *, workers: int) -> tuple[float, float]:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from jobs.cli.inputs import shards_url
 from jobs.cli.job import Job
-from jobs.planning.break_even import BreakEven, UnitPrices, break_even
-from jobs.planning.forecast import Cluster, StageForecast, forecast
-from jobs.planning.prices import NodeType, PriceList, price_list
-from jobs.planning.rates import Rates
+from jobs.planning.break_even import BreakEven, break_even
+from jobs.planning.forecast import Cluster, StageForecast
+from jobs.planning.prices import NodeType, PriceList
 from jobs.planning.settings import PlanSettings
 from jobs.planning.workload import Counts, Workload
+from pipelines.datasets.preview import count_shard_rows
 from pipelines.sources import SourceError
-from pipelines.sources.webdataset import count_rows, list_shards
-from snapfusion.models.network_sizes import NetworkSizes
+from pipelines.sources.webdataset import list_shards
 from snapfusion.settings import SettingsError, digest
+
+
+class Totals(NamedTuple):
+    """Wall time in seconds and cost of all stages on so many nodes."""
+
+    nodes: int
+    seconds: float
+    cost: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,34 +34,26 @@ class Plan:
     """Forecast of a run.
 
     Attributes:
-        job: the recipe and its run.
-        settings: of the planner.
-        counts: of rows.
-        rates: from which times follow.
+        workload: the stages of the recipe, and the rates from which times follow.
         prices: from which costs follow.
         cluster: of all figures but `by_nodes`.
         stages: forecasts on that cluster.
-        by_nodes: (nodes, seconds, cost) of all stages together.
-        unplanned: jobs of the run that have no rate.
+        by_nodes: totals for each number of nodes.
         break_even: precomputed against online targets, for each student.
     """
 
-    job: Job
-    settings: PlanSettings
-    counts: Counts
-    rates: Rates
+    workload: Workload
     prices: PriceList
     cluster: Cluster
-    stages: tuple[StageForecast, ...]
-    by_nodes: tuple[tuple[int, float, float], ...]
-    unplanned: tuple[str, ...]
-    break_even: tuple[BreakEven, ...]
+    stages: list[StageForecast]
+    by_nodes: list[Totals]
+    break_even: list[BreakEven]
 
     @property
     def stored_cost(self) -> float:
         """Cost of storing the output of all stages for `settings.months`."""
         gigabytes = sum(one.stage.output_bytes for one in self.stages) / 1e9
-        return gigabytes * self.prices.storage.gb_month * self.settings.months
+        return gigabytes * self.prices.storage.gb_month * self.workload.settings.months
 
     @property
     def request_cost(self) -> float:
@@ -64,30 +62,21 @@ class Plan:
 
     def to_values(self) -> dict[str, Any]:
         """The plan as JSON values."""
-        cluster = self.cluster
+        workload, cluster, prices = self.workload, self.cluster, self.prices
         return {
-            "recipe": self.job.recipe.name,
-            "settings": self.job.recipe.digest(),
-            "plan": self.settings.to_values(),
-            "counts": asdict(self.counts),
+            "recipe": workload.job.recipe.name,
+            "settings": workload.job.recipe.digest(),
+            "plan": workload.settings.to_values(),
+            "counts": asdict(workload.counts),
             "cluster": {"name": cluster.name, "nodes": cluster.nodes, "node": cluster.node.to_values()},
             "stages": [_stage_values(one) for one in self.stages],
-            "by_nodes": [
-                dict(zip(("nodes", "seconds", "cost"), figures, strict=True)) for figures in self.by_nodes
-            ],
+            "by_nodes": [totals._asdict() for totals in self.by_nodes],
             "storage_cost": self.stored_cost,
             "request_cost": self.request_cost,
-            "break_even": [
-                {**asdict(one), "pays_from": None if math.isinf(one.pays_from) else one.pays_from}
-                for one in self.break_even
-            ],
-            "currency": self.prices.currency,
-            "prices": {
-                "name": self.prices.name,
-                "date": self.prices.date,
-                "sha256": digest(self.prices.to_values()),
-            },
-            "rates": self.rates.to_values(),
+            "break_even": [asdict(one) for one in self.break_even],
+            "currency": prices.currency,
+            "prices": {"name": prices.name, "date": prices.date, "sha256": digest(prices.to_values())},
+            "rates": workload.rates.to_values(),
         }
 
 
@@ -105,51 +94,36 @@ def _stage_values(one: StageForecast) -> dict[str, Any]:
     }
 
 
-def plan_run(job: Job, settings: PlanSettings, *, rates: Rates, sizes: NetworkSizes) -> Plan:
+def plan_run(workload: Workload, *, prices: PriceList, node: NodeType) -> Plan:
     """Forecast a run from given rates.
 
     Raises:
-        SettingsError: if the number of rows or captions, the node or a step is unknown.
+        SettingsError: if a step is unknown.
         RateError: if the rates lack a kind of work.
     """
-    prices, counts = price_list(settings.prices), counts_of(job, settings)
-    node = node_of(settings, prices=prices)
-    workload = Workload(
-        job=job,
-        settings=settings,
-        sizes=sizes,
-        counts=counts,
-        png_share=rates.png_share,
-        checkpointed=rates.checkpointed,
-    )
-    stages = workload.stages()
-    clusters = [
-        Cluster(name=settings.node or "this machine", node=node, nodes=nodes) for nodes in settings.nodes
-    ]
-    forecasts = [
-        forecast(
-            stages,
-            cluster=cluster,
-            rates=rates,
-            markets={"tables": settings.tables_on, "training": settings.trainings_on},
+    settings, stages, by_nodes = workload.settings, workload.stages(), list[Totals]()
+    for nodes in settings.nodes:
+        cluster = Cluster(
+            name=settings.node or "this machine",
+            node=node,
+            nodes=nodes,
+            rates=workload.rates,
+            settings=settings,
             storage=prices.storage,
         )
-        for cluster in clusters
-    ]
+        forecasts = cluster.forecast(stages)
+        seconds, cost = sum(one.seconds for one in forecasts), sum(one.cost for one in forecasts)
+        by_nodes.append(Totals(nodes, seconds, cost))
     return Plan(
-        job=job,
-        settings=settings,
-        counts=counts,
-        rates=rates,
+        workload=workload,
         prices=prices,
-        cluster=clusters[-1],
-        stages=tuple(forecasts[-1]),
-        by_nodes=tuple(
-            (cluster.nodes, sum(one.seconds for one in stages), sum(one.cost for one in stages))
-            for cluster, stages in zip(clusters, forecasts, strict=True)
-        ),
-        unplanned=tuple(workload.unplanned),
-        break_even=tuple(_break_even(workload, rates=rates, node=node, prices=prices)),
+        cluster=cluster,
+        stages=forecasts,
+        by_nodes=by_nodes,
+        break_even=[
+            break_even(workload, student, node=node, storage=prices.storage)
+            for student in workload.students()
+        ],
     )
 
 
@@ -166,24 +140,25 @@ def counts_of(job: Job, settings: PlanSettings) -> Counts:
         raise SettingsError(
             f"--set plan.captions: the number of captions in {captions.url} is not known; give it"
         )
-    limit = settings.captions or (min(captions.limit, latents) if captions.limit else latents)
+    limit = settings.captions or min(captions.limit or latents, latents)
     return Counts(source=source, latents=latents, captions=limit)
 
 
 def _source_rows(job: Job) -> int:
-    source = job.recipe.source
+    source, unknown = job.recipe.source, "--set plan.rows: the number of rows is not known; give it"
     if source.url is None:
         return source.scenes
     try:
-        rows = [count_rows(shard) for shard in list_shards(shards_url(job))]
+        shards = list_shards(shards_url(job))
     except SourceError as error:
-        raise SettingsError(f"--set plan.rows: the number of rows is not known; give it ({error})") from None
-    if missing := rows.count(None):
+        raise SettingsError(f"{unknown} ({error})") from None
+    rows, uncounted = count_shard_rows(shards)
+    if uncounted:
         raise SettingsError(
-            f"--set plan.rows: the number of rows is not known; give it ({missing} of {len(rows)} shards at "
-            f"{source.url} have no sidecar that counts them)"
+            f"{unknown} ({uncounted} of {len(shards)} shards at {source.url} have no sidecar that counts "
+            "them)"
         )
-    return sum(count for count in rows if count is not None)
+    return rows
 
 
 def node_of(settings: PlanSettings, *, prices: PriceList) -> NodeType:
@@ -215,37 +190,3 @@ def _this_machine() -> NodeType:
         memory_gib=memory / 2**30,
         on_demand=0.0,
     )
-
-
-def _break_even(workload: Workload, *, rates: Rates, node: NodeType, prices: PriceList) -> list[BreakEven]:
-    settings, sizes = workload.settings, workload.sizes
-    # Where nothing has a price, a second is worth a second on either side.
-    unit_prices = UnitPrices(tables=1.0, training=1.0, stored=0.0)
-    if node.on_demand:
-        worker_seconds = (node.accelerators or node.cores) * 3600.0
-        unit_prices = UnitPrices(
-            tables=node.price(settings.tables_on) / worker_seconds,
-            training=node.price(settings.trainings_on) / worker_seconds,
-            stored=workload.target_bytes / 1e9 * prices.storage.gb_month * settings.months,
-        )
-    targets = workload.counts.latents * workload.job.recipe.targets.draws
-    found = []
-    for student in workload.students():
-        teacher_gmacs = sizes.of(workload.architecture(student.teacher)).gmacs
-        student_gmacs = sizes.of(workload.architecture(student.student or student.teacher)).gmacs
-        trained = rates.seconds("train", student_gmacs)
-        if student.gradient_checkpointing and not rates.checkpointed:
-            trained += rates.seconds("pass", student_gmacs)
-        found.append(
-            break_even(
-                student.name,
-                student.steps,
-                student_seconds=trained,
-                teacher_seconds=rates.seconds("pass", teacher_gmacs),
-                prices=unit_prices,
-                stored_bytes=workload.target_bytes,
-                used=student.loop.num_steps * student.loop.global_batch / targets,
-                w_conditioned_teacher=workload.is_w_conditioned(student.teacher),
-            )
-        )
-    return found

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from jobs.planning.builtin_lists import read_list
+from jobs.planning.builtin_lists import NamedList
+from jobs.planning.settings import Market
 from pipelines.costs.requests import Requests
 from snapfusion.settings import Settings
-
-Market = Literal["on_demand", "spot"]
 
 
 class NodeType(Settings):
@@ -55,30 +52,18 @@ class StoragePrices(Settings):
         return ((requests.put + requests.list) * self.put_1000 + requests.get * self.get_1000) / 1000.0
 
 
-class PriceList(Settings):
+class PriceList(NamedList):
     """Prices of one provider on one day.
 
     Attributes:
-        name: stated beside every cost.
         date: on which they were valid, according to the list's author.
-        about: their origin, in a line.
         currency: of all of them.
         nodes: by name.
         storage: of the object store.
     """
 
-    name: str
+    kind = "prices"
     date: str = Field(pattern=r"^\d{4}-\d{2}(-\d{2})?$")
-    about: str
     currency: str = "USD"
     nodes: dict[str, NodeType]
     storage: StoragePrices
-
-
-def price_list(name: str) -> PriceList:
-    """A built-in price list by name, or the user's own by path or URL.
-
-    Raises:
-        SettingsError: if there is no such file, or it holds no price list.
-    """
-    return read_list(PriceList, name, kind="prices")

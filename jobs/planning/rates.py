@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from jobs.planning.builtin_lists import read_list
+from jobs.planning.builtin_lists import NamedList
 from pipelines.costs.stage import WorkKind
 from snapfusion.settings import Settings
 
@@ -50,14 +50,12 @@ class Contention(Settings):
     trainings: Annotated[float, Field(ge=1.0)] = 1.0
 
 
-class Rates(Settings):
+class Rates(NamedList):
     """Rates of one kind of machine.
 
     Attributes:
-        name: stated beside every forecast.
         worker: one worker, as in "an A100" or "one thread of ...".
         date: on which they were measured or collected.
-        about: their origin, in a line.
         rates: by kind; of several, the one whose network is nearest in size counts.
         checkpointed: whether `train` was measured with gradient checkpointing; if not, a training that uses
             it takes one more pass per row.
@@ -66,10 +64,9 @@ class Rates(Settings):
         png_share: size of a PNG as a fraction of its pixels' bytes.
     """
 
-    name: str
+    kind = "rates"
     worker: str
     date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
-    about: str
     rates: dict[WorkKind, Annotated[tuple[Rate, ...], Field(min_length=1)]]
     checkpointed: bool = False
     crowding: Contention = Contention()
@@ -104,12 +101,3 @@ class Rates(Settings):
 
 class RateError(ValueError):
     """A kind of work for which there is no rate."""
-
-
-def given_rates(name: str) -> Rates:
-    """Built-in rates by name, or the user's own by path or URL.
-
-    Raises:
-        SettingsError: if there is no such file, or it holds no rates.
-    """
-    return read_list(Rates, name, kind="rates")

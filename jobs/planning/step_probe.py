@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.decoder import HalfDecoder
@@ -19,6 +20,25 @@ from snapfusion.training.settings import LoopSettings
 SECONDS = 2.0
 """Least time for which steps are repeated."""
 MIN_REPEATS = 3
+
+
+def median_seconds(
+    run: Callable[[], object], *, least: float = 0.0, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Median seconds of a call after a first one, which initializes libraries; all take `least` at least."""
+    run()
+    times = list[float]()
+    while len(times) < MIN_REPEATS or sum(times) < least:
+        began = clock()
+        run()
+        times.append(clock() - began)
+    return statistics.median(times)
+
+
+def noise_batch(bundle: Bundle, rows: int, **columns: Tensor) -> Batch:
+    """A batch of so many latents of noise, with other columns."""
+    ids = tuple(f"probe/{row}" for row in range(rows))
+    return Batch(ids=ids, columns={"latent": torch.randn(rows, *bundle.latent_shape), **columns})
 
 
 def step_seconds(
@@ -46,29 +66,26 @@ def step_seconds(
         micro_batch=len(batch),
         after_step=stop_in_time,
     )
-    times = list[float]()
-    for _ in range(MIN_REPEATS + 1):
-        began = time.perf_counter()
+
+    def update() -> None:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         state.optimizer.step()
         if state.ema is not None:
             state.ema.update(model, step=1)
-        times.append(time.perf_counter() - began)
-    # The first of each initializes libraries.
-    return statistics.median(step.seconds for step in steps[1:]), statistics.median(times[1:])
+
+    # The first step initializes libraries.
+    return statistics.median(step.seconds for step in steps[1:]), median_seconds(update)
 
 
 def decoder_step(bundle: Bundle, *, loop: LoopSettings, rows: int) -> float:
     """Seconds of a step of the half-width decoder's training by one worker with `rows` of a batch."""
-    side = bundle.image_size
-    batch = Batch(
-        ids=tuple(f"probe/{row}" for row in range(rows)),
-        columns={
-            "latent": torch.randn(rows, *bundle.latent_shape),
-            "image": torch.randint(0, 255, (rows, 3, side, side), dtype=torch.uint8),
-        },
+    images = torch.randint(0, 255, (rows, 3, bundle.image_size, bundle.image_size), dtype=torch.uint8)
+    step, _ = step_seconds(
+        HalfDecoder.from_vae(bundle.vae),
+        objective=DecoderObjective(stored_images),
+        batch=noise_batch(bundle, rows, image=images),
+        loop=loop,
     )
-    student = HalfDecoder.from_vae(bundle.vae)
-    return step_seconds(student, objective=DecoderObjective(stored_images), batch=batch, loop=loop)[0]
+    return step

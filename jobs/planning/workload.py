@@ -10,6 +10,7 @@ from jobs.cli.in_run import stage_job
 from jobs.cli.job import Job
 from jobs.evaluation.costs import evaluation_cost
 from jobs.evolution.costs import evolution_cost
+from jobs.planning.rates import Rates
 from jobs.planning.settings import PlanSettings
 from jobs.recipes.verbs import initial_verbs, pipeline_verbs
 from jobs.training.costs import TrainingCosts
@@ -17,13 +18,7 @@ from jobs.training.initial_weights import named_architecture
 from jobs.training.settings import DistillSettings
 from jobs.training.sources import EFFICIENT_MODEL
 from pipelines.costs.stage import StageCost, Work, driver_cost
-from pipelines.datasets.costs import (
-    latents_cost,
-    latents_row_bytes,
-    pairs_cost,
-    targets_cost,
-    targets_row_bytes,
-)
+from pipelines.datasets import costs
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.network_sizes import NetworkSizes
 from snapfusion.settings import SettingsError
@@ -44,6 +39,11 @@ class Counts:
     captions: int
 
 
+def efficient_unet(job: Job, sizes: NetworkSizes) -> Architecture:
+    """Architecture of the run's efficient UNet."""
+    return named_architecture(job.resolve(job.recipe.efficient.architecture), own=sizes.architecture)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """The stages of a recipe.
@@ -53,16 +53,14 @@ class Workload:
         settings: of the planner.
         sizes: of the model's networks.
         counts: of rows.
-        png_share: size of a PNG as a fraction of its pixels' bytes.
-        checkpointed: whether the rate of `train` includes gradient checkpointing.
+        rates: of the machines.
     """
 
     job: Job
     settings: PlanSettings
     sizes: NetworkSizes
     counts: Counts
-    png_share: float
-    checkpointed: bool = False
+    rates: Rates
 
     def stages(self) -> list[StageCost]:
         """Costs of the stages in the order in which they run.
@@ -93,15 +91,8 @@ class Workload:
             return self.settings.steps
         if distill.teacher is not None:
             return tuple(pipeline_verbs(self.job.recipe))
-        targets = ("compute_targets",) if distill.targets == "table" else ()
-        return (
-            "encode_latents",
-            *targets,
-            "distill_schedule",
-            "generate_pairs",
-            "distill_decoder",
-            "evaluate",
-        )
+        tables = ["encode_latents", *(["compute_targets"] if distill.targets == "table" else [])]
+        return (*tables, "distill_schedule", "generate_pairs", "distill_decoder", "evaluate")
 
     def _stages_of(self, verb: str) -> list[StageCost]:
         if verb != "distill_schedule":
@@ -113,16 +104,16 @@ class Workload:
     @cached_property
     def _costs(self) -> dict[str, Callable[[], StageCost]]:
         recipe, sizes, counts = self.job.recipe, self.sizes, self.counts
-        scenes, png = recipe.source.scenes, 3 * sizes.bundle.image_size**2 * self.png_share
-        render, compiling = Work(kind="render", units=scenes), Work(kind="compile", units=1)
+        scenes, png = recipe.source.scenes, 3 * sizes.bundle.image_size**2 * self.rates.png_share
+        render = Work(kind="render", units=scenes)
         stored = recipe.pairs.generation.images and recipe.decoder.target == "stored"
-        pair_bytes = latents_row_bytes(sizes) + (png if stored else 0.0)
+        pair_bytes = costs.latents_row_bytes(sizes) + (png if stored else 0.0)
         velocity, own = self._trainings.velocity, sizes.architecture
         return {
             "render_scenes": lambda: driver_cost(
                 "render_scenes", render, rows=scenes, output_bytes=scenes * png
             ),
-            "encode_latents": lambda: latents_cost(
+            "encode_latents": lambda: costs.latents_cost(
                 recipe.latents, source_rows=counts.source, rows=counts.latents, sizes=sizes
             ),
             "finetune_vpred": lambda: velocity("finetune_vpred", recipe.vpred, unet=own),
@@ -131,7 +122,7 @@ class Workload:
             "train_efficient": lambda: velocity(
                 "train_efficient", recipe.efficient.training, unet=self.efficient
             ),
-            "compute_targets": lambda: targets_cost(
+            "compute_targets": lambda: costs.targets_cost(
                 recipe.targets,
                 rows=counts.latents,
                 unit_rows=recipe.latents.rows_per_unit,
@@ -139,13 +130,13 @@ class Workload:
                 sizes=sizes,
             ),
             "distill_steps": lambda: self._distillation(recipe.distill),
-            "generate_pairs": lambda: pairs_cost(
+            "generate_pairs": lambda: costs.pairs_cost(
                 recipe.pairs, captions=counts.captions, png_bytes=png, sizes=sizes
             ),
             "distill_decoder": lambda: self._trainings.decoder(
                 recipe.decoder, row_bytes=pair_bytes, unit_rows=recipe.pairs.rows_per_unit
             ),
-            "compile_mobile": lambda: driver_cost("compile_mobile", compiling),
+            "compile_mobile": lambda: driver_cost("compile_mobile", Work(kind="compile", units=1)),
             "evaluate": lambda: evaluation_cost(
                 recipe.evaluation, architecture=self.architecture, sizes=sizes
             ),
@@ -157,15 +148,15 @@ class Workload:
             sizes=self.sizes,
             rows=self.counts.latents,
             unit_rows=self.job.recipe.latents.rows_per_unit,
-            row_bytes=latents_row_bytes(self.sizes),
+            row_bytes=costs.latents_row_bytes(self.sizes),
             moment_bytes=self.settings.moment_bytes,
-            checkpointed=self.checkpointed,
+            checkpointed=self.rates.checkpointed,
         )
 
     @property
     def target_bytes(self) -> int:
         """Bytes of a row of TARGETS."""
-        return targets_row_bytes(self.job.recipe.targets, self.sizes)
+        return costs.targets_row_bytes(self.job.recipe.targets, self.sizes)
 
     def _distillation(self, settings: DistillSettings) -> StageCost:
         return self._trainings.distillation(
@@ -188,8 +179,7 @@ class Workload:
     @cached_property
     def efficient(self) -> Architecture:
         """Architecture of the efficient UNet."""
-        name = self.job.resolve(self.job.recipe.efficient.architecture)
-        return named_architecture(name, own=self.sizes.architecture)
+        return efficient_unet(self.job, self.sizes)
 
     def architecture(self, source: str | None) -> Architecture:
         """Architecture of the UNet of a model in the run; unknown sources count as the recipe's own model."""
@@ -200,10 +190,8 @@ class Workload:
         return self.efficient if source == EFFICIENT_MODEL else self.sizes.architecture
 
     def is_w_conditioned(self, source: str | None) -> bool:
-        """Whether a model in the run is a w-conditioned student of the schedule."""
-        scheduled = {stage.name for stage in self.job.recipe.stages}
+        """Whether a model in the run is a w-conditioned student of the planned jobs."""
         return any(
             student.steps.w_conditioned and source == f"run:{student.name}/model"
             for student in self.students()
-            if student.name in scheduled
         )

@@ -11,10 +11,10 @@ from jobs.cli.ablation import PanelResults
 from jobs.evaluation.images import generate_images
 from jobs.evaluation.results import Comparison
 from jobs.reports.charts import Chart, Series
-from jobs.reports.evaluation_page import point_series
 from jobs.reports.page import render_page
 from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
 from snapfusion.models.load import load
+from snapfusion.training.step_distillation import BRANCHES
 
 _NUM_CAPTIONS = 8
 _TABLE_SCALES = (1.0, 2.0, 4.0, 6.0, 7.0)
@@ -38,7 +38,7 @@ def ablation_charts(panel: PanelResults) -> dict[str, Chart]:
             title=f"{title}: {name}",
             x_label=x_label,
             y_label=y_label,
-            series=tuple(point_series(line["name"], line["points"], x=x, y=y) for line in lines),
+            series=tuple(Series.of(line["name"], line["points"], x=x, y=y) for line in lines),
             log_x=x == "fid",
             log_y=y == "fid",
         )
@@ -52,15 +52,13 @@ def ablation_charts(panel: PanelResults) -> dict[str, Chart]:
 def _cost_chart(title: str, lines: Sequence[Mapping[str, Any]]) -> Chart:
     """FID over evaluations of the UNet at one guidance scale: each line is a point."""
     points = {
-        line["name"]: next(point for point in line["points"] if point["w"] == _COST_SCALE) for line in lines
+        line["name"]: [point for point in line["points"] if point["w"] == _COST_SCALE] for line in lines
     }
     return Chart(
         title=f"{title}: FID over UNet evaluations at w = {_COST_SCALE:g}",
         x_label="UNet evaluations per image",
         y_label="FID",
-        series=tuple(
-            Series(name=name, x=[point["evaluations"]], y=[point["fid"][0]]) for name, point in points.items()
-        ),
+        series=tuple(Series.of(name, at, x="evaluations", y="fid") for name, at in points.items()),
         log_x=True,
     )
 
@@ -82,15 +80,9 @@ def sample_captions() -> list[str]:
 def loss_charts(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Chart]:
     """L_dstl of vanilla and of guided steps over training, as moving averages, by student."""
     charts = []
-    for branch in ("vanilla", "guided"):
-        key = f"{branch}/loss"
-        points = {name: [point for point in curve if key in point] for name, curve in curves.items()}
-        series = tuple(
-            Series(name=name, x=[point["step"] for point in curve], y=[point[key] for point in curve])
-            for name, curve in points.items()
-            if curve
-        )
-        if series:
+    for branch in BRANCHES.values():
+        lines = [Series.of(name, curve, x="step", y=f"{branch}/loss") for name, curve in curves.items()]
+        if series := tuple(line for line in lines if line.x):
             title = f"L_dstl of {branch} steps"
             charts.append(
                 Chart(title=title, x_label="optimizer step", y_label="L_dstl", series=series, log_y=True)

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    EngFormatter,
-    FixedLocator,
-    LogLocator,
-    MaxNLocator,
-    NullLocator,
-    StrMethodFormatter,
-)
 
 _WIDTH_INCHES, _HEIGHT_INCHES = 5.2, 3.0
 _LEGEND_INCHES = 1.3
@@ -37,38 +30,29 @@ _MAX_TICKS = 12
 """A logarithmic x axis with at most this many values has a tick at each."""
 
 # The colours of the light page, for a chart in a file of its own.
+_PALETTE = (
+    *("#1d5c72", "#b4632d", "#7a7468", "#6d4a83", "#4f7f3a"),
+    *("#a8862a", "#b03a5b", "#3f6fc0", "#2f8f80"),
+)
 _COLORS = {
-    "--ink": "#1f1d1a",
-    "--muted": "#6d675e",
-    "--rule": "#e2ddd3",
-    "--series-1": "#1d5c72",
-    "--series-2": "#b4632d",
-    "--series-3": "#7a7468",
-    "--series-4": "#6d4a83",
-    "--series-5": "#4f7f3a",
-    "--series-6": "#a8862a",
-    "--series-7": "#b03a5b",
-    "--series-8": "#3f6fc0",
-    "--series-9": "#2f8f80",
+    **{"--ink": "#1f1d1a", "--muted": "#6d675e", "--rule": "#e2ddd3"},
+    **{f"--series-{number}": color for number, color in enumerate(_PALETTE, start=1)},
 }
+_SEPARATE = re.compile(
+    r'\sxmlns(?::xlink)?="[^"]*"|<metadata>.*?</metadata>|<style.*?</style>|font-family: [^;"]*;?', re.DOTALL
+)
+"""What only a file of its own needs."""
 
 _INK, _MUTED, _RULE = _ROLES
 _LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": _INK, "fontsize": 10}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.size": 10.5,
-    "axes.edgecolor": _RULE,
-    "axes.labelcolor": _MUTED,
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), _RULE),
+    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _MUTED),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
     "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "grid.color": _RULE,
     "grid.linewidth": 0.6,
-    "xtick.color": _RULE,
-    "ytick.color": _RULE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
     "ytick.major.size": 0,
     "xtick.major.size": 3,
 }
@@ -81,6 +65,14 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
+
+    @classmethod
+    def of(cls, name: str, points: Sequence[Mapping[str, Any]], *, x: str, y: str) -> Series:
+        """A line through those points that have a `y`; of a value with its interval the value."""
+        known = [point for point in points if y in point]
+        return cls(
+            name=name, x=[_value(point[x]) for point in known], y=[_value(point[y]) for point in known]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +134,10 @@ class BarChart:
     bars: tuple[Bars, ...]
 
 
+def _value(number: float | Sequence[float]) -> float:
+    return number[0] if isinstance(number, Sequence) else number
+
+
 def chart_svg(chart: Chart | BarChart) -> str:
     """The chart as an `<svg>` element that takes its colours from the page.
 
@@ -177,17 +173,17 @@ def standalone_svg(chart: Chart | BarChart) -> bytes:
 
 def _check(chart: Chart | BarChart) -> None:
     if isinstance(chart, BarChart):
-        if not chart.bars or not chart.categories:
+        count = len(chart.categories)
+        if not chart.bars or not count:
             raise ValueError(
-                f"chart {chart.title!r} has {len(chart.bars)} bars in each of {len(chart.categories)} "
-                "categories; at least one of both is needed"
+                f"chart {chart.title!r} has {len(chart.bars)} bars in each of {count} categories; at least "
+                "one of both is needed"
             )
         for bars in chart.bars:
-            if len(bars.values) != len(chart.categories) or not 1 <= bars.color <= len(_SERIES):
+            if len(bars.values) != count or not 1 <= bars.color <= len(_SERIES):
                 raise ValueError(
-                    f"bars {bars.name!r} have {len(bars.values)} values for {len(chart.categories)} "
-                    f"categories and colour {bars.color}; one value per category and a colour from 1 to "
-                    f"{len(_SERIES)} are accepted"
+                    f"bars {bars.name!r} have {len(bars.values)} values for {count} categories and colour "
+                    f"{bars.color}; one value per category and a colour from 1 to {len(_SERIES)} are accepted"
                 )
         return
     if not 1 <= len(chart.series) <= len(_SERIES):
@@ -216,7 +212,7 @@ def _draw_bars(figure: Figure, axes: Axes, chart: BarChart) -> None:
         )
     axes.set_xticks(range(len(chart.categories)), [_plain(name) for name in chart.categories])
     axes.set_xlim(-0.5, len(chart.categories) - 0.5)
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(5))
     axes.set_axisbelow(True)
     axes.set_ylabel(_plain(chart.y_label))
     if len(chart.bars) > 1:
@@ -228,7 +224,16 @@ def _draw_lines(figure: Figure, axes: Axes, chart: Chart) -> None:
         marker, name = "o" if len(series.x) < 30 else None, _plain(series.name)
         axes.plot(series.x, series.y, color=color, linewidth=1.6, marker=marker, markersize=3.5, label=name)
     if chart.limit is not None:
-        _draw_limit(axes, chart.limit, name=chart.limit_name)
+        axes.axhline(chart.limit, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        label: dict[str, Any] = {"ha": "left", "va": "bottom", "color": _MUTED, "fontsize": 9.5}
+        axes.annotate(
+            f"{chart.limit_name} {chart.limit:g}",
+            (0, chart.limit),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 2),
+            textcoords="offset points",
+            **label,
+        )
     _set_scales(axes, chart)
     axes.set_xlabel(_plain(chart.x_label))
     axes.set_ylabel(_plain(chart.y_label))
@@ -238,40 +243,25 @@ def _draw_lines(figure: Figure, axes: Axes, chart: Chart) -> None:
         axes.legend(**_LEGEND, handlelength=1.4)
 
 
-def _draw_limit(axes: Axes, limit: float, *, name: str) -> None:
-    axes.axhline(limit, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"{name} {limit:g}",
-        (0, limit),
-        xycoords=("axes fraction", "data"),
-        xytext=(3, 2),
-        textcoords="offset points",
-        ha="left",
-        va="bottom",
-        color=_MUTED,
-        fontsize=9.5,
-    )
-
-
 def _set_scales(axes: Axes, chart: Chart) -> None:
     if chart.log_y:
         axes.set_yscale("log")
         values = [y for series in chart.series for y in series.y if y > 0]
         narrow = bool(values) and max(values) < _NARROW_SPAN * min(values)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(5))
     if chart.log_x:
         axes.set_xscale("log")
         ticks = sorted({x for series in chart.series for x in series.x})
         few = len(ticks) <= _MAX_TICKS
-        axes.xaxis.set_major_locator(FixedLocator(ticks) if few else LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(ticker.FixedLocator(ticks) if few else ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     axes.tick_params(which="minor", length=0)
 
 
@@ -282,13 +272,9 @@ def _plain(text: str) -> str:
 
 def _for_page(svg: str) -> str:
     """Remove what only a separate file needs, and replace placeholder colours by variables of the page."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = _SEPARATE.sub("", svg[svg.index("<svg") :]).replace("xlink:href", "href")
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # two charts on a page would share these identifiers
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg width="[^"]*" height="[^"]*"', '<svg role="img"', svg)
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
     for color, variable in {**_ROLES, **_SERIES}.items():
         svg = svg.replace(color, variable)
     return svg.strip()

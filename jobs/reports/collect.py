@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from jobs.cli.job import Job
 from jobs.cli.step_times import read_step
-from jobs.reports.image_samples import (
-    decoder_comparisons,
-    mobile_comparisons,
-    scene_samples,
-    teacher_images,
-)
+from jobs.reports import image_samples
 from jobs.reports.lineage_nodes import lineage_nodes
 from jobs.reports.measurements import measurements, training_charts
 from jobs.reports.oracle_scores import score_with_oracle
@@ -31,15 +27,9 @@ from pipelines.tables.manifest import total_rejected
 from pipelines.tables.table import Snapshot
 from snapfusion.settings import digest
 
-VERBS = (
-    "render_scenes",
-    "encode_latents",
-    "measure_latency",
-    "train_efficient",
-    "distill_steps",
-    "generate_pairs",
-    "distill_decoder",
-    "compile_mobile",
+_VERBS = (
+    *("render_scenes", "encode_latents", "measure_latency", "train_efficient"),
+    *("distill_steps", "generate_pairs", "distill_decoder", "compile_mobile"),
 )
 _TABLE_OF_VERB = {"encode_latents": "latents", "generate_pairs": "pairs"}
 _NUM_EXAMPLES = 3
@@ -50,12 +40,12 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
     """The content of the page, and the numbers as plain values for metrics.json."""
     run = CommittedRun.read(job)
     recipe, pairs, student = job.recipe, run.tables.get("pairs"), run.student
-    step_comparison, side_by_side, oracle = None, None, None
+    step_comparison, side_by_side, oracle, notes = None, None, None, dict[str, str]()
     # Only recipes with a floor make images that the miniature's oracle can read.
     if student and recipe.oracle_floor:
         step_comparison, side_by_side = sample_side_by_side(student, url=job.url(recipe.distill.name))
     if pairs and recipe.oracle_floor:
-        oracle = score_with_oracle(pairs)
+        oracle, notes = score_with_oracle(pairs)
     tables = {name: _table_metrics(table) for name, table in run.tables.items()}
     timings = tuple(_timings(run))
     content = ReportContent(
@@ -64,14 +54,14 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
         settings_json=recipe.to_json(),
         versions=versions(),
         totals=tuple(_totals(run)),
-        scenes=scene_samples(job),
-        teacher_images=teacher_images(pairs, oracle.notes if oracle else {}) if pairs else (),
+        scenes=image_samples.scene_samples(job),
+        teacher_images=image_samples.teacher_images(pairs, notes) if pairs else (),
         step_comparison=step_comparison,
-        decoder_comparisons=decoder_comparisons(run),
+        decoder_comparisons=image_samples.decoder_comparisons(run),
         charts=tuple(training_charts(run)),
         measurements=tuple(measurements(run, side_by_side=side_by_side, oracle=oracle)),
         latencies=run.latencies,
-        mobile_comparisons=mobile_comparisons(run),
+        mobile_comparisons=image_samples.mobile_comparisons(run),
         mobile_variants=mobile_variants_of(run.mobile) if run.mobile else (),
         lineage=lineage_nodes(run, tables),
         rejections=tuple(summary for table in run.tables.values() for summary in _rejections(table)),
@@ -87,9 +77,7 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
         fewer_steps=side_by_side,
         decoder=run.decoder,
         mobile=run.mobile,
-        oracle=None
-        if oracle is None
-        else {key: value for key, value in asdict(oracle).items() if key != "notes"},
+        oracle=asdict(oracle) if oracle else None,
         latency=[
             {
                 "device": latency.device,
@@ -130,9 +118,9 @@ def _table_metrics(table: Snapshot) -> dict[str, Any]:
 
 
 def _rejections(table: Snapshot) -> Iterator[RejectionSummary]:
-    by_reason: dict[str, list[RejectionExample]] = {}
+    by_reason = defaultdict[str, list[RejectionExample]](list)
     for row in table.rejected_rows():
-        by_reason.setdefault(row["reason"], []).append(RejectionExample(id=row["id"], detail=row["detail"]))
+        by_reason[row["reason"]].append(RejectionExample(id=row["id"], detail=row["detail"]))
     for reason, rows in sorted(by_reason.items()):
         yield RejectionSummary(
             table=str(table.identity["kind"]).upper(),
@@ -143,7 +131,7 @@ def _rejections(table: Snapshot) -> Iterator[RejectionSummary]:
 
 
 def _timings(run: CommittedRun) -> Iterator[StepTiming]:
-    for verb in VERBS:
+    for verb in _VERBS:
         if step := read_step(run.job, verb):
             table = run.tables.get(_TABLE_OF_VERB.get(verb, ""))
             yield StepTiming(step=verb, seconds=step.seconds, rows=table.num_rows if table else None)

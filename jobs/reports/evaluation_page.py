@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from jobs.evaluation.results import EvaluationResults
 from jobs.reports.charts import Chart, Series
@@ -30,14 +29,5 @@ def evaluation_charts(results: EvaluationResults) -> Iterator[Chart]:
             ("FID over guidance", "w", "fid", "guidance w", "FID"),
         ):
             curves = {name: results["curves"][name]["points"] for name in names}
-            series = tuple(point_series(name, points, x=x, y=y) for name, points in curves.items())
+            series = tuple(Series.of(name, points, x=x, y=y) for name, points in curves.items())
             yield Chart(title=f"{title}{part}", x_label=x_label, y_label=y_label, series=series)
-
-
-def point_series(name: str, points: Sequence[Mapping[str, Any]], *, x: str, y: str) -> Series:
-    """A line through points: "w" is a number, each metric a value with the ends of its interval."""
-
-    def values(key: str) -> list[float]:
-        return [point[key] if key == "w" else point[key][0] for point in points]
-
-    return Series(name=name, x=values(x), y=values(y))

@@ -11,7 +11,7 @@ import torch
 
 from jobs.cli.inputs import shards_url
 from jobs.cli.job import Job
-from jobs.reports.run_page import CaptionedImage, ComparedImage, ImageComparison
+from jobs.reports.run_page import CaptionedImage, ImageComparison
 from jobs.reports.run_records import CommittedRun
 from pipelines.loading.loader import held_out_rows
 from pipelines.rejections import Rejected
@@ -74,9 +74,10 @@ def decoder_comparisons(run: CommittedRun) -> tuple[ImageComparison, ...]:
         latents = array_type(rows.schema.field("latent")).unpack(rows.column("latent").to_pylist())
         for caption, values in zip(rows.column("caption").to_pylist(), latents, strict=True):
             latent = torch.from_numpy(values.astype(np.float32))[None]
-            images = {"Half width": _pixels(half.decode(latent))}
-            reference = _pixels(teacher.decode(latent))
-            comparisons.append(_comparison(caption, "Teacher", reference, images))
+            reference, images = _pixels(teacher.decode(latent)), {"Half width": _pixels(half.decode(latent))}
+            comparisons.append(
+                ImageComparison(caption=caption, name="Teacher", reference=reference, images=images)
+            )
     return tuple(comparisons)
 
 
@@ -89,23 +90,14 @@ def mobile_comparisons(run: CommittedRun) -> tuple[ImageComparison, ...]:
         return from_png(read_bytes(run.job.url(f"mobile/{IMAGES}/{name}-{number}.png")))
 
     return tuple(
-        _comparison(
-            caption,
-            "torch",
-            image("torch", number),
-            {name: image(name, number) for name in run.mobile["variants"]},
+        ImageComparison(
+            caption=caption,
+            name="torch",
+            reference=image("torch", number),
+            images={name: image(name, number) for name in run.mobile["variants"]},
         )
         for number, caption in enumerate(run.mobile["captions"][:_NUM_COMPARISONS])
     )
-
-
-def _comparison(
-    caption: str, name: str, reference: np.ndarray, images: Mapping[str, np.ndarray]
-) -> ImageComparison:
-    compared = tuple(
-        ComparedImage(name=other, image=image, reference=reference) for other, image in images.items()
-    )
-    return ImageComparison(caption=caption, name=name, reference=reference, compared=compared)
 
 
 def _pixels(image: torch.Tensor) -> np.ndarray:

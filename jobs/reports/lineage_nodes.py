@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.cli.inputs import shards_url
+from jobs.cli.state import read_json
 from jobs.reports.run_page import LineageNode
-from jobs.reports.run_records import CommittedRun, read_json
+from jobs.reports.run_records import CommittedRun
 from jobs.training.initial_weights import PROVENANCE
 from jobs.training.metrics import StudentMetrics
 from jobs.training.run_folder import METRICS
@@ -36,32 +37,27 @@ class _Lineage:
         self._nodes: list[LineageNode] = []
 
     def nodes(self, tables: Mapping[str, Mapping[str, Any]]) -> list[LineageNode]:
+        """All commits, from the parts of the run and the metrics of its tables."""
         run, job = self._run, self._run.job
         self._add("SHARDS", "shards", url=shards_url(job), identity=digest(job.recipe.source.to_values()))
         weights = digest(load(job.recipe.model).fingerprint())
         self._add("TEACHER", "model", url=job.recipe.model, identity=weights)
         for name, metrics in tables.items():
             fields = {key: metrics[key] for key in _TABLE_FIELDS}
-            parents = self._existing(*_PARENTS[name])
-            self._add(name.upper(), "table", parents=parents, **fields)
+            self._add(name.upper(), "table", parents=self._existing(*_PARENTS[name]), **fields)
         self._add_efficient()
         if run.student:
             self._add_student(run.student)
         if run.decoder:
-            identity = run.decoder["settings_hash"]
-            parents = ("PAIRS", "TEACHER")
-            self._add("DECODER", "checkpoint", url=job.url("decoder"), identity=identity, parents=parents)
+            identity, origin = run.decoder["settings_hash"], ("PAIRS", "TEACHER")
+            self._add("DECODER", "checkpoint", url=job.url("decoder"), identity=identity, parents=origin)
         if run.mobile:
             # The bundle names its parents by the hash of their settings.
             records = run.mobile["identity"]["parents"].values()
             hashes = {parent["settings_hash"] for parent in records if parent}
-            self._add(
-                "MOBILE",
-                "bundle",
-                url=job.url("mobile"),
-                identity=run.mobile["settings_hash"],
-                parents=tuple(node.name for node in self._nodes if node.identity in hashes),
-            )
+            parents = tuple(node.name for node in self._nodes if node.identity in hashes)
+            identity = run.mobile["settings_hash"]
+            self._add("MOBILE", "bundle", url=job.url("mobile"), identity=identity, parents=parents)
         return self._nodes
 
     def _add_efficient(self) -> None:
@@ -71,11 +67,9 @@ class _Lineage:
         origin = read_json(job.url(f"efficient-first/{PROVENANCE}"))
         if metrics is None or origin is None:
             return
-        source = job.resolve(job.recipe.efficient.begin)
+        source, url = job.resolve(job.recipe.efficient.begin), job.url("efficient")
         parent = self._model("TEACHER OF STEPS", source, origin["weights"])
-        url = job.url("efficient")
-        identity = digest(load(url).fingerprint())
-        parents = self._existing("LATENTS", parent)
+        identity, parents = digest(load(url).fingerprint()), self._existing("LATENTS", parent)
         self._add("EFFICIENT", "checkpoint", url=url, identity=identity, parents=parents)
 
     def _add_student(self, student: StudentMetrics) -> None:

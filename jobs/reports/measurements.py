@@ -12,7 +12,7 @@ from jobs.reports.oracle_scores import OracleScores
 from jobs.reports.run_page import Measurement
 from jobs.reports.run_records import CommittedRun
 from jobs.reports.side_by_side import TEACHER_STEPS
-from jobs.training.metrics import Curve, DecoderMetrics, StudentMetrics
+from jobs.training.metrics import DecoderMetrics, StudentMetrics
 from snapfusion.models.load import ModelError, load
 from snapfusion.training.step_distillation import BRANCHES
 
@@ -20,8 +20,8 @@ from snapfusion.training.step_distillation import BRANCHES
 def training_charts(run: CommittedRun) -> Iterator[Chart]:
     """Loss curves: the student's for each branch of Eq. 11, and the decoder's for each initialisation."""
     if run.student:
-        curves = {f"{branch}/loss": branch for branch in BRANCHES.values()}
-        series = [_series(name, run.student["curve"], key=key) for key, name in curves.items()]
+        curve = run.student["curve"]
+        series = [Series.of(branch, curve, x="step", y=f"{branch}/loss") for branch in BRANCHES.values()]
         yield Chart(
             title="Student: distillation loss",
             x_label="step",
@@ -32,17 +32,16 @@ def training_charts(run: CommittedRun) -> Iterator[Chart]:
         )
     if run.decoder:
         decoder = run.decoder
-        series = [_series(f"from {decoder['settings']['init']} channels", decoder["curve"])]
+        curves = {f"from {decoder['settings']['init']} channels": decoder["curve"]}
         if decoder["random_init"]:
-            series.append(_series("from random weights", decoder["random_init"]["curve"]))
+            curves["from random weights"] = decoder["random_init"]["curve"]
         yield Chart(
-            title="Decoder: training loss", x_label="step", y_label="MSE", series=tuple(series), log_y=True
+            title="Decoder: training loss",
+            x_label="step",
+            y_label="MSE",
+            series=tuple(Series.of(name, curve, x="step", y="loss") for name, curve in curves.items()),
+            log_y=True,
         )
-
-
-def _series(name: str, curve: Curve, *, key: str = "loss") -> Series:
-    points = [point for point in curve if key in point]
-    return Series(name=name, x=[point["step"] for point in points], y=[point[key] for point in points])
 
 
 def measurements(
@@ -66,11 +65,10 @@ def measurements(
         yield from _decoder_measurements(run.decoder)
     if oracle:
         generation = run.job.recipe.pairs.generation
-        shares = {
-            "attributes correct": oracle.mean_attributes_right,
-            "all attributes correct": oracle.all_attributes_right,
-        }
-        for name, share in shares.items():
+        for name, share in (
+            ("attributes correct", oracle.mean_attributes_right),
+            ("all attributes correct", oracle.all_attributes_right),
+        ):
             yield Measurement(
                 name=name,
                 value=100 * share,
@@ -89,20 +87,17 @@ def _speedups(run: CommittedRun, student: StudentMetrics) -> Iterator[Measuremen
         origin = next((unet for unet in latency.unets if unet.name == ORIGIN), None)
         # A latency file names architectures and no students: the student's is found by its size.
         own = next((unet for unet in latency.unets if unet.parameters == parameters), None)
-        if origin is None or own is None:
-            continue
-        yield Measurement(
-            name="UNet time per image: 50 steps of the original model over the student's",
-            value=TEACHER_STEPS * origin.measured_ms / (steps * own.measured_ms),
-            unit="x",
-            count=own.turns,
-            counted="turns of each UNet",
-            note=(
-                f"{TEACHER_STEPS} steps of {origin.measured_ms:.3g} ms over {steps} of "
+        if origin and own:
+            yield Measurement(
+                name="UNet time per image: 50 steps of the original model over the student's",
+                value=TEACHER_STEPS * origin.measured_ms / (steps * own.measured_ms),
+                unit="x",
+                count=own.turns,
+                counted="turns of each UNet",
+                note=f"{TEACHER_STEPS} steps of {origin.measured_ms:.3g} ms over {steps} of "
                 f"{own.measured_ms:.3g} ms, guided; {latency.runtime}; 12.2x with 8 steps on an A100 in the "
-                "paper"
-            ),
-        )
+                "paper",
+            )
 
 
 def _num_parameters(student: StudentMetrics) -> int | None:

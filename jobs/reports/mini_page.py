@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,14 @@ def _loss_chart(stage: str, points: Sequence[tuple[int, float]]) -> Chart:
 
 def _step_charts(sampling: Mapping[str, MetricIntervals], *, name: str) -> Iterator[Chart]:
     """A metric over steps, a chart for each model and solver with a line for each guidance scale."""
-    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    lines: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for part, metrics in sampling.items():
         model, solver, steps, w = part.split()
-        lines.setdefault(f"{model}, {solver}", {}).setdefault(w, []).append((int(steps), metrics[name].value))
+        point = {"steps": int(steps), **metrics}
+        lines.setdefault(f"{model}, {solver}", {}).setdefault(w, []).append(point)
     for title, by_w in lines.items():
         series = tuple(
-            Series(
-                name=w.replace("=", " = "), x=[x for x, _ in sorted(points)], y=[y for _, y in sorted(points)]
-            )
+            Series.of(w.replace("=", " = "), sorted(points, key=itemgetter("steps")), x="steps", y=name)
             for w, points in by_w.items()
             if len(points) > 1  # a single number of steps is no curve
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,17 +21,18 @@ class OracleScores:
         images: their number.
         mean_attributes_right: share of attributes that the oracle finds, in [0, 1].
         all_attributes_right: share of images in which it finds every attribute, in [0, 1].
-        notes: a line for each image, by row id.
     """
 
     images: int
     mean_attributes_right: float
     all_attributes_right: float
-    notes: Mapping[str, str]
 
 
-def score_with_oracle(pairs: Snapshot) -> OracleScores | None:
-    """Scores of the images of PAIRS; None if no row has both an image and a caption of a scene."""
+def score_with_oracle(pairs: Snapshot) -> tuple[OracleScores | None, dict[str, str]]:
+    """Scores of the images of PAIRS, and a line for each image by row id.
+
+    The scores are None if no row has both an image and a caption of a scene.
+    """
     oracle = load_oracle()
     shares: list[float] = []
     notes: dict[str, str] = {}
@@ -48,13 +48,9 @@ def score_with_oracle(pairs: Snapshot) -> OracleScores | None:
             for (row, _), correct in zip(scenes, scores, strict=True):
                 notes[row["id"]] = f"{int(correct.sum())} of {len(correct)} attributes correct"
     if not shares:
-        return None
-    return OracleScores(
-        images=len(shares),
-        mean_attributes_right=float(np.mean(shares)),
-        all_attributes_right=float(np.mean([share == 1.0 for share in shares])),
-        notes=notes,
-    )
+        return None, notes
+    mean, perfect = float(np.mean(shares)), float(np.mean([share == 1.0 for share in shares]))
+    return OracleScores(images=len(shares), mean_attributes_right=mean, all_attributes_right=perfect), notes
 
 
 def _scene(caption: str) -> Scene | None:

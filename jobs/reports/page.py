@@ -17,6 +17,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from jobs.reports.charts import chart_svg
+from jobs.runtime.progress import format_duration
 from pipelines.tables.schemas import to_png
 
 _MAX_CHARACTERS = 400
@@ -40,7 +41,7 @@ def render_page(template: str, **values: object) -> str:
         "chart": lambda chart: Markup(chart_svg(chart)),
         "count": lambda number: f"{number:,}",
         "decibels": _decibels,
-        "duration": _duration,
+        "duration": lambda seconds: f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds),
         "levels": lambda number: f"{number:.1f} of 255",
         "percent": lambda number: f"{number:.1f} %",
         "score": lambda number: f"{number:.3f}",
@@ -80,13 +81,6 @@ def _image(image: np.ndarray, label: str) -> Markup:
 
 def _decibels(value: float | None) -> str:
     return "every bit agrees" if value is None or math.isinf(value) else f"{value:.1f} dB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _size(count: int) -> str:

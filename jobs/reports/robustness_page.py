@@ -12,18 +12,8 @@ from torch import Tensor
 
 from jobs.reports.page import render_page
 from snapfusion.metrics.intervals import Interval
+from snapfusion.mini import robustness
 from snapfusion.mini.measure import generate_images
-from snapfusion.mini.robustness import (
-    METRIC_NAMES,
-    WHOLE,
-    Metric,
-    NoisedBatch,
-    RobustnessResults,
-    denoise,
-    groups_of,
-    noised_batches,
-    sampler_of,
-)
 from snapfusion.mini.scenes import caption_of, scene_of
 from snapfusion.mini.settings import RobustnessSettings
 from snapfusion.models.blocks import skipping_blocks
@@ -36,7 +26,7 @@ _MARGIN = 90
 _LINE = 14
 _INK, _PAPER = (31, 29, 26), (251, 250, 247)
 
-TITLES: dict[Metric, str] = {
+TITLES: dict[robustness.Metric, str] = {
     "attributes": "Sampled from the caption",
     "detail": "Denoised from a noised image",
 }
@@ -53,7 +43,7 @@ class RobustnessExample:
         rows: by model, uint8 [H,W,3] for each column of the sheet.
     """
 
-    figure: Metric
+    figure: robustness.Metric
     caption: str
     rows: Mapping[str, tuple[np.ndarray, ...]]
 
@@ -74,8 +64,8 @@ class ImageSheet:
 def sample_sheet(settings: RobustnessSettings, *, models: Mapping[str, Bundle]) -> ImageSheet:
     """The first scenes of the first seed, by every model, whole and without each group."""
     first = next(iter(models.values()))
-    groups = {WHOLE: (), **groups_of(first)}
-    scenes = next(noised_batches(first, settings, seed=settings.seeds[0], count=_NUM_SCENES))
+    groups = {robustness.WHOLE: (), **robustness.groups_of(first)}
+    scenes = next(robustness.noised_batches(first, settings, seed=settings.seeds[0], count=_NUM_SCENES))
     images = {
         name: [_images(model, names, scenes=scenes, settings=settings) for names in groups.values()]
         for name, model in models.items()
@@ -91,19 +81,21 @@ def sample_sheet(settings: RobustnessSettings, *, models: Mapping[str, Bundle]) 
                 for name, by_group in images.items()
             },
         )
-        for metric in METRIC_NAMES
+        for metric in robustness.METRIC_NAMES
         for number, scene in enumerate(scenes.indexes)
     )
     return ImageSheet(columns=("held out", *groups), examples=examples)
 
 
 def _images(
-    model: Bundle, names: Sequence[str], *, scenes: NoisedBatch, settings: RobustnessSettings
-) -> dict[Metric, np.ndarray]:
+    model: Bundle, names: Sequence[str], *, scenes: robustness.NoisedBatch, settings: RobustnessSettings
+) -> dict[robustness.Metric, np.ndarray]:
     """uint8 [B,H,W,3] by a model without the named blocks, for each metric."""
+    sampler, seed = robustness.sampler_of(settings), settings.seeds[0]
     with skipping_blocks(model.unet, names):
-        sampled = generate_images(model, scenes.indexes, sampler=sampler_of(settings), seed=settings.seeds[0])
-        return {"attributes": _arrays(sampled), "detail": _arrays(denoise(model, scenes, settings=settings))}
+        sampled = generate_images(model, scenes.indexes, sampler=sampler, seed=seed)
+        denoised = robustness.denoise(model, scenes, settings=settings)
+    return {"attributes": _arrays(sampled), "detail": _arrays(denoised)}
 
 
 def _arrays(images: Tensor) -> np.ndarray:
@@ -139,7 +131,7 @@ def render_robustness(
     *,
     settings: RobustnessSettings,
     sources: Mapping[str, str],
-    readings: RobustnessResults,
+    readings: robustness.RobustnessResults,
     sheet: ImageSheet,
 ) -> str:
     """The page as text.
@@ -150,13 +142,13 @@ def render_robustness(
         readings: all results.
         sheet: of images.
     """
-    tables = [_table(readings, metric) for metric in METRIC_NAMES]
+    tables = [_table(readings, metric) for metric in robustness.METRIC_NAMES]
     return render_page(
         "robustness.html.j2", settings=settings, sources=sources, tables=tables, sheet=sheet, titles=TITLES
     )
 
 
-def _table(readings: RobustnessResults, metric: Metric) -> dict[str, Any]:
+def _table(readings: robustness.RobustnessResults, metric: robustness.Metric) -> dict[str, Any]:
     """The rows of a metric: without each group, on average, and by seed."""
 
     def values(group: str) -> dict[str, Interval]:
@@ -164,7 +156,7 @@ def _table(readings: RobustnessResults, metric: Metric) -> dict[str, Any]:
 
     return {
         "figure": metric,
-        "whole": values(WHOLE),
+        "whole": values(robustness.WHOLE),
         "groups": {group: (values(group), readings.lost(metric, group=group)) for group in readings.groups},
         "average": readings.lost_on_average(metric),
         "below_plain": readings.below_plain(metric),

@@ -68,13 +68,21 @@ class ImageComparison:
         caption: the text.
         name: of the reference.
         reference: uint8 [H,W,3].
-        compared: the others.
+        images: of the others, by name.
     """
 
     caption: str
     name: str
     reference: np.ndarray
-    compared: tuple[ComparedImage, ...]
+    images: Mapping[str, np.ndarray]
+
+    @cached_property
+    def compared(self) -> list[ComparedImage]:
+        """The others beside the reference."""
+        return [
+            ComparedImage(name=name, image=image, reference=self.reference)
+            for name, image in self.images.items()
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,30 +313,25 @@ def render_report(content: ReportContent) -> str:
 
 def mobile_variants_of(manifest: Mapping[str, Any]) -> tuple[MobileVariant, ...]:
     """The variants that the manifest of a mobile bundle describes."""
-    return tuple(_mobile_variant(name, record) for name, record in manifest["variants"].items())
-
-
-def _mobile_variant(name: str, record: Mapping[str, Any]) -> MobileVariant:
-    modules, images = record["modules"], record["images"]
-    return MobileVariant(
-        name=name,
-        kind=f"{record['runtime']}: {record['weights']}",
-        bytes=sum(module["bytes"] for module in modules.values()),
-        psnr_db={
-            **{module: each["parity"]["psnr_db"] for module, each in modules.items()},
-            "images": images["psnr_db"],
-        },
-        limit_db=images["limit_db"],
-        override=images["override"] or "",
-        samples=images["samples"],
-        method=record["measured"],
+    return tuple(
+        MobileVariant(
+            name=name,
+            kind=f"{record['runtime']}: {record['weights']}",
+            bytes=sum(module["bytes"] for module in record["modules"].values()),
+            psnr_db={module: each["parity"]["psnr_db"] for module, each in record["modules"].items()}
+            | {"images": record["images"]["psnr_db"]},
+            limit_db=record["images"]["limit_db"],
+            override=record["images"]["override"] or "",
+            samples=record["images"]["samples"],
+            method=record["measured"],
+        )
+        for name, record in manifest["variants"].items()
     )
 
 
 def _layers(lineage: tuple[LineageNode, ...]) -> list[list[LineageNode]]:
     """The commits by depth: the length of the longest path from a commit without parents."""
     depth: dict[str, int] = {}
-    layers: list[list[LineageNode]] = []
     for node in lineage:
         unknown = [parent for parent in node.parents if parent not in depth]
         if unknown:
@@ -337,7 +340,4 @@ def _layers(lineage: tuple[LineageNode, ...]) -> list[list[LineageNode]]:
                 f"before it are {', '.join(depth) or 'none'}"
             )
         depth[node.name] = 1 + max((depth[parent] for parent in node.parents), default=-1)
-        while len(layers) <= depth[node.name]:
-            layers.append([])
-        layers[depth[node.name]].append(node)
-    return layers
+    return [[node for node in lineage if depth[node.name] == level] for level in sorted({*depth.values()})]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, TypedDict
 
-import fsspec
-
 from jobs.cli.job import Job
+from jobs.cli.state import read_json, read_json_files
 from jobs.reports.latency_breakdown import LatencyBreakdown, breakdown_of
 from jobs.training.metrics import DecoderMetrics, StudentMetrics
 from jobs.training.run_folder import METRICS
-from pipelines.storage.objects import exists, read_bytes
 from pipelines.tables.table import Snapshot, is_table, open_table
 from snapfusion.export.bundle import FORMAT_VERSION, MANIFEST
 
@@ -69,18 +65,8 @@ class CommittedRun:
             student=read_json(f"{job.url(job.recipe.distill.name)}/{METRICS}"),
             decoder=read_json(job.url(f"decoder/{METRICS}")),
             mobile=mobile if current else None,
-            latencies=_latencies(job),
+            # A bare table, such as a phone's, has no whole UNets.
+            latencies=tuple(
+                breakdown_of(record) for record in read_json_files(job.url("latency")) if record.get("unets")
+            ),
         )
-
-
-def read_json(url: str) -> Any:  # noqa: ANN401 - JSON values
-    """The content of a JSON file, or None if there is no such file."""
-    return json.loads(read_bytes(url)) if exists(url) else None
-
-
-def _latencies(job: Job) -> tuple[LatencyBreakdown, ...]:
-    """One of each latency file with whole UNets; a bare table, such as a phone's, has none."""
-    filesystem, folder = fsspec.core.url_to_fs(job.url("latency"))
-    names = sorted(PurePosixPath(path).name for path in filesystem.glob(f"{folder}/*.json"))
-    records = [json.loads(read_bytes(job.url(f"latency/{name}"))) for name in names]
-    return tuple(breakdown_of(record) for record in records if record.get("unets"))

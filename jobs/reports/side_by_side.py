@@ -61,28 +61,27 @@ def sample_side_by_side(student: StudentMetrics, *, url: str) -> tuple[StepCompa
         name: ModelMetrics(name=name, steps=num_steps, **_metrics(scores[name], teacher=scores["teacher"]))
         for name, (_, num_steps) in models.items()
     }
-    rows = tuple(
-        SampleRow(
-            caption=caption.text,
-            images=tuple(_image(metrics[name], scores[name], index) for name in models),
-        )
-        for index, caption in enumerate(captions[:_NUM_ROWS])
-    )
     comparison = StepComparison(
-        guidance=GUIDANCE, num_captions=len(captions), models=tuple(metrics.values()), rows=rows
+        guidance=GUIDANCE,
+        num_captions=len(captions),
+        models=tuple(metrics.values()),
+        rows=tuple(
+            SampleRow(
+                caption=caption.text,
+                images=tuple(_image(metrics[name], scores[name], row) for name in models),
+            )
+            for row, caption in enumerate(captions[:_NUM_ROWS])
+        ),
     )
+    ways = {name: {"model": model, **vars(metrics[name])} for name, (model, _) in models.items()}
+    for way in ways.values():
+        del way["name"]
     gain = mean(scores["student"]["clip"] - scores["undistilled"]["clip"])
     return comparison, {
         "guidance": GUIDANCE,
         "captions": len(captions),
         "seed": _SAMPLING.seed,
-        "ways": {
-            name: {
-                "model": model,
-                **{key: value for key, value in vars(metrics[name]).items() if key != "name"},
-            }
-            for name, (model, _) in models.items()
-        },
+        "ways": ways,
         "clip_gain": gain._asdict(),
     }
 

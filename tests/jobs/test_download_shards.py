@@ -6,6 +6,7 @@ import local_web as pages
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from set_options import set_options
 
 from jobs import download_shards
 from pipelines.sources.webdataset import list_shards
@@ -27,7 +28,7 @@ def test_shards_are_downloaded_on_ray_and_not_again(ray_cluster, tmp_path, capsy
             "fetching.private_networks": '["127.0.0.1"]',
             "fetching.threads": "4",
         }
-        options = [word for key, value in settings.items() for word in ("--set", f"download.{key}={value}")]
+        options = set_options(f"download.{key}={value}" for key, value in settings.items())
         for _ in range(2):
             assert download_shards.main([*options, "--out", str(tmp_path / "run")]) == 0
             output = capsys.readouterr().out

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from copy_inputs import encoded, near_copies, photograph, row, write_shards
 from in_process import in_process
+from set_options import set_options
 from shuffled_rows import read_shuffled
 
 from jobs import encode_latents, find_duplicates, verify_table
@@ -27,8 +28,7 @@ def out(tmp_path, monkeypatch) -> Path:
 
 
 def options(out: Path, model: str, *settings: str) -> list[str]:
-    named = (f"model={model}", "latents.images.min_side=8", *settings)
-    return ["--out", str(out), *(word for setting in named for word in ("--set", setting))]
+    return ["--out", str(out), *set_options([f"model={model}", "latents.images.min_side=8", *settings])]
 
 
 def test_copies_are_counted_rejected_and_verified(out, tiny_teacher, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from memory_meter import MemoryMeter, available_gib
+from set_options import set_options
 
 from jobs import compute_targets, distill_steps, encode_latents
 from pipelines.sources.shards import ShardRow, write_shard
@@ -25,23 +26,14 @@ SETTINGS = (
     f"latents.rows_per_unit={ROWS}",
     "latents.encoding.batch_size=1",
     f'latents.device={{"kind":"cpu","dtype":"float32","threads":{THREADS}}}',
-    "latents.readers.actors=1",
-    "latents.encoders.gpus=0",
-    "targets.draws=1",
-    "targets.cfg_probability=1.0",
-    "targets.teaching.batch_size=1",
+    *("latents.readers.actors=1", "latents.encoders.gpus=0"),
+    *("targets.draws=1", "targets.cfg_probability=1.0", "targets.teaching.batch_size=1"),
     f'targets.device={{"kind":"cpu","dtype":"bfloat16","threads":{THREADS}}}',
-    "targets.teachers.gpus=0",
-    "targets.writers.actors=1",
-    "distill.targets=table",
-    "distill.steps.cfg_probability=1.0",
-    "distill.loader.held_out=0.5",
-    "distill.evaluation_rows=1",
-    "distill.loop.num_steps=2",
-    "distill.loop.global_batch=1",
-    "distill.loop.warmup_steps=0",
-    "distill.loop.ema_decay=null",
-    "distill.saved_as=float16",
+    *("targets.teachers.gpus=0", "targets.writers.actors=1"),
+    *("distill.targets=table", "distill.steps.cfg_probability=1.0", "distill.saved_as=float16"),
+    *("distill.loader.held_out=0.5", "distill.evaluation_rows=1"),
+    *("distill.loop.num_steps=2", "distill.loop.global_batch=1"),
+    *("distill.loop.warmup_steps=0", "distill.loop.ema_decay=null"),
     f'distill.trainer={{"micro_batch":1,"curve_every":1,"threads_per_worker":{THREADS}}}',
 )
 
@@ -56,7 +48,7 @@ def picture(number: int, *, side: int) -> ShardRow:
 
 def arguments(name: str, out: Path) -> list[str]:
     settings = [f"model={SIZES[name][0]}", f"source.url={out / 'shards'}", *SETTINGS]
-    return ["--recipe", name, "--out", str(out), *(word for one in settings for word in ("--set", one))]
+    return ["--recipe", name, "--out", str(out), *set_options(settings)]
 
 
 @pytest.mark.slow
@@ -69,13 +61,11 @@ def test_a_recipe_runs_at_full_size(name, ray_cluster, tmp_path, capsys):
         pytest.skip(f"{available_gib():.1f} GiB of memory are free, {needed} are needed")
     pictures = (picture(number, side=8 * side) for number in range(ROWS))
     write_shard(str(tmp_path / "shards"), pictures, index=0, extension="png", rows_per_shard=ROWS)
-    lines = []
     for job in (encode_latents, compute_targets, distill_steps):
         with MemoryMeter() as meter:
             assert job.main(arguments(name, tmp_path)) == 0
-        lines.append(f"{job.__name__} {meter.seconds:.0f} s, {meter.peak_gib:.1f} GiB")
         with capsys.disabled():
-            print(f"\n{name}: {lines[-1]}")
+            print(f"\n{name}: {job.__name__} {meter.seconds:.0f} s, {meter.peak_gib:.1f} GiB")
     for kind in ("latents", "targets"):
         table = open_table(str(tmp_path / kind), kind=kind)
         assert (len(table.units), table.num_rows) == (1, ROWS)

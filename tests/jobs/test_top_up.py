@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from in_process import in_process
+from set_options import set_options
 
 from jobs import encode_latents, generate_pairs, render_scenes, top_up
 from pipelines.ray_data.execution import PipelineStage
@@ -16,21 +17,13 @@ from pipelines.tables.leases import append_lease
 from pipelines.tables.table import open_table
 
 SETTINGS = (
-    "source.scenes=40",
-    "source.scenes_per_shard=20",
-    "latents.rows_per_unit=10",
-    "pairs.rows_per_unit=8",
-    "pairs.generation.steps=2",
-    "pairs.device.threads=1",
+    *("source.scenes=40", "source.scenes_per_shard=20", "latents.rows_per_unit=10"),
+    *("pairs.rows_per_unit=8", "pairs.generation.steps=2", "pairs.device.threads=1"),
 )
 
 
-def options(*assignments: str) -> list[str]:
-    return [word for assignment in (*SETTINGS, *assignments) for word in ("--set", assignment)]
-
-
 def topped_up(out: Path, step: str, *assignments: str) -> int:
-    return top_up.main([step, "--out", str(out), *options(*assignments)])
+    return top_up.main([step, "--out", str(out), *set_options([*SETTINGS, *assignments])])
 
 
 def rows_in(table: Path) -> int:
@@ -45,7 +38,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    assert render_scenes.main(["--out", str(tmp_path), *options()]) == 0
+    assert render_scenes.main(["--out", str(tmp_path), *set_options(SETTINGS)]) == 0
     return tmp_path
 
 
@@ -112,5 +105,6 @@ def test_errors_are_one_line(tmp_path: Path, capsys, step: str, assignment: str,
 
 
 def test_the_preview_has_the_quota(out: Path, capsys):
-    assert top_up.main(["encode_latents", "--dry-run", "--out", str(out), *options("quota.rows=7")]) == 0
+    options = set_options([*SETTINGS, "quota.rows=7"])
+    assert top_up.main(["encode_latents", "--dry-run", "--out", str(out), *options]) == 0
     assert "in this run at most 7 rows" in capsys.readouterr().out

@@ -26,24 +26,13 @@ from pipelines.tables.table import open_table
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = str(Path(__file__).with_name("run_on_s3.py"))
-KEY, SECRET, TOKEN = (
-    "AKIAKEYOFTHISTEST",
-    "Secret/of+this/TEST0123456789abcdefghijkl",
-    "Token/of+this==TEST0123456789",
-)
+KEY, SECRET = "AKIAKEYOFTHISTEST", "Secret/of+this/TEST0123456789abcdefghijkl"
+TOKEN = "Token/of+this==TEST0123456789"
 SMALL = (
-    "source.scenes=24",
-    "source.scenes_per_shard=12",
-    "latents.rows_per_unit=12",
-    "targets.draws=2",
-    "distill.student=null",
-    "distill.targets=table",
-    "distill.loop.num_steps=4",
-    "distill.loop.global_batch=8",
-    "distill.trainer.micro_batch=8",
-    "distill.trainer.checkpoint_every=2",
-    "distill.trainer.curve_every=1",
-    "verification.units=1",
+    *("source.scenes=24", "source.scenes_per_shard=12", "latents.rows_per_unit=12", "targets.draws=2"),
+    *("distill.student=null", "distill.targets=table", "verification.units=1"),
+    *("distill.loop.num_steps=4", "distill.loop.global_batch=8", "distill.trainer.micro_batch=8"),
+    *("distill.trainer.checkpoint_every=2", "distill.trainer.curve_every=1"),
 )
 
 
@@ -73,15 +62,9 @@ def run(*words: str, sessions: Path) -> str:
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    result = subprocess.run(
-        [sys.executable, *words],
-        cwd=sessions,
-        env=inherited | own,
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, *words]
+    result = subprocess.run(command, cwd=sessions, env=inherited | own, check=False, **pipes)
     assert result.returncode == 0, result.stdout[-6000:]
     return result.stdout
 
@@ -92,12 +75,8 @@ def options(out: str, settings: tuple[str, ...]) -> list[str]:
 
 def on_s3(credentials: Path) -> tuple[str, ...]:
     """Storage settings that replace the environment's variables."""
-    endpoint = os.environ["AWS_ENDPOINT_URL"]
-    return (
-        f"storage.endpoint={endpoint}",
-        "storage.region=us-east-1",
-        f"storage.credentials={credentials}",
-    )
+    endpoint = f"storage.endpoint={os.environ['AWS_ENDPOINT_URL']}"
+    return endpoint, "storage.region=us-east-1", f"storage.credentials={credentials}"
 
 
 def contents(bucket: str, sessions: Path) -> Iterator[tuple[str, bytes]]:
@@ -138,9 +117,7 @@ def data_files(url: str) -> dict[str, bytes]:
 
 
 @pytest.mark.ray
-def test_run_in_a_bucket_hides_its_secrets(
-    bucket: str, credentials: Path, sessions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_in_a_bucket_hides_its_secrets(bucket, credentials, sessions, tmp_path, monkeypatch):
     out, local = f"{bucket}/small", str(tmp_path / "here")
     jobs = ["in-process", "render_scenes", "encode_latents", "compute_targets", "distill_steps"]
     jobs += [f"verify_table,{out}/targets", "vacuum"]
@@ -160,34 +137,19 @@ def test_run_in_a_bucket_hides_its_secrets(
 
 
 FULL = (
-    "source.scenes=48",
-    "source.scenes_per_shard=24",
-    "latents.rows_per_unit=24",
-    "latency.turns=2",
-    "efficient.training.loop.num_steps=4",
-    "efficient.training.loop.global_batch=16",
+    *("source.scenes=48", "source.scenes_per_shard=24", "latents.rows_per_unit=24", "latency.turns=2"),
+    *("efficient.training.loop.num_steps=4", "efficient.training.loop.global_batch=16"),
     "efficient.training.trainer.micro_batch=16",
-    "distill.loop.num_steps=4",
-    "distill.loop.global_batch=16",
-    "distill.trainer.micro_batch=16",
-    "distill.validation.every=2",
-    "distill.validation.prompts.limit=4",
-    "captions.limit=32",
-    "pairs.rows_per_unit=16",
-    "pairs.generation.steps=8",
-    "decoder.loop.num_steps=4",
-    "decoder.loader.held_out=0.3",
-    'mobile.executorch=["float32"]',
-    'mobile.coreml=["float16"]',
-    "decoder.timing_batches=[1]",
-    "decoder.timing_repeats=2",
+    *("distill.loop.num_steps=4", "distill.loop.global_batch=16", "distill.trainer.micro_batch=16"),
+    *("distill.validation.every=2", "distill.validation.prompts.limit=4"),
+    *("captions.limit=32", "pairs.rows_per_unit=16", "pairs.generation.steps=8"),
+    *("decoder.loop.num_steps=4", "decoder.loader.held_out=0.3"),
+    *("decoder.timing_batches=[1]", "decoder.timing_repeats=2"),
+    *('mobile.executorch=["float32"]', 'mobile.coreml=["float16"]'),
     'evaluation.contenders=[{"name": "ddim-50", "sampler": {"steps": 4}}, '
     '{"name": "student", "model": "run:student/model", "sampler": {"steps": 4}}]',
-    "evaluation.guidance=[2.0]",
-    "evaluation.prompts.limit=8",
-    "evaluation.references.count=16",
-    "evaluation.groups=2",
-    "oracle_floor=null",
+    *("evaluation.guidance=[2.0]", "evaluation.prompts.limit=8", "evaluation.references.count=16"),
+    *("evaluation.groups=2", "oracle_floor=null"),
 )
 # None of these depends on measured times.
 WEIGHTS = (
@@ -201,9 +163,7 @@ WEIGHTS = (
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1500)
-def test_pipeline_in_a_bucket_equals_one_on_disk(
-    bucket: str, credentials: Path, sessions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pipeline_in_a_bucket_equals_one_on_disk(bucket, credentials, sessions, tmp_path, capsys):
     out, local = f"{bucket}/full", str(tmp_path / "here")
     words = ["--recipe", "mini", *options(out, (*FULL, *on_s3(credentials)))]
     # Shards are in the bucket already, as in a run at full size.

@@ -12,10 +12,11 @@ import pytest
 from set_options import set_options
 
 from jobs import plan
-from jobs.planning.rates import Rates, given_rates
+from jobs.planning.rates import Rates
 from pipelines.sources.shards import ShardRow, write_shard
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "plan.md"
+HIGH = Rates.read("a100-published-high")
 GIVEN = ("--set", "plan.rates=a100-published-high", "--set", "plan.node=a100-40gb-x8")
 
 
@@ -43,16 +44,15 @@ def test_documented_examples_are_printed(number, capsys, tmp_path):
 
 
 def test_plan_json(tmp_path, capsys):
-    arguments = ["--recipe", "mini", "--out", str(tmp_path), *GIVEN]
-    settings = ["--set", "plan.nodes=[1,2]", "--set", 'plan.steps=["encode_latents","generate_pairs"]']
-    assert plan.main([*arguments, *settings]) == 0
+    settings = set_options(["plan.nodes=[1,2]", 'plan.steps=["encode_latents","generate_pairs"]'])
+    assert plan.main(["--recipe", "mini", "--out", str(tmp_path), *GIVEN, *settings]) == 0
     values = json.loads((tmp_path / "plan.json").read_text())
     assert [stage["name"] for stage in values["stages"]] == ["encode_latents", "generate_pairs"]
     assert values["counts"] == {"source": 512, "latents": 512, "captions": 512}
     assert [row["nodes"] for row in values["by_nodes"]] == [1, 2]
     assert values["prices"]["name"] == "example"
     assert sum(stage["cost"] for stage in values["stages"]) == values["by_nodes"][-1]["cost"]
-    assert Rates.parse(values["rates"]) == given_rates("a100-published-high")
+    assert Rates.parse(values["rates"]) == HIGH
     assert any("ASSUMPTIONS" in line for line in values["assumptions"])
     capsys.readouterr()
 
@@ -60,18 +60,15 @@ def test_plan_json(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            ["plan.node=24gb-x1", "plan.rates=none"],
-            "--set plan.rates=none: there is no such file; a path, a URL or 24gb-assumed, ",
-        ),
+        (["plan.node=24gb-x1", "plan.rates=none"], "--set plan.rates=none: .* 24gb-assumed, "),
         (["plan.rates=24gb-assumed"], "--set plan.node: "),
-        ([*GIVEN[1::2], "plan.node=moon"], "--set plan.node=moon: the price list example has no such node; "),
-        ([*GIVEN[1::2], "plan.prices=none"], "--set plan.prices=none: there is no such file; "),
-        ([*GIVEN[1::2], "plan.steps=[1]"], "--set plan.steps.0: Input should be a valid string"),
+        ([*GIVEN[1::2], "plan.node=moon"], "--set plan.node=moon: the price list example "),
+        ([*GIVEN[1::2], "plan.prices=none"], "--set plan.prices=none: .* example "),
+        ([*GIVEN[1::2], "plan.steps=[1]"], "--set plan.steps.0: .* string"),
         ([*GIVEN[1::2], 'plan.steps=["evaluate","x"]'], "--set plan.steps: 'x' "),
-        (["plan.rows=0"], "--set plan.rows: Input should be greater than 0, given 0"),
-        (["plan.colour=1"], "--set plan.colour: the recipe has no setting 'colour'; it has "),
-        (["pears.draws=4"], "--set pears.draws: the recipe has no setting 'pears'; it has "),
+        (["plan.rows=0"], "--set plan.rows: .* greater than 0"),
+        (["plan.colour=1"], "--set plan.colour: .* 'colour'; it has "),
+        (["pears.draws=4"], "--set pears.draws: .* 'pears'; it has "),
         ([*GIVEN[1::2], "captions.url=list.txt"], "--set plan.captions: "),
         ([*GIVEN[1::2], "source.url=/nowhere"], "--set plan.rows: "),
     ],
@@ -80,7 +77,7 @@ def test_plan_json(tmp_path, capsys):
 def test_a_mistake_names_the_option(settings, message, tmp_path, capsys):
     assert plan.main(["--out", str(tmp_path), *set_options(settings)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"plan: {message}"), error
+    assert re.match(f"plan: {message}", error), error
     assert error.count("\n") == 1
     assert not (tmp_path / "plan.json").exists()
 
@@ -94,11 +91,11 @@ def test_rows_are_counted_from_sidecars(tmp_path, capsys):
     pictures = [ShardRow(image=b"x", caption="c") for _ in range(7)]
     write_shard(str(tmp_path / "shards"), pictures, index=0)
     settings = [f"source.url={tmp_path / 'shards'}", 'plan.steps=["encode_latents"]', "plan.kept=0.5"]
-    arguments = set_options(settings)
-    assert plan.main(["--out", str(tmp_path), *GIVEN, *arguments]) == 0
+    arguments = ["--out", str(tmp_path), *GIVEN, *set_options(settings)]
+    assert plan.main(arguments) == 0
     assert "7 rows read, 4 encoded" in capsys.readouterr().out
     (tmp_path / "shards" / "00000.parquet").unlink()
-    assert plan.main(["--out", str(tmp_path), *GIVEN, *arguments]) == 2
+    assert plan.main(arguments) == 2
     assert "1 of 1 shards" in capsys.readouterr().err
 
 
@@ -111,7 +108,7 @@ def test_a_dry_run_prints_settings_and_writes_nothing(tmp_path, capsys):
 @pytest.fixture
 def probed(tmp_path: Path) -> Path:
     """A run with the rates of an earlier probe."""
-    (tmp_path / "rates.json").write_text(given_rates("a100-published-high").to_json())
+    (tmp_path / "rates.json").write_text(HIGH.to_json())
     return tmp_path
 
 
@@ -129,20 +126,17 @@ def test_unreadable_rates_are_named(probed, capsys):
 
 
 def test_missing_rate_is_named(probed, capsys):
-    rates = given_rates("a100-published-high")
-    left = {kind: rate for kind, rate in rates.rates.items() if kind != "decode"}
-    (probed / "rates.json").write_text(rates.model_copy(update={"rates": left}).to_json())
+    left = {kind: rate for kind, rate in HIGH.rates.items() if kind != "decode"}
+    (probed / "rates.json").write_text(HIGH.model_copy(update={"rates": left}).to_json())
     assert plan.main(["--out", str(probed), "--set", 'plan.steps=["generate_pairs"]']) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("plan: --set plan.rates: a100-published-high has no rate of 'decode'")
+    assert re.match(r"plan: --set plan\.rates: a100-published-high .* 'decode'", capsys.readouterr().err)
 
 
 def test_stages_are_compared_with_the_run(probed, capsys):
     """Steps by their longest record; trainings without one by their metrics."""
     (probed / "steps").mkdir()
-    for number, (verb, seconds) in enumerate(
-        [("encode_latents", 12.0), ("encode_latents", 0.2), ("distill_steps", 80.0)]
-    ):
+    records = [("encode_latents", 12.0), ("encode_latents", 0.2), ("distill_steps", 80.0)]
+    for number, (verb, seconds) in enumerate(records):
         record = {"verb": verb, "seconds": seconds, "peak_memory_mib": 1.0}
         (probed / "steps" / f"{number}-{verb}.json").write_text(json.dumps(record))
     (probed / "efficient").mkdir()

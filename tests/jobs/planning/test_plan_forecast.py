@@ -2,15 +2,19 @@
 
 import pytest
 
-from jobs.planning.break_even import UnitPrices, break_even
-from jobs.planning.builtin_lists import list_names
-from jobs.planning.forecast import Cluster, forecast
-from jobs.planning.prices import NodeType, StoragePrices, price_list
-from jobs.planning.rates import Contention, Rate, RateError, Rates, StartupSeconds, given_rates
+from jobs.cli.job import Job
+from jobs.planning.break_even import break_even
+from jobs.planning.forecast import Cluster
+from jobs.planning.prices import NodeType, PriceList, StoragePrices
+from jobs.planning.rates import Contention, Rate, RateError, Rates, StartupSeconds
+from jobs.planning.settings import PlanSettings
+from jobs.planning.workload import Counts, Workload
+from jobs.recipes.miniature import mini
 from jobs.training.costs import training_memory
 from jobs.training.settings import TrainerSettings
 from pipelines.costs.requests import TableWrites
 from pipelines.costs.stage import PeakMemory, StageCost, Work, WorkerGroup, network_memory
+from snapfusion.models.network_sizes import network_sizes
 from snapfusion.settings import SettingsError
 from snapfusion.training.settings import LoopSettings, StepDistillationSettings
 
@@ -40,24 +44,20 @@ def stage(*groups: WorkerGroup, startup="job", **more) -> StageCost:
     return StageCost(name="s", verb="s", rows=1, groups=groups, startup=startup, **more)
 
 
-def network(*works: Work, workers=1, max_workers=None) -> WorkerGroup:
-    return WorkerGroup(
-        name="network", works=works, workers=workers, on="accelerator", max_workers=max_workers
-    )
+def network(*works: Work, workers=1, **more) -> WorkerGroup:
+    return WorkerGroup(name="network", works=works, workers=workers, on="accelerator", **more)
 
 
 def cores(name: str, *, units: int) -> WorkerGroup:
     return WorkerGroup(name=name, works=(Work(kind="read", units=units),), workers=1)
 
 
-def forecasts(*stages: StageCost, node=GPUS, nodes=1, given=None, market="spot"):
-    return forecast(
-        stages,
-        cluster=Cluster(name="n", node=node, nodes=nodes),
-        rates=given or rates(),
-        markets={"tables": market, "training": "on_demand"},
-        storage=STORAGE,
-    )
+def forecasts(*stages: StageCost, node=GPUS, nodes=1, given=None):
+    """On spot nodes for tables, and others for trainings."""
+    given, settings = given or rates(), PlanSettings()
+    return Cluster(
+        name="n", node=node, nodes=nodes, rates=given, settings=settings, storage=STORAGE
+    ).forecast(stages)
 
 
 def test_workers_share_work_unless_it_is_replicated():
@@ -76,13 +76,10 @@ def test_a_stage_waits_for_its_slowest_group():
 
 
 def test_ray_starts_once():
-    local = StageCost(name="l", verb="l", rows=0, groups=(network(Work(kind="pass", units=1)),), local=True)
     work = network(Work(kind="pass", units=1))
-    starts = [
-        one.start_seconds
-        for one in forecasts(local, stage(work), stage(work), stage(work, startup="training"))
-    ]
-    assert starts == [0.0, 5.0 + 7.0, 5.0, 20.0]
+    local, training = stage(work, startup="none", local=True), stage(work, startup="training")
+    found = forecasts(local, stage(work), stage(work), training)
+    assert [one.start_seconds for one in found] == [0.0, 5.0 + 7.0, 5.0, 20.0]
 
 
 def test_workers_are_limited_by_the_work():
@@ -91,10 +88,8 @@ def test_workers_are_limited_by_the_work():
 
 
 def test_trainings_stay_on_demand():
-    work = network(Work(kind="pass", units=3600 * 4))
-    table, training = forecasts(
-        stage(work), stage(work, startup="training"), given=rates(starts=StartupSeconds())
-    )
+    work, given = network(Work(kind="pass", units=3600 * 4)), rates(starts=StartupSeconds())
+    table, training = forecasts(stage(work), stage(work, startup="training"), given=given)
     assert (table.cost, training.cost) == pytest.approx((2.0, 8.0))
 
 
@@ -139,28 +134,28 @@ def test_request_cost():
     assert one.request_cost == pytest.approx((requests.put + requests.list) * 0.005 + requests.get * 0.0005)
 
 
-@pytest.mark.parametrize("kind", ["rates", "prices"])
-def test_builtin_lists_can_be_read(kind):
-    assert list_names(kind)
-    for name in list_names(kind):
-        found = price_list(name) if kind == "prices" else given_rates(name)
+@pytest.mark.parametrize("lists", [Rates, PriceList])
+def test_builtin_lists_can_be_read(lists):
+    assert lists.builtin_names()
+    for name in lists.builtin_names():
+        found = lists.read(name)
         assert found.name == name
         assert "ASSUM" in found.about.upper()
 
 
 def test_own_list_is_read_by_path(tmp_path):
-    own = price_list("example").model_copy(update={"name": "mine"})
+    own = PriceList.read("example").model_copy(update={"name": "mine"})
     (tmp_path / "mine.json").write_text(own.to_json())
-    assert price_list(str(tmp_path / "mine.json")) == own
+    assert PriceList.read(str(tmp_path / "mine.json")) == own
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "there is no such file"),
-        ("[1]", "not a JSON object"),
-        ("{", "not JSON"),
-        ('{"name": "x"}', "date: Field required"),
+        (None, "no such file"),
+        ("[1]", "no prices .*object"),
+        ("{", "no prices .*line 1"),
+        ('{"name": "x"}', "no prices .*: Field required"),
     ],
 )
 def test_unusable_list_is_named(tmp_path, content, message):
@@ -168,19 +163,24 @@ def test_unusable_list_is_named(tmp_path, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(SettingsError, match=f"^--set plan.prices={path}: .*{message}"):
-        price_list(str(path))
+        PriceList.read(str(path))
 
 
-def break_even_of(steps: StepDistillationSettings, **prices):
-    return break_even(
-        "s",
-        steps,
-        student_seconds=3.0,
-        teacher_seconds=1.0,
-        prices=UnitPrices(**{"tables": 1.0, "training": 1.0, "stored": 0.0} | prices),
-        stored_bytes=1.0,
-        used=1.0,
+def break_even_of(steps: StepDistillationSettings, *, spot=None, stored=0.0):
+    """Of targets that are used once; a pass takes one second, which costs 1 beside the price of `stored`."""
+    recipe = mini()
+    student = recipe.distill.model_copy(update={"steps": steps})
+    latents = student.loop.num_steps * student.loop.global_batch // recipe.targets.draws
+    work = Workload(
+        job=Job(verb="plan", recipe=recipe, out="nowhere"),
+        settings=PlanSettings(),
+        sizes=network_sizes("mini"),
+        counts=Counts(source=latents, latents=latents, captions=1),
+        rates=rates(rates={"pass": (Rate(seconds=1.0),), "train": (Rate(seconds=3.0),)}),
     )
+    node = NodeType(cores=1, memory_gib=1.0, on_demand=3600.0, spot=spot)
+    storage = StoragePrices(gb_month=stored * 1e9 / work.target_bytes, put_1000=0.0, get_1000=0.0)
+    return break_even(work, student, node=node, storage=storage)
 
 
 def test_targets_pay_if_reused_or_cheaper():
@@ -190,9 +190,9 @@ def test_targets_pay_if_reused_or_cheaper():
     assert same.saved == pytest.approx({"vanilla": 0.4, "guided": 0.4, "mixed": 0.4})
     assert same.teacher_seconds == 0.5 * 2 + 0.5 * 4
     assert (same.pays_from, same.pays) == (1.0, True)
-    assert break_even_of(steps, tables=0.25).pays_from == 0.25
+    assert break_even_of(steps, spot=900.0).pays_from == 0.25
     stored = break_even_of(steps, stored=6.0)
-    assert (stored.pays_from, stored.pays) == (3.0, False)
+    assert (stored.pays_from, stored.pays) == (pytest.approx(3.0), False)
 
 
 def test_l_ori_reduces_the_teachers_share():

@@ -5,18 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from torch import nn
 
 from jobs.cli.job import Job
 from jobs.planning import probe
-from jobs.planning.probe import (
-    _measure_decoder_training,
-    _measure_rows,
-    _measure_teacher,
-    _measure_training,
-    _Measurements,
-    _timed,
-)
-from jobs.planning.step_probe import step_seconds
+from jobs.planning.probe import Probe, timed_runner
+from jobs.planning.step_probe import noise_batch, step_seconds
 from jobs.recipes.miniature import mini
 from jobs.recipes.stable_diffusion import sd15
 from jobs.training.progress_channel import seconds_per_step
@@ -26,6 +20,7 @@ from snapfusion.models.architecture import efficient_architecture
 from snapfusion.models.load import load
 from snapfusion.models.network_sizes import network_sizes
 from snapfusion.settings import SettingsError
+from snapfusion.training.settings import LoopSettings
 
 
 @pytest.fixture
@@ -45,25 +40,25 @@ def job(tiny_teacher: str, tmp_path, monkeypatch) -> Job:
 
 
 def test_rows_and_passes_are_measured(job, capsys):
-    found, sizes = _Measurements(), network_sizes(job.recipe.model)
-    _measure_rows(job, sizes=sizes, measured=found)
-    share = _measure_teacher(job, sizes=sizes, measured=found)
+    found = Probe(job=job, sizes=network_sizes(job.recipe.model))
+    found.measure_rows()
+    share = found.measure_teacher()
     assert set(found.rates) == {"render", "read", "encode", "write", "pass", "decode", "write_image"}
     assert all(rate.seconds > 0 for rates in found.rates.values() for rate in rates)
-    assert found.rates["pass"][0].gmacs == sizes.unet.gmacs
+    assert found.rates["pass"][0].gmacs == found.sizes.unet.gmacs
     assert 0 < share < 2
     capsys.readouterr()
 
 
 def test_training_steps_of_both_unets_are_measured(job):
-    found, sizes = _Measurements(), network_sizes("mini")
-    bundle = load("mini")
+    sizes, bundle = network_sizes("mini"), load("mini")
+    found = Probe(job=job, sizes=sizes)
     for architecture in (sizes.architecture, efficient_architecture(sizes.architecture)):
-        _measure_training(job, bundle, architecture, sizes=sizes, measured=found)
+        found.measure_training(bundle, architecture)
     own, small = found.rates["train"]
     assert own.gmacs == sizes.unet.gmacs > small.gmacs
     assert len(found.rates["update"]) == 1
-    _measure_decoder_training(job, bundle, sizes=sizes, measured=found)
+    found.measure_decoder_training(bundle)
     assert found.rates["train_decoder"][0].gmacs == sizes.half.gmacs
 
 
@@ -81,7 +76,7 @@ class Add:
 def test_stages_are_timed_by_name():
     times = {"Double": [], "Add": []}
     stages = [PipelineStage(build=build, arguments={}, pool=Pool()) for build in (Double, Add)]
-    assert list(_timed(times, results=3)([1, 2], stages)) == [2, 2, 3]
+    assert list(timed_runner(times, results=3)([1, 2], stages)) == [2, 2, 3]
     assert {name: len(found) for name, found in times.items()} == {"Double": 3, "Add": 3}
     assert min(itertools.chain(*times.values())) >= 0
 
@@ -93,19 +88,14 @@ def test_probe_needs_the_recipes_accelerator(monkeypatch):
 
 
 def test_update_is_part_of_a_step(job):
-    import torch
-    from torch import nn
-
-    from snapfusion.training.batch import Batch
-    from snapfusion.training.settings import LoopSettings
-
     def objective(model, batch, *, step):
-        return model(batch["x"]).square().mean(dim=1)
+        return model(batch["latent"]).square().flatten(1).mean(dim=1)
 
+    bundle = load(job.recipe.model)
     step, update = step_seconds(
-        nn.Linear(4, 4),
+        nn.Linear(bundle.latent_shape[-1], 4),
         objective=objective,
-        batch=Batch(ids=("a", "b"), columns={"x": torch.randn(2, 4)}),
+        batch=noise_batch(bundle, 2),
         loop=LoopSettings(num_steps=1, global_batch=64, learning_rate=1.0, ema_decay=0.9),
     )
     assert step > 0 < update

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,18 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import s3fs
-from conftest import _await_answer
+from conftest import s3_server
+from synthetic_units import SCHEMA, finished
 
 from pipelines.costs.requests import Requests, TableWrites, TrainingReads
 from pipelines.loading.loader import BatchLoader
 from pipelines.loading.settings import LoaderSettings
-from pipelines.rejections import Rejection
 from pipelines.stages.write import WriteUnit
 from pipelines.tables.commits import WrittenUnit, commit_units
-from pipelines.tables.schemas import ArrayType, latents_schema
+from pipelines.tables.schemas import ArrayType
 from pipelines.tables.table import UnitFile, create_table, open_table
-from pipelines.tables.units import FinishedRows, Unit
 from snapfusion.settings import digest
 
 _REQUEST = re.compile(r'"(GET|PUT|POST|HEAD) (\S+) HTTP')
@@ -56,55 +51,16 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("s3") / "log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with log.open("w") as output, pytest.MonkeyPatch.context() as patch:
-        running = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-            stderr=output,
-            stdout=output,
-        )
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ALLOW_HTTP", "true")
-        s3fs.S3FileSystem.clear_instance_cache()
-        _await_answer(port)
-        fsspec.filesystem("s3").mkdir("s3://bucket")
+    with log.open("w") as output, s3_server(output):
         yield Server(log)
-        s3fs.S3FileSystem.clear_instance_cache()
-        running.terminate()
-        running.wait()
-
-
-SCHEMA = latents_schema(latent_shape=(4, 2, 2), num_tokens=4)
 
 
 def written(url: str, *, units: int) -> list[WrittenUnit]:
     """Units of one row and one rejected row, written but not committed."""
     table = create_table(url, schema=SCHEMA, identity={"kind": "latents"})
     writer = WriteUnit(url=table.url, schema=SCHEMA, settings=digest(table.identity))
-    return [writer(finished(number)) for number in range(units)]
-
-
-def finished(number: int) -> FinishedRows:
-    start, id_ = 2 * number, f"s/{2 * number}"
-    return FinishedRows(
-        unit=Unit(
-            name=f"s-{start:06d}", source="s", start=start, stop=start + 2, final=False, source_digest="d"
-        ),
-        columns={
-            "id": [id_],
-            "source_id": [id_],
-            "caption": ["c"],
-            "token_ids": np.zeros((1, 4), np.int32),
-            "latent": np.zeros((1, 4, 2, 2), np.float16),
-        },
-        rejections=[Rejection(id=f"{id_}+", source="s", reason="broken_image", detail="", ordinal=start + 1)],
-        environment={"device": "none"},
-    )
+    # Of the two rows of each unit the first is a fifth one, which is rejected.
+    return [writer(finished(start, start + 2)) for start in range(0, 5 * units, 5)]
 
 
 def test_commits_request_as_forecast(server):
@@ -129,18 +85,11 @@ def test_a_training_reads_a_unit_in_three_requests(server):
     )
     with fsspec.open(url, "wb") as file:
         pq.write_table(data, file, compression="none", use_dictionary=False)
-    server.requests()
     unit = UnitFile(unit="unit", path=url, rows=rows, size=0)
     read = open_table("s3://bucket/latents")
     server.requests()
     assert read.read_unit(unit, ["id", "latent"]).num_rows == rows
-    one = TrainingReads(
-        steps=1,
-        global_batch=rows,
-        window_units=1,
-        unit_rows=rows,
-        row_bytes=1.0,
-    )
+    one = TrainingReads(steps=1, global_batch=rows, window_units=1, unit_rows=rows, row_bytes=1.0)
     assert server.requests().get == one.requests(workers=1).get == 3
 
 
@@ -165,20 +114,15 @@ def test_workers_read_units_as_forecast(workers, global_batch):
     steps, read = 40, 0
     for rank in range(workers):
         table = CountingTable(units=50, rows=8)
-        loader = BatchLoader(
-            table, columns=["n"], global_batch=global_batch, seed=0, settings=LoaderSettings(window_units=4)
-        )
+        settings = LoaderSettings(window_units=4)
+        loader = BatchLoader(table, columns=["n"], global_batch=global_batch, seed=0, settings=settings)
         batches = loader.batches(0, rank=rank, world=workers, depth=1)
         for _ in range(steps):
             next(batches)
         batches.close()
         read += table.read
     reading = TrainingReads(
-        steps=steps,
-        global_batch=global_batch,
-        window_units=4,
-        unit_rows=8,
-        row_bytes=1.0,
+        steps=steps, global_batch=global_batch, window_units=4, unit_rows=8, row_bytes=1.0
     )
     assert read == pytest.approx(reading.units(workers=workers), rel=0.2)
 

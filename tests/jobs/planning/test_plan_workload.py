@@ -9,13 +9,14 @@ from conftest import tiny_bundle
 from torch import nn
 
 from jobs.cli.job import Job
+from jobs.planning.rates import Rates
 from jobs.planning.settings import PlanSettings
 from jobs.planning.workload import Counts, Workload
 from jobs.recipes.registry import recipe_named
 from pipelines.costs.stage import StageCost
 from pipelines.datasets.costs import TEXT_BYTES
 from pipelines.stages.write import pack
-from pipelines.tables.manifest import UnitManifest, to_parquet
+from pipelines.tables.manifest import to_parquet
 from pipelines.tables.schemas import latents_schema, targets_schema
 from pipelines.tables.units import FinishedRows, Unit
 from snapfusion.models.activation_memory import _fused_attention, peak_bytes
@@ -33,14 +34,16 @@ from snapfusion.training.step_distillation import StepDistillationObjective
 ROWS = 3
 
 
-def workload(recipe: str, *, rows: int, captions: int, settings=(), plan=()) -> Workload:
+def workload(
+    recipe: str = "sd15", *, rows: int = 1_000, captions: int = 10, settings=(), plan=()
+) -> Workload:
     job = Job(verb="plan", recipe=recipe_named(recipe).with_values(settings), out="nowhere")
     return Workload(
         job=job,
         settings=PlanSettings().with_values(plan),
         sizes=network_sizes(job.recipe.model),
         counts=Counts(source=rows, latents=rows, captions=captions),
-        png_share=0.5,
+        rates=Rates(name="r", about="", worker="one", date="2020-01-01", rates={}, png_share=0.5),
     )
 
 
@@ -88,13 +91,8 @@ def test_passes_are_those_of_the_objective(guided, changed):
 
 def test_stages_of_the_miniature(mini):
     assert list(mini) == [
-        "render_scenes",
-        "encode_latents",
-        "train_efficient",
-        "student",
-        "generate_pairs",
-        "distill_decoder",
-        "compile_mobile",
+        *("render_scenes", "encode_latents", "train_efficient", "student"),
+        *("generate_pairs", "distill_decoder", "compile_mobile"),
     ]
 
 
@@ -129,15 +127,8 @@ def stages(sd15: Workload) -> dict[str, StageCost]:
 
 def test_stages_of_sd15_need_no_weights(sd15, stages):
     assert list(stages) == [
-        "encode_latents",
-        "finetune_vpred",
-        "train_efficient",
-        "teacher-16",
-        "small-16",
-        "staged-8",
-        "generate_pairs",
-        "distill_decoder",
-        "evaluate",
+        *("encode_latents", "finetune_vpred", "train_efficient", "teacher-16", "small-16", "staged-8"),
+        *("generate_pairs", "distill_decoder", "evaluate"),
     ]
     assert sd15.sizes.unet.parameters == 859_520_964
 
@@ -162,9 +153,6 @@ def test_gradient_checkpointing_adds_a_pass_per_row(stages):
 
 def test_targets_table_replaces_the_online_teacher():
     found = workload(
-        "sd15",
-        rows=1_000,
-        captions=10,
         settings=["distill.targets=table", "targets.draws=3"],
         plan=['steps=["compute_targets","distill_schedule"]'],
     ).stages()
@@ -178,9 +166,6 @@ def test_targets_table_replaces_the_online_teacher():
 def test_w_conditioned_teacher_needs_one_pass():
     """Meng et al.: every student but the first has a w-conditioned teacher."""
     found = workload(
-        "sd15",
-        rows=1_000,
-        captions=10,
         settings=["schedule=w-conditioned", "distill.gradient_checkpointing=false"],
         plan=['steps=["distill_schedule"]'],
     ).stages()
@@ -189,7 +174,7 @@ def test_w_conditioned_teacher_needs_one_pass():
 
 
 def test_evolution_scores_every_block_every_round():
-    (found,) = workload("sd15", rows=1_000, captions=10, plan=['steps=["evolve_unet"]']).stages()
+    (found,) = workload(plan=['steps=["evolve_unet"]']).stages()
     blocks = 22 + 16
     checkpointing, held_out = 20 * 20_000 * 2_048, 20 * 1_000 * 0.0001
     scored = 20 * (blocks + 1) * 2_000 * 50 * 2
@@ -199,25 +184,14 @@ def test_evolution_scores_every_block_every_round():
 
 def test_unknown_step_is_refused():
     with pytest.raises(SettingsError, match=r"^--set plan.steps: 'dance' .*render_scenes, "):
-        workload("mini", rows=1, captions=1, plan=['steps=["dance"]']).stages()
+        workload("mini", plan=['steps=["dance"]']).stages()
 
 
 def parquet_bytes(columns: dict, schema, *, rows: int) -> int:
     unit = Unit(name="u", source="laion", start=0, stop=rows, final=True, source_digest="d")
     table = pack(FinishedRows(unit=unit, columns=columns, rejections=[]), schema)
-    account = UnitManifest(
-        unit="u",
-        source="laion",
-        start=0,
-        stop=rows,
-        final=True,
-        source_digest="d",
-        settings="s",
-        environment={},
-        rows_read=rows,
-        rows_written=rows,
-    )
-    return len(to_parquet(table, account))
+    manifest = unit.manifest(settings="s", environment={}, rows_read=rows, rows_written=rows)
+    return len(to_parquet(table, manifest))
 
 
 def test_table_bytes_match_written_units(sd15, stages):
@@ -276,23 +250,11 @@ def test_memory_grows_with_rows_and_shrinks_with_checkpointing():
 
 def test_sd15_trainer_memory_matches_the_measurement():
     """docs/full_size.md: 17.2 GiB of all processes, for two steps of one guided row without an average."""
-    found = workload(
-        "sd15",
-        rows=2,
-        captions=2,
-        settings=[
-            "distill.targets=table",
-            "distill.teacher=recipe:model",
-            "distill.loop.global_batch=1",
-            "distill.loop.ema_decay=null",
-            "distill.trainer.num_workers=1",
-        ],
-        plan=['steps=["distill_steps"]'],
-    ).stages()
-    memory = found[0].memory
-    assert memory is not None
+    settings = ["distill.targets=table", "distill.teacher=recipe:model", "distill.loop.global_batch=1"]
+    settings += ["distill.loop.ema_decay=null", "distill.trainer.num_workers=1"]
+    (found,) = workload(rows=2, captions=2, settings=settings, plan=['steps=["distill_steps"]']).stages()
     # The driver, Ray and the libraries of each process are not in it.
-    assert 14.0 < memory.peak / 2**30 < 17.2
+    assert 14.0 < found.memory.peak / 2**30 < 17.2
 
 
 def test_attention_counts_as_fused():

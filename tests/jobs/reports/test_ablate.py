@@ -2,24 +2,20 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from jobs.ablate import ablate, preview
 from jobs.cli.ablation import students_of
 from jobs.cli.job import Job
-from jobs.evaluation.settings import EvaluationSettings, PromptSettings
 from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant, table_name
 from jobs.recipes.miniature import mini, miniature_ablation
-from jobs.recipes.recipe import SourceSettings
 from jobs.recipes.registry import RECIPES, recipe_named
 from jobs.reports.ablation_page import ablation_charts, loss_charts, render_ablation
 from jobs.reports.charts import chart_svg
-from jobs.training.settings import TrainerSettings
-from pipelines.datasets.settings import ReferencesSettings, SamplesSettings
-from pipelines.stages.settings import SamplingSettings
 from snapfusion.settings import SettingsError
-from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillationSettings
+from snapfusion.training.settings import CfgRange, StepDistillationSettings
 
 ROOT = Path(__file__).parents[3]
 ABLATION = miniature_ablation()
@@ -84,10 +80,8 @@ def test_quoted_figures_are_the_panels():
     closed = {(gap["student"], gap["w"]): gap["closed"] for gap in panel["evaluation"]["gaps"]}
     for w, low, high, begins in ((2.0, 0.21, 0.65, None), (4.0, 0.93, 1.0, 0.84), (6.0, 0.88, 0.9, 0.76)):
         of_cfg = [closed[f"cfg-seed{seed}", w] for seed in range(3)]
-        assert (round(min(gap[0] for gap in of_cfg), 2), round(max(gap[0] for gap in of_cfg), 2)) == (
-            low,
-            high,
-        )
+        shares = sorted(gap[0] for gap in of_cfg)
+        assert (round(shares[0], 2), round(shares[-1], 2)) == (low, high)
         if begins is None:  # zero is inside
             assert all(gap[1] < 0.0 < gap[2] for gap in of_cfg)
         else:
@@ -141,11 +135,8 @@ def test_panels_share_samples_of_equal_students():
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ('ablation.only=["6z"]', "there is no panel '6z'; accepted are 6c"),
-        (
-            'ablation.variants=[{"name": "a", "after": "b"}]',
-            "variant a: after='b'",
-        ),
+        ('ablation.only=["6z"]', "'6z'; accepted are 6c"),
+        ('ablation.variants=[{"name": "a", "after": "b"}]', "variant a: after='b'"),
         ("ablation.variants=[]", "there is no variant"),
     ],
 )
@@ -167,53 +158,41 @@ def recipe():
     steps = StepDistillationSettings(
         student_steps=2, cfg_probability=1.0, cfg_range=CfgRange(low=1.0, high=6.0)
     )
-    base = RECIPES["ablation"]()
-    loop = LoopSettings(num_steps=2, global_batch=8, learning_rate=1e-3, ema_decay=0.9)
-    return base.model_copy(
-        update={
-            "source": SourceSettings(scenes=48, scenes_per_shard=24),
-            "distill": base.distill.model_copy(
-                update={
-                    "loop": loop,
-                    "evaluation_rows": 4,
-                    "loader": base.distill.loader.model_copy(update={"held_out": 0.2}),
-                    "trainer": TrainerSettings(micro_batch=8, curve_every=1),
-                }
-            ),
-            "evaluation": EvaluationSettings(
-                guidance=(1.0, 2.0, 4.0),
-                prompts=PromptSettings(limit=12),
-                references=ReferencesSettings(count=150),
-                samples=SamplesSettings(drawing=SamplingSettings(batch_size=6), rows_per_unit=6),
-                groups=3,
-            ),
-            "ablation": AblationSettings(
-                variants=(
-                    StudentVariant(name="control"),
-                    StudentVariant(name="cfg", steps=steps),
-                    StudentVariant(
-                        name="cfg-1", steps=steps.model_copy(update={"student_steps": 1}), after="cfg"
-                    ),
+    one_step = steps.model_copy(update={"student_steps": 1})
+    ablation = AblationSettings(
+        variants=(
+            StudentVariant(name="control"),
+            StudentVariant(name="cfg", steps=steps),
+            StudentVariant(name="cfg-1", steps=one_step, after="cfg"),
+        ),
+        panels=(
+            Panel(
+                name="small",
+                title="A small panel",
+                lines=(
+                    Line(name="teacher-4", steps=4),
+                    Line(name="undistilled-1", steps=1),
+                    Line(name="control", variant="control", steps=1),
+                    Line(name="cfg", variant="cfg-1", steps=1),
                 ),
-                panels=(
-                    Panel(
-                        name="small",
-                        title="A small panel",
-                        lines=(
-                            Line(name="teacher-4", steps=4),
-                            Line(name="undistilled-1", steps=1),
-                            Line(name="control", variant="control", steps=1),
-                            Line(name="cfg", variant="cfg-1", steps=1),
-                        ),
-                        baseline="undistilled-1",
-                        control="control",
-                        many="teacher-4",
-                        gap_at=(2.0,),
-                    ),
-                ),
+                baseline="undistilled-1",
+                control="control",
+                many="teacher-4",
+                gap_at=(2.0,),
             ),
-        }
+        ),
     )
+    small = (
+        "source.scenes=48",
+        "source.scenes_per_shard=24",
+        'distill.loop={"num_steps":2,"global_batch":8,"learning_rate":1e-3,"ema_decay":0.9}',
+        'distill.trainer={"micro_batch":8,"curve_every":1}',
+        "distill.evaluation_rows=4",
+        "distill.loader.held_out=0.2",
+        'evaluation={"guidance":[1.0,2.0,4.0],"prompts":{"limit":12},"references":{"count":150},"groups":3,'
+        '"samples":{"drawing":{"batch_size":6},"rows_per_unit":6}}',
+    )
+    return RECIPES["ablation"]().with_values(small).model_copy(update={"ablation": ablation})
 
 
 @pytest.fixture(scope="module")
@@ -229,12 +208,8 @@ def test_a_panel_has_every_line_and_seed(made):
     assert made.out not in text
     assert '"run:students/cfg-1-seed0/model"' in text
     panel = json.loads(text)
-    assert [line["contenders"] for line in panel["over_seeds"]] == [
-        ["teacher-4"],
-        ["undistilled-1"],
-        ["control-seed0"],
-        ["cfg-seed0"],
-    ]
+    contenders = ["teacher-4", "undistilled-1", "control-seed0", "cfg-seed0"]
+    assert [line["contenders"] for line in panel["over_seeds"]] == [[name] for name in contenders]
     for line in panel["over_seeds"]:
         assert [point["w"] for point in line["points"]] == [1.0, 2.0, 4.0]
         value = panel["evaluation"]["curves"][line["contenders"][0]]["points"][1]["fid"][0]
@@ -266,9 +241,7 @@ def test_the_page_shows_every_line(made):
 
 @pytest.mark.slow
 def test_existing_students_and_samples_are_kept(made, monkeypatch, capsys):
-    def refuse(*_, **__):
-        raise AssertionError("trained or sampled again")
-
+    refuse = Mock(side_effect=AssertionError("trained or sampled again"))
     for name in ("distill_steps", "finetune_vpred"):
         monkeypatch.setattr(f"jobs.cli.ablation.{name}", refuse)
     before = Path(f"{made.out}/ablation/small.json").read_text()
@@ -295,11 +268,8 @@ def line_of(name, *, evaluations, seeds=1, student=False):
 
 
 def panel_of(lines):
-    protocol = {
-        "captions": {"compared": 500},
-        "reference": {"compared": 4000},
-        "features": {"network": "oracle"},
-    }
+    protocol = {"captions": {"compared": 500}, "reference": {"compared": 4000}}
+    protocol["features"] = {"network": "oracle"}
     return {
         "panel": {"name": "6x", "title": "Title", "baseline": "few", "many": "many", "control": None},
         "seeds": [0, 1],
@@ -320,15 +290,12 @@ def test_nine_lines_have_nine_colors():
 
 
 def test_students_of_different_cost_have_a_cost_chart():
-    own = [line_of(name, evaluations=n) for name, n in (("many", 100), ("few", 8))]
-    lines = own + [line_of(name, evaluations=n, student=True) for name, n in (("a", 4), ("b", 8))]
+    costs = {"many": 100, "few": 8, "a": 4, "b": 8}
+    lines = [line_of(name, evaluations=n, student=name in ("a", "b")) for name, n in costs.items()]
     assert "cost" not in ablation_charts(panel_of(lines[:3]))
     cost = ablation_charts(panel_of(lines))["cost"]
-    assert [(series.name, series.x, series.y) for series in cost.series] == [
-        ("many", [100], [9.0]),
-        ("few", [8], [9.0]),
-        ("a", [4], [9.0]),
-        ("b", [8], [9.0]),
+    assert [(line.name, line.x, line.y) for line in cost.series] == [
+        (name, [n], [9.0]) for name, n in costs.items()
     ]
 
 

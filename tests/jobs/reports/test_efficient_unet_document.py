@@ -23,9 +23,13 @@ TEXT = (DOCS / "efficient_unet.md").read_text()
 FLOWING = " ".join(TEXT.split())
 
 
+def section_text(heading: str) -> str:
+    return TEXT.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+
+
 def section(heading: str) -> str:
-    """Return a section's text in one line."""
-    return " ".join(TEXT.partition(f"## {heading}")[2].partition("\n## ")[0].split())
+    """A section's text in one line."""
+    return " ".join(section_text(heading).split())
 
 
 FILES = {"sd15": "latency-sd15-cpu", "mini": "latency-mini-cpu"}
@@ -33,8 +37,7 @@ FILES = {"sd15": "latency-sd15-cpu", "mini": "latency-mini-cpu"}
 
 def rows(heading):
     """The cells of each row of the tables in a section, without heads and rules."""
-    section = TEXT.split(f"## {heading}\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    lines = [line for line in section_text(heading).splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
@@ -66,11 +69,10 @@ def test_counts_are_counted_again(full_size):
     for name in outermost:
         shallow = shallow.without(name)
     shown = {row[0]: row[1:3] for row in rows("Architecture")[16:]}
-    named = zip(shown, (origin, efficient, shallow), strict=True)
-    whole = {name: costs_of(architecture).total for name, architecture in named}
-    assert shown == {
-        name: [f"{cost.parameters:,}", f"{cost.macs / 1e9:.1f} billion"] for name, cost in whole.items()
-    }
+    wholes = [costs_of(architecture).total for architecture in (origin, efficient, shallow)]
+    assert list(shown.values()) == [
+        [f"{one.parameters:,}", f"{one.macs / 1e9:.1f} billion"] for one in wholes
+    ]
 
     def parameters(architecture, kind):
         costs = costs_of(architecture).blocks
@@ -112,11 +114,8 @@ def test_full_size_predictions_are_within_ten_percent():
 
 def test_the_share_of_outermost_attention_is_measured(full_size):
     table, origin = LatencyTable.parse(latency("sd15")["table"]), full_size["origin"]
-    bars = [
-        row
-        for row in latency_by_kind(table, origin)
-        if row["kind"] == "attention" and row["stage"] in ("Down-1", "Up-3")
-    ]
+    attention = [row for row in latency_by_kind(table, origin) if row["kind"] == "attention"]
+    bars = [row for row in attention if row["stage"] in ("Down-1", "Up-3")]
     time = sum(row["ms"] for row in bars) / table.predict_ms(origin)
     weights = sum(row["parameters"] for row in bars) / costs_of(origin).total.parameters
     assert f"{100 * time:.0f} %" in section("Latency table")
@@ -145,12 +144,9 @@ def test_the_robustness_table_is_that_of_the_file():
     found = read("robustness")["summary"]
     attributes, detail = found["attributes"], found["detail"]
     expected = []
-    for group in attributes["lost"]:
-        cells = (
-            cells_of(attributes["lost"][group], 3, spread=False),
-            cells_of(detail["lost"][group], 2, spread=False),
-        )
-        expected.append([group, *cells[0], *cells[1]])
+    for group, lost in attributes["lost"].items():
+        cells = cells_of(detail["lost"][group], 2, spread=False)
+        expected.append([group, *cells_of(lost, 3, spread=False), *cells])
     averages = {"mean of the groups": [one["lost_on_average"] for one in (attributes, detail)]} | {
         f"the same, seed {seed}": [one["lost_on_average_by_seed"][seed] for one in (attributes, detail)]
         for seed in ("0", "1", "2")
@@ -193,13 +189,11 @@ def test_evolution_rounds_are_those_of_the_file():
     assert table.predict_ms(Architecture.parse(found["origin"])) == first["before_ms"]
     assert f"{first['before_ms']:.2f} ms" in section("Evolution")
     assert last["after_ms"] <= found["objective_ms"] < 0.6 * first["before_ms"]
-    best = max(
-        (BlockScore.parse(score) for score in found["rounds"][0]["scores"]), key=lambda score: score.value
-    )
+    scores = [BlockScore.parse(score) for score in found["rounds"][0]["scores"]]
+    best = max(scores, key=lambda score: score.value)
     value, low, high = best.delta_clip
-    assert f"`{best.block}`" in section("Evolution")
-    assert f"{value:.3f}" in section("Evolution")
-    assert f"({low:.3f} to {high:.3f})" in section("Evolution")
+    for quoted in (f"`{best.block}`", f"{value:.3f}", f"({low:.3f} to {high:.3f})"):
+        assert quoted in section("Evolution")
 
 
 def test_each_round_follows_algorithm_1():
@@ -240,11 +234,8 @@ def test_the_evolved_architecture_beats_the_random_median():
     assert evolved["architecture"] == architecture.to_values()
     for one in others:
         assert one["predicted_ms"] == pytest.approx(evolved["predicted_ms"], rel=0.03)
-    times = [one["measured"]["median_ms"] for one in others]
-    times_text = (
-        f"{min(times):.1f} to {max(times):.1f} ms, the evolved one {evolved['measured']['median_ms']:.1f}"
-    )
-    assert times_text in FLOWING
+    times, own = [one["measured"]["median_ms"] for one in others], evolved["measured"]["median_ms"]
+    assert f"{min(times):.1f} to {max(times):.1f} ms, the evolved one {own:.1f}" in FLOWING
     losses = (evolved["loss"], statistics.median(one["loss"] for one in others))
     assert "rows is {:.4f}, and {:.4f} the median of the ten".format(*losses) in FLOWING
 

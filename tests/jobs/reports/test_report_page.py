@@ -48,8 +48,8 @@ def captioned(seed, caption, note=""):
 
 
 def comparison(reference, *images, caption):
-    compared = tuple(ComparedImage(name="another", image=image, reference=reference) for image in images)
-    return ImageComparison(caption=caption, name="torch", reference=reference, compared=compared)
+    named = {f"another {number}": image for number, image in enumerate(images)}
+    return ImageComparison(caption=caption, name="torch", reference=reference, images=named)
 
 
 def chart(*series):
@@ -68,20 +68,14 @@ UNET = WholeUNet(
     macs=401_636_720_640,
     turns=20,
 )
+BARS = (Bars(name="ResNet, origin", values=[1, 2]),)
 LATENCY = LatencyBreakdown(
     device="a phone",
     runtime="torch, float16, 4 threads",
     date="2026-11-21",
     batch=2,
     unets=(UNET,),
-    charts=(
-        BarChart(
-            title="Latency",
-            y_label="latency (ms)",
-            categories=["Down-1", "Mid"],
-            bars=(Bars(name="ResNet, origin", values=[1, 2]),),
-        ),
-    ),
+    charts=(BarChart(title="Latency", y_label="latency (ms)", categories=["Down-1", "Mid"], bars=BARS),),
     rows=(("Mid", 8, "ResNet", 1280, 7),),
 )
 VARIANT = MobileVariant(
@@ -94,6 +88,8 @@ VARIANT = MobileVariant(
     samples=16,
     method="executed",
 )
+PSNR = Measurement(name="held-out PSNR", value=30.25, unit="dB", count=64, counted="pairs", seed=3)
+SHARDS = LineageNode(name="shards", kind="shards", url="runs/x/shards", identity="a" * 64)
 LATENTS = LineageNode(
     name="LATENTS",
     kind="table",
@@ -105,6 +101,9 @@ LATENTS = LineageNode(
     rows_written=507,
     rejected={"not_an_image": 5},
 )
+
+
+ENCODED = StepTiming(step="encode", seconds=20.0, rows=500)
 
 
 def content(**changes):
@@ -124,20 +123,12 @@ def content(**changes):
         decoder_comparisons=(comparison(teacher, half, caption="a green cross"),),
         mobile_comparisons=(comparison(teacher, half, half, caption="a pink star"),),
         charts=(chart(Series(name="a", x=[0, 1], y=[2, 1])),),
-        measurements=(
-            Measurement(name="held-out PSNR", value=30.25, unit="dB", count=64, counted="pairs", seed=3),
-        ),
+        measurements=(PSNR,),
         latencies=(LATENCY,),
         mobile_variants=(VARIANT,),
-        lineage=(
-            LineageNode(name="shards", kind="shards", url="runs/x/shards", identity="a" * 64),
-            LATENTS,
-        ),
+        lineage=(SHARDS, LATENTS),
         rejections=(RejectionSummary(table="LATENTS", reason="not_an_image", count=5, examples=(example,)),),
-        timings=(
-            StepTiming(step="encode", seconds=20.0, rows=500),
-            StepTiming(step="report", seconds=0, skipped=True),
-        ),
+        timings=(ENCODED, StepTiming(step="report", seconds=0, skipped=True)),
     )
     return dataclasses.replace(filled, **changes)
 
@@ -234,44 +225,25 @@ def test_it_supports_phones_and_dark_mode():
     assert "prefers-color-scheme: dark" in text
 
 
-def hostile_content():
-    image, given, replace = captioned(0, HOSTILE, HOSTILE), content(), dataclasses.replace
-    latency = replace(
-        LATENCY,
-        device=HOSTILE,
-        runtime=HOSTILE,
-        date=HOSTILE,
-        unets=(replace(UNET, name=HOSTILE),),
-        charts=(replace(LATENCY.charts[0], y_label=HOSTILE),),
-    )
-    example = RejectionExample(id=HOSTILE, detail=HOSTILE)
-    return replace(
-        given,
-        recipe=HOSTILE,
-        settings_json=HOSTILE,
-        versions={HOSTILE: HOSTILE},
-        totals=((HOSTILE, HOSTILE),),
-        scenes=(image,),
-        teacher_images=(image,),
-        step_comparison=replace(
-            given.step_comparison,
-            models=(replace(STUDENT, name=HOSTILE),),
-            rows=(SampleRow(caption=HOSTILE, images=(image,)),),
-        ),
-        decoder_comparisons=(replace(given.decoder_comparisons[0], caption=HOSTILE, name=HOSTILE),),
-        mobile_comparisons=(replace(given.mobile_comparisons[0], caption=HOSTILE),),
-        charts=(replace(given.charts[0], title=HOSTILE, x_label=HOSTILE),),
-        measurements=(replace(given.measurements[0], name=HOSTILE, note=HOSTILE),),
-        latencies=(latency,),
-        mobile_variants=(replace(VARIANT, name=HOSTILE, method=HOSTILE),),
-        lineage=(LineageNode(name=HOSTILE, kind=HOSTILE, url=HOSTILE, identity=HOSTILE),),
-        rejections=(RejectionSummary(table=HOSTILE, reason=HOSTILE, count=1, examples=(example,)),),
-        timings=(StepTiming(step=HOSTILE, seconds=1.0),),
-    )
+def hostile(value):
+    """The same content with hostile text for every string."""
+    if isinstance(value, BarChart):
+        # Long names of categories leave no room for the bars.
+        return dataclasses.replace(value, title=HOSTILE, y_label=HOSTILE)
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: hostile(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    if isinstance(value, tuple | list):
+        return type(value)(map(hostile, value))
+    if isinstance(value, dict):
+        # The names of modules are ours.
+        return {key: hostile(inner) for key, inner in value.items()}
+    return HOSTILE if isinstance(value, str) else value
 
 
 def test_hostile_text_stays_text():
-    tame, wild = rendered(), Page(render_report(hostile_content()))
+    given = dataclasses.replace(hostile(content()), versions={HOSTILE: HOSTILE})
+    tame, wild = rendered(), Page(render_report(given))
     assert "script" not in wild.tags
     assert set(wild.tags) <= set(tame.tags)
     assert {name for _, name, _ in wild.attributes} <= {name for _, name, _ in tame.attributes}
@@ -319,29 +291,28 @@ def test_difference_is_amplified_and_psnr_of_8_bits():
 
 def test_equal_images_have_no_decibels():
     equal = comparison(noise(0), noise(0), caption="c")
-    page = rendered(decoder_comparisons=(equal,), mobile_variants=())
-    assert "every bit agrees" in page.text
+    assert "every bit agrees" in rendered(decoder_comparisons=(equal,), mobile_variants=()).text
 
 
-@pytest.mark.parametrize("image", [noise(0).astype(np.float32), noise(0)[..., 0], noise(0)[..., :2]])
-def test_arrays_that_are_no_images_are_refused(image):
-    with pytest.raises(ValueError, match="uint8"):
-        rendered(scenes=(CaptionedImage(image=image, caption="c"),))
+NO_IMAGES = (noise(0).astype(np.float32), noise(0)[..., 0], noise(0)[..., :2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({"scenes": (CaptionedImage(image=image, caption="c"),)}, "uint8") for image in NO_IMAGES),
+        ({"lineage": (LATENTS,)}, "LATENTS names parent 'shards'"),
+        ({"charts": (chart(),)}, "0 series"),
+    ],
+)
+def test_content_that_cannot_be_shown_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        rendered(**changes)
 
 
 def test_rows_that_do_not_add_up_are_refused():
-    with pytest.raises(ValueError, match="LATENTS: 512 rows were read, but 506"):
+    with pytest.raises(ValueError, match=r"LATENTS: 512 .* 506"):
         dataclasses.replace(LATENTS, rows_written=501)
-
-
-def test_a_parent_must_come_before():
-    with pytest.raises(ValueError, match="LATENTS names parent 'shards'"):
-        rendered(lineage=(LATENTS,))
-
-
-def test_a_chart_needs_a_series():
-    with pytest.raises(ValueError, match="0 series"):
-        rendered(charts=(chart(),))
 
 
 def test_mobile_variants_are_read_from_a_manifest():

@@ -11,6 +11,7 @@ import pytest
 from in_process import in_process
 from layout_fixtures import LIST_LAYOUTS, write_list
 from PIL import Image
+from set_options import set_options
 
 from jobs import encode_latents
 from pipelines.datasets.preview import preview_links, preview_shards
@@ -35,14 +36,8 @@ def shard_row(number: int) -> ShardRow:
     metadata = {"aesthetic": 4.0 + number % 40 / 10, "NSFW": "UNLIKELY" if number % 4 else "UNSURE"}
     url = f"https://{'bad' if number % 20 == 3 else 'good'}.example/{number}.jpg"
     if number % 10 == 9:
-        return ShardRow(
-            image=None,
-            caption="a",
-            url=url,
-            metadata=metadata,
-            status="failed_to_download",
-            error_message="HTTP Error 404: File not found",
-        )
+        failure = {"status": "failed_to_download", "error_message": "HTTP Error 404: File not found"}
+        return ShardRow(image=None, caption="a", url=url, metadata=metadata, **failure)
     image = jpeg(number, width=40 + 4 * (number % 40), height=48)
     if number % 25 == 12:
         image = image[:200]
@@ -55,9 +50,8 @@ def write_shards(folder: Path, *, shards: int, rows: int) -> None:
         write_shard(str(folder), map(shard_row, numbers), index=index, rows_per_shard=rows)
 
 
-def preview(capsys: pytest.CaptureFixture[str], out: Path, *settings: str) -> list[str]:
-    options = [option for setting in settings for option in ("--set", setting)]
-    assert encode_latents.main(["--dry-run", "--out", str(out), *options]) == 0
+def preview(capsys, out: Path, *settings: str) -> list[str]:
+    assert encode_latents.main(["--dry-run", "--out", str(out), *set_options(settings)]) == 0
     lines = capsys.readouterr().out.splitlines()
     return lines[next(n for n, line in enumerate(lines) if line.startswith("would encode")) :]
 
@@ -84,7 +78,7 @@ OUTCOMES = {
 DOCUMENT = Path(__file__).parents[3] / "docs" / "sources.md"
 
 
-def test_a_preview_of_all_rows_is_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_preview_of_all_rows_is_a_table(tmp_path, capsys):
     write_shards(tmp_path / "shards", shards=2, rows=100)
     (tmp_path / "domains.txt").write_text("bad.example\n")
     lines = preview(capsys, tmp_path, *BOUNDED, f"source.blocklists.domains={tmp_path}/domains.txt")
@@ -99,17 +93,15 @@ def test_a_preview_of_all_rows_is_a_table(tmp_path: Path, capsys: pytest.Capture
     assert sorted(path.name for path in tmp_path.iterdir()) == ["domains.txt", "shards"]
 
 
-def test_encoding_finds_what_the_preview_showed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_encoding_finds_what_the_preview_showed(tmp_path, capsys, monkeypatch):
     write_shards(tmp_path / "shards", shards=2, rows=100)
     domains = tmp_path / "domains.txt"
     domains.write_text("# comment\nbad.example\n")
     settings = (*BOUNDED, f"source.blocklists.domains={domains}", "latents.bounds.max_rejected=0.9")
     size = preview(capsys, tmp_path, *settings)[-1]
     monkeypatch.setattr(encode_latents, "runner", lambda cluster: in_process)
-    options = [option for setting in settings for option in ("--set", setting)]
-    assert encode_latents.main(["--out", str(tmp_path), *options]) == 0
+    options = ["--out", str(tmp_path), *set_options(settings)]
+    assert encode_latents.main(options) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "max_watermark rejects" in line]
     assert "pwatermark, watermark_score" in line
     table = open_table(str(tmp_path / "latents"))
@@ -119,9 +111,9 @@ def test_encoding_finds_what_the_preview_showed(
     assert float(size.split()[3]) * 1000 == pytest.approx(columns, rel=0.15)
     # The same list in another form is accepted; another list would make other rows.
     domains.write_text("*.BAD.example.\n")
-    assert encode_latents.main(["--out", str(tmp_path), *options]) == 0
+    assert encode_latents.main(options) == 0
     domains.write_text("bad.example\nworse.example\n")
-    assert encode_latents.main(["--out", str(tmp_path), *options]) == 2
+    assert encode_latents.main(options) == 2
     assert "blocklists.domains is" in capsys.readouterr().err
 
 
@@ -136,7 +128,7 @@ def sampled(shards: Path, *, rows: int, selection: Selection) -> Any:
     )
 
 
-def test_a_sample_is_spread_over_shards(tmp_path: Path) -> None:
+def test_a_sample_is_spread_over_shards(tmp_path):
     write_shards(tmp_path, shards=20, rows=50)
     sample = sampled(tmp_path, rows=200, selection=Selection())
     assert (sample.rows, sample.num_sources) == (200, 8)
@@ -147,9 +139,7 @@ def test_a_sample_is_spread_over_shards(tmp_path: Path) -> None:
     assert sampled(tmp_path, rows=10_000, selection=Selection()).rows == 400
 
 
-def test_the_number_of_rows_is_unknown_without_sidecars(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_number_of_rows_is_unknown_without_sidecars(tmp_path, capsys):
     write_shards(tmp_path / "shards", shards=3, rows=10)
     (tmp_path / "shards" / "00001.parquet").unlink()
     lines = preview(capsys, tmp_path)
@@ -157,14 +147,14 @@ def test_the_number_of_rows_is_unknown_without_sidecars(
     assert lines[-1] == "the number of rows is unknown: 1 shards have no sidecar"
 
 
-def test_an_unknown_model_leaves_the_size_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_model_leaves_the_size_unknown(tmp_path, capsys):
     write_shards(tmp_path / "shards", shards=1, rows=5)
     lines = preview(capsys, tmp_path, "model=/no/such/folder")
     assert lines[-1].startswith("their size is unknown: ")
     assert "/no/such/folder" in lines[-1]
 
 
-def test_url_lists_are_previewed_before_download(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_url_lists_are_previewed_before_download(tmp_path, capsys):
     layout = next(layout for layout in LIST_LAYOUTS if layout.name == "LAION-Aesthetics V2")
     write_list(tmp_path / "lists", layout, copy=True)
     settings = (f"download.links={tmp_path}/lists", "latents.selection.min_width=250")
@@ -184,7 +174,7 @@ def test_url_lists_are_previewed_before_download(tmp_path: Path, capsys: pytest.
     assert "shards" in preview(capsys, tmp_path, *settings)[2]
 
 
-def test_link_sample_is_spread_over_each_list(tmp_path: Path) -> None:
+def test_link_sample_is_spread_over_each_list(tmp_path):
     rows = 100_000
     table = pa.table(
         {"URL": [f"http://a/{n}" for n in range(rows)], "TEXT": ["x"] * rows, "WIDTH": range(1, rows + 1)}
@@ -197,18 +187,15 @@ def test_link_sample_is_spread_over_each_list(tmp_path: Path) -> None:
     assert sorted(sample.measures["width"])[::10] == [*range(1, rows, 12_500)]
 
 
-def test_without_shards_and_lists_nothing_is_sampled(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_shards_and_lists_nothing_is_sampled(tmp_path, capsys):
     assert f"no shards at {tmp_path}/run/shards" in preview(capsys, tmp_path / "run")[-1]
     assert encode_latents.main(["--dry-run", "--set", f"source.url={tmp_path}/none"]) == 2
     assert "no shards at" in capsys.readouterr().err
 
 
-def test_sizes_are_read_without_weights() -> None:
+def test_sizes_are_read_without_weights():
     bundle = load("mini")
-    sizes = load_sizes("mini")
-    assert sizes == ModelDimensions(
+    assert load_sizes("mini") == ModelDimensions(
         side=bundle.image_size,
         cell=bundle.cell,
         granularity=bundle.granularity,
@@ -217,7 +204,7 @@ def test_sizes_are_read_without_weights() -> None:
     assert load_sizes("random:sd15") == ModelDimensions(side=512, cell=8, granularity=64, channels=4)
 
 
-def test_sizes_are_read_from_a_store(tmp_path: Path) -> None:
+def test_sizes_are_read_from_a_store(tmp_path):
     memory = fsspec.filesystem("memory")
     for name in ("unet/config.json", "vae/config.json"):
         memory.pipe_file(f"/run/model/{name}", (BUNDLED["mini"] / name).read_bytes())
@@ -226,7 +213,7 @@ def test_sizes_are_read_from_a_store(tmp_path: Path) -> None:
         load_sizes("memory://elsewhere")
 
 
-def test_unsupported_image_size_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsupported_image_size_is_refused(tmp_path, capsys):
     write_shards(tmp_path / "shards", shards=1, rows=10)
     options = ["--dry-run", "--out", str(tmp_path), "--set", "latents.images.size=30"]
     assert encode_latents.main(options) == 2

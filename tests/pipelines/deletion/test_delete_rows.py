@@ -7,7 +7,7 @@ from pathlib import Path
 
 import copy_inputs as copies
 import pytest
-from deletion_run import PAIRS, TABLES, Run, caption_of, id_of, keys_of, make_run, make_shards, url_of
+from deletion_run import PAIRS, TABLES, Run, caption_of, id_of, keys_of, make_shards, url_of
 from deltalake import DeltaTable
 from in_process import in_process
 from latent_inputs import verify
@@ -30,16 +30,6 @@ from pipelines.tables.units import finite_rows
 DELETED = [(0, 1), (0, 8), (0, 9), (1, 0)]
 """One of a unit's three rows, both of a final unit, one of another shard."""
 KEYS = keys_of(urls=[url_of(*row) for row in DELETED[:3]], ids=[id_of(*row) for row in DELETED])
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_teacher) -> Run:
-    return make_run(tmp_path_factory.mktemp("whole") / "run", teacher=tiny_teacher)
-
-
-@pytest.fixture
-def run(whole, tmp_path) -> Run:
-    return whole.copy(tmp_path / "run")
 
 
 def base_ids(run: Run, name: str) -> set[str]:
@@ -79,17 +69,17 @@ def make_all(run: Run, *, draws: int = 0) -> None:
     run.generate_pairs(draws=1 + draws)
 
 
-def test_planted_texts_can_be_found(whole):
-    assert "web-00000-000000-000004.parquet" in files_with_texts(whole)
+def test_planted_texts_can_be_found(whole_run):
+    assert "web-00000-000000-000004.parquet" in files_with_texts(whole_run)
 
 
-def test_deleted_rows_leave_and_others_stay(run, whole):
+def test_deleted_rows_leave_and_others_stay(run, whole_run):
     removals = delete(run)
     deleted = {id_of(*row) for row in DELETED}
     for name, draws in (("latents", 1), ("targets", 2), ("pairs", 1)):
-        rows = rows_of(whole, name).items()
+        rows = rows_of(whole_run, name).items()
         assert rows_of(run, name) == {id_: row for id_, row in rows if id_.partition("#")[0] not in deleted}
-        removal, before = removals[name], whole.table(name)
+        removal, before = removals[name], whole_run.table(name)
         assert (removal.before, removal.after) == (before.version, before.version + 1)
         assert removal.rows == len(DELETED) * draws
         assert [file.unit for file in run.table(name).units] == [file.unit for file in before.units]
@@ -144,10 +134,10 @@ def test_second_deletion_does_nothing(run):
     assert versions(run) == before
 
 
-def test_second_request_to_the_same_units(run, whole):
+def test_second_request_to_the_same_units(run, whole_run):
     delete(run, keys_of(ids=[id_of(0, 1)]))
     delete(run)
-    once = whole.copy(run.out.with_name("once"))
+    once = whole_run.copy(run.out.with_name("once"))
     delete(once)
     for name in TABLES:
         assert rows_of(run, name) == rows_of(once, name)
@@ -226,8 +216,8 @@ def kill_at(monkeypatch, module, function: str, *, after: int) -> None:
         *((commits, "_rewrite_rows", after) for after in (2, 4, 6)),
     ],
 )
-def test_killed_deletion_ends_like_an_unkilled_one(run, whole, monkeypatch, module, function, after):
-    once = whole.copy(run.out.with_name("once"))
+def test_killed_deletion_ends_like_an_unkilled_one(run, whole_run, monkeypatch, module, function, after):
+    once = whole_run.copy(run.out.with_name("once"))
     delete(once)
     run.list.add(KEYS)
     with monkeypatch.context() as patch:
@@ -275,12 +265,12 @@ def test_orphan_of_a_killed_job_loses_rows(tmp_path, tiny_teacher):
     assert run.encode().num_rows == 14
 
 
-def test_pinned_version_still_has_deleted_rows(run, whole):
+def test_pinned_version_still_has_deleted_rows(run, whole_run):
     before = versions(run)
     delete(run)
     for name, version in zip(TABLES, before, strict=True):
         pinned = open_table(str(run.out / name), version=version)
-        assert pinned.read().equals(whole.table(name).read())
+        assert pinned.read().equals(whole_run.table(name).read())
 
 
 def test_pairs_whose_caption_ids_are_urls(run):
