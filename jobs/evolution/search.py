@@ -359,5 +359,5 @@ def _clip_scores(scores: Scores, ids: Sequence[str]) -> np.ndarray:
 def _action_seconds(samples: Snapshot) -> float:
     """Mean seconds to generate and score one UNet's samples, over the whole UNet and each action."""
     records = samples.unit_records()
-    unets = {record["unit"].rpartition("-w")[0] for record in records}
-    return sum(record["seconds"] or 0.0 for record in records) / len(unets)
+    unets = {record.unit.rpartition("-w")[0] for record in records}
+    return sum(record.seconds or 0.0 for record in records) / len(unets)

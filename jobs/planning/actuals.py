@@ -65,8 +65,9 @@ def _actual(job: Job, stage: StageCost, *, steps: Mapping[str, float]) -> tuple[
         if (seconds := metrics.get("seconds")) is not None:
             return float(seconds), "training"
     if stage.verb in _TABLES and is_table(table := job.url(_TABLES[stage.verb])):
-        units = [record["seconds"] for record in open_table(table).unit_records()]
-        if units and None not in units:
+        records = open_table(table).unit_records()
+        units = [record.seconds for record in records if record.seconds is not None]
+        if records and len(units) == len(records):
             return sum(units), "work"
     return None, ""
 

@@ -66,7 +66,7 @@ def _data_job(url: str, *, workers: int) -> tuple[float, float]:
     began = time.monotonic()
     generate_pairs(settings, teacher=_MODEL, captions=captions, source=_SOURCE, url=url)
     seconds = time.monotonic() - began
-    work = [record["seconds"] for record in open_table(url).unit_records()]
+    work = [record.seconds or 0.0 for record in open_table(url).unit_records()]
     return seconds - sum(work) / workers, statistics.median(work) / alone
 
 

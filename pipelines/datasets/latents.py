@@ -154,7 +154,7 @@ def encode_latents(
 
 def file_hashes(latents: Snapshot) -> dict[str, str]:
     """The SHA-256 of each unit's file; one whose manifest is missing, because its job was killed, is read."""
-    hashes = {record["unit"]: record["sha256"] for record in latents.unit_records()}
+    hashes = {record.unit: record.sha256 for record in latents.unit_records()}
     return {file.unit: hashes.get(file.unit) or read_written_unit(file.path).sha256 for file in latents.units}
 
 

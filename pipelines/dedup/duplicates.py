@@ -115,7 +115,7 @@ def identity_of(
 
 def content_digest(table: Snapshot) -> str:
     """SHA-256 of a table's units and the hashes of their files, independent of its URL and later versions."""
-    return digest([[record["unit"], record["sha256"]] for record in table.unit_records()])
+    return digest([[record.unit, record.sha256] for record in table.unit_records()])
 
 
 def count_verdicts(table: Snapshot) -> dict[str, int]:

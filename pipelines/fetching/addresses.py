@@ -16,10 +16,7 @@ _UNICAST: Final = ipaddress.ip_network("2000::/3")
 # and its relays, which embed an IPv4 address that would go unchecked (RFC 3056, 3068), and documentation
 # (RFC 9637).
 _SPECIAL: Final = tuple(
-    map(
-        ipaddress.ip_network,
-        ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2002::/16", "3fff::/20"),
-    )
+    map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2002::/16", "3fff::/20"))
 )
 
 

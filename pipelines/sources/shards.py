@@ -66,12 +66,7 @@ class ShardRow:
 
 
 def write_shard(
-    folder: str,
-    rows: Iterable[ShardRow],
-    *,
-    index: int,
-    extension: str = "jpg",
-    rows_per_shard: int = 10_000,
+    folder: str, rows: Iterable[ShardRow], *, index: int, extension: str = "jpg", rows_per_shard: int = 10_000
 ) -> SourceFile:
     """Write one shard. An existing shard with the same bytes is left alone.
 

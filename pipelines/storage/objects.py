@@ -181,10 +181,7 @@ def put_file(file: Path, url: str) -> None:
 
 
 def _replace(
-    url: str,
-    *,
-    local: Callable[[Path], object],
-    remote: Callable[[fsspec.AbstractFileSystem, str], object],
+    url: str, *, local: Callable[[Path], object], remote: Callable[[fsspec.AbstractFileSystem, str], object]
 ) -> None:
     with _raising_storage_error(url):
         if not is_local(url):

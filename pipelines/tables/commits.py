@@ -10,8 +10,8 @@ import io
 import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -52,22 +52,17 @@ Origin = Mapping[str, Any]
 """Provenance of a unit: recipe, digest of its settings, and the parents with their versions; plain JSON."""
 
 
-def commit_units(
-    url: str, units: Sequence[WrittenUnit], *, origin: Origin | None = None
-) -> list[WrittenUnit]:
-    """Commit units: first their rejected rows, then their rows, then their manifests. Returns the new ones.
+def commit_units(url: str, units: Sequence[WrittenUnit], *, origin: Origin | None = None) -> None:
+    """Commit those of the units that are not committed: their rejected rows, then rows, then manifests.
 
     Only the second commit decides. Rejected rows come before it, so that a committed unit never lacks them;
     readers ignore those of a unit that is not committed. Manifests come after it, because whoever finds one
     takes the unit for done. If the process is killed in between, the next run adds what is missing
     (`restore_manifests`).
     """
-    if not units:
-        return []
     _commit_rejects(f"{url}.rejects", units)
-    committed = _commit_rows(url, units)
+    _commit_rows(url, units)
     _commit_manifests(f"{url}.units", units, origin)
-    return committed
 
 
 def commit_round(
@@ -117,7 +112,7 @@ def restore_manifests(table: Snapshot) -> Snapshot:
 
     They are missing where a process was killed after it had committed a unit or replaced its file.
     """
-    complete = {record["unit"] for record in table.unit_records()}
+    complete = {record.unit for record in table.unit_records()}
     missing = [file for file in table.units if file.unit not in complete]
     if not missing:
         return table
@@ -163,34 +158,27 @@ def _written_unit(path: str, data: bytes, manifest: UnitManifest, *, seconds: fl
 
 
 def _commit_rejects(location: str, units: Sequence[WrittenUnit]) -> None:
-    _append_once(location, [unit for unit in units if unit.manifest.rejections], _reject_rows, REJECTS)
+    rejecting = [unit for unit in units if unit.manifest.rejections]
+    _commit_new(location, rejecting, lambda new: pa.Table.from_pylist(_reject_rows(new), schema=REJECTS))
 
 
-def _commit_rows(location: str, units: Sequence[WrittenUnit]) -> list[WrittenUnit]:
-    def add(delta: DeltaTable, new: Sequence[WrittenUnit], properties: CommitProperties) -> None:
-        _commit_actions(delta, [_add_unit(unit) for unit in new], properties)
-
-    return _commit_new(location, units, add)
+def _commit_rows(location: str, units: Sequence[WrittenUnit]) -> None:
+    _commit_new(location, units, lambda new: [_add_unit(unit) for unit in new])
 
 
 def _commit_manifests(location: str, units: Sequence[WrittenUnit], origin: Origin | None) -> None:
     made_by = None if origin is None else json.dumps(origin, sort_keys=True)
 
-    def rows(new: Sequence[WrittenUnit]) -> _Rows:
-        return [{**_unit_row(unit), "seconds": unit.seconds, "made_by": made_by} for unit in new]
+    def table(new: Sequence[WrittenUnit]) -> pa.Table:
+        rows = [{**_unit_row(unit), "seconds": unit.seconds, "made_by": made_by} for unit in new]
+        return pa.Table.from_pylist(rows, schema=UNITS)
 
-    _append_once(location, units, rows, UNITS)
+    _commit_new(location, units, table)
 
 
 def _reject_rows(units: Sequence[WrittenUnit]) -> _Rows:
     return [
-        {
-            "unit": unit.manifest.unit,
-            "id": rejection.id,
-            "source": rejection.source,
-            "reason": rejection.reason,
-            "detail": rejection.detail,
-        }
+        {"unit": unit.manifest.unit, **asdict(rejection)}
         for unit in units
         for rejection in unit.manifest.rejections
     ]
@@ -218,8 +206,7 @@ def _rewrite_siblings(url: str, units: Sequence[WrittenUnit]) -> None:
     def rows(old_rows: _Rows) -> _Rows:
         # The seconds and the origin of a unit are in no data file, so they are taken over.
         old = {row["unit"]: row for row in old_rows}
-        empty = {"seconds": None, "made_by": None}
-        return [{**empty, **old.get(unit.manifest.unit, {}), **_unit_row(unit)} for unit in units]
+        return [{**old.get(unit.manifest.unit, {}), **_unit_row(unit)} for unit in units]
 
     _rewrite_rows(f"{url}.rejects", units, lambda _: _reject_rows(units), schema=REJECTS)
     _rewrite_rows(f"{url}.units", units, rows, schema=UNITS)
@@ -234,8 +221,7 @@ def _rewrite_rows(
     and one new file gets the new rows and all other rows of the removed files.
     """
     names = {unit.manifest.unit for unit in units}
-    for _ in range(_MAX_TRIES):
-        delta = open_delta(location)
+    for delta in _snapshots(location):
         contents = {
             name: pq.read_table(pa.BufferReader(read_bytes(f"{location}/{name}"))).to_pylist()
             for name in live_names(delta)
@@ -245,7 +231,7 @@ def _rewrite_rows(
         }
         affected_rows = list(itertools.chain.from_iterable(affected.values()))
         old_rows = [row for row in affected_rows if row["unit"] in names]
-        new_rows = rows(old_rows)
+        new_rows = pa.Table.from_pylist(rows(old_rows), schema=schema).to_pylist()
         # Another process, or an earlier run that was killed later on, has done it already.
         if _canonical(old_rows) == _canonical(new_rows):
             return
@@ -257,7 +243,6 @@ def _rewrite_rows(
         # Appends by others between this snapshot and the commit are no conflict: they stay.
         if _try_commit(delta, actions, _next_transactions(delta, units)):
             return
-    raise _too_many_conflicts(location)
 
 
 def _canonical(rows: _Rows) -> list[str]:
@@ -275,77 +260,64 @@ def _write_sibling_file(location: str, rows: pa.Table) -> AddAction:
     return _add(name, size=len(data), rows=rows.num_rows)
 
 
-def _append_once(
+def _commit_new(
     location: str,
     units: Sequence[WrittenUnit],
-    rows: Callable[[Sequence[WrittenUnit]], _Rows],
-    schema: pa.Schema,
+    data: Callable[[Sequence[WrittenUnit]], list[Action] | pa.Table],
 ) -> None:
-    def append(delta: DeltaTable, new: Sequence[WrittenUnit], properties: CommitProperties) -> None:
-        table = pa.Table.from_pylist(rows(new), schema=schema)
-        write_deltalake(delta, table, mode="append", commit_properties=properties)
-
-    if units:
-        _commit_new(location, units, append)
-
-
-_Append = Callable[[DeltaTable, Sequence[WrittenUnit], CommitProperties], None]
-
-
-def _commit_new(location: str, units: Sequence[WrittenUnit], append: _Append) -> list[WrittenUnit]:
-    """Append the units that are not committed yet; returns them.
+    """Append `data(new)` of the units that are not committed yet.
 
     Each unit is a Delta transaction of its own name. They are looked up in the very snapshot that the commit
     is made on: if another writer has committed one of them since, the log refuses the commit as a conflict,
     and the lookup is repeated on a new snapshot. So no unit is ever committed twice.
     """
-    for _ in range(_MAX_TRIES):
-        delta = open_delta(location)
+    for delta in _snapshots(location) if units else ():
         new = [unit for unit in units if delta.transaction_version(_app_id(unit)) is None]
-        if not new:
-            return []
-        properties = CommitProperties(app_transactions=[Transaction(_app_id(unit), 1) for unit in new])
-        try:
-            append(delta, new, properties)
-        except (DeltaError, OSError) as error:
-            _raise_unless_retryable(error)
-            continue
-        return new
-    raise _too_many_conflicts(location)
+        transactions = [Transaction(_app_id(unit), 1) for unit in new]
+        if not new or _try_commit(delta, data(new), transactions):
+            return
 
 
-def _try_commit(delta: DeltaTable, actions: Sequence[Action], transactions: list[Transaction]) -> bool:
-    """Commit on this snapshot; False if that was refused, or the store failed."""
-    try:
-        _commit_actions(delta, actions, CommitProperties(app_transactions=transactions))
-    except (DeltaError, OSError) as error:
-        _raise_unless_retryable(error)
-        return False
-    return True
+def _snapshots(location: str) -> Iterator[DeltaTable]:
+    """The newest version of a table, opened again after each failed commit.
 
-
-def _commit_actions(delta: DeltaTable, actions: Sequence[Action], properties: CommitProperties) -> None:
-    delta.create_write_transaction(
-        list(actions),
-        mode="append",
-        schema=delta.schema(),
-        commit_properties=properties,
-        # The log is the record of what is committed: no commit may clean it up.
-        post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
+    Raises:
+        TableError: after too many of them.
+    """
+    for _ in range(_MAX_TRIES):
+        yield open_delta(location)
+    raise TableError(
+        f"{location}: {_MAX_TRIES} commits in a row failed, by other writers or the store; run again"
     )
 
 
-def _raise_unless_retryable(error: DeltaError | OSError) -> None:
-    """Return if the commit was refused as a conflict, or the store failed; else raise `error`.
+def _try_commit(delta: DeltaTable, data: list[Action] | pa.Table, transactions: list[Transaction]) -> bool:
+    """Commit files or rows on this snapshot; False if that was refused as a conflict, or the store failed.
 
     A commit whose response was lost may have succeeded. It is safe to repeat all the same: the next snapshot
     shows its transactions.
     """
-    if isinstance(error, CommitFailedError):
-        return
-    if not is_transient(error):
-        raise error
-    sleep_with_jitter(_RETRY_SECONDS)
+    properties = CommitProperties(app_transactions=transactions)
+    try:
+        if isinstance(data, pa.Table):
+            write_deltalake(delta, data, mode="append", commit_properties=properties)
+        else:
+            delta.create_write_transaction(
+                data,
+                mode="append",
+                schema=delta.schema(),
+                commit_properties=properties,
+                # The log is the record of what is committed: no commit may clean it up.
+                post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
+            )
+    except CommitFailedError:
+        return False
+    except (DeltaError, OSError) as error:
+        if not is_transient(error):
+            raise
+        sleep_with_jitter(_RETRY_SECONDS)
+        return False
+    return True
 
 
 def _next_transactions(delta: DeltaTable, units: Sequence[WrittenUnit]) -> list[Transaction]:
@@ -355,12 +327,6 @@ def _next_transactions(delta: DeltaTable, units: Sequence[WrittenUnit]) -> list[
     """
     versions = {_app_id(unit): delta.transaction_version(_app_id(unit)) or 0 for unit in units}
     return [Transaction(name, version + 1) for name, version in versions.items()]
-
-
-def _too_many_conflicts(location: str) -> TableError:
-    return TableError(
-        f"{location}: {_MAX_TRIES} commits in a row failed, by other writers or the store; run again"
-    )
 
 
 def _app_id(unit: WrittenUnit) -> str:

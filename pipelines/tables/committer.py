@@ -29,7 +29,8 @@ class CommitProgress:
         rejected: rows rejected.
         units: units that have arrived.
         first_rows: rows read of the first unit.
-        steady_seconds: seconds since the first unit arrived.
+        first_time: time by `time.monotonic` at which the first unit arrived.
+        steady_seconds: seconds from then to the last unit.
         reasons: rejected rows by reason.
     """
 
@@ -38,6 +39,7 @@ class CommitProgress:
     rejected: int = 0
     units: int = 0
     first_rows: int = 0
+    first_time: float = 0.0
     steady_seconds: float = 0.0
     reasons: Mapping[str, int] = field(default_factory=dict)
 
@@ -50,6 +52,23 @@ class CommitProgress:
     def seconds_left(self) -> float | None:
         """The time left at the present rate; None if the rate or the total is unknown."""
         return None if self.total is None or not self.rate else max(self.total - self.rows, 0) / self.rate
+
+    def advanced(
+        self, *, rows: int, rejected: int, reasons: Mapping[str, int] | None = None
+    ) -> CommitProgress:
+        """The progress after one more unit, which has arrived now."""
+        now = time.monotonic()
+        first_rows, first_time = (self.first_rows, self.first_time) if self.units else (rows, now)
+        return replace(
+            self,
+            rows=self.rows + rows,
+            rejected=self.rejected + rejected,
+            units=self.units + 1,
+            first_rows=first_rows,
+            first_time=first_time,
+            steady_seconds=now - first_time,
+            reasons=Counter(self.reasons) + Counter(reasons),
+        )
 
 
 OnProgress = Callable[[CommitProgress], None]
@@ -118,13 +137,15 @@ def commit_stream(
     """
     progress = CommitProgress(total=total)
     pending: list[WrittenUnit] = []
-    started = first = committed = time.monotonic()
+    started = committed = time.monotonic()
     for unit in finished:
         now = time.monotonic()
-        first = first if progress.units else now
         # Grouped, since each commit is three log entries, and a reader replays the log to open the table.
         pending.append(unit)
-        progress = _advance(progress, unit, steady_seconds=now - first)
+        manifest = unit.manifest
+        progress = progress.advanced(
+            rows=manifest.rows_read, rejected=len(manifest.rejections), reasons=manifest.rejected()
+        )
         if now - committed >= bounds.commit_seconds:
             commit_units(table.url, pending, origin=origin)
             pending, committed = [], now
@@ -142,19 +163,6 @@ def commit_stream(
             break
     commit_units(table.url, pending, origin=origin)
     return open_table(table.url) if progress.units else table
-
-
-def _advance(progress: CommitProgress, unit: WrittenUnit, *, steady_seconds: float) -> CommitProgress:
-    rows = unit.manifest.rows_read
-    return replace(
-        progress,
-        rows=progress.rows + rows,
-        rejected=progress.rejected + len(unit.manifest.rejections),
-        units=progress.units + 1,
-        first_rows=progress.first_rows if progress.units else rows,
-        steady_seconds=steady_seconds,
-        reasons=Counter(progress.reasons) + Counter(unit.manifest.rejected()),
-    )
 
 
 def _exceeds_rejected(progress: CommitProgress, bounds: Bounds) -> bool:

@@ -110,16 +110,16 @@ class DeletionKeys:
         self, *, ids: Iterable[str] = (), urls: Iterable[str] = (), hashes: Iterable[object] = ()
     ) -> set[Entry]:
         """The entries that have one of these ids or URLs, or of these hashes as metadata spell them."""
-        found: set[Entry] = set()
+        given: dict[EntryKind, tuple[frozenset[bytes], Iterable[str]]] = {
+            "id": (self.ids, ids),
+            "url": (self.urls, map(normalize_url, urls)),
+            "hash": (self.hashes, filter(None, (normalize_hash(str(value)) for value in hashes))),
+        }
         # Most lists hold one kind, and normalizing costs more than hashing: empty kinds are skipped.
-        if self.ids:
-            found |= {("id", key) for key in map(sha256_key, ids) if key in self.ids}
-        if self.urls:
-            found |= {("url", key) for key in map(sha256_key, map(normalize_url, urls)) if key in self.urls}
-        if self.hashes:
-            normal = (normalize_hash(str(value)) for value in hashes)
-            found |= {("hash", key) for key in map(sha256_key, filter(None, normal)) if key in self.hashes}
-        return found
+        present = {
+            kind: keys.intersection(map(sha256_key, texts)) for kind, (keys, texts) in given.items() if keys
+        }
+        return {(kind, key) for kind, keys in present.items() for key in keys}
 
     def has_id(self, id_: str) -> bool:
         """Whether a row's id is on the list, also as a URL: some caption lists have URLs for ids."""
@@ -226,11 +226,10 @@ def _serialize(request: DeletionKeys) -> bytes:
 
 
 def _parse(data: bytes) -> DeletionKeys:
-    rows = pq.read_table(pa.BufferReader(data)).to_pydict()
-    keys: dict[str, set[bytes]] = {kind: set() for kind in ENTRY_KINDS}
-    for kind, sha256 in zip(rows["kind"], rows["sha256"], strict=True):
-        keys[kind].add(bytes.fromhex(sha256))
-    urls, hashes, ids = (frozenset(keys[kind]) for kind in ENTRY_KINDS)
+    rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+    urls, hashes, ids = (
+        frozenset(bytes.fromhex(row["sha256"]) for row in rows if row["kind"] == kind) for kind in ENTRY_KINDS
+    )
     return DeletionKeys(urls=urls, hashes=hashes, ids=ids)
 
 

@@ -11,7 +11,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import pyarrow as pa
@@ -25,16 +25,34 @@ _COMPRESSION = {"caption": "zstd", "token_ids": "zstd"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitManifest:
-    """One unit of work. Rows read = rows written + rows rejected, always.
+class SourceRange:
+    """The ordinals of a source that a unit covers.
 
     Attributes:
-        unit: its name, unique in the table and the stem of its file.
         source: URL or name of the shard or caption list.
         start: first ordinal in the source.
         stop: ordinal after the last.
         final: whether the source ends at `stop`.
         source_digest: SHA-256 of the rows read, or of the shard's name and size.
+    """
+
+    source: str
+    start: int
+    stop: int
+    final: bool
+    source_digest: str
+
+    def range_values(self) -> dict[str, Any]:
+        """The values of the range alone, by field."""
+        return {each.name: getattr(self, each.name) for each in fields(SourceRange)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitManifest(SourceRange):
+    """One unit of work. Rows read = rows written + rows rejected, always.
+
+    Attributes:
+        unit: its name, unique in the table and the stem of its file.
         settings: digest of the table's identity: everything that determines the rows.
         environment: device class, dtype and threads; within one environment the rows are bit-identical.
         rows_read: rows of the source in [start, stop).
@@ -43,16 +61,11 @@ class UnitManifest:
     """
 
     unit: str
-    source: str
-    start: int
-    stop: int
-    final: bool
-    source_digest: str
     settings: str
     environment: dict[str, Any]
     rows_read: int
     rows_written: int
-    rejections: tuple[Rejection, ...] = field(default=())
+    rejections: tuple[Rejection, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rows_read != self.rows_written + len(self.rejections):
@@ -87,6 +100,22 @@ class UnitManifest:
         values = json.loads(text)
         rejections = tuple(Rejection(**rejection) for rejection in values.pop("rejections"))
         return cls(**values, rejections=rejections)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitRecord:
+    """One row of the table of units; see `pipelines.tables.schemas.UNITS`."""
+
+    unit: str
+    source: str
+    account: str
+    rows_read: int
+    rows_written: int
+    rows_rejected: int
+    bytes: int
+    sha256: str
+    seconds: float | None
+    made_by: str | None
 
 
 def to_parquet(rows: pa.Table, manifest: UnitManifest) -> bytes:

@@ -20,18 +20,20 @@ SCHEMA_VERSION = 1
 SIDE_COLUMNS = ("height", "width")
 """Columns of tables in buckets, whose rows differ in shape: the sides of the row's image, int32 pixels."""
 
-REJECTS = pa.schema([(name, pa.string()) for name in ("unit", "id", "source", "reason", "detail")])
+_PNG = pa.field("image", pa.binary(), metadata={"format": "png"})
+
+
+def _columns(kind: pa.DataType, *names: str) -> list[pa.Field]:
+    return [pa.field(name, kind) for name in names]
+
+
+REJECTS = pa.schema(_columns(pa.string(), "unit", "id", "source", "reason", "detail"))
 """Rejected rows; they count if `unit` is committed in the main table."""
 
 UNITS = pa.schema(
     [
-        ("unit", pa.string()),
-        ("source", pa.string()),
-        ("account", pa.string()),
-        ("rows_read", pa.int64()),
-        ("rows_written", pa.int64()),
-        ("rows_rejected", pa.int64()),
-        ("bytes", pa.int64()),
+        *_columns(pa.string(), "unit", "source", "account"),
+        *_columns(pa.int64(), "rows_read", "rows_written", "rows_rejected", "bytes"),
         ("sha256", pa.string()),
         ("seconds", pa.float64()),
         ("made_by", pa.string()),
@@ -43,10 +45,8 @@ UNITS = pa.schema(
 
 FINGERPRINTS = pa.schema(
     [
-        ("id", pa.string()),
-        ("source_id", pa.string()),
-        ("url_key", pa.int64()),
-        ("caption_key", pa.int64()),
+        *_columns(pa.string(), "id", "source_id"),
+        *_columns(pa.int64(), "url_key", "caption_key"),
         ("image_sha256", pa.string()),
         ("phash", pa.int64()),
     ]
@@ -55,7 +55,7 @@ FINGERPRINTS = pa.schema(
 
 A key is null if the row lacks its input: no known URL, no letter in its caption, no caption."""
 
-DUPLICATES = pa.schema([("id", pa.string()), ("verdict", pa.string()), ("of", pa.string())])
+DUPLICATES = pa.schema(_columns(pa.string(), "id", "verdict", "of"))
 """One row a row of FINGERPRINTS: the reason to reject it, and the id of the earliest row that it copies.
 
 Both are null for a row that copies none."""
@@ -126,12 +126,12 @@ def array_type(field: pa.Field) -> ArrayType:
     Raises:
         ValueError: if there is none.
     """
-    metadata = field.metadata or {}
-    if b"shape" not in metadata or b"dtype" not in metadata:
+    metadata = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
+    if not {"shape", "dtype"} <= metadata.keys():
         raise ValueError(f"column {field.name!r} has no shape and dtype in its metadata")
-    shape = tuple(None if side == "*" else int(side) for side in metadata[b"shape"].decode().split(","))
-    cell = int(metadata[b"cell"]) if b"cell" in metadata else None
-    return ArrayType(shape=shape, dtype=metadata[b"dtype"].decode(), cell=cell)
+    shape = tuple(None if side == "*" else int(side) for side in metadata["shape"].split(","))
+    cell = int(metadata["cell"]) if "cell" in metadata else None
+    return ArrayType(shape=shape, dtype=metadata["dtype"], cell=cell)
 
 
 def read_array(rows: pa.Table, name: str) -> np.ndarray:
@@ -161,8 +161,12 @@ def _latent(latent_shape: Sequence[int], *, dtype: str, cell: int | None) -> Arr
     return ArrayType(shape=(*latent_shape[:-2], None, None), dtype=dtype, cell=cell)
 
 
-def _sides(cell: int | None) -> list[tuple[str, pa.DataType]]:
-    return [] if cell is None else [(side, pa.int32()) for side in SIDE_COLUMNS]
+def _sides(cell: int | None) -> list[pa.Field]:
+    return [] if cell is None else _columns(pa.int32(), *SIDE_COLUMNS)
+
+
+def _token_ids(num_tokens: int) -> pa.Field:
+    return ArrayType(shape=(num_tokens,), dtype="<i4").field("token_ids")
 
 
 def latents_schema(*, latent_shape: Sequence[int], num_tokens: int, cell: int | None = None) -> pa.Schema:
@@ -172,10 +176,8 @@ def latents_schema(*, latent_shape: Sequence[int], num_tokens: int, cell: int | 
     """
     return pa.schema(
         [
-            ("id", pa.string()),
-            ("source_id", pa.string()),
-            ("caption", pa.string()),
-            ArrayType(shape=(num_tokens,), dtype="<i4").field("token_ids"),
+            *_columns(pa.string(), "id", "source_id", "caption"),
+            _token_ids(num_tokens),
             _latent(latent_shape, dtype="<f2", cell=cell).field("latent"),
             *_sides(cell),
         ]
@@ -186,14 +188,12 @@ def pairs_schema(*, latent_shape: Sequence[int], num_tokens: int) -> pa.Schema:
     """PAIRS: one row a (caption, draw); `image` is the teacher's decode as PNG, null if not stored."""
     return pa.schema(
         [
-            ("id", pa.string()),
-            ("source_id", pa.string()),
-            ("caption", pa.string()),
-            ArrayType(shape=(num_tokens,), dtype="<i4").field("token_ids"),
+            *_columns(pa.string(), "id", "source_id", "caption"),
+            _token_ids(num_tokens),
             ("noise_key", pa.int64()),
             ("draw", pa.int32()),
-            ArrayType(shape=tuple(latent_shape), dtype="<f2").field("latent"),
-            pa.field("image", pa.binary(), metadata={"format": "png"}),
+            _latent(latent_shape, dtype="<f2", cell=None).field("latent"),
+            _PNG,
         ]
     )
 
@@ -212,16 +212,12 @@ def targets_schema(
     x_type = {"float16": "<f2", "float32": "<f4"}[x_dtype]
     return pa.schema(
         [
-            ("id", pa.string()),
-            ("source_id", pa.string()),
+            *_columns(pa.string(), "id", "source_id"),
             ("draw", pa.int32()),
-            ArrayType(shape=(num_tokens,), dtype="<i4").field("token_ids"),
+            _token_ids(num_tokens),
             _latent(latent_shape, dtype="<f2", cell=cell).field("latent"),
             ("noise_key", pa.int64()),
-            ("interval", pa.int32()),
-            ("t", pa.int32()),
-            ("t2", pa.int32()),
-            ("k", pa.int32()),
+            *_columns(pa.int32(), "interval", "t", "t2", "k"),
             ("w", pa.float32()),
             _latent(latent_shape, dtype=x_type, cell=cell).field("x_target"),
             *_sides(cell),
@@ -239,15 +235,13 @@ def samples_schema(*, features: int, attributes: int) -> pa.Schema:
     """
     return pa.schema(
         [
-            ("id", pa.string()),
-            ("source_id", pa.string()),
-            ("caption", pa.string()),
+            *_columns(pa.string(), "id", "source_id", "caption"),
             ("w", pa.float32()),
             ("noise_key", pa.int64()),
             ArrayType(shape=(features,), dtype="<f4").field("features"),
             ("clip", pa.float32()),
             *([ArrayType(shape=(attributes,), dtype="|u1").field("right")] if attributes else []),
-            pa.field("image", pa.binary(), metadata={"format": "png"}),
+            _PNG,
         ]
     )
 

@@ -22,7 +22,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from pipelines.storage.objects import absolute_url, read_bytes
 from pipelines.storage.retry import with_retries
-from pipelines.tables.manifest import UnitManifest
+from pipelines.tables.manifest import UnitManifest, UnitRecord
 from pipelines.tables.schemas import REJECTS, SCHEMA_VERSION, UNITS
 from snapfusion.settings import differences, digest
 
@@ -154,9 +154,9 @@ class Snapshot:
         rows = self._unit_rows(["unit", "account"])
         return {row["unit"]: UnitManifest.from_json(row["account"]) for row in rows}
 
-    def unit_records(self) -> list[dict[str, Any]]:
+    def unit_records(self) -> list[UnitRecord]:
         """The rows of the table of units (`schemas.UNITS`) whose unit is committed, ordered by unit."""
-        return sorted(self._unit_rows(), key=lambda row: row["unit"])
+        return sorted((UnitRecord(**row) for row in self._unit_rows()), key=lambda record: record.unit)
 
     def rejected_rows(self) -> list[dict[str, Any]]:
         """The rejected rows (`schemas.REJECTS`) of committed units, ordered by unit and id."""
@@ -186,8 +186,7 @@ class Snapshot:
 
 def is_table(url: str) -> bool:
     """Whether there is a Delta table, of this project or another."""
-    location = absolute_url(url)
-    return with_retries(location, lambda: bool(DeltaTable.is_deltatable(location)))
+    return with_retries(url, lambda: bool(DeltaTable.is_deltatable(url)))
 
 
 def open_delta(location: str, *, version: int | None = None) -> DeltaTable:

@@ -15,22 +15,17 @@ import numpy as np
 
 from pipelines.rejections import Rejected, Rejection
 from pipelines.sources.captions import Caption
-from pipelines.tables.manifest import UnitManifest
+from pipelines.tables.manifest import SourceRange, UnitManifest
 
 MAX_UNIT_BYTES = 128 * 2**20
 """Upper bound of a unit's pixels: Ray slices blocks that are larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
-    """Ordinals [start, stop) of `source`; `final` if the source ends there. Fields as in `UnitManifest`."""
+class Unit(SourceRange):
+    """A range of a source and its name, the `unit` of its `UnitManifest`."""
 
     name: str
-    source: str
-    start: int
-    stop: int
-    final: bool
-    source_digest: str
 
     @property
     def rows_read(self) -> int:
@@ -40,14 +35,7 @@ class Unit:
     @classmethod
     def of(cls, manifest: UnitManifest) -> Unit:
         """The unit that a committed manifest describes."""
-        return cls(
-            name=manifest.unit,
-            source=manifest.source,
-            start=manifest.start,
-            stop=manifest.stop,
-            final=manifest.final,
-            source_digest=manifest.source_digest,
-        )
+        return cls(name=manifest.unit, **manifest.range_values())
 
     def manifest(
         self,
@@ -60,12 +48,8 @@ class Unit:
     ) -> UnitManifest:
         """The manifest of the unit once its rows are made; see `UnitManifest`."""
         return UnitManifest(
+            **self.range_values(),
             unit=self.name,
-            source=self.source,
-            start=self.start,
-            stop=self.stop,
-            final=self.final,
-            source_digest=self.source_digest,
             settings=settings,
             environment=environment,
             rows_read=rows_read,
@@ -86,12 +70,7 @@ class UnitRows(ABC):
         """The id in the table and the ordinal of each row."""
 
     def finish(
-        self,
-        columns: Mapping[str, Any],
-        *,
-        finite: list[bool],
-        environment: dict[str, Any],
-        seconds: float,
+        self, columns: Mapping[str, Any], *, finite: list[bool], environment: dict[str, Any], seconds: float
     ) -> FinishedRows:
         """The rows whose numbers are finite; each other row is rejected as `not_finite`.
 

@@ -83,7 +83,7 @@ class _Verifier:
     def __init__(self, table: Snapshot, recompute: Recompute) -> None:
         self.recompute = recompute
         self.identity = digest(table.identity)
-        self.records = {record["unit"]: record for record in table.unit_records()}
+        self.records = {record.unit: record for record in table.unit_records()}
         self.rejected = Counter((row["unit"], row["id"]) for row in table.rejected_rows())
         self.ids: list[np.ndarray] = []
         self.faults: list[str] = []
@@ -132,9 +132,9 @@ class _Verifier:
         if record is None:
             yield f"unit {file.unit} has no row in the units table; the next job on the table restores it"
             return
-        if len(data) != file.size or hashlib.sha256(data).hexdigest() != record["sha256"]:
+        if len(data) != file.size or hashlib.sha256(data).hexdigest() != record.sha256:
             yield f"{file.path} is not the file that was committed: its size or SHA-256 differs"
-        if record["account"] != manifest.to_json():
+        if record.account != manifest.to_json():
             yield f"unit {file.unit}: its manifest in the units table differs from that of its file"
         expected = Counter((file.unit, rejection.id) for rejection in manifest.rejections)
         if expected != Counter({key: n for key, n in self.rejected.items() if key[0] == file.unit}):

@@ -47,7 +47,7 @@ def test_every_latent_has_its_targets(made):
 def test_units_state_the_version_of_latents(made):
     latents = open_table(f"{made}/latents")
     for record in open_table(f"{made}/targets").unit_records():
-        assert f'"version": {latents.version}' in record["made_by"]
+        assert f'"version": {latents.version}' in record.made_by
 
 
 def test_the_table_is_verified_from_its_latents(made, tiny_teacher, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,8 +157,9 @@ def test_forged_row_is_found_by_recomputing(copy, tiny_teacher, monkeypatch):
     forge(path, column="latent")
     # The forger has also put the new hash into the units table: only recomputing finds the rows.
     forged = read_written_unit(str(path))
-    records = {record["unit"]: record for record in open_table(str(copy)).unit_records()}
-    records[forged.manifest.unit]["sha256"] = forged.sha256
+    records = {record.unit: record for record in open_table(str(copy)).unit_records()}
+    name = forged.manifest.unit
+    records[name] = replace(records[name], sha256=forged.sha256)
     monkeypatch.setattr(Snapshot, "unit_records", lambda _: list(records.values()))
     assert verified(copy, tiny_teacher, units=0).faults == ()
     faults = verified(copy, tiny_teacher).faults

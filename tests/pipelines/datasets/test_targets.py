@@ -259,7 +259,7 @@ def test_changed_latents_file_is_refused(targets, latents):
     unit = next(iter(latents.manifests()))
     changed = SimpleNamespace(
         units=[file for file in latents.units if file.unit == unit],
-        unit_records=lambda: [{"unit": unit, "sha256": "0" * 64}],
+        unit_records=lambda: [SimpleNamespace(unit=unit, sha256="0" * 64)],
     )
     with pytest.raises(TableError, match="was made from another file than"):
         list(pending_units(SETTINGS, targets.manifests().values(), latents=changed))

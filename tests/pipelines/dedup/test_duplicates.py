@@ -199,7 +199,8 @@ def test_rounds_are_committed_in_order(folder):
     table = find(folder)
     assert not commit_round(table.url, [], number=1)
     assert not commit_round(table.url, [], number=3)
-    assert commit_units(table.url, []) == []
+    commit_units(table.url, [])
+    assert open_table(table.url).version == table.version
 
 
 # ---- other tables, and other settings

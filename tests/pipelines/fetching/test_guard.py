@@ -254,8 +254,7 @@ def test_the_checked_address_is_the_one_connected_to(web):
 
 
 @pytest.mark.parametrize(
-    ("errno", "expected"),
-    [(socket.EAI_NONAME, "no_such_host"), (socket.EAI_AGAIN, "name_server_failed")],
+    ("errno", "expected"), [(socket.EAI_NONAME, "no_such_host"), (socket.EAI_AGAIN, "name_server_failed")]
 )
 def test_missing_names_differ_from_failing_name_servers(errno, expected):
     def resolve(*_, **__):

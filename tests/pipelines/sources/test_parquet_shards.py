@@ -10,15 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from layout_fixtures import LIST_LAYOUTS
-from shard_files import (
-    assert_ranges_agree,
-    encoded,
-    failed,
-    outcomes,
-    read,
-    shard_rows,
-    write_parquet_shard,
-)
+from shard_files import assert_ranges_agree, encoded, failed, outcomes, read, shard_rows, write_parquet_shard
 
 from pipelines.rejections import Rejection
 from pipelines.sources import SourceError

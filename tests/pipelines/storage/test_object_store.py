@@ -184,10 +184,7 @@ def test_missing_credentials_are_a_store_failure(
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        (
-            "gs://bucket/run",
-            "gs://bucket/run: no client for gs:// is installed; pip install gcsfs, on every",
-        ),
+        ("gs://bucket/run", "gs://bucket/run: no client for gs:// is installed; pip install gcsfs, on every"),
         (
             "abfs://c@account.dfs.core.windows.net/run",
             "no client for abfs:// is installed; pip install adlfs",

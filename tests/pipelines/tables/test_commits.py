@@ -86,8 +86,8 @@ def test_second_run_opens_two_delta_tables(unkilled, monkeypatch):
 def test_rows_read_are_written_or_rejected(unkilled):
     table = open_table(unkilled)
     records = table.unit_records()
-    assert sum(record["rows_read"] for record in records) == TOTAL
-    assert all(record["rows_read"] == record["rows_written"] + record["rows_rejected"] for record in records)
+    assert sum(record.rows_read for record in records) == TOTAL
+    assert all(record.rows_read == record.rows_written + record.rows_rejected for record in records)
     assert table.num_rows + len(table.rejected_rows()) == TOTAL
 
 
@@ -125,14 +125,14 @@ def test_lost_manifests_are_restored_from_data_files(table, writer, monkeypatch)
     assert lost.unit_records() == []
     restored = restore_manifests(lost)
     [record] = restored.unit_records()
-    assert (record["rows_rejected"], record["made_by"]) == (1, None)
+    assert (record.rows_rejected, record.made_by) == (1, None)
     assert restore_manifests(restored) is restored
 
 
 def test_origin_is_kept_with_the_manifest(table, writer):
     origin = {"recipe": "mini", "parents": {"latents": {"version": 3}}}
     commit_units(table.url, [writer(finished(0, 4))], origin=origin)
-    assert json.loads(open_table(table.url).unit_records()[0]["made_by"]) == origin
+    assert json.loads(open_table(table.url).unit_records()[0].made_by) == origin
 
 
 def test_existing_file_is_not_rewritten(table, writer):

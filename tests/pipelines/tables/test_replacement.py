@@ -65,15 +65,15 @@ def test_one_commit_replaces_files_for_all_readers(table):
 
 
 def test_siblings_follow_the_new_files(table):
-    seconds = {record["unit"]: record["seconds"] for record in table.unit_records()}
+    seconds = {record.unit: record.seconds for record in table.unit_records()}
     old, new = without_first_row(table.units[0])
     replace_units(table.url, [(old, new)])
     after = newest(table)
     assert after.manifests()[old.unit] == new.manifest
     assert rejected_ids(table, old.unit) == ["gone", "s/0"]
-    records = {record["unit"]: record for record in after.unit_records()}
-    assert {unit: record["seconds"] for unit, record in records.items()} == seconds
-    assert records[old.unit]["sha256"] == new.sha256
+    records = {record.unit: record for record in after.unit_records()}
+    assert {unit: record.seconds for unit, record in records.items()} == seconds
+    assert records[old.unit].sha256 == new.sha256
     assert recover(after) is after
 
 
