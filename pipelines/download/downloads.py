@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import io
 import json
-import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -30,7 +28,7 @@ from pipelines.download.receipts import (
 )
 from pipelines.download.repeated_urls import find_repeated_urls
 from pipelines.download.settings import DownloadSettings
-from pipelines.download.stage import DownloadShard, DownloadTask, RetryTask, ShardTask
+from pipelines.download.stage import DownloadShard, ShardTask, shard_name
 from pipelines.fetching.causes import TRANSIENT
 from pipelines.ray_data.execution import PipelineStage, Runner, run_on_ray
 from pipelines.sources import SourceError
@@ -38,7 +36,7 @@ from pipelines.sources.links import LinkList, list_links, read_header
 from pipelines.sources.listing import list_files
 from pipelines.sources.parquet import RowBatch, open_parquet
 from pipelines.sources.settings import LinkSettings
-from pipelines.stages.row_filter import LinkFilter
+from pipelines.stages.row_filter import LinkFilter, describe_filters
 from pipelines.stages.settings import Selection
 from pipelines.storage.objects import absolute_url, exists, read_bytes, replace_object, write_once
 from pipelines.tables.committer import CommitProgress, OnProgress
@@ -81,13 +79,13 @@ class ShardRanges:
         """Rows of all lists."""
         return sum(self.rows)
 
-    def tasks(self, repeated: Mapping[int, tuple[int, ...]]) -> Iterator[DownloadTask]:
+    def tasks(self, repeated: Mapping[int, tuple[int, ...]]) -> Iterator[ShardTask]:
         """The ranges, numbered over all lists; `repeated` are the ordinals of repeated rows by number."""
         number = 0
         for links, rows in zip(self.lists, self.rows, strict=True):
             for start in range(0, rows, self.rows_per_shard):
                 stop = min(start + self.rows_per_shard, rows)
-                yield DownloadTask(
+                yield ShardTask(
                     number=number, links=links, start=start, stop=stop, repeated=repeated.get(number, ())
                 )
                 number += 1
@@ -117,7 +115,6 @@ def download_identity(
 ) -> dict[str, Any]:
     """Everything that determines which rows become which shard, apart from the servers' responses."""
     fetching = settings.fetching.to_values()
-    described = {name: value for row_filter in filters for name, value in row_filter.describe().items()}
     lists = zip(ranges.lists, ranges.rows, strict=True)
     return {
         "lists": {links.name: {"size": links.size, "rows": rows} for links, rows in lists},
@@ -125,7 +122,7 @@ def download_identity(
         "columns": settings.columns.to_values(),
         "selection": selection.to_values(),
         **{name: fetching[name] for name in _IN_IDENTITY},
-        **described,
+        **describe_filters(filters),
     }
 
 
@@ -192,10 +189,11 @@ def download_shards(
     receipts = read_receipts(url)
     for receipt in receipts.values():
         finish_publishing(receipt, url=url)
-    stage = _stage(settings, selection=selection, url=url, filters=filters)
+    arguments = {"url": url, "settings": settings, "selection": selection, "filters": tuple(filters)}
+    stage = PipelineStage(build=DownloadShard, arguments=arguments, pool=settings.pool)
 
     def download(tasks: Sequence[ShardTask]) -> Iterator[ShardReceipt]:
-        total = sum(_num_rows(task, receipts) for task in tasks)
+        total = sum(task.stop - task.start for task in tasks)
         return _collect(run(tasks, [stage]), receipts, total=total, on_progress=on_progress)
 
     repeated = _repeated_rows(url, ranges, settings.columns)
@@ -205,7 +203,7 @@ def download_shards(
         _check_failures(new, settings, url=url)
     for retry in range(1, settings.retry_rounds + 1):
         retries = [
-            RetryTask(number=receipt.number, retry=retry)
+            ShardTask(number=receipt.number, start=0, stop=receipt.transient, retry=retry)
             for receipt in receipts.values()
             if receipt.retry == retry - 1 and receipt.transient
         ]
@@ -216,49 +214,34 @@ def download_shards(
     return summary
 
 
-def _stage(
-    settings: DownloadSettings, *, selection: Selection, url: str, filters: Sequence[LinkFilter]
-) -> PipelineStage:
-    arguments = {
-        "url": url,
-        "rows_per_shard": settings.rows_per_shard,
-        "columns": settings.columns,
-        "selection": selection,
-        "filters": tuple(filters),
-        "fetching": settings.fetching,
-    }
-    return PipelineStage(build=DownloadShard, arguments=arguments, pool=settings.pool)
-
-
 def summarise(
     receipts: Mapping[str, ShardReceipt], *, ranges: ShardRanges, identity: dict[str, Any]
 ) -> DownloadSummary:
     """The totals of the receipts. A row that was retried counts in its last round."""
-    first = [receipt for receipt in receipts.values() if not receipt.retry]
-    retries = {(receipt.number, receipt.retry) for receipt in receipts.values() if receipt.retry}
     failed = [
         {
             cause: count
             for cause, count in receipt.failed.items()
-            if cause not in TRANSIENT or (receipt.number, receipt.retry + 1) not in retries
+            if cause not in TRANSIENT or shard_name(receipt.number, retry=receipt.retry + 1) not in receipts
         }
         for receipt in receipts.values()
     ]
-    rounds = groupby(sorted(receipts.values(), key=lambda receipt: receipt.retry), key=lambda r: r.retry)
-    retried = [
-        {"rows": sum(r.rows for r in group), "downloaded": sum(r.downloaded for r in group)}
-        for retry, group in ((retry, list(group)) for retry, group in rounds)
-        if retry
-    ]
+    rounds: dict[int, list[ShardReceipt]] = defaultdict(list)
+    for receipt in receipts.values():
+        rounds[receipt.retry].append(receipt)
     return DownloadSummary(
-        complete=len(first) == sum(1 for _ in ranges.tasks({})),
-        rows=sum(receipt.rows for receipt in first),
+        complete=len(rounds[0]) == sum(1 for _ in ranges.tasks({})),
+        rows=sum(receipt.rows for receipt in rounds[0]),
         refused=sum_counts(receipt.refused for receipt in receipts.values()),
         downloaded=sum(receipt.downloaded for receipt in receipts.values()),
         failed=sum_counts(failed),
         shards=sum(bool(receipt.requested) for receipt in receipts.values()),
         size=sum(receipt.size for receipt in receipts.values()),
-        retried=retried,
+        retried=[
+            {"rows": sum(one.rows for one in group), "downloaded": sum(one.downloaded for one in group)}
+            for retry, group in sorted(rounds.items())
+            if retry
+        ],
         identity=identity,
     )
 
@@ -272,19 +255,9 @@ def _collect(
 ) -> Iterator[ShardReceipt]:
     """The receipts as they arrive; each is added to `receipts`."""
     progress = CommitProgress(total=total)
-    first = time.monotonic()
     for receipt in finished:
         receipts[receipt.name] = receipt
-        now = time.monotonic()
-        first = first if progress.units else now
-        progress = CommitProgress(
-            rows=progress.rows + receipt.rows,
-            total=total,
-            rejected=progress.rejected + receipt.rows - receipt.downloaded,
-            units=progress.units + 1,
-            first_rows=progress.first_rows if progress.units else receipt.rows,
-            steady_seconds=now - first,
-        )
+        progress = progress.advanced(rows=receipt.rows, rejected=receipt.rows - receipt.downloaded)
         if on_progress:
             on_progress(progress)
         yield receipt
@@ -302,10 +275,6 @@ def _check_failures(receipts: Sequence[ShardReceipt], settings: DownloadSettings
             f"{settings.max_failed:.0%}; see {url}/_receipts, then repair the network or raise "
             "download.max_failed. download.retry_rounds retries transient causes"
         )
-
-
-def _num_rows(task: ShardTask, receipts: Mapping[str, ShardReceipt]) -> int:
-    return receipts[task.parent].transient if isinstance(task, RetryTask) else task.stop - task.start
 
 
 def _check_identity(url: str, identity: dict[str, Any]) -> None:

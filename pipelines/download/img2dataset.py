@@ -7,7 +7,7 @@ still fail are recorded as failed. No row is lost.
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import os
 import shutil
@@ -163,18 +163,16 @@ class ShardFetcher:
         row_seconds = limits.tries * (limits.seconds + _LOOKUP_SECONDS) + pauses + limits.decode_seconds
         steps, last_step = 0, time.monotonic()
         while True:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_POLL_SECONDS)
-            except subprocess.TimeoutExpired:
-                now = time.monotonic()
-                new_steps, _ = read_progress(folder)
-                if new_steps != steps:
-                    steps, last_step = new_steps, now
-                # Starting, with its imports, takes longer than any row.
-                if now - last_step > row_seconds + (_START_SECONDS if steps == 0 else 0):
-                    return True
-            else:
                 return False
+            now = time.monotonic()
+            new_steps, _ = read_progress(folder)
+            if new_steps != steps:
+                steps, last_step = new_steps, now
+            # Starting, with its imports, takes longer than any row.
+            if now - last_step > row_seconds + (_START_SECONDS if steps == 0 else 0):
+                return True
 
     def _environment(self, folder: Path) -> dict[str, str]:
         """The program's variables, with a copy of its code: nothing else of this project is on its path."""
@@ -237,9 +235,7 @@ def _failed_shard(rows: pa.Table, folder: Path, *, number: int, keys: list[str],
         "status_dict": {message: rows.num_rows},
     }
     files["_stats.json"].write_text(json.dumps(stats, indent=4))
-    empty = io.BytesIO()
-    tarfile.open(fileobj=empty, mode="w").close()
-    files[".tar"].write_bytes(empty.getvalue())
+    tarfile.open(files[".tar"], "w").close()
     return FetchedShard(files=files, downloaded=0, failed={"interrupted": rows.num_rows}, versions={})
 
 

@@ -23,15 +23,7 @@ from typing import Any, Final
 import fsspec
 
 from pipelines.fetching.causes import TRANSIENT
-from pipelines.storage.objects import (
-    absolute_url,
-    exists,
-    list_names,
-    move_object,
-    put_file,
-    read_bytes,
-    write_once,
-)
+from pipelines.storage.objects import exists, list_names, move_object, put_file, read_bytes, write_once
 
 SHARD_SUFFIXES: Final = (".parquet", "_stats.json", ".tar")
 """The files of a shard in the order of publication: a reader that sees the tar can read the others."""
@@ -144,7 +136,7 @@ def read_receipt(url: str, name: str) -> ShardReceipt:
 
 def read_receipts(url: str) -> dict[str, ShardReceipt]:
     """Every receipt at `url`, by the shard's name."""
-    folder = f"{absolute_url(url)}/_receipts"
+    folder = f"{url}/_receipts"
     filesystem, path = fsspec.core.url_to_fs(folder)
     # A name with a leading dot is a file whose writer was killed.
     paths = [f"{path}/{name}" for name in list_names(folder) if not name.startswith(".")]
@@ -159,7 +151,7 @@ def remove_staging(url: str) -> None:
 
     Only safe when every shard has its receipt, because then no attempt that still runs can win.
     """
-    filesystem, path = fsspec.core.url_to_fs(f"{absolute_url(url)}/_staging")
+    filesystem, path = fsspec.core.url_to_fs(f"{url}/_staging")
     filesystem.invalidate_cache()
     if filesystem.exists(path):
         filesystem.rm(path, recursive=True)
@@ -167,10 +159,7 @@ def remove_staging(url: str) -> None:
 
 def sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """The sums of counts by name, sorted."""
-    total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count)
-    return dict(sorted(total.items()))
+    return dict(sorted(sum(map(Counter, counts), Counter()).items()))
 
 
 def _staged(url: str, receipt: ShardReceipt, suffix: str) -> str:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,12 +23,11 @@ from pipelines.download.receipts import (
     read_receipt,
     receipt_url,
 )
-from pipelines.download.settings import FetchSettings
+from pipelines.download.settings import DownloadSettings
 from pipelines.fetching.causes import TRANSIENT, cause_of
 from pipelines.rejections import Rejected, Rejection
 from pipelines.sources.layouts import clean_metadata
 from pipelines.sources.links import Link, LinkList, read_links
-from pipelines.sources.settings import LinkSettings
 from pipelines.stages.row_filter import LinkFilter
 from pipelines.stages.select import check
 from pipelines.stages.settings import Selection
@@ -44,40 +44,24 @@ _RESERVED: Final = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class DownloadTask:
-    """Ordinals [start, stop) of a list, to become one shard.
+class ShardTask:
+    """Rows to become one shard: of a list, or of an earlier shard those that failed for a transient cause.
 
     Attributes:
         number: of the shard, over all lists.
-        links: the list.
-        start: first ordinal.
-        stop: ordinal after the last.
+        start: first ordinal of the list; 0 in a round of retries.
+        stop: ordinal after the last; the number of rows in a round of retries.
+        links: the list; None in a round of retries.
         repeated: ordinals of rows whose URL occurred before in the lists.
+        retry: the round of retries; 0 for the first attempt.
     """
 
     number: int
-    links: LinkList
     start: int
     stop: int
+    links: LinkList | None = None
     repeated: tuple[int, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Of the shard."""
-        return shard_name(self.number, retry=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetryTask:
-    """The rows of a shard that failed for a transient cause, to become another shard.
-
-    Attributes:
-        number: of the shard of the first attempt.
-        retry: the round of retries, from 1; the rows are those that failed in the round before.
-    """
-
-    number: int
-    retry: int
+    retry: int = 0
 
     @property
     def name(self) -> str:
@@ -85,12 +69,9 @@ class RetryTask:
         return shard_name(self.number, retry=self.retry)
 
     @property
-    def parent(self) -> str:
-        """Of the shard whose rows these are."""
-        return shard_name(self.number, retry=self.retry - 1)
-
-
-ShardTask = DownloadTask | RetryTask
+    def source(self) -> str:
+        """The name of the list, or of the shard whose rows are retried."""
+        return self.links.name if self.links else shard_name(self.number, retry=self.retry - 1)
 
 
 def shard_name(number: int, *, retry: int) -> str:
@@ -102,21 +83,13 @@ class DownloadShard:
     """A pipeline stage from `ShardTask` to `ShardReceipt`; the shard is published with its receipt."""
 
     def __init__(
-        self,
-        *,
-        url: str,
-        rows_per_shard: int,
-        columns: LinkSettings,
-        selection: Selection,
-        filters: Sequence[LinkFilter],
-        fetching: FetchSettings,
+        self, *, url: str, settings: DownloadSettings, selection: Selection, filters: Sequence[LinkFilter]
     ) -> None:
         self.url = url
-        self.columns = columns
+        self.settings = settings
         self.selection = selection
         self.filters = tuple(filters)
-        self.fetching = fetching
-        self.fetch = ShardFetcher(fetching, rows_per_shard=rows_per_shard)
+        self.fetch = ShardFetcher(settings.fetching, rows_per_shard=settings.rows_per_shard)
 
     def __call__(self, task: ShardTask) -> ShardReceipt:
         """Make the shard, unless it has its receipt already.
@@ -130,27 +103,23 @@ class DownloadShard:
             return receipt
         began = time.monotonic()
         rows, refused = self._rows(task)
-        if isinstance(task, RetryTask):
-            source, start, stop = task.parent, 0, rows.num_rows + sum(refused.values())
-        else:
-            source, start, stop = task.links.name, task.start, task.stop
-        entry: dict[str, Any] = {
-            "name": task.name,
-            "number": task.number,
-            "retry": task.retry if isinstance(task, RetryTask) else 0,
-            "source": source,
-            "start": start,
-            "stop": stop,
-            "rows": stop - start,
-            "refused": refused,
-            "settings": self.fetching.to_values(),
-        }
+        receipt_of = partial(
+            ShardReceipt,
+            name=task.name,
+            number=task.number,
+            retry=task.retry,
+            source=task.source,
+            start=task.start,
+            stop=task.stop,
+            rows=task.stop - task.start,
+            refused=refused,
+            settings=self.settings.fetching.to_values(),
+        )
         if not rows.num_rows:
-            return publish_shard(ShardReceipt(**entry), {}, url=self.url)
+            return publish_shard(receipt_of(), {}, url=self.url)
         with tempfile.TemporaryDirectory(prefix=f"img2dataset-{task.name}-") as folder:
             shard = self.fetch(rows, number=task.number, folder=Path(folder))
-            receipt = ShardReceipt(
-                **entry,
+            receipt = receipt_of(
                 downloaded=shard.downloaded,
                 failed=shard.failed,
                 size=shard.files[".tar"].stat().st_size,
@@ -162,14 +131,14 @@ class DownloadShard:
     def _rows(self, task: ShardTask) -> tuple[pa.Table, dict[str, int]]:
         """The rows to request, and the number of refused ones by reason."""
         refused: Counter[str] = Counter()
-        if isinstance(task, RetryTask):
-            failed = transient_failures(self.url, task.parent)
+        if task.links is None:
+            failed = transient_failures(self.url, task.source)
             # Filtered again, because a deletion request may have come since; selected rows stay selected.
             accepted = [n for n, link in enumerate(_table_to_links(failed)) if self._accepts(link, refused)]
             rows = failed.take(pa.array(accepted, pa.int64()))
         else:
             repeated, links = frozenset(task.repeated), []
-            for row in read_links(task.links, self.columns, start=task.start, stop=task.stop):
+            for row in read_links(task.links, self.settings.columns, start=task.start, stop=task.stop):
                 if isinstance(row, Rejection):
                     refused[row.reason] += 1
                 elif row.ordinal in repeated:

@@ -29,11 +29,11 @@ from pipelines.download.img2dataset import DownloadError
 from pipelines.download.receipts import ShardReceipt, publish_shard, read_receipts
 from pipelines.download.repeated_urls import find_repeated_urls
 from pipelines.download.settings import DownloadSettings, FetchLimits, FetchSettings
-from pipelines.download.stage import DownloadShard, DownloadTask, links_to_table
+from pipelines.download.stage import DownloadShard, ShardTask, links_to_table
 from pipelines.rejections import Rejected
 from pipelines.sources import SourceError
 from pipelines.sources.links import Link, list_links
-from pipelines.sources.settings import LinkSettings, ShardSettings
+from pipelines.sources.settings import ShardSettings
 from pipelines.sources.webdataset import Sample, list_shards, read_shard
 from pipelines.stages.settings import ImageSettings, Selection
 
@@ -486,10 +486,9 @@ def test_a_killed_publication_is_finished(tmp_path, monkeypatch):
     assert len(moved) == 2
     assert not Path(f"{url}/00000.tar").exists()
     links = list_links(write_list(tmp_path / "list", ["http://a/"]))[0]
-    stage = DownloadShard(
-        url=url, rows_per_shard=2, columns=LinkSettings(), selection=SELECTION, filters=(), fetching=FETCHING
-    )
-    task = DownloadTask(number=0, links=links, start=0, stop=2)
+    settings = DownloadSettings(rows_per_shard=2, fetching=FETCHING)
+    stage = DownloadShard(url=url, settings=settings, selection=SELECTION, filters=())
+    task = ShardTask(number=0, links=links, start=0, stop=2)
     assert stage(task) == read_receipts(url)["00000"]
     assert Path(f"{url}/00000.tar").read_text() == "one"
 
