@@ -24,7 +24,6 @@ from pipelines.stages.image import FORMATS
 from pipelines.stages.metric_networks import describe_features
 from pipelines.stages.reference import SCENE_PREFIX, ExtractFeatures
 from pipelines.stages.settings import Device, MetricSettings
-from pipelines.storage.objects import absolute_url
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.schemas import read_array, references_schema
 from pipelines.tables.table import Snapshot, TableError
@@ -57,7 +56,7 @@ def image_names(settings: ReferencesSettings) -> list[str]:
     """
     if settings.url is None:
         return [f"{SCENE_PREFIX}{number}" for number in range(settings.count)]
-    filesystem, path = fsspec.core.url_to_fs(absolute_url(settings.url))
+    filesystem, path = fsspec.core.url_to_fs(settings.url)
     # Sorted: stores list in different orders, and units are ranges of this list.
     names = sorted(entry for entry in filesystem.find(path) if entry.lower().endswith(_SUFFIXES))
     if len(names) < settings.count:

@@ -27,7 +27,7 @@ from pipelines.download.receipts import (
     sum_counts,
 )
 from pipelines.download.repeated_urls import find_repeated_urls
-from pipelines.download.settings import DownloadSettings
+from pipelines.download.settings import RESIZING, DownloadSettings
 from pipelines.download.stage import DownloadShard, ShardTask, shard_name
 from pipelines.fetching.causes import TRANSIENT
 from pipelines.ray_data.execution import PipelineStage, Runner, run_on_ray
@@ -49,14 +49,7 @@ class TooManyFailedError(RuntimeError):
     """More rows failed than the bound allows: more likely a fault of the network than of the rows."""
 
 
-_IN_IDENTITY = (
-    "image_size",
-    "resize_mode",
-    "resize_only_if_bigger",
-    "encode_quality",
-    "user_agent_token",
-    "respected",
-)
+_IN_IDENTITY = (*RESIZING, "user_agent_token", "respected")
 """The settings of `FetchSettings` that determine shards; the others bound time and resources."""
 
 

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from pipelines import fetching
 from pipelines.download.receipts import SHARD_SUFFIXES
-from pipelines.download.settings import FetchSettings
+from pipelines.download.settings import RESIZING, FetchSettings
 from pipelines.fetching.causes import FetchError, cause_of
 from pipelines.fetching.guard import RequestRules
 from pipelines.fetching.program import ROWS, VERSIONS, ShardRequest, read_progress
@@ -41,7 +41,6 @@ _START_SECONDS: Final = 120.0
 # The environment variables that the process inherits.
 _INHERITED: Final = ("PATH", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "LD_LIBRARY_PATH")
 _LOG_CHARS: Final = 500
-_RESIZING: Final = ("image_size", "resize_mode", "resize_only_if_bigger", "encode_quality")
 
 
 class DownloadError(RuntimeError):
@@ -118,7 +117,7 @@ class ShardFetcher:
             number=number,
             columns=columns,
             rows_per_shard=self._rows_per_shard,
-            resizing={name: getattr(settings, name) for name in _RESIZING},
+            resizing={name: getattr(settings, name) for name in RESIZING},
             threads=settings.threads,
             rules=RequestRules(
                 **settings.limits.to_values(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator
 
@@ -12,6 +12,9 @@ from pipelines.sources.settings import LinkSettings
 from snapfusion.settings import Settings
 
 Directive = Literal["noai", "noimageai", "noindex", "noimageindex", "tdm-reservation"]
+
+RESIZING: Final = ("image_size", "resize_mode", "resize_only_if_bigger", "encode_quality")
+"""The settings of `FetchSettings` that img2dataset's resizer takes."""
 
 
 class FetchLimits(Settings):

@@ -194,11 +194,10 @@ class GuardedOpener:
                 if target.scheme == "https":
                     connected.settimeout(seconds_left(deadline))
                     return self._tls.wrap_socket(connected, server_hostname=target.host)
-            except ssl.SSLError:
-                connected.close()
-                raise
             except OSError as error:
                 connected.close()
+                if isinstance(error, ssl.SSLError):
+                    raise
                 last_error = error
             else:
                 return connected

@@ -24,8 +24,8 @@ def seconds_left(deadline: float) -> float:
     return left
 
 
-class BoundedSocket:
-    """A connected socket with a deadline and a budget of bytes to receive."""
+class BoundedSocket(io.RawIOBase):
+    """A connected socket and the stream of what it receives, with a deadline and a budget of bytes."""
 
     def __init__(self, connected: socket.socket, *, deadline: float, budget: int) -> None:
         self._socket = connected
@@ -40,9 +40,13 @@ class BoundedSocket:
     def makefile(self, mode: str) -> io.BufferedReader:
         """As of a socket, for reading."""
         del mode
-        return io.BufferedReader(_SocketReader(self), BUFFER_BYTES)
+        return io.BufferedReader(self, BUFFER_BYTES)
 
-    def receive(self, buffer: bytearray | memoryview) -> int:
+    def readable(self) -> bool:
+        """As of a stream."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:  # noqa: ANN401 - any buffer
         """Read into `buffer`; returns the number of bytes.
 
         Raises:
@@ -62,14 +66,3 @@ class BoundedSocket:
     def disconnect(self) -> None:
         """Close the connection."""
         self._socket.close()
-
-
-class _SocketReader(io.RawIOBase):
-    def __init__(self, source: BoundedSocket) -> None:
-        self._source = source
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:  # noqa: ANN401 - any buffer
-        return self._source.receive(buffer)

@@ -144,11 +144,10 @@ _Reader = Callable[[IO[bytes], CaptionSettings], Iterator[_RawRow]]
 
 
 def _reader_of(url: str) -> _Reader:
-    for endings, reader in _READERS.items():
-        if url.lower().endswith(endings):
-            return reader
-    accepted = ", ".join(itertools.chain.from_iterable(_READERS))
-    raise SourceError(f"{url} is of no known format; the name must end in one of {accepted}")
+    reader = _READERS.get(f".{url.lower().rpartition('.')[2]}")
+    if reader is None:
+        raise SourceError(f"{url} is of no known format; the name must end in one of {', '.join(_READERS)}")
+    return reader
 
 
 def _read_txt(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRow]:
@@ -169,13 +168,11 @@ def _read_csv(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRow]:
     row_of = _columns(next(rows, []), settings)
     while True:
         try:
-            fields = next(rows)
+            yield row_of(next(rows))
         except StopIteration:
             return
         except csv.Error as error:
             yield _RawRow(fault=Rejected("bad_row", str(error)))
-        else:
-            yield row_of(fields)
 
 
 def _read_jsonl(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRow]:
@@ -213,12 +210,13 @@ def _read_parquet(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRo
         yield from (row_of(fields) for fields in zip(*columns, strict=True))
 
 
-_READERS: Mapping[tuple[str, ...], _Reader] = {
-    (".txt",): _read_txt,
-    (".tsv",): _read_tsv,
-    (".csv",): _read_csv,
-    (".jsonl", ".ndjson"): _read_jsonl,
-    (".parquet",): _read_parquet,
+_READERS: Mapping[str, _Reader] = {
+    ".txt": _read_txt,
+    ".tsv": _read_tsv,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".parquet": _read_parquet,
 }
 
 

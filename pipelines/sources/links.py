@@ -126,9 +126,9 @@ def _read_rows(
                     continue
                 if isinstance(part, RowBatch):
                     yield from _links(part, links, header, settings)
-                    continue
-                for ordinal in range(part.start, part.stop):
-                    yield _rejection(Rejected("torn_shard", part.detail), links, ordinal=ordinal)
+                else:
+                    torn = Rejected("torn_shard", part.detail)
+                    yield from (_rejection(torn, links, ordinal) for ordinal in range(part.start, part.stop))
     except CorruptParquetError as error:
         rejected = Rejected("torn_shard", str(error))
         yield rejected.record(id=f"{links.name}/.parquet", source=links.name, ordinal=0)
@@ -182,7 +182,7 @@ def _links(
                 metadata=clean_metadata({name: columns[name][row] for name in others}),
             )
         except Rejected as rejected:
-            yield _rejection(rejected, links, ordinal=ordinal)
+            yield _rejection(rejected, links, ordinal)
 
 
 def clean_url(url: str | bytes | None) -> str:
@@ -210,7 +210,7 @@ def clean_url(url: str | bytes | None) -> str:
     return text
 
 
-def _rejection(rejected: Rejected, links: LinkList, *, ordinal: int) -> Rejection:
+def _rejection(rejected: Rejected, links: LinkList, ordinal: int) -> Rejection:
     return rejected.record(id=_id(links, ordinal), source=links.name, ordinal=ordinal)
 
 

@@ -9,7 +9,7 @@ import fsspec
 
 from pipelines.rejections import printable
 from pipelines.sources import SourceError
-from pipelines.storage.objects import absolute_url, is_local
+from pipelines.storage.objects import is_local
 from pipelines.storage.retry import with_retries
 
 
@@ -48,7 +48,7 @@ def list_files(url: str, *, endings: tuple[str, ...]) -> list[SourceFile]:
 
 
 def _find(url: str, endings: tuple[str, ...]) -> list[SourceFile]:
-    filesystem, path = fsspec.core.url_to_fs(absolute_url(url))
+    filesystem, path = fsspec.core.url_to_fs(url)
     # fsspec caches listings for the life of the process, and files may have been added since.
     filesystem.invalidate_cache()
     # A folder's or file's own name may contain brackets, so the glob comes last.
@@ -60,20 +60,13 @@ def _find(url: str, endings: tuple[str, ...]) -> list[SourceFile]:
         infos = filesystem.glob(path, detail=True).values()
         root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
     root = root.rstrip("/")
-    names = {
-        info["name"]: int(info["size"])
-        for info in infos
-        if info["type"] == "file" and info["name"].endswith(endings) and not _is_hidden(info["name"])
-    }
+    sizes = {info["name"]: int(info["size"]) for info in infos if info["type"] == "file"}
     return [
         SourceFile(
             url=name if is_local(url) else filesystem.unstrip_protocol(name),
             name=printable(name.removeprefix(root).removeprefix("/").rpartition(".")[0]),
-            size=names[name],
+            size=sizes[name],
         )
-        for name in sorted(names, key=printable)
+        for name in sorted(sizes, key=printable)
+        if name.endswith(endings) and not name.rpartition("/")[2].startswith(".")
     ]
-
-
-def _is_hidden(path: str) -> bool:
-    return path.rpartition("/")[2].startswith(".")

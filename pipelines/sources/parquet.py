@@ -7,15 +7,18 @@ not errors of the file: they are raised unchanged.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.storage.objects import open_object
+
+Result = TypeVar("Result")
 
 # A column is read in buffers of this size, so that memory does not depend on the size of row groups.
 _BUFFER_BYTES = 1 << 20
@@ -87,11 +90,9 @@ class ParquetRows:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """The first ordinal of each row group, and the one after its last."""
-        spans: list[tuple[int, int]] = []
-        for group in range(self._parquet.num_row_groups):
-            first = spans[-1][1] if spans else 0
-            spans.append((first, first + self._parquet.metadata.row_group(group).num_rows))
-        return spans
+        metadata = self._parquet.metadata
+        rows = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+        return list(itertools.pairwise(itertools.accumulate(rows, initial=0)))
 
     def _batches_of_group(
         self, group: int, columns: Sequence[str], *, batch_rows: int, first: int, last: int
@@ -99,16 +100,11 @@ class ParquetRows:
         position = first
         try:
             with self._distinguish_errors():
-                records = self._parquet.iter_batches(
+                for record in self._parquet.iter_batches(
                     batch_size=batch_rows, row_groups=[group], columns=list(columns), use_threads=False
-                )
-            while True:
-                with self._distinguish_errors():
-                    record = next(records, None)
-                if record is None:
-                    break
-                yield RowBatch(start=position, record=record)
-                position += record.num_rows
+                ):
+                    yield RowBatch(start=position, record=record)
+                    position += record.num_rows
         except CorruptParquetError as error:
             yield TornRows(start=position, stop=last, detail=str(error))
             return
@@ -166,12 +162,10 @@ class _ErrorRecorder(io.RawIOBase):
         self.error: Exception | None = None
 
     def read(self, size: int = -1, /) -> bytes:
-        with self._recording():
-            return self._file.read(size)
+        return self._recorded(self._file.read, size)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        with self._recording():
-            return self._file.seek(offset, whence)
+        return self._recorded(self._file.seek, offset, whence)
 
     def tell(self) -> int:
         return self._file.tell()
@@ -182,10 +176,9 @@ class _ErrorRecorder(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
+    def _recorded(self, operation: Callable[..., Result], *arguments: int) -> Result:
         try:
-            yield
+            return operation(*arguments)
         except Exception as error:
             self.error = error
             raise

@@ -5,7 +5,7 @@ An unreadable row is yielded in its position with its fault, so that ordinals an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,14 +21,13 @@ _KEY_BATCH_ROWS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRow:
-    """One row of the file.
+    """One row of a shard, unchecked.
 
     Attributes:
-        ordinal: position in the file, from 0.
+        ordinal: position in the shard, from 0.
         key: img2dataset's; the ordinal if there is none.
         image: the encoded image; None if there is none or it was not read.
-        txt: the column of that name, as bytes if it is not UTF-8.
-        caption: likewise.
+        captions: values that may be the caption, the most trusted first; bytes if they are not UTF-8.
         metadata: the other columns, and the caption if it can be read.
         fault: why the row cannot be used.
     """
@@ -36,8 +35,7 @@ class ImageRow:
     ordinal: int
     key: str
     image: bytes | None = None
-    txt: str | bytes | None = None
-    caption: str | bytes | None = None
+    captions: Sequence[object] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     fault: Rejected | None = None
 
@@ -114,8 +112,7 @@ def _rows(
             ordinal=part.start + row,
             key=keys[row],
             image=images[row].as_py() if fits else None,
-            txt=values.pop("txt", None),
-            caption=values.get("caption"),
+            captions=(values.pop("txt", None), values.get("caption")),
             metadata=clean_metadata(values),
             fault=None if fits else Rejected("oversized_member", detail),
         )

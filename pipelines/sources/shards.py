@@ -92,8 +92,12 @@ def write_shard(
     stem = f"{absolute_url(folder)}/{index:05d}"
     tar = _tar(shard, extension=extension)
     sidecar = [values for _, values in shard]
-    for url, data in ((".parquet", _sidecar(sidecar)), ("_stats.json", _stats(sidecar)), (".tar", tar)):
-        _put(f"{stem}{url}", data)
+    # The tar last: a reader that sees it relies on its sidecar.
+    for ending, data in ((".parquet", _sidecar(sidecar)), ("_stats.json", _stats(sidecar)), (".tar", tar)):
+        if not write_once(f"{stem}{ending}", data) and read_bytes(f"{stem}{ending}") != data:
+            raise SourceError(
+                f"{stem}{ending} exists with other content: give another folder, or remove that shard"
+            )
     return SourceFile(url=f"{stem}.tar", name=f"{index:05d}", size=len(tar))
 
 
@@ -140,12 +144,11 @@ def _tar(shard: list[tuple[ShardRow, dict[str, Any]]], *, extension: str) -> byt
 
 
 def _sidecar(rows: list[dict[str, Any]]) -> bytes:
-    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else SIDECAR_FIELDS.names)}
-    types = {name: SIDECAR_FIELDS.field(name).type for name in SIDECAR_FIELDS.names}
+    types = dict(zip(SIDECAR_FIELDS.names, SIDECAR_FIELDS.types, strict=True))
+    names = list(rows[0]) if rows else SIDECAR_FIELDS.names
+    columns = {name: pa.array([row[name] for row in rows], types.get(name)) for name in names}
     buffer = io.BytesIO()
-    pq.write_table(
-        pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()}), buffer
-    )
+    pq.write_table(pa.table(columns), buffer)
     return buffer.getvalue()
 
 
@@ -155,8 +158,7 @@ def _stats(rows: list[dict[str, Any]]) -> bytes:
     stats = {
         "count": len(rows),
         "successes": statuses["success"],
-        "failed_to_download": statuses["failed_to_download"],
-        "failed_to_resize": statuses["failed_to_resize"],
+        **{status: statuses[status] for status in _STATUSES[1:]},
         # Real times would make two equal shards differ.
         "duration": 0.0,
         "start_time": 0.0,
@@ -164,8 +166,3 @@ def _stats(rows: list[dict[str, Any]]) -> bytes:
         "status_dict": dict(sorted(messages.items())),
     }
     return json.dumps(stats, indent=4).encode()
-
-
-def _put(url: str, data: bytes) -> None:
-    if not write_once(url, data) and read_bytes(url) != data:
-        raise SourceError(f"{url} exists with other content: give another folder, or remove that shard")

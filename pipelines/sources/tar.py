@@ -95,22 +95,17 @@ def read_members(file: IO[bytes]) -> Iterator[Member]:
             bufsize=_READ_BYTES,
             errors="surrogateescape",
         )
-        while (header := _next(archive)) is not None:
+        while (header := archive.next()) is not None:
             # tarfile keeps every header it has read, so that memory would grow with the shard.
             archive.members.clear()  # type: ignore[attr-defined]
             if not header.isdir():
                 yield Member(archive, header)
-    except tarfile.TarError as error:
-        # `_StrictHeader` reports bad headers, so this is tarfile failing to skip the rest of a member.
-        raise TornShardError(str(error), inside_member=True) from None
-
-
-def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
-    try:
-        return archive.next()
     except (ValueError, IndexError, OverflowError) as error:
         # tarfile's parser of extended headers does not catch these on malformed input.
         raise TornShardError(f"a malformed header: {error}") from None
+    except tarfile.TarError as error:
+        # `_StrictHeader` reports bad headers, so this is tarfile failing to skip the rest of a member.
+        raise TornShardError(str(error), inside_member=True) from None
 
 
 class _ForwardReader(io.RawIOBase):

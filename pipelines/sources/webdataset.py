@@ -21,7 +21,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -143,15 +143,35 @@ def read_shard(
         OSError: if the store fails. That is no fault of a row: the unit should be retried.
     """
     check_range(start, stop)
-    rows = _read_tar if _is_tar(shard) else _read_parquet
-    for row in rows(shard, settings, start=start):
+    read = _read_tar if _is_tar(shard) else _read_parquet
+    for row in read(shard, settings, start=start):
         if stop is not None and row.ordinal >= stop:
             return
         if row.ordinal >= start:
-            yield row
+            yield _check(row, shard, settings)
 
 
-def _read_tar(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[Sample | Rejection]:
+def _check(row: ImageRow, shard: Shard, settings: ShardSettings) -> Sample | Rejection:
+    name = printable(f"{shard.name}/{row.key}")
+    try:
+        if row.fault is not None:
+            raise row.fault
+        if row.image is None:
+            raise Rejected("missing_image", "a success by the row's account")
+        return Sample(
+            id=name,
+            ordinal=row.ordinal,
+            key=printable(row.key),
+            image=row.image,
+            caption=_first_caption(row.captions, max_chars=settings.max_caption_chars),
+            metadata=row.metadata,
+            source_id=printable(text_of(row.metadata, "url") or "") or name,
+        )
+    except Rejected as rejected:
+        return rejected.record(id=name, source=shard.name, ordinal=row.ordinal)
+
+
+def _read_tar(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[ImageRow]:
     sidecar, fault = _sidecar_of(shard)
     arrived: set[str] = set()
     tear: TornShardError | None = None
@@ -159,9 +179,9 @@ def _read_tar(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[
     try:
         for group in _groups(shard, settings, start=start):
             if group.key in arrived:
-                group.reject(Rejected("duplicate_key", f"{group.key} came before"))
+                group.reject(_repeated(group.key))
             arrived.add(group.key)
-            yield _sample_of_group(group, sidecar, shard=shard, settings=settings)
+            yield group.row(sidecar)
             ordinal = group.ordinal + 1
     except TornShardError as error:
         tear = error
@@ -171,44 +191,22 @@ def _read_tar(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[
     if fault is not None:
         absent.append((".parquet", fault))
     for position, (key, rejected) in enumerate(absent, start=ordinal):
-        yield rejected.record(id=_id(shard, key), source=shard.name, ordinal=position)
+        yield ImageRow(ordinal=position, key=key, fault=rejected)
 
 
-def _read_parquet(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[Sample | Rejection]:
+def _read_parquet(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[ImageRow]:
     arrived: set[str] = set()
     try:
         for row in read_image_rows(shard.url, start=start, max_image_bytes=settings.max_image_bytes):
-            repeated = row.key in arrived
+            repeated = _repeated(row.key) if row.key in arrived else None
             arrived.add(row.key)
-            if row.ordinal >= start:
-                yield _sample_of_row(row, shard=shard, settings=settings, repeated=repeated)
+            yield replace(row, fault=repeated or row.fault or failure_of(row.metadata))
     except CorruptParquetError as error:
-        rejected = Rejected("torn_shard", str(error))
-        yield rejected.record(id=_id(shard, ".parquet"), source=shard.name, ordinal=0)
+        yield ImageRow(ordinal=0, key=".parquet", fault=Rejected("torn_shard", str(error)))
 
 
-def _sample_of_row(
-    row: ImageRow, *, shard: Shard, settings: ShardSettings, repeated: bool
-) -> Sample | Rejection:
-    name = _id(shard, row.key)
-    try:
-        if repeated:
-            raise Rejected("duplicate_key", f"{row.key} came before")
-        if fault := row.fault or failure_of(row.metadata):
-            raise fault
-        if row.image is None:
-            raise Rejected("missing_image", "a success by the row's account")
-        return Sample(
-            id=name,
-            ordinal=row.ordinal,
-            key=printable(row.key),
-            image=row.image,
-            caption=_first_caption((row.txt, row.caption), max_chars=settings.max_caption_chars),
-            metadata=row.metadata,
-            source_id=_source_id(row.metadata) or name,
-        )
-    except Rejected as rejected:
-        return rejected.record(id=name, source=shard.name, ordinal=row.ordinal)
+def _repeated(key: str) -> Rejected:
+    return Rejected("duplicate_key", f"{key} came before")
 
 
 def _sidecar_of(shard: Shard) -> tuple[Sidecar, Rejected | None]:
@@ -253,6 +251,25 @@ class _Group:
         except Rejected as fault:
             self.reject(fault)
 
+    def row(self, sidecar: Sidecar) -> ImageRow:
+        """The sample, with the metadata of the sidecar and of its own .json."""
+        listed = sidecar.metadata(self.key)
+        metadata = listed
+        try:
+            if self.image is None:
+                raise Rejected("missing_image", f"extensions: {', '.join(sorted(self.extensions))}")
+            metadata = listed | _parse_metadata(self.texts.get("json"), is_listed=bool(listed))
+        except Rejected as fault:
+            self.reject(fault)
+        return ImageRow(
+            ordinal=self.ordinal,
+            key=self.key,
+            image=self.image,
+            captions=(self.texts.get("txt"), metadata.get("caption"), listed.get("caption")),
+            metadata=metadata,
+            fault=self.fault,
+        )
+
     def survives(self, tear: TornShardError) -> bool:
         """Whether image, caption and metadata had all arrived before the tear."""
         arrived = self.extensions[:-1] if tear.inside_member else self.extensions
@@ -291,35 +308,6 @@ def _split(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _sample_of_group(
-    group: _Group, sidecar: Sidecar, *, shard: Shard, settings: ShardSettings
-) -> Sample | Rejection:
-    name = _id(shard, group.key)
-    listed = sidecar.metadata(group.key)
-    try:
-        if group.fault is not None:
-            raise group.fault
-        if group.image is None:
-            raise Rejected("missing_image", f"extensions: {', '.join(sorted(group.extensions))}")
-        metadata = listed | _parse_metadata(group.texts.get("json"), is_listed=bool(listed))
-        captions = (group.texts.get("txt"), metadata.get("caption"), listed.get("caption"))
-        return Sample(
-            id=name,
-            ordinal=group.ordinal,
-            key=printable(group.key),
-            image=group.image,
-            caption=_first_caption(captions, max_chars=settings.max_caption_chars),
-            metadata=metadata,
-            source_id=_source_id(metadata) or name,
-        )
-    except Rejected as rejected:
-        return rejected.record(id=name, source=shard.name, ordinal=group.ordinal)
-
-
-def _id(shard: Shard, key: str) -> str:
-    return printable(f"{shard.name}/{key}")
-
-
 def _parse_metadata(data: bytes | None, *, is_listed: bool) -> dict[str, Any]:
     if data is None:
         return {}
@@ -347,7 +335,3 @@ def _first_caption(candidates: Sequence[object], *, max_chars: int) -> str:
                 raise
             rejected = fault
     raise rejected
-
-
-def _source_id(metadata: dict[str, Any]) -> str:
-    return printable(text_of(metadata, "url") or "")

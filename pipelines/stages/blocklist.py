@@ -23,7 +23,7 @@ from pipelines.sources.links import Link
 from pipelines.sources.webdataset import Sample, Shard
 from pipelines.stages.row_filter import RowCheck
 from pipelines.stages.settings import Blocklists
-from pipelines.storage.objects import StorageError, absolute_url, read_bytes
+from pipelines.storage.objects import StorageError, read_bytes
 
 _HEXADECIMAL: Final = re.compile("[0-9a-f]+")
 _INTEGER: Final = re.compile("-?[0-9]{1,19}")
@@ -151,7 +151,7 @@ def _load(kind: str, url: str | None) -> frozenset[str] | None:
         return None
     parse, expected = _PARSERS[kind]
     try:
-        lines = read_bytes(absolute_url(url)).decode("utf-8-sig").splitlines()
+        lines = read_bytes(url).decode("utf-8-sig").splitlines()
     except StorageError as error:
         raise SourceError(f"source.blocklists.{kind}: {error}") from None
     except UnicodeDecodeError as error:

@@ -27,13 +27,7 @@ _CONNECTION_ERRORS = {
     ("aiohttp.client_exceptions", "ClientError"),
 }
 _CLIENTS = ("botocore", "aiohttp")
-_PERMANENT_ERRORS = (
-    FileNotFoundError,
-    FileExistsError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-)
+_PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 # deltalake raises one class for conflicts and for failed requests; only the message tells them apart.
 _STORE_MESSAGES = ("Generic S3 error", "Generic GCS error", "Generic MicrosoftAzure error", "HTTP error")
 
@@ -76,7 +70,7 @@ def is_transient(error: Exception) -> bool:
         return any(message in str(error) for message in _STORE_MESSAGES)
     if any((kind.__module__, kind.__name__) in _CONNECTION_ERRORS for kind in type(error).__mro__):
         return True
-    return isinstance(error, OSError) and not isinstance(error, _PERMANENT_ERRORS)
+    return isinstance(error, OSError) and not isinstance(error, _PERMANENT)
 
 
 def _is_self_explanatory(error: Exception) -> bool:

@@ -120,17 +120,15 @@ def active_readers(url: str) -> list[Lease]:
 
 def remove_expired(url: str) -> int:
     """Delete expired leases; returns how many."""
-    folder, removed = _folder(url), 0
-    filesystem, path = fsspec.core.url_to_fs(folder)
-    names = list_names(folder)
+    filesystem, path = fsspec.core.url_to_fs(_folder(url))
+    names = list_names(_folder(url))
     # The last append lease stays: the next one takes its number from it.
     last = [name for name in names if _APPEND_LEASE.search(name)][-1:]
-    for name in names:
-        lease = None if name in last else _read(f"{folder}/{name}")
-        if lease is not None and lease.expired:
-            filesystem.rm_file(f"{path}/{name}")
-            removed += 1
-    return removed
+    leases = {name: _read(f"{_folder(url)}/{name}") for name in names if name not in last}
+    expired = [name for name, lease in leases.items() if lease is not None and lease.expired]
+    for name in expired:
+        filesystem.rm_file(f"{path}/{name}")
+    return len(expired)
 
 
 @contextmanager
