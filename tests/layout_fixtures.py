@@ -8,11 +8,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from pipelines.sources.layouts import LAYOUTS, Layout
 
 SHARD_LAYOUTS = tuple(layout for layout in LAYOUTS if layout.name.startswith("img2dataset"))
 LIST_LAYOUTS = tuple(layout for layout in LAYOUTS if layout not in SHARD_LAYOUTS)
+
+by_list_layout = pytest.mark.parametrize("layout", LIST_LAYOUTS, ids=lambda layout: layout.name)
+by_copy = pytest.mark.parametrize("copy", [False, True], ids=["published", "copy"])
 
 ROWS = 12
 # The flawed rows of every fixture, and the reason of their rejection.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 from pipelines.rejections import Rejection
@@ -53,7 +54,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Shard:
             header = tarfile.TarInfo(name)
             header.size = len(content)
             archive.addfile(header, io.BytesIO(content))
-    return list_shards(str(path))[0]
+    return only(path)
 
 
 def write_parquet_shard(
@@ -81,6 +82,30 @@ def write_parquet_shard(
     return path
 
 
+def corrupt(path: Path, *, group: int, column: str, skip: int = 0) -> None:
+    """Overwrite the pages of a column of a row group, from `skip` bytes on."""
+    metadata = pq.ParquetFile(path).metadata.row_group(group)
+    chunks = (metadata.column(number) for number in range(metadata.num_columns))
+    chunk = next(chunk for chunk in chunks if chunk.path_in_schema == column)
+    begin = chunk.dictionary_page_offset or chunk.data_page_offset
+    data = bytearray(path.read_bytes())
+    end = begin + chunk.total_compressed_size
+    data[begin + skip : end] = b"\xa5" * (end - begin - skip)
+    path.write_bytes(data)
+
+
+def text(*values: bytes | None) -> pa.Array:
+    """A column of strings that need not be UTF-8."""
+    data = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(data), data.buffers())
+
+
+def only(path: Path) -> Shard:
+    """The one shard at a path."""
+    (shard,) = list_shards(str(path))
+    return shard
+
+
 def read(shard: Shard, settings: ShardSettings = ShardSettings()) -> Rows:  # noqa: B008 - frozen
     """All rows, whose ordinals are consecutive."""
     rows = list(read_shard(shard, settings))
@@ -93,9 +118,19 @@ def outcomes(rows: Rows) -> list[str]:
     return [row.reason if isinstance(row, Rejection) else "ok" for row in rows]
 
 
-def assert_ranges_agree(shard: Shard) -> None:
-    """Every range of a shard holds that part of the whole."""
-    whole = read(shard)
+def assert_ranges_agree(read_rows: Callable[..., Iterable[object]]) -> None:
+    """Every range of a source is that part of the whole, and its bounds are checked."""
+    whole = list(read_rows())
     for start in range(len(whole) + 2):
         for stop in [*range(start, len(whole) + 3), None]:
-            assert list(read_shard(shard, ShardSettings(), start=start, stop=stop)) == whole[start:stop]
+            assert list(read_rows(start=start, stop=stop)) == whole[start:stop]
+    with pytest.raises(ValueError, match="start 3 and stop 2"):
+        list(read_rows(start=3, stop=2))
+
+
+def most_allocated(rows: Iterable[object]) -> tuple[int, int]:
+    """The number of rows, and the most bytes that Arrow held after one of them."""
+    pool = pa.default_memory_pool()
+    before = pool.bytes_allocated()
+    allocated = [pool.bytes_allocated() - before for _ in rows]
+    return len(allocated), max(allocated)

@@ -5,7 +5,7 @@ from typing import get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from layout_fixtures import BROKEN, LIST_LAYOUTS, ROWS, schema_of, table_of, write_list
+from layout_fixtures import BROKEN, ROWS, by_copy, by_list_layout, schema_of, table_of, write_list
 
 from pipelines.rejections import Rejected, Rejection
 from pipelines.sources.layouts import (
@@ -59,8 +59,8 @@ def test_every_layout_has_url_and_size(layout: Layout) -> None:
         assert layout.columns.keys() & set(SPELLINGS[meaning])
 
 
-@pytest.mark.parametrize("copy", [False, True], ids=["published", "copy"])
-@pytest.mark.parametrize("layout", LIST_LAYOUTS, ids=lambda layout: layout.name)
+@by_copy
+@by_list_layout
 def test_fixtures_keep_their_types_in_parquet(tmp_path: Path, layout: Layout, copy: bool) -> None:
     schema = schema_of(layout, copy=copy)
     assert pq.read_schema(write_list(tmp_path, layout, copy=copy)).equals(schema)
@@ -139,8 +139,8 @@ SILENT = {
 }
 
 
-@pytest.mark.parametrize("copy", [False, True], ids=["published", "copy"])
-@pytest.mark.parametrize("layout", LIST_LAYOUTS, ids=lambda layout: layout.name)
+@by_copy
+@by_list_layout
 def test_each_layout_is_selected_by_reason(tmp_path: Path, layout: Layout, copy: bool) -> None:
     (links,) = list_links(str(write_list(tmp_path, layout, copy=copy)))
     outcomes: Counter[str] = Counter()
@@ -156,6 +156,6 @@ def test_each_layout_is_selected_by_reason(tmp_path: Path, layout: Layout, copy:
     assert sum(outcomes.values()) == ROWS == table_of(layout).num_rows
 
 
-@pytest.mark.parametrize("layout", LIST_LAYOUTS, ids=lambda layout: layout.name)
+@by_list_layout
 def test_bounds_without_a_column_are_named(layout: Layout) -> None:
     assert silent_bounds(SELECTION, layout.columns) == SILENT[layout.name]
