@@ -457,9 +457,10 @@ def shard_files(folder, content):
     return files
 
 
-@pytest.mark.parametrize("store", ["disk", "memory"])
-def test_one_of_two_attempts_counts_whole(tmp_path, store):
-    url = str(tmp_path / "shards") if store == "disk" else f"memory://{tmp_path.name}"
+@pytest.mark.parametrize("store", ["disk", "memory", "s3"])
+def test_one_of_two_attempts_counts_whole(tmp_path, store, request):
+    url = {"disk": str(tmp_path / "shards"), "memory": f"memory://{tmp_path.name}"}.get(store)
+    url = url or f"{request.getfixturevalue('bucket')}/downloads"
     first = publish_shard(receipt_of(), shard_files(tmp_path / "one", "one"), url=url)
     other = receipt_of(downloaded=1, failed={"gone": 1})
     second = publish_shard(other, shard_files(tmp_path / "two", "two"), url=url)
@@ -467,7 +468,10 @@ def test_one_of_two_attempts_counts_whole(tmp_path, store):
     for suffix in receipts_module.SHARD_SUFFIXES:
         with fsspec.open(f"{url}/00000{suffix}") as file:
             assert file.read() == b"one"
-    assert fsspec.core.url_to_fs(url)[0].find(f"{url}/_staging") == []
+    filesystem, _ = fsspec.core.url_to_fs(url)
+    filesystem.invalidate_cache()
+    assert filesystem.find(f"{url}/_staging") == []
+    assert [shard.name for shard in list_shards(url)] == ["00000"]
 
 
 def test_a_killed_publication_is_finished(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from shard_files import assert_ranges_agree, text
 
 from pipelines.rejections import Rejection
 from pipelines.sources import SourceError
@@ -17,17 +19,18 @@ WITH_IDS = CaptionSettings(id_column="id")
 GOOD = ["a red circle", 'the word "START", large', "ein grüner Kreis \N{SNOWMAN}"]
 
 
-def write_txt(folder: Path, captions: list[str]) -> Path:
-    path = folder / "list.txt"
-    path.write_bytes("\n".join(captions).encode() + b"\n")
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, newline="")
     return path
+
+
+def write_txt(folder: Path, captions: list[str]) -> Path:
+    return written(folder / "list.txt", "\n".join(captions) + "\n")
 
 
 def write_tsv(folder: Path, captions: list[str]) -> Path:
-    path = folder / "list.tsv"
     rows = [f"{i}\t{caption}\tx" for i, caption in enumerate(captions)]
-    path.write_bytes("\n".join(["id\tcaption\tother", *rows]).encode())
-    return path
+    return written(folder / "list.tsv", "\n".join(["id\tcaption\tother", *rows]))
 
 
 def write_csv(folder: Path, captions: list[str]) -> Path:
@@ -38,9 +41,8 @@ def write_csv(folder: Path, captions: list[str]) -> Path:
 
 
 def write_jsonl(folder: Path, captions: list[str]) -> Path:
-    path = folder / "list.jsonl"
-    path.write_text("".join(json.dumps({"id": i, "caption": text}) + "\n" for i, text in enumerate(captions)))
-    return path
+    rows = (json.dumps({"id": i, "caption": caption}) + "\n" for i, caption in enumerate(captions))
+    return written(folder / "list.jsonl", "".join(rows))
 
 
 def write_parquet(folder: Path, captions: list[str]) -> Path:
@@ -95,9 +97,7 @@ def test_invalid_utf8_costs_one_row(tmp_path: Path, write: Writer) -> None:
 
 
 def test_invalid_utf8_in_parquet_costs_one_row(tmp_path: Path) -> None:
-    words = pa.array([b"one", b"caf\xe9", b"three"], pa.binary())
-    texts = pa.Array.from_buffers(pa.string(), 3, words.buffers())
-    pq.write_table(pa.table({"caption": texts}), tmp_path / "list.parquet")
+    pq.write_table(pa.table({"caption": text(b"one", b"caf\xe9", b"three")}), tmp_path / "list.parquet")
     assert outcomes(tmp_path / "list.parquet") == ["one", "bad_encoding", "three"]
 
 
@@ -116,44 +116,37 @@ def test_given_ids_are_kept(tmp_path: Path, write: Writer) -> None:
 
 def test_repeated_ids_are_rejected_in_every_range(tmp_path: Path) -> None:
     ids = ["7", 7, None, "", True, 8.0, "x" * 300, "y"]
-    path = tmp_path / "list.jsonl"
-    path.write_text("".join(json.dumps({"id": name, "caption": "a"}) + "\n" for name in ids))
+    lines = (json.dumps({"id": name, "caption": "a"}) + "\n" for name in ids)
+    path = written(tmp_path / "list.jsonl", "".join(lines))
     rows = read(path, WITH_IDS)
     assert [(row.id if isinstance(row, Caption) else row.reason) for row in rows] == [
         "7", "duplicate_key", "bad_row", "bad_row", "bad_row", "8", "bad_row", "y",
     ]  # fmt: skip
-    for start in range(9):
-        for stop in [*range(start, 9), None]:
-            assert list(read_captions(str(path), WITH_IDS, start=start, stop=stop)) == rows[start:stop]
+    assert_ranges_agree(partial(read_captions, str(path), WITH_IDS))
 
 
 def test_malformed_rows_are_rejected(tmp_path: Path) -> None:
-    path = tmp_path / "list.jsonl"
     lines = [
         '{"caption": "ok"}', "{", "[1]", '"text"', '{"caption": 3}', "{}", "", '{"caption": "\\ud800"}',
         "[" * 99_999,
     ]  # fmt: skip
-    path.write_text("\n".join(lines))
-    assert outcomes(path) == [
+    assert outcomes(written(tmp_path / "list.jsonl", "\n".join(lines))) == [
         "ok", "bad_row", "bad_row", "bad_row", "bad_row", "missing_caption", "empty_caption", "bad_encoding",
         "bad_row",
     ]  # fmt: skip
-    path = tmp_path / "list.tsv"
-    path.write_text("id\tcaption\n1\n2\ttwo\n\n")
+    path = written(tmp_path / "list.tsv", "id\tcaption\n1\n2\ttwo\n\n")
     assert outcomes(path) == ["missing_caption", "two", "missing_caption"]
 
 
 def test_csv_quotes_and_oversized_fields(tmp_path: Path) -> None:
-    path = tmp_path / "list.csv"
-    path.write_text('id,caption\n1,"two\nlines, ""quoted"""\n2,' + "x" * 200_000 + "\n3,after\n")
-    assert outcomes(path) == ['two lines, "quoted"', "bad_row", "after"]
+    text = 'id,caption\n1,"two\nlines, ""quoted"""\n2,' + "x" * 200_000 + "\n3,after\n"
+    assert outcomes(written(tmp_path / "list.csv", text)) == ['two lines, "quoted"', "bad_row", "after"]
 
 
 def test_a_tsv_does_not_quote(tmp_path: Path) -> None:
     # PartiPrompts holds such a row.
-    (tmp_path / "list.tsv").write_text('Prompt\tCategory\n"G I G G L E" painted\tText\nnext\tText\n')
-    settings = CaptionSettings(caption_column="Prompt")
-    assert outcomes(tmp_path / "list.tsv", settings) == ['"G I G G L E" painted', "next"]
+    path = written(tmp_path / "list.tsv", 'Prompt\tCategory\n"G I G G L E" painted\tText\nnext\tText\n')
+    assert outcomes(path, CaptionSettings(caption_column="Prompt")) == ['"G I G G L E" painted', "next"]
 
 
 def test_windows_files(tmp_path: Path) -> None:
@@ -164,9 +157,8 @@ def test_windows_files(tmp_path: Path) -> None:
 
 
 def test_endless_lines_are_truncated(tmp_path: Path) -> None:
-    with (tmp_path / "list.txt").open("wb") as file:
-        file.write(b"first\n" + b"x" * 10_000_000 + b"\nlast")
-    assert outcomes(tmp_path / "list.txt") == ["first", "x" * 2000, "last"]
+    path = written(tmp_path / "list.txt", "first\n" + "x" * 10_000_000 + "\nlast")
+    assert outcomes(path) == ["first", "x" * 2000, "last"]
 
 
 @pytest.mark.parametrize("write", [write_tsv, write_csv, write_parquet])
@@ -184,9 +176,7 @@ def test_a_missing_column_is_named(tmp_path: Path, write: Writer) -> None:
         ("list.parquet", b"PAR1", "not readable as Parquet"),
     ],
 )
-def test_unreadable_lists_are_an_error(
-    tmp_path: Path, name: str, content: bytes | None, message: str
-) -> None:
+def test_unreadable_lists_are_an_error(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=message):

@@ -11,14 +11,12 @@ import synthetic_units
 from layout_fixtures import LIST_LAYOUTS, ROWS, write_list
 from shard_files import write_parquet_shard
 
-from pipelines.download.receipts import ShardReceipt, publish_shard, read_receipts
-from pipelines.rejections import Rejection
 from pipelines.sources import SourceError
-from pipelines.sources.captions import Caption, read_captions
+from pipelines.sources.captions import read_captions
 from pipelines.sources.links import list_links, read_links
 from pipelines.sources.settings import CaptionSettings, LinkSettings, ShardSettings
 from pipelines.sources.shards import ShardRow, write_shard
-from pipelines.sources.webdataset import Sample, list_shards, read_shard
+from pipelines.sources.webdataset import list_shards, read_shard
 from pipelines.storage.objects import (
     StorageError,
     check_client,
@@ -33,36 +31,41 @@ from pipelines.tables.committer import recover
 from pipelines.tables.table import open_table
 
 FAILED = ShardRow(image=None, caption="c", status="failed_to_download", error_message="HTTP Error 404")
+# Above the read-ahead, so that a shard is fetched in several pieces.
+PICTURES = [ShardRow(image=bytes([index]) * 3_000_000, caption=f"c{index}") for index in range(6)]
+
+
+@pytest.fixture
+def new_clients(monkeypatch):
+    """Clients of the store are made anew, with the environment that the test sets."""
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield monkeypatch
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def check_samples(rows, pictures):
+    """The rows are the samples of the pictures, and a failed download."""
+    *samples, last = rows
+    assert [sample.image for sample in samples] == [picture.image for picture in pictures]
+    assert last.reason == "download_failed"
 
 
 def test_shards_are_written_listed_and_streamed(bucket: str) -> None:
-    # Above the read-ahead, so that the tar is fetched in several pieces.
-    pictures = [ShardRow(image=bytes([index]) * 3_000_000, caption=f"c{index}") for index in range(6)]
-    written = write_shard(f"{bucket}/shards", [*pictures, FAILED], index=0)
-    assert write_shard(f"{bucket}/shards", [*pictures, FAILED], index=0) == written
-    assert list_shards(f"{bucket}/shards/") == [written]
-    assert list_shards(f"{bucket}/shards/*.tar") == [written]
-    assert list_shards(f"{bucket}/shards/00000.tar") == [written]
-    *samples, last = read_shard(written, ShardSettings())
-    assert [sample.image for sample in samples if isinstance(sample, Sample)] == [p.image for p in pictures]
-    assert isinstance(last, Rejection)
-    assert last.reason == "download_failed"
+    written = write_shard(f"{bucket}/shards", [*PICTURES, FAILED], index=0)
+    assert write_shard(f"{bucket}/shards", [*PICTURES, FAILED], index=0) == written
+    for path in ("", "*.tar", "00000.tar"):
+        assert list_shards(f"{bucket}/shards/{path}") == [written]
+    check_samples(read_shard(written, ShardSettings()), PICTURES)
     # A shard that is added later is seen, whatever was listed before.
-    write_shard(f"{bucket}/shards", pictures[:1], index=1)
+    write_shard(f"{bucket}/shards", PICTURES[:1], index=1)
     assert [shard.name for shard in list_shards(f"{bucket}/shards")] == ["00000", "00001"]
 
 
 def test_shards_and_url_lists_are_streamed(bucket: str, tmp_path: Path) -> None:
-    pictures = [ShardRow(image=bytes([index]) * 3_000_000, caption=f"c{index}") for index in range(6)]
-    path = write_parquet_shard(tmp_path, [*pictures, FAILED], rows_per_group=4)
+    path = write_parquet_shard(tmp_path, [*PICTURES, FAILED], rows_per_group=4)
     fsspec.filesystem("s3").put_file(str(path), f"{bucket}/parquet/00000.parquet")
     (shard,) = list_shards(f"{bucket}/parquet")
-    *samples, last = read_shard(shard, ShardSettings(), start=1)
-    assert [sample.image for sample in samples if isinstance(sample, Sample)] == [
-        p.image for p in pictures[1:]
-    ]
-    assert isinstance(last, Rejection)
-    assert last.reason == "download_failed"
+    check_samples(read_shard(shard, ShardSettings(), start=1), PICTURES[1:])
     fsspec.filesystem("s3").put_file(
         str(write_list(tmp_path, LIST_LAYOUTS[0])), f"{bucket}/lists/part-00000.parquet"
     )
@@ -72,28 +75,11 @@ def test_shards_and_url_lists_are_streamed(bucket: str, tmp_path: Path) -> None:
     assert [row.ordinal for row in rows] == list(range(5, ROWS))
 
 
-def test_one_of_two_attempts_publishes_a_shard(bucket: str, tmp_path: Path) -> None:
-    values = {"name": "00000", "number": 0, "retry": 0, "source": "a", "start": 0, "stop": 1, "rows": 1}
-    receipt = ShardReceipt(**values, refused={}, downloaded=1)
-    url = f"{bucket}/downloads"
-    for attempt in ("one", "two"):
-        files = {ending: tmp_path / f"{attempt}{ending}" for ending in (".parquet", "_stats.json", ".tar")}
-        for file in files.values():
-            file.write_text(attempt)
-        published = publish_shard(receipt, files, url=url)
-        assert published == read_receipts(url)["00000"]
-    assert {read_bytes(f"{url}/00000{ending}") for ending in files} == {b"one"}
-    filesystem = fsspec.filesystem("s3")
-    filesystem.invalidate_cache()
-    assert filesystem.find(f"{url}/_staging") == []
-    assert [shard.name for shard in list_shards(url)] == ["00000"]
-
-
 def test_caption_lists_are_read(bucket: str) -> None:
     with fsspec.open(f"{bucket}/list.txt", "wb") as file:
         file.write(b"one\ntwo\n")
     rows = list(read_captions(f"{bucket}/list.txt", CaptionSettings()))
-    assert [row.text for row in rows if isinstance(row, Caption)] == ["one", "two"]
+    assert [row.text for row in rows] == ["one", "two"]
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/none", "s3://bucket/none.tar", "s3://no-such-bucket/none"])
@@ -104,20 +90,15 @@ def test_missing_source_is_named(bucket: str, url: str) -> None:
         list(read_captions(f"{url}.txt", CaptionSettings()))
 
 
-def test_unreachable_store_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr("pipelines.storage.retry.BACKOFF_SECONDS", (0.1,))
-    s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        with pytest.raises(SourceError, match="cannot be listed"):
-            list_shards("s3://bucket/none")
-        with pytest.raises(SourceError, match="cannot be opened"):
-            list(read_captions("s3://bucket/none.txt", CaptionSettings()))
-    finally:
-        s3fs.S3FileSystem.clear_instance_cache()
+def test_unreachable_store_is_named(new_clients):
+    key = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "test")
+    for name, value in {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "1", **key}.items():
+        new_clients.setenv(name, value)
+    new_clients.setattr("pipelines.storage.retry.BACKOFF_SECONDS", (0.1,))
+    with pytest.raises(SourceError, match="cannot be listed"):
+        list_shards("s3://bucket/none")
+    with pytest.raises(SourceError, match="cannot be opened"):
+        list(read_captions("s3://bucket/none.txt", CaptionSettings()))
 
 
 def test_table_in_a_bucket_equals_one_on_disk(bucket: str, tmp_path: Path) -> None:
@@ -164,32 +145,23 @@ def test_orphans_in_a_bucket_are_committed(bucket: str, monkeypatch: pytest.Monk
     assert open_table(url).num_rows == 17
 
 
-def test_missing_credentials_are_a_store_failure(
-    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+def test_missing_credentials_are_a_store_failure(bucket, new_clients, tmp_path):
+    new_clients.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    new_clients.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        with pytest.raises(StorageError, match=r"cannot be written: .*Unable to locate credentials"):
-            write_once(f"{bucket}/object-of-nobody", b"")
-        with pytest.raises(StoreFailure, match="object: NoCredentialsError"):
-            open_object(f"{bucket}/object", ahead=1)
-    finally:
-        s3fs.S3FileSystem.clear_instance_cache()
+        new_clients.delenv(name)
+    with pytest.raises(StorageError, match=r"cannot be written: .*Unable to locate credentials"):
+        write_once(f"{bucket}/object-of-nobody", b"")
+    with pytest.raises(StoreFailure, match="object: NoCredentialsError"):
+        open_object(f"{bucket}/object", ahead=1)
 
 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("gs://bucket/run", "gs://bucket/run: no client for gs:// is installed; pip install gcsfs, on every"),
-        (
-            "abfs://c@account.dfs.core.windows.net/run",
-            "no client for abfs:// is installed; pip install adlfs",
-        ),
-        ("s4://bucket/run", "s4://bucket/run: s4:// is no store that fsspec knows; s3://, gs://, abfs://"),
+        ("gs://bucket/run", "gs://bucket/run: no client for gs:// is installed; pip install gcsfs"),
+        ("abfs://c@account.dfs.core.windows.net/run", "abfs:// is installed; pip install adlfs"),
+        ("s4://bucket/run", "s4://bucket/run: s4:// is no store"),
     ],
 )
 def test_missing_client_names_its_package(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
