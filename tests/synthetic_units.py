@@ -20,7 +20,7 @@ from pipelines.tables.committer import commit_stream, recover
 from pipelines.tables.manifest import read_manifest, to_parquet
 from pipelines.tables.schemas import latents_schema
 from pipelines.tables.settings import Bounds
-from pipelines.tables.table import UnitFile, create_table, revised_name
+from pipelines.tables.table import UnitFile, create_table, open_table, revised_name
 from pipelines.tables.units import FinishedRows, Unit, committed_ranges, uncovered_ranges
 from snapfusion.settings import digest
 
@@ -69,6 +69,16 @@ def run(url: str, *, total: int = TOTAL) -> None:
             yield writer(finished(part.start, part.stop, final=part.final))
 
     commit_stream(table, work(), bounds=Bounds(commit_seconds=0.0), total=total)
+
+
+def equal(url: str, other: str) -> bool:
+    """Whether two tables have the same rows, rejected rows and manifests."""
+    one, two = open_table(url), open_table(other)
+    return (
+        one.read().equals(two.read())
+        and one.manifests() == two.manifests()
+        and one.rejected_rows() == two.rejected_rows()
+    )
 
 
 def without_first_row(file: UnitFile) -> tuple[UnitFile, WrittenUnit]:

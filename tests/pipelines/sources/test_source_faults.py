@@ -26,11 +26,10 @@ from pipelines.storage.objects import open_object, read_bytes
 from pipelines.storage.retry import StoreFailure
 
 FAILED = ShardRow(image=None, caption="c", status="failed_to_download", error_message="HTTP Error 404")
-CAPTIONS = {
-    "list.txt": "".join(f"caption {row}\n" for row in range(300)),
-    "list.tsv": "caption\n" + "".join(f"caption {row}\n" for row in range(300)),
-    "list.jsonl": "".join(f'{{"caption": "caption {row}"}}\n' for row in range(300)),
-}
+LINES = "".join(f"caption {row}\n" for row in range(300))
+JSON_LINES = "".join(f'{{"caption": "{line}"}}\n' for line in LINES.splitlines())
+CAPTIONS = {"list.txt": LINES, "list.tsv": f"caption\n{LINES}", "list.jsonl": JSON_LINES}
+torn = pytest.mark.parametrize("error", [None, ConnectionResetError("reset")])
 
 
 def shard_rows(count: int, *, size: int) -> list[ShardRow]:
@@ -58,15 +57,13 @@ def fill(bucket: str, folder: Path) -> None:
 
 def everything(bucket: str) -> dict[str, list[object]]:
     """All rows of all sources, by source."""
-    rows: dict[str, list[object]] = {}
-    for shard in list_shards(f"{bucket}/shards"):
-        rows[shard.url] = [*read_shard(shard, ShardSettings())]
-    for links in list_links(f"{bucket}/lists"):
-        rows[links.url] = [*read_links(links, LinkSettings())]
-    for name in CAPTIONS:
-        rows[name] = [*read_captions(f"{bucket}/{name}", CaptionSettings())]
-    rows["domains"] = [load_blocklist(Blocklists(domains=f"{bucket}/domains.txt"))]
-    return rows
+    shards, lists = list_shards(f"{bucket}/shards"), list_links(f"{bucket}/lists")
+    return {
+        **{shard.url: [*read_shard(shard, ShardSettings())] for shard in shards},
+        **{links.url: [*read_links(links, LinkSettings())] for links in lists},
+        **{name: [*read_captions(f"{bucket}/{name}", CaptionSettings())] for name in CAPTIONS},
+        "domains": [load_blocklist(Blocklists(domains=f"{bucket}/domains.txt"))],
+    }
 
 
 def test_faults_of_the_store_change_no_row(bucket: str, tmp_path: Path) -> None:
@@ -81,9 +78,7 @@ def test_faults_of_the_store_change_no_row(bucket: str, tmp_path: Path) -> None:
     names = list_files(f"{bucket}/shards", endings=(".tar",))
     log = tmp_path / "faults.jsonl"
     with faulty(log, seed=1, rate=0.5, most=10):
-        while (
-            not log.exists() or sum(count for (one, _), count in faults_in(log).items() if one == "GET") < 10
-        ):
+        while not log.exists() or sum(faults_in(log)["GET", kind] for kind in fault_proxy.KINDS) < 10:
             assert everything(bucket) == quiet
         while faults_in(log).total() < 20:
             assert list_files(f"{bucket}/shards", endings=(".tar",)) == names
@@ -115,7 +110,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, file: TornResponses) -> None:
     monkeypatch.setattr(type(memory), "open", lambda *_, **__: file)
 
 
-@pytest.mark.parametrize("error", [None, ConnectionResetError("reset")])
+@torn
 def test_torn_responses_are_requested_again(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     file = TornResponses(failures=2, error=error)
     opened(monkeypatch, file)
@@ -125,7 +120,7 @@ def test_torn_responses_are_requested_again(error: Exception | None, monkeypatch
     assert file.failures == 0
 
 
-@pytest.mark.parametrize("error", [None, ConnectionResetError("reset")])
+@torn
 def test_a_store_that_keeps_failing_raises(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(monkeypatch, TornResponses(failures=99, error=error))
     with open_object("memory://x", ahead=1) as reader, pytest.raises(StoreFailure, match="memory://x: "):

@@ -13,18 +13,6 @@ import pytest
 import synthetic_units
 from faulty_store import faults_in, faulty
 
-from pipelines.tables.table import open_table
-
-
-def equal(url: str, other: str) -> bool:
-    """Whether two tables have the same rows, rejected rows and manifests."""
-    one, two = open_table(url), open_table(other)
-    return (
-        one.read().equals(two.read())
-        and one.manifests() == two.manifests()
-        and one.rejected_rows() == two.rejected_rows()
-    )
-
 
 def test_faults_lose_and_double_no_row(bucket: str, tmp_path: Path) -> None:
     quiet, loud = f"{bucket}/quiet", f"{bucket}/loud"
@@ -33,7 +21,7 @@ def test_faults_lose_and_double_no_row(bucket: str, tmp_path: Path) -> None:
         synthetic_units.run(loud, total=40)
     hit = faults_in(tmp_path / "faults")
     assert hit == {(one, kind): 1 for one in fault_proxy.OPERATIONS for kind in fault_proxy.KINDS}
-    assert equal(loud, quiet)
+    assert synthetic_units.equal(loud, quiet)
 
 
 @pytest.mark.slow
@@ -58,5 +46,5 @@ def test_thousand_faults_lose_and_double_no_row(
         for one in fault_proxy.OPERATIONS:
             print(f"  {one:8}", *(f"{hit[one, kind]} {kind}" for kind in fault_proxy.KINDS), sep="  ")
         print(f"one such table in peace: {peace:.0f} s")
-    assert all(equal(table, quiet) for table in loud)
+    assert all(synthetic_units.equal(table, quiet) for table in loud)
     assert hit == {(one, kind): 50 for one in fault_proxy.OPERATIONS for kind in fault_proxy.KINDS}

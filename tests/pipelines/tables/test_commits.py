@@ -26,10 +26,6 @@ from pipelines.tables.table import Snapshot, TableError, create_table, open_tabl
 from pipelines.tables.units import UncoveredRange, uncovered_ranges
 
 
-def files(url: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(Path(url).glob("*.parquet"))}
-
-
 def names(url: str) -> list[str]:
     return [file.unit for file in open_table(url).units]
 
@@ -52,12 +48,12 @@ def unkilled(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def check_equal(url: str, other: str) -> None:
-    table, expected = open_table(url), open_table(other)
-    assert files(url) == files(other)
-    assert table.read().equals(expected.read())
-    assert table.rejected_rows() == expected.rejected_rows()
-    assert table.manifests() == expected.manifests()
-    assert len(table.unit_records()) == len(table.units)
+    one, two = (
+        {path.name: path.read_bytes() for path in Path(table).glob("*.parquet")} for table in (url, other)
+    )
+    assert one == two
+    assert synthetic_units.equal(url, other)
+    assert len(open_table(url).unit_records()) == len(open_table(url).units)
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -228,12 +224,20 @@ def test_uncovered_ranges_end_at_unit_boundaries():
     assert list(uncovered_ranges(4, committed=[(0, 4)], rows_per_unit=4)) == []
 
 
+def test_worker_in_another_folder_adds_to_the_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = create_table("latents", schema=SCHEMA, identity=IDENTITY).url
+    monkeypatch.chdir("/")
+    commit_units(url, [WriteUnit(url=url, schema=SCHEMA, settings="s")(finished(0, 4))])
+    assert names(str(tmp_path / "latents")) == ["s-000000-000004"]
+
+
 def test_one_of_many_writers_creates_an_object(tmp_path):
     url = str(tmp_path / "deep" / "object")
     with ThreadPoolExecutor(8) as pool:
         created = list(pool.map(lambda n: write_once(url, bytes([n]) * 1000), range(8)))
-    assert sum(created) == 1
     assert Path(url).read_bytes() == bytes([created.index(True)]) * 1000
+    assert sum(created) == 1
     assert [path.name for path in Path(url).parent.iterdir()] == ["object"]
 
 

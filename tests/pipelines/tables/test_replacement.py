@@ -94,11 +94,11 @@ def test_writer_killed_between_siblings_is_completed(table, monkeypatch):
     old, new = without_first_row(table.units[0])
     rewrite = commits._rewrite_rows
     with monkeypatch.context() as patch:
-        patch.setattr(
-            commits,
-            "_rewrite_rows",
-            lambda location, *rest, **more: location.endswith(".units") or rewrite(location, *rest, **more),
-        )
+
+        def rewrite_rejects(location, *rest, **more):
+            return location.endswith(".units") or rewrite(location, *rest, **more)
+
+        patch.setattr(commits, "_rewrite_rows", rewrite_rejects)
         replace_units(table.url, [(old, new)])
     assert old.unit not in newest(table).manifests()
     assert restore_manifests(newest(table)).manifests()[old.unit] == new.manifest
