@@ -78,10 +78,10 @@ def ray_head(folder: Path, *, cpus: int = 4) -> Iterator[Head]:
         "RAY_health_check_failure_threshold": "3",
     }
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
-    ports = {name: _free_port() for name in names}
+    ports = {name: free_port() for name in names}
     words = ["--head", *(f"--{name}={port}" for name, port in ports.items())]
     with _node(words, cpus=cpus, folder=folder, environment=environment) as process:
-        _await(lambda: _answers(ports["dashboard-port"]), process)
+        await_ready(lambda: _answers(ports["dashboard-port"]), process)
         yield Head(
             cluster=f"127.0.0.1:{ports['port']}",
             dashboard=f"http://127.0.0.1:{ports['dashboard-port']}",
@@ -98,9 +98,9 @@ def ray_worker(head: Head, name: str, *, cpus: int) -> Iterator[subprocess.Popen
     """
     folder = head.folder / name
     folder.mkdir()
-    words = [f"--address={head.cluster}", f"--dashboard-agent-listen-port={_free_port()}"]
+    words = [f"--address={head.cluster}", f"--dashboard-agent-listen-port={free_port()}"]
     with _node(words, cpus=cpus, folder=folder, environment=head.environment) as process:
-        _await(lambda: "Ray runtime started" in (folder / "log").read_text(), process)
+        await_ready(lambda: "Ray runtime started" in (folder / "log").read_text(), process)
         yield process
 
 
@@ -135,14 +135,20 @@ def _started(command: list[str], environment: Mapping[str, str]) -> subprocess.P
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
-def _await(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 90
+def await_ready(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Wait until a node that was started is ready.
+
+    Raises:
+        TimeoutError: if its process has ended, or takes too long.
+    """
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if ready():
             return

@@ -28,9 +28,8 @@ def panels() -> list[dict[str, Any]]:
 
 def expressions() -> dict[str, str]:
     """The expressions of rules and panels, by name."""
-    found = {
-        rule.get("alert") or f"{rule['record']}{rule.get('labels', '')}": rule["expr"] for rule in rules()
-    }
+    named = ((rule.get("alert") or f"{rule['record']}{rule.get('labels', '')}", rule) for rule in rules())
+    found = {name: rule["expr"] for name, rule in named}
     for panel in panels():
         for target in panel["targets"]:
             # Grafana replaces it with the displayed time span.

@@ -27,7 +27,6 @@ AWS = ROOT / "infra/aws"
 CLUSTER = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
 REGION = CLUSTER["provider"]["region"]
 ACCOUNT = "123456789012"
-PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 def document(name: str) -> str:
@@ -101,9 +100,7 @@ def test_a_node_may_only_fill_tables(account, bucket):
     with acting(account, "node", {"bucket": document("bucket.json")}):
         table = f"{bucket}/snapfusion/run/table"
         fill = "import sys, synthetic_units as units; units.run(sys.argv[1])"
-        subprocess.run(
-            [sys.executable, "-c", fill, table], check=True, env=os.environ | {"PYTHONPATH": PATHS}
-        )
+        subprocess.run([sys.executable, "-c", fill, table], check=True)
         assert sum(account.rows_read for account in open_table(table).manifests().values()) == 22
         s3 = client("s3")
         assert s3.get_object(Bucket="bucket", Key="shards/00000.tar")["Body"].read() == b"shard"
@@ -114,9 +111,8 @@ def test_a_node_may_only_fill_tables(account, bucket):
         s3.delete_object(Bucket="bucket", Key="snapfusion/run/table/none.parquet")
         assert refused(s3.put_object, Bucket="bucket", Key="shards/00001.tar", Body=b"")
         assert refused(s3.delete_object, Bucket="bucket", Key="shards/00000.tar")
-        assert refused(
-            s3.put_bucket_lifecycle_configuration, Bucket="bucket", LifecycleConfiguration=lifecycle()
-        )
+        rules = {"Bucket": "bucket", "LifecycleConfiguration": lifecycle()}
+        assert refused(s3.put_bucket_lifecycle_configuration, **rules)
         assert refused(s3.get_object, Bucket="other", Key="secret")
         assert refused(s3.list_objects_v2, Bucket="other")
         assert refused(client("ec2").run_instances, ImageId="ami-1", MinCount=1, MaxCount=1)
@@ -130,9 +126,7 @@ def test_the_store_accepts_the_lifecycle_rules(account):
     s3 = client("s3")
     s3.put_bucket_lifecycle_configuration(Bucket="bucket", LifecycleConfiguration=lifecycle())
     kept = s3.get_bucket_lifecycle_configuration(Bucket="bucket")["Rules"]
-    assert sorted(kept, key=lambda rule: rule["ID"]) == sorted(
-        lifecycle()["Rules"], key=lambda rule: rule["ID"]
-    )
+    assert {rule["ID"]: rule for rule in kept} == {rule["ID"]: rule for rule in lifecycle()["Rules"]}
     # What ends a table or a training would lose rows: only what was never finished, replaced or tried.
     ending = {rule["Filter"]["Prefix"] for rule in kept if "Days" in rule.get("Expiration", {})}
     assert ending == {"scratch/"}
@@ -187,12 +181,9 @@ def test_the_head_may_start_and_end_nodes(account, launched):
         provider.set_node_tags(nodes[0], {"ray-node-status": "up-to-date"})
         assert refused(client("iam").list_users)
         assert refused(client("ec2").create_vpc, CidrBlock="10.0.0.0/16")
-        reservations = client("ec2").describe_instances()["Reservations"]
-        markets = {
-            instance["InstanceType"]: instance.get("InstanceLifecycle", "on demand")
-            for reservation in reservations
-            for instance in reservation["Instances"]
-        }
+        pages = client("ec2").get_paginator("describe_instances").paginate()
+        instances = pages.search("Reservations[].Instances[]")
+        markets = {one["InstanceType"]: one.get("InstanceLifecycle", "on demand") for one in instances}
         provider.terminate_nodes(nodes)
         assert provider.non_terminated_nodes({}) == []
     assert markets == {"g6e.2xlarge": "spot", "p4d.24xlarge": "on demand"}

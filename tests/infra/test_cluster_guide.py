@@ -56,9 +56,8 @@ def test_every_policy_is_used():
 
 
 def test_lifecycle_rules_are_as_described():
-    rules = {
-        rule["ID"]: rule for rule in json.loads((ROOT / "infra/aws/lifecycle.json").read_text())["Rules"]
-    }
+    lifecycle = json.loads((ROOT / "infra/aws/lifecycle.json").read_text())
+    rules = {rule["ID"]: rule for rule in lifecycle["Rules"]}
     sentence = GUIDE.split("The lifecycle rules")[1].split("snapfusion/")[0]
     days = [int(number) for number in re.findall(r"\b(\d+) days", sentence)]
     assert days == [

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from ray._private.services import get_node_ip_address
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
+from ray_nodes import SCRIPTS, await_ready, free_port
 
 from pipelines.ray_data import metrics
 from pipelines.tables.table import open_table
@@ -55,13 +55,8 @@ def configuration(address: str) -> dict[str, Any]:
             kind["resources"] = {"CPU": 2}
     types[FAKE_HEAD_NODE_TYPE] = types.pop(config["head_node_type"])
     config |= {"head_node_type": FAKE_HEAD_NODE_TYPE, "file_mounts": {}}
-    unused = (
-        "initialization_commands",
-        "head_setup_commands",
-        "worker_setup_commands",
-        "cluster_synced_files",
-    )
-    return {**{key: [] for key in unused}, **config}
+    commands = ("initialization_commands", "head_setup_commands", "worker_setup_commands")
+    return {**{key: [] for key in (*commands, "cluster_synced_files")}, **config}
 
 
 @dataclass
@@ -80,7 +75,7 @@ class Outcome:
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory) -> Iterator[Outcome]:
     folder = tmp_path_factory.mktemp("c")
-    address = f"{get_node_ip_address()}:{_free_port()}"
+    address = f"{get_node_ip_address()}:{free_port()}"
     (folder / "config.json").write_text(json.dumps(configuration(address)))
     paths = [str(ROOT / "tests" / name) for name in ("", "infra", "pipelines", "jobs")]
     environment = {
@@ -99,20 +94,16 @@ def outcome(tmp_path_factory) -> Iterator[Outcome]:
         "RAY_NODE_TYPE_NAME": FAKE_HEAD_NODE_TYPE,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     }
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=0"]
-    command += [f"--port={address.rpartition(':')[2]}", f"--dashboard-port={_free_port()}"]
-    command += [f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}"]
-    command += [
-        f"--temp-dir={folder}/ray",
-        f"--autoscaling-config={folder}/config.json",
-        "--labels=role=head",
-    ]
+    ports = ("dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+    command = [str(SCRIPTS / "ray"), "start", "--head", "--block", "--num-cpus=0", "--labels=role=head"]
+    command += [f"--port={address.rpartition(':')[2]}", *(f"--{name}={free_port()}" for name in ports)]
+    command += [f"--temp-dir={folder}/ray", f"--autoscaling-config={folder}/config.json"]
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(
             command, env=environment | autoscaler, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        _await(lambda: "--block" in (folder / "head.log").read_text(), head)
+        await_ready(lambda: "--block" in (folder / "head.log").read_text(), head)
         yield _run_work(folder, address, environment)
     finally:
         # The autoscaler's nodes are not in the head's process group, so they are found by this cluster's
@@ -128,13 +119,8 @@ def outcome(tmp_path_factory) -> Iterator[Outcome]:
 
 def _run_work(folder: Path, address: str, environment: dict[str, str]) -> Outcome:
     """Run the work, and scrape all nodes meanwhile."""
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("cluster_work.py")),
-        address,
-        str(folder),
-        str(ROWS),
-    ]
+    program = str(Path(__file__).with_name("cluster_work.py"))
+    command = [sys.executable, program, address, str(folder), str(ROWS)]
     with (folder / "driver.log").open("w") as log:
         driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     outcome = Outcome(printed="", table=f"{folder}/table")
@@ -195,18 +181,3 @@ def _processes(folder: str) -> list[int]:
             if folder in path.read_bytes().decode(errors="replace") and int(path.parent.name) != os.getpid():
                 found.append(int(path.parent.name))
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def _await(done: Any, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if done():
-            return
-        time.sleep(0.2)
-    raise TimeoutError("the head did not start")

@@ -24,10 +24,10 @@ def test_copied_files_suffice_for_a_job(tmp_path):
             else:
                 path.mkdir(exist_ok=True)
                 shutil.copy(ROOT / source, path)
-    program = (
+    run = (
         "import jobs, runpy; print(jobs.__file__); runpy.run_module('jobs.run_pipeline', run_name='__main__')"
     )
-    command = [sys.executable, "-c", program, "--dry-run", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-c", run, "--dry-run", "--out", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(tmp_path))

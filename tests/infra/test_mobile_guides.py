@@ -39,14 +39,9 @@ def published(tmp_path_factory):
         networks[module.name] = module
         return module.name.encode()
 
-    settings = MobileSettings(
-        executorch=("float32",),
-        coreml=(),
-        captions=CAPTIONS,
-        guidance=W,
-        steps=STEPS,
-        licence=Licence(weights="Apache-2.0", data="made here"),
-    )
+    licence = Licence(weights="Apache-2.0", data="made here")
+    sampling = {"captions": CAPTIONS, "guidance": W, "steps": STEPS}
+    settings = MobileSettings(executorch=("float32",), coreml=(), licence=licence, **sampling)
     path = tmp_path_factory.mktemp("mobile") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapfusion.export.variants, "compile_executorch", compile_executorch)
@@ -54,36 +49,17 @@ def published(tmp_path_factory):
             snapfusion.export.variants, "ExecuTorchProgram", lambda path: networks[path.stem].reference
         )
         publish_bundle(settings, bundle=tiny_bundle(), decoder=None, parents=PARENTS, out_url=str(path))
-    return path, networks
+    return SimpleNamespace(
+        folder=path,
+        # In the order that a program takes them.
+        inputs={name: [port.name for port in module.inputs] for name, module in networks.items()},
+        manifest=json.loads((path / MANIFEST).read_text()),
+        sampler=json.loads((path / SAMPLER).read_text()),
+        vectors=read_vectors(path / VECTORS),
+    )
 
 
 PARENTS = {"model": {"source": "tiny", "settings_hash": None}, "decoder": None}
-
-
-@pytest.fixture(scope="module")
-def folder(published):
-    return published[0]
-
-
-@pytest.fixture(scope="module")
-def inputs(published):
-    """The names of each module's inputs, in the order that a program takes them."""
-    return {name: [port.name for port in module.inputs] for name, module in published[1].items()}
-
-
-@pytest.fixture(scope="module")
-def manifest(folder):
-    return json.loads((folder / MANIFEST).read_text())
-
-
-@pytest.fixture(scope="module")
-def vectors(folder):
-    return read_vectors(folder / VECTORS)
-
-
-@pytest.fixture(scope="module")
-def sampler(folder):
-    return json.loads((folder / SAMPLER).read_text())
 
 
 def block(text, name):
@@ -129,19 +105,19 @@ def advance(text, *, z, outputs, w, step):
     return latent
 
 
-def check_steps(text, *, vectors, sampler):
-    z = vectors.arrays["noise"].ravel()
+def check_steps(text, published):
+    arrays, sampler = published.vectors.arrays, published.sampler
+    z = arrays["noise"].ravel()
     for number, step in enumerate(sampler["steps"]):
-        outputs = vectors.arrays[f"output-{number}"].ravel()
-        expected = vectors.arrays[f"z-{number}"].ravel()
-        z = advance(text, z=z, outputs=outputs, w=sampler["guidance"], step=step)
+        expected = arrays[f"z-{number}"].ravel()
+        z = advance(text, z=z, outputs=arrays[f"output-{number}"].ravel(), w=sampler["guidance"], step=step)
         np.testing.assert_allclose(z, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_each_step_reproduces_the_vectors(source, vectors, sampler):
-    assert vectors.num_steps == STEPS == len(sampler["steps"])
-    check_steps(source.read_text(), vectors=vectors, sampler=sampler)
+def test_each_step_reproduces_the_vectors(source, published):
+    assert published.vectors.num_steps == STEPS == len(published.sampler["steps"])
+    check_steps(source.read_text(), published)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
@@ -157,11 +133,11 @@ def test_each_step_reproduces_the_vectors(source, vectors, sampler):
         ("// begin advance", "//"),
     ],
 )
-def test_wrong_steps_are_noticed(source, right, wrong, vectors, sampler):
+def test_wrong_steps_are_noticed(source, right, wrong, published):
     text = source.read_text()
     assert right in text
     with pytest.raises(AssertionError):
-        check_steps(text.replace(right, wrong), vectors=vectors, sampler=sampler)
+        check_steps(text.replace(right, wrong), published)
 
 
 def swapped_rows(text):
@@ -171,13 +147,14 @@ def swapped_rows(text):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_swapped_rows_are_noticed(source, vectors, sampler):
+def test_swapped_rows_are_noticed(source, published):
     with pytest.raises(AssertionError):
-        check_steps(swapped_rows(source.read_text()), vectors=vectors, sampler=sampler)
+        check_steps(swapped_rows(source.read_text()), published)
 
 
-def test_the_empty_caption_is_the_first_row(vectors):
-    assert vectors.arrays["token_ids"].tolist() == [vectors.token_ids[""], vectors.token_ids[CAPTIONS[0]]]
+def test_the_empty_caption_is_the_first_row(published):
+    token_ids = published.vectors.token_ids
+    assert published.vectors.arrays["token_ids"].tolist() == [token_ids[""], token_ids[CAPTIONS[0]]]
 
 
 def pixels(source, image, *, text=None):
@@ -202,14 +179,13 @@ def pixels(source, image, *, text=None):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_pixels_are_those_of_the_bundle(source, vectors):
-    image = vectors.arrays["image"]
+def test_pixels_are_those_of_the_bundle(source, published):
+    image = published.vectors.arrays["image"]
     np.testing.assert_array_equal(pixels(source, image), to_uint8_image(image))
     # Halves round to even, and what rounding in float16 pushes out of the range is put back.
-    edges = np.array([0, 1, 0.5 / 255, 1.5 / 255, 2.5 / 255, -0.001, 1.001, 0.5] * 6, np.float32)
-    np.testing.assert_array_equal(
-        pixels(source, edges.reshape(1, 3, 4, 4)), to_uint8_image(edges.reshape(1, 3, 4, 4))
-    )
+    values = [0, 1, 0.5 / 255, 1.5 / 255, 2.5 / 255, -0.001, 1.001, 0.5]
+    edges = np.array(values * 6, np.float32).reshape(1, 3, 4, 4)
+    np.testing.assert_array_equal(pixels(source, edges), to_uint8_image(edges))
 
 
 @pytest.mark.parametrize(
@@ -227,10 +203,9 @@ def test_wrong_pixels_are_noticed(source, right, wrong):
     text = source.read_text()
     assert right in text
     image = np.random.default_rng(0).random((1, 3, 8, 8), np.float32)
+    changed, expected = text.replace(right, wrong), to_uint8_image(image)
     with pytest.raises((AssertionError, IndexError)):
-        np.testing.assert_array_equal(
-            pixels(source, image, text=text.replace(right, wrong)), to_uint8_image(image)
-        )
+        np.testing.assert_array_equal(pixels(source, image, text=changed), expected)
 
 
 def fit_tokens(text, *, ids, empty):
@@ -252,17 +227,14 @@ def test_token_ids_are_fitted(source, padding):
         assert fit_tokens(text, ids=plain, empty=empty) == fit_tokens(text, ids=row, empty=empty) == row
     assert len(plain) > len(empty)
     opening = [re.search(rf"{name} = (empty.*)", text)[1] for name in ("last", "end", "padding")]
-    assert [line.replace("count", "size") for line in opening] == [
-        "empty.size - 1",
-        "empty[1]",
-        "empty[last]",
-    ]
+    first, *others = opening
+    assert (first.replace("count", "size"), others) == ("empty.size - 1", ["empty[1]", "empty[last]"])
 
 
 @pytest.mark.parametrize("conditions", [1, 2])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_conditions_are_split_for_the_unet(source, conditions, manifest):
-    _, length, width = manifest["variants"]["executorch"]["modules"]["unet"]["inputs"]["c"]["shape"]
+def test_conditions_are_split_for_the_unet(source, conditions, published):
+    _, length, width = published.manifest["variants"]["executorch"]["modules"]["unet"]["inputs"]["c"]["shape"]
     bundle = SimpleNamespace(conditions=conditions)
     (line,) = block(source.read_text(), "part")
     values = {"c": [0.0] * (2 * length * width), "manifest": bundle, "bundle": bundle, "len": len}
@@ -292,44 +264,44 @@ def keys_of(value):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_names_in_the_source_are_the_bundles(source, folder, inputs, manifest, sampler):
-    known = {MANIFEST, SAMPLER, *MODULES, *keys_of(manifest), *keys_of(sampler)} | {"mlmodelc"}
+def test_names_in_the_source_are_the_bundles(source, published):
+    known = {MANIFEST, SAMPLER, "mlmodelc", *MODULES, *keys_of([published.manifest, published.sampler])}
     assert quoted(source) <= known
-    used = {name for names in inputs.values() for name in names}
+    used = {name for names in published.inputs.values() for name in names}
     assert quoted(source) >= {MANIFEST, SAMPLER, *MODULES, *used, "from_z", "from_output"}
-    assert (folder / MANIFEST).exists()
-    assert (folder / SAMPLER).exists()
+    assert (published.folder / MANIFEST).exists()
+    assert (published.folder / SAMPLER).exists()
 
 
-def test_kotlin_passes_inputs_in_order(inputs):
-    text = KOTLIN.read_text()
+def test_kotlin_passes_inputs_in_order(published):
+    text, inputs = KOTLIN.read_text(), published.inputs
     assert inputs == {"text_encoder": ["token_ids"], "unet": ["z_t", "t", "c"], "decoder": ["latent"]}
     assert "unet.compute(zT, t, it)" in text
-    for name, port in (("zT", "z_t"), ("t", "t")):
-        assert re.search(
-            rf'val {name} = Tensor\.fromBlob\(.*inputShape\("unet", "{port}"\)\)$', text, re.MULTILINE
-        )
+    ports = re.findall(
+        r'val (\w+) = Tensor\.fromBlob\(.*inputShape\("unet", "(\w+)"\)\)$', text, re.MULTILINE
+    )
+    assert {("zT", "z_t"), ("t", "t")} <= set(ports)
 
 
-def test_swift_passes_inputs_by_name(inputs):
+def test_swift_passes_inputs_by_name(published):
     text = SWIFT.read_text()
     given = [re.findall(r'"(\w+)":', names) for names in re.findall(r"\.run\(\[(.*)\]\)", text)]
-    assert given == list(inputs.values())
+    assert given == list(published.inputs.values())
     # In a Core ML package `t` alone is float32.
     assert re.search(rf"let {TIMESTEP} = MLFeatureValue\(shapedArray: MLShapedArray<Float>\(", text)
 
 
-def test_swift_decodes_existing_fields(manifest, sampler):
+def test_swift_decodes_existing_fields(published):
     """A `Decodable` fails on a missing key, so every field must exist in the JSON that it decodes."""
     text = SWIFT.read_text()
-    module = manifest["variants"]["executorch"]["modules"]["unet"]
+    module = published.manifest["variants"]["executorch"]["modules"]["unet"]
     values = {
-        "Step": sampler["steps"][0],
-        "Sampler": sampler,
+        "Step": published.sampler["steps"][0],
+        "Sampler": published.sampler,
         "Port": module["inputs"]["c"],
         "Module": module,
-        "Variant": manifest["variants"]["executorch"],
-        "Manifest": manifest,
+        "Variant": published.manifest["variants"]["executorch"],
+        "Manifest": published.manifest,
     }
     renamed = dict(re.findall(r'case (\w+) = "(\w+)"', text))
     for name, json_values in values.items():
@@ -357,15 +329,15 @@ def leads_to_value(path, *, values):
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.parent.name)
-def test_tables_of_guides_name_existing_keys(guide, folder):
+def test_tables_of_guides_name_existing_keys(guide, published):
     rows = re.findall(r"^\| `([\w./]+\.json)` \| `([^`]+)` \|", guide.read_text(), re.MULTILINE)
     assert len(rows) > 8
     for file, path in rows:
-        assert leads_to_value(path, values=json.loads((folder / file).read_text())), (file, path)
+        assert leads_to_value(path, values=json.loads((published.folder / file).read_text())), (file, path)
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.parent.name)
-def test_files_and_variants_of_guides_exist(guide, folder):
+def test_files_and_variants_of_guides_exist(guide, published):
     text = guide.read_text()
     every = MobileSettings(
         executorch=("float32", "int8", "coreml"), coreml=("float16", "palette-6", "palette-8", "int8")
@@ -376,7 +348,7 @@ def test_files_and_variants_of_guides_exist(guide, folder):
     assert named <= variants
     for name in (MANIFEST, SAMPLER, f"{TOKENIZER}/tokenizer.json", f"{VECTORS}/{INDEX}"):
         assert f"`{name}`" in text
-        assert (folder / name).exists()
+        assert (published.folder / name).exists()
     for name in (LICENCE, SAFETY_CHECKER, "MODEL_CARD.md"):
         assert f"`{name}`" in text
 
@@ -386,12 +358,9 @@ def test_guides_state_the_step_of_their_source(guide):
     source = SOURCES[GUIDES.index(guide)].read_text()
     stated = dict(re.findall(r"^(output|z) += (.*)$", guide.read_text(), re.MULTILINE))
     assert f"output = {stated['output']}\n" in source
-    statement = re.search(r"next = (.*)", source)[1]
-    formula = (
-        statement.replace("step.fromZ", "from_z")
-        .replace("step.fromOutput", "from_output")
-        .replace("z[i]", "z")
-    )
+    formula = re.search(r"next = (.*)", source)[1]
+    for theirs, ours in (("step.fromZ", "from_z"), ("step.fromOutput", "from_output"), ("z[i]", "z")):
+        formula = formula.replace(theirs, ours)
     assert formula == stated["z"]
 
 
@@ -404,9 +373,9 @@ def test_guides_call_functions_of_their_source(guide, source):
         assert re.search(rf"\b{call}\(", text)
 
 
-def test_vectors_are_raw_numbers(folder):
-    index = json.loads((folder / VECTORS / INDEX).read_text())
+def test_vectors_are_raw_numbers(published):
+    index = json.loads((published.folder / VECTORS / INDEX).read_text())
     for entry in index["arrays"].values():
-        path = folder / VECTORS / entry["file"]
+        path = published.folder / VECTORS / entry["file"]
         assert path.suffix in {".f32", ".i32"}
         assert path.stat().st_size == 4 * np.prod(entry["shape"])

@@ -23,11 +23,8 @@ from pipelines import stages
 from pipelines.ray_data import metrics
 
 ROOT = Path(__file__).parents[2]
-OURS = {
-    *(f"ray_{name}_total" for name in (metrics.ROWS, metrics.STAGE_SECONDS)),
-    *(f"ray_{name}_total" for name in (metrics.TRAINING_STEPS, metrics.TRAINING_SECONDS)),
-    f"ray_{metrics.TRAINING_RUNS}",
-}
+COUNTERS = (metrics.ROWS, metrics.STAGE_SECONDS, metrics.TRAINING_STEPS, metrics.TRAINING_SECONDS)
+OURS = {*(f"ray_{name}_total" for name in COUNTERS), f"ray_{metrics.TRAINING_RUNS}"}
 RAYS = {
     "ray_cluster_active_nodes",
     "ray_cluster_idle_nodes",
@@ -56,20 +53,12 @@ def test_every_metric_is_used():
 
 
 def test_stages_and_outcomes_in_expressions_exist():
-    classes = {
-        name
-        for path in Path(stages.__file__).parent.glob("*.py")
-        for name in re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE)
-    }
-    for expression in names.expressions().values():
-        for listed in re.findall(r'stage=~"([^"]+)"', expression):
-            assert set(listed.split("|")) <= classes
-        assert set(re.findall(r'outcome!?="([^"]+)"', expression)) <= {metrics.WRITTEN}
-    states = {
-        state
-        for expression in names.expressions().values()
-        for state in re.findall(r'state="(\w+)"', expression)
-    }
+    code = "".join(path.read_text() for path in Path(stages.__file__).parent.glob("*.py"))
+    expressions = "\n".join(names.expressions().values())
+    used = {name for listed in re.findall(r'stage=~"([^"]+)"', expressions) for name in listed.split("|")}
+    assert used <= set(re.findall(r"^class (\w+)", code, re.MULTILINE))
+    assert set(re.findall(r'outcome!?="([^"]+)"', expressions)) <= {metrics.WRITTEN}
+    states = set(re.findall(r'state="(\w+)"', expressions))
     assert states == {"starting", "waiting", "busy"}
     assert all(f'"{state}"' in inspect.getsource(metrics) for state in states)
 
@@ -78,11 +67,8 @@ def test_every_type_of_node_has_a_price():
     aws = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())["available_node_types"]
     kubernetes = yaml.safe_load((ROOT / "infra/kuberay/cluster.yaml").read_text())["spec"]
     groups = {group["groupName"] for group in kubernetes["workerGroupSpecs"]}
-    priced = [
-        rule["labels"]["node_type"]
-        for rule in names.rules()
-        if rule.get("record") == "snapfusion:price_dollars_per_hour"
-    ]
+    prices = [rule for rule in names.rules() if rule.get("record") == "snapfusion:price_dollars_per_hour"]
+    priced = [rule["labels"]["node_type"] for rule in prices]
     # KubeRay's name for the head's group.
     assert sorted(priced) == sorted(aws.keys() | groups | {"headgroup"})
 
@@ -105,9 +91,8 @@ def test_the_dashboard_has_its_panels():
     dashboard = json.loads((names.MONITORING / "dashboard.json").read_text())
     panels = dashboard["panels"]
     titles = [panel["title"] for panel in panels]
-    for title in ("Rows a second", "Rejected share", "Teachers' idle share", "Step time", "Data-wait share"):
-        assert title in titles
-    assert "Cost so far" in titles
+    assert {"Rows a second", "Rejected share", "Teachers' idle share", "Step time"} <= set(titles)
+    assert {"Data-wait share", "Cost so far"} <= set(titles)
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert dashboard["templating"]["list"][0]["name"] == "datasource"
     for panel in panels:
@@ -125,16 +110,11 @@ def test_the_dashboard_has_its_panels():
     assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in panels)
 
 
-@pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="promtool, which comes with Prometheus, is not here"
-)
-@pytest.mark.parametrize(
-    "words", [("check", "config", "prometheus.yaml"), ("test", "rules", "rules_test.yaml")]
-)
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, which comes with Prometheus")
+@pytest.mark.parametrize("words", ["check config prometheus.yaml", "test rules rules_test.yaml"])
 def test_prometheus_accepts_the_rules(words):
-    done = subprocess.run(
-        ["promtool", *words], cwd=names.MONITORING, capture_output=True, text=True, check=False
-    )
+    command = ["promtool", *words.split()]
+    done = subprocess.run(command, cwd=names.MONITORING, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -165,16 +145,12 @@ class Prometheus(BaseHTTPRequestHandler):
 def test_the_dashboard_renders_without_grafana(tmp_path):
     server = HTTPServer(("127.0.0.1", 0), Prometheus)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    command = [
-        sys.executable,
-        str(names.MONITORING / "dashboard_image.py"),
-        str(tmp_path / "dashboard.png"),
-        "30",
-    ]
+    image = tmp_path / "dashboard.png"
+    command = [sys.executable, str(names.MONITORING / "dashboard_image.py"), str(image), "30"]
     environment = {**os.environ, "PROMETHEUS_URL": f"http://127.0.0.1:{server.server_port}"}
     subprocess.run(command, env=environment, check=True)
     server.shutdown()
     server.server_close()
-    assert (tmp_path / "dashboard.png").read_bytes().startswith(b"\x89PNG")
+    assert image.read_bytes().startswith(b"\x89PNG")
     shown = [target["expr"] for panel in names.panels() for target in panel["targets"]]
     assert Prometheus.queries == [expression.replace("$__range", "1800s") for expression in shown]

@@ -277,7 +277,7 @@ def test_invalid_utf8_in_a_sidecar_hides_nothing(tmp_path: Path) -> None:
 # Listing.
 
 
-def test_files_globs_and_folders_name_shards(tmp_path: Path) -> None:
+def test_files_globs_and_folders_name_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for index in (2, 0, 1):
         write_shard(str(tmp_path), shard_rows(1), index=index)
     names = ["00000", "00001", "00002"]
@@ -287,6 +287,9 @@ def test_files_globs_and_folders_name_shards(tmp_path: Path) -> None:
         f"{tmp_path}/00001.tar": names[1:2],
     }.items():
         assert [shard.name for shard in list_shards(url)] == expected
+    # The URLs are absolute: workers run in another folder.
+    monkeypatch.chdir(tmp_path)
+    assert list_shards("*.tar") == list_shards(f"{tmp_path}/*.tar")
 
 
 def test_shards_of_several_folders_have_distinct_names(tmp_path: Path) -> None:
