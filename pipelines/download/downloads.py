@@ -186,8 +186,13 @@ def download_shards(
     stage = PipelineStage(build=DownloadShard, arguments=arguments, pool=settings.pool)
 
     def download(tasks: Sequence[ShardTask]) -> Iterator[ShardReceipt]:
-        total = sum(task.stop - task.start for task in tasks)
-        return _collect(run(tasks, [stage]), receipts, total=total, on_progress=on_progress)
+        progress = CommitProgress(total=sum(task.stop - task.start for task in tasks))
+        for receipt in run(tasks, [stage]):
+            receipts[receipt.name] = receipt
+            progress = progress.advanced(rows=receipt.rows, rejected=receipt.rows - receipt.downloaded)
+            if on_progress:
+                on_progress(progress)
+            yield receipt
 
     repeated = _repeated_rows(url, ranges, settings.columns)
     new: list[ShardReceipt] = []
@@ -237,23 +242,6 @@ def summarise(
         ],
         identity=identity,
     )
-
-
-def _collect(
-    finished: Iterator[ShardReceipt],
-    receipts: dict[str, ShardReceipt],
-    *,
-    total: int,
-    on_progress: OnProgress | None,
-) -> Iterator[ShardReceipt]:
-    """The receipts as they arrive; each is added to `receipts`."""
-    progress = CommitProgress(total=total)
-    for receipt in finished:
-        receipts[receipt.name] = receipt
-        progress = progress.advanced(rows=receipt.rows, rejected=receipt.rows - receipt.downloaded)
-        if on_progress:
-            on_progress(progress)
-        yield receipt
 
 
 def _check_failures(receipts: Sequence[ShardReceipt], settings: DownloadSettings, *, url: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.download.img2dataset import ShardFetcher
@@ -170,11 +171,9 @@ def transient_failures(url: str, shard: str) -> pa.Table:
         StorageError: if the shard's sidecar cannot be read.
     """
     sidecar = pq.read_table(pa.BufferReader(read_bytes(f"{url}/{shard}.parquet")))
-    outcomes = zip(
-        sidecar.column("status").to_pylist(), sidecar.column("error_message").to_pylist(), strict=True
-    )
-    is_transient = [status != "success" and cause_of(message) in TRANSIENT for status, message in outcomes]
-    rows = sidecar.filter(pa.array(is_transient, pa.bool_()))
+    failed = sidecar.filter(pc.not_equal(sidecar.column("status"), "success"))
+    is_transient = [cause_of(message) in TRANSIENT for message in failed.column("error_message").to_pylist()]
+    rows = failed.filter(pa.array(is_transient, pa.bool_()))
     parents = pa.array([f"{shard}/{key}" for key in rows.column("key").to_pylist()], pa.string())
     columns = [name for name in rows.column_names if name in _REQUIRED or name not in _RESERVED]
     return rows.select(columns).append_column("retry_of", parents)

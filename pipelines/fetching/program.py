@@ -107,33 +107,26 @@ def read_progress(folder: Path) -> tuple[int, str]:
     return steps, "" if digest == _NO_IMAGE else digest.hex()
 
 
+@dataclass(frozen=True, kw_only=True)
 class MonitoredResizer:
     """A resizer that records the image it decodes, skips images that crashed it, and has a time limit."""
 
-    def __init__(
-        self,
-        resize: Callable[..., Resized],
-        progress: ProgressFile,
-        *,
-        crashed: Sequence[str],
-        seconds: float,
-    ) -> None:
-        self._resize = resize
-        self._progress = progress
-        self._crashed = frozenset(crashed)
-        self._seconds = seconds
+    resize: Callable[..., Resized]
+    progress: ProgressFile
+    crashed: Sequence[str]
+    seconds: float
 
     def __call__(self, image: io.BytesIO, boxes: object = None) -> Resized:
         """As img2dataset's resizer, with its errors translated to `FetchError`'s text."""
         digest = hashlib.sha256(image.getbuffer()).digest()
-        if digest.hex() in self._crashed:
+        if digest.hex() in self.crashed:
             return *(None,) * 5, str(FetchError("crashed"))
-        self._progress.step(digest)
+        self.progress.step(digest)
         # The signal's default action ends the process even inside C code, where no exception reaches.
-        signal.setitimer(signal.ITIMER_REAL, self._seconds)
-        *resized, message = self._resize(image, boxes)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+        *resized, message = self.resize(image, boxes)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        self._progress.step(_NO_IMAGE)
+        self.progress.step(_NO_IMAGE)
         if message is not None:
             cause = "too_many_pixels" if "CV_IO_MAX_IMAGE" in message else "broken_image"
             message = str(FetchError(cause, message))
@@ -156,8 +149,8 @@ def make_shard(folder: Path) -> None:
     downloader = Downloader(
         sample_writer_class=WebDatasetSampleWriter,
         resizer=MonitoredResizer(
-            Resizer(**request.resizing),
-            progress,
+            resize=Resizer(**request.resizing),
+            progress=progress,
             crashed=request.crashed,
             seconds=request.rules.decode_seconds,
         ),

@@ -95,21 +95,16 @@ _TYPES: Final = {
     "text": (pa.string(),),
     "size": (pa.int32(), pa.float64()),
     "score": (pa.float32(), pa.float64()),
-    "int32": (pa.int32(),),
-    "int64": (pa.int64(),),
     "int64-or-float": (pa.int64(), pa.float64()),
-    "float32": (pa.float32(),),
-    "float64": (pa.float64(),),
-    "binary": (pa.binary(),),
     "texts": (pa.list_(pa.string()),),
     "floats": (pa.list_(pa.float64()),),
 }
 
 
 def _layout(name: str, columns: str, *, optional: str = "") -> Layout:
-    """A layout from the text `name:type name:type ...`; a name alone is of type text."""
+    """A layout from the text `name:type name:type ...`, Arrow's types or ours; without a type it is text."""
     pairs = (column.partition(":") for column in columns.split())
-    types = {column: _TYPES[kind or "text"] for column, _, kind in pairs}
+    types = {column: _TYPES.get(kind or "text") or (pa.type_for_alias(kind),) for column, _, kind in pairs}
     return Layout(name=name, columns=types, optional=frozenset(optional.split()))
 
 

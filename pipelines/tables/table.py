@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import fsspec
@@ -104,15 +105,11 @@ class Snapshot:
     @cached_property
     def units(self) -> list[UnitFile]:
         """The committed units, ordered by name: the log's own order is that of arrival."""
-        rows = self._actions.select(["path", "size_bytes", "num_records"]).to_pylist()
+        names = ("path", "num_records", "size_bytes")
+        actions = zip(*(self._actions.column(name).to_pylist() for name in names), strict=True)
         files = [
-            UnitFile(
-                unit=unit_of(row["path"]),
-                path=f"{self.url}/{row['path']}",
-                rows=row["num_records"],
-                size=row["size_bytes"],
-            )
-            for row in rows
+            UnitFile(unit=unit_of(path), path=f"{self.url}/{path}", rows=rows, size=size)
+            for path, rows, size in actions
         ]
         return sorted(files, key=lambda file: file.unit)
 
@@ -162,9 +159,7 @@ class Snapshot:
         """The rejected rows (`schemas.REJECTS`) of committed units, ordered by unit and id."""
         committed = {file.unit for file in self.units}
         rows = _read_all(open_delta(f"{self.url}.rejects"))
-        return sorted(
-            (row for row in rows if row["unit"] in committed), key=lambda row: (row["unit"], row["id"])
-        )
+        return sorted((row for row in rows if row["unit"] in committed), key=itemgetter("unit", "id"))
 
     def lineage(self) -> dict[str, Any]:
         """Record of this snapshot in a table or model made from it."""
