@@ -15,9 +15,7 @@ from pipelines.stages.settings import Blocklists, Selection
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "sources.md").read_text()
 
 
-def layout_table() -> Iterator[str]:
-    yield "| layout | columns |"
-    yield "|---|---|"
+def layout_rows() -> Iterator[str]:
     for layout in LAYOUTS:
         columns = (_column(name, types, name in layout.optional) for name, types in layout.columns.items())
         yield f"| {layout.name} | {', '.join(columns)} |"
@@ -32,39 +30,38 @@ def _type(kind: pa.DataType) -> str:
     return re.sub(r"\bdouble\b", "float64", re.sub(r"\bfloat\b", "float32", arrow))
 
 
-def meaning_table() -> Iterator[str]:
-    yield "| meaning | columns, the most trusted first | bounds |"
-    yield "|---|---|---|"
+def meaning_rows() -> Iterator[str]:
     for meaning, names in SPELLINGS.items():
         columns = ", ".join(f"`{name}`" for name in names)
         bounds = ", ".join(f"`{bound.setting}`" for bound in BOUNDS if meaning in bound.columns)
         yield f"| {meaning.replace('_', ' ')} | {columns} | {bounds} |"
 
 
-def bound_table() -> Iterator[str]:
-    yield "| setting of `latents.selection` | condition | reason |"
-    yield "|---|---|---|"
+def bound_rows() -> Iterator[str]:
+    attributes = (Selection.__doc__ or "").partition("Attributes:\n")[2]
     descriptions = dict(
-        re.findall(r"^        (\w+): (.+?)(?=^        \w+: |^    \Z|\Z)", _attributes(), re.M | re.S)
+        re.findall(r"^        (\w+): (.+?)(?=^        \w+: |^    \Z|\Z)", attributes, re.M | re.S)
     )
     for bound in BOUNDS:
         yield f"| `{bound.setting}` | {' '.join(descriptions[bound.setting].split())} | `{bound.reason}` |"
 
 
-def _attributes() -> str:
-    return (Selection.__doc__ or "").partition("Attributes:\n")[2]
-
-
-def reason_table() -> Iterator[str]:
-    yield "| reason | meaning |"
-    yield "|---|---|"
+def reason_rows() -> Iterator[str]:
     for reason, meaning in REASONS.items():
         yield f"| `{reason}` | {meaning} |"
 
 
-@pytest.mark.parametrize("table", [layout_table, meaning_table, bound_table, reason_table])
-def test_tables_agree_with_the_code(table) -> None:
-    lines = list(table())
+@pytest.mark.parametrize(
+    ("header", "rows"),
+    [
+        ("| layout | columns |", layout_rows),
+        ("| meaning | columns, the most trusted first | bounds |", meaning_rows),
+        ("| setting of `latents.selection` | condition | reason |", bound_rows),
+        ("| reason | meaning |", reason_rows),
+    ],
+)
+def test_tables_agree_with_the_code(header, rows) -> None:
+    lines = [header, re.sub(r"[^|]+", "---", header), *rows()]
     missing = [line for line in lines if line not in DOCUMENT.splitlines()]
     assert not missing, "docs/sources.md lacks:\n" + "\n".join(missing)
     assert "\n".join(lines) in DOCUMENT, "docs/sources.md has its lines in another order, or more of them"

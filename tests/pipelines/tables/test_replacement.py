@@ -77,32 +77,24 @@ def test_siblings_follow_the_new_files(table):
     assert recover(after) is after
 
 
-def test_writer_killed_before_siblings_is_completed(table, monkeypatch):
+@pytest.mark.parametrize("killed", ["_rewrite_siblings", "_rewrite_rows"])
+def test_writer_killed_before_its_siblings_is_completed(table, monkeypatch, killed):
     old, new = without_first_row(table.units[0])
+    rewrite = commits._rewrite_rows
+
+    def rewrite_rejects(location, *rest, **more):
+        return location.endswith(".units") or rewrite(location, *rest, **more)
+
+    functions = {"_rewrite_siblings": lambda *_: None, "_rewrite_rows": rewrite_rejects}
     with monkeypatch.context() as patch:
-        patch.setattr(commits, "_rewrite_siblings", lambda *_: None)
+        patch.setattr(commits, killed, functions[killed])
         assert replace_units(table.url, [(old, new)])
     assert old.unit not in newest(table).manifests()
     synthetic_units.run(table.url)
-    assert newest(table).manifests()[old.unit] == new.manifest
-    assert len(rejected_ids(table, old.unit)) == 2
     after = newest(table)
+    assert after.manifests()[old.unit] == new.manifest
+    assert rejected_ids(table, old.unit) == ["gone", "s/0"]
     assert restore_manifests(after) is after
-
-
-def test_writer_killed_between_siblings_is_completed(table, monkeypatch):
-    old, new = without_first_row(table.units[0])
-    rewrite = commits._rewrite_rows
-    with monkeypatch.context() as patch:
-
-        def rewrite_rejects(location, *rest, **more):
-            return location.endswith(".units") or rewrite(location, *rest, **more)
-
-        patch.setattr(commits, "_rewrite_rows", rewrite_rejects)
-        replace_units(table.url, [(old, new)])
-    assert old.unit not in newest(table).manifests()
-    assert restore_manifests(newest(table)).manifests()[old.unit] == new.manifest
-    assert len(rejected_ids(table, old.unit)) == 2
 
 
 def test_units_appended_meanwhile_stay(table, monkeypatch):
