@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,13 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.download.receipts import (
-    ShardReceipt,
-    finish_publishing,
-    read_receipts,
-    remove_staging,
-    sum_counts,
-)
+from pipelines.download.receipts import ShardReceipt, finish_publishing, read_receipts, remove_staging
 from pipelines.download.repeated_urls import find_repeated_urls
 from pipelines.download.settings import RESIZING, DownloadSettings
 from pipelines.download.stage import DownloadShard, ShardTask, shard_name
@@ -100,11 +94,7 @@ def find_ranges(settings: DownloadSettings) -> ShardRanges:
 
 
 def download_identity(
-    ranges: ShardRanges,
-    settings: DownloadSettings,
-    *,
-    selection: Selection,
-    filters: Sequence[LinkFilter] = (),
+    ranges: ShardRanges, settings: DownloadSettings, *, selection: Selection, filters: Sequence[LinkFilter]
 ) -> dict[str, Any]:
     """Everything that determines which rows become which shard, apart from the servers' responses."""
     fetching = settings.fetching.to_values()
@@ -244,6 +234,11 @@ def summarise(
     )
 
 
+def sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sums of counts by name, sorted."""
+    return dict(sorted(sum(map(Counter, counts), Counter()).items()))
+
+
 def _check_failures(receipts: Sequence[ShardReceipt], settings: DownloadSettings, *, url: str) -> None:
     """Hold this run's shards to the bound on failed rows."""
     requested = sum(receipt.requested for receipt in receipts)
@@ -267,11 +262,9 @@ def _check_identity(url: str, identity: dict[str, Any]) -> None:
     plan = f"{url}/_plan.json"
     if not exists(plan) and exists(url) and list_files(url, endings=(".tar",)):
         raise SourceError(f"{url} holds shards of another origin; give another download.place")
-    if write_once(plan, json.dumps(identity, indent=2).encode()):
-        return
-    recorded = json.loads(read_bytes(plan))
-    differing = list(differences(recorded, json.loads(json.dumps(identity))))
-    if differing:
+    written = json.dumps(identity, indent=2).encode()
+    write_once(plan, written)
+    if differing := list(differences(json.loads(read_bytes(plan)), json.loads(written))):
         raise SourceError(
             f"the shards at {url} were downloaded otherwise: {'; '.join(differing[:3])}; "
             "give another download.place"

@@ -14,8 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -102,12 +101,21 @@ def publish_shard(receipt: ShardReceipt, files: Mapping[str, Path], *, url: str)
     for suffix, file in files.items():
         put_file(file, _staged(url, receipt, suffix))
     data = json.dumps(asdict(receipt), indent=2).encode()
-    if not write_once(receipt_url(url, receipt.name), data):
+    if not write_once(_receipt_url(url, receipt.name), data):
         for suffix in files:
             filesystem, path = fsspec.core.url_to_fs(_staged(url, receipt, suffix))
             with contextlib.suppress(FileNotFoundError):
                 filesystem.rm_file(path)
-        receipt = read_receipt(url, receipt.name)
+        receipt = _read_receipt(url, receipt.name)
+    finish_publishing(receipt, url=url)
+    return receipt
+
+
+def published_receipt(url: str, name: str) -> ShardReceipt | None:
+    """The receipt of a shard whose publication is then finished; None if there is no receipt."""
+    if not exists(_receipt_url(url, name)):
+        return None
+    receipt = _read_receipt(url, name)
     finish_publishing(receipt, url=url)
     return receipt
 
@@ -118,20 +126,6 @@ def finish_publishing(receipt: ShardReceipt, *, url: str) -> None:
         return
     for suffix in SHARD_SUFFIXES:
         move_object(_staged(url, receipt, suffix), f"{url}/{receipt.name}{suffix}")
-
-
-def receipt_url(url: str, name: str) -> str:
-    """URL of the receipt of a shard."""
-    return f"{url}/_receipts/{name}.json"
-
-
-def read_receipt(url: str, name: str) -> ShardReceipt:
-    """The receipt of a shard.
-
-    Raises:
-        StorageError: if it cannot be read.
-    """
-    return ShardReceipt(**json.loads(read_bytes(receipt_url(url, name))))
 
 
 def read_receipts(url: str) -> dict[str, ShardReceipt]:
@@ -157,9 +151,12 @@ def remove_staging(url: str) -> None:
         filesystem.rm(path, recursive=True)
 
 
-def sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The sums of counts by name, sorted."""
-    return dict(sorted(sum(map(Counter, counts), Counter()).items()))
+def _receipt_url(url: str, name: str) -> str:
+    return f"{url}/_receipts/{name}.json"
+
+
+def _read_receipt(url: str, name: str) -> ShardReceipt:
+    return ShardReceipt(**json.loads(read_bytes(_receipt_url(url, name))))
 
 
 def _staged(url: str, receipt: ShardReceipt, suffix: str) -> str:

@@ -17,13 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.download.img2dataset import ShardFetcher
-from pipelines.download.receipts import (
-    ShardReceipt,
-    finish_publishing,
-    publish_shard,
-    read_receipt,
-    receipt_url,
-)
+from pipelines.download.receipts import ShardReceipt, publish_shard, published_receipt
 from pipelines.download.settings import DownloadSettings
 from pipelines.fetching.causes import TRANSIENT, cause_of
 from pipelines.rejections import Rejected, Rejection
@@ -32,7 +26,7 @@ from pipelines.sources.links import Link, LinkList, read_links
 from pipelines.stages.row_filter import LinkFilter
 from pipelines.stages.select import check
 from pipelines.stages.settings import Selection
-from pipelines.storage.objects import exists, read_bytes
+from pipelines.storage.objects import read_bytes
 
 _REQUIRED: Final = ("url", "caption", "link_id")
 # Columns that img2dataset or this stage writes; a list's own columns of these names are dropped.
@@ -98,10 +92,8 @@ class DownloadShard:
         Raises:
             DownloadError: if img2dataset is not installed.
         """
-        if exists(receipt_url(self.url, task.name)):
-            receipt = read_receipt(self.url, task.name)
-            finish_publishing(receipt, url=self.url)
-            return receipt
+        if published := published_receipt(self.url, task.name):
+            return published
         began = time.monotonic()
         rows, refused = self._rows(task)
         receipt_of = partial(
