@@ -220,9 +220,9 @@ def summarise(
     return DownloadSummary(
         complete=len(rounds[0]) == sum(1 for _ in ranges.tasks({})),
         rows=sum(receipt.rows for receipt in rounds[0]),
-        refused=sum_counts(receipt.refused for receipt in receipts.values()),
+        refused=_sum_counts(receipt.refused for receipt in receipts.values()),
         downloaded=sum(receipt.downloaded for receipt in receipts.values()),
-        failed=sum_counts(failed),
+        failed=_sum_counts(failed),
         shards=sum(bool(receipt.requested) for receipt in receipts.values()),
         size=sum(receipt.size for receipt in receipts.values()),
         retried=[
@@ -234,8 +234,7 @@ def summarise(
     )
 
 
-def sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The sums of counts by name, sorted."""
+def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return dict(sorted(sum(map(Counter, counts), Counter()).items()))
 
 
@@ -244,7 +243,7 @@ def _check_failures(receipts: Sequence[ShardReceipt], settings: DownloadSettings
     requested = sum(receipt.requested for receipt in receipts)
     failed = requested - sum(receipt.downloaded for receipt in receipts)
     if requested >= settings.judged_after and failed > settings.max_failed * requested:
-        causes = sum_counts(receipt.failed for receipt in receipts)
+        causes = _sum_counts(receipt.failed for receipt in receipts)
         counted = ", ".join(f"{count} {cause}" for cause, count in causes.items())
         raise TooManyFailedError(
             f"{failed} of {requested} rows failed ({counted}), more than the bound of "

@@ -176,9 +176,8 @@ class ShardFetcher:
     def _environment(self, folder: Path) -> dict[str, str]:
         """The program's variables, with a copy of its code: nothing else of this project is on its path."""
         code = folder / "code" / "pipelines"
-        shutil.copytree(
-            Path(fetching.__file__).parent, code / "fetching", ignore=shutil.ignore_patterns("__pycache__")
-        )
+        compiled = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(fetching.__file__).parent, code / "fetching", ignore=compiled)
         (code / "__init__.py").touch()
         return {
             **{name: os.environ[name] for name in _INHERITED if name in os.environ},

@@ -30,12 +30,8 @@ from pipelines.storage.objects import read_bytes
 
 _REQUIRED: Final = ("url", "caption", "link_id")
 # Columns that img2dataset or this stage writes; a list's own columns of these names are dropped.
-_RESERVED: Final = frozenset(
-    [
-        *(*_REQUIRED, "key", "status", "error_message", "exif", "md5", "sha256", "sha512"),
-        *("width", "height", "original_width", "original_height", "retry_of"),
-    ]
-)
+_MADE: Final = "key status error_message exif md5 sha256 sha512 width height original_width original_height"
+_RESERVED: Final = frozenset([*_REQUIRED, *_MADE.split(), "retry_of"])
 
 
 @dataclass(frozen=True, kw_only=True)

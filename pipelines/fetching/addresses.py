@@ -12,12 +12,6 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # The prefix of translated IPv4 addresses (RFC 6052).
 _TRANSLATED: Final = ipaddress.ip_network("64:ff9b::/96")
 _UNICAST: Final = ipaddress.ip_network("2000::/3")
-# Ranges that not every Python version excludes from `is_global`: protocol assignments (RFC 6890, 2928), 6to4
-# and its relays, which embed an IPv4 address that would go unchecked (RFC 3056, 3068), and documentation
-# (RFC 9637).
-_SPECIAL: Final = tuple(
-    map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2002::/16", "3fff::/20"))
-)
 
 
 def parse_networks(texts: Iterable[str]) -> tuple[Network, ...]:
@@ -27,6 +21,12 @@ def parse_networks(texts: Iterable[str]) -> tuple[Network, ...]:
         ValueError: for a text that is neither.
     """
     return tuple(ipaddress.ip_network(text) for text in texts)
+
+
+# Ranges that not every Python version excludes from `is_global`: protocol assignments (RFC 6890, 2928), 6to4
+# and its relays, which embed an IPv4 address that would go unchecked (RFC 3056, 3068), and documentation
+# (RFC 9637).
+_SPECIAL: Final = parse_networks(["192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2002::/16", "3fff::/20"])
 
 
 def may_connect(address: Address, *, allowed: Sequence[Network] = ()) -> bool:

@@ -141,9 +141,8 @@ class GuardedOpener:
         connection = http.client.HTTPConnection(target.host)
         connection.sock = connected
         try:
-            connection.request(
-                "GET", target.path, headers={"Host": target.authority, "User-Agent": agent, "Accept": "*/*"}
-            )
+            headers = {"Host": target.authority, "User-Agent": agent, "Accept": "*/*"}
+            connection.request("GET", target.path, headers=headers)
             with contextlib.closing(connection.getresponse()) as response:
                 return self._read(response)
         finally:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from operator import itemgetter
 from typing import Any
 
@@ -241,14 +241,10 @@ def _read_all(delta: DeltaTable, columns: Sequence[str] | None = None) -> list[d
 
 
 def _create(location: str, schema: pa.Schema, configuration: dict[str, str]) -> None:
-    def create() -> None:
-        # Two runs may race to create it; "ignore" lets the second find it there.
-        DeltaTable.create(
-            location, schema=schema, mode="ignore", configuration=configuration, raise_if_key_not_exists=False
-        )
-
     if not is_table(location):
-        with_retries(location, create)
+        # Two runs may race to create it; "ignore" lets the second find it there.
+        create = partial(DeltaTable.create, location, mode="ignore", raise_if_key_not_exists=False)
+        with_retries(location, lambda: create(schema=schema, configuration=configuration))
 
 
 def _first_line(error: Exception) -> str:
