@@ -6,19 +6,16 @@ not errors of the file: they are raised unchanged.
 
 from __future__ import annotations
 
-import io
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.storage.objects import open_object
-
-Result = TypeVar("Result")
 
 # A column is read in buffers of this size, so that memory does not depend on the size of row groups.
 _BUFFER_BYTES = 1 << 20
@@ -64,11 +61,8 @@ class ParquetRows:
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file = _ErrorRecorder(file)
-        with self._distinguish_errors():
-            self._parquet = pq.ParquetFile(
-                self._file, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
-            )
+        with _distinguish_errors():
+            self._parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
             self.schema: pa.Schema = self._parquet.schema_arrow
         self.num_rows: int = self._parquet.metadata.num_rows
 
@@ -99,7 +93,7 @@ class ParquetRows:
     ) -> Iterator[RowBatch | TornRows]:
         position = first
         try:
-            with self._distinguish_errors():
+            with _distinguish_errors():
                 for record in self._parquet.iter_batches(
                     batch_size=batch_rows, row_groups=[group], columns=list(columns), use_threads=False
                 ):
@@ -110,16 +104,6 @@ class ParquetRows:
             return
         if position < last:
             yield TornRows(start=position, stop=last, detail=f"row group {group} ends early")
-
-    @contextmanager
-    def _distinguish_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (pa.ArrowException, OSError, ValueError) as error:
-            # Arrow raises OSError for corrupt bytes too, so only the file knows whether its store failed.
-            if self._file.error is not None:
-                raise self._file.error from None
-            raise CorruptParquetError(str(error)) from None
 
 
 @contextmanager
@@ -132,6 +116,18 @@ def open_parquet(url: str) -> Iterator[ParquetRows]:
     """
     with open_object(url, ahead=_READ_AHEAD_BYTES) as file:
         yield ParquetRows(file)
+
+
+@contextmanager
+def _distinguish_errors() -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        # For corrupt bytes Arrow raises plain OSErrors too. An error of the file passes through it unchanged:
+        # a `StoreFailure`, or an error of the operating system, which has a number.
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise
+        raise CorruptParquetError(str(error)) from None
 
 
 def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
@@ -152,33 +148,3 @@ def _value(cell: pa.Array | pa.ChunkedArray) -> Any:  # noqa: ANN401 - any Parqu
     except (ValueError, OverflowError, pa.ArrowException):
         is_text = pa.types.is_string(cell.type) or pa.types.is_large_string(cell.type)
         return cell.cast(pa.large_binary()).to_pylist()[0] if is_text else None
-
-
-class _ErrorRecorder(io.RawIOBase):
-    """A file that records what its store raised, which Arrow's own errors cannot be told from by type."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.error: Exception | None = None
-
-    def read(self, size: int = -1, /) -> bytes:
-        return self._recorded(self._file.read, size)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        return self._recorded(self._file.seek, offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def _recorded(self, operation: Callable[..., Result], *arguments: int) -> Result:
-        try:
-            return operation(*arguments)
-        except Exception as error:
-            self.error = error
-            raise
