@@ -133,8 +133,9 @@ class ShardFetcher:
         request.write(folder)
         with pa.ipc.new_file(folder / ROWS, rows.schema) as file:
             file.write_table(rows)
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
+        with (
+            (folder / "log").open("wb") as log,
+            subprocess.Popen(
                 [self._python, "-s", "-m", "pipelines.fetching.program", str(folder)],
                 # The program exits when this pipe closes, that is, when this process dies.
                 stdin=subprocess.PIPE,
@@ -142,14 +143,13 @@ class ShardFetcher:
                 stderr=subprocess.STDOUT,
                 cwd=folder,
                 env=self._environment(folder),
-            )
+            ) as process,
+        ):
             try:
                 stalled = self._is_stalled(process, folder)
             finally:
                 process.kill()
-                code = process.wait()
-                if process.stdin is not None:
-                    process.stdin.close()
+        code = process.returncode
         if code == 0 and (folder / VERSIONS).exists():
             return ""
         output = (folder / "log").read_text(errors="replace").strip()[-_LOG_CHARS:]

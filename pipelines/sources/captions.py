@@ -76,7 +76,9 @@ def read_captions(
         OSError: if the store keeps failing while the list is read.
     """
     check_range(start, stop)
-    read = _reader_of(url)
+    read = _READERS.get(f".{url.lower().rpartition('.')[2]}")
+    if read is None:
+        raise SourceError(f"{url} is of no known format; the name must end in one of {', '.join(_READERS)}")
     source = url.rstrip("/").rpartition("/")[2]
     seen: set[str] = set()
     try:
@@ -143,13 +145,6 @@ def _row_id(given: object, *, column: str) -> str:
 _Reader = Callable[[IO[bytes], CaptionSettings], Iterator[_RawRow]]
 
 
-def _reader_of(url: str) -> _Reader:
-    reader = _READERS.get(f".{url.lower().rpartition('.')[2]}")
-    if reader is None:
-        raise SourceError(f"{url} is of no known format; the name must end in one of {', '.join(_READERS)}")
-    return reader
-
-
 def _read_txt(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRow]:
     if settings.id_column is not None:
         raise SourceError("a .txt has no columns, so leave id_column out")
@@ -203,11 +198,10 @@ def _read_parquet(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRo
     except (pa.ArrowException, ValueError) as error:
         raise SourceError(f"not readable as Parquet: {error}") from None
     _columns(table.schema_arrow.names, settings)
-    names = [settings.caption_column, *([settings.id_column] if settings.id_column else [])]
-    row_of = _columns(names, settings)
+    names = [name for name in (settings.caption_column, settings.id_column) if name is not None]
     for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=names):
         columns = [_values(batch.column(name), name=name) for name in names]
-        yield from (row_of(fields) for fields in zip(*columns, strict=True))
+        yield from (_RawRow(*fields) for fields in zip(*columns, strict=True))
 
 
 _READERS: Mapping[str, _Reader] = {
