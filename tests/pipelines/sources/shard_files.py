@@ -30,14 +30,10 @@ def encoded(shade: int = 0, *, kind: str = "JPEG") -> bytes:
 
 def shard_rows(count: int, *, kind: str = "JPEG") -> list[ShardRow]:
     """Rows of images, with one column of metadata."""
+    metadata = ({"similarity": row / 10} for row in range(count))
     return [
-        ShardRow(
-            image=encoded(row, kind=kind),
-            caption=f"image {row}",
-            metadata={"similarity": row / 10},
-            url=f"http://here/{row}.jpg",
-        )
-        for row in range(count)
+        ShardRow(image=encoded(n, kind=kind), caption=f"image {n}", metadata=one, url=f"http://here/{n}.jpg")
+        for n, one in enumerate(metadata)
     ]
 
 

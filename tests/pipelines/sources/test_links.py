@@ -69,18 +69,15 @@ def test_floats_of_integer_columns_are_integers(tmp_path: Path, layout: Layout) 
 
 @by_list_layout
 def test_the_header_names_layout_and_columns(tmp_path: Path, layout: Layout) -> None:
-    header = read_header(list_links(str(write_list(tmp_path, layout)))[0], SETTINGS)
+    header = read_header(*list_links(str(write_list(tmp_path, layout))), SETTINGS)
     assert layout.name in header.layout.split(" or ")
-    assert header.rows == ROWS
-    assert header.url_column in ("URL", "url")
-    assert header.caption_column in ("TEXT", "text")
+    assert (header.rows, header.url_column.lower(), header.caption_column.lower()) == (ROWS, "url", "text")
 
 
 def test_laion_coco_has_two_captions(tmp_path: Path) -> None:
     layout = next(layout for layout in LIST_LAYOUTS if layout.name == "laion-coco")
     (links,) = list_links(str(write_list(tmp_path, layout)))
-    web = read(links)[0]
-    synthetic = read(links, LinkSettings(caption_column="top_caption"))[0]
+    web, synthetic = (read(links, LinkSettings(caption_column=name))[0] for name in (None, "top_caption"))
     assert (web.caption, synthetic.caption) == ("a picture of number 0", "top_caption 0")
     assert synthetic.metadata["TEXT"] == "a picture of number 0"
     assert web.metadata["all_captions"] == ["caption 0", "another"]
@@ -140,10 +137,8 @@ def test_urls_are_checked(url: str | bytes | None, reason: str | None) -> None:
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_any_text_type_is_read(tmp_path: Path, kind: pa.DataType) -> None:
-    links = write(
-        tmp_path / "a.parquet",
-        {"URL": pa.array(["http://a/1", None]).cast(kind), "TEXT": pa.array(["x", "y"]).cast(kind)},
-    )
+    columns = {"URL": pa.array(["http://a/1", None]), "TEXT": pa.array(["x", "y"])}
+    links = write(tmp_path / "a.parquet", {name: column.cast(kind) for name, column in columns.items()})
     assert outcomes(read(links)) == {"link": 1, "missing_url": 1}
 
 
@@ -153,10 +148,8 @@ def test_a_column_without_a_value_rejects_every_row(tmp_path: Path) -> None:
 
 
 def test_bytes_are_left_out(tmp_path: Path) -> None:
-    links = write(
-        tmp_path / "a.parquet", {"url": ["http://a/1"], "caption": ["x"], "jpg": [b"\xff\xd8"], "n": [1]}
-    )
-    (row,) = read(links)
+    columns = {"url": ["http://a/1"], "caption": ["x"], "jpg": [b"\xff\xd8"], "n": [1]}
+    (row,) = read(write(tmp_path / "a.parquet", columns))
     assert row.metadata == {"n": 1}
 
 
@@ -236,9 +229,8 @@ def test_files_folders_and_globs_name_lists(tmp_path: Path) -> None:
         write(tmp_path / f"{name}.parquet", {"URL": ["http://a/1"], "TEXT": ["x"]})
     (tmp_path / ".c.parquet").write_bytes(b"being written")
     (tmp_path / "_SUCCESS").write_bytes(b"")
-    assert [links.name for links in list_links(str(tmp_path))] == ["a", "b"]
-    assert [links.name for links in list_links(f"{tmp_path}/*.parquet")] == ["a", "b"]
-    assert [links.name for links in list_links(f"{tmp_path}/b.parquet")] == ["b"]
+    for path, names in (("", ["a", "b"]), ("*.parquet", ["a", "b"]), ("b.parquet", ["b"])):
+        assert [links.name for links in list_links(f"{tmp_path}/{path}")] == names
     with pytest.raises(SourceError, match="no URL lists at"):
         list_links(f"{tmp_path}/c*.parquet")
 

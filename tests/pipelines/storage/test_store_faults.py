@@ -25,9 +25,7 @@ def test_faults_lose_and_double_no_row(bucket: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_thousand_faults_lose_and_double_no_row(
-    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_thousand_faults_lose_and_double_no_row(bucket, tmp_path, capsys):
     """Eight tables at a time, since most of the time is waited."""
     quiet, loud = f"{bucket}/of-200-rows", [f"{bucket}/loud-{number}" for number in range(8)]
     began = time.monotonic()
