@@ -85,9 +85,7 @@ def find_ranges(settings: DownloadSettings) -> ShardRanges:
         SourceError: if there are no lists, or one is unreadable.
     """
     if settings.links is None:
-        raise SourceError(
-            "download.links is not set: give a .parquet of URLs and captions, a folder or a glob"
-        )
+        raise SourceError("download.links is not set: give a .parquet of URLs and captions, a folder or glob")
     lists = list_links(settings.links)
     rows = [read_header(links, settings.columns).rows for links in lists]
     return ShardRanges(lists=lists, rows=rows, rows_per_shard=settings.rows_per_shard)

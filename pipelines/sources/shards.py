@@ -60,9 +60,8 @@ class ShardRow:
         if self.status not in _STATUSES:
             raise ValueError(f"status {self.status!r} is not one of {', '.join(_STATUSES)}")
         if (self.image is None) == (self.status == "success"):
-            raise ValueError(
-                f"a row of status {self.status} {'needs an' if self.image is None else 'has no'} image"
-            )
+            needs = "needs an" if self.image is None else "has no"
+            raise ValueError(f"a row of status {self.status} {needs} image")
 
 
 def write_shard(
@@ -95,9 +94,7 @@ def write_shard(
     # The tar last: a reader that sees it relies on its sidecar.
     for ending, data in ((".parquet", _sidecar(sidecar)), ("_stats.json", _stats(sidecar)), (".tar", tar)):
         if not write_once(f"{stem}{ending}", data) and read_bytes(f"{stem}{ending}") != data:
-            raise SourceError(
-                f"{stem}{ending} exists with other content: give another folder, or remove that shard"
-            )
+            raise SourceError(f"{stem}{ending} exists with other content: remove it, or give another folder")
     return SourceFile(url=f"{stem}.tar", name=f"{index:05d}", size=len(tar))
 
 

@@ -37,14 +37,12 @@ class Member:
 
     Attributes:
         name: as spelled in the tar; never used as a path.
-        size: bytes.
     """
 
     def __init__(self, archive: tarfile.TarFile, header: tarfile.TarInfo) -> None:
         self._archive = archive
         self._header = header
         self.name = header.name.removeprefix("./")
-        self.size = header.size
 
     def check(self) -> None:
         """Check name and type.
@@ -64,8 +62,10 @@ class Member:
             Rejected: `oversized_member`, before anything is read.
             TornShardError: if the tar ends inside.
         """
-        if self.size > max_bytes:
-            raise Rejected("oversized_member", f"{self.name}: {self.size} bytes, {max_bytes} are allowed")
+        if self._header.size > max_bytes:
+            raise Rejected(
+                "oversized_member", f"{self.name}: {self._header.size} bytes, {max_bytes} are allowed"
+            )
         content = self._archive.extractfile(self._header)
         if content is None:
             raise Rejected("not_a_file", self.name)

@@ -60,16 +60,14 @@ def check_client(url: str) -> None:
     scheme = url.partition("://")[0]
     try:
         fsspec.get_filesystem_class(scheme)
+        return
     except ImportError:
         package = _PACKAGES.get(scheme)
         remedy = f"pip install {package}" if package else "install the package that fsspec has for it"
-        raise StorageError(
-            f"{url}: no client for {scheme}:// is installed; {remedy}, on every node"
-        ) from None
+        fault = f"no client for {scheme}:// is installed; {remedy}, on every node"
     except ValueError:
-        raise StorageError(
-            f"{url}: {scheme}:// is no store that fsspec knows; s3://, gs://, abfs:// and paths are accepted"
-        ) from None
+        fault = f"{scheme}:// is no store that fsspec knows; s3://, gs://, abfs:// and paths are accepted"
+    raise StorageError(f"{url}: {fault}")
 
 
 def open_object(url: str, *, ahead: int) -> IO[bytes]:

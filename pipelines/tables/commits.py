@@ -282,9 +282,7 @@ def _snapshots(location: str) -> Iterator[DeltaTable]:
     """
     for _ in range(_MAX_TRIES):
         yield open_delta(location)
-    raise TableError(
-        f"{location}: {_MAX_TRIES} commits in a row failed, by other writers or the store; run again"
-    )
+    raise TableError(f"{location}: {_MAX_TRIES} commits failed, by other writers or the store; run again")
 
 
 def _try_commit(

@@ -121,9 +121,7 @@ class UnitRecord:
 def to_parquet(rows: pa.Table, manifest: UnitManifest) -> bytes:
     """The data file of a unit: its rows as Parquet with the manifest in the footer."""
     if rows.num_rows != manifest.rows_written:
-        raise ValueError(
-            f"unit {manifest.unit}: {rows.num_rows} rows, the manifest has {manifest.rows_written}"
-        )
+        raise ValueError(f"unit {manifest.unit} has {rows.num_rows} rows, not {manifest.rows_written}")
     rows = rows.replace_schema_metadata({_KEY: manifest.to_json().encode()})
     buffer = io.BytesIO()
     compression = {name: _COMPRESSION.get(name, "none") for name in rows.schema.names}
