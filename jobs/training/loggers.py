@@ -20,7 +20,7 @@ import fsspec
 import numpy as np
 
 from jobs.training.settings import LoggerKind
-from pipelines.storage.objects import absolute_url, is_local
+from pipelines.storage.objects import is_local, local_path
 from snapfusion.settings import flatten
 
 _PROJECT = "snapfusion"
@@ -75,9 +75,9 @@ class Loggers(AbstractContextManager["Loggers"]):
         done: int,
         settings: Mapping[str, Any],
     ) -> None:
-        self._url, self._scratch = absolute_url(url), None
+        self._url, self._scratch = url, None
         if is_local(url):
-            self._folder = Path(self._url)
+            self._folder = local_path(url)
         else:
             self._scratch = tempfile.TemporaryDirectory()
             self._folder = Path(self._scratch.name)

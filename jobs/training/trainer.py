@@ -33,7 +33,7 @@ from jobs.training.progress_channel import OnReport, progress_channel
 from jobs.training.settings import Sharding, TrainerSettings
 from jobs.training.spec import Training, TrainingError, TrainingFactory, first_differences
 from pipelines.ray_data.metrics import TrainingMeter
-from pipelines.storage.objects import absolute_url, replace_object
+from pipelines.storage.objects import replace_object
 from pipelines.storage.retry import with_retries
 from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
 from snapfusion.training.fsdp import shard
@@ -109,7 +109,8 @@ def run_trainings(
     Args:
         factory: assembles the trainings.
         arguments: of `factory`; small and picklable.
-        store_url: of all checkpoints, reachable by every worker; logs are in `logs/<name>` below it.
+        store_url: of all checkpoints, absolute and reachable by every worker: these have another working
+            directory. Logs are in `logs/<name>` below it.
         settings: of the workers.
         on_report: receives every progress report, in this process.
 
@@ -130,7 +131,7 @@ def run_trainings(
         config = {
             # Bytes: else the controller would unpickle it, and import all that the workers need.
             "factory": cloudpickle.dumps(partial(factory, **arguments)),
-            "store_url": absolute_url(store_url),  # workers have another working directory
+            "store_url": store_url,
             "settings": settings,
             "queue": queue,
         }
