@@ -43,13 +43,9 @@ PYTHON = ROOT / ".venv-img2dataset/bin/python"
 
 real = pytest.mark.skipif(not PYTHON.exists(), reason="img2dataset is not installed: `make downloader`")
 
-FETCHING = FetchSettings(
-    python=str(PYTHON),
-    image_size=32,
-    threads=8,
-    private_networks=("127.0.0.1/32",),
-    limits=FetchLimits(seconds=2.0, tries=1, max_bytes=100_000, max_pixels=1 << 20),
-)
+LIMITS = FetchLimits(seconds=2.0, tries=1, max_bytes=100_000, max_pixels=1 << 20)
+LOCAL = {"private_networks": ("127.0.0.1/32",)}
+FETCHING = FetchSettings(python=str(PYTHON), image_size=32, threads=8, limits=LIMITS, **LOCAL)
 SELECTION = Selection(min_caption_chars=4)
 REFUSALS = {"repeated_url", "short_caption", "bad_url", "missing_url", "missing_caption"}
 
@@ -320,7 +316,7 @@ def test_an_image_that_hangs_costs_its_row(web, tmp_path):
     """The process is killed, and the shard made without the image on whose bytes it hangs."""
     bodies = [*map(pages.image, range(3)), pages.image(66)]
     links = write_list(tmp_path / "lists", [web.serve(f"/p{n}.jpg", body) for n, body in enumerate(bodies)])
-    limits = FETCHING.limits.model_copy(update={"decode_seconds": 0.5})
+    limits = LIMITS.model_copy(update={"decode_seconds": 0.5})
     fetching = fetching_with(python=str(hanging_on(bodies[3], tmp_path)), limits=limits)
     summary = run(links, tmp_path / "shards", fetching=fetching)
     assert (summary.downloaded, summary.failed) == (3, {"crashed": 1})

@@ -100,16 +100,8 @@ def test_the_most_trusted_usable_value_counts() -> None:
 
 # Selection from each layout: rows in and rows out, by reason.
 
-SELECTION = Selection(
-    min_width=250,
-    min_height=250,
-    min_aesthetic=4.6,
-    max_watermark=0.9,
-    max_unsafe=0.8,
-    refused_tags=("NSFW",),
-    min_similarity=0.2,
-    languages=("EN",),
-)
+BOUNDS = {"min_aesthetic": 4.6, "max_watermark": 0.9, "max_unsafe": 0.8, "min_similarity": 0.2}
+SELECTION = Selection(min_width=250, min_height=250, refused_tags=("NSFW",), languages=("EN",), **BOUNDS)
 # Of 12 rows 4 are broken and 2 say nothing but URL and caption. Rows 0 and 1 are of 100 and 200 px; row 2 has
 # scores of 1/6, an aesthetic score of 4.5 and the tag NSFW; 9, 10 and 11 have scores of 3/4, 5/6 and 11/12,
 # 11 the tag NSFW, and only 9 is English.
