@@ -70,17 +70,14 @@ def shard_name(number: int, *, retry: int) -> str:
     return f"{number:05d}-r{retry}" if retry else f"{number:05d}"
 
 
+@dataclass(frozen=True, kw_only=True)
 class DownloadShard:
     """A pipeline stage from `ShardTask` to `ShardReceipt`; the shard is published with its receipt."""
 
-    def __init__(
-        self, *, url: str, settings: DownloadSettings, selection: Selection, filters: Sequence[LinkFilter]
-    ) -> None:
-        self.url = url
-        self.settings = settings
-        self.selection = selection
-        self.filters = tuple(filters)
-        self.fetch = ShardFetcher(settings.fetching, rows_per_shard=settings.rows_per_shard)
+    url: str
+    settings: DownloadSettings
+    selection: Selection
+    filters: Sequence[LinkFilter]
 
     def __call__(self, task: ShardTask) -> ShardReceipt:
         """Make the shard, unless it has its receipt already.
@@ -106,8 +103,9 @@ class DownloadShard:
         )
         if not rows.num_rows:
             return publish_shard(receipt_of(), {}, url=self.url)
+        fetch = ShardFetcher(self.settings.fetching, rows_per_shard=self.settings.rows_per_shard)
         with tempfile.TemporaryDirectory(prefix=f"img2dataset-{task.name}-") as folder:
-            shard = self.fetch(rows, number=task.number, folder=Path(folder))
+            shard = fetch(rows, number=task.number, folder=Path(folder))
             receipt = receipt_of(
                 downloaded=shard.downloaded,
                 failed=shard.failed,

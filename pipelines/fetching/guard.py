@@ -19,7 +19,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.message import Message
 from typing import Any, Final
 
@@ -68,28 +68,21 @@ class RequestRules:
     private_networks: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
 class GuardedOpener:
     """An opener for `urllib.request`: returns complete images or raises `FetchError`.
 
-    Args:
+    Attributes:
         rules: of each request.
         on_response: called after each request, successful or not.
         resolver: resolves names to addresses.
+        tls: of https connections.
     """
 
-    def __init__(
-        self,
-        rules: RequestRules,
-        *,
-        on_response: Callable[[], None] = lambda: None,
-        resolver: Resolver = socket.getaddrinfo,
-    ) -> None:
-        self._rules = rules
-        self._directives = frozenset(directive.lower() for directive in rules.directives)
-        self._networks = parse_networks(rules.private_networks)
-        self._on_response = on_response
-        self._resolver = resolver
-        self._tls = ssl.create_default_context()
+    rules: RequestRules
+    on_response: Callable[[], None] = lambda: None
+    resolver: Resolver = socket.getaddrinfo
+    tls: ssl.SSLContext = field(default_factory=ssl.create_default_context)
 
     def open(self, request: urllib.request.Request, data: object = None, timeout: object = None) -> Response:
         """Fetch an image.
@@ -103,10 +96,10 @@ class GuardedOpener:
             FetchError: if it cannot be fetched.
         """
         del data, timeout
-        agent = request.get_header("User-agent") or self._rules.agent
-        pause = self._rules.pause
+        agent = request.get_header("User-agent") or self.rules.agent
+        pause = self.rules.pause
         try:
-            for _ in range(self._rules.tries - 1):
+            for _ in range(self.rules.tries - 1):
                 try:
                     return self._attempt(request.full_url, agent)
                 except FetchError as error:
@@ -116,12 +109,12 @@ class GuardedOpener:
                 pause *= 2
             return self._attempt(request.full_url, agent)
         finally:
-            self._on_response()
+            self.on_response()
 
     def _attempt(self, url: str, agent: str) -> Response:
-        deadline = time.monotonic() + self._rules.seconds
+        deadline = time.monotonic() + self.rules.seconds
         seen: set[str] = set()
-        while len(seen) <= self._rules.max_redirects:
+        while len(seen) <= self.rules.max_redirects:
             if url in seen:
                 raise FetchError("bad_redirect", "in a circle")
             seen.add(url)
@@ -129,14 +122,14 @@ class GuardedOpener:
             with _as_fetch_errors():
                 response = self._request(target, agent, deadline)
             if isinstance(response, Response):
-                check_image(response.getvalue(), max_pixels=self._rules.max_pixels)
+                check_image(response.getvalue(), max_pixels=self.rules.max_pixels)
                 return response
             url = follow_redirect(url, response)
-        raise FetchError("bad_redirect", f"more than {self._rules.max_redirects}")
+        raise FetchError("bad_redirect", f"more than {self.rules.max_redirects}")
 
     def _request(self, target: RequestTarget, agent: str, deadline: float) -> Response | str:
         """The complete response, or the location of a redirect."""
-        budget = self._rules.max_bytes + _FRAMING_BYTES
+        budget = self.rules.max_bytes + _FRAMING_BYTES
         connected = BoundedSocket(self._connect(target, deadline), deadline=deadline, budget=budget)
         connection = http.client.HTTPConnection(target.host)
         connection.sock = connected
@@ -149,7 +142,8 @@ class GuardedOpener:
             connected.disconnect()
 
     def _read(self, response: http.client.HTTPResponse) -> Response | str:
-        opt_out = find_opt_out(response.headers, agent=self._rules.agent.lower(), directives=self._directives)
+        directives = frozenset(directive.lower() for directive in self.rules.directives)
+        opt_out = find_opt_out(response.headers, agent=self.rules.agent.lower(), directives=directives)
         if opt_out:
             raise FetchError("opted_out", opt_out)
         if response.status in _REDIRECTS:
@@ -164,7 +158,7 @@ class GuardedOpener:
         return Response(self._body(response), headers=response.headers)
 
     def _body(self, response: http.client.HTTPResponse) -> bytes:
-        max_bytes, announced = self._rules.max_bytes, response.length
+        max_bytes, announced = self.rules.max_bytes, response.length
         if announced is not None:
             if announced > max_bytes:
                 raise FetchError("too_large", f"{announced} bytes announced, {max_bytes} are allowed")
@@ -192,7 +186,7 @@ class GuardedOpener:
                 connected.connect(address)
                 if target.scheme == "https":
                     connected.settimeout(seconds_left(deadline))
-                    return self._tls.wrap_socket(connected, server_hostname=target.host)
+                    return self.tls.wrap_socket(connected, server_hostname=target.host)
             except OSError as error:
                 connected.close()
                 if isinstance(error, ssl.SSLError):
@@ -208,16 +202,17 @@ class GuardedOpener:
         One private address among several refuses the name: such a mixture is no accident.
         """
         try:
-            found = self._resolver(target.host, target.port, type=socket.SOCK_STREAM)
+            found = self.resolver(target.host, target.port, type=socket.SOCK_STREAM)
         except socket.gaierror as error:
             is_transient = error.errno in (socket.EAI_AGAIN, socket.EAI_SYSTEM, socket.EAI_MEMORY)
             cause = "name_server_failed" if is_transient else "no_such_host"
             raise FetchError(cause, error.strerror or "") from None
         except UnicodeError as error:
             raise FetchError("bad_url", str(error)) from None
+        allowed = parse_networks(self.rules.private_networks)
         for *_, address in found:
             ip = ipaddress.ip_address(address[0].partition("%")[0])
-            if not may_connect(ip, allowed=self._networks):
+            if not may_connect(ip, allowed=allowed):
                 raise FetchError("private_address", str(ip))
         return [(family, kind, protocol, address) for family, kind, protocol, _, address in found]
 
