@@ -77,8 +77,8 @@ def commit_round(
     delta = open_delta(url)
     if (delta.transaction_version(_ROUND_TRANSACTION) or 0) != number - 1:
         return False
-    this_round = Transaction(_ROUND_TRANSACTION, number)
-    if not _try_commit(delta, [_add_unit(unit) for unit in units], units, this_round):
+    transactions = [Transaction(_ROUND_TRANSACTION, number), *_first_transactions(units)]
+    if not _try_commit(delta, [_add_unit(unit) for unit in units], transactions):
         return False
     _commit_manifests(f"{url}.units", units, origin)
     return True
@@ -98,7 +98,7 @@ def replace_units(url: str, units: Sequence[tuple[UnitFile, WrittenUnit]]) -> bo
     new = [unit for _, unit in units]
     removals = [_remove(_file_name(old.path)) for old, _ in units]
     # In one commit, so no version lacks a unit or has it twice.
-    if not _try_commit(delta, [*removals, *map(_add_unit, new)], new):
+    if not _try_commit(delta, [*removals, *map(_add_unit, new)], _next_transactions(delta, new)):
         return False
     _rewrite_siblings(url, new)
     return True
@@ -238,7 +238,7 @@ def _rewrite_rows(
             table = pa.Table.from_pylist([*others, *new_rows], schema=schema)
             actions.append(_write_sibling_file(location, table))
         # Appends by others between this snapshot and the commit are no conflict: they stay.
-        if _try_commit(delta, actions, units):
+        if _try_commit(delta, actions, _next_transactions(delta, units)):
             return
 
 
@@ -270,7 +270,7 @@ def _commit_new(
     """
     for delta in _snapshots(location) if units else ():
         new = [unit for unit in units if delta.transaction_version(_app_id(unit)) is None]
-        if not new or _try_commit(delta, data(new), new):
+        if not new or _try_commit(delta, data(new), _first_transactions(new)):
             return
 
 
@@ -285,18 +285,27 @@ def _snapshots(location: str) -> Iterator[DeltaTable]:
     raise TableError(f"{location}: {_MAX_TRIES} commits failed, by other writers or the store; run again")
 
 
-def _try_commit(
-    delta: DeltaTable, data: list[Action] | pa.Table, units: Sequence[WrittenUnit], *transactions: Transaction
-) -> bool:
-    """Commit files or rows on this snapshot; False if that was refused as a conflict, or the store failed.
+def _first_transactions(units: Sequence[WrittenUnit]) -> list[Transaction]:
+    # Not by `_next_transactions`: each look-up of a version reads the log from the store again.
+    return [Transaction(_app_id(unit), 1) for unit in units]
 
-    The units' transactions get their next versions. Two writers of one unit write the same transaction, so
-    the log refuses the second. A commit whose response was lost may have succeeded. It is safe to repeat all
-    the same: the next snapshot shows its transactions.
+
+def _next_transactions(delta: DeltaTable, units: Sequence[WrittenUnit]) -> list[Transaction]:
+    """The units' transactions with their versions raised by one.
+
+    Two writers that replace the same unit write the same transaction, so the log refuses the second.
     """
     versions = {_app_id(unit): delta.transaction_version(_app_id(unit)) or 0 for unit in units}
-    raised = [Transaction(name, version + 1) for name, version in versions.items()]
-    properties = CommitProperties(app_transactions=[*transactions, *raised])
+    return [Transaction(name, version + 1) for name, version in versions.items()]
+
+
+def _try_commit(delta: DeltaTable, data: list[Action] | pa.Table, transactions: list[Transaction]) -> bool:
+    """Commit files or rows on this snapshot; False if that was refused as a conflict, or the store failed.
+
+    A commit whose response was lost may have succeeded. It is safe to repeat all the same: the next snapshot
+    shows its transactions.
+    """
+    properties = CommitProperties(app_transactions=transactions)
     try:
         if isinstance(data, pa.Table):
             write_deltalake(delta, data, mode="append", commit_properties=properties)
