@@ -10,8 +10,6 @@ A published student or a committed sample is not made again, so the job can be s
 `--set 'ablation.only=["6c"]'` makes one panel.
 """
 
-from __future__ import annotations
-
 import json
 from functools import partial
 

@@ -3,8 +3,6 @@
 Each module runs in each runtime in a process of its own, on the bundle's test vectors.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence

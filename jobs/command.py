@@ -1,7 +1,5 @@
 """The `snapfusion` command, which runs any job by its verb."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 import sys

@@ -4,8 +4,6 @@ OUT/chance/chance.json        metrics: all architectures are trained and scored 
 OUT/chance/first/, trained/   initial and trained models, with a table of samples each
 """
 
-from __future__ import annotations
-
 import json
 from functools import partial
 

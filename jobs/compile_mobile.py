@@ -4,8 +4,6 @@ MODEL is a diffusers folder, the folder of a training, a URL or a hub id; by def
 `mobile.model`. The bundle is OUT/mobile (`snapfusion.export.bundle` lists its files).
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from jobs.cli.job import Job, run

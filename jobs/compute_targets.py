@@ -4,8 +4,6 @@ Reads LATENTS of the same run. The teacher is that of `distill_steps`, which rea
 computes the targets while it trains.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from jobs.cli.inputs import teacher_and_student

@@ -4,8 +4,6 @@ OUT/decoder/config.json, decoder.safetensors   the decoder, for `snapfusion.mode
 OUT/decoder/metrics.json                       parents, settings, training curve and evaluation
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from jobs.cli.in_run import connect_unless_published, describe_training

@@ -1,7 +1,5 @@
 """Distil in stages, each student from those before it, by the recipe's schedule. SnapFusion Sec. 4.1."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from jobs import distill_steps, finetune_vpred, train_efficient

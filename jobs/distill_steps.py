@@ -3,8 +3,6 @@
 Targets come from the teacher in the trainer (on LATENTS), or from the table TARGETS.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from jobs.cli.in_run import connect_unless_published, describe_training, resolve_training

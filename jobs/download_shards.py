@@ -3,8 +3,6 @@
 Reads the recipe's `download.links`; the recipe's selection and blocklists are applied before the download.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path

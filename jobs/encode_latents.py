@@ -5,8 +5,6 @@ their rows, or of the URL lists of `download.links` while there are no shards, a
 kept and why.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from jobs.cli.inputs import latents_row_filters, shards_url

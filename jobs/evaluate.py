@@ -5,8 +5,6 @@ OUT/evaluation/results.json                              metrics and protocol
 OUT/evaluation/page.html, chart-1.svg, ...               the same as a page
 """
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from typing import Any

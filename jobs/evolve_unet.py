@@ -3,8 +3,6 @@
 OUT/evolution/   files of `jobs.evolution.search`, and page.html with its charts
 """
 
-from __future__ import annotations
-
 import json
 from functools import partial
 

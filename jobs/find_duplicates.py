@@ -4,8 +4,6 @@ Reads the shards as `encode_latents` does, and the lists, folders and shards of 
 With `deduplication.use` LATENTS reject the copies.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from jobs.cli.inputs import row_filters, shards_url

@@ -1,7 +1,5 @@
 """Fine-tune a model that predicts eps into one that predicts v, from its own weights. SnapFusion Eq. 6."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from jobs.cli.in_run import describe_training, train_in_run

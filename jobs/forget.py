@@ -6,8 +6,6 @@ and are looked up in the run's shards and FINGERPRINTS. Only hashes of the entri
 that list are never read in again. Older versions stay readable until their files are erased.
 """
 
-from __future__ import annotations
-
 import argparse
 from functools import partial
 

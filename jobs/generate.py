@@ -1,7 +1,5 @@
 """Generate images of a caption: by a model in torch, or by the programs of a mobile bundle alone."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import time

@@ -3,8 +3,6 @@
 Reads the recipe's `captions.url`, or the captions of LATENTS in the same run.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import islice
 from typing import Any

@@ -6,8 +6,6 @@ Only shapes matter here, so the UNets have random weights. Networks are measured
 is executed once; memory is that of a process with one UNet.
 """
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any

@@ -7,8 +7,6 @@ Table 3's UNet, made of the model's own, is measured beside it. A table that was
 phone, has the same form.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any

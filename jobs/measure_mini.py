@@ -3,8 +3,6 @@
 With --out the results are saved in FILE, and a second run adds what is missing; a page beside it shows them.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from functools import partial

@@ -9,8 +9,6 @@ FOLDER/robustness.html   both as a page
 A second run adds what is missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from functools import partial

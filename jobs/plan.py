@@ -6,8 +6,6 @@ OUT/plan.json    the plan, for programs
 OUT/rates.json   the measured rates, which the next plan in OUT uses again
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 They replace LAION in the demo: the files have the same form, so all later steps read them like real data.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from jobs.cli.job import run

@@ -4,8 +4,6 @@ Reads what the other jobs committed and changes none of it. If the recipe has a 
 cannot read make the job fail after the page is written.
 """
 
-from __future__ import annotations
-
 import json
 from functools import partial
 

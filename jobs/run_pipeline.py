@@ -3,8 +3,6 @@
 Committed output is not computed again, so a stopped run continues where it was.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from functools import partial

@@ -5,8 +5,6 @@ draws, according to its own settings. A lease on appending to the table is held 
 holds it, nothing is done and the exit code is 0.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

@@ -4,8 +4,6 @@ OUT/efficient-first/   the model with its initial weights (`jobs.training.initia
 OUT/efficient/         the trained model, in the layout of `jobs.training.student`
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from jobs.cli.in_run import describe_training, train_in_run

@@ -5,8 +5,6 @@ DIR/weights        the weights that `snapfusion/mini/weights` bundles
 DIR/report.html    training curves and images
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from functools import partial

@@ -3,8 +3,6 @@
 OUT/robust/   the model, in the layout of `jobs.training.student`
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from jobs.cli.in_run import describe_training, train_in_run

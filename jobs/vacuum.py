@@ -4,8 +4,6 @@ Kept are the newest version of each table, every version that a training or anot
 every version that an unfinished training is pinned to, and files younger than `vacuum.hours`.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections import Counter
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Give the table's URL. LATENTS need their shards: the recipe's `source.url`, or `
 TARGETS need `latents` beside the table. SAMPLES and REFERENCES need the `evaluation` settings of their run.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import NoReturn

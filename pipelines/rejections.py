@@ -1,7 +1,5 @@
 """Rejected rows: the closed list of reasons, the exception that carries one, and the stored record."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Final
 

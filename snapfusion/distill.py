@@ -9,8 +9,6 @@ z_t''    the teacher's endpoint                                   [B,4,h,w]    f
 Other notation as in `snapfusion.schedule`. All arithmetic is float32, whatever dtype the networks run in.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Losses of the paper, one value per sample. Notation as in `snapfusion.schedule`."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from snapfusion.schedule import Schedule

@@ -5,8 +5,6 @@ The inverse normal CDF maps these bits to unit Gaussians in float64. The normal 
 give no such guarantee.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

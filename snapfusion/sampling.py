@@ -1,7 +1,5 @@
 """Time grids, classifier-free guidance and deterministic sampling. Notation as in `snapfusion.schedule`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise

@@ -12,8 +12,6 @@ sigma_t   strength of the noise                               [B,1,1,1]    float
 t = -1 is the clean end: alpha = 1 and sigma = 0 exactly. All tables are computed in float64.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 

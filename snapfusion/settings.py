@@ -3,8 +3,6 @@
 A recipe is a tree of `Settings` subclasses, which the `settings.py` of each package defines.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Names of the samplers of `snapfusion.sampling`; importable without torch."""
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 Solver = Literal["ddim", "euler", "dpm", "dpm++"]

@@ -13,8 +13,6 @@ dpm++    x extrapolated to the middle of the step:     x + h / (2 h_previous) (x
 singlestep variant, which calls the network twice per step, at timesteps between those of the grid.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from snapfusion.schedule import Estimate, Schedule

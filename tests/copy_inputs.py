@@ -1,7 +1,5 @@
 """Photographs that are like none of the others, copies of them, and shards of both."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Records which Delta tables a test opens."""
 
-from __future__ import annotations
-
 import pytest
 from deltalake import DeltaTable
 

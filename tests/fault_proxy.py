@@ -12,8 +12,6 @@ Every operation (data PUT, log PUT, GET, LIST) gets every fault in turn. At most
 same object are hit, so that retries can succeed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import itertools

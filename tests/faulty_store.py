@@ -1,7 +1,5 @@
 """The S3 server of a test, with `fault_proxy` before it."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Stages run one after the other in this process: what Ray does, without Ray."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

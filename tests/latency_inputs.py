@@ -1,7 +1,5 @@
 """Latency tables with known latencies."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from snapfusion.evolution.latency import LatencyTable, MeasurementSetup, PartLatency, reachable_parts

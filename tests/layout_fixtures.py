@@ -1,7 +1,5 @@
 """A URL list in each public layout, with the Arrow types of its publisher and the flaws of real lists."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

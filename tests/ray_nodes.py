@@ -3,8 +3,6 @@
 Nothing here calls `ray stop`, which ends every Ray process of the machine.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """Tables of a few of the miniature's scenes, made in this process."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

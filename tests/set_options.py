@@ -1,7 +1,5 @@
 """Options of a command line from assignments of settings."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 

@@ -1,7 +1,5 @@
 """Teachers that only sleep: what is left of the time is what everything round them takes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 

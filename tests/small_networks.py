@@ -1,7 +1,5 @@
 """Small modules of the three kinds that are compiled for phones, and inputs for them."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Units without a network, and a run of them that is killed at a named point; started by test_commits."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Trains the students of an ablation in the run, and evaluates its panels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 

@@ -1,7 +1,5 @@
 """Trainings that read their parents from the run and publish into it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Inputs of a job in its run: row filters, sources of models, URLs of tables and shards."""
 
-from __future__ import annotations
-
 from jobs.cli.job import Job
 from jobs.training.run_folder import METRICS
 from pipelines.dedup.decontamination import describe_evaluation

@@ -1,7 +1,5 @@
 """The command line that jobs share: four options, settings printed and saved, errors in one line."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Renders the miniature's scenes as img2dataset shards."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from jobs.cli.job import Job

@@ -1,7 +1,5 @@
 """States what exists at the URL of a job's output, and reads the records there."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Records the time of each step of a run once for each settings: a second run finds it done."""
 
-from __future__ import annotations
-
 import json
 import resource
 import time

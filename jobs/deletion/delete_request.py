@@ -1,7 +1,5 @@
 """Deletes the rows that a request names from the tables of a run, and records it in a receipt."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from jobs.deletion.lineage import lineage_of

@@ -1,7 +1,5 @@
 """Finds what was made of a run's tables: trainings pinned to a version, their models, samples and bundles."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping

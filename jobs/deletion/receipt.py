@@ -1,7 +1,5 @@
 """Receipt of a deletion request: its entries by hash, what was deleted, and what still holds it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Generates images of a caption by the programs of a mobile bundle alone."""
 
-from __future__ import annotations
-
 import numpy as np
 from tqdm import tqdm
 

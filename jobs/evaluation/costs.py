@@ -1,7 +1,5 @@
 """Cost of an evaluation: passes of every contender, images, and what the metric networks see."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from jobs.evaluation.settings import EvaluationSettings

@@ -1,7 +1,5 @@
 """Speed and size of the efficient UNet and decoder beside the model's own. SnapFusion Tables 1, 4, 5."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import reduce

@@ -4,8 +4,6 @@ Each contender's images are a table of their own (SAMPLES), to which more guidan
 appended; features of real images are computed once (REFERENCES). All metrics are computed from these tables.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice

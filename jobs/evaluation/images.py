@@ -1,7 +1,5 @@
 """Generates images of captions with a Stable Diffusion, and saves them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

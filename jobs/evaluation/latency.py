@@ -1,7 +1,5 @@
 """Latency of a UNet, part by part. SnapFusion Sec. 2.2, Alg. 1."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any

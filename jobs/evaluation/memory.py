@@ -4,8 +4,6 @@ On the CPU it is the process's resident memory, less what it holds before there 
 torch has allocated there.
 """
 
-from __future__ import annotations
-
 import resource
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Benchmarks one module of a model in one runtime, in a process of its own: latency and memory."""
 
-from __future__ import annotations
-
 import importlib
 import statistics
 import time

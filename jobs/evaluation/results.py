@@ -1,7 +1,5 @@
 """Types of the results of an evaluation, whose keys are those of results.json."""
 
-from __future__ import annotations
-
 from typing import Any, TypedDict
 
 

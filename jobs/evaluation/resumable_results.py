@@ -1,7 +1,5 @@
 """Results saved in a file as they come, so that a stopped measurement resumes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

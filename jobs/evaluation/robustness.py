@@ -1,7 +1,5 @@
 """Summarizes what a plain and a robust model lose without groups of blocks. SnapFusion Fig. 5."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Timed networks and their inputs, the measuring machine, and the UNets that are compared."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Cost of an evolution of the UNet's architecture, as an upper bound."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from jobs.evolution.settings import EvolutionSettings

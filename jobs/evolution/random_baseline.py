@@ -4,8 +4,6 @@ Every architecture starts from the robust model's weights and has the same train
 only the choice of blocks differs.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Settings of architecture evolution and its random baseline."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt

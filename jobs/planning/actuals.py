@@ -1,7 +1,5 @@
 """Reads what a run's stages took: from its step records, tables of units and training metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

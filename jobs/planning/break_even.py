@@ -1,7 +1,5 @@
 """Computes from how many uses on precomputed teacher targets (TARGETS) are cheaper than online ones."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Reads lists of prices or rates: built-in ones by name, the user's by path or URL."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import ClassVar, Literal, Self

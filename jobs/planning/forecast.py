@@ -1,7 +1,5 @@
 """Forecasts time, worker-hours and cost of each stage of a run, by arithmetic alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Formats a plan as tables of at most 100 columns, and its assumptions in a line each."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 from dataclasses import astuple

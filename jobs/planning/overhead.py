@@ -1,7 +1,5 @@
 """Measures fixed time around a job's work, and contention of workers on all cores, on the miniature."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 import time

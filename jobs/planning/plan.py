@@ -1,7 +1,5 @@
 """Plans a run: combines a recipe, a cluster, rates and prices into a forecast."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Prices of nodes and storage, from a list that the user gives: this repository knows no prices."""
 
-from __future__ import annotations
-
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from jobs.planning.builtin_lists import NamedList

@@ -11,8 +11,6 @@ Everything but Ray's own start is measured while Ray runs, as in a run. On a mac
 nothing is compiled, and one accelerator is measured alone.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import os

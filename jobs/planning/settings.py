@@ -1,7 +1,5 @@
 """Settings of the planner, which are no part of a recipe: they change no row and no weight."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt

@@ -1,7 +1,5 @@
 """Times steps of the training loop in this process, on batches of noise."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 import time

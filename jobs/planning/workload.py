@@ -1,7 +1,5 @@
 """Turns a recipe into the costs of its stages, as the packages of the stages state them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Settings that follow from those of another part of a recipe, so that each quantity is stated once."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jobs.training.settings import RobustTrainingSettings, VpredSettings

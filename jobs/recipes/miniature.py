@@ -1,7 +1,5 @@
 """Recipes of the bundled miniature."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings

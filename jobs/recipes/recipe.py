@@ -1,7 +1,5 @@
 """Settings of a complete run; a variant is a recipe with `--set`."""
 
-from __future__ import annotations
-
 from typing import Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator

@@ -1,7 +1,5 @@
 """Recipes by name."""
 
-from __future__ import annotations
-
 from jobs.recipes.miniature import ablation, mini, mini_efficient
 from jobs.recipes.recipe import Recipe
 from jobs.recipes.renamed import RENAMED_RECIPES

@@ -1,7 +1,5 @@
 """Names of version 0.1 in settings, and what replaced them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from snapfusion.settings import SettingsError

@@ -3,8 +3,6 @@
 The paper takes the hyper-parameters of SD-v1.5 for SD-v2 (Sec. 5.2, Fig. 7d), so one function makes both.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from jobs.evaluation.settings import EfficiencySettings, EvaluationSettings, LatencySettings, PromptSettings

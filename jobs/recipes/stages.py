@@ -1,7 +1,5 @@
 """Distillation schedules: students distilled one after the other. SnapFusion Sec. 4.1 and its ablations."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Names the jobs of a recipe, so that a plan of them needs no entry point."""
 
-from __future__ import annotations
-
 from jobs.recipes.recipe import Recipe
 from jobs.recipes.stages import starts_from
 from jobs.training.sources import EFFICIENT_MODEL, VPRED_MODEL

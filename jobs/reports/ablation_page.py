@@ -1,7 +1,5 @@
 """Renders the results of the ablations as charts and as a page."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 SnapFusion Table 1 (modules, their sizes and calls) and Table 4 (latency).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Collects the content of a run's report, and its metrics.json, from what the run has committed."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Renders the results of an evaluation as charts and as a page."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from jobs.evaluation.results import EvaluationResults

@@ -1,7 +1,5 @@
 """Renders an evolution as a page: progress, value of each block, architecture after each round."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Images of the report: input samples, teacher images, and both decoders and the programs side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import islice

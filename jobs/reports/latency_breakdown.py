@@ -1,7 +1,5 @@
 """Latency of a UNet by kind of block (SnapFusion Fig. 2, Table 3), from a file of `jobs.measure_latency`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Lineage of a run: every commit with its identity and parents, parents before children."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Charts and measurements of the report, from the records of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any

@@ -1,7 +1,5 @@
 """Renders the page of the miniature's training and metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path

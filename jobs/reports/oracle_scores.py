@@ -1,7 +1,5 @@
 """Scores of teacher images by the miniature's oracle, against the scenes that their captions describe."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

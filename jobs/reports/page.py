@@ -4,8 +4,6 @@ Captions, file names and reasons come from other people's data. Every string is 
 characters, shortened, and escaped by the template engine.
 """
 
-from __future__ import annotations
-
 import base64
 import math
 import unicodedata

@@ -1,7 +1,5 @@
 """Renders what a miniature loses without groups of its blocks, as images and as a page. SnapFusion Fig. 5."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

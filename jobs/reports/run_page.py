@@ -1,7 +1,5 @@
 """Content and page of the report of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Formats what a selection would keep of a sample of shards or URL lists, as a plain table of 100 columns."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final

@@ -4,8 +4,6 @@ For the report of a run whose images the miniature's metric networks can score. 
 scenes, and the noise is that of `jobs.evaluate`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Parses a command's arguments, and reports a mistake in one line that begins with the option."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Connects a job to Ray: to the cluster it was submitted to, or to a local one."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

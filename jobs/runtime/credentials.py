@@ -5,8 +5,6 @@ the file and never its content. Neither has anything that Ray keeps or shows: wo
 inherit the driver's environment, and those of another read the file on their own node.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 import sys

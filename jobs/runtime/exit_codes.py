@@ -4,8 +4,6 @@
 interrupted (Ctrl-C), 143 terminated (SIGTERM, as from `ray job stop` and from Kubernetes).
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

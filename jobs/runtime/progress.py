@@ -1,7 +1,5 @@
 """Shows a job's progress in one line: rewritten on a terminal, repeated every few seconds elsewhere."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import TextIO

@@ -4,8 +4,6 @@ Settings are printed, saved beside the data and hashed, and Ray keeps command li
 refused before it is used, with a message that says where it is and does not repeat it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Final

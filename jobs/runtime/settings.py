@@ -1,7 +1,5 @@
 """Settings of the Ray cluster and of object stores."""
 
-from __future__ import annotations
-
 from pydantic import Field, field_validator
 
 from snapfusion.settings import Settings

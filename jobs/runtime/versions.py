@@ -1,7 +1,5 @@
 """Versions of the packages that results depend on."""
 
-from __future__ import annotations
-
 import importlib.metadata
 
 _PACKAGES = (

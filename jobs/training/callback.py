@@ -1,7 +1,5 @@
 """Records each training step: curve, logs, validation, checkpoint, progress report."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext

@@ -1,7 +1,5 @@
 """Costs of trainings: passes of student and teacher, checkpoints, reads and memory."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from jobs.training.settings import (

@@ -1,7 +1,5 @@
 """Distillation of the half-width decoder under Ray Train. SnapFusion Sec. 3.2 and B.2."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial

@@ -1,7 +1,5 @@
 """Step distillation under Ray Train. SnapFusion Sec. 4.2, Eq. 7-11."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any

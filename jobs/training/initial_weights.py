@@ -4,8 +4,6 @@ OUT/model/         the model
 OUT/made_of.json   hashes of the weights and the architecture that it was made of; written last
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import tempfile

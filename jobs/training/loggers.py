@@ -4,8 +4,6 @@ A run that was killed resumes from its last checkpoint and logs some steps again
 no step appears twice; `Loggers.flush`, called before a checkpoint is saved, that none is missing.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """Types of the records of trainings, whose keys are those of metrics.json."""
 
-from __future__ import annotations
-
 from typing import Any, TypedDict
 
 Curve = list[dict[str, float]]

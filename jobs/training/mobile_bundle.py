@@ -1,7 +1,5 @@
 """Compiles a model into a mobile bundle and publishes it, all or nothing."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """Progress reports from the workers of a training to the driver, which is blocked until training ends."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence

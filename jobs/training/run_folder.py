@@ -7,8 +7,6 @@ OUT.training/begun.json    identity that the training was begun with, beside che
                            once the folder is published
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Names by which settings refer to models and tables of a run."""
 
-from __future__ import annotations
-
 RECIPE_MODEL = "recipe:model"
 """The recipe's own model."""
 

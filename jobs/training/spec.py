@@ -1,7 +1,5 @@
 """Defines a training: model, objective, loader, evaluation. `jobs.training.trainer` runs it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice

@@ -8,8 +8,6 @@ OUT/logs/           the training's logs, for TensorBoard
 OUT/metrics.json    parents, settings, training curve and evaluation
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial

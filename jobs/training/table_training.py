@@ -1,7 +1,5 @@
 """Trains on a table and publishes a folder: the frame of UNet trainings and of the decoder's distillation."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Ray starts the workers, joins them in a process group and restarts them when one
 our own checkpoint store; Ray is given metrics, never checkpoints.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -4,8 +4,6 @@ OUT/watch/step-00000100.png   a row of images for each guidance scale, by the we
 OUT/best/                     the weights with the best score, as a diffusers folder
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Trains UNets by the velocity loss: eps to v, robust and efficient models. SnapFusion Eq. 5, 6."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Describes what a stage of a run costs: units of work, worker groups, bytes, memory and storage requests."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Builds tables: sends the units that are missing through stages and commits them as they finish."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from operator import methodcaller

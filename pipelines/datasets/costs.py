@@ -1,7 +1,5 @@
 """Costs of the stages that write tables: work of each worker group, bytes, commits and memory."""
 
-from __future__ import annotations
-
 from pipelines.costs.requests import TableWrites
 from pipelines.costs.stage import (
     StageCost,

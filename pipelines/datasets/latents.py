@@ -3,8 +3,6 @@
 shards ─ stream, select, decode ─ units of images ─ VAE encoder ─ data file ─ commit
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 captions ─ units of (caption range, draw) ─ teacher, many DDIM steps ─ data file ─ commit
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace

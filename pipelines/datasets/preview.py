@@ -4,8 +4,6 @@ Nothing is written and no model is loaded. The sample is the first rows of shard
 evenly spread over all of them; it represents the whole as far as rows are in random order.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Recomputes units for `verify_table`, with the inputs and on the kind of device that they were made with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 image names ─ units ─ features ─ data file ─ commit
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,6 @@
 captions ─ units of (caption range, guidance) ─ model and solver ─ metric networks ─ data file ─ commit
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

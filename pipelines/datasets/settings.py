@@ -1,7 +1,5 @@
 """Settings of the tables LATENTS, PAIRS, TARGETS, SAMPLES and REFERENCES."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from pipelines.ray_data.settings import Pool

@@ -3,8 +3,6 @@
 LATENTS ─ units of (LATENTS unit, draw, branch) ─ teacher, k DDIM steps ─ data file ─ commit
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping

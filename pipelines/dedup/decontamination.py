@@ -1,7 +1,5 @@
 """Fingerprints an evaluation set, so that training rows which duplicate it are rejected."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -9,8 +9,6 @@ each by unit name, so by source and ordinal. A row is a duplicate if it matches 
 duplicate itself or not.
 """
 
-from __future__ import annotations
-
 import math
 import pickle
 from collections import Counter

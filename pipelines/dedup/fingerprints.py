@@ -3,8 +3,6 @@
 shards ─ stream, select, decode, hash ─ data file ─ commit
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Unpack

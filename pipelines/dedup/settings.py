@@ -1,7 +1,5 @@
 """Settings of fingerprints, deduplication and decontamination."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from pipelines.datasets.settings import BuildSettings

@@ -3,8 +3,6 @@
 Imports no network, so that a worker starts fast.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ Nobody reads old versions of `.rejects` and `.units`: their replaced files are e
 log entries, which may hold texts of rows.
 """
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -4,8 +4,6 @@ The Parquet file beside a tar, or that is a shard, has the URLs and hashes of al
 were rejected. A shard without one is read whole if hashes are requested; URLs are in the tables as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ A unit keeps its name, its range and its manifest: deleted rows are rejected as 
 Old versions keep the old files until those are erased (`pipelines.deletion.erasure`).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

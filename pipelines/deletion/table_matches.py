@@ -1,7 +1,5 @@
 """Finds the rows and rejections of tables that a deletion list names."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Finds and deletes the files in a table's folder that no version in use reads."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress

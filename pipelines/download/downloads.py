@@ -6,8 +6,6 @@ One range becomes one shard. The plan and the receipts are stored beside the sha
 continues where it was, and a complete one does nothing.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections import Counter, defaultdict, deque

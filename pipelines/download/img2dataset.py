@@ -5,8 +5,6 @@ folder, and may crash: the image that crashed it is identified, and the shard is
 still fail are recorded as failed. No row is lost.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -9,8 +9,6 @@ its files to the staging folder under a unique name; the receipt, written once, 
 shard; then these are moved, the tar last. After a crash in between any other process can finish the move.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import uuid

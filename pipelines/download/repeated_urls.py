@@ -4,8 +4,6 @@ A 16-byte digest of each URL goes to one of 256 files on the local disk, with th
 row. Equal URLs fall into the same file, and the files are sorted one by one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator

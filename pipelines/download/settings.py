@@ -1,7 +1,5 @@
 """Settings of downloads with img2dataset."""
 
-from __future__ import annotations
-
 from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator

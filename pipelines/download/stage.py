@@ -1,7 +1,5 @@
 """Downloads one shard: a range of a URL list, or the transient failures of an earlier shard."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """Decides which IP addresses may be connected to: the open internet's, and networks that a user allows."""
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Iterable, Sequence
 from typing import Final

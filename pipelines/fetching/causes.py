@@ -1,7 +1,5 @@
 """Causes of failed fetches: a closed list, divided by whether a retry may succeed."""
 
-from __future__ import annotations
-
 from typing import Final
 
 TRANSIENT: Final = {

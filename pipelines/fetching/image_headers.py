@@ -4,8 +4,6 @@ A decoder allocates what a header announces, and each format it knows is one mor
 formats of the web pass. Truncated images are rejected here, because some decoders fill the rest with grey.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable
 from typing import Final

@@ -1,7 +1,5 @@
 """Finds response headers by which a site opts its images out of indexing or training."""
 
-from __future__ import annotations
-
 import re
 from email.message import Message
 from typing import Final

@@ -1,7 +1,5 @@
 """Bounds a connection in time and bytes, as far as `http.client` uses sockets."""
 
-from __future__ import annotations
-
 import io
 import socket
 import time

@@ -1,7 +1,5 @@
 """Parses URLs into request targets, and resolves redirects."""
 
-from __future__ import annotations
-
 import ipaddress
 import re
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ cursor. The step alone decides which branch it takes. How far each cursor has co
 position, so a restart needs no further state.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final

@@ -4,8 +4,6 @@ The sequence of batches depends on the seed and the position alone, not on the n
 Each rank reads the files of its share of a batch and decodes its own rows.
 """
 
-from __future__ import annotations
-
 import itertools
 from abc import ABC, abstractmethod
 from collections import Counter, deque

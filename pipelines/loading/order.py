@@ -7,8 +7,6 @@ reads nothing of what came before it. The rows of a batch are dealt to the ranks
 read by few of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

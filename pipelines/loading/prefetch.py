@@ -1,7 +1,5 @@
 """Prefetches the items of an iterator in a thread."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

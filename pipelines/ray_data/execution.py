@@ -4,8 +4,6 @@ A stage is a class whose instances take one item and return one (or yield severa
 one Ray row, so a unit is never cut, merged or reordered within itself. Results arrive in order of completion.
 """
 
-from __future__ import annotations
-
 import itertools
 import pickle
 from collections.abc import Callable, Iterable, Iterator

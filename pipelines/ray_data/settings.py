@@ -1,7 +1,5 @@
 """Settings of the actor pools."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from snapfusion.settings import Settings

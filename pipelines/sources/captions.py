@@ -5,8 +5,6 @@ media type states and PartiPrompts requires; a .csv may quote. A blank line is a
 that ordinals follow the lines.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import hashlib

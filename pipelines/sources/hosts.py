@@ -1,7 +1,5 @@
 """Normalises the hosts of URLs, so that every spelling of a host compares equal."""
 
-from __future__ import annotations
-
 import ipaddress
 import re
 import socket

@@ -4,8 +4,6 @@ A layout states how a data set was published. `SPELLINGS` alone states which col
 URL lists, samples, selection and previews.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ row group its rows from the corruption on. All other columns become metadata und
 nulls, NaN, invalid UTF-8 and bytes.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Lists the files that a URL names: one file, a folder's files, or a glob, on any fsspec store."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ A corrupt row group costs its rows from the corruption on; other row groups are 
 not errors of the file: they are raised unchanged.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

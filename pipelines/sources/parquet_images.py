@@ -3,8 +3,6 @@
 An unreadable row is yielded in its position with its fault, so that ordinals and ids never shift.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any

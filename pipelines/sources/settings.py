@@ -1,7 +1,5 @@
 """Settings of the readers of shards, URL lists and caption lists."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from pipelines.sources.text import MAX_CAPTION_CHARS

@@ -5,8 +5,6 @@ in memory, and each file appears complete or not at all, the tar last: a reader 
 its sidecar.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Reads the Parquet file that img2dataset writes beside each tar: one row per URL, failed ones included."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Normalises captions, from whatever source."""
 
-from __future__ import annotations
-
 from pipelines.rejections import Rejected
 
 MAX_CAPTION_CHARS = 2000

@@ -15,8 +15,6 @@ In Parquet (`output_format=parquet`) rows keep their positions, failed ones incl
 costs its rows from the corruption on.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ The driver reads the lists once and sends them to the workers with the stage. Th
 the table's identity; their order, spelling and comments, and the URLs of the lists, are not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

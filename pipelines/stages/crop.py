@@ -4,8 +4,6 @@ An image is scaled until it covers its bucket, and cropped to it. The bucket is 
 a list whose aspect is nearest to the image's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from fractions import Fraction

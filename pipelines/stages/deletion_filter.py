@@ -1,7 +1,5 @@
 """Rejects rows that a deletion request covers, when shards are first read and when units are recomputed."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from functools import cached_property

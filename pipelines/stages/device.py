@@ -1,7 +1,5 @@
 """Runs networks on a torch device, and names what their outputs' bits depend on."""
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar

@@ -1,7 +1,5 @@
 """Rejects duplicates by the verdicts that a DUPLICATES table holds on a shard."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import cached_property

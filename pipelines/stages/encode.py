@@ -1,7 +1,5 @@
 """Encodes images into latents by the VAE, and captions into token ids."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Fingerprints rows for deduplication: keys of URL and caption, a hash of bytes, a perceptual hash."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 import unicodedata

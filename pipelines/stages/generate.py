@@ -1,7 +1,5 @@
 """Generates latents and images from captions by many DDIM steps of the teacher. SnapFusion Sec. 3.2."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

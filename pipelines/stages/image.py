@@ -1,7 +1,5 @@
 """Decodes the bytes of an image into RGB pixels of the size that the autoencoder reads."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass

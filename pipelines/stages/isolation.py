@@ -5,8 +5,6 @@ inherit locks that nobody releases. It serves many items and is replaced when it
 sent as pickles over a pair of sockets.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

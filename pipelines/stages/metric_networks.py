@@ -1,7 +1,5 @@
 """Networks that score images: features for FID, a CLIP scorer, and the miniature's oracle of attributes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Streams a shard into units of decoded images; rejects rows that cannot be used."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """Reads the rows of a committed unit of LATENTS."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 

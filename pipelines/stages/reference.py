@@ -1,7 +1,5 @@
 """Extracts features of the real images that generated ones are compared with."""
 
-from __future__ import annotations
-
 import time
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Defines filters that reject rows beside the selection: blocklists, duplicates, deletion requests."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 

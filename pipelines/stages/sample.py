@@ -1,7 +1,5 @@
 """Samples images from captions by a model and a solver, and scores them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

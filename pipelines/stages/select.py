@@ -4,8 +4,6 @@ A row is a link before its download and a sample after it; the same bounds choos
 is encoded.
 """
 
-from __future__ import annotations
-
 import functools
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Settings of the stages: which rows are used, and how images, latents and scores are computed."""
 
-from __future__ import annotations
-
 from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator

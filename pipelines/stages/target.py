@@ -1,7 +1,5 @@
 """Computes the student's targets for latents, by k DDIM steps of the teacher. SnapFusion Eq. 7-10."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from typing import Any

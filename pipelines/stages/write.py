@@ -1,7 +1,5 @@
 """Writes a finished unit as one Parquet file, exactly once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Publishes a folder as a whole, or not at all."""
 
-from __future__ import annotations
-
 import shutil
 import uuid
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Objects on a disk or in any store that fsspec knows: written once, or replaced."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

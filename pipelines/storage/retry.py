@@ -6,8 +6,6 @@ idempotent requests to a remote store go through `with_retries`: reads, listings
 of objects that must not exist yet. A commit is not idempotent: `pipelines.tables.commits` looks it up first.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable

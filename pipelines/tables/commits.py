@@ -3,8 +3,6 @@
 Committed units can be replaced by files with fewer rows; old versions keep the old files.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import itertools

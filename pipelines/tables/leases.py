@@ -6,8 +6,6 @@ alone decides what is committed, once. If two processes hold one at a time (a cl
 process that was suspended), that costs double work and no row.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -5,8 +5,6 @@ rejected rows) and `url.units` (one row a unit). Both can be rebuilt from the ma
 the log of the main table alone decides what is committed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

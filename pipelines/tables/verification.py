@@ -5,8 +5,6 @@ whole, of the recorded hash, rows and rejections adding up, ids unique. The rows
 units are computed again from their keys, which finds rows that are well-formed and wrong.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections import Counter

@@ -4,8 +4,6 @@ The latency of a UNet is the sum over its parts. That of a block is the differen
 ResNet block may leave its shortcut.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cached_property

@@ -7,8 +7,6 @@ downsampler, upsampler   between stages
 ends                     the first and last convolution and the timestep embedding
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Architectures with random blocks removed, the baseline of an evolved one."""
 
-from __future__ import annotations
-
 from snapfusion.evolution.latency import LatencyTable
 from snapfusion.evolution.search import check_objective
 from snapfusion.models.architecture import Architecture

@@ -1,7 +1,5 @@
 """Runtimes for latency measurements: torch, compiled torch, ExecuTorch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

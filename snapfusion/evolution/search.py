@@ -4,8 +4,6 @@ The value of a block is the CLIP score lost without it per millisecond that it t
 decides; scores are its input.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Literal

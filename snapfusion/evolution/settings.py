@@ -1,7 +1,5 @@
 """Settings of latency measurements and of evolution rounds; importable without torch."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt

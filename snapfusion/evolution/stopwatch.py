@@ -1,7 +1,5 @@
 """Fair timing: the candidates are warmed up, then run in turns on the same machine."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping

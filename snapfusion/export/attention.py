@@ -6,8 +6,6 @@ channels, and matrix products state which side is transposed, so that no tensor 
 over the keys in the second to last dimension. S = h w positions, L tokens, C channels, d = C / heads.
 """
 
-from __future__ import annotations
-
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel

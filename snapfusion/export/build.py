@@ -1,7 +1,5 @@
 """Builds a mobile bundle in a folder; raises if any part of it does not agree with torch."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

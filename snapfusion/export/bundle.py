@@ -11,8 +11,6 @@ executorch*/       text_encoder.pte, unet.pte, decoder.pte
 coreml*/           text_encoder.mlpackage, unet.mlpackage (or unet-1, unet-2), decoder.mlpackage
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

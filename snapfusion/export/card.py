@@ -1,7 +1,5 @@
 """The model card of a mobile bundle: contents, licences and limits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Compiles modules to Core ML packages for iOS 17 and later, compresses and splits packages."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

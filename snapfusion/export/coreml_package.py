@@ -1,7 +1,5 @@
 """Reads Core ML packages from disk: as descriptions, as programs that torch evaluates, or on a Mac to run."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

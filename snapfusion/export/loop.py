@@ -1,7 +1,5 @@
 """Text to image with compiled programs alone, in NumPy, as an application does it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 

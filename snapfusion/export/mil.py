@@ -9,8 +9,6 @@ A full-size UNet's weights would take gigabytes in float32, and compressed ones 
 size: each is decompressed and widened when an operation reads it, and released afterwards.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass

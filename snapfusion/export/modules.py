@@ -10,8 +10,6 @@ the change of range and the clamp, so that an application needs no constant of o
 encoder's includes the causal mask, and the UNet's the doubling of z_t.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Each rule takes the operation's arguments by their names in Apple's reference of
 for values; floats, integers, strings and lists for attributes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

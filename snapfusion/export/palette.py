@@ -5,8 +5,6 @@ costs k - 1 binary searches, and the same weights give the same palette on every
 with random initial centers do not.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 MAX_ITERATIONS = 500

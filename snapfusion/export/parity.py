@@ -1,7 +1,5 @@
 """Parity check: an artifact whose outputs differ from torch's is not published."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

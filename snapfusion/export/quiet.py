@@ -1,7 +1,5 @@
 """Hides the progress that compilers write to the error stream, unless they fail."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -4,8 +4,6 @@ Uses the model's own modules, schedule and guidance, and none of this package's,
 cannot cancel out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

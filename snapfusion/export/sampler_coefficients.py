@@ -11,8 +11,6 @@ A DDIM step (SnapFusion Eq. 2) is linear in z_t and in the network's guided outp
                     from_output = sigma_t' - alpha_t' sigma_t / alpha_t
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Settings of a mobile bundle: its variants, parity limits and licences."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt

@@ -5,8 +5,6 @@ split become outputs of the first half and inputs of the second under their own 
 inputs of the whole go to each half that reads them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from copy import deepcopy

@@ -5,8 +5,6 @@ that computes what the file contains: ExecuTorch programs are executed, Core ML 
 by operation with their compressed weights.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -7,8 +7,6 @@ The arrays are one caption's: `token_ids` [2,L] of "" and the caption, `c` [2,L,
 each step k `output-k` [2,4,h,w] of the UNet and the next latent `z-k` [1,4,h,w], and `image` [1,3,H,W].
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

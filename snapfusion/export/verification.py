@@ -3,8 +3,6 @@
 Needs neither the model nor the settings that the bundle was made from: it contains test vectors by torch.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ model.safetensors and tokenizer/. The miniature's scorer is one; the scorers of 
 ViT-g-14 (SnapFusion Sec. 5), are open_clip models by name with a file of weights.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

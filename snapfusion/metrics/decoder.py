@@ -1,7 +1,5 @@
 """Fidelity and speed of a student decoder relative to its teacher. SnapFusion Sec. 3.2, B.2."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

@@ -1,7 +1,5 @@
 """The Frechet distance between two sets of features: FID where they are Inception's. SnapFusion Sec. 5."""
 
-from __future__ import annotations
-
 import torch
 
 from snapfusion.metrics.moments import Moments

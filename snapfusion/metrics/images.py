@@ -1,7 +1,5 @@
 """Input images of metric networks."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional

@@ -5,8 +5,6 @@ differs from torchvision's in its number of classes and in the pooling of nine b
 resize kernel too, so the kernel is a setting that is recorded with every number.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from safetensors.torch import load_file

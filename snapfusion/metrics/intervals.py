@@ -3,8 +3,6 @@
 They account for the samples of one evaluation only, not for the variation between training seeds.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar

@@ -1,7 +1,5 @@
 """Mergeable count, mean and covariance of feature vectors, in float64."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self

@@ -1,7 +1,5 @@
 """Files of weights from disk, object storage or the hub, checked against their SHA-256."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from pathlib import Path

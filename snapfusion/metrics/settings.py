@@ -1,7 +1,5 @@
 """Constants of metric networks that settings refer to."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 INCEPTION_FEATURES = 2048

@@ -1,7 +1,5 @@
 """Metrics of a miniature on held-out scenes, with 95 % intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce

@@ -9,8 +9,6 @@ scorer         CLIP of a small ResNet and a text transformer            see `sna
 oracle         see `snapfusion.mini.oracle`
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel

@@ -4,8 +4,6 @@ Its 128 features, before the last nonlinearity, are also used for a Frechet dist
 with one on Inception's features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -6,8 +6,6 @@ Indexes below `HELD_OUT` are for training, those from `HELD_OUT` on for evaluati
 captions; only the images are held out.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace

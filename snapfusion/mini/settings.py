@@ -1,7 +1,5 @@
 """Settings of the miniature's evaluations."""
 
-from __future__ import annotations
-
 from pydantic import Field, NonNegativeInt, field_validator
 
 from snapfusion.settings import Settings

@@ -5,8 +5,6 @@ words of the scenes; then `<|startoftext|>` and `<|endoftext|>`. The last has th
 text model pools at the highest id of a row; it is also the padding, as in SD-v1.5.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise

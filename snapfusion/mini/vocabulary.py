@@ -1,7 +1,5 @@
 """Vocabulary of the miniature's captions, with the geometry and colors that it stands for."""
 
-from __future__ import annotations
-
 import math
 
 IMAGE_SIZE = 32

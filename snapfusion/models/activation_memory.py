@@ -4,8 +4,6 @@ Counted in bfloat16, two bytes a number. Attention counts as the fused kernel, w
 materialized. What an allocator loses to fragmentation is not included.
 """
 
-from __future__ import annotations
-
 import functools
 import weakref
 from collections.abc import Callable, Iterator

@@ -8,8 +8,6 @@ the stage stores the key "0"; a copy of it has the key "0+1". So weights are inh
 number of changes.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ SnapFusion's unit of architecture (Sec. 3.1, Table 3) is the block: a ResNet blo
 block, which is one `Transformer2DModel` of self-attention, cross-attention and feed-forward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """A complete Stable Diffusion model: text encoder, UNet, VAE and schedule."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field

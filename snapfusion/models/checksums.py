@@ -1,7 +1,5 @@
 """Checksums of a folder: the SHA-256 of each of its files, in the format of `sha256sum -c`."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any

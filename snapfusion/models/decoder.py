@@ -4,8 +4,6 @@ It is saved as a folder of config.json, which holds the SHA-256 of the weights, 
 input is a scaled latent: posterior mean times the VAE's scaling factor.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ format is diffusers' (`time_cond_proj_dim`), whose stock pipeline can sample suc
 1000 (w - 1) are projected and added to the timestep embedding.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

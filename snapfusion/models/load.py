@@ -3,8 +3,6 @@
 Only safetensors are read: unpickling can run arbitrary code.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

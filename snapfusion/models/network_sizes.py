@@ -1,7 +1,5 @@
 """Counts parameters, multiply-accumulates and activation bytes of a model, on shapes alone."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

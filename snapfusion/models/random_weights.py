@@ -1,7 +1,5 @@
 """Stable Diffusion models of full size with random weights, to run full-size code without the real ones."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

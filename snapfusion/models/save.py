@@ -1,7 +1,5 @@
 """Saving a Bundle as a diffusers folder with safetensors, a stock scheduler and checksums."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Network configurations of Stable Diffusion v1.5."""
 
-from __future__ import annotations
-
 from typing import Any
 
 UNET_PARAMETERS = 859_520_964

@@ -1,7 +1,5 @@
 """Network configurations of Stable Diffusion v2.1 (768 px, v-prediction). SnapFusion Fig. 7(d)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from snapfusion.models import sd15

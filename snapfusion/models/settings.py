@@ -1,7 +1,5 @@
 """Values of settings of models; importable without torch."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 Initialization = Literal["leading", "random"]

@@ -5,8 +5,6 @@ become straight, ``&quot;`` becomes a quote), that of transformers does not. Thi
 Stable Diffusion was published, so a diffusers pipeline gets the same ids.
 """
 
-from __future__ import annotations
-
 import gzip
 from collections.abc import Sequence
 from pathlib import Path

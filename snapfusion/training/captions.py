@@ -1,7 +1,5 @@
 """Caption encoding for training, with caption dropout."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

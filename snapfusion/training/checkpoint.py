@@ -9,8 +9,6 @@ The manifest is the commit point: a folder without a valid one is no checkpoint,
 moment loses nothing. One process writes at a time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile

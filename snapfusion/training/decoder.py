@@ -1,7 +1,5 @@
 """The decoder's objective: mean squared error to the teacher's image. SnapFusion Sec. 3.2."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

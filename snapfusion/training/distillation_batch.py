@@ -1,7 +1,5 @@
 """Batches of step distillation, their targets read from TARGETS or computed online. Both give the same."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol

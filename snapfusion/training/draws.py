@@ -4,8 +4,6 @@ The noise of a row is `snapfusion.noise.gaussian(key)`. Interval and guidance us
 three are independent whatever the shape of the latent. Stored and online targets share these functions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 On a network that is not sharded, every function here is the identity.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -5,8 +5,6 @@ DistributedDataParallel or sharded (FSDP). Shares may differ in size; the gradie
 all rows.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Moving averages of per-row values, overall and by group, equal on all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

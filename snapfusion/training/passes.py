@@ -1,7 +1,5 @@
 """Counts the passes of student and teacher in a step of step distillation. SnapFusion Eq. 9-11."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 from snapfusion.training.settings import StepDistillationSettings

@@ -1,7 +1,5 @@
 """Robust training: random blocks are skipped, the same ones for a whole batch. SnapFusion Eq. 5."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Settings of the training loop and of the objectives; importable without torch."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator

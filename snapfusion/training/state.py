@@ -3,8 +3,6 @@
 It holds no random generator's state, because all randomness is a function of the seed and the step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

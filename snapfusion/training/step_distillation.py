@@ -1,7 +1,5 @@
 """The step distillation loss: vanilla, CFG-aware or mixed, plus the original loss. SnapFusion Eq. 11."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Final
 

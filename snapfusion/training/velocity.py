@@ -1,7 +1,5 @@
 """The original diffusion loss, L_ori, of a v-prediction network. SnapFusion Eq. 6."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Artefacts of version 0.1 open, and continue to the results that version 0.1 recorded."""
 
-from __future__ import annotations
-
 import json
 import tarfile
 from pathlib import Path

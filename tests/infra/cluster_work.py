@@ -1,7 +1,5 @@
 """The work of test_cluster_run on a cluster of labelled nodes: rows by two stages, and a training."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterator

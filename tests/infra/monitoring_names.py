@@ -1,7 +1,5 @@
 """The metrics that alerts and dashboard read, and the labels that they select or group by."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

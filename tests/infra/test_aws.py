@@ -1,7 +1,5 @@
 """The files for AWS on a simulated account that enforces permissions; never tried on a live one."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -4,8 +4,6 @@ Pools and trainers request labels, and the autoscaler starts nodes that have the
 scraped as Prometheus would, by Ray's service discovery file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """`jobs.compute_targets`: makes TARGETS from the run's LATENTS, which verify them."""
 
-from __future__ import annotations
-
 import pytest
 from in_process import in_process
 from set_options import set_options

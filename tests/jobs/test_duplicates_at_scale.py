@@ -1,7 +1,5 @@
 """A round of verdicts on many rows: what it finds, how long it takes, what it holds; part of `make bench`."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Jobs from shards with copies to LATENTS without them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Recipes `sd15` and `sd2` at full size with random weights: a unit of LATENTS, one of TARGETS, two steps."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

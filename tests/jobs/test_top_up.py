@@ -1,7 +1,5 @@
 """`jobs.top_up`: scheduled runs append parts, do not overlap, and together make the whole table."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path

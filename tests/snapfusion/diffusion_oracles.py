@@ -1,7 +1,5 @@
 """Stand-in networks, random tensors and float64 oracles of the diffusion process."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The VAE's two stages: encoder and decoder together, then the decoder alone with the encoder fixed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

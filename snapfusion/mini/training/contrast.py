@@ -5,8 +5,6 @@ changed. The conditioning text encoder is trained in this way against an image t
 and so is the scorer, from another seed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

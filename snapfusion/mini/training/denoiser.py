@@ -1,7 +1,5 @@
 """The UNets' stages on precomputed latents: noise prediction, then velocity prediction."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The training's stages in order, and the folder of weights that they produce."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Settings of the miniature's training."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from snapfusion.mini.vocabulary import NUM_CAPTIONS

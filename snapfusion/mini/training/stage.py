@@ -4,8 +4,6 @@ All random numbers of a step depend on (seed, stage, step), so a stage that is k
 the same weights as one that is not (on the same machine with the same number of threads).
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ A job is a verb and, after a comma, its target, as in verify_table,s3://bucket/r
 only trainings start Ray.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 

@@ -1,7 +1,5 @@
 """The command line: four options, one line for a mistake, nothing half-written."""
 
-from __future__ import annotations
-
 import importlib
 import io
 import json

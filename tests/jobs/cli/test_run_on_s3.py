@@ -1,7 +1,5 @@
 """Runs with all URLs in an object store, and credentials that must not appear anywhere."""
 
-from __future__ import annotations
-
 import base64
 import io
 import os

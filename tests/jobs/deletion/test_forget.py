@@ -1,7 +1,5 @@
 """`jobs.forget`: deletes rows, writes a receipt, and leaves nothing that could be found."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """`jobs.vacuum`: deletes files that nobody reads, keeps those that are read or may be committed."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

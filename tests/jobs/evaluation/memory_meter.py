@@ -1,7 +1,5 @@
 """The memory that this process and all that come from it hold together, while something runs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading

@@ -1,7 +1,5 @@
 """The efficient model for phones at full size: Table 3's UNet, half-width decoder, random weights."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tests of image generation: docs/samplers.md, and distilled students."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Output and errors of `jobs.plan`, and the examples of docs/plan.md."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,7 +1,5 @@
 """The miniature's run, forecast by a probe and then measured."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Measurements of the probe, on a tiny model."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

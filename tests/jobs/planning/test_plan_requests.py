@@ -1,7 +1,5 @@
 """Counts of storage requests, compared with an S3 server and the real loader."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections import Counter

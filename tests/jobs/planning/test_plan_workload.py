@@ -1,7 +1,5 @@
 """Counts of the planner, compared with the code that does the work."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Report of a run: collected from what is committed; it fails if images do not show their captions."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Credentials from a file on every node, and secrets refused where they would be shown."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,7 +1,5 @@
 """Signals: Ctrl-C and SIGTERM, once and twice, end a command with one line and an exit code."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

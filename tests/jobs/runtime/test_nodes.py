@@ -4,8 +4,6 @@ A head without CPUs runs the drivers, two nodes the work; a killed node is repla
 `make bench`, which prints how much longer each run took than an undisturbed one.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

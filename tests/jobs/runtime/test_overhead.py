@@ -4,8 +4,6 @@ The teacher sleeps, so two cores run four workers, and the test measures schedul
 exchange of gradients instead of a network.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

@@ -1,7 +1,5 @@
 """Stops or kills drivers, local and submitted; the next run of the command continues."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Submits jobs with `ray job submit` and a token to a head of the test."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 The settings are minimal: all steps of a job, few rows, few training steps.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time

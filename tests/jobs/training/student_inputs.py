@@ -1,7 +1,5 @@
 """Tiny students, each with a checkpoint and a validation in the middle, and their trainings without Ray."""
 
-from __future__ import annotations
-
 from contextlib import closing
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Tests of other image sizes and of aspect buckets, from encoding to sampling."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """Tests of fine-tuning and step distillation from end to end, with a tiny teacher."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

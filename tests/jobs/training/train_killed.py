@@ -1,7 +1,5 @@
 """A driver that trains on a Ray cluster of its own, and kills itself when there is a checkpoint."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """A run that computes TARGETS and is killed at a named point; started by test_targets."""
 
-from __future__ import annotations
-
 import sys
 
 from in_process import in_process

@@ -1,7 +1,5 @@
 """Shards and settings that tests of LATENTS and TARGETS share."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

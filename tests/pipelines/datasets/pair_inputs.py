@@ -1,7 +1,5 @@
 """Captions and settings that tests of PAIRS share."""
 
-from __future__ import annotations
-
 from pipelines.datasets.settings import PairsSettings
 from pipelines.sources.captions import Caption
 from pipelines.stages.settings import Generation

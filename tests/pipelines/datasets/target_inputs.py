@@ -1,7 +1,5 @@
 """Settings that tests of TARGETS share, and a teacher that dies."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """LATENTS and TARGETS in buckets: images of several shapes in one unit, and their loaders."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """LATENTS: every usable image of a shard, in units that do not depend on the reader."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

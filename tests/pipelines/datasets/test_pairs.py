@@ -1,7 +1,5 @@
 """PAIRS: images are a function of caption, draw and settings, and can be recomputed."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 The memory test is part of the suite: a reader holds a unit, whatever the shard's size.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

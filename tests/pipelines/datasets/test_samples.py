@@ -1,7 +1,5 @@
 """SAMPLES and REFERENCES: scored images from the same noise for every model; features of real images."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """TARGETS: targets follow from latent, draw and settings, and can be recomputed."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

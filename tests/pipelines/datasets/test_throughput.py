@@ -1,7 +1,5 @@
 """generate_pairs under Ray against the bare teacher loop, in one run; part of `make bench`."""
 
-from __future__ import annotations
-
 import os
 import statistics
 import time

@@ -1,7 +1,5 @@
 """DUPLICATES: a copy of any kind loses against the row that came first, and never reaches LATENTS."""
 
-from __future__ import annotations
-
 import random
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """FINGERPRINTS: duplicates have equal or near keys, other rows do not; every usable row has one."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 

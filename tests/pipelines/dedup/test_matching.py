@@ -1,7 +1,5 @@
 """Copies are found as by comparing every row with every earlier one, whatever order rows arrive in."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np

@@ -3,8 +3,6 @@
 PICTURES names a folder of photographs; without it pictures are made by formula, which are smoother.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import time

@@ -1,7 +1,5 @@
 """Deleted rows leave every table with what was derived from them; all else stays, to the bit."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """URLs and hashes name rows of shards, by the Parquet files beside them or by the images."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A table in memory for loaders, and what a loader yields."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping
 from types import SimpleNamespace

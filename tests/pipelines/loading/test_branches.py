@@ -1,7 +1,5 @@
 """Two cursors: a step's branch follows from the step, and each cursor's row from the position."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

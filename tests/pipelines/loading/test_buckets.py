@@ -1,7 +1,5 @@
 """Batches of one shape from a table whose rows differ in shape."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 

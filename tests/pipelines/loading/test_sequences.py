@@ -1,7 +1,5 @@
 """Every loader yields one sequence of batches, whoever reads it and from wherever."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """A driver that generates PAIRS on a Ray cluster of its own, to be killed by test_execution."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Stages on a Ray cluster: the same bytes, and no death of a process loses or doubles a row."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Shards for tests: rows, tars of any members, and img2dataset's Parquet output; and how they are read."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 import tempfile

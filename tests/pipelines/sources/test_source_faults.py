@@ -1,7 +1,5 @@
 """Shards and lists from a store that answers 503, breaks connections, stalls and truncates responses."""
 
-from __future__ import annotations
-
 import io
 from collections import Counter
 from pathlib import Path

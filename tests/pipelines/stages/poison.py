@@ -1,7 +1,5 @@
 """Stages that die on one image or unit; no torch in here, so that a worker that dies is soon back."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import signal

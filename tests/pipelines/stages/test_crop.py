@@ -1,7 +1,5 @@
 """Frames: which shapes there are, which one a picture gets, and what is left of it."""
 
-from __future__ import annotations
-
 import io
 import math
 import pickle

@@ -1,7 +1,5 @@
 """Tables in a store that responds with 503, breaks connections, loses responses, stalls and truncates."""
 
-from __future__ import annotations
-
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial

@@ -1,7 +1,5 @@
 """Units are committed exactly once, whoever is killed and however many run at a time."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The deletion list: spellings of one thing are equal, and its files hold nothing but hashes."""
 
-from __future__ import annotations
-
 import pickle
 import time
 

@@ -1,7 +1,5 @@
 """Leases: one process appends, a dead one blocks nobody for long, and readers are known."""
 
-from __future__ import annotations
-
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """A committed unit's file is replaced by one with fewer rows, in one commit, whoever else commits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

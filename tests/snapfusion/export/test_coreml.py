@@ -1,7 +1,5 @@
 """Core ML packages: compiled, read back, evaluated and compared with torch."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

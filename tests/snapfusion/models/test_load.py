@@ -1,7 +1,5 @@
 """Model folders: loaded complete and unaltered, or refused; pickles are never opened."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
