@@ -21,9 +21,8 @@ from pipelines.storage.objects import replace_object
 def compare_chance(job: Job) -> None:
     """Train and score the architectures, unless that is done, and write the metrics."""
     model, settings = job.resolve(job.recipe.evolution.begin), job.recipe.random_baseline
-    training = resolve_training(settings.training, job)
     baseline = RandomBaseline(
-        settings=settings.model_copy(update={"training": training}),
+        settings=settings.model_copy(update={"training": resolve_training(settings.training, job)}),
         model=model,
         evolved=named_architecture(job.url("evolution/architecture.json"), own=own_architecture(model)),
         table=latency_table(job),

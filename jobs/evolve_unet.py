@@ -36,9 +36,8 @@ def evolve_unet(job: Job) -> None:
 
     if not exists(job.url(f"evolution/{HISTORY}")):
         connect(job.recipe.cluster)
-    training = resolve_training(settings.training, job)
     history = Evolution(
-        settings=settings.model_copy(update={"training": training}),
+        settings=settings.model_copy(update={"training": resolve_training(settings.training, job)}),
         objective_ms=settings.latency_ms,
         model=job.resolve(settings.begin),
         latents_url=job.url("latents"),

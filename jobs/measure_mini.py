@@ -30,8 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(settings: MiniMeasurementSettings, options: argparse.Namespace) -> None:
     """Measure what the file of the results lacks, and write its page."""
     torch.set_num_threads(1)
-    weights = _weights_digest(options.weights)
-    identity = {"weights": weights, "scenes": settings.scenes, "seed": settings.seed}
+    identity = {"weights": _weights_digest(options.weights), "scenes": settings.scenes, "seed": settings.seed}
     results = ResumableResults(identity=identity, path=options.out)
     results.read()
 

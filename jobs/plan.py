@@ -75,8 +75,7 @@ def _plan(options: argparse.Namespace) -> None:
         "assumptions": assumptions(plan),
         "compared": [{**asdict(one), "ratio": one.ratio} for one in comparisons],
     }
-    text = json.dumps(values, indent=1, allow_nan=False)
-    replace_object(job.url("plan.json"), f"{text}\n".encode())
+    replace_object(job.url("plan.json"), f"{json.dumps(values, indent=1, allow_nan=False)}\n".encode())
     print(f"\n{job.url('plan.json')}")
 
 

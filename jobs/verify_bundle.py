@@ -44,7 +44,7 @@ def verify(folder: Path) -> None:
 
 
 def _verify_variant(bundle: MobileBundle, variant: str, *, runtime: str) -> None:
-    from snapfusion.export.bundle import COREML, EXECUTORCH
+    from snapfusion.export.bundle import COREML, EXECUTORCH, MODULES
     from snapfusion.export.coreml_package import open_packages
     from snapfusion.export.loop import CompiledModel
     from snapfusion.export.verification import check_variant
@@ -52,8 +52,7 @@ def _verify_variant(bundle: MobileBundle, variant: str, *, runtime: str) -> None
     if runtime == EXECUTORCH:
         model = bundle.programs(variant)
     elif runtime == COREML and sys.platform == "darwin":
-        parts = ("text_encoder", "unet", "decoder")
-        packages = {part: open_packages(bundle.files(variant, part)) for part in parts}
+        packages = {part: open_packages(bundle.files(variant, part)) for part in MODULES}
         model = CompiledModel(**packages, conditions=bundle.manifest["conditions"])
     else:
         print(f"  {variant}: not executed, {runtime} is not available here; its files match the manifest")

@@ -104,8 +104,7 @@ def run(
         )
         prepare_stores(job)
         if given.dry_run:
-            lines = [job.recipe.to_json(), f"settings {job.recipe.digest()[:16]}", *preview(job)]
-            print("\n".join(lines))
+            print("\n".join([job.recipe.to_json(), f"settings {job.recipe.digest()[:16]}", *preview(job)]))
             return
         if writes:
             _save_settings(job)

@@ -32,7 +32,6 @@ from snapfusion.models.load import load
 from snapfusion.settings import SettingsError
 
 _RUN_PREFIX = "run:"
-_NO_COREML = "not executed here: Core ML runs on Apple's systems only"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +141,7 @@ class BundleBenchmark:
         elif sys.platform == "darwin":
             runtimes = {module: CoreMLRuntime(packages=tuple(paths)) for module, paths in files.items()}
         else:
-            note = _NO_COREML
+            note = "not executed here: Core ML runs on Apple's systems only"
         return _Row(name=name, weights=variant["weights"], runtimes=runtimes, note=note)
 
     def _setup(self) -> dict[str, Any]:

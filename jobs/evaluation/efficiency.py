@@ -103,8 +103,7 @@ def measure_efficiency(
     record["decoders"] = {
         name: {"time": times[name].to_values(), "parameters": parameters[name]} for name in decoders
     }
-    ratios = {key: full / efficient for key, (full, efficient) in _values(record)}
-    return {**record, "ratios": ratios}
+    return {**record, "ratios": {key: full / efficient for key, (full, efficient) in _values(record)}}
 
 
 def _values(record: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, float]]]:

@@ -14,7 +14,6 @@ import torch
 from jobs.evaluation.evaluation import StartTable, evaluate
 from jobs.evaluation.settings import Contender, EvaluationSettings
 from jobs.evaluation.timing import unet_benchmark
-from jobs.evolution.search import TableOrigin
 from jobs.evolution.settings import RandomBaselineSettings
 from jobs.training.initial_weights import own_architecture, with_architecture
 from jobs.training.metrics import StudentMetrics
@@ -105,7 +104,7 @@ class RandomBaseline:
         }
         return {
             "settings": self.settings.training.identity(),
-            "latency": TableOrigin.of(self.table).to_values(),
+            "latency": {"setting": self.table.setup.to_values(), "date": self.table.date},
             "protocol": results["protocol"],
             "architectures": records,
             "differences": results["differences"],
@@ -113,10 +112,9 @@ class RandomBaseline:
         }
 
     def _train(self, name: str, architecture: Architecture, *, on_report: OnReport) -> StudentMetrics:
-        first = with_architecture(self.model, architecture, url=f"{self.out}/first/{name}")
         return finetune_vpred(
             self.settings.training,
-            model=first,
+            model=with_architecture(self.model, architecture, url=f"{self.out}/first/{name}"),
             latents_url=self.latents_url,
             out_url=f"{self.out}/trained/{name}",
             further=True,

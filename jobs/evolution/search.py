@@ -9,8 +9,6 @@ OUT/architecture.json       the final architecture
 OUT/history.json            all rounds; written last
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -71,11 +69,6 @@ class TableOrigin(Settings):
 
     setting: MeasurementSetup
     date: str
-
-    @classmethod
-    def of(cls, table: LatencyTable) -> TableOrigin:
-        """The origin of a table."""
-        return cls(setting=table.setup, date=table.date)
 
 
 class EvolutionHistory(Settings):
@@ -151,7 +144,7 @@ class Evolution:
             )
         history = EvolutionHistory(
             objective_ms=self.objective_ms,
-            latency=TableOrigin.of(self.table),
+            latency=TableOrigin(setting=self.table.setup, date=self.table.date),
             settings=self.settings.identity(),
             model=load(self.model).fingerprint(),
             captions=self.settings.prompts.limit,

@@ -55,8 +55,7 @@ def _compare(job: Job, one: StageForecast, *, steps: Mapping[str, float]) -> For
 
 def _actual(job: Job, stage: StageCost, *, steps: Mapping[str, float]) -> tuple[float | None, str]:
     # A step record covers a stage only if the job made that stage alone.
-    alone = stage.name in (stage.verb, job.recipe.distill.name)
-    if stage.verb in steps and alone:
+    if stage.verb in steps and stage.name in (stage.verb, job.recipe.distill.name):
         return steps[stage.verb], "step"
     if stage.verb in (*_TRAININGS, "distill_steps"):
         metrics = read_json(job.url(f"{_TRAININGS.get(stage.verb, stage.name)}/{METRICS}")) or {}

@@ -80,10 +80,9 @@ def step_seconds(
 def decoder_step(bundle: Bundle, *, loop: LoopSettings, rows: int) -> float:
     """Seconds of a step of the half-width decoder's training by one worker with `rows` of a batch."""
     images = torch.randint(0, 255, (rows, 3, bundle.image_size, bundle.image_size), dtype=torch.uint8)
-    step, _ = step_seconds(
+    return step_seconds(
         HalfDecoder.from_vae(bundle.vae),
         objective=DecoderObjective(stored_images),
         batch=noise_batch(bundle, rows, image=images),
         loop=loop,
-    )
-    return step
+    )[0]

@@ -45,7 +45,6 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
     if pairs and recipe.oracle_floor:
         oracle, notes = score_with_oracle(pairs)
     tables = {name: _table_metrics(table) for name, table in run.tables.items()}
-    timings = tuple(_timings(run))
     content = ReportContent(
         recipe=recipe.name,
         settings_hash=recipe.digest(),
@@ -63,7 +62,7 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
         mobile_variants=mobile_variants_of(run.mobile) if run.mobile else (),
         lineage=lineage_nodes(run, tables),
         rejections=tuple(summary for table in run.tables.values() for summary in _rejections(table)),
-        timings=timings,
+        timings=tuple(_timings(run)),
     )
     metrics = RunMetrics(
         recipe=content.recipe,
@@ -85,7 +84,7 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
             }
             for latency in run.latencies
         ],
-        steps=[asdict(timing) for timing in timings],
+        steps=[asdict(timing) for timing in content.timings],
     )
     return content, metrics
 

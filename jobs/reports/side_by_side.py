@@ -74,13 +74,12 @@ def sample_side_by_side(student: StudentMetrics, *, url: str) -> tuple[StepCompa
     ways = {name: {"model": model, **vars(metrics[name])} for name, (model, _) in models.items()}
     for way in ways.values():
         del way["name"]
-    gain = mean(scores["student"]["clip"] - scores["undistilled"]["clip"])
     return comparison, {
         "guidance": GUIDANCE,
         "captions": len(captions),
         "seed": _SAMPLING.seed,
         "ways": ways,
-        "clip_gain": gain._asdict(),
+        "clip_gain": mean(scores["student"]["clip"] - scores["undistilled"]["clip"])._asdict(),
     }
 
 

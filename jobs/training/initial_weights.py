@@ -42,8 +42,7 @@ def with_architecture(model: str, architecture: Architecture, *, url: str) -> st
     bundle = load(model)
     provenance = {"weights": bundle.fingerprint(), "architecture": architecture.to_values()}
     if exists(f"{url}/{PROVENANCE}"):
-        found = json.loads(read_bytes(f"{url}/{PROVENANCE}"))
-        check_identity(found, provenance, url=url, kind="model")
+        check_identity(json.loads(read_bytes(f"{url}/{PROVENANCE}")), provenance, url=url, kind="model")
         return url
     unet = build_unet(architecture)
     inherit_weights(unet, bundle.unet)

@@ -199,8 +199,7 @@ class MlflowLogger(Logger):
         if found:
             self._id = found[0].info.run_id
         else:
-            created = self._client.create_run(experiment, run_name=name, tags={self._TAG: run})
-            self._id = created.info.run_id
+            self._id = self._client.create_run(experiment, run_name=name, tags={self._TAG: run}).info.run_id
             params = [Param(key, str(value)[:500]) for key, value in flatten(settings)]
             # A server accepts at most 100 parameters per request.
             for start in range(0, len(params), 100):

@@ -17,7 +17,7 @@ from pipelines.storage.objects import StorageError, absolute_url, exists, is_loc
 from snapfusion.export.build import BundleBuilder
 from snapfusion.export.bundle import CARD, FORMAT_VERSION, LICENCE, MANIFEST, BundleError
 from snapfusion.export.card import model_card
-from snapfusion.export.settings import LicenceError, MobileSettings
+from snapfusion.export.settings import Licence, LicenceError, MobileSettings
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.checksums import file_records
 from snapfusion.models.decoder import HalfDecoder
@@ -63,8 +63,7 @@ def publish_bundle(
     """
     settings.licence.check()
     check_parts(bundle, decoder)
-    num_steps = settings.steps or distilled_steps(bundle)
-    values = settings.to_values()
+    num_steps, values = settings.steps or distilled_steps(bundle), settings.to_values()
     identity = {
         "settings": {key: value for key, value in values.items() if key not in _DESCRIBED_ELSEWHERE},
         "licence": values["licence"],
@@ -92,13 +91,7 @@ def publish_bundle(
             scratch=scratch,
             log=log,
         )
-        manifest = builder.build()
-        manifest |= {"format": FORMAT_VERSION, "identity": identity, "versions": versions()}
-        manifest["settings_hash"] = digest(identity)
-        _write_terms(folder, manifest=manifest, settings=settings)
-        manifest["files"] = file_records(folder)
-        text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
-        (folder / MANIFEST).write_text(text)
+        text = _write_manifest(folder, contents=builder.build(), identity=identity, licence=settings.licence)
         publish_folder(folder, out_url, last=MANIFEST)
     return dict(json.loads(text))
 
@@ -153,24 +146,35 @@ def _published_manifest(url: str, *, identity: Mapping[str, Any]) -> dict[str, A
     )
 
 
-def _write_terms(folder: Path, *, manifest: Mapping[str, Any], settings: MobileSettings) -> None:
-    """Write the licence text, if there is one, and the model card."""
-    if settings.licence.text:
+def _write_manifest(
+    folder: Path, *, contents: Mapping[str, Any], identity: Mapping[str, Any], licence: Licence
+) -> str:
+    """Write the licence text, if there is one, the model card and the manifest, whose text is returned."""
+    if licence.text:
         try:
-            (folder / LICENCE).write_bytes(read_bytes(settings.licence.text))
+            (folder / LICENCE).write_bytes(read_bytes(licence.text))
         except (StorageError, FileNotFoundError) as error:
-            raise LicenceError(f"--set mobile.licence.text={settings.licence.text}: {error}") from None
-    (folder / CARD).write_text(model_card(manifest, licence=settings.licence))
+            raise LicenceError(f"--set mobile.licence.text={licence.text}: {error}") from None
+    manifest = {
+        **contents,
+        "format": FORMAT_VERSION,
+        "identity": identity,
+        "versions": versions(),
+        "settings_hash": digest(identity),
+    }
+    (folder / CARD).write_text(model_card(manifest, licence=licence))
+    # Last: the manifest has the hash of each other file.
+    manifest["files"] = file_records(folder)
+    text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
+    (folder / MANIFEST).write_text(text)
+    return text
 
 
-def summary(manifest: Mapping[str, Any]) -> list[str]:
+def summary(manifest: Mapping[str, Any]) -> Iterator[str]:
     """One line for each variant: size, weights and parity of its images."""
-    lines = []
     for name, variant in manifest["variants"].items():
         size = sum(module["bytes"] for module in variant["modules"].values()) / 2**20
-        parity = _describe_parity(variant["images"])
-        lines.append(f"{name}: {size:.1f} MiB, {variant['weights']}, {parity}")
-    return lines
+        yield f"{name}: {size:.1f} MiB, {variant['weights']}, {_describe_parity(variant['images'])}"
 
 
 def _describe_parity(parity: Mapping[str, Any]) -> str:
