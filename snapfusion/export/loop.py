@@ -79,10 +79,8 @@ def generate(
     model: CompiledModel, *, ids: np.ndarray, noise: np.ndarray, sampler: SamplerCoefficients, w: float
 ) -> np.ndarray:
     """The image [1,3,H,W] float32 in 0 .. 1 of token ids [2,L] (the empty caption's, the caption's)."""
-    latent = noise
-    for step in sampling_steps(model, c=encode_text(model, ids=ids), noise=noise, sampler=sampler, w=w):
-        latent = step.z_next
-    return model.decoder([latent])
+    *_, last = sampling_steps(model, c=encode_text(model, ids=ids), noise=noise, sampler=sampler, w=w)
+    return model.decoder([last.z_next])
 
 
 def to_uint8_image(image: np.ndarray) -> np.ndarray:

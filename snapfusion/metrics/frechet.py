@@ -15,10 +15,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     if a.dimension != b.dimension:
         raise ValueError(f"features of {a.dimension} and of {b.dimension} numbers have no distance")
-    covariance_a, covariance_b = a.covariance(), b.covariance()
     # tr((C_a C_b)^(1/2)) is the sum of the singular values of C_a^(1/2) C_b^(1/2). That is real for
     # covariances of any rank and exact to float64 rounding; the usual Schur root of C_a C_b needs an offset
     # on the diagonal.
     overlap = torch.linalg.svdvals(a.covariance_root @ b.covariance_root).sum()
-    spread = covariance_a.trace() + covariance_b.trace() - 2.0 * overlap
+    spread = a.covariance().trace() + b.covariance().trace() - 2.0 * overlap
     return max(0.0, float((a.mean - b.mean).square().sum() + spread))

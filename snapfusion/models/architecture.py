@@ -12,7 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -244,19 +244,18 @@ class Architecture(Settings):
     def counts(self) -> dict[tuple[str, BlockKind], int]:
         """Count the blocks of each stage and kind."""
         found = Counter((block.stage, block.kind) for block in self.blocks)
-        kinds: tuple[BlockKind, ...] = ("attention", "resnet")
-        return {(stage, kind): found[stage, kind] for stage in self.stages for kind in kinds}
+        return {(stage, kind): found[stage, kind] for stage in self.stages for kind in get_args(BlockKind)}
 
     def changed(self, **fields: Any) -> Self:  # noqa: ANN401 - of the fields' own types
         """Return a validated copy with other values."""
         return type(self)(**{**dict(self), **fields})
 
     def _block(self, name: str) -> Block:
-        found = next((block for block in self.blocks if block.name == name), None)
-        if found is None:
-            names = ", ".join(block.name for block in self.blocks)
+        blocks = {block.name: block for block in self.blocks}
+        if name not in blocks:
+            names = ", ".join(blocks)
             raise ArchitectureError(f"the architecture has no block {name!r}; its blocks are {names}")
-        return found
+        return blocks[name]
 
     def _changes_channels(self, block: Block) -> bool:
         return block.kind == "resnet" and any(

@@ -6,7 +6,6 @@ input is a scaled latent: posterior mean times the VAE's scaling factor.
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, Self
 
@@ -116,7 +115,13 @@ class HalfDecoder(nn.Module):
         if config.use_post_quant_conv:
             half.post_quant_conv.load_state_dict(vae.post_quant_conv.state_dict())
         if init == "leading":
-            half.decoder.load_state_dict(_leading(vae.decoder, half.decoder))
+            full = vae.decoder.state_dict()
+            half.decoder.load_state_dict(
+                {
+                    name: full[name][tuple(slice(size) for size in tensor.shape)]
+                    for name, tensor in half.decoder.state_dict().items()
+                }
+            )
         return half.to(device=vae.device)
 
     @property
@@ -198,12 +203,3 @@ def _parse_config(content: bytes, *, url: str) -> dict[str, Any]:
     if kind != HalfDecoder.__name__:
         raise DecoderError(f"{url}/{CONFIG} describes a {kind}; a {HalfDecoder.__name__} is needed")
     return values
-
-
-def _leading(full: nn.Module, half: nn.Module) -> Mapping[str, Tensor]:
-    """Cut each tensor of `full` to the shape of `half`'s tensor of that name, keeping its leading corner."""
-    sources = full.state_dict()
-    return {
-        name: sources[name][tuple(slice(size) for size in tensor.shape)].clone()
-        for name, tensor in half.state_dict().items()
-    }

@@ -74,11 +74,9 @@ class NetworkSizes:
     @cached_property
     def vae_bytes(self) -> int:
         """Activation bytes, two a number, for one image through the VAE's encoder or decoder."""
-        side = self.bundle.image_size
-        with torch.device("meta"):
-            vae = self.bundle.vae.to(torch.bfloat16)
-            image = torch.empty(1, 3, side, side, dtype=torch.bfloat16)
-            latent = torch.empty(1, *self.bundle.latent_shape, dtype=torch.bfloat16)
+        side, vae = self.bundle.image_size, self.bundle.vae.to(torch.bfloat16)
+        image = torch.empty(1, 3, side, side, dtype=torch.bfloat16, device="meta")
+        latent = torch.empty(1, *self.bundle.latent_shape, dtype=torch.bfloat16, device="meta")
         return max(
             peak_bytes(vae, lambda: vae.encode(image).latent_dist.mean, trained=False),
             peak_bytes(vae, lambda: vae.decode(latent).sample, trained=False),
@@ -87,9 +85,8 @@ class NetworkSizes:
     @cached_property
     def half_bytes(self) -> int:
         """Activation bytes, two a number, for one latent through the half-width decoder and back."""
-        with torch.device("meta"):
-            decoder = _half_decoder(self.bundle).to(torch.bfloat16)
-            latent = torch.empty(1, *self.bundle.latent_shape, dtype=torch.bfloat16)
+        decoder = _half_decoder(self.bundle).to(torch.bfloat16)
+        latent = torch.empty(1, *self.bundle.latent_shape, dtype=torch.bfloat16, device="meta")
         return peak_bytes(decoder, lambda: decoder(latent), trained=True)
 
 
