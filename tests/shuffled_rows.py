@@ -39,8 +39,7 @@ class ShuffledRows:
             return self
         numbers = whole.column(by).to_numpy()
         groups = [self._shuffled(whole.filter(pa.array(numbers == number))) for number in np.unique(numbers)]
-        results = [function(group) for group in groups]
-        return ShuffledRows(results, seed=self.seed + 1)
+        return ShuffledRows([function(group) for group in groups], seed=self.seed + 1)
 
     def union(self, other: ShuffledRows) -> ShuffledRows:
         tables = [table for table in (*self.parts, *other.parts) if table.num_rows]

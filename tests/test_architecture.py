@@ -340,5 +340,4 @@ def test_equation_table_lists_every_function_with_equation():
     listed = {name for _, name in equation_table()}
     for module in modules("snapfusion"):
         if module.name in METHOD:
-            missing = {f"{module.name}.{name}" for name, _ in public_functions(module)} - listed
-            assert not missing
+            assert not ({f"{module.name}.{name}" for name, _ in public_functions(module)} - listed)

@@ -187,5 +187,4 @@ def test_a_finished_student_is_left_as_it_is(run: Path) -> None:
 
 def test_a_phone_bundle_opens_and_computes_its_vectors(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verify(run / "mobile")
-    printed = capsys.readouterr().out
-    assert "executorch-int8" in printed
+    assert "executorch-int8" in capsys.readouterr().out

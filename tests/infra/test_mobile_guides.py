@@ -226,8 +226,7 @@ def test_token_ids_are_fitted(source, padding):
         # From a tokenizer that neither cuts nor pads, and from one that does both.
         assert fit_tokens(text, ids=plain, empty=empty) == fit_tokens(text, ids=row, empty=empty) == row
     assert len(plain) > len(empty)
-    opening = [re.search(rf"{name} = (empty.*)", text)[1] for name in ("last", "end", "padding")]
-    first, *others = opening
+    first, *others = [re.search(rf"{name} = (empty.*)", text)[1] for name in ("last", "end", "padding")]
     assert (first.replace("count", "size"), others) == ("empty.size - 1", ["empty[1]", "empty[last]"])
 
 

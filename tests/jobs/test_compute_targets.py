@@ -55,15 +55,13 @@ def test_the_table_is_verified_from_its_latents(made, tiny_teacher, capsys):
 
 
 def test_another_grid_is_refused(made, tiny_teacher, capsys):
-    arguments = [*options(tiny_teacher, made), "--set", "targets.teaching.k=4"]
-    assert compute_targets.main(arguments) == 2
+    assert compute_targets.main([*options(tiny_teacher, made), "--set", "targets.teaching.k=4"]) == 2
     assert "teaching.k is 2 there, 4 here; give a new table" in capsys.readouterr().err
 
 
 def test_a_dry_run_shows_steps_and_guidance(capsys, tmp_path):
     assert compute_targets.main(["--dry-run", "--out", str(tmp_path / "run")]) == 0
-    text = capsys.readouterr().out
-    assert "of 8 steps of mini-v for 4, 50% of them guided at 1.0 to 6.0" in text
+    assert "of 8 steps of mini-v for 4, 50% of them guided at 1.0 to 6.0" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

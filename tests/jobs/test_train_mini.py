@@ -17,10 +17,8 @@ pytestmark = pytest.mark.usefixtures("keep_threads")
 
 def test_a_short_run_writes_weights_and_report(tmp_path, capsys):
     assert train_mini.main(["--out", str(tmp_path), *TINY]) == 0
-    out = capsys.readouterr().out
-    assert "denoiser: step 2/2" in out
-    weights = tmp_path / "weights"
-    manifest = json.loads((weights / "manifest.json").read_text())
+    assert "denoiser: step 2/2" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "weights" / "manifest.json").read_text())
     assert manifest["recipe"]["scenes"] == 12
 
     page = (tmp_path / "report.html").read_text()
@@ -44,8 +42,7 @@ def test_figures_are_kept_with_intervals_and_shown(measured):
     for part in parts:
         for value, low, high in results["figures"][part].values():
             assert low <= value <= high
-    metrics = results["figures"]["sd-v ddim 1 w=2"]
-    assert set(metrics) >= {"all", "clip", "fid", "shape"}
+    assert set(results["figures"]["sd-v ddim 1 w=2"]) >= {"all", "clip", "fid", "shape"}
     page = measured.with_suffix(".html").read_text()
     assert "sd-v ddim 2 w=2" in page
     assert "one_attribute" in page

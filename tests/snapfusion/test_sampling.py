@@ -36,8 +36,7 @@ def test_eight_step_grid():
 
 def test_grid_rounds_ties_to_even():
     # 1000 k / 16 ends in .5 for odd k: 62.5 -> 62, 187.5 -> 188, 312.5 -> 312, 437.5 -> 438, ...
-    odd = [t + 1 for t in time_grid(16)[::-1][1::2]]
-    assert odd == [62, 188, 312, 438, 562, 688, 812, 938]
+    assert [t + 1 for t in time_grid(16)[::-1][1::2]] == [62, 188, 312, 438, 562, 688, 812, 938]
 
 
 @given(st.integers(1, 1000))

@@ -151,8 +151,7 @@ def test_details_of_rejected_rows_are_erased_from_siblings(run, tmp_path):
     rejected = run.table("latents").rejected_rows()
     unit = next(row["unit"] for row in rejected if row["reason"] == "not_an_image")
     row = {"unit": unit, "id": id_of(0, 3), "source": "s", "reason": "bad_url", "detail": planted}
-    rows = pa.Table.from_pylist([row], schema=REJECTS)
-    write_deltalake(DeltaTable(f"{url}.rejects"), rows, mode="append")
+    write_deltalake(DeltaTable(f"{url}.rejects"), pa.Table.from_pylist([row], schema=REJECTS), mode="append")
     files = run.out / "latents.rejects"
     assert any(planted.encode() in path.read_bytes() for path in files_of(files))
     (tmp_path / "id.txt").write_text(id_of(0, 3))

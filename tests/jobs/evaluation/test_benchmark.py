@@ -176,8 +176,7 @@ def test_core_ml_has_no_figures_elsewhere(altered, measured, monkeypatch, tmp_pa
 def test_without_its_model_the_programs_are_measured_alone(altered, measured, tmp_path, capsys):
     copy = altered(lambda manifest: manifest["identity"]["parents"]["model"].update(source="run:gone/raw"))
     measured()
-    results = results_of(copy, tmp_path)
-    assert [list(row["modules"]) for row in results["rows"]] == [[], [], list(MODULES)]
+    assert [list(row["modules"]) for row in results_of(copy, tmp_path)["rows"]] == [[], [], list(MODULES)]
     assert f"not run: the bundle's model {tmp_path}/gone/raw: there is no model" in capsys.readouterr().out
 
 

@@ -114,8 +114,7 @@ def test_images_equal_those_of_torch(mobile_bundle):
 def test_the_same_again_is_not_compiled_again(mobile_bundle, mobile_model, monkeypatch, capsys):
     monkeypatch.delattr(variants, "compile_executorch")
     before = (mobile_bundle / "manifest.json").stat()
-    options = set_options(MOBILE)
-    assert compile_mobile.main([mobile_model, "--out", str(mobile_bundle.parent), *options]) == 0
+    assert compile_mobile.main([mobile_model, "--out", str(mobile_bundle.parent), *set_options(MOBILE)]) == 0
     assert "executorch: " in capsys.readouterr().out
     assert (mobile_bundle / "manifest.json").stat() == before
 
@@ -149,8 +148,7 @@ def test_the_miniatures_captions_describe_scenes():
 
 
 def test_core_ml_delegate_programs_are_compared_with_torch(tmp_path, capsys):
-    made = publish(tmp_path / "bundle", settings(executorch=("coreml",)))
-    variant = made["variants"]["executorch-coreml"]
+    variant = publish(tmp_path / "bundle", settings(executorch=("coreml",)))["variants"]["executorch-coreml"]
     assert variant["runtime"] == "ExecuTorch on Core ML"
     assert 50 < variant["images"]["psnr_db"] < 100
     assert generate.main(["red", "--bundle", str(tmp_path / "bundle")]) == 2
@@ -215,8 +213,7 @@ def test_a_swapped_coefficient_is_refused(tmp_path, monkeypatch):
         return values
 
     monkeypatch.setattr(SamplerCoefficients, "to_values", swapped)
-    message = r"sampler\.json: step 0 \(t = 999\): from_output is"
-    assert_refused(BundleError, message, tmp_path, settings())
+    assert_refused(BundleError, r"sampler\.json: step 0 \(t = 999\): from_output is", tmp_path, settings())
 
 
 @pytest.mark.parametrize("wrong", [{"grid": time_grid(5)}, {"prediction_type": "epsilon"}])
@@ -328,11 +325,9 @@ def checker(path, *, bound, side=16):
 
 def test_a_safety_checker_hides_images(tmp_path, capsys):
     requested = settings(safety_checker=checker(tmp_path / "any.pte", bound=-1.0))
-    made = publish(tmp_path / "out" / "bundle", requested)
-    assert made["safety_checker"] == "safety_checker.pte"
+    assert publish(tmp_path / "out" / "bundle", requested)["safety_checker"] == "safety_checker.pte"
     path = tmp_path / "picture.png"
-    options = ["red", "--bundle", str(tmp_path / "out/bundle"), "--out", str(path)]
-    assert generate.main(options) == 0
+    assert generate.main(["red", "--bundle", str(tmp_path / "out/bundle"), "--out", str(path)]) == 0
     assert "image 0 is not shown" in capsys.readouterr().out
     assert np.asarray(Image.open(path)).max() == 0
 

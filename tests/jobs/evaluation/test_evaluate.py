@@ -110,8 +110,7 @@ def test_a_lost_caption_is_left_out_everywhere(tmp_path, monkeypatch):
         return latents
 
     monkeypatch.setattr(SampleAndScore, "sample", poisoned)
-    settings = SETTINGS.with_values(["guidance=[1.0,2.0]", "groups=2"])
-    results, _ = run(settings, tmp_path / "evaluation")
+    results, _ = run(SETTINGS.with_values(["guidance=[1.0,2.0]", "groups=2"]), tmp_path / "evaluation")
     assert results["protocol"]["captions"]["compared"] == 10  # two batches, one row of each
 
 
@@ -123,8 +122,7 @@ def test_the_page_and_the_charts(made):
     charts = list(evaluation_charts(results))
     assert len(charts) == 2
     for chart in charts:
-        root = ET.fromstring(standalone_svg(chart))
-        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert ET.fromstring(standalone_svg(chart)).tag == "{http://www.w3.org/2000/svg}svg"
 
 
 def test_many_contenders_are_shown_on_several_charts(made):

@@ -114,8 +114,7 @@ def test_a_sampler_of_another_prediction_is_found(copied, capsys):
 
 
 def test_inconsistent_vectors_are_found(copied, capsys):
-    outputs = np.fromfile(copied / "vectors/output-0.f32", "<f4")
-    (outputs + 1.0).tofile(copied / "vectors/output-0.f32")
+    (np.fromfile(copied / "vectors/output-0.f32", "<f4") + 1.0).tofile(copied / "vectors/output-0.f32")
     rehash(copied, "vectors/output-0.f32")
     assert "step 0 (t = 999) differs" in refused(copied, capsys)
 
@@ -204,8 +203,7 @@ def test_a_mistake_is_one_line(options, message, mobile_bundle, capsys):
 
 def test_a_damaged_bundle_generates_nothing(copied, tmp_path, capsys):
     (copied / "executorch/unet.pte").write_bytes(b"nothing")
-    options = ["red", "--bundle", str(copied), "--out", str(tmp_path / "p.png")]
-    assert generate.main(options) == 2
+    assert generate.main(["red", "--bundle", str(copied), "--out", str(tmp_path / "p.png")]) == 2
     assert "--bundle " in capsys.readouterr().err
     assert not (tmp_path / "p.png").exists()
 
@@ -216,8 +214,7 @@ def test_a_variant_without_a_bundle_is_refused(capsys):
 
 
 def test_vectors_hold_the_whole_trajectory(mobile_bundle):
-    bundle = open_bundle(mobile_bundle)
-    vectors = bundle.vectors
+    vectors = open_bundle(mobile_bundle).vectors
     assert vectors.num_steps == 3
     assert vectors.arrays["c"].shape == (2, 16, 16)
     assert vectors.arrays["image"].shape == (1, 3, 16, 16)

@@ -86,8 +86,7 @@ def test_unknown_recipe(capsys):
 
 
 def test_rows_are_counted_from_sidecars(tmp_path, capsys):
-    pictures = [ShardRow(image=b"x", caption="c") for _ in range(7)]
-    write_shard(str(tmp_path / "shards"), pictures, index=0)
+    write_shard(str(tmp_path / "shards"), [ShardRow(image=b"x", caption="c") for _ in range(7)], index=0)
     settings = [f"source.url={tmp_path / 'shards'}", 'plan.steps=["encode_latents"]', "plan.kept=0.5"]
     arguments = ["--out", str(tmp_path), *GIVEN, *set_options(settings)]
     assert plan.main(arguments) == 0

@@ -167,8 +167,7 @@ def test_w_conditioned_teacher_needs_one_pass():
         settings=["schedule=w-conditioned", "distill.gradient_checkpointing=false"],
         plan=['steps=["distill_schedule"]'],
     ).stages()
-    passes = [units(stage, "pass", replicated=False) / stage.rows for stage in found[1:]]
-    assert passes == [2 * 2, 2, 2]
+    assert [units(stage, "pass", replicated=False) / stage.rows for stage in found[1:]] == [2 * 2, 2, 2]
 
 
 def test_evolution_scores_every_block_every_round():

@@ -279,8 +279,7 @@ def panel_of(lines):
 
 
 def test_nine_lines_have_nine_colors():
-    panel = panel_of([line_of(f"line-{n}", evaluations=8) for n in range(9)])
-    charts = ablation_charts(panel)
+    charts = ablation_charts(panel_of([line_of(f"line-{n}", evaluations=8) for n in range(9)]))
     assert list(charts) == ["clip-over-fid", "fid", "clip"]
     svg = chart_svg(charts["fid"])
     assert all(f"var(--series-{n})" in svg for n in range(1, 10))

@@ -83,8 +83,7 @@ def test_a_preview_of_all_rows_is_a_table(tmp_path, capsys):
     (tmp_path / "domains.txt").write_text("bad.example\n")
     lines = preview(capsys, tmp_path, *BOUNDED, f"source.blocklists.domains={tmp_path}/domains.txt")
     assert max(map(len, lines[1:])) <= 100
-    counted = {line.split()[0]: int(line.split()[1]) for line in lines[6 : 6 + len(OUTCOMES)]}
-    assert counted == OUTCOMES
+    assert {line.split()[0]: int(line.split()[1]) for line in lines[6 : 6 + len(OUTCOMES)]} == OUTCOMES
     # The document shows this table; only the message for a broken image depends on Pillow's version.
     table = [line for line in lines[2:] if not line.startswith("broken_image")]
     document = [line for line in DOCUMENT.read_text().splitlines() if not line.startswith("broken_image")]
@@ -215,7 +214,6 @@ def test_sizes_are_read_from_a_store(tmp_path):
 
 def test_unsupported_image_size_is_refused(tmp_path, capsys):
     write_shards(tmp_path / "shards", shards=1, rows=10)
-    options = ["--dry-run", "--out", str(tmp_path), "--set", "latents.images.size=30"]
-    assert encode_latents.main(options) == 2
+    assert encode_latents.main(["--dry-run", "--out", str(tmp_path), "--set", "latents.images.size=30"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("encode_latents: latents.images.size is 30; multiples of 16 are accepted")

@@ -77,8 +77,7 @@ def test_publishes_a_decoder_with_its_metrics(made, pairs):
     assert decoder.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16)
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert [path.name for path in out.parent.glob("decoder*")] == ["decoder"]
-    held_out = metrics["held_out_rows"]
-    assert metrics["rows"] == {"pairs": 16, "trained_on": 16 - held_out}
+    assert metrics["rows"] == {"pairs": 16, "trained_on": 16 - metrics["held_out_rows"]}
     assert metrics["parents"]["pairs"] == pairs.lineage()
     assert metrics["parameters"]["student"] == decoder.num_parameters
     assert 3.0 < metrics["parameters"]["ratio"] < 4.0

@@ -90,8 +90,7 @@ def test_each_stage_has_the_papers_settings(claim, name, capsys):
 @pytest.mark.parametrize("name", ["sd15", "sd2"])
 def test_the_optimizer_is_adamw(name, capsys):
     """Sec. 5, with its weight decay on all parameters."""
-    loop = resolved(name, capsys).recipe.distill.loop
-    optimizer = new_state(nn.Linear(2, 2), settings=loop).optimizer
+    optimizer = new_state(nn.Linear(2, 2), settings=resolved(name, capsys).recipe.distill.loop).optimizer
     assert type(optimizer) is torch.optim.AdamW
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01]
 

@@ -66,8 +66,7 @@ def eps_teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def latents(eps_teacher, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    return encode(folder, model=eps_teacher, side=16, rows=24, detail=16, wide=1)
+    return encode(tmp_path_factory.mktemp("run"), model=eps_teacher, side=16, rows=24, detail=16, wide=1)
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +243,7 @@ def test_validation_keeps_the_best_weights(student):
     assert best.fingerprint()["unet"] == metrics["weights"]["best"]
     sampling = {"size": 32, "steps": 4, "device": torch.device("cpu"), "threads": 1}
     validator = Validator(settings=DISTILL.validation, every=2, model=str(out / "raw"), **sampling)
-    result = validator(best.unet.state_dict())
-    assert result.record["points"] == metrics["best"]["points"]
+    assert validator(best.unet.state_dict()).record["points"] == metrics["best"]["points"]
     with Image.open(out / "watch" / "step-00000004.png") as grid:
         assert grid.size == (3 * 32, 2 * 32)
 
@@ -300,8 +298,7 @@ def test_a_student_learns_from_a_table_that_fits(latents, v_teacher, tmp_path):
         run=in_process,
     )
     settings = DISTILL.with_values(["targets=table", "loop.num_steps=30", "steps.cfg_probability=0.0"])
-    training = training_on(targets, teacher=v_teacher, settings=settings)
-    _, steps, _ = train_alone(training, settings.loop)
+    _, steps, _ = train_alone(training_on(targets, teacher=v_teacher, settings=settings), settings.loop)
     losses = [step.metrics["vanilla/loss"] for step in steps]
     assert losses[-1] < losses[0]
     with pytest.raises(TableError, match=r"student_steps is 4 there, 8 here"):

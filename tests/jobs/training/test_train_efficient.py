@@ -41,8 +41,7 @@ def metrics(folder):
 
 
 def test_robust_training_is_recorded_with_its_probabilities(run):
-    record = metrics(run / "robust")
-    assert record["identity"]["settings"]["skip"] == {"attention": 0.2, "resnet": 0.2}
+    assert metrics(run / "robust")["identity"]["settings"]["skip"] == {"attention": 0.2, "resnet": 0.2}
     assert architecture_of(load(str(run / "robust")).unet) == ORIGIN
     assert load(str(run / "robust")).fingerprint()["unet"] != load("mini-v").fingerprint()["unet"]
 

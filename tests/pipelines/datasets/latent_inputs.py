@@ -21,8 +21,7 @@ SETTINGS = LatentsSettings(rows_per_unit=4, images=ImageSettings(min_side=8))
 
 
 def picture(n: int) -> bytes:
-    pixels = np.random.Generator(np.random.Philox(n)).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    return to_png(pixels)
+    return to_png(np.random.Generator(np.random.Philox(n)).integers(0, 256, (20, 24, 3), dtype=np.uint8))
 
 
 def make_shards(folder: Path, *, shards: int = 2, rows: int = 10, bad: tuple[int, ...] = (3,)) -> Path:

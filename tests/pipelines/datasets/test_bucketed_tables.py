@@ -86,8 +86,7 @@ def test_unit_of_several_shapes_is_one_file(latents):
 def test_each_image_is_in_its_aspects_bucket(latents):
     rows = latents.read().to_pylist()
     assert {(row["height"], row["width"]) for row in rows} == set(SHAPES)
-    first = [(row["height"], row["width"]) for row in rows][:4]
-    assert first == [(16, 16), (8, 24), (24, 8), (12, 20)]
+    assert [(row["height"], row["width"]) for row in rows][:4] == [(16, 16), (8, 24), (24, 8), (12, 20)]
     for row in rows:
         assert len(row["latent"]) == 4 * row["height"] // 2 * row["width"] // 2 * 2
 
@@ -117,8 +116,7 @@ def test_table_without_buckets_has_no_sides(shards, tiny_teacher, tmp_path):
 def test_images_may_have_another_size(shards, tiny_teacher, tmp_path, size):
     settings = SETTINGS.with_values(["images.buckets=null", f"images.size={size}"])
     table = encode(tmp_path / "sized", shards, tiny_teacher, settings=settings)
-    kind = array_type(table.read().schema.field("latent"))
-    assert kind.shape == (4, size // 2, size // 2)
+    assert array_type(table.read().schema.field("latent")).shape == (4, size // 2, size // 2)
     report = verify(table, recomputer(table, model=tiny_teacher, shards=list_shards(shards), source="web"))
     assert (report.recomputed, report.exact, report.faults) == (4, 4, ())
 
@@ -194,8 +192,7 @@ def test_target_is_independent_of_other_shapes(targets, latents, tiny_teacher):
 
 
 def test_bucketed_targets_are_recomputed_exactly(targets, latents, tiny_teacher):
-    recompute = targets_recomputer(targets, teacher=tiny_teacher, latents=latents)
-    report = verify(targets, recompute, units=4)
+    report = verify(targets, targets_recomputer(targets, teacher=tiny_teacher, latents=latents), units=4)
     assert (report.recomputed, report.exact, report.faults) == (4, 4, ())
 
 

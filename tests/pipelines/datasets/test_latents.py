@@ -72,8 +72,7 @@ def test_progress_total_comes_from_sidecars(shards, tiny_teacher, tmp_path):
 
 
 def test_complete_table_has_nothing_pending(latents, shards):
-    manifests = latents.manifests().values()
-    assert list(pending_shards(list_shards(str(shards)), manifests, source="web")) == []
+    assert list(pending_shards(list_shards(str(shards)), latents.manifests().values(), source="web")) == []
 
 
 def test_complete_run_opens_two_delta_tables(latents, shards, tiny_teacher, monkeypatch):
@@ -96,8 +95,7 @@ def test_other_shard_of_same_name_is_refused(latents, tiny_teacher, tmp_path):
 
 
 def test_empty_shard_is_one_empty_unit(tiny_teacher, tmp_path):
-    folder = make_shards(tmp_path / "shards", shards=1, rows=0)
-    table = encode(tmp_path / "latents", folder, tiny_teacher)
+    table = encode(tmp_path / "latents", make_shards(tmp_path / "shards", shards=1, rows=0), tiny_teacher)
     assert (table.num_rows, len(table.units)) == (0, 1)
 
 

@@ -42,8 +42,7 @@ def test_latent_is_sampled_from_the_rows_noise(pairs, tiny_teacher):
     with torch.inference_mode():
         c = bundle.encode_text(bundle.tokenize(rows.column("caption").to_pylist()))
         eps = gaussian_batch(rows.column("noise_key").to_pylist(), bundle.latent_shape)
-        denoiser = bundle.denoiser(c, w=2.0)
-        expected = sample(denoiser, eps, grid=time_grid(4), schedule=bundle.schedule)
+        expected = sample(bundle.denoiser(c, w=2.0), eps, grid=time_grid(4), schedule=bundle.schedule)
     np.testing.assert_array_equal(read_array(rows, "latent"), expected.half().numpy())
 
 
@@ -160,8 +159,7 @@ def test_forged_row_is_found_by_recomputing(copy, tiny_teacher, monkeypatch):
     records[name] = replace(records[name], sha256=forged.sha256)
     monkeypatch.setattr(Snapshot, "unit_records", lambda _: list(records.values()))
     assert verified(copy, tiny_teacher, units=0).faults == ()
-    faults = verified(copy, tiny_teacher).faults
-    assert [fault.split(":")[0] for fault in faults] == ["row c0#0", "row c1#0"]
+    assert [fault.split(":")[0] for fault in verified(copy, tiny_teacher).faults] == ["row c0#0", "row c1#0"]
 
 
 def test_missing_file_is_found(copy, tiny_teacher):

@@ -113,8 +113,7 @@ def test_all_solvers_start_from_the_same_noise(samples, tmp_path):
 
 
 def test_more_guidance_and_captions_change_no_unit(tmp_path):
-    few = generate(tmp_path / "samples", captions=CAPTIONS[:4])
-    before = data_files(few.url)
+    before = data_files(generate(tmp_path / "samples", captions=CAPTIONS[:4]).url)
     more = generate(tmp_path / "samples", guidance=(2.0, 3.0))
     assert (len(more.units), more.num_rows) == (4, 12)
     assert data_files(more.url).items() >= before.items()
@@ -139,8 +138,7 @@ def test_rejected_and_not_finite_rows_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(SampleAndScore, "sample", poisoned)
     bad = Rejected("empty_caption").record(id="c1", source="list.txt", ordinal=1)
     table = generate(tmp_path / "samples", captions=[CAPTIONS[0], bad, *CAPTIONS[2:4]])
-    manifest = table.manifests()[table.units[0].unit]
-    assert manifest.rejected() == {"empty_caption": 1, "not_finite": 1}
+    assert table.manifests()[table.units[0].unit].rejected() == {"empty_caption": 1, "not_finite": 1}
     assert read_scores(table, source="list", w=2.0).ids == ["c2", "c3"]
 
 
@@ -174,8 +172,7 @@ def test_references_are_cropped_and_bad_images_rejected(tmp_path):
     folder.mkdir()
     scenes = image_batch(range(HELD_OUT, HELD_OUT + 3)).permute(0, 2, 3, 1).numpy()
     for number, scene in enumerate(scenes):
-        wide = np.pad(scene, ((0, 0), (8, 8), (0, 0)))
-        Image.fromarray(wide).save(folder / f"{number}.png")
+        Image.fromarray(np.pad(scene, ((0, 0), (8, 8), (0, 0)))).save(folder / f"{number}.png")
     (folder / "broken.png").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("not an image's name")
     settings = ReferencesSettings(name="folder", url=str(folder), count=4, size=32)
@@ -205,8 +202,7 @@ def test_units_are_recomputed_bit_for_bit(samples, tmp_path):
     assert verified(samples, 2) == ((), 2, 2)
     settings = ReferencesSettings(count=6, rows_per_unit=4)
     table = compute(tmp_path / "references", settings)
-    recompute = references.recomputer(table, settings=settings, metrics=MetricSettings())
-    found = verify(table, recompute, units=2)
+    found = verify(table, references.recomputer(table, settings=settings, metrics=MetricSettings()), units=2)
     assert (found.faults, found.recomputed, found.exact) == ((), 2, 2)
     with pytest.raises(TableError, match=r"drawing\.seed is 0 there, 1 here"):
         recomputer(samples, settings=SETTINGS.with_values(["drawing.seed=1"]), model="mini")

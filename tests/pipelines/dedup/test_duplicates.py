@@ -283,8 +283,7 @@ def test_other_evaluation_is_refused(folder, evaluation):
 
 
 def encode_unique(folder: Path, model: str, duplicate_filter: DuplicateFilter) -> Snapshot:
-    filters = [duplicate_filter]
-    return encode(folder / "latents", folder / "shards", model, settings=LATENTS, filters=filters)
+    return encode(folder / "latents", folder / "shards", model, settings=LATENTS, filters=[duplicate_filter])
 
 
 def filter_of(table: Snapshot) -> DuplicateFilter:
@@ -339,8 +338,7 @@ def test_ray_writes_equal_bytes(ray_cluster, folder, tmp_path):
     context = DataContext.get_current()
     context.target_max_block_size = 1
     strategy = context.shuffle_strategy
-    table = find(folder, settings=few, name="ray", read=read_on_ray)
-    assert data_files(table.url) == expected
+    assert data_files(find(folder, settings=few, name="ray", read=read_on_ray).url) == expected
     assert (context.target_max_block_size, context.shuffle_strategy) == (1, strategy)
     assert DataContext.get_current() is context
     # No duplicates at all, so empty groups.

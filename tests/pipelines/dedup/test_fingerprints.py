@@ -76,8 +76,7 @@ def distance(one: int, other: int) -> int:
 
 
 def test_phash_of_plain_image_is_its_mean_alone():
-    plain = Image.new("RGB", (64, 48), (120, 3, 9))
-    assert phash(encoded(plain), images=BOUNDS) == -(2**63)
+    assert phash(encoded(Image.new("RGB", (64, 48), (120, 3, 9))), images=BOUNDS) == -(2**63)
 
 
 def test_broken_image_has_no_phash():

@@ -82,8 +82,7 @@ def by_comparing(keys, bounds: RankBounds, kinds) -> dict[int, tuple[str, int]]:
 @pytest.mark.parametrize("step", [1, 2**20, 2**52])
 def test_keys_are_spread_over_groups(step):
     keys = np.arange(4096).astype(np.uint64) * np.uint64(step)
-    sizes = np.bincount(matching.partition_of(keys.view(np.int64), parts=8), minlength=8)
-    assert sizes.min() > 400
+    assert np.bincount(matching.partition_of(keys.view(np.int64), parts=8), minlength=8).min() > 400
     assert matching.partition_of(np.array([0, 1, -1]), parts=1000).tolist() == [0, 789, 67]
 
 
@@ -140,8 +139,7 @@ def test_block_index_equals_comparing_all_pairs(seed, max_hamming, more):
     hashes = planted(draw, count=int(draw.integers(1, 80)))
     bounds = RankBounds(evaluation_end=int(draw.integers(0, 10)), new_begin=int(draw.integers(0, 40)))
     index = BlockIndex(max_hamming=max_hamming, blocks=max_hamming + more)
-    found = found_near(hashes, index, bounds, seed=seed)
-    assert found == near_by_comparing(hashes, max_hamming, bounds)
+    assert found_near(hashes, index, bounds, seed=seed) == near_by_comparing(hashes, max_hamming, bounds)
 
 
 @pytest.mark.parametrize("blocks", [5, 6])

@@ -267,8 +267,7 @@ def test_pinned_version_still_has_deleted_rows(run, whole_run):
     before = versions(run)
     delete(run)
     for name, version in zip(TABLES, before, strict=True):
-        pinned = open_table(str(run.out / name), version=version)
-        assert pinned.read().equals(whole_run.table(name).read())
+        assert open_table(str(run.out / name), version=version).read().equals(whole_run.table(name).read())
 
 
 def test_pairs_whose_caption_ids_are_urls(run):

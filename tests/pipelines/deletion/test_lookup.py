@@ -43,8 +43,7 @@ def sample_of(shard, row: int) -> Sample:
 
 def test_parquet_beside_a_tar_knows_rejected_rows(shards):
     known = keys_of(urls=[url_of(0, 3), url_of(1, 2)], hashes=[sha256_of(1, 7)])
-    keys = known | keys_of(urls=["http://nowhere.example/"])
-    found = look_up_shards(shards, keys, source="web")
+    found = look_up_shards(shards, known | keys_of(urls=["http://nowhere.example/"]), source="web")
     assert found.ids == {id_of(0, 3), id_of(1, 2), id_of(1, 7)}
     assert (found.columns, found.read, found.skipped) == (2, 0, 0)
     assert found.entries == {*(("url", key) for key in known.urls), *(("hash", key) for key in known.hashes)}

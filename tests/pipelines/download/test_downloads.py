@@ -182,8 +182,7 @@ def test_rejections_of_latents_name_the_cause(downloaded, tiny_teacher, tmp_path
         run=in_process,
     )
     assert table.num_rows == downloaded[1].downloaded
-    details = Counter(row["detail"].partition(":")[0] for row in table.rejected_rows())
-    assert details == downloaded[1].failed
+    assert Counter(row["detail"].partition(":")[0] for row in table.rejected_rows()) == downloaded[1].failed
 
 
 @real
@@ -406,8 +405,7 @@ def test_foreign_shards_are_left_alone(tmp_path, unreachable):
 
 
 def test_refused_rows_leave_a_receipt_only(tmp_path):
-    links = write_list(tmp_path / "lists", [("http://a.example/", "abc"), None])
-    summary = run(links, tmp_path / "shards")
+    summary = run(write_list(tmp_path / "lists", [("http://a.example/", "abc"), None]), tmp_path / "shards")
     assert (summary.rows, summary.shards, summary.complete) == (2, 0, True)
     assert summary.refused == {"missing_url": 1, "short_caption": 1}
     assert not list((tmp_path / "shards").glob("*.tar"))
@@ -422,8 +420,7 @@ def test_the_first_of_equal_urls_counts():
 def test_repeated_urls_are_found_beyond_memory(monkeypatch):
     monkeypatch.setattr("pipelines.download.repeated_urls._ROWS_IN_MEMORY", 100)
     urls = [f"http://a.example/{row * row % 1009}" for row in range(3000)]
-    expected = [row for row, url in enumerate(urls) if url in urls[:row]]
-    assert find_repeated_urls(urls).tolist() == expected
+    assert find_repeated_urls(urls).tolist() == [row for row, url in enumerate(urls) if url in urls[:row]]
 
 
 def receipt_of(**changed):
@@ -474,8 +471,7 @@ def test_a_killed_publication_is_finished(tmp_path, monkeypatch):
     links = list_links(write_list(tmp_path / "list", ["http://a/"]))[0]
     settings = DownloadSettings(rows_per_shard=2, fetching=FETCHING)
     stage = DownloadShard(url=url, settings=settings, selection=SELECTION, filters=())
-    task = ShardTask(number=0, links=links, start=0, stop=2)
-    assert stage(task) == read_receipts(url)["00000"]
+    assert stage(ShardTask(number=0, links=links, start=0, stop=2)) == read_receipts(url)["00000"]
     assert Path(f"{url}/00000.tar").read_text() == "one"
 
 

@@ -79,8 +79,7 @@ def test_each_status_has_its_cause(web, status, expected):
 
 
 def test_only_transient_causes_are_retried(web):
-    url = web.fails_first("/second", pages.image(3))
-    assert fetch(url, tries=2) == pages.image(3)
+    assert fetch(web.fails_first("/second", pages.image(3)), tries=2) == pages.image(3)
     assert cause(web.url("/missing"), tries=3) == "gone"
     assert cause(web.serve("/busy", b"", 503), tries=3) == "server_error"
     assert (web.requests["/second"], web.requests["/missing"], web.requests["/busy"]) == (2, 1, 3)
@@ -285,8 +284,7 @@ def test_certificates_are_verified(tmp_path, monkeypatch):
 
 
 def test_a_server_without_tls_is_a_failed_connection(web):
-    url = web.serve("/plain", pages.image()).replace("http:", "https:")
-    assert cause(url) == "connection_failed"
+    assert cause(web.serve("/plain", pages.image()).replace("http:", "https:")) == "connection_failed"
 
 
 def test_opt_outs_are_respected_on_every_redirect(web):

@@ -83,8 +83,7 @@ def test_every_row_comes_once_an_epoch(held_out):
 
 
 def test_batches_span_windows_and_epochs():
-    seen = itertools.chain(*ids(loader(global_batch=32), count=5))
-    assert set(Counter(seen).values()) == {4}
+    assert set(Counter(itertools.chain(*ids(loader(global_batch=32), count=5))).values()) == {4}
     (large,) = ids(loader(global_batch=80), count=1)
     assert set(Counter(large).values()) == {2}
 
@@ -97,13 +96,11 @@ def test_held_out_rows_are_only_evaluated():
     assert 0 < len(evaluated) < 20
     assert not trained & set(evaluated)
     assert len(trained) + len(evaluated) == 40
-    limited = [row_id for batch in made.held_out(rows=4, limit=3) for row_id in batch.ids]
-    assert limited == evaluated[:3]
+    assert [row_id for batch in made.held_out(rows=4, limit=3) for row_id in batch.ids] == evaluated[:3]
 
 
 def test_held_out_fraction_is_close_to_its_setting():
-    held_out = sum(is_held_out(f"row {number}", fraction=0.2) for number in range(5000))
-    assert 0.18 < held_out / 5000 < 0.22
+    assert 0.18 < sum(is_held_out(f"row {number}", fraction=0.2) for number in range(5000)) / 5000 < 0.22
     assert not is_held_out("row", fraction=0.0)
 
 

@@ -69,8 +69,7 @@ def test_fixtures_keep_their_types_in_parquet(tmp_path: Path, layout: Layout, co
 
 
 def test_images_are_bytes_in_known_columns() -> None:
-    schema = pa.schema([("key", pa.string()), ("webp", pa.binary())])
-    assert image_column(schema) == "webp"
+    assert image_column(pa.schema([("key", pa.string()), ("webp", pa.binary())])) == "webp"
     assert image_column(pa.schema([("jpg", pa.large_binary())])) == "jpg"
     assert image_column(pa.schema([("jpg", pa.string())])) is None
     assert image_column(pa.schema([("picture", pa.binary())])) is None

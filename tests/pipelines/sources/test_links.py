@@ -46,8 +46,7 @@ def write(path: Path, columns: dict[str, Any], **options: Any) -> LinkList:
 def test_every_layout_is_read(tmp_path: Path, layout: Layout, copy: bool) -> None:
     (links,) = list_links(str(write_list(tmp_path, layout, copy=copy)))
     rows = read(links)
-    expected = dict.fromkeys(BROKEN.values(), 1)
-    assert outcomes(rows) == {"link": ROWS - len(BROKEN), **expected}
+    assert outcomes(rows) == {"link": ROWS - len(BROKEN), **dict.fromkeys(BROKEN.values(), 1)}
     assert {row.ordinal: row.reason for row in rows if isinstance(row, Rejection)} == BROKEN
     good = {row.ordinal: row for row in rows if isinstance(row, Link)}
     assert (good[0].id, good[0].url) == ("part-00000/000000000", "https://host0.example/0.jpg")

@@ -80,8 +80,7 @@ def test_a_corrupt_group_costs_its_rows(tmp_path: Path, column: str) -> None:
 
 
 def test_ordinals_replace_lost_keys(tmp_path: Path) -> None:
-    path = write_parquet_shard(tmp_path, shard_rows(6), rows_per_group=3)
-    corrupt(path, group=0, column="key")
+    corrupt(write_parquet_shard(tmp_path, shard_rows(6), rows_per_group=3), group=0, column="key")
     rows = read(only(tmp_path))
     assert outcomes(rows) == ["torn_shard"] * 3 + ["ok"] * 3
     assert [row.id for row in rows[:3]] == ["00000/000000000", "00000/000000001", "00000/000000002"]
@@ -155,10 +154,8 @@ def test_rows_are_rejected_as_in_tars(tmp_path: Path) -> None:
 
 
 def test_the_txt_column_precedes_the_caption(tmp_path: Path) -> None:
-    path = write_parquet_shard(tmp_path, shard_rows(2))
-    change(path, txt=pa.array(["from txt", None]))
-    rows = read(only(tmp_path))
-    assert [row.caption for row in rows] == ["from txt", "image 1"]
+    change(write_parquet_shard(tmp_path, shard_rows(2)), txt=pa.array(["from txt", None]))
+    assert [row.caption for row in read(only(tmp_path))] == ["from txt", "image 1"]
 
 
 @by_list_layout

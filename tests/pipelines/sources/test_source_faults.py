@@ -104,8 +104,7 @@ class TornResponses(io.BytesIO):
 
 def opened(monkeypatch: pytest.MonkeyPatch, file: TornResponses) -> None:
     monkeypatch.setattr("pipelines.storage.retry.BACKOFF_SECONDS", (0.0, 0.0, 0.0))
-    memory = fsspec.filesystem("memory")
-    monkeypatch.setattr(type(memory), "open", lambda *_, **__: file)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "open", lambda *_, **__: file)
 
 
 @torn

@@ -70,5 +70,4 @@ def test_tables_agree_with_the_code(header, rows) -> None:
 def test_named_settings_exist() -> None:
     for name in re.findall(r"latents\.selection\.(\w+)", DOCUMENT):
         assert name in Selection.model_fields
-    named = re.findall(r"source\.blocklists\.(\w+)", DOCUMENT)
-    assert set(named) == set(Blocklists.model_fields)
+    assert set(re.findall(r"source\.blocklists\.(\w+)", DOCUMENT)) == set(Blocklists.model_fields)

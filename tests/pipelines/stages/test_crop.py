@@ -168,8 +168,7 @@ def test_random_crop_follows_from_seed_and_row():
     assert len(set(begins)) > 20
     assert min(begins) < 30
     assert max(begins) > 200  # 230 begins the lowest
-    other = frame(data, row=rows[0], crop="random", crop_seed=2)
-    assert not np.array_equal(other, made[rows[0]])
+    assert not np.array_equal(frame(data, row=rows[0], crop="random", crop_seed=2), made[rows[0]])
 
 
 def test_random_crop_can_begin_anywhere():
@@ -181,8 +180,7 @@ def test_random_crop_can_begin_anywhere():
 @pytest.mark.parametrize("sides", [(1_000, 100), (100, 1_000), (2, 3_000), (3_000, 2)])
 def test_sliver_gets_the_outermost_bucket(sides):
     shapes = buckets_of(Buckets(), size=32, step=4)
-    made = frame(png(*sides), shapes=shapes)
-    assert made.shape[:2] == shapes[0 if sides[0] > sides[1] else -1]
+    assert frame(png(*sides), shapes=shapes).shape[:2] == shapes[0 if sides[0] > sides[1] else -1]
 
 
 def test_bucket_is_chosen_by_the_upright_image():

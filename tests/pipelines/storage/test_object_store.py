@@ -71,8 +71,7 @@ def test_shards_and_url_lists_are_streamed(bucket: str, tmp_path: Path) -> None:
     )
     (links,) = list_links(f"{bucket}/lists/*.parquet")
     assert links.url == f"{bucket}/lists/part-00000.parquet"
-    rows = list(read_links(links, LinkSettings(), start=5))
-    assert [row.ordinal for row in rows] == list(range(5, ROWS))
+    assert [row.ordinal for row in read_links(links, LinkSettings(), start=5)] == list(range(5, ROWS))
 
 
 def test_caption_lists_are_read(bucket: str) -> None:

@@ -178,8 +178,7 @@ def test_pinned_version_does_not_see_later_units(table, writer):
 def test_units_are_ordered_by_name(table, writer):
     for start in (8, 0, 4):
         commit_units(table.url, [writer(finished(start, start + 4))])
-    ids = open_table(table.url).read(["id"])["id"].to_pylist()
-    assert ids == [f"s/{n}" for n in range(12) if n % 5]
+    assert open_table(table.url).read(["id"])["id"].to_pylist() == [f"s/{n}" for n in range(12) if n % 5]
 
 
 def test_delta_and_parquet_readers_see_the_rows(unkilled):
@@ -198,8 +197,7 @@ def test_manifest_must_add_up(writer):
 def test_manifest_is_read_back_from_its_file(writer):
     written = writer(finished(0, 4))
     assert read_written_unit(written.path).manifest == written.manifest
-    data = to_parquet(pq.read_table(written.path), written.manifest)
-    assert read_manifest(data) == written.manifest
+    assert read_manifest(to_parquet(pq.read_table(written.path), written.manifest)) == written.manifest
 
 
 def test_too_many_rejected_rows_stop_the_job(table, writer):

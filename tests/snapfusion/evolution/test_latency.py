@@ -109,8 +109,7 @@ def test_stages_add_up_to_the_total():
 
 def test_latency_by_kind_gives_fig_2():
     cost = {"attention": 5.0, "resnet": 3.0}
-    table = known_table(ORIGIN, ms=lambda part: cost.get(part.kind, 100.0))
-    rows = latency_by_kind(table, EFFICIENT)
+    rows = latency_by_kind(known_table(ORIGIN, ms=lambda part: cost.get(part.kind, 100.0)), EFFICIENT)
     assert [row["stage"] for row in rows[::2]] == ["Down-1", "Down-2", "Mid", "Up-1", "Up-2"]
     assert [row["blocks"] for row in rows] == [row[-1] for row in block_count_table(EFFICIENT)]
     for row in rows:
@@ -169,8 +168,7 @@ def test_runtimes_run_every_kind_of_part(runtime):
     if runtime != "torch":  # compilation takes seconds for each
         kinds = {kind: kinds[kind] for kind in ("resnet", "ends")}
     runs = {kind: benchmark(*module_and_inputs(part), runtime=runtime) for kind, part in kinds.items()}
-    times = time_in_turns(runs, turns=2)
-    assert all(timing.median_ms > 0 for timing in times.values())
+    assert all(timing.median_ms > 0 for timing in time_in_turns(runs, turns=2).values())
 
 
 @pytest.mark.filterwarnings("error")

@@ -155,8 +155,7 @@ def test_a_chain_passes_values_by_name():
 
 
 def test_wrong_shapes_and_dtypes_are_refused():
-    tokens = np.zeros((1, 3), np.int32)
-    program = program_of(step("add", to="y", x="x", y="x", dtype="int32"), x=tokens)
+    program = program_of(step("add", to="y", x="x", y="x", dtype="int32"), x=np.zeros((1, 3), np.int32))
     with pytest.raises(ValueError, match=r"\(1, 4\).* given; .*\(1, 3\)"):
         evaluate(program, [np.zeros((1, 4), np.int32)])
     with pytest.raises(ValueError, match=r"x is given as float32; .*int32"):

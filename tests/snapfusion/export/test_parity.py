@@ -17,8 +17,7 @@ def latent():
 
 
 def check(*outputs, reference=ONES, **limit):
-    references = [reference] * len(outputs)
-    return check_parity(artifact="a", outputs=outputs, references=references, **limit)
+    return check_parity(artifact="a", outputs=outputs, references=[reference] * len(outputs), **limit)
 
 
 def test_full_decoder_takes_a_scaled_latent(latent):

@@ -86,8 +86,7 @@ def test_covariances_that_commute_have_a_closed_form():
     a, b = torch.linspace(0.5, 4, 8, dtype=torch.float64), torch.linspace(3, 0.1, 8, dtype=torch.float64)
     mean = torch.arange(8.0)
     expected = float(mean.square().sum() + (a.sqrt() - b.sqrt()).square().sum())
-    found = frechet_distance(along(q, a), along(q, b, mean))
-    assert found == pytest.approx(expected, rel=1e-13)
+    assert frechet_distance(along(q, a), along(q, b, mean)) == pytest.approx(expected, rel=1e-13)
 
 
 def test_covariances_without_full_rank_have_a_closed_form():

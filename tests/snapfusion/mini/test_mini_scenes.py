@@ -44,16 +44,14 @@ def test_images_are_equal_on_every_machine():
 
 @pytest.mark.parametrize("start", [0, 17, HELD_OUT])
 def test_1200_consecutive_scenes_have_all_captions(start):
-    scenes = {scene_of(index) for index in range(start, start + NUM_CAPTIONS)}
-    assert len(scenes) == NUM_CAPTIONS == 1200
+    assert len({scene_of(index) for index in range(start, start + NUM_CAPTIONS)}) == NUM_CAPTIONS == 1200
 
 
 @given(indexes, st.floats(min_value=0, max_value=1, exclude_max=True))
 def test_one_attribute_is_changed(index, draw):
     scene = scene_of(index)
     changed = change_one_attribute(scene, draw=draw)
-    different = [name for name in ATTRIBUTES if getattr(scene, name) != getattr(changed, name)]
-    assert len(different) == 1
+    assert len([name for name in ATTRIBUTES if getattr(scene, name) != getattr(changed, name)]) == 1
 
 
 def test_changes_include_every_other_value():

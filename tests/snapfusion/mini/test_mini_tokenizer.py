@@ -24,8 +24,7 @@ def test_the_end_token_has_the_highest_id(tokenizer):
 
 
 def test_every_scene_word_is_one_token(tokenizer):
-    split = [word for word in scene_words() if len(tokenizer(word).input_ids) != 3]
-    assert split == []
+    assert [word for word in scene_words() if len(tokenizer(word).input_ids) != 3] == []
 
 
 def test_captions_are_decoded(tokenizer):

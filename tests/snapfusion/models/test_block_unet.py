@@ -226,8 +226,7 @@ def test_saved_block_unet_loads(tmp_path):
     assert torch.equal(output(loaded.unet), expected)
     assert loaded.latent_shape == (4, 8, 8)
     # Where this package is installed, stock diffusers finds the class by the name in model_index.json.
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "efficient")
-    assert torch.equal(output(pipeline.unet), expected)
+    assert torch.equal(output(DiffusionPipeline.from_pretrained(tmp_path / "efficient").unet), expected)
 
 
 def test_weights_that_do_not_fit_fail():

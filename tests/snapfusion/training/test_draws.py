@@ -24,8 +24,7 @@ def test_golden_draws():
 
 @pytest.mark.parametrize("steps", [1, 4, 8, 16])
 def test_intervals_are_uniform(steps):
-    draws = draw_intervals(KEYS, student_steps=steps)
-    counts = np.bincount(draws, minlength=steps)
+    counts = np.bincount(draw_intervals(KEYS, student_steps=steps), minlength=steps)
     assert len(counts) == steps
     expected = len(KEYS) / steps
     assert float(((counts - expected) ** 2 / expected).sum()) < 2.5 * max(steps, 4)  # chi squared

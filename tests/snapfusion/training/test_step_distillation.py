@@ -114,8 +114,7 @@ def test_loss_and_gradient_match_the_formula(p):
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_teacher_as_student_has_no_loss(p):
-    objective = objective_of(gamma=0.0, cfg_probability=p, k=1)
-    assert objective(TEACHER.unet, batch_of(0), step=0).max() < 1e-7
+    assert objective_of(gamma=0.0, cfg_probability=p, k=1)(TEACHER.unet, batch_of(0), step=0).max() < 1e-7
 
 
 class Constant(nn.Module):

@@ -184,8 +184,7 @@ def test_perfect_decoder_has_no_loss():
 
     teacher = network()
     online = DecoderObjective(decoded_images(teacher))
-    student = copy.deepcopy(teacher)
-    losses = online(student, batch, step=0)
+    losses = online(copy.deepcopy(teacher), batch, step=0)
     assert torch.equal(losses, torch.zeros(8))
     losses.sum().backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
