@@ -23,8 +23,7 @@ def test_a_short_run_writes_weights_and_report(tmp_path, capsys):
 
     page = (tmp_path / "report.html").read_text()
     assert "UNet, v" in page
-    assert page.count("<svg") == len(STAGES)
-    assert page.count("<img") == 32
+    assert (page.count("<svg"), page.count("<img")) == (len(STAGES), 32)
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,7 @@ def test_velocity_loss_is_each_rows_mean_square():
 
 def test_velocity_loss_of_half_precision_is_float32():
     loss = loss_of(OTHER.bfloat16())
-    assert loss.dtype == torch.float32
-    assert loss.shape == (3,)
+    assert (loss.dtype, loss.shape) == (torch.float32, (3,))
 
 
 def test_distillation_weight_is_at_least_one():

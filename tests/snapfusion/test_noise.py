@@ -33,8 +33,7 @@ def oracle(key: int, count: int) -> np.ndarray:
 @pytest.mark.parametrize("key", [0, 1, 2**63 - 1, noise_key(0, "000000012", 3)])
 def test_gaussians_match_the_oracle(key):
     noise = gaussian(key, (2, 3, 5))
-    assert noise.dtype == torch.float32
-    assert noise.shape == (2, 3, 5)
+    assert (noise.dtype, noise.shape) == (torch.float32, (2, 3, 5))
     np.testing.assert_allclose(noise.double().numpy().ravel(), oracle(key, 30), rtol=1e-6, atol=1e-7)
 
 

@@ -63,8 +63,7 @@ def student(request, tmp_path_factory) -> str:
 
 def check_images(images: list[np.ndarray], *, size: int) -> None:
     for image in images:
-        assert image.dtype == np.uint8
-        assert image.shape == (size, size, 3)
+        assert (image.dtype, image.shape) == (np.uint8, (size, size, 3))
         assert len(np.unique(image)) > 10
 
 

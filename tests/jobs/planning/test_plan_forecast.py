@@ -63,8 +63,7 @@ def forecasts(*stages: StageCost, node=GPUS, nodes=1, given=None):
 def test_workers_share_work_unless_it_is_replicated():
     work = network(Work(kind="pass", units=80), Work(kind="update", units=8, replicated=True))
     (one,) = forecasts(stage(work, startup="none"), nodes=2)
-    assert one.workers == 8
-    assert one.work_seconds == 80 / 8 + 8 * 0.25
+    assert (one.workers, one.work_seconds) == (8, 80 / 8 + 8 * 0.25)
     assert one.worker_hours == pytest.approx(8 * 12 / 3600)
     assert one.cost == pytest.approx(12 / 3600 * 2 * 2.0)
 
@@ -101,8 +100,7 @@ def test_workers_on_all_cores_contend():
 
     (alone, _), (table, training) = found(1), found(2)
     assert alone.work_seconds == 12.0
-    assert table.work_seconds == 6.0 * 1.5
-    assert table.network_seconds == 2 * 9.0
+    assert (table.work_seconds, table.network_seconds) == (6.0 * 1.5, 2 * 9.0)
     assert training.work_seconds == 6.0 * 2.0
 
 

@@ -121,8 +121,7 @@ def test_deleted_rows_stay_out_of_new_units(run):
 def test_new_table_of_the_run_lacks_deleted_rows(run):
     delete(run)
     again = run.encode("again")
-    assert again.num_rows == 14
-    assert again.identity == run.table("latents").identity
+    assert (again.num_rows, again.identity) == (14, run.table("latents").identity)
 
 
 def test_second_deletion_does_nothing(run):
@@ -183,8 +182,7 @@ def test_rejected_row_loses_id_and_detail(run):
     [row] = [row for row in run.table("latents").rejected_rows() if row["unit"].startswith("web-00000")]
     assert (row["reason"], row["detail"]) == ("not_an_image", "")
     assert row["id"].startswith("forgotten:")
-    assert removals["latents"].rejections == {"not_an_image": 1}
-    assert removals["latents"].rows == 0
+    assert (removals["latents"].rejections, removals["latents"].rows) == ({"not_an_image": 1}, 0)
     run.compute_targets()
     run.generate_pairs()
     assert verified(run, "latents").faults == verified(run, "targets").faults == ()

@@ -55,8 +55,7 @@ def test_tar_alone_is_read_for_hashes_only(shards):
     urls = [url_of(0, 1)]
     assert look_up_shards(shards, keys_of(urls=urls), source="web").skipped == 2
     found = look_up_shards(shards, keys_of(urls=urls, hashes=[md5_of(1, 7)]), source="web")
-    assert found.ids == {id_of(0, 1), id_of(1, 7)}
-    assert found.read == 2
+    assert (found.ids, found.read) == ({id_of(0, 1), id_of(1, 7)}, 2)
 
 
 def test_laions_row_number_is_a_hash(shards):

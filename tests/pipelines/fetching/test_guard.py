@@ -60,8 +60,7 @@ def test_urlopen_calls_the_installed_opener(web, monkeypatch):
     with urllib.request.urlopen(request, timeout=3) as response:
         assert response.read() == body
         assert response.headers.get_all("X-Other") == ["kept"]
-    assert web.headers["User-Agent"] == "who"
-    assert web.headers["Accept-Encoding"] == "identity"
+    assert (web.headers["User-Agent"], web.headers["Accept-Encoding"]) == ("who", "identity")
 
 
 def test_proxies_of_the_environment_are_not_used(web, monkeypatch):

@@ -37,8 +37,7 @@ def test_samples_arrive_in_order_with_metadata(tmp_path: Path) -> None:
     assert [row.id for row in rows] == ["00007/0000700", "00007/0000701", "00007/0000702"]
     second = rows[1]
     assert (second.image, second.caption) == (encoded(1), "image 1")
-    assert second.source_id == "http://here/1.jpg"
-    assert second.metadata["similarity"] == 0.1
+    assert (second.source_id, second.metadata["similarity"]) == ("http://here/1.jpg", 0.1)
     assert (second.metadata["width"], second.metadata["height"]) == (40, 30)
 
 

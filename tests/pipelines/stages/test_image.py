@@ -126,8 +126,7 @@ def test_transparent_palette_is_composited_on_white() -> None:
     image.putpalette([*GREEN, *RED])
     image.paste(0, (0, 0, 16, 32))
     pixels = decode(encode(image, transparency=0))
-    assert tuple(pixels[5, 3]) == WHITE
-    assert tuple(pixels[5, 28]) == RED
+    assert (tuple(pixels[5, 3]), tuple(pixels[5, 28])) == (WHITE, RED)
 
 
 @pytest.mark.parametrize(("mode", "color", "expected"), [("RGBA", (*RED, 0), 255), ("LA", (0, 51), 204)])

@@ -166,8 +166,7 @@ def synthetic() -> RobustnessResults:
 
 def test_mean_losses_have_a_paired_ratio():
     lost = synthetic().lost_on_average("detail")
-    assert lost.plain.value == 2.0
-    assert lost.robust.value == 1.0
+    assert (lost.plain.value, lost.robust.value) == (2.0, 1.0)
     # Robust loses half of plain's loss in every batch, so the ratio is certain.
     assert lost.ratio == pytest.approx((0.5, 0.5, 0.5))
     assert lost.plain.low < 2.0 < lost.plain.high
