@@ -197,15 +197,16 @@ def test_entry_points_are_thin_and_rarely_imported():
     assert {name: count for name, count in lines.items() if count > 120} == {}
 
 
+def modules_after(program: str) -> set[str]:
+    """The modules that a new interpreter has loaded after a program."""
+    command = [sys.executable, "-c", f"import sys; {program}; print(*sys.modules)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(done.stdout.split())
+
+
 def test_recipes_load_without_heavy_libraries():
-    program = (
-        "import sys; from jobs.recipes.registry import RECIPES; [make() for make in RECIPES.values()]; "
-        "print(*sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert HEAVY & set(done.stdout.split()) == set()
+    loaded = modules_after("from jobs.recipes.registry import RECIPES; [make() for make in RECIPES.values()]")
+    assert HEAVY & loaded == set()
 
 
 @named("pipelines")
@@ -281,13 +282,7 @@ def test_libraries_do_not_print(package):
 
 
 def test_importing_the_method_leaves_ray_out():
-    program = (
-        "import sys, snapfusion.sampling; print([name for name in ('ray', 'pyarrow') if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert done.stdout.strip() == "[]"
+    assert {"ray", "pyarrow"} & modules_after("import snapfusion.sampling") == set()
 
 
 @pytest.mark.parametrize("module", modules(*PACKAGES), ids=lambda module: module.name)

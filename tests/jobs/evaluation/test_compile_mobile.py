@@ -363,8 +363,7 @@ def test_the_decoder_of_another_model_is_refused():
 def test_an_inconsistent_checkpoint_is_one_line(mobile_model, tmp_path, capsys):
     import shutil
 
-    path = tmp_path / "model"
-    shutil.copytree(mobile_model, path)
+    path = shutil.copytree(mobile_model, tmp_path / "model")
     (path / "SHA256SUMS").unlink()
     config = json.loads((path / "unet/config.json").read_text())
     config["architecture"]["channels"] = [16]

@@ -20,9 +20,7 @@ pytestmark = pytest.mark.usefixtures("keep_threads")
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
     """A copy of the bundled model, by a path of this machine."""
-    folder = tmp_path_factory.mktemp("models") / "copy"
-    shutil.copytree(BUNDLED["mini-v"], folder)
-    return folder
+    return shutil.copytree(BUNDLED["mini-v"], tmp_path_factory.mktemp("models") / "copy")
 
 
 @pytest.fixture(scope="module")

@@ -96,8 +96,7 @@ def test_a_published_decoder_is_left_as_it_is(made, pairs, tiny_teacher, tmp_pat
     elsewhere = changed(trainer=TrainerSettings(num_workers=7))
     assert distill(pairs, out.parent, elsewhere, teacher=tiny_teacher) == metrics
 
-    grown = tmp_path / "pairs"
-    shutil.copytree(pairs.url, grown)
+    grown = shutil.copytree(pairs.url, tmp_path / "pairs")
     for sibling in ("rejects", "units"):
         shutil.copytree(f"{pairs.url}.{sibling}", f"{grown}.{sibling}")
     newer = make_pairs(grown, tiny_teacher, draws=2)

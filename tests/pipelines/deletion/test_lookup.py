@@ -41,6 +41,15 @@ def sample_of(shard, row: int) -> Sample:
     return found
 
 
+def check_second_row_withheld(row_filter, shard) -> None:
+    """The filter withholds the second row, and not the third."""
+    check = row_filter.for_shard(shard)
+    check(sample_of(shard, 2), id_of(0, 2))
+    with pytest.raises(Rejected, match="withheld"):
+        check(sample_of(shard, 1), id_of(0, 1))
+    assert row_filter.describe() == {}
+
+
 def test_parquet_beside_a_tar_knows_rejected_rows(shards):
     known = keys_of(urls=[url_of(0, 3), url_of(1, 2)], hashes=[sha256_of(1, 7)])
     found = look_up_shards(shards, known | keys_of(urls=["http://nowhere.example/"]), source="web")
@@ -75,14 +84,9 @@ def test_laions_row_number_is_a_hash(shards):
     ],
 )
 def test_filter_finds_a_row_by_any_key(shards, deletion_filter, keys):
-    sample = sample_of(shards[0], 1)
-    deletion_filter.for_shard(shards[0])(sample, id_of(0, 1))
+    deletion_filter.for_shard(shards[0])(sample_of(shards[0], 1), id_of(0, 1))
     deletion_filter.list.add(keys)
-    check = deletion_filter.for_shard(shards[0])
-    check(sample_of(shards[0], 2), id_of(0, 2))
-    with pytest.raises(Rejected, match="withheld"):
-        check(sample, id_of(0, 1))
-    assert deletion_filter.describe() == {}
+    check_second_row_withheld(deletion_filter, shards[0])
 
 
 def test_link_is_refused_before_its_download(deletion_filter):
@@ -98,9 +102,4 @@ def test_link_is_refused_before_its_download(deletion_filter):
 
 
 def test_recorded_deletions_are_repeated(shards):
-    recorded = RecordedDeletionFilter([id_of(0, 1)])
-    check = recorded.for_shard(shards[0])
-    check(sample_of(shards[0], 2), id_of(0, 2))
-    with pytest.raises(Rejected, match="withheld"):
-        check(sample_of(shards[0], 1), id_of(0, 1))
-    assert recorded.describe() == {}
+    check_second_row_withheld(RecordedDeletionFilter([id_of(0, 1)]), shards[0])

@@ -23,10 +23,16 @@ UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 @pytest.fixture
 def folder(tiny_teacher, tmp_path) -> Path:
     """A copy of the tiny model that a test may damage, without checksums."""
-    copy = tmp_path / "model"
-    shutil.copytree(tiny_teacher, copy)
+    copy = shutil.copytree(tiny_teacher, tmp_path / "model")
     (copy / CHECKSUMS_FILE).unlink()
     return copy
+
+
+def reason_of_failure(source: str | Path, message: str) -> str:
+    """The error of loading a model, which must match `message`."""
+    with pytest.raises(ModelError, match=message) as caught:
+        load(str(source))
+    return str(caught.value)
 
 
 def test_saved_model_is_loaded(tiny_teacher):
@@ -60,8 +66,7 @@ def test_object_store_is_fetched_when_it_changes(folder, tmp_path, monkeypatch, 
     store.put(f"{tmp_path / 'other'}/", "/models/tiny/", recursive=True)
     assert load("memory://models/tiny").fingerprint() != first
     store.rm("/models/tiny", recursive=True)
-    with pytest.raises(ModelError, match="memory://models/tiny has no model_index"):
-        load("memory://models/tiny")
+    reason_of_failure("memory://models/tiny", "memory://models/tiny has no model_index")
 
 
 def test_concurrent_fetches_keep_one_copy(folder, tmp_path, monkeypatch, store):
@@ -98,34 +103,27 @@ def test_distillation_record_is_loaded(tiny_teacher, folder):
 @pytest.mark.parametrize("record", [{}, {"steps": 0}, {"steps": 1001}, {"steps": "four"}, []])
 def test_invalid_distillation_steps_fail(record, folder):
     (folder / DISTILLATION_FILE).write_text(json.dumps(record))
-    with pytest.raises(ModelError, match=r"distillation\.json says it was distilled for .* 1 to 1000"):
-        load(str(folder))
+    reason_of_failure(folder, r"distillation\.json says it was distilled for .* 1 to 1000")
 
 
 def test_missing_networks_are_named(folder):
     (folder / UNET_FILE).unlink()
-    with pytest.raises(ModelError, match="unet has no weights; save it as safetensors"):
-        load(str(folder))
+    reason_of_failure(folder, "unet has no weights; save it as safetensors")
     shutil.rmtree(folder / "unet")
-    with pytest.raises(ModelError, match=r"unet/config\.json is missing"):
-        load(str(folder))
+    reason_of_failure(folder, r"unet/config\.json is missing")
 
 
 def test_pickled_weights_are_never_opened(folder):
     (folder / UNET_FILE).unlink()
-    bomb = folder / "unet" / "diffusion_pytorch_model.bin"
-    bomb.write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
-    with pytest.raises(ModelError, match=r"only pickled weights \(diffusion_pytorch_model\.bin\)"):
-        load(str(folder))
+    (folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
+    reason_of_failure(folder, r"only pickled weights \(diffusion_pytorch_model\.bin\)")
     assert not Path("opened").exists()
 
 
 def test_torn_weights_fail_with_one_line(folder):
     weights = folder / UNET_FILE
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ModelError, match="unet's weights cannot be read") as caught:
-        load(str(folder))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in reason_of_failure(folder, "unet's weights cannot be read")
 
 
 def test_missing_tensor_is_named(folder):
@@ -134,8 +132,7 @@ def test_missing_tensor_is_named(folder):
     tensors = load_file(folder / UNET_FILE)
     del tensors["conv_in.weight"]
     save_file(tensors, folder / UNET_FILE, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"unet has 1 missing tensors, such as conv_in\.weight"):
-        load(str(folder))
+    reason_of_failure(folder, r"unet has 1 missing tensors, such as conv_in\.weight")
 
 
 @pytest.mark.parametrize(
@@ -149,20 +146,17 @@ def test_missing_tensor_is_named(folder):
 def test_unsupported_schedule_fails(folder, changed, message):
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
-    with pytest.raises(ModelError, match=message):
-        load(str(folder))
+    reason_of_failure(folder, message)
 
 
 @pytest.mark.parametrize("source", ["/nowhere/model", "./nowhere", "nowhere"])
 def test_missing_model_folder_fails(source):
-    with pytest.raises(ModelError, match="there is no model folder"):
-        load(source)
+    reason_of_failure(source, "there is no model folder")
 
 
 def test_unreachable_hub_fails_with_one_line():
-    with pytest.raises(ModelError, match=r"neither a folder here nor a model the hub gave") as caught:
-        load("nobody/no-such-model")
-    assert "\n" not in str(caught.value)
+    message = "neither a folder here nor a model the hub gave"
+    assert "\n" not in reason_of_failure("nobody/no-such-model", message)
 
 
 def test_checksums_find_added_altered_and_missing_files(tmp_path):
@@ -182,8 +176,7 @@ def test_checksums_find_added_altered_and_missing_files(tmp_path):
 
 
 def test_altered_weights_fail(tiny_teacher, tmp_path):
-    copy = tmp_path / "model"
-    shutil.copytree(tiny_teacher, copy)
+    copy = shutil.copytree(tiny_teacher, tmp_path / "model")
     flip_byte(copy / UNET_FILE)
     with pytest.raises(ChecksumError, match="was altered"):
         load(str(copy))
