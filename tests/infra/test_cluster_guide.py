@@ -74,6 +74,5 @@ def test_the_table_of_metrics_is_complete():
 
 
 def test_the_named_releases_were_checked():
-    checked = json.loads((ROOT / "infra/kuberay/checked.json").read_text())["releases"]
-    for release in checked:
+    for release in json.loads((ROOT / "infra/kuberay/checked.json").read_text())["releases"]:
         assert release.removeprefix("v") in GUIDE

@@ -373,8 +373,7 @@ def test_guides_call_functions_of_their_source(guide, source):
 
 
 def test_vectors_are_raw_numbers(published):
-    index = json.loads((published.folder / VECTORS / INDEX).read_text())
-    for entry in index["arrays"].values():
+    for entry in json.loads((published.folder / VECTORS / INDEX).read_text())["arrays"].values():
         path = published.folder / VECTORS / entry["file"]
         assert path.suffix in {".f32", ".i32"}
         assert path.stat().st_size == 4 * np.prod(entry["shape"])

@@ -98,10 +98,14 @@ def test_the_same_request_again_changes_nothing(run, lists, capsys):
     assert "--url: 0 of 3 entries match, 3 were on the list already" in capsys.readouterr().out
 
 
-def test_after_erasing_no_file_discloses_anything(run, lists):
+def erase_all(run, lists):
     assert disclosing(run)
     forgotten(run, *lists, "--erase")
     assert disclosing(run) == []
+
+
+def test_after_erasing_no_file_discloses_anything(run, lists):
+    erase_all(run, lists)
     [receipt] = receipts(run)
     assert receipt["old_files"] == []
     assert receipt["erased"]
@@ -115,9 +119,7 @@ def test_after_erasing_no_file_discloses_anything(run, lists):
 
 def test_a_later_request_erases_what_an_earlier_left(run, lists):
     forgotten(run, *lists)
-    assert disclosing(run)
-    forgotten(run, *lists, "--erase")
-    assert disclosing(run) == []
+    erase_all(run, lists)
     assert len(receipts(run)) == 2
 
 
@@ -140,9 +142,7 @@ def test_a_killed_erasure_is_completed_by_the_next(run, lists, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(delete_request, "erase_files", dying)
         assert forgotten(run, *lists, "--erase") == 130
-    assert disclosing(run)
-    forgotten(run, *lists, "--erase")
-    assert disclosing(run) == []
+    erase_all(run, lists)
 
 
 def test_details_of_rejected_rows_are_erased_from_siblings(run, tmp_path):
