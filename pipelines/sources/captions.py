@@ -24,7 +24,6 @@ from pipelines.sources.text import clean_caption
 from pipelines.storage.objects import open_object
 
 _CHUNK_BYTES = 1 << 20
-_READ_AHEAD_BYTES = 8 << 20
 # Bounds memory: longer lines are truncated, which makes of JSON or CSV a bad row. Captions of a .txt are
 # truncated much further by the settings.
 _MAX_LINE_BYTES = 4 << 20
@@ -100,7 +99,7 @@ def captions_digest(rows: Iterable[Caption | Rejection]) -> str:
 
 def _open(url: str) -> IO[bytes]:
     try:
-        return open_object(url, ahead=_READ_AHEAD_BYTES)
+        return open_object(url)
     except FileNotFoundError:
         raise SourceError("no such file") from None
     except Exception as error:

@@ -5,6 +5,7 @@ URL lists, samples, selection and previews.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -99,18 +100,20 @@ _TYPES: Final = {
 }
 
 
-def _layout(name: str, columns: str, *, optional: str = "") -> Layout:
-    """A layout from the text `name:type name:type ...`, Arrow's types or ours; without a type it is text."""
-    pairs = (column.partition(":") for column in columns.split())
+def _layout(name: str, columns: str) -> Layout:
+    """A layout from the text `name:type name:type ...`, Arrow's types or ours; without a type it is text.
+
+    A question mark after its name marks an optional column.
+    """
+    pairs = (column.partition(":") for column in columns.replace("?", "").split())
     types = {column: _TYPES.get(kind or "text") or (pa.type_for_alias(kind),) for column, _, kind in pairs}
-    return Layout(name=name, columns=types, optional=frozenset(optional.split()))
+    return Layout(name=name, columns=types, optional=frozenset(re.findall(r"(\w+)\?", columns)))
 
 
 _IMG2DATASET: Final = (
-    "caption url key status error_message width:int32 height:int32 original_width:int32 "
-    "original_height:int32 exif sha256 md5"
+    "caption? url key status error_message width:int32 height:int32 original_width:int32 "
+    "original_height:int32 exif? sha256? md5?"
 )
-_IMG2DATASET_OPTIONAL: Final = "caption exif sha256 md5"
 
 LAYOUTS: Final = (
     _layout(
@@ -119,9 +122,8 @@ LAYOUTS: Final = (
     ),
     _layout(
         "LAION-5B",
-        "SAMPLE_ID:int64-or-float URL TEXT HEIGHT:size WIDTH:size LICENSE LANGUAGE NSFW similarity:float64",
-        # laion2B-multi and laion1B-nolang have it, laion2B-en does not.
-        optional="LANGUAGE",
+        # laion2B-multi and laion1B-nolang have a language, laion2B-en has not.
+        "SAMPLE_ID:int64-or-float URL TEXT HEIGHT:size WIDTH:size LICENSE LANGUAGE? NSFW similarity:float64",
     ),
     _layout(
         "laion2B-en-joined",
@@ -135,8 +137,7 @@ LAYOUTS: Final = (
     _layout(
         "LAION-Aesthetics V2",
         "URL TEXT WIDTH:float64 HEIGHT:float64 similarity:float64 punsafe:score pwatermark:score "
-        "AESTHETIC_SCORE:score hash:int64 __index_level_0__:int64",
-        optional="__index_level_0__",
+        "AESTHETIC_SCORE:score hash:int64 __index_level_0__?:int64",
     ),
     _layout(
         "laion-coco",
@@ -150,13 +151,9 @@ LAYOUTS: Final = (
         "clip_similarity_vitl14:float32 nsfw_score_opennsfw2:float32 nsfw_score_gantman:float32 "
         "watermark_score:float32 aesthetic_score_laion_v2:float32",
     ),
-    _layout("img2dataset, the sidecar of a tar", _IMG2DATASET, optional=_IMG2DATASET_OPTIONAL),
+    _layout("img2dataset, the sidecar of a tar", _IMG2DATASET),
     *(
-        _layout(
-            f"img2dataset, Parquet with {extension} images",
-            f"{_IMG2DATASET} {extension}:binary",
-            optional=_IMG2DATASET_OPTIONAL,
-        )
+        _layout(f"img2dataset, Parquet with {extension} images", f"{_IMG2DATASET} {extension}:binary")
         for extension in ("jpg", "png", "webp")
     ),
 )

@@ -17,7 +17,6 @@ from pipelines.storage.objects import open_object
 
 # A column is read in buffers of this size, so that memory does not depend on the size of row groups.
 _BUFFER_BYTES = 1 << 20
-_READ_AHEAD_BYTES = 8 << 20
 
 
 class CorruptParquetError(ValueError):
@@ -73,11 +72,9 @@ class ParquetRows:
             OSError: if the store fails.
         """
         end = self.num_rows if stop is None else stop
-        for group, (first, last) in enumerate(self.spans):
-            if last > start and first < end:
-                yield from self._batches_of_group(
-                    group, columns, batch_rows=batch_rows, first=first, last=last
-                )
+        for group, span in enumerate(self.spans):
+            if span[1] > start and span[0] < end:
+                yield from self._batches_of_group(group, columns, batch_rows=batch_rows, span=span)
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -87,9 +84,9 @@ class ParquetRows:
         return list(itertools.pairwise(itertools.accumulate(rows, initial=0)))
 
     def _batches_of_group(
-        self, group: int, columns: Sequence[str], *, batch_rows: int, first: int, last: int
+        self, group: int, columns: Sequence[str], *, batch_rows: int, span: tuple[int, int]
     ) -> Iterator[RowBatch | TornRows]:
-        position = first
+        position, last = span
         try:
             with _distinguish_errors():
                 for record in self._parquet.iter_batches(
@@ -112,7 +109,7 @@ def open_parquet(url: str) -> Iterator[ParquetRows]:
         CorruptParquetError: if it is not Parquet.
         OSError: if it does not exist, or the store fails.
     """
-    with open_object(url, ahead=_READ_AHEAD_BYTES) as file:
+    with open_object(url) as file:
         yield ParquetRows(file)
 
 

@@ -11,12 +11,7 @@ from pipelines.rejections import Rejected
 from pipelines.sources.parquet import column_values
 from pipelines.storage.objects import open_object
 
-_READ_AHEAD_BYTES = 8 << 20
 _REASONS = {"failed_to_download": "download_failed", "failed_to_resize": "resize_failed"}
-
-
-class SidecarError(ValueError):
-    """A sidecar that exists but cannot be read."""
 
 
 def failure_of(row: dict[str, Any]) -> Rejected | None:
@@ -59,25 +54,27 @@ class Sidecar:
                 yield key, failure_of(self.metadata(key)) or _missing(tear)
 
 
-def read_sidecar(url: str) -> Sidecar | None:
-    """The sidecar at `url`; None if there is none.
+def read_sidecar(url: str) -> tuple[Sidecar, Rejected | None]:
+    """The sidecar at `url`, and `bad_sidecar` if it is not Parquet or has no column `key`.
+
+    It is empty if there is none, or it cannot be read.
 
     Raises:
-        SidecarError: if it is not Parquet or has no column `key`.
         OSError: if the store fails.
     """
     try:
-        with open_object(url, ahead=_READ_AHEAD_BYTES) as file:
+        with open_object(url) as file:
             data = file.read()
     except FileNotFoundError:
-        return None
+        return Sidecar(), None
     try:
         table = pq.read_table(io.BytesIO(data)).combine_chunks()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise SidecarError(f"not readable as Parquet: {error}") from None
+        return Sidecar(), Rejected("bad_sidecar", f"not readable as Parquet: {error}")
     if "key" not in table.column_names:
-        raise SidecarError(f"no column 'key' among {', '.join(table.column_names)}")
-    return Sidecar(table)
+        detail = f"no column 'key' among {', '.join(table.column_names)}"
+        return Sidecar(), Rejected("bad_sidecar", detail)
+    return Sidecar(table), None
 
 
 def _missing(tear: Exception | None) -> Rejected:

@@ -32,13 +32,12 @@ from pipelines.sources.listing import SourceFile, list_files
 from pipelines.sources.parquet import CorruptParquetError, open_parquet
 from pipelines.sources.parquet_images import ImageRow, has_images, read_image_rows
 from pipelines.sources.settings import ShardSettings
-from pipelines.sources.sidecar import Sidecar, SidecarError, failure_of, read_sidecar
+from pipelines.sources.sidecar import Sidecar, failure_of, read_sidecar
 from pipelines.sources.tar import Member, TornShardError, is_unsafe, read_members
 from pipelines.sources.text import clean_caption
 from pipelines.storage.objects import open_object
 
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"])
-_READ_AHEAD_BYTES = 8 << 20
 _CONCURRENT_FOOTERS = 16
 _FOOTER_BYTES = 1 << 16
 
@@ -113,7 +112,7 @@ def count_rows(shard: Shard) -> int | None:
 
 def sidecar_failures(shard: Shard) -> list[Rejected]:
     """Why rows that only a tar's sidecar lists have no image; the tar is not read. Empty for Parquet."""
-    return _sidecar_of(shard)[0].failures() if _is_tar(shard) else []
+    return read_sidecar(_parquet_url(shard))[0].failures() if _is_tar(shard) else []
 
 
 def metadata_columns(shard: Shard, settings: ShardSettings) -> frozenset[str]:
@@ -170,7 +169,7 @@ def _check(row: ImageRow, shard: Shard, settings: ShardSettings) -> Sample | Rej
 
 
 def _read_tar(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[ImageRow]:
-    sidecar, fault = _sidecar_of(shard)
+    sidecar, fault = read_sidecar(_parquet_url(shard))
     arrived: set[str] = set()
     tear: TornShardError | None = None
     ordinal = 0
@@ -205,13 +204,6 @@ def _read_parquet(shard: Shard, settings: ShardSettings, *, start: int) -> Itera
 
 def _repeated(key: str) -> Rejected:
     return Rejected("duplicate_key", f"{key} came before")
-
-
-def _sidecar_of(shard: Shard) -> tuple[Sidecar, Rejected | None]:
-    try:
-        return read_sidecar(_parquet_url(shard)) or Sidecar(), None
-    except SidecarError as error:
-        return Sidecar(), Rejected("bad_sidecar", str(error))
 
 
 def _parquet_url(shard: Shard) -> str:
@@ -276,7 +268,7 @@ class _Group:
 
 def _groups(shard: Shard, settings: ShardSettings, *, start: int) -> Iterator[_Group]:
     group: _Group | None = None
-    with open_object(shard.url, ahead=_READ_AHEAD_BYTES) as file:
+    with open_object(shard.url) as file:
         try:
             for member in read_members(file):
                 key, extension = _split(member.name)

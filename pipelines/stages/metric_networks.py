@@ -45,9 +45,9 @@ class FeatureReader:
 
     def __init__(self, settings: FeatureSettings, *, device: str) -> None:
         self.device = device
-        if settings.network == "oracle":
-            self._network = load_oracle().to(device)
-            self._features = self._network.features
+        self._oracle = load_oracle().to(device) if settings.network == "oracle" else None
+        if self._oracle is not None:
+            self._features = self._oracle.features
         else:
             weights = _weights(settings, bundled="oracle")
             self._features = load_inception(weights, resize=settings.resize).to(device)
@@ -64,7 +64,6 @@ class MetricNetworks(FeatureReader):
 
     def __init__(self, settings: MetricSettings, *, device: str) -> None:
         super().__init__(settings.features, device=device)
-        self._oracle = load_oracle().to(device) if settings.attribute_count else None
         if settings.scorer.network == "mini":
             self._scorer = load_scorer(WEIGHTS / "scorer")
         else:

@@ -16,6 +16,7 @@ from pipelines.storage.retry import with_retries
 
 IO_THREADS: Final = 8
 """Threads for requests about many objects, each of which is a round trip."""
+_READ_AHEAD_BYTES: Final = 8 << 20
 
 
 # fsspec caches listings and would not see what other processes have written since.
@@ -68,7 +69,7 @@ def check_client(url: str) -> None:
     raise StorageError(f"{url}: {fault}")
 
 
-def open_object(url: str, *, ahead: int) -> IO[bytes]:
+def open_object(url: str, *, ahead: int = _READ_AHEAD_BYTES) -> IO[bytes]:
     """Open an object for reading; from a store it arrives `ahead` bytes at a time. The caller closes it.
 
     If a response breaks off, the missing bytes are requested again: none is read twice or left out.

@@ -67,9 +67,8 @@ def append_lease(url: str, *, purpose: str, seconds: float = LEASE_SECONDS) -> I
         TableBusy: if another process holds it.
     """
     folder = _folder(url)
-    number = max(
-        (int(found[1]) for name in list_names(folder) if (found := _APPEND_LEASE.search(name))), default=0
-    )
+    numbers = [int(found[1]) for name in list_names(folder) if (found := _APPEND_LEASE.search(name))]
+    number = max(numbers, default=0)
     last = _read(f"{folder}/turn-{number:08d}.json") if number else None
     if last is not None and not last.expired:
         raise TableBusy(_busy_message(url, last))

@@ -23,6 +23,10 @@ SIDE_COLUMNS = ("height", "width")
 _PNG = pa.field("image", pa.binary(), metadata={"format": "png"})
 
 
+def _schema(*fields: pa.Field | tuple[str, pa.DataType]) -> pa.Schema:
+    return pa.schema(fields)
+
+
 def _columns(kind: pa.DataType, *names: str) -> list[pa.Field]:
     return [pa.field(name, kind) for name in names]
 
@@ -30,26 +34,22 @@ def _columns(kind: pa.DataType, *names: str) -> list[pa.Field]:
 REJECTS = pa.schema(_columns(pa.string(), "unit", "id", "source", "reason", "detail"))
 """Rejected rows; they count if `unit` is committed in the main table."""
 
-UNITS = pa.schema(
-    [
-        *_columns(pa.string(), "unit", "source", "account"),
-        *_columns(pa.int64(), "rows_read", "rows_written", "rows_rejected", "bytes"),
-        ("sha256", pa.string()),
-        ("seconds", pa.float64()),
-        ("made_by", pa.string()),
-    ]
+UNITS = _schema(
+    *_columns(pa.string(), "unit", "source", "account"),
+    *_columns(pa.int64(), "rows_read", "rows_written", "rows_rejected", "bytes"),
+    ("sha256", pa.string()),
+    ("seconds", pa.float64()),
+    ("made_by", pa.string()),
 )
 """One row a committed unit. `account` is its `UnitManifest` as JSON and `made_by` its `Origin`.
 
 `seconds` and `made_by` differ between two runs of the same work, so they are not in the data file."""
 
-FINGERPRINTS = pa.schema(
-    [
-        *_columns(pa.string(), "id", "source_id"),
-        *_columns(pa.int64(), "url_key", "caption_key"),
-        ("image_sha256", pa.string()),
-        ("phash", pa.int64()),
-    ]
+FINGERPRINTS = _schema(
+    *_columns(pa.string(), "id", "source_id"),
+    *_columns(pa.int64(), "url_key", "caption_key"),
+    ("image_sha256", pa.string()),
+    ("phash", pa.int64()),
 )
 """One row a usable row of a shard, or a caption or image of an evaluation: the keys that find its copies.
 
@@ -174,27 +174,23 @@ def latents_schema(*, latent_shape: Sequence[int], num_tokens: int, cell: int | 
 
     With `cell` each row has its own height and width, in pixels, which determine its latent's shape.
     """
-    return pa.schema(
-        [
-            *_columns(pa.string(), "id", "source_id", "caption"),
-            _token_ids(num_tokens),
-            _latent(latent_shape, dtype="<f2", cell=cell).field("latent"),
-            *_sides(cell),
-        ]
+    return _schema(
+        *_columns(pa.string(), "id", "source_id", "caption"),
+        _token_ids(num_tokens),
+        _latent(latent_shape, dtype="<f2", cell=cell).field("latent"),
+        *_sides(cell),
     )
 
 
 def pairs_schema(*, latent_shape: Sequence[int], num_tokens: int) -> pa.Schema:
     """PAIRS: one row a (caption, draw); `image` is the teacher's decode as PNG, null if not stored."""
-    return pa.schema(
-        [
-            *_columns(pa.string(), "id", "source_id", "caption"),
-            _token_ids(num_tokens),
-            ("noise_key", pa.int64()),
-            ("draw", pa.int32()),
-            _latent(latent_shape, dtype="<f2", cell=None).field("latent"),
-            _PNG,
-        ]
+    return _schema(
+        *_columns(pa.string(), "id", "source_id", "caption"),
+        _token_ids(num_tokens),
+        ("noise_key", pa.int64()),
+        ("draw", pa.int32()),
+        _latent(latent_shape, dtype="<f2", cell=None).field("latent"),
+        _PNG,
     )
 
 
@@ -210,18 +206,16 @@ def targets_schema(
     `cell` is that of LATENTS.
     """
     x_type = {"float16": "<f2", "float32": "<f4"}[x_dtype]
-    return pa.schema(
-        [
-            *_columns(pa.string(), "id", "source_id"),
-            ("draw", pa.int32()),
-            _token_ids(num_tokens),
-            _latent(latent_shape, dtype="<f2", cell=cell).field("latent"),
-            ("noise_key", pa.int64()),
-            *_columns(pa.int32(), "interval", "t", "t2", "k"),
-            ("w", pa.float32()),
-            _latent(latent_shape, dtype=x_type, cell=cell).field("x_target"),
-            *_sides(cell),
-        ]
+    return _schema(
+        *_columns(pa.string(), "id", "source_id"),
+        ("draw", pa.int32()),
+        _token_ids(num_tokens),
+        _latent(latent_shape, dtype="<f2", cell=cell).field("latent"),
+        ("noise_key", pa.int64()),
+        *_columns(pa.int32(), "interval", "t", "t2", "k"),
+        ("w", pa.float32()),
+        _latent(latent_shape, dtype=x_type, cell=cell).field("x_target"),
+        *_sides(cell),
     )
 
 
@@ -233,16 +227,14 @@ def samples_schema(*, features: int, attributes: int) -> pa.Schema:
     right      whether each attribute is as the caption says, 0 or 1; no column if no oracle reads them
     image      PNG, null if not stored
     """
-    return pa.schema(
-        [
-            *_columns(pa.string(), "id", "source_id", "caption"),
-            ("w", pa.float32()),
-            ("noise_key", pa.int64()),
-            ArrayType(shape=(features,), dtype="<f4").field("features"),
-            ("clip", pa.float32()),
-            *([ArrayType(shape=(attributes,), dtype="|u1").field("right")] if attributes else []),
-            _PNG,
-        ]
+    return _schema(
+        *_columns(pa.string(), "id", "source_id", "caption"),
+        ("w", pa.float32()),
+        ("noise_key", pa.int64()),
+        ArrayType(shape=(features,), dtype="<f4").field("features"),
+        ("clip", pa.float32()),
+        *([ArrayType(shape=(attributes,), dtype="|u1").field("right")] if attributes else []),
+        _PNG,
     )
 
 
