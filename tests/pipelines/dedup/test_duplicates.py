@@ -172,10 +172,10 @@ def test_killed_round_of_other_rows_never_counts(tmp_path):
 
 
 def test_manifests_of_a_killed_commit_are_restored(folder):
-    fingerprinted(folder / "shards", folder / "fingerprints")
+    url, fingerprints = str(folder / "duplicates"), fingerprinted(folder / "shards", folder / "fingerprints")
     with killed_at(commits, "_commit_manifests"):
-        find(folder)
-    assert open_table(str(folder / "duplicates")).manifests() == {}
+        find_duplicates(DEFAULT, fingerprints=fingerprints, url=url, read=read_shuffled(0))
+    assert open_table(url).manifests() == {}
     table = find(folder)
     assert verdicts(table) == VERDICTS
     assert sorted(table.manifests()) == [file.unit for file in table.units]
