@@ -6,6 +6,7 @@ import tempfile
 import uuid
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -191,3 +192,13 @@ def _fits_float16(op: CoreMLObject) -> bool:
     if op.op_type not in _BEFORE_SINUSOIDS:
         return True
     return all(_fits_float16(reader) for output in op.outputs for reader in output.child_ops)
+
+
+def float16_on_ios17() -> dict[str, Any]:
+    """Options of ExecuTorch's Core ML delegate for the same precision and target."""
+    import coremltools
+
+    return {
+        "compute_precision": coremltools.precision.FLOAT16,
+        "minimum_deployment_target": coremltools.target.iOS17,
+    }

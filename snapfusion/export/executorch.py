@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from snapfusion.export.coreml import check_absent
+from snapfusion.export.coreml import check_absent, float16_on_ios17
 from snapfusion.export.modules import FixedModule, check_shapes
 from snapfusion.export.quiet import quiet
 from snapfusion.export.settings import ExecuTorchKind
@@ -137,16 +137,10 @@ def _xnnpack_partitioners(kind: ExecuTorchKind) -> list[XnnpackPartitioner]:
 
 
 def _coreml_partitioner() -> CoreMLPartitioner:
-    import coremltools
     from executorch.backends.apple.coreml.compiler import CoreMLBackend
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner
 
-    # The precision and target of `compile_coreml`.
-    specs = CoreMLBackend.generate_compile_specs(
-        compute_precision=coremltools.precision.FLOAT16,
-        minimum_deployment_target=coremltools.target.iOS17,
-    )
-    return CoreMLPartitioner(compile_specs=specs)
+    return CoreMLPartitioner(compile_specs=CoreMLBackend.generate_compile_specs(**float16_on_ios17()))
 
 
 def set_num_threads(num_threads: int) -> None:
