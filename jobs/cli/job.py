@@ -94,6 +94,7 @@ def run(
         options(parser)
 
     def work() -> None:
+        """Parse the options, then preview the job or carry it out."""
         given = parser.options(argv)
         job = Job(
             verb=verb,

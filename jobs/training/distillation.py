@@ -101,6 +101,7 @@ def assemble(inputs: TrainingInputs[DistillSettings], *, device: torch.device) -
         )
 
     def evaluate_branches(model: nn.Module) -> dict[str, Any]:
+        """Held-out losses of each branch that is trained, by its name."""
         losses = {}
         for guided in _trained_branches(settings.steps):
             # One branch alone, and without L_ori: that would depend on moving averages of earlier steps,

@@ -20,14 +20,14 @@ def publish_folder(folder: Path, url: str, *, last: str) -> None:
     """
     try:
         if is_local(url):
-            _rename_into_place(folder, local_path(url))
+            _copy_and_rename(folder, local_path(url))
         else:
             _upload(folder, url.rstrip("/"), last=last)
     except OSError as error:
         raise StorageError(f"{url} cannot be written: {error}") from error
 
 
-def _rename_into_place(folder: Path, target: Path) -> None:
+def _copy_and_rename(folder: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
