@@ -9,14 +9,16 @@ from typing import Any
 
 import fsspec
 
-from jobs.training.run_folder import METRICS
+from jobs.training.metrics import METRICS
 from pipelines.storage.objects import absolute_url, read_bytes
 from pipelines.tables.table import Snapshot, TableError, open_table
-from snapfusion.export.bundle import MANIFEST
+from snapfusion.export.layout import MANIFEST
 from snapfusion.settings import digest
 
 _STARTED = ".training/begun.json"
 _LOG = "/_delta_log/"
+_KEPT_PARTS = "report/cache/"
+"""Where `jobs.report` keeps its images; a folder of a run may hold a run itself."""
 _SIBLINGS = (".rejects", ".units")
 
 
@@ -79,7 +81,7 @@ class Lineage:
         models: those of these trainings that are finished, and models initialised from or taught by one.
         bundles: for phones, made of these models.
         samples: tables of images that these models generated.
-        pages: HTML files, which may show captions or images of any row.
+        pages: HTML files and kept parts of a report, which may show captions or images of any row.
     """
 
     trainings: list[PinnedTraining] = field(default_factory=list)
@@ -120,7 +122,7 @@ def lineage_of(files: RunFiles, tables: Mapping[str, Snapshot]) -> Lineage:
             for path, table in tables.items()
             if table.identity["kind"] == "samples" and _unet_hash(table.identity["model"]) in weights
         ),
-        pages=[path for path in files.paths if path.endswith(".html")],
+        pages=[path for path in files.paths if path.endswith(".html") or _KEPT_PARTS in path],
     )
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from jobs.evaluation.memory import measure_footprint
-from jobs.evaluation.settings import EfficiencySettings
-from jobs.evaluation.timing import ORIGIN, TABLE_3, MeasuredModel, backend_of, setting_of, unet_inputs
+from jobs.evaluation.settings import ORIGIN, TABLE_3, EfficiencySettings
+from jobs.evaluation.timing import MeasuredModel, backend_of, setting_of, unet_inputs
 from snapfusion.evolution.stopwatch import time_in_turns
 from snapfusion.export.modules import DecoderProgram
 from snapfusion.models.architecture import Architecture, efficient_architecture

@@ -13,6 +13,9 @@ from snapfusion.evolution.settings import Precision, Runtime
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.settings import Settings
 
+ORIGIN, TABLE_3 = "origin", "table-3"
+"""Names of the UNets that are measured: the model's own, and Table 3's."""
+
 _NAME = r"^[A-Za-z0-9_.+-]+$"
 
 

@@ -8,16 +8,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from jobs.evaluation.settings import TimingSettings
+from jobs.evaluation.settings import ORIGIN, TABLE_3, TimingSettings
 from snapfusion.evolution.latency import LatencyError, MeasurementSetup
 from snapfusion.evolution.runtimes import Backend
 from snapfusion.models.architecture import Architecture, ArchitectureError, efficient_architecture
 from snapfusion.models.load import load
 from snapfusion.models.unet import architecture_of, build_unet
 from snapfusion.schedule import PredictionType, Schedule
-
-ORIGIN, TABLE_3 = "origin", "table-3"
-"""Names of the model's own UNet, and of Table 3's."""
 
 _LAST_TIMESTEP = 999.0
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jobs.cli.job import Job
 from jobs.cli.state import read_json, read_json_files
 from jobs.planning.forecast import StageForecast
-from jobs.training.run_folder import METRICS
+from jobs.training.metrics import METRICS
 from pipelines.costs.stage import StageCost
 from pipelines.tables.table import is_table, open_table
 

@@ -7,7 +7,7 @@ from jobs.planning.prices import NodeType, StoragePrices
 from jobs.planning.workload import Workload
 from jobs.training.settings import DistillSettings
 from snapfusion.training.passes import student_passes, teacher_passes
-from snapfusion.training.step_distillation import BRANCHES
+from snapfusion.training.settings import BRANCHES
 
 
 @dataclass(frozen=True, kw_only=True)

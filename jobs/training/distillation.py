@@ -27,8 +27,8 @@ from snapfusion.sampling import time_grid
 from snapfusion.training.batch import Batch
 from snapfusion.training.captions import CaptionEncoder
 from snapfusion.training.distillation_batch import OnlineTargets, StoredTargets, TargetSource
-from snapfusion.training.settings import StepDistillationSettings
-from snapfusion.training.step_distillation import BRANCHES, StepDistillationObjective, is_guided_step
+from snapfusion.training.settings import BRANCHES, StepDistillationSettings
+from snapfusion.training.step_distillation import StepDistillationObjective, is_guided_step
 
 _Loader = BatchLoader | BucketLoader | BranchLoader
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from jobs.training.metrics import PROVENANCE
 from jobs.training.run_folder import check_identity
 from jobs.training.sources import TABLE_3
 from pipelines.storage.folders import publish_folder
@@ -19,8 +20,6 @@ from snapfusion.models.architecture import Architecture, ArchitectureError, effi
 from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.models.unet import architecture_of, build_unet, inherit_weights
-
-PROVENANCE = "made_of.json"
 
 OWN_ARCHITECTURE = "own"
 """Name of the architecture that a model has already."""

@@ -2,6 +2,12 @@
 
 from typing import Any, TypedDict
 
+METRICS = "metrics.json"
+"""The record in a training's folder, which is written last."""
+
+PROVENANCE = "made_of.json"
+"""The record in a folder of initial weights, which is written last."""
+
 Curve = list[dict[str, float]]
 """Points of a training, each with "step" and the losses at it."""
 

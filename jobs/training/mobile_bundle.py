@@ -11,12 +11,13 @@ from typing import Any
 from jobs.evaluation.images import distilled_steps
 from jobs.runtime.progress import format_duration
 from jobs.runtime.versions import versions
-from jobs.training.run_folder import METRICS
+from jobs.training.metrics import METRICS
 from pipelines.storage.folders import publish_folder
 from pipelines.storage.objects import StorageError, absolute_url, exists, is_local, read_bytes
 from snapfusion.export.build import BundleBuilder
-from snapfusion.export.bundle import CARD, FORMAT_VERSION, LICENCE, MANIFEST, BundleError
+from snapfusion.export.bundle import CARD, LICENCE, BundleError
 from snapfusion.export.card import model_card
+from snapfusion.export.layout import FORMAT_VERSION, MANIFEST
 from snapfusion.export.settings import Licence, LicenceError, MobileSettings
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.checksums import file_records

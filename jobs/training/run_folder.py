@@ -16,13 +16,13 @@ from typing import Any
 
 import fsspec
 
+from jobs.training.metrics import METRICS as METRICS
 from jobs.training.spec import TrainingError, first_differences
 from pipelines.storage.folders import publish_folder
 from pipelines.storage.objects import exists, read_bytes, write_once
 from snapfusion.settings import digest
 from snapfusion.training.checkpoint import CheckpointStore
 
-METRICS = "metrics.json"
 _STARTED = "begun.json"
 _PUBLISHED_FOLDERS = ("logs", "watch")
 """Folders that stand beside the checkpoints while training runs, and are published with the result."""

@@ -34,8 +34,7 @@ from snapfusion.models.load import load
 from snapfusion.noise import noise_key, uniform
 from snapfusion.sampling import time_grid
 from snapfusion.settings import SettingsError, differences
-from snapfusion.training.settings import StepDistillationSettings
-from snapfusion.training.step_distillation import BRANCHES
+from snapfusion.training.settings import BRANCHES, StepDistillationSettings
 
 
 def identity_of(settings: TargetsSettings, *, model: Identity, latents: Identity) -> Identity:

@@ -14,7 +14,7 @@ from pipelines.loading.loader import InterleavedLoader, LoaderError, UnitReader,
 from pipelines.loading.settings import LoaderSettings
 from snapfusion.noise import noise_key
 from snapfusion.training.batch import Batch
-from snapfusion.training.step_distillation import BRANCHES
+from snapfusion.training.settings import BRANCHES
 
 COLUMNS: Final = ("latent", "token_ids", "noise_key", "interval", "t", "t2", "k", "x_target")
 """The columns of every batch; a guided batch has `w` besides."""

@@ -13,7 +13,6 @@ from transformers import CLIPTokenizer
 
 from snapfusion.export.bundle import (
     EXECUTORCH,
-    IMAGES,
     MODULES,
     SAFETY_CHECKER,
     SAMPLER,
@@ -22,6 +21,7 @@ from snapfusion.export.bundle import (
     read_sampler,
 )
 from snapfusion.export.executorch import ExecuTorchProgram
+from snapfusion.export.layout import IMAGES
 from snapfusion.export.loop import CompiledModel, RunModule, generate, to_uint8_image
 from snapfusion.export.modules import FixedModule, decoder_module, text_encoder_module, unet_module
 from snapfusion.export.parity import ParityError, check_parity

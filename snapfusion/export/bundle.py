@@ -20,14 +20,15 @@ from typing import Any
 from transformers import CLIPTokenizer
 
 from snapfusion.export.executorch import ExecuTorchProgram
+from snapfusion.export.layout import FORMAT_VERSION
+from snapfusion.export.layout import MANIFEST as MANIFEST
 from snapfusion.export.loop import CompiledModel
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.vectors import Vectors, read_vectors
 from snapfusion.models.checksums import ChecksumError, compare_files, file_records
 
-FORMAT_VERSION = 2
-MANIFEST, CARD, LICENCE, SAMPLER = "manifest.json", "MODEL_CARD.md", "LICENCE", "sampler.json"
-TOKENIZER, VECTORS, IMAGES = "tokenizer", "vectors", "pictures"
+CARD, LICENCE, SAMPLER = "MODEL_CARD.md", "LICENCE", "sampler.json"
+TOKENIZER, VECTORS = "tokenizer", "vectors"
 SAFETY_CHECKER = "safety_checker.pte"
 EXECUTORCH, COREML, EXECUTORCH_COREML = "ExecuTorch", "Core ML", "ExecuTorch on Core ML"
 """Runtimes, as the manifest names them."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from snapfusion.mini.captions import TEMPLATE
 from snapfusion.mini.vocabulary import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -106,7 +107,7 @@ def scene_from_labels(labels: Sequence[int]) -> Scene:
 
 def caption_of(scene: Scene) -> str:
     """The caption, such as "a large red circle at the top on a white background"."""
-    return f"a {scene.size} {scene.color} {scene.shape} {scene.place} on a {scene.background} background"
+    return TEMPLATE.format(**vars(scene))
 
 
 def parse_caption(caption: str) -> Scene:

@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.bundled import BUNDLED
 from snapfusion.models.checksums import verify_checksums
 from snapfusion.models.random_weights import MODEL_CONFIGS, RANDOM_PREFIX, random_bundle
 from snapfusion.models.save import DISTILLATION_FILE
@@ -30,10 +31,6 @@ from snapfusion.schedule import PREDICTION_TYPES, Schedule
 
 # A progress bar for each network would bury the output of a job.
 transformers_logging.disable_progress_bar()
-
-_WEIGHTS = Path(__file__).parents[1] / "mini" / "weights"
-BUNDLED = {"mini": _WEIGHTS / "sd", "mini-v": _WEIGHTS / "sd-v"}
-"""The miniatures in this package: one predicts eps, one v (SnapFusion Eq. 6)."""
 
 NetworkName = Literal["text_encoder", "unet", "vae"]
 """A network of a model, by its folder."""

@@ -1,10 +1,13 @@
 """Settings of the training loop and of the objectives; importable without torch."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from snapfusion.settings import Settings
+
+BRANCHES: Final = {False: "vanilla", True: "guided"}
+"""Names of the branches of SnapFusion Eq. 11, by whether a step is guided."""
 
 Decay = Literal["constant", "cosine"]
 Probability = Annotated[float, Field(ge=0, lt=1)]

@@ -1,7 +1,7 @@
 """The step distillation loss: vanilla, CFG-aware or mixed, plus the original loss. SnapFusion Eq. 11."""
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,9 @@ from snapfusion.training.batch import Batch
 from snapfusion.training.captions import CaptionEncoder
 from snapfusion.training.distillation_batch import DistillationBatch, TargetSource
 from snapfusion.training.moving_averages import MovingAverages
-from snapfusion.training.settings import StepDistillationSettings
+from snapfusion.training.settings import BRANCHES, StepDistillationSettings
 from snapfusion.training.velocity import NoiseSampler, predict_velocity
 
-BRANCHES: Final = {False: "vanilla", True: "guided"}
 _QUANTITIES = ("loss", "error", "grad_norm", "original")
 
 

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from jobs import measure_robustness
-from snapfusion.models.load import BUNDLED, load
+from snapfusion.models.bundled import BUNDLED
+from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.models.unet import architecture_of, build_unet, inherit_weights
 

@@ -22,7 +22,8 @@ from pipelines.sources.webdataset import list_shards
 from pipelines.stages.settings import ImageBounds, Selection
 from pipelines.tables.manifest import total_rejected
 from pipelines.tables.table import open_table
-from snapfusion.models.load import BUNDLED, ModelDimensions, ModelError, load, load_sizes
+from snapfusion.models.bundled import BUNDLED
+from snapfusion.models.load import ModelDimensions, ModelError, load, load_sizes
 
 
 def jpeg(shade: int, *, width: int, height: int) -> bytes:

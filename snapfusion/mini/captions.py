@@ -1,0 +1,48 @@
+"""The captions that the miniature knows: a sentence with a value for each attribute. Imports no torch.
+
+Any other text can be encoded, but the miniature was trained on none, and its images of it mean nothing.
+"""
+
+import functools
+import itertools
+
+from snapfusion.mini.vocabulary import ATTRIBUTES, NUM_CAPTIONS
+
+TEMPLATE = "a {size} {color} {shape} {place} on a {background} background"
+
+VOCABULARY_SIZE = 605
+"""Tokens of the miniature's tokenizer, and of that of every model made of it."""
+
+
+def knows_caption(caption: str) -> bool:
+    """Whether a caption describes a scene; letter case and spaces do not matter, as for the tokenizer."""
+    return normalized(caption) in _captions()
+
+
+def normalized(caption: str) -> str:
+    """The caption as the tokenizer reads it: in lower case, with single spaces."""
+    return " ".join(caption.lower().split())
+
+
+def caption_warning(caption: str, *, vocabulary_size: int) -> str | None:
+    """One line if a model with the miniature's vocabulary does not know a caption, else None.
+
+    Args:
+        caption: to be generated.
+        vocabulary_size: `len` of the model's tokenizer.
+    """
+    if vocabulary_size != VOCABULARY_SIZE or knows_caption(caption):
+        return None
+    return f"the miniature does not know the caption {caption!r}: {caption_grammar()}"
+
+
+def caption_grammar() -> str:
+    """What the captions are like, in one sentence."""
+    words = {name: "|".join(values) for name, values in ATTRIBUTES.items()}
+    return f'it knows {NUM_CAPTIONS:,} captions, "{TEMPLATE.format(**words)}"'
+
+
+@functools.cache
+def _captions() -> frozenset[str]:
+    scenes = itertools.product(*ATTRIBUTES.values())
+    return frozenset(TEMPLATE.format(**dict(zip(ATTRIBUTES, words, strict=True))) for words in scenes)
