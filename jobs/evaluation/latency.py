@@ -1,6 +1,10 @@
-"""Latency of a UNet, part by part. SnapFusion Sec. 2.2, Alg. 1."""
+"""Latency of a UNet, part by part. SnapFusion Sec. 2.2, Alg. 1.
 
-from collections.abc import Callable, Mapping
+A UNet's parts add up to the whole (Alg. 1). Where they do not, the machine was busy with something else while
+one of both was timed: such a measurement is taken once more, and marked if it does not add up again.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,6 +18,9 @@ from snapfusion.evolution.stopwatch import Timing, time_in_turns
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.cost import costs_of
 
+MAX_ERROR = 0.25
+"""The largest error of a prediction, as a share of the measured time, of an undisturbed measurement."""
+
 _WHOLE_PREFIX = "whole "
 
 
@@ -23,16 +30,19 @@ def measure_latency(
     architectures: Mapping[str, Architecture],
     tokens: int,
     on_turn: Callable[[int], None] = lambda turn: None,
+    log: Callable[[str], None] = lambda line: print(f"  {line}", flush=True),
 ) -> dict[str, Any]:
     """Measure the latency table, and whole UNets to compare it with; returns JSON values.
 
-    Everything is measured in turns, so that all of it meets the same other load of the machine.
+    Everything is measured in turns, so that all of it meets the same other load of the machine. All of it is
+    measured once more if the two disagree.
 
     Args:
         settings: of the measurement.
         architectures: by name, all of the same channels and image size, as a model and what evolves from it.
         tokens: of an encoded caption.
         on_turn: receives the number of finished turns.
+        log: receives a line if it is measured again.
 
     Raises:
         LatencyError: if the runtime cannot run in that precision or on that device.
@@ -50,22 +60,62 @@ def measure_latency(
     }
     for name, architecture in architectures.items():
         runs[f"{_WHOLE_PREFIX}{name}"] = unet_benchmark(settings, architecture, tokens=tokens)
-    times = time_in_turns(runs, turns=settings.turns, on_turn=on_turn)
-    table = LatencyTable(
-        setup=setup,
-        date=datetime.now(UTC).date().isoformat(),
-        dimensions=dimensions,
-        parts=tuple(PartLatency(part=part, times=times[name]) for name, part in parts.items()),
-    )
-    return {
-        "table": table.to_values(),
-        "unets": {
-            name: _unet_record(
-                architecture, table=table, measured=times[f"{_WHOLE_PREFIX}{name}"], tokens=tokens
-            )
-            for name, architecture in architectures.items()
-        },
-    }
+
+    def measure() -> dict[str, Any]:
+        times = time_in_turns(runs, turns=settings.turns, on_turn=on_turn)
+        table = LatencyTable(
+            setup=setup,
+            date=datetime.now(UTC).date().isoformat(),
+            dimensions=dimensions,
+            parts=tuple(PartLatency(part=part, times=times[name]) for name, part in parts.items()),
+        )
+        return {
+            "table": table.to_values(),
+            "unets": {
+                name: _unet_record(
+                    architecture, table=table, measured=times[f"{_WHOLE_PREFIX}{name}"], tokens=tokens
+                )
+                for name, architecture in architectures.items()
+            },
+        }
+
+    return measure_undisturbed(measure, log=log)
+
+
+def measure_undisturbed(
+    measure: Callable[[], dict[str, Any]], *, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """The record that `measure` returns, or if that was disturbed its next, and whether it was disturbed."""
+    record = measure()
+    if is_disturbed(record):
+        log(f"disturbed: {error_text(record)}; measured once more")
+        record = measure()
+    return {**record, "disturbed": is_disturbed(record)}
+
+
+def is_disturbed(record: Mapping[str, Any]) -> bool:
+    """Whether the prediction for a whole UNet is off by more than `MAX_ERROR` of its measured time."""
+    return any(abs(unet["error"]) > MAX_ERROR for unet in record["unets"].values())
+
+
+def error_text(record: Mapping[str, Any]) -> str:
+    """By how much the predictions are off, in words."""
+    errors = ", ".join(f"{100 * unet['error']:+.0f} % for {name}" for name, unet in record["unets"].items())
+    return f"the sum of the parts is off by {errors}"
+
+
+def latency_lines(record: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each whole UNet of a record, and one if the measurement was disturbed."""
+    for name, unet in record["unets"].items():
+        yield (
+            f"{name}: {unet['measured']['median_ms']:.4g} ms measured, {unet['predicted_ms']:.4g} ms "
+            f"predicted ({100 * unet['error']:+.1f} %), {unet['parameters']:,} parameters"
+        )
+    if record.get("disturbed"):
+        yield (
+            f"disturbed, and so no result: {error_text(record)}, twice; at most {MAX_ERROR:.0%} is accepted. "
+            "Remove the file and measure while the machine does nothing else"
+        )
 
 
 def _unet_record(

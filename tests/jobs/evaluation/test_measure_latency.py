@@ -1,13 +1,16 @@
 """Tests of the latency job."""
 
 import json
+import time
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from set_options import set_options
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from jobs import measure_latency as job
-from jobs.evaluation.latency import measure_latency
+from jobs.evaluation.latency import is_disturbed, latency_lines, measure_latency, measure_undisturbed
 from jobs.evaluation.settings import LatencySettings
 from jobs.evaluation.timing import architectures_of, setting_of
 from jobs.reports.latency_breakdown import breakdown_of
@@ -15,7 +18,7 @@ from snapfusion.evolution.latency import LatencyTable
 from snapfusion.models.architecture import Architecture, efficient_architecture
 from snapfusion.models.cost import block_count_table
 from snapfusion.models.load import load
-from snapfusion.models.unet import architecture_of
+from snapfusion.models.unet import BlockUNet, architecture_of
 
 pytestmark = pytest.mark.usefixtures("keep_threads")
 
@@ -108,6 +111,56 @@ def test_the_breakdown_is_read_from_the_file(made, origin):
     assert {bars.color for bars in latency.bars} == {1, 2}
     only = {**record_of(made), "unets": {"origin": record_of(made)["unets"]["origin"]}}
     assert [bars.faint for bars in breakdown_of(only).charts[0].bars] == [False, False]
+
+
+def disturbed_by(*errors):
+    unet = {"measured": {"median_ms": 1.0}, "predicted_ms": 1.0, "parameters": 1}
+    return {"unets": {str(number): {**unet, "error": error} for number, error in enumerate(errors)}}
+
+
+@pytest.mark.parametrize(
+    ("errors", "disturbed"),
+    [((0.25, -0.25), False), ((0.0, 0.26), True), ((-0.26, 0.1), True), ((), False)],
+)
+def test_parts_that_do_not_add_up_are_disturbed(errors, disturbed):
+    assert is_disturbed(disturbed_by(*errors)) == disturbed
+
+
+@pytest.mark.parametrize(
+    ("errors", "taken", "disturbed"), [((0.1, 9.0), 1, False), ((0.9, 0.1), 2, False), ((0.9, -0.3), 2, True)]
+)
+def test_a_disturbed_measurement_is_taken_once_more(errors, taken, disturbed):
+    records, lines = iter([disturbed_by(error) for error in errors]), []
+    record = measure_undisturbed(lambda: next(records), log=lines.append)
+    assert record == {**disturbed_by(errors[taken - 1]), "disturbed": disturbed}
+    assert len(lines) == taken - 1
+    assert len(list(records)) == 2 - taken
+    assert ("disturbed, and so no result" in "".join(latency_lines(record))) == disturbed
+
+
+def test_a_whole_unet_that_is_slowed_down_is_marked(origin):
+    def wait(module, arguments):
+        if isinstance(module, UNet2DConditionModel | BlockUNet):
+            time.sleep(0.1)
+
+    turns, lines = [], []
+    hook = register_module_forward_pre_hook(wait)
+    try:
+        record = measure_latency(
+            LatencySettings(turns=2),
+            architectures=architectures_of(origin),
+            tokens=4,
+            on_turn=turns.append,
+            log=lines.append,
+        )
+    finally:
+        hook.remove()
+    assert turns == [1, 2, 1, 2]
+    assert record["disturbed"]
+    assert len(lines) == 1
+    assert "measured once more" in lines[0]
+    assert breakdown_of(record).disturbed
+    assert not breakdown_of({key: record[key] for key in ("table", "unets")}).disturbed
 
 
 def test_a_model_of_few_levels_is_timed_alone(origin):
