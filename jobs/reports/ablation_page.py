@@ -12,7 +12,7 @@ from jobs.reports.charts import Chart, Series
 from jobs.reports.page import render_page
 from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
 from snapfusion.models.load import load
-from snapfusion.training.step_distillation import BRANCHES
+from snapfusion.training.settings import BRANCHES
 
 _NUM_CAPTIONS = 8
 _TABLE_SCALES = (1.0, 2.0, 4.0, 6.0, 7.0)

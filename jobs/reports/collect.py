@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from jobs.cli.job import Job
@@ -10,6 +10,7 @@ from jobs.cli.step_times import read_step
 from jobs.reports import image_samples
 from jobs.reports.lineage_nodes import lineage_nodes
 from jobs.reports.measurements import measurements, training_charts
+from jobs.reports.model_facts import model_facts
 from jobs.reports.oracle_scores import score_with_oracle
 from jobs.reports.run_page import (
     RejectionExample,
@@ -23,6 +24,8 @@ from jobs.reports.side_by_side import sample_side_by_side
 from jobs.runtime.versions import versions
 from pipelines.tables.manifest import total_rejected
 from pipelines.tables.table import Snapshot
+from snapfusion.mini.captions import knows_caption
+from snapfusion.models.bundled import BUNDLED
 from snapfusion.settings import digest
 
 _VERBS = (
@@ -41,9 +44,12 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
     step_comparison, side_by_side, oracle, notes = None, None, None, dict[str, str]()
     # Only recipes with a floor make images that the miniature's oracle can read.
     if student and recipe.oracle_floor:
-        step_comparison, side_by_side = sample_side_by_side(student, url=job.url(recipe.distill.name))
+        step_comparison, side_by_side = sample_side_by_side(
+            student, url=job.url(recipe.distill.name), cache=run.cache
+        )
     if pairs and recipe.oracle_floor:
-        oracle, notes = score_with_oracle(pairs)
+        oracle, notes = score_with_oracle(pairs, cache=run.cache)
+    models = model_facts(run)
     tables = {name: _table_metrics(table) for name, table in run.tables.items()}
     content = ReportContent(
         recipe=recipe.name,
@@ -51,19 +57,21 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
         settings_json=recipe.to_json(),
         versions=versions(),
         totals=tuple(_totals(run)),
-        scenes=image_samples.scene_samples(job),
+        scenes=image_samples.scene_samples(run),
         teacher_images=image_samples.teacher_images(pairs, notes) if pairs else (),
         step_comparison=step_comparison,
         decoder_comparisons=image_samples.decoder_comparisons(run),
         charts=tuple(training_charts(run)),
-        measurements=tuple(measurements(run, side_by_side=side_by_side, oracle=oracle)),
+        measurements=tuple(measurements(run, side_by_side=side_by_side, oracle=oracle, models=models)),
         latencies=run.latencies,
         mobile_comparisons=image_samples.mobile_comparisons(run),
         mobile_variants=mobile_variants_of(run.mobile) if run.mobile else (),
-        lineage=lineage_nodes(run, tables),
+        lineage=lineage_nodes(run, tables, models=models),
         rejections=tuple(summary for table in run.tables.values() for summary in _rejections(table)),
         timings=tuple(_timings(run)),
     )
+    if recipe.model in BUNDLED:
+        content = replace(content, unknown_captions=_unknown_captions(content))
     metrics = RunMetrics(
         recipe=content.recipe,
         settings_hash=content.settings_hash,
@@ -80,6 +88,7 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
                 "device": latency.device,
                 "how": latency.runtime,
                 "date": latency.date,
+                "disturbed": latency.disturbed,
                 "unets": [asdict(unet) for unet in latency.unets],
             }
             for latency in run.latencies
@@ -87,6 +96,15 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
         steps=[asdict(timing) for timing in content.timings],
     )
     return content, metrics
+
+
+def _unknown_captions(content: ReportContent) -> frozenset[str]:
+    """The captions on the page that the miniature does not know."""
+    shown = (
+        *(content.scenes, content.teacher_images),
+        *(content.decoder_comparisons, content.mobile_comparisons),
+    )
+    return frozenset(item.caption for part in shown for item in part if not knows_caption(item.caption))
 
 
 def _totals(run: CommittedRun) -> Iterator[tuple[str, str]]:

@@ -1,42 +1,61 @@
-"""Images of the report: input samples, teacher images, and both decoders and the programs side by side."""
+"""Images of the report: input samples, teacher images, and both decoders and the programs side by side.
+
+What imports torch is imported in the functions, because a report of kept parts does without.
+"""
 
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import islice
 
 import numpy as np
-import torch
+from pydantic import TypeAdapter
 
-from jobs.cli.inputs import shards_url
-from jobs.cli.job import Job
+from jobs.reports.input_states import files_state, model_state, table_state
 from jobs.reports.run_page import CaptionedImage, ImageComparison
 from jobs.reports.run_records import CommittedRun
-from pipelines.loading.loader import held_out_rows
 from pipelines.rejections import Rejected
 from pipelines.sources import SourceError
-from pipelines.sources.webdataset import Sample, list_shards, read_shard
-from pipelines.stages.image import decode_image
+from pipelines.sources.webdataset import Sample, Shard, list_shards, read_shard
 from pipelines.storage.objects import read_bytes
 from pipelines.tables.schemas import array_type, from_png
 from pipelines.tables.table import Snapshot, open_table
-from snapfusion.export.bundle import IMAGES
-from snapfusion.models.bundle import to_uint8
-from snapfusion.models.decoder import load_decoder
-from snapfusion.models.load import load
+from snapfusion.export.layout import IMAGES
 
 _NUM_SCENES, _NUM_TEACHER_IMAGES, _NUM_COMPARISONS = 8, 16, 6
 _MAX_SIDE = 256
 """Side in pixels to which shard images are reduced."""
 
 
-def scene_samples(job: Job) -> tuple[CaptionedImage, ...]:
+_IMAGES = TypeAdapter(tuple[CaptionedImage, ...])
+_COMPARISONS = TypeAdapter(tuple[ImageComparison, ...])
+
+
+def scene_samples(run: CommittedRun) -> tuple[CaptionedImage, ...]:
     """The first images of the first shard, as LATENTS read them; empty if there are no shards."""
     try:
-        shard = list_shards(shards_url(job))[0]
+        shard = list_shards(run.shards_url)[0]
     except SourceError:
         return ()
-    settings = job.recipe.latents
-    size = min(_MAX_SIDE, load(job.recipe.model).image_size)
+    recipe = run.job.recipe
+    return run.cache.part(
+        "scenes",
+        _IMAGES,
+        follows_from={
+            "shard": files_state(shard.url),
+            "reading": recipe.latents.shards.to_values(),
+            "images": recipe.latents.images.to_values(),
+            "model": model_state(recipe.model),
+        },
+        compute=lambda: _scene_samples(run, shard),
+    )
+
+
+def _scene_samples(run: CommittedRun, shard: Shard) -> tuple[CaptionedImage, ...]:
+    from pipelines.stages.image import decode_image
+    from snapfusion.models.load import load_sizes
+
+    settings = run.job.recipe.latents
+    size = min(_MAX_SIDE, load_sizes(run.job.recipe.model).side)
     samples: list[CaptionedImage] = []
     # Some of the rows may be rejected, so more are read than are shown.
     for row in islice(read_shard(shard, settings.shards), 4 * _NUM_SCENES):
@@ -57,24 +76,53 @@ def teacher_images(pairs: Snapshot, notes: Mapping[str, str]) -> tuple[Captioned
     )
 
 
-@torch.inference_mode()
 def decoder_comparisons(run: CommittedRun) -> tuple[ImageComparison, ...]:
     """Held-out latents of PAIRS through the teacher's decoder and the half-width decoder."""
     if run.decoder is None:
         return ()
-    job = run.job
     # The version that the decoder was trained on: a newer one may hold out other rows.
     pairs = open_table(run.tables["pairs"].url, version=run.decoder["parents"]["pairs"]["version"])
-    fraction = job.recipe.decoder.loader.held_out
-    teacher, half = load(job.recipe.model), load_decoder(job.url("decoder"))
+    fraction = run.job.recipe.decoder.loader.held_out
+    return run.cache.part(
+        "decoders",
+        _COMPARISONS,
+        follows_from={
+            "pairs": table_state(pairs),
+            "held_out": fraction,
+            "rows": _NUM_COMPARISONS,
+            "teacher": model_state(run.job.recipe.model),
+            "half": run.decoder,
+        },
+        compute=lambda: _decode(run, pairs, held_out=fraction),
+    )
+
+
+def _decode(run: CommittedRun, pairs: Snapshot, *, held_out: float) -> tuple[ImageComparison, ...]:
+    import torch
+
+    from pipelines.loading.loader import held_out_rows
+    from snapfusion.models.bundle import to_uint8
+    from snapfusion.models.decoder import load_decoder
+    from snapfusion.models.load import load
+
+    decoders = {
+        "Teacher": load(run.job.recipe.model).decode,
+        "Half width": load_decoder(run.job.url("decoder")).decode,
+    }
     comparisons = []
-    for rows in held_out_rows(pairs, ["caption", "latent"], fraction=fraction, limit=_NUM_COMPARISONS):
+    for rows in held_out_rows(pairs, ["caption", "latent"], fraction=held_out, limit=_NUM_COMPARISONS):
         latents = array_type(rows.schema.field("latent")).unpack(rows.column("latent").to_pylist())
         for caption, values in zip(rows.column("caption").to_pylist(), latents, strict=True):
             latent = torch.from_numpy(values.astype(np.float32))[None]
-            reference, images = _pixels(teacher.decode(latent)), {"Half width": _pixels(half.decode(latent))}
+            with torch.inference_mode():
+                images = {
+                    name: to_uint8(decode(latent)[0]).permute(1, 2, 0).numpy()
+                    for name, decode in decoders.items()
+                }
             comparisons.append(
-                ImageComparison(caption=caption, name="Teacher", reference=reference, images=images)
+                ImageComparison(
+                    caption=caption, name="Teacher", reference=images.pop("Teacher"), images=images
+                )
             )
     return tuple(comparisons)
 
@@ -96,8 +144,3 @@ def mobile_comparisons(run: CommittedRun) -> tuple[ImageComparison, ...]:
         )
         for number, caption in enumerate(run.mobile["captions"][:_NUM_COMPARISONS])
     )
-
-
-def _pixels(image: torch.Tensor) -> np.ndarray:
-    """uint8 [H,W,3] of one decoded image, [1,3,H,W]."""
-    return to_uint8(image[0]).permute(1, 2, 0).numpy()

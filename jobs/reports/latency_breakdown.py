@@ -1,13 +1,15 @@
 """Latency of a UNet by kind of block (SnapFusion Fig. 2, Table 3), from a file of `jobs.measure_latency`."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.reports.charts import BarChart, Bars
-from snapfusion.evolution.latency import LatencyTable, latency_by_kind
-from snapfusion.models.architecture import Architecture
-from snapfusion.models.cost import block_count_table
+
+if TYPE_CHECKING:
+    from snapfusion.models.architecture import Architecture
 
 _KINDS = {"attention": "cross-attention", "resnet": "ResNet"}
 _MEASURES = {"ms": ("latency", "ms", 1.0), "parameters": ("parameters", "millions", 1e6)}
@@ -47,6 +49,7 @@ class LatencyBreakdown:
         batch: latents in a pass.
         unets: measured as a whole, the original first.
         charts: Fig. 2.
+        disturbed: whether the parts did not add up to a whole UNet, so that no time is a result.
         rows: of Table 3: stage, side, kind, channels, number of blocks in each UNet.
     """
 
@@ -56,11 +59,16 @@ class LatencyBreakdown:
     batch: int
     unets: tuple[WholeUNet, ...]
     charts: tuple[BarChart, ...]
+    disturbed: bool
     rows: tuple[tuple[Any, ...], ...]
 
 
 def breakdown_of(record: Mapping[str, Any]) -> LatencyBreakdown:
     """The breakdown of a latency file's content."""
+    # Here and below, because they import torch, which a page of kept parts does without.
+    from snapfusion.evolution.latency import LatencyTable
+    from snapfusion.models.cost import block_count_table
+
     table = LatencyTable.parse(record["table"])
     setup = table.setup
     threads = f", {setup.threads} thread{'s' * (setup.threads > 1)}" if setup.threads else ""
@@ -79,12 +87,16 @@ def breakdown_of(record: Mapping[str, Any]) -> LatencyBreakdown:
             for name, unet in record["unets"].items()
         ),
         charts=tuple(breakdown_charts(record).values()),
+        # Older files do not say.
+        disturbed=bool(record.get("disturbed")),
         rows=tuple(block_count_table(*_architectures(record).values())),
     )
 
 
 def breakdown_charts(record: Mapping[str, Any]) -> dict[str, BarChart]:
     """SnapFusion Fig. 2: latency and parameters of both kinds of block; all UNets but the last are paler."""
+    from snapfusion.evolution.latency import LatencyTable, latency_by_kind
+
     table = LatencyTable.parse(record["table"])
     rows = {name: latency_by_kind(table, shape) for name, shape in _architectures(record).items()}
     stages = list(dict.fromkeys(row["stage"] for row in next(iter(rows.values()))))
@@ -109,4 +121,6 @@ def breakdown_charts(record: Mapping[str, Any]) -> dict[str, BarChart]:
 
 
 def _architectures(record: Mapping[str, Any]) -> dict[str, Architecture]:
+    from snapfusion.models.architecture import Architecture
+
     return {name: Architecture.parse(unet["architecture"]) for name, unet in record["unets"].items()}

@@ -3,43 +3,44 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.cli.inputs import shards_url
 from jobs.cli.state import read_json
+from jobs.reports.model_facts import ModelFacts
 from jobs.reports.run_page import LineageNode
 from jobs.reports.run_records import CommittedRun
-from jobs.training.initial_weights import PROVENANCE
-from jobs.training.metrics import StudentMetrics
-from jobs.training.run_folder import METRICS
-from snapfusion.models.load import load
+from jobs.training.metrics import METRICS, PROVENANCE, StudentMetrics
 from snapfusion.settings import digest
 
 _PARENTS = {"latents": ("SHARDS", "TEACHER"), "pairs": ("LATENTS", "TEACHER")}
 _TABLE_FIELDS = ("url", "identity", "version", "rows_read", "rows_written", "rejected")
 
 
-def lineage_nodes(run: CommittedRun, tables: Mapping[str, Mapping[str, Any]]) -> tuple[LineageNode, ...]:
+def lineage_nodes(
+    run: CommittedRun, tables: Mapping[str, Mapping[str, Any]], *, models: ModelFacts
+) -> tuple[LineageNode, ...]:
     """All commits of a run.
 
     Args:
         run: its committed parts.
         tables: metrics of its tables.
+        models: identities of its models.
     """
-    return tuple(_Lineage(run).nodes(tables))
+    return tuple(_Lineage(run, models).nodes(tables))
 
 
 class _Lineage:
     """Nodes in order of creation, looked up by name or by identity."""
 
-    def __init__(self, run: CommittedRun) -> None:
+    def __init__(self, run: CommittedRun, models: ModelFacts) -> None:
         self._run = run
+        self._identities = models.identities
         self._nodes: list[LineageNode] = []
 
     def nodes(self, tables: Mapping[str, Mapping[str, Any]]) -> list[LineageNode]:
         """All commits, from the parts of the run and the metrics of its tables."""
         run, job = self._run, self._run.job
-        self._add("SHARDS", "shards", url=shards_url(job), identity=digest(job.recipe.source.to_values()))
-        weights = digest(load(job.recipe.model).fingerprint())
-        self._add("TEACHER", "model", url=job.recipe.model, identity=weights)
+        self._add("SHARDS", "shards", url=run.shards_url, identity=digest(job.recipe.source.to_values()))
+        model = job.recipe.model
+        self._add("TEACHER", "model", url=model, identity=self._identities[model])
         for name, metrics in tables.items():
             fields = {key: metrics[key] for key in _TABLE_FIELDS}
             self._add(name.upper(), "table", parents=self._existing(*_PARENTS[name]), **fields)
@@ -67,7 +68,7 @@ class _Lineage:
             return
         source, url = job.resolve(job.recipe.efficient.begin), job.url("efficient")
         parent = self._model("TEACHER OF STEPS", source, origin["weights"])
-        identity, parents = digest(load(url).fingerprint()), self._existing("LATENTS", parent)
+        identity, parents = self._identities[url], self._existing("LATENTS", parent)
         self._add("EFFICIENT", "checkpoint", url=url, identity=identity, parents=parents)
 
     def _add_student(self, student: StudentMetrics) -> None:

@@ -1,18 +1,20 @@
 """Charts and measurements of the report, from the records of a run."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from typing import Any
 
-from jobs.evaluation.timing import ORIGIN
+from jobs.evaluation.settings import ORIGIN
 from jobs.reports.charts import Chart, Series
+from jobs.reports.metric_names import scorer_name
+from jobs.reports.model_facts import ModelFacts
 from jobs.reports.oracle_scores import OracleScores
 from jobs.reports.run_page import Measurement
 from jobs.reports.run_records import CommittedRun
 from jobs.reports.side_by_side import TEACHER_STEPS
 from jobs.training.metrics import DecoderMetrics, StudentMetrics
-from snapfusion.models.load import ModelError, load
-from snapfusion.training.step_distillation import BRANCHES
+from snapfusion.training.settings import BRANCHES
+
+_DISTURBED = "disturbed, and so no result: the UNet's parts do not add up to the whole; "
 
 
 def training_charts(run: CommittedRun) -> Iterator[Chart]:
@@ -43,7 +45,11 @@ def training_charts(run: CommittedRun) -> Iterator[Chart]:
 
 
 def measurements(
-    run: CommittedRun, *, side_by_side: Mapping[str, Any] | None, oracle: OracleScores | None
+    run: CommittedRun,
+    *,
+    side_by_side: Mapping[str, Any] | None,
+    oracle: OracleScores | None,
+    models: ModelFacts,
 ) -> Iterator[Measurement]:
     """The rows of the table of measurements, for the parts that exist."""
     if side_by_side:
@@ -55,10 +61,10 @@ def measurements(
             counted="held-out captions",
             seed=side_by_side["seed"],
             note=f"paired, 95 %: {gain['low']:.4f} to {gain['high']:.4f}; "
-            f"guidance {side_by_side['guidance']:g}",
+            f"guidance {side_by_side['guidance']:g}; by {scorer_name(side_by_side['scorer'])}",
         )
     if run.student:
-        yield from _speedups(run, run.student)
+        yield from _speedups(run, run.student, parameters=models.student_parameters)
     if run.decoder:
         yield from _decoder_measurements(run.decoder)
     if oracle:
@@ -78,9 +84,9 @@ def measurements(
             )
 
 
-def _speedups(run: CommittedRun, student: StudentMetrics) -> Iterator[Measurement]:
+def _speedups(run: CommittedRun, student: StudentMetrics, *, parameters: int | None) -> Iterator[Measurement]:
     """UNet time of 50 steps of the original model over the student's, where both UNets were timed."""
-    steps, parameters = student["distillation"]["steps"], _num_parameters(student)
+    steps = student["distillation"]["steps"]
     for latency in run.latencies:
         origin = next((unet for unet in latency.unets if unet.name == ORIGIN), None)
         # A latency file names architectures and no students: the student's is found by its size.
@@ -92,17 +98,10 @@ def _speedups(run: CommittedRun, student: StudentMetrics) -> Iterator[Measuremen
                 unit="x",
                 count=own.turns,
                 counted="turns of each UNet",
-                note=f"{TEACHER_STEPS} steps of {origin.measured_ms:.3g} ms over {steps} of "
-                f"{own.measured_ms:.3g} ms, guided; {latency.runtime}; 12.2x with 8 steps on an A100 in the "
-                "paper",
+                note=f"{_DISTURBED if latency.disturbed else ''}{TEACHER_STEPS} steps of "
+                f"{origin.measured_ms:.3g} ms over {steps} of {own.measured_ms:.3g} ms, guided; "
+                f"{latency.runtime}; 12.2x with 8 steps on an A100 in the paper",
             )
-
-
-def _num_parameters(student: StudentMetrics) -> int | None:
-    """Parameters of the student's UNet, or None if its initial weights no longer exist."""
-    with suppress(ModelError):
-        return sum(one.numel() for one in load(student["parents"]["student"]["source"]).unet.parameters())
-    return None
 
 
 def _decoder_measurements(decoder: DecoderMetrics) -> Iterator[Measurement]:

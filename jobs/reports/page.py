@@ -15,6 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from jobs.reports.charts import chart_svg
+from jobs.reports.metric_names import features_name, scorer_name
 from jobs.runtime.progress import format_duration
 from pipelines.tables.schemas import to_png
 
@@ -43,6 +44,8 @@ def render_page(template: str, **values: object) -> str:
         "levels": lambda number: f"{number:.1f} of 255",
         "percent": lambda number: f"{number:.1f} %",
         "score": lambda number: f"{number:.3f}",
+        "features": features_name,
+        "scorer": scorer_name,
         "figure": lambda number: f"{number:,.4g}" if abs(number) < 10_000 else f"{number:,.0f}",
         "rate": lambda number: f"{number:.3g}" if number < 1000 else f"{number:,.0f}",
         "size": _size,

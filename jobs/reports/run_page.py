@@ -10,7 +10,9 @@ import numpy as np
 from jobs.reports.charts import Chart
 from jobs.reports.latency_breakdown import LatencyBreakdown
 from jobs.reports.page import render_page
+from jobs.reports.part_cache import Pixels
 from snapfusion.export.parity import psnr
+from snapfusion.mini.captions import caption_grammar
 
 DIFFERENCE_FACTOR = 8
 """Amplification of difference images."""
@@ -26,7 +28,7 @@ class CaptionedImage:
         note: a second, smaller line, such as the oracle's score of it.
     """
 
-    image: np.ndarray
+    image: Pixels
     caption: str
     note: str = ""
 
@@ -42,8 +44,8 @@ class ComparedImage:
     """
 
     name: str
-    image: np.ndarray
-    reference: np.ndarray
+    image: Pixels
+    reference: Pixels
 
     @cached_property
     def difference(self) -> np.ndarray:
@@ -71,8 +73,8 @@ class ImageComparison:
 
     caption: str
     name: str
-    reference: np.ndarray
-    images: Mapping[str, np.ndarray]
+    reference: Pixels
+    images: Mapping[str, Pixels]
 
     @cached_property
     def compared(self) -> list[ComparedImage]:
@@ -119,12 +121,14 @@ class StepComparison:
     Attributes:
         guidance: w of all images.
         num_captions: captions behind the metrics.
+        scorer: network behind the CLIP scores.
         models: teacher, undistilled, student.
         rows: some of the captions.
     """
 
     guidance: float
     num_captions: int
+    scorer: str
     models: tuple[ModelMetrics, ...]
     rows: tuple[SampleRow, ...]
 
@@ -273,6 +277,7 @@ class ReportContent:
         lineage: every commit, parents before children.
         rejections: rejected rows.
         timings: of the steps, in order.
+        unknown_captions: those that the miniature, if it is the run's model, does not know.
     """
 
     recipe: str
@@ -292,6 +297,7 @@ class ReportContent:
     lineage: tuple[LineageNode, ...] = ()
     rejections: tuple[RejectionSummary, ...] = ()
     timings: tuple[StepTiming, ...] = ()
+    unknown_captions: frozenset[str] = frozenset()
 
 
 def render_report(content: ReportContent) -> str:
@@ -304,6 +310,7 @@ def render_report(content: ReportContent) -> str:
         "report.html.j2",
         content=content,
         factor=DIFFERENCE_FACTOR,
+        grammar=caption_grammar(),
         layers=_layers(content.lineage),
         longest=max([timing.seconds for timing in content.timings], default=0.0) or 1.0,
     )

@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from pydantic import TypeAdapter
+
 from jobs.cli.job import Job
 from jobs.cli.state import read_json, read_json_files
 from jobs.reports.latency_breakdown import LatencyBreakdown, breakdown_of
-from jobs.training.metrics import DecoderMetrics, StudentMetrics
-from jobs.training.run_folder import METRICS
+from jobs.reports.part_cache import PartCache
+from jobs.training.metrics import METRICS, DecoderMetrics, StudentMetrics
 from pipelines.tables.table import Snapshot, is_table, open_table
-from snapfusion.export.bundle import FORMAT_VERSION, MANIFEST
+from snapfusion.export.layout import FORMAT_VERSION, MANIFEST
+
+_LATENCIES = TypeAdapter(tuple[LatencyBreakdown, ...])
 
 
 class RunMetrics(TypedDict):
@@ -42,6 +46,7 @@ class CommittedRun:
         decoder: metrics of the half-width decoder.
         mobile: the bundle's manifest.
         latencies: one of each latency file with whole UNets.
+        cache: of the parts that a model computes.
     """
 
     job: Job
@@ -50,12 +55,21 @@ class CommittedRun:
     decoder: DecoderMetrics | None
     mobile: Mapping[str, Any] | None
     latencies: tuple[LatencyBreakdown, ...]
+    cache: PartCache
+
+    @property
+    def shards_url(self) -> str:
+        """URL of the shards, whose other definition (`jobs.cli.inputs`) imports torch."""
+        return self.job.recipe.source.url or self.job.url("shards")
 
     @classmethod
     def read(cls, job: Job) -> CommittedRun:
         """Open the tables and read the records of the run."""
+        cache = PartCache(job.url("report/cache"))
         mobile = read_json(job.url(f"mobile/{MANIFEST}"))
         # Bundles of version 1 hold the decoder alone and have no variants to show.
+        # A bare table, such as a phone's, has no whole UNets.
+        records = [record for record in read_json_files(job.url("latency")) if record.get("unets")]
         current = mobile is not None and mobile.get("format") == FORMAT_VERSION
         return cls(
             job=job,
@@ -65,8 +79,11 @@ class CommittedRun:
             student=read_json(f"{job.url(job.recipe.distill.name)}/{METRICS}"),
             decoder=read_json(job.url(f"decoder/{METRICS}")),
             mobile=mobile if current else None,
-            # A bare table, such as a phone's, has no whole UNets.
-            latencies=tuple(
-                breakdown_of(record) for record in read_json_files(job.url("latency")) if record.get("unets")
+            latencies=cache.part(
+                "latencies",
+                _LATENCIES,
+                follows_from=records,
+                compute=lambda: tuple(map(breakdown_of, records)),
             ),
+            cache=cache,
         )

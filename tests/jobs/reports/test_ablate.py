@@ -269,7 +269,7 @@ def line_of(name, *, evaluations, seeds=1, student=False):
 
 def panel_of(lines):
     protocol = {"captions": {"compared": 500}, "reference": {"compared": 4000}}
-    protocol["features"] = {"network": "oracle"}
+    protocol |= {"features": {"network": "oracle"}, "scorer": {"network": "mini"}}
     return {
         "panel": {"name": "6x", "title": "Title", "baseline": "few", "many": "many", "control": None},
         "seeds": [0, 1],

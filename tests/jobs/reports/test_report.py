@@ -1,10 +1,9 @@
 """Report of a run: collected from what is committed; it fails if images do not show their captions."""
 
 import json
-from pathlib import Path
 
 import pytest
-from in_process import in_process
+from reported_run import CAPTIONS, make_pairs, make_student, reported
 
 from jobs import measure_latency as latency_job
 from jobs import report
@@ -13,36 +12,11 @@ from jobs.evaluation.settings import LatencySettings
 from jobs.evaluation.timing import architectures_of
 from jobs.reports import side_by_side
 from jobs.training.initial_weights import own_architecture, with_architecture
-from pipelines.datasets.pairs import generate_pairs
-from pipelines.datasets.settings import PairsSettings
 from pipelines.sources.captions import Caption
-from pipelines.stages.settings import Generation
 from pipelines.storage.objects import read_bytes, replace_object
-from snapfusion.mini.scenes import caption_of, scene_of
 from snapfusion.models.architecture import efficient_architecture
 from snapfusion.models.load import load
-from snapfusion.models.save import save
 from snapfusion.models.unet import architecture_of
-
-CAPTIONS = [Caption(id=f"{n:03d}", ordinal=n, text=caption_of(scene_of(97 * n))) for n in range(8)]
-
-
-def make_pairs(out: Path, *, guidance: float = 2.0, captions: list[Caption] = CAPTIONS) -> None:
-    generation = Generation(steps=4, guidance=guidance, batch_size=8)
-    generate_pairs(
-        PairsSettings(generation=generation),
-        teacher="mini",
-        captions=captions,
-        source="captions",
-        url=str(out / "pairs"),
-        run=in_process,
-    )
-
-
-def reported(out: Path, *options: str, code: int = 0) -> tuple[str, dict]:
-    """The page and the metrics of a report."""
-    assert report.main(["--out", str(out), *options]) == code
-    return (out / "report" / "index.html").read_text(), json.loads((out / "metrics.json").read_text())
 
 
 def test_a_run_with_pairs_alone_is_reported(tmp_path):
@@ -53,33 +27,21 @@ def test_a_run_with_pairs_alone_is_reported(tmp_path):
     assert metrics["oracle"]["images"] == 8
     assert metrics["tables"]["pairs"]["rows_read"] == metrics["tables"]["pairs"]["rows_written"] == 8
     assert metrics["decoder"] is None
-
-
-def make_student(out: Path, *, initial: str = "mini-v") -> None:
-    """A folder as `jobs.distill_steps` leaves it, of a student that was not trained."""
-    distillation, models = {"steps": 4, "teacher_steps": 8}, {"teacher": "mini-v", "student": initial}
-    save(load(initial), out / "student" / "model", distillation=distillation)
-    metrics = {
-        "distillation": distillation,
-        "parents": {
-            role: {"source": source, "weights": load(source).fingerprint()} for role, source in models.items()
-        },
-        "settings": {"targets": "online"},
-        "settings_hash": "5" * 64,
-        "curve": [
-            {"step": 1, "vanilla/loss": 0.5},
-            {"step": 2, "vanilla/loss": 0.4, "guided/loss": 2.0},
-            {"step": 3, "guided/loss": 1.0},
-        ],
-    }
-    (out / "student" / "metrics.json").write_text(json.dumps(metrics))
+    assert "The miniature does not know this caption." not in page
 
 
 def test_student_is_compared_with_teacher_and_initialization(tmp_path, monkeypatch):
     monkeypatch.setattr(side_by_side, "NUM_CAPTIONS", 6)
     make_student(tmp_path)
     page, metrics = reported(tmp_path)
-    for words in ("50 steps · 5/5", "Undistilled", "4 steps · ", "6 held-out captions", "distilled from 8"):
+    for words in (
+        "50 steps · 5/5",
+        "Undistilled",
+        "4 steps · ",
+        "6 held-out captions",
+        "distilled from 8",
+        "CLIP scorer",
+    ):
         assert words in page
     for words in ("distillation loss", "vanilla", "guided", "TEACHER OF STEPS", "STUDENT", "initial weights"):
         assert words in page
@@ -153,6 +115,7 @@ def test_captions_that_are_no_scenes_are_not_scored(tmp_path):
     page, metrics = reported(tmp_path)
     assert metrics["oracle"] is None
     assert "<b>a dog</b>" not in page
+    assert page.count("The miniature does not know this caption.") == 1
 
 
 def test_a_report_is_written_to_a_bucket_again(bucket):

@@ -75,6 +75,7 @@ LATENCY = LatencyBreakdown(
     date="2026-11-21",
     batch=2,
     unets=(UNET,),
+    disturbed=False,
     charts=(BarChart(title="Latency", y_label="latency (ms)", categories=["Down-1", "Mid"], bars=BARS),),
     rows=(("Mid", 8, "ResNet", 1280, 7),),
 )
@@ -119,7 +120,9 @@ def content(**changes):
         totals=(("512", "scenes read"),),
         scenes=(captioned(0, "a large red circle", "row 7"),),
         teacher_images=(captioned(1, "a small blue ring"),),
-        step_comparison=StepComparison(guidance=4.0, num_captions=64, models=(STUDENT,), rows=(row,)),
+        step_comparison=StepComparison(
+            guidance=4.0, num_captions=64, scorer="open_clip's ViT-g-14", models=(STUDENT,), rows=(row,)
+        ),
         decoder_comparisons=(comparison(teacher, half, caption="a green cross"),),
         mobile_comparisons=(comparison(teacher, half, half, caption="a pink star"),),
         charts=(chart(Series(name="a", x=[0, 1], y=[2, 1])),),
@@ -178,6 +181,7 @@ def test_every_section_is_filled():
         "a large red circle row 7",
         "a small blue ring",
         "at guidance 4",
+        "CLIP is the cosine of image and caption by open_clip's ViT-g-14",
         "a cyan heart Student, 4 steps 5 of 5 correct",
         "64 held-out captions",
         "student 4 99.0 % 95.3 % 0.750 7.2 of 255",
@@ -198,6 +202,22 @@ def test_every_section_is_filled():
         "committed before",
     ):
         assert words in page.text, words
+
+
+def test_a_disturbed_latency_is_no_result():
+    assert "Disturbed" not in rendered().text
+    disturbed = dataclasses.replace(LATENCY, disturbed=True)
+    assert "Disturbed: the parts do not add up" in rendered(latencies=(disturbed,)).text
+
+
+def test_captions_that_the_miniature_does_not_know_are_marked():
+    mark = "The miniature does not know this caption."
+    assert mark not in rendered().text
+    marked = rendered(unknown_captions=frozenset({"a small blue ring", "a green cross", "a pink star"})).text
+    assert marked.count(mark) == 3
+    for words in (f"a small blue ring {mark}", f"a green cross {mark}", f"a pink star {mark}"):
+        assert words in marked
+    assert 'it knows 1,200 captions, "a small|large red|orange' in marked
 
 
 def test_an_empty_run_has_every_section():

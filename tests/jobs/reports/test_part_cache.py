@@ -1,0 +1,95 @@
+"""Kept parts of a report: a second report needs no model, a changed input is computed again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from reported_run import make_pairs, make_student, reported
+
+from jobs import measure_latency
+from jobs.cli.job import Job, resolve_recipe
+from jobs.cli.scenes import render_scenes
+from jobs.reports import side_by_side
+from snapfusion.models.load import load
+from snapfusion.models.save import save
+
+ROOT = Path(__file__).parents[3]
+NUM_CAPTIONS = 4
+PROGRAM = f"""
+import sys
+from jobs.reports import side_by_side
+side_by_side.NUM_CAPTIONS = {NUM_CAPTIONS}
+from jobs import report
+code = report.main(["--out", sys.argv[1]])
+print("loaded", *sys.modules)
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run with a part of every kind but a decoder."""
+    monkeypatch.setattr(side_by_side, "NUM_CAPTIONS", NUM_CAPTIONS)
+    make_pairs(tmp_path)
+    make_student(tmp_path)
+    recipe = resolve_recipe("mini", ["source.scenes=8", "source.scenes_per_shard=8"])
+    render_scenes(Job(verb="render_scenes", recipe=recipe, out=str(tmp_path)))
+    assert measure_latency.main(["--out", str(tmp_path), "--set", "latency.turns=2"]) == 0
+    return tmp_path
+
+
+def kept(run):
+    """What the cache holds, by part."""
+    return {path.stem: path.read_bytes() for path in (run / "report" / "cache").iterdir()}
+
+
+def test_a_second_report_is_equal_and_loads_no_model(run):
+    page, metrics = reported(run)
+    assert kept(run).keys() == {"latencies", "models", "oracle", "scenes", "student"}
+    command = [sys.executable, "-c", PROGRAM, str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert loaded & {"torch", "diffusers", "transformers", "open_clip"} == set()
+    assert "is damaged (" not in done.stdout
+    assert (run / "report" / "index.html").read_text() == page
+    assert json.loads((run / "metrics.json").read_text()) == metrics
+
+
+def test_a_changed_student_is_sampled_again(run):
+    page, metrics = reported(run)
+    before = kept(run)
+    student = load(str(run / "student" / "model"))
+    for weights in student.unet.conv_out.parameters():
+        weights.data.mul_(0.5)
+    save(student, run / "student" / "model", distillation=student.distillation)
+    changed_page, changed = reported(run)
+    ways, changed_ways = metrics["fewer_steps"]["ways"], changed["fewer_steps"]["ways"]
+    assert changed_ways["teacher"] == ways["teacher"]
+    assert changed_ways["student"]["distance"] != ways["student"]["distance"]
+    assert changed_page != page
+    after = kept(run)
+    assert {name for name in before if after[name] != before[name]} == {"student"}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: b"\x00" + data,
+        lambda data: data.replace(b"5 of 5", b"4 of 5"),
+        lambda data: b"[]",
+    ],
+    ids=["truncated", "not text", "altered", "something else"],
+)
+def test_a_damaged_part_is_computed_again(tmp_path, capsys, damage):
+    make_pairs(tmp_path)
+    page, _ = reported(tmp_path)
+    before, file = kept(tmp_path), tmp_path / "report" / "cache" / "oracle.json"
+    file.write_bytes(damage(file.read_bytes()))
+    capsys.readouterr()
+    assert reported(tmp_path)[0] == page
+    lines = [line for line in capsys.readouterr().out.splitlines() if f"{file} is damaged (" in line]
+    assert len(lines) == 1
+    assert kept(tmp_path) == before
