@@ -11,7 +11,6 @@ A published student or a committed sample is not made again, so the job can be s
 """
 
 import json
-from functools import partial
 
 from jobs import encode_latents
 from jobs.cli.ablation import (
@@ -23,15 +22,14 @@ from jobs.cli.ablation import (
     students_of,
     train_student,
 )
-from jobs.cli.job import Job, run
+from jobs.cli.job import Job
 from jobs.cli.scenes import render_scenes
 from jobs.cli.state import read_json
+from jobs.cli.verb import recipe_verb
 from jobs.recipes.ablation import Panel
-from jobs.reports.ablation_page import ablation_charts, render_ablation, sample_image_rows
-from jobs.reports.charts import standalone_svg
 from jobs.runtime.cluster import connect
-from jobs.runtime.exit_codes import exit_process
-from jobs.training.run_folder import METRICS
+from jobs.runtime.logs import logger
+from jobs.training.sources import METRICS
 from pipelines.storage.objects import replace_object
 
 
@@ -45,16 +43,19 @@ def ablate(job: Job) -> None:
     encode_latents.encode(job)
     connect(job.recipe.cluster)
     for panel in settings.chosen:
-        print(f"[{panel.name}] {panel.title}", flush=True)
+        logger.info(f"[{panel.name}] {panel.title}")
         for variant, seed in students_of(settings, panel):
             train_student(job, variant, seed=seed)
         write_panel(job, panel)
         write_page(job)
-    print(f"  {job.url('ablation/page.html')}")
+    logger.info(f"  {job.url('ablation/page.html')}")
 
 
 def write_panel(job: Job, panel: Panel) -> None:
     """Evaluate a panel, and write its record and charts."""
+    from jobs.reports.ablation_page import ablation_charts
+    from jobs.reports.charts import standalone_svg
+
     text = json.dumps(evaluate_panel(job, panel))
     # 500 captions determine no more than six digits.
     text = json.dumps(json.loads(text, parse_float=lambda digits: float(f"{float(digits):.6g}")))
@@ -70,6 +71,8 @@ def _panel_url(job: Job, panel: Panel) -> str:
 
 def write_page(job: Job) -> None:
     """Write the page of all finished panels, with curves and images of the first one."""
+    from jobs.reports.ablation_page import render_ablation, sample_image_rows
+
     settings = job.recipe.ablation
     panels = [read_json(_panel_url(job, panel)) for panel in settings.panels]
     lines = settings.panels[0].lines
@@ -102,7 +105,7 @@ def preview(job: Job) -> list[str]:
     return lines or ["nothing: this recipe has no ablation"]
 
 
-main = partial(run, "ablate", ablate, preview=preview, about=__doc__)
+main = recipe_verb("ablate", ablate, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

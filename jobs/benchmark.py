@@ -3,36 +3,35 @@
 Each module runs in each runtime in a process of its own, on the bundle's test vectors.
 """
 
-import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.runtime.arguments import OneLineParser
-from jobs.runtime.exit_codes import run_guarded
+import click
+
+from jobs.cli.verb import Options, plain_verb
+from jobs.reports.benchmark_table import benchmark_lines
+from jobs.runtime.logs import logger
+from pipelines.storage.objects import StorageError, replace_object
 from snapfusion.settings import SettingsError
 
 MIN_REPEATS = 20
 """With fewer runs the 95th percentile would be a single run."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `snapfusion benchmark`."""
-    return run_guarded("benchmark", lambda: _benchmark(_options(argv)))
+OPTIONS = [
+    click.Argument(["bundle"], type=Path),
+    click.Option(["--model"], help="model of torch's rows (default: the one the bundle was made from)"),
+    click.Option(["--decoder"], metavar="URL", help="half-width decoder of torch's rows (likewise)"),
+    click.Option(["--variant"], multiple=True, metavar="NAME", help="repeatable (default: all)"),
+    click.Option(["--repeats"], type=int, default=50, show_default=True, help="timed runs of each module"),
+    click.Option(
+        ["--threads"], type=int, default=1, show_default=True, help="threads of torch and ExecuTorch"
+    ),
+    click.Option(["--json"], metavar="FILE", help="also write the results as JSON"),
+]
 
 
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog="snapfusion benchmark", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a folder made by compile_mobile")
-    parser.add_argument("--model", help="model of torch's rows (default: the one the bundle was made from)")
-    parser.add_argument("--decoder", metavar="URL", help="half-width decoder of torch's rows (likewise)")
-    parser.add_argument(
-        "--variant", nargs="+", action="extend", metavar="NAME", help="variants of the bundle (default: all)"
-    )
-    parser.add_argument("--repeats", type=int, default=50, help="timed runs of each module (default: 50)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch and ExecuTorch (default: 1)")
-    parser.add_argument("--json", metavar="FILE", help="also write the results as JSON")
-    options = parser.options(argv)
+def _benchmark(options: Options) -> None:
     if options.repeats < MIN_REPEATS:
         raise SettingsError(
             f"--repeats {options.repeats}: at least {MIN_REPEATS} are needed for the 95th percentile"
@@ -41,14 +40,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         raise SettingsError(f"--threads {options.threads}: at least 1 is accepted")
     if options.json and Path(options.json).is_dir():
         raise SettingsError(f"--json {options.json}: it is a folder; a file is accepted")
-    return options
-
-
-def _benchmark(options: argparse.Namespace) -> None:
     # Imported here, so that --help and mistakes are answered at once.
     from jobs.evaluation.bundle_benchmark import BundleBenchmark
-    from jobs.reports.benchmark_table import benchmark_lines
-    from pipelines.storage.objects import StorageError, replace_object
     from snapfusion.export.bundle import BundleError, open_bundle
 
     try:
@@ -59,14 +52,20 @@ def _benchmark(options: argparse.Namespace) -> None:
         bundle=bundle,
         model=options.model,
         decoder=options.decoder,
-        variants=tuple(options.variant) if options.variant else None,
+        variants=options.variant or None,
         repeats=options.repeats,
         threads=options.threads,
     ).measure()
-    print("\n".join(["", *benchmark_lines(results)]))
+    logger.info("\n".join(["", *benchmark_lines(results)]))
     if options.json:
         try:
             replace_object(options.json, f"{json.dumps(results, indent=1)}\n".encode())
         except StorageError as error:
             raise SettingsError(f"--json {error}") from None
-        print(f"\n{options.json}")
+        logger.info(f"\n{options.json}")
+
+
+main = plain_verb("benchmark", _benchmark, about=__doc__, options=OPTIONS)
+
+if __name__ == "__main__":
+    main.exit()

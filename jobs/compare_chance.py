@@ -5,21 +5,22 @@ OUT/chance/first/, trained/   initial and trained models, with a table of sample
 """
 
 import json
-from functools import partial
 
 from jobs.cli.in_run import resolve_training, table_starter
-from jobs.cli.job import Job, run
-from jobs.evolution.random_baseline import COMPARED_METRICS, RandomBaseline
+from jobs.cli.job import Job
+from jobs.cli.verb import recipe_verb
 from jobs.evolve_unet import latency_table
 from jobs.runtime.cluster import connect, runner
-from jobs.runtime.exit_codes import exit_process
-from jobs.training.initial_weights import named_architecture, own_architecture
-from jobs.training.progress_channel import show_reports
+from jobs.runtime.logs import logger
 from pipelines.storage.objects import replace_object
 
 
 def compare_chance(job: Job) -> None:
     """Train and score the architectures, unless that is done, and write the metrics."""
+    from jobs.evolution.random_baseline import COMPARED_METRICS, RandomBaseline
+    from jobs.training.initial_weights import named_architecture, own_architecture
+    from jobs.training.progress_channel import show_reports
+
     model, settings = job.resolve(job.recipe.evolution.begin), job.recipe.random_baseline
     baseline = RandomBaseline(
         settings=settings.model_copy(update={"training": resolve_training(settings.training, job)}),
@@ -40,8 +41,8 @@ def compare_chance(job: Job) -> None:
         for metric in COMPARED_METRICS:
             if metric in reading:
                 line = "{evolved:.4g} evolved; random {median:.4g} median, {best:.4g} best, {worse} worse"
-                print(f"  w = {reading['w']:g}, {metric}: {line.format_map(reading[metric])}")
-    print(f"  {url}")
+                logger.info(f"  w = {reading['w']:g}, {metric}: {line.format_map(reading[metric])}")
+    logger.info(f"  {url}")
 
 
 def preview(job: Job) -> list[str]:
@@ -55,7 +56,7 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = partial(run, "compare_chance", compare_chance, preview=preview, about=__doc__)
+main = recipe_verb("compare_chance", compare_chance, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

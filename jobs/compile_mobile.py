@@ -4,20 +4,19 @@ MODEL is a diffusers folder, the folder of a training, a URL or a hub id; by def
 `mobile.model`. The bundle is OUT/mobile (`snapfusion.export.bundle` lists its files).
 """
 
-from functools import partial
-
-from jobs.cli.job import Job, run
+from jobs.cli.job import Job
 from jobs.cli.state import state_of
-from jobs.runtime.exit_codes import exit_process
-from jobs.training.mobile_bundle import parent_record, publish_bundle, summary
-from snapfusion.export.bundle import MANIFEST
+from jobs.cli.verb import recipe_verb
+from jobs.runtime.logs import logger
 from snapfusion.export.settings import LicenceError
-from snapfusion.models.decoder import load_decoder
-from snapfusion.models.load import load
 
 
 def compile_mobile(job: Job) -> None:
     """Make the run's bundle, unless it is published already."""
+    from jobs.training.mobile_bundle import parent_record, publish_bundle, summary
+    from snapfusion.models.decoder import load_decoder
+    from snapfusion.models.load import load
+
     settings = job.recipe.mobile
     try:
         settings.licence.check()
@@ -35,7 +34,7 @@ def compile_mobile(job: Job) -> None:
         out_url=job.url("mobile"),
     )
     for line in summary(manifest):
-        print(f"  {line}")
+        logger.info(f"  {line}")
 
 
 def _model_and_decoder(job: Job) -> tuple[str, str | None]:
@@ -47,6 +46,8 @@ def _model_and_decoder(job: Job) -> tuple[str, str | None]:
 
 def preview(job: Job) -> list[str]:
     """Describe what would be read and written."""
+    from snapfusion.export.bundle import MANIFEST
+
     url, settings = job.url("mobile"), job.recipe.mobile
     model, decoder = _model_and_decoder(job)
     own = f"the decoder {decoder}" if decoder else "its own decoder"
@@ -60,7 +61,7 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = partial(run, "compile_mobile", compile_mobile, preview=preview, about=__doc__, target="MODEL")
+main = recipe_verb("compile_mobile", compile_mobile, preview=preview, about=__doc__, target="MODEL")
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -4,22 +4,22 @@ Reads LATENTS of the same run. The teacher is that of `distill_steps`, which rea
 computes the targets while it trains.
 """
 
-from functools import partial
-
 from jobs.cli.inputs import teacher_and_student
-from jobs.cli.job import Job, run
+from jobs.cli.job import Job
 from jobs.cli.state import state_of
-from jobs.evaluation.evaluation import absolute_source
+from jobs.cli.verb import recipe_verb
 from jobs.runtime.cluster import runner
-from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
-from pipelines.datasets.targets import compute_targets
-from pipelines.loading.branches import count_branch_rows
-from pipelines.tables.table import open_table
 
 
 def compute(job: Job) -> None:
     """Bring TARGETS up to date with the recipe; committed units are not made again."""
+    from jobs.evaluation.evaluation import absolute_source
+    from pipelines.datasets.targets import compute_targets
+    from pipelines.loading.branches import count_branch_rows
+    from pipelines.tables.table import open_table
+
     recipe = job.recipe
     teacher, _ = teacher_and_student(job)
     latents = open_table(job.url("latents"), kind="latents")
@@ -33,7 +33,7 @@ def compute(job: Job) -> None:
         on_progress=show_progress(job.verb),
     )
     rows = f"{table.num_rows} rows ({count_branch_rows(table, guided=True)} guided)"
-    print(f"  TARGETS version {table.version}: {rows} in {len(table.units)} units")
+    logger.info(f"  TARGETS version {table.version}: {rows} in {len(table.units)} units")
 
 
 def preview(job: Job) -> list[str]:
@@ -48,7 +48,7 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = partial(run, "compute_targets", compute, preview=preview, about=__doc__)
+main = recipe_verb("compute_targets", compute, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -4,17 +4,17 @@ OUT/decoder/config.json, decoder.safetensors   the decoder, for `snapfusion.mode
 OUT/decoder/metrics.json                       parents, settings, training curve and evaluation
 """
 
-from functools import partial
-
 from jobs.cli.in_run import connect_unless_published, describe_training
-from jobs.cli.job import Job, run
-from jobs.runtime.exit_codes import exit_process
-from jobs.training.decoder import distill_decoder, summary
-from jobs.training.progress_channel import show_reports
+from jobs.cli.job import Job
+from jobs.cli.verb import recipe_verb
+from jobs.runtime.logs import logger
 
 
 def distill(job: Job) -> None:
     """Make the run's decoder, unless it is published already."""
+    from jobs.training.decoder import distill_decoder, summary
+    from jobs.training.progress_channel import show_reports
+
     url = job.url("decoder")
     connect_unless_published(job, url)
     metrics = distill_decoder(
@@ -25,7 +25,7 @@ def distill(job: Job) -> None:
         on_report=show_reports(),
     )
     for line in summary(metrics):
-        print(f"  {line}")
+        logger.info(f"  {line}")
 
 
 def preview(job: Job) -> list[str]:
@@ -34,7 +34,7 @@ def preview(job: Job) -> list[str]:
     return [f"would train a half-width decoder {training}"]
 
 
-main = partial(run, "distill_decoder", distill, preview=preview, about=__doc__)
+main = recipe_verb("distill_decoder", distill, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

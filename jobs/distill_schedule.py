@@ -1,22 +1,21 @@
 """Distil in stages, each student from those before it, by the recipe's schedule. SnapFusion Sec. 4.1."""
 
-from functools import partial
-
 from jobs import distill_steps, finetune_vpred, train_efficient
 from jobs.cli.in_run import stage_job
-from jobs.cli.job import Body, Job, Preview, run
+from jobs.cli.job import Job
+from jobs.cli.verb import Body, Preview, recipe_verb
 from jobs.recipes.verbs import initial_verbs
-from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.logs import logger
 
 
 def distill_schedule(job: Job) -> None:
     """Train the models that the schedule starts from, then each stage's student; skip those that exist."""
     for verb in initial_verbs(job.recipe):
         name, body, _ = _INITIAL[verb]
-        print(f"[{name}]", flush=True)
+        logger.info(f"[{name}]")
         body(job)
     for stage in job.recipe.stages:
-        print(f"[{stage.name}]", flush=True)
+        logger.info(f"[{stage.name}]")
         distill_steps.distill(stage_job(job, stage))
 
 
@@ -37,7 +36,7 @@ def preview(job: Job) -> list[str]:
     return lines or ["nothing: this recipe has no schedule"]
 
 
-main = partial(run, "distill_schedule", distill_schedule, preview=preview, about=__doc__)
+main = recipe_verb("distill_schedule", distill_schedule, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

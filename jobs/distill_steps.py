@@ -3,18 +3,18 @@
 Targets come from the teacher in the trainer (on LATENTS), or from the table TARGETS.
 """
 
-from functools import partial
-
 from jobs.cli.in_run import connect_unless_published, describe_training, resolve_training
 from jobs.cli.inputs import distillation_table_url, teacher_and_student
-from jobs.cli.job import Job, run
-from jobs.runtime.exit_codes import exit_process
-from jobs.training.distillation import distill_steps, summary
-from jobs.training.progress_channel import show_reports
+from jobs.cli.job import Job
+from jobs.cli.verb import recipe_verb
+from jobs.runtime.logs import logger
 
 
 def distill(job: Job) -> None:
     """Make the run's student, unless it is published already."""
+    from jobs.training.distillation import distill_steps, summary
+    from jobs.training.progress_channel import show_reports
+
     settings = job.recipe.distill
     url = job.url(settings.name)
     connect_unless_published(job, url)
@@ -28,7 +28,7 @@ def distill(job: Job) -> None:
         on_report=show_reports(),
     )
     for line in summary(metrics):
-        print(f"  {line}")
+        logger.info(f"  {line}")
 
 
 def preview(job: Job) -> list[str]:
@@ -42,7 +42,7 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = partial(run, "distill_steps", distill, preview=preview, about=__doc__)
+main = recipe_verb("distill_steps", distill, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -4,21 +4,22 @@ Reads the recipe's `download.links`; the recipe's selection and blocklists are a
 """
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 from jobs.cli.inputs import link_filters
-from jobs.cli.job import Job, run
+from jobs.cli.job import Job
+from jobs.cli.verb import recipe_verb
 from jobs.runtime.cluster import runner
-from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
-from pipelines.download.downloads import download_shards, find_ranges
 from pipelines.download.receipts import read_receipts
 from pipelines.download.settings import DownloadSettings
 
 
 def download(job: Job) -> None:
     """Bring the shards up to date with the recipe; rows with a receipt are not requested again."""
+    from pipelines.download.downloads import download_shards
+
     recipe = job.recipe
     url = job.url(recipe.download.place)
     summary = download_shards(
@@ -29,18 +30,20 @@ def download(job: Job) -> None:
         run=runner(recipe.cluster),
         on_progress=show_progress(job.verb),
     )
-    print(f"  {summary.rows} rows: {summary.downloaded} images in {summary.shards} shards at {url}")
-    print(f"  rejected: {_counts(summary.refused)}")
-    print(f"  failed: {_counts(summary.failed)}")
+    logger.info(f"  {summary.rows} rows: {summary.downloaded} images in {summary.shards} shards at {url}")
+    logger.info(f"  rejected: {_counts(summary.refused)}")
+    logger.info(f"  failed: {_counts(summary.failed)}")
     if summary.transient:
         rounds = recipe.download.retry_rounds + 1
-        print(
+        logger.info(
             f"  {summary.transient} failures may be transient: --set download.retry_rounds={rounds} retries"
         )
 
 
 def preview(job: Job) -> list[str]:
     """Describe the lists and the remaining downloads."""
+    from pipelines.download.downloads import find_ranges
+
     settings = job.recipe.download
     ranges, url = find_ranges(settings), job.url(settings.place)
     known, parts = read_receipts(url), list(ranges.tasks({}))
@@ -78,7 +81,7 @@ def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
 
 
-main = partial(run, "download_shards", download, preview=preview, about=__doc__)
+main = recipe_verb("download_shards", download, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

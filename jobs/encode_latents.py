@@ -5,24 +5,29 @@ their rows, or of the URL lists of `download.links` while there are no shards, a
 kept and why.
 """
 
-from functools import partial
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from jobs.cli.inputs import latents_row_filters, shards_url
-from jobs.cli.job import Job, run
+from jobs.cli.job import Job
 from jobs.cli.state import rejected_text, state_of
-from jobs.reports.selection_preview import link_preview_lines, shard_preview_lines, unused_bound_lines
+from jobs.cli.verb import recipe_verb
 from jobs.runtime.cluster import runner
-from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
-from pipelines.datasets.latents import encode_latents
-from pipelines.sources.webdataset import Shard, list_shards, metadata_columns
-from pipelines.stages.select import active_bounds
 from pipelines.storage.objects import exists
-from pipelines.tables.manifest import total_rejected
+
+if TYPE_CHECKING:
+    from pipelines.sources.webdataset import Shard
 
 
 def encode(job: Job) -> None:
     """Bring LATENTS up to date with the recipe; committed units are not made again."""
+    from pipelines.datasets.latents import encode_latents
+    from pipelines.sources.webdataset import list_shards
+    from pipelines.tables.manifest import total_rejected
+
     recipe = job.recipe
     shards = list_shards(shards_url(job))
     _print_unused_bounds(job, shards[0])
@@ -38,7 +43,8 @@ def encode(job: Job) -> None:
         on_progress=show_progress(job.verb),
     )
     rejected = rejected_text(total_rejected(table.manifests().values()))
-    print(f"  LATENTS version {table.version}: {table.num_rows} rows in {len(table.units)} units, {rejected}")
+    rows = f"{table.num_rows} rows in {len(table.units)} units"
+    logger.info(f"  LATENTS version {table.version}: {rows}, {rejected}")
 
 
 def preview(job: Job) -> list[str]:
@@ -49,6 +55,9 @@ def preview(job: Job) -> list[str]:
 
 def sampled_preview(job: Job) -> list[str]:
     """The same, and what would be kept of a sample of the shards, or of the URL lists if there are none."""
+    from jobs.reports.selection_preview import link_preview_lines, shard_preview_lines
+    from pipelines.sources.webdataset import list_shards
+
     url = shards_url(job)
     lines = [*preview(job), ""]
     if job.recipe.source.url is not None or exists(url):
@@ -60,13 +69,17 @@ def sampled_preview(job: Job) -> list[str]:
 
 def _print_unused_bounds(job: Job, shard: Shard) -> None:
     """Print which bounds reject nothing, because the shards have no column for them."""
+    from jobs.reports.selection_preview import unused_bound_lines
+    from pipelines.sources.webdataset import metadata_columns
+    from pipelines.stages.select import active_bounds
+
     settings = job.recipe.latents
     if any(active_bounds(settings.selection)):
         for line in unused_bound_lines(settings.selection, metadata_columns(shard, settings.shards)):
-            print(f"  {line}")
+            logger.info(f"  {line}")
 
 
-main = partial(run, "encode_latents", encode, preview=sampled_preview, about=__doc__)
+main = recipe_verb("encode_latents", encode, preview=sampled_preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -6,22 +6,23 @@ OUT/evaluation/page.html, chart-1.svg, ...               the same as a page
 """
 
 import json
-from functools import partial
 from typing import Any
 
 from jobs.cli.in_run import table_starter
-from jobs.cli.job import Job, run
-from jobs.evaluation.evaluation import evaluate
+from jobs.cli.job import Job
+from jobs.cli.verb import recipe_verb
 from jobs.evaluation.settings import EvaluationSettings
-from jobs.reports.charts import standalone_svg
-from jobs.reports.evaluation_page import evaluation_charts, render_evaluation
 from jobs.runtime.cluster import runner
-from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.logs import logger
 from pipelines.storage.objects import replace_object
 
 
 def compare(job: Job) -> None:
     """Generate the missing samples, and write metrics, charts and page."""
+    from jobs.evaluation.evaluation import evaluate
+    from jobs.reports.charts import standalone_svg
+    from jobs.reports.evaluation_page import evaluation_charts, render_evaluation
+
     results = evaluate(
         _resolve_contenders(job),
         model=job.recipe.model,
@@ -36,10 +37,10 @@ def compare(job: Job) -> None:
         replace_object(job.url(f"evaluation/chart-{number}.svg"), standalone_svg(chart))
     replace_object(job.url("evaluation/page.html"), render_evaluation(results).encode())
     for note in results["protocol"]["notes"]:
-        print(f"  {note}")
+        logger.info(f"  {note}")
     for name, reading in results["equal_fid"].items():
-        print(f"  {name}: {_describe_reading(reading, against=results['baseline'])}")
-    print(f"  {job.url('evaluation/results.json')}, shown in {job.url('evaluation/page.html')}")
+        logger.info(f"  {name}: {_describe_reading(reading, against=results['baseline'])}")
+    logger.info(f"  {job.url('evaluation/results.json')}, shown in {job.url('evaluation/page.html')}")
 
 
 def _resolve_contenders(job: Job) -> EvaluationSettings:
@@ -80,7 +81,7 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = partial(run, "evaluate", compare, preview=preview, about=__doc__)
+main = recipe_verb("evaluate", compare, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -3,23 +3,24 @@
 OUT/evolution/   files of `jobs.evolution.search`, and page.html with its charts
 """
 
+from __future__ import annotations
+
 import json
-from functools import partial
+from typing import TYPE_CHECKING
 
 from jobs import measure_latency
 from jobs.cli.in_run import resolve_training, table_starter
 from jobs.cli.inputs import latency_table_url
-from jobs.cli.job import Job, run
-from jobs.evaluation.timing import setting_of
-from jobs.evolution.search import HISTORY, Evolution, describe_cost, describe_round, round_images
-from jobs.reports.charts import standalone_svg
-from jobs.reports.evolution_page import evolution_charts, render_evolution
+from jobs.cli.job import Job
+from jobs.cli.verb import recipe_verb
 from jobs.runtime.cluster import connect, runner
-from jobs.runtime.exit_codes import exit_process
-from jobs.training.progress_channel import show_reports
+from jobs.runtime.logs import logger
 from pipelines.storage.objects import exists, read_bytes, replace_object
-from snapfusion.evolution.latency import LatencyError, LatencyTable
 from snapfusion.settings import SettingsError
+
+if TYPE_CHECKING:
+    from snapfusion.evolution.latency import LatencyTable
+
 
 _NUM_SHOWN_CAPTIONS = 10
 """Captions on the page."""
@@ -27,6 +28,11 @@ _NUM_SHOWN_CAPTIONS = 10
 
 def evolve_unet(job: Job) -> None:
     """Evolve the architecture; what is scored, decided and trained already is not done again."""
+    from jobs.evolution.search import HISTORY, Evolution, describe_round, round_images
+    from jobs.reports.charts import standalone_svg
+    from jobs.reports.evolution_page import evolution_charts, render_evolution
+    from jobs.training.progress_channel import show_reports
+
     settings = job.recipe.evolution
     if settings.latency_ms is None:
         raise SettingsError(
@@ -46,14 +52,14 @@ def evolve_unet(job: Job) -> None:
         start=table_starter(job),
         run=runner(job.recipe.cluster),
         on_report=show_reports(),
-        on_round=lambda finished: print(f"  {describe_round(finished)}", flush=True),
+        on_round=lambda finished: logger.info(f"  {describe_round(finished)}"),
     ).evolve()
     captions, images = round_images(settings, history, out=job.url("evolution"), limit=_NUM_SHOWN_CAPTIONS)
     page = render_evolution(history, captions=captions, images=images)
     replace_object(job.url("evolution/page.html"), page.encode())
     for number, chart in enumerate(evolution_charts(history), start=1):
         replace_object(job.url(f"evolution/chart-{number}.svg"), standalone_svg(chart))
-    print(f"  {job.url('evolution/architecture.json')}, shown in {job.url('evolution/page.html')}")
+    logger.info(f"  {job.url('evolution/architecture.json')}, shown in {job.url('evolution/page.html')}")
 
 
 def latency_table(job: Job) -> LatencyTable:
@@ -62,6 +68,9 @@ def latency_table(job: Job) -> LatencyTable:
     Raises:
         LatencyError: if it is malformed, or of another device or precision than the settings require.
     """
+    from jobs.evaluation.timing import setting_of
+    from snapfusion.evolution.latency import LatencyError, LatencyTable
+
     settings = job.recipe.evolution
     if settings.table is None:
         measure_latency.measure(job)
@@ -85,6 +94,8 @@ def latency_table(job: Job) -> LatencyTable:
 
 def preview(job: Job) -> list[str]:
     """Describe the evolution, and the cost of an action beside the paper's."""
+    from jobs.evolution.search import describe_cost
+
     settings = job.recipe.evolution
     objective = "an unset latency" if settings.latency_ms is None else f"{settings.latency_ms:g} ms"
     steps = settings.prompts.limit * settings.sampler.steps
@@ -97,7 +108,7 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = partial(run, "evolve_unet", evolve_unet, preview=preview, about=__doc__)
+main = recipe_verb("evolve_unet", evolve_unet, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

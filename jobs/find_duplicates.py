@@ -4,23 +4,29 @@ Reads the shards as `encode_latents` does, and the lists, folders and shards of 
 With `deduplication.use` LATENTS reject the copies.
 """
 
-from functools import partial
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from jobs.cli.inputs import row_filters, shards_url
-from jobs.cli.job import Job, run
+from jobs.cli.job import Job
 from jobs.cli.state import rejected_text, state_of, table_text
+from jobs.cli.verb import recipe_verb
 from jobs.runtime.cluster import reader, runner
-from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
-from pipelines.dedup.decontamination import fingerprint_evaluation
-from pipelines.dedup.duplicates import count_verdicts, find_duplicates
-from pipelines.dedup.fingerprints import fingerprint_shards
-from pipelines.sources.webdataset import list_shards
-from pipelines.tables.table import Snapshot, open_table
+
+if TYPE_CHECKING:
+    from pipelines.tables.table import Snapshot
 
 
 def find(job: Job) -> None:
     """Bring FINGERPRINTS up to date with the shards, and compare all new rows in one round."""
+    from pipelines.dedup.duplicates import count_verdicts, find_duplicates
+    from pipelines.dedup.fingerprints import fingerprint_shards
+    from pipelines.sources.webdataset import list_shards
+    from pipelines.tables.table import open_table
+
     recipe, settings = job.recipe, job.recipe.deduplication
     table = fingerprint_shards(
         settings.fingerprints,
@@ -33,7 +39,7 @@ def find(job: Job) -> None:
         run=runner(recipe.cluster),
         on_progress=show_progress(job.verb),
     )
-    print(f"  FINGERPRINTS version {table.version}: {table_text(table)}")
+    logger.info(f"  FINGERPRINTS version {table.version}: {table_text(table)}")
     evaluation = _evaluation(job)
     against = [open_table(url, kind="fingerprints") for url in settings.against]
     parents = {
@@ -51,14 +57,16 @@ def find(job: Job) -> None:
         read=reader(recipe.cluster),
     )
     verdicts, rows = count_verdicts(duplicates), duplicates.num_rows
-    print(f"  DUPLICATES version {duplicates.version}: {rows} rows, {rejected_text(verdicts)}")
+    logger.info(f"  DUPLICATES version {duplicates.version}: {rows} rows, {rejected_text(verdicts)}")
     if rows:
         unique = rows - sum(verdicts.values())
-        print(f"  {unique} of them, {unique / rows:.1%}, are no copies")
+        logger.info(f"  {unique} of them, {unique / rows:.1%}, are no copies")
 
 
 def preview(job: Job) -> list[str]:
     """Describe the inputs and the output."""
+    from pipelines.sources.webdataset import list_shards
+
     settings = job.recipe.deduplication
     if job.recipe.source.url is not None:
         # Shards of the run itself need not exist yet, others must.
@@ -73,6 +81,8 @@ def preview(job: Job) -> list[str]:
 
 
 def _evaluation(job: Job) -> Snapshot | None:
+    from pipelines.dedup.decontamination import fingerprint_evaluation
+
     settings = job.recipe.deduplication
     if not settings.evaluation.urls:
         return None
@@ -84,11 +94,11 @@ def _evaluation(job: Job) -> Snapshot | None:
         origin=job.origin({"evaluation": list(settings.evaluation.urls)}),
         run=runner(job.recipe.cluster),
     )
-    print(f"  evaluation: {table_text(table)}")
+    logger.info(f"  evaluation: {table_text(table)}")
     return table
 
 
-main = partial(run, "find_duplicates", find, preview=preview, about=__doc__)
+main = recipe_verb("find_duplicates", find, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -1,17 +1,17 @@
 """Fine-tune a model that predicts eps into one that predicts v, from its own weights. SnapFusion Eq. 6."""
 
-from functools import partial
-
 from jobs.cli.in_run import describe_training, train_in_run
-from jobs.cli.job import Job, run
-from jobs.runtime.exit_codes import exit_process
-from snapfusion.models.load import load
+from jobs.cli.job import Job
+from jobs.cli.verb import recipe_verb
+from jobs.runtime.logs import logger
 
 
 def finetune(job: Job) -> None:
     """Make the run's v model, unless it is published already or the recipe's model predicts v."""
+    from snapfusion.models.load import load
+
     if load(job.recipe.model).prediction_type == "v_prediction":
-        print(f"  {job.recipe.model} predicts v already")
+        logger.info(f"  {job.recipe.model} predicts v already")
         return
     train_in_run(job, job.recipe.vpred, model=job.recipe.model, url=job.url("vpred"))
 
@@ -22,7 +22,7 @@ def preview(job: Job) -> list[str]:
     return [f"would fine-tune {job.recipe.model} to predict v {training}; nothing if it predicts v already"]
 
 
-main = partial(run, "finetune_vpred", finetune, preview=preview, about=__doc__)
+main = recipe_verb("finetune_vpred", finetune, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -6,40 +6,49 @@ and are looked up in the run's shards and FINGERPRINTS. Only hashes of the entri
 that list are never read in again. Older versions stay readable until their files are erased.
 """
 
-import argparse
-from functools import partial
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
 
 from jobs.cli.inputs import deletion_list_of, shards_url
-from jobs.cli.job import Job, run
-from jobs.deletion.delete_request import delete_request
-from jobs.deletion.receipt import receipt_name, receipt_text
-from jobs.deletion.request import DeletionTarget, read_request, request_keys
-from jobs.runtime.exit_codes import exit_process
+from jobs.cli.job import Job
+from jobs.cli.verb import recipe_verb
+from jobs.runtime.logs import logger
 from pipelines.storage.objects import write_once
+
+if TYPE_CHECKING:
+    from jobs.deletion.request import DeletionTarget
 
 
 class FilesInUse(RuntimeError):
     """Old files that an unfinished training still reads."""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the files of entries, and whether to erase old files."""
-    for kind, entries in (("url", "addresses"), ("hash", "hashes of images"), ("id", "ids of rows")):
-        parser.add_argument(
-            f"--{kind}", action="append", default=[], metavar="FILE", help=f"file of {entries} to delete"
-        )
-    parser.add_argument(
-        "--erase", action="store_true", help="also delete the files that only older versions read"
-    )
-    parser.add_argument(
-        "--erase-pinned",
-        action="store_true",
-        help="like --erase, even if an unfinished training reads the files; it cannot be resumed then",
-    )
+def _options() -> list[click.Parameter]:
+    """Files of entries, and whether to erase old files."""
+    kinds = {"url": "addresses", "hash": "hashes of images", "id": "ids of rows"}
+    return [
+        *(
+            click.Option([f"--{kind}"], multiple=True, metavar="FILE", help=f"file of {entries} to delete")
+            for kind, entries in kinds.items()
+        ),
+        click.Option(["--erase"], is_flag=True, help="also delete the files that only older versions read"),
+        click.Option(
+            ["--erase-pinned"],
+            is_flag=True,
+            help="like --erase, even if an unfinished training reads the files; it cannot be resumed then",
+        ),
+    ]
 
 
 def forget(job: Job) -> None:
     """Delete the rows, write the receipt and print its summary."""
+    from jobs.deletion.delete_request import delete_request
+    from jobs.deletion.receipt import receipt_name, receipt_text
+    from jobs.deletion.request import read_request
+
     request = read_request(job.options)
     receipt = delete_request(
         _target(job),
@@ -54,8 +63,8 @@ def forget(job: Job) -> None:
     url = job.url(f"forgotten/receipts/{receipt_name(text)}")
     write_once(url, text.encode())
     for line in receipt.lines():
-        print(f"  {line}")
-    print(f"  receipt: {url}")
+        logger.info(f"  {line}")
+    logger.info(f"  receipt: {url}")
     # After the receipt: the rows are deleted in any case, only the erasure of old files is refused.
     unfinished = receipt.lineage.unfinished
     if unfinished and job.options["erase"] and not job.options["erase_pinned"]:
@@ -67,11 +76,15 @@ def forget(job: Job) -> None:
 
 
 def _target(job: Job) -> DeletionTarget:
+    from jobs.deletion.request import DeletionTarget
+
     return DeletionTarget.open(job.out, shards_url=shards_url(job), source=job.recipe.source.name)
 
 
 def preview(job: Job) -> list[str]:
     """Describe the rows that would be deleted."""
+    from jobs.deletion.request import read_request, request_keys
+
     request, target = read_request(job.options), _target(job)
     matches = target.find(request_keys(request))
     entries = {(file.kind, key) for file in request for key in file.entries}
@@ -86,7 +99,7 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = partial(run, "forget", forget, preview=preview, about=__doc__, writes=False, options=add_options)
+main = recipe_verb("forget", forget, preview=preview, about=__doc__, writes=False, options=_options())
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

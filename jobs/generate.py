@@ -1,6 +1,5 @@
 """Generate images of a caption: by a model in torch, or by the programs of a mobile bundle alone."""
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -8,39 +7,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.runtime.arguments import OneLineParser
-from jobs.runtime.exit_codes import run_guarded
+import click
+
+from jobs.cli.verb import Options, plain_verb
+from jobs.runtime.logs import logger
+from pipelines.stages.crop import check_size
 from snapfusion.settings import SettingsError
 from snapfusion.solver_names import SOLVERS, Solver
 
 _MODEL, _GUIDANCE = "mini", 2.5
 _SAMPLER: Solver = "ddim"
+OPTIONS = [
+    click.Argument(["caption"], nargs=-1, required=True),
+    click.Option(["--model"], help=f"mini, mini-v, a folder, its URL or a hub id (default: {_MODEL})"),
+    click.Option(["--bundle"], metavar="DIR", help="a mobile bundle, whose ExecuTorch programs are used"),
+    click.Option(["--variant"], help="of the bundle (default: the first of its ExecuTorch variants)"),
+    click.Option(["--steps"], type=int, help="default: those that the model was distilled for, else 50"),
+    click.Option(["--sampler"], type=click.Choice(SOLVERS), help=f"default: {_SAMPLER}"),
+    click.Option(
+        ["--guidance"], type=float, help=f"w of Eq. 3; 1 is none (default: {_GUIDANCE}, or the bundle's)"
+    ),
+    click.Option(["--size"], type=int, help="side of the image in pixels (default: the model's own)"),
+    click.Option(["--seed"], type=int, default=0, show_default=True, help="of the noise"),
+    click.Option(["-n"], type=int, default=1, show_default=True, help="number of images, side by side"),
+    click.Option(["--out"], default="picture.png", show_default=True, help="a PNG file"),
+]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `snapfusion generate`."""
-    return run_guarded("snapfusion", lambda: _generate(_parser().options(argv)))
-
-
-def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="snapfusion generate", description=(__doc__ or "").strip())
-    parser.add_argument("caption", help='for example "a large red circle at the top on a white background"')
-    parser.add_argument("--model", help=f"mini, mini-v, a folder, its URL or a hub id (default: {_MODEL})")
-    parser.add_argument("--bundle", metavar="DIR", help="a mobile bundle, whose ExecuTorch programs are used")
-    parser.add_argument("--variant", help="of the bundle (default: the first of its ExecuTorch variants)")
-    parser.add_argument("--steps", type=int, help="default: those that the model was distilled for, else 50")
-    parser.add_argument("--sampler", choices=SOLVERS, help=f"default: {_SAMPLER}")
-    parser.add_argument(
-        "--guidance", type=float, help=f"w of Eq. 3; 1 is none (default: {_GUIDANCE}, or the bundle's)"
-    )
-    parser.add_argument("--size", type=int, help="side of the image in pixels (default: the model's own)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("-n", type=int, default=1, help="number of images, side by side (default: 1)")
-    parser.add_argument("--out", default="picture.png", help="a PNG file (default: picture.png)")
-    return parser
-
-
-def _generate(options: argparse.Namespace) -> None:
+def _generate(options: Options) -> None:
     _check(options)
     generate, by = _by_model(options) if options.bundle is None else _by_bundle(options)
     began = time.monotonic()
@@ -55,10 +49,10 @@ def _generate(options: argparse.Namespace) -> None:
         raise SettingsError(f"--out {options.out}: {error.strerror or error}") from None
     enlarged = f", shown {factor} times larger" if factor > 1 else ""
     size = images[0].shape[0]
-    print(f"{options.out}: {options.n} of {size} px{enlarged}, {by}, {seconds:.1f} s after loading")
+    logger.info(f"{options.out}: {options.n} of {size} px{enlarged}, {by}, {seconds:.1f} s after loading")
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: Options) -> None:
     """Refuse options out of range or without effect."""
     for option, value in (("-n", options.n), ("--steps", options.steps)):
         if value is not None and value < 1:
@@ -73,10 +67,9 @@ def _check(options: argparse.Namespace) -> None:
                 raise SettingsError(f"--{name} {value}: a --bundle has its own, compiled into it")
 
 
-def _by_model(options: argparse.Namespace) -> tuple[Callable[..., Sequence[Any]], str]:
+def _by_model(options: Options) -> tuple[Callable[..., Sequence[Any]], str]:
     """Load the model; a function that generates its images, and a description of it."""
     from jobs.evaluation.images import distillation_mismatch, distilled_steps, generate_images
-    from pipelines.stages.crop import check_size
     from snapfusion.models.load import load
 
     source, solver = options.model or _MODEL, options.sampler or _SAMPLER
@@ -92,14 +85,14 @@ def _by_model(options: argparse.Namespace) -> tuple[Callable[..., Sequence[Any]]
         check_size(options.size, step=bundle.granularity, option="--size")
         bundle.resize(options.size)
     if note := distillation_mismatch(bundle, steps=steps, solver=solver, guidance=guidance):
-        print(f"{source}: {note}")
+        logger.info(f"{source}: {note}")
     generate = partial(
-        generate_images, bundle, [options.caption], steps=steps, solver=solver, guidance=guidance
+        generate_images, bundle, [" ".join(options.caption)], steps=steps, solver=solver, guidance=guidance
     )
     return generate, f"{steps} steps of {solver}"
 
 
-def _by_bundle(options: argparse.Namespace) -> tuple[Callable[..., Sequence[Any]], str]:
+def _by_bundle(options: Options) -> tuple[Callable[..., Sequence[Any]], str]:
     """The same of a mobile bundle's programs."""
     from jobs.evaluation.bundle_images import default_variant, generate_bundle_images
     from snapfusion.export.bundle import BundleError, open_bundle
@@ -110,5 +103,13 @@ def _by_bundle(options: argparse.Namespace) -> tuple[Callable[..., Sequence[Any]
         programs, num_steps = bundle.programs(variant), len(bundle.sampler.steps)
     except BundleError as error:
         raise SettingsError(f"--bundle {error}") from None
-    generate = partial(generate_bundle_images, bundle, programs, options.caption, guidance=options.guidance)
+    generate = partial(
+        generate_bundle_images, bundle, programs, " ".join(options.caption), guidance=options.guidance
+    )
     return generate, f"{num_steps} steps of {variant}"
+
+
+main = plain_verb("generate", _generate, about=__doc__, options=OPTIONS)
+
+if __name__ == "__main__":
+    main.exit()

@@ -3,25 +3,29 @@
 Reads the recipe's `captions.url`, or the captions of LATENTS in the same run.
 """
 
-from functools import partial
+from __future__ import annotations
+
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.cli.inputs import deletion_list_of
-from jobs.cli.job import Job, run
+from jobs.cli.job import Job
 from jobs.cli.state import state_of
+from jobs.cli.verb import recipe_verb
 from jobs.runtime.cluster import runner
-from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
-from pipelines.datasets.pairs import captions_of, generate_pairs, withhold_deleted
 from pipelines.rejections import Rejection
-from pipelines.sources.captions import Caption, read_captions
 from pipelines.sources.settings import CaptionSettings
-from pipelines.tables.table import open_table
+
+if TYPE_CHECKING:
+    from pipelines.sources.captions import Caption
 
 
 def generate(job: Job) -> None:
     """Bring PAIRS up to date with the recipe; committed units are not made again."""
+    from pipelines.datasets.pairs import generate_pairs
+
     recipe = job.recipe
     captions, parent = captions_for(job)
     table = generate_pairs(
@@ -34,7 +38,7 @@ def generate(job: Job) -> None:
         run=runner(recipe.cluster),
         on_progress=show_progress(job.verb),
     )
-    print(f"  PAIRS version {table.version}: {table.num_rows} rows in {len(table.units)} units")
+    logger.info(f"  PAIRS version {table.version}: {table.num_rows} rows in {len(table.units)} units")
 
 
 def captions_for(job: Job) -> tuple[list[Caption | Rejection], dict[str, Any]]:
@@ -42,6 +46,10 @@ def captions_for(job: Job) -> tuple[list[Caption | Rejection], dict[str, Any]]:
 
     Captions on the run's deletion list are withheld.
     """
+    from pipelines.datasets.pairs import captions_of, withhold_deleted
+    from pipelines.sources.captions import read_captions
+    from pipelines.tables.table import open_table
+
     settings, deleted = job.recipe.captions, deletion_list_of(job).read()
     if settings.url is None:
         table = open_table(job.url("latents"), kind="latents")
@@ -60,7 +68,7 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = partial(run, "generate_pairs", generate, preview=preview, about=__doc__)
+main = recipe_verb("generate_pairs", generate, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -7,24 +7,27 @@ is executed once; memory is that of a process with one UNet.
 """
 
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 from jobs.cli.in_run import measure_in_run
-from jobs.cli.job import Job, run
+from jobs.cli.job import Job
 from jobs.cli.state import state_of
-from jobs.evaluation.efficiency import LOOP_STEPS, measure_efficiency, summary
-from jobs.evaluation.timing import load_measured_model
-from jobs.runtime.exit_codes import exit_process
+from jobs.cli.verb import recipe_verb
+from jobs.runtime.logs import logger
 from jobs.runtime.versions import versions
 
 
 def measure(job: Job) -> None:
     """Measure the run's efficiency, unless it is measured already."""
+    from jobs.evaluation.efficiency import summary
+
     measure_in_run(_url(job), lambda: _measure(job), summary=summary)
 
 
 def _measure(job: Job) -> dict[str, Any]:
+    from jobs.evaluation.efficiency import measure_efficiency
+    from jobs.evaluation.timing import load_measured_model
+
     settings = job.recipe.efficiency
     model = load_measured_model(job.recipe.model, settings=settings)
     return {
@@ -33,7 +36,7 @@ def _measure(job: Job) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
         "settings": settings.to_values(),
-        **measure_efficiency(settings, model=model, log=lambda line: print(f"  {line}", flush=True)),
+        **measure_efficiency(settings, model=model, log=lambda line: logger.info(f"  {line}")),
     }
 
 
@@ -43,6 +46,8 @@ def _url(job: Job) -> str:
 
 def preview(job: Job) -> list[str]:
     """Describe what would be measured."""
+    from jobs.evaluation.efficiency import LOOP_STEPS
+
     settings, url = job.recipe.efficiency, _url(job)
     loops = " and execute {} steps of one, {} of the other".format(*LOOP_STEPS.values())
     return [
@@ -52,7 +57,7 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = partial(run, "measure_efficiency", measure, preview=preview, about=__doc__)
+main = recipe_verb("measure_efficiency", measure, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

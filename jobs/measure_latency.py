@@ -8,18 +8,14 @@ phone, has the same form.
 """
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from jobs.cli.in_run import measure_in_run
 from jobs.cli.inputs import latency_table_url
-from jobs.cli.job import Job, run
+from jobs.cli.job import Job
 from jobs.cli.state import state_of
-from jobs.evaluation.latency import measure_latency
-from jobs.evaluation.timing import architectures_of, load_measured_model
-from jobs.reports.charts import standalone_svg
-from jobs.reports.latency_breakdown import breakdown_charts
-from jobs.runtime.exit_codes import exit_process
+from jobs.cli.verb import recipe_verb
+from jobs.runtime.logs import logger
 from pipelines.storage.objects import replace_object
 
 
@@ -29,13 +25,18 @@ def measure(job: Job) -> None:
 
 
 def _measure(job: Job) -> dict[str, Any]:
+    from jobs.evaluation.latency import measure_latency
+    from jobs.evaluation.timing import architectures_of, load_measured_model
+    from jobs.reports.charts import standalone_svg
+    from jobs.reports.latency_breakdown import breakdown_charts
+
     settings = job.recipe.latency
     model = load_measured_model(job.recipe.model, settings=settings)
     record = measure_latency(
         settings,
         architectures=architectures_of(model.architecture),
         tokens=model.tokens,
-        on_turn=lambda turn: print(f"  {turn} of {settings.turns} turns", flush=True),
+        on_turn=lambda turn: logger.info(f"  {turn} of {settings.turns} turns"),
     )
     for kind, chart in breakdown_charts(record).items():
         replace_object(job.url(f"latency/{settings.name}-{kind}.svg"), standalone_svg(chart))
@@ -59,7 +60,7 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = partial(run, "measure_latency", measure, preview=preview, about=__doc__)
+main = recipe_verb("measure_latency", measure, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -3,40 +3,51 @@
 With --out the results are saved in FILE, and a second run adds what is missing; a page beside it shows them.
 """
 
-import argparse
+from __future__ import annotations
+
 import json
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import click
 
-from jobs.cli.job import run_with_settings
+from jobs.cli.verb import Options, settings_verb
 from jobs.evaluation.resumable_results import ResumableResults
-from jobs.reports.mini_page import write_page
-from jobs.runtime.exit_codes import exit_process
-from snapfusion.metrics.intervals import Interval
-from snapfusion.mini.measure import MetricIntervals, measure_mini
+from jobs.runtime.logs import logger
 from snapfusion.mini.settings import MiniMeasurementSettings
 from snapfusion.mini.weights import WEIGHTS, read_manifest
 from snapfusion.settings import digest
 
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the measured weights and the file of the results."""
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with sd/, scorer/ and oracle/")
-    parser.add_argument("--out", type=Path, help="file of the results, JSON")
+if TYPE_CHECKING:
+    from snapfusion.mini.measure import MetricIntervals
 
 
-def measure(settings: MiniMeasurementSettings, options: argparse.Namespace) -> None:
+OPTIONS = [
+    click.Option(["--weights"], type=Path, default=WEIGHTS, help="folder with sd/, scorer/ and oracle/"),
+    click.Option(["--out"], type=Path, help="file of the results, JSON"),
+]
+
+
+def measure(settings: MiniMeasurementSettings, options: Options) -> None:
     """Measure what the file of the results lacks, and write its page."""
+    import torch
+
+    from jobs.reports.mini_page import write_page
+    from snapfusion.metrics.intervals import Interval
+    from snapfusion.mini.measure import measure_mini
+
     torch.set_num_threads(1)
-    identity = {"weights": _weights_digest(options.weights), "scenes": settings.scenes, "seed": settings.seed}
+    identity = {
+        "weights": _weights_digest(options.weights),
+        "scenes": settings.scenes,
+        "seed": settings.seed,
+    }
     results = ResumableResults(identity=identity, path=options.out)
     results.read()
 
     def print_and_save(part: str, figures: MetricIntervals) -> None:
         rounded = {name: [float(f"{end:.4g}") for end in ends] for name, ends in figures.items()}
-        print(json.dumps({part: rounded}), flush=True)
+        logger.info(json.dumps({part: rounded}))
         results.add(part, figures)
 
     measure_mini(settings, folder=options.weights, on_result=print_and_save, known=results.figures)
@@ -46,7 +57,7 @@ def measure(settings: MiniMeasurementSettings, options: argparse.Namespace) -> N
             for part, intervals in results.figures.items()
         }
         page = write_page(options.weights, options.out.with_suffix(".html"), figures=figures)
-        print(f"measure_mini: {options.out}, shown in {page}")
+        logger.info(f"measure_mini: {options.out}, shown in {page}")
 
 
 def _weights_digest(folder: Path) -> str:
@@ -55,9 +66,7 @@ def _weights_digest(folder: Path) -> str:
     return digest({name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")})
 
 
-main = partial(
-    run_with_settings, "measure_mini", MiniMeasurementSettings(), measure, about=__doc__, options=add_options
-)
+main = settings_verb("measure_mini", MiniMeasurementSettings(), measure, about=__doc__, options=OPTIONS)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -9,37 +9,46 @@ FOLDER/robustness.html   both as a page
 A second run adds what is missing.
 """
 
-import argparse
+from __future__ import annotations
+
 import time
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import click
 
-from jobs.cli.job import run_with_settings
+from jobs.cli.verb import Options, settings_verb
 from jobs.evaluation.resumable_results import ResumableResults
-from jobs.evaluation.robustness import source_label, summary_of, table_lines
-from jobs.reports.robustness_page import render_robustness, sample_sheet, sheet_image
-from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.logs import logger
 from jobs.runtime.progress import StatusLine, format_duration
-from snapfusion.mini import robustness
-from snapfusion.mini.oracle import load_oracle
 from snapfusion.mini.settings import RobustnessSettings
-from snapfusion.models.bundle import weight_hash
-from snapfusion.models.load import load
+
+if TYPE_CHECKING:
+    from snapfusion.mini import robustness
+
 
 _NAME = "robustness"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the two models and the folder of the results."""
-    parser.add_argument("plain", help="a miniature without robust training: a folder, a URL, mini or mini-v")
-    parser.add_argument("robust", help="one of the same blocks, trained robustly for as long")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+OPTIONS = [
+    click.Argument(["plain"]),
+    click.Argument(["robust"]),
+    click.Option(["--out"], type=Path, required=True, help="folder of the results"),
+]
+"""A miniature without robust training (a folder, a URL, mini or mini-v), one trained robustly for as long."""
 
 
-def measure(settings: RobustnessSettings, options: argparse.Namespace) -> None:
+def measure(settings: RobustnessSettings, options: Options) -> None:
     """Measure what the folder lacks, and write its summary, image and page."""
+    import torch
+
+    from jobs.evaluation.robustness import source_label, summary_of, table_lines
+    from jobs.reports.robustness_page import render_robustness, sample_sheet, sheet_image
+    from snapfusion.mini import robustness
+    from snapfusion.mini.oracle import load_oracle
+    from snapfusion.models.bundle import weight_hash
+    from snapfusion.models.load import load
+
     torch.set_num_threads(1)
     models, folder = {"plain": load(options.plain), "robust": load(options.robust)}, options.out
     robustness.check_comparable(models)
@@ -77,8 +86,8 @@ def measure(settings: RobustnessSettings, options: argparse.Namespace) -> None:
     page = folder / f"{_NAME}.html"
     text = render_robustness(settings=settings, sources=labels, readings=readings, sheet=sheet)
     page.write_text(text, encoding="utf-8")
-    print("\n".join(table_lines(readings)))
-    print(f"measure_robustness: {results.path}, shown in {page}")
+    logger.info("\n".join(table_lines(readings)))
+    logger.info(f"measure_robustness: {results.path}, shown in {page}")
 
 
 class _Progress:
@@ -94,9 +103,7 @@ class _Progress:
         self._line.show(f"{done} of {self._total} parts, {left} left", last=done == self._total)
 
 
-main = partial(
-    run_with_settings, "measure_robustness", RobustnessSettings(), measure, about=__doc__, options=add_options
-)
+main = settings_verb("measure_robustness", RobustnessSettings(), measure, about=__doc__, options=OPTIONS)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

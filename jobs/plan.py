@@ -6,53 +6,50 @@ OUT/plan.json    the plan, for programs
 OUT/rates.json   the measured rates, which the next plan in OUT uses again
 """
 
-import argparse
-import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from __future__ import annotations
 
-from jobs.cli.job import Job, prepare_stores, recipe_parser, resolve_recipe
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from jobs.cli.config_file import read_config
+from jobs.cli.job import Job, prepare_stores
 from jobs.cli.state import read_json
-from jobs.planning.actuals import compare
-from jobs.planning.format import assumptions, format_comparison, format_plan
-from jobs.planning.plan import counts_of, node_of, plan_run
+from jobs.cli.verb import DRY_RUN, RECIPE_OPTIONS, Options, Verb, open_job
 from jobs.planning.prices import PriceList
-from jobs.planning.probe import probe
-from jobs.planning.rates import Rates
 from jobs.planning.settings import PlanSettings
-from jobs.planning.workload import Workload
-from jobs.runtime.exit_codes import exit_process, run_guarded
+from jobs.runtime.logs import logger
 from pipelines.storage.objects import replace_object
-from snapfusion.models.network_sizes import NetworkSizes, network_sizes
 from snapfusion.settings import SettingsError
+
+if TYPE_CHECKING:
+    from jobs.planning.rates import Rates
+    from snapfusion.models.network_sizes import NetworkSizes
+
 
 _PREFIX = "plan."
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m jobs.plan`."""
-    parser = recipe_parser(
-        "plan",
-        about=__doc__,
-        set_help="change a setting of the recipe or, as in plan.rows=1000000, of the planner",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the planner's settings, and neither probe nor plan"
-    )
-    return run_guarded("plan", lambda: _plan(parser.options(argv)))
+def _plan(options: Options) -> None:
+    from jobs.planning.actuals import compare
+    from jobs.planning.format import assumptions, format_comparison, format_plan
+    from jobs.planning.plan import counts_of, node_of, plan_run
+    from jobs.planning.rates import Rates
+    from jobs.planning.workload import Workload
+    from snapfusion.models.network_sizes import network_sizes
 
-
-def _plan(options: argparse.Namespace) -> None:
-    own = [one.removeprefix(_PREFIX) for one in options.set if one.startswith(_PREFIX)]
+    given = [*read_config(options.config), *options.set]
+    own = [one.removeprefix(_PREFIX) for one in given if one.startswith(_PREFIX)]
     try:
         settings = PlanSettings().with_values(own)
     except SettingsError as error:
         raise SettingsError(f"--set {_PREFIX}{error}") from None
-    recipe = resolve_recipe(options.recipe, [one for one in options.set if not one.startswith(_PREFIX)])
-    job = Job(verb="plan", recipe=recipe, out=options.out.rstrip("/"))
+    job = open_job("plan", options, prefix=_PREFIX)
     prepare_stores(job)
     if options.dry_run:
-        print(settings.to_json())
+        logger.info(settings.to_json())
         return
     if settings.rates is not None and settings.node is None:
         raise SettingsError(
@@ -62,25 +59,28 @@ def _plan(options: argparse.Namespace) -> None:
     # Mistakes are refused before a minute is spent on a probe.
     counts, prices = counts_of(job, settings), PriceList.read(settings.prices)
     node = node_of(settings, prices=prices)
-    sizes = network_sizes(recipe.model)
+    sizes = network_sizes(job.recipe.model)
     rates = Rates.read(settings.rates) if settings.rates else _probed(job, sizes=sizes)
     workload = Workload(job=job, settings=settings, sizes=sizes, counts=counts, rates=rates)
     plan = plan_run(workload, prices=prices, node=node)
-    print("\n".join(format_plan(plan)))
+    logger.info("\n".join(format_plan(plan)))
     comparisons = compare(job, plan.stages)
     if any(one.measured is not None for one in comparisons):
-        print("\n".join(["", f"beside the run in {job.out}", "", *format_comparison(comparisons)]))
+        logger.info("\n".join(["", f"beside the run in {job.out}", "", *format_comparison(comparisons)]))
     values = {
         **plan.to_values(),
         "assumptions": assumptions(plan),
         "compared": [{**asdict(one), "ratio": one.ratio} for one in comparisons],
     }
     replace_object(job.url("plan.json"), f"{json.dumps(values, indent=1, allow_nan=False)}\n".encode())
-    print(f"\n{job.url('plan.json')}")
+    logger.info(f"\n{job.url('plan.json')}")
 
 
 def _probed(job: Job, *, sizes: NetworkSizes) -> Rates:
     """The rates that an earlier probe measured in this run's folder, or those measured now."""
+    from jobs.planning.probe import probe
+    from jobs.planning.rates import Rates
+
     url = job.url("rates.json")
     try:
         if (values := read_json(url)) is not None:
@@ -92,5 +92,11 @@ def _probed(job: Job, *, sizes: NetworkSizes) -> Rates:
     return rates
 
 
+main = Verb(
+    "plan",
+    click.Command("plan", params=[*RECIPE_OPTIONS, DRY_RUN], help=(__doc__ or "").split("\n\n")[0]),
+    _plan,
+)
+
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -3,13 +3,10 @@
 They replace LAION in the demo: the files have the same form, so all later steps read them like real data.
 """
 
-from functools import partial
-
-from jobs.cli.job import run
 from jobs.cli.scenes import preview, render_scenes
-from jobs.runtime.exit_codes import exit_process
+from jobs.cli.verb import recipe_verb
 
-main = partial(run, "render_scenes", render_scenes, preview=preview, about=__doc__)
+main = recipe_verb("render_scenes", render_scenes, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -5,12 +5,10 @@ cannot read make the job fail after the page is written.
 """
 
 import json
-from functools import partial
 
-from jobs.cli.job import Job, run
-from jobs.reports.collect import collect
-from jobs.reports.run_page import render_report
-from jobs.runtime.exit_codes import exit_process
+from jobs.cli.job import Job
+from jobs.cli.verb import recipe_verb
+from jobs.runtime.logs import logger
 from pipelines.storage.objects import replace_object
 
 
@@ -20,13 +18,16 @@ class BelowFloor(RuntimeError):
 
 def report(job: Job) -> None:
     """Write the page and the metrics, then compare the images with the floor."""
+    from jobs.reports.collect import collect
+    from jobs.reports.run_page import render_report
+
     content, metrics = collect(job)
     page, numbers = job.url("report/index.html"), job.url("metrics.json")
     # The page comes first and is written even if the floor is missed: it shows what went wrong.
     replace_object(page, render_report(content).encode())
     replace_object(numbers, (json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
-    print(f"  open {page}")
-    print(f"  and  {numbers}")
+    logger.info(f"  open {page}")
+    logger.info(f"  and  {numbers}")
     floor, oracle = job.recipe.oracle_floor, metrics["oracle"]
     if floor is not None and oracle and oracle["mean_attributes_right"] < floor:
         raise BelowFloor(
@@ -41,7 +42,7 @@ def preview(job: Job) -> list[str]:
     return [f"would write {job.url('report/index.html')} and {job.url('metrics.json')}"]
 
 
-main = partial(run, "report", report, preview=preview, about=__doc__)
+main = recipe_verb("report", report, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -5,7 +5,6 @@ Committed output is not computed again, so a stopped run continues where it was.
 
 import time
 from dataclasses import replace
-from functools import partial
 
 from jobs import (
     compile_mobile,
@@ -19,10 +18,11 @@ from jobs import (
     train_efficient,
 )
 from jobs.cli import scenes
-from jobs.cli.job import Body, Job, Preview, run
+from jobs.cli.job import Job
 from jobs.cli.step_times import record_step
+from jobs.cli.verb import Body, Preview, recipe_verb
 from jobs.recipes.verbs import pipeline_verbs
-from jobs.runtime.exit_codes import exit_process
+from jobs.runtime.logs import logger
 from jobs.runtime.progress import format_duration
 
 STEPS: dict[str, tuple[Body, Preview]] = {
@@ -43,13 +43,13 @@ def run_pipeline(job: Job) -> None:
     began = time.monotonic()
     verbs = pipeline_verbs(job.recipe)
     for number, verb in enumerate(verbs, start=1):
-        print(f"[{number}/{len(verbs) + 1}] {verb}", flush=True)
+        logger.info(f"[{number}/{len(verbs) + 1}] {verb}")
         body, _ = STEPS[verb]
         with record_step(job, verb):
             body(replace(job, verb=verb))
-    print(f"[{len(verbs) + 1}/{len(verbs) + 1}] report", flush=True)
+    logger.info(f"[{len(verbs) + 1}/{len(verbs) + 1}] report")
     report.report(replace(job, verb="report"))
-    print(f"done in {format_duration(time.monotonic() - began)}")
+    logger.info(f"done in {format_duration(time.monotonic() - began)}")
 
 
 def preview(job: Job) -> list[str]:
@@ -57,7 +57,7 @@ def preview(job: Job) -> list[str]:
     return [f"{verb}: {line}" for verb in pipeline_verbs(job.recipe) for line in STEPS[verb][1](job)]
 
 
-main = partial(run, "run_pipeline", run_pipeline, preview=preview, about=__doc__)
+main = recipe_verb("run_pipeline", run_pipeline, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

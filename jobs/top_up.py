@@ -6,14 +6,13 @@ holds it, nothing is done and the exit code is 0.
 """
 
 from dataclasses import replace
-from functools import partial
 
 from jobs import compute_targets, encode_latents, generate_pairs
-from jobs.cli.job import Body, Job, Preview, run
-from jobs.runtime.exit_codes import exit_process
+from jobs.cli.job import Job
+from jobs.cli.verb import Body, Preview, recipe_verb
+from jobs.runtime.logs import logger
 from jobs.runtime.progress import format_duration
 from pipelines.tables.leases import TableBusy, append_lease
-from pipelines.tables.table import is_table, open_table
 from snapfusion.settings import SettingsError
 
 STEPS: dict[str, tuple[str, Body, Preview]] = {
@@ -26,6 +25,8 @@ STEPS: dict[str, tuple[str, Body, Preview]] = {
 
 def top_up(job: Job) -> None:
     """Carry out the step within the quota, holding the lease on its table."""
+    from pipelines.tables.table import is_table, open_table
+
     setting, body, _ = _step(job)
     url = job.url(job.recipe.source.table if setting == "latents" else setting)
     before = open_table(url).num_rows if is_table(url) else 0
@@ -33,9 +34,9 @@ def top_up(job: Job) -> None:
         with append_lease(url, purpose=f"top_up of {job.target}"):
             body(_within_quota(job, setting))
     except TableBusy as error:
-        print(f"  {error}; nothing was done")
+        logger.info(f"  {error}; nothing was done")
         return
-    print(f"  {open_table(url).num_rows - before} rows more")
+    logger.info(f"  {open_table(url).num_rows - before} rows more")
 
 
 def _within_quota(job: Job, setting: str) -> Job:
@@ -59,7 +60,7 @@ def _step(job: Job) -> tuple[str, Body, Preview]:
     return STEPS[job.target]
 
 
-main = partial(run, "top_up", top_up, preview=preview, about=__doc__, target="STEP")
+main = recipe_verb("top_up", top_up, preview=preview, about=__doc__, target="STEP")
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

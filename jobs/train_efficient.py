@@ -4,24 +4,24 @@ OUT/efficient-first/   the model with its initial weights (`jobs.training.initia
 OUT/efficient/         the trained model, in the layout of `jobs.training.student`
 """
 
-from functools import partial
-
 from jobs.cli.in_run import describe_training, train_in_run
-from jobs.cli.job import Job, run
-from jobs.runtime.exit_codes import exit_process
-from jobs.training.initial_weights import named_architecture, own_architecture, with_architecture
-from snapfusion.models.cost import costs_of
+from jobs.cli.job import Job
+from jobs.cli.verb import recipe_verb
+from jobs.runtime.logs import logger
 
 
 def train_efficient(job: Job) -> None:
     """Make the run's efficient model, unless it is published already."""
+    from jobs.training.initial_weights import named_architecture, own_architecture, with_architecture
+    from snapfusion.models.cost import costs_of
+
     settings, url = job.recipe.efficient, job.url("efficient")
     begin = job.resolve(settings.begin)
     origin = own_architecture(begin)
     architecture = named_architecture(job.resolve(settings.architecture), own=origin)
     first = with_architecture(begin, architecture, url=job.url("efficient-first"))
     sizes = [costs_of(one).total.parameters for one in (origin, architecture)]
-    print(f"  {url}: {sizes[1]:,} parameters of {sizes[0]:,}")
+    logger.info(f"  {url}: {sizes[1]:,} parameters of {sizes[0]:,}")
     train_in_run(job, settings.training, model=first, url=url, further=True)
 
 
@@ -35,7 +35,7 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = partial(run, "train_efficient", train_efficient, preview=preview, about=__doc__)
+main = recipe_verb("train_efficient", train_efficient, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -5,18 +5,14 @@ DIR/weights        the weights that `snapfusion/mini/weights` bundles
 DIR/report.html    training curves and images
 """
 
-import argparse
 import time
-from functools import partial
 from pathlib import Path
 
-import torch
+import click
 
-from jobs.cli.job import run_with_settings
-from jobs.reports.mini_page import write_page
-from jobs.runtime.exit_codes import exit_process
+from jobs.cli.verb import DRY_RUN, Options, settings_verb
+from jobs.runtime.logs import logger
 from jobs.runtime.progress import StatusLine, format_duration
-from snapfusion.mini.training.recipe import train
 from snapfusion.mini.training.settings import MiniTraining
 
 
@@ -38,6 +34,8 @@ class _Progress:
 
 def _check_device(name: str) -> None:
     """Raise `ValueError` unless torch can allocate on the device."""
+    import torch
+
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -45,15 +43,20 @@ def _check_device(name: str) -> None:
         raise ValueError(f"--device: {name!r} cannot be used ({reason}); cpu always can") from None
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the folder, the device and --dry-run."""
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints/ and weights/")
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    parser.add_argument("--dry-run", action="store_true", help="print the settings, and do nothing")
+OPTIONS = [
+    click.Option(["--out"], type=Path, required=True, help="folder for checkpoints/ and weights/"),
+    click.Option(["--device"], default="cpu", show_default=True, help="torch device"),
+    DRY_RUN,
+]
 
 
-def train_miniature(settings: MiniTraining, options: argparse.Namespace) -> None:
+def train_miniature(settings: MiniTraining, options: Options) -> None:
     """Train all networks, and write the page."""
+    import torch
+
+    from jobs.reports.mini_page import write_page
+    from snapfusion.mini.training.recipe import train
+
     if options.dry_run:
         return
     _check_device(options.device)
@@ -61,12 +64,10 @@ def train_miniature(settings: MiniTraining, options: argparse.Namespace) -> None
     train(settings, folder=options.out, device=options.device, on_progress=_Progress())
     weights = options.out / "weights"
     page = write_page(weights, options.out / "report.html", figures={})
-    print(f"train_mini: weights in {weights}, their curves and images in {page}")
+    logger.info(f"train_mini: weights in {weights}, their curves and images in {page}")
 
 
-main = partial(
-    run_with_settings, "train_mini", MiniTraining(), train_miniature, about=__doc__, options=add_options
-)
+main = settings_verb("train_mini", MiniTraining(), train_miniature, about=__doc__, options=OPTIONS)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

@@ -3,11 +3,9 @@
 OUT/robust/   the model, in the layout of `jobs.training.student`
 """
 
-from functools import partial
-
 from jobs.cli.in_run import describe_training, train_in_run
-from jobs.cli.job import Job, run
-from jobs.runtime.exit_codes import exit_process
+from jobs.cli.job import Job
+from jobs.cli.verb import recipe_verb
 
 
 def train_robust(job: Job) -> None:
@@ -27,7 +25,7 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = partial(run, "train_robust", train_robust, preview=preview, about=__doc__)
+main = recipe_verb("train_robust", train_robust, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

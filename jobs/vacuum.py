@@ -4,28 +4,30 @@ Kept are the newest version of each table, every version that a training or anot
 every version that an unfinished training is pinned to, and files younger than `vacuum.hours`.
 """
 
-import argparse
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
+from typing import TYPE_CHECKING
 
-from jobs.cli.job import Job, run
-from jobs.deletion.lineage import RunFiles, pinned_versions
-from jobs.runtime.exit_codes import exit_process
-from pipelines.deletion.vacuum import UnreadFile, delete_files, unread_files
+import click
+
+from jobs.cli.job import Job
+from jobs.cli.verb import recipe_verb
+from jobs.runtime.logs import logger
 from pipelines.tables.leases import active_readers, remove_expired
-from pipelines.tables.table import open_table
+
+if TYPE_CHECKING:
+    from pipelines.deletion.vacuum import UnreadFile
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add --delete."""
-    parser.add_argument("--delete", action="store_true", help="delete the listed files")
+DELETE = click.Option(["--delete"], is_flag=True, help="delete the listed files")
 
 
 def vacuum(job: Job) -> None:
     """List the files table by table, and delete them with --delete."""
     for line in _lines(job, deletes=job.options["delete"]):
-        print(line)
+        logger.info(line)
 
 
 def preview(job: Job) -> list[str]:
@@ -34,6 +36,10 @@ def preview(job: Job) -> list[str]:
 
 
 def _lines(job: Job, *, deletes: bool) -> list[str]:
+    from jobs.deletion.lineage import RunFiles, pinned_versions
+    from pipelines.deletion.vacuum import delete_files, unread_files
+    from pipelines.tables.table import open_table
+
     files = RunFiles(job.out)
     tables = {path: open_table(f"{files.url}/{path}") for path in files.tables}
     pinned = pinned_versions(files, tables)
@@ -61,7 +67,7 @@ def _summary(unread: Sequence[UnreadFile]) -> str:
     return f"{len(unread)} files to delete, {sum(file.size for file in unread) / 1e6:.1f} MB ({reasons})"
 
 
-main = partial(run, "vacuum", vacuum, preview=preview, about=__doc__, writes=False, options=add_options)
+main = recipe_verb("vacuum", vacuum, preview=preview, about=__doc__, writes=False, options=[DELETE])
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

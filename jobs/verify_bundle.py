@@ -6,26 +6,16 @@ ExecuTorch programs are executed anywhere; Core ML packages on a Mac, where they
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.runtime.arguments import OneLineParser
-from jobs.runtime.exit_codes import run_guarded
+import click
+
+from jobs.cli.verb import plain_verb
+from jobs.runtime.logs import logger
 
 if TYPE_CHECKING:
     from snapfusion.export.bundle import MobileBundle
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `snapfusion verify-bundle`."""
-
-    def work() -> None:
-        parser = OneLineParser(prog="snapfusion verify-bundle", description=(__doc__ or "").split("\n\n")[0])
-        parser.add_argument("bundle", metavar="DIR", help="a mobile bundle")
-        verify(Path(parser.options(argv).bundle))
-
-    return run_guarded("verify_bundle", work)
 
 
 def verify(folder: Path) -> None:
@@ -36,9 +26,9 @@ def verify(folder: Path) -> None:
     bundle = open_bundle(folder)
     files = bundle.manifest["files"]
     size = sum(file["bytes"] for file in files.values()) / 2**20
-    print(f"{folder}: {len(files)} files, {size:.1f} MiB, as in the manifest")
+    logger.info(f"{folder}: {len(files)} files, {size:.1f} MiB, as in the manifest")
     for checked in check_sampler_and_tokenizer(bundle):
-        print(f"  {checked.what}: {checked.found}")
+        logger.info(f"  {checked.what}: {checked.found}")
     for name, variant in bundle.manifest["variants"].items():
         _verify_variant(bundle, name, runtime=variant["runtime"])
 
@@ -55,8 +45,21 @@ def _verify_variant(bundle: MobileBundle, variant: str, *, runtime: str) -> None
         packages = {part: open_packages(bundle.files(variant, part)) for part in MODULES}
         model = CompiledModel(**packages, conditions=bundle.manifest["conditions"])
     else:
-        print(f"  {variant}: not executed, {runtime} is not available here; its files match the manifest")
+        logger.info(
+            f"  {variant}: not executed, {runtime} is not available here; its files match the manifest"
+        )
         return
     for checked in check_variant(bundle, variant, model=model):
         latency = "" if checked.milliseconds is None else f", {checked.milliseconds:.1f} ms per call"
-        print(f"  {checked.what}: {checked.found}{latency}")
+        logger.info(f"  {checked.what}: {checked.found}{latency}")
+
+
+main = plain_verb(
+    "verify_bundle",
+    lambda options: verify(options.bundle),
+    about=__doc__,
+    options=[click.Argument(["bundle"], type=Path, metavar="DIR")],
+)
+
+if __name__ == "__main__":
+    main.exit()

@@ -4,22 +4,24 @@ Give the table's URL. LATENTS need their shards: the recipe's `source.url`, or `
 TARGETS need `latents` beside the table. SAMPLES and REFERENCES need the `evaluation` settings of their run.
 """
 
-from dataclasses import replace
-from functools import partial
-from typing import NoReturn
+from __future__ import annotations
 
-import pyarrow as pa
+from dataclasses import replace
+from typing import TYPE_CHECKING, NoReturn
 
 from jobs.cli.inputs import latents_row_filters, row_filters, teacher_and_student
-from jobs.cli.job import Job, run
+from jobs.cli.job import Job
+from jobs.cli.verb import recipe_verb
 from jobs.evaluation.settings import Contender
-from jobs.runtime.exit_codes import exit_process
-from pipelines.datasets import latents, pairs, references, samples, targets
-from pipelines.dedup import fingerprints
-from pipelines.sources.webdataset import list_shards
-from pipelines.tables.manifest import UnitManifest
-from pipelines.tables.table import Snapshot, open_table
-from pipelines.tables.verification import CannotRecompute, Recompute, verify_table
+from jobs.runtime.logs import logger
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipelines.tables.manifest import UnitManifest
+    from pipelines.tables.table import Snapshot
+    from pipelines.tables.verification import Recompute
+
 
 _MAX_FAULTS = 20
 """Faults that are listed."""
@@ -31,23 +33,31 @@ class VerificationFailed(RuntimeError):
 
 def verify(job: Job) -> None:
     """Print what was verified; raise if there are faults."""
+    from pipelines.tables.table import open_table
+    from pipelines.tables.verification import verify_table
+
     table, settings = open_table(job.target), job.recipe.verification
     result = verify_table(
         table, recompute=recompute_for(job, table), units=settings.units, seed=settings.seed
     )
     rows = f"{result.units} units, {result.rows} rows, {result.rejected} rejected"
-    print(f"{table.url}, version {table.version}: {rows}")
-    print(f"  {result.recomputed} units recomputed, {result.exact} of them bit for bit")
+    logger.info(f"{table.url}, version {table.version}: {rows}")
+    logger.info(f"  {result.recomputed} units recomputed, {result.exact} of them bit for bit")
     for note in result.notes:
-        print(f"  {note}")
+        logger.info(f"  {note}")
     if result.faults:
         faults = "\n".join(f"  {fault}" for fault in result.faults[:_MAX_FAULTS])
         raise VerificationFailed(f"{len(result.faults)} faults in {table.url}\n{faults}")
-    print("  no fault found")
+    logger.info("  no fault found")
 
 
 def recompute_for(job: Job, table: Snapshot) -> Recompute:
     """The function that recomputes units of this kind of table."""
+    from pipelines.datasets import latents, pairs, references, samples, targets
+    from pipelines.dedup import fingerprints
+    from pipelines.sources.webdataset import list_shards
+    from pipelines.tables.table import open_table
+
     recipe, kind = job.recipe, table.identity["kind"]
     parent, _, name = job.target.rpartition("/")
     run_job, source = replace(job, out=parent), recipe.source.name
@@ -86,11 +96,15 @@ def recompute_for(job: Job, table: Snapshot) -> Recompute:
 
 
 def _cannot_recompute(manifest: UnitManifest, _rows: pa.Table) -> NoReturn:
+    from pipelines.tables.verification import CannotRecompute
+
     raise CannotRecompute(f"its round is made as a whole, and {manifest.unit} is a part of it")
 
 
 def preview(job: Job) -> list[str]:
     """Describe the table and the units that would be recomputed."""
+    from pipelines.tables.table import open_table
+
     table = open_table(job.target)
     units = min(job.recipe.verification.units, len(table.units))
     return [
@@ -99,7 +113,7 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = partial(run, "verify_table", verify, preview=preview, about=__doc__, target="URL", writes=False)
+main = recipe_verb("verify_table", verify, preview=preview, about=__doc__, target="URL", writes=False)
 
 if __name__ == "__main__":
-    exit_process(main())
+    main.exit()

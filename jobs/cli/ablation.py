@@ -5,18 +5,14 @@ from typing import Any, TypedDict
 
 from jobs.cli.in_run import table_starter
 from jobs.cli.job import Job
-from jobs.evaluation.evaluation import evaluate
 from jobs.evaluation.results import EvaluationResults
 from jobs.evaluation.settings import Contender, EvaluationSettings, FidGap
 from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant, contender_name, table_name
 from jobs.runtime.cluster import runner
-from jobs.training.distillation import distill_steps, summary
-from jobs.training.progress_channel import show_reports
-from jobs.training.run_folder import METRICS
+from jobs.runtime.logs import logger
 from jobs.training.settings import VpredSettings
-from jobs.training.velocity import finetune_vpred
+from jobs.training.sources import METRICS
 from pipelines.storage.objects import exists
-from snapfusion.metrics.intervals import Interval
 
 
 class PanelResults(TypedDict):
@@ -77,9 +73,13 @@ def model_of(job: Job, line: Line, *, seed: int) -> str | None:
 
 def train_student(job: Job, variant: StudentVariant, *, seed: int) -> None:
     """Train a student, unless it is published already."""
+    from jobs.training.distillation import distill_steps, summary
+    from jobs.training.progress_channel import show_reports
+    from jobs.training.velocity import finetune_vpred
+
     if is_trained(job, variant.name, seed=seed):
         return
-    print(f"[{variant.name}, seed {seed}]", flush=True)
+    logger.info(f"[{variant.name}, seed {seed}]")
     distill, initial = job.recipe.distill, job.recipe.ablation.model
     if variant.after is not None:
         initial = f"{student_url(job, variant.after, seed=seed)}/model"
@@ -98,11 +98,13 @@ def train_student(job: Job, variant: StudentVariant, *, seed: int) -> None:
     settings = distill.model_copy(update={"name": variant.name, "loop": loop, "steps": variant.steps})
     metrics = distill_steps(settings, teacher=initial, data_url=job.url("latents"), **shared)
     for line in summary(metrics):
-        print(f"  {line}")
+        logger.info(f"  {line}")
 
 
 def evaluate_panel(job: Job, panel: Panel) -> PanelResults:
     """Sample and score the lines of a panel."""
+    from jobs.evaluation.evaluation import evaluate
+
     settings = job.recipe.ablation
     results = evaluate(
         panel_evaluation(job, panel),
@@ -157,6 +159,8 @@ def _over_seeds(panel: Panel, *, seeds: range, results: EvaluationResults) -> It
 
 def _spread(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A point with mean, minimum and maximum of each metric over the seeds."""
+    from snapfusion.metrics.intervals import Interval
+
     spread = {"w": points[0]["w"], "evaluations": points[0]["evaluations"]}
     for name, value in points[0].items():
         if isinstance(value, Interval):

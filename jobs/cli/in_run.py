@@ -1,24 +1,27 @@
 """Trainings that read their parents from the run and publish into it."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs.cli.job import Job
 from jobs.cli.state import state_of
-from jobs.evaluation.evaluation import StartTable
 from jobs.recipes.stages import DistillationStage
 from jobs.runtime.cluster import connect
+from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
-from jobs.training.progress_channel import show_reports
-from jobs.training.run_folder import METRICS
 from jobs.training.settings import UNetTrainingSettings, VpredSettings
-from jobs.training.velocity import finetune_vpred
+from jobs.training.sources import METRICS
 from pipelines.storage.objects import exists, replace_object
-from pipelines.tables.commits import Origin
-from pipelines.tables.committer import OnProgress
 from snapfusion.training.settings import LoopSettings, StepDistillationSettings
+
+if TYPE_CHECKING:
+    from jobs.evaluation.evaluation import StartTable
+    from pipelines.tables.commits import Origin
+    from pipelines.tables.committer import OnProgress
 
 
 def stage_job(job: Job, stage: DistillationStage) -> Job:
@@ -46,6 +49,9 @@ SettingsT = TypeVar("SettingsT", bound=UNetTrainingSettings)
 
 def train_in_run(job: Job, settings: VpredSettings, *, model: str, url: str, further: bool = False) -> None:
     """Train on the LATENTS of the run by L_ori, and print the held-out loss."""
+    from jobs.training.progress_channel import show_reports
+    from jobs.training.velocity import finetune_vpred
+
     connect_unless_published(job, url)
     metrics = finetune_vpred(
         resolve_training(settings, job),
@@ -56,7 +62,7 @@ def train_in_run(job: Job, settings: VpredSettings, *, model: str, url: str, fur
         on_report=show_reports(),
     )
     evaluation = metrics["evaluation"]
-    print(f"  {url}/model: L_ori {evaluation['loss']:.5f} on {evaluation['rows']} held-out rows")
+    logger.info(f"  {url}/model: L_ori {evaluation['loss']:.5f} on {evaluation['rows']} held-out rows")
 
 
 def connect_unless_published(job: Job, url: str) -> None:
@@ -92,9 +98,9 @@ def measure_in_run(
 ) -> None:
     """Measure, write the record as JSON and print its summary, unless the file exists already."""
     if exists(url):
-        print(f"  {url} exists already")
+        logger.info(f"  {url} exists already")
         return
     record = measure()
     replace_object(url, json.dumps(record, indent=1).encode())
     for line in (*summary(record), url):
-        print(f"  {line}")
+        logger.info(f"  {line}")

@@ -1,32 +1,38 @@
 """Inputs of a job in its run: row filters, sources of models, URLs of tables and shards."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from jobs.cli.job import Job
-from jobs.training.run_folder import METRICS
-from pipelines.dedup.decontamination import describe_evaluation
-from pipelines.dedup.fingerprints import identity_of
-from pipelines.stages.blocklist import load_blocklist
-from pipelines.stages.deletion_filter import DeletionFilter
-from pipelines.stages.duplicate_filter import DuplicateFilter
-from pipelines.stages.row_filter import LinkFilter, RowFilter
+from jobs.training.sources import METRICS
 from pipelines.storage.objects import absolute_url, exists
-from pipelines.tables.deletion_list import DeletionList
-from pipelines.tables.schemas import SCHEMA_VERSION
-from pipelines.tables.table import TableError, is_table, open_table
 from snapfusion.settings import differences
+
+if TYPE_CHECKING:
+    from pipelines.stages.row_filter import LinkFilter, RowFilter
+    from pipelines.tables.deletion_list import DeletionList
 
 
 def row_filters(job: Job) -> list[RowFilter]:
     """Filters that refuse a row by itself, before it is downloaded, hashed or encoded."""
+    from pipelines.stages.blocklist import load_blocklist
+    from pipelines.stages.deletion_filter import DeletionFilter
+
     return [DeletionFilter(deletion_list_of(job)), load_blocklist(job.recipe.source.blocklists)]
 
 
 def link_filters(job: Job) -> list[LinkFilter]:
     """The row filters that need no image, so that they apply before a download."""
+    from pipelines.stages.row_filter import LinkFilter
+
     return [row_filter for row_filter in row_filters(job) if isinstance(row_filter, LinkFilter)]
 
 
 def deletion_list_of(job: Job) -> DeletionList:
     """The deletion list of this run, which may not exist."""
+    from pipelines.tables.deletion_list import DeletionList
+
     return DeletionList(job.url("forgotten"))
 
 
@@ -36,6 +42,12 @@ def latents_row_filters(job: Job) -> list[RowFilter]:
     Raises:
         TableError: if copies are refused and there are no verdicts, or verdicts with other settings.
     """
+    from pipelines.dedup.decontamination import describe_evaluation
+    from pipelines.dedup.fingerprints import identity_of
+    from pipelines.stages.duplicate_filter import DuplicateFilter
+    from pipelines.tables.schemas import SCHEMA_VERSION
+    from pipelines.tables.table import TableError, is_table, open_table
+
     filters = row_filters(job)
     settings = job.recipe.deduplication
     if not settings.use:

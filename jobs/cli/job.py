@@ -1,21 +1,19 @@
-"""The command line that jobs share: four options, settings printed and saved, errors in one line."""
+"""A job: the recipe and the run it works on, its settings saved before anything else is written."""
 
-import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from jobs.recipes.recipe import Recipe
-from jobs.recipes.registry import RECIPES, recipe_named
+from jobs.recipes.registry import recipe_named
 from jobs.recipes.renamed import refuse_renamed
-from jobs.runtime.arguments import OneLineParser
 from jobs.runtime.credentials import apply_storage
-from jobs.runtime.exit_codes import run_guarded
+from jobs.runtime.logs import logger
 from jobs.runtime.secrets import refuse_secrets, string_values, without_secret
 from jobs.training.sources import RECIPE_MODEL
 from pipelines.storage.objects import StorageError, absolute_url, check_client, write_once
-from snapfusion.settings import Settings, SettingsError, flatten
+from snapfusion.settings import SettingsError, flatten
 
 RUN_PREFIX = "run:"
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
@@ -58,119 +56,20 @@ class Job:
         return text.replace(f'"{absolute_url(self.out)}/', f'"{RUN_PREFIX}')
 
 
-SettingsT = TypeVar("SettingsT", bound=Settings)
-Body = Callable[[Job], None]
-Preview = Callable[[Job], list[str]]
-
-
-def run(
-    verb: str,
-    body: Body,
-    argv: Sequence[str] | None = None,
-    *,
-    preview: Preview,
-    about: str | None,
-    target: str | None = None,
-    writes: bool = True,
-    options: Callable[[argparse.ArgumentParser], None] | None = None,
-) -> int:
-    """Parse the command line, run `body` (or with --dry-run print `preview`) and return the exit code.
-
-    Args:
-        verb: name of the job.
-        body: the work.
-        argv: arguments; None takes the process's own.
-        preview: lines that describe it.
-        about: the module's docstring, whose first paragraph is the help text.
-        target: name of a positional argument, required unless the job `writes`; None for none.
-        writes: whether the job writes into the run, so that its settings are saved there.
-        options: adds options of the job's own, which `Job.options` then has.
-    """
-    parser = recipe_parser(verb, about=about, set_help="change a setting, as in pairs.draws=4")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
-    if target:
-        parser.add_argument("target", metavar=target, nargs="?" if writes else None, default="")
-    if options:
-        options(parser)
-
-    def work() -> None:
-        """Parse the options, then preview the job or carry it out."""
-        given = parser.options(argv)
-        job = Job(
-            verb=verb,
-            recipe=resolve_recipe(given.recipe, given.set),
-            out=given.out.rstrip("/"),
-            target=given.target.rstrip("/") if target else "",
-            options=vars(given),
-        )
-        prepare_stores(job)
-        if given.dry_run:
-            print("\n".join([job.recipe.to_json(), f"settings {job.recipe.digest()[:16]}", *preview(job)]))
-            return
-        if writes:
-            _save_settings(job)
-        body(job)
-
-    return run_guarded(verb, work)
-
-
-def run_with_settings(
-    verb: str,
-    settings: SettingsT,
-    body: Callable[[SettingsT, argparse.Namespace], None],
-    argv: Sequence[str] | None = None,
-    *,
-    about: str | None,
-    options: Callable[[argparse.ArgumentParser], None],
-) -> int:
-    """Run a job that has settings of its own instead of a recipe, print them, and return the exit code.
-
-    Args:
-        verb: name of the job.
-        settings: that --set changes.
-        body: the work, from the changed settings and the parsed command line.
-        argv: arguments; None takes the process's own.
-        about: the module's docstring, whose first paragraph is the help text.
-        options: adds the options beside --set.
-    """
-    parser = _settings_parser(verb, about=about, set_help="change a setting")
-    options(parser)
-
-    def work() -> None:
-        given = parser.options(argv)
-        changed = settings.with_values(given.set)
-        print(changed.to_json())
-        body(changed, given)
-
-    return run_guarded(verb, work)
-
-
-def recipe_parser(verb: str, *, about: str | None, set_help: str) -> OneLineParser:
-    """A parser with the options --recipe, --set and --out."""
-    parser = _settings_parser(verb, about=about, set_help=set_help)
-    parser.add_argument("--recipe", default="mini", help=f"one of {', '.join(RECIPES)} (default: mini)")
-    parser.add_argument("--out", default="runs/demo", help="folder or URL of the run (default: runs/demo)")
-    return parser
-
-
-def _settings_parser(verb: str, *, about: str | None, set_help: str) -> OneLineParser:
-    parser = OneLineParser(prog=f"python -m jobs.{verb}", description=(about or "").split("\n\n")[0])
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
-    return parser
-
-
-def resolve_recipe(name: str, assignments: Sequence[str]) -> Recipe:
-    """A recipe with the assignments of --set.
+def resolve_recipe(name: str, assignments: Sequence[str], *, config: Sequence[str] = ()) -> Recipe:
+    """A recipe with the assignments of --config and then those of --set.
 
     Raises:
         SettingsError: if there is no such recipe or setting, or a value is not accepted.
     """
     recipe = recipe_named(name)
-    try:
-        refuse_renamed(assignments)
-        return recipe.with_values(assignments)
-    except SettingsError as error:
-        raise SettingsError(f"--set {without_secret(error)}") from None
+    for option, values in (("--config", config), ("--set", assignments)):
+        try:
+            refuse_renamed(values)
+            recipe = recipe.with_values(values)
+        except SettingsError as error:
+            raise SettingsError(f"{option} {without_secret(error)}") from None
+    return recipe
 
 
 def prepare_stores(job: Job) -> None:
@@ -191,14 +90,21 @@ def prepare_stores(job: Job) -> None:
                 raise StorageError(f"{where} {error}".strip()) from None
 
 
-def _save_settings(job: Job) -> None:
-    """Print the resolved settings and save them under their hash, before anything else is written."""
+def save_settings(job: Job, *, verbose: bool) -> None:
+    """Save the resolved settings under their hash, and print those that differ from the recipe's."""
     digest = job.recipe.digest()[:16]
     url = job.url(f"settings/{digest}.json")
     try:
         write_once(url, job.recipe.to_json().encode())
     except StorageError as error:
         raise StorageError(f"--out {error}") from None
-    print(f"{job.verb}: recipe {job.recipe.name}, settings {digest}, saved as {url}")
-    for key, value in flatten(job.recipe.to_values()):
-        print(f"  {key} = {value}")
+    logger.info(f"{job.verb}: recipe {job.recipe.name}, settings {digest}, saved as {url}")
+    for line in settings_lines(job, all_of_them=verbose):
+        logger.info(line)
+
+
+def settings_lines(job: Job, *, all_of_them: bool) -> list[str]:
+    """The settings that differ from those of the recipe of this name, or all, one a line."""
+    usual = {} if all_of_them else dict(flatten(recipe_named(job.recipe.name).to_values()))
+    values = flatten(job.recipe.to_values())
+    return [f"  {key} = {value}" for key, value in values if key not in usual or usual[key] != value]

@@ -1,12 +1,15 @@
 """States what exists at the URL of a job's output, and reads the records there."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.storage.objects import exists, list_names, read_bytes
-from pipelines.tables.manifest import total_rejected
-from pipelines.tables.table import Snapshot, is_table, open_table
+
+if TYPE_CHECKING:
+    from pipelines.tables.table import Snapshot
 
 
 def state_of(url: str, *, last: str = "") -> str:
@@ -16,6 +19,8 @@ def state_of(url: str, *, last: str = "") -> str:
         url: of a table, a file or a folder.
         last: the file that a folder has only when it is complete.
     """
+    from pipelines.tables.table import is_table, open_table
+
     if is_table(url):
         return f"{open_table(url).num_rows} rows are committed"
     return "exists already" if exists(f"{url}/{last}" if last else url) else "does not exist yet"
@@ -34,6 +39,8 @@ def read_json_files(url: str) -> list[Any]:
 
 def table_text(table: Snapshot) -> str:
     """Rows of a table and its rejected rows by reason, in words."""
+    from pipelines.tables.manifest import total_rejected
+
     return f"{table.num_rows} rows, {rejected_text(total_rejected(table.manifests().values()))}"
 
 

@@ -24,6 +24,7 @@ from jobs.evaluation.module_benchmark import (
 )
 from jobs.evaluation.settings import TimingSettings
 from jobs.evaluation.timing import setting_of
+from jobs.runtime.logs import logger
 from jobs.runtime.versions import versions
 from snapfusion.export.bundle import EXECUTORCH, MODULES, MobileBundle
 from snapfusion.models.bundle import weight_hash
@@ -194,7 +195,7 @@ class BundleBenchmark:
                 notes.append(str(error))
                 break
             else:
-                print(f"  {row.name}, {module}: {result.median_ms:.4g} ms", flush=True)
+                logger.info(f"  {row.name}, {module}: {result.median_ms:.4g} ms")
         calls = self._calls()
         overall_s = None
         if results.keys() == calls.keys():

@@ -3,6 +3,7 @@
 import numpy as np
 from tqdm import tqdm
 
+from jobs.runtime.logs import logger
 from snapfusion.export.bundle import EXECUTORCH, BundleError, MobileBundle
 from snapfusion.export.loop import CompiledModel, encode_text, sampling_steps, to_uint8_image
 from snapfusion.models.tokenizer import tokenize
@@ -55,7 +56,7 @@ def generate_bundle_images(
                 bar.update()
             image = programs.decoder([latent])
             if checker is not None and float(checker([image]).ravel()[0]) > 0.0:
-                print(f"image {index} is not shown: the bundle's safety checker marks it")
+                logger.info(f"image {index} is not shown: the bundle's safety checker marks it")
                 image = np.zeros_like(image)
             images.append(to_uint8_image(image))
     return images

@@ -35,6 +35,7 @@ from jobs.planning.rates import Rate, Rates
 from jobs.planning.step_probe import decoder_step, median_seconds, noise_batch, step_seconds
 from jobs.planning.workload import efficient_unet
 from jobs.runtime.cluster import connect
+from jobs.runtime.logs import logger
 from pipelines.costs.stage import WorkKind
 from pipelines.datasets.latents import encode_latents
 from pipelines.ray_data.execution import PipelineStage, Runner
@@ -220,7 +221,7 @@ class Probe:
 
 
 def _announce(part: str) -> None:
-    print(f"  measuring {part}", flush=True)
+    logger.info(f"  measuring {part}")
 
 
 def _contending_workers(job: Job) -> int:

@@ -1,20 +1,24 @@
 """Connects a job to Ray: to the cluster it was submitted to, or to a local one."""
 
+from __future__ import annotations
+
 import logging
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import pyarrow as pa
-import ray
+from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.credentials import worker_runtime_env
 from jobs.runtime.settings import ClusterSettings
-from pipelines.ray_data.execution import PipelineStage, Runner, run_on_ray
-from pipelines.ray_data.shuffle import RayRows, Read, read_on_ray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipelines.ray_data.execution import PipelineStage, Runner
+    from pipelines.ray_data.shuffle import RayRows, Read
+
 
 # Logical CPUs only decide which actors run at once: two cores carry reader, network, writer and trainer.
 _MIN_CPUS = 4
@@ -31,6 +35,7 @@ _QUIET_VARIABLES = {
 
 def runner(cluster: ClusterSettings) -> Runner:
     """`run_on_ray` on this cluster, connecting only if there is something to run."""
+    from pipelines.ray_data.execution import run_on_ray
 
     def run(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[Any]:
         pending = list(items)
@@ -43,6 +48,7 @@ def runner(cluster: ClusterSettings) -> Runner:
 
 def reader(cluster: ClusterSettings) -> Read:
     """`read_on_ray` on this cluster, connecting only if something is read."""
+    from pipelines.ray_data.shuffle import read_on_ray
 
     def read(items: Sequence[Any], function: Callable[[Any], pa.Table]) -> RayRows:
         connect(cluster)
@@ -53,6 +59,8 @@ def reader(cluster: ClusterSettings) -> Read:
 
 def connect(cluster: ClusterSettings) -> None:
     """Connect this process to Ray for the rest of its life, unless it is connected already."""
+    import ray
+
     if ray.is_initialized():
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")

@@ -1,7 +1,8 @@
 """Ends a command with one line for what went wrong, and an exit code.
 
 0 done, 1 the work failed (a second try may help), 2 the request cannot be carried out as it stands, 130
-interrupted (Ctrl-C), 143 terminated (SIGTERM, as from `ray job stop` and from Kubernetes).
+interrupted (Ctrl-C), 141 the reader of the output has gone, 143 terminated (SIGTERM, as from `ray job stop`
+and from Kubernetes).
 """
 
 import os
@@ -34,6 +35,10 @@ def run_guarded(verb: str, work: Callable[[], None]) -> int:
             if leaving.code != signal.SIGTERM:
                 raise
             return _end_by(signal.SIGTERM, verb)
+        except BrokenPipeError:
+            # Whoever read our output, as in `... | head`, has seen enough.
+            _silence()
+            return 128 + signal.SIGPIPE
         except Exception as error:
             cause = _root_cause(error)
             if not isinstance(cause, ValueError) and not _is_ours(cause):
@@ -47,10 +52,15 @@ def _end_by(number: int, verb: str, *, silence: bool = True) -> int:
     _print_last(_signal_message(verb, number))
     if silence:
         # Actors are released only after this line, and Ray complains of the very actors that it then ends.
-        null = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in (1, 2):
-            os.dup2(null, descriptor)
+        _silence()
     return 128 + number
+
+
+def _silence() -> None:
+    """Discard all further output of the process."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(null, descriptor)
 
 
 def _print_last(line: str) -> None:
@@ -112,8 +122,11 @@ def exit_process(code: int) -> NoReturn:
     ray = sys.modules.get("ray")
     if ray is not None:
         ray.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        code = code or 128 + signal.SIGPIPE
     os._exit(code)
 
 

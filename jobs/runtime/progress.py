@@ -1,36 +1,102 @@
-"""Shows a job's progress in one line: rewritten on a terminal, repeated every few seconds elsewhere."""
+"""Shows a job's progress: one line that updates on a terminal, a plain line every 30 seconds elsewhere."""
 
-import sys
+from __future__ import annotations
+
+import threading
 import time
-from typing import TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar
 
-from pipelines.ray_data.metrics import RowMeter
-from pipelines.tables.committer import CommitProgress, OnProgress
+from jobs.runtime.logs import interactive, logger
 
-_SECONDS_BETWEEN_LINES = 10.0
+if TYPE_CHECKING:
+    from rich.status import Status
+
+    from pipelines.tables.committer import CommitProgress, OnProgress
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Between the lines of a job whose output is no terminal."""
+
+
+class _Display:
+    """What the process does at the moment, and since when."""
+
+    status: ClassVar[Status | None] = None
+    text: ClassVar[str] = ""
+    began: ClassVar[float] = 0.0
+    last_line: ClassVar[float] = 0.0
 
 
 class StatusLine:
     """A line of status; its last text stays."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._out = stream or sys.stdout
-        self._on_terminal = self._out.isatty()
-        self._shown = 0.0
+    def __init__(self) -> None:
+        self._shown = -SECONDS_BETWEEN_LINES
 
     def show(self, text: str, *, last: bool) -> None:
-        """Show `text`; off a terminal only every few seconds, unless it is the last."""
+        """Show `text`; off a terminal only every 30 seconds, unless it is the last."""
         now = time.monotonic()
-        if self._on_terminal:
-            self._out.write(f"\r\x1b[K  {text}" + ("\n" if last else ""))
-        elif last or now - self._shown >= _SECONDS_BETWEEN_LINES:
-            self._out.write(f"  {text}\n")
-            self._shown = now
-        self._out.flush()
+        _Display.text, _Display.began = text, now
+        if not last and _Display.status is not None:
+            _Display.status.update(f"{text}")
+        elif last or now - self._shown >= SECONDS_BETWEEN_LINES:
+            logger.info(f"  {text}")
+            self._shown = _Display.last_line = now
+
+
+@contextmanager
+def progress_display(title: str) -> Iterator[None]:
+    """Keep a display alive while the body works, so that no step is silent.
+
+    A terminal shows the current step with its seconds; elsewhere a line follows every 30 seconds in which
+    nothing else was shown.
+    """
+    _Display.text, _Display.began, _Display.last_line = title, time.monotonic(), time.monotonic()
+    ended = threading.Event()
+    with _terminal_status() as status:
+        _Display.status = status
+        beat = threading.Thread(target=_beat, args=(ended,), name="progress", daemon=True)
+        beat.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            beat.join()
+            _Display.status = None
+
+
+def doing(text: str) -> None:
+    """Say what begins now: on the status line of a terminal, or as a line elsewhere."""
+    StatusLine().show(text, last=False)
+
+
+@contextmanager
+def _terminal_status() -> Iterator[Status | None]:
+    if not interactive():
+        yield None
+        return
+    from rich.console import Console
+
+    with Console(highlight=False, markup=False).status("") as status:
+        yield status
+
+
+def _beat(ended: threading.Event) -> None:
+    """Show how long the current step has taken, until `ended`."""
+    while not ended.wait(1.0):
+        seconds = time.monotonic() - _Display.began
+        if _Display.status is not None:
+            _Display.status.update(f"{_Display.text} ({format_duration(seconds)})")
+        elif time.monotonic() - _Display.last_line >= SECONDS_BETWEEN_LINES:
+            logger.info(f"  {_Display.text}: still at work, {format_duration(seconds)}")
+            _Display.last_line = time.monotonic()
 
 
 def show_progress(verb: str) -> OnProgress:
     """A callback that shows progress with rate and time left, and counts its rows for Prometheus."""
+    from pipelines.ray_data.metrics import RowMeter
+
     line, meter = StatusLine(), RowMeter(verb)
 
     def on_progress(progress: CommitProgress) -> None:

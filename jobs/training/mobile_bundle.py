@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.evaluation.images import distilled_steps
+from jobs.runtime.logs import logger
 from jobs.runtime.progress import format_duration
 from jobs.runtime.versions import versions
 from jobs.training.metrics import METRICS
@@ -78,7 +79,7 @@ def publish_bundle(
     began = time.monotonic()
 
     def log(line: str) -> None:
-        print(f"  {format_duration(time.monotonic() - began)}: {line}", flush=True)
+        logger.info(f"  {format_duration(time.monotonic() - began)}: {line}")
 
     with _scratch_folder(out_url) as scratch:
         folder = scratch / "bundle"

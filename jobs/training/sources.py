@@ -1,4 +1,7 @@
-"""Names by which settings refer to models and tables of a run."""
+"""Names of models, tables and files in a run."""
+
+METRICS = "metrics.json"
+"""The file that a training publishes last."""
 
 RECIPE_MODEL = "recipe:model"
 """The recipe's own model."""

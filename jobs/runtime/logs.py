@@ -1,0 +1,39 @@
+"""Logs what commands report: plain lines on stdout, or JSON lines for collectors of logs."""
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+
+logger = logging.getLogger("snapfusion")
+"""The logger of all commands."""
+
+
+class _Stdout(logging.Handler):
+    """Prints to the current `sys.stdout`, which a progress display or a test may have replaced."""
+
+    json_lines = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        text = record.getMessage()
+        if self.json_lines:
+            time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+            text = json.dumps({"time": time, "level": record.levelname.lower(), "message": text.strip()})
+        print(text, flush=True)
+
+
+_handler = _Stdout()
+logger.addHandler(_handler)
+logger.setLevel(logging.INFO)
+logger.propagate = False
+
+
+def log_as_json(enabled: bool) -> None:
+    """Choose between JSON lines and plain lines for the rest of the process."""
+    _handler.json_lines = enabled
+
+
+def interactive() -> bool:
+    """Whether somebody watches: stdout is a terminal, and lines are not for a collector."""
+    return sys.stdout.isatty() and not _handler.json_lines
