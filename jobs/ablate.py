@@ -29,7 +29,7 @@ from jobs.cli.verb import recipe_verb
 from jobs.recipes.ablation import Panel
 from jobs.runtime.cluster import connect
 from jobs.runtime.logs import logger
-from jobs.training.sources import METRICS
+from jobs.training.metrics import METRICS
 from pipelines.storage.objects import replace_object
 
 

@@ -12,6 +12,7 @@ import click
 from jobs.cli.groups import GROUPS
 from jobs.cli.verb import Verb, parse
 from jobs.runtime.exit_codes import exit_process, run_guarded
+from jobs.runtime.secrets import refuse_secrets_in_options
 from snapfusion.settings import SettingsError
 
 VERBS = sorted(verb.replace("-", "_") for verbs in GROUPS.values() for verb in verbs)
@@ -84,6 +85,7 @@ def load(verb: str) -> Verb:
 
 
 def _help_or_refuse(arguments: Sequence[str]) -> None:
+    refuse_secrets_in_options(arguments)
     if arguments and not arguments[0].startswith("-"):
         near = difflib.get_close_matches(arguments[0].replace("-", "_"), VERBS, n=1)
         hint = f"did you mean {near[0].replace('_', '-')}?" if near else "`snapfusion --help` lists them"

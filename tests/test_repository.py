@@ -12,6 +12,8 @@ import ray.autoscaler
 import yaml
 from packaging.requirements import Requirement
 
+from jobs.cli.groups import GROUPS
+
 ROOT = Path(__file__).parent.parent
 CLUSTER = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
 NODE_TYPES = CLUSTER["available_node_types"]
@@ -101,9 +103,7 @@ def test_images_run_the_ray_that_is_pinned():
 
 
 def test_jobs_document_names_every_job():
-    verbs = {
-        path.stem for path in (ROOT / "jobs").glob("*.py") if 'if __name__ == "__main__"' in path.read_text()
-    }
-    verbs.remove("command")  # the `snapfusion` command, which is no job
-    named = set(re.findall(r"`(?:python -m )?jobs\.(\w+)", (ROOT / "docs" / "jobs.md").read_text()))
-    assert named == verbs
+    verbs = {verb for group in GROUPS.values() for verb in group}
+    text = (ROOT / "docs" / "jobs.md").read_text()
+    assert {verb for verb in verbs if not re.search(rf"`(?:snapfusion )?{verb}[ `]", text)} == set()
+    assert set(re.findall(r"^\| `([a-z-]+)", text, re.MULTILINE)) <= verbs

@@ -10,8 +10,8 @@ from jobs.evaluation.settings import Contender, EvaluationSettings, FidGap
 from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant, contender_name, table_name
 from jobs.runtime.cluster import runner
 from jobs.runtime.logs import logger
+from jobs.training.metrics import METRICS
 from jobs.training.settings import VpredSettings
-from jobs.training.sources import METRICS
 from pipelines.storage.objects import exists
 
 

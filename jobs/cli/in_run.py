@@ -13,8 +13,8 @@ from jobs.recipes.stages import DistillationStage
 from jobs.runtime.cluster import connect
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
+from jobs.training.metrics import METRICS
 from jobs.training.settings import UNetTrainingSettings, VpredSettings
-from jobs.training.sources import METRICS
 from pipelines.storage.objects import exists, replace_object
 from snapfusion.training.settings import LoopSettings, StepDistillationSettings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jobs.cli.job import Job
-from jobs.training.sources import METRICS
+from jobs.training.metrics import METRICS
 from pipelines.storage.objects import absolute_url, exists
 from snapfusion.settings import differences
 

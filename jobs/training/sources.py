@@ -1,7 +1,4 @@
-"""Names of models, tables and files in a run."""
-
-METRICS = "metrics.json"
-"""The file that a training publishes last."""
+"""Names by which settings refer to models and tables of a run."""
 
 RECIPE_MODEL = "recipe:model"
 """The recipe's own model."""

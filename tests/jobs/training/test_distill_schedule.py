@@ -1,6 +1,5 @@
 """Tests of the distillation schedules against the paper (Sec. 4.1, 5, App. D), and of their stages."""
 
-import json
 from dataclasses import replace
 from functools import reduce
 from operator import getitem
@@ -8,13 +7,11 @@ from operator import getitem
 import numpy as np
 import pytest
 import torch
-from set_options import set_options
 from torch import nn
 
 from jobs import distill_schedule, encode_latents
 from jobs.cli import in_run, inputs
-from jobs.cli.job import Job
-from jobs.recipes.recipe import Recipe
+from jobs.cli.job import Job, resolve_recipe
 from jobs.recipes.registry import RECIPES, recipe_named
 from jobs.recipes.stages import DistillationStage, paper_schedules
 from jobs.recipes.verbs import initial_verbs
@@ -53,11 +50,8 @@ VANILLA = {"Fig. 4: 8 steps by the vanilla loss": ("vanilla-8", 16, 8, "small-16
 HALVINGS = ((64, 32), (32, 16), (16, 8))
 
 
-def resolved(name, capsys, *settings) -> Job:
-    """The job as `--dry-run` prints it."""
-    assert distill_schedule.main(["--recipe", name, "--dry-run", *set_options(settings)]) == 0
-    printed = capsys.readouterr().out.split("\nsettings ")[0]
-    return Job(verb="distill_schedule", recipe=Recipe.parse(json.loads(printed)), out="runs/x")
+def resolved(name, *settings) -> Job:
+    return Job(verb="distill_schedule", recipe=resolve_recipe(name, settings), out="runs/x")
 
 
 def stages(job: Job) -> dict:
@@ -75,34 +69,34 @@ def described(job: Job) -> list[tuple]:
 
 
 @pytest.mark.parametrize(("name", "expected"), [("sd15", SD15), ("sd2", SD2)])
-def test_the_stages_are_the_papers_in_its_order(name, expected, capsys):
-    assert described(resolved(name, capsys)) == list(expected.values())
+def test_the_stages_are_the_papers_in_its_order(name, expected):
+    assert described(resolved(name)) == list(expected.values())
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2"])
 @pytest.mark.parametrize("claim", SETTINGS)
-def test_each_stage_has_the_papers_settings(claim, name, capsys):
+def test_each_stage_has_the_papers_settings(claim, name):
     dotted, expected = SETTINGS[claim]
-    for settings in stages(resolved(name, capsys)).values():
+    for settings in stages(resolved(name)).values():
         assert reduce(getitem, dotted.split("."), settings.to_values()) == expected
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2"])
-def test_the_optimizer_is_adamw(name, capsys):
+def test_the_optimizer_is_adamw(name):
     """Sec. 5, with its weight decay on all parameters."""
-    optimizer = new_state(nn.Linear(2, 2), settings=resolved(name, capsys).recipe.distill.loop).optimizer
+    optimizer = new_state(nn.Linear(2, 2), settings=resolved(name).recipe.distill.loop).optimizer
     assert type(optimizer) is torch.optim.AdamW
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01]
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2"])
-def test_the_teacher_takes_ddim_steps(name, capsys, monkeypatch):
+def test_the_teacher_takes_ddim_steps(name, monkeypatch):
     """Sec. 5: two of them for each of the student's, which come one after the other on its grid."""
     calls = []
     plainly = distill.ddim_step
     monkeypatch.setattr(distill, "ddim_step", lambda *a, **k: calls.append(a) or plainly(*a, **k))
     start = {"interval": torch.tensor([0]), "schedule": Schedule()}
-    for settings in stages(resolved(name, capsys)).values():
+    for settings in stages(resolved(name)).values():
         calls.clear()
         steps = {"student_steps": settings.steps.student_steps, "k": settings.steps.k}
         distill.teacher_target(
@@ -114,14 +108,14 @@ def test_the_teacher_takes_ddim_steps(name, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("plan", "expected"), [("staged-self", SELF), ("staged-plain", PLAIN), ("staged-vanilla", VANILLA)]
 )
-def test_another_teacher_is_chosen_by_name(plan, expected, capsys):
+def test_another_teacher_is_chosen_by_name(plan, expected):
     """App. D. The student's 16 steps are made as ever; a teacher without a student is not made."""
-    found = described(resolved("sd15", capsys, f"schedule={plan}"))
+    found = described(resolved("sd15", f"schedule={plan}"))
     assert found == [SD15["Sec. 4.1: the efficient UNet by the same strategy"], *expected.values()]
 
 
-def test_the_vanilla_student_has_no_guided_loss(capsys):
-    found = stages(resolved("sd15", capsys, "schedule=staged-vanilla"))
+def test_the_vanilla_student_has_no_guided_loss():
+    found = stages(resolved("sd15", "schedule=staged-vanilla"))
     assert [settings.steps.cfg_probability for settings in found.values()] == [0.1, 0.0]
 
 
@@ -129,9 +123,9 @@ def test_the_vanilla_student_has_no_guided_loss(capsys):
 @pytest.mark.parametrize(
     ("plan", "p", "w_conditioned"), [("progressive", 0.0, False), ("w-conditioned", 1.0, True)]
 )
-def test_the_rivals_halve_the_steps_from_64(name, plan, p, w_conditioned, capsys):
+def test_the_rivals_halve_the_steps_from_64(name, plan, p, w_conditioned):
     """Fig. 6(a), (b): progressive distillation by the vanilla loss, and the w-conditioned student."""
-    job = resolved(name, capsys, f"schedule={plan}")
+    job = resolved(name, f"schedule={plan}")
     found = described(job)
     assert [(teacher, student) for _, teacher, student, *_ in found] == list(HALVINGS)
     assert [stage[3] for stage in found[1:]] == [stage[0] for stage in found[:-1]]
@@ -141,9 +135,9 @@ def test_the_rivals_halve_the_steps_from_64(name, plan, p, w_conditioned, capsys
 
 
 @pytest.mark.parametrize("name", ["mini", "sd15", "sd2"])
-def test_direct_distillation_takes_one_stage(name, capsys):
+def test_direct_distillation_takes_one_stage(name):
     """Fig. 6(a): the teacher distills only once, 16 to 8."""
-    [(_, *steps, teacher, student)] = described(resolved(name, capsys, "schedule=direct"))
+    [(_, *steps, teacher, student)] = described(resolved(name, "schedule=direct"))
     assert steps == [16, 8]
     assert teacher == student
 
@@ -210,7 +204,7 @@ def test_a_dry_run_describes_every_stage(capsys):
 
 def test_the_last_stage_can_use_own_images(capsys, tmp_path):
     """Sec. 5: an internal set of high resolution, for more pleasing pictures."""
-    job = resolved("sd15", capsys, "schedule=staged-own")
+    job = resolved("sd15", "schedule=staged-own")
     assert described(job)[:3] == list(SD15.values())
     assert described(job)[3] == ("own-8", 16, 8, "teacher-16", "staged-8")
     tables = [inputs.distillation_table_url(in_run.stage_job(job, stage)) for stage in job.recipe.stages]
@@ -227,10 +221,10 @@ def test_an_unknown_schedule_is_refused(capsys):
     assert "accepted are direct, staged, staged-plain, progressive, w-conditioned" in capsys.readouterr().err
 
 
-def test_settings_that_contradict_a_stage_are_refused(capsys):
+def test_settings_that_contradict_a_stage_are_refused():
     """L_ori on the grid needs an unguided pass, which a w-conditioned student does not make."""
     arguments = ["schedule=w-conditioned", "distill.steps.original_times=grid"]
-    job = resolved("mini", capsys, "distill.steps.original_times=grid")
+    job = resolved("mini", "distill.steps.original_times=grid")
     job = replace(job, recipe=job.recipe.with_values(arguments))
     with pytest.raises(SettingsError, match="no unguided pass on the grid"):
         distill_schedule.preview(job)
