@@ -23,11 +23,11 @@ from jobs.cli.ablation import (
     train_student,
 )
 from jobs.cli.job import Job
+from jobs.cli.resources import connect_for
 from jobs.cli.scenes import render_scenes
 from jobs.cli.state import read_json
 from jobs.cli.verb import recipe_verb
 from jobs.recipes.ablation import Panel
-from jobs.runtime.cluster import connect
 from jobs.runtime.logs import logger
 from jobs.training.metrics import METRICS
 from pipelines.storage.objects import replace_object
@@ -41,7 +41,7 @@ def ablate(job: Job) -> None:
     if job.recipe.source.url is None:
         render_scenes(job)
     encode_latents.encode(job)
-    connect(job.recipe.cluster)
+    connect_for(job, "distill")
     for panel in settings.chosen:
         logger.info(f"[{panel.name}] {panel.title}")
         for variant, seed in students_of(settings, panel):

@@ -8,9 +8,9 @@ import json
 
 from jobs.cli.in_run import resolve_training, table_starter
 from jobs.cli.job import Job
+from jobs.cli.resources import connect_for, runner
 from jobs.cli.verb import recipe_verb
 from jobs.evolve_unet import latency_table
-from jobs.runtime.cluster import connect, runner
 from jobs.runtime.logs import logger
 from pipelines.storage.objects import replace_object
 
@@ -31,9 +31,9 @@ def compare_chance(job: Job) -> None:
         out=job.url("chance"),
     )
 
-    connect(job.recipe.cluster)
+    connect_for(job, "random_baseline")
     results = baseline.compare(
-        start=table_starter(job), run=runner(job.recipe.cluster), on_report=show_reports()
+        start=table_starter(job), run=runner(job, "random_baseline"), on_report=show_reports()
     )
     url = job.url("chance/chance.json")
     replace_object(url, job.with_run_prefix(json.dumps(results, indent=1)).encode())

@@ -6,9 +6,9 @@ computes the targets while it trains.
 
 from jobs.cli.inputs import teacher_and_student
 from jobs.cli.job import Job
+from jobs.cli.resources import runner
 from jobs.cli.state import state_of
 from jobs.cli.verb import recipe_verb
-from jobs.runtime.cluster import runner
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
 
@@ -29,7 +29,7 @@ def compute(job: Job) -> None:
         latents=latents,
         url=job.url("targets"),
         origin=job.origin({"latents": latents.lineage(), "model": teacher}),
-        run=runner(recipe.cluster),
+        run=runner(job, "targets", new_table=job.url("targets")),
         on_progress=show_progress(job.verb),
     )
     rows = f"{table.num_rows} rows ({count_branch_rows(table, guided=True)} guided)"

@@ -16,7 +16,7 @@ def distill(job: Job) -> None:
     from jobs.training.progress_channel import show_reports
 
     url = job.url("decoder")
-    connect_unless_published(job, url)
+    connect_unless_published(job, "decoder", url)
     metrics = distill_decoder(
         job.recipe.decoder,
         pairs_url=job.url("pairs"),

@@ -17,7 +17,7 @@ def distill(job: Job) -> None:
 
     settings = job.recipe.distill
     url = job.url(settings.name)
-    connect_unless_published(job, url)
+    connect_unless_published(job, "distill", url)
     teacher, student = teacher_and_student(job)
     metrics = distill_steps(
         resolve_training(settings, job),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from jobs.cli.inputs import link_filters
 from jobs.cli.job import Job
+from jobs.cli.resources import runner
 from jobs.cli.verb import recipe_verb
-from jobs.runtime.cluster import runner
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
 from pipelines.download.receipts import read_receipts
@@ -27,7 +27,7 @@ def download(job: Job) -> None:
         selection=recipe.latents.selection,
         filters=link_filters(job),
         url=url,
-        run=runner(recipe.cluster),
+        run=runner(job, "download"),
         on_progress=show_progress(job.verb),
     )
     logger.info(f"  {summary.rows} rows: {summary.downloaded} images in {summary.shards} shards at {url}")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from jobs.cli.inputs import latents_row_filters, shards_url
 from jobs.cli.job import Job
+from jobs.cli.resources import runner
 from jobs.cli.state import rejected_text, state_of
 from jobs.cli.verb import recipe_verb
-from jobs.runtime.cluster import runner
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
 from pipelines.storage.objects import exists
@@ -39,7 +39,7 @@ def encode(job: Job) -> None:
         url=job.url(recipe.source.table),
         filters=latents_row_filters(job),
         origin=job.origin({"shards": shards_url(job), "model": recipe.model}),
-        run=runner(recipe.cluster),
+        run=runner(job, "latents", new_table=job.url(recipe.source.table)),
         on_progress=show_progress(job.verb),
     )
     rejected = rejected_text(total_rejected(table.manifests().values()))

@@ -10,9 +10,9 @@ from typing import Any
 
 from jobs.cli.in_run import table_starter
 from jobs.cli.job import Job
+from jobs.cli.resources import runner
 from jobs.cli.verb import recipe_verb
 from jobs.evaluation.settings import EvaluationSettings
-from jobs.runtime.cluster import runner
 from jobs.runtime.logs import logger
 from pipelines.storage.objects import replace_object
 
@@ -28,7 +28,7 @@ def compare(job: Job) -> None:
         model=job.recipe.model,
         out=job.url("evaluation"),
         start=table_starter(job, prefix=f"{job.verb} "),
-        run=runner(job.recipe.cluster),
+        run=runner(job, "evaluation"),
     )
     text = job.with_run_prefix(json.dumps({**results, "settings": job.recipe.digest()}, indent=1))
     replace_object(job.url("evaluation/results.json"), text.encode())

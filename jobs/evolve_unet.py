@@ -12,8 +12,8 @@ from jobs import measure_latency
 from jobs.cli.in_run import resolve_training, table_starter
 from jobs.cli.inputs import latency_table_url
 from jobs.cli.job import Job
+from jobs.cli.resources import connect_for, runner
 from jobs.cli.verb import recipe_verb
-from jobs.runtime.cluster import connect, runner
 from jobs.runtime.logs import logger
 from pipelines.storage.objects import exists, read_bytes, replace_object
 from snapfusion.settings import SettingsError
@@ -41,7 +41,7 @@ def evolve_unet(job: Job) -> None:
     table = latency_table(job)
 
     if not exists(job.url(f"evolution/{HISTORY}")):
-        connect(job.recipe.cluster)
+        connect_for(job, "evolution")
     history = Evolution(
         settings=settings.model_copy(update={"training": resolve_training(settings.training, job)}),
         objective_ms=settings.latency_ms,
@@ -50,7 +50,7 @@ def evolve_unet(job: Job) -> None:
         table=table,
         out=job.url("evolution"),
         start=table_starter(job),
-        run=runner(job.recipe.cluster),
+        run=runner(job, "evolution"),
         on_report=show_reports(),
         on_round=lambda finished: logger.info(f"  {describe_round(finished)}"),
     ).evolve()

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from jobs.cli.inputs import row_filters, shards_url
 from jobs.cli.job import Job
+from jobs.cli.resources import reader, runner
 from jobs.cli.state import rejected_text, state_of, table_text
 from jobs.cli.verb import recipe_verb
-from jobs.runtime.cluster import reader, runner
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
 
@@ -36,7 +36,7 @@ def find(job: Job) -> None:
         url=job.url(settings.fingerprints.table),
         filters=row_filters(job),
         origin=job.origin({"shards": shards_url(job)}),
-        run=runner(recipe.cluster),
+        run=runner(job, "deduplication", new_table=job.url(settings.fingerprints.table)),
         on_progress=show_progress(job.verb),
     )
     logger.info(f"  FINGERPRINTS version {table.version}: {table_text(table)}")
@@ -54,7 +54,7 @@ def find(job: Job) -> None:
         evaluation=evaluation,
         against=against,
         origin=job.origin(parents),
-        read=reader(recipe.cluster),
+        read=reader(job, "deduplication"),
     )
     verdicts, rows = count_verdicts(duplicates), duplicates.num_rows
     logger.info(f"  DUPLICATES version {duplicates.version}: {rows} rows, {rejected_text(verdicts)}")
@@ -92,7 +92,7 @@ def _evaluation(job: Job) -> Snapshot | None:
         evaluation=settings.evaluation,
         url=job.url(f"{settings.table}-evaluation"),
         origin=job.origin({"evaluation": list(settings.evaluation.urls)}),
-        run=runner(job.recipe.cluster),
+        run=runner(job, "deduplication"),
     )
     logger.info(f"  evaluation: {table_text(table)}")
     return table

@@ -13,7 +13,7 @@ def finetune(job: Job) -> None:
     if load(job.recipe.model).prediction_type == "v_prediction":
         logger.info(f"  {job.recipe.model} predicts v already")
         return
-    train_in_run(job, job.recipe.vpred, model=job.recipe.model, url=job.url("vpred"))
+    train_in_run(job, "vpred", model=job.recipe.model, url=job.url("vpred"))
 
 
 def preview(job: Job) -> list[str]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.cli.inputs import deletion_list_of
 from jobs.cli.job import Job
+from jobs.cli.resources import runner
 from jobs.cli.state import state_of
 from jobs.cli.verb import recipe_verb
-from jobs.runtime.cluster import runner
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
 from pipelines.rejections import Rejection
@@ -35,7 +35,7 @@ def generate(job: Job) -> None:
         source=recipe.captions.name,
         url=job.url("pairs"),
         origin=job.origin({"captions": parent, "model": recipe.model}),
-        run=runner(recipe.cluster),
+        run=runner(job, "pairs", new_table=job.url("pairs")),
         on_progress=show_progress(job.verb),
     )
     logger.info(f"  PAIRS version {table.version}: {table.num_rows} rows in {len(table.units)} units")

@@ -12,7 +12,7 @@ def train_robust(job: Job) -> None:
     """Make the run's robust model, unless it is published already."""
     settings = job.recipe.robust
     model = job.resolve(settings.begin)
-    train_in_run(job, settings.training, model=model, url=job.url("robust"), further=True)
+    train_in_run(job, "robust.training", model=model, url=job.url("robust"), further=True)
 
 
 def preview(job: Job) -> list[str]:

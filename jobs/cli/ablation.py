@@ -5,10 +5,10 @@ from typing import Any, TypedDict
 
 from jobs.cli.in_run import table_starter
 from jobs.cli.job import Job
+from jobs.cli.resources import runner
 from jobs.evaluation.results import EvaluationResults
 from jobs.evaluation.settings import Contender, EvaluationSettings, FidGap
 from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant, contender_name, table_name
-from jobs.runtime.cluster import runner
 from jobs.runtime.logs import logger
 from jobs.training.metrics import METRICS
 from jobs.training.settings import VpredSettings
@@ -111,7 +111,7 @@ def evaluate_panel(job: Job, panel: Panel) -> PanelResults:
         model=settings.model,
         out=job.url("evaluation"),
         start=table_starter(job),
-        run=runner(job.recipe.cluster),
+        run=runner(job, "evaluation"),
     )
     seeds = settings.seeds_of(panel)
     return {

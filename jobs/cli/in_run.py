@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs.cli.job import Job
+from jobs.cli.resources import connect_for, section_of
 from jobs.cli.state import state_of
 from jobs.recipes.stages import DistillationStage
-from jobs.runtime.cluster import connect
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
 from jobs.training.metrics import METRICS
-from jobs.training.settings import UNetTrainingSettings, VpredSettings
+from jobs.training.settings import UNetTrainingSettings
 from pipelines.storage.objects import exists, replace_object
 from snapfusion.training.settings import LoopSettings, StepDistillationSettings
 
@@ -47,14 +47,14 @@ def stage_job(job: Job, stage: DistillationStage) -> Job:
 SettingsT = TypeVar("SettingsT", bound=UNetTrainingSettings)
 
 
-def train_in_run(job: Job, settings: VpredSettings, *, model: str, url: str, further: bool = False) -> None:
-    """Train on the LATENTS of the run by L_ori, and print the held-out loss."""
+def train_in_run(job: Job, section: str, *, model: str, url: str, further: bool = False) -> None:
+    """Train by a section of the recipe on the LATENTS of the run by L_ori, and print the held-out loss."""
     from jobs.training.progress_channel import show_reports
     from jobs.training.velocity import finetune_vpred
 
-    connect_unless_published(job, url)
+    connect_unless_published(job, section, url)
     metrics = finetune_vpred(
-        resolve_training(settings, job),
+        resolve_training(section_of(job, section), job),
         model=model,
         latents_url=job.url("latents"),
         out_url=url,
@@ -65,10 +65,10 @@ def train_in_run(job: Job, settings: VpredSettings, *, model: str, url: str, fur
     logger.info(f"  {url}/model: L_ori {evaluation['loss']:.5f} on {evaluation['rows']} held-out rows")
 
 
-def connect_unless_published(job: Job, url: str) -> None:
-    """Connect to Ray if there is something to train."""
+def connect_unless_published(job: Job, section: str, url: str) -> None:
+    """Connect to Ray for a section of the recipe, if there is something to train."""
     if not exists(f"{url}/{METRICS}"):
-        connect(job.recipe.cluster)
+        connect_for(job, section)
 
 
 def describe_training(table_url: str, loop: LoopSettings, *, url: str) -> str:

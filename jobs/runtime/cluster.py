@@ -1,27 +1,21 @@
 """Connects a job to Ray: to the cluster it was submitted to, or to a local one."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal
+import socket
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.credentials import worker_runtime_env
+from jobs.runtime.resources import Demand, refuse_beyond_machine, wait_for_resources
 from jobs.runtime.settings import ClusterSettings
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from pipelines.ray_data.execution import PipelineStage, Runner
-    from pipelines.ray_data.shuffle import RayRows, Read
-
 
 # Logical CPUs only decide which actors run at once: two cores carry reader, network, writer and trainer.
 _MIN_CPUS = 4
+_CONNECT_SECONDS = 10.0
 
 _QUIET_VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -33,56 +27,113 @@ _QUIET_VARIABLES = {
 }
 
 
-def runner(cluster: ClusterSettings) -> Runner:
-    """`run_on_ray` on this cluster, connecting only if there is something to run."""
-    from pipelines.ray_data.execution import run_on_ray
-
-    def run(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[Any]:
-        pending = list(items)
-        if pending:
-            connect(cluster)
-            yield from run_on_ray(pending, stages)
-
-    return run
+class ClusterUnreachable(RuntimeError):
+    """An address at which there is no Ray cluster."""
 
 
-def reader(cluster: ClusterSettings) -> Read:
-    """`read_on_ray` on this cluster, connecting only if something is read."""
-    from pipelines.ray_data.shuffle import read_on_ray
+def connect(cluster: ClusterSettings, demands: Sequence[Demand] = ()) -> None:
+    """Connect this process to Ray for the rest of its life, unless it is connected already.
 
-    def read(items: Sequence[Any], function: Callable[[Any], pa.Table]) -> RayRows:
-        connect(cluster)
-        return read_on_ray(items, function)
+    Args:
+        cluster: its address, or the CPUs of a local one.
+        demands: groups of workers that it must be able to run.
 
-    return read
-
-
-def connect(cluster: ClusterSettings) -> None:
-    """Connect this process to Ray for the rest of its life, unless it is connected already."""
+    Raises:
+        ClusterUnreachable: if there is no cluster at its address.
+        SettingsError: if a local cluster is too small for the demands.
+        ResourcesUnavailable: if a shared one does not offer what they need in time.
+    """
     import ray
 
-    if ray.is_initialized():
-        return
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
-    for name, value in _QUIET_VARIABLES.items():
-        os.environ.setdefault(name, value)
-    if not address and not cluster.worker_logs:
+    address = cluster.address or os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        cpus = cluster.cpus or max(os.cpu_count() or 1, _MIN_CPUS)
+        refuse_beyond_machine(demands, cpus=cpus)
+        if not ray.is_initialized():
+            _start_local(cpus, worker_logs=cluster.worker_logs)
+    else:
+        if not ray.is_initialized():
+            _join(address, worker_logs=cluster.worker_logs)
+        wait_for_resources(demands, minutes=cluster.wait)
+
+
+def _start_local(cpus: int, *, worker_logs: bool) -> None:
+    """Start a cluster of this machine, whose workers inherit this process's environment."""
+    import ray
+
+    _quieten()
+    if not worker_logs:
         # Ray's C++ core logs a warning on lost actor arguments for every pool of actors, where none are lost.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with _preserve_sigterm(), _without_stderr():
+        # Without "local" Ray would join any cluster that runs on this machine.
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=worker_logs,
+        )
+
+
+def _join(address: str, *, worker_logs: bool) -> None:
+    """Connect to a running cluster."""
+    import ray
+
+    _quieten()
+    _check_address(address)
+    try:
+        with _preserve_sigterm():
+            ray.init(
+                address=address,
+                logging_level=logging.ERROR,
+                log_to_driver=worker_logs,
+                runtime_env=worker_runtime_env(_QUIET_VARIABLES),
+            )
+    except ConnectionError as error:
+        raise ClusterUnreachable(f"{address}: {str(error).splitlines()[0]}") from None
+
+
+def _quieten() -> None:
+
+    for name, value in _QUIET_VARIABLES.items():
+        os.environ.setdefault(name, value)
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    cpus = cluster.cpus or max(os.cpu_count() or 1, _MIN_CPUS)
-    with _preserve_sigterm():
-        ray.init(
-            # Without "local" Ray would join any cluster that runs on this machine.
-            address=address or "local",
-            num_cpus=None if address else cpus,
-            include_dashboard=None if address else False,
-            logging_level=logging.ERROR,
-            log_to_driver=cluster.worker_logs,
-            # The workers of a local cluster inherit this process's environment.
-            runtime_env=worker_runtime_env(_QUIET_VARIABLES) if address else None,
-        )
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Discard what is written to stderr: Ray's core announces its log level there. Errors are exceptions."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def _check_address(address: str) -> None:
+    """Check that a gRPC server answers there: Ray itself tries another address for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    import grpc
+
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+        if os.environ.get("RAY_USE_TLS") != "1":
+            with grpc.insecure_channel(f"{host}:{port}") as channel:
+                grpc.channel_ready_future(channel).result(timeout=_CONNECT_SECONDS)
+    except (OSError, grpc.FutureTimeoutError) as error:
+        reason = getattr(error, "strerror", None) or "what listens there is none"
+        raise ClusterUnreachable(
+            f"no Ray cluster answers at {address} ({reason}); set RAY_ADDRESS or cluster.address to a "
+            "running one, or leave both out for a local cluster"
+        ) from None
 
 
 @contextmanager

@@ -11,11 +11,13 @@ class ClusterSettings(Settings):
     Attributes:
         address: of a running cluster; None takes the one this job was submitted to, or else a local one.
         cpus: logical CPUs of a local one; None takes the machine's, at least four.
+        wait: minutes that a job waits for the resources of its workers on a running cluster.
         worker_logs: whether the workers' own output is shown.
     """
 
     address: str | None = None
     cpus: int | None = None
+    wait: float = Field(10.0, ge=0.0)
     worker_logs: bool = False
 
 

@@ -66,3 +66,14 @@ def test_submission_needs_the_token(head: Head, run: Path):
     code, printed = head.submit("stranger", "jobs.encode_latents", "--out", str(run), environment=unknown)
     assert code != 0
     assert re.search("[Uu]nauthorized|[Ii]nvalid authentication|403|401", printed)
+
+
+@pytest.mark.ray
+def test_resources_that_a_cluster_lacks_are_waited_for(head: Head, run: Path):
+    settings = ("--set", "pairs.teachers.gpus=1", "--set", "cluster.wait=0.05")
+    code, printed = head.submit("no-gpu", "jobs.generate_pairs", "--out", str(run), *SCENES, *settings)
+    assert code != 0
+    needs = "pairs.teachers: 1 worker of 0.5 CPU, 1 GPU"
+    assert f"waiting up to 0.05 min (cluster.wait) for {needs}" in printed
+    assert f"generate_pairs: the cluster has not offered {needs} within 0.05 min" in printed
+    assert not (run / "pairs").exists()
