@@ -9,7 +9,6 @@ OUT/rates.json   the measured rates, which the next plan in OUT uses again
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -18,14 +17,13 @@ from jobs.cli.config_file import read_config
 from jobs.cli.job import Job, prepare_stores
 from jobs.cli.state import read_json
 from jobs.cli.verb import DRY_RUN, RECIPE_OPTIONS, Options, Verb, open_job
-from jobs.planning.prices import PriceList
 from jobs.planning.settings import PlanSettings
 from jobs.runtime.logs import logger
 from pipelines.storage.objects import replace_object
 from snapfusion.settings import SettingsError
 
 if TYPE_CHECKING:
-    from jobs.planning.rates import Rates
+    from jobs.planning.rates_and_prices import Rates
     from snapfusion.models.network_sizes import NetworkSizes
 
 
@@ -36,7 +34,7 @@ def _plan(options: Options) -> None:
     from jobs.planning.actuals import compare
     from jobs.planning.format import assumptions, format_comparison, format_plan
     from jobs.planning.plan import counts_of, node_of, plan_run
-    from jobs.planning.rates import Rates
+    from jobs.planning.rates_and_prices import PriceList, Rates
     from jobs.planning.workload import Workload
     from snapfusion.models.network_sizes import network_sizes
 
@@ -70,7 +68,7 @@ def _plan(options: Options) -> None:
     values = {
         **plan.to_values(),
         "assumptions": assumptions(plan),
-        "compared": [{**asdict(one), "ratio": one.ratio} for one in comparisons],
+        "compared": [{**one._asdict(), "ratio": one.ratio} for one in comparisons],
     }
     replace_object(job.url("plan.json"), f"{json.dumps(values, indent=1, allow_nan=False)}\n".encode())
     logger.info(f"\n{job.url('plan.json')}")
@@ -79,7 +77,7 @@ def _plan(options: Options) -> None:
 def _probed(job: Job, *, sizes: NetworkSizes) -> Rates:
     """The rates that an earlier probe measured in this run's folder, or those measured now."""
     from jobs.planning.probe import probe
-    from jobs.planning.rates import Rates
+    from jobs.planning.rates_and_prices import Rates
 
     url = job.url("rates.json")
     try:

@@ -3,31 +3,42 @@
 from collections.abc import Callable
 
 from jobs.evaluation.settings import EvaluationSettings
-from pipelines.costs.stage import StageCost, ceil_div, unet_passes
-from pipelines.datasets.costs import samples_cost
+from pipelines.costs.stage import StageCost, Work, ceil_div, pool_group, unet_passes, vae_decodes
+from pipelines.datasets.costs import TEXT_BYTES, table_cost
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.network_sizes import NetworkSizes
 
+_FEATURE_BYTES = 4
+
 
 def evaluation_cost(
-    settings: EvaluationSettings, *, architecture: Callable[[str | None], Architecture], sizes: NetworkSizes
+    settings: EvaluationSettings, *, unet_of: Callable[[str | None], Architecture], sizes: NetworkSizes
 ) -> StageCost:
-    """Cost of an evaluation; `architecture` gives that of the UNet of a contender's model."""
+    """Cost of an evaluation; `unet_of` gives the architecture of the UNet of a contender's model."""
     prompts, samples = settings.prompts.limit, settings.samples
     tables = len(settings.guidance) * len(settings.contenders)
-    passes = tuple(
+    images = prompts * tables
+    works = [
         unet_passes(
             prompts * sum(contender.sampler.evaluations(w) for w in settings.guidance),
-            architecture(contender.model),
+            unet_of(contender.model),
             sizes=sizes,
         )
         for contender in settings.contenders
-    )
-    return samples_cost(
+    ]
+    works.append(vae_decodes(images, sizes=sizes))
+    works.append(Work(kind="judge", units=images + settings.references.count))
+    unet_bytes = sizes.unet_bytes(sizes.architecture, trained=False)
+    return table_cost(
+        "evaluate",
         samples,
-        passes=passes,
+        rows=images,
+        groups=(
+            pool_group("models", samples.models, *works, network=True),
+            pool_group("writers", samples.writers, Work(kind="write", units=images)),
+        ),
+        output_bytes=images * (samples.judging.feature_count * _FEATURE_BYTES + TEXT_BYTES),
         units=ceil_div(prompts, samples.rows_per_unit) * tables,
-        images=prompts * tables,
-        judged=prompts * tables + settings.references.count,
         sizes=sizes,
+        batch_bytes=samples.drawing.batch_size * max(2 * unet_bytes, sizes.vae_bytes),
     )

@@ -5,16 +5,14 @@ from dataclasses import replace
 from jobs.evolution.settings import EvolutionSettings
 from jobs.training.costs import TrainingCosts
 from pipelines.costs.stage import StageCost, Work, unet_passes, vae_decodes
-from snapfusion.models.network_sizes import NetworkSizes
 
 
-def evolution_cost(
-    settings: EvolutionSettings, *, trainings: TrainingCosts, sizes: NetworkSizes
-) -> StageCost:
+def evolution_cost(settings: EvolutionSettings, *, trainings: TrainingCosts) -> StageCost:
     """Cost of an evolution in which every round scores every block, and trains."""
-    unet, rounds = sizes.architecture, settings.rounds
+    sizes, rounds = trainings.sizes, settings.rounds
+    unet = sizes.architecture
     images = rounds * (len(unet.blocks) + 1) * settings.prompts.limit
-    training = trainings.velocity("evolve_unet", settings.training, unet=unet)
+    training = trainings.velocity("evolve_unet", settings.training)
     (trainers,) = training.groups
     works = (
         unet_passes(images * settings.sampler.evaluations(settings.guidance), unet, sizes=sizes),

@@ -1,33 +1,31 @@
 """Reads what a run's stages took: from its step records, tables of units and training metrics."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from jobs.cli.job import Job
 from jobs.cli.state import read_json, read_json_files
-from jobs.planning.forecast import StageForecast
+from jobs.planning.plan import StageForecast
 from jobs.training.metrics import METRICS
 from pipelines.costs.stage import StageCost
 from pipelines.tables.table import is_table, open_table
 
-_TABLES = {"encode_latents": "latents", "compute_targets": "targets", "generate_pairs": "pairs"}
-_TRAININGS = {
+_RESULTS = {
+    "encode_latents": "latents",
+    "compute_targets": "targets",
+    "generate_pairs": "pairs",
     "finetune_vpred": "vpred",
     "train_robust": "robust",
     "train_efficient": "efficient",
     "distill_decoder": "decoder",
 }
+"""Where in a run a job's table or model lies; a student lies under its own name."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ForecastComparison:
-    """A stage's forecast and its measured time.
+class ForecastComparison(NamedTuple):
+    """A stage's forecast and its measured time in seconds; None if the run has no record.
 
-    Attributes:
-        name: of the stage.
-        forecast: in seconds.
-        measured: in seconds; None if the run has no record.
-        what: which time both are: of the whole "step" or "training", or the network's "work" alone.
+    `what` says which time both are: of the whole "step" or "training", or the network's "work" alone.
     """
 
     name: str
@@ -43,37 +41,27 @@ class ForecastComparison:
 
 def compare(job: Job, forecasts: Sequence[StageForecast]) -> list[ForecastComparison]:
     """Compare each stage's forecast with what the run at `job.out` took."""
-    steps = recorded_steps(job)
-    return [_compare(job, one, steps=steps) for one in forecasts]
-
-
-def _compare(job: Job, one: StageForecast, *, steps: Mapping[str, float]) -> ForecastComparison:
-    measured, what = _actual(job, one.stage, steps=steps)
-    seconds = one.network_seconds if what == "work" else one.seconds
-    return ForecastComparison(name=one.stage.name, forecast=seconds, measured=measured, what=what)
-
-
-def _actual(job: Job, stage: StageCost, *, steps: Mapping[str, float]) -> tuple[float | None, str]:
-    # A step record covers a stage only if the job made that stage alone.
-    if stage.verb in steps and stage.name in (stage.verb, job.recipe.distill.name):
-        return steps[stage.verb], "step"
-    if stage.verb in (*_TRAININGS, "distill_steps"):
-        metrics = read_json(job.url(f"{_TRAININGS.get(stage.verb, stage.name)}/{METRICS}")) or {}
-        if (seconds := metrics.get("seconds")) is not None:
-            return float(seconds), "training"
-    if stage.verb in _TABLES and is_table(table := job.url(_TABLES[stage.verb])):
-        records = open_table(table).unit_records()
-        units = [record.seconds for record in records if record.seconds is not None]
-        if records and len(units) == len(records):
-            return sum(units), "work"
-    return None, ""
-
-
-def recorded_steps(job: Job) -> dict[str, float]:
-    """The longest record of each step of `jobs.run_pipeline`; shorter ones found it done.
-
-    Settings are not compared: those that change no row have another hash too.
-    """
+    # The longest record of each step of `jobs.run_pipeline`; shorter ones found it done. Settings are not
+    # compared: those that change no row have another hash too.
     records = sorted(read_json_files(job.url("steps")), key=lambda record: float(record["seconds"]))
-    # The last record of a verb is the one that stays.
-    return {record["verb"]: float(record["seconds"]) for record in records}
+    steps = {record["verb"]: float(record["seconds"]) for record in records}
+    comparisons = []
+    for one in forecasts:
+        stage, measured, what = one.stage, steps.get(one.stage.verb), "step"
+        # A step record covers a stage only if the job made that stage alone.
+        if measured is None or stage.name not in (stage.verb, job.recipe.distill.name):
+            measured, what = _from_result(job, stage)
+        forecast = one.network_seconds if what == "work" else one.seconds
+        comparisons.append(ForecastComparison(stage.name, forecast, measured, what))
+    return comparisons
+
+
+def _from_result(job: Job, stage: StageCost) -> tuple[float | None, str]:
+    """Seconds that a published training or a table's units record, and which time that is."""
+    url = job.url(_RESULTS.get(stage.verb, stage.name))
+    if stage.startup == "training":
+        seconds = (read_json(f"{url}/{METRICS}") or {}).get("seconds")
+        return (None, "") if seconds is None else (float(seconds), "training")
+    records = open_table(url).unit_records() if stage.writes and is_table(url) else []
+    units = [record.seconds for record in records if record.seconds is not None]
+    return (sum(units), "work") if units and len(units) == len(records) else (None, "")

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from jobs.planning.prices import NodeType, StoragePrices
+from jobs.planning.rates_and_prices import NodeType, StoragePrices
 from jobs.planning.workload import Workload
 from jobs.training.settings import DistillSettings
-from snapfusion.training.passes import student_passes, teacher_passes
 from snapfusion.training.settings import BRANCHES
 
 
@@ -41,36 +41,20 @@ class BreakEven:
 def break_even(
     workload: Workload, student: DistillSettings, *, node: NodeType, storage: StoragePrices
 ) -> BreakEven:
-    """Compare precomputed with online targets for one student.
+    """Compare precomputed with online targets for one student of the run.
 
     Computing a target takes the teacher as long in a table as in the trainer. So a table that is used once
     saves only a difference in price: it pays where targets are used again, or computed on cheaper nodes.
-
-    Args:
-        workload: of the run.
-        student: one of its distillations.
-        node: whose workers compute targets and train.
-        storage: prices of the store that keeps TARGETS.
     """
-    settings, rates, steps = workload.settings, workload.rates, student.steps
-    teacher_gmacs, student_gmacs = (
-        workload.sizes.of(workload.architecture(model)).gmacs
-        for model in (student.teacher, student.student or student.teacher)
-    )
-    trained = rates.seconds("train", student_gmacs)
-    if student.gradient_checkpointing and not rates.checkpointed:
-        trained += rates.seconds("pass", student_gmacs)
+    settings, p = workload.settings, student.steps.cfg_probability
     saved, teacher_mean, student_mean = dict[str, float](), 0.0, 0.0
-    for guided, share in ((False, 1.0 - steps.cfg_probability), (True, steps.cfg_probability)):
-        passes = teacher_passes(
-            steps, guided=guided, w_conditioned=workload.is_w_conditioned(student.teacher)
-        )
-        teacher_seconds = passes * rates.seconds("pass", teacher_gmacs)
-        student_seconds = student_passes(steps, guided=guided) * trained
-        teacher_mean += share * teacher_seconds
+    for guided, share in ((False, 1.0 - p), (True, p)):
+        student_seconds = _row_seconds(workload, student, targets="table", guided=guided)
+        online_seconds = _row_seconds(workload, student, targets="online", guided=guided)
+        teacher_mean += share * (online_seconds - student_seconds)
         student_mean += share * student_seconds
         if share:
-            saved[BRANCHES[guided]] = teacher_seconds / (teacher_seconds + student_seconds)
+            saved[BRANCHES[guided]] = 1.0 - student_seconds / online_seconds
     # Where nothing has a price, a second is worth a second on either side.
     tables_price, training_price, stored_price = 1.0, 1.0, 0.0
     if node.on_demand:
@@ -89,3 +73,13 @@ def break_even(
         pays_from=(teacher_mean * tables_price + stored_price) / online if online else None,
         used=student.loop.num_steps * student.loop.global_batch / targets,
     )
+
+
+def _row_seconds(
+    workload: Workload, student: DistillSettings, *, targets: Literal["table", "online"], guided: bool
+) -> float:
+    """Seconds of one worker for a row of a step of one branch, without the update."""
+    steps = student.steps.model_copy(update={"cfg_probability": float(guided)})
+    stage = workload.distillation(student.model_copy(update={"targets": targets, "steps": steps}))
+    shared = (work for group in stage.groups for work in group.works if not work.replicated)
+    return sum(map(workload.rates.seconds, shared)) / stage.rows

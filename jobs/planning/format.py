@@ -6,10 +6,8 @@ from dataclasses import astuple
 
 from jobs.planning.actuals import ForecastComparison
 from jobs.planning.break_even import BreakEven
-from jobs.planning.forecast import StageForecast
-from jobs.planning.plan import Plan
+from jobs.planning.plan import Plan, StageForecast
 from jobs.runtime.progress import format_duration
-from pipelines.costs.requests import Requests
 from pipelines.costs.stage import ALLOCATOR_SLACK
 
 _GIB = 2**30
@@ -25,17 +23,14 @@ def format_plan(plan: Plan) -> list[str]:
     nodes = "node" if cluster.nodes == 1 else "nodes"
     stored = sum(one.stage.output_bytes for one in plan.stages) / 1e9
     currency = plan.prices.currency
+    totals = [(str(each["nodes"]), _time(each["seconds"]), _money(each["cost"])) for each in plan.by_nodes]
     return [
         f"recipe {workload.job.recipe.name} on {cluster.nodes} {nodes} of {cluster.name}: {hardware}",
         "{:,} rows read, {:,} encoded, {:,} captions for PAIRS".format(*astuple(workload.counts)),
         "",
         *_stage_table(plan.stages, worker="GPU" if node.accelerators else "core"),
         "",
-        *_align(
-            ("nodes", *(str(totals.nodes) for totals in plan.by_nodes)),
-            ("wall time", *(_time(totals.seconds) for totals in plan.by_nodes)),
-            ("cost", *(_money(totals.cost) for totals in plan.by_nodes)),
-        ),
+        *_align(*zip(("nodes", "wall time", "cost"), *totals, strict=True)),
         "",
         f"storage: {stored:,.1f} GB kept {workload.settings.months:g} months {_money(plan.stored_cost)} "
         f"{currency}, requests {_money(plan.request_cost)} {currency}",
@@ -64,7 +59,7 @@ def assumptions(plan: Plan) -> list[str]:
             f"one worker per accelerator, {workers} in all: set actors of pools and num_workers of trainings "
             "to match"
         )
-        peak = max((one.stage.memory.peak / _GIB for one in plan.stages if one.stage.memory), default=0.0)
+        peak = max((one.stage.peak_bytes or 0.0) / _GIB for one in plan.stages)
         if peak > node.memory_gib:
             lines.append(
                 f"TOO LARGE: {peak:.1f} GiB are needed, an accelerator has {node.memory_gib:g}; take "
@@ -102,44 +97,40 @@ def _heaviest_reads(plan: Plan) -> list[str]:
 def format_comparison(found: Sequence[ForecastComparison]) -> list[str]:
     """A table of forecast and measured times, at least one of which is measured."""
     known = [one for one in found if one.measured is not None]
-    total = ForecastComparison(
-        name="all that is measured",
-        forecast=sum(one.forecast for one in known),
-        measured=sum(one.measured or 0.0 for one in known),
-        what=f"{len(known)} of {len(found)} stages",
-    )
+    forecast, measured = sum(one.forecast for one in known), sum(one.measured or 0.0 for one in known)
+    of = f"{len(known)} of {len(found)} stages"
+    total = ForecastComparison("all that is measured", forecast, measured, of)
     rows = [("stage", "forecast", "measured", "forecast / measured", "measured is the")]
     for one in (*found, total):
-        measured = "" if one.measured is None else f"{one.measured:.1f} s"
+        seconds = "" if one.measured is None else f"{one.measured:.1f} s"
         ratio = "" if one.ratio is None else f"{one.ratio:.2f}"
-        rows.append((one.name, f"{one.forecast:.1f} s", measured, ratio, one.what))
+        rows.append((one.name, f"{one.forecast:.1f} s", seconds, ratio, one.what))
     return _align(*rows)
 
 
 def _stage_table(stages: Sequence[StageForecast], *, worker: str) -> list[str]:
     head = ("stage", "rows", "waits for", f"{worker}-h", "wall time", "cost", "leaves", "GiB", "put", "get")
-    rows = []
-    for one in stages:
-        count = _short(one.stage.rows) if one.stage.rows else ""
-        peak = f"{one.stage.memory.peak / _GIB:.1f}" if one.stage.memory else ""
-        rows.append(_stage_row([one], one.stage.name, count, one.slowest, peak=peak))
-    return _align(head, *rows, _stage_row(stages, "all", "", "", zeros=True))
-
-
-def _stage_row(
-    stages: Sequence[StageForecast], *labels: str, peak: str = "", zeros: bool = False
-) -> tuple[str, ...]:
-    output = sum(one.stage.output_bytes for one in stages)
-    requests = sum((one.requests for one in stages), Requests())
-    return (
-        *labels,
-        _hours(sum(one.worker_hours for one in stages)),
-        _time(sum(one.seconds for one in stages)),
-        _money(sum(one.cost for one in stages)),
-        f"{_short(output)}B" if output or zeros else "",
-        peak,
-        *(_short(count) if count or zeros else "" for count in (requests.put + requests.list, requests.get)),
-    )
+    rows = list[Sequence[str]]()
+    for part in (*([one] for one in stages), stages):
+        # The last row is that of all stages, in which zeros are shown.
+        one = part[0].stage if part is not stages else None
+        output = sum(each.stage.output_bytes for each in part)
+        put = sum(each.requests.put + each.requests.list for each in part)
+        get = sum(each.requests.get for each in part)
+        rows.append(
+            (
+                one.name if one else "all",
+                _short(one.rows) if one and one.rows else "",
+                part[0].slowest if one else "",
+                _hours(sum(each.worker_hours for each in part)),
+                _time(sum(each.seconds for each in part)),
+                _money(sum(each.cost for each in part)),
+                f"{_short(output)}B" if output or not one else "",
+                f"{one.peak_bytes / _GIB:.1f}" if one and one.peak_bytes else "",
+                *(_short(count) if count or not one else "" for count in (put, get)),
+            )
+        )
+    return _align(head, *rows)
 
 
 def _break_even_table(students: Sequence[BreakEven]) -> list[str]:
@@ -147,9 +138,8 @@ def _break_even_table(students: Sequence[BreakEven]) -> list[str]:
     for one in students:
         shares = {branch: f"-{100 * share:.0f} %" for branch, share in one.saved.items()}
         vanilla, guided, mixed = (shares.get(branch, "") for branch in ("vanilla", "guided", "mixed"))
-        row = f"{_short(one.stored_bytes)}B"
+        row, choice = f"{_short(one.stored_bytes)}B", "table" if one.pays else "online"
         pays_from = "never" if one.pays_from is None else f"{one.pays_from:.2f} uses"
-        choice = "table" if one.pays else "online"
         rows.append((one.student, vanilla, guided, mixed, row, pays_from, f"{one.used:.2f}", choice))
     return _align(*rows)
 

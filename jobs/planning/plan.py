@@ -1,50 +1,153 @@
-"""Plans a run: combines a recipe, a cluster, rates and prices into a forecast."""
+"""Forecasts a run by arithmetic alone: time, worker-hours and cost of each stage, and totals by nodes."""
 
 import os
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
 from jobs.cli.inputs import shards_url
 from jobs.cli.job import Job
 from jobs.planning.break_even import BreakEven, break_even
-from jobs.planning.forecast import Cluster, StageForecast
-from jobs.planning.prices import NodeType, PriceList
+from jobs.planning.rates_and_prices import NodeType, PriceList, Rates, StoragePrices
 from jobs.planning.settings import PlanSettings
 from jobs.planning.workload import Counts, Workload
+from pipelines.costs.requests import Requests
+from pipelines.costs.stage import StageCost, WorkerGroup
 from pipelines.datasets.preview import count_shard_rows
 from pipelines.sources import SourceError
 from pipelines.sources.webdataset import list_shards
 from snapfusion.settings import SettingsError, digest
 
+_FIGURES = ("workers", "slowest", "start_seconds", "work_seconds", "worker_hours", "cost", "request_cost")
+"""Attributes of a stage's forecast that the plan's JSON takes as they are."""
 
-class Totals(NamedTuple):
-    """Wall time in seconds and cost of all stages on so many nodes."""
 
-    nodes: int
-    seconds: float
+@dataclass(frozen=True, kw_only=True)
+class StageForecast:
+    """Time, cost and requests of a stage on a cluster.
+
+    Attributes:
+        stage: the stage.
+        workers: of its network, or of its slowest group if it has none.
+        slowest: name of the group that the others wait for.
+        start_seconds: fixed time before and after the work.
+        work_seconds: wall time of the work.
+        worker_hours: busy hours of accelerators; of cores where nodes have none.
+        network_seconds: busy seconds of the workers with a network, summed.
+        cost: of the nodes.
+        requests: to the object store.
+        request_cost: of the requests.
+    """
+
+    stage: StageCost
+    workers: int
+    slowest: str
+    start_seconds: float
+    work_seconds: float
+    worker_hours: float
+    network_seconds: float
     cost: float
+    requests: Requests
+    request_cost: float
+
+    @property
+    def seconds(self) -> float:
+        """Wall time."""
+        return self.start_seconds + self.work_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A number of nodes of one type, their rates and prices, and the planner's settings."""
+
+    node: NodeType
+    nodes: int
+    rates: Rates
+    settings: PlanSettings
+    storage: StoragePrices
+
+    @property
+    def name(self) -> str:
+        """Name of the node type."""
+        return self.settings.node or "this machine"
+
+    def forecast(self, stages: Sequence[StageCost]) -> list[StageForecast]:
+        """Forecast each stage; they run one after the other, as each reads what earlier ones wrote.
+
+        Raises:
+            SettingsError: if the rates lack a kind of work.
+        """
+        forecasts, ray_seconds = list[StageForecast](), self.rates.starts.ray
+        for stage in stages:
+            start = 0.0
+            if stage.startup != "none":
+                start, ray_seconds = getattr(self.rates.starts, stage.startup) + ray_seconds, 0.0
+            on = replace(self, nodes=1) if stage.local else self
+            forecasts.append(on._forecast(stage, start=start))
+        return forecasts
+
+    def _workers(self, group: WorkerGroup) -> int:
+        """Number of workers of a group: as many as fit with accelerators, on cores as the recipe has them."""
+        if self.node.accelerators:
+            count = self.nodes * (self.node.accelerators if group.on == "accelerator" else self.node.cores)
+        else:
+            count = self.nodes * min(group.workers, self.node.cores)
+        return max(1, count if group.max_workers is None else min(count, group.max_workers))
+
+    def _forecast(self, stage: StageCost, *, start: float) -> StageForecast:
+        training, on_cores = stage.startup == "training", not self.node.accelerators
+        cores = self.nodes * self.node.cores
+        # Workers on every core slow each other down, and Ray's own processes take their share.
+        contention = self.rates.crowding.trainings if training else self.rates.crowding.tables
+        workers = {group.name: self._workers(group) for group in stage.groups}
+        times = dict[str, float]()
+        for group in stage.groups:
+            count = workers[group.name]
+            seconds = sum(
+                self.rates.seconds(work) / (1 if work.replicated else count) for work in group.works
+            )
+            times[group.name] = seconds * (contention if on_cores and 1 < count >= cores else 1.0)
+        busy = {name: seconds * workers[name] for name, seconds in times.items()}
+        slowest = max(times, key=lambda name: times[name])
+        # Groups share the cores, so a stage takes at least as long as all cores need for everything.
+        work = max(times[slowest], sum(busy.values()) / cores if on_cores else 0.0)
+        networks = [group.name for group in stage.groups if group.on == "accelerator"]
+        shown = workers[networks[0] if networks else slowest]
+        requests = Requests()
+        if stage.writes:
+            requests = stage.writes.requests(work)
+        elif stage.reads:
+            requests = stage.reads.requests(workers=shown)
+        market = self.settings.trainings_on if training else self.settings.tables_on
+        return StageForecast(
+            stage=stage,
+            workers=shown,
+            slowest=slowest,
+            start_seconds=start,
+            work_seconds=work,
+            worker_hours=sum(busy[name] for name in (times if on_cores else networks)) / 3600.0,
+            network_seconds=sum(busy[name] for name in networks),
+            cost=(start + work) / 3600.0 * (self.nodes * self.node.price(market)),
+            requests=requests,
+            request_cost=self.storage.request_cost(requests),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Forecast of a run.
 
-    Attributes:
-        workload: the stages of the recipe, and the rates from which times follow.
-        prices: from which costs follow.
-        cluster: of all figures but `by_nodes`.
-        stages: forecasts on that cluster.
-        by_nodes: totals for each number of nodes.
-        break_even: precomputed against online targets, for each student.
+    `stages` are forecasts on the `cluster`, `by_nodes` wall "seconds" and "cost" of all stages by number of
+    "nodes", and `break_even` compares precomputed with online targets, for each student.
     """
 
     workload: Workload
     prices: PriceList
     cluster: Cluster
     stages: list[StageForecast]
-    by_nodes: list[Totals]
+    by_nodes: list[dict[str, float]]
     break_even: list[BreakEven]
 
     @property
@@ -67,8 +170,17 @@ class Plan:
             "plan": workload.settings.to_values(),
             "counts": asdict(workload.counts),
             "cluster": {"name": cluster.name, "nodes": cluster.nodes, "node": cluster.node.to_values()},
-            "stages": [_stage_values(one) for one in self.stages],
-            "by_nodes": [totals._asdict() for totals in self.by_nodes],
+            "stages": [
+                {
+                    **{name: getattr(one.stage, name) for name in ("name", "verb", "rows")},
+                    "leaves_bytes": one.stage.output_bytes,
+                    **{name: getattr(one, name) for name in _FIGURES},
+                    "requests": asdict(one.requests),
+                    "peak_bytes": one.stage.peak_bytes,
+                }
+                for one in self.stages
+            ],
+            "by_nodes": self.by_nodes,
             "storage_cost": self.stored_cost,
             "request_cost": self.request_cost,
             "break_even": [asdict(one) for one in self.break_even],
@@ -78,49 +190,29 @@ class Plan:
         }
 
 
-def _stage_values(one: StageForecast) -> dict[str, Any]:
-    stage = one.stage
-    figures = ("workers", "slowest", "start_seconds", "work_seconds", "worker_hours", "cost", "request_cost")
-    return {
-        "name": stage.name,
-        "verb": stage.verb,
-        "rows": stage.rows,
-        "leaves_bytes": stage.output_bytes,
-        **{name: getattr(one, name) for name in figures},
-        "requests": asdict(one.requests),
-        "peak_bytes": None if stage.memory is None else stage.memory.peak,
-    }
-
-
 def plan_run(workload: Workload, *, prices: PriceList, node: NodeType) -> Plan:
     """Forecast a run from given rates.
 
     Raises:
-        SettingsError: if a step is unknown.
-        RateError: if the rates lack a kind of work.
+        SettingsError: if a step is unknown, or the rates lack a kind of work.
     """
-    settings, stages, by_nodes = workload.settings, workload.stages(), list[Totals]()
-    for nodes in settings.nodes:
-        cluster = Cluster(
-            name=settings.node or "this machine",
-            node=node,
-            nodes=nodes,
-            rates=workload.rates,
-            settings=settings,
-            storage=prices.storage,
-        )
-        forecasts = cluster.forecast(stages)
-        seconds, cost = sum(one.seconds for one in forecasts), sum(one.cost for one in forecasts)
-        by_nodes.append(Totals(nodes, seconds, cost))
+    settings, storage, stages = workload.settings, prices.storage, workload.stages()
+    clusters = [
+        Cluster(node=node, nodes=nodes, rates=workload.rates, settings=settings, storage=storage)
+        for nodes in settings.nodes
+    ]
+    forecasts = [cluster.forecast(stages) for cluster in clusters]
     return Plan(
         workload=workload,
         prices=prices,
-        cluster=cluster,
-        stages=forecasts,
-        by_nodes=by_nodes,
+        cluster=clusters[-1],
+        stages=forecasts[-1],
+        by_nodes=[
+            {"nodes": nodes, "seconds": sum(one.seconds for one in on), "cost": sum(one.cost for one in on)}
+            for nodes, on in zip(settings.nodes, forecasts, strict=True)
+        ],
         break_even=[
-            break_even(workload, student, node=node, storage=prices.storage)
-            for student in workload.students()
+            break_even(workload, student, node=node, storage=storage) for student in workload.students()
         ],
     )
 
@@ -138,8 +230,8 @@ def counts_of(job: Job, settings: PlanSettings) -> Counts:
         raise SettingsError(
             f"--set plan.captions: the number of captions in {captions.url} is not known; give it"
         )
-    limit = settings.captions or min(captions.limit or latents, latents)
-    return Counts(source=source, latents=latents, captions=limit)
+    texts = settings.captions or min(captions.limit or latents, latents)
+    return Counts(source=source, latents=latents, captions=texts)
 
 
 def _source_rows(job: Job) -> int:
@@ -152,10 +244,8 @@ def _source_rows(job: Job) -> int:
         raise SettingsError(f"{unknown} ({error})") from None
     rows, uncounted = count_shard_rows(shards)
     if uncounted:
-        raise SettingsError(
-            f"{unknown} ({uncounted} of {len(shards)} shards at {source.url} have no sidecar that counts "
-            "them)"
-        )
+        missing = f"{uncounted} of {len(shards)} shards at {source.url} have no sidecar that counts them"
+        raise SettingsError(f"{unknown} ({missing})")
     return rows
 
 
@@ -176,15 +266,10 @@ def node_of(settings: PlanSettings, *, prices: PriceList) -> NodeType:
 
 
 def _this_machine() -> NodeType:
-    gpus = torch.cuda.device_count()
-    if gpus:
-        memory = torch.cuda.get_device_properties(0).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return NodeType(
-        accelerator=torch.cuda.get_device_name() if gpus else "",
-        accelerators=gpus,
-        cores=os.cpu_count() or 1,
-        memory_gib=memory / 2**30,
-        on_demand=0.0,
-    )
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    machine = NodeType(cores=os.cpu_count() or 1, memory_gib=memory / 2**30, on_demand=0.0)
+    if not (gpus := torch.cuda.device_count()):
+        return machine
+    gpu = torch.cuda.get_device_properties(0)
+    added = {"accelerator": gpu.name, "accelerators": gpus, "memory_gib": gpu.total_memory / 2**30}
+    return machine.model_copy(update=added)

@@ -1,11 +1,11 @@
 """Measures this machine's rates, a unit of each kind of work, in a minute or two.
 
-render, read, encode, write   two units of LATENTS, by the pipeline's own stages, in this process
-pass, decode                  the teacher's stage of PAIRS, with 2 and with 6 steps
+render, read, encode, write   scenes, and two units of LATENTS, by the pipeline's stages in this process
+pass, decode, write_image     the teacher's stage of PAIRS, with 2 and with 6 steps
 train, update                 the training loop on Eq. 6, of the model's own UNet and of the efficient one
 train_decoder                 the training loop on the half-width decoder
 compile                       the export of a UNet, times a measured ratio of a bundle to it
-starts, crowding              a data job and a training of the miniature, through Ray (`overhead`)
+starts, crowding              a data job and a training of the miniature, through Ray
 
 Everything but Ray's own start is measured while Ray runs, as in a run. On a machine with accelerators
 nothing is compiled, and one accelerator is measured alone.
@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,16 +30,15 @@ from jobs.cli.inputs import shards_url
 from jobs.cli.job import Job
 from jobs.cli.scenes import render_scenes
 from jobs.evaluation.settings import TimingSettings
-from jobs.evaluation.timing import setting_of
-from jobs.planning.overhead import measure_overhead
-from jobs.planning.rates import Rate, Rates
-from jobs.planning.step_probe import decoder_step, median_seconds, noise_batch, step_seconds
-from jobs.planning.workload import efficient_unet
+from jobs.evaluation.timing import setting_of, unet_inputs
+from jobs.planning import timings
+from jobs.planning.rates_and_prices import Rate, Rates
 from jobs.runtime.cluster import connect
 from jobs.runtime.logs import logger
+from jobs.training.initial_weights import named_architecture
 from pipelines.costs.stage import WorkKind
 from pipelines.datasets.latents import encode_latents
-from pipelines.ray_data.execution import PipelineStage, Runner
+from pipelines.ray_data.execution import PipelineStage
 from pipelines.sources.webdataset import list_shards
 from pipelines.stages.generate import GeneratePairs
 from pipelines.tables.schemas import to_png
@@ -63,16 +63,10 @@ _FEW_STEPS, _MORE_STEPS = 2, 6
 """Steps of the teacher; the difference of both times is that of its passes alone."""
 _SCENES = 128
 _CAPTION = "a picture of something"
-_KINDS: dict[str, WorkKind] = {"ReadShard": "read", "EncodeLatents": "encode", "WriteUnit": "write"}
-"""The work of each stage of LATENTS, by the name of its class."""
 
 
 def probe(job: Job, *, sizes: NetworkSizes) -> Rates:
-    """Measure this machine for a recipe, on one thread from now on, and print what is measured next.
-
-    Args:
-        job: the recipe.
-        sizes: of the model's networks.
+    """Measure this machine for a job's recipe, on one thread from now on, and print what is measured next.
 
     Raises:
         SettingsError: if the recipe needs a device that this machine lacks.
@@ -80,46 +74,28 @@ def probe(job: Job, *, sizes: NetworkSizes) -> Rates:
     _check_device(job)
     # Rates are those of one worker, which has one thread.
     torch.set_num_threads(1)
+    own, device = sizes.architecture, _device()
+    efficient = named_architecture(job.resolve(job.recipe.efficient.architecture), own=own)
     with tempfile.TemporaryDirectory() as scratch:
-        return Probe(job=replace(job, out=scratch), sizes=sizes).measure()
-
-
-@dataclass(kw_only=True)
-class Probe:
-    """Measurement of this machine.
-
-    Attributes:
-        job: the recipe, in an empty folder.
-        sizes: of the model's networks.
-        rates: measured so far.
-    """
-
-    job: Job
-    sizes: NetworkSizes
-    rates: dict[WorkKind, list[Rate]] = field(default_factory=lambda: defaultdict(list))
-
-    def measure(self) -> Rates:
-        """Measure all rates."""
-        job, sizes, device = self.job, self.sizes, _device()
-        _announce("the start of Ray")
-        began = time.monotonic()
-        connect(job.recipe.cluster)
-        ray_seconds = time.monotonic() - began
-        _announce("rows: read, encoded, written")
-        self.measure_rows()
-        _announce("the teacher's passes")
-        png_share = self.measure_teacher()
-        _announce("training steps")
+        job = replace(job, out=scratch)
+        found = Probe(job=job, sizes=sizes)
+        logger.info("  measuring the start of Ray")
+        ray_seconds = timings.seconds_of(partial(connect, job.recipe.cluster))
+        logger.info("  measuring rows: read, encoded, written")
+        found.measure_rows()
+        logger.info("  measuring the teacher's passes")
+        png_share = found.measure_teacher()
+        logger.info("  measuring training steps")
         bundle = load(job.recipe.model, device=device)
-        for architecture in dict.fromkeys((sizes.architecture, efficient_unet(job, sizes))):
-            self.measure_training(bundle, architecture)
-        self.measure_decoder_training(bundle)
-        _announce("a UNet's export")
+        for architecture in dict.fromkeys((own, efficient)):
+            found.measure_training(bundle, architecture)
+        found.measure_decoder_training(bundle)
+        logger.info("  measuring a UNet's export")
         if device == "cpu":
-            self._add("compile", COMPILE_PER_EXPORT * _export_seconds(bundle, tokens=sizes.tokens))
+            found._add("compile", COMPILE_PER_EXPORT * _export_seconds(bundle, sizes))
         del bundle
-        _announce("a data job and a training through Ray")
-        starts, contention = measure_overhead(
+        logger.info("  measuring a data job and a training through Ray")
+        starts, contention = timings.measure_overhead(
             url=job.url("overhead"), workers=_contending_workers(job), ray_seconds=ray_seconds
         )
         setting = setting_of(TimingSettings(device=device))  # type: ignore[arg-type] # cpu or cuda
@@ -128,12 +104,21 @@ class Probe:
             worker=setting.device if device == "cuda" else f"one thread of {setting.device}",
             date=datetime.now(UTC).date().isoformat(),
             about=f"measured by recipe {job.recipe.name} on this machine, {os.cpu_count()} cores",
-            rates={kind: tuple(rates) for kind, rates in self.rates.items()},
+            rates={kind: tuple(rates) for kind, rates in found.rates.items()},
             checkpointed=job.recipe.efficient.training.gradient_checkpointing,
             crowding=contention,
             starts=starts,
             png_share=png_share,
         )
+
+
+@dataclass(kw_only=True)
+class Probe:
+    """Measurement of this machine with a job's recipe, in an empty folder, and the rates measured so far."""
+
+    job: Job
+    sizes: NetworkSizes
+    rates: dict[WorkKind, list[Rate]] = field(default_factory=lambda: defaultdict(list))
 
     def measure_rows(self) -> None:
         """Rates of render, read, encode and write, from two units of LATENTS."""
@@ -141,44 +126,37 @@ class Probe:
         if recipe.source.url is None:
             count = max(_SCENES, _UNITS * recipe.latents.rows_per_unit)
             scenes = recipe.source.model_copy(update={"scenes": count, "scenes_per_shard": count})
-            began = time.perf_counter()
-            render_scenes(replace(job, recipe=recipe.model_copy(update={"source": scenes})))
-            self._add("render", (time.perf_counter() - began) / count)
+            rendering = replace(job, recipe=recipe.model_copy(update={"source": scenes}))
+            self._add("render", timings.seconds_of(partial(render_scenes, rendering)) / count)
         times: dict[str, list[float]] = defaultdict(list)
-        shards = list_shards(shards_url(job))[:1]
-        table = encode_latents(
-            recipe.latents,
-            model=recipe.model,
-            shards=shards,
-            source="probe",
-            url=job.url("latents"),
-            run=timed_runner(times, results=_UNITS),
-        )
+        shards, run = list_shards(shards_url(job))[:1], partial(run_timed, times=times, results=_UNITS)
+        settings, url = recipe.latents, job.url("latents")
+        table = encode_latents(settings, model=recipe.model, shards=shards, source="probe", url=url, run=run)
         if not table.num_rows:
             raise SettingsError(
                 f"--set source.url: no row in the first {_UNITS} units of {shards[0].url} is usable, so "
                 "nothing can be measured"
             )
         rows = max(file.rows for file in table.units)
-        for stage, kind in _KINDS.items():
-            # The first call initializes libraries, so the fastest one counts.
-            gmacs = self.sizes.encoder_gmacs if kind == "encode" else None
-            self._add(kind, min(times[stage]) / rows, gmacs=gmacs)
+        # The first call of a stage initializes libraries, so the fastest one counts.
+        self._add("read", min(times["ReadShard"]) / rows)
+        self._add("encode", min(times["EncodeLatents"]) / rows, gmacs=self.sizes.encoder_gmacs)
+        self._add("write", min(times["WriteUnit"]) / rows)
 
     def measure_teacher(self) -> float:
         """Rates of pass, decode and write_image; returns a PNG's size as a fraction of its pixels' bytes."""
         generation = self.job.recipe.pairs.generation
         rows, images = generation.batch_size, _batch_of_pairs(self.job, steps=_FEW_STEPS, images=True)
         few, more = (
-            median_seconds(_batch_of_pairs(self.job, steps=steps, images=False), least=SECONDS)
+            timings.median_seconds(_batch_of_pairs(self.job, steps=steps, images=False), least=SECONDS)
             for steps in (_FEW_STEPS, _MORE_STEPS)
         )
         passes = (_MORE_STEPS - _FEW_STEPS) * (1 if generation.guidance == 1.0 else 2) * rows
         self._add("pass", (more - few) / passes, gmacs=self.sizes.unet.gmacs)
-        decoded = median_seconds(images, least=SECONDS) - few
+        decoded = timings.median_seconds(images, least=SECONDS) - few
         self._add("decode", decoded / rows, gmacs=self.sizes.decoder_gmacs)
         batch = images()[1]
-        written = median_seconds(lambda: [to_png(image) for image in batch], least=SECONDS)
+        written = timings.median_seconds(lambda: [to_png(image) for image in batch], least=SECONDS)
         self._add("write_image", written / rows)
         return sum(len(to_png(image)) for image in batch) / batch.nbytes
 
@@ -191,37 +169,32 @@ class Probe:
         if settings.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         rows = min(settings.trainer.micro_batch, settings.loop.global_batch)
+        captions, seed = CaptionEncoder(bundle), settings.loop.seed
         objective = VelocityObjective(
-            settings.velocity,
-            captions=CaptionEncoder(bundle),
-            schedule=bundle.schedule,
-            seed=settings.loop.seed,
+            settings.velocity, captions=captions, schedule=bundle.schedule, seed=seed
         )
-        batch = noise_batch(bundle, rows, token_ids=bundle.tokenize([_CAPTION] * rows))
-        step, update = step_seconds(unet, objective=objective, batch=batch, loop=settings.loop)
+        batch = timings.noise_batch(bundle, rows, token_ids=bundle.tokenize([_CAPTION] * rows))
+        step, update = timings.step_seconds(unet, objective=objective, batch=batch, loop=settings.loop)
         if own:
             self._add("update", update / (network.parameters / 1e6))
-        self._add("train", (step - self._update_seconds(network)) / rows, gmacs=network.gmacs)
+        self._add_step("train", network, step=step, rows=rows)
         unet.requires_grad_(requires_grad=False)
 
     def measure_decoder_training(self, bundle: Bundle) -> None:
         """Rate of train_decoder."""
         loop, trainer = self.job.recipe.decoder.loop, self.job.recipe.decoder.trainer
         rows = min(max(1, loop.global_batch // trainer.num_workers), trainer.micro_batch)
-        step, half = decoder_step(bundle, loop=loop, rows=rows), self.sizes.half
-        self._add("train_decoder", (step - self._update_seconds(half)) / rows, gmacs=half.gmacs)
+        step = timings.decoder_step(bundle, loop=loop, rows=rows)
+        self._add_step("train_decoder", self.sizes.half, step=step, rows=rows)
 
-    def _update_seconds(self, network: Cost) -> float:
-        """Seconds of an optimizer update as a forecast takes them; the rest of a step is the rows' time."""
-        return self.rates["update"][0].seconds * network.parameters / 1e6
+    def _add_step(self, kind: WorkKind, network: Cost, *, step: float, rows: int) -> None:
+        # A forecast adds the optimizer's update; the rest of a step is the rows' time.
+        update = self.rates["update"][0].seconds * network.parameters / 1e6
+        self._add(kind, (step - update) / rows, gmacs=network.gmacs)
 
     def _add(self, kind: WorkKind, seconds: float, *, gmacs: float | None = None) -> None:
         # A difference of two times can be zero or less on a busy machine.
         self.rates[kind].append(Rate(seconds=max(seconds, 1e-9), gmacs=gmacs))
-
-
-def _announce(part: str) -> None:
-    logger.info(f"  measuring {part}")
 
 
 def _contending_workers(job: Job) -> int:
@@ -246,15 +219,13 @@ def _check_device(job: Job) -> None:
             )
 
 
-def timed_runner(times: dict[str, list[float]], *, results: int) -> Runner:
-    """Runs stages in this process up to so many results, and times each by the name of its class."""
-
-    def run(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[Any]:
-        for stage in stages:
-            items = _timed_stage(stage.build(**stage.arguments), items, times[stage.build.__name__])
-        yield from itertools.islice(items, results)
-
-    return run
+def run_timed(
+    items: Iterable[Any], stages: list[PipelineStage], *, times: dict[str, list[float]], results: int
+) -> Iterator[Any]:
+    """Run stages in this process up to so many results, and time each by the name of its class."""
+    for stage in stages:
+        items = _timed_stage(stage.create(), items, times[stage.build.__name__])
+    yield from itertools.islice(items, results)
 
 
 def _timed_stage(work: Callable[[Any], Any], items: Iterable[Any], times: list[float]) -> Iterator[Any]:
@@ -277,9 +248,9 @@ def _batch_of_pairs(job: Job, *, steps: int, images: bool) -> Callable[[], Any]:
     return lambda: stage.generate_batch(ids, keys)
 
 
-def _export_seconds(bundle: Bundle, *, tokens: int) -> float:
+def _export_seconds(bundle: Bundle, sizes: NetworkSizes) -> float:
     """CPU seconds of the export of the model's UNet."""
-    unet, width = copy.deepcopy(bundle.unet).eval(), int(bundle.unet.config["cross_attention_dim"])
-    inputs = (torch.randn(2, *bundle.latent_shape), torch.full((2,), 999.0), torch.randn(2, tokens, width))
+    unet = copy.deepcopy(bundle.unet).eval()
+    inputs = unet_inputs(TimingSettings(), sizes.architecture, tokens=sizes.tokens)
     with torch.no_grad():
-        return median_seconds(lambda: torch.export.export(unet, inputs), clock=time.process_time)
+        return timings.median_seconds(lambda: torch.export.export(unet, inputs), clock=time.process_time)

@@ -1,21 +1,21 @@
 """Turns a recipe into the costs of its stages, as the packages of the stages state them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 
 from jobs.cli.in_run import stage_job
 from jobs.cli.job import Job
 from jobs.evaluation.costs import evaluation_cost
 from jobs.evolution.costs import evolution_cost
-from jobs.planning.rates import Rates
+from jobs.planning.rates_and_prices import Rates
 from jobs.planning.settings import PlanSettings
 from jobs.recipes.verbs import initial_verbs, pipeline_verbs
 from jobs.training.costs import TrainingCosts
 from jobs.training.initial_weights import named_architecture
 from jobs.training.settings import DistillSettings
 from jobs.training.sources import EFFICIENT_MODEL
-from pipelines.costs.stage import StageCost, Work, driver_cost
+from pipelines.costs.stage import StageCost, driver_cost
 from pipelines.datasets import costs
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.network_sizes import NetworkSizes
@@ -24,35 +24,16 @@ from snapfusion.settings import SettingsError
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Rows of a run.
-
-    Attributes:
-        source: read.
-        latents: encoded.
-        captions: from which the teacher generates.
-    """
+    """Numbers of rows: read from the source, encoded into LATENTS, and captions for the teacher."""
 
     source: int
     latents: int
     captions: int
 
 
-def efficient_unet(job: Job, sizes: NetworkSizes) -> Architecture:
-    """Architecture of the run's efficient UNet."""
-    return named_architecture(job.resolve(job.recipe.efficient.architecture), own=sizes.architecture)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The stages of a recipe.
-
-    Attributes:
-        job: the recipe and its run.
-        settings: of the planner.
-        sizes: of the model's networks.
-        counts: of rows.
-        rates: of the machines.
-    """
+    """The stages of a job's recipe: what they cost on so many rows, with networks of these sizes."""
 
     job: Job
     settings: PlanSettings
@@ -66,20 +47,17 @@ class Workload:
         Raises:
             SettingsError: if `plan.steps` names a job that cannot be planned.
         """
-        if unknown := [verb for verb in self.settings.steps or () if verb not in self._planned]:
+        unplanned, accepted = self.unplanned, ", ".join(self._costs)
+        if self.settings.steps and unplanned:
             raise SettingsError(
-                f"--set plan.steps: {unknown[0]!r} cannot be planned; accepted are {', '.join(self._planned)}"
+                f"--set plan.steps: {unplanned[0]!r} cannot be planned; accepted are {accepted}"
             )
-        return [stage for verb in self.verbs if verb in self._planned for stage in self._stages_of(verb)]
-
-    @property
-    def _planned(self) -> tuple[str, ...]:
-        return (*self._costs, "distill_schedule")
+        return [stage for verb in self.verbs if verb not in unplanned for stage in self._costs[verb]()]
 
     @property
     def unplanned(self) -> list[str]:
         """Jobs of the run that have no rate."""
-        return [verb for verb in self.verbs if verb not in self._planned]
+        return [verb for verb in self.verbs if verb not in self._costs]
 
     @property
     def verbs(self) -> tuple[str, ...]:
@@ -89,55 +67,55 @@ class Workload:
             return self.settings.steps
         if distill.teacher is not None:
             return tuple(pipeline_verbs(self.job.recipe))
-        tables = ["encode_latents", *(["compute_targets"] if distill.targets == "table" else [])]
+        tables = ("encode_latents", "compute_targets") if distill.targets == "table" else ("encode_latents",)
         return (*tables, "distill_schedule", "generate_pairs", "distill_decoder", "evaluate")
 
-    def _stages_of(self, verb: str) -> list[StageCost]:
-        if verb != "distill_schedule":
-            return [self._costs[verb]()]
-        # The models that the schedule starts from, then its students.
-        initial = [self._costs[verb]() for verb in initial_verbs(self.job.recipe)]
-        return [*initial, *map(self._distillation, self._scheduled)]
-
     @cached_property
-    def _costs(self) -> dict[str, Callable[[], StageCost]]:
-        recipe, sizes, counts = self.job.recipe, self.sizes, self.counts
+    def _costs(self) -> dict[str, Callable[[], list[StageCost]]]:
+        """The stages of each job that can be planned; computed on demand, as not all apply to every model."""
+        recipe, sizes, velocity = self.job.recipe, self.sizes, self._trainings.velocity
+        source, rows, captions = astuple(self.counts)
         scenes, png = recipe.source.scenes, 3 * sizes.bundle.image_size**2 * self.rates.png_share
-        render = Work(kind="render", units=scenes)
         stored = recipe.pairs.generation.images and recipe.decoder.target == "stored"
         pair_bytes = costs.latents_row_bytes(sizes) + (png if stored else 0.0)
-        velocity, own = self._trainings.velocity, sizes.architecture
         return {
-            "render_scenes": lambda: driver_cost(
-                "render_scenes", render, rows=scenes, output_bytes=scenes * png
-            ),
-            "encode_latents": lambda: costs.latents_cost(
-                recipe.latents, source_rows=counts.source, rows=counts.latents, sizes=sizes
-            ),
-            "finetune_vpred": lambda: velocity("finetune_vpred", recipe.vpred, unet=own),
-            "train_robust": lambda: velocity("train_robust", recipe.robust.training, unet=own),
-            "evolve_unet": lambda: evolution_cost(recipe.evolution, trainings=self._trainings, sizes=sizes),
-            "train_efficient": lambda: velocity(
-                "train_efficient", recipe.efficient.training, unet=self.efficient
-            ),
-            "compute_targets": lambda: costs.targets_cost(
-                recipe.targets,
-                rows=counts.latents,
-                unit_rows=recipe.latents.rows_per_unit,
-                teacher=self.architecture(recipe.distill.teacher),
-                sizes=sizes,
-            ),
-            "distill_steps": lambda: self._distillation(recipe.distill),
-            "generate_pairs": lambda: costs.pairs_cost(
-                recipe.pairs, captions=counts.captions, png_bytes=png, sizes=sizes
-            ),
-            "distill_decoder": lambda: self._trainings.decoder(
-                recipe.decoder, row_bytes=pair_bytes, unit_rows=recipe.pairs.rows_per_unit
-            ),
-            "compile_mobile": lambda: driver_cost("compile_mobile", Work(kind="compile", units=1)),
-            "evaluate": lambda: evaluation_cost(
-                recipe.evaluation, architecture=self.architecture, sizes=sizes
-            ),
+            "render_scenes": lambda: [
+                driver_cost("render_scenes", "render", units=scenes, rows=scenes, output_bytes=scenes * png)
+            ],
+            "encode_latents": lambda: [
+                costs.latents_cost(recipe.latents, source_rows=source, rows=rows, sizes=sizes)
+            ],
+            "finetune_vpred": lambda: [velocity("finetune_vpred", recipe.vpred)],
+            "train_robust": lambda: [velocity("train_robust", recipe.robust.training)],
+            "evolve_unet": lambda: [evolution_cost(recipe.evolution, trainings=self._trainings)],
+            "train_efficient": lambda: [
+                velocity("train_efficient", recipe.efficient.training, unet=self.efficient)
+            ],
+            "compute_targets": lambda: [
+                costs.targets_cost(
+                    recipe.targets,
+                    rows=rows,
+                    unit_rows=recipe.latents.rows_per_unit,
+                    teacher=self.architecture(recipe.distill.teacher),
+                    sizes=sizes,
+                )
+            ],
+            "distill_steps": lambda: [self.distillation(recipe.distill)],
+            "generate_pairs": lambda: [
+                costs.pairs_cost(recipe.pairs, captions=captions, png_bytes=png, sizes=sizes)
+            ],
+            "distill_decoder": lambda: [
+                self._trainings.decoder(
+                    recipe.decoder, row_bytes=pair_bytes, unit_rows=recipe.pairs.rows_per_unit
+                )
+            ],
+            "compile_mobile": lambda: [driver_cost("compile_mobile", "compile", units=1)],
+            "evaluate": lambda: [evaluation_cost(recipe.evaluation, unet_of=self.architecture, sizes=sizes)],
+            # The models that the schedule starts from, then its students.
+            "distill_schedule": lambda: [
+                *(stage for verb in initial_verbs(recipe) for stage in self._costs[verb]()),
+                *map(self.distillation, self._scheduled),
+            ],
         }
 
     @cached_property
@@ -156,12 +134,14 @@ class Workload:
         """Bytes of a row of TARGETS."""
         return costs.targets_row_bytes(self.job.recipe.targets, self.sizes)
 
-    def _distillation(self, settings: DistillSettings) -> StageCost:
+    def distillation(self, settings: DistillSettings) -> StageCost:
+        """Cost of the step distillation of one student of the run."""
+        w_conditioned = [f"run:{one.name}/model" for one in self.students() if one.steps.w_conditioned]
         return self._trainings.distillation(
             settings,
             teacher=self.architecture(settings.teacher),
             student=self.architecture(settings.student or settings.teacher),
-            w_conditioned_teacher=self.is_w_conditioned(settings.teacher),
+            w_conditioned_teacher=settings.teacher in w_conditioned,
             targets_row_bytes=self.target_bytes,
         )
 
@@ -172,12 +152,13 @@ class Workload:
     def students(self) -> list[DistillSettings]:
         """Settings of the students that the planned jobs distil."""
         own = [self.job.recipe.distill] if "distill_steps" in self.verbs else []
-        return [*own, *(self._scheduled if "distill_schedule" in self.verbs else [])]
+        return own + (self._scheduled if "distill_schedule" in self.verbs else [])
 
     @cached_property
     def efficient(self) -> Architecture:
         """Architecture of the efficient UNet."""
-        return efficient_unet(self.job, self.sizes)
+        name = self.job.resolve(self.job.recipe.efficient.architecture)
+        return named_architecture(name, own=self.sizes.architecture)
 
     def architecture(self, source: str | None) -> Architecture:
         """Architecture of the UNet of a model in the run; unknown sources count as the recipe's own model."""
@@ -186,10 +167,3 @@ class Workload:
         while source in initial:
             source = initial.pop(source)
         return self.efficient if source == EFFICIENT_MODEL else self.sizes.architecture
-
-    def is_w_conditioned(self, source: str | None) -> bool:
-        """Whether a model in the run is a w-conditioned student of the planned jobs."""
-        return any(
-            student.steps.w_conditioned and source == f"run:{student.name}/model"
-            for student in self.students()
-        )

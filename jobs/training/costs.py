@@ -14,7 +14,6 @@ from pipelines.costs.stage import (
     ALLOCATOR_SLACK,
     DTYPE_BYTES,
     WEIGHT_BYTES,
-    PeakMemory,
     StageCost,
     Work,
     WorkerGroup,
@@ -49,8 +48,9 @@ class TrainingCosts:
     moment_bytes: float
     checkpointed: bool
 
-    def velocity(self, verb: str, settings: VpredSettings, *, unet: Architecture) -> StageCost:
-        """Cost of a training by L_ori alone. Eq. 5, 6."""
+    def velocity(self, verb: str, settings: VpredSettings, *, unet: Architecture | None = None) -> StageCost:
+        """Cost of a training of the model's own UNet, or another, by L_ori alone. Eq. 5, 6."""
+        unet = unet or self.sizes.architecture
         rows = settings.loop.num_steps * settings.loop.global_batch
         works = (
             Work(kind="train", units=rows, gmacs=self.sizes.of(unet).gmacs),
@@ -183,7 +183,7 @@ class TrainingCosts:
                 # Weights, AdamW's two moments, and the moving average.
                 checkpoint_bytes=(weights, 2 * weights, *((weights,) if loop.ema_decay is not None else ())),
             ),
-            memory=training_memory(
+            peak_bytes=training_memory(
                 parameters=network.parameters,
                 loop=loop,
                 trainer=trainer,
@@ -206,8 +206,8 @@ def training_memory(
     row_bytes: int,
     frozen_bytes: int,
     moment_bytes: float,
-) -> PeakMemory:
-    """Peak memory of one worker of a training.
+) -> float:
+    """Peak bytes of one worker of a training.
 
     Args:
         parameters: of the trained network, in float32: weights, gradients and the moving average if any.
@@ -230,4 +230,4 @@ def training_memory(
     activations = casts + rows * row_bytes * (1 if autocast else 2) * ALLOCATOR_SLACK
     # AdamW updates all parameters at once and copies them once more; activations are freed by then.
     updating = parameters * WEIGHT_BYTES / (workers if sharded else 1)
-    return PeakMemory(networks=networks + frozen_bytes, activations=max(activations, updating))
+    return networks + frozen_bytes + max(activations, updating)

@@ -38,9 +38,6 @@ class Requests:
     get: float = 0.0
     list: float = 0.0
 
-    def __add__(self, other: Requests) -> Requests:
-        return Requests(put=self.put + other.put, get=self.get + other.get, list=self.list + other.list)
-
 
 @dataclass(frozen=True, kw_only=True)
 class TableWrites:

@@ -85,24 +85,6 @@ class WorkerGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeakMemory:
-    """Peak bytes of one worker.
-
-    Attributes:
-        networks: weights and, in training, gradients, optimizer moments and the moving average.
-        activations: of the largest forward and backward pass.
-    """
-
-    networks: float
-    activations: float
-
-    @property
-    def peak(self) -> float:
-        """Sum of both, in bytes."""
-        return self.networks + self.activations
-
-
-@dataclass(frozen=True, kw_only=True)
 class StageCost:
     """The work of one stage of a run.
 
@@ -115,7 +97,7 @@ class StageCost:
         output_bytes: size of the result.
         writes: commits of a table; None for none.
         reads: of a training; None for none.
-        memory: of a worker with a network; None without one.
+        peak_bytes: memory of a worker with a network; None without one.
         local: whether it runs in the driver process alone.
     """
 
@@ -127,7 +109,7 @@ class StageCost:
     output_bytes: float = 0.0
     writes: TableWrites | None = None
     reads: TrainingReads | None = None
-    memory: PeakMemory | None = None
+    peak_bytes: float | None = None
     local: bool = False
 
 
@@ -148,8 +130,8 @@ def vae_decodes(units: float, *, sizes: NetworkSizes) -> Work:
     return Work(kind="decode", units=units, gmacs=sizes.decoder_gmacs)
 
 
-def network_memory(*, parameters: int, dtype: str, batch_bytes: int) -> PeakMemory:
-    """Peak memory of one worker that only runs networks forward.
+def network_memory(*, parameters: int, dtype: str, batch_bytes: int) -> float:
+    """Peak bytes of one worker that only runs networks forward.
 
     Args:
         parameters: of its networks.
@@ -157,12 +139,14 @@ def network_memory(*, parameters: int, dtype: str, batch_bytes: int) -> PeakMemo
         batch_bytes: activation bytes of one batch, two a number.
     """
     size = DTYPE_BYTES[dtype]
-    return PeakMemory(networks=parameters * size, activations=batch_bytes * size / 2 * ALLOCATOR_SLACK)
+    return parameters * size + batch_bytes * size / 2 * ALLOCATOR_SLACK
 
 
-def driver_cost(verb: str, work: Work, *, rows: int = 0, output_bytes: float = 0.0) -> StageCost:
+def driver_cost(
+    verb: str, kind: WorkKind, *, units: int, rows: int = 0, output_bytes: float = 0.0
+) -> StageCost:
     """Cost of a stage that runs in the driver process alone."""
-    group = WorkerGroup(name="driver", works=(work,), workers=1, max_workers=1)
+    group = WorkerGroup(name="driver", works=(Work(kind=kind, units=units),), workers=1, max_workers=1)
     return StageCost(name=verb, verb=verb, rows=rows, groups=(group,), output_bytes=output_bytes, local=True)
 
 

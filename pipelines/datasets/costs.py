@@ -20,7 +20,6 @@ TEXT_BYTES = 150
 """Compressed bytes of a row's ids, caption and token ids, measured on LATENTS of any size."""
 _DRAW_BYTES = 40
 """Compressed bytes of the random draws of a row of TARGETS."""
-_FEATURE_BYTES = 4
 
 
 def latents_row_bytes(sizes: NetworkSizes) -> int:
@@ -37,7 +36,7 @@ def targets_row_bytes(settings: TargetsSettings, sizes: NetworkSizes) -> int:
 def latents_cost(settings: LatentsSettings, *, source_rows: int, rows: int, sizes: NetworkSizes) -> StageCost:
     """Cost of LATENTS, for which `rows` of `source_rows` are usable."""
     encode = Work(kind="encode", units=rows, gmacs=sizes.encoder_gmacs)
-    return _table_cost(
+    return table_cost(
         "encode_latents",
         settings,
         rows=source_rows,
@@ -60,7 +59,7 @@ def targets_cost(
     """Cost of TARGETS of `rows` rows of LATENTS, whose units have `unit_rows`."""
     targets, teaching = rows * settings.draws, settings.teaching
     passes = unet_passes(targets * teaching.k * (1.0 + settings.cfg_probability), teacher, sizes=sizes)
-    return _table_cost(
+    return table_cost(
         "compute_targets",
         settings,
         rows=rows,
@@ -85,7 +84,7 @@ def pairs_cost(settings: PairsSettings, *, captions: int, png_bytes: float, size
     if generation.images:
         works.append(vae_decodes(rows, sizes=sizes))
         writes.append(Work(kind="write_image", units=rows))
-    return _table_cost(
+    return table_cost(
         "generate_pairs",
         settings,
         rows=captions,
@@ -101,43 +100,7 @@ def pairs_cost(settings: PairsSettings, *, captions: int, png_bytes: float, size
     )
 
 
-def samples_cost(
-    settings: SamplesSettings,
-    *,
-    passes: tuple[Work, ...],
-    units: int,
-    images: int,
-    judged: int,
-    sizes: NetworkSizes,
-) -> StageCost:
-    """Cost of SAMPLES of several models.
-
-    Args:
-        settings: of the tables.
-        passes: of each model's UNet.
-        units: data files of all tables.
-        images: generated.
-        judged: images that the metric networks see, references included.
-        sizes: of the recipe's model.
-    """
-    works = (*passes, vae_decodes(images, sizes=sizes), Work(kind="judge", units=judged))
-    return _table_cost(
-        "evaluate",
-        settings,
-        rows=images,
-        groups=(
-            pool_group("models", settings.models, *works, network=True),
-            pool_group("writers", settings.writers, Work(kind="write", units=images)),
-        ),
-        output_bytes=images * (settings.judging.feature_count * _FEATURE_BYTES + TEXT_BYTES),
-        units=units,
-        sizes=sizes,
-        batch_bytes=settings.drawing.batch_size
-        * max(2 * sizes.unet_bytes(sizes.architecture, trained=False), sizes.vae_bytes),
-    )
-
-
-def _table_cost(
+def table_cost(
     verb: str,
     settings: LatentsSettings | TargetsSettings | PairsSettings | SamplesSettings,
     *,
@@ -150,6 +113,20 @@ def _table_cost(
     unet: Architecture | None = None,
     rejects: bool = False,
 ) -> StageCost:
+    """Cost of a stage that writes a table.
+
+    Args:
+        verb: the job.
+        settings: of the table.
+        rows: read.
+        groups: worker groups, which run concurrently.
+        output_bytes: of the table.
+        units: its data files.
+        sizes: of the model's networks.
+        batch_bytes: activation bytes of one batch, two a number.
+        unet: which runs; None for the model's own.
+        rejects: whether rows are rejected.
+    """
     return StageCost(
         name=verb,
         verb=verb,
@@ -158,7 +135,7 @@ def _table_cost(
         startup="job",
         output_bytes=output_bytes,
         writes=TableWrites(units=units, commit_seconds=settings.bounds.commit_seconds, rejects=rejects),
-        memory=network_memory(
+        peak_bytes=network_memory(
             parameters=sizes.of(unet or sizes.architecture).parameters + sizes.frozen,
             dtype=settings.device.dtype,
             batch_bytes=batch_bytes,

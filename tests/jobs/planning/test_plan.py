@@ -10,7 +10,7 @@ import pytest
 from set_options import set_options
 
 from jobs import plan
-from jobs.planning.rates import Rates
+from jobs.planning.rates_and_prices import Rates
 from pipelines.sources.shards import ShardRow, write_shard
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "plan.md"

@@ -4,16 +4,23 @@ import pytest
 
 from jobs.cli.job import Job
 from jobs.planning.break_even import break_even
-from jobs.planning.forecast import Cluster
-from jobs.planning.prices import NodeType, PriceList, StoragePrices
-from jobs.planning.rates import Contention, Rate, RateError, Rates, StartupSeconds
+from jobs.planning.plan import Cluster
+from jobs.planning.rates_and_prices import (
+    Contention,
+    NodeType,
+    PriceList,
+    Rate,
+    Rates,
+    StartupSeconds,
+    StoragePrices,
+)
 from jobs.planning.settings import PlanSettings
 from jobs.planning.workload import Counts, Workload
 from jobs.recipes.miniature import mini
 from jobs.training.costs import training_memory
 from jobs.training.settings import TrainerSettings
 from pipelines.costs.requests import TableWrites
-from pipelines.costs.stage import PeakMemory, StageCost, Work, WorkerGroup, network_memory
+from pipelines.costs.stage import StageCost, Work, WorkerGroup, network_memory
 from snapfusion.models.network_sizes import network_sizes
 from snapfusion.settings import SettingsError
 from snapfusion.training.settings import LoopSettings, StepDistillationSettings
@@ -55,9 +62,7 @@ def cores(name: str, *, units: int) -> WorkerGroup:
 def forecasts(*stages: StageCost, node=GPUS, nodes=1, given=None):
     """On spot nodes for tables, and others for trainings."""
     given, settings = given or rates(), PlanSettings()
-    return Cluster(
-        name="n", node=node, nodes=nodes, rates=given, settings=settings, storage=STORAGE
-    ).forecast(stages)
+    return Cluster(node=node, nodes=nodes, rates=given, settings=settings, storage=STORAGE).forecast(stages)
 
 
 def test_workers_share_work_unless_it_is_replicated():
@@ -112,11 +117,11 @@ def test_groups_share_the_cores():
 
 def test_time_scales_from_the_nearest_network_size():
     given = rates()
-    assert given.seconds("train", 20.0) == 6.0
-    assert given.seconds("train", 3.0) == 1.5
-    assert given.seconds("pass") == 1.0
-    with pytest.raises(RateError, match="r has no rate of 'decode', it has pass, read"):
-        given.seconds("decode", 1.0)
+    assert given.seconds(Work(kind="train", units=1, gmacs=20.0)) == 6.0
+    assert given.seconds(Work(kind="train", units=2, gmacs=3.0)) == 2 * 1.5
+    assert given.seconds(Work(kind="pass", units=1)) == 1.0
+    with pytest.raises(SettingsError, match="r has no rate of 'decode', it has pass, read"):
+        given.seconds(Work(kind="decode", units=1, gmacs=1.0))
 
 
 def test_several_rates_must_state_their_size():
@@ -198,9 +203,7 @@ def test_l_ori_reduces_the_teachers_share():
     assert found.saved == pytest.approx({"vanilla": 0.25, "mixed": 0.25})
 
 
-def memory(
-    *, precision="bfloat16", ema=0.9, workers=1, rows=4, sharding="none", moment_bytes=8.0
-) -> PeakMemory:
+def memory(*, precision="bfloat16", ema=0.9, workers=1, rows=4, sharding="none", moment_bytes=8.0) -> float:
     return training_memory(
         parameters=100,
         loop=LoopSettings(num_steps=1, global_batch=8, learning_rate=1.0, precision=precision, ema_decay=ema),
@@ -212,15 +215,15 @@ def memory(
 
 
 def test_memory_of_a_trainer():
-    assert memory().networks == 100 * (4 + 4 + 8 + 4) + 47
-    assert memory(ema=None, moment_bytes=2.0).networks == 100 * (4 + 4 + 2) + 47
-    assert memory(workers=2).networks == memory().networks + 400, "buckets for the exchange"
-    assert memory(workers=4, sharding="fsdp").networks == 100 * (20 / 4 + 4) + 47
     # Two-byte copies of the weights beside the activations, or the optimizer's copy, whichever is more.
-    assert memory().activations == 100 * 2 + 4 * 50 * 1.2
-    assert memory(precision="float32").activations == 4 * 50 * 2 * 1.2
-    assert memory(rows=1).activations == 400
+    networks, activations = 100 * (4 + 4 + 8 + 4) + 47, 100 * 2 + 4 * 50 * 1.2
+    assert memory() == networks + activations
+    assert memory(precision="float32") == networks + 4 * 50 * 2 * 1.2
+    assert memory(rows=1) == networks + 400
+    assert memory(ema=None, moment_bytes=2.0) == 100 * (4 + 4 + 2) + 47 + activations
+    assert memory(workers=2) == networks + 400 + activations, "buckets for the exchange"
+    assert memory(workers=4, sharding="fsdp") == 100 * (20 / 4 + 4) + 47 + activations
 
 
 def test_memory_of_forward_passes_alone():
-    assert network_memory(parameters=100, dtype="float32", batch_bytes=3 * 50).peak == 400 + 3 * 50 * 2 * 1.2
+    assert network_memory(parameters=100, dtype="float32", batch_bytes=3 * 50) == 400 + 3 * 50 * 2 * 1.2

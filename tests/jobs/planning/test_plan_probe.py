@@ -7,8 +7,8 @@ from torch import nn
 
 from jobs.cli.job import Job
 from jobs.planning import probe
-from jobs.planning.probe import Probe, timed_runner
-from jobs.planning.step_probe import noise_batch, step_seconds
+from jobs.planning.probe import Probe, run_timed
+from jobs.planning.timings import noise_batch, step_seconds
 from jobs.recipes.miniature import mini
 from jobs.recipes.stable_diffusion import sd15
 from jobs.training.progress_channel import seconds_per_step
@@ -24,7 +24,7 @@ from snapfusion.training.settings import LoopSettings
 @pytest.fixture
 def job(tiny_teacher: str, tmp_path, monkeypatch) -> Job:
     monkeypatch.setattr(probe, "SECONDS", 0.0)
-    monkeypatch.setattr("jobs.planning.step_probe.SECONDS", 0.0)
+    monkeypatch.setattr("jobs.planning.timings.SECONDS", 0.0)
     monkeypatch.setattr(probe, "_SCENES", 8)
     recipe = mini().with_values(
         [
@@ -74,7 +74,7 @@ class Add:
 def test_stages_are_timed_by_name():
     times = {"Double": [], "Add": []}
     stages = [PipelineStage(build=build, arguments={}, pool=Pool()) for build in (Double, Add)]
-    assert list(timed_runner(times, results=3)([1, 2], stages)) == [2, 2, 3]
+    assert list(run_timed([1, 2], stages, times=times, results=3)) == [2, 2, 3]
     assert {name: len(found) for name, found in times.items()} == {"Double": 3, "Add": 3}
     assert min(itertools.chain(*times.values())) >= 0
 

@@ -7,7 +7,7 @@ from conftest import tiny_bundle
 from torch import nn
 
 from jobs.cli.job import Job
-from jobs.planning.rates import Rates
+from jobs.planning.rates_and_prices import Rates
 from jobs.planning.settings import PlanSettings
 from jobs.planning.workload import Counts, Workload
 from jobs.recipes.registry import recipe_named
@@ -251,7 +251,7 @@ def test_sd15_trainer_memory_matches_the_measurement():
     settings += ["distill.loop.ema_decay=null", "distill.trainer.num_workers=1"]
     (found,) = workload(rows=2, captions=2, settings=settings, plan=['steps=["distill_steps"]']).stages()
     # The driver, Ray and the libraries of each process are not in it.
-    assert 14.0 < found.memory.peak / 2**30 < 17.2
+    assert 14.0 < found.peak_bytes / 2**30 < 17.2
 
 
 def test_attention_counts_as_fused():
