@@ -23,21 +23,23 @@ OPTIONS = [
     click.Option(["--model"], help="model of torch's rows (default: the one the bundle was made from)"),
     click.Option(["--decoder"], metavar="URL", help="half-width decoder of torch's rows (likewise)"),
     click.Option(["--variant"], multiple=True, metavar="NAME", help="repeatable (default: all)"),
-    click.Option(["--repeats"], type=int, default=50, show_default=True, help="timed runs of each module"),
     click.Option(
-        ["--threads"], type=int, default=1, show_default=True, help="threads of torch and ExecuTorch"
+        ["--repeats"],
+        type=click.IntRange(MIN_REPEATS),
+        default=50,
+        help="timed runs of each module",
+    ),
+    click.Option(
+        ["--threads"],
+        type=click.IntRange(1),
+        default=1,
+        help="threads of torch and ExecuTorch",
     ),
     click.Option(["--json"], metavar="FILE", help="also write the results as JSON"),
 ]
 
 
 def _benchmark(options: Options) -> None:
-    if options.repeats < MIN_REPEATS:
-        raise SettingsError(
-            f"--repeats {options.repeats}: at least {MIN_REPEATS} are needed for the 95th percentile"
-        )
-    if options.threads < 1:
-        raise SettingsError(f"--threads {options.threads}: at least 1 is accepted")
     if options.json and Path(options.json).is_dir():
         raise SettingsError(f"--json {options.json}: it is a folder; a file is accepted")
     # Imported here, so that --help and mistakes are answered at once.

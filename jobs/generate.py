@@ -22,19 +22,22 @@ OPTIONS = [
     click.Option(["--model"], help=f"mini, mini-v, a folder, its URL or a hub id (default: {_MODEL})"),
     click.Option(["--bundle"], metavar="DIR", help="a mobile bundle, whose ExecuTorch programs are used"),
     click.Option(["--variant"], help="of the bundle (default: the first of its ExecuTorch variants)"),
-    click.Option(["--steps"], type=int, help="default: those that the model was distilled for, else 50"),
+    click.Option(
+        ["--steps"], type=click.IntRange(1), help="default: those that the model was distilled for, else 50"
+    ),
     click.Option(["--sampler"], type=click.Choice(SOLVERS), help=f"default: {_SAMPLER}"),
     click.Option(
         ["--guidance"], type=float, help=f"w of Eq. 3; 1 is none (default: {_GUIDANCE}, or the bundle's)"
     ),
     click.Option(["--size"], type=int, help="side of the image in pixels (default: the model's own)"),
-    click.Option(["--seed"], type=int, default=0, show_default=True, help="of the noise"),
-    click.Option(["-n"], type=int, default=1, show_default=True, help="number of images, side by side"),
-    click.Option(["--out"], default="picture.png", show_default=True, help="a PNG file"),
+    click.Option(["--seed"], type=int, default=0, help="of the noise"),
+    click.Option(["-n"], type=click.IntRange(1), default=1, help="number of images, side by side"),
+    click.Option(["--out"], default="picture.png", help="a PNG file"),
 ]
 
 
 def _generate(options: Options) -> None:
+    options.caption = " ".join(options.caption)
     _check(options)
     generate, by = _by_model(options) if options.bundle is None else _by_bundle(options)
     began = time.monotonic()
@@ -54,9 +57,6 @@ def _generate(options: Options) -> None:
 
 def _check(options: Options) -> None:
     """Refuse options out of range or without effect."""
-    for option, value in (("-n", options.n), ("--steps", options.steps)):
-        if value is not None and value < 1:
-            raise SettingsError(f"{option} {value}: at least 1 is accepted")
     if options.guidance is not None and not 1.0 <= options.guidance < math.inf:
         raise SettingsError(f"--guidance {options.guidance}: 1.0 and more is accepted")
     if options.bundle is None and options.variant is not None:
@@ -69,7 +69,7 @@ def _check(options: Options) -> None:
 
 def _by_model(options: Options) -> tuple[Callable[..., Sequence[Any]], str]:
     """Load the model; a function that generates its images, and a description of it."""
-    from jobs.evaluation.images import distillation_mismatch, distilled_steps, generate_images
+    from jobs.evaluation import images
     from snapfusion.models.load import load
 
     source, solver = options.model or _MODEL, options.sampler or _SAMPLER
@@ -78,16 +78,17 @@ def _by_model(options: Options) -> tuple[Callable[..., Sequence[Any]], str]:
         bundle = load(source)
     except ValueError as error:
         raise SettingsError(f"--model {source}: {str(error).removeprefix(f'{source}: ')}") from None
-    steps = distilled_steps(bundle) if options.steps is None else options.steps
+    steps = images.distilled_steps(bundle) if options.steps is None else options.steps
     if steps > bundle.schedule.num_steps:
         raise SettingsError(f"--steps {steps}: 1 to {bundle.schedule.num_steps} is accepted by this model")
     if options.size is not None:
         check_size(options.size, step=bundle.granularity, option="--size")
         bundle.resize(options.size)
-    if note := distillation_mismatch(bundle, steps=steps, solver=solver, guidance=guidance):
-        logger.info(f"{source}: {note}")
+    if note := images.distillation_mismatch(bundle, steps=steps, solver=solver, guidance=guidance):
+        logger.warning(f"{source}: {note}")
+    images.warn_of_caption(bundle.tokenizer, options.caption)
     generate = partial(
-        generate_images, bundle, [" ".join(options.caption)], steps=steps, solver=solver, guidance=guidance
+        images.generate_images, bundle, [options.caption], steps=steps, solver=solver, guidance=guidance
     )
     return generate, f"{steps} steps of {solver}"
 
@@ -95,6 +96,7 @@ def _by_model(options: Options) -> tuple[Callable[..., Sequence[Any]], str]:
 def _by_bundle(options: Options) -> tuple[Callable[..., Sequence[Any]], str]:
     """The same of a mobile bundle's programs."""
     from jobs.evaluation.bundle_images import default_variant, generate_bundle_images
+    from jobs.evaluation.images import warn_of_caption
     from snapfusion.export.bundle import BundleError, open_bundle
 
     try:
@@ -103,9 +105,8 @@ def _by_bundle(options: Options) -> tuple[Callable[..., Sequence[Any]], str]:
         programs, num_steps = bundle.programs(variant), len(bundle.sampler.steps)
     except BundleError as error:
         raise SettingsError(f"--bundle {error}") from None
-    generate = partial(
-        generate_bundle_images, bundle, programs, " ".join(options.caption), guidance=options.guidance
-    )
+    warn_of_caption(bundle.tokenizer, options.caption)
+    generate = partial(generate_bundle_images, bundle, programs, options.caption, guidance=options.guidance)
     return generate, f"{num_steps} steps of {variant}"
 
 

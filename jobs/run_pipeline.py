@@ -24,6 +24,8 @@ from jobs.cli.verb import Body, Preview, recipe_verb
 from jobs.recipes.verbs import pipeline_verbs
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import format_duration
+from snapfusion.mini.captions import caption_grammar
+from snapfusion.models.bundled import BUNDLED
 
 STEPS: dict[str, tuple[Body, Preview]] = {
     "render_scenes": (scenes.render_scenes, scenes.preview),
@@ -50,11 +52,25 @@ def run_pipeline(job: Job) -> None:
     logger.info(f"[{len(verbs) + 1}/{len(verbs) + 1}] report")
     report.report(replace(job, verb="report"))
     logger.info(f"done in {format_duration(time.monotonic() - began)}")
+    for line in _how_to_go_on(job):
+        logger.info(line)
+
+
+def _how_to_go_on(job: Job) -> list[str]:
+    """What to open, and how to generate an image with what was made."""
+    made = [("--model", job.recipe.distill.name), ("--bundle", "mobile")]
+    caption = job.recipe.mobile.captions[0]
+    return [
+        f"open {job.url('report/index.html')}, or generate images yourself:",
+        *(f'  snapfusion generate "{caption}" {option} {job.url(name)}' for option, name in made),
+        *([caption_grammar()] if job.recipe.model in BUNDLED else []),
+    ]
 
 
 def preview(job: Job) -> list[str]:
     """Preview of each step."""
-    return [f"{verb}: {line}" for verb in pipeline_verbs(job.recipe) for line in STEPS[verb][1](job)]
+    steps = [(verb, STEPS[verb][1](job)) for verb in pipeline_verbs(job.recipe)]
+    return [f"{verb:<16} {line}" for verb, lines in steps for line in lines]
 
 
 main = recipe_verb("run_pipeline", run_pipeline, preview=preview, about=__doc__)

@@ -45,7 +45,7 @@ def _check_device(name: str) -> None:
 
 OPTIONS = [
     click.Option(["--out"], type=Path, required=True, help="folder for checkpoints/ and weights/"),
-    click.Option(["--device"], default="cpu", show_default=True, help="torch device"),
+    click.Option(["--device"], default="cpu", help="torch device"),
     DRY_RUN,
 ]
 

@@ -1,4 +1,4 @@
-"""Names every verb, by group and with one line of help."""
+"""Names every verb, by group and with one line of help, and what usually follows it."""
 
 GROUPS = {
     "Data": {
@@ -46,3 +46,23 @@ GROUPS = {
     },
 }
 """Verbs as --help groups them, with one line each."""
+
+FOLLOWING = {
+    "render_scenes": "encode-latents",
+    "download_shards": "encode-latents",
+    "find_duplicates": "encode-latents",
+    "encode_latents": "generate-pairs",
+    "generate_pairs": "distill-decoder",
+    "compute_targets": "distill-steps",
+    "finetune_vpred": "train-efficient",
+    "train_robust": "evolve-unet",
+    "evolve_unet": "train-efficient",
+    "measure_latency": "evolve-unet",
+    "train_efficient": "distill-steps",
+    "distill_steps": "compile-mobile",
+    "distill_schedule": "evaluate",
+    "distill_decoder": "compile-mobile",
+    "compile_mobile": "report",
+    "evaluate": "report",
+}
+"""The next sensible job of the same run."""

@@ -10,10 +10,11 @@ from typing import NoReturn, TypeVar
 import click
 
 from jobs.cli.config_file import read_config
+from jobs.cli.groups import FOLLOWING
 from jobs.cli.job import Job, prepare_stores, resolve_recipe, save_settings, settings_lines
 from jobs.recipes.registry import RECIPES
 from jobs.runtime.exit_codes import exit_process, run_guarded
-from jobs.runtime.logs import log_as_json
+from jobs.runtime.logs import log_as_json, logger
 from jobs.runtime.progress import progress_display
 from jobs.runtime.secrets import refuse_secrets_in_options
 from snapfusion.settings import Settings, SettingsError
@@ -29,12 +30,12 @@ SET = click.Option(
 )
 LOG_JSON = click.Option(["--log-json"], is_flag=True, help="print JSON lines, for collectors of logs")
 RECIPE_OPTIONS: tuple[click.Parameter, ...] = (
-    click.Option(["--recipe"], default="mini", show_default=True, help=f"one of {', '.join(RECIPES)}"),
+    click.Option(["--recipe"], default="mini", help=f"one of {', '.join(RECIPES)}"),
     click.Option(
         ["--config"], metavar="FILE", help="a YAML file of settings with the keys of --set, which comes after"
     ),
     SET,
-    click.Option(["--out"], default="runs/demo", show_default=True, help="folder or URL of the run"),
+    click.Option(["--out"], default="runs/demo", help="folder or URL of the run"),
     click.Option(["--verbose"], is_flag=True, help="print all settings, not only the changed ones"),
     LOG_JSON,
 )
@@ -123,6 +124,8 @@ def recipe_verb(
             save_settings(job, verbose=given.verbose)
         with progress_display(name):
             body(job)
+        if following := FOLLOWING.get(name):
+            logger.info(f"next: snapfusion {following} --recipe {job.recipe.name} --out {job.out}")
 
     return Verb(name, _command(name, about, parameters), work)
 
@@ -191,4 +194,5 @@ def open_job(verb: str, options: Options, *, prefix: str = "") -> Job:
 
 def _command(name: str, about: str | None, parameters: Sequence[click.Parameter]) -> click.Command:
     text = (about or "").split("\n\n")[0]
-    return click.Command(name.replace("_", "-"), params=list(parameters), help=text)
+    shown = {"show_default": True}
+    return click.Command(name.replace("_", "-"), params=list(parameters), help=text, context_settings=shown)

@@ -6,8 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from transformers import CLIPTokenizer
 
+from jobs.runtime.logs import logger
+from snapfusion.mini.captions import caption_warning
 from snapfusion.models.bundle import Bundle, to_uint8
+from snapfusion.models.tokenizer import truncation_warning
 from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import sample, time_grid
 from snapfusion.solver_names import Solver
@@ -19,6 +23,16 @@ _DISTILLED_SOLVER = "ddim"
 _MIN_DISPLAY_SIDE = 256
 _SINGLE_THREAD_MAX_SIDE = 64
 """Up to this many pixels a side, synchronisation of threads costs more than they save."""
+
+
+def warn_of_caption(tokenizer: CLIPTokenizer, caption: str) -> None:
+    """Say if a model reads only a part of a caption, or is a miniature that does not know it."""
+    for warning in (
+        truncation_warning(tokenizer, caption),
+        caption_warning(caption, vocabulary_size=len(tokenizer)),
+    ):
+        if warning is not None:
+            logger.warning(warning)
 
 
 @torch.inference_mode()

@@ -46,6 +46,13 @@ def build_tokenizer(
     )
 
 
+def truncation_warning(tokenizer: CLIPTokenizer, caption: str) -> str | None:
+    """One line if `tokenize` cuts a caption, else None."""
+    count = len(tokenizer(caption, verbose=False)["input_ids"]) - 2
+    most = tokenizer.model_max_length - 2
+    return f"the caption has {count} tokens, and only the first {most} are read" if count > most else None
+
+
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     """Tokenize captions to int64 [B,L], L the tokenizer's maximum: start, truncated text, end, padding."""
     encoded = tokenizer(list(captions), padding="max_length", truncation=True)

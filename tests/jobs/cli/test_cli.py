@@ -43,13 +43,13 @@ def error_line(capsys) -> str:
         ("render_scenes --set allowance.rows=3", "set quota.rows"),
         ("render_scenes --set distill.watch.every=2", "set distill.validation.every"),
         ("render_scenes --recipe twin", "mini-efficient"),
-        ("generate red --steps 0", "^generate: --steps 0: at least 1 "),
+        ("generate red --steps 0", "^generate: Invalid value for '--steps': 0 is not in the range x>=1"),
         ("generate red --steps 1001", "^generate: --steps 1001: 1 to 1000 "),
         ("generate red --steps many", "^generate: Invalid value for '--steps': 'many'"),
         ("generate red --guidance 0.5", "^generate: --guidance 0.5: 1.0 and more "),
         ("generate red --guidance nan", "^generate: --guidance nan: 1.0 and more "),
         ("generate red --guidance inf", "^generate: --guidance inf: 1.0 and more "),
-        ("generate red -n 0", "^generate: -n 0: at least 1 "),
+        ("generate red -n 0", "^generate: Invalid value for '-n': 0 is not in the range x>=1"),
         (
             "generate red --sampler heun",
             "^generate: Invalid value for '--sampler': 'heun' is not ",
@@ -118,6 +118,7 @@ def test_settings_are_saved_under_their_hash(capsys, tmp_path):
     assert "source.seed" not in text, "only what differs from the recipe"
     assert render_scenes.main(["--out", str(tmp_path), "--verbose", "--dry-run"]) == 0
     assert "  source.seed = 0\n" in capsys.readouterr().out
+    assert f"\nnext: snapfusion encode-latents --recipe mini --out {tmp_path}\n" in text
     assert sorted(path.name for path in (tmp_path / "shards").glob("*.tar")) == ["00000.tar", "00001.tar"]
 
 
@@ -191,9 +192,20 @@ def test_generate_writes_an_image(tiny_teacher, capsys, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(path)), first)
 
 
+def test_generate_says_what_it_does_not_read_or_know(capsys, tmp_path):
+    path = str(tmp_path / "image.png")
+    assert command.main(["generate", "a", "red", *["thing"] * 90, "--steps", "1", "--out", path]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^the caption has \d+ tokens, and only the first \d+ are read$", printed, re.MULTILINE)
+    assert "the miniature does not know the caption 'a red thing thing" in printed
+    known = ["a", "large", "red", "circle", "at", "the", "top", "on", "a", "white", "background"]
+    assert command.main(["generate", *known, "--steps", "1", "--out", path]) == 0
+    assert capsys.readouterr().out.startswith(path)
+
+
 def test_the_command_runs_any_job(capsys, tmp_path):
     assert command.main(["run-pipeline", "--dry-run", "--out", str(tmp_path / "run")]) == 0
-    assert "compile_mobile: would compile" in capsys.readouterr().out
+    assert "\ncompile_mobile   would compile" in capsys.readouterr().out
 
 
 def test_progress_as_text():
