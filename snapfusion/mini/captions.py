@@ -38,8 +38,9 @@ def caption_warning(caption: str, *, vocabulary_size: int) -> str | None:
 
 def caption_grammar() -> str:
     """What the captions are like, in one sentence."""
-    words = {name: "|".join(values) for name, values in ATTRIBUTES.items()}
-    return f'it knows {NUM_CAPTIONS:,} captions, "{TEMPLATE.format(**words)}"'
+    example = TEMPLATE.format(**{name: values[0] for name, values in ATTRIBUTES.items()})
+    words = [f"{name} {', '.join(values[:-1])} or {values[-1]}" for name, values in ATTRIBUTES.items()]
+    return f'it knows {NUM_CAPTIONS:,} captions like "{example}", of {"; ".join(words)}'
 
 
 @functools.cache
