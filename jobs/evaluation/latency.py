@@ -12,6 +12,7 @@ import torch
 
 from jobs.evaluation.settings import LatencySettings
 from jobs.evaluation.timing import backend_of, setting_of, unet_benchmark
+from jobs.runtime.logs import logger
 from snapfusion.evolution.latency import LatencyTable, PartLatency, latency_by_stage, reachable_parts
 from snapfusion.evolution.parts import dimensions_of, inputs_of, module_of
 from snapfusion.evolution.stopwatch import Timing, time_in_turns
@@ -30,7 +31,7 @@ def measure_latency(
     architectures: Mapping[str, Architecture],
     tokens: int,
     on_turn: Callable[[int], None] = lambda turn: None,
-    log: Callable[[str], None] = lambda line: print(f"  {line}", flush=True),
+    log: Callable[[str], None] = lambda line: logger.info(f"  {line}"),
 ) -> dict[str, Any]:
     """Measure the latency table, and whole UNets to compare it with; returns JSON values.
 

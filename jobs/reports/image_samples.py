@@ -10,6 +10,7 @@ from itertools import islice
 import numpy as np
 from pydantic import TypeAdapter
 
+from jobs.cli.inputs import shards_url
 from jobs.reports.input_states import files_state, model_state, table_state
 from jobs.reports.run_page import CaptionedImage, ImageComparison
 from jobs.reports.run_records import CommittedRun
@@ -33,7 +34,7 @@ _COMPARISONS = TypeAdapter(tuple[ImageComparison, ...])
 def scene_samples(run: CommittedRun) -> tuple[CaptionedImage, ...]:
     """The first images of the first shard, as LATENTS read them; empty if there are no shards."""
     try:
-        shard = list_shards(run.shards_url)[0]
+        shard = list_shards(shards_url(run.job))[0]
     except SourceError:
         return ()
     recipe = run.job.recipe
@@ -87,7 +88,8 @@ def decoder_comparisons(run: CommittedRun) -> tuple[ImageComparison, ...]:
         "decoders",
         _COMPARISONS,
         follows_from={
-            "pairs": table_state(pairs),
+            # The newest version too: what a deletion request took from it does not stay in a kept part.
+            "pairs": [table_state(pairs), table_state(run.tables["pairs"])],
             "held_out": fraction,
             "rows": _NUM_COMPARISONS,
             "teacher": model_state(run.job.recipe.model),

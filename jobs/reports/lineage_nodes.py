@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jobs.cli.inputs import shards_url
 from jobs.cli.state import read_json
 from jobs.reports.model_facts import ModelFacts
 from jobs.reports.run_page import LineageNode
@@ -38,7 +39,7 @@ class _Lineage:
     def nodes(self, tables: Mapping[str, Mapping[str, Any]]) -> list[LineageNode]:
         """All commits, from the parts of the run and the metrics of its tables."""
         run, job = self._run, self._run.job
-        self._add("SHARDS", "shards", url=run.shards_url, identity=digest(job.recipe.source.to_values()))
+        self._add("SHARDS", "shards", url=shards_url(job), identity=digest(job.recipe.source.to_values()))
         model = job.recipe.model
         self._add("TEACHER", "model", url=model, identity=self._identities[model])
         for name, metrics in tables.items():

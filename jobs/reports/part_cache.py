@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
+from jobs.runtime.logs import logger
 from jobs.runtime.versions import versions
 from pipelines.storage.objects import exists, read_bytes, replace_object
 from pipelines.tables.schemas import from_png, to_png
@@ -76,7 +77,7 @@ class PartCache:
                     return form.validate_python(record["part"])
             except ValueError as error:  # also pydantic's own
                 reason = str(error).splitlines()[0]
-                print(f"  {url} is damaged ({reason}); its part of the report is computed again", flush=True)
+                logger.info(f"  {url} is damaged ({reason}); its part of the report is computed again")
         values = json.loads(form.dump_json(compute()))
         record = {"key": key, "sha256": digest(values), "part": values}
         replace_object(url, json.dumps(record).encode())

@@ -57,11 +57,6 @@ class CommittedRun:
     latencies: tuple[LatencyBreakdown, ...]
     cache: PartCache
 
-    @property
-    def shards_url(self) -> str:
-        """URL of the shards, whose other definition (`jobs.cli.inputs`) imports torch."""
-        return self.job.recipe.source.url or self.job.url("shards")
-
     @classmethod
     def read(cls, job: Job) -> CommittedRun:
         """Open the tables and read the records of the run."""
