@@ -10,6 +10,7 @@ from set_options import set_options
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from jobs import measure_latency as job
+from jobs.evaluation import latency
 from jobs.evaluation.latency import is_disturbed, latency_lines, measure_latency, measure_undisturbed
 from jobs.evaluation.settings import LatencySettings
 from jobs.evaluation.timing import architectures_of, setting_of
@@ -63,7 +64,7 @@ def test_the_table_predicts_every_smaller_unet(made, origin):
 
 
 def test_an_existing_table_is_kept(made, capsys, monkeypatch):
-    monkeypatch.setattr(job, "measure_latency", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(latency, "measure_latency", lambda *_, **__: pytest.fail("measured again"))
     assert job.main(["--out", str(made)]) == 0
     assert "exists already" in capsys.readouterr().out
 

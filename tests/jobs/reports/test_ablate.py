@@ -242,11 +242,11 @@ def test_the_page_shows_every_line(made):
 @pytest.mark.slow
 def test_existing_students_and_samples_are_kept(made, monkeypatch, capsys):
     refuse = Mock(side_effect=AssertionError("trained or sampled again"))
-    for name in ("distill_steps", "finetune_vpred"):
-        monkeypatch.setattr(f"jobs.cli.ablation.{name}", refuse)
+    for name in ("distillation.distill_steps", "velocity.finetune_vpred"):
+        monkeypatch.setattr(f"jobs.training.{name}", refuse)
     before = Path(f"{made.out}/ablation/small.json").read_text()
     monkeypatch.setattr(
-        "jobs.cli.ablation.runner", lambda cluster: lambda items, stages: iter(list(items) and refuse())
+        "jobs.cli.ablation.runner", lambda *_, **__: lambda items, stages: iter(list(items) and refuse())
     )
     ablate(made)
     assert Path(f"{made.out}/ablation/small.json").read_text() == before

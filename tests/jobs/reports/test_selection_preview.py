@@ -99,7 +99,7 @@ def test_encoding_finds_what_the_preview_showed(tmp_path, capsys, monkeypatch):
     domains.write_text("# comment\nbad.example\n")
     settings = (*BOUNDED, f"source.blocklists.domains={domains}", "latents.bounds.max_rejected=0.9")
     size = preview(capsys, tmp_path, *settings)[-1]
-    monkeypatch.setattr(encode_latents, "runner", lambda cluster: in_process)
+    monkeypatch.setattr(encode_latents, "runner", lambda *_, **__: in_process)
     options = ["--out", str(tmp_path), *set_options(settings)]
     assert encode_latents.main(options) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "max_watermark rejects" in line]
