@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
-from pipelines.storage.objects import absolute_url, read_bytes
+from pipelines.storage.objects import absolute_url, is_local, local_path, read_bytes
 from pipelines.storage.retry import with_retries
 from pipelines.tables.manifest import UnitManifest, UnitRecord
 from pipelines.tables.schemas import REJECTS, SCHEMA_VERSION, UNITS
@@ -179,6 +179,9 @@ class Snapshot:
 
 def is_table(url: str) -> bool:
     """Whether there is a Delta table, of this project or another."""
+    # Asked about a file, deltalake fails to list it as a folder.
+    if is_local(url) and local_path(url).is_file():
+        return False
     return with_retries(url, lambda: bool(DeltaTable.is_deltatable(url)))
 
 

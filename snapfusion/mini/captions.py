@@ -33,14 +33,18 @@ def caption_warning(caption: str, *, vocabulary_size: int) -> str | None:
     """
     if vocabulary_size != VOCABULARY_SIZE or knows_caption(caption):
         return None
-    return f"the miniature does not know the caption {caption!r}: {caption_grammar()}"
+    return f"the miniature does not know the caption {caption!r}: it knows {_description()}"
 
 
 def caption_grammar() -> str:
     """What the captions are like, in one sentence."""
+    return f"the miniature knows {_description()}"
+
+
+def _description() -> str:
     example = TEMPLATE.format(**{name: values[0] for name, values in ATTRIBUTES.items()})
     words = [f"{name} {', '.join(values[:-1])} or {values[-1]}" for name, values in ATTRIBUTES.items()]
-    return f'it knows {NUM_CAPTIONS:,} captions like "{example}", of {"; ".join(words)}'
+    return f'{NUM_CAPTIONS:,} captions like "{example}", of {"; ".join(words)}'
 
 
 @functools.cache

@@ -76,6 +76,11 @@ def test_a_dry_run_says_what_would_be_measured(tmp_path, capsys):
     assert "latency/torch-float16-cuda.json (does not exist yet)" in printed
 
 
+def test_a_dry_run_finds_what_was_measured(made, capsys):
+    assert job.main(["--dry-run", "--out", str(made)]) == 0
+    assert "latency/torch-float32-cpu.json (exists already)" in capsys.readouterr().out
+
+
 def test_an_unsupported_precision_is_one_line(tmp_path, capsys):
     options = set_options(["latency.runtime=executorch-xnnpack", "latency.precision=float16"])
     assert job.main(["--out", str(tmp_path), *options]) == 2

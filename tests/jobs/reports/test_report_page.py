@@ -217,10 +217,8 @@ def test_captions_that_the_miniature_does_not_know_are_marked():
     assert marked.count(mark) == 3
     for words in (f"a small blue ring {mark}", f"a green cross {mark}", f"a pink star {mark}"):
         assert words in marked
-    assert (
-        'it knows 1,200 captions like "a small red circle at the top on a white background", of size small or'
-        in marked
-    )
+    example = "a small red circle at the top on a white background"
+    assert f'the miniature knows 1,200 captions like "{example}", of size small or large;' in marked
 
 
 def test_an_empty_run_has_every_section():
