@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from jobs.runtime.credentials import worker_runtime_env
 from jobs.runtime.resources import Demand, refuse_beyond_machine, wait_for_resources
 from jobs.runtime.settings import ClusterSettings
+from snapfusion.settings import SettingsError
 
 # Logical CPUs only decide which actors run at once: two cores carry reader, network, writer and trainer.
 _MIN_CPUS = 4
@@ -118,6 +119,11 @@ def _without_stderr() -> Iterator[None]:
 
 def _check_address(address: str) -> None:
     """Check that a gRPC server answers there: Ray itself tries another address for minutes."""
+    if address.startswith(("http://", "https://")):
+        raise SettingsError(
+            f"RAY_ADDRESS {address}: this is a dashboard, to which `ray job submit` sends jobs; unset it, or "
+            "give the cluster's own address, as in HOST:6379"
+        )
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return

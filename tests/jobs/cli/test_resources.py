@@ -89,7 +89,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def refused_address(address: str) -> str:
+def refused_address(address: str, code: int = 1) -> str:
     """What a job prints that is to join this cluster; in a process that has no cluster yet."""
     script = (
         "from jobs.runtime.cluster import connect; from jobs.runtime.settings import ClusterSettings; "
@@ -98,7 +98,7 @@ def refused_address(address: str) -> str:
     )
     command = [sys.executable, "-c", script]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, cwd=ROOT)
-    assert (ended.returncode, ended.stdout) == (1, "")
+    assert (ended.returncode, ended.stdout) == (code, "")
     assert ended.stderr.count("\n") == 1
     return ended.stderr
 
@@ -108,6 +108,11 @@ def test_a_dead_cluster_address_is_one_line():
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         assert f"job: no Ray cluster answers at {address} (" in refused_address(address)
+
+
+def test_a_dashboards_address_is_explained():
+    error = refused_address("http://127.0.0.1:8265", code=2)
+    assert error.startswith("job: RAY_ADDRESS http://127.0.0.1:8265: this is a dashboard")
 
 
 def test_an_address_of_something_else_is_one_line():
