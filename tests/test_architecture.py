@@ -336,3 +336,27 @@ def test_equation_table_lists_every_function_with_equation():
     for module in modules("snapfusion"):
         if module.name in METHOD:
             assert not ({f"{module.name}.{name}" for name, _ in public_functions(module)} - listed)
+
+
+HEAVY = {
+    "torch",
+    "ray",
+    "pyarrow",
+    "numpy",
+    "diffusers",
+    "transformers",
+    "coremltools",
+    "executorch",
+    "matplotlib",
+}
+
+
+def test_commands_import_their_machinery_when_they_run():
+    verbs = ", ".join(sorted(f"jobs.{path.stem}" for path in (ROOT / "jobs").glob("*.py")))
+    assert modules_after(f"import {verbs}") & HEAVY == set()
+
+
+@pytest.mark.parametrize("verb", ["distill_steps", "train_robust", "generate_pairs", "run_pipeline"])
+def test_a_dry_run_loads_no_torch_and_no_ray(verb, tmp_path):
+    dry_run = f"import jobs.{verb}; jobs.{verb}.main(['--dry-run', '--out', '{tmp_path}/run'])"
+    assert modules_after(dry_run) & {"torch", "ray", "diffusers", "transformers"} == set()
