@@ -8,6 +8,7 @@ from jobs.cli.job import Job
 from jobs.cli.state import state_of
 from jobs.cli.verb import recipe_verb
 from jobs.runtime.logs import logger
+from snapfusion.export.layout import MANIFEST
 from snapfusion.export.settings import LicenceError
 
 
@@ -46,8 +47,6 @@ def _model_and_decoder(job: Job) -> tuple[str, str | None]:
 
 def preview(job: Job) -> list[str]:
     """Describe what would be read and written."""
-    from snapfusion.export.bundle import MANIFEST
-
     url, settings = job.url("mobile"), job.recipe.mobile
     model, decoder = _model_and_decoder(job)
     own = f"the decoder {decoder}" if decoder else "its own decoder"

@@ -7,7 +7,6 @@ Table 3's UNet, made of the model's own, is measured beside it. A table that was
 phone, has the same form.
 """
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jobs.cli.in_run import measure_in_run
@@ -21,7 +20,9 @@ from pipelines.storage.objects import replace_object
 
 def measure(job: Job) -> None:
     """Measure the run's latency table, unless it exists already."""
-    measure_in_run(latency_table_url(job), lambda: _measure(job), summary=_summary)
+    from jobs.evaluation.latency import latency_lines
+
+    measure_in_run(latency_table_url(job), lambda: _measure(job), summary=latency_lines)
 
 
 def _measure(job: Job) -> dict[str, Any]:
@@ -41,14 +42,6 @@ def _measure(job: Job) -> dict[str, Any]:
     for kind, chart in breakdown_charts(record).items():
         replace_object(job.url(f"latency/{settings.name}-{kind}.svg"), standalone_svg(chart))
     return record
-
-
-def _summary(record: Mapping[str, Any]) -> Iterator[str]:
-    for name, unet in record["unets"].items():
-        yield (
-            f"{name}: {unet['measured']['median_ms']:.4g} ms measured, {unet['predicted_ms']:.4g} ms "
-            f"predicted ({100 * unet['error']:+.1f} %), {unet['parameters']:,} parameters"
-        )
 
 
 def preview(job: Job) -> list[str]:

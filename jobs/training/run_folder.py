@@ -16,7 +16,7 @@ from typing import Any
 
 import fsspec
 
-from jobs.training.metrics import METRICS as METRICS
+from jobs.training.metrics import METRICS
 from jobs.training.spec import TrainingError, first_differences
 from pipelines.storage.folders import publish_folder
 from pipelines.storage.objects import exists, read_bytes, write_once

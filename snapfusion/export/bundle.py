@@ -20,8 +20,7 @@ from typing import Any
 from transformers import CLIPTokenizer
 
 from snapfusion.export.executorch import ExecuTorchProgram
-from snapfusion.export.layout import FORMAT_VERSION
-from snapfusion.export.layout import MANIFEST as MANIFEST
+from snapfusion.export.layout import FORMAT_VERSION, MANIFEST
 from snapfusion.export.loop import CompiledModel
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.vectors import Vectors, read_vectors

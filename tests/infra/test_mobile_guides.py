@@ -13,8 +13,9 @@ from conftest import tiny_bundle
 
 import snapfusion.export.variants
 from jobs.training.mobile_bundle import publish_bundle
-from snapfusion.export.bundle import LICENCE, MANIFEST, MODULES, SAFETY_CHECKER, SAMPLER, TOKENIZER, VECTORS
+from snapfusion.export.bundle import LICENCE, MODULES, SAFETY_CHECKER, SAMPLER, TOKENIZER, VECTORS
 from snapfusion.export.coreml import TIMESTEP
+from snapfusion.export.layout import MANIFEST
 from snapfusion.export.loop import to_uint8_image
 from snapfusion.export.settings import Licence, MobileSettings
 from snapfusion.export.variants import variants_of

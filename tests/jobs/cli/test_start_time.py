@@ -38,7 +38,7 @@ def cpu_seconds(*words: str) -> float:
 def test_commands_answer_at_once(tmp_path):
     medians = {}
     for name, words in COMMANDS.items():
-        words = [word.format(out=tmp_path / "run") for word in words]
-        medians[name] = statistics.median(cpu_seconds(*words) for _ in range(5))
+        filled = [word.format(out=tmp_path / "run") for word in words]
+        medians[name] = statistics.median(cpu_seconds(*filled) for _ in range(5))
         print(f"{name}: {medians[name]:.2f} CPU-s")
     assert {name: medians[name] for name, most in MOST.items() if medians[name] > most} == {}
