@@ -199,9 +199,9 @@ def test_entry_points_are_thin_and_rarely_imported():
 
 def modules_after(program: str) -> set[str]:
     """The modules that a new interpreter has loaded after a program."""
-    command = [sys.executable, "-c", f"import sys; {program}; print(*sys.modules)"]
+    command = [sys.executable, "-c", f"import sys; {program}; print('loaded:', *sys.modules)"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    return set(done.stdout.split())
+    return set(done.stdout.rpartition("loaded:")[2].split())
 
 
 def test_recipes_load_without_heavy_libraries():
