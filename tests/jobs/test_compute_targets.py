@@ -28,7 +28,7 @@ def made(tiny_teacher, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("run"))
     with pytest.MonkeyPatch.context() as patch:
         for job in (encode_latents, compute_targets):
-            patch.setattr(job, "runner", lambda _: in_process)
+            patch.setattr(job, "runner", lambda *_, **__: in_process)
         for job in (render_scenes, encode_latents, compute_targets):
             assert job.main(options(tiny_teacher, out)) == 0
     return out

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from memory_meter import MemoryMeter
 
-from jobs.runtime.cluster import reader
-from jobs.runtime.settings import ClusterSettings
+from jobs.cli.job import Job
+from jobs.cli.resources import reader
+from jobs.recipes.registry import recipe_named
 from pipelines.datasets.settings import LatentsSettings
 from pipelines.dedup.duplicates import count_verdicts, find_duplicates
 from pipelines.dedup.fingerprints import identity_of
@@ -68,12 +69,14 @@ def fingerprints(url: str, *, units: int) -> Snapshot:
 def test_planted_duplicates_are_found_in_bounded_memory(rows, tmp_path: Path, capsys):
     units = rows // ROWS_PER_UNIT
     table = fingerprints(str(tmp_path / "fingerprints"), units=units)
+    recipe = recipe_named("mini").with_values(["cluster.cpus=2"])
+    job = Job(verb="find_duplicates", recipe=recipe, out=str(tmp_path))
     with MemoryMeter() as meter:
         judged = find_duplicates(
             Deduplication(),
             fingerprints=table,
             url=str(tmp_path / "duplicates"),
-            read=reader(ClusterSettings(cpus=2)),
+            read=reader(job, "deduplication"),
         )
     each = (units - 1) * ROWS_PER_UNIT // EVERY
     with capsys.disabled():

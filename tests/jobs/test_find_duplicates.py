@@ -16,8 +16,8 @@ from pipelines.tables.table import open_table
 def out(tmp_path, monkeypatch) -> Path:
     """A run of two shards; one image of the second is in the evaluation, and two copy the first shard."""
     for job in (encode_latents, find_duplicates):
-        monkeypatch.setattr(job, "runner", lambda _cluster: in_process)
-    monkeypatch.setattr(find_duplicates, "reader", lambda _cluster: read_shuffled(0))
+        monkeypatch.setattr(job, "runner", lambda *_, **__: in_process)
+    monkeypatch.setattr(find_duplicates, "reader", lambda *_: read_shuffled(0))
     second = [row(100), row(101, image=encoded(photograph(1))), row(102, image=near_copies(0)["brighter"])]
     write_shards(tmp_path / "run" / "shards", [[row(n) for n in range(3)], second])
     (tmp_path / "val2014").mkdir()

@@ -31,7 +31,7 @@ def rows_in(table: Path) -> int:
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     for job in (encode_latents, generate_pairs):
-        monkeypatch.setattr(job, "runner", lambda _: in_process)
+        monkeypatch.setattr(job, "runner", lambda *_, **__: in_process)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_time_and_budget_end_a_run(out: Path, monkeypatch: pytest.MonkeyPatch):
             time.sleep(0.2)
             yield result
 
-    monkeypatch.setattr(encode_latents, "runner", lambda _: slowly)
+    monkeypatch.setattr(encode_latents, "runner", lambda *_, **__: slowly)
     assert topped_up(out, "encode_latents", "quota.minutes=0.005") == 0
     assert 10 <= rows_in(out / "latents") < 40
     before = rows_in(out / "latents")

@@ -122,7 +122,7 @@ def test_run_in_a_bucket_hides_its_secrets(bucket, credentials, sessions, tmp_pa
     printed = run(SCRIPT, *jobs, "--", *options(out, (*SMALL, *on_s3(credentials))), sessions=sessions)
     assert_secrets_hidden(bucket, sessions=sessions, printed=printed, credentials=credentials)
     for job in (encode_latents, compute_targets):
-        monkeypatch.setattr(job, "runner", lambda _: in_process)
+        monkeypatch.setattr(job, "runner", lambda *_, **__: in_process)
     for job in (render_scenes, encode_latents, compute_targets):
         assert job.main(options(local, SMALL)) == 0
     for table in ("latents", "targets"):

@@ -209,7 +209,7 @@ def test_the_job_leaves_figures_charts_and_a_page(tmp_path, capsys, monkeypatch)
         """Ray hands stages and units over by pickling them."""
         return in_process(*pickle.loads(pickle.dumps((list(items), stages))))
 
-    monkeypatch.setattr(job, "runner", lambda _: as_on_ray)
+    monkeypatch.setattr(job, "runner", lambda *_, **__: as_on_ray)
     save(load("mini"), tmp_path / "student" / "raw")
     raw = '{"name":"raw","model":"run:student/raw","sampler":{"steps":1}}'
     settings = [
