@@ -22,6 +22,7 @@ from jobs.cli.job import Job
 from jobs.cli.step_times import record_step
 from jobs.cli.verb import Body, Preview, recipe_verb
 from jobs.recipes.verbs import pipeline_verbs
+from jobs.reports.run_state import is_done, mark_done
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import format_duration
 from snapfusion.mini.captions import caption_grammar
@@ -44,11 +45,15 @@ def run_pipeline(job: Job) -> None:
     """Carry out the steps that are not committed, then write the report."""
     began = time.monotonic()
     verbs = pipeline_verbs(job.recipe)
-    for number, verb in enumerate(verbs, start=1):
-        logger.info(f"[{number}/{len(verbs) + 1}] {verb}")
-        body, _ = STEPS[verb]
-        with record_step(job, verb):
-            body(replace(job, verb=verb))
+    if is_done(job):
+        logger.info(f"[1-{len(verbs)}/{len(verbs) + 1}] nothing is left to do: {', '.join(verbs)}")
+    else:
+        for number, verb in enumerate(verbs, start=1):
+            logger.info(f"[{number}/{len(verbs) + 1}] {verb}")
+            body, _ = STEPS[verb]
+            with record_step(job, verb):
+                body(replace(job, verb=verb))
+        mark_done(job)
     logger.info(f"[{len(verbs) + 1}/{len(verbs) + 1}] report")
     report.report(replace(job, verb="report"))
     logger.info(f"done in {format_duration(time.monotonic() - began)}")

@@ -68,7 +68,7 @@ class PartCache:
             follows_from: JSON values; everything that determines the part but the code.
             compute: imports the heavy libraries that it needs.
         """
-        key = digest({"of": follows_from, "code": _code_digest(), "versions": versions()})
+        key = digest({"of": follows_from, "code": code_digest(*_CODE), "versions": versions()})
         url = f"{self._url}/{name}.json"
         if exists(url):
             try:
@@ -95,9 +95,9 @@ def _parse(data: bytes) -> dict[str, Any]:
 
 
 @functools.cache
-def _code_digest() -> str:
-    """SHA-256 of the code that may take part, and of the list of bundled networks."""
-    files = [path for folder in _CODE for path in (_ROOT / folder).rglob("*.py")]
+def code_digest(*folders: str) -> str:
+    """SHA-256 of the code in folders of this repository, and of the list of bundled networks."""
+    files = [path for folder in folders for path in (_ROOT / folder).rglob("*.py")]
     sha = hashlib.sha256()
     for path in (*sorted(files), _ROOT / _BUNDLED_NETWORKS):
         sha.update(f"{path.relative_to(_ROOT)}\n".encode() + path.read_bytes())

@@ -18,7 +18,7 @@ if __name__ == "__main__":
         verb, *target = job.split(",")
         module = importlib.import_module(f"jobs.{verb}")
         if in_this_process and hasattr(module, "runner"):
-            module.runner = lambda _: in_process
+            module.runner = lambda *_, **__: in_process
         if code := module.main([*target, *words[words.index("--") + 1 :]]):
             exit_process(code)
     exit_process(0)

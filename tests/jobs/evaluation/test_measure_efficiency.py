@@ -93,7 +93,9 @@ def test_in_bfloat16_and_without_the_loops(tmp_path):
 
 
 def test_an_existing_measurement_is_kept(made, capsys, monkeypatch):
-    monkeypatch.setattr("jobs.evaluation.efficiency.measure_efficiency", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        "jobs.evaluation.efficiency.measure_efficiency", lambda *_, **__: pytest.fail("measured again")
+    )
     assert job.main(["--out", str(made)]) == 0
     assert "exists already" in capsys.readouterr().out
 

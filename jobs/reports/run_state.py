@@ -1,0 +1,88 @@
+"""States a run, its inputs and its code in one digest: a second run sees at once that all is done."""
+
+import glob
+import os
+
+import fsspec
+
+from jobs.cli.job import RUN_PREFIX, Job
+from jobs.cli.state import read_json
+from jobs.recipes.recipe import Recipe
+from jobs.reports.input_states import files_state
+from jobs.reports.part_cache import code_digest
+from jobs.runtime.secrets import string_values
+from jobs.runtime.settings import StorageSettings
+from jobs.runtime.versions import versions
+from pipelines.storage.objects import exists, replace_object
+from snapfusion.models.bundled import BUNDLED
+from snapfusion.settings import digest
+
+_NO_OUTPUTS = ("report", "settings", "steps")
+"""Folders of a run that no step reads."""
+
+
+def is_done(job: Job) -> bool:
+    """Whether the run's steps were all carried out from what there is now."""
+    recorded = read_json(_url(job))
+    return recorded is not None and recorded == run_state(job)
+
+
+def mark_done(job: Job) -> None:
+    """Record that the run's steps are all carried out, if their inputs can be listed."""
+    if (state := run_state(job)) is not None:
+        replace_object(_url(job), f'"{state}"'.encode())
+
+
+def run_state(job: Job) -> str | None:
+    """Digest of settings, code, outputs, and each file that the recipe names.
+
+    Files stand for their content by size, time and checksum, as their store lists them. A table stands by its
+    log alone. None if the recipe names what cannot be listed: a model of the hub, or a web address.
+    """
+    named = _files_named(job.recipe)
+    if not _is_file(job.recipe.model) or any(text.startswith(("http://", "https://")) for text in named):
+        return None
+    outputs = {name: _output_state(job.url(name)) for name in _folders(job.out) if name not in _NO_OUTPUTS}
+    inputs = {text: _listing(str(BUNDLED.get(text, text))) for text in named}
+    code = code_digest("jobs", "pipelines", "snapfusion")
+    return digest([job.recipe.digest(), outputs, inputs, code, versions()])
+
+
+def _url(job: Job) -> str:
+    return job.url(f"steps/{job.recipe.digest()[:16]}-done.json")
+
+
+def _folders(url: str) -> list[str]:
+    """Names of the folders in a folder; none if it does not exist."""
+    filesystem, root = fsspec.core.url_to_fs(url)
+    if not filesystem.isdir(root):
+        return []
+    found = filesystem.ls(root, detail=True)
+    return sorted(
+        info["name"].rstrip("/").rpartition("/")[2] for info in found if info["type"] == "directory"
+    )
+
+
+def _output_state(url: str) -> list[list[str]]:
+    log = f"{url}/_delta_log"
+    return files_state(log if exists(log) else url)
+
+
+def _files_named(recipe: Recipe) -> list[str]:
+    """Values of settings that are files: bundled models, URLs and paths."""
+    values = string_values(recipe.model_copy(update={"storage": StorageSettings()}).to_values())
+    return sorted({text for _, text in values if not text.startswith(RUN_PREFIX) and _is_file(text)})
+
+
+def _is_file(text: str) -> bool:
+    return text in BUNDLED or "://" in text or (os.sep in text and bool(fsspec.filesystem("file").glob(text)))
+
+
+def _listing(url: str) -> list[list[str]]:
+    """The states of the files at or below a URL, which may be a glob."""
+    filesystem, pattern = fsspec.core.url_to_fs(url)
+    if not glob.has_magic(pattern):
+        return files_state(url)
+    return [
+        state for path in filesystem.glob(pattern) for state in files_state(filesystem.unstrip_protocol(path))
+    ]
