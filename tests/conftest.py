@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from filelock import FileLock
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import snapfusion.export.build as building
 import snapfusion.export.variants as variants
 from snapfusion.export.modules import FixedModule
 from snapfusion.models.architecture import Architecture, Layer
@@ -195,7 +197,10 @@ MOBILE = (
 
 @pytest.fixture(scope="session")
 def compiled_once(shared: Path) -> Iterator[None]:
-    """Compile a module's program once in this run of the tests: lowering takes most of a bundle's time."""
+    """Compile a module's program once in this run of the tests: lowering takes most of a bundle's time.
+
+    In this process, where programs can be replaced, instead of several.
+    """
     real = variants.compile_executorch
 
     def compiled(module: FixedModule, **options: Any) -> bytes:
@@ -209,6 +214,8 @@ def compiled_once(shared: Path) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(variants, "compile_executorch", compiled)
+        patch.setattr(building, "worker_processes", lambda _: ThreadPoolExecutor(1))
+        patch.setattr(building, "num_processes", lambda **_: 1)
         yield
 
 

@@ -59,6 +59,7 @@ def publish_bundle(
 
     Raises:
         ParityError: if a part does not agree with torch.
+        LostProcessError: if a process that compiles is ended; a second try may help.
         LicenceError: if the licence is not stated.
         BundleError: if `out_url` holds a bundle made from something else, or the parts do not fit together.
         StorageError: if it cannot be written.

@@ -1,34 +1,24 @@
 """Builds a mobile bundle in a folder; raises if any part of it does not agree with torch."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from transformers import CLIPTokenizer
 
-from snapfusion.export.bundle import (
-    EXECUTORCH,
-    MODULES,
-    SAFETY_CHECKER,
-    SAMPLER,
-    TOKENIZER,
-    VECTORS,
-    read_sampler,
-)
+from snapfusion.export.bundle import MODULES, SAFETY_CHECKER, SAMPLER, TOKENIZER, VECTORS, read_sampler
 from snapfusion.export.executorch import ExecuTorchProgram
-from snapfusion.export.layout import IMAGES
-from snapfusion.export.loop import CompiledModel, RunModule, generate, to_uint8_image
 from snapfusion.export.modules import FixedModule, decoder_module, text_encoder_module, unet_module
-from snapfusion.export.parity import ParityError, check_parity
+from snapfusion.export.parity import ParityError, find_peak
+from snapfusion.export.processes import ProgressLines, Task, num_processes, run_tasks, worker_processes
 from snapfusion.export.reference import Reference, generate_reference, samples_of
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.settings import AttentionLayout, MobileSettings
-from snapfusion.export.variants import BundleVariant, compile_module, total_bytes, variants_of
+from snapfusion.export.units import UnitBuilder, UnitInputs, write_images
+from snapfusion.export.variants import BundleVariant, groups_of, layout_of, variants_of
 from snapfusion.export.vectors import write_vectors
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.cost import count_parameters
@@ -44,6 +34,13 @@ _TOKENIZER_EDGE_CASES = (
     "word " * 200,
 )
 """Texts on which similar tokenizers differ."""
+
+_LONGEST_FIRST = ("unet", "decoder", "text_encoder")
+"""Modules by the time that they take: the last to begin are short, or other processes would wait for them."""
+
+_BYTES_OF_LIBRARIES = 3 * 2**29
+_COPIES_OF_WEIGHTS = 5
+"""Most memory of a process that compiles, in float32 weights; measured with a full-size UNet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,33 +73,93 @@ class BundleBuilder:
 
         Raises:
             ParityError: if a part does not agree with torch.
+            LostProcessError: if a process that compiles is ended.
             ValueError: if the model cannot be compiled, or the safety checker does not take its images.
         """
         settings, variants = self.settings, variants_of(self.settings)
         names = [variant.name for variant in variants]
         if unknown := [name for name in settings.override if name not in names]:
             raise ValueError(f"mobile.override names {unknown[0]}; the variants are {', '.join(names)}")
-        self.log(f"generating {len(settings.captions)} captions by torch in {self.num_steps} steps")
-        self._write_shared_files()
+        modules = {
+            layout: self._modules(layout) for layout in {layout_of(each, settings) for each in variants}
+        }
+        tasks = self._tasks(variants)
+        slots = max(1, min(num_processes(bytes_each=_bytes_of_process(modules.values())), len(tasks)))
+        with worker_processes(slots) as executor:
+            self._write_shared_files()
+            safety_checker = self._add_safety_checker()
+            UnitInputs(modules=modules, references=self.references).write(self._inputs)
+            results = run_tasks(tasks, executor, slots=slots, progress=self._progress)
         return {
             "latent_shape": list(self.bundle.latent_shape),
             "image_size": self.bundle.image_size,
             "conditions": settings.conditions,
             "parameters": self._num_parameters(),
             "captions": list(settings.captions),
-            "variants": {variant.name: self._build_variant(variant) for variant in variants},
-            "safety_checker": self._add_safety_checker(),
+            "variants": {variant.name: self._entry(variant, results) for variant in variants},
+            "safety_checker": safety_checker,
         }
+
+    @cached_property
+    def _progress(self) -> ProgressLines:
+        return ProgressLines(self.log)
+
+    @property
+    def _inputs(self) -> Path:
+        return self.scratch / "inputs.pt"
 
     @cached_property
     def references(self) -> list[Reference]:
         """What torch computes for each caption."""
-        decode, settings = self.decoder or self.bundle.decode, self.settings
-        options: dict[str, Any] = {"num_steps": self.num_steps, "w": settings.guidance, "seed": settings.seed}
-        return [
-            generate_reference(self.bundle, decode=decode, caption=caption, **options)
-            for caption in settings.captions
+        return [self._reference(number) for number in range(len(self.settings.captions))]
+
+    def _reference(self, number: int) -> Reference:
+        settings, total = self.settings, len(self.settings.captions)
+        title = f"caption {number + 1} of {total} by torch"
+        self._progress.say(f"{title}: {self.num_steps} steps")
+        return generate_reference(
+            self.bundle,
+            decode=self.decoder or self.bundle.decode,
+            caption=settings.captions[number],
+            num_steps=self.num_steps,
+            w=settings.guidance,
+            seed=settings.seed,
+            on_step=lambda done: self._progress.say_if_silent(f"{title}: step {done} done"),
+        )
+
+    def _tasks(self, variants: Sequence[BundleVariant]) -> list[Task]:
+        """Compilation of each module for each variant; the images of a variant when its modules are done."""
+        unit = UnitBuilder(
+            folder=self.folder, scratch=self.scratch, inputs=self._inputs, settings=self.settings
+        )
+        groups = groups_of(variants)
+        compilations = [
+            Task(name=_compilation(name, group), run=partial(unit.compile, name, group))
+            for name in _LONGEST_FIRST
+            for group in groups
         ]
+        images = [
+            Task(
+                name=_images(variant),
+                run=partial(unit.generate, variant),
+                after=tuple(_compilation(name, group) for name in MODULES),
+            )
+            for group in groups
+            for variant in group
+        ]
+        return compilations + images
+
+    def _entry(self, variant: BundleVariant, results: Mapping[str, Any]) -> dict[str, Any]:
+        """The variant's entry of the manifest."""
+        (group,) = (group for group in groups_of(variants_of(self.settings)) if variant in group)
+        return {
+            "runtime": variant.runtime,
+            "weights": variant.weights,
+            "attention": layout_of(variant, self.settings),
+            "measured": variant.measured,
+            "modules": {name: results[_compilation(name, group)][variant.name] for name in MODULES},
+            "images": results[_images(variant)],
+        }
 
     def _write_shared_files(self) -> None:
         """Write what all variants share: sampler, tokenizer, test vectors and torch's images."""
@@ -116,8 +173,17 @@ class BundleBuilder:
         (folder / SAMPLER).write_text(json.dumps(sampler.to_values(), indent=2) + "\n")
         bundle.tokenizer.save_pretrained(folder / TOKENIZER)
         self._check_tokenizer()
+        # Read back at once: an error ends the build before anything is compiled.
+        read_sampler(folder)
+        self._check_references()
         write_vectors(folder / VECTORS, self.references, guidance=guidance)
-        self._write_images("torch", [reference.image for reference in self.references])
+        write_images(folder, "torch", [reference.image for reference in self.references])
+
+    def _check_references(self) -> None:
+        """Refuse a model whose own outputs no program can be compared with."""
+        for name in MODULES:
+            samples = samples_of(self.references, module=name, conditions=self.settings.conditions)
+            find_peak([output for _, output in samples], artifact=name)
 
     def _check_tokenizer(self) -> None:
         """Compare the tokenizer on disk with the model's, also on texts on which similar ones differ."""
@@ -132,89 +198,17 @@ class BundleBuilder:
         networks = {"text_encoder": self.bundle.text_encoder, "unet": self.bundle.unet, "decoder": decoder}
         return {name: count_parameters(network) for name, network in networks.items()}
 
-    def _build_variant(self, variant: BundleVariant) -> dict[str, Any]:
-        """Compile and compare the variant's modules, then the images that they generate together.
-
-        Returns:
-            The variant's entry of the manifest.
-
-        Raises:
-            ParityError: if one is below its limit and has no override.
-        """
-        (self.folder / variant.name).mkdir()
-        layout: AttentionLayout = "diffusers" if variant.runtime == EXECUTORCH else self.settings.attention
-        runs, records = {}, {}
-        for name in MODULES:
-            self.log(f"{variant.name}: compiling {name}")
-            # Created one at a time: at full size a module takes gigabytes.
-            runs[name], records[name] = self._compile(self._module(name, layout=layout), variant=variant)
-        self.log(f"{variant.name}: generating {len(self.references)} captions")
-        model = CompiledModel(**runs, conditions=self.settings.conditions)
-        return {
-            "runtime": variant.runtime,
-            "weights": variant.weights,
-            "attention": layout,
-            "measured": variant.measured,
-            "modules": records,
-            "images": self._check_images(model, variant=variant),
-        }
-
-    def _module(self, name: str, *, layout: AttentionLayout) -> FixedModule:
+    def _modules(self, layout: AttentionLayout) -> dict[str, FixedModule]:
+        """The modules; those of all layouts share their weights."""
         bundle, length = self.bundle, self.bundle.tokenizer.model_max_length
-        if name == "text_encoder":
-            return text_encoder_module(bundle.text_encoder, length=length)
-        if name == "unet":
-            shape = (length, bundle.text_encoder.config.hidden_size)
-            conditions = self.settings.conditions
-            return unet_module(bundle.unet, condition_shape=shape, conditions=conditions, layout=layout)
-        return decoder_module(self.decoder or bundle.vae, latent_shape=bundle.latent_shape)
-
-    def _compile(self, module: FixedModule, *, variant: BundleVariant) -> tuple[RunModule, dict[str, Any]]:
-        settings = self.settings
-        samples = samples_of(self.references, module=module.name, conditions=settings.conditions)
-        compiled = compile_module(
-            variant, module, self.folder, scratch=self.scratch, chunk_bytes=settings.chunk_bytes
-        )
-        parity = check_parity(
-            artifact=f"{variant.name}/{module.name}",
-            outputs=[compiled.run(inputs) for inputs, _ in samples],
-            references=[output for _, output in samples],
-            # Compressed weights are compared by their images; here only non-finite outputs are refused.
-            limit_db=settings.parity_limit_db if variant.exact else 0.0,
-            override=settings.override.get(variant.name),
-        )
-        return compiled.run, {
-            "files": list(compiled.files),
-            "bytes": sum(total_bytes(self.folder / file) for file in compiled.files),
-            **compiled.record,
-            "parity": asdict(parity),
-            **compiled.record_after(),
+        shape = (length, bundle.text_encoder.config.hidden_size)
+        return {
+            "text_encoder": text_encoder_module(bundle.text_encoder, length=length),
+            "unet": unet_module(
+                bundle.unet, condition_shape=shape, conditions=self.settings.conditions, layout=layout
+            ),
+            "decoder": decoder_module(self.decoder or bundle.vae, latent_shape=bundle.latent_shape),
         }
-
-    def _check_images(self, model: CompiledModel, *, variant: BundleVariant) -> dict[str, Any]:
-        settings, w = self.settings, self.settings.guidance
-        # Read from disk, as an application does, so that an error in either file shows in the images.
-        sampler = read_sampler(self.folder)
-        tokenizer = CLIPTokenizer.from_pretrained(self.folder / TOKENIZER)
-        images = []
-        for reference in self.references:
-            ids = tokenize(tokenizer, ["", reference.caption]).numpy().astype(np.int32)
-            images.append(generate(model, ids=ids, noise=reference.noise, sampler=sampler, w=w))
-        parity = check_parity(
-            artifact=f"the images of {variant.name}",
-            outputs=images,
-            references=[reference.image for reference in self.references],
-            limit_db=settings.parity_limit_db if variant.exact else settings.quantized_limit_db,
-            override=settings.override.get(variant.name),
-        )
-        self._write_images(variant.name, images)
-        return asdict(parity)
-
-    def _write_images(self, name: str, images: Sequence[np.ndarray]) -> None:
-        folder = self.folder / IMAGES
-        folder.mkdir(exist_ok=True)
-        for index, image in enumerate(images):
-            Image.fromarray(to_uint8_image(image)).save(folder / f"{name}-{index}.png")
 
     def _add_safety_checker(self) -> str | None:
         """Copy the safety checker into the bundle and run it once; its file name, or None."""
@@ -232,3 +226,21 @@ class BundleBuilder:
         if score.size != 1:
             raise ValueError(f"mobile.safety_checker {path} gives {score.size} numbers; one is accepted")
         return SAFETY_CHECKER
+
+
+def _compilation(name: str, group: Sequence[BundleVariant]) -> str:
+    return f"{name} for {' and '.join(variant.name for variant in group)}"
+
+
+def _images(variant: BundleVariant) -> str:
+    return f"images by {variant.name}"
+
+
+def _bytes_of_process(modules: Iterable[Mapping[str, FixedModule]]) -> int:
+    """The memory that compiling the largest module takes."""
+    sizes = (
+        sum(tensor.numel() * tensor.element_size() for tensor in module.network.parameters())
+        for each in modules
+        for module in each.values()
+    )
+    return _BYTES_OF_LIBRARIES + _COPIES_OF_WEIGHTS * max(sizes, default=0)

@@ -35,6 +35,12 @@ _DEBUG_FILE = "executorch_debug_handle_mapping.json"
 _CONVERSION_DATE = "com.github.apple.coremltools.conversion_date"
 
 
+def import_coremltools() -> None:
+    """Import coremltools, which takes seconds."""
+    with quiet():
+        import coremltools.optimize.coreml  # noqa: F401
+
+
 def compile_coreml(module: FixedModule, package: Path) -> None:
     """Write the module as an `.mlpackage` folder: an ML program with float16 weights, ports and arithmetic.
 
@@ -145,6 +151,7 @@ def _save(model: CoreMLObject, package: Path) -> None:
         model.save(str(partial_package))
         (partial_package / _DEBUG_FILE).unlink(missing_ok=True)
         _fix_identifiers(partial_package / "Manifest.json")
+        _fix_order(partial_package, type(model.get_spec()))
         partial_package.rename(package)
 
 
@@ -155,6 +162,12 @@ def _fix_identifiers(manifest: Path) -> None:
         text = text.replace(identifier, str(uuid.uuid5(uuid.NAMESPACE_URL, item["path"])))
     # Sorted, because the entries are in the order of their random names.
     manifest.write_text(json.dumps(json.loads(text), indent=4, sort_keys=True) + "\n")
+
+
+def _fix_order(package: Path, message: type[CoreMLObject]) -> None:
+    """Order the entries of the specification's maps; protobuf writes them in any order in each process."""
+    for file in package.rglob("*.mlmodel"):
+        file.write_bytes(message.FromString(file.read_bytes()).SerializeToString(deterministic=True))
 
 
 def check_absent(package: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from snapfusion.export.coreml import check_absent, float16_on_ios17
+from snapfusion.export.deferred_code import deferred_code
 from snapfusion.export.modules import FixedModule, check_shapes
 from snapfusion.export.quiet import quiet
 from snapfusion.export.settings import ExecuTorchKind
@@ -35,6 +36,16 @@ _DTYPES = {3: "int32", 4: "int64", 5: "float16", 6: "float32"}
 _HEADER_BYTES = 64
 
 
+def import_executorch() -> None:
+    """Import what compiling, opening and executing programs need, which takes seconds."""
+    with quiet():
+        import executorch.backends.xnnpack.partition.xnnpack_partitioner
+        import executorch.backends.xnnpack.quantizer.xnnpack_quantizer
+        import executorch.exir
+        import executorch.runtime  # noqa: F401
+        import torchao.quantization.pt2e.quantize_pt2e  # noqa: F401
+
+
 def compile_executorch(module: FixedModule, *, kind: ExecuTorchKind = "float32") -> bytes:
     """Compile a module to the bytes of a `.pte`; ExecuTorch's kernels run what the delegate does not take.
 
@@ -44,7 +55,7 @@ def compile_executorch(module: FixedModule, *, kind: ExecuTorchKind = "float32")
             scale for each output channel; their inputs are quantized by their range in each run. "coreml"
             lowers to Core ML in float16, for iOS 17 or later.
     """
-    with quiet():
+    with quiet(), deferred_code():
         from executorch.exir import to_edge_transform_and_lower
 
         traced = module.trace()

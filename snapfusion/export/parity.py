@@ -66,7 +66,7 @@ def check_parity(
         ParityError: for a PSNR below the limit, a shape that differs, or an output that is not finite.
         ValueError: if there is nothing to compare, or the reference itself is not finite or all zero.
     """
-    peak = _peak(references, artifact=artifact)
+    peak = find_peak(references, artifact=artifact)
     _check_outputs(outputs, references=references, artifact=artifact)
     psnrs = [psnr(*pair, peak=peak) for pair in zip(outputs, references, strict=True)]
     worst = min(psnrs)
@@ -88,7 +88,12 @@ def check_parity(
     )
 
 
-def _peak(references: Sequence[np.ndarray], *, artifact: str) -> float:
+def find_peak(references: Sequence[np.ndarray], *, artifact: str) -> float:
+    """The largest magnitude of torch's outputs.
+
+    Raises:
+        ValueError: if there are none, or they are not finite or all zero.
+    """
     if not references:
         raise ValueError(f"{artifact}: no samples to compare; give at least one")
     peak = float(np.abs(np.stack(references)).max())

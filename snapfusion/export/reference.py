@@ -78,9 +78,19 @@ _SAMPLES = {"text_encoder": _text_encoder_samples, "unet": _unet_samples, "decod
 
 @torch.inference_mode()
 def generate_reference(
-    bundle: Bundle, *, decode: Decode, caption: str, num_steps: int, w: float, seed: int
+    bundle: Bundle,
+    *,
+    decode: Decode,
+    caption: str,
+    num_steps: int,
+    w: float,
+    seed: int,
+    on_step: Callable[[int], None] = lambda _: None,
 ) -> Reference:
-    """Generate one caption's image from the noise that `snapfusion generate --seed` uses."""
+    """Generate one caption's image from the noise that `snapfusion generate --seed` uses.
+
+    `on_step` is called with the number of steps done after each.
+    """
     ids = bundle.tokenize(["", caption])
     c = bundle.encode_text(ids)
     noise = gaussian(noise_key(seed, caption, 0), bundle.latent_shape)[None]
@@ -95,6 +105,7 @@ def generate_reference(
         z_next = ddim_step(estimate, t_next=torch.tensor([t_next]), schedule=bundle.schedule)
         steps.append(SamplingStep(t=t, z_t=z_t.numpy(), outputs=outputs.numpy(), z_next=z_next.numpy()))
         z_t = z_next
+        on_step(len(steps))
     image = decode(z_t).float().clamp(-1.0, 1.0) * 0.5 + 0.5
     return Reference(
         caption=caption,

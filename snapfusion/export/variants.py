@@ -25,7 +25,7 @@ from snapfusion.export.loop import RunModule
 from snapfusion.export.mil import MaxAbsObserver, evaluate
 from snapfusion.export.modules import FixedModule, Port
 from snapfusion.export.parity import ParityError
-from snapfusion.export.settings import CoreMLKind, ExecuTorchKind, MobileSettings
+from snapfusion.export.settings import AttentionLayout, CoreMLKind, ExecuTorchKind, MobileSettings
 
 _EVALUATED = "read back and evaluated with torch, each result rounded to the dtype it states"
 
@@ -77,6 +77,20 @@ def variants_of(settings: MobileSettings) -> list[BundleVariant]:
     return [*(executorch[kind] for kind in settings.executorch), *(coreml[kind] for kind in settings.coreml)]
 
 
+def groups_of(variants: Sequence[BundleVariant]) -> list[list[BundleVariant]]:
+    """The variants, those together that are made from the same package; the longest to compile first."""
+    alone = [[variant] for variant in variants if variant.runtime != COREML]
+    coreml = [variant for variant in variants if variant.runtime == COREML]
+    # 8-bit XNNPACK programs call a delegate for each convolution, which takes twice as long as all others.
+    quantized = [group for group in alone if group[0].kind == "int8"]
+    return [*quantized, *([coreml] if coreml else []), *(group for group in alone if group not in quantized)]
+
+
+def layout_of(variant: BundleVariant, settings: MobileSettings) -> AttentionLayout:
+    """The layout of its UNet's attention."""
+    return "diffusers" if variant.runtime == EXECUTORCH else settings.attention
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompiledModule:
     """A module's files and the function that they compute.
@@ -113,10 +127,9 @@ def compile_module(
     if variant.runtime != COREML:
         file = folder / variant.name / f"{module.name}.pte"
         file.write_bytes(compile_executorch(module, kind=cast(ExecuTorchKind, variant.kind)))
-        run: RunModule = (
-            ExecuTorchProgram(file) if variant.runtime == EXECUTORCH else _evaluate_delegated(file)
+        return CompiledModule(
+            files=(f"{variant.name}/{file.name}",), run=open_module(variant, [file]), record=ports
         )
-        return CompiledModule(files=(f"{variant.name}/{file.name}",), run=run, record=ports)
     packages = _packages(module, scratch=scratch, chunk_bytes=chunk_bytes)
     paths = [folder / variant.name / package.name for package in packages]
     for package, path in zip(packages, paths, strict=True):
@@ -134,6 +147,16 @@ def compile_module(
         record=record,
         record_after=observer.to_values,
     )
+
+
+def open_module(variant: BundleVariant, paths: Sequence[Path]) -> RunModule:
+    """The function that a module's files compute: its program, or its packages in their order."""
+    if variant.runtime == EXECUTORCH:
+        return ExecuTorchProgram(paths[0])
+    if variant.runtime == EXECUTORCH_COREML:
+        return _evaluate_delegated(paths[0])
+    # Observed, because a result that is not finite is refused.
+    return partial(evaluate, [read_program(path) for path in paths], observe=MaxAbsObserver())
 
 
 def _evaluate_delegated(file: Path) -> RunModule:

@@ -26,6 +26,7 @@ from snapfusion.export.coreml_package import describe_package
 from snapfusion.export.executorch import compile_executorch
 from snapfusion.export.modules import FixedModule, Port, decoder_module
 from snapfusion.export.parity import ParityError
+from snapfusion.export.processes import worker_processes
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.settings import Licence, LicenceError, MobileSettings
 from snapfusion.mini.scenes import parse_caption
@@ -132,6 +133,18 @@ def test_a_dry_run_says_what_would_be_compiled(mobile_model, tmp_path, capsys):
     assert f"into {tmp_path}/mobile" in printed
     assert "ExecuTorch float32, ExecuTorch int8, Core ML float16, Core ML palette-6" in printed
     assert [*tmp_path.iterdir()] == []
+
+
+def test_processes_side_by_side_give_the_same_bytes(tmp_path, monkeypatch):
+    publish(tmp_path / "one", settings())
+    monkeypatch.setattr(building, "worker_processes", lambda _: worker_processes(2))
+    monkeypatch.setattr(building, "num_processes", lambda **_: 2)
+    publish(tmp_path / "two", settings())
+    one, two = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "one", tmp_path / "two")
+    )
+    assert one == two
 
 
 def test_two_unet_calls_give_the_same_image(tmp_path):

@@ -1,5 +1,6 @@
 """ExecuTorch programs: compiled, described, opened and executed as a phone's runtime does."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import snapfusion.export.executorch as executorch
 from snapfusion.export.coreml_package import read_program
 from snapfusion.export.executorch import (
     ExecuTorchProgram,
@@ -93,6 +95,11 @@ def psnr_of(run, module, samples):
 def test_a_program_agrees_with_torch(words, samples, compiled, capfd):
     assert psnr_of(ExecuTorchProgram(compiled), words, samples) > 100
     assert capfd.readouterr().err == ""
+
+
+def test_deferred_code_changes_no_byte(words, compiled, monkeypatch):
+    monkeypatch.setattr(executorch, "deferred_code", contextlib.nullcontext)
+    assert compile_executorch(words) == compiled
 
 
 def test_8_bit_convolutions_are_lowered_correctly():
