@@ -3,7 +3,7 @@
 #
 #   infra/img2dataset/setup.sh [FOLDER]
 #
-# PYTHON names the interpreter it is made with (3.11 or 3.12); without it, that of .venv, else python3.
+# PYTHON names the interpreter it is made with (3.11 to 3.14); without it, that of .venv, else python3.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -12,9 +12,8 @@ python=${PYTHON:-}
 if [ -z "$python" ]; then
     python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
 fi
-# img2dataset imports imghdr, which Python 3.13 has no more.
-if ! "$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then
-    echo "$python is no Python 3.11 or 3.12 with its venv module; name one: PYTHON=/path/to/python3.11 $0" >&2
+if ! "$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))'; then
+    echo "$python is no Python 3.11 to 3.14 with its venv module; name one: PYTHON=/path/to/python3.13 $0" >&2
     exit 1
 fi
 echo "Installing img2dataset into $folder: 190 MB to download, 700 MB on disk, about a minute."

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from pipelines.download.settings import FetchSettings
@@ -16,15 +17,27 @@ DOCUMENT = (ROOT / "docs/downloading.md").read_text()
 TEXT = " ".join(DOCUMENT.split())
 
 
-def pins():
+def pins(python=None):
+    """Versions by name; those of a Python such as 3.13, or those of this one."""
     lines = (FOLDER / "requirements.txt").read_text().splitlines()
-    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    listed = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    environment = {"python_version": python} if python else None
+    return {
+        one.name: str(one.specifier).removeprefix("==")
+        for one in listed
+        if one.marker is None or one.marker.evaluate(environment)
+    }
 
 
 def test_every_package_is_pinned():
     assert pins()["img2dataset"] == "1.47.0"
     for file in FOLDER.iterdir():
         assert not re.search(r"https?://|index-url|find-links", file.read_text()), file
+
+
+def test_imghdr_is_added_where_python_lacks_it():
+    assert "standard-imghdr" not in pins("3.12")
+    assert "standard-imghdr" in pins("3.13")
 
 
 def test_the_script_stops_at_errors():
@@ -38,8 +51,9 @@ def test_installed_packages_are_the_pinned_ones():
     # Isolated: the checkout on PYTHONPATH would be listed as a package.
     pip = [ROOT / ".venv-img2dataset/bin/python", "-I", "-m", "pip", "--disable-pip-version-check"]
     listed = subprocess.run([*pip, "freeze"], capture_output=True, text=True, check=True).stdout.split()
+    (python,) = (path.name.removeprefix("python") for path in (ROOT / ".venv-img2dataset/lib").iterdir())
     installed = {canonicalize_name(name): version for name, version in (line.split("==") for line in listed)}
-    assert installed == {canonicalize_name(name): version for name, version in pins().items()}
+    assert installed == {canonicalize_name(name): version for name, version in pins(python).items()}
     missing = subprocess.run([*pip, "check"], check=False, capture_output=True, text=True).stdout
     assert set(re.findall(r"requires (\S+), which is not installed", missing)) == {"dataclasses", "wandb"}
     assert not re.search(r"has requirement", missing)
