@@ -27,6 +27,7 @@ from jobs.evaluation.timing import setting_of
 from jobs.runtime.logs import logger
 from jobs.runtime.versions import versions
 from snapfusion.export.bundle import EXECUTORCH, MODULES, MobileBundle
+from snapfusion.export.installed import check_installed
 from snapfusion.models.bundle import weight_hash
 from snapfusion.models.decoder import load_decoder
 from snapfusion.models.load import load
@@ -60,11 +61,13 @@ class BundleBenchmark:
 
         Raises:
             SettingsError: if there is no such variant, or a given model or decoder cannot be used.
+            NotInstalledError: if ExecuTorch is not installed.
         """
         names = self.bundle.manifest["variants"]
         for name in self.variants or ():
             if name not in names:
                 raise SettingsError(f"--variant {name}: the bundle has {', '.join(names)}")
+        check_installed("executorch")
         # All rows are checked before the first one is measured.
         rows = [*self._torch_rows(), *(self._variant_row(name) for name in self.variants or names)]
         return {**self._setup(), "rows": [self._measure_row(row) for row in rows]}

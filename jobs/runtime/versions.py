@@ -1,6 +1,7 @@
 """Versions of the packages that results depend on."""
 
 import importlib.metadata
+from contextlib import suppress
 
 _PACKAGES = (
     "snapfusion-ray",
@@ -16,5 +17,9 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions by package name."""
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+    """Versions by package name, of those that are installed: compilers for phones come with an extra."""
+    found = {}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

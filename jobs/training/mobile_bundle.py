@@ -18,6 +18,7 @@ from pipelines.storage.objects import StorageError, absolute_url, exists, is_loc
 from snapfusion.export.build import BundleBuilder
 from snapfusion.export.bundle import CARD, LICENCE, BundleError
 from snapfusion.export.card import model_card
+from snapfusion.export.installed import check_compilers
 from snapfusion.export.layout import FORMAT_VERSION, MANIFEST
 from snapfusion.export.settings import Licence, LicenceError, MobileSettings
 from snapfusion.models.bundle import Bundle, weight_hash
@@ -60,6 +61,7 @@ def publish_bundle(
     Raises:
         ParityError: if a part does not agree with torch.
         LostProcessError: if a process that compiles is ended; a second try may help.
+        NotInstalledError: if what compiles a variant is not installed.
         LicenceError: if the licence is not stated.
         BundleError: if `out_url` holds a bundle made from something else, or the parts do not fit together.
         StorageError: if it cannot be written.
@@ -77,6 +79,7 @@ def publish_bundle(
     }
     if exists(f"{out_url}/{MANIFEST}"):
         return _published_manifest(out_url, identity=identity)
+    check_compilers(settings)
     began = time.monotonic()
 
     def log(line: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from transformers import CLIPTokenizer
 
 from snapfusion.export.executorch import ExecuTorchProgram
+from snapfusion.export.installed import check_installed
 from snapfusion.export.layout import FORMAT_VERSION, MANIFEST
 from snapfusion.export.loop import CompiledModel
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
@@ -91,7 +92,9 @@ class MobileBundle:
 
         Raises:
             BundleError: if there is no such variant, or this machine cannot run it.
+            NotInstalledError: if ExecuTorch is not installed.
         """
+        check_installed("executorch")
         if self.manifest["variants"].get(variant, {}).get("runtime", EXECUTORCH) != EXECUTORCH:
             raise BundleError(f"{self.folder} has no {EXECUTORCH} programs called {variant}")
         programs = {}

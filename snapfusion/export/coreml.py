@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from snapfusion.export.coreml_package import SINUSOIDS, CoreMLObject, load_specification, open_package
+from snapfusion.export.installed import check_installed
 from snapfusion.export.mil import FLOAT16_MAX
 from snapfusion.export.modules import FixedModule, Port
 from snapfusion.export.palette import palettize
@@ -53,6 +54,7 @@ def compile_coreml(module: FixedModule, package: Path) -> None:
     Raises:
         ValueError: if `package` exists, or a weight is beyond float16.
     """
+    check_installed("coremltools")
     check_absent(package)
     _check_range(module)
     with quiet():

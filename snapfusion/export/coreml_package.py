@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from snapfusion.export.installed import check_installed
 from snapfusion.export.loop import RunModule
 from snapfusion.export.mil import MilProgram, Operation, Value
 from snapfusion.export.parity import ParityError
@@ -174,6 +175,7 @@ def open_package(package: Path) -> CoreMLObject:
     Raises:
         ValueError: if it cannot be read.
     """
+    check_installed("coremltools")
     with quiet():
         import coremltools
 
@@ -189,6 +191,7 @@ def open_packages(packages: Sequence[Path]) -> RunModule:
     Raises:
         ValueError: if Core ML is not available, or does not load a package.
     """
+    check_installed("coremltools")
     with quiet():
         import coremltools
 

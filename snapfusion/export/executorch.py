@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 
 from snapfusion.export.coreml import check_absent, float16_on_ios17
 from snapfusion.export.deferred_code import deferred_code
+from snapfusion.export.installed import check_installed
 from snapfusion.export.modules import FixedModule, check_shapes
 from snapfusion.export.quiet import quiet
 from snapfusion.export.settings import ExecuTorchKind
@@ -55,6 +56,9 @@ def compile_executorch(module: FixedModule, *, kind: ExecuTorchKind = "float32")
             scale for each output channel; their inputs are quantized by their range in each run. "coreml"
             lowers to Core ML in float16, for iOS 17 or later.
     """
+    check_installed("executorch")
+    if kind == "coreml":
+        check_installed("coremltools")
     with quiet(), deferred_code():
         from executorch.exir import to_edge_transform_and_lower
 
@@ -159,6 +163,7 @@ def set_num_threads(num_threads: int) -> None:
 
     By default it has one thread for each core of the machine, regardless of torch's setting.
     """
+    check_installed("executorch")
     with quiet():
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 
@@ -287,6 +292,7 @@ def extract_package(source: bytes | Path, package: Path) -> None:
 def _load(source: bytes | Path) -> Program:
     if isinstance(source, Path) and not source.is_file():
         raise ValueError(f"there is no file {source}; give the path of a .pte")
+    check_installed("executorch")
     from executorch.runtime import Runtime, Verification
 
     try:

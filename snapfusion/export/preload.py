@@ -1,6 +1,7 @@
 """Imports the libraries of all processes that compile; imported once, by the server that forks them."""
 
 import threading
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -8,7 +9,9 @@ from snapfusion.export import units  # noqa: F401 - what the processes run
 from snapfusion.export.coreml import import_coremltools
 from snapfusion.export.executorch import import_executorch
 
-import_coremltools()
+# Core ML's tools are missing on Python 3.14, where nothing is compiled for Core ML.
+with suppress(ImportError):
+    import_coremltools()
 import_executorch()
 # By default a semaphore of the system, which a process that is ended would leave behind.
 tqdm.set_lock(threading.RLock())

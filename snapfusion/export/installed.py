@@ -1,0 +1,48 @@
+"""Checks that the compilers of a mobile bundle, which the extra `mobile` brings, are installed."""
+
+import sys
+from importlib.util import find_spec
+
+from snapfusion.export.settings import MobileSettings
+
+
+class NotInstalledError(ValueError):
+    """A package of the extra `mobile` that is not installed."""
+
+
+def check_installed(package: str) -> None:
+    """Check that a package of the extra `mobile` is installed, without importing it.
+
+    Raises:
+        NotInstalledError: if it is not; the message says how to install it.
+    """
+    if _is_installed(package):
+        return
+    if package == "coremltools" and sys.version_info >= (3, 14):
+        raise NotInstalledError(
+            "coremltools is not installed and has no release for Python 3.14; take Python 3.11 to 3.13, or "
+            "compile without Core ML: --set mobile.coreml=[]"
+        )
+    raise NotInstalledError(
+        f"{package} is not installed; install snapfusion-ray[mobile], in a checkout by "
+        "pip install -c infra/constraints.txt -e '.[mobile]'"
+    )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        # A finder that refuses it, or an entry of sys.modules that blocks it.
+        return False
+
+
+def check_compilers(settings: MobileSettings) -> None:
+    """Check that what compiles the variants of a bundle is installed; ExecuTorch also sets up the processes.
+
+    Raises:
+        NotInstalledError: naming what is not.
+    """
+    check_installed("executorch")
+    if settings.coreml or "coreml" in settings.executorch:
+        check_installed("coremltools")
