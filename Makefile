@@ -1,9 +1,10 @@
-# Needs: make, git, and Python 3.11 or 3.12 with its venv module. No compiler, no root, no GPU.
+# Needs: make, git, and Python 3.11, 3.12 or 3.13 with its venv module. No compiler, no root, no GPU.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 PYTHON ?=
+TORCH ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 DOWNLOADER := .venv-img2dataset/installed
@@ -42,7 +43,7 @@ clean: ## delete the environment and the caches; runs/ is kept
 	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml infra/constraints.txt infra/setup.sh
-	@PYTHON="$(PYTHON)" infra/setup.sh
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" infra/setup.sh
 	@touch $@
 
 $(DOWNLOADER): infra/img2dataset/requirements.txt infra/img2dataset/setup.sh | $(INSTALLED)

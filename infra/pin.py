@@ -21,15 +21,16 @@ HEADER = """\
 # `make setup` installs under these constraints; pyproject.toml says what is accepted beyond them.
 #
 # To renew: make an environment without this file, check it, and write down what it holds:
-#   make clean && python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && touch .venv/installed
+#   make clean && python3 -m venv .venv && .venv/bin/pip install -e '.[dev,mobile]' && touch .venv/installed
 #   make check && .venv/bin/python infra/pin.py > infra/constraints.txt
 """
 
 
 def direct_dependencies() -> list[str]:
-    """Names in [project.dependencies] and in the extra `dev`, sorted, without versions or extras."""
+    """Names in [project.dependencies] and in the extras that `make setup` installs, sorted."""
     project = tomllib.loads(PYPROJECT.read_text())["project"]
-    listed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    listed = [*project["dependencies"], *extras["dev"], *extras["mobile"]]
     return sorted({Requirement(line).name for line in listed}, key=str.lower)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,10 +13,12 @@ import pytest
 import ray.autoscaler
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from jobs.cli.groups import GROUPS
 
 ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CLUSTER = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
 NODE_TYPES = CLUSTER["available_node_types"]
 GENERATED = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
@@ -22,8 +26,8 @@ GENERATED = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split
 
 
 def direct_dependencies() -> dict[str, Requirement]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = PROJECT["optional-dependencies"]
+    lines = [*PROJECT["dependencies"], *extras["dev"], *extras["mobile"]]
     return {requirement.name: requirement for requirement in map(Requirement, lines)}
 
 
@@ -52,6 +56,56 @@ def test_no_package_index_is_named():
         "infra/Dockerfile",
     ):
         assert not re.search(r"https?://|index-url|find-links", (ROOT / name).read_text()), name
+
+
+def test_setup_takes_pythons_that_documents_name():
+    script = (ROOT / "infra/setup.sh").read_text()
+    first, last = re.search(r"\(3, (\d+)\) <= \S+ <= \(3, (\d+)\)", script).groups()
+    versions = [f"3.{minor}" for minor in range(int(first), int(last) + 1)]
+    accepted = SpecifierSet(PROJECT["requires-python"])
+    assert all(accepted.contains(version) for version in versions)
+    listed = f"Python {', '.join(versions[:-1])} or {versions[-1]} with its venv"
+    for name in ("README.md", "Makefile", "infra/setup.sh"):
+        assert listed in " ".join((ROOT / name).read_text().split()), name
+    assert " ".join(f"python{version}" for version in versions) in script
+
+
+def test_compilers_for_phones_are_an_extra():
+    extra = {one.name: one for one in map(Requirement, PROJECT["optional-dependencies"]["mobile"])}
+    assert set(extra) == {"coremltools", "executorch"}
+    assert not set(extra) & {Requirement(line).name for line in PROJECT["dependencies"]}
+    marker = extra["coremltools"].marker
+    assert [marker.evaluate({"python_version": version}) for version in ("3.13", "3.14")] == [True, False]
+    for name in ("infra/setup.sh", "infra/Dockerfile"):
+        assert re.search(r"-e '\.\[(dev,)?mobile\]'", (ROOT / name).read_text()), name
+
+
+def copy_of_setup(folder: Path) -> Path:
+    for name in ("Makefile", "pyproject.toml", "infra/setup.sh", "infra/constraints.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def make_setup(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "--no-print-directory", "setup", *arguments]
+    return subprocess.run(command, cwd=copy_of_setup(folder), capture_output=True, text=True, check=False)
+
+
+def test_setup_without_a_python_names_accepted_ones(tmp_path):
+    done = make_setup(tmp_path, f"PYTHON={tmp_path}/none")
+    assert "No Python 3.11, 3.12 or 3.13 with its venv module was found" in done.stderr
+    assert f"tried: {tmp_path}/none" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_setup_installs_the_given_torch_first(tmp_path):
+    done = make_setup(tmp_path, f"PYTHON={sys.executable}", "TORCH=./no-torch.whl ./no-torchvision.whl")
+    assert done.returncode != 0
+    assert "Installing first: ./no-torch.whl ./no-torchvision.whl" in done.stdout
+    assert "no-torch.whl" in done.stderr  # pip's own words
+    assert "Obtaining" not in done.stdout
+    assert not (tmp_path / ".venv/installed").exists()
 
 
 def test_make_help_lists_every_target():
