@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 DOWNLOADER := .venv-img2dataset/installed
 
-.PHONY: help setup downloader demo test check lint format bench clean
+.PHONY: help setup downloader demo test quick check lint format bench clean
 
 help: ## list these targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -22,7 +22,10 @@ demo: setup ## run recipe mini, from shards to a student and its phone bundle, i
 	@$(BIN)/python -m jobs.run_pipeline --recipe mini --out runs/demo
 
 test: setup downloader ## run the tests, two files at a time
-	@$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+	@$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+
+quick: setup ## the tests that need no Ray and end within seconds, in two minutes
+	@$(BIN)/pytest -m "not slow" --quick -n 2 --dist loadfile
 
 check: lint test ## the one gate: format, lint, types, tests
 

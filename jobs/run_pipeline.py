@@ -22,7 +22,6 @@ from jobs.cli.job import Job
 from jobs.cli.step_times import record_step
 from jobs.cli.verb import Body, Preview, recipe_verb
 from jobs.recipes.verbs import pipeline_verbs
-from jobs.reports.run_state import is_done, mark_done
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import format_duration
 from snapfusion.mini.captions import caption_grammar
@@ -43,6 +42,8 @@ STEPS: dict[str, tuple[Body, Preview]] = {
 
 def run_pipeline(job: Job) -> None:
     """Carry out the steps that are not committed, then write the report."""
+    from jobs.reports.run_state import is_done, mark_done
+
     began = time.monotonic()
     verbs = pipeline_verbs(job.recipe)
     if is_done(job):

@@ -49,6 +49,29 @@ sys.path[:0] = [folder for folder in _FOLDERS if folder not in sys.path]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+SLOWEST = (
+    *("test_compile_mobile", "test_targets", "test_coreml", "test_execution", "test_students", "test_submit"),
+    *("test_benchmark", "test_train_efficient", "test_compare_chance", "test_evolve_unet", "test_train_mini"),
+    *("test_measure_efficiency", "test_isolation", "test_downloads", "test_run_on_s3", "test_trainer"),
+)
+"""Files that take a minute or more. They come first: else the last of them would run while a core is idle."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --quick."""
+    parser.addoption("--quick", action="store_true", help="without Ray and without the slowest files")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sort the slowest files to the front, or leave them out."""
+    if config.getoption("quick"):
+        left_out = [item for item in items if item.path.stem in SLOWEST or item.get_closest_marker("ray")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+    rank = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(SLOWEST)))
+
+
 def pytest_collection_finish() -> None:
     """Keep the garbage collector from traversing the imported libraries, as long as the tests run."""
     gc.collect()

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from datetime import UTC, datetime
 
 logger = logging.getLogger("snapfusion")
@@ -13,14 +14,16 @@ class _Stdout(logging.Handler):
     """Prints to the current `sys.stdout`, which a progress display or a test may have replaced."""
 
     json_lines = False
+    last_line = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
         text = record.getMessage()
         if self.json_lines:
-            time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-            text = json.dumps({"time": time, "level": record.levelname.lower(), "message": text.strip()})
+            when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+            text = json.dumps({"time": when, "level": record.levelname.lower(), "message": text.strip()})
         print(text, flush=True)
+        self.last_line = time.monotonic()
 
 
 _handler = _Stdout()
@@ -32,6 +35,11 @@ logger.propagate = False
 def log_as_json(enabled: bool) -> None:
     """Choose between JSON lines and plain lines for the rest of the process."""
     _handler.json_lines = enabled
+
+
+def seconds_since_last_line() -> float:
+    """How long nothing has been logged, in seconds."""
+    return time.monotonic() - _handler.last_line
 
 
 def interactive() -> bool:

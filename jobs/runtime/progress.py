@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
-from jobs.runtime.logs import interactive, logger
+from jobs.runtime.logs import interactive, logger, seconds_since_last_line
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -25,7 +25,6 @@ class _Display:
     status: ClassVar[Status | None] = None
     text: ClassVar[str] = ""
     began: ClassVar[float] = 0.0
-    last_line: ClassVar[float] = 0.0
 
 
 class StatusLine:
@@ -42,7 +41,7 @@ class StatusLine:
             _Display.status.update(f"{text}")
         elif last or now - self._shown >= SECONDS_BETWEEN_LINES:
             logger.info(f"  {text}")
-            self._shown = _Display.last_line = now
+            self._shown = now
 
 
 @contextmanager
@@ -52,7 +51,7 @@ def progress_display(title: str) -> Iterator[None]:
     A terminal shows the current step with its seconds; elsewhere a line follows every 30 seconds in which
     nothing else was shown.
     """
-    _Display.text, _Display.began, _Display.last_line = title, time.monotonic(), time.monotonic()
+    _Display.text, _Display.began = title, time.monotonic()
     ended = threading.Event()
     with _terminal_status() as status:
         _Display.status = status
@@ -88,9 +87,8 @@ def _beat(ended: threading.Event) -> None:
         seconds = time.monotonic() - _Display.began
         if _Display.status is not None:
             _Display.status.update(f"{_Display.text} ({format_duration(seconds)})")
-        elif time.monotonic() - _Display.last_line >= SECONDS_BETWEEN_LINES:
+        elif min(seconds, seconds_since_last_line()) >= SECONDS_BETWEEN_LINES:
             logger.info(f"  {_Display.text}: still at work, {format_duration(seconds)}")
-            _Display.last_line = time.monotonic()
 
 
 def show_progress(verb: str) -> OnProgress:

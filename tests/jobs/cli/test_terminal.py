@@ -84,7 +84,7 @@ def test_json_lines_for_collectors(capsys, tmp_path):
     assert render_scenes.main(words) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {tuple(record) for record in records} == {("time", "level", "message")}
-    assert records[-1]["message"] == f"2 scenes in {tmp_path}/shards"
+    assert records[-2]["message"] == f"2 scenes in {tmp_path}/shards"
     assert render_scenes.main(words[:-1]) == 0
     assert capsys.readouterr().out.startswith("render_scenes: ")
 
