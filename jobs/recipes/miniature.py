@@ -176,7 +176,7 @@ def mini() -> Recipe:
         ),
         targets=targets_of(steps, draws=10, teachers=_SMALL_POOL),
         robust=RobustSettings(begin="mini-v", training=robust_training_of(_velocity(1_500))),
-        efficient=EfficientSettings(begin="mini-v", training=_velocity(300)),
+        efficient=EfficientSettings(begin="mini-v", training=_velocity(300, num_workers=2)),
         evolution=EvolutionSettings(
             guidance=3.0,
             sampler=Sampler(steps=8),
@@ -194,7 +194,7 @@ def mini() -> Recipe:
             student=EFFICIENT_MODEL,
             steps=steps,
             loop=_distillation_loop(200, learning_rate=3e-4),
-            trainer=TrainerSettings(micro_batch=32, curve_every=5),
+            trainer=TrainerSettings(num_workers=2, micro_batch=16, curve_every=5),
         ),
         # From the bundled v-prediction model, whose 8 steps are hardly worse than 50.
         schedule="halving",
@@ -221,12 +221,13 @@ def mini() -> Recipe:
     )
 
 
-def _velocity(num_steps: int) -> VpredSettings:
+def _velocity(num_steps: int, *, num_workers: int = 1) -> VpredSettings:
     """Further training of a miniature. Eq. 6."""
     loop = LoopSettings(
         num_steps=num_steps, global_batch=64, learning_rate=5e-4, warmup_steps=50, ema_decay=0.99
     )
-    return VpredSettings(loop=loop, trainer=TrainerSettings(micro_batch=64))
+    trainer = TrainerSettings(num_workers=num_workers, micro_batch=64 // num_workers)
+    return VpredSettings(loop=loop, trainer=trainer)
 
 
 def _distillation_loop(num_steps: int, *, learning_rate: float) -> LoopSettings:

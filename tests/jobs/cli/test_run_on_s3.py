@@ -30,7 +30,7 @@ SMALL = (
     *("source.scenes=24", "source.scenes_per_shard=12", "latents.rows_per_unit=12", "targets.draws=2"),
     *("distill.student=null", "distill.targets=table", "verification.units=1"),
     *("distill.loop.num_steps=4", "distill.loop.global_batch=8", "distill.trainer.micro_batch=8"),
-    *("distill.trainer.checkpoint_every=2", "distill.trainer.curve_every=1"),
+    *("distill.trainer.checkpoint_every=2", "distill.trainer.curve_every=1", "distill.trainer.num_workers=1"),
 )
 
 
@@ -137,7 +137,8 @@ def test_run_in_a_bucket_hides_its_secrets(bucket, credentials, sessions, tmp_pa
 FULL = (
     *("source.scenes=48", "source.scenes_per_shard=24", "latents.rows_per_unit=24", "latency.turns=2"),
     *("efficient.training.loop.num_steps=4", "efficient.training.loop.global_batch=16"),
-    "efficient.training.trainer.micro_batch=16",
+    *("efficient.training.trainer.micro_batch=16", "efficient.training.trainer.num_workers=1"),
+    "distill.trainer.num_workers=1",
     *("distill.loop.num_steps=4", "distill.loop.global_batch=16", "distill.trainer.micro_batch=16"),
     *("distill.validation.every=2", "distill.validation.prompts.limit=4"),
     *("captions.limit=32", "pairs.rows_per_unit=16", "pairs.generation.steps=8"),

@@ -73,7 +73,8 @@ def job(verb: str, *settings: str, after: str = "", outputs: str = "", **more: o
 def short(prefix: str, *, steps: int = 2) -> tuple[str, ...]:
     """A training of few steps of few rows."""
     loop = (f"num_steps={steps}", "global_batch=8", "warmup_steps=0")
-    return (*(f"{prefix}.loop.{setting}" for setting in loop), f"{prefix}.loader.held_out=0.2")
+    others = ("loader.held_out=0.2", "trainer.num_workers=1")
+    return (*(f"{prefix}.loop.{setting}" for setting in loop), *(f"{prefix}.{one}" for one in others))
 
 
 def training(

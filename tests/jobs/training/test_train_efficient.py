@@ -18,7 +18,7 @@ ORIGIN = own_architecture("mini-v")
 EFFICIENT = efficient_architecture(ORIGIN)
 TINY = (
     *("loop.num_steps=1", "loop.global_batch=4", "loop.warmup_steps=0", "loader.held_out=0.3"),
-    *("trainer.micro_batch=4", "trainer.cpus_per_worker=0.5", "trainer.log_to=[]"),
+    *("trainer.micro_batch=4", "trainer.num_workers=1", "trainer.cpus_per_worker=0.5", "trainer.log_to=[]"),
 )
 
 
