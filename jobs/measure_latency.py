@@ -14,7 +14,7 @@ from jobs.cli.inputs import latency_table_url
 from jobs.cli.job import Job
 from jobs.cli.state import state_of
 from jobs.cli.verb import recipe_verb
-from jobs.runtime.logs import logger
+from jobs.runtime.progress import StatusLine
 from pipelines.storage.objects import replace_object
 
 
@@ -31,13 +31,13 @@ def _measure(job: Job) -> dict[str, Any]:
     from jobs.reports.charts import standalone_svg
     from jobs.reports.latency_breakdown import breakdown_charts
 
-    settings = job.recipe.latency
+    settings, line = job.recipe.latency, StatusLine()
     model = load_measured_model(job.recipe.model, settings=settings)
     record = measure_latency(
         settings,
         architectures=architectures_of(model.architecture),
         tokens=model.tokens,
-        on_turn=lambda turn: logger.info(f"  {turn} of {settings.turns} turns"),
+        on_turn=lambda turn: line.show(f"{turn} of {settings.turns} turns", last=turn == settings.turns),
     )
     for kind, chart in breakdown_charts(record).items():
         replace_object(job.url(f"latency/{settings.name}-{kind}.svg"), standalone_svg(chart))
