@@ -3,14 +3,14 @@
 What imports torch is imported in the functions, because a report of kept parts does without.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
 
 import numpy as np
+import pyarrow as pa
 from pydantic import TypeAdapter
 
-from jobs.cli.inputs import shards_url
+from jobs.cli.inputs import deletion_list_of, shards_url
 from jobs.reports.input_states import files_state, model_state, table_state
 from jobs.reports.run_page import CaptionedImage, ImageComparison
 from jobs.reports.run_records import CommittedRun
@@ -32,39 +32,52 @@ _COMPARISONS = TypeAdapter(tuple[ImageComparison, ...])
 
 
 def scene_samples(run: CommittedRun) -> tuple[CaptionedImage, ...]:
-    """The first images of the first shard, as LATENTS read them; empty if there are no shards."""
+    """The first images that LATENTS hold, read from their shard; empty without LATENTS or without the shard.
+
+    Rows that were rejected or deleted are in no table, and so in no report.
+    """
+    recipe, latents = run.job.recipe, run.tables.get("latents")
+    unit = next((unit for unit in latents.units if unit.rows), None) if latents is not None else None
+    if latents is None or unit is None:
+        return ()
+    ids = latents.read_unit(unit, ["id"])["id"].to_pylist()[:_NUM_SCENES]
     try:
-        shard = list_shards(shards_url(run.job))[0]
+        shards = list_shards(shards_url(run.job))
     except SourceError:
         return ()
-    recipe = run.job.recipe
+    shard = next((each for each in shards if ids[0].startswith(f"{recipe.source.name}/{each.name}/")), None)
+    if shard is None:
+        return ()
     return run.cache.part(
         "scenes",
         _IMAGES,
         follows_from={
+            "ids": ids,
+            "latents": table_state(latents),
             "shard": files_state(shard.url),
             "reading": recipe.latents.shards.to_values(),
             "images": recipe.latents.images.to_values(),
             "model": model_state(recipe.model),
         },
-        compute=lambda: _scene_samples(run, shard),
+        compute=lambda: _scene_samples(run, shard, ids=ids),
     )
 
 
-def _scene_samples(run: CommittedRun, shard: Shard) -> tuple[CaptionedImage, ...]:
+def _scene_samples(run: CommittedRun, shard: Shard, *, ids: Sequence[str]) -> tuple[CaptionedImage, ...]:
     from pipelines.stages.image import decode_image
     from snapfusion.models.load import load_sizes
 
-    settings = run.job.recipe.latents
+    settings, source = run.job.recipe.latents, run.job.recipe.source.name
     size = min(_MAX_SIDE, load_sizes(run.job.recipe.model).side)
-    samples: list[CaptionedImage] = []
-    # Some of the rows may be rejected, so more are read than are shown.
-    for row in islice(read_shard(shard, settings.shards), 4 * _NUM_SCENES):
-        if isinstance(row, Sample):
+    samples = dict[str, CaptionedImage]()
+    for row in read_shard(shard, settings.shards):
+        if isinstance(row, Sample) and (id_ := f"{source}/{row.id}") in ids:
             with suppress(Rejected):
                 image = decode_image(row.image, size=size, settings=settings.images)
-                samples.append(CaptionedImage(image=image, caption=row.caption))
-    return tuple(samples[:_NUM_SCENES])
+                samples[id_] = CaptionedImage(image=image, caption=row.caption)
+        if len(samples) == len(ids):
+            break
+    return tuple(samples.values())
 
 
 def teacher_images(pairs: Snapshot, notes: Mapping[str, str]) -> tuple[CaptionedImage, ...]:
@@ -112,7 +125,12 @@ def _decode(run: CommittedRun, pairs: Snapshot, *, held_out: float) -> tuple[Ima
         "Half width": load_decoder(run.job.url("decoder")).decode,
     }
     comparisons = []
-    for rows in held_out_rows(pairs, ["caption", "latent"], fraction=held_out, limit=_NUM_COMPARISONS):
+    deleted = deletion_list_of(run.job).read()
+    columns = ["id", "source_id", "caption", "latent"]
+    for found in held_out_rows(pairs, columns, fraction=held_out, limit=_NUM_COMPARISONS):
+        # The version that the decoder was trained on may hold rows that were deleted since.
+        names = zip(found["id"].to_pylist(), found["source_id"].to_pylist(), strict=True)
+        rows = found.filter(pa.array([not any(map(deleted.has_id, pair)) for pair in names]))
         latents = array_type(rows.schema.field("latent")).unpack(rows.column("latent").to_pylist())
         for caption, values in zip(rows.column("caption").to_pylist(), latents, strict=True):
             latent = torch.from_numpy(values.astype(np.float32))[None]

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 from reported_run import make_pairs, make_student, reported
+from scene_latents import encode_scenes
 
 from jobs import measure_latency
-from jobs.cli.job import Job, resolve_recipe
-from jobs.cli.scenes import render_scenes
 from jobs.reports import side_by_side
 from snapfusion.models.load import load
 from snapfusion.models.save import save
@@ -34,8 +33,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(side_by_side, "NUM_CAPTIONS", NUM_CAPTIONS)
     make_pairs(tmp_path)
     make_student(tmp_path)
-    recipe = resolve_recipe("mini", ["source.scenes=8", "source.scenes_per_shard=8"])
-    render_scenes(Job(verb="render_scenes", recipe=recipe, out=str(tmp_path)))
+    encode_scenes(tmp_path, count=8)
     assert measure_latency.main(["--out", str(tmp_path), "--set", "latency.turns=2"]) == 0
     return tmp_path
 

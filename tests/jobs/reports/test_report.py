@@ -4,9 +4,10 @@ import json
 
 import pytest
 from reported_run import CAPTIONS, make_pairs, make_student, reported
+from scene_latents import encode_scenes
 
+from jobs import forget, report
 from jobs import measure_latency as latency_job
-from jobs import report
 from jobs.evaluation.latency import measure_latency
 from jobs.evaluation.settings import LatencySettings
 from jobs.evaluation.timing import architectures_of
@@ -14,6 +15,7 @@ from jobs.reports import side_by_side
 from jobs.training.initial_weights import own_architecture, with_architecture
 from pipelines.sources.captions import Caption
 from pipelines.storage.objects import read_bytes, replace_object
+from pipelines.tables.table import open_table
 from snapfusion.models.architecture import efficient_architecture
 from snapfusion.models.load import load
 from snapfusion.models.unet import architecture_of
@@ -132,3 +134,18 @@ def test_an_existing_page_is_replaced_whole(tmp_path):
         replace_object(str(path), text)
     assert path.read_bytes() == b"second"
     assert [other.name for other in path.parent.iterdir()] == ["index.html"]
+
+
+def test_scenes_are_committed_rows(tmp_path):
+    """A caption that the selection rejected, or that was deleted, is on no page."""
+    url = encode_scenes(tmp_path, count=16)
+    rows = open_table(url).read_unit(open_table(url).units[0], ["id", "caption"]).to_pylist()
+    shown, _ = reported(tmp_path)
+    assert all(row["caption"] in shown for row in rows)
+    (tmp_path / "ids.txt").write_text(f"{rows[0]['id']}\n")
+    assert forget.main(["--out", str(tmp_path), "--id", str(tmp_path / "ids.txt")]) == 0
+    after, _ = reported(tmp_path)
+    assert rows[0]["caption"] not in after
+    assert all(row["caption"] in after for row in rows[1:])
+    cached = (tmp_path / "report" / "cache" / "scenes.json").read_text()
+    assert rows[0]["caption"] not in cached
