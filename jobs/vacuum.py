@@ -1,7 +1,8 @@
 """List the files of a run's tables that nobody reads any more; with --delete, delete them.
 
 Kept are the newest version of each table, every version that a training or another reader holds a lease on,
-every version that an unfinished training is pinned to, and files younger than `vacuum.hours`.
+every version that an unfinished training is pinned to, files younger than `vacuum.hours`, and all files of a
+table that another job writes at the moment.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import click
 from jobs.cli.job import Job
 from jobs.cli.verb import recipe_verb
 from jobs.runtime.logs import logger
-from pipelines.tables.leases import active_readers, remove_expired
+from pipelines.tables.leases import active_readers, active_writers, remove_expired
 
 if TYPE_CHECKING:
     from pipelines.deletion.vacuum import UnreadFile
@@ -50,6 +51,10 @@ def _lines(job: Job, *, deletes: bool) -> list[str]:
         }
         held = {**pinned.get(path, {}), **leases}
         unread = unread_files(table, held=held, hours=job.recipe.vacuum.hours)
+        # After the files are listed: who wrote one of them has announced it before.
+        if writers := active_writers(table.url):
+            lines.append(f"{path}, version {table.version}: kept while {writers[0].holder} writes it")
+            continue
         lines.append(f"{path}, version {table.version}: {_summary(unread)}")
         older = sorted(version for version in held if version < table.version)
         lines += [f"  version {version} is kept for {held[version]}" for version in older]

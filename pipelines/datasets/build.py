@@ -13,6 +13,7 @@ from pipelines.ray_data.settings import Pool
 from pipelines.stages.write import WriteUnit
 from pipelines.tables.commits import Origin
 from pipelines.tables.committer import OnProgress, commit_stream, recover, take_rows
+from pipelines.tables.leases import write_leases
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.table import Snapshot, TableError, create_table
 from pipelines.tables.units import Unit, committed_ranges, uncovered_ranges
@@ -77,15 +78,16 @@ def build_table(
     arguments = {"url": table.url, "schema": schema, "settings": digest(table.identity)}
     # A pool of its own: packing and PNG compression need a CPU, not the model's device.
     write = PipelineStage(build=WriteUnit, arguments=arguments, pool=settings.writers)
-    return commit_stream(
-        table,
-        run(items, [*stages, write]),
-        bounds=settings.bounds,
-        # Counting may cost a round trip to the store for each shard.
-        total=count_rows(items) if on_progress else None,
-        origin=origin,
-        on_progress=on_progress,
-    )
+    with write_leases([table.url] if items else [], purpose=f"a build of {identity['kind']}"):
+        return commit_stream(
+            table,
+            run(items, [*stages, write]),
+            bounds=settings.bounds,
+            # Counting may cost a round trip to the store for each shard.
+            total=count_rows(items) if on_progress else None,
+            origin=origin,
+            on_progress=on_progress,
+        )
 
 
 def model_stage(

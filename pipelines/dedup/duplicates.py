@@ -24,6 +24,7 @@ from pipelines.dedup.workers import Segment, VerdictWriter, keys_of, phashes_of
 from pipelines.ray_data.shuffle import Read, Rows, read_on_ray
 from pipelines.stages.fingerprint import METHOD
 from pipelines.tables.commits import Origin, commit_round, restore_manifests
+from pipelines.tables.leases import write_lease
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.schemas import DUPLICATES
 from pipelines.tables.table import Snapshot, TableError, UnitFile, create_table, open_table
@@ -74,15 +75,16 @@ def find_duplicates(
     writer = VerdictWriter(
         url=table.url, number=number, settings=settings_digest, inputs=inputs, segments=segments
     )
-    matches = _matches(settings, segments, bounds=bounds, read=read)
-    named = matches.map(writer.with_segment).grouped(writer.named, by="segment")
-    # A unit without duplicates has no match, and must be written all the same to count as checked.
-    placeholders = read(range(len(before), len(segments)), writer.placeholder)
-    tables = named.union(placeholders).grouped(writer.written, by="unit").tables()
-    written = [pickle.loads(file) for rows in tables for file in rows.column("written").to_pylist()]
-    # Sorted, so that a repeated round writes the same log entry.
-    if not commit_round(url, sorted(written, key=lambda file: file.path), number=number, origin=origin):
-        raise TableError(f"another run has committed round {number} of {url}; run again for the rest")
+    with write_lease(table.url, purpose=f"round {number}"):
+        matches = _matches(settings, segments, bounds=bounds, read=read)
+        named = matches.map(writer.with_segment).grouped(writer.named, by="segment")
+        # A unit without duplicates has no match, and must be written all the same to count as checked.
+        placeholders = read(range(len(before), len(segments)), writer.placeholder)
+        tables = named.union(placeholders).grouped(writer.written, by="unit").tables()
+        written = [pickle.loads(file) for rows in tables for file in rows.column("written").to_pylist()]
+        # Sorted, so that a repeated round writes the same log entry.
+        if not commit_round(url, sorted(written, key=lambda file: file.path), number=number, origin=origin):
+            raise TableError(f"another run has committed round {number} of {url}; run again for the rest")
     return open_table(url)
 
 

@@ -29,6 +29,7 @@ from pipelines.tables.commits import (
 )
 from pipelines.tables.committer import recover
 from pipelines.tables.deletion_list import DeletionKeys, redacted_id
+from pipelines.tables.leases import write_leases
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.table import Snapshot, TableError, UnitFile, open_table, revised_name
 
@@ -80,6 +81,11 @@ def delete_rows(urls: Sequence[str], keys: DeletionKeys) -> list[Removal]:
     Raises:
         TableError: if other writers keep adding deleted rows.
     """
+    with write_leases(urls, purpose="a deletion"):
+        return _delete_rows(urls, keys)
+
+
+def _delete_rows(urls: Sequence[str], keys: DeletionKeys) -> list[Removal]:
     removals = {}
     for url in urls:
         table = open_table(url)

@@ -87,10 +87,36 @@ def read_lease(url: str, *, version: int, purpose: str, seconds: float = LEASE_S
 
     Where nothing can be written beside the table there is no lease: whoever can only read it has no vacuum.
     """
+    with _announced(url, kind="reader", version=version, purpose=purpose, seconds=seconds):
+        yield
+
+
+@contextmanager
+def write_lease(url: str, *, purpose: str, seconds: float = LEASE_SECONDS) -> Iterator[None]:
+    """Announce that this process writes files for the table at `url`: within the context no vacuum removes any.
+
+    Unlike appenders, any number of processes may write at a time; their commits decide.
+    """
+    with _announced(url, kind="writer", version=None, purpose=purpose, seconds=seconds):
+        yield
+
+
+@contextmanager
+def write_leases(urls: Iterable[str], *, purpose: str) -> Iterator[None]:
+    """Announce that this process writes files for all these tables."""
+    with ExitStack() as stack:
+        for url in urls:
+            stack.enter_context(write_lease(url, purpose=purpose))
+        yield
+
+
+@contextmanager
+def _announced(url: str, *, kind: str, version: int | None, purpose: str, seconds: float) -> Iterator[None]:
+    """Hold one of any number of leases of a kind within the context."""
     mine = Lease(holder=holder_name(purpose), version=version, until=time.time() + seconds)
-    # Named by holder and time: unlike appenders, any number of readers may hold the same version.
+    # Named by holder and time: unlike appenders, any number of processes may hold one.
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", mine.holder)
-    path = f"{_folder(url)}/reader-{name}-{time.time_ns()}.json"
+    path = f"{_folder(url)}/{kind}-{name}-{time.time_ns()}.json"
     with suppress(StorageError):
         write_once(path, _serialized(mine))
     with _renewed(path, mine, seconds=seconds):
@@ -109,10 +135,21 @@ def read_leases(parents: Iterable[Mapping[str, Any]], *, purpose: str) -> Iterat
 
 def active_readers(url: str) -> list[Lease]:
     """The unexpired read leases on the table at `url`, the oldest version first."""
-    folder = _folder(url)
-    leases = (_read(f"{folder}/{name}") for name in list_names(folder) if name.startswith("reader-"))
-    active = [lease for lease in leases if lease and not lease.expired and lease.version is not None]
+    active = [lease for lease in _active(url, kind="reader") if lease.version is not None]
     return sorted(active, key=lambda lease: (lease.version, lease.holder))
+
+
+def active_writers(url: str) -> list[Lease]:
+    """The unexpired leases of processes that write files for the table at `url`."""
+    return list(_active(url, kind="writer"))
+
+
+def _active(url: str, *, kind: str) -> Iterator[Lease]:
+    for name in list_names(_folder(url)):
+        if name.startswith(f"{kind}-"):
+            lease = _read(f"{_folder(url)}/{name}")
+            if lease is not None and not lease.expired:
+                yield lease
 
 
 def remove_expired(url: str) -> int:

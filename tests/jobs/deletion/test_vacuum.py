@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import synthetic_units
+from in_process import in_process
+from scene_latents import encode_scenes
 from synthetic_units import without_first_row
 
-from jobs import vacuum
+from jobs import encode_latents, forget, render_scenes, vacuum
+from pipelines.deletion import rewrite
 from pipelines.tables.commits import replace_units
-from pipelines.tables.leases import active_readers, read_lease
+from pipelines.tables.leases import active_readers, active_writers, read_lease, write_lease
 from pipelines.tables.table import open_table
 
 
@@ -69,6 +72,49 @@ def test_a_leased_version_stays_whole(run: Path, capsys):
     assert active_readers(table.url) == []
     assert cleaned(run, "--delete") == 0
     assert "s-000000-000004.parquet" not in data_files(run)
+
+
+def test_a_table_that_is_written_is_left_alone(run: Path, capsys):
+    before, url = data_files(run), str(run / "latents")
+    with write_lease(url, purpose="the build far away"):
+        assert cleaned(run, "--delete") == 0
+        assert "kept while the build far away on " in capsys.readouterr().out
+        assert data_files(run) == before
+    assert active_writers(url) == []
+    assert cleaned(run, "--delete") == 0
+    assert data_files(run) != before
+
+
+def test_a_vacuum_of_everything_during_a_build_loses_nothing(tmp_path: Path, monkeypatch):
+    def run_and_vacuum(items, stages):
+        for written in in_process(items, stages):
+            half = tmp_path / "latents" / ".another.parquet.abc"
+            half.write_bytes(b"half a file of another worker")
+            assert vacuum.main(["--out", str(tmp_path), "--set", "vacuum.hours=0", "--delete"]) == 0
+            assert half.exists()
+            yield written
+
+    monkeypatch.setattr(encode_latents, "runner", lambda *_, **__: run_and_vacuum)
+    options = ["--out", str(tmp_path), "--set", "source.scenes=8", "--set", "source.scenes_per_shard=4"]
+    assert render_scenes.main(options) == 0
+    assert encode_latents.main(options) == 0
+    assert len(open_table(str(tmp_path / "latents")).read()) == 8
+
+
+def test_a_vacuum_of_everything_during_a_deletion_loses_nothing(tmp_path: Path, monkeypatch, capsys):
+    url = encode_scenes(tmp_path, count=8)
+    ids = open_table(url).read()["id"].to_pylist()
+    replace = rewrite.replace_units
+
+    def vacuum_and_replace(*words):
+        assert vacuum.main(["--out", str(tmp_path), "--set", "vacuum.hours=0", "--delete"]) == 0
+        return replace(*words)
+
+    monkeypatch.setattr(rewrite, "replace_units", vacuum_and_replace)
+    (tmp_path / "ids.txt").write_text(f"{ids[0]}\n")
+    assert forget.main(["--out", str(tmp_path), "--id", str(tmp_path / "ids.txt")]) == 0
+    assert "kept while a deletion on " in capsys.readouterr().out
+    assert open_table(url).read()["id"].to_pylist() == ids[1:]
 
 
 def test_the_version_of_a_killed_training_stays(run: Path, capsys):
