@@ -21,6 +21,7 @@ from jobs.training.spec import TrainingError, first_differences
 from pipelines.storage.folders import publish_folder
 from pipelines.storage.objects import exists, read_bytes, write_once
 from snapfusion.settings import digest
+from snapfusion.storage import get_tree
 from snapfusion.training.checkpoint import CheckpointStore
 
 _STARTED = "begun.json"
@@ -92,7 +93,7 @@ class RunFolder:
         filesystem, root = fsspec.core.url_to_fs(self.store_url)
         for name in _PUBLISHED_FOLDERS:
             if filesystem.exists(f"{root}/{name}"):
-                filesystem.get(f"{root}/{name}", str(folder / name), recursive=True)
+                get_tree(filesystem, f"{root}/{name}", folder / name)
 
 
 def begin(url: str, identity: Mapping[str, Any], *, kind: str) -> None:

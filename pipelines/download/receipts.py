@@ -21,6 +21,7 @@ import fsspec
 
 from pipelines.fetching.causes import TRANSIENT
 from pipelines.storage.objects import exists, list_names, move_object, put_file, read_bytes, write_once
+from snapfusion.storage import remove_tree
 
 SHARD_SUFFIXES: Final = (".parquet", "_stats.json", ".tar")
 """The files of a shard in the order of publication: a reader that sees the tar can read the others."""
@@ -132,8 +133,8 @@ def read_receipts(url: str) -> dict[str, ShardReceipt]:
     filesystem, path = fsspec.core.url_to_fs(folder)
     # A name with a leading dot is a file whose writer was killed.
     paths = [f"{path}/{name}" for name in list_names(folder) if not name.startswith(".")]
-    # `cat` requests many objects concurrently.
-    contents = filesystem.cat(paths).values() if paths else ()
+    # Requests many objects concurrently, as `cat` would, which takes brackets in a name for a pattern.
+    contents = filesystem.cat_ranges(paths, None, None, on_error="raise") if paths else ()
     receipts = (ShardReceipt(**json.loads(data)) for data in contents)
     return {receipt.name: receipt for receipt in receipts}
 
@@ -146,7 +147,7 @@ def remove_staging(url: str) -> None:
     filesystem, path = fsspec.core.url_to_fs(f"{url}/_staging")
     filesystem.invalidate_cache()
     if filesystem.exists(path):
-        filesystem.rm(path, recursive=True)
+        remove_tree(filesystem, path)
 
 
 def _receipt_url(url: str, name: str) -> str:

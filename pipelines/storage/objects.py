@@ -209,7 +209,7 @@ def move_object(url: str, to: str) -> None:
             _, target = fsspec.core.url_to_fs(to)
             filesystem.invalidate_cache()
             if not filesystem.exists(target):
-                filesystem.copy(path, target)
+                filesystem.cp_file(path, target)
             if filesystem.exists(path):
                 filesystem.rm_file(path)
     except OSError as error:

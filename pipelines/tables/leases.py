@@ -93,7 +93,7 @@ def read_lease(url: str, *, version: int, purpose: str, seconds: float = LEASE_S
 
 @contextmanager
 def write_lease(url: str, *, purpose: str, seconds: float = LEASE_SECONDS) -> Iterator[None]:
-    """Announce that this process writes files for the table at `url`: within the context no vacuum removes any.
+    """Announce that this process writes files for the table at `url`: no vacuum removes any meanwhile.
 
     Unlike appenders, any number of processes may write at a time; their commits decide.
     """

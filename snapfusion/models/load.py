@@ -28,6 +28,7 @@ from snapfusion.models.random_weights import MODEL_CONFIGS, RANDOM_PREFIX, rando
 from snapfusion.models.save import DISTILLATION_FILE
 from snapfusion.models.unet import BlockUNet
 from snapfusion.schedule import PREDICTION_TYPES, Schedule
+from snapfusion.storage import get_tree
 
 # A progress bar for each network would bury the output of a job.
 transformers_logging.disable_progress_bar()
@@ -168,7 +169,7 @@ def _fetch(url: str) -> Path:
         # Copied under a unique name and renamed, so that no process sees an incomplete copy. Of several
         # processes that copy at once, the first to finish wins.
         partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
-        fs.get(f"{root}/", f"{partial}/", recursive=True)
+        get_tree(fs, root, partial)
         try:
             partial.rename(target)
         except OSError:

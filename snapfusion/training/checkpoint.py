@@ -25,6 +25,7 @@ from torch import Tensor
 
 from snapfusion.models.checksums import file_hash
 from snapfusion.settings import digest
+from snapfusion.storage import remove_tree
 from snapfusion.training.state import TensorGroups
 
 MANIFEST = "manifest.json"
@@ -115,7 +116,7 @@ class CheckpointStore:
     def delete(self) -> None:
         """Delete the whole store."""
         if self._fs.exists(self._root):
-            self._fs.rm(self._root, recursive=True)
+            remove_tree(self._fs, self._root)
 
     def _folder(self, step: int) -> str:
         return f"{self._root}/step-{step:08d}"
@@ -183,7 +184,7 @@ class CheckpointStore:
             if step > newest or kept >= self.keep:
                 # The manifest first: a folder that is half deleted by a kill is then no checkpoint.
                 self._remove_manifest(folder)
-                self._fs.rm(folder, recursive=True)
+                remove_tree(self._fs, folder)
             elif self._is_complete(folder):
                 kept += 1
 
