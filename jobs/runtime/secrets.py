@@ -13,13 +13,16 @@ from snapfusion.settings import Settings, SettingsError
 _PATTERNS: Final = {
     "a user and a password before the @ of a URL": re.compile(
         # A colon before a port precedes no password, and a path may contain both ":" and "@".
-        r"://(?![^/@:\s]*:\d{1,5}(?:[/\s\"']|$))[^/@:\s]*:[^@\s]*@|https?://[^/@\s]+@"
+        r"://(?![^/@:\s]*:\d{1,5}(?:[/\s\"']|$))[^/@:\s]*:[^@\s]*@|(?:https?|s3a?|gcs?|gs)://[^/@\s]+@"
     ),
     "a signature or a token among the parameters of a URL": re.compile(
         r"[?&](?:sig|signature|x-amz-signature|x-amz-credential|x-amz-security-token|x-goog-signature|"
-        r"x-goog-credential|awsaccesskeyid|googleaccessid|token|access_token|api_key|apikey|password|"
-        r"secret)=",
+        r"x-goog-credential|awsaccesskeyid|googleaccessid|(?:access_|private_|refresh_)?token|api[_-]?key|key|"
+        r"auth|password|pwd|(?:client_)?secret)=",
         re.IGNORECASE,
+    ),
+    "a token of a service": re.compile(
+        r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|Bearer\s+[\w.~+/-]{8,})"
     ),
     "the key of an account": re.compile(
         r"\b(?:AccountKey|SharedAccessSignature|SharedAccessKey|aws_secret_access_key|aws_session_token|"

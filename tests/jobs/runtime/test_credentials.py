@@ -23,6 +23,7 @@ from snapfusion.settings import SettingsError
 
 SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
 ANOTHER = "another-secret-of-nobody"
+TOKEN = "tokenOfNobody0123456789abcdef"
 KEY = "AWS_SECRET_ACCESS_KEY"
 PUBLIC = ("SNAPFUSION_CREDENTIALS", "AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP", "AWS_DEFAULT_REGION", "AWS_REGION")
 
@@ -115,10 +116,26 @@ def test_missing_or_world_readable_files_are_refused(tmp_path):
     assert read_credentials(written(tmp_path, f"AWS_SECRET_ACCESS_KEY={SECRET}\n", mode=0o440))
 
 
+TOKEN_PARAMETERS = (
+    *(
+        "token",
+        "private_token",
+        "refresh_token",
+        "access_token",
+        "client_secret",
+        "secret",
+        "key",
+        "auth",
+        "pwd",
+    ),
+    *("password", "api-key", "api_key", "apikey"),
+)
+
+
 def error_line(capsys) -> str:
     """The one line on stderr; no secret is printed."""
     output = capsys.readouterr()
-    for secret in (SECRET, ANOTHER):
+    for secret in (SECRET, ANOTHER, TOKEN):
         assert secret not in output.out + output.err
     assert output.err.count("\n") == 1, output.err
     return output.err
@@ -133,6 +150,11 @@ def error_line(capsys) -> str:
         f"https://host/list.txt?X-Amz-Credential=a&X-Amz-Signature={ANOTHER}",
         f"https://account.blob.core.windows.net/c/list.txt?sv=1&sig={ANOTHER}",
         f"abfs://c@a.dfs.core.windows.net/x;AccountKey={SECRET}",
+        f"s3://{ANOTHER}@bucket/run",
+        f"gs://{ANOTHER}@bucket/run",
+        *(f"https://host/list.txt?a=1&{name}={ANOTHER}" for name in TOKEN_PARAMETERS),
+        *(f"https://host/{prefix}{TOKEN}" for prefix in ("hf_", "ghp_", "gho_")),
+        f"https://host/x#Bearer {ANOTHER}",
     ],
 )
 @pytest.mark.parametrize("option", ["out", "set", "out=", "set="])
@@ -200,6 +222,8 @@ def test_a_secret_as_a_public_value_is_hidden(setting, capsys, tmp_path):
         "https://host:443",
         "abfs://container@account.dfs.core.windows.net/run",
         "/data/a@b:c",
+        "https://host/list.txt?key_frames=3&monkey=1&page=2",
+        "s3://bucket/hf_models/list.txt",
     ],
 )
 def test_urls_without_secrets_are_accepted(url):
