@@ -7,9 +7,8 @@ computes the targets while it trains.
 from jobs.cli.inputs import teacher_and_student
 from jobs.cli.job import Job
 from jobs.cli.resources import runner
-from jobs.cli.state import state_of
+from jobs.cli.state import log_table, state_of
 from jobs.cli.verb import recipe_verb
-from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
 
 
@@ -32,8 +31,7 @@ def compute(job: Job) -> None:
         run=runner(job, "targets", new_table=job.url("targets")),
         on_progress=show_progress(job.verb),
     )
-    rows = f"{table.num_rows} rows ({count_branch_rows(table, guided=True)} guided)"
-    logger.info(f"  TARGETS version {table.version}: {rows} in {len(table.units)} units")
+    log_table("TARGETS", table, note=f" ({count_branch_rows(table, guided=True)} guided)")
 
 
 def preview(job: Job) -> list[str]:

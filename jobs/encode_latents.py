@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jobs.cli.inputs import latents_row_filters, shards_url
 from jobs.cli.job import Job
 from jobs.cli.resources import runner
-from jobs.cli.state import rejected_text, state_of
+from jobs.cli.state import log_table, state_of
 from jobs.cli.verb import recipe_verb
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
@@ -26,7 +26,6 @@ def encode(job: Job) -> None:
     """Bring LATENTS up to date with the recipe; committed units are not made again."""
     from pipelines.datasets.latents import encode_latents
     from pipelines.sources.webdataset import list_shards
-    from pipelines.tables.manifest import total_rejected
 
     recipe = job.recipe
     shards = list_shards(shards_url(job))
@@ -42,9 +41,7 @@ def encode(job: Job) -> None:
         run=runner(job, "latents", new_table=job.url(recipe.source.table)),
         on_progress=show_progress(job.verb),
     )
-    rejected = rejected_text(total_rejected(table.manifests().values()))
-    rows = f"{table.num_rows} rows in {len(table.units)} units"
-    logger.info(f"  LATENTS version {table.version}: {rows}, {rejected}")
+    log_table("LATENTS", table)
 
 
 def preview(job: Job) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jobs.cli.inputs import row_filters, shards_url
 from jobs.cli.job import Job
 from jobs.cli.resources import reader, runner
-from jobs.cli.state import rejected_text, state_of, table_text
+from jobs.cli.state import log_table, rejected_text, state_of
 from jobs.cli.verb import recipe_verb
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
@@ -39,7 +39,7 @@ def find(job: Job) -> None:
         run=runner(job, "deduplication", new_table=job.url(settings.fingerprints.table)),
         on_progress=show_progress(job.verb),
     )
-    logger.info(f"  FINGERPRINTS version {table.version}: {table_text(table)}")
+    log_table("FINGERPRINTS", table)
     evaluation = _evaluation(job)
     against = [open_table(url, kind="fingerprints") for url in settings.against]
     parents = {
@@ -94,7 +94,7 @@ def _evaluation(job: Job) -> Snapshot | None:
         origin=job.origin({"evaluation": list(settings.evaluation.urls)}),
         run=runner(job, "deduplication"),
     )
-    logger.info(f"  evaluation: {table_text(table)}")
+    log_table("FINGERPRINTS of the evaluation", table)
     return table
 
 

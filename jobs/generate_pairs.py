@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from jobs.cli.inputs import deletion_list_of
 from jobs.cli.job import Job
 from jobs.cli.resources import runner
-from jobs.cli.state import state_of
+from jobs.cli.state import log_table, state_of
 from jobs.cli.verb import recipe_verb
-from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
 from pipelines.rejections import Rejection
 from pipelines.sources.settings import CaptionSettings
@@ -38,7 +37,7 @@ def generate(job: Job) -> None:
         run=runner(job, "pairs", new_table=job.url("pairs")),
         on_progress=show_progress(job.verb),
     )
-    logger.info(f"  PAIRS version {table.version}: {table.num_rows} rows in {len(table.units)} units")
+    log_table("PAIRS", table)
 
 
 def captions_for(job: Job) -> tuple[list[Caption | Rejection], dict[str, Any]]:

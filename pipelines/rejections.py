@@ -65,6 +65,9 @@ REASONS: Final[dict[str, str]] = {
 }
 """Every reason and its meaning. Tables and reports store these keys, so they are never renamed."""
 
+DELETIONS: Final = ("withheld", "forgotten")
+"""The reasons that are no fault of a row."""
+
 MAX_DETAIL_CHARS: Final = 300
 
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from jobs.runtime.logs import logger
+from pipelines.rejections import DELETIONS, REASONS
 from pipelines.storage.objects import exists, list_names, read_bytes
 
 if TYPE_CHECKING:
@@ -37,11 +39,33 @@ def read_json_files(url: str) -> list[Any]:
     return [json.loads(read_bytes(f"{url}/{name}")) for name in names]
 
 
-def table_text(table: Snapshot) -> str:
-    """Rows of a table and its rejected rows by reason, in words."""
+class NoUsableRows(RuntimeError):
+    """A table all of whose rows were rejected."""
+
+
+def log_table(name: str, table: Snapshot, *, note: str = "") -> None:
+    """Log the rows of a table and its rejected rows by reason.
+
+    Args:
+        name: of the table.
+        table: at its newest version.
+        note: on its rows.
+
+    Raises:
+        NoUsableRows: if every row was rejected, for another reason than a deletion request.
+    """
     from pipelines.tables.manifest import total_rejected
 
-    return f"{table.num_rows} rows, {rejected_text(total_rejected(table.manifests().values()))}"
+    counts = total_rejected(table.manifests().values())
+    rows = f"{table.num_rows} rows{note} in {len(table.units)} units"
+    logger.info(f"  {name} version {table.version}: {rows}, {rejected_text(counts)}")
+    faults = {reason: count for reason, count in counts.items() if reason not in DELETIONS}
+    if faults and table.num_rows == 0:
+        reason = max(faults, key=lambda each: faults[each])
+        raise NoUsableRows(
+            f"{name}: none of {sum(counts.values())} rows is usable; {faults[reason]} are {reason}: "
+            f"{REASONS[reason]}"
+        )
 
 
 def rejected_text(counts: Mapping[str, int]) -> str:

@@ -1,5 +1,6 @@
 """Jobs from shards with copies to LATENTS without them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,9 @@ def test_copies_are_counted_rejected_and_verified(out, tiny_teacher, capsys):
     assert f"into {out}/duplicates (does not exist yet)" in output
     assert find_duplicates.main(settings) == 0
     output = capsys.readouterr().out
-    assert "evaluation: 2 rows, none rejected" in output
+    assert re.search(
+        r"FINGERPRINTS of the evaluation version \d+: 2 rows in \d+ units, none rejected", output
+    )
     assert "6 rows, 3 rejected (1 evaluation_image, 1 duplicate_image, 1 near_duplicate_image)" in output
     assert "3 of them, 50.0%" in output
     assert encode_latents.main(settings) == 0
