@@ -24,6 +24,7 @@ from jobs.cli.verb import Body, Preview, recipe_verb
 from jobs.recipes.verbs import pipeline_verbs
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import format_duration
+from snapfusion.export.installed import check_compilers
 from snapfusion.mini.captions import caption_grammar
 from snapfusion.models.bundled import BUNDLED
 
@@ -46,6 +47,8 @@ def run_pipeline(job: Job) -> None:
 
     began = time.monotonic()
     verbs = pipeline_verbs(job.recipe)
+    if "compile_mobile" in verbs:
+        check_compilers(job.recipe.mobile)
     if is_done(job):
         logger.info(f"[1-{len(verbs)}/{len(verbs) + 1}] nothing is left to do: {', '.join(verbs)}")
     else:
