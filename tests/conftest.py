@@ -50,11 +50,31 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ
 
 
 SLOWEST = (
-    *("test_compile_mobile", "test_targets", "test_coreml", "test_execution", "test_students", "test_submit"),
-    *("test_benchmark", "test_train_efficient", "test_compare_chance", "test_evolve_unet", "test_train_mini"),
-    *("test_measure_efficiency", "test_isolation", "test_downloads", "test_run_on_s3", "test_trainer"),
+    *(
+        "test_compile_mobile",
+        "test_execution",
+        "test_submit",
+        "test_run_on_s3",
+        "test_students",
+        "test_coreml",
+    ),
+    *("test_train_efficient", "test_opens_and_resumes", "test_benchmark", "test_targets", "test_exits"),
+    *(
+        "test_measure_efficiency",
+        "test_compare_chance",
+        "test_isolation",
+        "test_evolve_unet",
+        "test_train_mini",
+    ),
+    *("test_delete_rows", "test_store_faults", "test_trainer", "test_downloads", "test_mini_weights"),
+    *("test_distill_decoder", "test_images", "test_latency", "test_duplicates", "test_executorch"),
+    *("test_resolution", "test_processes", "test_forget", "test_attention", "test_part_cache", "test_report"),
+    *("test_verify_bundle", "test_evaluate", "test_aws", "test_measure_latency", "test_samples"),
+    *("test_measure_robustness", "test_without_compilers", "test_stock_diffusers", "test_source_faults"),
+    *("test_read_throughput", "test_step_distillation", "test_latents", "test_fingerprints", "test_search"),
+    *("test_efficient_unet_document", "test_plan_workload", "test_top_up", "test_robustness"),
 )
-"""Files that take a minute or more. They come first: else the last of them would run while a core is idle."""
+"""The slowest files by their time. They come first: else the last of them would run while a core is idle."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -122,7 +122,7 @@ class _Child:
         with contextlib.suppress(ConnectionError):  # a dead child is noticed when its answer is read
             self._connection.send_bytes(request)
         deadline = time.monotonic() + seconds
-        while not self._connection.poll(_POLL_SECONDS):
+        while not self._connection.poll(max(min(_POLL_SECONDS, deadline - time.monotonic()), 0.0)):
             # No end of file: a process that the function started may hold the connection open.
             if self._process.poll() is not None and not self._connection.poll():
                 raise EOFError

@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from math import pi
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import scipy.stats
 from conftest import tiny_bundle
 
+import snapfusion.export.build
 import snapfusion.export.variants
 from jobs.training.mobile_bundle import publish_bundle
 from snapfusion.export.bundle import LICENCE, MODULES, SAFETY_CHECKER, SAMPLER, TOKENIZER, VECTORS
@@ -49,11 +51,14 @@ def published(tmp_path_factory):
         patch.setattr(
             snapfusion.export.variants, "ExecuTorchProgram", lambda path: networks[path.stem].reference
         )
+        # In this process, where the compiler is replaced.
+        patch.setattr(snapfusion.export.build, "worker_processes", lambda _: ThreadPoolExecutor(1))
+        patch.setattr(snapfusion.export.build, "num_processes", lambda **_: 1)
         publish_bundle(settings, bundle=tiny_bundle(), decoder=None, parents=PARENTS, out_url=str(path))
     return SimpleNamespace(
         folder=path,
         # In the order that a program takes them.
-        inputs={name: [port.name for port in module.inputs] for name, module in networks.items()},
+        inputs={name: [port.name for port in networks[name].inputs] for name in MODULES},
         manifest=json.loads((path / MANIFEST).read_text()),
         sampler=json.loads((path / SAMPLER).read_text()),
         vectors=read_vectors(path / VECTORS),

@@ -67,7 +67,7 @@ def test_the_miniatures_recipes_fit_a_laptop(name):
         (encode_latents, "latents.readers.cpus=99", "latents.readers: its workers need 99 CPUs"),
         (encode_latents, 'latents.writers.labels={"role": "writer"}', "has no label 'role'"),
         (find_duplicates, "deduplication.fingerprints.readers.gpus=1", "readers: its workers need 1 GPUs"),
-        (distill_steps, "distill.trainer.use_gpu=true", "distill.trainer: its workers need 1 GPUs"),
+        (distill_steps, "distill.trainer.use_gpu=true", "distill.trainer: its workers need 2 GPUs"),
     ],
 )
 def test_more_than_the_machine_has_is_refused(verb, setting, message, run, capsys, monkeypatch):

@@ -250,13 +250,11 @@ def test_an_altered_program_is_not_run(altered, measured, capsys):
 
 
 def test_unwritable_results_are_still_shown(folder, measured, tmp_path, capsys, monkeypatch):
-    import pipelines.storage.objects
-
     def full(url, data):
         raise StorageError(f"{url} cannot be written: No space left on device")
 
     measured()
-    monkeypatch.setattr(pipelines.storage.objects, "replace_object", full)
+    monkeypatch.setattr(benchmark, "replace_object", full)
     assert benchmark.main([str(folder), "--json", str(tmp_path / "results.json")]) == 2
     printed = capsys.readouterr()
     assert "Latency, median" in printed.out
