@@ -322,7 +322,7 @@ def write_inputs(folder: Path, web: local_web.Web) -> None:
     folder.mkdir()
     (folder / "latency.json").write_text(json.dumps(TABLE.to_values()))
     (folder / "forget.txt").write_text("scene:0/5\n")
-    urls = [web.serve(f"/{number}.jpg", local_web.picture(number)) for number in range(5)]
+    urls = [web.serve(f"/{number}.jpg", local_web.image(number)) for number in range(5)]
     rows = {"url": [*urls, web.url("/none")], "text": [f"picture {row}" for row in range(6)]}
     pq.write_table(pa.table(rows), folder / "links.parquet")
 
