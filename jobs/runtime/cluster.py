@@ -96,6 +96,8 @@ def _join(address: str, *, worker_logs: bool) -> None:
 
 
 def _quieten() -> None:
+    """Keep Ray's own lines, and those of the libraries of its workers, out of the output."""
+    import ray.data  # noqa: F401 - its import sets the levels of its loggers, so it comes first
 
     for name, value in _QUIET_VARIABLES.items():
         os.environ.setdefault(name, value)

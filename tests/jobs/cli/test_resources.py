@@ -127,3 +127,17 @@ def test_an_address_of_something_else_is_one_line():
         thread.join()
         server.server_close()
     assert f"job: no Ray cluster answers at {address} (what listens there is none)" in error
+
+
+def test_rays_own_lines_do_not_show():
+    script = """
+import ray
+from jobs.runtime.cluster import connect
+from jobs.runtime.settings import ClusterSettings
+connect(ClusterSettings(cpus=1))
+print(ray.data.range(2).map(lambda row: row).count())
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert (ended.stdout, ended.stderr) == ("2\n", "")
