@@ -8,6 +8,7 @@ from jobs.cli.job import Job
 from jobs.cli.state import state_of
 from jobs.cli.verb import recipe_verb
 from jobs.runtime.logs import logger
+from pipelines.storage.objects import exists
 from snapfusion.export.installed import check_compilers
 from snapfusion.export.layout import MANIFEST
 from snapfusion.export.settings import LicenceError
@@ -24,7 +25,8 @@ def compile_mobile(job: Job) -> None:
         settings.licence.check()
     except LicenceError as error:
         raise LicenceError(f"--set {error}") from None
-    check_compilers(settings)
+    if not exists(job.url(f"mobile/{MANIFEST}")):
+        check_compilers(settings)
     model, decoder = _model_and_decoder(job)
     manifest = publish_bundle(
         settings,

@@ -24,7 +24,9 @@ from jobs.cli.verb import Body, Preview, recipe_verb
 from jobs.recipes.verbs import pipeline_verbs
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import format_duration
+from pipelines.storage.objects import exists
 from snapfusion.export.installed import check_compilers
+from snapfusion.export.layout import MANIFEST
 from snapfusion.mini.captions import caption_grammar
 from snapfusion.models.bundled import BUNDLED
 
@@ -47,11 +49,11 @@ def run_pipeline(job: Job) -> None:
 
     began = time.monotonic()
     verbs = pipeline_verbs(job.recipe)
-    if "compile_mobile" in verbs:
-        check_compilers(job.recipe.mobile)
     if is_done(job):
         logger.info(f"[1-{len(verbs)}/{len(verbs) + 1}] nothing is left to do: {', '.join(verbs)}")
     else:
+        if "compile_mobile" in verbs and not exists(job.url(f"mobile/{MANIFEST}")):
+            check_compilers(job.recipe.mobile)
         for number, verb in enumerate(verbs, start=1):
             logger.info(f"[{number}/{len(verbs) + 1}] {verb}")
             body, _ = STEPS[verb]

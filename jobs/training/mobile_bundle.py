@@ -81,10 +81,6 @@ def publish_bundle(
         return _published_manifest(out_url, identity=identity)
     check_compilers(settings)
     began = time.monotonic()
-
-    def log(line: str) -> None:
-        logger.info(f"  {format_duration(time.monotonic() - began)}: {line}")
-
     with _scratch_folder(out_url) as scratch:
         folder = scratch / "bundle"
         folder.mkdir()
@@ -95,7 +91,7 @@ def publish_bundle(
             settings=settings,
             num_steps=num_steps,
             scratch=scratch,
-            log=log,
+            log=lambda line: logger.info(f"  {format_duration(time.monotonic() - began)}: {line}"),
         )
         text = _write_manifest(folder, contents=builder.build(), identity=identity, licence=settings.licence)
         publish_folder(folder, out_url, last=MANIFEST)
