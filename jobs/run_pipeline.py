@@ -45,7 +45,7 @@ STEPS: dict[str, tuple[Body, Preview]] = {
 
 def run_pipeline(job: Job) -> None:
     """Carry out the steps that are not committed, then write the report."""
-    from jobs.reports.run_state import is_done, mark_done
+    from jobs.reports.run_state import input_state, is_done, mark_done
 
     began = time.monotonic()
     verbs = pipeline_verbs(job.recipe)
@@ -54,12 +54,13 @@ def run_pipeline(job: Job) -> None:
     else:
         if "compile_mobile" in verbs and not exists(job.url(f"mobile/{MANIFEST}")):
             check_compilers(job.recipe.mobile)
+        inputs = input_state(job)
         for number, verb in enumerate(verbs, start=1):
             logger.info(f"[{number}/{len(verbs) + 1}] {verb}")
             body, _ = STEPS[verb]
             with record_step(job, verb):
                 body(replace(job, verb=verb))
-        mark_done(job)
+        mark_done(job, inputs)
     logger.info(f"[{len(verbs) + 1}/{len(verbs) + 1}] report")
     report.report(replace(job, verb="report"))
     logger.info(f"done in {format_duration(time.monotonic() - began)}")

@@ -113,6 +113,7 @@ def recipe_verb(
     parameters = [*RECIPE_OPTIONS, DRY_RUN, *options, *([argument] if target else [])]
 
     def work(given: Options) -> None:
+        """Preview the job, or save its settings and carry it out."""
         job = open_job(name, given)
         prepare_stores(job)
         if given.dry_run:

@@ -63,6 +63,7 @@ def measure_latency(
         runs[f"{_WHOLE_PREFIX}{name}"] = unet_benchmark(settings, architecture, tokens=tokens)
 
     def measure() -> dict[str, Any]:
+        """Time all parts and whole UNets in turns; the record without its mark."""
         times = time_in_turns(runs, turns=settings.turns, on_turn=on_turn)
         table = LatencyTable(
             setup=setup,

@@ -23,27 +23,35 @@ _NO_OUTPUTS = ("report", "settings", "steps")
 
 def is_done(job: Job) -> bool:
     """Whether the run's steps were all carried out from what there is now."""
-    recorded = read_json(_url(job))
-    return recorded is not None and recorded == run_state(job)
+    recorded, inputs = read_json(_url(job)), input_state(job)
+    return recorded is not None and inputs is not None and recorded == _run_state(job, inputs)
 
 
-def mark_done(job: Job) -> None:
-    """Record that the run's steps are all carried out, if their inputs can be listed."""
-    if (state := run_state(job)) is not None:
-        replace_object(_url(job), f'"{state}"'.encode())
+def mark_done(job: Job, inputs: str | None) -> None:
+    """Record that the run's steps are all carried out, if their inputs could be listed.
+
+    Args:
+        job: the run.
+        inputs: `input_state` before the first step: what has been added since is left to the next run.
+    """
+    if inputs is not None:
+        replace_object(_url(job), f'"{_run_state(job, inputs)}"'.encode())
 
 
-def run_state(job: Job) -> str | None:
-    """Digest of settings, code, outputs, and each file that the recipe names.
+def input_state(job: Job) -> str | None:
+    """Digest of each file that the recipe names, by size, time and checksum, as its store lists them.
 
-    Files stand for their content by size, time and checksum, as their store lists them. A table stands by its
-    log alone. None if the recipe names what cannot be listed: a model of the hub, or a web address.
+    None if the recipe names what cannot be listed: a model of the hub, or a web address.
     """
     named = _files_named(job.recipe)
     if not _is_file(job.recipe.model) or any(text.startswith(("http://", "https://")) for text in named):
         return None
+    return digest({text: _listing(str(BUNDLED.get(text, text))) for text in named})
+
+
+def _run_state(job: Job, inputs: str) -> str:
+    """Digest of settings, code, inputs and outputs; a table stands by its log alone."""
     outputs = {name: _output_state(job.url(name)) for name in _folders(job.out) if name not in _NO_OUTPUTS}
-    inputs = {text: _listing(str(BUNDLED.get(text, text))) for text in named}
     code = code_digest("jobs", "pipelines", "snapfusion")
     return digest([job.recipe.digest(), outputs, inputs, code, versions()])
 

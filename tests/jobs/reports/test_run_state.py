@@ -11,7 +11,7 @@ from reported_run import make_pairs
 
 from jobs import run_pipeline
 from jobs.cli.job import Job, resolve_recipe
-from jobs.reports.run_state import is_done, mark_done, run_state
+from jobs.reports.run_state import input_state, is_done, mark_done
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def job(tmp_path, shards) -> Job:
     recipe = resolve_recipe("mini", [f"source.url={shards}"])
     job = Job(verb="run_pipeline", recipe=recipe, out=str(out))
     assert not is_done(job)
-    mark_done(job)
+    mark_done(job, input_state(job))
     assert is_done(job)
     return job
 
@@ -57,6 +57,13 @@ def test_a_change_of_anything_is_noticed(job, shards, change):
     assert not is_done(job)
 
 
+def test_a_shard_that_comes_during_a_run_is_left_to_the_next(job, shards):
+    before = input_state(job)
+    (shards / "1.tar").write_bytes(b"1")
+    mark_done(job, before)
+    assert not is_done(job)
+
+
 def test_other_settings_are_not_done(job):
     assert not is_done(with_settings(job, "pairs.draws=2"))
 
@@ -70,7 +77,7 @@ def test_a_report_changes_nothing(job):
 
 def test_a_glob_of_shards_is_listed(job, shards):
     job = with_settings(job, f"source.url={shards}/*.tar")
-    mark_done(job)
+    mark_done(job, input_state(job))
     assert is_done(job)
     (shards / "1.tar").write_bytes(b"1")
     assert not is_done(job)
@@ -81,15 +88,15 @@ def test_a_glob_of_shards_is_listed(job, shards):
 )
 def test_what_cannot_be_listed_is_never_done(job, setting):
     job = with_settings(job, setting)
-    assert run_state(job) is None
-    mark_done(job)
+    assert input_state(job) is None
+    mark_done(job, input_state(job))
     assert not is_done(job)
 
 
 def test_a_run_that_is_done_goes_on_to_its_report(tmp_path, capsys):
     make_pairs(tmp_path)
     job = Job(verb="run_pipeline", recipe=resolve_recipe("mini", ["oracle_floor=0"]), out=str(tmp_path))
-    mark_done(job)
+    mark_done(job, input_state(job))
     run_pipeline.run_pipeline(job)
     printed = capsys.readouterr().out
     assert printed.startswith("[1-8/9] nothing is left to do: render_scenes, encode_latents, ")
