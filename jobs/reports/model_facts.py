@@ -50,7 +50,8 @@ def model_facts(run: CommittedRun) -> ModelFacts:
 
 def _read(identified: list[str], *, initial: str | None) -> ModelFacts:
     # Imported here, because a report of kept parts does without torch.
-    from snapfusion.models.load import ModelError, load
+    from snapfusion.models.errors import ModelError
+    from snapfusion.models.load import load
 
     identities = {source: digest(load(source).fingerprint()) for source in identified}
     parameters = None

@@ -22,7 +22,8 @@ from pipelines.sources.webdataset import Shard
 from pipelines.stages.crop import SIZE_SETTING, check_size
 from pipelines.stages.select import BOUNDS, MEASURES, silent_bounds
 from pipelines.stages.settings import Selection
-from snapfusion.models.load import ModelError, load_sizes
+from snapfusion.models.errors import ModelError
+from snapfusion.models.load import load_sizes
 
 WIDTH: Final = 100
 _QUANTILES: Final = {"5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95}

@@ -24,7 +24,7 @@ from snapfusion.export.settings import Licence, LicenceError, MobileSettings
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.checksums import file_records
 from snapfusion.models.decoder import HalfDecoder
-from snapfusion.models.load import MODEL_FOLDER
+from snapfusion.models.locate import MODEL_FOLDER
 from snapfusion.settings import differences, digest
 
 _DESCRIBED_ELSEWHERE = ("model", "decoder", "licence")

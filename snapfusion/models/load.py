@@ -1,68 +1,47 @@
-"""Loading a Stable Diffusion model: bundled, from a folder, an object store or a hub.
+"""Loading a Stable Diffusion model: bundled, from a folder, an object store or a hub."""
 
-Only safetensors are read: unpickling can run arbitrary code.
-"""
-
-import hashlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from snapfusion.models.bundle import Bundle
-from snapfusion.models.bundled import BUNDLED
 from snapfusion.models.checksums import verify_checksums
+from snapfusion.models.errors import ModelError
+from snapfusion.models.locate import INDEX_FILE, MODEL_FOLDER, SINGLE_FILE_SUFFIX, locate
+from snapfusion.models.network_files import NETWORKS, read_json, read_network, variants
 from snapfusion.models.random_weights import MODEL_CONFIGS, RANDOM_PREFIX, random_bundle
 from snapfusion.models.save import DISTILLATION_FILE
-from snapfusion.models.unet import BlockUNet
-from snapfusion.schedule import PREDICTION_TYPES, Schedule
-from snapfusion.storage import get_tree
-
-# A progress bar for each network would bury the output of a job.
-transformers_logging.disable_progress_bar()
+from snapfusion.models.scheduler_config import read_scheduler
+from snapfusion.models.single_file import read_single_file, single_file_configs
+from snapfusion.models.source import ModelSource, parse_source
+from snapfusion.models.supported import check_supported
+from snapfusion.models.tokenizer_files import read_tokenizer
+from snapfusion.schedule import Schedule
 
 NetworkName = Literal["text_encoder", "unet", "vae"]
 """A network of a model, by its folder."""
-_NETWORKS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
-_INDEX = "model_index.json"
 _CONFIGS = ("unet/config.json", "vae/config.json")
-_HUB_PATTERNS = (_INDEX, DISTILLATION_FILE, "*/*.json", "*/*.txt", "*/*.safetensors")
-"""The files to download of a model on a hub."""
-MODEL_FOLDER = "model"
-"""The folder of the model in a run folder."""
-_PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-# Old CLIP checkpoints contain the positions 0..76 as a tensor, which is not needed.
-_IGNORED_KEYS = ("position_ids",)
-
-
-class ModelError(ValueError):
-    """A model that is missing, incomplete, altered or unsupported."""
 
 
 def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
     """Load a Bundle, its networks on `device` in `dtype`, in evaluation mode.
 
     Args:
-        source: "mini" or "mini-v", a diffusers folder or a run folder (which holds one as `model/`), an
-            fsspec URL of either, a hub id such as "owner/name", or "random:sd15", "random:sd15-v" or
-            "random:sd2" (full size, random weights).
+        source: "mini" or "mini-v", a diffusers folder or a run folder (which holds one as `model/`), a
+            single-file checkpoint (.safetensors), an fsspec URL of these, a hub id such as "owner/name", or
+            "random:sd15", "random:sd15-v" or "random:sd2" (full size, random weights). Options may follow
+            (`snapfusion.models.source`).
         device: a torch device.
         dtype: of the networks.
 
     Raises:
-        ModelError: if it is missing or incomplete, or holds only pickled weights.
+        ModelError: if it is missing, incomplete, of an unsupported kind or not finite, or holds only pickled
+            weights.
         ChecksumError: if it does not match its checksums.
     """
     if source.startswith(RANDOM_PREFIX):
@@ -71,7 +50,13 @@ def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
             accepted = ", ".join(f"{RANDOM_PREFIX}{known}" for known in MODEL_CONFIGS)
             raise ModelError(f"{source}: there is no such architecture; {accepted} are accepted")
         return random_bundle(name).to(device, dtype)
-    return _load_folder(_locate(source), source=source).to(device, dtype)
+    model = parse_source(source)
+    path = locate(model.path, revision=model.revision)
+    if path.is_file():
+        bundle = read_single_file(path, model=model, source=source)
+    else:
+        bundle = _load_folder(path, model=model, source=source)
+    return bundle.to(device, dtype)
 
 
 def load_network(source: str, *, part: NetworkName) -> nn.Module:
@@ -88,7 +73,13 @@ def load_network(source: str, *, part: NetworkName) -> nn.Module:
     """
     if source.startswith(RANDOM_PREFIX):
         return load(source).networks[part]
-    return _read_network(_locate(source) / part, source=source).float().eval()
+    model = parse_source(source)
+    path = locate(model.path, revision=model.revision)
+    if path.is_file():
+        network = read_single_file(path, model=model, source=source).networks[part]
+    else:
+        network = read_network(path / part, source=source, variant=model.variant)
+    return network.float().eval()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,84 +120,38 @@ def _configs(source: str) -> list[dict[str, Any]]:
     name = source.removeprefix(RANDOM_PREFIX)
     if source.startswith(RANDOM_PREFIX) and name in MODEL_CONFIGS:
         return [MODEL_CONFIGS[name].unet, MODEL_CONFIGS[name].vae]
-    if "://" in source:
-        fs, path = fsspec.core.url_to_fs(source)
-        root = path if fs.exists(f"{path}/{_INDEX}") else f"{path}/{MODEL_FOLDER}"
+    model = parse_source(source)
+    if "://" in model.path and not model.path.endswith(SINGLE_FILE_SUFFIX):
+        fs, path = fsspec.core.url_to_fs(model.path)
+        root = path if fs.exists(f"{path}/{INDEX_FILE}") else f"{path}/{MODEL_FOLDER}"
         try:
             return [json.loads(fs.cat_file(f"{root}/{name}")) for name in _CONFIGS]
         except (OSError, ValueError) as error:
             raise ModelError(f"{source}: its configurations cannot be read: {error}") from None
-    folder = _locate(source, patterns=_CONFIGS)
-    return [_read_json(folder / name, source=source) for name in _CONFIGS]
+    path = locate(model.path, revision=model.revision, patterns=_CONFIGS)
+    if path.is_file():
+        configs = single_file_configs(path, model=model, source=source)
+        return [configs.unet, configs.vae]
+    return [read_json(path / name, source=source) for name in _CONFIGS]
 
 
-def _locate(source: str, *, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
-    """Return the local folder of a model, after a download if necessary."""
-    if source in BUNDLED:
-        return BUNDLED[source]
-    if "://" in source:
-        return _fetch(source)
-    folder = Path(source)
-    if folder.is_dir():
-        nested = folder / MODEL_FOLDER
-        return nested if (nested / _INDEX).is_file() and not (folder / _INDEX).is_file() else folder
-    if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
-        raise ModelError(f"there is no model folder {source!r}; give a diffusers folder, a URL or a hub id")
-    return _download(source, patterns=patterns)
-
-
-def _fetch(url: str) -> Path:
-    """Copy a folder from object storage to the cache, unless the cache holds its current version."""
-    fs, path = fsspec.core.url_to_fs(url)
-    root = next((root for root in (path, f"{path}/{MODEL_FOLDER}") if fs.exists(f"{root}/{_INDEX}")), None)
-    if root is None:
-        raise ModelError(f"{url} has no {_INDEX}: it is not a diffusers folder")
-    files = fs.find(root, detail=True)
-    version = [url, *([name, info["size"], str(_version(info))] for name, info in sorted(files.items()))]
-    cache = os.environ.get("SNAPFUSION_CACHE") or Path.home() / ".cache" / "snapfusion"
-    target = Path(cache) / "models" / hashlib.sha256(json.dumps(version).encode()).hexdigest()[:16]
-    if not target.is_dir():
-        # Copied under a unique name and renamed, so that no process sees an incomplete copy. Of several
-        # processes that copy at once, the first to finish wins.
-        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
-        get_tree(fs, root, partial)
-        try:
-            partial.rename(target)
-        except OSError:
-            shutil.rmtree(partial)
-            if not target.is_dir():
-                raise
-    return target
-
-
-def _version(info: Mapping[str, Any]) -> object:
-    """Return what changes with an object's content; each kind of store has its own name for it."""
-    names = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
-    return next((info[name] for name in names if info.get(name)), None)
-
-
-def _download(hub_id: str, *, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
-    except OSError as error:  # also the hub's own errors, which are derived from it
-        raise ModelError(
-            f"{hub_id!r} is neither a folder here nor a model the hub gave ({type(error).__name__}); "
-            "give a diffusers folder, a URL of one, or a hub id that this machine can reach"
-        ) from None
-
-
-def _load_folder(folder: Path, *, source: str) -> Bundle:
+def _load_folder(folder: Path, *, model: ModelSource, source: str) -> Bundle:
+    check_supported(folder, source=source)
     verify_checksums(folder)
-    networks = {name: _read_network(folder / name, source=source) for name in _NETWORKS}
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", source=source)
-    schedule = _schedule(scheduler, source=source)
+    if model.variant is not None:
+        known = set().union(*(variants(folder / name) for name in NETWORKS)) - {None}
+        if model.variant not in known:
+            names = ", ".join(sorted(filter(None, known))) or "none"
+            raise ModelError(f"{source}: there is no variant {model.variant!r}; its variants are: {names}")
+    networks = {name: read_network(folder / name, source=source, variant=model.variant) for name in NETWORKS}
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", source=source)
+    schedule, prediction_type = read_scheduler(scheduler, source=source)
+    text_encoder = networks["text_encoder"].config.to_dict()
     return Bundle(
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer=read_tokenizer(folder / "tokenizer", text_encoder=text_encoder, source=source),
         **networks,
         schedule=schedule,
-        prediction_type=_prediction_type(scheduler, source=source),
+        prediction_type=prediction_type,
         source=source,
         distillation=_distillation(folder / DISTILLATION_FILE, schedule=schedule, source=source),
     )
@@ -215,7 +160,7 @@ def _load_folder(folder: Path, *, source: str) -> Bundle:
 def _distillation(path: Path, *, schedule: Schedule, source: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    record = _read_json(path, source=source)
+    record = read_json(path, source=source)
     steps = record.get("steps") if isinstance(record, dict) else None
     if not isinstance(steps, int) or not 1 <= steps <= schedule.num_steps:
         raise ModelError(
@@ -223,57 +168,3 @@ def _distillation(path: Path, *, schedule: Schedule, source: str) -> dict[str, A
             f"{schedule.num_steps} is accepted"
         )
     return record
-
-
-def _read_network(folder: Path, *, source: str) -> Any:  # noqa: ANN401 - one of three network classes
-    config = _read_json(folder / "config.json", source=source)
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
-        found = f"only pickled weights ({', '.join(pickles)}), never opened" if pickles else "no weights"
-        raise ModelError(f"{source}: {folder.name} has {found}; save it as safetensors")
-    cls = BlockUNet if config.get("_class_name") == BlockUNet.__name__ else _NETWORKS[folder.name]
-    options = {"use_safetensors": True, "output_loading_info": True}
-    if cls is not CLIPTextModel:
-        # Without `accelerate` diffusers ignores low_cpu_mem_usage, with a warning unless it is off.
-        options["low_cpu_mem_usage"] = False
-    try:
-        network, info = cls.from_pretrained(folder, **options)
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{source}: {folder.name}'s weights cannot be read: {reason}") from None
-    # diffusers and transformers only warn about tensors that are missing or too many.
-    for problem in ("missing", "mismatched", "unexpected"):
-        keys = [key for key in info.get(f"{problem}_keys") or () if not str(key).endswith(_IGNORED_KEYS)]
-        if keys:
-            raise ModelError(f"{source}: {folder.name} has {len(keys)} {problem} tensors, such as {keys[0]}")
-    return network
-
-
-def _read_json(path: Path, *, source: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except OSError:
-        raise ModelError(f"{source}: {path.parent.name}/{path.name} is missing") from None
-    except ValueError as error:
-        raise ModelError(f"{source}: {path.parent.name}/{path.name} is not JSON: {error}") from None
-
-
-def _schedule(scheduler: Mapping[str, Any], *, source: str) -> Schedule:
-    kind = scheduler.get("beta_schedule", "linear")
-    if kind != "scaled_linear":
-        raise ModelError(f"{source}: beta_schedule is {kind!r}; 'scaled_linear' is accepted")
-    if scheduler.get("rescale_betas_zero_snr"):
-        raise ModelError(f"{source}: rescaled betas (zero terminal SNR) are refused: x is undefined at t=999")
-    return Schedule(
-        num_steps=scheduler.get("num_train_timesteps", 1000),
-        beta_start=scheduler.get("beta_start", 0.0001),
-        beta_end=scheduler.get("beta_end", 0.02),
-    )
-
-
-def _prediction_type(scheduler: Mapping[str, Any], *, source: str) -> Any:  # noqa: ANN401 - checked literal
-    kind = scheduler.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES:
-        accepted = " or ".join(PREDICTION_TYPES)
-        raise ModelError(f"{source}: prediction_type is {kind!r}; {accepted} is accepted")
-    return kind

@@ -23,7 +23,8 @@ from pipelines.stages.settings import ImageBounds, Selection
 from pipelines.tables.manifest import total_rejected
 from pipelines.tables.table import open_table
 from snapfusion.models.bundled import BUNDLED
-from snapfusion.models.load import ModelDimensions, ModelError, load, load_sizes
+from snapfusion.models.errors import ModelError
+from snapfusion.models.load import ModelDimensions, load, load_sizes
 
 
 def jpeg(shade: int, *, width: int, height: int) -> bytes:

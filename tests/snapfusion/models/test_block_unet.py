@@ -10,8 +10,9 @@ from snapfusion.models.architecture import Architecture, ArchitectureError, Laye
 from snapfusion.models.blocks import blocks_of, skipping_blocks
 from snapfusion.models.checksums import CHECKSUMS_FILE
 from snapfusion.models.cost import block_count_table, costs_of
+from snapfusion.models.errors import ModelError
 from snapfusion.models.guidance_embedding import EMBEDDING_SIZE, with_guidance_embedding
-from snapfusion.models.load import ModelError, load
+from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.models.unet import (
     BlockUNet,

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from snapfusion.models import random_weights, sd2, sd15
-from snapfusion.models.load import ModelError, load
+from snapfusion.models.errors import ModelError
+from snapfusion.models.load import load
 from snapfusion.models.random_weights import MODEL_CONFIGS, random_bundle
 from snapfusion.models.tokenizer import clip_tokenizer, tokenize
 

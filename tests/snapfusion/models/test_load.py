@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import tiny_bundle
 from damaged_files import flip_byte
+from safetensors.torch import load_file, save_file
 
 from snapfusion.models.bundle import weight_hash
 from snapfusion.models.checksums import CHECKSUMS_FILE, ChecksumError, verify_checksums, write_checksums
-from snapfusion.models.load import ModelError, load, load_network
+from snapfusion.models.errors import ModelError
+from snapfusion.models.load import load, load_network
 from snapfusion.models.save import DISTILLATION_FILE, save
 from snapfusion.models.tokenizer import clip_tokenizer, tokenize
 from snapfusion.noise import gaussian_batch
@@ -127,31 +129,21 @@ def test_torn_weights_fail_with_one_line(folder):
 
 
 def test_missing_tensor_is_named(folder):
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / UNET_FILE)
     del tensors["conv_in.weight"]
     save_file(tensors, folder / UNET_FILE, metadata={"format": "pt"})
     reason_of_failure(folder, r"unet has 1 missing tensors, such as conv_in\.weight")
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"prediction_type": "sample"}, "prediction_type is 'sample'; epsilon or v_prediction is accepted"),
-        ({"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
-        ({"rescale_betas_zero_snr": True}, "zero terminal SNR"),
-    ],
-)
-def test_unsupported_schedule_fails(folder, changed, message):
-    path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
-    reason_of_failure(folder, message)
-
-
 @pytest.mark.parametrize("source", ["/nowhere/model", "./nowhere", "nowhere"])
 def test_missing_model_folder_fails(source):
     reason_of_failure(source, "there is no model folder")
+
+
+def test_mistyped_path_is_not_taken_for_a_hub_id(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent.parent)
+    parent = folder.parent.name
+    reason_of_failure(f"{parent}/modle", rf"there is no model folder .*is it '{parent}/model'")
 
 
 def test_unreachable_hub_fails_with_one_line():
@@ -180,6 +172,51 @@ def test_altered_weights_fail(tiny_teacher, tmp_path):
     flip_byte(copy / UNET_FILE)
     with pytest.raises(ChecksumError, match="was altered"):
         load(str(copy))
+
+
+def rename_weights(folder: Path, *, variant: str) -> None:
+    """Give the weights of all networks the names of a variant."""
+    for path in folder.glob("*/*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}.{variant}.safetensors"))
+
+
+def test_only_variant_is_found(tiny_teacher, folder):
+    rename_weights(folder, variant="fp16")
+    assert load(str(folder)).fingerprint() == load(tiny_teacher).fingerprint()
+
+
+def test_variant_is_chosen_by_name(tiny_teacher, folder, tmp_path):
+    save(tiny_bundle(seed=1), tmp_path / "other")
+    source = tmp_path / "other" / UNET_FILE
+    shutil.copy(source, folder / "unet" / "diffusion_pytorch_model.non_ema.safetensors")
+    plain, chosen = load(str(folder)).fingerprint(), load(f"{folder}?variant=non_ema").fingerprint()
+    assert plain == load(tiny_teacher).fingerprint()
+    assert chosen["unet"] == load(str(tmp_path / "other")).fingerprint()["unet"]
+    assert chosen["vae"] == plain["vae"]
+    reason_of_failure(f"{folder}?variant=fp16", "no variant 'fp16'; its variants are: non_ema")
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_sharded_weights_are_read(tiny_teacher, folder, variant):
+    for part, network in load(tiny_teacher).networks.items():
+        for path in (folder / part).glob("*.safetensors"):
+            path.unlink()
+        network.half().save_pretrained(folder / part, max_shard_size="20KB", variant=variant)
+    assert len(list(folder.glob("unet/*-of-*"))) > 1
+    assert load(str(folder)).fingerprint() == load(tiny_teacher).fingerprint()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(folder, value):
+    tensors = load_file(folder / UNET_FILE)
+    tensors["conv_out.bias"][0] = value
+    save_file(tensors, folder / UNET_FILE, metadata={"format": "pt"})
+    reason_of_failure(folder, r"unet's tensor conv_out\.bias has values that are NaN or infinite")
+
+
+def test_git_lfs_pointer_is_named(folder):
+    (folder / UNET_FILE).write_text("version https://git-lfs.github.com/spec/v1\nsize 3438167534\n")
+    reason_of_failure(folder, "is a git-lfs pointer.*git lfs pull")
 
 
 @torch.inference_mode()

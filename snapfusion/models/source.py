@@ -1,0 +1,98 @@
+"""Parsing the source of a model: a name, path, URL or hub id, and options after a question mark."""
+
+from dataclasses import dataclass
+from typing import cast
+from urllib.parse import parse_qsl
+
+from snapfusion.models.errors import ModelError
+from snapfusion.schedule import PREDICTION_TYPES, PredictionType
+
+_NAMES = ("variant", "revision", "prediction_type", "ema", "size", "lora", "embedding")
+_REPEATABLE = ("lora", "embedding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A LoRA file and the weight at which it is merged."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model and how to read it.
+
+    Attributes:
+        path: a bundled or random model's name, a folder, a file, a URL or a hub id.
+        variant: of the weights in a diffusers folder, such as "fp16" or "non_ema".
+        revision: branch, tag or commit on a hub.
+        prediction_type: "epsilon" or "v_prediction", of a single file that does not say it.
+        ema: of a single file that has both: whether to read the averaged weights.
+        size: side of the images in pixels, of a single file of another size than its kind's.
+        loras: merged into the weights in this order.
+        embeddings: files of textual inversions, added to the tokenizer.
+    """
+
+    path: str
+    variant: str | None = None
+    revision: str | None = None
+    prediction_type: PredictionType | None = None
+    ema: bool = False
+    size: int | None = None
+    loras: tuple[Lora, ...] = ()
+    embeddings: tuple[str, ...] = ()
+
+
+def parse_source(source: str) -> ModelSource:
+    """Parse a source such as "base.safetensors?lora=style.safetensors:0.8&ema=true".
+
+    A question mark that no known option follows belongs to the path.
+
+    Raises:
+        ModelError: if an option is unknown, repeated or has an invalid value.
+    """
+    path, mark, query = source.partition("?")
+    # A "+" is a letter here, not a space: file names contain it.
+    pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True) if mark else []
+    if not any(name in _NAMES for name, _ in pairs):
+        return ModelSource(path=source)
+    options: dict[str, list[str]] = {}
+    for name, value in pairs:
+        if name not in _NAMES:
+            raise ModelError(f"{source}: there is no option {name!r}; {', '.join(_NAMES)} are accepted")
+        if not value or (name in options and name not in _REPEATABLE):
+            raise ModelError(f"{source}: option {name} {'is repeated' if value else 'is empty'}")
+        options.setdefault(name, []).append(value)
+    choices = {"prediction_type": PREDICTION_TYPES, "ema": ("true", "false")}
+    for name, accepted in choices.items():
+        if _one(options, name) not in (None, *accepted):
+            raise ModelError(
+                f"{source}: {name} is {_one(options, name)!r}; {' or '.join(accepted)} is accepted"
+            )
+    size = _one(options, "size")
+    if size is not None and not (size.isdecimal() and int(size)):
+        raise ModelError(f"{source}: size is {size!r}; a number of pixels is accepted")
+    return ModelSource(
+        path=path,
+        variant=_one(options, "variant"),
+        revision=_one(options, "revision"),
+        prediction_type=cast("PredictionType | None", _one(options, "prediction_type")),
+        ema=_one(options, "ema") == "true",
+        size=int(size) if size else None,
+        loras=tuple(_lora(value) for value in options.get("lora", ())),
+        embeddings=tuple(options.get("embedding", ())),
+    )
+
+
+def _one(options: dict[str, list[str]], name: str) -> str | None:
+    return options[name][0] if name in options else None
+
+
+def _lora(value: str) -> Lora:
+    """Parse PATH or PATH:WEIGHT; a colon that no number follows belongs to the path."""
+    path, _, weight = value.rpartition(":")
+    try:
+        return Lora(path=path, weight=float(weight)) if path else Lora(path=value)
+    except ValueError:
+        return Lora(path=value)
