@@ -34,7 +34,7 @@ def _records(urls: Iterable[str | bytes | None]) -> Iterator[np.ndarray]:
     for row, url in enumerate(urls):
         if not url:
             continue
-        text = url if isinstance(url, bytes) else url.strip().encode("utf-8", "surrogatepass")
+        text = url.strip() if isinstance(url, bytes) else url.strip().encode("utf-8", "surrogatepass")
         digests += hashlib.blake2b(text, digest_size=16).digest()
         rows.append(row)
         if len(rows) == _ROWS_IN_MEMORY:

@@ -179,7 +179,17 @@ def image_column(schema: pa.Schema) -> str | None:
 
 def is_bytes(kind: pa.DataType) -> bool:
     """Whether a column of this type holds bytes, not text."""
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type may hold text, as strings or as bytes.
+
+    A column without a single value may have the type null.
+    """
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind) or is_bytes(kind)
+    )
 
 
 def values_of(metadata: Mapping[str, Any], meaning: Meaning) -> list[Any]:

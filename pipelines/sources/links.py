@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
-import pyarrow as pa
-
 from pipelines.rejections import Rejected, Rejection, printable
 from pipelines.sources import SourceError, check_range
-from pipelines.sources.layouts import SPELLINGS, clean_metadata, is_bytes, recognise_layout
+from pipelines.sources.layouts import SPELLINGS, clean_metadata, is_bytes, is_text, recognise_layout
 from pipelines.sources.listing import SourceFile, list_files
 from pipelines.sources.parquet import CorruptParquetError, ParquetRows, RowBatch, open_parquet
 from pipelines.sources.settings import LinkSettings
@@ -54,7 +52,7 @@ class ListHeader:
 
     Attributes:
         layout: as `pipelines.sources.layouts.recognise_layout` names it.
-        columns: their names, without columns of bytes.
+        columns: their names, without columns of bytes that are neither URLs nor captions.
         url_column: the column of URLs.
         caption_column: the column of captions.
         rows: their number.
@@ -125,8 +123,8 @@ def _read_rows(
                 if isinstance(part, RowBatch):
                     yield from _links(part, links, header, settings)
                 else:
-                    torn = Rejected("torn_shard", part.detail)
-                    yield from (_rejection(torn, links, ordinal) for ordinal in range(part.start, part.stop))
+                    ordinals = range(part.start, part.stop)
+                    yield from (_rejection(part.fault, links, ordinal) for ordinal in ordinals)
     except CorruptParquetError as error:
         rejected = Rejected("torn_shard", str(error))
         yield rejected.record(id=f"{links.name}/.parquet", source=links.name, ordinal=0)
@@ -142,25 +140,25 @@ def _header(rows: ParquetRows, settings: LinkSettings, *, url: str) -> ListHeade
             raise SourceError(
                 f"{url}: no column of {what} named {' or '.join(accepted)}; it has {', '.join(schema.names)}"
             )
-        if not _is_text(schema.field(name).type):
-            raise SourceError(f"{url}: column {name!r} is of type {schema.field(name).type}, not text")
+        if not is_text(schema.field(name).type):
+            raise SourceError(
+                f"{url}: column {name!r} is of type {schema.field(name).type}; text is accepted as {what}"
+            )
         return name
 
-    names = dict.fromkeys(schema.names)
+    texts = (
+        column(settings.url_column, SPELLINGS["url"], "URLs"),
+        column(settings.caption_column, SPELLINGS["caption"], "captions"),
+    )
     return ListHeader(
         layout=recognise_layout(schema.names),
-        columns=tuple(name for name in names if not is_bytes(schema.field(name).type)),
-        url_column=column(settings.url_column, SPELLINGS["url"], "URLs"),
-        caption_column=column(settings.caption_column, SPELLINGS["caption"], "captions"),
+        columns=tuple(
+            name for name in schema.names if name in texts or not is_bytes(schema.field(name).type)
+        ),
+        url_column=texts[0],
+        caption_column=texts[1],
         rows=rows.num_rows,
     )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    # A column without a single value may have the type null.
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
 
 
 def _links(
@@ -189,9 +187,10 @@ def clean_url(url: str | bytes | None) -> str:
     Raises:
         Rejected: `missing_url` or `bad_url`.
     """
-    if isinstance(url, bytes):
-        raise Rejected("bad_url", f"no UTF-8: {url!r}")
-    text = (url or "").strip()
+    try:
+        text = (url.decode() if isinstance(url, bytes) else url or "").strip()
+    except UnicodeDecodeError:
+        raise Rejected("bad_url", f"no UTF-8: {url!r}") from None
     if not text:
         raise Rejected("missing_url")
     if len(text) > MAX_URL_CHARS:

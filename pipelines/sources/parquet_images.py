@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from pipelines.rejections import Rejected
 from pipelines.sources.layouts import clean_metadata, image_column, is_bytes
-from pipelines.sources.parquet import CorruptParquetError, ParquetRows, RowBatch, TornRows, open_parquet
+from pipelines.sources.parquet import CorruptParquetError, ParquetRows, RowBatch, UnreadableRows, open_parquet
 
 _BATCH_ROWS = 8
 _KEY_BATCH_ROWS = 4096
@@ -74,8 +74,8 @@ def read_image_rows(url: str, *, start: int, max_image_bytes: int) -> Iterator[I
                 continue
             for part in rows.batches([*others, image], batch_rows=_BATCH_ROWS, start=first, stop=last):
                 batch_keys = keys[part.start - first :]
-                if isinstance(part, TornRows):
-                    yield from _torn_rows(part, batch_keys)
+                if isinstance(part, UnreadableRows):
+                    yield from _unreadable_rows(part, batch_keys)
                 else:
                     yield from _rows(part, batch_keys, others, image=image, max_image_bytes=max_image_bytes)
 
@@ -91,9 +91,9 @@ def _keys(rows: ParquetRows, *, first: int, last: int) -> list[str]:
     return keys
 
 
-def _torn_rows(part: TornRows, keys: list[str]) -> Iterator[ImageRow]:
+def _unreadable_rows(part: UnreadableRows, keys: list[str]) -> Iterator[ImageRow]:
     for ordinal, key in zip(range(part.start, part.stop), keys, strict=False):
-        yield ImageRow(ordinal=ordinal, key=key, fault=Rejected("torn_shard", part.detail))
+        yield ImageRow(ordinal=ordinal, key=key, fault=part.fault)
 
 
 def _rows(

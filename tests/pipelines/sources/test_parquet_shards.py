@@ -153,6 +153,29 @@ def test_rows_are_rejected_as_in_tars(tmp_path: Path) -> None:
     assert "exif" not in last.metadata
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())]
+)
+def test_images_of_any_type_are_read(tmp_path: Path, kind: pa.DataType) -> None:
+    path = write_parquet_shard(tmp_path, shard_rows(3))
+    whole = read(only(tmp_path))
+    images = pq.read_table(path).column("jpg").combine_chunks()
+    change(path, jpg=images.dictionary_encode() if pa.types.is_dictionary(kind) else images.cast(kind))
+    assert read(only(tmp_path)) == whole
+
+
+def test_columns_of_one_name_must_agree(tmp_path: Path) -> None:
+    path = write_parquet_shard(tmp_path, shard_rows(10))
+    table = pq.read_table(path)
+    similarity = pa.array([*table.column("similarity").to_pylist()[:8], 9.0, None])
+    pq.write_table(
+        table.append_column("similarity", similarity).append_column("jpg", table.column("jpg")), path
+    )
+    rows = read(only(tmp_path))
+    assert outcomes(rows) == ["ok"] * 8 + ["bad_metadata", "ok"]
+    assert rows[8].id == "00000/000000008"
+
+
 def test_the_txt_column_precedes_the_caption(tmp_path: Path) -> None:
     change(write_parquet_shard(tmp_path, shard_rows(2)), txt=pa.array(["from txt", None]))
     assert [row.caption for row in read(only(tmp_path))] == ["from txt", "image 1"]
