@@ -6,7 +6,7 @@ from typing import Final
 REASONS: Final[dict[str, str]] = {
     # The shard or the list.
     "torn_shard": "the file is truncated or corrupt here; one record stands for the rows that nothing counts",
-    "bad_sidecar": "the Parquet file beside the tar cannot be read; rows that only it lists are not counted",
+    "bad_sidecar": "the Parquet file beside the tar cannot be read, or has no row for the sample, or several",
     "download_failed": "img2dataset could not download the image; only the sidecar lists the row",
     "resize_failed": "img2dataset could not decode or resize the image; only the sidecar lists the row",
     "missing_sample": "the sidecar lists the row, but the tar, which is complete, does not contain it",
@@ -15,7 +15,7 @@ REASONS: Final[dict[str, str]] = {
     "oversized_member": "a member is larger than the settings allow, and was not read",
     "duplicate_key": "an earlier row has the same key, or the row's members are not adjacent",
     "missing_image": "no member is an image, or the image column is empty",
-    "bad_metadata": "the metadata cannot be parsed, so it is unknown whether it excludes the row",
+    "bad_metadata": "the metadata cannot be parsed or compared, so it is unknown whether it excludes the row",
     "missing_url": "the row of a URL list has no URL",
     "bad_url": "the URL is not valid text, or not an http or https URL with a host",
     "repeated_url": "an earlier row of the URL lists has the same URL",

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+
 from pipelines.rejections import printable
 from pipelines.sources.parquet import CorruptParquetError, RowBatch, open_parquet
 from pipelines.sources.settings import ShardSettings
@@ -82,11 +84,16 @@ def _collect(matches: _Matches, result: LookupResult, *, source: str) -> LookupR
 
 
 def _by_columns(shard: Shard, keys: DeletionKeys) -> _Matches:
-    """Raises CorruptParquetError if there is no column of keys, or none to search."""
+    """Raises CorruptParquetError if there is no column of keys as text, or none to search."""
     with open_parquet(f"{shard.url.removesuffix('.tar').removesuffix('.parquet')}.parquet") as rows:
         urls = [name for name in _URL_COLUMNS if name in rows.schema.names]
         hashes = [name for name in HASH_COLUMNS if name in rows.schema.names]
-        if "key" not in rows.schema.names or not (hashes if keys.hashes else urls):
+        # Keys of another type are not the samples' own: integers have lost their leading zeros.
+        has_keys = "key" in rows.schema.names and rows.schema.field("key").type in (
+            pa.string(),
+            pa.large_string(),
+        )
+        if not has_keys or not (hashes if keys.hashes else urls):
             raise CorruptParquetError("no column of keys, URLs or hashes")
         names = ["key", *urls, *hashes]
         for batch in rows.batches(names, batch_rows=_BATCH_ROWS):

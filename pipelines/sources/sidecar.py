@@ -1,22 +1,27 @@
-"""Reads the Parquet file that img2dataset writes beside each tar: one row per URL, failed ones included."""
+"""Reads the Parquet file that img2dataset writes beside each tar: one row per URL, failed ones included.
+
+Samples are matched by key: the members' common name, with or without its folder. Integers are matched by
+number, because keys lose their leading zeros in many programs. A sample that has no row of its own and no
+.json is rejected: its scores would be lost, and the selection would not see them.
+"""
 
 import io
 from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.rejections import Rejected
-from pipelines.sources.parquet import column_values
+from pipelines.sources.parquet import CorruptParquetError, ParquetRows, RowBatch, column_values
 from pipelines.storage.objects import open_object
 
 _REASONS = {"failed_to_download": "download_failed", "failed_to_resize": "resize_failed"}
+_BATCH_ROWS = 1 << 14
 
 
 def failure_of(row: dict[str, Any]) -> Rejected | None:
     """Why a row of img2dataset's Parquet output has no image: its status, with the message as detail."""
-    status = row.get("status") or "success"
+    status = str(row.get("status") or "success")
     if status == "success":
         return None
     return Rejected(_REASONS.get(status, "missing_sample"), str(row.get("error_message") or status))
@@ -25,33 +30,71 @@ def failure_of(row: dict[str, Any]) -> Rejected | None:
 class Sidecar:
     """The rows by key, in the file's order. They stay in columns: objects would take ten times the memory."""
 
-    def __init__(self, table: pa.Table | None = None) -> None:
+    def __init__(self, table: pa.Table | None = None, *, fault: Rejected | None = None) -> None:
+        self._fault = fault
         self._columns = {} if table is None else {name: table.column(name) for name in table.column_names}
-        keys = [] if table is None else _values(table.column("key"))
-        self._rows = {str(key): row for row, key in enumerate(keys)}
+        self._keys = [] if table is None else [_key(value) for value in column_values(table.column("key"))]
+        self._rows: dict[str | int, int] = {}
+        self._repeated: set[str | int] = set()
+        for row, key in enumerate(self._keys):
+            if key is not None and self._rows.setdefault(key, row) != row:
+                self._repeated.add(key)
+        self._sample_of: dict[int, str] = {}
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._keys)
 
-    def metadata(self, key: str) -> dict[str, Any]:
-        """The values of a row, nulls left out; empty for an unknown key."""
-        if key not in self._rows:
+    def metadata(self, sample: str) -> dict[str, Any]:
+        """The values of a sample's row, nulls left out; empty if the sample has no row of its own."""
+        row = self._find(sample)
+        if (
+            row is None
+            or self._sample_of.setdefault(row, sample) != sample
+            or self._keys[row] in self._repeated
+        ):
             return {}
-        row = self._rows[key]
-        values = ((name, _values(column.slice(row, 1))[0]) for name, column in self._columns.items())
-        return {name: value for name, value in values if value is not None}
+        return self._metadata(row)
+
+    def mismatch(self, sample: str) -> Rejected | None:
+        """Why the sample has no row of its own, after `metadata`; None if it has, or there is no sidecar."""
+        if self._fault is not None:
+            return self._fault
+        row = self._find(sample)
+        if row is None:
+            return Rejected("bad_sidecar", f"does not list {sample}") if self._keys else None
+        if self._sample_of.get(row, sample) != sample:
+            return Rejected("bad_sidecar", f"{sample} and {self._sample_of[row]} have one row")
+        if self._keys[row] in self._repeated:
+            return Rejected("bad_sidecar", f"lists {sample} in several rows")
+        return None
 
     def failures(self) -> list[Rejected]:
         """Why each row whose status is a failure has no image."""
-        statuses = _values(self._columns["status"]) if "status" in self._columns else [None] * len(self)
-        failed = [key for key, row in self._rows.items() if statuses[row] not in (None, "success")]
-        return [failure for key in failed if (failure := failure_of(self.metadata(key)))]
+        statuses = column_values(self._columns["status"]) if "status" in self._columns else []
+        failed = [row for row, status in enumerate(statuses) if status not in (None, "success")]
+        return [failure for row in failed if (failure := failure_of(self._metadata(row)))]
 
     def absent(self, arrived: set[str], *, tear: Exception | None) -> Iterator[tuple[str, Rejected]]:
         """Key and reason of each row that is not in the tar, which ended at `tear` unless it is complete."""
-        for key in self._rows:
-            if key not in arrived:
-                yield key, failure_of(self.metadata(key)) or _missing(tear)
+        found = set(map(self._find, arrived))
+        for row, key in enumerate(self._keys):
+            if key is None:
+                yield f".parquet/{row:09d}", Rejected("bad_sidecar", "the row has no key")
+            elif row != self._rows[key]:
+                yield str(key), Rejected("duplicate_key", f"the sidecar lists {key} before")
+            elif row not in found:
+                yield str(key), failure_of(self._metadata(row)) or _missing(tear)
+
+    def _find(self, sample: str) -> int | None:
+        name = sample.rpartition("/")[2]
+        candidates: list[str | int] = [sample, name]
+        if name.isascii() and name.isdigit():
+            candidates.append(int(name))
+        return next((self._rows[key] for key in candidates if key in self._rows), None)
+
+    def _metadata(self, row: int) -> dict[str, Any]:
+        values = ((name, _value(column.slice(row, 1))) for name, column in self._columns.items())
+        return {name: value for name, value in values if value is not None}
 
 
 def read_sidecar(url: str) -> tuple[Sidecar, Rejected | None]:
@@ -68,13 +111,21 @@ def read_sidecar(url: str) -> tuple[Sidecar, Rejected | None]:
     except FileNotFoundError:
         return Sidecar(), None
     try:
-        table = pq.read_table(io.BytesIO(data)).combine_chunks()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        return Sidecar(), Rejected("bad_sidecar", f"not readable as Parquet: {error}")
-    if "key" not in table.column_names:
-        detail = f"no column 'key' among {', '.join(table.column_names)}"
-        return Sidecar(), Rejected("bad_sidecar", detail)
-    return Sidecar(table), None
+        rows = ParquetRows(io.BytesIO(data))
+        if "key" not in rows.schema.names:
+            raise CorruptParquetError(f"no column 'key' among {', '.join(rows.schema.names)}")
+        batches = []
+        for part in rows.batches(rows.schema.names, batch_rows=_BATCH_ROWS):
+            if not isinstance(part, RowBatch):
+                raise CorruptParquetError(
+                    f"rows {part.start} to {part.stop - 1} are unreadable: {part.fault}"
+                )
+            batches.append(part.record)
+        table = pa.Table.from_batches(batches, rows.schema)
+    except (CorruptParquetError, pa.ArrowException) as error:
+        fault = Rejected("bad_sidecar", f"not readable as Parquet: {error}")
+        return Sidecar(fault=fault), fault
+    return Sidecar(table.combine_chunks()), None
 
 
 def _missing(tear: Exception | None) -> Rejected:
@@ -82,8 +133,16 @@ def _missing(tear: Exception | None) -> Rejected:
     return Rejected("torn_shard", f"{tear}; {detail}") if tear else Rejected("missing_sample", detail)
 
 
-def _values(column: pa.ChunkedArray) -> list[Any]:
-    values = column_values(column)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return [None if isinstance(value, bytes) else value for value in values]
-    return values
+def _key(value: object) -> str | int | None:
+    """A row's key; None if it has none of a kind that names of members can be compared with."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas turns integers into floats where one is missing
+    return value if isinstance(value, str | int) and not isinstance(value, bool) and value != "" else None
+
+
+def _value(cell: pa.ChunkedArray) -> Any:  # noqa: ANN401 - any Parquet value
+    (value,) = column_values(cell)
+    is_text = pa.types.is_string(cell.type) or pa.types.is_large_string(cell.type)
+    return None if is_text and isinstance(value, bytes) else value

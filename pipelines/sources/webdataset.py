@@ -6,7 +6,8 @@ In a tar, a sample is a run of members whose names agree up to the first dot: `0
 - the caption is the first non-empty one of the .txt, the .json and the sidecar;
 - the metadata are the sidecar's, overridden by the .json; both are optional;
 - a .json that does not parse rejects the sample, unless the sidecar lists it: a sample without metadata makes
-  no claim, but one with unreadable metadata may have been marked unsafe;
+  no claim, but one with unreadable metadata may have been marked unsafe; for the same reason a sample without
+  .json is rejected where the sidecar cannot be read, or has not exactly one row for it;
 - the first of several images counts, and members of unknown extension are skipped unread;
 - a key that repeats, adjacent or later, begins a second sample, which is rejected;
 - a sample cut by a tear is kept if image, caption and metadata had all arrived.
@@ -248,6 +249,8 @@ class _Group:
         try:
             if self.image is None:
                 raise Rejected("missing_image", f"extensions: {', '.join(sorted(self.extensions))}")
+            if "json" not in self.texts and (mismatch := sidecar.mismatch(self.key)):
+                raise mismatch
             metadata = listed | _parse_metadata(self.texts.get("json"), is_listed=bool(listed))
         except Rejected as fault:
             self.reject(fault)

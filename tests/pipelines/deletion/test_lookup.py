@@ -67,6 +67,16 @@ def test_tar_alone_is_read_for_hashes_only(shards):
     assert (found.ids, found.read) == ({id_of(0, 1), id_of(1, 7)}, 2)
 
 
+def test_images_are_read_where_keys_are_integers(shards):
+    for shard in shards:
+        beside = shard.url.replace(".tar", ".parquet")
+        rows = pq.read_table(beside)
+        keys = rows.column("key").cast(pa.int64())
+        pq.write_table(rows.set_column(rows.schema.get_field_index("key"), "key", keys), beside)
+    found = look_up_shards(shards, keys_of(hashes=[md5_of(1, 7)]), source="web")
+    assert (found.ids, found.read) == ({id_of(1, 7)}, 2)
+
+
 def test_laions_row_number_is_a_hash(shards):
     beside = shards[0].url.replace(".tar", ".parquet")
     rows = pq.read_table(beside)

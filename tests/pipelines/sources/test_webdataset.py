@@ -249,13 +249,20 @@ def test_a_bad_json_rejects_unlisted_rows(tmp_path: Path, content: bytes) -> Non
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 and nothing more", b"x" * 1000, None])
-def test_an_unreadable_sidecar_is_one_rejection(tmp_path: Path, content: bytes | None) -> None:
-    shard = write_tar(tmp_path / "s.tar", [("a.jpg", encoded()), ("a.txt", b"a")])
+def test_an_unreadable_sidecar_rejects_samples_without_json(tmp_path: Path, content: bytes | None) -> None:
+    members = [
+        ("a.jpg", encoded()),
+        ("a.txt", b"a"),
+        ("a.json", b"{}"),
+        ("b.jpg", encoded()),
+        ("b.txt", b"b"),
+    ]
+    shard = write_tar(tmp_path / "s.tar", members)
     if content is None:
         pq.write_table(pa.table({"name": ["a"]}), tmp_path / "s.parquet")
     else:
         (tmp_path / "s.parquet").write_bytes(content)
-    assert outcomes(read(shard)) == ["ok", "bad_sidecar"]
+    assert outcomes(read(shard)) == ["ok", "bad_sidecar", "bad_sidecar"]
 
 
 def test_rows_missing_from_a_whole_tar(tmp_path: Path) -> None:
