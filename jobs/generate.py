@@ -19,7 +19,10 @@ _MODEL, _GUIDANCE = "mini", 2.5
 _SAMPLER: Solver = "ddim"
 OPTIONS = [
     click.Argument(["caption"], nargs=-1, required=True),
-    click.Option(["--model"], help=f"mini, mini-v, a folder, its URL or a hub id (default: {_MODEL})"),
+    click.Option(
+        ["--model"],
+        help=f"mini, mini-v, a folder, a .safetensors file, a URL or a hub id (default: {_MODEL})",
+    ),
     click.Option(["--bundle"], metavar="DIR", help="a mobile bundle, whose ExecuTorch programs are used"),
     click.Option(["--variant"], help="of the bundle (default: the first of its ExecuTorch variants)"),
     click.Option(

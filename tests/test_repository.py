@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CLUSTER = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
 NODE_TYPES = CLUSTER["available_node_types"]
+NAMED_FILE = re.compile(r"\b(?:tests|jobs|pipelines|snapfusion|infra)/[\w/]+\.(?:py|sh|md|yaml|toml|txt)")
 GENERATED = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
 """What commands leave here, such as the picture of README's second command."""
 
@@ -161,3 +162,10 @@ def test_jobs_document_names_every_job():
     text = (ROOT / "docs" / "jobs.md").read_text()
     assert {verb for verb in verbs if not re.search(rf"`(?:snapfusion )?{verb}[ `]", text)} == set()
     assert set(re.findall(r"^\| `([a-z-]+)", text, re.MULTILINE)) <= verbs
+
+
+def test_documents_name_files_that_exist():
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests").rglob("*.md")]
+    named = {path for document in documents for path in NAMED_FILE.findall(document.read_text())}
+    assert len(named) > 50
+    assert {path for path in named if not (ROOT / path).exists()} == set()

@@ -3,6 +3,7 @@
 import numpy as np
 from tqdm import tqdm
 
+from jobs.evaluation.images import NonFiniteImageError
 from jobs.runtime.logs import logger
 from snapfusion.export.bundle import EXECUTORCH, BundleError, MobileBundle
 from snapfusion.export.loop import CompiledModel, encode_text, sampling_steps, to_uint8_image
@@ -42,6 +43,9 @@ def generate_bundle_images(
         guidance: w of Eq. 3; None takes the bundle's.
         seed: of the noise.
         count: number of images.
+
+    Raises:
+        NonFiniteImageError: if an image has values that are NaN or infinite.
     """
     sampler, checker = bundle.sampler, bundle.safety_checker()
     w = guidance or sampler.guidance
@@ -55,6 +59,8 @@ def generate_bundle_images(
                 latent = step.z_next
                 bar.update()
             image = programs.decoder([latent])
+            if not np.isfinite(image).all():
+                raise NonFiniteImageError
             if checker is not None and float(checker([image]).ravel()[0]) > 0.0:
                 logger.info(f"image {index} is not shown: the bundle's safety checker marks it")
                 image = np.zeros_like(image)

@@ -35,6 +35,15 @@ def warn_of_caption(tokenizer: CLIPTokenizer, caption: str) -> None:
             logger.warning(warning)
 
 
+class NonFiniteImageError(ArithmeticError):
+    """An image with NaN or infinite values, which would be saved as black."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "an image has values that are NaN or infinite; try a lower --guidance or another model"
+        )
+
+
 @torch.inference_mode()
 def generate_images(
     bundle: Bundle,
@@ -49,6 +58,9 @@ def generate_images(
     """Generate `count` images of each caption, uint8 [H,W,3], by `solver` at guidance w (Eq. 3).
 
     The noise of an image depends on the seed, its caption, and its index among the caption's images.
+
+    Raises:
+        NonFiniteImageError: if an image has values that are NaN or infinite.
     """
     if bundle.device.type == "cpu" and bundle.image_size <= _SINGLE_THREAD_MAX_SIDE:
         torch.set_num_threads(1)
@@ -59,7 +71,10 @@ def generate_images(
     grid = time_grid(steps, schedule_steps=bundle.schedule.num_steps)
     denoiser = bundle.denoiser(c, w=guidance)
     latents = sample(denoiser, z_t, solver=solver, grid=grid, schedule=bundle.schedule)
-    return list(to_uint8(bundle.decode(latents)).permute(0, 2, 3, 1).cpu().numpy())
+    images = bundle.decode(latents)
+    if not images.isfinite().all():
+        raise NonFiniteImageError
+    return list(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy())
 
 
 def distilled_steps(bundle: Bundle) -> int:

@@ -47,7 +47,7 @@ def derive_configs(shapes: Shapes, *, size: int | None, source: str) -> SingleFi
 
     Args:
         shapes: of all tensors of the file.
-        size: side of its images in pixels; None for 512, or 768 of the v-prediction models of SD 2.
+        size: side of its images in pixels; None for 512 of SD 1 and 768 of SD 2.
         source: the model, named in errors.
 
     Raises:

@@ -65,8 +65,8 @@ def check_unet_config(config: Mapping[str, Any], *, source: str) -> None:
         raise ModelError(f"{source} is {kind}: its UNet has {field} {config[field]!r}; {_ACCEPTED}")
     if config and not isinstance(config.get("sample_size"), int):
         raise ModelError(
-            f"{source}: unet/config.json has sample_size {config.get('sample_size')!r}; set it to the side of "
-            "the square latent, 64 for images of 512 pixels"
+            f"{source}: unet/config.json has sample_size {config.get('sample_size')!r}; set it to the side "
+            "of the square latent, 64 for images of 512 pixels"
         )
 
 

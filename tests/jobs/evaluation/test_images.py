@@ -132,6 +132,17 @@ def test_a_vanilla_student_has_no_guidance_range(models):
     assert line == "distilled for 8 steps of ddim; this is 4 of ddim at guidance 9"
 
 
+def test_images_that_are_not_finite_fail_the_command(tmp_path, capsys):
+    bundle = tiny_bundle()
+    # Finite weights, but sums of their products exceed the largest float32.
+    bundle.unet.conv_out.weight.fill_(3e38)
+    save(bundle, tmp_path / "model", dtype=torch.float32)
+    out = tmp_path / "a.png"
+    assert command.main(["generate", "red", "--model", str(tmp_path / "model"), "--out", str(out)]) == 1
+    assert "values that are NaN or infinite" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_guidance_changes_a_w_conditioned_image(student):
     bundle = load(student)
     low, high = (
