@@ -23,7 +23,7 @@ REASONS: Final[dict[str, str]] = {
     # The caption.
     "missing_caption": "no caption anywhere",
     "empty_caption": "the caption has no visible character",
-    "bad_encoding": "the caption is not UTF-8",
+    "bad_encoding": "the caption is not UTF-8, or contains NUL",
     # The image.
     "empty_image": "the image has no bytes",
     "not_an_image": "the image is in no accepted format",

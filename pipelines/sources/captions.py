@@ -2,10 +2,9 @@
 
 A .txt has one caption per line. A .tsv has a header line and tab-separated columns without quoting, as its
 media type states and PartiPrompts requires; a .csv may quote. A blank line is a row too, and is rejected, so
-that ordinals follow the lines.
+that ordinals follow the lines. Several columns of the captions' name must agree in each row.
 """
 
-import codecs
 import csv
 import hashlib
 import itertools
@@ -15,18 +14,16 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.rejections import Rejected, Rejection, printable
 from pipelines.sources import SourceError, check_range
+from pipelines.sources.layouts import is_text
+from pipelines.sources.parquet import CorruptParquetError, ParquetRows, RowBatch
 from pipelines.sources.settings import CaptionSettings
 from pipelines.sources.text import clean_caption
+from pipelines.sources.text_files import read_lines, read_records
 from pipelines.storage.objects import open_object
 
-_CHUNK_BYTES = 1 << 20
-# Bounds memory: longer lines are truncated, which makes of JSON or CSV a bad row. Captions of a .txt are
-# truncated much further by the settings.
-_MAX_LINE_BYTES = 4 << 20
 _BATCH_ROWS = 1024
 _MAX_ID_CHARS = 256
 
@@ -145,30 +142,31 @@ _Reader = Callable[[IO[bytes], CaptionSettings], Iterator[_RawRow]]
 def _read_txt(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRow]:
     if settings.id_column is not None:
         raise SourceError("a .txt has no columns, so leave id_column out")
-    return (_RawRow(caption=line) for line in _lines(file))
+    return (_RawRow(caption=line) for line in read_lines(file))
 
 
 def _read_tsv(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRow]:
-    lines = _lines(file)
+    lines = read_lines(file)
     row_of = _columns(next(lines, b"").decode("utf-8", "replace").split("\t"), settings)
     return (row_of(line.split(b"\t")) for line in lines)
 
 
 def _read_csv(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRow]:
     # Invalid UTF-8 passes through the parser as surrogates, and then costs only the caption it occurs in.
-    rows = csv.reader(line.decode("utf-8", "surrogateescape") + "\n" for line in _lines(file))
-    row_of = _columns(next(rows, []), settings)
-    while True:
-        try:
-            yield row_of(next(rows))
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield _RawRow(fault=Rejected("bad_row", str(error)))
+    records = read_records(line.decode("utf-8", "surrogateescape") for line in read_lines(file))
+    header = next(records, [])
+    if isinstance(header, csv.Error):
+        raise SourceError(f"the header: {header}")
+    row_of = _columns(header, settings)
+    for record in records:
+        if isinstance(record, csv.Error):
+            yield _RawRow(fault=Rejected("bad_row", str(record)))
+        else:
+            yield row_of(record)
 
 
 def _read_jsonl(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRow]:
-    for line in _lines(file):
+    for line in read_lines(file):
         try:
             yield _parse_json(line, settings)
         except UnicodeDecodeError as error:
@@ -191,14 +189,21 @@ def _parse_json(line: bytes, settings: CaptionSettings) -> _RawRow:
 
 def _read_parquet(file: IO[bytes], settings: CaptionSettings) -> Iterator[_RawRow]:
     try:
-        table = pq.ParquetFile(file)
-    except (pa.ArrowException, ValueError) as error:
+        rows = ParquetRows(file)
+    except CorruptParquetError as error:
         raise SourceError(f"not readable as Parquet: {error}") from None
-    _columns(table.schema_arrow.names, settings)
+    _check_columns(rows.schema.names, settings)
     names = [name for name in (settings.caption_column, settings.id_column) if name is not None]
-    for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=names):
-        columns = [_values(batch.column(name), name=name) for name in names]
-        yield from (_RawRow(*fields) for fields in zip(*columns, strict=True))
+    for name in names:
+        kind = rows.schema.field(name).type
+        if not is_text(kind) and (name == settings.caption_column or not _is_number(kind)):
+            raise SourceError(f"column {name!r} is of type {kind}; text is accepted")
+    for part in rows.batches(names, batch_rows=_BATCH_ROWS):
+        if isinstance(part, RowBatch):
+            columns = [part.values(name) for name in names]
+            yield from (_RawRow(*fields) for fields in zip(*columns, strict=True))
+        else:
+            yield from itertools.repeat(_RawRow(fault=part.fault), part.stop - part.start)
 
 
 _READERS: Mapping[str, _Reader] = {
@@ -211,15 +216,14 @@ _READERS: Mapping[str, _Reader] = {
 }
 
 
-def _values(column: pa.Array, *, name: str) -> list[Any]:
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        return list(column.to_pylist())
-    try:
-        # As bytes, because Parquet does not enforce UTF-8: an invalid string then costs one row.
-        return list(column.cast(kind).cast(pa.large_binary()).to_pylist())
-    except pa.ArrowException:
-        raise SourceError(f"column {name!r} is of type {kind}; text is accepted") from None
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def _check_columns(names: Sequence[str], settings: CaptionSettings) -> None:
+    for column in (settings.caption_column, settings.id_column):
+        if column is not None and column not in names:
+            raise SourceError(f"no column {column!r}; it has {', '.join(map(repr, names))}")
 
 
 def _columns(header: list[str], settings: CaptionSettings) -> Callable[[Sequence[Any]], _RawRow]:
@@ -229,29 +233,19 @@ def _columns(header: list[str], settings: CaptionSettings) -> Callable[[Sequence
         SourceError: if a column is missing.
     """
     names = [name.strip() for name in header]
-    for column in (settings.caption_column, settings.id_column):
-        if column is not None and column not in names:
-            raise SourceError(f"no column {column!r}; it has {', '.join(map(repr, names))}")
-
-    caption = names.index(settings.caption_column)
+    _check_columns(names, settings)
+    captions = [index for index, name in enumerate(names) if name == settings.caption_column]
     id_ = None if settings.id_column is None else names.index(settings.id_column)
-    return lambda fields: _RawRow(caption=_field(fields, caption), id=_field(fields, id_))
+
+    def row_of(fields: Sequence[Any]) -> _RawRow:
+        texts = {fields[index]: None for index in captions if index < len(fields) and fields[index]}
+        if len(texts) > 1:
+            detail = f"several columns are named {settings.caption_column}, and their values differ"
+            return _RawRow(fault=Rejected("bad_row", detail))
+        return _RawRow(caption=next(iter(texts), _field(fields, captions[0])), id=_field(fields, id_))
+
+    return row_of
 
 
-def _field(fields: Sequence[Any], index: int | None) -> Any:  # noqa: ANN401 - text, bytes or a number
+def _field(fields: Sequence[Any], index: int | None) -> Any:  # noqa: ANN401 - text or bytes
     return None if index is None or index >= len(fields) else fields[index]
-
-
-def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines without their ends, each truncated to a bounded length, in bounded memory."""
-    line = bytearray()
-    first = file.read(_CHUNK_BYTES).removeprefix(codecs.BOM_UTF8)
-    for chunk in itertools.chain([first], iter(lambda: file.read(_CHUNK_BYTES), b"")):
-        *ends, rest = chunk.split(b"\n")
-        for end in ends:
-            line += end[: _MAX_LINE_BYTES - len(line)]
-            yield bytes(line).removesuffix(b"\r")
-            line.clear()
-        line += rest[: _MAX_LINE_BYTES - len(line)]
-    if line:
-        yield bytes(line).removesuffix(b"\r")

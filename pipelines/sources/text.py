@@ -12,7 +12,8 @@ def clean_caption(text: str | bytes | None, *, max_chars: int = MAX_CAPTION_CHAR
     reads only 77 tokens. White space is collapsed first, as in CLIP's tokenizer.
 
     Raises:
-        Rejected: `missing_caption`, `bad_encoding` or `empty_caption`.
+        Rejected: `missing_caption`, `bad_encoding` (also for NUL, as in UTF-16 without its mark) or
+            `empty_caption`.
     """
     if text is None:
         raise Rejected("missing_caption")
@@ -21,6 +22,8 @@ def clean_caption(text: str | bytes | None, *, max_chars: int = MAX_CAPTION_CHAR
         valid = text.decode() if isinstance(text, bytes) else text.encode().decode()
     except UnicodeError as error:
         raise Rejected("bad_encoding", str(error)) from None
+    if "\0" in valid:
+        raise Rejected("bad_encoding", "it contains NUL")
     words = " ".join(valid.removeprefix("\ufeff").split())
     if not any(character.isprintable() and character != " " for character in words):
         raise Rejected("empty_caption")

@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.rejections import printable
+from pipelines.sources import SourceError
+from pipelines.sources.text_files import read_lines
 from pipelines.storage.objects import absolute_url, list_parquet, read_bytes, write_once
 
 EntryKind = Literal["url", "hash", "id"]
@@ -178,12 +180,12 @@ def read_entries(path: str, *, kind: EntryKind) -> dict[bytes, int]:
     found: dict[bytes, int] = {}
     try:
         with fsspec.open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(read_lines(file), start=1):
                 if (entry := _parse_line(line, number=number)) is not None:
                     found.setdefault(_key(entry, kind=kind, number=number), number)
     except OSError as error:
         raise DeletionRequestError(f"{path}: {error.strerror or error}") from None
-    except DeletionRequestError as error:
+    except (DeletionRequestError, SourceError) as error:
         raise DeletionRequestError(f"{path}, {error}") from None
     if not found:
         raise DeletionRequestError(f"{path} has no entries; one entry a line is accepted")
@@ -194,7 +196,7 @@ def _parse_line(line: bytes, *, number: int) -> str | None:
     if len(line) > MAX_LINE_BYTES:
         raise DeletionRequestError(f"line {number} has {len(line)} bytes; {MAX_LINE_BYTES} are accepted")
     try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        text = line.decode().strip()
     except UnicodeDecodeError:
         raise DeletionRequestError(f"line {number} is not UTF-8") from None
     return None if not text or text.startswith("#") else text

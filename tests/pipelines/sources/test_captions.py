@@ -1,3 +1,4 @@
+import codecs
 import csv
 import json
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from shard_files import assert_ranges_agree, text
+from shard_files import assert_ranges_agree, corrupt, text
 
 from pipelines.rejections import Rejection
 from pipelines.sources import SourceError
@@ -100,7 +101,16 @@ def test_invalid_utf8_in_parquet_costs_one_row(tmp_path: Path) -> None:
     assert outcomes(tmp_path / "list.parquet") == ["one", "bad_encoding", "three"]
 
 
-@pytest.mark.parametrize("kind", [pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.binary_view(),
+        pa.dictionary(pa.int32(), pa.string()),
+    ],
+)
 def test_parquet_text_of_any_type(tmp_path: Path, kind: pa.DataType) -> None:
     captions = pa.array(["one", None, "one"], pa.string()).cast(pa.string())
     captions = captions.dictionary_encode() if pa.types.is_dictionary(kind) else captions.cast(kind)
@@ -139,6 +149,24 @@ def test_csv_quotes_and_oversized_fields(tmp_path: Path) -> None:
     assert outcomes(written(tmp_path / "list.csv", text)) == ['two lines, "quoted"', "bad_row", "after"]
 
 
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        # Not closed at all, or by the quote that begins another field.
+        (['1,"a', "2,b", "3,c"], ["bad_row", "b", "c"]),
+        (["1,a", '2,"b', '3,"c, d"', "4,e"], ["a", "bad_row", "c, d", "e"]),
+        (['1,"a', '2,"b', '3,"c'], ["bad_row"] * 3),
+        (['1,"a"', '2,"b'], ["a", "bad_row"]),
+        # Python's parser accepts text after a closing quote, and so did earlier versions.
+        (['1,"a" b', '2,c "d', '3,"e', 'f"'], ["a b", 'c "d', "e f"]),
+    ],
+)
+def test_an_unclosed_quote_costs_its_line(tmp_path: Path, lines: list[str], expected: list[str]) -> None:
+    path = written(tmp_path / "list.csv", "\n".join(["id,caption", *lines]))
+    assert outcomes(path) == expected
+    assert_ranges_agree(partial(read_captions, str(path), SETTINGS))
+
+
 def test_a_tsv_does_not_quote(tmp_path: Path) -> None:
     # PartiPrompts holds such a row.
     path = written(tmp_path / "list.tsv", 'Prompt\tCategory\n"G I G G L E" painted\tText\nnext\tText\n')
@@ -150,6 +178,49 @@ def test_windows_files(tmp_path: Path) -> None:
     assert outcomes(tmp_path / "list.txt") == ["one", "two"]
     (tmp_path / "list.tsv").write_bytes(b"\xef\xbb\xbfcaption\tid\r\none\t1\r\n")
     assert read(tmp_path / "list.tsv", WITH_IDS) == [Caption(id="1", ordinal=0, text="one")]
+
+
+@pytest.mark.parametrize("write", [write_txt, write_tsv, write_csv, write_jsonl])
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_encoding_marks_and_line_ends(tmp_path: Path, write: Writer, end: str, encoding: str) -> None:
+    path = write(tmp_path, GOOD)
+    text = end.join(path.read_text().splitlines())
+    path.write_bytes((codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b"") + text.encode(encoding))
+    assert outcomes(path) == GOOD
+
+
+def test_ends_and_characters_may_straddle_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.sources.text_files._CHUNK_BYTES", 3)
+    path = tmp_path / "list.txt"
+    for data in (b"aa\r\nb\r\r\n\xc3\xa4\n\rc", "aa\r\nb\r\r\nä\n\rc".encode("utf-16")):
+        path.write_bytes(data)
+        assert outcomes(path) == ["aa", "b", "empty_caption", "ä", "empty_caption", "c"]
+
+
+def test_unmarked_or_broken_utf16_is_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_bytes("one\ntwo".encode("utf-16-le"))
+    assert outcomes(path) == ["bad_encoding", "bad_encoding"]
+    path.write_bytes("one\n\ud800\nthree".encode("utf-16", "surrogatepass") + b"x")
+    assert outcomes(path) == ["one", "bad_encoding", "bad_encoding"]
+    path.write_bytes("one".encode("utf-32"))
+    with pytest.raises(SourceError, match="UTF-32"):
+        read(path)
+
+
+def test_columns_of_one_name_must_agree(tmp_path: Path) -> None:
+    path = written(tmp_path / "list.tsv", "caption\tcaption\na\ta\nb\tc\n\td\ne\t\n")
+    assert outcomes(path) == ["a", "bad_row", "d", "e"]
+    columns = [pa.array(["a", "b", "e"]), pa.array(["a", "c", None])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["caption", "caption"]), tmp_path / "list.parquet")
+    assert outcomes(tmp_path / "list.parquet") == ["a", "bad_metadata", "e"]
+
+
+def test_a_corrupt_page_costs_its_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"caption": list("abcdef")}), tmp_path / "list.parquet", row_group_size=2)
+    corrupt(tmp_path / "list.parquet", group=1, column="caption")
+    assert outcomes(tmp_path / "list.parquet") == ["a", "b", "torn_shard", "torn_shard", "e", "f"]
 
 
 def test_endless_lines_are_truncated(tmp_path: Path) -> None:
@@ -182,9 +253,10 @@ def test_unreadable_lists_are_an_error(tmp_path, name, content, message):
 def test_other_misuse_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"a \.txt has no columns"):
         read(write_txt(tmp_path, GOOD), WITH_IDS)
-    pq.write_table(pa.table({"caption": [["a", "list"]]}), tmp_path / "nested.parquet")
-    with pytest.raises(SourceError, match="text is accepted"):
-        read(tmp_path / "nested.parquet")
+    for captions in ([["a", "list"]], [7], pa.array([0.5]).dictionary_encode()):
+        pq.write_table(pa.table({"caption": captions}), tmp_path / "other.parquet")
+        with pytest.raises(SourceError, match="text is accepted"):
+            read(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="start -1"):
         list(read_captions(str(tmp_path / "list.txt"), SETTINGS, start=-1))
 

@@ -94,7 +94,10 @@ def test_redacted_id_is_stable():
 def test_entries_come_with_their_lines(tmp_path):
     path = tmp_path / "list.txt"
     path.write_text("\ufeff# whose\n\nhttp://a.org/1\r\nhttps://A.org/1#x\nhttp://a.org/2")
-    assert read_entries(str(path), kind="url") == {url_key("http://a.org/1"): 3, url_key("http://a.org/2"): 5}
+    lines = {url_key("http://a.org/1"): 3, url_key("http://a.org/2"): 5}
+    assert read_entries(str(path), kind="url") == lines
+    path.write_bytes("\r".join(path.read_text().splitlines()).encode("utf-16-le"))
+    assert read_entries(str(path), kind="url") == lines
 
 
 @pytest.mark.parametrize(
