@@ -27,7 +27,8 @@ class Bundle:
     w        guidance scale, 1 is no guidance       a number, or [B,1,1,1]
 
     Networks run in their own dtype; all arithmetic around them is float32. `distillation` holds the steps and
-    guidance of a distilled model (`snapfusion.models.save.DISTILLATION_FILE`), None for any other.
+    guidance of a distilled model (`snapfusion.models.save.DISTILLATION_FILE`), None for any other. `merged`
+    lists the LoRAs in the weights, each by file name, SHA-256 and weight.
     """
 
     tokenizer: CLIPTokenizer
@@ -38,6 +39,7 @@ class Bundle:
     prediction_type: PredictionType
     source: str
     distillation: Mapping[str, Any] | None = None
+    merged: list[dict[str, Any]] = field(default_factory=list)
     _fingerprint: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -166,7 +168,9 @@ class Bundle:
 
     def describe(self) -> dict[str, Any]:
         """Identify the model in tables and checkpoints that were made with it."""
+        merged = {"merged": self.merged} if self.merged else {}
         return {
+            **merged,
             "weights": self.fingerprint(),
             "prediction_type": self.prediction_type,
             "scaling_factor": self.scaling_factor,

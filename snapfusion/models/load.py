@@ -12,7 +12,8 @@ from torch import nn
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.checksums import verify_checksums
 from snapfusion.models.errors import ModelError
-from snapfusion.models.locate import INDEX_FILE, MODEL_FOLDER, SINGLE_FILE_SUFFIX, locate
+from snapfusion.models.locate import INDEX_FILE, MODEL_FOLDER, SINGLE_FILE_SUFFIX, locate, locate_file
+from snapfusion.models.lora import merge_loras
 from snapfusion.models.network_files import NETWORKS, read_json, read_network, variants
 from snapfusion.models.random_weights import MODEL_CONFIGS, RANDOM_PREFIX, random_bundle
 from snapfusion.models.save import DISTILLATION_FILE
@@ -56,6 +57,7 @@ def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
         bundle = read_single_file(path, model=model, source=source)
     else:
         bundle = _load_folder(path, model=model, source=source)
+    merge_loras(bundle, model.loras, [locate_file(lora.path) for lora in model.loras])
     return bundle.to(device, dtype)
 
 
@@ -75,8 +77,8 @@ def load_network(source: str, *, part: NetworkName) -> nn.Module:
         return load(source).networks[part]
     model = parse_source(source)
     path = locate(model.path, revision=model.revision)
-    if path.is_file():
-        network = read_single_file(path, model=model, source=source).networks[part]
+    if path.is_file() or model.loras:
+        network = load(source).networks[part]
     else:
         network = read_network(path / part, source=source, variant=model.variant)
     return network.float().eval()

@@ -57,6 +57,21 @@ def locate(source: str, *, revision: str | None = None, patterns: Sequence[str] 
     return _download(source, revision=revision, patterns=patterns)
 
 
+def locate_file(path: str) -> Path:
+    """Return the local path of a safetensors file, after a copy from object storage if necessary.
+
+    Raises:
+        ModelError: if there is no such file, or it is not named .safetensors.
+    """
+    if not path.endswith(SINGLE_FILE_SUFFIX):
+        raise ModelError(f"{path}: a {SINGLE_FILE_SUFFIX} file is accepted")
+    if "://" in path:
+        return _fetch_file(path)
+    if not Path(path).is_file():
+        raise ModelError(f"there is no file {path}")
+    return Path(path)
+
+
 def _nearest(folder: Path) -> str:
     """Suggest the folder beside a missing one whose name is nearest, if one is near."""
     beside = (

@@ -7,8 +7,8 @@ from urllib.parse import parse_qsl
 from snapfusion.models.errors import ModelError
 from snapfusion.schedule import PREDICTION_TYPES, PredictionType
 
-_NAMES = ("variant", "revision", "prediction_type", "ema", "size", "lora", "embedding")
-_REPEATABLE = ("lora", "embedding")
+_NAMES = ("variant", "revision", "prediction_type", "ema", "size", "lora")
+_REPEATABLE = ("lora",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,6 @@ class ModelSource:
         ema: of a single file that has both: whether to read the averaged weights.
         size: side of the images in pixels, of a single file of another size than its kind's.
         loras: merged into the weights in this order.
-        embeddings: files of textual inversions, added to the tokenizer.
     """
 
     path: str
@@ -41,7 +40,6 @@ class ModelSource:
     ema: bool = False
     size: int | None = None
     loras: tuple[Lora, ...] = ()
-    embeddings: tuple[str, ...] = ()
 
 
 def parse_source(source: str) -> ModelSource:
@@ -81,7 +79,6 @@ def parse_source(source: str) -> ModelSource:
         ema=_one(options, "ema") == "true",
         size=int(size) if size else None,
         loras=tuple(_lora(value) for value in options.get("lora", ())),
-        embeddings=tuple(options.get("embedding", ())),
     )
 
 

@@ -214,6 +214,19 @@ def test_weights_that_are_not_finite_are_refused(folder, value):
     reason_of_failure(folder, r"unet's tensor conv_out\.bias has values that are NaN or infinite")
 
 
+def test_lora_of_a_source_is_merged(tiny_teacher, tmp_path):
+    name, weight = "lora_unet_conv_in", load(tiny_teacher).unet.conv_in.weight
+    tensors = {
+        f"{name}.lora_down.weight": torch.ones(1, *weight.shape[1:]),
+        f"{name}.lora_up.weight": torch.ones(len(weight), 1, 1, 1),
+    }
+    save_file(tensors, tmp_path / "style.safetensors", metadata={"format": "pt"})
+    source = f"{tiny_teacher}?lora={tmp_path / 'style.safetensors'}:0.25"
+    torch.testing.assert_close(load(source).unet.conv_in.weight, weight + 0.25)
+    assert weight_hash(load_network(source, part="unet")) == load(source).fingerprint()["unet"]
+    reason_of_failure(f"{tiny_teacher}?lora=/nowhere.safetensors", "there is no file /nowhere")
+
+
 def test_git_lfs_pointer_is_named(folder):
     (folder / UNET_FILE).write_text("version https://git-lfs.github.com/spec/v1\nsize 3438167534\n")
     reason_of_failure(folder, "is a git-lfs pointer.*git lfs pull")
