@@ -6,6 +6,8 @@ from typing import Final
 REASONS: Final[dict[str, str]] = {
     # The shard or the list.
     "torn_shard": "the file is truncated or corrupt here; one record stands for the rows that nothing counts",
+    "not_a_shard": "the file is no tar or Parquet file, but what the detail names",
+    "changed_shard": "the shard no longer begins with what committed rows were read from; it was not read on",
     "bad_sidecar": "the Parquet file beside the tar cannot be read, or has no row for the sample, or several",
     "download_failed": "img2dataset could not download the image; only the sidecar lists the row",
     "resize_failed": "img2dataset could not decode or resize the image; only the sidecar lists the row",
@@ -13,6 +15,7 @@ REASONS: Final[dict[str, str]] = {
     "unsafe_name": "a member's name is absolute, leaves its folder or is longer than 1,024 characters",
     "not_a_file": "a member is a link, a device or a pipe",
     "oversized_member": "a member is larger than the settings allow, and was not read",
+    "too_many_members": "the sample has more than 1,000 members",
     "duplicate_key": "an earlier row has the same key, or the row's members are not adjacent",
     "missing_image": "no member is an image, or the image column is empty",
     "bad_metadata": "the metadata cannot be parsed or compared, so it is unknown whether it excludes the row",

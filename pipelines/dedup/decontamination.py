@@ -18,7 +18,8 @@ from pipelines.ray_data.execution import PipelineStage
 from pipelines.sources import SourceError
 from pipelines.sources.captions import read_captions
 from pipelines.sources.listing import SourceFile, list_files
-from pipelines.sources.webdataset import IMAGE_EXTENSIONS, list_shards
+from pipelines.sources.tar_samples import IMAGE_EXTENSIONS
+from pipelines.sources.webdataset import list_shards
 from pipelines.stages.fingerprint import FingerprintCaptions, FingerprintImages
 from pipelines.stages.read import ShardWork
 from pipelines.stages.settings import Selection

@@ -13,10 +13,16 @@ import pyarrow as pa
 
 from pipelines.rejections import Rejected
 from pipelines.sources.parquet import CorruptParquetError, ParquetRows, RowBatch, column_values
+from pipelines.sources.tar import TornShardError
 from pipelines.storage.objects import open_object
 
 _REASONS = {"failed_to_download": "download_failed", "failed_to_resize": "resize_failed"}
 _BATCH_ROWS = 1 << 14
+
+
+def sidecar_url(tar: str) -> str:
+    """The URL of the sidecar of the tar at this URL."""
+    return f"{tar.removesuffix('.tar')}.parquet"
 
 
 def failure_of(row: dict[str, Any]) -> Rejected | None:
@@ -74,7 +80,7 @@ class Sidecar:
         failed = [row for row, status in enumerate(statuses) if status not in (None, "success")]
         return [failure for row in failed if (failure := failure_of(self._metadata(row)))]
 
-    def absent(self, arrived: set[str], *, tear: Exception | None) -> Iterator[tuple[str, Rejected]]:
+    def absent(self, arrived: set[str], *, tear: TornShardError | None) -> Iterator[tuple[str, Rejected]]:
         """Key and reason of each row that is not in the tar, which ended at `tear` unless it is complete."""
         found = set(map(self._find, arrived))
         for row, key in enumerate(self._keys):
@@ -128,9 +134,9 @@ def read_sidecar(url: str) -> tuple[Sidecar, Rejected | None]:
     return Sidecar(table.combine_chunks()), None
 
 
-def _missing(tear: Exception | None) -> Rejected:
+def _missing(tear: TornShardError | None) -> Rejected:
     detail = "a success by the sidecar's account"
-    return Rejected("torn_shard", f"{tear}; {detail}") if tear else Rejected("missing_sample", detail)
+    return Rejected(tear.reason, f"{tear}; {detail}") if tear else Rejected("missing_sample", detail)
 
 
 def _key(value: object) -> str | int | None:
