@@ -5,7 +5,6 @@ OUT/evolution/   files of `jobs.evolution.search`, and page.html with its charts
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from jobs import measure_latency
@@ -15,7 +14,8 @@ from jobs.cli.job import Job
 from jobs.cli.resources import connect_for, runner
 from jobs.cli.verb import recipe_verb
 from jobs.runtime.logs import logger
-from pipelines.storage.objects import exists, read_bytes, replace_object
+from pipelines.storage.objects import exists, replace_object
+from pipelines.storage.records import read_record
 from snapfusion.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -76,9 +76,9 @@ def latency_table(job: Job) -> LatencyTable:
         measure_latency.measure(job)
     url = job.resolve(settings.table) if settings.table else latency_table_url(job)
     try:
-        record = json.loads(read_bytes(url))
+        record = read_record(url)
         table = LatencyTable.parse(record.get("table", record))
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise LatencyError(f"{url} is no latency table: {error}") from None
     if settings.table is None:
         table.check_setup(setting_of(job.recipe.latency))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.logs import logger
 from pipelines.rejections import DELETIONS, REASONS
-from pipelines.storage.objects import exists, list_names, read_bytes
+from pipelines.storage.objects import exists, list_names
+from pipelines.storage.records import read_record
 
 if TYPE_CHECKING:
     from pipelines.tables.table import Snapshot
@@ -28,15 +28,14 @@ def state_of(url: str, *, last: str = "") -> str:
     return "exists already" if exists(f"{url}/{last}" if last else url) else "does not exist yet"
 
 
-def read_json(url: str) -> Any:  # noqa: ANN401 - JSON values
-    """The content of a JSON file, or None if there is no such file."""
-    return json.loads(read_bytes(url)) if exists(url) else None
+def read_json(url: str) -> Any:  # noqa: ANN401 - a record of the kind that the caller expects
+    """The object of a JSON file, or None if there is no such file."""
+    return read_record(url) if exists(url) else None
 
 
 def read_json_files(url: str) -> list[Any]:
-    """The contents of a folder's JSON files in order of their names; none if there is no such folder."""
-    names = [name for name in list_names(url) if name.endswith(".json")]
-    return [json.loads(read_bytes(f"{url}/{name}")) for name in names]
+    """The objects of a folder's JSON files in order of their names; none if there is no such folder."""
+    return [read_record(f"{url}/{name}") for name in list_names(url) if name.endswith(".json")]
 
 
 class NoUsableRows(RuntimeError):

@@ -44,7 +44,9 @@ def record_step(job: Job, verb: str) -> Iterator[None]:
 def read_step(job: Job, verb: str) -> StepTime | None:
     """The record of a step, or None if it has not been carried out with these settings."""
     record = read_json(_step_url(job, verb))
-    return record and StepTime(**record)
+    if record is None:
+        return None
+    return StepTime(verb=record["verb"], seconds=record["seconds"], peak_memory_mib=record["peak_memory_mib"])
 
 
 def _step_url(job: Job, verb: str) -> str:

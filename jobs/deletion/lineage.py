@@ -51,7 +51,7 @@ class RunFiles:
         """A JSON file; None if it is not JSON, or was deleted since."""
         try:
             return json.loads(read_bytes(f"{self.url}/{path}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
 

@@ -27,7 +27,8 @@ from jobs.training.velocity import check_training, finetune_vpred
 from pipelines.datasets.samples import Scores, generate_samples, read_scores, source_name
 from pipelines.ray_data.execution import Runner
 from pipelines.sources.captions import captions_digest
-from pipelines.storage.objects import exists, read_bytes, replace_object, write_once
+from pipelines.storage.objects import exists, replace_object, write_once
+from pipelines.storage.records import read_record
 from pipelines.tables.schemas import from_png
 from pipelines.tables.table import Snapshot, TableError, open_table
 from snapfusion.evolution.latency import LatencyError, LatencyTable, MeasurementSetup
@@ -190,7 +191,7 @@ class Evolution:
 
     def _read_round(self, number: int) -> EvolutionRound | None:
         url = self._url(number, _DECISION)
-        return EvolutionRound.parse(json.loads(read_bytes(url))) if exists(url) else None
+        return EvolutionRound.parse(read_record(url)) if exists(url) else None
 
     def _run_round(
         self, number: int, *, model: str, architecture: Architecture, growths: int

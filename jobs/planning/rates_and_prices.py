@@ -6,7 +6,6 @@ knows no prices.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -16,6 +15,7 @@ from jobs.planning.settings import Market
 from pipelines.costs.requests import Requests
 from pipelines.costs.stage import Work, WorkKind
 from pipelines.storage.objects import StorageError, read_bytes
+from snapfusion.records import parse_record
 from snapfusion.settings import Settings, SettingsError
 
 _FOLDER = Path(__file__).parent / "lists"
@@ -51,7 +51,7 @@ class NamedList(Settings):
                 f"{option}: there is no such file; a path, a URL or {', '.join(builtin)} are accepted"
             ) from None
         try:
-            return cls.parse(json.loads(content))
+            return cls.parse(parse_record(content, name=name))
         except ValueError as error:
             raise SettingsError(f"{option}: it holds no {cls.kind} ({error})") from None
 

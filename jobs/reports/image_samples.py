@@ -17,7 +17,7 @@ from jobs.reports.run_records import CommittedRun
 from pipelines.rejections import Rejected
 from pipelines.sources import SourceError
 from pipelines.sources.webdataset import Sample, Shard, list_shards, read_shard
-from pipelines.storage.objects import read_bytes
+from pipelines.storage.objects import StorageError, read_bytes
 from pipelines.tables.schemas import array_type, from_png
 from pipelines.tables.table import Snapshot, open_table
 from snapfusion.export.layout import IMAGES
@@ -153,7 +153,11 @@ def mobile_comparisons(run: CommittedRun) -> tuple[ImageComparison, ...]:
         return ()
 
     def image(name: str, number: int) -> np.ndarray:
-        return from_png(read_bytes(run.job.url(f"mobile/{IMAGES}/{name}-{number}.png")))
+        url = run.job.url(f"mobile/{IMAGES}/{name}-{number}.png")
+        try:
+            return from_png(read_bytes(url))
+        except (OSError, SyntaxError) as error:  # as Pillow raises them
+            raise StorageError(f"{url} is no image: {error}") from None
 
     return tuple(
         ImageComparison(

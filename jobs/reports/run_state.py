@@ -6,14 +6,13 @@ import os
 import fsspec
 
 from jobs.cli.job import RUN_PREFIX, Job
-from jobs.cli.state import read_json
 from jobs.recipes.recipe import Recipe
 from jobs.reports.input_states import files_state
 from jobs.reports.part_cache import code_digest
 from jobs.runtime.secrets import string_values
 from jobs.runtime.settings import StorageSettings
 from jobs.runtime.versions import versions
-from pipelines.storage.objects import exists, replace_object
+from pipelines.storage.objects import exists, read_bytes, replace_object
 from snapfusion.models.bundled import BUNDLED
 from snapfusion.settings import digest
 
@@ -23,8 +22,10 @@ _NO_OUTPUTS = ("report", "settings", "steps")
 
 def is_done(job: Job) -> bool:
     """Whether the run's steps were all carried out from what there is now."""
-    recorded, inputs = read_json(_url(job)), input_state(job)
-    return recorded is not None and inputs is not None and recorded == _run_state(job, inputs)
+    inputs = input_state(job)
+    if inputs is None or not exists(_url(job)):
+        return False
+    return read_bytes(_url(job)) == _mark(job, inputs)
 
 
 def mark_done(job: Job, inputs: str | None) -> None:
@@ -35,7 +36,7 @@ def mark_done(job: Job, inputs: str | None) -> None:
         inputs: `input_state` before the first step: what has been added since is left to the next run.
     """
     if inputs is not None:
-        replace_object(_url(job), f'"{_run_state(job, inputs)}"'.encode())
+        replace_object(_url(job), _mark(job, inputs))
 
 
 def input_state(job: Job) -> str | None:
@@ -47,6 +48,11 @@ def input_state(job: Job) -> str | None:
     if not _is_file(job.recipe.model) or any(text.startswith(("http://", "https://")) for text in named):
         return None
     return digest({text: _listing(str(BUNDLED.get(text, text))) for text in named})
+
+
+def _mark(job: Job, inputs: str) -> bytes:
+    """Content of the file of a finished run: its state, as JSON."""
+    return f'"{_run_state(job, inputs)}"'.encode()
 
 
 def _run_state(job: Job, inputs: str) -> str:

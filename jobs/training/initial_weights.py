@@ -15,7 +15,8 @@ from jobs.training.metrics import PROVENANCE
 from jobs.training.run_folder import check_identity
 from jobs.training.sources import TABLE_3
 from pipelines.storage.folders import publish_folder
-from pipelines.storage.objects import exists, read_bytes
+from pipelines.storage.objects import exists
+from pipelines.storage.records import read_record
 from snapfusion.models.architecture import Architecture, ArchitectureError, efficient_architecture
 from snapfusion.models.load import load
 from snapfusion.models.save import save
@@ -41,7 +42,7 @@ def with_architecture(model: str, architecture: Architecture, *, url: str) -> st
     bundle = load(model)
     provenance = {"weights": bundle.fingerprint(), "architecture": architecture.to_values()}
     if exists(f"{url}/{PROVENANCE}"):
-        check_identity(json.loads(read_bytes(f"{url}/{PROVENANCE}")), provenance, url=url, kind="model")
+        check_identity(read_record(f"{url}/{PROVENANCE}"), provenance, url=url, kind="model")
         return url
     unet = build_unet(architecture)
     inherit_weights(unet, bundle.unet)
@@ -68,7 +69,7 @@ def named_architecture(name: str, *, own: Architecture) -> Architecture:
     if name == TABLE_3:
         return efficient_architecture(own)
     try:
-        return Architecture.parse(json.loads(read_bytes(name)))
+        return Architecture.parse(read_record(name))
     except ValueError as error:
         raise ArchitectureError(
             f"{name} is no architecture ({error}); accepted are {OWN_ARCHITECTURE}, {TABLE_3} and the URL of "

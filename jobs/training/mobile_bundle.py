@@ -15,6 +15,7 @@ from jobs.runtime.versions import versions
 from jobs.training.metrics import METRICS
 from pipelines.storage.folders import publish_folder
 from pipelines.storage.objects import StorageError, absolute_url, exists, is_local, read_bytes
+from pipelines.storage.records import read_record
 from snapfusion.export.build import BundleBuilder
 from snapfusion.export.bundle import CARD, LICENCE, BundleError
 from snapfusion.export.card import model_card
@@ -34,7 +35,7 @@ _DESCRIBED_ELSEWHERE = ("model", "decoder", "licence")
 def parent_record(url: str, *, source: str) -> dict[str, Any]:
     """The manifest's record of a model or decoder: its source as given, and the settings of its training."""
     metrics = f"{url.removesuffix(f'/{MODEL_FOLDER}')}/{METRICS}"
-    trained = json.loads(read_bytes(metrics)) if "/" in url and exists(metrics) else {}
+    trained = read_record(metrics) if "/" in url and exists(metrics) else {}
     return {"source": source, "settings_hash": trained.get("settings_hash")}
 
 
@@ -136,7 +137,7 @@ def _scratch_folder(url: str) -> Iterator[Path]:
 
 
 def _published_manifest(url: str, *, identity: Mapping[str, Any]) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads(read_bytes(f"{url}/{MANIFEST}"))
+    manifest = read_record(f"{url}/{MANIFEST}")
     # Through JSON, as the published one: tuples become lists.
     identity = json.loads(json.dumps(identity))
     if manifest.get("settings_hash") == digest(identity):

@@ -19,7 +19,8 @@ import fsspec
 from jobs.training.metrics import METRICS
 from jobs.training.spec import TrainingError, first_differences
 from pipelines.storage.folders import publish_folder
-from pipelines.storage.objects import exists, read_bytes, write_once
+from pipelines.storage.objects import exists, write_once
+from pipelines.storage.records import read_record
 from snapfusion.settings import digest
 from snapfusion.storage import get_tree
 from snapfusion.training.checkpoint import CheckpointStore
@@ -50,7 +51,7 @@ class RunFolder:
         """The version of a parent table that the folder was made from, or was begun with."""
         for url in (f"{self.url}/{METRICS}", f"{self.store_url}/{_STARTED}"):
             if exists(url):
-                return int(json.loads(read_bytes(url))["identity"][parent]["version"])
+                return int(read_record(url)["identity"][parent]["version"])
         return None
 
     def finished(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -62,7 +63,7 @@ class RunFolder:
         url = f"{self.url}/{METRICS}"
         if not exists(url):
             return None
-        record: dict[str, Any] = json.loads(read_bytes(url))
+        record = read_record(url)
         check_identity(record["identity"], identity, url=self.url, kind=self.kind)
         return record
 
@@ -104,7 +105,7 @@ def begin(url: str, identity: Mapping[str, Any], *, kind: str) -> None:
     """
     write_once(f"{url}/{_STARTED}", json.dumps({"identity": identity}).encode())
     # Read back: of two drivers that begin at once, the file is that of the first.
-    found = json.loads(read_bytes(f"{url}/{_STARTED}"))["identity"]
+    found = read_record(f"{url}/{_STARTED}")["identity"]
     check_identity(found, identity, url=url, kind=kind)
 
 

@@ -31,6 +31,7 @@ from pipelines.sources.settings import LinkSettings
 from pipelines.stages.row_filter import LinkFilter, describe_filters
 from pipelines.stages.settings import Selection
 from pipelines.storage.objects import absolute_url, exists, read_bytes, replace_object, write_once
+from pipelines.storage.records import read_record
 from pipelines.tables.committer import CommitProgress, OnProgress
 from snapfusion.settings import differences
 
@@ -259,7 +260,7 @@ def _check_identity(url: str, identity: dict[str, Any]) -> None:
         raise SourceError(f"{url} holds shards of another origin; give another download.place")
     written = json.dumps(identity, indent=2).encode()
     write_once(plan, written)
-    if differing := list(differences(json.loads(read_bytes(plan)), json.loads(written))):
+    if differing := list(differences(read_record(plan), json.loads(written))):
         raise SourceError(
             f"the shards at {url} were downloaded otherwise: {'; '.join(differing[:3])}; "
             "give another download.place"

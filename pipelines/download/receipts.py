@@ -10,6 +10,7 @@ shard; then these are moved, the tar last. After a crash in between any other pr
 """
 
 import contextlib
+import dataclasses
 import json
 import uuid
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ import fsspec
 
 from pipelines.fetching.causes import TRANSIENT
 from pipelines.storage.objects import exists, list_names, move_object, put_file, read_bytes, write_once
+from snapfusion.records import RecordError, parse_record
 from snapfusion.storage import remove_tree
 
 SHARD_SUFFIXES: Final = (".parquet", "_stats.json", ".tar")
@@ -135,7 +137,7 @@ def read_receipts(url: str) -> dict[str, ShardReceipt]:
     paths = [f"{path}/{name}" for name in list_names(folder) if not name.startswith(".")]
     # Requests many objects concurrently, as `cat` would, which takes brackets in a name for a pattern.
     contents = filesystem.cat_ranges(paths, None, None, on_error="raise") if paths else ()
-    receipts = (ShardReceipt(**json.loads(data)) for data in contents)
+    receipts = map(_parse, contents, paths)
     return {receipt.name: receipt for receipt in receipts}
 
 
@@ -155,7 +157,21 @@ def _receipt_url(url: str, name: str) -> str:
 
 
 def _read_receipt(url: str, name: str) -> ShardReceipt:
-    return ShardReceipt(**json.loads(read_bytes(_receipt_url(url, name))))
+    path = _receipt_url(url, name)
+    return _parse(read_bytes(path), path)
+
+
+def _parse(data: bytes, path: str) -> ShardReceipt:
+    """A receipt.
+
+    Raises:
+        RecordError: if it is damaged, or of another kind.
+    """
+    record = parse_record(data, name=path)
+    fields = {field.name for field in dataclasses.fields(ShardReceipt)}
+    if record.keys() != fields:
+        raise RecordError(f"{path} is no receipt of a shard: it differs in {sorted(record.keys() ^ fields)}")
+    return ShardReceipt(**record)
 
 
 def _staged(url: str, receipt: ShardReceipt, suffix: str) -> str:

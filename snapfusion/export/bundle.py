@@ -11,7 +11,6 @@ executorch*/       text_encoder.pte, unet.pte, decoder.pte
 coreml*/           text_encoder.mlpackage, unet.mlpackage (or unet-1, unet-2), decoder.mlpackage
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from snapfusion.export.loop import CompiledModel
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.vectors import Vectors, read_vectors
 from snapfusion.models.checksums import ChecksumError, compare_files, file_records
+from snapfusion.records import RecordError, parse_record
 
 CARD, LICENCE, SAMPLER = "MODEL_CARD.md", "LICENCE", "sampler.json"
 TOKENIZER, VECTORS = "tokenizer", "vectors"
@@ -119,7 +119,7 @@ def read_sampler(folder: Path) -> SamplerCoefficients:
         BundleError: if it is missing or its coefficients are inconsistent.
     """
     try:
-        return SamplerCoefficients.parse(json.loads((folder / SAMPLER).read_text()))
+        return SamplerCoefficients.parse(parse_record((folder / SAMPLER).read_bytes(), name=SAMPLER))
     except (OSError, ValueError) as error:
         raise BundleError(f"{folder / SAMPLER}: {error}") from None
 
@@ -141,12 +141,12 @@ def open_bundle(folder: Path) -> MobileBundle:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = parse_record((folder / MANIFEST).read_bytes(), name=str(folder / MANIFEST))
     except OSError:
         raise BundleError(f"{folder} has no {MANIFEST}: it is not a mobile bundle") from None
-    except ValueError as error:
-        raise BundleError(f"{folder}: {MANIFEST} is not JSON: {error}") from None
-    version = manifest.get("format") if isinstance(manifest, dict) else None
+    except RecordError as error:
+        raise BundleError(str(error)) from None
+    version = manifest.get("format")
     if version != FORMAT_VERSION:
         raise BundleError(
             f"{folder} is a bundle of format {version}; format {FORMAT_VERSION} is accepted: compile it "

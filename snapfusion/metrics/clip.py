@@ -21,6 +21,7 @@ from transformers import CLIPTokenizer
 from snapfusion.metrics.images import resize_images
 from snapfusion.metrics.pinned import check_safetensors
 from snapfusion.models.tokenizer import tokenize
+from snapfusion.records import parse_record
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "model.safetensors"
@@ -115,7 +116,7 @@ def load_scorer(folder: Path) -> ClipScorer:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no scorer folder: it has no {name}")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = parse_record((folder / CONFIG).read_bytes(), name=str(folder / CONFIG))
     scorer = build_scorer(config, tokenizer=CLIPTokenizer.from_pretrained(folder / TOKENIZER))
     # Stored in float16; the parameters are float32, so loading converts them.
     scorer.model.load_state_dict(load_file(folder / WEIGHTS))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from snapfusion.models.checksums import file_records
+from snapfusion.records import parse_record
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Contains sd/ and sd-v/ (diffusers folders), scorer/, oracle/, manifest.json and MODEL_CARD.md."""
@@ -29,4 +30,4 @@ def read_manifest(folder: Path = WEIGHTS) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"there is no miniature in {folder}: it has no {MANIFEST}; give a folder of weights")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_record(path.read_bytes(), name=str(path))

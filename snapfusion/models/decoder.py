@@ -20,6 +20,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from snapfusion.models.settings import Initialization
+from snapfusion.records import RecordError, parse_record
 from snapfusion.settings import Settings, SettingsError
 
 CONFIG = "config.json"
@@ -196,10 +197,10 @@ def load_decoder(url: str) -> HalfDecoder:
 
 def _parse_config(content: bytes, *, url: str) -> dict[str, Any]:
     try:
-        values = json.loads(content)
-    except ValueError as error:
-        raise DecoderError(f"{url}/{CONFIG} is not JSON: {error}") from error
-    kind = values.pop("_class_name", None) if isinstance(values, dict) else None
+        values = parse_record(content, name=f"{url}/{CONFIG}")
+    except RecordError as error:
+        raise DecoderError(str(error)) from None
+    kind = values.pop("_class_name", None)
     if kind != HalfDecoder.__name__:
         raise DecoderError(f"{url}/{CONFIG} describes a {kind}; a {HalfDecoder.__name__} is needed")
     return values

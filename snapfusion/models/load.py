@@ -1,6 +1,5 @@
 """Loading a Stable Diffusion model: bundled, from a folder, an object store or a hub."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from snapfusion.models.single_file import read_single_file, single_file_configs
 from snapfusion.models.source import ModelSource, parse_source
 from snapfusion.models.supported import check_supported
 from snapfusion.models.tokenizer_files import read_tokenizer
+from snapfusion.records import parse_record
 from snapfusion.schedule import Schedule
 
 NetworkName = Literal["text_encoder", "unet", "vae"]
@@ -127,7 +127,7 @@ def _configs(source: str) -> list[dict[str, Any]]:
         fs, path = fsspec.core.url_to_fs(model.path)
         root = path if fs.exists(f"{path}/{INDEX_FILE}") else f"{path}/{MODEL_FOLDER}"
         try:
-            return [json.loads(fs.cat_file(f"{root}/{name}")) for name in _CONFIGS]
+            return [parse_record(fs.cat_file(f"{root}/{name}"), name=name) for name in _CONFIGS]
         except (OSError, ValueError) as error:
             raise ModelError(f"{source}: its configurations cannot be read: {error}") from None
     path = locate(model.path, revision=model.revision, patterns=_CONFIGS)
@@ -163,7 +163,7 @@ def _distillation(path: Path, *, schedule: Schedule, source: str) -> dict[str, A
     if not path.is_file():
         return None
     record = read_json(path, source=source)
-    steps = record.get("steps") if isinstance(record, dict) else None
+    steps = record.get("steps")
     if not isinstance(steps, int) or not 1 <= steps <= schedule.num_steps:
         raise ModelError(
             f"{source}: {path.name} says it was distilled for {steps!r} steps; a number from 1 to "

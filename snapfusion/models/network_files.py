@@ -3,7 +3,6 @@
 Only safetensors are read: unpickling can run arbitrary code.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from snapfusion.models.checkpoint_file import is_lfs_pointer
 from snapfusion.models.errors import ModelError
 from snapfusion.models.unet import BlockUNet
+from snapfusion.records import RecordError, parse_record
 
 # A progress bar for each network would bury the output of a job.
 transformers_logging.disable_progress_bar()
@@ -80,14 +80,14 @@ def read_json(path: Path, *, source: str) -> dict[str, Any]:
     """Read a configuration of a model.
 
     Raises:
-        ModelError: if it is missing or not JSON.
+        ModelError: if it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text())
+        return parse_record(path.read_bytes(), name=f"{source}: {path.parent.name}/{path.name}")
     except OSError:
         raise ModelError(f"{source}: {path.parent.name}/{path.name} is missing") from None
-    except ValueError as error:
-        raise ModelError(f"{source}: {path.parent.name}/{path.name} is not JSON: {error}") from None
+    except RecordError as error:
+        raise ModelError(str(error)) from None
 
 
 def variants(folder: Path) -> set[str | None]:

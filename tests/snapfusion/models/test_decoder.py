@@ -142,7 +142,7 @@ def weights(content):
         (lambda folder: flip_byte(folder / "decoder.safetensors"), "was altered"),
         (lambda folder: (folder / "decoder.safetensors").unlink(), "has no decoder.safetensors"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "config.json").write_text('{"_class_name": '), "is not JSON"),
+        (lambda folder: (folder / "config.json").write_text('{"_class_name": '), "is damaged"),
         (config(_class_name="AutoencoderKL"), "describes a AutoencoderKL"),
         (config(block_out_channels=[8, 8, 12]), "size mismatch"),
         (config(wings=2), "wings: no such setting"),
