@@ -46,8 +46,9 @@ def verify(job: Job) -> None:
     for note in result.notes:
         logger.info(f"  {note}")
     if result.faults:
-        faults = "\n".join(f"  {fault}" for fault in result.faults[:_MAX_FAULTS])
-        raise VerificationFailed(f"{len(result.faults)} faults in {table.url}\n{faults}")
+        for fault in result.faults[:_MAX_FAULTS]:
+            logger.error(f"  {fault}")
+        raise VerificationFailed(f"{len(result.faults)} faults in {table.url}")
     logger.info("  no fault found")
 
 

@@ -91,14 +91,17 @@ def differences(stored: Any, current: Any, path: str = "") -> Iterator[str]:  # 
 
 
 def _short(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return _cut(json.dumps(value), limit=40)
+
+
+def _cut(text: str, *, limit: int = 200) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _parse_value(text: str) -> Any:  # noqa: ANN401 - any JSON value
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -120,5 +123,5 @@ def _explain(error: ValidationError, cls: type[Settings]) -> str:
     path = ".".join(str(part) for part in first["loc"]) or cls.__name__
     if first["type"] == "extra_forbidden":
         return f"{path}: no such setting"
-    given = "" if first["type"] == "missing" else f", given {first['input']!r}"
+    given = "" if first["type"] == "missing" else f", given {_cut(repr(first['input']))}"
     return f"{path}: {first['msg']}{given}"

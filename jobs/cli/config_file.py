@@ -48,6 +48,6 @@ def read_config(path: str | None) -> list[str]:
             assignments[key] = json.dumps(value)
     except OSError as error:
         raise SettingsError(f"--config {path}: {error.strerror}") from None
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise SettingsError(f"--config {path}: {' '.join(str(error).split())}") from None
     return [f"{key}={value}" for key, value in assignments.items()]

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+from pipelines.storage.faults import NO_SPACE, WRONG_PATH, error_number, plain_text
+
 _SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _UNWIND_SECONDS = 10.0
 
@@ -40,11 +42,11 @@ def run_guarded(verb: str, work: Callable[[], None]) -> int:
             _silence()
             return 128 + signal.SIGPIPE
         except Exception as error:
-            cause = _root_cause(error)
-            if not isinstance(cause, ValueError) and not _is_ours(cause):
+            code = _exit_code(error)
+            if code is None:
                 raise
-            _print_last(f"{verb}: {cause}")
-            return 2 if isinstance(cause, ValueError) else 1
+            _print_last(f"{verb}: {plain_text(_root_cause(error))}")
+            return code
     return 0
 
 
@@ -128,6 +130,16 @@ def exit_process(code: int) -> NoReturn:
     except BrokenPipeError:
         code = code or 128 + signal.SIGPIPE
     os._exit(code)
+
+
+def _exit_code(error: BaseException) -> int | None:
+    """1 if a second try may help, 2 if the request must be changed, None for a fault of this program."""
+    cause, number = _root_cause(error), error_number(error)
+    if number in NO_SPACE:
+        return 1
+    if isinstance(cause, ValueError) or (isinstance(cause, OSError) and number in WRONG_PATH):
+        return 2
+    return 1 if isinstance(cause, OSError) or _is_ours(cause) else None
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -13,6 +13,8 @@ from typing import Final, TypeVar
 
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
+from pipelines.storage.faults import NO_SPACE, WRONG_PATH, error_number, plain_text
+
 Result = TypeVar("Result")
 
 BACKOFF_SECONDS: Final = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -52,7 +54,7 @@ def with_retries(url: str, request: Callable[[], Result]) -> Result:
             if wait is None:
                 if _is_self_explanatory(error):
                     raise
-                raise StoreFailure(f"{url}: {type(error).__name__}: {error}") from error
+                raise StoreFailure(f"{url}: {type(error).__name__}: {plain_text(error)}") from error
         sleep_with_jitter(wait)
 
 
@@ -68,7 +70,10 @@ def is_transient(error: Exception) -> bool:
         return any(message in str(error) for message in _STORE_MESSAGES)
     if any((kind.__module__, kind.__name__) in _CONNECTION_ERRORS for kind in type(error).__mro__):
         return True
-    return isinstance(error, OSError) and not isinstance(error, _PERMANENT)
+    # Not by class alone: deltalake raises a plain OSError for a full disk.
+    if isinstance(error, _PERMANENT) or error_number(error) in NO_SPACE | WRONG_PATH:
+        return False
+    return isinstance(error, OSError)
 
 
 def _is_self_explanatory(error: Exception) -> bool:

@@ -7,7 +7,8 @@ the log of the main table alone decides what is committed.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import itemgetter
@@ -17,8 +18,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
-from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.exceptions import DeltaError
 
+from pipelines.storage.faults import plain_text
 from pipelines.storage.objects import absolute_url, is_local, local_path, read_bytes
 from pipelines.storage.retry import with_retries
 from pipelines.tables.manifest import UnitManifest, UnitRecord
@@ -186,8 +188,21 @@ def is_table(url: str) -> bool:
 
 
 def open_delta(location: str, *, version: int | None = None) -> DeltaTable:
-    """The Delta table at its newest version, or at a given one."""
-    return with_retries(location, lambda: DeltaTable(location, version=version))
+    """The Delta table at its newest version, or at a given one.
+
+    Raises:
+        TableError: if there is none, or its log is damaged.
+    """
+    with _raising_table_error(location):
+        return with_retries(location, lambda: DeltaTable(location, version=version))
+
+
+@contextmanager
+def _raising_table_error(location: str) -> Iterator[None]:
+    try:
+        yield
+    except DeltaError as error:
+        raise TableError(f"{location} holds no table that can be opened: {plain_text(error)}") from None
 
 
 def open_table(url: str, *, version: int | None = None, kind: str | None = None) -> Snapshot:
@@ -197,10 +212,8 @@ def open_table(url: str, *, version: int | None = None, kind: str | None = None)
         TableError: if there is none, another program made it, or it is of another kind.
     """
     location = absolute_url(url)
-    try:
+    with _raising_table_error(location):
         snapshot = Snapshot(location, open_delta(location, version=version))
-    except (TableNotFoundError, DeltaError) as error:
-        raise TableError(f"{url} holds no table that can be opened: {_first_line(error)}") from None
     if not snapshot.identity:
         raise TableError(f"{url} is a Delta table without our identity: it was made by another program")
     if kind is not None and snapshot.identity["kind"] != kind:
@@ -226,7 +239,7 @@ def create_table(url: str, *, schema: pa.Schema, identity: dict[str, Any]) -> Sn
         _create(f"{location}.rejects", REJECTS, {**_KEEP_LOG, **_NO_STATISTICS})
         _create(f"{location}.units", UNITS, {**_KEEP_LOG, **_NO_STATISTICS})
     except (DeltaError, OSError) as error:
-        raise TableError(f"{url} cannot be created: {_first_line(error)}") from None
+        raise TableError(f"{url} cannot be created: {plain_text(error)}") from error
     # Compared after the creation: of two runs that race, the second finds the identity of the first.
     snapshot = open_table(location)
     differing = list(differences(snapshot.identity, identity))
@@ -237,8 +250,14 @@ def create_table(url: str, *, schema: pa.Schema, identity: dict[str, Any]) -> Sn
 
 def _read_all(delta: DeltaTable, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     files = sorted(delta.file_uris())
-    tables = (pq.read_table(pa.BufferReader(read_bytes(file)), columns=columns) for file in files)
-    return [row for table in tables for row in table.to_pylist()]
+    return [row for file in files for row in _read_file(file, columns).to_pylist()]
+
+
+def _read_file(url: str, columns: Sequence[str] | None) -> pa.Table:
+    try:
+        return pq.read_table(pa.BufferReader(read_bytes(url)), columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise TableError(f"{url} is damaged: {plain_text(error)}") from None
 
 
 def _create(location: str, schema: pa.Schema, configuration: dict[str, str]) -> None:
@@ -246,7 +265,3 @@ def _create(location: str, schema: pa.Schema, configuration: dict[str, str]) -> 
         # Two runs may race to create it; "ignore" lets the second find it there.
         create = partial(DeltaTable.create, location, mode="ignore", raise_if_key_not_exists=False)
         with_retries(location, lambda: create(schema=schema, configuration=configuration))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -117,3 +117,10 @@ def test_digest_is_of_the_canonical_form():
     # Tables store it: if the canonical form changed, no committed run would match its settings.
     canonical = rb'{"a":"\u00e9","b":[1,null]}'
     assert digest({"b": [1, None], "a": "é"}) == hashlib.sha256(canonical).hexdigest()
+
+
+def test_a_huge_value_is_refused_in_a_short_line():
+    for text in ("[" * 100_000, "9" * 100_000, "x" * 100_000):
+        with pytest.raises(SettingsError) as refused:
+            Recipe().with_values([f"seed={text}"])
+        assert len(str(refused.value)) < 400
