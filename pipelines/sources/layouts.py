@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from numbers import Real
 from typing import Any, Final, Literal
 
@@ -199,13 +200,13 @@ def values_of(metadata: Mapping[str, Any], meaning: Meaning) -> list[Any]:
 
 
 def number_of(metadata: Mapping[str, Any], meaning: Meaning) -> float | None:
-    """The most trusted finite number; None if there is none.
+    """The most trusted finite number, also written as text; None if there is none.
 
     Of widths and heights only positive ones count, because data sets write 0 for an unknown size. Of unsafe
     scores the highest counts.
     """
-    values = (_finite(value) for value in values_of(metadata, meaning))
-    numbers = [number for number in values if number is not None]
+    values = map(_number, values_of(metadata, meaning))
+    numbers = [value for value in values if value is not None and not math.isnan(value)]
     if meaning in ("width", "height"):
         return next((number for number in numbers if number > 0), None)
     if meaning == "unsafe":
@@ -224,14 +225,45 @@ def text_of(metadata: Mapping[str, Any], meaning: Meaning) -> str | None:
     return next(iter(texts_of(metadata, meaning)), None)
 
 
-def _finite(value: object) -> float | None:
-    if not isinstance(value, Real) or isinstance(value, bool):
+def incomparable_value(metadata: Mapping[str, Any], meaning: Meaning) -> str:
+    """A column and value that no bound on this meaning can be compared with; empty if there is none.
+
+    Null, NaN and empty text are unknown, not incomparable. Where the first usable value counts, the others do
+    not matter.
+    """
+    if meaning in _TEXTS:
+        is_usable, is_comparable = bool(texts_of(metadata, meaning)), _is_text_or_null
+    else:
+        is_usable, is_comparable = number_of(metadata, meaning) is not None, _is_number_or_null
+    if is_usable and meaning not in _ALL_COUNT:
+        return ""
+    values = ((name, metadata.get(name)) for name in SPELLINGS[meaning])
+    return next((f"{name} {str(value)[:50]!r}" for name, value in values if not is_comparable(value)), "")
+
+
+_TEXTS: Final = ("nsfw_tag", "language")
+_ALL_COUNT: Final = ("unsafe", "nsfw_tag")
+
+
+def _is_text_or_null(value: object) -> bool:
+    return value is None or isinstance(value, str) or value != value  # NaN, pandas' null, differs from itself
+
+
+def _is_number_or_null(value: object) -> bool:
+    return value is None or _number(value) is not None
+
+
+def _number(value: object) -> float | None:
+    """A value as a number that is finite, or NaN where it is not known; None if it is no such number."""
+    if isinstance(value, str) and not value.strip():
+        return math.nan
+    if not isinstance(value, Real | Decimal | str) or isinstance(value, bool):
         return None
     try:
         number = float(value)
-    except OverflowError:  # JSON has integers of any length
+    except (OverflowError, ValueError):  # JSON has integers of any length
         return None
-    return number if math.isfinite(number) else None
+    return None if math.isinf(number) else number
 
 
 def clean_metadata(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,7 +278,7 @@ def clean_metadata(values: Mapping[str, Any]) -> dict[str, Any]:
 def _restore_integer(name: str, value: Any) -> Any:  # noqa: ANN401 - any value of a column
     if not isinstance(value, float):
         return value
-    if not math.isfinite(value):
+    if math.isnan(value):
         return None
     return int(value) if name in _INTEGER_COLUMNS and value.is_integer() else value
 

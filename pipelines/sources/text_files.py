@@ -67,7 +67,7 @@ def _utf8_chunks(file: IO[bytes]) -> Iterator[bytes]:
 def read_records(lines: Iterator[str]) -> Iterator[list[str] | csv.Error]:
     """The records of a CSV file, each as its fields or as why it cannot be parsed.
 
-    A quoted field may span lines. If a quote is not closed, or only by one that begins another field, its line
+    A quoted field may span lines. If a quote is not closed, or by one that begins another field, its line
     alone is an error, and the lines after it are read on their own.
     """
     ahead: deque[str] = deque()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pipelines.rejections import Rejected
-from pipelines.sources.layouts import SPELLINGS, Meaning, number_of, text_of, texts_of
+from pipelines.sources.layouts import SPELLINGS, Meaning, incomparable_value, number_of, text_of, texts_of
 from pipelines.stages.settings import Selection
 
 
@@ -58,12 +58,16 @@ def check(metadata: Mapping[str, Any], *, caption: str, selection: Selection) ->
     """Let a row pass, or raise. A value that is missing, null or NaN violates no bound.
 
     Raises:
-        Rejected: with the reason of the first of `BOUNDS` that the row violates.
+        Rejected: with the reason of the first of `BOUNDS` that the row violates, or `bad_metadata` if a value
+            cannot be compared with it.
     """
     row = CandidateRow(metadata, caption)
     for bound, limit in active_bounds(selection):
         if detail := bound.violation(row, limit):
             raise Rejected(bound.reason, detail)
+        for meaning in bound.columns:
+            if value := incomparable_value(metadata, meaning):
+                raise Rejected("bad_metadata", f"{bound.setting} cannot be compared with {value}")
 
 
 def active_bounds(selection: Selection) -> Iterator[tuple[Bound, Any]]:

@@ -78,7 +78,7 @@ def test_images_are_bytes_in_known_columns() -> None:
 def test_metadata_drops_nulls_and_restores_integers() -> None:
     nan = float("nan")
     row = {"SAMPLE_ID": 12.0, "WIDTH": 640.0, "HEIGHT": nan, "hash": -3.0, "similarity": 1.0, "TEXT": b"\xff"}
-    assert clean_metadata({**row, "NSFW": None, "pwatermark": float("inf")}) == {
+    assert clean_metadata({**row, "NSFW": None, "pwatermark": nan}) == {
         "SAMPLE_ID": 12,
         "WIDTH": 640,
         "hash": -3,
@@ -92,7 +92,7 @@ def test_metadata_drops_nulls_and_restores_integers() -> None:
 def test_the_most_trusted_usable_value_counts() -> None:
     assert number_of({"original_width": 0, "WIDTH": 640, "width": 512}, "width") == 640
     assert number_of({"nsfw_score_opennsfw2": 0.1, "nsfw_score_gantman": 0.9}, "unsafe") == 0.9
-    assert number_of({"aesthetic": None, "AESTHETIC_SCORE": "6", "aesthetic_score": 5}, "aesthetic") == 5
+    assert number_of({"aesthetic": None, "AESTHETIC_SCORE": "six", "aesthetic_score": "5"}, "aesthetic") == 5
     assert number_of({}, "similarity") is None
     assert text_of({"url": " ", "URL": " http://a "}, "url") == "http://a"
 

@@ -1,4 +1,5 @@
 import math
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -56,16 +57,38 @@ def test_bounds_in_all_column_names(name: str, good: object, bad: object, reason
     assert reason_of({name: bad}, selection=Selection()) is None
 
 
-@pytest.mark.parametrize(
-    "value", [None, math.nan, np.float32("nan"), math.inf, -math.inf, "", "255", True, [], 10**400]
-)
-def test_values_that_are_no_number_never_reject(value: object) -> None:
-    names = [
-        "WIDTH", "HEIGHT", "width", "height", "original_width", "original_height", "aesthetic",
-        "AESTHETIC_SCORE", "pwatermark", "punsafe", "similarity", "NSFW",
-    ]  # fmt: skip
-    assert reason_of(dict.fromkeys(names, value)) is None
+NAMES = [
+    "WIDTH", "HEIGHT", "width", "height", "original_width", "original_height", "aesthetic", "AESTHETIC_SCORE",
+    "pwatermark", "punsafe", "similarity",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [None, math.nan, np.float32("nan"), "", " ", "nan"])
+def test_unknown_values_never_reject(value: object) -> None:
+    assert reason_of(dict.fromkeys([*NAMES, "NSFW", "LANGUAGE"], value)) is None
     assert reason_of({}) is None
+
+
+@pytest.mark.parametrize("value", ["high", True, [], {}, math.inf, -math.inf, 10**400, "1e999", b"0.5"])
+@pytest.mark.parametrize("name", NAMES)
+def test_values_that_cannot_be_compared_are_rejected(name: str, value: object) -> None:
+    assert reason_of({name: value}) == "bad_metadata"
+    assert reason_of({name: value}, selection=Selection()) is None
+
+
+def test_numbers_may_be_text_or_decimal() -> None:
+    assert [reason_of({"punsafe": value}) for value in ("0.05", " 0.99", Decimal("0.99"))] == [
+        None, "unsafe", "unsafe",
+    ]  # fmt: skip
+    assert reason_of({"WIDTH": "255"}) == "low_resolution"
+
+
+def test_one_incomparable_detector_or_tag_rejects() -> None:
+    detectors = {"nsfw_score_opennsfw2": 0.05, "nsfw_score_gantman": "high"}
+    assert reason_of(detectors) == "bad_metadata"
+    assert reason_of({"NSFW": "UNLIKELY", "nsfw": True}) == "bad_metadata"
+    # Of other meanings the first usable value counts.
+    assert reason_of({"aesthetic": "high", "AESTHETIC_SCORE": 5.0}) is None
 
 
 def test_size_of_zero_is_unknown() -> None:
@@ -123,7 +146,7 @@ LANGUAGE = Selection(languages=("en", "De"))
         (LANGUAGE, {"LANGUAGE": "vi"}, "other_language"),
         (LANGUAGE, {"LANGUAGE": None}, None),
         (LANGUAGE, {"LANGUAGE": ""}, None),
-        (LANGUAGE, {"LANGUAGE": 7}, None),
+        (LANGUAGE, {"LANGUAGE": 7}, "bad_metadata"),
     ],
 )
 def test_bounds_on_shape_and_language(selection: Selection, metadata: dict, reason: str | None) -> None:
