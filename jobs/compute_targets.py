@@ -14,10 +14,10 @@ from jobs.runtime.progress import show_progress
 
 def compute(job: Job) -> None:
     """Bring TARGETS up to date with the recipe; committed units are not made again."""
-    from jobs.evaluation.evaluation import absolute_source
     from pipelines.datasets.targets import compute_targets
     from pipelines.loading.branches import count_branch_rows
     from pipelines.tables.table import open_table
+    from snapfusion.models.source import absolute_source
 
     recipe = job.recipe
     teacher, _ = teacher_and_student(job)

@@ -7,7 +7,6 @@ appended; features of real images are computed once (REFERENCES). All metrics ar
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from snapfusion.metrics.curves import (
 )
 from snapfusion.metrics.moments import Moments
 from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
+from snapfusion.models.source import absolute_source
 
 StartTable = Callable[[str, Any], tuple[Origin, OnProgress]]
 """(name of a table to fill, its parents) -> the origin kept beside its units, and a progress callback."""
@@ -94,11 +94,6 @@ def evaluate(
         "against": {name: _compared_with(name, curves) for name in settings.also_against},
         "gaps": [{**gap.to_values(), **_or_reason(_gap_closed, gap, curves)} for gap in settings.gaps],
     }
-
-
-def absolute_source(source: str) -> str:
-    """A model's source with an absolute path: workers have another working directory."""
-    return absolute_url(source) if Path(source).is_dir() else source
 
 
 def captions_of(prompts: PromptSettings) -> list[Caption | Rejection]:

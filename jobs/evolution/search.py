@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.evaluation.evaluation import StartTable, absolute_source, captions_of
+from jobs.evaluation.evaluation import StartTable, captions_of
 from jobs.evolution.settings import EvolutionSettings
 from jobs.runtime.progress import format_duration
 from jobs.training.initial_weights import own_architecture, with_architecture
@@ -36,6 +36,7 @@ from snapfusion.evolution.search import BlockScore, Decision, EvolutionError, de
 from snapfusion.metrics.intervals import Interval, mean
 from snapfusion.models.architecture import Architecture, Block
 from snapfusion.models.load import load
+from snapfusion.models.source import absolute_source
 from snapfusion.settings import Settings, digest
 
 HISTORY = "history.json"

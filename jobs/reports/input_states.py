@@ -8,6 +8,7 @@ from pipelines.storage.objects import exists, read_bytes
 from pipelines.tables.table import Snapshot
 from snapfusion.models.bundled import BUNDLED
 from snapfusion.models.checksums import CHECKSUMS_FILE
+from snapfusion.models.source import source_paths
 from snapfusion.settings import digest
 
 _MODEL_FOLDERS = ("", "/model")
@@ -22,11 +23,13 @@ def model_state(source: str) -> dict[str, Any]:
 
     A hub id has no files of its own here and stands for itself.
     """
-    root = str(BUNDLED.get(source, source))
+    path, *loras = source_paths(source)
+    root = str(BUNDLED.get(path, path))
+    options = {"source": source, "loras": [files_state(lora) for lora in loras]} if path != source else {}
     for folder in _MODEL_FOLDERS:
         if exists(f"{root}{folder}/{CHECKSUMS_FILE}"):
-            return {"checksums": digest(read_bytes(f"{root}{folder}/{CHECKSUMS_FILE}").decode())}
-    return {"source": source, "files": files_state(root)}
+            return {"checksums": digest(read_bytes(f"{root}{folder}/{CHECKSUMS_FILE}").decode()), **options}
+    return {"source": source, "files": files_state(root), **options}
 
 
 def files_state(url: str) -> list[list[str]]:

@@ -14,6 +14,7 @@ from jobs.runtime.settings import StorageSettings
 from jobs.runtime.versions import versions
 from pipelines.storage.objects import exists, read_bytes, replace_object
 from snapfusion.models.bundled import BUNDLED
+from snapfusion.models.source import source_paths
 from snapfusion.settings import digest
 
 _NO_OUTPUTS = ("report", "settings", "steps")
@@ -45,7 +46,9 @@ def input_state(job: Job) -> str | None:
     None if the recipe names what cannot be listed: a model of the hub, or a web address.
     """
     named = _files_named(job.recipe)
-    if not _is_file(job.recipe.model) or any(text.startswith(("http://", "https://")) for text in named):
+    if not _is_file(source_paths(job.recipe.model)[0]) or any(
+        text.startswith(("http://", "https://")) for text in named
+    ):
         return None
     return digest({text: _listing(str(BUNDLED.get(text, text))) for text in named})
 
@@ -85,7 +88,8 @@ def _output_state(url: str) -> list[list[str]]:
 def _files_named(recipe: Recipe) -> list[str]:
     """Values of settings that are files: bundled models, URLs and paths."""
     values = string_values(recipe.model_copy(update={"storage": StorageSettings()}).to_values())
-    return sorted({text for _, text in values if not text.startswith(RUN_PREFIX) and _is_file(text)})
+    named = {path for _, text in values if not text.startswith(RUN_PREFIX) for path in source_paths(text)}
+    return sorted(path for path in named if _is_file(path))
 
 
 def _is_file(text: str) -> bool:

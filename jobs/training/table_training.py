@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from jobs.evaluation.evaluation import absolute_source
 from jobs.training.progress_channel import OnReport
 from jobs.training.run_folder import RunFolder, begin
 from jobs.training.settings import TableTrainingSettings
@@ -20,6 +19,7 @@ from pipelines.tables.leases import read_leases
 from pipelines.tables.table import Snapshot, open_table
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.load import load
+from snapfusion.models.source import absolute_source
 from snapfusion.settings import digest
 
 SettingsT = TypeVar("SettingsT", bound=TableTrainingSettings)

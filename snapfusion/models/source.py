@@ -1,8 +1,9 @@
 """Parsing the source of a model: a name, path, URL or hub id, and options after a question mark."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote, urlencode
 
 from snapfusion.models.errors import ModelError
 from snapfusion.schedule import PREDICTION_TYPES, PredictionType
@@ -80,6 +81,34 @@ def parse_source(source: str) -> ModelSource:
         size=int(size) if size else None,
         loras=tuple(_lora(value) for value in options.get("lora", ())),
     )
+
+
+def source_paths(source: str) -> tuple[str, ...]:
+    """The path of a model and those of its LoRAs; the text itself if it is not a valid source."""
+    try:
+        model = parse_source(source)
+    except ModelError:
+        return (source,)
+    return model.path, *(lora.path for lora in model.loras)
+
+
+def absolute_source(source: str) -> str:
+    """Make the paths in a source that exist here absolute: workers have another working directory."""
+    model = parse_source(source)
+    if model.path == source:
+        return _absolute(source)
+    pairs = parse_qsl(source.partition("?")[2].replace("+", "%2B"))
+    options = [(name, _absolute_lora(value) if name == "lora" else value) for name, value in pairs]
+    return f"{_absolute(model.path)}?{urlencode(options, safe='/:', quote_via=quote)}"
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute()) if "://" not in path and Path(path).exists() else path
+
+
+def _absolute_lora(value: str) -> str:
+    path = _lora(value).path
+    return _absolute(path) + value.removeprefix(path)
 
 
 def _one(options: dict[str, list[str]], name: str) -> str | None:

@@ -3,7 +3,7 @@
 import pytest
 
 from snapfusion.models.errors import ModelError
-from snapfusion.models.source import Lora, ModelSource, parse_source
+from snapfusion.models.source import Lora, ModelSource, absolute_source, parse_source, source_paths
 
 
 @pytest.mark.parametrize("source", ["mini", "/models/a?b", "s3://bucket/m?versionId=3", "a.safetensors?"])
@@ -38,3 +38,22 @@ def test_options_are_parsed():
 def test_invalid_options_are_refused(options, message):
     with pytest.raises(ModelError, match=message):
         parse_source(f"model?{options}")
+
+
+def test_local_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base.safetensors", "my style+.safetensors"):
+        (tmp_path / name).touch()
+    source = absolute_source("base.safetensors?lora=my style+.safetensors:0.5&lora=s3://b/x&ema=true")
+    assert parse_source(source) == ModelSource(
+        path=f"{tmp_path}/base.safetensors",
+        ema=True,
+        loras=(Lora(path=f"{tmp_path}/my style+.safetensors", weight=0.5), Lora(path="s3://b/x")),
+    )
+    assert source_paths(source) == (
+        f"{tmp_path}/base.safetensors",
+        f"{tmp_path}/my style+.safetensors",
+        "s3://b/x",
+    )
+    for kept in ("mini", "owner/name", "s3://bucket/model", "random:sd15"):
+        assert absolute_source(kept) == kept
