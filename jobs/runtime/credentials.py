@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from jobs.runtime.settings import StorageSettings
+from pipelines.tables.settings import CHECK_FILES_VARIABLE
 
 CREDENTIAL_VARIABLES: Final = (
     "AWS_ACCESS_KEY_ID",
@@ -29,7 +30,10 @@ CREDENTIAL_VARIABLES: Final = (
 """Variables that a file may set: those that fsspec's client of the store and Delta Lake's both read."""
 
 _FILE_VARIABLE: Final = "SNAPFUSION_CREDENTIALS"
-_PUBLIC_VARIABLES: Final = ("AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP", "AWS_DEFAULT_REGION", "AWS_REGION")
+_PUBLIC_VARIABLES: Final = (
+    *("AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP", "AWS_DEFAULT_REGION", "AWS_REGION"),
+    CHECK_FILES_VARIABLE,
+)
 _MAX_BYTES: Final = 1 << 16
 
 
@@ -43,6 +47,10 @@ def apply_storage(storage: StorageSettings) -> None:
     Raises:
         CredentialsError: if the file cannot be used.
     """
+    if storage.check_files:
+        os.environ.pop(CHECK_FILES_VARIABLE, None)
+    else:
+        os.environ[CHECK_FILES_VARIABLE] = "0"
     if storage.endpoint is not None:
         os.environ["AWS_ENDPOINT_URL"] = storage.endpoint.rstrip("/")
         if storage.endpoint.startswith("http://"):
@@ -55,7 +63,7 @@ def apply_storage(storage: StorageSettings) -> None:
 
 
 def worker_runtime_env(variables: Mapping[str, str]) -> dict[str, Any]:
-    """A `runtime_env` with these variables, by which workers on other nodes access the same stores.
+    """A `runtime_env` with these variables, by which workers on other nodes access the same stores alike.
 
     Ray shows it, so it holds only what everybody may see: endpoint, region and the path of the file.
     """

@@ -22,18 +22,21 @@ class ClusterSettings(Settings):
 
 
 class StorageSettings(Settings):
-    """Access to object stores. Nothing here is secret: it is printed, saved and hashed.
+    """Access to stores. Nothing here is secret: it is printed, saved and hashed.
 
     Attributes:
         endpoint: of a store that speaks S3's protocol and is not Amazon's, as in https://minio.example:9000.
         region: of S3 buckets.
         credentials: absolute path of a file with lines NAME=VALUE, the same on every node, which not
             everybody may read. None leaves it to the environment: variables, or a node's role.
+        check_files: whether the data files of tables are compared with their checksums when a process first
+            reads them.
     """
 
     endpoint: str | None = Field(None, pattern=r"^https?://[A-Za-z0-9.\-\[\]:]+/?$")
     region: str | None = Field(None, pattern=r"^[a-z0-9-]{1,40}$")
     credentials: str | None = None
+    check_files: bool = True
 
     @field_validator("credentials")
     @classmethod

@@ -74,7 +74,7 @@ def _leading_bits(sha256: str | None) -> int | None:
 
 def _columns(segment: Segment, columns: Sequence[str]) -> pa.Table:
     with fsspec.open(segment.path, "rb") as file:
-        return pq.read_table(file, columns=columns)
+        return pq.read_table(file, columns=columns, page_checksum_verification=True)
 
 
 _NAMED_MATCHES = pa.schema([*MATCHES, ("name", pa.string()), ("unit", pa.int64())])

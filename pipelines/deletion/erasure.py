@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from pipelines.deletion.table_matches import file_matches
 from pipelines.storage.objects import list_names, list_parquet, read_bytes
-from pipelines.tables.commits import REWRITTEN_PREFIX, live_names
+from pipelines.tables.commits import REWRITTEN_PREFIX
 from pipelines.tables.deletion_list import DeletionKeys
 from pipelines.tables.manifest import read_manifest
-from pipelines.tables.table import Snapshot, open_delta, unit_of
+from pipelines.tables.table import Snapshot, live_names, open_delta, unit_of
 
 SIBLINGS = ("rejects", "units")
 

@@ -134,7 +134,8 @@ def _commit(removal: Removal, changes: Sequence[_Change]) -> bool:
 
 def _rewrite(table: Snapshot, match: Match, *, source_digest: str | None = None) -> _Change:
     """Write the unit's file without the matches; nothing is committed yet."""
-    manifest, rows = match.manifest, _read(match.file.path)
+    # Checked as it is read: a flipped bit would be written anew, with a checksum that fits.
+    manifest, rows = match.manifest, table.read_unit(match.file)
     ids, ordinals = rows["id"].to_pylist(), manifest.ordinals()
     redact = partial(_redact, derived=is_derived(table))
     forgotten, rejections = Rejected("forgotten"), list(manifest.rejections)

@@ -277,8 +277,10 @@ def _decode(column: pa.ChunkedArray, field: pa.Field, *, ids: Sequence[str]) -> 
             images = [torch.from_numpy(from_png(data).copy()) for data in column.to_pylist()]
             return torch.stack(images).permute(0, 3, 1, 2).contiguous()
         if pa.types.is_binary(field.type):
-            values = array_type(field).unpack(column.to_pylist())
-            return torch.from_numpy(values.astype(np.float32 if values.dtype.kind == "f" else np.int64))
+            values = array_type(field).unpack_column(column)
+            # torch converts float16 three times as fast as NumPy; the values are equal.
+            tensor = torch.from_numpy(values.copy())
+            return tensor.float() if values.dtype.kind == "f" else tensor.long()
         return torch.from_numpy(column.to_numpy().copy())
     except (ValueError, OSError, TypeError, RuntimeError) as error:
         raise LoaderError(f"column {field.name} of rows {ids[0]} .. {ids[-1]}: {error}") from error

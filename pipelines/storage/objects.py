@@ -1,6 +1,7 @@
 """Objects on a disk or in any store that fsspec knows: written once, or replaced."""
 
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import IO, Final
 
 import fsspec
 
+from pipelines.storage.durability import make_folders, sync
 from pipelines.storage.retry import with_retries
 
 IO_THREADS: Final = 8
@@ -24,6 +26,13 @@ for _scheme in ("s3", "gs", "gcs", "abfs", "az"):
     fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
 _PACKAGES: Final = {"gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
+
+
+_NO_HARD_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NO_HARD_LINKS_MESSAGE: Final = (
+    "its file system has no hard links, without which two writers could replace each other's commits; choose "
+    "a folder on another file system, or an object store"
+)
 
 
 class StorageError(ValueError):
@@ -202,7 +211,7 @@ def move_object(url: str, to: str) -> None:
     try:
         if is_local(url):
             with contextlib.suppress(FileExistsError):
-                os.link(local_path(url), local_path(to))
+                _link(local_path(url), local_path(to))
             local_path(url).unlink(missing_ok=True)
         else:
             filesystem, path = fsspec.core.url_to_fs(url)
@@ -267,7 +276,7 @@ def _raising_storage_error(url: str) -> Iterator[None]:
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """A hidden file's path in the folder of `path`: on the same disk, so that it can be renamed or linked."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
@@ -284,11 +293,26 @@ def _write_local(path: Path, data: bytes) -> bool:
             file.flush()
             os.fsync(file.fileno())
         try:
-            # Unlike a rename, a link fails if the name is taken.
-            os.link(temporary, path)
+            _link(temporary, path)
         except FileExistsError:
             return False
+        sync(path.parent)
     return True
+
+
+def _link(file: Path, to: Path) -> None:
+    """Give a file a further name; unlike a rename, this fails if the name is taken.
+
+    Raises:
+        FileExistsError: if it is.
+        OSError: if the file system has no hard links; the message says so.
+    """
+    try:
+        os.link(file, to)
+    except OSError as error:
+        if error.errno in _NO_HARD_LINKS:
+            raise OSError(_NO_HARD_LINKS_MESSAGE) from error
+        raise
 
 
 def _write_remote(url: str, data: bytes) -> bool:

@@ -126,7 +126,14 @@ def to_parquet(rows: pa.Table, manifest: UnitManifest) -> bytes:
     buffer = io.BytesIO()
     compression = {name: _COMPRESSION.get(name, "none") for name in rows.schema.names}
     # Dictionaries and statistics of latents cost a pass over them and tell a reader nothing.
-    pq.write_table(rows, buffer, use_dictionary=False, write_statistics=["id"], compression=compression)
+    pq.write_table(
+        rows,
+        buffer,
+        use_dictionary=False,
+        write_statistics=["id"],
+        write_page_checksum=True,
+        compression=compression,
+    )
     return buffer.getvalue()
 
 

@@ -108,16 +108,28 @@ class ArrayType:
         Raises:
             ValueError: if a value's length differs, or a side is None (see `for_image`).
         """
+        self._check_lengths([len(value) for value in values])
+        return np.frombuffer(b"".join(values), dtype=self.dtype).reshape(len(values), *self.shape)
+
+    def unpack_column(self, column: pa.ChunkedArray) -> np.ndarray:
+        """As `unpack`, of a column without nulls, whose bytes are not copied value by value."""
+        values = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        _, offsets, data = values.buffers()
+        starts = np.frombuffer(offsets or b"\0" * 4, np.int32)[
+            values.offset : values.offset + len(values) + 1
+        ]
+        self._check_lengths(np.diff(starts).tolist())
+        packed = np.frombuffer(data or b"", np.uint8)[starts[0] : starts[-1]]
+        return packed.view(self.dtype).reshape(len(values), *self.shape)
+
+    def _check_lengths(self, lengths: Sequence[int]) -> None:
         sides = [side for side in self.shape if side is not None]
         if len(sides) < len(self.shape):
             raise ValueError(f"rows differ in shape, {self.shape}; read rows of one shape at a time")
         expected = math.prod(sides) * np.dtype(self.dtype).itemsize
-        for row, value in enumerate(values):
-            if len(value) != expected:
-                raise ValueError(
-                    f"row {row} has {len(value)} bytes, {self.dtype} {self.shape} has {expected}"
-                )
-        return np.frombuffer(b"".join(values), dtype=self.dtype).reshape(len(values), *sides)
+        for row, length in enumerate(lengths):
+            if length != expected:
+                raise ValueError(f"row {row} has {length} bytes, {self.dtype} {self.shape} has {expected}")
 
 
 def array_type(field: pa.Field) -> ArrayType:
@@ -136,7 +148,7 @@ def array_type(field: pa.Field) -> ArrayType:
 
 def read_array(rows: pa.Table, name: str) -> np.ndarray:
     """The values of a binary column whose rows have one shape."""
-    return array_type(rows.schema.field(name)).unpack(rows[name].to_pylist())
+    return array_type(rows.schema.field(name)).unpack_column(rows[name])
 
 
 def read_arrays(rows: pa.Table, name: str) -> list[np.ndarray]:

@@ -1,8 +1,13 @@
 """Settings of committing units."""
 
+from typing import Final
+
 from pydantic import Field
 
 from snapfusion.settings import Settings
+
+CHECK_FILES_VARIABLE: Final = "SNAPFUSION_CHECK_FILES"
+"""Environment variable that turns off the checks of data files that are read, by the value 0."""
 
 
 class Bounds(Settings):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import itemgetter
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 import pyarrow as pa
@@ -20,9 +21,11 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
+from pipelines.storage.durability import sync
 from pipelines.storage.faults import plain_text
 from pipelines.storage.objects import absolute_url, is_local, local_path, read_bytes
 from pipelines.storage.retry import with_retries
+from pipelines.tables.integrity import read_rows
 from pipelines.tables.manifest import UnitManifest, UnitRecord
 from pipelines.tables.schemas import REJECTS, SCHEMA_VERSION, UNITS
 from snapfusion.settings import differences, digest
@@ -33,6 +36,7 @@ _KEEP_LOG = {"delta.logRetentionDuration": "interval 36500 days", "delta.enableE
 # Statistics would keep the least and greatest texts of rows in the log, where no deletion reaches them.
 _NO_STATISTICS = {"delta.dataSkippingNumIndexedCols": "0"}
 _REVISION_MARK = "~"
+_BINARY = 'PrimitiveType("binary")'
 
 
 class TableError(ValueError):
@@ -92,6 +96,9 @@ class Snapshot:
     Args:
         url: of the table, absolute.
         delta: the Delta table at this version.
+
+    Raises:
+        TableError: if the log names a file outside the table's folder.
     """
 
     def __init__(self, url: str, delta: DeltaTable) -> None:
@@ -100,7 +107,9 @@ class Snapshot:
         self.identity: dict[str, Any] = json.loads(delta.metadata().configuration.get(_IDENTITY, "{}"))
         self.columns: list[str] = [field.name for field in delta.schema().fields]
         # Copied, so that the snapshot stays as it is whatever becomes of the log.
-        self._actions = pa.table(delta.get_add_actions(flatten=True))
+        self._actions = _add_actions(delta)
+        # Ids and numbers are a small part of a file; whoever reads one of these columns reads most of it.
+        self._arrays = {field.name for field in delta.schema().fields if str(field.type) == _BINARY}
 
     @cached_property
     def units(self) -> list[UnitFile]:
@@ -123,13 +132,16 @@ class Snapshot:
 
         Raises:
             TableError: if the file is missing, as those of old versions are after a deletion request.
+            DamagedFileError: if it was altered.
         """
+        checks_all = columns is None or not self._arrays.isdisjoint(columns)
 
         def read() -> pa.Table:
             with fsspec.open(unit.path, "rb") as file:
                 # Whole files come in one request; of chosen columns only their byte ranges are fetched.
-                source = pa.BufferReader(file.read()) if columns is None else file
-                return pq.read_table(source, columns=columns)
+                data = pa.py_buffer(file.read()) if columns is None else file
+                sha256 = self._sha256.get if checks_all else lambda _: None
+                return read_rows(unit.path, data, columns, sha256=lambda: sha256(unit.unit))
 
         try:
             return with_retries(unit.path, read)
@@ -158,12 +170,16 @@ class Snapshot:
     def rejected_rows(self) -> list[dict[str, Any]]:
         """The rejected rows (`schemas.REJECTS`) of committed units, ordered by unit and id."""
         committed = {file.unit for file in self.units}
-        rows = _read_all(open_delta(f"{self.url}.rejects"))
+        rows = read_sibling(f"{self.url}.rejects")
         return sorted((row for row in rows if row["unit"] in committed), key=itemgetter("unit", "id"))
 
     def lineage(self) -> dict[str, Any]:
         """Record of this snapshot in a table or model made from it."""
         return {"table": self.url, "version": self.version, "identity": digest(self.identity)}
+
+    @cached_property
+    def _sha256(self) -> dict[str, str]:
+        return {row["unit"]: row["sha256"] for row in self._unit_rows(["unit", "account", "sha256"])}
 
     @cached_property
     def _units_delta(self) -> DeltaTable:
@@ -174,7 +190,7 @@ class Snapshot:
         committed = {file.unit: file for file in self.units}
         return [
             row
-            for row in _read_all(self._units_delta, columns)
+            for row in _read_all(f"{self.url}.units", self._units_delta, columns)
             if (file := committed.get(row["unit"])) and file.has_manifest(row["account"])
         ]
 
@@ -248,16 +264,47 @@ def create_table(url: str, *, schema: pa.Schema, identity: dict[str, Any]) -> Sn
     return snapshot
 
 
-def _read_all(delta: DeltaTable, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    files = sorted(delta.file_uris())
-    return [row for file in files for row in _read_file(file, columns).to_pylist()]
+def live_names(delta: DeltaTable) -> list[str]:
+    """The names of a version's data files in the table's folder.
+
+    Raises:
+        TableError: if the log names a file elsewhere.
+    """
+    names: list[str] = _add_actions(delta).column("path").to_pylist()
+    return names
 
 
-def _read_file(url: str, columns: Sequence[str] | None) -> pa.Table:
-    try:
-        return pq.read_table(pa.BufferReader(read_bytes(url)), columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise TableError(f"{url} is damaged: {plain_text(error)}") from None
+def read_sibling(location: str) -> list[dict[str, Any]]:
+    """All rows of the newest version of a table's sibling, whether their units are committed or not."""
+    return _read_all(location, open_delta(location))
+
+
+def _add_actions(delta: DeltaTable) -> pa.Table:
+    actions = pa.table(delta.get_add_actions(flatten=True))
+    for path in actions.column("path").to_pylist():
+        # Delta allows other folders, which our tables never have. It decodes paths before it opens them.
+        if "/" in unquote(path):
+            raise TableError(
+                f"the log of {delta.table_uri} names {path!r}, which is no file of its folder: the log was "
+                "altered; restore it from a copy"
+            )
+    return actions
+
+
+def _read_all(location: str, delta: DeltaTable, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for name in sorted(live_names(delta)):
+        data = pa.BufferReader(read_bytes(f"{location}/{name}"))
+        try:
+            table = pq.read_table(data, columns=columns, page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
+            main = location.rpartition(".")[0]
+            raise TableError(
+                f"{location}/{name} is damaged: {plain_text(error)}; remove {main}.units and .rejects: "
+                "the next job that writes the table restores both from its data files"
+            ) from None
+        rows += table.to_pylist()
+    return rows
 
 
 def _create(location: str, schema: pa.Schema, configuration: dict[str, str]) -> None:
@@ -265,3 +312,8 @@ def _create(location: str, schema: pa.Schema, configuration: dict[str, str]) -> 
         # Two runs may race to create it; "ignore" lets the second find it there.
         create = partial(DeltaTable.create, location, mode="ignore", raise_if_key_not_exists=False)
         with_retries(location, lambda: create(schema=schema, configuration=configuration))
+        if is_local(location):
+            # deltalake syncs neither the first log entry nor the folders that it creates.
+            folder, log = local_path(location), local_path(location) / "_delta_log"
+            for path in (log / f"{0:020d}.json", log, folder, folder.parent):
+                sync(path)
