@@ -7,31 +7,35 @@ import hashlib
 import io
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction, write_deltalake
-from deltalake.exceptions import CommitFailedError, DeltaError
-from deltalake.transaction import AddAction, RemoveAction
+from deltalake import DeltaTable, Transaction
+from deltalake.transaction import AddAction
 
 from pipelines.storage.objects import read_bytes, write_once
-from pipelines.storage.retry import is_transient, sleep_with_jitter
 from pipelines.tables.manifest import UnitManifest, read_manifest, to_parquet
 from pipelines.tables.schemas import REJECTS, UNITS
-from pipelines.tables.table import Snapshot, TableError, UnitFile, open_delta, open_table
+from pipelines.tables.table import Snapshot, TableError, UnitFile, live_names, open_delta, open_table, unit_of
+from pipelines.tables.transactions import (
+    Action,
+    add_file,
+    app_id,
+    first_transactions,
+    next_transactions,
+    remove_file,
+    try_commit,
+)
 
 REWRITTEN_PREFIX = "restated-"
 """Prefix of the names of files that replace others in `.units` and `.rejects`; it is on disk and stays."""
 
 _ROUND_TRANSACTION = "round"
 _MAX_TRIES = 20
-_RETRY_SECONDS = 1.0
 
-Action = AddAction | RemoveAction
 _Rows = list[dict[str, Any]]
 
 
@@ -75,8 +79,8 @@ def commit_round(
     delta = open_delta(url)
     if (delta.transaction_version(_ROUND_TRANSACTION) or 0) != number - 1:
         return False
-    transactions = [Transaction(_ROUND_TRANSACTION, number), *_first_transactions(units)]
-    if not _try_commit(delta, [_add_unit(unit) for unit in units], transactions):
+    transactions = [Transaction(_ROUND_TRANSACTION, number), *first_transactions(_names(units))]
+    if not try_commit(delta, url, [_add_unit(unit) for unit in units], transactions):
         return False
     _commit_manifests(f"{url}.units", units, origin)
     return True
@@ -94,12 +98,22 @@ def replace_units(url: str, units: Sequence[tuple[UnitFile, WrittenUnit]]) -> bo
     if not {_file_name(old.path) for old, _ in units} <= set(live_names(delta)):
         return False
     new = [unit for _, unit in units]
-    removals = [_remove(_file_name(old.path)) for old, _ in units]
+    actions: list[Action] = [*(remove_file(_file_name(old.path)) for old, _ in units), *map(_add_unit, new)]
     # In one commit, so no version lacks a unit or has it twice.
-    if not _try_commit(delta, [*removals, *map(_add_unit, new)], _next_transactions(delta, new)):
+    if not try_commit(delta, url, actions, next_transactions(delta, _names(new))):
         return False
-    _rewrite_siblings(url, new)
+    rewrite_siblings(url, new)
     return True
+
+
+def recommit_units(url: str, units: Sequence[WrittenUnit]) -> None:
+    """Commit the rows of units that were committed before, and that the log has lost since."""
+    for delta in _snapshots(url) if units else ():
+        committed = {unit_of(name) for name in live_names(delta)}
+        new = [unit for unit in units if unit.manifest.unit not in committed]
+        transactions = next_transactions(delta, _names(new))
+        if not new or try_commit(delta, url, [_add_unit(unit) for unit in new], transactions):
+            return
 
 
 def restore_manifests(table: Snapshot) -> Snapshot:
@@ -119,7 +133,7 @@ def restore_manifests(table: Snapshot) -> Snapshot:
             _commit_manifests(f"{table.url}.units", restored, None)
     # A replaced unit has been appended once already: its rows are rewritten instead.
     if replaced := [read_written_unit(file.path) for file in missing if file.revision]:
-        _rewrite_siblings(table.url, replaced)
+        rewrite_siblings(table.url, replaced)
     return open_table(table.url)
 
 
@@ -130,7 +144,7 @@ def write_unit(
     data = to_parquet(rows, manifest)
     if not write_once(path, data):
         return read_written_unit(path, seconds=seconds)
-    return _written_unit(path, data, manifest, seconds=seconds)
+    return written_unit(path, data, manifest, seconds=seconds)
 
 
 def read_written_unit(path: str, *, seconds: float | None = None) -> WrittenUnit:
@@ -144,17 +158,20 @@ def read_written_unit(path: str, *, seconds: float | None = None) -> WrittenUnit
         manifest = read_manifest(data)
     except ValueError as error:
         raise TableError(f"{path} has the name of a unit's data file, but is {error}; remove it") from None
-    return _written_unit(path, data, manifest, seconds=seconds)
+    return written_unit(path, data, manifest, seconds=seconds)
 
 
-def _written_unit(path: str, data: bytes, manifest: UnitManifest, *, seconds: float | None) -> WrittenUnit:
+def written_unit(
+    path: str, data: bytes, manifest: UnitManifest, *, seconds: float | None = None
+) -> WrittenUnit:
+    """The unit whose data file has this content."""
     sha256 = hashlib.sha256(data).hexdigest()
     return WrittenUnit(manifest=manifest, path=path, size=len(data), sha256=sha256, seconds=seconds)
 
 
 def _commit_rejects(location: str, units: Sequence[WrittenUnit]) -> None:
     rejecting = [unit for unit in units if unit.manifest.rejections]
-    _commit_new(location, rejecting, lambda new: pa.Table.from_pylist(_reject_rows(new), schema=REJECTS))
+    _commit_new(location, rejecting, lambda new: [_add_rows(location, reject_rows(new), schema=REJECTS)])
 
 
 def _commit_rows(location: str, units: Sequence[WrittenUnit]) -> None:
@@ -164,14 +181,15 @@ def _commit_rows(location: str, units: Sequence[WrittenUnit]) -> None:
 def _commit_manifests(location: str, units: Sequence[WrittenUnit], origin: Origin | None) -> None:
     made_by = None if origin is None else json.dumps(origin, sort_keys=True)
 
-    def table(new: Sequence[WrittenUnit]) -> pa.Table:
-        rows = [{**_unit_row(unit), "seconds": unit.seconds, "made_by": made_by} for unit in new]
-        return pa.Table.from_pylist(rows, schema=UNITS)
+    def actions(new: Sequence[WrittenUnit]) -> list[Action]:
+        rows = [{**unit_row(unit), "seconds": unit.seconds, "made_by": made_by} for unit in new]
+        return [_add_rows(location, rows, schema=UNITS)]
 
-    _commit_new(location, units, table)
+    _commit_new(location, units, actions)
 
 
-def _reject_rows(units: Sequence[WrittenUnit]) -> _Rows:
+def reject_rows(units: Sequence[WrittenUnit]) -> _Rows:
+    """The rows of `.rejects` that follow from units' data files, each with its ordinal."""
     return [
         {"unit": unit.manifest.unit, **asdict(rejection)}
         for unit in units
@@ -179,7 +197,8 @@ def _reject_rows(units: Sequence[WrittenUnit]) -> _Rows:
     ]
 
 
-def _unit_row(unit: WrittenUnit) -> dict[str, Any]:
+def unit_row(unit: WrittenUnit) -> dict[str, Any]:
+    """The row of `.units` that follows from a unit's data file."""
     return {
         "unit": unit.manifest.unit,
         "source": unit.manifest.source,
@@ -192,7 +211,7 @@ def _unit_row(unit: WrittenUnit) -> dict[str, Any]:
     }
 
 
-def _rewrite_siblings(url: str, units: Sequence[WrittenUnit]) -> None:
+def rewrite_siblings(url: str, units: Sequence[WrittenUnit]) -> None:
     """Bring `.rejects` and `.units` to the manifests of these units.
 
     `.units` comes last: a manifest there tells `restore_manifests` that both are up to date.
@@ -201,9 +220,9 @@ def _rewrite_siblings(url: str, units: Sequence[WrittenUnit]) -> None:
     def rows(old_rows: _Rows) -> _Rows:
         # The seconds and the origin of a unit are in no data file, so they are taken over.
         old = {row["unit"]: row for row in old_rows}
-        return [{**old.get(unit.manifest.unit, {}), **_unit_row(unit)} for unit in units]
+        return [{**old.get(unit.manifest.unit, {}), **unit_row(unit)} for unit in units]
 
-    _rewrite_rows(f"{url}.rejects", units, lambda _: _reject_rows(units), schema=REJECTS)
+    _rewrite_rows(f"{url}.rejects", units, lambda _: reject_rows(units), schema=REJECTS)
     _rewrite_rows(f"{url}.units", units, rows, schema=UNITS)
 
 
@@ -215,7 +234,7 @@ def _rewrite_rows(
     Files hold rows of several units and are never edited: those that hold a row of these units are removed,
     and one new file gets the new rows and all other rows of the removed files.
     """
-    names = {unit.manifest.unit for unit in units}
+    names = set(_names(units))
     for delta in _snapshots(location):
         contents = {
             name: pq.read_table(pa.BufferReader(read_bytes(f"{location}/{name}"))).to_pylist()
@@ -231,12 +250,12 @@ def _rewrite_rows(
         if _canonical(old_rows) == _canonical(new_rows):
             return
         others = [row for row in affected_rows if row["unit"] not in names]
-        actions: list[Action] = [_remove(name) for name in affected]
+        actions: list[Action] = [remove_file(name) for name in affected]
         if others or new_rows:
-            table = pa.Table.from_pylist([*others, *new_rows], schema=schema)
-            actions.append(_write_sibling_file(location, table))
+            all_rows = [*others, *new_rows]
+            actions.append(_add_rows(location, all_rows, schema=schema, prefix=REWRITTEN_PREFIX))
         # Appends by others between this snapshot and the commit are no conflict: they stay.
-        if _try_commit(delta, actions, _next_transactions(delta, units)):
+        if try_commit(delta, location, actions, next_transactions(delta, names)):
             return
 
 
@@ -244,31 +263,32 @@ def _canonical(rows: _Rows) -> list[str]:
     return sorted(json.dumps(row, sort_keys=True) for row in rows)
 
 
-def _write_sibling_file(location: str, rows: pa.Table) -> AddAction:
-    """Write a data file of a sibling without statistics: the log would keep them."""
+def _add_rows(location: str, rows: _Rows, *, schema: pa.Schema, prefix: str = "part-") -> AddAction:
+    """Write a data file of a sibling, without statistics: the log would keep them."""
     buffer = io.BytesIO()
-    pq.write_table(rows, buffer, write_statistics=False)
+    table = pa.Table.from_pylist(rows, schema=schema)
+    pq.write_table(table, buffer, write_statistics=False, write_page_checksum=True)
     data = buffer.getvalue()
-    # Named by its content: a second try of the same rewrite finds the file it wrote before.
-    name = f"{REWRITTEN_PREFIX}{hashlib.sha256(data).hexdigest()[:32]}.parquet"
+    # Named by its content: a second try of the same commit finds the file it wrote before.
+    name = f"{prefix}{hashlib.sha256(data).hexdigest()[:32]}.parquet"
     write_once(f"{location}/{name}", data)
-    return _add(name, size=len(data), rows=rows.num_rows)
+    return add_file(name, size=len(data), rows=table.num_rows)
 
 
 def _commit_new(
     location: str,
     units: Sequence[WrittenUnit],
-    data: Callable[[Sequence[WrittenUnit]], list[Action] | pa.Table],
+    actions: Callable[[Sequence[WrittenUnit]], list[Action]],
 ) -> None:
-    """Append `data(new)` of the units that are not committed yet.
+    """Commit `actions(new)` of the units that are not committed yet.
 
     Each unit is a Delta transaction of its own name. They are looked up in the very snapshot that the commit
     is made on: if another writer has committed one of them since, the log refuses the commit as a conflict,
     and the lookup is repeated on a new snapshot. So no unit is ever committed twice.
     """
     for delta in _snapshots(location) if units else ():
-        new = [unit for unit in units if delta.transaction_version(_app_id(unit)) is None]
-        if not new or _try_commit(delta, data(new), _first_transactions(new)):
+        new = [unit for unit in units if delta.transaction_version(app_id(unit.manifest.unit)) is None]
+        if not new or try_commit(delta, location, actions(new), first_transactions(_names(new))):
             return
 
 
@@ -283,81 +303,13 @@ def _snapshots(location: str) -> Iterator[DeltaTable]:
     raise TableError(f"{location}: {_MAX_TRIES} commits failed, by other writers or the store; run again")
 
 
-def _first_transactions(units: Sequence[WrittenUnit]) -> list[Transaction]:
-    # Not by `_next_transactions`: each look-up of a version reads the log from the store again.
-    return [Transaction(_app_id(unit), 1) for unit in units]
-
-
-def _next_transactions(delta: DeltaTable, units: Sequence[WrittenUnit]) -> list[Transaction]:
-    """The units' transactions with their versions raised by one.
-
-    Two writers that replace the same unit write the same transaction, so the log refuses the second.
-    """
-    versions = {_app_id(unit): delta.transaction_version(_app_id(unit)) or 0 for unit in units}
-    return [Transaction(name, version + 1) for name, version in versions.items()]
-
-
-def _try_commit(delta: DeltaTable, data: list[Action] | pa.Table, transactions: list[Transaction]) -> bool:
-    """Commit files or rows on this snapshot; False if that was refused as a conflict, or the store failed.
-
-    A commit whose response was lost may have succeeded. It is safe to repeat all the same: the next snapshot
-    shows its transactions.
-    """
-    properties = CommitProperties(app_transactions=transactions)
-    try:
-        if isinstance(data, pa.Table):
-            write_deltalake(delta, data, mode="append", commit_properties=properties)
-        else:
-            delta.create_write_transaction(
-                data,
-                mode="append",
-                schema=delta.schema(),
-                commit_properties=properties,
-                # The log is the record of what is committed: no commit may clean it up.
-                post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
-            )
-    except CommitFailedError:
-        return False
-    except (DeltaError, OSError) as error:
-        if not is_transient(error):
-            raise
-        sleep_with_jitter(_RETRY_SECONDS)
-        return False
-    return True
-
-
-def _app_id(unit: WrittenUnit) -> str:
-    return f"unit:{unit.manifest.unit}"
-
-
-def live_names(delta: DeltaTable) -> list[str]:
-    """The names of a version's data files in the table's folder."""
-    names: list[str] = pa.table(delta.get_add_actions(flatten=True)).column("path").to_pylist()
-    return names
-
-
 def _add_unit(unit: WrittenUnit) -> AddAction:
-    return _add(_file_name(unit.path), size=unit.size, rows=unit.manifest.rows_written)
+    return add_file(_file_name(unit.path), size=unit.size, rows=unit.manifest.rows_written)
 
 
-def _add(name: str, *, size: int, rows: int) -> AddAction:
-    return AddAction(
-        path=name,
-        size=size,
-        partition_values={},
-        modification_time=_now_ms(),
-        data_change=True,
-        stats=json.dumps({"numRecords": rows}),
-    )
-
-
-def _remove(name: str) -> RemoveAction:
-    return RemoveAction(path=name, data_change=True, deletion_timestamp=_now_ms())
+def _names(units: Sequence[WrittenUnit]) -> list[str]:
+    return [unit.manifest.unit for unit in units]
 
 
 def _file_name(path: str) -> str:
     return path.rpartition("/")[2]
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)

@@ -208,7 +208,7 @@ def kill_at(monkeypatch, module, function: str, *, after: int) -> None:
     [
         *((rewrite, "write_unit", after) for after in (1, 4)),
         *((rewrite, "replace_units", after) for after in (1, 2, 3)),
-        *((commits, "_rewrite_siblings", after) for after in (1, 2, 3)),
+        *((commits, "rewrite_siblings", after) for after in (1, 2, 3)),
         *((commits, "_rewrite_rows", after) for after in (2, 4, 6)),
     ],
 )

@@ -75,7 +75,7 @@ def test_siblings_follow_the_new_files(table):
     assert recover(after) is after
 
 
-@pytest.mark.parametrize("killed", ["_rewrite_siblings", "_rewrite_rows"])
+@pytest.mark.parametrize("killed", ["rewrite_siblings", "_rewrite_rows"])
 def test_writer_killed_before_its_siblings_is_completed(table, monkeypatch, killed):
     old, new = without_first_row(table.units[0])
     rewrite = commits._rewrite_rows
@@ -83,7 +83,7 @@ def test_writer_killed_before_its_siblings_is_completed(table, monkeypatch, kill
     def rewrite_rejects(location, *rest, **more):
         return location.endswith(".units") or rewrite(location, *rest, **more)
 
-    functions = {"_rewrite_siblings": lambda *_: None, "_rewrite_rows": rewrite_rejects}
+    functions = {"rewrite_siblings": lambda *_: None, "_rewrite_rows": rewrite_rejects}
     with monkeypatch.context() as patch:
         patch.setattr(commits, killed, functions[killed])
         assert replace_units(table.url, [(old, new)])
