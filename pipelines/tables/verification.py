@@ -1,8 +1,8 @@
 """Verifies a table: checks its log, its files and their manifests, and recomputes sampled units.
 
-The log against the store: every file exists and has the recorded size. The files against their manifests:
-whole, of the recorded hash, rows and rejections adding up, ids unique. The rows against the method: sampled
-units are computed again from their keys, which finds rows that are well-formed and wrong.
+The log against the folder and the siblings, both ways: no unit is missing in one of them. The files against
+their manifests: whole, of the recorded hash, rows and rejections adding up, ids unique. The rows against the
+method: sampled units are computed again from their keys, which finds rows that are well-formed and wrong.
 """
 
 import hashlib
@@ -17,10 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.storage.objects import StorageError, read_bytes
+from pipelines.tables.commits import WrittenUnit, written_unit
 from pipelines.tables.deletion_list import redacted_id
 from pipelines.tables.manifest import UnitManifest, read_manifest
+from pipelines.tables.repair import COMMITTED_IN_ROUNDS
 from pipelines.tables.schemas import array_type, from_png
 from pipelines.tables.table import Snapshot, UnitFile
+from pipelines.tables.unit_states import UnitStates
 from snapfusion.settings import digest
 
 Recompute = Callable[[UnitManifest, pa.Table], tuple[pa.Table, dict[str, Any]]]
@@ -51,6 +54,7 @@ class VerificationReport:
         recomputed: units that were computed again.
         exact: of those, the bit-identical ones; the others ran in another environment, within `TOLERANCE`.
         faults: one sentence for each fault; empty for a sound table.
+        repairable: number of the faults that `pipelines.tables.repair` mends.
         notes: one sentence for each check that could not be made.
     """
 
@@ -60,6 +64,7 @@ class VerificationReport:
     recomputed: int
     exact: int
     faults: tuple[str, ...]
+    repairable: int
     notes: tuple[str, ...]
 
 
@@ -72,6 +77,7 @@ def verify_table(table: Snapshot, *, recompute: Recompute, units: int, seed: int
     sampled = random.Random(seed).sample(table.units, min(units, len(table.units)))
     for file in table.units:
         verifier.check(file, recompute=file in sampled)
+    verifier.check_units()
     return verifier.report()
 
 
@@ -81,11 +87,12 @@ class _Verifier:
     def __init__(self, table: Snapshot, recompute: Recompute) -> None:
         self.recompute = recompute
         self.identity = digest(table.identity)
-        self.records = {record.unit: record for record in table.unit_records()}
-        self.rejected = Counter((row["unit"], row["id"]) for row in table.rejected_rows())
+        self.kind = table.identity["kind"]
+        self.states = UnitStates.read(table)
         self.ids: list[np.ndarray] = []
         self.faults: list[str] = []
         self.notes: list[str] = []
+        self.repairable: list[str] = []
         self.counts: Counter[str] = Counter()
 
     def check(self, file: UnitFile, *, recompute: bool) -> None:
@@ -94,15 +101,15 @@ class _Verifier:
         try:
             data = read_bytes(file.path)
             manifest = read_manifest(data)
-            rows = pq.read_table(pa.BufferReader(data))
-        except (StorageError, ValueError, pa.ArrowException) as error:
+            rows = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        except (StorageError, ValueError, OSError, pa.ArrowException) as error:
             self.faults.append(f"{file.path}: {error}")
             return
         self.counts["rows"] += rows.num_rows
         self.counts["rejected"] += len(manifest.rejections)
         self.ids.append(_hash_ids(rows.column("id").to_pylist()))
         self.faults += self._compare_with_log(file, manifest, rows)
-        self.faults += self._compare_with_siblings(file, manifest, data)
+        self._compare_with_siblings(file, written_unit(file.path, data, manifest))
         if recompute:
             self._compare_recomputed(manifest, rows)
 
@@ -111,8 +118,11 @@ class _Verifier:
         ids = np.concatenate(self.ids) if self.ids else np.empty(0)
         repeated = len(ids) - len(np.unique(ids))
         faults = [*self.faults, *([f"{repeated} rows have an id that another row has"] if repeated else [])]
+        faults += self.repairable
         counts = {name: self.counts[name] for name in ("units", "rows", "rejected", "recomputed", "exact")}
-        return VerificationReport(**counts, faults=tuple(faults), notes=tuple(self.notes))
+        return VerificationReport(
+            **counts, faults=tuple(faults), repairable=len(self.repairable), notes=tuple(self.notes)
+        )
 
     def _compare_with_log(self, file: UnitFile, manifest: UnitManifest, rows: pa.Table) -> Iterator[str]:
         if manifest.unit != file.unit:
@@ -125,18 +135,34 @@ class _Verifier:
         if manifest.settings != self.identity:
             yield f"{file.path} was made with other settings than the table's"
 
-    def _compare_with_siblings(self, file: UnitFile, manifest: UnitManifest, data: bytes) -> Iterator[str]:
-        record = self.records.get(file.unit)
-        if record is None:
-            yield f"unit {file.unit} has no row in the units table; the next job on the table restores it"
-            return
-        if len(data) != file.size or hashlib.sha256(data).hexdigest() != record.sha256:
-            yield f"{file.path} is not the file that was committed: its size or SHA-256 differs"
-        if record.account != manifest.to_json():
-            yield f"unit {file.unit}: its manifest in the units table differs from that of its file"
-        expected = Counter((file.unit, rejection.id) for rejection in manifest.rejections)
-        if expected != Counter({key: n for key, n in self.rejected.items() if key[0] == file.unit}):
-            yield f"unit {file.unit}: its rejected rows differ from those of its file's manifest"
+    def _compare_with_siblings(self, file: UnitFile, written: WrittenUnit) -> None:
+        as_committed = self.states.is_as_committed(file, sha256=written.sha256)
+        if written.size != file.size or not as_committed:
+            self.faults.append(f"{file.path} is not the file that was committed: its size or SHA-256 differs")
+        if self.states.is_replaced(file):
+            self.faults.append(
+                f"{file.path} was replaced by a file without deleted rows, and the log has lost that: run "
+                "jobs.forget again"
+            )
+        elif as_committed:
+            self.repairable += self.states.sibling_faults(written)
+
+    def check_units(self) -> None:
+        """Look for units that are missing in the log, or in it twice."""
+        units = Counter(file.unit for file in self.states.table.units)
+        self.faults += [
+            f"unit {unit} is in the log {count} times" for unit, count in units.items() if count > 1
+        ]
+        for lost in self.states.lost_units():
+            fault = f"unit {lost.unit} was committed, and the log has lost it"
+            if lost.file is None:
+                self.faults.append(f"{fault} and the folder its data file: restore it from a copy")
+            elif self.kind in COMMITTED_IN_ROUNDS:
+                self.faults.append(f"{fault}: run jobs.find_duplicates again")
+            else:
+                self.repairable.append(fault)
+        if files := self.states.uncommitted_files():
+            self.notes.append(f"{files} data files are in no commit; the next job on the table commits them")
 
     def _compare_recomputed(self, manifest: UnitManifest, rows: pa.Table) -> None:
         try:

@@ -70,7 +70,11 @@ WITHOUT_RECIPE = {
     *("generate", "verify_bundle", "benchmark", "recipes"),
 }
 SHARED = {"--recipe", "--config", "--set", "--out", "--dry-run", "--verbose", "--log-json", "--help"}
-OWN = {"forget": {"--url", "--hash", "--id", "--erase", "--erase-pinned"}, "vacuum": {"--delete"}}
+OWN = {
+    "forget": {"--url", "--hash", "--id", "--erase", "--erase-pinned"},
+    "vacuum": {"--delete"},
+    "verify_table": {"--repair"},
+}
 
 
 @pytest.mark.parametrize("verb", sorted({*command.VERBS} - WITHOUT_RECIPE))

@@ -1,7 +1,6 @@
 """PAIRS: images are a function of caption, draw and settings, and can be recomputed."""
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from conftest import tiny_bundle
 from in_process import in_process
 from latent_inputs import copy_table, data_files, forge, verify
 from pair_inputs import CAPTIONS, SETTINGS
+from table_damage import edit_rows
 
 from pipelines.datasets.pairs import captions_of, generate_pairs, pending_units, recomputer
 from pipelines.rejections import Rejected
@@ -18,7 +18,7 @@ from pipelines.sources.captions import Caption
 from pipelines.stages.generate import teacher_images
 from pipelines.tables.commits import read_written_unit
 from pipelines.tables.schemas import from_png, read_array
-from pipelines.tables.table import Snapshot, TableError, open_table
+from pipelines.tables.table import TableError, open_table
 from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.noise import gaussian_batch
@@ -149,15 +149,13 @@ def test_changed_file_is_found_by_its_hash(copy, tiny_teacher):
     assert "not the file that was committed" in fault
 
 
-def test_forged_row_is_found_by_recomputing(copy, tiny_teacher, monkeypatch):
+def test_forged_row_is_found_by_recomputing(copy, tiny_teacher):
     path = first_file(copy)
     forge(path, column="latent")
     # The forger has also put the new hash into the units table: only recomputing finds the rows.
     forged = read_written_unit(str(path))
-    records = {record.unit: record for record in open_table(str(copy)).unit_records()}
-    name = forged.manifest.unit
-    records[name] = replace(records[name], sha256=forged.sha256)
-    monkeypatch.setattr(Snapshot, "unit_records", lambda _: list(records.values()))
+    recorded = {"bytes": forged.size, "sha256": forged.sha256}
+    edit_rows(f"{copy}.units", lambda row: row | (recorded if row["unit"] == forged.manifest.unit else {}))
     assert verified(copy, tiny_teacher, units=0).faults == ()
     assert [fault.split(":")[0] for fault in verified(copy, tiny_teacher).faults] == ["row c0#0", "row c1#0"]
 
