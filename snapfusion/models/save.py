@@ -45,8 +45,11 @@ def save(
         distillation: of a distilled model: its steps, timesteps and the like; JSON values.
     """
     bundle.to("cpu", dtype=dtype)
-    for name, network in bundle.networks.items():
-        network.save_pretrained(folder / name, safe_serialization=True)
+    bundle.unet.save_pretrained(folder / "unet")
+    bundle.vae.save_pretrained(folder / "vae")
+    # transformers 4 finds the tensors only under this prefix and would leave the network random; 5 finds both.
+    tensors = {f"text_model.{name}": value for name, value in bundle.text_encoder.state_dict().items()}
+    bundle.text_encoder.save_pretrained(folder / "text_encoder", state_dict=tensors)
     bundle.tokenizer.save_pretrained(folder / "tokenizer")
     scheduler = DDIMScheduler(
         num_train_timesteps=bundle.schedule.num_steps,

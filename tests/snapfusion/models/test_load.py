@@ -46,6 +46,11 @@ def test_saved_model_is_loaded(tiny_teacher):
     assert not any(network.training for network in bundle.networks.values())
 
 
+def test_text_encoder_has_the_names_of_transformers_4(tiny_teacher):
+    names = load_file(f"{tiny_teacher}/text_encoder/model.safetensors")
+    assert {name.split(".")[0] for name in names} == {"text_model"}
+
+
 def test_fingerprint_is_independent_of_the_file(tiny_teacher, folder):
     assert load(str(folder)).fingerprint() == load(tiny_teacher).fingerprint()
 
