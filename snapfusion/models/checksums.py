@@ -1,10 +1,12 @@
 """Checksums of a folder: the SHA-256 of each of its files, in the format of `sha256sum -c`."""
 
 import hashlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 CHECKSUMS_FILE = "SHA256SUMS"
+_NOTES = ("README", "LICENSE", "NOTICE")
+_INERT_SUFFIXES = (".md", ".png", ".jpg", ".jpeg", ".webp")
 
 
 class ChecksumError(ValueError):
@@ -34,6 +36,8 @@ def verify_checksums(folder: Path) -> bool:
 def compare_files(folder: Path, *, expected: dict[str, Any], actual: dict[str, Any], record: str) -> None:
     """Compare the files of a folder, each with its checksum or the like, with what `record` says of them.
 
+    Files that no program reads may be added: hidden ones, notes and images.
+
     Raises:
         ChecksumError: naming the first file that is missing, altered or added.
     """
@@ -41,9 +45,17 @@ def compare_files(folder: Path, *, expected: dict[str, Any], actual: dict[str, A
         if name not in actual:
             raise ChecksumError(f"{folder}: {name} is missing; copy the folder again")
         if name not in expected:
+            if _is_inert(name):
+                continue
             raise ChecksumError(f"{folder}: {name} is not in {record}: it was added")
         if actual[name] != expected[name]:
             raise ChecksumError(f"{folder}: {name} was altered: {record} has another SHA-256")
+
+
+def _is_inert(name: str) -> bool:
+    """Tell whether no program reads a file of this name: .DS_Store, .gitattributes, README.md, a preview."""
+    path = PurePosixPath(name)
+    return path.name.startswith(".") or path.stem in _NOTES or path.suffix.lower() in _INERT_SUFFIXES
 
 
 def file_hash(path: Path) -> str:

@@ -172,6 +172,21 @@ def test_checksums_find_added_altered_and_missing_files(tmp_path):
             verify_checksums(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", ".gitattributes", "unet/.DS_Store", "preview.png"])
+def test_files_that_nothing_reads_may_be_added(tiny_teacher, tmp_path, name):
+    copy = shutil.copytree(tiny_teacher, tmp_path / "model")
+    (copy / name).write_text("added")
+    assert load(str(copy)).fingerprint() == load(tiny_teacher).fingerprint()
+
+
+@pytest.mark.parametrize("name", ["unet/other.safetensors", "unet/module.py", "tokenizer/added_tokens.json"])
+def test_files_that_are_read_may_not_be_added(tiny_teacher, tmp_path, name):
+    copy = shutil.copytree(tiny_teacher, tmp_path / "model")
+    (copy / name).write_text("{}")
+    with pytest.raises(ChecksumError, match=f"{name} is not in SHA256SUMS"):
+        load(str(copy))
+
+
 def test_altered_weights_fail(tiny_teacher, tmp_path):
     copy = shutil.copytree(tiny_teacher, tmp_path / "model")
     flip_byte(copy / UNET_FILE)
