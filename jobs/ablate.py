@@ -85,8 +85,8 @@ def write_page(job: Job) -> None:
     page = render_ablation(
         [panel for panel in panels if panel is not None],
         curves={name: read_json(f"{student_url(job, name, seed=0)}/{METRICS}")["curve"] for name in trained},
-        rows=sample_image_rows(images, w=settings.pictures_at),
-        w=settings.pictures_at,
+        rows=sample_image_rows(images, w=settings.images_at),
+        w=settings.images_at,
     )
     replace_object(job.url("ablation/page.html"), page.encode())
 

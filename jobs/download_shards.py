@@ -21,7 +21,7 @@ def download(job: Job) -> None:
     from pipelines.download.downloads import download_shards
 
     recipe = job.recipe
-    url = job.url(recipe.download.place)
+    url = job.url(recipe.download.folder)
     summary = download_shards(
         _with_absolute_python(recipe.download),
         selection=recipe.latents.selection,
@@ -45,7 +45,7 @@ def preview(job: Job) -> list[str]:
     from pipelines.download.downloads import find_ranges
 
     settings = job.recipe.download
-    ranges, url = find_ranges(settings), job.url(settings.place)
+    ranges, url = find_ranges(settings), job.url(settings.folder)
     known, parts = read_receipts(url), list(ranges.tasks({}))
     left = [part for part in parts if part.name not in known]
     rows = sum(part.stop - part.start for part in left)

@@ -35,7 +35,7 @@ OPTIONS = [
     click.Option(["--size"], type=int, help="side of the image in pixels (default: the model's own)"),
     click.Option(["--seed"], type=int, default=0, help="of the noise"),
     click.Option(["-n"], type=click.IntRange(1), default=1, help="number of images, side by side"),
-    click.Option(["--out"], default="picture.png", help="a PNG file"),
+    click.Option(["--out"], default="image.png", help="a PNG file"),
 ]
 
 

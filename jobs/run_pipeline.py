@@ -69,7 +69,7 @@ def run_pipeline(job: Job) -> None:
 
 
 def _how_to_go_on(job: Job) -> list[str]:
-    """What to open, and how to generate an image with what was made."""
+    """Lines that name the page to open and the command that generates an image with the new model."""
     made = [("--model", job.recipe.distill.name), ("--bundle", "mobile")]
     caption = job.recipe.mobile.captions[0]
     return [

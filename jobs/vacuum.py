@@ -49,15 +49,15 @@ def _lines(job: Job, *, deletes: bool) -> list[str]:
         leases = {
             lease.version: lease.holder for lease in active_readers(table.url) if lease.version is not None
         }
-        held = {**pinned.get(path, {}), **leases}
-        unread = unread_files(table, held=held, hours=job.recipe.vacuum.hours)
+        used = {**pinned.get(path, {}), **leases}
+        unread = unread_files(table, used=used, hours=job.recipe.vacuum.hours)
         # After the files are listed: who wrote one of them has announced it before.
         if writers := active_writers(table.url):
             lines.append(f"{path}, version {table.version}: kept while {writers[0].holder} writes it")
             continue
         lines.append(f"{path}, version {table.version}: {_summary(unread)}")
-        older = sorted(version for version in held if version < table.version)
-        lines += [f"  version {version} is kept for {held[version]}" for version in older]
+        older = sorted(version for version in used if version < table.version)
+        lines += [f"  version {version} is kept for {used[version]}" for version in older]
         if deletes:
             delete_files(unread)
             remove_expired(table.url)

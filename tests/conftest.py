@@ -1,4 +1,4 @@
-"""What many tests need: quiet libraries, and a Stable Diffusion small enough for a test."""
+"""Fixtures of many tests: quiet libraries, and a Stable Diffusion small enough for a test."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mobile_model(shared: Path) -> str:
-    """A diffusers folder of a tiny model that predicts v, as a student does; made by the first who asks."""
+    """A diffusers folder of a tiny model that predicts v, as a student does; made at the first request."""
     folder = shared / "tiny-v"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
@@ -266,7 +266,7 @@ def compiled_once(shared: Path) -> Iterator[None]:
 def mobile_bundle(shared: Path, mobile_model: str, compiled_once: None) -> Path:
     """The tiny model's bundle, with every variant that can be computed here; not to be changed.
 
-    The first who asks makes it, which takes a minute or two.
+    It is made at the first request, which takes a minute or two.
     """
     from jobs import compile_mobile
 

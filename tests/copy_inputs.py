@@ -22,7 +22,7 @@ SETTINGS = FingerprintsSettings(rows_per_unit=5)
 
 
 def photograph(n: int, *, side: int = 240) -> Image.Image:
-    """A smooth random picture: it has low frequencies, as photographs do, and every n has others."""
+    """A smooth random image: it has low frequencies, as photographs do, and every n has others."""
     coarse = np.random.Generator(np.random.Philox(n)).integers(0, 256, (7, 7, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
 
@@ -34,7 +34,7 @@ def encoded(image: Image.Image, *, quality: int = 95) -> bytes:
 
 
 def near_copies(n: int) -> dict[str, bytes]:
-    """What the web does to a picture."""
+    """Changes that the web makes to an image."""
     image = photograph(n)
     return {
         "encoded again": encoded(image, quality=40),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from in_process import in_process
 from latent_inputs import SETTINGS as LATENTS
-from latent_inputs import picture as image
+from latent_inputs import noise_image as image
 from pair_inputs import SETTINGS as PAIRS
 from target_inputs import SETTINGS as TARGETS
 

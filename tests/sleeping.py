@@ -24,7 +24,7 @@ class SleepingTeacher(GeneratePairs):
     """Draws nothing: each row takes a fixed time, and is made of what was there before."""
 
     def generate(self, token_ids: Tensor, keys: list[int]) -> tuple[np.ndarray, list[np.ndarray | None]]:
-        """Zeros, and black pictures."""
+        """Zeros, and black images."""
         time.sleep(SECONDS_A_ROW * len(keys))
         # Kept in the unit's account: results reach the driver in bursts, between two commits.
         self.environment = {**self.environment, "woke": time.time()}

@@ -152,9 +152,9 @@ def test_method_imports_no_ray_tables_or_upper_packages(module):
 @named("snapfusion")
 def test_inside_the_method_imports_go_downward(module):
     def layer(name: str) -> int:
-        place = [rank for rank, names in enumerate(LAYERS) if name in names]
-        assert place, f"snapfusion.{name} stands in no layer: put it into LAYERS and into ARCHITECTURE.md"
-        return place[0]
+        layers = [rank for rank, names in enumerate(LAYERS) if name in names]
+        assert layers, f"snapfusion.{name} stands in no layer: put it into LAYERS and into ARCHITECTURE.md"
+        return layers[0]
 
     own = [*module.name.split("."), ""][1]
     if not own:
@@ -310,20 +310,20 @@ def public_functions(module: Module) -> Iterator[tuple[str, ast.FunctionDef]]:
 
 
 def equation_table() -> list[tuple[str, str]]:
-    """(place in the paper, dotted name of code) of every row of ARCHITECTURE.md's table."""
+    """(equation or section, dotted name of code) of every row of ARCHITECTURE.md's table."""
     text = (ROOT / "ARCHITECTURE.md").read_text().split("## From equation to function")[1].split("\n## ")[0]
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")][2:]
     return [(row[0].strip(), name) for row in rows for name in re.findall(r"`([\w.]+)`", row[2])]
 
 
 def test_the_equation_table_names_code_that_exists():
-    for place, name in equation_table():
+    for equation, name in equation_table():
         parts = name.split(".")
         depth = max(n for n in range(1, len(parts) + 1) if is_module(parts[:n]))
         thing = importlib.import_module(".".join(parts[:depth]))
         for part in parts[depth:]:
             thing = inspect.getattr_static(thing, part, None)
-        assert thing is not None, f"{place}: {name} does not exist"
+        assert thing is not None, f"{equation}: {name} does not exist"
 
 
 def is_module(parts: list[str]) -> bool:

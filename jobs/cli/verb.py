@@ -49,7 +49,7 @@ class Verb:
     Attributes:
         name: with underscores.
         command: its options and help.
-        work: what it does with the parsed options.
+        work: the body, called with the parsed options.
     """
 
     name: str

@@ -80,14 +80,14 @@ class DeletionReceipt:
         settings: digest of the recipe.
         outcomes: of the files of the request.
         added: entries that are new on the list, including the ids of matched rows.
-        lookup: how addresses and hashes were looked up in shards.
-        tables: what was deleted, by path.
+        lookup: of addresses and hashes in shards.
+        tables: deleted rows, by path.
         deleted_rows: rows that each table has lost so far, by this request and earlier ones, by URL.
         kept: rows on the list in tables that rows are not deleted from, by path.
         shards: that deleted rows were read from.
-        lineage: what was made of older versions.
+        lineage: of older versions.
         old_files: that still hold deleted rows.
-        erased: files that held them and were erased.
+        erased: files that contained them and were erased.
     """
 
     settings: str

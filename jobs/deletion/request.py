@@ -45,7 +45,7 @@ class RequestMatches:
     """Rows of a run that match a request.
 
     Attributes:
-        lookup: what was found in shards.
+        lookup: result of the search in shards.
         rows: matching rows and rejections of each table, by path.
         ids: of rows of LATENTS and of captions.
         entries: of the request, those that match.

@@ -14,7 +14,7 @@ class EvaluationResults(Comparison):
     """The results of an evaluation; an interval is an `Interval`, and a list of three numbers in the file.
 
     Attributes:
-        protocol: what was compared and how.
+        protocol: contenders, captions and sampling.
         tables: lineage of each contender's samples.
         curves: each contender with its metrics at every guidance ("points").
         baseline: contender of the comparison.

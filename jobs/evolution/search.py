@@ -67,7 +67,7 @@ class EvolutionRound(Settings):
 
 
 class TableOrigin(Settings):
-    """Where and when a latency table was measured."""
+    """The machine, runtime and time of a latency table's measurement."""
 
     setting: MeasurementSetup
     date: str

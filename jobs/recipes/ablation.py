@@ -84,7 +84,7 @@ class AblationSettings(Settings):
         panels: in order of the page.
         only: names of the panels to make now; empty for all.
         most_seeds: upper bound on the seeds of every panel, for a first look.
-        pictures_at: guidance of the images that are shown.
+        images_at: guidance of the images that are shown.
     """
 
     model: str = "mini-v"
@@ -92,7 +92,7 @@ class AblationSettings(Settings):
     panels: tuple[Panel, ...] = ()
     only: tuple[str, ...] = ()
     most_seeds: PositiveInt | None = None
-    pictures_at: Guidance = 6.0
+    images_at: Guidance = 6.0
 
     @model_validator(mode="after")
     def _names_are_known(self) -> AblationSettings:

@@ -129,7 +129,7 @@ class Recipe(Settings):
         download: of URL lists into shards.
         source: of images.
         latents: the table LATENTS.
-        deduplication: which of its rows count as copies, and whether they are refused.
+        deduplication: criteria of copies among its rows, and whether they are refused.
         captions: from which the teacher generates.
         pairs: the table PAIRS.
         targets: the table TARGETS.
@@ -150,7 +150,7 @@ class Recipe(Settings):
         oracle_floor: least mean attribute accuracy of the demo's images, by the miniature's oracle; None
             for models whose images it cannot read.
         verification: of tables.
-        vacuum: which files `jobs.vacuum` keeps.
+        vacuum: age of the files that `jobs.vacuum` keeps.
         quota: bounds of one run of `jobs.top_up`.
         cluster: Ray.
         storage: object stores and the file of credentials.

@@ -12,7 +12,12 @@ RENAMED_SECTIONS = {
 }
 """Keys at the top of a recipe: new by old."""
 
-RENAMED_KEYS = {"watch": "validation"}
+RENAMED_KEYS = {
+    "pictures": "images",
+    "pictures_at": "images_at",
+    "place": "folder",
+    "watch": "validation",
+}
 """Keys anywhere below: new by old."""
 
 RENAMED_RECIPES = {"twin": "mini-efficient"}

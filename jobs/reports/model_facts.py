@@ -1,4 +1,4 @@
-"""What a report says about its models that only their weights show."""
+"""Facts about a report's models that only their weights show."""
 
 from collections.abc import Mapping
 from contextlib import suppress

@@ -24,7 +24,7 @@ class CaptionedImage:
 
     Attributes:
         image: uint8 [H,W,3].
-        caption: what it should show.
+        caption: of the image.
         note: a second, smaller line, such as the oracle's score of it.
     """
 
@@ -142,9 +142,9 @@ class Measurement:
         value: the number.
         unit: "dB", "ms"; empty for a plain number.
         count: number of things that it is the mean or total of.
-        counted: what those are, such as "held-out pairs".
+        counted: their name, such as "held-out pairs".
         seed: of their choice; None if nothing is random.
-        note: how it was measured, or the value to compare with.
+        note: on the measurement, or the value to compare with.
     """
 
     name: str
@@ -168,7 +168,7 @@ class MobileVariant:
         limit_db: least PSNR of the images for a variant to be published.
         override: why it was published below the limit; empty if it is not below.
         samples: number of captions.
-        method: how outputs were compared.
+        method: of comparing the outputs.
     """
 
     name: str

@@ -42,7 +42,7 @@ def sample_side_by_side(
     Args:
         student: its metrics.json.
         url: of its folder.
-        cache: where they are kept.
+        cache: that keeps them.
     """
     steps, parents = student["distillation"]["steps"], student["parents"]
     models = {

@@ -124,7 +124,7 @@ def read_credentials(file: Path) -> dict[str, str]:
 
 
 def _fault(name: str, value: str, known: Collection[str]) -> str | None:
-    """What is wrong with a line, without repeating it; None if nothing is."""
+    """The mistake in a line, without repeating the line; None if there is none."""
     if not value:
         return "is not of the form NAME=VALUE"
     if name not in CREDENTIAL_VARIABLES:

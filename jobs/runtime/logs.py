@@ -38,7 +38,7 @@ def log_as_json(enabled: bool) -> None:
 
 
 def seconds_since_last_line() -> float:
-    """How long nothing has been logged, in seconds."""
+    """Seconds since the last line of the log."""
     return time.monotonic() - _handler.last_line
 
 

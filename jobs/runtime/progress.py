@@ -20,7 +20,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class _Display:
-    """What the process does at the moment, and since when."""
+    """The present activity of the process and its start."""
 
     status: ClassVar[Status | None] = None
     text: ClassVar[str] = ""

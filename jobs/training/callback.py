@@ -79,7 +79,7 @@ class TrainingCallback:
         training: that runs.
         state: of the training, on this worker.
         store: of its checkpoints.
-        settings: how often each action is due.
+        settings: interval of each action.
         rank: of this worker.
         world: number of workers.
         queue: actor that takes reports (see `jobs.training.progress_channel`).

@@ -57,7 +57,7 @@ class Loggers(AbstractContextManager["Loggers"]):
     Args:
         kinds: loggers to use.
         url: folder of this training alone.
-        run: id of this training for loggers that keep all runs in one place; the same when it resumes.
+        run: id of this training for loggers that keep all runs together; the same when it resumes.
         name: display name.
         done: steps done already; anything logged for later steps is superseded.
         settings: logged as parameters where the logger has them.

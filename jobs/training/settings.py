@@ -79,7 +79,7 @@ class ValidationSettings(Settings):
         guidance: scales w of Eq. 3; the first one selects the best weights.
         steps: DDIM steps; null takes the student's, or 50 for a model that is not distilled.
         best: criterion of the best weights: lowest "fid" or highest "clip".
-        pictures: images shown, of the first captions.
+        images: images shown, of the first captions.
         drawing: batch size, noise and image size; null size takes the size that is trained. Every validation
             uses the same noise.
         judging: networks of FID and CLIP.
@@ -93,7 +93,7 @@ class ValidationSettings(Settings):
     guidance: Annotated[tuple[Annotated[float, Field(ge=1)], ...], Field(min_length=1)] = (2.0,)
     steps: PositiveInt | None = None
     best: Literal["fid", "clip"] = "fid"
-    pictures: PositiveInt = 8
+    images: PositiveInt = 8
     drawing: SamplingSettings = SamplingSettings()
     judging: MetricSettings = MetricSettings()
     references: str | None = None

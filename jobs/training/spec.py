@@ -20,7 +20,7 @@ class TrainingError(ValueError):
 
 
 def first_differences(stored: Any, current: Any) -> str:  # noqa: ANN401 - JSON values
-    """What differs first between a stored identity and the present one, for an error; empty if nothing."""
+    """The first difference between a stored identity and the present one, for an error; empty if equal."""
     return "; ".join(islice(differences(stored, current), 3))
 
 

@@ -115,7 +115,7 @@ class Validator:
         spans = [slice(start, start + size) for start in range(0, len(keys), size)]
         batches = [self._networks.sample_and_score(texts[span], keys[span], w=w) for span in spans]
         columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-        row = np.concatenate(list(columns["image"][: self.settings.pictures]), axis=1)
+        row = np.concatenate(list(columns["image"][: self.settings.images]), axis=1)
         finite = columns["finite"]
         point: dict[str, Any] = {"w": w, "pictures": int(finite.sum()), "fid": None, "clip": None}
         # A covariance needs two images; a diverged student may have none that is finite.

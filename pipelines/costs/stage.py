@@ -53,7 +53,7 @@ class Work:
 
     Attributes:
         kind: of work.
-        units: how many.
+        units: their number.
         gmacs: 10^9 multiply-accumulates of the network in one unit; None without a network, or to take the
             rate as it was measured.
         replicated: whether every worker does all units (or one does, and the others wait); else they share.
@@ -73,7 +73,7 @@ class WorkerGroup:
         name: of the group.
         works: of the whole group.
         workers: number of them in the recipe.
-        on: what each occupies: an accelerator (a core, on nodes without any), or always a core.
+        on: occupied by each: an accelerator (a core, on nodes without any), or always a core.
         max_workers: beyond which workers would idle; None for no limit.
     """
 
@@ -93,7 +93,7 @@ class StageCost:
         verb: the job that runs it.
         rows: read.
         groups: worker groups, which run concurrently.
-        startup: which fixed time passes around the work.
+        startup: kind of the fixed time around the work.
         output_bytes: size of the result.
         writes: commits of a table; None for none.
         reads: of a training; None for none.

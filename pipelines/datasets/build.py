@@ -61,7 +61,7 @@ def build_table(
         pending: gives what is to be made.
         stages: from an item to `FinishedRows`.
         count_rows: rows that items will give, None if unknown; by default the rows of their units.
-        origin: what builds the table, and from what; recorded with each unit.
+        origin: job that builds the table, and its parents; recorded with each unit.
         run: sends items through stages.
         on_progress: called after each unit.
 

@@ -124,7 +124,7 @@ def table_cost(
         units: its data files.
         sizes: of the model's networks.
         batch_bytes: activation bytes of one batch, two a number.
-        unet: which runs; None for the model's own.
+        unet: that runs; None for the model's own.
         rejects: whether rows are rejected.
     """
     return StageCost(

@@ -164,7 +164,7 @@ def recomputer(table: Snapshot, *, teacher: str) -> Recompute:
         if {"not_finite", "crashed"} & manifest.rejected().keys():
             raise CannotRecompute("rows that the teacher failed on are not in it, and batches depend on them")
         captions = captions_in(rows, manifest.ordinals())
-        # Any text does for deleted rows: bits depend on a row's place in the batch, not on the other rows.
+        # Any text does for deleted rows: bits depend on a row's position in the batch, not on the other rows.
         captions += [
             Caption(id=rejection.id.rpartition("#")[0], ordinal=rejection.ordinal, text="")
             for rejection in manifest.rejections

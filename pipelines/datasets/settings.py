@@ -81,7 +81,7 @@ class ReferencesSettings(BuildSettings):
     Attributes:
         name: a short name; prefix of the names of units.
         url: a folder of images; None takes the miniature's held-out scenes.
-        count: how many, in order of their names; by default two for each of the miniature's captions. An
+        count: their number, in order of their names; by default two for each of the miniature's captions. An
             image that cannot be read is rejected, not replaced.
         size: pixels a side of the center square that images are cropped and resized to; scenes keep the
             miniature's size.

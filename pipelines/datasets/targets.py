@@ -203,7 +203,7 @@ def recomputer(table: Snapshot, *, teacher: str, latents: Snapshot) -> Recompute
 def _original_rows(rows: LatentRows, manifest: UnitManifest, *, table: Snapshot) -> LatentRows:
     """The rows that a unit was made from, with zeros for rows of LATENTS that were deleted since.
 
-    Bits depend on the size of a batch and a row's place in it, but not on the other rows' values.
+    Bits depend on the size of a batch and a row's position in it, but not on the other rows' values.
     """
     deleted = [row for row in manifest.rejections if row.id.startswith(REDACTED_PREFIX)]
     if not deleted:

@@ -101,7 +101,7 @@ def describe_evaluation(evaluation: EvaluationSet) -> dict[str, Any]:
             f"two parts of the evaluation are called {duplicates[0]!r}, after the last part of their URLs; "
             "rename one"
         )
-    kinds = {"captions": evaluation.captions, "pictures": evaluation.pictures, "shards": evaluation.shards}
+    kinds = {"captions": evaluation.captions, "pictures": evaluation.images, "shards": evaluation.shards}
     return {kind: sorted(map(_source_name, urls)) for kind, urls in kinds.items()}
 
 
@@ -134,7 +134,7 @@ def _images(
     *,
     prefix: str = "",
 ) -> Iterator[ImageNameRows]:
-    for url in evaluation.pictures:
+    for url in evaluation.images:
         files = list_files(url, endings=_SUFFIXES)
         if not files:
             raise SourceError(f"no images at {url}: give a folder of them, or a glob such as 'folder/*.jpg'")

@@ -48,12 +48,12 @@ def find_duplicates(
     and those of the killed round are never committed.
 
     Args:
-        settings: what counts as a duplicate.
+        settings: criteria of duplicates.
         fingerprints: of the rows to check, at this version.
         url: of the table.
         evaluation: fingerprints of the evaluation set.
         against: fingerprints whose rows precede.
-        origin: what makes the round, and from what.
+        origin: job that makes the round, and its parents.
         read: reads and groups rows.
 
     Raises:

@@ -18,20 +18,20 @@ class EvaluationSet(Settings):
 
     Attributes:
         captions: caption lists (txt, tsv, csv, jsonl, Parquet).
-        reading: which of their columns holds the caption.
-        pictures: folders or globs of images.
+        reading: columns of the caption lists.
+        images: folders or globs of images.
         shards: tars, folders or globs of img2dataset shards; their captions and URLs count too.
     """
 
     captions: tuple[str, ...] = ()
     reading: CaptionSettings = CaptionSettings()
-    pictures: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
     shards: tuple[str, ...] = ()
 
     @property
     def urls(self) -> tuple[str, ...]:
         """The URLs of all its parts."""
-        return (*self.captions, *self.pictures, *self.shards)
+        return (*self.captions, *self.images, *self.shards)
 
 
 class FingerprintsSettings(BuildSettings):
@@ -65,7 +65,7 @@ class Deduplication(Settings):
         evaluation: the evaluation set. Its captions count whatever `caption` is, and its images whatever
             `image` is.
         fingerprints: of FINGERPRINTS.
-        rows_at_once: how many rows a worker holds of a large group; about 100 bytes each.
+        rows_at_once: rows of a large group that a worker holds in memory; about 100 bytes each.
     """
 
     use: bool = False

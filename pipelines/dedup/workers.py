@@ -27,7 +27,7 @@ class Segment:
     Attributes:
         path: of its data file.
         begin: the rank of its first row.
-        rows: how many it has.
+        rows: their number.
         new_unit: the unit, if this round gives verdicts on it; else None.
     """
 

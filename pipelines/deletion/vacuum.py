@@ -31,23 +31,23 @@ class UnreadFile:
     why: str
 
 
-def unread_files(table: Snapshot, *, held: Collection[int], hours: float) -> list[UnreadFile]:
-    """The files in the folders of `table` and its siblings that neither it nor a held version reads.
+def unread_files(table: Snapshot, *, used: Collection[int], hours: float) -> list[UnreadFile]:
+    """The files in the folders of `table` and its siblings that neither it nor a version in use reads.
 
     Files younger than `hours` are left out: they may be about to be committed. So are whole files of units
     that are not committed: the next run commits them (`pipelines.tables.committer.recover`).
 
     Args:
         table: at its newest version.
-        held: versions that somebody reads, or will continue to read.
+        used: versions that somebody reads, or will continue to read.
         hours: longer than any job needs from a file to its commit.
 
     Raises:
-        TableError: if a held version cannot be opened.
+        TableError: if a version in use cannot be opened.
     """
     before = time.time() - 3600 * hours
-    # A held version that cannot be opened stops everything: nobody can tell which files its reader needs.
-    versions = [table, *(open_table(table.url, version=version) for version in set(held) - {table.version})]
+    # A version in use that cannot be opened stops everything: nobody can tell which files its reader needs.
+    versions = [table, *(open_table(table.url, version=version) for version in set(used) - {table.version})]
     read = {file.path for version in versions for file in version.units}
     committed = {file.unit for file in table.units}
     files = [
@@ -93,7 +93,7 @@ def _list_files(location: str) -> list[tuple[str, int, float]]:
 
 
 def _modified(entry: dict[str, Any]) -> float:
-    """When a file was written, in seconds of the epoch; now, if the store does not say."""
+    """Time of a file's last change in seconds of the epoch; the present if the store does not say."""
     # Each filesystem names it in its own way: local, s3fs, adlfs, gcsfs.
     names = ("mtime", "LastModified", "last_modified", "updated")
     modified = next((entry[name] for name in names if entry.get(name) is not None), time.time())

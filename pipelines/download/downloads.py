@@ -119,7 +119,7 @@ class DownloadSummary:
         shards: their number, those of retries included.
         size: bytes of their tars.
         retried: rows of each round of retries, and how many of them were downloaded.
-        identity: what determines the shards.
+        identity: the values that determine the shards.
     """
 
     complete: bool
@@ -151,7 +151,7 @@ def download_shards(
 
     Args:
         settings: of the download.
-        selection: which rows are requested.
+        selection: filter of the requested rows.
         url: folder of the shards; nothing else may lie there.
         filters: refuse rows in addition to the selection.
         run: sends tasks through the stage.
@@ -257,13 +257,13 @@ def _check_identity(url: str, identity: dict[str, Any]) -> None:
     """
     plan = f"{url}/_plan.json"
     if not exists(plan) and exists(url) and list_files(url, endings=(".tar",)):
-        raise SourceError(f"{url} holds shards of another origin; give another download.place")
+        raise SourceError(f"{url} holds shards of another origin; give another download.folder")
     written = json.dumps(identity, indent=2).encode()
     write_once(plan, written)
     if differing := list(differences(read_record(plan), json.loads(written))):
         raise SourceError(
             f"the shards at {url} were downloaded otherwise: {'; '.join(differing[:3])}; "
-            "give another download.place"
+            "give another download.folder"
         )
 
 

@@ -78,11 +78,11 @@ class DownloadSettings(Settings):
 
     Attributes:
         links: Parquet lists of URLs and captions: one file, a folder of them or a glob.
-        place: the folder of the shards in the run.
+        folder: of the shards, in the run.
         columns: the columns of the lists.
         rows_per_shard: rows of a list per shard; rows that are refused make the shard smaller.
-        fetching: how images are fetched and stored.
-        retry_rounds: how often rows that failed for a transient cause are retried, after all others. A run
+        fetching: settings of fetching and storing images.
+        retry_rounds: rounds of retries of rows that failed for a transient cause, after all others. A run
             with more rounds than the last one retries what is left.
         max_failed: fraction of the requested rows that may fail in the first attempt. Old lists lose half.
         judged_after: requested rows before that fraction is checked.
@@ -90,7 +90,7 @@ class DownloadSettings(Settings):
     """
 
     links: str | None = None
-    place: str = Field("shards", pattern=r"^[A-Za-z0-9_.-]+$")
+    folder: str = Field("shards", pattern=r"^[A-Za-z0-9_.-]+$")
     columns: LinkSettings = LinkSettings()
     rows_per_shard: int = Field(10_000, ge=1)
     fetching: FetchSettings = FetchSettings()

@@ -39,7 +39,7 @@ _MAX_DETAIL_CHARS: Final = 120
 
 
 class FetchError(Exception):
-    """Why an image was not fetched; its text is what img2dataset records as `error_message`."""
+    """The cause of a failed fetch; its text is what img2dataset records as `error_message`."""
 
     def __init__(self, cause: str, detail: str = "") -> None:
         if cause not in CAUSES:

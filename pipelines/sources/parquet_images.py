@@ -64,7 +64,7 @@ def read_image_rows(url: str, *, start: int, max_image_bytes: int) -> Iterator[I
     with open_parquet(url) as rows:
         image = image_column(rows.schema)
         if image is None:
-            raise CorruptParquetError(f"no column of pictures among {', '.join(rows.schema.names)}")
+            raise CorruptParquetError(f"no column of images among {', '.join(rows.schema.names)}")
         others = [name for name in rows.schema.names if not is_bytes(rows.schema.field(name).type)]
         for first, last in rows.spans:
             # Keys are read separately, so that rows with corrupt images keep their ids.

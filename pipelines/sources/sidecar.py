@@ -26,7 +26,7 @@ def sidecar_url(tar: str) -> str:
 
 
 def failure_of(row: dict[str, Any]) -> Rejected | None:
-    """Why a row of img2dataset's Parquet output has no image: its status, with the message as detail."""
+    """The rejection of a row of img2dataset's Parquet output by its status; None for a success."""
     status = str(row.get("status") or "success")
     if status == "success":
         return None
@@ -62,7 +62,7 @@ class Sidecar:
         return self._metadata(row)
 
     def mismatch(self, sample: str) -> Rejected | None:
-        """Why the sample has no row of its own, after `metadata`; None if it has, or there is no sidecar."""
+        """The lack of a row of its own, after `metadata`; None if it has one or there is no sidecar."""
         if self._fault is not None:
             return self._fault
         row = self._find(sample)
@@ -75,7 +75,7 @@ class Sidecar:
         return None
 
     def failures(self) -> list[Rejected]:
-        """Why each row whose status is a failure has no image."""
+        """A rejection for each row whose status is a failure."""
         statuses = column_values(self._columns["status"]) if "status" in self._columns else []
         failed = [row for row, status in enumerate(statuses) if status not in (None, "success")]
         return [failure for row in failed if (failure := failure_of(self._metadata(row)))]

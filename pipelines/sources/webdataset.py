@@ -103,7 +103,7 @@ def count_rows(shard: Shard) -> int | None:
 
 
 def sidecar_failures(shard: Shard) -> list[Rejected]:
-    """Why rows that only a tar's sidecar lists have no image; the tar is not read. Empty for Parquet."""
+    """Rejections of the rows that only a tar's sidecar lists; the tar is not read. Empty for Parquet."""
     return read_sidecar(_parquet_url(shard))[0].failures() if _is_tar(shard) else []
 
 

@@ -26,7 +26,7 @@ class GeneratePairs(NetworkStage[CaptionRows, Generation]):
     def columns(self, rows: CaptionRows) -> tuple[dict[str, Any], list[bool]]:
         """Generate all rows of a unit."""
         texts = [caption.text for caption in rows.captions]
-        # Of the caption's id, not of its place: another unit size or list order gives the same images.
+        # Of the caption's id, not of its position: another unit size or list order gives the same images.
         noise_keys = [noise_key(self.settings.seed, caption.id, rows.draw) for caption in rows.captions]
         token_ids = self.bundle.tokenize(texts) if texts else torch.empty(0, 0)
         latents, images = self.generate(token_ids, noise_keys)

@@ -38,7 +38,7 @@ class Isolation(Generic[Item, Result]):
     Args:
         function: anything that pickles by name: a module's function, or `functools.partial` of one.
         timeout: seconds that one try may take.
-        tries: how often an item may kill or outlast a child before it is rejected.
+        tries: deaths or time-outs of a child, before its item is rejected.
     """
 
     def __init__(self, function: Callable[[Item], Result], *, timeout: float = 60.0, tries: int = 3) -> None:

@@ -47,7 +47,7 @@ class Lease:
 
     @property
     def expired(self) -> bool:
-        """Whether it is no longer held."""
+        """Whether its holder has not renewed it in time."""
         return self.until <= time.time()
 
 

@@ -11,7 +11,7 @@ CHECK_FILES_VARIABLE: Final = "SNAPFUSION_CHECK_FILES"
 
 
 class Bounds(Settings):
-    """When to commit, and when to stop.
+    """Bounds on the time between commits, and on a run.
 
     Attributes:
         commit_seconds: units that arrive within this time share a commit.

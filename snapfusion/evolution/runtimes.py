@@ -14,10 +14,10 @@ from snapfusion.export.modules import FixedModule, Port
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """How networks are run.
+    """Runtime and device of networks.
 
     Attributes:
-        runtime: what computes them.
+        runtime: that computes them.
         precision: of the networks, to which their inputs are converted.
         device: of the networks; ExecuTorch runs on the CPU.
     """

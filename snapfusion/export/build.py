@@ -110,7 +110,7 @@ class BundleBuilder:
 
     @cached_property
     def references(self) -> list[Reference]:
-        """What torch computes for each caption."""
+        """torch's result for each caption."""
         return [self._reference(number) for number in range(len(self.settings.captions))]
 
     def _reference(self, number: int) -> Reference:

@@ -51,7 +51,7 @@ def compile_executorch(module: FixedModule, *, kind: ExecuTorchKind = "float32")
     """Compile a module to the bytes of a `.pte`; ExecuTorch's kernels run what the delegate does not take.
 
     Args:
-        module: what to compile. For XNNPACK a UNet's attention is fastest in the layout "diffusers".
+        module: to compile. For XNNPACK a UNet's attention is fastest in the layout "diffusers".
         kind: "float32" lowers to XNNPACK. "int8" does so with linear layers and convolutions in 8 bits, one
             scale for each output channel; their inputs are quantized by their range in each run. "coreml"
             lowers to Core ML in float16, for iOS 17 or later.

@@ -18,7 +18,7 @@ class Parity:
     """Agreement of an artifact with torch over `samples` inputs.
 
     Attributes:
-        artifact: what was compared, for example "decoder.pte".
+        artifact: that was compared, for example "decoder.pte".
         samples: number of inputs.
         peak: max |reference| over all samples.
         psnr_db: of the worst sample, in decibels relative to that peak; None if every bit agrees.

@@ -124,7 +124,7 @@ def run_tasks(
 
     Args:
         tasks: earlier ones start first, where both could.
-        executor: where they run.
+        executor: of the processes.
         slots: number of tasks that run at a time.
         progress: shows each start and end, and every few seconds what is running.
 

@@ -1,4 +1,4 @@
-"""What runs in a process of its own: the compilation of a module, the images of a variant."""
+"""Work of one process: the compilation of a module, or the images of a variant."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,11 +23,11 @@ from snapfusion.models.tokenizer import tokenize
 
 @dataclass(frozen=True, kw_only=True)
 class UnitInputs:
-    """What units share, too large to be sent to each process.
+    """Values that units share, too large to be sent to each process.
 
     Attributes:
         modules: by layout of attention and name.
-        references: what torch computes for each caption.
+        references: torch's result for each caption.
     """
 
     modules: Mapping[AttentionLayout, Mapping[str, FixedModule]]
@@ -107,7 +107,7 @@ class UnitBuilder:
 
         Args:
             variant: whose files.
-            entries: what `compile` returned for each of `MODULES`.
+            entries: the result of `compile` for each of `MODULES`.
 
         Returns:
             Their parity, for the manifest.

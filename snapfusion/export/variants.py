@@ -115,7 +115,7 @@ def compile_module(
 
     Args:
         variant: runtime and kind of weights.
-        module: what to compile.
+        module: to compile.
         folder: of the bundle.
         scratch: a folder for packages before compression, shared by all variants.
         chunk_bytes: a larger float16 package is split in two.

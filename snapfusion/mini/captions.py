@@ -8,7 +8,7 @@ import itertools
 
 from snapfusion.mini.vocabulary import ATTRIBUTES, NUM_CAPTIONS
 
-TEMPLATE = "a {size} {color} {shape} {place} on a {background} background"
+TEMPLATE = "a {size} {color} {shape} {position} on a {background} background"
 
 VOCABULARY_SIZE = 605
 """Tokens of the miniature's tokenizer, and of that of every model made of it."""
@@ -37,7 +37,7 @@ def caption_warning(caption: str, *, vocabulary_size: int) -> str | None:
 
 
 def caption_grammar() -> str:
-    """What the captions are like, in one sentence."""
+    """One sentence about the captions: their form and their words."""
     return f"the miniature knows {_description()}"
 
 

@@ -18,7 +18,7 @@ from snapfusion.metrics.moments import Moments
 from snapfusion.mini.oracle import Oracle, load_oracle
 from snapfusion.mini.scenes import HELD_OUT, caption_of, change_one_attribute, image_batch, scene_of
 from snapfusion.mini.settings import BATCH, MiniMeasurementSettings
-from snapfusion.mini.vocabulary import ATTRIBUTES, NUM_CAPTIONS
+from snapfusion.mini.vocabulary import NUM_CAPTIONS, STORED_NAMES
 from snapfusion.mini.weights import WEIGHTS
 from snapfusion.models.blocks import skipping_blocks
 from snapfusion.models.bundle import Bundle, to_uint8
@@ -276,6 +276,6 @@ def _proportion(right: Tensor) -> Interval:
 def _attribute_proportions(batches: Sequence[Tensor]) -> MetricIntervals:
     """Of bool [B,5]: each attribute's proportion, the mean over attributes, and that of all correct."""
     right = torch.cat(list(batches))
-    each = {name: _proportion(right[:, column]) for column, name in enumerate(ATTRIBUTES)}
+    each = {name: _proportion(right[:, column]) for column, name in enumerate(STORED_NAMES)}
     mean = intervals.mean(right.float().mean(dim=1).numpy())
     return {**each, "mean": mean, "all": _proportion(right.all(dim=1))}

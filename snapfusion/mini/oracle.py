@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from snapfusion.mini.scenes import Scene, scene_from_labels, to_signed
-from snapfusion.mini.vocabulary import ATTRIBUTES, ORACLE_FEATURES
+from snapfusion.mini.vocabulary import ATTRIBUTES, ORACLE_FEATURES, STORED_NAMES
 from snapfusion.mini.weights import WEIGHTS
 
 _WEIGHTS = "model.safetensors"
@@ -33,7 +33,10 @@ class Oracle(nn.Module):
             nn.Linear(64 * 4 * 4, ORACLE_FEATURES),
         )
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(ORACLE_FEATURES, len(words)) for name, words in ATTRIBUTES.items()}
+            {
+                name: nn.Linear(ORACLE_FEATURES, len(words))
+                for name, words in zip(STORED_NAMES, ATTRIBUTES.values(), strict=True)
+            }
         )
 
     def features(self, images: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ class Oracle(nn.Module):
         return self.trunk(to_signed(images))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits [B, number of values] of each attribute."""
+        """Logits [B, number of values] of each attribute, by its name in `STORED_NAMES`."""
         hidden = functional.silu(self.features(images))
         return {name: head(hidden) for name, head in self.heads.items()}
 

@@ -1,6 +1,6 @@
 """Procedural captioned scenes of one object: image and caption are pure functions of an index.
 
-There are 1200 captions (2 sizes x 6 colors x 5 shapes x 5 places x 4 backgrounds), each with many images:
+There are 1200 captions (2 sizes x 6 colors x 5 shapes x 5 positions x 4 backgrounds), each with many images:
 position, size, rotation and color vary slightly with the index, and the background has a slight gradient.
 Indexes below `HELD_OUT` are for training, those from `HELD_OUT` on for evaluation. Both have the same 1200
 captions; only the images are held out.
@@ -21,7 +21,7 @@ from snapfusion.mini.vocabulary import (
     COLORS,
     IMAGE_SIZE,
     NUM_CAPTIONS,
-    PLACES,
+    POSITIONS,
     SIZES,
 )
 from snapfusion.noise import noise_key, uniform
@@ -72,7 +72,7 @@ class Scene:
     size: str
     color: str
     shape: str
-    place: str
+    position: str
     background: str
 
     def labels(self) -> tuple[int, ...]:
@@ -138,14 +138,14 @@ def render(scene: Scene, *, key: int, size: int = IMAGE_SIZE) -> np.ndarray:
     """The image: uint8 [size, size, 3], RGB, anti-aliased.
 
     Args:
-        scene: what to render.
+        scene: to render.
         key: determines the variation; see `snapfusion.noise.noise_key`.
         size: side in pixels.
     """
     # The number and order of the draws are part of the bundled weights' recipe: a change alters every image.
     draw = 2.0 * uniform(key, _DRAWS) - 1.0
     centers = (np.arange(size) + 0.5) / size
-    left, top = PLACES[scene.place]
+    left, top = POSITIONS[scene.position]
     half = SIZES[scene.size] * (1.0 + 0.08 * draw[0])
     x = (centers - left - 0.025 * draw[1])[None, :] / half
     y = (centers - top - 0.025 * draw[2])[:, None] / half

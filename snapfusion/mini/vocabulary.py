@@ -18,7 +18,7 @@ COLORS = {
 }
 """RGB, likewise the backgrounds'."""
 
-PLACES = {
+POSITIONS = {
     "at the top": (0.5, 0.28),
     "at the bottom": (0.5, 0.72),
     "on the left": (0.28, 0.5),
@@ -38,10 +38,13 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "size": tuple(SIZES),
     "color": tuple(COLORS),
     "shape": ("circle", "square", "triangle", "cross", "ring"),
-    "place": tuple(PLACES),
+    "position": tuple(POSITIONS),
     "background": tuple(BACKGROUNDS),
 }
 """The values of each attribute, in the order of the fields of `Scene`."""
+
+STORED_NAMES = tuple("place" if name == "position" else name for name in ATTRIBUTES)
+"""The attributes as the oracle's weights and published figures name them, in the same order."""
 
 NUM_CAPTIONS = math.prod(map(len, ATTRIBUTES.values()))
 """Number of different captions: 1200."""

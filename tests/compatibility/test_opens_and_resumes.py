@@ -49,7 +49,7 @@ DISTILL = DistillSettings(
     trainer=TrainerSettings(
         num_workers=1, cpus_per_worker=0.5, micro_batch=2, checkpoint_every=2, curve_every=1
     ),
-    validation=ValidationSettings(every=2, prompts=PromptSettings(limit=6), guidance=(2.0, 1.0), pictures=2),
+    validation=ValidationSettings(every=2, prompts=PromptSettings(limit=6), guidance=(2.0, 1.0), images=2),
 )
 
 DECODERS = {

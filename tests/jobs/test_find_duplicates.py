@@ -31,7 +31,7 @@ def options(out: Path, model: str, *settings: str) -> list[str]:
 
 
 def test_copies_are_counted_rejected_and_verified(out, tiny_teacher, capsys):
-    evaluation = f'deduplication.evaluation.pictures=["{out.parent}/val2014"]'
+    evaluation = f'deduplication.evaluation.images=["{out.parent}/val2014"]'
     settings = options(out, tiny_teacher, "deduplication.use=true", evaluation)
     assert find_duplicates.main([*settings, "--dry-run"]) == 0
     output = capsys.readouterr().out

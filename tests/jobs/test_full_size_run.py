@@ -36,8 +36,8 @@ SETTINGS = (
 )
 
 
-def picture(number: int, *, side: int) -> ShardRow:
-    """Smooth colors, so that the picture is large and its file is not."""
+def smooth_image(number: int, *, side: int) -> ShardRow:
+    """Smooth colors, so that the image is large and its file is not."""
     ramp = np.linspace(0, 255, side, dtype=np.float32)
     channels = [np.add.outer(ramp, ramp) / 2, np.add.outer(ramp, 255 - ramp) / 2, np.full((side, side), 99.0)]
     pixels = np.stack(channels[number % 3 :] + channels[: number % 3], axis=-1).astype(np.uint8)
@@ -57,8 +57,8 @@ def test_a_recipe_runs_at_full_size(name, ray_cluster, tmp_path, capsys):
     _, side, needed = SIZES[name]
     if available_gib() < needed:
         pytest.skip(f"{available_gib():.1f} GiB of memory are free, {needed} are needed")
-    pictures = (picture(number, side=8 * side) for number in range(ROWS))
-    write_shard(str(tmp_path / "shards"), pictures, index=0, extension="png", rows_per_shard=ROWS)
+    images = (smooth_image(number, side=8 * side) for number in range(ROWS))
+    write_shard(str(tmp_path / "shards"), images, index=0, extension="png", rows_per_shard=ROWS)
     for job in (encode_latents, compute_targets, distill_steps):
         with MemoryMeter() as meter:
             assert job.main(arguments(name, tmp_path)) == 0

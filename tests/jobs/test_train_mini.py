@@ -28,7 +28,7 @@ def test_a_short_run_writes_weights_and_report(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The bundled models, in a few pictures, and where their figures are."""
+    """The bundled models, in a few images, and where their figures are."""
     out = tmp_path_factory.mktemp("measured") / "figures.json"
     assert measure_mini.main(["--out", str(out), *FEW]) == 0
     return out

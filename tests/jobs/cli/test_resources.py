@@ -90,7 +90,7 @@ def run(tmp_path_factory):
 
 
 def refused_address(address: str, code: int = 1) -> str:
-    """What a job prints that is to join this cluster; in a process that has no cluster yet."""
+    """Output of a job that is to join this cluster, in a process that has no cluster yet."""
     script = (
         "from jobs.runtime.cluster import connect; from jobs.runtime.settings import ClusterSettings; "
         "from jobs.runtime.exit_codes import run_guarded; "

@@ -1,4 +1,4 @@
-"""What people see: help, mistakes and progress on a terminal, in a log, and through a pipe."""
+"""Output for people: help, mistakes and progress on a terminal, in a log, and through a pipe."""
 
 import json
 import os

@@ -39,7 +39,7 @@ class MemoryMeter:
 
 
 def available_gib() -> float:
-    """What the machine can still give."""
+    """Memory that the machine can still give."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 / _GIB
 

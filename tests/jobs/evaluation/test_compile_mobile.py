@@ -315,7 +315,7 @@ def test_a_missing_licence_text_is_named(tmp_path):
 
 
 class Brightness(nn.Module):
-    """Marks pictures whose mean is above a bound."""
+    """Marks images whose mean is above a bound."""
 
     def __init__(self, bound):
         super().__init__()
@@ -339,7 +339,7 @@ def checker(path, *, bound, side=16):
 def test_a_safety_checker_hides_images(tmp_path, capsys):
     requested = settings(safety_checker=checker(tmp_path / "any.pte", bound=-1.0))
     assert publish(tmp_path / "out" / "bundle", requested)["safety_checker"] == "safety_checker.pte"
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     assert generate.main(["red", "--bundle", str(tmp_path / "out/bundle"), "--out", str(path)]) == 0
     assert "image 0 is not shown" in capsys.readouterr().out
     assert np.asarray(Image.open(path)).max() == 0
@@ -421,7 +421,7 @@ def test_a_bundle_in_an_object_store_is_complete(bucket):
 
 
 def test_references_use_no_exported_modules():
-    """What programs are held to is computed without the modules they were compiled from."""
+    """The reference of programs is computed without the modules they were compiled from."""
     source = Path(building.__file__).with_name("reference.py").read_text()
     assert "export.modules" not in source
     assert "export.steps" not in source

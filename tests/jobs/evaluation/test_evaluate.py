@@ -1,4 +1,4 @@
-"""An evaluation from captions to a page: drawn once, paired, and quoted with all that it depends on."""
+"""An evaluation from captions to a page: sampled once, paired, and quoted with all that it depends on."""
 
 import json
 import pickle

@@ -141,7 +141,7 @@ def test_a_tokenizer_of_another_model_is_found(copied, capsys):
 
 
 def test_a_bundle_generates_what_the_model_generates(mobile_bundle, mobile_model, tmp_path, capsys):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     options = ["a red thing", "--bundle", str(mobile_bundle), "--seed", "5", "-n", "2", "--out", str(path)]
     assert command.main(["generate", *options]) == 0
     message = capsys.readouterr()
@@ -171,13 +171,13 @@ def test_a_bundle_needs_no_model(mobile_bundle, tmp_path):
 
 
 def test_guidance_changes_the_image(mobile_bundle, tmp_path):
-    pictures = []
+    images = []
     for w in ("1.0", "6.0"):
         path = tmp_path / f"{w}.png"
         options = ["--bundle", str(mobile_bundle), "--guidance", w, "--out", str(path)]
         assert generate.main(["red", *options]) == 0
-        pictures.append(np.asarray(Image.open(path)))
-    assert (pictures[0] != pictures[1]).any()
+        images.append(np.asarray(Image.open(path)))
+    assert (images[0] != images[1]).any()
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,10 @@ def absent(monkeypatch):
 
 
 def test_images_are_generated_without_compilers(tmp_path):
-    picture = tmp_path / "picture.png"
-    done = snapfusion("generate", "a red circle", "--steps", 1, "--out", picture)
+    path = tmp_path / "image.png"
+    done = snapfusion("generate", "a red circle", "--steps", 1, "--out", path)
     assert done.returncode == 0, done.stderr
-    with Image.open(picture) as image:
+    with Image.open(path) as image:
         assert image.width >= 32
 
 

@@ -265,7 +265,7 @@ def test_the_page_shows_rounds_scores_and_architectures(evolved):
 
 
 def refused(out, capsys, *assignments) -> str:
-    """What the job prints when it refuses its settings."""
+    """Output of the job that refuses its settings."""
     assert job.main(["--out", str(out), *set_options(assignments)]) == 2
     return capsys.readouterr().err
 

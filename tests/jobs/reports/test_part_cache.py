@@ -39,7 +39,7 @@ def run(tmp_path, monkeypatch):
 
 
 def kept(run):
-    """What the cache holds, by part."""
+    """Contents of the cache, by part."""
     return {path.stem: path.read_bytes() for path in (run / "report" / "cache").iterdir()}
 
 

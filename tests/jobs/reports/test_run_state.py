@@ -1,4 +1,4 @@
-"""When a second run of the pipeline finds at once that nothing is left to do."""
+"""Conditions under which a second run of the pipeline ends at once."""
 
 import os
 from dataclasses import replace

@@ -106,7 +106,7 @@ class Interruptions:
 
     Attributes:
         command: the job.
-        done: how much of it is done.
+        done: the finished part of its work.
         head: that runs the submitted ones.
         run: its run.
         capsys: for what is measured.

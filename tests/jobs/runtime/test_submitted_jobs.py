@@ -176,10 +176,10 @@ SUBMISSIONS = (
         "generate",
         words=(
             "a large red circle at the top on a white background",
-            *("--model", "{run}/student/model", "--out", "{run}/picture.png"),
+            *("--model", "{run}/student/model", "--out", "{run}/image.png"),
         ),
         after="distill_steps",
-        outputs="picture.png",
+        outputs="image.png",
     ),
     job(
         "evaluate",
@@ -225,7 +225,7 @@ SUBMISSIONS = (
     job(
         "download_shards",
         *("download.links={inputs}/links.parquet", "download.rows_per_shard=4"),
-        *("download.place=downloaded", "download.fetching.threads=2"),
+        *("download.folder=downloaded", "download.fetching.threads=2"),
         f"download.fetching.python={DOWNLOADER}",
         'download.fetching.private_networks=["127.0.0.1"]',
         outputs="downloaded/00000.tar",
@@ -256,7 +256,7 @@ SUBMISSIONS = (
     job(
         "ablate",
         *(*SCENES, *short("distill"), *evaluated("evaluation")),
-        f"ablation={json.dumps({'variants': [{'name': 'control'}], 'panels': [PANEL], 'pictures_at': 2.0})}",
+        f"ablation={json.dumps({'variants': [{'name': 'control'}], 'panels': [PANEL], 'images_at': 2.0})}",
         words=("--recipe", "ablation", "--out", "{beside}/ablated"),
         outputs="../ablated/ablation/page.html",
     ),
@@ -310,8 +310,8 @@ def results(request, run: Path, tmp_path_factory, mobile_model: str) -> Iterator
         for one in SUBMISSIONS:
             if one in needed:
                 before = [futures[name] for name in one.after]
-                places = {"run": run, "beside": run.parent, "inputs": inputs, "model": mobile_model}
-                words = one.command(**{name: str(place) for name, place in places.items()})
+                paths = {"run": run, "beside": run.parent, "inputs": inputs, "model": mobile_model}
+                words = one.command(**{name: str(path) for name, path in paths.items()})
                 futures[one.name] = lanes.submit(run_submission, head, one.name, words, before=before)
         yield futures
         lanes.shutdown(wait=False, cancel_futures=True)

@@ -30,7 +30,7 @@ LOADER = LoaderSettings(held_out=0.3)
 TRAINER = TrainerSettings(
     num_workers=2, cpus_per_worker=0.5, micro_batch=2, checkpoint_every=2, curve_every=1
 )
-VALIDATION = ValidationSettings(every=2, prompts=PromptSettings(limit=6), guidance=(2.0, 1.0), pictures=3)
+VALIDATION = ValidationSettings(every=2, prompts=PromptSettings(limit=6), guidance=(2.0, 1.0), images=3)
 VPRED = VpredSettings(
     loop=LOOP, loader=LOADER, trainer=TRAINER.model_copy(update={"num_workers": 1}), validation=VALIDATION
 )
@@ -46,7 +46,7 @@ DISTILL = DistillSettings(
 
 
 def encode(folder, *, model, side, rows=12, detail=4, wide=2, **images):
-    """LATENTS of pictures of three aspects, as many times as high or as wide as `wide` says."""
+    """LATENTS of images of three aspects, as many times as high or as wide as `wide` says."""
 
     def shard_row(number: int) -> ShardRow:
         height, width = ((side, side), (side, wide * side), (wide * side, side))[number % 3]
@@ -75,7 +75,7 @@ def save_v_model(bundle, folder, **how) -> str:
 
 
 def inputs_of(table, settings, *, count=count_training_rows, **sources):
-    """What a worker is given for a training on a table."""
+    """Inputs of a worker for a training on a table."""
     return TrainingInputs(
         settings=settings,
         sources=sources,

@@ -203,7 +203,7 @@ def test_a_dry_run_describes_every_stage(capsys):
 
 
 def test_the_last_stage_can_use_own_images(capsys, tmp_path):
-    """Sec. 5: an internal set of high resolution, for more pleasing pictures."""
+    """Sec. 5: an internal set of high resolution, for more pleasing images."""
     job = resolved("sd15", "schedule=staged-own")
     assert described(job)[:3] == list(SD15.values())
     assert described(job)[3] == ("own-8", 16, 8, "teacher-16", "staged-8")

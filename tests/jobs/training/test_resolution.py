@@ -226,7 +226,7 @@ def test_sizes_that_a_model_cannot_generate_are_refused(v_teacher, tmp_path):
 
 
 def test_an_image_of_another_size(tmp_path, capsys):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     words = ["a red circle", "--steps", "1", "--out", str(path)]
     assert generate.main([*words, "--size", "48"]) == 0
     assert "1 of 48 px" in capsys.readouterr().out

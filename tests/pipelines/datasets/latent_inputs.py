@@ -20,13 +20,13 @@ from pipelines.tables.verification import verify_table
 SETTINGS = LatentsSettings(rows_per_unit=4, images=ImageSettings(min_side=8))
 
 
-def picture(n: int) -> bytes:
+def noise_image(n: int) -> bytes:
     return to_png(np.random.Generator(np.random.Philox(n)).integers(0, 256, (20, 24, 3), dtype=np.uint8))
 
 
 def make_shards(folder: Path, *, shards: int = 2, rows: int = 10, bad: tuple[int, ...] = (3,)) -> Path:
     for index in range(shards):
-        images = [b"this is text" if n in bad else picture(100 * index + n) for n in range(rows)]
+        images = [b"this is text" if n in bad else noise_image(100 * index + n) for n in range(rows)]
         shard_rows = [
             ShardRow(image=image, caption=f"picture {n}", url=f"http://origin/{index}/{n}")
             for n, image in enumerate(images)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_bundle
 from delta_opens import record_opens
-from latent_inputs import SETTINGS, encode, first_units, make_shards, picture, verify
+from latent_inputs import SETTINGS, encode, first_units, make_shards, noise_image, verify
 from PIL import Image
 from poison import KilledBy, poison_of
 
@@ -49,7 +49,7 @@ def test_every_row_is_written_or_rejected(latents):
 def test_latent_is_scaled_posterior_mean(latents, tiny_teacher):
     unit = latents.read_unit(latents.units[0])
     bundle = load(tiny_teacher)
-    images = [decode_image(picture(n), size=16, settings=ImageSettings(min_side=8)) for n in (0, 1, 2)]
+    images = [decode_image(noise_image(n), size=16, settings=ImageSettings(min_side=8)) for n in (0, 1, 2)]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     with torch.inference_mode():
         mean = bundle.vae.encode(pixels.float() / 127.5 - 1.0).latent_dist.mean
@@ -128,7 +128,7 @@ def test_similar_shard_names_give_different_units():
 def test_image_that_kills_its_process_is_rejected_alone(shards):
     names = ("rows_per_unit", "shards", "images", "selection")
     stage = ReadShard(shapes=((16, 16),), **{name: getattr(SETTINGS, name) for name in names})
-    stage.decode = KilledBy(poison_of(picture(1)), size=16)
+    stage.decode = KilledBy(poison_of(noise_image(1)), size=16)
     [work, *_] = pending_shards(list_shards(str(shards)), [], source="web")
     units = list(stage.isolated(work))
     reasons = [rejection.reason for unit in units for rejection in unit.rejections]

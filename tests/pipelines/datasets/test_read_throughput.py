@@ -37,25 +37,25 @@ def photograph(n: int, *, size: tuple[int, int]) -> bytes:
     noise = np.random.Generator(np.random.Philox(n)).standard_normal((height, width, 3))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :])
     frequency[0, 0] = 1.0
-    picture = np.fft.ifft2(np.fft.fft2(noise, axes=(0, 1)) / frequency[..., None], axes=(0, 1)).real
-    picture = 128 + 50 * picture / picture.std()
+    pixels = np.fft.ifft2(np.fft.fft2(noise, axes=(0, 1)) / frequency[..., None], axes=(0, 1)).real
+    pixels = 128 + 50 * pixels / pixels.std()
     buffer = io.BytesIO()
-    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=95)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 
 def shard_of(folder: Path, *, index: int, rows: int, size: tuple[int, int]) -> Shard:
     known = [photograph(n, size=size) for n in range(min(rows, 32))]
-    pictures = [
+    images = [
         ShardRow(
             image=known[n % len(known)],
-            caption=f"picture {n}",
+            caption=f"image {n}",
             metadata={"AESTHETIC_SCORE": 6.0, "pwatermark": 0.1, "punsafe": 0.01, "similarity": 0.31},
             url=f"http://origin/{index}/{n}",
         )
         for n in range(rows)
     ]
-    return write_shard(str(folder), pictures, index=index)
+    return write_shard(str(folder), images, index=index)
 
 
 def work_on(shard: Shard) -> ShardWork:
@@ -68,19 +68,19 @@ def read_ours(shard: Shard) -> int:
 
 def read_bare(shard: Shard) -> int:
     """The least that these libraries have to do for the same pixels, and no check of anything."""
-    rows, picture, caption = [], b"", ""
+    rows, data, caption = [], b"", ""
     with tarfile.open(shard.url, mode="r|") as archive:
         for member in archive:
             content = archive.extractfile(member).read()
             if member.name.endswith(".jpg"):
-                picture = content
+                data = content
             elif member.name.endswith(".json"):
                 known = json.loads(content)
             else:
                 caption = content.decode()
                 if known["AESTHETIC_SCORE"] < 5 or known["pwatermark"] > 0.8 or known["punsafe"] > 0.5:
                     continue
-                image = Image.open(io.BytesIO(picture)).convert("RGB")
+                image = Image.open(io.BytesIO(data)).convert("RGB")
                 side = min(image.size)
                 left, top = (image.width - side) // 2, (image.height - side) // 2
                 box = (left, top, left + side, top + side)

@@ -241,7 +241,7 @@ def evaluation(folder) -> Snapshot:
     write_shards(folder / "held-out", [[row(106, caption="other words")]])
     parts = EvaluationSet(
         captions=(str(folder / "captions.tsv"),),
-        pictures=(str(folder / "val2014"),),
+        images=(str(folder / "val2014"),),
         shards=(str(folder / "held-out"),),
     )
     return evaluated(parts, folder / "evaluation")
@@ -267,7 +267,7 @@ def test_center_square_of_evaluation_image_counts(folder):
     (folder / "val" / "a.jpg").write_bytes(encoded(wide))
     square = encoded(wide.crop((60, 0, 300, 240)).resize((128, 128)))
     write_shards(folder / "shards", [[row(200, image=square), row(201, image=encoded(wide))]], first=2)
-    evaluation = evaluated(EvaluationSet(pictures=(str(folder / "val"),)), folder / "evaluation")
+    evaluation = evaluated(EvaluationSet(images=(str(folder / "val"),)), folder / "evaluation")
     records = find(folder, evaluation=evaluation).read().to_pylist()
     found = [record["of"] for record in records if record["verdict"] == "evaluation_image"]
     assert found == ["middle-of-evaluation-val/a.jpg", "evaluation-val/a.jpg"]

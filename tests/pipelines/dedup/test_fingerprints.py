@@ -161,7 +161,7 @@ def evaluation(tmp_path) -> EvaluationSet:
     write_shards(tmp_path / "held-out", [[row(7)]])
     return EvaluationSet(
         captions=(str(tmp_path / "captions.txt"),),
-        pictures=(str(tmp_path / "val2014"),),
+        images=(str(tmp_path / "val2014"),),
         shards=(str(tmp_path / "held-out"),),
     )
 
@@ -195,7 +195,7 @@ def test_other_image_of_the_name_is_refused(evaluation, tmp_path):
 def test_missing_or_ambiguous_evaluation_is_refused(evaluation, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="no images at"):
-        evaluated(evaluation.model_copy(update={"pictures": (str(tmp_path / "empty"),)}), tmp_path / "e")
+        evaluated(evaluation.model_copy(update={"images": (str(tmp_path / "empty"),)}), tmp_path / "e")
     twice = EvaluationSet(captions=("a/captions.txt", "b/captions.txt"))
     with pytest.raises(SettingsError, match=r"'evaluation-captions\.txt'"):
         evaluated(twice, tmp_path / "e")

@@ -22,7 +22,7 @@ def generator(seed: int) -> np.random.Generator:
 
 
 def as_rows(table: pa.Table) -> dict[int, tuple[str, int]]:
-    """What `MATCHES` says of each rank; each has one match."""
+    """The entry of `MATCHES` for each rank; each has one match."""
     rows = table.to_pylist()
     found = {row["rank"]: (REASON_ORDER[row["reason"]], row["of"]) for row in rows}
     assert len(found) == len(rows)
@@ -151,7 +151,7 @@ def test_block_index_equals_comparing_thousands(blocks):
 
 
 def test_group_of_thousands_is_searched():
-    # All in the same blocks but one: the worst that pictures can do to an index.
+    # All in the same blocks but one: the worst that images can do to an index.
     hashes = np.arange(3000, dtype=np.int64)
     index = BlockIndex(max_hamming=2, blocks=4)
     bounds = RankBounds(evaluation_end=0, new_begin=0)

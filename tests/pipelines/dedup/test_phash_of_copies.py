@@ -1,6 +1,6 @@
-"""How many copies of a picture keep its looks, and how many other pictures have them; part of `make bench`.
+"""Share of an image's copies that hash like it, and of other images that do; part of `make bench`.
 
-PICTURES names a folder of photographs; without it pictures are made by formula, which are smoother.
+PICTURES names a folder of photographs; without it images are made by formula, which are smoother.
 """
 
 import io
@@ -67,11 +67,11 @@ COPIES: dict[str, Callable[[Image.Image], bytes]] = {
 }
 
 
-def hashes(pictures: list[bytes]) -> np.ndarray:
-    return np.array([phash(data, images=BOUNDS) for data in pictures]).view(np.uint64)
+def hashes(files: list[bytes]) -> np.ndarray:
+    return np.array([phash(data, images=BOUNDS) for data in files]).view(np.uint64)
 
 
-def given_pictures() -> list[bytes]:
+def given_files() -> list[bytes]:
     folder = os.environ.get("PICTURES")
     if folder is None:
         return [encoded(photograph(n, side=480)) for n in range(100)]
@@ -80,11 +80,11 @@ def given_pictures() -> list[bytes]:
 
 @pytest.mark.slow
 def test_copies_keep_their_phash(capsys):
-    pictures = given_pictures()
-    images = [open_image(data, bounds=BOUNDS) for data in pictures]
+    files = given_files()
+    images = [open_image(data, bounds=BOUNDS) for data in files]
     began = time.process_time()
-    own = hashes(pictures)
-    each = (time.process_time() - began) / len(pictures)
+    own = hashes(files)
+    each = (time.process_time() - began) / len(files)
     pixels = np.mean([image.width * image.height for image in images])
     found = {
         name: np.bitwise_count(hashes([copy(image) for image in images]) ^ own)
@@ -95,8 +95,8 @@ def test_copies_keep_their_phash(capsys):
     near = np.bitwise_count(scenes[:, None] ^ scenes[None]) * np.tri(len(scenes), k=-1, dtype=np.uint8)
     near[np.triu_indices(len(scenes))] = 64
     with capsys.disabled():
-        print(f"\n{1e3 * each:.1f} ms to decode and hash a picture of {pixels / 1e6:.2f} megapixels")
-        print(f"{len(pictures)} pictures; part of the copies within {DISTANCES} bits")
+        print(f"\n{1e3 * each:.1f} ms to decode and hash an image of {pixels / 1e6:.2f} megapixels")
+        print(f"{len(files)} images; part of the copies within {DISTANCES} bits")
         for name, distance in found.items():
             print(f"  {name:18}", *(f"{np.mean(distance <= most):6.3f}" for most in DISTANCES))
         print(f"pairs of {len(apart)} different ones", *(int(np.sum(apart <= most)) for most in DISTANCES))

@@ -201,7 +201,7 @@ def test_a_complete_run_requests_nothing_again(downloaded, links, web):
     [({"image_size": 64}, r"image_size is 32 there, 64 here"), ({"respected": ()}, "respected")],
 )
 def test_other_settings_need_another_folder(downloaded, links, changed, message):
-    with pytest.raises(SourceError, match=rf"{message}.*download\.place"):
+    with pytest.raises(SourceError, match=rf"{message}.*download\.folder"):
         run(links[0], downloaded[0], fetching=fetching_with(**changed))
 
 
@@ -400,7 +400,7 @@ def test_too_many_failures_stop_the_job(tmp_path, unreachable):
 def test_foreign_shards_are_left_alone(tmp_path, unreachable):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/00000.tar").touch()
-    with pytest.raises(SourceError, match=r"download\.place"):
+    with pytest.raises(SourceError, match=r"download\.folder"):
         run(unreachable(), tmp_path / "shards")
 
 

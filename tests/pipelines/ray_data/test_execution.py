@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from in_process import in_process
 from latent_inputs import SETTINGS as LATENTS
-from latent_inputs import data_files, encode, make_shards, picture
+from latent_inputs import data_files, encode, make_shards, noise_image
 from pair_inputs import CAPTIONS
 from pair_inputs import SETTINGS as PAIRS
 from poison import CrashingStage, PoisonedReader, poison_of, set_aside
@@ -53,7 +53,7 @@ def test_ray_writes_the_bytes_of_one_process(ray_cluster, tiny_teacher, tmp_path
 
 def test_row_that_kills_its_worker_is_rejected(ray_cluster, tiny_teacher, tmp_path):
     make_shards(tmp_path / "shards", shards=1)
-    run = with_first(PoisonedReader, poison=poison_of(picture(5)))
+    run = with_first(PoisonedReader, poison=poison_of(noise_image(5)))
     table = encode(tmp_path / "latents", tmp_path / "shards", tiny_teacher, settings=LATENTS, run=run)
     reasons = {row["id"]: row["reason"] for row in table.rejected_rows()}
     assert reasons == {"web/00000/0000003": "not_an_image", "web/00000/0000005": "crashed"}

@@ -66,7 +66,7 @@ class CrashingStage:
 
 
 def set_aside(start: int) -> FinishedRows:
-    """What stands for a unit that no worker survives."""
+    """A substitute for a unit that no worker survives."""
     unit = finished(start, start + 4, final=False).unit
     crashed = [
         Rejected("crashed").record(id=f"s/{n}", source="s", ordinal=n) for n in range(start, start + 4)

@@ -1,4 +1,4 @@
-"""Frames: which shapes there are, which one a picture gets, and what is left of it."""
+"""Frames: which shapes there are, which one an image gets, and what is left of it."""
 
 import io
 import math
@@ -24,7 +24,7 @@ CROPS = st.sampled_from(["center", "top", "random"])
 
 
 def png(height: int, width: int, *, exif: bytes | None = None) -> bytes:
-    """A picture whose red tells the row and whose green tells the column, both from 0 to 255."""
+    """An image whose red tells the row and whose green tells the column, both from 0 to 255."""
     rows = np.linspace(0, 255, height)[:, None].repeat(width, axis=1)
     columns = np.linspace(0, 255, width)[None].repeat(height, axis=0)
     pixels = np.stack([rows, columns, np.zeros((height, width))], axis=-1).round().astype(np.uint8)
@@ -164,7 +164,7 @@ def test_random_crop_follows_from_seed_and_row():
     made = {row: frame(data, row=row, crop="random", crop_seed=1) for row in rows}
     for row in reversed(rows):
         assert np.array_equal(frame(data, row=row, crop="random", crop_seed=1), made[row])
-    begins = [int(picture[0, 0, 0]) for picture in made.values()]
+    begins = [int(image[0, 0, 0]) for image in made.values()]
     assert len(set(begins)) > 20
     assert min(begins) < 30
     assert max(begins) > 200  # 230 begins the lowest

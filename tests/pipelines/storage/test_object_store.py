@@ -32,7 +32,7 @@ from pipelines.tables.table import open_table
 
 FAILED = ShardRow(image=None, caption="c", status="failed_to_download", error_message="HTTP Error 404")
 # Above the read-ahead, so that a shard is fetched in several pieces.
-PICTURES = [ShardRow(image=bytes([index]) * 3_000_000, caption=f"c{index}") for index in range(6)]
+IMAGES = [ShardRow(image=bytes([index]) * 3_000_000, caption=f"c{index}") for index in range(6)]
 
 
 @pytest.fixture
@@ -43,29 +43,29 @@ def new_clients(monkeypatch):
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def check_samples(rows, pictures):
-    """The rows are the samples of the pictures, and a failed download."""
+def check_samples(rows, images):
+    """The rows are the samples of the images, and a failed download."""
     *samples, last = rows
-    assert [sample.image for sample in samples] == [picture.image for picture in pictures]
+    assert [sample.image for sample in samples] == [row.image for row in images]
     assert last.reason == "download_failed"
 
 
 def test_shards_are_written_listed_and_streamed(bucket: str) -> None:
-    written = write_shard(f"{bucket}/shards", [*PICTURES, FAILED], index=0)
-    assert write_shard(f"{bucket}/shards", [*PICTURES, FAILED], index=0) == written
+    written = write_shard(f"{bucket}/shards", [*IMAGES, FAILED], index=0)
+    assert write_shard(f"{bucket}/shards", [*IMAGES, FAILED], index=0) == written
     for path in ("", "*.tar", "00000.tar"):
         assert list_shards(f"{bucket}/shards/{path}") == [written]
-    check_samples(read_shard(written, ShardSettings()), PICTURES)
+    check_samples(read_shard(written, ShardSettings()), IMAGES)
     # A shard that is added later is seen, whatever was listed before.
-    write_shard(f"{bucket}/shards", PICTURES[:1], index=1)
+    write_shard(f"{bucket}/shards", IMAGES[:1], index=1)
     assert [shard.name for shard in list_shards(f"{bucket}/shards")] == ["00000", "00001"]
 
 
 def test_shards_and_url_lists_are_streamed(bucket: str, tmp_path: Path) -> None:
-    path = write_parquet_shard(tmp_path, [*PICTURES, FAILED], rows_per_group=4)
+    path = write_parquet_shard(tmp_path, [*IMAGES, FAILED], rows_per_group=4)
     fsspec.filesystem("s3").put_file(str(path), f"{bucket}/parquet/00000.parquet")
     (shard,) = list_shards(f"{bucket}/parquet")
-    check_samples(read_shard(shard, ShardSettings(), start=1), PICTURES[1:])
+    check_samples(read_shard(shard, ShardSettings(), start=1), IMAGES[1:])
     fsspec.filesystem("s3").put_file(
         str(write_list(tmp_path, LIST_LAYOUTS[0])), f"{bucket}/lists/part-00000.parquet"
     )

@@ -43,7 +43,7 @@ def test_the_grammar_names_every_word():
     assert all(word in caption_grammar() for words in ATTRIBUTES.values() for word in words)
 
 
-def test_it_is_asked_without_torch():
+def test_it_imports_no_torch():
     program = "import sys; import snapfusion.mini.captions; print(*sys.modules)"
     root = Path(__file__).parents[3]
     done = subprocess.run(

@@ -102,7 +102,7 @@ def test_unknown_architecture_fails():
 
 
 def test_weights_follow_the_seed(monkeypatch):
-    """Whatever was drawn before."""
+    """Global random numbers that were drawn before change nothing."""
     narrow = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4}
     small = random_weights.ModelConfig(
         text_encoder=sd15.TEXT_ENCODER
