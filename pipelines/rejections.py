@@ -71,6 +71,9 @@ REASONS: Final[dict[str, str]] = {
 DELETIONS: Final = ("withheld", "forgotten")
 """The reasons that are no fault of a row."""
 
+NOT_SHOWN: Final = (*DELETIONS, "unsafe", "blocked_domain", "blocked_hash", "blocked_term")
+"""The reasons of rows that no page gives as an example: deleted, or refused for their content."""
+
 MAX_DETAIL_CHARS: Final = 300
 
 

@@ -22,6 +22,7 @@ from jobs.reports.run_page import (
 from jobs.reports.run_records import CommittedRun, RunMetrics
 from jobs.reports.side_by_side import sample_side_by_side
 from jobs.runtime.versions import versions
+from pipelines.rejections import NOT_SHOWN
 from pipelines.tables.manifest import total_rejected
 from pipelines.tables.table import Snapshot
 from snapfusion.mini.captions import knows_caption
@@ -70,6 +71,7 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
         rejections=tuple(summary for table in run.tables.values() for summary in _rejections(table)),
         timings=tuple(_timings(run)),
     )
+    run.cache.remove_others()
     if recipe.model in BUNDLED:
         content = replace(content, unknown_captions=_unknown_captions(content))
     metrics = RunMetrics(
@@ -141,7 +143,7 @@ def _rejections(table: Snapshot) -> Iterator[RejectionSummary]:
             table=str(table.identity["kind"]).upper(),
             reason=reason,
             count=len(rows),
-            examples=tuple(rows[:_NUM_EXAMPLES]),
+            examples=() if reason in NOT_SHOWN else tuple(rows[:_NUM_EXAMPLES]),
         )
 
 

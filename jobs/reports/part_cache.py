@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import fsspec
 import numpy as np
 from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
 from jobs.runtime.logs import logger
 from jobs.runtime.versions import versions
-from pipelines.storage.objects import exists, read_bytes, replace_object
+from pipelines.storage.objects import exists, list_names, read_bytes, replace_object
 from pipelines.tables.schemas import from_png, to_png
 from snapfusion.settings import digest
 
@@ -56,6 +57,7 @@ class PartCache:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._names: set[str] = set()
 
     def part(
         self, name: str, form: TypeAdapter[PartT], *, follows_from: object, compute: Callable[[], PartT]
@@ -68,6 +70,7 @@ class PartCache:
             follows_from: JSON values; everything that determines the part but the code.
             compute: imports the heavy libraries that it needs.
         """
+        self._names.add(name)
         key = digest({"of": follows_from, "code": code_digest(*_CODE), "versions": versions()})
         url = f"{self._url}/{name}.json"
         if exists(url):
@@ -83,6 +86,13 @@ class PartCache:
         replace_object(url, json.dumps(record).encode())
         # Read back, so that the first report and the second render equal values.
         return form.validate_python(values)
+
+    def remove_others(self) -> None:
+        """Remove the parts that this report does not have: they may show rows that were deleted since."""
+        filesystem, folder = fsspec.core.url_to_fs(self._url)
+        for file in list_names(self._url):
+            if file.removesuffix(".json") not in self._names:
+                filesystem.rm_file(f"{folder}/{file}")
 
 
 def _parse(data: bytes) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pipelines.rejections import Rejected
 from pipelines.sources.links import Link
 from pipelines.sources.webdataset import Sample, Shard
 from pipelines.stages.row_filter import RowCheck, RowFilter
-from pipelines.tables.deletion_list import DeletionKeys, DeletionList
+from pipelines.tables.deletion_list import DeletionKeys, DeletionList, redacted_id
 
 HASH_COLUMNS: Final = ("sha256", "md5", "hash")
 """Columns of hashes: img2dataset's of the downloaded bytes, and LAION's own number."""
@@ -56,7 +56,7 @@ class RecordedDeletionFilter(RowFilter):
     """Rejects the rows that were withheld when a unit was made, so that recomputing it gives the same bits.
 
     Args:
-        ids: of those rows.
+        ids: of those rows, redacted or, in tables of earlier versions, as they are.
     """
 
     def __init__(self, ids: Iterable[str]) -> None:
@@ -67,7 +67,7 @@ class RecordedDeletionFilter(RowFilter):
         del shard
 
         def check(_sample: Sample, row_id: str) -> None:
-            if row_id in self.ids:
+            if not self.ids.isdisjoint((row_id, redacted_id(row_id))):
                 raise Rejected("withheld")
 
         return check

@@ -14,11 +14,13 @@ from pipelines.rejections import Rejected, Rejection
 from pipelines.sources.settings import ShardSettings
 from pipelines.sources.webdataset import Sample, Shard, read_shard
 from pipelines.stages.crop import Shape
+from pipelines.stages.deletion_filter import DeletionFilter, RecordedDeletionFilter
 from pipelines.stages.image import CropImage, EncodedImage
 from pipelines.stages.isolation import Isolation
 from pipelines.stages.row_filter import RowCheck, RowFilter
 from pipelines.stages.select import check
 from pipelines.stages.settings import ImageSettings, Selection
+from pipelines.tables.deletion_list import redacted_id
 from pipelines.tables.units import ImageRows, Unit
 
 Decoded = TypeVar("Decoded")
@@ -119,7 +121,12 @@ class ShardReader(ABC, Generic[Decoded, Output]):
     def _outputs(self, work: ShardWork, decode: Decode[Decoded]) -> Iterator[Output]:
         samples = (row for row in read_shard(work.shard, self.shards) if not work.holds(row.ordinal))
         # Per shard, because a filter may read a table of verdicts, of which it holds this shard's part.
-        checks = [row_filter.for_shard(work.shard) for row_filter in self.filters]
+        checks: list[RowCheck] = [self._select]
+        for row_filter in self.filters:
+            check_row = row_filter.for_shard(work.shard)
+            # A row on the deletion list is withheld, whatever else would reject it: its id is not recorded.
+            is_deletion = isinstance(row_filter, DeletionFilter | RecordedDeletionFilter)
+            checks.insert(0 if is_deletion else len(checks), check_row)
         waiting: tuple[Unit, list[tuple[Any, ...]], list[Rejection]] | None = None
         # Units are ranges of ordinals, not of usable rows: selection and filters do not move their borders.
         for _, group in groupby(samples, key=lambda row: row.ordinal // self.rows_per_unit):
@@ -145,12 +152,16 @@ class ShardReader(ABC, Generic[Decoded, Output]):
             if isinstance(sample, Rejection):
                 raise Rejected(sample.reason, sample.detail)
             # Cheap checks first: decoding takes most of the time.
-            check(sample.metadata, caption=sample.caption, selection=self.selection)
             for check_row in checks:
                 check_row(sample, id_)
             return self.row(id_, sample, decode(EncodedImage(sample.image, row=id_)))
         except Rejected as rejected:
+            if rejected.reason == "withheld":
+                id_ = redacted_id(id_)
             return rejected.record(id=id_, source=work.source, ordinal=sample.ordinal)
+
+    def _select(self, sample: Sample, _row_id: str) -> None:
+        check(sample.metadata, caption=sample.caption, selection=self.selection)
 
 
 @dataclass(kw_only=True)
