@@ -3,13 +3,14 @@
 OUT/metrics.json           identity, settings, parents, training curve and evaluation; written last
 OUT/logs/                  logs of the training, for TensorBoard
 OUT/watch/                 sample grids, if the model was validated
-OUT.training/begun.json    identity that the training was begun with, beside checkpoints and logs; deleted
-                           once the folder is published
+OUT.training/begun.json    identity that the training was begun with, beside checkpoints and logs
+OUT.training/leases/       who trains; deleted with all of OUT.training once the folder is published
 """
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from jobs.training.spec import TrainingError, first_differences
 from pipelines.storage.folders import publish_folder
 from pipelines.storage.objects import exists, write_once
 from pipelines.storage.records import read_record
+from pipelines.tables.leases import exclusive_lease
 from snapfusion.settings import digest
 from snapfusion.storage import get_tree
 from snapfusion.training.checkpoint import CheckpointStore
 
 _STARTED = "begun.json"
+_LEASES = "leases"
 _PUBLISHED_FOLDERS = ("logs", "watch")
 """Folders that stand beside the checkpoints while training runs, and are published with the result."""
 
@@ -70,7 +73,7 @@ class RunFolder:
     def publish(
         self, identity: Mapping[str, Any], *, fill: Callable[[Path], Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """Publish the folder, logs included, and delete the checkpoints.
+        """Publish the folder, logs included; the checkpoints stay.
 
         Args:
             identity: of the training.
@@ -86,9 +89,26 @@ class RunFolder:
             (folder / METRICS).write_text(text)
             self._copy_logs(folder)
             publish_folder(folder, self.url, last=METRICS)
-        # Only once the folder is complete: a driver that is killed before resumes from the checkpoints.
-        CheckpointStore(self.store_url).delete()
         return dict(json.loads(text))
+
+    @contextmanager
+    def exclusive(self, *, seconds: float) -> Iterator[None]:
+        """Train within the context alone; raises `TableBusy` if another driver does.
+
+        A driver that was killed is followed after `seconds`.
+        """
+        with exclusive_lease(
+            f"{self.store_url}/{_LEASES}", purpose=f"the training {self.url}", seconds=seconds
+        ):
+            yield
+
+    def delete_checkpoints(self) -> None:
+        """Delete the checkpoints, also those that a driver left that was killed after it had published.
+
+        Call it once the folder is published: whoever is killed before resumes from them.
+        """
+        with suppress(FileNotFoundError):  # another driver deletes them as well
+            CheckpointStore(self.store_url).delete()
 
     def _copy_logs(self, folder: Path) -> None:
         filesystem, root = fsspec.core.url_to_fs(self.store_url)

@@ -42,6 +42,8 @@ class TrainerSettings(Settings):
         curve_every: steps between points of the training curve and of the logs.
         log_to: experiment loggers (see `jobs.training.loggers`).
         max_failures: restarts of the workers after one of them died.
+        heartbeat_seconds: time without a sign of life after which the driver of a training counts as dead,
+            and another one may continue it; a living one gives four in this time.
         labels: node labels that workers require, as in {"role": "trainer"}: keeps workers off spot nodes in
             a mixed cluster (see `pipelines.ray_data.settings.Pool`).
     """
@@ -59,6 +61,7 @@ class TrainerSettings(Settings):
     curve_every: PositiveInt = 10
     log_to: tuple[LoggerKind, ...] = ("tensorboard",)
     max_failures: NonNegativeInt = 2
+    heartbeat_seconds: PositiveFloat = 30.0
     labels: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("min_workers")

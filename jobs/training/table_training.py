@@ -111,8 +111,9 @@ class TableTraining(Generic[SettingsT]):
             TrainingError: if `out_url` holds or has begun something else, no row is held out, or training
                 cannot end.
             TrainingFailed: if workers keep failing.
+            TableBusy: if another driver runs this training.
         """
-        began, folder = time.monotonic(), RunFolder(url=absolute_url(out_url), kind=self.kind)
+        folder = RunFolder(url=absolute_url(out_url), kind=self.kind)
         sources = {role: absolute_source(source) for role, source in self.sources.items()}
         # At the version that the folder was begun with, else the newest.
         version = folder.pinned_version(self.table.role)
@@ -126,22 +127,43 @@ class TableTraining(Generic[SettingsT]):
             "settings": self.settings.identity(),
             self.table.role: {"identity": digest(table.identity), "version": table.version},
         }
-        if (finished := folder.finished(identity)) is not None:
-            return finished
-        inputs = TrainingInputs(
-            settings=self.settings,
-            sources=sources,
-            table_url=table.url,
-            table_version=table.version,
-            counts=count_rows(table, held_out=self.settings.loader.held_out, branches=self.table.branches),
-            identity=identity,
-        )
-        parents = {self.table.role: table.lineage()} | {
-            role: {"source": sources[role], "weights": model.fingerprint()} for role, model in models.items()
-        }
-        # A worker on this node needs the memory.
-        del bundles, models
-        begin(folder.store_url, identity, kind=self.kind)
+        if (finished := folder.finished(identity)) is None:
+            inputs = TrainingInputs(
+                settings=self.settings,
+                sources=sources,
+                table_url=table.url,
+                table_version=table.version,
+                counts=count_rows(
+                    table, held_out=self.settings.loader.held_out, branches=self.table.branches
+                ),
+                identity=identity,
+            )
+            parents = {self.table.role: table.lineage()} | {
+                role: {"source": sources[role], "weights": model.fingerprint()}
+                for role, model in models.items()
+            }
+            # A worker on this node needs the memory.
+            del bundles, models
+            with folder.exclusive(seconds=self.settings.trainer.heartbeat_seconds):
+                # Another driver may have published it while this one waited.
+                finished = folder.finished(identity) or self._train(
+                    folder, inputs, parents=parents, checked=checked, on_report=on_report
+                )
+        folder.delete_checkpoints()
+        return finished
+
+    def _train(
+        self,
+        folder: RunFolder,
+        inputs: TrainingInputs[SettingsT],
+        *,
+        parents: dict[str, dict[str, Any]],
+        checked: Any,  # noqa: ANN401 - the result of `check`
+        on_report: OnReport,
+    ) -> dict[str, Any]:
+        """Train, and publish the folder; returns the metrics."""
+        began = time.monotonic()
+        begin(folder.store_url, inputs.identity, kind=self.kind)
         # Training lasts for days: meanwhile no vacuum may remove the files of the pinned version.
         with read_leases(parents.values(), purpose=f"the training {folder.url}"):
             results = run_trainings(
@@ -152,7 +174,7 @@ class TableTraining(Generic[SettingsT]):
                 on_report=on_report,
             )
         return folder.publish(
-            identity,
+            inputs.identity,
             fill=lambda path: {
                 **self.publish(path, results, inputs, checked),
                 "settings": self.settings.to_values(),

@@ -1,4 +1,4 @@
-"""Leases on a table: one process appends at a time, and versions in use are known.
+"""Leases on a table: one process appends at a time, and versions in use are known; and on a training.
 
 They stand beside the table in `<table>.leases/` and expire unless they are renewed: a holder that was killed
 blocks nobody for longer than `LEASE_SECONDS`. Leases save work and files, and decide nothing: the table's log
@@ -66,19 +66,66 @@ def append_lease(url: str, *, purpose: str, seconds: float = LEASE_SECONDS) -> I
     Raises:
         TableBusy: if another process holds it.
     """
-    folder = _folder(url)
-    numbers = [int(found[1]) for name in list_names(folder) if (found := _APPEND_LEASE.search(name))]
-    number = max(numbers, default=0)
-    last = _read(f"{folder}/turn-{number:08d}.json") if number else None
+    number, last = _last_turn(_folder(url))
     if last is not None and not last.expired:
         raise TableBusy(_busy_message(url, last))
-    path = f"{folder}/turn-{number + 1:08d}.json"
+    with _turn(_folder(url), number + 1, purpose=purpose, seconds=seconds) as other:
+        if other is not None:
+            raise TableBusy(_busy_message(url, other))
+        yield
+
+
+@contextmanager
+def exclusive_lease(folder: str, *, purpose: str, seconds: float) -> Iterator[None]:
+    """Hold the lease in `folder`, a URL, alone within the context.
+
+    A holder is at work as long as it renews its lease, whatever its clock says: one that ended is followed at
+    once, and one that was killed after at most `seconds`.
+
+    Args:
+        folder: of the leases.
+        purpose: named to whoever comes meanwhile.
+        seconds: without a renewal after which a holder counts as dead; it is renewed four times as often.
+
+    Raises:
+        TableBusy: if another process holds it, as its renewals show.
+    """
+    number, last = _last_turn(folder)
+    path, waited_until = _turn_path(folder, number), time.monotonic() + seconds
+    while last is not None and last.until > time.time() - LEASE_SECONDS and time.monotonic() < waited_until:
+        time.sleep(seconds / 20)
+        renewed = _read(path)
+        if renewed is not None and renewed.until and renewed != last:
+            raise TableBusy(_at_work_message(folder, renewed))
+        last = renewed
+    with _turn(folder, number + 1, purpose=purpose, seconds=seconds) as other:
+        if other is not None:
+            raise TableBusy(_at_work_message(folder, other))
+        yield
+
+
+def _last_turn(folder: str) -> tuple[int, Lease | None]:
+    """The number of the newest turn in a folder, 0 if there is none, and its lease."""
+    numbers = [int(found[1]) for name in list_names(folder) if (found := _APPEND_LEASE.search(name))]
+    number = max(numbers, default=0)
+    return number, _read(_turn_path(folder, number)) if number else None
+
+
+@contextmanager
+def _turn(folder: str, number: int, *, purpose: str, seconds: float) -> Iterator[Lease | None]:
+    """Take a turn within the context; yields the lease of the process that has taken it first, if one has."""
+    path = _turn_path(folder, number)
     mine = Lease(holder=holder_name(purpose), version=None, until=time.time() + seconds)
     # If the response to the creation was lost, the retry finds our own lease.
-    if not write_once(path, _serialized(mine)) and _read(path) != mine:
-        raise TableBusy(_busy_message(url, _read(path)))
+    if not write_once(path, _serialized(mine)) and (other := _read(path)) != mine:
+        yield other or replace(mine, holder="another process")
+        return
     with _renewed(path, mine, seconds=seconds):
-        yield
+        yield None
+
+
+def _turn_path(folder: str, number: int) -> str:
+    return f"{folder}/turn-{number:08d}.json"
 
 
 @contextmanager
@@ -199,10 +246,13 @@ def _read(path: str) -> Lease | None:
         return None
 
 
-def _busy_message(url: str, lease: Lease | None) -> str:
-    holder = "another process" if lease is None else lease.holder
-    left = 0.0 if lease is None else max(lease.until - time.time(), 0.0)
-    return f"{url}: {holder} is appending; its lease expires in {left:.0f} s unless it is renewed"
+def _busy_message(url: str, lease: Lease) -> str:
+    left = max(lease.until - time.time(), 0.0)
+    return f"{url}: {lease.holder} is appending; its lease expires in {left:.0f} s unless it is renewed"
+
+
+def _at_work_message(folder: str, lease: Lease) -> str:
+    return f"{folder}: {lease.holder} is at work; wait until it ends, or stop it"
 
 
 def _folder(url: str) -> str:

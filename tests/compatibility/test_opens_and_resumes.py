@@ -179,8 +179,11 @@ def test_a_training_is_resumed_and_published(ray_cluster: None, run: Path) -> No
 
 def test_a_finished_student_is_left_as_it_is(run: Path) -> None:
     student = run / "finished/student"
+    # As if its driver had been killed after it had published.
+    remains = (run / "student.training").rename(run / "finished/student.training")
     metrics = distill_steps(DISTILL, teacher=f"{run}/model", data_url=f"{run}/latents", out_url=str(student))
     assert metrics == metrics_of(run)
+    assert not remains.exists()
     for folder, weights in metrics["weights"].items():
         assert load(f"{student}/{folder}").fingerprint()["unet"] == weights
 

@@ -26,7 +26,7 @@ PAIRS = ("pairs.rows_per_unit=8", "pairs.draws=2", "pairs.bounds.commit_seconds=
 UNITS = 2 * ROWS // 8
 TRAINING = (
     *("vpred.loop.num_steps=160", "vpred.loop.global_batch=8", "vpred.trainer.checkpoint_every=20"),
-    *("vpred.loader.held_out=0.2", "vpred.trainer.curve_every=20"),
+    *("vpred.loader.held_out=0.2", "vpred.trainer.curve_every=20", "vpred.trainer.heartbeat_seconds=5"),
 )
 
 

@@ -28,7 +28,12 @@ from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillatio
 LOOP = LoopSettings(num_steps=4, global_batch=6, learning_rate=1e-3, ema_decay=0.9)
 LOADER = LoaderSettings(held_out=0.3)
 TRAINER = TrainerSettings(
-    num_workers=2, cpus_per_worker=0.5, micro_batch=2, checkpoint_every=2, curve_every=1
+    num_workers=2,
+    cpus_per_worker=0.5,
+    micro_batch=2,
+    checkpoint_every=2,
+    curve_every=1,
+    heartbeat_seconds=1.0,
 )
 VALIDATION = ValidationSettings(every=2, prompts=PromptSettings(limit=6), guidance=(2.0, 1.0), images=3)
 VPRED = VpredSettings(

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from pipelines.tables import leases
-from pipelines.tables.leases import TableBusy, active_readers, append_lease, read_lease, remove_expired
+from pipelines.tables.leases import (
+    TableBusy,
+    active_readers,
+    append_lease,
+    exclusive_lease,
+    read_lease,
+    remove_expired,
+)
 
 
 @pytest.fixture
@@ -82,3 +89,44 @@ def test_readers_are_known_until_they_end(url, bucket):
             assert remove_expired(table) == 0
         assert active_readers(table) == []
         assert remove_expired(table) == 2
+
+
+@pytest.fixture(params=["disk", "store"])
+def folder(request, url) -> str:
+    return f"{url}/leases" if request.param == "disk" else f"{request.getfixturevalue('bucket')}{url}/leases"
+
+
+def test_exclusive_lease_is_held_by_one(folder):
+    with (
+        exclusive_lease(folder, purpose="the first", seconds=1.0),
+        pytest.raises(TableBusy, match=r"leases: the first on .*, process \d+ is at work"),
+        exclusive_lease(folder, purpose="the second", seconds=1.0),
+    ):
+        pass
+    began = time.monotonic()
+    with exclusive_lease(folder, purpose="the second", seconds=100.0):
+        assert time.monotonic() - began < 5.0
+
+
+def test_killed_holder_is_followed_without_its_renewals(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(leases, "replace_object", lambda *_: None)
+        # Its lease would last for an hour.
+        with exclusive_lease(folder, purpose="dead", seconds=3600.0):
+            pass
+    began = time.monotonic()
+    with exclusive_lease(folder, purpose="heir", seconds=0.5):
+        assert 0.5 <= time.monotonic() - began < 5.0
+
+
+def test_holder_with_a_slow_clock_is_respected(url, monkeypatch):
+    with monkeypatch.context() as patch:
+        # It is renewed as if its clock were a minute slow: by ours, it has expired each time.
+        replace = leases.replace
+        patch.setattr(leases, "replace", lambda lease, until: replace(lease, until=until - 60.0))
+        with (
+            exclusive_lease(url, purpose="slow", seconds=0.4),
+            pytest.raises(TableBusy, match="slow on"),
+            exclusive_lease(url, purpose="other", seconds=0.4),
+        ):
+            pass
