@@ -63,7 +63,7 @@ def _benchmark(options: Options) -> None:
         try:
             replace_object(options.json, f"{json.dumps(results, indent=1)}\n".encode())
         except StorageError as error:
-            raise SettingsError(f"--json {error}") from None
+            raise SettingsError(f"--json {error}") from error
         logger.info(f"\n{options.json}")
 
 

@@ -52,7 +52,7 @@ def _generate(options: Options) -> None:
     try:
         factor = save_images(images, Path(options.out))
     except OSError as error:
-        raise SettingsError(f"--out {options.out}: {error.strerror or error}") from None
+        raise SettingsError(f"--out {options.out}: {error.strerror or error}") from error
     enlarged = f", shown {factor} times larger" if factor > 1 else ""
     size = images[0].shape[0]
     logger.info(f"{options.out}: {options.n} of {size} px{enlarged}, {by}, {seconds:.1f} s after loading")

@@ -10,6 +10,9 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+FOLDER_NAME = r"^[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,99}$"
+"""A name that becomes a file or folder below another one: no path, hidden file or parent folder."""
+
 
 class SettingsError(ValueError):
     """An unknown setting, or a value of the wrong type or out of range."""

@@ -97,7 +97,7 @@ def save_settings(job: Job, *, verbose: bool) -> None:
     try:
         write_once(url, job.recipe.to_json().encode())
     except StorageError as error:
-        raise StorageError(f"--out {error}") from None
+        raise StorageError(f"--out {error}") from error
     logger.info(f"{job.verb}: recipe {job.recipe.name}, settings {digest}, saved as {url}")
     for line in settings_lines(job, all_of_them=verbose):
         logger.info(line)

@@ -17,6 +17,7 @@ from jobs.runtime.exit_codes import exit_process, run_guarded
 from jobs.runtime.logs import log_as_json, logger
 from jobs.runtime.progress import progress_display
 from jobs.runtime.secrets import refuse_secrets_in_options
+from pipelines.storage.objects import StorageError, check_table_url
 from snapfusion.settings import Settings, SettingsError
 
 Body = Callable[[Job], None]
@@ -179,6 +180,10 @@ def open_job(verb: str, options: Options, *, prefix: str = "") -> Job:
     log_as_json(options.log_json)
     if not options.out.rstrip("/"):
         raise SettingsError(f"--out {options.out!r}: a folder or a URL is accepted")
+    try:
+        check_table_url(options.out)
+    except StorageError as error:
+        raise SettingsError(f"--out {error}") from None
     config, assignments = (
         [one for one in given if not prefix or not one.startswith(prefix)]
         for given in (read_config(options.config), options.set)

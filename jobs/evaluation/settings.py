@@ -11,12 +11,10 @@ from pipelines.sources.settings import CaptionSettings
 from pipelines.stages.settings import Sampler
 from snapfusion.evolution.settings import Precision, Runtime
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
-from snapfusion.settings import Settings
+from snapfusion.settings import FOLDER_NAME, Settings
 
 ORIGIN, TABLE_3 = "origin", "table-3"
 """Names of the UNets that are measured: the model's own, and Table 3's."""
-
-_NAME = r"^[A-Za-z0-9_.+-]+$"
 
 
 class Contender(Settings):
@@ -31,11 +29,11 @@ class Contender(Settings):
         table: table of its images, for evaluations that share one.
     """
 
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=FOLDER_NAME)
     model: str | None = None
     sampler: Sampler = Sampler()
     decoder: str | None = None
-    table: str | None = Field(None, pattern=_NAME)
+    table: str | None = Field(None, pattern=FOLDER_NAME)
 
 
 class PromptSettings(Settings):
@@ -48,7 +46,7 @@ class PromptSettings(Settings):
         limit: number of captions from the start; by default each of the miniature's captions once.
     """
 
-    name: str = Field("scenes", pattern=_NAME)
+    name: str = Field("scenes", pattern=FOLDER_NAME)
     url: str | None = None
     reading: CaptionSettings = CaptionSettings()
     limit: int = Field(NUM_CAPTIONS, ge=4)

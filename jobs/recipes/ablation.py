@@ -11,10 +11,9 @@ from typing import Annotated
 from pydantic import Field, PositiveInt, model_validator
 
 from pipelines.stages.settings import Sampler
-from snapfusion.settings import Settings
+from snapfusion.settings import FOLDER_NAME, Settings
 from snapfusion.training.settings import StepDistillationSettings
 
-_NAME = r"^[A-Za-z0-9_.+-]+$"
 Guidance = Annotated[float, Field(ge=1.0)]
 
 
@@ -27,7 +26,7 @@ class StudentVariant(Settings):
         after: the variant that is its teacher and gives its initial weights; null takes the model for both.
     """
 
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=FOLDER_NAME)
     steps: StepDistillationSettings | None = None
     after: str | None = None
 
@@ -41,7 +40,7 @@ class Line(Settings):
         steps: DDIM steps.
     """
 
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=FOLDER_NAME)
     variant: str | None = None
     steps: PositiveInt
 
@@ -65,7 +64,7 @@ class Panel(Settings):
         gap_at: guidance scales at which the gap is measured.
     """
 
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=FOLDER_NAME)
     title: str
     lines: tuple[Line, ...]
     baseline: str

@@ -7,7 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from jobs.evaluation.settings import EfficiencySettings, EvaluationSettings, LatencySettings
 from jobs.evolution.settings import EvolutionSettings, RandomBaselineSettings
 from jobs.recipes.ablation import AblationSettings
-from jobs.recipes.stages import NAME, Schedule
+from jobs.recipes.stages import Schedule
 from jobs.runtime.settings import ClusterSettings, StorageSettings
 from jobs.training.settings import (
     DecoderSettings,
@@ -22,7 +22,7 @@ from pipelines.download.settings import DownloadSettings
 from pipelines.stages.settings import Blocklists
 from pipelines.tables.settings import Bounds
 from snapfusion.export.settings import MobileSettings
-from snapfusion.settings import Settings
+from snapfusion.settings import FOLDER_NAME, Settings
 
 
 class SourceSettings(Settings):
@@ -40,14 +40,14 @@ class SourceSettings(Settings):
         table: name of their LATENTS in the run; another for one's own images.
     """
 
-    name: str = Field("scenes", pattern=NAME)
+    name: str = Field("scenes", pattern=FOLDER_NAME)
     url: str | None = None
     blocklists: Blocklists = Blocklists()
     sample_rows: int = Field(1_000, ge=1)
     scenes: int = Field(512, ge=1)
     scenes_per_shard: int = Field(128, ge=1)
     seed: int = Field(0, ge=0)
-    table: str = Field("latents", pattern=NAME)
+    table: str = Field("latents", pattern=FOLDER_NAME)
 
 
 class CaptionsSettings(Settings):
@@ -59,7 +59,7 @@ class CaptionsSettings(Settings):
         limit: on their number.
     """
 
-    name: str = Field("captions", pattern=NAME)
+    name: str = Field("captions", pattern=FOLDER_NAME)
     url: str | None = None
     limit: int | None = Field(None, ge=1)
 

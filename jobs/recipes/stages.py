@@ -6,10 +6,7 @@ from typing import Any
 from pydantic import Field
 
 from jobs.training.sources import OWN_IMAGES_TABLE
-from snapfusion.settings import Settings
-
-NAME = r"^[A-Za-z0-9_.-]+$"
-"""Pattern of names that become part of a path."""
+from snapfusion.settings import FOLDER_NAME, Settings
 
 
 class DistillationStage(Settings):
@@ -26,7 +23,7 @@ class DistillationStage(Settings):
         table: URL of the training LATENTS, or "run:" and a path in the run; null takes that of `distill`.
     """
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=FOLDER_NAME)
     teacher: str
     student: str
     student_steps: int = Field(ge=1)

@@ -18,6 +18,11 @@ from snapfusion.settings import SettingsError
 _MIN_CPUS = 4
 _CONNECT_SECONDS = 10.0
 
+_MAX_SOCKET_BYTES = 107
+"""Of the path of a socket, on Linux."""
+_LONGEST_SOCKET = "/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
+"""Below the folder for temporary files, with the largest number of a process."""
+
 _QUIET_VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -62,6 +67,7 @@ def _start_local(cpus: int, *, worker_logs: bool) -> None:
     """Start a cluster of this machine, whose workers inherit this process's environment."""
     import ray
 
+    _check_socket_length()
     _quieten()
     if not worker_logs:
         # Ray's C++ core logs a warning on lost actor arguments for every pool of actors, where none are lost.
@@ -74,6 +80,22 @@ def _start_local(cpus: int, *, worker_logs: bool) -> None:
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=worker_logs,
+        )
+
+
+def _check_socket_length() -> None:
+    """Refuse a folder for temporary files so deep that the names of Ray's sockets become too long.
+
+    Raises:
+        SettingsError: naming the variable to set.
+    """
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = os.environ.get(name, "/tmp")
+    excess = len(os.fsencode(f"{folder}{_LONGEST_SOCKET}")) - _MAX_SOCKET_BYTES
+    if excess > 0:
+        raise SettingsError(
+            f"{name} {folder}: it is {excess} bytes too long for the sockets that Ray creates below it; set "
+            "RAY_TMPDIR to a shorter folder"
         )
 
 

@@ -9,7 +9,7 @@ from jobs.training.sources import TABLE_3, VPRED_MODEL
 from pipelines.loading.settings import LoaderSettings
 from pipelines.stages.settings import MetricSettings, SamplingSettings
 from snapfusion.models.settings import Initialization
-from snapfusion.settings import Settings
+from snapfusion.settings import FOLDER_NAME, Settings
 from snapfusion.training.settings import (
     LoopSettings,
     SkipSettings,
@@ -170,7 +170,7 @@ class DistillSettings(UNetTrainingSettings):
         "table",
     )
 
-    name: str = Field("student-8", pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field("student-8", pattern=FOLDER_NAME)
     teacher: str | None = None
     student: str | None = None
     table: str | None = None

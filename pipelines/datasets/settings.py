@@ -17,7 +17,7 @@ from pipelines.stages.settings import (
 )
 from pipelines.tables.settings import Bounds
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
-from snapfusion.settings import Settings
+from snapfusion.settings import FOLDER_NAME, Settings
 
 
 class BuildSettings(Settings):
@@ -91,7 +91,7 @@ class ReferencesSettings(BuildSettings):
         describers: the actor pool of the network.
     """
 
-    name: str = Field("scenes", pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field("scenes", pattern=FOLDER_NAME)
     url: str | None = None
     count: int = Field(2 * NUM_CAPTIONS, ge=2)
     size: int = Field(512, ge=8)

@@ -5,7 +5,7 @@ from pydantic import Field
 from pipelines.datasets.settings import BuildSettings
 from pipelines.ray_data.settings import Pool
 from pipelines.sources.settings import CaptionSettings
-from snapfusion.settings import Settings
+from snapfusion.settings import FOLDER_NAME, Settings
 
 URL, IMAGE, CAPTION = 0, 1, 2
 """Kinds of exact keys: rows with one key of a kind may be duplicates."""
@@ -43,7 +43,7 @@ class FingerprintsSettings(BuildSettings):
         readers: the actor pool that streams, decodes and hashes.
     """
 
-    table: str = Field("fingerprints", pattern=r"^[A-Za-z0-9_.-]+$")
+    table: str = Field("fingerprints", pattern=FOLDER_NAME)
     rows_per_unit: int = Field(10_000, ge=1)
     readers: Pool = Pool(actors=2)
 
@@ -69,7 +69,7 @@ class Deduplication(Settings):
     """
 
     use: bool = False
-    table: str = Field("duplicates", pattern=r"^[A-Za-z0-9_.-]+$")
+    table: str = Field("duplicates", pattern=FOLDER_NAME)
     url: bool = True
     image: bool = True
     caption: bool = False

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 from pipelines.fetching.addresses import parse_networks
 from pipelines.ray_data.settings import Pool
 from pipelines.sources.settings import LinkSettings
-from snapfusion.settings import Settings
+from snapfusion.settings import FOLDER_NAME, Settings
 
 Directive = Literal["noai", "noimageai", "noindex", "noimageindex", "tdm-reservation"]
 
@@ -90,7 +90,7 @@ class DownloadSettings(Settings):
     """
 
     links: str | None = None
-    folder: str = Field("shards", pattern=r"^[A-Za-z0-9_.-]+$")
+    folder: str = Field("shards", pattern=FOLDER_NAME)
     columns: LinkSettings = LinkSettings()
     rows_per_shard: int = Field(10_000, ge=1)
     fetching: FetchSettings = FetchSettings()

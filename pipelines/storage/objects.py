@@ -25,6 +25,7 @@ _READ_AHEAD_BYTES: Final = 8 << 20
 for _scheme in ("s3", "gs", "gcs", "abfs", "az"):
     fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
+_NOT_IN_TABLE_URLS: Final = frozenset("[]%#?*")
 _PACKAGES: Final = {"gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
 
 
@@ -76,6 +77,19 @@ def check_client(url: str) -> None:
     except ValueError:
         fault = f"{scheme}:// is no store that fsspec knows; s3://, gs://, abfs:// and paths are accepted"
     raise StorageError(f"{url}: {fault}")
+
+
+def check_table_url(url: str) -> None:
+    """Check that tables can lie at or below `url`, before anything is written there.
+
+    Raises:
+        StorageError: for a character that deltalake cannot take literally.
+    """
+    # It panics at brackets, decodes percent signs, so that a%41 is written to aA, and cuts off # and ?.
+    if found := sorted(_NOT_IN_TABLE_URLS.intersection(url)):
+        raise StorageError(
+            f"{url}: tables can have no {' or '.join(found)} in their path; name the folder otherwise"
+        )
 
 
 def open_object(url: str, *, ahead: int = _READ_AHEAD_BYTES) -> IO[bytes]:

@@ -23,7 +23,7 @@ from deltalake.exceptions import DeltaError
 
 from pipelines.storage.durability import sync
 from pipelines.storage.faults import plain_text
-from pipelines.storage.objects import absolute_url, is_local, local_path, read_bytes
+from pipelines.storage.objects import absolute_url, check_table_url, is_local, local_path, read_bytes
 from pipelines.storage.retry import with_retries
 from pipelines.tables.integrity import read_rows
 from pipelines.tables.manifest import UnitManifest, UnitRecord
@@ -197,6 +197,7 @@ class Snapshot:
 
 def is_table(url: str) -> bool:
     """Whether there is a Delta table, of this project or another."""
+    check_table_url(url)
     # Asked about a file, deltalake fails to list it as a folder.
     if is_local(url) and local_path(url).is_file():
         return False
@@ -209,6 +210,7 @@ def open_delta(location: str, *, version: int | None = None) -> DeltaTable:
     Raises:
         TableError: if there is none, or its log is damaged.
     """
+    check_table_url(location)
     with _raising_table_error(location):
         return with_retries(location, lambda: DeltaTable(location, version=version))
 

@@ -13,8 +13,9 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
 from pipelines.storage.durability import sync
+from pipelines.storage.faults import plain_text
 from pipelines.storage.objects import is_local, local_path
-from pipelines.storage.retry import is_transient, sleep_with_jitter
+from pipelines.storage.retry import StoreFailure, is_transient, sleep_with_jitter
 
 Action = AddAction | RemoveAction
 
@@ -62,7 +63,7 @@ def try_commit(
         return False
     except (DeltaError, OSError) as error:
         if not is_transient(error):
-            raise
+            raise StoreFailure(f"{location} cannot be written: {plain_text(error)}") from error
         sleep_with_jitter(_RETRY_SECONDS)
         return False
     sync_log(location, after=delta.version())

@@ -1,7 +1,9 @@
 """The command line: four options, one line for a mistake, nothing half-written."""
 
+import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from jobs.recipes.verbs import pipeline_verbs
 from jobs.runtime.exit_codes import run_guarded
 from jobs.runtime.progress import format_duration, format_progress
 from pipelines.ray_data.execution import CrashedTooOften
+from pipelines.storage.objects import StorageError
 from pipelines.tables.committer import CommitProgress
 from snapfusion.settings import Settings
 
@@ -133,6 +136,11 @@ def test_every_recipe_survives_json(name):
     assert isinstance(recipe, Settings)
 
 
+def caused(error: Exception, *, by: Exception) -> Exception:
+    error.__cause__ = by
+    return error
+
+
 def raising(error: BaseException) -> Callable[[], None]:
     def work() -> None:
         raise error
@@ -145,6 +153,18 @@ def raising(error: BaseException) -> Callable[[], None]:
     [
         (ValueError("given x; y is accepted"), 2),
         (CrashedTooOften("three times"), 1),
+        (OSError(errno.ENOSPC, "No space left on device", "file"), 1),
+        (
+            caused(
+                StorageError("file cannot be written"), by=OSError("No space left on device (os error 28)")
+            ),
+            1,
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "file"), 2),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "file"), 2),
+        (ConnectionResetError("the store is gone"), 1),
+        (ValueError("two\nlines"), 2),
+        (ValueError(), 2),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -218,3 +238,58 @@ def test_progress_as_text():
     unknown = CommitProgress(rows=20, total=None, rejected=0, units=1, first_rows=20, steady_seconds=0.0)
     assert format_progress(unknown) == "20 rows"
     assert [format_duration(seconds) for seconds in (5.4, 65, 3700)] == ["5 s", "1 min 05 s", "1 h 01 min"]
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".hidden", "a/b", "../a", "", "a" * 101, "a b", "ä"])
+def test_a_name_in_the_run_is_no_path(name, capsys, tmp_path):
+    for setting in (
+        "source.table",
+        "distill.name",
+        "download.folder",
+        "deduplication.table",
+        "captions.name",
+    ):
+        words = ["--out", str(tmp_path / "run"), "--set", f"{setting}={name}"]
+        assert render_scenes.main(words) == 2
+        assert error_line(capsys).startswith(f"render_scenes: --set {setting}: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["run[1]", "100%41", "run#1", "run?", "run*"])
+@pytest.mark.parametrize("verb", sorted({*command.VERBS} - WITHOUT_RECIPE))
+def test_a_folder_that_can_hold_no_table_is_refused(verb, name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    target = {"top_up": ["encode_latents"], "verify_table": ["run/latents"]}.get(verb, [])
+    for parent in (str(tmp_path), "s3://bucket"):
+        assert command.main([verb.replace("_", "-"), *target, "--out", f"{parent}/{name}"]) == 2
+        assert error_line(capsys).startswith(f"{verb}: --out {parent}/{name}: tables can have no ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a b", "ä漢", "{x}", "a+b,c;d"])
+def test_a_run_is_in_the_folder_of_its_name(name, tmp_path):
+    out, settings = str(tmp_path / name), set_options(["source.scenes=4", "source.scenes_per_shard=2"])
+    assert render_scenes.main(["--out", out, *settings]) == 0
+    for job in (encode_latents, run_pipeline):
+        assert job.main(["--dry-run", "--out", out, *settings]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["settings", "shards"]
+
+
+def test_jobs_read_a_run_in_a_folder_of_any_letters(whole_run, capsys, tmp_path):
+    run = whole_run.copy(tmp_path / "a b ä漢{x}")
+    request = tmp_path / "ids[1]"
+    request.write_text("web/00000/0000001\n")
+    options = ["--out", str(run.out), "--set", f"model={run.teacher}"]
+    assert command.main(["verify-table", f"{run.out}/pairs", *options, "--set", "verification.units=1"]) == 0
+    assert command.main(["vacuum", *options]) == 0
+    assert command.main(["forget", "--dry-run", "--id", str(request), *options]) == 0
+    assert "would delete 1 rows and 0 rejections from latents" in capsys.readouterr().out
+
+
+def test_a_model_and_an_image_have_literal_names(tiny_teacher, capsys, tmp_path):
+    shutil.copytree(tiny_teacher, tmp_path / "m[1]")
+    for model, code in ((tmp_path / "m[1]", 0), (tmp_path / "m1", 2)):
+        words = ["red", "--model", str(model), "--steps", "1", "--out", str(tmp_path / "image[1].png")]
+        assert command.main(["generate", *words]) == code
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image[1].png", "m[1]"]
