@@ -50,6 +50,10 @@ class Sidecar:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def lists(self, sample: str) -> bool:
+        """Whether there is a row of this sample's key."""
+        return self._find(sample) is not None
+
     def metadata(self, sample: str) -> dict[str, Any]:
         """The values of a sample's row, nulls left out; empty if the sample has no row of its own."""
         row = self._find(sample)

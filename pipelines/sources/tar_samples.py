@@ -3,6 +3,8 @@
 A sample is a run of members whose names agree up to the first dot: `000000012.jpg`, `.json`, `.txt`. The tar
 is read forward once and never extracted. All irregularities are resolved here:
 
+- a key may have dots if its sample has an image and a text: `photo.v1.jpg`, `photo.v1.txt`. Where it has not,
+  and a member has the name up to the first dot for its key, the rest is an extension, as in webdataset;
 - the metadata are the sidecar's, overridden by the .json; both are optional;
 - a .json that does not parse rejects the sample, unless the sidecar lists it: a sample without metadata makes
   no claim, but one with unreadable metadata may have been marked unsafe; for the same reason a sample without
@@ -16,7 +18,7 @@ is read forward once and never extracted. All irregularities are resolved here:
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
 from pipelines.rejections import Rejected
@@ -30,6 +32,7 @@ from pipelines.sources.tears import Tear, prefix_digest
 from pipelines.storage.objects import open_object
 
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"])
+_READ_EXTENSIONS: Final = IMAGE_EXTENSIONS | {"txt", "json"}
 _MAX_MEMBERS: Final = 1000
 _COUNTED: Final = "counted by the shard's stats file"
 
@@ -50,7 +53,7 @@ def read_tar(
     tear: TornShardError | None = None
     ordinal = offset = 0
     try:
-        for group in _groups(shard, settings, start=start):
+        for group in _groups(shard, settings, start=start, sidecar=sidecar):
             offset = group.offset
             if group.key in arrived:
                 group.reject(repeated_key(group.key))
@@ -103,6 +106,7 @@ def repeated_key(key: str) -> Rejected:
 class _Group:
     """The members of one key, while they are read."""
 
+    family: str
     key: str
     ordinal: int
     offset: int
@@ -153,46 +157,120 @@ class _Group:
             fault=self.fault,
         )
 
+    def is_sample(self, sidecar: Sidecar) -> bool:
+        """Whether it has an image and a text or a row of the sidecar, and so a key of its own."""
+        has_text = not self.extensions.keys().isdisjoint(("txt", "json")) or sidecar.lists(self.key)
+        return has_text and not IMAGE_EXTENSIONS.isdisjoint(self.extensions)
+
+    def may_be_extension(self, sidecar: Sidecar) -> bool:
+        """Whether the part of the key after its first dot may turn out to be an extension."""
+        return self.family != self.key and not self.is_sample(sidecar)
+
+    def without_content(self) -> "_Group":
+        """The group as a rejected row: it has no caption, and the next group's content takes its memory."""
+        fault = None if IMAGE_EXTENSIONS.isdisjoint(self.extensions) else Rejected("missing_caption")
+        return replace(self, image=None, texts={}, fault=self.fault or fault)
+
+    def shorten_key(self, undecided: list["_Group"], *, start: int) -> None:
+        """Make it the group of webdataset's key, which ends at the first dot, with all that is undecided."""
+        groups = [*undecided, self]
+        extensions = (
+            f"{group.key.removeprefix(f'{self.family}.')}.{extension}"
+            for group in groups
+            for extension in group.extensions
+        )
+        self.ordinal, self.offset = groups[0].ordinal, groups[0].offset
+        self.key, self.is_in_range = self.family, self.ordinal >= start
+        self.extensions, self.image, self.texts, self.fault = dict.fromkeys(extensions), None, {}, None
+        undecided.clear()
+
     def survives(self, tear: TornShardError) -> bool:
         """Whether image, caption and metadata had all arrived before the tear."""
         arrived = list(self.extensions)[: -1 if tear.inside_member else None]
         return {"txt", "json"} <= set(arrived) and not IMAGE_EXTENSIONS.isdisjoint(arrived)
 
 
-def _groups(shard: SourceFile, settings: ShardSettings, *, start: int) -> Iterator[_Group]:
+@dataclass(kw_only=True)
+class _Grouping:
+    """Puts the members of a tar into groups.
+
+    Attributes:
+        undecided: groups of dotted keys without a caption, of one family: a later member may show that their
+            keys end in extensions.
+        group: that the last member belongs to.
+    """
+
+    settings: ShardSettings
+    start: int
+    sidecar: Sidecar
+    undecided: list[_Group] = field(default_factory=list)
     group: _Group | None = None
+
+    def add(self, member: Member) -> Iterator[_Group]:
+        """Read a member; yields the groups that end before it."""
+        family, key, extension = _split(member.name)
+        if not family:
+            return
+        group = self.group
+        if group is not None and group.family == family and family in (key, group.key):
+            if group.key != family and not group.is_sample(self.sidecar):
+                group.shorten_key(self.undecided, start=self.start)
+            if group.key == family:
+                key, extension = family, member.name.removeprefix(f"{family}.").lower()
+        # A repeated extension begins a second sample of the same key.
+        if group is None or key != group.key or extension in group.extensions:
+            yield from self._end(family)
+            ordinal = 0 if group is None else group.ordinal + 1
+            in_range = ordinal >= self.start
+            group = _Group(
+                family=family, key=key, ordinal=ordinal, offset=member.offset, is_in_range=in_range
+            )
+        group.add(member, extension, self.settings)
+        self.group = group
+
+    def rest(self) -> list[_Group]:
+        """The groups that have not been yielded."""
+        return self.undecided if self.group is None else [*self.undecided, self.group]
+
+    def _end(self, next_family: str) -> Iterator[_Group]:
+        group = self.group
+        is_open = group is not None and group.family == next_family and len(self.undecided) < _MAX_MEMBERS
+        if group is not None and is_open and group.may_be_extension(self.sidecar):
+            self.undecided.append(group.without_content())
+        else:
+            yield from self.rest()
+            self.undecided = []
+
+
+def _groups(shard: SourceFile, settings: ShardSettings, *, start: int, sidecar: Sidecar) -> Iterator[_Group]:
+    groups = _Grouping(settings=settings, start=start, sidecar=sidecar)
     with open_object(shard.url) as file:
         try:
             for member in read_members(file):
-                key, extension = _split(member.name)
-                if not key:
-                    continue
-                # A repeated extension begins a second sample of the same key.
-                if group is None or key != group.key or extension in group.extensions:
-                    if group is not None:
-                        yield group
-                    ordinal = 0 if group is None else group.ordinal + 1
-                    group = _Group(
-                        key=key, ordinal=ordinal, offset=member.offset, is_in_range=ordinal >= start
-                    )
-                group.add(member, extension, settings)
+                yield from groups.add(member)
         except TornShardError as tear:
-            if group is not None and group.survives(tear):
-                yield group
-            elif group is not None:
-                tear.offset = group.offset
+            if groups.group is not None and groups.group.survives(tear):
+                yield from groups.rest()
+            elif rest := groups.rest():
+                tear.offset = rest[0].offset
             raise
-        if group is not None:
-            yield group
+        yield from groups.rest()
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Key and extension; an empty key for names such as `README`, `.DS_Store` and `._00012.jpg`."""
+def _split(name: str) -> tuple[str, str, str]:
+    """The name up to its first dot, key and extension; empty for `README`, `.DS_Store` and `._00012.jpg`.
+
+    The key ends at the last dot if what follows is an extension that is read: `photo.v1` for `photo.v1.jpg`.
+    """
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.rpartition(".") if is_unsafe(name) else base.partition(".")
     if not stem or not dot:
-        return "", ""
-    return f"{folder}{slash}{stem}", extension.lower()
+        return "", "", ""
+    family, key, extension = f"{folder}{slash}{stem}", f"{folder}{slash}{stem}", extension.lower()
+    longer, dot, last = base.rpartition(".")
+    if last.lower() in _READ_EXTENSIONS:
+        key, extension = f"{folder}{slash}{longer}", last.lower()
+    return family, key, extension
 
 
 def _parse_metadata(data: bytes | None, *, is_listed: bool) -> dict[str, Any]:

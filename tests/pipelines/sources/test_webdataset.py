@@ -280,6 +280,43 @@ def test_invalid_utf8_in_a_sidecar_hides_nothing(tmp_path: Path) -> None:
     assert outcomes(read(shard)) == ["missing_caption", "ok"]
 
 
+# Keys with dots.
+
+
+def named(*names: str) -> list[tuple[str, bytes]]:
+    """Members with content of their kind."""
+    return [(name, encoded() if name.endswith("g") else b"{}" if "json" in name else b"a") for name in names]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.v1.x.jpg", "a.v1.x.txt", "a.v2.x.jpg", "a.v2.x.txt"], {"a.v1.x": "ok", "a.v2.x": "ok"}),
+        (["a.1.jpg", "a.2.jpg", "a.2.txt"], {"a.1": "missing_caption", "a.2": "ok"}),
+        (
+            ["a.1.jpg", "a.2.jpg", "b.jpg", "b.txt"],
+            {"a.1": "missing_caption", "a.2": "missing_caption", "b": "ok"},
+        ),
+        # Extensions with dots, as webdataset has them, in any order.
+        (["a.left.jpg", "a.right.jpg", "a.txt", "b.jpg", "b.txt"], {"a": "missing_image", "b": "ok"}),
+        (["a.depth.png", "a.jpg", "a.seg.png", "a.txt", "a.cls.json"], {"a": "ok"}),
+        (["a.1.jpg", "a.1.txt", "a.jpg", "a.txt"], {"a.1": "ok", "a": "ok"}),
+        (["a.1.x", "a.1.jpg", "a.1.txt"], {"a": "missing_image"}),
+    ],
+)
+def test_keys_may_have_dots(tmp_path: Path, names: list[str], expected: dict[str, str]) -> None:
+    shard = write_tar(tmp_path / "s.tar", named(*names))
+    rows = read(shard)
+    assert dict(zip((row.id.removeprefix("s/") for row in rows), outcomes(rows), strict=True)) == expected
+    assert_ranges_agree(partial(read_shard, shard, ShardSettings()))
+
+
+def test_a_sidecar_knows_dotted_keys(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "s.tar", named("a.1.jpg", "a.2.jpg"))
+    pq.write_table(pa.table({"key": ["a.1", "a.2"], "caption": ["one", "two"]}), tmp_path / "s.parquet")
+    assert [row.caption for row in read(shard) if isinstance(row, Sample)] == ["one", "two"]
+
+
 # Listing.
 
 
