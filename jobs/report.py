@@ -26,6 +26,8 @@ def report(job: Job) -> None:
     # The page comes first and is written even if the floor is missed: it shows what went wrong.
     replace_object(page, render_report(content).encode())
     replace_object(numbers, (json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+    for sentence in content.other_weights:
+        logger.warning(f"  {sentence}")
     logger.info(f"  open {page}")
     logger.info(f"  and  {numbers}")
     floor, oracle = job.recipe.oracle_floor, metrics["oracle"]

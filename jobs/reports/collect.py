@@ -12,6 +12,7 @@ from jobs.reports.lineage_nodes import lineage_nodes
 from jobs.reports.measurements import measurements, training_charts
 from jobs.reports.model_facts import model_facts
 from jobs.reports.oracle_scores import score_with_oracle
+from jobs.reports.other_weights import other_weights
 from jobs.reports.run_page import (
     RejectionExample,
     RejectionSummary,
@@ -72,6 +73,7 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
         timings=tuple(_timings(run)),
     )
     run.cache.remove_others()
+    content = replace(content, other_weights=other_weights(run))
     if recipe.model in BUNDLED:
         content = replace(content, unknown_captions=_unknown_captions(content))
     metrics = RunMetrics(
@@ -84,6 +86,7 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
         fewer_steps=side_by_side,
         decoder=run.decoder,
         mobile=run.mobile,
+        other_weights=list(content.other_weights),
         oracle=asdict(oracle) if oracle else None,
         latency=[
             {

@@ -278,6 +278,7 @@ class ReportContent:
         rejections: rejected rows.
         timings: of the steps, in order.
         unknown_captions: those that the miniature, if it is the run's model, does not know.
+        other_weights: sentences on published weights that are not those that were measured.
     """
 
     recipe: str
@@ -298,6 +299,7 @@ class ReportContent:
     rejections: tuple[RejectionSummary, ...] = ()
     timings: tuple[StepTiming, ...] = ()
     unknown_captions: frozenset[str] = frozenset()
+    other_weights: tuple[str, ...] = ()
 
 
 def render_report(content: ReportContent) -> str:

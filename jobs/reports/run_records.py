@@ -30,6 +30,7 @@ class RunMetrics(TypedDict):
     fewer_steps: dict[str, Any] | None
     decoder: DecoderMetrics | None
     mobile: Mapping[str, Any] | None
+    other_weights: list[str]
     oracle: dict[str, float] | None
     latency: list[dict[str, Any]]
     steps: list[dict[str, Any]]

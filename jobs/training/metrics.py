@@ -1,6 +1,6 @@
 """Types of the records of trainings, whose keys are those of metrics.json."""
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 METRICS = "metrics.json"
 """The record in a training's folder, which is written last."""
@@ -13,7 +13,11 @@ Curve = list[dict[str, float]]
 
 
 class TrainingMetrics(TypedDict):
-    """The record of any training; `identity` determines the weights, `settings` also have where it ran."""
+    """The record of any training; `identity` determines the weights, `settings` also have where it ran.
+
+    `weight_files` are the SHA-256 of the published files of weights, by path in the folder; version 0.1 did
+    not record them.
+    """
 
     kind: str
     identity: dict[str, Any]
@@ -23,6 +27,7 @@ class TrainingMetrics(TypedDict):
     curve: Curve
     environment: dict[str, Any]
     seconds: float
+    weight_files: NotRequired[dict[str, str]]
 
 
 class StudentMetrics(TrainingMetrics):

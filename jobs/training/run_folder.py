@@ -23,6 +23,7 @@ from pipelines.storage.folders import publish_folder
 from pipelines.storage.objects import exists, write_once
 from pipelines.storage.records import read_record
 from pipelines.tables.leases import exclusive_lease
+from snapfusion.models.checksums import file_hash
 from snapfusion.settings import digest
 from snapfusion.storage import get_tree
 from snapfusion.training.checkpoint import CheckpointStore
@@ -84,8 +85,18 @@ class RunFolder:
         """
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            record = {"kind": self.kind, "identity": identity, "settings_hash": digest(identity)}
-            text = json.dumps({**record, **fill(folder)}, indent=2, sort_keys=True, allow_nan=False)
+            record: dict[str, Any] = {
+                "kind": self.kind,
+                "identity": identity,
+                "settings_hash": digest(identity),
+            }
+            record |= fill(folder)
+            # What the numbers were measured on: a folder may get other weights later.
+            record["weight_files"] = {
+                path.relative_to(folder).as_posix(): file_hash(path)
+                for path in sorted(folder.rglob("*.safetensors"))
+            }
+            text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False)
             (folder / METRICS).write_text(text)
             self._copy_logs(folder)
             publish_folder(folder, self.url, last=METRICS)

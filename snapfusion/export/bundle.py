@@ -128,15 +128,33 @@ def open_bundle(folder: Path) -> MobileBundle:
     """Open a bundle after comparing every file with the manifest.
 
     Raises:
-        BundleError: if it is no bundle, of another version, or a file is missing, altered or added.
+        BundleError: if it is no bundle, of another version, a file is missing, altered or added, or one lies
+            outside the folder.
     """
     manifest = _read_manifest(folder)
+    _check_inside(folder, manifest)
     files = {name: record for name, record in file_records(folder).items() if name != MANIFEST}
     try:
         compare_files(folder, expected=manifest["files"], actual=files, record="the manifest")
     except ChecksumError as error:
         raise BundleError(str(error)) from None
     return MobileBundle(folder=folder, manifest=manifest)
+
+
+def _check_inside(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse links and names that lead outside, to files that others may change after they were verified."""
+    named = [
+        folder / name
+        for variant in manifest["variants"].values()
+        for module in variant["modules"].values()
+        for name in module["files"]
+    ]
+    links = [path for path in folder.rglob("*") if path.is_symlink()]
+    for path in (*links, *named):
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(
+                f"{folder}: {path.relative_to(folder)} lies outside the bundle; copy it into it"
+            )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

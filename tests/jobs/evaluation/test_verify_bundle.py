@@ -15,6 +15,7 @@ from PIL import Image
 from jobs import command, generate, verify_bundle
 from jobs.evaluation.images import generate_images
 from snapfusion.export.bundle import open_bundle
+from snapfusion.models.checksums import file_records
 from snapfusion.models.load import load
 
 
@@ -78,6 +79,19 @@ def test_a_missing_and_an_added_file_are_named(copied, capsys):
     (copied / "notes.txt").unlink()
     (copied / "executorch/decoder.pte").unlink()
     assert "executorch/decoder.pte is missing" in refused(copied, capsys)
+
+
+@pytest.mark.parametrize("name", ["executorch/unet.pte", "../elsewhere.pte"])
+def test_a_program_outside_the_bundle_is_refused(name, tmp_path, capsys):
+    folder, outside = tmp_path / "bundle", tmp_path / "elsewhere.pte"
+    outside.write_bytes(b"program")
+    (folder / "executorch").mkdir(parents=True)
+    (folder / "executorch/unet.pte").symlink_to(outside if name.startswith("executorch") else "other")
+    (folder / "executorch/other").write_bytes(b"program")
+    variants = {"executorch": {"modules": {"unet": {"files": [name]}}}}
+    manifest = {"format": 2, "variants": variants, "files": file_records(folder)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert f"{name} lies outside the bundle" in refused(folder, capsys)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Report of a run: collected from what is committed; it fails if images do not show their captions."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from reported_run import CAPTIONS, make_pairs, make_student, reported
@@ -17,7 +19,9 @@ from pipelines.sources.captions import Caption
 from pipelines.storage.objects import read_bytes, replace_object
 from pipelines.tables.table import open_table
 from snapfusion.models.architecture import efficient_architecture
+from snapfusion.models.checksums import file_hash
 from snapfusion.models.load import load
+from snapfusion.models.save import save
 from snapfusion.models.unet import architecture_of
 
 
@@ -87,6 +91,27 @@ def test_without_a_floor_no_student_is_sampled(tmp_path):
     page, metrics = reported(tmp_path, "--set", "oracle_floor=null")
     assert metrics["fewer_steps"] is None
     assert "No student was sampled." in page
+
+
+def test_other_weights_than_the_measured_are_named(tmp_path, capsys):
+    make_student(tmp_path)
+    record, weights = tmp_path / "student/metrics.json", "model/unet/diffusion_pytorch_model.safetensors"
+    recorded = {"weight_files": {weights: file_hash(tmp_path / "student" / weights)}}
+    record.write_text(json.dumps(json.loads(record.read_text()) | recorded))
+    page, metrics = reported(tmp_path, "--set", "oracle_floor=null")
+    assert metrics["other_weights"] == []
+    make_swapped(tmp_path / "student/model")
+    page, metrics = reported(tmp_path, "--set", "oracle_floor=null")
+    [sentence] = metrics["other_weights"]
+    assert sentence.startswith(f"student/{weights} has other weights")
+    assert sentence in page
+    assert sentence in capsys.readouterr().out
+
+
+def make_swapped(folder: Path) -> None:
+    """Another sound model in place of a student's."""
+    shutil.rmtree(folder)
+    save(load("mini"), folder)
 
 
 def test_timed_blocks_are_shown_if_there_are_any(tmp_path):
