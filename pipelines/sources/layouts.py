@@ -62,8 +62,8 @@ SPELLINGS: Final[Mapping[Meaning, tuple[str, ...]]] = {
 Of `unsafe` and `nsfw_tag` all columns count, because the least favourable value decides.
 """
 
-IMAGE_COLUMNS: Final = ("jpg", "jpeg", "png", "webp")
-"""img2dataset's names for the image column of its Parquet output: its `encode_format`."""
+IMAGE_COLUMNS: Final = ("jpg", "jpeg", "png", "webp", "image")
+"""Names of the image column: img2dataset's, which are its `encode_format`, and Hugging Face's."""
 
 UNKNOWN: Final = "unknown"
 
@@ -173,9 +173,19 @@ def recognise_layout(names: Iterable[str]) -> str:
 
 
 def image_column(schema: pa.Schema) -> str | None:
-    """The column of encoded images; None for a URL list or a sidecar."""
-    columns = (name for name in IMAGE_COLUMNS if name in schema.names and is_bytes(schema.field(name).type))
-    return next(columns, None)
+    """The column of encoded images; None for a URL list or a sidecar.
+
+    Its values are bytes, or as Hugging Face's datasets library writes them, structs with a field `bytes`.
+    """
+    return next(
+        (name for name in IMAGE_COLUMNS if name in schema.names and _is_image(schema.field(name).type)), None
+    )
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" and is_bytes(field.type) for field in kind)
+    return is_bytes(kind)
 
 
 def is_bytes(kind: pa.DataType) -> bool:

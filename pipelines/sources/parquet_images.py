@@ -1,4 +1,4 @@
-"""Reads img2dataset's Parquet output: image, caption and metadata in columns, failed rows included.
+"""Reads img2dataset's and Hugging Face's Parquet: image, caption and metadata in columns, failed rows too.
 
 An unreadable row is yielded in its position with its fault, so that ordinals and ids never shift.
 """
@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.rejections import Rejected
-from pipelines.sources.layouts import clean_metadata, image_column, is_bytes
+from pipelines.sources.layouts import clean_metadata, image_column, is_bytes, values_of
 from pipelines.sources.parquet import CorruptParquetError, ParquetRows, RowBatch, UnreadableRows, open_parquet
 
 _BATCH_ROWS = 8
@@ -65,7 +66,9 @@ def read_image_rows(url: str, *, start: int, max_image_bytes: int) -> Iterator[I
         image = image_column(rows.schema)
         if image is None:
             raise CorruptParquetError(f"no column of images among {', '.join(rows.schema.names)}")
-        others = [name for name in rows.schema.names if not is_bytes(rows.schema.field(name).type)]
+        others = [
+            name for name in rows.schema.names if name != image and not is_bytes(rows.schema.field(name).type)
+        ]
         for first, last in rows.spans:
             # Keys are read separately, so that rows with corrupt images keep their ids.
             keys = _keys(rows, first=first, last=last)
@@ -101,6 +104,8 @@ def _rows(
 ) -> Iterator[ImageRow]:
     columns = {name: part.values(name) for name in others}
     images = part.record.column(image)
+    if pa.types.is_struct(images.type):
+        images = pc.struct_field(images, "bytes")
     for row, size in enumerate(pc.binary_length(images).to_pylist()):
         values = {name: column[row] for name, column in columns.items()}
         # The length comes from the offsets, so an oversized image is never copied into Python.
@@ -110,7 +115,7 @@ def _rows(
             ordinal=part.start + row,
             key=keys[row],
             image=images[row].as_py() if fits else None,
-            captions=(values.pop("txt", None), values.get("caption")),
+            captions=(values.pop("txt", None), *values_of(values, "caption")),
             metadata=clean_metadata(values),
             fault=None if fits else Rejected("oversized_member", detail),
         )

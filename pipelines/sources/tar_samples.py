@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
 from pipelines.rejections import Rejected
+from pipelines.sources.layouts import values_of
 from pipelines.sources.listing import SourceFile
 from pipelines.sources.parquet_images import ImageRow
 from pipelines.sources.settings import ShardSettings
@@ -152,7 +153,7 @@ class _Group:
             ordinal=self.ordinal,
             key=self.key,
             image=self.image,
-            captions=(self.texts.get("txt"), metadata.get("caption"), listed.get("caption")),
+            captions=(self.texts.get("txt"), *values_of(metadata, "caption"), *values_of(listed, "caption")),
             metadata=metadata,
             fault=self.fault,
         )

@@ -73,6 +73,7 @@ def test_images_are_bytes_in_known_columns() -> None:
     assert image_column(pa.schema([("jpg", pa.large_binary())])) == "jpg"
     assert image_column(pa.schema([("jpg", pa.string())])) is None
     assert image_column(pa.schema([("picture", pa.binary())])) is None
+    assert image_column(pa.schema([("image", pa.struct([("path", pa.string())]))])) is None
 
 
 def test_metadata_drops_nulls_and_restores_integers() -> None:

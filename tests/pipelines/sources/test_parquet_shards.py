@@ -28,7 +28,7 @@ from shard_files import (
 from pipelines.sources import SourceError
 from pipelines.sources.settings import ShardSettings
 from pipelines.sources.shards import ShardRow, write_shard
-from pipelines.sources.webdataset import count_rows, list_shards, read_shard
+from pipelines.sources.webdataset import Sample, count_rows, list_shards, read_shard
 
 
 @pytest.mark.parametrize(("extension", "kind"), [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
@@ -174,6 +174,20 @@ def test_columns_of_one_name_must_agree(tmp_path: Path) -> None:
     rows = read(only(tmp_path))
     assert outcomes(rows) == ["ok"] * 8 + ["bad_metadata", "ok"]
     assert rows[8].id == "00000/000000008"
+
+
+@pytest.mark.parametrize("column", ["image", "jpg"])
+@pytest.mark.parametrize("caption", ["caption", "TEXT", "text"])
+def test_hugging_face_images_are_read(tmp_path: Path, column: str, caption: str) -> None:
+    images = [{"bytes": encoded(0), "path": "0.jpg"}, {"bytes": None, "path": "1.jpg"}, None]
+    plain = [image and image["bytes"] for image in images]
+    for values in (images, plain):
+        table = pa.table({caption: ["zero", "one", "two"], column: values})
+        pq.write_table(table, tmp_path / "train-00000-of-00001.parquet")
+        first, *others = read(only(tmp_path))
+        assert isinstance(first, Sample)
+        assert (first.image, first.caption) == (encoded(0), "zero")
+        assert outcomes(others) == ["missing_image", "missing_image"]
 
 
 def test_the_txt_column_precedes_the_caption(tmp_path: Path) -> None:
