@@ -5,10 +5,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 _IO_THREADS: Final = 8
+
+
+def store_of(url: str) -> tuple[AbstractFileSystem, str]:
+    """The store of a URL, and the path in it.
+
+    Raises:
+        ValueError: if fsspec knows no such store, or its package is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise ValueError(f"{url}: {error}") from None
 
 
 def remove_tree(fs: AbstractFileSystem, path: str) -> None:

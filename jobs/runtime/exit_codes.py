@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+from jobs.runtime.logs import printable
 from pipelines.storage.faults import NO_SPACE, WRONG_PATH, error_number, plain_text
 
 _SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
@@ -69,7 +70,7 @@ def _print_last(line: str) -> None:
     """Print to stderr after everything on stdout, which may be closed."""
     with suppress(BrokenPipeError):
         sys.stdout.flush()
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _signal_message(verb: str, number: int) -> str:

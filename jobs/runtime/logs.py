@@ -22,8 +22,13 @@ class _Stdout(logging.Handler):
         if self.json_lines:
             when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
             text = json.dumps({"time": when, "level": record.levelname.lower(), "message": text.strip()})
-        print(text, flush=True)
+        print(printable(text), flush=True)
         self.last_line = time.monotonic()
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what UTF-8 cannot encode, as names of files may have it."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 _handler = _Stdout()

@@ -16,14 +16,20 @@ from operator import or_
 from typing import Final, Literal, get_args
 from urllib.parse import quote, urlsplit
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.rejections import printable
 from pipelines.sources import SourceError
 from pipelines.sources.text_files import read_lines
-from pipelines.storage.objects import absolute_url, list_parquet, read_bytes, write_once
+from pipelines.storage.objects import (
+    absolute_url,
+    check_client,
+    list_parquet,
+    open_object,
+    read_bytes,
+    write_once,
+)
 
 EntryKind = Literal["url", "hash", "id"]
 ENTRY_KINDS: Final[tuple[EntryKind, ...]] = get_args(EntryKind)
@@ -178,8 +184,9 @@ def read_entries(path: str, *, kind: EntryKind) -> dict[bytes, int]:
         DeletionRequestError: if there is no such file, or a line is not an entry of this kind.
     """
     found: dict[bytes, int] = {}
+    check_client(path)
     try:
-        with fsspec.open(path, "rb") as file:
+        with open_object(path) as file:
             for number, line in enumerate(read_lines(file), start=1):
                 if (entry := _parse_line(line, number=number)) is not None:
                     found.setdefault(_key(entry, kind=kind, number=number), number)

@@ -4,9 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
-import fsspec
-
 from snapfusion.models.checksums import file_hash
+from snapfusion.storage import store_of
 
 
 class PinnedFileError(ValueError):
@@ -59,7 +58,7 @@ def _fetch(url: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Renamed when complete, so that an interrupted copy is never used; each process has its own.
         partial = target.with_name(f".{target.name}.{os.getpid()}")
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = store_of(url)
         try:
             filesystem.get_file(path, str(partial))
         except OSError as error:

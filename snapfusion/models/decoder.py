@@ -9,7 +9,6 @@ import json
 from pathlib import PurePosixPath
 from typing import Any, Self
 
-import fsspec
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Decoder
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from snapfusion.models.settings import Initialization
 from snapfusion.records import RecordError, parse_record
 from snapfusion.settings import Settings, SettingsError
+from snapfusion.storage import store_of
 
 CONFIG = "config.json"
 WEIGHTS = "decoder.safetensors"
@@ -153,7 +153,7 @@ class HalfDecoder(nn.Module):
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
         config = json.dumps(values, indent=2, sort_keys=True).encode()
-        fs, root = fsspec.core.url_to_fs(url)
+        fs, root = store_of(url)
         fs.makedirs(root, exist_ok=True)
         contents = {WEIGHTS: weights, CONFIG: config}
         for name, content in contents.items():
@@ -167,7 +167,7 @@ def load_decoder(url: str) -> HalfDecoder:
     Raises:
         DecoderError: if the folder holds pickles, a file is missing or altered, or the weights do not fit.
     """
-    fs, root = fsspec.core.url_to_fs(url)
+    fs, root = store_of(url)
     needed = f"a folder with {CONFIG} and {WEIGHTS} is needed"
     if not fs.exists(root):
         raise DecoderError(f"{url} does not exist; {needed}")

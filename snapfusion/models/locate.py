@@ -10,12 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from snapfusion.models.bundled import BUNDLED
 from snapfusion.models.errors import ModelError
 from snapfusion.models.save import DISTILLATION_FILE
-from snapfusion.storage import get_tree
+from snapfusion.storage import get_tree, store_of
 
 INDEX_FILE = "model_index.json"
 SINGLE_FILE_SUFFIX = ".safetensors"
@@ -83,7 +81,7 @@ def _nearest(folder: Path) -> str:
 
 def _fetch(url: str) -> Path:
     """Copy a folder from object storage to the cache, unless the cache holds its current version."""
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = store_of(url)
     root = next(
         (root for root in (path, f"{path}/{MODEL_FOLDER}") if fs.exists(f"{root}/{INDEX_FILE}")), None
     )
@@ -96,7 +94,7 @@ def _fetch(url: str) -> Path:
 
 def _fetch_file(url: str) -> Path:
     """Copy a single-file checkpoint from object storage to the cache, unless its current version is there."""
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = store_of(url)
     try:
         info = fs.info(path)
     except FileNotFoundError:
