@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jobs.cli.inputs import latents_row_filters, shards_url
+from jobs.cli.inputs import finished_shards, latents_row_filters, log_refused, shards_url
 from jobs.cli.job import Job
 from jobs.cli.resources import runner
 from jobs.cli.state import log_table, state_of
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 def encode(job: Job) -> None:
     """Bring LATENTS up to date with the recipe; committed units are not made again."""
     from pipelines.datasets.latents import encode_latents
-    from pipelines.sources.webdataset import list_shards
 
     recipe = job.recipe
-    shards = list_shards(shards_url(job))
+    shards = finished_shards(job)
     _print_unused_bounds(job, shards[0])
     table = encode_latents(
         recipe.latents,
@@ -37,6 +36,7 @@ def encode(job: Job) -> None:
         source=recipe.source.name,
         url=job.url(recipe.source.table),
         filters=latents_row_filters(job),
+        on_refused=log_refused,
         origin=job.origin({"shards": shards_url(job), "model": recipe.model}),
         run=runner(job, "latents", new_table=job.url(recipe.source.table)),
         on_progress=show_progress(job.verb),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jobs.cli.inputs import row_filters, shards_url
+from jobs.cli.inputs import finished_shards, log_refused, row_filters, shards_url
 from jobs.cli.job import Job
 from jobs.cli.resources import reader, runner
 from jobs.cli.state import log_table, rejected_text, state_of
@@ -24,17 +24,17 @@ def find(job: Job) -> None:
     """Bring FINGERPRINTS up to date with the shards, and compare all new rows in one round."""
     from pipelines.dedup.duplicates import count_verdicts, find_duplicates
     from pipelines.dedup.fingerprints import fingerprint_shards
-    from pipelines.sources.webdataset import list_shards
     from pipelines.tables.table import open_table
 
     recipe, settings = job.recipe, job.recipe.deduplication
     table = fingerprint_shards(
         settings.fingerprints,
         latents=recipe.latents,
-        shards=list_shards(shards_url(job)),
+        shards=finished_shards(job),
         source=recipe.source.name,
         url=job.url(settings.fingerprints.table),
         filters=row_filters(job),
+        on_refused=log_refused,
         origin=job.origin({"shards": shards_url(job)}),
         run=runner(job, "deduplication", new_table=job.url(settings.fingerprints.table)),
         on_progress=show_progress(job.verb),

@@ -30,7 +30,7 @@ POINTS = {
     "file_to_commit": (committer, "commit_units"),
     "rejects_to_rows": (commits, "_commit_rows"),
     "rows_to_manifests": (commits, "_commit_manifests"),
-    "after_commit": (committer, "_exceeds_rejected"),
+    "after_commit": (committer, "check_bounds"),
 }
 
 

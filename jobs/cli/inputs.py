@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jobs.cli.job import Job
+from jobs.runtime.logs import logger
 from jobs.training.metrics import METRICS
 from pipelines.storage.objects import absolute_url, exists
 from snapfusion.settings import differences
 
 if TYPE_CHECKING:
+    from pipelines.sources.webdataset import Shard
     from pipelines.stages.row_filter import LinkFilter, RowFilter
     from pipelines.tables.deletion_list import DeletionList
 
@@ -95,6 +97,35 @@ def distillation_table_url(job: Job) -> str:
 def shards_url(job: Job) -> str:
     """URL of the recipe's shards, or of those rendered into the run."""
     return job.recipe.source.url or job.url("shards")
+
+
+def finished_shards(job: Job) -> list[Shard]:
+    """The shards at `shards_url` without those that seem to be still written, which are logged.
+
+    Raises:
+        SourceError: if there is none.
+    """
+    from pipelines.sources import SourceError
+    from pipelines.sources.readiness import unfinished_shards
+    from pipelines.sources.webdataset import list_shards
+
+    settle = job.recipe.source.settle
+    shards = list_shards(shards_url(job))
+    waiting = set(unfinished_shards(shards, settle=settle))
+    if waiting:
+        count = f"{len(waiting)} of {len(shards)} shards wait"
+        reason = f"changed less than {settle:g} s ago, without _stats.json or without an end"
+        first = min(shard.url for shard in waiting)
+        line = f"{count} ({reason}), such as {first}; run again later, or set source.settle=0"
+        if len(waiting) == len(shards):
+            raise SourceError(line)
+        logger.info(f"  {line}")
+    return [shard for shard in shards if shard not in waiting]
+
+
+def log_refused(line: str) -> None:
+    """Log that a shard is refused."""
+    logger.info(f"  refused: {line}; restore it, or give the set of shards another source name")
 
 
 def latency_table_url(job: Job) -> str:

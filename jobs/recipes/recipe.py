@@ -32,6 +32,8 @@ class SourceSettings(Settings):
         name: a short name, which begins the names of units and rows.
         url: of img2dataset shards: a tar or Parquet with images, a folder of them or a glob. None renders
             scenes into the run.
+        settle: seconds for which a shard that has just changed, and has no `_stats.json` or no end, is left
+            to a later run; 0 reads every shard as it is.
         blocklists: refused domains, hashes and terms.
         sample_rows: rows that a preview reads.
         scenes: to render if `url` is None.
@@ -42,6 +44,7 @@ class SourceSettings(Settings):
 
     name: str = Field("scenes", pattern=FOLDER_NAME)
     url: str | None = None
+    settle: float = Field(600.0, ge=0.0)
     blocklists: Blocklists = Blocklists()
     sample_rows: int = Field(1_000, ge=1)
     scenes: int = Field(512, ge=1)

@@ -4,9 +4,7 @@ shards ─ stream, select, decode ─ units of images ─ VAE encoder ─ data f
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Unpack
 
@@ -15,27 +13,23 @@ import pyarrow as pa
 from pipelines.datasets.build import BuildOptions, Identity, build_table, model_stage
 from pipelines.datasets.recompute import check_same, device_of, packed
 from pipelines.datasets.settings import LatentsSettings
+from pipelines.datasets.shard_plan import OnRefused, pending_shards, replayed_shard, rows_left
 from pipelines.ray_data.execution import PipelineStage
-from pipelines.sources.webdataset import Shard, count_rows
+from pipelines.sources.webdataset import Shard
 from pipelines.stages.crop import Shape, shapes_of
-from pipelines.stages.deletion_filter import DeletionFilter, RecordedDeletionFilter
 from pipelines.stages.encode import EncodeLatents
-from pipelines.stages.read import ReadShard, ShardWork, shard_digest
+from pipelines.stages.read import ReadShard
 from pipelines.stages.row_filter import RowFilter, describe_filters
-from pipelines.storage.objects import IO_THREADS
 from pipelines.tables.commits import read_written_unit
 from pipelines.tables.deletion_list import redacted_id
-from pipelines.tables.manifest import UnitManifest, covers_source
+from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.schemas import latents_schema
 from pipelines.tables.table import Snapshot, TableError
-from pipelines.tables.units import MAX_UNIT_BYTES, FinishedRows, committed_ranges
+from pipelines.tables.units import MAX_UNIT_BYTES, FinishedRows
 from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.load import load
 from snapfusion.settings import SettingsError, differences
-
-_MAX_COUNTED_SHARDS = 256
-"""Shards whose row counts are read for a progress total; the others are extrapolated."""
 
 _IDENTITY_SETTINGS = ("shards", "selection", "images", "encoding", "rows_per_unit")
 """The settings that determine rows; the others say where and how fast they are made."""
@@ -110,6 +104,7 @@ def encode_latents(
     source: str,
     url: str,
     filters: Sequence[RowFilter] = (),
+    on_refused: OnRefused | None = None,
     **options: Unpack[BuildOptions],
 ) -> Snapshot:
     """Bring the table at `url` to hold every usable row of `shards`; returns its newest version.
@@ -121,12 +116,14 @@ def encode_latents(
         source: a short name of the set of shards; prefix of the names of units and rows.
         url: of the table.
         filters: reject rows beside the selection.
+        on_refused: called for each shard that is not the one that its committed units were read from.
         options: see `build_table`.
 
     Raises:
-        TableError: if the table was made with other settings, another VAE or other shards of these names.
+        TableError: if the table was made with other settings or another VAE, or if more shards are refused
+            than `bounds.max_rejected_shards` allows.
         SettingsError: if a unit's pixels would not fit a block.
-        TooManyRejected: when the rejected fraction exceeds its bound.
+        TooManyRejected: when the rejected fraction of rows or shards exceeds its bound.
     """
     bundle = load(model)
     shapes = _shapes(settings, bundle=bundle)
@@ -140,7 +137,13 @@ def encode_latents(
         settings,
         schema=schema,
         identity=identity,
-        pending=partial(pending_shards, shards, source=source),
+        pending=partial(
+            pending_shards,
+            shards,
+            source=source,
+            max_refused=settings.bounds.max_rejected_shards,
+            on_refused=on_refused,
+        ),
         stages=[
             _read_stage(settings, shapes=shapes, filters=filters),
             model_stage(EncodeLatents, arguments, pool=settings.encoders, schema=schema),
@@ -156,30 +159,6 @@ def file_hashes(latents: Snapshot) -> dict[str, str]:
     return {file.unit: hashes.get(file.unit) or read_written_unit(file.path).sha256 for file in latents.units}
 
 
-def pending_shards(
-    shards: Iterable[Shard], manifests: Iterable[UnitManifest], *, source: str
-) -> Iterator[ShardWork]:
-    """The shards that are not wholly committed, each with its committed ranges.
-
-    Raises:
-        TableError: if a committed unit was read from a shard of the same name and another size.
-    """
-    by_source: dict[str, list[UnitManifest]] = defaultdict(list)
-    for manifest in manifests:
-        by_source[manifest.source].append(manifest)
-    for shard in shards:
-        name = f"{source}/{shard.name}"
-        for manifest in by_source[name]:
-            if manifest.source_digest != shard_digest(shard):
-                raise TableError(
-                    f"{shard.url} is not the shard that unit {manifest.unit} was read from: its size "
-                    "differs; give the set of shards another source name"
-                )
-        if not covers_source(by_source[name]):
-            committed = tuple(committed_ranges(by_source[name], name))
-            yield ShardWork(shard=shard, source=name, committed=committed)
-
-
 def recomputer(
     table: Snapshot, *, model: str, shards: Sequence[Shard], source: str, filters: Sequence[RowFilter] = ()
 ) -> Recompute:
@@ -193,10 +172,13 @@ def recomputer(
     check_same(table, {"model": _vae_identity(bundle.describe())}, "VAE")
     shapes = _shapes(settings, bundle=bundle)
     sources = {f"{source}/{shard.name}": shard for shard in shards}
+    manifests = table.manifests()
 
     def recompute(manifest: UnitManifest, _rows: pa.Table) -> FinishedRows:
         """Compute the rows of one unit again; see `Recompute`."""
-        work, recorded, isolate = replayed_shard(manifest, shards=sources, filters=filters)
+        work, recorded, isolate = replayed_shard(
+            manifest, shards=sources, manifests=manifests, filters=filters
+        )
         read = _read_stage(settings, shapes=shapes, filters=recorded).create()
         device = device_of(table, manifest)
         encode = EncodeLatents(model=model, settings=settings.encoding, device=device)
@@ -208,24 +190,6 @@ def recomputer(
         return finished
 
     return packed(_schema(settings, bundle=bundle), recompute)
-
-
-def replayed_shard(
-    manifest: UnitManifest, *, shards: Mapping[str, Shard], filters: Sequence[RowFilter]
-) -> tuple[ShardWork, tuple[RowFilter, ...], bool]:
-    """The work, filters and isolation that read a unit's rows from its shard as they were first read.
-
-    Raises:
-        CannotRecompute: if the unit's shard is not among `shards`, by name.
-    """
-    if manifest.source not in shards:
-        raise CannotRecompute(f"its shard {manifest.source} is not among those given")
-    # Starting at the unit's first row: the reader gives this unit first.
-    work = ShardWork(shard=shards[manifest.source], source=manifest.source, committed=((0, manifest.start),))
-    # The deletion list may have grown since; what was withheld then is in the manifest.
-    withheld = RecordedDeletionFilter(row.id for row in manifest.rejections if row.reason == "withheld")
-    others = [row_filter for row_filter in filters if not isinstance(row_filter, DeletionFilter)]
-    return work, (withheld, *others), "crashed" in manifest.rejected()
 
 
 def _shapes(settings: LatentsSettings, *, bundle: Bundle) -> tuple[Shape, ...]:
@@ -247,24 +211,6 @@ def _read_stage(
     arguments = {name: getattr(settings, name) for name in names}
     arguments |= {"shapes": shapes, "filters": tuple(filters)}
     return PipelineStage(build=ReadShard, arguments=arguments, pool=settings.readers)
-
-
-def rows_left(items: Sequence[ShardWork]) -> int | None:
-    """Rows still to be read, by the counts in the sidecars; None if a shard has no sidecar.
-
-    Each count is a round trip to the store, so of very many shards only some are counted, and the others are
-    taken to have as many rows to a byte.
-    """
-    counted = items[:: len(items) // _MAX_COUNTED_SHARDS + 1]
-    with ThreadPoolExecutor(IO_THREADS) as threads:
-        counts = list(threads.map(count_rows, [work.shard for work in counted]))
-    if None in counts:
-        return None
-    rows = sum(count for count in counts if count is not None)
-    # By bytes, because shards of one set may differ much in rows.
-    share = sum(work.shard.size for work in items) / max(sum(work.shard.size for work in counted), 1)
-    committed = sum(stop - start for work in items for start, stop in work.committed)
-    return max(round(rows * share) - committed, 0)
 
 
 def _check_unit_size(settings: LatentsSettings, *, shapes: Sequence[Shape]) -> None:

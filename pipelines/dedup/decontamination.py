@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any, Unpack
 
 from pipelines.datasets.build import BuildOptions, Pending, build_table, list_units
-from pipelines.datasets.latents import pending_shards
 from pipelines.datasets.pairs import caption_units
 from pipelines.datasets.settings import LatentsSettings
+from pipelines.datasets.shard_plan import pending_shards
 from pipelines.dedup.fingerprints import identity_of, image_bounds, read_stage
 from pipelines.dedup.settings import EvaluationSet, FingerprintsSettings
 from pipelines.ray_data.execution import PipelineStage
@@ -21,8 +21,8 @@ from pipelines.sources.listing import SourceFile, list_files
 from pipelines.sources.tar_samples import IMAGE_EXTENSIONS
 from pipelines.sources.webdataset import list_shards
 from pipelines.stages.fingerprint import FingerprintCaptions, FingerprintImages
-from pipelines.stages.read import ShardWork
 from pipelines.stages.settings import Selection
+from pipelines.stages.shard_work import ShardWork
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.schemas import FINGERPRINTS
 from pipelines.tables.table import Snapshot

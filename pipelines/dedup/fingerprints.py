@@ -10,9 +10,9 @@ from typing import Any, Unpack
 import pyarrow as pa
 
 from pipelines.datasets.build import BuildOptions, build_table
-from pipelines.datasets.latents import pending_shards, replayed_shard, rows_left
 from pipelines.datasets.recompute import packed
 from pipelines.datasets.settings import LatentsSettings
+from pipelines.datasets.shard_plan import OnRefused, pending_shards, replayed_shard, rows_left
 from pipelines.dedup.settings import FingerprintsSettings
 from pipelines.ray_data.execution import PipelineStage
 from pipelines.sources.webdataset import Shard
@@ -49,6 +49,7 @@ def fingerprint_shards(
     source: str,
     url: str,
     filters: Sequence[RowFilter] = (),
+    on_refused: OnRefused | None = None,
     **options: Unpack[BuildOptions],
 ) -> Snapshot:
     """Bring the table at `url` to a row for every usable row of `shards`; returns its newest version.
@@ -61,18 +62,26 @@ def fingerprint_shards(
         source: a short name of the set of shards; prefix of the names of units and rows.
         url: of the table.
         filters: reject rows beside the selection; without that of duplicates, which is made from this table.
+        on_refused: called for each shard that is not the one that its committed units were read from.
         options: see `build_table`.
 
     Raises:
-        TableError: if the table was made with other settings or other shards of these names.
-        TooManyRejected: when the rejected fraction exceeds its bound.
+        TableError: if the table was made with other settings, or if more shards are refused than
+            `bounds.max_rejected_shards` allows.
+        TooManyRejected: when the rejected fraction of rows or shards exceeds its bound.
     """
     return build_table(
         url,
         settings,
         schema=FINGERPRINTS,
         identity=identity_of(settings, latents=latents, filters=filters),
-        pending=partial(pending_shards, shards, source=source),
+        pending=partial(
+            pending_shards,
+            shards,
+            source=source,
+            max_refused=settings.bounds.max_rejected_shards,
+            on_refused=on_refused,
+        ),
         stages=[read_stage(settings, latents=latents, filters=filters)],
         count_rows=rows_left,
         **options,
@@ -86,10 +95,13 @@ def recomputer(
     settings = FingerprintsSettings(rows_per_unit=table.identity["rows_per_unit"])
     latents = LatentsSettings.parse({key: table.identity[key] for key in ("shards", "selection", "images")})
     sources = {f"{source}/{shard.name}": shard for shard in shards}
+    manifests = table.manifests()
 
     def recompute(manifest: UnitManifest, _rows: pa.Table) -> FinishedRows:
         """Compute the rows of one unit again; see `Recompute`."""
-        work, recorded, isolate = replayed_shard(manifest, shards=sources, filters=filters)
+        work, recorded, isolate = replayed_shard(
+            manifest, shards=sources, manifests=manifests, filters=filters
+        )
         read = read_stage(settings, latents=latents, filters=recorded).create()
         finished: FinishedRows = next(read(work, isolate=isolate))
         return finished

@@ -3,7 +3,8 @@
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,9 @@ from pipelines.sources import SourceError
 from pipelines.sources.urls import expand_urls
 from pipelines.storage.retry import with_retries
 
+# The local file system's name, and those of S3, Google's and Azure's stores, and of memory.
+_MODIFIED = ("mtime", "LastModified", "updated", "last_modified", "created")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
@@ -24,11 +28,13 @@ class SourceFile:
         url: a local path or an object-store URL.
         name: path below the listed folder, without the ending; the first part of its rows' ids.
         size: bytes.
+        modified: when it was last written, in seconds since 1970; None if the store does not say.
     """
 
     url: str
     name: str
     size: int
+    modified: float | None = field(default=None, compare=False)
 
     @property
     def file_name(self) -> str:
@@ -49,7 +55,7 @@ def list_files(url: str, *, endings: tuple[str, ...]) -> list[SourceFile]:
     urls = expand_urls(url)
     try:
         found = [with_retries(url, partial(_find, urls[0]))] if len(urls) == 1 else list(_find_each(urls))
-        files = {_url(one.store, name): size for one in found for name, size in _sizes(one, endings)}
+        files = {_url(one.store, entry["name"]): entry for one in found for entry in _files(one, endings)}
     except SourceError:
         raise
     except Exception as error:
@@ -57,7 +63,12 @@ def list_files(url: str, *, endings: tuple[str, ...]) -> list[SourceFile]:
     root = _common_folder([_url(one.store, one.folder) for one in found])
     names = {file: printable(file.removeprefix(root).removeprefix("/")) for file in files}
     return [
-        SourceFile(url=file, name=names[file].rpartition(".")[0], size=files[file])
+        SourceFile(
+            url=file,
+            name=names[file].rpartition(".")[0],
+            size=int(files[file]["size"]),
+            modified=_modified(files[file]),
+        )
         for file in sorted(files, key=printable)
     ]
 
@@ -109,7 +120,8 @@ def _list_folder(url: str) -> dict[str, _Found]:
     return {entry["name"].rpartition("/")[2]: _Found(store, path, [entry]) for entry in entries}
 
 
-def _sizes(found: _Found, endings: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+def _files(found: _Found, endings: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
+    """The entries of files with these endings; those of links have the values of their targets."""
     for entry in found.entries:
         name = str(entry["name"])
         if not name.endswith(endings) or name.rpartition("/")[2].startswith("."):
@@ -117,7 +129,15 @@ def _sizes(found: _Found, endings: tuple[str, ...]) -> Iterator[tuple[str, int]]
         # A folder's listing describes a link, not the file that it leads to.
         target = _target(found.store, entry) if entry["type"] == "other" else entry
         if target["type"] == "file":
-            yield name, int(target["size"])
+            yield {**target, "name": name}
+
+
+def _modified(entry: Mapping[str, Any]) -> float | None:
+    """When a file was last written, in seconds since 1970, under whatever name its store says it."""
+    value = next((entry[name] for name in _MODIFIED if entry.get(name)), None)
+    if isinstance(value, str):  # Google's store
+        value = datetime.fromisoformat(value)
+    return value.timestamp() if isinstance(value, datetime) else value
 
 
 def _target(store: fsspec.AbstractFileSystem, entry: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -91,11 +91,11 @@ def _unlisted(
     stats = stats or ShardStats(count=samples + (tear is not None))
     failures = {"download_failed": stats.failed_to_download, "resize_failed": stats.failed_to_resize}
     missing = max(stats.count - samples - sum(failures.values()), 0)
-    faults = [lost] * max(missing, int(tear is not None))
+    for number in range(max(missing, int(tear is not None))):
+        yield f".tar-{number}" if number else ".tar", lost
     for reason, count in failures.items():
-        faults += [Rejected(reason, _COUNTED)] * count
-    for number, fault in enumerate(faults):
-        yield f".tar-{number}" if number else ".tar", fault
+        for number in range(count):
+            yield f".tar-{reason}-{number}", Rejected(reason, _COUNTED)
 
 
 def repeated_key(key: str) -> Rejected:

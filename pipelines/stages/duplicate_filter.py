@@ -9,9 +9,9 @@ import pyarrow.compute as pc
 
 from pipelines.rejections import Rejected
 from pipelines.sources.webdataset import Sample, Shard
-from pipelines.stages.read import shard_digest
 from pipelines.stages.row_filter import RowCheck
-from pipelines.tables.manifest import UnitManifest, covers_source
+from pipelines.stages.shard_work import shard_digest
+from pipelines.tables.manifest import UnitManifest, covers_source, in_order
 from pipelines.tables.table import Snapshot, TableError, UnitFile, open_table
 
 
@@ -37,10 +37,15 @@ class DuplicateFilter:
             TableError: if the table has no verdicts on the shard, or on a part of it only.
         """
         units = self._units[f"{self.source}/{shard.name}"]
-        if not covers_source(manifest for manifest, _ in units):
+        manifests = in_order(manifest for manifest, _ in units)
+        if not covers_source(manifests):
             raise TableError(f"{self.url} lacks verdicts on rows of {shard.url}: run jobs.find_duplicates")
-        if any(manifest.source_digest != shard_digest(shard) for manifest, _ in units):
-            raise TableError(f"{self.url} has verdicts on another shard of the name {shard.name}")
+        # A shard that was torn at first has units of each of its sizes.
+        if manifests[-1].source_digest != shard_digest(shard):
+            raise TableError(
+                f"{self.url} has verdicts on another shard of the name {shard.name}: if it was torn, run "
+                "jobs.find_duplicates"
+            )
         duplicates: dict[str, tuple[str, str]] = {}
         for _, file in units:
             rows = self._table.read_unit(file)

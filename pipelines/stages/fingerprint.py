@@ -15,8 +15,9 @@ from PIL import Image
 from pipelines.rejections import Rejected, Rejection
 from pipelines.sources.webdataset import Sample
 from pipelines.stages.image import open_image
-from pipelines.stages.read import ShardReader, ShardWork
+from pipelines.stages.read import ShardReader
 from pipelines.stages.settings import ImageBounds
+from pipelines.stages.shard_work import ShardWork
 from pipelines.storage.objects import read_bytes
 from pipelines.tables.deletion_list import normalize_url
 from pipelines.tables.units import CaptionRows, FinishedRows, ImageNameRows, Unit

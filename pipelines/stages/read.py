@@ -1,7 +1,5 @@
 """Streams a shard into units of decoded images; rejects rows that cannot be used."""
 
-import hashlib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +10,8 @@ import numpy as np
 
 from pipelines.rejections import Rejected, Rejection
 from pipelines.sources.settings import ShardSettings
-from pipelines.sources.webdataset import Sample, Shard, read_shard
+from pipelines.sources.tears import Tear
+from pipelines.sources.webdataset import Sample
 from pipelines.stages.crop import Shape
 from pipelines.stages.deletion_filter import DeletionFilter, RecordedDeletionFilter
 from pipelines.stages.image import CropImage, EncodedImage
@@ -20,6 +19,7 @@ from pipelines.stages.isolation import Isolation
 from pipelines.stages.row_filter import RowCheck, RowFilter
 from pipelines.stages.select import check
 from pipelines.stages.settings import ImageSettings, Selection
+from pipelines.stages.shard_work import ShardWork
 from pipelines.tables.deletion_list import redacted_id
 from pipelines.tables.units import ImageRows, Unit
 
@@ -27,50 +27,6 @@ Decoded = TypeVar("Decoded")
 Output = TypeVar("Output")
 Decode = Callable[[EncodedImage], Decoded]
 """Decodes the bytes of an image; raises `Rejected`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardWork:
-    """A shard to read, of which some units may be committed already.
-
-    Attributes:
-        shard: the tar or Parquet file.
-        source: name of its units: `<name of the source>/<name of the shard>`.
-        committed: (start, stop) of the committed units.
-    """
-
-    shard: Shard
-    source: str
-    committed: tuple[tuple[int, int], ...]
-
-    def holds(self, ordinal: int) -> bool:
-        """Whether a committed unit covers this row."""
-        return any(start <= ordinal < stop for start, stop in self.committed)
-
-    @property
-    def prefix(self) -> str:
-        """The name of the source, first part of every row id."""
-        return self.source.split("/", 1)[0]
-
-    def unit(self, *, start: int, stop: int) -> Unit:
-        """The unit of ordinals [start, stop), not known to be final; its name can be a file name."""
-        stem = re.sub(r"[^A-Za-z0-9_.-]", "_", self.source.replace("/", "-"))
-        if stem != self.source.replace("/", "-", 1):
-            # The replacement may have made two names equal.
-            stem = f"{stem}-{hashlib.sha256(self.source.encode()).hexdigest()[:8]}"
-        return Unit(
-            name=f"{stem}-{start:06d}-{stop:06d}",
-            source=self.source,
-            start=start,
-            stop=stop,
-            final=False,
-            source_digest=shard_digest(self.shard),
-        )
-
-
-def shard_digest(shard: Shard) -> str:
-    """SHA-256 of a shard's name and size; reading every byte only to name the shard would cost too much."""
-    return hashlib.sha256(f"{shard.name}\x1f{shard.size}".encode()).hexdigest()
 
 
 @dataclass(kw_only=True)
@@ -119,7 +75,8 @@ class ShardReader(ABC, Generic[Decoded, Output]):
         return self(work, isolate=True)
 
     def _outputs(self, work: ShardWork, decode: Decode[Decoded]) -> Iterator[Output]:
-        samples = (row for row in read_shard(work.shard, self.shards) if not work.holds(row.ordinal))
+        tears: list[Tear] = []
+        samples = work.read(self.shards, on_tear=tears.append)
         # Per shard, because a filter may read a table of verdicts, of which it holds this shard's part.
         checks: list[RowCheck] = [self._select]
         for row_filter in self.filters:
@@ -137,12 +94,13 @@ class ShardReader(ABC, Generic[Decoded, Output]):
             rows = [row for _, row in read if not isinstance(row, Rejection)]
             rejections = [row for _, row in read if isinstance(row, Rejection)]
             waiting = work.unit(start=read[0][0], stop=read[-1][0] + 1), rows, rejections
-        if waiting is None and not work.committed:
+        if waiting is None and not work.is_begun:
             # A shard without rows is one empty unit, so that it counts as read.
-            waiting = work.unit(start=0, stop=0), [], []
+            waiting = work.unit(start=work.start, stop=work.start), [], []
         if waiting is not None:
             unit, rows, rejections = waiting
-            yield self.output(replace(unit, final=True), rows, rejections)
+            final = replace(unit, final=True, tear=tears[0] if tears else None)
+            yield self.output(final, rows, rejections)
 
     def _read_row(
         self, work: ShardWork, sample: Sample | Rejection, decode: Decode[Decoded], checks: Sequence[RowCheck]

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from pipelines.storage.objects import list_parquet
 from pipelines.tables.commits import Origin, WrittenUnit, commit_units, read_written_unit, restore_manifests
+from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.settings import Bounds
 from pipelines.tables.table import Snapshot, TableError, open_table, unit_of
 from snapfusion.settings import digest
@@ -32,6 +33,8 @@ class CommitProgress:
         first_time: time by `time.monotonic` at which the first unit arrived.
         steady_seconds: seconds from then to the last unit.
         reasons: rejected rows by reason.
+        shards: sources that were read to their end.
+        rejected_shards: those of them that were torn, no shard, or another one than before.
     """
 
     rows: int = 0
@@ -42,6 +45,8 @@ class CommitProgress:
     first_time: float = 0.0
     steady_seconds: float = 0.0
     reasons: Mapping[str, int] = field(default_factory=dict)
+    shards: int = 0
+    rejected_shards: int = 0
 
     @property
     def rate(self) -> float | None:
@@ -69,6 +74,11 @@ class CommitProgress:
             steady_seconds=now - first_time,
             reasons=Counter(self.reasons) + Counter(reasons),
         )
+
+    def with_shards(self, manifest: UnitManifest) -> CommitProgress:
+        """The progress with the shard that this unit ends, if it does."""
+        torn = manifest.tear is not None
+        return replace(self, shards=self.shards + manifest.final, rejected_shards=self.rejected_shards + torn)
 
 
 OnProgress = Callable[[CommitProgress], None]
@@ -133,7 +143,8 @@ def commit_stream(
         on_progress: called after each unit.
 
     Raises:
-        TooManyRejected: when more than `bounds.max_rejected` of the rows read are rejected.
+        TooManyRejected: when more than `bounds.max_rejected` of the rows read are rejected, or more than
+            `bounds.max_rejected_shards` of the shards.
     """
     progress = CommitProgress(total=total)
     pending: list[WrittenUnit] = []
@@ -145,18 +156,16 @@ def commit_stream(
         manifest = unit.manifest
         progress = progress.advanced(
             rows=manifest.rows_read, rejected=len(manifest.rejections), reasons=manifest.rejected()
-        )
+        ).with_shards(manifest)
         if now - committed >= bounds.commit_seconds:
             commit_units(table.url, pending, origin=origin)
             pending, committed = [], now
-        if _exceeds_rejected(progress, bounds):
+        try:
+            check_bounds(progress, bounds, url=table.url)
+        except TooManyRejected:
             # Committed before the job stops: the rejected rows are the evidence of what is wrong.
             commit_units(table.url, pending, origin=origin)
-            raise TooManyRejected(
-                f"{progress.rejected} of {progress.rows} rows were rejected, more than the bound of "
-                f"{bounds.max_rejected:.0%}; look at the reasons in {table.url}.rejects, then mend the "
-                "source or raise max_rejected"
-            )
+            raise
         if on_progress:
             on_progress(progress)
         if _reached_bound(progress, bounds, seconds=now - started):
@@ -165,8 +174,28 @@ def commit_stream(
     return open_table(table.url) if progress.units else table
 
 
-def _exceeds_rejected(progress: CommitProgress, bounds: Bounds) -> bool:
-    return progress.rows >= bounds.judged_after and progress.rejected > bounds.max_rejected * progress.rows
+def check_bounds(progress: CommitProgress, bounds: Bounds, *, url: str) -> None:
+    """Check the rejected fractions of rows and shards of the table at `url`.
+
+    Raises:
+        TooManyRejected: if one exceeds its bound.
+    """
+    for total, rejected, what, judged_after, setting in (
+        (progress.rows, progress.rejected, "rows", bounds.judged_after, "max_rejected"),
+        (
+            progress.shards,
+            progress.rejected_shards,
+            "shards",
+            bounds.shards_judged_after,
+            "max_rejected_shards",
+        ),
+    ):
+        bound = getattr(bounds, setting)
+        if total >= judged_after and rejected > bound * total:
+            raise TooManyRejected(
+                f"{rejected} of {total} {what} were rejected, more than the bound of {bound:.0%}; look at "
+                f"the reasons in {url}.rejects, then mend the source or raise {setting}"
+            )
 
 
 def _reached_bound(progress: CommitProgress, bounds: Bounds, *, seconds: float) -> bool:

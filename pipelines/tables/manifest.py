@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.rejections import Rejection
+from pipelines.sources.tears import Tear
 
 _KEY = b"snapfusion.account"
 # Latents and PNGs do not compress; captions and padded token ids shrink tenfold.
@@ -34,6 +35,8 @@ class SourceRange:
         stop: ordinal after the last.
         final: whether the source ends at `stop`.
         source_digest: SHA-256 of the rows read, or of the shard's name and size.
+        tear: where the shard was torn, in its final unit; None if it was whole.
+        parent: the final unit of the torn shard that this unit continues.
     """
 
     source: str
@@ -41,6 +44,8 @@ class SourceRange:
     stop: int
     final: bool
     source_digest: str
+    tear: Tear | None = None
+    parent: str | None = None
 
     def range_values(self) -> dict[str, Any]:
         """The values of the range alone, by field."""
@@ -91,15 +96,20 @@ class UnitManifest(SourceRange):
 
     def to_json(self) -> str:
         """The manifest as canonical JSON: equal manifests give equal text."""
+        values = asdict(self)
         # Names of revised files are hashes of this text, so its form must never change.
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        for name in ("tear", "parent"):
+            if values[name] is None:
+                del values[name]
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> UnitManifest:
         """A manifest from its JSON."""
         values = json.loads(text)
         rejections = tuple(Rejection(**rejection) for rejection in values.pop("rejections"))
-        return cls(**values, rejections=rejections)
+        tear = Tear(**values.pop("tear")) if "tear" in values else None
+        return cls(**values, tear=tear, rejections=rejections)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,15 +163,18 @@ def read_manifest(data: bytes) -> UnitManifest:
 
 
 def covers_source(manifests: Iterable[UnitManifest]) -> bool:
-    """Whether the units of one source lead without a gap from its first row to the final one."""
-    position = 0
-    for manifest in sorted(manifests, key=lambda manifest: manifest.start):
+    """Whether the units of one source lead without a gap from its first row to a final one."""
+    position, final = 0, False
+    for manifest in in_order(manifests):
         if manifest.start != position:
             return False
-        position = manifest.stop
-        if manifest.final:
-            return True
-    return False
+        position, final = manifest.stop, manifest.final
+    return final
+
+
+def in_order(manifests: Iterable[UnitManifest]) -> list[UnitManifest]:
+    """The units of one source in the order of their rows."""
+    return sorted(manifests, key=lambda manifest: (manifest.start, manifest.stop))
 
 
 def total_rejected(manifests: Iterable[UnitManifest]) -> dict[str, int]:

@@ -11,13 +11,15 @@ from latent_inputs import SETTINGS, encode, first_units, make_shards, noise_imag
 from PIL import Image
 from poison import KilledBy, poison_of
 
-from pipelines.datasets.latents import pending_shards, recomputer
+from pipelines.datasets.latents import recomputer
+from pipelines.datasets.shard_plan import pending_shards
 from pipelines.rejections import Rejected
 from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.sources.webdataset import Shard, list_shards
 from pipelines.stages.image import decode_image
-from pipelines.stages.read import ReadShard, ShardWork
+from pipelines.stages.read import ReadShard
 from pipelines.stages.settings import ImageSettings
+from pipelines.stages.shard_work import ShardWork
 from pipelines.tables.manifest import total_rejected
 from pipelines.tables.schemas import read_array
 from pipelines.tables.table import TableError, open_table

@@ -22,8 +22,9 @@ from pipelines.ray_data.settings import Pool
 from pipelines.sources.settings import ShardSettings
 from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.sources.webdataset import Shard
-from pipelines.stages.read import ReadShard, ShardWork
+from pipelines.stages.read import ReadShard
 from pipelines.stages.settings import ImageSettings, Selection
+from pipelines.stages.shard_work import ShardWork
 
 SIDE = 512
 SELECTION = Selection(min_width=256, min_aesthetic=5.0, max_watermark=0.8, max_unsafe=0.5)

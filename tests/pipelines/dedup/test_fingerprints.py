@@ -11,7 +11,7 @@ from latent_inputs import verify
 from PIL import Image
 from poison import LooksKilledBy, poison_of
 
-from pipelines.datasets.latents import pending_shards
+from pipelines.datasets.shard_plan import pending_shards
 from pipelines.dedup.fingerprints import recomputer
 from pipelines.dedup.settings import EvaluationSet
 from pipelines.rejections import Rejected
