@@ -175,14 +175,14 @@ class _Group:
     def shorten_key(self, undecided: list["_Group"], *, start: int) -> None:
         """Make it the group of webdataset's key, which ends at the first dot, with all that is undecided."""
         groups = [*undecided, self]
-        extensions = (
-            f"{group.key.removeprefix(f'{self.family}.')}.{extension}"
+        self.extensions = {
+            f"{group.key.removeprefix(f'{self.family}.')}.{extension}": None
             for group in groups
             for extension in group.extensions
-        )
+        }
         self.ordinal, self.offset = groups[0].ordinal, groups[0].offset
         self.key, self.is_in_range = self.family, self.ordinal >= start
-        self.extensions, self.image, self.texts, self.fault = dict.fromkeys(extensions), None, {}, None
+        self.image, self.texts, self.fault = None, {}, None
         undecided.clear()
 
     def survives(self, tear: TornShardError) -> bool:

@@ -23,6 +23,7 @@ from shard_files import (
     write_tar,
 )
 
+from pipelines.rejections import Rejection
 from pipelines.sources import SourceError
 from pipelines.sources.settings import ShardSettings
 from pipelines.sources.shards import ShardRow, write_shard
@@ -309,6 +310,12 @@ def test_keys_may_have_dots(tmp_path: Path, names: list[str], expected: dict[str
     rows = read(shard)
     assert dict(zip((row.id.removeprefix("s/") for row in rows), outcomes(rows), strict=True)) == expected
     assert_ranges_agree(partial(read_shard, shard, ShardSettings()))
+
+
+def test_extensions_with_dots_are_named(tmp_path: Path) -> None:
+    (row,) = read(write_tar(tmp_path / "s.tar", named("a.left.jpg", "a.right.jpg", "a.txt")))
+    assert isinstance(row, Rejection)
+    assert row.detail == "extensions: left.jpg, right.jpg, txt"
 
 
 def test_a_sidecar_knows_dotted_keys(tmp_path: Path) -> None:
