@@ -52,14 +52,19 @@ _ROWS: dict[str, tuple[str, str, tuple[str, ...], float]] = {
 
 
 def measure_efficiency(
-    settings: EfficiencySettings, *, model: MeasuredModel, log: Callable[[str], None] = lambda line: None
+    settings: EfficiencySettings,
+    *,
+    model: MeasuredModel,
+    log: Callable[[str], None] = lambda line: None,
+    status: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure both UNets and both decoders; returns JSON values.
 
     Args:
         settings: of the measurement.
         model: its VAE is moved and cast in place.
-        log: receives progress lines.
+        log: receives a line for each network and loop.
+        status: receives the number of turns that are done.
 
     Raises:
         LatencyError: if the runtime cannot run in that precision or on that device.
@@ -84,7 +89,7 @@ def measure_efficiency(
         {name: unet.step for name, unet in unets.items()}
         | {name: backend.benchmark(decoder.eval(), (latent,)) for name, decoder in decoders.items()},
         turns=settings.turns,
-        on_turn=lambda turn: log(f"{turn} of {settings.turns} turns"),
+        on_turn=lambda turn: status(f"{turn} of {settings.turns} turns"),
     )
     record: dict[str, Any] = {"setting": setting.to_values(), "tokens": tokens, "unets": {}}
     for name, unet in unets.items():

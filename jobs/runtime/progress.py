@@ -70,6 +70,15 @@ def doing(text: str) -> None:
     StatusLine().show(text, last=False)
 
 
+def show_status(text: str) -> None:
+    """Show what is being done: at once on a terminal; elsewhere only after 30 seconds without a line."""
+    _Display.text, _Display.began = text, time.monotonic()
+    if _Display.status is not None:
+        _Display.status.update(text)
+    elif seconds_since_last_line() >= SECONDS_BETWEEN_LINES:
+        logger.info(f"  {text}")
+
+
 @contextmanager
 def _terminal_status() -> Iterator[Status | None]:
     if not interactive():

@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.evaluation.images import distilled_steps
 from jobs.runtime.logs import logger
-from jobs.runtime.progress import format_duration
+from jobs.runtime.progress import format_duration, show_status
 from jobs.runtime.versions import versions
 from jobs.training.metrics import METRICS
 from pipelines.storage.folders import publish_folder
@@ -21,6 +21,7 @@ from snapfusion.export.bundle import CARD, LICENCE, BundleError
 from snapfusion.export.card import model_card
 from snapfusion.export.installed import check_compilers
 from snapfusion.export.layout import FORMAT_VERSION, MANIFEST
+from snapfusion.export.processes import Progress
 from snapfusion.export.settings import Licence, LicenceError, MobileSettings
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.checksums import file_records
@@ -92,7 +93,10 @@ def publish_bundle(
             settings=settings,
             num_steps=num_steps,
             scratch=scratch,
-            log=lambda line: logger.info(f"  {format_duration(time.monotonic() - began)}: {line}"),
+            progress=Progress(
+                log=lambda line: logger.info(f"  {format_duration(time.monotonic() - began)}: {line}"),
+                status=show_status,
+            ),
         )
         text = _write_manifest(folder, contents=builder.build(), identity=identity, licence=settings.licence)
         publish_folder(folder, out_url, last=MANIFEST)

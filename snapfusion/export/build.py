@@ -1,7 +1,7 @@
 """Builds a mobile bundle in a folder; raises if any part of it does not agree with torch."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from snapfusion.export.bundle import MODULES, SAFETY_CHECKER, SAMPLER, TOKENIZER
 from snapfusion.export.executorch import ExecuTorchProgram
 from snapfusion.export.modules import FixedModule, decoder_module, text_encoder_module, unet_module
 from snapfusion.export.parity import ParityError, find_peak
-from snapfusion.export.processes import ProgressLines, Task, num_processes, run_tasks, worker_processes
+from snapfusion.export.processes import Progress, Task, num_processes, run_tasks, worker_processes
 from snapfusion.export.reference import Reference, generate_reference, samples_of
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.settings import AttentionLayout, MobileSettings
@@ -54,7 +54,7 @@ class BundleBuilder:
         settings: variants, limits and reference captions.
         num_steps: of the sampler.
         scratch: an empty folder on the same disk, for packages before compression.
-        log: called with a line about each stage of the build.
+        progress: receives what is done and being done.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class BundleBuilder:
     settings: MobileSettings
     num_steps: int
     scratch: Path
-    log: Callable[[str], None]
+    progress: Progress
 
     def build(self) -> dict[str, Any]:
         """Compile every variant, and compare each part with torch.
@@ -89,7 +89,7 @@ class BundleBuilder:
             self._write_shared_files()
             safety_checker = self._add_safety_checker()
             UnitInputs(modules=modules, references=self.references).write(self._inputs)
-            results = run_tasks(tasks, executor, slots=slots, progress=self._progress)
+            results = run_tasks(tasks, executor, slots=slots, progress=self.progress)
         return {
             "latent_shape": list(self.bundle.latent_shape),
             "image_size": self.bundle.image_size,
@@ -99,10 +99,6 @@ class BundleBuilder:
             "variants": {variant.name: self._entry(variant, results) for variant in variants},
             "safety_checker": safety_checker,
         }
-
-    @cached_property
-    def _progress(self) -> ProgressLines:
-        return ProgressLines(self.log)
 
     @property
     def _inputs(self) -> Path:
@@ -116,7 +112,7 @@ class BundleBuilder:
     def _reference(self, number: int) -> Reference:
         settings, total = self.settings, len(self.settings.captions)
         title = f"caption {number + 1} of {total} by torch"
-        self._progress.say(f"{title}: {self.num_steps} steps")
+        self.progress.log(f"{title}: {self.num_steps} steps")
         return generate_reference(
             self.bundle,
             decode=self.decoder or self.bundle.decode,
@@ -124,7 +120,7 @@ class BundleBuilder:
             num_steps=self.num_steps,
             w=settings.guidance,
             seed=settings.seed,
-            on_step=lambda done: self._progress.say_if_silent(f"{title}: step {done} done"),
+            on_step=lambda done: self.progress.status(f"{title}: step {done} done"),
         )
 
     def _tasks(self, variants: Sequence[BundleVariant]) -> list[Task]:

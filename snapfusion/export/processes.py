@@ -20,8 +20,8 @@ import torch
 
 from snapfusion.export.executorch import set_num_threads
 
-_SILENT_SECONDS = 8.0
-"""A line is printed at least this often."""
+_STATUS_SECONDS = 1.0
+"""Between two reports of what is running."""
 
 
 class LostProcessError(RuntimeError):
@@ -43,22 +43,17 @@ class Task:
     after: tuple[str, ...] = ()
 
 
-class ProgressLines:
-    """Passes lines to `log`, and knows when the last one was."""
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How a compilation reports.
 
-    def __init__(self, log: Callable[[str], None]) -> None:
-        self._log = log
-        self._last = time.monotonic()
+    Attributes:
+        log: receives a line for each start and end.
+        status: receives what is being done, about once a second, to be shown as often as it is useful.
+    """
 
-    def say(self, line: str) -> None:
-        """Log a line."""
-        self._log(line)
-        self._last = time.monotonic()
-
-    def say_if_silent(self, line: str) -> None:
-        """Log a line if there was none for some seconds."""
-        if time.monotonic() - self._last >= _SILENT_SECONDS:
-            self.say(line)
+    log: Callable[[str], None]
+    status: Callable[[str], None]
 
 
 def num_processes(*, bytes_each: int) -> int:
@@ -117,16 +112,14 @@ def _end_with(ending: Connection) -> None:
     os._exit(1)
 
 
-def run_tasks(
-    tasks: Sequence[Task], executor: Executor, *, slots: int, progress: ProgressLines
-) -> dict[str, Any]:
+def run_tasks(tasks: Sequence[Task], executor: Executor, *, slots: int, progress: Progress) -> dict[str, Any]:
     """Run the tasks, each when a slot is free and those before it are done; returns the results by name.
 
     Args:
         tasks: earlier ones start first, where both could.
         executor: of the processes.
         slots: number of tasks that run at a time.
-        progress: shows each start and end, and every few seconds what is running.
+        progress: receives each start and end, and what is running.
 
     Raises:
         LostProcessError: if a process ends before its task is done.
@@ -139,15 +132,17 @@ def run_tasks(
             ready = [task for task in waiting if results.keys() >= set(task.after)]
             for task in ready[: slots - len(running)]:
                 waiting.remove(task)
-                progress.say(f"{task.name}: begun")
+                progress.log(f"{task.name}: begun")
                 inputs = [results[name] for name in task.after]
                 running[executor.submit(task.run, *inputs)] = task, time.monotonic()
-            for future in wait(running, timeout=_SILENT_SECONDS, return_when=FIRST_COMPLETED).done:
+            done = wait(running, timeout=_STATUS_SECONDS, return_when=FIRST_COMPLETED).done
+            if not done:
+                progress.status(_describe(running))
+            for future in done:
                 task, began = running[future]
                 results[task.name] = _result(future)
                 del running[future]
-                progress.say(f"{task.name}: done in {time.monotonic() - began:.0f} s")
-            progress.say_if_silent(f"still at {_describe(running)}")
+                progress.log(f"{task.name}: done in {time.monotonic() - began:.0f} s")
     except BrokenProcessPool:
         raise LostProcessError(
             f"a process was ended, as the system does when memory runs out, during {_describe(running)}; "

@@ -13,7 +13,7 @@ import pytest
 
 import snapfusion.export.processes as processes
 from snapfusion.export.parity import ParityError
-from snapfusion.export.processes import LostProcessError, ProgressLines, Task, run_tasks, worker_processes
+from snapfusion.export.processes import LostProcessError, Progress, Task, run_tasks, worker_processes
 
 
 def total(*numbers):
@@ -39,10 +39,10 @@ def two():
         yield executor
 
 
-def run(tasks, executor, *, slots=2):
+def run(tasks, executor, *, slots=2, status=lambda text: None):
     """The results, and the lines of progress without times."""
     lines = []
-    results = run_tasks(tasks, executor, slots=slots, progress=ProgressLines(lines.append))
+    results = run_tasks(tasks, executor, slots=slots, progress=Progress(log=lines.append, status=status))
     return results, [re.sub(r" (in|\()[ \d]*s\)?$", "", line) for line in lines]
 
 
@@ -70,9 +70,11 @@ def test_no_more_tasks_run_than_there_are_slots(two):
 
 
 def test_a_long_task_is_not_silent(two, monkeypatch):
-    monkeypatch.setattr(processes, "_SILENT_SECONDS", 0.1)
-    _, lines = run([Task(name="sleep", run=partial(process_after, 0.5))], two)
-    assert lines[1] == "still at sleep"
+    monkeypatch.setattr(processes, "_STATUS_SECONDS", 0.1)
+    shown = []
+    run([Task(name="sleep", run=partial(process_after, 0.5))], two, status=shown.append)
+    assert shown
+    assert shown[0] == "sleep (0 s)"
 
 
 def test_an_error_arrives_as_it_was_raised(two):
