@@ -41,6 +41,7 @@ def shard_preview_lines(job: Job, shards: Sequence[Shard]) -> list[str]:
         selection=recipe.latents.selection,
         images=recipe.latents.images,
         filters=row_filters(job),
+        decode_seconds=recipe.latents.decode_seconds,
     )
     counted, uncounted = count_shard_rows(shards)
     total = None if uncounted else counted

@@ -207,7 +207,7 @@ def _schema(settings: LatentsSettings, *, bundle: Bundle) -> pa.Schema:
 def _read_stage(
     settings: LatentsSettings, *, shapes: tuple[Shape, ...], filters: Sequence[RowFilter]
 ) -> PipelineStage:
-    names = ("rows_per_unit", "shards", "images", "selection")
+    names = ("rows_per_unit", "shards", "images", "selection", "decode_seconds")
     arguments = {name: getattr(settings, name) for name in names}
     arguments |= {"shapes": shapes, "filters": tuple(filters)}
     return PipelineStage(build=ReadShard, arguments=arguments, pool=settings.readers)

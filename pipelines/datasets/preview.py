@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from pipelines.rejections import Rejected, Rejection
@@ -23,7 +24,8 @@ from pipelines.sources.webdataset import (
     read_shard,
     sidecar_failures,
 )
-from pipelines.stages.image import open_image
+from pipelines.stages.bounded_decode import BoundedDecode
+from pipelines.stages.image import EncodedImage, open_image
 from pipelines.stages.row_filter import LinkFilter, RowCheck, RowFilter
 from pipelines.stages.select import MEASURES, CandidateRow, check
 from pipelines.stages.settings import ImageBounds, Selection
@@ -120,6 +122,7 @@ def preview_shards(
     selection: Selection,
     images: ImageBounds,
     filters: Sequence[RowFilter] = (),
+    decode_seconds: float = 60.0,
 ) -> Preview:
     """Check about `rows` rows as `pipelines.stages.read` does; images are decoded and dropped.
 
@@ -129,21 +132,26 @@ def preview_shards(
         OSError: if the store does not answer.
     """
     preview = Preview()
-    for shard, share in _spread(shards, rows):
-        preview.num_sources += 1
-        checks = [row_filter.for_shard(shard) for row_filter in filters]
+    with BoundedDecode(partial(_check_image, bounds=images), seconds=decode_seconds) as check_image:
+        for shard, share in _spread(shards, rows):
+            preview.num_sources += 1
+            checks = [row_filter.for_shard(shard) for row_filter in filters]
 
-        def check_row(row: Sample, checks: Sequence[RowCheck] = checks) -> Sequence[str]:
-            id_ = f"{source}/{row.id}"
-            for check_filter in checks:
-                check_filter(row, id_)
-            open_image(row.image, bounds=images)
-            return id_, row.source_id, row.caption
+            def check_row(row: Sample, checks: Sequence[RowCheck] = checks) -> Sequence[str]:
+                id_ = f"{source}/{row.id}"
+                for check_filter in checks:
+                    check_filter(row, id_)
+                check_image(EncodedImage(row.image))
+                return id_, row.source_id, row.caption
 
-        for row in _rows_of(shard, reading, share=share):
-            preview.add(row, selection=selection, check_row=check_row)
+            for row in _rows_of(shard, reading, share=share):
+                preview.add(row, selection=selection, check_row=check_row)
     preview.layout = recognise_layout(metadata_columns(shards[0], reading)) if shards else UNKNOWN
     return preview
+
+
+def _check_image(image: EncodedImage, *, bounds: ImageBounds) -> None:
+    open_image(image, bounds=bounds)
 
 
 def preview_links(

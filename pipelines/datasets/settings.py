@@ -41,6 +41,8 @@ class LatentsSettings(BuildSettings):
         images: bounds on images, and how they are cropped and resized.
         encoding: of the VAE encoder.
         rows_per_unit: rows of one data file.
+        decode_seconds: for one image whose size does not bound its time (TIFF, AVIF, a JPEG of many scans);
+            afterwards it is rejected.
         device: of the encoder.
         readers: the actor pool that streams, selects and decodes.
         encoders: the actor pool of the VAE.
@@ -51,6 +53,7 @@ class LatentsSettings(BuildSettings):
     images: ImageSettings = ImageSettings()
     encoding: Encoding = Encoding()
     rows_per_unit: int = Field(128, ge=1)
+    decode_seconds: float = Field(60.0, gt=0.0)
     device: Device = Device()
     readers: Pool = Pool()
     encoders: Pool = Pool()

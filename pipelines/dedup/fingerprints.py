@@ -118,6 +118,7 @@ def read_stage(
         "shards": latents.shards,
         "images": image_bounds(latents),
         "selection": latents.selection,
+        "decode_seconds": latents.decode_seconds,
         "filters": tuple(filters),
     }
     return PipelineStage(build=FingerprintShard, arguments=arguments, pool=settings.readers)

@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.message import Message
+from functools import partial
 from typing import Any, Final
 
 from pipelines.fetching.addresses import may_connect, parse_networks
 from pipelines.fetching.causes import FetchError
 from pipelines.fetching.image_headers import check_image
 from pipelines.fetching.optout import find_opt_out
-from pipelines.fetching.sockets import BUFFER_BYTES, BoundedSocket, seconds_left
+from pipelines.fetching.sockets import BUFFER_BYTES, BoundedSocket, call_until, seconds_left
 from pipelines.fetching.urls import RequestTarget, follow_redirect, parse_url
 
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
@@ -175,7 +176,7 @@ class GuardedOpener:
         return b"".join(pieces)
 
     def _connect(self, target: RequestTarget, deadline: float) -> socket.socket:
-        addresses = self._resolve(target)
+        addresses = self._resolve(target, deadline)
         last_error: OSError = TimeoutError()
         for index, (family, kind, protocol, address) in enumerate(addresses):
             # The time is divided, so that an address that never answers leaves some for the others.
@@ -196,13 +197,14 @@ class GuardedOpener:
                 return connected
         raise last_error
 
-    def _resolve(self, target: RequestTarget) -> list[tuple[int, int, int, Any]]:
+    def _resolve(self, target: RequestTarget, deadline: float) -> list[tuple[int, int, int, Any]]:
         """The checked addresses of the target's name.
 
         One private address among several refuses the name: such a mixture is no accident.
         """
+        look_up = partial(self.resolver, target.host, target.port, type=socket.SOCK_STREAM)
         try:
-            found = self.resolver(target.host, target.port, type=socket.SOCK_STREAM)
+            found = call_until(deadline, look_up)
         except socket.gaierror as error:
             is_transient = error.errno in (socket.EAI_AGAIN, socket.EAI_SYSTEM, socket.EAI_MEMORY)
             cause = "name_server_failed" if is_transient else "no_such_host"

@@ -2,12 +2,17 @@
 
 import io
 import socket
+import threading
 import time
-from typing import Any, Final
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Final, TypeVar
 
 from pipelines.fetching.causes import FetchError
 
 BUFFER_BYTES: Final = 1 << 16
+
+Result = TypeVar("Result")
 
 
 def seconds_left(deadline: float) -> float:
@@ -20,6 +25,25 @@ def seconds_left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError
     return left
+
+
+def call_until(deadline: float, function: Callable[[], Result]) -> Result:
+    """The result of `function()`, or the exception that it raises; for calls that know no timeout.
+
+    Raises:
+        TimeoutError: at `deadline`. The call goes on in its thread, which keeps no process from ending.
+    """
+    future: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:  # noqa: BLE001 - raised again in the caller
+            future.set_exception(error)
+
+    seconds = seconds_left(deadline)
+    threading.Thread(target=work, daemon=True).start()
+    return future.result(seconds)
 
 
 class BoundedSocket(io.RawIOBase):

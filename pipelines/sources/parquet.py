@@ -79,6 +79,17 @@ class ParquetRows:
             if span[1] > start and span[0] < end:
                 yield from self._batches_of_group(group, columns, batch_rows=batch_rows, span=span)
 
+    def check_size(self, max_bytes: int) -> None:
+        """Check the size when decompressed, by the footer; what is encoded as repeated may still grow.
+
+        Raises:
+            CorruptParquetError: if it is above `max_bytes`.
+        """
+        metadata = self._parquet.metadata
+        size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+        if size > max_bytes:
+            raise CorruptParquetError(f"{size} bytes when unpacked, {max_bytes} are allowed")
+
     @property
     def spans(self) -> list[tuple[int, int]]:
         """The first ordinal of each row group, and the one after its last."""

@@ -17,7 +17,9 @@ from pipelines.sources.tar import TornShardError
 from pipelines.storage.objects import open_object
 
 _REASONS = {"failed_to_download": "download_failed", "failed_to_resize": "resize_failed"}
-_BATCH_ROWS = 1 << 14
+_BATCH_ROWS = 1 << 10
+# That of 10,000 rows takes a few megabytes; one of a few kilobytes may unpack to any size.
+_MAX_BYTES = 1 << 29
 
 
 def sidecar_url(tar: str) -> str:
@@ -117,20 +119,24 @@ def read_sidecar(url: str) -> tuple[Sidecar, Rejected | None]:
     """
     try:
         with open_object(url) as file:
-            data = file.read()
+            data = file.read(_MAX_BYTES)
     except FileNotFoundError:
         return Sidecar(), None
     try:
         rows = ParquetRows(io.BytesIO(data))
         if "key" not in rows.schema.names:
             raise CorruptParquetError(f"no column 'key' among {', '.join(rows.schema.names)}")
-        batches = []
+        rows.check_size(_MAX_BYTES)
+        batches, size = [], 0
         for part in rows.batches(rows.schema.names, batch_rows=_BATCH_ROWS):
             if not isinstance(part, RowBatch):
                 raise CorruptParquetError(
                     f"rows {part.start} to {part.stop - 1} are unreadable: {part.fault}"
                 )
             batches.append(part.record)
+            size += part.record.nbytes
+            if size > _MAX_BYTES:
+                raise CorruptParquetError(f"more than {_MAX_BYTES} bytes when unpacked")
         table = pa.Table.from_batches(batches, rows.schema)
     except (CorruptParquetError, pa.ArrowException) as error:
         fault = Rejected("bad_sidecar", f"not readable as Parquet: {error}")

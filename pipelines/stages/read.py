@@ -12,6 +12,7 @@ from pipelines.rejections import Rejected, Rejection
 from pipelines.sources.settings import ShardSettings
 from pipelines.sources.tears import Tear
 from pipelines.sources.webdataset import Sample
+from pipelines.stages.bounded_decode import BoundedDecode
 from pipelines.stages.crop import Shape
 from pipelines.stages.deletion_filter import DeletionFilter, RecordedDeletionFilter
 from pipelines.stages.image import CropImage, EncodedImage
@@ -38,6 +39,7 @@ class ShardReader(ABC, Generic[Decoded, Output]):
         shards: bounds on what is read.
         selection: bounds on metadata and captions.
         filters: reject rows beside the selection.
+        decode_seconds: for one image; see `BoundedDecode`.
         decode: of the encoded image; set by the subclass.
     """
 
@@ -45,6 +47,7 @@ class ShardReader(ABC, Generic[Decoded, Output]):
     shards: ShardSettings
     selection: Selection
     filters: Sequence[RowFilter] = ()
+    decode_seconds: float = 60.0
     decode: Decode[Decoded] = field(init=False)
 
     @abstractmethod
@@ -64,10 +67,11 @@ class ShardReader(ABC, Generic[Decoded, Output]):
                 others go through.
         """
         if not isolate:
-            yield from self._outputs(work, self.decode)
+            with BoundedDecode(self.decode, seconds=self.decode_seconds) as bounded:
+                yield from self._outputs(work, bounded)
             return
         # The worker that died was the first of three tries.
-        with Isolation(self.decode, tries=2) as decode:
+        with Isolation(self.decode, timeout=self.decode_seconds, tries=2) as decode:
             yield from self._outputs(work, decode)
 
     def isolated(self, work: ShardWork) -> Iterator[Output]:

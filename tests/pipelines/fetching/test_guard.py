@@ -1,6 +1,7 @@
 """Requests that reach the network and those that do not, against a server that misbehaves in every way."""
 
 import socket
+import threading
 import time
 import urllib.request
 
@@ -255,6 +256,17 @@ def test_missing_names_differ_from_failing_name_servers(errno, expected):
         raise socket.gaierror(errno, "no")
 
     assert cause("http://a.example/", resolver=resolve) == expected
+
+
+def test_a_name_look_up_gets_no_more_than_its_seconds():
+    answer = threading.Event()
+    began = time.monotonic()
+    try:
+        found = cause("http://a.example/", resolver=lambda *_, **__: answer.wait(30), seconds=SHORT)
+        assert found == "timed_out"
+        assert time.monotonic() - began < 5
+    finally:
+        answer.set()
 
 
 def test_a_closed_port_is_a_failed_connection():

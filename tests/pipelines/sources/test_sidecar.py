@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from shard_files import corrupt, encoded, outcomes, read, write_tar
 
+from pipelines.sources.sidecar import read_sidecar
 from pipelines.sources.webdataset import Sample, Shard
 
 KEYS = ["000000007", "000000012"]
@@ -83,3 +84,16 @@ def test_columns_of_one_name_must_agree(tmp_path: Path) -> None:
         columns = [pa.array(["a"]), pa.array([0.5]), pa.array([other])]
         pq.write_table(pa.Table.from_arrays(columns, ["key", "punsafe", "punsafe"]), tmp_path / "s.parquet")
         assert outcomes(read(shard)) == expected
+
+
+@pytest.mark.parametrize("values", ["repeated", "different"])
+def test_a_sidecar_that_unpacks_to_much_is_refused(tmp_path, monkeypatch, values):
+    monkeypatch.setattr("pipelines.sources.sidecar._MAX_BYTES", 1 << 20)
+    rows = 4_000
+    texts = ["x" * 2_000 + (str(row) if values == "different" else "") for row in range(rows)]
+    table = pa.table({"key": [f"{row:04d}" for row in range(rows)], "caption": texts})
+    pq.write_table(table, tmp_path / "s.parquet", compression="zstd", use_dictionary=values == "repeated")
+    assert (tmp_path / "s.parquet").stat().st_size < 100_000
+    sidecar, fault = read_sidecar(f"{tmp_path}/s.parquet")
+    assert (len(sidecar), fault.reason) == (0, "bad_sidecar")
+    assert "when unpacked" in fault.detail
