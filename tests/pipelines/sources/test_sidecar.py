@@ -1,5 +1,6 @@
 """Rows of a sidecar are matched with samples whatever their keys' type, or samples are rejected."""
 
+import decimal
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,28 @@ def test_a_sidecar_that_unpacks_to_much_is_refused(tmp_path, monkeypatch, values
     sidecar, fault = read_sidecar(f"{tmp_path}/s.parquet")
     assert (len(sidecar), fault.reason) == (0, "bad_sidecar")
     assert "when unpacked" in fault.detail
+
+
+FAR = 1 << 62
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([1, 2], pa.timestamp("us", tz="No/Zone")),
+        pa.array([FAR, 1], pa.timestamp("us")),
+        pa.array([1 << 30, 1], pa.int32()).cast(pa.date32()),
+        pa.array([FAR, 1], pa.duration("s")),
+        pa.array([1, 2], pa.time64("ns")),
+        pa.array([decimal.Decimal("1.5"), None], pa.decimal256(50, 3)),
+        pa.array([[("a", 1), ("a", 2)], None], pa.map_(pa.string(), pa.int64())),
+        pa.array([[FAR], [1]], pa.list_(pa.timestamp("us"))),
+        pa.array([None, None], pa.null()),
+        pa.array([(1 << 64) - 1, 1], pa.uint64()),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_columns_of_odd_types_reject_nothing(tmp_path: Path, values: pa.Array) -> None:
+    shard = shard_of(tmp_path, "a", "b")
+    write_sidecar(tmp_path, ["a", "b"], odd=values)
+    assert outcomes(read(shard)) == ["ok", "ok"]
