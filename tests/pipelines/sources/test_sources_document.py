@@ -1,5 +1,6 @@
 """docs/sources.md says what the code does: its tables are made of the code's own."""
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,10 +39,9 @@ def meaning_rows() -> Iterator[str]:
 
 
 def bound_rows() -> Iterator[str]:
-    attributes = (Selection.__doc__ or "").partition("Attributes:\n")[2]
-    descriptions = dict(
-        re.findall(r"^        (\w+): (.+?)(?=^        \w+: |^    \Z|\Z)", attributes, re.M | re.S)
-    )
+    # Python 3.13 takes the indentation off `__doc__`, earlier versions keep it.
+    attributes = (inspect.getdoc(Selection) or "").partition("Attributes:\n")[2]
+    descriptions = dict(re.findall(r"^    (\w+): (.+?)(?=^    \w+: |\Z)", attributes, re.M | re.S))
     for bound in BOUNDS:
         yield f"| `{bound.setting}` | {' '.join(descriptions[bound.setting].split())} | `{bound.reason}` |"
 
