@@ -16,10 +16,6 @@ from snapfusion.export.settings import LicenceError
 
 def compile_mobile(job: Job) -> None:
     """Make the run's bundle, unless it is published already."""
-    from jobs.training.mobile_bundle import parent_record, publish_bundle, summary
-    from snapfusion.models.decoder import load_decoder
-    from snapfusion.models.load import load
-
     settings = job.recipe.mobile
     try:
         settings.licence.check()
@@ -27,6 +23,12 @@ def compile_mobile(job: Job) -> None:
         raise LicenceError(f"--set {error}") from None
     if not exists(job.url(f"mobile/{MANIFEST}")):
         check_compilers(settings)
+
+    # Only now: these take seconds.
+    from jobs.training.mobile_bundle import parent_record, publish_bundle, summary
+    from snapfusion.models.decoder import load_decoder
+    from snapfusion.models.load import load
+
     model, decoder = _model_and_decoder(job)
     manifest = publish_bundle(
         settings,
