@@ -73,10 +73,11 @@ HEAVY = {
     "transformers",
     "numpy",
     "pyarrow",
-    "deltalake",
     "open_clip",
     "PIL",
     "matplotlib",
+    "coremltools",
+    "executorch",
 }
 SOURCE_OF_A_FORMULA = r"SnapFusion (Eq\.|Sec\.|Alg\.|Table|Fig\.|App\.)|\(\w+( (and \w+|et al\.))? \d{4}\)"
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "manager"}
@@ -338,22 +339,13 @@ def test_equation_table_lists_every_function_with_equation():
             assert not ({f"{module.name}.{name}" for name, _ in public_functions(module)} - listed)
 
 
-HEAVY = {
-    "torch",
-    "ray",
-    "pyarrow",
-    "numpy",
-    "diffusers",
-    "transformers",
-    "coremltools",
-    "executorch",
-    "matplotlib",
-}
-
-
 def test_commands_import_their_machinery_when_they_run():
     verbs = ", ".join(sorted(f"jobs.{path.stem}" for path in (ROOT / "jobs").glob("*.py")))
     assert modules_after(f"import {verbs}") & HEAVY == set()
+
+
+def test_what_rays_controller_imports_is_light():
+    assert modules_after("import jobs.training.report_queue, jobs.training.settings") & HEAVY == set()
 
 
 @pytest.mark.parametrize("verb", ["distill_steps", "train_robust", "generate_pairs", "run_pipeline"])

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from jobs.runtime.progress import StatusLine, format_duration
+from jobs.training.report_queue import ReportQueue
 from pipelines.ray_data.execution import on_driver_node
 
 OnReport = Callable[[Mapping[str, Any]], None]
@@ -20,24 +21,10 @@ training, step, num_steps, workers, loss, steps_per_second, seconds_left, data_w
 _POLL_SECONDS = 0.5
 
 
-class _ReportQueue:
-    """Actor that holds reports until the driver fetches them."""
-
-    def __init__(self) -> None:
-        self._reports: list[dict[str, Any]] = []
-
-    def put(self, report: dict[str, Any]) -> None:
-        self._reports.append(report)
-
-    def take(self) -> list[dict[str, Any]]:
-        reports, self._reports = self._reports, []
-        return reports
-
-
 @contextmanager
 def progress_channel(on_report: OnReport) -> Iterator[Any]:
     """An actor with a method `put(report)`; a thread of this process passes each report to `on_report`."""
-    queue = on_driver_node(_ReportQueue).remote()
+    queue = on_driver_node(ReportQueue).remote()
     ended = threading.Event()
 
     def poll() -> None:

@@ -134,9 +134,10 @@ def run_trainings(
             "queue": queue,
         }
         try:
-            result: _WorkerResult = _trainer(config, settings=settings, scratch=scratch).fit().return_value  # type: ignore[attr-defined]
+            pickled: bytes = _trainer(config, settings=settings, scratch=scratch).fit().return_value  # type: ignore[attr-defined]
         except TrainingFailedError as error:
             raise TrainingFailed(f"training failed: {_cause(error)}") from None
+    result: _WorkerResult = cloudpickle.loads(pickled)
     if isinstance(result, TrainingError):
         raise result
     return result
@@ -180,8 +181,13 @@ class _TrainerWithoutSigint(TorchTrainer):
         """Called by `fit`."""
 
 
-def _worker_loop(config: dict[str, Any]) -> _WorkerResult:
-    """Run all trainings, in a worker."""
+def _worker_loop(config: dict[str, Any]) -> bytes:
+    """Run all trainings, in a worker; returns their pickled results."""
+    # Bytes, as in the driver: the results, too, pass through the controller.
+    return cloudpickle.dumps(_run_all(config))
+
+
+def _run_all(config: dict[str, Any]) -> _WorkerResult:
     settings: TrainerSettings = config["settings"]
     # Float sums depend on the number of threads, so it must be that of the run that is resumed.
     torch.set_num_threads(settings.threads_per_worker)

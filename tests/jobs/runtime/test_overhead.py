@@ -4,8 +4,12 @@ The teacher sleeps, so two cores run four workers, and the test measures schedul
 exchange of gradients instead of a network.
 """
 
+import contextlib
+import os
+import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -14,6 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray_nodes import descendants
 from scene_latents import encode_scenes
 from set_options import set_options
 from sleeping import SECONDS_A_ROW, SHARE, SleepingObjective, SleepingTeacher, student, trainings
@@ -149,6 +156,56 @@ def test_training(ray_cluster, latents: str, tmp_path: Path, capsys: pytest.Capt
             f"the first step after {reports[0]['arrived'] - began:.1f} s"
         )
     assert max(ratios) < 1.2
+
+
+def controller_mib(run: Callable[[], object]) -> int:
+    """Peak resident MiB of the Ray Train controller that `run` starts."""
+    peaks, ended = [0], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.2):
+            for pid in descendants(os.getpid()):
+                with contextlib.suppress(OSError):  # it ended meanwhile
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::TrainController"):
+                        peaks.extend(int(kib) // 1024 for kib in re.findall(r"VmHWM:\s+(\d+)", status))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        run()
+    finally:
+        ended.set()
+        sampler.join()
+    return max(peaks)
+
+
+def idle(config: dict[str, Any]) -> None:
+    time.sleep(2)
+
+
+def test_a_controller_is_no_larger_than_rays_own(ray_cluster, latents, tmp_path, capsys) -> None:
+    """Beside a TorchTrainer whose loop is empty."""
+    stock = TorchTrainer(
+        idle,
+        train_loop_config={},
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=RunConfig(storage_path=str(tmp_path)),
+    )
+    own = {
+        "store_url": str(tmp_path / "checkpoints"),
+        "settings": TrainerSettings(cpus_per_worker=0.25),
+        "on_report": lambda report: None,
+    }
+    mib = {
+        "stock": controller_mib(stock.fit),
+        "own": controller_mib(
+            lambda: run_trainings(trainings, {"workers": 1, "steps": 10, "url": latents}, **own)
+        ),
+    }
+    with capsys.disabled():
+        print(f"\nresident memory of Ray Train's controller, MiB: {mib}")
+    assert 0 < mib["own"] < mib["stock"] + 20
 
 
 def test_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
