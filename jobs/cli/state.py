@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.logs import logger
-from pipelines.rejections import DELETIONS, REASONS
 from pipelines.storage.objects import exists, list_names
 from pipelines.storage.records import read_record
 
@@ -38,10 +37,6 @@ def read_json_files(url: str) -> list[Any]:
     return [read_record(f"{url}/{name}") for name in list_names(url) if name.endswith(".json")]
 
 
-class NoUsableRows(RuntimeError):
-    """A table all of whose rows were rejected."""
-
-
 def log_table(name: str, table: Snapshot, *, note: str = "") -> None:
     """Log the rows of a table and its rejected rows by reason.
 
@@ -54,17 +49,12 @@ def log_table(name: str, table: Snapshot, *, note: str = "") -> None:
         NoUsableRows: if every row was rejected, for another reason than a deletion request.
     """
     from pipelines.tables.manifest import total_rejected
+    from pipelines.tables.usable_rows import check_usable
 
-    counts = total_rejected(table.manifests().values())
     rows = f"{table.num_rows} rows{note} in {len(table.units)} units"
+    counts = total_rejected(table.manifests().values())
     logger.info(f"  {name} version {table.version}: {rows}, {rejected_text(counts)}")
-    faults = {reason: count for reason, count in counts.items() if reason not in DELETIONS}
-    if faults and table.num_rows == 0:
-        reason = max(faults, key=lambda each: faults[each])
-        raise NoUsableRows(
-            f"{name}: none of {sum(counts.values())} rows is usable; {faults[reason]} are {reason}: "
-            f"{REASONS[reason]}"
-        )
+    check_usable(name, table)
 
 
 def rejected_text(counts: Mapping[str, int]) -> str:

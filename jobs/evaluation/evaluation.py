@@ -23,6 +23,7 @@ from pipelines.storage.objects import absolute_url
 from pipelines.tables.commits import Origin
 from pipelines.tables.committer import OnProgress
 from pipelines.tables.table import Snapshot
+from pipelines.tables.usable_rows import check_usable
 from snapfusion.metrics.curves import (
     Curve,
     CurveError,
@@ -51,6 +52,9 @@ def evaluate(
         out: folder or URL of the tables: `references`, and one for each contender.
         start: called for each table before it is filled.
         run: executes stages.
+
+    Raises:
+        NoUsableRows: if all rows of a table were rejected.
     """
     captions = captions_of(settings.prompts)
     origin, on_progress = start("references", {"pictures": settings.references.url or "scenes"})
@@ -62,6 +66,7 @@ def evaluate(
         run=run,
         on_progress=on_progress,
     )
+    check_usable("REFERENCES", references)
     tables: dict[str, Snapshot] = {}
     for contender in settings.contenders:
         source = absolute_source(contender.model or model)
@@ -79,6 +84,7 @@ def evaluate(
             run=run,
             on_progress=on_progress,
         )
+        check_usable(f"SAMPLES of {contender.name}", tables[contender.name])
     ids = _shared_ids(settings, tables, captions)
     reference = moments_of(references)
     curves = {

@@ -3,7 +3,7 @@
 import pytest
 from in_process import in_process
 
-from jobs import encode_latents, find_duplicates, forget, generate_pairs
+from jobs import encode_latents, evaluate, find_duplicates, forget, generate_pairs
 from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.tables.schemas import to_png
 from snapfusion.mini.scenes import captioned_image
@@ -11,7 +11,7 @@ from snapfusion.mini.scenes import captioned_image
 
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch):
-    for job in (encode_latents, find_duplicates, generate_pairs):
+    for job in (encode_latents, evaluate, find_duplicates, generate_pairs):
         monkeypatch.setattr(job, "runner", lambda *_, **__: in_process)
 
 
@@ -38,6 +38,14 @@ def test_captions_that_cannot_be_read_fail(tmp_path, capsys):
     words = ["--out", str(tmp_path), "--set", f"captions.url={tmp_path}/captions.jsonl"]
     assert generate_pairs.main(words) == 1
     assert "PAIRS: none of 2 rows is usable; 2 are " in capsys.readouterr().err
+
+
+def test_references_that_are_no_images_fail(tmp_path, capsys):
+    for name in "abc":
+        (tmp_path / f"{name}.jpg").write_bytes(b"no image")
+    words = ["--out", str(tmp_path / "run"), "--set", f"evaluation.references.url={tmp_path}"]
+    assert evaluate.main([*words, "--set", "evaluation.references.count=3"]) == 1
+    assert "REFERENCES: none of 3 rows is usable; 3 are not_an_image" in capsys.readouterr().err
 
 
 def test_one_usable_row_is_enough(tmp_path, capsys):
