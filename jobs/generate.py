@@ -1,116 +1,117 @@
-"""Generate images of a caption: by a model in torch, or by the programs of a mobile bundle alone."""
+"""Generate images of captions: by a model in torch, or by the programs of a mobile bundle alone."""
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
 from jobs.cli.verb import Options, plain_verb
 from jobs.runtime.logs import logger
-from pipelines.stages.crop import check_size
 from snapfusion.settings import SettingsError
-from snapfusion.solver_names import SOLVERS, Solver
+from snapfusion.solver_names import SOLVERS
 
-_MODEL, _GUIDANCE = "mini", 2.5
-_SAMPLER: Solver = "ddim"
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 OPTIONS = [
-    click.Argument(["caption"], nargs=-1, required=True),
-    click.Option(
-        ["--model"],
-        help=f"mini, mini-v, a folder, a .safetensors file, a URL or a hub id (default: {_MODEL})",
-    ),
+    click.Argument(["caption"], nargs=-1),
+    click.Option(["--prompts"], metavar="FILE", help="a list of captions, in place of CAPTION"),
+    click.Option(["--model"], help="mini, mini-v, a folder, file, URL or hub id (default: mini)"),
     click.Option(["--bundle"], metavar="DIR", help="a mobile bundle, whose ExecuTorch programs are used"),
     click.Option(["--variant"], help="of the bundle (default: the first of its ExecuTorch variants)"),
+    click.Option(["--device"], help="of the model, such as cuda (default: cpu)"),
     click.Option(
         ["--steps"], type=click.IntRange(1), help="default: those that the model was distilled for, else 50"
     ),
-    click.Option(["--sampler"], type=click.Choice(SOLVERS), help=f"default: {_SAMPLER}"),
+    click.Option(["--sampler"], type=click.Choice(SOLVERS), help="default: ddim"),
     click.Option(
-        ["--guidance"], type=float, help=f"w of Eq. 3; 1 is none (default: {_GUIDANCE}, or the bundle's)"
+        ["--guidance"],
+        type=float,
+        help="w of Eq. 3; 1 is none (default: the model's: 2.5 of miniatures, else 7.5)",
+    ),
+    click.Option(["--negative"], default="", help="caption to guide away from"),
+    click.Option(["--image"], metavar="FILE", help="an image to begin with in place of noise"),
+    click.Option(
+        ["--strength"],
+        type=click.FloatRange(0, 1, min_open=True),
+        help="part of the steps after --image (0.8)",
     ),
     click.Option(["--size"], type=int, help="side of the image in pixels (default: the model's own)"),
     click.Option(["--seed"], type=int, default=0, help="of the noise"),
-    click.Option(["-n"], type=click.IntRange(1), default=1, help="number of images, side by side"),
-    click.Option(["--out"], default="image.png", help="a PNG file"),
+    click.Option(["--seeds"], metavar="N,N,...", help="several seeds, in place of --seed"),
+    click.Option(["-n"], type=click.IntRange(1), default=1, help="images of each caption and seed"),
+    click.Option(["--sheet"], is_flag=True, help="all images in one file, a row for each caption"),
+    click.Option(
+        ["--out"], default="picture.png", help=f"a file ({', '.join(_ENDINGS)}); none is overwritten"
+    ),
 ]
+_OF_A_MODEL = ("model", "steps", "sampler", "size", "device", "image")
 
 
 def _generate(options: Options) -> None:
-    options.caption = " ".join(options.caption)
+    captions, seeds = _captions(options), _seeds(options)
     _check(options)
-    generate, by = _by_model(options) if options.bundle is None else _by_bundle(options)
-    began = time.monotonic()
-    images = generate(seed=options.seed, count=options.n)
-    seconds = time.monotonic() - began
     # Imported here, so that --help and mistakes are answered at once.
-    from jobs.evaluation.images import save_images
+    from jobs.evaluation.generators import bundle_generator, model_generator
+    from jobs.evaluation.image_files import describe_size, save_images
 
+    generator = (model_generator if options.bundle is None else bundle_generator)(options, captions)
+    began = time.monotonic()
+    images = [
+        image
+        for caption in captions
+        for seed in seeds
+        for image in generator.images(caption, seed=seed, count=options.n)
+    ]
+    seconds = time.monotonic() - began
     try:
-        factor = save_images(images, Path(options.out))
+        files = save_images(images, Path(options.out), sheet=options.sheet)
     except OSError as error:
         raise SettingsError(f"--out {options.out}: {error.strerror or error}") from error
-    enlarged = f", shown {factor} times larger" if factor > 1 else ""
-    size = images[0].shape[0]
-    logger.info(f"{options.out}: {options.n} of {size} px{enlarged}, {by}, {seconds:.1f} s after loading")
+    names = str(files[0]) if len(files) == 1 else f"{files[0]} .. {files[-1].name}"
+    made = f"{describe_size(images)}, {generator.description}"
+    logger.info(f"{names}: {made}, {seconds:.1f} s after loading")
+
+
+def _captions(options: Options) -> list[str]:
+    """The caption of the command line, or those of a file."""
+    if bool(options.caption) == bool(options.prompts):
+        raise SettingsError("give a CAPTION or --prompts FILE, one of them")
+    if options.caption:
+        return [" ".join(options.caption)]
+    from pipelines.rejections import Rejection
+    from pipelines.sources.captions import read_captions
+    from pipelines.sources.settings import CaptionSettings
+
+    rows = read_captions(options.prompts, CaptionSettings())
+    captions = list(dict.fromkeys(row.text for row in rows if not isinstance(row, Rejection)))
+    if not captions:
+        raise SettingsError(f"--prompts {options.prompts}: it has no usable caption")
+    return captions
+
+
+def _seeds(options: Options) -> list[int]:
+    if options.seeds is None:
+        return [options.seed]
+    try:
+        return list(dict.fromkeys(int(seed) for seed in options.seeds.split(",")))
+    except ValueError:
+        raise SettingsError(f"--seeds {options.seeds}: whole numbers with commas are accepted") from None
 
 
 def _check(options: Options) -> None:
     """Refuse options out of range or without effect."""
+    if Path(options.out).suffix.lower() not in _ENDINGS:
+        raise SettingsError(f"--out {options.out}: a file that ends with {', '.join(_ENDINGS)} is accepted")
     if options.guidance is not None and not 1.0 <= options.guidance < math.inf:
         raise SettingsError(f"--guidance {options.guidance}: 1.0 and more is accepted")
     if options.bundle is None and options.variant is not None:
         raise SettingsError(f"--variant {options.variant}: only a --bundle has variants")
+    if options.strength is not None and options.image is None:
+        raise SettingsError(f"--strength {options.strength}: it has an effect with --image only")
     if options.bundle is not None:
-        for name in ("model", "steps", "sampler", "size"):
+        for name in _OF_A_MODEL:
             if (value := getattr(options, name)) is not None:
                 raise SettingsError(f"--{name} {value}: a --bundle has its own, compiled into it")
-
-
-def _by_model(options: Options) -> tuple[Callable[..., Sequence[Any]], str]:
-    """Load the model; a function that generates its images, and a description of it."""
-    from jobs.evaluation import images
-    from snapfusion.models.load import load
-
-    source, solver = options.model or _MODEL, options.sampler or _SAMPLER
-    guidance = options.guidance or _GUIDANCE
-    try:
-        bundle = load(source)
-    except ValueError as error:
-        raise SettingsError(f"--model {source}: {str(error).removeprefix(f'{source}: ')}") from None
-    steps = images.distilled_steps(bundle) if options.steps is None else options.steps
-    if steps > bundle.schedule.num_steps:
-        raise SettingsError(f"--steps {steps}: 1 to {bundle.schedule.num_steps} is accepted by this model")
-    if options.size is not None:
-        check_size(options.size, step=bundle.granularity, option="--size")
-        bundle.resize(options.size)
-    if note := images.distillation_mismatch(bundle, steps=steps, solver=solver, guidance=guidance):
-        logger.warning(f"{source}: {note}")
-    images.warn_of_caption(bundle.tokenizer, options.caption)
-    generate = partial(
-        images.generate_images, bundle, [options.caption], steps=steps, solver=solver, guidance=guidance
-    )
-    return generate, f"{steps} steps of {solver}"
-
-
-def _by_bundle(options: Options) -> tuple[Callable[..., Sequence[Any]], str]:
-    """The same of a mobile bundle's programs."""
-    from jobs.evaluation.bundle_images import default_variant, generate_bundle_images
-    from jobs.evaluation.images import warn_of_caption
-    from snapfusion.export.bundle import BundleError, open_bundle
-
-    try:
-        bundle = open_bundle(Path(options.bundle))
-        variant = options.variant or default_variant(bundle)
-        programs, num_steps = bundle.programs(variant), len(bundle.sampler.steps)
-    except BundleError as error:
-        raise SettingsError(f"--bundle {error}") from None
-    warn_of_caption(bundle.tokenizer, options.caption)
-    generate = partial(generate_bundle_images, bundle, programs, options.caption, guidance=options.guidance)
-    return generate, f"{num_steps} steps of {variant}"
 
 
 main = plain_verb("generate", _generate, about=__doc__, options=OPTIONS)

@@ -33,6 +33,7 @@ def generate_bundle_images(
     guidance: float | None,
     seed: int,
     count: int,
+    negative: str = "",
 ) -> list[np.ndarray]:
     """Generate `count` images of a caption, uint8 [H,W,3]; black if the safety checker marks one.
 
@@ -43,13 +44,14 @@ def generate_bundle_images(
         guidance: w of Eq. 3; None takes the bundle's.
         seed: of the noise.
         count: number of images.
+        negative: caption of the unconditional input; "" as in the paper.
 
     Raises:
         NonFiniteImageError: if an image has values that are NaN or infinite.
     """
     sampler, checker = bundle.sampler, bundle.safety_checker()
     w = guidance or sampler.guidance
-    ids = tokenize(bundle.tokenizer, ["", caption]).numpy().astype(np.int32)
+    ids = tokenize(bundle.tokenizer, [negative, caption]).numpy().astype(np.int32)
     c = encode_text(programs, ids=ids)
     images = []
     with tqdm(total=count * len(sampler.steps), unit="step") as bar:

@@ -1,17 +1,17 @@
-"""Generates images of captions with a Stable Diffusion, and saves them."""
+"""Generates images of captions with a Stable Diffusion."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import CLIPTokenizer
 
 from jobs.runtime.logs import logger
 from snapfusion.mini.captions import caption_warning
 from snapfusion.models.bundle import Bundle, to_uint8
-from snapfusion.models.tokenizer import truncation_warning
+from snapfusion.models.guidance_embedding import has_guidance_embedding
+from snapfusion.models.tokenizer import CLIP_VOCABULARY, truncation_warning
 from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import sample, time_grid
 from snapfusion.solver_names import Solver
@@ -20,7 +20,7 @@ _DEFAULT_STEPS = 50
 _DISTILLED_SOLVER = "ddim"
 """Step distillation is of DDIM steps (SnapFusion Sec. 4.2)."""
 
-_MIN_DISPLAY_SIDE = 256
+_DEFAULT_GUIDANCE, _MINIATURE_GUIDANCE = 7.5, 2.5
 _SINGLE_THREAD_MAX_SIDE = 64
 """Up to this many pixels a side, synchronisation of threads costs more than they save."""
 
@@ -33,6 +33,23 @@ def warn_of_caption(tokenizer: CLIPTokenizer, caption: str) -> None:
     ):
         if warning is not None:
             logger.warning(warning)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartImage:
+    """An image to begin with: noise is added to it, and only the last steps are taken.
+
+    Attributes:
+        pixels: uint8 [H,W,3] of the model's size.
+        strength: part of the steps that is taken, above 0 and at most 1.
+    """
+
+    pixels: np.ndarray
+    strength: float
+
+    def steps_of(self, steps: int) -> int:
+        """Number of steps to take, of so many; at least one."""
+        return max(1, round(steps * self.strength))
 
 
 class NonFiniteImageError(ArithmeticError):
@@ -54,10 +71,23 @@ def generate_images(
     seed: int,
     count: int,
     solver: Solver = "ddim",
+    negative: str = "",
+    start: StartImage | None = None,
 ) -> list[np.ndarray]:
     """Generate `count` images of each caption, uint8 [H,W,3], by `solver` at guidance w (Eq. 3).
 
     The noise of an image depends on the seed, its caption, and its index among the caption's images.
+
+    Args:
+        bundle: the model.
+        captions: to generate from.
+        steps: of the time grid; with a start image only the last of them are taken.
+        guidance: w.
+        seed: of the noise.
+        count: images of each caption.
+        solver: one of `SOLVERS`.
+        negative: caption of the unconditional input; "" as in the paper.
+        start: an image to begin with in place of noise.
 
     Raises:
         NonFiniteImageError: if an image has values that are NaN or infinite.
@@ -69,7 +99,12 @@ def generate_images(
     c = bundle.encode_text(bundle.tokenize([caption for caption in captions for _ in range(count)]))
     z_t = gaussian_batch(keys, bundle.latent_shape).to(bundle.device)
     grid = time_grid(steps, schedule_steps=bundle.schedule.num_steps)
-    denoiser = bundle.denoiser(c, w=guidance)
+    if start is not None:
+        grid = grid[-1 - start.steps_of(steps) :]
+        t = torch.full((len(z_t),), grid[0], dtype=torch.int64, device=bundle.device)
+        latents = bundle.encode_images(torch.from_numpy(start.pixels).permute(2, 0, 1)[None])
+        z_t = bundle.schedule.diffuse(x=latents.expand_as(z_t), eps=z_t, t=t)
+    denoiser = bundle.denoiser(c, w=guidance, c_null=bundle.encode_text(bundle.tokenize([negative])))
     latents = sample(denoiser, z_t, solver=solver, grid=grid, schedule=bundle.schedule)
     images = bundle.decode(latents)
     if not images.isfinite().all():
@@ -80,6 +115,19 @@ def generate_images(
 def distilled_steps(bundle: Bundle) -> int:
     """Steps that a model was distilled for; 50 for one that was not."""
     return int(bundle.distillation["steps"]) if bundle.distillation else _DEFAULT_STEPS
+
+
+def default_guidance(bundle: Bundle) -> float:
+    """Guidance w for a model: 2.5 for a miniature, else 7.5, within what a student was distilled for."""
+    miniature = len(bundle.tokenizer) != CLIP_VOCABULARY
+    w = _MINIATURE_GUIDANCE if miniature else _DEFAULT_GUIDANCE
+    cfg_range = (bundle.distillation or {}).get("cfg_range")
+    return min(max(w, cfg_range["low"]), cfg_range["high"]) if cfg_range else w
+
+
+def has_unconditional_input(bundle: Bundle, *, guidance: float) -> bool:
+    """Tell whether guidance runs the UNet without the caption, too: not at w = 1, nor if w is its input."""
+    return guidance != 1.0 and not has_guidance_embedding(bundle.unet)
 
 
 def distillation_mismatch(bundle: Bundle, *, steps: int, solver: Solver, guidance: float) -> str | None:
@@ -95,13 +143,3 @@ def distillation_mismatch(bundle: Bundle, *, steps: int, solver: Solver, guidanc
         f"distilled for {distilled_steps(bundle)} steps of {_DISTILLED_SOLVER}{scales}; "
         f"this is {steps} of {solver} at guidance {guidance:g}"
     )
-
-
-def save_images(images: Sequence[np.ndarray], path: Path) -> int:
-    """Save images side by side as PNG, small ones enlarged; returns the factor."""
-    row = np.concatenate(images, axis=1)
-    factor = max(1, _MIN_DISPLAY_SIDE // row.shape[0])
-    enlarged = row.repeat(factor, axis=0).repeat(factor, axis=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(enlarged).save(path, format="PNG")
-    return factor

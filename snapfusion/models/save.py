@@ -47,7 +47,7 @@ def save(
     bundle.to("cpu", dtype=dtype)
     bundle.unet.save_pretrained(folder / "unet")
     bundle.vae.save_pretrained(folder / "vae")
-    # transformers 4 finds the tensors only under this prefix and would leave the network random; 5 finds both.
+    # transformers 4 finds the tensors under this prefix alone, or leaves the network random; 5 finds both.
     tensors = {f"text_model.{name}": value for name, value in bundle.text_encoder.state_dict().items()}
     bundle.text_encoder.save_pretrained(folder / "text_encoder", state_dict=tensors)
     bundle.tokenizer.save_pretrained(folder / "tokenizer")

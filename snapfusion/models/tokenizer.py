@@ -16,6 +16,8 @@ from transformers import CLIPTokenizer
 START, END = "<|startoftext|>", "<|endoftext|>"
 NUM_MERGES = 48894
 """Merges of the file that CLIP uses: 49,152 - 256 - 2."""
+CLIP_VOCABULARY = 49408
+"""Tokens of CLIP's tokenizer: 512 of single bytes, the merges, start and end."""
 
 
 def clip_tokenizer(*, padding: str = END) -> CLIPTokenizer:

@@ -9,10 +9,9 @@ from transformers import CLIPTokenizer
 
 from snapfusion.models import sd2
 from snapfusion.models.errors import ModelError
-from snapfusion.models.tokenizer import END, clip_tokenizer
+from snapfusion.models.tokenizer import CLIP_VOCABULARY, END, clip_tokenizer
 
 _logger = logging.getLogger(__name__)
-_CLIP_VOCABULARY: Final = 49408
 _SD2_WIDTH: Final = 1024
 _VOCABULARIES = ("tokenizer.json", "vocab.json")
 
@@ -30,10 +29,10 @@ def read_tokenizer(folder: Path, *, text_encoder: Mapping[str, Any], source: str
     """
     length = int(text_encoder.get("max_position_embeddings", 77))
     if not any((folder / name).is_file() for name in _VOCABULARIES):
-        if text_encoder.get("vocab_size", _CLIP_VOCABULARY) != _CLIP_VOCABULARY:
+        if text_encoder.get("vocab_size", CLIP_VOCABULARY) != CLIP_VOCABULARY:
             raise ModelError(
                 f"{source}: its tokenizer is missing, and its text encoder's vocabulary has "
-                f"{text_encoder['vocab_size']} tokens, not the {_CLIP_VOCABULARY} of CLIP's tokenizer"
+                f"{text_encoder['vocab_size']} tokens, not the {CLIP_VOCABULARY} of CLIP's tokenizer"
             )
         _logger.info("%s has no tokenizer; CLIP's is used", source)
         return clip_tokenizer(padding=sd2.PADDING if text_encoder.get("hidden_size") == _SD2_WIDTH else END)

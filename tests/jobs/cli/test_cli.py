@@ -58,6 +58,16 @@ def error_line(capsys) -> str:
             "^generate: Invalid value for '--sampler': 'heun' is not ",
         ),
         ("generate red --model /nowhere", "^generate: --model /nowhere: "),
+        ("generate", "^generate: give a CAPTION or --prompts FILE"),
+        ("generate red --prompts a.txt", "^generate: give a CAPTION or --prompts FILE"),
+        ("generate --prompts /nowhere.txt", "^generate: .*/nowhere.txt"),
+        ("generate red --seeds 1,b", "^generate: --seeds 1,b: whole numbers"),
+        ("generate red --out a.gif", "^generate: --out a.gif: a file that ends with .png"),
+        ("generate red --strength 0.5", "^generate: --strength 0.5: it has an effect with --image only"),
+        ("generate red --image /nowhere.png", "^generate: --image /nowhere.png: No such file"),
+        ("generate red --device abacus", "^generate: --device abacus: "),
+        ("generate red --guidance 1 --negative blue", "^generate: --negative 'blue': this model takes none"),
+        ("generate red --bundle b --image a.png", "^generate: --image a.png: a --bundle has its own"),
         ("generate red --out /dev/null/x.png --steps 1", "^generate: --out /dev/null/x.png: "),
     ],
 )
@@ -208,12 +218,12 @@ def test_a_missing_input_is_named(words, message, capsys, tmp_path):
 def test_generate_writes_an_image(tiny_teacher, capsys, tmp_path):
     path = tmp_path / "deep" / "image.png"
     options = ["--model", tiny_teacher, "--steps", "2", "--seed", "1", "--out", str(path)]
-    assert command.main(["generate", "a red thing", "-n", "2", *options]) == 0
+    assert command.main(["generate", "a red thing", "-n", "2", "--sheet", *options]) == 0
     first = np.asarray(Image.open(path))
     assert first.shape == (256, 512, 3)
     assert "2 of 16 px, shown 16 times larger" in capsys.readouterr().out
-    command.main(["generate", "a red thing", "-n", "2", *options])
-    np.testing.assert_array_equal(np.asarray(Image.open(path)), first)
+    command.main(["generate", "a red thing", "-n", "2", "--sheet", *options])
+    np.testing.assert_array_equal(np.asarray(Image.open(path.with_name("image-1.png"))), first)
 
 
 def test_generate_says_what_it_does_not_read_or_know(capsys, tmp_path):
@@ -224,7 +234,7 @@ def test_generate_says_what_it_does_not_read_or_know(capsys, tmp_path):
     assert "the miniature does not know the caption 'a red thing thing" in printed
     known = ["a", "large", "red", "circle", "at", "the", "top", "on", "a", "white", "background"]
     assert command.main(["generate", *known, "--steps", "1", "--out", path]) == 0
-    assert capsys.readouterr().out.startswith(path)
+    assert capsys.readouterr().out.startswith(str(tmp_path / "image-1.png"))
 
 
 def test_the_command_runs_any_job(capsys, tmp_path):

@@ -156,7 +156,18 @@ def test_a_tokenizer_of_another_model_is_found(copied, capsys):
 
 def test_a_bundle_generates_what_the_model_generates(mobile_bundle, mobile_model, tmp_path, capsys):
     path = tmp_path / "image.png"
-    options = ["a red thing", "--bundle", str(mobile_bundle), "--seed", "5", "-n", "2", "--out", str(path)]
+    options = [
+        "a red thing",
+        "--bundle",
+        str(mobile_bundle),
+        "--seed",
+        "5",
+        "-n",
+        "2",
+        "--sheet",
+        "--out",
+        str(path),
+    ]
     assert command.main(["generate", *options]) == 0
     message = capsys.readouterr()
     assert "3 steps of executorch" in message.out
