@@ -14,6 +14,7 @@ from jobs.reports.model_facts import model_facts
 from jobs.reports.oracle_scores import score_with_oracle
 from jobs.reports.other_weights import other_weights
 from jobs.reports.run_page import (
+    LatencyBreakdown,
     RejectionExample,
     RejectionSummary,
     ReportContent,
@@ -88,16 +89,7 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
         mobile=run.mobile,
         other_weights=list(content.other_weights),
         oracle=asdict(oracle) if oracle else None,
-        latency=[
-            {
-                "device": latency.device,
-                "how": latency.runtime,
-                "date": latency.date,
-                "disturbed": latency.disturbed,
-                "unets": [asdict(unet) for unet in latency.unets],
-            }
-            for latency in run.latencies
-        ],
+        latency=[_latency_metrics(latency) for latency in run.latencies],
         steps=[asdict(timing) for timing in content.timings],
     )
     return content, metrics
@@ -121,6 +113,16 @@ def _totals(run: CommittedRun) -> Iterator[tuple[str, str]]:
     if run.decoder:
         yield f"{run.decoder['psnr_db']:.1f} dB", "half-width decoder, relative to the teacher's"
         yield f"{run.decoder['parameters']['ratio']:.2f}x", "fewer parameters"
+
+
+def _latency_metrics(latency: LatencyBreakdown) -> dict[str, Any]:
+    return {
+        "device": latency.device,
+        "how": latency.runtime,
+        "date": latency.date,
+        "disturbed": latency.disturbed,
+        "unets": [asdict(unet) for unet in latency.unets],
+    }
 
 
 def _table_metrics(table: Snapshot) -> dict[str, Any]:

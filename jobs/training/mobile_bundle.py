@@ -82,7 +82,6 @@ def publish_bundle(
     if exists(f"{out_url}/{MANIFEST}"):
         return _published_manifest(out_url, identity=identity)
     check_compilers(settings)
-    began = time.monotonic()
     with _scratch_folder(out_url) as scratch:
         folder = scratch / "bundle"
         folder.mkdir()
@@ -93,14 +92,20 @@ def publish_bundle(
             settings=settings,
             num_steps=num_steps,
             scratch=scratch,
-            progress=Progress(
-                log=lambda line: logger.info(f"  {format_duration(time.monotonic() - began)}: {line}"),
-                status=show_status,
-            ),
+            progress=_progress(),
         )
         text = _write_manifest(folder, contents=builder.build(), identity=identity, licence=settings.licence)
         publish_folder(folder, out_url, last=MANIFEST)
     return dict(json.loads(text))
+
+
+def _progress() -> Progress:
+    """Report lines with the time since now, and what is being done on the status line."""
+    began = time.monotonic()
+    return Progress(
+        log=lambda line: logger.info(f"  {format_duration(time.monotonic() - began)}: {line}"),
+        status=show_status,
+    )
 
 
 def check_parts(bundle: Bundle, decoder: HalfDecoder | None) -> None:
