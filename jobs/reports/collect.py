@@ -8,13 +8,13 @@ from typing import Any
 from jobs.cli.job import Job
 from jobs.cli.step_times import read_step
 from jobs.reports import image_samples
+from jobs.reports.latency_breakdown import LatencyBreakdown
 from jobs.reports.lineage_nodes import lineage_nodes
 from jobs.reports.measurements import measurements, training_charts
 from jobs.reports.model_facts import model_facts
 from jobs.reports.oracle_scores import score_with_oracle
 from jobs.reports.other_weights import other_weights
 from jobs.reports.run_page import (
-    LatencyBreakdown,
     RejectionExample,
     RejectionSummary,
     ReportContent,
