@@ -15,11 +15,14 @@ def check_usable(name: str, table: Snapshot) -> None:
     Raises:
         NoUsableRows: if every row was rejected, for another reason than a deletion request.
     """
-    counts = total_rejected(table.manifests().values())
+    manifests = table.manifests().values()
+    counts = total_rejected(manifests)
     faults = {reason: count for reason, count in counts.items() if reason not in DELETIONS}
     if faults and table.num_rows == 0:
         reason = max(faults, key=lambda each: faults[each])
+        rejections = (row for manifest in manifests for row in manifest.rejections if row.reason == reason)
+        first = min(rejections, key=lambda row: (row.source, row.ordinal))
         raise NoUsableRows(
             f"{name}: none of {sum(counts.values())} rows is usable; {faults[reason]} are {reason}: "
-            f"{REASONS[reason]}"
+            f"{REASONS[reason]}; the first is {first.id}{first.detail and f': {first.detail}'}"
         )

@@ -33,6 +33,14 @@ def test_shards_without_an_image_fail(job, table, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_file_that_is_no_shard_is_named(tmp_path, capsys):
+    write_rows(tmp_path / "shards", b"no image")
+    (tmp_path / "shards" / "00000.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "shards" / "00000.parquet").unlink()
+    assert encode_latents.main(["--out", str(tmp_path), "--set", "source.settle=0"]) == 1
+    assert "the first is scenes/00000/.tar: the file is a Git LFS pointer" in capsys.readouterr().err
+
+
 def test_captions_that_cannot_be_read_fail(tmp_path, capsys):
     (tmp_path / "captions.jsonl").write_text('{"id": 1}\n{"id": 2}\n')
     words = ["--out", str(tmp_path), "--set", f"captions.url={tmp_path}/captions.jsonl"]
