@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.storage.faults import plain_text
+from pipelines.storage.objects import is_local, local_path
 from pipelines.tables.settings import CHECK_FILES_VARIABLE
 
 _HEAD_BYTES: Final = 64
@@ -53,9 +54,8 @@ def read_rows(
         data = data if isinstance(data, pa.Buffer) else pa.py_buffer(data.read())
         if hashlib.sha256(data).hexdigest() != recorded:
             raise _damaged(path, "its SHA-256 is not the recorded one")
-    source = pa.BufferReader(data) if isinstance(data, pa.Buffer) else data
     try:
-        rows = pq.read_table(source, columns=columns, page_checksum_verification=check)
+        rows = pq.read_table(_source(path, data), columns=columns, page_checksum_verification=check)
     # The operating system's errors have a number, those of Parquet have none.
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -64,6 +64,13 @@ def read_rows(
     if check:
         _checked.add(key)
     return rows
+
+
+def _source(path: str, data: pa.Buffer | IO[bytes]) -> pa.NativeFile | IO[bytes]:
+    if isinstance(data, pa.Buffer):
+        return pa.BufferReader(data)
+    # Arrow's threads call into a file of Python's, which aborts the process if the interpreter ends meanwhile.
+    return pa.OSFile(str(local_path(path)), "rb") if is_local(path) else data
 
 
 def _head(path: str, data: pa.Buffer | IO[bytes]) -> bytes:
