@@ -10,7 +10,6 @@ shard; then these are moved, the tar last. After a crash in between any other pr
 """
 
 import contextlib
-import dataclasses
 import json
 import uuid
 from collections.abc import Mapping
@@ -167,11 +166,10 @@ def _parse(data: bytes, path: str) -> ShardReceipt:
     Raises:
         RecordError: if it is damaged, or of another kind.
     """
-    record = parse_record(data, name=path)
-    fields = {field.name for field in dataclasses.fields(ShardReceipt)}
-    if record.keys() != fields:
-        raise RecordError(f"{path} is no receipt of a shard: it differs in {sorted(record.keys() ^ fields)}")
-    return ShardReceipt(**record)
+    try:
+        return ShardReceipt(**parse_record(data, name=path))
+    except TypeError as error:
+        raise RecordError(f"{path} is no receipt of a shard: {error}") from None
 
 
 def _staged(url: str, receipt: ShardReceipt, suffix: str) -> str:

@@ -6,10 +6,11 @@ import fsspec
 import pytest
 import torch
 
-from pipelines.download.receipts import ShardReceipt, read_receipts, remove_staging
+from pipelines.download.receipts import read_receipts, remove_staging
 from pipelines.storage.objects import exists, move_object, read_bytes, write_once
 from snapfusion.models.load import load
 from snapfusion.models.save import save
+from snapfusion.records import RecordError
 from snapfusion.training.checkpoint import CheckpointStore
 
 
@@ -74,5 +75,5 @@ def test_staging_is_removed_and_receipts_are_found(store):
     remove_staging(f"{store}/d[1]")
     assert files(f"{store}/d[1]") == {"/_receipts/00000.json"}
     assert "/_staging/00000.tar" in files(f"{store}/d1")
-    with pytest.raises(TypeError, match=ShardReceipt.__name__):
+    with pytest.raises(RecordError, match=r"d\[1\]/_receipts/00000\.json is no receipt"):
         read_receipts(f"{store}/d[1]")  # it is found, and holds no receipt
