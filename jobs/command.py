@@ -2,7 +2,6 @@
 
 import difflib
 import importlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -43,27 +42,17 @@ class _Verbs(click.Group):
                 formatter.write_dl(list(verbs.items()), col_spacing=1)
 
 
-def _print_version(context: click.Context, _option: click.Parameter, given: bool) -> None:
-    if given:
-        click.echo(f"snapfusion {importlib.metadata.version('snapfusion-ray')}")
-        context.exit()
-
-
 GROUP = _Verbs(
     "snapfusion",
-    params=[
-        click.Option(
-            ["--version"],
-            is_flag=True,
-            is_eager=True,
-            expose_value=False,
-            help="print the version",
-            callback=_print_version,
-        )
-    ],
     help="Distils Stable Diffusion into a model for phones: data, training, evaluation, compilation.",
     epilog=EPILOG,
 )
+click.version_option(
+    package_name="snapfusion-ray",
+    prog_name="snapfusion",
+    message="%(prog)s %(version)s",
+    help="print the version",
+)(GROUP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,6 @@ def compare_chance(job: Job) -> None:
     """Train and score the architectures, unless that is done, and write the metrics."""
     from jobs.evolution.random_baseline import COMPARED_METRICS, RandomBaseline
     from jobs.training.initial_weights import named_architecture, own_architecture
-    from jobs.training.progress_channel import show_reports
 
     model, settings = job.resolve(job.recipe.evolution.begin), job.recipe.random_baseline
     baseline = RandomBaseline(
@@ -32,9 +31,7 @@ def compare_chance(job: Job) -> None:
     )
 
     connect_for(job, "random_baseline")
-    results = baseline.compare(
-        start=table_starter(job), run=runner(job, "random_baseline"), on_report=show_reports()
-    )
+    results = baseline.compare(start=table_starter(job), run=runner(job, "random_baseline"))
     url = job.url("chance/chance.json")
     replace_object(url, job.with_run_prefix(json.dumps(results, indent=1)).encode())
     for reading in results["readings"]:

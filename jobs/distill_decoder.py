@@ -13,7 +13,6 @@ from jobs.runtime.logs import logger
 def distill(job: Job) -> None:
     """Make the run's decoder, unless it is published already."""
     from jobs.training.decoder import distill_decoder, summary
-    from jobs.training.progress_channel import show_reports
 
     url = job.url("decoder")
     connect_unless_published(job, "decoder", url)
@@ -22,7 +21,6 @@ def distill(job: Job) -> None:
         pairs_url=job.url("pairs"),
         out_url=url,
         teacher=job.recipe.model,
-        on_report=show_reports(),
     )
     for line in summary(metrics):
         logger.info(f"  {line}")

@@ -13,7 +13,6 @@ from jobs.runtime.logs import logger
 def distill(job: Job) -> None:
     """Make the run's student, unless it is published already."""
     from jobs.training.distillation import distill_steps, summary
-    from jobs.training.progress_channel import show_reports
 
     settings = job.recipe.distill
     url = job.url(settings.name)
@@ -25,7 +24,6 @@ def distill(job: Job) -> None:
         student=student,
         data_url=distillation_table_url(job),
         out_url=url,
-        on_report=show_reports(),
     )
     for line in summary(metrics):
         logger.info(f"  {line}")

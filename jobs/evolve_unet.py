@@ -28,10 +28,9 @@ _NUM_SHOWN_CAPTIONS = 10
 
 def evolve_unet(job: Job) -> None:
     """Evolve the architecture; what is scored, decided and trained already is not done again."""
-    from jobs.evolution.search import HISTORY, Evolution, describe_round, round_images
+    from jobs.evolution.search import HISTORY, Evolution, round_images
     from jobs.reports.charts import standalone_svg
     from jobs.reports.evolution_page import evolution_charts, render_evolution
-    from jobs.training.progress_channel import show_reports
 
     settings = job.recipe.evolution
     if settings.latency_ms is None:
@@ -51,8 +50,6 @@ def evolve_unet(job: Job) -> None:
         out=job.url("evolution"),
         start=table_starter(job),
         run=runner(job, "evolution"),
-        on_report=show_reports(),
-        on_round=lambda finished: logger.info(f"  {describe_round(finished)}"),
     ).evolve()
     captions, images = round_images(settings, history, out=job.url("evolution"), limit=_NUM_SHOWN_CAPTIONS)
     page = render_evolution(history, captions=captions, images=images)

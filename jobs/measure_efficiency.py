@@ -13,8 +13,6 @@ from jobs.cli.in_run import measure_in_run
 from jobs.cli.job import Job
 from jobs.cli.state import state_of
 from jobs.cli.verb import recipe_verb
-from jobs.runtime.logs import logger
-from jobs.runtime.progress import show_status
 from jobs.runtime.versions import versions
 
 
@@ -37,9 +35,7 @@ def _measure(job: Job) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
         "settings": settings.to_values(),
-        **measure_efficiency(
-            settings, model=model, log=lambda line: logger.info(f"  {line}"), status=show_status
-        ),
+        **measure_efficiency(settings, model=model),
     }
 
 

@@ -74,7 +74,6 @@ def model_of(job: Job, line: Line, *, seed: int) -> str | None:
 def train_student(job: Job, variant: StudentVariant, *, seed: int) -> None:
     """Train a student, unless it is published already."""
     from jobs.training.distillation import distill_steps, summary
-    from jobs.training.progress_channel import show_reports
     from jobs.training.velocity import finetune_vpred
 
     if is_trained(job, variant.name, seed=seed):
@@ -84,19 +83,16 @@ def train_student(job: Job, variant: StudentVariant, *, seed: int) -> None:
     if variant.after is not None:
         initial = f"{student_url(job, variant.after, seed=seed)}/model"
     loop = distill.loop.model_copy(update={"seed": seed})
-    shared: dict[str, Any] = {
-        "out_url": student_url(job, variant.name, seed=seed),
-        "on_report": show_reports(),
-    }
+    latents_url, out_url = job.url("latents"), student_url(job, variant.name, seed=seed)
     if variant.steps is None:
         # The control: trained for as long by L_ori alone.
         control = VpredSettings(
             loop=loop, loader=distill.loader, evaluation_rows=distill.evaluation_rows, trainer=distill.trainer
         )
-        finetune_vpred(control, model=initial, latents_url=job.url("latents"), further=True, **shared)
+        finetune_vpred(control, model=initial, latents_url=latents_url, out_url=out_url, further=True)
         return
     settings = distill.model_copy(update={"name": variant.name, "loop": loop, "steps": variant.steps})
-    metrics = distill_steps(settings, teacher=initial, data_url=job.url("latents"), **shared)
+    metrics = distill_steps(settings, teacher=initial, data_url=latents_url, out_url=out_url)
     for line in summary(metrics):
         logger.info(f"  {line}")
 

@@ -49,7 +49,6 @@ SettingsT = TypeVar("SettingsT", bound=UNetTrainingSettings)
 
 def train_in_run(job: Job, section: str, *, model: str, url: str, further: bool = False) -> None:
     """Train by a section of the recipe on the LATENTS of the run by L_ori, and print the held-out loss."""
-    from jobs.training.progress_channel import show_reports
     from jobs.training.velocity import finetune_vpred
 
     connect_unless_published(job, section, url)
@@ -59,7 +58,6 @@ def train_in_run(job: Job, section: str, *, model: str, url: str, further: bool 
         latents_url=job.url("latents"),
         out_url=url,
         further=further,
-        on_report=show_reports(),
     )
     evaluation = metrics["evaluation"]
     logger.info(f"  {url}/model: L_ori {evaluation['loss']:.5f} on {evaluation['rows']} held-out rows")

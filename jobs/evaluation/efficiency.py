@@ -1,7 +1,7 @@
 """Speed and size of the efficient UNet and decoder beside the model's own. SnapFusion Tables 1, 4, 5."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -12,6 +12,8 @@ from torch import Tensor
 from jobs.evaluation.memory import measure_footprint
 from jobs.evaluation.settings import ORIGIN, TABLE_3, EfficiencySettings
 from jobs.evaluation.timing import MeasuredModel, backend_of, setting_of, unet_inputs
+from jobs.runtime.logs import logger
+from jobs.runtime.progress import show_status
 from snapfusion.evolution.stopwatch import time_in_turns
 from snapfusion.export.modules import DecoderProgram
 from snapfusion.models.architecture import Architecture, efficient_architecture
@@ -51,20 +53,12 @@ _ROWS: dict[str, tuple[str, str, tuple[str, ...], float]] = {
 """Rows of the comparison: label, section of the record, path in it, and unit."""
 
 
-def measure_efficiency(
-    settings: EfficiencySettings,
-    *,
-    model: MeasuredModel,
-    log: Callable[[str], None] = lambda line: None,
-    status: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
+def measure_efficiency(settings: EfficiencySettings, *, model: MeasuredModel) -> dict[str, Any]:
     """Measure both UNets and both decoders; returns JSON values.
 
     Args:
         settings: of the measurement.
         model: its VAE is moved and cast in place.
-        log: receives a line for each network and loop.
-        status: receives the number of turns that are done.
 
     Raises:
         LatencyError: if the runtime cannot run in that precision or on that device.
@@ -76,7 +70,7 @@ def measure_efficiency(
     footprints = {}
     for name, architecture in architectures.items():
         footprints[name] = measure_footprint(architecture, settings=settings, tokens=tokens)
-        log(f"{name} alone: {footprints[name].unet_mb:,.0f} MB")
+        logger.info(f"  {name} alone: {footprints[name].unet_mb:,.0f} MB")
     torch.set_num_threads(settings.threads)
     unets = {
         name: _TimedUNet(shape, settings=settings, tokens=tokens) for name, shape in architectures.items()
@@ -89,14 +83,14 @@ def measure_efficiency(
         {name: unet.step for name, unet in unets.items()}
         | {name: backend.benchmark(decoder.eval(), (latent,)) for name, decoder in decoders.items()},
         turns=settings.turns,
-        on_turn=lambda turn: status(f"{turn} of {settings.turns} turns"),
+        on_turn=lambda turn: show_status(f"{turn} of {settings.turns} turns"),
     )
     record: dict[str, Any] = {"setting": setting.to_values(), "tokens": tokens, "unets": {}}
     for name, unet in unets.items():
         loop_ms = LOOP_STEPS[name] * times[name].median_ms
         if settings.loop:
             loop_ms = unet.loop_ms(LOOP_STEPS[name], model=model)
-            log(f"{LOOP_STEPS[name]} steps of {name}: {loop_ms / 1000:.4g} s")
+            logger.info(f"  {LOOP_STEPS[name]} steps of {name}: {loop_ms / 1000:.4g} s")
         costs = costs_of(architectures[name], tokens=tokens).total
         record["unets"][name] = {
             "step": times[name].to_values(),

@@ -31,7 +31,6 @@ def measure_latency(
     architectures: Mapping[str, Architecture],
     tokens: int,
     on_turn: Callable[[int], None] = lambda turn: None,
-    log: Callable[[str], None] = lambda line: logger.info(f"  {line}"),
 ) -> dict[str, Any]:
     """Measure the latency table, and whole UNets to compare it with; returns JSON values.
 
@@ -43,7 +42,6 @@ def measure_latency(
         architectures: by name, all of the same channels and image size, as a model and what evolves from it.
         tokens: of an encoded caption.
         on_turn: receives the number of finished turns.
-        log: receives a line if it is measured again.
 
     Raises:
         LatencyError: if the runtime cannot run in that precision or on that device.
@@ -81,16 +79,14 @@ def measure_latency(
             },
         }
 
-    return measure_undisturbed(measure, log=log)
+    return measure_undisturbed(measure)
 
 
-def measure_undisturbed(
-    measure: Callable[[], dict[str, Any]], *, log: Callable[[str], None]
-) -> dict[str, Any]:
+def measure_undisturbed(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The record that `measure` returns, or if that was disturbed its next, and whether it was disturbed."""
     record = measure()
     if is_disturbed(record):
-        log(f"disturbed: {error_text(record)}; measured once more")
+        logger.info(f"  disturbed: {error_text(record)}; measured once more")
         record = measure()
     return {**record, "disturbed": is_disturbed(record)}
 

@@ -17,7 +17,6 @@ from jobs.evaluation.timing import unet_benchmark
 from jobs.evolution.settings import RandomBaselineSettings
 from jobs.training.initial_weights import own_architecture, with_architecture
 from jobs.training.metrics import StudentMetrics
-from jobs.training.progress_channel import OnReport
 from jobs.training.velocity import finetune_vpred
 from pipelines.ray_data.execution import Runner
 from snapfusion.evolution.latency import LatencyTable
@@ -71,23 +70,19 @@ class RandomBaseline:
         }
         return {EVOLVED: self.evolved, **by_name}
 
-    def compare(self, *, start: StartTable, run: Runner, on_report: OnReport) -> dict[str, Any]:
+    def compare(self, *, start: StartTable, run: Runner) -> dict[str, Any]:
         """Train, score and time all architectures, unless that is done already.
 
         Args:
             start: called for each table before it is filled.
             run: executes stages.
-            on_report: receives progress reports of trainings.
 
         Returns:
             JSON values: the "settings", the metrics of each architecture ("architectures"), and at each
             guidance the evolved one's beside the median of the others ("readings").
         """
         architectures = self.architectures()
-        trained = {
-            name: self._train(name, architecture, on_report=on_report)
-            for name, architecture in architectures.items()
-        }
+        trained = {name: self._train(name, architecture) for name, architecture in architectures.items()}
         results = evaluate(
             self._evaluation(architectures), model=self.model, out=self.out, start=start, run=run
         )
@@ -111,14 +106,13 @@ class RandomBaseline:
             "readings": [_reading(records, index) for index in range(len(self.settings.evaluation.guidance))],
         }
 
-    def _train(self, name: str, architecture: Architecture, *, on_report: OnReport) -> StudentMetrics:
+    def _train(self, name: str, architecture: Architecture) -> StudentMetrics:
         return finetune_vpred(
             self.settings.training,
             model=with_architecture(self.model, architecture, url=f"{self.out}/first/{name}"),
             latents_url=self.latents_url,
             out_url=f"{self.out}/trained/{name}",
             further=True,
-            on_report=on_report,
         )
 
     def _evaluation(self, names: Iterable[str]) -> EvaluationSettings:

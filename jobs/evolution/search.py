@@ -11,7 +11,7 @@ OUT/history.json            all rounds; written last
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ import numpy as np
 
 from jobs.evaluation.evaluation import StartTable, captions_of
 from jobs.evolution.settings import EvolutionSettings
+from jobs.runtime.logs import logger
 from jobs.runtime.progress import format_duration
 from jobs.training.initial_weights import own_architecture, with_architecture
-from jobs.training.progress_channel import OnReport
 from jobs.training.run_folder import begin
 from jobs.training.velocity import check_training, finetune_vpred
 from pipelines.datasets.samples import Scores, generate_samples, read_scores, source_name
@@ -108,8 +108,6 @@ class Evolution:
         out: folder or URL.
         start: called for each table before it is filled.
         run: executes stages.
-        on_report: receives progress reports of trainings.
-        on_round: receives each finished round.
     """
 
     settings: EvolutionSettings
@@ -120,8 +118,6 @@ class Evolution:
     out: str
     start: StartTable
     run: Runner
-    on_report: OnReport
-    on_round: Callable[[EvolutionRound], None]
 
     def evolve(self) -> EvolutionHistory:
         """Run rounds until the objective is met and growth is over.
@@ -180,7 +176,7 @@ class Evolution:
             finished = self._read_round(number) or self._run_round(
                 number, model=model, architecture=architecture, growths=growths
             )
-            self.on_round(finished)
+            logger.info(f"  {describe_round(finished)}")
             yield finished
             if finished.decision.action == "stop":
                 return
@@ -289,7 +285,6 @@ class Evolution:
             latents_url=self.latents_url,
             out_url=url,
             further=True,
-            on_report=self.on_report,
         )
         return f"{url}/model"
 

@@ -32,7 +32,7 @@ def distill_decoder(
     pairs_url: str,
     out_url: str,
     teacher: str,
-    on_report: OnReport = lambda figures: None,
+    on_report: OnReport | None = None,
 ) -> DecoderMetrics:
     """Train the decoder and publish its folder at `out_url`, all or nothing.
 
@@ -44,7 +44,7 @@ def distill_decoder(
         pairs_url: URL of PAIRS.
         out_url: folder to publish.
         teacher: source of the teacher, which PAIRS were made with.
-        on_report: receives progress reports.
+        on_report: receives progress reports; None shows them.
 
     Returns:
         The metrics, as in metrics.json.

@@ -40,7 +40,7 @@ def distill_steps(
     data_url: str,
     out_url: str,
     student: str | None = None,
-    on_report: OnReport = lambda figures: None,
+    on_report: OnReport | None = None,
 ) -> StudentMetrics:
     """Distil a student and publish it at `out_url` (see `TableTraining.run`).
 
@@ -50,7 +50,7 @@ def distill_steps(
         data_url: URL of LATENTS if the targets are online, else of TARGETS.
         out_url: folder to publish.
         student: source of the initial weights, which predict v; None takes the teacher's.
-        on_report: receives progress reports.
+        on_report: receives progress reports; None shows them.
 
     Returns:
         The metrics, as in metrics.json.

@@ -53,7 +53,7 @@ def train_unet(
     factory: TrainingFactory,
     check: Callable[[Snapshot, Mapping[str, Bundle]], Mapping[str, Any] | None],
     out_url: str,
-    on_report: OnReport,
+    on_report: OnReport | None,
 ) -> StudentMetrics:
     """Train a UNet to predict v and publish it (see `TableTraining.run`).
 
@@ -67,7 +67,7 @@ def train_unet(
         check: refuses a table and models that do not go together; returns what the student's folder records
             of the steps that it was distilled for, if any.
         out_url: folder to publish.
-        on_report: receives progress reports.
+        on_report: receives progress reports; None shows them.
     """
 
     def check_with_validation(table: Snapshot, models: Mapping[str, Bundle]) -> dict[str, Any]:

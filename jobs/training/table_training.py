@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from jobs.training.progress_channel import OnReport
+from jobs.training.progress_channel import OnReport, show_reports
 from jobs.training.run_folder import RunFolder, begin
 from jobs.training.settings import TableTrainingSettings
 from jobs.training.spec import TrainingError, TrainingFactory
@@ -101,7 +101,7 @@ class TableTraining(Generic[SettingsT]):
     identity: Callable[[Mapping[str, Bundle]], Mapping[str, Any]]
     publish: Callable[[Path, Mapping[str, TrainingResult], TrainingInputs[SettingsT], Any], Mapping[str, Any]]
 
-    def run(self, out_url: str, *, on_report: OnReport) -> Any:  # noqa: ANN401 - `TrainingMetrics` of its kind
+    def run(self, out_url: str, *, on_report: OnReport | None) -> Any:  # noqa: ANN401 - `TrainingMetrics` of its kind
         """Train, and publish the folder at `out_url`, all or nothing; returns the metrics of metrics.json.
 
         A run that was killed resumes, with the version of the table that it began with. A published folder
@@ -159,7 +159,7 @@ class TableTraining(Generic[SettingsT]):
         *,
         parents: dict[str, dict[str, Any]],
         checked: Any,  # noqa: ANN401 - the result of `check`
-        on_report: OnReport,
+        on_report: OnReport | None,
     ) -> dict[str, Any]:
         """Train, and publish the folder; returns the metrics."""
         began = time.monotonic()
@@ -171,7 +171,7 @@ class TableTraining(Generic[SettingsT]):
                 {"inputs": inputs},
                 store_url=folder.store_url,
                 settings=self.settings.trainer,
-                on_report=on_report,
+                on_report=on_report or show_reports(),
             )
         return folder.publish(
             inputs.identity,

@@ -33,7 +33,7 @@ def finetune_vpred(
     latents_url: str,
     out_url: str,
     further: bool = False,
-    on_report: OnReport = lambda figures: None,
+    on_report: OnReport | None = None,
 ) -> StudentMetrics:
     """Train a model by L_ori and publish it at `out_url` (see `TableTraining.run`).
 
@@ -43,7 +43,7 @@ def finetune_vpred(
         latents_url: URL of LATENTS.
         out_url: folder to publish.
         further: also accept a model that predicts v already.
-        on_report: receives progress reports.
+        on_report: receives progress reports; None shows them.
 
     Returns:
         The metrics, as in metrics.json.

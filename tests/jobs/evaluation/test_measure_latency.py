@@ -135,36 +135,31 @@ def test_parts_that_do_not_add_up_are_disturbed(errors, disturbed):
 @pytest.mark.parametrize(
     ("errors", "taken", "disturbed"), [((0.1, 9.0), 1, False), ((0.9, 0.1), 2, False), ((0.9, -0.3), 2, True)]
 )
-def test_a_disturbed_measurement_is_taken_once_more(errors, taken, disturbed):
-    records, lines = iter([disturbed_by(error) for error in errors]), []
-    record = measure_undisturbed(lambda: next(records), log=lines.append)
+def test_a_disturbed_measurement_is_taken_once_more(errors, taken, disturbed, capsys):
+    records = iter([disturbed_by(error) for error in errors])
+    record = measure_undisturbed(lambda: next(records))
     assert record == {**disturbed_by(errors[taken - 1]), "disturbed": disturbed}
-    assert len(lines) == taken - 1
+    assert capsys.readouterr().out.count("measured once more") == taken - 1
     assert len(list(records)) == 2 - taken
     assert ("disturbed, and so no result" in "".join(latency_lines(record))) == disturbed
 
 
-def test_a_whole_unet_that_is_slowed_down_is_marked(origin):
+def test_a_whole_unet_that_is_slowed_down_is_marked(origin, capsys):
     def wait(module, arguments):
         if isinstance(module, UNet2DConditionModel | BlockUNet):
             time.sleep(0.1)
 
-    turns, lines = [], []
+    turns = []
     hook = register_module_forward_pre_hook(wait)
     try:
         record = measure_latency(
-            LatencySettings(turns=2),
-            architectures=architectures_of(origin),
-            tokens=4,
-            on_turn=turns.append,
-            log=lines.append,
+            LatencySettings(turns=2), architectures=architectures_of(origin), tokens=4, on_turn=turns.append
         )
     finally:
         hook.remove()
     assert turns == [1, 2, 1, 2]
     assert record["disturbed"]
-    assert len(lines) == 1
-    assert "measured once more" in lines[0]
+    assert capsys.readouterr().out.count("measured once more") == 1
     assert breakdown_of(record).disturbed
     assert not breakdown_of({key: record[key] for key in ("table", "unets")}).disturbed
 

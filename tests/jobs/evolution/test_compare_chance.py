@@ -62,7 +62,7 @@ def test_random_architectures_have_the_evolved_latency(tmp_path):
 def compared(ray_cluster, tmp_path_factory):
     out = tmp_path_factory.mktemp("chance")
     results = comparison(out, latents=encode_scenes(out)).compare(
-        start=lambda name, parents: ({}, None), run=in_process, on_report=lambda figures: None
+        start=lambda name, parents: ({}, None), run=in_process
     )
     return out, results
 

@@ -16,7 +16,7 @@ from jobs.cli.in_run import resolve_training
 from jobs.cli.job import Job
 from jobs.evaluation.evaluation import captions_of
 from jobs.evaluation.settings import PromptSettings
-from jobs.evolution.search import Evolution
+from jobs.evolution.search import Evolution, describe_round
 from jobs.evolution.settings import EvolutionSettings
 from jobs.recipes.registry import recipe_named
 from jobs.reports.evolution_page import render_evolution
@@ -66,9 +66,7 @@ def latents(tmp_path_factory):
 OBJECTIVE_MS = TABLE.predict_ms(ORIGIN) - 7.0
 
 
-def evolution(
-    out, latents, *, objective_ms=OBJECTIVE_MS, table=TABLE, run=in_process, rounds=None, settings=SETTINGS
-):
+def evolution(out, latents, *, objective_ms=OBJECTIVE_MS, table=TABLE, run=in_process, settings=SETTINGS):
     return Evolution(
         settings=settings,
         objective_ms=objective_ms,
@@ -78,8 +76,6 @@ def evolution(
         out=str(out),
         start=lambda name, parents: ({}, None),
         run=run,
-        on_report=lambda figures: None,
-        on_round=lambda over: None if rounds is None else rounds.append(over),
     )
 
 
@@ -219,7 +215,7 @@ def test_a_score_that_is_not_finite_is_refused(latents, tmp_path, monkeypatch):
         evolution(tmp_path, latents).evolve()
 
 
-def test_an_indispensable_block_has_no_score(latents, tmp_path, monkeypatch):
+def test_an_indispensable_block_has_no_score(latents, tmp_path, monkeypatch, capsys):
     draw, lost = SampleAndScore.sample, "mid_block.attentions.0"
 
     def broken(self, texts, keys, *, w):
@@ -228,9 +224,8 @@ def test_an_indispensable_block_has_no_score(latents, tmp_path, monkeypatch):
         return latents * float("nan") if gone else latents
 
     monkeypatch.setattr(SampleAndScore, "sample", broken)
-    rounds = []
-    first = first_round(evolution(tmp_path, latents, rounds=rounds))
-    assert rounds == [first]
+    first = first_round(evolution(tmp_path, latents))
+    assert describe_round(first) in capsys.readouterr().out
     score = next(score for score in first.scores if score.block == lost)
     assert (score.delta_clip, score.clip, score.captions) == (None, None, 0)
     assert math.isinf(score.value)
