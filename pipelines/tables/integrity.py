@@ -69,7 +69,7 @@ def read_rows(
 def _source(path: str, data: pa.Buffer | IO[bytes]) -> pa.NativeFile | IO[bytes]:
     if isinstance(data, pa.Buffer):
         return pa.BufferReader(data)
-    # Arrow's threads call into a file of Python's, which aborts the process if the interpreter ends meanwhile.
+    # Arrow's threads call into a file of Python's, and abort the process if the interpreter ends meanwhile.
     return pa.OSFile(str(local_path(path)), "rb") if is_local(path) else data
 
 
