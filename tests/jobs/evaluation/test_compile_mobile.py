@@ -405,7 +405,7 @@ def test_a_disk_that_fills_leaves_nothing_behind(mobile_model, tmp_path):
         text=True,
         check=False,
     )
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 1, done.stderr
     assert "compile_mobile: the bundle cannot be written below" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings"]

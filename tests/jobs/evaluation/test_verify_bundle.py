@@ -99,8 +99,8 @@ def test_a_program_outside_the_bundle_is_refused(name, tmp_path, capsys):
     [
         ('{"format": 1}', "of format 1; format 2 is accepted"),
         ("{}", "of format None; format 2 is accepted"),
-        ("[]", "of format None; format 2 is accepted"),
-        ("{", "is not JSON"),
+        ("[]", "manifest.json holds list; a JSON object is accepted"),
+        ("{", "manifest.json is damaged: Expecting property name"),
     ],
 )
 def test_a_bundle_of_another_version_is_refused(text, message, copied, capsys):

@@ -73,7 +73,7 @@ def test_commits_request_as_forecast(server):
     assert found.get == pytest.approx(expected.get, rel=0.05)
 
 
-def test_a_training_reads_a_unit_in_three_requests(server):
+def test_a_training_reads_a_unit_in_four_requests(server):
     """A unit as large as those of 512 px in a recipe."""
     url, rows = "s3://bucket/unit.parquet", 64
     schema = pa.schema([("id", pa.string()), ArrayType(shape=(4, 32, 32), dtype="<f2").field("latent")])
@@ -82,13 +82,13 @@ def test_a_training_reads_a_unit_in_three_requests(server):
         [pa.array(map(str, range(rows))), pa.array([one.tobytes() for one in latents])], schema=schema
     )
     with fsspec.open(url, "wb") as file:
-        pq.write_table(data, file, compression="none", use_dictionary=False)
+        pq.write_table(data, file, compression="none", use_dictionary=False, write_page_checksum=True)
     unit = UnitFile(unit="unit", path=url, rows=rows, size=0)
     read = open_table("s3://bucket/latents")
     server.requests()
     assert read.read_unit(unit, ["id", "latent"]).num_rows == rows
     one = TrainingReads(steps=1, global_batch=rows, window_units=1, unit_rows=rows, row_bytes=1.0)
-    assert server.requests().get == one.requests(workers=1).get == 3
+    assert server.requests().get == one.requests(workers=1).get == 4
 
 
 class CountingTable:

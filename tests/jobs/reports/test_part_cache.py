@@ -45,7 +45,7 @@ def kept(run):
 
 def test_a_second_report_is_equal_and_loads_no_model(run):
     page, metrics = reported(run)
-    assert kept(run).keys() == {"latencies", "models", "oracle", "scenes", "student"}
+    assert kept(run).keys() == {"latencies", "models", "oracle", "scenes", "student", "weights"}
     command = [sys.executable, "-c", PROGRAM, str(run)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
@@ -68,7 +68,7 @@ def test_a_changed_student_is_sampled_again(run):
     assert changed_ways["student"]["distance"] != ways["student"]["distance"]
     assert changed_page != page
     after = kept(run)
-    assert {name for name in before if after[name] != before[name]} == {"student"}
+    assert {name for name in before if after[name] != before[name]} == {"student", "weights"}
 
 
 @pytest.mark.parametrize(

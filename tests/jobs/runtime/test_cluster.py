@@ -13,5 +13,6 @@ def test_a_folder_too_deep_for_sockets_is_refused(monkeypatch: pytest.MonkeyPatc
     for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("deep" * 10)))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # another test's cluster may be up
     with pytest.raises(SettingsError, match=r"^TMPDIR /.* bytes too long .* set RAY_TMPDIR"):
         connect(ClusterSettings())
