@@ -140,8 +140,9 @@ class Snapshot:
             with fsspec.open(unit.path, "rb") as file:
                 # Whole files come in one request; of chosen columns only their byte ranges are fetched.
                 data = pa.py_buffer(file.read()) if columns is None else file
-                sha256 = self._sha256.get if checks_all else lambda _: None
-                return read_rows(unit.path, data, columns, sha256=lambda: sha256(unit.unit))
+                # Of `.units`, which is read only for a file without checksums of its pages.
+                sha256 = (lambda: self._sha256.get(unit.unit)) if checks_all else (lambda: None)
+                return read_rows(unit.path, data, columns, sha256=sha256)
 
         try:
             return with_retries(unit.path, read)
