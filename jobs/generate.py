@@ -41,7 +41,7 @@ OPTIONS = [
     click.Option(["-n"], type=click.IntRange(1), default=1, help="images of each caption and seed"),
     click.Option(["--sheet"], is_flag=True, help="all images in one file, a row for each caption"),
     click.Option(
-        ["--out"], default="picture.png", help=f"a file ({', '.join(_ENDINGS)}); none is overwritten"
+        ["--out"], default="image.png", help=f"a file ({', '.join(_ENDINGS)}); none is overwritten"
     ),
 ]
 _OF_A_MODEL = ("model", "steps", "sampler", "size", "device", "image")

@@ -19,7 +19,7 @@ _LISTS_PER_COMMIT = 3
 _GETS_PER_CHECKPOINT = 11
 """For the parts of the log's checkpoint, at each load."""
 _GETS_PER_UNIT = 4
-"""One HEAD, the first page's header (once in a process), the footer, and the columns with all between them."""
+"""One HEAD, the first page's header (once a process), the footer, and the columns with all between them."""
 _PART_BYTES = 50 * 2**20
 """Size of one part of a multipart upload."""
 

@@ -63,9 +63,9 @@ def test_format_is_that_of_the_name(run, ending):
 
 def test_no_file_is_overwritten(run):
     first = run("red")
-    assert list(run("red", "--seed", "1")) == ["picture-1.png"]
-    assert list(run("red", "--seed", "2")) == ["picture-2.png"]
-    np.testing.assert_array_equal(np.asarray(Image.open("picture.png")), first["picture.png"])
+    assert list(run("red", "--seed", "1")) == ["image-1.png"]
+    assert list(run("red", "--seed", "2")) == ["image-2.png"]
+    np.testing.assert_array_equal(np.asarray(Image.open("image.png")), first["image.png"])
 
 
 def test_sheet_has_a_row_for_each_caption(run):
