@@ -40,9 +40,7 @@ OPTIONS = [
     click.Option(["--seeds"], metavar="N,N,...", help="several seeds, in place of --seed"),
     click.Option(["-n"], type=click.IntRange(1), default=1, help="images of each caption and seed"),
     click.Option(["--sheet"], is_flag=True, help="all images in one file, a row for each caption"),
-    click.Option(
-        ["--out"], default="image.png", help=f"a file ({', '.join(_ENDINGS)}); none is overwritten"
-    ),
+    click.Option(["--out"], default="image.png", help=f"a file ({', '.join(_ENDINGS)}); none is overwritten"),
 ]
 _OF_A_MODEL = ("model", "steps", "sampler", "size", "device", "image")
 
