@@ -13,13 +13,12 @@ t = -1 is the clean end: alpha = 1 and sigma = 0 exactly. All tables are compute
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction"]
-PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+from snapfusion.prediction_types import PREDICTION_TYPES, PredictionType
 
 
 class Estimate(NamedTuple):

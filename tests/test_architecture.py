@@ -19,7 +19,7 @@ PACKAGES = ("snapfusion", "pipelines", "jobs")
 
 # A module of snapfusion imports its own package, and what stands in a row above its own.
 LAYERS = (
-    {"settings", "records", "solver_names", "storage"},
+    {"settings", "prediction_types", "records", "solver_names", "storage"},
     {"schedule", "noise"},
     {"solvers"},
     {"sampling"},

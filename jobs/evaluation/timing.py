@@ -14,7 +14,8 @@ from snapfusion.evolution.runtimes import Backend
 from snapfusion.models.architecture import Architecture, ArchitectureError, efficient_architecture
 from snapfusion.models.load import load
 from snapfusion.models.unet import architecture_of, build_unet
-from snapfusion.schedule import PredictionType, Schedule
+from snapfusion.prediction_types import PredictionType
+from snapfusion.schedule import Schedule
 
 _LAST_TIMESTEP = 999.0
 

@@ -18,7 +18,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field
 
-from snapfusion.schedule import PredictionType, Schedule
+from snapfusion.prediction_types import PredictionType
+from snapfusion.schedule import Schedule
 from snapfusion.settings import Settings, SettingsError
 
 _TOLERANCE = 1e-12

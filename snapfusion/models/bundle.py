@@ -13,8 +13,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from snapfusion.models.guidance_embedding import guidance_embedding, has_guidance_embedding
 from snapfusion.models.tokenizer import tokenize
 from snapfusion.models.unet import BlockUNet, resize_unet
+from snapfusion.prediction_types import PredictionType
 from snapfusion.sampling import Denoiser, guide
-from snapfusion.schedule import Estimate, PredictionType, Schedule
+from snapfusion.schedule import Estimate, Schedule
 
 
 @dataclass(kw_only=True)

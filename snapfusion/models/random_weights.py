@@ -10,7 +10,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from snapfusion.models import sd2, sd15
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.tokenizer import END, clip_tokenizer
-from snapfusion.schedule import PredictionType, Schedule
+from snapfusion.prediction_types import PredictionType
+from snapfusion.schedule import Schedule
 
 RANDOM_PREFIX = "random:"
 """Prefix of the sources of these models, such as "random:sd15"."""

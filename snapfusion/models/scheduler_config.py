@@ -14,7 +14,8 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from snapfusion.models.errors import ModelError
-from snapfusion.schedule import PREDICTION_TYPES, PredictionType, Schedule
+from snapfusion.prediction_types import PREDICTION_TYPES, PredictionType
+from snapfusion.schedule import Schedule
 
 _TOLERANCE = 1e-5  # of alpha_t^2, which schedulers compute in float32
 

@@ -30,7 +30,8 @@ from snapfusion.models.single_file_config import (
 from snapfusion.models.source import ModelSource
 from snapfusion.models.supported import check_unet_config
 from snapfusion.models.tokenizer import END, clip_tokenizer
-from snapfusion.schedule import PredictionType, Schedule
+from snapfusion.prediction_types import PredictionType
+from snapfusion.schedule import Schedule
 
 _EMA_PREFIX = "model_ema."
 # An empty tensor by which trainers mark a model of v-prediction.

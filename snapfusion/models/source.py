@@ -6,7 +6,7 @@ from typing import cast
 from urllib.parse import parse_qsl, quote, urlencode
 
 from snapfusion.models.errors import ModelError
-from snapfusion.schedule import PREDICTION_TYPES, PredictionType
+from snapfusion.prediction_types import PREDICTION_TYPES, PredictionType
 
 _NAMES = ("variant", "revision", "prediction_type", "ema", "size", "lora")
 _REPEATABLE = ("lora",)
