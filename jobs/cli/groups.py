@@ -39,6 +39,7 @@ GROUPS = {
         "benchmark": "time a bundle's modules beside torch",
     },
     "Operations": {
+        "check": "what a model is, what is read of it, what it costs",
         "recipes": "list the recipes, or print one as YAML",
         "plan": "rows, hours, cost and memory of a run, beforehand",
         "forget": "delete rows and what derives from them",

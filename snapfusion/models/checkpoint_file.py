@@ -16,6 +16,7 @@ class CheckpointFile:
 
     Attributes:
         shapes: of the tensors by key.
+        dtypes: that the tensors have, such as "F16" and "F32", in alphabetical order.
         metadata: the text in the header, {} if there is none.
 
     Raises:
@@ -32,8 +33,9 @@ class CheckpointFile:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{source}: {path.name} cannot be read: {error}") from None
         self.metadata: dict[str, str] = self._file.metadata() or {}
-        keys = self._file.keys()
-        self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in keys}
+        slices = {key: self._file.get_slice(key) for key in self._file.keys()}  # noqa: SIM118 - not a mapping
+        self.shapes = {key: tuple(value.get_shape()) for key, value in slices.items()}
+        self.dtypes: list[str] = sorted({value.get_dtype() for value in slices.values()})
 
     def tensor(self, key: str) -> Tensor:
         """Read one tensor; floating point as float32."""

@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,29 @@ def merge_loras(bundle: Bundle, loras: Iterable[Lora], paths: Iterable[Path]) ->
         if num_assumed:
             _logger.info("%s does not say alpha of %d modules; the rank is taken", lora.path, num_assumed)
         bundle.merged.append({"lora": path.name, "sha256": file_hash(path), "weight": lora.weight})
+
+
+def describe_lora(lora: Lora, path: Path) -> dict[str, Any]:
+    """Describe a LoRA file: the number of its modules, and their ranks and alphas, each once.
+
+    Args:
+        lora: with its weight.
+        path: its local file.
+
+    Raises:
+        ModelError: if it is not a LoRA.
+    """
+    file = CheckpointFile(path, source=lora.path)
+    adapters, adapter_alpha = _adapters(file.tensors(), lora=lora), _adapter_alphas(file.metadata, lora=lora)
+    alphas = [tensors.get("alpha", adapter_alpha(*name)) for name, tensors in adapters.items()]
+    return {
+        "lora": path.name,
+        "weight": lora.weight,
+        "modules": len(adapters),
+        "ranks": sorted({len(tensors["down"]) for tensors in adapters.values()}),
+        "alphas": sorted({float(alpha) for alpha in alphas if alpha is not None}),
+        "modules_without_alpha": sum(alpha is None for alpha in alphas),
+    }
 
 
 def _refuse_other_kinds(file: CheckpointFile, *, lora: Lora) -> None:

@@ -24,7 +24,8 @@ transformers_logging.disable_progress_bar()
 
 NETWORKS: Final = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 """The stock class of each network, by its folder."""
-_PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+"""Of files that hold pickled weights, which are never opened."""
 # Old CLIP checkpoints contain the positions 0..76 as a tensor, which is not needed.
 _IGNORED_KEYS = ("position_ids",)
 # Where a folder has no plain weights but several variants.
@@ -92,8 +93,25 @@ def read_json(path: Path, *, source: str) -> dict[str, Any]:
 
 def variants(folder: Path) -> set[str | None]:
     """List the variants of a network's weights by its files' names; None stands for the plain weights."""
-    names = [_WEIGHTS_NAME.search(path.name) for path in folder.glob("*.safetensors")]
-    return {match.group(1) or match.group(2) for match in names if match}
+    return set(_files_by_variant(folder))
+
+
+def weight_files(folder: Path, *, source: str, variant: str | None = None) -> list[Path]:
+    """List the files from which `read_network` reads the weights, of the same arguments.
+
+    Raises:
+        ModelError: if there are no weights that can be read.
+    """
+    chosen = _variant(folder, variant=variant, source=source)
+    return _files_by_variant(folder)[chosen]
+
+
+def _files_by_variant(folder: Path) -> dict[str | None, list[Path]]:
+    files: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if match := _WEIGHTS_NAME.search(path.name):
+            files.setdefault(match.group(1) or match.group(2), []).append(path)
+    return files
 
 
 def _variant(folder: Path, *, variant: str | None, source: str) -> str | None:
@@ -104,7 +122,7 @@ def _variant(folder: Path, *, variant: str | None, source: str) -> str | None:
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
         found = f"only pickled weights ({', '.join(pickles)}), never opened" if pickles else "no weights"
         raise ModelError(f"{source}: {folder.name} has {found}; save it as safetensors")
     pointer = next((path.name for path in files if is_lfs_pointer(path)), None)

@@ -95,18 +95,19 @@ def network_sizes(model: str) -> NetworkSizes:
     if model in PUBLISHED:
         return _published(PUBLISHED[model])
     bundle = load(model)
-    for network in bundle.networks.values():
-        network.to("meta")
-    return _sizes(bundle)
+    return sizes_of(bundle)
 
 
 @functools.lru_cache
 def _published(name: str) -> NetworkSizes:
     with torch.device("meta"):
-        return _sizes(random_bundle(name))
+        return sizes_of(random_bundle(name))
 
 
-def _sizes(bundle: Bundle) -> NetworkSizes:
+def sizes_of(bundle: Bundle) -> NetworkSizes:
+    """Sizes of a loaded model, whose networks are moved to the meta device: its weights are lost."""
+    for network in bundle.networks.values():
+        network.to("meta")
     side, half = bundle.image_size, _half_decoder(bundle)
     latent = torch.empty(1, *bundle.latent_shape, device="meta")
     image = torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta")

@@ -17,6 +17,10 @@ from snapfusion.models.errors import ModelError
 from snapfusion.prediction_types import PREDICTION_TYPES, PredictionType
 from snapfusion.schedule import Schedule
 
+_READ = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("prediction_type", "thresholding", "rescale_betas_zero_snr"),
+)
 _TOLERANCE = 1e-5  # of alpha_t^2, which schedulers compute in float32
 
 
@@ -36,6 +40,11 @@ def read_scheduler(config: Mapping[str, Any], *, source: str) -> tuple[Schedule,
         if complete.get(field):
             raise ModelError(f"{source}: the scheduler's {field} is on; {_REASONS[field]}")
     return _schedule(complete, source=source), _prediction_type(complete, source=source)
+
+
+def unused_fields(config: Mapping[str, Any]) -> list[str]:
+    """List the fields of a scheduler's configuration that have no effect, because they concern sampling."""
+    return sorted(name for name in config if name not in _READ and not name.startswith("_"))
 
 
 _REASONS = {

@@ -55,7 +55,7 @@ def read_single_file(path: Path, *, model: ModelSource, source: str) -> Bundle:
     """
     file = CheckpointFile(path, source=source)
     configs = _configs(file, model=model, source=source)
-    prediction_type = _prediction_type(file, configs=configs, model=model, source=source)
+    prediction_type, _ = find_prediction_type(file, sd2=configs.sd2, model=model, source=source)
     schedule = _schedule(file, source=source)
     unet = UNet2DConditionModel(**configs.unet)
     vae = AutoencoderKL(**configs.vae)
@@ -86,6 +86,11 @@ def single_file_configs(path: Path, *, model: ModelSource, source: str) -> Singl
         ModelError: if it is another kind of model.
     """
     return _configs(CheckpointFile(path, source=source), model=model, source=source)
+
+
+def has_averaged_weights(file: CheckpointFile) -> bool:
+    """Tell whether a checkpoint has averaged weights beside the others, as `ema=true` reads them."""
+    return any(key.startswith(_EMA_PREFIX) for key in file.shapes)
 
 
 def _configs(file: CheckpointFile, *, model: ModelSource, source: str) -> SingleFileConfigs:
@@ -143,17 +148,28 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], *, name: str, sourc
     check_finite(network, name=name, source=source)
 
 
-def _prediction_type(
-    file: CheckpointFile, *, configs: SingleFileConfigs, model: ModelSource, source: str
-) -> PredictionType:
-    """Return what the options say, else the file's metadata or mark; SD 1 without either predicts eps."""
-    known = model.prediction_type or _METADATA_KINDS.get(file.metadata.get(_METADATA_KEY, ""))
-    if known:
-        return known
+def find_prediction_type(
+    file: CheckpointFile, *, sd2: bool, model: ModelSource, source: str
+) -> tuple[PredictionType, str]:
+    """Return a checkpoint's prediction type, and what says it; SD 1 predicts eps if nothing does.
+
+    Args:
+        file: the checkpoint.
+        sd2: whether it is of SD 2.
+        model: its options, which come first.
+        source: the model, named in errors.
+
+    Raises:
+        ModelError: if nothing says it of a checkpoint of SD 2.
+    """
+    if model.prediction_type:
+        return model.prediction_type, "the option prediction_type"
+    if known := _METADATA_KINDS.get(file.metadata.get(_METADATA_KEY, "")):
+        return known, f"the file's metadata, {_METADATA_KEY}"
     if _V_PREDICTION_KEY in file.shapes:
-        return "v_prediction"
-    if not configs.sd2:
-        return "epsilon"
+        return "v_prediction", f"the file's tensor {_V_PREDICTION_KEY}"
+    if not sd2:
+        return "epsilon", "nothing in the file; Stable Diffusion 1 does"
     raise ModelError(
         f"{source} does not say whether it predicts eps (SD 2 base, 512 px) or v (SD 2, 768 px); add "
         "?prediction_type=epsilon or ?prediction_type=v_prediction"

@@ -28,7 +28,7 @@ def read_tokenizer(folder: Path, *, text_encoder: Mapping[str, Any], source: str
         ModelError: if it is missing and not CLIP's, or cannot be read.
     """
     length = int(text_encoder.get("max_position_embeddings", 77))
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
+    if not has_vocabulary(folder):
         if text_encoder.get("vocab_size", CLIP_VOCABULARY) != CLIP_VOCABULARY:
             raise ModelError(
                 f"{source}: its tokenizer is missing, and its text encoder's vocabulary has "
@@ -46,3 +46,8 @@ def read_tokenizer(folder: Path, *, text_encoder: Mapping[str, Any], source: str
         _logger.info("%s's tokenizer has no length; the text encoder reads %d tokens", source, length)
         tokenizer.model_max_length = length
     return tokenizer
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Tell whether a folder has a tokenizer's vocabulary."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)

@@ -80,7 +80,7 @@ def test_a_mistake_names_its_option(words, message, capsys, tmp_path, monkeypatc
 
 WITHOUT_RECIPE = {
     *("train_mini", "measure_mini", "measure_robustness"),
-    *("generate", "verify_bundle", "benchmark", "recipes"),
+    *("check", "generate", "verify_bundle", "benchmark", "recipes"),
 }
 SHARED = {"--recipe", "--config", "--set", "--out", "--dry-run", "--verbose", "--log-json", "--help"}
 OWN = {

@@ -251,6 +251,7 @@ SUBMISSIONS = (
         after="verify_table compute_targets compare_chance distill_schedule finetune_vpred",
         outputs="forgotten/receipts",
     ),
+    job("check", words=("mini",), prints="bundled model"),
     job("recipes", words=("sd15",), prints="stable-diffusion-v1-5"),
     job("vacuum", "vacuum.hours=0", words=("--out", "{run}", "--delete"), after="forget", prints="deleted"),
     job(
