@@ -29,7 +29,7 @@ def warn_of_caption(tokenizer: CLIPTokenizer, caption: str) -> None:
     """Say if a model reads only a part of a caption, or is a miniature that does not know it."""
     for warning in (
         truncation_warning(tokenizer, caption),
-        caption_warning(caption, vocabulary_size=len(tokenizer)),
+        caption_warning(caption, vocabulary_size=tokenizer.vocab_size),
     ):
         if warning is not None:
             logger.warning(warning)
@@ -119,7 +119,7 @@ def distilled_steps(bundle: Bundle) -> int:
 
 def default_guidance(bundle: Bundle) -> float:
     """Guidance w for a model: 2.5 for a miniature, else 7.5, within what a student was distilled for."""
-    miniature = len(bundle.tokenizer) != CLIP_VOCABULARY
+    miniature = bundle.tokenizer.vocab_size != CLIP_VOCABULARY
     w = _MINIATURE_GUIDANCE if miniature else _DEFAULT_GUIDANCE
     cfg_range = (bundle.distillation or {}).get("cfg_range")
     return min(max(w, cfg_range["low"]), cfg_range["high"]) if cfg_range else w

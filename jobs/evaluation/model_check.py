@@ -85,7 +85,12 @@ def _steps(model: ModelDescription) -> str:
 
 
 def _merged_rows(model: ModelDescription) -> Iterator[tuple[str, str]]:
-    for lora in model.merged:
+    for embedding in (record for record in model.merged if "embedding" in record):
+        yield (
+            "embedding",
+            (f"{embedding['embedding']}: token {embedding['token']}, {embedding['vectors']} vectors"),
+        )
+    for lora in (record for record in model.merged if "lora" in record):
         ranks = ", ".join(map(str, lora["ranks"]))
         alphas = ", ".join(f"{alpha:g}" for alpha in lora["alphas"]) or "not said, taken as the rank"
         yield (

@@ -23,9 +23,9 @@ def model_state(source: str) -> dict[str, Any]:
 
     A hub id has no files of its own here and stands for itself.
     """
-    path, *loras = source_paths(source)
+    path, *files = source_paths(source)
     root = str(BUNDLED.get(path, path))
-    options = {"source": source, "loras": [files_state(lora) for lora in loras]} if path != source else {}
+    options = {"source": source, "merged": [files_state(file) for file in files]} if path != source else {}
     for folder in _MODEL_FOLDERS:
         if exists(f"{root}{folder}/{CHECKSUMS_FILE}"):
             return {"checksums": digest(read_bytes(f"{root}{folder}/{CHECKSUMS_FILE}").decode()), **options}

@@ -184,7 +184,8 @@ class BundleBuilder:
     def _check_tokenizer(self) -> None:
         """Compare the tokenizer on disk with the model's, also on texts on which similar ones differ."""
         written = CLIPTokenizer.from_pretrained(self.folder / TOKENIZER)
-        for text in (*self.settings.captions, *_TOKENIZER_EDGE_CASES):
+        added = self.bundle.tokenizer.added_tokens_encoder  # of textual inversions, too
+        for text in (*self.settings.captions, *_TOKENIZER_EDGE_CASES, *added):
             if tokenize(written, [text]).tolist() != self.bundle.tokenize([text]).tolist():
                 raise ParityError(f"{TOKENIZER} gives other ids than the model's own for {text[:60]!r}")
 

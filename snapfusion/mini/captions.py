@@ -29,7 +29,7 @@ def caption_warning(caption: str, *, vocabulary_size: int) -> str | None:
 
     Args:
         caption: to be generated.
-        vocabulary_size: `len` of the model's tokenizer.
+        vocabulary_size: of the model's tokenizer, without the tokens of textual inversions.
     """
     if vocabulary_size != VOCABULARY_SIZE or knows_caption(caption):
         return None

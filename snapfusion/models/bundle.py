@@ -29,7 +29,7 @@ class Bundle:
 
     Networks run in their own dtype; all arithmetic around them is float32. `distillation` holds the steps and
     guidance of a distilled model (`snapfusion.models.save.DISTILLATION_FILE`), None for any other. `merged`
-    lists the LoRAs in the weights, each by file name, SHA-256 and weight.
+    lists the LoRAs and textual inversions in the weights, by file name and SHA-256, with weight or token.
     """
 
     tokenizer: CLIPTokenizer

@@ -54,7 +54,7 @@ class ModelDescription:
         networks: the class of each network, by name.
         tokens: that the tokenizer knows.
         tokens_per_caption: that are read.
-        merged: LoRAs in the weights, with the ranks and alphas of their modules.
+        merged: LoRAs in the weights, with the ranks and alphas of their modules, and textual inversions.
         distillation: record of a distilled model; None for any other.
         costs: what it costs.
         notes: lines that loading has logged, about what was missing and completed.
@@ -92,7 +92,8 @@ def describe_model(source: str) -> ModelDescription:
         return _describe(source, network_sizes(source), stored=stored)
     with _logged_lines() as notes:
         bundle = load(source)
-    merged = tuple(describe_lora(lora, locate_file(lora.path)) for lora in parse_source(source).loras)
+    loras = (describe_lora(lora, locate_file(lora.path)) for lora in parse_source(source).loras)
+    merged = (*loras, *(record for record in bundle.merged if "embedding" in record))
     stored = describe_stored(source)
     return _describe(source, sizes_of(bundle), stored=stored, merged=merged, notes=tuple(notes))
 

@@ -20,6 +20,7 @@ from snapfusion.models.scheduler_config import read_scheduler
 from snapfusion.models.single_file import read_single_file, single_file_configs
 from snapfusion.models.source import ModelSource, parse_source
 from snapfusion.models.supported import check_supported
+from snapfusion.models.textual_inversion import add_embeddings
 from snapfusion.models.tokenizer_files import read_tokenizer
 from snapfusion.records import parse_record
 from snapfusion.schedule import Schedule
@@ -58,6 +59,7 @@ def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
     else:
         bundle = _load_folder(path, model=model, source=source)
     merge_loras(bundle, model.loras, [locate_file(lora.path) for lora in model.loras])
+    add_embeddings(bundle, model.embeddings, [locate_file(file.path) for file in model.embeddings])
     return bundle.to(device, dtype)
 
 
@@ -77,7 +79,7 @@ def load_network(source: str, *, part: NetworkName) -> nn.Module:
         return load(source).networks[part]
     model = parse_source(source)
     path = locate(model.path, revision=model.revision)
-    if path.is_file() or model.loras:
+    if path.is_file() or model.loras or model.embeddings:
         network = load(source).networks[part]
     else:
         network = read_network(path / part, source=source, variant=model.variant)

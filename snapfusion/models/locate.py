@@ -62,7 +62,10 @@ def locate_file(path: str) -> Path:
         ModelError: if there is no such file, or it is not named .safetensors.
     """
     if not path.endswith(SINGLE_FILE_SUFFIX):
-        raise ModelError(f"{path}: a {SINGLE_FILE_SUFFIX} file is accepted")
+        raise ModelError(
+            f"{path}: a {SINGLE_FILE_SUFFIX} file is accepted; others may be pickles, which can run code: "
+            "convert it first"
+        )
     if "://" in path:
         return _fetch_file(path)
     if not Path(path).is_file():

@@ -28,7 +28,7 @@ _OTHER_KINDS = {
     "joint_blocks.": "an SD3 checkpoint",
     "control_model.": "a ControlNet",
     "lora_": "a LoRA, to be given as an option: MODEL?lora=FILE",
-    "emb_params": "a textual inversion",
+    "emb_params": "a textual inversion, to be given as an option: MODEL?embedding=FILE",
 }
 
 

@@ -8,8 +8,9 @@ from urllib.parse import parse_qsl, quote, urlencode
 from snapfusion.models.errors import ModelError
 from snapfusion.prediction_types import PREDICTION_TYPES, PredictionType
 
-_NAMES = ("variant", "revision", "prediction_type", "ema", "size", "lora")
-_REPEATABLE = ("lora",)
+_NAMES = ("variant", "revision", "prediction_type", "ema", "size", "lora", "embedding")
+_REPEATABLE = ("lora", "embedding")
+_FILE_OF_TOKEN = ".safetensors:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,14 @@ class Lora:
 
     path: str
     weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """A file of a textual inversion and the token it is for; None for the token that the file names."""
+
+    path: str
+    token: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +41,7 @@ class ModelSource:
         ema: of a single file that has both: whether to read the averaged weights.
         size: side of the images in pixels, of a single file of another size than its kind's.
         loras: merged into the weights in this order.
+        embeddings: textual inversions, added to the text encoder in this order.
     """
 
     path: str
@@ -41,6 +51,7 @@ class ModelSource:
     ema: bool = False
     size: int | None = None
     loras: tuple[Lora, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
 
 
 def parse_source(source: str) -> ModelSource:
@@ -80,16 +91,18 @@ def parse_source(source: str) -> ModelSource:
         ema=_one(options, "ema") == "true",
         size=int(size) if size else None,
         loras=tuple(_lora(value) for value in options.get("lora", ())),
+        embeddings=tuple(_embedding(value) for value in options.get("embedding", ())),
     )
 
 
 def source_paths(source: str) -> tuple[str, ...]:
-    """The path of a model and those of its LoRAs; the text itself if it is not a valid source."""
+    """The paths of a model, its LoRAs and textual inversions; the text itself if it is no valid source."""
     try:
         model = parse_source(source)
     except ModelError:
         return (source,)
-    return model.path, *(lora.path for lora in model.loras)
+    loras, embeddings = (file.path for file in model.loras), (file.path for file in model.embeddings)
+    return model.path, *loras, *embeddings
 
 
 def absolute_source(source: str) -> str:
@@ -98,7 +111,7 @@ def absolute_source(source: str) -> str:
     if model.path == source:
         return _absolute(source)
     pairs = parse_qsl(source.partition("?")[2].replace("+", "%2B"))
-    options = [(name, _absolute_lora(value) if name == "lora" else value) for name, value in pairs]
+    options = [(name, _absolute_option(value, name=name)) for name, value in pairs]
     return f"{_absolute(model.path)}?{urlencode(options, safe='/:', quote_via=quote)}"
 
 
@@ -106,8 +119,10 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute()) if "://" not in path and Path(path).exists() else path
 
 
-def _absolute_lora(value: str) -> str:
-    path = _lora(value).path
+def _absolute_option(value: str, *, name: str) -> str:
+    if name not in _REPEATABLE:
+        return value
+    path = (_lora(value) if name == "lora" else _embedding(value)).path
     return _absolute(path) + value.removeprefix(path)
 
 
@@ -122,3 +137,9 @@ def _lora(value: str) -> Lora:
         return Lora(path=path, weight=float(weight)) if path else Lora(path=value)
     except ValueError:
         return Lora(path=value)
+
+
+def _embedding(value: str) -> Embedding:
+    """Parse FILE or FILE:TOKEN; the token follows the colon after ".safetensors"."""
+    path, mark, token = value.rpartition(_FILE_OF_TOKEN)
+    return Embedding(path=path + _FILE_OF_TOKEN[:-1], token=token) if mark else Embedding(path=value)

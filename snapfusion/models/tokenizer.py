@@ -6,6 +6,8 @@ Stable Diffusion was published, so a diffusers pipeline gets the same ids.
 """
 
 import gzip
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,15 +52,44 @@ def build_tokenizer(
 
 def truncation_warning(tokenizer: CLIPTokenizer, caption: str) -> str | None:
     """One line if `tokenize` cuts a caption, else None."""
-    count = len(tokenizer(caption, verbose=False)["input_ids"]) - 2
+    (expanded,) = _expand(tokenizer, [caption])
+    count = len(tokenizer(expanded, verbose=False)["input_ids"]) - 2
     most = tokenizer.model_max_length - 2
     return f"the caption has {count} tokens, and only the first {most} are read" if count > most else None
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Tokenize captions to int64 [B,L], L the tokenizer's maximum: start, truncated text, end, padding."""
-    encoded = tokenizer(list(captions), padding="max_length", truncation=True)
+    """Tokenize captions to int64 [B,L], L the tokenizer's maximum: start, truncated text, end, padding.
+
+    The token of a textual inversion of several vectors becomes as many tokens.
+    """
+    encoded = tokenizer(_expand(tokenizer, captions), padding="max_length", truncation=True)
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def vector_tokens(token: str, *, count: int) -> list[str]:
+    """Name the tokens of a textual inversion of several vectors as diffusers does: TOKEN, TOKEN_1, ..."""
+    return [token, *(f"{token}_{number}" for number in range(1, count))]
+
+
+def _expand(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[str]:
+    """Write the token of each further vector behind that of a textual inversion's first, as diffusers does.
+
+    CLIP's tokenizer reads captions in lower case, so letter case does not matter; in diffusers it does.
+    """
+    added = {token.lower() for token in tokenizer.added_tokens_encoder}
+    first = [token for token in added if f"{token}_1" in added]
+    if not first:
+        return list(captions)
+    # The longest first, so that TOKEN_1 in a caption is not read as TOKEN.
+    names = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))), re.IGNORECASE)
+    expanded = {token: " ".join(_vectors_of(token, added=added)) for token in first}
+    return [names.sub(lambda match: expanded.get(match[0].lower(), match[0]), text) for text in captions]
+
+
+def _vectors_of(token: str, *, added: set[str]) -> list[str]:
+    count = next(number for number in itertools.count(1) if f"{token}_{number}" not in added)
+    return vector_tokens(token, count=count)
 
 
 def _byte_letters() -> list[str]:

@@ -106,6 +106,15 @@ def test_merged_lora_has_its_ranks_and_alphas(tiny_teacher, tmp_path, described)
         assert any("does not say alpha" in note for note in found["notes"]) == (alpha is None)
 
 
+def test_textual_inversion_has_its_token(tiny_teacher, tmp_path, described, capsys):
+    save_file({"<cat>": torch.zeros(2, 16)}, tmp_path / "cat.safetensors")
+    source = f"{tiny_teacher}?embedding={tmp_path}/cat.safetensors"
+    (embedding,) = described(source)["merged"]
+    assert (embedding["token"], embedding["vectors"]) == ("<cat>", 2)
+    assert check.main([source]) == 0
+    assert "cat.safetensors: token <cat>, 2 vectors" in " ".join(capsys.readouterr().out.split())
+
+
 def test_student_is_compiled_next(tmp_path, described):
     save(tiny_bundle(), tmp_path / "student" / "model", distillation={"steps": 8})
     found = described(tmp_path / "student")

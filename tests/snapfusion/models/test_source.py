@@ -3,7 +3,7 @@
 import pytest
 
 from snapfusion.models.errors import ModelError
-from snapfusion.models.source import Lora, ModelSource, absolute_source, parse_source, source_paths
+from snapfusion.models.source import Embedding, Lora, ModelSource, absolute_source, parse_source, source_paths
 
 
 @pytest.mark.parametrize("source", ["mini", "/models/a?b", "s3://bucket/m?versionId=3", "a.safetensors?"])
@@ -21,6 +21,9 @@ def test_options_are_parsed():
         loras=(Lora(path="x.safetensors", weight=0.5), Lora(path="y+z")),
     )
     assert parse_source("m?lora=s3://b/x").loras == (Lora(path="s3://b/x"),)
+    embeddings = (Embedding(path="a.safetensors", token="<x>:y"), Embedding(path="s3://b/e.safetensors"))
+    options = "embedding=a.safetensors:<x>:y&embedding=s3://b/e.safetensors"
+    assert parse_source(f"m?{options}").embeddings == embeddings
     assert parse_source("owner/name?revision=v1&variant=fp16").revision == "v1"
 
 
@@ -42,18 +45,21 @@ def test_invalid_options_are_refused(options, message):
 
 def test_local_paths_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("base.safetensors", "my style+.safetensors"):
+    for name in ("base.safetensors", "my style+.safetensors", "cat.safetensors"):
         (tmp_path / name).touch()
-    source = absolute_source("base.safetensors?lora=my style+.safetensors:0.5&lora=s3://b/x&ema=true")
+    options = "lora=my style+.safetensors:0.5&lora=s3://b/x&ema=true&embedding=cat.safetensors:<cat>"
+    source = absolute_source(f"base.safetensors?{options}")
     assert parse_source(source) == ModelSource(
         path=f"{tmp_path}/base.safetensors",
         ema=True,
         loras=(Lora(path=f"{tmp_path}/my style+.safetensors", weight=0.5), Lora(path="s3://b/x")),
+        embeddings=(Embedding(path=f"{tmp_path}/cat.safetensors", token="<cat>"),),
     )
     assert source_paths(source) == (
         f"{tmp_path}/base.safetensors",
         f"{tmp_path}/my style+.safetensors",
         "s3://b/x",
+        f"{tmp_path}/cat.safetensors",
     )
     for kept in ("mini", "owner/name", "s3://bucket/model", "random:sd15"):
         assert absolute_source(kept) == kept
