@@ -15,13 +15,12 @@ _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 OPTIONS = [
     click.Argument(["caption"], nargs=-1),
     click.Option(["--prompts"], metavar="FILE", help="a list of captions, in place of CAPTION"),
+    click.Option(["--caption-column"], metavar="NAME", help="of --prompts (default: found by its name)"),
     click.Option(["--model"], help="mini, mini-v, a folder, file, URL or hub id (default: mini)"),
     click.Option(["--bundle"], metavar="DIR", help="a mobile bundle, whose ExecuTorch programs are used"),
     click.Option(["--variant"], help="of the bundle (default: the first of its ExecuTorch variants)"),
     click.Option(["--device"], help="of the model, such as cuda (default: cpu)"),
-    click.Option(
-        ["--steps"], type=click.IntRange(1), help="default: those that the model was distilled for, else 50"
-    ),
+    click.Option(["--steps"], type=click.IntRange(1), help="default: those it was distilled for, else 50"),
     click.Option(["--sampler"], type=click.Choice(SOLVERS), help="default: ddim"),
     click.Option(
         ["--guidance"],
@@ -80,7 +79,7 @@ def _captions(options: Options) -> list[str]:
     from pipelines.sources.captions import read_captions
     from pipelines.sources.settings import CaptionSettings
 
-    rows = read_captions(options.prompts, CaptionSettings())
+    rows = read_captions(options.prompts, CaptionSettings(caption_column=options.caption_column))
     captions = list(dict.fromkeys(row.text for row in rows if not isinstance(row, Rejection)))
     if not captions:
         raise SettingsError(f"--prompts {options.prompts}: it has no usable caption")
@@ -102,6 +101,8 @@ def _check(options: Options) -> None:
         raise SettingsError(f"--out {options.out}: a file that ends with {', '.join(_ENDINGS)} is accepted")
     if options.guidance is not None and not 1.0 <= options.guidance < math.inf:
         raise SettingsError(f"--guidance {options.guidance}: 1.0 and more is accepted")
+    if options.caption_column is not None and options.prompts is None:
+        raise SettingsError(f"--caption-column {options.caption_column}: only --prompts FILE has columns")
     if options.bundle is None and options.variant is not None:
         raise SettingsError(f"--variant {options.variant}: only a --bundle has variants")
     if options.strength is not None and options.image is None:

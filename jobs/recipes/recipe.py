@@ -19,6 +19,7 @@ from jobs.training.settings import (
 from pipelines.datasets.settings import LatentsSettings, PairsSettings, TargetsSettings
 from pipelines.dedup.settings import Deduplication
 from pipelines.download.settings import DownloadSettings
+from pipelines.sources.settings import CaptionSettings
 from pipelines.stages.settings import Blocklists
 from pipelines.tables.settings import Bounds
 from snapfusion.export.settings import MobileSettings
@@ -58,12 +59,14 @@ class CaptionsSettings(Settings):
 
     Attributes:
         name: a short name, which begins the names of units.
-        url: of a caption list (txt, tsv, csv, jsonl, Parquet); None takes the captions of LATENTS.
+        url: of a caption list (txt, tsv, csv, jsonl, json, Parquet); None takes the captions of LATENTS.
+        reading: columns of the list.
         limit: on their number.
     """
 
     name: str = Field("captions", pattern=FOLDER_NAME)
     url: str | None = None
+    reading: CaptionSettings = CaptionSettings()
     limit: int | None = Field(None, ge=1)
 
 

@@ -17,7 +17,7 @@ class EvaluationSet(Settings):
     Each list, folder and set of shards is named by the last part of its URL, so these must differ.
 
     Attributes:
-        captions: caption lists (txt, tsv, csv, jsonl, Parquet).
+        captions: caption lists (txt, tsv, csv, jsonl, json, Parquet).
         reading: columns of the caption lists.
         images: folders or globs of images.
         shards: tars, folders or globs of img2dataset shards; their captions and URLs count too.

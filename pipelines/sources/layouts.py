@@ -6,13 +6,16 @@ URL lists, samples, selection and previews.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
 from typing import Any, Final, Literal
 
 import pyarrow as pa
+
+from pipelines.rejections import printable
+from pipelines.sources import SourceError
 
 Meaning = Literal[
     "url",
@@ -37,7 +40,7 @@ Meaning = Literal[
 
 SPELLINGS: Final[Mapping[Meaning, tuple[str, ...]]] = {
     "url": ("url", "URL"),
-    "caption": ("caption", "TEXT", "text"),
+    "caption": ("caption", "TEXT", "text", "prompt", "Prompt"),
     "synthetic_caption": ("top_caption",),
     # What img2dataset measured of the original, what the data set claims, the size in the shard.
     "width": ("original_width", "WIDTH", "width"),
@@ -66,6 +69,7 @@ IMAGE_COLUMNS: Final = ("jpg", "jpeg", "png", "webp", "image")
 """Names of the image column: img2dataset's, which are its `encode_format`, and Hugging Face's."""
 
 UNKNOWN: Final = "unknown"
+_MAX_NAMED_CHARS: Final = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +205,25 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind) or is_bytes(kind)
     )
+
+
+def find_column(names: Collection[str], meaning: Meaning, *, given: str | None) -> str:
+    """The column of a meaning among these: the given one, or else the most trusted spelling.
+
+    Raises:
+        SourceError: if there is none.
+    """
+    accepted = SPELLINGS[meaning] if given is None else (given,)
+    found = next((name for name in accepted if name in names), None)
+    if found is None:
+        existing = printable(", ".join(names)) or "none"
+        if len(existing) > _MAX_NAMED_CHARS:
+            existing = f"{existing[:_MAX_NAMED_CHARS]}..."
+        raise SourceError(
+            f"no {meaning} column named {' or '.join(accepted)}; it has {existing}: set {meaning}_column to "
+            "one of them"
+        )
+    return found
 
 
 def values_of(metadata: Mapping[str, Any], meaning: Meaning) -> list[Any]:

@@ -6,14 +6,14 @@ nulls, NaN, invalid UTF-8 and bytes.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from pipelines.rejections import Rejected, Rejection, printable
 from pipelines.sources import SourceError, check_range
-from pipelines.sources.layouts import SPELLINGS, clean_metadata, is_bytes, is_text, recognise_layout
+from pipelines.sources.layouts import clean_metadata, find_column, is_bytes, is_text, recognise_layout
 from pipelines.sources.listing import SourceFile, list_files
 from pipelines.sources.parquet import CorruptParquetError, ParquetRows, RowBatch, open_parquet
 from pipelines.sources.settings import LinkSettings
@@ -133,22 +133,20 @@ def _read_rows(
 def _header(rows: ParquetRows, settings: LinkSettings, *, url: str) -> ListHeader:
     schema = rows.schema
 
-    def column(given: str | None, spellings: Sequence[str], what: str) -> str:
-        accepted = spellings if given is None else (given,)
-        name = next((name for name in accepted if name in schema.names), None)
-        if name is None:
-            raise SourceError(
-                f"{url}: no column of {what} named {' or '.join(accepted)}; it has {', '.join(schema.names)}"
-            )
+    def column(meaning: Literal["url", "caption"], *, given: str | None) -> str:
+        try:
+            name = find_column(schema.names, meaning, given=given)
+        except SourceError as error:
+            raise SourceError(f"{url}: {error}") from None
         if not is_text(schema.field(name).type):
             raise SourceError(
-                f"{url}: column {name!r} is of type {schema.field(name).type}; text is accepted as {what}"
+                f"{url}: column {name!r} is of type {schema.field(name).type}; text is accepted as {meaning}s"
             )
         return name
 
     texts = (
-        column(settings.url_column, SPELLINGS["url"], "URLs"),
-        column(settings.caption_column, SPELLINGS["caption"], "captions"),
+        column("url", given=settings.url_column),
+        column("caption", given=settings.caption_column),
     )
     return ListHeader(
         layout=recognise_layout(schema.names),

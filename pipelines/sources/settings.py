@@ -33,11 +33,13 @@ class CaptionSettings(Settings):
     """Columns of a caption list.
 
     Attributes:
-        caption_column: the column or key of captions; a .txt has none.
-        id_column: the column or key of unique ids; None uses the row's position as its id.
+        caption_column: the column or key of captions; None takes the first that exists of
+            `layouts.SPELLINGS["caption"]`. A .txt, and JSON strings, have none.
+        id_column: the column or key of unique ids; None uses the row's position as its id. With "image_id"
+            only the first caption of each image is read from COCO's annotations.
         max_caption_chars: longer captions are truncated.
     """
 
-    caption_column: str = "caption"
+    caption_column: str | None = None
     id_column: str | None = None
     max_caption_chars: int = Field(MAX_CAPTION_CHARS, ge=1)

@@ -34,7 +34,7 @@ def read_lines(file: IO[bytes]) -> Iterator[bytes]:
     """
     line = bytearray()
     ends_with_cr = False
-    for chunk in _utf8_chunks(file):
+    for chunk in utf8_chunks(file):
         data = chunk.removeprefix(b"\n") if ends_with_cr else chunk
         ends_with_cr = chunk.endswith(b"\r")
         *ends, rest = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
@@ -47,7 +47,12 @@ def read_lines(file: IO[bytes]) -> Iterator[bytes]:
         yield bytes(line)
 
 
-def _utf8_chunks(file: IO[bytes]) -> Iterator[bytes]:
+def utf8_chunks(file: IO[bytes]) -> Iterator[bytes]:
+    """The content as UTF-8 without its mark; what is invalid stays invalid.
+
+    Raises:
+        SourceError: if the file begins with the mark of UTF-32.
+    """
     first = file.read(_CHUNK_BYTES)
     mark, encoding = next((one for one in _MARKS.items() if first.startswith(one[0])), (b"", "utf-8"))
     chunks = itertools.chain([first.removeprefix(mark)], iter(lambda: file.read(_CHUNK_BYTES), b""))

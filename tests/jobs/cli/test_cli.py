@@ -52,6 +52,7 @@ def error_line(capsys) -> str:
         ("generate red --guidance 0.5", "^generate: --guidance 0.5: 1.0 and more "),
         ("generate red --guidance nan", "^generate: --guidance nan: 1.0 and more "),
         ("generate red --guidance inf", "^generate: --guidance inf: 1.0 and more "),
+        ("generate red --caption-column x", "^generate: --caption-column x: only --prompts FILE has "),
         ("generate red -n 0", "^generate: Invalid value for '-n': 0 is not in the range x>=1"),
         (
             "generate red --sampler heun",

@@ -42,7 +42,7 @@ def test_a_file_that_is_no_shard_is_named(tmp_path, capsys):
 
 
 def test_captions_that_cannot_be_read_fail(tmp_path, capsys):
-    (tmp_path / "captions.jsonl").write_text('{"id": 1}\n{"id": 2}\n')
+    (tmp_path / "captions.jsonl").write_text('{"caption": ""}\n{"caption": " "}\n')
     words = ["--out", str(tmp_path), "--set", f"captions.url={tmp_path}/captions.jsonl"]
     assert generate_pairs.main(words) == 1
     assert "PAIRS: none of 2 rows is usable; 2 are " in capsys.readouterr().err

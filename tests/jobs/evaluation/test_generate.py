@@ -53,6 +53,15 @@ def test_each_image_is_a_file_with_its_origin(run, tiny_teacher):
     np.testing.assert_array_equal(alone["b.png"], files["a-2.png"])
 
 
+def test_captions_come_from_a_column(run, capsys):
+    Path("prompts.csv").write_text("Prompt,title\nred,blue\n")
+    for name, words in (("red", []), ("blue", ["--caption-column", "title"])):
+        (file,) = run("--prompts", "prompts.csv", *words)
+        assert parameters(file).startswith(f"{name}\nSteps: ")
+    run("--prompts", "prompts.csv", "--caption-column", "text", code=2)
+    assert "prompts.csv: no caption column named text; it has Prompt, title: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ending", [".jpg", ".webp", ".png"])
 def test_format_is_that_of_the_name(run, ending):
     (name,) = run("red", "--negative", "blue", "--out", f"a{ending}")

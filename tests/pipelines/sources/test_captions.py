@@ -13,6 +13,7 @@ from shard_files import assert_ranges_agree, corrupt, text
 from pipelines.rejections import Rejection
 from pipelines.sources import SourceError
 from pipelines.sources.captions import Caption, captions_digest, read_captions
+from pipelines.sources.layouts import SPELLINGS
 from pipelines.sources.settings import CaptionSettings
 
 SETTINGS = CaptionSettings()
@@ -50,6 +51,14 @@ def write_parquet(folder: Path, captions: list[str]) -> Path:
     path = folder / "list.parquet"
     pq.write_table(pa.table({"caption": captions, "id": range(len(captions))}), path)
     return path
+
+
+def rename_column(path: Path, name: str) -> Path:
+    """Give the column of captions another name."""
+    if path.suffix == ".parquet":
+        pq.write_table(pq.read_table(path).rename_columns([name, "id"]), path)
+        return path
+    return written(path, path.read_text().replace("caption", name))
 
 
 WRITERS = [write_txt, write_tsv, write_csv, write_jsonl, write_parquet]
@@ -231,8 +240,39 @@ def test_endless_lines_are_truncated(tmp_path: Path) -> None:
 @pytest.mark.parametrize("write", [write_tsv, write_csv, write_parquet])
 def test_a_missing_column_is_named(tmp_path: Path, write: Writer) -> None:
     path = write(tmp_path, GOOD)
-    with pytest.raises(SourceError, match=r"list\.\w+: no column 'text'; it has .*'caption'"):
+    with pytest.raises(SourceError, match=r"list\.\w+: no caption column named text; it has .*caption"):
         read(path, CaptionSettings(caption_column="text"))
+
+
+@pytest.mark.parametrize("write", [write_tsv, write_csv, write_jsonl, write_parquet])
+@pytest.mark.parametrize("name", SPELLINGS["caption"])
+def test_the_column_of_captions_is_found(tmp_path: Path, write: Writer, name: str) -> None:
+    path = rename_column(write(tmp_path, GOOD), name)
+    assert outcomes(path) == outcomes(path, CaptionSettings(caption_column=name)) == GOOD
+
+
+@pytest.mark.parametrize("write", [write_tsv, write_csv, write_jsonl, write_parquet])
+def test_a_list_without_captions_is_refused(tmp_path: Path, write: Writer) -> None:
+    path = rename_column(write(tmp_path, GOOD), "title")
+    message = (
+        r"list\.\w+: no caption column named caption or TEXT or text or prompt or Prompt; it has .*title"
+    )
+    with pytest.raises(SourceError, match=message):
+        read(path)
+    assert outcomes(path, CaptionSettings(caption_column="title")) == GOOD
+
+
+def test_of_several_columns_the_most_trusted_counts(tmp_path: Path) -> None:
+    path = written(tmp_path / "list.tsv", "Prompt\ttext\tcaption\nx\ty\tz\nx\ty\t\n")
+    assert outcomes(path) == ["z", "empty_caption"]
+    assert outcomes(path, CaptionSettings(caption_column="Prompt")) == ["x", "x"]
+
+
+def test_names_of_columns_stay_on_a_short_line(tmp_path: Path) -> None:
+    path = written(tmp_path / "list.csv", '"a\nb",' + "x" * 10_000)
+    with pytest.raises(SourceError, match=r"it has a\\nb, x+\.\.\.: set") as error:
+        read(path)
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -259,6 +299,17 @@ def test_other_misuse_is_an_error(tmp_path: Path) -> None:
             read(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="start -1"):
         list(read_captions(str(tmp_path / "list.txt"), SETTINGS, start=-1))
+
+
+def test_digests_of_version_0_1_are_unchanged(tmp_path: Path) -> None:
+    """Tables record them. The lists of 0.1 had a column `caption`, which rows could lack."""
+    path = write_jsonl(tmp_path, GOOD)
+    path.write_text(path.read_text() + '{}\n{"id": 4, "text": "x"}\n')
+    by_position = "c673559bbcc32bd25fb6bda04294ec39668275593e41e07ba9b18907deb37732"
+    assert captions_digest(read(path)) == by_position
+    assert captions_digest(read(path, CaptionSettings(caption_column="caption"))) == by_position
+    by_id = "a64c09db8b90125be6d4f909878088075c2a01adda9265c85bea63a096ecb878"
+    assert captions_digest(read(path, WITH_IDS)) == by_id
 
 
 def test_the_digest_covers_ids_texts_and_rejections(tmp_path: Path) -> None:

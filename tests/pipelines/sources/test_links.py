@@ -238,10 +238,12 @@ def test_store_errors_are_not_corruption(tmp_path: Path) -> None:
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     links = write(tmp_path / "a.parquet", {"URL": ["http://a/1"], "ALT": ["x"]})
-    with pytest.raises(SourceError, match="caption or TEXT or text; it has URL, ALT"):
+    with pytest.raises(
+        SourceError, match="caption or TEXT or text or prompt or Prompt; it has URL, ALT: set "
+    ):
         read(links)
     assert outcomes(read(links, LinkSettings(caption_column="ALT"))) == {"link": 1}
-    with pytest.raises(SourceError, match="no column of URLs named SRC"):
+    with pytest.raises(SourceError, match="no url column named SRC; it has "):
         read(links, LinkSettings(url_column="SRC", caption_column="ALT"))
     numbers = write(tmp_path / "b.parquet", {"URL": [1], "TEXT": ["x"]})
     with pytest.raises(SourceError, match="'URL' is of type int64; text is accepted"):

@@ -26,6 +26,7 @@ from shard_files import (
 )
 
 from pipelines.sources import SourceError
+from pipelines.sources.layouts import SPELLINGS
 from pipelines.sources.settings import ShardSettings
 from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.sources.webdataset import Sample, count_rows, list_shards, read_shard
@@ -177,7 +178,7 @@ def test_columns_of_one_name_must_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["image", "jpg"])
-@pytest.mark.parametrize("caption", ["caption", "TEXT", "text"])
+@pytest.mark.parametrize("caption", SPELLINGS["caption"])
 def test_hugging_face_images_are_read(tmp_path: Path, column: str, caption: str) -> None:
     images = [{"bytes": encoded(0), "path": "0.jpg"}, {"bytes": None, "path": "1.jpg"}, None]
     plain = [image and image["bytes"] for image in images]
@@ -188,6 +189,16 @@ def test_hugging_face_images_are_read(tmp_path: Path, column: str, caption: str)
         assert isinstance(first, Sample)
         assert (first.image, first.caption) == (encoded(0), "zero")
         assert outcomes(others) == ["missing_image", "missing_image"]
+
+
+@pytest.mark.parametrize("caption", SPELLINGS["caption"])
+def test_captions_of_img2dataset_have_any_name(tmp_path: Path, caption: str) -> None:
+    path = write_parquet_shard(tmp_path, shard_rows(2))
+    table = pq.read_table(path)
+    pq.write_table(
+        table.rename_columns([caption if name == "caption" else name for name in table.column_names]), path
+    )
+    assert [row.caption for row in read(only(tmp_path))] == ["image 0", "image 1"]
 
 
 def test_the_txt_column_precedes_the_caption(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from shard_files import (
 
 from pipelines.rejections import Rejection
 from pipelines.sources import SourceError
+from pipelines.sources.layouts import SPELLINGS
 from pipelines.sources.settings import ShardSettings
 from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.sources.webdataset import Sample, count_rows, list_shards, read_shard
@@ -232,6 +233,18 @@ def test_the_first_caption_not_empty_counts(tmp_path, txt, parsed, beside, expec
     pq.write_table(sidecar, tmp_path / "s.parquet")
     (row,) = read(shard)
     assert (row.caption if isinstance(row, Sample) else row.reason) == expected
+
+
+@pytest.mark.parametrize("caption", SPELLINGS["caption"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_captions_have_any_name(tmp_path: Path, caption: str, beside: bool) -> None:
+    json_of = {"a.json": json.dumps({} if beside else {caption: "in the json"}).encode()}
+    shard = write_tar(tmp_path / "s.tar", [("a.jpg", encoded()), *json_of.items()])
+    if beside:
+        pq.write_table(pa.table({"key": ["a"], caption: ["in the sidecar"]}), tmp_path / "s.parquet")
+    (row,) = read(shard)
+    assert isinstance(row, Sample)
+    assert row.caption == ("in the sidecar" if beside else "in the json")
 
 
 def test_a_missing_json_rejects_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""`jobs.generate_pairs` reads the caption list that the recipe gives, by the recipe's column."""
+
+import json
+from pathlib import Path
+
+import pytest
+from set_options import set_options
+
+from jobs import generate_pairs
+from jobs.cli.job import Job, resolve_recipe
+from jobs.generate_pairs import captions_for
+from jobs.recipes.recipe import Recipe
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """Three annotations of two images."""
+    rows = [(7, "a"), (7, "b"), (8, "c")]
+    annotations = [{"image_id": image, "id": n, "caption": text} for n, (image, text) in enumerate(rows)]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"annotations": annotations}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], {"000000000": "a", "000000001": "b", "000000002": "c"}),
+        (["captions.reading.id_column=image_id"], {"7": "a", "8": "c"}),
+        (["captions.reading.id_column=image_id", "captions.limit=1"], {"7": "a"}),
+        (
+            ["captions.reading.id_column=id", "captions.reading.max_caption_chars=1"],
+            {"0": "a", "1": "b", "2": "c"},
+        ),
+    ],
+)
+def test_the_recipe_names_the_columns(tmp_path, coco, settings, expected):
+    recipe = resolve_recipe("mini", [f"captions.url={coco}", *settings])
+    captions, _ = captions_for(Job(verb="generate_pairs", recipe=recipe, out=str(tmp_path / "run")))
+    assert {row.id: row.text for row in captions} == expected
+
+
+def test_a_dry_run_samples_the_list(tmp_path, coco, capsys):
+    words = ["--dry-run", "--out", str(tmp_path / "run")]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n{\n{"prompt": "c"}\n')
+    for url, line in (
+        (coco, "sampled 3 rows of {}: 3 captions, none rejected"),
+        (bad, "sampled 3 rows of {}: 2 captions, 1 rejected (1 bad_row)"),
+    ):
+        assert generate_pairs.main([*words, *set_options([f"captions.url={url}"])]) == 0
+        assert line.format(url) in capsys.readouterr().out
+    column = [f"captions.url={coco}", "captions.reading.caption_column=text"]
+    assert generate_pairs.main([*words, *set_options(column)]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(
+        "no caption column named text; it has image_id, id, caption: set caption_column to one of them\n"
+    )
+    assert error.count("\n") == 1
+
+
+def test_settings_of_version_0_1_are_read():
+    """Their lists had a default column, which is still the first that is looked for."""
+    values = resolve_recipe("mini", []).to_values()
+    del values["captions"]["reading"]
+    values["evaluation"]["prompts"]["reading"]["caption_column"] = "caption"
+    recipe = Recipe.parse(values)
+    assert recipe.captions.reading.caption_column is None
+    assert recipe.evaluation.prompts.reading.caption_column == "caption"
