@@ -17,8 +17,14 @@ from diffusers.models.upsampling import Upsample2D
 from pydantic import ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
-from snapfusion.models.architecture import ATTENTION_FIELDS, Architecture
-from snapfusion.models.unet import NORM_EPS, Shortcut, attention_block, resnet_block
+from snapfusion.models.architecture import Architecture
+from snapfusion.models.snapfusion_unet_v1 import (
+    ATTENTION_FIELDS,
+    NORM_EPS,
+    Shortcut,
+    attention_block,
+    resnet_block,
+)
 from snapfusion.settings import Settings
 
 PartKind = Literal["resnet", "attention", "shortcut", "join", "downsampler", "upsampler", "ends"]

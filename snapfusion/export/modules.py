@@ -25,7 +25,8 @@ from snapfusion.export.attention import set_attention_layout
 from snapfusion.export.settings import AttentionLayout
 from snapfusion.models.decoder import HalfDecoder
 from snapfusion.models.guidance_embedding import has_guidance_embedding
-from snapfusion.models.unet import BlockUNet, UNetError
+from snapfusion.models.snapfusion_unet_v1 import BlockUNet
+from snapfusion.models.unet import UNetError
 
 MASK_VALUE = -1e4
 """Added to a later token's logit: its softmax is 0 in float16 too, and unlike -inf it can be palettized."""

@@ -8,7 +8,6 @@ text model pools at the highest id of a row; it is also the padding, as in SD-v1
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 from transformers import CLIPTokenizer
 
@@ -56,9 +55,3 @@ def _merge(symbols: Sequence[str], pair: tuple[str, str]) -> list[str]:
 def mini_tokenizer() -> CLIPTokenizer:
     """The tokenizer: 605 tokens, at most 24 per text."""
     return build_tokenizer(train_merges(scene_words()), max_length=MAX_LENGTH)
-
-
-def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write transformers' files, and CLIP's classic vocab.json and merges.txt."""
-    tokenizer.save_pretrained(folder)
-    tokenizer.backend_tokenizer.model.save(str(folder))

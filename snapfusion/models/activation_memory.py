@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from snapfusion.models.architecture import Architecture
-from snapfusion.models.unet import BlockUNet
+from snapfusion.models.unet import block_unet
 
 _DTYPE = torch.bfloat16
 
@@ -115,7 +115,7 @@ def unet_bytes(architecture: Architecture, *, tokens: int, trained: bool, checkp
         checkpointing: whether activations are computed again in the backward pass.
     """
     with torch.device("meta"):
-        unet = BlockUNet.of(architecture).to(_DTYPE)
+        unet = block_unet(architecture).to(_DTYPE)
         side, width = architecture.sample_size, architecture.guidance_embedding
         z = torch.empty(1, architecture.in_channels, side, side, dtype=_DTYPE)
         c = torch.empty(1, tokens, architecture.context, dtype=_DTYPE)

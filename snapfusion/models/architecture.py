@@ -16,14 +16,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
+from snapfusion.models.snapfusion_unet_v1 import layer_channels, stage_level
 from snapfusion.settings import Settings
 
 BlockKind = Literal["attention", "resnet"]
 BlockKey = Annotated[str, Field(pattern=r"^[0-9]+(\+[0-9]+)?$")]
-
-
-ATTENTION_FIELDS = {"context", "groups", "linear_projection", "upcast_attention"}
-"""Names of the values that all cross-attention blocks of a UNet share."""
 
 
 class ArchitectureError(ValueError):
@@ -164,30 +161,17 @@ class Architecture(Settings):
 
     def level(self, stage: str) -> int:
         """Return the number of halvings of the latent before the stage."""
-        side, _, number = stage.partition(".")
-        deepest = len(self.channels) - 1
-        if side == "mid_block":
-            return deepest
-        return int(number) if side == "down_blocks" else deepest - int(number)
+        return stage_level(stage, levels=len(self.channels))
 
     def layer_channels(self, stage: str) -> list[tuple[Layer, int, int]]:
         """Return each layer of a stage with its channels before and after the ResNet block.
 
         Those before include the channels of a concatenated skip connection.
         """
-        side, level = stage.partition("_")[0], self.level(stage)
-        out_channels = self.channels[level]
-        outer = self.channels[max(level - 1, 0)]
-        deeper = self.channels[min(level + 1, len(self.channels) - 1)]
-        in_channels = {"down": outer, "up": deeper}.get(side, out_channels)
-        # Skip connections are used in reverse: those of the level's own layers first, its input last.
-        skips = [out_channels] * (sum(layer.skip for layer in self.stages[stage]) - 1) + [outer]
-        found = []
-        for layer in self.stages[stage]:
-            extra = skips.pop(0) if side == "up" and layer.skip else 0
-            found.append((layer, in_channels + extra, out_channels))
-            in_channels = out_channels
-        return found
+        layers = self.stages[stage]
+        skips = [layer.skip for layer in layers]
+        pairs = layer_channels(stage, channels=self.channels, skips=skips)
+        return [(layer, *pair) for layer, pair in zip(layers, pairs, strict=True)]
 
     def without(self, name: str) -> Self:
         """Remove a block. SnapFusion Alg. 1, A^-.

@@ -13,7 +13,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from snapfusion.models.architecture import Block
-from snapfusion.models.unet import BlockUNet, architecture_of
+from snapfusion.models.snapfusion_unet_v1 import BlockUNet
+from snapfusion.models.unet import architecture_of
 
 
 def blocks_of(unet: UNet2DConditionModel | BlockUNet) -> tuple[Block, ...]:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from snapfusion.models.guidance_embedding import guidance_embedding, has_guidance_embedding
+from snapfusion.models.snapfusion_unet_v1 import BlockUNet
 from snapfusion.models.tokenizer import tokenize
-from snapfusion.models.unet import BlockUNet, resize_unet
+from snapfusion.models.unet import resize_unet
 from snapfusion.prediction_types import PredictionType
 from snapfusion.sampling import Denoiser, guide
 from snapfusion.schedule import Estimate, Schedule

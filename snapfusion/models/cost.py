@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from snapfusion.models.architecture import Architecture, BlockKind
-from snapfusion.models.unet import BlockUNet
+from snapfusion.models.unet import block_unet
 
 NUM_TOKENS = 77
 """Tokens of an encoded caption, in CLIP."""
@@ -76,7 +76,7 @@ def costs_of(architecture: Architecture, *, tokens: int = NUM_TOKENS) -> Costs:
         tokens: of the encoded caption.
     """
     with torch.device("meta"):
-        unet = BlockUNet.of(architecture)
+        unet = block_unet(architecture)
         side, embedding = architecture.sample_size, architecture.guidance_embedding
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             unet(

@@ -11,7 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from snapfusion.models.unet import BlockUNet, architecture_of, build_unet
+from snapfusion.models.snapfusion_unet_v1 import BlockUNet
+from snapfusion.models.unet import architecture_of, build_unet
 
 EMBEDDING_SIZE = 256
 

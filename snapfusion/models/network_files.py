@@ -14,9 +14,10 @@ from torch import nn
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
+from snapfusion.models.architecture import Architecture
 from snapfusion.models.checkpoint_file import is_lfs_pointer
 from snapfusion.models.errors import ModelError
-from snapfusion.models.unet import BlockUNet
+from snapfusion.models.snapfusion_unet_v1 import BlockUNet
 from snapfusion.records import RecordError, parse_record
 
 # A progress bar for each network would bury the output of a job.
@@ -53,6 +54,8 @@ def read_network(folder: Path, *, source: str, variant: str | None = None) -> An
         # Without `accelerate` diffusers ignores low_cpu_mem_usage, with a warning unless it is off.
         options["low_cpu_mem_usage"] = False
     try:
+        if cls is BlockUNet:
+            options["architecture"] = Architecture.parse(config.get("architecture", {})).to_values()
         network, info = cls.from_pretrained(folder, **options)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

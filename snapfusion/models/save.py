@@ -1,6 +1,7 @@
 """Saving a Bundle as a diffusers folder with safetensors, a stock scheduler and checksums."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
+from snapfusion.models import snapfusion_unet_v1
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.checksums import write_checksums
-from snapfusion.models.unet import BlockUNet
+from snapfusion.models.snapfusion_unet_v1 import BlockUNet
+from snapfusion.models.tokenizer import save_tokenizer
 
 _INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -36,6 +39,7 @@ def save(
 ) -> None:
     """Write `bundle` to an empty or new `folder`, its weights in `dtype`, and add checksums.
 
+    A UNet that no class of diffusers can hold comes with its source, with which stock diffusers opens it.
     The networks of `bundle` are converted to `dtype` in place.
 
     Args:
@@ -50,7 +54,7 @@ def save(
     # transformers 4 finds the tensors under this prefix alone, or leaves the network random; 5 finds both.
     tensors = {f"text_model.{name}": value for name, value in bundle.text_encoder.state_dict().items()}
     bundle.text_encoder.save_pretrained(folder / "text_encoder", state_dict=tensors)
-    bundle.tokenizer.save_pretrained(folder / "tokenizer")
+    save_tokenizer(bundle.tokenizer, folder / "tokenizer")
     scheduler = DDIMScheduler(
         num_train_timesteps=bundle.schedule.num_steps,
         beta_schedule="scaled_linear",
@@ -63,9 +67,13 @@ def save(
         clip_sample=False,
     )
     scheduler.save_pretrained(folder / "scheduler")
-    own = isinstance(bundle.unet, BlockUNet)
-    index = {**_INDEX, "unet": [BlockUNet.__module__ if own else "diffusers", type(bundle.unet).__name__]}
-    _write_json(folder / "model_index.json", index)
+    unet = ["diffusers", type(bundle.unet).__name__]
+    if isinstance(bundle.unet, BlockUNet):
+        # diffusers executes a module of this name in the network's folder, given trust_remote_code=True.
+        module = Path(snapfusion_unet_v1.__file__)
+        shutil.copyfile(module, folder / "unet" / module.name)
+        unet[0] = module.stem
+    _write_json(folder / "model_index.json", {**_INDEX, "unet": unet})
     if distillation is not None:
         _write_json(folder / DISTILLATION_FILE, distillation)
     write_checksums(folder)

@@ -92,6 +92,12 @@ def _vectors_of(token: str, *, added: set[str]) -> list[str]:
     return vector_tokens(token, count=count)
 
 
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write transformers' files, and CLIP's classic vocab.json and merges.txt, which transformers 4 needs."""
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))
+
+
 def _byte_letters() -> list[str]:
     """Return one printable letter per byte in GPT-2's order: printable bytes first, then the others."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # ! to ~, ¡ to ¬, ® to ÿ

@@ -1,7 +1,4 @@
-"""A UNet built from its `Architecture`: diffusers' blocks in any arrangement. SnapFusion Sec. 3.1, Table 3.
-
-Tensor names are those of `UNet2DConditionModel`, so weights are interchangeable for blocks that both have.
-"""
+"""UNets and architectures: each made from the other, and weights inherited by name. SnapFusion Table 3."""
 
 from __future__ import annotations
 
@@ -9,20 +6,12 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
-import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
-from diffusers.configuration_utils import register_to_config
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from diffusers.models.upsampling import Upsample2D
-from torch import Tensor, nn
+# Of a model saved by version 0.1, diffusers looks for BlockUNet and its base class in this module.
+from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401
+from torch import nn
 
-from snapfusion.models.architecture import ATTENTION_FIELDS, Architecture, Layer, StageLayers, origin_of
-
-NORM_EPS = 1e-5
+from snapfusion.models.architecture import Architecture, Layer, StageLayers, origin_of
+from snapfusion.models.snapfusion_unet_v1 import BlockUNet
 
 # Stock stages, and whether they have attention.
 _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -45,192 +34,6 @@ _STAGE_NAMES = ("block_out_channels", "layers_per_block", "down_block_types", "u
 
 class UNetError(ValueError):
     """A UNet that no `Architecture` describes, or weights that do not fit one."""
-
-
-class Shortcut(nn.Module):
-    """The 1x1 shortcut left by a removed ResNet block that changes the number of channels."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
-
-    def forward(self, hidden: Tensor, _: Tensor) -> Tensor:
-        """[B,in_channels,h,w] -> [B,out_channels,h,w]."""
-        return self.conv_shortcut(hidden)
-
-
-def resnet_block(in_channels: int, out_channels: int, *, embedding: int, groups: int) -> ResnetBlock2D:
-    """A random ResNet block: [B,in_channels,h,w] and [B,embedding] -> [B,out_channels,h,w]."""
-    return ResnetBlock2D(
-        in_channels=in_channels,
-        out_channels=out_channels,
-        temb_channels=embedding,
-        groups=groups,
-        eps=NORM_EPS,
-    )
-
-
-def attention_block(
-    width: int, *, heads: int, context: int, groups: int, linear_projection: bool, upcast_attention: bool
-) -> Transformer2DModel:
-    """A random cross-attention block: [B,width,h,w] and [B,L,context] -> [B,width,h,w]."""
-    return Transformer2DModel(
-        heads,
-        width // heads,
-        in_channels=width,
-        num_layers=1,
-        cross_attention_dim=context,
-        norm_num_groups=groups,
-        use_linear_projection=linear_projection,
-        upcast_attention=upcast_attention,
-    )
-
-
-class StageModules(nn.Module):
-    """The blocks of a stage by key, and its down- or upsampler."""
-
-    def __init__(self, architecture: Architecture, name: str) -> None:
-        super().__init__()
-        self.layers = architecture.stages[name]
-        self.gradient_checkpointing = False
-        level = architecture.level(name)
-        width = architecture.channels[level]
-        sizes = {"embedding": 4 * architecture.channels[0], "groups": architecture.groups}
-        self.resnets = nn.ModuleDict()
-        self.attentions = nn.ModuleDict()
-        for layer, in_channels, out_channels in architecture.layer_channels(name):
-            if layer.resnet is not None and layer.whole:
-                self.resnets[layer.resnet] = resnet_block(in_channels, out_channels, **sizes)
-            elif layer.resnet is not None:
-                self.resnets[layer.resnet] = Shortcut(in_channels, out_channels)
-            for key in layer.attentions:
-                options = architecture.model_dump(include=ATTENTION_FIELDS)
-                self.attentions[key] = attention_block(width, heads=architecture.heads[level], **options)
-        if name.startswith("down") and level < len(architecture.down) - 1:
-            self.downsamplers = nn.ModuleList([Downsample2D(width, use_conv=True, padding=1, name="op")])
-        elif name.startswith("up") and level > 0:
-            self.upsamplers = nn.ModuleList([Upsample2D(width, use_conv=True)])
-
-    def forward(
-        self, hidden: Tensor, time: Tensor, c: Tensor, skips: tuple[Tensor, ...] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the output of the stage, and its skip connections.
-
-        Args:
-            hidden: [B,C,h,w].
-            time: the embedded timestep, [B,D].
-            c: [B,L,D].
-            skips: of an up stage: the skip connections to use, the last one first; None elsewhere.
-        """
-        outputs: list[Tensor] = []
-        unused = list(skips or ())
-        for layer in self.layers:
-            if layer.skip and skips is not None:
-                hidden = torch.cat([hidden, unused.pop()], dim=1)
-            if layer.resnet is not None:
-                hidden = self._resnet(self.resnets[layer.resnet], hidden, time)
-            for key in layer.attentions:
-                hidden = self.attentions[key](hidden, encoder_hidden_states=c, return_dict=False)[0]
-            if layer.skip and skips is None:
-                outputs.append(hidden)
-        if hasattr(self, "downsamplers"):
-            hidden = self.downsamplers[0](hidden)
-            outputs.append(hidden)
-        if hasattr(self, "upsamplers"):
-            hidden = self.upsamplers[0](hidden)
-        return hidden, tuple(outputs)
-
-    def _resnet(self, block: nn.Module, hidden: Tensor, time: Tensor) -> Tensor:
-        # Attention is not checkpointed here, because Transformer2DModel checkpoints its own blocks.
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, hidden, time)  # type: ignore[operator]
-        return block(hidden, time)
-
-
-class BlockUNet(ModelMixin, ConfigMixin):
-    """A UNet of any architecture, with the interface of `UNet2DConditionModel`.
-
-    The last three arguments repeat values of the architecture, because stock pipelines read them from the
-    config.
-
-    Args:
-        architecture: the values of an `Architecture`.
-        sample_size: side of the latent.
-        in_channels: of the latent.
-        time_cond_proj_dim: size of the guidance embedding of a w-conditioned UNet.
-    """
-
-    _supports_gradient_checkpointing = True
-
-    @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(
-        self,
-        architecture: dict[str, Any],
-        sample_size: int,
-        in_channels: int,
-        time_cond_proj_dim: int | None = None,
-    ) -> None:
-        super().__init__()
-        layout = Architecture.parse(architecture)
-        width = layout.channels[0]
-        self.conv_in = nn.Conv2d(layout.in_channels, width, kernel_size=3, padding=1)
-        self.time_proj = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(width, 4 * width, cond_proj_dim=layout.guidance_embedding)
-        self.down_blocks = nn.ModuleList(
-            StageModules(layout, f"down_blocks.{level}") for level in range(len(layout.down))
-        )
-        self.mid_block = StageModules(layout, "mid_block")
-        self.up_blocks = nn.ModuleList(
-            StageModules(layout, f"up_blocks.{number}") for number in range(len(layout.up))
-        )
-        self._num_skips = [sum(layer.skip for layer in stage) for stage in layout.up]
-        self.conv_norm_out = nn.GroupNorm(layout.groups, width, eps=NORM_EPS)
-        self.conv_act = nn.SiLU()
-        self.conv_out = nn.Conv2d(width, layout.out_channels, kernel_size=3, padding=1)
-
-    @classmethod
-    def of(cls, architecture: Architecture) -> BlockUNet:
-        """Build a UNet with random weights."""
-        return cls(
-            architecture=architecture.to_values(),
-            sample_size=architecture.sample_size,
-            in_channels=architecture.in_channels,
-            time_cond_proj_dim=architecture.guidance_embedding,
-        )
-
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
-        *,
-        timestep_cond: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Predict eps or v from z_t.
-
-        Args:
-            sample: z_t, [B,4,h,w]; h and w are multiples of 2 to the number of downsamplers.
-            timestep: [B], or a number for all rows.
-            encoder_hidden_states: c, [B,L,D].
-            timestep_cond: the guidance embedding, of a w-conditioned UNet.
-            return_dict: whether to return an output class or a tuple.
-        """
-        # Stock pipelines pass a number or a scalar tensor.
-        times = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
-        time = self.time_embedding(self.time_proj(times).to(sample.dtype), timestep_cond)
-        hidden = self.conv_in(sample)
-        skips: tuple[Tensor, ...] = (hidden,)
-        for stage in self.down_blocks:
-            hidden, outputs = stage(hidden, time, encoder_hidden_states)
-            skips += outputs
-        hidden, _ = self.mid_block(hidden, time, encoder_hidden_states)
-        for stage, num_skips in zip(self.up_blocks, self._num_skips, strict=True):
-            rest = len(skips) - num_skips
-            hidden, _ = stage(hidden, time, encoder_hidden_states, skips[rest:])
-            skips = skips[:rest]
-        output = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
-        return UNet2DConditionOutput(sample=output) if return_dict else (output,)
 
 
 def architecture_of(unet: UNet2DConditionModel | BlockUNet) -> Architecture:
@@ -288,10 +91,20 @@ def resize_unet(unet: UNet2DConditionModel | BlockUNet, *, side: int) -> None:
     unet.register_to_config(**config)
 
 
+def block_unet(architecture: Architecture) -> BlockUNet:
+    """Build a random `BlockUNet` of any architecture."""
+    return BlockUNet(
+        architecture=architecture.to_values(),
+        sample_size=architecture.sample_size,
+        in_channels=architecture.in_channels,
+        time_cond_proj_dim=architecture.guidance_embedding,
+    )
+
+
 def build_unet(architecture: Architecture) -> UNet2DConditionModel | BlockUNet:
     """Build a random UNet: of diffusers' class if that supports the architecture, else a `BlockUNet`."""
     stock = stock_config(architecture)
-    return BlockUNet.of(architecture) if stock is None else UNet2DConditionModel(**stock)
+    return block_unet(architecture) if stock is None else UNet2DConditionModel(**stock)
 
 
 def stock_config(architecture: Architecture) -> dict[str, Any] | None:

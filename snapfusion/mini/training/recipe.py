@@ -17,7 +17,7 @@ from snapfusion.metrics.clip import ClipScorer, build_scorer, save_scorer
 from snapfusion.mini import models
 from snapfusion.mini.oracle import Oracle, attribute_loss, save_oracle, scene_labels
 from snapfusion.mini.scenes import caption_of, image_batch, scene_of
-from snapfusion.mini.tokenizer import mini_tokenizer, save_tokenizer
+from snapfusion.mini.tokenizer import mini_tokenizer
 from snapfusion.mini.training.autoencoder import autoencoder_loss, decoder_parts
 from snapfusion.mini.training.contrast import TextTower, contrastive_loss, draw_captions
 from snapfusion.mini.training.denoiser import EncodedScenes, UNetStage, denoiser_loss, latents_of
@@ -227,11 +227,10 @@ def train(
 
 
 def _save_model(bundle: Bundle, folder: Path) -> None:
-    """Write a diffusers folder with CLIP's classic tokenizer files; the eps model has SD-v1.5's scheduler."""
+    """Write a diffusers folder; the eps model has SD-v1.5's scheduler."""
     save(bundle, folder)
     if bundle.prediction_type == "epsilon":
         models.scheduler(bundle.schedule).save_pretrained(folder / "scheduler")
-    save_tokenizer(bundle.tokenizer, folder / "tokenizer")
     # transformers opens a model in the dtype of this file, diffusers in float32; a pipeline needs one dtype.
     config = folder / "text_encoder" / "config.json"
     values = json.loads(config.read_text(encoding="utf-8"))

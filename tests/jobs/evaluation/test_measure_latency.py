@@ -19,7 +19,8 @@ from snapfusion.evolution.latency import LatencyTable
 from snapfusion.models.architecture import Architecture, efficient_architecture
 from snapfusion.models.cost import block_count_table
 from snapfusion.models.load import load
-from snapfusion.models.unet import BlockUNet, architecture_of
+from snapfusion.models.snapfusion_unet_v1 import BlockUNet
+from snapfusion.models.unet import architecture_of
 
 pytestmark = pytest.mark.usefixtures("keep_threads")
 

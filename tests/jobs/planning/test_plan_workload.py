@@ -20,7 +20,7 @@ from pipelines.tables.units import FinishedRows, Unit
 from snapfusion.models.activation_memory import _fused_attention, peak_bytes
 from snapfusion.models.architecture import efficient_architecture
 from snapfusion.models.network_sizes import network_sizes
-from snapfusion.models.unet import BlockUNet, architecture_of
+from snapfusion.models.unet import architecture_of, block_unet
 from snapfusion.settings import SettingsError
 from snapfusion.training.batch import Batch
 from snapfusion.training.captions import CaptionEncoder
@@ -223,7 +223,7 @@ def test_table_bytes_match_written_units(sd15, stages):
 
 def counted(bundle, *, rows: int, device: str, checkpointing: bool = False) -> int:
     with torch.device(device):
-        unet = BlockUNet.of(architecture_of(bundle.unet))
+        unet = block_unet(architecture_of(bundle.unet))
         inputs = torch.randn(rows, 4, 8, 8), torch.zeros(rows)
         c = torch.randn(rows, 16, 16)
     if checkpointing:

@@ -34,7 +34,7 @@ from pipelines.tables.verification import verify_table
 from snapfusion.models import random_weights, sd15
 from snapfusion.models.load import load
 from snapfusion.models.save import save
-from snapfusion.models.unet import BlockUNet
+from snapfusion.models.snapfusion_unet_v1 import BlockUNet
 from snapfusion.settings import SettingsError
 from snapfusion.training.loop import new_state
 

@@ -21,7 +21,7 @@ from snapfusion.mini import models
 from snapfusion.models import sd15
 from snapfusion.models.architecture import efficient_architecture
 from snapfusion.models.cost import block_count_table, costs_of
-from snapfusion.models.unet import BlockUNet, architecture_of, build_unet
+from snapfusion.models.unet import architecture_of, block_unet, build_unet
 
 ORIGIN = architecture_of(models.unet())
 EFFICIENT = efficient_architecture(ORIGIN)
@@ -183,7 +183,7 @@ def test_executorch_runs_a_unet():
     small = ORIGIN
     for block in ORIGIN.blocks:
         small = small if block.name in kept else small.without(block.name)
-    benchmark(BlockUNet.of(small).eval(), UNET_INPUTS)()
+    benchmark(block_unet(small).eval(), UNET_INPUTS)()
 
 
 def test_unsupported_precision_fails():

@@ -5,9 +5,9 @@ import pytest
 from transformers import CLIPTokenizer
 
 from snapfusion.mini.scenes import caption_of, scene_of
-from snapfusion.mini.tokenizer import MAX_LENGTH, mini_tokenizer, save_tokenizer, scene_words, train_merges
+from snapfusion.mini.tokenizer import MAX_LENGTH, mini_tokenizer, scene_words, train_merges
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
-from snapfusion.models.tokenizer import tokenize
+from snapfusion.models.tokenizer import save_tokenizer, tokenize
 
 
 @pytest.fixture(scope="module")
