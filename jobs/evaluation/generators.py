@@ -26,7 +26,9 @@ from pipelines.stages.image import decode_image
 from pipelines.stages.settings import ImageBounds
 from snapfusion.export.bundle import BundleError, open_bundle
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.errors import ModelError
 from snapfusion.models.load import load
+from snapfusion.models.safety_checker import SafetyChecker, find_safety_checker, read_safety_checker
 from snapfusion.settings import SettingsError
 from snapfusion.solver_names import Solver
 
@@ -42,17 +44,28 @@ class Generator:
         pixels: a function of a caption, `seed` and `count` to images, uint8 [H,W,3].
         origin: what all its images are made with.
         description: of steps and sampler, for the log.
+        safety_checker: of the model; None if it has none, or it is turned off.
     """
 
     pixels: Callable[..., Sequence[np.ndarray]]
     origin: Origin
     description: str
+    safety_checker: SafetyChecker | None = None
 
     def images(self, caption: str, *, seed: int, count: int) -> list[GeneratedImage]:
-        """Generate `count` images of a caption, with how each was made."""
+        """Generate `count` images of a caption, with how each was made; marked ones are black."""
+        images = self.pixels(caption, seed=seed, count=count)
+        flags = self.safety_checker.flags(images) if self.safety_checker else [False] * len(images)
         return [
-            GeneratedImage(pixels=pixels, caption=caption, seed=seed, index=index, origin=self.origin)
-            for index, pixels in enumerate(self.pixels(caption, seed=seed, count=count))
+            GeneratedImage(
+                pixels=np.zeros_like(pixels) if flagged else pixels,
+                caption=caption,
+                seed=seed,
+                index=index,
+                origin=self.origin,
+                flagged=flagged,
+            )
+            for index, (pixels, flagged) in enumerate(zip(images, flags, strict=True))
         ]
 
 
@@ -67,7 +80,9 @@ def model_generator(options: SimpleNamespace, captions: Sequence[str]) -> Genera
         SettingsError: if the model cannot be loaded or does not accept an option.
     """
     source, solver = options.model or _MODEL, options.sampler or _SAMPLER
-    bundle = _load(source, device=options.device or "cpu")
+    device = options.device or "cpu"
+    bundle = _load(source, device=device)
+    safety_checker = _safety_checker(source, device=device, use=not options.no_safety_checker)
     guidance = default_guidance(bundle) if options.guidance is None else options.guidance
     steps = distilled_steps(bundle) if options.steps is None else options.steps
     if steps > bundle.schedule.num_steps:
@@ -90,7 +105,8 @@ def model_generator(options: SimpleNamespace, captions: Sequence[str]) -> Genera
         return generate_images(bundle, [caption], seed=seed, count=count, start=start, **sampling)
 
     origin = Origin(negative=options.negative, steps=steps, sampler=solver, guidance=guidance, model=source)
-    return Generator(pixels=pixels, origin=origin, description=f"{steps} steps of {solver}")
+    description = f"{steps} steps of {solver}"
+    return Generator(pixels=pixels, origin=origin, description=description, safety_checker=safety_checker)
 
 
 def bundle_generator(options: SimpleNamespace, captions: Sequence[str]) -> Generator:
@@ -120,6 +136,22 @@ def _load(source: str, *, device: str) -> Bundle:
         return bundle.to(device)
     except (RuntimeError, AssertionError) as error:  # torch's, of a device that it does not know or have
         raise SettingsError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
+def _safety_checker(source: str, *, device: str, use: bool) -> SafetyChecker | None:
+    """Load the safety checker of a model that has one, and say whether it is used."""
+    folder = find_safety_checker(source)
+    if folder is None or not use:
+        if folder is not None:
+            logger.info("the model's safety checker is off")
+        return None
+    try:
+        checker = read_safety_checker(folder, source=source)
+    except ModelError as error:
+        raise SettingsError(f"--model {error}; --no-safety-checker generates without it") from None
+    logger.info("the model's safety checker is used; --no-safety-checker turns it off")
+    checker.network.to(device)
+    return checker
 
 
 def _start_image(options: SimpleNamespace, *, size: int) -> StartImage | None:

@@ -46,6 +46,7 @@ class GeneratedImage:
         seed: of the noise.
         index: among the images of its caption and seed.
         origin: what it was made with.
+        flagged: whether a safety checker marked it, so that its pixels are black.
     """
 
     pixels: np.ndarray
@@ -53,6 +54,7 @@ class GeneratedImage:
     seed: int
     index: int
     origin: Origin
+    flagged: bool = False
 
     def parameters(self) -> str:
         """Describe how the image was made, in the form that other tools for Stable Diffusion read."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel
@@ -35,22 +35,26 @@ _PREFERRED_VARIANT = "fp16"
 _WEIGHTS_NAME = re.compile(r"^[^.]+?(?:\.([^.]+?))?(?:-\d+-of-\d+)?(?:\.([^.]+))?\.safetensors$")
 
 
-def read_network(folder: Path, *, source: str, variant: str | None = None) -> Any:  # noqa: ANN401 - one of three
+def read_network(
+    folder: Path, *, source: str, variant: str | None = None, cls: type[Any] | None = None
+) -> Any:  # noqa: ANN401 - of any class
     """Read a network of a model in the dtype of its class, on the CPU.
 
     Args:
         folder: of the network, its config.json, and weights in one safetensors file or several with an index.
         source: the model, named in errors.
         variant: of the weights, such as "fp16" or "non_ema"; None for the plain ones, or the only ones there.
+        cls: of the network; None for that of the folder's name, or `BlockUNet` if the configuration says so.
 
     Raises:
         ModelError: if weights are missing, torn, pickled, not finite, or do not fit the configuration.
     """
     config = read_json(folder / "config.json", source=source)
     variant = _variant(folder, variant=variant, source=source)
-    cls = BlockUNet if config.get("_class_name") == BlockUNet.__name__ else NETWORKS[folder.name]
+    if cls is None:
+        cls = BlockUNet if config.get("_class_name") == BlockUNet.__name__ else NETWORKS[folder.name]
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "variant": variant}
-    if cls is not CLIPTextModel:
+    if issubclass(cls, ModelMixin):
         # Without `accelerate` diffusers ignores low_cpu_mem_usage, with a warning unless it is off.
         options["low_cpu_mem_usage"] = False
     try:

@@ -15,7 +15,8 @@ from snapfusion.models.source import ModelSource, parse_source
 from snapfusion.models.tokenizer_files import has_vocabulary
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_SAFETY_CHECKER: Final = "safety_checker"
+SAFETY_CHECKER: Final = "safety_checker"
+"""The folder of a safety checker in a diffusers folder."""
 _SCHEDULER: Final = "scheduler/scheduler_config.json"
 
 
@@ -71,6 +72,11 @@ def describe_stored(source: str) -> StoredModel:
     return (_stored_in_file if path.is_file() else _stored_in_folder)(path, model=model, source=source)
 
 
+def has_safety_checker(folder: Path) -> bool:
+    """Tell whether a diffusers folder has a safety checker; a single file has none."""
+    return (folder / SAFETY_CHECKER / "config.json").is_file()
+
+
 def _stored_in_file(path: Path, *, model: ModelSource, source: str) -> StoredModel:
     file = CheckpointFile(path, source=source)
     sd2 = single_file_configs(path, model=model, source=source).sd2
@@ -92,7 +98,7 @@ def _stored_in_folder(folder: Path, *, model: ModelSource, source: str) -> Store
     every = [
         path
         for path in folder.rglob("*")
-        if path.suffix in (".safetensors", *PICKLE_SUFFIXES) and path.parent.name != _SAFETY_CHECKER
+        if path.suffix in (".safetensors", *PICKLE_SUFFIXES) and path.parent.name != SAFETY_CHECKER
     ]
     said = "prediction_type" in scheduler
     return StoredModel(
@@ -106,7 +112,7 @@ def _stored_in_folder(folder: Path, *, model: ModelSource, source: str) -> Store
         scheduler=scheduler.get("_class_name"),
         unused_scheduler_fields=tuple(unused_fields(scheduler)),
         own_tokenizer=has_vocabulary(folder / "tokenizer"),
-        safety_checker=(folder / _SAFETY_CHECKER / "config.json").is_file(),
+        safety_checker=has_safety_checker(folder),
     )
 
 
