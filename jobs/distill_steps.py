@@ -3,7 +3,7 @@
 Targets come from the teacher in the trainer (on LATENTS), or from the table TARGETS.
 """
 
-from jobs.cli.in_run import connect_unless_published, describe_training, resolve_training
+from jobs.cli.in_run import base_model_of, connect_unless_published, describe_training, resolve_training
 from jobs.cli.inputs import distillation_table_url, teacher_and_student
 from jobs.cli.job import Job
 from jobs.cli.verb import recipe_verb
@@ -24,6 +24,7 @@ def distill(job: Job) -> None:
         student=student,
         data_url=distillation_table_url(job),
         out_url=url,
+        base=base_model_of(job),
     )
     for line in summary(metrics):
         logger.info(f"  {line}")

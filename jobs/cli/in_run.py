@@ -16,12 +16,14 @@ from jobs.runtime.progress import show_progress
 from jobs.training.metrics import METRICS
 from jobs.training.settings import UNetTrainingSettings
 from pipelines.storage.objects import exists, replace_object
+from snapfusion.models.source import absolute_source
 from snapfusion.training.settings import LoopSettings, StepDistillationSettings
 
 if TYPE_CHECKING:
     from jobs.evaluation.evaluation import StartTable
     from pipelines.tables.commits import Origin
     from pipelines.tables.committer import OnProgress
+    from snapfusion.models.card import PublishedModel
 
 
 def stage_job(job: Job, stage: DistillationStage) -> Job:
@@ -58,9 +60,17 @@ def train_in_run(job: Job, section: str, *, model: str, url: str, further: bool 
         latents_url=job.url("latents"),
         out_url=url,
         further=further,
+        base=base_model_of(job),
     )
     evaluation = metrics["evaluation"]
     logger.info(f"  {url}/model: L_ori {evaluation['loss']:.5f} on {evaluation['rows']} held-out rows")
+
+
+def base_model_of(job: Job) -> PublishedModel:
+    """The model that the run begins with, and the licence that the recipe states of it."""
+    from snapfusion.models.card import PublishedModel
+
+    return PublishedModel(model=absolute_source(job.recipe.model), licence=job.recipe.mobile.licence.weights)
 
 
 def connect_unless_published(job: Job, section: str, url: str) -> None:

@@ -12,9 +12,7 @@ from jobs.evaluation.bundle_images import default_variant, generate_bundle_image
 from jobs.evaluation.image_files import GeneratedImage, Origin
 from jobs.evaluation.images import (
     StartImage,
-    default_guidance,
     distillation_mismatch,
-    distilled_steps,
     generate_images,
     has_unconditional_input,
     warn_of_caption,
@@ -26,6 +24,7 @@ from pipelines.stages.image import decode_image
 from pipelines.stages.settings import ImageBounds
 from snapfusion.export.bundle import BundleError, open_bundle
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.defaults import default_guidance, distilled_steps
 from snapfusion.models.errors import ModelError
 from snapfusion.models.load import load
 from snapfusion.models.safety_checker import SafetyChecker, find_safety_checker, read_safety_checker

@@ -10,17 +10,16 @@ from transformers import CLIPTokenizer
 from jobs.runtime.logs import logger
 from snapfusion.mini.captions import caption_warning
 from snapfusion.models.bundle import Bundle, to_uint8
+from snapfusion.models.defaults import distilled_steps
 from snapfusion.models.guidance_embedding import has_guidance_embedding
-from snapfusion.models.tokenizer import CLIP_VOCABULARY, truncation_warning
+from snapfusion.models.tokenizer import truncation_warning
 from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import sample, time_grid
 from snapfusion.solver_names import Solver
 
-_DEFAULT_STEPS = 50
 _DISTILLED_SOLVER = "ddim"
 """Step distillation is of DDIM steps (SnapFusion Sec. 4.2)."""
 
-_DEFAULT_GUIDANCE, _MINIATURE_GUIDANCE = 7.5, 2.5
 _SINGLE_THREAD_MAX_SIDE = 64
 """Up to this many pixels a side, synchronisation of threads costs more than they save."""
 
@@ -110,19 +109,6 @@ def generate_images(
     if not images.isfinite().all():
         raise NonFiniteImageError
     return list(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy())
-
-
-def distilled_steps(bundle: Bundle) -> int:
-    """Steps that a model was distilled for; 50 for one that was not."""
-    return int(bundle.distillation["steps"]) if bundle.distillation else _DEFAULT_STEPS
-
-
-def default_guidance(bundle: Bundle) -> float:
-    """Guidance w for a model: 2.5 for a miniature, else 7.5, within what a student was distilled for."""
-    miniature = bundle.tokenizer.vocab_size != CLIP_VOCABULARY
-    w = _MINIATURE_GUIDANCE if miniature else _DEFAULT_GUIDANCE
-    cfg_range = (bundle.distillation or {}).get("cfg_range")
-    return min(max(w, cfg_range["low"]), cfg_range["high"]) if cfg_range else w
 
 
 def has_unconditional_input(bundle: Bundle, *, guidance: float) -> bool:

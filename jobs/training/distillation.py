@@ -21,6 +21,7 @@ from pipelines.loading.loader import BatchLoader
 from pipelines.stages.device import DTYPES
 from pipelines.tables.table import Snapshot
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.card import PublishedModel
 from snapfusion.models.guidance_embedding import has_guidance_embedding, with_guidance_embedding
 from snapfusion.models.load import load
 from snapfusion.sampling import time_grid
@@ -40,6 +41,7 @@ def distill_steps(
     data_url: str,
     out_url: str,
     student: str | None = None,
+    base: PublishedModel | None = None,
     on_report: OnReport | None = None,
 ) -> StudentMetrics:
     """Distil a student and publish it at `out_url` (see `TableTraining.run`).
@@ -50,6 +52,7 @@ def distill_steps(
         data_url: URL of LATENTS if the targets are online, else of TARGETS.
         out_url: folder to publish.
         student: source of the initial weights, which predict v; None takes the teacher's.
+        base: the model that the run begins with, for the model card.
         on_report: receives progress reports; None shows them.
 
     Returns:
@@ -76,6 +79,7 @@ def distill_steps(
         factory=assemble,
         check=partial(_check, settings),
         out_url=out_url,
+        base=base,
         on_report=on_report,
     )
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jobs.evaluation.images import distilled_steps
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import format_duration, show_status
 from jobs.runtime.versions import versions
@@ -26,6 +25,7 @@ from snapfusion.export.settings import Licence, LicenceError, MobileSettings
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.checksums import file_records
 from snapfusion.models.decoder import HalfDecoder
+from snapfusion.models.defaults import distilled_steps
 from snapfusion.models.locate import MODEL_FOLDER
 from snapfusion.settings import differences, digest
 

@@ -27,6 +27,7 @@ from pipelines.datasets.latents import image_size_of
 from pipelines.stages.device import DTYPES
 from pipelines.tables.table import Snapshot
 from snapfusion.models.bundle import Bundle, weight_hash
+from snapfusion.models.card import Provenance, PublishedModel
 from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.training.loop import Objective
@@ -53,6 +54,7 @@ def train_unet(
     factory: TrainingFactory,
     check: Callable[[Snapshot, Mapping[str, Bundle]], Mapping[str, Any] | None],
     out_url: str,
+    base: PublishedModel | None,
     on_report: OnReport | None,
 ) -> StudentMetrics:
     """Train a UNet to predict v and publish it (see `TableTraining.run`).
@@ -67,6 +69,7 @@ def train_unet(
         check: refuses a table and models that do not go together; returns what the student's folder records
             of the steps that it was distilled for, if any.
         out_url: folder to publish.
+        base: the model that the run begins with, for the model card.
         on_report: receives progress reports; None shows them.
     """
 
@@ -87,13 +90,15 @@ def train_unet(
             "objective": objective,
             **{name: model.describe() for name, model in models.items()},
         },
-        publish=partial(_publish, role),
+        publish=partial(_publish, role, table.role, base),
     ).run(out_url, on_report=on_report)
     return metrics
 
 
 def _publish(
     role: str,
+    table_role: str,
+    base: PublishedModel | None,
     path: Path,
     results: Mapping[str, TrainingResult],
     inputs: TrainingInputs[SettingsT],
@@ -107,7 +112,12 @@ def _publish(
     }
     return {
         "weights": save_student(
-            trained, student=inputs.sources[role], folder=path, settings=settings, **saved
+            trained,
+            student=inputs.sources[role],
+            folder=path,
+            settings=settings,
+            provenance=_provenance(inputs, table_role=table_role, base=base),
+            **saved,
         ),
         "distillation": saved["distillation"],
         "evaluation": trained.evaluation,
@@ -116,6 +126,16 @@ def _publish(
         "curve": trained.curve,
         "environment": trained.environment,
     }
+
+
+def _provenance(inputs: TrainingInputs[Any], *, table_role: str, base: PublishedModel | None) -> Provenance:
+    identity = inputs.identity
+    return Provenance(
+        objective=identity["objective"],
+        models={role: (source, identity[role]["weights"]["unet"]) for role, source in inputs.sources.items()},
+        table=(identity[table_role]["identity"], identity[table_role]["version"]),
+        base=base,
+    )
 
 
 def make_training(
@@ -177,6 +197,7 @@ def save_student(
     folder: Path,
     settings: UNetTrainingSettings,
     distillation: Mapping[str, Any] | None,
+    provenance: Provenance | None = None,
 ) -> dict[str, str]:
     """Write the folders model, raw and best; returns the SHA-256 of each one's UNet, as it was trained."""
     weights_by_name: dict[str, Mapping[str, torch.Tensor]] = {"model": trained.weights}
@@ -191,7 +212,13 @@ def save_student(
         bundle.resize(size)
         # Of the weights as trained, before they are saved in another dtype.
         hashes[name] = weight_hash(bundle.unet)
-        save(bundle, folder / name, dtype=DTYPES[settings.saved_as], distillation=distillation)
+        save(
+            bundle,
+            folder / name,
+            dtype=DTYPES[settings.saved_as],
+            distillation=distillation,
+            provenance=provenance,
+        )
         # Only one bundle at a time fits beside the checkpoint.
         del bundle
     return hashes

@@ -18,6 +18,7 @@ from pipelines.loading.buckets import make_loader
 from pipelines.tables.table import Snapshot
 from snapfusion.models.blocks import set_skipped_blocks
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.card import PublishedModel
 from snapfusion.models.load import load
 from snapfusion.training.batch import Batch
 from snapfusion.training.captions import CaptionEncoder
@@ -33,6 +34,7 @@ def finetune_vpred(
     latents_url: str,
     out_url: str,
     further: bool = False,
+    base: PublishedModel | None = None,
     on_report: OnReport | None = None,
 ) -> StudentMetrics:
     """Train a model by L_ori and publish it at `out_url` (see `TableTraining.run`).
@@ -43,6 +45,7 @@ def finetune_vpred(
         latents_url: URL of LATENTS.
         out_url: folder to publish.
         further: also accept a model that predicts v already.
+        base: the model that the run begins with, for the model card.
         on_report: receives progress reports; None shows them.
 
     Returns:
@@ -69,6 +72,7 @@ def finetune_vpred(
         factory=assemble,
         check=check,
         out_url=out_url,
+        base=base,
         on_report=on_report,
     )
 

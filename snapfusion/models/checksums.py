@@ -14,8 +14,9 @@ class ChecksumError(ValueError):
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the checksums of every file below `folder`; call it after the last change to the folder."""
-    lines = [f"{checksum}  {name}\n" for name, checksum in _checksums(folder).items()]
+    """Write the checksums of every file below `folder` that programs read; call it after the last change."""
+    # Notes may be edited: a card is completed by whoever publishes the model.
+    lines = [f"{checksum}  {name}\n" for name, checksum in _checksums(folder).items() if not _is_inert(name)]
     (folder / CHECKSUMS_FILE).write_text("".join(lines))
 
 

@@ -1,8 +1,9 @@
-"""Saving a Bundle as a diffusers folder with safetensors, a stock scheduler and checksums."""
+"""Saving a Bundle as a diffusers folder with safetensors, a stock scheduler, a card and checksums."""
 
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers import DDIMScheduler
 
 from snapfusion.models import snapfusion_unet_v1
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.card import CARD, Provenance, model_card
 from snapfusion.models.checksums import write_checksums
 from snapfusion.models.snapfusion_unet_v1 import BlockUNet
 from snapfusion.models.tokenizer import save_tokenizer
@@ -36,8 +38,9 @@ def save(
     *,
     dtype: torch.dtype = torch.float16,
     distillation: Mapping[str, Any] | None = None,
+    provenance: Provenance | None = None,
 ) -> None:
-    """Write `bundle` to an empty or new `folder`, its weights in `dtype`, and add checksums.
+    """Write `bundle` to an empty or new `folder`, its weights in `dtype`, and add a card and checksums.
 
     A UNet that no class of diffusers can hold comes with its source, with which stock diffusers opens it.
     The networks of `bundle` are converted to `dtype` in place.
@@ -47,6 +50,7 @@ def save(
         folder: the target folder.
         dtype: of the weights.
         distillation: of a distilled model: its steps, timesteps and the like; JSON values.
+        provenance: of a trained model, for its card.
     """
     bundle.to("cpu", dtype=dtype)
     bundle.unet.save_pretrained(folder / "unet")
@@ -76,6 +80,8 @@ def save(
     _write_json(folder / "model_index.json", {**_INDEX, "unet": unet})
     if distillation is not None:
         _write_json(folder / DISTILLATION_FILE, distillation)
+    card = model_card(replace(bundle, distillation=distillation), provenance=provenance)
+    (folder / CARD).write_text(card, encoding="utf-8")
     write_checksums(folder)
 
 

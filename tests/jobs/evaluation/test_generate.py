@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from jobs import generate
-from jobs.evaluation.images import StartImage, default_guidance
+from jobs.evaluation.images import StartImage
+from snapfusion.models.defaults import default_guidance
 from snapfusion.models.load import load
 
 

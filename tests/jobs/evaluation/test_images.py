@@ -9,11 +9,12 @@ from conftest import tiny_bundle
 from PIL import Image
 
 from jobs import command
-from jobs.evaluation.images import distillation_mismatch, distilled_steps, generate_images
+from jobs.evaluation.images import distillation_mismatch, generate_images
 from snapfusion.mini.oracle import load_oracle
 from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
 from snapfusion.mini.vocabulary import ATTRIBUTES
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.defaults import distilled_steps
 from snapfusion.models.guidance_embedding import with_guidance_embedding
 from snapfusion.models.load import load
 from snapfusion.models.save import save

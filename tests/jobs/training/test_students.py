@@ -34,7 +34,7 @@ from student_inputs import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jobs.cli.in_run import resolve_training
+from jobs.cli.in_run import base_model_of, resolve_training
 from jobs.cli.job import Job
 from jobs.recipes.miniature import mini
 from jobs.training.distillation import assemble, distill_steps, summary
@@ -46,6 +46,7 @@ from pipelines.datasets.settings import TargetsSettings
 from pipelines.datasets.targets import compute_targets
 from pipelines.stages.settings import TeacherSettings
 from pipelines.tables.table import TableError
+from snapfusion.models.card import CARD, PublishedModel
 from snapfusion.models.guidance_embedding import has_guidance_embedding
 from snapfusion.models.load import load
 from snapfusion.models.save import save
@@ -82,6 +83,7 @@ def vpred(ray_cluster, latents, eps_teacher):
         model=os.path.relpath(eps_teacher),  # workers have another working directory
         latents_url=latents.url,
         out_url=os.path.relpath(out),
+        base=PublishedModel(model="owner/name", licence="MIT"),
     )
     return out, metrics
 
@@ -157,6 +159,11 @@ def test_an_eps_model_becomes_a_v_model(vpred, latents, eps_teacher):
     assert {name for name in mine if mine[name] != theirs[name]} == {"unet"}
     best = load(str(out / "best")).fingerprint()["unet"]
     assert metrics["weights"] == {"model": mine["unet"], "raw": raw.fingerprint()["unet"], "best": best}
+    for name in metrics["weights"]:
+        card = (out / name / CARD).read_text()
+        assert 'base_model: "owner/name"\nlicense: "mit"\n' in card
+        assert f"Initial weights: `tiny`, UNet weights SHA-256 `{theirs['unet']}`" in card
+        assert f"Data: version {latents.version} of the table whose settings have the SHA-256" in card
     assert not (Path(f"{out}.training")).exists()
     with pytest.raises(TrainingError, match="predicts v already"):
         finetune_vpred(VPRED, model=str(out / "model"), latents_url=latents.url, out_url=str(out / "again"))
@@ -362,6 +369,16 @@ def test_validation_is_no_part_of_the_identity(tmp_path):
     settings = DISTILL.with_values(["validation.references=run:evaluation/references"])
     assert resolve_training(settings, job).validation.references == f"{tmp_path}/evaluation/references"
     assert resolve_training(DISTILL, job) == DISTILL
+
+
+def test_a_card_names_the_model_and_licence_of_the_recipe(tmp_path, monkeypatch):
+    recipe = mini().with_values(["model=models/mine", "mobile.licence.weights=MIT"])
+    monkeypatch.chdir(tmp_path)
+    job = Job(verb="distill_steps", recipe=recipe, out=str(tmp_path))
+    assert base_model_of(job) == PublishedModel(model="models/mine", licence="MIT")
+    # A folder here is no hub id.
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert base_model_of(job).model == str(tmp_path / "models" / "mine")
 
 
 def test_more_steps_than_the_schedule_has_are_refused(latents, v_teacher, tmp_path):
