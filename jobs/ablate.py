@@ -15,6 +15,7 @@ import json
 from jobs import encode_latents
 from jobs.cli.ablation import (
     evaluate_panel,
+    initial_model,
     is_trained,
     lines_of,
     model_of,
@@ -78,7 +79,7 @@ def write_page(job: Job) -> None:
     lines = settings.panels[0].lines
     trained = [name for line in lines if (name := line.variant) and is_trained(job, name, seed=0)]
     images = {
-        line.name: (model_of(job, line, seed=0) or settings.model, line.steps)
+        line.name: (model_of(job, line, seed=0) or initial_model(job), line.steps)
         for line in lines
         if line.variant is None or line.variant in trained
     }

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 def encode(job: Job) -> None:
     """Bring LATENTS up to date with the recipe; committed units are not made again."""
     from pipelines.datasets.latents import encode_latents
+    from snapfusion.models.source import absolute_source
 
     recipe = job.recipe
     shards = finished_shards(job)
     _print_unused_bounds(job, shards[0])
     table = encode_latents(
         recipe.latents,
-        model=recipe.model,
+        model=absolute_source(recipe.model),
         shards=shards,
         source=recipe.source.name,
         url=job.url(recipe.source.table),

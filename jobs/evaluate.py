@@ -40,6 +40,8 @@ def compare(job: Job) -> None:
         logger.info(f"  {note}")
     for name, reading in results["equal_fid"].items():
         logger.info(f"  {name}: {_describe_reading(reading, against=results['baseline'])}")
+    for one in results["criteria"]:
+        logger.info(f"  criterion {'met' if one['met'] else 'missed'}: {_describe_criterion(one)}")
     logger.info(f"  {job.url('evaluation/results.json')}, shown in {job.url('evaluation/page.html')}")
 
 
@@ -66,6 +68,12 @@ def _describe_reading(reading: dict[str, Any], *, against: str) -> str:
         f"CLIP {value:+.4f} ({low:+.4f} to {high:+.4f}) against {against} at equal FID, "
         f"{reading['fid_low']:.4g} to {reading['fid_high']:.4g}"
     )
+
+
+def _describe_criterion(one: dict[str, Any]) -> str:
+    bound = f"at least {one['at_least']:g}" if one["at_least"] is not None else f"at most {one['at_most']:g}"
+    compared = f"{one['metric'].upper()} of {one['contender']} minus {one['against']} at w = {one['w']:g}"
+    return f"{compared}: {one['difference'][0]:+.4g}, {bound} is required"
 
 
 def preview(job: Job) -> list[str]:

@@ -8,9 +8,9 @@ from jobs.runtime.logs import logger
 
 def finetune(job: Job) -> None:
     """Make the run's v model, unless it is published already or the recipe's model predicts v."""
-    from snapfusion.models.load import load
+    from snapfusion.models.load import load_prediction_type
 
-    if load(job.recipe.model).prediction_type == "v_prediction":
+    if load_prediction_type(job.recipe.model) == "v_prediction":
         logger.info(f"  {job.recipe.model} predicts v already")
         return
     train_in_run(job, "vpred", model=job.recipe.model, url=job.url("vpred"))

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 def generate(job: Job) -> None:
     """Bring PAIRS up to date with the recipe; committed units are not made again."""
     from pipelines.datasets.pairs import generate_pairs
+    from snapfusion.models.source import absolute_source
 
     recipe = job.recipe
     captions, parent = captions_for(job)
     table = generate_pairs(
         recipe.pairs,
-        teacher=recipe.model,
+        teacher=absolute_source(recipe.model),
         captions=captions,
         source=recipe.captions.name,
         url=job.url("pairs"),

@@ -71,6 +71,11 @@ def model_of(job: Job, line: Line, *, seed: int) -> str | None:
     return None if line.variant is None else f"{student_url(job, line.variant, seed=seed)}/model"
 
 
+def initial_model(job: Job) -> str:
+    """Source of the model that students start from."""
+    return job.resolve(job.recipe.ablation.model)
+
+
 def train_student(job: Job, variant: StudentVariant, *, seed: int) -> None:
     """Train a student, unless it is published already."""
     from jobs.training.distillation import distill_steps, summary
@@ -79,7 +84,7 @@ def train_student(job: Job, variant: StudentVariant, *, seed: int) -> None:
     if is_trained(job, variant.name, seed=seed):
         return
     logger.info(f"[{variant.name}, seed {seed}]")
-    distill, initial = job.recipe.distill, job.recipe.ablation.model
+    distill, initial = job.recipe.distill, initial_model(job)
     if variant.after is not None:
         initial = f"{student_url(job, variant.after, seed=seed)}/model"
     loop = distill.loop.model_copy(update={"seed": seed})
@@ -104,7 +109,7 @@ def evaluate_panel(job: Job, panel: Panel) -> PanelResults:
     settings = job.recipe.ablation
     results = evaluate(
         panel_evaluation(job, panel),
-        model=settings.model,
+        model=initial_model(job),
         out=job.url("evaluation"),
         start=table_starter(job),
         run=runner(job, "evaluation"),

@@ -11,11 +11,11 @@ from jobs.recipes.renamed import refuse_renamed
 from jobs.runtime.credentials import apply_storage
 from jobs.runtime.logs import logger
 from jobs.runtime.secrets import refuse_secrets, string_values, without_secret
-from jobs.training.sources import RECIPE_MODEL
+from jobs.training.sources import RECIPE_MODEL, RUN_PREFIX
 from pipelines.storage.objects import StorageError, absolute_url, check_client, write_once
 from snapfusion.settings import SettingsError, flatten
 
-RUN_PREFIX = "run:"
+_LINE_CHARS = 80
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 
 
@@ -59,10 +59,23 @@ class Job:
 def resolve_recipe(name: str, assignments: Sequence[str], *, config: Sequence[str] = ()) -> Recipe:
     """A recipe with the assignments of --config and then those of --set.
 
+    Another model than the recipe's own changes what follows from the model, unless that is assigned, too.
+
     Raises:
         SettingsError: if there is no such recipe or setting, or a value is not accepted.
+        ModelError: if there is no such model.
+        CredentialsError: for credentials of its store that cannot be used.
     """
-    recipe = recipe_named(name)
+    usual = recipe_named(name)
+    recipe = _assigned(usual, assignments, config=config)
+    if recipe.model == usual.model:
+        return recipe
+    refuse_secrets(recipe)
+    apply_storage(recipe.storage)
+    return _assigned(recipe_named(name, model=recipe.model), assignments, config=config)
+
+
+def _assigned(recipe: Recipe, assignments: Sequence[str], *, config: Sequence[str]) -> Recipe:
     for option, values in (("--config", config), ("--set", assignments)):
         try:
             refuse_renamed(values)
@@ -104,7 +117,13 @@ def save_settings(job: Job, *, verbose: bool) -> None:
 
 
 def settings_lines(job: Job, *, all_of_them: bool) -> list[str]:
-    """The settings that differ from those of the recipe of this name, or all, one a line."""
+    """The settings that differ from those of the recipe of this name, shortened, or all, one a line."""
     usual = {} if all_of_them else dict(flatten(recipe_named(job.recipe.name).to_values()))
     values = flatten(job.recipe.to_values())
-    return [f"  {key} = {value}" for key, value in values if key not in usual or usual[key] != value]
+    changed = [(key, str(value)) for key, value in values if key not in usual or usual[key] != value]
+    return [
+        f"  {key} = {text}"
+        if all_of_them or len(text) <= _LINE_CHARS
+        else f"  {key} = {text[:_LINE_CHARS]}..."
+        for key, text in changed
+    ]

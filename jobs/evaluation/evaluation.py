@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from jobs.evaluation.results import Comparison, EvaluationResults
-from jobs.evaluation.settings import EvaluationSettings, FidGap, PromptSettings
+from jobs.evaluation.settings import Criterion, EvaluationSettings, FidGap, PromptSettings
+from jobs.runtime.versions import versions
 from pipelines.datasets.references import compute_references, moments_of
 from pipelines.datasets.samples import generate_samples, read_scores, sampled_ids
 from pipelines.ray_data.execution import Runner
@@ -99,6 +100,8 @@ def evaluate(
         **_compared_with(settings.baseline, curves),
         "against": {name: _compared_with(name, curves) for name in settings.also_against},
         "gaps": [{**gap.to_values(), **_or_reason(_gap_closed, gap, curves)} for gap in settings.gaps],
+        "criteria": [_judged(criterion, curves) for criterion in settings.criteria],
+        "versions": versions(),
     }
 
 
@@ -217,6 +220,17 @@ def _equal_fid(curve: Curve, base: Curve) -> dict[str, Any]:
 def _gap_closed(gap: FidGap, curves: Mapping[str, Curve]) -> dict[str, Any]:
     student, few, many = (curves[name] for name in (gap.student, gap.few, gap.many))
     return {"closed": gap_closed(student, few=few, many=many, w=gap.w)}
+
+
+def _judged(criterion: Criterion, curves: Mapping[str, Curve]) -> dict[str, Any]:
+    """A criterion with the measured difference, and whether it is met."""
+    ours, theirs = curves[criterion.contender], curves[criterion.against]
+    difference = paired_differences(ours, theirs, w=criterion.w)[criterion.metric]
+    return {
+        **criterion.to_values(),
+        "difference": difference,
+        "met": bool(criterion.is_met(difference.value)),
+    }
 
 
 def _or_reason(compute: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - curves

@@ -20,6 +20,8 @@ class EvaluationResults(Comparison):
         baseline: contender of the comparison.
         against: the comparison with each further contender.
         gaps: shares of FID gaps that students close.
+        criteria: the thresholds stated beforehand, with the measured difference and whether it meets them.
+        versions: of the packages.
     """
 
     protocol: dict[str, Any]
@@ -28,3 +30,5 @@ class EvaluationResults(Comparison):
     baseline: str
     against: dict[str, Comparison]
     gaps: list[dict[str, Any]]
+    criteria: list[dict[str, Any]]
+    versions: dict[str, str]

@@ -61,11 +61,44 @@ class FidGap(Settings):
     w: float = Field(ge=1.0)
 
 
+class Criterion(Settings):
+    """A threshold stated before the evaluation: a contender's metric minus another's at one guidance.
+
+    Attributes:
+        contender: that is judged.
+        against: that it is compared with.
+        w: guidance.
+        metric: "fid" or "clip".
+        at_least: least difference, for CLIP.
+        at_most: greatest difference, for FID.
+    """
+
+    contender: str
+    against: str
+    w: float = Field(ge=1.0)
+    metric: Literal["fid", "clip"]
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @model_validator(mode="after")
+    def _has_one_bound(self) -> Criterion:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("either at_least or at_most must be given")
+        return self
+
+    def is_met(self, difference: float) -> bool:
+        """Whether a measured difference is within the bound."""
+        if self.at_least is not None:
+            return difference >= self.at_least
+        return self.at_most is not None and difference <= self.at_most
+
+
 class EvaluationSettings(Settings):
     """Settings of an evaluation.
 
     Attributes:
-        contenders: models and samplers; all generate the same captions from the same noise.
+        contenders: models and samplers; all generate the same captions from the same noise. With none,
+            there is nothing to evaluate.
         baseline: contender that the others are compared with.
         also_against: further contenders that all others are compared with.
         guidance: scales w of SnapFusion Eq. 3, increasing.
@@ -74,6 +107,7 @@ class EvaluationSettings(Settings):
         samples: sampling and scoring.
         groups: caption groups of the jackknife intervals.
         gaps: FID gaps to report.
+        criteria: thresholds that the results are judged by.
     """
 
     contenders: tuple[Contender, ...] = tuple(
@@ -89,6 +123,7 @@ class EvaluationSettings(Settings):
     samples: SamplesSettings = SamplesSettings()
     groups: int = Field(20, ge=2)
     gaps: tuple[FidGap, ...] = ()
+    criteria: tuple[Criterion, ...] = ()
 
     @model_validator(mode="after")
     def _is_consistent(self) -> EvaluationSettings:
@@ -99,11 +134,14 @@ class EvaluationSettings(Settings):
             self.baseline,
             *self.also_against,
             *(name for gap in self.gaps for name in (gap.student, gap.few, gap.many)),
+            *(name for one in self.criteria for name in (one.contender, one.against)),
         }
-        if unknown := sorted(used - set(names)):
+        if names and (unknown := sorted(used - set(names))):
             raise ValueError(f"there is no contender {unknown[0]!r}; there are {', '.join(names)}")
         if list(self.guidance) != sorted(set(self.guidance)) or not self.guidance:
             raise ValueError(f"guidance must be one or more increasing scales: {list(self.guidance)}")
+        if absent := sorted({one.w for one in self.criteria} - set(self.guidance)):
+            raise ValueError(f"criteria: w = {absent[0]:g} is none of the scales {list(self.guidance)}")
         return self
 
 

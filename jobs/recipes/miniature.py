@@ -8,6 +8,7 @@ from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant
 from jobs.recipes.derived import robust_training_of, targets_of
 from jobs.recipes.recipe import CaptionsSettings, Recipe, SourceSettings
 from jobs.recipes.stages import halving, paper_schedules
+from jobs.recipes.teacher import Teacher, read_teacher
 from jobs.training.settings import (
     DistillSettings,
     EfficientSettings,
@@ -20,9 +21,12 @@ from pipelines.datasets.settings import LatentsSettings, PairsSettings, Referenc
 from pipelines.ray_data.settings import Pool
 from pipelines.stages.settings import Encoding, Generation, ImageSettings, Sampler, SamplingSettings
 from snapfusion.export.settings import Licence, MobileSettings
+from snapfusion.models.bundled import BUNDLED
+from snapfusion.settings import Settings
 from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillationSettings
 
 _FEW_STEPS = 4
+_SD_GUIDANCE = 7.5
 # The miniature's useful range of w is narrower than SD-v1.5's.
 _WIDE, _NARROW = CfgRange(low=1.0, high=6.0), CfgRange(low=1.0, high=4.0)
 _MIXED = StepDistillationSettings(student_steps=_FEW_STEPS, cfg_probability=0.3, cfg_range=_WIDE)
@@ -34,9 +38,10 @@ _SCORING: dict[str, Any] = {
 _SMALL_POOL = Pool(actors=2, cpus=0.5)
 
 
-def miniature_ablation() -> AblationSettings:
+def miniature_ablation(model: str) -> AblationSettings:
     """Fig. 6(a-d) and 7(a-c) for the miniature, whose useful range of w is [1, 6] instead of [2, 14]."""
     return AblationSettings(
+        model=model,
         variants=(
             StudentVariant(name="control"),
             _variant("vanilla", cfg_probability=0.0),
@@ -157,13 +162,15 @@ def _panel(
     )
 
 
-def mini() -> Recipe:
+def mini(model: str = "mini") -> Recipe:
     """Every stage on the bundled miniature, on two cores in minutes."""
+    if model not in BUNDLED:
+        return _with_own_model(mini(), read_teacher(model))
     # With 8 steps the miniature is hardly worse than with 50; with 4 there is something to distil.
     steps = StepDistillationSettings(student_steps=_FEW_STEPS, cfg_probability=0.5, cfg_range=_WIDE)
     return Recipe(
         name="mini",
-        model="mini",
+        model=model,
         source=SourceSettings(),
         latents=LatentsSettings(
             images=ImageSettings(min_side=16), encoding=Encoding(batch_size=32), rows_per_unit=64
@@ -221,6 +228,30 @@ def mini() -> Recipe:
     )
 
 
+def _with_own_model(recipe: Recipe, teacher: Teacher) -> Recipe:
+    """The recipe for a model that is not bundled: nothing of the miniature's weights, captions or licence."""
+    # The range of w and the guidance of Stable Diffusion, as in the recipe `sd15`.
+    steps = recipe.distill.steps.model_copy(update={"cfg_range": CfgRange(low=2.0, high=14.0)})
+    generation = recipe.pairs.generation.model_copy(update={"guidance": _SD_GUIDANCE})
+    mobile = {"guidance": _SD_GUIDANCE, "captions": MobileSettings().captions, "licence": Licence()}
+    changes: dict[str, Settings] = {
+        "pairs": recipe.pairs.model_copy(update={"generation": generation}),
+        "targets": recipe.targets.model_copy(update={"teaching": targets_of(steps).teaching}),
+        "robust": recipe.robust.model_copy(update={"begin": teacher.v_model}),
+        "efficient": recipe.efficient.model_copy(update={"begin": teacher.v_model}),
+        "evolution": recipe.evolution.model_copy(update={"guidance": _SD_GUIDANCE}),
+        "distill": recipe.distill.model_copy(update={"teacher": teacher.v_model, "steps": steps}),
+        "mobile": recipe.mobile.model_copy(update=mobile),
+        "ablation": recipe.ablation.model_copy(update={"model": teacher.v_model}),
+    }
+    schedules = {
+        "halving": halving("student", 8, 4, model=teacher.v_model),
+        **paper_schedules(teacher.v_model, small=EFFICIENT_MODEL),
+    }
+    own = {"model": teacher.model, "oracle_floor": None, "schedules": schedules}
+    return recipe.model_copy(update={**changes, **own})
+
+
 def _velocity(num_steps: int, *, num_workers: int = 1) -> VpredSettings:
     """Further training of a miniature. Eq. 6."""
     loop = LoopSettings(
@@ -236,9 +267,9 @@ def _distillation_loop(num_steps: int, *, learning_rate: float) -> LoopSettings:
     )
 
 
-def ablation() -> Recipe:
+def ablation(model: str = "mini") -> Recipe:
     """The ablations of Fig. 6 and 7 on the miniature: hours of two cores, which can be interrupted."""
-    base = mini()
+    base = mini(model)
     distill = {
         "student": None,
         "loop": _distillation_loop(300, learning_rate=1e-4),
@@ -253,12 +284,12 @@ def ablation() -> Recipe:
             "evaluation": EvaluationSettings(
                 guidance=tuple(1.0 + 0.5 * step for step in range(13)), **_SCORING
             ),
-            "ablation": miniature_ablation(),
+            "ablation": miniature_ablation(base.ablation.model),
         }
     )
 
 
-def mini_efficient() -> Recipe:
+def mini_efficient(model: str = "mini") -> Recipe:
     """The miniature with Table 3's UNet: students of fewer steps (Fig. 4), with both decoders (Fig. 8)."""
 
     def contender(name: str, *, steps: int, folder: str = "", decoder: str | None = None) -> Contender:
@@ -266,10 +297,11 @@ def mini_efficient() -> Recipe:
             name=name, model=f"run:{folder or name}/model", sampler=Sampler(steps=steps), decoder=decoder
         )
 
-    return ablation().model_copy(
+    base = ablation(model)
+    return base.model_copy(
         update={
             "name": "mini-efficient",
-            "efficient": EfficientSettings(begin="mini-v", training=_velocity(1_500)),
+            "efficient": base.efficient.model_copy(update={"training": _velocity(1_500)}),
             "captions": CaptionsSettings(limit=512),
             "schedule": "staged",
             "evaluation": EvaluationSettings(

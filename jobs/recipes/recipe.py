@@ -25,6 +25,9 @@ from pipelines.tables.settings import Bounds
 from snapfusion.export.settings import MobileSettings
 from snapfusion.settings import FOLDER_NAME, Settings
 
+EXAMPLE_BUCKET = "s3://bucket/"
+"""Begins the URLs of a recipe that stand for one's own; commands that need them ask for them."""
+
 
 class SourceSettings(Settings):
     """Settings of the source of images.

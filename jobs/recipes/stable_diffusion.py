@@ -1,15 +1,25 @@
 """Recipes of the published Stable Diffusions, with an accelerator per actor.
 
-The paper takes the hyper-parameters of SD-v1.5 for SD-v2 (Sec. 5.2, Fig. 7d), so one function makes both.
+The paper takes the hyper-parameters of SD-v1.5 for SD-v2 (Sec. 5.2, Fig. 7d), so one function makes all.
 """
 
 from typing import Any
 
-from jobs.evaluation.settings import EfficiencySettings, EvaluationSettings, LatencySettings, PromptSettings
+from jobs.evaluation.settings import (
+    Contender,
+    Criterion,
+    EfficiencySettings,
+    EvaluationSettings,
+    FidGap,
+    LatencySettings,
+    PromptSettings,
+)
 from jobs.evolution.settings import EvolutionSettings
+from jobs.recipes.ablation import AblationSettings
 from jobs.recipes.derived import robust_training_of, targets_of
-from jobs.recipes.recipe import Recipe, SourceSettings
+from jobs.recipes.recipe import EXAMPLE_BUCKET, CaptionsSettings, Recipe, SourceSettings
 from jobs.recipes.stages import Schedule, paper_schedules
+from jobs.recipes.teacher import Teacher, read_teacher
 from jobs.training.settings import (
     DecoderSettings,
     DistillSettings,
@@ -37,6 +47,7 @@ from pipelines.stages.settings import (
     Selection,
 )
 from snapfusion.export.settings import Licence, MobileSettings
+from snapfusion.settings import Settings
 from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillationSettings
 
 _COCO = "coco2014"
@@ -56,7 +67,7 @@ _STEPS = StepDistillationSettings(
 )
 _METRICS = MetricSettings(
     features=FeatureSettings(
-        network="inception", weights="s3://bucket/weights/inception-2015-12-05.safetensors"
+        network="inception", weights=f"{EXAMPLE_BUCKET}weights/inception-2015-12-05.safetensors"
     ),
     scorer=ScorerSettings(
         network="ViT-g-14", weights="laion/CLIP-ViT-g-14-laion2B-s34B-b88K/open_clip_model.safetensors"
@@ -64,36 +75,88 @@ _METRICS = MetricSettings(
 )
 
 
-def sd15() -> Recipe:
+SD15 = Teacher(model="stable-diffusion-v1-5/stable-diffusion-v1-5", side=512, v_model=VPRED_MODEL)
+SD2 = Teacher(model="stabilityai/stable-diffusion-2-1", side=768, v_model=RECIPE_MODEL)
+_OWN = Teacher(model=f"{EXAMPLE_BUCKET}models/my-model", side=512, v_model=VPRED_MODEL)
+"""Stands in `own` until a model is given."""
+_STUDENT = "staged-8"
+"""The student that the paper's schedule ends with."""
+
+
+def sd15(model: str = SD15.model) -> Recipe:
     """SD-v1.5 as in the paper: 512 px, 50 DDIM steps, guidance 7.5."""
-    return _stable_diffusion(
-        "sd15",
-        model="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        side=512,
-        micro_batch=8,
-        v_model=VPRED_MODEL,
-        # The efficient UNet's first teacher is SD-v1.5 ("the same strategy", the paper says no more).
-        schedules=paper_schedules(VPRED_MODEL, small=EFFICIENT_MODEL),
+    teacher = _teacher(model, published=SD15)
+    recipe = _stable_diffusion("sd15", teacher, schedules=_with_efficient_unet(teacher))
+    # The weights' licence is Stable Diffusion's; its text and the data's licence must be given.
+    return _licensed(recipe, weights="CreativeML OpenRAIL-M") if model == SD15.model else recipe
+
+
+def sd15_one_gpu(model: str = SD15.model) -> Recipe:
+    """SD-v1.5 on one GPU of 24 GB or more in about a day: from 16 to 8 steps, judged on 6,000 captions."""
+    base = sd15(model)
+    trainer = TrainerSettings(use_gpu=True, micro_batch=4, checkpoint_every=100)
+    # No EMA: its copy of the weights would not fit into 24 GB.
+    loop = {"global_batch": 64, "warmup_steps": 100, "ema_decay": None}
+    sampled = {"prompts": _coco(6_000), "guidance": (7.5,)}
+    sections: dict[str, tuple[Settings, dict[str, Any]]] = {
+        "vpred": (base.vpred, {"loop": base.vpred.loop.model_copy(update={**loop, "num_steps": 2_000})}),
+        "distill": (
+            base.distill,
+            {"loop": base.distill.loop.model_copy(update={**loop, "num_steps": 1_000})},
+        ),
+        "decoder": (base.decoder, {"loop": base.decoder.loop.model_copy(update={"num_steps": 1_000})}),
+    }
+    training = {
+        name: section.model_copy(update={**changes, "trainer": trainer})
+        for name, (section, changes) in sections.items()
+    }
+    student = "run:direct-8/model"
+    return base.model_copy(
+        update={
+            "name": "sd15-1gpu",
+            **training,
+            "captions": CaptionsSettings(limit=2_000),
+            "schedule": "direct",
+            "mobile": base.mobile.model_copy(update={"model": student}),
+            "evaluation": base.evaluation.model_copy(
+                update={**sampled, **_judged_student(student, full=16), "references": _references(6_000)}
+            ),
+        }
     )
 
 
-def sd2() -> Recipe:
+def sd2(model: str = SD2.model) -> Recipe:
     """SD-v2 by SD-v1.5's hyper-parameters (Fig. 7d). SD-v2.1 of 768 px predicts v already."""
-    return _stable_diffusion(
-        "sd2",
-        model="stabilityai/stable-diffusion-2-1",
-        side=768,
-        # An image has 2.25 times the pixels of one of 512 px, so a unit and a batch have half the rows.
-        micro_batch=4,
-        v_model=RECIPE_MODEL,
-        schedules=paper_schedules(RECIPE_MODEL),
-    )
+    teacher = _teacher(model, published=SD2)
+    recipe = _stable_diffusion("sd2", teacher, schedules=paper_schedules(teacher.v_model))
+    return _licensed(recipe, weights="CreativeML OpenRAIL++-M") if model == SD2.model else recipe
 
 
-def _stable_diffusion(
-    name: str, *, model: str, side: int, micro_batch: int, v_model: str, schedules: dict[str, Schedule]
-) -> Recipe:
-    """A recipe of one image size; `v_model` is the source of its v-prediction model."""
+def own(model: str = _OWN.model) -> Recipe:
+    """The paper's plan for a model of one's own of Stable Diffusion 1: --set model=MODEL, source.url, ..."""
+    teacher = _teacher(model, published=_OWN)
+    return _stable_diffusion("own", teacher, schedules=_with_efficient_unet(teacher))
+
+
+def _teacher(model: str, *, published: Teacher) -> Teacher:
+    """The facts about a model; a published one is not opened."""
+    return published if model == published.model else read_teacher(model)
+
+
+def _with_efficient_unet(teacher: Teacher) -> dict[str, Schedule]:
+    """The paper's schedules with Table 3's UNet as the student."""
+    # The efficient UNet's first teacher is SD-v1.5 ("the same strategy", the paper says no more).
+    return paper_schedules(teacher.v_model, small=EFFICIENT_MODEL)
+
+
+def _licensed(recipe: Recipe, *, weights: str) -> Recipe:
+    mobile = recipe.mobile.model_copy(update={"licence": Licence(weights=weights)})
+    return recipe.model_copy(update={"mobile": mobile})
+
+
+def _stable_diffusion(name: str, teacher: Teacher, *, schedules: dict[str, Schedule]) -> Recipe:
+    """A recipe of one model; batches and units follow from the size of its images."""
+    side, micro_batch, v_model = teacher.side, teacher.micro_batch, teacher.v_model
     rows_per_unit, training = 16 * micro_batch, _training(micro_batch)
     vpred = VpredSettings(**training)
     # The paper gives no steps; these are ours.
@@ -107,9 +170,9 @@ def _stable_diffusion(
     )
     return Recipe(
         name=name,
-        model=model,
+        model=teacher.model,
         download=DownloadSettings(fetching=FetchSettings(image_size=side)),
-        source=SourceSettings(name="laion", url="s3://bucket/laion/*.tar"),
+        source=SourceSettings(name="laion", url=f"{EXAMPLE_BUCKET}laion/*.tar"),
         latents=_latents(side=side, rows_per_unit=rows_per_unit),
         pairs=PairsSettings(
             generation=Generation(steps=50, guidance=7.5, batch_size=16),
@@ -121,6 +184,7 @@ def _stable_diffusion(
         vpred=vpred,
         robust=RobustSettings(begin=v_model, training=robust),
         efficient=EfficientSettings(begin=v_model, training=vpred),
+        ablation=AblationSettings(model=v_model),
         # Sec. 3.1: 2,000 captions of MS-COCO's validation set, 50 steps, guidance 7.5, CLIP by ViT-g/14.
         evolution=EvolutionSettings(
             prompts=_coco(2_000), sampler=Sampler(steps=50), guidance=7.5, samples=samples, training=robust
@@ -129,12 +193,7 @@ def _stable_diffusion(
         schedule="staged",
         schedules=schedules,
         decoder=_decoder(micro_batch),
-        # The weights' licence is Stable Diffusion's; its text and the data's licence must be given.
-        mobile=MobileSettings(
-            model="run:staged-8/model",
-            decoder="run:decoder",
-            licence=Licence(weights="CreativeML OpenRAIL-M"),
-        ),
+        mobile=MobileSettings(model=f"run:{_STUDENT}/model", decoder="run:decoder"),
         latency=LatencySettings(device="cuda", precision="float16"),
         efficiency=EfficiencySettings(device="cuda"),
         evaluation=_evaluation(samples),
@@ -217,14 +276,41 @@ def _decoder(micro_batch: int) -> DecoderSettings:
 def _evaluation(samples: SamplesSettings) -> EvaluationSettings:
     """Sec. 5: MS-COCO 2014's validation captions, CLIP by ViT-g/14. The paper names no kernel for FID."""
     return EvaluationSettings(
+        **_judged_student(f"run:{_STUDENT}/model", full=50),
         guidance=tuple(1.0 + 0.5 * step for step in range(19)),
         prompts=_coco(30_000),
-        references=ReferencesSettings(
-            name=_COCO, url="s3://bucket/coco/val2014", count=30_000, device=_ON_GPU, describers=_NETWORK
-        ),
+        references=_references(30_000),
         samples=samples,
     )
 
 
+def _judged_student(student: str, *, full: int) -> dict[str, Any]:
+    """Settings that compare a student of 8 steps, with its decoder, with the model in 8 and in `full` steps.
+
+    The criteria are those that a student must at least meet: better than the model in as few steps.
+    """
+    name, few, many = "student-8", "model-8", f"model-{full}"
+    compared: dict[str, Any] = {"contender": name, "against": few, "w": 7.5}
+    return {
+        "contenders": (
+            Contender(name=many, sampler=Sampler(steps=full)),
+            Contender(name=few, sampler=Sampler(steps=8)),
+            Contender(name=name, model=student, sampler=Sampler(steps=8), decoder="run:decoder"),
+        ),
+        "baseline": many,
+        "gaps": (FidGap(student=name, few=few, many=many, w=7.5),),
+        "criteria": (
+            Criterion(**compared, metric="fid", at_most=0.0),
+            Criterion(**compared, metric="clip", at_least=0.0),
+        ),
+    }
+
+
+def _references(count: int) -> ReferencesSettings:
+    return ReferencesSettings(
+        name=_COCO, url=f"{EXAMPLE_BUCKET}coco/val2014", count=count, device=_ON_GPU, describers=_NETWORK
+    )
+
+
 def _coco(limit: int) -> PromptSettings:
-    return PromptSettings(name=_COCO, url="s3://bucket/coco/captions-val2014.tsv", limit=limit)
+    return PromptSettings(name=_COCO, url=f"{EXAMPLE_BUCKET}coco/captions-val2014.tsv", limit=limit)

@@ -5,13 +5,14 @@ import os
 
 import fsspec
 
-from jobs.cli.job import RUN_PREFIX, Job
-from jobs.recipes.recipe import Recipe
+from jobs.cli.job import Job
+from jobs.recipes.recipe import EXAMPLE_BUCKET, Recipe
 from jobs.reports.input_states import files_state
 from jobs.reports.part_cache import code_digest
 from jobs.runtime.secrets import string_values
 from jobs.runtime.settings import StorageSettings
 from jobs.runtime.versions import versions
+from jobs.training.sources import RUN_PREFIX
 from pipelines.storage.objects import exists, read_bytes, replace_object
 from snapfusion.models.bundled import BUNDLED
 from snapfusion.models.source import source_paths
@@ -86,9 +87,10 @@ def _output_state(url: str) -> list[list[str]]:
 
 
 def _files_named(recipe: Recipe) -> list[str]:
-    """Values of settings that are files: bundled models, URLs and paths."""
+    """Values of settings that are files: bundled models, URLs and paths; no examples, which nothing reads."""
     values = string_values(recipe.model_copy(update={"storage": StorageSettings()}).to_values())
-    named = {path for _, text in values if not text.startswith(RUN_PREFIX) for path in source_paths(text)}
+    texts = [text for _, text in values if not text.startswith((RUN_PREFIX, EXAMPLE_BUCKET))]
+    named = {path for text in texts for path in source_paths(text)}
     return sorted(path for path in named if _is_file(path))
 
 

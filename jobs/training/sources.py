@@ -1,5 +1,8 @@
 """Names by which settings refer to models and tables of a run."""
 
+RUN_PREFIX = "run:"
+"""Begins the path of something in the run."""
+
 RECIPE_MODEL = "recipe:model"
 """The recipe's own model."""
 

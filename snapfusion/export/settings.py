@@ -19,7 +19,11 @@ PSNR_LIMIT_DB = 35.0
 QUANTIZED_LIMIT_DB = 20.0
 """Minimum PSNR of images from compressed weights: at 20 dB the RMS error is a tenth of the range."""
 
-_LICENCE_SUBJECTS = {"weights": "teacher's weights", "data": "training data"}
+_LICENCE_SUBJECTS = {
+    "weights": ("teacher's weights", "CreativeML OpenRAIL-M"),
+    "data": ("training data", "CC-BY-4.0"),
+}
+"""Each with an example."""
 
 
 class LicenceError(ValueError):
@@ -45,17 +49,23 @@ class Licence(Settings):
         Raises:
             LicenceError: naming the setting that is missing.
         """
-        for name, subject in _LICENCE_SUBJECTS.items():
-            if not (getattr(self, name) or "").strip():
-                raise LicenceError(
-                    f"mobile.licence.{name} is not stated; give the licence of the {subject}, "
-                    f'as in --set mobile.licence.{name}="CreativeML OpenRAIL-M"'
-                )
+        if problems := self.problems():
+            raise LicenceError(problems[0])
+
+    def problems(self) -> list[str]:
+        """Say which settings are missing, a line each."""
+        lines = [
+            f"mobile.licence.{name} is not stated; give the licence of the {subject}, "
+            f'as in --set mobile.licence.{name}="{example}"'
+            for name, (subject, example) in _LICENCE_SUBJECTS.items()
+            if not (getattr(self, name) or "").strip()
+        ]
         if "rail" in (self.weights or "").lower() and not self.text:
-            raise LicenceError(
+            lines.append(
                 f"mobile.licence.weights is {self.weights}, which requires a copy of the licence text; "
                 "give its file with --set mobile.licence.text=FILE"
             )
+        return lines
 
 
 class MobileSettings(Settings):

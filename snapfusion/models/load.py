@@ -1,5 +1,6 @@
 """Loading a Stable Diffusion model: bundled, from a folder, an object store or a hub."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.checkpoint_file import CheckpointFile
 from snapfusion.models.checksums import verify_checksums
 from snapfusion.models.errors import ModelError
 from snapfusion.models.locate import INDEX_FILE, MODEL_FOLDER, SINGLE_FILE_SUFFIX, locate, locate_file
@@ -17,17 +19,19 @@ from snapfusion.models.network_files import NETWORKS, read_json, read_network, v
 from snapfusion.models.random_weights import MODEL_CONFIGS, RANDOM_PREFIX, random_bundle
 from snapfusion.models.save import DISTILLATION_FILE
 from snapfusion.models.scheduler_config import read_scheduler
-from snapfusion.models.single_file import read_single_file, single_file_configs
+from snapfusion.models.single_file import find_prediction_type, read_single_file, single_file_configs
 from snapfusion.models.source import ModelSource, parse_source
 from snapfusion.models.supported import check_supported
 from snapfusion.models.textual_inversion import add_embeddings
 from snapfusion.models.tokenizer_files import read_tokenizer
+from snapfusion.prediction_types import PredictionType
 from snapfusion.records import parse_record
 from snapfusion.schedule import Schedule
 
 NetworkName = Literal["text_encoder", "unet", "vae"]
 """A network of a model, by its folder."""
-_CONFIGS = ("unet/config.json", "vae/config.json")
+_SIZE_CONFIGS = ("unet/config.json", "vae/config.json")
+_SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
 
 def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
@@ -119,24 +123,48 @@ def load_sizes(source: str) -> ModelDimensions:
     )
 
 
+def load_prediction_type(source: str) -> PredictionType:
+    """Read whether a model predicts eps or v; no weights are read.
+
+    Raises:
+        ModelError: if it is missing, or its scheduler is not supported.
+    """
+    name = source.removeprefix(RANDOM_PREFIX)
+    if source.startswith(RANDOM_PREFIX) and name in MODEL_CONFIGS:
+        return MODEL_CONFIGS[name].prediction_type
+    found = _config_files(source, (_SCHEDULER_CONFIG,))
+    if isinstance(found, Path):
+        model = parse_source(source)
+        sd2 = single_file_configs(found, model=model, source=source).sd2
+        file = CheckpointFile(found, source=source)
+        return find_prediction_type(file, sd2=sd2, model=model, source=source)[0]
+    return read_scheduler(found[0], source=source)[1]
+
+
 def _configs(source: str) -> list[dict[str, Any]]:
     """Read the configurations of UNet and VAE."""
     name = source.removeprefix(RANDOM_PREFIX)
     if source.startswith(RANDOM_PREFIX) and name in MODEL_CONFIGS:
         return [MODEL_CONFIGS[name].unet, MODEL_CONFIGS[name].vae]
+    found = _config_files(source, _SIZE_CONFIGS)
+    if isinstance(found, Path):
+        configs = single_file_configs(found, model=parse_source(source), source=source)
+        return [configs.unet, configs.vae]
+    return found
+
+
+def _config_files(source: str, names: Sequence[str]) -> list[dict[str, Any]] | Path:
+    """Read JSON files of a model's folder; the path of a single-file checkpoint, which has none."""
     model = parse_source(source)
     if "://" in model.path and not model.path.endswith(SINGLE_FILE_SUFFIX):
         fs, path = fsspec.core.url_to_fs(model.path)
         root = path if fs.exists(f"{path}/{INDEX_FILE}") else f"{path}/{MODEL_FOLDER}"
         try:
-            return [parse_record(fs.cat_file(f"{root}/{name}"), name=name) for name in _CONFIGS]
+            return [parse_record(fs.cat_file(f"{root}/{name}"), name=name) for name in names]
         except (OSError, ValueError) as error:
             raise ModelError(f"{source}: its configurations cannot be read: {error}") from None
-    path = locate(model.path, revision=model.revision, patterns=_CONFIGS)
-    if path.is_file():
-        configs = single_file_configs(path, model=model, source=source)
-        return [configs.unet, configs.vae]
-    return [read_json(path / name, source=source) for name in _CONFIGS]
+    path = locate(model.path, revision=model.revision, patterns=names)
+    return path if path.is_file() else [read_json(path / name, source=source) for name in names]
 
 
 def _load_folder(folder: Path, *, model: ModelSource, source: str) -> Bundle:
@@ -148,7 +176,7 @@ def _load_folder(folder: Path, *, model: ModelSource, source: str) -> Bundle:
             names = ", ".join(sorted(filter(None, known))) or "none"
             raise ModelError(f"{source}: there is no variant {model.variant!r}; its variants are: {names}")
     networks = {name: read_network(folder / name, source=source, variant=model.variant) for name in NETWORKS}
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", source=source)
+    scheduler = read_json(folder / _SCHEDULER_CONFIG, source=source)
     schedule, prediction_type = read_scheduler(scheduler, source=source)
     text_encoder = networks["text_encoder"].config.to_dict()
     return Bundle(

@@ -18,7 +18,7 @@ from snapfusion.settings import SettingsError
 from snapfusion.training.settings import CfgRange, StepDistillationSettings
 
 ROOT = Path(__file__).parents[3]
-ABLATION = miniature_ablation()
+ABLATION = miniature_ablation("mini-v")
 VARIANTS = {variant.name: variant for variant in ABLATION.variants}
 PANELS = {panel.name: panel for panel in ABLATION.panels}
 

@@ -1,0 +1,150 @@
+"""Recipes for a model of one's own: everything that follows from the model is that model's."""
+
+import json
+
+import pytest
+from conftest import tiny_bundle
+
+from jobs.cli.job import resolve_recipe
+from jobs.recipes.dataflow import missing_inputs, missing_values
+from jobs.recipes.recipe import EXAMPLE_BUCKET
+from jobs.recipes.registry import RECIPES, recipe_named
+from jobs.recipes.teacher import Teacher
+from jobs.recipes.verbs import pipeline_verbs
+from jobs.training.sources import RECIPE_MODEL, VPRED_MODEL
+from snapfusion.models.errors import ModelError
+from snapfusion.models.save import save
+from snapfusion.settings import flatten
+
+PIPELINES = ("mini", "own", "sd15", "sd2")
+
+
+@pytest.fixture(scope="module")
+def v_model(tmp_path_factory):
+    bundle = tiny_bundle()
+    bundle.prediction_type = "v_prediction"
+    folder = tmp_path_factory.mktemp("predicts-v") / "v"
+    save(bundle, folder)
+    return str(folder)
+
+
+def in_run_of(recipe, **options):
+    return missing_inputs(recipe, pipeline_verbs(recipe), exists=lambda _: False, **options)
+
+
+def strings(recipe):
+    return [value for _, value in flatten(recipe.to_values()) if isinstance(value, str)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_nothing_of_the_miniature_remains(name, tiny_teacher):
+    recipe = resolve_recipe(name, [f"model={tiny_teacher}"])
+    # The ablation's panels are the miniature's: its variants name no other model.
+    assert "mini-v" not in json.dumps(recipe.to_values())
+    assert recipe.model == tiny_teacher
+    assert recipe.mobile.licence.weights is None
+    assert recipe.mobile.licence.data is None
+    assert recipe.oracle_floor is None
+    assert recipe.mobile.guidance == recipe.pairs.generation.guidance == 7.5
+    assert not any("white background" in caption for caption in recipe.mobile.captions)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_model_that_predicts_v_is_its_own_v_model(name, v_model, tiny_teacher):
+    for model, expected in [(v_model, RECIPE_MODEL), (tiny_teacher, VPRED_MODEL)]:
+        recipe = resolve_recipe(name, [f"model={model}"])
+        assert recipe.efficient.begin == expected
+        assert recipe.schedules["direct"][0].teacher == expected
+        fine_tunes = "finetune_vpred" in pipeline_verbs(recipe)
+        if name == "mini":
+            assert fine_tunes == (expected == VPRED_MODEL)
+
+
+def test_sizes_follow_from_the_model(tiny_teacher):
+    recipe = resolve_recipe("own", [f"model={tiny_teacher}"])
+    assert recipe.download.fetching.image_size == recipe.latents.selection.min_width == 16
+    assert recipe.vpred.trainer.micro_batch == 64
+
+
+@pytest.mark.parametrize(("side", "rows"), [(1024, 2), (768, 4), (640, 4), (512, 8), (256, 32), (64, 64)])
+def test_a_batch_has_about_as_many_pixels(side, rows):
+    assert Teacher(model="m", side=side, v_model="m").micro_batch == rows
+
+
+@pytest.mark.parametrize("config", [True, False], ids=["config", "set"])
+def test_an_assignment_comes_before_what_follows_from_the_model(config, tiny_teacher):
+    given = [f"model={tiny_teacher}", "distill.teacher=mini-v", "pairs.generation.guidance=3.0"]
+    recipe = resolve_recipe("mini", [] if config else given, config=given if config else [])
+    assert recipe.distill.teacher == "mini-v"
+    assert recipe.pairs.generation.guidance == 3.0
+    assert recipe.mobile.guidance == 7.5
+
+
+def test_a_missing_model_is_named():
+    with pytest.raises(ModelError, match="there is no model folder"):
+        resolve_recipe("own", ["model=./none"])
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_step_finds_what_it_reads(name, tiny_teacher, v_model):
+    models = (None, tiny_teacher, v_model)
+    for model in models:
+        recipe = recipe_named(name, model=model)
+        assert in_run_of(recipe) == []
+        assert pipeline_verbs(recipe)[-1] == "compile_mobile"
+        assert {"distill_steps", "distill_schedule"} & set(pipeline_verbs(recipe))
+        assert ("evaluate" in pipeline_verbs(recipe)) == (name != "mini")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "line"),
+    [
+        (
+            "mobile.model=run:other/model",
+            "mobile.model is run:other/model, which no step before compile_mobile",
+        ),
+        (
+            "efficient.begin=run:robust/model",
+            "efficient.begin is run:robust/model, which no step before train_",
+        ),
+        ("efficient.architecture=run:evolution/a.json", "efficient.architecture is run:evolution/a.json"),
+        (
+            "captions.url=run:captions.txt",
+            "captions.url is run:captions.txt, which no step before generate_pairs",
+        ),
+        (
+            "distill.student=run:student/model",
+            "distill.student is run:student/model, which no step before disti",
+        ),
+    ],
+)
+def test_an_input_that_nothing_makes_is_named(assignment, line):
+    recipe = resolve_recipe("mini", [assignment])
+    settings = [found for found in in_run_of(recipe) if found.startswith(line)]
+    if assignment.startswith("efficient"):
+        assert settings
+    else:
+        assert in_run_of(recipe)[0].startswith(line)
+    verbs = pipeline_verbs(recipe)
+    assert missing_inputs(recipe, verbs, exists=lambda _: True) == []
+
+
+def test_a_stage_that_reads_a_later_one_is_named():
+    recipe = recipe_named("sd15")
+    first, *others = recipe.stages
+    schedules = {"staged": (first.model_copy(update={"teacher": "run:staged-8/model"}), *others)}
+    (line,) = in_run_of(recipe.model_copy(update={"schedules": schedules}))
+    assert line == "schedules.staged[0].teacher is run:staged-8/model, which no step before teacher-16 makes"
+
+
+def test_examples_and_licences_are_asked_for():
+    recipe = recipe_named("own")
+    lines = missing_values(recipe, pipeline_verbs(recipe))
+    keys = ("model", "source.url", "evaluation.prompts.url", "evaluation.references.url")
+    assert [line.split()[0] for line in lines[:4]] == list(keys)
+    assert sum("mobile.licence" in line.split()[0] for line in lines) == 2
+    # A licence of weights is no example of a licence of data.
+    assert "OpenRAIL" not in next(line for line in lines if line.startswith("mobile.licence.data"))
+    mini = recipe_named("mini")
+    assert missing_values(mini, pipeline_verbs(mini)) == []
+    assert not any(value.startswith(EXAMPLE_BUCKET) for value in strings(mini))

@@ -1,0 +1,75 @@
+"""`run_pipeline --recipe own`, from a fine-tune as people have it to an evaluated student and a bundle."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ldm_checkpoint import ldm_tensors, sd_shaped_bundle, write_checkpoint
+from set_options import set_options
+
+from jobs import run_pipeline
+from pipelines.sources.shards import ShardRow, write_shard
+from pipelines.tables.schemas import to_png
+from snapfusion.export.bundle import open_bundle
+from snapfusion.models.load import load
+
+TRIAL = Path(__file__).parents[2] / "docs/own_model_trial.yaml"
+SIDE = 128
+LICENCES = ("mobile.licence.weights=MIT", "mobile.licence.data=CC-BY-4.0")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> list[str]:
+    """Settings that name a single-file checkpoint of 128 px, shards and captions."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model = write_checkpoint(folder / "tune.safetensors", ldm_tensors(sd_shaped_bundle(seed=3)))
+    noise = np.random.default_rng(0)
+    rows = (
+        ShardRow(
+            image=to_png(noise.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)),
+            caption=f"a photo, number {number}",
+            url=f"http://origin/{number}",
+        )
+        for number in range(16)
+    )
+    write_shard(str(folder / "shards"), rows, index=0, extension="png", rows_per_shard=16)
+    (folder / "captions.txt").write_text("".join(f"a photo of {number} cats\n" for number in range(8)))
+    return [
+        *(f"model={model}?size={SIDE}", f"source.url={folder / 'shards'}"),
+        f"captions.url={folder / 'captions.txt'}",
+    ]
+
+
+def arguments(out: Path, settings) -> list[str]:
+    return ["--recipe", "own", "--config", str(TRIAL), "--out", str(out), *set_options(settings)]
+
+
+def test_the_trial_misses_nothing_but_licences(inputs, tmp_path, capsys):
+    assert run_pipeline.main([*arguments(tmp_path, inputs), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("missing  ") == 2
+    assert run_pipeline.main(arguments(tmp_path / "run", inputs)) == 2
+    assert "mobile.licence.weights is not stated" in capsys.readouterr().err
+    assert not (tmp_path / "run/latents").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1800)
+def test_from_a_single_file_to_student_and_bundle(inputs, ray_cluster, tmp_path, caplog):
+    command = arguments(tmp_path, [*inputs, *LICENCES])
+    assert run_pipeline.main(command) == 0
+    student = load(str(tmp_path / "staged-8"))
+    assert (student.image_size, student.prediction_type) == (SIDE, "v_prediction")
+    assert student.distillation["steps"] == 8
+    results = json.loads((tmp_path / "evaluation/results.json").read_text())
+    assert set(results["curves"]) == {"model-50", "model-8", "student-8"}
+    assert len(results["curves"]["student-8"]["points"]) == 2
+    bundle = open_bundle(tmp_path / "mobile")
+    assert bundle.manifest["licence"]["data"] == "CC-BY-4.0"
+    assert (tmp_path / "report/index.html").is_file()
+    # Nothing is left to do.
+    caplog.clear()
+    assert run_pipeline.main(command) == 0
+    assert "nothing is left to do" in caplog.text
