@@ -5,18 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ldm_checkpoint import ldm_tensors, sd_shaped_bundle, write_checkpoint
+from safetensors.torch import save_file
 from set_options import set_options
 
 from jobs import run_pipeline
 from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.tables.schemas import to_png
 from snapfusion.export.bundle import open_bundle
+from snapfusion.metrics.inception import Inception
 from snapfusion.models.load import load
 
 TRIAL = Path(__file__).parents[2] / "docs/own_model_trial.yaml"
 SIDE = 128
 LICENCES = ("mobile.licence.weights=MIT", "mobile.licence.data=CC-BY-4.0")
+FEATURES = "evaluation.samples.judging.features.weights"
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +49,12 @@ def arguments(out: Path, settings) -> list[str]:
     return ["--recipe", "own", "--config", str(TRIAL), "--out", str(out), *set_options(settings)]
 
 
-def test_the_trial_misses_nothing_but_licences(inputs, tmp_path, capsys):
+def test_the_trial_misses_inception_and_licences(inputs, tmp_path, capsys):
     assert run_pipeline.main([*arguments(tmp_path, inputs), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("missing  ") == 2
+    assert printed.count("missing  ") == 3
     assert run_pipeline.main(arguments(tmp_path / "run", inputs)) == 2
-    assert "mobile.licence.weights is not stated" in capsys.readouterr().err
+    assert f"{FEATURES} is the example" in capsys.readouterr().err
     assert not (tmp_path / "run/latents").exists()
 
 
@@ -58,7 +62,9 @@ def test_the_trial_misses_nothing_but_licences(inputs, tmp_path, capsys):
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
 def test_from_a_single_file_to_student_and_bundle(inputs, ray_cluster, tmp_path, caplog):
-    command = arguments(tmp_path, [*inputs, *LICENCES])
+    features = tmp_path / "inception.safetensors"
+    save_file({**Inception().network.state_dict(), "fc.weight": torch.zeros(1008, 2048)}, features)
+    command = arguments(tmp_path, [*inputs, *LICENCES, f"{FEATURES}={features}"])
     assert run_pipeline.main(command) == 0
     student = load(str(tmp_path / "staged-8"))
     assert (student.image_size, student.prediction_type) == (SIDE, "v_prediction")

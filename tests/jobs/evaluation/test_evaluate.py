@@ -12,7 +12,7 @@ from set_options import set_options
 
 from jobs import evaluate as job
 from jobs.evaluation.evaluation import evaluate
-from jobs.evaluation.settings import Contender, EvaluationSettings, FidGap, PromptSettings
+from jobs.evaluation.settings import Contender, Criterion, EvaluationSettings, FidGap, PromptSettings
 from jobs.recipes.miniature import mini
 from jobs.recipes.stable_diffusion import sd15
 from jobs.reports.charts import standalone_svg
@@ -41,6 +41,11 @@ SETTINGS = EvaluationSettings(
     samples=SamplesSettings(drawing=SamplingSettings(batch_size=6), rows_per_unit=6),
     groups=3,
     gaps=(FidGap(student="dpm++", few="few", many="many", w=2.0),),
+    criteria=(
+        Criterion(contender="few", against="many", w=2.0, metric="fid", at_most=0.0),
+        Criterion(contender="many", against="few", w=2.0, metric="fid", at_most=0.0),
+        Criterion(contender="dpm++", against="few", w=3.0, metric="clip", at_least=-2.0),
+    ),
 )
 
 
@@ -75,6 +80,38 @@ def test_every_contender_is_compared_with_the_baseline(made):
     assert set(results["differences"]) == set(results["equal_fid"]) == {"few", "dpm++"}
     [gap] = results["gaps"]
     assert ("closed" in gap) != ("no_reading" in gap)
+
+
+def test_criteria_are_judged_by_the_measured_difference(made):
+    _, results, _ = made
+    few, many, clip = results["criteria"]
+    assert few["difference"] == results["differences"]["few"][1]["fid"]
+    # One step is worse than four; the other way round the difference has the other sign.
+    assert few["difference"][0] == -many["difference"][0] > 0
+    assert [one["met"] for one in (few, many, clip)] == [False, True, True]
+    page = render_evaluation(results)
+    assert page.count('<td data-label="met">') == 3
+    assert "torch" in results["versions"]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "reason"),
+    [
+        ({"contender": "none"}, "there is no contender 'none'"),
+        ({"w": 2.5}, "w = 2.5 is none of the scales"),
+        ({"at_most": None}, "either at_least or at_most"),
+        ({"at_least": 0.0}, "either at_least or at_most"),
+    ],
+)
+def test_a_criterion_that_cannot_be_judged_is_refused(criterion, reason):
+    values = SETTINGS.to_values()
+    values["criteria"] = [values["criteria"][0] | criterion]
+    with pytest.raises(SettingsError, match=reason):
+        EvaluationSettings.parse(values)
+
+
+def test_an_evaluation_may_have_no_contenders():
+    assert EvaluationSettings(contenders=()).contenders == ()
 
 
 def test_the_protocol_has_what_metrics_depend_on(made):
@@ -141,7 +178,13 @@ def test_captions_come_from_a_list_too(tmp_path):
         name="list", url=str(tmp_path / "list.tsv"), reading=CaptionSettings(id_column="id"), limit=8
     )
     settings = SETTINGS.model_copy(
-        update={"prompts": prompts, "contenders": SETTINGS.contenders[:2], "gaps": (), "groups": 2}
+        update={
+            "prompts": prompts,
+            "contenders": SETTINGS.contenders[:2],
+            "gaps": (),
+            "criteria": (),
+            "groups": 2,
+        }
     )
     results, _ = run(settings, tmp_path / "evaluation")
     captions = results["protocol"]["captions"]
@@ -155,7 +198,13 @@ def test_w_conditioned_students_are_evaluated_once_per_step(tmp_path):
     save(bundle, tmp_path / "student")
     student = Contender(name="distilled", model=str(tmp_path / "student"), sampler=Sampler(steps=2))
     settings = SETTINGS.model_copy(
-        update={"contenders": (student,), "baseline": "distilled", "gaps": (), "guidance": (1.0, 2.0)}
+        update={
+            "contenders": (student,),
+            "baseline": "distilled",
+            "gaps": (),
+            "criteria": (),
+            "guidance": (1.0, 2.0),
+        }
     )
     results, _ = run(settings, tmp_path / "evaluation")
     assert [point["evaluations"] for point in results["curves"]["distilled"]["points"]] == [2, 2]
