@@ -57,7 +57,7 @@ def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
             raise ModelError(f"{source}: there is no such architecture; {accepted} are accepted")
         return random_bundle(name).to(device, dtype)
     model = parse_source(source)
-    path = locate(model.path, revision=model.revision)
+    path = locate(model.path, revision=model.revision, variant=model.variant)
     if path.is_file():
         bundle = read_single_file(path, model=model, source=source)
     else:
@@ -82,7 +82,7 @@ def load_network(source: str, *, part: NetworkName) -> nn.Module:
     if source.startswith(RANDOM_PREFIX):
         return load(source).networks[part]
     model = parse_source(source)
-    path = locate(model.path, revision=model.revision)
+    path = locate(model.path, revision=model.revision, variant=model.variant)
     if path.is_file() or model.loras or model.embeddings:
         network = load(source).networks[part]
     else:

@@ -12,24 +12,29 @@ from typing import Any
 
 from snapfusion.models.bundled import BUNDLED
 from snapfusion.models.errors import ModelError
-from snapfusion.models.save import DISTILLATION_FILE
+from snapfusion.models.hub import download
 from snapfusion.storage import get_tree, store_of
 
 INDEX_FILE = "model_index.json"
 SINGLE_FILE_SUFFIX = ".safetensors"
 MODEL_FOLDER = "model"
 """The folder of the model in a run folder."""
-_HUB_PATTERNS = (INDEX_FILE, DISTILLATION_FILE, "*/*.json", "*/*.txt", "*/*.safetensors")
-"""The files to download of a model on a hub."""
 
 
-def locate(source: str, *, revision: str | None = None, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
+def locate(
+    source: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    patterns: Sequence[str] | None = None,
+) -> Path:
     """Return the local folder of a model, or its single file, after a download if necessary.
 
     Args:
         source: as of `snapfusion.models.load.load`, without options.
         revision: branch, tag or commit on a hub.
-        patterns: globs of the files to download from a hub.
+        variant: of the weights to download from a hub.
+        patterns: globs of the files to download from a hub; None for all that are read of a model.
 
     Raises:
         ModelError: if there is no such model.
@@ -52,7 +57,7 @@ def locate(source: str, *, revision: str | None = None, patterns: Sequence[str] 
             f"there is no model folder {source!r}{_nearest(folder)}; give a diffusers folder, a .safetensors "
             "checkpoint, a URL of one, or a hub id"
         )
-    return _download(source, revision=revision, patterns=patterns)
+    return download(source, revision=revision, variant=variant, patterns=patterns)
 
 
 def locate_file(path: str) -> Path:
@@ -132,15 +137,3 @@ def _version(info: Mapping[str, Any]) -> object:
     """Return what changes with an object's content; each kind of store has its own name for it."""
     names = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
     return next((info[name] for name in names if info.get(name)), None)
-
-
-def _download(hub_id: str, *, revision: str | None, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
-    except OSError as error:  # also the hub's own errors, which are derived from it
-        raise ModelError(
-            f"{hub_id!r} is neither a folder here nor a model the hub gave ({type(error).__name__}); "
-            "give a diffusers folder, a URL of one, or a hub id that this machine can reach"
-        ) from None

@@ -4,6 +4,7 @@ Only safetensors are read: unpickling can run arbitrary code.
 """
 
 import re
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any, Final
 
@@ -100,7 +101,7 @@ def read_json(path: Path, *, source: str) -> dict[str, Any]:
 
 def variants(folder: Path) -> set[str | None]:
     """List the variants of a network's weights by its files' names; None stands for the plain weights."""
-    return set(_files_by_variant(folder))
+    return set(group_by_variant(_weights(folder)))
 
 
 def weight_files(folder: Path, *, source: str, variant: str | None = None) -> list[Path]:
@@ -110,15 +111,28 @@ def weight_files(folder: Path, *, source: str, variant: str | None = None) -> li
         ModelError: if there are no weights that can be read.
     """
     chosen = _variant(folder, variant=variant, source=source)
-    return _files_by_variant(folder)[chosen]
+    return group_by_variant(_weights(folder))[chosen]
 
 
-def _files_by_variant(folder: Path) -> dict[str | None, list[Path]]:
-    files: dict[str | None, list[Path]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+def group_by_variant(files: Iterable[Path]) -> dict[str | None, list[Path]]:
+    """Group files of weights by the variant in their names; None stands for the plain weights."""
+    groups: dict[str | None, list[Path]] = {}
+    for path in files:
         if match := _WEIGHTS_NAME.search(path.name):
-            files.setdefault(match.group(1) or match.group(2), []).append(path)
-    return files
+            groups.setdefault(match.group(1) or match.group(2), []).append(path)
+    return groups
+
+
+def choose_variant(there: Set[str | None], *, variant: str | None) -> str | None:
+    """Return the variant to read: the named one if there, else the plain weights, else fp16 or the first."""
+    if variant in there or None in there:
+        return variant if variant in there else None
+    names = sorted(name for name in there if name)
+    return _PREFERRED_VARIANT if _PREFERRED_VARIANT in names else names[0]
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _variant(folder: Path, *, variant: str | None, source: str) -> str | None:
@@ -127,7 +141,7 @@ def _variant(folder: Path, *, variant: str | None, source: str) -> str | None:
     Raises:
         ModelError: if there are no weights that can be read.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weights(folder)
     if not files:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
         found = f"only pickled weights ({', '.join(pickles)}), never opened" if pickles else "no weights"
@@ -137,8 +151,4 @@ def _variant(folder: Path, *, variant: str | None, source: str) -> str | None:
         raise ModelError(
             f"{source}: {folder.name}/{pointer} is a git-lfs pointer, not the weights; run `git lfs pull`"
         )
-    there = variants(folder)
-    if variant in there or None in there:
-        return variant if variant in there else None
-    names = sorted(name for name in there if name)
-    return _PREFERRED_VARIANT if _PREFERRED_VARIANT in names else names[0]
+    return choose_variant(variants(folder), variant=variant)

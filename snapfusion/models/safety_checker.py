@@ -21,6 +21,11 @@ from snapfusion.models.stored import SAFETY_CHECKER, has_safety_checker
 # It warns of each image in a wording of its own; whoever calls it reports what it finds.
 logging.getLogger(StableDiffusionSafetyChecker.__module__).setLevel(logging.ERROR)
 _FEATURE_EXTRACTOR: Final = "feature_extractor"
+_HUB_FILES = (
+    f"{SAFETY_CHECKER}/*.json",
+    f"{SAFETY_CHECKER}/model.safetensors",
+    f"{_FEATURE_EXTRACTOR}/*.json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,7 @@ def find_safety_checker(source: str) -> Path | None:
     if source.startswith(RANDOM_PREFIX):
         return None
     model = parse_source(source)
-    folder = locate(model.path, revision=model.revision)
+    folder = locate(model.path, revision=model.revision, patterns=_HUB_FILES)
     return folder / SAFETY_CHECKER if has_safety_checker(folder) else None
 
 

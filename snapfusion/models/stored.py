@@ -68,7 +68,7 @@ def describe_stored(source: str) -> StoredModel:
         ModelError: if it cannot be read.
     """
     model = parse_source(source)
-    path = locate(model.path, revision=model.revision)
+    path = locate(model.path, revision=model.revision, variant=model.variant)
     return (_stored_in_file if path.is_file() else _stored_in_folder)(path, model=model, source=source)
 
 
