@@ -15,7 +15,7 @@ from jobs.training.sources import RECIPE_MODEL, RUN_PREFIX
 from pipelines.storage.objects import StorageError, absolute_url, check_client, write_once
 from snapfusion.settings import SettingsError, flatten
 
-_LINE_CHARS = 80
+_LIST_CHARS = 80
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 
 
@@ -117,13 +117,15 @@ def save_settings(job: Job, *, verbose: bool) -> None:
 
 
 def settings_lines(job: Job, *, all_of_them: bool) -> list[str]:
-    """The settings that differ from those of the recipe of this name, shortened, or all, one a line."""
+    """The settings that differ from those of the recipe of this name, lists shortened, or all settings."""
     usual = {} if all_of_them else dict(flatten(recipe_named(job.recipe.name).to_values()))
     values = flatten(job.recipe.to_values())
-    changed = [(key, str(value)) for key, value in values if key not in usual or usual[key] != value]
-    return [
-        f"  {key} = {text}"
-        if all_of_them or len(text) <= _LINE_CHARS
-        else f"  {key} = {text[:_LINE_CHARS]}..."
-        for key, text in changed
-    ]
+    changed = [(key, value) for key, value in values if key not in usual or usual[key] != value]
+    if all_of_them:
+        return [f"  {key} = {value}" for key, value in changed]
+    return [f"  {key} = {_shortened(value)}" for key, value in changed]
+
+
+def _shortened(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    text = str(value)
+    return f"{text[:_LIST_CHARS]}..." if isinstance(value, list) and len(text) > _LIST_CHARS else text

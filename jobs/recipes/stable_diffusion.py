@@ -3,6 +3,7 @@
 The paper takes the hyper-parameters of SD-v1.5 for SD-v2 (Sec. 5.2, Fig. 7d), so one function makes all.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from jobs.evaluation.settings import (
@@ -119,7 +120,11 @@ def sd15_one_gpu(model: str = SD15.model) -> Recipe:
             "schedule": "direct",
             "mobile": base.mobile.model_copy(update={"model": student}),
             "evaluation": base.evaluation.model_copy(
-                update={**sampled, **_judged_student(student, full=16), "references": _references(6_000)}
+                update={
+                    **sampled,
+                    **_judged_student(student, models=_ddim(16, 8), full=16),
+                    "references": _references(6_000),
+                }
             ),
         }
     )
@@ -135,7 +140,7 @@ def sd2(model: str = SD2.model) -> Recipe:
 def own(model: str = _OWN.model) -> Recipe:
     """The paper's plan for a model of one's own of Stable Diffusion 1: --set model=MODEL, source.url, ..."""
     teacher = _teacher(model, published=_OWN)
-    return _stable_diffusion("own", teacher, schedules=_with_efficient_unet(teacher))
+    return _stable_diffusion("own", teacher, schedules=_with_efficient_unet(teacher), models=_ddim(50, 8))
 
 
 def _teacher(model: str, *, published: Teacher) -> Teacher:
@@ -154,8 +159,21 @@ def _licensed(recipe: Recipe, *, weights: str) -> Recipe:
     return recipe.model_copy(update={"mobile": mobile})
 
 
-def _stable_diffusion(name: str, teacher: Teacher, *, schedules: dict[str, Schedule]) -> Recipe:
-    """A recipe of one model; batches and units follow from the size of its images."""
+def _stable_diffusion(
+    name: str,
+    teacher: Teacher,
+    *,
+    schedules: dict[str, Schedule],
+    models: Sequence[Contender] = EvaluationSettings().contenders,
+) -> Recipe:
+    """A recipe of one model; batches and units follow from the size of its images.
+
+    Args:
+        name: of the recipe.
+        teacher: the model.
+        schedules: of its students.
+        models: the samplers of the model itself that the student is compared with.
+    """
     side, micro_batch, v_model = teacher.side, teacher.micro_batch, teacher.v_model
     rows_per_unit, training = 16 * micro_batch, _training(micro_batch)
     vpred = VpredSettings(**training)
@@ -196,7 +214,7 @@ def _stable_diffusion(name: str, teacher: Teacher, *, schedules: dict[str, Sched
         mobile=MobileSettings(model=f"run:{_STUDENT}/model", decoder="run:decoder"),
         latency=LatencySettings(device="cuda", precision="float16"),
         efficiency=EfficiencySettings(device="cuda"),
-        evaluation=_evaluation(samples),
+        evaluation=_evaluation(samples, models=models),
     )
 
 
@@ -273,10 +291,10 @@ def _decoder(micro_batch: int) -> DecoderSettings:
     )
 
 
-def _evaluation(samples: SamplesSettings) -> EvaluationSettings:
+def _evaluation(samples: SamplesSettings, *, models: Sequence[Contender]) -> EvaluationSettings:
     """Sec. 5: MS-COCO 2014's validation captions, CLIP by ViT-g/14. The paper names no kernel for FID."""
     return EvaluationSettings(
-        **_judged_student(f"run:{_STUDENT}/model", full=50),
+        **_judged_student(f"run:{_STUDENT}/model", models=models, full=50),
         guidance=tuple(1.0 + 0.5 * step for step in range(19)),
         prompts=_coco(30_000),
         references=_references(30_000),
@@ -284,19 +302,21 @@ def _evaluation(samples: SamplesSettings) -> EvaluationSettings:
     )
 
 
-def _judged_student(student: str, *, full: int) -> dict[str, Any]:
-    """Settings that compare a student of 8 steps, with its decoder, with the model in 8 and in `full` steps.
+def _judged_student(student: str, *, models: Sequence[Contender], full: int) -> dict[str, Any]:
+    """Settings that compare a student of 8 steps, with its decoder, with the model's own samplers.
 
     The criteria are those that a student must at least meet: better than the model in as few steps.
+
+    Args:
+        student: its source.
+        models: contenders of the model itself, DDIM with 8 and with `full` steps among them.
+        full: steps of the baseline.
     """
-    name, few, many = "student-8", "model-8", f"model-{full}"
+    name, few, many = "student-8", "ddim-8", f"ddim-{full}"
     compared: dict[str, Any] = {"contender": name, "against": few, "w": 7.5}
+    judged = Contender(name=name, model=student, sampler=Sampler(steps=8), decoder="run:decoder")
     return {
-        "contenders": (
-            Contender(name=many, sampler=Sampler(steps=full)),
-            Contender(name=few, sampler=Sampler(steps=8)),
-            Contender(name=name, model=student, sampler=Sampler(steps=8), decoder="run:decoder"),
-        ),
+        "contenders": (*models, judged),
         "baseline": many,
         "gaps": (FidGap(student=name, few=few, many=many, w=7.5),),
         "criteria": (
@@ -304,6 +324,11 @@ def _judged_student(student: str, *, full: int) -> dict[str, Any]:
             Criterion(**compared, metric="clip", at_least=0.0),
         ),
     }
+
+
+def _ddim(*steps: int) -> tuple[Contender, ...]:
+    """Contenders of the recipe's model with these numbers of steps."""
+    return tuple(Contender(name=f"ddim-{count}", sampler=Sampler(steps=count)) for count in steps)
 
 
 def _references(count: int) -> ReferencesSettings:

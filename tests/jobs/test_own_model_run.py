@@ -70,7 +70,7 @@ def test_from_a_single_file_to_student_and_bundle(inputs, ray_cluster, tmp_path,
     assert (student.image_size, student.prediction_type) == (SIDE, "v_prediction")
     assert student.distillation["steps"] == 8
     results = json.loads((tmp_path / "evaluation/results.json").read_text())
-    assert set(results["curves"]) == {"model-50", "model-8", "student-8"}
+    assert set(results["curves"]) == {"ddim-50", "ddim-8", "student-8"}
     assert len(results["curves"]["student-8"]["points"]) == 2
     bundle = open_bundle(tmp_path / "mobile")
     assert bundle.manifest["licence"]["data"] == "CC-BY-4.0"

@@ -115,13 +115,16 @@ def test_pipeline_steps_follow_the_recipe():
     def verbs(name, *settings):
         return pipeline_verbs(recipe_named(name).with_values(settings))
 
-    assert verbs("mini", "deduplication.use=true") == list(run_pipeline.STEPS)
+    for name in ("mini", "sd15", "sd2", "own"):
+        assert verbs(name) == [verb for verb in run_pipeline.STEPS if verb in verbs(name)]
     assert set(verbs("mini", "deduplication.use=true")) - set(verbs("mini")) == {"find_duplicates"}
     students = {"measure_latency", "train_efficient", "distill_steps"}
     assert verbs("mini", "distill.teacher=null") == [verb for verb in verbs("mini") if verb not in students]
     assert students & set(verbs("mini", "distill.student=null")) == {"distill_steps"}
-    # Its shards exist, and its students are distilled by `jobs.distill_schedule`.
+    # Its shards exist, and its students are those of its schedule.
     assert not {"render_scenes", "distill_steps"} & set(verbs("sd15"))
+    assert {"distill_schedule", "evaluate"} <= set(verbs("sd15"))
+    assert "compute_targets" in verbs("mini", "distill.targets=table")
 
 
 def test_settings_are_saved_under_their_hash(capsys, tmp_path):

@@ -52,8 +52,9 @@ def write_shards(folder: Path, *, shards: int, rows: int) -> None:
         write_shard(str(folder), map(shard_row, numbers), index=index, rows_per_shard=rows)
 
 
-def preview(capsys, out: Path, *settings: str) -> list[str]:
-    assert encode_latents.main(["--dry-run", "--out", str(out), *set_options(settings)]) == 0
+def preview(capsys, out: Path, *settings: str, recipe: str = "mini") -> list[str]:
+    options = ["--dry-run", "--recipe", recipe, "--out", str(out), *set_options(settings)]
+    assert encode_latents.main(options) == 0
     lines = capsys.readouterr().out.splitlines()
     return lines[next(n for n, line in enumerate(lines) if line.startswith("would encode")) :]
 
@@ -148,11 +149,11 @@ def test_the_number_of_rows_is_unknown_without_sidecars(tmp_path, capsys):
     assert lines[-1] == "the number of rows is unknown: 1 shards have no sidecar"
 
 
-def test_an_unknown_model_leaves_the_size_unknown(tmp_path, capsys):
+def test_a_model_out_of_reach_leaves_the_size_unknown(tmp_path, capsys):
     write_shards(tmp_path / "shards", shards=1, rows=5)
-    lines = preview(capsys, tmp_path, "model=/no/such/folder")
+    lines = preview(capsys, tmp_path, f"source.url={tmp_path / 'shards'}", recipe="sd15")
     assert lines[-1].startswith("their size is unknown: ")
-    assert "/no/such/folder" in lines[-1]
+    assert "stable-diffusion-v1-5" in lines[-1]
 
 
 def test_url_lists_are_previewed_before_download(tmp_path, capsys):

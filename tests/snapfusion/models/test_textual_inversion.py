@@ -10,8 +10,8 @@ from ldm_checkpoint import sd_shaped_bundle
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jobs.evaluation.images import default_guidance
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.defaults import default_guidance
 from snapfusion.models.errors import ModelError
 from snapfusion.models.load import load, load_network
 from snapfusion.models.save import save
