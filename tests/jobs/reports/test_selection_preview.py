@@ -151,7 +151,9 @@ def test_the_number_of_rows_is_unknown_without_sidecars(tmp_path, capsys):
 
 def test_a_model_out_of_reach_leaves_the_size_unknown(tmp_path, capsys):
     write_shards(tmp_path / "shards", shards=1, rows=5)
-    lines = preview(capsys, tmp_path, f"source.url={tmp_path / 'shards'}", recipe="sd15")
+    unbounded = [f"latents.selection.{name}=null" for name in ("min_width", "min_height", "min_aesthetic")]
+    settings = (f"source.url={tmp_path / 'shards'}", "latents.images.min_side=8", *unbounded)
+    lines = preview(capsys, tmp_path, *settings, recipe="sd15")
     assert lines[-1].startswith("their size is unknown: ")
     assert "stable-diffusion-v1-5" in lines[-1]
 
