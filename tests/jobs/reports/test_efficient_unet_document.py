@@ -186,7 +186,9 @@ def test_evolution_rounds_are_those_of_the_file():
     first, last = found["rounds"][0]["decision"], found["rounds"][-1]["decision"]
     # The table that it evolved by is the one on this page.
     table = LatencyTable.parse(latency("mini")["table"])
-    assert table.predict_ms(Architecture.parse(found["origin"])) == first["before_ms"]
+    # From Python 3.12 on, sum() of floats is compensated, and the last digit differs from the file's.
+    predicted = table.predict_ms(Architecture.parse(found["origin"]))
+    assert predicted == pytest.approx(first["before_ms"], rel=1e-12)
     assert f"{first['before_ms']:.2f} ms" in section("Evolution")
     assert last["after_ms"] <= found["objective_ms"] < 0.6 * first["before_ms"]
     scores = [BlockScore.parse(score) for score in found["rounds"][0]["scores"]]
