@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -32,6 +33,7 @@ import snapfusion.export.variants as variants
 from snapfusion.export.modules import FixedModule
 from snapfusion.models.architecture import Architecture, Layer
 from snapfusion.models.bundle import Bundle, weight_hash
+from snapfusion.models.checksums import CHECKSUMS_FILE
 from snapfusion.models.save import save
 from snapfusion.models.tokenizer import build_tokenizer
 from snapfusion.models.unet import build_unet
@@ -201,6 +203,13 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save(tiny_bundle(), folder)
     return str(folder)
+
+
+def unsealed_copy(model: str, folder: Path) -> Path:
+    """Copy a model, for a test that changes it, without its checksums."""
+    shutil.copytree(model, folder)
+    (folder / CHECKSUMS_FILE).unlink()
+    return folder
 
 
 @pytest.fixture(scope="session")

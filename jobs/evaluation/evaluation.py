@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jobs.evaluation.results import Comparison, EvaluationResults
-from jobs.evaluation.settings import Criterion, EvaluationSettings, FidGap, PromptSettings
+from jobs.evaluation.settings import Contender, Criterion, EvaluationSettings, FidGap, PromptSettings
 from jobs.runtime.versions import versions
 from pipelines.datasets.references import compute_references, moments_of
 from pipelines.datasets.samples import generate_samples, read_scores, sampled_ids
@@ -68,24 +68,10 @@ def evaluate(
         on_progress=on_progress,
     )
     check_usable("REFERENCES", references)
-    tables: dict[str, Snapshot] = {}
-    for contender in settings.contenders:
-        source = absolute_source(contender.model or model)
-        origin, on_progress = start(contender.name, {"model": source, "captions": settings.prompts.url})
-        tables[contender.name] = generate_samples(
-            settings.samples,
-            model=source,
-            sampler=contender.sampler,
-            guidance=settings.guidance,
-            captions=captions,
-            source=settings.prompts.name,
-            url=f"{out}/{contender.table or contender.name}",
-            decoder=contender.decoder and absolute_url(contender.decoder),
-            origin=origin,
-            run=run,
-            on_progress=on_progress,
-        )
-        check_usable(f"SAMPLES of {contender.name}", tables[contender.name])
+    tables = {
+        contender.name: _sample(contender, settings, captions, model=model, out=out, start=start, run=run)
+        for contender in settings.contenders
+    }
     ids = _shared_ids(settings, tables, captions)
     reference = moments_of(references)
     curves = {
@@ -103,6 +89,36 @@ def evaluate(
         "criteria": [_judged(criterion, curves) for criterion in settings.criteria],
         "versions": versions(),
     }
+
+
+def _sample(
+    contender: Contender,
+    settings: EvaluationSettings,
+    captions: Sequence[Caption | Rejection],
+    *,
+    model: str,
+    out: str,
+    start: StartTable,
+    run: Runner,
+) -> Snapshot:
+    """Generate the missing samples of a contender; returns its table."""
+    source = absolute_source(contender.model or model)
+    origin, on_progress = start(contender.name, {"model": source, "captions": settings.prompts.url})
+    table = generate_samples(
+        settings.samples,
+        model=source,
+        sampler=contender.sampler,
+        guidance=settings.guidance,
+        captions=captions,
+        source=settings.prompts.name,
+        url=f"{out}/{contender.table or contender.name}",
+        decoder=contender.decoder and absolute_url(contender.decoder),
+        origin=origin,
+        run=run,
+        on_progress=on_progress,
+    )
+    check_usable(f"SAMPLES of {contender.name}", table)
+    return table
 
 
 def captions_of(prompts: PromptSettings) -> list[Caption | Rejection]:

@@ -36,7 +36,7 @@ def next_command(model: ModelDescription) -> str:
     source = str(path.absolute()) if path.exists() else model.source
     if model.distillation is not None:
         return f"snapfusion compile-mobile {shlex.quote(source)} --dry-run"
-    recipe = "mini" if model.stored.form == "bundled model" else "own"
+    recipe = "mini" if model.stored.form == "bundled model" else {1: "own", 2: "sd2"}[model.version]
     return f"snapfusion run-pipeline --recipe {recipe} --set {shlex.quote(f'model={source}')} --dry-run"
 
 

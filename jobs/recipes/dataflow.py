@@ -1,7 +1,7 @@
 """What each job of a run reads and makes there, by which a pipeline is checked before it starts."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from jobs.recipes.recipe import EXAMPLE_BUCKET, Recipe
@@ -31,7 +31,7 @@ class Step:
 
     name: str
     makes: str
-    reads: dict[str, str | None] = field(default_factory=dict)
+    reads: dict[str, str | None]
 
 
 def missing_inputs(recipe: Recipe, verbs: Sequence[str], *, exists: Callable[[str], bool]) -> list[str]:
@@ -45,8 +45,10 @@ def missing_inputs(recipe: Recipe, verbs: Sequence[str], *, exists: Callable[[st
     made, lines = set[str](), list[str]()
     for step in (step for verb in verbs for step in _steps(recipe, verb)):
         for setting, source in step.reads.items():
-            path = (source or "").removeprefix(RUN_PREFIX)
-            if path != source and source is not None and path.split("/")[0] not in made and not exists(path):
+            if source is None or not source.startswith(RUN_PREFIX):
+                continue
+            path = source.removeprefix(RUN_PREFIX)
+            if path.split("/")[0] not in made and not exists(path):
                 lines.append(f"{setting} is {source}, which no step before {step.name} makes")
         made.add(step.makes)
     return lines

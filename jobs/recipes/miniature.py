@@ -1,5 +1,6 @@
 """Recipes of the bundled miniature."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings
@@ -8,7 +9,7 @@ from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant
 from jobs.recipes.derived import robust_training_of, targets_of
 from jobs.recipes.recipe import CaptionsSettings, Recipe, SourceSettings
 from jobs.recipes.stages import halving, paper_schedules
-from jobs.recipes.teacher import Teacher, read_teacher
+from jobs.recipes.teacher import read_teacher
 from jobs.training.settings import (
     DistillSettings,
     EfficientSettings,
@@ -22,11 +23,9 @@ from pipelines.ray_data.settings import Pool
 from pipelines.stages.settings import Encoding, Generation, ImageSettings, Sampler, SamplingSettings
 from snapfusion.export.settings import Licence, MobileSettings
 from snapfusion.models.bundled import BUNDLED
-from snapfusion.settings import Settings
 from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillationSettings
 
 _FEW_STEPS = 4
-_SD_GUIDANCE = 7.5
 # The miniature's useful range of w is narrower than SD-v1.5's.
 _WIDE, _NARROW = CfgRange(low=1.0, high=6.0), CfgRange(low=1.0, high=4.0)
 _MIXED = StepDistillationSettings(student_steps=_FEW_STEPS, cfg_probability=0.3, cfg_range=_WIDE)
@@ -162,12 +161,70 @@ def _panel(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _OfModel:
+    """Settings of `mini` that follow from its model.
+
+    Attributes:
+        v_model: source of the model that predicts v.
+        cfg_range: the useful range of w.
+        pairs_guidance: w of the images that teach the decoder.
+        evolution_guidance: w of the architecture search.
+        mobile: of the bundle: guidance, captions and licence.
+        oracle_floor: as in `Recipe`.
+    """
+
+    v_model: str
+    cfg_range: CfgRange
+    pairs_guidance: float
+    evolution_guidance: float
+    mobile: MobileSettings
+    oracle_floor: float | None
+
+
+_OF_MINIATURE = _OfModel(
+    # The bundled v-prediction model, whose 8 steps are hardly worse than 50.
+    v_model="mini-v",
+    cfg_range=_WIDE,
+    pairs_guidance=2.5,
+    evolution_guidance=3.0,
+    mobile=MobileSettings(
+        guidance=4.0,
+        captions=(
+            "a large red circle at the top on a white background",
+            "a small blue ring on the left on a white background",
+            "a large green cross at the bottom on a gray background",
+        ),
+        licence=Licence(
+            weights="Apache-2.0 (the miniature of this repository)",
+            data="Apache-2.0 (scenes drawn by this repository)",
+        ),
+    ),
+    # Measured 1.00 on the 512 images of the demo (metrics.json, "oracle").
+    oracle_floor=0.95,
+)
+
+
+def _of_model(model: str) -> _OfModel:
+    """What follows from a model; of one that is not bundled, nothing of the miniature's."""
+    if model in BUNDLED:
+        return _OF_MINIATURE
+    return _OfModel(
+        v_model=read_teacher(model).v_model,
+        # As in the recipe `sd15`.
+        cfg_range=CfgRange(low=2.0, high=14.0),
+        pairs_guidance=7.5,
+        evolution_guidance=7.5,
+        mobile=MobileSettings(guidance=7.5),
+        oracle_floor=None,
+    )
+
+
 def mini(model: str = "mini") -> Recipe:
     """Every stage on the bundled miniature, on two cores in minutes."""
-    if model not in BUNDLED:
-        return _with_own_model(mini(), read_teacher(model))
+    own = _of_model(model)
     # With 8 steps the miniature is hardly worse than with 50; with 4 there is something to distil.
-    steps = StepDistillationSettings(student_steps=_FEW_STEPS, cfg_probability=0.5, cfg_range=_WIDE)
+    steps = StepDistillationSettings(student_steps=_FEW_STEPS, cfg_probability=0.5, cfg_range=own.cfg_range)
     return Recipe(
         name="mini",
         model=model,
@@ -176,16 +233,16 @@ def mini(model: str = "mini") -> Recipe:
             images=ImageSettings(min_side=16), encoding=Encoding(batch_size=32), rows_per_unit=64
         ),
         pairs=PairsSettings(
-            generation=Generation(steps=50, guidance=2.5, batch_size=32),
+            generation=Generation(steps=50, guidance=own.pairs_guidance, batch_size=32),
             rows_per_unit=32,
             teachers=_SMALL_POOL,
             writers=Pool(cpus=0.25),
         ),
         targets=targets_of(steps, draws=10, teachers=_SMALL_POOL),
-        robust=RobustSettings(begin="mini-v", training=robust_training_of(_velocity(1_500))),
-        efficient=EfficientSettings(begin="mini-v", training=_velocity(300, num_workers=2)),
+        robust=RobustSettings(begin=own.v_model, training=robust_training_of(_velocity(1_500))),
+        efficient=EfficientSettings(begin=own.v_model, training=_velocity(300, num_workers=2)),
         evolution=EvolutionSettings(
-            guidance=3.0,
+            guidance=own.evolution_guidance,
             sampler=Sampler(steps=8),
             samples=SamplesSettings(
                 drawing=SamplingSettings(batch_size=100, images=True), models=_SMALL_POOL
@@ -197,59 +254,21 @@ def mini(model: str = "mini") -> Recipe:
         ),
         distill=DistillSettings(
             name="student",
-            teacher="mini-v",
+            teacher=own.v_model,
             student=EFFICIENT_MODEL,
             steps=steps,
             loop=_distillation_loop(200, learning_rate=3e-4),
             trainer=TrainerSettings(num_workers=2, micro_batch=16, curve_every=5),
         ),
-        # From the bundled v-prediction model, whose 8 steps are hardly worse than 50.
         schedule="halving",
         schedules={
-            "halving": halving("student", 8, 4, model="mini-v"),
-            **paper_schedules("mini-v", small=EFFICIENT_MODEL),
+            "halving": halving("student", 8, 4, model=own.v_model),
+            **paper_schedules(own.v_model, small=EFFICIENT_MODEL),
         },
-        mobile=MobileSettings(
-            model="run:student/model",
-            decoder="run:decoder",
-            guidance=4.0,
-            captions=(
-                "a large red circle at the top on a white background",
-                "a small blue ring on the left on a white background",
-                "a large green cross at the bottom on a gray background",
-            ),
-            licence=Licence(
-                weights="Apache-2.0 (the miniature of this repository)",
-                data="Apache-2.0 (scenes drawn by this repository)",
-            ),
-        ),
-        # Measured 1.00 on the 512 images of the demo (metrics.json, "oracle").
-        oracle_floor=0.95,
+        mobile=own.mobile.model_copy(update={"model": "run:student/model", "decoder": "run:decoder"}),
+        ablation=AblationSettings(model=own.v_model),
+        oracle_floor=own.oracle_floor,
     )
-
-
-def _with_own_model(recipe: Recipe, teacher: Teacher) -> Recipe:
-    """The recipe for a model that is not bundled: nothing of the miniature's weights, captions or licence."""
-    # The range of w and the guidance of Stable Diffusion, as in the recipe `sd15`.
-    steps = recipe.distill.steps.model_copy(update={"cfg_range": CfgRange(low=2.0, high=14.0)})
-    generation = recipe.pairs.generation.model_copy(update={"guidance": _SD_GUIDANCE})
-    mobile = {"guidance": _SD_GUIDANCE, "captions": MobileSettings().captions, "licence": Licence()}
-    changes: dict[str, Settings] = {
-        "pairs": recipe.pairs.model_copy(update={"generation": generation}),
-        "targets": recipe.targets.model_copy(update={"teaching": targets_of(steps).teaching}),
-        "robust": recipe.robust.model_copy(update={"begin": teacher.v_model}),
-        "efficient": recipe.efficient.model_copy(update={"begin": teacher.v_model}),
-        "evolution": recipe.evolution.model_copy(update={"guidance": _SD_GUIDANCE}),
-        "distill": recipe.distill.model_copy(update={"teacher": teacher.v_model, "steps": steps}),
-        "mobile": recipe.mobile.model_copy(update=mobile),
-        "ablation": recipe.ablation.model_copy(update={"model": teacher.v_model}),
-    }
-    schedules = {
-        "halving": halving("student", 8, 4, model=teacher.v_model),
-        **paper_schedules(teacher.v_model, small=EFFICIENT_MODEL),
-    }
-    own = {"model": teacher.model, "oracle_floor": None, "schedules": schedules}
-    return recipe.model_copy(update={**changes, **own})
 
 
 def _velocity(num_steps: int, *, num_workers: int = 1) -> VpredSettings:

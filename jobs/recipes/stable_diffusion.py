@@ -4,7 +4,7 @@ The paper takes the hyper-parameters of SD-v1.5 for SD-v2 (Sec. 5.2, Fig. 7d), s
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jobs.evaluation.settings import (
     Contender,
@@ -26,6 +26,7 @@ from jobs.training.settings import (
     DistillSettings,
     EfficientSettings,
     RobustSettings,
+    TableTrainingSettings,
     TrainerSettings,
     ValidationSettings,
     VpredSettings,
@@ -48,7 +49,6 @@ from pipelines.stages.settings import (
     Selection,
 )
 from snapfusion.export.settings import Licence, MobileSettings
-from snapfusion.settings import Settings
 from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillationSettings
 
 _COCO = "coco2014"
@@ -80,13 +80,14 @@ SD15 = Teacher(model="stable-diffusion-v1-5/stable-diffusion-v1-5", side=512, v_
 SD2 = Teacher(model="stabilityai/stable-diffusion-2-1", side=768, v_model=RECIPE_MODEL)
 _OWN = Teacher(model=f"{EXAMPLE_BUCKET}models/my-model", side=512, v_model=VPRED_MODEL)
 """Stands in `own` until a model is given."""
+TrainingT = TypeVar("TrainingT", bound=TableTrainingSettings)
 _STUDENT = "staged-8"
 """The student that the paper's schedule ends with."""
 
 
 def sd15(model: str = SD15.model) -> Recipe:
     """SD-v1.5 as in the paper: 512 px, 50 DDIM steps, guidance 7.5."""
-    teacher = _teacher(model, published=SD15)
+    teacher = _teacher(model, known=SD15)
     recipe = _stable_diffusion("sd15", teacher, schedules=_with_efficient_unet(teacher))
     # The weights' licence is Stable Diffusion's; its text and the data's licence must be given.
     return _licensed(recipe, weights="CreativeML OpenRAIL-M") if model == SD15.model else recipe
@@ -97,55 +98,51 @@ def sd15_one_gpu(model: str = SD15.model) -> Recipe:
     base = sd15(model)
     trainer = TrainerSettings(use_gpu=True, micro_batch=4, checkpoint_every=100)
     # No EMA: its copy of the weights would not fit into 24 GB.
-    loop = {"global_batch": 64, "warmup_steps": 100, "ema_decay": None}
-    sampled = {"prompts": _coco(6_000), "guidance": (7.5,)}
-    sections: dict[str, tuple[Settings, dict[str, Any]]] = {
-        "vpred": (base.vpred, {"loop": base.vpred.loop.model_copy(update={**loop, "num_steps": 2_000})}),
-        "distill": (
-            base.distill,
-            {"loop": base.distill.loop.model_copy(update={**loop, "num_steps": 1_000})},
-        ),
-        "decoder": (base.decoder, {"loop": base.decoder.loop.model_copy(update={"num_steps": 1_000})}),
-    }
-    training = {
-        name: section.model_copy(update={**changes, "trainer": trainer})
-        for name, (section, changes) in sections.items()
-    }
+    unet = {"global_batch": 64, "warmup_steps": 100, "ema_decay": None}
+
+    def trained(section: TrainingT, num_steps: int, **loop: Any) -> TrainingT:  # noqa: ANN401 - settings
+        changed = section.loop.model_copy(update={"num_steps": num_steps, **loop})
+        return section.model_copy(update={"loop": changed, "trainer": trainer})
+
     student = "run:direct-8/model"
+    evaluation = base.evaluation.model_copy(
+        update={
+            **_judged_student(student, models=_ddim(16, 8), full=16),
+            "prompts": _coco(6_000),
+            "references": _references(6_000),
+            "guidance": (7.5,),
+        }
+    )
     return base.model_copy(
         update={
             "name": "sd15-1gpu",
-            **training,
+            "vpred": trained(base.vpred, 2_000, **unet),
+            "distill": trained(base.distill, 1_000, **unet),
+            "decoder": trained(base.decoder, 1_000),
             "captions": CaptionsSettings(limit=2_000),
             "schedule": "direct",
             "mobile": base.mobile.model_copy(update={"model": student}),
-            "evaluation": base.evaluation.model_copy(
-                update={
-                    **sampled,
-                    **_judged_student(student, models=_ddim(16, 8), full=16),
-                    "references": _references(6_000),
-                }
-            ),
+            "evaluation": evaluation,
         }
     )
 
 
 def sd2(model: str = SD2.model) -> Recipe:
     """SD-v2 by SD-v1.5's hyper-parameters (Fig. 7d). SD-v2.1 of 768 px predicts v already."""
-    teacher = _teacher(model, published=SD2)
+    teacher = _teacher(model, known=SD2)
     recipe = _stable_diffusion("sd2", teacher, schedules=paper_schedules(teacher.v_model))
     return _licensed(recipe, weights="CreativeML OpenRAIL++-M") if model == SD2.model else recipe
 
 
 def own(model: str = _OWN.model) -> Recipe:
     """The paper's plan for a model of one's own of Stable Diffusion 1: --set model=MODEL, source.url, ..."""
-    teacher = _teacher(model, published=_OWN)
+    teacher = _teacher(model, known=_OWN)
     return _stable_diffusion("own", teacher, schedules=_with_efficient_unet(teacher), models=_ddim(50, 8))
 
 
-def _teacher(model: str, *, published: Teacher) -> Teacher:
-    """The facts about a model; a published one is not opened."""
-    return published if model == published.model else read_teacher(model)
+def _teacher(model: str, *, known: Teacher) -> Teacher:
+    """The facts about a model; the one that the recipe is named after is not opened."""
+    return known if model == known.model else read_teacher(model)
 
 
 def _with_efficient_unet(teacher: Teacher) -> dict[str, Schedule]:

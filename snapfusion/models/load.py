@@ -10,16 +10,15 @@ import torch
 from torch import nn
 
 from snapfusion.models.bundle import Bundle
-from snapfusion.models.checkpoint_file import CheckpointFile
 from snapfusion.models.checksums import verify_checksums
 from snapfusion.models.errors import ModelError
 from snapfusion.models.locate import INDEX_FILE, MODEL_FOLDER, SINGLE_FILE_SUFFIX, locate, locate_file
 from snapfusion.models.lora import merge_loras
 from snapfusion.models.network_files import NETWORKS, read_json, read_network, variants
-from snapfusion.models.random_weights import MODEL_CONFIGS, RANDOM_PREFIX, random_bundle
+from snapfusion.models.random_weights import MODEL_CONFIGS, RANDOM_PREFIX, ModelConfig, random_bundle
 from snapfusion.models.save import DISTILLATION_FILE
-from snapfusion.models.scheduler_config import read_scheduler
-from snapfusion.models.single_file import find_prediction_type, read_single_file, single_file_configs
+from snapfusion.models.scheduler_config import SCHEDULER_CONFIG, read_scheduler
+from snapfusion.models.single_file import read_single_file, single_file_configs, single_file_prediction_type
 from snapfusion.models.source import ModelSource, parse_source
 from snapfusion.models.supported import check_supported
 from snapfusion.models.textual_inversion import add_embeddings
@@ -31,7 +30,6 @@ from snapfusion.schedule import Schedule
 NetworkName = Literal["text_encoder", "unet", "vae"]
 """A network of a model, by its folder."""
 _SIZE_CONFIGS = ("unet/config.json", "vae/config.json")
-_SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
 
 def load(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
@@ -129,28 +127,29 @@ def load_prediction_type(source: str) -> PredictionType:
     Raises:
         ModelError: if it is missing, or its scheduler is not supported.
     """
-    name = source.removeprefix(RANDOM_PREFIX)
-    if source.startswith(RANDOM_PREFIX) and name in MODEL_CONFIGS:
-        return MODEL_CONFIGS[name].prediction_type
-    found = _config_files(source, (_SCHEDULER_CONFIG,))
+    if (random := _random_config(source)) is not None:
+        return random.prediction_type
+    found = _config_files(source, (SCHEDULER_CONFIG,))
     if isinstance(found, Path):
-        model = parse_source(source)
-        sd2 = single_file_configs(found, model=model, source=source).sd2
-        file = CheckpointFile(found, source=source)
-        return find_prediction_type(file, sd2=sd2, model=model, source=source)[0]
+        return single_file_prediction_type(found, model=parse_source(source), source=source)[0]
     return read_scheduler(found[0], source=source)[1]
 
 
 def _configs(source: str) -> list[dict[str, Any]]:
     """Read the configurations of UNet and VAE."""
-    name = source.removeprefix(RANDOM_PREFIX)
-    if source.startswith(RANDOM_PREFIX) and name in MODEL_CONFIGS:
-        return [MODEL_CONFIGS[name].unet, MODEL_CONFIGS[name].vae]
+    if (random := _random_config(source)) is not None:
+        return [random.unet, random.vae]
     found = _config_files(source, _SIZE_CONFIGS)
     if isinstance(found, Path):
         configs = single_file_configs(found, model=parse_source(source), source=source)
         return [configs.unet, configs.vae]
     return found
+
+
+def _random_config(source: str) -> ModelConfig | None:
+    """The configurations of a model with random weights; None for any other source."""
+    name = source.removeprefix(RANDOM_PREFIX)
+    return MODEL_CONFIGS.get(name) if name != source else None
 
 
 def _config_files(source: str, names: Sequence[str]) -> list[dict[str, Any]] | Path:
@@ -176,7 +175,7 @@ def _load_folder(folder: Path, *, model: ModelSource, source: str) -> Bundle:
             names = ", ".join(sorted(filter(None, known))) or "none"
             raise ModelError(f"{source}: there is no variant {model.variant!r}; its variants are: {names}")
     networks = {name: read_network(folder / name, source=source, variant=model.variant) for name in NETWORKS}
-    scheduler = read_json(folder / _SCHEDULER_CONFIG, source=source)
+    scheduler = read_json(folder / SCHEDULER_CONFIG, source=source)
     schedule, prediction_type = read_scheduler(scheduler, source=source)
     text_encoder = networks["text_encoder"].config.to_dict()
     return Bundle(

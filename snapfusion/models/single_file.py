@@ -55,7 +55,7 @@ def read_single_file(path: Path, *, model: ModelSource, source: str) -> Bundle:
     """
     file = CheckpointFile(path, source=source)
     configs = _configs(file, model=model, source=source)
-    prediction_type, _ = find_prediction_type(file, sd2=configs.sd2, model=model, source=source)
+    prediction_type, _ = _find_prediction_type(file, sd2=configs.sd2, model=model, source=source)
     schedule = _schedule(file, source=source)
     unet = UNet2DConditionModel(**configs.unet)
     vae = AutoencoderKL(**configs.vae)
@@ -86,6 +86,17 @@ def single_file_configs(path: Path, *, model: ModelSource, source: str) -> Singl
         ModelError: if it is another kind of model.
     """
     return _configs(CheckpointFile(path, source=source), model=model, source=source)
+
+
+def single_file_prediction_type(path: Path, *, model: ModelSource, source: str) -> tuple[PredictionType, str]:
+    """Return a checkpoint's prediction type, and what says it, without reading its weights.
+
+    Raises:
+        ModelError: if it is another kind of model, or nothing says it of a checkpoint of SD 2.
+    """
+    file = CheckpointFile(path, source=source)
+    sd2 = _configs(file, model=model, source=source).sd2
+    return _find_prediction_type(file, sd2=sd2, model=model, source=source)
 
 
 def has_averaged_weights(file: CheckpointFile) -> bool:
@@ -148,20 +159,10 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], *, name: str, sourc
     check_finite(network, name=name, source=source)
 
 
-def find_prediction_type(
+def _find_prediction_type(
     file: CheckpointFile, *, sd2: bool, model: ModelSource, source: str
 ) -> tuple[PredictionType, str]:
-    """Return a checkpoint's prediction type, and what says it; SD 1 predicts eps if nothing does.
-
-    Args:
-        file: the checkpoint.
-        sd2: whether it is of SD 2.
-        model: its options, which come first.
-        source: the model, named in errors.
-
-    Raises:
-        ModelError: if nothing says it of a checkpoint of SD 2.
-    """
+    """Return a checkpoint's prediction type, and what says it; SD 1 predicts eps if nothing does."""
     if model.prediction_type:
         return model.prediction_type, "the option prediction_type"
     if known := _METADATA_KINDS.get(file.metadata.get(_METADATA_KEY, "")):

@@ -9,15 +9,14 @@ from snapfusion.models.checkpoint_file import CheckpointFile
 from snapfusion.models.checksums import CHECKSUMS_FILE
 from snapfusion.models.locate import MODEL_FOLDER, locate
 from snapfusion.models.network_files import NETWORKS, PICKLE_SUFFIXES, read_json, weight_files
-from snapfusion.models.scheduler_config import unused_fields
-from snapfusion.models.single_file import find_prediction_type, has_averaged_weights, single_file_configs
+from snapfusion.models.scheduler_config import SCHEDULER_CONFIG, unused_fields
+from snapfusion.models.single_file import has_averaged_weights, single_file_prediction_type
 from snapfusion.models.source import ModelSource, parse_source
 from snapfusion.models.tokenizer_files import has_vocabulary
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SAFETY_CHECKER: Final = "safety_checker"
 """The folder of a safety checker in a diffusers folder."""
-_SCHEDULER: Final = "scheduler/scheduler_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +78,16 @@ def has_safety_checker(folder: Path) -> bool:
 
 def _stored_in_file(path: Path, *, model: ModelSource, source: str) -> StoredModel:
     file = CheckpointFile(path, source=source)
-    sd2 = single_file_configs(path, model=model, source=source).sd2
     return StoredModel(
         form=f"single file{_where(model)}",
         files=(_weight_file(path, name=path.name, source=source),),
         averaged_weights=has_averaged_weights(file),
-        prediction_type_from=find_prediction_type(file, sd2=sd2, model=model, source=source)[1],
+        prediction_type_from=single_file_prediction_type(path, model=model, source=source)[1],
     )
 
 
 def _stored_in_folder(folder: Path, *, model: ModelSource, source: str) -> StoredModel:
-    scheduler = read_json(folder / _SCHEDULER, source=source)
+    scheduler = read_json(folder / SCHEDULER_CONFIG, source=source)
     read = [
         path
         for name in NETWORKS
@@ -100,7 +98,8 @@ def _stored_in_folder(folder: Path, *, model: ModelSource, source: str) -> Store
         for path in folder.rglob("*")
         if path.suffix in (".safetensors", *PICKLE_SUFFIXES) and path.parent.name != SAFETY_CHECKER
     ]
-    said = "prediction_type" in scheduler
+    stated = "prediction_type" in scheduler
+    stated_by = SCHEDULER_CONFIG if stated else f"nothing; the default of {SCHEDULER_CONFIG}'s class"
     return StoredModel(
         form=_folder_form(folder, model=model),
         files=tuple(
@@ -108,7 +107,7 @@ def _stored_in_folder(folder: Path, *, model: ModelSource, source: str) -> Store
         ),
         unread_bytes=sum(path.stat().st_size for path in every if path not in read),
         checksums=(folder / CHECKSUMS_FILE).is_file(),
-        prediction_type_from=_SCHEDULER if said else f"nothing; the default of {_SCHEDULER}'s class",
+        prediction_type_from=stated_by,
         scheduler=scheduler.get("_class_name"),
         unused_scheduler_fields=tuple(unused_fields(scheduler)),
         own_tokenizer=has_vocabulary(folder / "tokenizer"),

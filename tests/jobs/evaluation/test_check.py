@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_bundle
+from conftest import tiny_bundle, unsealed_copy
 from ldm_checkpoint import ldm_tensors, sd_shaped_bundle, write_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -22,9 +22,7 @@ UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 @pytest.fixture
 def folder(tiny_teacher, tmp_path) -> Path:
     """A copy of the tiny model that a test may change, without checksums."""
-    copy = shutil.copytree(tiny_teacher, tmp_path / "model")
-    (copy / CHECKSUMS_FILE).unlink()
-    return copy
+    return unsealed_copy(tiny_teacher, tmp_path / "model")
 
 
 @pytest.fixture

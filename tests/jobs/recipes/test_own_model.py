@@ -10,7 +10,7 @@ from jobs.recipes.dataflow import missing_inputs, missing_values
 from jobs.recipes.recipe import EXAMPLE_BUCKET
 from jobs.recipes.registry import RECIPES, recipe_named
 from jobs.recipes.teacher import Teacher
-from jobs.recipes.verbs import pipeline_verbs
+from jobs.recipes.verbs import initial_verbs, pipeline_verbs
 from jobs.training.sources import RECIPE_MODEL, VPRED_MODEL
 from snapfusion.models.errors import ModelError
 from snapfusion.models.save import save
@@ -28,8 +28,8 @@ def v_model(tmp_path_factory):
     return str(folder)
 
 
-def in_run_of(recipe, **options):
-    return missing_inputs(recipe, pipeline_verbs(recipe), exists=lambda _: False, **options)
+def missing(recipe):
+    return missing_inputs(recipe, pipeline_verbs(recipe), exists=lambda _: False)
 
 
 def strings(recipe):
@@ -39,7 +39,6 @@ def strings(recipe):
 @pytest.mark.parametrize("name", RECIPES)
 def test_nothing_of_the_miniature_remains(name, tiny_teacher):
     recipe = resolve_recipe(name, [f"model={tiny_teacher}"])
-    # The ablation's panels are the miniature's: its variants name no other model.
     assert "mini-v" not in json.dumps(recipe.to_values())
     assert recipe.model == tiny_teacher
     assert recipe.mobile.licence.weights is None
@@ -55,9 +54,8 @@ def test_a_model_that_predicts_v_is_its_own_v_model(name, v_model, tiny_teacher)
         recipe = resolve_recipe(name, [f"model={model}"])
         assert recipe.efficient.begin == expected
         assert recipe.schedules["direct"][0].teacher == expected
-        fine_tunes = "finetune_vpred" in pipeline_verbs(recipe)
-        if name == "mini":
-            assert fine_tunes == (expected == VPRED_MODEL)
+        verbs = {*pipeline_verbs(recipe), *initial_verbs(recipe.model_copy(update={"schedule": "direct"}))}
+        assert ("finetune_vpred" in verbs) == (expected == VPRED_MODEL)
 
 
 def test_sizes_follow_from_the_model(tiny_teacher):
@@ -90,50 +88,33 @@ def test_every_step_finds_what_it_reads(name, tiny_teacher, v_model):
     models = (None, tiny_teacher, v_model)
     for model in models:
         recipe = recipe_named(name, model=model)
-        assert in_run_of(recipe) == []
+        assert missing(recipe) == []
         assert pipeline_verbs(recipe)[-1] == "compile_mobile"
         assert {"distill_steps", "distill_schedule"} & set(pipeline_verbs(recipe))
         assert ("evaluate" in pipeline_verbs(recipe)) == (name != "mini")
 
 
 @pytest.mark.parametrize(
-    ("assignment", "line"),
+    ("key", "source", "verb"),
     [
-        (
-            "mobile.model=run:other/model",
-            "mobile.model is run:other/model, which no step before compile_mobile",
-        ),
-        (
-            "efficient.begin=run:robust/model",
-            "efficient.begin is run:robust/model, which no step before train_",
-        ),
-        ("efficient.architecture=run:evolution/a.json", "efficient.architecture is run:evolution/a.json"),
-        (
-            "captions.url=run:captions.txt",
-            "captions.url is run:captions.txt, which no step before generate_pairs",
-        ),
-        (
-            "distill.student=run:student/model",
-            "distill.student is run:student/model, which no step before disti",
-        ),
+        ("mobile.model", "run:other/model", "compile_mobile"),
+        ("efficient.begin", "run:robust/model", "train_efficient"),
+        ("efficient.architecture", "run:evolution/a.json", "train_efficient"),
+        ("captions.url", "run:captions.txt", "generate_pairs"),
+        ("distill.student", "run:student/model", "distill_steps"),
     ],
 )
-def test_an_input_that_nothing_makes_is_named(assignment, line):
-    recipe = resolve_recipe("mini", [assignment])
-    settings = [found for found in in_run_of(recipe) if found.startswith(line)]
-    if assignment.startswith("efficient"):
-        assert settings
-    else:
-        assert in_run_of(recipe)[0].startswith(line)
-    verbs = pipeline_verbs(recipe)
-    assert missing_inputs(recipe, verbs, exists=lambda _: True) == []
+def test_an_input_that_nothing_makes_is_named(key, source, verb):
+    recipe = resolve_recipe("mini", [f"{key}={source}"])
+    assert missing(recipe) == [f"{key} is {source}, which no step before {verb} makes"]
+    assert missing_inputs(recipe, pipeline_verbs(recipe), exists=lambda _: True) == []
 
 
 def test_a_stage_that_reads_a_later_one_is_named():
     recipe = recipe_named("sd15")
     first, *others = recipe.stages
     schedules = {"staged": (first.model_copy(update={"teacher": "run:staged-8/model"}), *others)}
-    (line,) = in_run_of(recipe.model_copy(update={"schedules": schedules}))
+    (line,) = missing(recipe.model_copy(update={"schedules": schedules}))
     assert line == "schedules.staged[0].teacher is run:staged-8/model, which no step before teacher-16 makes"
 
 

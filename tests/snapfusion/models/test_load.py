@@ -7,12 +7,12 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from conftest import tiny_bundle
+from conftest import tiny_bundle, unsealed_copy
 from damaged_files import flip_byte
 from safetensors.torch import load_file, save_file
 
 from snapfusion.models.bundle import weight_hash
-from snapfusion.models.checksums import CHECKSUMS_FILE, ChecksumError, verify_checksums, write_checksums
+from snapfusion.models.checksums import ChecksumError, verify_checksums, write_checksums
 from snapfusion.models.errors import ModelError
 from snapfusion.models.load import load, load_network
 from snapfusion.models.save import DISTILLATION_FILE, save
@@ -25,9 +25,7 @@ UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 @pytest.fixture
 def folder(tiny_teacher, tmp_path) -> Path:
     """A copy of the tiny model that a test may damage, without checksums."""
-    copy = shutil.copytree(tiny_teacher, tmp_path / "model")
-    (copy / CHECKSUMS_FILE).unlink()
-    return copy
+    return unsealed_copy(tiny_teacher, tmp_path / "model")
 
 
 def reason_of_failure(source: str | Path, message: str) -> str:
