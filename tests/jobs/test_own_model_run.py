@@ -13,7 +13,7 @@ from set_options import set_options
 from jobs import run_pipeline
 from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.tables.schemas import to_png
-from snapfusion.export.bundle import open_bundle
+from snapfusion.export.bundle import EXECUTORCH, open_bundle
 from snapfusion.metrics.inception import Inception
 from snapfusion.models.load import load
 
@@ -72,8 +72,8 @@ def test_from_a_single_file_to_student_and_bundle(inputs, ray_cluster, tmp_path,
     results = json.loads((tmp_path / "evaluation/results.json").read_text())
     assert set(results["curves"]) == {"ddim-50", "ddim-8", "student-8"}
     assert len(results["curves"]["student-8"]["points"]) == 2
-    bundle = open_bundle(tmp_path / "mobile")
-    assert bundle.manifest["licence"]["data"] == "CC-BY-4.0"
+    assert open_bundle(tmp_path / "mobile").variants(runtime=EXECUTORCH) == ["executorch"]
+    assert "- Data: CC-BY-4.0" in (tmp_path / "mobile/MODEL_CARD.md").read_text()
     assert (tmp_path / "report/index.html").is_file()
     # Nothing is left to do.
     caplog.clear()
