@@ -8,6 +8,7 @@ OUT/evaluation/page.html, chart-1.svg, ...               the same as a page
 import json
 from typing import Any
 
+from jobs.cli.caption_list import preview_list
 from jobs.cli.in_run import table_starter
 from jobs.cli.job import Job
 from jobs.cli.resources import runner
@@ -83,9 +84,11 @@ def preview(job: Job) -> list[str]:
     evaluations = settings.prompts.limit * sum(
         contender.sampler.evaluations(w) for contender in settings.contenders for w in settings.guidance
     )
+    prompts, rows = settings.prompts, job.recipe.source.sample_rows
     return [
+        *preview_list(prompts.url, prompts.reading, rows=min(rows, prompts.limit)),
         f"would generate at most {num_images:,} images of each of {len(settings.contenders)} contenders, "
-        f"{evaluations:,} UNet evaluations of one row, into {job.url('evaluation')}"
+        f"{evaluations:,} UNet evaluations of one row, into {job.url('evaluation')}",
     ]
 
 

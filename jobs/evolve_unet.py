@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jobs import measure_latency
+from jobs.cli.caption_list import preview_list
 from jobs.cli.in_run import resolve_training, table_starter
 from jobs.cli.inputs import latency_table_url
 from jobs.cli.job import Job
@@ -95,8 +96,10 @@ def preview(job: Job) -> list[str]:
 
     settings = job.recipe.evolution
     objective = "an unset latency" if settings.latency_ms is None else f"{settings.latency_ms:g} ms"
-    steps = settings.prompts.limit * settings.sampler.steps
+    prompts, rows = settings.prompts, job.recipe.source.sample_rows
+    steps = prompts.limit * settings.sampler.steps
     return [
+        *preview_list(prompts.url, prompts.reading, rows=min(rows, prompts.limit)),
         f"would evolve {job.resolve(settings.begin)} to {objective} in at most {settings.rounds} rounds, "
         f"into {job.url('evolution')}",
         describe_cost(settings),

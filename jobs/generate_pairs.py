@@ -5,14 +5,14 @@ Reads the recipe's `captions.url`, or the captions of LATENTS in the same run.
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from jobs.cli.caption_list import preview_list
 from jobs.cli.inputs import deletion_list_of
 from jobs.cli.job import Job
 from jobs.cli.resources import runner
-from jobs.cli.state import log_table, rejected_text, state_of
+from jobs.cli.state import log_table, state_of
 from jobs.cli.verb import recipe_verb
 from jobs.runtime.progress import show_progress
 from pipelines.rejections import Rejection
@@ -61,26 +61,12 @@ def captions_for(job: Job) -> tuple[list[Caption | Rejection], dict[str, Any]]:
 def preview(job: Job) -> list[str]:
     """Describe the inputs and the output."""
     url, pairs = job.url("pairs"), job.recipe.pairs
-    captions = job.recipe.captions.url or job.url("latents")
+    given, rows = job.recipe.captions, job.recipe.source.sample_rows
+    captions = given.url or job.url("latents")
     return [
-        *_preview_list(job),
+        *preview_list(given.url, given.reading, rows=min(rows, given.limit or rows)),
         f"would generate {pairs.draws} images of each caption of {captions}, {pairs.generation.steps} steps "
         f"at guidance {pairs.generation.guidance}, into {url} ({state_of(url)})",
-    ]
-
-
-def _preview_list(job: Job) -> list[str]:
-    """How many of the first rows of the recipe's caption list are usable; nothing without a list."""
-    from pipelines.sources.captions import read_captions
-
-    settings, rows = job.recipe.captions, job.recipe.source.sample_rows
-    if settings.url is None:
-        return []
-    first = list(islice(read_captions(settings.url, settings.reading), min(rows, settings.limit or rows)))
-    rejected = Counter(row.reason for row in first if isinstance(row, Rejection))
-    return [
-        f"sampled {len(first)} rows of {settings.url}: {len(first) - rejected.total()} captions, "
-        f"{rejected_text(rejected)}"
     ]
 
 

@@ -1,6 +1,7 @@
 """Recipes of the bundled miniature."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings
@@ -26,9 +27,6 @@ from snapfusion.models.bundled import BUNDLED
 from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillationSettings
 
 _FEW_STEPS = 4
-# The miniature's useful range of w is narrower than SD-v1.5's.
-_WIDE, _NARROW = CfgRange(low=1.0, high=6.0), CfgRange(low=1.0, high=4.0)
-_MIXED = StepDistillationSettings(student_steps=_FEW_STEPS, cfg_probability=0.3, cfg_range=_WIDE)
 _W_CONDITIONED: dict[str, Any] = {"cfg_probability": 1.0, "w_conditioned": True}
 _SCORING: dict[str, Any] = {
     "prompts": PromptSettings(limit=500),
@@ -38,34 +36,37 @@ _SMALL_POOL = Pool(actors=2, cpus=0.5)
 
 
 def miniature_ablation(model: str) -> AblationSettings:
-    """Fig. 6(a-d) and 7(a-c) for the miniature, whose useful range of w is [1, 6] instead of [2, 14]."""
+    """Fig. 6(a-d) and 7(a-c), at the size of the miniature."""
+    own = _of_model(model)
+    wide, narrow = _name_of(own.cfg_range), _name_of(own.narrow_range)
+    variant = partial(_variant, cfg_range=own.cfg_range)
     return AblationSettings(
-        model=model,
+        model=own.v_model,
         variants=(
             StudentVariant(name="control"),
-            _variant("vanilla", cfg_probability=0.0),
-            _variant("mixed"),
-            _variant("cfg", cfg_probability=1.0),
-            _variant("vanilla-8", cfg_probability=0.0, student_steps=8),
-            _variant("mixed-8", student_steps=8),
-            _variant("cfg-8", cfg_probability=1.0, student_steps=8),
-            _variant("p0.1-w1to4", cfg_probability=0.1, cfg_range=_NARROW),
-            _variant("p0.1-w1to6", cfg_probability=0.1),
-            _variant("p0.3-w1to4", cfg_range=_NARROW),
-            _variant("p0.5-w1to6", cfg_probability=0.5),
-            _variant("gamma0.01", gamma=0.01),
-            _variant("gamma1", gamma=1.0),
-            _variant("constant0", gamma=0.0, gamma_rule="constant"),
-            _variant("constant1", gamma=1.0, gamma_rule="constant"),
-            _variant("vanilla-from-16", cfg_probability=0.0, k=4),
-            _variant("vanilla-from-32", cfg_probability=0.0, k=8),
-            _variant("vanilla-from-64", cfg_probability=0.0, k=16),
-            _variant("progressive-16", cfg_probability=0.0, student_steps=16),
-            _variant("progressive-8", cfg_probability=0.0, student_steps=8, after="progressive-16"),
-            _variant("progressive-4", cfg_probability=0.0, after="progressive-8"),
-            _variant("w-cond-16", **_W_CONDITIONED, student_steps=16),
-            _variant("w-cond-8", **_W_CONDITIONED, student_steps=8, after="w-cond-16"),
-            _variant("w-cond-4", **_W_CONDITIONED, after="w-cond-8"),
+            variant("vanilla", cfg_probability=0.0),
+            variant("mixed"),
+            variant("cfg", cfg_probability=1.0),
+            variant("vanilla-8", cfg_probability=0.0, student_steps=8),
+            variant("mixed-8", student_steps=8),
+            variant("cfg-8", cfg_probability=1.0, student_steps=8),
+            variant(f"p0.1-{narrow}", cfg_probability=0.1, cfg_range=own.narrow_range),
+            variant(f"p0.1-{wide}", cfg_probability=0.1),
+            variant(f"p0.3-{narrow}", cfg_range=own.narrow_range),
+            variant(f"p0.5-{wide}", cfg_probability=0.5),
+            variant("gamma0.01", gamma=0.01),
+            variant("gamma1", gamma=1.0),
+            variant("constant0", gamma=0.0, gamma_rule="constant"),
+            variant("constant1", gamma=1.0, gamma_rule="constant"),
+            variant("vanilla-from-16", cfg_probability=0.0, k=4),
+            variant("vanilla-from-32", cfg_probability=0.0, k=8),
+            variant("vanilla-from-64", cfg_probability=0.0, k=16),
+            variant("progressive-16", cfg_probability=0.0, student_steps=16),
+            variant("progressive-8", cfg_probability=0.0, student_steps=8, after="progressive-16"),
+            variant("progressive-4", cfg_probability=0.0, after="progressive-8"),
+            variant("w-cond-16", **_W_CONDITIONED, student_steps=16),
+            variant("w-cond-8", **_W_CONDITIONED, student_steps=8, after="w-cond-16"),
+            variant("w-cond-4", **_W_CONDITIONED, after="w-cond-8"),
         ),
         panels=(
             _panel(
@@ -101,8 +102,10 @@ def miniature_ablation(model: str) -> AblationSettings:
                 "6d",
                 "CFG probability and range",
                 _line("p0", of="vanilla"),
-                *("p0.1-w1to4", "p0.1-w1to6", "p0.3-w1to4"),
-                *(_line("p0.3-w1to6", of="mixed"), "p0.5-w1to6", _line("p1-w1to6", of="cfg")),
+                *(f"p0.1-{narrow}", f"p0.1-{wide}", f"p0.3-{narrow}"),
+                _line(f"p0.3-{wide}", of="mixed"),
+                f"p0.5-{wide}",
+                _line(f"p1-{wide}", of="cfg"),
                 seeds=3,
             ),
             _panel(
@@ -129,7 +132,12 @@ def miniature_ablation(model: str) -> AblationSettings:
 
 def _variant(name: str, *, after: str | None = None, **changes: Any) -> StudentVariant:  # noqa: ANN401 - settings
     """A student of few steps by the mixed loss, but for `changes`."""
-    return StudentVariant(name=name, after=after, steps=StepDistillationSettings(**dict(_MIXED) | changes))
+    mixed = {"student_steps": _FEW_STEPS, "cfg_probability": 0.3}
+    return StudentVariant(name=name, after=after, steps=StepDistillationSettings(**mixed | changes))
+
+
+def _name_of(cfg_range: CfgRange) -> str:
+    return f"w{cfg_range.low:g}to{cfg_range.high:g}"
 
 
 def _line(name: str, *, of: str) -> Line:
@@ -168,6 +176,9 @@ class _OfModel:
     Attributes:
         v_model: source of the model that predicts v.
         cfg_range: the useful range of w.
+        narrow_range: a part of it, with which Fig. 6(d) compares.
+        sweep: guidance scales of the ablations' curves.
+        few_guidances: of the curves of students with both decoders.
         pairs_guidance: w of the images that teach the decoder.
         evolution_guidance: w of the architecture search.
         mobile: of the bundle: guidance, captions and licence.
@@ -176,6 +187,9 @@ class _OfModel:
 
     v_model: str
     cfg_range: CfgRange
+    narrow_range: CfgRange
+    sweep: tuple[float, ...]
+    few_guidances: tuple[float, ...]
     pairs_guidance: float
     evolution_guidance: float
     mobile: MobileSettings
@@ -185,7 +199,11 @@ class _OfModel:
 _OF_MINIATURE = _OfModel(
     # The bundled v-prediction model, whose 8 steps are hardly worse than 50.
     v_model="mini-v",
-    cfg_range=_WIDE,
+    # Narrower than SD-v1.5's.
+    cfg_range=CfgRange(low=1.0, high=6.0),
+    narrow_range=CfgRange(low=1.0, high=4.0),
+    sweep=tuple(1.0 + 0.5 * step for step in range(13)),
+    few_guidances=(1.0, 2.0, 3.0, 4.0, 6.0),
     pairs_guidance=2.5,
     evolution_guidance=3.0,
     mobile=MobileSettings(
@@ -211,8 +229,11 @@ def _of_model(model: str) -> _OfModel:
         return _OF_MINIATURE
     return _OfModel(
         v_model=read_teacher(model).v_model,
-        # As in the recipe `sd15`.
+        # As in the recipe `sd15`; the paper does not state Fig. 6(d)'s other range.
         cfg_range=CfgRange(low=2.0, high=14.0),
+        narrow_range=CfgRange(low=2.0, high=8.0),
+        sweep=tuple(1.0 + 0.5 * step for step in range(19)),
+        few_guidances=(1.0, 2.0, 4.0, 7.5, 10.0),
         pairs_guidance=7.5,
         evolution_guidance=7.5,
         mobile=MobileSettings(guidance=7.5),
@@ -288,7 +309,7 @@ def _distillation_loop(num_steps: int, *, learning_rate: float) -> LoopSettings:
 
 def ablation(model: str = "mini") -> Recipe:
     """The ablations of Fig. 6 and 7 on the miniature: hours of two cores, which can be interrupted."""
-    base = mini(model)
+    base, own = mini(model), _of_model(model)
     distill = {
         "student": None,
         "loop": _distillation_loop(300, learning_rate=1e-4),
@@ -300,10 +321,8 @@ def ablation(model: str = "mini") -> Recipe:
             "source": SourceSettings(scenes=4_096, scenes_per_shard=512, seed=7),
             "latents": base.latents.model_copy(update={"rows_per_unit": 128}),
             "distill": base.distill.model_copy(update=distill),
-            "evaluation": EvaluationSettings(
-                guidance=tuple(1.0 + 0.5 * step for step in range(13)), **_SCORING
-            ),
-            "ablation": miniature_ablation(base.ablation.model),
+            "evaluation": EvaluationSettings(guidance=own.sweep, **_SCORING),
+            "ablation": miniature_ablation(model),
         }
     )
 
@@ -332,7 +351,7 @@ def mini_efficient(model: str = "mini") -> Recipe:
                 ),
                 baseline="twin-8",
                 also_against=("staged-8",),
-                guidance=(1.0, 2.0, 3.0, 4.0, 6.0),
+                guidance=_of_model(model).few_guidances,
                 **_SCORING,
             ),
         }

@@ -1,4 +1,4 @@
-"""Reads captions from JSON: an object a line (.jsonl), a list, or COCO's annotation file (.json)."""
+"""Reads captions from JSON: an object a line (.jsonl); a list, objects by id, COCO's annotations (.json)."""
 
 import itertools
 import json
@@ -70,7 +70,7 @@ def _fields(row: dict[str, Any], columns: CaptionColumns) -> CaptionFields:
 
 
 def read_json(file: IO[bytes], settings: CaptionSettings) -> Iterator[CaptionFields]:
-    """The rows of a list of strings or objects, or the annotations of a COCO file.
+    """The rows of a list of strings or objects, of objects by id, or of a COCO file's annotations.
 
     COCO has several annotations of each image: with the ids of images only the first one of each is a row.
 
@@ -85,11 +85,22 @@ def read_json(file: IO[bytes], settings: CaptionSettings) -> Iterator[CaptionFie
         columns = find_keys((row for row in annotations if isinstance(row, dict)), settings)
         rows = _first_of_each_image(annotations) if columns.id == _IMAGE_ID else annotations
         yield from (_parse_value(row, columns) for row in rows)
+    elif _is_keyed(document):
+        yield from _rows_of_list([{"id": name} | row for name, row in document.items()], settings)
     else:
         raise SourceError(
-            f"the JSON is {_describe(document)}; a list of strings, a list of objects, and COCO's object "
-            "with a list of 'annotations' are accepted"
+            f"the JSON is {_describe(document)}; a list of strings, a list of objects, an object with an "
+            "object for each id, and COCO's object with a list of 'annotations' are accepted"
         )
+
+
+def _is_keyed(document: object) -> bool:
+    """Whether it is an object with an object for each id, as MJHQ-30K has it."""
+    return (
+        isinstance(document, dict)
+        and bool(document)
+        and all(isinstance(row, dict) for row in document.values())
+    )
 
 
 def _load(file: IO[bytes]) -> Any:  # noqa: ANN401 - any JSON value

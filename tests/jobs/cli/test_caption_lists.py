@@ -1,4 +1,4 @@
-"""`jobs.generate_pairs` reads the caption list that the recipe gives, by the recipe's column."""
+"""Jobs read the caption lists that the recipe gives, by the recipe's columns."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from set_options import set_options
 
-from jobs import generate_pairs
+from jobs import evaluate, evolve_unet, generate_pairs
 from jobs.cli.job import Job, resolve_recipe
 from jobs.generate_pairs import captions_for
 from jobs.recipes.recipe import Recipe
@@ -40,7 +40,15 @@ def test_the_recipe_names_the_columns(tmp_path, coco, settings, expected):
     assert {row.id: row.text for row in captions} == expected
 
 
-def test_a_dry_run_samples_the_list(tmp_path, coco, capsys):
+@pytest.mark.parametrize(
+    ("verb", "key"),
+    [
+        (generate_pairs, "captions"),
+        (evaluate, "evaluation.prompts"),
+        (evolve_unet, "evolution.prompts"),
+    ],
+)
+def test_a_dry_run_samples_the_list(tmp_path, coco, capsys, verb, key):
     words = ["--dry-run", "--out", str(tmp_path / "run")]
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n{\n{"prompt": "c"}\n')
@@ -48,10 +56,10 @@ def test_a_dry_run_samples_the_list(tmp_path, coco, capsys):
         (coco, "sampled 3 rows of {}: 3 captions, none rejected"),
         (bad, "sampled 3 rows of {}: 2 captions, 1 rejected (1 bad_row)"),
     ):
-        assert generate_pairs.main([*words, *set_options([f"captions.url={url}"])]) == 0
+        assert verb.main([*words, *set_options([f"{key}.url={url}"])]) == 0
         assert line.format(url) in capsys.readouterr().out
-    column = [f"captions.url={coco}", "captions.reading.caption_column=text"]
-    assert generate_pairs.main([*words, *set_options(column)]) == 2
+    column = [f"{key}.url={coco}", f"{key}.reading.caption_column=text"]
+    assert verb.main([*words, *set_options(column)]) == 2
     error = capsys.readouterr().err
     assert error.endswith(
         "no caption column named text; it has image_id, id, caption: set caption_column to one of them\n"

@@ -48,6 +48,16 @@ def test_nothing_of_the_miniature_remains(name, tiny_teacher):
     assert not any("white background" in caption for caption in recipe.mobile.captions)
 
 
+@pytest.mark.parametrize("name", ["ablation", "mini-efficient"])
+def test_guidance_of_ablations_follows_from_the_model(name, tiny_teacher):
+    panels = resolve_recipe(name, [f"model={tiny_teacher}"]).ablation
+    ranges = {(one.steps.cfg_range.low, one.steps.cfg_range.high) for one in panels.variants if one.steps}
+    assert ranges == {(2.0, 14.0), (2.0, 8.0)}
+    names = [line.name for panel in panels.panels if panel.name == "6d" for line in panel.lines]
+    assert {"p0.1-w2to8", "p0.1-w2to14"} < set(names)
+    assert not any("w1to" in name for name in names)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_model_that_predicts_v_is_its_own_v_model(name, v_model, tiny_teacher):
     for model, expected in [(v_model, RECIPE_MODEL), (tiny_teacher, VPRED_MODEL)]:

@@ -32,6 +32,30 @@ DISTILL = (
 )
 # Core ML's tools write another specification in each process.
 COMPILE = (*MOBILE, "mobile.coreml=[]", 'mobile.executorch=["float32"]')
+_LOOP = "{num_steps: 4, global_batch: 4, warmup_steps: 0, ema_decay: 0.5}"
+_TRAINER = "{num_workers: 1, micro_batch: 4, curve_every: 1, checkpoint_every: 1}"
+PIPELINE = f"""
+source: {{scenes: 16, scenes_per_shard: 8}}
+latents.rows_per_unit: 4
+latency.turns: 2
+efficient.training.loop: {_LOOP}
+efficient.training.loader.held_out: 0.25
+efficient.training.trainer: {_TRAINER}
+distill.loop: {_LOOP}
+distill.loader.held_out: 0.25
+distill.trainer: {_TRAINER}
+captions.limit: 8
+pairs.generation: {{steps: 2, guidance: 2.5, batch_size: 4}}
+pairs.rows_per_unit: 4
+decoder.loop: {_LOOP}
+decoder.loader.held_out: 0.25
+decoder.trainer: {_TRAINER}
+mobile.executorch: [float32]
+mobile.coreml: []
+mobile.captions: [a large red circle at the top on a white background]
+oracle_floor: null
+"""
+"""The recipe `mini`, each step small."""
 
 
 def start(command: Sequence[str], out: Path) -> subprocess.Popen[bytes]:
@@ -159,4 +183,17 @@ def test_killed_report_ends_with_equal_pages(tmp_path, show):
         made=["report"],
         kills=10,
         show=show,
+    )
+
+
+def test_two_killed_pipelines_in_one_run_end_with_equal_outputs(tmp_path, show):
+    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
+    (tmp_path / "inputs").mkdir()
+    check_kills(
+        tmp_path / "inputs",
+        ["jobs.run_pipeline", "--recipe", "mini", "--config", str(tmp_path / "pipeline.yaml")],
+        made=["latents", "efficient", "student", "pairs", "decoder", "mobile"],
+        kills=10,
+        show=show,
+        drivers=2,
     )

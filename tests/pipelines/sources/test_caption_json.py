@@ -1,4 +1,4 @@
-"""Captions in JSON: lists of strings and of objects, COCO's annotations, GenEval's metadata."""
+"""Captions in JSON: lists of strings and of objects, COCO's annotations, GenEval's and MJHQ's lists."""
 
 import json
 from collections.abc import Callable
@@ -68,6 +68,15 @@ def test_geneval_is_read_as_published(tmp_path: Path) -> None:
     assert list(outcomes(lines, caption_column="tag").values()) == ["single_object", "counting"]
 
 
+def test_objects_by_id_are_read_as_mjhq_has_them(path: Path) -> None:
+    rows = {"b1": {"category": "people", "prompt": "a"}, "a2": {"category": "food", "prompt": "b"}}
+    path.write_text(json.dumps(rows))
+    assert outcomes(path) == {"000000000": "a", "000000001": "b"}
+    assert outcomes(path, id_column="id") == {"b1": "a", "a2": "b"}
+    path.write_text(json.dumps({"b1": {"id": "own", "prompt": "a"}}))
+    assert outcomes(path, id_column="id") == {"own": "a"}
+
+
 def test_a_bad_row_costs_itself(path: Path) -> None:
     rows = [None, 3, {"id": 0}, {"caption": 3}, {"caption": " "}, {"caption": "\ud800"}, {"caption": "ok"}]
     expected = ["bad_row", "bad_row", "missing_caption", "bad_row", "empty_caption", "bad_encoding", "ok"]
@@ -98,6 +107,7 @@ def test_a_bad_id_costs_its_annotation(path: Path) -> None:
         ('{"prompt": "a"}\n{"prompt": "b"}', r"Extra data.*; a file with one object a line is named \.jsonl"),
         ('{"images": [], "categories": []}', "an object with 'images', 'categories'; a list of strings, "),
         ("{}", "an empty object; "),
+        ('{"info": {"year": 2017}}', "no caption column named .*; it has id, year"),
         ('"a"', "the JSON is a str; "),
         # COCO's file of instances.
         (
@@ -106,7 +116,7 @@ def test_a_bad_id_costs_its_annotation(path: Path) -> None:
         ),
         ('[{"tag": "a"}]', "no caption column named .* or Prompt; it has tag: set caption_column"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_other_json_is_refused(path: Path, content: str, message: str) -> None:
     path.write_text(content)
