@@ -51,11 +51,11 @@ class RunFolder:
         """URL of the checkpoints, until the folder is published."""
         return f"{self.url}.training"
 
-    def pinned_version(self, parent: str) -> int | None:
-        """The version of a parent table that the folder was made from, or was begun with."""
+    def stored_identity(self) -> dict[str, Any] | None:
+        """The identity that the folder was made with, or begun with; None for a new one."""
         for url in (f"{self.url}/{METRICS}", f"{self.store_url}/{_STARTED}"):
             if exists(url):
-                return int(read_record(url)["identity"][parent]["version"])
+                return dict(read_record(url)["identity"])
         return None
 
     def finished(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:

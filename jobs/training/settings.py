@@ -1,6 +1,6 @@
 """Settings of the trainings."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
@@ -123,7 +123,14 @@ class TableTrainingSettings(Settings):
 
     def identity(self) -> dict[str, Any]:
         """The settings that determine the weights, as JSON values."""
-        return {name: value for name, value in self.to_values().items() if name not in self.not_in_identity}
+        values = {name: value for name, value in self.to_values().items() if name not in self.not_in_identity}
+        if self.loop.arithmetic == 1:  # version 0.1 did not state it
+            del values["loop"]["arithmetic"]
+        return values
+
+    def with_arithmetic(self, version: int) -> Self:
+        """These settings with the arithmetic of a version."""
+        return self.model_copy(update={"loop": self.loop.model_copy(update={"arithmetic": version})})
 
 
 class UNetTrainingSettings(TableTrainingSettings):

@@ -115,8 +115,11 @@ class TableTraining(Generic[SettingsT]):
         """
         folder = RunFolder(url=absolute_url(out_url), kind=self.kind)
         sources = {role: absolute_source(source) for role, source in self.sources.items()}
-        # At the version that the folder was begun with, else the newest.
-        version = folder.pinned_version(self.table.role)
+        # Table and arithmetic are those that the folder was begun with, else the newest.
+        settings, version = self.settings, None
+        if (stored := folder.stored_identity()) is not None:
+            settings = settings.with_arithmetic(stored["settings"]["loop"].get("arithmetic", 1))
+            version = int(stored[self.table.role]["version"])
         table = open_table(self.table.url, version=version, kind=self.table.kind)
         # A model that has two roles, as in self-distillation, is loaded once.
         bundles = {source: load(source) for source in dict.fromkeys(sources.values())}
@@ -124,18 +127,16 @@ class TableTraining(Generic[SettingsT]):
         checked = self.check(table, models)
         identity = {
             **self.identity(models),
-            "settings": self.settings.identity(),
+            "settings": settings.identity(),
             self.table.role: {"identity": digest(table.identity), "version": table.version},
         }
         if (finished := folder.finished(identity)) is None:
             inputs = TrainingInputs(
-                settings=self.settings,
+                settings=settings,
                 sources=sources,
                 table_url=table.url,
                 table_version=table.version,
-                counts=count_rows(
-                    table, held_out=self.settings.loader.held_out, branches=self.table.branches
-                ),
+                counts=count_rows(table, held_out=settings.loader.held_out, branches=self.table.branches),
                 identity=identity,
             )
             parents = {self.table.role: table.lineage()} | {
@@ -144,7 +145,7 @@ class TableTraining(Generic[SettingsT]):
             }
             # A worker on this node needs the memory.
             del bundles, models
-            with folder.exclusive(seconds=self.settings.trainer.heartbeat_seconds):
+            with folder.exclusive(seconds=settings.trainer.heartbeat_seconds):
                 # Another driver may have published it while this one waited.
                 finished = folder.finished(identity) or self._train(
                     folder, inputs, parents=parents, checked=checked, on_report=on_report
@@ -170,14 +171,14 @@ class TableTraining(Generic[SettingsT]):
                 self.factory,
                 {"inputs": inputs},
                 store_url=folder.store_url,
-                settings=self.settings.trainer,
+                settings=inputs.settings.trainer,
                 on_report=on_report or show_reports(),
             )
         return folder.publish(
             inputs.identity,
             fill=lambda path: {
                 **self.publish(path, results, inputs, checked),
-                "settings": self.settings.to_values(),
+                "settings": inputs.settings.to_values(),
                 "parents": parents,
                 "seconds": round(time.monotonic() - began, 1),
             },

@@ -16,11 +16,15 @@ class CaptionEncoder:
         self._bundle = bundle
         # Cloned: tensors created in inference mode cannot be saved for the backward pass.
         self.null = bundle.null_condition().clone()
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def encode(self, token_ids: Tensor, *, dropped: Tensor | None = None) -> Tensor:
         """Encode token ids, int64 [B,L], to c, float32 [B,L,D]; rows in `dropped`, bool [B], as empty."""
-        with torch.autocast(token_ids.device.type, enabled=False):
-            c = self._bundle.encode_text(token_ids).clone()
+        # The losses of a step encode the same tensor, each with a dropout of its own.
+        if self._last is None or self._last[0] is not token_ids:
+            with torch.autocast(token_ids.device.type, enabled=False):
+                self._last = token_ids, self._bundle.encode_text(token_ids).clone()
+        c = self._last[1]
         return c if dropped is None else torch.where(dropped.view(-1, 1, 1), self.null, c)
 
 

@@ -96,10 +96,13 @@ class DivergedError(UnusableStepError):
 
 def new_state(model: nn.Module, *, settings: LoopSettings) -> TrainState:
     """Create the state of `model` at step 0, with AdamW and, if the settings ask for it, an average."""
+    fused = settings.arithmetic > 1
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused
     )
-    ema = Ema(model, decay=settings.ema_decay) if settings.ema_decay is not None else None
+    ema = None
+    if settings.ema_decay is not None:
+        ema = Ema(model, decay=settings.ema_decay, of_run=fused)
     return TrainState(model=model, optimizer=optimizer, ema=ema)
 
 

@@ -28,6 +28,8 @@ class LoopSettings(Settings):
         max_loss: training stops if the mean loss exceeds it; null for no limit.
         ema_decay: of the averaged weights; null for no averaging.
         precision: of the network's forward pass. "bfloat16" is autocast; losses are float32 in any case.
+        arithmetic: version of the optimizer's and the average's arithmetic, which differ in the last bits:
+            2 is fused, and its average is over the steps of the run alone; 1 is that of version 0.1.
         seed: of the row order and of all random draws.
     """
 
@@ -41,6 +43,7 @@ class LoopSettings(Settings):
     max_loss: PositiveFloat | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
+    arithmetic: Literal[1, 2] = 2
     seed: NonNegativeInt = 0
 
 

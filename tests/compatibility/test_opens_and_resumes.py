@@ -132,7 +132,7 @@ def test_a_checkpoint_is_resumed_in_one_process(run: Path) -> None:
     identity = json.loads((run / "student.training/begun.json").read_text())["identity"]
     table = open_table(f"{run}/latents")
     inputs = TrainingInputs(
-        settings=DISTILL,
+        settings=DISTILL.with_arithmetic(1),
         sources={"teacher": f"{run}/model", "student": f"{run}/model"},
         table_url=table.url,
         table_version=table.version,
@@ -140,7 +140,7 @@ def test_a_checkpoint_is_resumed_in_one_process(run: Path) -> None:
         identity=identity,
     )
     (training,) = assemble(inputs, device=torch.device("cpu"))
-    state = new_state(training.model, settings=DISTILL.loop)
+    state = new_state(training.model, settings=training.settings)
     resume(state, store=CheckpointStore(f"{run}/student.training/unet"), identity=training.identity, rank=0)
     assert state.step == 2
     batches = training.loader.batches(state.step)
@@ -149,7 +149,7 @@ def test_a_checkpoint_is_resumed_in_one_process(run: Path) -> None:
         state,
         objective=training.objective,
         batches=batches,
-        settings=DISTILL.loop,
+        settings=training.settings,
         micro_batch=2,
         after_step=steps.append,
     )

@@ -301,6 +301,20 @@ def test_timesteps_and_caption_dropout_are_distributed():
     assert not draw_caption_dropout(keys, fraction=0.0).any()
 
 
+def test_captions_of_a_step_are_encoded_once(monkeypatch):
+    calls, encode_text = [], TEACHER.encode_text
+    monkeypatch.setattr(TEACHER, "encode_text", lambda ids: calls.append(len(ids)) or encode_text(ids))
+    objective, captions = objective_of(gamma=0.2, caption_dropout=0.5), CAPTIONS
+    for step in range(2):
+        batch = batch_of(step)
+        objective(student(), batch, step=step)
+        dropped = draw_caption_dropout(range(8), fraction=0.5)
+        c = captions.encode(batch["token_ids"], dropped=dropped)
+        assert torch.equal(c[dropped], captions.null.expand_as(c[dropped]))
+        assert torch.equal(c[~dropped], encode_text(batch["token_ids"])[~dropped])
+    assert calls == [8, 8]
+
+
 def test_dropped_caption_is_the_empty_one():
     c = CAPTIONS.encode(TEACHER.tokenize(["red", "red"]), dropped=torch.tensor([True, False]))
     assert torch.equal(c[:1], CAPTIONS.null)

@@ -54,6 +54,18 @@ def test_loss_falls_and_steps_are_reported():
     assert state.step == 6
 
 
+def test_fused_updates_are_those_of_version_0_1_up_to_rounding():
+    constant = {"ema_decay": None, "decay": "constant"}
+    fused, single = (SETTINGS.model_copy(update={**constant, "arithmetic": version}) for version in (2, 1))
+    states = [new_state(network(), settings=settings) for settings in (fused, single)]
+    assert [state.optimizer.defaults["fused"] for state in states] == [True, False]
+    for state, settings in zip(states, (fused, single), strict=True):
+        run(state, settings=settings)
+    found, expected = (state.final_weights() for state in states)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
 def test_finished_state_is_unchanged():
     state = state_of()
     state.step = 6
@@ -151,10 +163,23 @@ def test_state_of_another_model_fails():
         bare.restore(state.tensors(), state.values())
 
 
-def test_ema_follows_its_formula():
+@pytest.mark.parametrize(("decay", "steps"), [(0.5, 1), (0.5, 2), (0.5, 40), (0.999, 5)])
+def test_ema_is_the_weighted_mean_of_the_run(decay, steps):
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1e6)  # initial weights have no share
+    ema = Ema(model, decay=decay)
+    for step in range(1, steps + 1):
+        nn.init.constant_(model.weight, float(step**2))
+        ema.update(model, step=step)
+    shares = [decay ** (steps - step) for step in range(1, steps + 1)]
+    mean = sum(share * step**2 for step, share in enumerate(shares, start=1)) / sum(shares)
+    assert float(ema.averages["weight"]) == pytest.approx(mean, rel=1e-6)
+
+
+def test_ema_of_version_0_1_follows_its_formula():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    ema = Ema(model, decay=0.5)
+    ema = Ema(model, decay=0.5, of_run=False)
     nn.init.ones_(model.weight)
     ema.update(model, step=1)  # d = 2/11
     ema.update(model, step=99)  # d = 0.5
