@@ -53,8 +53,9 @@ def save(
         provenance: of a trained model, for its card.
     """
     bundle.to("cpu", dtype=dtype)
-    bundle.unet.save_pretrained(folder / "unet")
-    bundle.vae.save_pretrained(folder / "vae")
+    for name, network in (("unet", bundle.unet), ("vae", bundle.vae)):
+        network.save_pretrained(folder / name)
+        _remove_origin(folder / name / "config.json")
     # transformers 4 finds the tensors under this prefix alone, or leaves the network random; 5 finds both.
     tensors = {f"text_model.{name}": value for name, value in bundle.text_encoder.state_dict().items()}
     bundle.text_encoder.save_pretrained(folder / "text_encoder", state_dict=tensors)
@@ -83,6 +84,13 @@ def save(
     card = model_card(replace(bundle, distillation=distillation), provenance=provenance)
     (folder / CARD).write_text(card, encoding="utf-8")
     write_checksums(folder)
+
+
+def _remove_origin(config: Path) -> None:
+    """Remove where diffusers read the network from: a path of this machine, and no part of the model."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

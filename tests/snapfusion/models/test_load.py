@@ -44,6 +44,16 @@ def test_saved_model_is_loaded(tiny_teacher):
     assert not any(network.training for network in bundle.networks.values())
 
 
+def test_saved_model_does_not_say_where_it_was_read(tiny_teacher, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    save(load(str(tiny_teacher)), first)
+    save(load(str(first)), second)
+    for file in first.rglob("*"):
+        if file.is_file():
+            assert file.read_bytes() == (second / file.relative_to(first)).read_bytes()
+            assert str(tmp_path).encode() not in file.read_bytes()
+
+
 def test_text_encoder_has_the_names_of_transformers_4(tiny_teacher):
     names = load_file(f"{tiny_teacher}/text_encoder/model.safetensors")
     assert {name.split(".")[0] for name in names} == {"text_model"}
