@@ -45,6 +45,11 @@ def _check_device(name: str) -> None:
 
 OPTIONS = [
     click.Option(["--out"], type=Path, required=True, help="folder for checkpoints/ and weights/"),
+    click.Option(
+        ["--instruments"],
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="folder of weights whose VAE, scorer and oracle are taken over instead of trained",
+    ),
     click.Option(["--device"], default="cpu", help="torch device"),
     DRY_RUN,
 ]
@@ -61,7 +66,13 @@ def train_miniature(settings: MiniTraining, options: Options) -> None:
         return
     _check_device(options.device)
     torch.set_num_threads(1)
-    train(settings, folder=options.out, device=options.device, on_progress=_Progress())
+    train(
+        settings,
+        folder=options.out,
+        instruments=options.instruments,
+        device=options.device,
+        on_progress=_Progress(),
+    )
     weights = options.out / "weights"
     page = write_page(weights, options.out / "report.html", figures={})
     logger.info(f"train_mini: weights in {weights}, their curves and images in {page}")

@@ -127,11 +127,16 @@ def _scenes_by_caption() -> dict[str, Scene]:
     return {caption_of(scene): scene for scene in map(scene_of, range(NUM_CAPTIONS))}
 
 
+def changes_of(scene: Scene) -> list[Scene]:
+    """All scenes with another value of one attribute."""
+    every = [(name, word) for name, words in ATTRIBUTES.items() for word in words]
+    return [replace(scene, **{name: word}) for name, word in every if word != getattr(scene, name)]
+
+
 def change_one_attribute(scene: Scene, *, draw: float) -> Scene:
     """`scene` with another value of one attribute: of all such changes, the one at `draw` in [0, 1)."""
-    every = [(name, word) for name, words in ATTRIBUTES.items() for word in words]
-    changes = [{name: word} for name, word in every if word != getattr(scene, name)]
-    return replace(scene, **changes[int(draw * len(changes))])
+    changes = changes_of(scene)
+    return changes[int(draw * len(changes))]
 
 
 def render(scene: Scene, *, key: int, size: int = IMAGE_SIZE) -> np.ndarray:

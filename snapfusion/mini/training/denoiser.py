@@ -15,6 +15,7 @@ from snapfusion.losses import velocity_loss
 from snapfusion.mini.scenes import image_batch, to_signed
 from snapfusion.mini.training.settings import DenoiserSettings, MiniTraining
 from snapfusion.mini.training.stage import device_of, step_generator
+from snapfusion.mini.training.taught import TaughtCaptions
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.models.blocks import blocks_of, skipping_blocks
 from snapfusion.schedule import Schedule
@@ -45,11 +46,15 @@ class EncodedScenes:
 
     Attributes:
         latents: float32 [S,4,8,8], scaled to unit standard deviation; row i is of scene i.
-        conditions: float32 [1200,L,D], row i is of the caption of scene i, so also of scene i + 1200.
+        rows: scenes that are trained on, int64 [N].
+        captions: that are taught.
+        conditions: float32 [C,L,D], of the texts of `captions`.
         null: float32 [L,D], of the empty string.
     """
 
     latents: Tensor
+    rows: Tensor
+    captions: TaughtCaptions
     conditions: Tensor
     null: Tensor
 
@@ -77,7 +82,7 @@ def denoiser_loss(
     def loss(step: int) -> Tensor:
         """Draw a batch by the step, and compute its loss."""
         generator = step_generator(seed=settings.seed, stage=stage, step=step)
-        rows = torch.randint(len(encoded.latents), (batch,), generator=generator)
+        rows = encoded.rows[torch.randint(len(encoded.rows), (batch,), generator=generator)]
         # One timestep in each of B equal parts of the schedule: the same expectation as uniform timesteps,
         # with less variance.
         parts = torch.arange(batch) + torch.rand(batch, generator=generator)
@@ -85,7 +90,8 @@ def denoiser_loss(
         x = encoded.latents[rows]
         eps = torch.randn(x.shape, generator=generator)
         dropped = torch.rand(batch, generator=generator) < settings.caption_dropout
-        c = torch.where(dropped.view(-1, 1, 1), encoded.null, encoded.conditions[rows % NUM_CAPTIONS])
+        taught = encoded.captions.draw(rows % NUM_CAPTIONS, generator=generator)
+        c = torch.where(dropped.view(-1, 1, 1), encoded.null, encoded.conditions[taught])
         x, eps, t, c = (tensor.to(device_of(unet)) for tensor in (x, eps, t, c))
         z_t = schedule.diffuse(x=x, eps=eps, t=t)
         with skipping_blocks(unet, skipped_blocks(unet, step=step, generator=generator, settings=own)):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,12 +17,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from snapfusion.metrics.clip import ClipScorer, build_scorer, save_scorer
 from snapfusion.mini import models
 from snapfusion.mini.oracle import Oracle, attribute_loss, save_oracle, scene_labels
-from snapfusion.mini.scenes import caption_of, image_batch, scene_of
+from snapfusion.mini.scenes import image_batch, scene_of
 from snapfusion.mini.tokenizer import mini_tokenizer
 from snapfusion.mini.training.autoencoder import autoencoder_loss, decoder_parts
 from snapfusion.mini.training.contrast import TextTower, contrastive_loss, draw_captions
 from snapfusion.mini.training.denoiser import EncodedScenes, UNetStage, denoiser_loss, latents_of
-from snapfusion.mini.training.settings import MiniTraining, StageSettings
+from snapfusion.mini.training.settings import MiniTraining, StageSettings, TaughtSettings
 from snapfusion.mini.training.stage import (
     Progress,
     TrainingStage,
@@ -29,15 +30,20 @@ from snapfusion.mini.training.stage import (
     step_generator,
     training_indexes,
 )
+from snapfusion.mini.training.taught import TaughtCaptions, taught_numbers
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
-from snapfusion.mini.weights import write_manifest
+from snapfusion.mini.weights import read_manifest, write_manifest
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.checksums import write_checksums
+from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.models.tokenizer import tokenize
 from snapfusion.noise import noise_key
 from snapfusion.schedule import Schedule
 from snapfusion.settings import digest
+
+_INSTRUMENTS = ("autoencoder", "decoder", "scorer", "oracle")
+"""The stages of VAE, scorer and oracle."""
 
 LossCurve = list[tuple[int, float]]
 Loss = Callable[[int], Tensor]
@@ -79,7 +85,13 @@ class Trainer:
     def text_encoder(self) -> CLIPTextModel:
         """The conditioning text encoder; the image tower that it is trained against is discarded."""
         tower = self._seeded("text", lambda: TextTower(models.text_encoder(self.tokenizer))).to(self.device)
-        self._run_contrast("text", tower, encode_image=tower.encode_image, factor=tower.log_temperature)
+        self._run_contrast(
+            "text",
+            tower,
+            encode_image=tower.encode_image,
+            factor=tower.log_temperature,
+            taught=self.settings.taught,
+        )
         return tower.text_encoder
 
     def scorer(self) -> ClipScorer:
@@ -107,19 +119,30 @@ class Trainer:
         self._run("oracle", module=oracle, loss=loss)
         return oracle
 
-    def encoded(self, *, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> EncodedScenes:
-        """The UNets' training data. Sets the VAE's scaling factor from its latents' standard deviation."""
+    def encoded(
+        self, *, vae: AutoencoderKL, text_encoder: CLIPTextModel, is_trained: bool = True
+    ) -> EncodedScenes:
+        """The UNets' training data. A VAE that was trained here gets its scaling factor.
+
+        It is one over its latents' standard deviation.
+        """
         count = self.settings.scenes
         means = latents_of(vae, count=count, path=self.folder / f"latents-{count}.safetensors")
-        scaling_factor = round(1.0 / float(means.std()), 5)
-        vae.register_to_config(scaling_factor=scaling_factor)
-        captions = [caption_of(scene_of(index)) for index in range(NUM_CAPTIONS)]
-        ids = tokenize(self.tokenizer, [*captions, ""])
+        if is_trained:
+            vae.register_to_config(scaling_factor=round(1.0 / float(means.std()), 5))
+        scaling_factor = float(vae.config.scaling_factor)
+        captions, numbers = TaughtCaptions.of(self.settings.taught), taught_numbers(self.settings.taught)
+        ids = tokenize(self.tokenizer, [*captions.texts, ""])
         with torch.inference_mode():
             hidden = text_encoder(ids.to(self.device)).last_hidden_state.cpu()
         # Cloned, because tensors created in inference mode cannot take part in training.
+        rows = torch.arange(count)
         return EncodedScenes(
-            latents=means.clone() * scaling_factor, conditions=hidden[:-1].clone(), null=hidden[-1].clone()
+            latents=means.clone() * scaling_factor,
+            rows=rows[torch.isin(rows % NUM_CAPTIONS, numbers)],
+            captions=captions,
+            conditions=hidden[:-1].clone(),
+            null=hidden[-1].clone(),
         )
 
     def denoiser(self, encoded: EncodedScenes) -> UNet2DConditionModel:
@@ -146,6 +169,7 @@ class Trainer:
             autoencoder=settings.autoencoder.to_values(),
             text=settings.text.to_values(),
             scenes=settings.scenes,
+            taught=settings.taught.to_values(),
             caption_dropout=settings.caption_dropout,
             architecture=architecture,
             **parents,
@@ -153,22 +177,32 @@ class Trainer:
         return average
 
     def _run_contrast(
-        self, stage: str, model: TextTower | CLIP, *, encode_image: Callable[[Tensor], Tensor], factor: Tensor
+        self,
+        stage: str,
+        model: TextTower | CLIP,
+        *,
+        encode_image: Callable[[Tensor], Tensor],
+        factor: Tensor,
+        taught: TaughtSettings | None = None,
     ) -> None:
-        """Train a text model against images; `factor` is the logarithm of that on the cosines."""
+        """Train a text model against images; `factor` is the logarithm of that on the cosines.
+
+        Without `taught` all captions are trained on, and all are right.
+        """
         settings: StageSettings = getattr(self.settings, stage)
+        captions, numbers = (TaughtCaptions.of(taught), taught_numbers(taught)) if taught else (None, None)
 
         def loss(step: int) -> Tensor:
             generator = step_generator(seed=self.settings.seed, stage=stage, step=step)
-            indexes = training_indexes(settings.batch, generator)
-            ids = tokenize(self.tokenizer, draw_captions(indexes, generator))
+            indexes = training_indexes(settings.batch, generator, numbers=numbers)
+            ids = tokenize(self.tokenizer, draw_captions(indexes, generator, taught=captions))
             return contrastive_loss(
                 images=encode_image(image_batch(indexes).to(self.device)),
                 texts=model.encode_text(ids.to(self.device)),
                 log_temperature=factor,
             )
 
-        self._run(stage, module=model, loss=loss)
+        self._run(stage, module=model, loss=loss, taught=taught and taught.to_values())
 
     def _seeded(self, stage: str, build: Callable[[], _Built]) -> _Built:
         """A network whose initial weights depend on the seed and the stage's name only."""
@@ -192,9 +226,22 @@ class Trainer:
 
 
 def train(
-    settings: MiniTraining, *, folder: Path, device: str = "cpu", on_progress: Progress | None = None
+    settings: MiniTraining,
+    *,
+    folder: Path,
+    instruments: Path | None = None,
+    device: str = "cpu",
+    on_progress: Progress | None = None,
 ) -> None:
     """Run all stages on `device` and write `folder`/weights; checkpoints are in `folder`/checkpoints.
+
+    Args:
+        settings: of all stages.
+        folder: of checkpoints and weights.
+        instruments: a folder of weights whose VAE, scorer and oracle are taken over, so that metrics stay
+            comparable; they are trained, too, if it is None.
+        device: of the networks.
+        on_progress: called after every step.
 
     Raises:
         ValueError: if the checkpoints are of other settings.
@@ -202,11 +249,14 @@ def train(
     checkpoints, weights = folder / "checkpoints", folder / "weights"
     checkpoints.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(settings=settings, folder=checkpoints, device=device, on_progress=on_progress)
-    vae = trainer.autoencoder()
     text_encoder = trainer.text_encoder()
-    scorer = trainer.scorer()
-    oracle = trainer.oracle()
-    encoded = trainer.encoded(vae=vae, text_encoder=text_encoder)
+    if instruments is None:
+        vae, scorer, oracle = trainer.autoencoder(), trainer.scorer(), trainer.oracle()
+    else:
+        vae = load(str(instruments / "sd")).vae.to(device)
+        curves = read_manifest(instruments)["curves"]
+        trainer.curves |= {name: curves[name] for name in _INSTRUMENTS}
+    encoded = trainer.encoded(vae=vae, text_encoder=text_encoder, is_trained=instruments is None)
     denoiser = trainer.denoiser(encoded)
     velocity = trainer.velocity(denoiser, encoded)
     bundle = Bundle(
@@ -220,9 +270,13 @@ def train(
     )
     _save_model(bundle, weights / "sd")
     _save_model(replace(bundle, unet=velocity, prediction_type="v_prediction"), weights / "sd-v")
-    config = models.scorer_config(len(trainer.tokenizer))
-    save_scorer(scorer.model, weights / "scorer", config=config, tokenizer=trainer.tokenizer)
-    save_oracle(oracle, weights / "oracle")
+    if instruments is None:
+        config = models.scorer_config(len(trainer.tokenizer))
+        save_scorer(scorer.model, weights / "scorer", config=config, tokenizer=trainer.tokenizer)
+        save_oracle(oracle, weights / "oracle")
+    else:
+        for name in ("scorer", "oracle"):
+            shutil.copytree(instruments / name, weights / name, dirs_exist_ok=True)
     write_manifest(weights, recipe=settings.to_values(), curves=trainer.curves)
 
 

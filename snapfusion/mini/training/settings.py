@@ -1,6 +1,8 @@
 """Settings of the miniature's training."""
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.settings import Settings
@@ -34,6 +36,26 @@ class DenoiserSettings(StageSettings):
     )
 
 
+class TaughtSettings(Settings):
+    """Settings of the captions that text encoder and UNets are taught.
+
+    Attributes:
+        wrong_word: share of captions with the value of one attribute replaced by another.
+        missing_word: share of captions with one attribute left out.
+        training_split_only: teach no caption of the validation and test splits.
+    """
+
+    wrong_word: float = Field(default=0.0, ge=0, le=1)
+    missing_word: float = Field(default=0.0, ge=0, le=1)
+    training_split_only: bool = False
+
+    @model_validator(mode="after")
+    def _are_shares(self) -> Self:
+        if self.wrong_word + self.missing_word > 1:
+            raise ValueError("wrong_word and missing_word are shares: at most 1 together")
+        return self
+
+
 class MiniTraining(Settings):
     """Settings of the whole training. The defaults take a little over an hour on one core."""
 
@@ -50,6 +72,7 @@ class MiniTraining(Settings):
     velocity: DenoiserSettings = DenoiserSettings(
         samples=240_000, batch=96, lr=6e-4, deep_first=0.0, shallow_skip=0.4
     )
+    taught: TaughtSettings = TaughtSettings()
     scenes: int = Field(default=60_000, gt=0, description="scenes whose latents the UNets are trained on")
     caption_dropout: float = Field(
         default=0.1, ge=0, le=1, description="probability that a UNet is given the empty caption instead"

@@ -5,13 +5,15 @@ from diffusers import StableDiffusionPipeline
 from snapfusion.metrics.clip import load_scorer
 from snapfusion.mini import models
 from snapfusion.mini.oracle import load_oracle
-from snapfusion.mini.scenes import HELD_OUT, image_batch, scene_of
+from snapfusion.mini.scenes import HELD_OUT, caption_of, image_batch, parse_caption, scene_of
+from snapfusion.mini.split import captions_in
 from snapfusion.mini.training.contrast import NEGATIVES, contrastive_loss, draw_captions
 from snapfusion.mini.training.denoiser import skipped_blocks
 from snapfusion.mini.training.recipe import Trainer, train
-from snapfusion.mini.training.settings import DenoiserSettings, MiniTraining, StageSettings
+from snapfusion.mini.training.settings import DenoiserSettings, MiniTraining, StageSettings, TaughtSettings
 from snapfusion.mini.training.stage import learning_rate, step_generator, training_indexes
-from snapfusion.mini.vocabulary import NUM_CAPTIONS
+from snapfusion.mini.training.taught import TaughtCaptions, caption_without, taught_numbers
+from snapfusion.mini.vocabulary import ATTRIBUTES, NUM_CAPTIONS
 from snapfusion.mini.weights import read_manifest
 from snapfusion.models.checksums import file_records
 from snapfusion.models.load import load
@@ -110,6 +112,61 @@ def test_training_batches_have_different_training_captions():
     indexes = training_indexes(NUM_CAPTIONS, step_generator(seed=0, stage="oracle", step=1))
     assert max(indexes) < HELD_OUT
     assert len({scene_of(index) for index in indexes}) == NUM_CAPTIONS
+
+
+def test_instruments_are_taken_over(trained, tmp_path):
+    taught = TaughtSettings(wrong_word=0.15, missing_word=0.15, training_split_only=True)
+    settings = TINY.model_copy(update={"taught": taught})
+    train(settings, folder=tmp_path, instruments=trained / "weights")
+    before, after = (file_records(folder / "weights") for folder in (trained, tmp_path))
+    same = {name for name in before if before[name] == after[name]}
+    assert {name for name in before if name.startswith(("scorer/", "oracle/", "sd/vae", "sd-v/vae"))} < same
+    weights = {name for name in after if name.endswith("safetensors") and "vae" not in name} - same
+    folders = ("sd/unet", "sd/text_encoder", "sd-v/unet", "sd-v/text_encoder")
+    assert {name.rpartition("/")[0] for name in weights} == set(folders)
+    manifest = read_manifest(tmp_path / "weights")
+    assert manifest["recipe"]["taught"] == taught.to_values()
+    assert set(manifest["curves"]) == set(STAGES)
+
+
+def test_taught_captions_are_wrong_or_incomplete_at_their_shares():
+    captions = TaughtCaptions.of(TaughtSettings(wrong_word=0.2, missing_word=0.1))
+    numbers = torch.arange(20_000) % NUM_CAPTIONS
+    drawn = captions.draw(numbers, generator=torch.Generator().manual_seed(0))
+    assert float((drawn == numbers).float().mean()) == pytest.approx(0.7, abs=0.02)
+    assert float((drawn >= NUM_CAPTIONS).float().mean()) == pytest.approx(0.1, abs=0.02)
+    for number, index in zip(numbers[:500].tolist(), drawn[:500].tolist(), strict=True):
+        right, text = caption_of(scene_of(number)), captions.texts[index]
+        if index < NUM_CAPTIONS:
+            labels = zip(scene_of(number).labels(), scene_of(index).labels(), strict=True)
+            differing = [one != two for one, two in labels]
+            assert sum(differing) == (index != number)
+        else:
+            assert len(text) < len(right)
+            assert set(text.split()) < set(right.split())
+    plain = TaughtCaptions.of(TaughtSettings())
+    assert torch.equal(plain.draw(numbers, generator=torch.Generator()), numbers)
+
+
+def test_only_the_training_split_is_taught():
+    numbers = taught_numbers(TaughtSettings(training_split_only=True))
+    assert {caption_of(scene_of(number)) for number in numbers.tolist()} == set(captions_in("training"))
+    indexes = training_indexes(64, step_generator(seed=0, stage="text", step=1), numbers=numbers)
+    assert {index % NUM_CAPTIONS for index in indexes} < set(numbers.tolist())
+    assert len(taught_numbers(TaughtSettings())) == NUM_CAPTIONS
+    with pytest.raises(ValueError, match="at most 1 together"):
+        TaughtSettings(wrong_word=0.6, missing_word=0.6)
+
+
+def test_an_attribute_is_left_out():
+    scene = parse_caption("a large red circle at the top on a white background")
+    assert [caption_without(scene, name) for name in ATTRIBUTES] == [
+        "a red circle at the top on a white background",
+        "a large circle at the top on a white background",
+        "a large red at the top on a white background",
+        "a large red circle on a white background",
+        "a large red circle at the top",
+    ]
 
 
 def test_negative_captions_differ_from_the_true_one():
