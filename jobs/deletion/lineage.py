@@ -13,6 +13,7 @@ from jobs.training.metrics import METRICS
 from pipelines.storage.objects import absolute_url, read_bytes
 from pipelines.tables.table import Snapshot, TableError, open_table
 from snapfusion.export.layout import MANIFEST
+from snapfusion.records import RecordError
 from snapfusion.settings import digest
 
 _STARTED = ".training/begun.json"
@@ -127,16 +128,30 @@ def lineage_of(files: RunFiles, tables: Mapping[str, Snapshot]) -> Lineage:
 
 
 def pinned_versions(files: RunFiles, tables: Mapping[str, Snapshot]) -> dict[str, dict[int, str]]:
-    """Versions that unfinished trainings read, by table path, each with a description of its reader."""
+    """Versions that unfinished trainings read, by table path, each with a description of its reader.
+
+    Raises:
+        RecordError: if the record of such a training is damaged, so that it is unknown what it reads.
+    """
     pinned: dict[str, dict[int, str]] = defaultdict(dict)
     finished = set(files.folders_with(f"/{METRICS}"))
     for training in (path for path in files.folders_with(_STARTED) if path not in finished):
-        for identity, version, url in _versions(files.read(f"{training}{_STARTED}")):
+        for identity, version, url in _versions(_begun(files, training)):
             same = [path for path, table in tables.items() if digest(table.identity) == identity]
             # Files are deleted by this: only an exact URL narrows it; a doubtful version stays pinned.
             for path in [path for path in same if tables[path].url == url] or same:
                 pinned[path][version] = f"the training {training}, which has not finished"
     return pinned
+
+
+def _begun(files: RunFiles, training: str) -> Any:  # noqa: ANN401 - JSON values
+    record = files.read(f"{training}{_STARTED}")
+    if "identity" not in _object(record):
+        raise RecordError(
+            f"{files.url}/{training}{_STARTED} is damaged, so which files its training reads is unknown: "
+            f"restore it, or remove {training}.training if the training is not to go on"
+        )
+    return record
 
 
 @dataclass(frozen=True)

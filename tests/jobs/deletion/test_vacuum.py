@@ -133,6 +133,18 @@ def test_the_version_of_a_killed_training_stays(run: Path, capsys):
     assert "s-000000-000004.parquet" not in data_files(run)
 
 
+@pytest.mark.parametrize("record", ["", '{"identity": {"latents"', "[]", "{}"])
+def test_a_damaged_record_of_a_training_keeps_everything(run: Path, capsys, record: str):
+    before = data_files(run)
+    (run / "student.training").mkdir()
+    (run / "student.training" / "begun.json").write_text(record)
+    assert cleaned(run, "--delete") == 2
+    error = capsys.readouterr().err
+    assert "student.training/begun.json is damaged" in error
+    assert error.count("\n") == 1
+    assert data_files(run) == before
+
+
 def test_files_that_may_be_committed_stay(run: Path):
     # Young files, and whole files of units that a killed job had not yet committed.
     fresh = run / "latents" / ".s-000200.parquet.def"
