@@ -1,5 +1,6 @@
 """An evaluation from captions to a page: sampled once, paired, and quoted with all that it depends on."""
 
+import copy
 import json
 import pickle
 import re
@@ -162,6 +163,16 @@ def test_the_page_and_the_charts(made):
     assert len(charts) == 2
     for chart in charts:
         assert ET.fromstring(standalone_svg(chart)).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_the_page_has_attributes_only_where_an_oracle_read_them(made):
+    _, results, _ = made
+    results = copy.deepcopy(results)
+    assert "<th>all attributes</th>" in render_evaluation(results)
+    for curve in results["curves"].values():
+        for point in curve["points"]:
+            del point["attributes"], point["all_attributes"]
+    assert "all attributes" not in render_evaluation(results)
 
 
 def test_many_contenders_are_shown_on_several_charts(made):
