@@ -48,8 +48,11 @@ def identity_of(settings: LatentsSettings, *, model: Identity, filters: Sequence
 
 
 def _vae_identity(model: dict[str, Any]) -> dict[str, Any]:
-    """The part of a model's identity that LATENTS depend on: models with one VAE share them."""
-    vae = {name: value for name, value in model.items() if name != "prediction_type"}
+    """The part of a model's identity that LATENTS depend on, which models with one VAE and tokenizer share.
+
+    No LoRA changes these, and a model that is saved no longer says what was merged into it.
+    """
+    vae = {name: value for name, value in model.items() if name not in ("prediction_type", "merged")}
     return {**vae, "weights": {"vae": model["weights"]["vae"]}}
 
 

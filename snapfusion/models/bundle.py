@@ -54,6 +54,12 @@ class Bundle:
         return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
 
     @property
+    def added_tokens(self) -> list[str]:
+        """The tokens of textual inversions, in the order of their ids."""
+        added = sorted(self.tokenizer.get_added_vocab().items(), key=lambda item: item[1])
+        return [token for token, _ in added if token not in self.tokenizer.all_special_tokens]
+
+    @property
     def device(self) -> torch.device:
         """Device of the networks."""
         return self.unet.device
@@ -171,8 +177,10 @@ class Bundle:
     def describe(self) -> dict[str, Any]:
         """Identify the model in tables and checkpoints that were made with it."""
         merged = {"merged": self.merged} if self.merged else {}
+        tokens = {"added_tokens": self.added_tokens} if self.added_tokens else {}
         return {
             **merged,
+            **tokens,
             "weights": self.fingerprint(),
             "prediction_type": self.prediction_type,
             "scaling_factor": self.scaling_factor,

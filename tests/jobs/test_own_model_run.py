@@ -25,9 +25,18 @@ FEATURES = "evaluation.samples.judging.features.weights"
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> list[str]:
-    """Settings that name a single-file checkpoint of 128 px, shards and captions."""
-    folder = tmp_path_factory.mktemp("inputs")
-    model = write_checkpoint(folder / "tune.safetensors", ldm_tensors(sd_shaped_bundle(seed=3)))
+    """Settings that name a single-file checkpoint of 128 px with a LoRA and a token, shards and captions."""
+    folder, base = tmp_path_factory.mktemp("inputs"), sd_shaped_bundle(seed=3)
+    conv_in, width = base.unet.conv_in.weight, base.text_encoder.config.hidden_size
+    lora = {
+        "lora_unet_conv_in.lora_down.weight": torch.ones(1, *conv_in.shape[1:]),
+        "lora_unet_conv_in.lora_up.weight": torch.ones(len(conv_in), 1, 1, 1),
+        "lora_unet_conv_in.alpha": torch.tensor(0.1),
+    }
+    save_file(lora, folder / "style.safetensors")
+    save_file({"<mine>": torch.ones(2, width)}, folder / "mine.safetensors")
+    model = write_checkpoint(folder / "tune.safetensors", ldm_tensors(base))
+    options = f"size={SIDE}&lora={folder / 'style.safetensors'}:0.8&embedding={folder / 'mine.safetensors'}"
     noise = np.random.default_rng(0)
     rows = (
         ShardRow(
@@ -38,9 +47,9 @@ def inputs(tmp_path_factory) -> list[str]:
         for number in range(16)
     )
     write_shard(str(folder / "shards"), rows, index=0, extension="png", rows_per_shard=16)
-    (folder / "captions.txt").write_text("".join(f"a photo of {number} cats\n" for number in range(8)))
+    (folder / "captions.txt").write_text("".join(f"a photo of {number} <mine>\n" for number in range(8)))
     return [
-        *(f"model={model}?size={SIDE}", f"source.url={folder / 'shards'}"),
+        *(f"model={model}?{options}", f"source.url={folder / 'shards'}"),
         f"captions.url={folder / 'captions.txt'}",
     ]
 

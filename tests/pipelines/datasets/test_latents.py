@@ -10,8 +10,9 @@ from delta_opens import record_opens
 from latent_inputs import SETTINGS, encode, first_units, make_shards, noise_image, verify
 from PIL import Image
 from poison import KilledBy, poison_of
+from safetensors.torch import save_file
 
-from pipelines.datasets.latents import recomputer
+from pipelines.datasets.latents import check_latents, recomputer
 from pipelines.datasets.shard_plan import pending_shards
 from pipelines.rejections import Rejected
 from pipelines.sources.shards import ShardRow, write_shard
@@ -57,6 +58,23 @@ def test_latent_is_scaled_posterior_mean(latents, tiny_teacher):
         mean = bundle.vae.encode(pixels.float() / 127.5 - 1.0).latent_dist.mean
     np.testing.assert_array_equal(read_array(unit, "latent"), (mean * 0.4).half().numpy())
     assert unit.column("source_id").to_pylist() == [f"http://origin/0/{n}" for n in (0, 1, 2)]
+
+
+def test_models_saved_from_a_merged_one_share_its_latents(shards, tiny_teacher, tmp_path):
+    conv_in = load(tiny_teacher).unet.conv_in.weight
+    lora = {
+        "lora_unet_conv_in.lora_down.weight": torch.ones(1, *conv_in.shape[1:]),
+        "lora_unet_conv_in.lora_up.weight": torch.ones(len(conv_in), 1, 1, 1),
+    }
+    save_file(lora, tmp_path / "style.safetensors")
+    save_file({"<cat>": torch.ones(16)}, tmp_path / "cat.safetensors")
+    styled = f"{tiny_teacher}?lora={tmp_path / 'style.safetensors'}"
+    for name, source in (("styled", styled), ("cat", f"{styled}&embedding={tmp_path / 'cat.safetensors'}")):
+        latents = encode(tmp_path / f"latents-{name}", shards, source)
+        save(load(source), tmp_path / name, dtype=torch.float32)
+        check_latents(latents, bundle=load(str(tmp_path / name)))
+    with pytest.raises(TableError, match="added_tokens"):
+        check_latents(latents, bundle=load(styled))
 
 
 def test_stopped_run_is_completed(latents, shards, tiny_teacher, tmp_path):
