@@ -6,6 +6,7 @@ from jobs.cli.job import Job
 from jobs.cli.verb import Body, Preview, recipe_verb
 from jobs.recipes.verbs import initial_verbs
 from jobs.runtime.logs import logger
+from jobs.runtime.progress import show_status
 
 
 def distill_schedule(job: Job) -> None:
@@ -13,9 +14,11 @@ def distill_schedule(job: Job) -> None:
     for verb in initial_verbs(job.recipe):
         name, body, _ = _INITIAL[verb]
         logger.info(f"[{name}]")
+        show_status(name)
         body(job)
     for stage in job.recipe.stages:
         logger.info(f"[{stage.name}]")
+        show_status(stage.name)
         distill_steps.distill(stage_job(job, stage))
 
 

@@ -14,6 +14,7 @@ from jobs.cli.job import Job
 from jobs.cli.resources import runner
 from jobs.cli.state import log_table, state_of
 from jobs.cli.verb import recipe_verb
+from jobs.recipes.recipe import EXAMPLE_BUCKET
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
 from pipelines.storage.objects import exists
@@ -63,6 +64,12 @@ def sampled_preview(job: Job) -> list[str]:
     if job.recipe.download.links is not None:
         return [*lines, *link_preview_lines(job)]
     return [*lines, f"nothing to sample yet: there are no shards at {url}, and download.links is not set"]
+
+
+def preview_given(job: Job) -> list[str]:
+    """`sampled_preview` of shards that the recipe names; those that the run is to make cannot be sampled."""
+    url = job.recipe.source.url
+    return preview(job) if url is None or url.startswith(EXAMPLE_BUCKET) else sampled_preview(job)
 
 
 def _print_unused_bounds(job: Job, shard: Shard) -> None:

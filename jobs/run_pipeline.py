@@ -29,7 +29,7 @@ from jobs.cli.verb import Body, Preview, recipe_verb
 from jobs.recipes.dataflow import missing_inputs, missing_values
 from jobs.recipes.verbs import pipeline_verbs
 from jobs.runtime.logs import logger
-from jobs.runtime.progress import format_duration
+from jobs.runtime.progress import format_duration, show_status
 from jobs.training.sources import RUN_PREFIX
 from pipelines.storage.objects import exists
 from snapfusion.export.installed import check_compilers
@@ -41,7 +41,7 @@ from snapfusion.settings import SettingsError
 STEPS: dict[str, tuple[Body, Preview]] = {
     "render_scenes": (scenes.render_scenes, scenes.preview),
     "find_duplicates": (find_duplicates.find, find_duplicates.preview),
-    "encode_latents": (encode_latents.encode, encode_latents.preview),
+    "encode_latents": (encode_latents.encode, encode_latents.preview_given),
     "finetune_vpred": (finetune_vpred.finetune, finetune_vpred.preview),
     "measure_latency": (measure_latency.measure, measure_latency.preview),
     "train_efficient": (train_efficient.train_efficient, train_efficient.preview),
@@ -76,6 +76,7 @@ def run_pipeline(job: Job) -> None:
         inputs = input_state(job)
         for number, verb in enumerate(verbs, start=1):
             logger.info(f"[{number}/{len(verbs) + 1}] {verb}")
+            show_status(verb)
             body, _ = STEPS[verb]
             with record_step(job, verb):
                 body(replace(job, verb=verb))
@@ -109,7 +110,7 @@ def preview(job: Job) -> list[str]:
     """Preview of each step, and what has to be given before they can run."""
     verbs = pipeline_verbs(job.recipe)
     steps = [(verb, STEPS[verb][1](job)) for verb in verbs]
-    lines = [f"{verb:<16} {line}" for verb, lines in steps for line in lines]
+    lines = [f"{verb:<16} {line}" for verb, lines in steps for line in lines if line]
     return [*lines, *(f"missing          {line}" for line in _missing(job, verbs))]
 
 

@@ -54,8 +54,8 @@ def locate(
     # A hub id has the form of a relative path, so a mistyped path is known by its parent, which exists.
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1 or folder.parent.is_dir():
         raise ModelError(
-            f"there is no model folder {source!r}{_nearest(folder)}; give a diffusers folder, a .safetensors "
-            "checkpoint, a URL of one, or a hub id"
+            f"there is no model folder or file {source!r}{_nearest(folder)}; give a diffusers folder, a "
+            ".safetensors checkpoint, a URL of one, or a hub id"
         )
     return download(source, revision=revision, variant=variant, patterns=patterns)
 

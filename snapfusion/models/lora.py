@@ -175,7 +175,10 @@ def _merge(
     rank = len(down)
     if up.shape != (len(own), rank) or down.shape[1] != own[0].numel():
         shapes = f"{tuple(up.shape)} and {tuple(down.shape)}"
-        raise ModelError(f"{where}: its matrices {shapes} do not fit the weight {tuple(own.shape)}")
+        raise ModelError(
+            f"{where}: its matrices {shapes} do not fit the weight {tuple(own.shape)}; a LoRA of this model, "
+            "or of one with its sizes, is accepted"
+        )
     scale = 1.0 if alpha is None else float(alpha) / rank
     with torch.no_grad():
         own += weight * scale * (up @ down).reshape(own.shape)

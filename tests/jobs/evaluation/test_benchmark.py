@@ -214,7 +214,7 @@ def test_a_killed_process_leaves_a_gap(folder, measured, tmp_path, capsys):
         (["--repeats", "many"], "Invalid value for '--repeats': 'many'"),
         (["--threads", "0"], "Invalid value for '--threads': 0 is not in the range x>=1"),
         (["--variant", "executorch", "--variant", "int4"], "--variant int4: the bundle has executorch"),
-        (["--model", "/nowhere"], "--model /nowhere: there is no model folder"),
+        (["--model", "/nowhere"], "--model /nowhere: there is no model folder or file"),
         (["--model", "mini"], "--model mini: it has tokens"),
         (["--decoder", "/nowhere"], "--decoder /nowhere"),
         (["--json", "."], "--json .: it is a folder"),

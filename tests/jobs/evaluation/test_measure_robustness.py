@@ -107,7 +107,7 @@ def refused(arguments, tmp_path, capsys) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["mini-v", "mini-w"], "there is no model folder 'mini-w'"),
+        (["mini-v", "mini-w"], "there is no model folder or file 'mini-w'"),
         (["mini-v", "mini-v", "--set", "scenes=60"], "multiple of 25"),
         (["mini-v", "mini-v", "--set", "pictures=5"], "no setting 'pictures'"),
     ],

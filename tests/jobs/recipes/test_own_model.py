@@ -89,7 +89,7 @@ def test_an_assignment_comes_before_what_follows_from_the_model(config, tiny_tea
 
 
 def test_a_missing_model_is_named():
-    with pytest.raises(ModelError, match="there is no model folder"):
+    with pytest.raises(ModelError, match="there is no model folder or file"):
         resolve_recipe("own", ["model=./none"])
 
 

@@ -150,13 +150,13 @@ def test_missing_tensor_is_named(folder):
 
 @pytest.mark.parametrize("source", ["/nowhere/model", "./nowhere", "nowhere"])
 def test_missing_model_folder_fails(source):
-    reason_of_failure(source, "there is no model folder")
+    reason_of_failure(source, "there is no model folder or file")
 
 
 def test_mistyped_path_is_not_taken_for_a_hub_id(folder, monkeypatch):
     monkeypatch.chdir(folder.parent.parent)
     parent = folder.parent.name
-    reason_of_failure(f"{parent}/modle", rf"there is no model folder .*is it '{parent}/model'")
+    reason_of_failure(f"{parent}/modle", rf"there is no model folder or file .*is it '{parent}/model'")
 
 
 def test_unreachable_hub_fails_with_one_line():
