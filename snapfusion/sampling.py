@@ -7,8 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from snapfusion.diffusers_solvers import diffusers_step
 from snapfusion.schedule import Estimate, Schedule
-from snapfusion.solver_names import SOLVERS, Solver
+from snapfusion.solver_names import DIFFUSERS_SOLVERS, SOLVERS, Solver
 from snapfusion.solvers import ddim_step, euler_step, extrapolate_eps, extrapolate_x, extrapolation_factor
 
 CLEAN = -1
@@ -42,6 +43,18 @@ def guide(*, cond: Tensor, uncond: Tensor, w: Tensor | float) -> Tensor:
     return w * cond - (w - 1.0) * uncond
 
 
+def rescale(guided: Tensor, *, cond: Tensor, share: float) -> Tensor:
+    """Give a guided output the standard deviation of the conditional one: Eq. 15 and 16 of (Lin et al. 2023).
+
+    Args:
+        guided: of `guide`, [B,4,h,w].
+        cond: the conditional output, [B,4,h,w].
+        share: phi, of the rescaled output in the result; the paper's is 0.7.
+    """
+    ratio = cond.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
+    return share * ratio * guided + (1.0 - share) * guided
+
+
 def sample(
     denoiser: Denoiser, z_t: Tensor, *, grid: Sequence[int], schedule: Schedule, solver: Solver = "ddim"
 ) -> Tensor:
@@ -67,10 +80,13 @@ def trajectory(
         solver: one of `SOLVERS`.
 
     Raises:
-        ValueError: for any other solver.
+        ValueError: for any other solver; or if one of diffusers' is given a part of a grid.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}; {', '.join(SOLVERS)} are accepted")
+    if solver in DIFFUSERS_SOLVERS:
+        yield from _diffusers_trajectory(denoiser, z_t, grid=grid, schedule=schedule, solver=solver)
+        return
     extrapolate = {"dpm": extrapolate_eps, "dpm++": extrapolate_x}.get(solver)
     previous: tuple[Tensor, Estimate] | None = None
     for time, next_time in pairwise(grid):
@@ -86,4 +102,16 @@ def trajectory(
         else:
             z_t = ddim_step(step, t_next=t_next, schedule=schedule)
         previous = t, estimate
+        yield next_time, z_t, estimate
+
+
+def _diffusers_trajectory(
+    denoiser: Denoiser, z_t: Tensor, *, grid: Sequence[int], schedule: Schedule, solver: Solver
+) -> Iterator[tuple[int, Tensor, Estimate]]:
+    """`trajectory` by a scheduler of diffusers."""
+    step = diffusers_step(solver, grid=grid, schedule=schedule)
+    for time, next_time in pairwise(grid):
+        t = torch.full((len(z_t),), time, dtype=torch.int64, device=z_t.device)
+        estimate = denoiser(z_t, t)
+        z_t = step(estimate, time, z_t)
         yield next_time, z_t, estimate

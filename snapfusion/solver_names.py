@@ -2,5 +2,8 @@
 
 from typing import Literal, get_args
 
-Solver = Literal["ddim", "euler", "dpm", "dpm++"]
+OwnSolver = Literal["ddim", "euler", "dpm", "dpm++"]
+DiffusersSolver = Literal["dpm++singlestep", "unipc"]
+Solver = Literal[OwnSolver, DiffusersSolver]
 SOLVERS: tuple[str, ...] = get_args(Solver)
+DIFFUSERS_SOLVERS: tuple[str, ...] = get_args(DiffusersSolver)

@@ -21,7 +21,7 @@ PACKAGES = ("snapfusion", "pipelines", "jobs")
 LAYERS = (
     {"settings", "prediction_types", "records", "solver_names", "storage"},
     {"schedule", "noise"},
-    {"solvers"},
+    {"solvers", "diffusers_solvers"},
     {"sampling"},
     {"distill"},
     {"losses"},

@@ -73,7 +73,7 @@ class EvolutionSettings(Settings):
         return {
             "latency_ms": self.latency_ms,
             "pace": self.pace.to_values(),
-            "sampler": self.sampler.to_values(),
+            "sampler": self.sampler.identity(),
             "guidance": self.guidance,
             "drawing": samples.drawing.to_values(),
             "judging": samples.judging.to_values(),

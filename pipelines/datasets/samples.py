@@ -60,7 +60,7 @@ def identity_of(
         "kind": "samples",
         "model": bundle.describe(),
         "told_w": has_guidance_embedding(bundle.unet),
-        "sampler": sampler.to_values(),
+        "sampler": sampler.identity(),
         "drawing": settings.drawing.to_values(),
         "features": describe_features(settings.judging.features),
         "scorer": describe_scorer(settings.judging.scorer),

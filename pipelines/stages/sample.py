@@ -90,5 +90,11 @@ class SampleAndScore(NetworkStage[PromptRows, SamplingSettings]):
         bundle = self.bundle
         c = bundle.encode_text(bundle.tokenize(texts))
         eps = gaussian_batch(keys, bundle.latent_shape).to(bundle.device)
-        denoiser = bundle.denoiser(c, w=w, c_null=self.c_null)
+        denoiser = bundle.denoiser(
+            c,
+            w=w,
+            c_null=self.c_null,
+            rescaled=self.sampler.guidance_rescale,
+            interval=self.sampler.guidance_interval,
+        )
         return sample(denoiser, eps, solver=self.sampler.solver, grid=self.grid, schedule=bundle.schedule)

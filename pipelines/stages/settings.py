@@ -1,8 +1,8 @@
 """Settings of the stages: which rows are used, and how images, latents and scores are computed."""
 
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from snapfusion.metrics.settings import INCEPTION_FEATURES, Resize
 from snapfusion.mini.vocabulary import ATTRIBUTES, IMAGE_SIZE, ORACLE_FEATURES
@@ -195,14 +195,47 @@ class Sampler(Settings):
     Attributes:
         solver: one of `snapfusion.solver_names.SOLVERS`.
         steps: of the trailing grid.
+        guidance_rescale: share of the output whose standard deviation is that of the conditional one (Lin et
+            al. 2023); 0 for none.
+        guidance_interval: first and last timestep with guidance (Kynkäänniemi et al. 2024), of 0 to 999;
+            null guides at all.
     """
 
     solver: Solver = "ddim"
     steps: int = Field(50, ge=1, le=1000)
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    guidance_interval: tuple[NonNegativeInt, NonNegativeInt] | None = None
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _is_increasing(cls, interval: tuple[int, int] | None) -> tuple[int, int] | None:
+        if interval is not None and interval[0] > interval[1]:
+            raise ValueError(f"the first timestep, {interval[0]}, is above the last, {interval[1]}")
+        return interval
 
     def evaluations(self, w: float, *, w_conditioned: bool = False) -> int:
-        """Evaluations of the UNet for one image at guidance `w`: two a step, one if w is 1 or an input."""
-        return self.steps * (1 if w_conditioned or w == 1.0 else 2)
+        """Evaluations of the UNet for one image at guidance `w`: one a step, and one more if it is guided.
+
+        Not with w = 1, nor if w is an input of the UNet.
+        """
+        return self.steps + (0 if w_conditioned or w == 1.0 else self._guided_steps())
+
+    def identity(self) -> dict[str, Any]:
+        """The settings as JSON values; what is off is absent, as in tables of version 0.1."""
+        values = self.to_values()
+        return {
+            name: values[name]
+            for name in values
+            if name in ("solver", "steps") or values[name] != self.__class__.model_fields[name].default
+        }
+
+    def _guided_steps(self) -> int:
+        if self.guidance_interval is None:
+            return self.steps
+        from snapfusion.sampling import time_grid
+
+        low, high = self.guidance_interval
+        return sum(low <= t <= high for t in time_grid(self.steps)[:-1])
 
 
 class SamplingSettings(Settings):

@@ -15,7 +15,7 @@ from snapfusion.models.snapfusion_unet_v1 import BlockUNet
 from snapfusion.models.tokenizer import tokenize
 from snapfusion.models.unet import resize_unet
 from snapfusion.prediction_types import PredictionType
-from snapfusion.sampling import Denoiser, guide
+from snapfusion.sampling import Denoiser, guide, rescale
 from snapfusion.schedule import Estimate, Schedule
 
 
@@ -139,24 +139,47 @@ class Bundle:
         condition = {"encoder_hidden_states": c.to(dtype), "timestep_cond": timestep_cond}
         return self.unet(z_t.to(dtype), t, **condition).sample.float()
 
-    def denoiser(self, c: Tensor, *, w: Tensor | float = 1.0, c_null: Tensor | None = None) -> Denoiser:
+    def denoiser(
+        self,
+        c: Tensor,
+        *,
+        w: Tensor | float = 1.0,
+        c_null: Tensor | None = None,
+        rescaled: float = 0.0,
+        interval: tuple[int, int] | None = None,
+    ) -> Denoiser:
         """Bind caption and guidance to the UNet. SnapFusion Eq. 3 (Eq. 10 for v).
 
         Both halves of the guidance are one batch of 2B. The unconditional half is not computed for w = 1
         given as a number, nor for a w-conditioned UNet.
+
+        Args:
+            c: encoded captions, [B,L,D].
+            w: guidance, a number or [B,1,1,1].
+            c_null: the encoded empty caption; None encodes it.
+            rescaled: share of the rescaled output (`snapfusion.sampling.rescale`).
+            interval: first and last timestep with guidance (Kynkäänniemi et al. 2024), for batches of one
+                timestep; at others w is 1. None guides everywhere.
         """
-        unguided = has_guidance_embedding(self.unet) or (not isinstance(w, Tensor) and w == 1.0)
-        if c_null is None and not unguided:
+        w_conditioned = has_guidance_embedding(self.unet)
+
+        def is_guided(scale: Tensor | float) -> bool:
+            return not w_conditioned and (isinstance(scale, Tensor) or scale != 1.0)
+
+        if c_null is None and is_guided(w):
             c_null = self.null_condition()
 
         def denoise(z_t: Tensor, t: Tensor) -> Estimate:
-            if unguided:
-                output = self.predict(z_t, t, c, w=w)
+            scale = w if interval is None or interval[0] <= int(t[0]) <= interval[1] else 1.0
+            if not is_guided(scale):
+                output = self.predict(z_t, t, c, w=scale)
             else:
                 # The unconditional half first, as in diffusers.
                 both = torch.cat([c_null.expand_as(c), c])  # type: ignore[union-attr]
                 uncond, cond = self.predict(z_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-                output = guide(cond=cond, uncond=uncond, w=w)
+                output = guide(cond=cond, uncond=uncond, w=scale)
+                if rescaled:
+                    output = rescale(output, cond=cond, share=rescaled)
             return self.schedule.estimate(output, z_t=z_t, t=t, prediction_type=self.prediction_type)
 
         return denoise

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusion_oracles import SCHEDULE, ddim_latents, denoiser, network, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snapfusion.sampling import CLEAN, guide, sample, time_grid, trajectory
+from snapfusion.sampling import CLEAN, guide, rescale, sample, time_grid, trajectory
 from snapfusion.schedule import Estimate
 from snapfusion.solvers import ddim_step
 
@@ -54,6 +55,16 @@ def test_grid_falls_from_noise_to_the_clean_end(num_steps):
 @settings(deadline=None)
 def test_grid_nests_in_one_twice_as_fine(num_steps):
     assert time_grid(2 * num_steps)[::2] == time_grid(num_steps)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+def test_rescaled_guidance_matches_diffusers(share):
+    cond, uncond = randn(0), randn(1)
+    guided = guide(cond=cond, uncond=uncond, w=5.0)
+    expected = rescale_noise_cfg(guided, cond, guidance_rescale=share)
+    torch.testing.assert_close(rescale(guided, cond=cond, share=share), expected, rtol=1e-5, atol=1e-5)
+    deviations = [part.std(dim=(1, 2, 3)) for part in (rescale(guided, cond=cond, share=1.0), cond)]
+    torch.testing.assert_close(*deviations)
 
 
 @pytest.mark.parametrize("num_steps", [0, -3, 1001])

@@ -5,12 +5,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusion_oracles import SCHEDULE, alpha_sigma, denoiser, network, randn
 
 from snapfusion.sampling import sample, time_grid, trajectory
 from snapfusion.schedule import Estimate
-from snapfusion.solver_names import SOLVERS
+from snapfusion.solver_names import DIFFUSERS_SOLVERS, SOLVERS
 from snapfusion.solvers import euler_step
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -62,6 +62,34 @@ def test_dpm_plus_plus_matches_diffusers(prediction_type, num_steps):
     theirs = dpm_latents(prediction_type, num_steps, algorithm_type="dpmsolver++")
     for (_, latent, _), expected in zip(steps_of("dpm++", prediction_type, num_steps), theirs, strict=True):
         np.testing.assert_allclose(latent.numpy(), expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@PREDICTIONS
+@STEPS
+def test_unipc_matches_diffusers(prediction_type, num_steps):
+    scheduler = UniPCMultistepScheduler(**SD, prediction_type=prediction_type)
+    scheduler.set_timesteps(num_steps)
+    expected = randn(0)
+    ours = steps_of("unipc", prediction_type, num_steps)
+    for t, (_, latent, _) in zip(scheduler.timesteps, ours, strict=True):
+        expected = scheduler.step(network(expected, t.repeat(2)), t, expected).prev_sample
+        np.testing.assert_allclose(latent.numpy(), expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", DIFFUSERS_SOLVERS)
+def test_solvers_of_diffusers_are_closer_in_few_steps(solver):
+    denoise, flow = gaussian_data(randn(0), 0.5)
+    exact = flow(randn(1), t=999, t_next=-1)
+    found, ddim = (
+        sample(denoise, randn(1), solver=name, grid=time_grid(16), schedule=SCHEDULE)
+        for name in (solver, "ddim")
+    )
+    assert (found - exact).abs().mean() < 0.9 * (ddim - exact).abs().mean()
+
+
+def test_solvers_of_diffusers_need_a_whole_grid():
+    with pytest.raises(ValueError, match="unipc takes the whole time grid"):
+        sample(denoiser("epsilon"), randn(0), solver="unipc", grid=time_grid(8)[2:], schedule=SCHEDULE)
 
 
 @pytest.mark.filterwarnings("ignore:.*algorithm_type dpmsolver is deprecated:FutureWarning")

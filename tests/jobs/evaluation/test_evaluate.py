@@ -266,6 +266,19 @@ def test_a_dry_run_counts_unet_evaluations(capsys):
     assert "842,400 UNet evaluations" in capsys.readouterr().out
 
 
+def test_evaluations_are_two_where_a_step_is_guided():
+    sampler = Sampler(steps=4)
+    limited = Sampler(steps=4, guidance_interval=(249, 749))
+    assert [sampler.evaluations(w) for w in (1.0, 3.0)] == [4, 8]
+    assert [limited.evaluations(w) for w in (1.0, 3.0)] == [4, 7]
+    assert limited.evaluations(3.0, w_conditioned=True) == 4
+    # Tables of version 0.1 do not have what is off.
+    assert sampler.identity() == {"solver": "ddim", "steps": 4}
+    assert limited.identity() == {"solver": "ddim", "steps": 4, "guidance_interval": [249, 749]}
+    with pytest.raises(SettingsError, match="the first timestep, 749, is above the last, 249"):
+        Sampler.parse({"guidance_interval": [749, 249]})
+
+
 def test_the_job_leaves_figures_charts_and_a_page(tmp_path, capsys, monkeypatch):
     def as_on_ray(items, stages):
         """Ray hands stages and units over by pickling them."""

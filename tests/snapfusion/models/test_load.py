@@ -297,3 +297,15 @@ def test_network_loads_without_the_others(tiny_teacher, tmp_path, part):
 def test_missing_network_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"unet/config\.json is missing"):
         load_network(str(tmp_path), part="unet")
+
+
+def test_guidance_is_limited_to_an_interval(tiny_teacher):
+    bundle, z_t = load(tiny_teacher), gaussian_batch([1], (4, 8, 8))
+    c = bundle.encode_text(bundle.tokenize(["red"]))
+    limited = bundle.denoiser(c, w=3.0, interval=(249, 749))
+    for time, w in ((999, 1.0), (749, 3.0), (249, 3.0), (124, 1.0)):
+        t = torch.tensor([time])
+        assert torch.equal(limited(z_t, t).x, bundle.denoiser(c, w=w)(z_t, t).x)
+    t = torch.tensor([749])
+    rescaled, guided = (bundle.denoiser(c, w=3.0, rescaled=share)(z_t, t).x for share in (0.7, 0.0))
+    assert not torch.equal(rescaled, guided)
