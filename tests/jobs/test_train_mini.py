@@ -47,6 +47,7 @@ def test_figures_are_kept_with_intervals_and_shown(measured):
     assert "one_attribute" in page
 
 
+@pytest.mark.slow
 def test_a_second_measurement_adds_what_is_missing(measured, capsys):
     before = json.loads(measured.read_text())["figures"]
     assert measure_mini.main(["--out", str(measured), *FEW, "--set", 'solvers=["ddim","dpm++"]']) == 0

@@ -9,7 +9,13 @@ from conftest import tiny_bundle
 from jobs import benchmark
 from jobs.evaluation import bundle_benchmark
 from jobs.evaluation.memory import FootprintError
-from jobs.evaluation.module_benchmark import ModuleBenchmark, ModuleRun, TorchRuntime, benchmark_module
+from jobs.evaluation.module_benchmark import (
+    ExecuTorchRuntime,
+    ModuleBenchmark,
+    ModuleRun,
+    TorchRuntime,
+    benchmark_module,
+)
 from pipelines.storage.objects import StorageError
 from snapfusion.export.bundle import open_bundle
 
@@ -87,6 +93,15 @@ def results_of(folder, tmp_path, *options):
     return json.loads(path.read_text())
 
 
+def test_a_program_is_measured_in_a_process_of_its_own(folder):
+    inputs = open_bundle(folder).vectors.arrays["token_ids"][1:]
+    run = ModuleRun(module="text_encoder", inputs=(inputs,), threads=1, repeats=20)
+    found = benchmark_module(ExecuTorchRuntime(program=folder / "executorch/text_encoder.pte"), run)
+    assert 0 < found.median_ms <= found.p95_ms
+    assert (found.repeats, found.running_mb < found.before_mb) == (20, True)
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_compiler")
 def test_every_runtime_that_is_here_is_measured(folder, tmp_path, capsys):
     results = results_of(folder, tmp_path, "--repeats", "20")

@@ -84,6 +84,7 @@ def test_the_table_has_the_papers_figures_beside(made):
     assert "848M" in note
 
 
+@pytest.mark.slow
 def test_in_bfloat16_and_without_the_loops(tmp_path):
     options = set_options(f"efficiency.{one}" for one in ("turns=2", "loop=false", "precision=bfloat16"))
     assert job.main(["--out", str(tmp_path), *options]) == 0

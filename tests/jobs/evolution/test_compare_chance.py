@@ -67,6 +67,7 @@ def compared(ray_cluster, tmp_path_factory):
     return out, results
 
 
+@pytest.mark.slow
 def test_all_start_from_the_same_weights(compared):
     out, results = compared
     assert results["architectures"].keys() == {"evolved", "chance-0"}
@@ -78,6 +79,7 @@ def test_all_start_from_the_same_weights(compared):
         assert json.loads((out / "first" / name / "made_of.json").read_text())["weights"] == origin
 
 
+@pytest.mark.slow
 def test_a_reading_compares_with_the_median(compared):
     _, results = compared
     (reading,) = results["readings"]

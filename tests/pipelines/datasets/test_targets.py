@@ -202,7 +202,9 @@ def test_stopped_run_is_completed(targets, latents, tiny_teacher, tmp_path):
     assert compute(url, tiny_teacher, latents).version == whole.version
 
 
-@pytest.mark.parametrize("point", ["file_to_commit", "rows_to_manifests"])
+@pytest.mark.parametrize(
+    "point", ["file_to_commit", pytest.param("rows_to_manifests", marks=pytest.mark.slow)]
+)
 def test_killed_run_is_completed(targets, latents, tiny_teacher, tmp_path, point):
     url = tmp_path / "targets"
     script = Path(__file__).with_name("compute_killed.py")

@@ -161,7 +161,9 @@ def test_fast_candidate_is_run_several_times():
     assert len(count) > 100
 
 
-@pytest.mark.parametrize("runtime", ["torch", "torch-compiled", "executorch-xnnpack"])
+@pytest.mark.parametrize(
+    "runtime", ["torch", pytest.param("torch-compiled", marks=pytest.mark.slow), "executorch-xnnpack"]
+)
 def test_runtimes_run_every_kind_of_part(runtime):
     kinds = {part.kind: part for part in reachable_parts(ORIGIN)}
     assert len(kinds) == 7
