@@ -104,6 +104,7 @@ def sd15_one_gpu(model: str = SD15.model) -> Recipe:
         changed = section.loop.model_copy(update={"num_steps": num_steps, **loop})
         return section.model_copy(update={"loop": changed, "trainer": trainer})
 
+    decoder = trained(base.decoder, 1_000)
     student = "run:direct-8/model"
     evaluation = base.evaluation.model_copy(
         update={
@@ -118,7 +119,7 @@ def sd15_one_gpu(model: str = SD15.model) -> Recipe:
             "name": "sd15-1gpu",
             "vpred": trained(base.vpred, 2_000, **unet),
             "distill": trained(base.distill, 1_000, **unet),
-            "decoder": trained(base.decoder, 1_000),
+            "decoder": decoder.model_copy(update={"timing_batches": (1, trainer.micro_batch)}),
             "captions": CaptionsSettings(limit=2_000),
             "schedule": "direct",
             "mobile": base.mobile.model_copy(update={"model": student}),
@@ -284,6 +285,7 @@ def _decoder(micro_batch: int) -> DecoderSettings:
         ),
         loader=LoaderSettings(held_out=0.01),
         compare_random_init=False,
+        timing_batches=(1, micro_batch),  # 64 images of 512 px would need more memory than training
         trainer=TrainerSettings(num_workers=8, use_gpu=True, micro_batch=micro_batch),
     )
 

@@ -74,6 +74,12 @@ def test_sizes_follow_from_the_model(tiny_teacher):
     assert recipe.vpred.trainer.micro_batch == 64
 
 
+@pytest.mark.parametrize("name", ["own", "sd15", "sd15-1gpu", "sd2"])
+def test_timing_the_decoder_takes_no_more_memory_than_training_it(name):
+    decoder = recipe_named(name).decoder
+    assert max(decoder.timing_batches) <= decoder.trainer.micro_batch
+
+
 @pytest.mark.parametrize(("side", "rows"), [(1024, 2), (768, 4), (640, 4), (512, 8), (256, 32), (64, 64)])
 def test_a_batch_has_about_as_many_pixels(side, rows):
     assert Teacher(model="m", side=side, v_model="m").micro_batch == rows
