@@ -1,4 +1,4 @@
-"""Recipes `sd15` and `sd2` at full size with random weights: a unit of LATENTS, one of TARGETS, two steps."""
+"""Recipes `sd15`, `sd2`, `own` at full size with random weights: a unit of LATENTS, of TARGETS, two steps."""
 
 import json
 import math
@@ -15,7 +15,11 @@ from pipelines.tables.schemas import to_png
 from pipelines.tables.table import open_table
 
 # Recipe: its model with random weights, the side of a latent, and the GiB that training takes.
-SIZES = {"sd15": ("random:sd15-v", 64, 19), "sd2": ("random:sd2", 96, 21)}
+SIZES = {
+    "sd15": ("random:sd15-v", 64, 19),
+    "sd2": ("random:sd2", 96, 21),
+    "own": ("random:sd15-v", 64, 19),
+}
 ROWS = 2
 THREADS = 2
 
