@@ -34,6 +34,7 @@ def measured(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_figures_are_kept_with_intervals_and_shown(measured):
     results = json.loads(measured.read_text())
     parts = {"vae", "scorer", "oracle", "floor", "sd-v blocks", "sd-v ddim 1 w=2", "sd-v ddim 2 w=2"}
@@ -57,6 +58,7 @@ def test_a_second_measurement_adds_what_is_missing(measured, capsys):
     assert {part: after[part] for part in before} == before
 
 
+@pytest.mark.slow
 def test_results_of_other_scenes_are_refused(measured, capsys):
     assert measure_mini.main(["--out", str(measured), *FEW, "--set", "seed=1"]) == 2
     assert "name another" in capsys.readouterr().err

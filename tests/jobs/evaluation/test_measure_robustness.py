@@ -77,6 +77,7 @@ def test_a_second_run_measures_nothing(measured, capsys):
     assert (measured / "robustness.png").read_bytes() == before["robustness.png"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes(measured, tmp_path, capsys):
     record = json.loads((measured / "robustness.json").read_text())
     whole = dict(record["figures"])

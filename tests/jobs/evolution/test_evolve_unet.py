@@ -103,6 +103,7 @@ def test_it_removes_until_the_objective_is_met(evolved):
     assert history.to_values() == json.loads((out / "history.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_copied_block_has_its_originals_weights(latents, tmp_path):
     growing = SETTINGS.model_copy(update={"pace": RoundLimits(growths=1)})
     over = first_round(evolution(tmp_path, latents, objective_ms=1e3, settings=growing))

@@ -136,6 +136,7 @@ def test_stopped_run_is_completed_and_shards_appended(folder, tmp_path):
     assert fingerprinted(folder, tmp_path / "f").num_rows == 9
 
 
+@pytest.mark.slow
 def test_image_that_kills_its_process_is_rejected_alone(folder):
     [work, *_] = pending_shards(list_shards(str(folder)), [], source="web")
     options = {"shards": LATENTS.shards, "selection": LATENTS.selection}

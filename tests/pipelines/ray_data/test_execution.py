@@ -60,6 +60,7 @@ def test_row_that_kills_its_worker_is_rejected(ray_cluster, tiny_teacher, tmp_pa
     assert table.num_rows == 8
 
 
+@pytest.mark.slow
 def test_unit_that_kills_three_workers_is_rejected(ray_cluster, tmp_path):
     url, marks = str(tmp_path / "latents"), tmp_path / "marks"
     table = create_table(url, schema=SCHEMA, identity=IDENTITY)
