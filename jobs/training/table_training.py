@@ -118,7 +118,8 @@ class TableTraining(Generic[SettingsT]):
         # Table and arithmetic are those that the folder was begun with, else the newest.
         settings, version = self.settings, None
         if (stored := folder.stored_identity()) is not None:
-            settings = settings.with_arithmetic(stored["settings"]["loop"].get("arithmetic", 1))
+            loop = stored.get("settings", {}).get("loop", {})
+            settings = settings.with_arithmetic(loop.get("arithmetic", 1))
             version = int(stored[self.table.role]["version"])
         table = open_table(self.table.url, version=version, kind=self.table.kind)
         # A model that has two roles, as in self-distillation, is loaded once.
