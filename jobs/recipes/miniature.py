@@ -1,5 +1,7 @@
 """Recipes of the bundled miniature."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,94 +40,99 @@ _SMALL_POOL = Pool(actors=2, cpus=0.5)
 def miniature_ablation(model: str) -> AblationSettings:
     """Fig. 6(a-d) and 7(a-c), at the size of the miniature."""
     own = _of_model(model)
+    return AblationSettings(model=own.v_model, variants=_ablation_variants(own), panels=_ablation_panels(own))
+
+
+def _ablation_variants(own: _OfModel) -> tuple[StudentVariant, ...]:
     wide, narrow = _name_of(own.cfg_range), _name_of(own.narrow_range)
     variant = partial(_variant, cfg_range=own.cfg_range)
-    return AblationSettings(
-        model=own.v_model,
-        variants=(
-            StudentVariant(name="control"),
-            variant("vanilla", cfg_probability=0.0),
-            variant("mixed"),
-            variant("cfg", cfg_probability=1.0),
-            variant("vanilla-8", cfg_probability=0.0, student_steps=8),
-            variant("mixed-8", student_steps=8),
-            variant("cfg-8", cfg_probability=1.0, student_steps=8),
-            variant(f"p0.1-{narrow}", cfg_probability=0.1, cfg_range=own.narrow_range),
-            variant(f"p0.1-{wide}", cfg_probability=0.1),
-            variant(f"p0.3-{narrow}", cfg_range=own.narrow_range),
-            variant(f"p0.5-{wide}", cfg_probability=0.5),
-            variant("gamma0.01", gamma=0.01),
-            variant("gamma1", gamma=1.0),
-            variant("constant0", gamma=0.0, gamma_rule="constant"),
-            variant("constant1", gamma=1.0, gamma_rule="constant"),
-            variant("vanilla-from-16", cfg_probability=0.0, k=4),
-            variant("vanilla-from-32", cfg_probability=0.0, k=8),
-            variant("vanilla-from-64", cfg_probability=0.0, k=16),
-            variant("progressive-16", cfg_probability=0.0, student_steps=16),
-            variant("progressive-8", cfg_probability=0.0, student_steps=8, after="progressive-16"),
-            variant("progressive-4", cfg_probability=0.0, after="progressive-8"),
-            variant("w-cond-16", **_W_CONDITIONED, student_steps=16),
-            variant("w-cond-8", **_W_CONDITIONED, student_steps=8, after="w-cond-16"),
-            variant("w-cond-4", **_W_CONDITIONED, after="w-cond-8"),
+    return (
+        StudentVariant(name="control"),
+        variant("vanilla", cfg_probability=0.0),
+        variant("mixed"),
+        variant("cfg", cfg_probability=1.0),
+        variant("vanilla-8", cfg_probability=0.0, student_steps=8),
+        variant("mixed-8", student_steps=8),
+        variant("cfg-8", cfg_probability=1.0, student_steps=8),
+        variant(f"p0.1-{narrow}", cfg_probability=0.1, cfg_range=own.narrow_range),
+        variant(f"p0.1-{wide}", cfg_probability=0.1),
+        variant(f"p0.3-{narrow}", cfg_range=own.narrow_range),
+        variant(f"p0.5-{wide}", cfg_probability=0.5),
+        variant("gamma0.01", gamma=0.01),
+        variant("gamma1", gamma=1.0),
+        variant("constant0", gamma=0.0, gamma_rule="constant"),
+        variant("constant1", gamma=1.0, gamma_rule="constant"),
+        variant("vanilla-from-16", cfg_probability=0.0, k=4),
+        variant("vanilla-from-32", cfg_probability=0.0, k=8),
+        variant("vanilla-from-64", cfg_probability=0.0, k=16),
+        variant("progressive-16", cfg_probability=0.0, student_steps=16),
+        variant("progressive-8", cfg_probability=0.0, student_steps=8, after="progressive-16"),
+        variant("progressive-4", cfg_probability=0.0, after="progressive-8"),
+        variant("w-cond-16", **_W_CONDITIONED, student_steps=16),
+        variant("w-cond-8", **_W_CONDITIONED, student_steps=8, after="w-cond-16"),
+        variant("w-cond-4", **_W_CONDITIONED, after="w-cond-8"),
+    )
+
+
+def _ablation_panels(own: _OfModel) -> tuple[Panel, ...]:
+    wide, narrow = _name_of(own.cfg_range), _name_of(own.narrow_range)
+    return (
+        _panel(
+            "6c",
+            "Vanilla, CFG-aware and mixed: 4 steps from 8",
+            Line(name="teacher-8", steps=8),
+            *("vanilla", "mixed", "cfg", "control"),
+            control="control",
+            seeds=3,
         ),
-        panels=(
-            _panel(
-                "6c",
-                "Vanilla, CFG-aware and mixed: 4 steps from 8",
-                Line(name="teacher-8", steps=8),
-                *("vanilla", "mixed", "cfg", "control"),
-                control="control",
-                seeds=3,
-            ),
-            _panel(
-                "8-steps",
-                "Vanilla, CFG-aware and mixed: 8 steps from 16",
-                Line(name="teacher-16", steps=16),
-                *("vanilla-8", "mixed-8", "cfg-8"),
-                Line(name="control-8", variant="control", steps=8),
-                steps=8,
-                control="control-8",
-            ),
-            _panel(
-                "7b",
-                "Weight of the original loss",
-                *("gamma0.01", _line("gamma0.2", of="mixed"), "gamma1", "constant0", "constant1"),
-                seeds=3,
-            ),
-            _panel(
-                "7a",
-                "With and without the original loss",
-                _line("with-original", of="mixed"),
-                _line("without-original", of="constant0"),
-            ),
-            _panel(
-                "6d",
-                "CFG probability and range",
-                _line("p0", of="vanilla"),
-                *(f"p0.1-{narrow}", f"p0.1-{wide}", f"p0.3-{narrow}"),
-                _line(f"p0.3-{wide}", of="mixed"),
-                f"p0.5-{wide}",
-                _line(f"p1-{wide}", of="cfg"),
-                seeds=3,
-            ),
-            _panel(
-                "7c",
-                "Steps of the teacher, vanilla loss",
-                _line("from-8", of="vanilla"),
-                *(_line(f"from-{steps}", of=f"vanilla-from-{steps}") for steps in (16, 32, 64)),
-            ),
-            _panel(
-                "6a",
-                "Direct and progressive, vanilla loss",
-                _line("direct", of="vanilla"),
-                _line("progressive", of="progressive-4"),
-            ),
-            _panel(
-                "6b",
-                "w-conditioned and guided",
-                *(Line(name=f"w-cond-{steps}", variant=f"w-cond-{steps}", steps=steps) for steps in (16, 8)),
-                *("w-cond-4", "mixed"),
-            ),
+        _panel(
+            "8-steps",
+            "Vanilla, CFG-aware and mixed: 8 steps from 16",
+            Line(name="teacher-16", steps=16),
+            *("vanilla-8", "mixed-8", "cfg-8"),
+            Line(name="control-8", variant="control", steps=8),
+            steps=8,
+            control="control-8",
+        ),
+        _panel(
+            "7b",
+            "Weight of the original loss",
+            *("gamma0.01", _line("gamma0.2", of="mixed"), "gamma1", "constant0", "constant1"),
+            seeds=3,
+        ),
+        _panel(
+            "7a",
+            "With and without the original loss",
+            _line("with-original", of="mixed"),
+            _line("without-original", of="constant0"),
+        ),
+        _panel(
+            "6d",
+            "CFG probability and range",
+            _line("p0", of="vanilla"),
+            *(f"p0.1-{narrow}", f"p0.1-{wide}", f"p0.3-{narrow}"),
+            _line(f"p0.3-{wide}", of="mixed"),
+            f"p0.5-{wide}",
+            _line(f"p1-{wide}", of="cfg"),
+            seeds=3,
+        ),
+        _panel(
+            "7c",
+            "Steps of the teacher, vanilla loss",
+            _line("from-8", of="vanilla"),
+            *(_line(f"from-{steps}", of=f"vanilla-from-{steps}") for steps in (16, 32, 64)),
+        ),
+        _panel(
+            "6a",
+            "Direct and progressive, vanilla loss",
+            _line("direct", of="vanilla"),
+            _line("progressive", of="progressive-4"),
+        ),
+        _panel(
+            "6b",
+            "w-conditioned and guided",
+            *(Line(name=f"w-cond-{steps}", variant=f"w-cond-{steps}", steps=steps) for steps in (16, 8)),
+            *("w-cond-4", "mixed"),
         ),
     )
 

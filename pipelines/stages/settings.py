@@ -222,12 +222,9 @@ class Sampler(Settings):
 
     def identity(self) -> dict[str, Any]:
         """The settings as JSON values; what is off is absent, as in tables of version 0.1."""
-        values = self.to_values()
-        return {
-            name: values[name]
-            for name in values
-            if name in ("solver", "steps") or values[name] != self.__class__.model_fields[name].default
-        }
+        return {"solver": self.solver, "steps": self.steps} | self.model_dump(
+            mode="json", exclude_defaults=True
+        )
 
     def _guided_steps(self) -> int:
         if self.guidance_interval is None:

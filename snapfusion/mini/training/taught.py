@@ -84,5 +84,5 @@ class TaughtCaptions:
 
 def draw_taught(captions: TaughtCaptions, scenes: Sequence[int], *, generator: torch.Generator) -> list[str]:
     """The texts that scenes, given by their indexes, are taught with."""
-    drawn = captions.draw(torch.tensor(scenes) % NUM_CAPTIONS, generator=generator)
-    return [captions.texts[index] for index in drawn.tolist()]
+    indexes = captions.draw(torch.tensor(scenes) % NUM_CAPTIONS, generator=generator)
+    return [captions.texts[index] for index in indexes.tolist()]

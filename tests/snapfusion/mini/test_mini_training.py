@@ -132,10 +132,10 @@ def test_instruments_are_taken_over(trained, tmp_path):
 def test_taught_captions_are_wrong_or_incomplete_at_their_shares():
     captions = TaughtCaptions.of(TaughtSettings(wrong_word=0.2, missing_word=0.1))
     numbers = torch.arange(20_000) % NUM_CAPTIONS
-    drawn = captions.draw(numbers, generator=torch.Generator().manual_seed(0))
-    assert float((drawn == numbers).float().mean()) == pytest.approx(0.7, abs=0.02)
-    assert float((drawn >= NUM_CAPTIONS).float().mean()) == pytest.approx(0.1, abs=0.02)
-    for number, index in zip(numbers[:500].tolist(), drawn[:500].tolist(), strict=True):
+    taught_indexes = captions.draw(numbers, generator=torch.Generator().manual_seed(0))
+    assert float((taught_indexes == numbers).float().mean()) == pytest.approx(0.7, abs=0.02)
+    assert float((taught_indexes >= NUM_CAPTIONS).float().mean()) == pytest.approx(0.1, abs=0.02)
+    for number, index in zip(numbers[:500].tolist(), taught_indexes[:500].tolist(), strict=True):
         right, text = caption_of(scene_of(number)), captions.texts[index]
         if index < NUM_CAPTIONS:
             labels = zip(scene_of(number).labels(), scene_of(index).labels(), strict=True)
