@@ -26,7 +26,7 @@ from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.checksums import file_records
 from snapfusion.models.decoder import HalfDecoder
 from snapfusion.models.defaults import distilled_steps
-from snapfusion.models.locate import MODEL_FOLDER
+from snapfusion.models.local_folder import MODEL_FOLDER
 from snapfusion.settings import differences, digest
 
 _DESCRIBED_ELSEWHERE = ("model", "decoder", "licence")

@@ -12,12 +12,13 @@ from torch import nn
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.checksums import verify_checksums
 from snapfusion.models.errors import ModelError
-from snapfusion.models.locate import INDEX_FILE, MODEL_FOLDER, SINGLE_FILE_SUFFIX, locate, locate_file
+from snapfusion.models.local_folder import INDEX_FILE, MODEL_FOLDER, SCHEDULER_CONFIG
+from snapfusion.models.locate import SINGLE_FILE_SUFFIX, locate, locate_file
 from snapfusion.models.lora import merge_loras
 from snapfusion.models.network_files import NETWORKS, read_json, read_network, variants
 from snapfusion.models.random_weights import MODEL_CONFIGS, RANDOM_PREFIX, ModelConfig, random_bundle
 from snapfusion.models.save import DISTILLATION_FILE
-from snapfusion.models.scheduler_config import SCHEDULER_CONFIG, read_scheduler
+from snapfusion.models.scheduler_config import read_scheduler
 from snapfusion.models.single_file import read_single_file, single_file_configs, single_file_prediction_type
 from snapfusion.models.source import ModelSource, parse_source
 from snapfusion.models.supported import check_supported

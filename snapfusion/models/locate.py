@@ -10,15 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from snapfusion.models.bundled import BUNDLED
 from snapfusion.models.errors import ModelError
 from snapfusion.models.hub import download
+from snapfusion.models.local_folder import INDEX_FILE, MODEL_FOLDER, local_folder
 from snapfusion.storage import get_tree, store_of
 
-INDEX_FILE = "model_index.json"
 SINGLE_FILE_SUFFIX = ".safetensors"
-MODEL_FOLDER = "model"
-"""The folder of the model in a run folder."""
 
 
 def locate(
@@ -39,8 +36,8 @@ def locate(
     Raises:
         ModelError: if there is no such model.
     """
-    if source in BUNDLED:
-        return BUNDLED[source]
+    if (local := local_folder(source)) is not None:
+        return local
     if "://" in source:
         return _fetch_file(source) if source.endswith(SINGLE_FILE_SUFFIX) else _fetch(source)
     folder = Path(source)
@@ -48,9 +45,6 @@ def locate(
         if folder.suffix != SINGLE_FILE_SUFFIX:
             raise ModelError(f"{source}: of single files only {SINGLE_FILE_SUFFIX} is read; convert it first")
         return folder
-    if folder.is_dir():
-        nested = folder / MODEL_FOLDER
-        return nested if (nested / INDEX_FILE).is_file() and not (folder / INDEX_FILE).is_file() else folder
     # A hub id has the form of a relative path, so a mistyped path is known by its parent, which exists.
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1 or folder.parent.is_dir():
         raise ModelError(

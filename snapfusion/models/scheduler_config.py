@@ -6,7 +6,7 @@ job has its own time grid. `clip_sample` is taken as off, as diffusers' own pipe
 """
 
 from collections.abc import Mapping
-from typing import Any, Final, get_args
+from typing import Any, get_args
 
 import diffusers
 import torch
@@ -17,8 +17,6 @@ from snapfusion.models.errors import ModelError
 from snapfusion.prediction_types import PREDICTION_TYPES, PredictionType
 from snapfusion.schedule import Schedule
 
-SCHEDULER_CONFIG: Final = "scheduler/scheduler_config.json"
-"""The file in a diffusers folder."""
 _READ = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
     *("prediction_type", "thresholding", "rescale_betas_zero_snr"),

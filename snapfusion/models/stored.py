@@ -7,9 +7,10 @@ from typing import Final
 from snapfusion.models.bundled import BUNDLED
 from snapfusion.models.checkpoint_file import CheckpointFile
 from snapfusion.models.checksums import CHECKSUMS_FILE
-from snapfusion.models.locate import MODEL_FOLDER, locate
+from snapfusion.models.local_folder import MODEL_FOLDER, SCHEDULER_CONFIG
+from snapfusion.models.locate import locate
 from snapfusion.models.network_files import NETWORKS, PICKLE_SUFFIXES, read_json, weight_files
-from snapfusion.models.scheduler_config import SCHEDULER_CONFIG, unused_fields
+from snapfusion.models.scheduler_config import unused_fields
 from snapfusion.models.single_file import has_averaged_weights, single_file_prediction_type
 from snapfusion.models.source import ModelSource, parse_source
 from snapfusion.models.tokenizer_files import has_vocabulary
