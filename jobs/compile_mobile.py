@@ -5,8 +5,10 @@ MODEL is a diffusers folder, the folder of a training, a URL or a hub id; by def
 """
 
 from jobs.cli.job import Job
+from jobs.cli.licences import licence_of
 from jobs.cli.state import state_of
 from jobs.cli.verb import recipe_verb
+from jobs.recipes.recipe import Recipe
 from jobs.runtime.logs import logger
 from pipelines.storage.objects import exists
 from snapfusion.export.installed import check_compilers
@@ -16,7 +18,7 @@ from snapfusion.export.settings import LicenceError
 
 def compile_mobile(job: Job) -> None:
     """Make the run's bundle, unless it is published already."""
-    settings = job.recipe.mobile
+    settings = licensed_recipe(job).mobile
     try:
         settings.licence.check()
     except LicenceError as error:
@@ -44,6 +46,13 @@ def compile_mobile(job: Job) -> None:
         logger.info(f"  {line}")
 
 
+def licensed_recipe(job: Job) -> Recipe:
+    """The recipe, without licences that are of another model than the one to compile."""
+    model, _ = _model_and_decoder(job)
+    mobile = job.recipe.mobile.model_copy(update={"licence": licence_of(job, model)})
+    return job.recipe.model_copy(update={"mobile": mobile})
+
+
 def _model_and_decoder(job: Job) -> tuple[str, str | None]:
     """Sources of the model and of its half-width decoder, if there is to be one."""
     settings = job.recipe.mobile
@@ -66,7 +75,13 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = recipe_verb("compile_mobile", compile_mobile, preview=preview, about=__doc__, target="MODEL")
+def _preview_alone(job: Job) -> list[str]:
+    """`preview`, and the licences that have to be given; a pipeline lists them with all that it misses."""
+    missing = licensed_recipe(job).mobile.licence.problems()
+    return [*preview(job), *(f"missing: {line}" for line in missing)]
+
+
+main = recipe_verb("compile_mobile", compile_mobile, preview=_preview_alone, about=__doc__, target="MODEL")
 
 if __name__ == "__main__":
     main.exit()

@@ -24,7 +24,7 @@ def distill(job: Job) -> None:
         student=student,
         data_url=distillation_table_url(job),
         out_url=url,
-        base=base_model_of(job),
+        base=base_model_of(job, teacher, student),
     )
     for line in summary(metrics):
         logger.info(f"  {line}")

@@ -91,7 +91,7 @@ def run_pipeline(job: Job) -> None:
 def _missing(job: Job, verbs: Sequence[str]) -> list[str]:
     """What the steps lack, a line each."""
     made = missing_inputs(job.recipe, verbs, exists=lambda name: exists(job.url(name)))
-    return [*missing_values(job.recipe, verbs), *made]
+    return [*missing_values(compile_mobile.licensed_recipe(job), verbs), *made]
 
 
 def _how_to_go_on(job: Job) -> list[str]:
@@ -109,8 +109,7 @@ def _how_to_go_on(job: Job) -> list[str]:
 def preview(job: Job) -> list[str]:
     """Preview of each step, and what has to be given before they can run."""
     verbs = pipeline_verbs(job.recipe)
-    steps = [(verb, STEPS[verb][1](job)) for verb in verbs]
-    lines = [f"{verb:<16} {line}" for verb, lines in steps for line in lines if line]
+    lines = [f"{verb:<16} {line}" for verb in verbs for line in STEPS[verb][1](job) if line]
     return [*lines, *(f"missing          {line}" for line in _missing(job, verbs))]
 
 

@@ -22,7 +22,7 @@ def train_efficient(job: Job) -> None:
     first = with_architecture(begin, architecture, url=job.url("efficient-first"))
     sizes = [costs_of(one).total.parameters for one in (origin, architecture)]
     logger.info(f"  {url}: {sizes[1]:,} parameters of {sizes[0]:,}")
-    train_in_run(job, "efficient.training", model=first, url=url, further=True)
+    train_in_run(job, "efficient.training", model=first, url=url, begin=begin, further=True)
 
 
 def preview(job: Job) -> list[str]:

@@ -248,6 +248,8 @@ MOBILE = (
     'mobile.captions=["red", "a red thing"]',
     "mobile.steps=3",
     "mobile.decoder=null",
+    "mobile.licence.weights=Apache-2.0",
+    "mobile.licence.data=CC0-1.0",
 )
 """Settings under which a tiny model's bundle is made soonest."""
 

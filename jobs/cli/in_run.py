@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs.cli.job import Job
+from jobs.cli.licences import licence_of
 from jobs.cli.resources import connect_for, section_of
 from jobs.cli.state import state_of
 from jobs.recipes.stages import DistillationStage
@@ -49,8 +50,19 @@ def stage_job(job: Job, stage: DistillationStage) -> Job:
 SettingsT = TypeVar("SettingsT", bound=UNetTrainingSettings)
 
 
-def train_in_run(job: Job, section: str, *, model: str, url: str, further: bool = False) -> None:
-    """Train by a section of the recipe on the LATENTS of the run by L_ori, and print the held-out loss."""
+def train_in_run(
+    job: Job, section: str, *, model: str, url: str, begin: str | None = None, further: bool = False
+) -> None:
+    """Train by a section of the recipe on the LATENTS of the run by L_ori, and print the held-out loss.
+
+    Args:
+        job: whose recipe it is.
+        section: of the recipe.
+        model: that is trained.
+        url: of the training.
+        begin: the model of which `model` was made, if it is another one.
+        further: also accept a model that predicts v already.
+    """
     from jobs.training.velocity import finetune_vpred
 
     connect_unless_published(job, section, url)
@@ -60,17 +72,18 @@ def train_in_run(job: Job, section: str, *, model: str, url: str, further: bool 
         latents_url=job.url("latents"),
         out_url=url,
         further=further,
-        base=base_model_of(job),
+        base=base_model_of(job, begin or model),
     )
     evaluation = metrics["evaluation"]
     logger.info(f"  {url}/model: L_ori {evaluation['loss']:.5f} on {evaluation['rows']} held-out rows")
 
 
-def base_model_of(job: Job) -> PublishedModel:
-    """The model that the run begins with, and the licence that the recipe states of it."""
+def base_model_of(job: Job, *sources: str) -> PublishedModel:
+    """The model that the run begins with, and the licence of what is trained from `sources`."""
     from snapfusion.models.card import PublishedModel
 
-    return PublishedModel(model=absolute_source(job.recipe.model), licence=job.recipe.mobile.licence.weights)
+    licence = licence_of(job, *sources)
+    return PublishedModel(model=absolute_source(job.recipe.model), licence=licence.weights)
 
 
 def connect_unless_published(job: Job, section: str, url: str) -> None:

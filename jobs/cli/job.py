@@ -29,6 +29,7 @@ class Job:
         out: folder or URL of the run; every job reads its inputs there and writes one output beside them.
         target: the positional argument of a job that takes one; else empty.
         options: the parsed command line, with the job's own options.
+        assigned: keys of the settings that --config and --set assign.
     """
 
     verb: str
@@ -36,10 +37,16 @@ class Job:
     out: str
     target: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    assigned: frozenset[str] = frozenset()
 
     def origin(self, parents: Mapping[str, Any]) -> dict[str, Any]:
         """Origin that this job records with the units it commits."""
         return {"recipe": self.recipe.name, "settings": self.recipe.digest(), "parents": dict(parents)}
+
+    def assigns(self, key: str) -> bool:
+        """Whether --config or --set assigns a setting, or a mapping that holds it."""
+        parts = key.split(".")
+        return any(".".join(parts[:count]) in self.assigned for count in range(1, len(parts) + 1))
 
     def url(self, name: str) -> str:
         """URL of `name` in this run."""

@@ -195,6 +195,7 @@ def open_job(verb: str, options: Options, *, prefix: str = "") -> Job:
         out=options.out.rstrip("/"),
         target=target.rstrip("/"),
         options=vars(options),
+        assigned=frozenset(one.partition("=")[0] for one in (*config, *assignments)),
     )
 
 

@@ -92,7 +92,7 @@ def _header(base: PublishedModel | None) -> str:
     values: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if base and _is_hub_id(base.model):
         values["base_model"] = parse_source(base.model).path
-    if base and base.licence:
+    if base and base.licence and base.licence.strip():
         # "Apache-2.0 (the miniature of this repository)": the remark is not part of the name.
         name = base.licence.partition(" (")[0].strip()
         values["license"] = _LICENCES.get(name.lower(), "other")
@@ -156,8 +156,13 @@ def _distillation(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _licence(base: PublishedModel | None) -> str:
-    if base is None or not base.licence:
+    if base is None:
         return "Not stated."
+    if not (base.licence or "").strip():
+        return (
+            "That of the weights is not stated: write it here, and set `mobile.licence.weights` for what is "
+            "made next."
+        )
     return f"Weights: {base.licence}."
 
 

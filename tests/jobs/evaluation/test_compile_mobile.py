@@ -96,8 +96,8 @@ def test_the_manifest_has_every_files_size_and_hash(mobile_bundle):
 
 def test_the_card_states_both_licences(mobile_bundle):
     card = (mobile_bundle / "MODEL_CARD.md").read_text()
-    assert "- Weights: Apache-2.0 (the miniature of this repository)" in card
-    assert "- Data: Apache-2.0 (scenes drawn by this repository)" in card
+    assert "- Weights: Apache-2.0\n" in card
+    assert "- Data: CC0-1.0\n" in card
     assert "No safety checker is part of this bundle" in card
 
 
@@ -133,6 +133,9 @@ def test_a_dry_run_says_what_would_be_compiled(mobile_model, tmp_path, capsys):
     assert f"into {tmp_path}/mobile" in printed
     assert "ExecuTorch float32, ExecuTorch int8, Core ML float16, Core ML palette-6" in printed
     assert [*tmp_path.iterdir()] == []
+    # The recipe's licences are the miniature's.
+    missing = [line.split()[1] for line in printed.splitlines() if line.startswith("missing: ")]
+    assert missing == ["mobile.licence.weights", "mobile.licence.data"]
 
 
 def test_processes_side_by_side_give_the_same_bytes(tmp_path, monkeypatch):
@@ -291,7 +294,7 @@ def test_without_a_licence_nothing_is_exported(given, message, tmp_path):
 
 
 def test_a_missing_licence_names_the_option(mobile_model, tmp_path, capsys):
-    options = ["--out", str(tmp_path / "run"), "--set", "mobile.licence.data=null"]
+    options = ["--out", str(tmp_path / "run"), "--set", "mobile.licence.weights=MIT"]
     assert compile_mobile.main([mobile_model, *options]) == 2
     assert capsys.readouterr().err.startswith("compile_mobile: --set mobile.licence.data is not stated")
 
@@ -381,7 +384,7 @@ def test_an_inconsistent_checkpoint_is_one_line(mobile_model, tmp_path, capsys):
     config = json.loads((path / "unet/config.json").read_text())
     config["architecture"]["channels"] = [16]
     (path / "unet/config.json").write_text(json.dumps(config))
-    assert compile_mobile.main([str(path), "--out", str(tmp_path / "run")]) == 2
+    assert compile_mobile.main([str(path), "--out", str(tmp_path / "run"), *set_options(MOBILE)]) == 2
     printed = capsys.readouterr().err
     assert "unet" in printed
     assert len(printed.strip().splitlines()) == 1

@@ -40,6 +40,7 @@ def header_of(card):
     ("licence", "expected"),
     [
         (None, {}),
+        (" ", {}),
         ("Apache-2.0 (the miniature of this repository)", {"license": "apache-2.0"}),
         ("CreativeML OpenRAIL-M", {"license": "creativeml-openrail-m"}),
         ("Ours: ask first", {"license": "other", "license_name": "Ours: ask first"}),
@@ -53,7 +54,9 @@ def test_header_has_the_licence_that_is_stated(bundle, licence, expected):
         "pipeline_tag": "text-to-image",
         "tags": ["stable-diffusion", "snapfusion"],
     }
-    assert (f"Weights: {licence}." if licence else "Not stated.") in card
+    stated = licence is not None and licence.strip()
+    assert (f"Weights: {licence}." in card) == bool(stated)
+    assert ("is not stated: write it here, and set `mobile.licence.weights` for" in card) != bool(stated)
 
 
 @pytest.mark.parametrize("model", ["/models/sd15", "mini", "s3://bucket/sd15"])
