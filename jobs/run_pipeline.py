@@ -27,6 +27,7 @@ from jobs.cli.job import Job
 from jobs.cli.step_times import record_step
 from jobs.cli.verb import Body, Preview, recipe_verb
 from jobs.recipes.dataflow import missing_inputs, missing_values
+from jobs.recipes.unread import unread_by_pipeline
 from jobs.recipes.verbs import pipeline_verbs
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import format_duration, show_status
@@ -113,7 +114,7 @@ def preview(job: Job) -> list[str]:
     return [*lines, *(f"missing          {line}" for line in _missing(job, verbs))]
 
 
-main = recipe_verb("run_pipeline", run_pipeline, preview=preview, about=__doc__)
+main = recipe_verb("run_pipeline", run_pipeline, preview=preview, about=__doc__, unread=unread_by_pipeline)
 
 if __name__ == "__main__":
     main.exit()

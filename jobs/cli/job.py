@@ -110,8 +110,8 @@ def prepare_stores(job: Job) -> None:
                 raise StorageError(f"{where} {error}".strip()) from None
 
 
-def save_settings(job: Job, *, verbose: bool) -> None:
-    """Save the resolved settings under their hash, and print those that differ from the recipe's."""
+def save_settings(job: Job, *, verbose: bool, unread: Sequence[str] = ()) -> None:
+    """Save the resolved settings under their hash, and print those of `settings_lines`."""
     digest = job.recipe.digest()[:16]
     url = job.url(f"settings/{digest}.json")
     try:
@@ -119,18 +119,30 @@ def save_settings(job: Job, *, verbose: bool) -> None:
     except StorageError as error:
         raise StorageError(f"--out {error}") from error
     logger.info(f"{job.verb}: recipe {job.recipe.name}, settings {digest}, saved as {url}")
-    for line in settings_lines(job, all_of_them=verbose):
+    for line in settings_lines(job, all_of_them=verbose, unread=unread):
         logger.info(line)
 
 
-def settings_lines(job: Job, *, all_of_them: bool) -> list[str]:
-    """The settings that differ from those of the recipe of this name, lists shortened, or all settings."""
-    usual = {} if all_of_them else dict(flatten(recipe_named(job.recipe.name).to_values()))
-    values = flatten(job.recipe.to_values())
-    changed = [(key, value) for key, value in values if key not in usual or usual[key] != value]
+def settings_lines(job: Job, *, all_of_them: bool, unread: Sequence[str] = ()) -> list[str]:
+    """The settings that differ from those of the recipe of this name, or all settings.
+
+    Args:
+        job: whose settings they are.
+        all_of_them: whether to list all, and long lists in full.
+        unread: keys of settings, or of mappings of them, that the job does not read. Those that were not
+            assigned are only counted.
+    """
+    values = list(flatten(job.recipe.to_values()))
     if all_of_them:
-        return [f"  {key} = {value}" for key, value in changed]
-    return [f"  {key} = {_shortened(value)}" for key, value in changed]
+        return [f"  {key} = {value}" for key, value in values]
+    usual = dict(flatten(recipe_named(job.recipe.name).to_values()))
+    changed = [(key, value) for key, value in values if key not in usual or usual[key] != value]
+    ignored = tuple(f"{key}." for key in unread)
+    shown = [(key, value) for key, value in changed if job.assigns(key) or not f"{key}.".startswith(ignored)]
+    lines = [f"  {key} = {_shortened(value)}" for key, value in shown]
+    if count := len(changed) - len(shown):
+        lines.append(f"  and {count} that no step of this run reads (--verbose lists all settings)")
+    return lines
 
 
 def _shortened(value: Any) -> str:  # noqa: ANN401 - any JSON value

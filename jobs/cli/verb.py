@@ -12,6 +12,7 @@ import click
 from jobs.cli.config_file import read_config
 from jobs.cli.groups import FOLLOWING
 from jobs.cli.job import Job, prepare_stores, resolve_recipe, save_settings, settings_lines
+from jobs.recipes.recipe import Recipe
 from jobs.recipes.registry import RECIPES
 from jobs.runtime.exit_codes import exit_process, run_guarded
 from jobs.runtime.logs import log_as_json, logger
@@ -98,6 +99,7 @@ def recipe_verb(
     target: str | None = None,
     writes: bool = True,
     options: Sequence[click.Parameter] = (),
+    unread: Callable[[Recipe], Sequence[str]] = lambda _: (),
 ) -> Verb:
     """A verb that carries out a recipe's settings, or with --dry-run prints what it would do.
 
@@ -109,6 +111,7 @@ def recipe_verb(
         target: name of a positional argument, required unless the job `writes`; None for none.
         writes: whether the job writes into the run, so that its settings are saved there.
         options: of the job's own, which `Job.options` then has.
+        unread: keys of settings that the job does not read, and does not print unless they are assigned.
     """
     argument = click.Argument(["target"], metavar=target, required=not writes, default="" if writes else None)
     parameters = [*RECIPE_OPTIONS, DRY_RUN, *options, *([argument] if target else [])]
@@ -119,11 +122,11 @@ def recipe_verb(
         prepare_stores(job)
         if given.dry_run:
             heading = f"{name}: recipe {job.recipe.name}, settings {job.recipe.digest()[:16]}, dry run"
-            lines = settings_lines(job, all_of_them=given.verbose)
+            lines = settings_lines(job, all_of_them=given.verbose, unread=unread(job.recipe))
             click.echo("\n".join([heading, *lines, *preview(job)]))
             return
         if writes:
-            save_settings(job, verbose=given.verbose)
+            save_settings(job, verbose=given.verbose, unread=unread(job.recipe))
         with progress_display(name):
             body(job)
         if following := FOLLOWING.get(name):
