@@ -5,6 +5,8 @@ import json
 import pytest
 from conftest import tiny_bundle
 
+from jobs import command
+from jobs.cli.config_file import read_config
 from jobs.cli.job import resolve_recipe
 from jobs.recipes.dataflow import missing_inputs, missing_values
 from jobs.recipes.recipe import EXAMPLE_BUCKET
@@ -145,3 +147,13 @@ def test_examples_and_licences_are_asked_for():
     mini = recipe_named("mini")
     assert missing_values(mini, pipeline_verbs(mini)) == []
     assert not any(value.startswith(EXAMPLE_BUCKET) for value in strings(mini))
+
+
+def test_a_file_of_all_settings_fixes_what_follows_from_the_model(v_model, capsys, tmp_path):
+    assert command.main(["recipes", "own"]) == 0
+    (tmp_path / "all.yaml").write_text(capsys.readouterr().out)
+    recipe = resolve_recipe("own", [f"model={v_model}"], config=read_config(str(tmp_path / "all.yaml")))
+    assert recipe == recipe_named("own").with_values([f"model={v_model}"])
+    # So the v model that it would derive is not taken.
+    assert recipe.efficient.begin == VPRED_MODEL
+    assert resolve_recipe("own", [f"model={v_model}"]).efficient.begin == RECIPE_MODEL
