@@ -169,3 +169,12 @@ def test_documents_name_files_that_exist():
     named = {path for document in documents for path in NAMED_FILE.findall(document.read_text())}
     assert len(named) > 50
     assert {path for path in named if not (ROOT / path).exists()} == set()
+
+
+def test_files_that_stand_for_tests_of_models_exist():
+    text = (ROOT / "docs/models.md").read_text().partition("## What tests show")[2].partition("## Saved")[0]
+    names = {name for line in text.splitlines() for name in re.findall(r"`([a-z_0-9]+)`", line)}
+    names -= {"fp16", "non_ema", "trust_remote_code", "from_single_file"}
+    found = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(names) == 11
+    assert {f"test_{name}" for name in names} <= found

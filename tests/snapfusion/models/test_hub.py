@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import tiny_bundle
 from hub_server import hub_server
 
 from snapfusion.models.hub import needed_files
+from snapfusion.models.load import load, load_sizes
 from snapfusion.models.save import save
 
 # What the repository of SD-v1.5 holds, and some files of fine-tunes.
@@ -100,3 +102,23 @@ def test_only_what_is_read_is_downloaded(repositories, tmp_path):
         assert all(name.endswith(".fp16.safetensors") for name in networks)
     # Without a connection the cache is read.
     assert run(tmp_path, address=address)[:2] == [sizes, weights]
+
+
+def test_every_file_is_of_the_given_revision(repositories, monkeypatch):
+    requests = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        requests.append((name, revision))
+        return str(repositories / name)
+
+    def model_info(self, name, *, revision):
+        requests.append((name, revision))
+        files = (repositories / name).rglob("*")
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=str(file)) for file in files])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    assert load_sizes("me/tiny?revision=v1").side == 16
+    assert load("me/tiny?revision=v1").fingerprint() == tiny_bundle().fingerprint()
+    assert {*requests} == {("me/tiny", "v1")}
+    assert len(requests) == 4
