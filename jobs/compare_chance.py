@@ -48,8 +48,9 @@ def preview(job: Job) -> list[str]:
     loop, evaluation = settings.training.loop, settings.evaluation
     return [
         f"would train {settings.count} random architectures and that of {job.url('evolution')} for "
-        f"{loop.num_steps} steps of {loop.global_batch} rows each, and sample {evaluation.prompts.limit} "
-        f"captions at {len(evaluation.guidance)} guidance scales with each, into {job.url('chance')}"
+        f"{loop.num_steps} steps of {loop.global_batch} rows each, and sample with each "
+        f"{evaluation.prompts.num_images} images at each of {len(evaluation.guidance)} guidance scales, into "
+        f"{job.url('chance')}"
     ]
 
 

@@ -97,7 +97,7 @@ def preview(job: Job) -> list[str]:
     settings = job.recipe.evolution
     objective = "an unset latency" if settings.latency_ms is None else f"{settings.latency_ms:g} ms"
     prompts, rows = settings.prompts, job.recipe.source.sample_rows
-    steps = prompts.limit * settings.sampler.steps
+    steps = prompts.num_images * settings.sampler.steps
     return [
         *preview_list(prompts.url, prompts.reading, rows=min(rows, prompts.limit)),
         f"would evolve {job.resolve(settings.begin)} to {objective} in at most {settings.rounds} rounds, "

@@ -66,7 +66,7 @@ def preview(job: Job) -> list[str]:
     return [
         *preview_list(given.url, given.reading, rows=min(rows, given.limit or rows)),
         f"would generate {pairs.draws} images of each caption of {captions}, {pairs.generation.steps} steps "
-        f"at guidance {pairs.generation.guidance}, into {url} ({state_of(url)})",
+        f"at guidance {pairs.generation.guidance_text}, into {url} ({state_of(url)})",
     ]
 
 

@@ -40,6 +40,7 @@ def measure(settings: MiniMeasurementSettings, options: Options) -> None:
     identity = {
         "weights": _weights_digest(options.weights),
         "scenes": settings.scenes,
+        "split": settings.split,
         "seed": settings.seed,
     }
     results = ResumableResults(identity=identity, path=options.out)

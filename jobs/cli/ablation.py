@@ -1,6 +1,5 @@
 """Trains the students of an ablation in the run, and evaluates its panels."""
 
-from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 from jobs.cli.in_run import table_starter
@@ -8,7 +7,15 @@ from jobs.cli.job import Job
 from jobs.cli.resources import runner
 from jobs.evaluation.results import EvaluationResults
 from jobs.evaluation.settings import Contender, EvaluationSettings, FidGap
-from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant, contender_name, table_name
+from jobs.recipes.ablation import (
+    AblationSettings,
+    Line,
+    Panel,
+    StudentVariant,
+    contender_name,
+    of_seed,
+    table_name,
+)
 from jobs.runtime.logs import logger
 from jobs.training.metrics import METRICS
 from jobs.training.settings import VpredSettings
@@ -24,7 +31,9 @@ class PanelResults(TypedDict):
         command: that made it.
         settings: digest of the recipe.
         training: settings of the training loop.
-        over_seeds: mean, minimum and maximum over seeds of each metric of each line.
+        over_seeds: mean over seeds of each metric of each line, with its interval; the same at the guidance
+            that was chosen on the tuning captions; and the differences to the lines that it is compared with,
+            averaged over guidance.
         evaluation: the results by line and seed.
     """
 
@@ -104,6 +113,7 @@ def train_student(job: Job, variant: StudentVariant, *, seed: int) -> None:
 
 def evaluate_panel(job: Job, panel: Panel) -> PanelResults:
     """Sample and score the lines of a panel."""
+    from jobs.cli.panel_seeds import over_seeds
     from jobs.evaluation.evaluation import evaluate
 
     settings = job.recipe.ablation
@@ -121,7 +131,7 @@ def evaluate_panel(job: Job, panel: Panel) -> PanelResults:
         "command": f"python -m jobs.ablate --recipe {job.recipe.name}",
         "settings": job.recipe.digest(),
         "training": job.recipe.distill.loop.to_values(),
-        "over_seeds": list(_over_seeds(panel, seeds=seeds, results=results)),
+        "over_seeds": list(over_seeds(panel, seeds=seeds, results=results)),
         "evaluation": results,
     }
 
@@ -135,6 +145,7 @@ def panel_evaluation(job: Job, panel: Panel) -> EvaluationSettings:
             model=model_of(job, line, seed=seed),
             sampler=line.sampler,
             table=table_name(line, seed),
+            family=line.family and of_seed(line, line.family, seed),
         )
         for line, seed in lines
     )
@@ -147,24 +158,3 @@ def panel_evaluation(job: Job, panel: Panel) -> EvaluationSettings:
     controls = (contender_name(line, seed) for line, seed in lines if line.name == panel.control)
     against = {"baseline": panel.baseline, "also_against": (panel.many, *controls), "gaps": gaps}
     return job.recipe.evaluation.model_copy(update={"contenders": contenders, **against})
-
-
-def _over_seeds(panel: Panel, *, seeds: range, results: EvaluationResults) -> Iterator[dict[str, Any]]:
-    """Mean, minimum and maximum over training seeds of each metric of each line."""
-    for line in panel.lines:
-        names = [contender_name(line, seed) for seed in (seeds if line.variant is not None else seeds[:1])]
-        curves = [results["curves"][name]["points"] for name in names]
-        points = [_spread(points_at_w) for points_at_w in zip(*curves, strict=True)]
-        yield {"name": line.name, "student": line.variant is not None, "contenders": names, "points": points}
-
-
-def _spread(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A point with mean, minimum and maximum of each metric over the seeds."""
-    from snapfusion.metrics.intervals import Interval
-
-    spread = {"w": points[0]["w"], "evaluations": points[0]["evaluations"]}
-    for name, value in points[0].items():
-        if isinstance(value, Interval):
-            values = [point[name].value for point in points]
-            spread[name] = (sum(values) / len(values), min(values), max(values))
-    return spread

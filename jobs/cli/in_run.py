@@ -21,7 +21,7 @@ from snapfusion.models.source import absolute_source
 from snapfusion.training.settings import LoopSettings, StepDistillationSettings
 
 if TYPE_CHECKING:
-    from jobs.evaluation.evaluation import StartTable
+    from jobs.evaluation.curve_tables import StartTable
     from pipelines.tables.commits import Origin
     from pipelines.tables.committer import OnProgress
     from snapfusion.models.card import PublishedModel

@@ -9,6 +9,7 @@ from jobs.cli.job import Job
 from jobs.runtime.logs import logger
 
 if TYPE_CHECKING:
+    from jobs.recipes.recipe import SourceSettings
     from pipelines.sources.shards import ShardRow
 
 
@@ -19,20 +20,21 @@ def render_scenes(job: Job) -> None:
     source, url = job.recipe.source, job.url("shards")
     size = source.scenes_per_shard
     for index, start in enumerate(range(0, source.scenes, size)):
-        rows = _rows(start, min(start + size, source.scenes), seed=source.seed)
+        rows = _rows(range(start, min(start + size, source.scenes)), source=source)
         write_shard(url, rows, index=index, extension="png", rows_per_shard=size)
     logger.info(f"  {source.scenes} scenes in {url}")
 
 
-def _rows(start: int, stop: int, *, seed: int) -> Iterator[ShardRow]:
+def _rows(positions: range, *, source: SourceSettings) -> Iterator[ShardRow]:
     from pipelines.sources.shards import ShardRow
     from pipelines.tables.schemas import to_png
-    from snapfusion.mini.scenes import HELD_OUT, captioned_image
+    from snapfusion.mini.scenes import HELD_OUT, captioned_image, held_out_index
 
-    for index in range(start, stop):
-        # Held-out scenes: the bundled miniature was trained on the others.
-        image, caption = captioned_image(HELD_OUT + index, seed=seed)
-        yield ShardRow(image=to_png(image), caption=caption, url=f"scene:{seed}/{index}")
+    for position in positions:
+        index = held_out_index(position, split=source.split)
+        # Held-out images: the bundled miniature was trained on others.
+        image, caption = captioned_image(HELD_OUT + index, seed=source.seed)
+        yield ShardRow(image=to_png(image), caption=caption, url=f"scene:{source.seed}/{index}")
 
 
 def preview(job: Job) -> list[str]:

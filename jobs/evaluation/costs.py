@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from jobs.evaluation.settings import EvaluationSettings
+from jobs.evaluation.settings import EvaluationSettings, TuningSettings
 from pipelines.costs.stage import StageCost, Work, ceil_div, pool_group, unet_passes, vae_decodes
 from pipelines.datasets.costs import TEXT_BYTES, table_cost
 from snapfusion.models.architecture import Architecture
@@ -15,7 +15,10 @@ def evaluation_cost(
     settings: EvaluationSettings, *, unet_of: Callable[[str | None], Architecture], sizes: NetworkSizes
 ) -> StageCost:
     """Cost of an evaluation; `unet_of` gives the architecture of the UNet of a contender's model."""
-    prompts, samples = settings.prompts.limit, settings.samples
+    sets: list[EvaluationSettings | TuningSettings] = [settings]
+    if settings.tuning is not None:
+        sets.append(settings.tuning)
+    prompts, samples = sum(one.prompts.num_images for one in sets), settings.samples
     tables = len(settings.guidance) * len(settings.contenders)
     images = prompts * tables
     works = [
@@ -26,8 +29,9 @@ def evaluation_cost(
         )
         for contender in settings.contenders
     ]
+    real = sum(one.references.count for one in sets)
     works.append(vae_decodes(images, sizes=sizes))
-    works.append(Work(kind="judge", units=images + settings.references.count))
+    works.append(Work(kind="judge", units=images + real))
     unet_bytes = sizes.unet_bytes(sizes.architecture, trained=False)
     return table_cost(
         "evaluate",

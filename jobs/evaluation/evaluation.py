@@ -1,45 +1,28 @@
-"""Evaluates models and samplers by FID and CLIP over guidance scales.
+"""Evaluates models and samplers by FID, KID and CLIP over guidance scales; all is computed from tables."""
 
-Each contender's images are a table of their own (SAMPLES), to which more guidance scales or captions are
-appended; features of real images are computed once (REFERENCES). All metrics are computed from these tables.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import islice
 from typing import Any
 
-import numpy as np
-
+from jobs.evaluation.captions import captions_of, check_disjoint
+from jobs.evaluation.curve_tables import EvaluatedCaptions, StartTable, TableMaker
+from jobs.evaluation.floor import measure_floor
 from jobs.evaluation.results import Comparison, EvaluationResults
-from jobs.evaluation.settings import Contender, Criterion, EvaluationSettings, FidGap, PromptSettings
+from jobs.evaluation.settings import Contender, Criterion, EvaluationSettings, FidGap, TuningSettings
+from jobs.evaluation.tuning import Choice, choose
 from jobs.runtime.versions import versions
-from pipelines.datasets.references import compute_references, moments_of
-from pipelines.datasets.samples import generate_samples, read_scores, sampled_ids
 from pipelines.ray_data.execution import Runner
-from pipelines.rejections import Rejection
-from pipelines.sources.captions import Caption, captions_digest, read_captions
+from pipelines.sources.captions import captions_digest
 from pipelines.stages.metric_networks import describe_features, describe_scorer
-from pipelines.storage.objects import absolute_url
-from pipelines.tables.commits import Origin
-from pipelines.tables.committer import OnProgress
-from pipelines.tables.table import Snapshot
-from pipelines.tables.usable_rows import check_usable
 from snapfusion.metrics.curves import (
     Curve,
     CurveError,
-    CurvePoint,
     clip_at_equal_fid,
     gap_closed,
     metrics_at,
     paired_differences,
 )
 from snapfusion.metrics.moments import Moments
-from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
-from snapfusion.models.source import absolute_source
-
-StartTable = Callable[[str, Any], tuple[Origin, OnProgress]]
-"""(name of a table to fill, its parents) -> the origin kept beside its units, and a progress callback."""
 
 
 def evaluate(
@@ -56,163 +39,109 @@ def evaluate(
 
     Raises:
         NoUsableRows: if all rows of a table were rejected.
+        ValueError: if captions for tuning are compared on, too.
     """
-    captions = captions_of(settings.prompts)
-    origin, on_progress = start("references", {"pictures": settings.references.url or "scenes"})
-    references = compute_references(
-        settings.references,
-        metrics=settings.samples.judging,
-        url=f"{out}/references",
-        origin=origin,
-        run=run,
-        on_progress=on_progress,
+    maker = TableMaker(settings=settings, model=model, out=out, start=start, run=run)
+    choice = None if settings.tuning is None else _tune(maker, settings.tuning)
+    contenders = settings.contenders if choice is None else choice.contenders
+    test = maker.evaluate(
+        contenders, prompts=settings.prompts, references=settings.references, name="references"
     )
-    check_usable("REFERENCES", references)
-    tables = {
-        contender.name: _sample(contender, settings, captions, model=model, out=out, start=start, run=run)
-        for contender in settings.contenders
-    }
-    ids = _shared_ids(settings, tables, captions)
-    reference = moments_of(references)
-    curves = {
-        name: Curve(points=tuple(_points(settings, table, ids=ids)), reference=reference)
-        for name, table in tables.items()
-    }
+    curves = test.curves
     return {
-        "protocol": _protocol(settings, captions, ids=ids, reference=reference, references=references),
-        "tables": {name: table.lineage() for name, table in tables.items()},
-        "curves": _curve_records(settings, curves, tables),
+        "protocol": _protocol(settings, test),
+        "floor": measure_floor(maker, test),
+        "tuning": None if choice is None else choice.record(),
+        "tables": {name: table.lineage() for name, table in test.tables.items()},
+        "curves": _curve_records(contenders, test, choice),
         "baseline": settings.baseline,
         **_compared_with(settings.baseline, curves),
         "against": {name: _compared_with(name, curves) for name in settings.also_against},
-        "gaps": [{**gap.to_values(), **_or_reason(_gap_closed, gap, curves)} for gap in settings.gaps],
+        "gaps": [
+            {**gap.to_values(), **_or_reason(_gap_closed, gap, curves)}
+            for gap in settings.gaps
+            if gap.student in curves  # not one of a family that was not chosen
+        ],
         "criteria": [_judged(criterion, curves) for criterion in settings.criteria],
         "versions": versions(),
     }
 
 
-def _sample(
-    contender: Contender,
-    settings: EvaluationSettings,
-    captions: Sequence[Caption | Rejection],
-    *,
-    model: str,
-    out: str,
-    start: StartTable,
-    run: Runner,
-) -> Snapshot:
-    """Generate the missing samples of a contender; returns its table."""
-    source = absolute_source(contender.model or model)
-    origin, on_progress = start(contender.name, {"model": source, "captions": settings.prompts.url})
-    table = generate_samples(
-        settings.samples,
-        model=source,
-        sampler=contender.sampler,
-        guidance=settings.guidance,
-        captions=captions,
-        source=settings.prompts.name,
-        url=f"{out}/{contender.table or contender.name}",
-        decoder=contender.decoder and absolute_url(contender.decoder),
-        origin=origin,
-        run=run,
-        on_progress=on_progress,
+def _tune(maker: TableMaker, tuning: TuningSettings) -> Choice:
+    """Evaluate all contenders on the tuning captions, and choose."""
+    settings = maker.settings
+    names = (f"prompts {settings.prompts.name!r}", f"tuning.prompts {tuning.prompts.name!r}")
+    check_disjoint(captions_of(settings.prompts), captions_of(tuning.prompts), names=names)
+    evaluated = maker.evaluate(
+        settings.contenders,
+        prompts=tuning.prompts,
+        references=tuning.references,
+        name="tuning-references",
     )
-    check_usable(f"SAMPLES of {contender.name}", table)
-    return table
+    return choose(settings.contenders, evaluated)
 
 
-def captions_of(prompts: PromptSettings) -> list[Caption | Rejection]:
-    """The captions of the list, or those of held-out scenes."""
-    if prompts.url is not None:
-        return list(islice(read_captions(prompts.url, prompts.reading), prompts.limit))
-    return [
-        Caption(id=f"scene-{index}", ordinal=index, text=caption_of(scene_of(HELD_OUT + index)))
-        for index in range(prompts.limit)
-    ]
-
-
-def _shared_ids(
-    settings: EvaluationSettings, tables: Mapping[str, Snapshot], captions: Sequence[Caption | Rejection]
-) -> list[str]:
-    """Captions that all contenders have an image of at every guidance, in order: differences are paired."""
-    sampled = [
-        set(sampled_ids(table, source=settings.prompts.name, w=w))
-        for table in tables.values()
-        for w in settings.guidance
-    ]
-    ids = [row.id for row in captions if all(row.id in found for found in sampled)]
-    if len(ids) < 2 * settings.groups:
-        raise ValueError(
-            f"all contenders have images of {len(ids)} captions; {2 * settings.groups} are needed for "
-            f"{settings.groups} groups: raise evaluation.prompts.limit or lower evaluation.groups"
-        )
-    return ids
-
-
-def _points(settings: EvaluationSettings, table: Snapshot, *, ids: Sequence[str]) -> Iterator[CurvePoint]:
-    for w in settings.guidance:
-        rows = read_scores(table, source=settings.prompts.name, w=w)
-        index_of = {id_: index for index, id_ in enumerate(rows.ids)}
-        chosen = np.array([index_of[id_] for id_ in ids])
-        yield CurvePoint.of(
-            w=w,
-            features=rows.features[chosen],
-            clip=rows.clip[chosen],
-            right=None if rows.right is None else rows.right[chosen],
-            groups=settings.groups,
-        )
-
-
-def _protocol(
-    settings: EvaluationSettings,
-    captions: Sequence[Caption | Rejection],
-    *,
-    ids: Sequence[str],
-    reference: Moments,
-    references: Snapshot,
-) -> dict[str, Any]:
+def _protocol(settings: EvaluationSettings, test: EvaluatedCaptions) -> dict[str, Any]:
     """Everything that a published metric must be quoted with."""
-    judging = settings.samples.judging
+    judging, prompts = settings.samples.judging, settings.prompts
     # A covariance of fewer images than features is singular, which makes FID too large: noted.
-    smallest = Moments(count=len(ids), mean=reference.mean, scatter=reference.scatter)
+    moments = test.moments
+    smallest = Moments(count=len(test.ids), mean=moments.mean, scatter=moments.scatter)
     notes = [
         f"{side}: {note}"
-        for side, note in (("drawn", smallest.rank_warning()), ("reference", reference.rank_warning()))
+        for side, note in (("drawn", smallest.rank_warning()), ("reference", moments.rank_warning()))
         if note is not None
     ]
     return {
         "captions": {
-            "name": settings.prompts.name,
-            "url": settings.prompts.url,
-            "sha256": captions_digest(captions),
-            "listed": len(captions),
-            "compared": len(ids),
+            "name": prompts.name,
+            "url": prompts.url,
+            "split": prompts.split,
+            "draws": prompts.draws,
+            "sha256": captions_digest(test.captions),
+            "listed": len(test.captions) // prompts.draws,
+            "compared": len(test.ids) // prompts.draws,
         },
-        "reference": {**references.lineage(), **references.identity, "compared": reference.count},
+        "reference": {
+            **test.references.lineage(),
+            **test.references.identity,
+            "split": settings.references.split,
+            "compared": moments.count,
+        },
         "features": describe_features(judging.features),
         "scorer": describe_scorer(judging.scorer),
         "drawing": settings.samples.drawing.to_values(),
         "dtype": settings.samples.device.dtype,
-        "intervals": f"95 %: normal for means over captions, else a jackknife over {settings.groups} groups",
+        "intervals": _interval_text(settings),
         "notes": notes,
     }
 
 
+def _interval_text(settings: EvaluationSettings) -> str:
+    if settings.prompts.draws > 1:
+        return (
+            f"95 % over {settings.prompts.draws} draws of the same captions: normal for means, Wilson's for "
+            "proportions, else a jackknife that leaves out one draw of each"
+        )
+    return f"95 %: normal for means over captions, else a jackknife over {settings.groups} groups"
+
+
 def _curve_records(
-    settings: EvaluationSettings, curves: Mapping[str, Curve], tables: Mapping[str, Snapshot]
+    contenders: Sequence[Contender], test: EvaluatedCaptions, choice: Choice | None
 ) -> dict[str, dict[str, Any]]:
     records = {}
-    for contender in settings.contenders:
-        curve, w_conditioned = curves[contender.name], tables[contender.name].identity["told_w"]
+    for contender in contenders:
+        curve, table = test.curves[contender.name], test.tables[contender.name]
         points = [
             {
-                "w": w,
-                "evaluations": contender.sampler.evaluations(w, w_conditioned=w_conditioned),
-                **metrics_at(curve, w),
+                "w": point.w,
+                "evaluations": contender.sampler.evaluations(point.w, w_conditioned=table.identity["told_w"]),
+                **metrics_at(curve, point.w),
             }
-            for w in settings.guidance
+            for point in curve.points
         ]
-        records[contender.name] = {**contender.to_values(), "points": points}
+        best_w = None if choice is None else choice.best_w[contender.name]
+        records[contender.name] = {**contender.to_values(), "best_w": best_w, "points": points}
     return records
 
 

@@ -15,8 +15,11 @@ class EvaluationResults(Comparison):
 
     Attributes:
         protocol: contenders, captions and sampling.
+        floor: FID and KID of real images, mean and standard deviation over redraws; None if not measured.
+        tuning: what was chosen on other captions; None if nothing.
         tables: lineage of each contender's samples.
-        curves: each contender with its metrics at every guidance ("points").
+        curves: each contender with its metrics at every guidance ("points"), and the guidance that was best
+            on the tuning captions ("best_w").
         baseline: contender of the comparison.
         against: the comparison with each further contender.
         gaps: shares of FID gaps that students close.
@@ -25,6 +28,8 @@ class EvaluationResults(Comparison):
     """
 
     protocol: dict[str, Any]
+    floor: dict[str, Any] | None
+    tuning: dict[str, Any] | None
     tables: dict[str, dict[str, Any]]
     curves: dict[str, dict[str, Any]]
     baseline: str

@@ -10,6 +10,7 @@ from pipelines.datasets.settings import ReferencesSettings, SamplesSettings
 from pipelines.sources.settings import CaptionSettings
 from pipelines.stages.settings import Sampler
 from snapfusion.evolution.settings import Precision, Runtime
+from snapfusion.mini.split import Split, captions_in
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.settings import FOLDER_NAME, Settings
 
@@ -27,6 +28,8 @@ class Contender(Settings):
         sampler: solver and steps.
         decoder: folder of a half-width decoder, or "run:" and a path in the run; null takes the model's own.
         table: table of its images, for evaluations that share one.
+        family: name of contenders that differ in one number, of which only the one with the lowest FID on the
+            tuning captions is compared; null compares it in any case.
     """
 
     name: str = Field(pattern=FOLDER_NAME)
@@ -34,6 +37,7 @@ class Contender(Settings):
     sampler: Sampler = Sampler()
     decoder: str | None = None
     table: str | None = Field(None, pattern=FOLDER_NAME)
+    family: str | None = Field(None, pattern=FOLDER_NAME)
 
 
 class PromptSettings(Settings):
@@ -44,12 +48,33 @@ class PromptSettings(Settings):
         url: caption list; null takes the captions of the miniature's held-out scenes.
         reading: columns of the list.
         limit: number of captions from the start; by default each of the miniature's captions once.
+        split: of the miniature's captions; null takes all. A list with a caption of another split is refused.
+        draws: images of each caption, each from its own noise.
     """
 
     name: str = Field("scenes", pattern=FOLDER_NAME)
     url: str | None = None
     reading: CaptionSettings = CaptionSettings()
     limit: int = Field(NUM_CAPTIONS, ge=4)
+    split: Split | None = None
+    draws: int = Field(1, ge=1, le=1_000)
+
+    @property
+    def num_images(self) -> int:
+        """Images at one guidance, at most."""
+        return self.draws * min(self.limit, len(captions_in(self.split)) if self.split else self.limit)
+
+
+class TuningSettings(Settings):
+    """Settings of the captions on which each contender's guidance and each family's contender are chosen.
+
+    Attributes:
+        prompts: captions, none of which is compared on.
+        references: real images of these captions.
+    """
+
+    prompts: PromptSettings
+    references: ReferencesSettings
 
 
 class FidGap(Settings):
@@ -104,8 +129,12 @@ class EvaluationSettings(Settings):
         guidance: scales w of SnapFusion Eq. 3, increasing.
         prompts: captions.
         references: real images.
+        tuning: other captions, on which guidance and contenders are chosen; null chooses nothing.
+        floor_redraws: sets of the miniature's real images, as many as are generated, whose mean FID is the
+            least that a perfect model would have; 0 for none.
+        kid_images: real images that KID uses, at most; 0 for no KID.
         samples: sampling and scoring.
-        groups: caption groups of the jackknife intervals.
+        groups: caption groups of the jackknife intervals, if there is one draw of each caption.
         gaps: FID gaps to report.
         criteria: thresholds that the results are judged by.
     """
@@ -120,6 +149,9 @@ class EvaluationSettings(Settings):
     guidance: tuple[float, ...] = tuple(1.0 + 0.5 * step for step in range(11))
     prompts: PromptSettings = PromptSettings()
     references: ReferencesSettings = ReferencesSettings()
+    tuning: TuningSettings | None = None
+    floor_redraws: int = Field(20, ge=0)
+    kid_images: int = Field(10_000, ge=0)
     samples: SamplesSettings = SamplesSettings()
     groups: int = Field(20, ge=2)
     gaps: tuple[FidGap, ...] = ()
@@ -142,6 +174,20 @@ class EvaluationSettings(Settings):
             raise ValueError(f"guidance must be one or more increasing scales: {list(self.guidance)}")
         if absent := sorted({one.w for one in self.criteria} - set(self.guidance)):
             raise ValueError(f"criteria: w = {absent[0]:g} is none of the scales {list(self.guidance)}")
+        return self
+
+    @model_validator(mode="after")
+    def _tuning_is_apart(self) -> EvaluationSettings:
+        families = {contender.name: contender.family for contender in self.contenders if contender.family}
+        if self.tuning is None:
+            if families:
+                raise ValueError(f"contender {next(iter(families))!r} is of a family, which needs tuning")
+            return self
+        if self.tuning.prompts.name == self.prompts.name:
+            raise ValueError(f"prompts and tuning.prompts are both named {self.prompts.name!r}; rename one")
+        for name in (self.baseline, *self.also_against):
+            if name in families:
+                raise ValueError(f"{name!r} is compared with the others, and cannot be one of a family")
         return self
 
 

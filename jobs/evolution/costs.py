@@ -11,7 +11,7 @@ def evolution_cost(settings: EvolutionSettings, *, trainings: TrainingCosts) -> 
     """Cost of an evolution in which every round scores every block, and trains."""
     sizes, rounds = trainings.sizes, settings.rounds
     unet = sizes.architecture
-    images = rounds * (len(unet.blocks) + 1) * settings.prompts.limit
+    images = rounds * (len(unet.blocks) + 1) * settings.prompts.num_images
     training = trainings.velocity("evolve_unet", settings.training)
     (trainers,) = training.groups
     works = (

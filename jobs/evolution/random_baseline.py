@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from jobs.evaluation.evaluation import StartTable, evaluate
+from jobs.evaluation.curve_tables import StartTable
+from jobs.evaluation.evaluation import evaluate
 from jobs.evaluation.settings import Contender, EvaluationSettings
 from jobs.evaluation.timing import unet_benchmark
 from jobs.evolution.settings import RandomBaselineSettings

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from jobs.evaluation.evaluation import StartTable, captions_of
+from jobs.evaluation.captions import captions_of
+from jobs.evaluation.curve_tables import StartTable
 from jobs.evolution.settings import EvolutionSettings
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import format_duration
@@ -145,7 +146,7 @@ class Evolution:
             latency=TableOrigin(setting=self.table.setup, date=self.table.date),
             settings=self.settings.identity(),
             model=load(self.model).fingerprint(),
-            captions=self.settings.prompts.limit,
+            captions=self.settings.prompts.num_images,
             origin=own_architecture(self.model),
             rounds=tuple(rounds),
         )
@@ -307,7 +308,7 @@ def describe_round(finished: EvolutionRound) -> str:
 
 def describe_cost(settings: EvolutionSettings) -> str:
     """Describe the cost of scoring an action, beside the paper's."""
-    captions, steps = settings.prompts.limit, settings.sampler.steps
+    captions, steps = settings.prompts.num_images, settings.sampler.steps
     paper_ms = 3.6e6 * ACTION_HOURS / (2_000 * 50)
     hours = captions * steps * paper_ms / 3.6e6
     return (

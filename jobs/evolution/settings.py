@@ -61,7 +61,7 @@ class EvolutionSettings(Settings):
     precision: Precision | None = None
     pace: RoundLimits = RoundLimits()
     rounds: PositiveInt = 20
-    prompts: PromptSettings = PromptSettings(limit=200)
+    prompts: PromptSettings = PromptSettings(name="validation", split="validation")
     sampler: Sampler = Sampler(steps=50)
     guidance: float = Field(7.5, ge=1.0)
     samples: SamplesSettings = SamplesSettings()

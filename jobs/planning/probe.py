@@ -151,7 +151,7 @@ class Probe:
             timings.median_seconds(_batch_of_pairs(self.job, steps=steps, images=False), least=SECONDS)
             for steps in (_FEW_STEPS, _MORE_STEPS)
         )
-        passes = (_MORE_STEPS - _FEW_STEPS) * (1 if generation.guidance == 1.0 else 2) * rows
+        passes = (_MORE_STEPS - _FEW_STEPS) * (2 if generation.is_guided else 1) * rows
         self._add("pass", (more - few) / passes, gmacs=self.sizes.unet.gmacs)
         decoded = timings.median_seconds(images, least=SECONDS) - few
         self._add("decode", decoded / rows, gmacs=self.sizes.decoder_gmacs)

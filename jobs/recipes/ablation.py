@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pipelines.stages.settings import Sampler
 from snapfusion.settings import FOLDER_NAME, Settings
+from snapfusion.solver_names import Solver
 from snapfusion.training.settings import StepDistillationSettings
 
 Guidance = Annotated[float, Field(ge=1.0)]
@@ -35,19 +36,42 @@ class Line(Settings):
     """One line of a panel.
 
     Attributes:
-        name: in the legend.
+        name: in the legend, unless it is of a family.
         variant: the student, one line for each seed; null for the undistilled model.
-        steps: DDIM steps.
+        steps: of the sampler.
+        solver: of the sampler.
+        guidance_rescale: of the sampler.
+        guidance_interval: of the sampler.
+        family: name in the legend of lines that differ in one number, which is chosen on the tuning captions.
     """
 
     name: str = Field(pattern=FOLDER_NAME)
     variant: str | None = None
     steps: PositiveInt
+    solver: Solver = "ddim"
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    guidance_interval: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    family: str | None = Field(None, pattern=FOLDER_NAME)
+
+    @property
+    def label(self) -> str:
+        """Name in the legend."""
+        return self.family or self.name
 
     @property
     def sampler(self) -> Sampler:
-        """DDIM with the line's steps."""
-        return Sampler(solver="ddim", steps=self.steps)
+        """Solver, steps and treatment of guidance."""
+        return Sampler(
+            solver=self.solver,
+            steps=self.steps,
+            guidance_rescale=self.guidance_rescale,
+            guidance_interval=self.guidance_interval,
+        )
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it is the undistilled model, for which no training is needed, but not by plain DDIM."""
+        return self.variant is None and self.sampler != Sampler(solver="ddim", steps=self.steps)
 
 
 class Panel(Settings):
@@ -132,10 +156,20 @@ class AblationSettings(Settings):
 
 def contender_name(line: Line, seed: int) -> str:
     """Name of a line of one seed; the undistilled model has one line for all seeds."""
-    return line.name if line.variant is None else f"{line.name}-seed{seed}"
+    return of_seed(line, line.name, seed)
+
+
+def of_seed(line: Line, name: str, seed: int) -> str:
+    """A name with the seed, if the line has a student."""
+    return name if line.variant is None else f"{name}-seed{seed}"
 
 
 def table_name(line: Line, seed: int) -> str:
     """Table of the samples of a line of one seed, shared by lines that differ in name only."""
     student = "undistilled" if line.variant is None else f"{line.variant}-seed{seed}"
-    return f"{student}-{line.steps}"
+    parts = [student, str(line.steps), *([line.solver] if line.solver != "ddim" else [])]
+    if line.guidance_rescale:
+        parts.append(f"rescale{line.guidance_rescale:g}")
+    if line.guidance_interval is not None:
+        parts.append("guided{}to{}".format(*line.guidance_interval))
+    return "-".join(parts)

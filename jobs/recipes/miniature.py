@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings
+from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings, TuningSettings
 from jobs.evolution.settings import EvolutionSettings, RandomBaselineSettings
 from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant
 from jobs.recipes.derived import robust_training_of, targets_of
@@ -30,10 +31,20 @@ from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillatio
 
 _FEW_STEPS = 4
 _W_CONDITIONED: dict[str, Any] = {"cfg_probability": 1.0, "w_conditioned": True}
+_DRAWS = 5
 _SCORING: dict[str, Any] = {
-    "prompts": PromptSettings(limit=500),
-    "references": ReferencesSettings(count=4_000),
+    "prompts": PromptSettings(name="test", split="test", draws=_DRAWS),
+    # 84 real images of each of the 240 captions.
+    "references": ReferencesSettings(name="test", split="test", count=20_160),
 }
+_TUNING = TuningSettings(
+    prompts=PromptSettings(name="validation", split="validation", draws=_DRAWS),
+    references=ReferencesSettings(name="validation", split="validation", count=10_080),
+)
+_RESCALES = (0.3, 0.7)
+"""Shares of guidance rescale; 0.7 is the paper's (Lin et al. 2023)."""
+_INTERVALS = ((0, 800), (300, 999))
+"""Timesteps with guidance (Kynkäänniemi et al. 2024): all but the noisiest, all but the cleanest."""
 _SMALL_POOL = Pool(actors=2, cpus=0.5)
 
 
@@ -160,7 +171,7 @@ def _panel(
     control: str | None = None,
     seeds: int = 1,
 ) -> Panel:
-    """A panel of students beside the undistilled model with many and few steps.
+    """A panel of students beside the undistilled model with many and few steps, and the free baselines.
 
     A name among the `lines` is that of a student, and of its line of few steps.
     """
@@ -169,11 +180,25 @@ def _panel(
     return Panel(
         name=name,
         title=title,
-        lines=(Line(name="teacher-50", steps=50), few, *students),
+        lines=(Line(name="teacher-50", steps=50), few, *students, *_free_baselines(steps)),
         baseline=few.name,
         control=control,
         seeds=seeds,
     )
+
+
+def _free_baselines(steps: int) -> Iterator[Line]:
+    """The undistilled model by every solver: plain, with guidance rescale, and guided in an interval."""
+    for solver in ("ddim", "dpm", "dpm++", "dpm++singlestep", "unipc"):
+        line = partial(Line, steps=steps, solver=solver)
+        if solver != "ddim":  # which every panel has
+            yield line(name=f"{solver}-{steps}")
+        for share in _RESCALES:
+            name = f"{solver}-{steps}-rescale"
+            yield line(name=f"{name}{share:g}", guidance_rescale=share, family=name)
+        for low, high in _INTERVALS:
+            name = f"{solver}-{steps}-interval"
+            yield line(name=f"{name}{low}to{high}", guidance_interval=(low, high), family=name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +211,6 @@ class _OfModel:
         narrow_range: a part of it, with which Fig. 6(d) compares.
         sweep: guidance scales of the ablations' curves.
         few_guidances: of the curves of students with both decoders.
-        pairs_guidance: w of the images that teach the decoder.
         evolution_guidance: w of the architecture search.
         mobile: of the bundle: guidance, captions and licence.
         oracle_floor: as in `Recipe`.
@@ -197,7 +221,6 @@ class _OfModel:
     narrow_range: CfgRange
     sweep: tuple[float, ...]
     few_guidances: tuple[float, ...]
-    pairs_guidance: float
     evolution_guidance: float
     mobile: MobileSettings
     oracle_floor: float | None
@@ -209,9 +232,8 @@ _OF_MINIATURE = _OfModel(
     # Narrower than SD-v1.5's.
     cfg_range=CfgRange(low=1.0, high=6.0),
     narrow_range=CfgRange(low=1.0, high=4.0),
-    sweep=tuple(1.0 + 0.5 * step for step in range(13)),
-    few_guidances=(1.0, 2.0, 3.0, 4.0, 6.0),
-    pairs_guidance=2.5,
+    sweep=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    few_guidances=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
     evolution_guidance=3.0,
     mobile=MobileSettings(
         guidance=4.0,
@@ -241,7 +263,6 @@ def _of_model(model: str) -> _OfModel:
         narrow_range=CfgRange(low=2.0, high=8.0),
         sweep=tuple(1.0 + 0.5 * step for step in range(19)),
         few_guidances=(1.0, 2.0, 4.0, 7.5, 10.0),
-        pairs_guidance=7.5,
         evolution_guidance=7.5,
         mobile=MobileSettings(guidance=7.5),
         oracle_floor=None,
@@ -256,12 +277,12 @@ def mini(model: str = "mini") -> Recipe:
     return Recipe(
         name="mini",
         model=model,
-        source=SourceSettings(),
+        source=SourceSettings(split="training"),
         latents=LatentsSettings(
             images=ImageSettings(min_side=16), encoding=Encoding(batch_size=32), rows_per_unit=64
         ),
         pairs=PairsSettings(
-            generation=Generation(steps=50, guidance=own.pairs_guidance, batch_size=32),
+            generation=Generation(steps=50, guidance_range=own.cfg_range, batch_size=32),
             rows_per_unit=32,
             teachers=_SMALL_POOL,
             writers=Pool(cpus=0.25),
@@ -326,10 +347,10 @@ def ablation(model: str = "mini") -> Recipe:
     return base.model_copy(
         update={
             "name": "ablation",
-            "source": SourceSettings(scenes=4_096, scenes_per_shard=512, seed=7),
+            "source": SourceSettings(scenes=4_096, scenes_per_shard=512, seed=7, split="training"),
             "latents": base.latents.model_copy(update={"rows_per_unit": 128}),
             "distill": base.distill.model_copy(update=distill),
-            "evaluation": EvaluationSettings(guidance=own.sweep, **_SCORING),
+            "evaluation": EvaluationSettings(guidance=own.sweep, tuning=_TUNING, **_SCORING),
             "ablation": miniature_ablation(model),
         }
     )

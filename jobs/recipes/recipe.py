@@ -23,6 +23,7 @@ from pipelines.sources.settings import CaptionSettings
 from pipelines.stages.settings import Blocklists
 from pipelines.tables.settings import Bounds
 from snapfusion.export.settings import MobileSettings
+from snapfusion.mini.split import Split
 from snapfusion.settings import FOLDER_NAME, Settings
 
 EXAMPLE_BUCKET = "s3://bucket/"
@@ -43,6 +44,7 @@ class SourceSettings(Settings):
         scenes: to render if `url` is None.
         scenes_per_shard: of one tar.
         seed: of the scenes.
+        split: of the miniature's captions, whose scenes are rendered; null takes all.
         table: name of their LATENTS in the run; another for one's own images.
     """
 
@@ -54,6 +56,7 @@ class SourceSettings(Settings):
     scenes: int = Field(512, ge=1)
     scenes_per_shard: int = Field(128, ge=1)
     seed: int = Field(0, ge=0)
+    split: Split | None = None
     table: str = Field("latents", pattern=FOLDER_NAME)
 
 

@@ -8,7 +8,9 @@ import numpy as np
 from jobs.cli.ablation import PanelResults
 from jobs.evaluation.images import generate_images
 from jobs.evaluation.results import Comparison
+from jobs.recipes.ablation import Line
 from jobs.reports.charts import Chart, Series
+from jobs.reports.evaluation_page import PASSES_LABEL, floor_of
 from jobs.reports.page import render_page
 from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
 from snapfusion.models.load import load
@@ -18,9 +20,6 @@ _NUM_CAPTIONS = 8
 _TABLE_SCALES = (1.0, 2.0, 4.0, 6.0, 7.0)
 """Guidance scales of the tables."""
 
-_COST_SCALE = 4.0
-"""Guidance scale of the chart over evaluations of the network."""
-
 _AXES = {
     "clip-over-fid": ("CLIP over FID, along guidance", "fid", "clip", "FID", "CLIP"),
     "fid": ("FID over guidance", "w", "fid", "guidance w", "FID"),
@@ -29,8 +28,12 @@ _AXES = {
 
 
 def ablation_charts(panel: PanelResults) -> dict[str, Chart]:
-    """The charts of a panel by kind; each line is the mean over training seeds."""
-    title, lines = panel["panel"]["title"], panel["over_seeds"]
+    """The charts of a panel by kind; each line is the mean over training seeds.
+
+    Of the free baselines only the best is shown, by FID at the guidance chosen on the tuning captions.
+    """
+    title, lines = panel["panel"]["title"], shown_lines(panel)
+    floor = floor_of(panel["evaluation"])
     charts = {
         kind: Chart(
             title=f"{title}: {name}",
@@ -39,25 +42,32 @@ def ablation_charts(panel: PanelResults) -> dict[str, Chart]:
             series=tuple(Series.of(line["name"], line["points"], x=x, y=y) for line in lines),
             log_x=x == "fid",
             log_y=y == "fid",
+            limit=floor if y == "fid" else None,
         )
         for kind, (name, x, y, x_label, y_label) in _AXES.items()
     }
-    # Students of one cost need no chart of it.
-    costs = {line["points"][-1]["evaluations"] for line in lines if line["student"]}
-    return {**charts, "cost": _cost_chart(title, lines)} if len(costs) > 1 else charts
+    best = [line for line in lines if line.get("best") is not None]
+    return {**charts, "passes": _passes_chart(title, best, floor=floor)} if best else charts
 
 
-def _cost_chart(title: str, lines: Sequence[Mapping[str, Any]]) -> Chart:
-    """FID over evaluations of the UNet at one guidance scale: each line is a point."""
-    points = {
-        line["name"]: [point for point in line["points"] if point["w"] == _COST_SCALE] for line in lines
-    }
+def shown_lines(panel: PanelResults) -> list[dict[str, Any]]:
+    """The lines without the free baselines that another one is better than."""
+    lines = panel["over_seeds"]
+    free = {line.label for line in map(Line.parse, panel["panel"]["lines"]) if line.is_free}
+    rivals = [line for line in lines if line["name"] in free and line.get("best") is not None]
+    best = min(rivals, key=lambda line: line["best"]["fid"][0], default=None)
+    return [line for line in lines if line["name"] not in free or line is best]
+
+
+def _passes_chart(title: str, lines: Sequence[Mapping[str, Any]], *, floor: float | None) -> Chart:
+    """FID over passes of the UNet, each line at the guidance chosen on the tuning captions."""
     return Chart(
-        title=f"{title}: FID over UNet evaluations at w = {_COST_SCALE:g}",
-        x_label="UNet evaluations per image",
+        title=f"{title}: FID over UNet passes, at the guidance chosen on the tuning captions",
+        x_label=PASSES_LABEL,
         y_label="FID",
-        series=tuple(Series.of(name, at, x="evaluations", y="fid") for name, at in points.items()),
+        series=tuple(Series.of(line["name"], [line["best"]], x="evaluations", y="fid") for line in lines),
         log_x=True,
+        limit=floor,
     )
 
 
@@ -113,6 +123,7 @@ def render_ablation(
                 "gaps": list(_gap_rows(panel["evaluation"]["gaps"])),
                 "paired": list(_paired_differences(panel)),
                 "equal_fid": _equal_fid(panel),
+                "decided": list(_decided_differences(panel)),
             }
             for panel in panels
         ],
@@ -134,6 +145,13 @@ def _gap_rows(gaps: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """The share of the FID gap that each student closes, at each guidance scale."""
     for student in dict.fromkeys(gap["student"] for gap in gaps):
         yield {"student": student, "at": [gap for gap in gaps if gap["student"] == student]}
+
+
+def _decided_differences(panel: PanelResults) -> Iterator[dict[str, Any]]:
+    """The differences of each student to each reference, averaged over guidance and seeds."""
+    for line in panel["over_seeds"]:
+        for reference, metrics in line.get("differences", {}).items():
+            yield {"name": line["name"], "reference": reference, **metrics}
 
 
 def _paired_differences(panel: PanelResults) -> Iterator[dict[str, Any]]:

@@ -80,7 +80,7 @@ def measurements(
                 count=oracle.images,
                 counted="teacher images",
                 seed=generation.seed,
-                note=f"{generation.steps} steps at guidance {generation.guidance:g}",
+                note=f"{generation.steps} steps at guidance {generation.guidance_text}",
             )
 
 

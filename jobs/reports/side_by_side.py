@@ -102,7 +102,7 @@ def _sample(
 ) -> tuple[list[Caption], dict[str, dict[str, np.ndarray]]]:
     """The captions, and the images and scores of each model."""
     # Imported here, because a report of kept parts does without torch.
-    from jobs.evaluation.evaluation import captions_of
+    from jobs.evaluation.captions import captions_of
     from pipelines.stages.sample import SampleAndScore
     from snapfusion.noise import noise_key
 

@@ -92,7 +92,7 @@ class ValidationSettings(Settings):
     """
 
     every: PositiveInt | None = None
-    prompts: PromptSettings = PromptSettings(limit=200)
+    prompts: PromptSettings = PromptSettings(name="validation", split="validation")
     guidance: Annotated[tuple[Annotated[float, Field(ge=1)], ...], Field(min_length=1)] = (2.0,)
     steps: PositiveInt | None = None
     best: Literal["fid", "clip"] = "fid"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.evaluation.evaluation import captions_of
+from jobs.evaluation.captions import captions_of
 from jobs.training.settings import ValidationSettings
 from jobs.training.spec import TrainingError, ValidationResult, first_differences
 from pipelines.datasets.references import moments_of

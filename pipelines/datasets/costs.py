@@ -12,7 +12,6 @@ from pipelines.costs.stage import (
     vae_decodes,
 )
 from pipelines.datasets.settings import LatentsSettings, PairsSettings, SamplesSettings, TargetsSettings
-from pipelines.stages.settings import Sampler
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.network_sizes import NetworkSizes
 
@@ -78,8 +77,8 @@ def targets_cost(
 def pairs_cost(settings: PairsSettings, *, captions: int, png_bytes: float, sizes: NetworkSizes) -> StageCost:
     """Cost of PAIRS of so many captions, whose images take `png_bytes` each."""
     generation, rows, unet = settings.generation, captions * settings.draws, sizes.architecture
-    sampler = Sampler(steps=generation.steps)
-    works = [unet_passes(rows * sampler.evaluations(generation.guidance), unet, sizes=sizes)]
+    passes = generation.steps * (2 if generation.is_guided else 1)
+    works = [unet_passes(rows * passes, unet, sizes=sizes)]
     writes = [Work(kind="write", units=rows)]
     if generation.images:
         works.append(vae_decodes(rows, sizes=sizes))

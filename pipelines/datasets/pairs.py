@@ -35,7 +35,7 @@ def identity_of(settings: PairsSettings, *, model: Identity) -> Identity:
     return {
         "kind": "pairs",
         "model": model,
-        "generation": settings.generation.to_values(),
+        "generation": settings.generation.identity(),
         "rows_per_unit": settings.rows_per_unit,
         "dtype": settings.device.dtype,
     }

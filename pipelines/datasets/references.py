@@ -10,6 +10,7 @@ from functools import partial, reduce
 from typing import Unpack
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -28,6 +29,7 @@ from pipelines.tables.table import Snapshot, TableError
 from pipelines.tables.units import FinishedRows, ImageNameRows, Unit
 from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.metrics.moments import Moments
+from snapfusion.mini.scenes import held_out_index
 
 _SUFFIXES = (".jpg", ".jpeg", *(f".{name.lower()}" for name in FORMATS))
 
@@ -53,7 +55,8 @@ def image_names(settings: ReferencesSettings) -> list[str]:
         SourceError: if the folder holds fewer.
     """
     if settings.url is None:
-        return [f"{SCENE_PREFIX}{number}" for number in range(settings.count)]
+        positions = range(settings.first, settings.first + settings.count)
+        return [f"{SCENE_PREFIX}{held_out_index(position, split=settings.split)}" for position in positions]
     filesystem, path = fsspec.core.url_to_fs(settings.url)
     # Sorted: stores list in different orders, and units are ranges of this list.
     names = sorted(entry for entry in filesystem.find(path) if entry.lower().endswith(_SUFFIXES))
@@ -124,12 +127,32 @@ def moments_of(table: Snapshot) -> Moments:
     Raises:
         TableError: if there are no rows.
     """
-    features = (read_array(table.read_unit(unit, ["features"]), "features") for unit in table.units)
-    # A copy, because Arrow's memory is read-only.
-    parts = [Moments.of(torch.from_numpy(part.copy())) for part in features]
+    parts = [Moments.of(torch.from_numpy(part)) for part in _read_features(table)]
     if not parts:
         raise TableError(f"{table.url} has no committed rows at version {table.version}")
     return reduce(Moments.merge, parts)
+
+
+def features_of(table: Snapshot, *, limit: int) -> np.ndarray:
+    """Features of the first `limit` rows in order of the units, float32 [N,D].
+
+    Raises:
+        TableError: if there are no rows.
+    """
+    parts, count = [], 0
+    for part in _read_features(table):
+        parts.append(part[: limit - count])
+        count += len(parts[-1])
+        if count == limit:
+            break
+    if not count:
+        raise TableError(f"{table.url} has no committed rows at version {table.version}")
+    return np.concatenate(parts)
+
+
+def _read_features(table: Snapshot) -> Iterator[np.ndarray]:
+    # A copy, because Arrow's memory is read-only.
+    return (read_array(table.read_unit(unit, ["features"]), "features").copy() for unit in table.units)
 
 
 def _names_digest(names: Sequence[str]) -> str:

@@ -1,6 +1,8 @@
 """Settings of the tables LATENTS, PAIRS, TARGETS, SAMPLES and REFERENCES."""
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from pipelines.ray_data.settings import Pool
 from pipelines.sources.settings import ShardSettings
@@ -16,6 +18,7 @@ from pipelines.stages.settings import (
     TeacherSettings,
 )
 from pipelines.tables.settings import Bounds
+from snapfusion.mini.split import Split
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.settings import FOLDER_NAME, Settings
 
@@ -86,6 +89,8 @@ class ReferencesSettings(BuildSettings):
         url: a folder of images; None takes the miniature's held-out scenes.
         count: their number, in order of their names; by default two for each of the miniature's captions. An
             image that cannot be read is rejected, not replaced.
+        split: of the miniature's captions, whose scenes are taken in turn; null takes all captions.
+        first: position of the first scene, so that another set of the same captions can be rendered.
         size: pixels a side of the center square that images are cropped and resized to; scenes keep the
             miniature's size.
         images: bounds on images.
@@ -97,11 +102,19 @@ class ReferencesSettings(BuildSettings):
     name: str = Field("scenes", pattern=FOLDER_NAME)
     url: str | None = None
     count: int = Field(2 * NUM_CAPTIONS, ge=2)
+    split: Split | None = None
+    first: int = Field(0, ge=0)
     size: int = Field(512, ge=8)
     images: ImageBounds = ImageBounds()
     rows_per_unit: int = Field(500, ge=1)
     device: Device = Device()
     describers: Pool = Pool()
+
+    @model_validator(mode="after")
+    def _are_scenes(self) -> Self:
+        if self.url is not None and (self.split is not None or self.first):
+            raise ValueError("split and first choose the miniature's scenes; with url all images are its own")
+        return self
 
 
 class SamplesSettings(BuildSettings):

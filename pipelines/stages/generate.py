@@ -12,6 +12,7 @@ from pipelines.tables.units import CaptionRows, finite_rows
 from snapfusion.models.bundle import Bundle, to_uint8
 from snapfusion.noise import gaussian_batch, noise_key
 from snapfusion.sampling import sample, time_grid
+from snapfusion.training.draws import draw_guidance
 
 
 class GeneratePairs(NetworkStage[CaptionRows, Generation]):
@@ -58,12 +59,19 @@ class GeneratePairs(NetworkStage[CaptionRows, Generation]):
         bundle = self.bundle
         eps = gaussian_batch(keys, bundle.latent_shape).to(bundle.device)
         c = bundle.encode_text(token_ids)
-        denoiser = bundle.denoiser(c, w=self.settings.guidance, c_null=self.c_null)
+        denoiser = bundle.denoiser(c, w=self.guidance_of(keys), c_null=self.c_null)
         latents = sample(denoiser, eps, grid=self.grid, schedule=bundle.schedule).half()
         if not self.settings.images:
             return latents.cpu(), np.empty(0)
         # Decoded after the cast to float16: a decoder trained on the table reads what its teacher read.
         return latents.cpu(), teacher_images(bundle, latents)
+
+    def guidance_of(self, keys: list[int]) -> Tensor | float:
+        """Guidance of rows: of them all, or float32 [B,1,1,1] drawn from their keys."""
+        if self.settings.guidance_range is None:
+            return self.settings.guidance
+        w = draw_guidance(keys, cfg_range=self.settings.guidance_range)
+        return w.view(-1, 1, 1, 1).to(self.bundle.device)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from snapfusion.metrics.settings import INCEPTION_FEATURES, Resize
 from snapfusion.mini.vocabulary import ATTRIBUTES, IMAGE_SIZE, ORACLE_FEATURES
 from snapfusion.settings import Settings
 from snapfusion.solver_names import Solver
-from snapfusion.training.settings import TargetSettings
+from snapfusion.training.settings import CfgRange, TargetSettings
 
 
 class Blocklists(Settings):
@@ -73,6 +73,8 @@ class Generation(Settings):
     Attributes:
         steps: DDIM steps (50 in SnapFusion Sec. 3.2).
         guidance: w of SnapFusion Eq. 3.
+        guidance_range: range of which w is drawn for each row instead, from its noise key; null takes
+            `guidance`.
         batch_size: rows in a forward pass (twice that with guidance); fixed, because bits depend on it.
         images: whether the teacher's decoded image is stored beside the latent.
         seed: of the noise keys.
@@ -81,10 +83,30 @@ class Generation(Settings):
 
     steps: int = Field(50, ge=1, le=1000)
     guidance: float = Field(7.5, ge=1.0)
+    guidance_range: CfgRange | None = None
     batch_size: int = Field(8, ge=1)
     images: bool = True
     seed: int = Field(0, ge=0)
     size: int | None = Field(None, ge=1)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a step takes two passes of the UNet."""
+        return self.guidance_range is not None or self.guidance != 1.0
+
+    @property
+    def guidance_text(self) -> str:
+        """The guidance in words, such as "2.5" or "1 to 6"."""
+        if self.guidance_range is None:
+            return f"{self.guidance:g}"
+        return f"{self.guidance_range.low:g} to {self.guidance_range.high:g}"
+
+    def identity(self) -> dict[str, Any]:
+        """The settings as JSON values; without a range of guidance, as in tables of version 0.1."""
+        values = self.to_values()
+        if self.guidance_range is None:
+            del values["guidance_range"]
+        return values
 
 
 # Pillow itself fails at twice this number, so a higher bound would have no effect.

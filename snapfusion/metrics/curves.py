@@ -1,13 +1,16 @@
 """FID-CLIP curves over guidance scales, and paired comparisons of models. SnapFusion Sec. 5, Fig. 4 and 6.
 
 All models generate the same captions from the same noise, so differences are paired: their intervals come
-from what the two models differ in, not from how captions differ. Statistics that are no mean over captions
-have jackknife intervals that leave out one group of captions at a time, from both models at once.
+from what the two models differ in, not from how captions differ. With several draws for each caption
+intervals are over draws, and the captions stay as they are; with one they are over captions. Statistics that
+are no mean have jackknife intervals that leave out one draw of every caption, or one group of captions, at a
+time, from both models at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import pairwise
@@ -18,13 +21,17 @@ import torch
 from snapfusion.metrics import intervals
 from snapfusion.metrics.frechet import frechet_distance
 from snapfusion.metrics.intervals import Interval
+from snapfusion.metrics.kernel import KernelReference, KernelSums
 from snapfusion.metrics.moments import Moments
 
 _NUM_LEVELS = 50
 """Number of FIDs at which two curves are compared."""
 
+_PARTITIONS = 6
+"""Ways to put the draws into groups, over which an interval's variance is averaged."""
+
 GroupIndices = Sequence[int]
-"""Groups of captions that a statistic is computed over."""
+"""Groups of images that a statistic is computed over."""
 
 
 class CurveError(ValueError):
@@ -37,32 +44,69 @@ class CurvePoint:
 
     Attributes:
         w: guidance scale of SnapFusion Eq. 3.
-        moments: of the features, one for each group of captions.
-        clip: cosine of each image with its caption, float64 [n], in order of the captions.
+        moments: of the features, one for each group.
+        kernel: sums of the kernel by group; None without a kernel distance.
+        clip: cosine of each image with its caption, float64 [n]: draw by draw in order of the captions.
         right: attributes that match the caption, 0 or 1 [n,A]; None without an oracle.
-        groups: for each group the indices of its captions.
+        groups: for each group the indices of its images. Several partitions of all images stand one after the
+            other, each of as many groups.
+        partitions: their number.
+        draws: images of each caption; with more than one, a group has one of each.
     """
 
     w: float
     moments: tuple[Moments, ...]
+    kernel: KernelSums | None
     clip: np.ndarray
     right: np.ndarray | None
     groups: tuple[np.ndarray, ...]
+    partitions: int = 1
+    draws: int = 1
 
     @classmethod
     def of(
-        cls, *, w: float, features: np.ndarray, clip: np.ndarray, right: np.ndarray | None, groups: int
+        cls,
+        *,
+        w: float,
+        features: np.ndarray,
+        clip: np.ndarray,
+        right: np.ndarray | None,
+        groups: int,
+        draws: int = 1,
+        reference: KernelReference | None = None,
     ) -> CurvePoint:
-        """A point of features float32 [n,D] and scores of n images, split into contiguous groups.
+        """A point of features float32 [n,D] and scores of n images.
+
+        Args:
+            w: guidance scale.
+            features: of the images, draw by draw.
+            clip: cosine of each, float [n].
+            right: matching attributes, or None.
+            groups: number of contiguous groups of captions; not used with several draws.
+            draws: images of each caption.
+            reference: of the kernel distance; None for none.
 
         Raises:
             ValueError: unless there are two groups or more, and two images or more for each.
         """
+        groups = groups if draws == 1 else draws
         if groups < 2 or len(clip) < 2 * groups:
             raise ValueError(f"{len(clip)} images in {groups} groups; at least 2 groups of 2 are needed")
-        parts = tuple(np.array_split(np.arange(len(clip)), groups))
-        moments = tuple(Moments.of(torch.from_numpy(features[part])) for part in parts)
-        return cls(w=w, moments=moments, clip=clip.astype(np.float64), right=right, groups=parts)
+        if draws == 1:
+            parts = tuple(np.array_split(np.arange(len(clip)), groups))
+        else:
+            parts = _draw_groups(draws, captions=len(clip) // draws)
+        vectors = torch.from_numpy(features)
+        return cls(
+            w=w,
+            moments=tuple(Moments.of(vectors[part]) for part in parts),
+            kernel=None if reference is None else KernelSums.of(vectors, groups=parts, reference=reference),
+            clip=clip.astype(np.float64),
+            right=right,
+            groups=parts,
+            partitions=len(parts) // groups,
+            draws=draws,
+        )
 
     @property
     def scores(self) -> dict[str, np.ndarray]:
@@ -72,8 +116,16 @@ class CurvePoint:
         all_right = self.right.all(axis=1).astype(float)
         return {"clip": self.clip, "attributes": self.right.mean(axis=1), "all_attributes": all_right}
 
+    def mean(self, values: np.ndarray) -> Interval:
+        """The mean of a value of each image, float64 [n], with an interval over draws, or over captions."""
+        return (
+            intervals.mean(values)
+            if self.draws == 1
+            else intervals.mean_within(values.reshape(self.draws, -1))
+        )
+
     def mean_clip(self, groups: GroupIndices) -> float:
-        """Mean cosine over the captions of these groups."""
+        """Mean cosine over the images of these groups."""
         return float(np.concatenate([self.clip[self.groups[group]] for group in groups]).mean())
 
 
@@ -96,8 +148,21 @@ class Curve:
 
     @property
     def groups(self) -> range:
-        """All groups of captions."""
-        return range(len(self.points[0].groups))
+        """Groups of all images, each in one."""
+        return self.partitions[0]
+
+    @property
+    def partitions(self) -> Sequence[range]:
+        """The groups of each partition of all images."""
+        point = self.points[0]
+        size = len(point.groups) // point.partitions
+        return [range(start, start + size) for start in range(0, len(point.groups), size)]
+
+    def interval(self, estimate: Callable[[GroupIndices], float]) -> Interval:
+        """`estimate` of all images, with its interval over draws, or over captions."""
+        if len(self.partitions) > 1:
+            return intervals.jackknife_draws(self.partitions, estimate)
+        return intervals.jackknife(self.groups, estimate)
 
     def index(self, w: float) -> int:
         """Index of the point at guidance `w`.
@@ -112,7 +177,7 @@ class Curve:
         return scales.index(w)
 
     def fid(self, index: int, groups: GroupIndices) -> float:
-        """Frechet distance to the reference, over the captions of these groups."""
+        """Frechet distance to the reference, over the images of these groups."""
         key = index, tuple(groups)
         # Cached: comparisons ask for the same distances, which take most of their time.
         if key not in self._distances:
@@ -120,13 +185,27 @@ class Curve:
             self._distances[key] = frechet_distance(merged, self.reference)
         return self._distances[key]
 
+    def kid(self, index: int, groups: GroupIndices) -> float:
+        """Kernel distance to the reference, over the images of these groups.
+
+        Raises:
+            CurveError: if the point has no sums of the kernel.
+        """
+        kernel = self.points[index].kernel
+        if kernel is None:
+            raise CurveError("the curve has no kernel distance")
+        return kernel.distance(groups)
+
 
 def metrics_at(curve: Curve, w: float) -> dict[str, Interval]:
-    """FID, CLIP and, with an oracle, the proportion of matching attributes (single, and all of an image)."""
+    """FID, KID, CLIP and, with an oracle, the proportion of matching attributes (single, and all five)."""
     index = curve.index(w)
-    scores = curve.points[index].scores
-    metrics = {"fid": intervals.jackknife(curve.groups, lambda groups: curve.fid(index, groups))}
-    metrics |= {name: intervals.mean(values) for name, values in scores.items()}
+    point = curve.points[index]
+    scores = point.scores
+    metrics = {"fid": curve.interval(lambda groups: curve.fid(index, groups))}
+    if point.kernel is not None:
+        metrics["kid"] = curve.interval(lambda groups: curve.kid(index, groups))
+    metrics |= {name: point.mean(values) for name, values in scores.items()}
     if "all_attributes" in scores:
         successes = scores["all_attributes"]
         metrics["all_attributes"] = intervals.proportion(int(successes.sum()), n=len(successes))
@@ -135,14 +214,25 @@ def metrics_at(curve: Curve, w: float) -> dict[str, Interval]:
 
 def paired_differences(curve: Curve, baseline: Curve, *, w: float) -> dict[str, Interval]:
     """Each metric of `metrics_at` at the same guidance, `curve` minus `baseline`, paired by caption."""
-    a, b = curve.index(w), baseline.index(w)
-    ours, theirs = curve.points[a].scores, baseline.points[b].scores
+    return point_differences(curve, baseline, index=curve.index(w), baseline_index=baseline.index(w))
 
-    def difference(groups: GroupIndices) -> float:
-        return curve.fid(a, groups) - baseline.fid(b, groups)
 
-    metrics = {"fid": intervals.jackknife(curve.groups, difference)}
-    return metrics | {name: intervals.mean(ours[name] - theirs[name]) for name in ours if name in theirs}
+def point_differences(
+    curve: Curve, baseline: Curve, *, index: int, baseline_index: int
+) -> dict[str, Interval]:
+    """Each metric of a point of `curve` minus that of a point of `baseline`, paired by caption and noise."""
+    point, other = curve.points[index], baseline.points[baseline_index]
+    ours, theirs = point.scores, other.scores
+
+    def difference(distance: Callable[[Curve, int, GroupIndices], float]) -> Interval:
+        return curve.interval(
+            lambda groups: distance(curve, index, groups) - distance(baseline, baseline_index, groups)
+        )
+
+    metrics = {"fid": difference(Curve.fid)}
+    if point.kernel is not None and other.kernel is not None:
+        metrics["kid"] = difference(Curve.kid)
+    return metrics | {name: point.mean(ours[name] - theirs[name]) for name in ours if name in theirs}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +272,7 @@ def clip_at_equal_fid(curve: Curve, baseline: Curve) -> EqualFidComparison:
         ours, theirs = (np.interp(levels, *_rising_branch(side, groups)) for side in (curve, baseline))
         return float((ours - theirs).mean())
 
-    clip = intervals.jackknife(curve.groups, difference)
+    clip = curve.interval(difference)
     return EqualFidComparison(clip=clip, fid_low=low, fid_high=high)
 
 
@@ -203,7 +293,19 @@ def gap_closed(student: Curve, *, few: Curve, many: Curve, w: float) -> Interval
     fid_few, _, fid_many = fids(few.groups)
     if fid_few <= fid_many:
         raise CurveError(f"no gap to close: at guidance {w:g} many steps have no lower FID than few")
-    return intervals.jackknife(student.groups, closed)
+    return student.interval(closed)
+
+
+@functools.cache
+def _draw_groups(draws: int, *, captions: int) -> tuple[np.ndarray, ...]:
+    """Partitions of `draws` x `captions` images into groups with one image of each caption.
+
+    The first is draw by draw, in the others each caption's draws are permuted; the same for all models.
+    """
+    images = np.arange(draws * captions).reshape(draws, captions)
+    random = np.random.default_rng(0)
+    others = (random.permuted(images, axis=0) for _ in range(_PARTITIONS - 1))
+    return tuple(group for partition in (images, *others) for group in partition)
 
 
 def _rising_branch(curve: Curve, groups: GroupIndices) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """Metrics of a miniature on held-out scenes, with 95 % intervals."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from itertools import product
@@ -16,8 +16,16 @@ from snapfusion.metrics.frechet import frechet_distance
 from snapfusion.metrics.intervals import Interval
 from snapfusion.metrics.moments import Moments
 from snapfusion.mini.oracle import Oracle, load_oracle
-from snapfusion.mini.scenes import HELD_OUT, caption_of, change_one_attribute, image_batch, scene_of
+from snapfusion.mini.scenes import (
+    HELD_OUT,
+    caption_of,
+    change_one_attribute,
+    held_out_index,
+    image_batch,
+    scene_of,
+)
 from snapfusion.mini.settings import BATCH, MiniMeasurementSettings
+from snapfusion.mini.split import Split
 from snapfusion.mini.vocabulary import NUM_CAPTIONS, STORED_NAMES
 from snapfusion.mini.weights import WEIGHTS
 from snapfusion.models.blocks import skipping_blocks
@@ -33,6 +41,8 @@ _OTHER_RENDERING_OFFSET = 10_000 * NUM_CAPTIONS
 """From a held-out index to another rendering of the same caption."""
 
 MetricIntervals = dict[str, Interval]
+Batches = Sequence[Sequence[int]]
+"""Indexes of scenes, batch by batch."""
 ResultCallback = Callable[[str, MetricIntervals], None]
 """Called with a part's name and metrics as they are ready."""
 
@@ -44,17 +54,17 @@ class Evaluator:
     Attributes:
         scorer: computes the CLIP score.
         oracle: reads attributes; its features are those of the Frechet distance.
-        count: number of held-out scenes.
+        batches: indexes of the held-out scenes.
     """
 
     scorer: ClipScorer
     oracle: Oracle
-    count: int
+    batches: Batches
 
     @cached_property
     def reference(self) -> tuple[Moments, ...]:
         """Moments of the held-out scenes' own images, batch by batch."""
-        return tuple(self.moments(image_batch(indexes)) for indexes in held_out_batches(self.count))
+        return tuple(self.moments(image_batch(indexes)) for indexes in self.batches)
 
     @torch.inference_mode()
     def moments(self, images: Tensor) -> Moments:
@@ -80,17 +90,18 @@ def measure_mini(
 ) -> None:
     """Compute all metrics of the weights in `folder`, part by part, except the parts in `known`."""
     scorer, oracle = load_scorer(folder / "scorer"), load_oracle(folder / "oracle")
-    evaluator = Evaluator(scorer=scorer, oracle=oracle, count=settings.scenes)
+    batches = held_out_batches(settings.scenes, split=settings.split)
+    evaluator = Evaluator(scorer=scorer, oracle=oracle, batches=batches)
     vae = load(str(folder / "sd"))
     parts: dict[str, Callable[[], MetricIntervals]] = {
-        "vae": lambda: measure_vae(vae, count=settings.scenes),
-        "scorer": lambda: measure_scorer(scorer, count=settings.scenes),
-        "oracle": lambda: measure_oracle(oracle, count=settings.scenes),
+        "vae": lambda: measure_vae(vae, batches),
+        "scorer": lambda: measure_scorer(scorer, batches),
+        "oracle": lambda: measure_oracle(oracle, batches),
         "floor": lambda: measure_floor(vae, evaluator=evaluator),
     }
     for name in settings.models:
         model = load(str(folder / name))
-        parts[f"{name} blocks"] = partial(measure_blocks, model, count=settings.scenes, seed=settings.seed)
+        parts[f"{name} blocks"] = partial(measure_blocks, model, batches, seed=settings.seed)
         for solver, steps, w in product(settings.solvers, settings.steps, settings.guidance):
             sampler = SamplerConfig(solver=solver, steps=steps, w=w)
             parts[f"{name} {sampler}"] = partial(
@@ -102,13 +113,13 @@ def measure_mini(
 
 
 @torch.inference_mode()
-def measure_vae(teacher: Bundle, *, count: int) -> MetricIntervals:
+def measure_vae(teacher: Bundle, batches: Batches) -> MetricIntervals:
     """PSNR in dB (mean over images, peak 255) of encoding to the mean and decoding."""
-    batches = map(image_batch, held_out_batches(count))
-    return {"psnr_db": _mean([image_psnr(_reconstruct(teacher, images), images) for images in batches])}
+    every = map(image_batch, batches)
+    return {"psnr_db": _mean([image_psnr(_reconstruct(teacher, images), images) for images in every])}
 
 
-def measure_scorer(scorer: ClipScorer, *, count: int) -> MetricIntervals:
+def measure_scorer(scorer: ClipScorer, batches: Batches) -> MetricIntervals:
     """Accuracy of the scorer in telling captions apart.
 
     recall_at_1: among 100 different captions the true one scores highest. one_attribute: the true caption
@@ -116,7 +127,7 @@ def measure_scorer(scorer: ClipScorer, *, count: int) -> MetricIntervals:
     another caption of the batch.
     """
     recalled, preferred, matched, mismatched = [], [], [], []
-    for indexes in held_out_batches(count):
+    for indexes in batches:
         scenes = [scene_of(index) for index in indexes]
         draws = [uniform(noise_key("altered caption", index), 1)[0] for index in indexes]
         altered = [change_one_attribute(scene, draw=draw) for scene, draw in zip(scenes, draws, strict=True)]
@@ -139,26 +150,23 @@ def measure_scorer(scorer: ClipScorer, *, count: int) -> MetricIntervals:
     }
 
 
-def measure_oracle(oracle: Oracle, *, count: int) -> MetricIntervals:
+def measure_oracle(oracle: Oracle, batches: Batches) -> MetricIntervals:
     """The proportions of held-out scenes whose attributes are read correctly, each and all five."""
-    right = [
-        oracle.score(image_batch(indexes), [scene_of(i) for i in indexes])
-        for indexes in held_out_batches(count)
-    ]
+    right = [oracle.score(image_batch(indexes), [scene_of(i) for i in indexes]) for indexes in batches]
     return _attribute_proportions(right)
 
 
 def measure_floor(teacher: Bundle, *, evaluator: Evaluator) -> MetricIntervals:
     """The Frechet distance of other real images of the same captions, as they are and through the VAE."""
     real, decoded = [], []
-    for indexes in held_out_batches(evaluator.count):
+    for indexes in evaluator.batches:
         images = image_batch([index + _OTHER_RENDERING_OFFSET for index in indexes])
         real.append(evaluator.moments(images))
         decoded.append(evaluator.moments(_reconstruct(teacher, images)))
     return {"fid_real": evaluator.distance(real), "fid_vae": evaluator.distance(decoded)}
 
 
-def measure_blocks(model: Bundle, *, count: int, seed: int) -> MetricIntervals:
+def measure_blocks(model: Bundle, batches: Batches, *, seed: int) -> MetricIntervals:
     """The value of blocks by the rows of SnapFusion Table 3: the error without them over that with them.
 
     The error is that of the velocity (SnapFusion Eq. 6) at ten times spread over the schedule, each for a
@@ -169,19 +177,19 @@ def measure_blocks(model: Bundle, *, count: int, seed: int) -> MetricIntervals:
     groups: dict[str, list[str]] = {}
     for block in architecture.blocks:
         groups.setdefault(f"{row_of[block.stage]} {block.kind}", []).append(block.name)
-    whole = _velocity_errors(model, (), count=count, seed=seed)
+    whole = _velocity_errors(model, (), batches=batches, seed=seed)
     ratios = {}
     for group, names in groups.items():
-        errors = _velocity_errors(model, names, count=count, seed=seed)
+        errors = _velocity_errors(model, names, batches=batches, seed=seed)
         ratios[group] = intervals.jackknife(list(zip(errors, whole, strict=True)), _ratio_of_sums)
     return ratios
 
 
 @torch.inference_mode()
-def _velocity_errors(model: Bundle, names: Sequence[str], *, count: int, seed: int) -> list[float]:
+def _velocity_errors(model: Bundle, names: Sequence[str], *, batches: Batches, seed: int) -> list[float]:
     """Mean velocity loss of each batch of held-out scenes, without the named blocks."""
     errors, schedule = [], model.schedule
-    for indexes in held_out_batches(count):
+    for indexes in batches:
         keys = [noise_key("mini blocks", seed, index) for index in indexes]
         x = model.encode_images(image_batch(indexes))
         eps = gaussian_batch(keys, model.latent_shape)
@@ -223,7 +231,7 @@ def measure_samples(
 ) -> MetricIntervals:
     """Attributes, CLIP score and Frechet distance of images generated from held-out scenes' captions."""
     right, clip, moments = [], [], []
-    for indexes in held_out_batches(evaluator.count):
+    for indexes in evaluator.batches:
         scenes = [scene_of(index) for index in indexes]
         images = generate_images(model, indexes, sampler=sampler, seed=seed)
         right.append(evaluator.oracle.score(images, scenes))
@@ -247,11 +255,13 @@ def generate_images(model: Bundle, indexes: Sequence[int], *, sampler: SamplerCo
     return to_uint8(model.decode(latents))
 
 
-def held_out_batches(count: int, *, batch: int = BATCH, first: int = 0) -> Iterator[range]:
-    """`count` held-out indexes from number `first` on, in batches; within each all captions differ."""
-    end = HELD_OUT + first + count
-    for start in range(HELD_OUT + first, end, batch):
-        yield range(start, min(start + batch, end))
+def held_out_batches(
+    count: int, *, batch: int = BATCH, first: int = 0, split: Split | None = None
+) -> Batches:
+    """`count` held-out indexes of a split from position `first` on; within a batch all captions differ."""
+    positions = range(first, first + count)
+    indexes = [HELD_OUT + held_out_index(position, split=split) for position in positions]
+    return [indexes[start : start + batch] for start in range(0, count, batch)]
 
 
 def image_psnr(images: Tensor, reference: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class NoisedBatch:
         z_t: their latents with noise, float32 [B,4,8,8].
     """
 
-    indexes: range
+    indexes: Sequence[int]
     decoded: Tensor
     z_t: Tensor
 

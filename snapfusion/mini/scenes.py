@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from snapfusion.mini.captions import TEMPLATE
+from snapfusion.mini.split import Split, captions_in
 from snapfusion.mini.vocabulary import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -125,6 +126,28 @@ def parse_caption(caption: str) -> Scene:
 @functools.cache
 def _scenes_by_caption() -> dict[str, Scene]:
     return {caption_of(scene): scene for scene in map(scene_of, range(NUM_CAPTIONS))}
+
+
+@functools.cache
+def numbers_in(split: Split | None) -> tuple[int, ...]:
+    """Numbers of a split's captions, increasing; of all 1200 for None. Scene i has number i modulo 1200."""
+    if split is None:
+        return tuple(range(NUM_CAPTIONS))
+    captions = set(captions_in(split))
+    return tuple(number for number in range(NUM_CAPTIONS) if caption_of(scene_of(number)) in captions)
+
+
+def held_out_index(position: int, *, split: Split | None) -> int:
+    """Index, above `HELD_OUT`, of a held-out scene of a split: each of its captions once, then once again."""
+    numbers = _held_out_numbers(split)
+    repeat, rest = divmod(position, len(numbers))
+    return repeat * NUM_CAPTIONS + numbers[rest]
+
+
+@functools.cache
+def _held_out_numbers(split: Split | None) -> list[int]:
+    # HELD_OUT is no multiple of 1200: its caption has another number than 0.
+    return sorted((number - HELD_OUT) % NUM_CAPTIONS for number in numbers_in(split))
 
 
 def changes_of(scene: Scene) -> list[Scene]:

@@ -2,6 +2,7 @@
 
 from pydantic import Field, NonNegativeInt, field_validator
 
+from snapfusion.mini.split import Split
 from snapfusion.settings import Settings
 from snapfusion.solver_names import Solver
 
@@ -17,6 +18,7 @@ class MiniMeasurementSettings(Settings):
 
     seed: int = Field(default=0, ge=0, description="of the noise that images are generated from")
     scenes: int = Field(default=2000, ge=2 * BATCH, multiple_of=BATCH, description="held-out scenes")
+    split: Split | None = Field(default="test", description="of the captions; null takes all")
     models: tuple[str, ...] = Field(default=("sd", "sd-v"), description="folders of the measured models")
     solvers: tuple[Solver, ...] = Field(default=("ddim",), min_length=1)
     steps: tuple[int, ...] = Field(default=(50,), min_length=1, description="network evaluations of a solver")

@@ -12,19 +12,14 @@ import torch
 from torch import Tensor
 
 from snapfusion.mini.captions import TEMPLATE
-from snapfusion.mini.scenes import Scene, caption_of, changes_of, scene_of
-from snapfusion.mini.split import captions_in
+from snapfusion.mini.scenes import Scene, caption_of, changes_of, numbers_in, scene_of
 from snapfusion.mini.training.settings import TaughtSettings
 from snapfusion.mini.vocabulary import ATTRIBUTES, NUM_CAPTIONS
 
 
 def taught_numbers(settings: TaughtSettings) -> Tensor:
     """Numbers of the captions that are taught, int64 [N]: scene i has caption number i modulo 1200."""
-    if not settings.training_split_only:
-        return torch.arange(NUM_CAPTIONS)
-    known = set(captions_in("training"))
-    numbers = [number for number in range(NUM_CAPTIONS) if caption_of(scene_of(number)) in known]
-    return torch.tensor(numbers)
+    return torch.tensor(numbers_in("training" if settings.training_split_only else None))
 
 
 def caption_without(scene: Scene, attribute: str) -> str:

@@ -6,8 +6,10 @@ import pickle
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
+import torch
 from in_process import in_process
 from set_options import set_options
 
@@ -18,11 +20,14 @@ from jobs.recipes.miniature import mini
 from jobs.recipes.stable_diffusion import sd15
 from jobs.reports.charts import standalone_svg
 from jobs.reports.evaluation_page import evaluation_charts, render_evaluation
+from pipelines.datasets.references import features_of, moments_of
 from pipelines.datasets.settings import ReferencesSettings, SamplesSettings
 from pipelines.sources.settings import CaptionSettings
 from pipelines.stages.sample import SampleAndScore
 from pipelines.stages.settings import Sampler, SamplingSettings
 from pipelines.tables.table import open_table
+from snapfusion.metrics.frechet import frechet_distance
+from snapfusion.metrics.moments import Moments
 from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
 from snapfusion.models.guidance_embedding import with_guidance_embedding
 from snapfusion.models.load import load
@@ -41,6 +46,7 @@ SETTINGS = EvaluationSettings(
     references=ReferencesSettings(count=200),
     samples=SamplesSettings(drawing=SamplingSettings(batch_size=6), rows_per_unit=6),
     groups=3,
+    floor_redraws=3,
     gaps=(FidGap(student="dpm++", few="few", many="many", w=2.0),),
     criteria=(
         Criterion(contender="few", against="many", w=2.0, metric="fid", at_most=0.0),
@@ -69,13 +75,13 @@ def made(tmp_path_factory):
 
 def test_every_contender_is_compared_with_the_baseline(made):
     out, results, begun = made
-    assert begun == ["references", "many", "few", "dpm++"]
+    assert begun == ["references", "many", "few", "dpm++", "redrawn"]
     assert open_table(str(out / "few")).num_rows == 36
     points = results["curves"]["few"]["points"]
     assert [point["w"] for point in points] == [1.0, 2.0, 3.0]
     assert [point["evaluations"] for point in points] == [1, 2, 2]
     for point in points:
-        for figure in ("fid", "clip", "attributes"):
+        for figure in ("fid", "kid", "clip", "attributes"):
             value, low, high = point[figure]
             assert low <= value <= high
     assert set(results["differences"]) == set(results["equal_fid"]) == {"few", "dpm++"}
@@ -125,6 +131,24 @@ def test_the_protocol_has_what_metrics_depend_on(made):
     assert len(protocol["features"]["sha256"]) == len(protocol["scorer"]["sha256"]) == 64
     [note] = protocol["notes"]
     assert note.startswith("drawn: 12 feature vectors of 128 numbers")
+
+
+def test_the_floor_is_of_other_real_images(made):
+    out, results, _ = made
+    floor = results["floor"]
+    assert (floor["redraws"], floor["images"]) == (3, 12)
+    redrawn = open_table(str(out / "redrawn"))
+    sets = torch.from_numpy(features_of(redrawn, limit=36)).split(12)
+    reference = moments_of(open_table(str(out / "references")))
+    fids = [frechet_distance(Moments.of(one), reference) for one in sets]
+    assert floor["fid"] == {"mean": pytest.approx(mean(fids)), "sd": pytest.approx(stdev(fids))}
+    ids = [
+        table.read_unit(unit, ["id"]).column("id").to_pylist()
+        for table in (redrawn, open_table(str(out / "references")))
+        for unit in table.units
+    ]
+    assert len({id_ for part in ids for id_ in part}) == 36 + 200
+    assert "as many real images" in render_evaluation(results)
 
 
 def test_a_second_run_samples_nothing(made, monkeypatch):
@@ -201,7 +225,7 @@ def test_captions_come_from_a_list_too(tmp_path):
     )
     results, _ = run(settings, tmp_path / "evaluation")
     captions = results["protocol"]["captions"]
-    assert captions.keys() == {"name", "url", "sha256", "listed", "compared"}
+    assert captions.keys() == {"name", "url", "split", "draws", "sha256", "listed", "compared"}
     assert captions.items() >= {"name": "list", "url": prompts.url, "listed": 8, "compared": 8}.items()
 
 

@@ -14,7 +14,7 @@ from set_options import set_options
 from jobs import evolve_unet as job
 from jobs.cli.in_run import resolve_training
 from jobs.cli.job import Job
-from jobs.evaluation.evaluation import captions_of
+from jobs.evaluation.captions import captions_of
 from jobs.evaluation.settings import PromptSettings
 from jobs.evolution.search import Evolution, describe_round
 from jobs.evolution.settings import EvolutionSettings

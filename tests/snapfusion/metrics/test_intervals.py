@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from snapfusion.metrics.intervals import jackknife, mean, proportion
+from snapfusion.metrics.intervals import (
+    Interval,
+    average,
+    jackknife,
+    mean,
+    mean_within,
+    over_seeds,
+    proportion,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +56,47 @@ def test_jackknife_covers_a_ratio():
         return interval.low <= 2.0 <= interval.high
 
     assert 0.90 < np.mean([covers() for _ in range(300)]) < 0.98
+
+
+def test_mean_within_covers_the_mean_of_the_same_captions():
+    """Captions differ by far more than draws, and stay as they are: the interval is over draws alone."""
+    random = np.random.default_rng(4)
+    captions = random.normal(0.0, 10.0, size=50)
+
+    def covers():
+        interval = mean_within(captions + random.normal(0.0, 0.1, size=(5, 50)))
+        return interval.low <= captions.mean() <= interval.high
+
+    assert 0.93 < np.mean([covers() for _ in range(1000)]) < 0.97
+    with pytest.raises(ValueError, match="1 draws for each caption have no interval"):
+        mean_within(captions[None])
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 6])
+def test_intervals_over_seeds_cover_the_mean_of_all_seeds(seeds):
+    """Seeds vary, and all are measured with one error that is common to them."""
+    random = np.random.default_rng(5)
+
+    def covers():
+        measured = random.normal(0.0, 1.0) + random.normal(0.0, 2.0, size=seeds)
+        interval = over_seeds([Interval(value, value - 1.96, value + 1.96) for value in measured])
+        return interval.low <= 0.0 <= interval.high
+
+    assert 0.93 < np.mean([covers() for _ in range(2000)]) < 0.99
+
+
+def test_an_average_of_the_same_images_is_no_more_certain():
+    estimates = [Interval(1.0, 0.0, 2.0), Interval(3.0, 0.0, 6.0)]
+    assert average(estimates) == Interval(2.0, 0.0, 4.0)
+    assert over_seeds(estimates[:1]) == estimates[0]
+
+
+@pytest.mark.parametrize("freedom", range(1, 12))
+def test_students_quantile(freedom):
+    groups = [0.0] * freedom + [float(freedom + 1)]
+    interval = jackknife(groups, lambda some: float(np.mean(some)))
+    expected = stats.t.ppf(0.975, freedom) * np.std(groups, ddof=1) / np.sqrt(freedom + 1)
+    assert interval.high - interval.value == pytest.approx(expected, rel=0.02)
 
 
 def test_too_few_samples_are_refused():

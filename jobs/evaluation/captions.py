@@ -1,0 +1,57 @@
+"""The captions that models are compared on: those of a list, or of the miniature's held-out scenes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+
+from jobs.evaluation.settings import PromptSettings
+from pipelines.sources.captions import Caption, CaptionRow, read_captions
+from snapfusion.mini.scenes import HELD_OUT, caption_of, held_out_index, scene_of
+from snapfusion.mini.split import Split, captions_in
+
+
+def captions_of(prompts: PromptSettings) -> list[CaptionRow]:
+    """Every caption once, then again for each further draw.
+
+    Raises:
+        SourceError: if the list cannot be read.
+        ValueError: if it has a caption of another of the miniature's splits.
+    """
+    captions = _captions_once(prompts)
+    return [drawn_again(row, draw) for draw in range(prompts.draws) for row in captions]
+
+
+def drawn_again(row: CaptionRow, draw: int) -> CaptionRow:
+    """The row of a further draw, whose id, and with it the noise, is its own; draw 0 is the row itself."""
+    return row if draw == 0 else replace(row, id=f"{row.id}-draw{draw}")
+
+
+def check_disjoint(
+    captions: Sequence[CaptionRow], others: Sequence[CaptionRow], *, names: tuple[str, str]
+) -> None:
+    """Raise `ValueError` if a caption is in both lists, given with their names."""
+    texts = {row.text for row in others if isinstance(row, Caption)}
+    for row in captions:
+        if isinstance(row, Caption) and row.text in texts:
+            raise ValueError(f"{names[0]} and {names[1]} both have {row.text!r}; give lists without overlap")
+
+
+def _captions_once(prompts: PromptSettings) -> list[CaptionRow]:
+    if prompts.url is not None:
+        captions = list(islice(read_captions(prompts.url, prompts.reading), prompts.limit))
+        if prompts.split is not None:
+            _check_split(captions, prompts.split, url=prompts.url)
+        return captions
+    count = prompts.num_images // prompts.draws
+    indexes = [held_out_index(position, split=prompts.split) for position in range(count)]
+    return [
+        Caption(id=f"scene-{index}", ordinal=ordinal, text=caption_of(scene_of(HELD_OUT + index)))
+        for ordinal, index in enumerate(indexes)
+    ]
+
+
+def _check_split(captions: Sequence[CaptionRow], split: Split, *, url: str) -> None:
+    known = set(captions_in(split))
+    for row in captions:
+        if isinstance(row, Caption) and row.text not in known:
+            raise ValueError(f"{url}: {row.text!r} is no caption of the miniature's {split} split")

@@ -1,0 +1,205 @@
+"""Samples contenders for a set of captions, and reads their scores as curves over guidance.
+
+Each contender's images are a table of their own (SAMPLES), to which more guidance scales or captions are
+appended; features of real images are computed once (REFERENCES).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.evaluation.captions import captions_of, drawn_again
+from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings
+from pipelines.datasets.references import compute_references, features_of, moments_of
+from pipelines.datasets.samples import generate_samples, read_scores, sampled_ids
+from pipelines.datasets.settings import ReferencesSettings
+from pipelines.ray_data.execution import Runner
+from pipelines.sources.captions import CaptionRow
+from pipelines.storage.objects import absolute_url
+from pipelines.tables.commits import Origin
+from pipelines.tables.committer import OnProgress
+from pipelines.tables.table import Snapshot
+from pipelines.tables.usable_rows import check_usable
+from snapfusion.metrics.curves import Curve, CurvePoint
+from snapfusion.metrics.kernel import KernelReference
+from snapfusion.metrics.moments import Moments
+from snapfusion.models.source import absolute_source
+
+StartTable = Callable[[str, Any], tuple[Origin, OnProgress]]
+"""(name of a table to fill, its parents) -> the origin kept beside its units, and a progress callback."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedCaptions:
+    """Contenders evaluated on one set of captions.
+
+    Attributes:
+        captions: of all draws, as listed.
+        ids: of the images that are compared, draw by draw; all contenders have them at every guidance.
+        curves: by contender.
+        tables: of the contenders' samples.
+        references: table of the real images.
+        moments: of the real images' features.
+        kernel: of the same, for KID; None for none.
+    """
+
+    captions: Sequence[CaptionRow]
+    ids: Sequence[str]
+    curves: Mapping[str, Curve]
+    tables: Mapping[str, Snapshot]
+    references: Snapshot
+    moments: Moments
+    kernel: KernelReference | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableMaker:
+    """Makes the tables of an evaluation.
+
+    Attributes:
+        settings: of the evaluation.
+        model: source of the model of contenders that name none.
+        out: folder or URL of the tables.
+        start: called for each table before it is filled.
+        run: executes stages.
+    """
+
+    settings: EvaluationSettings
+    model: str
+    out: str
+    start: StartTable
+    run: Runner
+
+    def evaluate(
+        self,
+        contenders: Sequence[Contender],
+        *,
+        prompts: PromptSettings,
+        references: ReferencesSettings,
+        name: str,
+    ) -> EvaluatedCaptions:
+        """Generate the missing samples, and compute curves.
+
+        Args:
+            contenders: to evaluate.
+            prompts: captions.
+            references: real images.
+            name: of the table of the real images.
+
+        Raises:
+            NoUsableRows: if all rows of a table were rejected.
+            ValueError: if too few images are left to compare.
+        """
+        captions = captions_of(prompts)
+        real = self.references(references, name=name)
+        tables = {
+            contender.name: self._sample(contender, captions, source=prompts.name) for contender in contenders
+        }
+        ids = self._shared_ids(prompts, tables, captions)
+        moments, limit = moments_of(real), self.settings.kid_images
+        kernel = KernelReference.of(torch.from_numpy(features_of(real, limit=limit))) if limit else None
+        curves = {
+            name: Curve(points=tuple(self._points(table, prompts, ids=ids, kernel=kernel)), reference=moments)
+            for name, table in tables.items()
+        }
+        return EvaluatedCaptions(
+            captions=captions,
+            ids=ids,
+            curves=curves,
+            tables=tables,
+            references=real,
+            moments=moments,
+            kernel=kernel,
+        )
+
+    def references(self, references: ReferencesSettings, *, name: str) -> Snapshot:
+        """The table `name` with features of all real images.
+
+        Raises:
+            NoUsableRows: if all of them were rejected.
+        """
+        origin, on_progress = self.start(name, {"pictures": references.url or "scenes"})
+        table = compute_references(
+            references,
+            metrics=self.settings.samples.judging,
+            url=f"{self.out}/{name}",
+            origin=origin,
+            run=self.run,
+            on_progress=on_progress,
+        )
+        check_usable("REFERENCES", table)
+        return table
+
+    def _sample(self, contender: Contender, captions: Sequence[CaptionRow], *, source: str) -> Snapshot:
+        """Generate the missing samples of a contender; returns its table."""
+        settings, model = self.settings, absolute_source(contender.model or self.model)
+        origin, on_progress = self.start(
+            contender.name, {"model": model, "captions": settings.prompts.url or source}
+        )
+        table = generate_samples(
+            settings.samples,
+            model=model,
+            sampler=contender.sampler,
+            guidance=settings.guidance,
+            captions=captions,
+            source=source,
+            url=f"{self.out}/{contender.table or contender.name}",
+            decoder=contender.decoder and absolute_url(contender.decoder),
+            origin=origin,
+            run=self.run,
+            on_progress=on_progress,
+        )
+        check_usable(f"SAMPLES of {contender.name}", table)
+        return table
+
+    def _shared_ids(
+        self, prompts: PromptSettings, tables: Mapping[str, Snapshot], captions: Sequence[CaptionRow]
+    ) -> list[str]:
+        """Images that all contenders have at every guidance, draw by draw: differences are paired.
+
+        A caption is left out if one of its draws is missing.
+        """
+        found = [
+            set(sampled_ids(table, source=prompts.name, w=w))
+            for table in tables.values()
+            for w in self.settings.guidance
+        ]
+        draws = range(prompts.draws)
+        once = captions[: len(captions) // prompts.draws]
+        rows = [
+            row for row in once if all(drawn_again(row, draw).id in ids for draw in draws for ids in found)
+        ]
+        needed = 2 * self.settings.groups if prompts.draws == 1 else 2
+        if len(rows) < needed:
+            raise ValueError(
+                f"all contenders have images of {len(rows)} captions; {needed} are needed for "
+                f"{self.settings.groups} groups: raise evaluation.prompts.limit or lower evaluation.groups"
+            )
+        return [drawn_again(row, draw).id for draw in draws for row in rows]
+
+    def _points(
+        self,
+        table: Snapshot,
+        prompts: PromptSettings,
+        *,
+        ids: Sequence[str],
+        kernel: KernelReference | None,
+    ) -> Iterator[CurvePoint]:
+        for w in self.settings.guidance:
+            rows = read_scores(table, source=prompts.name, w=w)
+            index_of = {id_: index for index, id_ in enumerate(rows.ids)}
+            chosen = np.array([index_of[id_] for id_ in ids])
+            yield CurvePoint.of(
+                w=w,
+                features=rows.features[chosen],
+                clip=rows.clip[chosen],
+                right=None if rows.right is None else rows.right[chosen],
+                groups=self.settings.groups,
+                draws=prompts.draws,
+                reference=kernel,
+            )
