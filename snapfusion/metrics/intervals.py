@@ -115,8 +115,8 @@ def jackknife_draws(
 ) -> Interval:
     """`estimate` of all images, with an interval over draws of the same captions.
 
-    The jackknife's variance is averaged over partitions. Where a statistic is dominated by its square terms, as
-    a Frechet distance near its floor is, that is up to twice the true one: the part of pairs of groups is
+    The jackknife's variance is averaged over partitions. Where a statistic is dominated by its square terms,
+    as a Frechet distance near its floor is, that is up to twice the true one: the part of pairs of groups is
     subtracted (Efron and Stein 1981).
 
     Args:
