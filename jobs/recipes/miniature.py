@@ -340,8 +340,7 @@ def ablation(model: str = "mini") -> Recipe:
     base, own = mini(model), _of_model(model)
     distill = {
         "student": None,
-        # Of version 0.1, with which the panels in docs/ablation were made.
-        "loop": _distillation_loop(300, learning_rate=1e-4).model_copy(update={"arithmetic": 1}),
+        "loop": _distillation_loop(300, learning_rate=1e-4),
         "trainer": TrainerSettings(micro_batch=32),
     }
     return base.model_copy(
