@@ -158,8 +158,12 @@ def changes_of(scene: Scene) -> list[Scene]:
 
 def change_one_attribute(scene: Scene, *, draw: float) -> Scene:
     """`scene` with another value of one attribute: of all such changes, the one at `draw` in [0, 1)."""
-    changes = changes_of(scene)
-    return changes[int(draw * len(changes))]
+    return choose(changes_of(scene), draw=draw)
+
+
+def choose(scenes: Sequence[Scene], *, draw: float) -> Scene:
+    """The scene at `draw` in [0, 1)."""
+    return scenes[int(draw * len(scenes))]
 
 
 def render(scene: Scene, *, key: int, size: int = IMAGE_SIZE) -> np.ndarray:

@@ -72,7 +72,7 @@ class MiniTraining(Settings):
     velocity: DenoiserSettings = DenoiserSettings(
         samples=240_000, batch=96, lr=6e-4, deep_first=0.0, shallow_skip=0.4
     )
-    taught: TaughtSettings = TaughtSettings(wrong_word=0.12, missing_word=0.12, training_split_only=True)
+    taught: TaughtSettings = TaughtSettings()
     scenes: int = Field(default=60_000, gt=0, description="scenes whose latents the UNets are trained on")
     caption_dropout: float = Field(
         default=0.1, ge=0, le=1, description="probability that a UNet is given the empty caption instead"

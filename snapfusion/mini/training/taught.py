@@ -4,8 +4,10 @@ With right captions alone a network learns to follow them without guidance, and 
 has nothing left to improve.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Self
 
 import torch
@@ -34,25 +36,34 @@ def caption_without(scene: Scene, attribute: str) -> str:
 class TaughtCaptions:
     """All captions that may be taught for each scene, and their choice.
 
+    A caption of another split is not taught as a wrong one either: a network would learn that it is always
+    wrong.
+
     Attributes:
         texts: right captions by number; then for each number those without one attribute; 1200 (1 + A).
-        wrong: for each number those of the captions with one wrong word, int64 [1200, K].
+        wrong: for each number those of the taught captions with one wrong word, repeated to fill a row, int64
+            [1200, K].
+        num_wrong: different ones in each row, int64 [1200].
         settings: shares.
     """
 
     texts: tuple[str, ...]
     wrong: Tensor
+    num_wrong: Tensor
     settings: TaughtSettings
 
     @classmethod
     def of(cls, settings: TaughtSettings) -> Self:
         """The captions of all scenes."""
         scenes = [scene_of(number) for number in range(NUM_CAPTIONS)]
-        number_of = {scene: number for number, scene in enumerate(scenes)}
+        taught = {scenes[number]: number for number in taught_numbers(settings).tolist()}
+        wrong = [[taught[other] for other in changes_of(scene) if other in taught] for scene in scenes]
+        longest = max(map(len, wrong))
         incomplete = [caption_without(scene, name) for scene in scenes for name in ATTRIBUTES]
         return cls(
             texts=(*map(caption_of, scenes), *incomplete),
-            wrong=torch.tensor([[number_of[other] for other in changes_of(scene)] for scene in scenes]),
+            wrong=torch.tensor([list(islice(cycle(row), longest)) for row in wrong]),
+            num_wrong=torch.tensor([len(row) for row in wrong]),
             settings=settings,
         )
 
@@ -70,11 +81,19 @@ class TaughtCaptions:
         if not settings.wrong_word and not settings.missing_word:
             return numbers
         kind, choice = torch.rand((2, len(numbers)), generator=generator)
-        wrong = self.wrong[numbers, (choice * self.wrong.shape[1]).long()]
+        wrong = self.wrong[numbers, (choice * self.num_wrong[numbers]).long()]
         incomplete = NUM_CAPTIONS + numbers * len(ATTRIBUTES) + (choice * len(ATTRIBUTES)).long()
         taught = torch.where(kind < settings.wrong_word, wrong, numbers)
         is_incomplete = (kind >= settings.wrong_word) & (kind < settings.wrong_word + settings.missing_word)
         return torch.where(is_incomplete, incomplete, taught)
+
+    def wrong_scenes(self, scene: Scene) -> list[Scene]:
+        """The scenes of the taught captions that differ in one attribute."""
+        return [other for other in changes_of(scene) if other in self._taught_scenes]
+
+    @functools.cached_property
+    def _taught_scenes(self) -> frozenset[Scene]:
+        return frozenset(map(scene_of, taught_numbers(self.settings).tolist()))
 
 
 def draw_taught(captions: TaughtCaptions, scenes: Sequence[int], *, generator: torch.Generator) -> list[str]:

@@ -154,6 +154,15 @@ def test_only_the_training_split_is_taught():
     indexes = training_indexes(64, step_generator(seed=0, stage="text", step=1), numbers=numbers)
     assert {index % NUM_CAPTIONS for index in indexes} < set(numbers.tolist())
     assert len(taught_numbers(TaughtSettings())) == NUM_CAPTIONS
+    captions = TaughtCaptions.of(TaughtSettings(wrong_word=1.0, training_split_only=True))
+    generator = torch.Generator().manual_seed(0)
+    wrong = captions.draw(numbers.repeat(20), generator=generator)
+    assert set(wrong.tolist()) == set(numbers.tolist())
+    for texts in (
+        (captions.texts[index] for index in wrong.tolist()),
+        draw_captions(indexes, generator, taught=captions),
+    ):
+        assert set(texts) <= set(captions_in("training"))
     with pytest.raises(ValueError, match="at most 1 together"):
         TaughtSettings(wrong_word=0.6, missing_word=0.6)
 
