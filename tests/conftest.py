@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
 # Before torch and Ray are imported anywhere.
@@ -42,6 +43,8 @@ from snapfusion.settings import digest
 
 if TYPE_CHECKING:
     from deletion_run import Run
+
+    from jobs.training.progress_channel import OnReport
 
 # Test files have unique names, so all their folders can be on the path of this process, of scripts that tests
 # start and of Ray's workers. The checkout comes first, or an installed copy would be tested.
@@ -247,6 +250,7 @@ MOBILE = (
     "mobile.guidance=2.0",
     'mobile.captions=["red", "a red thing"]',
     "mobile.steps=3",
+    'mobile.executorch=["float32"]',  # lowering to 8 bits takes twice as long as all else
     "mobile.decoder=null",
     "mobile.licence.weights=Apache-2.0",
     "mobile.licence.data=CC0-1.0",
@@ -305,6 +309,42 @@ def ray_cluster() -> Iterator[None]:
     connect(ClusterSettings())
     yield
     ray.shutdown()
+
+
+@contextlib.contextmanager
+def ray_train_locally() -> Iterator[None]:
+    """Ray Train's local mode: a training of one worker runs in this process, on no cluster.
+
+    The actors of Ray Train take half a minute to start for a training that takes a second; tests of what a
+    training makes need none of them.
+    """
+    import ray.train
+
+    import jobs.cli.resources as resources
+    import jobs.training.trainer as trainer
+
+    @contextlib.contextmanager
+    def channel(on_report: OnReport) -> Iterator[Any]:
+        yield SimpleNamespace(put=SimpleNamespace(remote=on_report))
+
+    def no_workers(*, num_workers: int, **_: object) -> ray.train.ScalingConfig:
+        assert num_workers == 1
+        return ray.train.ScalingConfig(num_workers=0)
+
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "ScalingConfig", no_workers)
+        patch.setattr(trainer, "progress_channel", channel)
+        patch.setattr(resources, "connect", lambda *_: None)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def local_training() -> Iterator[None]:
+    """Trainings of one worker in this process, as long as the tests of a file run."""
+    with ray_train_locally():
+        yield
 
 
 @pytest.fixture(scope="module")

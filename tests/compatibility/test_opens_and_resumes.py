@@ -160,8 +160,7 @@ def test_a_checkpoint_is_resumed_in_one_process(run: Path) -> None:
     assert_same_weights(state.final_weights(), run / "finished/student/model")
 
 
-@pytest.mark.ray
-def test_a_training_is_resumed_and_published(ray_cluster: None, run: Path) -> None:
+def test_a_training_is_resumed_and_published(local_training: None, run: Path) -> None:
     metrics = distill_steps(
         DISTILL, teacher=f"{run}/model", data_url=f"{run}/latents", out_url=f"{run}/student"
     )

@@ -80,7 +80,7 @@ def evolution(out, latents, *, objective_ms=OBJECTIVE_MS, table=TABLE, run=in_pr
 
 
 @pytest.fixture(scope="module")
-def evolved(ray_cluster, latents, tmp_path_factory):
+def evolved(local_training, latents, tmp_path_factory):
     out = tmp_path_factory.mktemp("evolved")
     return out, evolution(out, latents).evolve()
 

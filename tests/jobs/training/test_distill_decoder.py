@@ -1,7 +1,6 @@
 """Tests of the decoder distillation from end to end, with a tiny teacher."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -57,20 +56,19 @@ def pairs(tiny_teacher, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(ray_cluster, pairs, tiny_teacher):
+def made(local_training, pairs, tiny_teacher):
     """The folder, the metrics and the progress reports of a distilled decoder."""
     reports, out = [], Path(pairs.url).with_name("decoder")
     metrics = distill_decoder(
         SETTINGS,
         pairs_url=pairs.url,
-        out_url=os.path.relpath(out),  # workers have another working directory
-        teacher=os.path.relpath(tiny_teacher),
+        out_url=str(out),
+        teacher=tiny_teacher,
         on_report=reports.append,
     )
     return out, metrics, reports
 
 
-@pytest.mark.ray
 def test_publishes_a_decoder_with_its_metrics(made, pairs):
     out, metrics, reports = made
     decoder = load_decoder(str(out))
@@ -90,7 +88,6 @@ def test_publishes_a_decoder_with_its_metrics(made, pairs):
     assert f"{metrics['psnr_db']:.2f} dB" in summary(metrics)[0]
 
 
-@pytest.mark.ray
 def test_a_published_decoder_is_left_as_it_is(made, pairs, tiny_teacher, tmp_path):
     out, metrics, _ = made
     elsewhere = changed(trainer=TrainerSettings(num_workers=7))
@@ -104,7 +101,6 @@ def test_a_published_decoder_is_left_as_it_is(made, pairs, tiny_teacher, tmp_pat
     assert distill(newer, out.parent, teacher=tiny_teacher) == metrics
 
 
-@pytest.mark.ray
 def test_another_setting_is_refused_and_named(made, pairs, tiny_teacher):
     out, metrics, _ = made
     other = changed(init="random")

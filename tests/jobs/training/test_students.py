@@ -16,7 +16,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
-from conftest import tiny_bundle
+from conftest import ray_train_locally, tiny_bundle
 from in_process import in_process
 from PIL import Image
 from ray_nodes import processes
@@ -76,23 +76,25 @@ def v_teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def vpred(ray_cluster, latents, eps_teacher):
+def vpred(latents, eps_teacher):
     out = Path(latents.url).with_name("vpred")
-    metrics = finetune_vpred(
-        VPRED,
-        model=os.path.relpath(eps_teacher),  # workers have another working directory
-        latents_url=latents.url,
-        out_url=os.path.relpath(out),
-        base=PublishedModel(model="owner/name", licence="MIT"),
-    )
+    with ray_train_locally():
+        metrics = finetune_vpred(
+            VPRED,
+            model=eps_teacher,
+            latents_url=latents.url,
+            out_url=str(out),
+            base=PublishedModel(model="owner/name", licence="MIT"),
+        )
     return out, metrics
 
 
 @pytest.fixture(scope="module")
-def student(vpred, latents):
+def student(ray_cluster, vpred, latents):
     out, reports = Path(latents.url).with_name("student"), []
-    teacher = str(vpred[0] / "model")
-    return out, distill(latents, out.parent, teacher=teacher, on_report=reports.append), reports
+    # Relative paths, though workers have another working directory.
+    folder, teacher = (Path(os.path.relpath(path)) for path in (out.parent, vpred[0] / "model"))
+    return out, distill(latents, folder, teacher=str(teacher), on_report=reports.append), reports
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,6 @@ def training_on(table, *, teacher, student=None, settings=DISTILL):
     return assembled(assemble, table, settings, teacher=teacher, student=student or teacher)
 
 
-@pytest.mark.ray
 def test_an_eps_model_becomes_a_v_model(vpred, latents, eps_teacher):
     out, metrics = vpred
     assert json.loads((out / "metrics.json").read_text()) == metrics
@@ -171,7 +172,9 @@ def test_an_eps_model_becomes_a_v_model(vpred, latents, eps_teacher):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_killed_fine_tuning_resumes_to_the_same_result(vpred, latents, eps_teacher, mark, tmp_path):
+def test_killed_fine_tuning_resumes_to_the_same_result(
+    ray_cluster, vpred, latents, eps_teacher, mark, tmp_path
+):
     out = tmp_path / "vpred"
     begin_and_die("vpred", model=eps_teacher, latents=latents, out=out, mark=mark)
     finetune_vpred(VPRED, model=eps_teacher, latents_url=latents.url, out_url=str(out))

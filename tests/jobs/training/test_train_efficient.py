@@ -27,7 +27,7 @@ def options(out, stage, *more):
 
 
 @pytest.fixture(scope="module")
-def run(ray_cluster, tmp_path_factory):
+def run(local_training, tmp_path_factory):
     """LATENTS, the robust model, and the efficient one made of that."""
     out = tmp_path_factory.mktemp("run")
     encode_scenes(out)
