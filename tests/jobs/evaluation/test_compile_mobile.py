@@ -24,8 +24,8 @@ from jobs.training.mobile_bundle import check_parts, publish_bundle
 from snapfusion.export.bundle import BundleError, open_bundle
 from snapfusion.export.coreml_package import describe_package
 from snapfusion.export.executorch import compile_executorch
-from snapfusion.export.modules import FixedModule, Port, decoder_module
-from snapfusion.export.parity import ParityError
+from snapfusion.export.modules import FixedModule, Port, decoder_module, text_encoder_module
+from snapfusion.export.parity import ParityError, check_parity
 from snapfusion.export.processes import worker_processes
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.settings import Licence, LicenceError, MobileSettings
@@ -64,7 +64,7 @@ def assert_refused(error, message, folder, requested, **model):
 
 def test_a_bundle_holds_all_that_an_application_needs(mobile_bundle):
     manifest = open_bundle(mobile_bundle).manifest
-    assert list(manifest["variants"]) == ["executorch", "executorch-int8", "coreml", "coreml-6bit"]
+    assert list(manifest["variants"]) == ["executorch", "coreml", "coreml-6bit"]
     for name, variant in manifest["variants"].items():
         assert set(variant["modules"]) == {"text_encoder", "unet", "decoder"}
         assert variant["images"]["samples"] == 2
@@ -138,6 +138,13 @@ def test_a_dry_run_says_what_would_be_compiled(mobile_model, tmp_path, capsys):
     assert missing == ["mobile.licence.weights", "mobile.licence.data"]
 
 
+def test_another_process_compiles_the_same_bytes():
+    module = text_encoder_module(tiny_student(seed=3).text_encoder, length=16)
+    with worker_processes(1) as processes:
+        assert processes.submit(compile_executorch, module).result() == compile_executorch(module)
+
+
+@pytest.mark.slow
 def test_processes_side_by_side_give_the_same_bytes(tmp_path, monkeypatch):
     publish(tmp_path / "one", settings())
     monkeypatch.setattr(building, "worker_processes", lambda _: worker_processes(2))
@@ -163,6 +170,20 @@ def test_the_miniatures_captions_describe_scenes():
     assert all(parse_caption(caption) for caption in recipe_named("mini").mobile.captions)
 
 
+def test_a_core_ml_delegate_program_computes_what_torch_does(tmp_path):
+    (variant,) = variants.variants_of(settings(executorch=("coreml",)))
+    module = text_encoder_module(tiny_student(seed=3).text_encoder, length=16)
+    (tmp_path / variant.name).mkdir()
+    compiled = variants.compile_module(variant, module, tmp_path, scratch=tmp_path, chunk_bytes=2**30)
+    assert compiled.files == ("executorch-coreml/text_encoder.pte",)
+    inputs = [np.arange(16, dtype=np.int32)[None]]
+    parity = check_parity(
+        artifact="it", outputs=[compiled.run(inputs)], references=[module.reference(inputs)]
+    )
+    assert 50 < parity.psnr_db < 100
+
+
+@pytest.mark.slow
 def test_core_ml_delegate_programs_are_compared_with_torch(tmp_path, capsys):
     variant = publish(tmp_path / "bundle", settings(executorch=("coreml",)))["variants"]["executorch-coreml"]
     assert variant["runtime"] == "ExecuTorch on Core ML"
@@ -183,7 +204,10 @@ def perturbed(module):
     return FixedModule(name=module.name, network=network, inputs=module.inputs, outputs=module.outputs)
 
 
-@pytest.mark.parametrize("name", ["text_encoder", "unet", "decoder"])
+@pytest.mark.parametrize(
+    "name",
+    ["text_encoder", *(pytest.param(name, marks=pytest.mark.slow) for name in ("unet", "decoder"))],
+)
 def test_a_program_with_a_perturbed_weight_is_refused(name, tmp_path, monkeypatch):
     real = variants.compile_executorch
 
@@ -401,7 +425,7 @@ sys.exit(compile_mobile.main(sys.argv[1:]))
 
 def test_a_disk_that_fills_leaves_nothing_behind(mobile_model, tmp_path):
     """No file may grow beyond 40 kB, as on a disk with no more room; the programs are larger."""
-    options = set_options(["mobile.coreml=[]", 'mobile.executorch=["float32"]', *MOBILE])
+    options = set_options([*MOBILE, 'mobile.coreml=["float16"]', "mobile.executorch=[]"])
     done = subprocess.run(
         [sys.executable, "-c", FULL, mobile_model, "--out", str(tmp_path / "run"), *options],
         capture_output=True,

@@ -55,9 +55,8 @@ def test_a_sound_bundle_is_checked_part_by_part(mobile_bundle, capsys):
     assert "as in the manifest" in message
     assert "3 steps agree" in message
     assert "3 captions have the expected ids" in message
-    for variant in ("executorch", "executorch-int8"):
-        for part in ("/text_encoder: ", "/unet: ", "/decoder: ", ", the image: "):
-            assert f"  {variant}{part}" in message
+    for part in ("/text_encoder: ", "/unet: ", "/decoder: ", ", the image: "):
+        assert f"  executorch{part}" in message
     if sys.platform != "darwin":
         assert "coreml: not executed, Core ML is not available here" in message
 
@@ -211,7 +210,7 @@ def test_guidance_changes_the_image(mobile_bundle, tmp_path):
         (["--variant", "coreml"], "has no ExecuTorch programs called coreml"),
         (
             ["--variant", "none"],
-            "has no variant 'none'; executorch, executorch-int8, coreml, coreml-6bit are",
+            "has no variant 'none'; executorch, coreml, coreml-6bit are",
         ),
         (["--model", "mini"], "--model mini: a --bundle has its own, compiled into it"),
         (["--steps", "8"], "--steps 8: a --bundle has its own, compiled into it"),
