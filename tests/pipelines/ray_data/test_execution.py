@@ -45,6 +45,8 @@ def with_first(build: Any, **more: Any) -> Any:
     return run
 
 
+# In CI test_targets does so with TARGETS, of which a teacher dies.
+@pytest.mark.slow
 def test_ray_writes_the_bytes_of_one_process(ray_cluster, tiny_teacher, tmp_path):
     alone = generate(tmp_path / "alone", tiny_teacher, run=in_process)
     by_ray = generate(tmp_path / "ray", tiny_teacher, run=run_on_ray)
@@ -75,6 +77,8 @@ def test_unit_that_kills_three_workers_is_rejected(ray_cluster, tmp_path):
     assert marks.read_text() == "xxx"
 
 
+# In CI test_targets kills a driver, without Ray.
+@pytest.mark.slow
 def test_killed_driver_continues_to_the_same_bytes(tiny_teacher, tmp_path):
     alone = generate(tmp_path / "alone", tiny_teacher, run=in_process)
     url = tmp_path / "killed"
