@@ -138,12 +138,6 @@ def test_a_dry_run_says_what_would_be_compiled(mobile_model, tmp_path, capsys):
     assert missing == ["mobile.licence.weights", "mobile.licence.data"]
 
 
-def test_another_process_compiles_the_same_bytes():
-    module = text_encoder_module(tiny_student(seed=3).text_encoder, length=16)
-    with worker_processes(1) as processes:
-        assert processes.submit(compile_executorch, module).result() == compile_executorch(module)
-
-
 @pytest.mark.slow
 def test_processes_side_by_side_give_the_same_bytes(tmp_path, monkeypatch):
     publish(tmp_path / "one", settings())

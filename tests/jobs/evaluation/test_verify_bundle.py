@@ -134,12 +134,12 @@ def test_inconsistent_vectors_are_found(copied, capsys):
 
 def test_a_program_of_other_weights_is_found(copied, capsys):
     from snapfusion.export.executorch import compile_executorch
-    from snapfusion.export.modules import unet_module
+    from snapfusion.export.modules import text_encoder_module
 
-    other = unet_module(tiny_student(seed=9).unet, condition_shape=(16, 16), conditions=2)
-    (copied / "executorch/unet.pte").write_bytes(compile_executorch(other))
-    rehash(copied, "executorch/unet.pte")
-    assert "executorch/unet does not agree with torch" in refused(copied, capsys)
+    other = text_encoder_module(tiny_student(seed=9).text_encoder, length=16)
+    (copied / "executorch/text_encoder.pte").write_bytes(compile_executorch(other))
+    rehash(copied, "executorch/text_encoder.pte")
+    assert "executorch/text_encoder does not agree with torch" in refused(copied, capsys)
 
 
 def test_a_tokenizer_of_another_model_is_found(copied, capsys):
