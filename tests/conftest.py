@@ -55,23 +55,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ
 
 
 SLOWEST = (
-    *(
-        "test_compile_mobile",
-        "test_execution",
-        "test_submit",
-        "test_run_on_s3",
-        "test_students",
-        "test_coreml",
-    ),
-    *("test_train_efficient", "test_opens_and_resumes", "test_benchmark", "test_targets", "test_exits"),
-    *(
-        "test_measure_efficiency",
-        "test_compare_chance",
-        "test_isolation",
-        "test_evolve_unet",
-        "test_train_mini",
-    ),
-    *("test_delete_rows", "test_store_faults", "test_trainer", "test_downloads", "test_mini_weights"),
+    *("test_compile_mobile", "test_trainer", "test_students", "test_submit", "test_run_on_s3"),
+    *("test_execution", "test_targets", "test_coreml", "test_evolve_unet", "test_delete_rows"),
+    *("test_benchmark", "test_opens_and_resumes", "test_measure_efficiency", "test_train_mini"),
+    *("test_train_efficient", "test_exits", "test_compare_chance", "test_isolation"),
+    *("test_store_faults", "test_downloads", "test_mini_weights"),
     *("test_distill_decoder", "test_images", "test_latency", "test_duplicates", "test_executorch"),
     *("test_resolution", "test_processes", "test_forget", "test_attention", "test_part_cache", "test_report"),
     *("test_verify_bundle", "test_evaluate", "test_aws", "test_measure_latency", "test_samples"),
