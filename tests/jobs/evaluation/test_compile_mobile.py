@@ -417,6 +417,7 @@ sys.exit(compile_mobile.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_leaves_nothing_behind(mobile_model, tmp_path):
     """No file may grow beyond 40 kB, as on a disk with no more room; the programs are larger."""
     options = set_options([*MOBILE, 'mobile.coreml=["float16"]', "mobile.executorch=[]"])

@@ -90,8 +90,17 @@ def vpred(latents, eps_teacher):
 
 
 @pytest.fixture(scope="module")
-def student(ray_cluster, vpred, latents):
-    out, reports = Path(latents.url).with_name("student"), []
+def student(vpred, latents):
+    """The folder of a student and its metrics."""
+    out, alone = Path(latents.url).with_name("student"), DISTILL.with_values(["trainer.num_workers=1"])
+    with ray_train_locally():
+        return out, distill(latents, out.parent, alone, teacher=str(vpred[0] / "model"))
+
+
+@pytest.fixture(scope="module")
+def by_two(ray_cluster, vpred, latents):
+    """The student of two workers, and its progress reports."""
+    out, reports = Path(latents.url).with_name("by_two") / "student", []
     # Relative paths, though workers have another working directory.
     folder, teacher = (Path(os.path.relpath(path)) for path in (out.parent, vpred[0] / "model"))
     return out, distill(latents, folder, teacher=str(teacher), on_report=reports.append), reports
@@ -183,11 +192,11 @@ def test_killed_fine_tuning_resumes_to_the_same_result(
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_killed_distillation_resumes_to_the_same_result(student, vpred, latents, mark, tmp_path):
+def test_a_killed_distillation_resumes_to_the_same_result(by_two, vpred, latents, mark, tmp_path):
     out, teacher = tmp_path / "student", str(vpred[0] / "model")
     begin_and_die("student", model=teacher, latents=latents, out=out, mark=mark)
     distill(latents, tmp_path, teacher=teacher)
-    assert_same_result(out, student[0], metrics=student[1])
+    assert_same_result(out, by_two[0], metrics=by_two[1])
 
 
 def sharded_and_resumed(inputs, store_url, device):
@@ -200,8 +209,8 @@ def sharded_and_resumed(inputs, store_url, device):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_sharded_student_becomes_the_same(student, vpred, latents, tmp_path):
-    out, metrics, _ = student
+def test_a_sharded_student_becomes_the_same(by_two, vpred, latents, tmp_path):
+    out, metrics, _ = by_two
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     settings = DISTILL.with_values(["trainer.sharding=fsdp"])
     teacher = str(vpred[0] / "model")
@@ -240,9 +249,8 @@ def test_a_batch_must_split_over_the_workers():
         check_batch_split(6, world=4, sharding="fsdp")
 
 
-@pytest.mark.ray
 def test_validation_keeps_the_best_weights(student):
-    out, metrics, _ = student
+    out, metrics = student
     assert [seen["step"] for seen in metrics["watch"]] == [2, 4]
     for seen in metrics["watch"]:
         assert [point["w"] for point in seen["points"]] == [2.0, 1.0]
@@ -258,10 +266,11 @@ def test_validation_keeps_the_best_weights(student):
         assert grid.size == (3 * 32, 2 * 32)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
-def test_two_workers_distil_what_one_process_does(student, vpred, latents):
+def test_two_workers_distil_what_one_process_does(by_two, vpred, latents):
     """Branches, draws and gamma are the same: what differs is the order of float32 sums."""
-    out, metrics, reports = student
+    out, metrics, reports = by_two
     # With whole batches.
     state, steps, _ = train_alone(training_on(latents, teacher=str(vpred[0] / "model")), LOOP)
     losses = [point["loss"] for point in metrics["curve"]]
@@ -275,9 +284,8 @@ def test_two_workers_distil_what_one_process_does(student, vpred, latents):
     assert reports[-1]["step"] == 4
 
 
-@pytest.mark.ray
 def test_a_student_records_its_sampler_and_evaluation(student):
-    out, metrics, _ = student
+    out, metrics = student
     record = json.loads((out / "model" / "distillation.json").read_text())
     assert record == metrics["distillation"]
     assert (record["steps"], record["teacher_steps"]) == (4, 8)
@@ -289,9 +297,8 @@ def test_a_student_records_its_sampler_and_evaluation(student):
     assert set(metrics["evaluation"]["after"]) == {"vanilla", "guided"}
 
 
-@pytest.mark.ray
 def test_a_finished_student_is_left_as_it_is(student, vpred, latents):
-    out, metrics, _ = student
+    out, metrics = student
     teacher, elsewhere = str(vpred[0] / "model"), DISTILL.with_values(["trainer.num_workers=7", "name=other"])
     assert distill(latents, out.parent, elsewhere, teacher=teacher) == metrics
     with pytest.raises(TrainingError, match=r"settings\.steps\.gamma is 0\.2 there, 1\.0 here"):
