@@ -134,8 +134,8 @@ def test_known_parts_are_not_measured_again(results, plain, idle):
 
 def test_each_seed_has_its_own_scenes_and_noise(plain):
     first, second = (next(noised_batches(plain, FEW, seed=seed)) for seed in (0, 1))
-    assert first.indexes == range(HELD_OUT, HELD_OUT + ROBUSTNESS_BATCH)
-    assert second.indexes.start == HELD_OUT + FEW.scenes
+    assert first.indexes == list(range(HELD_OUT, HELD_OUT + ROBUSTNESS_BATCH))
+    assert second.indexes[0] == HELD_OUT + FEW.scenes
     assert torch.equal(next(noised_batches(plain, FEW, seed=0)).z_t, first.z_t)
     alpha = plain.schedule.alpha(torch.tensor(FEW.noised_to))
     eps, other = (batch.z_t - alpha * plain.encode_images(batch.decoded) for batch in (first, second))
