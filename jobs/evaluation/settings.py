@@ -132,7 +132,8 @@ class EvaluationSettings(Settings):
         tuning: other captions, on which guidance and contenders are chosen; null chooses nothing.
         floor_redraws: sets of the miniature's real images, as many as are generated, whose mean FID is the
             least that a perfect model would have; 0 for none.
-        kid_images: real images that KID uses, at most; 0 for no KID.
+        kid_images: images of each side that KID uses, at most, as its time grows with their square; 0 for no
+            KID.
         samples: sampling and scoring.
         groups: caption groups of the jackknife intervals, if there is one draw of each caption.
         gaps: FID gaps to report.
@@ -151,7 +152,7 @@ class EvaluationSettings(Settings):
     references: ReferencesSettings = ReferencesSettings()
     tuning: TuningSettings | None = None
     floor_redraws: int = Field(20, ge=0)
-    kid_images: int = Field(10_000, ge=0)
+    kid_images: int = Field(5_000, ge=0)
     samples: SamplesSettings = SamplesSettings()
     groups: int = Field(20, ge=2)
     gaps: tuple[FidGap, ...] = ()
@@ -185,9 +186,14 @@ class EvaluationSettings(Settings):
             return self
         if self.tuning.prompts.name == self.prompts.name:
             raise ValueError(f"prompts and tuning.prompts are both named {self.prompts.name!r}; rename one")
-        for name in (self.baseline, *self.also_against):
+        named = [
+            *(self.baseline, *self.also_against),
+            *(name for gap in self.gaps for name in (gap.few, gap.many)),
+            *(name for one in self.criteria for name in (one.contender, one.against)),
+        ]
+        for name in named:
             if name in families:
-                raise ValueError(f"{name!r} is compared with the others, and cannot be one of a family")
+                raise ValueError(f"{name!r} is compared in any case, and cannot be one of a family")
         return self
 
 

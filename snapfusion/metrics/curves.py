@@ -17,6 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from snapfusion.metrics import intervals
 from snapfusion.metrics.frechet import frechet_distance
@@ -100,7 +101,7 @@ class CurvePoint:
         return cls(
             w=w,
             moments=tuple(Moments.of(vectors[part]) for part in parts),
-            kernel=None if reference is None else KernelSums.of(vectors, groups=parts, reference=reference),
+            kernel=None if reference is None else _kernel_sums(vectors, parts, groups, reference=reference),
             clip=clip.astype(np.float64),
             right=right,
             groups=parts,
@@ -294,6 +295,14 @@ def gap_closed(student: Curve, *, few: Curve, many: Curve, w: float) -> Interval
     if fid_few <= fid_many:
         raise CurveError(f"no gap to close: at guidance {w:g} many steps have no lower FID than few")
     return student.interval(closed)
+
+
+def _kernel_sums(
+    features: Tensor, parts: Sequence[np.ndarray], groups: int, *, reference: KernelReference
+) -> KernelSums:
+    """Sums over the first images of each group, in all as many as there are real ones at most."""
+    most = max(2, len(reference.features) // groups)
+    return KernelSums.of(features, groups=[part[:most] for part in parts], reference=reference)
 
 
 @functools.cache

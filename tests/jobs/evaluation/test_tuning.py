@@ -102,7 +102,11 @@ def test_tuning_captions_are_not_compared_on(tmp_path):
     ("values", "message"),
     [
         ({"tuning": None}, "'rescale0.3' is of a family, which needs tuning"),
-        ({"baseline": "rescale0.3"}, "'rescale0.3' is compared with the others"),
+        ({"baseline": "rescale0.3"}, "'rescale0.3' is compared in any case"),
+        (
+            {"gaps": [{"student": "two", "few": "rescale0.3", "many": "two", "w": 2.0}]},
+            "'rescale0.3' is compared in any case",
+        ),
         ({"prompts": SETTINGS.tuning.prompts.to_values()}, "both named 'validation'"),
         ({"prompts": {"draws": 1_001}}, "less than or equal to 1000"),
         (

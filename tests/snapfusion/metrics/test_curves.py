@@ -16,6 +16,7 @@ from snapfusion.metrics.curves import (
     paired_differences,
 )
 from snapfusion.metrics.frechet import frechet_distance
+from snapfusion.metrics.kernel import KernelReference, KernelSums
 from snapfusion.metrics.moments import Moments
 from snapfusion.mini.measure import held_out_batches
 from snapfusion.mini.oracle import load_oracle
@@ -152,6 +153,18 @@ def test_intervals_over_draws_hold_zero_for_equal_models():
         return difference.low <= 0.0 <= difference.high
 
     assert 0.92 <= np.mean([holds(number) for number in range(200)]) <= 0.98
+
+
+def test_kid_uses_no_more_images_than_there_are_real_ones():
+    features = np.random.default_rng(0).standard_normal((60, 4)).astype(np.float32)
+    reference = KernelReference.of(torch.from_numpy(features[:12] + 1.0))
+    kernel = CurvePoint.of(
+        w=1.0, features=features, clip=np.zeros(60), right=None, groups=3, reference=reference
+    ).kernel
+    assert kernel.counts == (4, 4, 4)
+    first = np.concatenate([features[start : start + 4] for start in (0, 20, 40)])
+    whole = KernelSums.of(torch.from_numpy(first), groups=[np.arange(12)], reference=reference)
+    assert kernel.distance([0, 1, 2]) == pytest.approx(whole.distance([0]), rel=1e-9)
 
 
 @pytest.mark.slow
