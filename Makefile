@@ -21,8 +21,8 @@ downloader: $(DOWNLOADER) ## make the environment of img2dataset (190 MB to down
 demo: setup ## run recipe mini, from shards to a student and its phone bundle, into runs/demo
 	@$(BIN)/python -m jobs.run_pipeline --recipe mini --out runs/demo
 
-test: setup downloader ## run the tests, two files at a time
-	@$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+test: setup downloader ## run the tests, three files at a time: on two cores one is always waiting for a process
+	@$(BIN)/pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 quick: setup ## the tests that need no Ray and end within seconds, in two minutes
 	@$(BIN)/pytest -m "not slow" --quick -n 2 --dist loadfile
