@@ -54,4 +54,7 @@ def _check_split(captions: Sequence[CaptionRow], split: Split, *, url: str) -> N
     known = set(captions_in(split))
     for row in captions:
         if isinstance(row, Caption) and row.text not in known:
-            raise ValueError(f"{url}: {row.text!r} is no caption of the miniature's {split} split")
+            raise ValueError(
+                f"{url}: {row.text!r} is no caption of the miniature's {split} split; set split to null to "
+                "compare on any captions"
+            )

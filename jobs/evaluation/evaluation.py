@@ -105,7 +105,7 @@ def _protocol(settings: EvaluationSettings, test: EvaluatedCaptions) -> dict[str
         "reference": {
             **test.references.lineage(),
             **test.references.identity,
-            "split": settings.references.split,
+            "split": None if settings.references.url else settings.references.split,
             "compared": moments.count,
         },
         "features": describe_features(judging.features),

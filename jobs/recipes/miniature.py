@@ -315,6 +315,7 @@ def mini(model: str = "mini") -> Recipe:
             **paper_schedules(own.v_model, small=EFFICIENT_MODEL),
         },
         mobile=own.mobile.model_copy(update={"model": "run:student/model", "decoder": "run:decoder"}),
+        evaluation=EvaluationSettings(guidance=own.sweep, **_SCORING),
         ablation=AblationSettings(model=own.v_model),
         oracle_floor=own.oracle_floor,
     )

@@ -1,8 +1,6 @@
 """Settings of the tables LATENTS, PAIRS, TARGETS, SAMPLES and REFERENCES."""
 
-from typing import Self
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipelines.ray_data.settings import Pool
 from pipelines.sources.settings import ShardSettings
@@ -89,7 +87,7 @@ class ReferencesSettings(BuildSettings):
         url: a folder of images; None takes the miniature's held-out scenes.
         count: their number, in order of their names; by default two for each of the miniature's captions. An
             image that cannot be read is rejected, not replaced.
-        split: of the miniature's captions, whose scenes are taken in turn; null takes all captions.
+        split: of the miniature's captions, whose scenes are taken in turn without a `url`; null takes all.
         first: position of the first scene, so that another set of the same captions can be rendered.
         size: pixels a side of the center square that images are cropped and resized to; scenes keep the
             miniature's size.
@@ -109,12 +107,6 @@ class ReferencesSettings(BuildSettings):
     rows_per_unit: int = Field(500, ge=1)
     device: Device = Device()
     describers: Pool = Pool()
-
-    @model_validator(mode="after")
-    def _are_scenes(self) -> Self:
-        if self.url is not None and (self.split is not None or self.first):
-            raise ValueError("split and first choose the miniature's scenes; with url all images are its own")
-        return self
 
 
 class SamplesSettings(BuildSettings):

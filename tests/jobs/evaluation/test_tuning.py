@@ -109,10 +109,6 @@ def test_tuning_captions_are_not_compared_on(tmp_path):
         ),
         ({"prompts": SETTINGS.tuning.prompts.to_values()}, "both named 'validation'"),
         ({"prompts": {"draws": 1_001}}, "less than or equal to 1000"),
-        (
-            {"references": {"url": "/images", "split": "test"}},
-            "split and first choose the miniature's scenes",
-        ),
     ],
 )
 def test_settings_that_contradict_themselves_are_refused(values, message):
