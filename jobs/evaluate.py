@@ -80,9 +80,8 @@ def _describe_criterion(one: dict[str, Any]) -> str:
 def preview(job: Job) -> list[str]:
     """Describe how much would be sampled, at most."""
     settings = job.recipe.evaluation
-    num_prompts = settings.prompts.num_images + (settings.tuning.prompts.num_images if settings.tuning else 0)
-    num_images = num_prompts * len(settings.guidance)
-    evaluations = num_prompts * sum(
+    num_images = settings.num_images * len(settings.guidance)
+    evaluations = settings.num_images * sum(
         contender.sampler.evaluations(w) for contender in settings.contenders for w in settings.guidance
     )
     prompts, rows = settings.prompts, job.recipe.source.sample_rows

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import get_args
 
 from jobs.evaluation.settings import PromptSettings
 from pipelines.sources.captions import Caption, CaptionRow, read_captions
@@ -18,10 +19,10 @@ def captions_of(prompts: PromptSettings) -> list[CaptionRow]:
         ValueError: if it has a caption of another of the miniature's splits.
     """
     captions = _captions_once(prompts)
-    return [drawn_again(row, draw) for draw in range(prompts.draws) for row in captions]
+    return [row_of_draw(row, draw) for draw in range(prompts.draws) for row in captions]
 
 
-def drawn_again(row: CaptionRow, draw: int) -> CaptionRow:
+def row_of_draw(row: CaptionRow, draw: int) -> CaptionRow:
     """The row of a further draw, whose id, and with it the noise, is its own; draw 0 is the row itself."""
     return row if draw == 0 else replace(row, id=f"{row.id}-draw{draw}")
 
@@ -51,10 +52,11 @@ def _captions_once(prompts: PromptSettings) -> list[CaptionRow]:
 
 
 def _check_split(captions: Sequence[CaptionRow], split: Split, *, url: str) -> None:
-    known = set(captions_in(split))
+    """Raise `ValueError` for a caption of another split; those that are none of the miniature's are fine."""
+    others = {text: other for other in get_args(Split) if other != split for text in captions_in(other)}
     for row in captions:
-        if isinstance(row, Caption) and row.text not in known:
+        if isinstance(row, Caption) and (other := others.get(row.text)):
             raise ValueError(
-                f"{url}: {row.text!r} is no caption of the miniature's {split} split; set split to null to "
-                "compare on any captions"
+                f"{url}: {row.text!r} is of the miniature's {other} split, not of its {split} split; set split "
+                "to null to accept it"
             )

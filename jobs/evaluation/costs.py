@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from jobs.evaluation.settings import EvaluationSettings, TuningSettings
+from jobs.evaluation.settings import EvaluationSettings
 from pipelines.costs.stage import StageCost, Work, ceil_div, pool_group, unet_passes, vae_decodes
 from pipelines.datasets.costs import TEXT_BYTES, table_cost
 from snapfusion.models.architecture import Architecture
@@ -15,10 +15,7 @@ def evaluation_cost(
     settings: EvaluationSettings, *, unet_of: Callable[[str | None], Architecture], sizes: NetworkSizes
 ) -> StageCost:
     """Cost of an evaluation; `unet_of` gives the architecture of the UNet of a contender's model."""
-    sets: list[EvaluationSettings | TuningSettings] = [settings]
-    if settings.tuning is not None:
-        sets.append(settings.tuning)
-    prompts, samples = sum(one.prompts.num_images for one in sets), settings.samples
+    prompts, samples = settings.num_images, settings.samples
     tables = len(settings.guidance) * len(settings.contenders)
     images = prompts * tables
     works = [
@@ -29,9 +26,8 @@ def evaluation_cost(
         )
         for contender in settings.contenders
     ]
-    real = sum(one.references.count for one in sets)
     works.append(vae_decodes(images, sizes=sizes))
-    works.append(Work(kind="judge", units=images + real))
+    works.append(Work(kind="judge", units=images + settings.num_references))
     unet_bytes = sizes.unet_bytes(sizes.architecture, trained=False)
     return table_cost(
         "evaluate",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.evaluation.captions import captions_of, drawn_again
+from jobs.evaluation.captions import captions_of, row_of_draw
 from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings
 from pipelines.datasets.references import compute_references, features_of, moments_of
 from pipelines.datasets.samples import generate_samples, read_scores, sampled_ids
@@ -172,7 +172,7 @@ class TableMaker:
         draws = range(prompts.draws)
         once = captions[: len(captions) // prompts.draws]
         rows = [
-            row for row in once if all(drawn_again(row, draw).id in ids for draw in draws for ids in found)
+            row for row in once if all(row_of_draw(row, draw).id in ids for draw in draws for ids in found)
         ]
         needed = 2 * self.settings.groups if prompts.draws == 1 else 2
         if len(rows) < needed:
@@ -180,7 +180,7 @@ class TableMaker:
                 f"all contenders have images of {len(rows)} captions; {needed} are needed for "
                 f"{self.settings.groups} groups: raise evaluation.prompts.limit or lower evaluation.groups"
             )
-        return [drawn_again(row, draw).id for draw in draws for row in rows]
+        return [row_of_draw(row, draw).id for draw in draws for row in rows]
 
     def _points(
         self,

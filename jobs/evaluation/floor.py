@@ -16,7 +16,7 @@ from snapfusion.metrics.moments import Moments
 
 
 def measure_floor(maker: TableMaker, evaluated: EvaluatedCaptions) -> dict[str, Any] | None:
-    """Mean and standard deviation over redraws of real images of the same captions, as JSON values.
+    """Mean and standard deviation over further sets of the reference's scenes, as JSON values.
 
     None unless the reference is the miniature's scenes, of which more can be rendered.
     """

@@ -48,7 +48,7 @@ class PromptSettings(Settings):
         url: caption list; null takes the captions of the miniature's held-out scenes.
         reading: columns of the list.
         limit: number of captions from the start; by default each of the miniature's captions once.
-        split: of the miniature's captions; null takes all. A list with a caption of another split is refused.
+        split: of the miniature's captions; null takes all. A list with captions of another split is refused.
         draws: images of each caption, each from its own noise.
     """
 
@@ -62,7 +62,9 @@ class PromptSettings(Settings):
     @property
     def num_images(self) -> int:
         """Images at one guidance, at most."""
-        return self.draws * min(self.limit, len(captions_in(self.split)) if self.split else self.limit)
+        if self.url is None and self.split is not None:
+            return self.draws * min(self.limit, len(captions_in(self.split)))
+        return self.draws * self.limit
 
 
 class TuningSettings(Settings):
@@ -157,6 +159,18 @@ class EvaluationSettings(Settings):
     groups: int = Field(20, ge=2)
     gaps: tuple[FidGap, ...] = ()
     criteria: tuple[Criterion, ...] = ()
+
+    @property
+    def num_images(self) -> int:
+        """Images of a contender at one guidance, at most: those for tuning, too."""
+        return self.prompts.num_images + (0 if self.tuning is None else self.tuning.prompts.num_images)
+
+    @property
+    def num_references(self) -> int:
+        """Real images, with those for tuning and for the floor."""
+        tuning = 0 if self.tuning is None else self.tuning.references.count
+        floor = 0 if self.references.url else self.floor_redraws * self.prompts.num_images
+        return self.references.count + tuning + floor
 
     @model_validator(mode="after")
     def _is_consistent(self) -> EvaluationSettings:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from pipelines.stages.settings import Sampler
 from snapfusion.settings import FOLDER_NAME, Settings
-from snapfusion.solver_names import Solver
 from snapfusion.training.settings import StepDistillationSettings
 
 Guidance = Annotated[float, Field(ge=1.0)]
@@ -32,25 +31,17 @@ class StudentVariant(Settings):
     after: str | None = None
 
 
-class Line(Settings):
-    """One line of a panel.
+class Line(Sampler):
+    """One line of a panel: a model and its sampler.
 
     Attributes:
         name: in the legend, unless it is of a family.
         variant: the student, one line for each seed; null for the undistilled model.
-        steps: of the sampler.
-        solver: of the sampler.
-        guidance_rescale: of the sampler.
-        guidance_interval: of the sampler.
         family: name in the legend of lines that differ in one number, which is chosen on the tuning captions.
     """
 
     name: str = Field(pattern=FOLDER_NAME)
     variant: str | None = None
-    steps: PositiveInt
-    solver: Solver = "ddim"
-    guidance_rescale: float = Field(0.0, ge=0, le=1)
-    guidance_interval: tuple[NonNegativeInt, NonNegativeInt] | None = None
     family: str | None = Field(None, pattern=FOLDER_NAME)
 
     @property
@@ -60,13 +51,8 @@ class Line(Settings):
 
     @property
     def sampler(self) -> Sampler:
-        """Solver, steps and treatment of guidance."""
-        return Sampler(
-            solver=self.solver,
-            steps=self.steps,
-            guidance_rescale=self.guidance_rescale,
-            guidance_interval=self.guidance_interval,
-        )
+        """The sampler alone."""
+        return Sampler(**{name: getattr(self, name) for name in Sampler.model_fields})
 
     @property
     def is_free(self) -> bool:

@@ -211,6 +211,7 @@ class _OfModel:
         narrow_range: a part of it, with which Fig. 6(d) compares.
         sweep: guidance scales of the ablations' curves.
         few_guidances: of the curves of students with both decoders.
+        generation: of the images that teach the decoder.
         evolution_guidance: w of the architecture search.
         mobile: of the bundle: guidance, captions and licence.
         oracle_floor: as in `Recipe`.
@@ -221,6 +222,7 @@ class _OfModel:
     narrow_range: CfgRange
     sweep: tuple[float, ...]
     few_guidances: tuple[float, ...]
+    generation: Generation
     evolution_guidance: float
     mobile: MobileSettings
     oracle_floor: float | None
@@ -234,6 +236,7 @@ _OF_MINIATURE = _OfModel(
     narrow_range=CfgRange(low=1.0, high=4.0),
     sweep=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
     few_guidances=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    generation=Generation(steps=50, guidance_range=CfgRange(low=1.0, high=6.0), batch_size=32),
     evolution_guidance=3.0,
     mobile=MobileSettings(
         guidance=4.0,
@@ -263,6 +266,7 @@ def _of_model(model: str) -> _OfModel:
         narrow_range=CfgRange(low=2.0, high=8.0),
         sweep=tuple(1.0 + 0.5 * step for step in range(19)),
         few_guidances=(1.0, 2.0, 4.0, 7.5, 10.0),
+        generation=Generation(steps=50, guidance=7.5, batch_size=32),
         evolution_guidance=7.5,
         mobile=MobileSettings(guidance=7.5),
         oracle_floor=None,
@@ -282,7 +286,7 @@ def mini(model: str = "mini") -> Recipe:
             images=ImageSettings(min_side=16), encoding=Encoding(batch_size=32), rows_per_unit=64
         ),
         pairs=PairsSettings(
-            generation=Generation(steps=50, guidance_range=own.cfg_range, batch_size=32),
+            generation=own.generation,
             rows_per_unit=32,
             teachers=_SMALL_POOL,
             writers=Pool(cpus=0.25),

@@ -87,8 +87,17 @@ def test_the_whole_split_is_taken_by_default():
 def test_a_list_with_captions_of_another_split_is_refused(tmp_path):
     trained = captions_in("training")[0]
     (tmp_path / "list.txt").write_text("\n".join([captions_in("test")[0], trained]) + "\n")
-    with pytest.raises(ValueError, match=f"'{trained}' is no caption of the miniature's test split"):
-        captions_of(PromptSettings(url=str(tmp_path / "list.txt"), split="test"))
+    prompts = PromptSettings(url=str(tmp_path / "list.txt"), split="test")
+    with pytest.raises(ValueError, match=f"'{trained}' is of the miniature's training split"):
+        captions_of(prompts)
+    assert len(captions_of(prompts.model_copy(update={"split": None}))) == 2
+
+
+def test_captions_of_ones_own_are_of_no_split(tmp_path):
+    (tmp_path / "list.txt").write_text("a dog\na cat\n")
+    prompts = PromptSettings(url=str(tmp_path / "list.txt"), split="validation", draws=2)
+    assert [row.text for row in captions_of(prompts)] == ["a dog", "a cat"] * 2
+    assert prompts.num_images == 2 * prompts.limit
 
 
 def test_tuning_captions_are_not_compared_on(tmp_path):
