@@ -57,6 +57,6 @@ def _check_split(captions: Sequence[CaptionRow], split: Split, *, url: str) -> N
     for row in captions:
         if isinstance(row, Caption) and (other := others.get(row.text)):
             raise ValueError(
-                f"{url}: {row.text!r} is of the miniature's {other} split, not of its {split} split; set split "
-                "to null to accept it"
+                f"{url}: {row.text!r} is of the miniature's {other} split, not of its {split} split; set "
+                "split to null to accept it"
             )
