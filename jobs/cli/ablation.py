@@ -30,7 +30,8 @@ class PanelResults(TypedDict):
         seeds: of training.
         command: that made it.
         settings: digest of the recipe.
-        training: settings of the training loop.
+        training: settings of the training loop, but for what a student has of its own.
+        students: settings of the students.
         over_seeds: mean over seeds of each metric of each line, with its interval; the same at the guidance
             that was chosen on the tuning captions; and the differences to the lines that it is compared with,
             averaged over guidance.
@@ -42,6 +43,7 @@ class PanelResults(TypedDict):
     command: str
     settings: str
     training: dict[str, Any]
+    students: list[dict[str, Any]]
     over_seeds: list[dict[str, Any]]
     evaluation: EvaluationResults
 
@@ -96,7 +98,9 @@ def train_student(job: Job, variant: StudentVariant, *, seed: int) -> None:
     distill, initial = job.recipe.distill, initial_model(job)
     if variant.after is not None:
         initial = f"{student_url(job, variant.after, seed=seed)}/model"
-    loop = distill.loop.model_copy(update={"seed": seed})
+    own = {"num_steps": variant.num_steps, "learning_rate": variant.learning_rate}
+    changes = {name: value for name, value in own.items() if value is not None}
+    loop = distill.loop.model_copy(update={"seed": seed, **changes})
     latents_url, out_url = job.url("latents"), student_url(job, variant.name, seed=seed)
     if variant.steps is None:
         # The control: trained for as long by L_ori alone.
@@ -131,6 +135,7 @@ def evaluate_panel(job: Job, panel: Panel) -> PanelResults:
         "command": f"python -m jobs.ablate --recipe {job.recipe.name}",
         "settings": job.recipe.digest(),
         "training": job.recipe.distill.loop.to_values(),
+        "students": [variant.to_values() for variant, seed in students_of(settings, panel) if seed == 0],
         "over_seeds": list(over_seeds(panel, seeds=seeds, results=results)),
         "evaluation": results,
     }

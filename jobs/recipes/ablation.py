@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipelines.stages.settings import Sampler
 from snapfusion.settings import FOLDER_NAME, Settings
@@ -24,11 +24,15 @@ class StudentVariant(Settings):
         name: of its folders.
         steps: its distillation; null for the control, which is trained as long on L_ori alone (Eq. 6).
         after: the variant that is its teacher and gives its initial weights; null takes the model for both.
+        num_steps: optimizer steps; null takes the recipe's.
+        learning_rate: likewise.
     """
 
     name: str = Field(pattern=FOLDER_NAME)
     steps: StepDistillationSettings | None = None
     after: str | None = None
+    num_steps: PositiveInt | None = None
+    learning_rate: PositiveFloat | None = None
 
 
 class Line(Sampler):

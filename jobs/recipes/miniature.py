@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings, TuningSettings
 from jobs.evolution.settings import EvolutionSettings, RandomBaselineSettings
-from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant
+from jobs.recipes.ablation import AblationSettings
 from jobs.recipes.derived import robust_training_of, targets_of
+from jobs.recipes.miniature_ablation import FEW_STEPS, miniature_ablation
 from jobs.recipes.recipe import CaptionsSettings, Recipe, SourceSettings
 from jobs.recipes.stages import halving, paper_schedules
 from jobs.recipes.teacher import read_teacher
@@ -29,8 +28,6 @@ from snapfusion.export.settings import Licence, MobileSettings
 from snapfusion.models.bundled import BUNDLED
 from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillationSettings
 
-_FEW_STEPS = 4
-_W_CONDITIONED: dict[str, Any] = {"cfg_probability": 1.0, "w_conditioned": True}
 _DRAWS = 5
 _SCORING: dict[str, Any] = {
     "prompts": PromptSettings(name="test", split="test", draws=_DRAWS),
@@ -41,164 +38,7 @@ _TUNING = TuningSettings(
     prompts=PromptSettings(name="validation", split="validation", draws=_DRAWS),
     references=ReferencesSettings(name="validation", split="validation", count=10_080),
 )
-_RESCALES = (0.3, 0.7)
-"""Shares of guidance rescale; 0.7 is the paper's (Lin et al. 2023)."""
-_INTERVALS = ((0, 800), (300, 999))
-"""Timesteps with guidance (Kynkäänniemi et al. 2024): all but the noisiest, all but the cleanest."""
 _SMALL_POOL = Pool(actors=2, cpus=0.5)
-
-
-def miniature_ablation(model: str) -> AblationSettings:
-    """Fig. 6(a-d) and 7(a-c), at the size of the miniature."""
-    own = _of_model(model)
-    return AblationSettings(model=own.v_model, variants=_ablation_variants(own), panels=_ablation_panels(own))
-
-
-def _ablation_variants(own: _OfModel) -> tuple[StudentVariant, ...]:
-    wide, narrow = _name_of(own.cfg_range), _name_of(own.narrow_range)
-    variant = partial(_variant, cfg_range=own.cfg_range)
-    return (
-        StudentVariant(name="control"),
-        variant("vanilla", cfg_probability=0.0),
-        variant("mixed"),
-        variant("cfg", cfg_probability=1.0),
-        variant("vanilla-8", cfg_probability=0.0, student_steps=8),
-        variant("mixed-8", student_steps=8),
-        variant("cfg-8", cfg_probability=1.0, student_steps=8),
-        variant(f"p0.1-{narrow}", cfg_probability=0.1, cfg_range=own.narrow_range),
-        variant(f"p0.1-{wide}", cfg_probability=0.1),
-        variant(f"p0.3-{narrow}", cfg_range=own.narrow_range),
-        variant(f"p0.5-{wide}", cfg_probability=0.5),
-        variant("gamma0.01", gamma=0.01),
-        variant("gamma1", gamma=1.0),
-        variant("constant0", gamma=0.0, gamma_rule="constant"),
-        variant("constant1", gamma=1.0, gamma_rule="constant"),
-        variant("vanilla-from-16", cfg_probability=0.0, k=4),
-        variant("vanilla-from-32", cfg_probability=0.0, k=8),
-        variant("vanilla-from-64", cfg_probability=0.0, k=16),
-        variant("progressive-16", cfg_probability=0.0, student_steps=16),
-        variant("progressive-8", cfg_probability=0.0, student_steps=8, after="progressive-16"),
-        variant("progressive-4", cfg_probability=0.0, after="progressive-8"),
-        variant("w-cond-16", **_W_CONDITIONED, student_steps=16),
-        variant("w-cond-8", **_W_CONDITIONED, student_steps=8, after="w-cond-16"),
-        variant("w-cond-4", **_W_CONDITIONED, after="w-cond-8"),
-    )
-
-
-def _ablation_panels(own: _OfModel) -> tuple[Panel, ...]:
-    wide, narrow = _name_of(own.cfg_range), _name_of(own.narrow_range)
-    return (
-        _panel(
-            "6c",
-            "Vanilla, CFG-aware and mixed: 4 steps from 8",
-            Line(name="teacher-8", steps=8),
-            *("vanilla", "mixed", "cfg", "control"),
-            control="control",
-            seeds=3,
-        ),
-        _panel(
-            "8-steps",
-            "Vanilla, CFG-aware and mixed: 8 steps from 16",
-            Line(name="teacher-16", steps=16),
-            *("vanilla-8", "mixed-8", "cfg-8"),
-            Line(name="control-8", variant="control", steps=8),
-            steps=8,
-            control="control-8",
-        ),
-        _panel(
-            "7b",
-            "Weight of the original loss",
-            *("gamma0.01", _line("gamma0.2", of="mixed"), "gamma1", "constant0", "constant1"),
-            seeds=3,
-        ),
-        _panel(
-            "7a",
-            "With and without the original loss",
-            _line("with-original", of="mixed"),
-            _line("without-original", of="constant0"),
-        ),
-        _panel(
-            "6d",
-            "CFG probability and range",
-            _line("p0", of="vanilla"),
-            *(f"p0.1-{narrow}", f"p0.1-{wide}", f"p0.3-{narrow}"),
-            _line(f"p0.3-{wide}", of="mixed"),
-            f"p0.5-{wide}",
-            _line(f"p1-{wide}", of="cfg"),
-            seeds=3,
-        ),
-        _panel(
-            "7c",
-            "Steps of the teacher, vanilla loss",
-            _line("from-8", of="vanilla"),
-            *(_line(f"from-{steps}", of=f"vanilla-from-{steps}") for steps in (16, 32, 64)),
-        ),
-        _panel(
-            "6a",
-            "Direct and progressive, vanilla loss",
-            _line("direct", of="vanilla"),
-            _line("progressive", of="progressive-4"),
-        ),
-        _panel(
-            "6b",
-            "w-conditioned and guided",
-            *(Line(name=f"w-cond-{steps}", variant=f"w-cond-{steps}", steps=steps) for steps in (16, 8)),
-            *("w-cond-4", "mixed"),
-        ),
-    )
-
-
-def _variant(name: str, *, after: str | None = None, **changes: Any) -> StudentVariant:  # noqa: ANN401 - settings
-    """A student of few steps by the mixed loss, but for `changes`."""
-    mixed = {"student_steps": _FEW_STEPS, "cfg_probability": 0.3}
-    return StudentVariant(name=name, after=after, steps=StepDistillationSettings(**mixed | changes))
-
-
-def _name_of(cfg_range: CfgRange) -> str:
-    return f"w{cfg_range.low:g}to{cfg_range.high:g}"
-
-
-def _line(name: str, *, of: str) -> Line:
-    """A line of the student `of` in few steps."""
-    return Line(name=name, variant=of, steps=_FEW_STEPS)
-
-
-def _panel(
-    name: str,
-    title: str,
-    *lines: Line | str,
-    steps: int = _FEW_STEPS,
-    control: str | None = None,
-    seeds: int = 1,
-) -> Panel:
-    """A panel of students beside the undistilled model with many and few steps, and the free baselines.
-
-    A name among the `lines` is that of a student, and of its line of few steps.
-    """
-    few = Line(name=f"undistilled-{steps}", steps=steps)
-    students = (Line(name=one, variant=one, steps=steps) if isinstance(one, str) else one for one in lines)
-    return Panel(
-        name=name,
-        title=title,
-        lines=(Line(name="teacher-50", steps=50), few, *students, *_free_baselines(steps)),
-        baseline=few.name,
-        control=control,
-        seeds=seeds,
-    )
-
-
-def _free_baselines(steps: int) -> Iterator[Line]:
-    """The undistilled model by every solver: plain, with guidance rescale, and guided in an interval."""
-    for solver in ("ddim", "dpm", "dpm++", "dpm++singlestep", "unipc"):
-        line = partial(Line, steps=steps, solver=solver)
-        if solver != "ddim":  # which every panel has
-            yield line(name=f"{solver}-{steps}")
-        for share in _RESCALES:
-            name = f"{solver}-{steps}-rescale"
-            yield line(name=f"{name}{share:g}", guidance_rescale=share, family=name)
-        for low, high in _INTERVALS:
-            name = f"{solver}-{steps}-interval"
-            yield line(name=f"{name}{low}to{high}", guidance_interval=(low, high), family=name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +117,7 @@ def mini(model: str = "mini") -> Recipe:
     """Every stage on the bundled miniature, on two cores in minutes."""
     own = _of_model(model)
     # With 8 steps the miniature is hardly worse than with 50; with 4 there is something to distil.
-    steps = StepDistillationSettings(student_steps=_FEW_STEPS, cfg_probability=0.5, cfg_range=own.cfg_range)
+    steps = StepDistillationSettings(student_steps=FEW_STEPS, cfg_probability=0.5, cfg_range=own.cfg_range)
     return Recipe(
         name="mini",
         model=model,
@@ -355,7 +195,9 @@ def ablation(model: str = "mini") -> Recipe:
             "latents": base.latents.model_copy(update={"rows_per_unit": 128}),
             "distill": base.distill.model_copy(update=distill),
             "evaluation": EvaluationSettings(guidance=own.sweep, tuning=_TUNING, **_SCORING),
-            "ablation": miniature_ablation(model),
+            "ablation": miniature_ablation(
+                own.v_model, cfg_range=own.cfg_range, narrow_range=own.narrow_range
+            ),
         }
     )
 

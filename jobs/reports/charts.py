@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import matplotlib as mpl
@@ -19,6 +20,8 @@ _LEGEND_INCHES = 1.3
 # only the page knows whether it is light or dark.
 _ROLES = {"#010101": "var(--ink)", "#020202": "var(--muted)", "#030303": "var(--rule)"}
 _SERIES = {f"#0{n:x}0{n:x}0{n:x}": f"var(--series-{n - 3})" for n in range(4, 13)}
+_LINE_STYLES = ("solid", "dotted")
+"""Lines beyond the colours take them once more."""
 _MAX_INSIDE = 6
 """With more lines than this the legend stands beside the axes."""
 _NARROW_SPAN = 100
@@ -186,10 +189,9 @@ def _check(chart: Chart | BarChart) -> None:
                     f"{bars.color}; one value per category and a colour from 1 to {len(_SERIES)} are accepted"
                 )
         return
-    if not 1 <= len(chart.series) <= len(_SERIES):
-        raise ValueError(
-            f"chart {chart.title!r} has {len(chart.series)} series; 1 to {len(_SERIES)} are accepted"
-        )
+    most = len(_SERIES) * len(_LINE_STYLES)
+    if not 1 <= len(chart.series) <= most:
+        raise ValueError(f"chart {chart.title!r} has {len(chart.series)} series; 1 to {most} are accepted")
     for series in chart.series:
         if len(series.x) != len(series.y) or len(series.x) == 0:
             raise ValueError(
@@ -220,9 +222,10 @@ def _draw_bars(figure: Figure, axes: Axes, chart: BarChart) -> None:
 
 
 def _draw_lines(figure: Figure, axes: Axes, chart: Chart) -> None:
-    for color, series in zip(_SERIES, chart.series, strict=False):
+    for (linestyle, color), series in zip(product(_LINE_STYLES, _SERIES), chart.series, strict=False):
         marker, name = "o" if len(series.x) < 30 else None, _plain(series.name)
-        axes.plot(series.x, series.y, color=color, linewidth=1.6, marker=marker, markersize=3.5, label=name)
+        style: dict[str, Any] = {"color": color, "linestyle": linestyle, "linewidth": 1.6}
+        axes.plot(series.x, series.y, **style, marker=marker, markersize=3.5, label=name)
     if chart.limit is not None:
         axes.axhline(chart.limit, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
         label: dict[str, Any] = {"ha": "left", "va": "bottom", "color": _MUTED, "fontsize": 9.5}

@@ -3,12 +3,16 @@
 from functools import lru_cache
 
 from snapfusion.training.settings import StepDistillationSettings
-from snapfusion.training.step_distillation import is_guided_step
+
+_TRAINED = 3
+"""A backward pass takes the time of about two forward passes."""
 
 
 @lru_cache
 def guided_steps(steps: int, *, seed: int, p: float) -> int:
     """Number of a training's guided steps, which follow from its seed."""
+    from snapfusion.training.step_distillation import is_guided_step  # which needs torch
+
     return sum(is_guided_step(seed, step, p) for step in range(steps))
 
 
@@ -21,3 +25,19 @@ def student_passes(steps: StepDistillationSettings, *, guided: bool) -> int:
 def teacher_passes(steps: StepDistillationSettings, *, guided: bool, w_conditioned: bool = False) -> int:
     """Passes of the teacher for a row's target; a w-conditioned one needs one a step. Eq. 9, 10."""
     return steps.k * (2 if guided and not w_conditioned else 1)
+
+
+def training_passes(steps: StepDistillationSettings | None, *, w_conditioned_teacher: bool = False) -> float:
+    """Expected passes for a row of a step, a forward and backward pass counted as three. Eq. 11.
+
+    Without a distillation they are those of L_ori alone (Eq. 6).
+    """
+    if steps is None:
+        return _TRAINED
+    p = steps.cfg_probability
+    passes = [
+        teacher_passes(steps, guided=guided, w_conditioned=w_conditioned_teacher)
+        + _TRAINED * student_passes(steps, guided=guided)
+        for guided in (False, True)
+    ]
+    return (1 - p) * passes[False] + p * passes[True]

@@ -10,27 +10,34 @@ from jobs.ablate import ablate, preview
 from jobs.cli.ablation import students_of
 from jobs.cli.job import Job
 from jobs.recipes.ablation import AblationSettings, Line, Panel, StudentVariant, table_name
-from jobs.recipes.miniature import mini, miniature_ablation
+from jobs.recipes.miniature import mini
+from jobs.recipes.miniature_ablation import CHOSEN_RATES, LEARNING_RATES
 from jobs.recipes.registry import RECIPES, recipe_named
 from jobs.reports.ablation_page import ablation_charts, loss_charts, render_ablation
 from jobs.reports.charts import chart_svg
 from snapfusion.settings import SettingsError
+from snapfusion.training.passes import training_passes
 from snapfusion.training.settings import CfgRange, StepDistillationSettings
 
 ROOT = Path(__file__).parents[3]
-ABLATION = miniature_ablation("mini-v")
+ABLATION = recipe_named("ablation").ablation
 VARIANTS = {variant.name: variant for variant in ABLATION.variants}
 PANELS = {panel.name: panel for panel in ABLATION.panels}
 
 
 def steps_of(panel):
-    """The settings that each line's student learns by, in order of the legend."""
-    return [VARIANTS[line.variant].steps for line in PANELS[panel].lines if line.variant is not None]
+    """The settings that each line's student learns by, but the last, in order of the legend."""
+    students = [VARIANTS[line.variant].steps for line in PANELS[panel].lines if line.variant is not None]
+    assert students[-1].w_conditioned, "every panel ends with the w-conditioned student"
+    return students[:-1]
 
 
 def test_the_panels_are_the_papers():
-    assert set(PANELS) == {"6a", "6b", "6c", "6d", "7a", "7b", "7c", "8-steps"}
-    assert {name for name, panel in PANELS.items() if panel.seeds == 3} == {"6c", "6d", "7b"}
+    assert set(PANELS) == {"learning-rates", "6a", "6b", "6c", "6d", "7a", "7b", "7c", "8-steps"}
+    assert {name: panel.seeds for name, panel in PANELS.items() if panel.seeds != 3} == {
+        "learning-rates": 1,
+        "6c": 6,
+    }
     # Fig. 6(c): vanilla, mixed, CFG-aware; and the control on L_ori alone, which the paper has not.
     assert [steps and steps.cfg_probability for steps in steps_of("6c")] == [0.0, 0.3, 1.0, None]
     assert [steps and steps.student_steps for steps in steps_of("8-steps")] == [8, 8, 8, None]
@@ -58,6 +65,51 @@ def test_rival_students_halve_the_steps():
         lineage = [variant.steps for variant in ABLATION.lineage(last)]
         assert [(steps.student_steps, steps.k) for steps in lineage] == [(16, 2), (8, 2), (4, 2)]
         assert {steps.w_conditioned for steps in lineage} == {panel == "6b"}
+        assert {steps.gamma for steps in lineage} == {0.0}
+
+
+def passes_of(name):
+    """Passes for a row of the batch in the trainings of a student and those that it starts from."""
+    lineage = ABLATION.lineage(name)
+    return sum(
+        one.num_steps
+        * training_passes(one.steps, w_conditioned_teacher=bool(one.after and one.steps.w_conditioned))
+        for one in lineage
+    )
+
+
+def test_methods_are_trained_for_equally_many_passes():
+    # A CFG-aware step: two teacher steps of two passes; of the student two for Eq. 10 and one for L_ori, each
+    # with its backward pass.
+    assert training_passes(VARIANTS["cfg"].steps) == 2 * 2 + 3 * 3
+    assert training_passes(VARIANTS["vanilla"].steps) == 2 + 3 * 2
+    assert training_passes(VARIANTS["w-conditioned"].steps) == 2 * 2 + 3 * 2
+    assert training_passes(None) == 3
+    assert VARIANTS["cfg"].num_steps == 300
+    lines = [line for name, panel in PANELS.items() if name[0] in "68" for line in panel.lines]
+    on_the_way = {variant.after for variant in ABLATION.variants}
+    for name in {line.variant for line in lines} - on_the_way - {None}:
+        assert passes_of(name) == pytest.approx(300 * 13, rel=0.01), name
+    for panel in ("7a", "7b", "7c"):
+        *students, _ = [line.variant for line in PANELS[panel].lines if line.variant is not None]
+        assert len({VARIANTS[name].num_steps for name in students}) == 1
+
+
+def test_each_method_is_tried_at_each_rate():
+    lines = [line for line in PANELS["learning-rates"].lines if line.variant is not None]
+    rates = [(line.family, VARIANTS[line.variant].learning_rate) for line in lines]
+    assert rates == [(method, rate) for method in CHOSEN_RATES for rate in LEARNING_RATES]
+    assert all(VARIANTS[method].learning_rate == rate for method, rate in CHOSEN_RATES.items())
+
+
+def test_every_panel_can_be_drawn():
+    for panel in PANELS.values():
+        lines = [line_of(label, evaluations=8) for label in dict.fromkeys(line.label for line in panel.lines)]
+        for line in lines:
+            line["best"] = line["points"][0]
+        record = panel_of(lines)
+        record["panel"] = panel.to_values()
+        assert all(chart_svg(chart) for chart in ablation_charts(record).values())
 
 
 def test_quoted_figures_are_the_panels():
@@ -116,7 +168,7 @@ def test_students_follow_their_initial_students():
     names = [variant.name for variant, _ in students_of(ABLATION, PANELS["6a"])]
     assert names.index("progressive-16") < names.index("progressive-8") < names.index("progressive-4")
     seeds = [seed for variant, seed in students_of(ABLATION, PANELS["6c"]) if variant.name == "cfg"]
-    assert seeds == [0, 1, 2]
+    assert seeds == [0, 1, 2, 3, 4, 5]
     fewer = ABLATION.model_copy(update={"most_seeds": 1})
     assert {seed for _, seed in students_of(fewer, PANELS["6c"])} == {0}
 
@@ -133,7 +185,7 @@ def test_panels_share_samples_of_equal_students():
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ('ablation.only=["6z"]', "'6z'; accepted are 6c"),
+        ('ablation.only=["6z"]', "'6z'; accepted are learning-rates, 6c"),
         ('ablation.variants=[{"name": "a", "after": "b"}]', "variant a: after='b'"),
         ("ablation.variants=[]", "there is no variant"),
     ],
@@ -160,7 +212,7 @@ def recipe():
     ablation = AblationSettings(
         variants=(
             StudentVariant(name="control"),
-            StudentVariant(name="cfg", steps=steps),
+            StudentVariant(name="cfg", steps=steps, num_steps=2, learning_rate=2e-3),
             StudentVariant(name="cfg-1", steps=one_step, after="cfg"),
         ),
         panels=(
@@ -185,7 +237,7 @@ def recipe():
     small = (
         "source.scenes=48",
         "source.scenes_per_shard=24",
-        'distill.loop={"num_steps":2,"global_batch":8,"learning_rate":1e-3,"ema_decay":0.9}',
+        'distill.loop={"num_steps":1,"global_batch":8,"learning_rate":1e-3,"ema_decay":0.9}',
         'distill.trainer={"micro_batch":8,"curve_every":1}',
         "distill.evaluation_rows=4",
         "distill.loader.held_out=0.2",
@@ -225,12 +277,16 @@ def test_a_panel_has_every_line_and_seed(made):
         assert line["best"]["fid"] in [point["fid"] for point in line["points"]]
     assert {gap["student"] for gap in panel["evaluation"]["gaps"]} == {"control-seed0", "cfg-seed0"}
     assert panel["evaluation"]["baseline"] == "undistilled-1"
+    assert [student["name"] for student in panel["students"]] == ["control", "cfg", "cfg-1"]
     assert list(panel["evaluation"]["against"]) == ["teacher-4", "control-seed0"]
     # Each student's own training, and that it was the one that the panel says.
     for name, steps, teacher in (("control", None, None), ("cfg", 2, 4), ("cfg-1", 1, 2)):
         metrics = json.loads(Path(f"{made.out}/students/{name}-seed0/metrics.json").read_text())
         record = metrics["distillation"]
         assert (record and (record["steps"], record["teacher_steps"])) == (steps and (steps, teacher))
+        loop = metrics["settings"]["loop"]
+        expected = (2, 2e-3) if name == "cfg" else (1, 1e-3)
+        assert (loop["num_steps"], loop["learning_rate"]) == expected
 
 
 @pytest.mark.slow
@@ -304,9 +360,11 @@ def test_nine_lines_have_nine_colors():
     assert list(charts) == ["clip-over-fid", "fid", "clip"]
     svg = chart_svg(charts["fid"])
     assert all(f"var(--series-{n})" in svg for n in range(1, 10))
-    one_more = ablation_charts(panel_of([line_of(f"line-{n}", evaluations=8) for n in range(10)]))["fid"]
-    with pytest.raises(ValueError, match="10 series; 1 to 9"):
-        chart_svg(one_more)
+    lines = [line_of(f"line-{n}", evaluations=8) for n in range(19)]
+    with pytest.raises(ValueError, match="19 series; 1 to 18"):
+        chart_svg(ablation_charts(panel_of(lines))["fid"])
+    ten = chart_svg(ablation_charts(panel_of(lines[:10]))["fid"])
+    assert ten.count("stroke-dasharray") > svg.count("stroke-dasharray"), "the tenth is dotted"
 
 
 def test_passes_are_compared_at_the_chosen_guidance():
