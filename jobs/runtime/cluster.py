@@ -34,7 +34,7 @@ _QUIET_VARIABLES = {
 
 
 class ClusterUnreachable(RuntimeError):
-    """An address at which there is no Ray cluster."""
+    """An address at which there is no Ray cluster, or a machine on which none starts."""
 
 
 def connect(cluster: ClusterSettings, demands: Sequence[Demand] = ()) -> None:
@@ -45,7 +45,7 @@ def connect(cluster: ClusterSettings, demands: Sequence[Demand] = ()) -> None:
         demands: groups of workers that it must be able to run.
 
     Raises:
-        ClusterUnreachable: if there is no cluster at its address.
+        ClusterUnreachable: if there is no cluster at its address, or a local one does not start.
         SettingsError: if a local cluster is too small for the demands.
         ResourcesUnavailable: if a shared one does not offer what they need in time.
     """
@@ -74,13 +74,20 @@ def _start_local(cpus: int, *, worker_logs: bool) -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with _preserve_sigterm(), _without_stderr():
         # Without "local" Ray would join any cluster that runs on this machine.
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=worker_logs,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=worker_logs,
+            )
+        except Exception as error:
+            if type(error) is not Exception:  # the class with which Ray says that it took too long
+                raise
+            raise ClusterUnreachable(
+                f"Ray did not start on this machine, which may be busy or out of memory; try again ({error})"
+            ) from None
 
 
 def _check_socket_length() -> None:
