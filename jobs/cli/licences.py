@@ -1,6 +1,10 @@
 """Which licence holds for what is made from a model: a recipe states that of its own model."""
 
+from collections.abc import Iterator
+
 from jobs.cli.job import Job
+from jobs.cli.state import read_json
+from jobs.training.metrics import METRICS
 from pipelines.storage.objects import absolute_url
 from snapfusion.export.settings import Licence
 from snapfusion.models.bundled import BUNDLED
@@ -10,18 +14,30 @@ from snapfusion.models.source import absolute_source
 def licence_of(job: Job, *sources: str) -> Licence:
     """The licence of what a job makes from models, without the terms that are not stated.
 
-    The terms in a recipe are those of its own model, and hold for what the run has made. For another model
-    only those hold that were assigned, by --config or --set.
+    The terms in a recipe are those of its own model, and hold for what the run has made of it. For another
+    model, and for what was made of that, only those hold that were assigned, by --config or --set.
 
     Args:
         job: whose recipe it is.
         sources: of the models, as `Job.resolve` returns them.
     """
     licence = job.recipe.mobile.licence
-    if all(_is_of_recipe(source, job) for source in sources):
+    if all(_is_of_recipe(origin, job) for source in sources for origin in _origins(source, job)):
         return licence
     values = licence.to_values().items()
     return Licence(**{name: value for name, value in values if job.assigns(f"mobile.licence.{name}")})
+
+
+def _origins(source: str, job: Job) -> Iterator[str]:
+    """The model itself or, if the run has trained it, those that it was made from."""
+    record = read_json(f"{source.rpartition('/')[0]}/{METRICS}") if _is_in_run(source, job) else None
+    parents = (
+        [parent["source"] for parent in record["parents"].values() if "source" in parent] if record else []
+    )
+    if not parents:
+        yield source
+    for parent in parents:
+        yield from _origins(parent, job)
 
 
 def _is_of_recipe(source: str, job: Job) -> bool:
@@ -29,6 +45,9 @@ def _is_of_recipe(source: str, job: Job) -> bool:
     model = job.recipe.model
     if source == model or (source in BUNDLED and model in BUNDLED):
         return True
-    absolute = absolute_source(source)
-    in_run = source.startswith(f"{job.out}/") or absolute.startswith(f"{absolute_url(job.out)}/")
-    return in_run or absolute == absolute_source(model)
+    return _is_in_run(source, job) or absolute_source(source) == absolute_source(model)
+
+
+def _is_in_run(source: str, job: Job) -> bool:
+    out = f"{absolute_url(job.out)}/"
+    return source.startswith(f"{job.out}/") or absolute_source(source).startswith(out)

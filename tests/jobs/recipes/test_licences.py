@@ -1,5 +1,7 @@
 """The licence in a model card is that of the models it was made from, or is called unstated."""
 
+import json
+
 import pytest
 
 from jobs import run_pipeline
@@ -35,6 +37,31 @@ def test_the_recipes_licence_is_of_its_model_and_the_run(sources):
 def test_the_recipes_licence_is_not_another_models(source):
     assert licence_of(job_of(), "mini", source) == Licence()
     assert base_model_of(job_of(), source).licence is None
+
+
+def test_a_model_of_the_run_has_its_teachers_licence(tmp_path):
+    job = job_of(out=str(tmp_path))
+    parents = {
+        "efficient": {"model": "mini-v"},
+        "student": {"teacher": "mini-v", "student": "OUT/efficient/model"},
+    }
+
+    def licence_from(**changes):
+        for name, roles in parents.items():
+            record = {
+                "latents": {"identity": "of a table"},
+                **{
+                    role: {"source": source.replace("OUT", job.out)}
+                    for role, source in (roles | changes).items()
+                },
+            }
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "metrics.json").write_text(json.dumps({"parents": record}))
+        return licence_of(job, f"{job.out}/student/model")
+
+    assert licence_from() == MINIATURE
+    assert licence_from(teacher="models/mine") == Licence()
+    assert licence_from(model="models/mine") == Licence()
 
 
 def test_a_licence_that_is_assigned_holds_for_any_model():
