@@ -1,6 +1,7 @@
 """Train the miniature from its seed: python -m jobs.train_mini --out DIR [--set key=value] [--dry-run].
 
 DIR/checkpoints    a checkpoint of each stage, from which the same command resumes
+DIR/base           the weights after the training on right captions
 DIR/weights        the weights that `snapfusion/mini/weights` bundles
 DIR/report.html    training curves and images
 """
@@ -46,9 +47,9 @@ def _check_device(name: str) -> None:
 OPTIONS = [
     click.Option(["--out"], type=Path, required=True, help="folder for checkpoints/ and weights/"),
     click.Option(
-        ["--instruments"],
+        ["--base"],
         type=click.Path(exists=True, file_okay=False, path_type=Path),
-        help="folder of weights whose VAE, scorer and oracle are taken over instead of trained",
+        help="folder of weights from right captions, whose UNets are trained further on noisy ones",
     ),
     click.Option(["--device"], default="cpu", help="torch device"),
     DRY_RUN,
@@ -69,7 +70,7 @@ def train_miniature(settings: MiniTraining, options: Options) -> None:
     train(
         settings,
         folder=options.out,
-        instruments=options.instruments,
+        base=options.base,
         device=options.device,
         on_progress=_Progress(),
     )

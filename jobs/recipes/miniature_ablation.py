@@ -30,6 +30,8 @@ CHOSEN_RATES: Final[Mapping[str, float]] = {
 
 _PASSES: Final = 3_900.0
 """Passes for each row of the batch in the training of a student: those of 300 CFG-aware steps."""
+_WITHOUT_ORIGINAL: Final[dict[str, Any]] = {"gamma": 0.0, "gamma_rule": "constant"}
+"""Without L_ori, as progressive (Salimans & Ho 2022) and w-conditioned students (Meng et al. 2023) learn."""
 _HALVINGS: Final = (16, 8, FEW_STEPS)
 """Steps of students that halve those of the one before."""
 _MANY_SEEDS: Final = 6
@@ -68,7 +70,7 @@ def _steps(method: str, cfg_range: CfgRange, **changes: Any) -> StepDistillation
         "vanilla": {"cfg_probability": 0.0},
         "mixed": {"cfg_probability": 0.3},
         "cfg": {"cfg_probability": 1.0},
-        "w-conditioned": {"cfg_probability": 1.0, "w_conditioned": True},
+        "w-conditioned": {"cfg_probability": 1.0, "w_conditioned": True} | _WITHOUT_ORIGINAL,
     }
     shared: dict[str, Any] = {"student_steps": FEW_STEPS, "cfg_range": cfg_range}
     return StepDistillationSettings(**shared | of_method[method] | changes)
@@ -118,7 +120,7 @@ def _by_original_loss(cfg_range: CfgRange) -> Iterator[StudentVariant]:
     weights: dict[str, dict[str, Any]] = {
         "gamma0.01": {"gamma": 0.01},
         "gamma1": {"gamma": 1.0},
-        "constant0": {"gamma": 0.0, "gamma_rule": "constant"},
+        "constant0": _WITHOUT_ORIGINAL,
         "constant1": {"gamma": 1.0, "gamma_rule": "constant"},
     }
     mixed = _student("mixed", _steps("mixed", cfg_range), method="mixed")
@@ -136,14 +138,10 @@ def _by_teacher_steps(cfg_range: CfgRange) -> Iterator[StudentVariant]:
 
 
 def _halving(name: str, *, method: str, cfg_range: CfgRange) -> Iterator[StudentVariant]:
-    """Students that halve the steps of the one before, 16, 8 and 4, in `_PASSES` together.
-
-    They have no original loss, as in Salimans & Ho 2022 and Meng et al. 2023.
-    """
+    """Students that halve the steps of the one before, 16, 8 and 4, in `_PASSES` together."""
     after = None
     for student_steps in _HALVINGS:
-        changes = {"student_steps": student_steps, "gamma": 0.0, "gamma_rule": "constant"}
-        steps = _steps(method, cfg_range, **changes)
+        steps = _steps(method, cfg_range, student_steps=student_steps, **_WITHOUT_ORIGINAL)
         passes = training_passes(steps, w_conditioned_teacher=steps.w_conditioned and after is not None)
         num_steps = round(_PASSES / len(_HALVINGS) / passes)
         student = _student(f"{name}-{student_steps}", steps, method=method, num_steps=num_steps)

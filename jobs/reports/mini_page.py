@@ -25,6 +25,8 @@ _STAGES = {
     "oracle": "oracle",
     "denoiser": "UNet, eps",
     "velocity": "UNet, v, initialised from the UNet of eps (Eq. 6)",
+    "noisy_denoiser": "UNet, eps, on noisy captions",
+    "noisy_velocity": "UNet, v, on noisy captions",
 }
 _METRICS = {"fid": "Fréchet distance, oracle features", "clip": "CLIP score"}
 

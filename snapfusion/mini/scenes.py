@@ -158,11 +158,7 @@ def changes_of(scene: Scene) -> list[Scene]:
 
 def change_one_attribute(scene: Scene, *, draw: float) -> Scene:
     """`scene` with another value of one attribute: of all such changes, the one at `draw` in [0, 1)."""
-    return choose(changes_of(scene), draw=draw)
-
-
-def choose(scenes: Sequence[Scene], *, draw: float) -> Scene:
-    """The scene at `draw` in [0, 1)."""
+    scenes = changes_of(scene)
     return scenes[int(draw * len(scenes))]
 
 

@@ -7,8 +7,12 @@ from set_options import set_options
 from jobs import measure_mini, train_mini
 
 STAGES = ("autoencoder", "decoder", "text", "scorer", "oracle", "denoiser", "velocity")
+NOISY = ("noisy_denoiser", "noisy_velocity")
 TINY = set_options(
-    ["scenes=12", *(f"{name}.{setting}" for name in STAGES for setting in ("samples=12", "batch=6"))]
+    [
+        "scenes=12",
+        *(f"{name}.{setting}" for name in (*STAGES, *NOISY) for setting in ("samples=12", "batch=6")),
+    ]
 )
 FEW = set_options(["scenes=200", 'models=["sd-v"]', "steps=[1,2]", "guidance=[2.0]"])
 
@@ -23,7 +27,7 @@ def test_a_short_run_writes_weights_and_report(tmp_path, capsys):
 
     page = (tmp_path / "report.html").read_text()
     assert "UNet, v" in page
-    assert (page.count("<svg"), page.count("<img")) == (len(STAGES), 32)
+    assert (page.count("<svg"), page.count("<img")) == (len(STAGES) + len(NOISY), 32)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from transformers import CLIPTextModel
 
 from snapfusion.mini.models import TEXT_WIDTH
 from snapfusion.mini.oracle import Oracle
-from snapfusion.mini.scenes import caption_of, changes_of, choose, scene_of, to_signed
-from snapfusion.mini.training.taught import TaughtCaptions, draw_taught
+from snapfusion.mini.scenes import caption_of, change_one_attribute, scene_of, to_signed
 from snapfusion.mini.vocabulary import ORACLE_FEATURES
 
 NEGATIVES = 3
@@ -66,21 +65,10 @@ def contrastive_loss(*, images: Tensor, texts: Tensor, log_temperature: Tensor) 
     return (by_image + functional.cross_entropy(among_batch.T, labels)) / 2.0
 
 
-def draw_captions(
-    indexes: Sequence[int], generator: torch.Generator, *, taught: TaughtCaptions | None = None
-) -> list[str]:
-    """The captions of scenes, right or as `taught`, then `NEGATIVES` altered ones of each in turn.
-
-    With `taught` the altered ones are of its captions, too: others would occur as wrong ones alone.
-    """
+def draw_captions(indexes: Sequence[int], generator: torch.Generator) -> list[str]:
+    """The captions of scenes, then `NEGATIVES` altered ones of each in turn."""
     scenes = [scene_of(index) for index in indexes]
     draws = torch.rand((len(scenes), NEGATIVES), generator=generator, dtype=torch.float64).tolist()
     pairs = zip(scenes, draws, strict=True)
-    altered_of = changes_of if taught is None else taught.wrong_scenes
-    altered = [choose(altered_of(scene), draw=draw) for scene, row in pairs for draw in row]
-    own = (
-        [caption_of(scene) for scene in scenes]
-        if taught is None
-        else draw_taught(taught, indexes, generator=generator)
-    )
-    return [*own, *map(caption_of, altered)]
+    altered = [change_one_attribute(scene, draw=draw) for scene, row in pairs for draw in row]
+    return [caption_of(scene) for scene in [*scenes, *altered]]

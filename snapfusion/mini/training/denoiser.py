@@ -1,4 +1,4 @@
-"""The UNets' stages on precomputed latents: noise prediction, then velocity prediction."""
+"""The UNets' stages on precomputed latents: noise and velocity prediction, then both with noisy captions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from torch.nn import functional
 
 from snapfusion.losses import velocity_loss
 from snapfusion.mini.scenes import image_batch, to_signed
+from snapfusion.mini.training.noisy_captions import NoisyCaptions
 from snapfusion.mini.training.settings import DenoiserSettings, MiniTraining
 from snapfusion.mini.training.stage import device_of, step_generator
-from snapfusion.mini.training.taught import TaughtCaptions
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.models.blocks import blocks_of, skipping_blocks
 from snapfusion.schedule import Schedule
 
-UNetStage = Literal["denoiser", "velocity"]
-"""The stage of the UNet that predicts eps, and of the one that predicts v."""
+UNetStage = Literal["denoiser", "velocity", "noisy_denoiser", "noisy_velocity"]
+"""The stages of the UNet that predicts eps, and of the one that predicts v."""
 
 _ENCODE_BATCH = 100
 
@@ -46,15 +46,13 @@ class EncodedScenes:
 
     Attributes:
         latents: float32 [S,4,8,8], scaled to unit standard deviation; row i is of scene i.
-        rows: scenes that are trained on, int64 [N].
-        captions: that are taught.
+        captions: right and noisy ones.
         conditions: float32 [C,L,D], of the texts of `captions`.
         null: float32 [L,D], of the empty string.
     """
 
     latents: Tensor
-    rows: Tensor
-    captions: TaughtCaptions
+    captions: NoisyCaptions
     conditions: Tensor
     null: Tensor
 
@@ -82,7 +80,7 @@ def denoiser_loss(
     def loss(step: int) -> Tensor:
         """Draw a batch by the step, and compute its loss."""
         generator = step_generator(seed=settings.seed, stage=stage, step=step)
-        rows = encoded.rows[torch.randint(len(encoded.rows), (batch,), generator=generator)]
+        rows = torch.randint(len(encoded.latents), (batch,), generator=generator)
         # One timestep in each of B equal parts of the schedule: the same expectation as uniform timesteps,
         # with less variance.
         parts = torch.arange(batch) + torch.rand(batch, generator=generator)
@@ -90,13 +88,15 @@ def denoiser_loss(
         x = encoded.latents[rows]
         eps = torch.randn(x.shape, generator=generator)
         dropped = torch.rand(batch, generator=generator) < settings.caption_dropout
-        taught = encoded.captions.draw(rows % NUM_CAPTIONS, generator=generator)
-        c = torch.where(dropped.view(-1, 1, 1), encoded.null, encoded.conditions[taught])
+        captions = rows % NUM_CAPTIONS
+        if stage.startswith("noisy"):
+            captions = encoded.captions.draw(captions, generator=generator)
+        c = torch.where(dropped.view(-1, 1, 1), encoded.null, encoded.conditions[captions])
         x, eps, t, c = (tensor.to(device_of(unet)) for tensor in (x, eps, t, c))
         z_t = schedule.diffuse(x=x, eps=eps, t=t)
         with skipping_blocks(unet, skipped_blocks(unet, step=step, generator=generator, settings=own)):
             output = unet(z_t, t, encoder_hidden_states=c).sample
-        if stage == "velocity":
+        if stage.endswith("velocity"):
             return velocity_loss(output, x=x, eps=eps, t=t, schedule=schedule).mean()
         return functional.mse_loss(output, eps)
 

@@ -22,7 +22,8 @@ from snapfusion.mini.tokenizer import mini_tokenizer
 from snapfusion.mini.training.autoencoder import autoencoder_loss, decoder_parts
 from snapfusion.mini.training.contrast import TextTower, contrastive_loss, draw_captions
 from snapfusion.mini.training.denoiser import EncodedScenes, UNetStage, denoiser_loss, latents_of
-from snapfusion.mini.training.settings import MiniTraining, StageSettings, TaughtSettings
+from snapfusion.mini.training.noisy_captions import NoisyCaptions
+from snapfusion.mini.training.settings import MiniTraining, StageSettings
 from snapfusion.mini.training.stage import (
     Progress,
     TrainingStage,
@@ -30,10 +31,8 @@ from snapfusion.mini.training.stage import (
     step_generator,
     training_indexes,
 )
-from snapfusion.mini.training.taught import TaughtCaptions, taught_numbers
-from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.mini.weights import read_manifest, write_manifest
-from snapfusion.models.bundle import Bundle
+from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.checksums import write_checksums
 from snapfusion.models.load import load
 from snapfusion.models.save import save
@@ -41,9 +40,6 @@ from snapfusion.models.tokenizer import tokenize
 from snapfusion.noise import noise_key
 from snapfusion.schedule import Schedule
 from snapfusion.settings import digest
-
-_INSTRUMENTS = ("autoencoder", "decoder", "scorer", "oracle")
-"""The stages of VAE, scorer and oracle."""
 
 LossCurve = list[tuple[int, float]]
 Loss = Callable[[int], Tensor]
@@ -85,13 +81,7 @@ class Trainer:
     def text_encoder(self) -> CLIPTextModel:
         """The conditioning text encoder; the image tower that it is trained against is discarded."""
         tower = self._seeded("text", lambda: TextTower(models.text_encoder(self.tokenizer))).to(self.device)
-        self._run_contrast(
-            "text",
-            tower,
-            encode_image=tower.encode_image,
-            factor=tower.log_temperature,
-            taught=self.settings.taught,
-        )
+        self._run_contrast("text", tower, encode_image=tower.encode_image, factor=tower.log_temperature)
         return tower.text_encoder
 
     def scorer(self) -> ClipScorer:
@@ -119,31 +109,29 @@ class Trainer:
         self._run("oracle", module=oracle, loss=loss)
         return oracle
 
-    def encoded(
-        self, *, vae: AutoencoderKL, text_encoder: CLIPTextModel, is_trained: bool = True
-    ) -> EncodedScenes:
-        """The UNets' training data. A VAE that was trained here gets its scaling factor.
+    def scale_latents(self, vae: AutoencoderKL) -> None:
+        """Set the VAE's scaling factor to one over the standard deviation of its latents."""
+        vae.register_to_config(scaling_factor=round(1.0 / float(self._latents(vae).std()), 5))
 
-        It is one over its latents' standard deviation.
-        """
-        count = self.settings.scenes
-        means = latents_of(vae, count=count, path=self.folder / f"latents-{count}.safetensors")
-        if is_trained:
-            vae.register_to_config(scaling_factor=round(1.0 / float(means.std()), 5))
-        scaling_factor = float(vae.config.scaling_factor)
-        captions, numbers = TaughtCaptions.of(self.settings.taught), taught_numbers(self.settings.taught)
+    def encoded(self, *, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> EncodedScenes:
+        """The UNets' training data."""
+        captions = NoisyCaptions.of(self.settings.caption_noise)
         ids = tokenize(self.tokenizer, [*captions.texts, ""])
         with torch.inference_mode():
             hidden = text_encoder(ids.to(self.device)).last_hidden_state.cpu()
         # Cloned, because tensors created in inference mode cannot take part in training.
-        rows = torch.arange(count)
         return EncodedScenes(
-            latents=means.clone() * scaling_factor,
-            rows=rows[torch.isin(rows % NUM_CAPTIONS, numbers)],
+            latents=self._latents(vae).clone() * float(vae.config.scaling_factor),
             captions=captions,
             conditions=hidden[:-1].clone(),
             null=hidden[-1].clone(),
         )
+
+    def _latents(self, vae: AutoencoderKL) -> Tensor:
+        count = self.settings.scenes
+        # That of a base is rounded to float16, and has other latents than it had in its training.
+        name = f"latents-{count}-{weight_hash(vae)[:8]}.safetensors"
+        return latents_of(vae, count=count, path=self.folder / name)
 
     def denoiser(self, encoded: EncodedScenes) -> UNet2DConditionModel:
         """The UNet that predicts eps: the moving average of its training."""
@@ -154,6 +142,17 @@ class Trainer:
         """The UNet that predicts v, initialized with the weights of `denoiser`. SnapFusion Eq. 6."""
         unet = copy.deepcopy(denoiser).requires_grad_(requires_grad=True)
         return self._unet("velocity", unet, encoded, denoiser=self.settings.denoiser.to_values())
+
+    def with_noisy_captions(self, model: Bundle, encoded: EncodedScenes) -> UNet2DConditionModel:
+        """The UNet of a model that was trained on right captions, trained further on noisy ones."""
+        stage: UNetStage = "noisy_velocity" if model.prediction_type == "v_prediction" else "noisy_denoiser"
+        return self._unet(
+            stage,
+            copy.deepcopy(model.unet).requires_grad_(requires_grad=True),
+            encoded,
+            begin=model.fingerprint()["unet"],
+            caption_noise=self.settings.caption_noise.to_values(),
+        )
 
     def _unet(
         self, stage: UNetStage, unet: UNet2DConditionModel, encoded: EncodedScenes, **parents: object
@@ -169,7 +168,6 @@ class Trainer:
             autoencoder=settings.autoencoder.to_values(),
             text=settings.text.to_values(),
             scenes=settings.scenes,
-            taught=settings.taught.to_values(),
             caption_dropout=settings.caption_dropout,
             architecture=architecture,
             **parents,
@@ -177,32 +175,22 @@ class Trainer:
         return average
 
     def _run_contrast(
-        self,
-        stage: str,
-        model: TextTower | CLIP,
-        *,
-        encode_image: Callable[[Tensor], Tensor],
-        factor: Tensor,
-        taught: TaughtSettings | None = None,
+        self, stage: str, model: TextTower | CLIP, *, encode_image: Callable[[Tensor], Tensor], factor: Tensor
     ) -> None:
-        """Train a text model against images; `factor` is the logarithm of that on the cosines.
-
-        Without `taught` all captions are trained on, and all are right.
-        """
+        """Train a text model against images; `factor` is the logarithm of that on the cosines."""
         settings: StageSettings = getattr(self.settings, stage)
-        captions, numbers = (TaughtCaptions.of(taught), taught_numbers(taught)) if taught else (None, None)
 
         def loss(step: int) -> Tensor:
             generator = step_generator(seed=self.settings.seed, stage=stage, step=step)
-            indexes = training_indexes(settings.batch, generator, numbers=numbers)
-            ids = tokenize(self.tokenizer, draw_captions(indexes, generator, taught=captions))
+            indexes = training_indexes(settings.batch, generator)
+            ids = tokenize(self.tokenizer, draw_captions(indexes, generator))
             return contrastive_loss(
                 images=encode_image(image_batch(indexes).to(self.device)),
                 texts=model.encode_text(ids.to(self.device)),
                 log_temperature=factor,
             )
 
-        self._run(stage, module=model, loss=loss, taught=taught and taught.to_values())
+        self._run(stage, module=model, loss=loss)
 
     def _seeded(self, stage: str, build: Callable[[], _Built]) -> _Built:
         """A network whose initial weights depend on the seed and the stage's name only."""
@@ -229,7 +217,7 @@ def train(
     settings: MiniTraining,
     *,
     folder: Path,
-    instruments: Path | None = None,
+    base: Path | None = None,
     device: str = "cpu",
     on_progress: Progress | None = None,
 ) -> None:
@@ -238,25 +226,36 @@ def train(
     Args:
         settings: of all stages.
         folder: of checkpoints and weights.
-        instruments: a folder of weights whose VAE, scorer and oracle are taken over, so that metrics stay
-            comparable; they are trained, too, if it is None.
+        base: a folder of weights from right captions, of which only the UNets are trained, by the noisy
+            stages; None trains one in `folder`/base.
         device: of the networks.
         on_progress: called after every step.
 
     Raises:
-        ValueError: if the checkpoints are of other settings.
+        ValueError: if the checkpoints are of other settings, or the base has seen noisy captions.
     """
-    checkpoints, weights = folder / "checkpoints", folder / "weights"
+    checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(settings=settings, folder=checkpoints, device=device, on_progress=on_progress)
+    if base is None:
+        base = folder / "base"
+        _train_base(trainer, base)
+    trainer.curves |= read_manifest(base)["curves"]
+    if "noisy_denoiser" in trainer.curves:
+        raise ValueError(
+            f"{base}: its UNets were trained on noisy captions; weights from right ones are needed"
+        )
+    _train_further(trainer, base, weights=folder / "weights")
+
+
+def _train_base(trainer: Trainer, weights: Path) -> None:
+    """Train all networks on right captions, and write their folder."""
+    vae = trainer.autoencoder()
     text_encoder = trainer.text_encoder()
-    if instruments is None:
-        vae, scorer, oracle = trainer.autoencoder(), trainer.scorer(), trainer.oracle()
-    else:
-        vae = load(str(instruments / "sd")).vae.to(device)
-        curves = read_manifest(instruments)["curves"]
-        trainer.curves |= {name: curves[name] for name in _INSTRUMENTS}
-    encoded = trainer.encoded(vae=vae, text_encoder=text_encoder, is_trained=instruments is None)
+    scorer = trainer.scorer()
+    oracle = trainer.oracle()
+    trainer.scale_latents(vae)
+    encoded = trainer.encoded(vae=vae, text_encoder=text_encoder)
     denoiser = trainer.denoiser(encoded)
     velocity = trainer.velocity(denoiser, encoded)
     bundle = Bundle(
@@ -266,18 +265,25 @@ def train(
         vae=vae,
         schedule=trainer.schedule,
         prediction_type="epsilon",
-        source=str(folder),
+        source=str(weights),
     )
     _save_model(bundle, weights / "sd")
     _save_model(replace(bundle, unet=velocity, prediction_type="v_prediction"), weights / "sd-v")
-    if instruments is None:
-        config = models.scorer_config(len(trainer.tokenizer))
-        save_scorer(scorer.model, weights / "scorer", config=config, tokenizer=trainer.tokenizer)
-        save_oracle(oracle, weights / "oracle")
-    else:
-        for name in ("scorer", "oracle"):
-            shutil.copytree(instruments / name, weights / name, dirs_exist_ok=True)
-    write_manifest(weights, recipe=settings.to_values(), curves=trainer.curves)
+    config = models.scorer_config(len(trainer.tokenizer))
+    save_scorer(scorer.model, weights / "scorer", config=config, tokenizer=trainer.tokenizer)
+    save_oracle(oracle, weights / "oracle")
+    write_manifest(weights, recipe=trainer.settings.to_values(), curves=trainer.curves)
+
+
+def _train_further(trainer: Trainer, base: Path, *, weights: Path) -> None:
+    """Train the UNets of a folder of weights on noisy captions, and write the folder with them."""
+    teachers = {name: load(str(base / name)).to(trainer.device) for name in ("sd", "sd-v")}
+    encoded = trainer.encoded(vae=teachers["sd"].vae, text_encoder=teachers["sd"].text_encoder)
+    for name, model in teachers.items():
+        _save_model(replace(model, unet=trainer.with_noisy_captions(model, encoded)), weights / name)
+    for name in ("scorer", "oracle"):
+        shutil.copytree(base / name, weights / name, dirs_exist_ok=True)
+    write_manifest(weights, recipe=trainer.settings.to_values(), curves=trainer.curves)
 
 
 def _save_model(bundle: Bundle, folder: Path) -> None:

@@ -36,18 +36,16 @@ class DenoiserSettings(StageSettings):
     )
 
 
-class TaughtSettings(Settings):
-    """Settings of the captions that text encoder and UNets are taught.
+class CaptionNoiseSettings(Settings):
+    """Settings of the captions in the noisy stages.
 
     Attributes:
         wrong_word: share of captions with the value of one attribute replaced by another.
         missing_word: share of captions with one attribute left out.
-        training_split_only: teach no caption of the validation and test splits.
     """
 
-    wrong_word: float = Field(default=0.0, ge=0, le=1)
-    missing_word: float = Field(default=0.0, ge=0, le=1)
-    training_split_only: bool = False
+    wrong_word: float = Field(default=0.12, ge=0, le=1)
+    missing_word: float = Field(default=0.12, ge=0, le=1)
 
     @model_validator(mode="after")
     def _are_shares(self) -> Self:
@@ -72,7 +70,13 @@ class MiniTraining(Settings):
     velocity: DenoiserSettings = DenoiserSettings(
         samples=240_000, batch=96, lr=6e-4, deep_first=0.0, shallow_skip=0.4
     )
-    taught: TaughtSettings = TaughtSettings()
+    noisy_denoiser: DenoiserSettings = DenoiserSettings(
+        samples=144_000, batch=96, lr=6e-4, deep_first=0.0, shallow_skip=0.4
+    )
+    noisy_velocity: DenoiserSettings = DenoiserSettings(
+        samples=144_000, batch=96, lr=6e-4, deep_first=0.0, shallow_skip=0.4
+    )
+    caption_noise: CaptionNoiseSettings = CaptionNoiseSettings()
     scenes: int = Field(default=60_000, gt=0, description="scenes whose latents the UNets are trained on")
     caption_dropout: float = Field(
         default=0.1, ge=0, le=1, description="probability that a UNet is given the empty caption instead"

@@ -60,10 +60,9 @@ def step_generator(*, seed: int, stage: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(noise_key("mini training", seed, stage, step))
 
 
-def training_indexes(count: int, generator: torch.Generator, *, numbers: Tensor | None = None) -> list[int]:
-    """`count` scene indexes below `HELD_OUT`, all of different captions: of these numbers, or of all."""
-    numbers = torch.arange(NUM_CAPTIONS) if numbers is None else numbers
-    captions = numbers[torch.randperm(len(numbers), generator=generator)[:count]]
+def training_indexes(count: int, generator: torch.Generator) -> list[int]:
+    """`count` scene indexes below `HELD_OUT`, all of different captions."""
+    captions = torch.randperm(NUM_CAPTIONS, generator=generator)[:count]
     images = torch.randint(HELD_OUT // NUM_CAPTIONS, (count,), generator=generator)
     return [int(index) for index in images * NUM_CAPTIONS + captions]
 

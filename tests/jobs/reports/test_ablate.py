@@ -83,7 +83,7 @@ def test_methods_are_trained_for_equally_many_passes():
     # with its backward pass.
     assert training_passes(VARIANTS["cfg"].steps) == 2 * 2 + 3 * 3
     assert training_passes(VARIANTS["vanilla"].steps) == 2 + 3 * 2
-    assert training_passes(VARIANTS["w-conditioned"].steps) == 2 * 2 + 3 * 2
+    assert training_passes(VARIANTS["w-conditioned"].steps) == 2 * 2 + 3
     assert training_passes(None) == 3
     assert VARIANTS["cfg"].num_steps == 300
     lines = [line for name, panel in PANELS.items() if name[0] in "68" for line in panel.lines]

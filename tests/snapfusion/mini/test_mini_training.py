@@ -6,19 +6,24 @@ from snapfusion.metrics.clip import load_scorer
 from snapfusion.mini import models
 from snapfusion.mini.oracle import load_oracle
 from snapfusion.mini.scenes import HELD_OUT, caption_of, image_batch, parse_caption, scene_of
-from snapfusion.mini.split import captions_in
 from snapfusion.mini.training.contrast import NEGATIVES, contrastive_loss, draw_captions
 from snapfusion.mini.training.denoiser import skipped_blocks
+from snapfusion.mini.training.noisy_captions import NoisyCaptions, caption_without
 from snapfusion.mini.training.recipe import Trainer, train
-from snapfusion.mini.training.settings import DenoiserSettings, MiniTraining, StageSettings, TaughtSettings
+from snapfusion.mini.training.settings import (
+    CaptionNoiseSettings,
+    DenoiserSettings,
+    MiniTraining,
+    StageSettings,
+)
 from snapfusion.mini.training.stage import learning_rate, step_generator, training_indexes
-from snapfusion.mini.training.taught import TaughtCaptions, caption_without, taught_numbers
 from snapfusion.mini.vocabulary import ATTRIBUTES, NUM_CAPTIONS
 from snapfusion.mini.weights import read_manifest
 from snapfusion.models.checksums import file_records
 from snapfusion.models.load import load
 
-STAGES = ("autoencoder", "decoder", "text", "scorer", "oracle", "denoiser", "velocity")
+BASE = ("autoencoder", "decoder", "text", "scorer", "oracle", "denoiser", "velocity")
+STAGES = (*BASE, "noisy_denoiser", "noisy_velocity")
 
 
 def shortened(stage, samples=18):
@@ -73,7 +78,7 @@ def test_a_complete_training_is_not_repeated(trained):
     assert read_manifest(trained / "weights") == before
 
 
-@pytest.mark.parametrize("stage", ["oracle", "denoiser", "velocity"])
+@pytest.mark.parametrize("stage", ["oracle", "denoiser", "velocity", "noisy_velocity"])
 def test_a_killed_stage_resumes_to_identical_weights(trained, tmp_path, stage):
     """Killed after step 3 of 5, with a checkpoint of step 2, and resumed."""
     settings = TINY.model_copy(update={stage: shortened(stage, samples=30)})
@@ -82,7 +87,12 @@ def test_a_killed_stage_resumes_to_identical_weights(trained, tmp_path, stage):
         trainer = Trainer(settings=settings, folder=folder, on_progress=on_progress)
         if stage == "oracle":
             return trainer.oracle().state_dict()
+        if stage == "noisy_velocity":
+            model = load(str(trained / "base" / "sd-v"))
+            encoded = trainer.encoded(vae=model.vae, text_encoder=model.text_encoder)
+            return trainer.with_noisy_captions(model, encoded).state_dict()
         vae, text_encoder = trainer.autoencoder(), trainer.text_encoder()
+        trainer.scale_latents(vae)
         encoded = trainer.encoded(vae=vae, text_encoder=text_encoder)
         unet = trainer.denoiser(encoded)
         return (trainer.velocity(unet, encoded) if stage == "velocity" else unet).state_dict()
@@ -114,28 +124,27 @@ def test_training_batches_have_different_training_captions():
     assert len({scene_of(index) for index in indexes}) == NUM_CAPTIONS
 
 
-def test_instruments_are_taken_over(trained, tmp_path):
-    taught = TaughtSettings(wrong_word=0.15, missing_word=0.15, training_split_only=True)
-    settings = TINY.model_copy(update={"taught": taught})
-    train(settings, folder=tmp_path, instruments=trained / "weights")
-    before, after = (file_records(folder / "weights") for folder in (trained, tmp_path))
-    same = {name for name in before if before[name] == after[name]}
-    assert {name for name in before if name.startswith(("scorer/", "oracle/", "sd/vae", "sd-v/vae"))} < same
-    weights = {name for name in after if name.endswith("safetensors") and "vae" not in name} - same
-    folders = ("sd/unet", "sd/text_encoder", "sd-v/unet", "sd-v/text_encoder")
-    assert {name.rpartition("/")[0] for name in weights} == set(folders)
-    manifest = read_manifest(tmp_path / "weights")
-    assert manifest["recipe"]["taught"] == taught.to_values()
-    assert set(manifest["curves"]) == set(STAGES)
+def test_only_the_unets_of_a_base_are_trained(trained, tmp_path):
+    """From the same base, as the whole training goes on from it."""
+    base = trained / "base"
+    train(TINY, folder=tmp_path, base=base)
+    before, after = file_records(base), file_records(tmp_path / "weights")
+    changed = {name for name in after if before[name] != after[name]} - {"manifest.json"}
+    weights = {name for name in changed if name.endswith(".safetensors")}
+    assert {name.rpartition("/")[0] for name in weights} == {"sd/unet", "sd-v/unet"}
+    assert after == file_records(trained / "weights")
+    assert set(read_manifest(base)["curves"]) == set(BASE)
+    with pytest.raises(ValueError, match="trained on noisy captions; weights from right ones"):
+        train(TINY, folder=tmp_path, base=tmp_path / "weights")
 
 
-def test_taught_captions_are_wrong_or_incomplete_at_their_shares():
-    captions = TaughtCaptions.of(TaughtSettings(wrong_word=0.2, missing_word=0.1))
+def test_noisy_captions_are_wrong_or_incomplete_at_their_shares():
+    captions = NoisyCaptions.of(CaptionNoiseSettings(wrong_word=0.2, missing_word=0.1))
     numbers = torch.arange(20_000) % NUM_CAPTIONS
-    taught_indexes = captions.draw(numbers, generator=torch.Generator().manual_seed(0))
-    assert float((taught_indexes == numbers).float().mean()) == pytest.approx(0.7, abs=0.02)
-    assert float((taught_indexes >= NUM_CAPTIONS).float().mean()) == pytest.approx(0.1, abs=0.02)
-    for number, index in zip(numbers[:500].tolist(), taught_indexes[:500].tolist(), strict=True):
+    indexes = captions.draw(numbers, generator=torch.Generator().manual_seed(0))
+    assert float((indexes == numbers).float().mean()) == pytest.approx(0.7, abs=0.02)
+    assert float((indexes >= NUM_CAPTIONS).float().mean()) == pytest.approx(0.1, abs=0.02)
+    for number, index in zip(numbers[:500].tolist(), indexes[:500].tolist(), strict=True):
         right, text = caption_of(scene_of(number)), captions.texts[index]
         if index < NUM_CAPTIONS:
             labels = zip(scene_of(number).labels(), scene_of(index).labels(), strict=True)
@@ -144,27 +153,8 @@ def test_taught_captions_are_wrong_or_incomplete_at_their_shares():
         else:
             assert len(text) < len(right)
             assert set(text.split()) < set(right.split())
-    plain = TaughtCaptions.of(TaughtSettings())
-    assert torch.equal(plain.draw(numbers, generator=torch.Generator()), numbers)
-
-
-def test_only_the_training_split_is_taught():
-    numbers = taught_numbers(TaughtSettings(training_split_only=True))
-    assert {caption_of(scene_of(number)) for number in numbers.tolist()} == set(captions_in("training"))
-    indexes = training_indexes(64, step_generator(seed=0, stage="text", step=1), numbers=numbers)
-    assert {index % NUM_CAPTIONS for index in indexes} < set(numbers.tolist())
-    assert len(taught_numbers(TaughtSettings())) == NUM_CAPTIONS
-    captions = TaughtCaptions.of(TaughtSettings(wrong_word=1.0, training_split_only=True))
-    generator = torch.Generator().manual_seed(0)
-    wrong = captions.draw(numbers.repeat(20), generator=generator)
-    assert set(wrong.tolist()) == set(numbers.tolist())
-    for texts in (
-        (captions.texts[index] for index in wrong.tolist()),
-        draw_captions(indexes, generator, taught=captions),
-    ):
-        assert set(texts) <= set(captions_in("training"))
     with pytest.raises(ValueError, match="at most 1 together"):
-        TaughtSettings(wrong_word=0.6, missing_word=0.6)
+        CaptionNoiseSettings(wrong_word=0.6, missing_word=0.6)
 
 
 def test_an_attribute_is_left_out():
@@ -221,7 +211,7 @@ def test_shallow_attention_is_skipped_first_then_randomly():
 
 def test_velocity_starts_from_the_denoisers_weights(trained):
     """After three steps at a small learning rate it is nearer to them than to fresh weights."""
-    unets = [load(str(trained / "weights" / name)).unet.state_dict() for name in ("sd", "sd-v")]
+    unets = [load(str(trained / "base" / name)).unet.state_dict() for name in ("sd", "sd-v")]
     fresh = models.unet().state_dict()
     name = "mid_block.resnets.0.conv1.weight"
     moved, elsewhere = ((unets[1][name] - other[name]).norm() for other in (unets[0], fresh))
