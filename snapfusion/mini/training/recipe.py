@@ -33,6 +33,7 @@ from snapfusion.mini.training.stage import (
 )
 from snapfusion.mini.weights import read_manifest, write_manifest
 from snapfusion.models.bundle import Bundle, weight_hash
+from snapfusion.models.card import CARD
 from snapfusion.models.checksums import write_checksums
 from snapfusion.models.load import load
 from snapfusion.models.save import save
@@ -289,6 +290,7 @@ def _train_further(trainer: Trainer, base: Path, *, weights: Path) -> None:
 def _save_model(bundle: Bundle, folder: Path) -> None:
     """Write a diffusers folder; the eps model has SD-v1.5's scheduler."""
     save(bundle, folder)
+    (folder / CARD).unlink()  # MODEL_CARD.md describes all weights
     if bundle.prediction_type == "epsilon":
         models.scheduler(bundle.schedule).save_pretrained(folder / "scheduler")
     # transformers opens a model in the dtype of this file, diffusers in float32; a pipeline needs one dtype.
