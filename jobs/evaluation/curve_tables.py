@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from jobs.evaluation.captions import captions_of, row_of_draw
+from jobs.evaluation.distance_files import DistanceFiles, RealImages
 from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings
 from pipelines.datasets.references import compute_references, features_of, moments_of
-from pipelines.datasets.samples import generate_samples, read_scores, sampled_ids
+from pipelines.datasets.samples import generate_samples, read_features, read_scores, sampled_ids
 from pipelines.datasets.settings import ReferencesSettings
 from pipelines.ray_data.execution import Runner
 from pipelines.sources.captions import CaptionRow
@@ -25,10 +26,15 @@ from pipelines.tables.commits import Origin
 from pipelines.tables.committer import OnProgress
 from pipelines.tables.table import Snapshot
 from pipelines.tables.usable_rows import check_usable
-from snapfusion.metrics.curves import Curve, CurvePoint
+from snapfusion.metrics.curve_point import CurvePoint
+from snapfusion.metrics.curves import Curve
+from snapfusion.metrics.image_groups import ImageGroups
 from snapfusion.metrics.kernel import KernelReference
-from snapfusion.metrics.moments import Moments
+from snapfusion.metrics.parallel import Map, over_cores
 from snapfusion.models.source import absolute_source
+
+_DISTANCES = "distances"
+"""Folder of what was computed from the tables."""
 
 StartTable = Callable[[str, Any], tuple[Origin, OnProgress]]
 """(name of a table to fill, its parents) -> the origin kept beside its units, and a progress callback."""
@@ -44,8 +50,7 @@ class EvaluatedCaptions:
         curves: by contender.
         tables: of the contenders' samples.
         references: table of the real images.
-        moments: of the real images' features.
-        kernel: of the same, for KID; None for none.
+        real: their features.
     """
 
     captions: Sequence[CaptionRow]
@@ -53,8 +58,7 @@ class EvaluatedCaptions:
     curves: Mapping[str, Curve]
     tables: Mapping[str, Snapshot]
     references: Snapshot
-    moments: Moments
-    kernel: KernelReference | None
+    real: RealImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,20 +105,20 @@ class TableMaker:
             contender.name: self._sample(contender, captions, source=prompts.name) for contender in contenders
         }
         ids = self._shared_ids(prompts, tables, captions)
-        moments, limit = moments_of(real), self.settings.kid_images
-        kernel = KernelReference.of(torch.from_numpy(features_of(real, limit=limit))) if limit else None
-        curves = {
-            name: Curve(points=tuple(self._points(table, prompts, ids=ids, kernel=kernel)), reference=moments)
-            for name, table in tables.items()
-        }
+        with over_cores() as parallel:
+            images = self._real_images(real, parallel)
+            files = DistanceFiles(url=f"{self.out}/{_DISTANCES}", real=images, parallel=parallel)
+            curves = {
+                name: Curve(points=tuple(self._points(table, prompts, ids=ids, files=files)))
+                for name, table in tables.items()
+            }
         return EvaluatedCaptions(
             captions=captions,
             ids=ids,
             curves=curves,
             tables=tables,
             references=real,
-            moments=moments,
-            kernel=kernel,
+            real=images,
         )
 
     def references(self, references: ReferencesSettings, *, name: str) -> Snapshot:
@@ -182,24 +186,28 @@ class TableMaker:
             )
         return [row_of_draw(row, draw).id for draw in draws for row in rows]
 
+    def _real_images(self, table: Snapshot, parallel: Map) -> RealImages:
+        """Moments of all real images, and the kernel's sums of those for KID."""
+        limit, kernel = self.settings.kid_images, None
+        if limit:
+            features = torch.from_numpy(features_of(table, limit=limit))
+            kernel = KernelReference.of(features, parallel=parallel)
+        return RealImages(moments=moments_of(table), kernel=kernel)
+
     def _points(
-        self,
-        table: Snapshot,
-        prompts: PromptSettings,
-        *,
-        ids: Sequence[str],
-        kernel: KernelReference | None,
+        self, table: Snapshot, prompts: PromptSettings, *, ids: Sequence[str], files: DistanceFiles
     ) -> Iterator[CurvePoint]:
+        """The points of a contender, one after the other: features are not kept."""
+        grouping = ImageGroups.of(len(ids), groups=self.settings.groups, draws=prompts.draws)
         for w in self.settings.guidance:
             rows = read_scores(table, source=prompts.name, w=w)
             index_of = {id_: index for index, id_ in enumerate(rows.ids)}
             chosen = np.array([index_of[id_] for id_ in ids])
-            yield CurvePoint.of(
+            features = read_features(table, source=prompts.name, w=w, ids=ids)
+            yield CurvePoint(
                 w=w,
-                features=rows.features[chosen],
-                clip=rows.clip[chosen],
+                distances=files.distances(features, grouping=grouping),
+                clip=rows.clip[chosen].astype(np.float64),
                 right=None if rows.right is None else rows.right[chosen],
-                groups=self.settings.groups,
-                draws=prompts.draws,
-                reference=kernel,
+                grouping=grouping,
             )

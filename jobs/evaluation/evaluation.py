@@ -85,7 +85,7 @@ def _protocol(settings: EvaluationSettings, test: EvaluatedCaptions) -> dict[str
     """Everything that a published metric must be quoted with."""
     judging, prompts = settings.samples.judging, settings.prompts
     # A covariance of fewer images than features is singular, which makes FID too large: noted.
-    moments = test.moments
+    moments = test.real.moments
     smallest = Moments(count=len(test.ids), mean=moments.mean, scatter=moments.scatter)
     notes = [
         f"{side}: {note}"

@@ -33,8 +33,8 @@ def measure_floor(maker: TableMaker, evaluated: EvaluatedCaptions) -> dict[str, 
     )
     table = maker.references(further, name="redrawn")
     sets = torch.from_numpy(features_of(table, limit=redraws * count)).split(count)
-    values = {"fid": [frechet_distance(Moments.of(one), evaluated.moments) for one in sets]}
-    if (kernel := evaluated.kernel) is not None:
+    values = {"fid": [frechet_distance(Moments.of(one), evaluated.real.moments) for one in sets]}
+    if (kernel := evaluated.real.kernel) is not None:
         everything = [np.arange(count)]
         sums = (KernelSums.of(one, groups=everything, reference=kernel) for one in sets)
         values["kid"] = [each.distance([0]) for each in sums]

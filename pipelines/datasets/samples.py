@@ -214,17 +214,15 @@ def _check_size(settings: SamplesSettings, *, bundle: Bundle) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Features and scores of one model's images at one guidance, in order of the captions.
+    """Scores of one model's images at one guidance, in order of the captions.
 
     Attributes:
         ids: of the captions.
-        features: float32 [n,D].
         clip: float32 [n].
         right: whether each attribute is as the caption says, uint8 [n,5]; None without the oracle.
     """
 
     ids: list[str]
-    features: np.ndarray
     clip: np.ndarray
     right: np.ndarray | None
 
@@ -235,23 +233,63 @@ def read_scores(table: Snapshot, *, source: str, w: float, cut: str = "") -> Sco
     Raises:
         TableError: if the table has none.
     """
-    units = _units_of(table, source=source, w=w, cut=cut)
-    if sum(file.rows for file in units) == 0:
-        raise TableError(f"{table.url} has no rows of {source} at guidance {w:g}{cut and ' without '}{cut}")
-    rows = pa.concat_tables([table.read_unit(file) for file in units])
+    columns = [name for name in ("source_id", "clip", "right") if name in table.columns]
+    units = _units_with_rows(table, source=source, w=w, cut=cut)
+    rows = pa.concat_tables([table.read_unit(file, columns) for file in units])
     return Scores(
         ids=rows.column("source_id").to_pylist(),
-        features=read_array(rows, "features"),
         clip=rows.column("clip").to_numpy(),
         right=read_array(rows, "right") if "right" in rows.column_names else None,
     )
 
 
-def sampled_ids(table: Snapshot, *, source: str, w: float) -> list[str]:
-    """The ids of the captions that were sampled at one guidance, in order of the list."""
-    units = _units_of(table, source=source, w=w)
+def read_features(
+    table: Snapshot, *, source: str, w: float, cut: str = "", ids: Sequence[str] | None = None
+) -> np.ndarray:
+    """Features of the images of one caption list at one guidance and cut, float32 [n,D].
+
+    Unit by unit, so that nothing but the result has their size.
+
+    Args:
+        table: SAMPLES.
+        source: name of the list.
+        w: guidance.
+        cut: name of the blocks that the UNet skips.
+        ids: of captions, all of which have an image; None takes all in order of the list.
+
+    Raises:
+        TableError: if the table has none.
+    """
+    units = _units_with_rows(table, source=source, w=w, cut=cut)
+    if ids is None:
+        ids = sampled_ids(table, source=source, w=w, cut=cut)
+    position = {id_: index for index, id_ in enumerate(ids)}
+    features = np.empty((len(ids), 0), dtype=np.float32)
+    for file in units:
+        rows = table.read_unit(file, ["source_id", "features"])
+        found = [(position.get(id_), row) for row, id_ in enumerate(rows.column("source_id").to_pylist())]
+        kept = [(index, row) for index, row in found if index is not None]
+        part = read_array(rows, "features")
+        if features.shape[1] == 0:
+            features = np.empty((len(ids), part.shape[1]), dtype=np.float32)
+        if kept:
+            indices, chosen = map(list, zip(*kept, strict=True))
+            features[indices] = part[chosen]
+    return features
+
+
+def sampled_ids(table: Snapshot, *, source: str, w: float, cut: str = "") -> list[str]:
+    """The ids of the captions that were sampled at one guidance and cut, in order of the list."""
+    units = _units_of(table, source=source, w=w, cut=cut)
     columns = [table.read_unit(file, ["source_id"]).column("source_id") for file in units]
     return [id_ for column in columns for id_ in column.to_pylist()]
+
+
+def _units_with_rows(table: Snapshot, *, source: str, w: float, cut: str) -> list[UnitFile]:
+    units = [file for file in _units_of(table, source=source, w=w, cut=cut) if file.rows]
+    if not units:
+        raise TableError(f"{table.url} has no rows of {source} at guidance {w:g}{cut and ' without '}{cut}")
+    return units
 
 
 def _units_of(table: Snapshot, *, source: str, w: float, cut: str = "") -> list[UnitFile]:

@@ -9,30 +9,19 @@ time, from both models at once.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import reduce
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from snapfusion.metrics import intervals
-from snapfusion.metrics.frechet import frechet_distance
+from snapfusion.metrics.curve_point import CurvePoint
+from snapfusion.metrics.image_groups import GroupIndices
 from snapfusion.metrics.intervals import Interval
-from snapfusion.metrics.kernel import KernelReference, KernelSums
-from snapfusion.metrics.moments import Moments
 
 _NUM_LEVELS = 50
 """Number of FIDs at which two curves are compared."""
-
-_PARTITIONS = 6
-"""Ways to put the draws into groups, over which an interval's variance is averaged."""
-
-GroupIndices = Sequence[int]
-"""Groups of images that a statistic is computed over."""
 
 
 class CurveError(ValueError):
@@ -40,108 +29,14 @@ class CurveError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CurvePoint:
-    """One model's images at one guidance scale.
-
-    Attributes:
-        w: guidance scale of SnapFusion Eq. 3.
-        moments: of the features, one for each group.
-        kernel: sums of the kernel by group; None without a kernel distance.
-        clip: cosine of each image with its caption, float64 [n]: draw by draw in order of the captions.
-        right: attributes that match the caption, 0 or 1 [n,A]; None without an oracle.
-        groups: for each group the indices of its images. Several partitions of all images stand one after the
-            other, each of as many groups.
-        partitions: their number.
-        draws: images of each caption; with more than one, a group has one of each.
-    """
-
-    w: float
-    moments: tuple[Moments, ...]
-    kernel: KernelSums | None
-    clip: np.ndarray
-    right: np.ndarray | None
-    groups: tuple[np.ndarray, ...]
-    partitions: int = 1
-    draws: int = 1
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        w: float,
-        features: np.ndarray,
-        clip: np.ndarray,
-        right: np.ndarray | None,
-        groups: int,
-        draws: int = 1,
-        reference: KernelReference | None = None,
-    ) -> CurvePoint:
-        """A point of features float32 [n,D] and scores of n images.
-
-        Args:
-            w: guidance scale.
-            features: of the images, draw by draw.
-            clip: cosine of each, float [n].
-            right: matching attributes, or None.
-            groups: number of contiguous groups of captions; not used with several draws.
-            draws: images of each caption.
-            reference: of the kernel distance; None for none.
-
-        Raises:
-            ValueError: unless there are two groups or more, and two images or more for each.
-        """
-        groups = groups if draws == 1 else draws
-        if groups < 2 or len(clip) < 2 * groups:
-            raise ValueError(f"{len(clip)} images in {groups} groups; at least 2 groups of 2 are needed")
-        if draws == 1:
-            parts = tuple(np.array_split(np.arange(len(clip)), groups))
-        else:
-            parts = _draw_groups(draws, captions=len(clip) // draws)
-        vectors = torch.from_numpy(features)
-        return cls(
-            w=w,
-            moments=tuple(Moments.of(vectors[part]) for part in parts),
-            kernel=None if reference is None else _kernel_sums(vectors, parts, groups, reference=reference),
-            clip=clip.astype(np.float64),
-            right=right,
-            groups=parts,
-            partitions=len(parts) // groups,
-            draws=draws,
-        )
-
-    @property
-    def scores(self) -> dict[str, np.ndarray]:
-        """Of each image, float64 [n]: CLIP, and with an oracle the matching attributes (mean, and all)."""
-        if self.right is None:
-            return {"clip": self.clip}
-        all_right = self.right.all(axis=1).astype(float)
-        return {"clip": self.clip, "attributes": self.right.mean(axis=1), "all_attributes": all_right}
-
-    def mean(self, values: np.ndarray) -> Interval:
-        """The mean of a value of each image, float64 [n], with an interval over draws, or over captions."""
-        return (
-            intervals.mean(values)
-            if self.draws == 1
-            else intervals.mean_within(values.reshape(self.draws, -1))
-        )
-
-    def mean_clip(self, groups: GroupIndices) -> float:
-        """Mean cosine over the images of these groups."""
-        return float(np.concatenate([self.clip[self.groups[group]] for group in groups]).mean())
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Curve:
     """One model at several guidance scales, in increasing order.
 
     Attributes:
-        points: all of the same captions in the same groups.
-        reference: moments of real images' features.
+        points: all of the same captions in the same groups, and of distances to the same real images.
     """
 
     points: tuple[CurvePoint, ...]
-    reference: Moments
-    _distances: dict[tuple[int, tuple[int, ...]], float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if any(a.w >= b.w for a, b in pairwise(self.points)):
@@ -155,9 +50,7 @@ class Curve:
     @property
     def partitions(self) -> Sequence[range]:
         """The groups of each partition of all images."""
-        point = self.points[0]
-        size = len(point.groups) // point.partitions
-        return [range(start, start + size) for start in range(0, len(point.groups), size)]
+        return self.points[0].grouping.partitions
 
     def interval(self, estimate: Callable[[GroupIndices], float]) -> Interval:
         """`estimate` of all images, with its interval over draws, or over captions."""
@@ -178,13 +71,8 @@ class Curve:
         return scales.index(w)
 
     def fid(self, index: int, groups: GroupIndices) -> float:
-        """Frechet distance to the reference, over the images of these groups."""
-        key = index, tuple(groups)
-        # Cached: comparisons ask for the same distances, which take most of their time.
-        if key not in self._distances:
-            merged = reduce(Moments.merge, (self.points[index].moments[group] for group in groups))
-            self._distances[key] = frechet_distance(merged, self.reference)
-        return self._distances[key]
+        """Frechet distance to the reference, over the images of these groups: one of `grouping.subsets`."""
+        return self.points[index].distances.frechet[tuple(groups)]
 
     def kid(self, index: int, groups: GroupIndices) -> float:
         """Kernel distance to the reference, over the images of these groups.
@@ -192,7 +80,7 @@ class Curve:
         Raises:
             CurveError: if the point has no sums of the kernel.
         """
-        kernel = self.points[index].kernel
+        kernel = self.points[index].distances.kernel
         if kernel is None:
             raise CurveError("the curve has no kernel distance")
         return kernel.distance(groups)
@@ -204,7 +92,7 @@ def metrics_at(curve: Curve, w: float) -> dict[str, Interval]:
     point = curve.points[index]
     scores = point.scores
     metrics = {"fid": curve.interval(lambda groups: curve.fid(index, groups))}
-    if point.kernel is not None:
+    if point.distances.kernel is not None:
         metrics["kid"] = curve.interval(lambda groups: curve.kid(index, groups))
     metrics |= {name: point.mean(values) for name, values in scores.items()}
     if "all_attributes" in scores:
@@ -231,7 +119,7 @@ def point_differences(
         )
 
     metrics = {"fid": difference(Curve.fid)}
-    if point.kernel is not None and other.kernel is not None:
+    if point.distances.kernel is not None and other.distances.kernel is not None:
         metrics["kid"] = difference(Curve.kid)
     return metrics | {name: point.mean(ours[name] - theirs[name]) for name in ours if name in theirs}
 
@@ -295,26 +183,6 @@ def gap_closed(student: Curve, *, few: Curve, many: Curve, w: float) -> Interval
     if fid_few <= fid_many:
         raise CurveError(f"no gap to close: at guidance {w:g} many steps have no lower FID than few")
     return student.interval(closed)
-
-
-def _kernel_sums(
-    features: Tensor, parts: Sequence[np.ndarray], groups: int, *, reference: KernelReference
-) -> KernelSums:
-    """Sums over the first images of each group, in all as many as there are real ones at most."""
-    most = max(2, len(reference.features) // groups)
-    return KernelSums.of(features, groups=[part[:most] for part in parts], reference=reference)
-
-
-@functools.cache
-def _draw_groups(draws: int, *, captions: int) -> tuple[np.ndarray, ...]:
-    """Partitions of `draws` x `captions` images into groups with one image of each caption.
-
-    The first is draw by draw, in the others each caption's draws are permuted; the same for all models.
-    """
-    images = np.arange(draws * captions).reshape(draws, captions)
-    random = np.random.default_rng(0)
-    others = (random.permuted(images, axis=0) for _ in range(_PARTITIONS - 1))
-    return tuple(group for partition in (images, *others) for group in partition)
 
 
 def _rising_branch(curve: Curve, groups: GroupIndices) -> tuple[np.ndarray, np.ndarray]:

@@ -39,10 +39,7 @@ class Moments:
         Raises:
             ValueError: unless there are N rows of D finite floats.
         """
-        if features.ndim != 2 or not features.is_floating_point():
-            raise ValueError(f"features are {features.dtype} {[*features.shape]}; floats [N,D] are needed")
-        if num_bad := int((~features.isfinite().all(dim=1)).sum()):
-            raise ValueError(f"{num_bad} of {len(features)} feature vectors are not finite; leave them out")
+        check_features(features)
         vectors = features.detach().to(device="cpu", dtype=torch.float64)
         mean = vectors.mean(dim=0) if len(vectors) else vectors.new_zeros(vectors.shape[1])
         centred = vectors - mean
@@ -85,13 +82,17 @@ class Moments:
         return self.scatter / (self.count - 1)
 
     @cached_property
-    def covariance_root(self) -> Tensor:
-        """The symmetric square root of the covariance, [D,D] float64; cached, as references are reused."""
+    def covariance_factor(self) -> Tensor:
+        """L, lower triangular [D,D] float64, where L L^T is the covariance; kept for reuse."""
+        factor, failed = torch.linalg.cholesky_ex(self.covariance())
+        if not failed:
+            return factor
+        # Cholesky's algorithm needs full rank. Of any rank is V s^(1/2) = L Q^T, its factor by eigenvalues.
         values, vectors = torch.linalg.eigh(self.covariance())
         # Eigenvalues that are zero up to rounding may come out negative.
         rounding = float(values.max()) * len(values) * torch.finfo(values.dtype).eps
         roots = torch.where(values > rounding, values, 0.0).sqrt()
-        return (vectors * roots) @ vectors.T
+        return torch.linalg.qr((vectors * roots).T).R.T.contiguous()
 
     def rank_warning(self) -> str | None:
         """A warning that N vectors of D numbers do not span their space; None if they can.
@@ -105,3 +106,11 @@ class Moments:
             f"{self.count} feature vectors of {self.dimension} numbers: their covariance is singular, and a "
             f"Frechet distance is biased upward; at least {self.dimension + 1} are needed for full rank"
         )
+
+
+def check_features(features: Tensor) -> None:
+    """Raise `ValueError` unless features are [N,D] finite floats."""
+    if features.ndim != 2 or not features.is_floating_point():
+        raise ValueError(f"features are {features.dtype} {[*features.shape]}; floats [N,D] are needed")
+    if num_bad := int((~features.isfinite().all(dim=1)).sum()):
+        raise ValueError(f"{num_bad} of {len(features)} feature vectors are not finite; leave them out")

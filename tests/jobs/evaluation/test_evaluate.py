@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from statistics import mean, stdev
@@ -26,6 +27,7 @@ from pipelines.sources.settings import CaptionSettings
 from pipelines.stages.sample import SampleAndScore
 from pipelines.stages.settings import Sampler, SamplingSettings
 from pipelines.tables.table import open_table
+from snapfusion.metrics.curve_point import ImageDistances
 from snapfusion.metrics.frechet import frechet_distance
 from snapfusion.metrics.moments import Moments
 from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
@@ -160,6 +162,29 @@ def test_a_second_run_samples_nothing(made, monkeypatch):
     monkeypatch.setattr(SampleAndScore, "__call__", refuse)
     again, _ = run(SETTINGS, out)
     assert again == results
+
+
+@pytest.mark.parametrize("last", [0, 1, 5, 8])
+def test_an_evaluation_killed_among_points_continues(made, monkeypatch, last):
+    out, results, _ = made
+    shutil.rmtree(out / "distances")
+    compute, calls = ImageDistances.of, []
+
+    def killed(*args, **options):
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return compute(*args, **options)
+
+    monkeypatch.setattr(ImageDistances, "of", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(SETTINGS, out)
+    calls.clear()
+    monkeypatch.setattr(
+        ImageDistances, "of", lambda *args, **options: calls.append(1) or compute(*args, **options)
+    )
+    again, _ = run(SETTINGS, out)
+    assert (again, len(calls)) == (results, 9 - last)
 
 
 def test_a_lost_caption_is_left_out_everywhere(tmp_path, monkeypatch):

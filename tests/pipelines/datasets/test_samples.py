@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from pipelines.datasets import references
 from pipelines.datasets.references import compute_references, moments_of
-from pipelines.datasets.samples import generate_samples, read_scores, recomputer, source_name
+from pipelines.datasets.samples import generate_samples, read_features, read_scores, recomputer, source_name
 from pipelines.datasets.settings import ReferencesSettings, SamplesSettings
 from pipelines.rejections import Rejected
 from pipelines.sources import SourceError
@@ -93,7 +93,7 @@ def test_image_equals_solvers_and_is_scored(samples):
     assert rows.column("noise_key").to_pylist() == KEYS[:3]
     np.testing.assert_array_equal(images_of(rows), images.permute(0, 2, 3, 1))
     scores = read_scores(samples, source="list", w=2.5)
-    np.testing.assert_array_equal(scores.features[:3], features.numpy())
+    np.testing.assert_array_equal(read_features(samples, source="list", w=2.5)[:3], features.numpy())
     clip = load_scorer(WEIGHTS / "scorer").score(images, texts)
     np.testing.assert_array_equal(scores.clip[:3], clip.numpy())
     right = oracle.score(images, [parse_caption(text) for text in texts]).numpy()
@@ -103,7 +103,11 @@ def test_image_equals_solvers_and_is_scored(samples):
 @pytest.mark.parametrize("w", [1.0, 2.5])
 def test_scores_are_in_order_of_the_captions(samples, w):
     scores = read_scores(samples, source="list", w=w)
-    assert (scores.ids, scores.features.shape, scores.right.shape) == (IDS, (6, 128), (6, 5))
+    assert (scores.ids, scores.right.shape) == (IDS, (6, 5))
+    features = read_features(samples, source="list", w=w)
+    assert (features.shape, features.dtype) == ((6, 128), np.float32)
+    some = read_features(samples, source="list", w=w, ids=[IDS[4], IDS[1]])
+    np.testing.assert_array_equal(some, features[[4, 1]])
 
 
 def test_all_solvers_start_from_the_same_noise(samples, tmp_path):
@@ -228,14 +232,14 @@ def cut_samples(tmp_path_factory):
 
 
 def test_cut_unet_samples_from_the_same_noise(cut_samples, stage, tmp_path):
-    whole = read_scores(generate(tmp_path / "whole"), source="list", w=2.0)
-    np.testing.assert_array_equal(read_scores(cut_samples, source="list", w=2.0).features, whole.features)
+    whole = read_features(generate(tmp_path / "whole"), source="list", w=2.0)
+    np.testing.assert_array_equal(read_features(cut_samples, source="list", w=2.0), whole)
     for cut, blocks in CUTS.items():
         with skipping_blocks(stage.bundle.unet, blocks):
             expected = stage.sample_and_score(TEXTS[:3], KEYS[:3], w=2.0)
-        scores = read_scores(cut_samples, source="list", w=2.0, cut=cut)
-        np.testing.assert_array_equal(scores.features[:3], expected["features"])
-        assert not np.array_equal(scores.features, whole.features)
+        features = read_features(cut_samples, source="list", w=2.0, cut=cut)
+        np.testing.assert_array_equal(features[:3], expected["features"])
+        assert not np.array_equal(features, whole)
     ids = cut_samples.read(["id"]).column("id").to_pylist()
     assert len(set(ids)) == len(ids) == 18
     assert "c0@2-two" in ids

@@ -1,21 +1,20 @@
 """Comparisons of synthetic FID-CLIP curves with known results."""
 
-from functools import reduce
-
 import numpy as np
 import pytest
 import torch
 
+from snapfusion.metrics.curve_point import CurvePoint, ImageDistances
 from snapfusion.metrics.curves import (
     Curve,
     CurveError,
-    CurvePoint,
     clip_at_equal_fid,
     gap_closed,
     metrics_at,
     paired_differences,
 )
 from snapfusion.metrics.frechet import frechet_distance
+from snapfusion.metrics.image_groups import ImageGroups
 from snapfusion.metrics.kernel import KernelReference, KernelSums
 from snapfusion.metrics.moments import Moments
 from snapfusion.mini.measure import held_out_batches
@@ -27,6 +26,12 @@ ROWS, GROUPS = 400, 8
 REAL = Moments.of(torch.randn(2000, 3, generator=torch.Generator().manual_seed(9), dtype=torch.float64))
 
 
+def curve_point(w, features, *, clip, groups, right=None, draws=1, reference=REAL, kernel=None):
+    grouping = ImageGroups.of(len(features), groups=groups, draws=draws)
+    distances = ImageDistances.of(features, grouping=grouping, reference=reference, kernel=kernel)
+    return CurvePoint(w=w, distances=distances, clip=clip, right=right, grouping=grouping)
+
+
 def point(w, *, shift, clip, seed=0, right=None):
     """Images with the real ones' features shifted by `shift`: their FID is about shift^2."""
     random = np.random.default_rng(seed)
@@ -35,18 +40,18 @@ def point(w, *, shift, clip, seed=0, right=None):
     # The captions' own spread is the same for all models.
     spread = 0.05 * np.random.default_rng(1).standard_normal(ROWS)
     scores = clip + spread + 0.002 * random.standard_normal(ROWS)
-    return CurvePoint.of(w=w, features=features, clip=scores, right=right, groups=GROUPS)
+    return curve_point(w, features, clip=scores, right=right, groups=GROUPS)
 
 
 def curve(shifts, clips, *, seed=0):
     pairs = enumerate(zip(shifts, clips, strict=True))
     points = (point(1.0 + n, shift=shift, clip=clip, seed=seed + n) for n, (shift, clip) in pairs)
-    return Curve(points=tuple(points), reference=REAL)
+    return Curve(points=tuple(points))
 
 
 def test_metrics_are_of_all_images():
     right = np.array([[1, 1], [1, 0]] * (ROWS // 2), dtype=np.uint8)
-    single = Curve(points=(point(2.0, shift=1.0, clip=0.3, seed=1, right=right),), reference=REAL)
+    single = Curve(points=(point(2.0, shift=1.0, clip=0.3, seed=1, right=right),))
     features = np.random.default_rng(1).standard_normal((ROWS, 3)).astype(np.float32)
     features[:, 0] += 1.0
     metrics = metrics_at(single, 2.0)
@@ -117,34 +122,33 @@ def test_missing_and_unsorted_guidance_is_refused():
     with pytest.raises(CurveError, match="guidance 7; 1, 2"):
         metrics_at(curve([1.0, 2.0], [0.2, 0.3]), 7.0)
     with pytest.raises(ValueError, match="guidance must increase"):
-        Curve(points=tuple(reversed(curve([1.0, 2.0], [0.2, 0.3]).points)), reference=REAL)
+        Curve(points=tuple(reversed(curve([1.0, 2.0], [0.2, 0.3]).points)))
 
 
-def paired_draws(features, captions, *, draws, seed):
-    """A curve of one point whose captions have fixed features, and draws vary around them."""
+def drawn(features, captions, *, draws, seed):
+    """Images whose captions have fixed features, and draws vary around them, float32 [N,D]."""
     random = np.random.default_rng(seed)
     images = np.tile(captions, (draws, 1)) + random.standard_normal((draws * len(captions), features))
-    return point_of(images.astype(np.float32), draws=draws)
+    return images.astype(np.float32)
 
 
-def point_of(images, *, draws):
-    """A point of features that has no scores."""
-    return CurvePoint.of(
-        w=1.0, features=images, clip=np.zeros(len(images)), right=None, groups=2, draws=draws
-    )
+def curve_of(images, *, draws, reference):
+    """A curve of one point of features that has no scores."""
+    point = curve_point(1.0, images, clip=np.zeros(len(images)), groups=2, draws=draws, reference=reference)
+    return Curve(points=(point,))
 
 
 def test_intervals_over_draws_hold_zero_for_equal_models():
     """The 95 % interval of the difference of two sets from one distribution holds zero in 92 to 98 %."""
     dimension, draws = 8, 5
     captions = 3.0 * np.random.default_rng(0).standard_normal((60, dimension))
-    real = [paired_draws(dimension, captions, draws=60, seed=1).moments]
-    reference = reduce(Moments.merge, real[0])
+    reference = Moments.of(torch.from_numpy(drawn(dimension, captions, draws=60, seed=1)))
 
     def holds(number):
         ours, theirs = (
-            Curve(
-                points=(paired_draws(dimension, captions, draws=draws, seed=2 * number + side),),
+            curve_of(
+                drawn(dimension, captions, draws=draws, seed=2 * number + side),
+                draws=draws,
                 reference=reference,
             )
             for side in (100, 101)
@@ -158,9 +162,10 @@ def test_intervals_over_draws_hold_zero_for_equal_models():
 def test_kid_uses_no_more_images_than_there_are_real_ones():
     features = np.random.default_rng(0).standard_normal((60, 4)).astype(np.float32)
     reference = KernelReference.of(torch.from_numpy(features[:12] + 1.0))
-    kernel = CurvePoint.of(
-        w=1.0, features=features, clip=np.zeros(60), right=None, groups=3, reference=reference
-    ).kernel
+    real = Moments.of(reference.features)
+    kernel = curve_point(
+        1.0, features, clip=np.zeros(60), groups=3, reference=real, kernel=reference
+    ).distances.kernel
     assert kernel.counts == (4, 4, 4)
     first = np.concatenate([features[start : start + 4] for start in (0, 20, 40)])
     whole = KernelSums.of(torch.from_numpy(first), groups=[np.arange(12)], reference=reference)
@@ -184,7 +189,7 @@ def test_intervals_hold_zero_for_sets_of_real_images(capsys):
         both = random.permuted(np.arange(len(pool))[:, None].repeat(captions, 1), axis=0)[: 2 * draws]
         images = pool[both, np.arange(captions)]
         ours, theirs = (
-            Curve(points=(point_of(half.reshape(draws * captions, -1), draws=draws),), reference=reference)
+            curve_of(half.reshape(draws * captions, -1), draws=draws, reference=reference)
             for half in (images[:draws], images[draws:])
         )
         difference = paired_differences(ours, theirs, w=1.0)["fid"]

@@ -1,0 +1,115 @@
+"""Keeps the distances of images to real ones in files, one for each contender and guidance.
+
+At full size they take half a minute of a core each; an evaluation that is killed among them continues with
+the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from jobs.runtime.logs import logger
+from pipelines.storage.objects import exists, read_bytes, replace_object
+from snapfusion.metrics.curve_point import ImageDistances
+from snapfusion.metrics.image_groups import ImageGroups
+from snapfusion.metrics.kernel import KernelReference, KernelSums
+from snapfusion.metrics.moments import Moments
+from snapfusion.metrics.parallel import Map
+from snapfusion.settings import digest
+
+_VERSION = 1
+"""Raised when the same features would have other distances."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RealImages:
+    """Features of real images, as distances need them.
+
+    Attributes:
+        moments: of all.
+        kernel: of those for KID; None for none.
+    """
+
+    moments: Moments
+    kernel: KernelReference | None
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of all that distances depend on."""
+        parts = [self.moments.mean, self.moments.scatter, torch.tensor([float(self.moments.count)])]
+        if self.kernel is not None:
+            parts.append(self.kernel.features)
+        return _sha256(*(part.double().numpy() for part in parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistanceFiles:
+    """A folder of files, each named by the hash of the features and of the real images.
+
+    Attributes:
+        url: of the folder.
+        real: images that others are compared with.
+        parallel: computes what is missing.
+    """
+
+    url: str
+    real: RealImages
+    parallel: Map
+
+    def distances(self, features: np.ndarray, *, grouping: ImageGroups) -> ImageDistances:
+        """The distances of features float32 [N,D], read if they have been computed before."""
+        identity = {
+            "version": _VERSION,
+            "features": _sha256(features),
+            "real": self.real.sha256,
+            "groups": [grouping.size, grouping.draws],
+        }
+        url = f"{self.url}/{digest(identity)}.json"
+        if exists(url):
+            try:
+                return self._parse(json.loads(read_bytes(url)), grouping)
+            except (ValueError, KeyError, TypeError) as error:
+                logger.warning(f"{url} is damaged ({error!r}) and computed again")
+        found = ImageDistances.of(
+            features,
+            grouping=grouping,
+            reference=self.real.moments,
+            kernel=self.real.kernel,
+            parallel=self.parallel,
+        )
+        replace_object(url, json.dumps(_record(found, grouping)).encode())
+        return found
+
+    def _parse(self, record: dict[str, list[float]], grouping: ImageGroups) -> ImageDistances:
+        frechet = dict(zip(grouping.subsets, record["frechet"], strict=True))
+        kernel = None
+        if self.real.kernel is not None:
+            kernel = KernelSums(
+                counts=tuple(map(int, record["counts"])),
+                within=torch.tensor(record["within"], dtype=torch.float64),
+                across=torch.tensor(record["across"], dtype=torch.float64),
+                reference=self.real.kernel,
+            )
+        return ImageDistances(frechet=frechet, kernel=kernel)
+
+
+def _record(distances: ImageDistances, grouping: ImageGroups) -> dict[str, list[float]]:
+    record = {"frechet": [distances.frechet[subset] for subset in grouping.subsets]}
+    if (kernel := distances.kernel) is not None:
+        sums = {"within": kernel.within.tolist(), "across": kernel.across.tolist()}
+        record |= {"counts": [*kernel.counts], **sums}
+    return record
+
+
+def _sha256(*arrays: np.ndarray) -> str:
+    total = hashlib.sha256()
+    for array in arrays:
+        total.update(f"{array.dtype} {array.shape} ".encode())
+        total.update(np.ascontiguousarray(array).data)
+    return total.hexdigest()
