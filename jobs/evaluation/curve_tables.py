@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from jobs.evaluation.captions import captions_of, row_of_draw
+from jobs.evaluation.coco_pairs import CocoPairs, pair_captions
 from jobs.evaluation.distance_files import DistanceFiles, RealImages
 from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings
 from pipelines.datasets.references import compute_references, features_of, moments_of
@@ -46,6 +47,7 @@ class EvaluatedCaptions:
 
     Attributes:
         captions: of all draws, as listed.
+        pairs: captions with their own images; None if the real images are others.
         ids: of the images that are compared, draw by draw; all contenders have them at every guidance.
         curves: by contender.
         tables: of the contenders' samples.
@@ -54,6 +56,7 @@ class EvaluatedCaptions:
     """
 
     captions: Sequence[CaptionRow]
+    pairs: CocoPairs | None
     ids: Sequence[str]
     curves: Mapping[str, Curve]
     tables: Mapping[str, Snapshot]
@@ -99,8 +102,8 @@ class TableMaker:
             NoUsableRows: if all rows of a table were rejected.
             ValueError: if too few images are left to compare.
         """
-        captions = captions_of(prompts)
-        real = self.references(references, name=name)
+        captions, pairs = self._captions(prompts, references)
+        real = self.references(references, name=name, names=None if pairs is None else pairs.image_names)
         tables = {
             contender.name: self._sample(contender, captions, source=prompts.name) for contender in contenders
         }
@@ -114,6 +117,7 @@ class TableMaker:
             }
         return EvaluatedCaptions(
             captions=captions,
+            pairs=pairs,
             ids=ids,
             curves=curves,
             tables=tables,
@@ -121,8 +125,21 @@ class TableMaker:
             real=images,
         )
 
-    def references(self, references: ReferencesSettings, *, name: str) -> Snapshot:
-        """The table `name` with features of all real images.
+    def _captions(
+        self, prompts: PromptSettings, references: ReferencesSettings
+    ) -> tuple[list[CaptionRow], CocoPairs | None]:
+        """The captions of all draws; with pairs one without its image is rejected."""
+        captions = captions_of(prompts)
+        if not (references.paired and prompts.url and references.url):
+            return captions, None
+        once = captions[: len(captions) // prompts.draws]
+        pairs = pair_captions(once, annotations=prompts.url, images=references.url)
+        return [row_of_draw(row, draw) for draw in range(prompts.draws) for row in pairs.captions], pairs
+
+    def references(
+        self, references: ReferencesSettings, *, name: str, names: Sequence[str] | None = None
+    ) -> Snapshot:
+        """The table `name` with features of all real images, or of those named.
 
         Raises:
             NoUsableRows: if all of them were rejected.
@@ -132,6 +149,7 @@ class TableMaker:
             references,
             metrics=self.settings.samples.judging,
             url=f"{self.out}/{name}",
+            names=names,
             origin=origin,
             run=self.run,
             on_progress=on_progress,

@@ -92,7 +92,10 @@ def _protocol(settings: EvaluationSettings, test: EvaluatedCaptions) -> dict[str
         for side, note in (("drawn", smallest.rank_warning()), ("reference", moments.rank_warning()))
         if note is not None
     ]
+    if test.pairs is not None:
+        notes += test.pairs.notes()
     return {
+        "title": _title(settings, test),
         "captions": {
             "name": prompts.name,
             "url": prompts.url,
@@ -101,12 +104,15 @@ def _protocol(settings: EvaluationSettings, test: EvaluatedCaptions) -> dict[str
             "sha256": captions_digest(test.captions),
             "listed": len(test.captions) // prompts.draws,
             "compared": len(test.ids) // prompts.draws,
+            "without_image": None if test.pairs is None else test.pairs.without_image,
         },
         "reference": {
             **test.references.lineage(),
             **test.references.identity,
             "split": None if settings.references.url else settings.references.split,
             "compared": moments.count,
+            "paired": test.pairs is not None,
+            "without_caption": None if test.pairs is None else test.pairs.without_caption,
         },
         "features": describe_features(judging.features),
         "scorer": describe_scorer(judging.scorer),
@@ -115,6 +121,19 @@ def _protocol(settings: EvaluationSettings, test: EvaluatedCaptions) -> dict[str
         "intervals": _interval_text(settings),
         "notes": notes,
     }
+
+
+def _title(settings: EvaluationSettings, test: EvaluatedCaptions) -> str:
+    """What stands in every chart: captions, real images, and how FID sees them."""
+    prompts, references, features = settings.prompts, settings.references, settings.samples.judging.features
+    draws = f", {prompts.draws} images of each" if prompts.draws > 1 else ""
+    real = "real images" if test.pairs is None else "real images, theirs by id"
+    network = "FID by the oracle" if features.network == "oracle" else "FID by Inception"
+    size = f" at {features.scaled_to or references.size} px" if references.url else ""
+    return (
+        f"{prompts.name}: {len(test.ids) // prompts.draws:,} captions{draws}; "
+        f"{test.real.moments.count:,} {real}; {network}{size}"
+    )
 
 
 def _interval_text(settings: EvaluationSettings) -> str:

@@ -168,9 +168,13 @@ class EvaluationSettings(Settings):
     @property
     def num_references(self) -> int:
         """Real images, with those for tuning and for the floor."""
-        tuning = 0 if self.tuning is None else self.tuning.references.count
+        tuning = 0
+        if self.tuning is not None:
+            paired = self.tuning.references.paired
+            tuning = self.tuning.prompts.limit if paired else self.tuning.references.count
         floor = 0 if self.references.url else self.floor_redraws * self.prompts.num_images
-        return self.references.count + tuning + floor
+        own = self.prompts.limit if self.references.paired else self.references.count
+        return own + tuning + floor
 
     @model_validator(mode="after")
     def _is_consistent(self) -> EvaluationSettings:
@@ -189,6 +193,26 @@ class EvaluationSettings(Settings):
             raise ValueError(f"guidance must be one or more increasing scales: {list(self.guidance)}")
         if absent := sorted({one.w for one in self.criteria} - set(self.guidance)):
             raise ValueError(f"criteria: w = {absent[0]:g} is none of the scales {list(self.guidance)}")
+        return self
+
+    @model_validator(mode="after")
+    def _images_go_with_captions(self) -> EvaluationSettings:
+        sides = [(self.prompts, self.references, "")]
+        if self.tuning is not None:
+            sides.append((self.tuning.prompts, self.tuning.references, "tuning."))
+        scaled_to = self.samples.judging.features.scaled_to
+        for prompts, references, prefix in sides:
+            by_id = prompts.url and prompts.reading.id_column == "image_id"
+            if references.paired and not (by_id and references.url):
+                raise ValueError(
+                    f"{prefix}references.paired needs {prefix}prompts.url, COCO's annotations, with "
+                    f"{prefix}prompts.reading.id_column=image_id, and {prefix}references.url, their images"
+                )
+            if scaled_to and references.url and references.size != scaled_to:
+                raise ValueError(
+                    f"{prefix}references.size is {references.size} and samples.judging.features.scaled_to "
+                    f"{scaled_to}; give the same, as FID compares images of one size"
+                )
         return self
 
     @model_validator(mode="after")

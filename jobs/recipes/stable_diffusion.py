@@ -36,6 +36,7 @@ from pipelines.datasets.settings import LatentsSettings, PairsSettings, Referenc
 from pipelines.download.settings import DownloadSettings, FetchSettings
 from pipelines.loading.settings import LoaderSettings
 from pipelines.ray_data.settings import Pool
+from pipelines.sources.settings import CaptionSettings
 from pipelines.stages.settings import (
     Device,
     Encoding,
@@ -110,7 +111,7 @@ def sd15_one_gpu(model: str = SD15.model) -> Recipe:
         update={
             **_judged_student(student, models=_ddim(16, 8), full=16),
             "prompts": _coco(6_000),
-            "references": _references(6_000),
+            "references": _references(),
             "guidance": (7.5,),
         }
     )
@@ -296,7 +297,7 @@ def _evaluation(samples: SamplesSettings, *, models: Sequence[Contender]) -> Eva
         **_judged_student(f"run:{_STUDENT}/model", models=models, full=50),
         guidance=tuple(1.0 + 0.5 * step for step in range(19)),
         prompts=_coco(30_000),
-        references=_references(30_000),
+        references=_references(),
         samples=samples,
     )
 
@@ -330,11 +331,21 @@ def _ddim(*steps: int) -> tuple[Contender, ...]:
     return tuple(Contender(name=f"ddim-{count}", sampler=Sampler(steps=count)) for count in steps)
 
 
-def _references(count: int) -> ReferencesSettings:
+def _references() -> ReferencesSettings:
+    """The images of the captions."""
     return ReferencesSettings(
-        name=_COCO, url=f"{EXAMPLE_BUCKET}coco/val2014", count=count, device=_ON_GPU, describers=_NETWORK
+        name=_COCO,
+        url=f"{EXAMPLE_BUCKET}coco/val2014",
+        paired=True,
+        device=_ON_GPU,
+        describers=_NETWORK,
     )
 
 
 def _coco(limit: int) -> PromptSettings:
-    return PromptSettings(name=_COCO, url=f"{EXAMPLE_BUCKET}coco/captions-val2014.tsv", limit=limit)
+    return PromptSettings(
+        name=_COCO,
+        url=f"{EXAMPLE_BUCKET}coco/annotations/captions_val2014.json",
+        reading=CaptionSettings(id_column="image_id"),
+        limit=limit,
+    )

@@ -10,7 +10,7 @@ from jobs.evaluation.images import generate_images
 from jobs.evaluation.results import Comparison
 from jobs.recipes.ablation import Line
 from jobs.reports.charts import Chart, Series
-from jobs.reports.evaluation_page import PASSES_LABEL, floor_of
+from jobs.reports.evaluation_page import PASSES_LABEL, floor_of, title_of
 from jobs.reports.page import render_page
 from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
 from snapfusion.models.load import load
@@ -33,7 +33,7 @@ def ablation_charts(panel: PanelResults) -> dict[str, Chart]:
     Of the free baselines only the best is shown, by FID at the guidance chosen on the tuning captions.
     """
     title, lines = panel["panel"]["title"], shown_lines(panel)
-    floor = floor_of(panel["evaluation"])
+    floor, note = floor_of(panel["evaluation"]), title_of(panel["evaluation"])
     charts = {
         kind: Chart(
             title=f"{title}: {name}",
@@ -43,11 +43,12 @@ def ablation_charts(panel: PanelResults) -> dict[str, Chart]:
             log_x=x == "fid",
             log_y=y == "fid",
             limit=floor if y == "fid" else None,
+            note=note,
         )
         for kind, (name, x, y, x_label, y_label) in _AXES.items()
     }
     best = [line for line in lines if line.get("best") is not None]
-    return {**charts, "passes": _passes_chart(title, best, floor=floor)} if best else charts
+    return {**charts, "passes": _passes_chart(title, best, floor=floor, note=note)} if best else charts
 
 
 def shown_lines(panel: PanelResults) -> list[dict[str, Any]]:
@@ -59,7 +60,7 @@ def shown_lines(panel: PanelResults) -> list[dict[str, Any]]:
     return [line for line in lines if line["name"] not in free or line is best]
 
 
-def _passes_chart(title: str, lines: Sequence[Mapping[str, Any]], *, floor: float | None) -> Chart:
+def _passes_chart(title: str, lines: Sequence[Mapping[str, Any]], *, floor: float | None, note: str) -> Chart:
     """FID over passes of the UNet, each line at the guidance chosen on the tuning captions."""
     return Chart(
         title=f"{title}: FID over UNet passes, at the guidance chosen on the tuning captions",
@@ -68,6 +69,7 @@ def _passes_chart(title: str, lines: Sequence[Mapping[str, Any]], *, floor: floa
         series=tuple(Series.of(line["name"], [line["best"]], x="evaluations", y="fid") for line in lines),
         log_x=True,
         limit=floor,
+        note=note,
     )
 
 

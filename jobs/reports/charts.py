@@ -91,6 +91,7 @@ class Chart:
         log_y: whether the y axis is logarithmic.
         limit: level of a dashed line; None for no line.
         limit_name: its label.
+        note: in small print within the chart, such as what it was measured on.
     """
 
     title: str
@@ -101,6 +102,7 @@ class Chart:
     log_y: bool = False
     limit: float | None = None
     limit_name: str = "floor"
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +240,8 @@ def _draw_lines(figure: Figure, axes: Axes, chart: Chart) -> None:
             **label,
         )
     _set_scales(axes, chart)
+    if chart.note:
+        axes.set_title(_plain(chart.note), loc="left", fontsize=7.5, color=_MUTED)
     axes.set_xlabel(_plain(chart.x_label))
     axes.set_ylabel(_plain(chart.y_label))
     if len(chart.series) > _MAX_INSIDE:

@@ -25,7 +25,7 @@ def evaluation_charts(results: EvaluationResults) -> Iterator[Chart]:
     """
     baseline = results["baseline"]
     others = [name for name in results["curves"] if name != baseline]
-    floor = floor_of(results)
+    floor, note = floor_of(results), title_of(results)
     for number, start in enumerate(range(0, max(len(others), 1), _MAX_OTHERS)):
         names = [baseline, *others[start : start + _MAX_OTHERS]]
         part = f" ({number + 1})" if number else ""
@@ -36,7 +36,14 @@ def evaluation_charts(results: EvaluationResults) -> Iterator[Chart]:
             curves = {name: results["curves"][name]["points"] for name in names}
             series = tuple(Series.of(name, points, x=x, y=y) for name, points in curves.items())
             limit = floor if y == "fid" else None
-            yield Chart(title=f"{title}{part}", x_label=x_label, y_label=y_label, series=series, limit=limit)
+            yield Chart(
+                title=f"{title}{part}",
+                x_label=x_label,
+                y_label=y_label,
+                series=series,
+                limit=limit,
+                note=note,
+            )
         best = {name: best_point(results, name) for name in names}
         series = tuple(
             Series.of(name, [point], x="evaluations", y="fid") for name, point in best.items() if point
@@ -49,6 +56,7 @@ def evaluation_charts(results: EvaluationResults) -> Iterator[Chart]:
                 series=series,
                 log_x=True,
                 limit=floor,
+                note=note,
             )
 
 
@@ -56,6 +64,11 @@ def floor_of(results: EvaluationResults) -> float | None:
     """Mean FID of real images; None if it was not measured."""
     floor = results.get("floor")
     return None if floor is None else float(floor["fid"]["mean"])
+
+
+def title_of(results: EvaluationResults) -> str:
+    """Captions, real images and features; empty for results of version 0.1."""
+    return str(results["protocol"].get("title", ""))
 
 
 def best_point(results: EvaluationResults, name: str) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial, reduce
 from typing import Unpack
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import torch
@@ -19,7 +18,7 @@ from pipelines.datasets.recompute import check_same, device_of, packed
 from pipelines.datasets.settings import ReferencesSettings
 from pipelines.ray_data.execution import PipelineStage
 from pipelines.sources import SourceError
-from pipelines.stages.image import FORMATS
+from pipelines.sources.real_images import list_real_images
 from pipelines.stages.metric_networks import describe_features
 from pipelines.stages.reference import SCENE_PREFIX, ExtractFeatures
 from pipelines.stages.settings import Device, MetricSettings
@@ -30,8 +29,6 @@ from pipelines.tables.units import FinishedRows, ImageNameRows, Unit
 from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.metrics.moments import Moments
 from snapfusion.mini.scenes import held_out_index
-
-_SUFFIXES = (".jpg", ".jpeg", *(f".{name.lower()}" for name in FORMATS))
 
 
 def identity_of(settings: ReferencesSettings, *, metrics: MetricSettings) -> Identity:
@@ -57,18 +54,28 @@ def image_names(settings: ReferencesSettings) -> list[str]:
     if settings.url is None:
         positions = range(settings.first, settings.first + settings.count)
         return [f"{SCENE_PREFIX}{held_out_index(position, split=settings.split)}" for position in positions]
-    filesystem, path = fsspec.core.url_to_fs(settings.url)
-    # Sorted: stores list in different orders, and units are ranges of this list.
-    names = sorted(entry for entry in filesystem.find(path) if entry.lower().endswith(_SUFFIXES))
-    if len(names) < settings.count:
-        raise SourceError(f"{settings.url} holds {len(names)} images; {settings.count} are needed")
-    return [filesystem.unstrip_protocol(name) for name in names[: settings.count]]
+    images = list_real_images(settings.url)
+    if len(images) < settings.count:
+        raise SourceError(f"{settings.url} holds {len(images)} images; {settings.count} are needed")
+    return [image.name for image in images[: settings.count]]
 
 
 def compute_references(
-    settings: ReferencesSettings, *, metrics: MetricSettings, url: str, **options: Unpack[BuildOptions]
+    settings: ReferencesSettings,
+    *,
+    metrics: MetricSettings,
+    url: str,
+    names: Sequence[str] | None = None,
+    **options: Unpack[BuildOptions],
 ) -> Snapshot:
     """Bring the table at `url` to the features of all images; returns its newest version.
+
+    Args:
+        settings: of the table.
+        metrics: the network.
+        url: of the table.
+        names: of the images of given captions; None takes those of `image_names`.
+        options: see `build_table`.
 
     Raises:
         SourceError: if there are not as many images.
@@ -78,7 +85,7 @@ def compute_references(
     schema = references_schema(features=metrics.feature_count)
     identity = identity_of(settings, metrics=metrics)
     stages = [_stage(settings, metrics=metrics, device=settings.device)]
-    pending = partial(pending_units, settings, names=image_names(settings))
+    pending = partial(pending_units, settings, names=image_names(settings) if names is None else names)
     return build_table(
         url, settings, schema=schema, identity=identity, pending=pending, stages=stages, **options
     )

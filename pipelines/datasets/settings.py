@@ -84,7 +84,10 @@ class ReferencesSettings(BuildSettings):
 
     Attributes:
         name: a short name; prefix of the names of units.
-        url: a folder of images; None takes the miniature's held-out scenes.
+        url: a folder of images, or of tars as img2dataset writes them; None takes the miniature's held-out
+            scenes.
+        paired: whether they are the images of the evaluation's captions, which are COCO's annotations with
+            the ids of images; otherwise the first `count`.
         count: their number, in order of their names; by default two for each of the miniature's captions. An
             image that cannot be read is rejected, not replaced.
         split: of the miniature's captions, whose scenes are taken in turn without a `url`; null takes all.
@@ -99,6 +102,7 @@ class ReferencesSettings(BuildSettings):
 
     name: str = Field("scenes", pattern=FOLDER_NAME)
     url: str | None = None
+    paired: bool = False
     count: int = Field(2 * NUM_CAPTIONS, ge=2)
     split: Split | None = None
     first: int = Field(0, ge=0)

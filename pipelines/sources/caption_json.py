@@ -77,7 +77,7 @@ def read_json(file: IO[bytes], settings: CaptionSettings) -> Iterator[CaptionFie
     Raises:
         SourceError: if the file is too large, no JSON or of another form, or has no captions.
     """
-    document = _load(file)
+    document = load_json(file)
     if isinstance(document, list):
         yield from _rows_of_list(document, settings)
     elif isinstance(document, dict) and isinstance(document.get("annotations"), list):
@@ -103,7 +103,12 @@ def _is_keyed(document: object) -> bool:
     )
 
 
-def _load(file: IO[bytes]) -> Any:  # noqa: ANN401 - any JSON value
+def load_json(file: IO[bytes]) -> Any:  # noqa: ANN401 - any JSON value
+    """The value in a file of at most 256 MiB.
+
+    Raises:
+        SourceError: if the file is larger, or no JSON.
+    """
     data = bytearray()
     for chunk in utf8_chunks(file):
         data += chunk

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipelines.stages.settings import FeatureSettings, MetricSettings, ScorerSettings
@@ -19,9 +21,11 @@ from snapfusion.models.checksums import file_hash
 
 
 def describe_features(settings: FeatureSettings) -> dict[str, Any]:
-    """The identity of the features: the network, the SHA-256 of its weights, the resize kernel."""
+    """The identity of the features: the network, the SHA-256 of its weights, and how images are resized."""
     prepared = {} if settings.weights is None else {"resize": settings.resize, "side": INCEPTION_SIZE}
-    return _describe(settings, bundled="oracle") | prepared
+    # Absent unless given, so that tables made before the option existed keep their identity.
+    scaled = {} if settings.scaled_to is None else {"scaled_to": settings.scaled_to, "kernel": "lanczos"}
+    return _describe(settings, bundled="oracle") | prepared | scaled
 
 
 def describe_scorer(settings: ScorerSettings) -> dict[str, Any]:
@@ -45,6 +49,7 @@ class FeatureReader:
 
     def __init__(self, settings: FeatureSettings, *, device: str) -> None:
         self.device = device
+        self.scaled_to = settings.scaled_to
         self._oracle = load_oracle().to(device) if settings.network == "oracle" else None
         if self._oracle is not None:
             self._features = self._oracle.features
@@ -56,7 +61,18 @@ class FeatureReader:
     def features(self, images: Tensor) -> Tensor:
         """float32 [B,D] on the CPU, of uint8 [B,3,H,W]."""
         # float32 whatever the network's dtype: moments are sums over tens of thousands of rows.
+        if self.scaled_to is not None:
+            images = lanczos(images, size=self.scaled_to)
         return self._features(images.to(self.device)).float().cpu()
+
+
+def lanczos(images: Tensor, *, size: int) -> Tensor:
+    """uint8 [B,3,H,H] to uint8 [B,3,size,size] by Pillow's Lanczos kernel, as real images are resized."""
+    if images.shape[2:] == (size, size):
+        return images
+    pixels = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+    resized = [np.array(image.resize((size, size), Image.Resampling.LANCZOS)) for image in pixels]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
 
 
 class MetricNetworks(FeatureReader):

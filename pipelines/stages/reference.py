@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from pipelines.rejections import Rejected, Rejection
+from pipelines.sources.real_images import read_real_image
 from pipelines.stages.device import batch_slices, environment_of, prepare
 from pipelines.stages.image import decode_image
 from pipelines.stages.metric_networks import FeatureReader
 from pipelines.stages.settings import Device, FeatureSettings, ImageBounds
-from pipelines.storage.objects import read_bytes
 from pipelines.tables.units import FinishedRows, ImageNameRows
 from snapfusion.mini.scenes import HELD_OUT, captioned_image
 
@@ -63,7 +63,7 @@ class ExtractFeatures:
         if name.startswith(SCENE_PREFIX):
             image, _ = captioned_image(HELD_OUT + int(name.removeprefix(SCENE_PREFIX)))
             return image
-        return decode_image(read_bytes(name), size=self.size, settings=self.images)
+        return decode_image(read_real_image(name), size=self.size, settings=self.images)
 
     def extract(self, images: list[np.ndarray]) -> np.ndarray:
         """Features float32 [n,D] of images uint8 [S,S,3]."""

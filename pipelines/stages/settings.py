@@ -166,10 +166,13 @@ class FeatureSettings(_NetworkSettings):
         weights: file of Inception, as `pinned_file` accepts it; the oracle is bundled.
         sha256: of that file.
         resize: kernel that resizes images to Inception's 299 pixels.
+        scaled_to: side in pixels to which images are first resized by Lanczos, as evaluations of few-step
+            models do to 256; null for none.
     """
 
     network: Literal["oracle", "inception"] = "oracle"
     resize: Resize = "bicubic"
+    scaled_to: int | None = Field(None, ge=8)
 
 
 class ScorerSettings(_NetworkSettings):

@@ -250,7 +250,8 @@ def test_captions_come_from_a_list_too(tmp_path):
     )
     results, _ = run(settings, tmp_path / "evaluation")
     captions = results["protocol"]["captions"]
-    assert captions.keys() == {"name", "url", "split", "draws", "sha256", "listed", "compared"}
+    counts = {"listed", "compared", "without_image"}
+    assert captions.keys() == {"name", "url", "split", "draws", "sha256"} | counts
     assert captions.items() >= {"name": "list", "url": prompts.url, "listed": 8, "compared": 8}.items()
 
 
@@ -290,7 +291,8 @@ def test_the_papers_protocol_is_in_its_recipe():
     settings = sd15().evaluation
     assert settings.guidance[0] == 1.0  # Fig. 4
     assert settings.guidance[-1] == 10.0
-    assert settings.prompts.limit == settings.references.count == 30_000
+    assert settings.prompts.limit == settings.num_references == 30_000
+    assert settings.references.paired
     assert settings.samples.judging.scorer.network == "ViT-g-14"
     assert settings.samples.judging.features.network == "inception"
     samplers = {(line.sampler.solver, line.sampler.steps) for line in settings.contenders if not line.model}
@@ -302,9 +304,10 @@ def test_the_documented_protocols_are_settings():
     readme = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
     section = readme.split("## The paper's protocol")[1].split("\n## ")[0]
     blocks = [re.findall(r"--set (\S+)", block) for block in section.split("```")[1::2]]
-    few, other = (sd15().with_values(block).evaluation for block in blocks)
-    assert (few.prompts.limit, few.references.count) == (6_000, 30_000)
-    assert (other.prompts.limit, other.references.count) == (5_000, 5_000)
+    few, other, small = (sd15().with_values(block).evaluation for block in blocks)
+    assert few.prompts.limit == few.num_references == 6_000
+    assert other.prompts.limit == other.num_references == 5_000
+    assert small.references.size == small.samples.judging.features.scaled_to == 256
     assert {other.prompts.name, other.references.name} == {"coco2017"}
     assert all("2017" in url for url in (other.prompts.url, other.references.url))
 

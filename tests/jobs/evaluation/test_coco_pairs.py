@@ -1,0 +1,150 @@
+"""Captions of COCO's annotations are compared with their own images, whatever the order of the files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from in_process import in_process
+from PIL import Image
+
+from jobs.evaluation.captions import captions_of
+from jobs.evaluation.coco_pairs import pair_captions
+from jobs.evaluation.evaluation import evaluate
+from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings
+from jobs.reports.charts import standalone_svg
+from jobs.reports.evaluation_page import evaluation_charts, render_evaluation
+from pipelines.datasets.settings import ReferencesSettings, SamplesSettings
+from pipelines.rejections import Rejection
+from pipelines.sources import SourceError
+from pipelines.sources.settings import CaptionSettings
+from pipelines.stages.metric_networks import lanczos
+from pipelines.stages.settings import Sampler, SamplingSettings
+from pipelines.tables.table import open_table
+from snapfusion.mini.scenes import HELD_OUT, caption_of, captioned_image, scene_of
+from snapfusion.settings import SettingsError
+
+IDS = [503, 42, 7, 391, 88, 19, 260, 75]
+YEARS = {2014: "COCO_val2014_{:012d}.jpg", 2017: "{:012d}.jpg"}
+
+
+def write_annotations(folder, *, year, ids=IDS):
+    """COCO's form: two captions an image, annotations in another order than images."""
+    images = [{"id": id_, "file_name": YEARS[year].format(id_), "license": 4} for id_ in sorted(ids)]
+    annotations = [
+        {"image_id": id_, "id": 10 * id_ + again, "caption": caption_of(scene_of(HELD_OUT + id_ + again))}
+        for again in (0, 1)
+        for id_ in ids
+    ]
+    path = folder / f"captions_val{year}.json"
+    path.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
+    return str(path)
+
+
+def write_images(folder, *, year, ids=IDS):
+    target = folder / f"val{year}"
+    target.mkdir()
+    for id_ in ids:
+        image, _ = captioned_image(HELD_OUT + id_)
+        Image.fromarray(image).save(target / YEARS[year].format(id_), quality=95)
+    return str(target)
+
+
+def prompts_of(url, **changes):
+    return PromptSettings(name="coco", url=url, reading=CaptionSettings(id_column="image_id"), **changes)
+
+
+def settings_of(annotations, images, **changes):
+    return EvaluationSettings(
+        contenders=(Contender(name="one", sampler=Sampler(steps=1)),),
+        baseline="one",
+        guidance=(1.0,),
+        prompts=prompts_of(annotations, **changes),
+        references=ReferencesSettings(name="coco", url=images, paired=True, size=32),
+        samples=SamplesSettings(drawing=SamplingSettings(batch_size=4), rows_per_unit=4),
+        groups=2,
+        kid_images=0,
+    )
+
+
+def run(settings, out):
+    results = evaluate(
+        settings,
+        model="mini",
+        out=str(out),
+        start=lambda name, parents: ({"recipe": "test", "settings": "", "parents": parents}, lambda _: None),
+        run=in_process,
+    )
+    return json.loads(json.dumps(results))
+
+
+@pytest.mark.parametrize("year", [2014, 2017])
+def test_captions_have_their_own_images(tmp_path, year):
+    annotations = write_annotations(tmp_path, year=year)
+    images = write_images(tmp_path, year=year)
+    captions = captions_of(prompts_of(annotations))
+    pairs = pair_captions(captions, annotations=annotations, images=images)
+    assert [row.id for row in pairs.captions] == [str(id_) for id_ in IDS]
+    assert [row.text for row in pairs.captions] == [caption_of(scene_of(HELD_OUT + id_)) for id_ in IDS]
+    assert [Path(name).name for name in pairs.image_names] == [YEARS[year].format(id_) for id_ in IDS]
+    assert (pairs.without_image, pairs.without_caption, pairs.notes()) == (0, 0, [])
+
+
+def test_captions_and_images_without_the_other_are_counted(tmp_path):
+    annotations = write_annotations(tmp_path, year=2014)
+    images = write_images(tmp_path, year=2014, ids=[*IDS[:5], 1000, 1001])
+    pairs = pair_captions(captions_of(prompts_of(annotations)), annotations=annotations, images=images)
+    rejected = [row for row in pairs.captions if isinstance(row, Rejection)]
+    assert [(row.id, row.reason) for row in rejected] == [(str(id_), "missing_image") for id_ in IDS[5:]]
+    assert (len(pairs.image_names), pairs.without_image, pairs.without_caption) == (5, 3, 2)
+    assert pairs.notes() == ["captions: 3 have no image, and are left out with it"]
+
+
+def test_annotations_of_another_split_are_refused(tmp_path):
+    annotations = write_annotations(tmp_path, year=2017)
+    images = write_images(tmp_path, year=2014)
+    with pytest.raises(SourceError, match=r"name 000000000007\.jpg, and there is COCO_val2014_000000000007"):
+        pair_captions(captions_of(prompts_of(annotations)), annotations=annotations, images=images)
+
+
+def test_limit_bounds_captions_and_images(tmp_path):
+    settings = settings_of(
+        write_annotations(tmp_path, year=2014), write_images(tmp_path, year=2014, ids=IDS[:7]), limit=8
+    )
+    results = run(settings, tmp_path / "evaluation")
+    protocol = results["protocol"]
+    assert protocol["captions"]["compared"] == protocol["reference"]["compared"] == 7
+    assert protocol["captions"]["without_image"] == 1
+    references = open_table(str(tmp_path / "evaluation" / "references"))
+    names = references.read(["id"]).column("id").to_pylist()
+    assert [int(Path(name).stem[-12:]) for name in names] == IDS[:7]
+    title = "coco: 7 captions; 7 real images, theirs by id; FID by the oracle at 32 px"
+    assert protocol["title"] == title
+    assert "1 have no image" in protocol["notes"][-1]
+    assert title in render_evaluation(results)
+    assert all(title in standalone_svg(chart).decode() for chart in evaluation_charts(results))
+    fewer = settings.model_copy(update={"prompts": prompts_of(settings.prompts.url, limit=4)})
+    assert run(fewer, tmp_path / "fewer")["protocol"]["reference"]["compared"] == 4
+
+
+def test_images_are_resized_as_real_ones_are():
+    image = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    import torch
+
+    found = lanczos(torch.from_numpy(image).permute(0, 3, 1, 2), size=24)
+    expected = np.array(Image.fromarray(image[0]).resize((24, 24), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(found[0].permute(1, 2, 0).numpy(), expected)
+    assert lanczos(found, size=24) is found
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["prompts.reading.id_column=id"], "references.paired needs prompts.url"),
+        (["references.url=null"], "references.paired needs"),
+        (["samples.judging.features.scaled_to=24"], "references.size is 32 and .*scaled_to 24"),
+    ],
+)
+def test_settings_that_contradict_themselves_are_refused(values, message):
+    with pytest.raises(SettingsError, match=message):
+        settings_of("captions.json", "images").with_values(values)
