@@ -56,9 +56,18 @@ def subset_distances(
     )
     distances: dict[tuple[int, ...], float] = {}
     for partition in grouping.partitions:
-        members = (torch.from_numpy(grouping.members[group]) for group in partition)
-        sums = list(parallel(partial(space.sums, vectors), members))
-        whole = _total(sums)
+        # One allocation, so that memory is given back after each point.
+        products = torch.zeros(len(partition), _packed_size(vectors.shape[1]), dtype=torch.float64)
+        groups = zip(
+            (torch.from_numpy(grouping.members[group]) for group in partition), products, strict=True
+        )
+        sums = list(parallel(partial(space.sums, vectors), groups))
+        whole = _Sums(
+            count=sum(one.count for one in sums),
+            total=torch.stack([one.total for one in sums]).sum(dim=0),
+            square=sum(one.square for one in sums),
+            products=products.sum(dim=0),
+        )
         subsets = [subset for subset in grouping.subsets if subset[0] in partition]
         left_out = (
             [one for group, one in zip(partition, sums, strict=True) if group not in subset]
@@ -77,13 +86,13 @@ class _Sums:
         count: of images.
         total: sum of x, [D].
         square: sum of |x|^2.
-        products: sum of (L^T x) (L^T x)^T, [D,D]: its lower triangle by blocks of columns.
+        products: sum of (L^T x) (L^T x)^T, [D,D]: its lower triangle, packed by `_unpacked`.
     """
 
     count: int
     total: Tensor
     square: float
-    products: tuple[Tensor, ...]
+    products: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,20 +109,25 @@ class _ReferenceSpace:
     reference: Moments
     variance: float
 
-    def sums(self, features: Tensor, rows: Tensor) -> _Sums:
-        """The sums over some rows of features [N,D]."""
-        return _total([self._sums_of(features[part].double()) for part in rows.split(_ROWS)])
+    def sums(self, features: Tensor, group: tuple[Tensor, Tensor]) -> _Sums:
+        """The sums over a group of features [N,D].
 
-    def _sums_of(self, features: Tensor) -> _Sums:
-        factor, x = self.reference.covariance_factor, features - self.origin
-        # L is lower triangular: a block of its columns begins with zeros.
-        y = torch.cat([x[:, part.start :] @ factor[part.start :, part] for part in _blocks(x)], dim=1)
-        return _Sums(
-            count=len(x),
-            total=x.sum(dim=0),
-            square=float(x.square().sum()),
-            products=tuple(y[:, part.start :].T @ y[:, part] for part in _blocks(y)),
-        )
+        Args:
+            features: of all images.
+            group: rows of its images, and zeros to which the packed products are added.
+        """
+        rows, products = group
+        factor, blocks = self.reference.covariance_factor, list(_blocks(features.shape[1]))
+        total, square = torch.zeros_like(self.origin), 0.0
+        for part in rows.split(_ROWS):
+            x = features[part].double() - self.origin
+            total += x.sum(dim=0)
+            square += float(x.square().sum())
+            # L is lower triangular: a block of its columns begins with zeros.
+            y = torch.cat([x[:, block.start :] @ factor[block.start :, block] for block in blocks], dim=1)
+            for block, packed in _unpacked(products, y.shape[1]):
+                packed.addmm_(y[:, block.start :].T, y[:, block])
+        return _Sums(count=len(rows), total=total, square=square, products=products)
 
     def distance(self, whole: _Sums, without: Sequence[_Sums]) -> float:
         """The distance of the images of `whole` but those of `without`."""
@@ -121,33 +135,28 @@ class _ReferenceSpace:
         mean = (whole.total - sum(one.total for one in without)) / count
         square = whole.square - sum(one.square for one in without) - count * float(mean.square().sum())
         product = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-        for number, part in enumerate(_blocks(product)):
-            block = product[part.start :, part]
-            block += whole.products[number]
-            for one in without:
-                block -= one.products[number]
+        for one, add in ((whole, torch.Tensor.add_), *((one, torch.Tensor.sub_) for one in without)):
+            for block, packed in _unpacked(one.products, len(mean)):
+                add(product[block.start :, block], packed)
         moved = self.reference.covariance_factor.T @ mean
         product.addr_(moved, moved, alpha=-count).div_(count - 1)
         spread = square / (count - 1) + self.variance - 2.0 * trace_of_root(product)
         return max(0.0, float((self.origin + mean - self.reference.mean).square().sum()) + spread)
 
 
-def _total(sums: Sequence[_Sums]) -> _Sums:
-    if len(sums) == 1:
-        return sums[0]
-    products = [part.clone() for part in sums[0].products]
-    for one in sums[1:]:
-        for block, other in zip(products, one.products, strict=True):
-            block.add_(other)
-    return _Sums(
-        count=sum(one.count for one in sums),
-        total=torch.stack([one.total for one in sums]).sum(dim=0),
-        square=sum(one.square for one in sums),
-        products=tuple(products),
-    )
-
-
-def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """Blocks of the matrix's columns."""
-    width = matrix.shape[1]
+def _blocks(width: int) -> Iterator[slice]:
+    """Blocks of the columns of a square matrix."""
     return (slice(start, min(start + _BLOCK, width)) for start in range(0, width, _BLOCK))
+
+
+def _packed_size(width: int) -> int:
+    return sum((width - block.start) * (block.stop - block.start) for block in _blocks(width))
+
+
+def _unpacked(packed: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
+    """Each block of columns of a packed lower triangle, and its values from the diagonal down, as a view."""
+    start = 0
+    for block in _blocks(width):
+        height, columns = width - block.start, block.stop - block.start
+        yield block, packed[start : start + height * columns].view(height, columns)
+        start += height * columns

@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 import time
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ def features_of(point: int, *, rows: int) -> np.ndarray:
     # A reflection, so that the covariance is not diagonal.
     axis = np.random.default_rng(0).standard_normal(DIMENSION).astype(np.float32)
     axis /= np.linalg.norm(axis)
-    features -= np.outer(features @ axis, 2.0 * axis)
+    for part in np.array_split(features, 30):  # views
+        np.subtract(part, np.outer(part @ axis, 2.0 * axis), out=part)
     features += 0.4
     return features
 
@@ -62,7 +64,7 @@ def curve(given: Given, *, points: int, kid_images: int):
     grouping = ImageGroups.of(given.rows, groups=GROUPS, draws=1)
     with over_cores() as parallel:
         real = torch.from_numpy(given.point(1_000)[0])
-        reference = Moments.of(real)
+        reference = reduce(Moments.merge, map(Moments.of, real.split(2_000)))
         kernel = KernelReference.of(real[:kid_images], parallel=parallel)
         del real
 
