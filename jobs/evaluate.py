@@ -80,14 +80,12 @@ def _describe_criterion(one: dict[str, Any]) -> str:
 def preview(job: Job) -> list[str]:
     """Describe how much would be sampled, at most."""
     settings = job.recipe.evaluation
-    num_images = settings.num_images * len(settings.guidance)
-    evaluations = settings.num_images * sum(
-        contender.sampler.evaluations(w) for contender in settings.contenders for w in settings.guidance
-    )
+    num_images = settings.num_images * settings.num_points
+    evaluations = settings.num_images * settings.num_evaluations
     prompts, rows = settings.prompts, job.recipe.source.sample_rows
     return [
         *preview_list(prompts.url, prompts.reading, rows=min(rows, prompts.limit)),
-        f"would generate at most {num_images:,} images of each of {len(settings.contenders)} contenders, "
+        f"would generate at most {num_images:,} images by {len(settings.contenders)} contenders, "
         f"{evaluations:,} UNet evaluations of one row, into {job.url('evaluation')}",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 from jobs.evaluation.results import Comparison, EvaluationResults
@@ -53,6 +54,9 @@ def _at_best_guidance(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
 def _average(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A point with the mean over seeds of each metric."""
     average: dict[str, Any] = {"w": points[0]["w"], "evaluations": points[0]["evaluations"]}
+    seconds = [point["seconds"] for point in points if point.get("seconds") is not None]
+    if len(seconds) == len(points):
+        average["seconds"] = mean(seconds)
     for name, value in points[0].items():
         if isinstance(value, Interval):
             average[name] = intervals.over_seeds([point[name] for point in points])

@@ -16,11 +16,11 @@ def evaluation_cost(
 ) -> StageCost:
     """Cost of an evaluation; `unet_of` gives the architecture of the UNet of a contender's model."""
     prompts, samples = settings.num_images, settings.samples
-    tables = len(settings.guidance) * len(settings.contenders)
+    tables = settings.num_points
     images = prompts * tables
     works = [
         unet_passes(
-            prompts * sum(contender.sampler.evaluations(w) for w in settings.guidance),
+            prompts * sum(contender.sampler.evaluations(w) for w in settings.scales(contender)),
             unet_of(contender.model),
             sizes=sizes,
         )

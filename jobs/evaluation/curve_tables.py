@@ -31,6 +31,7 @@ from snapfusion.metrics.curve_point import CurvePoint
 from snapfusion.metrics.curves import Curve
 from snapfusion.metrics.image_groups import ImageGroups
 from snapfusion.metrics.kernel import KernelReference
+from snapfusion.metrics.neighbors import NEIGHBORS, NeighborReference
 from snapfusion.metrics.parallel import Map, over_cores
 from snapfusion.models.source import absolute_source
 
@@ -107,12 +108,13 @@ class TableMaker:
         tables = {
             contender.name: self._sample(contender, captions, source=prompts.name) for contender in contenders
         }
-        ids = self._shared_ids(prompts, tables, captions)
+        scales = {contender.name: self.settings.scales(contender) for contender in contenders}
+        ids = self._shared_ids(prompts, tables, captions, scales)
         with over_cores() as parallel:
             images = self._real_images(real, parallel)
             files = DistanceFiles(url=f"{self.out}/{_DISTANCES}", real=images, parallel=parallel)
             curves = {
-                name: Curve(points=tuple(self._points(table, prompts, ids=ids, files=files)))
+                name: Curve(points=tuple(self._points(table, scales[name], prompts, ids=ids, files=files)))
                 for name, table in tables.items()
             }
         return EvaluatedCaptions(
@@ -167,7 +169,7 @@ class TableMaker:
             settings.samples,
             model=model,
             sampler=contender.sampler,
-            guidance=settings.guidance,
+            guidance=settings.scales(contender),
             captions=captions,
             source=source,
             url=f"{self.out}/{contender.table or contender.name}",
@@ -180,16 +182,20 @@ class TableMaker:
         return table
 
     def _shared_ids(
-        self, prompts: PromptSettings, tables: Mapping[str, Snapshot], captions: Sequence[CaptionRow]
+        self,
+        prompts: PromptSettings,
+        tables: Mapping[str, Snapshot],
+        captions: Sequence[CaptionRow],
+        scales: Mapping[str, Sequence[float]],
     ) -> list[str]:
-        """Images that all contenders have at every guidance, draw by draw: differences are paired.
+        """Images that all contenders have at each of their scales, draw by draw: differences are paired.
 
         A caption is left out if one of its draws is missing.
         """
         found = [
             set(sampled_ids(table, source=prompts.name, w=w))
-            for table in tables.values()
-            for w in self.settings.guidance
+            for name, table in tables.items()
+            for w in scales[name]
         ]
         draws = range(prompts.draws)
         once = captions[: len(captions) // prompts.draws]
@@ -205,19 +211,28 @@ class TableMaker:
         return [row_of_draw(row, draw).id for draw in draws for row in rows]
 
     def _real_images(self, table: Snapshot, parallel: Map) -> RealImages:
-        """Moments of all real images, and the kernel's sums of those for KID."""
-        limit, kernel = self.settings.kid_images, None
-        if limit:
+        """Moments of all real images, and the features of those for KID, precision and recall."""
+        kernel = neighbors = None
+        if limit := self.settings.kid_images:
             features = torch.from_numpy(features_of(table, limit=limit))
             kernel = KernelReference.of(features, parallel=parallel)
-        return RealImages(moments=moments_of(table), kernel=kernel)
+        if (limit := self.settings.neighbor_images) and table.num_rows > NEIGHBORS:
+            features = torch.from_numpy(features_of(table, limit=limit))
+            neighbors = NeighborReference.of(features, parallel=parallel)
+        return RealImages(moments=moments_of(table), kernel=kernel, neighbors=neighbors)
 
     def _points(
-        self, table: Snapshot, prompts: PromptSettings, *, ids: Sequence[str], files: DistanceFiles
+        self,
+        table: Snapshot,
+        scales: Sequence[float],
+        prompts: PromptSettings,
+        *,
+        ids: Sequence[str],
+        files: DistanceFiles,
     ) -> Iterator[CurvePoint]:
         """The points of a contender, one after the other: features are not kept."""
         grouping = ImageGroups.of(len(ids), groups=self.settings.groups, draws=prompts.draws)
-        for w in self.settings.guidance:
+        for w in scales:
             rows = read_scores(table, source=prompts.name, w=w)
             index_of = {id_: index for index, id_ in enumerate(rows.ids)}
             chosen = np.array([index_of[id_] for id_ in ids])

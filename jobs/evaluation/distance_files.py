@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from jobs.runtime.logs import logger
 from pipelines.storage.objects import exists, read_bytes, replace_object
 from snapfusion.metrics.curve_point import ImageDistances
 from snapfusion.metrics.image_groups import ImageGroups
+from snapfusion.metrics.intervals import Interval
 from snapfusion.metrics.kernel import KernelReference, KernelSums
 from snapfusion.metrics.moments import Moments
+from snapfusion.metrics.neighbors import NeighborReference
 from snapfusion.metrics.parallel import Map
 from snapfusion.settings import digest
 
@@ -34,10 +37,12 @@ class RealImages:
     Attributes:
         moments: of all.
         kernel: of those for KID; None for none.
+        neighbors: of those for precision and recall; None for none.
     """
 
     moments: Moments
     kernel: KernelReference | None
+    neighbors: NeighborReference | None = None
 
     @cached_property
     def sha256(self) -> str:
@@ -45,6 +50,8 @@ class RealImages:
         parts = [self.moments.mean, self.moments.scatter, torch.tensor([float(self.moments.count)])]
         if self.kernel is not None:
             parts.append(self.kernel.features)
+        if self.neighbors is not None:
+            parts.append(self.neighbors.features[:, None])  # another shape than the kernel's
         return _sha256(*(part.double().numpy() for part in parts))
 
 
@@ -81,12 +88,13 @@ class DistanceFiles:
             grouping=grouping,
             reference=self.real.moments,
             kernel=self.real.kernel,
+            neighbors=self.real.neighbors,
             parallel=self.parallel,
         )
         replace_object(url, json.dumps(_record(found, grouping)).encode())
         return found
 
-    def _parse(self, record: dict[str, list[float]], grouping: ImageGroups) -> ImageDistances:
+    def _parse(self, record: dict[str, Any], grouping: ImageGroups) -> ImageDistances:
         frechet = dict(zip(grouping.subsets, record["frechet"], strict=True))
         kernel = None
         if self.real.kernel is not None:
@@ -96,11 +104,15 @@ class DistanceFiles:
                 across=torch.tensor(record["across"], dtype=torch.float64),
                 reference=self.real.kernel,
             )
-        return ImageDistances(frechet=frechet, kernel=kernel)
+        diversity = {name: Interval(*ends) for name, ends in record["diversity"].items()}
+        return ImageDistances(frechet=frechet, kernel=kernel, diversity=diversity)
 
 
-def _record(distances: ImageDistances, grouping: ImageGroups) -> dict[str, list[float]]:
-    record = {"frechet": [distances.frechet[subset] for subset in grouping.subsets]}
+def _record(distances: ImageDistances, grouping: ImageGroups) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "frechet": [distances.frechet[subset] for subset in grouping.subsets],
+        "diversity": distances.diversity,
+    }
     if (kernel := distances.kernel) is not None:
         sums = {"within": kernel.within.tolist(), "across": kernel.across.tolist()}
         record |= {"counts": [*kernel.counts], **sums}

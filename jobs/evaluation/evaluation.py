@@ -11,6 +11,7 @@ from jobs.evaluation.results import Comparison, EvaluationResults
 from jobs.evaluation.settings import Contender, Criterion, EvaluationSettings, FidGap, TuningSettings
 from jobs.evaluation.tuning import Choice, choose
 from jobs.runtime.versions import versions
+from pipelines.datasets.samples import seconds_per_image
 from pipelines.ray_data.execution import Runner
 from pipelines.sources.captions import captions_digest
 from pipelines.stages.metric_networks import describe_features, describe_scorer
@@ -53,7 +54,7 @@ def evaluate(
         "floor": measure_floor(maker, test),
         "tuning": None if choice is None else choice.record(),
         "tables": {name: table.lineage() for name, table in test.tables.items()},
-        "curves": _curve_records(contenders, test, choice),
+        "curves": _curve_records(contenders, test, choice, source=settings.prompts.name),
         "baseline": settings.baseline,
         **_compared_with(settings.baseline, curves),
         "against": {name: _compared_with(name, curves) for name in settings.also_against},
@@ -146,7 +147,7 @@ def _interval_text(settings: EvaluationSettings) -> str:
 
 
 def _curve_records(
-    contenders: Sequence[Contender], test: EvaluatedCaptions, choice: Choice | None
+    contenders: Sequence[Contender], test: EvaluatedCaptions, choice: Choice | None, *, source: str
 ) -> dict[str, dict[str, Any]]:
     records = {}
     for contender in contenders:
@@ -155,6 +156,7 @@ def _curve_records(
             {
                 "w": point.w,
                 "evaluations": contender.sampler.evaluations(point.w, w_conditioned=table.identity["told_w"]),
+                "seconds": seconds_per_image(table, source=source, w=point.w),
                 **metrics_at(curve, point.w),
             }
             for point in curve.points
@@ -170,7 +172,11 @@ def _compared_with(baseline: str, curves: Mapping[str, Curve]) -> Comparison:
     others = {name: curve for name, curve in curves.items() if name != baseline}
     return {
         "differences": {
-            name: [{"w": point.w, **paired_differences(curve, base, w=point.w)} for point in curve.points]
+            name: [
+                {"w": point.w, **paired_differences(curve, base, w=point.w)}
+                for point in curve.points
+                if point.w in base.scales
+            ]
             for name, curve in others.items()
         },
         "equal_fid": {name: _or_reason(_equal_fid, curve, base) for name, curve in others.items()},

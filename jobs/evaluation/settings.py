@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -18,6 +18,9 @@ ORIGIN, TABLE_3 = "origin", "table-3"
 """Names of the UNets that are measured: the model's own, and Table 3's."""
 
 
+Guidance = Annotated[float, Field(ge=1.0)]
+
+
 class Contender(Settings):
     """A model and a sampler to evaluate.
 
@@ -27,6 +30,8 @@ class Contender(Settings):
             null takes the recipe's.
         sampler: solver and steps.
         decoder: folder of a half-width decoder, or "run:" and a path in the run; null takes the model's own.
+        guidance: its scales, increasing; [] for a model that is distilled to go without, as DMD2 is, which
+            is sampled at w = 1; null takes the evaluation's.
         table: table of its images, for evaluations that share one.
         family: name of contenders that differ in one number, of which only the one with the lowest FID on the
             tuning captions is compared; null compares it in any case.
@@ -36,6 +41,7 @@ class Contender(Settings):
     model: str | None = None
     sampler: Sampler = Sampler()
     decoder: str | None = None
+    guidance: tuple[Guidance, ...] | None = None
     table: str | None = Field(None, pattern=FOLDER_NAME)
     family: str | None = Field(None, pattern=FOLDER_NAME)
 
@@ -128,7 +134,7 @@ class EvaluationSettings(Settings):
             there is nothing to evaluate.
         baseline: contender that the others are compared with.
         also_against: further contenders that all others are compared with.
-        guidance: scales w of SnapFusion Eq. 3, increasing.
+        guidance: scales w of SnapFusion Eq. 3, increasing, of contenders that have none of their own.
         prompts: captions.
         references: real images.
         tuning: other captions, on which guidance and contenders are chosen; null chooses nothing.
@@ -136,6 +142,8 @@ class EvaluationSettings(Settings):
             least that a perfect model would have; 0 for none.
         kid_images: images of each side that KID uses, at most, as its time grows with their square; 0 for no
             KID.
+        neighbor_images: images of each side for precision, recall, density and coverage, at most; 0 for
+            none. They need six.
         samples: sampling and scoring.
         groups: caption groups of the jackknife intervals, if there is one draw of each caption.
         gaps: FID gaps to report.
@@ -155,6 +163,7 @@ class EvaluationSettings(Settings):
     tuning: TuningSettings | None = None
     floor_redraws: int = Field(20, ge=0)
     kid_images: int = Field(5_000, ge=0)
+    neighbor_images: int = Field(5_000, ge=0)
     samples: SamplesSettings = SamplesSettings()
     groups: int = Field(20, ge=2)
     gaps: tuple[FidGap, ...] = ()
@@ -164,6 +173,24 @@ class EvaluationSettings(Settings):
     def num_images(self) -> int:
         """Images of a contender at one guidance, at most: those for tuning, too."""
         return self.prompts.num_images + (0 if self.tuning is None else self.tuning.prompts.num_images)
+
+    def scales(self, contender: Contender) -> tuple[float, ...]:
+        """The guidance scales of a contender."""
+        if contender.guidance is None:
+            return self.guidance
+        return contender.guidance or (1.0,)
+
+    @property
+    def num_points(self) -> int:
+        """Contenders times their guidance scales."""
+        return sum(len(self.scales(contender)) for contender in self.contenders)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of UNets for one caption by all contenders at all their scales, at most."""
+        return sum(
+            contender.sampler.evaluations(w) for contender in self.contenders for w in self.scales(contender)
+        )
 
     @property
     def num_references(self) -> int:
@@ -189,11 +216,21 @@ class EvaluationSettings(Settings):
         }
         if names and (unknown := sorted(used - set(names))):
             raise ValueError(f"there is no contender {unknown[0]!r}; there are {', '.join(names)}")
+        self._check_guidance()
+        return self
+
+    def _check_guidance(self) -> None:
         if list(self.guidance) != sorted(set(self.guidance)) or not self.guidance:
             raise ValueError(f"guidance must be one or more increasing scales: {list(self.guidance)}")
-        if absent := sorted({one.w for one in self.criteria} - set(self.guidance)):
-            raise ValueError(f"criteria: w = {absent[0]:g} is none of the scales {list(self.guidance)}")
-        return self
+        scales = {one.name: self.scales(one) for one in self.contenders}
+        for name, own in scales.items():
+            if list(own) != sorted(set(own)):
+                raise ValueError(f"guidance of contender {name!r} must be increasing scales: {list(own)}")
+        for one in self.criteria:
+            for name in (one.contender, one.against):
+                own = scales.get(name, self.guidance)
+                if one.w not in own:
+                    raise ValueError(f"criteria: w = {one.w:g} is none of the scales {list(own)} of {name!r}")
 
     @model_validator(mode="after")
     def _images_go_with_captions(self) -> EvaluationSettings:

@@ -278,6 +278,15 @@ def read_features(
     return features
 
 
+def seconds_per_image(table: Snapshot, *, source: str, w: float) -> float | None:
+    """Seconds of a worker for an image at one guidance, sampled and scored; None where they were not kept."""
+    names = {file.unit for file in _units_of(table, source=source, w=w)}
+    records = [record for record in table.unit_records() if record.unit in names]
+    seconds = [record.seconds for record in records if record.seconds is not None]
+    rows = sum(record.rows_written for record in records if record.seconds is not None)
+    return sum(seconds) / rows if rows else None
+
+
 def sampled_ids(table: Snapshot, *, source: str, w: float, cut: str = "") -> list[str]:
     """The ids of the captions that were sampled at one guidance and cut, in order of the list."""
     units = _units_of(table, source=source, w=w, cut=cut)

@@ -37,7 +37,7 @@ class SampleAndScore(NetworkStage[PromptRows, SamplingSettings]):
         self.sampler = sampler
         self.bundle.resize(sampling.size or self.bundle.image_size)
         self.decoder = None if decoder is None else load_decoder(decoder).to(self.torch_device, self.dtype)
-        self.c_null = self.bundle.null_condition()
+        self.c_null = self.bundle.encode_text(self.bundle.tokenize([sampler.negative_prompt]))
         self.grid = time_grid(sampler.steps, schedule_steps=self.bundle.schedule.num_steps)
         self.networks = MetricNetworks(metrics, device=self.torch_device)
 

@@ -224,12 +224,14 @@ class Sampler(Settings):
             al. 2023); 0 for none.
         guidance_interval: first and last timestep with guidance (Kynkäänniemi et al. 2024), of 0 to 999;
             null guides at all.
+        negative_prompt: the caption that guidance leads away from, instead of the empty one.
     """
 
     solver: Solver = "ddim"
     steps: int = Field(50, ge=1, le=1000)
     guidance_rescale: float = Field(0.0, ge=0, le=1)
     guidance_interval: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    negative_prompt: str = Field("", max_length=2_000)
 
     @field_validator("guidance_interval")
     @classmethod

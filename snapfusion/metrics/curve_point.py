@@ -13,6 +13,7 @@ from snapfusion.metrics.image_groups import GroupIndices, ImageGroups
 from snapfusion.metrics.intervals import Interval
 from snapfusion.metrics.kernel import KernelReference, KernelSums
 from snapfusion.metrics.moments import Moments
+from snapfusion.metrics.neighbors import NEIGHBORS, NeighborReference, spread_within
 from snapfusion.metrics.parallel import Map
 from snapfusion.metrics.subset_distances import subset_distances
 
@@ -24,10 +25,12 @@ class ImageDistances:
     Attributes:
         frechet: distance of each of the grouping's subsets.
         kernel: sums of the kernel by group; None without a kernel distance.
+        diversity: metrics of `neighbors`, by name.
     """
 
     frechet: Mapping[tuple[int, ...], float]
     kernel: KernelSums | None
+    diversity: Mapping[str, Interval]
 
     @classmethod
     def of(
@@ -37,29 +40,44 @@ class ImageDistances:
         grouping: ImageGroups,
         reference: Moments,
         kernel: KernelReference | None,
+        neighbors: NeighborReference | None = None,
         parallel: Map = map,
     ) -> ImageDistances:
-        """The distances of features float32 [N,D]; KID's of as many images as there are real ones at most.
+        """The distances of features float32 [N,D].
+
+        KID and neighbours are of as many images as their references have at most, the first of each group.
 
         Args:
             features: of the images, in order of the grouping.
             grouping: of the images.
             reference: moments of real images' features.
             kernel: of the kernel distance; None for none.
+            neighbors: of precision, recall, density and coverage; None for none.
             parallel: computes parts of it.
 
         Raises:
             ValueError: if the reference has features of another length.
         """
-        sums = None
+        vectors, sums = torch.from_numpy(features), None
         if kernel is not None:
-            most = max(2, len(kernel.features) // grouping.size)
-            first = [group[:most] for group in grouping.members]
-            sums = KernelSums.of(
-                torch.from_numpy(features), groups=first, reference=kernel, parallel=parallel
-            )
+            first = _first_of_each(grouping, most=len(kernel.features))
+            sums = KernelSums.of(vectors, groups=first, reference=kernel, parallel=parallel)
+        diversity: dict[str, Interval] = {}
+        if neighbors is not None:
+            first = _first_of_each(grouping, most=len(neighbors.features))[: grouping.size]
+            chosen = vectors[torch.from_numpy(np.concatenate(first))]
+            if len(chosen) > NEIGHBORS:
+                diversity |= neighbors.compare(chosen, parallel=parallel)
+        if grouping.draws > 1:
+            diversity["spread_within"] = spread_within(vectors, draws=grouping.draws)
         frechet = subset_distances(features, grouping=grouping, reference=reference, parallel=parallel)
-        return cls(frechet=frechet, kernel=sums)
+        return cls(frechet=frechet, kernel=sums, diversity=diversity)
+
+
+def _first_of_each(grouping: ImageGroups, *, most: int) -> list[np.ndarray]:
+    """The first images of each group, in a partition `most` images together."""
+    each = max(2, most // grouping.size)
+    return [group[:each] for group in grouping.members]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

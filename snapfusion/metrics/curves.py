@@ -43,6 +43,11 @@ class Curve:
             raise ValueError(f"guidance must increase along a curve: {[point.w for point in self.points]}")
 
     @property
+    def scales(self) -> list[float]:
+        """The guidance of each point."""
+        return [point.w for point in self.points]
+
+    @property
     def groups(self) -> range:
         """Groups of all images, each in one."""
         return self.partitions[0]
@@ -64,11 +69,10 @@ class Curve:
         Raises:
             CurveError: if there is none.
         """
-        scales = [point.w for point in self.points]
-        if w not in scales:
-            available = ", ".join(f"{scale:g}" for scale in scales)
+        if w not in self.scales:
+            available = ", ".join(f"{scale:g}" for scale in self.scales)
             raise CurveError(f"there are no images at guidance {w:g}; {available} are available")
-        return scales.index(w)
+        return self.scales.index(w)
 
     def fid(self, index: int, groups: GroupIndices) -> float:
         """Frechet distance to the reference, over the images of these groups: one of `grouping.subsets`."""
@@ -87,7 +91,7 @@ class Curve:
 
 
 def metrics_at(curve: Curve, w: float) -> dict[str, Interval]:
-    """FID, KID, CLIP and, with an oracle, the proportion of matching attributes (single, and all five)."""
+    """FID, KID, CLIP, diversity and, with an oracle, matching attributes (single, and all five)."""
     index = curve.index(w)
     point = curve.points[index]
     scores = point.scores
@@ -95,6 +99,7 @@ def metrics_at(curve: Curve, w: float) -> dict[str, Interval]:
     if point.distances.kernel is not None:
         metrics["kid"] = curve.interval(lambda groups: curve.kid(index, groups))
     metrics |= {name: point.mean(values) for name, values in scores.items()}
+    metrics |= point.distances.diversity
     if "all_attributes" in scores:
         successes = scores["all_attributes"]
         metrics["all_attributes"] = intervals.proportion(int(successes.sum()), n=len(successes))
@@ -148,6 +153,8 @@ def clip_at_equal_fid(curve: Curve, baseline: Curve) -> EqualFidComparison:
     Raises:
         CurveError: if a curve does not rise, or the two have no FID in common.
     """
+    if any(len(side.points) < 2 for side in (curve, baseline)):
+        raise CurveError("images at one guidance alone are no curve; compare them by FID and CLIP")
     branches = [_rising_branch(side, side.groups) for side in (curve, baseline)]
     low = max(float(fids[0]) for fids, _ in branches)
     high = min(float(fids[-1]) for fids, _ in branches)

@@ -107,7 +107,7 @@ def test_criteria_are_judged_by_the_measured_difference(made):
     ("criterion", "reason"),
     [
         ({"contender": "none"}, "there is no contender 'none'"),
-        ({"w": 2.5}, "w = 2.5 is none of the scales"),
+        ({"w": 2.5}, r"w = 2.5 is none of the scales \[1.0, 2.0, 3.0\] of 'few'"),
         ({"at_most": None}, "either at_least or at_most"),
         ({"at_least": 0.0}, "either at_least or at_most"),
     ],
@@ -164,7 +164,7 @@ def test_a_second_run_samples_nothing(made, monkeypatch):
     assert again == results
 
 
-@pytest.mark.parametrize("last", [0, 1, 5, 8])
+@pytest.mark.parametrize("last", [1, 8])
 def test_an_evaluation_killed_among_points_continues(made, monkeypatch, last):
     out, results, _ = made
     shutil.rmtree(out / "distances")
