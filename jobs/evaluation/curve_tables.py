@@ -217,7 +217,10 @@ class TableMaker:
             features = torch.from_numpy(features_of(table, limit=limit))
             kernel = KernelReference.of(features, parallel=parallel)
         if (limit := self.settings.neighbor_images) and table.num_rows > NEIGHBORS:
-            features = torch.from_numpy(features_of(table, limit=limit))
+            if kernel is not None and limit == self.settings.kid_images:
+                features = kernel.features  # kept once
+            else:
+                features = torch.from_numpy(features_of(table, limit=limit))
             neighbors = NeighborReference.of(features, parallel=parallel)
         return RealImages(moments=moments_of(table), kernel=kernel, neighbors=neighbors)
 

@@ -20,7 +20,7 @@ from snapfusion.metrics.parallel import Map
 NEIGHBORS = 5
 """k, as Naeem et al. have it."""
 
-_BLOCK = 500
+_BLOCK = 1_000
 """Rows whose distances are computed at once."""
 
 

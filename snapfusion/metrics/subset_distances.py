@@ -23,7 +23,7 @@ from snapfusion.metrics.parallel import Map
 _BLOCK = 256
 """Columns of the blocks in which triangular matrices are kept and multiplied: of 2,048 9/16 of the whole."""
 
-_ROWS = 2_000
+_ROWS = 500
 """Images that are converted to float64 at once."""
 
 

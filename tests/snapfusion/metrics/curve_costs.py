@@ -59,6 +59,7 @@ def curve(given: Given, *, points: int, kid_images: int):
     from snapfusion.metrics.image_groups import ImageGroups
     from snapfusion.metrics.kernel import KernelReference
     from snapfusion.metrics.moments import Moments
+    from snapfusion.metrics.neighbors import NeighborReference
     from snapfusion.metrics.parallel import over_cores
 
     grouping = ImageGroups.of(given.rows, groups=GROUPS, draws=1)
@@ -66,12 +67,18 @@ def curve(given: Given, *, points: int, kid_images: int):
         real = torch.from_numpy(given.point(1_000)[0])
         reference = reduce(Moments.merge, map(Moments.of, real.split(2_000)))
         kernel = KernelReference.of(real[:kid_images], parallel=parallel)
+        neighbors = NeighborReference.of(kernel.features, parallel=parallel)
         del real
 
         def made(number: int) -> CurvePoint:
             features, clip = given.point(number)
             distances = ImageDistances.of(
-                features, grouping=grouping, reference=reference, kernel=kernel, parallel=parallel
+                features,
+                grouping=grouping,
+                reference=reference,
+                kernel=kernel,
+                neighbors=neighbors,
+                parallel=parallel,
             )
             w = 1.0 + 0.5 * number
             return CurvePoint(w=w, distances=distances, clip=clip, right=None, grouping=grouping)
