@@ -33,7 +33,7 @@ OPTIONS = [
         ["--threads"],
         type=click.IntRange(1),
         default=1,
-        help="threads of torch and ExecuTorch",
+        help="threads of torch, ExecuTorch and ONNX Runtime",
     ),
     click.Option(["--json"], metavar="FILE", help="also write the results as JSON"),
 ]

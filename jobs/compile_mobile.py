@@ -1,4 +1,4 @@
-"""Compile a model for phones: a bundle of ExecuTorch programs and Core ML packages, verified against torch.
+"""Compile a model for phones: a bundle of ExecuTorch, Core ML and ONNX programs, verified against torch.
 
 MODEL is a diffusers folder, the folder of a training, a URL or a hub id; by default it is the recipe's
 `mobile.model`. The bundle is OUT/mobile (`snapfusion.export.bundle` lists its files).
@@ -68,6 +68,7 @@ def preview(job: Job) -> list[str]:
     variants = [
         *(f"ExecuTorch {kind}" for kind in settings.executorch),
         *(f"Core ML {kind}" for kind in settings.coreml),
+        *(f"ONNX {kind}" for kind in settings.onnx),
     ]
     return [
         f"would compile {model} with {own} into {url} ({state_of(url, last=MANIFEST)})",

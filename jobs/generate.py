@@ -16,8 +16,11 @@ OPTIONS = [
     click.Option(["--prompts"], metavar="FILE", help="a list of captions, in place of CAPTION"),
     click.Option(["--caption-column"], metavar="NAME", help="of --prompts (default: found by its name)"),
     click.Option(["--model"], help="mini, mini-v, a folder, file, URL or hub id (default: mini)"),
-    click.Option(["--bundle"], metavar="DIR", help="a mobile bundle, whose ExecuTorch programs are used"),
-    click.Option(["--variant"], help="of the bundle (default: the first of its ExecuTorch variants)"),
+    click.Option(["--bundle"], metavar="DIR", help="a mobile bundle, whose programs are used"),
+    click.Option(
+        ["--runtime"], type=click.Choice(["executorch", "onnx"]), help="of the bundle (default: executorch)"
+    ),
+    click.Option(["--variant"], help="of the bundle (default: the first of its runtime)"),
     click.Option(["--device"], help="of the model, such as cuda (default: cpu)"),
     click.Option(["--steps"], type=click.IntRange(1), help="default: those it was distilled for, else 50"),
     click.Option(["--sampler"], type=click.Choice(SOLVERS), help="default: ddim"),

@@ -1,6 +1,6 @@
 """Verify a mobile bundle: its files, its sampler, its tokenizer, and the results of its programs.
 
-ExecuTorch programs are executed anywhere; Core ML packages on a Mac, where they are also timed.
+ExecuTorch programs and ONNX models are executed and timed anywhere; Core ML packages on a Mac only.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def verify(folder: Path) -> None:
 
 
 def _verify_variant(bundle: MobileBundle, variant: str, *, runtime: str) -> None:
-    from snapfusion.export.bundle import COREML, EXECUTORCH, MODULES
+    from snapfusion.export.bundle import COREML, EXECUTED_HERE, MODULES
     from snapfusion.export.coreml_package import open_packages
     from snapfusion.export.loop import CompiledModel
     from snapfusion.export.verification import check_variant
 
-    if runtime == EXECUTORCH:
+    if runtime in EXECUTED_HERE:
         model = bundle.programs(variant)
     elif runtime == COREML and sys.platform == "darwin":
         packages = {part: open_packages(bundle.files(variant, part)) for part in MODULES}

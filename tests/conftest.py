@@ -239,6 +239,7 @@ MOBILE = (
     'mobile.captions=["red", "a red thing"]',
     "mobile.steps=3",
     'mobile.executorch=["float32"]',  # lowering to 8 bits takes twice as long as all else
+    "mobile.onnx=[]",  # test_onnx_bundle.py has a bundle of its own
     "mobile.decoder=null",
     "mobile.licence.weights=Apache-2.0",
     "mobile.licence.data=CC0-1.0",

@@ -78,12 +78,18 @@ HEAVY = {
     "matplotlib",
     "coremltools",
     "executorch",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
 }
 SOURCE_OF_A_FORMULA = r"SnapFusion (Eq\.|Sec\.|Alg\.|Table|Fig\.|App\.)|\(\w+( (and \w+|et al\.))? \d{4}\)"
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "manager"}
 OWN_FILE_ONLY = {
     "coremltools": {"snapfusion.export.coreml", "snapfusion.export.coreml_package"},
     "executorch": {"snapfusion.export.executorch"},
+    "onnx": {"snapfusion.export.onnx"},
+    "onnxscript": {"snapfusion.export.onnx"},
+    "onnxruntime": {"snapfusion.export.onnx", "snapfusion.export.onnx_runtime"},
 }
 
 

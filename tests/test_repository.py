@@ -73,7 +73,7 @@ def test_setup_takes_pythons_that_documents_name():
 
 def test_compilers_for_phones_are_an_extra():
     extra = {one.name: one for one in map(Requirement, PROJECT["optional-dependencies"]["mobile"])}
-    assert set(extra) == {"coremltools", "executorch"}
+    assert set(extra) == {"coremltools", "executorch", "onnx", "onnxruntime", "onnxscript"}
     assert not set(extra) & {Requirement(line).name for line in PROJECT["dependencies"]}
     marker = extra["coremltools"].marker
     assert [marker.evaluate({"python_version": version}) for version in ("3.13", "3.14")] == [True, False]

@@ -18,6 +18,7 @@ from jobs.evaluation.module_benchmark import (
     ModuleBenchmark,
     ModuleRun,
     ModuleRuntime,
+    OnnxRuntime,
     RuntimeUnavailableError,
     TorchRuntime,
     benchmark_module,
@@ -26,7 +27,7 @@ from jobs.evaluation.settings import TimingSettings
 from jobs.evaluation.timing import setting_of
 from jobs.runtime.logs import logger
 from jobs.runtime.versions import versions
-from snapfusion.export.bundle import EXECUTORCH, MODULES, MobileBundle
+from snapfusion.export.bundle import EXECUTORCH, MODULES, ONNX_RUNTIME, MobileBundle
 from snapfusion.export.installed import check_installed
 from snapfusion.models.bundle import weight_hash
 from snapfusion.models.decoder import load_decoder
@@ -34,6 +35,7 @@ from snapfusion.models.load import load
 from snapfusion.settings import SettingsError
 
 _RUN_PREFIX = "run:"
+_PACKAGES = {EXECUTORCH: "executorch", ONNX_RUNTIME: "onnxruntime"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class BundleBenchmark:
         decoder: source of torch's half-width decoder; None likewise.
         variants: of the bundle; None takes all.
         repeats: timed runs of each module.
-        threads: of torch and of ExecuTorch.
+        threads: of torch, ExecuTorch and ONNX Runtime.
     """
 
     bundle: MobileBundle
@@ -61,13 +63,15 @@ class BundleBenchmark:
 
         Raises:
             SettingsError: if there is no such variant, or a given model or decoder cannot be used.
-            NotInstalledError: if ExecuTorch is not installed.
+            NotInstalledError: if the runtime of a variant is not installed.
         """
         names = self.bundle.manifest["variants"]
         for name in self.variants or ():
             if name not in names:
                 raise SettingsError(f"--variant {name}: the bundle has {', '.join(names)}")
-        check_installed("executorch")
+        for name in self.variants or names:
+            if (runtime := names[name]["runtime"]) in _PACKAGES:
+                check_installed(_PACKAGES[runtime])
         # All rows are checked before the first one is measured.
         rows = [*self._torch_rows(), *(self._variant_row(name) for name in self.variants or names)]
         return {**self._setup(), "rows": [self._measure_row(row) for row in rows]}
@@ -142,6 +146,8 @@ class BundleBenchmark:
         note = None
         if variant["runtime"] == EXECUTORCH:
             runtimes = {module: ExecuTorchRuntime(program=path) for module, (path,) in files.items()}
+        elif variant["runtime"] == ONNX_RUNTIME:
+            runtimes = {module: OnnxRuntime(model=paths[0]) for module, paths in files.items()}
         elif sys.platform == "darwin":
             runtimes = {module: CoreMLRuntime(packages=tuple(paths)) for module, paths in files.items()}
         else:

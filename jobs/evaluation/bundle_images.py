@@ -5,22 +5,28 @@ from tqdm import tqdm
 
 from jobs.evaluation.images import NonFiniteImageError
 from jobs.runtime.logs import logger
-from snapfusion.export.bundle import EXECUTORCH, BundleError, MobileBundle
+from snapfusion.export.bundle import EXECUTORCH, ONNX_RUNTIME, BundleError, MobileBundle
 from snapfusion.export.loop import CompiledModel, encode_text, sampling_steps, to_uint8_image
 from snapfusion.models.tokenizer import tokenize
 from snapfusion.noise import gaussian, noise_key
 
+RUNTIMES = {"executorch": EXECUTORCH, "onnx": ONNX_RUNTIME}
+"""Runtimes on any machine: as an option names them, and as a manifest does."""
+_SETTINGS = {"executorch": 'mobile.executorch=["float32"]', "onnx": 'mobile.onnx=["float32"]'}
 
-def default_variant(bundle: MobileBundle) -> str:
-    """The first variant whose programs run here.
+
+def default_variant(bundle: MobileBundle, *, runtime: str | None) -> str:
+    """The first variant that runs here, by a runtime of `RUNTIMES`; None prefers ExecuTorch.
 
     Raises:
         BundleError: if there is none.
     """
-    runnable = bundle.variants(runtime=EXECUTORCH)
+    names = [runtime] if runtime else [*RUNTIMES]
+    runnable = [variant for name in names for variant in bundle.variants(runtime=RUNTIMES[name])]
     if not runnable:
         raise BundleError(
-            f"{bundle.folder} has no ExecuTorch programs that run here; compile one with XNNPACK"
+            f"{bundle.folder} has no {RUNTIMES[names[0]]} programs that run here; compile some with "
+            f"--set {_SETTINGS[names[0]]}"
         )
     return runnable[0]
 

@@ -1,6 +1,7 @@
 """Reads and checks the options of `jobs.generate`, without torch."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from snapfusion.settings import SettingsError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 """Of the names of images."""
+_OF_A_BUNDLE = ("variant", "runtime")
 _OF_A_MODEL = ("model", "steps", "sampler", "size", "device", "image")
 
 
@@ -60,13 +62,19 @@ def check_options(options: SimpleNamespace) -> None:
         raise SettingsError(f"--guidance {options.guidance}: 1.0 and more is accepted")
     if options.caption_column is not None and options.prompts is None:
         raise SettingsError(f"--caption-column {options.caption_column}: only --prompts FILE has columns")
-    if options.bundle is None and options.variant is not None:
-        raise SettingsError(f"--variant {options.variant}: only a --bundle has variants")
+    if options.bundle is None:
+        _check_absent(options, _OF_A_BUNDLE, reason="only a --bundle has {name}s")
+    if options.variant is not None and options.runtime is not None:
+        raise SettingsError(f"--runtime {options.runtime}: --variant {options.variant} has its own")
     if options.strength is not None and options.image is None:
         raise SettingsError(f"--strength {options.strength}: it has an effect with --image only")
     if options.bundle is not None:
         if options.no_safety_checker:
             raise SettingsError("--no-safety-checker: a --bundle has its own, which cannot be turned off")
-        for name in _OF_A_MODEL:
-            if (value := getattr(options, name)) is not None:
-                raise SettingsError(f"--{name} {value}: a --bundle has its own, compiled into it")
+        _check_absent(options, _OF_A_MODEL, reason="a --bundle has its own, compiled into it")
+
+
+def _check_absent(options: SimpleNamespace, names: Iterable[str], *, reason: str) -> None:
+    for name in names:
+        if (value := getattr(options, name)) is not None:
+            raise SettingsError(f"--{name} {value}: {reason.format(name=name)}")

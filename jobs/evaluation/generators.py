@@ -112,7 +112,7 @@ def bundle_generator(options: SimpleNamespace, captions: Sequence[str]) -> Gener
     """Open a mobile bundle, and bind its options; arguments and errors as of `model_generator`."""
     try:
         bundle = open_bundle(Path(options.bundle))
-        variant = options.variant or default_variant(bundle)
+        variant = options.variant or default_variant(bundle, runtime=options.runtime)
         programs, steps = bundle.programs(variant), len(bundle.sampler.steps)
     except BundleError as error:
         raise SettingsError(f"--bundle {error}") from None

@@ -17,6 +17,7 @@ from jobs.evaluation.memory import ResidentMemory, run_alone
 from snapfusion.export.coreml_package import describe_package
 from snapfusion.export.executorch import ExecuTorchProgram, describe_program, set_num_threads
 from snapfusion.export.modules import FixedModule, decoder_module, text_encoder_module, unet_module
+from snapfusion.export.onnx_runtime import OnnxProgram
 from snapfusion.models.decoder import load_decoder
 from snapfusion.models.load import load_network
 from snapfusion.settings import Settings
@@ -58,7 +59,7 @@ class ModuleRun:
     Attributes:
         module: "text_encoder", "unet" or "decoder".
         inputs: of the module.
-        threads: of torch and ExecuTorch; Core ML decides by itself.
+        threads: of torch, ExecuTorch and ONNX Runtime; Core ML decides by itself.
         repeats: timed runs.
     """
 
@@ -206,6 +207,25 @@ class ExecuTorchRuntime:
         except ValueError as error:
             raise RuntimeUnavailableError(f"not executed here: {error}") from None
         return lambda: program(run.inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxRuntime:
+    """ONNX Runtime, which takes the number of threads from torch."""
+
+    model: Path
+
+    def prepare(self, run: ModuleRun) -> None:
+        """Import the runtime."""
+        importlib.import_module("onnxruntime")
+
+    def open(self, run: ModuleRun) -> Callable[[], object]:
+        """Load the model, which ONNX Runtime optimizes."""
+        try:
+            model = OnnxProgram(self.model)
+        except ValueError as error:
+            raise RuntimeUnavailableError(f"not executed here: {error}") from None
+        return lambda: model(run.inputs)
 
 
 @dataclass(frozen=True, kw_only=True)

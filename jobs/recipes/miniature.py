@@ -79,6 +79,7 @@ _OF_MINIATURE = _OfModel(
     generation=Generation(steps=50, guidance_range=CfgRange(low=1.0, high=6.0), batch_size=32),
     evolution_guidance=3.0,
     mobile=MobileSettings(
+        onnx=("float32", "float16", "int8"),
         guidance=4.0,
         captions=(
             "a large red circle at the top on a white background",

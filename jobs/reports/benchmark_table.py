@@ -8,6 +8,7 @@ from typing import Any
 
 _COLUMNS = {"text_encoder": "Text Encoder", "unet": "UNet", "decoder": "Image Decoder"}
 _WIDTH = 16
+_RUNTIMES = ("torch", "executorch", "onnxruntime")
 _MISSING = "-"
 
 
@@ -38,7 +39,9 @@ def benchmark_lines(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _setting(record: Mapping[str, Any]) -> Iterator[str]:
     threads = "1 thread" if record["threads"] == 1 else f"{record['threads']} threads"
-    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "executorch"))
+    versions = ", ".join(
+        f"{name} {record['versions'][name]}" for name in _RUNTIMES if name in record["versions"]
+    )
     yield f"{record['bundle']} on {record['device']}, {threads}; {versions}"
     yield (
         f"{record['repeats']} runs of each module after {record['warm_ups'] + 1} warm-up runs, each in its "

@@ -13,6 +13,8 @@ _PACKAGES = (
     "executorch",
     "torchao",
     "coremltools",
+    "onnx",
+    "onnxruntime",
 )
 
 

@@ -31,6 +31,8 @@ from snapfusion.settings import differences, digest
 
 _DESCRIBED_ELSEWHERE = ("model", "decoder", "licence")
 """Settings that the identity holds under keys of their own."""
+_ADDED_LATER = ("onnx",)
+"""Settings that older bundles lack: left out where they are empty, so that these stay what was published."""
 
 
 def parent_record(url: str, *, source: str) -> dict[str, Any]:
@@ -72,7 +74,11 @@ def publish_bundle(
     check_parts(bundle, decoder)
     num_steps, values = settings.steps or distilled_steps(bundle), settings.to_values()
     identity = {
-        "settings": {key: value for key, value in values.items() if key not in _DESCRIBED_ELSEWHERE},
+        "settings": {
+            key: value
+            for key, value in values.items()
+            if key not in _DESCRIBED_ELSEWHERE and (value or key not in _ADDED_LATER)
+        },
         "licence": values["licence"],
         "steps": num_steps,
         "model": bundle.describe(),

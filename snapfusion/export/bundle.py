@@ -9,9 +9,10 @@ vectors/           test vectors (`snapfusion.export.vectors`)
 pictures/          images of the reference captions by torch and by each variant
 executorch*/       text_encoder.pte, unet.pte, decoder.pte
 coreml*/           text_encoder.mlpackage, unet.mlpackage (or unet-1, unet-2), decoder.mlpackage
+onnx*/             text_encoder.onnx, unet.onnx, decoder.onnx; above 2 GB with its weights in NAME.onnx.data
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from typing import Any
 from transformers import CLIPTokenizer
 
 from snapfusion.export.executorch import ExecuTorchProgram
-from snapfusion.export.installed import check_installed
+from snapfusion.export.installed import NotInstalledError
 from snapfusion.export.layout import FORMAT_VERSION, MANIFEST
-from snapfusion.export.loop import CompiledModel
+from snapfusion.export.loop import CompiledModel, RunModule
+from snapfusion.export.onnx_runtime import OnnxProgram
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.vectors import Vectors, read_vectors
 from snapfusion.models.checksums import ChecksumError, compare_files, file_records
@@ -31,7 +33,13 @@ CARD, LICENCE, SAMPLER = "MODEL_CARD.md", "LICENCE", "sampler.json"
 TOKENIZER, VECTORS = "tokenizer", "vectors"
 SAFETY_CHECKER = "safety_checker.pte"
 EXECUTORCH, COREML, EXECUTORCH_COREML = "ExecuTorch", "Core ML", "ExecuTorch on Core ML"
+ONNX_RUNTIME = "ONNX Runtime"
 """Runtimes, as the manifest names them."""
+EXECUTED_HERE: dict[str, Callable[[Path], RunModule]] = {
+    EXECUTORCH: ExecuTorchProgram,
+    ONNX_RUNTIME: OnnxProgram,
+}
+"""What opens a program, for each runtime that runs on any machine."""
 MODULES = ("text_encoder", "unet", "decoder")
 
 
@@ -88,20 +96,23 @@ class MobileBundle:
         return [self.folder / name for name in self.manifest["variants"][variant]["modules"][module]["files"]]
 
     def programs(self, variant: str) -> CompiledModel:
-        """Open a variant's ExecuTorch programs.
+        """Open a variant's programs in ExecuTorch or ONNX Runtime.
 
         Raises:
             BundleError: if there is no such variant, or this machine cannot run it.
-            NotInstalledError: if ExecuTorch is not installed.
+            NotInstalledError: if its runtime is not installed.
         """
-        check_installed("executorch")
-        if self.manifest["variants"].get(variant, {}).get("runtime", EXECUTORCH) != EXECUTORCH:
-            raise BundleError(f"{self.folder} has no {EXECUTORCH} programs called {variant}")
+        paths = {module: self.files(variant, module)[0] for module in MODULES}
+        runtime = self.manifest["variants"][variant]["runtime"]
+        if runtime not in EXECUTED_HERE:
+            accepted = " or ".join(EXECUTED_HERE)
+            raise BundleError(f"{self.folder} has {variant} for {runtime}; {accepted} runs here")
         programs = {}
-        for module in MODULES:
-            (path,) = self.files(variant, module)
+        for module, path in paths.items():
             try:
-                programs[module] = ExecuTorchProgram(path)
+                programs[module] = EXECUTED_HERE[runtime](path)
+            except NotInstalledError:
+                raise
             except ValueError as error:
                 raise BundleError(f"{path}: {error}") from None
         return CompiledModel(**programs, conditions=self.manifest["conditions"])

@@ -5,6 +5,8 @@ from importlib.util import find_spec
 
 from snapfusion.export.settings import MobileSettings
 
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
 
 class NotInstalledError(ValueError):
     """A package of the extra `mobile` that is not installed."""
@@ -46,3 +48,5 @@ def check_compilers(settings: MobileSettings) -> None:
     check_installed("executorch")
     if settings.coreml or "coreml" in settings.executorch:
         check_installed("coremltools")
+    for package in ONNX_PACKAGES if settings.onnx else ():
+        check_installed(package)

@@ -12,6 +12,7 @@ AttentionLayout = Literal["diffusers", "channels-first", "split-heads"]
 ExecuTorchKind = Literal["float32", "int8", "coreml"]
 CoreMLKind = Literal["float16", "palette-6", "palette-8", "int8"]
 """Weights in float16, by a palette of 6 or 8 bits, or as integers of 8 bits."""
+OnnxKind = Literal["float32", "float16", "int8"]
 
 PSNR_LIMIT_DB = 35.0
 """Minimum PSNR of float artifacts; rounding to float16 alone stays far above it."""
@@ -76,6 +77,7 @@ class MobileSettings(Settings):
         decoder: folder of the half-width decoder, likewise; null for the model's own.
         executorch: ExecuTorch variants: XNNPACK in float32 or with 8-bit weights, or the Core ML delegate.
         coreml: Core ML variants, by their weights.
+        onnx: ONNX variants, by their weights: for ONNX Runtime on any system, and in browsers.
         attention: layout of attention in Core ML programs; XNNPACK programs always use diffusers' layout.
         conditions: 2 computes both halves of the guidance in one call of the UNet; 1 needs two calls.
         chunk_bytes: a UNet whose package is larger is split into two packages.
@@ -95,6 +97,7 @@ class MobileSettings(Settings):
     decoder: str | None = None
     executorch: tuple[ExecuTorchKind, ...] = ("float32", "int8")
     coreml: tuple[CoreMLKind, ...] = ("float16", "palette-6")
+    onnx: tuple[OnnxKind, ...] = ()
     attention: AttentionLayout = "channels-first"
     conditions: Literal[1, 2] = 2
     chunk_bytes: PositiveInt = 2**30

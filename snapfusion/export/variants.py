@@ -1,8 +1,8 @@
 """Variants of a bundle: the same three modules by one runtime and with one kind of weights.
 
 Each variant is a folder in the bundle. A module is compiled, written, and read back from disk as a function
-that computes what the file contains: ExecuTorch programs are executed, Core ML packages evaluated operation
-by operation with their compressed weights.
+that computes what the file contains: ExecuTorch programs and ONNX models are executed, Core ML packages
+evaluated operation by operation with their compressed weights.
 """
 
 import tempfile
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from snapfusion.export.bundle import COREML, EXECUTORCH, EXECUTORCH_COREML
+from snapfusion.export.bundle import COREML, EXECUTORCH, EXECUTORCH_COREML, ONNX_RUNTIME
 from snapfusion.export.coreml import compile_coreml, compress_package, split_package
 from snapfusion.export.coreml_package import (
     CoreMLDescription,
@@ -24,9 +24,13 @@ from snapfusion.export.executorch import ExecuTorchProgram, compile_executorch, 
 from snapfusion.export.loop import RunModule
 from snapfusion.export.mil import MaxAbsObserver, evaluate
 from snapfusion.export.modules import FixedModule, Port
+from snapfusion.export.onnx import convert_onnx, count_operations, export_onnx, weights_path
+from snapfusion.export.onnx_runtime import OnnxProgram
 from snapfusion.export.parity import ParityError
-from snapfusion.export.settings import AttentionLayout, CoreMLKind, ExecuTorchKind, MobileSettings
+from snapfusion.export.settings import AttentionLayout, CoreMLKind, ExecuTorchKind, MobileSettings, OnnxKind
 
+_EXECUTED = {EXECUTORCH: "executed in ExecuTorch's runtime", ONNX_RUNTIME: "executed in ONNX Runtime"}
+_WIDENED = ", which computes in float32 where its CPU kernels take no float16"
 _EVALUATED = "read back and evaluated with torch, each result rounded to the dtype it states"
 
 
@@ -54,7 +58,9 @@ class BundleVariant:
     @property
     def measured(self) -> str:
         """Description of how the outputs of its files are computed on this machine."""
-        return "executed in ExecuTorch's runtime" if self.runtime == EXECUTORCH else _EVALUATED
+        if self.runtime == ONNX_RUNTIME and self.kind == "float16":
+            return _EXECUTED[ONNX_RUNTIME] + _WIDENED
+        return _EXECUTED.get(self.runtime, _EVALUATED)
 
 
 _EXECUTORCH_VARIANTS = (
@@ -68,27 +74,40 @@ _COREML_VARIANTS = (
     BundleVariant("coreml-8bit", COREML, "palette-8", "palettes of 8 bits"),
     BundleVariant("coreml-int8", COREML, "int8", "8 bits, linear a channel"),
 )
+_ONNX_VARIANTS = (
+    BundleVariant("onnx", ONNX_RUNTIME, "float32", "float32"),
+    BundleVariant("onnx-float16", ONNX_RUNTIME, "float16", "float16"),
+    BundleVariant("onnx-int8", ONNX_RUNTIME, "int8", "8-bit matrices, float32 convolutions"),
+)
 
 
 def variants_of(settings: MobileSettings) -> list[BundleVariant]:
     """The variants that the settings name, in their order."""
-    executorch = {variant.kind: variant for variant in _EXECUTORCH_VARIANTS}
-    coreml = {variant.kind: variant for variant in _COREML_VARIANTS}
-    return [*(executorch[kind] for kind in settings.executorch), *(coreml[kind] for kind in settings.coreml)]
+    named = (
+        (_EXECUTORCH_VARIANTS, settings.executorch),
+        (_COREML_VARIANTS, settings.coreml),
+        (_ONNX_VARIANTS, settings.onnx),
+    )
+    return [
+        variant for variants, kinds in named for kind in kinds for variant in variants if variant.kind == kind
+    ]
 
 
 def groups_of(variants: Sequence[BundleVariant]) -> list[list[BundleVariant]]:
-    """The variants, those together that are made from the same package; the longest to compile first."""
-    alone = [[variant] for variant in variants if variant.runtime != COREML]
-    coreml = [variant for variant in variants if variant.runtime == COREML]
+    """The variants, those together that are made from the same file; the longest to compile first."""
+    alone = [[variant] for variant in variants if variant.runtime not in (COREML, ONNX_RUNTIME)]
+    coreml, onnx = (
+        [variant for variant in variants if variant.runtime == runtime] for runtime in (COREML, ONNX_RUNTIME)
+    )
     # 8-bit XNNPACK programs call a delegate for each convolution, which takes twice as long as all others.
     quantized = [group for group in alone if group[0].kind == "int8"]
-    return [*quantized, *([coreml] if coreml else []), *(group for group in alone if group not in quantized)]
+    shared = [group for group in (coreml, onnx) if group]
+    return [*quantized, *shared, *(group for group in alone if group not in quantized)]
 
 
 def layout_of(variant: BundleVariant, settings: MobileSettings) -> AttentionLayout:
     """The layout of its UNet's attention."""
-    return "diffusers" if variant.runtime == EXECUTORCH else settings.attention
+    return "diffusers" if variant.runtime in (EXECUTORCH, ONNX_RUNTIME) else settings.attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +136,15 @@ def compile_module(
         variant: runtime and kind of weights.
         module: to compile.
         folder: of the bundle.
-        scratch: a folder for packages before compression, shared by all variants.
+        scratch: a folder for what several variants are made from.
         chunk_bytes: a larger float16 package is split in two.
 
     Raises:
         ParityError: if the files do not state what the module is.
     """
     ports = {"inputs": _by_name(module.inputs), "outputs": _by_name(module.outputs)}
+    if variant.runtime == ONNX_RUNTIME:
+        return _compile_onnx(variant, module, folder, scratch=scratch, ports=ports)
     if variant.runtime != COREML:
         file = folder / variant.name / f"{module.name}.pte"
         file.write_bytes(compile_executorch(module, kind=cast(ExecuTorchKind, variant.kind)))
@@ -149,10 +170,28 @@ def compile_module(
     )
 
 
+def _compile_onnx(
+    variant: BundleVariant, module: FixedModule, folder: Path, *, scratch: Path, ports: Mapping[str, Any]
+) -> CompiledModule:
+    source = scratch / f"{module.name}.onnx"
+    if not source.exists():
+        export_onnx(module, source)
+    file = folder / variant.name / source.name
+    convert_onnx(source, file, kind=cast(OnnxKind, variant.kind))
+    files = [path for path in (file, weights_path(file)) if path.exists()]
+    return CompiledModule(
+        files=tuple(path.relative_to(folder).as_posix() for path in files),
+        run=open_module(variant, files),
+        record={**ports, "operations": count_operations(file)},
+    )
+
+
 def open_module(variant: BundleVariant, paths: Sequence[Path]) -> RunModule:
     """The function that a module's files compute: its program, or its packages in their order."""
     if variant.runtime == EXECUTORCH:
         return ExecuTorchProgram(paths[0])
+    if variant.runtime == ONNX_RUNTIME:
+        return OnnxProgram(paths[0])
     if variant.runtime == EXECUTORCH_COREML:
         return _evaluate_delegated(paths[0])
     # Observed, because a result that is not finite is refused.

@@ -1,7 +1,10 @@
-"""The guides for phones agree with a bundle: their arithmetic, and every name in them."""
+"""The guides for applications agree with a bundle: their arithmetic, and every name in them."""
 
+import base64
 import json
 import re
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from math import pi
 from pathlib import Path
@@ -25,8 +28,9 @@ from snapfusion.export.vectors import INDEX, read_vectors
 
 INFRA = Path(__file__).parents[2] / "infra"
 SWIFT, KOTLIN = INFRA / "ios/TextToImage.swift", INFRA / "android/TextToImage.kt"
-SOURCES = (SWIFT, KOTLIN)
-GUIDES = (INFRA / "ios/README.md", INFRA / "android/README.md")
+JAVASCRIPT = INFRA / "onnx/text_to_image.js"
+SOURCES = (SWIFT, KOTLIN, JAVASCRIPT)
+GUIDES = (INFRA / "ios/README.md", INFRA / "android/README.md", INFRA / "onnx/README.md")
 CAPTIONS = ("red", "a red square, it's large")
 LONG = "red square " * 30
 W = 7.5
@@ -76,14 +80,14 @@ def block(text, name):
 
 
 def python(line):
-    """A Swift or Kotlin statement in Python, for the few forms that the marked lines have."""
-    line = re.sub(r"^(let|val) ", "", line)
+    """A statement of Swift, Kotlin or JavaScript in Python, for the few forms that the marked lines have."""
+    line = re.sub(r"^(let|val|const) ", "", line).removesuffix(";").replace("===", "==")
     line = re.sub(r"^(\w+ = )if \((.+?)\) (.+?) else if \((.+?)\) (.+?) else (.+)$", TERNARY, line)
     line = re.sub(r"^(\w+ = )(.+?) \? (.+?) : (.+?) \? (.+?) : (.+)$", TERNARY, line)
     line = re.sub(r"^(\w+ = )(.+)\.rounded\(\.toNearestOrEven\)$", r"\1rint(\2)", line)
     line = re.sub(r"\.to(Double|Int)\(\)", "", line)
     line = re.sub(r"\b(?:Math|Double)\.", "", line)
-    line = re.sub(r"\b(\w+)\.(?:size|count)\b", r"len(\1)", line)
+    line = re.sub(r"\b(\w+)\.(?:size|count|length)\b", r"len(\1)", line)
     for theirs, ours in (("&&", "and"), (" shl ", " << "), (") or (", ") | ("), (") or blue", ") | blue")):
         line = line.replace(theirs, ours)
     return line
@@ -95,7 +99,7 @@ TERNARY = r"\1\3 if \2 else \5 if \4 else \6"
 def compute(text, name, **given):
     """The variables after executing the marked lines in NumPy's arithmetic."""
     known = {"max": np.maximum, "min": np.minimum, "rint": np.rint, "UInt8": np.uint8, "len": len}
-    known |= {"sqrt": np.sqrt, "log": np.log, "cos": np.cos, "pi": pi}
+    known |= {"sqrt": np.sqrt, "log": np.log, "cos": np.cos, "pi": pi, "PI": pi, "fround": np.float32}
     values = {"__builtins__": {}, **known, **given}
     for line in block(text, name):
         exec(line, values)
@@ -176,9 +180,13 @@ def pixels(source, image, *, text=None):
         colors = compute(text, "colors", image=flat, size=size, i=indices, level=level)["color"]
         assert (colors >> 24 == 255).all()
         return np.stack([colors >> shift & 255 for shift in (16, 8, 0)], axis=-1).reshape(height, width, 3)
-    rgba = np.full(4 * size, 255, np.uint8)
+    rgba = np.full(4 * size, 255, np.float32 if source == JAVASCRIPT else np.uint8)
     for channel in range(3):
         compute(text, "rgba", image=flat, size=size, i=indices, channel=channel, bytes=rgba)
+    if source == JAVASCRIPT:
+        assert "bytes = new Uint8ClampedArray(" in text
+        # As that array stores numbers.
+        rgba = np.rint(rgba).clip(0, 255).astype(np.uint8)
     rgba = rgba.reshape(height, width, 4)
     assert (rgba[..., 3] == 255).all()
     return rgba[..., :3]
@@ -200,6 +208,8 @@ def test_pixels_are_those_of_the_bundle(source, published):
         (SWIFT, "channel * size + i", "3 * i + channel"),
         (SWIFT, "255 * image", "256 * image"),
         (SWIFT, ".rounded(.toNearestOrEven)", " - 0.5"),
+        (JAVASCRIPT, "channel * size + i", "3 * i + channel"),
+        (JAVASCRIPT, "255 * image", "256 * image"),
         (KOTLIN, "red shl 16", "red shl 0"),
         (KOTLIN, "level(image[size + i])", "level(image[i + 1])"),
         (KOTLIN, "Math.rint((255 * value).toDouble())", "(255 * value).toDouble()"),
@@ -232,24 +242,28 @@ def test_token_ids_are_fitted(source, padding):
         # From a tokenizer that neither cuts nor pads, and from one that does both.
         assert fit_tokens(text, ids=plain, empty=empty) == fit_tokens(text, ids=row, empty=empty) == row
     assert len(plain) > len(empty)
-    first, *others = [re.search(rf"{name} = (empty.*)", text)[1] for name in ("last", "end", "padding")]
-    assert (first.replace("count", "size"), others) == ("empty.size - 1", ["empty[1]", "empty[last]"])
+    names = ("last", "end", "padding")
+    first, *others = [re.search(rf"{name} = (empty[^;\n]*)", text)[1] for name in names]
+    first = re.sub("count|length", "size", first)
+    assert (first, others) == ("empty.size - 1", ["empty[1]", "empty[last]"])
 
 
 @pytest.mark.parametrize("conditions", [1, 2])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_conditions_are_split_for_the_unet(source, conditions, published):
     _, length, width = published.manifest["variants"]["executorch"]["modules"]["unet"]["inputs"]["c"]["shape"]
-    bundle = SimpleNamespace(conditions=conditions)
+    manifest = SimpleNamespace(conditions=conditions)
+    bundle = SimpleNamespace(conditions=conditions, manifest=manifest)
     (line,) = block(source.read_text(), "part")
-    values = {"c": [0.0] * (2 * length * width), "manifest": bundle, "bundle": bundle, "len": len}
+    values = {"c": [0.0] * (2 * length * width), "manifest": manifest, "bundle": bundle, "len": len}
     exec(line.replace("/", "//"), values)
     assert values["part"] == conditions * length * width
 
 
-def test_swifts_noise_is_unit_gaussian():
+@pytest.mark.parametrize("source", [SWIFT, JAVASCRIPT], ids=lambda path: path.name)
+def test_noise_is_unit_gaussian(source):
     u, v = np.random.default_rng(0).random((2, 100_000))
-    normal = compute(SWIFT.read_text(), "gaussian", u=1 - u, v=v)["normal"]
+    normal = compute(source.read_text(), "gaussian", u=1 - u, v=v)["normal"]
     assert scipy.stats.kstest(normal, "norm").pvalue > 0.01
 
 
@@ -268,7 +282,7 @@ def keys_of(value):
     return value.keys() | {key for each in value.values() for key in keys_of(each)}
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("source", [SWIFT, KOTLIN], ids=lambda path: path.name)
 def test_names_in_the_source_are_the_bundles(source, published):
     known = {MANIFEST, SAMPLER, "mlmodelc", *MODULES, *keys_of([published.manifest, published.sampler])}
     assert quoted(source) <= known
@@ -345,10 +359,12 @@ def test_tables_of_guides_name_existing_keys(guide, published):
 def test_files_and_variants_of_guides_exist(guide, published):
     text = guide.read_text()
     every = MobileSettings(
-        executorch=("float32", "int8", "coreml"), coreml=("float16", "palette-6", "palette-8", "int8")
+        executorch=("float32", "int8", "coreml"),
+        coreml=("float16", "palette-6", "palette-8", "int8"),
+        onnx=("float32", "float16", "int8"),
     )
     variants = {variant.name for variant in variants_of(every)}
-    named = set(re.findall(r"`((?:executorch|coreml)[\w-]*)/?`", text))
+    named = set(re.findall(r"`((?:executorch|coreml|onnx)(?:-[\w-]+)?)/?`", text))
     assert named
     assert named <= variants
     for name in (MANIFEST, SAMPLER, f"{TOKENIZER}/tokenizer.json", f"{VECTORS}/{INDEX}"):
@@ -362,20 +378,66 @@ def test_files_and_variants_of_guides_exist(guide, published):
 def test_guides_state_the_step_of_their_source(guide):
     source = SOURCES[GUIDES.index(guide)].read_text()
     stated = dict(re.findall(r"^(output|z) += (.*)$", guide.read_text(), re.MULTILINE))
-    assert f"output = {stated['output']}\n" in source
-    formula = re.search(r"next = (.*)", source)[1]
+    assert re.search(rf"output = {re.escape(stated['output'])};?\n", source)
+    formula = re.search(r"next = ([^;\n]*)", source)[1]
     for theirs, ours in (("step.fromZ", "from_z"), ("step.fromOutput", "from_output"), ("z[i]", "z")):
         formula = formula.replace(theirs, ours)
     assert formula == stated["z"]
 
 
-@pytest.mark.parametrize(("guide", "source"), list(zip(GUIDES, SOURCES, strict=True)), ids=["ios", "android"])
+@pytest.mark.parametrize(
+    ("guide", "source"), list(zip(GUIDES, SOURCES, strict=True)), ids=["ios", "android", "onnx"]
+)
 def test_guides_call_functions_of_their_source(guide, source):
-    defined = set(re.findall(r"\bfunc? (?:<T> )?(?:Module\.)?(\w+)", source.read_text()))
+    defined = set(re.findall(r"\b(?:func?|function) (?:<T> )?(?:Module\.)?(\w+)", source.read_text()))
     text = guide.read_text()
     for call in ("fitTokens", "gaussian", "generate"):
         assert call in defined
         assert re.search(rf"\b{call}\(", text)
+
+
+REPLAY = """
+import fs from "node:fs/promises";
+import path from "node:path";
+const [, , source, folder, variant] = process.argv;
+const { generate, openBundle, rgba } = await import(source);
+const read = async (name) => new Uint8Array(await fs.readFile(path.join(folder, name))).buffer;
+const floats = async (name) => new Float32Array(await read(`vectors/${name}.f32`));
+const bundle = await openBundle(read, variant);
+const index = JSON.parse(await fs.readFile(path.join(folder, "vectors/vectors.json")));
+const rows = Object.values(index.token_ids);
+const c = await floats("c");
+let step = 0;
+const run = async (inputs) => {
+  if (inputs.token_ids) {
+    const row = rows.findIndex((ids) => String(ids) === String(inputs.token_ids.data));
+    return { c: { data: c.slice(row * c.length / 2, (row + 1) * c.length / 2) } };
+  }
+  if (inputs.latent) {
+    const expected = await floats(`z-${step - 1}`);
+    const close = expected.every((value, i) => Math.abs(value - inputs.latent.data[i]) < 1e-4);
+    return { image: { data: close ? await floats("image") : new Float32Array(0) } };
+  }
+  const equal = inputs.c.data.every((value, i) => value === c[i]);
+  const expected = equal && inputs.t.data[0] === bundle.steps[step].t;
+  return { output: { data: expected ? await floats(`output-${step++}`) : [] } };
+};
+class Tensor { constructor(type, data, dims) { Object.assign(this, { type, data, dims }); } }
+const ort = { Tensor, InferenceSession: { create: async () => ({ run, release: async () => {} }) } };
+const image = await generate(ort, bundle, { rows: rows.slice(0, 2), noise: await floats("noise") });
+process.stdout.write(Buffer.from(rgba(image)).toString("base64"));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def test_javascript_draws_the_vectors_image(published, tmp_path):
+    """The whole source, with a runtime that gives the outputs of the test vectors for their inputs."""
+    (tmp_path / "replay.mjs").write_text(REPLAY)
+    source = shutil.copy(JAVASCRIPT, tmp_path / "text_to_image.mjs")
+    command = ["node", tmp_path / "replay.mjs", source, published.folder, "executorch"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    drawn = np.frombuffer(base64.b64decode(done.stdout), np.uint8).reshape(16, 16, 4)
+    np.testing.assert_array_equal(drawn[..., :3], to_uint8_image(published.vectors.arrays["image"]))
 
 
 def test_vectors_are_raw_numbers(published):

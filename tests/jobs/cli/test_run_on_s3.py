@@ -144,7 +144,7 @@ FULL = (
     *("captions.limit=32", "pairs.rows_per_unit=16", "pairs.generation.steps=8"),
     *("decoder.loop.num_steps=4", "decoder.loader.held_out=0.3"),
     *("decoder.timing_batches=[1]", "decoder.timing_repeats=2"),
-    *('mobile.executorch=["float32"]', 'mobile.coreml=["float16"]'),
+    *('mobile.executorch=["float32"]', 'mobile.coreml=["float16"]', "mobile.onnx=[]"),
     'evaluation.contenders=[{"name": "ddim-50", "sampler": {"steps": 4}}, '
     '{"name": "student", "model": "run:student/model", "sampler": {"steps": 4}}]',
     *("evaluation.guidance=[2.0]", "evaluation.prompts.limit=8", "evaluation.references.count=16"),

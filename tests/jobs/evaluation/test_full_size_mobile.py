@@ -20,6 +20,10 @@ from snapfusion.models.unet import architecture_of, build_unet
 CASES = {
     "coreml": (("mobile.executorch=[]",), 15),
     "executorch": (("mobile.coreml=[]",), 19),
+    "onnx": (
+        ("mobile.executorch=[]", "mobile.coreml=[]", 'mobile.onnx=["float32", "float16", "int8"]'),
+        19,
+    ),
 }
 SETTINGS = (
     "mobile.steps=8",
@@ -57,6 +61,11 @@ def test_the_efficient_model_compiles_at_full_size(runtime, tmp_path, capsys):
         print(json.dumps({name: figures_of(variant) for name, variant in variants.items()}, indent=2))
     if runtime == "executorch":
         assert list(variants) == ["executorch", "executorch-int8"]
+        return
+    if runtime == "onnx":
+        # Above 2 GB, which float16 and the others are not.
+        assert variants["onnx"]["modules"]["unet"]["files"] == ["onnx/unet.onnx", "onnx/unet.onnx.data"]
+        assert variants["onnx-float16"]["modules"]["unet"]["files"] == ["onnx-float16/unet.onnx"]
         return
     halves = variants["coreml"]["modules"]["unet"]["packages"]
     assert len(halves) == 2

@@ -207,7 +207,7 @@ def test_guidance_changes_the_image(mobile_bundle, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--variant", "coreml"], "has no ExecuTorch programs called coreml"),
+        (["--variant", "coreml"], "has coreml for Core ML; ExecuTorch or ONNX Runtime runs here"),
         (
             ["--variant", "none"],
             "has no variant 'none'; executorch, coreml, coreml-6bit are",

@@ -9,13 +9,15 @@ from PIL import Image
 from snapfusion.export.coreml_package import open_package, open_packages
 from snapfusion.export.executorch import compile_executorch, describe_program, set_num_threads
 from snapfusion.export.installed import NotInstalledError, check_compilers
+from snapfusion.export.onnx import count_operations, export_onnx
+from snapfusion.export.onnx_runtime import OnnxProgram
 from snapfusion.export.settings import MobileSettings
 
 # Finders that do not see the packages of the extra, as if it were not installed.
 WITHOUT = """
 import sys
 
-ABSENT = ("coremltools", "executorch", "torchao")
+ABSENT = ("coremltools", "executorch", "torchao", "onnx", "onnxruntime", "onnxscript")
 
 class Without:
     def __init__(self, finder):
@@ -66,7 +68,7 @@ def test_versions_leave_out_what_is_absent():
 def test_compilation_is_refused_before_any_work(tmp_path):
     command = ("compile-mobile", "mini", "--out", tmp_path, "--set", "mobile.decoder=null", *LICENCE)
     # Nor is torch found: the refusal does not wait for it.
-    done = snapfusion(*command, program=WITHOUT.replace('"torchao")', '"torchao", "torch")'))
+    done = snapfusion(*command, program=WITHOUT.replace('"torchao",', '"torchao", "torch",'))
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("compile_mobile: executorch is not installed; install snapfusion-ray[mobile]")
     assert done.returncode == 2
@@ -86,12 +88,23 @@ def test_variants_for_core_ml_need_its_tools(variants, absent):
         check_compilers(MobileSettings(**variants))
 
 
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_onnx_variants_need_its_packages(package, absent):
+    absent(package)
+    check_compilers(MobileSettings(coreml=()))
+    with pytest.raises(NotInstalledError, match=rf"^{package} is not installed"):
+        check_compilers(MobileSettings(coreml=(), onnx=("float16",)))
+
+
 @pytest.mark.parametrize(
     ("package", "call"),
     [
         ("executorch", lambda path: compile_executorch(None)),
         ("executorch", describe_program),
         ("executorch", lambda path: set_num_threads(1)),
+        ("onnxruntime", OnnxProgram),
+        ("onnxscript", lambda path: export_onnx(None, path)),
+        ("onnx", count_operations),
         ("coremltools", open_package),
         ("coremltools", lambda path: open_packages([path])),
     ],

@@ -52,6 +52,7 @@ decoder.loader.held_out: 0.25
 decoder.trainer: {_TRAINER}
 mobile.executorch: [float32]
 mobile.coreml: []
+mobile.onnx: []
 mobile.captions: [a large red circle at the top on a white background]
 oracle_floor: null
 """

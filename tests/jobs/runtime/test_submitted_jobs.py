@@ -265,7 +265,7 @@ SUBMISSIONS = (
         "run_pipeline",
         *(*SCENES, *FEW_PAIRS, "latency.turns=2"),
         *(setting for one in ("efficient.training", "distill", "decoder") for setting in short(one)),
-        *('mobile.executorch=["float32"]', "mobile.coreml=[]"),
+        *('mobile.executorch=["float32"]', "mobile.coreml=[]", "mobile.onnx=[]"),
         words=("--out", "{beside}/pipeline"),
         outputs=" ".join(
             f"../pipeline/{file}" for file in ("report/index.html", "mobile/manifest.json", "metrics.json")
