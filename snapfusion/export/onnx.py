@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +83,7 @@ def convert_onnx(source: Path, path: Path, *, kind: OnnxKind, max_file_bytes: in
         max_file_bytes: weights of a larger model go to `weights_path(path)`.
     """
     _check_packages()
-    with quiet():
+    with quiet(), _without_default_handler():
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -111,6 +113,17 @@ def count_operations(path: Path) -> int:
     import onnx
 
     return len(onnx.load(path, load_external_data=False).graph.node)
+
+
+@contextlib.contextmanager
+def _without_default_handler() -> Iterator[None]:
+    """Keep the quantizer's advice from setting up a log that would outlive the error stream of `quiet`."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
 
 
 def _check_packages() -> None:

@@ -1,5 +1,6 @@
 """ONNX models: exported, converted, executed in ONNX Runtime, and compared with torch."""
 
+import logging
 import shutil
 
 import numpy as np
@@ -76,6 +77,14 @@ def test_models_are_valid_and_small(models):
         sizes[kind] = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     assert sizes["float16"] < 0.55 * sizes["float32"]
     assert sizes["int8"] < sizes["float32"]
+
+
+def test_conversion_leaves_logging_alone(models, tmp_path, monkeypatch):
+    """The quantizer gives advice through the root logger, which sets up a handler where there is none."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    convert_onnx(models / "unet.onnx", tmp_path / "unet.onnx", kind="int8")
+    assert root.handlers == []
 
 
 def test_sinusoids_of_the_timestep_stay_float32(models):
