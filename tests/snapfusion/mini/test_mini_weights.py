@@ -1,8 +1,10 @@
 """Quality of the bundled weights: bounds on the metrics of MODEL_CARD.md."""
 
 import hashlib
+import json
 import socket
 import time
+from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionPipeline
@@ -25,6 +27,7 @@ from snapfusion.mini.weights import WEIGHTS, read_manifest
 from snapfusion.models.load import load
 
 BATCHES = held_out_batches(200, split="test")
+MEASURED = Path(__file__).parents[3] / "docs" / "miniature"
 MODELS = {"sd": "mini", "sd-v": "mini-v"}
 
 
@@ -49,6 +52,35 @@ def test_files_match_the_manifest():
 
 def test_the_manifests_recipe_is_the_default():
     assert MiniTraining.parse(read_manifest()["recipe"]) == MiniTraining()
+
+
+def test_the_card_quotes_its_measurements():
+    figures = [
+        json.loads((MEASURED / name).read_text())["figures"] for name in ("figures.json", "sweep.json")
+    ]
+    card = (WEIGHTS / "MODEL_CARD.md").read_text()
+    for solver, name in (("ddim", "DDIM"), ("dpm++", "DPM-Solver++(2M)")):
+        for steps in (16, 8, 4):
+            points = [figures[1][f"sd-v {solver} {steps} w={w}"] for w in ("1", "1.5", "2", "3", "4", "6")]
+            distances = " | ".join(f"{point['fid'][0]:.2f}" for point in points)
+            scores = " | ".join(f"{point['clip'][0]:.3f} / {point['all'][0]:.3f}" for point in points)
+            assert f"| {name} | {steps} | {distances} |" in card
+            assert f"| {name} | {steps} | {scores} |" in card
+    for model in ("sd", "sd-v"):
+        value, low, high = figures[0][f"{model} ddim 50 w=2"]["fid"]
+        assert f"|  | Fréchet distance | {value:.2f} | {low:.2f} – {high:.2f} |" in card
+
+
+def test_guidance_matters():
+    """It raises the CLIP score, and the distance falls from w = 1 and then rises. SnapFusion Fig. 4."""
+    sweep = json.loads((MEASURED / "sweep.json").read_text())["figures"]
+    points = {w: sweep[f"sd-v ddim 16 w={w}"] for w in ("1", "1.5", "2", "3", "4", "6")}
+    assert max(point["clip"][1] for point in points.values()) > points["1"]["clip"][2] + 0.05
+    distances = [point["fid"][0] for point in points.values()]
+    lowest = distances.index(min(distances))
+    assert sorted(distances[: lowest + 1], reverse=True) == distances[: lowest + 1]
+    assert sorted(distances[lowest:]) == distances[lowest:]
+    assert 0 < lowest < 5
 
 
 def test_weights_are_small_and_not_pickled():
