@@ -436,8 +436,8 @@ def test_javascript_draws_the_vectors_image(published, tmp_path):
     source = shutil.copy(JAVASCRIPT, tmp_path / "text_to_image.mjs")
     command = ["node", tmp_path / "replay.mjs", source, published.folder, "executorch"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    drawn = np.frombuffer(base64.b64decode(done.stdout), np.uint8).reshape(16, 16, 4)
-    np.testing.assert_array_equal(drawn[..., :3], to_uint8_image(published.vectors.arrays["image"]))
+    pixels = np.frombuffer(base64.b64decode(done.stdout), np.uint8).reshape(16, 16, 4)
+    np.testing.assert_array_equal(pixels[..., :3], to_uint8_image(published.vectors.arrays["image"]))
 
 
 def test_vectors_are_raw_numbers(published):

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import in_process
+from evaluated_run import evaluate_in_process
 from PIL import Image
 
 from jobs.evaluation.captions import captions_of
 from jobs.evaluation.coco_pairs import pair_captions
-from jobs.evaluation.evaluation import evaluate
 from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings
 from jobs.reports.charts import standalone_svg
 from jobs.reports.evaluation_page import evaluation_charts, render_evaluation
@@ -67,17 +66,6 @@ def settings_of(annotations, images, **changes):
     )
 
 
-def run(settings, out):
-    results = evaluate(
-        settings,
-        model="mini",
-        out=str(out),
-        start=lambda name, parents: ({"recipe": "test", "settings": "", "parents": parents}, lambda _: None),
-        run=in_process,
-    )
-    return json.loads(json.dumps(results))
-
-
 @pytest.mark.parametrize("year", [2014, 2017])
 def test_captions_have_their_own_images(tmp_path, year):
     annotations = write_annotations(tmp_path, year=year)
@@ -111,7 +99,7 @@ def test_limit_bounds_captions_and_images(tmp_path):
     settings = settings_of(
         write_annotations(tmp_path, year=2014), write_images(tmp_path, year=2014, ids=IDS[:7]), limit=8
     )
-    results = run(settings, tmp_path / "evaluation")
+    results = evaluate_in_process(settings, tmp_path / "evaluation")
     protocol = results["protocol"]
     assert protocol["captions"]["compared"] == protocol["reference"]["compared"] == 7
     assert protocol["captions"]["without_image"] == 1
@@ -124,7 +112,7 @@ def test_limit_bounds_captions_and_images(tmp_path):
     assert title in render_evaluation(results)
     assert all(title in standalone_svg(chart).decode() for chart in evaluation_charts(results))
     fewer = settings.model_copy(update={"prompts": prompts_of(settings.prompts.url, limit=4)})
-    assert run(fewer, tmp_path / "fewer")["protocol"]["reference"]["compared"] == 4
+    assert evaluate_in_process(fewer, tmp_path / "fewer")["protocol"]["reference"]["compared"] == 4
 
 
 def test_images_are_resized_as_real_ones_are():

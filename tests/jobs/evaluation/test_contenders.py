@@ -1,12 +1,9 @@
 """Contenders with guidance and negative prompts of their own stand on the same axes."""
 
-import json
-
 import numpy as np
 import pytest
-from in_process import in_process
+from evaluated_run import evaluate_in_process
 
-from jobs.evaluation.evaluation import evaluate
 from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings
 from jobs.reports.evaluation_page import evaluation_charts, render_evaluation
 from pipelines.datasets.samples import read_features
@@ -37,14 +34,7 @@ SETTINGS = EvaluationSettings(
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "evaluation"
-    results = evaluate(
-        SETTINGS,
-        model="mini",
-        out=str(out),
-        start=lambda name, parents: ({"recipe": "test", "settings": "", "parents": parents}, lambda _: None),
-        run=in_process,
-    )
-    return out, json.loads(json.dumps(results))
+    return out, evaluate_in_process(SETTINGS, out)
 
 
 def test_each_has_its_own_scales(made):

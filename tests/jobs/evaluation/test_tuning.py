@@ -1,12 +1,9 @@
 """Guidance and the contender of a family are chosen on captions that are not compared on."""
 
-import json
-
 import pytest
-from in_process import in_process
+from evaluated_run import evaluate_in_process
 
 from jobs.evaluation.captions import captions_of
-from jobs.evaluation.evaluation import evaluate
 from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings, TuningSettings
 from jobs.reports.evaluation_page import evaluation_charts, render_evaluation
 from pipelines.datasets.settings import ReferencesSettings, SamplesSettings
@@ -33,20 +30,9 @@ SETTINGS = EvaluationSettings(
 )
 
 
-def run(settings, out):
-    results = evaluate(
-        settings,
-        model="mini",
-        out=str(out),
-        start=lambda name, parents: ({"recipe": "test", "settings": "", "parents": parents}, lambda _: None),
-        run=in_process,
-    )
-    return json.loads(json.dumps(results))
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run(SETTINGS, tmp_path_factory.mktemp("run") / "evaluation")
+    return evaluate_in_process(SETTINGS, tmp_path_factory.mktemp("run") / "evaluation")
 
 
 def test_one_contender_of_a_family_is_compared(results):
@@ -104,7 +90,7 @@ def test_tuning_captions_are_not_compared_on(tmp_path):
     prompts = PromptSettings(name="again", split="test", limit=6)
     tuning = SETTINGS.tuning.model_copy(update={"prompts": prompts})
     with pytest.raises(ValueError, match=r"prompts 'test' and tuning.prompts 'again' both have 'a "):
-        run(SETTINGS.model_copy(update={"tuning": tuning}), tmp_path)
+        evaluate_in_process(SETTINGS.model_copy(update={"tuning": tuning}), tmp_path)
 
 
 @pytest.mark.parametrize(

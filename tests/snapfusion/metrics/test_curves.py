@@ -125,7 +125,7 @@ def test_missing_and_unsorted_guidance_is_refused():
         Curve(points=tuple(reversed(curve([1.0, 2.0], [0.2, 0.3]).points)))
 
 
-def drawn(features, captions, *, draws, seed):
+def sampled(features, captions, *, draws, seed):
     """Images whose captions have fixed features, and draws vary around them, float32 [N,D]."""
     random = np.random.default_rng(seed)
     images = np.tile(captions, (draws, 1)) + random.standard_normal((draws * len(captions), features))
@@ -142,12 +142,12 @@ def test_intervals_over_draws_hold_zero_for_equal_models():
     """The 95 % interval of the difference of two sets from one distribution holds zero in 92 to 98 %."""
     dimension, draws = 8, 5
     captions = 3.0 * np.random.default_rng(0).standard_normal((60, dimension))
-    reference = Moments.of(torch.from_numpy(drawn(dimension, captions, draws=60, seed=1)))
+    reference = Moments.of(torch.from_numpy(sampled(dimension, captions, draws=60, seed=1)))
 
     def holds(number):
         ours, theirs = (
             curve_of(
-                drawn(dimension, captions, draws=draws, seed=2 * number + side),
+                sampled(dimension, captions, draws=draws, seed=2 * number + side),
                 draws=draws,
                 reference=reference,
             )
