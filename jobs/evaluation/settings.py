@@ -243,7 +243,8 @@ class EvaluationSettings(Settings):
             if references.paired and not (by_id and references.url):
                 raise ValueError(
                     f"{prefix}references.paired needs {prefix}prompts.url, COCO's annotations, with "
-                    f"{prefix}prompts.reading.id_column=image_id, and {prefix}references.url, their images"
+                    f"{prefix}prompts.reading.id_column=image_id, and {prefix}references.url, their images; "
+                    f"{prefix}references.paired=false takes captions and images that are no pairs"
                 )
             if scaled_to and references.url and references.size != scaled_to:
                 raise ValueError(

@@ -92,7 +92,7 @@ def test_bars_are_named_and_faint_ones_paler():
         (bars(categories=["one"]), "2 values for 1 categories"),
         (bars(bars=(Bars(name="a", values=[1, 2], color=10),)), "colour 10"),
         (chart(series=()), "0 series"),
-        (chart(series=(Series(name="a", x=[1], y=[1]),) * 10), "10 series"),
+        (chart(series=(Series(name="a", x=[1], y=[1]),) * 19), "19 series"),
         (chart(series=(Series(name="a", x=[1, 2], y=[1]),)), "2 x and 1 y"),
         (chart(series=(Series(name="a", x=[], y=[]),)), "0 x and 0 y"),
     ],
