@@ -126,5 +126,9 @@ def _explain(error: ValidationError, cls: type[Settings]) -> str:
     path = ".".join(str(part) for part in first["loc"]) or cls.__name__
     if first["type"] == "extra_forbidden":
         return f"{path}: no such setting"
-    given = "" if first["type"] == "missing" else f", given {_cut(repr(first['input']))}"
-    return f"{path}: {first['msg']}{given}"
+    # What is missing is not given; and of a whole section its own validator names the wrong values.
+    is_named = first["type"] == "missing" or (
+        first["type"] == "value_error" and isinstance(first["input"], dict)
+    )
+    given = "" if is_named else f", given {_cut(repr(first['input']))}"
+    return f"{path}: {first['msg'].removeprefix('Value error, ')}{given}"

@@ -4,7 +4,7 @@ import hashlib
 from typing import Literal
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from snapfusion.settings import Settings, SettingsError, digest
 
@@ -124,3 +124,23 @@ def test_a_huge_value_is_refused_in_a_short_line():
         with pytest.raises(SettingsError) as refused:
             Recipe().with_values([f"seed={text}"])
         assert len(str(refused.value)) < 400
+
+
+def test_a_validators_message_stands_alone():
+    """Not after pydantic's prefix, nor before the whole section."""
+
+    class Bounds(Settings):
+        low: int = 0
+        high: int = 1
+
+        @model_validator(mode="after")
+        def _are_ordered(self) -> "Bounds":
+            if self.low > self.high:
+                raise ValueError(f"low {self.low} is above high {self.high}")
+            return self
+
+    with pytest.raises(SettingsError) as refused:
+        Bounds().with_values(["low=2"])
+    assert str(refused.value) == "Bounds: low 2 is above high 1"
+    with pytest.raises(SettingsError, match=r"low: .* valid integer, given \{\}"):
+        Bounds().with_values(["low={}"])
