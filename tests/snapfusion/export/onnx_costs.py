@@ -33,8 +33,9 @@ CAPTION = "a large red circle at the top on a white background"
 EIGHT_BITS = {
     "int8, all operations, signed": {"weight_type": QuantType.QInt8, "per_channel": True},
     "int8, all operations": {"weight_type": QuantType.QUInt8, "per_channel": True},
-    "int8, one scale a matrix": {
+    "int8, one scale a channel": {
         "weight_type": QuantType.QUInt8,
+        "per_channel": True,
         "op_types_to_quantize": ["MatMul", "Gemm", "Gather"],
     },
 }
