@@ -16,6 +16,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from jobs.evaluation.memory import ResidentMemory, run_alone
 from snapfusion.export.coreml_package import describe_package
 from snapfusion.export.executorch import ExecuTorchProgram, describe_program, set_num_threads
+from snapfusion.export.loop import RunModule
 from snapfusion.export.modules import FixedModule, decoder_module, text_encoder_module, unet_module
 from snapfusion.export.onnx_runtime import OnnxProgram
 from snapfusion.models.decoder import load_decoder
@@ -202,11 +203,7 @@ class ExecuTorchRuntime:
 
     def open(self, run: ModuleRun) -> Callable[[], object]:
         """Load the program, which packs its weights."""
-        try:
-            program = ExecuTorchProgram(self.program)
-        except ValueError as error:
-            raise RuntimeUnavailableError(f"not executed here: {error}") from None
-        return lambda: program(run.inputs)
+        return _open(ExecuTorchProgram, self.program, run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,11 +218,15 @@ class OnnxRuntime:
 
     def open(self, run: ModuleRun) -> Callable[[], object]:
         """Load the model, which ONNX Runtime optimizes."""
-        try:
-            model = OnnxProgram(self.model)
-        except ValueError as error:
-            raise RuntimeUnavailableError(f"not executed here: {error}") from None
-        return lambda: model(run.inputs)
+        return _open(OnnxProgram, self.model, run)
+
+
+def _open(program: Callable[[Path], RunModule], path: Path, run: ModuleRun) -> Callable[[], object]:
+    try:
+        execute = program(path)
+    except ValueError as error:
+        raise RuntimeUnavailableError(f"not executed here: {error}") from None
+    return lambda: execute(run.inputs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,17 @@
 """Settings of the ablations: students, and panels of lines that compare them. SnapFusion Fig. 6, 7.
 
-The paper's students take 8 steps and learn from 16. On the miniature 8 steps are hardly worse than 50
+The paper's students take 8 steps and learn from 16. On the miniature 8 steps are hardly worse than 16
 (docs/miniature/sweep.json), so most panels halve the steps once more: 4 from 8.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from jobs.evaluation.settings import Guidance
 from pipelines.stages.settings import Sampler
 from snapfusion.settings import FOLDER_NAME, Settings
 from snapfusion.training.settings import StepDistillationSettings
-
-Guidance = Annotated[float, Field(ge=1.0)]
 
 
 class StudentVariant(Settings):

@@ -69,7 +69,6 @@ class _OfModel:
 
 
 _OF_MINIATURE = _OfModel(
-    # The bundled v-prediction model, whose 8 steps are hardly worse than 50.
     v_model="mini-v",
     # Narrower than SD-v1.5's.
     cfg_range=CfgRange(low=1.0, high=6.0),
@@ -117,7 +116,6 @@ def _of_model(model: str) -> _OfModel:
 def mini(model: str = "mini") -> Recipe:
     """Every stage on the bundled miniature, on two cores in minutes."""
     own = _of_model(model)
-    # With 8 steps the miniature is hardly worse than with 50; with 4 there is something to distil.
     steps = StepDistillationSettings(student_steps=FEW_STEPS, cfg_probability=0.5, cfg_range=own.cfg_range)
     return Recipe(
         name="mini",

@@ -72,14 +72,9 @@ def publish_bundle(
     """
     settings.licence.check()
     check_parts(bundle, decoder)
-    num_steps, values = settings.steps or distilled_steps(bundle), settings.to_values()
+    num_steps = settings.steps or distilled_steps(bundle)
     identity = {
-        "settings": {
-            key: value
-            for key, value in values.items()
-            if key not in _DESCRIBED_ELSEWHERE and (value or key not in _ADDED_LATER)
-        },
-        "licence": values["licence"],
+        **_identity_of(settings),
         "steps": num_steps,
         "model": bundle.describe(),
         "decoder": None if decoder is None else weight_hash(decoder),
@@ -103,6 +98,16 @@ def publish_bundle(
         text = _write_manifest(folder, contents=builder.build(), identity=identity, licence=settings.licence)
         publish_folder(folder, out_url, last=MANIFEST)
     return dict(json.loads(text))
+
+
+def _identity_of(settings: MobileSettings) -> dict[str, Any]:
+    values = settings.to_values()
+    described = {
+        key: value
+        for key, value in values.items()
+        if key not in _DESCRIBED_ELSEWHERE and (value or key not in _ADDED_LATER)
+    }
+    return {"settings": described, "licence": values["licence"]}
 
 
 def _progress() -> Progress:

@@ -36,7 +36,7 @@ class RealImage:
 def list_real_images(url: str) -> list[RealImage]:
     """All images of a folder and of the tars in it, in order of their names.
 
-    A tar is read once, and its images are named by their place in it.
+    A tar is read once, and its images are named by their offsets in it.
 
     Raises:
         SourceError: if a tar is damaged.
@@ -58,20 +58,20 @@ def read_real_image(name: str) -> bytes:
 
     Raises:
         Rejected: if it is larger than 64 MiB.
-        SourceError: if its tar has another member in its place.
+        SourceError: if its tar has another member there.
     """
-    place = _IN_TAR.fullmatch(name)
-    if place is None:
+    match = _IN_TAR.fullmatch(name)
+    if match is None:
         return read_bytes(name)
-    with open_object(place["tar"]) as file:
-        file.seek(int(place["offset"]))
+    with open_object(match["tar"]) as file:
+        file.seek(int(match["offset"]))
         try:
             member = next(read_members(file), None)
-            if member is not None and member.name == place["member"]:
+            if member is not None and member.name == match["member"]:
                 return member.read(max_bytes=_MAX_IMAGE_BYTES)
         except TornShardError:
             pass
-    raise SourceError(f"{place['tar']} was changed: {place['member']} is no longer where it was listed")
+    raise SourceError(f"{match['tar']} was changed: {match['member']} is no longer where it was listed")
 
 
 def _list_tar(url: str) -> Iterator[RealImage]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
 OPSET = 20
-"""From 21 on GroupNormalization is one operation, which ONNX Runtime takes apart for the CPU into twenty."""
+"""From 21 on GroupNormalization is one operation, with which ONNX Runtime is slower (docs/mobile.md)."""
 
 TIMESTEP = "t"
 """The input whose sinusoids stay float32."""
