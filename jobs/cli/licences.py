@@ -30,14 +30,20 @@ def licence_of(job: Job, *sources: str) -> Licence:
 
 def _origins(source: str, job: Job) -> Iterator[str]:
     """The model itself or, if the run has trained it, those that it was made from."""
-    record = read_json(f"{source.rpartition('/')[0]}/{METRICS}") if _is_in_run(source, job) else None
-    parents = (
-        [parent["source"] for parent in record["parents"].values() if "source" in parent] if record else []
-    )
+    parents = _parents(source) if _is_in_run(source, job) else []
     if not parents:
         yield source
     for parent in parents:
         yield from _origins(parent, job)
+
+
+def _parents(source: str) -> list[str]:
+    """The models of a training's record, which lies in a decoder's folder, and beside a model's."""
+    for folder in (source, source.rpartition("/")[0]):
+        # A model right below the run has the report's record beside it, which has no parents.
+        if (record := read_json(f"{folder}/{METRICS}")) is not None and "parents" in record:
+            return [parent["source"] for parent in record["parents"].values() if "source" in parent]
+    return []
 
 
 def _is_of_recipe(source: str, job: Job) -> bool:

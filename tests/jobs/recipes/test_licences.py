@@ -41,9 +41,11 @@ def test_the_recipes_licence_is_not_another_models(source):
 
 def test_a_model_of_the_run_has_its_teachers_licence(tmp_path):
     job = job_of(out=str(tmp_path))
+    (tmp_path / "metrics.json").write_text('{"recipe": "mini"}')  # of the report
     parents = {
         "efficient": {"model": "mini-v"},
         "student": {"teacher": "mini-v", "student": "OUT/efficient/model"},
+        "decoder": {"teacher": "mini"},
     }
 
     def licence_from(**changes):
@@ -57,9 +59,10 @@ def test_a_model_of_the_run_has_its_teachers_licence(tmp_path):
             }
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / "metrics.json").write_text(json.dumps({"parents": record}))
-        return licence_of(job, f"{job.out}/student/model")
+        return licence_of(job, f"{job.out}/student/model", f"{job.out}/decoder")
 
     assert licence_from() == MINIATURE
+    assert licence_of(job, f"{job.out}/untrained") == MINIATURE
     assert licence_from(teacher="models/mine") == Licence()
     assert licence_from(model="models/mine") == Licence()
 
