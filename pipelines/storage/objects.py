@@ -163,7 +163,7 @@ def write_once(url: str, data: bytes) -> bool:
     Raises:
         StorageError: if it cannot be written.
     """
-    with _raising_storage_error(url):
+    with raising_storage_error(url):
         if is_local(url):
             return _write_local(local_path(url), data)
         return with_retries(url, lambda: _write_remote(url, data))
@@ -203,12 +203,12 @@ def put_file(file: Path, url: str) -> None:
 def _replace(
     url: str, *, local: Callable[[Path], object], remote: Callable[[fsspec.AbstractFileSystem, str], object]
 ) -> None:
-    with _raising_storage_error(url):
+    with raising_storage_error(url):
         if not is_local(url):
             filesystem, path = fsspec.core.url_to_fs(url)
             with_retries(url, lambda: remote(filesystem, path))
             return
-        with _temporary_beside(local_path(url)) as temporary:
+        with temporary_beside(local_path(url)) as temporary:
             local(temporary)
             temporary.replace(local_path(url))
 
@@ -280,7 +280,8 @@ def list_parquet(url: str) -> list[str]:
 
 
 @contextmanager
-def _raising_storage_error(url: str) -> Iterator[None]:
+def raising_storage_error(url: str) -> Iterator[None]:
+    """Raise errors of the operating system or a store as a StorageError that names `url`."""
     try:
         yield
     except OSError as error:
@@ -288,7 +289,7 @@ def _raising_storage_error(url: str) -> Iterator[None]:
 
 
 @contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
+def temporary_beside(path: Path) -> Iterator[Path]:
     """A hidden file's path in the folder of `path`: on the same disk, so that it can be renamed or linked."""
     make_folders(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -301,7 +302,7 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 def _write_local(path: Path, data: bytes) -> bool:
     if path.exists():
         return False
-    with _temporary_beside(path) as temporary:
+    with temporary_beside(path) as temporary:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
