@@ -10,6 +10,7 @@ GROUPS = {
         "compute-targets": "LATENTS -> TARGETS, by the teacher (Sec. 4.2)",
         "top-up": "append to a table within a quota, for schedules",
         "verify-table": "check a table's files, and recompute samples",
+        "compact": "the same table anew, in fewer and larger files",
     },
     "Training": {
         "run-pipeline": "everything from shards to report, in order",

@@ -22,6 +22,7 @@ def recompute_for(job: Job, table: Snapshot) -> Recompute:
     from pipelines.datasets import latents, pairs, references, samples, targets
     from pipelines.dedup import fingerprints
     from pipelines.sources.webdataset import list_shards
+    from pipelines.tables.compacted import compaction_of
     from pipelines.tables.table import open_table
 
     recipe, kind = job.recipe, table.identity["kind"]
@@ -29,6 +30,8 @@ def recompute_for(job: Job, table: Snapshot) -> Recompute:
     run_job, source = replace(job, out=parent), recipe.source.name
     if job.recipe.verification.units == 0:
         return _cannot_recompute  # and never called, so that no inputs are needed
+    if compaction := compaction_of(table.identity):
+        return _compaction_recomputer(table, parent=f"{parent}/{compaction['table']}")
     match kind:
         case "pairs":
             return pairs.recomputer(table, teacher=recipe.model)
@@ -61,6 +64,22 @@ def recompute_for(job: Job, table: Snapshot) -> Recompute:
     return latents.recomputer(
         table, model=recipe.model, shards=shards, source=source, filters=latents_row_filters(run_job)
     )
+
+
+def _compaction_recomputer(table: Snapshot, *, parent: str) -> Recompute:
+    from pipelines.datasets import compaction
+    from pipelines.tables.table import is_table, open_table
+
+    if is_table(parent):
+        return compaction.recomputer(table, parent=open_table(parent))
+
+    def recompute(_manifest: UnitManifest, _rows: pa.Table) -> NoReturn:
+        """Raises, since the rows are nowhere else."""
+        from pipelines.tables.verification import CannotRecompute
+
+        raise CannotRecompute(f"its parent {parent} is gone")
+
+    return recompute
 
 
 def _cannot_recompute(manifest: UnitManifest, _rows: pa.Table) -> NoReturn:

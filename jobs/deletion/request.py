@@ -9,7 +9,7 @@ from pathlib import PurePath
 
 from jobs.deletion.lineage import RunFiles
 from pipelines.deletion.lookup import LookupResult, look_up_shards
-from pipelines.deletion.table_matches import DELETION_ORDER, find_matches, supports_deletion
+from pipelines.deletion.table_matches import deletion_rank, find_matches, supports_deletion
 from pipelines.sources import SourceError
 from pipelines.sources.webdataset import list_shards
 from pipelines.storage.objects import StorageError
@@ -127,7 +127,7 @@ class DeletionTarget:
             with suppress(TableError):  # a Delta table of another program
                 tables[path] = open_table(f"{files.url}/{path}")
         supported = [path for path, table in tables.items() if supports_deletion(table)]
-        supported.sort(key=lambda path: DELETION_ORDER.index(tables[path].identity["kind"]))
+        supported.sort(key=lambda path: deletion_rank(tables[path]))
         return cls(
             files=files,
             tables={path: tables.pop(path) for path in supported},

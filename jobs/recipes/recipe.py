@@ -16,7 +16,7 @@ from jobs.training.settings import (
     RobustSettings,
     VpredSettings,
 )
-from pipelines.datasets.settings import LatentsSettings, PairsSettings, TargetsSettings
+from pipelines.datasets.settings import CompactionSettings, LatentsSettings, PairsSettings, TargetsSettings
 from pipelines.dedup.settings import Deduplication
 from pipelines.download.settings import DownloadSettings
 from pipelines.sources.settings import CaptionSettings
@@ -162,6 +162,7 @@ class Recipe(Settings):
         oracle_floor: least mean attribute accuracy of the demo's images, by the miniature's oracle; None
             for models whose images it cannot read.
         verification: of tables.
+        compaction: of tables into larger files.
         vacuum: age of the files that `jobs.vacuum` keeps.
         quota: bounds of one run of `jobs.top_up`.
         cluster: Ray.
@@ -193,6 +194,7 @@ class Recipe(Settings):
     random_baseline: RandomBaselineSettings = RandomBaselineSettings()
     oracle_floor: float | None = Field(None, ge=0.0, le=1.0)
     verification: VerificationSettings = VerificationSettings()
+    compaction: CompactionSettings = CompactionSettings()
     vacuum: VacuumSettings = VacuumSettings()
     quota: Quota = Quota()
     cluster: ClusterSettings = ClusterSettings()

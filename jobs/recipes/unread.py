@@ -5,6 +5,7 @@ from jobs.recipes.verbs import initial_verbs, pipeline_verbs
 
 READERS = {
     "ablation": ("ablate",),
+    "compaction": ("compact",),
     "efficiency": ("measure_efficiency",),
     "evolution": ("evolve_unet", "compare_chance"),
     "quota": ("top_up",),

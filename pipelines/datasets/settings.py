@@ -1,4 +1,4 @@
-"""Settings of the tables LATENTS, PAIRS, TARGETS, SAMPLES and REFERENCES."""
+"""Settings of the tables LATENTS, PAIRS, TARGETS, SAMPLES and REFERENCES, and of compacted ones."""
 
 from pydantic import Field
 
@@ -149,3 +149,17 @@ class TargetsSettings(BuildSettings):
     device: Device = Device()
     readers: Pool = Pool(cpus=0.25)
     teachers: Pool = Pool()
+
+
+class CompactionSettings(Settings):
+    """Settings of a compacted table.
+
+    Attributes:
+        file_mib: MiB of a data file, at most, unless one of the parent is larger already.
+        bounds: when to commit.
+        compactors: the actor pool that reads and writes.
+    """
+
+    file_mib: float = Field(64.0, gt=0.0)
+    bounds: Bounds = Bounds()
+    compactors: Pool = Pool()

@@ -28,6 +28,7 @@ from pipelines.tables.commits import (
     write_unit,
 )
 from pipelines.tables.committer import recover
+from pipelines.tables.compacted import compaction_of
 from pipelines.tables.deletion_list import DeletionKeys, redacted_id
 from pipelines.tables.leases import write_leases
 from pipelines.tables.manifest import UnitManifest
@@ -259,7 +260,7 @@ def _plan_pairs(
         source_digest = None
         if captions_digest(captions) == manifest.source_digest:
             source_digest = captions_digest(withhold_deleted(captions, keys))
-        else:
+        elif compaction_of(table.identity) is None:
             notes.append(
                 f"the captions of unit {match.file.unit} cannot be reconstructed, so jobs.generate_pairs "
                 "will need a new table"

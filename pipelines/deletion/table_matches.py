@@ -10,6 +10,7 @@ import pyarrow as pa
 from pipelines.rejections import Rejection
 from pipelines.storage.objects import IO_THREADS
 from pipelines.tables.commits import read_written_unit
+from pipelines.tables.compacted import compaction_of
 from pipelines.tables.deletion_list import REDACTED_PREFIX, DeletionKeys, Entry
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.table import Snapshot, TableError, UnitFile
@@ -62,6 +63,12 @@ def supports_deletion(table: Snapshot) -> bool:
     """
     kind = table.identity["kind"]
     return kind in DELETION_ORDER and not (kind == "fingerprints" and "evaluation" in table.identity)
+
+
+def deletion_rank(table: Snapshot) -> tuple[int, bool]:
+    """Tables of lower rank come first: by kind, and compacted ones before what they were compacted from."""
+    identity = table.identity
+    return DELETION_ORDER.index(identity["kind"]), compaction_of(identity) is None
 
 
 def is_derived(table: Snapshot) -> bool:
