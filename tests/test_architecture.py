@@ -47,6 +47,7 @@ PIPELINES = (
     {"loading", "costs"},
     {"datasets"},
     {"dedup", "deletion", "download"},
+    {"exports"},
 )
 JOBS = (
     {"runtime"},

@@ -11,6 +11,7 @@ GROUPS = {
         "top-up": "append to a table within a quota, for schedules",
         "verify-table": "check a table's files, and recompute samples",
         "compact": "the same table anew, in fewer and larger files",
+        "export-table": "a table as WebDataset shards for other trainers",
     },
     "Training": {
         "run-pipeline": "everything from shards to report, in order",

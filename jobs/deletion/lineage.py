@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 
 from jobs.training.metrics import METRICS
+from pipelines.exports.settings import EXPORT_RECORD
 from pipelines.storage.objects import absolute_url, read_bytes
 from pipelines.tables.table import Snapshot, TableError, open_table
 from snapfusion.export.layout import MANIFEST
@@ -82,6 +83,7 @@ class Lineage:
         models: those of these trainings that are finished, and models initialised from or taught by one.
         bundles: for phones, made of these models.
         samples: tables of images that these models generated.
+        exports: folders of rows for other training programs, made from such a version.
         pages: HTML files and kept parts of a report, which may show captions or images of any row.
     """
 
@@ -89,6 +91,7 @@ class Lineage:
     models: list[str] = field(default_factory=list)
     bundles: list[str] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
+    exports: list[str] = field(default_factory=list)
     pages: list[str] = field(default_factory=list)
 
     @property
@@ -123,7 +126,20 @@ def lineage_of(files: RunFiles, tables: Mapping[str, Snapshot]) -> Lineage:
             for path, table in tables.items()
             if table.identity["kind"] == "samples" and _unet_hash(table.identity["model"]) in weights
         ),
+        exports=[
+            path for path in files.folders_with(f"/{EXPORT_RECORD}") if _is_outdated(files, path, tables)
+        ],
         pages=[path for path in files.paths if path.endswith(".html") or _KEPT_PARTS in path],
+    )
+
+
+def _is_outdated(files: RunFiles, export: str, tables: Mapping[str, Snapshot]) -> bool:
+    """Whether an export was made from a version of a table that has lost rows since."""
+    made_of = _object(files.read(f"{export}/{EXPORT_RECORD}")).get("table")
+    return any(
+        _has_lost_rows(tables[path], version)
+        for identity, version, url in _versions(made_of)
+        for path in _tables_read(tables, identity, {url})
     )
 
 

@@ -154,6 +154,7 @@ class DeletionReceipt:
         yield from _named("weights trained on deleted rows, which are not changed", self.lineage.models)
         yield from _named("mobile bundles of these weights", self.lineage.bundles)
         yield from _named("images generated with these weights", self.lineage.samples)
+        yield from _named("exports of deleted rows, which are not changed", self.lineage.exports)
 
 
 def _with_disk_names(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:

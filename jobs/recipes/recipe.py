@@ -19,6 +19,7 @@ from jobs.training.settings import (
 from pipelines.datasets.settings import CompactionSettings, LatentsSettings, PairsSettings, TargetsSettings
 from pipelines.dedup.settings import Deduplication
 from pipelines.download.settings import DownloadSettings
+from pipelines.exports.settings import ExportSettings
 from pipelines.sources.settings import CaptionSettings
 from pipelines.stages.settings import Blocklists
 from pipelines.tables.settings import Bounds
@@ -162,6 +163,7 @@ class Recipe(Settings):
         oracle_floor: least mean attribute accuracy of the demo's images, by the miniature's oracle; None
             for models whose images it cannot read.
         verification: of tables.
+        export: of tables, in layouts of other training programs.
         compaction: of tables into larger files.
         vacuum: age of the files that `jobs.vacuum` keeps.
         quota: bounds of one run of `jobs.top_up`.
@@ -194,6 +196,7 @@ class Recipe(Settings):
     random_baseline: RandomBaselineSettings = RandomBaselineSettings()
     oracle_floor: float | None = Field(None, ge=0.0, le=1.0)
     verification: VerificationSettings = VerificationSettings()
+    export: ExportSettings = ExportSettings()
     compaction: CompactionSettings = CompactionSettings()
     vacuum: VacuumSettings = VacuumSettings()
     quota: Quota = Quota()

@@ -8,6 +8,7 @@ READERS = {
     "compaction": ("compact",),
     "efficiency": ("measure_efficiency",),
     "evolution": ("evolve_unet", "compare_chance"),
+    "export": ("export_table",),
     "quota": ("top_up",),
     "random_baseline": ("compare_chance",),
     "robust": ("train_robust",),

@@ -120,6 +120,13 @@ def file_matches(table: Snapshot, rows: pa.Table, manifest: UnitManifest, keys: 
     return bool(_match(table.identity["kind"], file, manifest, rows, keys))
 
 
+def matching_rows(table: Snapshot, rows: pa.Table, keys: DeletionKeys) -> list[int]:
+    """Indices of the rows of such a table that are on the list."""
+    records = rows.select(_COLUMNS[table.identity["kind"]]).to_pylist()
+    found = (_entries_of_row(keys, row, derived=is_derived(table)) for row in records)
+    return [index for index, entries in enumerate(found) if entries]
+
+
 def _match(kind: str, file: UnitFile, manifest: UnitManifest, rows: pa.Table, keys: DeletionKeys) -> Match:
     derived, records = kind in _DERIVED, rows.select(_COLUMNS[kind]).to_pylist()
     of_rows = [_entries_of_row(keys, row, derived=derived) for row in records]

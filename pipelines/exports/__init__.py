@@ -1,0 +1,1 @@
+"""Exports of tables in the layouts that other training programs read."""
