@@ -166,16 +166,16 @@ class WriteShard:
 def write_tar(file: ObjectWriter, samples: Iterable[Sample | None], *, prefix: str) -> int:
     """Write samples as a tar that depends on nothing else; returns their number.
 
-    Keys are the prefix and the sample's place among all, with those that are None: they have no dot, at which
+    Keys are the prefix and the sample's index among all, with those that are None: they have no dot, at which
     loaders divide a name into key and extension.
     """
     written = 0
     # A stream is only written to, and never read or sought.
     stream = cast("IO[bytes]", file)
     with tarfile.open(fileobj=stream, mode="w|", bufsize=_BLOCK_BYTES, format=tarfile.USTAR_FORMAT) as tar:
-        for place, sample in enumerate(samples):
+        for index, sample in enumerate(samples):
             for ending, content in (sample or {}).items():
-                member = tarfile.TarInfo(f"{prefix}{place:06d}.{ending}")
+                member = tarfile.TarInfo(f"{prefix}{index:06d}.{ending}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
             written += sample is not None
