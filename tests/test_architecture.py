@@ -53,7 +53,7 @@ JOBS = (
     {"runtime"},
     {"evaluation"},
     {"training"},
-    {"evolution", "deletion"},
+    {"evolution", "deletion", "publishing"},
     {"recipes"},
     {"cli"},
     {"reports"},

@@ -40,6 +40,9 @@ GROUPS = {
         "verify-bundle": "a bundle's files, sampler, tokenizer, programs",
         "benchmark": "time a bundle's modules beside torch",
     },
+    "Publication": {
+        "export": "a model as one file with LDM keys",
+    },
     "Operations": {
         "check": "what a model is, what is read of it, what it costs",
         "recipes": "list the recipes, or print one as YAML",

@@ -130,8 +130,8 @@ def _describe(
 
 
 def _version(bundle: Bundle) -> int:
-    """Of Stable Diffusion: OpenCLIP's text encoder, of version 2, has another activation than OpenAI's."""
-    return 2 if bundle.text_encoder.config.hidden_act == sd2.TEXT_ENCODER["hidden_act"] else 1
+    """Of Stable Diffusion, by its text encoder."""
+    return 2 if sd2.is_text_encoder(bundle.text_encoder.config) else 1
 
 
 def _costs(sizes: NetworkSizes) -> ModelCosts:

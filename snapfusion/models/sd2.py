@@ -31,3 +31,8 @@ TEXT_ENCODER: dict[str, Any] = {
 
 PADDING = "!"
 """Padding of the tokenizer: token 0, as in OpenCLIP. A "!" in a caption becomes this token too."""
+
+
+def is_text_encoder(config: Any) -> bool:  # noqa: ANN401 - a configuration of transformers
+    """Tell OpenCLIP's text encoder, of Stable Diffusion 2, by its activation; OpenAI's has another one."""
+    return bool(config.hidden_act == TEXT_ENCODER["hidden_act"])

@@ -35,7 +35,7 @@ from snapfusion.schedule import Schedule
 
 _EMA_PREFIX = "model_ema."
 # An empty tensor by which trainers mark a model of v-prediction.
-_V_PREDICTION_KEY = "v_pred"
+V_PREDICTION_KEY = "v_pred"
 _METADATA_KEY = "modelspec.prediction_type"
 _METADATA_KINDS: dict[str, PredictionType] = {"epsilon": "epsilon", "v": "v_prediction"}
 _BETAS_KEY = "betas"
@@ -61,12 +61,10 @@ def read_single_file(path: Path, *, model: ModelSource, source: str) -> Bundle:
     vae = AutoencoderKL(**configs.vae)
     text_encoder = CLIPTextModel(CLIPTextConfig(**configs.text_encoder))
     # One network after the other, so that the tensors of one alone are in memory twice.
-    _fill(
-        unet, _unet_tensors(file, configs=configs, ema=model.ema, source=source), name="unet", source=source
-    )
-    vae_tensors = convert_ldm_vae_checkpoint(file.tensors(VAE_PREFIX), configs.vae)
-    _fill(vae, vae_tensors, name="vae", source=source)
-    text_tensors = _text_tensors(file, network=text_encoder, configs=configs)
+    unet_tensors = read_unet(file, configs=configs, ema=model.ema, source=source)
+    _fill(unet, unet_tensors, name="unet", source=source)
+    _fill(vae, read_vae(file, configs=configs), name="vae", source=source)
+    text_tensors = read_text_encoder(file, network=text_encoder, configs=configs)
     _fill(text_encoder, text_tensors, name="text_encoder", source=source)
     return Bundle(
         tokenizer=clip_tokenizer(padding=sd2.PADDING if configs.sd2 else END),
@@ -110,9 +108,20 @@ def _configs(file: CheckpointFile, *, model: ModelSource, source: str) -> Single
     return configs
 
 
-def _unet_tensors(
+def read_unet(
     file: CheckpointFile, *, configs: SingleFileConfigs, ema: bool, source: str
 ) -> dict[str, Tensor]:
+    """Read the tensors of the UNet by diffusers' keys, float32.
+
+    Args:
+        file: the checkpoint.
+        configs: of its networks.
+        ema: read the averaged weights.
+        source: the model, named in errors.
+
+    Raises:
+        ModelError: if there are no averaged weights.
+    """
     # The averaged weights stand under the key of the others without its dots.
     names = {
         key: _EMA_PREFIX + "".join(key.split(".")[1:]) if ema else key
@@ -126,9 +135,16 @@ def _unet_tensors(
     return convert_ldm_unet_checkpoint(tensors, configs.unet)
 
 
-def _text_tensors(
+def read_vae(file: CheckpointFile, *, configs: SingleFileConfigs) -> dict[str, Tensor]:
+    """Read the tensors of the VAE by diffusers' keys, float32."""
+    tensors: dict[str, Tensor] = convert_ldm_vae_checkpoint(file.tensors(VAE_PREFIX), configs.vae)
+    return tensors
+
+
+def read_text_encoder(
     file: CheckpointFile, *, network: nn.Module, configs: SingleFileConfigs
 ) -> dict[str, Tensor]:
+    """Read the tensors of the text encoder `network` by transformers' keys, float32."""
     if configs.sd2:
         unused = (
             f"{OPEN_CLIP_PREFIX}transformer.resblocks.{configs.text_encoder['num_hidden_layers']}.",
@@ -167,8 +183,8 @@ def _find_prediction_type(
         return model.prediction_type, "the option prediction_type"
     if known := _METADATA_KINDS.get(file.metadata.get(_METADATA_KEY, "")):
         return known, f"the file's metadata, {_METADATA_KEY}"
-    if _V_PREDICTION_KEY in file.shapes:
-        return "v_prediction", f"the file's tensor {_V_PREDICTION_KEY}"
+    if V_PREDICTION_KEY in file.shapes:
+        return "v_prediction", f"the file's tensor {V_PREDICTION_KEY}"
     if not sd2:
         return "epsilon", "nothing in the file; Stable Diffusion 1 does"
     raise ModelError(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ldm_checkpoint import ldm_tensors, sd_shaped_bundle, write_checkpoint
+from ldm_checkpoint import sd_shaped_bundle, write_checkpoint
 from safetensors.torch import save_file
 from set_options import set_options
 
@@ -15,6 +15,7 @@ from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.tables.schemas import to_png
 from snapfusion.export.bundle import EXECUTORCH, open_bundle
 from snapfusion.metrics.inception import Inception
+from snapfusion.models.ldm_keys import ldm_tensors
 from snapfusion.models.load import load
 
 TRIAL = Path(__file__).parents[2] / "docs/own_model_trial.yaml"

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_bundle, unsealed_copy
-from ldm_checkpoint import ldm_tensors, sd_shaped_bundle, write_checkpoint
+from ldm_checkpoint import sd_shaped_bundle, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from jobs import check
 from snapfusion.models.checksums import CHECKSUMS_FILE
 from snapfusion.models.cost import count_parameters
+from snapfusion.models.ldm_keys import ldm_tensors
 from snapfusion.models.random_weights import random_bundle
 from snapfusion.models.save import save
 

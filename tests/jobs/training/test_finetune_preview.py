@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from conftest import unsealed_copy
-from ldm_checkpoint import ldm_tensors, sd_shaped_bundle, write_checkpoint
+from ldm_checkpoint import sd_shaped_bundle, write_checkpoint
 
 from jobs import finetune_vpred
 from snapfusion.models.bundled import BUNDLED
+from snapfusion.models.ldm_keys import ldm_tensors
 from snapfusion.models.load import load_prediction_type
 from snapfusion.models.local_folder import SCHEDULER_CONFIG, stated_prediction_type
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from ldm_checkpoint import ldm_tensors, sd_shaped_bundle, write_checkpoint
+from ldm_checkpoint import sd_shaped_bundle, write_checkpoint
 
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.errors import ModelError
+from snapfusion.models.ldm_keys import ldm_tensors
 from snapfusion.models.load import load, load_network, load_sizes
 from snapfusion.models.save import save
 
@@ -43,7 +44,9 @@ def test_sd1_file_equals_diffusers(sd1, checkpoint, tmp_path):
 
 def test_sd2_file_is_read(tmp_path):
     model = sd_shaped_bundle(version=2)
-    path = write_checkpoint(tmp_path / "sd2.safetensors", ldm_tensors(model))
+    unread = {"text_projection": torch.eye(64), "logit_scale": torch.ones(())}
+    unread = {f"cond_stage_model.model.{key}": value for key, value in unread.items()}
+    path = write_checkpoint(tmp_path / "sd2.safetensors", ldm_tensors(model) | unread)
     with pytest.raises(ModelError, match="does not say whether it predicts eps"):
         load(str(path))
     loaded = load(f"{path}?prediction_type=v_prediction")
