@@ -41,7 +41,7 @@ GROUPS = {
         "benchmark": "time a bundle's modules beside torch",
     },
     "Publication": {
-        "export": "a model as one file with LDM keys",
+        "export": "one file with LDM keys, or Apple's layout",
     },
     "Operations": {
         "check": "what a model is, what is read of it, what it costs",

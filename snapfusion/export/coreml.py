@@ -19,9 +19,6 @@ from snapfusion.export.quiet import quiet
 from snapfusion.export.settings import CoreMLKind
 from snapfusion.export.split_program import split_program
 
-TIMESTEP = "t"
-"""The port that stays in float32, as does everything computed from it up to its sines and cosines."""
-
 # Operations between the timestep and its sines and cosines; the search for them ends at any other kind.
 _BEFORE_SINUSOIDS = ("mul", "expand_dims", "tile", "slice_by_index", "reshape", "cast")
 
@@ -43,10 +40,10 @@ def import_coremltools() -> None:
 
 
 def compile_coreml(module: FixedModule, package: Path) -> None:
-    """Write the module as an `.mlpackage` folder: an ML program with float16 weights, ports and arithmetic.
+    """Write the module as an `.mlpackage` folder: an ML program with float16 weights and arithmetic.
 
-    Token ids are int32. The timestep is float32, and so is everything computed from it up to its sines and
-    cosines: their angles reach 999, where float16 would round them by up to a quarter of a radian. That is
+    Ports have the dtypes that they state. Everything computed from a timestep up to its sines and cosines is
+    float32: their angles reach 999, where float16 would round them by up to a quarter of a radian. That is
     five operations of a thousand.
 
     The same module gives the same bytes.
@@ -64,7 +61,7 @@ def compile_coreml(module: FixedModule, package: Path) -> None:
             # To ATen's core operations; coremltools does not know the training ones.
             module.trace().run_decompositions({}),
             inputs=[_tensor_type(port) for port in module.inputs],
-            outputs=[coremltools.TensorType(name=port.name, dtype=np.float16) for port in module.outputs],
+            outputs=[coremltools.TensorType(name=port.name, dtype=_dtype(port)) for port in module.outputs],
             convert_to="mlprogram",
             minimum_deployment_target=coremltools.target.iOS17,
             compute_precision=coremltools.transform.FP16ComputePrecision(op_selector=_fits_float16),
@@ -196,8 +193,12 @@ def _check_range(module: FixedModule) -> None:
 def _tensor_type(port: Port) -> CoreMLObject:
     import coremltools
 
-    dtypes = {"int32": np.int32, "float": np.float32 if port.name == TIMESTEP else np.float16}
-    return coremltools.TensorType(name=port.name, shape=port.shape, dtype=dtypes[port.kind])
+    return coremltools.TensorType(name=port.name, shape=port.shape, dtype=_dtype(port))
+
+
+def _dtype(port: Port) -> type[np.generic]:
+    dtypes: dict[str, type[np.generic]] = {"float16": np.float16, "float32": np.float32, "int32": np.int32}
+    return dtypes["int32" if port.kind == "int32" else port.coreml]
 
 
 def _fits_float16(op: CoreMLObject) -> bool:

@@ -28,17 +28,28 @@ from snapfusion.models.guidance_embedding import has_guidance_embedding
 from snapfusion.models.snapfusion_unet_v1 import BlockUNet
 from snapfusion.models.unet import UNetError
 
+TIMESTEP = "t"
+"""Name of the UNet's input."""
+
 MASK_VALUE = -1e4
 """Added to a later token's logit: its softmax is 0 in float16 too, and unlike -inf it can be palettized."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Port:
-    """An input or output of a program: its name, fixed shape and kind of numbers."""
+    """An input or output of a program.
+
+    Attributes:
+        name: of the port.
+        shape: which is fixed.
+        kind: of its numbers.
+        coreml: dtype of floating-point numbers in a Core ML package.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: Literal["float", "int32"] = "float"
+    coreml: Literal["float16", "float32"] = "float16"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -172,10 +183,7 @@ def unet_module(
     Raises:
         UNetError: if the UNet has a guidance embedding, whose input the programs do not have.
     """
-    if has_guidance_embedding(unet):
-        raise UNetError("the UNet has a guidance embedding, for which programs for phones have no input")
-    network = _copy_sharing_weights(unet)
-    set_attention_layout(network, layout=layout)
+    network = arranged_unet(unet, layout=layout)
     size = int(unet.config["sample_size"])
     shape = (1, int(unet.config["in_channels"]), size, size)
     return FixedModule(
@@ -183,11 +191,25 @@ def unet_module(
         network=UNetProgram(network).float().eval(),
         inputs=(
             Port(name="z_t", shape=shape),
-            Port(name="t", shape=(1,)),
+            # float16 rounds times that are not whole.
+            Port(name=TIMESTEP, shape=(1,), coreml="float32"),
             Port(name="c", shape=(conditions, *condition_shape)),
         ),
         outputs=(Port(name="output", shape=(conditions, *shape[1:])),),
     )
+
+
+def arranged_unet(unet: UNet2DConditionModel | BlockUNet, *, layout: AttentionLayout) -> nn.Module:
+    """A copy of the UNet with that layout of attention and the same weights.
+
+    Raises:
+        UNetError: if the UNet has a guidance embedding, whose input the programs do not have.
+    """
+    if has_guidance_embedding(unet):
+        raise UNetError("the UNet has a guidance embedding, for which programs for phones have no input")
+    network = _copy_sharing_weights(unet)
+    set_attention_layout(network, layout=layout)
+    return network
 
 
 def _copy_sharing_weights(network: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapfusion.export.installed import ONNX_PACKAGES, check_installed
-from snapfusion.export.modules import FixedModule
+from snapfusion.export.modules import TIMESTEP, FixedModule
 from snapfusion.export.quiet import quiet
 from snapfusion.export.settings import OnnxKind
 
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 OPSET = 20
 """From 21 on GroupNormalization is one operation, with which ONNX Runtime is slower (docs/mobile.md)."""
-
-TIMESTEP = "t"
-"""The input whose sinusoids stay float32."""
 
 MAX_FILE_BYTES = 2**31 - 2**20
 """Weights of a larger model are in a file of their own: a protocol buffer ends at 2 GB."""

@@ -113,3 +113,31 @@ class MobileSettings(Settings):
     override: dict[str, str] = Field(default_factory=dict)
     licence: Licence = Licence()
     safety_checker: str | None = None
+
+
+class AppleSettings(Settings):
+    """Settings of a folder of resources for Apple's ml-stable-diffusion.
+
+    Attributes:
+        weights: of the packages.
+        attention: layout of the UNet's attention.
+        conditions: 2 computes both halves of the guidance in one call of the UNet; of 1 there are two calls.
+        chunk_bytes: a UNet whose float16 package is larger is split into two packages.
+        caption: of the image that the packages are compared with torch on.
+        steps: of that image; null for those that the model was distilled for, else 50.
+        guidance: w of that image; null for the model's.
+        seed: of its noise.
+        parity_limit_db: minimum PSNR, peak = max |reference|, of each float16 module and of the image.
+        quantized_limit_db: minimum PSNR of the image from compressed weights.
+    """
+
+    weights: CoreMLKind = "float16"
+    attention: AttentionLayout = "channels-first"
+    conditions: Literal[1, 2] = 2
+    chunk_bytes: PositiveInt = 2**30
+    caption: str = "a photo of an astronaut riding a horse on mars"
+    steps: PositiveInt | None = None
+    guidance: Annotated[float, Field(ge=1.0)] | None = None
+    seed: NonNegativeInt = 0
+    parity_limit_db: PositiveFloat = PSNR_LIMIT_DB
+    quantized_limit_db: PositiveFloat = QUANTIZED_LIMIT_DB

@@ -19,9 +19,9 @@ import snapfusion.export.build
 import snapfusion.export.variants
 from jobs.training.mobile_bundle import publish_bundle
 from snapfusion.export.bundle import LICENCE, MODULES, SAFETY_CHECKER, SAMPLER, TOKENIZER, VECTORS
-from snapfusion.export.coreml import TIMESTEP
 from snapfusion.export.layout import MANIFEST
 from snapfusion.export.loop import to_uint8_image
+from snapfusion.export.modules import TIMESTEP
 from snapfusion.export.settings import Licence, MobileSettings
 from snapfusion.export.variants import variants_of
 from snapfusion.export.vectors import INDEX, read_vectors

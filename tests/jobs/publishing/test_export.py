@@ -24,7 +24,14 @@ def test_the_file_is_written_and_told_how_to_open(tmp_path, capsys):
         ("mini --to single-file", "Missing option '--out'"),
         ("mini --to single-file --out a", "a: a file that ends with .safetensors is accepted"),
         ("mini --to single-file --out here.safetensors", "here.safetensors exists and is not overwritten"),
+        (
+            "mini --to single-file --out a.safetensors --decoder d",
+            "--decoder d: it has an effect with --to apple",
+        ),
         ("nowhere --to single-file --out a.safetensors", "there is no model folder or file 'nowhere'"),
+        ("mini --to apple --out here", "--out here exists and is not overwritten"),
+        ("mini --to apple --out a --guidance 0.5", "--guidance: "),
+        ("mini --to apple --out a --decoder nowhere", "nowhere does not exist"),
     ],
 )
 def test_a_mistake_is_one_line(words, message, tmp_path, monkeypatch, capsys):

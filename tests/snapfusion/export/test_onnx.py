@@ -9,15 +9,8 @@ import pytest
 import torch
 from conftest import tiny_student
 
-from snapfusion.export.modules import FixedModule, Port, unet_module
-from snapfusion.export.onnx import (
-    OPSET,
-    TIMESTEP,
-    convert_onnx,
-    count_operations,
-    export_onnx,
-    weights_path,
-)
+from snapfusion.export.modules import TIMESTEP, FixedModule, Port, unet_module
+from snapfusion.export.onnx import OPSET, convert_onnx, count_operations, export_onnx, weights_path
 from snapfusion.export.onnx_runtime import OnnxProgram
 from snapfusion.export.parity import psnr
 
