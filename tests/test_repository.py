@@ -176,5 +176,5 @@ def test_files_that_stand_for_tests_of_models_exist():
     names = {name for line in text.splitlines() for name in re.findall(r"`([a-z_0-9]+)`", line)}
     names -= {"fp16", "non_ema", "trust_remote_code", "from_single_file"}
     found = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
-    assert len(names) == 13
+    assert len(names) == 14
     assert {f"test_{name}" for name in names} <= found

@@ -42,6 +42,7 @@ GROUPS = {
     },
     "Publication": {
         "export": "one file with LDM keys, or Apple's layout",
+        "publish": "a model and its card in a repository on a hub",
     },
     "Operations": {
         "check": "what a model is, what is read of it, what it costs",

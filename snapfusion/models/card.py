@@ -11,10 +11,15 @@ from typing import Any
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.cost import count_parameters
 from snapfusion.models.defaults import default_guidance, distilled_steps
+from snapfusion.models.guidance_embedding import has_guidance_embedding
 from snapfusion.models.snapfusion_unet_v1 import BlockUNet
 from snapfusion.models.source import parse_source
 
 CARD = "README.md"
+LICENCE, SAMPLER = "## Licence", "## Sampler"
+"""Headings of a card."""
+
+FIGURES_ELSEWHERE = "What was measured stands in the records of its run, not here."
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Identifiers that hubs have for licences; another one is "other" with its name.
@@ -24,6 +29,7 @@ _LICENCES = {
     "creativeml openrail++-m": "openrail++",
     "mit": "mit",
 }
+_REMAINS = "A model that was distilled from another remains under that model's licence."
 _ROLES = {"teacher": "Teacher", "student": "Initial weights", "model": "Initial weights"}
 _OBJECTIVES = {"velocity": "trained to predict v (SnapFusion Eq. 6)", "steps": "step distillation (Eq. 7-11)"}
 
@@ -76,14 +82,15 @@ def model_card(bundle: Bundle, *, provenance: Provenance | None = None) -> str:
         "parameters. Made by the open implementation of SnapFusion (Li et al., 2023).",
         "## Use",
         _use(bundle),
+        SAMPLER,
+        sampler_text(bundle),
         "## Lineage",
         "\n".join(f"- {line}" for line in _lineage(bundle, provenance)),
-        "## Licence",
-        f"{_licence(base)} A model that was distilled from another remains under that model's licence.",
+        LICENCE,
+        licence_text(base.licence) if base else f"Not stated. {_REMAINS}",
         "## Limits",
         "No safety checker is part of this folder: generated images are not checked. The model has the "
-        "biases of those that it was made from and, with fewer steps, less detail. What was measured stands "
-        "in the records of its run, not here.",
+        f"biases of those that it was made from and, with fewer steps, less detail. {FIGURES_ELSEWHERE}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -92,15 +99,25 @@ def _header(base: PublishedModel | None) -> str:
     values: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if base and _is_hub_id(base.model):
         values["base_model"] = parse_source(base.model).path
-    if base and base.licence and base.licence.strip():
-        # "Apache-2.0 (the miniature of this repository)": the remark is not part of the name.
-        name = base.licence.partition(" (")[0].strip()
-        values["license"] = _LICENCES.get(name.lower(), "other")
-        if values["license"] == "other":
-            values["license_name"] = name
+    values |= licence_fields(base.licence if base else None)
     values["tags"] = ["stable-diffusion", "snapfusion"]
+    return header_text(values)
+
+
+def header_text(values: Mapping[str, Any]) -> str:
+    """The header of a card with these fields."""
     # JSON values are YAML.
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in values.items()), "---"])
+
+
+def licence_fields(licence: str | None) -> dict[str, str]:
+    """The fields of the header that name a licence; none if it is not stated."""
+    # "Apache-2.0 (the miniature of this repository)": the remark is not part of the name.
+    name = (licence or "").partition(" (")[0].strip()
+    if not name:
+        return {}
+    known = _LICENCES.get(name.lower(), "other")
+    return {"license": known, "license_name": name} if known == "other" else {"license": known}
 
 
 def _is_hub_id(source: str) -> bool:
@@ -155,15 +172,32 @@ def _distillation(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"Guidance in distillation: {cfg_range['low']:g} to {cfg_range['high']:g}"
 
 
-def _licence(base: PublishedModel | None) -> str:
-    if base is None:
-        return "Not stated."
-    if not (base.licence or "").strip():
+def sampler_text(bundle: Bundle) -> str:
+    """How a model is sampled: steps, timesteps, prediction type, guidance."""
+    steps, record = distilled_steps(bundle), bundle.distillation or {}
+    times = f", at t = {', '.join(map(str, record['timesteps']))}" if "timesteps" in record else ""
+    kind = {"v_prediction": "v", "epsilon": "eps"}[bundle.prediction_type]
+    lines = [
+        f"DDIM in {steps} steps{times}; the last one ends at the clean image. In diffusers this is "
+        '`DDIMScheduler` with `timestep_spacing="trailing"` and `set_alpha_to_one=True`. The UNet predicts '
+        f"{kind}.",
+        f"Guidance scale {default_guidance(bundle):g}",
+    ]
+    if cfg_range := record.get("cfg_range"):
+        lines[-1] += f", within {cfg_range['low']:g} to {cfg_range['high']:g}, which it was distilled for"
+    if has_guidance_embedding(bundle.unet):
+        lines[-1] += "; it is an input of the UNet, which runs once a step"
+    return f"{lines[0]} {lines[1]}."
+
+
+def licence_text(licence: str | None) -> str:
+    """What a card says about the licence of the weights."""
+    if not (licence or "").strip():
         return (
             "That of the weights is not stated: write it here, and set `mobile.licence.weights` for what is "
-            "made next."
+            f"made next. {_REMAINS}"
         )
-    return f"Weights: {base.licence}."
+    return f"Weights: {licence}. {_REMAINS}"
 
 
 def _name(source: str) -> str:

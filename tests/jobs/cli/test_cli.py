@@ -81,7 +81,7 @@ def test_a_mistake_names_its_option(words, message, capsys, tmp_path, monkeypatc
 
 WITHOUT_RECIPE = {
     *("train_mini", "measure_mini", "measure_robustness"),
-    *("check", "generate", "verify_bundle", "benchmark", "recipes", "export"),
+    *("check", "generate", "verify_bundle", "benchmark", "recipes", "export", "publish"),
 }
 SHARED = {"--recipe", "--config", "--set", "--out", "--dry-run", "--verbose", "--log-json", "--help"}
 OWN = {
