@@ -12,6 +12,7 @@ from jobs.cli.caption_list import preview_list
 from jobs.cli.in_run import table_starter
 from jobs.cli.job import Job
 from jobs.cli.resources import runner
+from jobs.cli.step_times import record_step
 from jobs.cli.verb import recipe_verb
 from jobs.evaluation.settings import EvaluationSettings
 from jobs.runtime.logs import logger
@@ -44,6 +45,12 @@ def compare(job: Job) -> None:
     for one in results["criteria"]:
         logger.info(f"  criterion {'met' if one['met'] else 'missed'}: {_describe_criterion(one)}")
     logger.info(f"  {job.url('evaluation/results.json')}, shown in {job.url('evaluation/page.html')}")
+
+
+def compare_alone(job: Job) -> None:
+    """`compare`, with its time and memory kept as those of a pipeline's step are."""
+    with record_step(job, job.verb):
+        compare(job)
 
 
 def _resolve_contenders(job: Job) -> EvaluationSettings:
@@ -90,7 +97,7 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = recipe_verb("evaluate", compare, preview=preview, about=__doc__)
+main = recipe_verb("evaluate", compare_alone, preview=preview, about=__doc__)
 
 if __name__ == "__main__":
     main.exit()

@@ -6,6 +6,7 @@ import os
 import fsspec
 
 from jobs.cli.job import Job
+from jobs.cli.step_times import DONE
 from jobs.recipes.recipe import EXAMPLE_BUCKET, Recipe
 from jobs.reports.input_states import files_state
 from jobs.reports.part_cache import code_digest
@@ -67,7 +68,7 @@ def _run_state(job: Job, inputs: str) -> str:
 
 
 def _url(job: Job) -> str:
-    return job.url(f"steps/{job.recipe.digest()[:16]}-done.json")
+    return job.url(f"steps/{job.recipe.digest()[:16]}{DONE}")
 
 
 def _folders(url: str) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
+from jobs.runtime.driver_clock import DRIVER_CLOCK
 from jobs.runtime.logs import interactive, logger, seconds_since_last_line
 
 if TYPE_CHECKING:
@@ -105,8 +106,10 @@ def show_progress(verb: str) -> OnProgress:
     from pipelines.ray_data.metrics import RowMeter
 
     line, meter = StatusLine(), RowMeter(verb)
+    DRIVER_CLOCK.pause()
 
     def on_progress(progress: CommitProgress) -> None:
+        DRIVER_CLOCK.run_from_now()
         meter(progress)
         last = progress.total is not None and progress.rows >= progress.total
         line.show(f"{verb}: {format_progress(progress)}", last=last)

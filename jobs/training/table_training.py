@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from jobs.runtime.driver_clock import DRIVER_CLOCK
 from jobs.training.progress_channel import OnReport, show_reports
 from jobs.training.run_folder import RunFolder, begin
 from jobs.training.settings import TableTrainingSettings
@@ -166,6 +167,7 @@ class TableTraining(Generic[SettingsT]):
         """Train, and publish the folder; returns the metrics."""
         began = time.monotonic()
         begin(folder.store_url, inputs.identity, kind=self.kind)
+        DRIVER_CLOCK.pause()
         # Training lasts for days: meanwhile no vacuum may remove the files of the pinned version.
         with read_leases(parents.values(), purpose=f"the training {folder.url}"):
             results = run_trainings(
@@ -175,6 +177,7 @@ class TableTraining(Generic[SettingsT]):
                 settings=inputs.settings.trainer,
                 on_report=on_report or show_reports(),
             )
+        DRIVER_CLOCK.run_from_now()
         return folder.publish(
             inputs.identity,
             fill=lambda path: {
