@@ -2,7 +2,8 @@
 
 OMP_NUM_THREADS=1 python tests/snapfusion/metrics/curve_costs.py --points 4
 
-prints JSON: CPU seconds without those of making the features, the peak of memory, and the first point's FID.
+prints JSON: CPU seconds without those of making the features, memory at the start and at its peak, and
+the first point's FID.
 With `--build FOLDER` it measures the repository there: the present one, or commit 66c16bd.
 """
 
@@ -106,12 +107,19 @@ def earlier_curve(given: Given, *, points: int, kid_images: int):
     return Curve(points=tuple(map(made, range(points))), reference=reference)
 
 
+def resident_mib() -> int:
+    """Present memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmRSS:"))
+
+
 def measure(*, points: int, rows: int, kid_images: int) -> dict[str, object]:
     """The figures of so many points, each with its metrics and its differences to the first one."""
     import torch
 
     from snapfusion.metrics.curves import metrics_at, point_differences
 
+    started = resident_mib()
     is_present = importlib.util.find_spec("snapfusion.metrics.curve_point") is not None
     given = Given(rows=rows)
     start, began = time.process_time(), time.perf_counter()
@@ -125,6 +133,7 @@ def measure(*, points: int, rows: int, kid_images: int) -> dict[str, object]:
         "cpu_s": round(time.process_time() - start - given.seconds, 1),
         "wall_s": round(time.perf_counter() - began, 1),
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "start_mib": started,
         "threads": torch.get_num_threads(),
         "fid": list(metrics[0]["fid"]),
         "kid": list(metrics[0]["kid"]),
