@@ -15,6 +15,7 @@ import click
 
 from jobs.cli.config_file import read_config
 from jobs.cli.job import Job, prepare_stores
+from jobs.cli.planned import PLAN
 from jobs.cli.state import read_json
 from jobs.cli.verb import DRY_RUN, RECIPE_OPTIONS, Options, Verb, open_job
 from jobs.planning.settings import PlanSettings
@@ -70,7 +71,7 @@ def _plan(options: Options) -> None:
         "assumptions": assumptions(plan),
         "compared": [{**one._asdict(), "ratio": one.ratio} for one in comparisons],
     }
-    replace_object(job.url("plan.json"), f"{json.dumps(values, indent=1, allow_nan=False)}\n".encode())
+    replace_object(job.url(PLAN), f"{json.dumps(values, indent=1, allow_nan=False)}\n".encode())
     logger.info(f"\n{job.url('plan.json')}")
 
 

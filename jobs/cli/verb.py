@@ -12,6 +12,7 @@ import click
 from jobs.cli.config_file import read_config
 from jobs.cli.groups import FOLLOWING
 from jobs.cli.job import Job, prepare_stores, resolve_recipe, save_settings, settings_lines
+from jobs.cli.planned import planned_lines
 from jobs.recipes.recipe import Recipe
 from jobs.recipes.registry import RECIPES
 from jobs.runtime.exit_codes import exit_process, run_guarded
@@ -123,7 +124,7 @@ def recipe_verb(
         if given.dry_run:
             heading = f"{name}: recipe {job.recipe.name}, settings {job.recipe.digest()[:16]}, dry run"
             lines = settings_lines(job, all_of_them=given.verbose, unread=unread(job.recipe))
-            click.echo("\n".join([heading, *lines, *preview(job)]))
+            click.echo("\n".join([heading, *lines, *preview(job), *planned_lines(job)]))
             return
         if writes:
             save_settings(job, verbose=given.verbose, unread=unread(job.recipe))

@@ -1,10 +1,12 @@
-"""Cost of an evaluation: passes of every contender, images, and what the metric networks see."""
+"""Cost of an evaluation: passes of contenders, images, what the metric networks see, and the distances."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from jobs.evaluation.distance_costs import distances_cost
 from jobs.evaluation.settings import EvaluationSettings
 from pipelines.costs.stage import StageCost, Work, ceil_div, pool_group, unet_passes, vae_decodes
-from pipelines.datasets.costs import TEXT_BYTES, table_cost
+from pipelines.datasets.costs import TEXT_BYTES, table_cost, with_captions
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.network_sizes import NetworkSizes
 
@@ -28,8 +30,9 @@ def evaluation_cost(
     ]
     works.append(vae_decodes(images, sizes=sizes))
     works.append(Work(kind="judge", units=images + settings.num_references))
+    distances = distances_cost(settings)
     unet_bytes = sizes.unet_bytes(sizes.architecture, trained=False)
-    return table_cost(
+    stage = table_cost(
         "evaluate",
         samples,
         rows=images,
@@ -42,3 +45,10 @@ def evaluation_cost(
         sizes=sizes,
         batch_bytes=samples.drawing.batch_size * max(2 * unet_bytes, sizes.vae_bytes),
     )
+    tabled = with_captions(stage, settings.prompts.num_images).driver
+    driver = replace(
+        distances,
+        works=(*tabled.works, *distances.works),
+        peak_bytes=max(tabled.peak_bytes, distances.peak_bytes),
+    )
+    return replace(stage, driver=driver)

@@ -26,4 +26,8 @@ def evolution_cost(settings: EvolutionSettings, *, trainings: TrainingCosts) -> 
         groups=(replace(trainers, name="models, then trainers", works=works),),
         output_bytes=training.output_bytes * rounds,
         reads=None,
+        driver=replace(
+            training.driver,
+            works=tuple(replace(work, units=work.units * rounds) for work in training.driver.works),
+        ),
     )

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jobs.cli.job import Job
-from jobs.cli.state import read_json, read_json_files
+from jobs.cli.state import read_json
+from jobs.cli.step_times import StepTime, read_steps
 from jobs.planning.plan import StageForecast
 from jobs.training.metrics import METRICS
 from pipelines.costs.stage import StageCost
@@ -25,13 +26,18 @@ _RESULTS = {
 class ForecastComparison(NamedTuple):
     """A stage's forecast and its measured time in seconds; None if the run has no record.
 
-    `what` says which time both are: of the whole "step" or "training", or the network's "work" alone.
+    `what` says which time both are: of the whole "step" or "training", or the network's "work" alone. The
+    driver's figures are the seconds in which it worked alone, and its peak memory in MiB.
     """
 
     name: str
     forecast: float
     measured: float | None
     what: str
+    driver_forecast: float = 0.0
+    driver_measured: float | None = None
+    driver_mib_forecast: float = 0.0
+    driver_mib_measured: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -41,19 +47,34 @@ class ForecastComparison(NamedTuple):
 
 def compare(job: Job, forecasts: Sequence[StageForecast]) -> list[ForecastComparison]:
     """Compare each stage's forecast with what the run at `job.out` took."""
-    # The longest record of each step of `jobs.run_pipeline`; shorter ones found it done. Settings are not
-    # compared: those that change no row have another hash too.
-    records = sorted(read_json_files(job.url("steps")), key=lambda record: float(record["seconds"]))
-    steps = {record["verb"]: float(record["seconds"]) for record in records}
+    # The longest record of each step; shorter ones found it done. Settings are not compared: those that
+    # change no row have another hash too.
+    steps = {step.verb: step for step in sorted(read_steps(job), key=lambda step: step.seconds)}
     comparisons = []
     for one in forecasts:
-        stage, measured, what = one.stage, steps.get(one.stage.verb), "step"
+        stage, step = one.stage, steps.get(one.stage.verb)
         # A step record covers a stage only if the job made that stage alone.
-        if measured is None or stage.name not in (stage.verb, job.recipe.distill.name):
-            measured, what = _from_result(job, stage)
+        if step is not None and stage.name in (stage.verb, job.recipe.distill.name):
+            comparisons.append(_with_step(one, step))
+            continue
+        measured, what = _from_result(job, stage)
         forecast = one.network_seconds if what == "work" else one.seconds
         comparisons.append(ForecastComparison(stage.name, forecast, measured, what))
     return comparisons
+
+
+def _with_step(one: StageForecast, step: StepTime) -> ForecastComparison:
+    return ForecastComparison(
+        name=one.stage.name,
+        forecast=one.seconds,
+        measured=step.seconds,
+        what="step",
+        driver_forecast=one.driver_seconds,
+        # All of a local stage is the driver's, whether there are rows or not.
+        driver_measured=step.seconds if one.stage.local else step.driver_seconds,
+        driver_mib_forecast=one.driver_bytes / 2**20,
+        driver_mib_measured=step.driver_peak_mib,
+    )
 
 
 def _from_result(job: Job, stage: StageCost) -> tuple[float | None, str]:

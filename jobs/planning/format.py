@@ -30,6 +30,8 @@ def format_plan(plan: Plan) -> list[str]:
         "",
         *_stage_table(plan.stages, worker="GPU" if node.accelerators else "core"),
         "",
+        *_driver_table(plan.stages),
+        "",
         *_align(*zip(("nodes", "wall time", "cost"), *totals, strict=True)),
         "",
         f"storage: {stored:,.1f} GB kept {workload.settings.months:g} months {_money(plan.stored_cost)} "
@@ -52,6 +54,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"prices by {plan.prices.name}, {plan.prices.date}: {plan.prices.about}",
         f"tables on {settings.tables_on} nodes, trainings on {settings.trainings_on} ones, one after another",
         f"GiB is the peak of one worker: tensors counted on shapes, activations times {ALLOCATOR_SLACK}",
+        "the driver works alone after the last row of a table, when trainers are done, or all the time; its "
+        f"GiB include {rates.driver_mib / 1024:.1f} of libraries",
     ]
     if node.accelerators:
         workers = plan.cluster.nodes * node.accelerators
@@ -105,7 +109,18 @@ def format_comparison(found: Sequence[ForecastComparison]) -> list[str]:
         seconds = "" if one.measured is None else f"{one.measured:.1f} s"
         ratio = "" if one.ratio is None else f"{one.ratio:.2f}"
         rows.append((one.name, f"{one.forecast:.1f} s", seconds, ratio, one.what))
-    return _align(*rows)
+    return [*_align(*rows), *_driver_comparison(known)]
+
+
+def _driver_comparison(found: Sequence[ForecastComparison]) -> list[str]:
+    """A table of the driver's forecast and measured time and memory; none if nothing was measured."""
+    rows = [("driver", "alone: forecast", "measured", "peak: forecast", "measured")]
+    for one in found:
+        seconds = "" if one.driver_measured is None else f"{one.driver_measured:.1f} s"
+        if (measured := one.driver_mib_measured) is not None:
+            memory = (f"{one.driver_mib_forecast:,.0f} MiB", f"{measured:,.0f} MiB")
+            rows.append((one.name, f"{one.driver_forecast:.1f} s", seconds, *memory))
+    return ["", *_align(*rows)] if len(rows) > 1 else []
 
 
 def _stage_table(stages: Sequence[StageForecast], *, worker: str) -> list[str]:
@@ -131,6 +146,21 @@ def _stage_table(stages: Sequence[StageForecast], *, worker: str) -> list[str]:
             )
         )
     return _align(head, *rows)
+
+
+def _driver_table(stages: Sequence[StageForecast]) -> list[str]:
+    rows: list[tuple[str, ...]] = [("driver", "works alone", "of wall time", "mostly to", "GiB")]
+    for one in stages:
+        alone = one.alone_seconds
+        longest = max(alone, key=lambda kind: alone[kind], default="")
+        rows.append(_driver_row(one.stage.name, [one], longest.replace("_", " ")))
+    return _align(*rows, _driver_row("all", stages, ""))
+
+
+def _driver_row(name: str, stages: Sequence[StageForecast], longest: str) -> tuple[str, ...]:
+    alone, whole = sum(one.driver_seconds for one in stages), sum(one.seconds for one in stages)
+    share = f"{100 * alone / whole:.0f} %" if whole else ""
+    return name, _time(alone), share, longest, f"{max(one.driver_bytes for one in stages) / _GIB:.1f}"
 
 
 def _break_even_table(students: Sequence[BreakEven]) -> list[str]:

@@ -1,7 +1,7 @@
 """Forecasts a run by arithmetic alone: time, worker-hours and cost of each stage, and totals by nodes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,13 +14,16 @@ from jobs.planning.rates_and_prices import NodeType, PriceList, Rates, StoragePr
 from jobs.planning.settings import PlanSettings
 from jobs.planning.workload import Counts, Workload
 from pipelines.costs.requests import Requests
-from pipelines.costs.stage import StageCost, WorkerGroup
+from pipelines.costs.stage import DriverCost, StageCost, WorkerGroup, WorkKind
 from pipelines.datasets.preview import count_shard_rows
 from pipelines.sources import SourceError
 from pipelines.sources.webdataset import list_shards
 from snapfusion.settings import SettingsError, digest
 
-_FIGURES = ("workers", "slowest", "start_seconds", "work_seconds", "worker_hours", "cost", "request_cost")
+_FIGURES = (
+    *("workers", "slowest", "start_seconds", "work_seconds", "worker_hours", "cost", "request_cost"),
+    *("driver_seconds", "driver_bytes"),
+)
 """Attributes of a stage's forecast that the plan's JSON takes as they are."""
 
 
@@ -39,6 +42,8 @@ class StageForecast:
         cost: of the nodes.
         requests: to the object store.
         request_cost: of the requests.
+        after_seconds: wall time after the last row, in which the driver works alone, by kind of work.
+        driver_bytes: peak memory of the driver.
     """
 
     stage: StageCost
@@ -51,11 +56,25 @@ class StageForecast:
     cost: float
     requests: Requests
     request_cost: float
+    after_seconds: Mapping[WorkKind, float]
+    driver_bytes: float
+
+    @property
+    def alone_seconds(self) -> dict[WorkKind, float]:
+        """Wall time in which the driver works alone, after the last row or all the time, by kind of work."""
+        if self.stage.local:
+            return {work.kind: self.work_seconds for group in self.stage.groups for work in group.works}
+        return dict(self.after_seconds)
+
+    @property
+    def driver_seconds(self) -> float:
+        """Wall time in which the driver works alone."""
+        return sum(self.alone_seconds.values())
 
     @property
     def seconds(self) -> float:
         """Wall time."""
-        return self.start_seconds + self.work_seconds
+        return self.start_seconds + self.work_seconds + sum(self.after_seconds.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +140,7 @@ class Cluster:
         elif stage.reads:
             requests = stage.reads.requests(workers=shown)
         market = self.settings.trainings_on if training else self.settings.tables_on
+        after = self._after_seconds(stage.driver)
         return StageForecast(
             stage=stage,
             workers=shown,
@@ -129,10 +149,20 @@ class Cluster:
             work_seconds=work,
             worker_hours=sum(busy[name] for name in (times if on_cores else networks)) / 3600.0,
             network_seconds=sum(busy[name] for name in networks),
-            cost=(start + work) / 3600.0 * (self.nodes * self.node.price(market)),
+            cost=(start + work + sum(after.values())) / 3600.0 * (self.nodes * self.node.price(market)),
             requests=requests,
             request_cost=self.storage.request_cost(requests),
+            after_seconds=after,
+            driver_bytes=self.rates.driver_mib * 2**20 + stage.driver.bytes_on(self.node.cores),
         )
+
+    def _after_seconds(self, driver: DriverCost) -> dict[WorkKind, float]:
+        """Seconds of each kind of a driver's work on the cores of its node."""
+        cores, times = min(self.node.cores, driver.max_cores), dict[WorkKind, float]()
+        for work in driver.works:
+            seconds = self.rates.seconds(work) / (1 if work.replicated else cores)
+            times[work.kind] = times.get(work.kind, 0.0) + seconds
+        return times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +205,8 @@ class Plan:
                     **{name: getattr(one.stage, name) for name in ("name", "verb", "rows")},
                     "leaves_bytes": one.stage.output_bytes,
                     **{name: getattr(one, name) for name in _FIGURES},
+                    "after_seconds": sum(one.after_seconds.values()),
+                    "alone_seconds": one.alone_seconds,
                     "requests": asdict(one.requests),
                     "peak_bytes": one.stage.peak_bytes,
                 }

@@ -5,6 +5,7 @@ pass, decode, write_image     the teacher's stage of PAIRS, with 2 and with 6 st
 train, update                 the training loop on Eq. 6, of the model's own UNet and of the efficient one
 train_decoder                 the training loop on the half-width decoder
 compile                       the export of a UNet, times a measured ratio of a bundle to it
+commit, save_weights, ...     what a driver does after the last row (`jobs.planning.driver_rates`)
 starts, crowding              a data job and a training of the miniature, through Ray
 
 Everything but Ray's own start is measured while Ray runs, as in a run. On a machine with accelerators
@@ -32,6 +33,7 @@ from jobs.cli.scenes import render_scenes
 from jobs.evaluation.settings import TimingSettings
 from jobs.evaluation.timing import setting_of, unet_inputs
 from jobs.planning import timings
+from jobs.planning.driver_rates import driver_mib, measure_driver
 from jobs.planning.rates_and_prices import Rate, Rates
 from jobs.runtime.cluster import connect
 from jobs.runtime.logs import logger
@@ -94,6 +96,8 @@ def probe(job: Job, *, sizes: NetworkSizes) -> Rates:
         if device == "cpu":
             found._add("compile", COMPILE_PER_EXPORT * _export_seconds(bundle, sizes))
         del bundle
+        logger.info("  measuring the driver's work after the last row")
+        found.measure_driver()
         logger.info("  measuring a data job and a training through Ray")
         starts, contention = timings.measure_overhead(
             url=job.url("overhead"), workers=_contending_workers(job), ray_seconds=ray_seconds
@@ -109,6 +113,7 @@ def probe(job: Job, *, sizes: NetworkSizes) -> Rates:
             crowding=contention,
             starts=starts,
             png_share=png_share,
+            driver_mib=driver_mib(),
         )
 
 
@@ -186,6 +191,12 @@ class Probe:
         rows = min(max(1, loop.global_batch // trainer.num_workers), trainer.micro_batch)
         step = timings.decoder_step(bundle, loop=loop, rows=rows)
         self._add_step("train_decoder", self.sizes.half, step=step, rows=rows)
+
+    def measure_driver(self) -> None:
+        """Rates of what a driver does after the last row."""
+        features = self.job.recipe.evaluation.samples.judging.feature_count
+        for kind, rate in measure_driver(url=self.job.url("driver"), features=features):
+            self.rates[kind].append(rate)
 
     def _add_step(self, kind: WorkKind, network: Cost, *, step: float, rows: int) -> None:
         # A forecast adds the optimizer's update; the rest of a step is the rows' time.

@@ -59,8 +59,8 @@ class NamedList(Settings):
 class Rate(Settings):
     """Seconds of one unit of a kind of work, on one worker.
 
-    `gmacs` are the 10^9 multiply-accumulates of the network in one unit's forward pass, null without one;
-    another network's time is in proportion.
+    `gmacs` are the 10^9 multiply-accumulates of the network's forward pass, or of the matrices, in one unit,
+    null without them; the time of another size is in proportion.
     """
 
     seconds: PositiveFloat
@@ -94,6 +94,7 @@ class Rates(NamedList):
         crowding: contention of workers on all cores.
         starts: fixed time before and after work.
         png_share: size of a PNG as a fraction of its pixels' bytes.
+        driver_mib: memory of a driver after a data job and a training of the miniature: libraries and Ray.
     """
 
     kind = "rates"
@@ -104,6 +105,7 @@ class Rates(NamedList):
     crowding: Contention = Contention()
     starts: StartupSeconds = StartupSeconds()
     png_share: Annotated[float, Field(gt=0.0, le=1.1)] = 0.6
+    driver_mib: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
     def _several_rates_state_their_size(self) -> Rates:

@@ -15,7 +15,7 @@ from jobs.training.costs import TrainingCosts
 from jobs.training.initial_weights import named_architecture
 from jobs.training.settings import DistillSettings
 from jobs.training.sources import EFFICIENT_MODEL
-from pipelines.costs.stage import StageCost, driver_cost
+from pipelines.costs.stage import WEIGHT_BYTES, StageCost, loading_memory, local_cost
 from pipelines.datasets import costs
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.network_sizes import NetworkSizes
@@ -80,7 +80,7 @@ class Workload:
         pair_bytes = costs.latents_row_bytes(sizes) + (png if stored else 0.0)
         return {
             "render_scenes": lambda: [
-                driver_cost("render_scenes", "render", units=scenes, rows=scenes, output_bytes=scenes * png)
+                local_cost("render_scenes", "render", units=scenes, rows=scenes, output_bytes=scenes * png)
             ],
             "encode_latents": lambda: [
                 costs.latents_cost(recipe.latents, source_rows=source, rows=rows, sizes=sizes)
@@ -109,7 +109,9 @@ class Workload:
                     recipe.decoder, row_bytes=pair_bytes, unit_rows=recipe.pairs.rows_per_unit
                 )
             ],
-            "compile_mobile": lambda: [driver_cost("compile_mobile", "compile", units=1)],
+            "compile_mobile": lambda: [
+                local_cost("compile_mobile", "compile", units=1, peak_bytes=self._compile_bytes)
+            ],
             "evaluate": lambda: [evaluation_cost(recipe.evaluation, unet_of=self.architecture, sizes=sizes)],
             # The models that the schedule starts from, then its students.
             "distill_schedule": lambda: [
@@ -128,6 +130,16 @@ class Workload:
             moment_bytes=self.settings.moment_bytes,
             checkpointed=self.rates.checkpointed,
         )
+
+    @property
+    def _compile_bytes(self) -> float:
+        """Memory of a compilation beside the processes that it starts: the model, and a guided step of it."""
+        sizes, batch = self.sizes, 2
+        model = loading_memory(unet=sizes.unet.parameters, frozen=sizes.frozen + sizes.half.parameters)
+        step = (sizes.unet.parameters + sizes.frozen) * WEIGHT_BYTES
+        # Activations are counted in two bytes a number, and have four.
+        step += 2 * max(batch * sizes.unet_bytes(sizes.architecture, trained=False), sizes.vae_bytes)
+        return max(model, step)
 
     @property
     def target_bytes(self) -> int:

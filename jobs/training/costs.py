@@ -14,10 +14,12 @@ from pipelines.costs.stage import (
     ALLOCATOR_SLACK,
     DTYPE_BYTES,
     WEIGHT_BYTES,
+    DriverCost,
     StageCost,
     Work,
     WorkerGroup,
     ceil_div,
+    loading_memory,
     unet_passes,
     vae_decodes,
 )
@@ -96,6 +98,8 @@ class TrainingCosts:
             works=tuple(works),
             passes=max(passes.values()),
             teacher_bytes=teacher_bytes if online else 0,
+            # The driver holds the teacher, whose hash is part of the identity, while it loads the student.
+            beside_bytes=(sizes.of(teacher).parameters + sizes.frozen) * WEIGHT_BYTES,
         )
         return replace(stage, name=settings.name)
 
@@ -114,6 +118,7 @@ class TrainingCosts:
             frozen_bytes=(sizes.unet.parameters + sizes.frozen) * WEIGHT_BYTES,
             output_bytes=sizes.half.parameters * WEIGHT_BYTES,
             trainings=trainings,
+            loaded=loading_memory(unet=sizes.unet.parameters, frozen=sizes.frozen),
         )
 
     def _student(
@@ -125,6 +130,7 @@ class TrainingCosts:
         works: tuple[Work, ...],
         passes: int = 1,
         teacher_bytes: int = 0,
+        beside_bytes: int = 0,
     ) -> StageCost:
         network, checkpointing = self.sizes.of(unet), settings.gradient_checkpointing
         if checkpointing and not self.checkpointed:
@@ -141,6 +147,8 @@ class TrainingCosts:
             activations=passes * self.sizes.unet_bytes(unet, trained=True, checkpointing=checkpointing),
             frozen_bytes=self.sizes.frozen * WEIGHT_BYTES + teacher_bytes,
             output_bytes=(network.parameters + self.sizes.frozen) * WEIGHT_BYTES * models,
+            loaded=loading_memory(unet=network.parameters, frozen=self.sizes.frozen),
+            beside_bytes=beside_bytes,
         )
 
     def _training(
@@ -153,9 +161,14 @@ class TrainingCosts:
         activations: int,
         frozen_bytes: int,
         output_bytes: float,
+        loaded: float,
+        beside_bytes: int = 0,
         trainings: int = 1,
     ) -> StageCost:
         loop, trainer, weights = settings.loop, settings.trainer, network.parameters * WEIGHT_BYTES
+        averages = 0 if loop.ema_decay is None else 1
+        read, published = loaded / WEIGHT_BYTES, output_bytes / WEIGHT_BYTES
+        checkpoints = ceil_div(loop.num_steps, trainer.checkpoint_every) * trainings
         steps = trainings * loop.num_steps
         update = Work(kind="update", units=steps * network.parameters / 1e6, replicated=True)
         return StageCost(
@@ -165,7 +178,8 @@ class TrainingCosts:
             groups=(
                 WorkerGroup(
                     name="trainers",
-                    works=(*works, update),
+                    # Weights, AdamW's two moments and the average, while the other workers wait.
+                    works=(*works, update, _saves(checkpoints * (3 + averages) * network.parameters)),
                     workers=trainer.num_workers,
                     on="accelerator",
                     max_workers=loop.global_batch,
@@ -179,9 +193,15 @@ class TrainingCosts:
                 window_units=settings.loader.window_units,
                 unit_rows=self.unit_rows,
                 row_bytes=self.row_bytes,
-                checkpoints=ceil_div(loop.num_steps, trainer.checkpoint_every) * trainings,
+                checkpoints=checkpoints,
                 # Weights, AdamW's two moments, and the moving average.
-                checkpoint_bytes=(weights, 2 * weights, *((weights,) if loop.ema_decay is not None else ())),
+                checkpoint_bytes=(weights, 2 * weights, *(averages * (weights,))),
+            ),
+            driver=DriverCost(
+                # The last weights are read, and a model; it is saved, and copied into its folder.
+                works=(_saves(trainings * (1 + averages) * network.parameters + read + 2 * published),),
+                # Before the training its models are loaded; after it a model is, beside the last checkpoints.
+                peak_bytes=loaded + max(beside_bytes, trainings * (1 + averages) * weights),
             ),
             peak_bytes=training_memory(
                 parameters=network.parameters,
@@ -196,6 +216,11 @@ class TrainingCosts:
     def _evaluated(self, settings: UNetTrainingSettings) -> float:
         """Held-out rows that an evaluation takes."""
         return min(settings.evaluation_rows, self.rows * settings.loader.held_out)
+
+
+def _saves(numbers: float) -> Work:
+    """Float32 numbers that one process saves, or reads, copies and the like, which takes about as long."""
+    return Work(kind="save_weights", units=numbers / 1e6, replicated=True)
 
 
 def training_memory(

@@ -21,6 +21,12 @@ WorkKind = Literal[
     "train_decoder",
     "update",
     "compile",
+    "commit",
+    "save_weights",
+    "read_features",
+    "sum_features",
+    "subset_distance",
+    "image_pair",
 ]
 """The unit of each kind of work.
 
@@ -36,6 +42,16 @@ train          a latent through the UNet, forward and backward
 train_decoder  a latent through the half-width decoder, forward and backward
 update         10^6 parameters updated by the optimizer and averaged, once a step
 compile        a mobile bundle
+
+save_weights   10^6 float32 numbers saved as safetensors with their hash
+
+These are done by a driver, after the last row:
+
+commit           a data file of a table that is opened and whose manifests are read after the last commit
+read_features    10^6 numbers of images' features, read from a table and hashed
+sum_features     an image's features, added to the sums of its group
+subset_distance  the Frechet distance of a subset of images to the real ones, from such sums
+image_pair       two images whose features are compared, by the kernel of KID or as neighbours
 """
 
 ALLOCATOR_SLACK = 1.2
@@ -54,8 +70,8 @@ class Work:
     Attributes:
         kind: of work.
         units: their number.
-        gmacs: 10^9 multiply-accumulates of the network in one unit; None without a network, or to take the
-            rate as it was measured.
+        gmacs: 10^9 multiply-accumulates of the network, or of the matrices, in one unit; None without them,
+            or to take the rate as it was measured.
         replicated: whether every worker does all units (or one does, and the others wait); else they share.
     """
 
@@ -85,6 +101,27 @@ class WorkerGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DriverCost:
+    """What a stage costs the process that drives it.
+
+    Attributes:
+        works: after the last row, one after the other; all cores of its node share one, unless `replicated`.
+        max_cores: that can share a work.
+        peak_bytes: of memory, beyond that of a process that has imported the libraries.
+        core_bytes: beside it, for each core that shares a work.
+    """
+
+    works: tuple[Work, ...] = ()
+    max_cores: int = 1
+    peak_bytes: float = 0.0
+    core_bytes: float = 0.0
+
+    def bytes_on(self, cores: int) -> float:
+        """Peak bytes on a node of so many cores."""
+        return self.peak_bytes + self.core_bytes * min(cores, self.max_cores)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageCost:
     """The work of one stage of a run.
 
@@ -99,6 +136,7 @@ class StageCost:
         reads: of a training; None for none.
         peak_bytes: memory of a worker with a network; None without one.
         local: whether it runs in the driver process alone.
+        driver: its cost to the driver, beside the work of a `local` stage.
     """
 
     name: str
@@ -111,6 +149,7 @@ class StageCost:
     reads: TrainingReads | None = None
     peak_bytes: float | None = None
     local: bool = False
+    driver: DriverCost = DriverCost()
 
 
 def pool_group(name: str, pool: Pool, *works: Work, network: bool = False) -> WorkerGroup:
@@ -142,12 +181,34 @@ def network_memory(*, parameters: int, dtype: str, batch_bytes: int) -> float:
     return parameters * size + batch_bytes * size / 2 * ALLOCATOR_SLACK
 
 
-def driver_cost(
-    verb: str, kind: WorkKind, *, units: int, rows: int = 0, output_bytes: float = 0.0
+def loading_memory(*, unet: int, frozen: int) -> float:
+    """Peak bytes of a process that loads a model of so many parameters, in float32 on the CPU.
+
+    The file of the UNet, the last network to be read, is mapped into memory beside the network.
+    """
+    return (2 * unet + frozen) * WEIGHT_BYTES
+
+
+def local_cost(
+    verb: str,
+    kind: WorkKind,
+    *,
+    units: int,
+    rows: int = 0,
+    output_bytes: float = 0.0,
+    peak_bytes: float = 0.0,
 ) -> StageCost:
     """Cost of a stage that runs in the driver process alone."""
     group = WorkerGroup(name="driver", works=(Work(kind=kind, units=units),), workers=1, max_workers=1)
-    return StageCost(name=verb, verb=verb, rows=rows, groups=(group,), output_bytes=output_bytes, local=True)
+    return StageCost(
+        name=verb,
+        verb=verb,
+        rows=rows,
+        groups=(group,),
+        output_bytes=output_bytes,
+        local=True,
+        driver=DriverCost(peak_bytes=peak_bytes),
+    )
 
 
 def ceil_div(whole: int, part: int) -> int:

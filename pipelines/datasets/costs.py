@@ -1,11 +1,15 @@
 """Costs of the stages that write tables: work of each worker group, bytes, commits and memory."""
 
+from dataclasses import replace
+
 from pipelines.costs.requests import TableWrites
 from pipelines.costs.stage import (
+    DriverCost,
     StageCost,
     Work,
     WorkerGroup,
     ceil_div,
+    loading_memory,
     network_memory,
     pool_group,
     unet_passes,
@@ -19,6 +23,10 @@ TEXT_BYTES = 150
 """Compressed bytes of a row's ids, caption and token ids, measured on LATENTS of any size."""
 _DRAW_BYTES = 40
 """Compressed bytes of the random draws of a row of TARGETS."""
+UNIT_BYTES = 3_000
+"""Memory of a driver for a unit: its item on the way to workers, its manifest and its file."""
+CAPTION_BYTES = 800
+"""Memory of a driver for a caption of 60 characters: listed, and pickled on its way to workers."""
 
 
 def latents_row_bytes(sizes: NetworkSizes) -> int:
@@ -83,7 +91,7 @@ def pairs_cost(settings: PairsSettings, *, captions: int, png_bytes: float, size
     if generation.images:
         works.append(vae_decodes(rows, sizes=sizes))
         writes.append(Work(kind="write_image", units=rows))
-    return table_cost(
+    stage = table_cost(
         "generate_pairs",
         settings,
         rows=captions,
@@ -97,6 +105,13 @@ def pairs_cost(settings: PairsSettings, *, captions: int, png_bytes: float, size
         batch_bytes=generation.batch_size
         * max(2 * sizes.unet_bytes(unet, trained=False), sizes.vae_bytes * generation.images),
     )
+    return with_captions(stage, rows)
+
+
+def with_captions(stage: StageCost, captions: int) -> StageCost:
+    """A stage whose driver lists so many captions and sends them to workers."""
+    peak_bytes = stage.driver.peak_bytes + captions * CAPTION_BYTES
+    return replace(stage, driver=replace(stage.driver, peak_bytes=peak_bytes))
 
 
 def table_cost(
@@ -126,6 +141,7 @@ def table_cost(
         unet: that runs; None for the model's own.
         rejects: whether rows are rejected.
     """
+    network = sizes.of(unet or sizes.architecture)
     return StageCost(
         name=verb,
         verb=verb,
@@ -135,8 +151,13 @@ def table_cost(
         output_bytes=output_bytes,
         writes=TableWrites(units=units, commit_seconds=settings.bounds.commit_seconds, rejects=rejects),
         peak_bytes=network_memory(
-            parameters=sizes.of(unet or sizes.architecture).parameters + sizes.frozen,
+            parameters=network.parameters + sizes.frozen,
             dtype=settings.device.dtype,
             batch_bytes=batch_bytes,
+        ),
+        driver=DriverCost(
+            works=(Work(kind="commit", units=units, replicated=True),),
+            # The model is loaded for its hashes, and let go.
+            peak_bytes=max(units * UNIT_BYTES, loading_memory(unet=network.parameters, frozen=sizes.frozen)),
         ),
     )

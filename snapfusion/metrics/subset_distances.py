@@ -49,7 +49,7 @@ def subset_distances(
         raise ValueError(
             f"features of {vectors.shape[1]} and of {reference.dimension} numbers have no distance"
         )
-    space = _ReferenceSpace(
+    space = ReferenceSpace(
         origin=vectors.mean(dim=0, dtype=torch.float64),
         reference=reference,
         variance=float(reference.covariance().trace()),
@@ -57,12 +57,12 @@ def subset_distances(
     distances: dict[tuple[int, ...], float] = {}
     for partition in grouping.partitions:
         # One allocation, so that memory is given back after each point.
-        products = torch.zeros(len(partition), _packed_size(vectors.shape[1]), dtype=torch.float64)
+        products = torch.zeros(len(partition), packed_size(vectors.shape[1]), dtype=torch.float64)
         groups = zip(
             (torch.from_numpy(grouping.members[group]) for group in partition), products, strict=True
         )
         sums = list(parallel(partial(space.sums, vectors), groups))
-        whole = _Sums(
+        whole = GroupSums(
             count=sum(one.count for one in sums),
             total=torch.stack([one.total for one in sums]).sum(dim=0),
             square=sum(one.square for one in sums),
@@ -79,8 +79,8 @@ def subset_distances(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Sums:
-    """Sums over images x about an origin, which add and subtract.
+class GroupSums:
+    """Sums over a group's images x about an origin, which add and subtract.
 
     Attributes:
         count: of images.
@@ -96,7 +96,7 @@ class _Sums:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _ReferenceSpace:
+class ReferenceSpace:
     """The reference, as subsets need it.
 
     Attributes:
@@ -109,7 +109,7 @@ class _ReferenceSpace:
     reference: Moments
     variance: float
 
-    def sums(self, features: Tensor, group: tuple[Tensor, Tensor]) -> _Sums:
+    def sums(self, features: Tensor, group: tuple[Tensor, Tensor]) -> GroupSums:
         """The sums over a group of features [N,D].
 
         Args:
@@ -127,9 +127,9 @@ class _ReferenceSpace:
             y = torch.cat([x[:, block.start :] @ factor[block.start :, block] for block in blocks], dim=1)
             for block, packed in _unpacked(products, y.shape[1]):
                 packed.addmm_(y[:, block.start :].T, y[:, block])
-        return _Sums(count=len(rows), total=total, square=square, products=products)
+        return GroupSums(count=len(rows), total=total, square=square, products=products)
 
-    def distance(self, whole: _Sums, without: Sequence[_Sums]) -> float:
+    def distance(self, whole: GroupSums, without: Sequence[GroupSums]) -> float:
         """The distance of the images of `whole` but those of `without`."""
         count = whole.count - sum(one.count for one in without)
         mean = (whole.total - sum(one.total for one in without)) / count
@@ -149,7 +149,8 @@ def _blocks(width: int) -> Iterator[slice]:
     return (slice(start, min(start + _BLOCK, width)) for start in range(0, width, _BLOCK))
 
 
-def _packed_size(width: int) -> int:
+def packed_size(width: int) -> int:
+    """Numbers of a packed lower triangle, about 9/16 of a square matrix of 2,048 columns."""
     return sum((width - block.start) * (block.stop - block.start) for block in _blocks(width))
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from set_options import set_options
 
-from jobs import plan
+from jobs import distill_schedule, finetune_vpred, plan
 from jobs.planning.rates_and_prices import Rates
 from pipelines.sources.shards import ShardRow, write_shard
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "plan.md"
 HIGH = Rates.read("a100-published-high")
+STUDENTS = ["finetune_vpred", "train_efficient", "teacher-16", "small-16", "staged-8"]
 GIVEN = ("--set", "plan.rates=a100-published-high", "--set", "plan.node=a100-40gb-x8")
 
 
@@ -51,6 +52,8 @@ def test_plan_json(tmp_path, capsys):
     assert values["prices"]["name"] == "example"
     assert sum(stage["cost"] for stage in values["stages"]) == values["by_nodes"][-1]["cost"]
     assert Rates.parse(values["rates"]) == HIGH
+    stage = values["stages"][0]
+    assert stage["driver_seconds"] == stage["after_seconds"] > 0 < stage["driver_bytes"]
     assert any("ASSUMPTIONS" in line for line in values["assumptions"])
     capsys.readouterr()
 
@@ -102,6 +105,24 @@ def test_a_dry_run_prints_settings_and_writes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_jobs_dry_run_shows_its_plan(tmp_path, capsys):
+    arguments = ["--recipe", "sd15", "--out", str(tmp_path)]
+    planned = [*GIVEN, *set_options(["plan.rows=1000", "plan.captions=1000"])]
+    assert plan.main([*arguments, *planned]) == 0
+    capsys.readouterr()
+    for main, names in ((finetune_vpred.main, ["finetune_vpred"]), (distill_schedule.main, STUDENTS)):
+        assert main([*arguments, "--dry-run"]) == 0
+        found = re.findall(r"^(\S+): .* by \S+plan.json, .* by the driver alone, .*$", shown(capsys), re.M)
+        assert found == names
+    # Other settings have no plan.
+    assert finetune_vpred.main([*arguments, "--dry-run", "--set", "vpred.loop.num_steps=3"]) == 0
+    assert "plan.json" not in shown(capsys)
+
+
+def shown(capsys) -> str:
+    return capsys.readouterr().out
+
+
 @pytest.fixture
 def probed(tmp_path: Path) -> Path:
     """A run with the rates of an earlier probe."""
@@ -134,7 +155,8 @@ def test_stages_are_compared_with_the_run(probed, capsys):
     (probed / "steps").mkdir()
     records = [("encode_latents", 12.0), ("encode_latents", 0.2), ("distill_steps", 80.0)]
     for number, (verb, seconds) in enumerate(records):
-        record = {"verb": verb, "seconds": seconds, "peak_memory_mib": 1.0}
+        driver = {"driver_seconds": seconds / 4, "driver_peak_mib": 700.0 + seconds}
+        record = {"verb": verb, "seconds": seconds, "peak_memory_mib": 1.0, **driver}
         (probed / "steps" / f"{number}-{verb}.json").write_text(json.dumps(record))
     (probed / "efficient").mkdir()
     (probed / "efficient" / "metrics.json").write_text(json.dumps({"seconds": 70.0}))
@@ -149,4 +171,7 @@ def test_stages_are_compared_with_the_run(probed, capsys):
         "generate_pairs": None,
     }
     assert compared["student"]["ratio"] == pytest.approx(compared["student"]["forecast"] / 80.0)
+    student = compared["student"]
+    assert (student["driver_measured"], student["driver_mib_measured"]) == (20.0, 780.0)
+    assert re.search(r"student +\S+ s +20.0 s +\S+ MiB +780 MiB", output)
     assert re.search(r"all that is measured .* 162.0 s .* 3 of 4 stages", output)

@@ -20,7 +20,7 @@ from jobs.recipes.miniature import mini
 from jobs.training.costs import training_memory
 from jobs.training.settings import TrainerSettings
 from pipelines.costs.requests import TableWrites
-from pipelines.costs.stage import StageCost, Work, WorkerGroup, network_memory
+from pipelines.costs.stage import DriverCost, StageCost, Work, WorkerGroup, local_cost, network_memory
 from snapfusion.models.network_sizes import network_sizes
 from snapfusion.settings import SettingsError
 from snapfusion.training.settings import LoopSettings, StepDistillationSettings
@@ -41,7 +41,10 @@ def rates(**changed) -> Rates:
             "pass": (Rate(seconds=1.0, gmacs=10.0),),
             "train": (Rate(seconds=3.0, gmacs=10.0), Rate(seconds=1.0, gmacs=2.0)),
             "update": (Rate(seconds=0.25),),
+            "commit": (Rate(seconds=0.125),),
+            "subset_distance": (Rate(seconds=4.0, gmacs=2.0),),
         },
+        "driver_mib": 100.0,
         "starts": StartupSeconds(ray=7.0, job=5.0, training=20.0),
     }
     return Rates(**values | changed)
@@ -77,6 +80,24 @@ def test_a_stage_waits_for_its_slowest_group():
     (one,) = forecasts(stage(network(Work(kind="pass", units=40)), cores("readers", units=800)))
     assert (one.slowest, one.work_seconds) == ("readers", 800 * 0.5 / 8)
     assert one.worker_hours == pytest.approx(40 / 3600), "accelerators wait, they do not work"
+
+
+def test_the_driver_works_after_the_last_row():
+    """Its works come one after the other; the cores of one node share those that can be shared."""
+    works = (Work(kind="commit", units=8, replicated=True), Work(kind="subset_distance", units=12, gmacs=1.0))
+    driver = DriverCost(works=works, max_cores=6, peak_bytes=3 * 2**20, core_bytes=2**20)
+    part = network(Work(kind="pass", units=80))
+    (one,) = forecasts(stage(part, startup="none", driver=driver), nodes=2)
+    assert one.after_seconds == {"commit": 8 * 0.125, "subset_distance": 12 * 4.0 / 2 / 6}
+    assert (one.driver_seconds, one.seconds) == (1.0 + 4.0, 80 / 8 + 5.0)
+    assert one.cost == pytest.approx(15.0 / 3600 * 2 * 2.0)
+    assert one.driver_bytes == (100 + 3 + 6) * 2**20
+
+
+def test_a_local_stage_is_the_drivers():
+    (one,) = forecasts(local_cost("render_scenes", "read", units=10, peak_bytes=2**20))
+    assert (one.seconds, one.alone_seconds, one.driver_seconds) == (5.0, {"read": 5.0}, 5.0)
+    assert one.driver_bytes == 101 * 2**20
 
 
 def test_ray_starts_once():
@@ -120,7 +141,7 @@ def test_time_scales_from_the_nearest_network_size():
     assert given.seconds(Work(kind="train", units=1, gmacs=20.0)) == 6.0
     assert given.seconds(Work(kind="train", units=2, gmacs=3.0)) == 2 * 1.5
     assert given.seconds(Work(kind="pass", units=1)) == 1.0
-    with pytest.raises(SettingsError, match="r has no rate of 'decode', it has pass, read"):
+    with pytest.raises(SettingsError, match="r has no rate of 'decode', it has commit, pass, read"):
         given.seconds(Work(kind="decode", units=1, gmacs=1.0))
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from jobs.cli.job import Job
 from jobs.planning import probe
+from jobs.planning.driver_rates import measure_driver
 from jobs.planning.probe import Probe, run_timed
 from jobs.planning.timings import noise_batch, step_seconds
 from jobs.recipes.miniature import mini
@@ -58,6 +59,17 @@ def test_training_steps_of_both_unets_are_measured(job):
     assert len(found.rates["update"]) == 1
     found.measure_decoder_training(bundle)
     assert found.rates["train_decoder"][0].gmacs == sizes.half.gmacs
+
+
+def test_driver_works_are_measured(job, tmp_path):
+    found = dict(measure_driver(url=str(tmp_path), features=16))
+    assert set(found) == {
+        *("commit", "save_weights", "read_features"),
+        *("sum_features", "subset_distance", "image_pair"),
+    }
+    sized = {kind: rate.gmacs for kind, rate in found.items() if rate.gmacs is not None}
+    assert sized == {"sum_features": 16**2 / 1e9, "subset_distance": 16**3 / 1e9, "image_pair": 16 / 1e9}
+    assert all(rate.seconds > 0 for rate in found.values())
 
 
 class Double:

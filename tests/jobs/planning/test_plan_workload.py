@@ -5,12 +5,9 @@ import pytest
 import torch
 from conftest import tiny_bundle
 from torch import nn
+from workloads import workload
 
-from jobs.cli.job import Job
-from jobs.planning.rates_and_prices import Rates
-from jobs.planning.settings import PlanSettings
-from jobs.planning.workload import Counts, Workload
-from jobs.recipes.registry import recipe_named
+from jobs.planning.workload import Workload
 from pipelines.costs.stage import StageCost
 from pipelines.datasets.costs import TEXT_BYTES
 from pipelines.stages.write import pack
@@ -19,7 +16,6 @@ from pipelines.tables.schemas import latents_schema, targets_schema
 from pipelines.tables.units import FinishedRows, Unit
 from snapfusion.models.activation_memory import _fused_attention, peak_bytes
 from snapfusion.models.architecture import efficient_architecture
-from snapfusion.models.network_sizes import network_sizes
 from snapfusion.models.unet import architecture_of, block_unet
 from snapfusion.settings import SettingsError
 from snapfusion.training.batch import Batch
@@ -30,19 +26,6 @@ from snapfusion.training.settings import StepDistillationSettings
 from snapfusion.training.step_distillation import StepDistillationObjective
 
 ROWS = 3
-
-
-def workload(
-    recipe: str = "sd15", *, rows: int = 1_000, captions: int = 10, settings=(), plan=()
-) -> Workload:
-    job = Job(verb="plan", recipe=recipe_named(recipe).with_values(settings), out="nowhere")
-    return Workload(
-        job=job,
-        settings=PlanSettings().with_values(plan),
-        sizes=network_sizes(job.recipe.model),
-        counts=Counts(source=rows, latents=rows, captions=captions),
-        rates=Rates(name="r", about="", worker="one", date="2020-01-01", rates={}, png_share=0.5),
-    )
 
 
 @pytest.fixture(scope="module")
