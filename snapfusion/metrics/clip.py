@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import CLIPTokenizer
 
 from snapfusion.metrics.images import resize_images
-from snapfusion.metrics.pinned import check_safetensors
+from snapfusion.metrics.pinned import check_safetensors, load_pinned
 from snapfusion.models.tokenizer import tokenize
 from snapfusion.records import parse_record
 
@@ -33,14 +33,15 @@ Tokenize = Callable[[Sequence[str]], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ClipScorer:
-    """An open_clip model with its preprocessing.
+    """A network of CLIP's shape with its preprocessing.
 
     Attributes:
-        model: its `encode_image` and `encode_text` are used.
+        model: of open_clip, or another one with its `encode_image`, `encode_text` and `logit_scale`.
         tokenize: captions -> token ids.
         image_size: side of the model's input, in pixels.
         mean: subtracted from each channel of [0, 1] images.
         std: by which each channel is then divided.
+        scaled: whether a score is the cosine times the model's own scale, exp(logit_scale).
     """
 
     model: open_clip.CLIP
@@ -48,6 +49,7 @@ class ClipScorer:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    scaled: bool = False
 
     def prepare(self, images: Tensor) -> Tensor:
         """The model's input float32 [B,3,S,S] of images uint8 [B,3,H,H]: resized (bicubic) and normalized.
@@ -75,12 +77,15 @@ class ClipScorer:
     def score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """The cosine of each image, uint8 [B,3,H,H], with its own caption: float32 [B] in [-1, 1].
 
+        If `scaled`, times the model's scale.
+
         Raises:
             ValueError: if the numbers of captions and images differ.
         """
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images and {len(captions)} captions; give one for each")
-        return (self.encode_images(images) * self.encode_captions(captions)).sum(dim=1)
+        cosines = (self.encode_images(images) * self.encode_captions(captions)).sum(dim=1)
+        return cosines * self.model.logit_scale.detach().exp() if self.scaled else cosines
 
 
 def build_scorer(config: dict[str, Any], *, tokenizer: CLIPTokenizer) -> ClipScorer:
@@ -128,19 +133,28 @@ def open_clip_scorer(name: str, *, weights: Path) -> ClipScorer:
     """An open_clip model by name, such as "ViT-g-14", with weights from a file of safetensors.
 
     Raises:
-        ValueError: if open_clip has no such model, or `weights` is not a .safetensors file.
+        ValueError: if open_clip has no such model, or `weights` is no .safetensors file that holds it.
     """
-    if name not in open_clip.list_models():
-        raise ValueError(f"open_clip has no model {name!r}; open_clip.list_models() names those it has")
     check_safetensors(weights)
+    config = open_clip_config(name)
     model = open_clip.create_model(name)
-    model.load_state_dict(load_file(weights))
-    model.eval().requires_grad_(requires_grad=False)
+    load_pinned(model, weights, name=f"open_clip's {name}")
     preprocess = open_clip.get_model_preprocess_cfg(model)
     return ClipScorer(
         model=model,
         tokenize=open_clip.get_tokenizer(name),
-        image_size=open_clip.get_model_config(name)["vision_cfg"]["image_size"],
+        image_size=config["vision_cfg"]["image_size"],
         mean=tuple(preprocess["mean"]),
         std=tuple(preprocess["std"]),
     )
+
+
+def open_clip_config(name: str) -> dict[str, Any]:
+    """The configuration of an open_clip model: `embed_dim`, `vision_cfg`, `text_cfg`.
+
+    Raises:
+        ValueError: if open_clip has no such model.
+    """
+    if name not in open_clip.list_models():
+        raise ValueError(f"open_clip has no model {name!r}; open_clip.list_models() names those it has")
+    return dict(open_clip.get_model_config(name))

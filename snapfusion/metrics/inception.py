@@ -7,14 +7,13 @@ resize kernel too, so the kernel is a setting that is recorded with every number
 
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import Inception3
 from torchvision.models.inception import InceptionA, InceptionC, InceptionE
 
 from snapfusion.metrics.images import resize_images
-from snapfusion.metrics.pinned import check_safetensors
+from snapfusion.metrics.pinned import load_pinned
 from snapfusion.metrics.settings import INCEPTION_SIZE, Resize
 
 
@@ -56,16 +55,9 @@ def load_inception(weights: Path, *, resize: Resize = "bicubic") -> Inception:
     Raises:
         ValueError: if the file is in another format, or has missing or unexpected tensors.
     """
-    check_safetensors(weights)
     inception = Inception(resize=resize)
     # The published file includes the classifier, which FID does not use.
-    tensors = {name: value for name, value in load_file(weights).items() if not name.startswith("fc.")}
-    try:
-        inception.network.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise ValueError(f"{weights} does not hold this Inception: {reason}") from None
-    inception.requires_grad_(requires_grad=False)
+    load_pinned(inception.network, weights, name="this Inception", unused=r"fc\..+")
     return inception
 
 

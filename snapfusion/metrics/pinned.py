@@ -1,11 +1,20 @@
 """Files of weights from disk, object storage or the hub, checked against their SHA-256."""
 
+import functools
 import hashlib
 import os
+import re
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 
 from snapfusion.models.checksums import file_hash
 from snapfusion.storage import store_of
+
+_MAX_REASON = 300
+"""Characters of a message about tensors; a network has hundreds."""
 
 
 class PinnedFileError(ValueError):
@@ -23,10 +32,26 @@ def pinned_file(source: str, *, sha256: str | None = None) -> Path:
         PinnedFileError: if it cannot be read, or its hash is another.
     """
     path = _locate(source)
-    actual = file_hash(path) if sha256 is not None else None
+    actual = hash_of(path) if sha256 is not None else None
     if actual != sha256:
         raise PinnedFileError(f"{source} has SHA-256 {actual}, {sha256} is expected; give the file it names")
     return path
+
+
+def missing_reason(source: str) -> str | None:
+    """Why a file is not there; None if it is, or if it is the hub's, which is not asked."""
+    if "://" in source:
+        filesystem, path = store_of(source)
+        return None if filesystem.exists(path) else f"there is no {source}"
+    if Path(source).is_file() or _may_be_on_hub(source):
+        return None
+    return _no_file(source)
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file, which is read once in this process unless it is changed."""
+    status = path.stat()
+    return _hash_of_version(path, status.st_size, status.st_mtime_ns)
 
 
 def check_safetensors(weights: Path) -> None:
@@ -39,15 +64,55 @@ def check_safetensors(weights: Path) -> None:
         raise ValueError(f"{weights} is not a .safetensors file; pickled weights are never opened")
 
 
+def load_pinned(network: nn.Module, weights: Path, *, name: str, unused: str = r"(?!)") -> None:
+    """Load all tensors of a network from a file of safetensors, for inference.
+
+    Args:
+        network: in which they are replaced.
+        weights: the file.
+        name: of the network, for messages.
+        unused: pattern of the names of tensors that the file may have and the network has not.
+
+    Raises:
+        ValueError: if the file is in another format, damaged, or has missing or unexpected tensors.
+    """
+    check_safetensors(weights)
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is damaged: {error}") from None
+    try:
+        network.load_state_dict(
+            {key: value for key, value in tensors.items() if re.fullmatch(unused, key) is None}
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"{weights} does not hold {name}: {reason[:_MAX_REASON]}") from None
+    network.eval().requires_grad_(requires_grad=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_of_version(path: Path, size: int, changed: int) -> str:
+    return file_hash(path)
+
+
 def _locate(source: str) -> Path:
     if "://" in source:
         return _fetch(source)
     path = Path(source)
     if path.is_file():
         return path
-    if path.is_absolute() or source.startswith(".") or source.count("/") < 2:
-        raise PinnedFileError(f"there is no file {source!r}; give a path, a URL or owner/name/file on a hub")
+    if not _may_be_on_hub(source):
+        raise PinnedFileError(_no_file(source))
     return _download(source)
+
+
+def _may_be_on_hub(source: str) -> bool:
+    return not (Path(source).is_absolute() or source.startswith(".") or source.count("/") < 2)
+
+
+def _no_file(source: str) -> str:
+    return f"there is no file {source!r}; give a path, a URL or owner/name/file on a hub"
 
 
 def _fetch(url: str) -> Path:

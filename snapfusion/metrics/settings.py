@@ -11,3 +11,9 @@ INCEPTION_SIZE = 299
 Resize = Literal["bicubic", "bilinear"]
 """bicubic: antialiased, with a kernel that widens when shrinking (Parmar et al. 2022). bilinear: of two by
 two pixels, as pytorch-fid does it, which aliases when it shrinks by more than two."""
+
+Preference = Literal["pickscore", "hpsv2"]
+"""Scores by networks that were trained on which images people prefer."""
+
+LpipsNetwork = Literal["alex", "vgg"]
+"""Backbones of LPIPS: AlexNet, and VGG of 16 layers."""
