@@ -15,6 +15,8 @@ from jobs.cli.resources import runner
 from jobs.cli.step_times import record_step
 from jobs.cli.verb import recipe_verb
 from jobs.evaluation.settings import EvaluationSettings
+from jobs.evaluation.weight_files import missing_weights
+from jobs.recipes.recipe import EXAMPLE_BUCKET
 from jobs.runtime.logs import logger
 from pipelines.storage.objects import replace_object
 
@@ -97,7 +99,13 @@ def preview(job: Job) -> list[str]:
     ]
 
 
-main = recipe_verb("evaluate", compare_alone, preview=preview, about=__doc__)
+def preview_with_weights(job: Job) -> list[str]:
+    """The preview, and which files of weights are missing."""
+    missing = missing_weights(job.recipe.evaluation, examples=EXAMPLE_BUCKET)
+    return [*preview(job), *(f"missing: {line}" for line in missing)]
+
+
+main = recipe_verb("evaluate", compare_alone, preview=preview_with_weights, about=__doc__)
 
 if __name__ == "__main__":
     main.exit()

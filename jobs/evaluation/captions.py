@@ -6,6 +6,7 @@ from itertools import islice
 from typing import get_args
 
 from jobs.evaluation.settings import PromptSettings
+from pipelines.sources import SourceError
 from pipelines.sources.captions import Caption, CaptionRow, read_captions
 from snapfusion.mini.scenes import HELD_OUT, caption_of, held_out_index, scene_of
 from snapfusion.mini.split import Split, captions_in
@@ -15,7 +16,7 @@ def captions_of(prompts: PromptSettings) -> list[CaptionRow]:
     """Every caption once, then again for each further draw.
 
     Raises:
-        SourceError: if the list cannot be read.
+        SourceError: if the list cannot be read, or is empty.
         ValueError: if it has a caption of another of the miniature's splits.
     """
     captions = _captions_once(prompts)
@@ -40,6 +41,8 @@ def check_disjoint(
 def _captions_once(prompts: PromptSettings) -> list[CaptionRow]:
     if prompts.url is not None:
         captions = list(islice(read_captions(prompts.url, prompts.reading), prompts.limit))
+        if not captions:
+            raise SourceError(f"{prompts.url} has no captions; give another list")
         if prompts.split is not None:
             _check_split(captions, prompts.split, url=prompts.url)
         return captions

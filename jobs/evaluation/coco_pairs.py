@@ -20,7 +20,7 @@ class CocoPairs:
         captions: as listed; one without an image is rejected as `missing_image`.
         image_names: of the other captions' images, in their order.
         without_image: number of captions without an image.
-        without_caption: number of images without a caption.
+        without_caption: number of images that the annotations do not name.
     """
 
     captions: list[CaptionRow]
@@ -30,9 +30,12 @@ class CocoPairs:
 
     def notes(self) -> list[str]:
         """What is not as published."""
-        if not self.without_image:
-            return []
-        return [f"captions: {self.without_image:,} have no image, and are left out with it"]
+        notes = []
+        if self.without_image:
+            notes.append(f"captions: {self.without_image:,} have no image, and are left out")
+        if self.without_caption:
+            notes.append(f"images: {self.without_caption:,} are not in the annotations, and are left out")
+        return notes
 
 
 def pair_captions(captions: Sequence[CaptionRow], *, annotations: str, images: str) -> CocoPairs:
@@ -47,6 +50,7 @@ def pair_captions(captions: Sequence[CaptionRow], *, annotations: str, images: s
         SourceError: if the annotations have no images, or none of the captions' is in the folder.
     """
     file_names, found = image_file_names(annotations), list_real_images(images)
+    annotated = set(file_names.values())
     by_name = {image.file_name: image.name for image in found}
     rows: list[CaptionRow] = []
     names: list[str] = []
@@ -72,5 +76,5 @@ def pair_captions(captions: Sequence[CaptionRow], *, annotations: str, images: s
         captions=rows,
         image_names=names,
         without_image=missing,
-        without_caption=len(found) - len(names),
+        without_caption=sum(image.file_name not in annotated for image in found),
     )

@@ -13,15 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.evaluation.captions import captions_of, row_of_draw
-from jobs.evaluation.coco_pairs import CocoPairs, pair_captions
+from jobs.evaluation.caption_diversity import CaptionDiversity
+from jobs.evaluation.caption_lists import CaptionList
+from jobs.evaluation.captions import row_of_draw
 from jobs.evaluation.distance_files import DistanceFiles, RealImages
 from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings
 from pipelines.datasets.references import compute_references, features_of, moments_of
-from pipelines.datasets.samples import generate_samples, read_features, read_scores, sampled_ids
+from pipelines.datasets.samples import (
+    generate_samples,
+    read_features,
+    read_scores,
+    sampled_ids,
+    seconds_per_image,
+)
 from pipelines.datasets.settings import ReferencesSettings
 from pipelines.ray_data.execution import Runner
-from pipelines.sources.captions import CaptionRow
 from pipelines.storage.objects import absolute_url
 from pipelines.tables.commits import Origin
 from pipelines.tables.committer import OnProgress
@@ -47,8 +53,7 @@ class EvaluatedCaptions:
     """Contenders evaluated on one set of captions.
 
     Attributes:
-        captions: of all draws, as listed.
-        pairs: captions with their own images; None if the real images are others.
+        listed: the captions.
         ids: of the images that are compared, draw by draw; all contenders have them at every guidance.
         curves: by contender.
         tables: of the contenders' samples.
@@ -56,13 +61,20 @@ class EvaluatedCaptions:
         real: their features.
     """
 
-    captions: Sequence[CaptionRow]
-    pairs: CocoPairs | None
+    listed: CaptionList
     ids: Sequence[str]
     curves: Mapping[str, Curve]
     tables: Mapping[str, Snapshot]
     references: Snapshot
     real: RealImages
+
+    def cost_of(self, contender: Contender, *, w: float) -> dict[str, Any]:
+        """UNet passes of an image at one guidance, and the seconds that a worker took for one."""
+        table = self.tables[contender.name]
+        return {
+            "evaluations": contender.sampler.evaluations(w, w_conditioned=table.identity["told_w"]),
+            "seconds": seconds_per_image(table, source=self.listed.prompts.name, w=w),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,56 +99,43 @@ class TableMaker:
         self,
         contenders: Sequence[Contender],
         *,
-        prompts: PromptSettings,
-        references: ReferencesSettings,
+        listed: CaptionList,
         name: str,
+        diversity: CaptionDiversity | None = None,
     ) -> EvaluatedCaptions:
         """Generate the missing samples, and compute curves.
 
         Args:
             contenders: to evaluate.
-            prompts: captions.
-            references: real images.
+            listed: captions and their real images.
             name: of the table of the real images.
+            diversity: measures LPIPS of each caption's images; None for none.
 
         Raises:
             NoUsableRows: if all rows of a table were rejected.
             ValueError: if too few images are left to compare.
         """
-        captions, pairs = self._captions(prompts, references)
-        real = self.references(references, name=name, names=None if pairs is None else pairs.image_names)
-        tables = {
-            contender.name: self._sample(contender, captions, source=prompts.name) for contender in contenders
-        }
+        names = None if listed.pairs is None else listed.pairs.image_names
+        real = self.references(listed.references, name=name, names=names)
+        tables = {contender.name: self._sample(contender, listed) for contender in contenders}
         scales = {contender.name: self.settings.scales(contender) for contender in contenders}
-        ids = self._shared_ids(prompts, tables, captions, scales)
+        ids = self._shared_ids(listed, tables, scales)
         with over_cores() as parallel:
             images = self._real_images(real, parallel)
             files = DistanceFiles(url=f"{self.out}/{_DISTANCES}", real=images, parallel=parallel)
             curves = {
-                name: Curve(points=tuple(self._points(table, scales[name], prompts, ids=ids, files=files)))
+                name: Curve(
+                    points=tuple(
+                        self._points(
+                            table, scales[name], listed.prompts, ids=ids, files=files, diversity=diversity
+                        )
+                    )
+                )
                 for name, table in tables.items()
             }
         return EvaluatedCaptions(
-            captions=captions,
-            pairs=pairs,
-            ids=ids,
-            curves=curves,
-            tables=tables,
-            references=real,
-            real=images,
+            listed=listed, ids=ids, curves=curves, tables=tables, references=real, real=images
         )
-
-    def _captions(
-        self, prompts: PromptSettings, references: ReferencesSettings
-    ) -> tuple[list[CaptionRow], CocoPairs | None]:
-        """The captions of all draws; with pairs one without its image is rejected."""
-        captions = captions_of(prompts)
-        if not (references.paired and prompts.url and references.url):
-            return captions, None
-        once = captions[: len(captions) // prompts.draws]
-        pairs = pair_captions(once, annotations=prompts.url, images=references.url)
-        return [row_of_draw(row, draw) for draw in range(prompts.draws) for row in pairs.captions], pairs
 
     def references(
         self, references: ReferencesSettings, *, name: str, names: Sequence[str] | None = None
@@ -159,8 +158,9 @@ class TableMaker:
         check_usable("REFERENCES", table)
         return table
 
-    def _sample(self, contender: Contender, captions: Sequence[CaptionRow], *, source: str) -> Snapshot:
+    def _sample(self, contender: Contender, listed: CaptionList) -> Snapshot:
         """Generate the missing samples of a contender; returns its table."""
+        source = listed.prompts.name
         settings, model = self.settings, absolute_source(contender.model or self.model)
         origin, on_progress = self.start(
             contender.name, {"model": model, "captions": settings.prompts.url or source}
@@ -170,7 +170,7 @@ class TableMaker:
             model=model,
             sampler=contender.sampler,
             guidance=settings.scales(contender),
-            captions=captions,
+            captions=listed.rows,
             source=source,
             url=f"{self.out}/{contender.table or contender.name}",
             decoder=contender.decoder and absolute_url(contender.decoder),
@@ -183,24 +183,25 @@ class TableMaker:
 
     def _shared_ids(
         self,
-        prompts: PromptSettings,
+        listed: CaptionList,
         tables: Mapping[str, Snapshot],
-        captions: Sequence[CaptionRow],
         scales: Mapping[str, Sequence[float]],
     ) -> list[str]:
         """Images that all contenders have at each of their scales, draw by draw: differences are paired.
 
         A caption is left out if one of its draws is missing.
         """
+        prompts = listed.prompts
         found = [
             set(sampled_ids(table, source=prompts.name, w=w))
             for name, table in tables.items()
             for w in scales[name]
         ]
         draws = range(prompts.draws)
-        once = captions[: len(captions) // prompts.draws]
         rows = [
-            row for row in once if all(row_of_draw(row, draw).id in ids for draw in draws for ids in found)
+            row
+            for row in listed.once
+            if all(row_of_draw(row, draw).id in ids for draw in draws for ids in found)
         ]
         needed = 2 * self.settings.groups if prompts.draws == 1 else 2
         if len(rows) < needed:
@@ -232,6 +233,7 @@ class TableMaker:
         *,
         ids: Sequence[str],
         files: DistanceFiles,
+        diversity: CaptionDiversity | None,
     ) -> Iterator[CurvePoint]:
         """The points of a contender, one after the other: features are not kept."""
         grouping = ImageGroups.of(len(ids), groups=self.settings.groups, draws=prompts.draws)
@@ -240,10 +242,26 @@ class TableMaker:
             index_of = {id_: index for index, id_ in enumerate(rows.ids)}
             chosen = np.array([index_of[id_] for id_ in ids])
             features = read_features(table, source=prompts.name, w=w, ids=ids)
+            further = []
+            if diversity is not None:
+                further.append(
+                    diversity.metric_of(
+                        table,
+                        source=prompts.name,
+                        w=w,
+                        ids=ids,
+                        draws=prompts.draws,
+                        parallel=files.parallel,
+                    )
+                )
+            distances = files.distances(features, grouping=grouping, further=further)
             yield CurvePoint(
                 w=w,
-                distances=files.distances(features, grouping=grouping),
+                distances=distances,
                 clip=rows.clip[chosen].astype(np.float64),
+                preferences={
+                    name: values[chosen].astype(np.float64) for name, values in rows.preferences.items()
+                },
                 right=None if rows.right is None else rows.right[chosen],
                 grouping=grouping,
             )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -56,6 +57,21 @@ class RealImages:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FurtherMetric:
+    """A metric of images that needs more than their features.
+
+    Attributes:
+        name: of the metric.
+        identity: what it depends on beside the images, as JSON values.
+        measure: computes it.
+    """
+
+    name: str
+    identity: Mapping[str, Any]
+    measure: Callable[[], Interval]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistanceFiles:
     """A folder of files, each named by the hash of the features and of the real images.
 
@@ -69,13 +85,26 @@ class DistanceFiles:
     real: RealImages
     parallel: Map
 
-    def distances(self, features: np.ndarray, *, grouping: ImageGroups) -> ImageDistances:
-        """The distances of features float32 [N,D], read if they have been computed before."""
+    def distances(
+        self,
+        features: np.ndarray,
+        *,
+        grouping: ImageGroups,
+        further: Sequence[FurtherMetric] = (),
+    ) -> ImageDistances:
+        """The distances of features float32 [N,D], read if they have been computed before.
+
+        Args:
+            features: of the images.
+            grouping: of the images.
+            further: metrics of the images' diversity.
+        """
         identity = {
             "version": _VERSION,
             "features": _sha256(features),
             "real": self.real.sha256,
             "groups": [grouping.size, grouping.draws],
+            **{metric.name: metric.identity for metric in further},
         }
         url = f"{self.url}/{digest(identity)}.json"
         if exists(url):
@@ -91,6 +120,8 @@ class DistanceFiles:
             neighbors=self.real.neighbors,
             parallel=self.parallel,
         )
+        measured = {metric.name: metric.measure() for metric in further}
+        found = replace(found, diversity={**found.diversity, **measured})
         replace_object(url, json.dumps(_record(found, grouping)).encode())
         return found
 

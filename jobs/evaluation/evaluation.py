@@ -4,17 +4,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from jobs.evaluation.captions import captions_of, check_disjoint
+from jobs.evaluation.caption_diversity import CaptionDiversity
+from jobs.evaluation.caption_lists import CaptionList, list_captions
+from jobs.evaluation.captions import check_disjoint
 from jobs.evaluation.curve_tables import EvaluatedCaptions, StartTable, TableMaker
 from jobs.evaluation.floor import measure_floor
 from jobs.evaluation.results import Comparison, EvaluationResults
-from jobs.evaluation.settings import Contender, Criterion, EvaluationSettings, FidGap, TuningSettings
+from jobs.evaluation.settings import Contender, Criterion, EvaluationSettings, FidGap
 from jobs.evaluation.tuning import Choice, choose
+from jobs.evaluation.weight_files import check_weights
 from jobs.runtime.versions import versions
-from pipelines.datasets.samples import seconds_per_image
 from pipelines.ray_data.execution import Runner
 from pipelines.sources.captions import captions_digest
-from pipelines.stages.metric_networks import describe_features, describe_scorer
+from pipelines.stages.metric_networks import describe_features, describe_preferences, describe_scorer
 from snapfusion.metrics.curves import (
     Curve,
     CurveError,
@@ -24,6 +26,8 @@ from snapfusion.metrics.curves import (
     paired_differences,
 )
 from snapfusion.metrics.moments import Moments
+from snapfusion.models.decoder import load_decoder
+from snapfusion.models.load import load_prediction_type
 
 
 def evaluate(
@@ -40,21 +44,25 @@ def evaluate(
 
     Raises:
         NoUsableRows: if all rows of a table were rejected.
-        ValueError: if captions for tuning are compared on, too.
+        SourceError: if captions or their images cannot be read.
+        ValueError: if captions for tuning are compared on, too, or weights or models are missing.
     """
+    # What can be refused is refused before anything is generated, which may take days.
+    check_weights(settings)
+    diversity = None if settings.lpips is None else CaptionDiversity(settings.lpips)
+    _check_models(settings, model=model)
+    listed = list_captions(settings.prompts, settings.references)
     maker = TableMaker(settings=settings, model=model, out=out, start=start, run=run)
-    choice = None if settings.tuning is None else _tune(maker, settings.tuning)
+    choice = _tune(maker, listed)
     contenders = settings.contenders if choice is None else choice.contenders
-    test = maker.evaluate(
-        contenders, prompts=settings.prompts, references=settings.references, name="references"
-    )
+    test = maker.evaluate(contenders, listed=listed, name="references", diversity=diversity)
     curves = test.curves
     return {
-        "protocol": _protocol(settings, test),
+        "protocol": _protocol(settings, test, diversity),
         "floor": measure_floor(maker, test),
         "tuning": None if choice is None else choice.record(),
         "tables": {name: table.lineage() for name, table in test.tables.items()},
-        "curves": _curve_records(contenders, test, choice, source=settings.prompts.name),
+        "curves": _curve_records(contenders, test, choice),
         "baseline": settings.baseline,
         **_compared_with(settings.baseline, curves),
         "against": {name: _compared_with(name, curves) for name in settings.also_against},
@@ -68,23 +76,38 @@ def evaluate(
     }
 
 
-def _tune(maker: TableMaker, tuning: TuningSettings) -> Choice:
-    """Evaluate all contenders on the tuning captions, and choose."""
+def _check_models(settings: EvaluationSettings, *, model: str) -> None:
+    """Refuse models and decoders that are not there; weights of models are not read.
+
+    Raises:
+        ValueError: naming the first contender with one.
+    """
+    for contender in settings.contenders:
+        try:
+            load_prediction_type(contender.model or model)
+            if contender.decoder is not None:
+                load_decoder(contender.decoder)
+        except ValueError as error:
+            raise ValueError(f"contender {contender.name!r}: {error}") from None
+
+
+def _tune(maker: TableMaker, compared: CaptionList) -> Choice | None:
+    """Evaluate all contenders on the tuning captions, and choose; None without any."""
     settings = maker.settings
+    if (tuning := settings.tuning) is None:
+        return None
+    listed = list_captions(tuning.prompts, tuning.references)
     names = (f"prompts {settings.prompts.name!r}", f"tuning.prompts {tuning.prompts.name!r}")
-    check_disjoint(captions_of(settings.prompts), captions_of(tuning.prompts), names=names)
-    evaluated = maker.evaluate(
-        settings.contenders,
-        prompts=tuning.prompts,
-        references=tuning.references,
-        name="tuning-references",
-    )
+    check_disjoint(compared.rows, listed.rows, names=names)
+    evaluated = maker.evaluate(settings.contenders, listed=listed, name="tuning-references")
     return choose(settings.contenders, evaluated)
 
 
-def _protocol(settings: EvaluationSettings, test: EvaluatedCaptions) -> dict[str, Any]:
+def _protocol(
+    settings: EvaluationSettings, test: EvaluatedCaptions, diversity: CaptionDiversity | None
+) -> dict[str, Any]:
     """Everything that a published metric must be quoted with."""
-    judging, prompts = settings.samples.judging, settings.prompts
+    judging, prompts, pairs = settings.samples.judging, settings.prompts, test.listed.pairs
     # A covariance of fewer images than features is singular, which makes FID too large: noted.
     moments = test.real.moments
     smallest = Moments(count=len(test.ids), mean=moments.mean, scatter=moments.scatter)
@@ -93,8 +116,8 @@ def _protocol(settings: EvaluationSettings, test: EvaluatedCaptions) -> dict[str
         for side, note in (("drawn", smallest.rank_warning()), ("reference", moments.rank_warning()))
         if note is not None
     ]
-    if test.pairs is not None:
-        notes += test.pairs.notes()
+    if pairs is not None:
+        notes += pairs.notes()
     return {
         "title": _title(settings, test),
         "captions": {
@@ -102,21 +125,23 @@ def _protocol(settings: EvaluationSettings, test: EvaluatedCaptions) -> dict[str
             "url": prompts.url,
             "split": prompts.split,
             "draws": prompts.draws,
-            "sha256": captions_digest(test.captions),
-            "listed": len(test.captions) // prompts.draws,
+            "sha256": captions_digest(test.listed.rows),
+            "listed": len(test.listed.once),
             "compared": len(test.ids) // prompts.draws,
-            "without_image": None if test.pairs is None else test.pairs.without_image,
+            "without_image": None if pairs is None else pairs.without_image,
         },
         "reference": {
             **test.references.lineage(),
             **test.references.identity,
             "split": None if settings.references.url else settings.references.split,
             "compared": moments.count,
-            "paired": test.pairs is not None,
-            "without_caption": None if test.pairs is None else test.pairs.without_caption,
+            "paired": pairs is not None,
+            "without_caption": None if pairs is None else pairs.without_caption,
         },
         "features": describe_features(judging.features),
         "scorer": describe_scorer(judging.scorer),
+        "preferences": describe_preferences(judging.preferences),
+        "lpips": None if diversity is None else diversity.describe(),
         "drawing": settings.samples.drawing.to_values(),
         "dtype": settings.samples.device.dtype,
         "intervals": _interval_text(settings),
@@ -128,7 +153,7 @@ def _title(settings: EvaluationSettings, test: EvaluatedCaptions) -> str:
     """What stands in every chart: captions, real images, and how FID sees them."""
     prompts, references, features = settings.prompts, settings.references, settings.samples.judging.features
     draws = f", {prompts.draws} images of each" if prompts.draws > 1 else ""
-    real = "real images" if test.pairs is None else "real images, theirs by id"
+    real = "real images" if test.listed.pairs is None else "real images, theirs by id"
     network = "FID by the oracle" if features.network == "oracle" else "FID by Inception"
     size = f" at {features.scaled_to or references.size} px" if references.url else ""
     return (
@@ -147,18 +172,13 @@ def _interval_text(settings: EvaluationSettings) -> str:
 
 
 def _curve_records(
-    contenders: Sequence[Contender], test: EvaluatedCaptions, choice: Choice | None, *, source: str
+    contenders: Sequence[Contender], test: EvaluatedCaptions, choice: Choice | None
 ) -> dict[str, dict[str, Any]]:
     records = {}
     for contender in contenders:
-        curve, table = test.curves[contender.name], test.tables[contender.name]
+        curve = test.curves[contender.name]
         points = [
-            {
-                "w": point.w,
-                "evaluations": contender.sampler.evaluations(point.w, w_conditioned=table.identity["told_w"]),
-                "seconds": seconds_per_image(table, source=source, w=point.w),
-                **metrics_at(curve, point.w),
-            }
+            {"w": point.w, **test.cost_of(contender, w=point.w), **metrics_at(curve, point.w)}
             for point in curve.points
         ]
         best_w = None if choice is None else choice.best_w[contender.name]

@@ -10,6 +10,7 @@ from pipelines.datasets.settings import ReferencesSettings, SamplesSettings
 from pipelines.sources.settings import CaptionSettings
 from pipelines.stages.settings import Sampler
 from snapfusion.evolution.settings import Precision, Runtime
+from snapfusion.metrics.settings import LpipsNetwork
 from snapfusion.mini.split import Split, captions_in
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.settings import FOLDER_NAME, Settings
@@ -85,6 +86,26 @@ class TuningSettings(Settings):
     references: ReferencesSettings
 
 
+class LpipsSettings(Settings):
+    """Settings of LPIPS between the images of one caption, which needs several draws and kept images.
+
+    Attributes:
+        network: backbone.
+        backbone: file of torchvision's weights of it, as `pinned_file` accepts it.
+        backbone_sha256: of that file.
+        heads: file of the weights of channels that the authors of LPIPS published, likewise.
+        heads_sha256: of that file.
+        captions: whose images are compared, from the first, at most.
+    """
+
+    network: LpipsNetwork = "alex"
+    backbone: str
+    backbone_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    heads: str
+    heads_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    captions: int = Field(500, ge=2)
+
+
 class FidGap(Settings):
     """Share of the FID gap from few steps to many that a student closes: three contenders and a guidance."""
 
@@ -144,6 +165,7 @@ class EvaluationSettings(Settings):
             KID.
         neighbor_images: images of each side for precision, recall, density and coverage, at most; 0 for
             none. They need six.
+        lpips: of images of one caption; null for none.
         samples: sampling and scoring.
         groups: caption groups of the jackknife intervals, if there is one draw of each caption.
         gaps: FID gaps to report.
@@ -164,6 +186,7 @@ class EvaluationSettings(Settings):
     floor_redraws: int = Field(20, ge=0)
     kid_images: int = Field(5_000, ge=0)
     neighbor_images: int = Field(5_000, ge=0)
+    lpips: LpipsSettings | None = None
     samples: SamplesSettings = SamplesSettings()
     groups: int = Field(20, ge=2)
     gaps: tuple[FidGap, ...] = ()
@@ -251,6 +274,15 @@ class EvaluationSettings(Settings):
                     f"{prefix}references.size is {references.size} and samples.judging.features.scaled_to "
                     f"{scaled_to}; give the same, as FID compares images of one size"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _lpips_has_pairs(self) -> EvaluationSettings:
+        if self.lpips is not None and not (self.prompts.draws > 1 and self.samples.drawing.images):
+            raise ValueError(
+                "lpips compares images of the same caption; give prompts.draws of 2 or more, and "
+                "samples.drawing.images=true, which keeps them"
+            )
         return self
 
     @model_validator(mode="after")

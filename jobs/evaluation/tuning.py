@@ -20,16 +20,21 @@ class Choice:
         best_w: guidance at which each contender has its lowest FID.
         families: the contender of each family.
         curves: of all contenders, on the tuning captions.
+        costs: UNet passes and seconds of an image of each contender at its best guidance.
     """
 
     contenders: tuple[Contender, ...]
     best_w: dict[str, float]
     families: dict[str, str]
     curves: dict[str, Curve]
+    costs: dict[str, dict[str, Any]]
 
     def record(self) -> dict[str, Any]:
         """As JSON values: metrics of every contender at its best guidance, and the families' choice."""
-        best = {name: {"w": w, **metrics_at(self.curves[name], w)} for name, w in self.best_w.items()}
+        best = {
+            name: {"w": w, **self.costs[name], **metrics_at(self.curves[name], w)}
+            for name, w in self.best_w.items()
+        }
         return {"best": best, "families": self.families}
 
 
@@ -47,6 +52,7 @@ def choose(contenders: Sequence[Contender], evaluated: EvaluatedCaptions) -> Cho
         best_w={name: w for name, (_, w) in lowest.items()},
         families=families,
         curves=dict(evaluated.curves),
+        costs={one.name: evaluated.cost_of(one, w=lowest[one.name][1]) for one in contenders},
     )
 
 

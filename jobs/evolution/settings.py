@@ -76,7 +76,7 @@ class EvolutionSettings(Settings):
             "sampler": self.sampler.identity(),
             "guidance": self.guidance,
             "drawing": samples.drawing.to_values(),
-            "judging": samples.judging.to_values(),
+            "judging": samples.judging.identity(),
             "dtype": samples.device.dtype,
             "training": self.training.identity(),
         }

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.evaluation.weight_files import missing_weights
 from jobs.recipes.recipe import EXAMPLE_BUCKET, Recipe
 from jobs.recipes.verbs import initial_verbs
 from jobs.training.sources import RUN_PREFIX
@@ -55,13 +56,15 @@ def missing_inputs(recipe: Recipe, verbs: Sequence[str], *, exists: Callable[[st
 
 
 def missing_values(recipe: Recipe, verbs: Sequence[str]) -> list[str]:
-    """Say which settings of jobs still have the recipe's example, or nothing, a line each."""
+    """Say which settings of jobs have the recipe's example, nothing, or weights that are not there."""
     sections = {"model", *(section for verb in verbs for section in _SECTIONS.get(verb, ()))}
     lines = [
         f"{key} is the example {value}; give your own, as in --set {key}=..."
         for key, value in flatten(recipe.to_values())
         if key.split(".")[0] in sections and str(value).startswith(EXAMPLE_BUCKET)
     ]
+    if "evaluate" in verbs:
+        lines += missing_weights(recipe.evaluation, examples=EXAMPLE_BUCKET)
     return lines + (recipe.mobile.licence.problems() if "compile_mobile" in verbs else [])
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from jobs.evaluation.results import EvaluationResults
 from jobs.reports.charts import Chart, Series
+from jobs.reports.metric_names import METRIC_NAMES
 from jobs.reports.page import render_page
 
 PASSES_LABEL = "UNet passes per image"
@@ -21,18 +22,19 @@ def render_evaluation(results: EvaluationResults) -> str:
 def evaluation_charts(results: EvaluationResults) -> Iterator[Chart]:
     """CLIP over FID and FID over guidance, each with the baseline and up to five other contenders.
 
-    With tuning also FID over the UNet's passes, each contender at the guidance chosen on the tuning captions.
+    A preference score is drawn as CLIP is. With tuning also FID over the UNet's passes, each contender at the
+    guidance chosen on the tuning captions.
     """
     baseline = results["baseline"]
     others = [name for name in results["curves"] if name != baseline]
+    scores = ("clip", *(results["protocol"].get("preferences") or ()))
     floor, note = floor_of(results), title_of(results)
     for number, start in enumerate(range(0, max(len(others), 1), _MAX_OTHERS)):
         names = [baseline, *others[start : start + _MAX_OTHERS]]
         part = f" ({number + 1})" if number else ""
-        for title, x, y, x_label, y_label in (
-            ("CLIP over FID, along guidance", "fid", "clip", "FID", "CLIP"),
-            ("FID over guidance", "w", "fid", "guidance w", "FID"),
-        ):
+        for x, y in (*(("fid", score) for score in scores), ("w", "fid")):
+            x_label, y_label = METRIC_NAMES.get(x, "guidance w"), METRIC_NAMES[y]
+            title = f"{y_label} over FID, along guidance" if x == "fid" else f"{y_label} over guidance"
             curves = {name: results["curves"][name]["points"] for name in names}
             series = tuple(Series.of(name, points, x=x, y=y) for name, points in curves.items())
             limit = floor if y == "fid" else None

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from jobs.reports.charts import chart_svg
-from jobs.reports.metric_names import features_name, scorer_name
+from jobs.reports.metric_names import METRIC_NAMES, features_name, metrics_in, scorer_name
 from jobs.runtime.progress import format_duration
 from pipelines.tables.schemas import to_png
 
@@ -45,6 +45,8 @@ def render_page(template: str, **values: object) -> str:
         "percent": lambda number: f"{number:.1f} %",
         "score": lambda number: f"{number:.3f}",
         "features": features_name,
+        "metric": METRIC_NAMES.__getitem__,
+        "metrics": metrics_in,
         "scorer": scorer_name,
         "figure": lambda number: f"{number:,.4g}" if abs(number) < 10_000 else f"{number:,.0f}",
         "rate": lambda number: f"{number:.3g}" if number < 1000 else f"{number:,.0f}",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any, Unpack
+from typing import Any, Unpack, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -19,14 +19,15 @@ from pipelines.datasets.settings import SamplesSettings
 from pipelines.ray_data.execution import PipelineStage
 from pipelines.sources.captions import CaptionRow
 from pipelines.stages.crop import check_size
-from pipelines.stages.metric_networks import describe_features, describe_scorer
+from pipelines.stages.metric_networks import describe_features, describe_preferences, describe_scorer
 from pipelines.stages.sample import SampleAndScore
 from pipelines.stages.settings import Device, Sampler
 from pipelines.tables.manifest import UnitManifest
-from pipelines.tables.schemas import read_array, samples_schema
+from pipelines.tables.schemas import from_png, read_array, samples_schema
 from pipelines.tables.table import Snapshot, TableError, UnitFile
 from pipelines.tables.units import FinishedRows, PromptRows, Unit
 from pipelines.tables.verification import CannotRecompute, Recompute
+from snapfusion.metrics.settings import Preference
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.decoder import load_decoder
 from snapfusion.models.guidance_embedding import has_guidance_embedding
@@ -55,6 +56,8 @@ def identity_of(
         optional["cuts"] = {name: list(blocks) for name, blocks in cuts.items()}
     if decoder is not None:
         optional["decoder"] = weight_hash(load_decoder(decoder))
+    if settings.judging.preferences:
+        optional["preferences"] = describe_preferences(settings.judging.preferences)
     return {
         **optional,
         "kind": "samples",
@@ -149,7 +152,7 @@ def recomputer(
     sampler = Sampler.parse(table.identity["sampler"])
     cuts = table.identity.get("cuts", {})
     identity = identity_of(settings, sampler=sampler, bundle=load(model), cuts=cuts, decoder=decoder)
-    check_same(table, {"decoder": None, **identity}, "model or other settings")
+    check_same(table, {"decoder": None, "preferences": None, **identity}, "model or other settings")
 
     def recompute(manifest: UnitManifest, rows: pa.Table) -> FinishedRows:
         """Compute the rows of one unit again; see `Recompute`."""
@@ -176,7 +179,11 @@ def _stage(
 
 def _schema(settings: SamplesSettings) -> pa.Schema:
     metrics = settings.judging
-    return samples_schema(features=metrics.feature_count, attributes=metrics.attribute_count)
+    return samples_schema(
+        features=metrics.feature_count,
+        attributes=metrics.attribute_count,
+        preferences=[one.name for one in metrics.preferences],
+    )
 
 
 def source_name(source: str, w: float, *, cut: str = "") -> str:
@@ -219,11 +226,13 @@ class Scores:
     Attributes:
         ids: of the captions.
         clip: float32 [n].
+        preferences: PickScore and HPSv2, those that were computed, by name: float32 [n].
         right: whether each attribute is as the caption says, uint8 [n,5]; None without the oracle.
     """
 
     ids: list[str]
     clip: np.ndarray
+    preferences: Mapping[str, np.ndarray]
     right: np.ndarray | None
 
 
@@ -233,12 +242,14 @@ def read_scores(table: Snapshot, *, source: str, w: float, cut: str = "") -> Sco
     Raises:
         TableError: if the table has none.
     """
-    columns = [name for name in ("source_id", "clip", "right") if name in table.columns]
+    preferences = [name for name in get_args(Preference) if name in table.columns]
+    columns = ["source_id", "clip", *preferences, *(["right"] if "right" in table.columns else [])]
     units = _units_with_rows(table, source=source, w=w, cut=cut)
     rows = pa.concat_tables([table.read_unit(file, columns) for file in units])
     return Scores(
         ids=rows.column("source_id").to_pylist(),
         clip=rows.column("clip").to_numpy(),
+        preferences={name: rows.column(name).to_numpy() for name in preferences},
         right=read_array(rows, "right") if "right" in rows.column_names else None,
     )
 
@@ -276,6 +287,25 @@ def read_features(
             indices, chosen = map(list, zip(*kept, strict=True))
             features[indices] = part[chosen]
     return features
+
+
+def read_images(table: Snapshot, *, source: str, w: float, ids: Sequence[str]) -> np.ndarray:
+    """Images of some captions of a list at one guidance, uint8 [n,H,W,3] in order of `ids`.
+
+    Raises:
+        TableError: if the table has none, or was made without images.
+    """
+    position = {id_: index for index, id_ in enumerate(ids)}
+    images: dict[int, np.ndarray] = {}
+    for file in _units_with_rows(table, source=source, w=w, cut=""):
+        found = table.read_unit(file, ["source_id"]).column("source_id").to_pylist()
+        rows = [row for row, id_ in enumerate(found) if id_ in position]
+        if rows:
+            stored = table.read_unit(file, ["image"]).column("image").take(rows).to_pylist()
+            if None in stored:
+                raise TableError(f"{table.url} has no images; set evaluation.samples.drawing.images=true")
+            images |= {position[found[row]]: from_png(png) for row, png in zip(rows, stored, strict=True)}
+    return np.stack([images[index] for index in range(len(ids))])
 
 
 def seconds_per_image(table: Snapshot, *, source: str, w: float) -> float | None:

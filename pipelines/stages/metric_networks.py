@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.stages.settings import FeatureSettings, MetricSettings, ScorerSettings
+from pipelines.stages.settings import FeatureSettings, MetricSettings, PreferenceSettings, ScorerSettings
 from snapfusion.metrics.clip import load_scorer, open_clip_scorer
 from snapfusion.metrics.inception import load_inception
-from snapfusion.metrics.pinned import pinned_file
+from snapfusion.metrics.pinned import hash_of, pinned_file
+from snapfusion.metrics.preference import preference_scorer
 from snapfusion.metrics.settings import INCEPTION_SIZE
 from snapfusion.mini.oracle import load_oracle, scene_labels
 from snapfusion.mini.scenes import parse_caption
 from snapfusion.mini.weights import WEIGHTS
-from snapfusion.models.checksums import file_hash
 
 
 def describe_features(settings: FeatureSettings) -> dict[str, Any]:
@@ -33,8 +33,16 @@ def describe_scorer(settings: ScorerSettings) -> dict[str, Any]:
     return _describe(settings, bundled="scorer")
 
 
+def describe_preferences(settings: Sequence[PreferenceSettings]) -> dict[str, dict[str, Any]]:
+    """The identity of each preference score: the network's shape and the SHA-256 of its weights."""
+    return {
+        one.name: {"shape": one.shape, "sha256": hash_of(pinned_file(one.weights, sha256=one.sha256))}
+        for one in settings
+    }
+
+
 def _describe(settings: FeatureSettings | ScorerSettings, *, bundled: str) -> dict[str, Any]:
-    return {"network": settings.network, "sha256": file_hash(_weights(settings, bundled=bundled))}
+    return {"network": settings.network, "sha256": hash_of(_weights(settings, bundled=bundled))}
 
 
 def _weights(settings: FeatureSettings | ScorerSettings, *, bundled: str) -> Path:
@@ -85,11 +93,23 @@ class MetricNetworks(FeatureReader):
         else:
             weights = _weights(settings.scorer, bundled="scorer")
             self._scorer = open_clip_scorer(settings.scorer.network, weights=weights)
-        self._scorer.model.to(device)
+        self._preferences = {
+            one.name: preference_scorer(
+                one.name, shape=one.shape, weights=pinned_file(one.weights, sha256=one.sha256)
+            )
+            for one in settings.preferences
+        }
+        for scorer in (self._scorer, *self._preferences.values()):
+            scorer.model.to(device)
 
     def clip(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Cosine of each image, uint8 [B,3,H,W], with its caption: float32 [B] on the CPU."""
         return self._scorer.score(images.to(self.device), captions).cpu()
+
+    def preferences(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Each preference score of images, uint8 [B,3,H,W], with their captions: float32 [B] on the CPU."""
+        pixels = images.to(self.device)
+        return {name: scorer.score(pixels, captions).cpu() for name, scorer in self._preferences.items()}
 
     def attributes(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Whether each attribute of an image is as its caption says, uint8 [B,5]; [B,0] without the oracle.

@@ -39,6 +39,7 @@ class SampleAndScore(NetworkStage[PromptRows, SamplingSettings]):
         self.decoder = None if decoder is None else load_decoder(decoder).to(self.torch_device, self.dtype)
         self.c_null = self.bundle.encode_text(self.bundle.tokenize([sampler.negative_prompt]))
         self.grid = time_grid(sampler.steps, schedule_steps=self.bundle.schedule.num_steps)
+        self.metrics = metrics
         self.networks = MetricNetworks(metrics, device=self.torch_device)
 
     def columns(self, rows: PromptRows) -> tuple[dict[str, Any], list[bool]]:
@@ -56,7 +57,8 @@ class SampleAndScore(NetworkStage[PromptRows, SamplingSettings]):
             "w": [rows.w] * len(texts),
             "noise_key": keys,
         }
-        for name in ("features", "clip", "right", "image", "finite"):
+        scores = ("clip", *(one.name for one in self.metrics.preferences), "right")
+        for name in ("features", *scores, "image", "finite"):
             parts = [batch[name] for batch in batches]
             columns[name] = np.concatenate(parts) if parts else np.empty((0,))
         finite = columns.pop("finite").tolist()
@@ -74,6 +76,7 @@ class SampleAndScore(NetworkStage[PromptRows, SamplingSettings]):
         columns = {
             "features": self.networks.features(images),
             "clip": self.networks.clip(images, texts),
+            **self.networks.preferences(images, texts),
             "right": self.networks.attributes(images, texts),
             "image": images.permute(0, 2, 3, 1).cpu(),
         }

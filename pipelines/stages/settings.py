@@ -4,7 +4,7 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
-from snapfusion.metrics.settings import INCEPTION_FEATURES, Resize
+from snapfusion.metrics.settings import INCEPTION_FEATURES, Preference, Resize
 from snapfusion.mini.vocabulary import ATTRIBUTES, IMAGE_SIZE, ORACLE_FEATURES
 from snapfusion.settings import Settings
 from snapfusion.solver_names import Solver
@@ -187,16 +187,47 @@ class ScorerSettings(_NetworkSettings):
     network: str = "mini"
 
 
+class PreferenceSettings(Settings):
+    """Settings of a score by a network of CLIP's shape that was trained on which images people prefer.
+
+    Attributes:
+        name: "pickscore" or "hpsv2".
+        weights: file of the network, as `pinned_file` accepts it.
+        sha256: of that file.
+        shape: of the network, by its name in open_clip.
+    """
+
+    name: Preference
+    weights: str
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    shape: str = "ViT-H-14"
+
+
 class MetricSettings(Settings):
     """Networks that images are scored by; the defaults are the miniature's.
 
     Attributes:
         features: for FID.
         scorer: for the CLIP score.
+        preferences: further scores, each once.
     """
 
     features: FeatureSettings = FeatureSettings()
     scorer: ScorerSettings = ScorerSettings()
+    preferences: tuple[PreferenceSettings, ...] = ()
+
+    @field_validator("preferences")
+    @classmethod
+    def _are_different(cls, preferences: tuple[PreferenceSettings, ...]) -> tuple[PreferenceSettings, ...]:
+        names = [one.name for one in preferences]
+        if len(set(names)) < len(names):
+            raise ValueError(f"scores repeat: {', '.join(names)}")
+        return preferences
+
+    def identity(self) -> dict[str, Any]:
+        """The settings as JSON values; what is off is absent, as in records of version 0.1."""
+        values = self.to_values()
+        return values if self.preferences else {key: values[key] for key in values if key != "preferences"}
 
     @property
     def feature_count(self) -> int:

@@ -231,11 +231,12 @@ def targets_schema(
     )
 
 
-def samples_schema(*, features: int, attributes: int) -> pa.Schema:
+def samples_schema(*, features: int, attributes: int, preferences: Sequence[str] = ()) -> pa.Schema:
     """SAMPLES: one row a (caption, guidance): the metrics of the generated image.
 
     features   float32, input of a Frechet distance
     clip       cosine of image and caption
+    pickscore, hpsv2   scores of those of the two networks that `preferences` names
     right      whether each attribute is as the caption says, 0 or 1; no column if no oracle reads them
     image      PNG, null if not stored
     """
@@ -245,6 +246,7 @@ def samples_schema(*, features: int, attributes: int) -> pa.Schema:
         ("noise_key", pa.int64()),
         ArrayType(shape=(features,), dtype="<f4").field("features"),
         ("clip", pa.float32()),
+        *_columns(pa.float32(), *preferences),
         *([ArrayType(shape=(attributes,), dtype="|u1").field("right")] if attributes else []),
         _PNG,
     )

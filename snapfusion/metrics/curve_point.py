@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -90,6 +90,7 @@ class CurvePoint:
         clip: cosine of each image with its caption, float64 [n]: draw by draw in order of the captions.
         right: attributes that match the caption, 0 or 1 [n,A]; None without an oracle.
         grouping: of the images.
+        preferences: further scores of each image with its caption, such as PickScore, by name: float64 [n].
     """
 
     w: float
@@ -97,14 +98,16 @@ class CurvePoint:
     clip: np.ndarray
     right: np.ndarray | None
     grouping: ImageGroups
+    preferences: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def scores(self) -> dict[str, np.ndarray]:
-        """Of each image, float64 [n]: CLIP, and with an oracle the matching attributes (mean, and all)."""
+        """Of each image, float64 [n]: CLIP, preferences and, with an oracle, attributes (their mean, all)."""
+        scores = {"clip": self.clip, **self.preferences}
         if self.right is None:
-            return {"clip": self.clip}
+            return scores
         all_right = self.right.all(axis=1).astype(float)
-        return {"clip": self.clip, "attributes": self.right.mean(axis=1), "all_attributes": all_right}
+        return scores | {"attributes": self.right.mean(axis=1), "all_attributes": all_right}
 
     def mean(self, values: np.ndarray) -> Interval:
         """The mean of a value of each image, float64 [n], with an interval over draws, or over captions."""

@@ -1,10 +1,10 @@
 """Captions of COCO's annotations are compared with their own images, whatever the order of the files."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from coco_inputs import IDS, YEARS, write_annotations, write_images
 from evaluated_run import evaluate_in_process
 from PIL import Image
 
@@ -20,33 +20,8 @@ from pipelines.sources.settings import CaptionSettings
 from pipelines.stages.metric_networks import lanczos
 from pipelines.stages.settings import Sampler, SamplingSettings
 from pipelines.tables.table import open_table
-from snapfusion.mini.scenes import HELD_OUT, caption_of, captioned_image, scene_of
+from snapfusion.mini.scenes import HELD_OUT, caption_of, scene_of
 from snapfusion.settings import SettingsError
-
-IDS = [503, 42, 7, 391, 88, 19, 260, 75]
-YEARS = {2014: "COCO_val2014_{:012d}.jpg", 2017: "{:012d}.jpg"}
-
-
-def write_annotations(folder, *, year, ids=IDS):
-    """COCO's form: two captions an image, annotations in another order than images."""
-    images = [{"id": id_, "file_name": YEARS[year].format(id_), "license": 4} for id_ in sorted(ids)]
-    annotations = [
-        {"image_id": id_, "id": 10 * id_ + again, "caption": caption_of(scene_of(HELD_OUT + id_ + again))}
-        for again in (0, 1)
-        for id_ in ids
-    ]
-    path = folder / f"captions_val{year}.json"
-    path.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
-    return str(path)
-
-
-def write_images(folder, *, year, ids=IDS):
-    target = folder / f"val{year}"
-    target.mkdir()
-    for id_ in ids:
-        image, _ = captioned_image(HELD_OUT + id_)
-        Image.fromarray(image).save(target / YEARS[year].format(id_), quality=95)
-    return str(target)
 
 
 def prompts_of(url, **changes):
@@ -85,7 +60,10 @@ def test_captions_and_images_without_the_other_are_counted(tmp_path):
     rejected = [row for row in pairs.captions if isinstance(row, Rejection)]
     assert [(row.id, row.reason) for row in rejected] == [(str(id_), "missing_image") for id_ in IDS[5:]]
     assert (len(pairs.image_names), pairs.without_image, pairs.without_caption) == (5, 3, 2)
-    assert pairs.notes() == ["captions: 3 have no image, and are left out with it"]
+    assert pairs.notes() == [
+        "captions: 3 have no image, and are left out",
+        "images: 2 are not in the annotations, and are left out",
+    ]
 
 
 def test_annotations_of_another_split_are_refused(tmp_path):

@@ -10,6 +10,8 @@ from pipelines.datasets.samples import read_features
 from pipelines.datasets.settings import ReferencesSettings, SamplesSettings
 from pipelines.stages.settings import Sampler, SamplingSettings
 from pipelines.tables.table import open_table
+from snapfusion.models.decoder import HalfDecoder
+from snapfusion.models.load import load
 from snapfusion.settings import SettingsError
 
 NEGATIVE = "a small blue square at the bottom on a gray background"
@@ -34,7 +36,10 @@ SETTINGS = EvaluationSettings(
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "evaluation"
-    return out, evaluate_in_process(SETTINGS, out)
+    HalfDecoder.from_vae(load("mini").vae).save(str(out / "half"))
+    half = Contender(name="half", sampler=Sampler(steps=2), decoder=str(out / "half"), guidance=(2.0,))
+    settings = SETTINGS.model_copy(update={"contenders": (*SETTINGS.contenders, half)})
+    return out, evaluate_in_process(settings, out)
 
 
 def test_each_has_its_own_scales(made):
@@ -48,6 +53,7 @@ def test_each_has_its_own_scales(made):
         "free": [(1.0, 2)],
         "high": [(2.0, 4), (3.0, 4)],
         "away": [(1.0, 2), (2.0, 4)],
+        "half": [(2.0, 4)],
     }
     assert all(0.0 < p["seconds"] < 600.0 for curve in results["curves"].values() for p in curve["points"])
     assert (SETTINGS.num_points, SETTINGS.num_evaluations) == (7, 22)
@@ -56,7 +62,7 @@ def test_each_has_its_own_scales(made):
 def test_differences_are_at_the_scales_of_both(made):
     _, results = made
     scales = {name: [one["w"] for one in each] for name, each in results["differences"].items()}
-    assert scales == {"free": [1.0], "high": [2.0], "away": [1.0, 2.0]}
+    assert scales == {"free": [1.0], "high": [2.0], "away": [1.0, 2.0], "half": [2.0]}
     assert results["differences"]["free"][0]["fid"] == [0.0, 0.0, 0.0]
     assert "one guidance alone" in results["equal_fid"]["free"]["no_reading"]
 
@@ -64,10 +70,10 @@ def test_differences_are_at_the_scales_of_both(made):
 def test_one_point_is_on_the_charts_and_the_page(made):
     _, results = made
     charts = list(evaluation_charts(results))
-    assert [len(series.x) for series in charts[0].series] == [2, 1, 2, 2]
+    assert [len(series.x) for series in charts[0].series] == [2, 1, 2, 2, 1]
     page = render_evaluation(results)
-    assert page.count('data-label="seconds"') == 7
-    assert page.count('data-label="UNet passes"') == 7
+    assert page.count('data-label="seconds"') == 8
+    assert page.count('data-label="UNet passes"') == 8
 
 
 def test_a_negative_prompt_changes_guided_images_alone(made):
@@ -78,6 +84,20 @@ def test_a_negative_prompt_changes_guided_images_alone(made):
     for w, same in ((1.0, True), (2.0, False)):
         ours, theirs = (read_features(table, source="scenes", w=w) for table in (plain, away))
         assert np.array_equal(ours, theirs) == same
+
+
+def test_a_decoder_changes_images_but_not_their_noise(made):
+    out, results = made
+    plain, half = (open_table(str(out / name)) for name in ("plain", "half"))
+    assert "decoder" not in plain.identity
+    assert results["curves"]["half"]["decoder"] == str(out / "half")
+    ours, theirs = (read_features(table, source="scenes", w=2.0) for table in (plain, half))
+    assert not np.allclose(ours, theirs)
+    noise = [
+        {row["id"]: row["noise_key"] for row in table.read(["id", "noise_key"]).to_pylist()}
+        for table in (plain, half)
+    ]
+    assert noise[1].items() <= noise[0].items()
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,17 @@ def test_a_stage_that_reads_a_later_one_is_named():
     assert line == "schedules.staged[0].teacher is run:staged-8/model, which no step before teacher-16 makes"
 
 
+def test_weights_that_are_not_there_are_named(tmp_path):
+    mini = recipe_named("mini")
+    settings = f'[{{"name":"hpsv2","weights":"{tmp_path}/hpsv2.safetensors"}}]'
+    recipe = mini.with_values([f"evaluation.samples.judging.preferences={settings}"])
+    verbs = [*pipeline_verbs(recipe), "evaluate"]
+    (line,) = missing_values(recipe, verbs)
+    assert line.startswith("evaluation.samples.judging.preferences[0].weights: there is no file")
+    (tmp_path / "hpsv2.safetensors").touch()
+    assert missing_values(recipe, verbs) == []
+
+
 def test_examples_and_licences_are_asked_for():
     recipe = recipe_named("own")
     lines = missing_values(recipe, pipeline_verbs(recipe))
