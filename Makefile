@@ -5,11 +5,12 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?=
 TORCH ?=
+BUNDLE ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 DOWNLOADER := .venv-img2dataset/installed
 
-.PHONY: help setup downloader demo test quick check lint format bench clean
+.PHONY: help setup downloader web demo test quick check lint format bench clean
 
 help: ## list these targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -17,6 +18,9 @@ help: ## list these targets
 setup: $(INSTALLED) ## make .venv and install everything into it (3.5 GB to download, once)
 
 downloader: $(DOWNLOADER) ## make the environment of img2dataset (190 MB to download, once), which has pins of its own
+
+web: ## fetch onnxruntime-web by npm, for a bundle's page (once); BUNDLE=DIR copies it into a bundle, too
+	@infra/web/setup.sh $(BUNDLE)
 
 demo: setup ## run recipe mini, from shards to a student and its phone bundle, into runs/demo
 	@$(BIN)/python -m jobs.run_pipeline --recipe mini --out runs/demo

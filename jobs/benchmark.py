@@ -44,7 +44,8 @@ def _benchmark(options: Options) -> None:
         raise SettingsError(f"--json {options.json}: it is a folder; a file is accepted")
     # Imported here, so that --help and mistakes are answered at once.
     from jobs.evaluation.bundle_benchmark import BundleBenchmark
-    from snapfusion.export.bundle import BundleError, open_bundle
+    from snapfusion.export.bundle import open_bundle
+    from snapfusion.export.bundle_files import BundleError
 
     try:
         bundle = open_bundle(options.bundle)

@@ -25,18 +25,16 @@ from jobs import (
 from jobs.cli import scenes
 from jobs.cli.job import Job
 from jobs.cli.step_times import record_step
+from jobs.cli.usage import usage_lines
 from jobs.cli.verb import Body, Preview, recipe_verb
 from jobs.recipes.dataflow import missing_inputs, missing_values
 from jobs.recipes.unread import unread_by_pipeline
 from jobs.recipes.verbs import pipeline_verbs
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import format_duration, show_status
-from jobs.training.sources import RUN_PREFIX
 from pipelines.storage.objects import exists
 from snapfusion.export.installed import check_compilers
 from snapfusion.export.layout import MANIFEST
-from snapfusion.mini.captions import caption_grammar
-from snapfusion.models.bundled import BUNDLED
 from snapfusion.settings import SettingsError
 
 STEPS: dict[str, tuple[Body, Preview]] = {
@@ -85,7 +83,7 @@ def run_pipeline(job: Job) -> None:
     logger.info(f"[{len(verbs) + 1}/{len(verbs) + 1}] report")
     report.report(replace(job, verb="report"))
     logger.info(f"done in {format_duration(time.monotonic() - began)}")
-    for line in _how_to_go_on(job):
+    for line in usage_lines(job):
         logger.info(line)
 
 
@@ -93,18 +91,6 @@ def _missing(job: Job, verbs: Sequence[str]) -> list[str]:
     """What the steps lack, a line each."""
     made = missing_inputs(job.recipe, verbs, exists=lambda name: exists(job.url(name)))
     return [*missing_values(compile_mobile.licensed_recipe(job), verbs), *made]
-
-
-def _how_to_go_on(job: Job) -> list[str]:
-    """Lines that name the page to open and the command that generates an image with the new model."""
-    student = (job.recipe.mobile.model or "").removeprefix(RUN_PREFIX).removesuffix("/model")
-    made = [("--model", student), ("--bundle", "mobile")]
-    caption = job.recipe.mobile.captions[0]
-    return [
-        f"open {job.url('report/index.html')}, or generate images yourself:",
-        *(f'  snapfusion generate "{caption}" {option} {job.url(name)}' for option, name in made),
-        *([caption_grammar()] if job.recipe.model in BUNDLED else []),
-    ]
 
 
 def preview(job: Job) -> list[str]:

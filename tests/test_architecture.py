@@ -51,7 +51,7 @@ PIPELINES = (
 )
 JOBS = (
     {"runtime"},
-    {"evaluation"},
+    {"evaluation", "serving"},
     {"training"},
     {"evolution", "deletion", "publishing"},
     {"recipes"},

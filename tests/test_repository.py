@@ -52,6 +52,7 @@ def test_no_package_index_is_named():
         "pyproject.toml",
         "infra/constraints.txt",
         "infra/setup.sh",
+        "infra/web/setup.sh",
         "Makefile",
         ".ci/run",
         "infra/Dockerfile",
@@ -119,7 +120,7 @@ def test_make_help_lists_every_target():
     assert {"setup", "demo", "test", "check", "bench", "help"} <= targets
 
 
-@pytest.mark.parametrize("script", [".ci/run", "infra/setup.sh"])
+@pytest.mark.parametrize("script", [".ci/run", "infra/setup.sh", "infra/web/setup.sh"])
 def test_scripts_are_executable_and_stop_at_errors(script):
     path = ROOT / script
     assert path.stat().st_mode & 0o111

@@ -5,7 +5,8 @@ from tqdm import tqdm
 
 from jobs.evaluation.images import NonFiniteImageError
 from jobs.runtime.logs import logger
-from snapfusion.export.bundle import EXECUTORCH, ONNX_RUNTIME, BundleError, MobileBundle
+from snapfusion.export.bundle import EXECUTORCH, ONNX_RUNTIME, MobileBundle
+from snapfusion.export.bundle_files import BundleError
 from snapfusion.export.loop import CompiledModel, encode_text, sampling_steps, to_uint8_image
 from snapfusion.models.tokenizer import tokenize
 from snapfusion.noise import gaussian, noise_key

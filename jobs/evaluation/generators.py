@@ -22,7 +22,8 @@ from pipelines.rejections import Rejected
 from pipelines.stages.crop import check_size
 from pipelines.stages.image import decode_image
 from pipelines.stages.settings import ImageBounds
-from snapfusion.export.bundle import BundleError, open_bundle
+from snapfusion.export.bundle import open_bundle
+from snapfusion.export.bundle_files import BundleError
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.defaults import default_guidance, distilled_steps
 from snapfusion.models.errors import ModelError

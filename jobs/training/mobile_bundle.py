@@ -16,12 +16,14 @@ from pipelines.storage.folders import publish_folder
 from pipelines.storage.objects import StorageError, absolute_url, exists, is_local, read_bytes
 from pipelines.storage.records import read_record
 from snapfusion.export.build import BundleBuilder
-from snapfusion.export.bundle import CARD, LICENCE, BundleError
+from snapfusion.export.bundle import CARD, LICENCE
+from snapfusion.export.bundle_files import BundleError
 from snapfusion.export.card import model_card
 from snapfusion.export.installed import check_compilers
 from snapfusion.export.layout import FORMAT_VERSION, MANIFEST
 from snapfusion.export.processes import Progress
 from snapfusion.export.settings import Licence, LicenceError, MobileSettings
+from snapfusion.mini.captions import known_captions
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.checksums import file_records
 from snapfusion.models.decoder import HalfDecoder
@@ -95,7 +97,9 @@ def publish_bundle(
             scratch=scratch,
             progress=_progress(),
         )
-        text = _write_manifest(folder, contents=builder.build(), identity=identity, licence=settings.licence)
+        known = known_captions(vocabulary_size=bundle.tokenizer.vocab_size)
+        contents = {**builder.build(), "known_captions": known}
+        text = _write_manifest(folder, contents=contents, identity=identity, licence=settings.licence)
         publish_folder(folder, out_url, last=MANIFEST)
     return dict(json.loads(text))
 

@@ -20,6 +20,7 @@ from snapfusion.export.settings import AttentionLayout, MobileSettings
 from snapfusion.export.units import UnitBuilder, UnitInputs, write_images
 from snapfusion.export.variants import BundleVariant, groups_of, layout_of, variants_of
 from snapfusion.export.vectors import write_vectors
+from snapfusion.export.web_page import write_page
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.cost import count_parameters
 from snapfusion.models.decoder import HalfDecoder
@@ -98,6 +99,7 @@ class BundleBuilder:
             "captions": list(settings.captions),
             "variants": {variant.name: self._entry(variant, results) for variant in variants},
             "safety_checker": safety_checker,
+            "distillation": self.bundle.distillation,
         }
 
     @property
@@ -158,7 +160,7 @@ class BundleBuilder:
         }
 
     def _write_shared_files(self) -> None:
-        """Write what all variants share: sampler, tokenizer, test vectors and torch's images."""
+        """Write what all variants share: sampler, tokenizer, test vectors, torch's images, and the page."""
         folder, bundle, guidance = self.folder, self.bundle, self.settings.guidance
         sampler = SamplerCoefficients.of(
             bundle.schedule,
@@ -174,6 +176,8 @@ class BundleBuilder:
         self._check_references()
         write_vectors(folder / VECTORS, self.references, guidance=guidance)
         write_images(folder, "torch", [reference.image for reference in self.references])
+        if self.settings.onnx:
+            write_page(folder)
 
     def _check_references(self) -> None:
         """Refuse a model whose own outputs no program can be compared with."""

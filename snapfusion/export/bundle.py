@@ -10,6 +10,7 @@ pictures/          images of the reference captions by torch and by each variant
 executorch*/       text_encoder.pte, unet.pte, decoder.pte
 coreml*/           text_encoder.mlpackage, unet.mlpackage (or unet-1, unet-2), decoder.mlpackage
 onnx*/             text_encoder.onnx, unet.onnx, decoder.onnx; above 2 GB with its weights in NAME.onnx.data
+web/               with ONNX models, a page that draws by them in a browser (`snapfusion.export.web_page`)
 """
 
 from collections.abc import Callable, Mapping
@@ -19,15 +20,14 @@ from typing import Any
 
 from transformers import CLIPTokenizer
 
+from snapfusion.export.bundle_files import BundleError, verify_files
 from snapfusion.export.executorch import ExecuTorchProgram
 from snapfusion.export.installed import NotInstalledError
-from snapfusion.export.layout import FORMAT_VERSION, MANIFEST
 from snapfusion.export.loop import CompiledModel, RunModule
 from snapfusion.export.onnx_runtime import OnnxProgram
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.vectors import Vectors, read_vectors
-from snapfusion.models.checksums import ChecksumError, compare_files, file_records
-from snapfusion.records import RecordError, parse_record
+from snapfusion.records import parse_record
 
 CARD, LICENCE, SAMPLER = "MODEL_CARD.md", "LICENCE", "sampler.json"
 TOKENIZER, VECTORS = "tokenizer", "vectors"
@@ -41,10 +41,6 @@ EXECUTED_HERE: dict[str, Callable[[Path], RunModule]] = {
 }
 """What opens a program, for each runtime that runs on any machine."""
 MODULES = ("text_encoder", "unet", "decoder")
-
-
-class BundleError(ValueError):
-    """A bundle that is missing, of another version, incomplete or altered; names the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,43 +138,4 @@ def open_bundle(folder: Path) -> MobileBundle:
         BundleError: if it is no bundle, of another version, a file is missing, altered or added, or one lies
             outside the folder.
     """
-    manifest = _read_manifest(folder)
-    _check_inside(folder, manifest)
-    files = {name: record for name, record in file_records(folder).items() if name != MANIFEST}
-    try:
-        compare_files(folder, expected=manifest["files"], actual=files, record="the manifest")
-    except ChecksumError as error:
-        raise BundleError(str(error)) from None
-    return MobileBundle(folder=folder, manifest=manifest)
-
-
-def _check_inside(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse links and names that lead outside, to files that others may change after they were verified."""
-    named = [
-        folder / name
-        for variant in manifest["variants"].values()
-        for module in variant["modules"].values()
-        for name in module["files"]
-    ]
-    links = [path for path in folder.rglob("*") if path.is_symlink()]
-    for path in (*links, *named):
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise BundleError(
-                f"{folder}: {path.relative_to(folder)} lies outside the bundle; copy it into it"
-            )
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = parse_record((folder / MANIFEST).read_bytes(), name=str(folder / MANIFEST))
-    except OSError:
-        raise BundleError(f"{folder} has no {MANIFEST}: it is not a mobile bundle") from None
-    except RecordError as error:
-        raise BundleError(str(error)) from None
-    version = manifest.get("format")
-    if version != FORMAT_VERSION:
-        raise BundleError(
-            f"{folder} is a bundle of format {version}; format {FORMAT_VERSION} is accepted: compile it "
-            "again, or use the release that made it"
-        )
-    return manifest
+    return MobileBundle(folder=folder, manifest=verify_files(folder))

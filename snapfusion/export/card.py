@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from snapfusion.export.bundle import LICENCE, SAMPLER, TOKENIZER, VECTORS
+from snapfusion.export.bundle import LICENCE, ONNX_RUNTIME, SAMPLER, TOKENIZER, VECTORS
 from snapfusion.export.settings import Licence
+from snapfusion.export.web_page import PAGE_FOLDER
 
 
 def model_card(manifest: Mapping[str, Any], *, licence: Licence) -> str:
@@ -21,7 +22,7 @@ def model_card(manifest: Mapping[str, Any], *, licence: Licence) -> str:
         "PSNR is that of the worst caption's image against torch in float32, peak = max |reference|. The "
         "manifest has the captions, and the figures of each module.",
         f"`{SAMPLER}` has the coefficients of the steps, `{TOKENIZER}/` the tokenizer, and `{VECTORS}/` test "
-        "vectors for an application's own sampling loop.",
+        "vectors for an application's own sampling loop." + _page(manifest),
         "## Licences",
         f"- Weights: {licence.weights}" + (f" (its text is in `{LICENCE}`)" if licence.text else ""),
         f"- Data: {licence.data}",
@@ -45,6 +46,15 @@ def _table(manifest: Mapping[str, Any]) -> str:
         agreement = "equal" if psnr_db is None else f"{psnr_db:.1f} dB"
         lines.append(f"| `{name}` | {variant['weights']} | {size:,} | {agreement} |")
     return "\n".join(lines)
+
+
+def _page(manifest: Mapping[str, Any]) -> str:
+    if all(variant["runtime"] != ONNX_RUNTIME for variant in manifest["variants"].values()):
+        return ""
+    return (
+        f" `{PAGE_FOLDER}/` is a page that draws in a browser: `snapfusion serve --bundle DIR`, or a static "
+        "host."
+    )
 
 
 def _safety(manifest: Mapping[str, Any]) -> str:

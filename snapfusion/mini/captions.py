@@ -5,6 +5,7 @@ Any other text can be encoded, but the miniature was trained on none, and its im
 
 import functools
 import itertools
+from typing import Any
 
 from snapfusion.mini.vocabulary import ATTRIBUTES, NUM_CAPTIONS
 
@@ -34,6 +35,17 @@ def caption_warning(caption: str, *, vocabulary_size: int) -> str | None:
     if vocabulary_size != VOCABULARY_SIZE or knows_caption(caption):
         return None
     return f"the miniature does not know the caption {caption!r}: it knows {_description()}"
+
+
+def known_captions(*, vocabulary_size: int) -> dict[str, Any] | None:
+    """The sentence and the words of each of its gaps, as JSON, for a model with the miniature's vocabulary.
+
+    Args:
+        vocabulary_size: of the model's tokenizer, without the tokens of textual inversions.
+    """
+    if vocabulary_size != VOCABULARY_SIZE:
+        return None
+    return {"template": TEMPLATE, "words": {name: list(values) for name, values in ATTRIBUTES.items()}}
 
 
 def caption_grammar() -> str:

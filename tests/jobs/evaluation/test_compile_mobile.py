@@ -21,7 +21,8 @@ import snapfusion.export.variants as variants
 from jobs import compile_mobile, generate
 from jobs.recipes.registry import recipe_named
 from jobs.training.mobile_bundle import check_parts, publish_bundle
-from snapfusion.export.bundle import BundleError, open_bundle
+from snapfusion.export.bundle import open_bundle
+from snapfusion.export.bundle_files import BundleError
 from snapfusion.export.coreml_package import describe_package
 from snapfusion.export.executorch import compile_executorch
 from snapfusion.export.modules import FixedModule, Port, decoder_module, text_encoder_module

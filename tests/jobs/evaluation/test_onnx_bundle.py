@@ -20,7 +20,8 @@ from jobs.evaluation import bundle_benchmark
 from jobs.evaluation.images import generate_images
 from jobs.evaluation.module_benchmark import ModuleBenchmark, ModuleRun, OnnxRuntime, benchmark_module
 from jobs.training.mobile_bundle import publish_bundle
-from snapfusion.export.bundle import BundleError, open_bundle
+from snapfusion.export.bundle import open_bundle
+from snapfusion.export.bundle_files import BundleError
 from snapfusion.export.parity import ParityError
 from snapfusion.export.settings import Licence, MobileSettings
 from snapfusion.models.checksums import file_records

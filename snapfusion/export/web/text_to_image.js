@@ -1,5 +1,5 @@
-// Text to image with the ONNX models of a bundle, in a browser or in Node.js. README.md explains it.
-// A test of the repository evaluates the arithmetic between `// begin` and `// end` on test vectors.
+// Text to image with the ONNX models of a bundle, in a browser or in Node.js. infra/onnx/README.md of the repository
+// explains it; a test there evaluates the arithmetic between `// begin` and `// end` on test vectors.
 //
 // `ort` is onnxruntime-web or onnxruntime-node; `read` returns a file of the bundle as an ArrayBuffer.
 
@@ -37,26 +37,6 @@ export function fitTokens(ids, empty) {
     const id = i >= ids.length ? padding : i === last && ids.length > empty.length ? end : ids[i];
     // end fitTokens
     return id;
-  });
-}
-
-/** Unit Gaussian noise; the same seed gives the same image. */
-export function gaussian(count, seed) {
-  let state = seed >>> 0;
-  // Mulberry32: 32 bits of state suffice for noise that nobody must guess.
-  const uniform = () => {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let mixed = Math.imul(state ^ (state >>> 15), state | 1);
-    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
-  };
-  return Float32Array.from({ length: count }, () => {
-    const u = 1 - uniform();
-    const v = uniform();
-    // begin gaussian
-    const normal = Math.sqrt(-2 * Math.log(u)) * Math.cos(2 * Math.PI * v);
-    // end gaussian
-    return normal;
   });
 }
 
@@ -126,6 +106,13 @@ export async function denoise(ort, unet, bundle, { c, noise, w = bundle.guidance
   return z;
 }
 
+/** The image [1,3,H,W] of a latent. */
+export async function decode(ort, decoder, bundle, latent) {
+  const shape = [1, ...bundle.manifest.latent_shape];
+  const { image } = await decoder.run({ latent: new ort.Tensor("float32", latent, shape) });
+  return image.data;
+}
+
 /** The image [1,3,H,W] of token ids: the empty caption's, then the caption's. */
 export async function generate(ort, bundle, { rows, noise, w = bundle.guidance, options = {} }) {
   // One model at a time, so that memory holds the largest and not all three.
@@ -139,9 +126,5 @@ export async function generate(ort, bundle, { rows, noise, w = bundle.guidance, 
   };
   const c = await use("text_encoder", (session) => encode(ort, session, rows));
   const latent = await use("unet", (session) => denoise(ort, session, bundle, { c, noise, w }));
-  const shape = [1, ...bundle.manifest.latent_shape];
-  return use("decoder", async (session) => {
-    const { image } = await session.run({ latent: new ort.Tensor("float32", latent, shape) });
-    return image.data;
-  });
+  return use("decoder", (session) => decode(ort, session, bundle, latent));
 }

@@ -1,0 +1,1 @@
+"""Pages at this machine's own address."""
