@@ -272,6 +272,25 @@ def compiled_once(shared: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def exported_once(shared: Path) -> Iterator[None]:
+    """Export a module to ONNX once in this run of the tests, as `compiled_once` does for ExecuTorch."""
+    real = variants.export_onnx
+
+    def export(module: FixedModule, path: Path) -> None:
+        shapes = [port.shape for port in module.inputs]
+        key = digest({"weights": weight_hash(module.network), "shapes": shapes})
+        kept = shared / f"{module.name}-{key}.onnx"
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                real(module, kept)
+        shutil.copy(kept, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "export_onnx", export)
+        yield
+
+
+@pytest.fixture(scope="session")
 def mobile_bundle(shared: Path, mobile_model: str, compiled_once: None) -> Path:
     """The tiny model's bundle, with every variant that can be computed here; not to be changed.
 

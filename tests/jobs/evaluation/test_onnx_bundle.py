@@ -13,7 +13,6 @@ import pytest
 from conftest import tiny_student
 from PIL import Image
 
-import snapfusion.export.onnx as onnx_models
 import snapfusion.export.variants as variants
 from jobs import benchmark, command, compile_mobile, generate, verify_bundle
 from jobs.evaluation import bundle_benchmark
@@ -48,23 +47,7 @@ def publish(path, *, kinds=KINDS, **changes):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Each module is exported once for the tests of this file."""
-    folder, real = tmp_path_factory.mktemp("exported"), onnx_models.export_onnx
-
-    def export(module, path):
-        kept = folder / f"{module.name}-{len(module.outputs[0].shape)}-{module.outputs[0].shape[0]}.onnx"
-        if not kept.exists():
-            real(module, kept)
-        shutil.copy(kept, path)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(variants, "export_onnx", export)
-        yield
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory, exported, compiled_once):
+def bundle(tmp_path_factory, exported_once, compiled_once):
     path = tmp_path_factory.mktemp("onnx") / "mobile"
     publish(path)
     return path
@@ -107,7 +90,7 @@ def test_bundles_of_before_keep_their_identity(tmp_path):
         publish(tmp_path / "mobile")
 
 
-def test_a_perturbed_model_is_refused(tmp_path, monkeypatch, exported):
+def test_a_perturbed_model_is_refused(tmp_path, monkeypatch, exported_once):
     real = variants.convert_onnx
 
     def converted(source, path, *, kind):

@@ -39,7 +39,7 @@ pytestmark = [needs_chromium, pytest.mark.usefixtures("compiled_once")]
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory, compiled_once):
+def bundle(tmp_path_factory, compiled_once, exported_once):
     """A tiny student's bundle for ExecuTorch and ONNX Runtime, with three captions."""
     path = tmp_path_factory.mktemp("web") / "mobile"
     settings = MobileSettings(
