@@ -18,6 +18,7 @@ from pipelines.tables.schemas import to_png
 from snapfusion.settings import digest
 from snapfusion.training.checkpoint import CheckpointStore
 from snapfusion.training.loop import StepResult
+from snapfusion.training.networks import MODEL
 from snapfusion.training.state import BestWeights, TensorGroups, TrainState
 
 _SECONDS_BETWEEN_REPORTS = 2.0
@@ -108,7 +109,8 @@ class TrainingCallback:
         self._reported.add(step)
         self.meter.add(seconds=step.seconds, data_seconds=step.data_seconds)
         last = step.step == self.training.settings.num_steps
-        if last or step.step % self.settings.curve_every == 0:
+        # Of several networks each is logged after so many steps of its own.
+        if last or self.state.networks[step.network].updates % self.settings.curve_every == 0:
             self._log(step)
         validation = self.training.validation
         if validation is not None and (last or step.step % validation.every == 0):
@@ -132,10 +134,11 @@ class TrainingCallback:
 
     def _log(self, step: StepResult) -> None:
         """Add a point to the curve and to the logs."""
+        prefix = "" if step.network == MODEL else f"{step.network}/"
         point = {
-            "loss": step.loss,
-            "grad_norm": step.grad_norm,
-            "learning_rate": step.learning_rate,
+            f"{prefix}loss": step.loss,
+            f"{prefix}grad_norm": step.grad_norm,
+            f"{prefix}learning_rate": step.learning_rate,
             **step.metrics,
         }
         self.state.curve.append({"step": step.step, **point})

@@ -11,8 +11,8 @@ from torch import nn
 
 from snapfusion.settings import differences
 from snapfusion.training.batch import Batch
-from snapfusion.training.loop import Objective
-from snapfusion.training.settings import LoopSettings
+from snapfusion.training.loop import AnyObjective
+from snapfusion.training.settings import LoopSettings, NetworkSettings
 
 
 class TrainingError(ValueError):
@@ -73,22 +73,25 @@ class Training:
         model: with the same initial weights on every worker, on the worker's device.
         objective: loss, called on the model's device.
         loader: of batches.
-        settings: of the training loop.
+        settings: of the training loop and of the optimizer of `model`.
         identity: JSON values that determine the result; a checkpoint of another identity is refused.
         evaluate: called on rank 0 with the final weights in `model`; returns JSON values.
         validation: called on rank 0 with the current weights, averaged if an average is kept; None for none.
         skips_blocks: whether a step may leave parts of the model without a gradient.
+        others: networks that are trained beside `model`, with the settings of their optimizers, by name;
+            likewise the same on every worker.
     """
 
     name: str
     model: nn.Module
-    objective: Objective
+    objective: AnyObjective
     loader: Loader
     settings: LoopSettings
     identity: dict[str, Any]
     evaluate: Callable[[], dict[str, Any]] = field(default=dict)
     validation: Validation | None = None
     skips_blocks: bool = False
+    others: Mapping[str, tuple[nn.Module, NetworkSettings]] = field(default_factory=dict)
 
 
 TrainingFactory = Callable[..., Iterable[Training]]

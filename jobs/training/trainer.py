@@ -4,7 +4,6 @@ Ray starts the workers, joins them in a process group and restarts them when one
 our own checkpoint store; Ray is given metrics, never checkpoints.
 """
 
-import copy
 import json
 import os
 import tempfile
@@ -26,6 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jobs.training.callback import TrainingCallback, open_loggers
+from jobs.training.initial_state import initial_state
 from jobs.training.loggers import check_loggers
 from jobs.training.progress_channel import OnReport, progress_channel
 from jobs.training.settings import Sharding, TrainerSettings
@@ -34,9 +34,8 @@ from pipelines.ray_data.metrics import TrainingMeter
 from pipelines.storage.objects import replace_object
 from pipelines.storage.retry import with_retries
 from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
-from snapfusion.training.fsdp import shard
-from snapfusion.training.loop import UnusableStepError, new_state, train
-from snapfusion.training.state import BestWeights, TrainState
+from snapfusion.training.loop import UnusableStepError, train
+from snapfusion.training.state import BestWeights, StateError, TrainState
 
 
 class TrainingFailed(RuntimeError):
@@ -204,7 +203,7 @@ def _run_all(config: dict[str, Any]) -> _WorkerResult:
             record = {"step": error.step, "reason": str(error), "rows": error.rows}
             replace_object(url, json.dumps(record, indent=1).encode())
         return TrainingError(f"{error}; all their ids are in {url}")
-    except TrainingError as error:
+    except (TrainingError, StateError) as error:
         # All workers found the same error. If it were raised, Ray would restart them in vain.
         return TrainingError(str(error))
     return finished
@@ -222,10 +221,7 @@ def _run_training(
     check_batch_split(training.settings.global_batch, world=world, sharding=settings.sharding)
     device = next(training.model.parameters()).device
     sharded = settings.sharding == "fsdp" and world > 1
-    # A copy is sharded: the evaluation runs on one worker, with the whole network.
-    model = shard(copy.deepcopy(training.model), device=device) if sharded else training.model
-    # The optimizer must be made of the sharded parameters, so only after sharding.
-    state = new_state(model, settings=training.settings)
+    state = initial_state(training, sharded=sharded)
     resume(state, store=store, identity=training.identity, rank=rank)
     batches = training.loader.batches(state.step, rank=rank, world=world)
     with (
@@ -239,7 +235,7 @@ def _run_training(
             batches=batches,
             settings=training.settings,
             micro_batch=settings.micro_batch,
-            wrapped=_wrap_ddp(training, model) if world > 1 and not sharded else None,
+            wrapped=_wrap_ddp(training, state) if world > 1 and not sharded else None,
             after_step=TrainingCallback(
                 training=training,
                 state=state,
@@ -256,8 +252,9 @@ def _run_training(
     # Gathers sharded weights, so every rank must call it.
     evaluation, weights = {}, state.final_weights()
     if rank == 0:
-        # Twice the model's size, which the evaluation may need.
-        state.optimizer.state.clear()
+        # Twice the networks' size, which the evaluation may need.
+        for network in state.networks.values():
+            network.optimizer.state.clear()
         training.model.load_state_dict(weights)
         evaluation = training.evaluate()
     return TrainingResult(
@@ -306,11 +303,14 @@ def resume(state: TrainState, *, store: CheckpointStore, identity: dict[str, Any
     state.restore(checkpoint.tensors, checkpoint.values["state"])
 
 
-def _wrap_ddp(training: Training, model: nn.Module) -> nn.Module:
-    on_cpu = next(model.parameters()).device.type == "cpu"
+def _wrap_ddp(training: Training, state: TrainState) -> dict[str, nn.Module]:
+    on_cpu = next(state.model.parameters()).device.type == "cpu"
     # The search for unused parameters keeps DDP from rebuilding its buckets after the first step. Three or
     # more CPU workers sum in an order that depends on the buckets, and a resumed run must use the same.
-    return DistributedDataParallel(model, find_unused_parameters=on_cpu or training.skips_blocks)
+    return {
+        name: DistributedDataParallel(network.model, find_unused_parameters=on_cpu or training.skips_blocks)
+        for name, network in state.networks.items()
+    }
 
 
 def _environment(settings: TrainerSettings, *, device: torch.device) -> dict[str, Any]:

@@ -20,20 +20,29 @@ class Ema:
         decay: between 0 and 1.
         of_run: average over the steps of the run; else d = min(decay, (1 + step) / (10 + step)), as version
             0.1 did, which never reaches the decay in a run of fewer than 9 / (1 - decay) steps.
+        module: a copy of `model`, in float32, whose weights are to be the averages; None if no pass needs
+            them.
 
     Raises:
         ValueError: if `decay` is out of range.
     """
 
-    def __init__(self, model: nn.Module, *, decay: float, of_run: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, *, decay: float, of_run: bool = True, module: nn.Module | None = None
+    ) -> None:
         if not 0.0 < decay < 1.0:
             raise ValueError(f"decay is {decay}; a number between 0 and 1 is needed")
         self.decay, self._of_run = decay, of_run
+        self.module = None if module is None else module.eval().requires_grad_(requires_grad=False)
         # float32 whatever the model's dtype: with d near 1 a step is below the resolution of bfloat16.
         self.averages: dict[str, Tensor] = {
             name: tensor.detach().float().clone() if tensor.is_floating_point() else tensor.detach().clone()
             for name, tensor in model.state_dict().items()
         }
+        if module is not None:
+            # These share their memory with the module, and an update changes them in place.
+            module.load_state_dict(self.averages)
+            self.averages = dict(module.state_dict())
 
     @torch.no_grad()
     def update(self, model: nn.Module, *, step: int) -> None:

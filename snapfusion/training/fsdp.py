@@ -33,6 +33,17 @@ def set_gradient_sync(model: nn.Module, *, enabled: bool) -> None:
         model.set_requires_gradient_sync(enabled)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free the gathered parameters of `model`, if it is sharded.
+
+    A forward pass without a backward pass leaves the outermost ones gathered, and a later pass would take
+    them as they are, without the updates since then.
+    """
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather the full tensor of a shard; called on all ranks at once."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

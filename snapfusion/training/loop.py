@@ -1,15 +1,18 @@
 """The training loop. It knows neither tables nor Ray.
 
-Under torch.distributed each rank passes its share of every global batch, and a model wrapped in
+Under torch.distributed each rank passes its share of every global batch, and networks wrapped in
 DistributedDataParallel or sharded (FSDP). Shares may differ in size; the gradient is that of the mean over
 all rows.
+
+Of several networks a step trains one, and whose turn it is follows from the step.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from snapfusion.training.batch import Batch
-from snapfusion.training.ema import Ema
 from snapfusion.training.fsdp import full_tensor, set_gradient_sync
 from snapfusion.training.learning_rate import learning_rate
-from snapfusion.training.settings import LoopSettings
-from snapfusion.training.state import TrainState
+from snapfusion.training.networks import MODEL, Networks, TrainedNetwork, read_only, trained_network
+from snapfusion.training.settings import LoopSettings, NetworkSettings
+from snapfusion.training.state import StateError, TrainState
+from snapfusion.training.trainable_state import trainable_outside
 
 MAX_LISTED_IDS = 20
 """Most row ids that an error message lists."""
@@ -32,11 +36,32 @@ class Objective(Protocol):
     """A loss to minimise."""
 
     def __call__(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
-        """Return the loss of each row, float32 [B]. `model` must be called as a module, once."""
+        """Return the loss of each row, float32 [B].
+
+        `model` must be called as a module, once with a gradient.
+        """
 
 
 @runtime_checkable
-class StatefulObjective(Objective, Protocol):
+class NetworksObjective(Protocol):
+    """A loss of several networks, or one that reads averaged weights."""
+
+    @property
+    def averages(self) -> Collection[str]:
+        """Names of the networks whose averages it reads."""
+
+    def turn(self, step: int) -> str:
+        """Return the name of the network that a step trains: a function of the step alone."""
+
+    def __call__(self, networks: Networks, batch: Batch, *, step: int) -> Tensor:
+        """Return the loss of each row for the network whose turn it is, float32 [B]; changes no network."""
+
+
+AnyObjective = Objective | NetworksObjective
+
+
+@runtime_checkable
+class StatefulObjective(Protocol):
     """An objective with a state between steps, such as moving averages of its losses."""
 
     def end_step(self) -> Mapping[str, float]:
@@ -55,6 +80,7 @@ class StepResult:
 
     Attributes:
         step: its number, counted from 1.
+        network: name of the network that was trained.
         loss: mean over the global batch.
         grad_norm: norm of the whole gradient, before clipping.
         learning_rate: its rate.
@@ -69,6 +95,7 @@ class StepResult:
     learning_rate: float
     seconds: float
     data_seconds: float
+    network: str = MODEL
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -94,26 +121,44 @@ class DivergedError(UnusableStepError):
     """A mean loss above `LoopSettings.max_loss`."""
 
 
-def new_state(model: nn.Module, *, settings: LoopSettings) -> TrainState:
-    """Create the state of `model` at step 0, with AdamW and, if the settings ask for it, an average."""
-    fused = settings.arithmetic > 1
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused
+def new_state(
+    model: nn.Module,
+    *,
+    settings: LoopSettings,
+    others: Mapping[str, tuple[nn.Module, NetworkSettings]] | None = None,
+    averaged: Mapping[str, nn.Module] | None = None,
+) -> TrainState:
+    """Create the state of a training at step 0.
+
+    Args:
+        model: the network that is published.
+        settings: of the loop and of the optimizer of `model`.
+        others: the networks that are trained beside it, with their optimizers' settings, by name.
+        averaged: copies of the networks, by name, that are to hold their averages; needed of those whose
+            averages the objective reads.
+    """
+    networks = {MODEL: (model, settings), **(others or {})}
+    return TrainState(
+        networks={
+            name: trained_network(
+                network,
+                settings=own,
+                arithmetic=settings.arithmetic,
+                averaged=(averaged or {}).get(name),
+            )
+            for name, (network, own) in networks.items()
+        }
     )
-    ema = None
-    if settings.ema_decay is not None:
-        ema = Ema(model, decay=settings.ema_decay, of_run=fused)
-    return TrainState(model=model, optimizer=optimizer, ema=ema)
 
 
 def train(
     state: TrainState,
     *,
-    objective: Objective,
+    objective: AnyObjective,
     batches: Iterator[Batch],
     settings: LoopSettings,
     micro_batch: int,
-    wrapped: nn.Module | None = None,
+    wrapped: Mapping[str, nn.Module] | None = None,
     after_step: Callable[[StepResult], None] = lambda step: None,
 ) -> None:
     """Train `state` up to `settings.num_steps`; a finished state is left unchanged.
@@ -122,19 +167,20 @@ def train(
         state: changed in place; complete after every step.
         objective: gives the loss of each row.
         batches: this rank's share of global batch `state.step`, `state.step` + 1, ...
-        settings: of the optimizer.
+        settings: of the loop.
         micro_batch: rows per forward pass; larger shares are accumulated.
-        wrapped: `state.model` wrapped for distribution, or None for a single process.
+        wrapped: the networks of `state` wrapped for distribution, by name; None for a single process.
         after_step: called after each step, when the state is complete and may be saved.
 
     Raises:
         NonFiniteLossError: on all ranks, naming the rows, if a loss or the gradient is NaN or infinite.
         DivergedError: likewise, if the mean loss is above `settings.max_loss`.
+        StateError: if the objective carries weights to train that are none of the state's.
         ValueError: if the shares of a step do not add up to `settings.global_batch` rows.
     """
-    state.model.train()
-    # The state holds the bare network, so that names of tensors do not depend on the number of ranks.
-    model = wrapped or state.model
+    bind = _bind(objective, state, wrapped=wrapped or {})
+    for network in state.networks.values():
+        network.model.train()
     stateful = objective if isinstance(objective, StatefulObjective) else None
     if stateful is not None and state.objective_state:
         stateful.load_state_dict(state.objective_state)
@@ -142,14 +188,18 @@ def train(
         start = time.perf_counter()
         batch = next(batches)
         data_seconds = time.perf_counter() - start
-        rate = learning_rate(state.step, settings=settings)
-        loss = _accumulate(state, objective, batch, settings=settings, micro_batch=micro_batch, model=model)
-        grad_norm = _update(state, batch, settings=settings, rate=rate)
+        step = bind(state.step)
+        rate = learning_rate(state.step, num_steps=settings.num_steps, settings=step.network.settings)
+        with read_only(step.others, averages=step.averages):
+            loss = _accumulate(step, batch, settings=settings, micro_batch=micro_batch)
+        grad_norm = _update(step, batch, rate=rate)
+        state.step += 1
         metrics: Mapping[str, float] = {}
         if stateful is not None:
             metrics, state.objective_state = stateful.end_step(), stateful.state_dict()
         result = StepResult(
             step=state.step,
+            network=step.name,
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=rate,
@@ -160,26 +210,81 @@ def train(
         after_step(result)
 
 
-def _accumulate(
-    state: TrainState,
-    objective: Objective,
-    batch: Batch,
-    *,
-    settings: LoopSettings,
-    micro_batch: int,
-    model: nn.Module,
-) -> float:
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """A step: its number, the network that it trains by a loss, and the networks that it may read."""
+
+    number: int
+    name: str
+    network: TrainedNetwork
+    model: nn.Module
+    losses: Callable[[Batch], Tensor]
+    others: Collection[TrainedNetwork] = ()
+    averages: Collection[nn.Module] = ()
+
+
+def _bind(
+    objective: AnyObjective, state: TrainState, *, wrapped: Mapping[str, nn.Module]
+) -> Callable[[int], _Step]:
+    """Return the function that gives each step its network and its loss."""
+    networks = state.networks
+    # The state holds bare networks, so that names of tensors do not depend on the number of ranks.
+    models = {name: wrapped.get(name, network.model) for name, network in networks.items()}
+    if (path := trainable_outside(objective, networks=[net.model for net in networks.values()])) is not None:
+        raise StateError(
+            f"{path} is trained and is none of the training's networks ({', '.join(networks)}), so a resumed "
+            "run would lose it: add it to them, or freeze it with requires_grad_(False)"
+        )
+    if not isinstance(objective, NetworksObjective):
+        if len(networks) > 1:
+            raise StateError(f"the objective does not say whose turn a step is, of {', '.join(networks)}")
+        network, model = networks[MODEL], models[MODEL]
+
+        def only(number: int) -> _Step:
+            losses = partial(objective, model, step=number)
+            return _Step(number=number, name=MODEL, network=network, model=model, losses=losses)
+
+        return only
+    bare = {name: network.model for name, network in networks.items()}
+    averages = {name: _averaged(networks, name) for name in objective.averages}
+
+    def of_turn(number: int) -> _Step:
+        if (name := objective.turn(number)) not in networks:
+            raise StateError(f"step {number} trains {name!r}; the networks are {', '.join(networks)}")
+        view = Networks(trained=models[name], bare=bare, averages=averages)
+        return _Step(
+            number=number,
+            name=name,
+            network=networks[name],
+            model=models[name],
+            losses=partial(objective, view, step=number),
+            others=[network for other, network in networks.items() if other != name],
+            averages=averages.values(),
+        )
+
+    return of_turn
+
+
+def _averaged(networks: Mapping[str, TrainedNetwork], name: str) -> nn.Module:
+    """The module with the averaged weights of a network."""
+    ema = networks[name].ema if name in networks else None
+    if ema is None or ema.module is None:
+        raise StateError(f"the objective reads the averaged weights of {name!r}, which the state has not")
+    return ema.module
+
+
+def _accumulate(step: _Step, batch: Batch, *, settings: LoopSettings, micro_batch: int) -> float:
     """Accumulate the gradient of the mean loss over the global batch; return that mean."""
-    device = next(state.model.parameters()).device
-    state.optimizer.zero_grad(set_to_none=True)
+    device = next(step.network.model.parameters()).device
+    step.network.optimizer.zero_grad(set_to_none=True)
     # Summed in float64, so that the reported mean hardly depends on how rows are split.
     total = torch.zeros((), dtype=torch.float64, device=device)
     unusable = list[str]()
     pieces = list(batch.split(micro_batch))
     for piece in pieces:
-        with _sync_gradients(model, enabled=piece is pieces[-1]):
+        with _sync_gradients(step.model, enabled=piece is pieces[-1]):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                losses = objective(model, piece.to(device), step=state.step)
+                losses = step.losses(piece.to(device))
             _check_losses(losses, piece)
             # DDP and FSDP average gradients over ranks: scaled by their number, it is the mean over all rows.
             (losses.sum() * (_world_size() / settings.global_batch)).backward()
@@ -187,24 +292,25 @@ def _accumulate(
         # Collected over all pieces before an error is raised, so that it names every bad row of the batch.
         finite = losses.detach().isfinite().tolist()
         unusable += [row for row, good in zip(piece.ids, finite, strict=True) if not good]
-    return _mean_over_ranks(total, unusable, batch=batch, step=state.step, settings=settings)
+    return _mean_over_ranks(total, unusable, batch=batch, step=step.number, settings=settings)
 
 
-def _update(state: TrainState, batch: Batch, *, settings: LoopSettings, rate: float) -> float:
+def _update(step: _Step, batch: Batch, *, rate: float) -> float:
     """Take one step of the optimizer and of the average; return the norm of the gradient."""
-    norm = float(full_tensor(nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)))
-    if not math.isfinite(norm):
+    network = step.network
+    norm = full_tensor(nn.utils.clip_grad_norm_(network.model.parameters(), network.settings.clip_norm))
+    if not math.isfinite(grad_norm := float(norm)):
         # All ranks have the same gradient, so all of them raise.
-        reason = f"the gradient of step {state.step} is {norm}; the batch is"
-        raise NonFiniteLossError(reason, step=state.step, rows=_gather_ids(list(batch.ids)))
-    for group in state.optimizer.param_groups:
+        reason = f"the gradient of step {step.number} is {grad_norm}; the batch is"
+        raise NonFiniteLossError(reason, step=step.number, rows=_gather_ids(list(batch.ids)))
+    for group in network.optimizer.param_groups:
         group["lr"] = rate
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)  # frees as much memory as the model takes
-    state.step += 1
-    if state.ema is not None:
-        state.ema.update(state.model, step=state.step)
-    return norm
+    network.optimizer.step()
+    network.optimizer.zero_grad(set_to_none=True)  # frees as much memory as the model takes
+    network.updates += 1
+    if network.ema is not None:
+        network.ema.update(network.model, step=network.updates)
+    return grad_norm
 
 
 def _mean_over_ranks(

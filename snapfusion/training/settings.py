@@ -14,7 +14,27 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 """A probability that may be 0 but not 1."""
 
 
-class LoopSettings(Settings):
+class NetworkSettings(Settings):
+    """Settings of the optimizer of one network.
+
+    Attributes:
+        learning_rate: the peak.
+        warmup_steps: steps of linear warm-up to the peak.
+        decay: after the warm-up: "cosine" to zero, or "constant".
+        weight_decay: AdamW's, on all parameters; 0.01 in the paper.
+        clip_norm: maximum norm of the gradient.
+        ema_decay: of the averaged weights; null for no averaging.
+    """
+
+    learning_rate: PositiveFloat
+    warmup_steps: NonNegativeInt = 0
+    decay: Decay = "cosine"
+    weight_decay: NonNegativeFloat = 0.01
+    clip_norm: PositiveFloat = 1.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
+class LoopSettings(NetworkSettings):
     """Settings that determine the final weights; hardware and parallelism are configured elsewhere.
 
     Attributes:
@@ -35,13 +55,7 @@ class LoopSettings(Settings):
 
     num_steps: PositiveInt
     global_batch: PositiveInt
-    learning_rate: PositiveFloat
-    warmup_steps: NonNegativeInt = 0
-    decay: Decay = "cosine"
-    weight_decay: NonNegativeFloat = 0.01
-    clip_norm: PositiveFloat = 1.0
     max_loss: PositiveFloat | None = None
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     arithmetic: Literal[1, 2] = 2
     seed: NonNegativeInt = 0

@@ -1,4 +1,4 @@
-"""The resumable state of a training: weights, optimizer moments, averages, step, curve.
+"""The resumable state of a training: weights, optimizer moments and averages of its networks, step, curve.
 
 It holds no random generator's state, because all randomness is a function of the seed and the step.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from snapfusion.training.ema import Ema
-from snapfusion.training.fsdp import distribute_like, full_tensors, load_full_state_dict
+from snapfusion.training.networks import MODEL, TrainedNetwork
 
 TensorGroups = Mapping[str, Mapping[str, Tensor]]
 """Named groups of named tensors; a checkpoint stores each group in its own file."""
@@ -33,7 +33,7 @@ class BestWeights:
 
 
 class StateError(ValueError):
-    """A saved state of another model or another optimizer."""
+    """A saved state of other networks or optimizers, or a state that would not be saved."""
 
 
 @dataclass(kw_only=True)
@@ -41,41 +41,59 @@ class TrainState:
     """A training in progress.
 
     Attributes:
-        model: the bare network, not wrapped for distribution.
-        optimizer: over `model`'s parameters, in their order.
-        ema: the averaged weights, or None.
-        step: optimizer steps done.
+        networks: by name; `MODEL` is the one that is published.
+        step: optimizer steps done, of all networks.
         curve: the logged metrics; JSON values.
         objective_state: the objective's state between steps; JSON values.
         validations: the validation results so far; JSON values.
         best: the best validated weights, or None before the first validation.
     """
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: Ema | None = None
+    networks: dict[str, TrainedNetwork]
     step: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
     objective_state: dict[str, Any] = field(default_factory=dict)
     validations: list[dict[str, Any]] = field(default_factory=list)
     best: BestWeights | None = None
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return all full tensors, by group ("model", "optimizer", "ema", "best") and name.
+    @property
+    def model(self) -> nn.Module:
+        """The network that is published, not wrapped for distribution."""
+        return self.networks[MODEL].model
 
-        If the model is sharded, all ranks call this at once, and only rank 0 gets the sharded tensors.
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of `model`."""
+        return self.networks[MODEL].optimizer
+
+    @property
+    def ema(self) -> Ema | None:
+        """The averaged weights of `model`, or None."""
+        return self.networks[MODEL].ema
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return all full tensors, by group and name.
+
+        Groups are "model", "optimizer", "ema" and "best"; those of another network have its name before
+        theirs, as in "fake_score-model". If networks are sharded, all ranks call this at once, and only rank
+        0 gets the sharded tensors.
         """
-        groups = {"model": full_tensors(self.model.state_dict()), "optimizer": full_tensors(self._moments())}
-        if self.ema is not None:
-            groups["ema"] = full_tensors(self.ema.averages)
+        groups = {
+            _group(name, group): tensors
+            for name, network in self.networks.items()
+            for group, tensors in network.tensors().items()
+        }
         if self.best is not None:
             groups["best"] = dict(self.best.weights)
         return groups
 
     def values(self) -> dict[str, Any]:
         """Return everything but the tensors, as JSON values."""
+        # Checkpoints of a single network have no "updates": they are those of earlier versions.
+        updates = {name: network.updates for name, network in self.networks.items()}
         # "carried" and "watched" are the keys of existing checkpoints.
         return {
+            **({"updates": updates} if len(updates) > 1 else {}),
             "step": self.step,
             "curve": self.curve,
             "carried": self.objective_state,
@@ -87,18 +105,19 @@ class TrainState:
         """Continue from a saved state.
 
         Raises:
-            StateError: if it belongs to another model or optimizer, or differs in having averages.
+            StateError: if it belongs to other networks or optimizers, or differs in having averages.
         """
-        expected = {"model", "optimizer"} | ({"ema"} if self.ema is not None else set())
+        expected = {
+            _group(name, group) for name, network in self.networks.items() for group in network.groups
+        }
         if set(tensors) - {"best"} != expected:
             raise StateError(f"the saved state holds {sorted(tensors)}; {sorted(expected)} is needed")
-        try:
-            load_full_state_dict(self.model, tensors["model"])
-            if self.ema is not None:
-                self.ema.load(tensors["ema"])
-            self._load_moments(tensors["optimizer"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise StateError(f"the saved state does not fit this training: {error}") from error
+        for name, network in self.networks.items():
+            try:
+                network.restore({group: tensors[_group(name, group)] for group in network.groups})
+            except (RuntimeError, KeyError, ValueError) as error:
+                raise StateError(f"the saved state does not fit this training: {error}") from error
+            network.updates = int(values["updates"][name] if "updates" in values else values["step"])
         # Checkpoints of earlier versions lack the keys that are read with a default.
         self.step = int(values["step"])
         self.curve = [dict(point) for point in values["curve"]]
@@ -108,32 +127,10 @@ class TrainState:
         self.best = BestWeights(**best, weights=dict(tensors["best"])) if best else None
 
     def final_weights(self) -> dict[str, Tensor]:
-        """Return the full weights to use: the averaged ones if there are any, else the last.
+        """Return the full weights of `model` to use (see `TrainedNetwork.final_weights`)."""
+        return self.networks[MODEL].final_weights()
 
-        If the model is sharded, all ranks call this at once, and only rank 0 gets the sharded tensors.
-        """
-        return full_tensors(self.ema.averages if self.ema is not None else self.model.state_dict())
 
-    def _moments(self) -> dict[str, Tensor]:
-        # torch numbers the parameters; saved by name, the moments do not depend on their order.
-        states = self.optimizer.state_dict()["state"]
-        names = [name for name, _ in self.model.named_parameters()]
-        return {
-            f"{names[index]}/{key}": torch.as_tensor(value)
-            for index, state in states.items()
-            for key, value in state.items()
-        }
-
-    def _load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        parameters = dict(self.model.named_parameters())
-        indices = {name: index for index, name in enumerate(parameters)}
-        states: dict[int, dict[str, Tensor]] = {}
-        for path, tensor in moments.items():
-            name, _, key = path.rpartition("/")
-            is_moment = tensor.shape == parameters[name].shape  # AdamW's "step" is a scalar
-            states.setdefault(indices[name], {})[key] = (
-                distribute_like(tensor, parameters[name]) if is_moment else tensor
-            )
-        # The hyperparameters are settings, not state: those of this run apply.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+def _group(name: str, group: str) -> str:
+    """Name of a network's group of tensors in a checkpoint."""
+    return group if name == MODEL else f"{name}-{group}"

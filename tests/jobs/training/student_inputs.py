@@ -1,5 +1,6 @@
 """Tiny students, each with a checkpoint and a validation in the middle, and their trainings without Ray."""
 
+import dataclasses
 from contextlib import closing
 
 import numpy as np
@@ -8,6 +9,7 @@ from in_process import in_process
 from PIL import Image
 
 from jobs.evaluation.settings import PromptSettings
+from jobs.training.initial_state import initial_state
 from jobs.training.settings import DistillSettings, TrainerSettings, ValidationSettings, VpredSettings
 from jobs.training.student import save_student
 from jobs.training.table_training import TrainingInputs
@@ -22,7 +24,7 @@ from pipelines.stages.settings import ImageSettings
 from pipelines.tables.schemas import to_png
 from snapfusion.models.save import save
 from snapfusion.training.checkpoint import CheckpointStore
-from snapfusion.training.loop import new_state, train
+from snapfusion.training.loop import train
 from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillationSettings
 
 LOOP = LoopSettings(num_steps=4, global_batch=6, learning_rate=1e-3, ema_decay=0.9)
@@ -103,7 +105,8 @@ def first_batch(training):
 
 def train_alone(training, loop, *, micro_batch=6, state=None):
     """A training without Ray: its state, the result of each step, and the shapes of its latents."""
-    state, steps, shapes = state or new_state(training.model, settings=loop), [], set()
+    state = state or initial_state(dataclasses.replace(training, settings=loop))
+    steps, shapes = [], set()
 
     def seen(batches):
         for batch in batches:

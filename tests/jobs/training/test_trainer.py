@@ -1,5 +1,6 @@
 """Tests of training under Ray Train."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from jobs.training.callback import save_with_retries
+from jobs.training.initial_state import initial_state
 from jobs.training.progress_channel import report_line
 from jobs.training.settings import TrainerSettings
 from jobs.training.spec import Training, TrainingError
@@ -26,7 +28,7 @@ from pipelines.tables.table import UnitFile
 from snapfusion.noise import gaussian, noise_key
 from snapfusion.training.checkpoint import CheckpointStore
 from snapfusion.training.loop import new_state, train
-from snapfusion.training.settings import LoopSettings
+from snapfusion.training.settings import LoopSettings, NetworkSettings
 
 SETTINGS = LoopSettings(num_steps=6, global_batch=8, learning_rate=0.01, ema_decay=0.9)
 
@@ -89,23 +91,46 @@ class UnpickledIn:
         (self.folder / f"rank-{os.environ.get('RANK')}").touch()
 
 
+class WithCritic:
+    """As `Regression`, and a second map learns the first one's averaged output in two steps of three."""
+
+    averages = ("model",)
+
+    def turn(self, step):
+        return "critic" if step % 3 else "model"
+
+    def __call__(self, networks, batch, *, step):
+        noise = torch.stack([gaussian(noise_key(int(key)), (5,)) for key in batch["noise_key"]])
+        found = networks.trained(noise)[:, 0]
+        if self.turn(step) == "model":
+            return (found - noise.sum(dim=1) - networks.bare["critic"](noise)[:, 0]).square()
+        return (found - networks.averages["model"](noise)[:, 0]).square()
+
+
+def two_networks():
+    torch.manual_seed(2)
+    critic = nn.Linear(5, 1)
+    others = {"critic": (critic, NetworkSettings(learning_rate=0.02, clip_norm=0.5))}
+    return dataclasses.replace(training(name="two"), objective=WithCritic(), others=others)
+
+
 def program(marker, unpickled_in, device):
     yield training(name="killed", die_at=3, marker=marker)
     yield training(name="whole")
+    yield two_networks()
     yield training(name="broken", nan_at=3)
 
 
-def weights_of_one_process():
-    made = training()
-    state = new_state(made.model, settings=SETTINGS)
+def weights_of_one_process(made):
+    state = initial_state(made)
     with closing(made.loader.batches(0)) as batches:
         train(state, objective=made.objective, batches=batches, settings=SETTINGS, micro_batch=8)
-    return state.final_weights()
+    return state.tensors()
 
 
 @pytest.mark.ray
 def test_two_killed_workers_resume_to_the_same_weights(ray_cluster, tmp_path, monkeypatch):
-    """One start of Ray Train for three trainings: one is killed, one is not, and one meets a NaN."""
+    """One start of Ray Train for all trainings: one is killed, one has two networks, one meets a NaN."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     settings = TRAINER.model_copy(update={"micro_batch": 3})
@@ -125,9 +150,19 @@ def test_two_killed_workers_resume_to_the_same_weights(ray_cluster, tmp_path, mo
     assert killed.values == whole.values
     for group, named in whole.tensors.items():
         assert all(torch.equal(killed.tensors[group][name], tensor) for name, tensor in named.items())
-    for name, tensor in weights_of_one_process().items():
-        # Two halves of a batch are summed apart: float32 rounding, passed on by six steps of Adam.
-        torch.testing.assert_close(killed.tensors["ema"][name], tensor, rtol=0, atol=1e-5)
+    two = CheckpointStore(f"{url}/two").newest()
+    assert two.values["state"]["updates"] == {"model": 2, "critic": 4}
+    points = [
+        (point["step"], "loss" in point, "critic/loss" in point) for point in two.values["state"]["curve"]
+    ]
+    assert points == [(step + 1, step % 3 == 0, step % 3 > 0) for step in range(6)]
+    for checkpoint, made in ((killed, training()), (two, two_networks())):
+        alone = weights_of_one_process(made)
+        assert set(checkpoint.tensors) == set(alone)
+        for group in checkpoint.tensors.keys() - {"optimizer", "critic-optimizer"}:
+            for name, tensor in alone[group].items():
+                # Two halves of a batch are summed apart: float32 rounding, passed on by six steps of Adam.
+                torch.testing.assert_close(checkpoint.tensors[group][name], tensor, rtol=0, atol=1e-5)
     events = EventAccumulator(f"{url}/logs/killed")
     events.Reload()
     names = set(events.Tags()["scalars"])
@@ -135,7 +170,7 @@ def test_two_killed_workers_resume_to_the_same_weights(ray_cluster, tmp_path, mo
     logged = [(event.step, event.value) for event in events.Scalars("loss")]
     curve = killed.values["state"]["curve"]
     assert logged == [(point["step"], pytest.approx(point["loss"])) for point in curve]
-    assert {report["training"] for report in reports} == {"killed", "whole", "broken"}
+    assert {report["training"] for report in reports} == {"killed", "whole", "two", "broken"}
 
 
 def test_checkpoints_of_another_training_are_refused(tmp_path):

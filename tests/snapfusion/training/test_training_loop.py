@@ -191,7 +191,7 @@ def test_ema_of_version_0_1_follows_its_formula():
 def test_learning_rate_schedule():
     def rate(step, decay="cosine"):
         settings = LoopSettings(num_steps=12, global_batch=1, learning_rate=1.0, warmup_steps=4, decay=decay)
-        return learning_rate(step, settings=settings)
+        return learning_rate(step, num_steps=12, settings=settings)
 
     assert [rate(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert rate(4) == 1.0
