@@ -51,3 +51,18 @@ def distillation_loss(x_hat: Tensor, *, x_target: Tensor, t: Tensor, schedule: S
 def combined_loss(*, distillation: Tensor, original: Tensor, gamma: float) -> Tensor:
     """L = L_dstl + gamma L_ori; all are [B] float32. SnapFusion Eq. 11."""
     return distillation + gamma * original
+
+
+def pseudo_huber_loss(estimate: Tensor, target: Tensor, *, c: float) -> Tensor:
+    """Mean of sqrt((estimate - target)^2 + c^2) - c over the elements of each row (Luo et al. 2023).
+
+    Args:
+        estimate: [B,4,h,w].
+        target: [B,4,h,w], without a gradient.
+        c: where it turns from a square into an absolute value, above 0.
+
+    Returns:
+        [B] float32, non-negative.
+    """
+    square = (estimate.float() - target.float()).square()
+    return ((square + c**2).sqrt() - c).mean(dim=(1, 2, 3))

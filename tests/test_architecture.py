@@ -23,7 +23,7 @@ LAYERS = (
     {"schedule", "noise"},
     {"solvers", "diffusers_solvers"},
     {"sampling"},
-    {"distill"},
+    {"distill", "consistency"},
     {"losses"},
     {"models"},
     {"training", "export"},
@@ -35,6 +35,7 @@ METHOD = (
     "snapfusion.schedule",
     "snapfusion.sampling",
     "snapfusion.distill",
+    "snapfusion.consistency",
     "snapfusion.losses",
     "snapfusion.solvers",
 )

@@ -150,3 +150,101 @@ class StepDistillationSettings(TargetSettings):
         if self.w_conditioned and self.original_times == "grid" and self.gamma:
             raise ValueError("a w-conditioned student has no unguided pass on the grid for L_ori")
         return self
+
+
+class ConsistencySettings(Settings):
+    """Settings that consistency distillations share.
+
+    Attributes:
+        points: intervals of the fine grid, each of which is one DDIM step of the teacher. Its points hold the
+            times of N sampling steps if N divides it: 40 those of 8, 4, 2 and 1, 64 also those of 16; the
+            papers' 50 those of 2 and 1.
+        cfg_range: of w, the teacher's guidance, which is 1 more than the papers' scale.
+        huber_c: c of the pseudo-Huber loss.
+    """
+
+    points: Annotated[int, Field(ge=1, le=1000)] = 40
+    cfg_range: CfgRange
+    huber_c: PositiveFloat = 0.001
+
+
+class LcmSettings(ConsistencySettings):
+    """Settings of the latent consistency loss (Luo et al. 2023); the defaults are those of its script.
+
+    Attributes:
+        method: "lcm".
+        steps: sampling steps that the student's folder states; it can take others.
+        points: intervals of the fine grid (see `ConsistencySettings`); 50 in the paper.
+        cfg_range: of w, the teacher's guidance and the student's input; in the script it is 5 to 15 and
+            counted from 0.
+        huber_c: c of the pseudo-Huber loss.
+        sigma_data: of c_skip and c_out.
+        timestep_scaling: likewise.
+    """
+
+    method: Literal["lcm"] = "lcm"
+    steps: PositiveInt = 4
+    cfg_range: CfgRange = CfgRange(low=6.0, high=16.0)
+    sigma_data: PositiveFloat = 0.5
+    timestep_scaling: PositiveFloat = 10.0
+
+    @model_validator(mode="after")
+    def _steps_are_points(self) -> Self:
+        if self.steps > self.points:
+            raise ValueError(f"{self.steps} steps are more than {self.points} points: lower steps")
+        return self
+
+    @property
+    def targets(self) -> StepDistillationSettings:
+        """Settings of the teacher's x, which is guided."""
+        return StepDistillationSettings(
+            student_steps=self.points,
+            k=1,
+            cfg_range=self.cfg_range,
+            cfg_probability=1.0,
+            caption_dropout=0.0,
+            gamma=0.0,
+            w_conditioned=True,
+        )
+
+
+class PcmSettings(ConsistencySettings):
+    """Settings of the phased consistency loss (Wang et al. 2024); the defaults are those of its script.
+
+    Attributes:
+        method: "pcm".
+        points: intervals of the fine grid (see `ConsistencySettings`); 50 in the paper.
+        phases: sampling steps of the student, which divide `points`.
+        guided: whether the teacher is guided; the student then gives guided images of one pass a step.
+        cfg_range: of w, the teacher's guidance; in the script it is 4 to 5 and counted from 0.
+        caption_dropout: fraction of rows without their caption if the teacher is not guided; 0.1 in the
+            script.
+        huber_c: c of the pseudo-Huber loss.
+    """
+
+    method: Literal["pcm"] = "pcm"
+    cfg_range: CfgRange = CfgRange(low=5.0, high=6.0)
+    phases: PositiveInt = 4
+    guided: bool = True
+    caption_dropout: Probability = 0.15
+
+    @model_validator(mode="after")
+    def _phases_are_on_the_grid(self) -> Self:
+        if self.points % self.phases:
+            raise ValueError(
+                f"{self.phases} phases do not divide {self.points} points, so their ends are not on the "
+                "grid: 40 points hold 8, 4, 2 and 1 phases, 64 also 16"
+            )
+        return self
+
+    @property
+    def targets(self) -> StepDistillationSettings:
+        """Settings of the teacher's x."""
+        return StepDistillationSettings(
+            student_steps=self.points,
+            k=1,
+            cfg_range=self.cfg_range,
+            cfg_probability=float(self.guided),
+            caption_dropout=0.0 if self.guided else self.caption_dropout,
+            gamma=0.0,
+        )
