@@ -23,7 +23,7 @@ OPTIONS = [
     click.Option(["--variant"], help="of the bundle (default: the first of its runtime)"),
     click.Option(["--device"], help="of the model, such as cuda (default: cpu)"),
     click.Option(["--steps"], type=click.IntRange(1), help="default: those it was distilled for, else 50"),
-    click.Option(["--sampler"], type=click.Choice(SOLVERS), help="default: ddim"),
+    click.Option(["--sampler"], type=click.Choice(SOLVERS), help="default: the model's, or ddim"),
     click.Option(
         ["--guidance"],
         type=float,

@@ -8,7 +8,7 @@ give no such guarantee.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -44,6 +44,19 @@ def gaussian(key: int, shape: Sequence[int]) -> Tensor:
     return draws.to(torch.float32).reshape(tuple(shape))
 
 
+StepNoise = Callable[[int], Tensor]
+"""(t) -> fresh unit Gaussian noise at a timestep, float32 [B,4,h,w]."""
+
+
 def gaussian_batch(keys: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Draw eps for a batch: float32 [len(keys), *shape], on the CPU, row i from keys[i] alone."""
     return torch.stack([gaussian(key, shape) for key in keys])
+
+
+def step_noise(keys: Sequence[int], shape: Sequence[int], *, device: torch.device) -> StepNoise:
+    """Return the noise that a sampler adds at a timestep: row i from keys[i] and t alone, on `device`."""
+
+    def noise(t: int) -> Tensor:
+        return gaussian_batch([noise_key("step", key, t) for key in keys], shape).to(device)
+
+    return noise

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from snapfusion.diffusers_solvers import diffusers_step
+from snapfusion.noise import StepNoise
 from snapfusion.schedule import Estimate, Schedule
-from snapfusion.solver_names import DIFFUSERS_SOLVERS, SOLVERS, Solver
+from snapfusion.solver_names import CONSISTENCY, DIFFUSERS_SOLVERS, SOLVERS, Solver
 from snapfusion.solvers import ddim_step, euler_step, extrapolate_eps, extrapolate_x, extrapolation_factor
 
 CLEAN = -1
@@ -34,6 +35,23 @@ def time_grid(num_steps: int, *, schedule_steps: int = 1000) -> tuple[int, ...]:
     return tuple(round(Fraction(schedule_steps * k, num_steps)) - 1 for k in range(num_steps, -1, -1))
 
 
+def consistency_grid(num_steps: int, *, points: int, schedule_steps: int = 1000) -> tuple[int, ...]:
+    """Return N+1 timesteps for a student that was distilled on a grid of `points` (Luo et al. 2023).
+
+    They are points number floor(k `points` / N) of that grid, k = 0..N-1, and -1: those of `time_grid` where
+    N divides `points`; else, as 4 steps on 50 points, those of the paper: 999, 759, 499, 259.
+
+    Raises:
+        ValueError: unless 1 <= num_steps <= points.
+    """
+    if not 1 <= num_steps <= points:
+        raise ValueError(
+            f"num_steps is {num_steps}; a student of {points} points can be sampled in 1 .. {points} steps"
+        )
+    fine = time_grid(points, schedule_steps=schedule_steps)
+    return (*(fine[points * k // num_steps] for k in range(num_steps)), CLEAN)
+
+
 def guide(*, cond: Tensor, uncond: Tensor, w: Tensor | float) -> Tensor:
     """Classifier-free guidance: w cond - (w - 1) uncond. SnapFusion Eq. 3 and 10.
 
@@ -56,19 +74,31 @@ def rescale(guided: Tensor, *, cond: Tensor, share: float) -> Tensor:
 
 
 def sample(
-    denoiser: Denoiser, z_t: Tensor, *, grid: Sequence[int], schedule: Schedule, solver: Solver = "ddim"
+    denoiser: Denoiser,
+    z_t: Tensor,
+    *,
+    grid: Sequence[int],
+    schedule: Schedule,
+    solver: Solver = "ddim",
+    noise: StepNoise | None = None,
 ) -> Tensor:
     """Return the latent at the end of `grid`, [B,4,h,w] float32. SnapFusion Eq. 2, Table 2.
 
     Args and errors as of `trajectory`.
     """
-    for _, latent, _ in trajectory(denoiser, z_t, grid=grid, schedule=schedule, solver=solver):
+    for _, latent, _ in trajectory(denoiser, z_t, grid=grid, schedule=schedule, solver=solver, noise=noise):
         z_t = latent
     return z_t
 
 
 def trajectory(
-    denoiser: Denoiser, z_t: Tensor, *, grid: Sequence[int], schedule: Schedule, solver: Solver = "ddim"
+    denoiser: Denoiser,
+    z_t: Tensor,
+    *,
+    grid: Sequence[int],
+    schedule: Schedule,
+    solver: Solver = "ddim",
+    noise: StepNoise | None = None,
 ) -> Iterator[tuple[int, Tensor, Estimate]]:
     """Sample step by step: yield (t', z_t', the network's estimate at t) after each step. SnapFusion Eq. 2.
 
@@ -78,12 +108,17 @@ def trajectory(
         grid: falling timesteps, for example of `time_grid`.
         schedule: gives alpha_t and sigma_t.
         solver: one of `SOLVERS`.
+        noise: of each step, which "consistency" alone takes: it adds fresh noise to the network's x (Song et
+            al. 2023).
 
     Raises:
-        ValueError: for any other solver; or if one of diffusers' is given a part of a grid.
+        ValueError: for any other solver; if one of diffusers' is given a part of a grid; or if "consistency"
+            is given no noise.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}; {', '.join(SOLVERS)} are accepted")
+    if solver == CONSISTENCY and noise is None:
+        raise ValueError("solver is 'consistency', which needs the noise of each step")
     if solver in DIFFUSERS_SOLVERS:
         yield from _diffusers_trajectory(denoiser, z_t, grid=grid, schedule=schedule, solver=solver)
         return
@@ -97,6 +132,8 @@ def trajectory(
         if extrapolate is not None and previous is not None and next_time != CLEAN:
             factor = extrapolation_factor(t_previous=previous[0], t=t, t_next=t_next, schedule=schedule)
             step = extrapolate(estimate, previous[1], factor=factor, z_t=z_t, t=t, schedule=schedule)
+        if noise is not None and solver == CONSISTENCY and next_time != CLEAN:
+            step = Estimate(x=estimate.x, eps=noise(next_time))
         if solver == "euler":
             z_t = euler_step(step, z_t=z_t, t=t, t_next=t_next, schedule=schedule)
         else:

@@ -25,7 +25,7 @@ from pipelines.stages.settings import ImageBounds
 from snapfusion.export.bundle import open_bundle
 from snapfusion.export.bundle_files import BundleError
 from snapfusion.models.bundle import Bundle
-from snapfusion.models.defaults import default_guidance, distilled_steps
+from snapfusion.models.defaults import default_guidance, distilled_solver, distilled_steps, sampling_grid
 from snapfusion.models.errors import ModelError
 from snapfusion.models.load import load
 from snapfusion.models.safety_checker import SafetyChecker, find_safety_checker, read_safety_checker
@@ -33,7 +33,7 @@ from snapfusion.settings import SettingsError
 from snapfusion.solver_names import Solver
 
 _MODEL, _STRENGTH = "mini", 0.8
-_SAMPLER: Solver = "ddim"
+_BUNDLE_SAMPLER: Solver = "ddim"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +79,16 @@ def model_generator(options: SimpleNamespace, captions: Sequence[str]) -> Genera
     Raises:
         SettingsError: if the model cannot be loaded or does not accept an option.
     """
-    source, solver = options.model or _MODEL, options.sampler or _SAMPLER
-    device = options.device or "cpu"
+    source, device = options.model or _MODEL, options.device or "cpu"
     bundle = _load(source, device=device)
     safety_checker = _safety_checker(source, device=device, use=not options.no_safety_checker)
     guidance = default_guidance(bundle) if options.guidance is None else options.guidance
+    solver: Solver = options.sampler or distilled_solver(bundle)
     steps = distilled_steps(bundle) if options.steps is None else options.steps
-    if steps > bundle.schedule.num_steps:
-        raise SettingsError(f"--steps {steps}: 1 to {bundle.schedule.num_steps} is accepted by this model")
+    try:
+        sampling_grid(bundle, steps=steps, solver=solver)
+    except ValueError as error:
+        raise SettingsError(f"--steps {steps}: {error}") from None
     if options.size is not None:
         check_size(options.size, step=bundle.granularity, option="--size")
         bundle.resize(options.size)
@@ -122,7 +124,11 @@ def bundle_generator(options: SimpleNamespace, captions: Sequence[str]) -> Gener
         warn_of_caption(bundle.tokenizer, caption)
     pixels = partial(generate_bundle_images, bundle, programs, guidance=guidance, negative=options.negative)
     origin = Origin(
-        negative=options.negative, steps=steps, sampler=_SAMPLER, guidance=guidance, model=options.bundle
+        negative=options.negative,
+        steps=steps,
+        sampler=_BUNDLE_SAMPLER,
+        guidance=guidance,
+        model=options.bundle,
     )
     return Generator(pixels=pixels, origin=origin, description=f"{steps} steps of {variant}")
 

@@ -10,15 +10,12 @@ from transformers import CLIPTokenizer
 from jobs.runtime.logs import logger
 from snapfusion.mini.captions import caption_warning
 from snapfusion.models.bundle import Bundle, to_uint8
-from snapfusion.models.defaults import distilled_steps
+from snapfusion.models.defaults import distilled_solver, distilled_steps, sampling_grid
 from snapfusion.models.guidance_embedding import has_guidance_embedding
 from snapfusion.models.tokenizer import truncation_warning
-from snapfusion.noise import gaussian_batch, noise_key
-from snapfusion.sampling import sample, time_grid
-from snapfusion.solver_names import Solver
-
-_DISTILLED_SOLVER = "ddim"
-"""Step distillation is of DDIM steps (SnapFusion Sec. 4.2)."""
+from snapfusion.noise import gaussian_batch, noise_key, step_noise
+from snapfusion.sampling import sample
+from snapfusion.solver_names import CONSISTENCY, Solver
 
 _SINGLE_THREAD_MAX_SIDE = 64
 """Up to this many pixels a side, synchronisation of threads costs more than they save."""
@@ -97,14 +94,15 @@ def generate_images(
     keys = [noise_key(seed, caption, index) for caption in captions for index in range(count)]
     c = bundle.encode_text(bundle.tokenize([caption for caption in captions for _ in range(count)]))
     z_t = gaussian_batch(keys, bundle.latent_shape).to(bundle.device)
-    grid = time_grid(steps, schedule_steps=bundle.schedule.num_steps)
+    grid = sampling_grid(bundle, steps=steps, solver=solver)
     if start is not None:
         grid = grid[-1 - start.steps_of(steps) :]
         t = torch.full((len(z_t),), grid[0], dtype=torch.int64, device=bundle.device)
         latents = bundle.encode_images(torch.from_numpy(start.pixels).permute(2, 0, 1)[None])
         z_t = bundle.schedule.diffuse(x=latents.expand_as(z_t), eps=z_t, t=t)
     denoiser = bundle.denoiser(c, w=guidance, c_null=bundle.encode_text(bundle.tokenize([negative])))
-    latents = sample(denoiser, z_t, solver=solver, grid=grid, schedule=bundle.schedule)
+    noise = step_noise(keys, bundle.latent_shape, device=bundle.device)
+    latents = sample(denoiser, z_t, solver=solver, grid=grid, schedule=bundle.schedule, noise=noise)
     images = bundle.decode(latents)
     if not images.isfinite().all():
         raise NonFiniteImageError
@@ -122,10 +120,12 @@ def distillation_mismatch(bundle: Bundle, *, steps: int, solver: Solver, guidanc
         return None
     cfg_range = bundle.distillation.get("cfg_range")
     in_range = cfg_range is None or cfg_range["low"] <= guidance <= cfg_range["high"]
-    if steps == distilled_steps(bundle) and solver == _DISTILLED_SOLVER and in_range:
+    # A consistency model estimates the end from any time, so it has no number of steps of its own.
+    in_steps = steps == distilled_steps(bundle) or solver == CONSISTENCY
+    if in_steps and solver == distilled_solver(bundle) and in_range:
         return None
     scales = f" at guidance {cfg_range['low']:g} to {cfg_range['high']:g}" if cfg_range else ""
     return (
-        f"distilled for {distilled_steps(bundle)} steps of {_DISTILLED_SOLVER}{scales}; "
+        f"distilled for {distilled_steps(bundle)} steps of {distilled_solver(bundle)}{scales}; "
         f"this is {steps} of {solver} at guidance {guidance:g}"
     )

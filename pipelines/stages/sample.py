@@ -1,5 +1,6 @@
 """Samples images from captions by a model and a solver, and scores them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,16 @@ from pipelines.tables.units import PromptRows, finite_rows
 from snapfusion.models.blocks import skipping_blocks
 from snapfusion.models.bundle import to_uint8
 from snapfusion.models.decoder import load_decoder
-from snapfusion.noise import gaussian_batch, noise_key
-from snapfusion.sampling import sample, time_grid
+from snapfusion.models.defaults import sampling_grid
+from snapfusion.noise import gaussian_batch, noise_key, step_noise
+from snapfusion.sampling import sample
 
 
 class SampleAndScore(NetworkStage[PromptRows, SamplingSettings]):
     """Turns `PromptRows` into `FinishedRows` of SAMPLES.
 
-    Latents are decoded by the model's own decoder, or by the half-width one in the folder `decoder`.
+    Latents are decoded by the model's own decoder, or by the half-width one in the folder `decoder`. A record
+    of a distillation, given in place of the model's own, decides its timesteps.
     """
 
     def __init__(
@@ -32,13 +35,16 @@ class SampleAndScore(NetworkStage[PromptRows, SamplingSettings]):
         metrics: MetricSettings,
         device: Device,
         decoder: str | None = None,
+        distillation: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(model=model, settings=sampling, device=device)
+        if distillation is not None:
+            self.bundle.distillation = distillation
         self.sampler = sampler
         self.bundle.resize(sampling.size or self.bundle.image_size)
         self.decoder = None if decoder is None else load_decoder(decoder).to(self.torch_device, self.dtype)
         self.c_null = self.bundle.encode_text(self.bundle.tokenize([sampler.negative_prompt]))
-        self.grid = time_grid(sampler.steps, schedule_steps=self.bundle.schedule.num_steps)
+        self.grid = sampling_grid(self.bundle, steps=sampler.steps, solver=sampler.solver)
         self.metrics = metrics
         self.networks = MetricNetworks(metrics, device=self.torch_device)
 
@@ -100,4 +106,11 @@ class SampleAndScore(NetworkStage[PromptRows, SamplingSettings]):
             rescaled=self.sampler.guidance_rescale,
             interval=self.sampler.guidance_interval,
         )
-        return sample(denoiser, eps, solver=self.sampler.solver, grid=self.grid, schedule=bundle.schedule)
+        return sample(
+            denoiser,
+            eps,
+            solver=self.sampler.solver,
+            grid=self.grid,
+            schedule=bundle.schedule,
+            noise=step_noise(keys, bundle.latent_shape, device=bundle.device),
+        )

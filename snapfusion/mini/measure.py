@@ -33,7 +33,7 @@ from snapfusion.models.bundle import Bundle, to_uint8
 from snapfusion.models.cost import paper_stages
 from snapfusion.models.load import load
 from snapfusion.models.unet import architecture_of
-from snapfusion.noise import gaussian_batch, noise_key, uniform
+from snapfusion.noise import gaussian_batch, noise_key, step_noise, uniform
 from snapfusion.sampling import sample, time_grid
 from snapfusion.solver_names import Solver
 
@@ -251,6 +251,7 @@ def generate_images(model: Bundle, indexes: Sequence[int], *, sampler: SamplerCo
         solver=sampler.solver,
         grid=time_grid(sampler.steps, schedule_steps=model.schedule.num_steps),
         schedule=model.schedule,
+        noise=step_noise(keys, model.latent_shape, device=model.device),
     )
     return to_uint8(model.decode(latents))
 

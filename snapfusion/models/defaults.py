@@ -1,7 +1,9 @@
-"""Number of steps and guidance with which a model is sampled if none are given."""
+"""How a model is sampled: its number of steps, sampler and guidance if none are given, and its timesteps."""
 
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.tokenizer import CLIP_VOCABULARY
+from snapfusion.sampling import consistency_grid, time_grid
+from snapfusion.solver_names import CONSISTENCY, Solver
 
 _STEPS = 50
 _GUIDANCE, _MINIATURE_GUIDANCE = 7.5, 2.5
@@ -10,6 +12,24 @@ _GUIDANCE, _MINIATURE_GUIDANCE = 7.5, 2.5
 def distilled_steps(bundle: Bundle) -> int:
     """Steps that a model was distilled for; 50 for one that was not."""
     return int(bundle.distillation["steps"]) if bundle.distillation else _STEPS
+
+
+def distilled_solver(bundle: Bundle) -> Solver:
+    """Sampler that a model was distilled for; "ddim" for one that was not."""
+    solver: Solver = (bundle.distillation or {}).get("sampler", "ddim")
+    return solver
+
+
+def sampling_grid(bundle: Bundle, *, steps: int, solver: Solver) -> tuple[int, ...]:
+    """Timesteps of so many steps, and -1: of `consistency_grid` if a student is sampled as it was distilled.
+
+    Raises:
+        ValueError: if it has fewer points than steps.
+    """
+    points = (bundle.distillation or {}).get("points")
+    if solver == CONSISTENCY and points is not None:
+        return consistency_grid(steps, points=points, schedule_steps=bundle.schedule.num_steps)
+    return time_grid(steps, schedule_steps=bundle.schedule.num_steps)
 
 
 def default_guidance(bundle: Bundle) -> float:

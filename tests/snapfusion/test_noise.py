@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snapfusion.noise import gaussian, gaussian_batch, noise_key, uniform
+from snapfusion.noise import gaussian, gaussian_batch, noise_key, step_noise, uniform
 
 PARTS = st.lists(st.one_of(st.integers(), st.text()), min_size=1, max_size=4)
 
@@ -107,3 +107,11 @@ def test_uniform_is_open_at_both_ends():
     assert values.dtype == np.float64
     assert 0 < values.min() < 1e-4
     assert 1 - 1e-4 < values.max() < 1
+
+
+def test_step_noise_follows_from_key_and_time():
+    noise = step_noise([3, 5], (4, 2, 2), device=torch.device("cpu"))
+    assert torch.equal(noise(499)[1], gaussian(noise_key("step", 5, 499), (4, 2, 2)))
+    assert torch.equal(noise(499)[1], step_noise([5], (4, 2, 2), device=torch.device("cpu"))(499)[0])
+    assert len({float(noise(t)[row, 0, 0, 0]) for t in (499, 249) for row in (0, 1)}) == 4
+    assert torch.equal(noise(499), noise(499))

@@ -5,13 +5,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusion_oracles import SCHEDULE, ddim_latents, denoiser, network, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snapfusion.sampling import CLEAN, guide, rescale, sample, time_grid, trajectory
+from snapfusion.sampling import CLEAN, consistency_grid, guide, rescale, sample, time_grid, trajectory
 from snapfusion.schedule import Estimate
 from snapfusion.solvers import ddim_step
 
@@ -71,6 +71,24 @@ def test_rescaled_guidance_matches_diffusers(share):
 def test_grid_of_no_or_too_many_steps_fails(num_steps):
     with pytest.raises(ValueError, match=rf"num_steps is {num_steps}; 1 \.\. 1000"):
         time_grid(num_steps)
+
+
+@pytest.mark.parametrize("points", [40, 50, 64])
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+def test_grid_of_a_consistency_student(num_steps, points):
+    grid = consistency_grid(num_steps, points=points)
+    assert set(grid) <= set(time_grid(points))
+    if points % num_steps == 0:
+        assert grid == time_grid(num_steps)
+    if points == 50:
+        scheduler = LCMScheduler(original_inference_steps=50)
+        scheduler.set_timesteps(num_steps)
+        assert list(grid[:-1]) == scheduler.timesteps.tolist()
+
+
+def test_grid_has_at_most_the_students_points():
+    with pytest.raises(ValueError, match=r"a student of 8 points can be sampled in 1 \.\. 8 steps"):
+        consistency_grid(9, points=8)
 
 
 def test_grid_of_a_shorter_schedule():

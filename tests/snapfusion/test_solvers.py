@@ -5,7 +5,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusion_oracles import SCHEDULE, alpha_sigma, denoiser, network, randn
 
 from snapfusion.sampling import sample, time_grid, trajectory
@@ -144,7 +149,7 @@ def test_single_data_point_is_reached_exactly(solver, num_steps):
     denoise, _ = gaussian_data(x, 0.0)
     grid = time_grid(num_steps)
     start = SCHEDULE.diffuse(x=x, eps=eps, t=torch.full((2,), grid[0]))
-    found = sample(denoise, start, solver=solver, grid=grid, schedule=SCHEDULE)
+    found = sample(denoise, start, solver=solver, grid=grid, schedule=SCHEDULE, noise=randn)
     np.testing.assert_allclose(found.numpy(), x.numpy(), atol=1e-5)
 
 
@@ -179,8 +184,31 @@ def test_network_is_called_once_per_step(solver):
         times.append(t.tolist())
         return denoiser("v_prediction")(z_t, t)
 
-    sample(recording, randn(0), solver=solver, grid=time_grid(8), schedule=SCHEDULE)
+    sample(recording, randn(0), solver=solver, grid=time_grid(8), schedule=SCHEDULE, noise=randn)
     assert times == [[t, t] for t, _ in pairwise(time_grid(8))]
+
+
+def test_consistency_sampler_matches_the_stock_one():
+    """LCMScheduler's rule with our noise, but for its c_skip, which is below 1e-6 at these timesteps."""
+    grid, z_t = time_grid(4), randn(0)
+    scheduler = LCMScheduler(**BETAS, prediction_type="v_prediction", set_alpha_to_one=True)
+    scheduler.set_timesteps(4, original_inference_steps=4)
+    assert scheduler.timesteps.tolist() == list(grid[:-1])
+    steps = trajectory(
+        denoiser("v_prediction"), z_t, grid=grid, schedule=SCHEDULE, solver="consistency", noise=randn
+    )
+    for t, t_next, (_, latent, _) in zip(grid[:-1], grid[1:], steps, strict=True):
+        output = network(z_t, torch.tensor([t, t]))
+        x = scheduler.step(output, t, z_t, return_dict=False)[1]
+        alpha, sigma = alpha_sigma(t_next)
+        expected = x if t_next == -1 else alpha * x + sigma * randn(t_next)
+        np.testing.assert_allclose(latent.numpy(), expected.numpy(), rtol=1e-5, atol=1e-5)
+        z_t = latent
+
+
+def test_consistency_sampler_needs_noise():
+    with pytest.raises(ValueError, match="needs the noise of each step"):
+        sample(denoiser("epsilon"), randn(0), solver="consistency", grid=time_grid(2), schedule=SCHEDULE)
 
 
 def test_unknown_solver_fails():

@@ -18,7 +18,7 @@ from snapfusion.models.defaults import distilled_steps
 from snapfusion.models.guidance_embedding import with_guidance_embedding
 from snapfusion.models.load import load
 from snapfusion.models.save import save
-from snapfusion.solver_names import DIFFUSERS_SOLVERS, SOLVERS
+from snapfusion.solver_names import CONSISTENCY, DIFFUSERS_SOLVERS, SOLVERS
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "samplers.md").read_text()
 CAPTIONS = 10
@@ -69,7 +69,10 @@ def check_images(images: list[np.ndarray], *, size: int) -> None:
 
 
 def test_the_table_has_every_sampler():
-    assert {sampler for _, _, sampler in documented_table()} == set(SOLVERS) - set(DIFFUSERS_SOLVERS)
+    assert {sampler for _, _, sampler in documented_table()} == set(SOLVERS) - {
+        *DIFFUSERS_SOLVERS,
+        CONSISTENCY,
+    }
     assert {model for model, _, _ in documented_table()} == {"mini", "mini-v"}
     assert f"{CAPTIONS} held-out captions" in DOCUMENT
 
