@@ -46,7 +46,7 @@ def break_even(
     Computing a target takes the teacher as long in a table as in the trainer. So a table that is used once
     saves only a difference in price: it pays where targets are used again, or computed on cheaper nodes.
     """
-    settings, p = workload.settings, student.steps.cfg_probability
+    settings, p = workload.settings, student.targets_settings.cfg_probability
     saved, teacher_mean, student_mean = dict[str, float](), 0.0, 0.0
     for guided, share in ((False, 1.0 - p), (True, p)):
         student_seconds = _row_seconds(workload, student, targets="table", guided=guided)
@@ -79,6 +79,7 @@ def _row_seconds(
     workload: Workload, student: DistillSettings, *, targets: Literal["table", "online"], guided: bool
 ) -> float:
     """Seconds of one worker for a row of a step of one branch, without the update."""
+    # A consistency distillation has a single branch, whatever `steps` says.
     steps = student.steps.model_copy(update={"cfg_probability": float(guided)})
     stage = workload.distillation(student.model_copy(update={"targets": targets, "steps": steps}))
     shared = (work for group in stage.groups for work in group.works if not work.replicated)

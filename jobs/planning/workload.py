@@ -148,7 +148,9 @@ class Workload:
 
     def distillation(self, settings: DistillSettings) -> StageCost:
         """Cost of the step distillation of one student of the run."""
-        w_conditioned = [f"run:{one.name}/model" for one in self.students() if one.steps.w_conditioned]
+        w_conditioned = [
+            f"run:{one.name}/model" for one in self.students() if one.targets_settings.w_conditioned
+        ]
         return self._trainings.distillation(
             settings,
             teacher=self.architecture(settings.teacher),

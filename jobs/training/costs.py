@@ -70,11 +70,12 @@ class TrainingCosts:
         targets_row_bytes: int,
     ) -> StageCost:
         """Cost of a step distillation. Eq. 11."""
-        steps, loop, sizes, online = settings.steps, settings.loop, self.sizes, settings.targets == "online"
+        steps, loop, sizes = settings.targets_settings, settings.loop, self.sizes
+        online, is_consistency = settings.targets == "online", settings.consistency is not None
         guided = guided_steps(loop.num_steps, seed=loop.seed, p=steps.cfg_probability)
         counts = {False: loop.num_steps - guided, True: guided}
         counts = {branch: count for branch, count in counts.items() if count}
-        passes = {branch: student_passes(steps, guided=branch) for branch in counts}
+        passes = {branch: 1 if is_consistency else student_passes(steps, guided=branch) for branch in counts}
         trained = loop.global_batch * sum(count * passes[branch] for branch, count in counts.items())
         # The held-out rows of each branch are evaluated before and after the training, without L_ori.
         evaluated = 2 * self._evaluated(settings) * sum(2 if branch else 1 for branch in counts)
@@ -82,6 +83,9 @@ class TrainingCosts:
             Work(kind="train", units=trained, gmacs=sizes.of(student).gmacs),
             unet_passes(evaluated, student, sizes=sizes, replicated=True),
         ]
+        if is_consistency:
+            # The student's or its average's own target, without a gradient.
+            works.append(unet_passes(trained, student, sizes=sizes))
         if online:
             taught = loop.global_batch * sum(
                 count * teacher_passes(steps, guided=branch, w_conditioned=w_conditioned_teacher)

@@ -1,12 +1,18 @@
 """Step distillation under Ray Train. SnapFusion Sec. 4.2, Eq. 7-11."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from jobs.training.consistency import (
+    check_consistency,
+    consistency_objective,
+    consistency_record,
+    held_out_loss,
+)
 from jobs.training.metrics import StudentMetrics
 from jobs.training.progress_channel import OnReport
 from jobs.training.settings import DistillSettings
@@ -25,13 +31,17 @@ from snapfusion.models.card import PublishedModel
 from snapfusion.models.guidance_embedding import has_guidance_embedding, with_guidance_embedding
 from snapfusion.models.load import load
 from snapfusion.sampling import time_grid
+from snapfusion.schedule import Schedule
 from snapfusion.training.batch import Batch
 from snapfusion.training.captions import CaptionEncoder
 from snapfusion.training.distillation_batch import OnlineTargets, StoredTargets, TargetSource
-from snapfusion.training.settings import BRANCHES, StepDistillationSettings
+from snapfusion.training.loop import AnyObjective
+from snapfusion.training.settings import BRANCHES, LcmSettings, PcmSettings, StepDistillationSettings
 from snapfusion.training.step_distillation import StepDistillationObjective, is_guided_step
 
 _Loader = BatchLoader | BucketLoader | BranchLoader
+_HeldOut = Callable[..., Iterator[Batch]]
+_Evaluate = Callable[[nn.Module], dict[str, Any]]
 
 
 def distill_steps(
@@ -67,14 +77,14 @@ def distill_steps(
     online = settings.targets == "online"
     return train_unet(
         settings,
-        objective="steps",
+        objective="steps" if settings.consistency is None else settings.consistency.method,
         sources={"teacher": teacher, "student": student or teacher},
         role="student",
         table=TrainingTable(
             role="data",
             kind="latents" if online else "targets",
             url=data_url,
-            branches=() if online else _trained_branches(settings.steps),
+            branches=() if online else _trained_branches(settings.targets_settings),
         ),
         factory=assemble,
         check=partial(_check, settings),
@@ -91,6 +101,37 @@ def assemble(inputs: TrainingInputs[DistillSettings], *, device: torch.device) -
     captions = CaptionEncoder(bundle)
     targets = _target_source(inputs, captions=captions, bundle=bundle)
     loader = _loader(inputs)
+    held_out = partial(_held_out_batches, loader, settings=settings)
+    if settings.consistency is None:
+        parts = _step_parts(settings, bundle=bundle, captions=captions, targets=targets, held_out=held_out)
+    else:
+        parts = _consistency_parts(settings.consistency, bundle=bundle, targets=targets, held_out=held_out)
+    objective, evaluate_model = parts
+
+    def evaluate() -> dict[str, Any]:
+        before = evaluate_model(_initial_student(inputs, device=device).unet)
+        return {"before": before, "after": evaluate_model(bundle.unet)}
+
+    yield make_training(
+        inputs,
+        role="student",
+        bundle=bundle,
+        objective=objective,
+        loader=loader,
+        evaluate=evaluate,
+        distillation=_record(settings, schedule=bundle.schedule),
+    )
+
+
+def _step_parts(
+    settings: DistillSettings,
+    *,
+    bundle: Bundle,
+    captions: CaptionEncoder,
+    targets: TargetSource,
+    held_out: _HeldOut,
+) -> tuple[AnyObjective, _Evaluate]:
+    """The objective of step distillation, and the held-out losses of each branch that is trained."""
 
     def make_objective(
         steps: StepDistillationSettings, *, across_ranks: bool = True
@@ -105,39 +146,39 @@ def assemble(inputs: TrainingInputs[DistillSettings], *, device: torch.device) -
         )
 
     def evaluate_branches(model: nn.Module) -> dict[str, Any]:
-        """Held-out losses of each branch that is trained, by its name."""
         losses = {}
         for guided in _trained_branches(settings.steps):
             # One branch alone, and without L_ori: that would depend on moving averages of earlier steps,
             # which an evaluation has not.
             steps = settings.steps.model_copy(update={"cfg_probability": float(guided), "gamma": 0.0})
+            # Only rank 0 evaluates: averages across ranks would wait for the others for ever.
+            objective = make_objective(steps, across_ranks=False)
             losses[BRANCHES[guided]] = _evaluate(
-                model,
-                # Only rank 0 evaluates: averages across ranks would wait for the others for ever.
-                objective=make_objective(steps, across_ranks=False),
-                batches=_held_out_batches(loader, settings=settings, guided=guided),
-                device=device,
+                model, objective=objective, batches=held_out(guided=guided), device=bundle.device
             )
         return losses
 
-    def evaluate() -> dict[str, Any]:
-        before = evaluate_branches(_initial_student(inputs, device=device).unet)
-        return {"before": before, "after": evaluate_branches(bundle.unet)}
+    return make_objective(settings.steps), evaluate_branches
 
-    yield make_training(
-        inputs,
-        role="student",
-        bundle=bundle,
-        objective=make_objective(settings.steps),
-        loader=loader,
-        evaluate=evaluate,
-        steps=settings.steps.student_steps,
-    )
+
+def _consistency_parts(
+    settings: LcmSettings | PcmSettings, *, bundle: Bundle, targets: TargetSource, held_out: _HeldOut
+) -> tuple[AnyObjective, _Evaluate]:
+    """The objective of a consistency distillation, and the held-out loss of its only branch."""
+    objective = consistency_objective(settings, targets=targets, schedule=bundle.schedule)
+    (guided,) = _trained_branches(settings.targets)
+
+    def evaluate_branch(model: nn.Module) -> dict[str, Any]:
+        batches = held_out(guided=guided)
+        loss = held_out_loss(model, objective=objective, batches=batches, device=bundle.device)
+        return {BRANCHES[guided]: loss}
+
+    return objective, evaluate_branch
 
 
 def _initial_student(inputs: TrainingInputs[DistillSettings], *, device: torch.device) -> Bundle:
     bundle = load(inputs.sources["student"], device=str(device))
-    if inputs.settings.steps.w_conditioned:
+    if inputs.settings.targets_settings.w_conditioned:
         bundle.unet = with_guidance_embedding(bundle.unet)
     return bundle
 
@@ -151,13 +192,13 @@ def _target_source(
     return OnlineTargets(
         load(inputs.sources["teacher"], device=str(bundle.device), dtype=DTYPES[settings.teacher_dtype]),
         captions=captions,
-        settings=settings.steps,
+        settings=settings.targets_settings,
         seed=settings.loop.seed,
     )
 
 
 def _loader(inputs: TrainingInputs[DistillSettings]) -> _Loader:
-    seed, steps = inputs.settings.loop.seed, inputs.settings.steps
+    seed, steps = inputs.settings.loop.seed, inputs.settings.targets_settings
     if inputs.settings.targets == "online":
         # Both branches read the same rows: the teacher computes either target from a latent.
         return make_loader(columns=LATENT_COLUMNS, **inputs.loading())
@@ -192,8 +233,17 @@ def _evaluate(
 
 def _check(settings: DistillSettings, table: Snapshot, models: Mapping[str, Bundle]) -> dict[str, Any]:
     """Refuse models and a table that do not go together; returns the student's distillation record."""
-    teacher, student, steps = models["teacher"], models["student"], settings.steps
+    teacher, student = models["teacher"], models["student"]
     _check_models(teacher=teacher, student=student)
+    if settings.consistency is None:
+        _check_steps(settings.steps, teacher=teacher, student=student)
+    else:
+        check_consistency(settings.consistency, distill=settings, student=student)
+    check_table(settings, table=table, teacher=teacher, student=student)
+    return _record(settings, schedule=student.schedule)
+
+
+def _check_steps(steps: StepDistillationSettings, *, teacher: Bundle, student: Bundle) -> None:
     if has_guidance_embedding(student.unet) and not steps.w_conditioned:
         raise TrainingError(
             f"the student {student.source} is w-conditioned, so its guidance is an input and not computed: "
@@ -204,10 +254,16 @@ def _check(settings: DistillSettings, table: Snapshot, models: Mapping[str, Bund
             f"steps.k {steps.k} times steps.student_steps {steps.student_steps} is more than the schedule's "
             f"{teacher.schedule.num_steps} steps: lower one of them"
         )
-    check_table(settings, table=table, teacher=teacher, student=student)
+
+
+def _record(settings: DistillSettings, *, schedule: Schedule) -> dict[str, Any]:
+    """What the student's folder records of its distillation."""
+    if settings.consistency is not None:
+        return consistency_record(settings.consistency, schedule=schedule)
+    steps = settings.steps
     record = {
         "steps": steps.student_steps,
-        "timesteps": list(time_grid(steps.student_steps, schedule_steps=student.schedule.num_steps)[:-1]),
+        "timesteps": list(time_grid(steps.student_steps, schedule_steps=schedule.num_steps)[:-1]),
         "teacher_steps": steps.k * steps.student_steps,
         "cfg_probability": steps.cfg_probability,
         "w_conditioned": steps.w_conditioned,
@@ -250,7 +306,12 @@ def check_table(settings: DistillSettings, *, table: Snapshot, teacher: Bundle, 
     if settings.targets == "online":
         check_latents(table, bundle=student)
     else:
-        check_targets(table, teacher=teacher.describe(), student=student.describe(), steps=settings.steps)
+        check_targets(
+            table,
+            teacher=teacher.describe(),
+            student=student.describe(),
+            steps=settings.targets_settings,
+        )
 
 
 def summary(metrics: StudentMetrics) -> list[str]:

@@ -11,7 +11,9 @@ from pipelines.stages.settings import MetricSettings, SamplingSettings
 from snapfusion.models.settings import Initialization
 from snapfusion.settings import FOLDER_NAME, Settings
 from snapfusion.training.settings import (
+    LcmSettings,
     LoopSettings,
+    PcmSettings,
     SkipSettings,
     StepDistillationSettings,
     VelocitySettings,
@@ -166,6 +168,8 @@ class DistillSettings(UNetTrainingSettings):
         targets: "online" has the trainer run the teacher on LATENTS; "table" reads TARGETS.
         teacher_dtype: dtype of an online teacher.
         steps: step distillation objective.
+        consistency: another objective in place of `steps`, by its `method`: {"method": "lcm"} (Luo et al.
+            2023) or {"method": "pcm"} (Wang et al. 2024), with the objective's own settings; null for none.
         loop: optimizer and schedule.
     """
 
@@ -184,9 +188,22 @@ class DistillSettings(UNetTrainingSettings):
     targets: Literal["online", "table"] = "online"
     teacher_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     steps: StepDistillationSettings = StepDistillationSettings()
+    consistency: Annotated[LcmSettings | PcmSettings, Field(discriminator="method")] | None = None
     loop: LoopSettings = LoopSettings(
         num_steps=400, global_batch=64, learning_rate=4e-4, warmup_steps=20, ema_decay=0.99
     )
+
+    @property
+    def targets_settings(self) -> StepDistillationSettings:
+        """The grid, guidance and branches of the targets: those of `consistency` if it is set."""
+        return self.steps if self.consistency is None else self.consistency.targets
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that determine the weights, as JSON values."""
+        values = super().identity()
+        # Only one of them has an effect; trainings begun with version 0.1 have "steps" alone.
+        del values["consistency" if self.consistency is None else "steps"]
+        return values
 
 
 class VpredSettings(UNetTrainingSettings):

@@ -30,7 +30,7 @@ from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.card import Provenance, PublishedModel
 from snapfusion.models.load import load
 from snapfusion.models.save import save
-from snapfusion.training.loop import Objective
+from snapfusion.training.loop import AnyObjective
 
 UNET = "unet"
 """Name of the training, and so of its checkpoint store."""
@@ -143,10 +143,10 @@ def make_training(
     *,
     role: str,
     bundle: Bundle,
-    objective: Objective,
+    objective: AnyObjective,
     loader: Loader,
     evaluate: Callable[[], dict[str, Any]],
-    steps: int | None = None,
+    distillation: Mapping[str, Any] | None = None,
     skips_blocks: bool = False,
 ) -> Training:
     """The training of a bundle's UNet, in a worker.
@@ -158,7 +158,7 @@ def make_training(
         objective: to minimise.
         loader: of `inputs.open_table()`.
         evaluate: measures the trained UNet on held-out rows.
-        steps: DDIM steps that the student is distilled for, if it is.
+        distillation: what the student's folder records of its distillation, if it is distilled.
         skips_blocks: whether a step may leave blocks of the UNet without a gradient.
     """
     settings, validator = inputs.settings, None
@@ -172,7 +172,7 @@ def make_training(
             every=settings.validation.every,
             model=inputs.sources[role],
             size=image_size_of(inputs.open_table().identity, bundle=bundle),
-            steps=steps,
+            distillation=distillation,
             device=bundle.device,
             threads=settings.trainer.threads_per_worker,
         )

@@ -44,7 +44,7 @@ class Validator:
         every: steps between validations.
         model: source of all but the weights that are validated.
         size: of the images in pixels, unless the settings give one.
-        steps: of the student; None if it is not distilled.
+        distillation: what the student's folder records of its distillation; None if it is not distilled.
         device: of the worker.
         threads: of the worker.
     """
@@ -53,7 +53,7 @@ class Validator:
     every: int
     model: str
     size: int
-    steps: int | None
+    distillation: Mapping[str, Any] | None
     device: torch.device
     threads: int
 
@@ -81,12 +81,19 @@ class Validator:
         kind: Literal["cuda", "cpu"] = "cuda" if self.device.type == "cuda" else "cpu"
         return Device(kind=kind, dtype=self.settings.dtype, threads=self.threads)
 
+    @property
+    def _sampler(self) -> Sampler:
+        """Of the student; DDIM of so many steps for a model that is not distilled."""
+        record = self.distillation or {"steps": _DEFAULT_STEPS}
+        return Sampler(solver=record.get("sampler", "ddim"), steps=self.settings.steps or record["steps"])
+
     @cached_property
     def _networks(self) -> SampleAndScore:
         sampling = self.settings.drawing
         networks = SampleAndScore(
             model=self.model,
-            sampler=Sampler(steps=self.settings.steps or self.steps or _DEFAULT_STEPS),
+            sampler=self._sampler,
+            distillation=self.distillation,
             sampling=sampling.model_copy(update={"size": sampling.size or self.size}),
             metrics=self.settings.judging,
             device=self._device,

@@ -31,7 +31,12 @@ _LICENCES = {
 }
 _REMAINS = "A model that was distilled from another remains under that model's licence."
 _ROLES = {"teacher": "Teacher", "student": "Initial weights", "model": "Initial weights"}
-_OBJECTIVES = {"velocity": "trained to predict v (SnapFusion Eq. 6)", "steps": "step distillation (Eq. 7-11)"}
+_OBJECTIVES = {
+    "velocity": "trained to predict v (SnapFusion Eq. 6)",
+    "steps": "step distillation (Eq. 7-11)",
+    "lcm": "latent consistency distillation (Luo et al. 2023)",
+    "pcm": "phased consistency distillation (Wang et al. 2024)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +172,8 @@ def _lineage(bundle: Bundle, provenance: Provenance | None) -> Iterator[str]:
 
 def _distillation(record: Mapping[str, Any]) -> Iterator[str]:
     of = f" of {record['teacher_steps']} DDIM steps of the teacher" if "teacher_steps" in record else ""
-    yield f"Distilled for {record['steps']} DDIM steps{of}"
+    sampler = "DDIM" if record.get("sampler", "ddim") == "ddim" else record["sampler"]
+    yield f"Distilled for {record['steps']} {sampler} steps{of}"
     if cfg_range := record.get("cfg_range"):
         yield f"Guidance in distillation: {cfg_range['low']:g} to {cfg_range['high']:g}"
 

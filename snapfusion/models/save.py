@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
 
 from snapfusion.models import snapfusion_unet_v1
 from snapfusion.models.bundle import Bundle
@@ -16,13 +16,13 @@ from snapfusion.models.card import CARD, Provenance, model_card
 from snapfusion.models.checksums import write_checksums
 from snapfusion.models.snapfusion_unet_v1 import BlockUNet
 from snapfusion.models.tokenizer import save_tokenizer
+from snapfusion.solver_names import CONSISTENCY
 
 _INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],
     "safety_checker": [None, None],
     "requires_safety_checker": False,
-    "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "vae": ["diffusers", "AutoencoderKL"],
@@ -60,17 +60,7 @@ def save(
     tensors = {f"text_model.{name}": value for name, value in bundle.text_encoder.state_dict().items()}
     bundle.text_encoder.save_pretrained(folder / "text_encoder", state_dict=tensors)
     save_tokenizer(bundle.tokenizer, folder / "tokenizer")
-    scheduler = DDIMScheduler(
-        num_train_timesteps=bundle.schedule.num_steps,
-        beta_schedule="scaled_linear",
-        beta_start=bundle.schedule.beta_start,
-        beta_end=bundle.schedule.beta_end,
-        prediction_type=bundle.prediction_type,
-        timestep_spacing="trailing",  # the time grid of distillation
-        steps_offset=1,  # unused with trailing spacing, but diffusers warns of any other value
-        set_alpha_to_one=True,
-        clip_sample=False,
-    )
+    scheduler = _scheduler(bundle, distillation or {})
     scheduler.save_pretrained(folder / "scheduler")
     unet = ["diffusers", type(bundle.unet).__name__]
     if isinstance(bundle.unet, BlockUNet):
@@ -78,12 +68,33 @@ def save(
         module = Path(snapfusion_unet_v1.__file__)
         shutil.copyfile(module, folder / "unet" / module.name)
         unet[0] = module.stem
-    _write_json(folder / "model_index.json", {**_INDEX, "unet": unet})
+    index = {**_INDEX, "scheduler": ["diffusers", type(scheduler).__name__], "unet": unet}
+    _write_json(folder / "model_index.json", index)
     if distillation is not None:
         _write_json(folder / DISTILLATION_FILE, distillation)
     card = model_card(replace(bundle, distillation=distillation), provenance=provenance)
     (folder / CARD).write_text(card, encoding="utf-8")
     write_checksums(folder)
+
+
+def _scheduler(bundle: Bundle, distillation: Mapping[str, Any]) -> DDIMScheduler | LCMScheduler:
+    """The stock scheduler with which diffusers samples a model as this package does."""
+    shared = {
+        "num_train_timesteps": bundle.schedule.num_steps,
+        "beta_schedule": "scaled_linear",
+        "beta_start": bundle.schedule.beta_start,
+        "beta_end": bundle.schedule.beta_end,
+        "prediction_type": bundle.prediction_type,
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+        "steps_offset": 1,  # unused with these grids, but diffusers warns of any other value
+    }
+    if distillation.get("sampler") == CONSISTENCY:
+        points, steps = distillation["points"], distillation["steps"]
+        # Its grid of so many points is ours where they divide the schedule; else that of the steps alone is.
+        divides = bundle.schedule.num_steps % points == 0
+        return LCMScheduler(**shared, original_inference_steps=points if divides else steps)
+    return DDIMScheduler(**shared, timestep_spacing="trailing")  # the time grid of distillation
 
 
 def _remove_origin(config: Path) -> None:

@@ -126,11 +126,11 @@ def train_alone(training, loop, *, micro_batch=6, state=None):
     return state, steps, shapes
 
 
-def save_trained(state, *, student, size, folder, settings):
+def save_trained(state, *, student, size, folder, settings, distillation=None):
     """The folders of a student that was trained alone; the hashes of its UNets."""
     store = CheckpointStore(f"{folder}.training")
     store.save(state.step, tensors=state.tensors(), values={"state": state.values()})
     trained = TrainingResult(store_url=store.url, step=state.step, evaluation={}, environment={})
     return save_student(
-        trained, student=student, size=size, folder=folder, settings=settings, distillation=None
+        trained, student=student, size=size, folder=folder, settings=settings, distillation=distillation
     )
