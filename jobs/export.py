@@ -32,6 +32,8 @@ OPTIONS = [
 
 
 def _export(options: Options) -> None:
+    if not options.out or "://" in options.out:
+        raise SettingsError(f"--out {options.out!r}: a new file or folder on this machine is accepted")
     given = {name: getattr(options, name) for name in _OF_APPLE if getattr(options, name) is not None}
     if options.to == SINGLE_FILE:
         if given:

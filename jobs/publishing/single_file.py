@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from jobs.runtime.logs import logger
+from pipelines.storage.objects import StorageError
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.defaults import distilled_steps
 from snapfusion.models.load import load
@@ -18,10 +19,14 @@ def export_single_file(source: str, out: Path) -> None:
 
     Raises:
         ModelError: if a single file cannot hold the model, or `out` exists.
+        StorageError: if `out` cannot be written.
     """
     check_new_file(out)
     bundle = load(source)
-    written = write_single_file(bundle, out)
+    try:
+        written = write_single_file(bundle, out)
+    except OSError as error:
+        raise StorageError(f"--out {out} cannot be written: {error}") from error
     for line in _lines(bundle, written, source=source, out=out):
         logger.info(line)
 

@@ -70,7 +70,7 @@ def write_single_file(bundle: Bundle, path: Path) -> SingleFile:
         _check_readable(bundle, partial)
         partial.rename(path)
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
+        raise OSError(str(error)) from None
     finally:
         partial.unlink(missing_ok=True)
     published = (sd15.UNET_PARAMETERS, sd2.UNET_PARAMETERS)

@@ -28,6 +28,11 @@ def test_the_file_is_written_and_told_how_to_open(tmp_path, capsys):
             "mini --to single-file --out a.safetensors --decoder d",
             "--decoder d: it has an effect with --to apple",
         ),
+        ("mini --to single-file --out /dev/null/a.safetensors", "--out /dev/null/a.safetensors cannot be"),
+        (
+            "mini --to apple --out s3://bucket/x",
+            "--out 's3://bucket/x': a new file or folder on this machine",
+        ),
         ("nowhere --to single-file --out a.safetensors", "there is no model folder or file 'nowhere'"),
         ("mini --to apple --out here", "--out here exists and is not overwritten"),
         ("mini --to apple --out a --guidance 0.5", "--guidance: "),
