@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny_bundle
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from ldm_checkpoint import sd_shaped_bundle
 from safetensors import safe_open
 
@@ -14,7 +15,10 @@ from snapfusion.models.architecture import efficient_architecture
 from snapfusion.models.bundled import BUNDLED
 from snapfusion.models.errors import ModelError
 from snapfusion.models.guidance_embedding import with_guidance_embedding
+from snapfusion.models.ldm_keys import ldm_tensors
 from snapfusion.models.load import load
+from snapfusion.models.random_weights import random_bundle
+from snapfusion.models.single_file_config import derive_configs
 from snapfusion.models.single_file_writer import write_single_file
 from snapfusion.models.unet import architecture_of, build_unet
 
@@ -51,6 +55,21 @@ def test_weights_and_prediction_type_are_read_back(version, tmp_path):
         kinds = {1: "stable-diffusion-v1", 2: "stable-diffusion-v2-768-v"}
         assert file.metadata()["modelspec.architecture"] == kinds[version]
         assert file.metadata()["modelspec.resolution"] == "128x128"
+
+
+@pytest.mark.parametrize(("name", "captions"), [("sd15", 196), ("sd2", 24 * 12 + 4)])
+def test_full_size_models_have_published_keys(name, captions):
+    with torch.device("meta"):
+        bundle = random_bundle(name)
+    tensors = ldm_tensors(bundle)
+    parts = {"model.diffusion_model.": 686, "first_stage_model.": 248, "cond_stage_model.": captions}
+    assert {part: sum(key.startswith(part) for key in tensors) for part in parts} == parts
+    unet = convert_ldm_unet_checkpoint(tensors, bundle.unet.config)
+    own = bundle.unet.state_dict()
+    assert {key: value.shape for key, value in unet.items()} == {key: own[key].shape for key in own}
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    configs = derive_configs(shapes, size=None, source="x")
+    assert configs.unet["block_out_channels"] == (320, 640, 1280, 1280)
 
 
 def table_3():
