@@ -40,7 +40,7 @@ PORTS = {
     ),
     "VAEDecoder": ([("z", (1, 4, 8, 8), "FLOAT16")], ("image", (1, 3, 16, 16), "FLOAT32")),
 }
-SOFT = AppleSettings(caption="red", steps=2, guidance=2.0)
+SETTINGS = AppleSettings(caption="red", steps=2, guidance=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_large_unets_are_chunked_and_compressed(tmp_path):
         tmp_path / "resources",
         bundle=bundle,
         decoder=half,
-        settings=SOFT.model_copy(update=changes),
+        settings=SETTINGS.model_copy(update=changes),
         scratch=tmp_path / "packages",
         log=lambda _: None,
     )
