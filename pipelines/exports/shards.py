@@ -18,7 +18,7 @@ from pipelines.tables.deletion_list import DeletionList
 from pipelines.tables.table import UnitFile, open_table
 from snapfusion.models.load import load
 
-_BLOCK_BYTES: Final = 1 << 20
+_BLOCK_BYTES: Final = 1 << 16
 _STATS_ENDING: Final = "_stats.json"
 
 
