@@ -108,17 +108,23 @@ def _parse_value(text: str) -> Any:  # noqa: ANN401 - any JSON value
         return text
 
 
+class _PartialSection(dict[str, Any]):
+    """An assigned mapping. What it leaves out stands at its default, and may be assigned afterwards."""
+
+
 def _assign(values: dict[str, Any], *, path: str, value: Any) -> None:  # noqa: ANN401
     *parents, last = path.split(".")
     node: Any = values
+    is_partial = False
     for depth, key in enumerate([*parents, last]):
-        if not isinstance(node, dict) or key not in node:
+        is_partial |= isinstance(node, _PartialSection)
+        if not isinstance(node, dict) or (key not in node and not is_partial):
             known = ", ".join(sorted(node)) if isinstance(node, dict) else "nothing below it"
             parent = ".".join(path.split(".")[:depth]) or "the recipe"
             raise SettingsError(f"{path}: {parent} has no setting {key!r}; it has {known}")
         if depth < len(parents):
-            node = node[key]
-    node[last] = value
+            node = node.setdefault(key, {})
+    node[last] = _PartialSection(value) if isinstance(value, dict) else value
 
 
 def _explain(error: ValidationError, cls: type[Settings]) -> str:

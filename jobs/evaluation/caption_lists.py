@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from jobs.evaluation.captions import captions_of, row_of_draw
+from jobs.evaluation.captions import all_draws, captions_of, check_split
 from jobs.evaluation.coco_pairs import CocoPairs, pair_captions
-from jobs.evaluation.settings import PromptSettings
+from jobs.evaluation.settings import EvaluationSettings, PromptSettings
 from pipelines.datasets.settings import ReferencesSettings
-from pipelines.sources.captions import CaptionRow
+from pipelines.sources.captions import Caption, CaptionRow, read_captions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class CaptionList:
     Attributes:
         prompts: settings of the captions.
         references: settings of the real images.
-        rows: of all draws; with pairs a caption without its image is rejected.
+        rows: of all draws; with pairs only captions that have their image.
         pairs: captions with their own images; None if the real images are others.
     """
 
@@ -34,15 +34,36 @@ class CaptionList:
 
 
 def list_captions(prompts: PromptSettings, references: ReferencesSettings) -> CaptionList:
-    """Read the captions, and find their images if they are pairs.
+    """Read the captions, and find their images if they are pairs, of which there are `prompts.limit` at most.
 
     Raises:
         SourceError: if the list cannot be read, or no caption has its image.
         ValueError: if it has a caption of another of the miniature's splits.
     """
-    listed = CaptionList(prompts=prompts, references=references, rows=captions_of(prompts), pairs=None)
+    given = {"prompts": prompts, "references": references}
     if not (references.paired and prompts.url and references.url):
-        return listed
-    pairs = pair_captions(listed.once, annotations=prompts.url, images=references.url)
-    rows = [row_of_draw(row, draw) for draw in range(prompts.draws) for row in pairs.captions]
-    return replace(listed, rows=rows, pairs=pairs)
+        return CaptionList(**given, rows=captions_of(prompts), pairs=None)
+    pairs = pair_captions(
+        read_captions(prompts.url, prompts.reading),
+        annotations=prompts.url,
+        images=references.url,
+        limit=prompts.limit,
+    )
+    check_split(pairs.captions, prompts)
+    return CaptionList(**given, rows=all_draws(pairs.captions, prompts), pairs=pairs)
+
+
+def check_enough(listed: CaptionList, settings: EvaluationSettings) -> None:
+    """Refuse fewer captions than intervals need, before anything is generated of them.
+
+    Raises:
+        ValueError: with the number of captions that have no image.
+    """
+    usable = sum(isinstance(row, Caption) for row in listed.once)
+    if usable < (needed := settings.least_captions(listed.prompts)):
+        lacking = 0 if listed.pairs is None else listed.pairs.without_image
+        others = f" with their image, and {lacking:,} without" if lacking else ""
+        raise ValueError(
+            f"{listed.prompts.name} has {usable} captions{others}; {needed} are needed for "
+            f"{settings.groups} groups: raise evaluation.prompts.limit or lower evaluation.groups"
+        )

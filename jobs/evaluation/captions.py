@@ -19,7 +19,11 @@ def captions_of(prompts: PromptSettings) -> list[CaptionRow]:
         SourceError: if the list cannot be read, or is empty.
         ValueError: if it has a caption of another of the miniature's splits.
     """
-    captions = _captions_once(prompts)
+    return all_draws(_captions_once(prompts), prompts)
+
+
+def all_draws(captions: Sequence[CaptionRow], prompts: PromptSettings) -> list[CaptionRow]:
+    """The captions once for each draw."""
     return [row_of_draw(row, draw) for draw in range(prompts.draws) for row in captions]
 
 
@@ -43,8 +47,7 @@ def _captions_once(prompts: PromptSettings) -> list[CaptionRow]:
         captions = list(islice(read_captions(prompts.url, prompts.reading), prompts.limit))
         if not captions:
             raise SourceError(f"{prompts.url} has no captions; give another list")
-        if prompts.split is not None:
-            _check_split(captions, prompts.split, url=prompts.url)
+        check_split(captions, prompts)
         return captions
     count = prompts.num_images // prompts.draws
     indexes = [held_out_index(position, split=prompts.split) for position in range(count)]
@@ -54,12 +57,14 @@ def _captions_once(prompts: PromptSettings) -> list[CaptionRow]:
     ]
 
 
-def _check_split(captions: Sequence[CaptionRow], split: Split, *, url: str) -> None:
+def check_split(captions: Sequence[CaptionRow], prompts: PromptSettings) -> None:
     """Raise `ValueError` for a caption of another split; those that are none of the miniature's are fine."""
+    if (split := prompts.split) is None:
+        return
     others = {text: other for other in get_args(Split) if other != split for text in captions_in(other)}
     for row in captions:
         if isinstance(row, Caption) and (other := others.get(row.text)):
             raise ValueError(
-                f"{url}: {row.text!r} is of the miniature's {other} split, not of its {split} split; set "
-                "split to null to accept it"
+                f"{prompts.url}: {row.text!r} is of the miniature's {other} split, not of its {split} split; "
+                "set split to null to accept it"
             )

@@ -203,7 +203,7 @@ class TableMaker:
             for row in listed.once
             if all(row_of_draw(row, draw).id in ids for draw in draws for ids in found)
         ]
-        needed = 2 * self.settings.groups if prompts.draws == 1 else 2
+        needed = self.settings.least_captions(prompts)
         if len(rows) < needed:
             raise ValueError(
                 f"all contenders have images of {len(rows)} captions; {needed} are needed for "

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from jobs.evaluation.caption_diversity import CaptionDiversity
-from jobs.evaluation.caption_lists import CaptionList, list_captions
+from jobs.evaluation.caption_lists import CaptionList, check_enough, list_captions
 from jobs.evaluation.captions import check_disjoint
 from jobs.evaluation.curve_tables import EvaluatedCaptions, StartTable, TableMaker
 from jobs.evaluation.floor import measure_floor
@@ -52,6 +52,7 @@ def evaluate(
     diversity = None if settings.lpips is None else CaptionDiversity(settings.lpips)
     _check_models(settings, model=model)
     listed = list_captions(settings.prompts, settings.references)
+    check_enough(listed, settings)
     maker = TableMaker(settings=settings, model=model, out=out, start=start, run=run)
     choice = _tune(maker, listed)
     contenders = settings.contenders if choice is None else choice.contenders
@@ -97,6 +98,7 @@ def _tune(maker: TableMaker, compared: CaptionList) -> Choice | None:
     if (tuning := settings.tuning) is None:
         return None
     listed = list_captions(tuning.prompts, tuning.references)
+    check_enough(listed, settings)
     names = (f"prompts {settings.prompts.name!r}", f"tuning.prompts {tuning.prompts.name!r}")
     check_disjoint(compared.rows, listed.rows, names=names)
     evaluated = maker.evaluate(settings.contenders, listed=listed, name="tuning-references")

@@ -192,6 +192,10 @@ class EvaluationSettings(Settings):
     gaps: tuple[FidGap, ...] = ()
     criteria: tuple[Criterion, ...] = ()
 
+    def least_captions(self, prompts: PromptSettings) -> int:
+        """Captions that intervals need."""
+        return 2 * self.groups if prompts.draws == 1 else 2
+
     @property
     def num_images(self) -> int:
         """Images of a contender at one guidance, at most: those for tuning, too."""

@@ -35,6 +35,14 @@ def test_last_of_two_assignments_wins():
     assert Recipe().with_values(["seed=1", "seed=2"]).seed == 2
 
 
+def test_what_an_object_leaves_out_is_assigned_afterwards():
+    recipe = Recipe(pool=Pool(name="x"))
+    assert recipe.with_values(['pool={"size": 2}', "pool.gpus=2"]).pool == Pool(size=2, gpus=2.0)
+    assert recipe.with_values(['spare={"size": 2}', "spare.name=y"]).spare == Pool(size=2, name="y")
+    with pytest.raises(SettingsError, match="pool.other: no such setting"):
+        recipe.with_values(['pool={"size": 2}', "pool.other=1"])
+
+
 @pytest.mark.parametrize(
     ("assignment", "path", "value"),
     [

@@ -92,6 +92,12 @@ def test_some_without_the_other_are_counted(tmp_path, capsys):
     assert results["protocol"]["reference"]["without_caption"] == 2
 
 
+def test_few_captions_with_an_image(refused, tmp_path):
+    annotations = write_annotations(tmp_path, year=2014)
+    line = refused(*prompt_options(annotations, write_images(tmp_path, year=2014, ids=IDS[:3])))
+    assert "coco has 3 captions with their image, and 5 without; 4 are needed for 2 groups" in line
+
+
 def test_features_of_another_network(refused, tmp_path, capsys):
     assert evaluate(tmp_path / "run", *OWN) == 0
     capsys.readouterr()

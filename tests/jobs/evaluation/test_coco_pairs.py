@@ -8,13 +8,11 @@ from coco_inputs import IDS, YEARS, write_annotations, write_images
 from evaluated_run import evaluate_in_process
 from PIL import Image
 
-from jobs.evaluation.captions import captions_of
-from jobs.evaluation.coco_pairs import pair_captions
+from jobs.evaluation.caption_lists import list_captions
 from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings
 from jobs.reports.charts import standalone_svg
 from jobs.reports.evaluation_page import evaluation_charts, render_evaluation
 from pipelines.datasets.settings import ReferencesSettings, SamplesSettings
-from pipelines.rejections import Rejection
 from pipelines.sources import SourceError
 from pipelines.sources.settings import CaptionSettings
 from pipelines.stages.metric_networks import lanczos
@@ -28,13 +26,21 @@ def prompts_of(url, **changes):
     return PromptSettings(name="coco", url=url, reading=CaptionSettings(id_column="image_id"), **changes)
 
 
+def pairs_of(annotations, images):
+    return list_captions(prompts_of(annotations), references_of(images)).pairs
+
+
+def references_of(images):
+    return ReferencesSettings(name="coco", url=images, paired=True, size=32)
+
+
 def settings_of(annotations, images, **changes):
     return EvaluationSettings(
         contenders=(Contender(name="one", sampler=Sampler(steps=1)),),
         baseline="one",
         guidance=(1.0,),
         prompts=prompts_of(annotations, **changes),
-        references=ReferencesSettings(name="coco", url=images, paired=True, size=32),
+        references=references_of(images),
         samples=SamplesSettings(drawing=SamplingSettings(batch_size=4), rows_per_unit=4),
         groups=2,
         kid_images=0,
@@ -45,8 +51,7 @@ def settings_of(annotations, images, **changes):
 def test_captions_have_their_own_images(tmp_path, year):
     annotations = write_annotations(tmp_path, year=year)
     images = write_images(tmp_path, year=year)
-    captions = captions_of(prompts_of(annotations))
-    pairs = pair_captions(captions, annotations=annotations, images=images)
+    pairs = pairs_of(annotations, images)
     assert [row.id for row in pairs.captions] == [str(id_) for id_ in IDS]
     assert [row.text for row in pairs.captions] == [caption_of(scene_of(HELD_OUT + id_)) for id_ in IDS]
     assert [Path(name).name for name in pairs.image_names] == [YEARS[year].format(id_) for id_ in IDS]
@@ -56,12 +61,12 @@ def test_captions_have_their_own_images(tmp_path, year):
 def test_captions_and_images_without_the_other_are_counted(tmp_path):
     annotations = write_annotations(tmp_path, year=2014)
     images = write_images(tmp_path, year=2014, ids=[*IDS[:5], 1000, 1001])
-    pairs = pair_captions(captions_of(prompts_of(annotations)), annotations=annotations, images=images)
-    rejected = [row for row in pairs.captions if isinstance(row, Rejection)]
-    assert [(row.id, row.reason) for row in rejected] == [(str(id_), "missing_image") for id_ in IDS[5:]]
+    pairs = pairs_of(annotations, images)
+    assert [row.id for row in pairs.captions] == [str(id_) for id_ in IDS[:5]]
+    assert pairs.missing_images == [YEARS[2014].format(id_) for id_ in IDS[5:]]
     assert (len(pairs.image_names), pairs.without_image, pairs.without_caption) == (5, 3, 2)
     assert pairs.notes() == [
-        "captions: 3 have no image, and are left out",
+        "captions: 3 have no image (COCO_val2014_000000000019.jpg, ...), and are left out",
         "images: 2 are not in the annotations, and are left out",
     ]
 
@@ -70,7 +75,7 @@ def test_annotations_of_another_split_are_refused(tmp_path):
     annotations = write_annotations(tmp_path, year=2017)
     images = write_images(tmp_path, year=2014)
     with pytest.raises(SourceError, match=r"name 000000000007\.jpg, and there is COCO_val2014_000000000007"):
-        pair_captions(captions_of(prompts_of(annotations)), annotations=annotations, images=images)
+        pairs_of(annotations, images)
 
 
 def test_limit_bounds_captions_and_images(tmp_path):
@@ -91,6 +96,17 @@ def test_limit_bounds_captions_and_images(tmp_path):
     assert all(title in standalone_svg(chart).decode() for chart in evaluation_charts(results))
     fewer = settings.model_copy(update={"prompts": prompts_of(settings.prompts.url, limit=4)})
     assert evaluate_in_process(fewer, tmp_path / "fewer")["protocol"]["reference"]["compared"] == 4
+
+
+def test_limit_counts_captions_that_have_an_image(tmp_path):
+    annotations, present = write_annotations(tmp_path, year=2017), IDS[1::2]
+    images = write_images(tmp_path, year=2017, ids=present)
+    listed = list_captions(prompts_of(annotations, limit=4, draws=2), references_of(images))
+    assert [row.id for row in listed.once] == [str(id_) for id_ in present]
+    assert [row.id for row in listed.rows[4:]] == [f"{id_}-draw1" for id_ in present]
+    assert listed.pairs.without_image == 4
+    fewer = list_captions(prompts_of(annotations, limit=1_000), references_of(images))
+    assert [row.id for row in fewer.once] == [str(id_) for id_ in present]
 
 
 def test_images_are_resized_as_real_ones_are():
