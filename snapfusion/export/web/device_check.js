@@ -23,7 +23,8 @@ export async function checkModules(ort, bundle, sessions) {
     decibels[name] = psnr(await run(ort, bundle.modules[name], sessions[name], inputs), expected);
     const limit = Math.max(bundle.modules[name].parity.limit_db, LEAST_DECIBELS);
     if (!(decibels[name] >= limit)) {
-      throw new Error(`${name} gives other results on this device than its test vectors (${decibels[name].toFixed(1)} dB)`);
+      const found = `${decibels[name].toFixed(1)} dB`;
+      throw new Error(`${name} gives other results on this device than its test vectors (${found})`);
     }
   }
   return decibels;

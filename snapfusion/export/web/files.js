@@ -47,6 +47,18 @@ export function checkedReader(manifest) {
   };
 }
 
+/** The same reader, which begins to read these files at once, and keeps each until it is asked for. */
+export function readAhead(read, names) {
+  const begun = new Map(names.map((name) => [name, read(name)]));
+  // Whoever needs a file hears of its fault.
+  for (const content of begun.values()) content.catch(() => {});
+  return (name) => {
+    const content = begun.get(name) ?? read(name);
+    begun.delete(name);
+    return content;
+  };
+}
+
 async function sha256(content) {
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", content));
   return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");

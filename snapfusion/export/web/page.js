@@ -58,7 +58,7 @@ async function openModel() {
   worker = new Worker("worker.js", { type: "module" });
   const { variant, provider, threads } = Object.fromEntries(new FormData(form));
   say("opening", `Loading ${variant}, ${megabytes(bytesOf(variant))} MB.`);
-  opened = await ask({ open: { variant, provider, threads: Number(threads) } });
+  opened = await ask({ open: { manifest: bundle.manifest, variant, provider, threads: Number(threads) } });
   performance.mark("ready");
   say("ready", `Ready. ${describeProvider()}.`);
 }
@@ -74,7 +74,7 @@ function describeProvider() {
 function fillForm() {
   const { manifest, sampler } = bundle;
   const variants = Object.keys(manifest.variants).filter((name) => manifest.variants[name].runtime === RUNTIME);
-  if (variants.length === 0) throw new PageError("this bundle has no ONNX models: compile it with mobile.onnx");
+  if (variants.length === 0) throw new PageError("This bundle has no ONNX models: compile it with mobile.onnx");
   form.variant.append(...variants.map((name) => new Option(manifest.variants[name].weights, name)));
   form.variant.value = variants.includes(PREFERRED) ? PREFERRED : variants[0];
   const cores = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
@@ -157,7 +157,8 @@ async function draw() {
   const size = bundle.manifest.image_size;
   const pixels = new ImageData(rgba(drawn.image), size, size);
   show(element("image"), pixels);
-  element("drawn-caption").textContent = `“${shortened(request.caption)}”, seed ${request.seed}, guidance ${request.guidance}`;
+  element("drawn-caption").textContent =
+    `“${shortened(request.caption)}”, seed ${request.seed}, guidance ${request.guidance}`;
   offerDownload(request);
   showTruncation(drawn.tokens);
   await showReference(request, pixels);
@@ -206,7 +207,8 @@ function showTimes(times) {
   ]);
   const sum = (values) => Object.values(values).reduce((total, value) => total + value, 0);
   const opening = opened.kept ? sum(opened.load) : undefined;
-  rows.push(["Together", "", oneDecimal(sum(times)), oneDecimal(opening), "", megabytes(bytesOf(form.variant.value))]);
+  const size = megabytes(bytesOf(form.variant.value));
+  rows.push(["Together", "", oneDecimal(sum(times)), oneDecimal(opening), "", size]);
   element("times").querySelector("tbody").replaceChildren(...rows.map(tableRow));
   element("times").querySelector("tbody").lastElementChild.className = "total";
   const seconds = performance.getEntriesByName("ready").at(0).startTime / 1000;

@@ -13,7 +13,7 @@ const SIMD_MODULE = [
 /** The providers of this browser, the fastest first. */
 export async function availableProviders() {
   if (typeof WebAssembly !== "object" || !WebAssembly.validate(new Uint8Array(SIMD_MODULE))) {
-    throw new PageError("this browser has no WebAssembly with SIMD, which ONNX Runtime needs: take a newer one");
+    throw new PageError("This browser has no WebAssembly with SIMD, which ONNX Runtime needs: take a newer one");
   }
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   return adapter ? ["webgpu", "wasm"] : ["wasm"];

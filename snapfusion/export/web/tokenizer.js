@@ -17,12 +17,14 @@ export function clipTokenizer(definition) {
   }
   const words = unicodePattern(split.pretokenizers[0].pattern.Regex);
   const encodePiece = bytePairEncoder(model);
-  const encodeWords = (text) => (text.match(words) ?? []).flatMap((word) => word.match(GPT2) ?? []).flatMap(encodePiece);
+  const encodeWords = (text) =>
+    (text.match(words) ?? []).flatMap((word) => word.match(GPT2) ?? []).flatMap(encodePiece);
   // Tokens of textual inversions are found in the normalized text, start and end in the text as it was written.
   const verbatim = added.filter((token) => !token.normalized);
   const inverted = added.filter((token) => token.normalized);
   const encodeNormalized = (text) => encodeAround(inverted, normalize, text, encodeWords);
-  const encodeText = (text) => encodeAround(verbatim, (content) => content, text, (part) => encodeNormalized(normalize(part)));
+  const encodePart = (part) => encodeNormalized(normalize(part));
+  const encodeText = (text) => encodeAround(verbatim, (content) => content, text, encodePart);
   return (caption) => [ends.cls[1], ...encodeText(writeVectors(caption, added)), ends.sep[1]];
 }
 

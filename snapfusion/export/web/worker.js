@@ -1,16 +1,18 @@
 // Runs the model beside the page, which stays usable meanwhile.
 //
-// Takes {open: {variant, provider, threads}} and {draw: {caption, seed, guidance}}, and answers {opened}, {step},
-// {drawn} or {failed}.
+// Takes {open: {manifest, variant, provider, threads}} and {draw: {caption, seed, guidance}}, and answers {opened},
+// {step}, {drawn} or {failed}.
 
 import { checkModules } from "./device_check.js";
-import { PageError, checkedReader, readJson } from "./files.js";
+import { PageError, checkedReader, readAhead } from "./files.js";
 import { gaussian, noiseKey } from "./noise.js";
 import { availableProviders, loadRuntime } from "./runtime.js";
 import { decode, denoise, encode, fitTokens, openBundle, openModule } from "./text_to_image.js";
 import { clipTokenizer } from "./tokenizer.js";
 
 const MODULES = ["text_encoder", "unet", "decoder"];
+const TOKENIZER = "tokenizer/tokenizer.json";
+const DESCRIPTIONS = ["manifest.json", "sampler.json", "vectors/vectors.json", TOKENIZER];
 // Models above this size are opened for each image, one at a time, so that memory holds the largest only.
 const KEPT_BYTES = 2 ** 29;
 
@@ -22,16 +24,19 @@ async function timed(work) {
   return [result, performance.now() - began];
 }
 
-async function open({ variant, provider, threads }) {
-  const manifest = await readJson("manifest.json");
+async function open({ manifest, variant, provider, threads }) {
+  const { modules } = manifest.variants[variant];
+  const kept = MODULES.reduce((sum, name) => sum + modules[name].bytes, 0) <= KEPT_BYTES;
+  const first = [...DESCRIPTIONS, ...(kept ? MODULES.flatMap((name) => modules[name].files) : [])];
+  const read = readAhead(checkedReader(manifest), first);
   const providers = await availableProviders();
   if (provider !== "auto" && !providers.includes(provider)) {
-    throw new PageError("this browser has no WebGPU: take WASM");
+    throw new PageError("This browser has no WebGPU: take WASM");
   }
   const candidates = provider === "auto" ? providers : [provider];
   for (const candidate of candidates) {
     try {
-      return await openWith(candidate, { manifest, variant, threads });
+      return await openWith(candidate, { read, variant, threads, kept });
     } catch (error) {
       // The last one's error counts; a missing file is missing for all.
       if (error instanceof PageError || candidate === candidates.at(-1)) throw error;
@@ -39,14 +44,13 @@ async function open({ variant, provider, threads }) {
   }
 }
 
-async function openWith(provider, { manifest, variant, threads }) {
+async function openWith(provider, { read, variant, threads, kept }) {
   const ort = await loadRuntime(provider, threads);
-  const bundle = await openBundle(checkedReader(manifest), variant);
-  const tokenize = clipTokenizer(await readJson("tokenizer/tokenizer.json"));
-  const bytes = MODULES.reduce((sum, name) => sum + bundle.modules[name].bytes, 0);
-  model = { ort, bundle, tokenize, options: { executionProviders: [provider] }, sessions: {}, kept: bytes <= KEPT_BYTES };
-  const opened = { provider, kept: model.kept, load: {} };
-  if (model.kept) {
+  const bundle = await openBundle(read, variant);
+  const tokenize = clipTokenizer(JSON.parse(new TextDecoder().decode(await read(TOKENIZER))));
+  model = { ort, bundle, tokenize, options: { executionProviders: [provider] }, sessions: {}, kept };
+  const opened = { provider, kept, load: {} };
+  if (kept) {
     for (const name of MODULES) {
       [model.sessions[name], opened.load[name]] = await timed(() => openModule(ort, bundle, name, model.options));
     }

@@ -366,5 +366,5 @@ def test_a_browser_without_simd_is_told(bundle, tmp_path):
     with served(bundle) as url, chromium(tmp_path / "profile", WITHOUT_SIMD) as old:
         page = opened(Page(old), url, state="failed")
         assert status(page) == (
-            "this browser has no WebAssembly with SIMD, which ONNX Runtime needs: take a newer one."
+            "This browser has no WebAssembly with SIMD, which ONNX Runtime needs: take a newer one."
         )
