@@ -100,6 +100,24 @@ def test_image_equals_solvers_and_is_scored(samples):
     np.testing.assert_array_equal(scores.right[:3], right)
 
 
+def test_consistency_samples_take_the_noise_of_their_keys():
+    sampler = Sampler(solver="consistency", steps=2)
+    inputs = {"sampling": SETTINGS.drawing, "metrics": SETTINGS.judging, "device": SETTINGS.device}
+    stage = SampleAndScore(model="mini", sampler=sampler, **inputs)
+    with torch.inference_mode():
+        together = stage.sample(TEXTS[:3], KEYS[:3], w=2.5)
+        alone = stage.sample(TEXTS[1:2], KEYS[1:2], w=2.5)
+        bundle = stage.bundle
+        x = bundle.denoiser(bundle.encode_text(bundle.tokenize(TEXTS[1:2])), w=2.5)
+        eps = gaussian_batch(KEYS[1:2], bundle.latent_shape)
+        first = x(eps, torch.tensor([999])).x
+        fresh = gaussian_batch([noise_key("step", KEYS[1], 499)], bundle.latent_shape)
+        t = torch.tensor([499])
+        expected = x(bundle.schedule.diffuse(x=first, eps=fresh, t=t), t).x
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("w", [1.0, 2.5])
 def test_scores_are_in_order_of_the_captions(samples, w):
     scores = read_scores(samples, source="list", w=w)
