@@ -33,7 +33,7 @@ def preview(job: Job) -> list[str]:
     lines = [line for verb in initial_verbs(job.recipe) for line in _INITIAL[verb][2](job)]
     for stage in job.recipe.stages:
         student = stage_job(job, stage)
-        steps = student.recipe.distill.steps
+        steps = student.recipe.distill.targets_settings
         settings = f"p = {steps.cfg_probability:g}{', w-conditioned' if steps.w_conditioned else ''}"
         lines += [f"{stage.name} ({settings}): {line}" for line in distill_steps.preview(student)]
     return lines or ["nothing: this recipe has no schedule"]

@@ -42,6 +42,7 @@ def stage_job(job: Job, stage: DistillationStage) -> Job:
         "student": stage.student,
         "table": stage.table or distill.table,
         "steps": StepDistillationSettings.parse(distill.steps.to_values() | steps),
+        "consistency": distill.consistency and distill.consistency.with_steps(stage.student_steps),
     }
     recipe = job.recipe.model_copy(update={"distill": distill.model_copy(update=changes)})
     return replace(job, verb="distill_steps", recipe=recipe)

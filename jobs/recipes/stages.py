@@ -48,6 +48,10 @@ def paper_schedules(model: str, *, small: str | None = None) -> dict[str, Schedu
     direct          Fig. 6(a): 16 to 8 at once
     progressive     Fig. 6(a) and Sec. 5.1: 64 to 32, 16 and 8, by the vanilla loss
     w-conditioned   Fig. 6(b): the same way, by w-conditioned students (Meng et al. 2023)
+    cfg-aware-1     beyond the paper: 16, 8, 4, 2 and 1 steps, each student the teacher of the next, CFG-aware
+    w-conditioned-1 beyond the paper: `w-conditioned` and on to 4, 2 and 1
+    phased          8, 4, 2 and 1, each begun from the last student and taught by the model; with
+                    `distill.consistency` they are phases (Wang et al. 2024)
 
     Students of one name are the same in all schedules, so schedules can share a run.
 
@@ -77,13 +81,18 @@ def paper_schedules(model: str, *, small: str | None = None) -> dict[str, Schedu
             "staged-plain": (own, _stage("plain-8", 8, teacher=model, student=_model_of(own))),
             "staged-vanilla": (own, _stage("vanilla-8", 8, teacher=_model_of(own), cfg_probability=0.0)),
         }
-    halved = (32, 16, 8)
+    halved, fewer = (32, 16, 8), (4, 2, 1)
     # These keep the L_ori of `distill`; the published ones have none: `--set distill.steps.gamma=0`.
     return schedules | {
         "progressive": halving("progressive", *halved, model=model, cfg_probability=0.0),
         "w-conditioned": halving(
             "w-conditioned", *halved, model=model, cfg_probability=1.0, w_conditioned=True
         ),
+        "cfg-aware-1": halving("cfg-aware", 16, 8, *fewer, model=model, cfg_probability=1.0),
+        "w-conditioned-1": halving(
+            "w-conditioned", *halved, *fewer, model=model, cfg_probability=1.0, w_conditioned=True
+        ),
+        "phased": _phased(8, *fewer, model=model),
     }
 
 
@@ -105,6 +114,15 @@ def halving(name: str, *steps: int, model: str, **changes: Any) -> Schedule:  # 
     for count in steps:
         source = _model_of(stages[-1]) if stages else model
         stages.append(_stage(f"{name}-{count}", count, teacher=source, **changes))
+    return tuple(stages)
+
+
+def _phased(*steps: int, model: str) -> Schedule:
+    """Fewer and fewer steps taught by `model`, each student begun from the last one."""
+    stages = list[DistillationStage]()
+    for count in steps:
+        student = _model_of(stages[-1]) if stages else model
+        stages.append(_stage(f"phased-{count}", count, teacher=model, student=student))
     return tuple(stages)
 
 

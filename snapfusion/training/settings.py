@@ -194,6 +194,10 @@ class LcmSettings(ConsistencySettings):
             raise ValueError(f"{self.steps} steps are more than {self.points} points: lower steps")
         return self
 
+    def with_steps(self, steps: int) -> Self:
+        """These settings for another number of sampling steps."""
+        return self.parse(self.to_values() | {"steps": steps})
+
     @property
     def targets(self) -> StepDistillationSettings:
         """Settings of the teacher's x, which is guided."""
@@ -236,6 +240,10 @@ class PcmSettings(ConsistencySettings):
                 "grid: 40 points hold 8, 4, 2 and 1 phases, 64 also 16"
             )
         return self
+
+    def with_steps(self, steps: int) -> Self:
+        """These settings for another number of sampling steps."""
+        return self.parse(self.to_values() | {"phases": steps})
 
     @property
     def targets(self) -> StepDistillationSettings:

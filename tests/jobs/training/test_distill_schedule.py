@@ -121,6 +121,35 @@ def test_the_vanilla_student_has_no_guided_loss():
 
 @pytest.mark.parametrize("name", ["mini", "sd15", "sd2"])
 @pytest.mark.parametrize(
+    ("plan", "students", "w_conditioned"),
+    [("cfg-aware-1", [16, 8, 4, 2, 1], False), ("w-conditioned-1", [32, 16, 8, 4, 2, 1], True)],
+)
+def test_schedules_go_down_to_one_step(name, plan, students, w_conditioned):
+    job = resolved(name, f"schedule={plan}")
+    found = described(job)
+    assert [(teacher, student) for _, teacher, student, *_ in found] == [(2 * n, n) for n in students]
+    assert [stage[3] for stage in found[1:]] == [stage[0] for stage in found[:-1]]
+    for settings in stages(job).values():
+        assert (settings.steps.cfg_probability, settings.steps.w_conditioned) == (1.0, w_conditioned)
+
+
+def test_phases_of_a_schedule_are_those_of_its_stages():
+    pcm = 'distill.consistency={"method": "pcm"}'
+    job = resolved("mini", "schedule=phased", pcm)
+    found = described(job)
+    assert [settings.consistency.phases for settings in stages(job).values()] == [8, 4, 2, 1]
+    assert {stage[3] for stage in found} == {"mini-v"}
+    assert [stage[4] for stage in found] == ["mini-v", "phased-8", "phased-4", "phased-2"]
+    with pytest.raises(SettingsError, match="8 phases do not divide 50 points"):
+        stages(
+            resolved(
+                "mini", "schedule=phased", 'distill.consistency={"method": "pcm", "points": 50, "phases": 2}'
+            )
+        )
+
+
+@pytest.mark.parametrize("name", ["mini", "sd15", "sd2"])
+@pytest.mark.parametrize(
     ("plan", "p", "w_conditioned"), [("progressive", 0.0, False), ("w-conditioned", 1.0, True)]
 )
 def test_the_rivals_halve_the_steps_from_64(name, plan, p, w_conditioned):
