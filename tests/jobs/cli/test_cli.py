@@ -85,10 +85,19 @@ WITHOUT_RECIPE = {
 }
 SHARED = {"--recipe", "--config", "--set", "--out", "--dry-run", "--verbose", "--log-json", "--help"}
 OWN = {
+    "compact": {"--name"},
+    "export_table": {"--to", "--folder"},
     "forget": {"--url", "--hash", "--id", "--erase", "--erase-pinned"},
     "vacuum": {"--delete"},
     "verify_table": {"--repair"},
 }
+TARGETS = {
+    "compact": ["run/latents"],
+    "export_table": ["run/latents", "--to", "webdataset"],
+    "top_up": ["encode_latents"],
+    "verify_table": ["run/latents"],
+}
+"""What the jobs need besides options."""
 
 
 @pytest.mark.parametrize("verb", sorted({*command.VERBS} - WITHOUT_RECIPE))
@@ -273,7 +282,7 @@ def test_a_name_in_the_run_is_no_path(name, capsys, tmp_path):
 @pytest.mark.parametrize("verb", sorted({*command.VERBS} - WITHOUT_RECIPE))
 def test_a_folder_that_can_hold_no_table_is_refused(verb, name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    target = {"top_up": ["encode_latents"], "verify_table": ["run/latents"]}.get(verb, [])
+    target = TARGETS.get(verb, [])
     for parent in (str(tmp_path), "s3://bucket"):
         assert command.main([verb.replace("_", "-"), *target, "--out", f"{parent}/{name}"]) == 2
         assert error_line(capsys).startswith(f"{verb}: --out {parent}/{name}: tables can have no ")

@@ -146,6 +146,14 @@ def fuzz_options(files: list[str], capsys: pytest.CaptureFixture[str], *, count:
         check(words, capsys)
 
 
+TARGETS = {
+    "compact": ["nowhere"],
+    "export_table": ["nowhere", "--to", "webdataset"],
+    "top_up": ["generate_pairs"],
+    "verify_table": ["nowhere"],
+}
+
+
 def fuzz_settings(capsys: pytest.CaptureFixture[str], *, fraction: float, per_key: int) -> None:
     draw = random.Random(0)
     verbs = [verb for verb in command.VERBS if {"dry_run", "recipe"} <= names_of(verb)]
@@ -153,7 +161,7 @@ def fuzz_settings(capsys: pytest.CaptureFixture[str], *, fraction: float, per_ke
     for key in draw.sample(keys, round(fraction * len(keys))):
         for value in draw.sample(VALUES, per_key):
             verb = draw.choice(verbs)
-            target = {"top_up": ["generate_pairs"], "verify_table": ["nowhere"]}.get(verb, [])
+            target = TARGETS.get(verb, [])
             options = ["--dry-run", "--out", "nowhere", "--set", f"{key}={value}"]
             check([verb.replace("_", "-"), *target, *options], capsys)
 
