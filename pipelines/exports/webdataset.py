@@ -157,7 +157,7 @@ def check_space(folder: str, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise StorageError(
-            f"{folder} needs about {needed / 1e9:.2f} GB more, and its disk has {free / 1e9:.2f} GB free; "
+            f"{folder} needs about {needed / 1e6:.1f} MB more, and its disk has {free / 1e6:.1f} MB free; "
             "give another --folder, or make room"
         )
 

@@ -213,5 +213,5 @@ def test_other_settings_or_table_are_refused(whole_run, exported, tmp_path):
 def test_a_disk_too_full_is_refused(whole_run, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(webdataset.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(StorageError, match=r"needs about 0.00 GB more, and its disk has 0.00 GB free"):
+    with pytest.raises(StorageError, match=r"needs about 0.2 MB more, and its disk has 0.0 MB free"):
         export(whole_run, "pairs", tmp_path / "new/export", runner=in_process)
