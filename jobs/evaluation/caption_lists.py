@@ -40,9 +40,8 @@ def list_captions(prompts: PromptSettings, references: ReferencesSettings) -> Ca
         SourceError: if the list cannot be read, or no caption has its image.
         ValueError: if it has a caption of another of the miniature's splits.
     """
-    given = {"prompts": prompts, "references": references}
     if not (references.paired and prompts.url and references.url):
-        return CaptionList(**given, rows=captions_of(prompts), pairs=None)
+        return CaptionList(prompts=prompts, references=references, rows=captions_of(prompts), pairs=None)
     pairs = pair_captions(
         read_captions(prompts.url, prompts.reading),
         annotations=prompts.url,
@@ -50,7 +49,8 @@ def list_captions(prompts: PromptSettings, references: ReferencesSettings) -> Ca
         limit=prompts.limit,
     )
     check_split(pairs.captions, prompts)
-    return CaptionList(**given, rows=all_draws(pairs.captions, prompts), pairs=pairs)
+    rows = all_draws(pairs.captions, prompts)
+    return CaptionList(prompts=prompts, references=references, rows=rows, pairs=pairs)
 
 
 def check_enough(listed: CaptionList, settings: EvaluationSettings) -> None:

@@ -63,8 +63,13 @@ def missing_weights(settings: EvaluationSettings, *, examples: str) -> list[str]
         settings: of the evaluation.
         examples: beginning of URLs that stand for one's own, which are not looked for.
     """
+    from pipelines.storage.objects import exists
     from snapfusion.metrics.pinned import missing_reason
 
-    files = (file for file in weight_files(settings) if not file.source.startswith(examples))
-    found = ((file.setting, missing_reason(file.source)) for file in files)
+    def reason_of(source: str) -> str | None:
+        if "://" not in source:
+            return missing_reason(source)
+        return None if source.startswith(examples) or exists(source) else f"there is no {source}"
+
+    found = ((file.setting, reason_of(file.source)) for file in weight_files(settings))
     return [f"{setting}: {reason}" for setting, reason in found if reason is not None]

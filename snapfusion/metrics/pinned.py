@@ -38,14 +38,9 @@ def pinned_file(source: str, *, sha256: str | None = None) -> Path:
     return path
 
 
-def missing_reason(source: str) -> str | None:
-    """Why a file is not there; None if it is, or if it is the hub's, which is not asked."""
-    if "://" in source:
-        filesystem, path = store_of(source)
-        return None if filesystem.exists(path) else f"there is no {source}"
-    if Path(source).is_file() or _may_be_on_hub(source):
-        return None
-    return _no_file(source)
+def missing_reason(path: str) -> str | None:
+    """Why a path names no file; None if it does, or may be one of the hub's, which is not asked."""
+    return None if Path(path).is_file() or _may_be_on_hub(path) else _no_file(path)
 
 
 def hash_of(path: Path) -> str:

@@ -39,7 +39,7 @@ def test_what_an_object_leaves_out_is_assigned_afterwards():
     recipe = Recipe(pool=Pool(name="x"))
     assert recipe.with_values(['pool={"size": 2}', "pool.gpus=2"]).pool == Pool(size=2, gpus=2.0)
     assert recipe.with_values(['spare={"size": 2}', "spare.name=y"]).spare == Pool(size=2, name="y")
-    with pytest.raises(SettingsError, match="pool.other: no such setting"):
+    with pytest.raises(SettingsError, match=r"pool\.other: no such setting"):
         recipe.with_values(['pool={"size": 2}', "pool.other=1"])
 
 

@@ -100,6 +100,9 @@ def test_criteria_are_judged_by_the_measured_difference(made):
     assert [one["met"] for one in (few, many, clip)] == [False, True, True]
     page = render_evaluation(results)
     assert page.count('<td data-label="met">') == 3
+    costs = re.findall(r'<td data-label="(passes|seconds) of each">(.*?)</td>', page)
+    assert [cost for key, cost in costs if key == "passes"] == ["6 / 2 / 8", "2 / 8", "8 / 2", "6 / 2"]
+    assert all(re.fullmatch(r"[\d.e-]+( / [\d.e-]+)+", cost) for _, cost in costs)
     assert "torch" in results["versions"]
 
 

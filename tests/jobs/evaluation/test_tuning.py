@@ -38,6 +38,10 @@ def results(tmp_path_factory):
 def test_one_contender_of_a_family_is_compared(results):
     best = results["tuning"]["best"]
     assert set(best) == {"two", "rescale0.3", "rescale0.7"}
+    assert [best[name]["evaluations"] for name in best] == [
+        steps * (1 if best[name]["w"] == 1.0 else 2) for name, steps in zip(best, (2, 1, 1), strict=True)
+    ]
+    assert all(0.0 < each["seconds"] < 600.0 for each in best.values())
     chosen = min(("rescale0.3", "rescale0.7"), key=lambda name: best[name]["fid"][0])
     assert results["tuning"]["families"] == {"rescale": chosen}
     assert set(results["curves"]) == {"two", chosen}

@@ -145,6 +145,10 @@ def test_weights_that_are_not_there_are_named(tmp_path):
     assert line.startswith("evaluation.samples.judging.preferences[0].weights: there is no file")
     (tmp_path / "hpsv2.safetensors").touch()
     assert missing_values(recipe, verbs) == []
+    settings = '[{"name":"hpsv2","weights":"memory://weights/hpsv2.safetensors"}]'
+    recipe = mini.with_values([f"evaluation.samples.judging.preferences={settings}"])
+    (line,) = missing_values(recipe, verbs)
+    assert line.endswith("there is no memory://weights/hpsv2.safetensors")
 
 
 def test_examples_and_licences_are_asked_for():

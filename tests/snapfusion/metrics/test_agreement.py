@@ -15,7 +15,7 @@ import pytest
 import torch
 from curve_costs import features_of
 from lpips_files import write_lpips
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from snapfusion.metrics import neighbors
 from snapfusion.metrics.frechet import frechet_distance
@@ -130,12 +130,13 @@ def test_one_distance_beside_torchmetrics_and_pytorch_fid(capsys):
 
 @pytest.mark.parametrize("network", ["alex", "vgg"])
 def test_lpips_of_a_caption_beside_lpips_and_torchmetrics(tmp_path, capsys, network):
-    """All pairs of five images of 128 px."""
+    """All pairs of five images of 128 px; a random backbone, and the heads that the authors published."""
     import lpips
     from torchmetrics.functional.image.lpips import _LPIPS
 
-    files = write_lpips(tmp_path, network)
-    backbone, heads = (Path(files[name]) for name in ("backbone", "heads"))
+    backbone, heads = Path(write_lpips(tmp_path, network)["backbone"]), tmp_path / "heads.safetensors"
+    published = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{network}.pth"
+    save_file(torch.load(published, map_location="cpu", weights_only=True), heads)
     ours = load_lpips(network, backbone=backbone, heads=heads)
     random = {"net": network, "pretrained": False, "pnet_rand": True}
     others = {"lpips": lpips.LPIPS(verbose=False, **random), "torchmetrics": _LPIPS(**random)}

@@ -53,11 +53,6 @@ def test_what_is_missing_is_found_without_fetching(tmp_path):
     assert "there is no file" in missing_reason(str(path))
     path.touch()
     assert missing_reason(str(path)) is None
-    assert (
-        missing_reason("memory://models/none.safetensors") == "there is no memory://models/none.safetensors"
-    )
-    fsspec.filesystem("memory").pipe_file("/models/some.safetensors", CONTENT)
-    assert missing_reason("memory://models/some.safetensors") is None
     assert missing_reason("owner/name/weights.safetensors") is None  # the hub is not asked
 
 
