@@ -176,7 +176,8 @@ class BundleBenchmark:
     def _calls(self) -> dict[str, int]:
         """Runs of each module per image: the empty caption and the caption, the steps, the image."""
         steps, conditions = len(self.bundle.sampler.steps), self.bundle.manifest["conditions"]
-        return {"text_encoder": 2, "unet": steps * 2 // conditions, "decoder": 1}
+        passes = 1 if "folded_guidance" in self.bundle.manifest else 2
+        return {"text_encoder": 2, "unet": steps * passes // conditions, "decoder": 1}
 
     def _inputs(self) -> dict[str, tuple[np.ndarray, ...]]:
         """Inputs of each module from the test vectors: the caption, the first step, the last latent."""

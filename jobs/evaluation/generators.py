@@ -119,6 +119,12 @@ def bundle_generator(options: SimpleNamespace, captions: Sequence[str]) -> Gener
         programs, steps = bundle.programs(variant), len(bundle.sampler.steps)
     except BundleError as error:
         raise SettingsError(f"--bundle {error}") from None
+    folded = bundle.manifest.get("folded_guidance")
+    if folded is not None and (options.guidance is not None or options.negative):
+        option = (
+            f"--negative {options.negative!r}" if options.negative else f"--guidance {options.guidance:g}"
+        )
+        raise SettingsError(f"{option}: guidance {folded:g} is compiled into this bundle")
     guidance = bundle.sampler.guidance if options.guidance is None else options.guidance
     for caption in captions:
         warn_of_caption(bundle.tokenizer, caption)
@@ -127,7 +133,7 @@ def bundle_generator(options: SimpleNamespace, captions: Sequence[str]) -> Gener
         negative=options.negative,
         steps=steps,
         sampler=_BUNDLE_SAMPLER,
-        guidance=guidance,
+        guidance=guidance if folded is None else folded,
         model=options.bundle,
     )
     return Generator(pixels=pixels, origin=origin, description=f"{steps} steps of {variant}")

@@ -27,7 +27,7 @@ from snapfusion.mini.captions import known_captions
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.checksums import file_records
 from snapfusion.models.decoder import HalfDecoder
-from snapfusion.models.defaults import distilled_steps
+from snapfusion.models.defaults import distilled_solver, distilled_steps, needs_one_pass
 from snapfusion.models.local_folder import MODEL_FOLDER
 from snapfusion.settings import differences, digest
 
@@ -74,6 +74,7 @@ def publish_bundle(
     """
     settings.licence.check()
     check_parts(bundle, decoder)
+    check_sampling(bundle, guidance=settings.guidance)
     num_steps = settings.steps or distilled_steps(bundle)
     identity = {
         **_identity_of(settings),
@@ -144,6 +145,24 @@ def check_parts(bundle: Bundle, decoder: HalfDecoder | None) -> None:
         raise BundleError(
             f"the decoder was made for latents scaled by {decoder.config.scaling_factor}, the model's are "
             f"scaled by {bundle.scaling_factor}: it is the decoder of another model"
+        )
+
+
+def check_sampling(bundle: Bundle, *, guidance: float) -> None:
+    """Refuse a student that a bundle's DDIM steps at this guidance would not sample as it was distilled.
+
+    Raises:
+        BundleError: naming what does not fit.
+    """
+    if (solver := distilled_solver(bundle)) != "ddim":
+        raise BundleError(
+            f"{bundle.source} was distilled for the sampler {solver}, and a bundle has DDIM steps"
+        )
+    cfg_range = (bundle.distillation or {}).get("cfg_range")
+    if cfg_range and needs_one_pass(bundle) and not cfg_range["low"] <= guidance <= cfg_range["high"]:
+        raise BundleError(
+            f"mobile.guidance is {guidance:g}, and {bundle.source} was distilled for {cfg_range['low']:g} to "
+            f"{cfg_range['high']:g}: its guidance is compiled into the programs"
         )
 
 

@@ -21,6 +21,8 @@ from snapfusion.export.modules import FixedModule, Port, TextProgram, arranged_u
 from snapfusion.export.settings import AttentionLayout
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.decoder import HalfDecoder
+from snapfusion.models.guidance_embedding import has_guidance_embedding
+from snapfusion.models.unet import UNetError
 from snapfusion.prediction_types import PredictionType
 from snapfusion.schedule import Schedule
 
@@ -97,6 +99,8 @@ def apple_modules(
     Raises:
         UNetError: if the UNet has a guidance embedding, for which there is no port.
     """
+    if has_guidance_embedding(bundle.unet):
+        raise UNetError("the UNet has a guidance embedding, for which Apple's layout has no port")
     length, width = bundle.tokenizer.model_max_length, bundle.text_encoder.config.hidden_size
     latent, side = bundle.latent_shape, bundle.image_size
     unet = AppleUNetProgram(

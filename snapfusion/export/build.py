@@ -24,6 +24,7 @@ from snapfusion.export.web_page import write_page
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.cost import count_parameters
 from snapfusion.models.decoder import HalfDecoder
+from snapfusion.models.defaults import needs_one_pass
 from snapfusion.models.tokenizer import tokenize
 from snapfusion.sampling import time_grid
 
@@ -94,7 +95,9 @@ class BundleBuilder:
         return {
             "latent_shape": list(self.bundle.latent_shape),
             "image_size": self.bundle.image_size,
-            "conditions": settings.conditions,
+            "conditions": self._sampling.conditions,
+            # Its w is a constant of the programs, and an application takes w = 1.
+            **({"folded_guidance": settings.guidance} if needs_one_pass(self.bundle) else {}),
             "parameters": self._num_parameters(),
             "captions": list(settings.captions),
             "variants": {variant.name: self._entry(variant, results) for variant in variants},
@@ -105,6 +108,13 @@ class BundleBuilder:
     @property
     def _inputs(self) -> Path:
         return self.scratch / "inputs.pt"
+
+    @cached_property
+    def _sampling(self) -> MobileSettings:
+        """The settings, with guidance and conditions of the programs: both are 1 if one pass is enough."""
+        if not needs_one_pass(self.bundle):
+            return self.settings
+        return self.settings.model_copy(update={"guidance": 1.0, "conditions": 1})
 
     @cached_property
     def references(self) -> list[Reference]:
@@ -128,7 +138,7 @@ class BundleBuilder:
     def _tasks(self, variants: Sequence[BundleVariant]) -> list[Task]:
         """Compilation of each module for each variant; the images of a variant when its modules are done."""
         unit = UnitBuilder(
-            folder=self.folder, scratch=self.scratch, inputs=self._inputs, settings=self.settings
+            folder=self.folder, scratch=self.scratch, inputs=self._inputs, settings=self._sampling
         )
         groups = groups_of(variants)
         compilations = [
@@ -161,7 +171,7 @@ class BundleBuilder:
 
     def _write_shared_files(self) -> None:
         """Write what all variants share: sampler, tokenizer, test vectors, torch's images, and the page."""
-        folder, bundle, guidance = self.folder, self.bundle, self.settings.guidance
+        folder, bundle, guidance = self.folder, self.bundle, self._sampling.guidance
         sampler = SamplerCoefficients.of(
             bundle.schedule,
             grid=time_grid(self.num_steps, schedule_steps=bundle.schedule.num_steps),
@@ -182,7 +192,7 @@ class BundleBuilder:
     def _check_references(self) -> None:
         """Refuse a model whose own outputs no program can be compared with."""
         for name in MODULES:
-            samples = samples_of(self.references, module=name, conditions=self.settings.conditions)
+            samples = samples_of(self.references, module=name, conditions=self._sampling.conditions)
             find_peak([output for _, output in samples], artifact=name)
 
     def _check_tokenizer(self) -> None:
@@ -206,7 +216,11 @@ class BundleBuilder:
         return {
             "text_encoder": text_encoder_module(bundle.text_encoder, length=length),
             "unet": unet_module(
-                bundle.unet, condition_shape=shape, conditions=self.settings.conditions, layout=layout
+                bundle.unet,
+                condition_shape=shape,
+                conditions=self._sampling.conditions,
+                layout=layout,
+                w=self.settings.guidance,
             ),
             "decoder": decoder_module(self.decoder or bundle.vae, latent_shape=bundle.latent_shape),
         }

@@ -35,7 +35,8 @@ class SamplingStep:
     Attributes:
         t: the time.
         z_t: [1,4,h,w] float32, before.
-        outputs: [2,4,h,w] float32, of the UNet for the empty caption and for the caption.
+        outputs: [2,4,h,w] float32, of the UNet for the empty caption and for the caption; or [1,4,h,w], for
+            the caption alone.
         z_next: [1,4,h,w] float32, after.
     """
 
@@ -55,6 +56,8 @@ def sampling_steps(
 ) -> Iterator[SamplingStep]:
     """The steps from noise to the clean latent. SnapFusion Eq. 2, 3.
 
+    With w = 1 and one condition a call, the UNet is called for the caption alone.
+
     Args:
         model: compiled programs.
         c: [2,L,D] float32, of the empty caption and of the caption.
@@ -63,16 +66,24 @@ def sampling_steps(
         w: the guidance scale.
     """
     z_t: np.ndarray = noise.astype(np.float32)
+    if model.conditions == 1 and w == 1.0:
+        c = c[1:]
     parts = [c] if model.conditions == len(c) else np.split(c, len(c))
     for step in sampler.steps:
         t = np.array([step.t], np.float32)
         outputs = np.concatenate([model.unet([z_t, t, part]) for part in parts])
-        uncond, cond = outputs[:1], outputs[1:]
-        # In float32, as an application computes it.
-        output = np.float32(w) * cond - np.float32(w - 1.0) * uncond
+        output = guided_output(outputs, w=w)
         z_next = np.float32(step.from_z) * z_t + np.float32(step.from_output) * output
         yield SamplingStep(t=step.t, z_t=z_t, outputs=outputs, z_next=z_next)
         z_t = z_next
+
+
+def guided_output(outputs: np.ndarray, *, w: float) -> np.ndarray:
+    """w cond - (w - 1) uncond in float32, as an application computes it; a single output is cond."""
+    if len(outputs) == 1:
+        return outputs
+    uncond, cond = outputs[:1], outputs[1:]
+    return np.float32(w) * cond - np.float32(w - 1.0) * uncond
 
 
 def generate(

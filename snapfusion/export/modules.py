@@ -2,6 +2,7 @@
 
 text_encoder   token_ids [1,L] int32 -> c [1,L,D]
 unet           z_t [1,4,h,w], t [1], c [1,L,D] -> output [1,4,h,w], which is eps or v
+               w-conditioned: the same, with w as a constant
                guided in one call: z_t [1,4,h,w], t [1], c [2,L,D] of "" and the caption -> output [2,4,h,w]
 decoder        latent [1,4,h,w], scaled as our tables store it -> image [1,3,H,W] in 0 .. 1
 
@@ -24,7 +25,7 @@ from transformers import CLIPTextModel
 from snapfusion.export.attention import set_attention_layout
 from snapfusion.export.settings import AttentionLayout
 from snapfusion.models.decoder import HalfDecoder
-from snapfusion.models.guidance_embedding import has_guidance_embedding
+from snapfusion.models.guidance_embedding import guidance_embedding, has_guidance_embedding
 from snapfusion.models.snapfusion_unet_v1 import BlockUNet
 from snapfusion.models.unet import UNetError
 
@@ -118,16 +119,22 @@ class TextProgram(nn.Module):
 
 
 class UNetProgram(nn.Module):
-    """The UNet's prediction for z_t at t, for each condition."""
+    """The UNet's prediction for z_t at t, for each condition; at `w` if the UNet takes it as an input."""
 
-    def __init__(self, unet: UNet2DConditionModel | BlockUNet) -> None:
+    def __init__(self, unet: UNet2DConditionModel | BlockUNet, *, w: float | None = None) -> None:
         super().__init__()
         self.unet = unet
+        embedding = None
+        if w is not None:
+            size = int(unet.config["time_cond_proj_dim"])
+            embedding = guidance_embedding(torch.tensor([w]), size=size)
+        self.register_buffer("guidance", embedding)
 
     def forward(self, z_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """[1,4,h,w], [1] and [B,L,D] to [B,4,h,w]."""
         each = z_t if c.shape[0] == 1 else torch.cat([z_t] * c.shape[0])
-        return self.unet(each, t, encoder_hidden_states=c, return_dict=False)[0]
+        condition = {} if self.guidance is None else {"timestep_cond": self.guidance}
+        return self.unet(each, t, encoder_hidden_states=c, return_dict=False, **condition)[0]
 
 
 class DecoderProgram(nn.Module):
@@ -171,6 +178,7 @@ def unet_module(
     condition_shape: tuple[int, int],
     conditions: Literal[1, 2],
     layout: AttentionLayout = "diffusers",
+    w: float | None = None,
 ) -> FixedModule:
     """The UNet for `conditions` per call, each of `condition_shape` = (L, D).
 
@@ -179,16 +187,21 @@ def unet_module(
         condition_shape: of c, without its batch.
         conditions: 2 computes both halves of the guidance (Eq. 3) in one call; 1 needs two calls.
         layout: of its attention.
+        w: guidance scale of a w-conditioned UNet, a constant of the program; other UNets ignore it.
 
     Raises:
-        UNetError: if the UNet has a guidance embedding, whose input the programs do not have.
+        UNetError: if the UNet is w-conditioned and no w is given, or more than one condition.
     """
+    if not has_guidance_embedding(unet):
+        w = None
+    elif w is None or conditions != 1:
+        raise UNetError("the UNet has a guidance embedding: its program takes one condition, and w is fixed")
     network = arranged_unet(unet, layout=layout)
     size = int(unet.config["sample_size"])
     shape = (1, int(unet.config["in_channels"]), size, size)
     return FixedModule(
         name="unet",
-        network=UNetProgram(network).float().eval(),
+        network=UNetProgram(network, w=w).float().eval(),
         inputs=(
             Port(name="z_t", shape=shape),
             # float16 rounds times that are not whole.
@@ -200,13 +213,7 @@ def unet_module(
 
 
 def arranged_unet(unet: UNet2DConditionModel | BlockUNet, *, layout: AttentionLayout) -> nn.Module:
-    """A copy of the UNet with that layout of attention and the same weights.
-
-    Raises:
-        UNetError: if the UNet has a guidance embedding, whose input the programs do not have.
-    """
-    if has_guidance_embedding(unet):
-        raise UNetError("the UNet has a guidance embedding, for which programs for phones have no input")
+    """A copy of the UNet with that layout of attention and the same weights."""
     network = _copy_sharing_weights(unet)
     set_attention_layout(network, layout=layout)
     return network

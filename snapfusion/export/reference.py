@@ -14,6 +14,7 @@ from torch import Tensor
 
 from snapfusion.export.loop import SamplingStep
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.defaults import needs_one_pass
 from snapfusion.noise import gaussian, noise_key
 from snapfusion.sampling import guide, time_grid
 from snapfusion.solvers import ddim_step
@@ -64,9 +65,10 @@ def _text_encoder_samples(reference: Reference, _: int) -> Iterator[Sample]:
 def _unet_samples(reference: Reference, conditions: int) -> Iterator[Sample]:
     for step in reference.steps:
         t = np.array([step.t], np.float32)
-        for first in range(0, 2, conditions):
+        c = reference.c[-len(step.outputs) :]
+        for first in range(0, len(c), conditions):
             rows = slice(first, first + conditions)
-            yield [step.z_t, t, reference.c[rows]], step.outputs[rows]
+            yield [step.z_t, t, c[rows]], step.outputs[rows]
 
 
 def _decoder_samples(reference: Reference, _: int) -> Iterator[Sample]:
@@ -89,19 +91,22 @@ def generate_reference(
 ) -> Reference:
     """Generate one caption's image from the noise that `snapfusion generate --seed` uses.
 
+    A model that needs one pass a step (`needs_one_pass`) takes it for the caption alone, and w as its input.
     `on_step` is called with the number of steps done after each.
     """
     ids = bundle.tokenize(["", caption])
     c = bundle.encode_text(ids)
     noise = gaussian(noise_key(seed, caption, 0), bundle.latent_shape)[None]
-    steps, z_t = [], noise
+    steps, z_t, one_pass = [], noise, needs_one_pass(bundle)
     for t, t_next in pairwise(time_grid(num_steps, schedule_steps=bundle.schedule.num_steps)):
         time = torch.tensor([t])
-        outputs = bundle.predict(z_t.repeat(2, 1, 1, 1), time.repeat(2), c)
-        uncond, cond = outputs.chunk(2)
-        estimate = bundle.schedule.estimate(
-            guide(cond=cond, uncond=uncond, w=w), z_t=z_t, t=time, prediction_type=bundle.prediction_type
-        )
+        if one_pass:
+            output = outputs = bundle.predict(z_t, time, c[1:], w=w)
+        else:
+            outputs = bundle.predict(z_t.repeat(2, 1, 1, 1), time.repeat(2), c)
+            uncond, cond = outputs.chunk(2)
+            output = guide(cond=cond, uncond=uncond, w=w)
+        estimate = bundle.schedule.estimate(output, z_t=z_t, t=time, prediction_type=bundle.prediction_type)
         z_next = ddim_step(estimate, t_next=torch.tensor([t_next]), schedule=bundle.schedule)
         steps.append(SamplingStep(t=t, z_t=z_t.numpy(), outputs=outputs.numpy(), z_next=z_next.numpy()))
         z_t = z_next

@@ -4,7 +4,8 @@ vectors.json    captions with their token ids, the guidance scale, and the file 
 *.f32, *.i32    raw numbers, little-endian, in C order: float32 or int32
 
 The arrays are one caption's: `token_ids` [2,L] of "" and the caption, `c` [2,L,D], `noise` [1,4,h,w], for
-each step k `output-k` [2,4,h,w] of the UNet and the next latent `z-k` [1,4,h,w], and `image` [1,3,H,W].
+each step k `output-k` [2,4,h,w] of the UNet and the next latent `z-k` [1,4,h,w], and `image` [1,3,H,W]. Where
+a step takes one pass, `output-k` is [1,4,h,w], of the caption alone.
 """
 
 import json

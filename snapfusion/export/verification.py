@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from snapfusion.export.bundle import MODULES, MobileBundle
-from snapfusion.export.loop import CompiledModel, RunModule, generate
+from snapfusion.export.loop import CompiledModel, RunModule, generate, guided_output
 from snapfusion.export.parity import ParityError, check_parity
 from snapfusion.export.reference import Sample, samples_of
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
@@ -58,11 +58,10 @@ def _check_steps(vectors: Vectors, sampler: SamplerCoefficients) -> str:
     num_steps = len(sampler.steps)
     if num_steps != vectors.num_steps:
         raise ParityError(f"sampler.json has {num_steps} steps, the test vectors {vectors.num_steps}")
-    w, worst = np.float32(vectors.guidance), 0.0
+    worst = 0.0
     stored_steps = vectors.reference([step.t for step in sampler.steps]).steps
     for index, (step, stored) in enumerate(zip(sampler.steps, stored_steps, strict=True)):
-        uncond, cond = np.split(stored.outputs, 2)
-        output = w * cond - (w - np.float32(1.0)) * uncond
+        output = guided_output(stored.outputs, w=vectors.guidance)
         # From the stored latent, so that rounding does not accumulate over the steps.
         z_next = np.float32(step.from_z) * stored.z_t + np.float32(step.from_output) * output
         error = float(np.abs(z_next - stored.z_next).max() / np.abs(stored.z_next).max())

@@ -1,6 +1,7 @@
 """How a model is sampled: its number of steps, sampler and guidance if none are given, and its timesteps."""
 
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.guidance_embedding import has_guidance_embedding
 from snapfusion.models.tokenizer import CLIP_VOCABULARY
 from snapfusion.sampling import consistency_grid, time_grid
 from snapfusion.solver_names import CONSISTENCY, Solver
@@ -18,6 +19,12 @@ def distilled_solver(bundle: Bundle) -> Solver:
     """Sampler that a model was distilled for; "ddim" for one that was not."""
     solver: Solver = (bundle.distillation or {}).get("sampler", "ddim")
     return solver
+
+
+def needs_one_pass(bundle: Bundle) -> bool:
+    """Whether a step takes one pass of the UNet: w is its input, or it was distilled to be used at w = 1."""
+    cfg_range = (bundle.distillation or {}).get("cfg_range")
+    return has_guidance_embedding(bundle.unet) or (cfg_range is not None and cfg_range["high"] == 1.0)
 
 
 def sampling_grid(bundle: Bundle, *, steps: int, solver: Solver) -> tuple[int, ...]:

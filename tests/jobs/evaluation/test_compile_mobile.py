@@ -19,8 +19,11 @@ from torch import nn
 import snapfusion.export.build as building
 import snapfusion.export.variants as variants
 from jobs import compile_mobile, generate
+from jobs.evaluation.bundle_images import generate_bundle_images
+from jobs.evaluation.images import generate_images
 from jobs.recipes.registry import recipe_named
 from jobs.training.mobile_bundle import check_parts, publish_bundle
+from jobs.verify_bundle import verify
 from snapfusion.export.bundle import open_bundle
 from snapfusion.export.bundle_files import BundleError
 from snapfusion.export.coreml_package import describe_package
@@ -32,6 +35,7 @@ from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.settings import Licence, LicenceError, MobileSettings
 from snapfusion.mini.scenes import parse_caption
 from snapfusion.models.decoder import HalfDecoder
+from snapfusion.models.guidance_embedding import with_guidance_embedding
 from snapfusion.models.load import load
 from snapfusion.models.tokenizer import build_tokenizer
 from snapfusion.sampling import time_grid
@@ -159,6 +163,71 @@ def test_two_unet_calls_give_the_same_image(tmp_path, mobile_bundle):
         variant = made["variants"]["executorch"]
         assert variant["modules"]["unet"]["inputs"]["c"]["shape"] == [conditions, 16, 16]
         assert variant["images"]["psnr_db"] > 80
+
+
+def w_conditioned_student(**distillation):
+    """A student of two steps whose output depends on its guidance input."""
+    model = tiny_student(seed=3)
+    model.unet = with_guidance_embedding(model.unet)
+    torch.manual_seed(3)
+    nn.init.normal_(model.unet.time_embedding.cond_proj.weight, std=0.5)
+    model.distillation = {"steps": 2, "w_conditioned": True, "cfg_range": {"low": 1.0, "high": 6.0}}
+    model.distillation |= distillation
+    return model
+
+
+@pytest.fixture(scope="module")
+def w_conditioned_bundle(tmp_path_factory):
+    path = tmp_path_factory.mktemp("w-conditioned") / "bundle"
+    publish(path, settings(guidance=2.0), model=w_conditioned_student())
+    return path
+
+
+def test_w_conditioned_bundle_takes_one_pass_a_step(w_conditioned_bundle):
+    bundle, calls = open_bundle(w_conditioned_bundle), []
+    variant = bundle.manifest["variants"]["executorch"]
+    assert (bundle.manifest["conditions"], bundle.manifest["folded_guidance"]) == (1, 2.0)
+    assert variant["modules"]["unet"]["inputs"]["c"]["shape"] == [1, 16, 16]
+    assert variant["images"]["psnr_db"] > 80
+    assert bundle.sampler.guidance == 1.0
+    assert bundle.vectors.arrays["output-0"].shape == (1, 4, 8, 8)
+    programs = bundle.programs("executorch")
+    counted = dataclasses.replace(programs, unet=lambda ports: calls.append(ports) or programs.unet(ports))
+    (image,) = generate_bundle_images(bundle, counted, "red", guidance=None, seed=0, count=1)
+    assert len(calls) == 2
+    torchs = [
+        generate_images(w_conditioned_student(), ["red"], steps=2, guidance=w, seed=0, count=1)[0].astype(int)
+        for w in (2.0, 6.0)
+    ]
+    assert np.abs(image - torchs[0]).max() <= 1
+    assert np.abs(image - torchs[1]).max() > 5
+    verify(w_conditioned_bundle)
+
+
+def test_guidance_of_a_w_conditioned_bundle_is_fixed(w_conditioned_bundle, tmp_path, capsys):
+    arguments = ["red", "--bundle", str(w_conditioned_bundle), "--out", str(tmp_path / "a.png")]
+    assert generate.main([*arguments, "--guidance", "3"]) == 2
+    assert "--guidance 3: guidance 2 is compiled into this bundle" in capsys.readouterr().err
+    assert generate.main([*arguments, "--negative", "blue"]) == 2
+    assert generate.main(arguments) == 0
+
+
+def test_students_that_a_bundle_cannot_sample_are_refused(tmp_path):
+    outside = r"mobile\.guidance is 7\.5, and .* was distilled for 1 to 6"
+    assert_refused(BundleError, outside, tmp_path, settings(guidance=7.5), model=w_conditioned_student())
+    noisy = w_conditioned_student(sampler="consistency")
+    assert_refused(
+        BundleError, "the sampler consistency, and a bundle has DDIM", tmp_path, settings(), model=noisy
+    )
+
+
+def test_student_guided_by_its_teacher_takes_one_pass(tmp_path):
+    """As PCM's: an ordinary UNet that is used at w = 1."""
+    model = tiny_student(seed=3)
+    model.distillation = {"steps": 2, "cfg_range": {"low": 1.0, "high": 1.0}}
+    manifest = publish(tmp_path / "one", settings(guidance=1.0), model=model)
+    assert (manifest["conditions"], manifest["folded_guidance"]) == (1, 1.0)
+    assert manifest["variants"]["executorch"]["images"]["psnr_db"] > 80
 
 
 def test_the_miniatures_captions_describe_scenes():

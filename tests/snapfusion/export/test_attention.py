@@ -12,6 +12,7 @@ from snapfusion.export.coreml_package import describe_package
 from snapfusion.export.modules import TextProgram, unet_module
 from snapfusion.models.guidance_embedding import with_guidance_embedding
 from snapfusion.models.unet import UNetError
+from snapfusion.training.velocity import predict_velocity
 
 LAYOUTS = ("diffusers", "channels-first", "split-heads")
 SHAPES = {"condition_shape": (16, 16), "conditions": 2}
@@ -73,9 +74,18 @@ def test_channels_first_transposes_the_condition_only(tmp_path):
     assert transposes["diffusers"] >= 20
 
 
-def test_a_guidance_embedding_is_refused():
-    with pytest.raises(UNetError, match="guidance"):
-        unet_module(with_guidance_embedding(tiny_student().unet), **SHAPES)
+def test_guidance_embedding_takes_one_condition_and_w():
+    unet = with_guidance_embedding(tiny_student().unet)
+    torch.nn.init.normal_(unet.time_embedding.cond_proj.weight)
+    for given in ({}, {"w": 2.0}):
+        with pytest.raises(UNetError, match="guidance embedding: its program takes one condition"):
+            unet_module(unet, **SHAPES, **given)
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([499.0]), torch.randn(1, 16, 16)
+    with torch.inference_mode():
+        for w in (2.0, 6.0):
+            module = unet_module(unet, condition_shape=(16, 16), conditions=1, w=w)
+            expected = predict_velocity(unet, *inputs, w=torch.tensor([w]))
+            torch.testing.assert_close(module.network(*inputs), expected)
 
 
 @torch.inference_mode()
