@@ -80,16 +80,25 @@ function fillForm() {
   const cores = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
   const counts = Array.from({ length: cores }, (_, i) => i + 1);
   form.threads.append(new Option("automatic", 0), ...counts.map((count) => new Option(count)));
-  const range = manifest.distillation?.cfg_range;
-  const { low, high } = range ?? GUIDANCE_WITHOUT_RANGE;
-  Object.assign(form.guidance, { min: low, max: high });
-  element("guidance-range").textContent = range ? `distilled for ${low} to ${high}` : "";
+  fillGuidance();
   element("steps").textContent = sampler.steps.length;
   const distilled = manifest.distillation?.steps;
   element("steps-note").textContent = distilled ? `distilled for ${distilled}` : "of this bundle’s sampler";
   setRequest({ caption: manifest.captions[0], seed: gateSeed(), guidance: sampler.guidance });
   fillFromAddress();
 }
+
+/** Guidance is within what the student was distilled for; where it is a constant of the programs, it is fixed. */
+function fillGuidance() {
+  const { distillation, folded_guidance: folded } = bundle.manifest;
+  const range = distillation?.cfg_range;
+  const { low, high } = folded === undefined ? (range ?? GUIDANCE_WITHOUT_RANGE) : { low: 1, high: 1 };
+  Object.assign(form.guidance, { min: low, max: high, disabled: folded !== undefined });
+  const distilled = range ? `distilled for ${low} to ${high}` : "";
+  element("guidance-range").textContent = folded === undefined ? distilled : "compiled into this bundle";
+}
+
+const shownGuidance = (w) => bundle.manifest.folded_guidance ?? w;
 
 const gateSeed = () => bundle.manifest.identity.settings.seed;
 
@@ -117,7 +126,7 @@ function prepareCaptions() {
     form.caption.value = caption;
   });
   const check = () => {
-    element("guidance-value").textContent = Number(form.guidance.value);
+    element("guidance-value").textContent = shownGuidance(Number(form.guidance.value));
     if (!known) return;
     const words = wordsOf(form.caption.value, known);
     if (words) select(words);
@@ -158,11 +167,11 @@ async function draw() {
   const pixels = new ImageData(rgba(drawn.image), size, size);
   show(element("image"), pixels);
   element("drawn-caption").textContent =
-    `“${shortened(request.caption)}”, seed ${request.seed}, guidance ${request.guidance}`;
+    `“${shortened(request.caption)}”, seed ${request.seed}, guidance ${shownGuidance(request.guidance)}`;
   offerDownload(request);
   showTruncation(drawn.tokens);
   await showReference(request, pixels);
-  showTimes(drawn.times);
+  showTimes(drawn.times, request);
   element("result").hidden = false;
   say("ready", `Ready. ${describeProvider()}.`);
 }
@@ -192,10 +201,11 @@ async function showReference({ caption, seed, guidance }, pixels) {
     largest === 0 ? "every pixel is equal" : `× ${AMPLIFICATION}; at most ${largest} of 255, ${decibels.toFixed(1)} dB`;
 }
 
-function showTimes(times) {
+function showTimes(times, { guidance }) {
   const { manifest, sampler } = bundle;
   const { modules } = manifest.variants[form.variant.value];
-  const calls = { text_encoder: 2, unet: (2 / manifest.conditions) * sampler.steps.length, decoder: 1 };
+  const callsPerStep = manifest.conditions === 1 && guidance !== 1 ? 2 : 1;
+  const calls = { text_encoder: 2, unet: callsPerStep * sampler.steps.length, decoder: 1 };
   const oneDecimal = (value) => (value === undefined ? "" : value.toFixed(1));
   const rows = Object.entries(MODULES).map(([name, label]) => [
     label,

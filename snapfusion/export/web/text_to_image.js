@@ -89,10 +89,12 @@ export async function denoise(ort, unet, bundle, { c, noise, w = bundle.guidance
   const part = c.length / 2 * bundle.manifest.conditions;
   // end part
   const conditionShape = bundle.modules.unet.inputs.c.shape;
+  // With w = 1 the output of the empty caption, which comes first, counts for nothing.
+  const begin = w === 1 && bundle.manifest.conditions === 1 ? part : 0;
   let z = noise;
   for (const [number, step] of bundle.steps.entries()) {
     const outputs = new Float32Array(2 * z.length);
-    for (let first = 0; first < c.length; first += part) {
+    for (let first = begin; first < c.length; first += part) {
       const { output } = await unet.run({
         z_t: new ort.Tensor("float32", z, [1, ...shape]),
         t: new ort.Tensor("float32", [step.t], [1]),
