@@ -6,6 +6,7 @@ ViT-g-14 (SnapFusion Sec. 5), are open_clip models by name with a file of weight
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,7 @@ def open_clip_scorer(name: str, *, weights: Path) -> ClipScorer:
     """
     check_safetensors(weights)
     config = open_clip_config(name)
-    model = open_clip.create_model(name)
+    model = _create_model(name)
     load_pinned(model, weights, name=f"open_clip's {name}")
     preprocess = open_clip.get_model_preprocess_cfg(model)
     return ClipScorer(
@@ -147,6 +148,17 @@ def open_clip_scorer(name: str, *, weights: Path) -> ClipScorer:
         mean=tuple(preprocess["mean"]),
         std=tuple(preprocess["std"]),
     )
+
+
+def _create_model(name: str) -> open_clip.CLIP:
+    """The model with random weights, without open_clip's warning of that: they are replaced."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        return open_clip.create_model(name)
+    finally:
+        root.setLevel(level)
 
 
 def open_clip_config(name: str) -> dict[str, Any]:

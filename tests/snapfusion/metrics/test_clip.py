@@ -61,7 +61,7 @@ def test_a_folder_without_weights_is_refused(folder, tmp_path):
         load_scorer(tmp_path)
 
 
-def test_open_clip_models_are_loaded_by_name(tmp_path):
+def test_open_clip_models_are_loaded_by_name(tmp_path, caplog):
     config = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 48, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
@@ -71,7 +71,9 @@ def test_open_clip_models_are_loaded_by_name(tmp_path):
     open_clip.add_model_config(tmp_path)
     weights = tmp_path / "weights.safetensors"
     save_file(open_clip.create_model("tiny-for-this-test").state_dict(), weights)
+    caplog.clear()
     scorer = open_clip_scorer("tiny-for-this-test", weights=weights)
+    assert "initialized randomly" not in caplog.text
     assert (scorer.image_size, scorer.mean) == (48, tuple(open_clip.OPENAI_DATASET_MEAN))
     assert scorer.score(IMAGES, CAPTIONS).shape == (2,)
 
