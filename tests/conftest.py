@@ -56,7 +56,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ
 
 SLOWEST = (
     *("test_compile_mobile", "test_trainer", "test_students", "test_submit", "test_run_on_s3"),
-    *("test_execution", "test_targets", "test_coreml", "test_evolve_unet", "test_delete_rows"),
+    *(
+        "test_web_page",
+        "test_execution",
+        "test_targets",
+        "test_coreml",
+        "test_evolve_unet",
+        "test_delete_rows",
+    ),
     *("test_benchmark", "test_opens_and_resumes", "test_measure_efficiency", "test_train_mini"),
     *("test_train_efficient", "test_exits", "test_compare_chance", "test_isolation"),
     *("test_store_faults", "test_downloads", "test_mini_weights"),
