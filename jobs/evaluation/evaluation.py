@@ -98,9 +98,9 @@ def _tune(maker: TableMaker, compared: CaptionList) -> Choice | None:
     if (tuning := settings.tuning) is None:
         return None
     listed = list_captions(tuning.prompts, tuning.references)
-    check_enough(listed, settings)
     names = (f"prompts {settings.prompts.name!r}", f"tuning.prompts {tuning.prompts.name!r}")
     check_disjoint(compared.rows, listed.rows, names=names)
+    check_enough(listed, settings)
     evaluated = maker.evaluate(settings.contenders, listed=listed, name="tuning-references")
     return choose(settings.contenders, evaluated)
 

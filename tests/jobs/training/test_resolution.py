@@ -180,7 +180,7 @@ def test_validation_uses_the_trained_size():
         check_validation(DISTILL.validation, size=48)
     settings = DISTILL.validation.model_copy(update={"drawing": SamplingSettings(size=32)})
     check_validation(settings, size=48)
-    common = {"every": 1, "model": "mini-v", "steps": 2, "device": CPU, "threads": 1}
+    common = {"every": 1, "model": "mini-v", "distillation": None, "device": CPU, "threads": 1}
     for given, size in ((DISTILL.validation, 48), (settings, 32)):
         assert Validator(settings=given, size=48, **common)._networks.bundle.image_size == size
 

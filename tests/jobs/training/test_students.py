@@ -259,7 +259,7 @@ def test_validation_keeps_the_best_weights(student):
     assert metrics["best"] == {"by": "fid", **lowest}
     best = load(str(out / "best"))
     assert best.fingerprint()["unet"] == metrics["weights"]["best"]
-    sampling = {"size": 32, "steps": 4, "device": torch.device("cpu"), "threads": 1}
+    sampling = {"size": 32, "distillation": best.distillation, "device": torch.device("cpu"), "threads": 1}
     validator = Validator(settings=DISTILL.validation, every=2, model=str(out / "raw"), **sampling)
     assert validator(best.unet.state_dict()).record["points"] == metrics["best"]["points"]
     with Image.open(out / "watch" / "step-00000004.png") as grid:
