@@ -1,9 +1,11 @@
 """Serves files over HTTP on this machine only, with the headers that threads of WebAssembly need."""
 
+import sys
 from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 HOST = "127.0.0.1"
@@ -52,6 +54,11 @@ class Site(ThreadingHTTPServer):
     def __init__(self, files: Mapping[str, Path], *, front: str, port: int) -> None:
         self.files, self.front = dict(files), front
         super().__init__((HOST, port), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - the base class's
+        """Report an error, but for a browser that goes away before it has all of a file."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

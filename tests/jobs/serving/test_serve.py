@@ -4,6 +4,7 @@ import http.client
 import json
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -60,6 +61,20 @@ def answer(connection, path, **headers):
     connection.request("GET", path, headers=headers)
     got = connection.getresponse()
     return got.status, got.headers, got.read()
+
+
+def test_a_browser_that_goes_away_prints_nothing(tmp_path, capfd):
+    large, small = tmp_path / "large", tmp_path / "small"
+    large.write_bytes(bytes(1 << 25))
+    small.write_bytes(b"here")
+    with served({"large": large, "small": small}) as connection:
+        with socket.create_connection(("127.0.0.1", connection.port)) as leaving:
+            # It closes with a reset.
+            leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            leaving.sendall(b"GET /large HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            leaving.recv(1)
+        assert answer(connection, "/small")[2] == b"here"
+    assert capfd.readouterr().err == ""
 
 
 def test_the_front_page_is_the_bundles(bundle):
