@@ -171,7 +171,6 @@ class TrainingCosts:
     ) -> StageCost:
         loop, trainer, weights = settings.loop, settings.trainer, network.parameters * WEIGHT_BYTES
         averages = 0 if loop.ema_decay is None else 1
-        read, published = loaded / WEIGHT_BYTES, output_bytes / WEIGHT_BYTES
         checkpoints = ceil_div(loop.num_steps, trainer.checkpoint_every) * trainings
         steps = trainings * loop.num_steps
         update = Work(kind="update", units=steps * network.parameters / 1e6, replicated=True)
@@ -201,11 +200,11 @@ class TrainingCosts:
                 # Weights, AdamW's two moments, and the moving average.
                 checkpoint_bytes=(weights, 2 * weights, *(averages * (weights,))),
             ),
-            driver=DriverCost(
-                # The last weights are read, and a model; it is saved, and copied into its folder.
-                works=(_saves(trainings * (1 + averages) * network.parameters + read + 2 * published),),
-                # Before the training its models are loaded; after it a model is, beside the last checkpoints.
-                peak_bytes=loaded + max(beside_bytes, trainings * (1 + averages) * weights),
+            driver=_driver(
+                weights=trainings * (1 + averages) * weights,
+                loaded=loaded,
+                output_bytes=output_bytes,
+                beside_bytes=beside_bytes,
             ),
             peak_bytes=training_memory(
                 parameters=network.parameters,
@@ -220,6 +219,16 @@ class TrainingCosts:
     def _evaluated(self, settings: UNetTrainingSettings) -> float:
         """Held-out rows that an evaluation takes."""
         return min(settings.evaluation_rows, self.rows * settings.loader.held_out)
+
+
+def _driver(*, weights: float, loaded: float, output_bytes: float, beside_bytes: float) -> DriverCost:
+    """The driver of a training whose last checkpoints hold so many bytes of `weights`."""
+    return DriverCost(
+        # The last weights are read, and a model; it is saved, and copied into its folder.
+        works=(_saves((weights + loaded + 2 * output_bytes) / WEIGHT_BYTES),),
+        # Before the training its models are loaded; after it a model is, beside the last checkpoints.
+        peak_bytes=loaded + max(beside_bytes, weights),
+    )
 
 
 def _saves(numbers: float) -> Work:

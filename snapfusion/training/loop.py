@@ -241,6 +241,7 @@ def _bind(
         network, model = networks[MODEL], models[MODEL]
 
         def only(number: int) -> _Step:
+            """The step of the only network."""
             losses = partial(objective, model, step=number)
             return _Step(number=number, name=MODEL, network=network, model=model, losses=losses)
 
@@ -249,6 +250,7 @@ def _bind(
     averages = {name: _averaged(networks, name) for name in objective.averages}
 
     def of_turn(number: int) -> _Step:
+        """The step of the network whose turn it is; the others, and averages, are read."""
         if (name := objective.turn(number)) not in networks:
             raise StateError(f"step {number} trains {name!r}; the networks are {', '.join(networks)}")
         view = Networks(trained=models[name], bare=bare, averages=averages)

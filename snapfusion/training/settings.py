@@ -1,6 +1,6 @@
 """Settings of the training loop and of the objectives; importable without torch."""
 
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -167,6 +167,16 @@ class ConsistencySettings(Settings):
     cfg_range: CfgRange
     huber_c: PositiveFloat = 0.001
 
+    def _targets(self, **changes: Any) -> StepDistillationSettings:  # noqa: ANN401 - settings
+        """Settings of the teacher's x over one interval of the fine grid."""
+        shared: dict[str, Any] = {
+            "student_steps": self.points,
+            "k": 1,
+            "cfg_range": self.cfg_range,
+            "gamma": 0.0,
+        }
+        return StepDistillationSettings(**shared | changes)
+
 
 class LcmSettings(ConsistencySettings):
     """Settings of the latent consistency loss (Luo et al. 2023); the defaults are those of its script.
@@ -201,15 +211,7 @@ class LcmSettings(ConsistencySettings):
     @property
     def targets(self) -> StepDistillationSettings:
         """Settings of the teacher's x, which is guided."""
-        return StepDistillationSettings(
-            student_steps=self.points,
-            k=1,
-            cfg_range=self.cfg_range,
-            cfg_probability=1.0,
-            caption_dropout=0.0,
-            gamma=0.0,
-            w_conditioned=True,
-        )
+        return self._targets(cfg_probability=1.0, caption_dropout=0.0, w_conditioned=True)
 
 
 class PcmSettings(ConsistencySettings):
@@ -248,11 +250,5 @@ class PcmSettings(ConsistencySettings):
     @property
     def targets(self) -> StepDistillationSettings:
         """Settings of the teacher's x."""
-        return StepDistillationSettings(
-            student_steps=self.points,
-            k=1,
-            cfg_range=self.cfg_range,
-            cfg_probability=float(self.guided),
-            caption_dropout=0.0 if self.guided else self.caption_dropout,
-            gamma=0.0,
-        )
+        dropout = 0.0 if self.guided else self.caption_dropout
+        return self._targets(cfg_probability=float(self.guided), caption_dropout=dropout)
