@@ -53,6 +53,6 @@ $(INSTALLED): pyproject.toml infra/constraints.txt infra/setup.sh
 	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" infra/setup.sh
 	@touch $@
 
-$(DOWNLOADER): infra/img2dataset/requirements.txt infra/img2dataset/setup.sh | $(INSTALLED)
+$(DOWNLOADER): infra/img2dataset/requirements.txt infra/img2dataset/setup.sh
 	@PYTHON="$(PYTHON)" infra/img2dataset/setup.sh
 	@touch $@

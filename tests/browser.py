@@ -98,8 +98,10 @@ class Page:
 
     def __init__(self, browser, *, width=1200):
         self._browser = browser
-        target = browser.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._target = browser.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = browser.call("Target.attachToTarget", targetId=self._target, flatten=True)[
+            "sessionId"
+        ]
         self._sessions, self.requests, self.errors = {self._session}, [], []
         browser.listeners.append(self._hear)
         self._follow(self._session)
@@ -116,6 +118,11 @@ class Page:
             deviceScaleFactor=1,
             mobile=False,
         )
+
+    def close(self):
+        """End the page and its process."""
+        self._browser.listeners.remove(self._hear)
+        self._browser.call("Target.closeTarget", targetId=self._target)
 
     def open(self, url):
         """Go to an address."""

@@ -18,7 +18,7 @@ from pipelines.tables.table import open_table
 SIZES = {
     "sd15": ("random:sd15-v", 64, 19),
     "sd2": ("random:sd2", 96, 21),
-    "own": ("random:sd15-v", 64, 19),
+    "own": ("random:sd15-v", 64, 20),
 }
 ROWS = 2
 THREADS = 2

@@ -87,7 +87,9 @@ def url(bundle):
 
 @pytest.fixture
 def page(browser):
-    return Page(browser)
+    page = Page(browser)
+    yield page
+    page.close()
 
 
 def opened(page, url, *, state="ready"):
