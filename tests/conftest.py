@@ -75,6 +75,7 @@ SLOWEST = (
     *("test_efficient_unet_document", "test_plan_workload", "test_top_up", "test_robustness"),
 )
 """The slowest files by their time. They come first: else the last of them would run while a core is idle."""
+FILES_ON_RAY = pytest.StashKey[set[Path]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,14 +88,27 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
+@pytest.hookimpl(trylast=True)  # when those that -m leaves out are gone
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sort the slowest files to the front, or leave them out."""
+    """Sort files that need Ray to the front, then the slowest; or leave both out."""
     if config.getoption("quick"):
         left_out = [item for item in items if item.path.stem in SLOWEST or item.get_closest_marker("ray")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+    config.stash[FILES_ON_RAY] = {item.path for item in items if item.get_closest_marker("ray")}
     rank = {name: number for number, name in enumerate(SLOWEST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(SLOWEST)))
+    items.sort(key=lambda item: (not _is_on_ray(item), rank.get(item.path.stem, len(SLOWEST))))
+
+
+def _is_on_ray(item: pytest.Item) -> bool:
+    return item.path in item.config.stash[FILES_ON_RAY]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """End the cluster at the first file that needs none, beside which its idle processes would go on."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized() and not _is_on_ray(item):
+        ray.shutdown()
 
 
 def pytest_collection_finish() -> None:

@@ -156,6 +156,7 @@ def test_processes_side_by_side_give_the_same_bytes(tmp_path, monkeypatch):
     assert one == two
 
 
+@pytest.mark.slow
 def test_two_unet_calls_give_the_same_image(tmp_path, mobile_bundle):
     one = publish(tmp_path / "one", settings(conditions=1))
     two = open_bundle(mobile_bundle).manifest

@@ -77,7 +77,13 @@ def test_the_table_has_every_sampler():
     assert f"{CAPTIONS} held-out captions" in DOCUMENT
 
 
-@pytest.mark.parametrize(("model", "steps", "sampler"), documented_table())
+@pytest.mark.parametrize(
+    ("model", "steps", "sampler"),
+    [
+        pytest.param(*cell, marks=[pytest.mark.slow] if cell[1] == 50 and cell[2] != "ddim" else [])
+        for cell in documented_table()
+    ],
+)
 def test_a_cell_of_the_table(model, steps, sampler, models):
     scenes = [scene_of(HELD_OUT + number) for number in range(CAPTIONS)]
     sampling = {"steps": steps, "guidance": 4.0, "seed": 0, "count": 1, "solver": sampler}

@@ -364,6 +364,7 @@ CHOOSE = """(() => {
 })()"""
 
 
+@pytest.mark.slow
 def test_a_browser_without_simd_is_told(bundle, tmp_path):
     with served(bundle) as url, chromium(tmp_path / "profile", WITHOUT_SIMD) as old:
         page = opened(Page(old), url, state="failed")

@@ -84,7 +84,9 @@ def sd_like(monkeypatch):
     return "random:small"
 
 
-@pytest.mark.parametrize("size", [256, 512, 768])
+@pytest.mark.parametrize(
+    "size", [pytest.param(256, marks=pytest.mark.slow), 512, pytest.param(768, marks=pytest.mark.slow)]
+)
 def test_the_same_recipe_at_256_512_and_768(sd_like, tmp_path, size):
     bundle = load(sd_like)
     assert (bundle.image_size, bundle.granularity, bundle.cell) == (512, 64, 8)

@@ -330,6 +330,8 @@ def test_verdicts_on_other_shard_are_refused(folder, tmp_path):
 # ---- Ray
 
 
+# In CI test_targets does so with TARGETS.
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ray_writes_equal_bytes(ray_cluster, folder, tmp_path):
     expected = data_files(find(folder, settings=EVERYTHING, name="alone").url)

@@ -207,9 +207,17 @@ def kill_at(monkeypatch, module, function: str, *, after: int) -> None:
     ("module", "function", "after"),
     [
         *((rewrite, "write_unit", after) for after in (1, 4)),
-        *((rewrite, "replace_units", after) for after in (1, 2, 3)),
-        *((commits, "rewrite_siblings", after) for after in (1, 2, 3)),
-        *((commits, "_rewrite_rows", after) for after in (2, 4, 6)),
+        *((rewrite, "replace_units", after) for after in (1, 2)),
+        *((commits, "rewrite_siblings", after) for after in (2,)),
+        *((commits, "_rewrite_rows", after) for after in (4,)),
+        *(
+            pytest.param(*kill, marks=pytest.mark.slow)
+            for kill in (
+                (rewrite, "replace_units", 3),
+                *((commits, "rewrite_siblings", after) for after in (1, 3)),
+                *((commits, "_rewrite_rows", after) for after in (2, 6)),
+            )
+        ),
     ],
 )
 def test_killed_deletion_ends_like_an_unkilled_one(run, whole_run, monkeypatch, module, function, after):

@@ -179,6 +179,7 @@ def test_unets_do_not_warn(architecture):
     build_unet(architecture)(*UNET_INPUTS)
 
 
+@pytest.mark.slow
 def test_executorch_runs_a_unet():
     """One of few blocks, since compiling all takes a minute."""
     kept = ("down_blocks.0.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")

@@ -64,6 +64,7 @@ def test_the_model_is_unchanged_and_shares_its_weights():
     assert {tensor.data_ptr() for tensor in network.state_dict().values()} == before
 
 
+@pytest.mark.slow
 def test_channels_first_transposes_the_condition_only(tmp_path):
     transposes = {}
     for layout in LAYOUTS:

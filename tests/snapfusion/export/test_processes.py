@@ -131,6 +131,7 @@ with worker_processes(2) as executor:
 """
 
 
+@pytest.mark.slow
 def test_processes_end_with_one_that_is_killed():
     with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True) as parent:
         pids = [int(word) for word in parent.stdout.readline().split()]

@@ -78,7 +78,9 @@ def test_a_complete_training_is_not_repeated(trained):
     assert read_manifest(trained / "weights") == before
 
 
-@pytest.mark.parametrize("stage", ["oracle", "velocity", "noisy_velocity"])
+@pytest.mark.parametrize(
+    "stage", ["oracle", "velocity", pytest.param("noisy_velocity", marks=pytest.mark.slow)]
+)
 def test_a_killed_stage_resumes_to_identical_weights(trained, tmp_path, stage):
     """Killed after step 3 of 5, with a checkpoint of step 2, and resumed."""
     settings = TINY.model_copy(update={stage: shortened(stage, samples=30)})

@@ -30,6 +30,7 @@ from snapfusion.models.load import load
 BATCHES = held_out_batches(200, split="test")
 MEASURED = Path(__file__).parents[3] / "docs" / "miniature"
 MODELS = {"sd": "mini", "sd-v": "mini-v"}
+BOTH = [pytest.param("sd", marks=pytest.mark.slow), "sd-v"]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_vae_reconstructs_held_out_images(teacher):
     assert measure_vae(teacher, BATCHES[:1])["psnr_db"].value >= 34.0
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BOTH)
 def test_generated_images_match_their_captions(teacher, evaluator, name):
     """And guidance makes them, at 8 steps to save time. Two hundred images bias both distances upward."""
     model, sampler = load(MODELS[name]), SamplerConfig(solver="ddim", steps=8, w=2.0)
@@ -131,7 +132,7 @@ def test_generated_images_match_their_captions(teacher, evaluator, name):
     assert metrics["fid"].value <= 3 * measure_floor(teacher, evaluator=evaluator)["fid_vae"].value
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BOTH)
 def test_every_kind_of_block_matters(name):
     """Without the blocks of any row of Table 3 the velocity's error increases."""
     ratios = measure_blocks(load(MODELS[name]), BATCHES, seed=0)
