@@ -1,12 +1,13 @@
 """Cost of an evaluation: passes of contenders, images, what the metric networks see, and the distances."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from jobs.evaluation.distance_costs import distances_cost
 from jobs.evaluation.settings import EvaluationSettings
 from pipelines.costs.stage import StageCost, Work, ceil_div, pool_group, unet_passes, vae_decodes
 from pipelines.datasets.costs import TEXT_BYTES, table_cost, with_captions
+from snapfusion.metrics.lpips import lpips_gmacs
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.network_sizes import NetworkSizes
 
@@ -30,7 +31,7 @@ def evaluation_cost(
     ]
     works.append(vae_decodes(images, sizes=sizes))
     works.append(Work(kind="judge", units=images + settings.num_references))
-    distances = distances_cost(settings)
+    distances, lpips = distances_cost(settings), _lpips_work(settings, side=sizes.bundle.image_size)
     unet_bytes = sizes.unet_bytes(sizes.architecture, trained=False)
     stage = table_cost(
         "evaluate",
@@ -48,7 +49,16 @@ def evaluation_cost(
     tabled = with_captions(stage, settings.prompts.num_images).driver
     driver = replace(
         distances,
-        works=(*tabled.works, *distances.works),
+        works=(*tabled.works, *distances.works, *lpips),
         peak_bytes=max(tabled.peak_bytes, distances.peak_bytes),
     )
     return replace(stage, driver=driver)
+
+
+def _lpips_work(settings: EvaluationSettings, *, side: int) -> Iterator[Work]:
+    """LPIPS of the images of every point, if it is measured; of `side` pixels."""
+    if settings.lpips is not None:
+        prompts = settings.prompts
+        captions = min(settings.lpips.captions, prompts.num_images // prompts.draws)
+        images = settings.num_points * captions * prompts.draws
+        yield Work(kind="lpips_image", units=images, gmacs=lpips_gmacs(settings.lpips.network, side=side))

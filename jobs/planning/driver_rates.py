@@ -27,6 +27,7 @@ from pipelines.tables.schemas import references_schema
 from pipelines.tables.table import create_table, open_table
 from pipelines.tables.units import FinishedRows, Unit
 from snapfusion.metrics.kernel import KernelReference, KernelSums
+from snapfusion.metrics.lpips import Lpips, lpips_gmacs
 from snapfusion.metrics.moments import Moments
 from snapfusion.metrics.neighbors import NeighborReference
 from snapfusion.metrics.subset_distances import ReferenceSpace, packed_size
@@ -40,6 +41,8 @@ _IMAGES = 1_000
 """Compared with each other, and summed."""
 _NUMBERS = 4_000_000
 """Of a checkpoint's weights."""
+_LPIPS_IMAGES, _LPIPS_SIDE = 5, 128
+"""Of one caption, and their pixels a side."""
 
 
 def driver_mib() -> float:
@@ -52,6 +55,7 @@ def measure_driver(*, url: str, features: int) -> Iterator[tuple[WorkKind, Rate]
     yield from _table_rates(f"{url}/table", features=features)
     yield "save_weights", Rate(seconds=_seconds_to_save(f"{url}/weights"))
     yield from _distance_rates(features)
+    yield "lpips_image", _lpips_rate()
 
 
 def _table_rates(url: str, *, features: int) -> Iterator[tuple[WorkKind, Rate]]:
@@ -125,6 +129,16 @@ def _distance_rates(width: int) -> Iterator[tuple[WorkKind, Rate]]:
         neighbors.compare(vectors)
 
     yield "image_pair", _rate(_cpu_seconds(compare) / (4 * _IMAGES**2), macs=width)
+
+
+def _lpips_rate() -> Rate:
+    network = Lpips("alex")
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.01)
+    shape = (_LPIPS_IMAGES, 3, _LPIPS_SIDE, _LPIPS_SIDE)
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    seconds = _cpu_seconds(lambda: network.pairwise(images)) / _LPIPS_IMAGES
+    return _rate(seconds, macs=1e9 * lpips_gmacs("alex", side=_LPIPS_SIDE))
 
 
 _cpu_seconds = partial(timings.median_seconds, clock=time.process_time)

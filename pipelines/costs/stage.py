@@ -27,6 +27,7 @@ WorkKind = Literal[
     "sum_features",
     "subset_distance",
     "image_pair",
+    "lpips_image",
 ]
 """The unit of each kind of work.
 
@@ -52,6 +53,7 @@ read_features    10^6 numbers of images' features, read from a table and hashed
 sum_features     an image's features, added to the sums of its group
 subset_distance  the Frechet distance of a subset of images to the real ones, from such sums
 image_pair       two images whose features are compared, by the kernel of KID or as neighbours
+lpips_image      an image through the network of LPIPS, compared with the other images of its caption
 """
 
 ALLOCATOR_SLACK = 1.2

@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import alexnet, vgg16
 
 from snapfusion.metrics.pinned import load_pinned
@@ -110,6 +111,14 @@ class _Heads(nn.Module):
     def weights(self) -> Iterator[Tensor]:
         """Each layer's weights [C]."""
         return (parameter.flatten() for parameter in self.parameters())
+
+
+def lpips_gmacs(network: LpipsNetwork, *, side: int) -> float:
+    """10^9 multiply-accumulates of the backbone for one image of `side` pixels a side."""
+    image = torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        Lpips(network).to("meta").pairwise(image)
+    return counter.get_total_flops() / 2e9
 
 
 def load_lpips(network: LpipsNetwork, *, backbone: Path, heads: Path) -> Lpips:

@@ -96,6 +96,20 @@ def test_points_of_the_papers_evaluation(sd15):
     assert distances.bytes_on(64) - distances.bytes_on(0) == 21 * 2 * 2_048**2 * 8
     # The model that was loaded before took more.
     assert driver.peak_bytes > distances.peak_bytes
+    assert units(driver, "lpips_image") == 0
+
+
+def test_lpips_is_of_the_first_captions_of_every_point():
+    settings = (
+        'evaluation.lpips={"network":"vgg","backbone":"b","heads":"h","captions":3}',
+        *("evaluation.prompts.draws=5", "evaluation.samples.drawing.images=true"),
+    )
+    planned = workload("mini", settings=settings, plan=('steps=["evaluate"]',))
+    (stage,) = planned.stages()
+    (work,) = (work for work in stage.driver.works if work.kind == "lpips_image")
+    assert work.units == planned.job.recipe.evaluation.num_points * 3 * 5
+    # VGG16's convolutions, whose work grows with the area, at the miniature's 32 px.
+    assert work.gmacs == pytest.approx(15.3466 * (32 / 224) ** 2, rel=1e-3)
 
 
 def small_evaluation(*, draws: int) -> EvaluationSettings:

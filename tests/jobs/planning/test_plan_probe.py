@@ -15,6 +15,7 @@ from jobs.recipes.stable_diffusion import sd15
 from jobs.training.progress_channel import seconds_per_step
 from pipelines.ray_data.execution import PipelineStage
 from pipelines.ray_data.settings import Pool
+from snapfusion.metrics.lpips import lpips_gmacs
 from snapfusion.models.architecture import efficient_architecture
 from snapfusion.models.load import load
 from snapfusion.models.network_sizes import network_sizes
@@ -65,9 +66,10 @@ def test_driver_works_are_measured(job, tmp_path):
     found = dict(measure_driver(url=str(tmp_path), features=16))
     assert set(found) == {
         *("commit", "save_weights", "read_features"),
-        *("sum_features", "subset_distance", "image_pair"),
+        *("sum_features", "subset_distance", "image_pair", "lpips_image"),
     }
     sized = {kind: rate.gmacs for kind, rate in found.items() if rate.gmacs is not None}
+    assert sized.pop("lpips_image") == lpips_gmacs("alex", side=128)
     assert sized == {"sum_features": 16**2 / 1e9, "subset_distance": 16**3 / 1e9, "image_pair": 16 / 1e9}
     assert all(rate.seconds > 0 for rate in found.values())
 
