@@ -49,11 +49,11 @@ class AdversarialObjective:
     averages = (MODEL, CRITIC)
 
     def turn(self, step):
-        return CRITIC if step % 3 else MODEL
+        return (CRITIC,) if step % 3 else (MODEL,)
 
     def __call__(self, networks, batch, *, step):
-        if self.turn(step) == MODEL:
-            image = networks.trained(batch["latent"])
+        if MODEL in self.turn(step):
+            image = networks.trained[MODEL](batch["latent"])
             with torch.no_grad():
                 target = networks.averages[MODEL](batch["latent"])
                 before = mean(networks.bare[MODEL](batch["latent"]))
@@ -63,5 +63,5 @@ class AdversarialObjective:
         with torch.no_grad():
             fake = networks.averages[MODEL](batch["latent"])
             steady = networks.averages[CRITIC](fake)
-        real, found = networks.trained(torch.cat([stored_images(batch), fake])).chunk(2)
+        real, found = networks.trained[CRITIC](torch.cat([stored_images(batch), fake])).chunk(2)
         return mean((real - 1.0).square() + (found + 1.0).square() + 0.1 * (found - steady).square())

@@ -42,7 +42,7 @@ def held_out_loss(
     for held_out in batches:
         batch = held_out.to(device)
         if isinstance(objective, LcmObjective):
-            networks = Networks(trained=unet, bare={MODEL: unet}, averages={MODEL: unet})
+            networks = Networks(trained={MODEL: unet}, bare={MODEL: unet}, averages={MODEL: unet})
             losses.append(objective(networks, batch, step=EVALUATION_STEP))
         else:
             losses.append(objective(unet, batch, step=EVALUATION_STEP))

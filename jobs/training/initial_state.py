@@ -23,7 +23,7 @@ def initial_state(training: Training, *, sharded: bool = False) -> TrainState:
         whole = copy.deepcopy(model)
         return shard(whole, device=next(model.parameters()).device) if sharded else whole
 
-    networks = {MODEL: training.model, **{name: model for name, (model, _) in training.others.items()}}
+    networks = training.networks
     objective = training.objective
     averages = objective.averages if isinstance(objective, NetworksObjective) else ()
     averaged = {name: copied(networks[name]) for name in averages}

@@ -12,6 +12,7 @@ from torch import nn
 from snapfusion.settings import differences
 from snapfusion.training.batch import Batch
 from snapfusion.training.loop import AnyObjective
+from snapfusion.training.networks import MODEL
 from snapfusion.training.settings import LoopSettings, NetworkSettings
 
 
@@ -92,6 +93,11 @@ class Training:
     validation: Validation | None = None
     skips_blocks: bool = False
     others: Mapping[str, tuple[nn.Module, NetworkSettings]] = field(default_factory=dict)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """All networks that are trained, by name."""
+        return {MODEL: self.model, **{name: model for name, (model, _) in self.others.items()}}
 
 
 TrainingFactory = Callable[..., Iterable[Training]]

@@ -60,8 +60,8 @@ class TrainingResult:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The last checkpoint, verified, without the optimizer."""
-        return CheckpointStore(self.store_url).load(self.step, without=("optimizer",))
+        """The last checkpoint, verified, with the weights of the published network alone."""
+        return CheckpointStore(self.store_url).load(self.step, only=("model", "ema", "best"))
 
     @property
     def curve(self) -> list[dict[str, float]]:
@@ -250,12 +250,13 @@ def _run_training(
             ),
         )
     # Gathers sharded weights, so every rank must call it.
-    evaluation, weights = {}, state.final_weights()
+    evaluation, weights = {}, {name: network.final_weights() for name, network in state.networks.items()}
     if rank == 0:
         # Twice the networks' size, which the evaluation may need.
         for network in state.networks.values():
             network.optimizer.state.clear()
-        training.model.load_state_dict(weights)
+        for name, model in training.networks.items():
+            model.load_state_dict(weights[name])
         evaluation = training.evaluate()
     return TrainingResult(
         store_url=store.url,

@@ -89,8 +89,8 @@ class CheckpointStore:
             raise CheckpointError(f"{folder} is incomplete after writing; is the store full?")
         self._prune(step)
 
-    def load(self, step: int, *, without: Collection[str] = ()) -> Checkpoint:
-        """Load the checkpoint of `step`, except the groups of tensors in `without`.
+    def load(self, step: int, *, only: Collection[str] | None = None) -> Checkpoint:
+        """Load the checkpoint of `step`, or `only` these groups of its tensors.
 
         Raises:
             CheckpointError: if it is missing, incomplete or altered.
@@ -100,7 +100,7 @@ class CheckpointStore:
         tensors = {
             PurePosixPath(name).stem: self._get(f"{folder}/{name}", sha256=entry["sha256"])
             for name, entry in manifest["files"].items()
-            if PurePosixPath(name).stem not in without
+            if only is None or PurePosixPath(name).stem in only
         }
         return Checkpoint(step=manifest["step"], tensors=tensors, values=manifest["values"])
 

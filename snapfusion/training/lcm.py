@@ -31,14 +31,14 @@ class LcmObjective:
     def __init__(self, settings: LcmSettings, *, targets: TargetSource, schedule: Schedule) -> None:
         self._settings, self._targets, self._schedule = settings, targets, schedule
 
-    def turn(self, step: int) -> str:
+    def turn(self, step: int) -> tuple[str, ...]:
         """The student, at each step."""
-        return MODEL
+        return (MODEL,)
 
     def __call__(self, networks: Networks, batch: Batch, *, step: int) -> Tensor:
         """Return the loss of each row, float32 [B]."""
         rows = self._targets(batch, guided=True, step=step)
-        return self.loss(networks.trained, rows, average=networks.averages[MODEL])
+        return self.loss(networks.trained[MODEL], rows, average=networks.averages[MODEL])
 
     def loss(self, model: nn.Module, rows: DistillationBatch, *, average: nn.Module) -> Tensor:
         """The loss of guided rows, float32 [B]; `average` is called without a gradient."""

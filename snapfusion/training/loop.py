@@ -4,13 +4,13 @@ Under torch.distributed each rank passes its share of every global batch, and ne
 DistributedDataParallel or sharded (FSDP). Shares may differ in size; the gradient is that of the mean over
 all rows.
 
-Of several networks a step trains one, and whose turn it is follows from the step.
+Of several networks a step trains one or some, by one loss; whose turn it is follows from the step.
 """
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -50,11 +50,14 @@ class NetworksObjective(Protocol):
     def averages(self) -> Collection[str]:
         """Names of the networks whose averages it reads."""
 
-    def turn(self, step: int) -> str:
-        """Return the name of the network that a step trains: a function of the step alone."""
+    def turn(self, step: int) -> tuple[str, ...]:
+        """Return the names of the networks that a step trains: a function of the step alone.
+
+        The step is reported under the first one.
+        """
 
     def __call__(self, networks: Networks, batch: Batch, *, step: int) -> Tensor:
-        """Return the loss of each row for the network whose turn it is, float32 [B]; changes no network."""
+        """Return the loss of each row for the networks whose turn it is, float32 [B]; changes no network."""
 
 
 AnyObjective = Objective | NetworksObjective
@@ -80,13 +83,13 @@ class StepResult:
 
     Attributes:
         step: its number, counted from 1.
-        network: name of the network that was trained.
+        network: name of the network that was trained; of several, the first.
         loss: mean over the global batch.
-        grad_norm: norm of the whole gradient, before clipping.
+        grad_norm: norm of its whole gradient, before clipping.
         learning_rate: its rate.
         seconds: wall time, including the wait for data.
         data_seconds: time that this rank waited for its batch.
-        metrics: of the objective, if it is stateful.
+        metrics: of the objective, if it is stateful; and NAME/grad_norm of the other networks trained.
     """
 
     step: int
@@ -189,20 +192,25 @@ def train(
         batch = next(batches)
         data_seconds = time.perf_counter() - start
         step = bind(state.step)
-        rate = learning_rate(state.step, num_steps=settings.num_steps, settings=step.network.settings)
+        rates = {
+            name: learning_rate(state.step, num_steps=settings.num_steps, settings=network.settings)
+            for name, network in step.networks.items()
+        }
         with read_only(step.others, averages=step.averages):
             loss = _accumulate(step, batch, settings=settings, micro_batch=micro_batch)
-        grad_norm = _update(step, batch, rate=rate)
+        norms = _update(step, batch, rates=rates)
         state.step += 1
-        metrics: Mapping[str, float] = {}
+        first, *beside = norms
+        metrics = {f"{name}/grad_norm": norms[name] for name in beside}
         if stateful is not None:
-            metrics, state.objective_state = stateful.end_step(), stateful.state_dict()
+            metrics |= stateful.end_step()
+            state.objective_state = stateful.state_dict()
         result = StepResult(
             step=state.step,
-            network=step.name,
+            network=first,
             loss=loss,
-            grad_norm=grad_norm,
-            learning_rate=rate,
+            grad_norm=norms[first],
+            learning_rate=rates[first],
             seconds=time.perf_counter() - start,
             data_seconds=data_seconds,
             metrics=metrics,
@@ -212,12 +220,11 @@ def train(
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """A step: its number, the network that it trains by a loss, and the networks that it may read."""
+    """A step: its number, the networks that it trains by a loss, and those that it may read."""
 
     number: int
-    name: str
-    network: TrainedNetwork
-    model: nn.Module
+    networks: Mapping[str, TrainedNetwork]
+    models: Mapping[str, nn.Module]
     losses: Callable[[Batch], Tensor]
     others: Collection[TrainedNetwork] = ()
     averages: Collection[nn.Module] = ()
@@ -226,7 +233,7 @@ class _Step:
 def _bind(
     objective: AnyObjective, state: TrainState, *, wrapped: Mapping[str, nn.Module]
 ) -> Callable[[int], _Step]:
-    """Return the function that gives each step its network and its loss."""
+    """Return the function that gives each step its networks and its loss."""
     networks = state.networks
     # The state holds bare networks, so that names of tensors do not depend on the number of ranks.
     models = {name: wrapped.get(name, network.model) for name, network in networks.items()}
@@ -238,29 +245,29 @@ def _bind(
     if not isinstance(objective, NetworksObjective):
         if len(networks) > 1:
             raise StateError(f"the objective does not say whose turn a step is, of {', '.join(networks)}")
-        network, model = networks[MODEL], models[MODEL]
 
         def only(number: int) -> _Step:
             """The step of the only network."""
-            losses = partial(objective, model, step=number)
-            return _Step(number=number, name=MODEL, network=network, model=model, losses=losses)
+            losses = partial(objective, models[MODEL], step=number)
+            return _Step(number=number, networks=networks, models=models, losses=losses)
 
         return only
     bare = {name: network.model for name, network in networks.items()}
     averages = {name: _averaged(networks, name) for name in objective.averages}
 
     def of_turn(number: int) -> _Step:
-        """The step of the network whose turn it is; the others, and averages, are read."""
-        if (name := objective.turn(number)) not in networks:
-            raise StateError(f"step {number} trains {name!r}; the networks are {', '.join(networks)}")
-        view = Networks(trained=models[name], bare=bare, averages=averages)
+        """The step of the networks whose turn it is; the others, and averages, are read."""
+        turn = objective.turn(number)
+        for name in turn:
+            if name not in networks:
+                raise StateError(f"step {number} trains {name!r}; the networks are {', '.join(networks)}")
+        trained = {name: models[name] for name in turn}
         return _Step(
             number=number,
-            name=name,
-            network=networks[name],
-            model=models[name],
-            losses=partial(objective, view, step=number),
-            others=[network for other, network in networks.items() if other != name],
+            networks={name: networks[name] for name in turn},
+            models=trained,
+            losses=partial(objective, Networks(trained=trained, bare=bare, averages=averages), step=number),
+            others=[network for name, network in networks.items() if name not in turn],
             averages=averages.values(),
         )
 
@@ -277,14 +284,15 @@ def _averaged(networks: Mapping[str, TrainedNetwork], name: str) -> nn.Module:
 
 def _accumulate(step: _Step, batch: Batch, *, settings: LoopSettings, micro_batch: int) -> float:
     """Accumulate the gradient of the mean loss over the global batch; return that mean."""
-    device = next(step.network.model.parameters()).device
-    step.network.optimizer.zero_grad(set_to_none=True)
+    for network in step.networks.values():
+        network.optimizer.zero_grad(set_to_none=True)
+    device = next(network.model.parameters()).device
     # Summed in float64, so that the reported mean hardly depends on how rows are split.
     total = torch.zeros((), dtype=torch.float64, device=device)
     unusable = list[str]()
     pieces = list(batch.split(micro_batch))
     for piece in pieces:
-        with _sync_gradients(step.model, enabled=piece is pieces[-1]):
+        with _sync_gradients(step.models.values(), enabled=piece is pieces[-1]):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16"):
                 losses = step.losses(piece.to(device))
             _check_losses(losses, piece)
@@ -297,22 +305,21 @@ def _accumulate(step: _Step, batch: Batch, *, settings: LoopSettings, micro_batc
     return _mean_over_ranks(total, unusable, batch=batch, step=step.number, settings=settings)
 
 
-def _update(step: _Step, batch: Batch, *, rate: float) -> float:
-    """Take one step of the optimizer and of the average; return the norm of the gradient."""
-    network = step.network
-    norm = full_tensor(nn.utils.clip_grad_norm_(network.model.parameters(), network.settings.clip_norm))
-    if not math.isfinite(grad_norm := float(norm)):
-        # All ranks have the same gradient, so all of them raise.
-        reason = f"the gradient of step {step.number} is {grad_norm}; the batch is"
-        raise NonFiniteLossError(reason, step=step.number, rows=_gather_ids(list(batch.ids)))
-    for group in network.optimizer.param_groups:
-        group["lr"] = rate
-    network.optimizer.step()
-    network.optimizer.zero_grad(set_to_none=True)  # frees as much memory as the model takes
-    network.updates += 1
-    if network.ema is not None:
-        network.ema.update(network.model, step=network.updates)
-    return grad_norm
+def _update(step: _Step, batch: Batch, *, rates: Mapping[str, float]) -> dict[str, float]:
+    """Update the networks that the step trains; return the norm of each one's gradient."""
+    norms = dict[str, float]()
+    for name, network in step.networks.items():
+        clipped = nn.utils.clip_grad_norm_(network.model.parameters(), network.settings.clip_norm)
+        norms[name] = float(full_tensor(clipped))
+    # All of them before any is updated: an error leaves the weights of the step before.
+    for norm in norms.values():
+        if not math.isfinite(norm):
+            # All ranks have the same gradient, so all of them raise.
+            reason = f"the gradient of step {step.number} is {norm}; the batch is"
+            raise NonFiniteLossError(reason, step=step.number, rows=_gather_ids(list(batch.ids)))
+    for name, network in step.networks.items():
+        network.update(rate=rates[name])
+    return norms
 
 
 def _mean_over_ranks(
@@ -338,12 +345,15 @@ def _mean_over_ranks(
     return mean
 
 
-def _sync_gradients(model: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+@contextmanager
+def _sync_gradients(models: Iterable[nn.Module], *, enabled: bool) -> Iterator[None]:
     """Reduce gradients over ranks only if enabled: once per step, with the last piece of the batch."""
-    set_gradient_sync(model, enabled=enabled)
-    if isinstance(model, DistributedDataParallel) and not enabled:
-        return model.no_sync()
-    return nullcontext()
+    with ExitStack() as stack:
+        for model in models:
+            set_gradient_sync(model, enabled=enabled)
+            if isinstance(model, DistributedDataParallel) and not enabled:
+                stack.enter_context(model.no_sync())
+        yield
 
 
 def _world_size() -> int:

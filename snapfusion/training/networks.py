@@ -1,4 +1,4 @@
-"""The networks of a training, each with its optimizer and average. A step trains one and may read all."""
+"""The networks of a training, each with its optimizer and average. A step trains some and may read all."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,14 +20,14 @@ class Networks:
     """The networks of a training, as an objective sees them in a step.
 
     Attributes:
-        trained: the network whose turn it is, wrapped for distribution. It must be called as a module, once
-            with a gradient.
+        trained: the networks whose turn it is, by name, wrapped for distribution. Each must be called as a
+            module, once with a gradient.
         bare: every network by name, not wrapped, to be read. The weights of the others take no gradient, but
-            it passes through them to their inputs; the trained one must be read without a gradient.
+            it passes through them to their inputs; a trained one must be read without a gradient.
         averages: modules with the averaged weights, by the names that the objective asks for.
     """
 
-    trained: nn.Module
+    trained: Mapping[str, nn.Module]
     bare: Mapping[str, nn.Module]
     averages: Mapping[str, nn.Module]
 
@@ -58,6 +58,16 @@ class TrainedNetwork:
         """Set whether weights take a gradient; those that never do stay as they are."""
         for parameter in self._trainable:
             parameter.requires_grad_(enabled)
+
+    def update(self, *, rate: float) -> None:
+        """Take a step of the optimizer at a learning rate, and one of the average; drop the gradient."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # frees as much memory as the model takes
+        self.updates += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.updates)
 
     def final_weights(self) -> dict[str, Tensor]:
         """Return the full weights to use: the averaged ones if there are any, else the last.

@@ -97,12 +97,13 @@ class WithCritic:
     averages = ("model",)
 
     def turn(self, step):
-        return "critic" if step % 3 else "model"
+        return ("critic",) if step % 3 else ("model",)
 
     def __call__(self, networks, batch, *, step):
         noise = torch.stack([gaussian(noise_key(int(key)), (5,)) for key in batch["noise_key"]])
-        found = networks.trained(noise)[:, 0]
-        if self.turn(step) == "model":
+        (name,) = self.turn(step)
+        found = networks.trained[name](noise)[:, 0]
+        if name == "model":
             return (found - noise.sum(dim=1) - networks.bare["critic"](noise)[:, 0]).square()
         return (found - networks.averages["model"](noise)[:, 0]).square()
 

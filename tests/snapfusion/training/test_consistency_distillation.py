@@ -130,7 +130,7 @@ def test_loss_and_gradient_match_float64(settings):
     oracle = Oracle(settings, rows, model=model, average=average)
     expected = oracle.loss()
     if is_lcm:
-        networks = SimpleNamespace(trained=model, averages={MODEL: average})
+        networks = SimpleNamespace(trained={MODEL: model}, averages={MODEL: average})
         loss = objective_of(settings)(networks, batch, step=0)
     else:
         loss = objective_of(settings)(model, batch, step=0)

@@ -90,6 +90,33 @@ def test_gradient_passes_through_the_networks_that_are_read():
     torch.testing.assert_close(gradients[0], expected.inlet.weight.grad, rtol=1e-4, atol=1e-6)
 
 
+class Both:
+    """One loss of both networks."""
+
+    averages = ()
+
+    def turn(self, step):
+        return MODEL, CRITIC
+
+    def __call__(self, networks, batch, *, step):
+        image = networks.trained[MODEL](batch["latent"])
+        return mean(image.square()) + mean(networks.trained[CRITIC](image).square())
+
+
+def test_step_trains_several_networks_by_one_loss():
+    state, model, other, batch = state_of(), decoder(), critic(), pairs_of(0)
+    image = model(batch["latent"])
+    (mean(image.square()) + mean(other(image).square())).mean().backward()
+    before = snapshot(state)
+    (result,) = run(state, objective=Both(), steps=1, micro_batch=3)
+    groups = {"model", "optimizer", "ema"}
+    assert changed(before, snapshot(state)) == groups | {f"critic-{group}" for group in groups}
+    for network, found in ((model, result.grad_norm), (other, result.metrics["critic/grad_norm"])):
+        norm = torch.stack([weight.grad.norm() for weight in network.parameters()]).norm()
+        assert found == pytest.approx(float(norm), rel=1e-4)
+    assert (result.network, state.networks[CRITIC].updates) == (MODEL, 1)
+
+
 def test_each_network_has_its_own_optimizer_and_average():
     state = state_of()
     results = run(state, steps=3)
@@ -182,7 +209,7 @@ def test_turns_and_averages_must_exist():
 
     class Nobody(AdversarialObjective):
         def turn(self, step):
-            return "nobody"
+            return ("nobody",)
 
     with pytest.raises(StateError, match="step 0 trains 'nobody'; the networks are model, critic"):
         run(state_of(), objective=Nobody())
@@ -200,7 +227,7 @@ def test_objectives_see_bare_networks_and_averages():
     state = state_of()
     run(state, objective=Seeing(), steps=2)
     assert seen[0] == Networks(
-        trained=state.model,
+        trained={MODEL: state.model},
         bare={MODEL: state.model, CRITIC: state.networks[CRITIC].model},
         averages={MODEL: state.ema.module, CRITIC: state.networks[CRITIC].ema.module},
     )
