@@ -25,6 +25,7 @@ LAYERS = (
     {"sampling"},
     {"distill", "consistency"},
     {"losses"},
+    {"distribution_matching"},
     {"models"},
     {"training", "export"},
     {"evolution"},
@@ -37,6 +38,7 @@ METHOD = (
     "snapfusion.distill",
     "snapfusion.consistency",
     "snapfusion.losses",
+    "snapfusion.distribution_matching",
     "snapfusion.solvers",
 )
 # A package of jobs, and of pipelines, imports its own folder and what stands above it here.

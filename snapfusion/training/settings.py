@@ -252,3 +252,73 @@ class PcmSettings(ConsistencySettings):
         """Settings of the teacher's x."""
         dropout = 0.0 if self.guided else self.caption_dropout
         return self._targets(cfg_probability=float(self.guided), caption_dropout=dropout)
+
+
+class GanSettings(Settings):
+    """Settings of the GAN of `Dmd2Settings`; the weights are those of its SD-v1.5 script.
+
+    Attributes:
+        generator_weight: of the loss by which the generator's samples are to pass for real.
+        head_weight: of the loss by which the fake score and the head tell them from real latents.
+        head: optimizer of the head; null takes that of the fake score.
+    """
+
+    generator_weight: PositiveFloat = 1e-3
+    head_weight: PositiveFloat = 1e-2
+    head: NetworkSettings | None = None
+
+
+class Dmd2Settings(Settings):
+    """Settings of distribution matching (Yin et al. 2024, DMD2); the defaults are its SD-v1.5 script's.
+
+    Attributes:
+        steps: sampling steps of the student, which divide the schedule; 1 in that script, 4 in the SDXL one.
+        guidance: w of Eq. 3 of the teacher, the real score; it is baked into the student.
+        fake_updates: updates of the fake score before each one of the generator.
+        matching_times: first and last share of the schedule, between which the matching loss draws its times.
+        fake: optimizer of the fake score; null takes the generator's, without an average.
+        gan: the GAN on real latents, those of LATENTS; null for none.
+        regression_weight: of DMD's regression on the teacher's own images, those of PAIRS, in place of the
+            GAN; 0 for none.
+    """
+
+    steps: PositiveInt = 4
+    guidance: Annotated[float, Field(ge=1)] = 1.75
+    fake_updates: PositiveInt = 10
+    matching_times: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(lt=1)]] = (0.02, 0.98)
+    fake: NetworkSettings | None = None
+    gan: GanSettings | None = GanSettings()
+    regression_weight: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _times_are_in_order(self) -> Self:
+        first, last = self.matching_times
+        if first >= last:
+            raise ValueError(f"matching_times {first} to {last} are no range: the first must be the smaller")
+        return self
+
+    @model_validator(mode="after")
+    def _gan_has_real_latents(self) -> Self:
+        if self.gan is not None and self.regression_weight:
+            raise ValueError(
+                "the regression reads PAIRS, which hold the teacher's latents, and the GAN needs real ones: "
+                "set gan=null or regression_weight=0"
+            )
+        return self
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether the training table is PAIRS; else it is LATENTS."""
+        return self.regression_weight > 0
+
+    def with_steps(self, steps: int) -> Self:
+        """These settings for another number of sampling steps."""
+        return self.parse(self.to_values() | {"steps": steps})
+
+    @property
+    def targets(self) -> StepDistillationSettings:
+        """The student's grid and guidance in the terms of step distillation; it has no such targets."""
+        w = CfgRange(low=self.guidance, high=self.guidance)
+        return StepDistillationSettings(
+            student_steps=self.steps, k=1, cfg_range=w, cfg_probability=1.0, gamma=0.0, caption_dropout=0.0
+        )

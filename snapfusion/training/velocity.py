@@ -59,10 +59,15 @@ class NoiseSampler:
         )
 
 
-def draw_timesteps(keys: Sequence[int], *, schedule: Schedule) -> Tensor:
-    """Draw t of each row, uniform over 0 .. T-1, by its key: int64 [B]. SnapFusion Eq. 6."""
-    draws = [int(uniform(noise_key("time", key), 1)[0] * schedule.num_steps) for key in keys]
-    return torch.tensor(draws, dtype=torch.int64)
+def draw_timesteps(
+    keys: Sequence[int], *, schedule: Schedule, first: int = 0, last: int | None = None
+) -> Tensor:
+    """Draw t of each row, uniform over `first` .. `last`, by its key: int64 [B]. SnapFusion Eq. 6.
+
+    By default over the whole schedule, 0 .. T-1.
+    """
+    count = (schedule.num_steps if last is None else last + 1) - first
+    return torch.tensor([first + int(uniform(noise_key("time", key), 1)[0] * count) for key in keys])
 
 
 def predict_velocity(
