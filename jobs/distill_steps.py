@@ -1,7 +1,7 @@
 """Distil a student that takes fewer steps than its teacher. SnapFusion Sec. 4.2, Eq. 7-11.
 
 Targets come from the teacher in the trainer (on LATENTS), or from the table TARGETS. With
-`distill.consistency` the student is distilled by LCM or PCM instead.
+`distill.consistency` the student is distilled by LCM or PCM instead, with `distill.dmd2` by DMD2.
 """
 
 from jobs.cli.in_run import base_model_of, connect_unless_published, describe_training, resolve_training
@@ -36,6 +36,8 @@ def preview(job: Job) -> list[str]:
     settings, steps = job.recipe.distill, job.recipe.distill.steps
     teacher, student = teacher_and_student(job)
     training = describe_training(distillation_table_url(job), settings.loop, url=job.url(settings.name))
+    if settings.dmd2 is not None:
+        return [f"would distil {teacher} into {settings.dmd2.steps} steps of {student} by dmd2 {training}"]
     if settings.consistency is not None:
         method, points = settings.consistency.method, settings.consistency.points
         return [f"would distil {teacher} on {points} points into {student} by {method} {training}"]

@@ -34,6 +34,8 @@ def stage_job(job: Job, stage: DistillationStage) -> Job:
         SettingsError: if the recipe's settings do not go with the stage's.
     """
     distill = job.recipe.distill
+    dmd2 = distill.dmd2 or stage.dmd2
+    consistency = None if dmd2 else distill.consistency
     own = {"student_steps", "k", "cfg_probability", "w_conditioned"}
     steps = stage.model_dump(mode="json", include=own, exclude_none=True)
     changes = {
@@ -42,7 +44,9 @@ def stage_job(job: Job, stage: DistillationStage) -> Job:
         "student": stage.student,
         "table": stage.table or distill.table,
         "steps": StepDistillationSettings.parse(distill.steps.to_values() | steps),
-        "consistency": distill.consistency and distill.consistency.with_steps(stage.student_steps),
+        "consistency": consistency and consistency.with_steps(stage.student_steps),
+        "dmd2": dmd2 and dmd2.with_steps(stage.student_steps),
+        "loop": stage.loop or distill.loop,
     }
     recipe = job.recipe.model_copy(update={"distill": distill.model_copy(update=changes)})
     return replace(job, verb="distill_steps", recipe=recipe)

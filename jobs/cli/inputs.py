@@ -91,6 +91,8 @@ def distillation_table_url(job: Job) -> str:
     """URL of the table that the student is distilled on."""
     if job.recipe.distill.table is not None:
         return job.resolve(job.recipe.distill.table)
+    if job.recipe.distill.dmd2 is not None and job.recipe.distill.dmd2.reads_pairs:
+        return job.url("pairs")
     return job.url("latents" if job.recipe.distill.targets == "online" else "targets")
 
 

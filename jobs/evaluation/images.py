@@ -121,7 +121,8 @@ def distillation_mismatch(bundle: Bundle, *, steps: int, solver: Solver, guidanc
     cfg_range = bundle.distillation.get("cfg_range")
     in_range = cfg_range is None or cfg_range["low"] <= guidance <= cfg_range["high"]
     # A consistency model estimates the end from any time, so it has no number of steps of its own.
-    in_steps = steps == distilled_steps(bundle) or solver == CONSISTENCY
+    any_steps = solver == CONSISTENCY and bundle.distillation.get("method") == "lcm"
+    in_steps = steps == distilled_steps(bundle) or any_steps
     if in_steps and solver == distilled_solver(bundle) and in_range:
         return None
     scales = f" at guidance {cfg_range['low']:g} to {cfg_range['high']:g}" if cfg_range else ""

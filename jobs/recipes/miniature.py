@@ -11,7 +11,7 @@ from jobs.recipes.ablation import AblationSettings
 from jobs.recipes.derived import robust_training_of, targets_of
 from jobs.recipes.miniature_ablation import FEW_STEPS, miniature_ablation
 from jobs.recipes.recipe import CaptionsSettings, Recipe, SourceSettings
-from jobs.recipes.stages import halving, paper_schedules
+from jobs.recipes.stages import distribution_matching, halving, paper_schedules
 from jobs.recipes.teacher import read_teacher
 from jobs.training.settings import (
     DistillSettings,
@@ -156,6 +156,7 @@ def mini(model: str = "mini") -> Recipe:
         schedules={
             "halving": halving("student", 8, 4, model=own.v_model),
             **paper_schedules(own.v_model, small=EFFICIENT_MODEL),
+            **distribution_matching(teacher=own.v_model, student=own.v_model, loop=_matching_loop()),
         },
         mobile=own.mobile.model_copy(update={"model": "run:student/model", "decoder": "run:decoder"}),
         evaluation=EvaluationSettings(guidance=own.sweep, **_SCORING),
@@ -171,6 +172,12 @@ def _velocity(num_steps: int, *, num_workers: int = 1) -> VpredSettings:
     )
     trainer = TrainerSettings(num_workers=num_workers, micro_batch=64 // num_workers)
     return VpredSettings(loop=loop, trainer=trainer)
+
+
+def _matching_loop() -> LoopSettings:
+    """Of DMD2: 200 updates of the generator, with ten of the fake score before each. Not tuned."""
+    loop = _distillation_loop(2_200, learning_rate=1e-4)
+    return loop.model_copy(update={"decay": "constant", "clip_norm": 10.0, "ema_decay": 0.95})
 
 
 def _distillation_loop(num_steps: int, *, learning_rate: float) -> LoopSettings:

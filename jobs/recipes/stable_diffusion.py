@@ -19,7 +19,7 @@ from jobs.evolution.settings import EvolutionSettings
 from jobs.recipes.ablation import AblationSettings
 from jobs.recipes.derived import robust_training_of, targets_of
 from jobs.recipes.recipe import EXAMPLE_BUCKET, CaptionsSettings, Recipe, SourceSettings
-from jobs.recipes.stages import Schedule, paper_schedules
+from jobs.recipes.stages import Schedule, distribution_matching, paper_schedules
 from jobs.recipes.teacher import Teacher, read_teacher
 from jobs.training.settings import (
     DecoderSettings,
@@ -208,7 +208,8 @@ def _stable_diffusion(
         ),
         distill=DistillSettings(name="student-16", steps=_STEPS, teacher_dtype="bfloat16", **training),
         schedule="staged",
-        schedules=schedules,
+        schedules=schedules
+        | distribution_matching(teacher=RECIPE_MODEL, student=v_model, loop=_matching_loop(training["loop"])),
         decoder=_decoder(micro_batch),
         mobile=MobileSettings(model=f"run:{_STUDENT}/model", decoder="run:decoder"),
         latency=LatencySettings(device="cuda", precision="float16"),
@@ -270,6 +271,12 @@ def _training(micro_batch: int) -> dict[str, Any]:
             dtype="bfloat16",
         ),
     }
+
+
+def _matching_loop(loop: LoopSettings) -> LoopSettings:
+    """Of DMD2: rate, norm, batch and updates of its SD-v1.5 script, before the one that adds the GAN."""
+    # 39,000 updates of the fake score, and one of the generator after each ten of them.
+    return loop.model_copy(update={"num_steps": 42_900, "clip_norm": 10.0, "ema_decay": 0.99})
 
 
 def _decoder(micro_batch: int) -> DecoderSettings:

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from jobs.training.sources import OWN_IMAGES_TABLE
 from snapfusion.settings import FOLDER_NAME, Settings
+from snapfusion.training.settings import Dmd2Settings, LoopSettings
 
 
 class DistillationStage(Settings):
@@ -21,6 +22,8 @@ class DistillationStage(Settings):
         cfg_probability: p of Eq. 11; null takes that of `distill`.
         w_conditioned: whether the student is w-conditioned; null takes that of `distill`.
         table: URL of the training LATENTS, or "run:" and a path in the run; null takes that of `distill`.
+        dmd2: distribution matching in place of step distillation, if `distill` does not state its own.
+        loop: optimizer and schedule; null takes that of `distill`.
     """
 
     name: str = Field(pattern=FOLDER_NAME)
@@ -31,6 +34,8 @@ class DistillationStage(Settings):
     cfg_probability: float | None = Field(None, ge=0.0, le=1.0)
     w_conditioned: bool | None = None
     table: str | None = None
+    dmd2: Dmd2Settings | None = None
+    loop: LoopSettings | None = None
 
 
 Schedule = tuple[DistillationStage, ...]
@@ -94,6 +99,22 @@ def paper_schedules(model: str, *, small: str | None = None) -> dict[str, Schedu
         ),
         "phased": _phased(8, *fewer, model=model),
     }
+
+
+def distribution_matching(
+    *, teacher: str, student: str, loop: LoopSettings, dmd2: Dmd2Settings | None = None
+) -> dict[str, Schedule]:
+    """The schedule "dmd2": a student of 4 steps by distribution matching (Yin et al. 2024).
+
+    Args:
+        teacher: source of the model, which predicts eps or v.
+        student: source of the same model, which predicts v.
+        loop: of the training.
+        dmd2: its objective; None takes the defaults, which are those of its SD-v1.5 script.
+    """
+    objective = dmd2 or Dmd2Settings()
+    stage = _stage("dmd2-4", 4, teacher=teacher, student=student, dmd2=objective, loop=loop)
+    return {"dmd2": (stage,)}
 
 
 def starts_from(schedule: Sequence[DistillationStage], source: str) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from jobs.training.consistency import (
     consistency_record,
     held_out_loss,
 )
+from jobs.training.dmd2 import check_dmd2, check_pairs, dmd2_record, dmd2_training
 from jobs.training.metrics import StudentMetrics
 from jobs.training.progress_channel import OnReport
 from jobs.training.settings import DistillSettings
@@ -59,7 +60,7 @@ def distill_steps(
     Args:
         settings: of the distillation; its sources and its table are given by the other arguments.
         teacher: source of the teacher, which predicts eps or v.
-        data_url: URL of LATENTS if the targets are online, else of TARGETS.
+        data_url: URL of LATENTS if the targets are online, else of TARGETS; of PAIRS for DMD's regression.
         out_url: folder to publish.
         student: source of the initial weights, which predict v; None takes the teacher's.
         base: the model that the run begins with, for the model card.
@@ -77,12 +78,12 @@ def distill_steps(
     online = settings.targets == "online"
     return train_unet(
         settings,
-        objective="steps" if settings.consistency is None else settings.consistency.method,
+        objective=settings.objective,
         sources={"teacher": teacher, "student": student or teacher},
         role="student",
         table=TrainingTable(
             role="data",
-            kind="latents" if online else "targets",
+            kind=_table_kind(settings),
             url=data_url,
             branches=() if online else _trained_branches(settings.targets_settings),
         ),
@@ -94,11 +95,20 @@ def distill_steps(
     )
 
 
+def _table_kind(settings: DistillSettings) -> Literal["latents", "pairs", "targets"]:
+    if settings.dmd2 is not None and settings.dmd2.reads_pairs:
+        return "pairs"
+    return "latents" if settings.targets == "online" else "targets"
+
+
 def assemble(inputs: TrainingInputs[DistillSettings], *, device: torch.device) -> Iterator[Training]:
     """Assemble the training, in a worker."""
     settings = inputs.settings
     bundle = _initial_student(inputs, device=device)
     captions = CaptionEncoder(bundle)
+    if settings.dmd2 is not None:
+        yield dmd2_training(inputs, settings.dmd2, bundle=bundle, captions=captions)
+        return
     targets = _target_source(inputs, captions=captions, bundle=bundle)
     loader = _loader(inputs)
     held_out = partial(_held_out_batches, loader, settings=settings)
@@ -235,10 +245,12 @@ def _check(settings: DistillSettings, table: Snapshot, models: Mapping[str, Bund
     """Refuse models and a table that do not go together; returns the student's distillation record."""
     teacher, student = models["teacher"], models["student"]
     _check_models(teacher=teacher, student=student)
-    if settings.consistency is None:
-        _check_steps(settings.steps, teacher=teacher, student=student)
-    else:
+    if settings.dmd2 is not None:
+        check_dmd2(settings.dmd2, distill=settings, teacher=teacher, student=student)
+    elif settings.consistency is not None:
         check_consistency(settings.consistency, distill=settings, student=student)
+    else:
+        _check_steps(settings.steps, teacher=teacher, student=student)
     check_table(settings, table=table, teacher=teacher, student=student)
     return _record(settings, schedule=student.schedule)
 
@@ -258,6 +270,8 @@ def _check_steps(steps: StepDistillationSettings, *, teacher: Bundle, student: B
 
 def _record(settings: DistillSettings, *, schedule: Schedule) -> dict[str, Any]:
     """What the student's folder records of its distillation."""
+    if settings.dmd2 is not None:
+        return dmd2_record(settings.dmd2, schedule=schedule)
     if settings.consistency is not None:
         return consistency_record(settings.consistency, schedule=schedule)
     steps = settings.steps
@@ -298,12 +312,14 @@ def _shared_parts(bundle: Bundle) -> dict[str, Any]:
 
 
 def check_table(settings: DistillSettings, *, table: Snapshot, teacher: Bundle, student: Bundle) -> None:
-    """Refuse LATENTS of other models, or TARGETS of other models or steps.
+    """Refuse LATENTS of other models, PAIRS of other models or guidance, or TARGETS of other models or steps.
 
     Raises:
         TableError: naming what differs.
     """
-    if settings.targets == "online":
+    if settings.dmd2 is not None and settings.dmd2.reads_pairs:
+        check_pairs(table, settings=settings.dmd2, teacher=teacher)
+    elif settings.targets == "online":
         check_latents(table, bundle=student)
     else:
         check_targets(

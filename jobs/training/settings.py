@@ -2,7 +2,15 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from jobs.evaluation.settings import PromptSettings
 from jobs.training.sources import TABLE_3, VPRED_MODEL
@@ -11,6 +19,7 @@ from pipelines.stages.settings import MetricSettings, SamplingSettings
 from snapfusion.models.settings import Initialization
 from snapfusion.settings import FOLDER_NAME, Settings
 from snapfusion.training.settings import (
+    Dmd2Settings,
     LcmSettings,
     LoopSettings,
     PcmSettings,
@@ -21,6 +30,7 @@ from snapfusion.training.settings import (
 
 LoggerKind = Literal["tensorboard", "wandb", "mlflow"]
 Sharding = Literal["none", "fsdp"]
+_OBJECTIVES = frozenset(("steps", "consistency", "dmd2"))
 
 
 class TrainerSettings(Settings):
@@ -170,6 +180,7 @@ class DistillSettings(UNetTrainingSettings):
         steps: step distillation objective.
         consistency: another objective in place of `steps`, by its `method`: {"method": "lcm"} (Luo et al.
             2023) or {"method": "pcm"} (Wang et al. 2024), with the objective's own settings; null for none.
+        dmd2: distribution matching in place of `steps` (Yin et al. 2024); null for none.
         loop: optimizer and schedule.
     """
 
@@ -189,21 +200,41 @@ class DistillSettings(UNetTrainingSettings):
     teacher_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     steps: StepDistillationSettings = StepDistillationSettings()
     consistency: Annotated[LcmSettings | PcmSettings, Field(discriminator="method")] | None = None
+    dmd2: Dmd2Settings | None = None
     loop: LoopSettings = LoopSettings(
         num_steps=400, global_batch=64, learning_rate=4e-4, warmup_steps=20, ema_decay=0.99
     )
 
+    @model_validator(mode="after")
+    def _objective_is_one(self) -> Self:
+        if self.dmd2 is not None and self.consistency is not None:
+            raise ValueError("dmd2 and consistency are two objectives: set one of them to null")
+        if self.dmd2 is not None and self.targets == "table":
+            raise ValueError(
+                "dmd2 takes no targets from a table, because its teacher judges the student's own samples: "
+                "set targets=online"
+            )
+        return self
+
+    @property
+    def objective(self) -> str:
+        """Name of the objective: "steps", "lcm", "pcm" or "dmd2"."""
+        if self.dmd2 is not None:
+            return "dmd2"
+        return "steps" if self.consistency is None else self.consistency.method
+
     @property
     def targets_settings(self) -> StepDistillationSettings:
-        """The grid, guidance and branches of the targets: those of `consistency` if it is set."""
-        return self.steps if self.consistency is None else self.consistency.targets
+        """The grid, guidance and branches of the targets, by the objective; `dmd2` has no other targets."""
+        other = self.dmd2 or self.consistency
+        return self.steps if other is None else other.targets
 
     def identity(self) -> dict[str, Any]:
         """The settings that determine the weights, as JSON values."""
         values = super().identity()
         # Only one of them has an effect; trainings begun with version 0.1 have "steps" alone.
-        del values["consistency" if self.consistency is None else "steps"]
-        return values
+        used = "dmd2" if self.dmd2 else "consistency" if self.consistency else "steps"
+        return {name: value for name, value in values.items() if name == used or name not in _OBJECTIVES}
 
 
 class VpredSettings(UNetTrainingSettings):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from jobs.training.metrics import StudentMetrics
 from jobs.training.progress_channel import OnReport
@@ -31,6 +32,7 @@ from snapfusion.models.card import Provenance, PublishedModel
 from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.training.loop import AnyObjective
+from snapfusion.training.settings import NetworkSettings
 
 UNET = "unet"
 """Name of the training, and so of its checkpoint store."""
@@ -148,6 +150,7 @@ def make_training(
     evaluate: Callable[[], dict[str, Any]],
     distillation: Mapping[str, Any] | None = None,
     skips_blocks: bool = False,
+    others: Mapping[str, tuple[nn.Module, NetworkSettings]] | None = None,
 ) -> Training:
     """The training of a bundle's UNet, in a worker.
 
@@ -160,6 +163,7 @@ def make_training(
         evaluate: measures the trained UNet on held-out rows.
         distillation: what the student's folder records of its distillation, if it is distilled.
         skips_blocks: whether a step may leave blocks of the UNet without a gradient.
+        others: networks that are trained beside the UNet (see `Training`).
     """
     settings, validator = inputs.settings, None
     # A loaded bundle's networks are frozen.
@@ -186,6 +190,7 @@ def make_training(
         evaluate=evaluate,
         validation=validator,
         skips_blocks=skips_blocks,
+        others=others or {},
     )
 
 

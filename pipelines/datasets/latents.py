@@ -62,12 +62,12 @@ def without_size(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_size_of(identity: Mapping[str, Any], *, bundle: Bundle) -> int:
-    """Pixels a side of the images in LATENTS or TARGETS, by the table's identity; of buckets, the square one.
+    """Pixels a side of the images of a table, by its identity; of buckets, the square one.
 
     `bundle` has the table's VAE.
     """
     latents = identity.get("latents", identity)
-    size = latents["images"].get("size")
+    size = latents["generation" if latents["kind"] == "pairs" else "images"].get("size")
     return int(size or latents["model"]["latent_shape"][1] * bundle.cell)
 
 

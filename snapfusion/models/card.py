@@ -14,6 +14,7 @@ from snapfusion.models.defaults import default_guidance, distilled_steps
 from snapfusion.models.guidance_embedding import has_guidance_embedding
 from snapfusion.models.snapfusion_unet_v1 import BlockUNet
 from snapfusion.models.source import parse_source
+from snapfusion.solver_names import CONSISTENCY
 
 CARD = "README.md"
 LICENCE, SAMPLER = "## Licence", "## Sampler"
@@ -36,6 +37,7 @@ _OBJECTIVES = {
     "steps": "step distillation (Eq. 7-11)",
     "lcm": "latent consistency distillation (Luo et al. 2023)",
     "pcm": "phased consistency distillation (Wang et al. 2024)",
+    "dmd2": "distribution matching distillation (Yin et al. 2024)",
 }
 
 
@@ -174,7 +176,7 @@ def _distillation(record: Mapping[str, Any]) -> Iterator[str]:
     of = f" of {record['teacher_steps']} DDIM steps of the teacher" if "teacher_steps" in record else ""
     sampler = "DDIM" if record.get("sampler", "ddim") == "ddim" else record["sampler"]
     yield f"Distilled for {record['steps']} {sampler} steps{of}"
-    if cfg_range := record.get("cfg_range"):
+    if cfg_range := record.get("teacher_guidance", record.get("cfg_range")):
         yield f"Guidance in distillation: {cfg_range['low']:g} to {cfg_range['high']:g}"
 
 
@@ -183,10 +185,12 @@ def sampler_text(bundle: Bundle) -> str:
     steps, record = distilled_steps(bundle), bundle.distillation or {}
     times = f", at t = {', '.join(map(str, record['timesteps']))}" if "timesteps" in record else ""
     kind = {"v_prediction": "v", "epsilon": "eps"}[bundle.prediction_type]
+    stock = '`DDIMScheduler` with `timestep_spacing="trailing"` and `set_alpha_to_one=True`'
+    if (sampler := record.get("sampler", "DDIM")) == CONSISTENCY:
+        stock = "`LCMScheduler`, as in `scheduler/`, from noise of its own generator"
     lines = [
-        f"DDIM in {steps} steps{times}; the last one ends at the clean image. In diffusers this is "
-        '`DDIMScheduler` with `timestep_spacing="trailing"` and `set_alpha_to_one=True`. The UNet predicts '
-        f"{kind}.",
+        f"{sampler} in {steps} steps{times}; the last one ends at the clean image. In diffusers this is "
+        f"{stock}. The UNet predicts {kind}.",
         f"Guidance scale {default_guidance(bundle):g}",
     ]
     if cfg_range := record.get("cfg_range"):

@@ -1,5 +1,8 @@
 """How a model is sampled: its number of steps, sampler and guidance if none are given, and its timesteps."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.guidance_embedding import has_guidance_embedding
 from snapfusion.models.tokenizer import CLIP_VOCABULARY
@@ -33,10 +36,25 @@ def sampling_grid(bundle: Bundle, *, steps: int, solver: Solver) -> tuple[int, .
     Raises:
         ValueError: if it has fewer points than steps.
     """
-    points = (bundle.distillation or {}).get("points")
-    if solver == CONSISTENCY and points is not None:
-        return consistency_grid(steps, points=points, schedule_steps=bundle.schedule.num_steps)
-    return time_grid(steps, schedule_steps=bundle.schedule.num_steps)
+    points = (bundle.distillation or {}).get("points") if solver == CONSISTENCY else None
+    return _grid(steps, points=points, num_steps=bundle.schedule.num_steps)
+
+
+def distilled_grid(record: Mapping[str, Any], *, num_steps: int) -> tuple[int, ...]:
+    """Timesteps that a student is sampled at, and -1, by the record of its distillation.
+
+    Args:
+        record: as `Bundle.distillation`.
+        num_steps: timesteps of the schedule.
+    """
+    points = record.get("points") if record.get("sampler") == CONSISTENCY else None
+    return _grid(record["steps"], points=points, num_steps=num_steps)
+
+
+def _grid(steps: int, *, points: int | None, num_steps: int) -> tuple[int, ...]:
+    if points is None:
+        return time_grid(steps, schedule_steps=num_steps)
+    return consistency_grid(steps, points=points, schedule_steps=num_steps)
 
 
 def default_guidance(bundle: Bundle) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.checksums import verify_checksums
+from snapfusion.models.defaults import distilled_grid
 from snapfusion.models.errors import ModelError
 from snapfusion.models.local_folder import INDEX_FILE, MODEL_FOLDER, SCHEDULER_CONFIG
 from snapfusion.models.locate import SINGLE_FILE_SUFFIX, locate, locate_file
@@ -192,11 +193,17 @@ def _load_folder(folder: Path, *, model: ModelSource, source: str) -> Bundle:
 def _distillation(path: Path, *, schedule: Schedule, source: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    record = read_json(path, source=source)
+    record: dict[str, Any] = read_json(path, source=source)
     steps = record.get("steps")
     if not isinstance(steps, int) or not 1 <= steps <= schedule.num_steps:
         raise ModelError(
             f"{source}: {path.name} says it was distilled for {steps!r} steps; a number from 1 to "
             f"{schedule.num_steps} is accepted"
+        )
+    expected = distilled_grid(record, num_steps=schedule.num_steps)[:-1]
+    if (found := record.get("timesteps", list(expected))) != list(expected):
+        raise ModelError(
+            f"{source}: {path.name} gives the timesteps {found}, and its {steps} steps are sampled at "
+            f"{list(expected)}: no other grid is supported"
         )
     return record
