@@ -244,7 +244,9 @@ def plan_run(workload: Workload, *, prices: PriceList, node: NodeType) -> Plan:
             for nodes, on in zip(settings.nodes, forecasts, strict=True)
         ],
         break_even=[
-            break_even(workload, student, node=node, storage=storage) for student in workload.students()
+            break_even(workload, student, node=node, storage=storage)
+            for student in workload.students()
+            if student.dmd2 is None  # it has no targets
         ],
     )
 

@@ -1,7 +1,9 @@
 """Costs of trainings: passes of student and teacher, checkpoints, reads and memory."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from jobs.training.dmd2_costs import Dmd2Costs, dmd2_costs
 from jobs.training.settings import (
     DecoderSettings,
     DistillSettings,
@@ -27,7 +29,14 @@ from snapfusion.models.architecture import Architecture
 from snapfusion.models.cost import Cost
 from snapfusion.models.network_sizes import NetworkSizes
 from snapfusion.training.passes import guided_steps, student_passes, teacher_passes
-from snapfusion.training.settings import LoopSettings
+from snapfusion.training.settings import Dmd2Settings, LoopSettings
+
+
+class _Loaded(NamedTuple):
+    """Bytes of the driver when it loads a model, and of what it holds beside it then."""
+
+    model: float
+    beside: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +79,8 @@ class TrainingCosts:
         targets_row_bytes: int,
     ) -> StageCost:
         """Cost of a step distillation. Eq. 11."""
+        if settings.dmd2 is not None:
+            return self._dmd2(settings, settings.dmd2, teacher=teacher, student=student)
         steps, loop, sizes = settings.targets_settings, settings.loop, self.sizes
         online, is_consistency = settings.targets == "online", settings.consistency is not None
         guided = guided_steps(loop.num_steps, seed=loop.seed, p=steps.cfg_probability)
@@ -107,6 +118,35 @@ class TrainingCosts:
         )
         return replace(stage, name=settings.name)
 
+    def _dmd2(
+        self,
+        distill: DistillSettings,
+        settings: Dmd2Settings,
+        *,
+        teacher: Architecture,
+        student: Architecture,
+    ) -> StageCost:
+        """Cost of distribution matching: a third UNet is trained beside the student (Yin et al. 2024)."""
+        costs = dmd2_costs(
+            distill,
+            settings,
+            teacher=teacher,
+            student=student,
+            sizes=self.sizes,
+            evaluated=self._evaluated(distill),
+        )
+        frozen = self.sizes.of(teacher).parameters + self.sizes.frozen
+        stage = self._student(
+            "distill_steps",
+            distill,
+            unet=student,
+            works=costs.works,
+            teacher_bytes=frozen * DTYPE_BYTES[distill.teacher_dtype],
+            beside_bytes=frozen * WEIGHT_BYTES,
+            beside=costs,
+        )
+        return replace(stage, name=distill.name)
+
     def decoder(self, settings: DecoderSettings, *, row_bytes: float, unit_rows: int) -> StageCost:
         """Cost of the half-width decoder's training on PAIRS, against stored or decoded images."""
         loop, sizes, online = settings.loop, self.sizes, settings.target == "online"
@@ -122,7 +162,7 @@ class TrainingCosts:
             frozen_bytes=(sizes.unet.parameters + sizes.frozen) * WEIGHT_BYTES,
             output_bytes=sizes.half.parameters * WEIGHT_BYTES,
             trainings=trainings,
-            loaded=loading_memory(unet=sizes.unet.parameters, frozen=sizes.frozen),
+            loaded=_Loaded(loading_memory(unet=sizes.unet.parameters, frozen=sizes.frozen)),
         )
 
     def _student(
@@ -135,6 +175,7 @@ class TrainingCosts:
         passes: int = 1,
         teacher_bytes: int = 0,
         beside_bytes: int = 0,
+        beside: Dmd2Costs | None = None,
     ) -> StageCost:
         network, checkpointing = self.sizes.of(unet), settings.gradient_checkpointing
         if checkpointing and not self.checkpointed:
@@ -148,11 +189,15 @@ class TrainingCosts:
             settings,
             network=network,
             works=works,
-            activations=passes * self.sizes.unet_bytes(unet, trained=True, checkpointing=checkpointing),
+            activations=beside.activations
+            if beside
+            else passes * self.sizes.unet_bytes(unet, trained=True, checkpointing=checkpointing),
             frozen_bytes=self.sizes.frozen * WEIGHT_BYTES + teacher_bytes,
             output_bytes=(network.parameters + self.sizes.frozen) * WEIGHT_BYTES * models,
-            loaded=loading_memory(unet=network.parameters, frozen=self.sizes.frozen),
-            beside_bytes=beside_bytes,
+            loaded=_Loaded(
+                loading_memory(unet=network.parameters, frozen=self.sizes.frozen), beside=beside_bytes
+            ),
+            beside=beside,
         )
 
     def _training(
@@ -165,15 +210,19 @@ class TrainingCosts:
         activations: int,
         frozen_bytes: int,
         output_bytes: float,
-        loaded: float,
-        beside_bytes: int = 0,
+        loaded: _Loaded,
         trainings: int = 1,
+        beside: Dmd2Costs | None = None,
     ) -> StageCost:
         loop, trainer, weights = settings.loop, settings.trainer, network.parameters * WEIGHT_BYTES
         averages = 0 if loop.ema_decay is None else 1
         checkpoints = ceil_div(loop.num_steps, trainer.checkpoint_every) * trainings
         steps = trainings * loop.num_steps
-        update = Work(kind="update", units=steps * network.parameters / 1e6, replicated=True)
+        others = beside.beside if beside else 0
+        updates = beside.updates if beside else steps * network.parameters / 1e6
+        update = Work(kind="update", units=updates, replicated=True)
+        # Weights, AdamW's two moments and the average.
+        saved = (3 + averages) * network.parameters + 3 * others
         return StageCost(
             name=verb,
             verb=verb,
@@ -181,8 +230,8 @@ class TrainingCosts:
             groups=(
                 WorkerGroup(
                     name="trainers",
-                    # Weights, AdamW's two moments and the average, while the other workers wait.
-                    works=(*works, update, _saves(checkpoints * (3 + averages) * network.parameters)),
+                    # The other workers wait for the checkpoints.
+                    works=(*works, update, _saves(checkpoints * saved)),
                     workers=trainer.num_workers,
                     on="accelerator",
                     max_workers=loop.global_batch,
@@ -197,17 +246,19 @@ class TrainingCosts:
                 unit_rows=self.unit_rows,
                 row_bytes=self.row_bytes,
                 checkpoints=checkpoints,
-                # Weights, AdamW's two moments, and the moving average.
-                checkpoint_bytes=(weights, 2 * weights, *(averages * (weights,))),
+                checkpoint_bytes=(
+                    *(weights, 2 * weights, *(averages * (weights,))),
+                    *(others * WEIGHT_BYTES * share for share in ((1, 2) if others else ())),
+                ),
             ),
             driver=_driver(
                 weights=trainings * (1 + averages) * weights,
                 loaded=loaded,
                 output_bytes=output_bytes,
-                beside_bytes=beside_bytes,
             ),
             peak_bytes=training_memory(
                 parameters=network.parameters,
+                beside=others,
                 loop=loop,
                 trainer=trainer,
                 row_bytes=activations,
@@ -221,13 +272,13 @@ class TrainingCosts:
         return min(settings.evaluation_rows, self.rows * settings.loader.held_out)
 
 
-def _driver(*, weights: float, loaded: float, output_bytes: float, beside_bytes: float) -> DriverCost:
+def _driver(*, weights: float, loaded: _Loaded, output_bytes: float) -> DriverCost:
     """The driver of a training whose last checkpoints hold so many bytes of `weights`."""
     return DriverCost(
         # The last weights are read, and a model; it is saved, and copied into its folder.
-        works=(_saves((weights + loaded + 2 * output_bytes) / WEIGHT_BYTES),),
+        works=(_saves((weights + loaded.model + 2 * output_bytes) / WEIGHT_BYTES),),
         # Before the training its models are loaded; after it a model is, beside the last checkpoints.
-        peak_bytes=loaded + max(beside_bytes, weights),
+        peak_bytes=loaded.model + max(loaded.beside, weights),
     )
 
 
@@ -244,6 +295,7 @@ def training_memory(
     row_bytes: int,
     frozen_bytes: int,
     moment_bytes: float,
+    beside: int = 0,
 ) -> float:
     """Peak bytes of one worker of a training.
 
@@ -255,17 +307,21 @@ def training_memory(
         row_bytes: activation bytes of one row in a step, two a number.
         frozen_bytes: of networks that are not trained.
         moment_bytes: of the optimizer's moments, per parameter.
+        beside: parameters of other networks that are trained in steps of their own, without an average.
     """
     workers, sharded = trainer.num_workers, trainer.sharding == "fsdp"
     state_bytes = 2 * WEIGHT_BYTES + moment_bytes + (WEIGHT_BYTES if loop.ema_decay is not None else 0)
+    # Of networks with steps of their own only one has a gradient at a time, the largest at most.
+    state = parameters * state_bytes + beside * (WEIGHT_BYTES + moment_bytes)
+    state += max(0, beside - parameters) * WEIGHT_BYTES
     if sharded and workers > 1:
-        networks = parameters * (state_bytes / workers + WEIGHT_BYTES)
+        networks = state / workers + (parameters + beside) * WEIGHT_BYTES
     else:
-        networks = parameters * (state_bytes + (WEIGHT_BYTES if workers > 1 else 0))
+        networks = state + ((parameters + beside) * WEIGHT_BYTES if workers > 1 else 0)
     autocast = loop.precision != "float32"
-    casts = parameters * DTYPE_BYTES[loop.precision] if autocast else 0
+    casts = (parameters + beside) * DTYPE_BYTES[loop.precision] if autocast else 0
     rows = min(trainer.micro_batch, loop.global_batch)
     activations = casts + rows * row_bytes * (1 if autocast else 2) * ALLOCATOR_SLACK
     # AdamW updates all parameters at once and copies them once more; activations are freed by then.
-    updating = parameters * WEIGHT_BYTES / (workers if sharded else 1)
+    updating = max(parameters, beside) * WEIGHT_BYTES / (workers if sharded else 1)
     return networks + frozen_bytes + max(activations, updating)

@@ -1,8 +1,9 @@
-"""Counts the passes of student and teacher in a step of step distillation. SnapFusion Eq. 9-11."""
+"""Counts the passes of the networks in a step of a distillation. SnapFusion Eq. 9-11."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 
-from snapfusion.training.settings import StepDistillationSettings
+from snapfusion.training.settings import Dmd2Settings, StepDistillationSettings
 
 _TRAINED = 3
 """A backward pass takes the time of about two forward passes."""
@@ -41,3 +42,33 @@ def training_passes(steps: StepDistillationSettings | None, *, w_conditioned_tea
         for guided in (False, True)
     ]
     return (1 - p) * passes[False] + p * passes[True]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dmd2Passes:
+    """Passes for a row of a step of distribution matching (Yin et al. 2024, DMD2).
+
+    Attributes:
+        student: of the generator without a gradient.
+        teacher: of the real score.
+        fake: of the fake score without a gradient in its weights; one with a gradient in its input is two.
+        trained: of the network that the step trains, forward and backward.
+    """
+
+    student: float
+    teacher: int
+    fake: int
+    trained: int
+
+
+def dmd2_passes(settings: Dmd2Settings, *, generator: bool, depth: float | None = None) -> Dmd2Passes:
+    """Passes of a step that trains the generator, or else the fake score, at a depth; None is the mean."""
+    before, gan = (settings.steps - 1) / 2 if depth is None else depth, settings.gan is not None
+    if not generator:
+        return Dmd2Passes(student=before + 1, teacher=0, fake=0, trained=1 + gan)
+    return Dmd2Passes(
+        student=before,
+        teacher=1 if settings.guidance == 1.0 else 2,
+        fake=1 + 2 * gan,
+        trained=2 if settings.reads_pairs else 1,
+    )

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_bundle
+from dmd2_training import batch_of, networks_of, objective_of, settings_of, step_at, teacher_of
 from torch import nn
 from workloads import workload
 
 from jobs.planning.workload import Workload
+from jobs.training.costs import training_memory
+from jobs.training.settings import TrainerSettings
 from pipelines.costs.stage import StageCost
 from pipelines.datasets.costs import TEXT_BYTES
 from pipelines.stages.write import pack
@@ -21,8 +24,10 @@ from snapfusion.settings import SettingsError
 from snapfusion.training.batch import Batch
 from snapfusion.training.captions import CaptionEncoder
 from snapfusion.training.distillation_batch import OnlineTargets
-from snapfusion.training.passes import student_passes, teacher_passes
-from snapfusion.training.settings import StepDistillationSettings
+from snapfusion.training.dmd2 import FAKE_SCORE
+from snapfusion.training.networks import MODEL, Networks
+from snapfusion.training.passes import dmd2_passes, student_passes, teacher_passes
+from snapfusion.training.settings import LoopSettings, StepDistillationSettings
 from snapfusion.training.step_distillation import StepDistillationObjective
 
 ROWS = 3
@@ -68,6 +73,67 @@ def test_passes_are_those_of_the_objective(guided, changed):
     objective(student.unet, batch, step=0)
     assert sum(student_rows) == ROWS * student_passes(steps, guided=guided)
     assert sum(teacher_rows) == ROWS * teacher_passes(steps, guided=guided)
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("generator", [True, False], ids=["generator", "fake score"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"gan": None}, {"gan": None, "regression_weight": 0.25}, {"guidance": 1.0}], ids=str
+)
+def test_passes_of_distribution_matching_are_those_of_the_objective(depth, generator, changes):
+    settings = settings_of(**changes)
+    teacher, step = teacher_of("epsilon"), step_at(depth, generator=generator, settings=settings)
+    networks = networks_of(teacher)
+    unets = {"student": networks[MODEL], "teacher": teacher.unet, "fake": networks[FAKE_SCORE]}
+    rows = {name: count_rows(unet) for name, unet in unets.items()}
+    objective = objective_of(settings, teacher=teacher)
+    trained = {name: networks[name] for name in objective.turn(step)}
+    batch = batch_of(step)
+    objective(Networks(trained=trained, bare=networks, averages={}), batch, step=step)
+    passes = dmd2_passes(settings, generator=generator, depth=depth)
+    found = {name: sum(counts) / len(batch) for name, counts in rows.items()}
+    if generator:
+        # A pass of the fake score with a gradient in its input counts as two.
+        assert found["fake"] == passes.fake - (settings.gan is not None)
+        assert found["student"] == passes.student + passes.trained
+    else:
+        assert (found["fake"], found["student"]) == (passes.trained, passes.student)
+    assert found["teacher"] == passes.teacher
+
+
+def test_distribution_matching_trains_a_third_unet():
+    plan = ['steps=["distill_schedule"]']
+    _, student = workload(settings=["schedule=dmd2"], plan=plan).stages()
+    loop, parameters = 42_900 * 2_048, 859_520_964
+    # Of eleven steps ten train the fake score, two passes each, and one the generator.
+    assert units(student, "train") == pytest.approx(loop * (10 * 2 + 1) / 11)
+    checkpointing = loop * (10 * 2 + 1) / 11
+    passes = loop * (10 * 2.5 + 1.5 + 2 + 3) / 11 + checkpointing
+    assert units(student, "pass", replicated=False) == pytest.approx(passes)
+    # The head has 52 million parameters; weights of 4 bytes, AdamW's two moments, and the student's average.
+    assert sum(student.reads.checkpoint_bytes) == pytest.approx(4 * (parameters * 7 + 52.4e6 * 3), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("workers", "sharding", "expected"),
+    [
+        # Weights, gradients and moments of 100; of 150 beside them weights, moments and 50 gradients more.
+        (1, "none", 100 * 16 + 150 * 12 + 50 * 4 + 150 * 4),
+        (2, "none", 100 * 16 + 150 * 12 + 50 * 4 + 150 * 4 + 250 * 4),
+        (2, "fsdp", (100 * 16 + 150 * 12 + 50 * 4 + 150 * 4) / 2 + 250 * 4),
+    ],
+)
+def test_memory_of_networks_that_are_trained_in_turns(workers, sharding, expected):
+    found = training_memory(
+        parameters=100,
+        beside=150,
+        loop=LoopSettings(num_steps=1, global_batch=2, learning_rate=1.0),
+        trainer=TrainerSettings(num_workers=workers, sharding=sharding),
+        row_bytes=0,
+        frozen_bytes=0,
+        moment_bytes=8.0,
+    )
+    assert found == expected
 
 
 def test_stages_of_the_miniature(mini):
