@@ -11,7 +11,7 @@ import org.pytorch.executorch.Module
 import org.pytorch.executorch.Tensor
 
 /** A step of sampler.json, with the fields that an application needs. */
-class Step(val t: Int, val fromZ: Float, val fromOutput: Float)
+class Step(val t: Int, val fromZ: Float, val fromOutput: Float, val fromNoise: Float)
 
 class Sampler(val steps: List<Step>, val guidance: Float)
 
@@ -37,6 +37,7 @@ class MobileBundle(private val folder: File, variant: String = "executorch") {
                         step.getInt("t"),
                         step.getDouble("from_z").toFloat(),
                         step.getDouble("from_output").toFloat(),
+                        step.optDouble("from_noise", 0.0).toFloat(),
                     )
                 },
                 sampler.getDouble("guidance").toFloat(),
@@ -88,11 +89,8 @@ fun fitTokens(ids: IntArray, empty: IntArray): IntArray {
     }
 }
 
-/** Unit Gaussian noise; the same seed gives the same image. */
-fun gaussian(count: Int, seed: Long): FloatArray {
-    val random = Random(seed)
-    return FloatArray(count) { random.nextGaussian().toFloat() }
-}
+/** Unit Gaussian noise; a generator of the same seed gives the same image. */
+fun gaussian(count: Int, random: Random) = FloatArray(count) { random.nextGaussian().toFloat() }
 
 /** The latent after a step (SnapFusion Eq. 2, 3). `outputs` are the UNet's for the empty caption, then the caption. */
 fun advance(z: FloatArray, outputs: FloatArray, w: Float, step: Step): FloatArray =
@@ -103,6 +101,15 @@ fun advance(z: FloatArray, outputs: FloatArray, w: Float, step: Step): FloatArra
         val output = w * cond - (w - 1) * uncond
         val next = step.fromZ * z[i] + step.fromOutput * output
         // end advance
+        next
+    }
+
+/** The latent with the fresh noise that a step of the consistency sampler adds. */
+fun renoise(z: FloatArray, fresh: FloatArray, step: Step): FloatArray =
+    FloatArray(z.size) { i ->
+        // begin renoise
+        val next = z[i] + step.fromNoise * fresh[i]
+        // end renoise
         next
     }
 
@@ -136,7 +143,7 @@ fun encode(bundle: MobileBundle, rows: List<IntArray>): FloatArray =
     }
 
 /** All steps, from noise to the latent. */
-fun denoise(bundle: MobileBundle, c: FloatArray, noise: FloatArray): FloatArray =
+fun denoise(bundle: MobileBundle, c: FloatArray, noise: FloatArray, fresh: () -> FloatArray): FloatArray =
     withModule(bundle.file("unet")) { unet ->
         val sampler = bundle.sampler
         // begin part: one call with both conditions, or one call for each
@@ -152,14 +159,18 @@ fun denoise(bundle: MobileBundle, c: FloatArray, noise: FloatArray): FloatArray 
             val t = Tensor.fromBlob(floatArrayOf(step.t.toFloat()), bundle.inputShape("unet", "t"))
             val outputs = conditions.map { unet.compute(zT, t, it) }.reduce { uncond, cond -> uncond + cond }
             z = advance(z, outputs, sampler.guidance, step)
+            if (step.fromNoise != 0f) z = renoise(z, fresh(), step)
         }
         z
     }
 
-/** The image for token ids (the empty caption's, the caption's), or null if it must not be shown. */
-fun generate(bundle: MobileBundle, ids: List<IntArray>, noise: FloatArray): FloatArray? {
+/**
+ * The image for token ids (the empty caption's, the caption's), or null if it must not be shown. `fresh` gives as many
+ * numbers as `noise` has, for each step that adds noise.
+ */
+fun generate(bundle: MobileBundle, ids: List<IntArray>, noise: FloatArray, fresh: () -> FloatArray): FloatArray? {
     val c = encode(bundle, ids)
-    val latent = Tensor.fromBlob(denoise(bundle, c, noise), bundle.inputShape("decoder", "latent"))
+    val latent = Tensor.fromBlob(denoise(bundle, c, noise, fresh), bundle.inputShape("decoder", "latent"))
     val image = withModule(bundle.file("decoder")) { it.compute(latent) }
     val checker = bundle.safetyChecker ?: return image
     val score = withModule(checker) { it.compute(Tensor.fromBlob(image, bundle.imageShape)) }

@@ -11,11 +11,13 @@ struct Sampler: Decodable {
         let t: Int
         let fromZ: Float
         let fromOutput: Float
+        let fromNoise: Float?
 
         enum CodingKeys: String, CodingKey {
             case t
             case fromZ = "from_z"
             case fromOutput = "from_output"
+            case fromNoise = "from_noise"
         }
     }
 
@@ -125,6 +127,16 @@ func advance(_ z: [Float], outputs: [Float], w: Float, step: Sampler.Step) -> [F
     }
 }
 
+/// The latent with the fresh noise that a step of the consistency sampler adds.
+func renoise(_ z: [Float], fresh: [Float], fromNoise: Float) -> [Float] {
+    z.indices.map { i -> Float in
+        // begin renoise
+        let next = z[i] + fromNoise * fresh[i]
+        // end renoise
+        return next
+    }
+}
+
 /// An image [1,3,H,W] in 0 ... 1 as rows of bytes R, G, B, 255.
 func rgba(_ image: [Float]) -> [UInt8] {
     let size = image.count / 3
@@ -152,7 +164,8 @@ func encode(_ rows: [[Int32]], variant: Manifest.Variant, in bundle: URL) async 
 
 /// All steps, from noise to the latent. The UNet is closed when this returns.
 func denoise(
-    from noise: [Float], c: [Float], sampler: Sampler, manifest: Manifest, variant: Manifest.Variant, in bundle: URL
+    from noise: [Float], fresh: () -> [Float], c: [Float], sampler: Sampler, manifest: Manifest,
+    variant: Manifest.Variant, in bundle: URL
 ) async throws -> [Float] {
     let unet = try await Program(variant.modules["unet"]!, in: bundle)
     // begin part: one call with both conditions, or one call for each
@@ -166,6 +179,7 @@ func denoise(
             return try unet.run(["z_t": unet.half(z, port: "z_t"), "t": t, "c": condition])
         }
         z = advance(z, outputs: outputs, w: sampler.guidance, step: step)
+        if let fromNoise = step.fromNoise, fromNoise != 0 { z = renoise(z, fresh: fresh(), fromNoise: fromNoise) }
     }
     return z
 }
@@ -175,15 +189,18 @@ func denoise(
 /// - Parameters:
 ///   - ids: of the empty caption and of the caption, each from `fitTokens`.
 ///   - noise: unit Gaussian, as many values as the UNet's `z_t` has.
+///   - fresh: gives as many again, for each step that adds noise.
 ///   - name: of the variant, such as "coreml".
 ///   - bundle: its folder, with the packages compiled.
-func generate(ids: [[Int32]], noise: [Float], variant name: String, in bundle: URL) async throws -> [Float] {
+func generate(
+    ids: [[Int32]], noise: [Float], fresh: () -> [Float], variant name: String, in bundle: URL
+) async throws -> [Float] {
     let manifest = try decode(Manifest.self, "manifest.json", in: bundle)
     let sampler = try decode(Sampler.self, "sampler.json", in: bundle)
     let variant = manifest.variants[name]!
     let c = try await encode(ids, variant: variant, in: bundle)
     let latent = try await denoise(
-        from: noise, c: c, sampler: sampler, manifest: manifest, variant: variant, in: bundle)
+        from: noise, fresh: fresh, c: c, sampler: sampler, manifest: manifest, variant: variant, in: bundle)
     let decoder = try await Program(variant.modules["decoder"]!, in: bundle)
     return try decoder.run(["latent": decoder.half(latent, port: "latent")])
 }

@@ -7,7 +7,8 @@ Needs numpy, onnxruntime, tokenizers and pillow.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from tokenizers import Tokenizer
 
 Module = Mapping[str, Any]
 """A module's entry in the manifest."""
+
+Noise = Callable[[], np.ndarray]
+"""Gives unit Gaussian noise [1,4,h,w] float32, other numbers at each call."""
 
 
 def run(folder: Path, module: Module, calls: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
@@ -52,20 +56,27 @@ def advance(z: np.ndarray, *, outputs: np.ndarray, w: float, step: Mapping[str, 
     return np.float32(step["from_z"]) * z + np.float32(step["from_output"]) * output
 
 
+def renoise(z: np.ndarray, *, fresh: np.ndarray, step: Mapping[str, float]) -> np.ndarray:
+    """The latent with the fresh noise that a step of the consistency sampler adds."""
+    return z + np.float32(step["from_noise"]) * fresh
+
+
 def denoise(
-    folder: Path, manifest: Mapping[str, Any], module: Module, *, c: np.ndarray, noise: np.ndarray
+    folder: Path, manifest: Mapping[str, Any], module: Module, *, c: np.ndarray, noise: Noise
 ) -> np.ndarray:
     """The latent [1,4,h,w] after all steps."""
     sampler = json.loads((folder / "sampler.json").read_text())
     path = folder / module["files"][0]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    z = noise
+    z = noise()
     for step in sampler["steps"]:
         t = np.array([step["t"]], np.float32)
         # One call with both conditions, or one call for each.
         parts = np.split(c, 2 // manifest["conditions"])
         outputs = np.concatenate([session.run(None, {"z_t": z, "t": t, "c": part})[0] for part in parts])
         z = advance(z, outputs=outputs, w=sampler["guidance"], step=step)
+        if step.get("from_noise"):
+            z = renoise(z, fresh=noise(), step=step)
     return z
 
 
@@ -74,7 +85,7 @@ def pixels(image: np.ndarray) -> np.ndarray:
     return np.rint(255 * image[0].transpose(1, 2, 0)).clip(0, 255).astype(np.uint8)
 
 
-def generate(folder: Path, rows: Sequence[Sequence[int]], *, noise: np.ndarray, variant: str) -> np.ndarray:
+def generate(folder: Path, rows: Sequence[Sequence[int]], *, noise: Noise, variant: str) -> np.ndarray:
     """The image [1,3,H,W] of token ids: the empty caption's, then the caption's."""
     manifest = json.loads((folder / "manifest.json").read_text())
     modules = manifest["variants"][variant]["modules"]
@@ -91,7 +102,8 @@ def main(bundle: str, caption: str, out: str, seed: str = "0") -> None:
     empty = json.loads((folder / "vectors" / "vectors.json").read_text())["token_ids"][""]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
     rows = [empty, fit_tokens(tokenizer.encode(caption).ids, empty=empty)]
-    noise = np.random.default_rng(int(seed)).standard_normal((1, *manifest["latent_shape"]), np.float32)
+    random, shape = np.random.default_rng(int(seed)), (1, *manifest["latent_shape"])
+    noise = partial(random.standard_normal, shape, np.float32)
     image = generate(folder, rows, noise=noise, variant="onnx")
     Image.fromarray(pixels(image)).save(out)
 

@@ -1,15 +1,16 @@
 """Generates images of a caption by the programs of a mobile bundle alone."""
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from jobs.evaluation.images import NonFiniteImageError
 from jobs.runtime.logs import logger
 from snapfusion.export.bundle import EXECUTORCH, ONNX_RUNTIME, MobileBundle
 from snapfusion.export.bundle_files import BundleError
-from snapfusion.export.loop import CompiledModel, encode_text, sampling_steps, to_uint8_image
+from snapfusion.export.loop import CompiledModel, FreshNoise, encode_text, sampling_steps, to_uint8_image
 from snapfusion.models.tokenizer import tokenize
-from snapfusion.noise import gaussian, noise_key
+from snapfusion.noise import gaussian, noise_key, step_noise
 
 RUNTIMES = {"executorch": EXECUTORCH, "onnx": ONNX_RUNTIME}
 """Runtimes on any machine: as an option names them, and as a manifest does."""
@@ -63,8 +64,10 @@ def generate_bundle_images(
     images = []
     with tqdm(total=count * len(sampler.steps), unit="step") as bar:
         for index in range(count):
-            latent = gaussian(noise_key(seed, caption, index), bundle.latent_shape)[None].numpy()
-            for step in sampling_steps(programs, c=c, noise=latent, sampler=sampler, w=w):
+            key = noise_key(seed, caption, index)
+            latent = gaussian(key, bundle.latent_shape)[None].numpy()
+            fresh = fresh_noise(key, bundle.latent_shape)
+            for step in sampling_steps(programs, c=c, noise=latent, sampler=sampler, w=w, fresh_noise=fresh):
                 latent = step.z_next
                 bar.update()
             image = programs.decoder([latent])
@@ -75,3 +78,9 @@ def generate_bundle_images(
                 image = np.zeros_like(image)
             images.append(to_uint8_image(image))
     return images
+
+
+def fresh_noise(key: int, shape: tuple[int, int, int]) -> FreshNoise:
+    """The noise that a step adds to the image of a key, as `snapfusion generate` draws it from a model."""
+    noise = step_noise([key], shape, device=torch.device("cpu"))
+    return lambda t: noise(t).numpy()

@@ -33,7 +33,6 @@ from snapfusion.settings import SettingsError
 from snapfusion.solver_names import Solver
 
 _MODEL, _STRENGTH = "mini", 0.8
-_BUNDLE_SAMPLER: Solver = "ddim"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +131,7 @@ def bundle_generator(options: SimpleNamespace, captions: Sequence[str]) -> Gener
     origin = Origin(
         negative=options.negative,
         steps=steps,
-        sampler=_BUNDLE_SAMPLER,
+        sampler=bundle.sampler.solver,
         guidance=guidance if folded is None else folded,
         model=options.bundle,
     )

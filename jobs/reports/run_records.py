@@ -14,7 +14,7 @@ from jobs.reports.latency_breakdown import LatencyBreakdown, breakdown_of
 from jobs.reports.part_cache import PartCache
 from jobs.training.metrics import METRICS, DecoderMetrics, StudentMetrics
 from pipelines.tables.table import Snapshot, is_table, open_table
-from snapfusion.export.layout import FORMAT_VERSION, MANIFEST
+from snapfusion.export.layout import FORMAT_VERSIONS, MANIFEST
 
 _LATENCIES = TypeAdapter(tuple[LatencyBreakdown, ...])
 
@@ -66,7 +66,7 @@ class CommittedRun:
         # Bundles of version 1 hold the decoder alone and have no variants to show.
         # A bare table, such as a phone's, has no whole UNets.
         records = [record for record in read_json_files(job.url("latency")) if record.get("unets")]
-        current = mobile is not None and mobile.get("format") == FORMAT_VERSION
+        current = mobile is not None and mobile.get("format") in FORMAT_VERSIONS
         return cls(
             job=job,
             tables={

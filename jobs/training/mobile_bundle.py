@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import format_duration, show_status
@@ -20,14 +20,15 @@ from snapfusion.export.bundle import CARD, LICENCE
 from snapfusion.export.bundle_files import BundleError
 from snapfusion.export.card import model_card
 from snapfusion.export.installed import check_compilers
-from snapfusion.export.layout import FORMAT_VERSION, MANIFEST
+from snapfusion.export.layout import MANIFEST
 from snapfusion.export.processes import Progress
+from snapfusion.export.sampler_coefficients import LinearSolver
 from snapfusion.export.settings import Licence, LicenceError, MobileSettings
 from snapfusion.mini.captions import known_captions
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.checksums import file_records
 from snapfusion.models.decoder import HalfDecoder
-from snapfusion.models.defaults import distilled_solver, distilled_steps, needs_one_pass
+from snapfusion.models.defaults import distilled_solver, distilled_steps, needs_one_pass, sampling_grid
 from snapfusion.models.local_folder import MODEL_FOLDER
 from snapfusion.settings import differences, digest
 
@@ -74,8 +75,8 @@ def publish_bundle(
     """
     settings.licence.check()
     check_parts(bundle, decoder)
-    check_sampling(bundle, guidance=settings.guidance)
     num_steps = settings.steps or distilled_steps(bundle)
+    check_sampling(bundle, guidance=settings.guidance, steps=num_steps)
     identity = {
         **_identity_of(settings),
         "steps": num_steps,
@@ -148,16 +149,22 @@ def check_parts(bundle: Bundle, decoder: HalfDecoder | None) -> None:
         )
 
 
-def check_sampling(bundle: Bundle, *, guidance: float) -> None:
-    """Refuse a student that a bundle's DDIM steps at this guidance would not sample as it was distilled.
+def check_sampling(bundle: Bundle, *, guidance: float, steps: int) -> None:
+    """Refuse a student that a bundle would not sample as it was distilled.
 
     Raises:
         BundleError: naming what does not fit.
     """
-    if (solver := distilled_solver(bundle)) != "ddim":
+    accepted = get_args(LinearSolver)
+    if (solver := distilled_solver(bundle)) not in accepted:
         raise BundleError(
-            f"{bundle.source} was distilled for the sampler {solver}, and a bundle has DDIM steps"
+            f"{bundle.source} was distilled for the sampler {solver}, and a bundle has the steps of "
+            + " or ".join(accepted)
         )
+    try:
+        sampling_grid(bundle, steps=steps, solver=solver)
+    except ValueError as error:
+        raise BundleError(f"mobile.steps is {steps}: {error}") from None
     cfg_range = (bundle.distillation or {}).get("cfg_range")
     if cfg_range and needs_one_pass(bundle) and not cfg_range["low"] <= guidance <= cfg_range["high"]:
         raise BundleError(
@@ -203,7 +210,6 @@ def _write_manifest(
             raise LicenceError(f"--set mobile.licence.text={licence.text}: {error}") from None
     manifest = {
         **contents,
-        "format": FORMAT_VERSION,
         "identity": identity,
         "versions": versions(),
         "settings_hash": digest(identity),

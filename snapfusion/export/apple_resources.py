@@ -31,8 +31,9 @@ from snapfusion.export.settings import AppleSettings
 from snapfusion.export.variants import total_bytes
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.decoder import HalfDecoder
-from snapfusion.models.defaults import default_guidance, distilled_steps
+from snapfusion.models.defaults import default_guidance, distilled_solver, distilled_steps
 from snapfusion.sampling import time_grid
+from snapfusion.solver_names import CONSISTENCY
 
 CHUNKS = ("UnetChunk1", "UnetChunk2")
 """Names of a UNet's two packages, which Apple's pipeline looks for first."""
@@ -72,6 +73,11 @@ def check_apple_layout(bundle: Bundle) -> None:
         raise AppleLayoutError(
             f"{bundle.source} has another noise schedule than Stable Diffusion, whose betas are constants in "
             "Apple's schedulers"
+        )
+    if (solver := distilled_solver(bundle)) == CONSISTENCY:
+        raise AppleLayoutError(
+            f"{bundle.source} was distilled for the sampler {solver}, and Apple's pipelines add no noise at "
+            "their steps"
         )
 
 

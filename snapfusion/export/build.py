@@ -11,11 +11,12 @@ from transformers import CLIPTokenizer
 
 from snapfusion.export.bundle import MODULES, SAFETY_CHECKER, SAMPLER, TOKENIZER, VECTORS, read_sampler
 from snapfusion.export.executorch import ExecuTorchProgram
+from snapfusion.export.layout import FORMAT_VERSION, RENOISING_VERSION
 from snapfusion.export.modules import FixedModule, decoder_module, text_encoder_module, unet_module
 from snapfusion.export.parity import ParityError, find_peak
 from snapfusion.export.processes import Progress, Task, num_processes, run_tasks, worker_processes
 from snapfusion.export.reference import Reference, generate_reference, samples_of
-from snapfusion.export.sampler_coefficients import SamplerCoefficients
+from snapfusion.export.sampler_coefficients import LinearSolver, SamplerCoefficients
 from snapfusion.export.settings import AttentionLayout, MobileSettings
 from snapfusion.export.units import UnitBuilder, UnitInputs, write_images
 from snapfusion.export.variants import BundleVariant, groups_of, layout_of, variants_of
@@ -24,9 +25,9 @@ from snapfusion.export.web_page import write_page
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.cost import count_parameters
 from snapfusion.models.decoder import HalfDecoder
-from snapfusion.models.defaults import needs_one_pass
+from snapfusion.models.defaults import distilled_solver, needs_one_pass, sampling_grid
 from snapfusion.models.tokenizer import tokenize
-from snapfusion.sampling import time_grid
+from snapfusion.solver_names import CONSISTENCY
 
 _TOKENIZER_EDGE_CASES = (
     "",
@@ -93,6 +94,7 @@ class BundleBuilder:
             UnitInputs(modules=modules, references=self.references).write(self._inputs)
             results = run_tasks(tasks, executor, slots=slots, progress=self.progress)
         return {
+            "format": RENOISING_VERSION if self._sampler.solver == CONSISTENCY else FORMAT_VERSION,
             "latent_shape": list(self.bundle.latent_shape),
             "image_size": self.bundle.image_size,
             "conditions": self._sampling.conditions,
@@ -115,6 +117,19 @@ class BundleBuilder:
         if not needs_one_pass(self.bundle):
             return self.settings
         return self.settings.model_copy(update={"guidance": 1.0, "conditions": 1})
+
+    @cached_property
+    def _sampler(self) -> SamplerCoefficients:
+        """The steps of the sampler that the model was distilled for, or of DDIM."""
+        bundle = self.bundle
+        solver: LinearSolver = CONSISTENCY if distilled_solver(bundle) == CONSISTENCY else "ddim"
+        return SamplerCoefficients.of(
+            bundle.schedule,
+            grid=sampling_grid(bundle, steps=self.num_steps, solver=solver),
+            prediction_type=bundle.prediction_type,
+            guidance=self._sampling.guidance,
+            solver=solver,
+        )
 
     @cached_property
     def references(self) -> list[Reference]:
@@ -171,20 +186,14 @@ class BundleBuilder:
 
     def _write_shared_files(self) -> None:
         """Write what all variants share: sampler, tokenizer, test vectors, torch's images, and the page."""
-        folder, bundle, guidance = self.folder, self.bundle, self._sampling.guidance
-        sampler = SamplerCoefficients.of(
-            bundle.schedule,
-            grid=time_grid(self.num_steps, schedule_steps=bundle.schedule.num_steps),
-            prediction_type=bundle.prediction_type,
-            guidance=guidance,
-        )
-        (folder / SAMPLER).write_text(json.dumps(sampler.to_values(), indent=2) + "\n")
+        folder, bundle = self.folder, self.bundle
+        (folder / SAMPLER).write_text(json.dumps(self._sampler.to_values(), indent=2) + "\n")
         bundle.tokenizer.save_pretrained(folder / TOKENIZER)
         self._check_tokenizer()
         # Read back at once: an error ends the build before anything is compiled.
         read_sampler(folder)
         self._check_references()
-        write_vectors(folder / VECTORS, self.references, guidance=guidance)
+        write_vectors(folder / VECTORS, self.references, guidance=self._sampling.guidance)
         write_images(folder, "torch", [reference.image for reference in self.references])
         if self.settings.onnx:
             write_page(folder)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from snapfusion.export.layout import FORMAT_VERSION, MANIFEST
+from snapfusion.export.layout import FORMAT_VERSIONS, MANIFEST
 from snapfusion.export.web_page import RUNTIME_FOLDER, RUNTIME_HASHES, read_hashes
 from snapfusion.models.checksums import ChecksumError, compare_files, file_records
 from snapfusion.records import RecordError, parse_record
@@ -68,9 +68,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except RecordError as error:
         raise BundleError(str(error)) from None
     version = manifest.get("format")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
+        accepted = " and ".join(map(str, FORMAT_VERSIONS))
         raise BundleError(
-            f"{folder} is a bundle of format {version}; format {FORMAT_VERSION} is accepted: compile it "
-            "again, or use the release that made it"
+            f"{folder} is a bundle of format {version}; formats {accepted} are accepted: compile "
+            "it again, or use the release that made it"
         )
     return manifest

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from snapfusion.export.sampler_coefficients import SamplerCoefficients
+from snapfusion.export.sampler_coefficients import SamplerCoefficients, StepCoefficients
 
 RunModule = Callable[[Sequence[np.ndarray]], np.ndarray]
 """Inputs in the order of the ports -> the first output."""
+
+FreshNoise = Callable[[int], np.ndarray]
+"""(t) -> the unit Gaussian noise that a step to t adds, [1,4,h,w] float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +41,14 @@ class SamplingStep:
         outputs: [2,4,h,w] float32, of the UNet for the empty caption and for the caption; or [1,4,h,w], for
             the caption alone.
         z_next: [1,4,h,w] float32, after.
+        fresh: [1,4,h,w] float32, the noise that the step adds; None if it adds none.
     """
 
     t: int
     z_t: np.ndarray
     outputs: np.ndarray
     z_next: np.ndarray
+    fresh: np.ndarray | None = None
 
 
 def encode_text(model: CompiledModel, *, ids: np.ndarray) -> np.ndarray:
@@ -52,7 +57,13 @@ def encode_text(model: CompiledModel, *, ids: np.ndarray) -> np.ndarray:
 
 
 def sampling_steps(
-    model: CompiledModel, *, c: np.ndarray, noise: np.ndarray, sampler: SamplerCoefficients, w: float
+    model: CompiledModel,
+    *,
+    c: np.ndarray,
+    noise: np.ndarray,
+    sampler: SamplerCoefficients,
+    w: float,
+    fresh_noise: FreshNoise | None = None,
 ) -> Iterator[SamplingStep]:
     """The steps from noise to the clean latent. SnapFusion Eq. 2, 3.
 
@@ -64,6 +75,10 @@ def sampling_steps(
         noise: [1,4,h,w] float32.
         sampler: the coefficients of its steps.
         w: the guidance scale.
+        fresh_noise: of the steps that add some; called once for each of them.
+
+    Raises:
+        ValueError: if a step adds noise and there is no `fresh_noise`.
     """
     z_t: np.ndarray = noise.astype(np.float32)
     if model.conditions == 1 and w == 1.0:
@@ -72,9 +87,9 @@ def sampling_steps(
     for step in sampler.steps:
         t = np.array([step.t], np.float32)
         outputs = np.concatenate([model.unet([z_t, t, part]) for part in parts])
-        output = guided_output(outputs, w=w)
-        z_next = np.float32(step.from_z) * z_t + np.float32(step.from_output) * output
-        yield SamplingStep(t=step.t, z_t=z_t, outputs=outputs, z_next=z_next)
+        fresh = fresh_noise(step.t_next) if step.from_noise and fresh_noise is not None else None
+        z_next = next_latent(step, z_t=z_t, output=guided_output(outputs, w=w), fresh=fresh)
+        yield SamplingStep(t=step.t, z_t=z_t, outputs=outputs, z_next=z_next, fresh=fresh)
         z_t = z_next
 
 
@@ -86,11 +101,34 @@ def guided_output(outputs: np.ndarray, *, w: float) -> np.ndarray:
     return np.float32(w) * cond - np.float32(w - 1.0) * uncond
 
 
+def next_latent(
+    step: StepCoefficients, *, z_t: np.ndarray, output: np.ndarray, fresh: np.ndarray | None
+) -> np.ndarray:
+    """The latent after a step in float32, as an application computes it, [1,4,h,w].
+
+    Raises:
+        ValueError: if the step adds noise and `fresh` is None.
+    """
+    z_next: np.ndarray = np.float32(step.from_z) * z_t + np.float32(step.from_output) * output
+    if not step.from_noise:
+        return z_next
+    if fresh is None:
+        raise ValueError(f"the step at t = {step.t} adds noise, and none is given")
+    return z_next + np.float32(step.from_noise) * fresh
+
+
 def generate(
-    model: CompiledModel, *, ids: np.ndarray, noise: np.ndarray, sampler: SamplerCoefficients, w: float
+    model: CompiledModel,
+    *,
+    ids: np.ndarray,
+    noise: np.ndarray,
+    sampler: SamplerCoefficients,
+    w: float,
+    fresh_noise: FreshNoise | None = None,
 ) -> np.ndarray:
     """The image [1,3,H,W] float32 in 0 .. 1 of token ids [2,L] (the empty caption's, the caption's)."""
-    *_, last = sampling_steps(model, c=encode_text(model, ids=ids), noise=noise, sampler=sampler, w=w)
+    c = encode_text(model, ids=ids)
+    *_, last = sampling_steps(model, c=c, noise=noise, sampler=sampler, w=w, fresh_noise=fresh_noise)
     return model.decoder([last.z_next])
 
 

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from snapfusion.export.loop import SamplingStep
 from snapfusion.models.bundle import Bundle
-from snapfusion.models.defaults import needs_one_pass
-from snapfusion.noise import gaussian, noise_key
-from snapfusion.sampling import guide, time_grid
+from snapfusion.models.defaults import distilled_solver, needs_one_pass, sampling_grid
+from snapfusion.noise import gaussian, noise_key, step_noise
+from snapfusion.sampling import CLEAN, guide
+from snapfusion.schedule import Estimate
+from snapfusion.solver_names import CONSISTENCY
 from snapfusion.solvers import ddim_step
 
 Decode = Callable[[Tensor], Tensor]
@@ -50,6 +52,17 @@ class Reference:
     def latent(self) -> np.ndarray:
         """The clean latent, float32 [1,4,h,w]."""
         return self.steps[-1].z_next
+
+    def fresh_noise(self, t: int) -> np.ndarray:
+        """The noise that the step to t adds, float32 [1,4,h,w].
+
+        Raises:
+            ValueError: if it adds none.
+        """
+        for step, after in pairwise(self.steps):
+            if after.t == t and step.fresh is not None:
+                return step.fresh
+        raise ValueError(f"the reference adds no noise at t = {t}")
 
 
 def samples_of(references: Sequence[Reference], *, module: str, conditions: int) -> list[Sample]:
@@ -91,24 +104,34 @@ def generate_reference(
 ) -> Reference:
     """Generate one caption's image from the noise that `snapfusion generate --seed` uses.
 
-    A model that needs one pass a step (`needs_one_pass`) takes it for the caption alone, and w as its input.
+    A model is sampled as it was distilled: by DDIM, or with fresh noise at each step. One that needs one pass
+    a step (`needs_one_pass`) takes it for the caption alone, and w as its input.
     `on_step` is called with the number of steps done after each.
     """
     ids = bundle.tokenize(["", caption])
     c = bundle.encode_text(ids)
-    noise = gaussian(noise_key(seed, caption, 0), bundle.latent_shape)[None]
-    steps, z_t, one_pass = [], noise, needs_one_pass(bundle)
-    for t, t_next in pairwise(time_grid(num_steps, schedule_steps=bundle.schedule.num_steps)):
+    key, solver = noise_key(seed, caption, 0), distilled_solver(bundle)
+    noise = gaussian(key, bundle.latent_shape)[None]
+    renoise = step_noise([key], bundle.latent_shape, device=noise.device)
+    steps, z_t = [], noise
+    for t, t_next in pairwise(sampling_grid(bundle, steps=num_steps, solver=solver)):
         time = torch.tensor([t])
-        if one_pass:
-            output = outputs = bundle.predict(z_t, time, c[1:], w=w)
-        else:
-            outputs = bundle.predict(z_t.repeat(2, 1, 1, 1), time.repeat(2), c)
-            uncond, cond = outputs.chunk(2)
-            output = guide(cond=cond, uncond=uncond, w=w)
+        outputs = _outputs(bundle, z_t, time, c, w=w)
+        output = outputs if len(outputs) == 1 else guide(cond=outputs[1:], uncond=outputs[:1], w=w)
         estimate = bundle.schedule.estimate(output, z_t=z_t, t=time, prediction_type=bundle.prediction_type)
+        fresh = renoise(t_next) if solver == CONSISTENCY and t_next != CLEAN else None
+        if fresh is not None:
+            estimate = Estimate(x=estimate.x, eps=fresh)
         z_next = ddim_step(estimate, t_next=torch.tensor([t_next]), schedule=bundle.schedule)
-        steps.append(SamplingStep(t=t, z_t=z_t.numpy(), outputs=outputs.numpy(), z_next=z_next.numpy()))
+        steps.append(
+            SamplingStep(
+                t=t,
+                z_t=z_t.numpy(),
+                outputs=outputs.numpy(),
+                z_next=z_next.numpy(),
+                fresh=None if fresh is None else fresh.numpy(),
+            )
+        )
         z_t = z_next
         on_step(len(steps))
     image = decode(z_t).float().clamp(-1.0, 1.0) * 0.5 + 0.5
@@ -120,3 +143,10 @@ def generate_reference(
         steps=tuple(steps),
         image=image.numpy(),
     )
+
+
+def _outputs(bundle: Bundle, z_t: Tensor, t: Tensor, c: Tensor, *, w: float) -> Tensor:
+    """The outputs for the empty caption and for the caption; of one that needs one pass, for the latter."""
+    if needs_one_pass(bundle):
+        return bundle.predict(z_t, t, c[1:], w=w)
+    return bundle.predict(z_t.repeat(2, 1, 1, 1), t.repeat(2), c)

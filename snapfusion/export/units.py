@@ -126,9 +126,8 @@ class UnitBuilder:
         images = []
         for reference in references:
             ids = tokenize(tokenizer, ["", reference.caption]).numpy().astype(np.int32)
-            images.append(
-                generate(model, ids=ids, noise=reference.noise, sampler=sampler, w=settings.guidance)
-            )
+            drawing: dict[str, Any] = {"noise": reference.noise, "fresh_noise": reference.fresh_noise}
+            images.append(generate(model, ids=ids, sampler=sampler, w=settings.guidance, **drawing))
         parity = check_parity(
             artifact=f"the images of {variant.name}",
             outputs=images,

@@ -5,7 +5,8 @@ vectors.json    captions with their token ids, the guidance scale, and the file 
 
 The arrays are one caption's: `token_ids` [2,L] of "" and the caption, `c` [2,L,D], `noise` [1,4,h,w], for
 each step k `output-k` [2,4,h,w] of the UNet and the next latent `z-k` [1,4,h,w], and `image` [1,3,H,W]. Where
-a step takes one pass, `output-k` is [1,4,h,w], of the caption alone.
+a step takes one pass, `output-k` is [1,4,h,w], of the caption alone. Where a step adds fresh noise, that is
+`noise-k` [1,4,h,w].
 """
 
 import json
@@ -51,9 +52,9 @@ class Vectors:
         """The reference that the vectors were written from; `times` are the t of each step."""
         z_t, steps = self.arrays["noise"], []
         for k, t in enumerate(times):
-            z_next = self.arrays[f"z-{k}"]
-            steps.append(SamplingStep(t=t, z_t=z_t, outputs=self.arrays[f"output-{k}"], z_next=z_next))
-            z_t = z_next
+            values = {"outputs": self.arrays[f"output-{k}"], "z_next": self.arrays[f"z-{k}"]}
+            steps.append(SamplingStep(t=t, z_t=z_t, **values, fresh=self.arrays.get(f"noise-{k}")))
+            z_t = values["z_next"]
         return Reference(
             caption=self.caption,
             ids=self.arrays["token_ids"],
@@ -82,6 +83,8 @@ def _arrays(reference: Reference) -> dict[str, np.ndarray]:
     arrays = {"token_ids": reference.ids, "c": reference.c, "noise": reference.noise}
     for k, step in enumerate(reference.steps):
         arrays |= {f"output-{k}": step.outputs, f"z-{k}": step.z_next}
+        if step.fresh is not None:
+            arrays[f"noise-{k}"] = step.fresh
     return {**arrays, "image": reference.image}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from snapfusion.export.bundle import MODULES, MobileBundle
-from snapfusion.export.loop import CompiledModel, RunModule, generate, guided_output
+from snapfusion.export.loop import CompiledModel, RunModule, generate, guided_output, next_latent
 from snapfusion.export.parity import ParityError, check_parity
 from snapfusion.export.reference import Sample, samples_of
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
@@ -61,9 +61,13 @@ def _check_steps(vectors: Vectors, sampler: SamplerCoefficients) -> str:
     worst = 0.0
     stored_steps = vectors.reference([step.t for step in sampler.steps]).steps
     for index, (step, stored) in enumerate(zip(sampler.steps, stored_steps, strict=True)):
+        if bool(step.from_noise) != (stored.fresh is not None):
+            raise ParityError(
+                f"sampler.json: step {index} (t = {step.t}) and the test vectors differ in noise"
+            )
         output = guided_output(stored.outputs, w=vectors.guidance)
         # From the stored latent, so that rounding does not accumulate over the steps.
-        z_next = np.float32(step.from_z) * stored.z_t + np.float32(step.from_output) * output
+        z_next = next_latent(step, z_t=stored.z_t, output=output, fresh=stored.fresh)
         error = float(np.abs(z_next - stored.z_next).max() / np.abs(stored.z_next).max())
         # Negated, so that NaN is refused too.
         if not error <= _STEP_TOLERANCE:
@@ -89,7 +93,14 @@ def check_variant(bundle: MobileBundle, variant: str, *, model: CompiledModel) -
         expected, what = [output for _, output in samples], f"{variant}/{module}"
         found = _compare(what, outputs, expected, stated=entry["modules"][module]["parity"])
         yield CheckResult(what=what, found=found, milliseconds=median_ms)
-    image = generate(model, ids=reference.ids, noise=reference.noise, sampler=sampler, w=vectors.guidance)
+    image = generate(
+        model,
+        ids=reference.ids,
+        noise=reference.noise,
+        sampler=sampler,
+        w=vectors.guidance,
+        fresh_noise=reference.fresh_noise,
+    )
     found = _compare(f"the image of {variant}", [image], [reference.image], stated=entry["images"])
     yield CheckResult(what=f"{variant}, the image", found=found)
 

@@ -43,6 +43,15 @@ def published(tmp_path_factory):
     return publish(tiny_bundle(), tmp_path_factory.mktemp("mobile") / "bundle", guidance=W)
 
 
+@pytest.fixture(scope="module")
+def renoised(tmp_path_factory):
+    """Of a student that takes one pass a step, and fresh noise after it."""
+    bundle = tiny_bundle()
+    bundle.distillation = {"steps": STEPS, "sampler": "consistency", "points": 2 * STEPS}
+    bundle.distillation["cfg_range"] = {"low": 1.0, "high": 1.0}
+    return publish(bundle, tmp_path_factory.mktemp("renoised") / "bundle", guidance=1.0)
+
+
 def publish(bundle, path, *, guidance):
     """A bundle whose programs are torch's own networks, and these: nothing here is about compilers."""
     networks = {}
@@ -119,12 +128,24 @@ def advance(text, *, z, outputs, w, step):
     return latent
 
 
+def renoise(text, *, z, fresh, step):
+    """The latent with fresh noise; Swift names the coefficient alone."""
+    coefficient = np.float32(step["from_noise"])
+    known = {"step": SimpleNamespace(fromNoise=coefficient), "fromNoise": coefficient}
+    return compute(text, "renoise", z=z, fresh=fresh, i=np.arange(z.size), **known)["next"]
+
+
 def check_steps(text, published):
     arrays, sampler = published.vectors.arrays, published.sampler
     z = arrays["noise"].ravel()
     for number, step in enumerate(sampler["steps"]):
         expected = arrays[f"z-{number}"].ravel()
-        z = advance(text, z=z, outputs=arrays[f"output-{number}"].ravel(), w=sampler["guidance"], step=step)
+        outputs = arrays[f"output-{number}"].ravel()
+        # Of a single output the other one counts for nothing.
+        outputs = np.concatenate([outputs, outputs]) if outputs.size == z.size else outputs
+        z = advance(text, z=z, outputs=outputs, w=sampler["guidance"], step=step)
+        if step.get("from_noise"):
+            z = renoise(text, z=z, fresh=arrays[f"noise-{number}"].ravel(), step=step)
         np.testing.assert_allclose(z, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
@@ -132,6 +153,19 @@ def check_steps(text, published):
 def test_each_step_reproduces_the_vectors(source, published):
     assert published.vectors.num_steps == STEPS == len(published.sampler["steps"])
     check_steps(source.read_text(), published)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_fresh_noise_reproduces_the_vectors(source, renoised):
+    assert (renoised.manifest["format"], renoised.sampler["solver"]) == (3, "consistency")
+    text = source.read_text()
+    check_steps(text, renoised)
+    for right, wrong in (("z[i] + ", "z[i] - "), ("fresh[i]", "fresh[0]")):
+        begin, mark, after = text.partition("begin renoise")
+        assert right in after
+        changed = begin + mark + after.replace(right, wrong, 1)
+        with pytest.raises(AssertionError):
+            check_steps(changed, renoised)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
@@ -286,11 +320,12 @@ def keys_of(value):
 
 
 @pytest.mark.parametrize("source", [SWIFT, KOTLIN], ids=lambda path: path.name)
-def test_names_in_the_source_are_the_bundles(source, published):
-    known = {MANIFEST, SAMPLER, "mlmodelc", *MODULES, *keys_of([published.manifest, published.sampler])}
+def test_names_in_the_source_are_the_bundles(source, published, renoised):
+    names = keys_of([published.manifest, published.sampler, renoised.sampler])
+    known = {MANIFEST, SAMPLER, "mlmodelc", *MODULES, *names}
     assert quoted(source) <= known
     used = {name for names in published.inputs.values() for name in names}
-    assert quoted(source) >= {MANIFEST, SAMPLER, *MODULES, *used, "from_z", "from_output"}
+    assert quoted(source) >= {MANIFEST, SAMPLER, *MODULES, *used, "from_z", "from_output", "from_noise"}
     assert (published.folder / MANIFEST).exists()
     assert (published.folder / SAMPLER).exists()
 
@@ -314,7 +349,7 @@ def test_swift_passes_inputs_by_name(published):
 
 
 def test_swift_decodes_existing_fields(published):
-    """A `Decodable` fails on a missing key, so every field must exist in the JSON that it decodes."""
+    """A `Decodable` fails on a missing key, so every field that is not optional must exist in the JSON."""
     text = SWIFT.read_text()
     module = published.manifest["variants"]["executorch"]["modules"]["unet"]
     values = {
@@ -330,7 +365,7 @@ def test_swift_decodes_existing_fields(published):
         indent, body = re.search(
             rf"^( *)struct {name}: Decodable {{\n([\s\S]*?)\n\1}}", text, re.MULTILINE
         ).groups()
-        fields = re.findall(rf"^{indent}    let (\w+):", body, re.MULTILINE)
+        fields = re.findall(rf"^{indent}    let (\w+): [^?\n]+$", body, re.MULTILINE)
         assert fields
         assert {renamed.get(field, field) for field in fields} <= json_values.keys(), name
 
@@ -405,6 +440,7 @@ import fs from "node:fs/promises";
 import path from "node:path";
 const [, , source, folder, variant] = process.argv;
 const { generate, openBundle, rgba } = await import(source);
+const { noiseKey, stepNoise } = await import(path.join(path.dirname(source), "noise.mjs"));
 const read = async (name) => new Uint8Array(await fs.readFile(path.join(folder, name))).buffer;
 const floats = async (name) => new Float32Array(await read(`vectors/${name}.f32`));
 const bundle = await openBundle(read, variant);
@@ -429,7 +465,10 @@ const run = async (inputs) => {
 };
 class Tensor { constructor(type, data, dims) { Object.assign(this, { type, data, dims }); } }
 const ort = { Tensor, InferenceSession: { create: async () => ({ run, release: async () => {} }) } };
-const image = await generate(ort, bundle, { rows: rows.slice(0, 2), noise: await floats("noise") });
+const noise = await floats("noise");
+const { seed } = bundle.manifest.identity.settings;
+const freshNoise = stepNoise(noiseKey(seed, index.caption, 0), noise.length);
+const image = await generate(ort, bundle, { rows: rows.slice(0, 2), noise, freshNoise });
 process.stdout.write(Buffer.from(rgba(image)).toString("base64"));
 """
 
@@ -448,10 +487,16 @@ def test_javascript_takes_one_pass_with_folded_guidance(tmp_path):
     check_replay(one_pass, tmp_path)
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def test_javascript_adds_the_noise_of_generate(renoised, tmp_path):
+    check_replay(renoised, tmp_path)
+
+
 def check_replay(published, tmp_path):
     """The whole source, with a runtime that gives the outputs of the test vectors for their inputs."""
     (tmp_path / "replay.mjs").write_text(REPLAY)
     source = shutil.copy(JAVASCRIPT, tmp_path / "text_to_image.mjs")
+    shutil.copy(WEB / "noise.js", tmp_path / "noise.mjs")
     command = ["node", tmp_path / "replay.mjs", source, published.folder, "executorch"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     pixels = np.frombuffer(base64.b64decode(done.stdout), np.uint8).reshape(16, 16, 4)

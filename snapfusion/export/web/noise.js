@@ -19,11 +19,17 @@ export function gaussian(key, count) {
   return normals;
 }
 
+/** The noise that a step to timestep t adds to the image of a key, as `step_noise` draws it. */
+export function stepNoise(key, count) {
+  return (t) => gaussian(noiseKey("step", key, t), count);
+}
+
 /** JSON of strings and whole numbers as Python's `json.dumps` writes it: in ASCII, with a space after commas. */
 function pythonJson(parts) {
   const escape = (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`;
   // A lone half of a surrogate pair, too, is what JSON.stringify and Python escape alike.
-  return `[${parts.map((part) => JSON.stringify(part).replace(/[\x7f-\uffff]/g, escape)).join(", ")}]`;
+  const json = (part) => (typeof part === "bigint" ? String(part) : JSON.stringify(part));
+  return `[${parts.map((part) => json(part).replace(/[\x7f-\uffff]/g, escape)).join(", ")}]`;
 }
 
 // BLAKE2b (RFC 7693), without a key, for a digest of 8 bytes.

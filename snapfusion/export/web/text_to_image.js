@@ -9,7 +9,13 @@ export async function openBundle(read, variant) {
   const [manifest, sampler, vectors] = await Promise.all(
     ["manifest.json", "sampler.json", "vectors/vectors.json"].map(json),
   );
-  const steps = sampler.steps.map((step) => ({ t: step.t, fromZ: step.from_z, fromOutput: step.from_output }));
+  const steps = sampler.steps.map((step) => ({
+    t: step.t,
+    tNext: step.t_next,
+    fromZ: step.from_z,
+    fromOutput: step.from_output,
+    fromNoise: step.from_noise ?? 0,
+  }));
   const { modules } = manifest.variants[variant];
   return { manifest, modules, steps, guidance: sampler.guidance, empty: vectors.token_ids[""], read };
 }
@@ -53,6 +59,16 @@ export function advance(z, outputs, w, step) {
   });
 }
 
+/** The latent with the fresh noise that a step of the consistency sampler adds. */
+export function renoise(z, fresh, step) {
+  return Float32Array.from(z, (_, i) => {
+    // begin renoise
+    const next = z[i] + step.fromNoise * fresh[i];
+    // end renoise
+    return next;
+  });
+}
+
 /** An image [1,3,H,W] in 0 .. 1 as bytes of ImageData: red, green, blue, opaque. */
 export function rgba(image) {
   const size = image.length / 3;
@@ -82,8 +98,8 @@ export async function encode(ort, textEncoder, rows) {
   return c;
 }
 
-/** All steps, from noise to the latent. */
-export async function denoise(ort, unet, bundle, { c, noise, w = bundle.guidance, onStep = () => {} }) {
+/** All steps, from noise to the latent. `freshNoise` gives the noise that a step to a timestep adds. */
+export async function denoise(ort, unet, bundle, { c, noise, freshNoise, w = bundle.guidance, onStep = () => {} }) {
   const { latent_shape: shape } = bundle.manifest;
   // begin part: one call with both conditions, or one call for each
   const part = c.length / 2 * bundle.manifest.conditions;
@@ -103,6 +119,7 @@ export async function denoise(ort, unet, bundle, { c, noise, w = bundle.guidance
       outputs.set(output.data, (first / part) * output.data.length);
     }
     z = advance(z, outputs, w, step);
+    if (step.fromNoise) z = renoise(z, freshNoise(step.tNext), step);
     onStep(number + 1);
   }
   return z;
@@ -116,7 +133,7 @@ export async function decode(ort, decoder, bundle, latent) {
 }
 
 /** The image [1,3,H,W] of token ids: the empty caption's, then the caption's. */
-export async function generate(ort, bundle, { rows, noise, w = bundle.guidance, options = {} }) {
+export async function generate(ort, bundle, { rows, noise, freshNoise, w = bundle.guidance, options = {} }) {
   // One model at a time, so that memory holds the largest and not all three.
   const use = async (name, compute) => {
     const session = await openModule(ort, bundle, name, options);
@@ -127,6 +144,6 @@ export async function generate(ort, bundle, { rows, noise, w = bundle.guidance, 
     }
   };
   const c = await use("text_encoder", (session) => encode(ort, session, rows));
-  const latent = await use("unet", (session) => denoise(ort, session, bundle, { c, noise, w }));
+  const latent = await use("unet", (session) => denoise(ort, session, bundle, { c, noise, freshNoise, w }));
   return use("decoder", (session) => decode(ort, session, bundle, latent));
 }

@@ -5,7 +5,7 @@
 
 import { checkModules } from "./device_check.js";
 import { PageError, checkedReader, readAhead } from "./files.js";
-import { gaussian, noiseKey } from "./noise.js";
+import { gaussian, noiseKey, stepNoise } from "./noise.js";
 import { availableProviders, loadRuntime } from "./runtime.js";
 import { decode, denoise, encode, fitTokens, openBundle, openModule } from "./text_to_image.js";
 import { clipTokenizer } from "./tokenizer.js";
@@ -77,11 +77,13 @@ async function draw({ caption, seed, guidance }) {
   const ids = tokenize(caption);
   const rows = [bundle.empty, fitTokens(ids, bundle.empty)];
   const count = bundle.manifest.latent_shape.reduce((product, side) => product * side, 1);
-  const noise = gaussian(noiseKey(seed, caption, 0), count);
+  const key = noiseKey(seed, caption, 0);
+  const noise = gaussian(key, count);
+  const freshNoise = stepNoise(key, count);
   const [c, encoding] = await use("text_encoder", (session) => timed(() => encode(ort, session, rows)));
   const onStep = (done) => postMessage({ step: done });
   const [latent, denoising] = await use("unet", (session) =>
-    timed(() => denoise(ort, session, bundle, { c, noise, w: guidance, onStep })),
+    timed(() => denoise(ort, session, bundle, { c, noise, freshNoise, w: guidance, onStep })),
   );
   const [image, decoding] = await use("decoder", (session) => timed(() => decode(ort, session, bundle, latent)));
   if (!image.every(Number.isFinite)) throw new PageError("the image has values that are not finite");

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -24,7 +25,7 @@ from jobs.evaluation.images import generate_images
 from jobs.recipes.registry import recipe_named
 from jobs.training.mobile_bundle import check_parts, publish_bundle
 from jobs.verify_bundle import verify
-from snapfusion.export.bundle import open_bundle
+from snapfusion.export.bundle import MobileBundle, open_bundle
 from snapfusion.export.bundle_files import BundleError
 from snapfusion.export.coreml_package import describe_package
 from snapfusion.export.executorch import compile_executorch
@@ -33,12 +34,15 @@ from snapfusion.export.parity import ParityError, check_parity
 from snapfusion.export.processes import worker_processes
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
 from snapfusion.export.settings import Licence, LicenceError, MobileSettings
+from snapfusion.export.verification import check_sampler_and_tokenizer
 from snapfusion.mini.scenes import parse_caption
 from snapfusion.models.decoder import HalfDecoder
 from snapfusion.models.guidance_embedding import with_guidance_embedding
 from snapfusion.models.load import load
 from snapfusion.models.tokenizer import build_tokenizer
+from snapfusion.noise import gaussian, noise_key
 from snapfusion.sampling import time_grid
+from snapfusion.schedule import Schedule
 
 OPEN = Licence(weights="Apache-2.0", data="CC-BY-4.0")
 FAST = {"coreml": (), "executorch": ("float32",), "guidance": 2.0, "steps": 2, "captions": ("red",)}
@@ -216,10 +220,51 @@ def test_guidance_of_a_w_conditioned_bundle_is_fixed(w_conditioned_bundle, tmp_p
 def test_students_that_a_bundle_cannot_sample_are_refused(tmp_path):
     outside = r"mobile\.guidance is 7\.5, and .* was distilled for 1 to 6"
     assert_refused(BundleError, outside, tmp_path, settings(guidance=7.5), model=w_conditioned_student())
-    noisy = w_conditioned_student(sampler="consistency")
-    assert_refused(
-        BundleError, "the sampler consistency, and a bundle has DDIM", tmp_path, settings(), model=noisy
-    )
+    other = w_conditioned_student(sampler="dpm++")
+    message = r"the sampler dpm\+\+, and a bundle has the steps of ddim or consistency"
+    assert_refused(BundleError, message, tmp_path, settings(), model=other)
+    few = w_conditioned_student(**LCM)
+    message = r"mobile\.steps is 9: num_steps is 9; a student of 8 points"
+    assert_refused(BundleError, message, tmp_path, settings(steps=9), model=few)
+
+
+LCM = {"sampler": "consistency", "points": 8, "steps": 4}
+
+
+@pytest.fixture(scope="module")
+def lcm_bundle(tmp_path_factory, w_conditioned_bundle):
+    """Of the same networks."""
+    path = tmp_path_factory.mktemp("lcm") / "bundle"
+    publish(path, settings(guidance=2.0, steps=None), model=w_conditioned_student(**LCM))
+    return path
+
+
+def test_consistency_bundle_adds_the_noise_of_generate(lcm_bundle):
+    bundle = open_bundle(lcm_bundle)
+    assert (bundle.manifest["format"], bundle.sampler.solver) == (3, "consistency")
+    assert bundle.manifest["variants"]["executorch"]["images"]["psnr_db"] > 80
+    arrays, key = bundle.vectors.arrays, noise_key(0, "red", 0)
+    assert {name for name in arrays if name.startswith("noise")} == {"noise", "noise-0", "noise-1", "noise-2"}
+    np.testing.assert_array_equal(arrays["noise-0"][0], gaussian(noise_key("step", key, 749), (4, 8, 8)))
+    programs, sampling = bundle.programs("executorch"), {"seed": 0, "count": 2}
+    images = generate_bundle_images(bundle, programs, "red", guidance=None, **sampling)
+    model, drawing = w_conditioned_student(**LCM), {"steps": 4, "guidance": 2.0, **sampling}
+    torchs = generate_images(model, ["red"], solver="consistency", **drawing)
+    for image, expected in zip(images, torchs, strict=True):
+        assert np.abs(image.astype(int) - expected.astype(int)).max() <= 1
+    (ddim, _) = generate_images(model, ["red"], **drawing)
+    assert np.abs(images[0].astype(int) - ddim.astype(int)).max() > 5
+    verify(lcm_bundle)
+
+
+def test_a_sampler_without_its_noise_is_noticed(lcm_bundle, tmp_path):
+    copied = shutil.copytree(lcm_bundle, tmp_path / "copy")
+    kinds = {"prediction_type": "v_prediction", "guidance": 1.0}
+    ddim = SamplerCoefficients.of(Schedule(), grid=time_grid(4), **kinds)
+    (copied / "sampler.json").write_text(json.dumps(ddim.to_values()))
+    bundle = MobileBundle(folder=copied, manifest=open_bundle(lcm_bundle).manifest)
+    with pytest.raises(ParityError, match=r"step 0 \(t = 999\) and the test vectors differ in noise"):
+        list(check_sampler_and_tokenizer(bundle))
 
 
 def test_student_guided_by_its_teacher_takes_one_pass(tmp_path):
@@ -466,8 +511,6 @@ def test_the_decoder_of_another_model_is_refused():
 
 
 def test_an_inconsistent_checkpoint_is_one_line(mobile_model, tmp_path, capsys):
-    import shutil
-
     path = shutil.copytree(mobile_model, tmp_path / "model")
     (path / "SHA256SUMS").unlink()
     config = json.loads((path / "unet/config.json").read_text())

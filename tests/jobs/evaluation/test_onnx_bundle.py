@@ -40,9 +40,10 @@ GUIDE = Path(__file__).parents[3] / "infra/onnx/text_to_image.py"
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
-def publish(path, *, kinds=KINDS, **changes):
+def publish(path, *, kinds=KINDS, distillation=None, **changes):
     settings = MobileSettings(**SETTINGS | {"onnx": kinds} | changes)
     model = tiny_student(seed=3)
+    model.distillation = distillation
     return publish_bundle(settings, bundle=model, decoder=None, parents=PARENTS, out_url=str(path))
 
 
@@ -147,11 +148,22 @@ def guide(monkeypatch):
 
 def test_the_guides_source_draws_the_same(bundle, guide, tmp_path):
     arrays = open_bundle(bundle).vectors.arrays
-    image = guide.generate(bundle, arrays["token_ids"].tolist(), noise=arrays["noise"], variant="onnx")
+    drawing = {"noise": lambda: arrays["noise"], "variant": "onnx"}
+    image = guide.generate(bundle, arrays["token_ids"].tolist(), **drawing)
     np.testing.assert_array_equal(guide.pixels(image), Image.open(bundle / "pictures/onnx-0.png"))
     path = tmp_path / "image.png"
     subprocess.run([sys.executable, GUIDE, bundle, "a red thing", path, "7"], check=True)
     assert np.asarray(Image.open(path)).std() > 0
+
+
+def test_the_guides_source_adds_noise(guide, tmp_path, exported_once):
+    student = {"steps": 3, "sampler": "consistency", "points": 6}
+    publish(tmp_path / "mobile", kinds=("float32",), distillation=student)
+    arrays = open_bundle(tmp_path / "mobile").vectors.arrays
+    noises = iter([arrays["noise"], arrays["noise-0"], arrays["noise-1"]])
+    drawing = {"noise": lambda: next(noises), "variant": "onnx"}
+    image = guide.generate(tmp_path / "mobile", arrays["token_ids"].tolist(), **drawing)
+    np.testing.assert_array_equal(guide.pixels(image), Image.open(tmp_path / "mobile/pictures/onnx-0.png"))
 
 
 def test_the_guides_source_fits_tokens(guide):

@@ -96,8 +96,8 @@ def test_a_program_outside_the_bundle_is_refused(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": 1}', "of format 1; format 2 is accepted"),
-        ("{}", "of format None; format 2 is accepted"),
+        ('{"format": 1}', "of format 1; formats 2 and 3 are accepted"),
+        ("{}", "of format None; formats 2 and 3 are accepted"),
         ("[]", "manifest.json holds list; a JSON object is accepted"),
         ("{", "manifest.json is damaged: Expecting property name"),
     ],

@@ -13,6 +13,7 @@ from browser import BROWSER, WITHOUT_SIMD, Page, chromium
 from conftest import tiny_student
 from PIL import Image
 
+from jobs.evaluation.bundle_images import fresh_noise
 from jobs.serving.bundle_page import FETCHED, page_files
 from jobs.serving.site import Site
 from jobs.training.mobile_bundle import publish_bundle
@@ -41,18 +42,30 @@ pytestmark = [needs_chromium, pytest.mark.usefixtures("compiled_once")]
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory, compiled_once, exported_once):
     """A tiny student's bundle for ExecuTorch and ONNX Runtime, with three captions."""
-    path = tmp_path_factory.mktemp("web") / "mobile"
+    return publish(tmp_path_factory.mktemp("web") / "mobile", onnx=("float32", "float16"))
+
+
+@pytest.fixture(scope="module")
+def renoised(tmp_path_factory, bundle):
+    """A bundle of the same networks that adds noise at each step."""
+    student = {"steps": 3, "sampler": "consistency", "points": 6}
+    return publish(tmp_path_factory.mktemp("noise") / "mobile", onnx=("float32",), distillation=student)
+
+
+def publish(path, *, onnx, distillation=None):
     settings = MobileSettings(
         executorch=("float32",),
         coreml=(),
-        onnx=("float32", "float16"),
+        onnx=onnx,
         guidance=W,
         steps=3,
         seed=SEED,
         captions=CAPTIONS,
         licence=Licence(weights="Apache-2.0", data="CC0-1.0"),
     )
-    publish_bundle(settings, bundle=tiny_student(seed=3), decoder=None, parents=PARENTS, out_url=str(path))
+    model = tiny_student(seed=3)
+    model.distillation = distillation
+    publish_bundle(settings, bundle=model, decoder=None, parents=PARENTS, out_url=str(path))
     return path
 
 
@@ -201,9 +214,10 @@ def executorch_images(folder):
     images = []
     for caption in opened_bundle.manifest["captions"]:
         ids = tokenize(tokenizer, ["", caption]).numpy().astype(np.int32)
-        noise = gaussian(noise_key(SEED, caption, 0), opened_bundle.latent_shape)[None].numpy()
-        w = opened_bundle.sampler.guidance
-        images.append(generate(programs, ids=ids, noise=noise, sampler=opened_bundle.sampler, w=w))
+        key, shape = noise_key(SEED, caption, 0), opened_bundle.latent_shape
+        noises = {"noise": gaussian(key, shape)[None].numpy(), "fresh_noise": fresh_noise(key, shape)}
+        sampler = opened_bundle.sampler
+        images.append(generate(programs, ids=ids, sampler=sampler, w=sampler.guidance, **noises))
     return images
 
 
@@ -243,6 +257,16 @@ PIXELS = """(() => {
 
 @needs_runtime
 def test_gate_captions_are_drawn_and_compared(page, url, bundle):
+    check_gate_captions(page, url, bundle)
+
+
+@needs_runtime
+def test_noise_of_each_step_is_that_of_executorch(page, renoised):
+    with served(renoised) as url:
+        check_gate_captions(page, url, renoised)
+
+
+def check_gate_captions(page, url, bundle):
     opened(page, url)
     for number, expected in enumerate(map(to_uint8_image, executorch_images(bundle))):
         page.evaluate("document.getElementById('result').hidden = true")

@@ -9,6 +9,7 @@ import torch
 
 from snapfusion.export.loop import CompiledModel, generate, sampling_steps
 from snapfusion.export.sampler_coefficients import SamplerCoefficients
+from snapfusion.noise import step_noise
 from snapfusion.sampling import guide, sample, time_grid
 from snapfusion.schedule import Schedule
 from snapfusion.settings import SettingsError
@@ -16,8 +17,9 @@ from snapfusion.settings import SettingsError
 SCHEDULE = Schedule()
 
 
-def sampler_of(count, kind="v_prediction"):
-    return SamplerCoefficients.of(SCHEDULE, grid=time_grid(count), prediction_type=kind, guidance=4.0)
+def sampler_of(count, kind="v_prediction", solver="ddim"):
+    kinds = {"prediction_type": kind, "solver": solver}
+    return SamplerCoefficients.of(SCHEDULE, grid=time_grid(count), guidance=4.0, **kinds)
 
 
 @pytest.fixture
@@ -32,8 +34,8 @@ def network(z_t, t, c):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("count", [1, 3, 8, 16, 50])
-@pytest.mark.parametrize("conditions", [1, 2])
-def test_loop_equals_the_samplers_own(kind, count, conditions):
+@pytest.mark.parametrize(("conditions", "solver"), [(1, "ddim"), (2, "ddim"), (2, "consistency")])
+def test_loop_equals_the_samplers_own(kind, count, conditions, solver):
     torch.manual_seed(0)
     noise, c, w = torch.randn(1, 4, 8, 8), torch.rand(2, 3, 5), 2.5
 
@@ -42,7 +44,9 @@ def test_loop_equals_the_samplers_own(kind, count, conditions):
         output = guide(cond=cond, uncond=uncond, w=w)
         return SCHEDULE.estimate(output, z_t=z_t, t=t, prediction_type=kind)
 
-    expected = sample(denoise, noise, grid=time_grid(count), schedule=SCHEDULE)
+    fresh = step_noise([7], (4, 8, 8), device=noise.device)
+    kinds = {"solver": solver, "noise": fresh}
+    expected = sample(denoise, noise, grid=time_grid(count), schedule=SCHEDULE, **kinds)
     model = CompiledModel(
         text_encoder=lambda inputs: c.numpy()[inputs[0].ravel()],
         unet=lambda inputs: network(*map(torch.from_numpy, inputs)).numpy(),
@@ -50,7 +54,8 @@ def test_loop_equals_the_samplers_own(kind, count, conditions):
         conditions=conditions,
     )
     ids = np.array([[0], [1]], np.int32)
-    image = generate(model, ids=ids, noise=noise.numpy(), sampler=sampler_of(count, kind), w=w)
+    sampler, noises = sampler_of(count, kind, solver), {"fresh_noise": lambda t: fresh(t).numpy()}
+    image = generate(model, ids=ids, noise=noise.numpy(), sampler=sampler, w=w, **noises)
     np.testing.assert_allclose(image, expected.numpy(), rtol=2e-5, atol=2e-5)
 
 
@@ -63,8 +68,30 @@ def test_consecutive_steps_share_their_latent():
         np.testing.assert_array_equal(step.z_next, following.z_t)
 
 
-def test_coefficients_survive_json(values):
-    assert SamplerCoefficients.parse(json.loads(json.dumps(values))) == sampler_of(8)
+@pytest.mark.parametrize("solver", ["ddim", "consistency"])
+def test_coefficients_survive_json(solver):
+    sampler = sampler_of(8, solver=solver)
+    assert SamplerCoefficients.parse(json.loads(json.dumps(sampler.to_values()))) == sampler
+
+
+def test_noise_is_needed_where_a_step_adds_some():
+    model = CompiledModel(text_encoder=None, unet=lambda ports: ports[2], decoder=None, conditions=2)
+    c, sampler = np.zeros((2, 4, 8, 8), np.float32), sampler_of(2, solver="consistency")
+    with pytest.raises(ValueError, match="the step at t = 999 adds noise, and none is given"):
+        list(sampling_steps(model, c=c, noise=np.ones((1, 4, 8, 8)), sampler=sampler, w=1.0))
+
+
+def test_ddim_has_no_coefficients_of_noise(values):
+    """So its bundles stay what earlier versions read."""
+    assert values.keys() == {"steps", "prediction_type", "guidance"}
+    assert "from_noise" not in values["steps"][0]
+    noisy = sampler_of(8, solver="consistency").to_values()
+    assert noisy["steps"][0]["from_noise"] == noisy["steps"][0]["sigma_next"]
+    with pytest.raises(SettingsError, match=r"step 0 \(t = 999\): from_z is"):
+        SamplerCoefficients.parse(noisy | {"solver": "ddim"})
+    noisy["steps"][3]["from_noise"] += 1e-6
+    with pytest.raises(SettingsError, match=r"step 3 .*from_noise"):
+        SamplerCoefficients.parse(noisy)
 
 
 @pytest.mark.parametrize("name", ["from_z", "from_output", "alpha", "sigma", "alpha_next", "sigma_next"])
