@@ -28,7 +28,7 @@ GENERATED = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split
 
 def direct_dependencies() -> dict[str, Requirement]:
     extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *extras["dev"], *extras["mobile"]]
+    lines = [*PROJECT["dependencies"], *extras["dev"], *extras["mobile"], *extras["lora"]]
     return {requirement.name: requirement for requirement in map(Requirement, lines)}
 
 

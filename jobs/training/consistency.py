@@ -54,24 +54,27 @@ def consistency_record(settings: LcmSettings | PcmSettings, *, schedule: Schedul
     shared = {"method": settings.method, "teacher_steps": settings.points, "points": settings.points}
     if isinstance(settings, LcmSettings):
         grid = consistency_grid(settings.steps, points=settings.points, schedule_steps=schedule.num_steps)
-        return shared | {
+        record = shared | {
             "steps": settings.steps,
             "timesteps": list(grid[:-1]),
             "sampler": "consistency",
             "cfg_probability": 1.0,
-            "w_conditioned": True,
-            "cfg_range": settings.cfg_range.to_values(),
+            "w_conditioned": settings.w_conditioned,
         }
+        guidance = {"cfg_range": settings.cfg_range.to_values()}
+        return record | (guidance if settings.w_conditioned else _taught_guidance(settings))
     record = shared | {
         "steps": settings.phases,
         "timesteps": list(time_grid(settings.phases, schedule_steps=schedule.num_steps)[:-1]),
         "cfg_probability": float(settings.guided),
         "w_conditioned": False,
     }
-    if settings.guided:
-        # The student gives guided images without guidance of its own.
-        record |= {"cfg_range": {"low": 1.0, "high": 1.0}, "teacher_guidance": settings.cfg_range.to_values()}
-    return record
+    return record | (_taught_guidance(settings) if settings.guided else {})
+
+
+def _taught_guidance(settings: LcmSettings | PcmSettings) -> dict[str, Any]:
+    """The record of a student that gives guided images without guidance of its own."""
+    return {"cfg_range": {"low": 1.0, "high": 1.0}, "teacher_guidance": settings.cfg_range.to_values()}
 
 
 def check_consistency(
@@ -87,13 +90,12 @@ def check_consistency(
             f"consistency.points {settings.points} is more than the schedule's {student.schedule.num_steps} "
             "steps: lower it"
         )
-    if isinstance(settings, LcmSettings):
-        if distill.loop.ema_decay is None:
-            raise TrainingError(
-                "loop.ema_decay is null, and the target of method lcm is the averaged student: set it"
-            )
-    elif has_guidance_embedding(student.unet):
+    if isinstance(settings, LcmSettings) and distill.loop.ema_decay is None:
         raise TrainingError(
-            f"the student {student.source} is w-conditioned, and that of method pcm takes no guidance: name "
-            "another one, or set consistency.method=lcm"
+            "loop.ema_decay is null, and the target of method lcm is the averaged student: set it"
+        )
+    if not settings.targets.w_conditioned and has_guidance_embedding(student.unet):
+        raise TrainingError(
+            f"the student {student.source} is w-conditioned, and that of method {settings.method} takes no "
+            "guidance: name another one, or set consistency.method=lcm"
         )

@@ -37,7 +37,14 @@ from snapfusion.training.batch import Batch
 from snapfusion.training.captions import CaptionEncoder
 from snapfusion.training.distillation_batch import OnlineTargets, StoredTargets, TargetSource
 from snapfusion.training.loop import AnyObjective
-from snapfusion.training.settings import BRANCHES, LcmSettings, PcmSettings, StepDistillationSettings
+from snapfusion.training.lora import adapted_modules, check_peft
+from snapfusion.training.settings import (
+    BRANCHES,
+    LcmSettings,
+    LoraSettings,
+    PcmSettings,
+    StepDistillationSettings,
+)
 from snapfusion.training.step_distillation import StepDistillationObjective, is_guided_step
 
 _Loader = BatchLoader | BucketLoader | BranchLoader
@@ -130,6 +137,7 @@ def assemble(inputs: TrainingInputs[DistillSettings], *, device: torch.device) -
         loader=loader,
         evaluate=evaluate,
         distillation=_record(settings, schedule=bundle.schedule),
+        lora=settings.lora,
     )
 
 
@@ -251,6 +259,8 @@ def _check(settings: DistillSettings, table: Snapshot, models: Mapping[str, Bund
         check_consistency(settings.consistency, distill=settings, student=student)
     else:
         _check_steps(settings.steps, teacher=teacher, student=student)
+    if settings.lora is not None:
+        _check_lora(settings, settings.lora, student=student)
     check_table(settings, table=table, teacher=teacher, student=student)
     return _record(settings, schedule=student.schedule)
 
@@ -265,6 +275,22 @@ def _check_steps(steps: StepDistillationSettings, *, teacher: Bundle, student: B
         raise TrainingError(
             f"steps.k {steps.k} times steps.student_steps {steps.student_steps} is more than the schedule's "
             f"{teacher.schedule.num_steps} steps: lower one of them"
+        )
+
+
+def _check_lora(settings: DistillSettings, lora: LoraSettings, *, student: Bundle) -> None:
+    check_peft()
+    adapted_modules(student.unet, lora.modules)
+    if settings.targets_settings.w_conditioned and not has_guidance_embedding(student.unet):
+        section = "steps" if settings.consistency is None else "consistency"
+        raise TrainingError(
+            f"{section}.w_conditioned is true, and an adapter cannot hold the input that this adds to "
+            f"{student.source}: set it to false"
+        )
+    if settings.trainer.sharding == "fsdp":
+        raise TrainingError(
+            "trainer.sharding is fsdp, which an adapter is not trained with: set trainer.sharding=none; its "
+            "moments, gradients and average are small"
         )
 
 

@@ -22,6 +22,7 @@ from snapfusion.training.settings import (
     Dmd2Settings,
     LcmSettings,
     LoopSettings,
+    LoraSettings,
     PcmSettings,
     SkipSettings,
     StepDistillationSettings,
@@ -181,6 +182,8 @@ class DistillSettings(UNetTrainingSettings):
         consistency: another objective in place of `steps`, by its `method`: {"method": "lcm"} (Luo et al.
             2023) or {"method": "pcm"} (Wang et al. 2024), with the objective's own settings; null for none.
         dmd2: distribution matching in place of `steps` (Yin et al. 2024); null for none.
+        lora: {"rank": 16} trains an adapter of that rank in place of all weights, by `steps` or
+            `consistency`, and publishes it beside the student; null trains all weights.
         loop: optimizer and schedule.
     """
 
@@ -201,6 +204,7 @@ class DistillSettings(UNetTrainingSettings):
     steps: StepDistillationSettings = StepDistillationSettings()
     consistency: Annotated[LcmSettings | PcmSettings, Field(discriminator="method")] | None = None
     dmd2: Dmd2Settings | None = None
+    lora: LoraSettings | None = None
     loop: LoopSettings = LoopSettings(
         num_steps=400, global_batch=64, learning_rate=4e-4, warmup_steps=20, ema_decay=0.99
     )
@@ -209,6 +213,8 @@ class DistillSettings(UNetTrainingSettings):
     def _objective_is_one(self) -> Self:
         if self.dmd2 is not None and self.consistency is not None:
             raise ValueError("dmd2 and consistency are two objectives: set one of them to null")
+        if self.dmd2 is not None and self.lora is not None:
+            raise ValueError("lora and dmd2: dmd2 trains all weights of the student; set one of them to null")
         if self.dmd2 is not None and self.targets == "table":
             raise ValueError(
                 "dmd2 takes no targets from a table, because its teacher judges the student's own samples: "
@@ -234,7 +240,8 @@ class DistillSettings(UNetTrainingSettings):
         values = super().identity()
         # Only one of them has an effect; trainings begun with version 0.1 have "steps" alone.
         used = "dmd2" if self.dmd2 else "consistency" if self.consistency else "steps"
-        return {name: value for name, value in values.items() if name == used or name not in _OBJECTIVES}
+        unused = {*_OBJECTIVES} - {used} | ({"lora"} if self.lora is None else set())
+        return {name: value for name, value in values.items() if name not in unused}
 
 
 class VpredSettings(UNetTrainingSettings):

@@ -30,12 +30,17 @@ from pipelines.tables.table import Snapshot
 from snapfusion.models.bundle import Bundle, weight_hash
 from snapfusion.models.card import Provenance, PublishedModel
 from snapfusion.models.load import load
+from snapfusion.models.lora_files import write_lora
 from snapfusion.models.save import save
 from snapfusion.training.loop import AnyObjective
-from snapfusion.training.settings import NetworkSettings
+from snapfusion.training.lora import LoraUNet, is_lora_state, lora_weights
+from snapfusion.training.settings import LoraSettings, NetworkSettings
 
 UNET = "unet"
 """Name of the training, and so of its checkpoint store."""
+
+ADAPTER = "lora"
+"""Folder of the adapter that a training published."""
 
 EVALUATION_STEP = -1
 """Step number of the evaluation's random draws: one that training never takes."""
@@ -151,6 +156,7 @@ def make_training(
     distillation: Mapping[str, Any] | None = None,
     skips_blocks: bool = False,
     others: Mapping[str, tuple[nn.Module, NetworkSettings]] | None = None,
+    lora: LoraSettings | None = None,
 ) -> Training:
     """The training of a bundle's UNet, in a worker.
 
@@ -164,10 +170,9 @@ def make_training(
         distillation: what the student's folder records of its distillation, if it is distilled.
         skips_blocks: whether a step may leave blocks of the UNet without a gradient.
         others: networks that are trained beside the UNet (see `Training`).
+        lora: of an adapter that is trained in place of all weights.
     """
     settings, validator = inputs.settings, None
-    # A loaded bundle's networks are frozen.
-    bundle.unet.requires_grad_(requires_grad=True)
     if settings.gradient_checkpointing:
         bundle.unet.enable_gradient_checkpointing()
     if settings.validation.every is not None:
@@ -182,7 +187,7 @@ def make_training(
         )
     return Training(
         name=UNET,
-        model=bundle.unet,
+        model=_trained(bundle.unet, lora=lora, seed=settings.loop.seed),
         objective=objective,
         loader=loader,
         settings=settings.loop,
@@ -192,6 +197,14 @@ def make_training(
         skips_blocks=skips_blocks,
         others=others or {},
     )
+
+
+def _trained(unet: nn.Module, *, lora: LoraSettings | None, seed: int) -> nn.Module:
+    """The UNet, whose weights are no longer frozen, or an adapter in it."""
+    if lora is not None:
+        return LoraUNet(unet, lora, seed=seed)
+    # A loaded bundle's networks are frozen.
+    return unet.requires_grad_(requires_grad=True)
 
 
 def save_student(
@@ -204,7 +217,10 @@ def save_student(
     distillation: Mapping[str, Any] | None,
     provenance: Provenance | None = None,
 ) -> dict[str, str]:
-    """Write the folders model, raw and best; returns the SHA-256 of each one's UNet, as it was trained."""
+    """Write the folders model, raw and best; returns the SHA-256 of each one's UNet, as it was trained.
+
+    A trained adapter is merged into each, and written beside it.
+    """
     weights_by_name: dict[str, Mapping[str, torch.Tensor]] = {"model": trained.weights}
     if settings.loop.ema_decay is not None:
         weights_by_name["raw"] = trained.raw_weights
@@ -214,6 +230,10 @@ def save_student(
     for name, weights in weights_by_name.items():
         bundle = dataclasses.replace(load(student), prediction_type="v_prediction")
         load_weights(bundle, weights)
+        if is_lora_state(weights):
+            _write_adapter(
+                weights, folder / _adapter_folder(name), settings=settings, distillation=distillation
+            )
         bundle.resize(size)
         # Of the weights as trained, before they are saved in another dtype.
         hashes[name] = weight_hash(bundle.unet)
@@ -227,3 +247,20 @@ def save_student(
         # Only one bundle at a time fits beside the checkpoint.
         del bundle
     return hashes
+
+
+def _adapter_folder(name: str) -> str:
+    """The folder of the adapter that is merged into a folder's model."""
+    return ADAPTER if name == "model" else f"{ADAPTER}-{name}"
+
+
+def _write_adapter(
+    weights: Mapping[str, torch.Tensor],
+    folder: Path,
+    *,
+    settings: UNetTrainingSettings,
+    distillation: Mapping[str, Any] | None,
+) -> None:
+    """Write an adapter with what a model needs for it: how it is then sampled, and that it predicts v."""
+    record = None if distillation is None else {**distillation, "prediction_type": "v_prediction"}
+    write_lora(folder, lora_weights(weights), dtype=DTYPES[settings.saved_as], distillation=record)

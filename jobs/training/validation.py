@@ -28,7 +28,11 @@ from snapfusion.metrics.moments import Moments
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.guidance_embedding import WEIGHT_NAME, with_guidance_embedding
+from snapfusion.models.load import load_network
+from snapfusion.models.lora import merge_matrices
+from snapfusion.models.lora_files import LoraWeights
 from snapfusion.noise import noise_key
+from snapfusion.training.lora import is_lora_state, lora_weights
 
 _DEFAULT_STEPS = 50
 _NUM_SCENES = 2 * NUM_CAPTIONS
@@ -137,10 +141,25 @@ class Validator:
 
 
 def load_weights(bundle: Bundle, weights: Mapping[str, Tensor]) -> None:
-    """Give a bundle's UNet these weights, and the guidance input that they may be of."""
+    """Give a bundle's UNet these weights, or merge an adapter into it as its source has it.
+
+    The weights may be of a UNet with a guidance input that the bundle's lacks.
+    """
+    if is_lora_state(weights):
+        _merge_adapter(bundle, lora_weights(weights))
+        return
     if WEIGHT_NAME in weights:
         bundle.unet = with_guidance_embedding(bundle.unet)
     bundle.unet.load_state_dict(weights)
+
+
+def _merge_adapter(bundle: Bundle, lora: LoraWeights) -> None:
+    # Read anew: another adapter may have been merged into the present one.
+    unet: Any = load_network(bundle.source, part="unet")
+    size = bundle.image_size
+    merge_matrices(unet, lora)
+    bundle.unet = unet.to(bundle.device, bundle.unet.dtype)
+    bundle.resize(size)
 
 
 def check_validation(settings: ValidationSettings, *, size: int) -> None:

@@ -29,7 +29,7 @@ class Bundle:
     w        guidance scale, 1 is no guidance       a number, or [B,1,1,1]
 
     Networks run in their own dtype; all arithmetic around them is float32. `distillation` holds the steps and
-    guidance of a distilled model (`snapfusion.models.save.DISTILLATION_FILE`), None for any other. `merged`
+    guidance of a distilled model (`snapfusion.models.distillation_record`), None for any other. `merged`
     lists the LoRAs and textual inversions in the weights, by file name and SHA-256, with weight or token.
     """
 

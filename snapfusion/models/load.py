@@ -11,14 +11,13 @@ from torch import nn
 
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.checksums import verify_checksums
-from snapfusion.models.defaults import distilled_grid
+from snapfusion.models.distillation_record import DISTILLATION_FILE, check_distillation
 from snapfusion.models.errors import ModelError
 from snapfusion.models.local_folder import INDEX_FILE, MODEL_FOLDER, SCHEDULER_CONFIG
 from snapfusion.models.locate import SINGLE_FILE_SUFFIX, locate, locate_file
 from snapfusion.models.lora import merge_loras
 from snapfusion.models.network_files import NETWORKS, read_json, read_network, variants
 from snapfusion.models.random_weights import MODEL_CONFIGS, RANDOM_PREFIX, ModelConfig, random_bundle
-from snapfusion.models.save import DISTILLATION_FILE
 from snapfusion.models.scheduler_config import read_scheduler
 from snapfusion.models.single_file import read_single_file, single_file_configs, single_file_prediction_type
 from snapfusion.models.source import ModelSource, parse_source
@@ -193,17 +192,5 @@ def _load_folder(folder: Path, *, model: ModelSource, source: str) -> Bundle:
 def _distillation(path: Path, *, schedule: Schedule, source: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    record: dict[str, Any] = read_json(path, source=source)
-    steps = record.get("steps")
-    if not isinstance(steps, int) or not 1 <= steps <= schedule.num_steps:
-        raise ModelError(
-            f"{source}: {path.name} says it was distilled for {steps!r} steps; a number from 1 to "
-            f"{schedule.num_steps} is accepted"
-        )
-    expected = distilled_grid(record, num_steps=schedule.num_steps)[:-1]
-    if (found := record.get("timesteps", list(expected))) != list(expected):
-        raise ModelError(
-            f"{source}: {path.name} gives the timesteps {found}, and its {steps} steps are sampled at "
-            f"{list(expected)}: no other grid is supported"
-        )
-    return record
+    record = read_json(path, source=source)
+    return check_distillation(record, schedule=schedule, where=f"{source}: {path.name}")

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.checkpoint_file import CheckpointFile
 from snapfusion.models.checksums import file_hash
+from snapfusion.models.distillation_record import DISTILLATION_METADATA, check_distillation
 from snapfusion.models.errors import ModelError
+from snapfusion.models.lora_files import ADAPTER_METADATA, LoraWeights
 from snapfusion.models.source import Lora
 
 _logger = logging.getLogger(__name__)
@@ -47,11 +49,12 @@ _OTHER_KINDS = {
 # Names of diffusers' attention processors for the modules whose weights they change, written with "_".
 _RENAMED = (("processor_", ""), ("self_attn_to_out", "self_attn_out_proj"), ("to_out_0", "to_out"))
 _TEXT_ATTENTION = re.compile(r"self_attn_to_([qkv])$")
-_ADAPTER_METADATA = "lora_adapter_metadata"
 
 
 def merge_loras(bundle: Bundle, loras: Iterable[Lora], paths: Iterable[Path]) -> None:
     """Add LoRAs to the weights of a model in float32, in order, and record them in `bundle.merged`.
+
+    One that was distilled to take fewer steps says so, and how the model is sampled with it.
 
     Args:
         bundle: the model; its networks become float32.
@@ -80,6 +83,15 @@ def merge_loras(bundle: Bundle, loras: Iterable[Lora], paths: Iterable[Path]) ->
         if num_assumed:
             _logger.info("%s does not say alpha of %d modules; the rank is taken", lora.path, num_assumed)
         bundle.merged.append({"lora": path.name, "sha256": file_hash(path), "weight": lora.weight})
+        if (distillation := _distillation(bundle, file, lora=lora)) is not None:
+            bundle.distillation = distillation
+
+
+def merge_matrices(unet: nn.Module, lora: LoraWeights) -> None:
+    """Add the matrices of a LoRA to the weights of its UNet, in place."""
+    for name, down in lora.down.items():
+        module: Any = unet.get_submodule(name)
+        _merge(module, {"down": down, "up": lora.up[name]}, alpha=lora.alpha, weight=1.0, where=name)
 
 
 def describe_lora(lora: Lora, path: Path) -> dict[str, Any]:
@@ -103,6 +115,23 @@ def describe_lora(lora: Lora, path: Path) -> dict[str, Any]:
         "alphas": sorted({float(alpha) for alpha in alphas if alpha is not None}),
         "modules_without_alpha": sum(alpha is None for alpha in alphas),
     }
+
+
+def _distillation(bundle: Bundle, file: CheckpointFile, *, lora: Lora) -> dict[str, Any] | None:
+    """The record of a LoRA that was distilled; None for any other."""
+    if (text := file.metadata.get(DISTILLATION_METADATA)) is None:
+        return None
+    try:
+        record = dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise ModelError(f"{lora.path}: its {DISTILLATION_METADATA} is not a JSON object") from None
+    predicts = record.get("prediction_type", bundle.prediction_type)
+    if predicts != bundle.prediction_type:
+        raise ModelError(
+            f"{lora.path} was distilled in a model with {predicts}, and {bundle.source} has "
+            f"{bundle.prediction_type}"
+        )
+    return check_distillation(record, schedule=bundle.schedule, where=lora.path)
 
 
 def _refuse_other_kinds(file: CheckpointFile, *, lora: Lora) -> None:
@@ -148,9 +177,9 @@ def _targets(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 def _adapter_alphas(metadata: Mapping[str, str], *, lora: Lora) -> Callable[[str, str], float | None]:
     """Read peft's metadata, as diffusers writes it; return a function of network and module to alpha."""
     try:
-        adapter = dict(json.loads(metadata.get(_ADAPTER_METADATA, "{}")))
+        adapter = dict(json.loads(metadata.get(ADAPTER_METADATA, "{}")))
     except (ValueError, TypeError):
-        raise ModelError(f"{lora.path}: its {_ADAPTER_METADATA} is not a JSON object") from None
+        raise ModelError(f"{lora.path}: its {ADAPTER_METADATA} is not a JSON object") from None
     if any(adapter.get(f"{part}use_rslora") for part in ("", "unet.", "text_encoder.")):
         raise ModelError(f"{lora.path} is a rank-stabilized LoRA (use_rslora), which is not supported")
 

@@ -14,6 +14,7 @@ from snapfusion.models import snapfusion_unet_v1
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.card import CARD, Provenance, model_card
 from snapfusion.models.checksums import write_checksums
+from snapfusion.models.distillation_record import DISTILLATION_FILE
 from snapfusion.models.snapfusion_unet_v1 import BlockUNet
 from snapfusion.models.tokenizer import save_tokenizer
 from snapfusion.solver_names import CONSISTENCY
@@ -27,9 +28,6 @@ _INDEX = {
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-
-DISTILLATION_FILE = "distillation.json"
-"""Describes the step distillation of a model, and so how to sample it."""
 
 
 def save(

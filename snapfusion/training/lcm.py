@@ -18,7 +18,8 @@ class LcmObjective:
     """d(f_theta(z_t, w, c, t), f_theta-(z_s, w, c, s)) of each row: Alg. 1 of (Luo et al. 2023).
 
     z_s is the guided teacher's DDIM step from z_t through an interval of the fine grid, theta- the averaged
-    weights, d the pseudo-Huber distance. The student is w-conditioned and predicts v.
+    weights, d the pseudo-Huber distance. The student predicts v, and w is its input unless the settings say
+    otherwise.
 
     Args:
         settings: of the loss.
@@ -51,7 +52,7 @@ class LcmObjective:
 
     def _clean(self, model: nn.Module, z_t: Tensor, t: Tensor, rows: DistillationBatch) -> Tensor:
         """f_theta(z_t, w, c, t); at the clean end z_t, whatever the network predicts there."""
-        w = None if rows.w is None else rows.w.flatten()
+        w = rows.w.flatten() if rows.w is not None and self._settings.w_conditioned else None
         # The network knows no t = -1; its output has no weight there.
         v = predict_velocity(model, z_t, t.clamp(min=0), rows.c, w=w)
         return consistency_function(

@@ -83,6 +83,27 @@ class SkipSettings(Settings):
     resnet: Probability = 0.1
 
 
+LORA_MODULES: Final = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+"""The layers of attention and ResNet blocks, as in LCM-LoRA (Luo et al. 2023)."""
+
+
+class LoraSettings(Settings):
+    """Settings of an adapter of low rank (LoRA, Hu et al. 2022), which is trained in place of all weights.
+
+    Attributes:
+        rank: of the two matrices whose product is added to a weight.
+        alpha: that product is multiplied by alpha / rank; null takes the rank.
+        modules: the linear layers and convolutions of the UNet whose names end so get one.
+    """
+
+    rank: PositiveInt
+    alpha: PositiveFloat | None = None
+    modules: Annotated[tuple[str, ...], Field(min_length=1)] = LORA_MODULES
+
+
 class CfgRange(Settings):
     """w ~ U[low, high], the guidance scale of the CFG-aware loss. SnapFusion Eq. 10.
 
@@ -187,6 +208,8 @@ class LcmSettings(ConsistencySettings):
         points: intervals of the fine grid (see `ConsistencySettings`); 50 in the paper.
         cfg_range: of w, the teacher's guidance and the student's input; in the script it is 5 to 15 and
             counted from 0.
+        w_conditioned: whether w is an input of the student. If it is not, as in LCM-LoRA (Luo et al. 2023),
+            the student learns a guidance within the range, and is used without guidance of its own.
         huber_c: c of the pseudo-Huber loss.
         sigma_data: of c_skip and c_out.
         timestep_scaling: likewise.
@@ -195,6 +218,7 @@ class LcmSettings(ConsistencySettings):
     method: Literal["lcm"] = "lcm"
     steps: PositiveInt = 4
     cfg_range: CfgRange = CfgRange(low=6.0, high=16.0)
+    w_conditioned: bool = True
     sigma_data: PositiveFloat = 0.5
     timestep_scaling: PositiveFloat = 10.0
 
@@ -211,7 +235,7 @@ class LcmSettings(ConsistencySettings):
     @property
     def targets(self) -> StepDistillationSettings:
         """Settings of the teacher's x, which is guided."""
-        return self._targets(cfg_probability=1.0, caption_dropout=0.0, w_conditioned=True)
+        return self._targets(cfg_probability=1.0, caption_dropout=0.0, w_conditioned=self.w_conditioned)
 
 
 class PcmSettings(ConsistencySettings):

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from snapfusion.models.bundle import weight_hash
 from snapfusion.models.checksums import ChecksumError, verify_checksums, write_checksums
+from snapfusion.models.distillation_record import DISTILLATION_FILE
 from snapfusion.models.errors import ModelError
 from snapfusion.models.load import load, load_network
-from snapfusion.models.save import DISTILLATION_FILE, save
+from snapfusion.models.save import save
 from snapfusion.models.tokenizer import clip_tokenizer, tokenize
 from snapfusion.noise import gaussian_batch
 
