@@ -71,12 +71,11 @@ def measure_latency(
         )
         return {
             "table": table.to_values(),
-            "unets": {
-                name: _unet_record(
-                    architecture, table=table, measured=times[f"{_WHOLE_PREFIX}{name}"], tokens=tokens
-                )
-                for name, architecture in architectures.items()
-            },
+            "unets": unet_records(
+                architectures,
+                table=table,
+                measured={name: times[f"{_WHOLE_PREFIX}{name}"] for name in architectures},
+            ),
         }
 
     return measure_undisturbed(measure)
@@ -116,12 +115,20 @@ def latency_lines(record: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _unet_record(
-    architecture: Architecture, *, table: LatencyTable, measured: Timing, tokens: int
+def unet_records(
+    architectures: Mapping[str, Architecture], *, table: LatencyTable, measured: Mapping[str, Timing]
 ) -> dict[str, Any]:
+    """Measured and predicted latency of whole UNets by name, as JSON values; of those that were measured."""
+    return {
+        name: _unet_record(architectures[name], table=table, measured=timing)
+        for name, timing in measured.items()
+    }
+
+
+def _unet_record(architecture: Architecture, *, table: LatencyTable, measured: Timing) -> dict[str, Any]:
     """A UNet's measured and predicted latency, and its cost by stage and block."""
     predicted = table.predict_ms(architecture)
-    costs = costs_of(architecture, tokens=tokens)
+    costs = costs_of(architecture, tokens=table.dimensions.tokens)
     stages = [
         {**row, "parameters": cost.parameters, "macs": cost.macs}
         for row in latency_by_stage(table, architecture)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs.reports.charts import BarChart, Bars
+from jobs.reports.charts import BarChart, Bars, standalone_svg
+from pipelines.storage.objects import replace_object
 
 if TYPE_CHECKING:
     from snapfusion.models.architecture import Architecture
@@ -118,6 +119,13 @@ def breakdown_charts(record: Mapping[str, Any]) -> dict[str, BarChart]:
         title = f"{measure.capitalize()} of the blocks, {where}"
         charts[key] = BarChart(title=title, y_label=f"{measure} ({unit})", categories=stages, bars=bars)
     return charts
+
+
+def with_charts(record: Mapping[str, Any], *, url: str) -> Mapping[str, Any]:
+    """The record of the latency file at `url`; writes Fig. 2 beside it, if the record has whole UNets."""
+    for kind, chart in (breakdown_charts(record) if record["unets"] else {}).items():
+        replace_object(f"{url.removesuffix('.json')}-{kind}.svg", standalone_svg(chart))
+    return record
 
 
 def _architectures(record: Mapping[str, Any]) -> dict[str, Architecture]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from snapfusion.evolution.latency import LatencyError
+from snapfusion.evolution.programs import first_output, fixed_module
 from snapfusion.evolution.settings import Precision, Runtime
 from snapfusion.export.executorch import ExecuTorchProgram, compile_executorch, set_num_threads
-from snapfusion.export.modules import FixedModule, Port
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,9 @@ class Backend:
 
         @torch.inference_mode()
         def call(*arguments: Tensor) -> Tensor:
-            return _first(run(*(tensor.to(device=self.device, dtype=self.dtype) for tensor in arguments)))
+            return first_output(
+                run(*(tensor.to(device=self.device, dtype=self.dtype) for tensor in arguments))
+            )
 
         return call
 
@@ -74,8 +76,7 @@ class Backend:
         if self.precision != "float32" or self.device.type != "cpu":
             given = f"{self.precision} on {self.device.type}"
             raise LatencyError(f"ExecuTorch's XNNPACK runs here in float32 on the CPU, not in {given}")
-        ports = (Port(name=f"input{index}", shape=tuple(tensor.shape)) for index, tensor in enumerate(inputs))
-        module = FixedModule(name="part", network=_FirstOutput(network), inputs=tuple(ports), outputs=())
+        module = fixed_module(network, inputs, name="part")
         # ExecuTorch's thread pool ignores torch's setting and would use every core.
         set_num_threads(torch.get_num_threads())
         program = ExecuTorchProgram(compile_executorch(module))
@@ -84,18 +85,3 @@ class Backend:
             return torch.from_numpy(program([tensor.numpy() for tensor in arguments]))
 
         return call
-
-
-class _FirstOutput(nn.Module):
-    """A network with only the first of its outputs."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return _first(self.network(*inputs))
-
-
-def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]

@@ -9,6 +9,11 @@ from snapfusion.settings import Settings
 Precision = Literal["float32", "float16", "bfloat16"]
 Runtime = Literal["torch", "torch-compiled", "executorch-xnnpack"]
 """A backend of `snapfusion.evolution.runtimes`."""
+DeviceRuntime = Literal["executorch-xnnpack", "coreml"]
+"""A runtime of the programs that another device times."""
+
+DEVICE_PRECISION: dict[DeviceRuntime, Precision] = {"executorch-xnnpack": "float32", "coreml": "float16"}
+"""Of the programs for each runtime."""
 
 
 class RoundLimits(Settings):

@@ -2,13 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from pydantic import NonNegativeFloat, PositiveInt
 
 from snapfusion.settings import Settings
 
-_MIN_SECONDS = 0.002
+MIN_SECONDS = 0.002
 """A faster candidate is run several times per turn, because of the resolution of the clock."""
 
 
@@ -56,16 +56,17 @@ def time_in_turns(
                 run()
             seconds[name].append((time.perf_counter() - start) / repeats[name])
         on_turn(turn + 1)
-    return {name: _timing(durations) for name, durations in seconds.items()}
+    return {name: timing_of(durations) for name, durations in seconds.items()}
 
 
 def _repeats(run: Callable[[], None]) -> int:
     run()  # allocates buffers and compiles kernels
     start = time.perf_counter()
     run()
-    return max(1, int(_MIN_SECONDS / max(time.perf_counter() - start, 1e-9)))
+    return max(1, int(MIN_SECONDS / max(time.perf_counter() - start, 1e-9)))
 
 
-def _timing(seconds: list[float]) -> Timing:
+def timing_of(seconds: Sequence[float]) -> Timing:
+    """Summarize the seconds of two turns or more."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return Timing(median_ms=1000.0 * median, low_ms=1000.0 * low, high_ms=1000.0 * high, turns=len(seconds))

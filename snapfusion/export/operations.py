@@ -143,6 +143,7 @@ _RULES: dict[str, Rule] = {
     "gather": _gather,
     "gelu": _gelu,
     "greater_equal": lambda args: args["x"] >= args["y"],
+    "identity": lambda args: args["x"],
     "layer_norm": _layer_norm,
     "linear": lambda args: functional.linear(args["x"], args["weight"], args.get("bias")),
     "matmul": _matmul,

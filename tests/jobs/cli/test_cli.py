@@ -87,6 +87,7 @@ SHARED = {"--recipe", "--config", "--set", "--out", "--dry-run", "--verbose", "-
 OWN = {
     "compact": {"--name"},
     "export_table": {"--to", "--folder"},
+    "measure_latency": {"--export", "--whole", "--import"},
     "forget": {"--url", "--hash", "--id", "--erase", "--erase-pinned"},
     "vacuum": {"--delete"},
     "verify_table": {"--repair"},

@@ -52,6 +52,7 @@ TOKENS = torch.tensor([[1, 3, 0]], dtype=torch.int32)
         ("gather", {"x": X, "indices": TOKENS, "axis": 1}, X[:, TOKENS.long()]),
         ("select", {"cond": X > 0, "a": X, "b": 2 * X}, torch.where(X > 0, X, 2 * X)),
         ("greater_equal", {"x": TOKENS, "y": 1}, TOKENS >= 1),
+        ("identity", {"x": TOKENS}, TOKENS),
         ("softmax", {"x": X, "axis": 2}, X.softmax(2)),
         (
             "slice_by_index",
