@@ -52,10 +52,10 @@ def _generate(options: Options) -> None:
     captions, seeds = read_captions(options), read_seeds(options)
     check_options(options)
     # Imported here, so that --help and mistakes are answered at once.
-    from jobs.evaluation.generators import bundle_generator, model_generator
+    from jobs.evaluation.generators import open_generator
     from jobs.evaluation.image_files import describe_size, save_images
 
-    generator = (model_generator if options.bundle is None else bundle_generator)(options, captions)
+    generator = open_generator(options, captions)
     began = time.monotonic()
     images = [
         image

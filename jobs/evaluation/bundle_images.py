@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from jobs.evaluation.images import NonFiniteImageError
+from jobs.evaluation.images import NonFiniteImageError, OnStep
 from jobs.runtime.logs import logger
 from snapfusion.export.bundle import EXECUTORCH, ONNX_RUNTIME, MobileBundle
 from snapfusion.export.bundle_files import BundleError
@@ -42,6 +42,7 @@ def generate_bundle_images(
     seed: int,
     count: int,
     negative: str = "",
+    on_step: OnStep | None = None,
 ) -> list[np.ndarray]:
     """Generate `count` images of a caption, uint8 [H,W,3]; black if the safety checker marks one.
 
@@ -53,23 +54,27 @@ def generate_bundle_images(
         seed: of the noise.
         count: number of images.
         negative: caption of the unconditional input; "" as in the paper.
+        on_step: called after each step of an image; None shows a bar.
 
     Raises:
         NonFiniteImageError: if an image has values that are NaN or infinite.
     """
-    sampler, checker = bundle.sampler, bundle.safety_checker()
+    sampler, checker = bundle.sampler, bundle.safety_checker
     w = guidance or sampler.guidance
     ids = tokenize(bundle.tokenizer, [negative, caption]).numpy().astype(np.int32)
     c = encode_text(programs, ids=ids)
     images = []
-    with tqdm(total=count * len(sampler.steps), unit="step") as bar:
+    with tqdm(total=count * len(sampler.steps), unit="step", disable=on_step is not None) as bar:
         for index in range(count):
             key = noise_key(seed, caption, index)
             latent = gaussian(key, bundle.latent_shape)[None].numpy()
             fresh = fresh_noise(key, bundle.latent_shape)
-            for step in sampling_steps(programs, c=c, noise=latent, sampler=sampler, w=w, fresh_noise=fresh):
+            steps = sampling_steps(programs, c=c, noise=latent, sampler=sampler, w=w, fresh_noise=fresh)
+            for number, step in enumerate(steps, start=1):
                 latent = step.z_next
                 bar.update()
+                if on_step is not None:
+                    on_step(number)
             image = programs.decoder([latent])
             if not np.isfinite(image).all():
                 raise NonFiniteImageError

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
@@ -99,16 +100,28 @@ def _save(pixels: np.ndarray, path: Path, *, text: str, side: int) -> Path:
     """Save pixels with a text under a free name."""
     if path.exists():
         path = next(name for name in (_numbered(path, n) for n in count(1)) if not name.exists())
+    with path.open("xb") as file:
+        file.write(_encode(pixels, text=text, side=side, ending=path.suffix.lower()))
+    return path
+
+
+def png_of(image: GeneratedImage) -> bytes:
+    """The content of the PNG file that `save_images` writes for an image."""
+    return _encode(image.pixels, text=image.parameters(), side=len(image.pixels), ending=".png")
+
+
+def _encode(pixels: np.ndarray, *, text: str, side: int, ending: str) -> bytes:
+    """Pixels with a text as a file of a format, enlarged if images of this side are."""
     factor = _factor(side)
     image = Image.fromarray(pixels.repeat(factor, axis=0).repeat(factor, axis=1))
     options: dict[str, Any] = {"quality": _QUALITY, "exif": _exif(text)}
-    if FORMATS[path.suffix.lower()] == "PNG":
+    if FORMATS[ending] == "PNG":
         info = PngInfo()
         info.add_text("parameters", text)
         options = {"pnginfo": info}
-    with path.open("xb") as file:
-        image.save(file, format=FORMATS[path.suffix.lower()], **options)
-    return path
+    file = BytesIO()
+    image.save(file, format=FORMATS[ending], **options)
+    return file.getvalue()
 
 
 def describe_size(images: Sequence[GeneratedImage]) -> str:

@@ -1,34 +1,34 @@
 """Generates images of captions with a Stable Diffusion."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import CLIPTokenizer
 
-from jobs.runtime.logs import logger
 from snapfusion.mini.captions import caption_warning
 from snapfusion.models.bundle import Bundle, to_uint8
 from snapfusion.models.defaults import distilled_solver, distilled_steps, sampling_grid
 from snapfusion.models.guidance_embedding import has_guidance_embedding
 from snapfusion.models.tokenizer import truncation_warning
 from snapfusion.noise import gaussian_batch, noise_key, step_noise
-from snapfusion.sampling import sample
+from snapfusion.sampling import trajectory
 from snapfusion.solver_names import CONSISTENCY, Solver
 
 _SINGLE_THREAD_MAX_SIDE = 64
 """Up to this many pixels a side, synchronisation of threads costs more than they save."""
+OnStep = Callable[[int], None]
+"""(k) -> None: called after each step of a sampler, the k-th, from 1."""
 
 
-def warn_of_caption(tokenizer: CLIPTokenizer, caption: str) -> None:
-    """Say if a model reads only a part of a caption, or is a miniature that does not know it."""
-    for warning in (
+def caption_warnings(tokenizer: CLIPTokenizer, caption: str) -> list[str]:
+    """Lines that say if a model reads only a part of a caption, or is a miniature that does not know it."""
+    warnings = (
         truncation_warning(tokenizer, caption),
         caption_warning(caption, vocabulary_size=tokenizer.vocab_size),
-    ):
-        if warning is not None:
-            logger.warning(warning)
+    )
+    return [warning for warning in warnings if warning is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,7 @@ def generate_images(
     solver: Solver = "ddim",
     negative: str = "",
     start: StartImage | None = None,
+    on_step: OnStep | None = None,
 ) -> list[np.ndarray]:
     """Generate `count` images of each caption, uint8 [H,W,3], by `solver` at guidance w (Eq. 3).
 
@@ -84,6 +85,7 @@ def generate_images(
         solver: one of `SOLVERS`.
         negative: caption of the unconditional input; "" as in the paper.
         start: an image to begin with in place of noise.
+        on_step: called after each step.
 
     Raises:
         NonFiniteImageError: if an image has values that are NaN or infinite.
@@ -102,8 +104,12 @@ def generate_images(
         z_t = bundle.schedule.diffuse(x=latents.expand_as(z_t), eps=z_t, t=t)
     denoiser = bundle.denoiser(c, w=guidance, c_null=bundle.encode_text(bundle.tokenize([negative])))
     noise = step_noise(keys, bundle.latent_shape, device=bundle.device)
-    latents = sample(denoiser, z_t, solver=solver, grid=grid, schedule=bundle.schedule, noise=noise)
-    images = bundle.decode(latents)
+    steps_taken = trajectory(denoiser, z_t, solver=solver, grid=grid, schedule=bundle.schedule, noise=noise)
+    for step, (_, z_next, _) in enumerate(steps_taken, start=1):
+        z_t = z_next
+        if on_step is not None:
+            on_step(step)
+    images = bundle.decode(z_t)
     if not images.isfinite().all():
         raise NonFiniteImageError
     return list(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy())

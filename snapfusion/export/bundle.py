@@ -15,6 +15,7 @@ web/               with ONNX models, a page that draws by them in a browser (`sn
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,12 @@ class MobileBundle:
     folder: Path
     manifest: Mapping[str, Any]
 
-    @property
+    @cached_property
     def sampler(self) -> SamplerCoefficients:
         """The sampler's coefficients; raises BundleError if they are inconsistent."""
         return read_sampler(self.folder)
 
-    @property
+    @cached_property
     def tokenizer(self) -> CLIPTokenizer:
         """The tokenizer."""
         return CLIPTokenizer.from_pretrained(self.folder / TOKENIZER)
@@ -113,6 +114,7 @@ class MobileBundle:
                 raise BundleError(f"{path}: {error}") from None
         return CompiledModel(**programs, conditions=self.manifest["conditions"])
 
+    @cached_property
     def safety_checker(self) -> ExecuTorchProgram | None:
         """The program that marks images that must not be shown, if the bundle has one."""
         name = self.manifest["safety_checker"]
