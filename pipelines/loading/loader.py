@@ -14,21 +14,15 @@ from typing import Generic, Protocol, TypedDict, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from pipelines.loading.order import RowOrder, rank_share
 from pipelines.loading.prefetch import Prefetcher
+from pipelines.loading.rows import LoaderError, UnitRows, gather, to_batch
 from pipelines.loading.settings import LoaderSettings
 from pipelines.storage.objects import IO_THREADS
-from pipelines.tables.schemas import array_type, from_png
 from pipelines.tables.table import UnitFile
 from snapfusion.noise import noise_key
 from snapfusion.training.batch import Batch
-
-
-class LoaderError(ValueError):
-    """A row that cannot be decoded, or a table that has changed since its rows were counted."""
 
 
 class UnitReader(Protocol):
@@ -148,15 +142,18 @@ class BatchLoader(PrefetchingLoader):
         # One reader is enough: it stays a window ahead, and each read fetches a whole file.
         with ThreadPoolExecutor(1) as reader:
             for indices, files in _read_ahead(shares, read=lambda unit: reader.submit(self._read, unit)):
-                yield to_batch(_rows_of(indices, files))
+                of_rows = [(window, turn) for window, turn, _, _ in indices.tolist()]
+                ready = {file: files[file].result() for file in dict.fromkeys(of_rows)}
+                yield gather([ready[file] for file in of_rows], indices[:, 3].tolist())
 
-    def _read(self, index: int) -> pa.Table:
+    def _read(self, index: int) -> UnitRows:
         """The rows of a unit to train on."""
         unit = self._table.units[index]
-        rows = self._table.read_unit(unit, self._columns)
+        table, kept = self._table.read_unit(unit, self._columns), None
         if self._held_out:
-            mask = [not is_held_out(row_id, fraction=self._held_out) for row_id in rows["id"].to_pylist()]
-            rows = rows.filter(pa.array(mask, pa.bool_()))
+            ids = table["id"].to_pylist()
+            kept = [row for row, row_id in enumerate(ids) if not is_held_out(row_id, fraction=self._held_out)]
+        rows = UnitRows(table, kept=kept)
         # The order was made from the counts: other numbers of rows would shift every batch unnoticed.
         if rows.num_rows != self._counts[index]:
             raise LoaderError(
@@ -205,21 +202,9 @@ WindowFile = tuple[int, int]
 """A window and the turn of one of its units: each epoch reads a unit anew."""
 
 
-def _rows_of(indices: np.ndarray, files: Mapping[WindowFile, Future[pa.Table]]) -> pa.Table:
-    """The rows of a share in their order, once their files have been read."""
-    tables, offset, offsets = [], 0, {}
-    for file in _files_in(indices):
-        tables.append(files[file].result())
-        offsets[file] = offset
-        offset += tables[-1].num_rows
-    # Joined in file order, then taken in batch order: one copy of the rows of the share.
-    rows = [offsets[window, turn] + row for window, turn, _, row in indices.tolist()]
-    return pa.concat_tables(tables).take(pa.array(rows, pa.int64()))
-
-
 def _read_ahead(
-    shares: Iterator[np.ndarray], *, read: Callable[[int], Future[pa.Table]]
-) -> Iterator[tuple[np.ndarray, dict[WindowFile, Future[pa.Table]]]]:
+    shares: Iterator[np.ndarray], *, read: Callable[[int], Future[UnitRows]]
+) -> Iterator[tuple[np.ndarray, dict[WindowFile, Future[UnitRows]]]]:
     """Each share with its files, while those of the window after it are being read.
 
     A share is a rank's part of a batch: int64 [rows, 4] as in `RowOrder.batches`. In memory are the files of
@@ -227,7 +212,7 @@ def _read_ahead(
     """
     upcoming, unread = deque([next(shares)]), deque[tuple[WindowFile, int]]()
     unread.extend(_files_in(upcoming[0]).items())
-    files: dict[WindowFile, Future[pa.Table]] = {}
+    files: dict[WindowFile, Future[UnitRows]] = {}
     while True:
         share = upcoming.popleft()
         # A share names only its own rows, so the files of the next window become known by looking ahead
@@ -248,39 +233,5 @@ def _read_ahead(
 
 
 def _files_in(indices: np.ndarray) -> dict[WindowFile, int]:
-    """The files of a share with their units, in the order in which windows read them."""
-    files = np.unique(indices[:, :3], axis=0)
-    return {(window, turn): unit for window, turn, unit in files.tolist()}
-
-
-def to_batch(rows: pa.Table) -> Batch:
-    """Decode rows to tensors.
-
-    arrays (binary, its field stating shape and dtype)   float32 [B, *shape] of floats, int64 of integers
-    PNG images (binary, its field stating format png)    uint8 [B,3,H,W]
-    numbers                                              [B] in their own dtype
-
-    Raises:
-        LoaderError: if a row lacks a column, or a value has another form or cannot be decoded.
-    """
-    ids = tuple(rows["id"].to_pylist())
-    fields = [field for field in rows.schema if field.name != "id"]
-    return Batch(ids=ids, columns={field.name: _decode(rows[field.name], field, ids=ids) for field in fields})
-
-
-def _decode(column: pa.ChunkedArray, field: pa.Field, *, ids: Sequence[str]) -> Tensor:
-    if column.null_count:
-        missing = ids[column.is_null().index(True).as_py()]
-        raise LoaderError(f"row {missing} has no {field.name}, which this training needs")
-    try:
-        if (field.metadata or {}).get(b"format") == b"png":
-            images = [torch.from_numpy(from_png(data).copy()) for data in column.to_pylist()]
-            return torch.stack(images).permute(0, 3, 1, 2).contiguous()
-        if pa.types.is_binary(field.type):
-            values = array_type(field).unpack_column(column)
-            # torch converts float16 three times as fast as NumPy; the values are equal.
-            tensor = torch.from_numpy(values.copy())
-            return tensor.float() if values.dtype.kind == "f" else tensor.long()
-        return torch.from_numpy(column.to_numpy().copy())
-    except (ValueError, OSError, TypeError, RuntimeError) as error:
-        raise LoaderError(f"column {field.name} of rows {ids[0]} .. {ids[-1]}: {error}") from error
+    """The files of a share with their units, in the order of first use."""
+    return {(window, turn): unit for window, turn, unit, _ in indices.tolist()}

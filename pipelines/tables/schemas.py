@@ -113,7 +113,8 @@ class ArrayType:
 
     def unpack_column(self, column: pa.ChunkedArray) -> np.ndarray:
         """As `unpack`, of a column without nulls, whose bytes are not copied value by value."""
-        values = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        # Joining copies, also a single chunk.
+        values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
         _, offsets, data = values.buffers()
         starts = np.frombuffer(offsets or b"\0" * 4, np.int32)[
             values.offset : values.offset + len(values) + 1
