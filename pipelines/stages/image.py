@@ -147,7 +147,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-        return image.convert("RGB")
+        # Pillow would copy all pixels of what is RGB.
+        return image if image.mode == "RGB" else image.convert("RGB")
     except (ValueError, OSError) as error:
         raise Rejected("unsupported_pixels", f"{image.mode}: {error}") from None
 
