@@ -103,7 +103,9 @@ def sd15_one_gpu(model: str = SD15.model) -> Recipe:
 
     def trained(section: TrainingT, num_steps: int, **loop: Any) -> TrainingT:  # noqa: ANN401 - settings
         changed = section.loop.model_copy(update={"num_steps": num_steps, **loop})
-        return section.model_copy(update={"loop": changed, "trainer": trainer})
+        # A single worker would hold the units of all lanes.
+        loader = section.loader.model_copy(update={"lanes": 1})
+        return section.model_copy(update={"loop": changed, "loader": loader, "trainer": trainer})
 
     decoder = trained(base.decoder, 1_000)
     student = "run:direct-8/model"
@@ -178,6 +180,8 @@ def _stable_diffusion(
     vpred = VpredSettings(**training)
     # The paper gives no steps; these are ours.
     robust = robust_training_of(vpred)
+    # In the order of rows of evolutions that were begun before there were lanes.
+    evolved = robust.model_copy(update={"loader": robust.loader.model_copy(update={"lanes": 1})})
     samples = SamplesSettings(
         drawing=SamplingSettings(batch_size=2 * micro_batch),
         judging=_METRICS,
@@ -204,7 +208,7 @@ def _stable_diffusion(
         ablation=AblationSettings(model=v_model),
         # Sec. 3.1: 2,000 captions of MS-COCO's validation set, 50 steps, guidance 7.5, CLIP by ViT-g/14.
         evolution=EvolutionSettings(
-            prompts=_coco(2_000), sampler=Sampler(steps=50), guidance=7.5, samples=samples, training=robust
+            prompts=_coco(2_000), sampler=Sampler(steps=50), guidance=7.5, samples=samples, training=evolved
         ),
         distill=DistillSettings(name="student-16", steps=_STEPS, teacher_dtype="bfloat16", **training),
         schedule="staged",
@@ -254,7 +258,8 @@ def _training(micro_batch: int) -> dict[str, Any]:
             ema_decay=0.9995,
             precision="bfloat16",
         ),
-        "loader": LoaderSettings(held_out=0.0001),
+        # Up to 256 workers read each unit once; 64 have four lanes each.
+        "loader": LoaderSettings(held_out=0.0001, lanes=256),
         "evaluation_rows": 2_048,
         "gradient_checkpointing": True,
         # More of 64 workers are lost in days of training than the default of two restarts allows.
@@ -291,7 +296,7 @@ def _decoder(micro_batch: int) -> DecoderSettings:
             ema_decay=0.999,
             precision="bfloat16",
         ),
-        loader=LoaderSettings(held_out=0.01),
+        loader=LoaderSettings(held_out=0.01, lanes=8),
         compare_random_init=False,
         timing_batches=(1, micro_batch),  # 64 images of 512 px would need more memory than training
         trainer=TrainerSettings(num_workers=8, use_gpu=True, micro_batch=micro_batch),

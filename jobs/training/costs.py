@@ -243,6 +243,7 @@ class TrainingCosts:
                 steps=steps,
                 global_batch=loop.global_batch,
                 window_units=settings.loader.window_units,
+                lanes=settings.loader.lanes,
                 unit_rows=self.unit_rows,
                 row_bytes=self.row_bytes,
                 checkpoints=checkpoints,

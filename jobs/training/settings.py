@@ -1,5 +1,6 @@
 """Settings of the trainings."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -137,13 +138,24 @@ class TableTrainingSettings(Settings):
     def identity(self) -> dict[str, Any]:
         """The settings that determine the weights, as JSON values."""
         values = {name: value for name, value in self.to_values().items() if name not in self.not_in_identity}
-        if self.loop.arithmetic == 1:  # version 0.1 did not state it
+        # Earlier versions did not state them.
+        if self.loop.arithmetic == 1:
             del values["loop"]["arithmetic"]
+        if self.loader.lanes == 1:
+            del values["loader"]["lanes"]
         return values
 
-    def with_arithmetic(self, version: int) -> Self:
-        """These settings with the arithmetic of a version."""
-        return self.model_copy(update={"loop": self.loop.model_copy(update={"arithmetic": version})})
+    def as_begun(self, stored: Mapping[str, Any]) -> Self:
+        """These settings, with the arithmetic and the order of rows of a training begun as `stored`.
+
+        Args:
+            stored: its `identity`.
+        """
+        version = stored.get("loop", {}).get("arithmetic", 1)
+        changes: dict[str, Any] = {"loop": self.loop.model_copy(update={"arithmetic": version})}
+        if "lanes" not in stored.get("loader", {}):
+            changes["loader"] = self.loader.model_copy(update={"lanes": 1})
+        return self.model_copy(update=changes)
 
 
 class UNetTrainingSettings(TableTrainingSettings):

@@ -116,11 +116,10 @@ class TableTraining(Generic[SettingsT]):
         """
         folder = RunFolder(url=absolute_url(out_url), kind=self.kind)
         sources = {role: absolute_source(source) for role, source in self.sources.items()}
-        # Table and arithmetic are those that the folder was begun with, else the newest.
+        # Table, arithmetic and order are those that the folder was begun with, else the newest.
         settings, version = self.settings, None
         if (stored := folder.stored_identity()) is not None:
-            loop = stored.get("settings", {}).get("loop", {})
-            settings = settings.with_arithmetic(loop.get("arithmetic", 1))
+            settings = settings.as_begun(stored.get("settings", {}))
             version = int(stored[self.table.role]["version"])
         table = open_table(self.table.url, version=version, kind=self.table.kind)
         # A model that has two roles, as in self-distillation, is loaded once.

@@ -86,6 +86,7 @@ class TrainingReads:
         steps: of the optimizer.
         global_batch: rows of a step.
         window_units: units whose rows are shuffled together.
+        lanes: of the order of rows, each of which reads units of its own.
         unit_rows: rows of one unit.
         row_bytes: of all columns of a row.
         checkpoints: saved.
@@ -97,15 +98,21 @@ class TrainingReads:
     window_units: int
     unit_rows: int
     row_bytes: float
+    lanes: int = 1
     checkpoints: int = 0
     checkpoint_bytes: tuple[float, ...] = ()
 
     def units(self, *, workers: int) -> float:
-        """Number of units that all workers together read (`pipelines.order.deal`).
+        """Number of units that all workers together read (`pipelines.loading.order.rank_share`).
 
-        A batch, or a window if that is larger, is cut into runs of files. Two runs that meet within a file
-        both read it, and where the cut lies differs a little from one batch of a window to the next.
+        With lanes each worker reads those of its own; where a share ends within a lane, two read its units.
+        Without, a batch, or a window if that is larger, is cut into runs of files. Two runs that meet within
+        a file both read it, and where the cut lies differs a little from one batch of a window to the next.
         """
+        if self.lanes > 1:
+            aligned = self.lanes % workers == 0 and self.global_batch % self.lanes == 0
+            shared = 0.0 if aligned else (workers - 1) / self.lanes
+            return self.steps * self.global_batch / self.unit_rows * (1 + shared)
         window = self.window_units * self.unit_rows
         units = max(self.window_units, self.global_batch / self.unit_rows)
         shared = (self.global_batch / workers - 1) * units / self.global_batch + 1

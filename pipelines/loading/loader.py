@@ -6,20 +6,20 @@ Each rank reads the files of its share of a batch and decodes its own rows.
 
 import itertools
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypedDict, TypeVar
 
-import numpy as np
 import pyarrow as pa
 
 from pipelines.loading.order import RowOrder, rank_share
 from pipelines.loading.prefetch import Prefetcher
+from pipelines.loading.read_ahead import Share, read_ahead
 from pipelines.loading.rows import LoaderError, UnitRows, gather, to_batch
 from pipelines.loading.settings import LoaderSettings
-from pipelines.storage.objects import IO_THREADS
+from pipelines.storage.objects import IO_THREADS, is_local
 from pipelines.tables.table import UnitFile
 from snapfusion.noise import noise_key
 from snapfusion.training.batch import Batch
@@ -128,7 +128,11 @@ class BatchLoader(PrefetchingLoader):
         self._columns = ["id", *columns]
         self._held_out = settings.held_out
         self._counts = list(counts or count_trainable(table, held_out=settings.held_out))
-        self._order = RowOrder(self._counts, window_units=settings.window_units, seed=seed)
+        self._order = RowOrder(
+            self._counts, window_units=settings.window_units, seed=seed, lanes=settings.lanes
+        )
+        # From a disk one reader keeps ahead. A store answers late, and at the start all lanes wait for it.
+        self._readers = 1 if is_local(table.units[0].path) else IO_THREADS
 
     def held_out(self, *, rows: int, limit: int | None = None) -> Iterator[Batch]:
         """The held-out rows in the table's order, in batches of `rows`, at most `limit` of them."""
@@ -137,14 +141,23 @@ class BatchLoader(PrefetchingLoader):
 
     def stream(self, start: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """As in `PrefetchingLoader`."""
-        batches = self._order.batches(start * self._global_batch, rows=self._global_batch)
-        shares = (rank_share(batch, rank=rank, world=world) for batch in batches)
-        # One reader is enough: it stays a window ahead, and each read fetches a whole file.
-        with ThreadPoolExecutor(1) as reader:
-            for indices, files in _read_ahead(shares, read=lambda unit: reader.submit(self._read, unit)):
-                of_rows = [(window, turn) for window, turn, _, _ in indices.tolist()]
-                ready = {file: files[file].result() for file in dict.fromkeys(of_rows)}
-                yield gather([ready[file] for file in of_rows], indices[:, 3].tolist())
+        with ThreadPoolExecutor(self._readers) as readers:
+            files = read_ahead(
+                self._shares(start, rank=rank, world=world),
+                read=lambda unit: readers.submit(self._read, unit),
+                ahead=self._order.rows_in_flight,
+            )
+            for share, units in files:
+                window, turn, row = (share.rows[name].tolist() for name in ("window", "turn", "row"))
+                of_rows = list(zip(window, turn, strict=True))
+                ready = {file: units[file].result() for file in dict.fromkeys(of_rows)}
+                yield gather([ready[file] for file in of_rows], row)
+
+    def _shares(self, start: int, *, rank: int, world: int) -> Iterator[Share]:
+        """The rows of `rank` in global batches `start`, `start` + 1, ..."""
+        rows = self._global_batch
+        for number, batch in enumerate(self._order.batches(start * rows, rows=rows), start=start + 1):
+            yield Share(rows=rank_share(batch, rank=rank, world=world), end=number * rows)
 
     def _read(self, index: int) -> UnitRows:
         """The rows of a unit to train on."""
@@ -196,42 +209,3 @@ class InterleavedLoader(PrefetchingLoader, Generic[Key]):
             if key not in cursors:
                 cursors[key] = self.loaders[key].stream(before[key], rank=rank, world=world)
             yield next(cursors[key])
-
-
-WindowFile = tuple[int, int]
-"""A window and the turn of one of its units: each epoch reads a unit anew."""
-
-
-def _read_ahead(
-    shares: Iterator[np.ndarray], *, read: Callable[[int], Future[UnitRows]]
-) -> Iterator[tuple[np.ndarray, dict[WindowFile, Future[UnitRows]]]]:
-    """Each share with its files, while those of the window after it are being read.
-
-    A share is a rank's part of a batch: int64 [rows, 4] as in `RowOrder.batches`. In memory are the files of
-    the windows that it lies in, and of the one after them.
-    """
-    upcoming, unread = deque([next(shares)]), deque[tuple[WindowFile, int]]()
-    unread.extend(_files_in(upcoming[0]).items())
-    files: dict[WindowFile, Future[UnitRows]] = {}
-    while True:
-        share = upcoming.popleft()
-        # A share names only its own rows, so the files of the next window become known by looking ahead
-        # at shares until one lies beyond it. Shares are numbers and cost next to nothing; files cost memory.
-        horizon = int(share[:, 0].max()) + 1
-        while not upcoming or int(upcoming[-1][:, 0].max()) <= horizon:
-            upcoming.append(next(shares))
-            unread.extend(_files_in(upcoming[-1]).items())
-        # Consecutive shares lie in the same files: each is submitted once, in the order of first use.
-        while unread and unread[0][0][0] <= horizon:
-            file, unit = unread.popleft()
-            if file not in files:
-                files[file] = read(unit)
-        yield share, files
-        # Windows only advance, so files before the next share's first window are never needed again.
-        needed = int(upcoming[0][:, 0].min())
-        files = {file: rows for file, rows in files.items() if file[0] >= needed}
-
-
-def _files_in(indices: np.ndarray) -> dict[WindowFile, int]:
-    """The files of a share with their units, in the order of first use."""
-    return {(window, turn): unit for window, turn, unit, _ in indices.tolist()}

@@ -1,51 +1,112 @@
 """The order in which training reads rows: a function of the seed and the position, and of nothing else.
 
-    epoch ─ its units, shuffled ─ windows of a few units ─ the rows of a window, shuffled ─ global batches
+    epoch ─ its units, shuffled ─ windows of a few units, dealt to lanes ─ the rows of a window, shuffled
+          ─ global batches, a row of each lane in turn
 
 Epochs follow each other without a seam: a batch may end one and begin the next. A restart at any position
-reads nothing of what came before it. The rows of a batch are dealt to the ranks by file, so that each file is
-read by few of them.
+reads nothing of what came before it. The rows of a batch are dealt to the ranks by lane, and by file within a
+lane, so that each file is read by few of them: by one, if the number of ranks divides that of lanes, and that
+the rows of a batch.
 """
 
+import bisect
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
+from pipelines.loading.lanes import Lanes
 from snapfusion.noise import noise_key
+
+SPAN_WINDOWS: Final = 64
+"""Windows of a lane after which all lanes begin anew; part of the order, so it never changes."""
+_BLOCK_ROWS: Final = 4096
+"""Rows that are looked up at once."""
+
+ROW: Final = np.dtype([(name, np.int64) for name in ("lane", "window", "turn", "unit", "row", "until")])
+"""A row in the order: its lane; window, counted over all epochs; turn of its unit in the window; unit; number
+among the unit's rows that are trained on; and the position from which on no row of the window comes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """A range of positions whose rows are shuffled among themselves.
+    """Units whose rows are shuffled among themselves.
 
     Attributes:
-        units: indices of the units whose rows it has, in the order in which they are read.
-        start: position of its first row.
+        units: their indices, in the order in which they are read.
         key: of the shuffle.
-        rows: number of its rows.
     """
 
     units: tuple[int, ...]
-    start: int
     key: int
-    rows: int
-
-    @property
-    def stop(self) -> int:
-        """The position after its last row."""
-        return self.start + self.rows
 
     def row_indices(self, sizes: np.ndarray) -> np.ndarray:
-        """Turn, unit and row of each position: int64 [rows, 3], for units of `sizes` rows.
+        """Turn, unit and row of each of its rows in their order: int64 [rows, 3], for units of `sizes` rows.
 
         The turn is the unit's index in `units`; the row counts only those that are trained on.
         """
         units = np.asarray(self.units, dtype=np.int64)
         ends = np.cumsum(sizes[units])
-        shuffled = permutation(self.key, self.rows)
+        shuffled = permutation(self.key, int(ends[-1]))
         turn = np.searchsorted(ends, shuffled, side="right")
         return np.stack([turn, units[turn], shuffled - (ends - sizes[units])[turn]], axis=1)
+
+
+class Epoch:
+    """The windows of an epoch, in spans of a few windows for each lane.
+
+    Args:
+        number: of the epoch.
+        rows: of each unit.
+        window_units: units of a window.
+        lanes: their number.
+        seed: of all shuffles.
+    """
+
+    def __init__(self, number: int, rows: np.ndarray, *, window_units: int, lanes: int, seed: int) -> None:
+        self._number, self._rows, self._seed = number, rows, seed
+        self._window_units, self._lanes = window_units, lanes
+        # Units are shuffled as well as rows: neighbours in a source tend to be alike.
+        self._units = permutation(noise_key("units", seed, number), len(rows))
+        self._firsts = np.arange(0, len(rows), window_units)
+        self._window_rows = np.add.reduceat(rows[self._units], self._firsts)
+        count = max(1, len(self._firsts) // (SPAN_WINDOWS * lanes))
+        self._bounds = [len(self._firsts) * span // count for span in range(count + 1)]
+        ends = np.concatenate([[0], np.cumsum(self._window_rows)])
+        self._starts: list[int] = ends[self._bounds].tolist()
+
+    def blocks(self, position: int) -> Iterator[np.ndarray]:
+        """The rows from `position` on, counted from the epoch's first, in pieces: `ROW` [any]."""
+        for span in range(bisect.bisect_right(self._starts, position) - 1, len(self._starts) - 1):
+            yield from self._span(span, max(0, position - self._starts[span]))
+
+    def _span(self, span: int, position: int) -> Iterator[np.ndarray]:
+        first, last = self._bounds[span : span + 2]
+        lanes, start = Lanes(self._window_rows[first:last], lanes=self._lanes), self._starts[span]
+        shuffled: dict[int, np.ndarray] = {}
+        for begin in range(position, lanes.rows, _BLOCK_ROWS):
+            lane, window, number = lanes.rows_at(begin, min(begin + _BLOCK_ROWS, lanes.rows))
+            block = np.empty(len(lane), ROW)
+            block["lane"], block["window"] = lane, self._number * len(self._firsts) + first + window
+            block["until"] = self._number * int(self._rows.sum()) + start + lanes.until[window]
+            by_window = np.argsort(window, kind="stable")
+            cuts = np.flatnonzero(np.diff(window[by_window])) + 1
+            for at in np.split(by_window, cuts):
+                which = int(window[at[0]])
+                if which not in shuffled:
+                    shuffled[which] = self._window(first + which).row_indices(self._rows)
+                rows = shuffled[which][number[at]]
+                block["turn"][at], block["unit"][at], block["row"][at] = rows.T
+            yield block
+            shuffled = {which: rows for which, rows in shuffled.items() if lanes.until[which] > begin}
+
+    def _window(self, number: int) -> Window:
+        first = self._firsts[number]
+        units = self._units[first : first + self._window_units]
+        return Window(units=tuple(units.tolist()), key=noise_key("window", self._seed, self._number, number))
 
 
 class RowOrder:
@@ -53,57 +114,49 @@ class RowOrder:
 
     Args:
         rows: of each unit, in the order of their names.
-        window_units: units whose rows are shuffled together; those of two windows are in memory at a time.
+        window_units: units whose rows are shuffled together, over all lanes; each lane has at least one.
         seed: of all shuffles.
+        lanes: of which each reads units of its own; with one, the order is that of version 0.1.
 
     Raises:
         ValueError: if there are no rows.
     """
 
-    def __init__(self, rows: Sequence[int], *, window_units: int, seed: int) -> None:
+    def __init__(self, rows: Sequence[int], *, window_units: int, seed: int, lanes: int = 1) -> None:
         if sum(rows) < 1:
             raise ValueError("there are no rows to train on; the table is empty, or all of it is held out")
         self._rows = np.asarray(rows, dtype=np.int64)
-        self._window_units, self._seed = window_units, seed
+        self._seed, self._lanes = seed, lanes
+        self._window_units = math.ceil(window_units / lanes)
 
     @property
     def rows_per_epoch(self) -> int:
         """Rows of an epoch."""
         return int(self._rows.sum())
 
-    def windows(self, position: int) -> Iterator[Window]:
-        """The endless windows from the one that has `position` on."""
-        epoch = position // self.rows_per_epoch
-        while True:
-            for window in self._epoch(epoch):
-                if window.stop > position:
-                    yield window
-            epoch += 1
+    @property
+    def rows_in_flight(self) -> int:
+        """Rows of a window of each lane, in the mean."""
+        windows = math.ceil(len(self._rows) / self._window_units)
+        return math.ceil(min(self._lanes, windows) * self.rows_per_epoch / windows)
 
     def batches(self, position: int, *, rows: int) -> Iterator[np.ndarray]:
-        """The rows from `position` on, `rows` at a time, endless: int64 [rows, 4].
-
-        Columns: the window, counted from the first; turn, unit and row as in `Window.row_indices`.
-        """
-        pending = np.empty((0, 4), np.int64)
-        for number, window in enumerate(self.windows(position)):
-            # A restart in the middle of a window skips its first rows; they still shape the shuffle.
-            indices = window.row_indices(self._rows)[max(0, position - window.start) :]
-            pending = np.concatenate([pending, np.insert(indices, 0, number, axis=1)])
+        """The rows from `position` on, endless, as `ROW` [rows]; with lanes each batch is sorted by file."""
+        pending = np.empty(0, ROW)
+        for block in self._blocks(position):
+            pending = np.concatenate([pending, block])
             while len(pending) >= rows:
-                yield pending[:rows]
-                pending = pending[rows:]
+                batch, pending = pending[:rows], pending[rows:]
+                yield batch if self._lanes == 1 else _by_file(batch)
 
-    def _epoch(self, epoch: int) -> Iterator[Window]:
-        # Units are shuffled as well as rows: neighbours in a source tend to be alike.
-        units = permutation(noise_key("units", self._seed, epoch), len(self._rows))
-        start = epoch * self.rows_per_epoch
-        for number, first in enumerate(range(0, len(units), self._window_units)):
-            chosen = units[first : first + self._window_units]
-            rows = int(self._rows[chosen].sum())
-            key = noise_key("window", self._seed, epoch, number)
-            yield Window(units=tuple(chosen.tolist()), start=start, key=key, rows=rows)
-            start += rows
+    def _blocks(self, position: int) -> Iterator[np.ndarray]:
+        first, position = divmod(position, self.rows_per_epoch)
+        for number in itertools.count(first):
+            epoch = Epoch(
+                number, self._rows, window_units=self._window_units, lanes=self._lanes, seed=self._seed
+            )
+            yield from epoch.blocks(position)
+            position = 0
 
 
 def permutation(key: int, count: int) -> np.ndarray:
@@ -117,10 +170,14 @@ def permutation(key: int, count: int) -> np.ndarray:
 def rank_share(batch: np.ndarray, *, rank: int, world: int) -> np.ndarray:
     """The rows of a batch, as `RowOrder.batches` yields them, for `rank` of `world`.
 
-    Sorted by file and cut into equal runs: a rank reads the files of its run, not those of the whole batch.
-    The sort is stable, so the order within a file stays. A single rank gets the batch as it is.
+    Sorted by lane and file and cut into equal runs: a rank reads the files of its run, not those of the whole
+    batch. A single rank gets the batch as it is.
     """
     if world == 1:
         return batch
-    by_file = batch[np.lexsort((batch[:, 1], batch[:, 0]))]
-    return by_file[len(batch) * rank // world : len(batch) * (rank + 1) // world]
+    return _by_file(batch)[len(batch) * rank // world : len(batch) * (rank + 1) // world]
+
+
+def _by_file(batch: np.ndarray) -> np.ndarray:
+    # Stable, so the order within a file stays.
+    return batch[np.lexsort((batch["turn"], batch["window"], batch["lane"]))]

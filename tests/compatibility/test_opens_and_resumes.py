@@ -132,7 +132,7 @@ def test_a_checkpoint_is_resumed_in_one_process(run: Path) -> None:
     identity = json.loads((run / "student.training/begun.json").read_text())["identity"]
     table = open_table(f"{run}/latents")
     inputs = TrainingInputs(
-        settings=DISTILL.with_arithmetic(1),
+        settings=DISTILL.as_begun({}),
         sources={"teacher": f"{run}/model", "student": f"{run}/model"},
         table_url=table.url,
         table_version=table.version,

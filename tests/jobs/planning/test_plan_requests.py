@@ -105,14 +105,19 @@ class CountingTable:
 
 
 @pytest.mark.parametrize(
-    ("workers", "global_batch"), [(1, 16), (1, 96), (4, 16), (4, 128), (8, 100), (64, 128)], ids=str
+    ("workers", "global_batch", "lanes"),
+    [
+        *((1, 16, 1), (1, 96, 1), (4, 16, 1), (4, 128, 1), (8, 100, 1), (64, 128, 1)),
+        *((1, 96, 8), (8, 128, 8), (6, 128, 8)),
+    ],
+    ids=str,
 )
-def test_workers_read_units_as_forecast(workers, global_batch):
+def test_workers_read_units_as_forecast(workers, global_batch, lanes):
     """Windows of 32 rows. The loader reads a little ahead, which is not forecast."""
     steps, read = 40, 0
     for rank in range(workers):
         table = CountingTable(units=50, rows=8)
-        settings = LoaderSettings(window_units=4)
+        settings = LoaderSettings(window_units=4, lanes=lanes)
         loader = BatchLoader(table, columns=["n"], global_batch=global_batch, seed=0, settings=settings)
         batches = loader.batches(0, rank=rank, world=workers, depth=1)
         for _ in range(steps):
@@ -120,7 +125,12 @@ def test_workers_read_units_as_forecast(workers, global_batch):
         batches.close()
         read += table.read
     reading = TrainingReads(
-        steps=steps, global_batch=global_batch, window_units=4, unit_rows=8, row_bytes=1.0
+        steps=steps,
+        global_batch=global_batch,
+        window_units=4,
+        unit_rows=8,
+        row_bytes=1.0,
+        lanes=lanes,
     )
     assert read == pytest.approx(reading.units(workers=workers), rel=0.2)
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from functools import partial
 
 import pytest
 from memory_table import ids
@@ -9,7 +10,7 @@ from test_branches import loader as branch_loader
 from test_buckets import loader as bucket_loader
 from test_loader import loader as batch_loader
 
-LOADERS = [batch_loader, branch_loader, bucket_loader]
+LOADERS = [batch_loader, branch_loader, bucket_loader, partial(batch_loader, lanes=4)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
