@@ -21,7 +21,7 @@ HEADER = """\
 # `make setup` installs under these constraints; pyproject.toml says what is accepted beyond them.
 #
 # To renew: make an environment without this file, check it, and write down what it holds:
-#   make clean && python3 -m venv .venv && .venv/bin/pip install -e '.[dev,mobile,lora]'
+#   make clean && python3 -m venv .venv && .venv/bin/pip install -e '.[dev,mobile,lora,serve]'
 #   touch .venv/installed
 #   make check && .venv/bin/python infra/pin.py > infra/constraints.txt
 """
@@ -31,7 +31,7 @@ def direct_dependencies() -> list[str]:
     """Names in [project.dependencies] and in the extras that `make setup` installs, sorted."""
     project = tomllib.loads(PYPROJECT.read_text())["project"]
     extras = project["optional-dependencies"]
-    listed = [*project["dependencies"], *extras["dev"], *extras["mobile"], *extras["lora"]]
+    listed = [*project["dependencies"], *extras["dev"], *extras["mobile"], *extras["lora"], *extras["serve"]]
     return sorted({Requirement(line).name for line in listed}, key=str.lower)
 
 

@@ -39,4 +39,4 @@ if [ -n "${TORCH:-}" ] && ! .venv/bin/python -c 'import importlib.metadata as m;
     # shellcheck disable=SC2086
     pip_install $TORCH
 fi
-pip_install -e '.[dev,mobile,lora]'
+pip_install -e '.[dev,mobile,lora,serve]'

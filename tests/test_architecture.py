@@ -54,8 +54,8 @@ PIPELINES = (
 )
 JOBS = (
     {"runtime"},
-    {"evaluation", "serving"},
-    {"training"},
+    {"evaluation"},
+    {"training", "serving"},
     {"evolution", "deletion", "publishing"},
     {"recipes"},
     {"cli"},
@@ -85,6 +85,8 @@ HEAVY = {
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "starlette",
+    "uvicorn",
 }
 SOURCE_OF_A_FORMULA = r"SnapFusion (Eq\.|Sec\.|Alg\.|Table|Fig\.|App\.)|\(\w+( (and \w+|et al\.))? \d{4}\)"
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "manager"}

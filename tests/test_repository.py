@@ -28,7 +28,7 @@ GENERATED = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split
 
 def direct_dependencies() -> dict[str, Requirement]:
     extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *extras["dev"], *extras["mobile"], *extras["lora"]]
+    lines = [*PROJECT["dependencies"], *extras["dev"], *extras["mobile"], *extras["lora"], *extras["serve"]]
     return {requirement.name: requirement for requirement in map(Requirement, lines)}
 
 
@@ -79,7 +79,7 @@ def test_compilers_for_phones_are_an_extra():
     marker = extra["coremltools"].marker
     assert [marker.evaluate({"python_version": version}) for version in ("3.13", "3.14")] == [True, False]
     for name in ("infra/setup.sh", "infra/Dockerfile"):
-        assert re.search(r"-e '\.\[(dev,)?mobile\]'", (ROOT / name).read_text()), name
+        assert re.search(r"-e '\.\[(dev,)?mobile,lora(,serve)?\]'", (ROOT / name).read_text()), name
 
 
 def copy_of_setup(folder: Path) -> Path:

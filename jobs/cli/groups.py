@@ -39,7 +39,7 @@ GROUPS = {
         "compile-mobile": "a bundle of ExecuTorch and Core ML programs",
         "verify-bundle": "a bundle's files, sampler, tokenizer, programs",
         "benchmark": "time a bundle's modules beside torch",
-        "serve": "a bundle's page, which draws in a browser",
+        "serve": "a page: models side by side, or a bundle's own",
     },
     "Publication": {
         "export": "one file with LDM keys, or Apple's layout",

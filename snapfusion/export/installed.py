@@ -1,4 +1,4 @@
-"""Checks that the compilers of a mobile bundle, which the extra `mobile` brings, are installed."""
+"""Checks that what the extras bring, such as the compilers of a mobile bundle, is installed."""
 
 import sys
 from importlib.util import find_spec
@@ -9,11 +9,11 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class NotInstalledError(ValueError):
-    """A package of the extra `mobile` that is not installed."""
+    """A package of an extra that is not installed."""
 
 
-def check_installed(package: str) -> None:
-    """Check that a package of the extra `mobile` is installed, without importing it.
+def check_installed(package: str, *, extra: str = "mobile") -> None:
+    """Check that a package of an extra is installed, without importing it.
 
     Raises:
         NotInstalledError: if it is not; the message says how to install it.
@@ -26,8 +26,8 @@ def check_installed(package: str) -> None:
             "compile without Core ML: --set mobile.coreml=[]"
         )
     raise NotInstalledError(
-        f"{package} is not installed; install snapfusion-ray[mobile], in a checkout by "
-        "pip install -c infra/constraints.txt -e '.[mobile]'"
+        f"{package} is not installed; install snapfusion-ray[{extra}], in a checkout by "
+        f"pip install -c infra/constraints.txt -e '.[{extra}]'"
     )
 
 

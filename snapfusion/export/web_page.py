@@ -13,12 +13,13 @@ RUNTIME_FOLDER = "web/onnxruntime-web"
 """Where the page looks for onnxruntime-web."""
 RUNTIME_HASHES = "web/onnxruntime-web.sha256"
 
-_SOURCE = Path(__file__).with_name("web")
+PAGE_SOURCE = Path(__file__).with_name("web")
+"""Folder of the page's sources."""
 
 
 def write_page(folder: Path) -> None:
     """Copy the page into the folder of a bundle."""
-    shutil.copytree(_SOURCE, folder / PAGE_FOLDER)
+    shutil.copytree(PAGE_SOURCE, folder / PAGE_FOLDER)
 
 
 def read_hashes(text: str) -> dict[str, str]:

@@ -24,10 +24,15 @@ def distilled_solver(bundle: Bundle) -> Solver:
     return solver
 
 
+def has_folded_guidance(bundle: Bundle) -> bool:
+    """Whether a student was distilled to be used at w = 1: its teacher's guidance is in its weights."""
+    cfg_range = (bundle.distillation or {}).get("cfg_range")
+    return cfg_range is not None and cfg_range["high"] == 1.0
+
+
 def needs_one_pass(bundle: Bundle) -> bool:
     """Whether a step takes one pass of the UNet: w is its input, or it was distilled to be used at w = 1."""
-    cfg_range = (bundle.distillation or {}).get("cfg_range")
-    return has_guidance_embedding(bundle.unet) or (cfg_range is not None and cfg_range["high"] == 1.0)
+    return has_guidance_embedding(bundle.unet) or has_folded_guidance(bundle)
 
 
 def sampling_grid(bundle: Bundle, *, steps: int, solver: Solver) -> tuple[int, ...]:

@@ -11,9 +11,12 @@ export function show(canvas, pixels) {
   canvas.getContext("2d").putImageData(pixels, 0, 0);
 }
 
-/** The pixels of an image of the bundle, as they were written. */
-export async function readPixels(name) {
-  const blob = new Blob([await readFile(name)], { type: "image/png" });
+/** The pixels of an image of the bundle. */
+export const readPixels = async (name) => decodePng(await readFile(name));
+
+/** The pixels of a PNG, as they were written. */
+export async function decodePng(content) {
+  const blob = new Blob([content], { type: "image/png" });
   const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
   const context = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d");
   context.drawImage(bitmap, 0, 0);

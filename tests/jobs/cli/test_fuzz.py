@@ -116,6 +116,9 @@ def command_lines(files: list[str]) -> Iterator[list[str]]:
             if verb == "measure_mini" and parameter.name == "out":
                 continue
             for value in TEXTS if numeric else (*TEXTS, *files):
+                # It would serve it until it is ended.
+                if verb == "serve" and value == "mini":
+                    continue
                 yield [verb.replace("_", "-"), *arguments(parameters, changed=parameter, value=value)]
 
 
