@@ -10,13 +10,27 @@ from snapfusion.models.bundled import BUNDLED
 
 def usage_lines(job: Job) -> list[str]:
     """Lines that name the report, and commands that generate images with the run's student and bundle."""
+    return [
+        f"open {job.url('report/index.html')}, or generate images yourself:",
+        *(f"  {command}" for command in usage_commands(job)),
+        *([caption_grammar()] if job.recipe.model in BUNDLED else []),
+    ]
+
+
+def usage_commands(job: Job) -> list[str]:
+    """Commands that generate images with the run's student and bundle: files, or in a browser."""
     student = (job.recipe.mobile.model or "").removeprefix(RUN_PREFIX).removesuffix("/model")
     caption, bundle = job.recipe.mobile.captions[0], job.url("mobile")
-    lines = [
-        f"open {job.url('report/index.html')}, or generate images yourself:",
-        f'  snapfusion generate "{caption}" --model {job.url(student)}',
-        f'  snapfusion generate "{caption}" --bundle {bundle}',
+    commands = [
+        f'snapfusion generate "{caption}" --model {job.url(student)}',
+        f'snapfusion generate "{caption}" --bundle {bundle}',
+        f"snapfusion serve {job.recipe.model} {job.url(student)} --bundle {bundle}    # side by side",
     ]
-    if exists(f"{bundle}/{PAGE_FOLDER}/index.html"):
-        lines.append(f"  snapfusion serve --bundle {bundle}    # in a browser, after make web")
-    return [*lines, *([caption_grammar()] if job.recipe.model in BUNDLED else [])]
+    if has_page(job):
+        commands.append(f"snapfusion serve --bundle {bundle}    # in the browser itself, after make web")
+    return commands
+
+
+def has_page(job: Job) -> bool:
+    """Whether the run's bundle has a page."""
+    return exists(job.url(f"mobile/{PAGE_FOLDER}/index.html"))

@@ -7,6 +7,7 @@ from typing import Any
 
 from jobs.cli.job import Job
 from jobs.cli.step_times import read_step
+from jobs.cli.usage import has_page, usage_commands
 from jobs.reports import image_samples
 from jobs.reports.latency_breakdown import LatencyBreakdown
 from jobs.reports.lineage_nodes import lineage_nodes
@@ -27,6 +28,7 @@ from jobs.runtime.versions import versions
 from pipelines.rejections import NOT_SHOWN
 from pipelines.tables.manifest import total_rejected
 from pipelines.tables.table import Snapshot
+from snapfusion.export.web_page import PAGE_FOLDER
 from snapfusion.mini.captions import knows_caption
 from snapfusion.models.bundled import BUNDLED
 from snapfusion.settings import digest
@@ -75,6 +77,9 @@ def collect(job: Job) -> tuple[ReportContent, RunMetrics]:
     )
     run.cache.remove_others()
     content = replace(content, other_weights=other_weights(run))
+    if run.mobile:
+        page = f"../mobile/{PAGE_FOLDER}/index.html" if has_page(job) else ""
+        content = replace(content, usage=tuple(usage_commands(job)), page=page)
     if recipe.model in BUNDLED:
         content = replace(content, unknown_captions=_unknown_captions(content))
     metrics = RunMetrics(

@@ -279,6 +279,8 @@ class ReportContent:
         timings: of the steps, in order.
         unknown_captions: those that the miniature, if it is the run's model, does not know.
         other_weights: sentences on published weights that are not those that were measured.
+        usage: commands that generate images with the run's models; without any the section is left out.
+        page: of the bundle, relative to the report; empty if it has none.
     """
 
     recipe: str
@@ -300,6 +302,8 @@ class ReportContent:
     timings: tuple[StepTiming, ...] = ()
     unknown_captions: frozenset[str] = frozenset()
     other_weights: tuple[str, ...] = ()
+    usage: tuple[str, ...] = ()
+    page: str = ""
 
 
 def render_report(content: ReportContent) -> str:

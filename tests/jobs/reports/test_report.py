@@ -18,6 +18,7 @@ from jobs.training.initial_weights import own_architecture, with_architecture
 from pipelines.sources.captions import Caption
 from pipelines.storage.objects import read_bytes, replace_object
 from pipelines.tables.table import open_table
+from snapfusion.export.layout import FORMAT_VERSION
 from snapfusion.models.architecture import efficient_architecture
 from snapfusion.models.checksums import file_hash
 from snapfusion.models.load import load
@@ -128,6 +129,17 @@ def test_timed_blocks_are_shown_if_there_are_any(tmp_path):
     assert [unet["parameters"] for unet in latency["unets"]] == [
         record["unets"][name]["parameters"] for name in ("origin", "table-3")
     ]
+
+
+def test_a_bundle_has_commands_and_its_page(tmp_path):
+    assert 'id="usage"' not in reported(tmp_path)[0]
+    empty = {"variants": {}, "captions": [], "identity": {"parents": {}}, "settings_hash": "5" * 64}
+    manifest = json.dumps({"format": FORMAT_VERSION, **empty}).encode()
+    replace_object(f"{tmp_path}/mobile/manifest.json", manifest)
+    replace_object(f"{tmp_path}/mobile/web/index.html", b"a page")
+    page, _ = reported(tmp_path)
+    assert f"snapfusion serve mini {tmp_path}/student --bundle {tmp_path}/mobile" in page
+    assert 'href="../mobile/web/index.html"' in page
 
 
 def test_images_below_the_floor_fail_after_writing(tmp_path, capsys):

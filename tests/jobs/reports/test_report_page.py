@@ -357,3 +357,12 @@ def test_mobile_variants_are_read_from_a_manifest():
             method="executed",
         ),
     )
+
+
+def test_commands_and_the_bundles_page_are_linked():
+    command, page = "snapfusion serve mini --bundle run/mobile", "../mobile/web/index.html"
+    with_both = rendered(usage=(command,), page=page)
+    assert with_both.sections[-4:] == ["usage", *WITH_BLOCKS[-3:]]
+    assert command in with_both.text
+    assert page in with_both.values("href")
+    assert page not in rendered(usage=(command,)).values("href")
