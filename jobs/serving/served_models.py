@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from jobs.evaluation.generators import BUNDLE_SAMPLER, Generator, LoadedModel, LoadedPrograms
+from jobs.evaluation.generators import Generator, LoadedModel, LoadedPrograms
 from jobs.serving.image_request import ImageRequest, Limits, ModelOptions
 from snapfusion.mini.captions import known_captions
 from snapfusion.models.defaults import (
@@ -99,8 +99,8 @@ class ServedPrograms:
             "max_size": None,
             "steps": len(sampler.steps),
             "max_steps": None,
-            "sampler": BUNDLE_SAMPLER,
-            "samplers": [BUNDLE_SAMPLER],
+            "sampler": sampler.solver,
+            "samplers": [sampler.solver],
             "guidance": sampler.guidance if folded is None else folded,
             "guidance_range": None if folded else (manifest.get("distillation") or {}).get("cfg_range"),
             "guidance_is_fixed": folded is not None,

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from pipelines.loading.buckets import RowCount, TableLoader, make_loader, total_rows
-from pipelines.loading.loader import InterleavedLoader, LoaderError, UnitReader, UnitSubset, count_trainable
+from pipelines.loading.loader import InterleavedLoader, UnitReader, UnitSubset, count_trainable
+from pipelines.loading.rows import LoaderError
 from pipelines.loading.settings import LoaderSettings
 from snapfusion.noise import noise_key
 from snapfusion.training.batch import Batch

@@ -28,8 +28,8 @@ from pipelines.loading.loader import (
     count_trainable,
     held_out_rows,
     is_held_out,
-    to_batch,
 )
+from pipelines.loading.rows import to_batch
 from pipelines.stages.crop import Shape
 from pipelines.storage.objects import IO_THREADS
 from pipelines.tables.schemas import SIDE_COLUMNS, array_type

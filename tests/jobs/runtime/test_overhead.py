@@ -30,7 +30,7 @@ from jobs.training.settings import TrainerSettings
 from jobs.training.trainer import run_trainings
 from pipelines.datasets.pairs import generate_pairs
 from pipelines.datasets.settings import PairsSettings
-from pipelines.loading.loader import to_batch
+from pipelines.loading.rows import to_batch
 from pipelines.ray_data.execution import PipelineStage, run_on_ray
 from pipelines.ray_data.settings import Pool
 from pipelines.sources.captions import Caption

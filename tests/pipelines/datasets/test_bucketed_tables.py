@@ -18,7 +18,8 @@ from pipelines.datasets.targets import compute_targets
 from pipelines.datasets.targets import recomputer as targets_recomputer
 from pipelines.loading.branches import BranchLoader, branch_and_draw
 from pipelines.loading.buckets import BucketLoader, count_training_rows, is_bucketed, make_loader
-from pipelines.loading.loader import BatchLoader, to_batch
+from pipelines.loading.loader import BatchLoader
+from pipelines.loading.rows import to_batch
 from pipelines.loading.settings import LoaderSettings
 from pipelines.sources.shards import ShardRow, write_shard
 from pipelines.sources.webdataset import list_shards

@@ -24,7 +24,7 @@ from pipelines.datasets.targets import (
     recomputer,
 )
 from pipelines.loading.branches import branch_and_draw, unit_name
-from pipelines.loading.loader import to_batch
+from pipelines.loading.rows import to_batch
 from pipelines.ray_data.execution import run_on_ray
 from pipelines.stages.read_latents import ReadLatents
 from pipelines.tables.schemas import array_type, read_array

@@ -9,7 +9,8 @@ import torch
 from memory_table import MemoryTable, ids, take
 
 from pipelines.loading.branches import BranchLoader, branch_and_draw, count_branch_rows, unit_name
-from pipelines.loading.loader import LoaderError, is_held_out
+from pipelines.loading.loader import is_held_out
+from pipelines.loading.rows import LoaderError
 from pipelines.loading.settings import LoaderSettings
 from pipelines.tables.schemas import targets_schema
 

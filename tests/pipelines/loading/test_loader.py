@@ -10,9 +10,10 @@ import pytest
 import torch
 from memory_table import MemoryTable, ids, take
 
-from pipelines.loading.loader import BatchLoader, LoaderError, count_trainable, is_held_out, to_batch
+from pipelines.loading.loader import BatchLoader, count_trainable, is_held_out
 from pipelines.loading.order import RowOrder, permutation, rank_share
 from pipelines.loading.prefetch import Prefetcher
+from pipelines.loading.rows import LoaderError, to_batch
 from pipelines.loading.settings import LoaderSettings
 from pipelines.tables.schemas import pairs_schema, to_png
 
