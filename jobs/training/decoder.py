@@ -134,7 +134,7 @@ def _publish(
 ) -> dict[str, Any]:
     """Write the decoder; returns its metrics."""
     student, random = results[_STUDENT], results.get(_RANDOM)
-    vae, pairs = load(inputs.sources["teacher"]).vae, inputs.open_table()
+    vae, pairs = load(inputs.sources["teacher"]).vae, inputs.table
     decoder = HalfDecoder.from_vae(vae)
     decoder.load_state_dict(student.weights)
     parts = [part for part in (vae.decoder, vae.post_quant_conv) if part is not None]

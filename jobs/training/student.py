@@ -165,7 +165,7 @@ def make_training(
         role: of the model that is trained.
         bundle: the model at its initial weights, on the worker's device.
         objective: to minimise.
-        loader: of `inputs.open_table()`.
+        loader: of `inputs.table`.
         evaluate: measures the trained UNet on held-out rows.
         distillation: what the student's folder records of its distillation, if it is distilled.
         skips_blocks: whether a step may leave blocks of the UNet without a gradient.
@@ -180,7 +180,7 @@ def make_training(
             settings=settings.validation,
             every=settings.validation.every,
             model=inputs.sources[role],
-            size=image_size_of(inputs.open_table().identity, bundle=bundle),
+            size=image_size_of(inputs.table.identity, bundle=bundle),
             distillation=distillation,
             device=bundle.device,
             threads=settings.trainer.threads_per_worker,

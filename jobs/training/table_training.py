@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
+
 from jobs.runtime.driver_clock import DRIVER_CLOCK
 from jobs.training.progress_channel import OnReport, show_reports
 from jobs.training.run_folder import RunFolder, begin
@@ -13,8 +15,8 @@ from jobs.training.settings import TableTrainingSettings
 from jobs.training.spec import TrainingError, TrainingFactory
 from jobs.training.trainer import TrainingResult, run_trainings
 from pipelines.loading.branches import is_guided_unit
-from pipelines.loading.buckets import RowCount, count_training_rows, total_rows
-from pipelines.loading.loader import count_trainable
+from pipelines.loading.buckets import RowCount, total_rows
+from pipelines.loading.unit_counts import count_rows_to_train
 from pipelines.storage.objects import absolute_url
 from pipelines.tables.leases import read_leases
 from pipelines.tables.table import Snapshot, open_table
@@ -50,27 +52,21 @@ class TrainingInputs(Generic[SettingsT]):
     Attributes:
         settings: of the training.
         sources: model sources by role.
-        table_url: of the table.
-        table_version: the pinned version.
+        table: at the pinned version; the workers open no log.
         counts: training rows of each unit.
         identity: of the training.
     """
 
     settings: SettingsT
     sources: Mapping[str, str]
-    table_url: str
-    table_version: int
+    table: Snapshot
     counts: Sequence[RowCount]
     identity: Mapping[str, Any]
-
-    def open_table(self) -> Snapshot:
-        """The pinned table."""
-        return open_table(self.table_url, version=self.table_version)
 
     def loading(self) -> dict[str, Any]:
         """Arguments that every loader of the pinned table takes."""
         return {
-            "table": self.open_table(),
+            "table": self.table,
             "global_batch": self.settings.loop.global_batch,
             "seed": self.settings.loop.seed,
             "settings": self.settings.loader,
@@ -135,8 +131,7 @@ class TableTraining(Generic[SettingsT]):
             inputs = TrainingInputs(
                 settings=settings,
                 sources=sources,
-                table_url=table.url,
-                table_version=table.version,
+                table=table,
                 counts=count_rows(table, held_out=settings.loader.held_out, branches=self.table.branches),
                 identity=identity,
             )
@@ -194,16 +189,13 @@ def count_rows(table: Snapshot, *, held_out: float, branches: Sequence[bool] = (
     Raises:
         TrainingError: if no row is held out for evaluation, of one of the `branches` if there are any.
     """
-    # PAIRS have one shape, and no image settings in their identity to tell buckets by.
-    count = count_trainable if table.identity["kind"] == "pairs" else count_training_rows
-    counts = count(table, held_out=held_out)
-    units = list(zip(table.units, counts, strict=True))
+    counts = count_rows_to_train(table, held_out=held_out)
+    held_out_rows = table.units.rows - np.fromiter(map(total_rows, counts), np.int64, len(counts))
+    of_branch = branches and np.fromiter(
+        map(is_guided_unit, table.units.unit_names.to_pylist()), bool, len(counts)
+    )
     for guided in branches or (None,):
-        if not sum(
-            unit.rows - total_rows(rows)
-            for unit, rows in units
-            if guided is None or is_guided_unit(unit.unit) == guided
-        ):
+        if not held_out_rows[... if guided is None else of_branch == guided].sum():
             raise TrainingError(
                 f"none of the {table.num_rows} rows of {table.url} is held out for evaluation: raise "
                 f"loader.held_out (now {held_out}), or add rows"

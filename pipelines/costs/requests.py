@@ -1,7 +1,8 @@
 """Counts the storage requests of committing a table and of training on it.
 
 The counts are those of an S3 server (`test_plan_requests.py` counts them again). They leave out startup,
-restarts, reading of source shards and checks for results that exist already.
+restarts, merges of `.units`, checkpoints of the logs, reading of source shards and checks for results that
+exist already.
 """
 
 from __future__ import annotations
@@ -9,15 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-CHECKPOINT_COMMITS = 100
-"""Commits after which Delta Lake writes a checkpoint of its log; older entries are not read again."""
-_LOADS_PER_COMMIT = 2
-"""Loads of the log for each commit: to look up the unit, and by the writer."""
-_GETS_PER_ENTRY = 2
-_GETS_PER_COMMIT = 3
+_GETS_PER_COMMIT = 6
+"""Of one log: it stays open, and a commit follows it from its last entry, however many there are."""
+_GETS_PER_OPENING = 2
 _LISTS_PER_COMMIT = 3
-_GETS_PER_CHECKPOINT = 11
-"""For the parts of the log's checkpoint, at each load."""
+_LISTS_PER_OPENING = 1
 _GETS_PER_UNIT = 4
 """One HEAD, the first page's header (once a process), the footer, and the columns with all between them."""
 _PART_BYTES = 50 * 2**20
@@ -64,18 +61,9 @@ class TableWrites:
         logs = 1 + siblings
         return Requests(
             put=self.units + commits * (logs + siblings),
-            get=logs * _gets_of_log(commits),
-            list=logs * commits * _LISTS_PER_COMMIT,
+            get=logs * (_GETS_PER_OPENING + commits * _GETS_PER_COMMIT),
+            list=logs * (_LISTS_PER_OPENING + commits * _LISTS_PER_COMMIT),
         )
-
-
-def _gets_of_log(commits: int) -> float:
-    """GETs of one log in so many commits, each of which reads all entries since the last checkpoint."""
-    checkpoints, rest = divmod(commits, CHECKPOINT_COMMITS)
-    entries = (checkpoints * CHECKPOINT_COMMITS * (CHECKPOINT_COMMITS + 1) + rest * (rest + 1)) / 2
-    with_checkpoint = max(0, commits - CHECKPOINT_COMMITS)
-    loaded = _GETS_PER_ENTRY * entries + _GETS_PER_CHECKPOINT * with_checkpoint
-    return _LOADS_PER_COMMIT * loaded + _GETS_PER_COMMIT * commits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,9 @@ from pipelines.deletion.table_matches import file_matches
 from pipelines.storage.objects import list_names, list_parquet, read_bytes
 from pipelines.tables.commits import REWRITTEN_PREFIX
 from pipelines.tables.deletion_list import DeletionKeys
+from pipelines.tables.leases import active_writers
 from pipelines.tables.manifest import read_manifest
+from pipelines.tables.merging import MERGED_PREFIX
 from pipelines.tables.table import Snapshot, live_names, open_delta, unit_of
 
 SIBLINGS = ("rejects", "units")
@@ -51,8 +53,10 @@ def old_sibling_files(url: str) -> list[str]:
         location = f"{url}.{name}"
         live, logged = set(live_names(open_delta(location))), _logged_names(location)
         old = (file for file in list_parquet(location) if file not in live)
-        # A file that is neither in the log nor named as a rewrite is about to be committed by another job.
-        paths += [f"{location}/{file}" for file in old if file in logged or file.startswith(REWRITTEN_PREFIX)]
+        # A file that is neither in the log nor named as a rewrite is about to be committed by another job; so
+        # is a merged one, as long as somebody writes the table.
+        prefixes = (REWRITTEN_PREFIX,) if active_writers(url) else (REWRITTEN_PREFIX, MERGED_PREFIX)
+        paths += [f"{location}/{file}" for file in old if file in logged or file.startswith(prefixes)]
     return paths
 
 

@@ -20,8 +20,8 @@ from pipelines.loading.read_ahead import Share, read_ahead
 from pipelines.loading.rows import LoaderError, UnitRows, gather, to_batch
 from pipelines.loading.settings import LoaderSettings
 from pipelines.storage.objects import IO_THREADS, is_local
+from pipelines.tables.row_keys import held_out_key, least_key
 from pipelines.tables.table import UnitFile
-from snapfusion.noise import noise_key
 from snapfusion.training.batch import Batch
 
 
@@ -29,7 +29,7 @@ class UnitReader(Protocol):
     """The part of `pipelines.tables.table.Snapshot` that loaders use."""
 
     @property
-    def units(self) -> list[UnitFile]:
+    def units(self) -> Sequence[UnitFile]:
         """The files, ordered by unit."""
 
     def read_unit(self, unit: UnitFile, columns: Sequence[str] | None = None) -> pa.Table:
@@ -41,7 +41,7 @@ class UnitSubset:
     """Some units of a table, as a table."""
 
     table: UnitReader
-    units: list[UnitFile]
+    units: Sequence[UnitFile]
 
     def read_unit(self, unit: UnitFile, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of one unit."""
@@ -50,8 +50,7 @@ class UnitSubset:
 
 def is_held_out(row_id: str, *, fraction: float) -> bool:
     """Whether a row is kept for evaluation: its id hashes into the last `fraction`, whatever the seed."""
-    # The last part of the range, so a larger fraction keeps all rows of a smaller one.
-    return noise_key("held out", row_id) >= (1.0 - fraction) * 2.0**63
+    return held_out_key(row_id) >= least_key(fraction)
 
 
 def count_trainable(table: UnitReader, *, held_out: float) -> list[int]:

@@ -4,26 +4,36 @@ Committed units can be replaced by files with fewer rows; old versions keep the 
 """
 
 import hashlib
-import io
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from deltalake import DeltaTable, Transaction
 from deltalake.transaction import AddAction
 
 from pipelines.storage.objects import read_bytes, write_once
 from pipelines.tables.manifest import UnitManifest, read_manifest, to_parquet
+from pipelines.tables.open_log import OpenLog, TableLogs
+from pipelines.tables.row_keys import RowKeys
 from pipelines.tables.schemas import REJECTS, UNITS
-from pipelines.tables.table import Snapshot, TableError, UnitFile, live_names, open_delta, open_table, unit_of
+from pipelines.tables.table import (
+    Snapshot,
+    TableError,
+    UnitFile,
+    live_names,
+    open_delta,
+    open_table,
+    read_sibling_files,
+    unit_of,
+)
 from pipelines.tables.transactions import (
     Action,
     add_file,
-    app_id,
+    add_rows,
     first_transactions,
     next_transactions,
     remove_file,
@@ -33,6 +43,7 @@ from pipelines.tables.transactions import (
 REWRITTEN_PREFIX = "restated-"
 """Prefix of the names of files that replace others in `.units` and `.rejects`; it is on disk and stays."""
 
+_APPENDED_PREFIX = "part-"
 _ROUND_TRANSACTION = "round"
 _MAX_TRIES = 20
 
@@ -41,30 +52,43 @@ _Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenUnit:
-    """A unit whose data file is written, ready to be committed."""
+    """A unit whose data file is written, ready to be committed.
+
+    `row_keys` is None in a table that no training reads.
+    """
 
     manifest: UnitManifest
     path: str
     size: int
     sha256: str
     seconds: float | None
+    row_keys: RowKeys | None
 
 
 Origin = Mapping[str, Any]
 """Provenance of a unit: recipe, digest of its settings, and the parents with their versions; plain JSON."""
 
 
-def commit_units(url: str, units: Sequence[WrittenUnit], *, origin: Origin | None = None) -> None:
+def commit_units(
+    url: str, units: Sequence[WrittenUnit], *, origin: Origin | None = None, logs: TableLogs | None = None
+) -> None:
     """Commit those of the units that are not committed: their rejected rows, then rows, then manifests.
 
     Only the second commit decides. Rejected rows come before it, so that a committed unit never lacks them;
     readers ignore those of a unit that is not committed. Manifests come after it, because whoever finds one
     takes the unit for done. If the process is killed in between, the next run adds what is missing
     (`restore_manifests`).
+
+    Args:
+        url: of the table.
+        units: to commit.
+        origin: their provenance.
+        logs: of the table, if they are open already; opening them costs more the longer they are.
     """
-    _commit_rejects(f"{url}.rejects", units)
-    _commit_rows(url, units)
-    _commit_manifests(f"{url}.units", units, origin)
+    logs = logs or TableLogs.of(url)
+    _commit_rejects(logs.rejects, units)
+    _commit_rows(logs.main, units)
+    _commit_manifests(logs.units, units, origin)
 
 
 def commit_round(
@@ -82,7 +106,7 @@ def commit_round(
     transactions = [Transaction(_ROUND_TRANSACTION, number), *first_transactions(_names(units))]
     if not try_commit(delta, url, [_add_unit(unit) for unit in units], transactions):
         return False
-    _commit_manifests(f"{url}.units", units, origin)
+    _commit_manifests(OpenLog(f"{url}.units"), units, origin)
     return True
 
 
@@ -121,16 +145,20 @@ def restore_manifests(table: Snapshot) -> Snapshot:
 
     They are missing where a process was killed after it had committed a unit or replaced its file.
     """
+    # Rows of earlier versions do not name their file; whether they are of it their manifests tell.
+    if not table.recorded(["unit"])["unit"].null_count:
+        return table
     complete = {record.unit for record in table.unit_records()}
     missing = [file for file in table.units if file.unit not in complete]
     if not missing:
         return table
     # The origin is lost: it is in no data file.
+    logs = TableLogs.of(table.url)
     for file in missing:
         if not file.revision:
             restored = [read_written_unit(file.path)]
-            _commit_rejects(f"{table.url}.rejects", restored)
-            _commit_manifests(f"{table.url}.units", restored, None)
+            _commit_rejects(logs.rejects, restored)
+            _commit_manifests(logs.units, restored, None)
     # A replaced unit has been appended once already: its rows are rewritten instead.
     if replaced := [read_written_unit(file.path) for file in missing if file.revision]:
         rewrite_siblings(table.url, replaced)
@@ -144,7 +172,7 @@ def write_unit(
     data = to_parquet(rows, manifest)
     if not write_once(path, data):
         return read_written_unit(path, seconds=seconds)
-    return written_unit(path, data, manifest, seconds=seconds)
+    return written_unit(path, data, manifest, row_keys=RowKeys.of_rows(rows), seconds=seconds)
 
 
 def read_written_unit(path: str, *, seconds: float | None = None) -> WrittenUnit:
@@ -158,34 +186,54 @@ def read_written_unit(path: str, *, seconds: float | None = None) -> WrittenUnit
         manifest = read_manifest(data)
     except ValueError as error:
         raise TableError(f"{path} has the name of a unit's data file, but is {error}; remove it") from None
-    return written_unit(path, data, manifest, seconds=seconds)
+    return written_unit(path, data, manifest, row_keys=RowKeys.of_file(data), seconds=seconds)
 
 
 def written_unit(
-    path: str, data: bytes, manifest: UnitManifest, *, seconds: float | None = None
+    path: str,
+    data: bytes,
+    manifest: UnitManifest,
+    *,
+    row_keys: RowKeys | None,
+    seconds: float | None = None,
 ) -> WrittenUnit:
     """The unit whose data file has this content."""
     sha256 = hashlib.sha256(data).hexdigest()
-    return WrittenUnit(manifest=manifest, path=path, size=len(data), sha256=sha256, seconds=seconds)
+    return WrittenUnit(
+        manifest=manifest,
+        path=path,
+        size=len(data),
+        sha256=sha256,
+        seconds=seconds,
+        row_keys=row_keys,
+    )
 
 
-def _commit_rejects(location: str, units: Sequence[WrittenUnit]) -> None:
+def _commit_rejects(log: OpenLog, units: Sequence[WrittenUnit]) -> None:
     rejecting = [unit for unit in units if unit.manifest.rejections]
-    _commit_new(location, rejecting, lambda new: [_add_rows(location, reject_rows(new), schema=REJECTS)])
+    _commit_new(
+        log,
+        rejecting,
+        lambda new: [
+            add_rows(
+                log.location, pa.Table.from_pylist(reject_rows(new), schema=REJECTS), prefix=_APPENDED_PREFIX
+            )
+        ],
+    )
 
 
-def _commit_rows(location: str, units: Sequence[WrittenUnit]) -> None:
-    _commit_new(location, units, lambda new: [_add_unit(unit) for unit in new])
+def _commit_rows(log: OpenLog, units: Sequence[WrittenUnit]) -> None:
+    _commit_new(log, units, lambda new: [_add_unit(unit) for unit in new])
 
 
-def _commit_manifests(location: str, units: Sequence[WrittenUnit], origin: Origin | None) -> None:
+def _commit_manifests(log: OpenLog, units: Sequence[WrittenUnit], origin: Origin | None) -> None:
     made_by = None if origin is None else json.dumps(origin, sort_keys=True)
 
     def actions(new: Sequence[WrittenUnit]) -> list[Action]:
         rows = [{**unit_row(unit), "seconds": unit.seconds, "made_by": made_by} for unit in new]
-        return [_add_rows(location, rows, schema=UNITS)]
+        return [add_rows(log.location, pa.Table.from_pylist(rows, schema=UNITS), prefix=_APPENDED_PREFIX)]
 
-    _commit_new(location, units, actions)
+    _commit_new(log, units, actions)
 
 
 def reject_rows(units: Sequence[WrittenUnit]) -> _Rows:
@@ -208,6 +256,9 @@ def unit_row(unit: WrittenUnit) -> dict[str, Any]:
         "rows_rejected": len(unit.manifest.rejections),
         "bytes": unit.size,
         "sha256": unit.sha256,
+        "file": _file_name(unit.path),
+        "held_out_keys": unit.row_keys and unit.row_keys.keys,
+        "shapes": unit.row_keys and unit.row_keys.shapes,
     }
 
 
@@ -236,10 +287,7 @@ def _rewrite_rows(
     """
     names = set(_names(units))
     for delta in _snapshots(location):
-        contents = {
-            name: pq.read_table(pa.BufferReader(read_bytes(f"{location}/{name}"))).to_pylist()
-            for name in live_names(delta)
-        }
+        contents = {name: read_sibling_files(location, [name]).to_pylist() for name in live_names(delta)}
         affected = {
             name: rows for name, rows in contents.items() if not names.isdisjoint(row["unit"] for row in rows)
         }
@@ -253,30 +301,20 @@ def _rewrite_rows(
         actions: list[Action] = [remove_file(name) for name in affected]
         if others or new_rows:
             all_rows = [*others, *new_rows]
-            actions.append(_add_rows(location, all_rows, schema=schema, prefix=REWRITTEN_PREFIX))
+            actions.append(
+                add_rows(location, pa.Table.from_pylist(all_rows, schema=schema), prefix=REWRITTEN_PREFIX)
+            )
         # Appends by others between this snapshot and the commit are no conflict: they stay.
         if try_commit(delta, location, actions, next_transactions(delta, names)):
             return
 
 
 def _canonical(rows: _Rows) -> list[str]:
-    return sorted(json.dumps(row, sort_keys=True) for row in rows)
-
-
-def _add_rows(location: str, rows: _Rows, *, schema: pa.Schema, prefix: str = "part-") -> AddAction:
-    """Write a data file of a sibling, without statistics: the log would keep them."""
-    buffer = io.BytesIO()
-    table = pa.Table.from_pylist(rows, schema=schema)
-    pq.write_table(table, buffer, write_statistics=False, write_page_checksum=True)
-    data = buffer.getvalue()
-    # Named by its content: a second try of the same commit finds the file it wrote before.
-    name = f"{prefix}{hashlib.sha256(data).hexdigest()[:32]}.parquet"
-    write_once(f"{location}/{name}", data)
-    return add_file(name, size=len(data), rows=table.num_rows)
+    return sorted(json.dumps(row, sort_keys=True, default=bytes.hex) for row in rows)
 
 
 def _commit_new(
-    location: str,
+    log: OpenLog,
     units: Sequence[WrittenUnit],
     actions: Callable[[Sequence[WrittenUnit]], list[Action]],
 ) -> None:
@@ -286,20 +324,30 @@ def _commit_new(
     is made on: if another writer has committed one of them since, the log refuses the commit as a conflict,
     and the lookup is repeated on a new snapshot. So no unit is ever committed twice.
     """
-    for delta in _snapshots(location) if units else ():
-        new = [unit for unit in units if delta.transaction_version(app_id(unit.manifest.unit)) is None]
-        if not new or try_commit(delta, location, actions(new), first_transactions(_names(new))):
+    for delta in _newest(log) if units else ():
+        new = [unit for unit in units if not log.has(unit.manifest.unit)]
+        if not new or try_commit(delta, log.location, actions(new), first_transactions(_names(new))):
             return
 
 
 def _snapshots(location: str) -> Iterator[DeltaTable]:
-    """The newest version of a table, opened again after each failed commit.
+    """The newest version of a table, opened again after each failed commit."""
+    return _retried(location, partial(open_delta, location))
+
+
+def _newest(log: OpenLog) -> Iterator[DeltaTable]:
+    """The newest version of a table, whose log is followed, again after each failed commit."""
+    return _retried(log.location, log.newest)
+
+
+def _retried(location: str, newest: Callable[[], DeltaTable]) -> Iterator[DeltaTable]:
+    """Versions for one try of a commit each.
 
     Raises:
         TableError: after too many of them.
     """
     for _ in range(_MAX_TRIES):
-        yield open_delta(location)
+        yield newest()
     raise TableError(f"{location}: {_MAX_TRIES} commits failed, by other writers or the store; run again")
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from pipelines.storage.objects import list_parquet
 from pipelines.tables.commits import Origin, WrittenUnit, commit_units, read_written_unit, restore_manifests
 from pipelines.tables.manifest import UnitManifest
+from pipelines.tables.merging import FAN_IN, merge_unit_files
+from pipelines.tables.open_log import TableLogs
 from pipelines.tables.settings import Bounds
 from pipelines.tables.table import Snapshot, TableError, open_table, unit_of
 from snapfusion.settings import digest
@@ -146,7 +148,7 @@ def commit_stream(
         TooManyRejected: when more than `bounds.max_rejected` of the rows read are rejected, or more than
             `bounds.max_rejected_shards` of the shards.
     """
-    progress = CommitProgress(total=total)
+    progress, committer = CommitProgress(total=total), _Committer(table.url, origin)
     pending: list[WrittenUnit] = []
     started = committed = time.monotonic()
     for unit in finished:
@@ -158,20 +160,41 @@ def commit_stream(
             rows=manifest.rows_read, rejected=len(manifest.rejections), reasons=manifest.rejected()
         ).with_shards(manifest)
         if now - committed >= bounds.commit_seconds:
-            commit_units(table.url, pending, origin=origin)
+            committer.commit(pending)
             pending, committed = [], now
         try:
             check_bounds(progress, bounds, url=table.url)
         except TooManyRejected:
             # Committed before the job stops: the rejected rows are the evidence of what is wrong.
-            commit_units(table.url, pending, origin=origin)
+            committer.commit(pending)
             raise
         if on_progress:
             on_progress(progress)
         if _reached_bound(progress, bounds, seconds=now - started):
             break
-    commit_units(table.url, pending, origin=origin)
-    return open_table(table.url) if progress.units else table
+    committer.commit(pending)
+    return committer.finish() if progress.units else table
+
+
+class _Committer:
+    """Commits to one table, whose logs stay open between the commits."""
+
+    def __init__(self, url: str, origin: Origin | None) -> None:
+        self._url, self._origin = url, origin
+        self._logs, self._commits = TableLogs.of(url), 0
+
+    def commit(self, units: Sequence[WrittenUnit]) -> None:
+        commit_units(self._url, units, origin=self._origin, logs=self._logs)
+        self._commits += 1
+        # Not in each commit: merging reads files of `.units`.
+        if self._commits % FAN_IN == 0:
+            merge_unit_files(self._logs.units)
+
+    def finish(self) -> Snapshot:
+        """The table at its newest version."""
+        # Short runs merge the files of their predecessors.
+        merge_unit_files(self._logs.units)
+        return self._logs.newest_table()
 
 
 def check_bounds(progress: CommitProgress, bounds: Bounds, *, url: str) -> None:

@@ -40,10 +40,13 @@ UNITS = _schema(
     ("sha256", pa.string()),
     ("seconds", pa.float64()),
     ("made_by", pa.string()),
+    ("file", pa.string()),
+    *_columns(pa.binary(), "held_out_keys", "shapes"),
 )
 """One row a committed unit. `account` is its `UnitManifest` as JSON and `made_by` its `Origin`.
 
-`seconds` and `made_by` differ between two runs of the same work, so they are not in the data file."""
+`seconds` and `made_by` differ between two runs of the same work, so they are not in the data file. `file` is
+its name, and `held_out_keys` and `shapes` are its `RowKeys`; null in rows of earlier versions."""
 
 FINGERPRINTS = _schema(
     *_columns(pa.string(), "id", "source_id"),

@@ -5,11 +5,11 @@ rejected rows) and `url.units` (one row a unit). Both can be rebuilt from the ma
 the log of the main table alone decides what is committed.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import fields
 from functools import cached_property, partial
 from operator import itemgetter
 from typing import Any
@@ -17,17 +17,29 @@ from urllib.parse import unquote
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from pipelines.storage.durability import sync
 from pipelines.storage.faults import plain_text
-from pipelines.storage.objects import absolute_url, check_table_url, is_local, local_path, read_bytes
+from pipelines.storage.objects import (
+    IO_THREADS,
+    absolute_url,
+    check_table_url,
+    is_local,
+    local_path,
+    read_bytes,
+)
 from pipelines.storage.retry import with_retries
 from pipelines.tables.integrity import read_rows
 from pipelines.tables.manifest import UnitManifest, UnitRecord
 from pipelines.tables.schemas import REJECTS, SCHEMA_VERSION, UNITS
+from pipelines.tables.unit_files import UnitFile as UnitFile
+from pipelines.tables.unit_files import UnitList
+from pipelines.tables.unit_files import revised_name as revised_name
+from pipelines.tables.unit_files import unit_of as unit_of
 from snapfusion.settings import differences, digest
 
 _IDENTITY = "snapfusion.identity"
@@ -35,7 +47,8 @@ _IDENTITY = "snapfusion.identity"
 _KEEP_LOG = {"delta.logRetentionDuration": "interval 36500 days", "delta.enableExpiredLogCleanup": "false"}
 # Statistics would keep the least and greatest texts of rows in the log, where no deletion reaches them.
 _NO_STATISTICS = {"delta.dataSkippingNumIndexedCols": "0"}
-_REVISION_MARK = "~"
+_FILE_COLUMNS = ("path", "num_records", "size_bytes")
+_SIBLINGS = {"rejects": REJECTS, "units": UNITS}
 _BINARY = 'PrimitiveType("binary")'
 
 
@@ -43,55 +56,11 @@ class TableError(ValueError):
     """A table that is missing, made by another program, or unfit; the message says how it differs."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class UnitFile:
-    """The committed data file of a unit: its path, rows and bytes.
-
-    A file that replaced the unit's first one has a revision in its name (see `revised_name`).
-    """
-
-    unit: str
-    path: str
-    rows: int
-    size: int
-
-    @property
-    def revision(self) -> str:
-        """The revision in the file's name; empty for the file that the unit was first committed with."""
-        return _split_name(self.path)[1]
-
-    def has_manifest(self, manifest: str) -> bool:
-        """Whether a manifest, as canonical JSON, is that of this file and not of one that it replaced."""
-        return self.revision in ("", revision_of(manifest))
-
-
-def revised_name(unit: str, manifest: str) -> str:
-    """The name of a file that replaces a unit's earlier one: `<unit>~<revision>.parquet`.
-
-    The revision follows from the manifest, so whoever writes the same content writes it under the same name.
-    """
-    return f"{unit}{_REVISION_MARK}{revision_of(manifest)}.parquet"
-
-
-def revision_of(manifest: str) -> str:
-    """The first 16 digits of the SHA-256 of a manifest as canonical JSON."""
-    return hashlib.sha256(manifest.encode()).hexdigest()[:16]
-
-
-def unit_of(path: str) -> str:
-    """The unit that a data file belongs to, by its name."""
-    return _split_name(path)[0]
-
-
-def _split_name(path: str) -> tuple[str, str]:
-    unit, _, revision = path.rpartition("/")[2].removesuffix(".parquet").partition(_REVISION_MARK)
-    return unit, revision
-
-
 class Snapshot:
     """One version of a table: a fixed list of files, read in order of their units.
 
-    A job opens its table once and passes the snapshot on. The table of units is opened when it is first read.
+    A job opens its table once and passes the snapshot on, to other processes too: pickled, it takes a few
+    bytes a unit. The table of units is opened when it is first read.
 
     Args:
         url: of the table, absolute.
@@ -112,20 +81,21 @@ class Snapshot:
         self._arrays = {field.name for field in delta.schema().fields if str(field.type) == _BINARY}
 
     @cached_property
-    def units(self) -> list[UnitFile]:
+    def units(self) -> UnitList:
         """The committed units, ordered by name: the log's own order is that of arrival."""
-        names = ("path", "num_records", "size_bytes")
-        actions = zip(*(self._actions.column(name).to_pylist() for name in names), strict=True)
-        files = [
-            UnitFile(unit=unit_of(path), path=f"{self.url}/{path}", rows=rows, size=size)
-            for path, rows, size in actions
-        ]
-        return sorted(files, key=lambda file: file.unit)
+        # They are in the list from now on, and not twice in memory.
+        actions = vars(self).pop("_actions")
+        names, rows, sizes = (actions.column(name).combine_chunks() for name in _FILE_COLUMNS)
+        return UnitList.in_order(self.url, names=names, rows=rows, sizes=sizes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("url", "version", "identity", "columns", "_arrays")
+        return {name: vars(self)[name] for name in kept} | {"units": self.units}
 
     @property
     def num_rows(self) -> int:
         """Rows in all units."""
-        return sum(file.rows for file in self.units)
+        return self.units.num_rows
 
     def read_unit(self, unit: UnitFile, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of one unit in the order in which they were written; all columns, or those named.
@@ -166,7 +136,17 @@ class Snapshot:
 
     def unit_records(self) -> list[UnitRecord]:
         """The rows of the table of units (`schemas.UNITS`) whose unit is committed, ordered by unit."""
-        return sorted((UnitRecord(**row) for row in self._unit_rows()), key=lambda record: record.unit)
+        rows = self._unit_rows([field.name for field in fields(UnitRecord)])
+        return sorted((UnitRecord(**row) for row in rows), key=lambda record: record.unit)
+
+    def recorded(self, columns: Sequence[str]) -> pa.Table:
+        """Columns of the table of units (`schemas.UNITS`), one row a file in the order of `units`.
+
+        Null for a file without a row, or whose row is of an earlier version, which does not name its file.
+        """
+        rows = self._sibling_rows(["file", *columns])
+        positions = self.units.positions_in(rows["file"].combine_chunks())
+        return rows.select(list(columns)).take(positions)
 
     def rejected_rows(self) -> list[dict[str, Any]]:
         """The rejected rows (`schemas.REJECTS`) of committed units, ordered by unit and id."""
@@ -186,12 +166,15 @@ class Snapshot:
     def _units_delta(self) -> DeltaTable:
         return open_delta(f"{self.url}.units")
 
-    def _unit_rows(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def _sibling_rows(self, columns: Sequence[str]) -> pa.Table:
+        return read_sibling_files(f"{self.url}.units", live_names(self._units_delta), columns)
+
+    def _unit_rows(self, columns: Sequence[str]) -> list[dict[str, Any]]:
         """Rows of the table of units, without those of files that were replaced or are not committed yet."""
         committed = {file.unit: file for file in self.units}
         return [
             row
-            for row in _read_all(f"{self.url}.units", self._units_delta, columns)
+            for row in self._sibling_rows(columns).to_pylist()
             if (file := committed.get(row["unit"])) and file.has_manifest(row["account"])
         ]
 
@@ -279,13 +262,19 @@ def live_names(delta: DeltaTable) -> list[str]:
 
 def read_sibling(location: str) -> list[dict[str, Any]]:
     """All rows of the newest version of a table's sibling, whether their units are committed or not."""
-    return _read_all(location, open_delta(location))
+    rows: list[dict[str, Any]] = read_sibling_files(location, live_names(open_delta(location))).to_pylist()
+    return rows
 
 
 def _add_actions(delta: DeltaTable) -> pa.Table:
     actions = pa.table(delta.get_add_actions(flatten=True))
-    for path in actions.column("path").to_pylist():
-        # Delta allows other folders, which our tables never have. It decodes paths before it opens them.
+    actions = actions.set_column(
+        actions.column_names.index("path"), "path", actions.column("path").cast(pa.string())
+    )
+    paths = actions.column("path")
+    # Delta allows other folders, which our tables never have. It decodes paths before it opens them.
+    suspect = pc.or_(pc.match_substring(paths, "/"), pc.match_substring(paths, "%"))
+    for path in paths.filter(suspect).to_pylist():
         if "/" in unquote(path):
             raise TableError(
                 f"the log of {delta.table_uri} names {path!r}, which is no file of its folder: the log was "
@@ -294,20 +283,31 @@ def _add_actions(delta: DeltaTable) -> pa.Table:
     return actions
 
 
-def _read_all(location: str, delta: DeltaTable, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for name in sorted(live_names(delta)):
-        data = pa.BufferReader(read_bytes(f"{location}/{name}"))
-        try:
-            table = pq.read_table(data, columns=columns, page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
-            main = location.rpartition(".")[0]
-            raise TableError(
-                f"{location}/{name} is damaged: {plain_text(error)}; remove {main}.units and .rejects: "
-                "the next job that writes the table restores both from its data files"
-            ) from None
-        rows += table.to_pylist()
-    return rows
+def read_sibling_files(location: str, names: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a sibling's files of these names; columns that an earlier version did not write are null.
+
+    Raises:
+        TableError: if a file is damaged.
+    """
+    schema = _SIBLINGS[location.rpartition(".")[2]]
+    with ThreadPoolExecutor(IO_THREADS) as readers:
+        paths = [f"{location}/{name}" for name in sorted(names)]
+        tables = [*readers.map(partial(_read_sibling_file, columns=columns), paths)]
+    rows = pa.concat_tables([schema.empty_table(), *tables], promote_options="permissive")
+    return rows if columns is None else rows.select(list(columns))
+
+
+def _read_sibling_file(path: str, *, columns: Sequence[str] | None) -> pa.Table:
+    try:
+        with pq.ParquetFile(pa.BufferReader(read_bytes(path)), page_checksum_verification=True) as file:
+            known = file.schema_arrow.names
+            return file.read(None if columns is None else [name for name in columns if name in known])
+    except (pa.ArrowException, OSError) as error:
+        main = path.rpartition("/")[0].rpartition(".")[0]
+        raise TableError(
+            f"{path} is damaged: {plain_text(error)}; remove {main}.units and .rejects: "
+            "the next job that writes the table restores both from its data files"
+        ) from None
 
 
 def _create(location: str, schema: pa.Schema, configuration: dict[str, str]) -> None:

@@ -4,17 +4,21 @@ deltalake writes a log entry beside its place and links it there, without fsync.
 are synced here, right after the commit; the data files and their folders were synced before it.
 """
 
+import hashlib
+import io
 import json
 import time
 from collections.abc import Iterable, Sequence
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
 from pipelines.storage.durability import sync
 from pipelines.storage.faults import plain_text
-from pipelines.storage.objects import is_local, local_path
+from pipelines.storage.objects import is_local, local_path, write_once
 from pipelines.storage.retry import StoreFailure, is_transient, sleep_with_jitter
 
 Action = AddAction | RemoveAction
@@ -93,6 +97,17 @@ def add_file(name: str, *, size: int, rows: int) -> AddAction:
         data_change=True,
         stats=json.dumps({"numRecords": rows}),
     )
+
+
+def add_rows(location: str, rows: pa.Table, *, prefix: str, compression: str = "snappy") -> AddAction:
+    """Write a data file of a sibling, and its addition; without statistics, which the log would keep."""
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer, write_statistics=False, write_page_checksum=True, compression=compression)
+    data = buffer.getvalue()
+    # Named by its content: a second try of the same commit finds the file it wrote before.
+    name = f"{prefix}{hashlib.sha256(data).hexdigest()[:32]}.parquet"
+    write_once(f"{location}/{name}", data)
+    return add_file(name, size=len(data), rows=rows.num_rows)
 
 
 def remove_file(name: str) -> RemoveAction:

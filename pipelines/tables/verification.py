@@ -21,6 +21,7 @@ from pipelines.tables.commits import WrittenUnit, written_unit
 from pipelines.tables.deletion_list import redacted_id
 from pipelines.tables.manifest import UnitManifest, read_manifest
 from pipelines.tables.repair import COMMITTED_IN_ROUNDS
+from pipelines.tables.row_keys import RowKeys
 from pipelines.tables.schemas import array_type, from_png
 from pipelines.tables.table import Snapshot, UnitFile
 from pipelines.tables.unit_states import UnitStates
@@ -109,7 +110,9 @@ class _Verifier:
         self.counts["rejected"] += len(manifest.rejections)
         self.ids.append(_hash_ids(rows.column("id").to_pylist()))
         self.faults += self._compare_with_log(file, manifest, rows)
-        self._compare_with_siblings(file, written_unit(file.path, data, manifest))
+        self._compare_with_siblings(
+            file, written_unit(file.path, data, manifest, row_keys=RowKeys.of_file(data))
+        )
         if recompute:
             self._compare_recomputed(manifest, rows)
 

@@ -134,8 +134,7 @@ def test_a_checkpoint_is_resumed_in_one_process(run: Path) -> None:
     inputs = TrainingInputs(
         settings=DISTILL.as_begun({}),
         sources={"teacher": f"{run}/model", "student": f"{run}/model"},
-        table_url=table.url,
-        table_version=table.version,
+        table=table,
         counts=count_training_rows(table, held_out=DISTILL.loader.held_out),
         identity=identity,
     )

@@ -86,8 +86,7 @@ def inputs_of(table, settings, *, count=count_training_rows, **sources):
     return TrainingInputs(
         settings=settings,
         sources=sources,
-        table_url=table.url,
-        table_version=table.version,
+        table=table,
         counts=count(table, held_out=settings.loader.held_out),
         identity={},
     )

@@ -155,7 +155,7 @@ def test_round_killed_before_commit_is_repeated(folder):
     with killed_at(duplicates, "commit_round"):
         find(folder)
     assert data_files(folder / "duplicates") == expected
-    assert open_table(str(folder / "duplicates")).units == []
+    assert not open_table(str(folder / "duplicates")).units
     table = find(folder, read=read_shuffled(9))
     assert (verdicts(table), data_files(folder / "duplicates")) == (VERDICTS, expected)
 

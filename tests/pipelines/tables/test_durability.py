@@ -79,7 +79,7 @@ def test_entries_of_other_writers_are_synced_too(tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.tables.transactions.sync", lambda path: synced.append(path.name))
     opened = DeltaTable(url)
     commit_units(url, [writer(finished(0, 4))])
-    monkeypatch.setattr("pipelines.tables.commits.open_delta", lambda _: opened)
+    monkeypatch.setattr("pipelines.tables.open_log.open_delta", lambda _: opened)
     monkeypatch.setattr("pipelines.tables.commits._commit_rejects", lambda *_: None)
     monkeypatch.setattr("pipelines.tables.commits._commit_manifests", lambda *_: None)
     synced.clear()
