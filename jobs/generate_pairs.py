@@ -5,7 +5,8 @@ Reads the recipe's `captions.url`, or the captions of LATENTS in the same run.
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jobs.cli.caption_list import preview_list
@@ -41,21 +42,21 @@ def generate(job: Job) -> None:
     log_table("PAIRS", table)
 
 
-def captions_for(job: Job) -> tuple[list[Caption | Rejection], dict[str, Any]]:
+def captions_for(job: Job) -> tuple[Sequence[Caption | Rejection], dict[str, Any]]:
     """The recipe's caption list, or else the captions of LATENTS; and what identifies them.
 
     Captions on the run's deletion list are withheld.
     """
-    from pipelines.datasets.pairs import captions_of, withhold_deleted
-    from pipelines.sources.captions import read_captions
+    from pipelines.datasets.pairs import captions_of, withhold_deleted, withhold_if_deleted
+    from pipelines.sources.captions import list_captions
     from pipelines.tables.table import open_table
 
     settings, deleted = job.recipe.captions, deletion_list_of(job).read()
     if settings.url is None:
         table = open_table(job.url("latents"), kind="latents")
         return withhold_deleted(captions_of(table, limit=settings.limit), deleted), table.lineage()
-    listed = islice(read_captions(settings.url, settings.reading), settings.limit)
-    return withhold_deleted(listed, deleted), {"list": settings.url}
+    listed = list_captions(settings.url, settings.reading, limit=settings.limit)
+    return listed.map(partial(withhold_if_deleted, deleted)), {"list": settings.url}
 
 
 def preview(job: Job) -> list[str]:

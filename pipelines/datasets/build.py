@@ -1,7 +1,7 @@
 """Builds tables: sends the units that are missing through stages and commits them as they finish."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from operator import methodcaller
 from typing import Any, TypedDict, TypeVar
 
@@ -14,7 +14,8 @@ from pipelines.stages.write import WriteUnit
 from pipelines.tables.commits import Origin
 from pipelines.tables.committer import OnProgress, commit_stream, recover, take_rows
 from pipelines.tables.leases import write_leases
-from pipelines.tables.manifest import UnitManifest
+from pipelines.tables.manifest import UnitManifest, in_order
+from pipelines.tables.settings import Bounds
 from pipelines.tables.table import Snapshot, TableError, create_table
 from pipelines.tables.units import Unit, committed_ranges, uncovered_ranges
 from snapfusion.settings import digest
@@ -22,7 +23,22 @@ from snapfusion.settings import digest
 Row = TypeVar("Row")
 Identity = dict[str, Any]
 """Everything that determines the rows of a table, as JSON values; see `create_table`."""
-Pending = Callable[[list[UnitManifest]], Iterable[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LazyItems:
+    """More items than fit in memory: each is planned when it is due.
+
+    Attributes:
+        plan: yields them.
+        rows: that they give together.
+    """
+
+    plan: Callable[[], Iterator[Any]]
+    rows: int
+
+
+Pending = Callable[[list[UnitManifest]], Iterable[Any] | LazyItems]
 """Of the manifests of all committed units, the items to send through the stages."""
 CountRows = Callable[[Sequence[Any]], int | None]
 """Rows that items will give; None if unknown."""
@@ -73,21 +89,33 @@ def build_table(
     # Before looking for pending units: files that a killed run finished are not made a second time.
     table = recover(create_table(url, schema=schema, identity=identity), origin=origin)
     manifests = list(table.manifests().values())
-    items = take_rows(pending(manifests), bounds=settings.bounds, rows=lambda item: count_rows([item]))
+    items, total = _taken(pending(manifests), settings.bounds, count_rows, counts=on_progress is not None)
     # The digest goes into every file, so that `recover` refuses files of another identity.
     arguments = {"url": table.url, "schema": schema, "settings": digest(table.identity)}
     # A pool of its own: packing and PNG compression need a CPU, not the model's device.
     write = PipelineStage(build=WriteUnit, arguments=arguments, pool=settings.writers)
-    with write_leases([table.url] if items else [], purpose=f"a build of {identity['kind']}"):
+    with write_leases([] if items == [] else [table.url], purpose=f"a build of {identity['kind']}"):
         return commit_stream(
             table,
             run(items, [*stages, write]),
             bounds=settings.bounds,
-            # Counting may cost a round trip to the store for each shard.
-            total=count_rows(items) if on_progress else None,
+            total=total,
             origin=origin,
             on_progress=on_progress,
         )
+
+
+def _taken(
+    pending: Iterable[Any] | LazyItems, bounds: Bounds, count_rows: CountRows, *, counts: bool
+) -> tuple[Iterable[Any], int | None]:
+    """The items that a run takes, and their rows if those are known; without `counts` they need not be."""
+    planned = pending.plan() if isinstance(pending, LazyItems) else pending
+    taken = take_rows(planned, bounds=bounds, rows=lambda item: count_rows([item]))
+    if isinstance(pending, LazyItems) and pending.rows > 0:
+        return taken, min(pending.rows, bounds.max_rows or pending.rows)
+    items = list(taken)
+    # Counting may cost a round trip to the store for each shard.
+    return items, count_rows(items) if counts else None
 
 
 def model_stage(
@@ -106,7 +134,7 @@ def list_units(
     rows_per_unit: int,
     digest: Callable[[Sequence[Row]], str],
 ) -> Iterator[tuple[Unit, Sequence[Row]]]:
-    """The units of a list that are not committed, each with its rows.
+    """The units of a list that are not committed, each with its rows; see `check_list`.
 
     Args:
         rows: the list; it may have grown at its end since units of it were committed.
@@ -114,25 +142,43 @@ def list_units(
         source: name of the list.
         rows_per_unit: of one unit.
         digest: of some rows of the list.
-
-    Raises:
-        TableError: if a committed unit was made from other rows than those in the list.
     """
-    for manifest in manifests:
-        if (
-            manifest.source == source
-            and digest(rows[manifest.start : manifest.stop]) != manifest.source_digest
-        ):
-            raise TableError(
-                f"unit {manifest.unit} was made from other rows than {manifest.start} .. {manifest.stop} of "
-                "the list given; give the same list (it may grow at its end), or a new table"
-            )
     committed = committed_ranges(manifests, source)
     # Units are cut at fixed ordinals: a list that grows at its end leaves its earlier units as they are.
     for span in uncovered_ranges(len(rows), committed=committed, rows_per_unit=rows_per_unit):
         part = rows[span.start : span.stop]
         name = f"{source}-{span.start:09d}-{span.stop:09d}"
         yield Unit(name=name, source=source, source_digest=digest(part), **asdict(span)), part
+
+
+def check_list(
+    rows: Sequence[Row],
+    manifests: Iterable[UnitManifest],
+    *,
+    sources: Collection[str],
+    digest: Callable[[Sequence[Row]], str],
+) -> None:
+    """Check that the committed units of a list were made from the rows that it has, before others are made.
+
+    Args:
+        rows: the list; it is read once from its beginning, as far as there are units.
+        manifests: of all committed units.
+        sources: names of the list, one for each time that it is used.
+        digest: of some rows of the list.
+
+    Raises:
+        TableError: if a committed unit was made from other rows.
+    """
+    known: dict[tuple[int, int], str] = {}
+    for manifest in in_order(manifest for manifest in manifests if manifest.source in sources):
+        span = (manifest.start, manifest.stop)
+        if span not in known:
+            known = {span: digest(rows[manifest.start : manifest.stop])}
+        if known[span] != manifest.source_digest:
+            raise TableError(
+                f"unit {manifest.unit} was made from other rows than {manifest.start} .. {manifest.stop} of "
+                "the list given; give the same list (it may grow at its end), or a new table"
+            )
 
 
 def _rows_in_units(items: Sequence[Any]) -> int:

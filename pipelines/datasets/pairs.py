@@ -11,7 +11,15 @@ from typing import Unpack
 
 import pyarrow as pa
 
-from pipelines.datasets.build import BuildOptions, Identity, build_table, list_units, model_stage
+from pipelines.datasets.build import (
+    BuildOptions,
+    Identity,
+    LazyItems,
+    build_table,
+    check_list,
+    list_units,
+    model_stage,
+)
 from pipelines.datasets.recompute import check_same, device_of, packed
 from pipelines.datasets.settings import PairsSettings
 from pipelines.rejections import Rejected, Rejection
@@ -55,7 +63,7 @@ def generate_pairs(
     Args:
         settings: of the table.
         teacher: a source that `snapfusion.models.load` accepts.
-        captions: in order, as `read_captions` gives them; the list may have grown at its end.
+        captions: in order, as `list_captions` gives them; the list may have grown at its end.
         source: a short name of the list; prefix of the names of units.
         url: of the table.
         options: see `build_table`.
@@ -71,10 +79,25 @@ def generate_pairs(
     del bundle  # workers beside this process need the memory
     arguments = {"model": teacher, "settings": settings.generation, "device": settings.device}
     stages = [model_stage(GeneratePairs, arguments, pool=settings.teachers, schema=schema)]
-    pending = partial(pending_units, settings, captions=captions, source=source)
+    pending = partial(lazy_units, settings, captions=captions, source=source)
     return build_table(
         url, settings, schema=schema, identity=identity, pending=pending, stages=stages, **options
     )
+
+
+def lazy_units(
+    settings: PairsSettings, manifests: Sequence[UnitManifest], *, captions: Sequence[CaptionRow], source: str
+) -> LazyItems:
+    """The units that are not committed, planned when they are due; see `pending_units`."""
+    sources = set(_sources(settings, source))
+    committed = sum(manifest.stop - manifest.start for manifest in manifests if manifest.source in sources)
+    plan = partial(pending_units, settings, manifests, captions=captions, source=source)
+    return LazyItems(plan=plan, rows=settings.draws * len(captions) - committed)
+
+
+def _sources(settings: PairsSettings, source: str) -> list[str]:
+    # The draw is part of a unit's name and of no other unit, so that more draws only add units.
+    return [f"{source}-d{draw:04d}" for draw in range(settings.draws)]
 
 
 def pending_units(
@@ -85,10 +108,11 @@ def pending_units(
     Raises:
         TableError: if a committed unit was made from other captions than those given.
     """
-    # The draw is part of a unit's name and of no other unit, so that more draws only add units.
-    for draw in range(settings.draws):
+    sources = _sources(settings, source)
+    check_list(captions, manifests, sources=sources, digest=captions_digest)
+    for draw, name in enumerate(sources):
         for unit, accepted, rejections in caption_units(
-            captions, manifests, source=f"{source}-d{draw:04d}", rows_per_unit=settings.rows_per_unit
+            captions, manifests, source=name, rows_per_unit=settings.rows_per_unit
         ):
             renamed = [replace(row, id=f"{row.id}#{draw}", source=unit.source) for row in rejections]
             yield CaptionRows(unit=unit, draw=draw, captions=accepted, rejections=renamed)
@@ -97,11 +121,7 @@ def pending_units(
 def caption_units(
     captions: Sequence[CaptionRow], manifests: Sequence[UnitManifest], *, source: str, rows_per_unit: int
 ) -> Iterator[tuple[Unit, list[Caption], list[Rejection]]]:
-    """The units of a caption list that are not committed, each with its captions and rejected rows.
-
-    Raises:
-        TableError: if a committed unit was made from other captions than those given.
-    """
+    """The units of a caption list that are not committed, each with its captions and rejected rows."""
     for unit, rows in list_units(
         captions, manifests, source=source, rows_per_unit=rows_per_unit, digest=captions_digest
     ):
@@ -137,10 +157,13 @@ def captions_in(rows: pa.Table, ordinals: Iterable[int], *, id_column: str = "so
 
 def withhold_deleted(captions: Iterable[CaptionRow], deleted: DeletionKeys) -> list[CaptionRow]:
     """The list with deleted captions rejected in place, and without their ids."""
-    return [_redacted(row) if deleted.has_id(row.id) else row for row in captions]
+    return [withhold_if_deleted(deleted, row) for row in captions]
 
 
-def _redacted(row: CaptionRow) -> Rejection:
+def withhold_if_deleted(deleted: DeletionKeys, row: CaptionRow) -> CaptionRow:
+    """The row, or if it is deleted a rejection in its place, without its id."""
+    if not deleted.has_id(row.id):
+        return row
     id_ = redacted_id(row.id)
     return _withheld(id_, row.ordinal) if isinstance(row, Caption) else replace(row, id=id_, detail="")
 

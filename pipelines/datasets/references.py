@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.datasets.build import BuildOptions, Identity, build_table, list_units
+from pipelines.datasets.build import BuildOptions, Identity, build_table, check_list, list_units
 from pipelines.datasets.recompute import check_same, device_of, packed
 from pipelines.datasets.settings import ReferencesSettings
 from pipelines.ray_data.execution import PipelineStage
@@ -100,6 +100,7 @@ def pending_units(
         TableError: if a committed unit was made from other images than those given.
     """
     name, rows = settings.name, settings.rows_per_unit
+    check_list(names, manifests, sources=[name], digest=_names_digest)
     units = list_units(names, manifests, source=name, rows_per_unit=rows, digest=_names_digest)
     return (ImageNameRows(unit=unit, names=list(part)) for unit, part in units)
 

@@ -12,12 +12,12 @@ from typing import Any, Unpack, get_args
 import numpy as np
 import pyarrow as pa
 
-from pipelines.datasets.build import BuildOptions, Identity, build_table
+from pipelines.datasets.build import BuildOptions, Identity, build_table, check_list
 from pipelines.datasets.pairs import caption_units, captions_in
 from pipelines.datasets.recompute import check_same, device_of, packed
 from pipelines.datasets.settings import SamplesSettings
 from pipelines.ray_data.execution import PipelineStage
-from pipelines.sources.captions import CaptionRow
+from pipelines.sources.captions import CaptionRow, captions_digest
 from pipelines.stages.crop import check_size
 from pipelines.stages.metric_networks import describe_features, describe_preferences, describe_scorer
 from pipelines.stages.sample import SampleAndScore
@@ -131,8 +131,10 @@ def pending_units(
     Raises:
         TableError: if a committed unit was made from other captions than those given.
     """
-    for (cut, blocks), w in product({"": (), **(cuts or {})}.items(), guidance):
-        name = source_name(source, w, cut=cut)
+    choices = list(product({"": (), **(cuts or {})}.items(), guidance))
+    names = [source_name(source, w, cut=cut) for (cut, _), w in choices]
+    check_list(captions, manifests, sources=names, digest=captions_digest)
+    for ((cut, blocks), w), name in zip(choices, names, strict=True):
         for unit, accepted, rejections in caption_units(
             captions, manifests, source=name, rows_per_unit=settings.rows_per_unit
         ):

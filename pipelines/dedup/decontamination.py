@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Unpack
 
-from pipelines.datasets.build import BuildOptions, Pending, build_table, list_units
+from pipelines.datasets.build import BuildOptions, Pending, build_table, check_list, list_units
 from pipelines.datasets.pairs import caption_units
 from pipelines.datasets.settings import LatentsSettings
 from pipelines.datasets.shard_plan import pending_shards
@@ -16,7 +16,7 @@ from pipelines.dedup.fingerprints import identity_of, image_bounds, read_stage
 from pipelines.dedup.settings import EvaluationSet, FingerprintsSettings
 from pipelines.ray_data.execution import PipelineStage
 from pipelines.sources import SourceError
-from pipelines.sources.captions import read_captions
+from pipelines.sources.captions import captions_digest, read_captions
 from pipelines.sources.listing import SourceFile, list_files
 from pipelines.sources.tar_samples import IMAGE_EXTENSIONS
 from pipelines.sources.webdataset import list_shards
@@ -116,6 +116,7 @@ def _captions(
 ) -> Iterator[CaptionRows]:
     for url in evaluation.captions:
         rows = list(read_captions(url, evaluation.reading))
+        check_list(rows, manifests, sources=[_source_name(url)], digest=captions_digest)
         for unit, captions, rejections in caption_units(
             rows, manifests, source=_source_name(url), rows_per_unit=settings.rows_per_unit
         ):
@@ -138,10 +139,12 @@ def _images(
         files = list_files(url, endings=_SUFFIXES)
         if not files:
             raise SourceError(f"no images at {url}: give a folder of them, or a glob such as 'folder/*.jpg'")
+        source = prefix + _source_name(url)
+        check_list(files, manifests, sources=[source], digest=_files_digest)
         for unit, part in list_units(
             files,
             manifests,
-            source=prefix + _source_name(url),
+            source=source,
             rows_per_unit=settings.rows_per_unit,
             digest=_files_digest,
         ):

@@ -6,7 +6,7 @@ one Ray row, so a unit is never cut, merged or reordered within itself. Results 
 
 import itertools
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,10 @@ from pipelines.ray_data.settings import Pool
 
 MAX_ATTEMPTS = 3
 """Attempts at an item that kills its worker, before it is rejected."""
+
+# A window has so many items that starting its actors anew is next to nothing: hours of a teacher's units.
+_ITEMS_PER_ACTOR = 256
+_LEAST_WINDOW = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +56,20 @@ class CrashedTooOften(RuntimeError):
 def run_on_ray(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[Any]:
     """Stream `items` through `stages` as Ray Data actor pools; yields results in order of completion.
 
-    Memory is bounded by Ray Data's backpressure: a stage waits while the next one is full.
+    Memory is bounded by Ray Data's backpressure: a stage waits while the next one is full. Very many items
+    are taken window by window, each when the one before it is done; actors start anew with each.
     """
+    left = iter(items)
+    size = max(_LEAST_WINDOW, _ITEMS_PER_ACTOR * max(stage.pool.actors for stage in stages))
+    # Ray Data keeps a record of each block until its execution ends, and takes all of its input at once.
+    while window := list(itertools.islice(left, size)):
+        yield from _run_window(window, stages)
+
+
+def _run_window(items: Sequence[Any], stages: list[PipelineStage]) -> Iterator[Any]:
+    """Send items through the stages in one execution of Ray Data."""
     # Pickled here: Ray Data would turn dataclasses and arrays into Arrow columns.
     rows = [{"item": pickle.dumps(item), "key": str(number)} for number, item in enumerate(items)]
-    if not rows:
-        return
     context = ray.data.DataContext.get_current()
     # Every unit is a block of its own: the next stage, and the commit, need not wait for its neighbours.
     context.target_max_block_size = 1

@@ -4,16 +4,21 @@ import csv
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import IO
 
+import numpy as np
 import pyarrow as pa
 
 from pipelines.rejections import Rejected, Rejection, printable
 from pipelines.sources import SourceError, check_range
 from pipelines.sources.caption_columns import CaptionFields
 from pipelines.sources.caption_formats import READERS
+from pipelines.sources.lazy_rows import LazyRows
+from pipelines.sources.repeated_ids import RepeatedIds
 from pipelines.sources.settings import CaptionSettings
 from pipelines.sources.text import clean_caption
 from pipelines.storage.objects import open_object
@@ -54,17 +59,61 @@ def read_captions(
         OSError: if the store keeps failing while the list is read.
     """
     check_range(start, stop)
+    source, seen = _source_of(url), set[str]()
+
+    def came_before(_: int, id_: str) -> bool:
+        known = id_ in seen
+        seen.add(id_)
+        return known
+
+    for ordinal, raw in enumerate(itertools.islice(_fields(url, settings), stop)):
+        row = _check(raw, settings, ordinal=ordinal, source=source, came_before=came_before)
+        if ordinal >= start:
+            yield row
+
+
+def list_captions(url: str, settings: CaptionSettings, *, limit: int | None = None) -> LazyRows[CaptionRow]:
+    """The first `limit` rows of a list, counted now and read range by range as they are used.
+
+    In memory are a bit a row, with an `id_column`, and the range that is read.
+
+    Raises:
+        SourceError: as `read_captions`.
+        OSError: if the store keeps failing while the list is read.
+    """
+    repeated, count = RepeatedIds(), 0
+    for raw in itertools.islice(_fields(url, settings), limit):
+        if settings.id_column is not None and raw.fault is None:
+            with suppress(Rejected):
+                repeated.add(count, _row_id(raw.id, column=settings.id_column))
+        count += 1
+    repeats = repeated.repeats(count=count)
+    return LazyRows(partial(_rows_from, url, settings, repeats), count=count)
+
+
+def _rows_from(url: str, settings: CaptionSettings, repeats: np.ndarray, start: int) -> Iterator[CaptionRow]:
+    """The rows from `start` on, of a list whose repeated ids are known (see `RepeatedIds.repeats`)."""
+    source = _source_of(url)
+    for ordinal, raw in enumerate(itertools.islice(_fields(url, settings), start, None), start):
+        yield _check(raw, settings, ordinal=ordinal, source=source, came_before=partial(_has_bit, repeats))
+
+
+def _has_bit(bits: np.ndarray, ordinal: int, _: str) -> bool:
+    return bool(bits[ordinal >> 3] >> (7 - (ordinal & 7)) & 1)
+
+
+def _source_of(url: str) -> str:
+    return url.rstrip("/").rpartition("/")[2]
+
+
+def _fields(url: str, settings: CaptionSettings) -> Iterator[CaptionFields]:
+    """The rows of a list before they are checked."""
     read = READERS.get(f".{url.lower().rpartition('.')[2]}")
     if read is None:
         raise SourceError(f"{url} is of no known format; the name must end in one of {', '.join(READERS)}")
-    source = url.rstrip("/").rpartition("/")[2]
-    seen: set[str] = set()
     try:
         with _open(url) as file:
-            for ordinal, raw in enumerate(itertools.islice(read(file, settings), stop)):
-                row = _check(raw, settings, ordinal=ordinal, seen=seen, source=source)
-                if ordinal >= start:
-                    yield row
+            yield from read(file, settings)
     except (SourceError, csv.Error, pa.ArrowException) as error:
         raise SourceError(f"{url}: {error}") from None
 
@@ -88,7 +137,12 @@ def _open(url: str) -> IO[bytes]:
 
 
 def _check(
-    raw: CaptionFields, settings: CaptionSettings, *, ordinal: int, seen: set[str], source: str
+    raw: CaptionFields,
+    settings: CaptionSettings,
+    *,
+    ordinal: int,
+    source: str,
+    came_before: Callable[[int, str], bool],
 ) -> Caption | Rejection:
     name = f"{ordinal:09d}"
     try:
@@ -96,9 +150,8 @@ def _check(
             raise raw.fault
         if settings.id_column is not None:
             name = _row_id(raw.id, column=settings.id_column)
-            if name in seen:
+            if came_before(ordinal, name):
                 raise Rejected("duplicate_key", f"{name} came before")
-            seen.add(name)
         text = clean_caption(raw.caption, max_chars=settings.max_caption_chars)
         return Caption(id=name, ordinal=ordinal, text=text)
     except Rejected as rejected:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -88,20 +88,18 @@ OnProgress = Callable[[CommitProgress], None]
 Item = TypeVar("Item")
 
 
-def take_rows(items: Iterable[Item], *, bounds: Bounds, rows: Callable[[Item], int | None]) -> list[Item]:
+def take_rows(items: Iterable[Item], *, bounds: Bounds, rows: Callable[[Item], int | None]) -> Iterator[Item]:
     """The first items that together have `bounds.max_rows` rows, rounded up; unknown sizes count as 0.
 
     A bounded run so sends no more into its workers than it will commit.
     """
-    chosen: list[Item] = []
     left = bounds.max_rows
     for item in items:
         # Checked first, so that no item is drawn from a lazy source once there are enough.
         if left is not None and left <= 0:
             break
-        chosen.append(item)
+        yield item
         left = None if left is None else left - (rows(item) or 0)
-    return chosen
 
 
 def recover(table: Snapshot, *, origin: Origin | None = None) -> Snapshot:

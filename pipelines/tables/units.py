@@ -6,6 +6,7 @@ bounded by `rows_per_unit`, so that its decoded pixels fit one Ray block (128 Mi
 
 from __future__ import annotations
 
+import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -215,7 +216,8 @@ def uncovered_ranges(
             continue
         # Boundaries are multiples from the source's start, whatever is committed: names of units are stable.
         boundary = (position // rows_per_unit + 1) * rows_per_unit
-        next_start = next((start for start in starts if start > position), total)
+        following = bisect.bisect_right(starts, position)
+        next_start = starts[following] if following < len(starts) else total
         stop = min(boundary, next_start, total)
         yield UncoveredRange(start=position, stop=stop, final=stop == total)
         position = stop
