@@ -72,10 +72,10 @@ class RowKeys:
     def of_file(cls, data: bytes) -> RowKeys | None:
         """The keys of the rows in a data file of this content."""
         file = pq.ParquetFile(pa.BufferReader(data))
-        wanted = {"id", *SIDE_COLUMNS}
+        needed = {"id", *SIDE_COLUMNS}
         if _TRAINED_COLUMN not in file.schema_arrow.names:
             return None
-        rows = file.read([name for name in file.schema_arrow.names if name in wanted])
+        rows = file.read([name for name in file.schema_arrow.names if name in needed])
         # The trained column itself is not needed, only that there is one.
         return cls.of_rows(rows.append_column(_TRAINED_COLUMN, pa.nulls(rows.num_rows)))
 
