@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -51,10 +52,11 @@ def runner(job: Job, section: str, *, new_table: str = "") -> Runner:
         connect_for(job, section)
 
     def run(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[Any]:
-        pending = list(items)
-        if pending:
+        left = iter(items)
+        # Only the first is planned before Ray takes them: there may be more than fit in memory.
+        if first := list(itertools.islice(left, 1)):
             connect_for(job, section)
-            yield from run_on_ray(pending, stages)
+            yield from run_on_ray(itertools.chain(first, left), stages)
 
     return run
 

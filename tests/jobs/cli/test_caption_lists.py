@@ -7,9 +7,11 @@ import pytest
 from set_options import set_options
 
 from jobs import evaluate, evolve_unet, generate_pairs
+from jobs.cli import resources
 from jobs.cli.job import Job, resolve_recipe
 from jobs.generate_pairs import captions_for
 from jobs.recipes.recipe import Recipe
+from pipelines.ray_data import execution
 
 
 @pytest.fixture
@@ -75,3 +77,25 @@ def test_settings_of_version_0_1_are_read():
     recipe = Recipe.parse(values)
     assert recipe.captions.reading.caption_column is None
     assert recipe.evaluation.prompts.reading.caption_column == "caption"
+
+
+def test_units_are_planned_as_ray_takes_them(tmp_path, monkeypatch):
+    planned, connected = [], []
+
+    def units():
+        for number in range(3):
+            planned.append(number)
+            yield number
+
+    def taken_one_by_one(items, _):
+        for item in items:
+            assert planned == list(range(item + 1))
+            yield item
+
+    monkeypatch.setattr(resources, "connect_for", lambda *_: connected.append(list(planned)))
+    monkeypatch.setattr(execution, "run_on_ray", taken_one_by_one)
+    job = Job(verb="generate_pairs", recipe=resolve_recipe("mini", []), out=str(tmp_path / "run"))
+    run = resources.runner(job, "pairs")
+    assert list(run([], [])) == connected == []
+    assert list(run(units(), [])) == [0, 1, 2]
+    assert connected == [[0]]
