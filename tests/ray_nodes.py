@@ -146,7 +146,7 @@ def await_ready(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> 
     Raises:
         TimeoutError: if its process has ended, or takes too long.
     """
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         if ready():
             return
