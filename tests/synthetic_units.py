@@ -18,7 +18,8 @@ from pipelines.tables.committer import commit_stream, recover
 from pipelines.tables.manifest import read_manifest, to_parquet
 from pipelines.tables.schemas import latents_schema
 from pipelines.tables.settings import Bounds
-from pipelines.tables.table import UnitFile, create_table, open_table, revised_name
+from pipelines.tables.table import create_table, open_table
+from pipelines.tables.unit_files import UnitFile, revised_name
 from pipelines.tables.units import FinishedRows, Unit, committed_ranges, uncovered_ranges
 from snapfusion.settings import digest
 

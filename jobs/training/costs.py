@@ -239,18 +239,12 @@ class TrainingCosts:
             ),
             startup="training",
             output_bytes=output_bytes,
-            reads=TrainingReads(
-                steps=steps,
-                global_batch=loop.global_batch,
-                window_units=settings.loader.window_units,
-                lanes=settings.loader.lanes,
-                unit_rows=self.unit_rows,
-                row_bytes=self.row_bytes,
+            reads=self._reads(
+                settings,
+                trainings=trainings,
                 checkpoints=checkpoints,
-                checkpoint_bytes=(
-                    *(weights, 2 * weights, *(averages * (weights,))),
-                    *(others * WEIGHT_BYTES * share for share in ((1, 2) if others else ())),
-                ),
+                parameters=network.parameters,
+                others=others,
             ),
             driver=_driver(
                 weights=trainings * (1 + averages) * weights,
@@ -266,6 +260,31 @@ class TrainingCosts:
                 frozen_bytes=frozen_bytes,
                 moment_bytes=self.moment_bytes,
             ),
+        )
+
+    def _reads(
+        self,
+        settings: UNetTrainingSettings | DecoderSettings,
+        *,
+        trainings: int,
+        checkpoints: int,
+        parameters: int,
+        others: int,
+    ) -> TrainingReads:
+        """Reads of the table, and checkpoints of a network of `parameters`, and of `others` beside it."""
+        loop, loader, weights = settings.loop, settings.loader, parameters * WEIGHT_BYTES
+        # Weights, AdamW's two moments and, of the trained network, the average.
+        average = () if loop.ema_decay is None else (weights,)
+        beside = (others * WEIGHT_BYTES, 2 * others * WEIGHT_BYTES) if others else ()
+        return TrainingReads(
+            steps=trainings * loop.num_steps,
+            global_batch=loop.global_batch,
+            window_units=loader.window_units,
+            lanes=loader.lanes,
+            unit_rows=self.unit_rows,
+            row_bytes=self.row_bytes,
+            checkpoints=checkpoints,
+            checkpoint_bytes=(weights, 2 * weights, *average, *beside),
         )
 
     def _evaluated(self, settings: UNetTrainingSettings) -> float:

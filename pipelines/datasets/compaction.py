@@ -23,7 +23,8 @@ from pipelines.tables.committer import OnProgress, commit_stream, recover
 from pipelines.tables.compacted import COMPACTED, compaction_of
 from pipelines.tables.leases import read_lease, write_lease
 from pipelines.tables.manifest import UnitManifest
-from pipelines.tables.table import Snapshot, TableError, UnitFile, create_table, is_table, open_table
+from pipelines.tables.table import Snapshot, TableError, create_table, is_table, open_table
+from pipelines.tables.unit_files import UnitFile
 from pipelines.tables.units import Unit
 from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.settings import digest

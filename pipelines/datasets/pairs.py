@@ -31,7 +31,8 @@ from pipelines.storage.objects import read_bytes
 from pipelines.tables.deletion_list import DeletionKeys, redacted_id
 from pipelines.tables.manifest import UnitManifest, read_manifest
 from pipelines.tables.schemas import pairs_schema
-from pipelines.tables.table import Snapshot, UnitFile
+from pipelines.tables.table import Snapshot
+from pipelines.tables.unit_files import UnitFile
 from pipelines.tables.units import CaptionRows, FinishedRows, Unit
 from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.models.bundle import Bundle

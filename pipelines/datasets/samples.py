@@ -24,7 +24,8 @@ from pipelines.stages.sample import SampleAndScore
 from pipelines.stages.settings import Device, Sampler
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.schemas import from_png, read_array, samples_schema
-from pipelines.tables.table import Snapshot, TableError, UnitFile
+from pipelines.tables.table import Snapshot, TableError
+from pipelines.tables.unit_files import UnitFile
 from pipelines.tables.units import FinishedRows, PromptRows, Unit
 from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.metrics.settings import Preference

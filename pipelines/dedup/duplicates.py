@@ -27,7 +27,8 @@ from pipelines.tables.commits import Origin, commit_round, restore_manifests
 from pipelines.tables.leases import write_lease
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.schemas import DUPLICATES
-from pipelines.tables.table import Snapshot, TableError, UnitFile, create_table, open_table
+from pipelines.tables.table import Snapshot, TableError, create_table, open_table
+from pipelines.tables.unit_files import UnitFile
 from pipelines.tables.units import Unit
 from snapfusion.settings import digest
 

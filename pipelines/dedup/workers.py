@@ -16,7 +16,7 @@ from pipelines.dedup.matching import MATCHES, REASON_ORDER, exact_key_table, fir
 from pipelines.dedup.settings import CAPTION, IMAGE, URL
 from pipelines.tables.commits import WrittenUnit, write_unit
 from pipelines.tables.schemas import DUPLICATES
-from pipelines.tables.table import revised_name
+from pipelines.tables.unit_files import revised_name
 from pipelines.tables.units import Unit
 
 

@@ -19,7 +19,8 @@ from pipelines.tables.deletion_list import DeletionKeys
 from pipelines.tables.leases import active_writers
 from pipelines.tables.manifest import read_manifest
 from pipelines.tables.merging import MERGED_PREFIX
-from pipelines.tables.table import Snapshot, live_names, open_delta, unit_of
+from pipelines.tables.table import Snapshot, live_names, open_delta
+from pipelines.tables.unit_files import unit_of
 
 SIBLINGS = ("rejects", "units")
 

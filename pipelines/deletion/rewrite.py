@@ -32,7 +32,8 @@ from pipelines.tables.compacted import compaction_of
 from pipelines.tables.deletion_list import DeletionKeys, redacted_id
 from pipelines.tables.leases import write_leases
 from pipelines.tables.manifest import UnitManifest
-from pipelines.tables.table import Snapshot, TableError, UnitFile, open_table, revised_name
+from pipelines.tables.table import Snapshot, TableError, open_table
+from pipelines.tables.unit_files import UnitFile, revised_name
 
 _MODEL_REASONS = ("not_finite", "crashed")
 """Reasons to reject a caption that was in the list and is no row of PAIRS."""

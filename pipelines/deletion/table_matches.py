@@ -13,7 +13,8 @@ from pipelines.tables.commits import read_written_unit
 from pipelines.tables.compacted import compaction_of
 from pipelines.tables.deletion_list import REDACTED_PREFIX, DeletionKeys, Entry
 from pipelines.tables.manifest import UnitManifest
-from pipelines.tables.table import Snapshot, TableError, UnitFile
+from pipelines.tables.table import Snapshot, TableError
+from pipelines.tables.unit_files import UnitFile
 
 DELETION_ORDER: Final = ("pairs", "targets", "latents", "duplicates", "fingerprints")
 """Kinds of tables that rows are deleted from, in the order of their commits.

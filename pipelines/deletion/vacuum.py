@@ -12,7 +12,8 @@ import fsspec
 
 from pipelines.deletion.erasure import SIBLINGS, old_sibling_files
 from pipelines.storage.retry import with_retries
-from pipelines.tables.table import Snapshot, open_table, unit_of
+from pipelines.tables.table import Snapshot, open_table
+from pipelines.tables.unit_files import unit_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from pipelines.stages.device import DTYPES, environment_of, prepare
 from pipelines.storage.objects import list_names, replace_object
 from pipelines.storage.streams import ObjectWriter, write_stream
 from pipelines.tables.deletion_list import DeletionList
-from pipelines.tables.table import UnitFile, open_table
+from pipelines.tables.table import open_table
+from pipelines.tables.unit_files import UnitFile
 from snapfusion.models.load import load
 
 _BLOCK_BYTES: Final = 1 << 16

@@ -33,7 +33,8 @@ from pipelines.loading.rows import to_batch
 from pipelines.stages.crop import Shape
 from pipelines.storage.objects import IO_THREADS
 from pipelines.tables.schemas import SIDE_COLUMNS, array_type
-from pipelines.tables.table import Snapshot, UnitFile
+from pipelines.tables.table import Snapshot
+from pipelines.tables.unit_files import UnitFile
 from snapfusion.noise import noise_key, uniform
 from snapfusion.training.batch import Batch
 

@@ -21,7 +21,7 @@ from pipelines.loading.rows import LoaderError, UnitRows, gather, to_batch
 from pipelines.loading.settings import LoaderSettings
 from pipelines.storage.objects import IO_THREADS, is_local
 from pipelines.tables.row_keys import held_out_key, least_key
-from pipelines.tables.table import UnitFile
+from pipelines.tables.unit_files import UnitFile
 from snapfusion.training.batch import Batch
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipelines.tables.commits import WrittenUnit, write_unit
-from pipelines.tables.table import Snapshot, UnitFile, open_table
+from pipelines.tables.table import Snapshot, open_table
+from pipelines.tables.unit_files import UnitFile
 from pipelines.tables.units import Unit
 
 

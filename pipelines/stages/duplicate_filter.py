@@ -12,7 +12,8 @@ from pipelines.sources.webdataset import Sample, Shard
 from pipelines.stages.row_filter import RowCheck
 from pipelines.stages.shard_work import shard_digest
 from pipelines.tables.manifest import UnitManifest, covers_source, in_order
-from pipelines.tables.table import Snapshot, TableError, UnitFile, open_table
+from pipelines.tables.table import Snapshot, TableError, open_table
+from pipelines.tables.unit_files import UnitFile
 
 
 class DuplicateFilter:

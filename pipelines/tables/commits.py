@@ -23,12 +23,10 @@ from pipelines.tables.schemas import REJECTS, UNITS
 from pipelines.tables.table import (
     Snapshot,
     TableError,
-    UnitFile,
     live_names,
     open_delta,
     open_table,
     read_sibling_files,
-    unit_of,
 )
 from pipelines.tables.transactions import (
     Action,
@@ -39,6 +37,7 @@ from pipelines.tables.transactions import (
     remove_file,
     try_commit,
 )
+from pipelines.tables.unit_files import UnitFile, unit_of
 
 REWRITTEN_PREFIX = "restated-"
 """Prefix of the names of files that replace others in `.units` and `.rejects`; it is on disk and stays."""

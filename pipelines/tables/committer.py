@@ -14,7 +14,8 @@ from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.merging import FAN_IN, merge_unit_files
 from pipelines.tables.open_log import TableLogs
 from pipelines.tables.settings import Bounds
-from pipelines.tables.table import Snapshot, TableError, open_table, unit_of
+from pipelines.tables.table import Snapshot, TableError, open_table
+from pipelines.tables.unit_files import unit_of
 from snapfusion.settings import digest
 
 

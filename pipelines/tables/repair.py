@@ -10,7 +10,8 @@ from typing import Final
 from pipelines.storage.objects import StorageError
 from pipelines.tables.commits import WrittenUnit, read_written_unit, recommit_units, rewrite_siblings
 from pipelines.tables.leases import write_lease
-from pipelines.tables.table import Snapshot, TableError, UnitFile, open_table
+from pipelines.tables.table import Snapshot, TableError, open_table
+from pipelines.tables.unit_files import UnitFile
 from pipelines.tables.unit_states import UnitStates
 from snapfusion.settings import digest
 

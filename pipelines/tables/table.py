@@ -36,10 +36,7 @@ from pipelines.storage.retry import with_retries
 from pipelines.tables.integrity import read_rows
 from pipelines.tables.manifest import UnitManifest, UnitRecord
 from pipelines.tables.schemas import REJECTS, SCHEMA_VERSION, UNITS
-from pipelines.tables.unit_files import UnitFile as UnitFile
-from pipelines.tables.unit_files import UnitList
-from pipelines.tables.unit_files import revised_name as revised_name
-from pipelines.tables.unit_files import unit_of as unit_of
+from pipelines.tables.unit_files import UnitFile, UnitList
 from snapfusion.settings import differences, digest
 
 _IDENTITY = "snapfusion.identity"

@@ -11,16 +11,9 @@ from typing import Any
 
 from pipelines.storage.objects import list_parquet
 from pipelines.tables.commits import WrittenUnit, reject_rows, unit_row
-from pipelines.tables.table import (
-    Snapshot,
-    UnitFile,
-    open_delta,
-    open_table,
-    read_sibling,
-    revised_name,
-    unit_of,
-)
+from pipelines.tables.table import Snapshot, open_delta, open_table, read_sibling
 from pipelines.tables.transactions import app_id
+from pipelines.tables.unit_files import UnitFile, revised_name, unit_of
 
 _Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 

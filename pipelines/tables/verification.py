@@ -23,7 +23,8 @@ from pipelines.tables.manifest import UnitManifest, read_manifest
 from pipelines.tables.repair import COMMITTED_IN_ROUNDS
 from pipelines.tables.row_keys import RowKeys
 from pipelines.tables.schemas import array_type, from_png
-from pipelines.tables.table import Snapshot, UnitFile
+from pipelines.tables.table import Snapshot
+from pipelines.tables.unit_files import UnitFile
 from pipelines.tables.unit_states import UnitStates
 from snapfusion.settings import digest
 

@@ -200,22 +200,22 @@ def train(
             loss = _accumulate(step, batch, settings=settings, micro_batch=micro_batch)
         norms = _update(step, batch, rates=rates)
         state.step += 1
-        first, *beside = norms
-        metrics = {f"{name}/grad_norm": norms[name] for name in beside}
+        own_metrics: Mapping[str, float] = {}
         if stateful is not None:
-            metrics |= stateful.end_step()
-            state.objective_state = stateful.state_dict()
-        result = StepResult(
-            step=state.step,
-            network=first,
-            loss=loss,
-            grad_norm=norms[first],
-            learning_rate=rates[first],
-            seconds=time.perf_counter() - start,
-            data_seconds=data_seconds,
-            metrics=metrics,
+            own_metrics, state.objective_state = stateful.end_step(), stateful.state_dict()
+        first, *beside = norms
+        after_step(
+            StepResult(
+                step=state.step,
+                network=first,
+                loss=loss,
+                grad_norm=norms[first],
+                learning_rate=rates[first],
+                seconds=time.perf_counter() - start,
+                data_seconds=data_seconds,
+                metrics={f"{name}/grad_norm": norms[name] for name in beside} | dict(own_metrics),
+            )
         )
-        after_step(result)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from pipelines.stages.write import WriteUnit
 from pipelines.tables.commits import WrittenUnit, commit_units
 from pipelines.tables.open_log import TableLogs
 from pipelines.tables.schemas import ArrayType
-from pipelines.tables.table import UnitFile, create_table, open_table
+from pipelines.tables.table import create_table, open_table
+from pipelines.tables.unit_files import UnitFile
 from snapfusion.settings import digest
 
 _REQUEST = re.compile(r'"(GET|PUT|POST|HEAD) (\S+) HTTP')

@@ -24,7 +24,7 @@ from jobs.training.spec import Training, TrainingError
 from jobs.training.trainer import resume, run_trainings
 from pipelines.loading.loader import BatchLoader
 from pipelines.loading.settings import LoaderSettings
-from pipelines.tables.table import UnitFile
+from pipelines.tables.unit_files import UnitFile
 from snapfusion.noise import gaussian, noise_key
 from snapfusion.training.checkpoint import CheckpointStore
 from snapfusion.training.loop import new_state, train

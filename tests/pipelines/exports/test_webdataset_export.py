@@ -21,7 +21,8 @@ from pipelines.exports.shards import plan_shards
 from pipelines.sources.stats import ShardStats
 from pipelines.storage.objects import StorageError
 from pipelines.tables.schemas import from_png, read_array
-from pipelines.tables.table import TableError, UnitFile
+from pipelines.tables.table import TableError
+from pipelines.tables.unit_files import UnitFile
 from snapfusion.models.load import load
 from snapfusion.models.save import save
 from snapfusion.noise import gaussian

@@ -12,7 +12,8 @@ from pipelines.stages.write import WriteUnit
 from pipelines.tables import commits
 from pipelines.tables.commits import commit_units, replace_units, restore_manifests
 from pipelines.tables.committer import recover
-from pipelines.tables.table import Snapshot, open_table, revised_name, unit_of
+from pipelines.tables.table import Snapshot, open_table
+from pipelines.tables.unit_files import revised_name, unit_of
 from snapfusion.settings import digest
 
 
