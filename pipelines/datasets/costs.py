@@ -16,6 +16,7 @@ from pipelines.costs.stage import (
     vae_decodes,
 )
 from pipelines.datasets.settings import LatentsSettings, PairsSettings, SamplesSettings, TargetsSettings
+from pipelines.ray_data.settings import window_items
 from snapfusion.models.architecture import Architecture
 from snapfusion.models.network_sizes import NetworkSizes
 
@@ -105,11 +106,13 @@ def pairs_cost(settings: PairsSettings, *, captions: int, png_bytes: float, size
         batch_bytes=generation.batch_size
         * max(2 * sizes.unet_bytes(unet, trained=False), sizes.vae_bytes * generation.images),
     )
-    return with_captions(stage, rows)
+    # The list is read as its units are sent.
+    held = settings.rows_per_unit * window_items((settings.teachers, settings.writers))
+    return with_captions(stage, min(rows, held))
 
 
 def with_captions(stage: StageCost, captions: int) -> StageCost:
-    """A stage whose driver lists so many captions and sends them to workers."""
+    """A stage whose driver holds so many captions at once and sends them to workers."""
     peak_bytes = stage.driver.peak_bytes + captions * CAPTION_BYTES
     return replace(stage, driver=replace(stage.driver, peak_bytes=peak_bytes))
 

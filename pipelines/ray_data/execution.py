@@ -14,14 +14,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.ray_data.metrics import StageClock
-from pipelines.ray_data.settings import Pool
+from pipelines.ray_data.settings import Pool, window_items
 
 MAX_ATTEMPTS = 3
 """Attempts at an item that kills its worker, before it is rejected."""
-
-# A window has so many items that starting its actors anew is next to nothing: hours of a teacher's units.
-_ITEMS_PER_ACTOR = 256
-_LEAST_WINDOW = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +55,7 @@ def run_on_ray(items: Iterable[Any], stages: list[PipelineStage]) -> Iterator[An
     Memory is bounded by Ray Data's backpressure: a stage waits while the next one is full. Very many items
     are taken window by window, each when the one before it is done; actors start anew with each.
     """
-    left = iter(items)
-    size = max(_LEAST_WINDOW, _ITEMS_PER_ACTOR * max(stage.pool.actors for stage in stages))
+    left, size = iter(items), window_items(stage.pool for stage in stages)
     # Ray Data keeps a record of each block until its execution ends, and takes all of its input at once.
     while window := list(itertools.islice(left, size)):
         yield from _run_window(window, stages)

@@ -18,10 +18,12 @@ from jobs.evaluation.distance_costs import distances_cost
 from jobs.evaluation.settings import Contender, EvaluationSettings, PromptSettings
 from jobs.planning.driver_rates import measure_driver
 from jobs.planning.rates_and_prices import Rates
+from jobs.recipes.registry import recipe_named
 from pipelines.costs.stage import DriverCost, StageCost
 from pipelines.datasets.costs import CAPTION_BYTES, UNIT_BYTES
 from pipelines.datasets.pairs import pending_units
 from pipelines.datasets.settings import PairsSettings, ReferencesSettings
+from pipelines.ray_data.settings import window_items
 from pipelines.sources.captions import Caption
 from pipelines.tables.manifest import UnitManifest
 from snapfusion.metrics import kernel, neighbors, subset_distances
@@ -185,6 +187,17 @@ def test_tuning_and_floor_are_counted():
     assert added("subset_distance") == 3 * 6 + 3
     assert added("sum_features") == 3 * 30 + 50 + 3 * 60
     assert NUM_CAPTIONS > 60
+
+
+def test_a_driver_holds_a_window_of_a_long_list_of_captions():
+    def peak(captions: int) -> int:
+        (stage,) = workload(captions=captions, plan=('steps=["generate_pairs"]',)).stages()
+        return stage.driver.peak_bytes
+
+    pairs = recipe_named("sd15").pairs
+    held = pairs.rows_per_unit * window_items((pairs.teachers, pairs.writers))
+    assert peak(held) - peak(1_000) == (held - 1_000) * CAPTION_BYTES
+    assert peak(2 * held) == peak(held)
 
 
 def allocated(make) -> int:

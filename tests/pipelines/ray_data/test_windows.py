@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipelines.ray_data import execution
+from pipelines.ray_data import settings as ray_data_settings
 from pipelines.ray_data.execution import PipelineStage, run_on_ray
 from pipelines.ray_data.settings import Pool
 
@@ -24,8 +25,8 @@ def test_items_are_planned_window_by_window(monkeypatch):
         windows.append(len(window))
         yield from window
 
-    monkeypatch.setattr(execution, "_LEAST_WINDOW", 3)
-    monkeypatch.setattr(execution, "_ITEMS_PER_ACTOR", 2)
+    monkeypatch.setattr(ray_data_settings, "_LEAST_WINDOW", 3)
+    monkeypatch.setattr(ray_data_settings, "_ITEMS_PER_ACTOR", 2)
     monkeypatch.setattr(execution, "_run_window", run_window)
     results = run_on_ray(items(), [stage(1), stage(2)])
     assert next(results) == 0
