@@ -14,6 +14,7 @@ from pipelines.sources.webdataset import list_shards
 PYTHON = Path(__file__).parent.parent.parent / ".venv-img2dataset/bin/python"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.skipif(not PYTHON.exists(), reason="img2dataset is not installed: `make downloader`")
 def test_shards_are_downloaded_on_ray_and_not_again(ray_cluster, tmp_path, capsys):

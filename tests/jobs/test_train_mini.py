@@ -19,6 +19,7 @@ FEW = set_options(["scenes=200", 'models=["sd-v"]', "steps=[1,2]", "guidance=[2.
 pytestmark = pytest.mark.usefixtures("keep_threads")
 
 
+@pytest.mark.slow
 def test_a_short_run_writes_weights_and_report(tmp_path, capsys):
     assert train_mini.main(["--out", str(tmp_path), *TINY]) == 0
     assert "denoiser: step 2/2" in capsys.readouterr().out

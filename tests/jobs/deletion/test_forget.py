@@ -291,6 +291,7 @@ def test_line_numbers_are_joined_to_ranges():
     assert format_ranges([]) == ""
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket(bucket, run, lists):
     filesystem = fsspec.filesystem("s3")
     filesystem.put(f"{run.out}/", "s3://bucket/run/", recursive=True)

@@ -267,6 +267,7 @@ def test_a_sampler_without_its_noise_is_noticed(lcm_bundle, tmp_path):
         list(check_sampler_and_tokenizer(bundle))
 
 
+@pytest.mark.slow
 def test_student_guided_by_its_teacher_takes_one_pass(tmp_path):
     """As PCM's: an ordinary UNet that is used at w = 1."""
     model = tiny_student(seed=3)
@@ -329,6 +330,7 @@ def test_a_program_with_a_perturbed_weight_is_refused(name, tmp_path, monkeypatc
     assert_refused(ParityError, message, tmp_path, settings())
 
 
+@pytest.mark.slow
 def test_a_package_with_a_perturbed_weight_is_refused(tmp_path, monkeypatch):
     real = variants.compile_coreml
     monkeypatch.setattr(variants, "compile_coreml", lambda module, path: real(perturbed(module), path))

@@ -89,6 +89,7 @@ def test_evolution_runs_by_a_phones_table(returned, unets, tmp_path):
     assert table.predict_ms(origin) > table.predict_ms(efficient_architecture(origin)) > 0.0
 
 
+@pytest.mark.slow
 def test_whole_unets_tell_the_tables_error(returned, unets, tmp_path):
     table = import_times(DeviceTimes.parse(returned), expected=unets)["table"]
     predicted = LatencyTable.parse(table).predict_ms(unets.unets["origin"])

@@ -167,7 +167,7 @@ def test_a_second_run_samples_nothing(made, monkeypatch):
     assert again == results
 
 
-@pytest.mark.parametrize("last", [1, 8])
+@pytest.mark.parametrize("last", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_an_evaluation_killed_among_points_continues(made, monkeypatch, last):
     out, results, _ = made
     shutil.rmtree(out / "distances")

@@ -145,6 +145,7 @@ def test_a_disturbed_measurement_is_taken_once_more(errors, taken, disturbed, ca
     assert ("disturbed, and so no result" in "".join(latency_lines(record))) == disturbed
 
 
+@pytest.mark.slow
 def test_a_whole_unet_that_is_slowed_down_is_marked(origin, capsys):
     def wait(module, arguments):
         if isinstance(module, UNet2DConditionModel | BlockUNet):

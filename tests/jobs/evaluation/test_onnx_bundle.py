@@ -195,6 +195,7 @@ def test_a_runtime_without_a_bundle_is_refused(capsys):
     assert "--runtime onnx: only a --bundle has runtimes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_in_a_process_of_its_own(bundle):
     ids = open_bundle(bundle).vectors.arrays["token_ids"][1:]
     run = ModuleRun(module="text_encoder", inputs=(ids,), threads=1, repeats=20)

@@ -176,6 +176,7 @@ def test_a_bundle_generates_what_the_model_generates(mobile_bundle, mobile_model
     assert np.abs(generated - np.concatenate(expected, axis=1).astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_bundle_needs_no_model(mobile_bundle, tmp_path):
     """Nothing of the model's folder is read, and no diffusers network is built."""
     path = tmp_path / "alone.png"

@@ -203,6 +203,7 @@ def test_a_killed_round_resumes_to_the_same_decision(evolved, latents, tmp_path)
     assert resumed.decision == decisions(evolved[1])[0]
 
 
+@pytest.mark.slow
 def test_a_score_that_is_not_finite_is_refused(latents, tmp_path, monkeypatch):
     clip = MetricNetworks.clip
 

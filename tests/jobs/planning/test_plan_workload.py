@@ -101,6 +101,7 @@ def test_passes_of_distribution_matching_are_those_of_the_objective(depth, gener
     assert found["teacher"] == passes.teacher
 
 
+@pytest.mark.slow
 def test_distribution_matching_trains_a_third_unet():
     plan = ['steps=["distill_schedule"]']
     _, student = workload(settings=["schedule=dmd2"], plan=plan).stages()

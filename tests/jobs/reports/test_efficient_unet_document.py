@@ -62,6 +62,7 @@ def test_table_3_is_the_architectures(full_size):
     assert rows("Architecture")[1:15] == shown
 
 
+@pytest.mark.slow
 def test_counts_are_counted_again(full_size):
     origin, efficient = full_size.values()
     shallow = origin

@@ -1,6 +1,7 @@
 """Kept parts of a report: a second report needs no model, a changed input is computed again."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,15 +28,23 @@ sys.exit(code)
 """
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A run with a part of every kind but a decoder."""
+@pytest.fixture(autouse=True)
+def few_captions(monkeypatch):
     monkeypatch.setattr(side_by_side, "NUM_CAPTIONS", NUM_CAPTIONS)
-    make_pairs(tmp_path)
-    make_student(tmp_path)
-    encode_scenes(tmp_path, count=8)
-    assert measure_latency.main(["--out", str(tmp_path), "--set", "latency.turns=2"]) == 0
-    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run with a part of every kind but a decoder, and its report; not to be changed."""
+    out = tmp_path_factory.mktemp("whole")
+    make_pairs(out)
+    make_student(out)
+    encode_scenes(out, count=8)
+    assert measure_latency.main(["--out", str(out), "--set", "latency.turns=2"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(side_by_side, "NUM_CAPTIONS", NUM_CAPTIONS)
+        page, metrics = reported(out)
+    return out, page, metrics
 
 
 def kept(run):
@@ -43,8 +52,8 @@ def kept(run):
     return {path.stem: path.read_bytes() for path in (run / "report" / "cache").iterdir()}
 
 
-def test_a_second_report_is_equal_and_loads_no_model(run):
-    page, metrics = reported(run)
+def test_a_second_report_is_equal_and_loads_no_model(whole_run):
+    run, page, metrics = whole_run
     assert kept(run).keys() == {"latencies", "models", "oracle", "scenes", "student", "weights"}
     command = [sys.executable, "-c", PROGRAM, str(run)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
@@ -55,8 +64,9 @@ def test_a_second_report_is_equal_and_loads_no_model(run):
     assert json.loads((run / "metrics.json").read_text()) == metrics
 
 
-def test_a_changed_student_is_sampled_again(run):
-    page, metrics = reported(run)
+def test_a_changed_student_is_sampled_again(whole_run, tmp_path):
+    whole, page, metrics = whole_run
+    run = shutil.copytree(whole, tmp_path / "run")
     before = kept(run)
     student = load(str(run / "student" / "model"))
     for weights in student.unet.conv_out.parameters():
@@ -81,13 +91,12 @@ def test_a_changed_student_is_sampled_again(run):
     ],
     ids=["truncated", "not text", "altered", "something else"],
 )
-def test_a_damaged_part_is_computed_again(tmp_path, capsys, damage):
-    make_pairs(tmp_path)
-    page, _ = reported(tmp_path)
-    before, file = kept(tmp_path), tmp_path / "report" / "cache" / "oracle.json"
+def test_a_damaged_part_is_computed_again(whole_run, tmp_path, capsys, damage):
+    whole, page, _ = whole_run
+    run = shutil.copytree(whole, tmp_path / "run")
+    before, file = kept(run), run / "report" / "cache" / "oracle.json"
     file.write_bytes(damage(file.read_bytes()))
-    capsys.readouterr()
-    assert reported(tmp_path)[0] == page
+    assert reported(run)[0] == page
     lines = [line for line in capsys.readouterr().out.splitlines() if f"{file} is damaged (" in line]
     assert len(lines) == 1
-    assert kept(tmp_path) == before
+    assert kept(run) == before

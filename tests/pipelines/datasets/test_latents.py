@@ -145,6 +145,7 @@ def test_similar_shard_names_give_different_units():
     assert all("/" not in name and " " not in name for name in names)
 
 
+@pytest.mark.slow
 def test_image_that_kills_its_process_is_rejected_alone(shards):
     names = ("rows_per_unit", "shards", "images", "selection")
     stage = ReadShard(shapes=((16, 16),), **{name: getattr(SETTINGS, name) for name in names})

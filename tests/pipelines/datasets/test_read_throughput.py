@@ -160,6 +160,7 @@ def peak_mib(shard: Shard) -> float:
     return float(found.stdout)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_shard(tmp_path: Path):
     small = shard_of(tmp_path, index=0, rows=300, size=(64, 64))
     large = shard_of(tmp_path, index=1, rows=3_000, size=(64, 64))

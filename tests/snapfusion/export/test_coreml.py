@@ -122,7 +122,7 @@ def test_compilation_is_deterministic(decoder, tmp_path):
     ("weights", "kind", "bits", "least_db"),
     [
         ("palette-6", "constexpr_lut_to_dense", 6, 25),
-        ("palette-8", "constexpr_lut_to_dense", 8, 35),
+        pytest.param("palette-8", "constexpr_lut_to_dense", 8, 35, marks=pytest.mark.slow),
         ("int8", "constexpr_affine_dequantize", 8, 35),
     ],
 )
@@ -145,6 +145,7 @@ def test_compressed_weights_are_smaller_and_evaluated(decoder, tmp_path, weights
     np.testing.assert_array_equal(evaluate(program, sample), evaluate(read_program(dense), sample))
 
 
+@pytest.mark.slow
 def test_compression_is_deterministic(decoder, copied, tmp_path):
     for folder in ("once", "again"):
         compress_package(decoder.package, tmp_path / folder / "decoder.mlpackage", weights="palette-6")

@@ -138,6 +138,7 @@ def curve_of(images, *, draws, reference):
     return Curve(points=(point,))
 
 
+@pytest.mark.slow
 def test_intervals_over_draws_hold_zero_for_equal_models():
     """The 95 % interval of the difference of two sets from one distribution holds zero in 92 to 98 %."""
     dimension, draws = 8, 5

@@ -70,6 +70,7 @@ def test_manifest_records_files_recipe_and_curves(trained):
     assert manifest["files"] == files
 
 
+@pytest.mark.slow
 def test_a_complete_training_is_not_repeated(trained):
     steps = []
     before = read_manifest(trained / "weights")

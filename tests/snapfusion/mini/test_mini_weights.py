@@ -132,6 +132,7 @@ def test_generated_images_match_their_captions(teacher, evaluator, name):
     assert metrics["fid"].value <= 3 * measure_floor(teacher, evaluator=evaluator)["fid_vae"].value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_every_kind_of_block_matters(name):
     """Without the blocks of any row of Table 3 the velocity's error increases."""

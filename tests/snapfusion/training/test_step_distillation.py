@@ -129,7 +129,10 @@ class Constant(nn.Module):
         return (self.value.expand_as(z_t),)
 
 
-@pytest.mark.parametrize(("original_times", "micro_batch"), [("schedule", 4), ("schedule", 8), ("grid", 8)])
+@pytest.mark.parametrize(
+    ("original_times", "micro_batch"),
+    [pytest.param("schedule", 4, marks=pytest.mark.slow), ("schedule", 8), ("grid", 8)],
+)
 def test_share_of_the_original_loss_is_gamma(original_times, micro_batch):
     cache, online_targets = {}, online()
 
