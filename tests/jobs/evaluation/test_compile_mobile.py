@@ -485,7 +485,11 @@ def test_a_safety_checker_hides_images(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("side", "message"), [(32, "a .pte that takes the image"), (None, "not an ExecuTorch")]
+    ("side", "message"),
+    [
+        pytest.param(32, "a .pte that takes the image", marks=pytest.mark.slow),
+        (None, "not an ExecuTorch"),
+    ],
 )
 def test_what_is_no_safety_checker_is_refused(side, message, tmp_path):
     path = tmp_path / "other.pte"

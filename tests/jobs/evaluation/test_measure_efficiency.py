@@ -139,6 +139,7 @@ def test_a_unet_of_too_few_levels_is_refused(tiny_teacher, tmp_path, capsys):
     assert "Table 3 has at least three levels of channels; this UNet has 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_finish_is_reported(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory, "_TIMEOUT_SECONDS", 0.01)
     assert job.main(["--out", str(tmp_path)]) == 1

@@ -115,6 +115,7 @@ def make_swapped(folder: Path) -> None:
     save(load("mini"), folder)
 
 
+@pytest.mark.slow
 def test_timed_blocks_are_shown_if_there_are_any(tmp_path):
     assert 'id="blocks"' not in reported(tmp_path)[0]
     settings, origin = LatencySettings(turns=2), architecture_of(load("mini-v").unet)

@@ -118,7 +118,7 @@ def test_a_published_model_takes_multiples_of_64(name):
         bundle.resize(500)
 
 
-@pytest.mark.parametrize("size", [8, 16, 24])
+@pytest.mark.parametrize("size", [8, *(pytest.param(size, marks=pytest.mark.slow) for size in (16, 24))])
 def test_a_v_model_of_another_size_can_teach(v_teacher, tmp_path, size):
     latents = encode(tmp_path, model=v_teacher, side=20, size=size)
     settings = VPRED.with_values(["validation.every=null"])
@@ -138,7 +138,7 @@ def test_a_v_model_of_another_size_can_teach(v_teacher, tmp_path, size):
     distillation.check_table(settings, table=latents, teacher=load(v_teacher), student=made)
 
 
-@pytest.mark.parametrize("targets", ["online", "table"])
+@pytest.mark.parametrize("targets", [pytest.param("online", marks=pytest.mark.slow), "table"])
 def test_a_student_learns_from_several_shapes(v_teacher, tmp_path, targets):
     table = encode(tmp_path, model=v_teacher, side=20, rows=24, buckets=Buckets(max_aspect=3.0))
     settings = VPRED.with_values(["loop.num_steps=8", "validation.every=null"])

@@ -276,6 +276,7 @@ def test_pinned_version_still_has_deleted_rows(run, whole_run):
         assert open_table(str(run.out / name), version=version).read().equals(whole_run.table(name).read())
 
 
+@pytest.mark.slow
 def test_pairs_whose_caption_ids_are_urls(run):
     captions = [Caption(id=f"http://list.example/{n}", ordinal=n, text=f"caption {n}") for n in range(6)]
     captions[2] = Rejected("empty_caption").record(id="http://list.example/2", source="list", ordinal=2)

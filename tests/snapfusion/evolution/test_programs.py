@@ -35,6 +35,7 @@ def written(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_packages_take_float16_but_timesteps(written):
     ports = {
         kind: [(port.shape, port.dtype) for port in describe_package(written / f"{kind}.mlpackage").inputs]
@@ -44,6 +45,7 @@ def test_packages_take_float16_but_timesteps(written):
     assert ports["attention"] == [((2, 16, 8, 8), "FLOAT16"), ((2, 6, 16), "FLOAT16")]
 
 
+@pytest.mark.slow
 def test_a_package_has_the_layout_of_a_bundles(written):
     operations = describe_package(written / "attention.mlpackage").operations
     # Linear layers are convolutions there: in, out, q, k, v, out twice, gate and feed.
@@ -51,6 +53,7 @@ def test_a_package_has_the_layout_of_a_bundles(written):
     assert "linear" not in operations
 
 
+@pytest.mark.slow
 def test_programs_run_in_the_delegate(written):
     for kind in ("ends", "attention"):
         assert describe_program(written / f"{kind}.pte").delegates.keys() == {"XnnpackBackend"}

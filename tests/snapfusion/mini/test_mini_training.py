@@ -80,7 +80,8 @@ def test_a_complete_training_is_not_repeated(trained):
 
 
 @pytest.mark.parametrize(
-    "stage", ["oracle", "velocity", pytest.param("noisy_velocity", marks=pytest.mark.slow)]
+    "stage",
+    ["oracle", *(pytest.param(name, marks=pytest.mark.slow) for name in ("velocity", "noisy_velocity"))],
 )
 def test_a_killed_stage_resumes_to_identical_weights(trained, tmp_path, stage):
     """Killed after step 3 of 5, with a checkpoint of step 2, and resumed."""
@@ -127,6 +128,7 @@ def test_training_batches_have_different_training_captions():
     assert len({scene_of(index) for index in indexes}) == NUM_CAPTIONS
 
 
+@pytest.mark.slow
 def test_only_the_unets_of_a_base_are_trained(trained, tmp_path):
     """From the same base, as the whole training goes on from it."""
     base = trained / "base"

@@ -110,6 +110,7 @@ def test_denoising_begins_at_t_and_follows_the_grid(noised_to, steps, times):
     assert denoising_times(noised_to, steps=steps, schedule_steps=1000) == times
 
 
+@pytest.mark.slow
 def test_an_idle_group_equals_a_skipped_one(results):
     """To the bit, in generated and in denoised images."""
     for metric in METRIC_NAMES:
@@ -118,6 +119,7 @@ def test_an_idle_group_equals_a_skipped_one(results):
     assert results.lost("detail", group=IDLE).plain.value > 3
 
 
+@pytest.mark.slow
 def test_the_miniatures_blocks_matter_for_both_metrics(results):
     """At one step only the middle reads captions; the upper ResNet blocks carry the image."""
     assert results.value("attributes", model="plain", group=WHOLE).value > 0.8
@@ -126,6 +128,7 @@ def test_the_miniatures_blocks_matter_for_both_metrics(results):
     assert results.lost("detail", group="resnet up").plain.low > 10
 
 
+@pytest.mark.slow
 def test_known_parts_are_not_measured_again(results, plain, idle):
     models, missing = {"plain": plain, "robust": idle}, "robust 0 attention up"
     assert set(results.of) == {str(part) for part in robustness_parts(FEW, models)}
