@@ -14,7 +14,7 @@ from jobs.training.run_folder import RunFolder, begin
 from jobs.training.settings import TableTrainingSettings
 from jobs.training.spec import TrainingError, TrainingFactory
 from jobs.training.trainer import TrainingResult, run_trainings
-from pipelines.loading.branches import is_guided_unit
+from pipelines.loading.branches import guided_units
 from pipelines.loading.buckets import RowCount, total_rows
 from pipelines.loading.unit_counts import count_rows_to_train
 from pipelines.storage.objects import absolute_url
@@ -191,9 +191,7 @@ def count_rows(table: Snapshot, *, held_out: float, branches: Sequence[bool] = (
     """
     counts = count_rows_to_train(table, held_out=held_out)
     held_out_rows = table.units.rows - np.fromiter(map(total_rows, counts), np.int64, len(counts))
-    of_branch = branches and np.fromiter(
-        map(is_guided_unit, table.units.unit_names.to_pylist()), bool, len(counts)
-    )
+    of_branch = guided_units(table.units) if branches else None
     for guided in branches or (None,):
         if not held_out_rows[... if guided is None else of_branch == guided].sum():
             raise TrainingError(

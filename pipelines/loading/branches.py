@@ -7,12 +7,16 @@ position, so a restart needs no further state.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Final, Protocol
+
+import numpy as np
+import pyarrow.compute as pc
 
 from pipelines.loading.buckets import RowCount, TableLoader, make_loader, total_rows
 from pipelines.loading.loader import InterleavedLoader, UnitReader, UnitSubset, count_trainable
 from pipelines.loading.rows import LoaderError
 from pipelines.loading.settings import LoaderSettings
+from pipelines.tables.unit_files import UnitList
 from snapfusion.noise import noise_key
 from snapfusion.training.batch import Batch
 from snapfusion.training.settings import BRANCHES
@@ -40,14 +44,30 @@ def branch_and_draw(name: str) -> tuple[bool, int]:
     return found["branch"] == BRANCHES[True], int(found["draw"])
 
 
-def is_guided_unit(name: str) -> bool:
-    """Whether a unit's rows are guided, from its name."""
-    return branch_and_draw(name)[0]
+class TargetsReader(UnitReader, Protocol):
+    """The part of a snapshot of TARGETS that is used here."""
+
+    @property
+    def units(self) -> UnitList:
+        """The files, ordered by unit."""
 
 
-def count_branch_rows(table: UnitReader, *, guided: bool) -> int:
+def guided_units(units: UnitList) -> np.ndarray:
+    """Whether each unit's rows are guided, from its name, bool [n].
+
+    Raises:
+        LoaderError: if one of them is not a unit of TARGETS.
+    """
+    names = units.unit_names
+    named = pc.match_substring_regex(names, f"^{_NAME.pattern}")
+    if not pc.all(named).as_py():
+        branch_and_draw(names[pc.index(named, value=False).as_py()].as_py())
+    return pc.starts_with(names, BRANCHES[True]).to_numpy(zero_copy_only=False)
+
+
+def count_branch_rows(table: TargetsReader, *, guided: bool) -> int:
     """Committed rows of one branch."""
-    return sum(file.rows for file in table.units if is_guided_unit(file.unit) == guided)
+    return int(table.units.rows[guided_units(table.units) == guided].sum())
 
 
 class BranchLoader(InterleavedLoader[str]):
@@ -68,7 +88,7 @@ class BranchLoader(InterleavedLoader[str]):
 
     def __init__(
         self,
-        table: UnitReader,
+        table: TargetsReader,
         *,
         guided: Callable[[int], bool],
         global_batch: int,
@@ -81,12 +101,13 @@ class BranchLoader(InterleavedLoader[str]):
         if not any(map(total_rows, counts)):
             raise ValueError("there are no rows to train on; the table is empty, or all of it is held out")
         self.loaders: dict[str, TableLoader] = {}
+        of_branch = guided_units(table.units)
         for branch, name in BRANCHES.items():
-            indices = [index for index, file in enumerate(table.units) if is_guided_unit(file.unit) == branch]
+            indices = np.flatnonzero(of_branch == branch)
             branch_counts = [counts[index] for index in indices]
             if any(map(total_rows, branch_counts)):
                 self.loaders[name] = make_loader(
-                    UnitSubset(table=table, units=[table.units[index] for index in indices]),
+                    UnitSubset(table=table, units=table.units.take(indices)),
                     columns=(*COLUMNS, "w") if branch else COLUMNS,
                     global_batch=global_batch,
                     # Of its own, or both branches would read their units in the same order.

@@ -2,10 +2,11 @@
 
 import itertools
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
+
+from pipelines.tables.unit_files import UnitList
 
 
 class MemoryTable:
@@ -13,10 +14,9 @@ class MemoryTable:
 
     def __init__(self, tables: Mapping[str, pa.Table]) -> None:
         self.tables = dict(sorted(tables.items()))
-        self.units = [
-            SimpleNamespace(unit=name, path=f"{name}.parquet", rows=rows.num_rows)
-            for name, rows in self.tables.items()
-        ]
+        names = pa.array([f"{name}.parquet" for name in self.tables], pa.string())
+        rows = pa.array([table.num_rows for table in self.tables.values()], pa.int64())
+        self.units = UnitList.in_order("memory", names=names, rows=rows, sizes=rows)
         self.read: list[str] = []
 
     def read_unit(self, unit: Any, columns: list[str] | None = None) -> pa.Table:

@@ -132,6 +132,11 @@ def test_table_without_rows_is_refused():
         loader(table_of(draws=()))
 
 
+def test_table_with_another_unit_is_refused():
+    with pytest.raises(LoaderError, match="web-00000-0-4 is not named as in TARGETS"):
+        loader(MemoryTable(table_of().tables | {"web-00000-0-4": table_of().tables.popitem()[1]}))
+
+
 def test_unit_name_has_branch_and_draw():
     for guided in (True, False):
         assert branch_and_draw(unit_name("web-00000-0-4", draw=12, guided=guided)) == (guided, 12)
