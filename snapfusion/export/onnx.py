@@ -93,7 +93,7 @@ def convert_onnx(source: Path, path: Path, *, kind: OnnxKind, max_file_bytes: in
                 per_channel=False,
                 # Signed ones have no fast kernel on x86 processors.
                 weight_type=QuantType.QUInt8,
-                use_external_data_format=_num_bytes(onnx.load(source)) > max_file_bytes,
+                use_external_data_format=_bytes_on_disk(source) > max_file_bytes,
             )
             return
         model = onnx.load(source)
@@ -103,6 +103,10 @@ def convert_onnx(source: Path, path: Path, *, kind: OnnxKind, max_file_bytes: in
 def weights_path(path: Path) -> Path:
     """The file beside a model that holds its weights, if they are not in the model."""
     return path.with_name(f"{path.name}.data")
+
+
+def _bytes_on_disk(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path, weights_path(path)) if file.exists())
 
 
 def count_operations(path: Path) -> int:

@@ -75,32 +75,33 @@ class UnitBuilder:
         Raises:
             ParityError: if one is below its limit and has no override.
         """
-        inputs, settings = UnitInputs.read(self.inputs), self.settings
+        inputs = UnitInputs.read(self.inputs)
+        return {variant.name: self._compile_variant(variant, name, inputs) for variant in variants}
+
+    def _compile_variant(self, variant: BundleVariant, name: str, inputs: UnitInputs) -> dict[str, Any]:
+        """Its entry; the model that it opens is closed at the end, before another takes as much memory."""
+        settings = self.settings
         samples = samples_of(inputs.references, module=name, conditions=settings.conditions)
-        entries = {}
-        for variant in variants:
-            (self.folder / variant.name).mkdir(exist_ok=True)
-            module = inputs.modules[layout_of(variant, settings)][name]
-            compiled = compile_module(
-                variant, module, self.folder, scratch=self.scratch, chunk_bytes=settings.chunk_bytes
-            )
-            parity = check_parity(
-                artifact=f"{variant.name}/{name}",
-                outputs=[compiled.run(arrays) for arrays, _ in samples],
-                references=[output for _, output in samples],
-                # Compressed weights are compared by their images; here only non-finite outputs are refused.
-                limit_db=settings.parity_limit_db if variant.exact else 0.0,
-                override=settings.override.get(variant.name),
-            )
-            size = sum(total_bytes(self.folder / file) for file in compiled.files)
-            entries[variant.name] = {
-                "files": list(compiled.files),
-                "bytes": size,
-                **compiled.record,
-                "parity": asdict(parity),
-                **compiled.record_after(),
-            }
-        return entries
+        (self.folder / variant.name).mkdir(exist_ok=True)
+        module = inputs.modules[layout_of(variant, settings)][name]
+        compiled = compile_module(
+            variant, module, self.folder, scratch=self.scratch, chunk_bytes=settings.chunk_bytes
+        )
+        parity = check_parity(
+            artifact=f"{variant.name}/{name}",
+            outputs=[compiled.run(arrays) for arrays, _ in samples],
+            references=[output for _, output in samples],
+            # Compressed weights are compared by their images; here only non-finite outputs are refused.
+            limit_db=settings.parity_limit_db if variant.exact else 0.0,
+            override=settings.override.get(variant.name),
+        )
+        return {
+            "files": list(compiled.files),
+            "bytes": sum(total_bytes(self.folder / file) for file in compiled.files),
+            **compiled.record,
+            "parity": asdict(parity),
+            **compiled.record_after(),
+        }
 
     def generate(self, variant: BundleVariant, *entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Generate the captions' images with a variant's files, and compare them with torch's.
