@@ -48,6 +48,7 @@ def trained(one_thread, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_trained_weights_open_in_diffusers(trained):
     weights = trained / "weights"
     for name, kind in (("sd", "epsilon"), ("sd-v", "v_prediction")):
@@ -60,6 +61,7 @@ def test_trained_weights_open_in_diffusers(trained):
     assert load_oracle(weights / "oracle").read(image_batch([1]))
 
 
+@pytest.mark.slow
 def test_manifest_records_files_recipe_and_curves(trained):
     weights = trained / "weights"
     manifest = read_manifest(weights)
@@ -79,10 +81,8 @@ def test_a_complete_training_is_not_repeated(trained):
     assert read_manifest(trained / "weights") == before
 
 
-@pytest.mark.parametrize(
-    "stage",
-    ["oracle", *(pytest.param(name, marks=pytest.mark.slow) for name in ("velocity", "noisy_velocity"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["oracle", "velocity", "noisy_velocity"])
 def test_a_killed_stage_resumes_to_identical_weights(trained, tmp_path, stage):
     """Killed after step 3 of 5, with a checkpoint of step 2, and resumed."""
     settings = TINY.model_copy(update={stage: shortened(stage, samples=30)})
@@ -116,6 +116,7 @@ def test_a_killed_stage_resumes_to_identical_weights(trained, tmp_path, stage):
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_settings_are_refused(trained):
     other = TINY.with_values(["seed=1"])
     with pytest.raises(ValueError, match="trained with other settings"):
@@ -214,6 +215,7 @@ def test_shallow_attention_is_skipped_first_then_randomly():
     assert later == pytest.approx([0.6, 0.2, 0.2], abs=0.06)
 
 
+@pytest.mark.slow
 def test_velocity_starts_from_the_denoisers_weights(trained):
     """After three steps at a small learning rate it is nearer to them than to fresh weights."""
     unets = [load(str(trained / "base" / name)).unet.state_dict() for name in ("sd", "sd-v")]
