@@ -54,7 +54,9 @@ def combined_loss(*, distillation: Tensor, original: Tensor, gamma: float) -> Te
 
 
 def pseudo_huber_loss(estimate: Tensor, target: Tensor, *, c: float) -> Tensor:
-    """Mean of sqrt((estimate - target)^2 + c^2) - c over the elements of each row (Luo et al. 2023).
+    """Mean of sqrt((estimate - target)^2 + c^2) - c over the elements of each row.
+
+    d of Eq. 16 of (Luo et al. 2023) and of Eq. 5 of (Wang et al. 2024), as their scripts have it.
 
     Args:
         estimate: [B,4,h,w].

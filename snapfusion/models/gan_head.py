@@ -14,7 +14,7 @@ from snapfusion.models.unet import architecture_of
 
 
 class GanHead(nn.Module):
-    """Convolutions from the middle's features to one number: the head of DMD2 (Yin et al. 2024).
+    """Convolutions from the middle's features to one number: D of Eq. 4 of DMD2 (Yin et al. 2024).
 
     Features of 1280 x 8 x 8, those of SD-v1.5 at 512 px, meet the layers of its code: 4 x 4 convolutions of
     stride 2, and then over all that is left. Features of other sides are averaged to that size in between.

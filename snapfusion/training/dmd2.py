@@ -32,7 +32,7 @@ FAKE_SCORE, GAN_HEAD = "fake_score", "gan_head"
 
 
 def is_generator_step(step: int, *, fake_updates: int) -> bool:
-    """Whether a step trains the generator: the last of each `fake_updates` + 1 (Yin et al. 2024)."""
+    """Whether a step trains the generator: the last of each `fake_updates` + 1 (DMD2's Sec. 4.2)."""
     return step % (fake_updates + 1) == fake_updates
 
 
@@ -62,7 +62,7 @@ class _Noised:
 
 
 class Dmd2Objective:
-    """The losses of generator, fake score and GAN head (Yin et al. 2024, DMD2).
+    """The losses of generator, fake score and GAN head (Yin et al. 2024): Eq. 2 and 4 of DMD2, Eq. 6 of DMD.
 
     The student, called generator, predicts v. Its input in training is what it has in sampling: noise, or
     its own sample of the step before, noised again (Sec. 4.5); one number of such steps before, the depth,
@@ -139,7 +139,7 @@ class Dmd2Objective:
         return z_t, torch.full((len(z_t),), grid[-1], dtype=torch.int64, device=device)
 
     def _generator_loss(self, networks: Networks, rows: _Rows, batch: Batch) -> Tensor:
-        """The loss of each row for the generator: matching, GAN and regression, float32 [B]."""
+        """The loss of each row for the generator: matching, GAN and DMD's regression (Eq. 9), float32 [B]."""
         settings = self._settings
         z, t = self._input(networks.bare[MODEL], rows)
         passes = [(z, t, rows.c)]
@@ -157,7 +157,7 @@ class Dmd2Objective:
             logits = networks.bare[GAN_HEAD](features[0])
             loss = loss + settings.gan.generator_weight * generator_gan_loss(logits)
         for from_noise in begun:
-            # DMD compares images by LPIPS; these are latents.
+            # DMD's Eq. 9 compares images by LPIPS; these are latents.
             error = (from_noise - rows.latents).square().mean(dim=(1, 2, 3))
             loss = loss + settings.regression_weight * error
         return loss

@@ -15,7 +15,7 @@ from snapfusion.training.velocity import predict_velocity
 
 
 class LcmObjective:
-    """d(f_theta(z_t, w, c, t), f_theta-(z_s, w, c, s)) of each row: Alg. 1 of (Luo et al. 2023).
+    """d(f_theta(z_t, w, c, t), f_theta-(z_s, w, c, s)) of each row: Eq. 16, Alg. 1 of (Luo et al. 2023).
 
     z_s is the guided teacher's DDIM step from z_t through an interval of the fine grid, theta- the averaged
     weights, d the pseudo-Huber distance. The student predicts v, and w is its input unless the settings say
@@ -51,7 +51,7 @@ class LcmObjective:
         return pseudo_huber_loss(self._clean(model, rows.z_t, rows.t, rows), target, c=self._settings.huber_c)
 
     def _clean(self, model: nn.Module, z_t: Tensor, t: Tensor, rows: DistillationBatch) -> Tensor:
-        """f_theta(z_t, w, c, t); at the clean end z_t, whatever the network predicts there."""
+        """f_theta(z_t, w, c, t) of Eq. 9; at the clean end z_t, whatever the network predicts there."""
         w = rows.w.flatten() if rows.w is not None and self._settings.w_conditioned else None
         # The network knows no t = -1; its output has no weight there.
         v = predict_velocity(model, z_t, t.clamp(min=0), rows.c, w=w)

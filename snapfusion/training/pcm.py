@@ -14,13 +14,14 @@ from snapfusion.training.velocity import predict_velocity
 
 
 class PcmObjective:
-    """d(f^m_theta(z_t, t), f^m_theta-(z_s, s)) of each row, without the adversarial loss (Wang et al. 2024).
+    """d(f^m_theta(z_t, t), f^m_theta-(z_s, s)) of each row: Eq. 5 of (Wang et al. 2024) with lambda = 1.
 
-    f^m is the student's DDIM step to s_m, the end of the phase that t lies in; z_s is the teacher's DDIM step
-    from z_t through an interval of the fine grid; theta- are the student's own weights, without a gradient; d
-    is the pseudo-Huber distance. The student predicts v. It takes no guidance in training: either the teacher
-    is guided (`settings.guided`), and the student learns guided images of one pass a step; or it is not, and
-    the student is guided where it is used, with two.
+    f^m is the student's DDIM step (Eq. 3) to s_m, the end of the phase that t lies in; z_s is the teacher's
+    DDIM step (Eq. 4) from z_t through an interval of the fine grid; theta- are the student's own weights,
+    without a gradient, as in the paper's script, where Eq. 5 has their average; d is the pseudo-Huber
+    distance. The adversarial loss of Eq. 8 is left out. The student predicts v. It takes no guidance in
+    training: either the teacher is guided (`settings.guided`), and the student learns guided images of one
+    pass a step; or it is not (Sec. 3.2), and the student is guided where it is used, with two.
 
     Args:
         settings: of the loss.
@@ -50,7 +51,7 @@ class PcmObjective:
         )
 
     def _phase_end(self, model: nn.Module, z_t: Tensor, t: Tensor, c: Tensor, *, s_m: Tensor) -> Tensor:
-        """f^m_theta(z_t, t)."""
+        """f^m_theta(z_t, t) of Eq. 3."""
         v = predict_velocity(model, z_t, t.clamp(min=0), c)  # the network knows no t = -1
         estimate = self._schedule.from_v(v=v, z_t=z_t, t=t)
         return phase_function(estimate, s_m=s_m, schedule=self._schedule)

@@ -180,7 +180,7 @@ class ConsistencySettings(Settings):
         points: intervals of the fine grid, each of which is one DDIM step of the teacher. Its points hold the
             times of N sampling steps if N divides it: 40 those of 8, 4, 2 and 1, 64 also those of 16; the
             papers' 50 those of 2 and 1.
-        cfg_range: of w, the teacher's guidance, which is 1 more than the papers' scale.
+        cfg_range: of w, the teacher's guidance, which is 1 more than the scripts' scale.
         huber_c: c of the pseudo-Huber loss.
     """
 
