@@ -9,7 +9,10 @@ from jobs.cli.job import Job
 from jobs.cli.resources import runner
 from jobs.cli.state import log_table, state_of
 from jobs.cli.verb import recipe_verb
+from jobs.recipes.recipe import Recipe
 from jobs.runtime.progress import show_progress
+from pipelines.datasets.settings import differing_targets
+from snapfusion.settings import SettingsError
 
 
 def compute(job: Job) -> None:
@@ -44,6 +47,24 @@ def preview(job: Job) -> list[str]:
         f"would compute {targets.draws} targets for each latent of {job.url('latents')}, of {steps}, "
         f"{targets.cfg_probability:.0%} of them guided at {w.low} to {w.high}, into {url} ({state_of(url)})"
     ]
+
+
+def check_use(recipe: Recipe) -> None:
+    """Refuse targets that the recipe's own distillation would refuse.
+
+    Raises:
+        SettingsError: naming what differs.
+    """
+    distill, targets = recipe.distill, recipe.targets
+    p = distill.targets_settings.cfg_probability
+    differing = differing_targets(targets.teaching.to_values(), distill.targets_settings)
+    if targets.cfg_probability in (0.0, 1.0) and p != targets.cfg_probability:
+        differing.append(f"cfg_probability is {targets.cfg_probability:g} there, {p:g} here")
+    if differing:
+        raise SettingsError(
+            f"targets would not fit the training of {distill.name}: {'; '.join(differing[:3])} (there: "
+            "`targets`, here: `distill`); set the same for both"
+        )
 
 
 main = recipe_verb("compute_targets", compute, preview=preview, about=__doc__)

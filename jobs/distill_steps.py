@@ -5,7 +5,7 @@ Targets come from the teacher in the trainer (on LATENTS), or from the table TAR
 """
 
 from jobs.cli.in_run import base_model_of, connect_unless_published, describe_training, resolve_training
-from jobs.cli.inputs import distillation_table_url, teacher_and_student
+from jobs.cli.inputs import check_distillation_table, distillation_table_url, teacher_and_student
 from jobs.cli.job import Job
 from jobs.cli.verb import recipe_verb
 from jobs.runtime.logs import logger
@@ -17,6 +17,7 @@ def distill(job: Job) -> None:
 
     settings = job.recipe.distill
     url = job.url(settings.name)
+    check_distillation_table(job)
     connect_unless_published(job, "distill", url)
     teacher, student = teacher_and_student(job)
     metrics = distill_steps(
@@ -34,6 +35,7 @@ def distill(job: Job) -> None:
 def preview(job: Job) -> list[str]:
     """Describe what would be read and written."""
     settings, steps = job.recipe.distill, job.recipe.distill.steps
+    check_distillation_table(job)
     teacher, student = teacher_and_student(job)
     training = describe_training(distillation_table_url(job), settings.loop, url=job.url(settings.name))
     if settings.dmd2 is not None:

@@ -88,7 +88,9 @@ def run_pipeline(job: Job) -> None:
 
 
 def _missing(job: Job, verbs: Sequence[str]) -> list[str]:
-    """What the steps lack, a line each."""
+    """What the steps lack, a line each; targets that none of them could use are refused at once."""
+    if {"compute_targets", "distill_steps"} <= {*verbs} and job.recipe.distill.table is None:
+        compute_targets.check_use(job.recipe)
     made = missing_inputs(job.recipe, verbs, exists=lambda name: exists(job.url(name)))
     return [*missing_values(compile_mobile.licensed_recipe(job), verbs), *made]
 

@@ -11,6 +11,7 @@ from jobs.cli.job import Job
 from jobs.cli.licences import licence_of
 from jobs.cli.resources import connect_for, section_of
 from jobs.cli.state import state_of
+from jobs.recipes.recipe import Recipe
 from jobs.recipes.stages import DistillationStage
 from jobs.runtime.logs import logger
 from jobs.runtime.progress import show_progress
@@ -18,7 +19,8 @@ from jobs.training.metrics import METRICS
 from jobs.training.settings import UNetTrainingSettings
 from pipelines.storage.objects import exists, replace_object
 from snapfusion.models.source import absolute_source
-from snapfusion.training.settings import LoopSettings, StepDistillationSettings
+from snapfusion.settings import SettingsError
+from snapfusion.training.settings import LoopSettings
 
 if TYPE_CHECKING:
     from jobs.evaluation.curve_tables import StartTable
@@ -38,17 +40,20 @@ def stage_job(job: Job, stage: DistillationStage) -> Job:
     consistency = None if dmd2 else distill.consistency
     own = {"student_steps", "k", "cfg_probability", "w_conditioned"}
     steps = stage.model_dump(mode="json", include=own, exclude_none=True)
-    changes = {
-        "name": stage.name,
-        "teacher": stage.teacher,
-        "student": stage.student,
-        "table": stage.table or distill.table,
-        "steps": StepDistillationSettings.parse(distill.steps.to_values() | steps),
-        "consistency": consistency and consistency.with_steps(stage.student_steps),
-        "dmd2": dmd2 and dmd2.with_steps(stage.student_steps),
-        "loop": stage.loop or distill.loop,
-    }
-    recipe = job.recipe.model_copy(update={"distill": distill.model_copy(update=changes)})
+    try:
+        changes = {
+            "name": stage.name,
+            "teacher": stage.teacher,
+            "student": stage.student,
+            "table": stage.table or distill.table,
+            "steps": distill.steps.to_values() | steps,
+            "consistency": consistency and consistency.with_steps(stage.student_steps).to_values(),
+            "dmd2": dmd2 and dmd2.with_steps(stage.student_steps).to_values(),
+            "loop": (stage.loop or distill.loop).to_values(),
+        }
+        recipe = Recipe.parse(job.recipe.to_values() | {"distill": distill.to_values() | changes})
+    except SettingsError as error:
+        raise SettingsError(f"stage {stage.name}: {error}") from None
     return replace(job, verb="distill_steps", recipe=recipe)
 
 

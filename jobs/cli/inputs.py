@@ -89,11 +89,30 @@ def teacher_and_student(job: Job) -> tuple[str, str]:
 
 def distillation_table_url(job: Job) -> str:
     """URL of the table that the student is distilled on."""
-    if job.recipe.distill.table is not None:
-        return job.resolve(job.recipe.distill.table)
-    if job.recipe.distill.dmd2 is not None and job.recipe.distill.dmd2.reads_pairs:
-        return job.url("pairs")
-    return job.url("latents" if job.recipe.distill.targets == "online" else "targets")
+    distill = job.recipe.distill
+    return job.url(distill.table_kind) if distill.table is None else job.resolve(distill.table)
+
+
+def check_distillation_table(job: Job) -> None:
+    """Refuse a table of another kind or grid than the distillation needs, if there is one already.
+
+    Raises:
+        TableError: naming what differs. Models are compared when they are loaded.
+    """
+    from pipelines.datasets.settings import differing_targets
+    from pipelines.tables.table import TableError, is_table, open_table
+
+    distill, url = job.recipe.distill, distillation_table_url(job)
+    if not is_table(url):
+        return
+    table = open_table(url, kind=distill.table_kind)
+    if distill.table_kind != "targets":
+        return
+    if differing := differing_targets(table.identity["teaching"], distill.targets_settings):
+        raise TableError(
+            f"{url} does not fit this training: {'; '.join(differing[:3])}; train as it was made, or compute "
+            "new targets"
+        )
 
 
 def shards_url(job: Job) -> str:

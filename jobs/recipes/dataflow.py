@@ -90,7 +90,8 @@ def _nothing(recipe: Recipe) -> dict[str, str | None]:
 
 
 def _distill_reads(recipe: Recipe) -> dict[str, str | None]:
-    return _values(recipe.distill, "distill", "teacher", "student", "table")
+    reads = _values(recipe.distill, "distill", "teacher", "student", "table")
+    return reads | {"distill.table": recipe.distill.table or f"{RUN_PREFIX}{recipe.distill.table_kind}"}
 
 
 def _evaluation_reads(recipe: Recipe) -> dict[str, str | None]:
@@ -110,7 +111,10 @@ _JOBS: dict[str, tuple[Callable[[Recipe], str], Callable[[Recipe], dict[str, str
         lambda _: "efficient",
         lambda recipe: _values(recipe.efficient, "efficient", "begin", "architecture"),
     ),
-    "compute_targets": (lambda _: "targets", _distill_reads),
+    "compute_targets": (
+        lambda _: "targets",
+        lambda recipe: _values(recipe.distill, "distill", "teacher", "student"),
+    ),
     "distill_steps": (lambda recipe: recipe.distill.name, _distill_reads),
     "generate_pairs": (lambda _: "pairs", lambda recipe: _values(recipe.captions, "captions", "url")),
     "distill_decoder": (lambda _: "decoder", _nothing),

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from jobs.training.settings import DistillSettings
 from jobs.training.spec import TrainingError
 from jobs.training.student import EVALUATION_STEP
 from snapfusion.models.bundle import Bundle
@@ -77,10 +76,8 @@ def _taught_guidance(settings: LcmSettings | PcmSettings) -> dict[str, Any]:
     return {"cfg_range": {"low": 1.0, "high": 1.0}, "teacher_guidance": settings.cfg_range.to_values()}
 
 
-def check_consistency(
-    settings: LcmSettings | PcmSettings, *, distill: DistillSettings, student: Bundle
-) -> None:
-    """Refuse a student or settings that do not go with the method.
+def check_consistency(settings: LcmSettings | PcmSettings, *, student: Bundle) -> None:
+    """Refuse a student that does not go with the settings.
 
     Raises:
         TrainingError: naming what does not.
@@ -89,10 +86,6 @@ def check_consistency(
         raise TrainingError(
             f"consistency.points {settings.points} is more than the schedule's {student.schedule.num_steps} "
             "steps: lower it"
-        )
-    if isinstance(settings, LcmSettings) and distill.loop.ema_decay is None:
-        raise TrainingError(
-            "loop.ema_decay is null, and the target of method lcm is the averaged student: set it"
         )
     if not settings.targets.w_conditioned and has_guidance_embedding(student.unet):
         raise TrainingError(

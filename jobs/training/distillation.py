@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,7 +90,7 @@ def distill_steps(
         role="student",
         table=TrainingTable(
             role="data",
-            kind=_table_kind(settings),
+            kind=settings.table_kind,
             url=data_url,
             branches=() if online else _trained_branches(settings.targets_settings),
         ),
@@ -100,12 +100,6 @@ def distill_steps(
         base=base,
         on_report=on_report,
     )
-
-
-def _table_kind(settings: DistillSettings) -> Literal["latents", "pairs", "targets"]:
-    if settings.dmd2 is not None and settings.dmd2.reads_pairs:
-        return "pairs"
-    return "latents" if settings.targets == "online" else "targets"
 
 
 def assemble(inputs: TrainingInputs[DistillSettings], *, device: torch.device) -> Iterator[Training]:
@@ -254,9 +248,9 @@ def _check(settings: DistillSettings, table: Snapshot, models: Mapping[str, Bund
     teacher, student = models["teacher"], models["student"]
     _check_models(teacher=teacher, student=student)
     if settings.dmd2 is not None:
-        check_dmd2(settings.dmd2, distill=settings, teacher=teacher, student=student)
+        check_dmd2(settings.dmd2, teacher=teacher, student=student)
     elif settings.consistency is not None:
-        check_consistency(settings.consistency, distill=settings, student=student)
+        check_consistency(settings.consistency, student=student)
     else:
         _check_steps(settings.steps, teacher=teacher, student=student)
     if settings.lora is not None:
@@ -271,11 +265,7 @@ def _check_steps(steps: StepDistillationSettings, *, teacher: Bundle, student: B
             f"the student {student.source} is w-conditioned, so its guidance is an input and not computed: "
             "set steps.w_conditioned=true"
         )
-    if steps.k * steps.student_steps > teacher.schedule.num_steps:
-        raise TrainingError(
-            f"steps.k {steps.k} times steps.student_steps {steps.student_steps} is more than the schedule's "
-            f"{teacher.schedule.num_steps} steps: lower one of them"
-        )
+    steps.check_schedule(teacher.schedule.num_steps)
 
 
 def _check_lora(settings: DistillSettings, lora: LoraSettings, *, student: Bundle) -> None:
@@ -286,11 +276,6 @@ def _check_lora(settings: DistillSettings, lora: LoraSettings, *, student: Bundl
         raise TrainingError(
             f"{section}.w_conditioned is true, and an adapter cannot hold the input that this adds to "
             f"{student.source}: set it to false"
-        )
-    if settings.trainer.sharding == "fsdp":
-        raise TrainingError(
-            "trainer.sharding is fsdp, which an adapter is not trained with: set trainer.sharding=none; its "
-            "moments, gradients and average are small"
         )
 
 

@@ -114,23 +114,14 @@ def dmd2_record(settings: Dmd2Settings, *, schedule: Schedule) -> dict[str, Any]
     }
 
 
-def check_dmd2(settings: Dmd2Settings, *, distill: DistillSettings, teacher: Bundle, student: Bundle) -> None:
-    """Refuse models or settings that do not go with the method.
+def check_dmd2(settings: Dmd2Settings, *, teacher: Bundle, student: Bundle) -> None:
+    """Refuse models that do not go with the method and its settings.
 
     Raises:
         TrainingError: naming what does not.
+        ValueError: if the steps do not divide those of the models' schedule.
     """
-    num_steps, cycle = student.schedule.num_steps, settings.fake_updates + 1
-    if num_steps % settings.steps:
-        raise TrainingError(
-            f"dmd2.steps {settings.steps} does not divide the schedule's {num_steps}, so stock diffusers "
-            "would sample the student at other times: set a divisor, such as 1, 2, 4, 5 or 8"
-        )
-    if distill.loop.num_steps < cycle:
-        raise TrainingError(
-            f"loop.num_steps {distill.loop.num_steps} ends before the generator's first update, which is in "
-            f"step {cycle}: {settings.fake_updates} of the fake score come before it (dmd2.fake_updates)"
-        )
+    settings.check_schedule(student.schedule.num_steps)
     for bundle, role in ((teacher, "teacher"), (student, "student")):
         if has_guidance_embedding(bundle.unet):
             raise TrainingError(

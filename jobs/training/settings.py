@@ -157,6 +157,29 @@ class TableTrainingSettings(Settings):
             changes["loader"] = self.loader.model_copy(update={"lanes": 1})
         return self.model_copy(update=changes)
 
+    @model_validator(mode="after")
+    def _workers_share_a_batch(self) -> Self:
+        trainer, rows = self.trainer, self.loop.global_batch
+        if reason := unshared_batch(rows, world=trainer.num_workers, sharding=trainer.sharding):
+            raise ValueError(reason)
+        return self
+
+
+def unshared_batch(global_batch: int, *, world: int, sharding: Sharding) -> str | None:
+    """Say why `world` workers cannot share a global batch of that many rows; None if they can.
+
+    There may be too few rows, or shares of sharded workers would differ: those gather the network layer by
+    layer together, and one of them would wait for ever.
+    """
+    if world > global_batch:
+        return f"{world} workers cannot share a global batch of {global_batch} rows: take fewer workers"
+    if sharding == "fsdp" and global_batch % world:
+        return (
+            f"{world} workers cannot share a global batch of {global_batch} rows evenly, which sharding=fsdp "
+            "needs: choose a multiple, or trainer.sharding=none"
+        )
+    return None
+
 
 class UNetTrainingSettings(TableTrainingSettings):
     """Settings that every training of a UNet has.
@@ -233,6 +256,32 @@ class DistillSettings(UNetTrainingSettings):
                 "set targets=online"
             )
         return self
+
+    @model_validator(mode="after")
+    def _objective_goes_with_the_loop(self) -> Self:
+        if self.dmd2 is not None and self.loop.num_steps <= self.dmd2.fake_updates:
+            raise ValueError(
+                f"loop.num_steps {self.loop.num_steps} ends before the generator's first update, which is in "
+                f"step {self.dmd2.fake_updates + 1}: {self.dmd2.fake_updates} of the fake score come before "
+                "it (dmd2.fake_updates)"
+            )
+        if isinstance(self.consistency, LcmSettings) and self.loop.ema_decay is None:
+            raise ValueError(
+                "loop.ema_decay is null, and the target of method lcm is the averaged student: set it"
+            )
+        if self.lora is not None and self.trainer.sharding == "fsdp":
+            raise ValueError(
+                "trainer.sharding is fsdp, which an adapter is not trained with: set trainer.sharding=none; "
+                "its moments, gradients and average are small"
+            )
+        return self
+
+    @property
+    def table_kind(self) -> Literal["latents", "pairs", "targets"]:
+        """What the training table holds, and its name in the run."""
+        if self.dmd2 is not None and self.dmd2.reads_pairs:
+            return "pairs"
+        return "latents" if self.targets == "online" else "targets"
 
     @property
     def objective(self) -> str:

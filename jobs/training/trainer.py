@@ -28,7 +28,7 @@ from jobs.training.callback import TrainingCallback, open_loggers
 from jobs.training.initial_state import initial_state
 from jobs.training.loggers import check_loggers
 from jobs.training.progress_channel import OnReport, progress_channel
-from jobs.training.settings import Sharding, TrainerSettings
+from jobs.training.settings import TrainerSettings, unshared_batch
 from jobs.training.spec import Training, TrainingError, TrainingFactory, first_differences
 from pipelines.ray_data.metrics import TrainingMeter
 from pipelines.storage.objects import replace_object
@@ -218,7 +218,9 @@ def _run_training(
 ) -> TrainingResult:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    check_batch_split(training.settings.global_batch, world=world, sharding=settings.sharding)
+    # As many as there are: with `min_workers` that may be fewer than the settings were checked for.
+    if reason := unshared_batch(training.settings.global_batch, world=world, sharding=settings.sharding):
+        raise TrainingError(reason)
     device = next(training.model.parameters()).device
     sharded = settings.sharding == "fsdp" and world > 1
     state = initial_state(training, sharded=sharded)
@@ -264,22 +266,6 @@ def _run_training(
         evaluation=evaluation,
         environment=_environment(settings, device=device),
     )
-
-
-def check_batch_split(global_batch: int, *, world: int, sharding: Sharding) -> None:
-    """Check that `world` workers can share a global batch of that many rows.
-
-    Raises:
-        TrainingError: if there are too few rows, or if shares of sharded workers would differ: those gather
-            the network layer by layer together, and one of them would wait for ever.
-    """
-    if world > global_batch:
-        raise TrainingError(f"{world} workers cannot share a global batch of {global_batch} rows")
-    if sharding == "fsdp" and global_batch % world:
-        raise TrainingError(
-            f"{world} workers cannot share a global batch of {global_batch} rows evenly, which sharding=fsdp "
-            "needs: choose a multiple, or trainer.sharding=none"
-        )
 
 
 def resume(state: TrainState, *, store: CheckpointStore, identity: dict[str, Any], rank: int) -> None:

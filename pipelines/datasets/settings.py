@@ -1,5 +1,8 @@
 """Settings of the tables LATENTS, PAIRS, TARGETS, SAMPLES and REFERENCES, and of compacted ones."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import Field
 
 from pipelines.ray_data.settings import Pool
@@ -18,7 +21,8 @@ from pipelines.stages.settings import (
 from pipelines.tables.settings import Bounds
 from snapfusion.mini.split import Split
 from snapfusion.mini.vocabulary import NUM_CAPTIONS
-from snapfusion.settings import FOLDER_NAME, Settings
+from snapfusion.settings import FOLDER_NAME, Settings, differences
+from snapfusion.training.settings import StepDistillationSettings
 
 
 class BuildSettings(Settings):
@@ -149,6 +153,18 @@ class TargetsSettings(BuildSettings):
     device: Device = Device()
     readers: Pool = Pool(cpus=0.25)
     teachers: Pool = Pool()
+
+
+def differing_targets(teaching: Mapping[str, Any], steps: StepDistillationSettings) -> list[str]:
+    """Describe how the teaching of TARGETS differs from what a training needs.
+
+    Args:
+        teaching: values of `TeacherSettings`, as settings or a table's identity have them.
+        steps: of the training; settings of a branch that it never takes change nothing for it.
+    """
+    p, needed = steps.cfg_probability, steps.to_values()
+    names = ["student_steps", "k", *["cfg_range"] * (p > 0.0), *["caption_dropout"] * (p < 1.0)]
+    return [line for name in names for line in differences(teaching[name], needed[name], name)]
 
 
 class CompactionSettings(Settings):

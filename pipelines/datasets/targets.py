@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipelines.datasets.build import BuildOptions, Identity, build_table, model_stage
 from pipelines.datasets.latents import check_latents, file_hashes, image_size_of, without_size
 from pipelines.datasets.recompute import check_same, device_of, packed
-from pipelines.datasets.settings import TargetsSettings
+from pipelines.datasets.settings import TargetsSettings, differing_targets
 from pipelines.loading.branches import branch_and_draw, count_branch_rows, unit_name
 from pipelines.loading.buckets import is_bucketed
 from pipelines.ray_data.execution import PipelineStage
@@ -32,8 +32,7 @@ from pipelines.tables.verification import CannotRecompute, Recompute
 from snapfusion.models.bundle import Bundle
 from snapfusion.models.load import load
 from snapfusion.noise import noise_key, uniform
-from snapfusion.sampling import time_grid
-from snapfusion.settings import SettingsError, differences
+from snapfusion.settings import differences
 from snapfusion.training.settings import BRANCHES, StepDistillationSettings
 
 
@@ -70,11 +69,11 @@ def compute_targets(
     Raises:
         TableError: if the table was made with other settings, another teacher or other LATENTS; or the
             LATENTS with another VAE than the teacher's.
-        SettingsError: if the schedule has fewer steps than the settings need.
+        ValueError: if the schedule has fewer steps than the settings need.
         TooManyRejected: when the rejected fraction exceeds its bound.
     """
     bundle = load(teacher)
-    _check_grid(settings.teaching, schedule_steps=bundle.schedule.num_steps)
+    settings.teaching.check_schedule(bundle.schedule.num_steps)
     check_latents(latents, bundle=bundle)
     identity = identity_of(settings, model=bundle.describe(), latents=latents.identity)
     schema = _schema(settings.teaching, bundle=bundle, latents=latents.identity)
@@ -147,16 +146,9 @@ def check_targets(
         raise TableError(f"{table.url} holds {identity['kind']}; targets are needed")
     p = steps.cfg_probability
     guided, vanilla = p > 0.0, p < 1.0
-    # Settings of a branch that the training never takes change nothing for it.
-    names = ["student_steps", "k"]
-    if guided:
-        names.append("cfg_range")
-    if vanilla:
-        names.append("caption_dropout")
-    settings = steps.to_values()
-    recorded = {"teacher": identity["model"], **{name: identity["teaching"][name] for name in names}}
     differing = [
-        *differences(recorded, {"teacher": teacher, **{name: settings[name] for name in names}}),
+        *differing_targets(identity["teaching"], steps),
+        *differences(identity["model"], teacher, "teacher"),
         *differences(_shared_with_student(identity["model"]), _shared_with_student(student), "student"),
     ]
     if differing:
@@ -236,13 +228,3 @@ def _shared_with_student(model: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a model's identity that student and teacher share: latents, times, conditions (App. D)."""
     shared = {name: without_size(model)[name] for name in ("scaling_factor", "latent_shape", "schedule")}
     return {**shared, "weights": {name: model["weights"][name] for name in ("text_encoder", "vae")}}
-
-
-def _check_grid(teaching: TeacherSettings, *, schedule_steps: int) -> None:
-    try:
-        time_grid(teaching.k * teaching.student_steps, schedule_steps=schedule_steps)
-    except ValueError:
-        raise SettingsError(
-            f"targets.teaching: k {teaching.k} times student_steps {teaching.student_steps} is more than the "
-            f"schedule's {schedule_steps} steps"
-        ) from None

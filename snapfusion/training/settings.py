@@ -9,6 +9,9 @@ from snapfusion.settings import Settings
 BRANCHES: Final = {False: "vanilla", True: "guided"}
 """Names of the branches of SnapFusion Eq. 11, by whether a step is guided."""
 
+SCHEDULE_STEPS: Final = 1000
+"""Timesteps of Stable Diffusion 1 and 2, by which settings are checked before a model is loaded."""
+
 Decay = Literal["constant", "cosine"]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 """A probability that may be 0 but not 1."""
@@ -136,6 +139,23 @@ class TargetSettings(Settings):
     k: PositiveInt = 2
     cfg_range: CfgRange = CfgRange()
     caption_dropout: Probability = 0.1
+
+    @model_validator(mode="after")
+    def _grid_is_of_the_schedule(self) -> Self:
+        self.check_schedule(SCHEDULE_STEPS)
+        return self
+
+    def check_schedule(self, num_steps: int) -> None:
+        """Refuse a grid of more steps than a schedule has.
+
+        Raises:
+            ValueError: if it has.
+        """
+        if self.k * self.student_steps > num_steps:
+            raise ValueError(
+                f"k {self.k} times student_steps {self.student_steps} is more than the schedule's "
+                f"{num_steps} steps: lower one of them"
+            )
 
 
 class StepDistillationSettings(TargetSettings):
@@ -313,6 +333,23 @@ class Dmd2Settings(Settings):
     fake: NetworkSettings | None = None
     gan: GanSettings | None = GanSettings()
     regression_weight: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _steps_divide_the_schedule(self) -> Self:
+        self.check_schedule(SCHEDULE_STEPS)
+        return self
+
+    def check_schedule(self, num_steps: int) -> None:
+        """Refuse steps that do not divide a schedule's.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        if num_steps % self.steps:
+            raise ValueError(
+                f"{self.steps} steps do not divide the schedule's {num_steps}, so stock diffusers would "
+                "sample the student at other times: set a divisor, such as 1, 2, 4, 5 or 8"
+            )
 
     @model_validator(mode="after")
     def _times_are_in_order(self) -> Self:

@@ -14,7 +14,6 @@ from jobs import command
 from jobs.evaluation.images import distillation_mismatch, generate_images
 from jobs.training.distillation import _check, assemble
 from jobs.training.settings import DistillSettings
-from jobs.training.spec import TrainingError
 from pipelines.datasets.settings import TargetsSettings
 from pipelines.datasets.targets import compute_targets
 from pipelines.stages.settings import TeacherSettings
@@ -22,7 +21,6 @@ from pipelines.tables.table import TableError
 from snapfusion.models.load import load
 from snapfusion.noise import gaussian_batch, noise_key, step_noise
 from snapfusion.sampling import time_grid
-from snapfusion.settings import SettingsError
 from snapfusion.training.settings import CfgRange, LcmSettings, PcmSettings
 
 LCM = LcmSettings(points=8, steps=4, cfg_range=CfgRange(low=2.0, high=6.0))
@@ -162,17 +160,6 @@ def test_guided_pcm_student_is_sampled_without_guidance(teacher, latents):
     assert record["timesteps"] == [999, 749, 499, 249]
     record = _check(settings_of(PCM.model_copy(update={"guided": False})), latents, models)
     assert "cfg_range" not in record
-
-
-def test_what_does_not_go_together_is_refused(teacher, latents):
-    models = dict.fromkeys(("teacher", "student"), load(teacher))
-    plain = settings_of(LCM, loop=DISTILL.loop.model_copy(update={"ema_decay": None}))
-    with pytest.raises(TrainingError, match=r"loop\.ema_decay is null, and the target of method lcm"):
-        _check(plain, latents, models)
-    with pytest.raises(SettingsError, match="9 steps are more than 8 points"):
-        LcmSettings.parse({"points": 8, "steps": 9})
-    with pytest.raises(SettingsError, match="consistency"):
-        DISTILL.with_values(['consistency={"method": "pcm", "points": 50}'])
 
 
 def test_identity_states_the_objective_that_is_used():

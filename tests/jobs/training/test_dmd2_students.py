@@ -1,6 +1,7 @@
 """DMD2 students: trained on LATENTS and on PAIRS, saved, sampled; and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,7 @@ from jobs import command
 from jobs.cli.in_run import stage_job
 from jobs.cli.job import Job, resolve_recipe
 from jobs.evaluation.images import distillation_mismatch
-from jobs.training.distillation import _check, _table_kind, assemble
-from jobs.training.spec import TrainingError
+from jobs.training.distillation import _check, assemble
 from pipelines.datasets.pairs import generate_pairs
 from pipelines.datasets.settings import PairsSettings
 from pipelines.loading.loader import count_trainable
@@ -23,7 +23,7 @@ from pipelines.stages.settings import Generation
 from pipelines.tables.table import TableError, open_table
 from snapfusion.models.errors import ModelError
 from snapfusion.models.load import load
-from snapfusion.settings import SettingsError
+from snapfusion.schedule import Schedule
 from snapfusion.training.dmd2 import FAKE_SCORE, GAN_HEAD
 from snapfusion.training.networks import MODEL
 from snapfusion.training.settings import Dmd2Settings
@@ -120,7 +120,7 @@ def test_timesteps_of_another_grid_are_refused(trained, tmp_path):
 
 def test_regression_reads_pairs(teacher, latents, models):
     pairs, settings = pairs_at(1.75, teacher=teacher, latents=latents), settings_of(REGRESSION)
-    assert _table_kind(settings) == "pairs"
+    assert settings.table_kind == "pairs"
     assert _check(settings, pairs, models)["method"] == "dmd2"
     inputs = inputs_of(pairs, settings, count=count_trainable, teacher=teacher, student=teacher)
     [training] = assemble(inputs, device=torch.device("cpu"))
@@ -131,20 +131,15 @@ def test_regression_reads_pairs(teacher, latents, models):
     with pytest.raises(TableError, match=r"was generated at guidance 1\.75, and dmd2\.guidance is 3"):
         _check(settings_of(other), pairs, models)
     # The GAN's table is LATENTS, whose latents are real.
-    assert _table_kind(settings_of(DMD2)) == "latents"
+    assert settings_of(DMD2).table_kind == "latents"
     with pytest.raises(TableError, match="holds pairs; latents is needed"):
-        open_table(pairs.url, kind=_table_kind(settings_of(DMD2)))
+        open_table(pairs.url, kind=settings_of(DMD2).table_kind)
 
 
-def test_what_does_not_go_together_is_refused(latents, models):
-    with pytest.raises(TrainingError, match=r"dmd2\.steps 3 does not divide the schedule's 1000"):
-        _check(settings_of(DMD2.model_copy(update={"steps": 3})), latents, models)
-    with pytest.raises(TrainingError, match=r"loop\.num_steps 4 ends before .* in step 11"):
-        _check(settings_of(Dmd2Settings()), latents, models)
-    with pytest.raises(SettingsError, match="dmd2 takes no targets from a table"):
-        DISTILL.with_values(['dmd2={"steps": 4}', "targets=table"])
-    with pytest.raises(SettingsError, match="dmd2 and consistency are two objectives"):
-        DISTILL.with_values(['dmd2={"steps": 4}', 'consistency={"method": "pcm"}'])
+def test_steps_divide_those_of_the_models_schedule(latents, models):
+    shorter = {role: replace(bundle, schedule=Schedule(num_steps=500)) for role, bundle in models.items()}
+    with pytest.raises(ValueError, match="8 steps do not divide the schedule's 500"):
+        _check(settings_of(DMD2.model_copy(update={"steps": 8})), latents, shorter)
 
 
 def test_identity_states_the_objective_that_is_used():

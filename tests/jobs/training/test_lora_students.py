@@ -203,8 +203,6 @@ def test_what_an_adapter_cannot_do_is_refused(teacher, latents, monkeypatch):
     refused(
         TrainingError, r"consistency\.w_conditioned is true, and an adapter cannot", consistency=conditioned
     )
-    sharded = DISTILL.trainer.model_copy(update={"sharding": "fsdp"})
-    refused(TrainingError, r"trainer\.sharding is fsdp", trainer=sharded)
     unknown = ADAPTER.model_copy(update={"modules": ("to_q", "to_x")})
     refused(lora.LoraError, r"lora\.modules names 'to_x', with which no linear", lora=unknown)
     monkeypatch.setattr(lora, "find_spec", lambda _: None)

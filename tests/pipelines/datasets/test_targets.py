@@ -337,10 +337,9 @@ def test_latents_of_another_vae_or_tokenizer_are_refused(latents, tmp_path, part
         compute(tmp_path / "targets", other, latents)
 
 
-def test_grid_finer_than_the_schedule_is_refused(latents, tiny_teacher, tmp_path):
-    settings = SETTINGS.with_values(["teaching.student_steps=600"])
+def test_grid_finer_than_the_schedule_is_refused():
     with pytest.raises(SettingsError, match=r"k 2 times student_steps 600 .* 1000"):
-        compute(tmp_path / "targets", tiny_teacher, latents, settings=settings)
+        SETTINGS.with_values(["teaching.student_steps=600"])
 
 
 def test_units_are_recomputed_bit_for_bit(targets, latents, tiny_teacher):
