@@ -10,23 +10,34 @@ from statistics import median
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 from torch.nn.utils import clip_grad_norm_
 
 from snapfusion.models.bundle import Bundle
+from snapfusion.models.gan_head import head_for
 from snapfusion.models.guidance_embedding import guidance_embedding, with_guidance_embedding
 from snapfusion.models.load import load
 from snapfusion.sampling import time_grid
 from snapfusion.training.batch import Batch
 from snapfusion.training.captions import CaptionEncoder
 from snapfusion.training.distillation_batch import OnlineTargets
+from snapfusion.training.dmd2 import (
+    FAKE_SCORE,
+    GAN_HEAD,
+    Dmd2Objective,
+    draw_depth,
+    is_generator_step,
+)
 from snapfusion.training.lcm import LcmObjective
 from snapfusion.training.loop import new_state, train
 from snapfusion.training.networks import MODEL
 from snapfusion.training.pcm import PcmObjective
 from snapfusion.training.settings import (
     CfgRange,
+    Dmd2Settings,
     LcmSettings,
     LoopSettings,
+    NetworkSettings,
     PcmSettings,
     StepDistillationSettings,
 )
@@ -42,6 +53,10 @@ OBJECTIVES = {
     "LCM": LcmSettings(cfg_range=CFG_RANGE),
     "PCM": PcmSettings(cfg_range=CFG_RANGE),
 }
+# One update of the fake score for each of the generator's, so that both are measured as often.
+DMD2 = Dmd2Settings(steps=4, fake_updates=1)
+DMD2_LOOP = LOOP.model_copy(update={"num_steps": 2 * TURNS + 4})
+BESIDE = NetworkSettings(learning_rate=1e-5)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -69,7 +84,7 @@ class BareLoop:
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_([*self.average.parameters()], [*self.model.parameters()], 0.01)
-        return float(loss)
+        return float(loss.detach())
 
     def losses(self):
         points = getattr(self.settings, "points", None) or self.settings.student_steps
@@ -164,6 +179,80 @@ class BareLoop:
         return ((error**2 + 0.001**2).sqrt() - 0.001).mean(dim=(1, 2, 3))
 
 
+class BareDmd2(BareLoop):
+    """Steps of DMD2 written out, in turns of the fake score with the head and of the generator."""
+
+    def __init__(self, settings, *, beside, **parts) -> None:
+        super().__init__(settings, **parts)
+        self.fake, self.head = beside
+        self.grid, self.steps = time_grid(settings.steps), 0
+        self.optimizers = {
+            network: torch.optim.AdamW(network.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
+            for network in (self.fake, self.head)
+        } | {self.model: self.optimizer}
+        self.features = []
+        self.fake.mid_block.register_forward_hook(lambda *call: self.features.append(call[2]))
+
+    def step(self) -> float:
+        generator = is_generator_step(self.steps, fake_updates=self.settings.fake_updates)
+        depth = draw_depth(0, self.steps, steps=self.settings.steps)
+        self.steps += 1
+        trained = [self.model] if generator else [self.fake, self.head]
+        for network, optimizer in self.optimizers.items():
+            network.requires_grad_(requires_grad=network in trained)
+            optimizer.zero_grad(set_to_none=True)
+        loss = (self.generator_loss if generator else self.fake_loss)(depth).mean()
+        loss.backward()
+        for network in trained:
+            clip_grad_norm_(network.parameters(), 1.0)
+            self.optimizers[network].step()
+        if generator:
+            with torch.no_grad():
+                torch._foreach_lerp_([*self.average.parameters()], [*self.model.parameters()], 0.01)
+        return float(loss.detach())
+
+    def sample(self, depth, c):
+        """The generator's x with a gradient, of its own samples of the times before."""
+        z = torch.randn_like(self.latent)
+        times = [torch.full((ROWS,), t) for t in self.grid[: depth + 1]]
+        for t, after in itertools.pairwise(times):
+            with torch.no_grad():
+                x = self.x(self.model, z, t, c)
+            z = self.alpha(after) * x + self.sigma(after) * torch.randn_like(z)
+        return self.x(self.model, z, times[-1], c)
+
+    def x(self, network, z, t, c):
+        return self.estimate(self.velocity(network, z, t, c), z, t)[0]
+
+    def fake_loss(self, depth):
+        c = self.teacher.encode_text(self.token_ids).clone()
+        with torch.no_grad():
+            x = self.sample(depth, c)
+        both, t = torch.cat([x, self.latent]), torch.randint(1000, (2 * ROWS,))
+        eps = torch.randn_like(both)
+        z = self.alpha(t) * both + self.sigma(t) * eps
+        self.features.clear()
+        v = self.velocity(self.fake, z, t, torch.cat([c, c]))[:ROWS]
+        velocity = (self.alpha(t) * eps - self.sigma(t) * both)[:ROWS]
+        fake, real = self.head(self.features[0]).chunk(2)
+        return (v - velocity).square().mean(dim=(1, 2, 3)) + 1e-2 * (softplus(fake) + softplus(-real))
+
+    def generator_loss(self, depth):
+        c = self.teacher.encode_text(self.token_ids).clone()
+        x = self.sample(depth, c)
+        with torch.no_grad():
+            t = torch.randint(20, 981, (ROWS,))
+            z = self.alpha(t) * x + self.sigma(t) * torch.randn_like(x)
+            x_real, _ = self.taught(z, t, c, self.settings.guidance)
+            distance = (x - x_real).abs().mean(dim=(1, 2, 3), keepdim=True)
+            target = x - (self.x(self.fake, z, t, c) - x_real) / distance
+        matching = 0.5 * (x - target).square().mean(dim=(1, 2, 3))
+        t = torch.randint(1000, (ROWS,))
+        self.features.clear()
+        self.velocity(self.fake, self.alpha(t) * x + self.sigma(t) * torch.randn_like(x), t, c)
+        return matching + 1e-3 * softplus(-self.head(self.features[0]))
+
+
 def objective_of(settings, *, teacher, captions):
     targets = settings if isinstance(settings, StepDistillationSettings) else settings.targets
     online = OnlineTargets(teacher, captions=captions, settings=targets, seed=0)
@@ -179,46 +268,86 @@ def test_step_takes_as_long_as_a_bare_loop(name, capsys):
     w_conditioned = getattr(settings, "w_conditioned", False)
 
     def student():
-        unet = load("mini-v").unet
-        unet = with_guidance_embedding(unet) if w_conditioned else unet
-        return unet.requires_grad_(requires_grad=True)
+        unet = trainable("mini-v")
+        return with_guidance_embedding(unet).requires_grad_(requires_grad=True) if w_conditioned else unet
 
-    torch.manual_seed(0)
-    latent = 0.5 * torch.randn(ROWS, *teacher.latent_shape)
-    token_ids = teacher.tokenize(["a large red circle at the top on a white background"] * ROWS)
-    bare = BareLoop(settings, teacher=teacher, model=student(), latent=latent, token_ids=token_ids)
-    batch = Batch(
-        ids=tuple(map(str, range(ROWS))), columns={"latent": latent, "token_ids": token_ids.to(torch.int32)}
-    )
+    bare = BareLoop(settings, teacher=teacher, model=student(), **rows_of(teacher))
     model = student()
     averaged = {MODEL: copy.deepcopy(model)} if name == "LCM" else None
-    seconds, losses, mark = {"ours": [], "bare": []}, {"ours": [], "bare": []}, [time.process_time()]
+    pairs = interleaved(
+        new_state(model, settings=LOOP, averaged=averaged),
+        objective_of(settings, teacher=teacher, captions=CaptionEncoder(teacher)),
+        bare=bare,
+        loop=LOOP,
+    )
+    assert_speed(name, pairs, capsys)
+
+
+def test_dmd2_takes_as_long_as_a_bare_loop(capsys):
+    teacher = load("mini-v")
+
+    def beside():
+        fake = trainable("mini-v")
+        return fake, head_for(fake, seed=0)
+
+    bare = BareDmd2(DMD2, teacher=teacher, model=trainable("mini-v"), beside=beside(), **rows_of(teacher))
+    others = dict(zip((FAKE_SCORE, GAN_HEAD), ((network, BESIDE) for network in beside()), strict=True))
+    pairs = interleaved(
+        new_state(trainable("mini-v"), settings=DMD2_LOOP, others=others),
+        Dmd2Objective(DMD2, teacher=teacher, captions=CaptionEncoder(teacher), seed=0),
+        bare=bare,
+        loop=DMD2_LOOP,
+    )
+    for network, name in ((MODEL, "DMD2, generator"), (FAKE_SCORE, "DMD2, fake score and head")):
+        assert_speed(name, [pair for pair in pairs if pair[0].network == network], capsys)
+
+
+def trainable(name):
+    return load(name).unet.requires_grad_(requires_grad=True)
+
+
+def rows_of(teacher):
+    torch.manual_seed(0)
+    token_ids = teacher.tokenize(["a large red circle at the top on a white background"] * ROWS)
+    return {"latent": 0.5 * torch.randn(ROWS, *teacher.latent_shape), "token_ids": token_ids}
+
+
+def interleaved(state, objective, *, bare, loop):
+    """Each step with its CPU seconds, the loss of a step of the bare loop after it, and its CPU seconds."""
+    batch = Batch(
+        ids=tuple(map(str, range(ROWS))),
+        columns={"latent": bare.latent, "token_ids": bare.token_ids.to(torch.int32)},
+    )
+    pairs, mark = [], [time.process_time()]
 
     def after_step(step):
-        """Take a step of the other loop between two of this one."""
-        seconds["ours"].append(time.process_time() - mark[0])
-        losses["ours"].append(step.loss)
+        """Take a step of the other loop between two of this one, so that both meet the same machine."""
+        seconds = time.process_time() - mark[0]
         began = time.process_time()
-        losses["bare"].append(bare.step())
-        seconds["bare"].append(time.process_time() - began)
+        loss = bare.step()
+        pairs.append((step, seconds, loss, time.process_time() - began))
         mark[0] = time.process_time()
 
     train(
-        new_state(model, settings=LOOP, averaged=averaged),
-        objective=objective_of(settings, teacher=teacher, captions=CaptionEncoder(teacher)),
+        state,
+        objective=objective,
         batches=itertools.repeat(batch),
-        settings=LOOP,
+        settings=loop,
         micro_batch=ROWS,
         after_step=after_step,
     )
-    # The first steps allocate. Of each pair of steps, so that both meet the same load of the machine.
-    pairs = list(zip(seconds["ours"][2:], seconds["bare"][2:], strict=True))
-    ours, others = (median(times) for times in zip(*pairs, strict=True))
-    speed = median(other / own for own, other in pairs)
+    return pairs
+
+
+def assert_speed(name, pairs, capsys):
+    # The first steps allocate.
+    steps, ours, losses, others = zip(*pairs[2:], strict=True)
+    speed = median(other / own for own, other in zip(ours, others, strict=True))
+    loss = median(step.loss for step in steps)
     with capsys.disabled():
         print(
-            f"\n{name}: {1e3 * ours:.1f} CPU ms a step, {1e3 * others:.1f} of the bare loop, speed "
-            f"{speed:.3f} of it; losses {median(losses['ours']):.4g} and {median(losses['bare']):.4g}"
+            f"\n{name}: {1e3 * median(ours):.1f} CPU ms a step, {1e3 * median(others):.1f} of the bare loop, "
+            f"speed {speed:.3f} of it; losses {loss:.4g} and {median(losses):.4g}"
         )
-    assert 0.5 < median(losses["ours"]) / median(losses["bare"]) < 2.0  # so the maths is the same
+    assert 0.5 < loss / median(losses) < 2.0  # so the maths is the same
     assert speed >= LEAST
