@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jobs.training.dmd2_costs import Dmd2Costs, dmd2_costs
+from jobs.training.lora_costs import LoraCosts, lora_costs
 from jobs.training.settings import (
     DecoderSettings,
     DistillSettings,
@@ -26,7 +27,6 @@ from pipelines.costs.stage import (
     vae_decodes,
 )
 from snapfusion.models.architecture import Architecture
-from snapfusion.models.cost import Cost
 from snapfusion.models.network_sizes import NetworkSizes
 from snapfusion.training.passes import guided_steps, student_passes, teacher_passes
 from snapfusion.training.settings import Dmd2Settings, LoopSettings
@@ -37,6 +37,13 @@ class _Loaded(NamedTuple):
 
     model: float
     beside: float = 0.0
+
+
+class _Network(NamedTuple):
+    """Trained parameters of a network, and frozen ones through which the gradient passes."""
+
+    parameters: int
+    frozen: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +97,11 @@ class TrainingCosts:
         trained = loop.global_batch * sum(count * passes[branch] for branch, count in counts.items())
         # The held-out rows of each branch are evaluated before and after the training, without L_ori.
         evaluated = 2 * self._evaluated(settings) * sum(2 if branch else 1 for branch in counts)
+        checkpointing, lora = settings.gradient_checkpointing, None
+        if settings.lora is not None:
+            lora = lora_costs(settings.lora, student, tokens=sizes.tokens, checkpointing=checkpointing)
         works = [
-            Work(kind="train", units=trained, gmacs=sizes.of(student).gmacs),
+            Work(kind="train", units=trained, gmacs=(lora or sizes.of(student)).gmacs),
             unet_passes(evaluated, student, sizes=sizes, replicated=True),
         ]
         if is_consistency:
@@ -115,6 +125,7 @@ class TrainingCosts:
             teacher_bytes=teacher_bytes if online else 0,
             # The driver holds the teacher, whose hash is part of the identity, while it loads the student.
             beside_bytes=(sizes.of(teacher).parameters + sizes.frozen) * WEIGHT_BYTES,
+            lora=lora,
         )
         return replace(stage, name=settings.name)
 
@@ -156,7 +167,7 @@ class TrainingCosts:
         return replace(self, row_bytes=row_bytes, unit_rows=unit_rows)._training(
             "distill_decoder",
             settings,
-            network=sizes.half,
+            network=_Network(sizes.half.parameters),
             works=(train, vae_decodes(rows, sizes=sizes)) if online else (train,),
             activations=sizes.half_bytes + (2 * sizes.vae_bytes if online else 0),
             frozen_bytes=(sizes.unet.parameters + sizes.frozen) * WEIGHT_BYTES,
@@ -176,24 +187,30 @@ class TrainingCosts:
         teacher_bytes: int = 0,
         beside_bytes: int = 0,
         beside: Dmd2Costs | None = None,
+        lora: LoraCosts | None = None,
     ) -> StageCost:
         network, checkpointing = self.sizes.of(unet), settings.gradient_checkpointing
         if checkpointing and not self.checkpointed:
             # Checkpointing repeats the forward pass of every trained row.
             repeated = sum(work.units for work in works if work.kind == "train")
             works = (*works, unet_passes(repeated, unet, sizes=self.sizes))
-        # The folder has `model` and, if an average is kept, `raw`.
+        # The folder has `model` and, if an average is kept, `raw`; and an adapter of each in two layouts.
         models = 1 if settings.loop.ema_decay is None else 2
+        saved = network.parameters + self.sizes.frozen + (2 * lora.parameters if lora else 0)
+        if beside:
+            activations = beside.activations
+        elif lora:
+            activations = passes * lora.activations
+        else:
+            activations = passes * self.sizes.unet_bytes(unet, trained=True, checkpointing=checkpointing)
         return self._training(
             verb,
             settings,
-            network=network,
+            network=_Network(lora.parameters, network.parameters) if lora else _Network(network.parameters),
             works=works,
-            activations=beside.activations
-            if beside
-            else passes * self.sizes.unet_bytes(unet, trained=True, checkpointing=checkpointing),
+            activations=activations,
             frozen_bytes=self.sizes.frozen * WEIGHT_BYTES + teacher_bytes,
-            output_bytes=(network.parameters + self.sizes.frozen) * WEIGHT_BYTES * models,
+            output_bytes=saved * WEIGHT_BYTES * models,
             loaded=_Loaded(
                 loading_memory(unet=network.parameters, frozen=self.sizes.frozen), beside=beside_bytes
             ),
@@ -205,7 +222,7 @@ class TrainingCosts:
         verb: str,
         settings: UNetTrainingSettings | DecoderSettings,
         *,
-        network: Cost,
+        network: _Network,
         works: tuple[Work, ...],
         activations: int,
         frozen_bytes: int,
@@ -214,15 +231,15 @@ class TrainingCosts:
         trainings: int = 1,
         beside: Dmd2Costs | None = None,
     ) -> StageCost:
-        loop, trainer, weights = settings.loop, settings.trainer, network.parameters * WEIGHT_BYTES
+        loop, trainer, parameters = settings.loop, settings.trainer, network.parameters
         averages = 0 if loop.ema_decay is None else 1
         checkpoints = ceil_div(loop.num_steps, trainer.checkpoint_every) * trainings
         steps = trainings * loop.num_steps
         others = beside.beside if beside else 0
-        updates = beside.updates if beside else steps * network.parameters / 1e6
+        updates = beside.updates if beside else steps * parameters / 1e6
         update = Work(kind="update", units=updates, replicated=True)
         # Weights, AdamW's two moments and the average.
-        saved = (3 + averages) * network.parameters + 3 * others
+        saved = (3 + averages) * parameters + 3 * others
         return StageCost(
             name=verb,
             verb=verb,
@@ -243,21 +260,22 @@ class TrainingCosts:
                 settings,
                 trainings=trainings,
                 checkpoints=checkpoints,
-                parameters=network.parameters,
+                parameters=parameters,
                 others=others,
             ),
             driver=_driver(
-                weights=trainings * (1 + averages) * weights,
+                weights=trainings * (1 + averages) * parameters * WEIGHT_BYTES,
                 loaded=loaded,
                 output_bytes=output_bytes,
             ),
             peak_bytes=training_memory(
-                parameters=network.parameters,
+                parameters=parameters,
                 beside=others,
                 loop=loop,
                 trainer=trainer,
                 row_bytes=activations,
                 frozen_bytes=frozen_bytes,
+                frozen_parameters=network.frozen,
                 moment_bytes=self.moment_bytes,
             ),
         )
@@ -316,6 +334,7 @@ def training_memory(
     frozen_bytes: int,
     moment_bytes: float,
     beside: int = 0,
+    frozen_parameters: int = 0,
 ) -> float:
     """Peak bytes of one worker of a training.
 
@@ -328,6 +347,7 @@ def training_memory(
         frozen_bytes: of networks that are not trained.
         moment_bytes: of the optimizer's moments, per parameter.
         beside: parameters of other networks that are trained in steps of their own, without an average.
+        frozen_parameters: weights of the trained network that are not trained, beside an adapter.
     """
     workers, sharded = trainer.num_workers, trainer.sharding == "fsdp"
     state_bytes = 2 * WEIGHT_BYTES + moment_bytes + (WEIGHT_BYTES if loop.ema_decay is not None else 0)
@@ -339,9 +359,10 @@ def training_memory(
     else:
         networks = state + ((parameters + beside) * WEIGHT_BYTES if workers > 1 else 0)
     autocast = loop.precision != "float32"
-    casts = (parameters + beside) * DTYPE_BYTES[loop.precision] if autocast else 0
+    # A copy of a frozen weight is kept, too, as the gradient passes through its layer.
+    casts = (parameters + beside + frozen_parameters) * DTYPE_BYTES[loop.precision] if autocast else 0
     rows = min(trainer.micro_batch, loop.global_batch)
     activations = casts + rows * row_bytes * (1 if autocast else 2) * ALLOCATOR_SLACK
     # AdamW updates all parameters at once and copies them once more; activations are freed by then.
     updating = max(parameters, beside) * WEIGHT_BYTES / (workers if sharded else 1)
-    return networks + frozen_bytes + max(activations, updating)
+    return networks + frozen_bytes + frozen_parameters * WEIGHT_BYTES + max(activations, updating)

@@ -83,18 +83,26 @@ def _fused_attention() -> Iterator[None]:
         functional.scaled_dot_product_attention = original
 
 
-def peak_bytes(network: nn.Module, run: Callable[[], Tensor], *, trained: bool) -> int:
+def peak_bytes(
+    network: nn.Module,
+    run: Callable[[], Tensor],
+    *,
+    trained: bool,
+    trained_part: nn.Module | None = None,
+) -> int:
     """Peak bytes of tensors other than weights and gradients while `run` calls the network.
 
     Args:
         network: on any device, the meta device included.
         run: the forward pass.
         trained: whether a backward pass follows.
+        trained_part: the part of the network that is trained then; None for all of it.
     """
-    network.requires_grad_(trained).train(trained)
+    network.requires_grad_(requires_grad=False).train(trained)
+    (trained_part or network).requires_grad_(trained)
     ignored = {buffer.untyped_storage()._cdata for buffer in network.buffers()}
     for parameter in network.parameters():
-        parameter.grad = torch.zeros_like(parameter) if trained else None
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         ignored |= {one.untyped_storage()._cdata for one in (parameter, parameter.grad) if one is not None}
     live = _LiveBytes(ignored)
     with _fused_attention(), torch.set_grad_enabled(trained), live:
@@ -102,6 +110,29 @@ def peak_bytes(network: nn.Module, run: Callable[[], Tensor], *, trained: bool) 
         if trained:
             output.float().pow(2).mean().backward()
     return live.peak
+
+
+def unet_pass(unet: nn.Module, architecture: Architecture, *, tokens: int) -> Callable[[], Tensor]:
+    """A pass of a UNet of this architecture for one latent, in its dtype, on the meta device.
+
+    Args:
+        unet: on that device.
+        architecture: of the UNet.
+        tokens: of an encoded caption.
+    """
+    with torch.device("meta"):
+        dtype = next(unet.parameters()).dtype
+        side, width = architecture.sample_size, architecture.guidance_embedding
+        z = torch.empty(1, architecture.in_channels, side, side, dtype=dtype)
+        c = torch.empty(1, tokens, architecture.context, dtype=dtype)
+        w = None if width is None else torch.empty(1, width, dtype=dtype)
+        t = torch.zeros(1)
+
+    def run() -> Tensor:
+        sample: Tensor = unet(z, t, encoder_hidden_states=c, timestep_cond=w).sample
+        return sample
+
+    return run
 
 
 @functools.lru_cache(maxsize=64)
@@ -116,13 +147,6 @@ def unet_bytes(architecture: Architecture, *, tokens: int, trained: bool, checkp
     """
     with torch.device("meta"):
         unet = block_unet(architecture).to(_DTYPE)
-        side, width = architecture.sample_size, architecture.guidance_embedding
-        z = torch.empty(1, architecture.in_channels, side, side, dtype=_DTYPE)
-        c = torch.empty(1, tokens, architecture.context, dtype=_DTYPE)
-        w = None if width is None else torch.empty(1, width, dtype=_DTYPE)
-        t = torch.zeros(1)
     if checkpointing:
         unet.enable_gradient_checkpointing()
-    return peak_bytes(
-        unet, lambda: unet(z, t, encoder_hidden_states=c, timestep_cond=w).sample, trained=trained
-    )
+    return peak_bytes(unet, unet_pass(unet, architecture, tokens=tokens), trained=trained)
