@@ -80,7 +80,9 @@ def phase_ends(interval: Tensor, *, points: int, phases: int, schedule: Schedule
     """
     if points % phases:
         raise ValueError(f"{phases} phases do not divide {points} points; a divisor is needed")
-    grid = torch.tensor(time_grid(phases, schedule_steps=schedule.num_steps), device=interval.device)
+    grid = torch.tensor(time_grid(phases, schedule_steps=schedule.num_steps)).to(
+        interval.device, non_blocking=True
+    )
     return grid[interval * phases // points + 1]
 
 

@@ -63,7 +63,7 @@ def teacher_target(
         raise ValueError(f"k is {k}; the teacher takes at least 1 step")
     _check(interval, student_steps=student_steps)
     times = time_grid(k * student_steps, schedule_steps=schedule.num_steps)
-    grid = torch.tensor(times, device=z_t.device)
+    grid = torch.tensor(times).to(z_t.device, non_blocking=True)
     first = interval * k
     z = z_t
     with torch.no_grad():

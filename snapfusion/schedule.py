@@ -81,7 +81,9 @@ class Schedule:
                 f"t spans {int(t.min())} .. {int(t.max())}; -1 .. {self.num_steps - 1} is accepted"
             )
         values: Tensor = getattr(self, table)  # index 0 is t = -1, the clean end
-        return values.to(device=t.device, dtype=torch.float32)[t + 1].view(-1, 1, 1, 1)
+        # Not blocking: the host would wait for all that an accelerator has to do.
+        on_device = values.to(device=t.device, dtype=torch.float32, non_blocking=True)
+        return on_device[t + 1].view(-1, 1, 1, 1)
 
     def diffuse(self, *, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """z_t = alpha_t x + sigma_t eps. SnapFusion Eq. 1; shapes as in the legend."""

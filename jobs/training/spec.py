@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipelines.loading.loader import PrepareBatch
 from snapfusion.settings import differences
 from snapfusion.training.batch import Batch
 from snapfusion.training.loop import AnyObjective
@@ -35,8 +36,10 @@ class Batches(Iterator[Batch], Protocol):
 class Loader(Protocol):
     """Source of batches, such as `pipelines.loading.loader.BatchLoader`."""
 
-    def batches(self, start: int, *, rank: int = 0, world: int = 1) -> Batches:
-        """The share of `rank` in global batch `start`, `start` + 1, ..."""
+    def batches(
+        self, start: int, *, rank: int = 0, world: int = 1, prepare: PrepareBatch | None = None
+    ) -> Batches:
+        """The share of `rank` in global batch `start`, `start` + 1, ..., prepared in a thread."""
 
 
 @dataclass(frozen=True, kw_only=True)

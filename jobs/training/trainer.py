@@ -35,6 +35,7 @@ from pipelines.storage.objects import replace_object
 from pipelines.storage.retry import with_retries
 from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
 from snapfusion.training.loop import UnusableStepError, train
+from snapfusion.training.row_draws import draw_rows
 from snapfusion.training.state import BestWeights, StateError, TrainState
 
 
@@ -225,7 +226,8 @@ def _run_training(
     sharded = settings.sharding == "fsdp" and world > 1
     state = initial_state(training, sharded=sharded)
     resume(state, store=store, identity=training.identity, rank=rank)
-    batches = training.loader.batches(state.step, rank=rank, world=world)
+    draw = partial(draw_rows, training.objective)
+    batches = training.loader.batches(state.step, rank=rank, world=world, prepare=draw)
     with (
         closing(batches),
         open_loggers(training, store=store, done=state.step, settings=settings, rank=rank) as loggers,

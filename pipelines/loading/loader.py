@@ -86,6 +86,13 @@ class LoaderOptions(TypedDict):
     settings: LoaderSettings
 
 
+class PrepareBatch(Protocol):
+    """Adds to a batch what its step needs beside the rows, such as their random draws."""
+
+    def __call__(self, batch: Batch, *, step: int) -> Batch:
+        """The batch of a step, prepared."""
+
+
 class PrefetchingLoader(ABC):
     """Base of the loaders: their batches are decoded in a thread."""
 
@@ -93,9 +100,20 @@ class PrefetchingLoader(ABC):
     def stream(self, start: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """This rank's share of global batches `start`, `start` + 1, ... without end, decoded on demand."""
 
-    def batches(self, start: int, *, rank: int = 0, world: int = 1, depth: int = 2) -> Prefetcher[Batch]:
-        """As `stream`, but a thread decodes up to `depth` batches ahead; the caller closes it."""
-        return Prefetcher(self.stream(start, rank=rank, world=world), depth=depth)
+    def batches(
+        self,
+        start: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        depth: int = 2,
+        prepare: PrepareBatch | None = None,
+    ) -> Prefetcher[Batch]:
+        """As `stream`, but a thread makes up to `depth` batches ahead, prepared; the caller closes it."""
+        batches = self.stream(start, rank=rank, world=world)
+        if prepare is not None:
+            batches = (prepare(batch, step=step) for step, batch in enumerate(batches, start))
+        return Prefetcher(batches, depth=depth)
 
 
 class BatchLoader(PrefetchingLoader):

@@ -49,6 +49,10 @@ class Batch:
             columns = {name: column[part] for name, column in self.columns.items()}
             yield Batch(ids=self.ids[part], columns=columns)
 
+    def with_columns(self, columns: Mapping[str, Tensor]) -> Batch:
+        """Return the batch with more columns."""
+        return Batch(ids=self.ids, columns={**self.columns, **columns})
+
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on `device`."""
         columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}

@@ -17,6 +17,12 @@ from snapfusion.training.draws import draw_guidance, draw_intervals, interval_en
 from snapfusion.training.settings import TargetSettings
 from snapfusion.training.velocity import NoisyBatch
 
+_EPS, _INTERVAL, _GUIDANCE, _DROPPED = "target_eps", "target_interval", "target_w", "target_dropped"
+"""Columns of a batch with draws: eps of the latent's shape; interval int64, w float32, dropped bool, all [B].
+
+w are of guided rows, dropped captions of vanilla ones.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationBatch(NoisyBatch):
@@ -35,6 +41,9 @@ class DistillationBatch(NoisyBatch):
 
 class TargetSource(Protocol):
     """Provides the distillation targets of a batch."""
+
+    def draw(self, batch: Batch, *, guided: bool, step: int) -> Batch:
+        """As `snapfusion.training.row_draws.DrawingObjective.draw`, of a guided step or another."""
 
     def __call__(self, batch: Batch, *, guided: bool, step: int) -> DistillationBatch:
         """Return the noised rows and targets of a batch at a step, on the batch's device."""
@@ -55,23 +64,41 @@ class OnlineTargets:
     ) -> None:
         self._teacher, self._captions, self._settings, self._seed = teacher, captions, settings, seed
 
+    def draw(self, batch: Batch, *, guided: bool, step: int) -> Batch:
+        """Add noise, interval, and guidance scale or caption dropout."""
+        if _EPS in batch.columns:
+            return batch
+        return self._draw(batch, [row_key(self._seed, row, step) for row in batch.ids], guided=guided)
+
     def __call__(self, batch: Batch, *, guided: bool, step: int) -> DistillationBatch:
         """Noise rows with columns latent and token_ids, and compute their targets."""
-        return self.compute(batch, [row_key(self._seed, row, step) for row in batch.ids], guided=guided)
+        return self._compute(self.draw(batch, guided=guided, step=step), guided=guided)
 
     def compute(self, batch: Batch, keys: Sequence[int], *, guided: bool) -> DistillationBatch:
         """As `__call__`, with the draws of each row given by its key."""
+        return self._compute(self._draw(batch, keys, guided=guided), guided=guided)
+
+    def _draw(self, batch: Batch, keys: Sequence[int], *, guided: bool) -> Batch:
+        settings = self._settings
+        draws = {
+            _EPS: gaussian_batch(keys, batch["latent"].shape[1:]),
+            _INTERVAL: draw_intervals(keys, student_steps=settings.student_steps),
+        }
+        if guided:
+            draws[_GUIDANCE] = draw_guidance(keys, cfg_range=settings.cfg_range)
+        elif settings.caption_dropout:
+            draws[_DROPPED] = draw_caption_dropout(keys, fraction=settings.caption_dropout)
+        return batch.with_columns(draws)
+
+    def _compute(self, batch: Batch, *, guided: bool) -> DistillationBatch:
+        """The targets of a batch with its draws."""
         x, schedule, settings = batch["latent"], self._teacher.schedule, self._settings
-        eps = gaussian_batch(keys, x.shape[1:]).to(x.device)
-        interval = draw_intervals(keys, student_steps=settings.student_steps).to(x.device)
+        drawn = batch.to(x.device)
+        eps, interval = drawn[_EPS], drawn[_INTERVAL]
         t, _ = interval_ends(interval, student_steps=settings.student_steps, schedule=schedule)
         z_t = schedule.diffuse(x=x, eps=eps, t=t)
-        dropped, w = None, None
-        if guided:
-            w = draw_guidance(keys, cfg_range=settings.cfg_range).view(-1, 1, 1, 1).to(x.device)
-        elif settings.caption_dropout:
-            dropped = draw_caption_dropout(keys, fraction=settings.caption_dropout).to(x.device)
-        c = self._captions.encode(batch["token_ids"], dropped=dropped)
+        w = drawn[_GUIDANCE].view(-1, 1, 1, 1) if guided else None
+        c = self._captions.encode(batch["token_ids"], dropped=drawn.columns.get(_DROPPED))
         # The teacher keeps its own dtype under the trainer's autocast, so that a target is the same bits
         # whether it is computed here or for the table.
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -92,10 +119,17 @@ class StoredTargets:
     def __init__(self, *, captions: CaptionEncoder, schedule: Schedule) -> None:
         self._captions, self._schedule = captions, schedule
 
+    def draw(self, batch: Batch, *, guided: bool, step: int) -> Batch:
+        """Add the noise."""
+        if _EPS in batch.columns:
+            return batch
+        keys = batch["noise_key"].tolist()
+        return batch.with_columns({_EPS: gaussian_batch(keys, batch["latent"].shape[1:])})
+
     def __call__(self, batch: Batch, *, guided: bool, step: int) -> DistillationBatch:
         """Convert rows with the columns of TARGETS, all vanilla or all guided."""
         x, t = batch["latent"], batch["t"].long()
-        eps = gaussian_batch(batch["noise_key"].tolist(), x.shape[1:]).to(x.device)
+        eps = self.draw(batch, guided=guided, step=step).to(x.device)[_EPS]
         return DistillationBatch(
             x=x,
             eps=eps,

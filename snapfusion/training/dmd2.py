@@ -3,6 +3,7 @@
 Every draw of a row follows from the seed, its id and the step; that of the depth from the seed and the step.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,14 +42,22 @@ def draw_depth(seed: int, step: int, *, steps: int) -> int:
     return int(uniform(noise_key("depth", seed, step), 1)[0] * steps)
 
 
+_INPUT, _PAIR = "input", "pair"
+"""Names of the noise that a sample begins with: of a step, and of the regression's pairs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """Captions c [B,L,D] float32, the key of each row, and the latents of the table [B,4,h,w] float32."""
+    """Captions c [B,L,D] float32, the key of each row, and the latents of the table [B,4,h,w] float32.
+
+    `noise` has the noise of each draw, by its name, of the latents' shape.
+    """
 
     c: Tensor
     keys: list[int]
     latents: Tensor
     depth: int
+    noise: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,30 +99,67 @@ class Dmd2Objective:
             return (MODEL,)
         return (FAKE_SCORE,) if self._settings.gan is None else (FAKE_SCORE, GAN_HEAD)
 
+    def draw(self, batch: Batch, *, step: int) -> Batch:
+        """As `snapfusion.training.row_draws.DrawingObjective.draw`: all noise of the step."""
+        settings = self._settings
+        if MODEL not in self.turn(step):
+            return self._draw(batch, ["fake"] if settings.gan is None else ["fake", "real"], step=step)
+        drawn = self._draw(
+            batch, ["matching"] if settings.gan is None else ["matching", "generator GAN"], step=step
+        )
+        if not settings.regression_weight or _column(_PAIR) in batch.columns:
+            return drawn
+        keys = batch["noise_key"].tolist()
+        return drawn.with_columns({_column(_PAIR): gaussian_batch(keys, batch["latent"].shape[1:])})
+
     def __call__(self, networks: Networks, batch: Batch, *, step: int) -> Tensor:
         """Return the loss of each row, float32 [B]; the batch has columns latent, token_ids, or more.
 
         With the regression it is of PAIRS and has their noise_key, too.
         """
-        rows = self._rows(batch, step=step)
+        rows = self._rows(self.draw(batch, step=step), step=step)
         if MODEL not in self.turn(step):
             return self._fake_loss(networks, rows)
-        return self._generator_loss(networks, rows, batch)
+        return self._generator_loss(networks, rows)
 
     @torch.no_grad()
     def held_out(self, networks: Networks, batch: Batch, *, step: int) -> Tensor:
         """The matching loss of held-out rows alone, float32 [B], with the networks as they are."""
-        rows = self._rows(batch, step=step)
+        rows = self._rows(self._draw(batch, ["matching"], step=step), step=step)
         z, t = self._input(networks.bare[MODEL], rows)
         x = _estimate(networks.bare[MODEL], z, t, rows.c, schedule=self._schedule).x
         return self._matching_loss(networks, rows, x)
 
+    def _draw(self, batch: Batch, draws: Sequence[str], *, step: int) -> Batch:
+        """Add the noise of the input and of draws, by name."""
+        if _column(_INPUT) in batch.columns:
+            return batch
+        keys, shape = self._keys(batch, step=step), batch["latent"].shape[1:]
+        of_step = step_noise(keys, shape, device=torch.device("cpu"))
+        noise = {_INPUT: gaussian_batch(keys, shape)}
+        noise |= {f"step {t}": of_step(t) for t in self._grid[1 : self._depth(step) + 1]}
+        noise |= {draw: gaussian_batch(_keys_of(draw, keys), shape) for draw in draws}
+        return batch.with_columns({_column(name): eps for name, eps in noise.items()})
+
+    def _keys(self, batch: Batch, *, step: int) -> list[int]:
+        return [row_key(self._seed, row, step) for row in batch.ids]
+
+    def _depth(self, step: int) -> int:
+        return draw_depth(self._seed, step, steps=self._settings.steps)
+
     def _rows(self, batch: Batch, *, step: int) -> _Rows:
+        """The rows of a batch that has the noise of the step."""
+        on_device = batch.to(batch["latent"].device)
         return _Rows(
             c=self._captions.encode(batch["token_ids"]),
-            keys=[row_key(self._seed, row, step) for row in batch.ids],
+            keys=self._keys(batch, step=step),
             latents=batch["latent"],
-            depth=draw_depth(self._seed, step, steps=self._settings.steps),
+            depth=self._depth(step),
+            noise={
+                name.removeprefix(_column("")): noise
+                for name, noise in on_device.columns.items()
+                if name.startswith(_column(""))
+            },
         )
 
     @torch.no_grad()
@@ -122,7 +168,6 @@ class Dmd2Objective:
 
         The sampler's own steps and noise, so that an input is what `generate` would give it.
         """
-        shape, device = rows.latents.shape[1:], rows.latents.device
         grid = self._grid[: rows.depth + 1]
 
         def denoise(z_t: Tensor, t: Tensor) -> Estimate:
@@ -130,22 +175,21 @@ class Dmd2Objective:
 
         z_t = sample(
             denoise,
-            gaussian_batch(rows.keys, shape).to(device),
+            rows.noise[_INPUT],
             grid=grid,
             schedule=self._schedule,
             solver=CONSISTENCY,
-            noise=step_noise(rows.keys, shape, device=device),
+            noise=lambda t: rows.noise[f"step {t}"],
         )
-        return z_t, torch.full((len(z_t),), grid[-1], dtype=torch.int64, device=device)
+        return z_t, torch.full((len(z_t),), grid[-1], dtype=torch.int64, device=z_t.device)
 
-    def _generator_loss(self, networks: Networks, rows: _Rows, batch: Batch) -> Tensor:
+    def _generator_loss(self, networks: Networks, rows: _Rows) -> Tensor:
         """The loss of each row for the generator: matching, GAN and DMD's regression (Eq. 9), float32 [B]."""
         settings = self._settings
         z, t = self._input(networks.bare[MODEL], rows)
         passes = [(z, t, rows.c)]
         if settings.regression_weight:
-            noise = gaussian_batch(batch["noise_key"].tolist(), rows.latents.shape[1:]).to(z.device)
-            passes.append((noise, torch.full_like(t, self._grid[0]), rows.c))
+            passes.append((rows.noise[_PAIR], torch.full_like(t, self._grid[0]), rows.c))
         # All passes are one batch, because DistributedDataParallel allows one forward call per step.
         z, t, c = (torch.cat(columns) for columns in zip(*passes, strict=True))
         x, *begun = _estimate(networks.trained[MODEL], z, t, c, schedule=self._schedule).x.split(len(rows.c))
@@ -209,10 +253,20 @@ class Dmd2Objective:
         self, x: Tensor, rows: _Rows, *, draw: str, first: int = 0, last: int | None = None
     ) -> _Noised:
         """Noise latents at times drawn for each row; `draw` keeps the draws of a step apart."""
-        keys = [noise_key(draw, key) for key in rows.keys]
-        eps = gaussian_batch(keys, x.shape[1:]).to(x.device)
-        t = draw_timesteps(keys, schedule=self._schedule, first=first, last=last).to(x.device)
+        eps, keys = rows.noise[draw], _keys_of(draw, rows.keys)
+        t = draw_timesteps(keys, schedule=self._schedule, first=first, last=last)
+        t = t.to(x.device, non_blocking=True)
         return _Noised(x=x, eps=eps, t=t, z_t=self._schedule.diffuse(x=x, eps=eps, t=t))
+
+
+def _column(name: str) -> str:
+    """The column of a batch that holds the noise of a draw."""
+    return f"noise of {name}"
+
+
+def _keys_of(draw: str, keys: Sequence[int]) -> list[int]:
+    """The keys of a draw from those of the rows."""
+    return [noise_key(draw, key) for key in keys]
 
 
 def _estimate(generator: nn.Module, z_t: Tensor, t: Tensor, c: Tensor, *, schedule: Schedule) -> Estimate:

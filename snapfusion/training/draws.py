@@ -39,7 +39,7 @@ def draw_guidance(keys: Sequence[int], *, cfg_range: CfgRange) -> Tensor:
 def interval_ends(interval: Tensor, *, student_steps: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """Return t and t'' of each row, the first and last timestep of its interval: int64 [B] each."""
     grid = time_grid(student_steps, schedule_steps=schedule.num_steps)
-    times = torch.tensor(grid, device=interval.device)
+    times = torch.tensor(grid).to(interval.device, non_blocking=True)
     return times[interval], times[interval + 1]
 
 

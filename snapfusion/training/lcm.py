@@ -36,6 +36,10 @@ class LcmObjective:
         """The student, at each step."""
         return (MODEL,)
 
+    def draw(self, batch: Batch, *, step: int) -> Batch:
+        """As `snapfusion.training.row_draws.DrawingObjective.draw`."""
+        return self._targets.draw(batch, guided=True, step=step)
+
     def __call__(self, networks: Networks, batch: Batch, *, step: int) -> Tensor:
         """Return the loss of each row, float32 [B]."""
         rows = self._targets(batch, guided=True, step=step)

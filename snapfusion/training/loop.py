@@ -9,7 +9,7 @@ Of several networks a step trains one or some, by one loss; whose turn it is fol
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -197,8 +197,8 @@ def train(
             for name, network in step.networks.items()
         }
         with read_only(step.others, averages=step.averages):
-            loss = _accumulate(step, batch, settings=settings, micro_batch=micro_batch)
-        norms = _update(step, batch, rates=rates)
+            losses = _accumulate(step, batch, settings=settings, micro_batch=micro_batch)
+        loss, norms = _update(step, batch, losses, settings=settings, rates=rates)
         state.step += 1
         own_metrics: Mapping[str, float] = {}
         if stateful is not None:
@@ -216,6 +216,14 @@ def train(
                 metrics={f"{name}/grad_norm": norms[name] for name in beside} | dict(own_metrics),
             )
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Losses:
+    """The losses of this rank's share: their sum, float64 [], and which of them are finite, bool [B]."""
+
+    total: Tensor
+    finite: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,14 +290,14 @@ def _averaged(networks: Mapping[str, TrainedNetwork], name: str) -> nn.Module:
     return ema.module
 
 
-def _accumulate(step: _Step, batch: Batch, *, settings: LoopSettings, micro_batch: int) -> float:
-    """Accumulate the gradient of the mean loss over the global batch; return that mean."""
+def _accumulate(step: _Step, batch: Batch, *, settings: LoopSettings, micro_batch: int) -> _Losses:
+    """Accumulate the gradient of the mean loss over the global batch; does not wait for the device."""
     for network in step.networks.values():
         network.optimizer.zero_grad(set_to_none=True)
     device = next(network.model.parameters()).device
     # Summed in float64, so that the reported mean hardly depends on how rows are split.
     total = torch.zeros((), dtype=torch.float64, device=device)
-    unusable = list[str]()
+    finite = list[Tensor]()
     pieces = list(batch.split(micro_batch))
     for piece in pieces:
         with _sync_gradients(step.models.values(), enabled=piece is pieces[-1]):
@@ -299,18 +307,26 @@ def _accumulate(step: _Step, batch: Batch, *, settings: LoopSettings, micro_batc
             # DDP and FSDP average gradients over ranks: scaled by their number, it is the mean over all rows.
             (losses.sum() * (_world_size() / settings.global_batch)).backward()
         total += losses.detach().double().sum()
-        # Collected over all pieces before an error is raised, so that it names every bad row of the batch.
-        finite = losses.detach().isfinite().tolist()
-        unusable += [row for row, good in zip(piece.ids, finite, strict=True) if not good]
-    return _mean_over_ranks(total, unusable, batch=batch, step=step.number, settings=settings)
+        finite.append(losses.detach().isfinite())
+    return _Losses(total=total, finite=torch.cat(finite))
 
 
-def _update(step: _Step, batch: Batch, *, rates: Mapping[str, float]) -> dict[str, float]:
-    """Update the networks that the step trains; return the norm of each one's gradient."""
-    norms = dict[str, float]()
-    for name, network in step.networks.items():
-        clipped = nn.utils.clip_grad_norm_(network.model.parameters(), network.settings.clip_norm)
-        norms[name] = float(full_tensor(clipped))
+def _update(
+    step: _Step, batch: Batch, losses: _Losses, *, settings: LoopSettings, rates: Mapping[str, float]
+) -> tuple[float, dict[str, float]]:
+    """Update the networks that the step trains; return the mean loss and the norm of each one's gradient."""
+    total = losses.total
+    sums = torch.stack([total, torch.full_like(total, len(batch)), (~losses.finite).sum().double()])
+    if _world_size() > 1:
+        dist.all_reduce(sums)
+    clipped = [
+        full_tensor(nn.utils.clip_grad_norm_(network.model.parameters(), network.settings.clip_norm)).double()
+        for network in step.networks.values()
+    ]
+    # Read together: each read makes the host wait for the device. Checks, logs and reports need no other.
+    values = torch.cat([sums, torch.stack(clipped)]).tolist()
+    loss = _mean_over_ranks(values[:3], losses, batch=batch, step=step.number, settings=settings)
+    norms = dict(zip(step.networks, values[3:], strict=True))
     # All of them before any is updated: an error leaves the weights of the step before.
     for norm in norms.values():
         if not math.isfinite(norm):
@@ -319,24 +335,22 @@ def _update(step: _Step, batch: Batch, *, rates: Mapping[str, float]) -> dict[st
             raise NonFiniteLossError(reason, step=step.number, rows=_gather_ids(list(batch.ids)))
     for name, network in step.networks.items():
         network.update(rate=rates[name])
-    return norms
+    return loss, norms
 
 
 def _mean_over_ranks(
-    total: Tensor, unusable: list[str], *, batch: Batch, step: int, settings: LoopSettings
+    sums: Sequence[float], losses: _Losses, *, batch: Batch, step: int, settings: LoopSettings
 ) -> float:
-    """Return the mean loss of the global batch."""
+    """Return the mean loss of the global batch; `sums` over ranks are of losses, rows and unusable rows."""
     # Every error is raised on all ranks, from reduced values: a rank that raised alone would leave the others
     # waiting in the next collective.
-    counts = torch.tensor([len(batch), len(unusable)], dtype=torch.float64, device=total.device)
-    sums = torch.cat([total.view(1), counts])
-    if _world_size() > 1:
-        dist.all_reduce(sums)
-    loss, all_rows, all_unusable = sums.tolist()
+    loss, all_rows, all_unusable = sums
     if all_rows != settings.global_batch:
         raise ValueError(f"step {step} got {all_rows:.0f} rows; the global batch is {settings.global_batch}")
     if all_unusable:
         reason = f"the loss of step {step} is not finite in"
+        finite = losses.finite.tolist()
+        unusable = [row for row, good in zip(batch.ids, finite, strict=True) if not good]
         raise NonFiniteLossError(reason, step=step, rows=_gather_ids(unusable))
     mean = float(loss / settings.global_batch)
     if settings.max_loss is not None and mean > settings.max_loss:

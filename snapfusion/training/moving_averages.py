@@ -39,7 +39,7 @@ class MovingAverages:
         sums = self._sums[:, self._rows[name]]
         sums[0].index_add_(0, group, values)
         sums[1].index_add_(0, group, torch.ones_like(values))
-        sums[:, -1] += torch.stack([values.sum(), torch.tensor(float(len(values)), device=values.device)])
+        sums[:, -1] += torch.stack([values.sum(), torch.ones_like(values).sum()])
 
     def end_step(self) -> None:
         """Update the averages with the rows of the step."""

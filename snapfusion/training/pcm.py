@@ -32,6 +32,10 @@ class PcmObjective:
     def __init__(self, settings: PcmSettings, *, targets: TargetSource, schedule: Schedule) -> None:
         self._settings, self._targets, self._schedule = settings, targets, schedule
 
+    def draw(self, batch: Batch, *, step: int) -> Batch:
+        """As `snapfusion.training.row_draws.DrawingObjective.draw`."""
+        return self._targets.draw(batch, guided=self._settings.guided, step=step)
+
     def __call__(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
         """Return the loss of each row, float32 [B]."""
         return self.loss(model, self._targets(batch, guided=self._settings.guided, step=step))

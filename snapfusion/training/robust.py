@@ -9,6 +9,7 @@ from snapfusion.models.blocks import blocks_of, set_skipped_blocks
 from snapfusion.noise import noise_key, uniform
 from snapfusion.training.batch import Batch
 from snapfusion.training.loop import Objective
+from snapfusion.training.row_draws import draw_rows
 from snapfusion.training.settings import SkipSettings
 
 
@@ -26,6 +27,10 @@ class RobustObjective:
 
     def __init__(self, objective: Objective, *, settings: SkipSettings, seed: int) -> None:
         self._objective, self._settings, self._seed = objective, settings, seed
+
+    def draw(self, batch: Batch, *, step: int) -> Batch:
+        """As `DrawingObjective.draw`, of the other objective."""
+        return draw_rows(self._objective, batch, step=step)
 
     def __call__(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
         """Return the loss of each row, float32 [B]."""

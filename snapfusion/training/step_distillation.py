@@ -73,6 +73,11 @@ class StepDistillationObjective:
         ratio = self._ratio(BRANCHES[guided])
         return self._settings.gamma * ratio if ratio is not None else 0.0
 
+    def draw(self, batch: Batch, *, step: int) -> Batch:
+        """As `snapfusion.training.row_draws.DrawingObjective.draw`."""
+        batch = self._targets.draw(batch, guided=self.guided(step), step=step)
+        return self._add_noise.draw(batch, step=step) if self._original_at_own_times else batch
+
     def __call__(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
         """Return the loss of each row, float32 [B]."""
         guided = self.guided(step)
@@ -108,9 +113,7 @@ class StepDistillationObjective:
         """Return the student's v, guided if the rows are, its L_ori [B] if any, and the interval of L_ori."""
         settings, null = self._settings, self._captions.null
         w = None if settings.w_conditioned else rows.w
-        noisy = None
-        if settings.gamma and settings.original_times == "schedule":
-            noisy = self._add_noise(batch, step=step)
+        noisy = self._add_noise(batch, step=step) if self._original_at_own_times else None
         # All passes are one batch, because DistributedDataParallel allows one forward call per step. The
         # gradient flows through each of them, so also through the unconditional half of the guidance.
         passes = [(rows.z_t, rows.t, rows.c)]
@@ -125,6 +128,11 @@ class StepDistillationObjective:
             return v, noisy.loss(outputs[-1], schedule=self._schedule), self._interval_at(noisy.t)
         original = rows.loss(outputs[0], schedule=self._schedule) if settings.gamma else None
         return v, original, rows.interval
+
+    @property
+    def _original_at_own_times(self) -> bool:
+        """Whether L_ori has noise and times of its own."""
+        return bool(self._settings.gamma) and self._settings.original_times == "schedule"
 
     def _w_input(self, rows: DistillationBatch, *, num_rows: int) -> Tensor | None:
         """Return the w input of a w-conditioned student, float32 [num_rows]: 1 in the rows of L_ori."""
@@ -156,7 +164,7 @@ class StepDistillationObjective:
     def _interval_at(self, t: Tensor) -> Tensor:
         """Return the interval of the student's grid that contains t, noisy end included: int64 [B]."""
         times = time_grid(self._settings.student_steps, schedule_steps=self._schedule.num_steps)
-        starts = torch.tensor(times[:-1], device=t.device)
+        starts = torch.tensor(times[:-1]).to(t.device, non_blocking=True)
         return (starts >= t.view(-1, 1)).sum(dim=1) - 1
 
     def _ratio(self, branch: str, interval: int = -1) -> float | None:

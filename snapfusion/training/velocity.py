@@ -14,6 +14,9 @@ from snapfusion.training.batch import Batch
 from snapfusion.training.captions import CaptionEncoder, draw_caption_dropout
 from snapfusion.training.settings import VelocitySettings
 
+_EPS, _TIME, _DROPPED = "original_eps", "original_t", "original_dropped"
+"""Columns of a batch with draws: eps of the latent's shape, t int64 [B], and dropped captions, bool [B]."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyBatch:
@@ -42,14 +45,25 @@ class NoiseSampler:
         self._captions, self._schedule = captions, schedule
         self._seed, self._caption_dropout = seed, caption_dropout
 
-    def __call__(self, batch: Batch, *, step: int) -> NoisyBatch:
-        """Noise the rows of `batch`, which has columns latent and token_ids, on its device."""
+    def draw(self, batch: Batch, *, step: int) -> Batch:
+        """Add the draws of the rows, as `DrawingObjective.draw`."""
+        if _EPS in batch.columns:
+            return batch
         # The word keeps these draws independent of those of the distillation loss on the same row.
         keys = [noise_key("original", self._seed, row, step) for row in batch.ids]
+        return batch.with_columns(
+            {
+                _EPS: gaussian_batch(keys, batch["latent"].shape[1:]),
+                _TIME: draw_timesteps(keys, schedule=self._schedule),
+                _DROPPED: draw_caption_dropout(keys, fraction=self._caption_dropout),
+            }
+        )
+
+    def __call__(self, batch: Batch, *, step: int) -> NoisyBatch:
+        """Noise the rows of `batch`, which has columns latent and token_ids, on its device."""
         x = batch["latent"]
-        eps = gaussian_batch(keys, x.shape[1:]).to(x.device)
-        t = draw_timesteps(keys, schedule=self._schedule).to(x.device)
-        dropped = draw_caption_dropout(keys, fraction=self._caption_dropout).to(x.device)
+        drawn = self.draw(batch, step=step).to(x.device)
+        eps, t, dropped = (drawn[name] for name in (_EPS, _TIME, _DROPPED))
         return NoisyBatch(
             x=x,
             eps=eps,
@@ -88,6 +102,10 @@ class VelocityObjective:
         self._add_noise = NoiseSampler(
             captions=captions, schedule=schedule, seed=seed, caption_dropout=settings.caption_dropout
         )
+
+    def draw(self, batch: Batch, *, step: int) -> Batch:
+        """As `DrawingObjective.draw`."""
+        return self._add_noise.draw(batch, step=step)
 
     def __call__(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
         """Return the loss of each row, float32 [B]; the batch has columns latent and token_ids."""
