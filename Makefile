@@ -6,14 +6,15 @@ SHELL := /bin/bash
 PYTHON ?=
 TORCH ?=
 BUNDLE ?=
+SIZE ?= sd15
 BIN := .venv/bin
 INSTALLED := .venv/installed
 DOWNLOADER := .venv-img2dataset/installed
 
-.PHONY: help setup downloader web demo test quick check lint format bench clean
+.PHONY: help setup downloader web demo test quick check lint format bench gpu-check clean
 
 help: ## list these targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 setup: $(INSTALLED) ## make .venv and install everything into it (3.5 GB to download, once)
 
@@ -44,6 +45,9 @@ format: setup ## rewrite the code in the house's format
 
 bench: setup ## measurements and long tests (marked slow), tens of minutes
 	@$(BIN)/pytest -m slow --capture=no
+
+gpu-check: setup ## check one CUDA device in five minutes (docs/gpu.md); SIZE=mini does the same on the CPU
+	@$(BIN)/python -m jobs.gpu_check --size $(SIZE)
 
 clean: ## delete the environment and the caches; runs/ is kept
 	@rm -rf .venv .venv-img2dataset *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -79,7 +79,8 @@ FILES_ON_RAY = pytest.StashKey[set[Path]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --quick."""
+    """Add --quick and --device."""
+    parser.addoption("--device", choices=["cuda", "cpu"], default="cuda", help="of the tests marked gpu")
     parser.addoption("--quick", action="store_true", help="without Ray and without the slowest files")
 
 

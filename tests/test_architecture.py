@@ -61,6 +61,7 @@ JOBS = (
     {"cli"},
     {"reports"},
     {"planning"},
+    {"gpu_check"},
 )
 ENTRY_POINTS_THAT_RUN_OTHERS = {
     "jobs.run_pipeline",
