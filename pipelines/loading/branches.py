@@ -104,7 +104,7 @@ class BranchLoader(InterleavedLoader[str]):
         of_branch = guided_units(table.units)
         for branch, name in BRANCHES.items():
             indices = np.flatnonzero(of_branch == branch)
-            branch_counts = [counts[index] for index in indices]
+            branch_counts = [counts[index] for index in indices.tolist()]
             if any(map(total_rows, branch_counts)):
                 self.loaders[name] = make_loader(
                     UnitSubset(table=table, units=table.units.take(indices)),
