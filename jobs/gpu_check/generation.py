@@ -50,7 +50,7 @@ def measure_generation(size: CheckSize, folder: Path) -> dict[str, Any]:
         compiled = measured()
     except RuntimeError as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return {**result, "compiled": {"skipped": f"torch.compile works not here: {reason}"}}
+        return {**result, "compiled": {"skipped": f"torch.compile does not work here: {reason}"}}
     difference = (stage.generate_batch(token_ids, keys)[0].float() - latents.float()).abs().max()
     return {
         **result,

@@ -101,7 +101,8 @@ def test_the_same_recipe_at_256_512_and_768(sd_like, tmp_path, size):
         values = array_type(rows.schema.field(column)).unpack(rows[column].to_pylist())
         assert values.shape == (2, 4, side, side)
     steps = ["steps.cfg_probability=0.0", "steps.gamma=0.0", "loop.num_steps=1", "loop.global_batch=1"]
-    settings = DISTILL.with_values([*steps, "targets=table", "loader.held_out=0.0", "validation.every=null"])
+    steps += ["targets=table", "trainer.num_workers=1"]
+    settings = DISTILL.with_values([*steps, "loader.held_out=0.0", "validation.every=null"])
     training = distillation_training(targets, teacher=sd_like, student=sd_like, settings=settings)
     _, shapes = trained(training, settings=settings)
     assert shapes == {(4, side, side)}

@@ -290,7 +290,7 @@ def test_a_student_records_its_sampler_and_evaluation(student):
 
 def test_a_finished_student_is_left_as_it_is(student, vpred, latents):
     out, metrics = student
-    teacher, elsewhere = str(vpred[0] / "model"), DISTILL.with_values(["trainer.num_workers=7", "name=other"])
+    teacher, elsewhere = str(vpred[0] / "model"), DISTILL.with_values(["trainer.num_workers=3", "name=other"])
     assert distill(latents, out.parent, elsewhere, teacher=teacher) == metrics
     with pytest.raises(TrainingError, match=r"settings\.steps\.gamma is 0\.2 there, 1\.0 here"):
         distill(latents, out.parent, DISTILL.with_values(["steps.gamma=1.0"]), teacher=teacher)
