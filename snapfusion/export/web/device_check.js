@@ -3,8 +3,8 @@
 
 const LEAST_DECIBELS = 20;
 
-/** Inputs of each module and torch's output for them, from the bundle's test vectors. */
-export async function readSamples(bundle) {
+/** The PSNR of each module's output in dB, peak = max |reference|. Throws if one is below the bundle's limit. */
+export async function checkModules(ort, bundle, sessions) {
   const { arrays } = JSON.parse(new TextDecoder().decode(await bundle.read("vectors/vectors.json")));
   const vector = async (name) => {
     const content = await bundle.read(`vectors/${arrays[name].file}`);
@@ -13,15 +13,11 @@ export async function readSamples(bundle) {
   const last = bundle.steps.length - 1;
   const names = ["token_ids", "c", "noise", "output-0", `z-${last}`, "image"];
   const [ids, c, noise, output, latent, image] = await Promise.all(names.map(vector));
-  return {
+  const samples = {
     text_encoder: [{ token_ids: ids }, c],
     unet: [{ z_t: noise, t: Float32Array.of(bundle.steps[0].t), c }, output],
     decoder: [{ latent }, image],
   };
-}
-
-/** The PSNR of each module's output in dB, peak = max |reference|. Throws if one is below the bundle's limit. */
-export async function checkModules(ort, bundle, sessions, samples) {
   const decibels = {};
   for (const [name, [inputs, expected]] of Object.entries(samples)) {
     decibels[name] = psnr(await run(ort, bundle.modules[name], sessions[name], inputs), expected);

@@ -15,7 +15,6 @@ const element = (id) => document.getElementById(id);
 const form = element("form");
 let bundle;
 let worker;
-let broken;
 let opened;
 
 /** Says in one line what the page is doing, as `data-state` of the body does for programs. */
@@ -41,35 +40,25 @@ async function showHowToGetRuntime() {
 
 // The worker
 
-/** Starts a worker, which loads the runtime at once; `broken` is a promise that fails if it cannot run. */
-function startWorker() {
-  worker?.terminate();
-  worker = new Worker("worker.js", { type: "module" });
-  broken = new Promise((_, reject) => {
-    worker.onerror = () => reject(new PageError("web/worker.js is missing, or this browser is too old for it"));
-  });
-  broken.catch(() => {}); // The first question hears of it.
-  const { provider, threads } = Object.fromEntries(new FormData(form));
-  worker.postMessage({ start: { provider, threads: Number(threads) } });
-}
-
 /** Sends one message to the worker and waits for its answer; `onStep` hears of each step. */
 function ask(message, onStep = () => {}) {
-  const answer = new Promise((resolve, reject) => {
+  return new Promise((resolve, reject) => {
     worker.onmessage = ({ data }) => {
       if (data.failed) reject(new PageError(data.failed.message, data.failed));
       else if (data.step) onStep(data.step);
       else resolve(data.opened ?? data.drawn);
     };
+    worker.onerror = () => reject(new PageError("web/worker.js is missing, or this browser is too old for it"));
     worker.postMessage(message);
   });
-  return Promise.race([answer, broken]);
 }
 
 async function openModel() {
-  const variant = form.variant.value;
+  worker?.terminate();
+  worker = new Worker("worker.js", { type: "module" });
+  const { variant, provider, threads } = Object.fromEntries(new FormData(form));
   say("opening", `Loading ${variant}, ${megabytes(bytesOf(variant))} MB.`);
-  opened = await ask({ open: { manifest: bundle.manifest, variant } });
+  opened = await ask({ open: { manifest: bundle.manifest, variant, provider, threads: Number(threads) } });
   performance.mark("ready");
   say("ready", `Ready. ${describeProvider()}.`);
 }
@@ -88,19 +77,15 @@ function fillForm() {
   if (variants.length === 0) throw new PageError("This bundle has no ONNX models: compile it with mobile.onnx");
   form.variant.append(...variants.map((name) => new Option(manifest.variants[name].weights, name)));
   form.variant.value = variants.includes(PREFERRED) ? PREFERRED : variants[0];
+  const cores = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
+  const counts = Array.from({ length: cores }, (_, i) => i + 1);
+  form.threads.append(new Option("automatic", 0), ...counts.map((count) => new Option(count)));
   fillGuidance();
   element("steps").textContent = sampler.steps.length;
   const distilled = manifest.distillation?.steps;
   element("steps-note").textContent = distilled ? `distilled for ${distilled}` : "of this bundle’s sampler";
   setRequest({ caption: manifest.captions[0], seed: gateSeed(), guidance: sampler.guidance });
   fillFromAddress();
-}
-
-/** What the worker needs to know before the bundle is here. */
-function fillThreads() {
-  const cores = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
-  const counts = Array.from({ length: cores }, (_, i) => i + 1);
-  form.threads.append(new Option("automatic", 0), ...counts.map((count) => new Option(count)));
 }
 
 /** Guidance is within what the student was distilled for; where it is a constant of the programs, it is fixed. */
@@ -278,9 +263,6 @@ function showFacts() {
 
 async function start() {
   say("opening", "Loading.");
-  fillThreads();
-  fillFromAddress();
-  startWorker();
   const [manifest, sampler] = await Promise.all(["manifest.json", "sampler.json"].map(readJson));
   bundle = { manifest, sampler };
   showFacts();
@@ -293,10 +275,7 @@ async function start() {
     draw().catch(fail);
   });
   for (const name of ["variant", "provider", "threads"]) {
-    form.elements[name].addEventListener("change", () => {
-      startWorker();
-      openModel().catch(fail);
-    });
+    form.elements[name].addEventListener("change", () => openModel().catch(fail));
   }
   element("new-seed").addEventListener("click", () => {
     form.seed.value = Math.floor(Math.random() * 2 ** 31);

@@ -1,12 +1,12 @@
 // Runs the model beside the page, which stays usable meanwhile.
 //
-// Takes {start: {provider, threads}}, then {open: {manifest, variant}} and {draw: {caption, seed, guidance}}, and
-// answers {opened}, {step}, {drawn} or {failed}.
+// Takes {open: {manifest, variant, provider, threads}} and {draw: {caption, seed, guidance}}, and answers {opened},
+// {step}, {drawn} or {failed}.
 
-import { checkModules, readSamples } from "./device_check.js";
+import { checkModules } from "./device_check.js";
 import { PageError, checkedReader, readAhead } from "./files.js";
 import { gaussian, noiseKey, stepNoise } from "./noise.js";
-import { loadRuntime, providersFor } from "./runtime.js";
+import { availableProviders, loadRuntime } from "./runtime.js";
 import { decode, denoise, encode, fitTokens, openBundle, openModule } from "./text_to_image.js";
 import { clipTokenizer } from "./tokenizer.js";
 
@@ -16,7 +16,6 @@ const DESCRIPTIONS = ["manifest.json", "sampler.json", "vectors/vectors.json", T
 // Models above this size are opened for each image, one at a time, so that memory holds the largest only.
 const KEPT_BYTES = 2 ** 29;
 
-let started;
 let model;
 
 async function timed(work) {
@@ -25,23 +24,19 @@ async function timed(work) {
   return [result, performance.now() - began];
 }
 
-/** The providers to try, the fastest first, and the runtime of one; the first loads while the page reads the bundle. */
-async function start({ provider, threads }) {
-  const candidates = await providersFor(provider);
-  const first = loadRuntime(candidates[0], threads);
-  first.catch(() => {}); // Whoever opens a model by it hears of its fault.
-  return { candidates, runtimeOf: (each) => (each === candidates[0] ? first : loadRuntime(each, threads)) };
-}
-
-async function open({ manifest, variant }) {
+async function open({ manifest, variant, provider, threads }) {
   const { modules } = manifest.variants[variant];
   const kept = MODULES.reduce((sum, name) => sum + modules[name].bytes, 0) <= KEPT_BYTES;
   const first = [...DESCRIPTIONS, ...(kept ? MODULES.flatMap((name) => modules[name].files) : [])];
   const read = readAhead(checkedReader(manifest), first);
-  const { candidates, runtimeOf } = await started;
+  const providers = await availableProviders();
+  if (provider !== "auto" && !providers.includes(provider)) {
+    throw new PageError("This browser has no WebGPU: take WASM");
+  }
+  const candidates = provider === "auto" ? providers : [provider];
   for (const candidate of candidates) {
     try {
-      return await openWith(candidate, { runtime: runtimeOf(candidate), read, variant, kept });
+      return await openWith(candidate, { read, variant, threads, kept });
     } catch (error) {
       // The last one's error counts; a missing file is missing for all.
       if (error instanceof PageError || candidate === candidates.at(-1)) throw error;
@@ -49,18 +44,17 @@ async function open({ manifest, variant }) {
   }
 }
 
-async function openWith(provider, { runtime, read, variant, kept }) {
+async function openWith(provider, { read, variant, threads, kept }) {
+  const ort = await loadRuntime(provider, threads);
   const bundle = await openBundle(read, variant);
   const tokenize = clipTokenizer(JSON.parse(new TextDecoder().decode(await read(TOKENIZER))));
-  const samples = kept && (await readSamples(bundle));
-  const ort = await runtime;
   model = { ort, bundle, tokenize, options: { executionProviders: [provider] }, sessions: {}, kept };
   const opened = { provider, kept, load: {} };
   if (kept) {
     for (const name of MODULES) {
       [model.sessions[name], opened.load[name]] = await timed(() => openModule(ort, bundle, name, model.options));
     }
-    opened.decibels = await checkModules(ort, bundle, model.sessions, samples);
+    opened.decibels = await checkModules(ort, bundle, model.sessions);
   }
   // Only now the runtime has chosen its threads.
   return { ...opened, threads: ort.env.wasm.numThreads, version: ort.env.versions.web };
@@ -100,10 +94,7 @@ async function draw({ caption, seed, guidance }) {
 
 onmessage = async ({ data }) => {
   try {
-    if (data.start) {
-      started = start(data.start);
-      started.catch(() => {}); // The next message hears of its fault.
-    } else if (data.open) postMessage({ opened: await open(data.open) });
+    if (data.open) postMessage({ opened: await open(data.open) });
     else postMessage({ drawn: await draw(data.draw) });
   } catch (error) {
     postMessage({ failed: { message: error.message, missingRuntime: Boolean(error.missingRuntime) } });
