@@ -99,7 +99,7 @@ def check_distillation_table(job: Job) -> None:
     Raises:
         TableError: naming what differs. Models are compared when they are loaded.
     """
-    from pipelines.datasets.settings import differing_targets
+    from pipelines.datasets.settings import differing_targets, refused_targets
     from pipelines.tables.table import TableError, is_table, open_table
 
     distill, url = job.recipe.distill, distillation_table_url(job)
@@ -109,10 +109,7 @@ def check_distillation_table(job: Job) -> None:
     if distill.table_kind != "targets":
         return
     if differing := differing_targets(table.identity["teaching"], distill.targets_settings):
-        raise TableError(
-            f"{url} does not fit this training: {'; '.join(differing[:3])}; train as it was made, or compute "
-            "new targets"
-        )
+        raise TableError(refused_targets(url, differing))
 
 
 def shards_url(job: Job) -> str:

@@ -121,8 +121,8 @@ class Trainings:
             if step.step > 2:
                 seconds[step.network].append(step.seconds)
 
-        drawn = (draw_rows(objective, batch, step=step) for step in itertools.count())
-        with closing(Prefetcher(drawn, depth=2)) as batches, _counted_waits(self.size) as waits:
+        prepared = (draw_rows(objective, batch, step=step) for step in itertools.count())
+        with closing(Prefetcher(prepared, depth=2)) as batches, _counted_waits(self.size) as waits:
             train(
                 state,
                 objective=objective,

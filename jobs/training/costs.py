@@ -257,11 +257,7 @@ class TrainingCosts:
             startup="training",
             output_bytes=output_bytes,
             reads=self._reads(
-                settings,
-                trainings=trainings,
-                checkpoints=checkpoints,
-                parameters=parameters,
-                others=others,
+                settings, trainings=trainings, checkpoints=checkpoints, parameters=parameters, others=others
             ),
             driver=_driver(
                 weights=trainings * (1 + averages) * parameters * WEIGHT_BYTES,

@@ -1,6 +1,6 @@
 """Settings of the tables LATENTS, PAIRS, TARGETS, SAMPLES and REFERENCES, and of compacted ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
@@ -165,6 +165,14 @@ def differing_targets(teaching: Mapping[str, Any], steps: StepDistillationSettin
     p, needed = steps.cfg_probability, steps.to_values()
     names = ["student_steps", "k", *["cfg_range"] * (p > 0.0), *["caption_dropout"] * (p < 1.0)]
     return [line for name in names for line in differences(teaching[name], needed[name], name)]
+
+
+def refused_targets(url: str, differing: Sequence[str]) -> str:
+    """The message that refuses the TARGETS at `url`, by the first differences."""
+    return (
+        f"{url} does not fit this training: {'; '.join(differing[:3])}; train as it was made, or compute new "
+        "targets"
+    )
 
 
 class CompactionSettings(Settings):

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipelines.datasets.build import BuildOptions, Identity, build_table, model_stage
 from pipelines.datasets.latents import check_latents, file_hashes, image_size_of, without_size
 from pipelines.datasets.recompute import check_same, device_of, packed
-from pipelines.datasets.settings import TargetsSettings, differing_targets
+from pipelines.datasets.settings import TargetsSettings, differing_targets, refused_targets
 from pipelines.loading.branches import branch_and_draw, count_branch_rows, unit_name
 from pipelines.loading.buckets import is_bucketed
 from pipelines.ray_data.execution import PipelineStage
@@ -152,10 +152,7 @@ def check_targets(
         *differences(_shared_with_student(identity["model"]), _shared_with_student(student), "student"),
     ]
     if differing:
-        raise TableError(
-            f"{table.url} does not fit this training: {'; '.join(differing[:3])}; train as it was made, or "
-            "compute new targets"
-        )
+        raise TableError(refused_targets(table.url, differing))
     for branch, needed in ((True, guided), (False, vanilla)):
         if needed and not count_branch_rows(table, guided=branch):
             raise TableError(

@@ -93,12 +93,12 @@ class OnlineTargets:
     def _compute(self, batch: Batch, *, guided: bool) -> DistillationBatch:
         """The targets of a batch with its draws."""
         x, schedule, settings = batch["latent"], self._teacher.schedule, self._settings
-        drawn = batch.to(x.device)
-        eps, interval = drawn[_EPS], drawn[_INTERVAL]
+        with_draws = batch.to(x.device)
+        eps, interval = with_draws[_EPS], with_draws[_INTERVAL]
         t, _ = interval_ends(interval, student_steps=settings.student_steps, schedule=schedule)
         z_t = schedule.diffuse(x=x, eps=eps, t=t)
-        w = drawn[_GUIDANCE].view(-1, 1, 1, 1) if guided else None
-        c = self._captions.encode(batch["token_ids"], dropped=drawn.columns.get(_DROPPED))
+        w = with_draws[_GUIDANCE].view(-1, 1, 1, 1) if guided else None
+        c = self._captions.encode(batch["token_ids"], dropped=with_draws.columns.get(_DROPPED))
         # The teacher keeps its own dtype under the trainer's autocast, so that a target is the same bits
         # whether it is computed here or for the table.
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

@@ -104,13 +104,13 @@ class Dmd2Objective:
         settings = self._settings
         if MODEL not in self.turn(step):
             return self._draw(batch, ["fake"] if settings.gan is None else ["fake", "real"], step=step)
-        drawn = self._draw(
+        with_noise = self._draw(
             batch, ["matching"] if settings.gan is None else ["matching", "generator GAN"], step=step
         )
         if not settings.regression_weight or _column(_PAIR) in batch.columns:
-            return drawn
+            return with_noise
         keys = batch["noise_key"].tolist()
-        return drawn.with_columns({_column(_PAIR): gaussian_batch(keys, batch["latent"].shape[1:])})
+        return with_noise.with_columns({_column(_PAIR): gaussian_batch(keys, batch["latent"].shape[1:])})
 
     def __call__(self, networks: Networks, batch: Batch, *, step: int) -> Tensor:
         """Return the loss of each row, float32 [B]; the batch has columns latent, token_ids, or more.

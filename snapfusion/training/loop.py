@@ -192,10 +192,7 @@ def train(
         batch = next(batches)
         data_seconds = time.perf_counter() - start
         step = bind(state.step)
-        rates = {
-            name: learning_rate(state.step, num_steps=settings.num_steps, settings=network.settings)
-            for name, network in step.networks.items()
-        }
+        rates = step.learning_rates(num_steps=settings.num_steps)
         with read_only(step.others, averages=step.averages):
             losses = _accumulate(step, batch, settings=settings, micro_batch=micro_batch)
         loss, norms = _update(step, batch, losses, settings=settings, rates=rates)
@@ -236,6 +233,13 @@ class _Step:
     losses: Callable[[Batch], Tensor]
     others: Collection[TrainedNetwork] = ()
     averages: Collection[nn.Module] = ()
+
+    def learning_rates(self, *, num_steps: int) -> dict[str, float]:
+        """The rate of each network that the step trains, in a training of so many steps."""
+        return {
+            name: learning_rate(self.number, num_steps=num_steps, settings=network.settings)
+            for name, network in self.networks.items()
+        }
 
 
 def _bind(

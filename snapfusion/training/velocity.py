@@ -62,8 +62,8 @@ class NoiseSampler:
     def __call__(self, batch: Batch, *, step: int) -> NoisyBatch:
         """Noise the rows of `batch`, which has columns latent and token_ids, on its device."""
         x = batch["latent"]
-        drawn = self.draw(batch, step=step).to(x.device)
-        eps, t, dropped = (drawn[name] for name in (_EPS, _TIME, _DROPPED))
+        with_draws = self.draw(batch, step=step).to(x.device)
+        eps, t, dropped = (with_draws[name] for name in (_EPS, _TIME, _DROPPED))
         return NoisyBatch(
             x=x,
             eps=eps,
