@@ -78,6 +78,7 @@ def test_an_efficient_student_has_its_parents_and_speed(tmp_path, monkeypatch):
     (tmp_path / "efficient" / "metrics.json").write_text("{}")
     assert latency_job.main(["--out", str(tmp_path), "--set", "latency.turns=3"]) == 0
     make_student(tmp_path, initial=str(tmp_path / "efficient"))
+    set_disturbed(tmp_path, False)
     page, metrics = reported(tmp_path)
     for words in ("EFFICIENT", "TEACHER OF STEPS", "UNet time per image", "Down-1"):
         assert words in page
@@ -85,6 +86,16 @@ def test_an_efficient_student_has_its_parents_and_speed(tmp_path, monkeypatch):
     unets = {unet["name"]: unet for unet in metrics["latency"][0]["unets"]}
     ratio = 50 * unets["origin"]["measured_ms"] / (4 * unets["table-3"]["measured_ms"])
     assert f"{ratio:,.4g} x" in page
+    set_disturbed(tmp_path, True)
+    page, _ = reported(tmp_path)
+    assert "No time here is a result" in page
+    assert "UNet time per image" not in page
+
+
+def set_disturbed(run, disturbed):
+    """As if the machine had done other work during the measurement, or had not."""
+    [file] = (run / "latency").glob("*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"disturbed": disturbed}))
 
 
 def test_without_a_floor_no_student_is_sampled(tmp_path):
