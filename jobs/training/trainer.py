@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Final
 
 import ray.train
 import torch
@@ -37,6 +37,13 @@ from snapfusion.training.checkpoint import Checkpoint, CheckpointStore
 from snapfusion.training.loop import UnusableStepError, train
 from snapfusion.training.row_draws import draw_rows
 from snapfusion.training.state import BestWeights, StateError, TrainState
+
+WORKER_VARIABLES: Final = {
+    # The next window of rows takes the memory of the last one, which Arrow's allocator would give back to the
+    # system after 10 ms, and get cleared anew.
+    "MIMALLOC_PURGE_DELAY": "-1"
+}
+"""Environment variables of each worker."""
 
 
 class TrainingFailed(RuntimeError):
@@ -163,6 +170,7 @@ def _trainer(config: dict[str, Any], *, settings: TrainerSettings, scratch: str)
             name=uuid.uuid4().hex,
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=settings.max_failures),
+            worker_runtime_env={"env_vars": WORKER_VARIABLES},
         ),
     )
 

@@ -6,6 +6,7 @@ Only of units whose row of `.units` lacks them, as those of earlier versions do,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -30,13 +31,13 @@ def count_rows_to_train(table: Snapshot, *, held_out: float) -> Sequence[RowCoun
     counts: list[RowCount | None] = [None] * len(table.units)
     if held_out <= LARGEST_FRACTION:
         counts = _count_shapes(table, held_out) if bucketed else _count(table, held_out)
-    unknown = [index for index, count in enumerate(counts) if count is None]
-    if unknown:
+    if None in counts:
+        unknown = [index for index, count in enumerate(counts) if count is None]
         subset = UnitSubset(table=table, units=list(table.units.take(np.array(unknown))))
         count: Callable[..., Sequence[RowCount]] = count_by_shape if bucketed else count_trainable
         for index, counted in zip(unknown, count(subset, held_out=held_out), strict=True):
             counts[index] = counted
-    return [count for count in counts if count is not None]
+    return cast("list[RowCount]", counts)
 
 
 def _count(table: Snapshot, held_out: float) -> list[RowCount | None]:

@@ -116,6 +116,7 @@ def two_networks():
 
 
 def program(marker, unpickled_in, device):
+    (unpickled_in.folder / "allocator").write_text(os.environ["MIMALLOC_PURGE_DELAY"])
     yield training(name="killed", die_at=3, marker=marker)
     yield training(name="whole")
     yield two_networks()
@@ -142,6 +143,7 @@ def test_two_killed_workers_resume_to_the_same_weights(ray_cluster, tmp_path, mo
     assert marker.exists()
     # Not in Ray's controller, which would import all that the workers import.
     assert {path.name for path in tmp_path.glob("rank-*")} == {"rank-0", "rank-1"}
+    assert (tmp_path / "allocator").read_text() == "-1"
     stopped = json.loads((tmp_path / "checkpoints" / "broken.stopped.json").read_text())
     assert stopped["step"] == 3
     assert len(set(stopped["rows"])) == SETTINGS.global_batch

@@ -28,27 +28,27 @@ SCHEMA = latents_schema(latent_shape=(4, SIDE, SIDE), num_tokens=77)
 IDENTITY = {"kind": "latents"}
 
 
-def finished(number: int) -> FinishedRows:
-    start = number * ROWS
+def finished(number: int, *, rows: int) -> FinishedRows:
+    start = number * rows
     draws = np.random.Generator(np.random.Philox(number))
     unit = Unit(
-        name=f"s-{number:06d}", source="s", start=start, stop=start + ROWS, final=False, source_digest=""
+        name=f"s-{number:06d}", source="s", start=start, stop=start + rows, final=False, source_digest=""
     )
-    ids = [f"s/{n}" for n in range(start, start + ROWS)]
+    ids = [f"s/{n}" for n in range(start, start + rows)]
     columns = {
         "id": ids,
         "source_id": ids,
-        "caption": [f"a picture with the number {n}" for n in range(ROWS)],
-        "token_ids": draws.integers(0, 49_408, (ROWS, 77), np.int32),
-        "latent": draws.standard_normal((ROWS, 4, SIDE, SIDE), np.float32).astype(np.float16),
+        "caption": [f"a picture with the number {n}" for n in range(rows)],
+        "token_ids": draws.integers(0, 49_408, (rows, 77), np.int32),
+        "latent": draws.standard_normal((rows, 4, SIDE, SIDE), np.float32).astype(np.float16),
     }
     return FinishedRows(unit=unit, columns=columns, rejections=[])
 
 
-def make(folder: Path) -> Snapshot:
+def make(folder: Path, *, units: int = UNITS, rows: int = ROWS) -> Snapshot:
     table = create_table(str(folder), schema=SCHEMA, identity=IDENTITY)
     writer = WriteUnit(url=table.url, schema=SCHEMA, settings="")
-    commit_units(table.url, [writer(finished(number)) for number in range(UNITS)])
+    commit_units(table.url, [writer(finished(number, rows=rows)) for number in range(units)])
     return open_table(table.url)
 
 
