@@ -3,6 +3,7 @@
 OUT/students/NAME-seedN/         each student, as `jobs.distill_steps` publishes it
 OUT/evaluation/                  samples of each line, as `jobs.evaluate` writes them
 OUT/ablation/NAME.json           metrics of a panel, with the settings of its command
+OUT/ablation/NAME.md             its tables for documents
 OUT/ablation/NAME-fid.svg, ...   its charts
 OUT/ablation/page.html           all finished panels as a page
 
@@ -53,8 +54,9 @@ def ablate(job: Job) -> None:
 
 
 def write_panel(job: Job, panel: Panel) -> None:
-    """Evaluate a panel, and write its record and charts."""
+    """Evaluate a panel, and write its record, tables and charts."""
     from jobs.reports.ablation_page import ablation_charts
+    from jobs.reports.ablation_tables import panel_tables
     from jobs.reports.charts import standalone_svg
 
     text = json.dumps(evaluate_panel(job, panel))
@@ -62,6 +64,7 @@ def write_panel(job: Job, panel: Panel) -> None:
     text = json.dumps(json.loads(text, parse_float=lambda digits: float(f"{float(digits):.6g}")))
     text = job.with_run_prefix(text)
     replace_object(_panel_url(job, panel), text.encode())
+    replace_object(job.url(f"ablation/{panel.name}.md"), panel_tables(json.loads(text)).encode())
     for kind, chart in ablation_charts(json.loads(text)).items():
         replace_object(job.url(f"ablation/{panel.name}-{kind}.svg"), standalone_svg(chart))
 

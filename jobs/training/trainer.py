@@ -166,7 +166,7 @@ def _trainer(config: dict[str, Any], *, settings: TrainerSettings, scratch: str)
         ),
         # Ray's own registry of checkpoints stays empty, so a folder on the driver's node will do. A new name
         # each time: only our store decides what a run resumes from.
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg] # likewise
             name=uuid.uuid4().hex,
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=settings.max_failures),

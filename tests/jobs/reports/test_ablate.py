@@ -14,6 +14,7 @@ from jobs.recipes.miniature import mini
 from jobs.recipes.miniature_ablation import CHOSEN_RATES, LEARNING_RATES
 from jobs.recipes.registry import RECIPES, recipe_named
 from jobs.reports.ablation_page import ablation_charts, loss_charts, render_ablation
+from jobs.reports.ablation_tables import panel_tables
 from jobs.reports.charts import chart_svg
 from snapfusion.settings import SettingsError
 from snapfusion.training.passes import training_passes
@@ -146,22 +147,34 @@ def formatted(interval, *, digits):
     return mean if least == largest else f"{mean} ({least}–{largest})"
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "docs" / "ablation").glob("*.json")))
-def test_the_documents_table_is_that_of_the_panel(name):
-    folder = ROOT / "docs" / "ablation"
-    text = (folder / f"{name}.json").read_text()
-    assert '"/' not in text, "a local path"
-    panel = json.loads(text)
-    section = (folder / "README.md").read_text().split(f"## `{name}`")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| `")]
+DOCUMENTS = ROOT / "docs" / "ablation"
+RECORDS = {path.stem: json.loads(path.read_text()) for path in sorted(DOCUMENTS.glob("*.json"))}
+OF_EARLIER_PROTOCOL = [name for name, panel in RECORDS.items() if "best" not in panel["over_seeds"][0]]
+
+
+def section_of(name):
+    return (DOCUMENTS / "README.md").read_text().split(f"## `{name}`")[1].split("\n## ")[0]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_document_shows_the_panel(name):
+    assert '"/' not in (DOCUMENTS / f"{name}.json").read_text(), "a local path"
+    assert f"({name}-fid.svg)" in section_of(name)
+    assert (DOCUMENTS / f"{name}-fid.svg").read_text().startswith("<svg")
+    if name not in OF_EARLIER_PROTOCOL:
+        assert panel_tables(RECORDS[name]) in section_of(name)
+
+
+@pytest.mark.parametrize("name", OF_EARLIER_PROTOCOL)
+def test_the_documents_table_is_that_of_the_earlier_panel(name):
+    panel = RECORDS[name]
+    rows = [line for line in section_of(name).splitlines() if line.startswith("| `")]
     for row, line, figures in zip(rows, panel["panel"]["lines"], panel["over_seeds"], strict=True):
         at = {point["w"]: point for point in figures["points"]}
         cells = [f"`{line['name']}`", str(line["steps"])]
         cells += [formatted(at[w]["fid"], digits=2) for w in (1.0, 2.0, 4.0, 6.0)]
         cells += [formatted(at[w]["clip"], digits=3) for w in (4.0, 6.0)]
         assert [cell.strip() for cell in row.split("|")[1:-1]] == cells
-    assert f"({name}-fid.svg)" in section
-    assert (folder / f"{name}-fid.svg").read_text().startswith("<svg")
 
 
 def test_students_follow_their_initial_students():
@@ -302,6 +315,8 @@ def test_the_page_shows_every_line(made):
         assert text in page
     assert page.count("data:image/png") == 4 * 8
     assert Path(f"{made.out}/ablation/small-fid.svg").read_text().startswith("<svg xmlns")
+    panel = json.loads(Path(f"{made.out}/ablation/small.json").read_text())
+    assert Path(f"{made.out}/ablation/small.md").read_text() == panel_tables(panel)
 
 
 @pytest.mark.slow
@@ -387,6 +402,41 @@ def test_passes_are_compared_at_the_chosen_guidance():
         ("free", [8], [3.0]),
     ]
     assert passes.limit == 0.4
+
+
+def test_tables_give_each_value_with_its_interval():
+    line = line_of("cfg", evaluations=8, seeds=2, student=True)
+    line["best"] = line["points"][0] | {"w": [2.0, 1.5, 2.0]}
+    of_fid = {"difference": [-0.25, -0.5, 0.125], "is": "undecided"}
+    of_clip = {"difference": [0.01, 0.005, 0.02], "is": "higher"}
+    line["differences"] = {"few": {"fid": of_fid, "clip": of_clip}}
+    panel = panel_of([line])
+    figures = {"fid": [3.5, 3.0, 4.0], "clip": [0.9, 0.8, 0.95]}
+    panel["evaluation"]["tuning"] = {
+        "best": {"cfg-a": {"w": 2.0, **figures}, "cfg-b": {"w": 1.5, **figures}},
+        "families": {"cfg": "cfg-b"},
+    }
+    assert panel_tables(panel).splitlines() == [
+        "FID of as many real images: 0.40, standard deviation 0.03 of 20 redraws. Test captions, at "
+        "the guidance chosen on the tuning captions:",
+        "",
+        "| line | passes | w | FID | CLIP |",
+        "|---|---|---|---|---|",
+        "| `cfg` | 8 | 1.5, 2 | 3.00 (2.00 to 4.00) | 0.9700 (-0.0300 to 1.9700) |",
+        "",
+        "Differences, averaged over guidance:",
+        "",
+        "| student | minus | FID | CLIP |",
+        "|---|---|---|---|",
+        "| `cfg` | `few` | -0.25 (-0.50 to +0.12), undecided | +0.0100 (+0.0050 to +0.0200), higher |",
+        "",
+        "On the tuning captions, at the best guidance:",
+        "",
+        "| line | w | FID | CLIP | chosen |",
+        "|---|---|---|---|---|",
+        "| `cfg-a` | 2 | 3.50 (3.00 to 4.00) | 0.9000 (0.8000 to 0.9500) |  |",
+        "| `cfg-b` | 1.5 | 3.50 (3.00 to 4.00) | 0.9000 (0.8000 to 0.9500) | yes |",
+    ]
 
 
 def test_the_page_gives_the_spread_over_seeds():
