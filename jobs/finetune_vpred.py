@@ -1,6 +1,6 @@
 """Fine-tune a model that predicts eps into one that predicts v, from its own weights. SnapFusion Eq. 6."""
 
-from jobs.cli.in_run import describe_training, train_in_run
+from jobs.cli.in_run import FOLLOW, describe_training, train_in_run
 from jobs.cli.job import Job
 from jobs.cli.verb import recipe_verb
 from jobs.recipes.registry import recipe_named
@@ -24,7 +24,12 @@ def preview(job: Job) -> list[str]:
     model, kind = job.recipe.model, _known_prediction_type(job)
     if kind == "v_prediction":
         return [f"nothing to fine-tune: {model} predicts v already"]
-    training = describe_training(job.url("latents"), job.recipe.vpred.loop, url=job.url("vpred"))
+    training = describe_training(
+        job.url("latents"),
+        job.recipe.vpred.loop,
+        url=job.url("vpred"),
+        follow=bool(job.options.get("follow")),
+    )
     condition = "" if kind else "; nothing if it predicts v already"
     return [f"would fine-tune {model} to predict v {training}{condition}"]
 
@@ -42,7 +47,7 @@ def _known_prediction_type(job: Job) -> PredictionType | None:
     return load_prediction_type(model)
 
 
-main = recipe_verb("finetune_vpred", finetune, preview=preview, about=__doc__)
+main = recipe_verb("finetune_vpred", finetune, preview=preview, about=__doc__, options=[FOLLOW])
 
 if __name__ == "__main__":
     main.exit()

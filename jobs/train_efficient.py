@@ -4,7 +4,7 @@ OUT/efficient-first/   the model with its initial weights (`jobs.training.initia
 OUT/efficient/         the trained model, in the layout of `jobs.training.student`
 """
 
-from jobs.cli.in_run import describe_training, train_in_run
+from jobs.cli.in_run import FOLLOW, describe_training, train_in_run
 from jobs.cli.job import Job
 from jobs.cli.verb import recipe_verb
 from jobs.runtime.logs import logger
@@ -28,14 +28,19 @@ def train_efficient(job: Job) -> None:
 def preview(job: Job) -> list[str]:
     """Describe what would be read and written."""
     settings = job.recipe.efficient
-    training = describe_training(job.url("latents"), settings.training.loop, url=job.url("efficient"))
+    training = describe_training(
+        job.url("latents"),
+        settings.training.loop,
+        url=job.url("efficient"),
+        follow=bool(job.options.get("follow")),
+    )
     return [
         f"would give {job.resolve(settings.begin)} the architecture {job.resolve(settings.architecture)} and "
         f"train it {training}"
     ]
 
 
-main = recipe_verb("train_efficient", train_efficient, preview=preview, about=__doc__)
+main = recipe_verb("train_efficient", train_efficient, preview=preview, about=__doc__, options=[FOLLOW])
 
 if __name__ == "__main__":
     main.exit()

@@ -3,7 +3,7 @@
 OUT/robust/   the model, in the layout of `jobs.training.student`
 """
 
-from jobs.cli.in_run import describe_training, train_in_run
+from jobs.cli.in_run import FOLLOW, describe_training, train_in_run
 from jobs.cli.job import Job
 from jobs.cli.verb import recipe_verb
 
@@ -18,14 +18,19 @@ def train_robust(job: Job) -> None:
 def preview(job: Job) -> list[str]:
     """Describe what would be read and written."""
     settings, skip = job.recipe.robust, job.recipe.robust.training.skip
-    training = describe_training(job.url("latents"), settings.training.loop, url=job.url("robust"))
+    training = describe_training(
+        job.url("latents"),
+        settings.training.loop,
+        url=job.url("robust"),
+        follow=bool(job.options.get("follow")),
+    )
     return [
         f"would train {job.resolve(settings.begin)} {training}, skipping each cross-attention block with "
         f"probability {skip.attention:g} and each ResNet block with {skip.resnet:g}"
     ]
 
 
-main = recipe_verb("train_robust", train_robust, preview=preview, about=__doc__)
+main = recipe_verb("train_robust", train_robust, preview=preview, about=__doc__, options=[FOLLOW])
 
 if __name__ == "__main__":
     main.exit()

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+import click
+
+from jobs.cli.inputs import latents_sources
 from jobs.cli.job import Job
 from jobs.cli.licences import licence_of
 from jobs.cli.resources import connect_for, section_of
@@ -27,6 +31,13 @@ if TYPE_CHECKING:
     from pipelines.tables.commits import Origin
     from pipelines.tables.committer import OnProgress
     from snapfusion.models.card import PublishedModel
+
+
+FOLLOW: Final = click.Option(
+    ["--follow"],
+    is_flag=True,
+    help="train while LATENTS are written: epoch 0 reads units in their planned order",
+)
 
 
 def stage_job(job: Job, stage: DistillationStage) -> Job:
@@ -75,14 +86,18 @@ def train_in_run(
     """
     from jobs.training.velocity import finetune_vpred
 
+    settings = resolve_training(section_of(job, section), job)
+    if job.options.get("follow"):
+        settings = settings.model_copy(update={"follow": True})
     connect_unless_published(job, section, url)
     metrics = finetune_vpred(
-        resolve_training(section_of(job, section), job),
+        settings,
         model=model,
         latents_url=job.url("latents"),
         out_url=url,
         further=further,
         base=base_model_of(job, begin or model),
+        table_sources=partial(latents_sources, job),
     )
     evaluation = metrics["evaluation"]
     logger.info(f"  {url}/model: L_ori {evaluation['loss']:.5f} on {evaluation['rows']} held-out rows")
@@ -102,10 +117,11 @@ def connect_unless_published(job: Job, section: str, url: str) -> None:
         connect_for(job, section)
 
 
-def describe_training(table_url: str, loop: LoopSettings, *, url: str) -> str:
-    """The part of a preview that is common to all trainings."""
-    state = state_of(url, last=METRICS)
-    return f"on {table_url} for {loop.num_steps} steps of {loop.global_batch} rows, into {url} ({state})"
+def describe_training(table_url: str, loop: LoopSettings, *, url: str, follow: bool = False) -> str:
+    """The part of a preview that is common to all trainings; `follow` is of the option."""
+    state, growing = state_of(url, last=METRICS), ", while it is written," if follow else ""
+    rows = f"{loop.num_steps} steps of {loop.global_batch} rows"
+    return f"on {table_url}{growing} for {rows}, into {url} ({state})"
 
 
 def resolve_training(settings: SettingsT, job: Job) -> SettingsT:

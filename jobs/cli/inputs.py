@@ -141,6 +141,15 @@ def finished_shards(job: Job) -> list[Shard]:
     return [shard for shard in shards if shard not in waiting]
 
 
+def latents_sources(job: Job) -> list[str]:
+    """The names of the sources of the run's LATENTS, in the order in which `encode_latents` reads them.
+
+    Raises:
+        SourceError: if there is no finished shard.
+    """
+    return [f"{job.recipe.source.name}/{shard.name}" for shard in finished_shards(job)]
+
+
 def log_refused(line: str) -> None:
     """Log that a shard is refused."""
     logger.info(f"  refused: {line}; restore it, or give the set of shards another source name")

@@ -18,6 +18,7 @@ from snapfusion.records import RecordError
 from snapfusion.settings import digest
 
 _STARTED = ".training/begun.json"
+_FOLLOWED = ".training/followed/"
 _LOG = "/_delta_log/"
 _KEPT_PARTS = "report/cache/"
 """Where `jobs.report` keeps its images; a folder of a run may hold a run itself."""
@@ -152,7 +153,10 @@ def pinned_versions(files: RunFiles, tables: Mapping[str, Snapshot]) -> dict[str
     pinned: dict[str, dict[int, str]] = defaultdict(dict)
     finished = set(files.folders_with(f"/{METRICS}"))
     for training in (path for path in files.folders_with(_STARTED) if path not in finished):
-        for identity, version, url in _versions(_begun(files, training)):
+        for identity, version, url in [
+            *_versions(_begun(files, training)),
+            *_versions(_followed(files, training)),
+        ]:
             same = [path for path, table in tables.items() if digest(table.identity) == identity]
             # Files are deleted by this: only an exact URL narrows it; a doubtful version stays pinned.
             for path in [path for path in same if tables[path].url == url] or same:
@@ -168,6 +172,13 @@ def _begun(files: RunFiles, training: str) -> Any:  # noqa: ANN401 - JSON values
             f"restore it, or remove {training}.training if the training is not to go on"
         )
     return record
+
+
+def _followed(files: RunFiles, training: str) -> Any:  # noqa: ANN401 - JSON
+    """The last record of the units of a table that an unfinished training follows."""
+    folder = f"{training}{_FOLLOWED}"
+    records = [path for path in files.paths if path.startswith(folder) and path[len(folder)].isdecimal()]
+    return files.read(records[-1]) if records else None
 
 
 @dataclass(frozen=True)
@@ -192,6 +203,10 @@ class _TrainingRecord:
 def _training_records(files: RunFiles, suffix: str) -> dict[str, _TrainingRecord]:
     """By path, the trainings whose folder has a record of this name."""
     records = {path: files.read(f"{path}{suffix}") for path in files.folders_with(suffix)}
+    if suffix == _STARTED:
+        # Units that came after its begin are in a later version than the one it was begun with.
+        for path, record in records.items():
+            _object(record)["followed"] = _followed(files, path)
     return {
         path: _TrainingRecord(path, record, finished=suffix != _STARTED)
         for path, record in records.items()

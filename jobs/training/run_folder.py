@@ -4,6 +4,7 @@ OUT/metrics.json           identity, settings, parents, training curve and evalu
 OUT/logs/                  logs of the training, for TensorBoard
 OUT/watch/                 sample grids, if the model was validated
 OUT.training/begun.json    identity that the training was begun with, beside checkpoints and logs
+OUT.training/followed/     the units of a table that grows meanwhile (`pipelines.loading.followed`)
 OUT.training/leases/       who trains; deleted with all of OUT.training once the folder is published
 """
 
@@ -27,6 +28,9 @@ from snapfusion.models.checksums import file_hash
 from snapfusion.settings import digest
 from snapfusion.storage import get_tree
 from snapfusion.training.checkpoint import CheckpointStore
+
+FOLLOWED = "followed"
+"""Folder beside the checkpoints of a training that follows its table: the units that it has read."""
 
 _STARTED = "begun.json"
 _LEASES = "leases"

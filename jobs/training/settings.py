@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from jobs.evaluation.settings import PromptSettings
+from jobs.training.sharding import Sharding, unshared_batch
 from jobs.training.sources import TABLE_3, VPRED_MODEL
 from pipelines.loading.settings import LoaderSettings
 from pipelines.stages.settings import MetricSettings, SamplingSettings
@@ -31,7 +32,6 @@ from snapfusion.training.settings import (
 )
 
 LoggerKind = Literal["tensorboard", "wandb", "mlflow"]
-Sharding = Literal["none", "fsdp"]
 _OBJECTIVES = frozenset(("steps", "consistency", "dmd2"))
 
 
@@ -145,6 +145,11 @@ class TableTrainingSettings(Settings):
             del values["loader"]["lanes"]
         return values
 
+    @property
+    def longest_wait(self) -> float | None:
+        """Seconds for which a training on a growing table waits for units; None on one that is as it is."""
+        return None
+
     def as_begun(self, stored: Mapping[str, Any]) -> Self:
         """These settings, with the arithmetic and the order of rows of a training begun as `stored`.
 
@@ -163,22 +168,6 @@ class TableTrainingSettings(Settings):
         if reason := unshared_batch(rows, world=trainer.num_workers, sharding=trainer.sharding):
             raise ValueError(reason)
         return self
-
-
-def unshared_batch(global_batch: int, *, world: int, sharding: Sharding) -> str | None:
-    """Say why `world` workers cannot share a global batch of that many rows; None if they can.
-
-    There may be too few rows, or shares of sharded workers would differ: those gather the network layer by
-    layer together, and one of them would wait for ever.
-    """
-    if world > global_batch:
-        return f"{world} workers cannot share a global batch of {global_batch} rows: take fewer workers"
-    if sharding == "fsdp" and global_batch % world:
-        return (
-            f"{world} workers cannot share a global batch of {global_batch} rows evenly, which sharding=fsdp "
-            "needs: choose a multiple, or trainer.sharding=none"
-        )
-    return None
 
 
 class UNetTrainingSettings(TableTrainingSettings):
@@ -311,14 +300,36 @@ class VpredSettings(UNetTrainingSettings):
     Attributes:
         velocity: velocity loss.
         skip: block skip probabilities of robust training (Eq. 5); null skips none.
+        follow: train while LATENTS are written, as `--follow` does: epoch 0 reads units in their planned
+            order.
+        follow_seconds: without a new version of LATENTS after which a training that waits for units ends.
         loop: optimizer and schedule.
     """
 
+    not_in_identity: ClassVar[tuple[str, ...]] = (*UNetTrainingSettings.not_in_identity, "follow_seconds")
+
     velocity: VelocitySettings = VelocitySettings()
     skip: SkipSettings | None = None
+    follow: bool = False
+    follow_seconds: PositiveFloat = 600.0
     loop: LoopSettings = LoopSettings(
         num_steps=1000, global_batch=64, learning_rate=1e-3, warmup_steps=50, ema_decay=0.99
     )
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that determine the weights, as JSON values."""
+        values = super().identity()
+        # Of the others the identity stays that of earlier versions.
+        return values if self.follow else {name: values[name] for name in values if name != "follow"}
+
+    @property
+    def longest_wait(self) -> float | None:
+        """Seconds for which a training on a growing table waits for units; None on one that is as it is."""
+        return self.follow_seconds if self.follow else None
+
+    def as_begun(self, stored: Mapping[str, Any]) -> Self:
+        """These settings, with the arithmetic and the order of rows of a training begun as `stored`."""
+        return super().as_begun(stored).model_copy(update={"follow": stored.get("follow", False)})
 
 
 class RobustTrainingSettings(VpredSettings):

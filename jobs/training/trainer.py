@@ -28,8 +28,10 @@ from jobs.training.callback import TrainingCallback, open_loggers
 from jobs.training.initial_state import initial_state
 from jobs.training.loggers import check_loggers
 from jobs.training.progress_channel import OnReport, progress_channel
-from jobs.training.settings import TrainerSettings, unshared_batch
+from jobs.training.settings import TrainerSettings
+from jobs.training.sharding import unshared_batch
 from jobs.training.spec import Training, TrainingError, TrainingFactory, first_differences
+from pipelines.loading.followed import FollowingStopped
 from pipelines.ray_data.metrics import TrainingMeter
 from pipelines.storage.objects import replace_object
 from pipelines.storage.retry import with_retries
@@ -126,6 +128,7 @@ def run_trainings(
         TrainingError: if a loss is not finite or too large, or a checkpoint is of another training. The ids
             of the rows of such a loss are saved beside the checkpoints, as `<name>.stopped.json`.
         LoggerError: if the loggers cannot be used.
+        FollowingStopped: if the table that the trainings follow has no more units for them.
         TrainingFailed: if workers keep failing.
     """
     check_loggers(settings.log_to)
@@ -145,7 +148,7 @@ def run_trainings(
         except TrainingFailedError as error:
             raise TrainingFailed(f"training failed: {_cause(error)}") from None
     result: _WorkerResult = cloudpickle.loads(pickled)
-    if isinstance(result, TrainingError):
+    if isinstance(result, Exception):
         raise result
     return result
 
@@ -175,7 +178,7 @@ def _trainer(config: dict[str, Any], *, settings: TrainerSettings, scratch: str)
     )
 
 
-_WorkerResult = dict[str, TrainingResult] | TrainingError
+_WorkerResult = dict[str, TrainingResult] | TrainingError | FollowingStopped
 """Result of a worker: its trainings by name, or an error that a restart cannot mend."""
 
 
@@ -215,6 +218,8 @@ def _run_all(config: dict[str, Any]) -> _WorkerResult:
     except (TrainingError, StateError) as error:
         # All workers found the same error. If it were raised, Ray would restart them in vain.
         return TrainingError(str(error))
+    except FollowingStopped as error:
+        return error
     return finished
 
 

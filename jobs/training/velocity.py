@@ -1,6 +1,6 @@
 """Trains UNets by the velocity loss: eps to v, robust and efficient models. SnapFusion Eq. 5, 6."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,6 @@ from jobs.training.student import EVALUATION_STEP, LATENT_COLUMNS, make_training
 from jobs.training.table_training import TrainingInputs, TrainingTable, count_rows
 from jobs.training.validation import check_validation
 from pipelines.datasets.latents import check_latents, image_size_of
-from pipelines.loading.buckets import make_loader
 from pipelines.tables.table import Snapshot
 from snapfusion.models.blocks import set_skipped_blocks
 from snapfusion.models.bundle import Bundle
@@ -35,6 +34,7 @@ def finetune_vpred(
     out_url: str,
     further: bool = False,
     base: PublishedModel | None = None,
+    table_sources: Callable[[], Sequence[str]] | None = None,
     on_report: OnReport | None = None,
 ) -> StudentMetrics:
     """Train a model by L_ori and publish it at `out_url` (see `TableTraining.run`).
@@ -46,6 +46,7 @@ def finetune_vpred(
         out_url: folder to publish.
         further: also accept a model that predicts v already.
         base: the model that the run begins with, for the model card.
+        table_sources: gives the sources of LATENTS in their order, for `settings.follow`.
         on_report: receives progress reports; None shows them.
 
     Returns:
@@ -56,6 +57,7 @@ def finetune_vpred(
             `TableTraining.run`.
         TableError: if LATENTS do not fit the model.
         TrainingFailed: if workers keep failing.
+        TableStalled: if LATENTS that are followed do not grow while the training waits for them.
     """
 
     def check(latents: Snapshot, models: Mapping[str, Bundle]) -> None:
@@ -68,7 +70,7 @@ def finetune_vpred(
         objective="velocity",
         sources={"model": model},
         role="model",
-        table=TrainingTable(role="latents", kind="latents", url=latents_url),
+        table=TrainingTable(role="latents", kind="latents", url=latents_url, sources=table_sources),
         factory=assemble,
         check=check,
         out_url=out_url,
@@ -99,7 +101,7 @@ def assemble(inputs: TrainingInputs[VpredSettings], *, device: torch.device) -> 
     objective: Objective = velocity
     if settings.skip is not None:
         objective = RobustObjective(velocity, settings=settings.skip, seed=settings.loop.seed)
-    loader = make_loader(columns=LATENT_COLUMNS, **inputs.loading())
+    loader = inputs.loader(LATENT_COLUMNS)
     held_out = partial(loader.held_out, rows=settings.trainer.micro_batch, limit=settings.evaluation_rows)
     yield make_training(
         inputs,

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypedDict, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from pipelines.loading.order import RowOrder, rank_share
@@ -78,6 +79,20 @@ def held_out_rows(
                 return
 
 
+class Order(Protocol):
+    """The order in which a training reads rows: `RowOrder`, or that of a growing table."""
+
+    @property
+    def rows_in_flight(self) -> int:
+        """Rows of a window of each lane, in the mean."""
+
+    def knows(self, position: int) -> bool:
+        """Whether the rows before `position` are known, so that nobody waits for them."""
+
+    def batches(self, position: int, *, rows: int) -> Iterator[np.ndarray]:
+        """The rows from `position` on, endless, as `pipelines.loading.order.ROW` [rows]."""
+
+
 class LoaderOptions(TypedDict):
     """Keyword arguments of the loaders of a table and of a bucket; see `BatchLoader`."""
 
@@ -113,7 +128,10 @@ class PrefetchingLoader(ABC):
         batches = self.stream(start, rank=rank, world=world)
         if prepare is not None:
             batches = (prepare(batch, step=step) for step, batch in enumerate(batches, start))
-        return Prefetcher(batches, depth=depth)
+        return Prefetcher(batches, depth=depth, interrupt=self.interrupt)
+
+    def interrupt(self) -> None:  # noqa: B027 - most loaders wait for nothing
+        """End a wait for rows: whoever takes batches has closed them."""
 
 
 class BatchLoader(PrefetchingLoader):
@@ -126,6 +144,7 @@ class BatchLoader(PrefetchingLoader):
         seed: of the order.
         settings: the choice and order of rows.
         counts: the result of `count_trainable`, if there is one already.
+        order: of the rows; by default that of the table, of which all units are there.
 
     Raises:
         ValueError: if there are no rows to train on.
@@ -140,12 +159,14 @@ class BatchLoader(PrefetchingLoader):
         seed: int,
         settings: LoaderSettings,
         counts: Sequence[int] | None = None,
+        order: Order | None = None,
     ) -> None:
         self._table, self._global_batch = table, global_batch
         self._columns = ["id", *columns]
         self._held_out = settings.held_out
-        self._counts = list(counts or count_trainable(table, held_out=settings.held_out))
-        self._order = RowOrder(
+        # Not copied: those of a growing table grow.
+        self._counts = count_trainable(table, held_out=settings.held_out) if counts is None else counts
+        self._order = order or RowOrder(
             self._counts, window_units=settings.window_units, seed=seed, lanes=settings.lanes
         )
         # From a disk one reader keeps ahead. A store answers late, and at the start all lanes wait for it.
@@ -163,6 +184,7 @@ class BatchLoader(PrefetchingLoader):
                 self._shares(start, rank=rank, world=world),
                 read=lambda unit: readers.submit(self._read, unit),
                 ahead=self._order.rows_in_flight,
+                ready=lambda end: self._order.knows(end + self._global_batch),
             )
             for share, units in files:
                 window, turn, row = (share.rows[name].tolist() for name in ("window", "turn", "row"))

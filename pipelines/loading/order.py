@@ -12,7 +12,7 @@ the rows of a batch.
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -55,6 +55,49 @@ class Window:
         return np.stack([turn, units[turn], shuffled - (ends - sizes[units])[turn]], axis=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Windows that are dealt to lanes together.
+
+    Attributes:
+        number: of its first window, counted over all epochs.
+        start: position of its first row, counted over all epochs.
+        window_rows: rows of each window: int64.
+        window: makes a window, by its index in the span.
+    """
+
+    number: int
+    start: int
+    window_rows: np.ndarray
+    window: Callable[[int], Window]
+
+    def blocks(self, begin: int, *, unit_rows: np.ndarray, lanes: int) -> Iterator[np.ndarray]:
+        """The rows from its row `begin` on, in pieces: `ROW` [any].
+
+        Args:
+            begin: counted from the span's first row.
+            unit_rows: rows of each unit: int64.
+            lanes: their number.
+        """
+        dealt = Lanes(self.window_rows, lanes=lanes)
+        shuffled: dict[int, np.ndarray] = {}
+        for position in range(begin, dealt.rows, _BLOCK_ROWS):
+            lane, window, number = dealt.rows_at(position, min(position + _BLOCK_ROWS, dealt.rows))
+            block = np.empty(len(lane), ROW)
+            block["lane"], block["window"] = lane, self.number + window
+            block["until"] = self.start + dealt.until[window]
+            by_window = np.argsort(window, kind="stable")
+            cuts = np.flatnonzero(np.diff(window[by_window])) + 1
+            for at in np.split(by_window, cuts):
+                which = int(window[at[0]])
+                if which not in shuffled:
+                    shuffled[which] = self.window(which).row_indices(unit_rows)
+                rows = shuffled[which][number[at]]
+                block["turn"][at], block["unit"][at], block["row"][at] = rows.T
+            yield block
+            shuffled = {which: rows for which, rows in shuffled.items() if dealt.until[which] > position}
+
+
 class Epoch:
     """The windows of an epoch, in spans of a few windows for each lane.
 
@@ -81,27 +124,17 @@ class Epoch:
     def blocks(self, position: int) -> Iterator[np.ndarray]:
         """The rows from `position` on, counted from the epoch's first, in pieces: `ROW` [any]."""
         for span in range(bisect.bisect_right(self._starts, position) - 1, len(self._starts) - 1):
-            yield from self._span(span, max(0, position - self._starts[span]))
+            begin = max(0, position - self._starts[span])
+            yield from self._span(span).blocks(begin, unit_rows=self._rows, lanes=self._lanes)
 
-    def _span(self, span: int, position: int) -> Iterator[np.ndarray]:
+    def _span(self, span: int) -> Span:
         first, last = self._bounds[span : span + 2]
-        lanes, start = Lanes(self._window_rows[first:last], lanes=self._lanes), self._starts[span]
-        shuffled: dict[int, np.ndarray] = {}
-        for begin in range(position, lanes.rows, _BLOCK_ROWS):
-            lane, window, number = lanes.rows_at(begin, min(begin + _BLOCK_ROWS, lanes.rows))
-            block = np.empty(len(lane), ROW)
-            block["lane"], block["window"] = lane, self._number * len(self._firsts) + first + window
-            block["until"] = self._number * int(self._rows.sum()) + start + lanes.until[window]
-            by_window = np.argsort(window, kind="stable")
-            cuts = np.flatnonzero(np.diff(window[by_window])) + 1
-            for at in np.split(by_window, cuts):
-                which = int(window[at[0]])
-                if which not in shuffled:
-                    shuffled[which] = self._window(first + which).row_indices(self._rows)
-                rows = shuffled[which][number[at]]
-                block["turn"][at], block["unit"][at], block["row"][at] = rows.T
-            yield block
-            shuffled = {which: rows for which, rows in shuffled.items() if lanes.until[which] > begin}
+        return Span(
+            number=self._number * len(self._firsts) + first,
+            start=self._number * int(self._rows.sum()) + self._starts[span],
+            window_rows=self._window_rows[first:last],
+            window=lambda which: self._window(first + which),
+        )
 
     def _window(self, number: int) -> Window:
         first = self._firsts[number]
@@ -140,16 +173,16 @@ class RowOrder:
         windows = math.ceil(len(self._rows) / self._window_units)
         return math.ceil(min(self._lanes, windows) * self.rows_per_epoch / windows)
 
+    def knows(self, position: int) -> bool:
+        """Whether the rows before `position` are known, so that nobody waits for them: always."""
+        return True
+
     def batches(self, position: int, *, rows: int) -> Iterator[np.ndarray]:
         """The rows from `position` on, endless, as `ROW` [rows]; with lanes each batch is sorted by file."""
-        pending = np.empty(0, ROW)
-        for block in self._blocks(position):
-            pending = np.concatenate([pending, block])
-            while len(pending) >= rows:
-                batch, pending = pending[:rows], pending[rows:]
-                yield batch if self._lanes == 1 else _by_file(batch)
+        return cut_batches(self.blocks(position), rows=rows, by_file=self._lanes > 1)
 
-    def _blocks(self, position: int) -> Iterator[np.ndarray]:
+    def blocks(self, position: int) -> Iterator[np.ndarray]:
+        """The rows from `position` on, endless, in pieces: `ROW` [any]."""
         first, position = divmod(position, self.rows_per_epoch)
         for number in itertools.count(first):
             epoch = Epoch(
@@ -157,6 +190,16 @@ class RowOrder:
             )
             yield from epoch.blocks(position)
             position = 0
+
+
+def cut_batches(blocks: Iterator[np.ndarray], *, rows: int, by_file: bool) -> Iterator[np.ndarray]:
+    """Batches of `rows` rows of pieces of an order, each sorted by file if `by_file`: `ROW` [rows]."""
+    pending = np.empty(0, ROW)
+    for block in blocks:
+        pending = np.concatenate([pending, block])
+        while len(pending) >= rows:
+            batch, pending = pending[:rows], pending[rows:]
+            yield _by_file(batch) if by_file else batch
 
 
 def permutation(key: int, count: int) -> np.ndarray:

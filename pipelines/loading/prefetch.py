@@ -1,7 +1,7 @@
 """Prefetches the items of an iterator in a thread."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Self, TypeVar
 
@@ -16,10 +16,13 @@ class Prefetcher(Generic[T]):
     Args:
         source: runs on the thread alone.
         depth: most items that are ready at a time.
+        interrupt: called by `close`, to end a wait in `source`.
     """
 
-    def __init__(self, source: Iterator[T], *, depth: int) -> None:
-        self._source = source
+    def __init__(
+        self, source: Iterator[T], *, depth: int, interrupt: Callable[[], None] = lambda: None
+    ) -> None:
+        self._source, self._interrupt = source, interrupt
         # One thread: an iterator computes its items one after the other, and in order.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         # One more than are to be ready is being computed.
@@ -38,5 +41,6 @@ class Prefetcher(Generic[T]):
     def close(self) -> None:
         """End the thread; items that are ready are dropped."""
         self._items.clear()
+        self._interrupt()
         self._thread.shutdown(cancel_futures=True)
         self._source = iter(())  # dropping a generator closes its files and thread pools

@@ -27,7 +27,11 @@ class Share:
 
 
 def read_ahead(
-    shares: Iterator[Share], *, read: Callable[[int], Future[Rows]], ahead: int
+    shares: Iterator[Share],
+    *,
+    read: Callable[[int], Future[Rows]],
+    ahead: int,
+    ready: Callable[[int], bool],
 ) -> Iterator[tuple[Share, Mapping[File, Future[Rows]]]]:
     """Each share with its files, while those of the next `ahead` positions are being read.
 
@@ -35,13 +39,16 @@ def read_ahead(
         shares: of successive batches, without end.
         read: begins to read a unit.
         ahead: positions; the next batch is read ahead in any case.
+        ready: whether the share after a position is there without a wait; no other is read ahead.
     """
     files: dict[File, Future[Rows]] = {}
     until: dict[File, int] = {}
     upcoming = deque[Share]()
     while True:
         # Shares are numbers and cost next to nothing; files cost memory.
-        while len(upcoming) < 2 or upcoming[-1].end < upcoming[0].end + ahead:
+        while not upcoming or (
+            (len(upcoming) < 2 or upcoming[-1].end < upcoming[0].end + ahead) and ready(upcoming[-1].end)
+        ):
             upcoming.append(next(shares))
             for window, turn, unit, last in _files_of(upcoming[-1].rows):
                 # Consecutive shares lie in the same files: each is submitted once, in the order of first use.

@@ -5,6 +5,7 @@ rejected rows) and `url.units` (one row a unit). Both can be rebuilt from the ma
 the log of the main table alone decides what is committed.
 """
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -89,6 +90,12 @@ class Snapshot:
         kept = ("url", "version", "identity", "columns", "_arrays")
         return {name: vars(self)[name] for name in kept} | {"units": self.units}
 
+    def of_units(self, units: UnitList) -> "Snapshot":
+        """This version with some of its units alone."""
+        part = copy.copy(self)
+        vars(part)["units"] = units
+        return part
+
     @property
     def num_rows(self) -> int:
         """Rows in all units."""
@@ -169,9 +176,10 @@ class Snapshot:
     def _unit_rows(self, columns: Sequence[str]) -> list[dict[str, Any]]:
         """Rows of the table of units, without those of files that were replaced or are not committed yet."""
         committed = {file.unit: file for file in self.units}
+        rows = self._sibling_rows(columns)
         return [
             row
-            for row in self._sibling_rows(columns).to_pylist()
+            for row in rows.filter(pc.is_in(rows["unit"], self.units.unit_names)).to_pylist()
             if (file := committed.get(row["unit"])) and file.has_manifest(row["account"])
         ]
 
