@@ -213,7 +213,7 @@ def _contending_workers(job: Job) -> int:
     recipe, cores = job.recipe, os.cpu_count() or 1
     pools = (recipe.latents.encoders, recipe.pairs.teachers, recipe.targets.teachers)
     trainings = (recipe.vpred, recipe.efficient.training, recipe.distill, recipe.decoder)
-    workers = max(*(pool.actors for pool in pools), *(each.trainer.num_workers for each in trainings))
+    workers = max(*(pool.most_actors for pool in pools), *(each.trainer.num_workers for each in trainings))
     return cores if _device() == "cpu" and workers >= cores else 1
 
 

@@ -90,7 +90,7 @@ class WorkerGroup:
     Attributes:
         name: of the group.
         works: of the whole group.
-        workers: number of them in the recipe.
+        workers: number of them in the recipe; of a pool that follows the cluster, the most.
         on: occupied by each: an accelerator (a core, on nodes without any), or always a core.
         max_workers: beyond which workers would idle; None for no limit.
     """
@@ -156,7 +156,9 @@ class StageCost:
 
 def pool_group(name: str, pool: Pool, *works: Work, network: bool = False) -> WorkerGroup:
     """The workers of an actor pool; those with a `network` occupy an accelerator each."""
-    return WorkerGroup(name=name, works=works, workers=pool.actors, on="accelerator" if network else "core")
+    return WorkerGroup(
+        name=name, works=works, workers=pool.most_actors, on="accelerator" if network else "core"
+    )
 
 
 def unet_passes(

@@ -74,18 +74,24 @@ def _run_window(items: Sequence[Any], stages: list[PipelineStage]) -> Iterator[A
     dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for number, stage in enumerate(stages):
         # The first stage has one task an item; later ones may have more.
-        actors = min(stage.pool.actors, len(rows)) if number == 0 else stage.pool.actors
+        strategy = actor_strategy(stage.pool, tasks=len(rows) if number == 0 else None)
         dataset = dataset.map_batches(
             _StageActor,
             fn_constructor_args=(number, stage, attempts),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=actors),
+            compute=strategy,
             num_cpus=stage.pool.cpus,
             num_gpus=stage.pool.gpus,
             label_selector=stage.pool.labels or None,
         )
     for row in dataset.iter_rows():
         yield pickle.loads(row["item"])
+
+
+def actor_strategy(pool: Pool, *, tasks: int | None) -> ray.data.ActorPoolStrategy:
+    """The sizes of a pool in Ray's terms, of at most as many actors as there are tasks, if that is known."""
+    least, most = (size if tasks is None else min(size, tasks) for size in (pool.actors, pool.most_actors))
+    return ray.data.ActorPoolStrategy(min_size=least, max_size=most)
 
 
 def on_driver_node(actor: type) -> Any:  # noqa: ANN401 - an actor class

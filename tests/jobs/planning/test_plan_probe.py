@@ -119,6 +119,7 @@ def test_update_is_part_of_a_step(job):
         (2, [], 2),
         (4, [], 1),
         (4, ["targets.teachers.actors=4"], 4),
+        (4, ["targets.teachers.max_actors=4"], 4),
         (4, ["efficient.training.trainer.num_workers=8"], 4),
     ],
 )

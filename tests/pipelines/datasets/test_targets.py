@@ -26,6 +26,7 @@ from pipelines.datasets.targets import (
 from pipelines.loading.branches import branch_and_draw, unit_name
 from pipelines.loading.rows import to_batch
 from pipelines.ray_data.execution import run_on_ray
+from pipelines.ray_data.settings import Pool
 from pipelines.stages.read_latents import ReadLatents
 from pipelines.tables.schemas import array_type, read_array
 from pipelines.tables.table import TableError, open_table
@@ -223,7 +224,10 @@ def test_ray_writes_equal_bytes_though_a_teacher_dies(ray_cluster, targets, late
     def run(items, stages):
         reader, teacher, writer = stages
         arguments = {**teacher.arguments, "mark": str(tmp_path / "mark")}
-        return run_on_ray(items, [reader, replace(teacher, build=DyingTeacher, arguments=arguments), writer])
+        # Bytes do not depend on the number of teachers, which may change while they work.
+        pool = Pool(actors=1, max_actors=2)
+        dying = replace(teacher, build=DyingTeacher, arguments=arguments, pool=pool)
+        return run_on_ray(items, [reader, dying, writer])
 
     by_ray = compute(tmp_path / "targets", tiny_teacher, latents, run=run)
     assert (tmp_path / "mark").exists()

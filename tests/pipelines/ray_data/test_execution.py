@@ -45,6 +45,28 @@ def with_first(build: Any, **more: Any) -> Any:
     return run
 
 
+class WaitForAnother:
+    """Returns an item once two processes have begun one, or after two minutes."""
+
+    def __init__(self, *, marks: str) -> None:
+        self.marks = Path(marks)
+
+    def __call__(self, item: int) -> tuple[int, int]:
+        (self.marks / str(os.getpid())).touch()
+        deadline = time.monotonic() + 120
+        while len([*self.marks.iterdir()]) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return item, os.getpid()
+
+
+def test_pool_grows_while_all_its_actors_work(ray_cluster, tmp_path):
+    pool = Pool(actors=1, max_actors=2, cpus=0.5)
+    stages = [PipelineStage(build=WaitForAnother, arguments={"marks": str(tmp_path)}, pool=pool)]
+    items, workers = zip(*run_on_ray(range(8), stages), strict=True)
+    assert sorted(items) == list(range(8))
+    assert len(set(workers)) == 2
+
+
 # In CI test_targets does so with TARGETS, of which a teacher dies.
 @pytest.mark.slow
 def test_ray_writes_the_bytes_of_one_process(ray_cluster, tiny_teacher, tmp_path):
