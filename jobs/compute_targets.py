@@ -25,6 +25,7 @@ def compute(job: Job) -> None:
     recipe = job.recipe
     teacher, _ = teacher_and_student(job)
     latents = open_table(job.url("latents"), kind="latents")
+    progress = show_progress(job.verb)
     table = compute_targets(
         recipe.targets,
         teacher=absolute_source(teacher),
@@ -32,9 +33,10 @@ def compute(job: Job) -> None:
         url=job.url("targets"),
         origin=job.origin({"latents": latents.lineage(), "model": teacher}),
         run=runner(job, "targets", new_table=job.url("targets")),
-        on_progress=show_progress(job.verb),
+        on_progress=progress,
     )
-    log_table("TARGETS", table, note=f" ({count_branch_rows(table, guided=True)} guided)")
+    guided = count_branch_rows(table, guided=True)
+    log_table("TARGETS", table, note=f" ({guided} guided)", network_busy=progress.network_busy)
 
 
 def preview(job: Job) -> list[str]:

@@ -31,6 +31,7 @@ def encode(job: Job) -> None:
     recipe = job.recipe
     shards = finished_shards(job)
     _print_unused_bounds(job, shards[0])
+    progress = show_progress(job.verb)
     table = encode_latents(
         recipe.latents,
         model=absolute_source(recipe.model),
@@ -41,9 +42,9 @@ def encode(job: Job) -> None:
         on_refused=log_refused,
         origin=job.origin({"shards": shards_url(job), "model": recipe.model}),
         run=runner(job, "latents", new_table=job.url(recipe.source.table)),
-        on_progress=show_progress(job.verb),
+        on_progress=progress,
     )
-    log_table("LATENTS", table)
+    log_table("LATENTS", table, network_busy=progress.network_busy)
 
 
 def preview(job: Job) -> list[str]:

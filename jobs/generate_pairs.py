@@ -29,6 +29,7 @@ def generate(job: Job) -> None:
 
     recipe = job.recipe
     captions, parent = captions_for(job)
+    progress = show_progress(job.verb)
     table = generate_pairs(
         recipe.pairs,
         teacher=absolute_source(recipe.model),
@@ -37,9 +38,9 @@ def generate(job: Job) -> None:
         url=job.url("pairs"),
         origin=job.origin({"captions": parent, "model": recipe.model}),
         run=runner(job, "pairs", new_table=job.url("pairs")),
-        on_progress=show_progress(job.verb),
+        on_progress=progress,
     )
-    log_table("PAIRS", table)
+    log_table("PAIRS", table, network_busy=progress.network_busy)
 
 
 def captions_for(job: Job) -> tuple[Sequence[Caption | Rejection], dict[str, Any]]:

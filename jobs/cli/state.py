@@ -37,13 +37,14 @@ def read_json_files(url: str) -> list[Any]:
     return [read_record(f"{url}/{name}") for name in list_names(url) if name.endswith(".json")]
 
 
-def log_table(name: str, table: Snapshot, *, note: str = "") -> None:
-    """Log the rows of a table and its rejected rows by reason.
+def log_table(name: str, table: Snapshot, *, note: str = "", network_busy: float | None = None) -> None:
+    """Log the rows of a table, its rejected rows by reason, and how busy its network was.
 
     Args:
         name: of the table.
         table: at its newest version.
         note: on its rows.
+        network_busy: see `TableProgress`.
 
     Raises:
         NoUsableRows: if every row was rejected, for another reason than a deletion request.
@@ -54,6 +55,9 @@ def log_table(name: str, table: Snapshot, *, note: str = "") -> None:
     rows = f"{table.num_rows} rows{note} in {len(table.units)} units"
     counts = total_rejected(table.manifests().values())
     logger.info(f"  {name} version {table.version}: {rows}, {rejected_text(counts)}")
+    if network_busy is not None:
+        busy = f"{network_busy:.1%} of the time between the first and last units of its workers"
+        logger.info(f"  its network computed in {busy}")
     check_usable(name, table)
 
 

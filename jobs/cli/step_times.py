@@ -13,6 +13,7 @@ from typing import Self
 from jobs.cli.job import Job
 from jobs.cli.state import read_json
 from jobs.runtime.driver_clock import DRIVER_CLOCK
+from jobs.runtime.network_times import NETWORK_TIMES
 from pipelines.storage.objects import list_names, write_once
 from pipelines.storage.records import read_record
 from snapfusion.records import Record
@@ -35,6 +36,8 @@ class StepTime:
         peak_memory_mib: of the largest process among this one and its finished children.
         driver_seconds: in which this process worked alone, after its workers; None if it had none.
         driver_peak_mib: of this process during the step; None if it is not known.
+        network_busy: share of the time between the first and last units of the workers of its tables in which
+            their networks computed; None where none did, or it is not known.
     """
 
     verb: str
@@ -42,6 +45,7 @@ class StepTime:
     peak_memory_mib: float
     driver_seconds: float | None = None
     driver_peak_mib: float | None = None
+    network_busy: float | None = None
 
 
 class _OwnMemory:
@@ -80,6 +84,7 @@ class _OwnMemory:
 def record_step(job: Job, verb: str) -> Iterator[None]:
     """Record how long the body takes, unless this step is recorded already."""
     DRIVER_CLOCK.reset()
+    NETWORK_TIMES.reset()
     began = time.monotonic()
     with _OwnMemory() as memory:
         yield
@@ -91,6 +96,7 @@ def record_step(job: Job, verb: str) -> Iterator[None]:
         peak_memory_mib=round(max(one.ru_maxrss for one in usage) / 1024, 1),
         driver_seconds=None if driver_seconds is None else round(driver_seconds, 2),
         driver_peak_mib=driver_peak,
+        network_busy=None if (share := NETWORK_TIMES.busy_share) is None else round(share, 4),
     )
     write_once(_step_url(job, verb), json.dumps(asdict(step)).encode())
 
@@ -116,6 +122,7 @@ def _step_of(record: Record) -> StepTime:
         # Not in records of earlier versions.
         driver_seconds=record.get("driver_seconds"),
         driver_peak_mib=record.get("driver_peak_mib"),
+        network_busy=record.get("network_busy"),
     )
 
 

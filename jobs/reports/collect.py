@@ -161,4 +161,5 @@ def _timings(run: CommittedRun) -> Iterator[StepTiming]:
     for verb in _VERBS:
         if step := read_step(run.job, verb):
             table = run.tables.get(_TABLE_OF_VERB.get(verb, ""))
-            yield StepTiming(step=verb, seconds=step.seconds, rows=table.num_rows if table else None)
+            rows = table.num_rows if table else None
+            yield StepTiming(step=verb, seconds=step.seconds, rows=rows, network_busy=step.network_busy)

@@ -247,12 +247,15 @@ class StepTiming:
         seconds: of wall time; 0 if it was skipped.
         rows: that it made, or None.
         skipped: whether its result was committed before.
+        network_busy: share of the time between the first and last units of its workers in which their
+            networks computed; None if it is not known.
     """
 
     step: str
     seconds: float
     rows: int | None = None
     skipped: bool = False
+    network_busy: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

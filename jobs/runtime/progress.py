@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from jobs.runtime.driver_clock import DRIVER_CLOCK
 from jobs.runtime.logs import interactive, logger, seconds_since_last_line
+from jobs.runtime.network_times import NETWORK_TIMES
 
 if TYPE_CHECKING:
     from rich.status import Status
 
-    from pipelines.tables.committer import CommitProgress, OnProgress
+    from pipelines.tables.committer import CommitProgress
 
 SECONDS_BETWEEN_LINES = 30.0
 """Between the lines of a job whose output is no terminal."""
@@ -101,20 +102,35 @@ def _beat(ended: threading.Event) -> None:
             logger.info(f"  {_Display.text}: still at work, {format_duration(seconds)}")
 
 
-def show_progress(verb: str) -> OnProgress:
+def show_progress(verb: str) -> TableProgress:
     """A callback that shows progress with rate and time left, and counts its rows for Prometheus."""
-    from pipelines.ray_data.metrics import RowMeter
+    return TableProgress(verb)
 
-    line, meter = StatusLine(), RowMeter(verb)
-    DRIVER_CLOCK.pause()
 
-    def on_progress(progress: CommitProgress) -> None:
+class TableProgress:
+    """See `show_progress`; an `OnProgress` of one table.
+
+    Attributes:
+        network_busy: share of the time between the first and last units of the workers in which their network
+            computed; None if none did, or not yet two units.
+    """
+
+    def __init__(self, verb: str) -> None:
+        from pipelines.ray_data.metrics import RowMeter
+
+        self._verb, self._line, self._meter = verb, StatusLine(), RowMeter(verb)
+        self._table = NETWORK_TIMES.add_table()
+        self.network_busy: float | None = None
+        DRIVER_CLOCK.pause()
+
+    def __call__(self, progress: CommitProgress) -> None:
+        """Show the progress after a unit."""
         DRIVER_CLOCK.run_from_now()
-        meter(progress)
+        self._meter(progress)
+        NETWORK_TIMES.update(self._table, progress.network_time)
+        self.network_busy = progress.network_time.busy_share
         last = progress.total is not None and progress.rows >= progress.total
-        line.show(f"{verb}: {format_progress(progress)}", last=last)
-
-    return on_progress
+        self._line.show(f"{self._verb}: {format_progress(progress)}", last=last)
 
 
 def format_progress(progress: CommitProgress) -> str:

@@ -1,12 +1,14 @@
 """Runs networks on a torch device, and names what their outputs' bits depend on."""
 
 import time
+import uuid
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from pipelines.stages.settings import Device
+from pipelines.tables.network_time import UnitSpan
 from pipelines.tables.units import FinishedRows, UnitRows
 from snapfusion.models.load import load
 from snapfusion.settings import Settings
@@ -47,6 +49,7 @@ class NetworkStage(ABC, Generic[Rows, StageSettings]):
     """
 
     def __init__(self, *, model: str, settings: StageSettings, device: Device) -> None:
+        self.worker = uuid.uuid4().hex
         self.settings = settings
         self.torch_device = prepare(device)
         self.dtype = DTYPES[device.dtype]
@@ -64,5 +67,5 @@ class NetworkStage(ABC, Generic[Rows, StageSettings]):
         """The finished unit; rows that are not finite are rejected."""
         began = time.monotonic()
         columns, finite = self.columns(rows)
-        seconds = time.monotonic() - began
-        return rows.finish(columns, finite=finite, environment=self.environment, seconds=seconds)
+        span = UnitSpan(self.worker, began, time.monotonic())
+        return rows.finish(columns, finite=finite, environment=self.environment, span=span)

@@ -1,6 +1,7 @@
 """Writes a finished unit as one Parquet file, exactly once."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -31,7 +32,8 @@ class WriteUnit:
             rows_written=table.num_rows,
             rejections=rows.rejections,
         )
-        return write_unit(table, manifest, path=f"{self.url}/{rows.unit.name}.parquet", seconds=rows.seconds)
+        path = f"{self.url}/{rows.unit.name}.parquet"
+        return replace(write_unit(table, manifest, path=path, seconds=rows.seconds), span=rows.span)
 
 
 def pack(rows: FinishedRows, schema: pa.Schema) -> pa.Table:

@@ -17,6 +17,7 @@ from deltalake.transaction import AddAction
 
 from pipelines.storage.objects import read_bytes, write_once
 from pipelines.tables.manifest import UnitManifest, read_manifest, to_parquet
+from pipelines.tables.network_time import UnitSpan
 from pipelines.tables.open_log import OpenLog, TableLogs
 from pipelines.tables.row_keys import RowKeys
 from pipelines.tables.schemas import REJECTS, UNITS
@@ -53,7 +54,7 @@ _Rows = list[dict[str, Any]]
 class WrittenUnit:
     """A unit whose data file is written, ready to be committed.
 
-    `row_keys` is None in a table that no training reads.
+    `row_keys` is None in a table that no training reads, `span` where no network computed in this job.
     """
 
     manifest: UnitManifest
@@ -62,6 +63,7 @@ class WrittenUnit:
     sha256: str
     seconds: float | None
     row_keys: RowKeys | None
+    span: UnitSpan | None = None
 
 
 Origin = Mapping[str, Any]

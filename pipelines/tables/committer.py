@@ -12,6 +12,7 @@ from pipelines.storage.objects import list_parquet
 from pipelines.tables.commits import Origin, WrittenUnit, commit_units, read_written_unit, restore_manifests
 from pipelines.tables.manifest import UnitManifest
 from pipelines.tables.merging import FAN_IN, merge_unit_files
+from pipelines.tables.network_time import NetworkTime, UnitSpan
 from pipelines.tables.open_log import TableLogs
 from pipelines.tables.settings import Bounds
 from pipelines.tables.table import Snapshot, TableError, open_table
@@ -38,6 +39,7 @@ class CommitProgress:
         reasons: rejected rows by reason.
         shards: sources that were read to their end.
         rejected_shards: those of them that were torn, no shard, or another one than before.
+        network_time: of the workers whose network computed the units.
     """
 
     rows: int = 0
@@ -50,6 +52,7 @@ class CommitProgress:
     reasons: Mapping[str, int] = field(default_factory=dict)
     shards: int = 0
     rejected_shards: int = 0
+    network_time: NetworkTime = field(default_factory=NetworkTime)
 
     @property
     def rate(self) -> float | None:
@@ -62,7 +65,12 @@ class CommitProgress:
         return None if self.total is None or not self.rate else max(self.total - self.rows, 0) / self.rate
 
     def advanced(
-        self, *, rows: int, rejected: int, reasons: Mapping[str, int] | None = None
+        self,
+        *,
+        rows: int,
+        rejected: int,
+        reasons: Mapping[str, int] | None = None,
+        span: UnitSpan | None = None,
     ) -> CommitProgress:
         """The progress after one more unit, which has arrived now."""
         now = time.monotonic()
@@ -76,6 +84,7 @@ class CommitProgress:
             first_time=first_time,
             steady_seconds=now - first_time,
             reasons=Counter(self.reasons) + Counter(reasons),
+            network_time=self.network_time.with_span(span),
         )
 
     def with_shards(self, manifest: UnitManifest) -> CommitProgress:
@@ -156,7 +165,10 @@ def commit_stream(
         pending.append(unit)
         manifest = unit.manifest
         progress = progress.advanced(
-            rows=manifest.rows_read, rejected=len(manifest.rejections), reasons=manifest.rejected()
+            rows=manifest.rows_read,
+            rejected=len(manifest.rejections),
+            reasons=manifest.rejected(),
+            span=unit.span,
         ).with_shards(manifest)
         if now - committed >= bounds.commit_seconds:
             committer.commit(pending)

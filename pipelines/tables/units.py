@@ -17,6 +17,7 @@ import numpy as np
 from pipelines.rejections import Rejected, Rejection
 from pipelines.sources.captions import Caption
 from pipelines.tables.manifest import SourceRange, UnitManifest
+from pipelines.tables.network_time import UnitSpan
 
 MAX_UNIT_BYTES = 128 * 2**20
 """Upper bound of a unit's pixels: Ray slices blocks that are larger."""
@@ -71,7 +72,7 @@ class UnitRows(ABC):
         """The id in the table and the ordinal of each row."""
 
     def finish(
-        self, columns: Mapping[str, Any], *, finite: list[bool], environment: dict[str, Any], seconds: float
+        self, columns: Mapping[str, Any], *, finite: list[bool], environment: dict[str, Any], span: UnitSpan
     ) -> FinishedRows:
         """The rows whose numbers are finite; each other row is rejected as `not_finite`.
 
@@ -79,14 +80,15 @@ class UnitRows(ABC):
             columns: of all rows.
             finite: one flag a row.
             environment: of the model.
-            seconds: spent by the model.
+            span: of the model's work.
         """
         return FinishedRows(
             unit=self.unit,
             columns={name: keep_where(finite, values) for name, values in columns.items()},
             rejections=[*self.rejections, *self._rejected(Rejected("not_finite"), finite)],
             environment=environment,
-            seconds=seconds,
+            seconds=span.seconds,
+            span=span,
         )
 
     def reject_all(self, columns: Iterable[str]) -> FinishedRows:
@@ -189,6 +191,7 @@ class FinishedRows:
     rejections: list[Rejection]
     environment: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    span: UnitSpan | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from jobs.evaluation.memory import ResidentMemory
 from jobs.recipes.miniature import mini
 from jobs.runtime.progress import show_progress
 from pipelines.tables.committer import CommitProgress
+from pipelines.tables.network_time import NetworkTime, UnitSpan
 
 
 @pytest.fixture
@@ -32,7 +33,24 @@ def test_time_after_the_last_row_is_recorded(job, capsys):
 def test_a_step_without_rows_has_no_such_time(job):
     with record_step(job, "compile_mobile"):
         pass
-    assert read_step(job, "compile_mobile").driver_seconds is None
+    step = read_step(job, "compile_mobile")
+    assert (step.driver_seconds, step.network_busy) == (None, None)
+
+
+def test_share_of_computing_is_that_of_all_tables_of_a_step(job, capsys):
+    with record_step(job, "evaluate"):
+        for worker, computing in (("a", 7), ("b", 5)):
+            progress = show_progress("evaluate")
+            progress(CommitProgress(network_time=network_time(worker, computing=computing)))
+            assert progress.network_busy == computing / 10
+    assert read_step(job, "evaluate").network_busy == (7 + 5) / 20
+    capsys.readouterr()
+
+
+def network_time(worker: str, *, computing: int) -> NetworkTime:
+    """Of a worker whose two units lie ten seconds apart."""
+    spans = (UnitSpan(worker, 0.0, 1.0), UnitSpan(worker, 11.0 - computing, 10.0))
+    return NetworkTime().with_span(spans[0]).with_span(spans[1])
 
 
 def test_peak_memory_is_that_of_the_step(job):

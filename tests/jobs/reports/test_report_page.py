@@ -104,7 +104,7 @@ LATENTS = LineageNode(
 )
 
 
-ENCODED = StepTiming(step="encode", seconds=20.0, rows=500)
+ENCODED = StepTiming(step="encode", seconds=20.0, rows=500, network_busy=0.968)
 
 
 def content(**changes):
@@ -198,7 +198,7 @@ def test_every_section_is_filled():
         "not_an_image 5",
         "512 507 5 runs/x/latents",
         "scenes-0001/17 cannot identify",
-        "25 rows/s",
+        "25 rows/s · its network computed in 97% of the time between units",
         "committed before",
     ):
         assert words in page.text, words

@@ -1,5 +1,6 @@
 """PAIRS: images are a function of caption, draw and settings, and can be recomputed."""
 
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pipelines.rejections import Rejected
 from pipelines.sources.captions import Caption
 from pipelines.stages.generate import teacher_images
 from pipelines.tables.commits import read_written_unit
+from pipelines.tables.committer import CommitProgress
 from pipelines.tables.schemas import from_png, read_array
 from pipelines.tables.table import TableError, open_table
 from snapfusion.models.load import load
@@ -51,6 +53,30 @@ def test_image_is_decoded_from_the_stored_latent(pairs, tiny_teacher):
     expected = teacher_images(load(tiny_teacher), torch.from_numpy(read_array(rows, "latent").copy()))
     stored = np.stack([from_png(image) for image in rows.column("image").to_pylist()])
     np.testing.assert_array_equal(stored, expected)
+
+
+def test_networks_seconds_are_those_between_first_and_last_units(tiny_teacher, tmp_path):
+    def with_pauses(items, stages):
+        for unit in in_process(items, stages):
+            yield unit
+            time.sleep(0.5)
+
+    reports: list[CommitProgress] = []
+    table = generate_pairs(
+        SETTINGS,
+        teacher=tiny_teacher,
+        captions=CAPTIONS,
+        source="list",
+        url=str(tmp_path / "pairs"),
+        run=with_pauses,
+        on_progress=reports.append,
+    )
+    seconds = sum(record.seconds for record in table.unit_records())
+    (worker,) = reports[-1].network_time.workers.values()
+    assert (worker.units, worker.computing) == (3, pytest.approx(seconds))
+    assert worker.last - worker.first - seconds >= 2 * 0.5  # pauses between three units
+    assert reports[-1].network_time.busy_share == pytest.approx(seconds / (worker.last - worker.first))
+    assert reports[0].network_time.busy_share is None
 
 
 def test_two_runs_write_the_same_bytes(pairs, tiny_teacher, tmp_path):
