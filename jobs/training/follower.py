@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.runtime.logs import logger
 from jobs.training.spec import TrainingError
 from pipelines.loading.buckets import is_bucketed, total_rows
 from pipelines.loading.followed import FollowedUnits, FollowingStopped, UnitRecorder, pauses
@@ -89,6 +90,7 @@ class Follower:
             TrainingError: if no planned unit has rows.
         """
         looks, began = pauses(), time.monotonic()
+        logger.info(f"  waiting for the first rows of {self._url}, at most {self._seconds:g} s")
         while True:
             self._look()
             if any(unit.rows for unit in self._units):
