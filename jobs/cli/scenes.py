@@ -28,12 +28,17 @@ def render_scenes(job: Job) -> None:
 def _rows(positions: range, *, source: SourceSettings) -> Iterator[ShardRow]:
     from pipelines.sources.shards import ShardRow
     from pipelines.tables.schemas import to_png
-    from snapfusion.mini.scenes import HELD_OUT, captioned_image, held_out_index
+    from snapfusion.mini.scenes import HELD_OUT, captioned_image, held_out_index, scene_of
+    from snapfusion.mini.training.noisy_captions import noisy_caption
+    from snapfusion.noise import noise_key, uniform
 
     for position in positions:
         index = held_out_index(position, split=source.split)
         # Held-out images: the bundled miniature was trained on others.
-        image, caption = captioned_image(HELD_OUT + index, seed=source.seed)
+        image, _ = captioned_image(HELD_OUT + index, seed=source.seed)
+        kind, choice = map(float, uniform(noise_key("caption", source.seed, index), 2))
+        scene, noise = scene_of(HELD_OUT + index), source.caption_noise
+        caption = noisy_caption(scene, noise, kind=kind, choice=choice)
         yield ShardRow(image=to_png(image), caption=caption, url=f"scene:{source.seed}/{index}")
 
 

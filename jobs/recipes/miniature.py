@@ -25,6 +25,7 @@ from pipelines.datasets.settings import LatentsSettings, PairsSettings, Referenc
 from pipelines.ray_data.settings import Pool
 from pipelines.stages.settings import Encoding, Generation, ImageSettings, Sampler, SamplingSettings
 from snapfusion.export.settings import Licence, MobileSettings
+from snapfusion.mini.training.settings import CaptionNoiseSettings
 from snapfusion.models.bundled import BUNDLED
 from snapfusion.training.settings import CfgRange, LoopSettings, StepDistillationSettings
 
@@ -197,7 +198,15 @@ def ablation(model: str = "mini") -> Recipe:
     return base.model_copy(
         update={
             "name": "ablation",
-            "source": SourceSettings(scenes=4_096, scenes_per_shard=512, seed=7, split="training"),
+            "source": SourceSettings(
+                scenes=4_096,
+                scenes_per_shard=512,
+                seed=7,
+                split="training",
+                # As those of the miniature's own training: L_ori on right captions alone would teach it to do
+                # without guidance.
+                caption_noise=CaptionNoiseSettings(),
+            ),
             "latents": base.latents.model_copy(update={"rows_per_unit": 128}),
             "distill": base.distill.model_copy(update=distill),
             "evaluation": EvaluationSettings(guidance=own.sweep, tuning=_TUNING, **_SCORING),
@@ -220,6 +229,7 @@ def mini_efficient(model: str = "mini") -> Recipe:
     return base.model_copy(
         update={
             "name": "mini-efficient",
+            "source": base.source.model_copy(update={"caption_noise": SourceSettings().caption_noise}),
             "efficient": base.efficient.model_copy(update={"training": _velocity(1_500)}),
             "captions": CaptionsSettings(limit=512),
             "schedule": "staged",

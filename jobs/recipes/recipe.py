@@ -25,6 +25,7 @@ from pipelines.stages.settings import Blocklists
 from pipelines.tables.settings import Bounds
 from snapfusion.export.settings import MobileSettings
 from snapfusion.mini.split import Split
+from snapfusion.mini.training.settings import CaptionNoiseSettings
 from snapfusion.settings import FOLDER_NAME, Settings
 
 EXAMPLE_BUCKET = "s3://bucket/"
@@ -46,6 +47,7 @@ class SourceSettings(Settings):
         scenes_per_shard: of one tar.
         seed: of the scenes.
         split: of the miniature's captions, whose scenes are rendered; null takes all.
+        caption_noise: shares of the scenes' captions with a wrong word or without one, as on the web.
         table: name of their LATENTS in the run; another for one's own images.
     """
 
@@ -58,6 +60,7 @@ class SourceSettings(Settings):
     scenes_per_shard: int = Field(128, ge=1)
     seed: int = Field(0, ge=0)
     split: Split | None = None
+    caption_noise: CaptionNoiseSettings = CaptionNoiseSettings(wrong_word=0.0, missing_word=0.0)
     table: str = Field("latents", pattern=FOLDER_NAME)
 
 

@@ -1,4 +1,4 @@
-"""Noisy captions of the miniature's UNets: as on the web, some have a wrong word and some lack one.
+"""Noisy captions of the miniature's scenes: as on the web, some have a wrong word and some lack one.
 
 With right captions alone a network learns to follow them without guidance, and guidance (SnapFusion Eq. 3)
 has nothing left to improve.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from snapfusion.mini.captions import TEMPLATE
-from snapfusion.mini.scenes import Scene, caption_of, changes_of, scene_of
+from snapfusion.mini.scenes import Scene, caption_of, change_one_attribute, changes_of, scene_of
 from snapfusion.mini.training.settings import CaptionNoiseSettings
 from snapfusion.mini.vocabulary import ATTRIBUTES, NUM_CAPTIONS
 
@@ -22,6 +22,22 @@ def caption_without(scene: Scene, attribute: str) -> str:
         TEMPLATE.replace(" on a {background} background", "") if attribute == "background" else TEMPLATE
     )
     return " ".join(template.format(**{**vars(scene), attribute: ""}).split())
+
+
+def noisy_caption(scene: Scene, settings: CaptionNoiseSettings, *, kind: float, choice: float) -> str:
+    """The caption of a scene, with a wrong word, without an attribute, or as it is.
+
+    Args:
+        scene: to describe.
+        settings: shares.
+        kind: in [0, 1): below `wrong_word` a word is wrong, then below both shares together one is left out.
+        choice: in [0, 1), of the word.
+    """
+    if kind < settings.wrong_word:
+        return caption_of(change_one_attribute(scene, draw=choice))
+    if kind < settings.wrong_word + settings.missing_word:
+        return caption_without(scene, tuple(ATTRIBUTES)[int(choice * len(ATTRIBUTES))])
+    return caption_of(scene)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from snapfusion.mini.oracle import load_oracle
 from snapfusion.mini.scenes import HELD_OUT, caption_of, image_batch, parse_caption, scene_of
 from snapfusion.mini.training.contrast import NEGATIVES, contrastive_loss, draw_captions
 from snapfusion.mini.training.denoiser import skipped_blocks
-from snapfusion.mini.training.noisy_captions import NoisyCaptions, caption_without
+from snapfusion.mini.training.noisy_captions import NoisyCaptions, caption_without, noisy_caption
 from snapfusion.mini.training.recipe import Trainer, train
 from snapfusion.mini.training.settings import (
     CaptionNoiseSettings,
@@ -161,6 +161,17 @@ def test_noisy_captions_are_wrong_or_incomplete_at_their_shares():
             assert set(text.split()) < set(right.split())
     with pytest.raises(ValueError, match="at most 1 together"):
         CaptionNoiseSettings(wrong_word=0.6, missing_word=0.6)
+
+
+def test_one_scene_gets_the_captions_of_a_batch():
+    settings = CaptionNoiseSettings(wrong_word=0.3, missing_word=0.3)
+    numbers = torch.arange(500)
+    kinds, choices = torch.rand((2, 500), generator=torch.Generator().manual_seed(1)).tolist()
+    captions = NoisyCaptions.of(settings)
+    indexes = captions.draw(numbers, generator=torch.Generator().manual_seed(1)).tolist()
+    for number, kind, choice, index in zip(numbers.tolist(), kinds, choices, indexes, strict=True):
+        caption = noisy_caption(scene_of(number), settings, kind=kind, choice=choice)
+        assert caption == captions.texts[index]
 
 
 def test_an_attribute_is_left_out():
