@@ -25,6 +25,8 @@ def panel_tables(panel: PanelResults) -> str:
         [
             _floor(panel["evaluation"]["floor"]),
             *_table(_lines(panel)),
+            "FID and CLIP at each guidance w:\n",
+            *_table(_over_guidance(panel)),
             "Differences, averaged over guidance:\n",
             *_table(_differences(panel)),
             "On the tuning captions, at the best guidance:\n",
@@ -39,7 +41,7 @@ def _floor(floor: Mapping[str, Any] | None) -> str:
     fid = floor["fid"]
     return (
         f"FID of as many real images: {fid['mean']:.2f}, standard deviation {fid['sd']:.2f} of "
-        f"{floor['redraws']} redraws. Test captions, at the guidance chosen on the tuning captions:\n"
+        f"{floor['redraws']} redraws.\nTest captions, at the guidance chosen on the tuning captions:\n"
     )
 
 
@@ -51,6 +53,14 @@ def _lines(panel: PanelResults) -> Iterator[Sequence[str]]:
         best, scales = line["best"], sorted(set(line["best"]["w"]))
         values = (_interval(best[name], digits) for name, (_, digits) in metrics.items())
         yield [f"`{line['name']}`", f"{best['evaluations']:,}", ", ".join(f"{w:g}" for w in scales), *values]
+
+
+def _over_guidance(panel: PanelResults) -> Iterator[Sequence[str]]:
+    lines = panel["over_seeds"]
+    yield ["line", *(f"{point['w']:g}" for point in lines[0]["points"])]
+    for line in lines:
+        values = (f"{point['fid'][0]:.2f}, {point['clip'][0]:.3f}" for point in line["points"])
+        yield [f"`{line['name']}`", *values]
 
 
 def _differences(panel: PanelResults) -> Iterator[Sequence[str]]:

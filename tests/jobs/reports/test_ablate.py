@@ -417,12 +417,18 @@ def test_tables_give_each_value_with_its_interval():
         "families": {"cfg": "cfg-b"},
     }
     assert panel_tables(panel).splitlines() == [
-        "FID of as many real images: 0.40, standard deviation 0.03 of 20 redraws. Test captions, at "
-        "the guidance chosen on the tuning captions:",
+        "FID of as many real images: 0.40, standard deviation 0.03 of 20 redraws.",
+        "Test captions, at the guidance chosen on the tuning captions:",
         "",
         "| line | passes | w | FID | CLIP |",
         "|---|---|---|---|---|",
         "| `cfg` | 8 | 1.5, 2 | 3.00 (2.00 to 4.00) | 0.9700 (-0.0300 to 1.9700) |",
+        "",
+        "FID and CLIP at each guidance w:",
+        "",
+        "| line | 2 | 4 |",
+        "|---|---|---|",
+        "| `cfg` | 3.00, 0.970 | 9.00, 0.950 |",
         "",
         "Differences, averaged over guidance:",
         "",
