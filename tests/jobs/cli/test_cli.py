@@ -91,6 +91,7 @@ OWN = {
     "forget": {"--url", "--hash", "--id", "--erase", "--erase-pinned"},
     "vacuum": {"--delete"},
     "verify_table": {"--repair"},
+    **{verb: {"--follow"} for verb in ("finetune_vpred", "train_efficient", "train_robust")},
 }
 TARGETS = {
     "compact": ["run/latents"],
