@@ -77,7 +77,7 @@ def _processor() -> str:
 
 def unet_benchmark(
     settings: TimingSettings, architecture: Architecture, *, tokens: int
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """A function that runs a UNet of random weights once."""
     inputs = unet_inputs(settings, architecture, tokens=tokens)
     return backend_of(settings).benchmark(build_unet(architecture).eval(), inputs)

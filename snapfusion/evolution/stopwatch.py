@@ -29,7 +29,7 @@ class Timing(Settings):
 
 
 def time_in_turns(
-    runs: Mapping[str, Callable[[], None]],
+    runs: Mapping[str, Callable[[], object]],
     *,
     turns: int,
     on_turn: Callable[[int], None] = lambda turn: None,
@@ -59,7 +59,7 @@ def time_in_turns(
     return {name: timing_of(durations) for name, durations in seconds.items()}
 
 
-def _repeats(run: Callable[[], None]) -> int:
+def _repeats(run: Callable[[], object]) -> int:
     run()  # allocates buffers and compiles kernels
     start = time.perf_counter()
     run()

@@ -226,20 +226,36 @@ class ExecuTorchProgram:
         Raises:
             ValueError: if the program does not accept the inputs.
         """
+        return self.prepared(inputs)()
+
+    def prepared(self, inputs: Sequence[np.ndarray]) -> Callable[[], np.ndarray]:
+        """Check a set of inputs once; returns a function that executes on them, as a call does.
+
+        Args and errors as of a call.
+        """
         check_shapes(inputs, accepted=[port.shape for port in self.inputs])
-        tensors = []
-        for index, (array, port) in enumerate(zip(inputs, self.inputs, strict=True)):
-            floating = np.issubdtype(array.dtype, np.floating) and port.dtype.startswith("float")
-            if not floating and array.dtype != port.dtype:
-                raise ValueError(f"input {index} is {array.dtype}; the program accepts {port.dtype}")
-            tensors.append(torch.from_numpy(np.ascontiguousarray(array, dtype=port.dtype)))
-        try:
-            # Copied, because the runtime returns its own memory, which the next execution overwrites.
-            output: np.ndarray = self._method.execute(tensors)[0].numpy().copy()
-        except RuntimeError as error:
-            shapes = [array.shape for array in inputs]
-            raise ValueError(f"the program fails on inputs of shapes {shapes}: {error}") from error
-        return output
+        tensors = [
+            _tensor(array, port, index)
+            for index, (array, port) in enumerate(zip(inputs, self.inputs, strict=True))
+        ]
+
+        def execute() -> np.ndarray:
+            try:
+                # Copied, because the runtime returns its own memory, which the next execution overwrites.
+                output: np.ndarray = self._method.execute(tensors)[0].numpy().copy()
+            except RuntimeError as error:
+                shapes = [array.shape for array in inputs]
+                raise ValueError(f"the program fails on inputs of shapes {shapes}: {error}") from error
+            return output
+
+        return execute
+
+
+def _tensor(array: np.ndarray, port: ProgramPort, index: int) -> Tensor:
+    floating = np.issubdtype(array.dtype, np.floating) and port.dtype.startswith("float")
+    if not floating and array.dtype != port.dtype:
+        raise ValueError(f"input {index} is {array.dtype}; the program accepts {port.dtype}")
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=port.dtype))
 
 
 def describe_program(source: bytes | Path) -> ProgramDescription:
