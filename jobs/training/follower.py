@@ -143,7 +143,7 @@ class Follower:
             self._look()
             new, complete = self._units[len(known) :], self._planned.complete
             table = self._planned.table
-            if table is not None and (complete or len(new) >= units_of_span(self._loader)):
+            if table is not None and (complete or self._has_new_span(len(known))):
                 self._add(recorder, new, table=table, complete=complete)
                 return
             awaited = (awaited or began) if recorder.is_awaited() else None
@@ -152,6 +152,11 @@ class Follower:
             # A look at a large table takes seconds, which the driver also needs for other things.
             if self._ended.wait(max(pause, 5 * (time.monotonic() - began))):
                 return
+
+    def _has_new_span(self, known: int) -> bool:
+        # Not so many new units: the known ones may end within a span, of which the others have come.
+        span = units_of_span(self._loader)
+        return len(self._units) // span > known // span
 
     def _look(self) -> None:
         before, new = self._version(), self._planned.take()

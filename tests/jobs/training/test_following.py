@@ -140,6 +140,16 @@ def test_each_batch_is_yielded_as_soon_as_its_span_is_there(tmp_path, complete):
     assert read == ids(loader_of(*complete), count=4)
 
 
+def test_rest_of_a_span_is_recorded_by_itself(tmp_path):
+    url = new_table(tmp_path).url
+    grow(url, range(3))
+    with follower(url, seconds=5.0).recording(str(tmp_path / "followed")) as known:
+        known.wait_for(3)
+        assert len(known) == 3, "a span of two units, and a part of the next"
+        grow(url, [3])
+        known.wait_for(4)
+
+
 def test_epoch_has_each_planned_row_and_later_ones_are_as_of_any_table(complete):
     url = complete[1]
     rows = [row for row in open_table(url).read(["id"])["id"].to_pylist() if "unplanned" not in row]
