@@ -25,7 +25,7 @@ from snapfusion.training.row_draws import draw_rows
 from snapfusion.training.settings import LoopSettings, VelocitySettings
 from snapfusion.training.velocity import VelocityObjective
 
-ROWS, TURNS, LEAST = 8, 15, 0.97
+ROWS, TURNS, LEAST = 8, 60, 0.95
 LOOP = LoopSettings(num_steps=1, global_batch=ROWS, learning_rate=1e-5, ema_decay=0.99)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
